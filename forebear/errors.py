@@ -1,0 +1,61 @@
+"""Every error that forebear raises on purpose, in one tree.
+
+    ForebearError               exit code 1: something is wrong with a file or the machine
+    ├── CorruptIndexError       a stored file is missing, truncated, altered or unlisted
+    ├── NonFiniteError          NaN or infinity in weights, features or scores
+    ├── StorageError            the disk is full, or a path cannot be written
+    └── InputError              exit code 2: the user's to mend
+        ├── DataError           a data file that cannot be read as labelled text
+        ├── ModelError          a model folder that is no text classifier, or not usable here
+        ├── MismatchError       index, model, tokenizer and question do not belong together
+        ├── MissingStoreError   the index was built without what the question needs
+        └── OutputExistsError   writing would overwrite something that exists
+
+A message is one line: what was found, what was expected, what to do.
+"""
+
+from __future__ import annotations
+
+
+class ForebearError(Exception):
+    """Base of every error raised on purpose; ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class CorruptIndexError(ForebearError):
+    """A stored file is missing, truncated, altered, or not listed in the manifest."""
+
+
+class NonFiniteError(ForebearError):
+    """NaN or infinity in weights, features, gradients or scores."""
+
+
+class StorageError(ForebearError):
+    """The disk is full, or a path cannot be written."""
+
+
+class InputError(ForebearError):
+    """A mistake that the user can mend."""
+
+    exit_code = 2
+
+
+class DataError(InputError):
+    """A data source that cannot be read as (labelled) text rows."""
+
+
+class ModelError(InputError):
+    """A model that is no text classifier, or that cannot be used here."""
+
+
+class MismatchError(InputError):
+    """Index, model, tokenizer and question do not belong together."""
+
+
+class MissingStoreError(InputError):
+    """The index was built without the representation that the method needs."""
+
+
+class OutputExistsError(InputError):
+    """Writing would overwrite something that exists."""
