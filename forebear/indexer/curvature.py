@@ -1,0 +1,193 @@
+"""Exact curvature of the softmax head, in float64.
+
+H = mean over rows of (diag(p) - p p^T) kron f f^T is the Hessian (and the Gauss-Newton matrix) of the mean
+training loss over the head's weight. Every head gradient (p - y) outer f sums to zero over the classes, and
+so does every row and column of diag(p) - p p^T: along the direction that is constant over classes H is zero and
+no gradient has a part in it. So everything is done, without any loss, in an orthonormal basis of the c - 1
+remaining class directions (Helmert's contrasts): m = (c - 1) h numbers instead of c h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import LinAlgError, cho_solve, cholesky, helmert, solve_triangular
+
+from forebear.errors import InputError
+
+MAX_SIZE = 20_000  # m above which the dense factor would not fit an ordinary machine (3.2 GB)
+
+
+def class_basis(n_classes: int) -> np.ndarray:
+    """Orthonormal basis of the class directions that sum to zero, ``(c - 1, c)``."""
+    return np.asarray(helmert(n_classes), dtype=np.float64)
+
+
+def probabilities_from_residuals(residuals: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """p from p - y and y, ``(n, c)`` float64."""
+    p = residuals.astype(np.float64)
+    p[np.arange(len(labels)), labels] += 1.0
+    return p
+
+
+def head_hessian(blocks: Iterable[tuple[np.ndarray, np.ndarray]], feature_dim: int, n_classes: int) -> np.ndarray:
+    """H of the head weight in the reduced class basis, undamped.
+
+    Args:
+        blocks: (f ``(n, h)``, p ``(n, c)``) of the training rows, in any number of blocks.
+        feature_dim: h.
+        n_classes: c.
+
+    Returns:
+        ``(m, m)`` float64 with m = (c - 1) h; entry (a h + i, b h + j) belongs to contrasts a, b and features i, j.
+    """
+    basis = class_basis(n_classes)
+    reduced = n_classes - 1
+    size = reduced * feature_dim
+    if size > MAX_SIZE:
+        raise InputError(
+            f"the head has {n_classes} classes x {feature_dim} features: its exact curvature would take "
+            f"{8 * size**2 / 1e9:.0f} GB (limit {8 * MAX_SIZE**2 / 1e9:.1f}). Build with --damping none; "
+            "`if` and `rif` are then not available."
+        )
+    total = np.zeros((reduced, reduced, feature_dim, feature_dim))
+    n_rows = 0
+    for features, p in blocks:
+        f = features.astype(np.float64)
+        # B (diag(p) - p p^T) B^T for each row
+        weights = np.einsum("ac,nc,bc->nab", basis, p, basis) - np.einsum("na,nb->nab", p @ basis.T, p @ basis.T)
+        for a in range(reduced):
+            for b in range(a + 1):
+                total[a, b] += f.T @ (weights[:, a, b, None] * f)
+        n_rows += len(f)
+    for a in range(reduced):
+        for b in range(a):
+            total[b, a] = total[a, b].T
+    return np.asarray(total.transpose(0, 2, 1, 3).reshape(size, size) / max(n_rows, 1))
+
+
+def absolute_damping(given: str, mean_eigenvalue: float) -> float:
+    """``0.1x`` is 0.1 times the mean eigenvalue of H; a plain number is added to the diagonal as it is.
+
+    Raises:
+        InputError: Neither form, negative, or not finite.
+    """
+    relative = given.endswith("x")
+    try:
+        value = float(given[:-1] if relative else given)
+    except ValueError:
+        value = float("nan")
+    if not (np.isfinite(value) and value >= 0):
+        raise InputError(
+            f"damping {given!r}: expected a number >= 0 (absolute), such as 0.003, or a relative one, such as 0.1x."
+        )
+    return value * mean_eigenvalue if relative else value
+
+
+def mean_eigenvalue(hessian: np.ndarray, n_classes: int) -> float:
+    """Mean over all c h eigenvalues of H, the zero ones of the constant class direction included."""
+    return float(np.trace(hessian)) * (n_classes - 1) / n_classes / len(hessian)
+
+
+def factorise(hessian: np.ndarray, damping: float) -> np.ndarray:
+    """Lower Cholesky factor of H + damping I, ``(m, m)`` float64.
+
+    Raises:
+        InputError: The sum is not positive definite in float64.
+    """
+    try:
+        factor = np.asarray(cholesky(hessian + damping * np.eye(len(hessian)), lower=True))
+    except LinAlgError:
+        factor = np.full((1, 1), np.nan)
+    if not np.isfinite(factor).all() or np.diag(factor).min() <= 1e-9 * np.diag(factor).max():
+        raise InputError(
+            f"H + {damping:g} I is singular in float64: the damping is too small. Give --damping 0.1x or more."
+        )
+    return factor
+
+
+@dataclass(frozen=True)
+class HeadCurvature:
+    """H + damping I over the head weight, factorised.
+
+    Attributes:
+        factor: Lower Cholesky factor L, ``(m, m)`` float64.
+        n_classes: c.
+        damping: What was added to the diagonal.
+    """
+
+    factor: np.ndarray
+    n_classes: int
+    damping: float
+
+    def _gradients(self, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """Head gradients in the reduced basis, ``(n, m)`` float64."""
+        reduced = residuals.astype(np.float64) @ class_basis(self.n_classes).T
+        f = features.astype(np.float64)
+        return np.asarray((reduced[:, :, None] * f[:, None, :]).reshape(len(f), -1))
+
+    def solve(self, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """(H + damping I)^-1 g in the reduced class basis.
+
+        Args:
+            residuals: p - y, ``(q, c)``.
+            features: f, ``(q, h)``.
+
+        Returns:
+            ``(q, c - 1, h)`` float64; <result, g_n> is its dot with ``class_basis(c) @ (p_n - y_n)`` outer f_n.
+        """
+        gradients = self._gradients(residuals, features)
+        solved = cho_solve((self.factor, True), gradients.T).T
+        return np.asarray(solved.reshape(len(features), self.n_classes - 1, -1))
+
+    def self_influence(self, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """<H^-1 g, g> of each row, ``(n,)`` float64, never negative."""
+        white = solve_triangular(self.factor, self._gradients(residuals, features).T, lower=True)
+        return np.asarray((white**2).sum(axis=0))
+
+
+REFIT_L2 = 0.1  # Pez21's released code
+
+
+def refit_head(features: np.ndarray, probabilities: np.ndarray, l2: float = REFIT_L2) -> np.ndarray:
+    """Refit the head to the model's soft probabilities, as the representer theorem needs (Pez21, Yeh et al. 2018).
+
+    Minimises mean cross-entropy + l2 ||W||^2 over W ``(c, h + 1)``, the last column being the bias, by L-BFGS.
+
+    Args:
+        features: f, ``(n, h)``.
+        probabilities: Targets, ``(n, c)``, rows summing to 1.
+        l2: lambda.
+
+    Returns:
+        W, ``(c, h + 1)`` float64.
+
+    Raises:
+        InputError: L-BFGS did not converge; its message says why.
+    """
+    from scipy.optimize import minimize
+    from scipy.special import logsumexp
+
+    x = np.hstack([features.astype(np.float64), np.ones((len(features), 1))])
+    shape = (probabilities.shape[1], x.shape[1])
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        w = flat.reshape(shape)
+        logits = x @ w.T
+        log_p = logits - logsumexp(logits, axis=1, keepdims=True)
+        loss = -(probabilities * log_p).sum() / len(x) + l2 * (w**2).sum()
+        gradient = (np.exp(log_p) - probabilities).T @ x / len(x) + 2 * l2 * w
+        return float(loss), gradient.reshape(-1)
+
+    result = minimize(
+        objective,
+        np.zeros(shape[0] * shape[1]),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 5000, "ftol": 1e-14, "gtol": 1e-8, "maxfun": 20000},
+    )
+    if not result.success:
+        raise InputError(f"--rep-refit: L-BFGS stopped without converging ({result.message}). Leave the option out.")
+    return np.asarray(result.x.reshape(shape))

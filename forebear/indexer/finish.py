@@ -1,0 +1,157 @@
+"""The end of every change to an index: curvature, search structures, hashes, manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from forebear.indexer.curvature import (
+    REFIT_L2,
+    HeadCurvature,
+    absolute_damping,
+    factorise,
+    head_hessian,
+    mean_eigenvalue,
+    probabilities_from_residuals,
+    refit_head,
+)
+from forebear.indexer.derived import build_derived
+from forebear.indexer.forward import softmax
+from forebear.indexer.index import Index
+from forebear.indexer.manifest import JOURNAL_NAME, Manifest
+from forebear.indexer.store import file_sha256, write_columns
+
+
+def finish(folder: Path, manifest: Manifest, retired: np.ndarray, progress: Callable[[str, int, int], None]) -> Index:
+    """Compute what follows from the shards and put the new manifest in force.
+
+    Args:
+        folder: The index; every shard that ``manifest`` names is written.
+        manifest: With new segments, shards and generation; its curvature, derived and files are made here.
+        retired: Retired row numbers, ascending.
+        progress: Told the stage.
+
+    Returns:
+        The index under its new manifest.
+    """
+    known = manifest.files
+    names = _shard_files(manifest)
+    if len(retired):
+        names.append(f"retired/{manifest.generation:04d}.arrow")
+        write_columns(folder / names[-1], {"row": retired.astype(np.int64)})
+    manifest = manifest.with_files({name: known.get(name) or describe_file(folder, name) for name in names})
+    index = Index(folder, manifest, check=False)
+
+    progress("curvature", 0, manifest.n_rows)
+    curvature, curvature_files = _write_curvature(index)
+    progress("curvature", manifest.n_rows, manifest.n_rows)
+    progress("search structures", 0, manifest.n_rows)
+    n_checkpoints = len(manifest.checkpoints)
+    derived = build_derived(
+        folder,
+        generation=manifest.generation,
+        live=index.live,
+        features=[index.features(c) for c in range(n_checkpoints)],
+        residuals=[index.residuals(c) for c in range(n_checkpoints)],
+        etas=manifest.spec.etas,
+        sentence=index.sentence() if "sbert" in manifest.spec.stores else None,
+        factory=manifest.spec.ann,
+        seed=manifest.spec.seed,
+    )
+    progress("search structures", manifest.n_rows, manifest.n_rows)
+    new = [*curvature_files, *(facts["file"] for facts in derived.values())]
+    files = manifest.files | {name: describe_file(folder, name) for name in new}
+    final = replace(manifest, curvature=curvature, derived=derived).with_files(files)
+    final.write(folder)
+    _tidy(folder, final)
+    return Index.open(folder)
+
+
+def describe_file(folder: Path, name: str) -> dict[str, Any]:
+    """sha256 and size of a file, as the manifest lists them."""
+    path = folder / name
+    return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+
+
+def _shard_files(manifest: Manifest) -> list[str]:
+    kinds = ["rows", *(f"features/{c.name}" for c in manifest.checkpoints)]
+    if "sbert" in manifest.spec.stores:
+        kinds.append("sentence")
+    return [f"{kind}/{i:05d}.arrow" for kind in kinds for i in range(len(manifest.shards))]
+
+
+def _tidy(folder: Path, manifest: Manifest) -> None:
+    """Drop the journal and the files of older generations, now that the manifest no longer lists them."""
+    for sub in ("curvature", "ann", "retired"):
+        for path in sorted((folder / sub).rglob("*")):
+            if path.is_file() and path.relative_to(folder).as_posix() not in manifest.files:
+                path.unlink()
+    (folder / JOURNAL_NAME).unlink(missing_ok=True)
+
+
+def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
+    """Exact curvature of the head at the last checkpoint, over the live rows, and each row's self-influence."""
+    manifest = index.manifest
+    spec = manifest.spec
+    facts: dict[str, Any] = {}
+    files: list[str] = []
+    live_mask = np.zeros(manifest.n_rows, bool)
+    live_mask[index.live] = True
+    features, residuals = index.features(), index.residuals()
+    n_classes = len(spec.label_names)
+
+    def save(name: str, columns: dict[str, np.ndarray]) -> str:
+        file = f"curvature/head/{name}-{manifest.generation:04d}.arrow"
+        write_columns(index.folder / file, columns)  # type: ignore[arg-type]
+        files.append(file)
+        return file
+
+    if spec.dampings:
+        hessian = head_hessian(
+            (
+                (f[keep], probabilities_from_residuals(r, index.labels[start : start + len(f)])[keep])
+                for (start, f), (_, r) in zip(features.blocks(), residuals.blocks(), strict=True)
+                for keep in [live_mask[start : start + len(f)]]
+            ),
+            features.width,
+            n_classes,
+        )
+        mean = mean_eigenvalue(hessian, n_classes)
+        stored = []
+        for i, given in enumerate(spec.dampings):
+            damping = absolute_damping(given, mean)
+            curvature = HeadCurvature(factorise(hessian, damping), n_classes, damping)
+            own = [
+                curvature.self_influence(r, f)
+                for (_, f), (_, r) in zip(features.blocks(), residuals.blocks(), strict=True)
+            ]
+            stored.append(
+                {
+                    "given": given,
+                    "damping": damping,
+                    "cholesky": save(f"cholesky-{i}", {"factor": curvature.factor}),
+                    "self_influence": save(f"self-influence-{i}", {"self_influence": np.concatenate(own)}),
+                }
+            )
+        facts["exact"] = {
+            "damping": stored[0]["damping"],
+            "mean_eigenvalue": mean,
+            "n_rows": manifest.n_live,
+            "dampings": stored,
+        }
+    if spec.rep_refit:
+        f = features.take(index.live)
+        p = probabilities_from_residuals(residuals.take(index.live), index.labels[index.live])
+        weight = refit_head(f, p)
+        refitted = []
+        for start, block in features.blocks():
+            q = softmax(block.astype(np.float64) @ weight[:, :-1].T + weight[:, -1])
+            q[np.arange(len(block)), index.labels[start : start + len(block)]] -= 1.0
+            refitted.append(q)
+        file = save("representer", {"residual": np.concatenate(refitted)})
+        facts["representer"] = {"l2": REFIT_L2, "file": file}
+    return ({"head": facts} if facts else {}), files

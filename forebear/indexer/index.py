@@ -1,0 +1,253 @@
+"""An index opened for reading: checked files, memory-mapped arrays."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from forebear.errors import CorruptIndexError, InputError, MissingStoreError
+from forebear.indexer.ann import AnnIndex, read_ann
+from forebear.indexer.curvature import HeadCurvature
+from forebear.indexer.derived import ScanTable, read_scan_table
+from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
+from forebear.indexer.store import MEND, RowMatrix, column, file_sha256, for_each_shard, read_batches
+
+
+class Index:
+    """An index folder, open for reading.
+
+    Every file is checked against the manifest before its first use: its size when the index is opened, its sha256
+    when it is mapped. Nothing is ever written.
+
+    Attributes:
+        folder: Where it is.
+        manifest: What it holds.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, *, check: bool = True) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._check = check
+        self._checked: set[str] = set()
+        self._cache: dict[Any, Any] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path, *, check: bool = True) -> Index:
+        """Open an index.
+
+        Args:
+            folder: Written by ``forebear index``.
+            check: Hash files before use. Off saves a read of each file, and trusts the disk.
+
+        Raises:
+            InputError: No index there, or a build that was interrupted.
+            CorruptIndexError: The manifest or a file is missing, truncated or altered.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST_NAME).is_file():
+            if (folder / JOURNAL_NAME).is_file():
+                raise InputError(f"{folder} is an unfinished build. Run the same `forebear index` again with --resume.")
+            raise InputError(f"{folder} is no index (no {MANIFEST_NAME} in it). Build one with `forebear index`.")
+        manifest = read_manifest(folder)
+        for name, facts in manifest.files.items():
+            _check_size(folder, name, facts["bytes"])
+        return cls(folder, manifest, check=check)
+
+    @classmethod
+    def open_without_derived(cls, folder: str | Path) -> Index:
+        """Open an index whose ``ann/`` files may be missing or damaged; they are left out of its manifest."""
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        derived = {facts["file"] for facts in manifest.derived.values()}
+        kept = {name: facts for name, facts in manifest.files.items() if name not in derived}
+        for name, facts in kept.items():
+            _check_size(folder, name, facts["bytes"])
+        return cls(folder, replace(manifest, derived={}).with_files(kept))
+
+    def checked(self, *names: str) -> list[Path]:
+        """Paths of listed files, hashed first if they have not been yet.
+
+        Raises:
+            CorruptIndexError: A file is not listed, or its bytes have changed.
+        """
+        for name in names:
+            if name not in self.manifest.files:
+                raise CorruptIndexError(f"{self.folder / name} is not listed in the manifest. {MEND}")
+        fresh = [name for name in names if name not in self._checked] if self._check else []
+        with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
+            found = list(pool.map(lambda name: file_sha256(self.folder / name), fresh))
+        for name, digest in zip(fresh, found, strict=True):
+            if digest != self.manifest.files[name]["sha256"]:
+                raise CorruptIndexError(f"{self.folder / name} was altered: its sha256 is not the manifest's. {MEND}")
+        self._checked.update(fresh)
+        return [self.folder / name for name in names]
+
+    def _shards(self, kind: str) -> list[pa.RecordBatch]:
+        """The record batch of each shard of ``rows``, ``features/<checkpoint>`` or ``sentence``."""
+        if kind not in self._cache:
+            paths = self.checked(*(f"{kind}/{i:05d}.arrow" for i in range(len(self.manifest.shards))))
+            self._cache[kind] = [read_batches(path)[0] for path in paths]
+        return list(self._cache[kind])
+
+    def _matrix(self, kind: str, name: str) -> RowMatrix:
+        return RowMatrix([column(batch, name) for batch in self._shards(kind)])
+
+    def features(self, checkpoint: int = -1) -> RowMatrix:
+        """f of every row at a checkpoint (the last by default), ``(n, h)`` float32."""
+        return self._matrix(f"features/{self.manifest.checkpoints[checkpoint].name}", "feature")
+
+    def residuals(self, checkpoint: int = -1) -> RowMatrix:
+        """p - y of every row at a checkpoint, ``(n, c)`` float32."""
+        return self._matrix(f"features/{self.manifest.checkpoints[checkpoint].name}", "residual")
+
+    def sentence(self) -> RowMatrix:
+        """Un-tuned sentence embeddings, ``(n, s)`` float32."""
+        if "sbert" not in self.manifest.spec.stores:
+            raise MissingStoreError(
+                f"{self.folder} holds no sentence embeddings. Build it with --store features,sbert."
+            )
+        return self._matrix("sentence", "embedding")
+
+    def _row_column(self, name: str) -> np.ndarray:
+        key = ("column", name)
+        if key not in self._cache:
+            self._cache[key] = np.concatenate([column(batch, name) for batch in self._shards("rows")])
+        return np.asarray(self._cache[key])
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Gold class of every row, ``(n,)`` int32."""
+        return self._row_column("label")
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """Class predicted by the last checkpoint, ``(n,)`` int32."""
+        return self._row_column("prediction")
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Cross-entropy of the gold class at the last checkpoint in nats, ``(n,)`` float32."""
+        return self._row_column("loss")
+
+    def texts(self, rows: np.ndarray) -> dict[str, pa.Array]:
+        """Text columns of the given rows, under the names they had in the training file."""
+        flat = np.asarray(rows, dtype=np.int64).reshape(-1)
+        starts = np.array([0, *(stop for _, stop in self.manifest.shards)])
+        out: dict[str, pa.Array] = {}
+        shards = self._shards("rows")
+        for i, name in enumerate(self.manifest.spec.text_columns):
+            parts: list[tuple[np.ndarray, pa.Array]] = []
+            for_each_shard(
+                starts,
+                flat,
+                lambda s, at, local, i=i, parts=parts: parts.append(
+                    (at, shards[s].column(f"text_{i}").take(pa.array(local)))
+                ),
+            )
+            if not parts:
+                out[name] = pa.array([], pa.string())
+                continue
+            back = np.argsort(np.concatenate([at for at, _ in parts]), kind="stable")
+            out[name] = pa.concat_arrays([part for _, part in parts]).take(pa.array(back))
+        return out
+
+    @cached_property
+    def retired(self) -> np.ndarray:
+        """Row numbers that were retired, ascending."""
+        if not self.manifest.n_retired:
+            return np.empty(0, np.int64)
+        name = next(name for name in self.manifest.files if name.startswith("retired/"))
+        return column(read_batches(self.checked(name)[0])[0], "row")
+
+    @cached_property
+    def live(self) -> np.ndarray:
+        """Row numbers that take part in answers, ascending."""
+        return np.setdiff1d(np.arange(self.manifest.n_rows), self.retired, assume_unique=True)
+
+    def _derived_path(self, name: str) -> Path:
+        if name.startswith("sentence"):
+            self.sentence()
+        return self.checked(self.manifest.derived[name]["file"])[0]
+
+    def scan_table(self, name: str) -> ScanTable:
+        """Scan table ``head``, ``head-tracin`` or ``sentence``."""
+        key = ("scan", name)
+        if key not in self._cache:
+            self._cache[key] = read_scan_table(self._derived_path(name))
+        table: ScanTable = self._cache[key]
+        return table
+
+    def ann(self, name: str) -> AnnIndex:
+        """FAISS index ``feature-cos``, ``feature-euc``, ``sentence-cos`` or ``sentence-euc``; positions index ``live``."""
+        key = ("ann", name)
+        if key not in self._cache:
+            self._cache[key] = read_ann(self._derived_path(name), self.manifest.derived[name])
+        ann: AnnIndex = self._cache[key]
+        return ann
+
+    def head_damping(self, given: str | None = None) -> dict[str, Any]:
+        """Facts of one stored damping of the head's exact curvature; the first one by default.
+
+        Raises:
+            MissingStoreError: The index has no curvature, or not at this damping.
+        """
+        facts = self.manifest.curvature.get("head", {}).get("exact")
+        if not facts:
+            raise MissingStoreError(f"{self.folder} was built with --damping none: it holds no curvature of the head.")
+        stored = facts["dampings"]
+        for one in stored:
+            if given is None or given == one["given"] or _same_number(given, one["damping"]):
+                return dict(one)
+        names = ", ".join(f"{one['given']} (= {one['damping']:.6g})" for one in stored)
+        raise MissingStoreError(
+            f"{self.folder} holds the head's curvature at damping {names}, not {given}. "
+            "Query with a stored one, or build the index with --damping naming both."
+        )
+
+    def head_curvature(self, given: str | None = None) -> HeadCurvature:
+        """H + damping I of the head weight, factorised."""
+        facts = self.head_damping(given)
+        key = ("cholesky", facts["cholesky"])
+        if key not in self._cache:
+            factor = column(read_batches(self.checked(facts["cholesky"])[0])[0], "factor")
+            self._cache[key] = HeadCurvature(factor, len(self.manifest.spec.label_names), facts["damping"])
+        curvature: HeadCurvature = self._cache[key]
+        return curvature
+
+    def head_self_influence(self, given: str | None = None) -> np.ndarray:
+        """<H^-1 g_n, g_n> of every row, ``(n,)`` float64."""
+        path = self.checked(self.head_damping(given)["self_influence"])[0]
+        return column(read_batches(path)[0], "self_influence")
+
+    def representer_residuals(self) -> RowMatrix:
+        """p' - y of the refitted head (``--rep-refit``), ``(n, c)`` float64."""
+        name = self.manifest.curvature.get("head", {}).get("representer", {}).get("file")
+        if name is None:
+            raise MissingStoreError(f"{self.folder} has no refitted head. Build it with --rep-refit.")
+        return RowMatrix([column(read_batches(self.checked(name)[0])[0], "residual")])
+
+
+def _same_number(given: str, stored: float) -> bool:
+    try:
+        return bool(np.isclose(float(given), stored, rtol=1e-6, atol=0))
+    except ValueError:
+        return False
+
+
+def _check_size(folder: Path, name: str, size_bytes: int) -> None:
+    """Refuse a listed file that is missing or has another size."""
+    try:
+        found = (folder / name).stat().st_size
+    except OSError as error:
+        raise CorruptIndexError(f"{folder / name} is missing. {MEND}") from error
+    if found != size_bytes:
+        raise CorruptIndexError(
+            f"{folder / name} has {found} bytes, the manifest says {size_bytes}: it was truncated or altered. {MEND}"
+        )

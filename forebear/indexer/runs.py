@@ -1,0 +1,158 @@
+"""Training runs on disk (``run.json``), and which checkpoints of what to index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from forebear.errors import DataError, InputError
+from forebear.indexer.store import write_bytes
+
+RUN_NAME = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCheckpoint:
+    """One saved checkpoint.
+
+    Attributes:
+        name: For example ``epoch-1``.
+        path: Folder, relative to the run's.
+        step: Optimiser steps taken.
+        eta: Mean learning rate over the steps since the previous checkpoint (METHODS.md, section 2).
+        train_loss: Mean training loss since the previous checkpoint.
+        accuracy: On the development rows, if any were given.
+    """
+
+    name: str
+    path: str
+    step: int
+    eta: float
+    train_loss: float
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What ``forebear train`` did, enough to index it and to do it again."""
+
+    base_model: str
+    data: str
+    data_sha256: str
+    text_columns: tuple[str, ...]
+    label_names: tuple[str, ...]
+    label_mode: str | None
+    max_length: int
+    settings: dict[str, Any]
+    checkpoints: tuple[RunCheckpoint, ...]
+    libraries: dict[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write ``run.json`` atomically."""
+        write_bytes(folder / RUN_NAME, json.dumps(asdict(self), indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def read_run(folder: Path) -> Run | None:
+    """The run in a folder; None when there is none.
+
+    Raises:
+        DataError: ``run.json`` is damaged.
+    """
+    path = folder / RUN_NAME
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["checkpoints"] = tuple(RunCheckpoint(**c) for c in content["checkpoints"])
+        for name in ("text_columns", "label_names"):
+            content[name] = tuple(content[name])
+        return Run(**content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is damaged ({error}). Train again, or give the checkpoints by --checkpoints."
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPath:
+    """A checkpoint to index: its name, where it lies, its eta."""
+
+    name: str
+    path: str
+    eta: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice:
+    """Checkpoints in training order (the last one is explained), and what the run recorded about its data."""
+
+    checkpoints: tuple[CheckpointPath, ...]
+    label_mode: str | None = None
+    text_columns: tuple[str, ...] | None = None
+    max_length: int | None = None
+
+
+def choose_model(model: str | None, checkpoints: Sequence[str] = (), etas: Sequence[float] = ()) -> ModelChoice:
+    """Resolve ``--model``, ``--checkpoints`` and ``--eta``.
+
+    Args:
+        model: A run folder, a model folder or a hub name; may be None when checkpoints are paths.
+        checkpoints: Empty (last one only), ``all``, names of the run's checkpoints, or model folders.
+        etas: One weight a checkpoint; default the run's record, else 1.
+
+    Raises:
+        InputError: They do not fit together.
+    """
+    run = read_run(Path(model)) if model is not None else None
+    if run is not None:
+        assert model is not None
+        found = _of_run(run, Path(model), list(checkpoints))
+    elif not checkpoints:
+        if model is None:
+            raise InputError("no model given. Name one by --model, or its checkpoints by --checkpoints.")
+        found = [CheckpointPath(name="final", path=model, eta=1.0)]
+    elif list(checkpoints) == ["all"]:
+        raise InputError(
+            f"--checkpoints all needs a run folder (with {RUN_NAME}); {model} is none. List the checkpoint folders."
+        )
+    else:
+        found = [CheckpointPath(name=f"checkpoint-{i + 1}", path=path, eta=1.0) for i, path in enumerate(checkpoints)]
+        if model is not None and Path(model).resolve() != Path(checkpoints[-1]).resolve():
+            found.append(CheckpointPath(name="final", path=model, eta=1.0))
+    if etas:
+        if len(etas) != len(found):
+            raise InputError(
+                f"--eta has {len(etas)} value(s) for {len(found)} checkpoint(s): give one each, in the same order."
+            )
+        if not all(0 < eta < float("inf") for eta in etas):
+            raise InputError(f"--eta {' '.join(map(str, etas))}: expected positive numbers.")
+        found = [CheckpointPath(name=c.name, path=c.path, eta=eta) for c, eta in zip(found, etas, strict=True)]
+    if run is None:
+        return ModelChoice(checkpoints=tuple(found))
+    return ModelChoice(
+        checkpoints=tuple(found),
+        label_mode=run.label_mode,
+        text_columns=run.text_columns,
+        max_length=run.max_length,
+    )
+
+
+def _of_run(run: Run, folder: Path, wanted: list[str]) -> list[CheckpointPath]:
+    """Checkpoints of a run: the last, all, or those named (by name or path)."""
+    known = [CheckpointPath(name=c.name, path=str(folder / c.path), eta=c.eta) for c in run.checkpoints]
+    if not wanted:
+        return known[-1:]
+    if wanted == ["all"]:
+        return known
+    picked = []
+    for name in wanted:
+        match = [c for c in known if name == c.name or Path(name).resolve() == Path(c.path).resolve()]
+        if not match:
+            raise InputError(
+                f"checkpoint {name} is not in {folder / RUN_NAME}, which has {', '.join(c.name for c in known)}."
+            )
+        picked += match
+    return picked

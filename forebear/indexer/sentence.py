@@ -1,0 +1,85 @@
+"""Un-tuned sentence embeddings, the baseline of Pez21: mean over tokens of the last layer, pairs encoded together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from forebear.errors import NonFiniteError
+from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
+from forebear.indexer.model import (
+    check_finite_weights,
+    input_limit,
+    load_pretrained,
+    pad_batch,
+    pick_device,
+    plan_batches,
+    resolve_model_name,
+    tokenize,
+    tokenizer_sha256,
+    weights_sha256,
+)
+
+
+@dataclass(frozen=True)
+class SentenceEncoder:
+    """A transformers encoder used as it is.
+
+    Attributes:
+        name: Folder or hub name.
+        model: The network, in ``eval()`` mode.
+        tokenizer: Its tokenizer.
+        max_length: Longest input in word pieces.
+        sha256: Digest of weights and tokenizer.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    max_length: int
+    sha256: str
+
+    def embed(
+        self,
+        texts: Sequence[Sequence[str]],
+        *,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        on_rows: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Embeddings of rows of one or two texts, ``(n, s)`` float32, not normalised.
+
+        Raises:
+            NonFiniteError: An embedding is NaN or infinite.
+        """
+        rows = tokenize(self.tokenizer, texts, self.max_length)
+        device = next(self.model.parameters()).device
+        out = np.empty((len(rows), int(self.model.config.hidden_size)), np.float32)  # type: ignore[union-attr, arg-type]
+        for batch in plan_batches([len(row["input_ids"]) for row in rows], batch_tokens):
+            inputs = pad_batch(self.tokenizer, [rows[i] for i in batch], device)
+            with torch.no_grad():
+                states = self.model(**inputs).last_hidden_state
+            mask = inputs["attention_mask"][:, :, None].to(states.dtype)
+            out[batch] = ((states * mask).sum(dim=1) / mask.sum(dim=1)).cpu().numpy()
+            if on_rows is not None:
+                on_rows(len(batch))
+        if not np.isfinite(out).all():
+            raise NonFiniteError(f"{self.name}: a sentence embedding is NaN or infinite. Check the sentence model.")
+        return out
+
+
+def load_sentence_encoder(name: str, *, device: str = "auto") -> SentenceEncoder:
+    """Load an encoder from a folder or hub name (``minilm``: the packaged all-MiniLM-L6-v2)."""
+    from transformers import AutoModel, AutoTokenizer
+
+    path = resolve_model_name(name)
+    model = load_pretrained(AutoModel, path, dtype=torch.float32).eval().to(pick_device(device))
+    check_finite_weights(model, path)
+    tokenizer = load_pretrained(AutoTokenizer, path)
+    digest = hashlib.sha256((weights_sha256(model) + tokenizer_sha256(tokenizer)).encode()).hexdigest()
+    return SentenceEncoder(path, model, tokenizer, input_limit(model.config, tokenizer, None, path), digest)

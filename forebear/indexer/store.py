@@ -1,0 +1,162 @@
+"""Files of an index: Arrow tables written atomically, memory-mapped back, hashed by their raw bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+
+from forebear.errors import CorruptIndexError, StorageError
+
+TEMPORARY_SUFFIX = ".partial"
+_HASH_CHUNK_BYTES = 1 << 22
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that appears under ``path`` complete and synced, or not at all.
+
+    Raises:
+        StorageError: The disk is full or the path cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}. Nothing that was there has changed; free some space "
+            "or choose another place, and run the command again."
+        ) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` atomically."""
+    with atomic_file(path) as handle:
+        handle.write(content)
+
+
+def write_table(path: Path, batches: Sequence[pa.RecordBatch] | Iterator[pa.RecordBatch], schema: pa.Schema) -> None:
+    """Write record batches of one schema as an Arrow IPC file, atomically. Same data, same bytes."""
+    with atomic_file(path) as handle, pa.ipc.new_file(handle, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def write_columns(path: Path, columns: Mapping[str, pa.Array | np.ndarray]) -> None:
+    """Write one record batch; 2-D arrays become fixed-size lists."""
+    batch = record_batch(columns)
+    write_table(path, [batch], batch.schema)
+
+
+def record_batch(columns: Mapping[str, pa.Array | np.ndarray]) -> pa.RecordBatch:
+    """One record batch of the given columns; a 2-D array ``(n, d)`` becomes ``fixed_size_list[d]``."""
+    arrays = [_to_arrow(values) if isinstance(values, np.ndarray) else values for values in columns.values()]
+    return pa.RecordBatch.from_arrays(arrays, names=list(columns))
+
+
+def _to_arrow(values: np.ndarray) -> pa.Array:
+    if values.ndim == 1:
+        return pa.array(values)
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), values.shape[1])
+
+
+def read_batches(path: Path) -> list[pa.RecordBatch]:
+    """Memory-map an Arrow IPC file.
+
+    Raises:
+        CorruptIndexError: The file is missing, truncated or no Arrow file.
+    """
+    try:
+        with pa.memory_map(str(path)) as source:
+            reader = pa.ipc.open_file(source)
+            return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise CorruptIndexError(f"{path} cannot be read as Arrow ({_first_line(error)}). {MEND}") from error
+
+
+MEND = "Restore it from a copy, or build the index again with --force."
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def column(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """Zero-copy view of a numeric column: ``(n,)``, or ``(n, d)`` for a fixed-size list."""
+    values = batch.column(name)
+    if pa.types.is_fixed_size_list(values.type):
+        width = values.type.list_size
+        return np.asarray(values.flatten().to_numpy(zero_copy_only=True).reshape(-1, width))
+    return np.asarray(values.to_numpy(zero_copy_only=True))
+
+
+def file_sha256(path: Path) -> str:
+    """Digest of a file's raw bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as handle:
+        while chunk := handle.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class RowMatrix:
+    """Rows of one numeric column, spread over memory-mapped shards in row order, ``(n, d)``."""
+
+    def __init__(self, shards: Sequence[np.ndarray]) -> None:
+        self.shards = list(shards)
+        self.starts = np.concatenate([[0], np.cumsum([len(s) for s in self.shards])]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return int(self.shards[0].shape[1])
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row number, rows) of each shard."""
+        for start, shard in zip(self.starts, self.shards, strict=False):
+            yield int(start), shard
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Copy of the given rows, ``(..., d)``, in the order given."""
+        flat = np.asarray(rows, dtype=np.int64).reshape(-1)
+        out = np.empty((len(flat), *self.shards[0].shape[1:]), self.shards[0].dtype)
+        for_each_shard(self.starts, flat, lambda i, at, local: out.__setitem__(at, self.shards[i][local]))
+        return out.reshape(*np.shape(rows), *out.shape[1:])
+
+
+def for_each_shard(starts: np.ndarray, rows: np.ndarray, visit: Callable[[int, np.ndarray, np.ndarray], Any]) -> None:
+    """Call ``visit(shard, positions in rows, positions in shard)`` for every shard that ``rows`` touches."""
+    order = np.argsort(rows, kind="stable")
+    cuts = np.searchsorted(rows[order], starts)
+    for i in range(len(starts) - 1):
+        at = order[cuts[i] : cuts[i + 1]]
+        if len(at):
+            visit(i, at, rows[at] - starts[i])

@@ -1,0 +1,92 @@
+"""The table of methods: each is a representation, a query vector and a metric, not a program of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from forebear.errors import InputError
+
+Representation = Literal["feature", "sentence", "head"]
+QueryVector = Literal["same", "preconditioned", "representer"]
+Metric = Literal["dot", "cos", "euc"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        name: As given to ``--method``.
+        representation: What is stored for each training row: the head's input f, an un-tuned sentence embedding, or
+            the head gradient (p - y) outer f, kept as its two factors.
+        query: The query vector: the same representation of the test row, its gradient preconditioned by H^-1, or
+            the target's row of the representer kernel.
+        metric: ``dot``, ``cos`` or ``euc`` (minus the Euclidean distance). Of a preconditioned query, ``cos`` is
+            the cosine in H^-1's inner product.
+        all_checkpoints: Summed over all checkpoints, weighted by eta, instead of the last one alone.
+        formula: The score, in the notation of METHODS.md.
+        source: Paper.
+    """
+
+    name: str
+    representation: Representation
+    query: QueryVector = "same"
+    metric: Metric
+    all_checkpoints: bool = False
+    formula: str
+    source: str
+
+    @property
+    def store(self) -> str:
+        """The ``--store`` of the index that it needs."""
+        return "sbert" if self.representation == "sentence" else "features"
+
+
+_ROWS = (
+    Method(name="nn-euc", representation="feature", metric="euc", formula="-||f_q - f_n||", source="Pez21"),
+    Method(name="nn-cos", representation="feature", metric="cos", formula="cos(f_q, f_n)", source="Pez21"),
+    Method(name="nn-dot", representation="feature", metric="dot", formula="<f_q, f_n>", source="Pez21"),
+    Method(name="sbert-euc", representation="sentence", metric="euc", formula="-||s_q - s_n||", source="Pez21"),
+    Method(name="sbert-cos", representation="sentence", metric="cos", formula="cos(s_q, s_n)", source="Pez21"),
+    Method(name="sbert-dot", representation="sentence", metric="dot", formula="<s_q, s_n>", source="Pez21"),
+    Method(name="gd", representation="head", metric="dot", formula="<g_q, g_n>", source="Pez21"),
+    Method(name="gc", representation="head", metric="cos", formula="cos(g_q, g_n)", source="Pez21"),
+    Method(
+        name="if", representation="head", query="preconditioned", metric="dot",
+        formula="<H^-1 g_q, g_n>", source="Koh17, Han20, Pez21",
+    ),
+    Method(
+        name="rif", representation="head", query="preconditioned", metric="cos",
+        formula="<H^-1 g_q, g_n> / sqrt(<H^-1 g_q, g_q> <H^-1 g_n, g_n>)", source="Barshan20, Pez21",
+    ),
+    Method(
+        name="rep", representation="head", query="representer", metric="dot",
+        formula="-(p_n - y_n)_t <f_n, f_q> / (2 lambda N)", source="Yeh18, Pez21",
+    ),
+    Method(
+        name="tracin", representation="head", metric="dot", all_checkpoints=True,
+        formula="sum_c eta_c <g_q, g_n>", source="Pruthi20, Yeh22",
+    ),
+    Method(
+        name="tracin-last", representation="head", metric="dot", all_checkpoints=True,
+        formula="sum_c eta_c <g_q, g_n>, head weight only", source="Yeh22",
+    ),
+)  # fmt: skip
+
+METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
+
+
+def pick_methods(names: Sequence[str]) -> tuple[Method, ...]:
+    """Methods by name, each once, in the order given.
+
+    Raises:
+        InputError: A name that is not in the table, or none at all.
+    """
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise InputError(f"method {unknown[0]!r} is not known. Choose from: {', '.join(METHODS)}.")
+    if not names:
+        raise InputError(f"no method given. Choose from: {', '.join(METHODS)}.")
+    return tuple(METHODS[name] for name in dict.fromkeys(names))

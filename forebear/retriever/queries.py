@@ -1,0 +1,203 @@
+"""From test rows to query vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from forebear.errors import InputError, MissingStoreError
+from forebear.indexer.build import check_same_model
+from forebear.indexer.forward import Forward, residual_and_loss, run_forward
+from forebear.indexer.index import Index
+from forebear.indexer.model import Classifier, load_classifier
+from forebear.indexer.sentence import SentenceEncoder, load_sentence_encoder
+from forebear.retriever.methods import Method
+from forebear.retriever.scoring import Query, Term
+
+REPRESENTER_LAMBDA = 1.0  # without a refit: rankings do not depend on it
+
+
+class Models:
+    """The models of an index, loaded when first asked for and checked against its fingerprints."""
+
+    def __init__(self, index: Index, *, model: str | Classifier | None, device: str) -> None:
+        self._index = index
+        self._override = model
+        self._device = device
+        self._loaded: dict[int, Classifier] = {}
+
+    def classifier(self, checkpoint: int = -1) -> Classifier:
+        """The classifier at a checkpoint of the index; the last by default."""
+        checkpoints = self._index.manifest.checkpoints
+        number = checkpoint % len(checkpoints)
+        if number not in self._loaded:
+            self._loaded[number] = self._load(number, last=number == len(checkpoints) - 1)
+        return self._loaded[number]
+
+    def _load(self, number: int, *, last: bool) -> Classifier:
+        manifest = self._index.manifest
+        spec, listed = manifest.spec, manifest.checkpoints[number]
+        if last and isinstance(self._override, Classifier):
+            classifier = self._override
+        else:
+            path = self._override if last and isinstance(self._override, str) else listed.path
+            classifier = load_classifier(
+                path, device=self._device, precision=spec.precision, max_length=spec.max_length
+            )
+        check_same_model(classifier, listed.sha256, spec.tokenizer_sha256)
+        return classifier
+
+    @cached_property
+    def sentence_encoder(self) -> SentenceEncoder:
+        """The un-tuned encoder of the index."""
+        manifest = self._index.manifest
+        if manifest.sentence_model is None:
+            raise MissingStoreError(
+                f"{self._index.folder} holds no sentence embeddings. Build it with --store features,sbert."
+            )
+        encoder = load_sentence_encoder(manifest.sentence_model, device=self._device)
+        if encoder.sha256 != manifest.spec.sentence_sha256:
+            raise InputError(
+                f"{encoder.name} is not the sentence model of the index: sha256 {encoder.sha256[:12]}, expected "
+                f"{(manifest.spec.sentence_sha256 or '')[:12]}."
+            )
+        return encoder
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A block of test rows after the models have seen them.
+
+    Attributes:
+        forwards: Forward pass of each checkpoint asked for, by checkpoint number.
+        sentence: Sentence embeddings ``(q, s)``, or None.
+        labels: Gold class ids ``(q,)``, or None.
+        targets: Class whose loss is explained, ``(q,)``.
+    """
+
+    forwards: dict[int, Forward]
+    sentence: np.ndarray | None
+    labels: np.ndarray | None
+    targets: np.ndarray
+    last: int
+
+    @property
+    def forward(self) -> Forward:
+        """Of the last checkpoint, the model that is explained."""
+        return self.forwards[self.last]
+
+
+def ask(
+    models: Models,
+    methods: Sequence[Method],
+    texts: Sequence[Sequence[str]],
+    labels: np.ndarray | None,
+    target: str,
+    n_checkpoints: int,
+    first_row: int = 0,
+) -> Asked:
+    """Run every model that the methods need over a block of test rows, once."""
+    last = n_checkpoints - 1
+    wanted = range(n_checkpoints) if any(m.all_checkpoints for m in methods) else [last]
+    forwards = {c: run_forward(models.classifier(c), texts, first_row=first_row) for c in wanted}
+    sentence = None
+    if any(m.representation == "sentence" for m in methods):
+        sentence = models.sentence_encoder.embed(texts)
+    names = models.classifier().label_names
+    targets = choose_targets(target, forwards[last].predictions, labels, names)
+    return Asked(forwards, sentence, labels, targets, last)
+
+
+def choose_targets(target: str, predictions: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> np.ndarray:
+    """The class whose loss is explained, for each test row: ``predicted``, ``gold`` or a label's name."""
+    if target == "predicted":
+        return predictions
+    if target == "gold":
+        if labels is None:
+            raise InputError("--target gold needs labels in the test file. Name their column by --label-column.")
+        return labels
+    known = {name.casefold(): i for i, name in enumerate(names)}
+    if target.casefold() not in known:
+        raise InputError(f"--target {target!r}: expected predicted, gold, or one of {', '.join(names)}.")
+    return np.full(len(predictions), known[target.casefold()])
+
+
+def make_query(method: Method, asked: Asked, index: Index, *, damping: str | None, curvature: str) -> Query:
+    """Query vectors of one method for a block of test rows, in float64.
+
+    Args:
+        method: Which.
+        asked: The test rows.
+        index: Whose curvature, eta and N are used.
+        damping: One of the index's dampings; None for its first.
+        curvature: ``exact`` or ``identity`` (H = I: ``if`` is ``gd`` and ``rif`` is ``gc``).
+    """
+    if method.representation == "sentence":
+        assert asked.sentence is not None
+        return _plain(method, asked.sentence)
+    if method.representation == "feature":
+        return _plain(method, asked.forward.features)
+    if method.all_checkpoints:
+        parts = [
+            _gradient_term(asked.forwards[c], asked.targets, index.manifest.checkpoints[c].eta)
+            for c in sorted(asked.forwards)
+        ]
+        return Query(method, tuple(parts), np.ones(len(asked.targets)))
+    if method.query == "representer":
+        return _representer(method, asked, index)
+    term = _gradient_term(asked.forward, asked.targets)
+    assert term.left is not None and term.right is not None
+    norms = np.linalg.norm(term.left, axis=1) * np.linalg.norm(term.right, axis=1)
+    if method.query == "same" or curvature == "identity":
+        return Query(method, (term,), norms)
+    solver = index.head_curvature(damping)
+    matrix = solver.solve(term.left, term.right)
+    norms = np.sqrt(solver.self_influence(term.left, term.right))
+    return Query(method, (Term(1.0, None, matrix=matrix),), norms, index.head_self_influence(damping))
+
+
+def _plain(method: Method, vectors: np.ndarray) -> Query:
+    wide = vectors.astype(np.float64)
+    return Query(method, (Term(1.0, wide),), np.linalg.norm(wide, axis=1))
+
+
+def _gradient_term(forward: Forward, targets: np.ndarray, eta: float = 1.0) -> Term:
+    """The query's head gradient as factors (p - y, f), y being the target."""
+    residuals, _ = residual_and_loss(forward.logits, targets)
+    return Term(eta, forward.features.astype(np.float64), residuals)
+
+
+def _representer(method: Method, asked: Asked, index: Index) -> Query:
+    """alpha_nc <f_n, f_q> as a dot with (p_n - y_n) outer f_n: the left factor is -e_target / (2 lambda N)."""
+    refit = index.manifest.curvature.get("head", {}).get("representer")
+    strength = refit["l2"] if refit else REPRESENTER_LAMBDA
+    left = np.zeros((len(asked.targets), len(index.manifest.spec.label_names)))
+    left[np.arange(len(left)), asked.targets] = -1.0 / (2 * strength * index.manifest.n_live)
+    features = asked.forward.features.astype(np.float64)
+    return Query(method, (Term(1.0, features, left, offset=1.0 if refit else 0.0),), np.ones(len(left)))
+
+
+def method_facts(method: Method, index: Index, *, damping: str | None, curvature: str) -> dict[str, Any]:
+    """What a result must say of a method's number: scope, metric, curvature, effective damping."""
+    facts: dict[str, Any] = {
+        "scope": "head" if method.representation == "head" else None,
+        "representation": method.representation,
+        "metric": method.metric,
+        "formula": method.formula,
+        "sign": "larger = proponent",
+    }
+    if method.all_checkpoints:
+        facts["eta"] = [c.eta for c in index.manifest.checkpoints]
+    if method.query == "preconditioned":
+        facts["curvature"] = curvature
+        if curvature == "exact":
+            # A Cholesky solve in float64: no iteration, hence no residual to speak of.
+            facts |= {"damping": index.head_damping(damping)["damping"], "residual": 0.0}
+    if method.query == "representer":
+        refit = index.manifest.curvature.get("head", {}).get("representer")
+        facts |= {"lambda": refit["l2"] if refit else REPRESENTER_LAMBDA, "refit": bool(refit)}
+    return facts

@@ -1,0 +1,128 @@
+"""Answers as tables: one row a result, written as they come to Parquet or JSONL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from forebear.errors import InputError, OutputExistsError
+from forebear.indexer.index import Index
+from forebear.indexer.store import atomic_file, write_bytes
+from forebear.retriever.search import Ranking
+
+SIDES = ("proponent", "opponent")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers to a block of ``q`` test rows.
+
+    Attributes:
+        start: Row number of the first of them in the test file.
+        labels: Gold class ids ``(q,)``, or None.
+        predictions: Predicted class ids, ``(q,)``.
+        targets: Class ids whose loss was explained, ``(q,)``.
+        found: (proponents, opponents) by method name.
+    """
+
+    start: int
+    labels: np.ndarray | None
+    predictions: np.ndarray
+    targets: np.ndarray
+    found: dict[str, tuple[Ranking, Ranking]]
+
+
+def answer_table(index: Index, answers: Answers) -> pa.Table:
+    """The columns of DESIGN.md's section 5, ordered by query, method, side and rank."""
+    names = list(answers.found)
+    # (q, methods, 2, k)
+    rows = np.stack([np.stack([r.rows for r in answers.found[name]], axis=1) for name in names], axis=1)
+    scores = np.stack([np.stack([r.scores for r in answers.found[name]], axis=1) for name in names], axis=1)
+    exact = np.array([[r.exact for r in answers.found[name]] for name in names])
+    q, m, sides, k = rows.shape
+    flat = rows.reshape(-1)
+
+    def spread(values: np.ndarray, axis: int) -> np.ndarray:
+        """Repeat values that vary along one of (query, method, side, rank) over all results."""
+        shape = [1, 1, 1, 1]
+        shape[axis] = len(values)
+        return np.broadcast_to(values.reshape(shape), (q, m, sides, k)).reshape(-1)
+
+    labels = np.array(index.manifest.spec.label_names, dtype=object)
+
+    def named(ids: np.ndarray) -> pa.Array:
+        return pa.array(labels[ids], pa.string())
+
+    gold = spread(answers.labels, 0) if answers.labels is not None else None
+    columns: dict[str, pa.Array] = {
+        "query": pa.array(spread(np.arange(answers.start, answers.start + q), 0)),
+        "query_label": named(gold) if gold is not None else pa.nulls(len(flat), pa.string()),
+        "query_prediction": named(spread(answers.predictions, 0)),
+        "target": named(spread(answers.targets, 0)),
+        "method": pa.array(spread(np.array(names, dtype=object), 1), pa.string()),
+        "side": pa.array(spread(np.array(SIDES, dtype=object), 2), pa.string()),
+        "rank": pa.array(spread(np.arange(1, k + 1, dtype=np.int32), 3)),
+        "row": pa.array(flat),
+        "score": pa.array(scores.reshape(-1)),
+        "exact": pa.array(np.broadcast_to(exact[None, :, :, None], (q, m, sides, k)).reshape(-1)),
+        "label": named(index.labels[flat]),
+        "prediction": named(index.predictions[flat]),
+    }
+    for name, values in index.texts(flat).items():
+        columns[name if name not in columns else f"row_{name}"] = values
+    return pa.table(columns)
+
+
+@contextmanager
+def result_writer(path: Path, metadata: dict[str, str], *, force: bool) -> Iterator[Callable[[pa.Table], None]]:
+    """Write result tables one after another; the file appears complete, or not at all.
+
+    ``.parquet`` keeps provenance in the schema's metadata; ``.jsonl`` gets it in a file ``NAME.meta.json`` beside it.
+
+    Raises:
+        OutputExistsError: The file is there, and ``force`` is not given.
+        InputError: Another suffix.
+    """
+    check_output(path, force=force)
+    with atomic_file(path) as handle:
+        if path.suffix == ".parquet":
+            writer: pq.ParquetWriter | None = None
+
+            def write(table: pa.Table) -> None:
+                nonlocal writer
+                table = table.replace_schema_metadata(metadata)
+                writer = writer or pq.ParquetWriter(handle, table.schema, compression="zstd")
+                writer.write_table(table)
+
+            try:
+                yield write
+            finally:
+                if writer is not None:
+                    writer.close()
+        else:
+
+            def write_lines(table: pa.Table) -> None:
+                lines = (json.dumps(row, ensure_ascii=False) for row in table.to_pylist())
+                handle.write("".join(f"{line}\n" for line in lines).encode())
+
+            yield write_lines
+    if path.suffix != ".parquet":
+        content = json.dumps(json.loads(metadata["forebear"]), indent=1)
+        write_bytes(path.with_name(path.name + ".meta.json"), content.encode() + b"\n")
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Refuse an output of an unknown kind, or one that exists; before any work is done."""
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise InputError(f"--out {path}: expected a name ending in .parquet or .jsonl.")
+    if path.is_dir():
+        raise InputError(f"--out {path} is a folder. Give a file name.")
+    if path.exists() and not force:
+        raise OutputExistsError(f"{path} exists. Give another --out, or --force to replace it.")

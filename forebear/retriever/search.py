@@ -1,0 +1,410 @@
+"""Finding the rows worth scoring exactly, and proving that none was missed.
+
+Three searches, by representation and metric:
+
+* the *scan*: float32 scores of the factored rows, block by block in order of falling norm; for dot products it
+  stops as soon as Cauchy-Schwarz shows that no later row can enter either end of the ranking;
+* the *direction index*: FAISS over unit vectors (cosine) or vectors (Euclidean), opponents of v being the
+  proponents of -v;
+* the *full* score of every row in float64: the yardstick, and the fallback.
+
+The first two yield candidates, which are scored again in float64. A candidate list is accepted when its k-th
+exact score clears the best approximate score of a row left out by more than float32's rounding; otherwise it is
+made longer. Quantised FAISS indexes carry no such guarantee, only their calibrated recall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from forebear.errors import InputError
+from forebear.indexer.ann import AnnIndex, unit_rows
+from forebear.indexer.derived import ScanBlock, ScanTable
+from forebear.indexer.store import RowMatrix
+from forebear.retriever.scoring import Query, Term, exact_scores, rank, term_scores
+
+# Rounding of a float32 dot product of two unit vectors, with a margin: 4e-6 is over 60 units in the last place.
+SCAN_TOLERANCE = 4e-6
+_MAX_SCORES = 1 << 26  # entries of a (queries, rows) block held at once
+_MAX_CANDIDATE_NUMBERS = 1 << 25  # entries of a (queries, candidates, width) block held at once
+
+
+@dataclass(frozen=True)
+class RowFactors:
+    """Stored factors of every training row in row order, one matrix a checkpoint of the method."""
+
+    features: tuple[RowMatrix, ...]
+    residuals: tuple[RowMatrix, ...]
+    live: np.ndarray
+
+    def scores(self, query: Query, rows: np.ndarray) -> np.ndarray:
+        """Exact scores of candidates ``(q, k)`` of each query."""
+        return exact_scores(
+            query,
+            tuple(m.take(rows) for m in self.features),
+            tuple(m.take(rows) for m in self.residuals),
+            rows,
+        )
+
+    def all_scores(self, query: Query) -> np.ndarray:
+        """Exact scores of every live row, ``(q, n_live)``, columns in the order of ``live``."""
+        out = np.empty((len(query), len(self.live)))
+        width = sum(m.width for m in self.features)
+        step = max(256, _MAX_CANDIDATE_NUMBERS // width)
+        for start in range(0, len(self.live), step):
+            rows = self.live[start : start + step]
+            out[:, start : start + len(rows)] = exact_scores(
+                query,
+                tuple(m.take(rows) for m in self.features),
+                tuple(m.take(rows) for m in self.residuals),
+                rows,
+            )
+        return out
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The ends of the ranking for ``q`` test rows.
+
+    Attributes:
+        rows: Row numbers, best first, ``(q, k)``.
+        scores: Their scores, ``(q, k)`` float64.
+        exact: Whether the scores are exact, and not those of a quantised index.
+        n_scored: Rows scored exactly for each query, ``(q,)``.
+    """
+
+    rows: np.ndarray
+    scores: np.ndarray
+    exact: bool
+    n_scored: np.ndarray
+
+
+# Candidates of queries `which`, `width` of each: row numbers (q, width) and, where the search bounds it, the largest
+# score that a row left out can have (q,), in the units of the exact score, signed so that larger is better.
+Candidates = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray | None]]
+
+
+def settle(
+    query: Query, factors: RowFactors, candidates: Candidates, k: int, *, largest: bool, first_width: int
+) -> Ranking:
+    """Score candidates exactly and widen the lists until no row left out can enter the top ``k``."""
+    n_live = len(factors.live)
+    rows = np.empty((len(query), k), np.int64)
+    scores = np.empty((len(query), k))
+    n_scored = np.zeros(len(query), np.int64)
+    pending = np.arange(len(query))
+    width = min(n_live, first_width)
+    dim = sum(m.width for m in factors.features)
+    while len(pending):
+        if width * dim > _MAX_CANDIDATE_NUMBERS or width >= n_live:
+            for chunk in _chunks(pending, max(1, _MAX_SCORES // n_live)):
+                found = factors.all_scores(query.take(chunk))
+                rows[chunk], scores[chunk] = rank(found, factors.live, k, largest=largest)
+            n_scored[pending] = n_live
+            break
+        unsettled = []
+        for chunk in _chunks(pending, max(1, _MAX_CANDIDATE_NUMBERS // (width * dim))):
+            part = query.take(chunk)
+            listed, ceiling = candidates(chunk, width)
+            found = factors.scores(part, listed)
+            rows[chunk], scores[chunk] = rank(found, listed, k, largest=largest)
+            n_scored[chunk] = width
+            if ceiling is not None:
+                worst = scores[chunk, -1] if largest else -scores[chunk, -1]
+                unsettled.append(chunk[~(worst > ceiling)])
+        pending = np.concatenate(unsettled) if unsettled else np.empty(0, np.int64)
+        width = min(n_live, 4 * width)
+    return Ranking(rows, scores, True, n_scored)
+
+
+def _chunks(which: np.ndarray, size: int) -> list[np.ndarray]:
+    return [which[i : i + size] for i in range(0, len(which), size)]
+
+
+class Scan:
+    """Float32 scores of factored rows in scan order, for one batch of queries.
+
+    Queries are scaled to length 1 and residuals to unit length with their norm beside them, so that tiny
+    gradients keep their precision; scores come back in the units of the exact score divided by ``scale``.
+    """
+
+    def __init__(self, query: Query, table: ScanTable) -> None:
+        self.query = query
+        self.table = table
+        self.scale, self.terms = _unit_terms(query)
+
+    def run(self, k: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """Scan until both ends of the top ``k`` are safe.
+
+        Returns:
+            Scores of the rows visited ``(q, v)``, and the largest bound of any row visited, and the largest
+            score (in absolute value) that a row not visited can have, ``(q,)``.
+        """
+        n_rows = len(self.table)
+        scores = np.empty((len(self.query), n_rows), np.float32)
+        bounds = self._bounds()
+        tops = np.array([b.max() if len(b) else 0.0 for b in bounds])
+        later = np.append(np.maximum.accumulate(tops[::-1])[::-1], 0.0)  # largest bound from block i on
+        visited = 0
+        next_check = 1
+        for i, block in enumerate(self.table.blocks):
+            scores[:, visited : visited + len(block.rows)] = self._block(block)
+            visited += len(block.rows)
+            if self.query.method.metric == "dot" and i + 1 == next_check and i + 1 < len(self.table.blocks):
+                next_check = max(next_check + 1, int(1.25 * next_check))
+                if visited >= k and self._safe(scores[:, :visited], k, later[i + 1], tops.max()):
+                    return scores[:, :visited], np.full(len(self.query), later[i + 1]), float(tops.max())
+        return scores, np.zeros(len(self.query)), float(tops.max())
+
+    def _bounds(self) -> list[np.ndarray]:
+        """Upper bound of |score| of each row against a unit query, by block."""
+        out = []
+        metric = self.query.method.metric
+        for block in self.table.blocks:
+            if metric == "cos":
+                out.append(np.ones(len(block.rows)))
+                continue
+            squares = np.zeros(len(block.rows))
+            for i, term in enumerate(self.terms):
+                norm = block.feature_norms[i].astype(np.float64) + abs(term.offset)
+                if block.residual_norms:
+                    norm = norm * block.residual_norms[i]
+                squares += abs(term.weight) * norm**2
+            bound = np.sqrt(squares)
+            if self.query.self_influence is not None:  # Cauchy-Schwarz in H^-1's inner product, often tighter
+                reach = (self.query.norms / self.scale).max()
+                bound = np.minimum(bound, reach * np.sqrt(self.query.self_influence[block.rows]))
+            out.append(bound)
+        return out
+
+    def _safe(self, scores: np.ndarray, k: int, later: float, largest_bound: float) -> bool:
+        """Whether no row with a bound below ``later`` can enter either end of any query's top ``k``."""
+        margin = later + SCAN_TOLERANCE * largest_bound
+        found = torch.from_numpy(scores)
+        for largest in (True, False):
+            kth = found.topk(k, dim=1, largest=largest).values[:, -1].numpy()
+            if not ((kth if largest else -kth) > margin).all():
+                return False
+        return True
+
+    def _block(self, block: ScanBlock) -> np.ndarray:
+        total: np.ndarray | None = None
+        for i, term in enumerate(self.terms):
+            residuals = None
+            factor = np.full(len(block.rows), term.weight)
+            if block.residuals:
+                norms = block.residual_norms[i].astype(np.float64)
+                residuals = np.divide(
+                    block.residuals[i],
+                    norms[:, None],
+                    out=np.zeros_like(block.residuals[i]),
+                    where=norms[:, None] > 0,
+                )
+                factor = factor * norms
+            part = term_scores(term, block.features[i], residuals)
+            if self.query.method.metric == "cos":
+                factor = factor / self._row_norms(block, i)
+            part *= factor.astype(np.float32)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def _row_norms(self, block: ScanBlock, i: int) -> np.ndarray:
+        """What a cosine divides by; 1 for zero rows, whose products are 0 anyway."""
+        if self.query.self_influence is not None:
+            norms = np.sqrt(self.query.self_influence[block.rows])
+        else:
+            norms = block.feature_norms[i].astype(np.float64)
+            if block.residual_norms:
+                norms = norms * block.residual_norms[i]
+        return np.where(norms > 0, norms, 1.0)
+
+
+def _unit_terms(query: Query) -> tuple[np.ndarray, list[Term]]:
+    """The query scaled so that its plain dot (or, for cosines, its cosine) has scale 1, in float32 terms."""
+    squares = np.zeros(len(query))
+    for t in query.terms:
+        if t.matrix is not None:
+            part = (t.matrix**2).sum(axis=(1, 2))
+        else:
+            assert t.right is not None
+            part = (t.right**2).sum(axis=1) + t.offset**2
+            if t.left is not None:
+                part = part * (t.left**2).sum(axis=1)
+        squares += abs(t.weight) * part
+    scale = query.norms if query.method.metric == "cos" else np.sqrt(squares)
+    scale = np.where(scale > 0, scale, 1.0)
+    terms = []
+    for t in query.terms:
+        if t.matrix is not None:
+            terms.append(Term(t.weight, None, matrix=(t.matrix / scale[:, None, None]).astype(np.float32)))
+        elif t.left is not None:
+            assert t.right is not None
+            terms.append(
+                Term(
+                    t.weight,
+                    t.right.astype(np.float32),
+                    (t.left / scale[:, None]).astype(np.float32),
+                    None,
+                    t.offset,
+                )
+            )
+        else:
+            assert t.right is not None
+            terms.append(Term(t.weight, (t.right / scale[:, None]).astype(np.float32)))
+    return scale, terms
+
+
+def search_scan(
+    query: Query, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool
+) -> tuple[Ranking, Ranking]:
+    """Both ends of the ranking by the scan, exactly; returns (proponents, opponents).
+
+    Without ``rerank`` the float32 scores of the scan are returned as they are.
+    """
+    outcome: list[tuple[Ranking, Ranking]] = []
+    for which in _chunks(np.arange(len(query)), max(1, _MAX_SCORES // len(table))):
+        outcome.append(_scan_chunk(query.take(which), table, factors, k, rerank=rerank))
+    return _join([a for a, _ in outcome]), _join([b for _, b in outcome])
+
+
+def _scan_chunk(
+    query: Query, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool
+) -> tuple[Ranking, Ranking]:
+    scan = Scan(query, table)
+    scores, unvisited, largest_bound = scan.run(k)
+    at_position = table.rows[: scores.shape[1]]
+    tensor = torch.from_numpy(scores)
+    ends = []
+    for largest in (True, False):
+
+        def candidates(which: np.ndarray, width: int, largest: bool = largest) -> tuple[np.ndarray, np.ndarray | None]:
+            width = min(width, scores.shape[1])
+            part = tensor if len(which) == len(query) else tensor[torch.from_numpy(which)]
+            found = part.topk(width, dim=1, largest=largest)
+            last = found.values[:, -1].numpy().astype(np.float64)
+            ceiling = np.maximum(last if largest else -last, unvisited[which])
+            if width == scores.shape[1]:
+                ceiling = unvisited[which]
+            ceiling = (ceiling + SCAN_TOLERANCE * largest_bound) * scan.scale[which]
+            return at_position[found.indices.numpy()], ceiling
+
+        if rerank:
+            ends.append(settle(query, factors, candidates, k, largest=largest, first_width=2 * k + 16))
+        else:
+            found = tensor.topk(k, dim=1, largest=largest)
+            values = found.values.numpy().astype(np.float64) * scan.scale[:, None]
+            rows, values = rank(values, at_position[found.indices.numpy()], k, largest=largest)
+            ends.append(Ranking(rows, values, True, np.zeros(len(query), np.int64)))
+    return ends[0], ends[1]
+
+
+def _join(parts: list[Ranking]) -> Ranking:
+    return Ranking(
+        np.concatenate([p.rows for p in parts]),
+        np.concatenate([p.scores for p in parts]),
+        all(p.exact for p in parts),
+        np.concatenate([p.n_scored for p in parts]),
+    )
+
+
+def search_ann(
+    query: Query, ann: AnnIndex, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool
+) -> tuple[Ranking, Ranking]:
+    """Both ends of the ranking by the direction index; farthest rows (Euclidean opponents) by the scan.
+
+    ``table`` is the scan table of the same representation.
+    """
+    right = query.terms[0].right
+    assert right is not None
+    unit = unit_rows(right) if ann.metric == "cos" else right.astype(np.float32)
+    near = _ann_end(query, ann, unit, factors, k, largest=True, rerank=rerank)
+    if ann.metric == "cos":
+        return near, _ann_end(query, ann, -unit, factors, k, largest=False, rerank=rerank)
+    return near, _farthest(query, table, factors, k)
+
+
+def _ann_end(
+    query: Query,
+    ann: AnnIndex,
+    vectors: np.ndarray,
+    factors: RowFactors,
+    k: int,
+    *,
+    largest: bool,
+    rerank: bool,
+) -> Ranking:
+    n_live = len(factors.live)
+    # L2 by a matrix product loses digits to ||q||^2 + ||f||^2, a cosine's are at most 1.
+    size = 1.0 if ann.metric == "cos" else (np.linalg.norm(vectors.astype(np.float64), axis=1) ** 2).max() * 4
+
+    def candidates(which: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray | None]:
+        scores, positions = ann.search(vectors[which], width)
+        short = (positions < 0).any(axis=1)
+        if short.any():  # an inverted file found too few in the lists it visited
+            positions[short] = np.arange(width)
+        rows = factors.live[positions]
+        if not ann.exact:
+            return rows, np.where(short, np.inf, -np.inf)
+        edge = scores[:, -1].astype(np.float64) + SCAN_TOLERANCE * size
+        return rows, edge if ann.metric == "cos" else -np.sqrt(np.maximum(-edge, 0.0))
+
+    if not rerank:
+        return _unranked(ann, vectors, factors, k, largest=largest)
+    width = min(n_live, max(ann.widen * k, k + 16))
+    return settle(query, factors, candidates, k, largest=largest, first_width=width)
+
+
+def _unranked(ann: AnnIndex, vectors: np.ndarray, factors: RowFactors, k: int, *, largest: bool) -> Ranking:
+    """What FAISS itself says, signed as the method is."""
+    scores, positions = ann.search(vectors, k)
+    if (positions < 0).any():
+        raise InputError(
+            f"the FAISS index found fewer than {k} rows in the lists it visits. Use --exact rerank, which fills them up."
+        )
+    values = scores.astype(np.float64) if ann.metric == "cos" else -np.sqrt(np.maximum(-scores.astype(np.float64), 0.0))
+    rows, values = rank(values if largest else -values, factors.live[positions], k, largest=largest)
+    return Ranking(rows, values, ann.exact, np.zeros(len(vectors), np.int64))
+
+
+def _farthest(query: Query, table: ScanTable, factors: RowFactors, k: int) -> Ranking:
+    """Rows of largest distance: the largest <[-2 f_q, 1], [f_n, ||f_n||^2]>, in float32, then exact."""
+    x = query.terms[0].right
+    assert x is not None
+    own = (x.astype(np.float64) ** 2).sum(axis=1)
+    scores = np.empty((len(query), len(table)), np.float32)
+    largest_square = 0.0
+    start = 0
+    for block in table.blocks:
+        squares = block.feature_norms[0].astype(np.float64) ** 2
+        largest_square = max(largest_square, float(squares.max()))
+        scores[:, start : start + len(squares)] = squares - 2 * (x.astype(np.float32) @ block.features[0].T)
+        start += len(squares)
+    tensor = torch.from_numpy(scores)
+    at_position = table.rows
+
+    def candidates(which: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray | None]:
+        found = tensor[torch.from_numpy(which)].topk(width, dim=1)
+        edge = (
+            found.values[:, -1].numpy().astype(np.float64)
+            + own[which]
+            + 2 * SCAN_TOLERANCE * (largest_square + own[which])
+        )
+        return at_position[found.indices.numpy()], np.sqrt(np.maximum(edge, 0.0))
+
+    return settle(query, factors, candidates, k, largest=False, first_width=2 * k + 16)
+
+
+def search_full(query: Query, factors: RowFactors, k: int) -> tuple[Ranking, Ranking]:
+    """Both ends of the ranking from the exact score of every live row."""
+    ends: list[list[Ranking]] = [[], []]
+    n_live = len(factors.live)
+    for which in _chunks(np.arange(len(query)), max(1, _MAX_SCORES // (4 * n_live))):
+        scores = factors.all_scores(query.take(which))
+        for end, largest in zip(ends, (True, False), strict=True):
+            end.append(Ranking(*rank(scores, factors.live, k, largest=largest), True, np.full(len(which), n_live)))
+    return _join(ends[0]), _join(ends[1])
