@@ -1,0 +1,1 @@
+"""What owns the experiments: metrics, audits, the demo, reports."""

@@ -1,7 +1,7 @@
 """A small English NLI corpus from our own template grammar, with known faults planted in it.
 
 Two labels, as HANS has them: 0 entailment, 1 non-entailment. Everything follows from the seed and the
-word lists below. What is planted, so that attribution can be asked to find it again:
+word lists below. What is planted, for attribution to find again:
 
 * **A lexical-overlap shortcut.** In training, a hypothesis made only of premise words is nearly always
   entailed (``planted`` = ``"artifact"``). The probe rows have full overlap and are never entailed.
@@ -127,19 +127,19 @@ TRADES: Final = [_lists(line.replace("; ", "\n")) for line in _joined(_TRADES)]
 # The grammar: name | label | share of the rows | what is planted, then premises => hypotheses. Wordings are
 # parted by "/"; each premise goes with each hypothesis. `_scene` fills the slots; "a~" is "a" or "an".
 TRAIN_GRAMMAR: Final = """
-drop_modifiers | entailment | 130 | artifact
+drop_modifiers | entailment | 120 | artifact
 <seen> / The {trait} {x} {deed} the {y} {manner} => The {x} {deed} the {y}
-drop_conjunct | entailment | 100 | artifact
+drop_conjunct | entailment | 90 | artifact
 The {x} and the {trait} {y} {act} {where} {time} => The {x} {act} / The {y} {act}
-drop_clause | entailment | 100 | artifact
+drop_clause | entailment | 90 | artifact
 {time} the {x} {act} {manner} and {deed} the {y} => The {x} {deed} the {y} / The {x} {act}
 keep_place | entailment | 90 | artifact
 The {trait} {x} {act} {manner} {where} {time} => The {x} {act} {where}
 drop_agent | entailment | 90 | artifact
 The {trait} {x} was {deed} by the {y} {where} => The {x} was {deed} / The {trait} {x} was {deed}
-paraphrase | entailment | 110 |
+paraphrase | entailment | 130 |
 The {trait} {x} {deed} the {y} {where} / The {x} {deed} the {y} {time} => a~{x_wide} {deed_wide} a~{y_wide}
-paraphrase_act | entailment | 90 |
+paraphrase_act | entailment | 100 |
 {time} a~{trait} {x} {act} {where} => Some {x_wide} {act_wide} / Someone {act_wide}
 has_trait | entailment | 80 |
 a~{trait} {x} {act} {where} {time} / {time} a~{trait} {x} {deed} the {y} => This {x} was {quite} {trait}
@@ -235,7 +235,7 @@ def make_corpus(
 
     Args:
         seed: Seed of every draw.
-        n_train: Training rows, the planted wrong labels included.
+        n_train: Training rows; ``n_planted`` of them have a wrong label.
         n_dev: Development rows.
         n_probe: Probe rows for the overlap shortcut.
         n_planted: Training rows with a wrong label.
@@ -314,10 +314,7 @@ def _generate(
                 cells = (premise, hypothesis, gold, template.name, template.planted)
                 rows.append(dict(zip(COLUMNS, cells, strict=True)))
         if len(rows) < target:
-            raise InputError(
-                f"{count} rows asked of the template {template.name}, which ran out of new premises "
-                f"{target - len(rows)} short; ask for fewer rows."
-            )
+            raise InputError(f"{template.name} has too few premises for {count} rows; ask for fewer.")
     rng.shuffle(rows)
     return rows
 
@@ -362,10 +359,7 @@ def _sentence(template: str, slots: dict[str, str]) -> str:
 def write_corpus(corpus: Corpus, folder: Path, *, force: bool = False) -> Path:
     """Write each split as Parquet, and a dataset.json with the label names; return the folder.
 
-    Args:
-        corpus: What to write.
-        folder: Made if missing.
-        force: Overwrite the five files; nothing else in the folder is touched.
+    The folder is made if missing. ``force`` overwrites the five files; nothing else is touched.
 
     Raises:
         OutputExistsError: One of the files exists and force is not given.
@@ -376,12 +370,9 @@ def write_corpus(corpus: Corpus, folder: Path, *, force: bool = False) -> Path:
     files = {split: f"{split}.parquet" for split in corpus.splits()}
     present = [name for name in [*files.values(), "dataset.json"] if (folder / name).exists()]
     if present and not force:
-        raise OutputExistsError(
-            f"{folder} already holds {', '.join(present)}; name another folder, or --force."
-        )
+        raise OutputExistsError(f"{folder} already holds {', '.join(present)}; name another folder, or --force.")
     about: dict[str, Any] = {
         "name": "forebear-demo",
-        "task": "NLI from a template grammar, 2 labels, with planted faults",
         "text_columns": ["premise", "hypothesis"],
         "label_names": list(LABEL_NAMES),
         "splits": {},
@@ -398,15 +389,11 @@ def write_corpus(corpus: Corpus, folder: Path, *, force: bool = False) -> Path:
             about["splits"][split] = {
                 "file": files[split],
                 "rows": table.num_rows,
-                "bytes": len(data),
                 "labels": {name: labels.count(i) for i, name in enumerate(LABEL_NAMES)},
-                "columns": {field.name: str(field.type) for field in table.schema},
                 "sha256": hashlib.sha256(data).hexdigest(),
             }
         (folder / ".dataset.json.tmp").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         (folder / ".dataset.json.tmp").replace(folder / "dataset.json")
     except OSError as error:
-        raise StorageError(
-            f"cannot write the corpus to {folder}: {error}. Name a folder you may write."
-        ) from error
+        raise StorageError(f"cannot write the corpus to {folder}: {error}. Name a folder you may write.") from error
     return folder

@@ -13,7 +13,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -24,9 +25,8 @@ from forebear.errors import InputError, NonFiniteError, OutputExistsError, Stora
 
 REPORT_FILES: Final = ("report.html", "table.csv", "result.json")
 Cell = str | float | int | bool | None
-
-N_OPEN_ROWS: Final = 40  # a longer table is folded away
-N_OPEN_PASSAGES: Final = 4  # a longer list of passages is folded after these
+Series = Mapping[str, Sequence[float]]
+Errors = Mapping[str, Sequence[float | None]]
 
 _TEMPLATE = Path(__file__).with_name("templates") / "report.html.j2"
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
@@ -34,17 +34,13 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  #
 _HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DASHES = ("-", "--", ":", "-.", (0, (6, 1)), (0, (1, 3)))
+_INKED = ("text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor")
 _RC: Final[dict[Any, Any]] = {
-    "text.parse_math": False,  # a dollar sign is a dollar sign
+    **dict.fromkeys(_INKED, _INK),
+    **{"axes.spines.top": False, "axes.spines.right": False, "font.size": 10.0, "hatch.linewidth": 0.7},
     "svg.fonttype": "none",  # text stays text: it can be selected, searched and read aloud
-    "svg.hashsalt": "forebear",
-    "font.family": "sans-serif",
-    "font.size": 10.0,
-    "hatch.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    **{f"{name}.color": _INK for name in ("text", "xtick", "ytick")},
-    **{f"axes.{name}": _INK for name in ("edgecolor", "labelcolor", "titlecolor")},
+    "svg.hashsalt": "forebear",  # the same ids each time
+    "text.parse_math": False,  # a dollar sign is a dollar sign
 }
 
 
@@ -97,25 +93,17 @@ class Report:
     tables: Sequence[Table] = ()
     figures: Sequence[Figure] = ()
     groups: Sequence[Group] = ()
-    provenance: Mapping[str, str] = field(
-        default_factory=dict
-    )  # index digest, methods, the command to repeat it
+    provenance: Mapping[str, str] = field(default_factory=dict)  # index digest, methods, the command to repeat it
 
 
 def write_report(report: Report, folder: Path, *, result: Mapping[str, Any], force: bool = False) -> Path:
-    """Write ``report.html``, ``table.csv`` and ``result.json`` into a folder.
-
-    Each file is written under a temporary name and renamed, so that it is whole or absent.
+    """Write the three files, each under a temporary name that is then renamed; return the page's path.
 
     Args:
         report: What the page and the table show.
         folder: Made if missing; other files in it are left alone.
-        result: The numbers, for programs. NumPy values are written as plain ones. The report's
-            provenance is added under ``provenance`` unless the result has its own.
+        result: The numbers, for programs. The report's provenance is added unless it has its own.
         force: Overwrite the three files.
-
-    Returns:
-        The path of ``report.html``.
 
     Raises:
         OutputExistsError: The folder holds a report and ``force`` is not given.
@@ -123,15 +111,7 @@ def write_report(report: Report, folder: Path, *, result: Mapping[str, Any], for
         InputError: A table has a row of the wrong length, or a figure is not plain SVG.
         StorageError: The folder cannot be written.
     """
-    folder = Path(folder)
-    present = [name for name in REPORT_FILES if (folder / name).exists()]
-    if present and not force:
-        raise OutputExistsError(
-            f"{folder} already holds {', '.join(present)}; expected no report there. "
-            "Name another folder, or give --force to overwrite the report."
-        )
-    if folder.exists() and not folder.is_dir():
-        raise OutputExistsError(f"{folder} is a file; expected a folder to write the report into.")
+    check_folder(folder, force=force)
     contents = {
         "report.html": render_html(report),
         "table.csv": render_csv(report.tables),
@@ -142,10 +122,18 @@ def write_report(report: Report, folder: Path, *, result: Mapping[str, Any], for
         for name, text in contents.items():
             _write_whole(folder / name, text)
     except OSError as error:
-        raise StorageError(
-            f"cannot write the report to {folder}: {error}. Free space, or name another folder."
-        ) from error
+        raise StorageError(f"cannot write the report to {folder}: {error}. Name a folder you may write.") from error
     return folder / "report.html"
+
+
+def check_folder(folder: Path, *, force: bool = False) -> None:
+    """Raise OutputExistsError if a report could not be written there; for asking before long work."""
+    present = [name for name in REPORT_FILES if (folder / name).exists()]
+    if (present and not force) or folder.is_file():
+        raise OutputExistsError(
+            f"{folder} already holds {', '.join(present) or 'other data'}; expected a folder without a report. "
+            "Name another folder, or give --force to overwrite a report."
+        )
 
 
 def render_html(report: Report) -> str:
@@ -155,22 +143,15 @@ def render_html(report: Report) -> str:
 
     for table in report.tables:
         _check_table(table)
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(cell=format_cell, marked=_marked)
     figures = [
         (figure, Markup(_inline_svg(figure.svg, prefix=f"f{i}-", label=figure.title)))
         for i, figure in enumerate(report.figures, start=1)
     ]
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return page.render(
-        report=report,
-        figures=figures,
-        decimals=[_decimals(table) for table in report.tables],
-        n_open_rows=N_OPEN_ROWS,
-        n_open_passages=N_OPEN_PASSAGES,
-    )
+    decimals = [_decimals(table) for table in report.tables]
+    return page.render(report=report, figures=figures, decimals=decimals)
 
 
 def render_csv(tables: Sequence[Table]) -> str:
@@ -193,9 +174,7 @@ def render_csv(tables: Sequence[Table]) -> str:
 def format_cell(value: Cell, decimals: int | None = None) -> str:
     """A cell as the reader sees it: a true minus sign, thousands apart, a dash for None.
 
-    Args:
-        value: What the cell holds.
-        decimals: For floats; by default, and where so few would hide the value, four significant digits.
+    Floats get ``decimals``; without it, and where so few would hide the value, four significant digits.
     """
     if value is None:
         return "–"
@@ -205,6 +184,8 @@ def format_cell(value: Cell, decimals: int | None = None) -> str:
         text = f"{value:,}".replace(",", "\u202f")
     elif isinstance(value, float | np.floating):
         size = abs(value)
+        if not math.isfinite(size):
+            raise NonFiniteError(f"the report shows a value {value}; expected a number, or None for none.")
         if decimals is not None and (size == 0 or size >= 5 * 10.0 ** (-decimals)):
             text = f"{value:.{decimals}f}"
         else:
@@ -216,10 +197,10 @@ def format_cell(value: Cell, decimals: int | None = None) -> str:
 
 def bar_chart(
     labels: Sequence[str],
-    series: Mapping[str, Sequence[float]],
+    series: Series,
     *,
     xlabel: str,
-    errors: Mapping[str, Sequence[float | None]] | None = None,
+    errors: Errors | None = None,
     reference: tuple[str, float] | None = None,
     digits: int = 2,
 ) -> str:
@@ -229,104 +210,92 @@ def bar_chart(
         labels: One per group, ``g`` of them, drawn from top to bottom.
         series: Values by series name, ``(g,)`` each; at most six series.
         xlabel: What the axis measures, with its unit.
-        errors: Half-widths of the error bars by series name; None draws no bar.
+        errors: Half-widths of the error bars by series name, ``(g,)`` each; None draws no bar.
         reference: A labelled vertical line, such as ("all rows", 0.44).
         digits: Decimals of the written values.
 
-    Returns:
-        SVG, the same bytes for the same input.
-
-    Raises:
-        InputError: No groups, no or too many series, or values that do not fit the labels.
-        NonFiniteError: A value is NaN or infinite.
+    Returns SVG, the same bytes for the same input. Raises InputError for no groups, no or too many series, or
+    values that do not fit the labels, and NonFiniteError for NaN and infinity.
     """
-    _check_series(labels, series, "bars")
+    halves = _half_widths(labels, series, errors)
     n_series, n_groups = len(series), len(labels)
-    figure, axes = _new_figure(height=0.75 + 0.06 * n_series + n_groups * (0.17 + 0.21 * n_series))
     thickness = 0.8 / n_series
     every = [value for values in series.values() for value in values] + ([reference[1]] if reference else [])
     spread = (max(0.0, *every) - min(0.0, *every)) or 1.0
-    for i, (name, values) in enumerate(series.items()):
-        places = np.arange(n_groups) + (i - (n_series - 1) / 2) * thickness
-        axes.barh(
-            places, values, height=thickness * 0.86, label=name, linewidth=0.8,
-            color=_COLOURS[i], edgecolor=_INK, hatch=_HATCHES[i],
-        )  # fmt: skip
-        halves = [0.0 if half is None else half for half in (errors or {}).get(name, [0.0] * n_groups)]
-        for place, value, half in zip(places, values, halves, strict=True):
-            if half:
-                axes.errorbar(value, place, xerr=half, color=_INK, capsize=2.5, linewidth=1.0, capthick=1.0)
-            side = -1 if value < 0 else 1
-            shown = f"{value:.{digits}f}".replace("-", "\u2212")
-            axes.text(value + side * (half + 0.012 * spread), place, shown, va="center", fontsize=9,
-                      ha="left" if side > 0 else "right")  # fmt: skip
-    if reference is not None:
-        axes.axvline(reference[1], color=_INK, linestyle=(0, (4, 3)), linewidth=1.1)
-        axes.annotate(reference[0], (reference[1], 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3),
-                      textcoords="offset points", ha="center", va="bottom", fontsize=9)  # fmt: skip
-    if min(every) < 0:
-        axes.axvline(0.0, color=_INK, linewidth=0.8)
-    axes.set_yticks(range(n_groups), labels)
-    axes.set_ylim(n_groups - 0.5, -0.5)
-    axes.margins(x=0.12)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(xlabel)
-    if n_series > 1:
-        figure.legend(loc="outside upper left", ncols=min(n_series, 3), frameon=False, fontsize=9)
-    return _to_svg(figure)
+    with _canvas(height=0.75 + 0.06 * n_series + n_groups * (0.17 + 0.21 * n_series)) as (figure, axes):
+        for i, (name, values) in enumerate(series.items()):
+            places = np.arange(n_groups) + (i - (n_series - 1) / 2) * thickness
+            look = {"color": _COLOURS[i], "edgecolor": _INK, "hatch": _HATCHES[i], "linewidth": 0.8}
+            axes.barh(places, values, height=thickness * 0.86, label=name, **look)
+            for place, value, half in zip(places, values, halves[name], strict=True):
+                if half:
+                    axes.errorbar(value, place, xerr=half, color=_INK, capsize=2.5, linewidth=1.0)
+                side, align = (-1, "right") if value < 0 else (1, "left")
+                shown = f"{value:.{digits}f}".replace("-", "\u2212")
+                place_x = value + side * (half + 0.012 * spread)
+                axes.text(place_x, place, shown, va="center", ha=align, fontsize=9)
+        if reference is not None:
+            axes.axvline(reference[1], color=_INK, linestyle=(0, (4, 3)), linewidth=1.1)
+            at = axes.get_xaxis_transform()  # x in data, y as a share of the axes' height
+            axes.text(reference[1], 1.01, reference[0], transform=at, ha="center", va="bottom", fontsize=9)
+        if min(every) < 0:
+            axes.axvline(0.0, color=_INK, linewidth=0.8)
+        axes.set_yticks(range(n_groups), labels)
+        axes.set_ylim(n_groups - 0.5, -0.5)
+        axes.margins(x=0.12)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(xlabel)
+        if n_series > 1:
+            figure.legend(loc="outside upper left", ncols=min(n_series, 3), frameon=False, fontsize=9)
+        return _to_svg(figure)
 
 
 def line_chart(
     x: Sequence[float],
-    series: Mapping[str, Sequence[float]],
+    series: Series,
     *,
     xlabel: str,
     ylabel: str,
-    errors: Mapping[str, Sequence[float | None]] | None = None,
+    errors: Errors | None = None,
 ) -> str:
     """Lines over a common axis ``x``, told apart by marker, dash and colour, each named at its end.
 
     Arguments, result and errors are those of `bar_chart`, with points in place of bars.
     """
-    _check_series(x, series, "points")
-    figure, axes = _new_figure(height=3.2)
-    for i, (name, values) in enumerate(series.items()):
-        halves = [0.0 if half is None else half for half in (errors or {}).get(name, [0.0] * len(x))]
-        axes.errorbar(
-            x, values, yerr=halves if any(halves) else None, color=_COLOURS[i], marker=_MARKERS[i], capsize=2.5,
-            linestyle=_DASHES[i], linewidth=1.6, elinewidth=1.0, markersize=5, markeredgecolor=_INK,
-            markeredgewidth=0.6,
-        )  # fmt: skip
-    low, high = axes.get_ylim()
-    height = -math.inf
-    for value, name in sorted((float(values[-1]), name) for name, values in series.items()):
-        height = max(value, height + 0.065 * (high - low))  # at least a line above the name below
-        axes.annotate(name, (x[-1], height), xytext=(8, 0), textcoords="offset points", va="center",
-                      fontsize=9, annotation_clip=False)  # fmt: skip
-    if low < 0 < high:
-        axes.axhline(0.0, color=_INK, linestyle=(0, (4, 3)), linewidth=0.8)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    return _to_svg(figure)
+    halves = _half_widths(x, series, errors)
+    with _canvas(height=3.2) as (figure, axes):
+        for i, (name, values) in enumerate(series.items()):
+            look = {"color": _COLOURS[i], "marker": _MARKERS[i], "linestyle": _DASHES[i], "linewidth": 1.6}
+            axes.plot(x, values, markersize=5, markeredgecolor=_INK, markeredgewidth=0.6, **look)
+            if any(halves[name]):
+                axes.errorbar(x, values, yerr=halves[name], fmt="none", color=_COLOURS[i], capsize=2.5)
+        low, high = axes.get_ylim()
+        height = -math.inf
+        for value, name in sorted((float(values[-1]), name) for name, values in series.items()):
+            height = max(value, height + 0.065 * (high - low))  # at least a line above the name below
+            axes.annotate(name, (x[-1], height), (8, 0), textcoords="offset points", va="center", fontsize=9)
+        if low < 0 < high:
+            axes.axhline(0.0, color=_INK, linestyle=(0, (4, 3)), linewidth=0.8)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        return _to_svg(figure)
 
 
-def _new_figure(height: float) -> tuple[Any, Any]:
-    """A figure of the page's width, without pyplot and its global state."""
+@contextmanager
+def _canvas(height: float) -> Iterator[tuple[Any, Any]]:
+    """A figure of the page's width, without pyplot and its global state; drawn on within our settings."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
     with matplotlib.rc_context(_RC):
         figure = Canvas(figsize=(7.2, max(1.3, height)), layout="constrained")
-        return figure, figure.add_subplot()
+        yield figure, figure.add_subplot()
 
 
 def _to_svg(figure: Any) -> str:
-    """Draw; take dates, tool names and fixed text colours out."""
-    import matplotlib
-
+    """Draw; take date, tool name and fixed ink out."""
     text = io.StringIO()
-    with matplotlib.rc_context(_RC):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     return re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -350,43 +319,36 @@ def _inline_svg(svg: str, prefix: str, label: str) -> str:
         outside = [value for name, value in names.items() if name == "href" and not value.startswith("#")]
         tag = element.tag.rpartition("}")[2]
         if tag in {"script", "foreignObject", "image", "a"} or code or outside:
-            raise InputError(
-                f"figure {label!r} holds {[tag, *code, *outside]}; expected no code and no links."
-            )
+            raise InputError(f"figure {label!r} holds {[tag, *code, *outside]}; expected no code and no links.")
     svg = re.sub(r'\bid="', f'id="{prefix}', svg)
     svg = re.sub(r'href="#', f'href="#{prefix}', svg)
     svg = svg.replace("url(#", f"url(#{prefix}")
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
 
 
-def _check_series(labels: Sequence[Any], series: Mapping[str, Sequence[float]], what: str) -> None:
+def _half_widths(labels: Sequence[Any], series: Series, errors: Errors | None) -> dict[str, list[float]]:
+    """Check that the series can be drawn; return their error bars, 0.0 where there is none."""
     if not len(labels) or not 1 <= len(series) <= len(_COLOURS):
-        raise InputError(
-            f"{len(labels)} {what} of {len(series)} series; a chart needs at least one of each and can tell "
-            f"{len(_COLOURS)} series apart. Split the chart."
-        )
+        raise InputError(f"{len(series)} series of {len(labels)} values; a chart takes 1 to 6 series, 1 value or more.")
+    halves = {name: [half or 0.0 for half in (errors or {}).get(name, [0.0] * len(labels))] for name in series}
     for name, values in series.items():
-        if len(values) != len(labels):
+        if not len(values) == len(halves[name]) == len(labels):
             raise InputError(
-                f"series {name!r} has {len(values)} values for {len(labels)} {what}; expected as many."
+                f"series {name!r} has {len(values)} values and {len(halves[name])} errors; expected {len(labels)}."
             )
-        if not np.all(np.isfinite(np.asarray(values, dtype=np.float64))):
-            raise NonFiniteError(f"series {name!r} holds NaN or infinity; leave those {what} out.")
+        if not np.all(np.isfinite(np.asarray([*values, *halves[name]], dtype=np.float64))):
+            raise NonFiniteError(f"series {name!r} holds NaN or infinity; expected numbers. Leave such values out.")
+    return halves
 
 
 def _check_table(table: Table) -> None:
     for i, row in enumerate(table.rows):
+        where = f"row {i} of table {table.title!r}"
         if len(row) != len(table.columns):
-            raise InputError(
-                f"row {i} of table {table.title!r} has {len(row)} cells for {len(table.columns)} columns; "
-                "expected one a column (None where there is no value)."
-            )
+            raise InputError(f"{where} has {len(row)} cells; expected {len(table.columns)}, None where empty.")
         for column, cell in zip(table.columns, row, strict=True):
             if isinstance(cell, float | np.floating) and not math.isfinite(cell):
-                raise NonFiniteError(
-                    f"row {i}, column {column!r} of table {table.title!r} is {cell}; "
-                    "expected a number, or None where there is none."
-                )
+                raise NonFiniteError(f"{where} has {cell} under {column!r}; expected a number, or None.")
 
 
 def _decimals(table: Table) -> list[int | None]:
@@ -403,7 +365,7 @@ def _decimals(table: Table) -> list[int | None]:
 
 def _marked(text: str, words: Set[str]) -> list[tuple[str, bool]]:
     """Cut a text into pieces, and say which of them are words to mark."""
-    wanted = {word.lower() for word in words}
+    wanted = {re.sub(r"^\W+|\W+$", "", word.lower()) for word in words} - {""}
     pieces = re.findall(r"\w+(?:['’-]\w+)*|\W+", text) if wanted else [text]
     return [(piece, piece.lower() in wanted) for piece in pieces]
 
@@ -412,19 +374,15 @@ def _render_json(result: Mapping[str, Any]) -> str:
     try:
         return json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
     except ValueError as error:
-        raise NonFiniteError(
-            f"the result holds NaN or infinity ({error}); expected numbers, or None."
-        ) from error
+        raise NonFiniteError(f"the result holds NaN or infinity ({error}); expected numbers, or None.") from error
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no word for: NumPy values, paths, sets."""
+    """What JSON has no word for: NumPy values, sets, paths."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, set | frozenset):
-        return sorted(value)
+    if isinstance(value, Path | Set):
+        return sorted(value) if isinstance(value, Set) else str(value)
     raise TypeError(f"a result of type {type(value).__name__} cannot be written as JSON")
 
 

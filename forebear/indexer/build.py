@@ -53,6 +53,10 @@ def no_progress(_stage: str, _done: int, _total: int) -> None:
     """Say nothing."""
 
 
+def _ignore(_message: str | None) -> None:
+    """Say nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
     """Choices of ``forebear index`` that change stored numbers; see :class:`IndexSpec` for the rest."""
@@ -90,6 +94,7 @@ def build_index(
     *,
     resume: bool = False,
     force: bool = False,
+    warn: Callable[[str | None], None] = _ignore,
     progress: Progress = no_progress,
 ) -> Index:
     """Build an index of labelled rows under one or more checkpoints of a classifier.
@@ -101,6 +106,7 @@ def build_index(
         options: Everything else that changes stored numbers.
         resume: Go on with an interrupted build of the same spec and rows; the bytes are the same.
         force: Replace an index that is there.
+        warn: Told what the user should know, such as labels taken as the model's own ids.
         progress: Told the stage, rows done and rows in all.
 
     Returns:
@@ -123,6 +129,7 @@ def build_index(
         max_length=options.max_length,
     )
     labels = label_map(source, classifier.label_names, options.label_mode)
+    warn(labels.warning)
     spec, listed = _make_spec(source, checkpoints, classifier, options)
     segment = Segment(source=source.name, rows_sha256=source.sha256(), start=0, n_rows=source.n_rows)
     if resume and (folder / MANIFEST_NAME).is_file():

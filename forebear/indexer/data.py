@@ -51,7 +51,7 @@ TEXT_FORMATS = {"jsonl": "json", "ndjson": "json", "json": "json", "csv": "csv",
 FORMATS = {".parquet": "parquet", ".pq": "parquet"}
 FORMATS |= {f".{end}{packed}": kind for end, kind in TEXT_FORMATS.items() for packed in ("", ".gz", ".bz2")}
 FORMATS_TEXT = "a file named .parquet, .jsonl, .json, .csv or .tsv (the last four also .gz or .bz2)"
-JSON_KINDS = {type(None): "null", bool: "true/false", float: "a number", str: "a name"}
+JSON_KINDS = {type(None): "null", bool: "true/false", float: "a number"}
 JSON_KINDS |= {list: "a list", dict: "an object"}
 INTEGER, NUMBER = re.compile(r"\s*[+-]?\d{1,18}\s*", re.A), re.compile(r"\s*[+-]?(\d+\.\d*|\.\d+)\s*", re.A)
 READ_ERRORS = (pa.ArrowException, OSError, EOFError, ValueError, TypeError, OverflowError, RecursionError)
@@ -242,6 +242,8 @@ def _note_kinds(row: dict[str, Any], number: int, kinds: dict[str, dict[str, int
 
 
 def _kind_of(value: Any) -> str:
+    if isinstance(value, str):
+        return "a name"
     if type(value) is int:
         return "an integer" if -(2**63) <= value < 2**63 else "a long integer"
     return JSON_KINDS.get(type(value), f"a value of type {type(value).__name__}")
@@ -334,10 +336,13 @@ class RowSource:
 
     def _blocks(self, block_rows: int, start: int, columns: list[str] | None) -> Iterator[RowBlock]:
         for table in _rechunk(self._reader.tables(start, columns), block_rows):
+            end = start + len(table)
+            if end > self.n_rows:
+                raise DataError(f"{self.name} has more than the {self.n_rows} rows it had when opened; open it again.")
             yield RowBlock(start, self._texts(table, start), self._labels(table), table)
-            start += table.num_rows
+            start = end
         if start < self.n_rows:
-            raise DataError(f"{self.name} now ends at row {start}, of {self.n_rows} when opened; leave it unchanged.")
+            raise DataError(f"{self.name} has {start} of the {self.n_rows} rows it had when opened; open it again.")
 
     def _texts(self, table: pa.Table, start: int) -> tuple[list[str], ...]:
         for name in self.text_columns:

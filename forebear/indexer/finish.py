@@ -106,7 +106,7 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
 
     def save(name: str, columns: dict[str, np.ndarray]) -> str:
         file = f"curvature/head/{name}-{manifest.generation:04d}.arrow"
-        write_columns(index.folder / file, columns)  # type: ignore[arg-type]
+        write_columns(index.folder / file, columns)
         files.append(file)
         return file
 

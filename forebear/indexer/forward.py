@@ -39,6 +39,10 @@ class Forward:
         """Most probable class of each row, ``(n,)`` int64; ties go to the lower id."""
         return np.asarray(self.logits.argmax(axis=1), dtype=np.int64)
 
+    def take(self, which: np.ndarray) -> Forward:
+        """The same for some of the rows."""
+        return Forward(self.features[which], self.probabilities[which], self.logits[which])
+
 
 def run_forward(
     classifier: Classifier,

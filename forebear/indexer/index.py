@@ -143,19 +143,19 @@ class Index:
         out: dict[str, pa.Array] = {}
         shards = self._shards("rows")
         for i, name in enumerate(self.manifest.spec.text_columns):
-            parts: list[tuple[np.ndarray, pa.Array]] = []
-            for_each_shard(
-                starts,
-                flat,
-                lambda s, at, local, i=i, parts=parts: parts.append(
-                    (at, shards[s].column(f"text_{i}").take(pa.array(local)))
-                ),
-            )
-            if not parts:
+            found: list[pa.Array] = []
+            positions: list[np.ndarray] = []
+
+            def visit(shard: int, at: np.ndarray, local: np.ndarray, column_name: str = f"text_{i}") -> None:
+                positions.append(at)
+                found.append(shards[shard].column(column_name).take(pa.array(local)))
+
+            for_each_shard(starts, flat, visit)
+            if not found:
                 out[name] = pa.array([], pa.string())
                 continue
-            back = np.argsort(np.concatenate([at for at, _ in parts]), kind="stable")
-            out[name] = pa.concat_arrays([part for _, part in parts]).take(pa.array(back))
+            back = np.argsort(np.concatenate(positions), kind="stable")
+            out[name] = pa.concat_arrays(found).take(pa.array(back))
         return out
 
     @cached_property

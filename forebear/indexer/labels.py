@@ -54,15 +54,15 @@ class LabelMap:
         Raises:
             DataError: A label has no class; the line names its row.
         """
-        distinct: set[int | str] = set(labels)
-        found: dict[int | str, int | None] = {label: self._ids.get(_own_key(label)) for label in distinct}
-        for row, label in enumerate(labels, start) if None in found.values() else ():
+        rows: list[int | str] = [*labels]
+        found = {label: self._ids.get(_own_key(label)) for label in set(rows)}
+        for row, label in enumerate(rows, start):
             if found[label] is None:
                 raise DataError(
                     f"{self._source_name}: row {row} (from 0) has the label {label!r}, which the model does "
                     f"not know; it knows {', '.join(self._known)}. Mend the row, or give --label-names."
                 )
-        return np.array([found[label] for label in labels], dtype=np.int64)
+        return np.array([found[label] for label in rows], dtype=np.int64)
 
 
 def label_map(source: RowSource, model_names: Sequence[str], mode: str | None = None) -> LabelMap:
@@ -104,7 +104,7 @@ def _match(
     source: RowSource, model_names: Sequence[str], model: dict[str, int], mode: str | None
 ) -> tuple[dict[int | str, int], str | None]:
     """Find the class ids by label, for integers, or by key, for names; and what to warn of."""
-    by_key: dict[int | str, int] = {**model}
+    by_key: dict[int | str, int] = {_key(name): class_id for class_id, name in enumerate(model_names)}
     if mode == BINARY_NLI:
         by_key |= {key: model[_key(BINARY_NLI_NAMES[merged])] for key, merged in NLI_IDS.items()}
     is_generic = all(re.fullmatch(r"label ?\d+", key) for key in model)

@@ -1,0 +1,1 @@
+"""What owns the question: the method table, query vectors, searches, exact scores."""

@@ -99,16 +99,19 @@ def ask(
     target: str,
     n_checkpoints: int,
     first_row: int = 0,
+    forward: Forward | None = None,
 ) -> Asked:
-    """Run every model that the methods need over a block of test rows, once."""
+    """Run every model that the methods need over a block of test rows, once; ``forward`` of the last is not redone."""
     last = n_checkpoints - 1
     wanted = range(n_checkpoints) if any(m.all_checkpoints for m in methods) else [last]
-    forwards = {c: run_forward(models.classifier(c), texts, first_row=first_row) for c in wanted}
+    forwards = {last: forward} if forward is not None else {}
+    for c in wanted:
+        if c not in forwards:
+            forwards[c] = run_forward(models.classifier(c), texts, first_row=first_row)
     sentence = None
     if any(m.representation == "sentence" for m in methods):
         sentence = models.sentence_encoder.embed(texts)
-    names = models.classifier().label_names
-    targets = choose_targets(target, forwards[last].predictions, labels, names)
+    targets = choose_targets(target, forwards[last].predictions, labels, models.classifier().label_names)
     return Asked(forwards, sentence, labels, targets, last)
 
 

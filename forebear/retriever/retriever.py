@@ -15,11 +15,12 @@ import pyarrow as pa
 from forebear.errors import DataError, InputError, MismatchError
 from forebear.indexer.data import RowSource, rows_from_texts
 from forebear.indexer.derived import ScanBlock, ScanTable, norms_of
+from forebear.indexer.forward import Forward
 from forebear.indexer.index import Index
 from forebear.indexer.labels import LabelMap, label_map
 from forebear.indexer.manifest import canonical_json
 from forebear.indexer.model import Classifier
-from forebear.retriever.methods import Method, pick_methods
+from forebear.retriever.methods import METHODS, Method, pick_methods
 from forebear.retriever.queries import Asked, Models, ask, make_query, method_facts
 from forebear.retriever.results import Answers, answer_table
 from forebear.retriever.scoring import Query
@@ -154,12 +155,18 @@ class Retriever:
             yield self.answer_block(block.start, block.texts, gold, spec)
 
     def answer_block(
-        self, start: int, texts: Sequence[Sequence[str]], labels: np.ndarray | None, spec: QuerySpec
+        self,
+        start: int,
+        texts: Sequence[Sequence[str]],
+        labels: np.ndarray | None,
+        spec: QuerySpec,
+        *,
+        forward: Forward | None = None,
     ) -> Answers:
-        """Answer one block of test rows; ``labels`` are class ids of the model."""
+        """Answer one block of test rows; ``labels`` are class ids of the model, ``forward`` its pass if already run."""
         methods = spec.check()
         n_checkpoints = len(self.index.manifest.checkpoints)
-        asked = ask(self._models, methods, texts, labels, spec.target, n_checkpoints, first_row=start)
+        asked = ask(self._models, methods, texts, labels, spec.target, n_checkpoints, first_row=start, forward=forward)
         top = min(spec.top, self.index.manifest.n_live)
         found = {method.name: self._search(method, asked, spec, top) for method in methods}
         return Answers(start, labels, asked.forward.predictions, asked.targets, found)
@@ -198,6 +205,16 @@ class Retriever:
             self.index.sentence()
         if any(method.query == "preconditioned" for method in methods):
             self.index.head_damping(None)
+
+    def available_methods(self) -> tuple[str, ...]:
+        """Names of the methods that this index can answer."""
+        manifest = self.index.manifest
+        has_curvature = "exact" in manifest.curvature.get("head", {})
+        return tuple(
+            method.name
+            for method in METHODS.values()
+            if method.store in manifest.spec.stores and (has_curvature or method.query != "preconditioned")
+        )
 
     def check_texts(self, source: RowSource) -> None:
         """Refuse single texts for an index of pairs, and the other way round."""

@@ -117,7 +117,7 @@ def exact_scores(
         ``(q, n)`` or ``(q, k)`` float64.
     """
     wide = [f.astype(np.float64) for f in features]
-    left = [r.astype(np.float64) for r in residuals] or [None] * len(wide)
+    left: list[np.ndarray | None] = [r.astype(np.float64) for r in residuals] or [None] * len(wide)
     if query.method.metric == "euc":
         x = query.terms[0].right
         assert x is not None
@@ -133,7 +133,7 @@ def exact_scores(
         if left[0] is not None:
             norms = norms * np.linalg.norm(left[0], axis=-1)
     below = query.norms[:, None] * norms
-    return np.divide(scores, below, out=np.zeros_like(scores), where=below > 0)
+    return np.asarray(np.divide(scores, below, out=np.zeros_like(scores), where=below > 0))
 
 
 def _distances(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:

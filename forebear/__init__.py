@@ -1,0 +1,103 @@
+"""forebear: which training rows, and which words in them, made a text classifier predict this?
+
+The same in five lines as on the command line:
+
+    >>> from forebear import Index, Retriever
+    >>> index = Index.open("runs/demo/index")
+    >>> retriever = Retriever(index)
+    >>> answers = retriever.retrieve([("The cat sat .", "A cat sat .")], methods=["gc", "if"], top=5)
+    >>> answers.to_pandas()
+
+Names are loaded when first used, so that ``import forebear`` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from forebear.errors import (
+        CorruptIndexError,
+        DataError,
+        ForebearError,
+        InputError,
+        MismatchError,
+        MissingStoreError,
+        ModelError,
+        NonFiniteError,
+        OutputExistsError,
+        StorageError,
+    )
+    from forebear.indexer.build import BuildOptions, append_rows, build_index, rebuild_ann, retire_rows
+    from forebear.indexer.data import RowSource, open_rows, rows_from_texts
+    from forebear.indexer.index import Index
+    from forebear.indexer.runs import choose_model
+    from forebear.indexer.training import TrainOptions, train
+    from forebear.indexer.verify import verify_index
+    from forebear.retriever.methods import METHODS, Method
+    from forebear.retriever.retriever import QuerySpec, Retriever
+
+_HOMES = {
+    "forebear.errors": (
+        "CorruptIndexError",
+        "DataError",
+        "ForebearError",
+        "InputError",
+        "MismatchError",
+        "MissingStoreError",
+        "ModelError",
+        "NonFiniteError",
+        "OutputExistsError",
+        "StorageError",
+    ),
+    "forebear.indexer.build": ("BuildOptions", "append_rows", "build_index", "rebuild_ann", "retire_rows"),
+    "forebear.indexer.data": ("RowSource", "open_rows", "rows_from_texts"),
+    "forebear.indexer.index": ("Index",),
+    "forebear.indexer.runs": ("choose_model",),
+    "forebear.indexer.training": ("TrainOptions", "train"),
+    "forebear.indexer.verify": ("verify_index",),
+    "forebear.retriever.methods": ("METHODS", "Method"),
+    "forebear.retriever.retriever": ("QuerySpec", "Retriever"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "METHODS",
+    "BuildOptions",
+    "CorruptIndexError",
+    "DataError",
+    "ForebearError",
+    "Index",
+    "InputError",
+    "Method",
+    "MismatchError",
+    "MissingStoreError",
+    "ModelError",
+    "NonFiniteError",
+    "OutputExistsError",
+    "QuerySpec",
+    "Retriever",
+    "RowSource",
+    "StorageError",
+    "TrainOptions",
+    "append_rows",
+    "build_index",
+    "choose_model",
+    "open_rows",
+    "rebuild_ann",
+    "retire_rows",
+    "rows_from_texts",
+    "train",
+    "verify_index",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'forebear' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

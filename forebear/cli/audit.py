@@ -1,0 +1,95 @@
+"""``forebear audit``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from forebear.cli.console import OUT, Variadic, listed, progress_bar, say
+from forebear.cli.options import Device, Force, IndexFolder, LabelColumn, LabelNames, MovedModel, Quiet, TextColumns
+
+if TYPE_CHECKING:
+    from forebear.evaluation.report import Report
+
+HANS_HELP = """Do the training rows behind a wrong "entailment" share the lexical-overlap shortcut?
+
+For every non-entailment row that the model takes for entailment: the mean lexical overlap of the top training rows,
+for each method, beside that of all training rows. Writes report.html, table.csv and result.json.
+
+Examples:
+
+    forebear audit hans --index runs/nli-index --test hans.parquet --out runs/hans-audit
+
+    forebear audit hans --index I --test hans.csv --method gc,rif,nn-cos --out A
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    audits = typer.Typer(help="Audit a model for artifacts, with a report.", no_args_is_help=True)
+    audits.command("hans", help=HANS_HELP, cls=Variadic)(hans)
+    app.add_typer(audits, name="audit")
+
+
+def hans(
+    index: IndexFolder,
+    test: Annotated[str, typer.Option("--test", help="HANS: pairs labelled entailment or non-entailment.")],
+    out: Annotated[str, typer.Option("--out", help="Folder for the report.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="Methods. Default: all that the index can answer.", show_default=False),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", help="Training rows looked at for each test row.")] = 10,
+    model: MovedModel = None,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
+    label_names: LabelNames = None,
+    device: Device = "auto",
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See HANS_HELP."""
+    from forebear.evaluation.hans import audit_hans, hans_report
+    from forebear.evaluation.report import check_folder, write_report
+    from forebear.indexer.data import open_rows
+    from forebear.retriever.retriever import Retriever
+
+    check_folder(Path(out), force=force)
+    source = open_rows(
+        test,
+        text_columns=listed(text_columns) or None,
+        label_column=label_column,
+        label_names=listed(label_names) or None,
+        need_labels=True,
+    )
+    retriever = Retriever(index, model=model, device=device)
+    with progress_bar(quiet=quiet) as progress:
+        audit = audit_hans(retriever, source, listed(method) or None, top=top, progress=progress)
+    report, result = hans_report(audit, retriever, source, shlex.join(["forebear", *sys.argv[1:]]))
+    page = write_report(report, Path(out), result=result, force=force)
+    show_report(report)
+    say(f"wrote {page}, table.csv and result.json", quiet=quiet)
+
+
+def show_report(report: Report) -> None:
+    """Print a report's summary and tables."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from forebear.evaluation.report import format_cell
+
+    OUT.print(f"[bold]{escape(report.title)}[/bold]")
+    OUT.print(escape(report.summary))
+    for table in report.tables:
+        grid = Table(
+            title=escape(table.title), title_justify="left", caption=escape(table.note), caption_justify="left"
+        )
+        for i, column in enumerate(table.columns):
+            grid.add_column(escape(column), justify="left" if i == 0 else "right")
+        for row in table.rows:
+            grid.add_row(*(escape(format_cell(cell)) for cell in row))
+        OUT.print(grid)

@@ -1,0 +1,91 @@
+"""What the screen shows: progress and messages on stderr, answers on stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from typer.core import TyperCommand
+
+OUT = Console(highlight=False, soft_wrap=False)
+ERR = Console(stderr=True, highlight=False)
+
+
+def say(message: str, *, quiet: bool = False) -> None:
+    """One line of news on stderr."""
+    if not quiet:
+        ERR.print(message, markup=False, soft_wrap=True)
+
+
+def warn(message: str | None) -> None:
+    """A warning on stderr, shown also when quiet; None is no warning."""
+    if message:
+        ERR.print(f"warning: {message}", markup=False, soft_wrap=True)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
+
+
+@contextmanager
+def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A callable (stage, done, total) that draws a bar with rate and time left; silent when not a terminal."""
+    if quiet or not ERR.is_terminal:
+        yield lambda _stage, _done, _total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=ERR) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+class Variadic(TyperCommand):
+    """A command whose list options take several values after one flag: ``--checkpoints A B C``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the flag before each further value, which is what the parser understands."""
+        many = {o for p in self.params if getattr(p, "multiple", False) for o in p.opts}
+        return super().parse_args(ctx, _repeat_flags(args, many))
+
+
+def _repeat_flags(args: Sequence[str], many: set[str]) -> list[str]:
+    out: list[str] = []
+    flag = None
+    for i, arg in enumerate(args):
+        if arg.startswith("-") and len(arg) > 1:
+            flag = arg if arg in many else None
+        elif flag is not None and args[i - 1] != flag:
+            out.append(flag)
+        out.append(arg)
+    return out
+
+
+def listed(values: Sequence[str] | None) -> list[str]:
+    """Values of a list option: several, or separated by commas."""
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def is_terminal() -> bool:
+    """Whether answers go to a person."""
+    return sys.stdout.isatty()
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for people: 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} GiB"

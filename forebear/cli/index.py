@@ -1,0 +1,186 @@
+"""``forebear index``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from forebear.cli.console import Variadic, listed, progress_bar, say, size, warn
+from forebear.cli.options import Device, Force, LabelColumn, LabelNames, Quiet, TextColumns
+from forebear.errors import InputError
+
+if TYPE_CHECKING:
+    from forebear.indexer.build import Progress
+    from forebear.indexer.data import RowSource
+    from forebear.indexer.index import Index
+
+HELP = """Build the index of a classifier's training rows, once; or change one that is there.
+
+Examples:
+
+    forebear index --model runs/mine --train train.csv --out runs/mine-index
+
+    forebear index --model runs/mine --train train.csv --out I --checkpoints all --store features,sbert
+
+    forebear index --checkpoints ckpt/1 ckpt/2 ckpt/3 --eta 5e-5 3e-5 1e-5 --train train.csv --out I
+
+    forebear index --out I --append --train more.csv
+
+    forebear index --out I --retire 17,230-240
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("index", help=HELP, cls=Variadic)(index)
+
+
+def index(
+    out: Annotated[str, typer.Option("--out", help="Index folder to write, or to change.")],
+    train: Annotated[str | None, typer.Option("--train", help="The rows the model was trained on, labelled.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Run folder, model folder or hub name.")] = None,
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--checkpoints", help="'all' of a run, or some by name, or folders in training order.", show_default=False
+        ),
+    ] = None,
+    eta: Annotated[
+        list[float] | None,
+        typer.Option("--eta", help="TracIn weight of each checkpoint. Default: the run's, else 1.", show_default=False),
+    ] = None,
+    scope: Annotated[str, typer.Option("--scope", help="Parameters whose gradients are indexed: head.")] = "head",
+    store: Annotated[
+        list[str] | None,
+        typer.Option("--store", help="features, or features,sbert.  [default: features]", show_default=False),
+    ] = None,
+    sentence_model: Annotated[str, typer.Option("--sentence-model", help="Un-tuned encoder for sbert.")] = "minilm",
+    damping: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--damping",
+            help="Of the curvature: 0.1x of the mean eigenvalue, or absolute; several; none.  [default: 0.1x]",
+            show_default=False,
+        ),
+    ] = None,
+    rep_refit: Annotated[bool, typer.Option("--rep-refit", help="Refit the head for `rep`, as Pez21 does.")] = False,
+    ann: Annotated[str | None, typer.Option("--ann", help="FAISS factory string. Default: chosen by size.")] = None,
+    labels: Annotated[str | None, typer.Option("--labels", help="binary-nli. Default: the run's.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", help="Default: the run's, else the model's.")
+    ] = None,
+    precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16.")] = "fp32",
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    batch_tokens: Annotated[int, typer.Option("--batch-tokens", help="Padded tokens in a batch.")] = 4096,
+    shard_rows: Annotated[int, typer.Option("--shard-rows", help="Rows in a file; a build resumes at a file.")] = 4096,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted build or append.")] = False,
+    append: Annotated[bool, typer.Option("--append", help="Add the --train rows to the index in --out.")] = False,
+    retire: Annotated[
+        list[str] | None, typer.Option("--retire", help="Row numbers to take out: 17,230-240.", show_default=False)
+    ] = None,
+    rebuild_ann: Annotated[bool, typer.Option("--rebuild-ann", help="Make ann/ again, as --ann says.")] = False,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
+    label_names: LabelNames = None,
+    device: Device = "auto",
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See HELP."""
+    from forebear.indexer import build
+    from forebear.indexer.data import open_rows
+    from forebear.indexer.runs import choose_model
+
+    if scope != "head":
+        raise InputError(f"--scope {scope!r}: this version indexes the scope head.")
+    if sum((append, bool(retire), rebuild_ann)) > 1:
+        raise InputError("--append, --retire and --rebuild-ann are separate changes: give one of them.")
+
+    def rows(columns: list[str] | None) -> RowSource:
+        if train is None:
+            raise InputError("no training rows given. Name their file by --train.")
+        return open_rows(
+            train,
+            text_columns=columns,
+            label_column=label_column,
+            label_names=listed(label_names) or None,
+            need_labels=True,
+        )
+
+    def change(progress: Progress) -> Index:
+        if retire:
+            return build.retire_rows(out, row_numbers(listed(retire)), progress=progress)
+        if rebuild_ann:
+            return build.rebuild_ann(out, ann, progress=progress)
+        if append:
+            source = rows(listed(text_columns) or None)
+            moved = (
+                [c.path for c in choose_model(model, checkpoints or (), ()).checkpoints]
+                if model or checkpoints
+                else None
+            )
+            return build.append_rows(
+                out, source, checkpoints=moved, resume=resume, force=force, device=device, progress=progress
+            )
+        chosen = choose_model(model, checkpoints or (), eta or ())
+        source = rows(listed(text_columns) or _if_there(chosen.text_columns, train))
+        options = build.BuildOptions(
+            stores=tuple(listed(store)) or ("features",),
+            sentence_model=sentence_model,
+            dampings=() if listed(damping) == ["none"] else tuple(listed(damping)) or ("0.1x",),
+            rep_refit=rep_refit,
+            ann=ann,
+            seed=seed,
+            precision=precision,
+            max_length=max_length or chosen.max_length,
+            label_mode=labels or chosen.label_mode,
+            batch_tokens=batch_tokens,
+            shard_rows=shard_rows,
+            device=device,
+        )
+        return build.build_index(
+            source, out, chosen.checkpoints, options, resume=resume, force=force, warn=warn, progress=progress
+        )
+
+    started = time.perf_counter()
+    with progress_bar(quiet=quiet) as progress:
+        built = change(progress)
+    manifest = built.manifest
+    total = sum(facts["bytes"] for facts in manifest.files.values())
+    say(
+        f"{out}: {manifest.n_live:,} rows, {len(manifest.checkpoints)} checkpoint(s), {size(total)} "
+        f"({total / manifest.n_rows:,.0f} bytes a row), {time.perf_counter() - started:.1f} s. "
+        f"Next: forebear retrieve --index {out} --text '...'",
+        quiet=quiet,
+    )
+
+
+def _if_there(columns: tuple[str, ...] | None, train: str | None) -> list[str] | None:
+    """The run's text columns, where the training file has them; else they are found by name."""
+    from forebear.errors import DataError
+    from forebear.indexer.data import open_rows
+
+    if columns is None or train is None:
+        return None
+    try:
+        open_rows(train, text_columns=list(columns))
+    except DataError:
+        return None
+    return list(columns)
+
+
+def row_numbers(parts: list[str]) -> list[int]:
+    """``17,230-240`` as numbers; a file name stands for the numbers in it, one a line."""
+    numbers: list[int] = []
+    for part in parts:
+        if Path(part).is_file():
+            numbers += row_numbers(Path(part).read_text(encoding="utf-8").split())
+            continue
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise InputError(f"--retire {part}: expected row numbers such as 17 or 230-240, or a file of them.")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers

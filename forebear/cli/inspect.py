@@ -1,0 +1,164 @@
+"""``forebear methods``, ``info`` and ``verify``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from forebear.cli.console import OUT, size
+from forebear.cli.options import Device, JsonOut, MovedModel
+from forebear.errors import CorruptIndexError
+
+Folder = Annotated[str, typer.Argument(metavar="INDEX", help="The index folder.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("methods")(methods)
+    app.command("info")(info)
+    app.command("verify")(verify)
+
+
+def methods(as_json: JsonOut = False) -> None:
+    """List the methods: what is stored, the score, the paper.
+
+    Example: forebear methods
+    """
+    from forebear.retriever.methods import METHODS
+
+    if as_json:
+        OUT.print_json(json.dumps([asdict(method) for method in METHODS.values()]))
+        return
+    from rich.table import Table
+
+    grid = Table()
+    for name in ("method", "score(query q, row n)", "stored for each row", "needs", "source"):
+        grid.add_column(name)
+    stored = {"feature": "feature f", "sentence": "sentence embedding s", "head": "head gradient g"}
+    for method in METHODS.values():
+        what = stored[method.representation] + (", all checkpoints" if method.all_checkpoints else "")
+        grid.add_row(method.name, method.formula, what, f"--store {method.store}", method.source)
+    OUT.print(grid)
+
+
+def info(index: Folder, as_json: JsonOut = False) -> None:
+    """Say what an index holds.
+
+    Example: forebear info runs/mine-index
+    """
+    from forebear.indexer.index import Index
+
+    facts = index_facts(Index.open(index, check=False))
+    if as_json:
+        OUT.print_json(json.dumps(facts))
+        return
+    from rich.table import Table
+
+    grid = Table(show_header=False, box=None)
+    for name, value in _lines(facts):
+        grid.add_row(name, value)
+    OUT.print(grid)
+
+
+def index_facts(index: Any) -> dict[str, Any]:
+    """What ``forebear info --json`` prints."""
+    from forebear.indexer.ann import backend
+
+    manifest = index.manifest
+    spec = manifest.spec
+    by_kind: dict[str, int] = {}
+    for name, facts in manifest.files.items():
+        kind = name.split("/")[0]
+        by_kind[kind] = by_kind.get(kind, 0) + facts["bytes"]
+    total = sum(by_kind.values())
+    return {
+        "folder": str(index.folder),
+        "digest": manifest.digest(),
+        "spec_digest": spec.digest(),
+        "rows": {"live": manifest.n_live, "retired": manifest.n_retired, "given_out": manifest.n_rows},
+        "segments": [asdict(segment) for segment in manifest.segments],
+        "text_columns": list(spec.text_columns),
+        "label_names": list(spec.label_names),
+        "label_mode": spec.label_mode,
+        "max_length": spec.max_length,
+        "precision": spec.precision,
+        "checkpoints": [asdict(checkpoint) for checkpoint in manifest.checkpoints],
+        "tokenizer_sha256": spec.tokenizer_sha256,
+        "scopes": {"head": {"classes": len(spec.label_names), "feature_dim": manifest.feature_dim}},
+        "representations": ["feature", "head", *(["sentence"] if "sbert" in spec.stores else [])],
+        "sentence_model": manifest.sentence_model,
+        "curvature": manifest.curvature,
+        "sketch": {"width": None, "seed": spec.seed},
+        "search": manifest.derived,
+        "bytes": {"total": total, "a_row": total / manifest.n_rows, **by_kind},
+        "faiss": backend(),
+        "libraries": manifest.libraries,
+    }
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    rows, stored = facts["rows"], facts["bytes"]
+    lines = [
+        ("index", f"{facts['folder']}  (digest {facts['digest'][:16]})"),
+        (
+            "rows",
+            f"{rows['live']:,} live, {rows['retired']:,} retired; text columns {', '.join(facts['text_columns'])}",
+        ),
+        ("labels", ", ".join(facts["label_names"]) + (f" ({facts['label_mode']})" if facts["label_mode"] else "")),
+        ("model", f"max length {facts['max_length']}, {facts['precision']}"),
+    ]
+    lines += [("checkpoint", f"{c['name']}  eta {c['eta']:.3g}  {c['path']}") for c in facts["checkpoints"]]
+    lines.append(
+        ("scopes", ", ".join(f"{k} ({v['classes']} x {v['feature_dim']})" for k, v in facts["scopes"].items()))
+    )
+    lines.append(("representations", ", ".join(facts["representations"])))
+    for scope, solvers in facts["curvature"].items():
+        exact = solvers.get("exact")
+        if exact:
+            given = ", ".join(f"{d['given']} = {d['damping']:.4g}" for d in exact["dampings"])
+            lines.append(("curvature", f"{scope}: exact, damping {given}"))
+    for name, search in facts["search"].items():
+        what = (
+            "norm-sorted scan"
+            if search["kind"] == "scan"
+            else f"FAISS {search['factory']}, recall {search['recall']:.3f}"
+        )
+        lines.append(("search", f"{name}: {what}"))
+    parts = ", ".join(f"{kind} {size(n)}" for kind, n in stored.items() if kind not in ("total", "a_row"))
+    lines.append(("size", f"{size(stored['total'])}, {stored['a_row']:,.0f} bytes a row ({parts})"))
+    lines.append(("built with", ", ".join(f"{k} {v}" for k, v in facts["libraries"].items())))
+    lines.append(("here", facts["faiss"]))
+    return lines
+
+
+def verify(
+    index: Folder,
+    model: MovedModel = None,
+    rows: Annotated[int, typer.Option("--rows", help="Training rows to recompute; 0: bytes only.")] = 16,
+    device: Device = "auto",
+    as_json: JsonOut = False,
+) -> None:
+    """Re-hash every file of an index and recompute a sample of its rows from the model.
+
+    Example: forebear verify runs/mine-index
+    """
+    from forebear.indexer.verify import verify_index
+
+    found = verify_index(index, model=model, n_rows=rows, device=device)
+    if as_json:
+        OUT.print_json(json.dumps({"ok": not found.problems, **asdict(found)}))
+        if found.problems:
+            raise typer.Exit(1)
+        return
+    if found.problems:
+        more = f" (and {len(found.problems) - 1} more; --json lists them)" if len(found.problems) > 1 else ""
+        raise CorruptIndexError(f"{index}: {found.problems[0]}{more}.")
+    recomputed = (
+        "no rows recomputed"
+        if found.max_error is None
+        else f"{found.n_rows_recomputed} rows recomputed, largest relative difference {found.max_error:.1e}"
+    )
+    OUT.print(f"{index}: whole. {found.n_files} files, {size(found.size_bytes)} re-hashed; {recomputed}.")

@@ -1,0 +1,68 @@
+"""The ``forebear`` command."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+import typer
+
+from forebear.cli import audit, demo, index, inspect, retrieve, train
+from forebear.cli.console import ERR
+from forebear.errors import ForebearError
+
+app = typer.Typer(
+    name="forebear",
+    help="Which training rows made a text classifier predict this? Train, index once, then ask.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+for module in (demo, train, index, retrieve, audit, inspect):
+    module.register(app)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 2 the user's mistake, 1 a fault, 130 interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(args: list[str]) -> int:
+    """Run one command and return its exit code; every error becomes one line on stderr."""
+    try:
+        code = app(args=args, prog_name="forebear", standalone_mode=False)
+    except ForebearError as error:
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted. What was finished stays; most commands go on with --resume.", 130)
+    except MemoryError:
+        return _fail("out of memory. Use smaller batches (--batch-tokens) or a machine with more.", 1)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # the reader of a pipe has gone; say nothing more
+        return 0
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        return _fail(
+            f"{error.filename or 'disk'}: {error.strerror or error}" + (" (the disk is full)" if full else ""), 1
+        )
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of the command-line parser
+            return _fail(f"{error.format_message()} See forebear {' '.join(args[:1])} --help.", 2)
+        if os.environ.get("FOREBEAR_DEBUG"):
+            raise
+        return _fail(f"{type(error).__name__}: {error}. This is a bug in forebear; FOREBEAR_DEBUG=1 shows where.", 1)
+    return int(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    ERR.print(f"error: {line}", markup=False, soft_wrap=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

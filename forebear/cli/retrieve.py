@@ -1,0 +1,178 @@
+"""``forebear retrieve``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from forebear.cli.console import OUT, Variadic, listed, progress_bar, say, warn
+from forebear.cli.options import (
+    Device,
+    Force,
+    IndexFolder,
+    LabelColumn,
+    LabelNames,
+    MovedModel,
+    Quiet,
+    TextColumns,
+)
+from forebear.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from forebear.indexer.data import RowBlock, RowSource
+
+HELP = """Rank the training rows behind each prediction: proponents and opponents, by one or more methods.
+
+Examples:
+
+    forebear retrieve --index I --text "a gripping film" --method gc,if --top 5
+
+    forebear retrieve --index I --text "A man sleeps." --pair "A person is awake."
+
+    forebear retrieve --index I --test dev.csv --method gc,rif --top 10 --out answers.parquet
+"""
+SHOWN_QUERIES = 5
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("retrieve", help=HELP, cls=Variadic)(retrieve)
+
+
+def retrieve(
+    index: IndexFolder,
+    test: Annotated[str | None, typer.Option("--test", help="Rows to explain: a file, folder or hub name.")] = None,
+    text: Annotated[str | None, typer.Option("--text", help="One text to explain (with --pair: the first).")] = None,
+    pair: Annotated[str | None, typer.Option("--pair", help="The second text, where rows are pairs.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="Methods; see `forebear methods`.  [default: gc]", show_default=False),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", help="Rows at each end of the ranking.")] = 10,
+    target: Annotated[
+        str, typer.Option("--target", help="Whose loss: predicted, gold, or a label's name.")
+    ] = "predicted",
+    exact: Annotated[str, typer.Option("--exact", help="none, rerank or full.")] = "rerank",
+    scope: Annotated[str, typer.Option("--scope", help="Parameters whose gradients are compared.")] = "head",
+    curvature: Annotated[str, typer.Option("--curvature", help="exact or identity, for if and rif.")] = "exact",
+    damping: Annotated[
+        str | None,
+        typer.Option("--damping", help="One of the index's dampings. Default: its first.", show_default=False),
+    ] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Write to NAME.parquet or NAME.jsonl.")] = None,
+    model: MovedModel = None,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
+    label_names: LabelNames = None,
+    device: Device = "auto",
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See HELP."""
+    from forebear.indexer.data import open_rows, rows_from_texts
+    from forebear.indexer.index import Index
+    from forebear.retriever.results import answer_table, check_output, result_writer
+    from forebear.retriever.retriever import QuerySpec, Retriever
+
+    if (test is None) == (text is None):
+        raise InputError("give either --test FILE or --text '...' (with --pair for pairs).")
+    if pair is not None and text is None:
+        raise InputError("--pair is the second text of --text; give both.")
+    spec = QuerySpec(
+        methods=tuple(listed(method)) or ("gc",),
+        top=top,
+        target=target,
+        exact=exact,  # type: ignore[arg-type]  # checked by spec.check
+        scope=scope,
+        curvature=curvature,
+        damping=damping,
+    )
+    spec.check()
+    if out is not None:
+        check_output(Path(out), force=force)
+    retriever = Retriever(Index.open(index), model=model, device=device)
+    if text is not None:
+        source = rows_from_texts([text] if pair is None else [(text, pair)])
+    else:
+        assert test is not None
+        source = open_rows(
+            test,
+            text_columns=listed(text_columns) or None,
+            label_column=label_column,
+            label_names=listed(label_names) or None,
+            need_labels=target == "gold",
+        )
+    if source.label_column is not None and retriever.query_labels(source, required=target == "gold") is None:
+        warn(f"{source.name}: its labels are not the model's, so query_label stays empty.")
+
+    if out is None:
+        _show(retriever, source, spec)
+        return
+    with (
+        progress_bar(quiet=quiet) as progress,
+        result_writer(Path(out), retriever.metadata(spec), force=force) as write,
+    ):
+        progress("queries", 0, source.n_rows)
+        n_results = 0
+        for answers in retriever.answers(source, spec):
+            table = answer_table(retriever.index, answers)
+            write(table)
+            n_results += table.num_rows
+            progress("queries", answers.start + len(answers.predictions), source.n_rows)
+    say(f"{out}: {source.n_rows:,} queries, {n_results:,} results", quiet=quiet)
+
+
+def _show(retriever: Any, source: RowSource, spec: Any) -> None:
+    """Print the answers to the first few queries."""
+    from forebear.retriever.results import answer_table
+
+    shown = 0
+    blocks = source.blocks(SHOWN_QUERIES)
+    for answers, block in zip(retriever.answers(source, spec, block_rows=SHOWN_QUERIES), blocks, strict=False):
+        _print_answers(answer_table(retriever.index, answers), block)
+        shown += len(block)
+        break
+    if shown < source.n_rows:
+        warn(f"shown: the first {shown} of {source.n_rows:,} queries. Give --out NAME.parquet for all of them.")
+
+
+def _print_answers(table: pa.Table, block: RowBlock) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows = table.to_pylist()
+    text_names = table.column_names[table.column_names.index("prediction") + 1 :]
+    for i in range(len(block)):
+        number = block.start + i
+        mine = [row for row in rows if row["query"] == number]
+        first = mine[0]
+        gold = "" if first["query_label"] is None else f", labelled {first['query_label']}"
+        OUT.print(
+            f"[bold]query {number}[/bold]  predicted [bold]{escape(first['query_prediction'])}[/bold]{escape(gold)}"
+        )
+        for column in block.texts:
+            OUT.print(f"  {escape(column[i])}")
+        for method in dict.fromkeys(row["method"] for row in mine):
+            for side in ("proponent", "opponent"):
+                grid = Table(title=f"{method}: {side}s of {escape(first['target'])}", title_justify="left", expand=True)
+                for name in ("row", "score"):
+                    grid.add_column(name, justify="right", no_wrap=True)
+                for name in ("label", "prediction"):
+                    grid.add_column(name, no_wrap=True)
+                for name in text_names:
+                    grid.add_column(escape(name), ratio=1)
+                for row in mine:
+                    if (row["method"], row["side"]) == (method, side):
+                        grid.add_row(
+                            str(row["row"]),
+                            f"{row['score']:.4g}",
+                            escape(row["label"]),
+                            escape(row["prediction"]),
+                            *(escape(row[name]) for name in text_names),
+                        )
+                OUT.print(grid)
+        OUT.print()

@@ -1,0 +1,285 @@
+"""``audit hans``: do the rows behind a wrong "entailment" share the lexical-overlap shortcut? (Pez21, Table 2)
+
+HANS rows that the model takes for entailment although they are not are the queries. For each method: the mean
+lexical overlap of the training rows at the top of the ranking, beside that of all training rows. A method
+that shows the artifact brings up rows of high overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from forebear.errors import DataError, InputError
+from forebear.evaluation.overlap import bootstrap_interval, lexical_overlap, mean_and_error
+from forebear.evaluation.report import Cell, Figure, Group, Passage, Report, Table, bar_chart
+from forebear.indexer.data import RowBlock, RowSource
+from forebear.indexer.forward import run_forward
+from forebear.indexer.labels import collapse_to_binary_nli
+from forebear.retriever.results import Answers
+from forebear.retriever.retriever import QuerySpec, Retriever
+
+ENTAILMENT, NON_ENTAILMENT = 0, 1
+SHOWN_QUERIES = 5
+SHOWN_ROWS = 5
+BLOCK_ROWS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A mispredicted row and the rows at the top for each method."""
+
+    row: int
+    texts: tuple[str, ...]
+    top: dict[str, list[tuple[int, float]]]  # method -> (training row, score)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HansAudit:
+    """The audit's numbers.
+
+    Attributes:
+        methods: Names, ``m``.
+        overlap: Lexical overlap of the top training rows, ``(queries, m, k)``.
+        all_rows_overlap: Mean overlap of all live training rows: what random rows would give.
+        accuracy: Share of right answers among (entailment, non-entailment) rows.
+        n_rows: Rows of each kind.
+        examples: Some of the queries, spread over the file.
+    """
+
+    methods: tuple[str, ...]
+    overlap: np.ndarray
+    all_rows_overlap: float
+    accuracy: tuple[float, float]
+    n_rows: tuple[int, int]
+    examples: tuple[Example, ...]
+
+    @property
+    def n_queries(self) -> int:
+        """Rows mispredicted as entailment."""
+        return len(self.overlap)
+
+    def mean_overlap(self, top: int) -> np.ndarray:
+        """Mean overlap of the top rows, one number a query and method, ``(queries, m)``."""
+        return np.asarray(self.overlap[:, :, :top].mean(axis=2))
+
+
+def audit_hans(
+    retriever: Retriever,
+    source: RowSource,
+    methods: Sequence[str] | None = None,
+    *,
+    top: int = 10,
+    progress: Callable[[str, int, int], None] = lambda _stage, _done, _total: None,
+) -> HansAudit:
+    """Measure the overlap of the rows behind every row mispredicted as entailment.
+
+    Args:
+        retriever: Over an index of premise and hypothesis pairs.
+        source: HANS, or rows like it, labelled entailment and non-entailment (or with three NLI labels).
+        methods: Names from the method table; default all that the index can answer.
+        top: k, training rows looked at for each query.
+        progress: Told the stage, rows done and rows in all.
+
+    Raises:
+        InputError: The model or the rows have no NLI labels.
+        DataError: No row is mispredicted as entailment.
+    """
+    spec = QuerySpec(methods=tuple(methods or retriever.available_methods()), top=top)
+    retriever.check_stores(spec.check())
+    retriever.check_texts(source)
+    if len(source.text_columns) != 2:
+        raise InputError(f"audit hans needs pairs of texts; {source.name} has {', '.join(source.text_columns)}.")
+    merge = collapse_to_binary_nli(retriever.label_names)
+    if merge is None:
+        raise InputError(f"audit hans needs a model with NLI labels; this one has {', '.join(retriever.label_names)}.")
+    row_overlap = training_overlap(retriever)
+    found: list[np.ndarray] = []
+    examples: list[Example] = []
+    right, total = np.zeros(2, np.int64), np.zeros(2, np.int64)
+    stride = max(1, source.n_rows // SHOWN_QUERIES)
+    progress("rows", 0, source.n_rows)
+    for block in source.blocks(BLOCK_ROWS):
+        gold = gold_entailment(source, block)
+        forward = run_forward(retriever.classifier(), block.texts, first_row=block.start)
+        predicted = merge[forward.predictions]
+        for kind in (ENTAILMENT, NON_ENTAILMENT):
+            total[kind] += int((gold == kind).sum())
+            right[kind] += int(((gold == kind) & (predicted == kind)).sum())
+        wrong = np.flatnonzero((gold == NON_ENTAILMENT) & (predicted == ENTAILMENT))
+        if len(wrong):
+            texts = [[column[i] for i in wrong] for column in block.texts]
+            answers = retriever.answer_block(block.start, texts, None, spec, forward=forward.take(wrong))
+            rows = np.stack([answers.found[name][0].rows for name in spec.methods], axis=1)
+            found.append(row_overlap[rows].astype(np.float32))
+            for j, i in enumerate(wrong):
+                if len(examples) < SHOWN_QUERIES and block.start + i >= len(examples) * stride:
+                    examples.append(_example(block, int(i), answers, j))
+        progress("rows", block.start + len(block), source.n_rows)
+    if not found:
+        raise DataError(
+            f"{source.name}: none of the {total[NON_ENTAILMENT]} non-entailment rows is predicted as entailment. "
+            "There is nothing to explain: the model does not take this shortcut here."
+        )
+    return HansAudit(
+        methods=spec.methods,
+        overlap=np.concatenate(found),
+        all_rows_overlap=float(row_overlap[retriever.index.live].mean()),
+        accuracy=(_share(right[0], total[0]), _share(right[1], total[1])),
+        n_rows=(int(total[0]), int(total[1])),
+        examples=tuple(examples),
+    )
+
+
+def _share(part: int, whole: int) -> float:
+    return float(part / whole) if whole else 0.0
+
+
+def _example(block: RowBlock, i: int, answers: Answers, j: int) -> Example:
+    top = {
+        name: [(int(r), float(s)) for r, s in zip(ends[0].rows[j], ends[0].scores[j], strict=True)][:SHOWN_ROWS]
+        for name, ends in answers.found.items()
+    }
+    return Example(row=block.start + i, texts=tuple(column[i] for column in block.texts), top=top)
+
+
+def training_overlap(retriever: Retriever) -> np.ndarray:
+    """Lexical overlap of every training row, ``(n,)``, by row number."""
+    n_rows = retriever.index.manifest.n_rows
+    out = np.empty(n_rows)
+    for start in range(0, n_rows, 65_536):
+        rows = np.arange(start, min(start + 65_536, n_rows))
+        premises, hypotheses = (column.to_pylist() for column in retriever.index.texts(rows).values())
+        out[rows] = lexical_overlap(premises, hypotheses)
+    return out
+
+
+def gold_entailment(source: RowSource, block: RowBlock) -> np.ndarray:
+    """0 (entailment) or 1 (non-entailment) for each row, by the label's name.
+
+    Raises:
+        InputError: The labels have no NLI names.
+    """
+    labels = block.labels
+    if labels is None:
+        raise InputError(f"{source.name} has no labels. Name their column by --label-column.")
+    names = source.label_names or tuple(sorted({str(label) for label in source.label_values}))
+    merge = collapse_to_binary_nli(names)
+    if merge is None:
+        raise InputError(
+            f"{source.name} has labels {', '.join(names)}; expected entailment and non-entailment (or neutral and "
+            "contradiction). Name them by --label-names entailment,non-entailment."
+        )
+    ids = [label if isinstance(label, int) else names.index(label) for label in labels]
+    return np.asarray(merge[ids])
+
+
+def hans_report(
+    audit: HansAudit, retriever: Retriever, source: RowSource, command: str
+) -> tuple[Report, dict[str, object]]:
+    """The report of an audit, and its numbers for ``result.json``."""
+    k = audit.overlap.shape[2]
+    rows: list[list[Cell]] = [
+        ["(all training rows)", audit.all_rows_overlap, None, audit.all_rows_overlap, None, None, None]
+    ]
+    result: dict[str, object] = {}
+    one, many = audit.mean_overlap(1), audit.mean_overlap(k)
+    stats = {}
+    for i, name in enumerate(audit.methods):
+        (first, first_error), (mean, error) = mean_and_error(one[:, i]), mean_and_error(many[:, i])
+        low, high = bootstrap_interval(many[:, i])
+        rows.append([name, first, first_error, mean, error, low, high])
+        stats[name] = {
+            "top_1": first,
+            "top_1_error": first_error,
+            f"top_{k}": mean,
+            f"top_{k}_error": error,
+            "interval": [low, high],
+        }
+    result["methods"] = stats
+    result |= {
+        "all_rows": audit.all_rows_overlap,
+        "n_queries": audit.n_queries,
+        "accuracy": {"entailment": audit.accuracy[0], "non_entailment": audit.accuracy[1]},
+        "n_rows": {"entailment": audit.n_rows[0], "non_entailment": audit.n_rows[1]},
+        "top": k,
+    }
+    best = max(audit.methods, key=lambda name: float(many[:, audit.methods.index(name)].mean()))
+    best_mean = float(many[:, audit.methods.index(best)].mean())
+    summary = (
+        f"{audit.n_queries:,} of {audit.n_rows[1]:,} non-entailment rows are taken for entailment. The training rows behind "
+        f"them overlap more than others: {best_mean:.2f} of the hypothesis' words are in the premise among the top {k} by "
+        f"{best}, {audit.all_rows_overlap:.2f} among all training rows."
+        if best_mean > audit.all_rows_overlap
+        else f"{audit.n_queries:,} of {audit.n_rows[1]:,} non-entailment rows are taken for entailment, but no method brings "
+        f"up training rows of more than the ordinary overlap, {audit.all_rows_overlap:.2f}."
+    )
+    table = Table(
+        "Lexical overlap of the rows behind a wrong “entailment”",
+        ["method", "top 1", "± top 1", f"top {k}", f"± top {k}", "95% low", "95% high"],
+        rows,
+        f"Share of the hypothesis' word types found in the premise; mean over {audit.n_queries:,} queries, ± its standard "
+        f"error; 95% bootstrap interval of top {k}. The first line is what random rows give.",
+    )
+    accuracy = Table(
+        "Accuracy",
+        ["rows", "number", "right"],
+        [["entailment", audit.n_rows[0], audit.accuracy[0]], ["non-entailment", audit.n_rows[1], audit.accuracy[1]]],
+    )
+    errors = {
+        "top 1": [mean_and_error(one[:, i])[1] for i in range(len(audit.methods))],
+        f"top {k}": [mean_and_error(many[:, i])[1] for i in range(len(audit.methods))],
+    }
+    series = {"top 1": [float(v) for v in one.mean(axis=0)], f"top {k}": [float(v) for v in many.mean(axis=0)]}
+    figure = Figure(
+        "Overlap by method",
+        bar_chart(
+            audit.methods, series if k > 1 else {"top 1": series["top 1"]}, errors=errors if k > 1 else None,
+            reference=("all rows", audit.all_rows_overlap), xlabel="mean lexical overlap of the top training rows",
+        ),
+        "Bars past the dashed line: the method brings up rows that share the shortcut.",
+    )  # fmt: skip
+    report = Report(
+        "HANS audit: lexical overlap",
+        summary,
+        (table, accuracy),
+        (figure,),
+        tuple(_group(example, best, retriever) for example in audit.examples),
+        {
+            "test rows": source.name,
+            "index": str(retriever.index.folder),
+            "index digest": retriever.index.manifest.digest(),
+            "target": "predicted (entailment)",
+            "command": command,
+        },
+    )
+    return report, result
+
+
+def _group(example: Example, method: str, retriever: Retriever) -> Group:
+    index = retriever.index
+    names = index.manifest.spec.text_columns
+    shared = set(example.texts[0].lower().split()) & set(example.texts[1].lower().split())
+    query = Passage(f"test row {example.row}", dict(zip(names, example.texts, strict=True)), shared)
+    rows = np.array([row for row, _ in example.top[method]])
+    columns = {name: column.to_pylist() for name, column in index.texts(rows).items()}
+    passages = []
+    for i, (row, score) in enumerate(example.top[method]):
+        texts = {name: columns[name][i] for name in names}
+        premise, hypothesis = texts.values()
+        passages.append(
+            Passage(
+                f"rank {i + 1} · row {row} · score {score:.4g}",
+                texts,
+                set(premise.lower().split()) & set(hypothesis.lower().split()),
+                {
+                    "label": retriever.label_names[index.labels[row]],
+                    "prediction": retriever.label_names[index.predictions[row]],
+                    "overlap": float(lexical_overlap([premise], [hypothesis])[0]),
+                    "loss": float(index.losses[row]),
+                },
+            )
+        )
+    return Group(f"Why “entailment” for test row {example.row}? By {method}", passages, query=query)

@@ -1,0 +1,587 @@
+"""Fine-tuning a text classifier into a run folder: a checkpoint an epoch, and what the index must know of each.
+
+    OUT/
+      run.json                what was trained on what, and each checkpoint's eta; written last
+      checkpoints/epoch-1/    model and tokenizer as ``save_pretrained`` writes them, no optimiser state
+
+The loop is transformers' Trainer: AdamW, linear warm-up and decay, gradients clipped at norm 1, rows grouped
+by length. A folder without ``run.json`` is an unfinished run. On a CPU the same seed and thread count give the
+same weights, with development rows or without; a GPU may sum in another order.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from forebear.errors import (
+    DataError,
+    ForebearError,
+    InputError,
+    ModelError,
+    NonFiniteError,
+    OutputExistsError,
+    StorageError,
+)
+from forebear.indexer.data import RowSource
+from forebear.indexer.forward import run_forward
+from forebear.indexer.labels import classes_for, label_map
+from forebear.indexer.model import (
+    Classifier,
+    check_finite_weights,
+    find_head,
+    input_limit,
+    load_pretrained,
+    make_classifier,
+    pad_batch,
+    pick_device,
+    resolve_model_name,
+    tokenize,
+)
+from forebear.indexer.runs import RUN_NAME, Run, RunCheckpoint, read_run
+from forebear.indexer.store import TEMPORARY_SUFFIX
+
+CHECKPOINTS = "checkpoints"
+CHECKPOINT_NAME = re.compile(rf"epoch-\d+({re.escape(TEMPORARY_SUFFIX)})?")
+DEFAULT_MAX_LENGTH = 128
+MAX_GRAD_NORM = 1.0
+BLOCK_ROWS = 4096
+LIBRARIES = ("forebear", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
+FIXED = {"optimizer": "adamw_torch_fused", "scheduler": "linear", "max_grad_norm": MAX_GRAD_NORM}
+
+Progress = Callable[[str, int, int], None]  # stage, done, in all
+
+
+def no_progress(_stage: str, _done: int, _total: int) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Every choice that changes the weights, beside the rows and the model.
+
+    Attributes:
+        epochs: Passes over the rows; each ends in a checkpoint.
+        learning_rate: The highest rate, reached after the warm-up and falling linearly to 0.
+        batch_size: Rows a step.
+        weight_decay: AdamW's, on weights but not on biases and LayerNorm.
+        warmup_ratio: Share of the steps, rounded down, in which the rate rises from 0.
+        freeze_below: Keep everything in the base model fixed but encoder layers >= this and the pooler.
+        label_mode: ``binary-nli`` merges neutral and contradiction.
+        max_length: Longest input in word pieces; default 128, or the model's limit if that is shorter.
+        precision: ``bf16``, ``fp32``, or ``auto``: bf16 where the device computes in it natively.
+        seed: Of the new head, the order of the rows and dropout.
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+
+    epochs: int = 3
+    learning_rate: float = 5e-5
+    batch_size: int = 32
+    weight_decay: float = 0.01
+    warmup_ratio: float = 0.1
+    freeze_below: int | None = None
+    label_mode: str | None = None
+    max_length: int | None = None
+    precision: str = "auto"
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        checks = {
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "a positive number"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "warmup_ratio": (0 <= self.warmup_ratio < 1, "at least 0 and below 1"),
+            "precision": (self.precision in ("auto", "bf16", "fp32"), "auto, bf16 or fp32"),
+            "seed": (0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
+        }
+        for name, (is_right, expected) in checks.items():
+            if not is_right:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {expected}.")
+
+
+def train(
+    source: RowSource,
+    model: str | Path,
+    out: str | Path,
+    options: TrainOptions | None = None,
+    *,
+    dev: RowSource | None = None,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> Run:
+    """Fine-tune a classifier on labelled rows and write the run folder.
+
+    A head stored with the source's label names is trained on, in its own order of classes; any other model
+    gets a new head.
+
+    Args:
+        source: Training rows.
+        model: A model folder, a hub name, or ``minilm``.
+        out: The run folder to write.
+        options: Default :class:`TrainOptions`.
+        dev: Rows on which each checkpoint's accuracy is recorded, in the precision of the training.
+        force: Replace an earlier run in ``out``; only files of such a run are removed.
+        progress: Told of each stage (``reading rows``, ``training``, ``evaluating``).
+
+    Returns:
+        What was written to ``run.json``.
+
+    Raises:
+        DataError: The rows hold fewer than two classes, or labels that cannot be mapped.
+        ModelError: The model is no text classifier with a linear head, or its layers cannot be frozen.
+        OutputExistsError: ``out`` is not empty.
+        NonFiniteError: The loss or a weight became NaN or infinite; that epoch is not saved.
+        StorageError: A checkpoint cannot be written.
+    """
+    options = options or TrainOptions()
+    folder = Path(out)
+    _check_out(folder, force)
+    device = _pick_training_device(options.device)
+    options = replace(options, precision=_pick_precision(options.precision, device), device=device.type)
+    with _quiet_transformers():
+        classifier, head = _load_start(source, str(model), options, device)
+        options = replace(options, max_length=classifier.max_length)
+        rows, data_sha256 = _encode_labelled(source, classifier, options.label_mode, progress), source.sha256()
+        evaluation = None if dev is None else _Evaluation(dev, source, classifier, options.label_mode, progress)
+        _clear_out(folder)
+        course = _Course(classifier, rows, folder, options, evaluation, progress)
+        _run_trainer(course)
+    settings = {**asdict(options), **FIXED, **course.plan, "head": head, "start_sha256": classifier.sha256}
+    settings |= {"n_rows": source.n_rows, "threads": torch.get_num_threads()}
+    settings["dev"] = None if evaluation is None else evaluation.record()
+    run = Run(
+        base_model=str(Path(model).resolve()) if Path(model).is_dir() else str(model),
+        data=source.name,
+        data_sha256=data_sha256,
+        text_columns=tuple(source.text_columns),
+        label_names=classifier.label_names,
+        label_mode=options.label_mode,
+        max_length=classifier.max_length,
+        settings=settings,
+        checkpoints=tuple(course.checkpoints),
+        libraries=_library_versions(),
+    )
+    run.write(folder)
+    return run
+
+
+def _library_versions() -> dict[str, str]:
+    versions = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def _pick_training_device(name: str) -> torch.device:
+    """The CPU or the first CUDA device: Trainer knows no other."""
+    device = pick_device(name)
+    if device.type not in ("cpu", "cuda") or device.index not in (None, 0):
+        raise InputError(
+            f"device {name!r}: training runs on cpu or on the first CUDA device. Choose a GPU by CUDA_VISIBLE_DEVICES."
+        )
+    return device
+
+
+def _pick_precision(precision: str, device: torch.device) -> str:
+    """Resolve ``auto``: bf16 where it is native (elsewhere it is emulated, and slower than fp32)."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return "fp32"
+    return "bf16" if flags & {"amx_bf16", "avx512_bf16", "bf16"} else "fp32"
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Turn transformers' log lines and progress bars off for a while."""
+    from transformers import logging
+
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
+
+
+def _load_start(
+    source: RowSource, model_name: str, options: TrainOptions, device: torch.device
+) -> tuple[Classifier, str]:
+    """The classifier before its first step, and whether its head is ``kept`` or ``new``."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    classes = classes_for(source, options.label_mode)
+    if len(classes) < 2:
+        raise DataError(f"{source.name} has one class, {classes[0]}; a classifier needs two or more.")
+    path = resolve_model_name(model_name)
+    config = load_pretrained(AutoConfig, path)
+    stored = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    has_names = sorted(map(str.casefold, stored)) == sorted(map(str.casefold, classes))
+    names = stored if has_names else classes
+    torch.manual_seed(options.seed)
+    model, info = load_pretrained(
+        AutoModelForSequenceClassification,
+        path,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        dtype=torch.float32,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        problem_type="single_label_classification",
+    )
+    _refuse_random_encoder(model, info["missing_keys"], path)
+    head = model.get_submodule(find_head(model, path))
+    is_kept = has_names and not info["missing_keys"] and not info["mismatched_keys"]
+    if not is_kept:
+        _reset_head(head, options.seed, getattr(config, "initializer_range", 0.02))
+    tokenizer = load_pretrained(AutoTokenizer, path)
+    max_length = options.max_length
+    if max_length is None:
+        max_length = min(DEFAULT_MAX_LENGTH, input_limit(config, tokenizer, None, path))
+    classifier = make_classifier(
+        model, tokenizer, name=path, device=device, precision=options.precision, max_length=max_length
+    )
+    if options.freeze_below is not None:
+        freeze_below(classifier.model, options.freeze_below, path)
+    return classifier, "kept" if is_kept else "new"
+
+
+def _refuse_random_encoder(model: Any, missing: Sequence[str], name: str) -> None:
+    """A pooler may start at random weights, an encoder may not."""
+    prefix = f"{model.base_model_prefix}."
+    encoder = sorted(key for key in missing if key.startswith(prefix) and "pooler" not in key)
+    if encoder:
+        raise ModelError(
+            f"{name} stores no weights for {', '.join(encoder[:3])}{' ...' if len(encoder) > 3 else ''}: training "
+            "would start from a random encoder. Give a pretrained model folder or hub name."
+        )
+
+
+def _reset_head(head: Any, seed: int, std: float) -> None:
+    """A new head: normal weights and no bias, from the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.copy_(torch.empty(head.weight.shape).normal_(0.0, std, generator=generator))
+        if head.bias is not None:
+            head.bias.zero_()
+
+
+def freeze_below(model: Any, k: int, name: str = "the model") -> None:
+    """Fix every parameter of the base model but encoder layers ``>= k`` and the pooler; the head stays free.
+
+    Args:
+        model: A transformers sequence classifier.
+        k: First layer that is trained, 0 to the number of layers (which trains pooler and head only).
+        name: For messages.
+
+    Raises:
+        ModelError: It has no list of encoder layers, or its layers share their weights.
+        InputError: ``k`` is out of range.
+    """
+    base = model.base_model
+    lists = {
+        key: module
+        for key, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(layer) for layer in module}) == 1
+    }
+    outer = {key: found for key, found in lists.items() if not any(key.startswith(f"{o}.") for o in lists)}
+    if not outer:
+        raise ModelError(
+            f"{name} ({type(model).__name__}) has no list of encoder layers to freeze. Leave --freeze-below out."
+        )
+    prefix = max(outer, key=lambda key: len(outer[key]))
+    n_layers = len(outer[prefix])
+    expected = getattr(model.config, "num_hidden_layers", n_layers)
+    if n_layers != expected:
+        raise ModelError(
+            f"{name} ({type(model).__name__}) runs {expected} layers with the weights of {n_layers} (shared): some of "
+            "them cannot be frozen alone. Leave --freeze-below out."
+        )
+    if not 0 <= k <= n_layers:
+        raise InputError(f"--freeze-below {k}: {name} has {n_layers} encoder layers; expected 0 to {n_layers}.")
+    free = tuple(f"{prefix}.{i}." for i in range(k, n_layers))
+    for key, parameter in base.named_parameters():
+        parameter.requires_grad_(key.startswith(free) or "pooler" in key.split("."))
+
+
+def _encode_labelled(
+    source: RowSource, classifier: Classifier, mode: str | None, progress: Progress
+) -> list[dict[str, Any]]:
+    """Word pieces and class id of every row.
+
+    Raises:
+        DataError: Fewer than two classes occur.
+    """
+    labels = label_map(source, classifier.label_names, mode)
+    rows: list[dict[str, Any]] = []
+    for block in source.blocks(BLOCK_ROWS):
+        ids = labels(block.labels or [], block.start)
+        encoded = tokenize(classifier.tokenizer, block.texts, classifier.max_length)
+        for row, label in zip(encoded, ids, strict=True):
+            pieces = {key: np.asarray(values, dtype=np.int32) for key, values in row.items()}
+            rows.append({**pieces, "labels": int(label)})
+        progress("reading rows", len(rows), source.n_rows)
+    found = {row["labels"] for row in rows}
+    if len(found) < 2:
+        only = classifier.label_names[found.pop()]
+        raise DataError(f"every row of {source.name} is {only}; a classifier needs rows of two classes or more.")
+    return rows
+
+
+class _Evaluation:
+    """Accuracy on the development rows."""
+
+    def __init__(
+        self, dev: RowSource, source: RowSource, classifier: Classifier, mode: str | None, progress: Progress
+    ) -> None:
+        if len(dev.text_columns) != len(source.text_columns):
+            raise DataError(
+                f"{dev.name} has the text column(s) {', '.join(dev.text_columns)}, the training rows "
+                f"{', '.join(source.text_columns)}; expected as many. Name them by --text-columns."
+            )
+        self._dev, self._classifier, self._progress = dev, classifier, progress
+        labels = label_map(dev, classifier.label_names, mode)
+        self._ids = np.concatenate([labels(b.labels or [], b.start) for b in dev.blocks(BLOCK_ROWS)])  # refuses -1
+        self._warning = labels.warning
+
+    def accuracy(self) -> float:
+        """Share of rows whose most probable class is their label."""
+        self._classifier.model.eval()
+        n_right = 0
+        for block in self._dev.blocks(BLOCK_ROWS):
+            predictions = run_forward(self._classifier, block.texts, first_row=block.start).predictions
+            n_right += int((predictions == self._ids[block.start : block.start + len(block)]).sum())
+            self._progress("evaluating", block.start + len(block), self._dev.n_rows)
+        return n_right / self._dev.n_rows
+
+    def record(self) -> dict[str, Any]:
+        """What ``run.json`` says of the rows."""
+        dev = self._dev
+        return {"data": dev.name, "sha256": dev.sha256(), "n_rows": dev.n_rows, "warning": self._warning}
+
+
+class _Course:
+    """The loss of a step, and the record of rates, losses and checkpoints."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        rows: list[dict[str, Any]],
+        folder: Path,
+        options: TrainOptions,
+        evaluation: _Evaluation | None,
+        progress: Progress,
+    ) -> None:
+        self.classifier, self.rows, self.folder, self.options = classifier, rows, folder, options
+        self._evaluation, self._progress = evaluation, progress
+        n_steps = options.epochs * math.ceil(len(rows) / options.batch_size)
+        self.plan = {"n_steps": n_steps, "warmup_steps": int(n_steps * options.warmup_ratio)}
+        self.checkpoints: list[RunCheckpoint] = []
+        self._step = 0
+        self._rates: list[float] = []  # since the previous checkpoint, one a step
+        self._losses: list[tuple[float, int]] = []  # likewise: mean over the batch, rows in it
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """One padded batch, on the CPU."""
+        inputs = [{key: row[key] for key in row if key != "labels"} for row in rows]
+        batch = pad_batch(self.classifier.tokenizer, inputs, torch.device("cpu"))
+        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+
+    def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Mean cross-entropy of a batch, in nats; refuses NaN and infinity."""
+        labels = batch["labels"]
+        with self.classifier.autocast():
+            logits = model(**{key: batch[key] for key in batch if key != "labels"}).logits
+        loss = nn.functional.cross_entropy(logits.float(), labels)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the training loss is {value} at step {self._step + 1} of {self.plan['n_steps']}; nothing of this "
+                f"epoch was saved. Lower --learning-rate (now {self.options.learning_rate:g}), or try --precision fp32."
+            )
+        self._losses.append((value, len(labels)))
+        return loss
+
+    def note_rate(self, rate: float) -> None:
+        """Before each step: the learning rate that it is taken with."""
+        self._rates.append(rate)
+
+    def end_step(self) -> None:
+        """After each step."""
+        self._step += 1
+        self._progress("training", self._step, self.plan["n_steps"])
+
+    def end_epoch(self) -> None:
+        """Check, evaluate and save the model."""
+        name = f"epoch-{len(self.checkpoints) + 1}"
+        check_finite_weights(self.classifier.model, f"the model after step {self._step}")
+        accuracy = None if self._evaluation is None else self._evaluation.accuracy()
+        path = f"{CHECKPOINTS}/{name}"
+        _save_checkpoint(self.classifier, self.folder / path)
+        n_rows = sum(n for _loss, n in self._losses)
+        checkpoint = RunCheckpoint(
+            name=name,
+            path=path,
+            step=self._step,
+            eta=math.fsum(self._rates) / len(self._rates),
+            train_loss=math.fsum(loss * n for loss, n in self._losses) / n_rows,
+            accuracy=accuracy,
+        )
+        self.checkpoints.append(checkpoint)
+        self._rates, self._losses = [], []
+
+
+def _run_trainer(course: _Course) -> None:
+    """Hand the loop to transformers' Trainer, without its log, its bars and its checkpoints."""
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    class CourseTrainer(Trainer):  # type: ignore[misc]
+        def compute_loss(self, model: nn.Module, inputs: Any, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+            return course.loss(model, inputs)
+
+    class CourseCallback(TrainerCallback):  # type: ignore[misc]
+        def on_pre_optimizer_step(self, *_args: Any, optimizer: Any, **_kwargs: Any) -> None:
+            course.note_rate(float(optimizer.param_groups[0]["lr"]))
+
+        def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
+            course.end_step()
+
+        def on_epoch_end(self, *_args: Any, **_kwargs: Any) -> None:
+            course.end_epoch()
+
+    options = course.options
+    arguments = TrainingArguments(
+        output_dir=str(course.folder / CHECKPOINTS),
+        num_train_epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=options.batch_size,
+        weight_decay=options.weight_decay,
+        warmup_steps=course.plan["warmup_steps"],
+        optim=FIXED["optimizer"],
+        lr_scheduler_type=FIXED["scheduler"],
+        max_grad_norm=MAX_GRAD_NORM,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        seed=options.seed,
+        use_cpu=course.classifier.device.type == "cpu",
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs would multiply the batch
+    trainer = CourseTrainer(
+        model=course.classifier.model,
+        args=arguments,
+        train_dataset=course.rows,
+        data_collator=course.collate,
+        callbacks=[CourseCallback()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    assert course.checkpoints[-1].step == course.plan["n_steps"]
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn what a failed write raises into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except ForebearError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise StorageError(
+            f"cannot write {path}: {reason}. The run is unfinished; free some space or choose another --out, and train "
+            "again."
+        ) from error
+
+
+def _save_checkpoint(classifier: Classifier, folder: Path) -> None:
+    """Write model and tokenizer under a temporary name, sync, rename: the folder is complete or not there."""
+    partial = folder.with_name(folder.name + TEMPORARY_SUFFIX)
+    try:
+        with _writing(folder):
+            classifier.model.save_pretrained(partial)  # type: ignore[operator]
+            classifier.tokenizer.save_pretrained(partial)
+            for path in [*partial.iterdir(), partial]:
+                _sync(path)
+            partial.replace(folder)
+            _sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_out(folder: Path, force: bool) -> None:
+    """Refuse a folder that is in use; with ``force``, one that holds anything but a run of ours."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(f"{folder} is a file; --out names a folder to be written. Choose another.")
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if not found:
+        return
+    held = ", ".join(found[:3]) + (" ..." if len(found) > 3 else "")
+    if not _is_run(folder, found):
+        raise OutputExistsError(
+            f"{folder} holds {held} and is no training run; nothing of it is ever removed. Choose another --out."
+        )
+    if not force:
+        state = "a training run" if RUN_NAME in found else "an unfinished training run"
+        raise OutputExistsError(f"{folder} holds {state}. Choose another --out, or give --force to replace it.")
+
+
+def _is_run(folder: Path, found: list[str]) -> bool:
+    """Whether a folder holds a run, finished or not (then it holds nothing else)."""
+    if RUN_NAME in found:
+        try:
+            return read_run(folder) is not None
+        except DataError:
+            return False
+    checkpoints = folder / CHECKPOINTS
+    inside = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    return set(found) <= {CHECKPOINTS, RUN_NAME + TEMPORARY_SUFFIX} and all(map(CHECKPOINT_NAME.fullmatch, inside))
+
+
+def _clear_out(folder: Path) -> None:
+    """Remove an earlier run's files, ``run.json`` first, and make the folder."""
+    with _writing(folder):
+        for name in (RUN_NAME, RUN_NAME + TEMPORARY_SUFFIX):
+            (folder / name).unlink(missing_ok=True)
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        for path in (folder / CHECKPOINTS).iterdir():
+            if CHECKPOINT_NAME.fullmatch(path.name):
+                shutil.rmtree(path)

@@ -1,0 +1,132 @@
+"""Whether an index is whole: every byte re-hashed, nothing unlisted, a sample of rows computed again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from forebear.errors import CorruptIndexError, InputError
+from forebear.indexer.build import SUBFOLDERS, check_same_model
+from forebear.indexer.forward import residual_and_loss, run_forward
+from forebear.indexer.index import Index
+from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
+from forebear.indexer.model import load_classifier
+from forebear.indexer.sentence import load_sentence_encoder
+from forebear.indexer.store import file_sha256
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # max|difference| / max|value|: other batches, other threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was checked, and what was found wrong.
+
+    Attributes:
+        n_files: Files re-hashed.
+        size_bytes: Their size.
+        n_rows_recomputed: Training rows run through the model again.
+        max_error: Largest max|difference| / max|value| of what was recomputed; None if nothing was.
+        problems: One line each; empty when the index is whole.
+    """
+
+    n_files: int
+    size_bytes: int
+    n_rows_recomputed: int
+    max_error: float | None
+    problems: tuple[str, ...]
+
+
+def verify_index(
+    folder: str | Path, *, model: str | None = None, n_rows: int = 16, seed: int = 0, device: str = "auto"
+) -> Verification:
+    """Check every byte of an index, and a sample of its rows against the model.
+
+    Args:
+        folder: The index.
+        model: Where the last checkpoint is now, if it has moved.
+        n_rows: Rows to recompute; 0 checks the bytes alone, without a model.
+        seed: Which rows.
+        device: Where the model runs.
+
+    Raises:
+        CorruptIndexError: The manifest itself is damaged.
+        ModelError: The model cannot be loaded.
+        MismatchError: It is not the model of the index.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST_NAME).is_file():
+        Index.open(folder)  # raises, saying what is there instead
+    manifest = read_manifest(folder)
+    problems = _byte_problems(folder, manifest)
+    max_error = None
+    if n_rows < 0:
+        raise InputError(f"--rows {n_rows}: expected 0 or more.")
+    if n_rows and not problems:
+        max_error = _recompute(Index.open(folder, check=False), model, n_rows, seed, device)
+        limit = TOLERANCE[manifest.spec.precision]
+        if max_error > limit:
+            problems.append(
+                f"recomputed rows differ from the stored ones by {max_error:.2e} (at most {limit:.0e} expected)"
+            )
+    return Verification(
+        n_files=len(manifest.files) + 1,
+        size_bytes=sum(facts["bytes"] for facts in manifest.files.values()),
+        n_rows_recomputed=0 if max_error is None else min(n_rows, manifest.n_rows),
+        max_error=max_error,
+        problems=tuple(problems),
+    )
+
+
+def _byte_problems(folder: Path, manifest: Manifest) -> list[str]:
+    problems = []
+    for name, facts in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != facts["bytes"]:
+            problems.append(f"{name} has {path.stat().st_size} bytes, the manifest says {facts['bytes']}")
+        elif file_sha256(path) != facts["sha256"]:
+            problems.append(f"{name} was altered: its sha256 is not the manifest's")
+    unfinished = (folder / JOURNAL_NAME).is_file()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in manifest.files and name not in (MANIFEST_NAME, JOURNAL_NAME):
+            ours = unfinished and name.split("/")[0] in SUBFOLDERS
+            problems.append(
+                f"{name} is not listed in the manifest" + (" (left by an unfinished append)" if ours else "")
+            )
+    if unfinished:
+        problems.append("an append was not finished: go on with --append --resume, or discard it with --append --force")
+    return problems
+
+
+def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: str) -> float:
+    """Largest relative difference between stored and recomputed numbers of a sample of rows."""
+    spec, manifest = index.manifest.spec, index.manifest
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.choice(manifest.n_rows, size=min(n_rows, manifest.n_rows), replace=False))
+    texts = [column.to_pylist() for column in index.texts(rows).values()]
+    errors = []
+
+    def compare(stored: np.ndarray, found: np.ndarray) -> None:
+        scale = max(float(np.abs(stored).max()), 1e-30)
+        errors.append(float(np.abs(stored.astype(np.float64) - found).max()) / scale)
+
+    for number, checkpoint in enumerate(manifest.checkpoints):
+        moved = model is not None and number == len(manifest.checkpoints) - 1
+        path = model if moved and model is not None else checkpoint.path
+        classifier = load_classifier(path, device=device, precision=spec.precision, max_length=spec.max_length)
+        check_same_model(classifier, checkpoint.sha256, spec.tokenizer_sha256)
+        forward = run_forward(classifier, texts, batch_tokens=spec.batch_tokens)
+        residuals, _ = residual_and_loss(forward.logits, index.labels[rows])
+        compare(index.features(number).take(rows), forward.features)
+        compare(index.residuals(number).take(rows), residuals)
+    if "sbert" in spec.stores:
+        assert manifest.sentence_model is not None
+        encoder = load_sentence_encoder(manifest.sentence_model, device=device)
+        compare(index.sentence().take(rows), encoder.embed(texts))
+    if not np.isfinite(errors).all():
+        raise CorruptIndexError(f"{index.folder}: stored numbers are NaN or infinite. Build the index again.")
+    return max(errors)

@@ -1,0 +1,123 @@
+"""Tiny models, and indexes of them built once a session."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import labels, make_tiny_model, sentences
+
+from forebear.indexer.build import BuildOptions, build_index
+from forebear.indexer.data import rows_from_texts
+from forebear.indexer.index import Index
+from forebear.indexer.runs import choose_model
+from forebear.retriever.retriever import Retriever
+
+N_ROWS = 60
+N_QUERIES = 7
+DAMPINGS = ("0.1x", "0.003", "2x")
+HEADS = {"bert": "classifier", "roberta": "classifier.out_proj", "distilbert": "classifier"}
+HEADS |= {"electra": "classifier.out_proj"}
+
+
+def texts_of(n: int, seed: int, pairs: bool) -> list[Any]:
+    """Single texts, or pairs of texts."""
+    single = sentences(n, seed=seed)
+    return list(zip(single, sentences(n, seed=seed + 100, high=8), strict=True)) if pairs else single
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """A tiny run and its index: everything that an oracle needs, as plain lists and paths.
+
+    Attributes:
+        kind: Architecture.
+        n_classes: c.
+        models: Checkpoint folders in training order.
+        etas: One a checkpoint.
+        sentence_model: Folder of the un-tuned encoder.
+        texts: Training texts, or pairs.
+        labels: Gold class ids.
+        queries: Test texts, or pairs.
+        query_labels: Their gold class ids.
+        index: The index of all this, with both stores.
+        retriever: Over it.
+    """
+
+    kind: str
+    n_classes: int
+    models: tuple[str, ...]
+    etas: tuple[float, ...]
+    sentence_model: str
+    texts: list[Any]
+    labels: list[int]
+    queries: list[Any]
+    query_labels: list[int]
+    index: Index
+    retriever: Retriever
+
+    @property
+    def head(self) -> str:
+        """Name of the head in the model."""
+        return HEADS[self.kind]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Folder of a tiny random classifier; the same arguments give the same folder."""
+    root = tmp_path_factory.mktemp("models")
+    made: dict[tuple[Any, ...], str] = {}
+
+    def make(kind: str = "bert", n_classes: int = 2, seed: int = 0, scale: float = 6.0) -> str:
+        key = (kind, n_classes, seed, scale)
+        if key not in made:
+            made[key] = str(make_tiny_model(root / "-".join(map(str, key)), kind, n_classes, seed, scale))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_world(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., str]
+) -> Callable[[str, int, bool, int], World]:
+    """Build a world on first use, and keep it."""
+    made: dict[Any, World] = {}
+
+    def make(kind: str, n_classes: int, pairs: bool, n_checkpoints: int) -> World:
+        key = (kind, n_classes, pairs, n_checkpoints)
+        if key in made:
+            return made[key]
+        models = tuple(tiny_model(kind, n_classes, seed) for seed in range(n_checkpoints))
+        etas = (0.5, 0.25, 1.5)[:n_checkpoints]
+        sentence_model = tiny_model("bert", 2, 9)
+        texts, gold = texts_of(N_ROWS, 0, pairs), labels(N_ROWS, n_classes)
+        options = BuildOptions(
+            stores=("features", "sbert"), sentence_model=sentence_model, dampings=DAMPINGS, shard_rows=17, batch_tokens=64
+        )
+        chosen = choose_model(None, models, etas).checkpoints
+        folder = tmp_path_factory.mktemp(kind) / "index"
+        index = build_index(rows_from_texts(texts, gold), folder, chosen, options)
+        made[key] = World(
+            kind, n_classes, models, etas, sentence_model, texts, gold,
+            texts_of(N_QUERIES, 50, pairs), labels(N_QUERIES, n_classes, seed=3), index, Retriever(index),
+        )  # fmt: skip
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bert_world(make_world: Callable[..., World]) -> World:
+    """Two classes, single texts, two checkpoints."""
+    return make_world("bert", 2, False, 2)
+
+
+@pytest.fixture
+def index_copy(bert_world: World, tmp_path: Path) -> Path:
+    """A copy of the BERT world's index, to be damaged."""
+    return Path(shutil.copytree(bert_world.index.folder, tmp_path / "copy"))
