@@ -217,13 +217,12 @@ def _report(
         ],
     ]
     found = by_overlap and wrong.found
+    random_rows: list[list[Cell]] = [["(random rows)", wrong.share, None]]
+    by_method: list[list[Cell]] = [[m, wrong.precision[m], wrong.median_rank[m]] for m in wrong.precision]
     ranks = Table(
         "Planted wrong labels behind the answers they spoilt",
         ["method", f"share of the top {TOP}", "median rank of the first"],
-        [
-            ["(random rows)", wrong.share, None],
-            *([m, wrong.precision[m], wrong.median_rank[m]] for m in wrong.precision),
-        ],
+        random_rows + by_method,
         f"{wrong.n_queries} of {wrong.n_probe} probe rows are answered as the wrong labels say.",
     )
     summary = (

@@ -44,7 +44,7 @@ class HansAudit:
         methods: Names, ``m``.
         overlap: Lexical overlap of the top training rows, ``(queries, m, k)``.
         all_rows_overlap: Mean overlap of all live training rows: what random rows would give.
-        accuracy: Share of right answers among (entailment, non-entailment) rows.
+        accuracy: Share of right answers among (entailment, non-entailment) rows; None where there are none.
         n_rows: Rows of each kind.
         examples: Some of the queries, spread over the file.
     """
@@ -52,7 +52,7 @@ class HansAudit:
     methods: tuple[str, ...]
     overlap: np.ndarray
     all_rows_overlap: float
-    accuracy: tuple[float, float]
+    accuracy: tuple[float | None, float | None]
     n_rows: tuple[int, int]
     examples: tuple[Example, ...]
 
@@ -133,8 +133,8 @@ def audit_hans(
     )
 
 
-def _share(part: int, whole: int) -> float:
-    return float(part / whole) if whole else 0.0
+def _share(part: int, whole: int) -> float | None:
+    return float(part / whole) if whole else None
 
 
 def _example(block: RowBlock, i: int, answers: Answers, j: int) -> Example:
@@ -181,81 +181,97 @@ def hans_report(
 ) -> tuple[Report, dict[str, object]]:
     """The report of an audit, and its numbers for ``result.json``."""
     k = audit.overlap.shape[2]
-    rows: list[list[Cell]] = [
-        ["(all training rows)", audit.all_rows_overlap, None, audit.all_rows_overlap, None, None, None]
-    ]
-    result: dict[str, object] = {}
-    one, many = audit.mean_overlap(1), audit.mean_overlap(k)
-    stats = {}
-    for i, name in enumerate(audit.methods):
-        (first, first_error), (mean, error) = mean_and_error(one[:, i]), mean_and_error(many[:, i])
-        low, high = bootstrap_interval(many[:, i])
-        rows.append([name, first, first_error, mean, error, low, high])
-        stats[name] = {
-            "top_1": first,
-            "top_1_error": first_error,
-            f"top_{k}": mean,
-            f"top_{k}_error": error,
-            "interval": [low, high],
-        }
-    result["methods"] = stats
-    result |= {
+    many = audit.mean_overlap(k).mean(axis=0)
+    best = int(many.argmax())
+    provenance = {
+        "test rows": source.name,
+        "index": str(retriever.index.folder),
+        "index digest": retriever.index.manifest.digest(),
+        "target": "predicted (entailment)",
+        "command": command,
+    }
+    report = Report(
+        "HANS audit: lexical overlap",
+        _summary(audit, audit.methods[best], float(many[best])),
+        (_overlap_table(audit), _accuracy_table(audit)),
+        (_overlap_figure(audit),),
+        tuple(_group(example, audit.methods[best], retriever) for example in audit.examples),
+        provenance,
+    )
+    result: dict[str, object] = {
+        "methods": {name: _statistics(audit, i) for i, name in enumerate(audit.methods)},
         "all_rows": audit.all_rows_overlap,
         "n_queries": audit.n_queries,
         "accuracy": {"entailment": audit.accuracy[0], "non_entailment": audit.accuracy[1]},
         "n_rows": {"entailment": audit.n_rows[0], "non_entailment": audit.n_rows[1]},
         "top": k,
     }
-    best = max(audit.methods, key=lambda name: float(many[:, audit.methods.index(name)].mean()))
-    best_mean = float(many[:, audit.methods.index(best)].mean())
-    summary = (
-        f"{audit.n_queries:,} of {audit.n_rows[1]:,} non-entailment rows are taken for entailment. The training rows behind "
-        f"them overlap more than others: {best_mean:.2f} of the hypothesis' words are in the premise among the top {k} by "
-        f"{best}, {audit.all_rows_overlap:.2f} among all training rows."
-        if best_mean > audit.all_rows_overlap
-        else f"{audit.n_queries:,} of {audit.n_rows[1]:,} non-entailment rows are taken for entailment, but no method brings "
-        f"up training rows of more than the ordinary overlap, {audit.all_rows_overlap:.2f}."
+    return report, result
+
+
+def _summary(audit: HansAudit, best: str, overlap: float) -> str:
+    """The finding in two sentences."""
+    found = f"{audit.n_queries:,} of {audit.n_rows[1]:,} non-entailment rows are taken for entailment."
+    ordinary = f"{audit.all_rows_overlap:.2f}"
+    if overlap <= audit.all_rows_overlap:
+        return f"{found} No method brings up training rows of more than the ordinary overlap, {ordinary}."
+    return (
+        f"{found} The training rows behind them overlap more than others: {overlap:.2f} of the hypothesis' words are in "
+        f"the premise among the top {audit.overlap.shape[2]} by {best}, {ordinary} among all training rows."
     )
-    table = Table(
+
+
+def _statistics(audit: HansAudit, method: int) -> dict[str, float | None]:
+    """Mean overlap of the top 1 and top k, their standard errors, and the latter's interval."""
+    k = audit.overlap.shape[2]
+    first, first_error = mean_and_error(audit.mean_overlap(1)[:, method])
+    many = audit.mean_overlap(k)[:, method]
+    mean, error = mean_and_error(many)
+    low, high = bootstrap_interval(many)
+    return {
+        "top_1": first,
+        "top_1_error": first_error,
+        "top_k": mean,
+        "top_k_error": error,
+        "top_k_low": low,
+        "top_k_high": high,
+    }
+
+
+def _overlap_table(audit: HansAudit) -> Table:
+    k = audit.overlap.shape[2]
+    everything = audit.all_rows_overlap
+    rows: list[list[Cell]] = [["(all training rows)", everything, None, everything, None, None, None]]
+    rows += [[name, *_statistics(audit, i).values()] for i, name in enumerate(audit.methods)]
+    return Table(
         "Lexical overlap of the rows behind a wrong “entailment”",
         ["method", "top 1", "± top 1", f"top {k}", f"± top {k}", "95% low", "95% high"],
         rows,
-        f"Share of the hypothesis' word types found in the premise; mean over {audit.n_queries:,} queries, ± its standard "
-        f"error; 95% bootstrap interval of top {k}. The first line is what random rows give.",
+        f"Share of the hypothesis' word types found in the premise; mean over {audit.n_queries:,} queries, ± its "
+        f"standard error; 95% bootstrap interval of top {k}. The first line is what random rows give.",
     )
-    accuracy = Table(
-        "Accuracy",
-        ["rows", "number", "right"],
-        [["entailment", audit.n_rows[0], audit.accuracy[0]], ["non-entailment", audit.n_rows[1], audit.accuracy[1]]],
+
+
+def _accuracy_table(audit: HansAudit) -> Table:
+    kinds = zip(("entailment", "non-entailment"), audit.n_rows, audit.accuracy, strict=True)
+    return Table("Accuracy", ["rows", "number", "right"], [list(kind) for kind in kinds])
+
+
+def _overlap_figure(audit: HansAudit) -> Figure:
+    k = audit.overlap.shape[2]
+    series, errors = {}, {}
+    for top in dict.fromkeys((1, k)):
+        pairs = [mean_and_error(values) for values in audit.mean_overlap(top).T]
+        series[f"top {top}"] = [mean for mean, _ in pairs]
+        errors[f"top {top}"] = [error for _, error in pairs]
+    drawing = bar_chart(
+        audit.methods,
+        series,
+        errors=errors,
+        reference=("all rows", audit.all_rows_overlap),
+        xlabel="mean lexical overlap of the top training rows",
     )
-    errors = {
-        "top 1": [mean_and_error(one[:, i])[1] for i in range(len(audit.methods))],
-        f"top {k}": [mean_and_error(many[:, i])[1] for i in range(len(audit.methods))],
-    }
-    series = {"top 1": [float(v) for v in one.mean(axis=0)], f"top {k}": [float(v) for v in many.mean(axis=0)]}
-    figure = Figure(
-        "Overlap by method",
-        bar_chart(
-            audit.methods, series if k > 1 else {"top 1": series["top 1"]}, errors=errors if k > 1 else None,
-            reference=("all rows", audit.all_rows_overlap), xlabel="mean lexical overlap of the top training rows",
-        ),
-        "Bars past the dashed line: the method brings up rows that share the shortcut.",
-    )  # fmt: skip
-    report = Report(
-        "HANS audit: lexical overlap",
-        summary,
-        (table, accuracy),
-        (figure,),
-        tuple(_group(example, best, retriever) for example in audit.examples),
-        {
-            "test rows": source.name,
-            "index": str(retriever.index.folder),
-            "index digest": retriever.index.manifest.digest(),
-            "target": "predicted (entailment)",
-            "command": command,
-        },
-    )
-    return report, result
+    return Figure("Overlap by method", drawing, "Bars past the dashed line: rows that share the shortcut come up.")
 
 
 def _group(example: Example, method: str, retriever: Retriever) -> Group:

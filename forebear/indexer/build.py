@@ -270,13 +270,15 @@ def _refuse_unfinished(folder: Path) -> None:
 
 def library_versions() -> dict[str, str]:
     """Versions of what computes the numbers."""
-    versions = {}
-    for name in ("forebear", "torch", "transformers", "pyarrow", "numpy", "scipy", "faiss-cpu", "faiss-gpu"):
+
+    def find(name: str) -> str | None:
         try:
-            versions[name] = version(name)
+            return version(name)
         except PackageNotFoundError:
-            continue
-    return versions
+            return None
+
+    names = ("forebear", "torch", "transformers", "pyarrow", "numpy", "scipy", "faiss-cpu", "faiss-gpu")
+    return {name: found for name in names if (found := find(name))}
 
 
 def _check_target(folder: Path, *, resume: bool, force: bool) -> None:
@@ -324,8 +326,8 @@ def _make_spec(
         if found != (last.feature_dim, last.label_names, last.tokenizer_sha256):
             raise MismatchError(
                 f"checkpoint {checkpoint.path} has {model.feature_dim} features, labels {list(model.label_names)} and "
-                f"tokenizer {model.tokenizer_sha256[:8]}; the last one has {last.feature_dim}, {list(last.label_names)}, "
-                f"{last.tokenizer_sha256[:8]}. Checkpoints must come from one run."
+                f"tokenizer {model.tokenizer_sha256[:8]}; the last one has {last.feature_dim}, "
+                f"{list(last.label_names)}, {last.tokenizer_sha256[:8]}. Checkpoints must come from one run."
             )
         listed.append(
             Checkpoint(name=checkpoint.name, path=str(checkpoint.path), eta=checkpoint.eta, sha256=model.sha256)
@@ -412,8 +414,8 @@ def check_same_model(classifier: Classifier, sha256: str, tokenizer_sha256: str)
     ):
         if found != wanted:
             raise MismatchError(
-                f"{classifier.name}: {what} sha256 {found[:12]} is not the one of the index, {wanted[:12]}. Scores across "
-                "them mean nothing. Give the model that was indexed (--model), or build an index of this one."
+                f"{classifier.name}: {what} sha256 {found[:12]} is not the one of the index, {wanted[:12]}. Scores "
+                "across them mean nothing. Give the model that was indexed (--model), or build an index of this one."
             )
 
 

@@ -139,24 +139,23 @@ class Index:
     def texts(self, rows: np.ndarray) -> dict[str, pa.Array]:
         """Text columns of the given rows, under the names they had in the training file."""
         flat = np.asarray(rows, dtype=np.int64).reshape(-1)
-        starts = np.array([0, *(stop for _, stop in self.manifest.shards)])
-        out: dict[str, pa.Array] = {}
+        names = self.manifest.spec.text_columns
+        return {name: self._take_strings(f"text_{i}", flat) for i, name in enumerate(names)}
+
+    def _take_strings(self, name: str, rows: np.ndarray) -> pa.Array:
+        """A string column of the given rows, taken shard by shard (a take over all shards would copy them)."""
+        if not len(rows):
+            return pa.array([], pa.string())
         shards = self._shards("rows")
-        for i, name in enumerate(self.manifest.spec.text_columns):
-            found: list[pa.Array] = []
-            positions: list[np.ndarray] = []
+        found: list[pa.Array] = []
+        positions: list[np.ndarray] = []
 
-            def visit(shard: int, at: np.ndarray, local: np.ndarray, column_name: str = f"text_{i}") -> None:
-                positions.append(at)
-                found.append(shards[shard].column(column_name).take(pa.array(local)))
+        def visit(shard: int, at: np.ndarray, local: np.ndarray) -> None:
+            positions.append(at)
+            found.append(shards[shard].column(name).take(pa.array(local)))
 
-            for_each_shard(starts, flat, visit)
-            if not found:
-                out[name] = pa.array([], pa.string())
-                continue
-            back = np.argsort(np.concatenate(positions), kind="stable")
-            out[name] = pa.concat_arrays(found).take(pa.array(back))
-        return out
+        for_each_shard(np.array([0, *(stop for _, stop in self.manifest.shards)]), rows, visit)
+        return pa.concat_arrays(found).take(pa.array(np.argsort(np.concatenate(positions), kind="stable")))
 
     @cached_property
     def retired(self) -> np.ndarray:
@@ -185,7 +184,7 @@ class Index:
         return table
 
     def ann(self, name: str) -> AnnIndex:
-        """FAISS index ``feature-cos``, ``feature-euc``, ``sentence-cos`` or ``sentence-euc``; positions index ``live``."""
+        """FAISS index ``feature-cos``, ``-euc``, ``sentence-cos`` or ``-euc``; its positions are those of ``live``."""
         key = ("ann", name)
         if key not in self._cache:
             self._cache[key] = read_ann(self._derived_path(name), self.manifest.derived[name])

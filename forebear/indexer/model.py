@@ -118,7 +118,7 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
     looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
     if looks_local and not (Path(name) / "config.json").is_file():
         raise ModelError(
-            f"{name} is no transformers model folder (no config.json in it). Give the folder that save_pretrained wrote."
+            f"{name} is no transformers model folder (no config.json in it). Give one that save_pretrained wrote."
         )
     verbosity = transformers.logging.get_verbosity()
     progress = transformers.logging.is_progress_bar_enabled()

@@ -222,7 +222,7 @@ class Retriever:
         if len(source.text_columns) != len(wanted):
             raise MismatchError(
                 f"{source.name} gives {len(source.text_columns)} text(s) a row ({', '.join(source.text_columns)}); the "
-                f"index was built from {len(wanted)} ({', '.join(wanted)}). Choose them by --text-columns, or use --pair."
+                f"index was built from {len(wanted)} ({', '.join(wanted)}). Choose them by --text-columns or --pair."
             )
 
     def query_labels(self, source: RowSource, *, required: bool) -> LabelMap | None:

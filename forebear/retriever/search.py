@@ -266,9 +266,8 @@ def search_scan(
 
     Without ``rerank`` the float32 scores of the scan are returned as they are.
     """
-    outcome: list[tuple[Ranking, Ranking]] = []
-    for which in _chunks(np.arange(len(query)), max(1, _MAX_SCORES // len(table))):
-        outcome.append(_scan_chunk(query.take(which), table, factors, k, rerank=rerank))
+    chunks = _chunks(np.arange(len(query)), max(1, _MAX_SCORES // len(table)))
+    outcome = [_scan_chunk(query.take(which), table, factors, k, rerank=rerank) for which in chunks]
     return _join([a for a, _ in outcome]), _join([b for _, b in outcome])
 
 
@@ -363,9 +362,7 @@ def _unranked(ann: AnnIndex, vectors: np.ndarray, factors: RowFactors, k: int, *
     """What FAISS itself says, signed as the method is."""
     scores, positions = ann.search(vectors, k)
     if (positions < 0).any():
-        raise InputError(
-            f"the FAISS index found fewer than {k} rows in the lists it visits. Use --exact rerank, which fills them up."
-        )
+        raise InputError(f"the FAISS index found fewer than {k} rows in the lists it visits. Use --exact rerank.")
     values = scores.astype(np.float64) if ann.metric == "cos" else -np.sqrt(np.maximum(-scores.astype(np.float64), 0.0))
     rows, values = rank(values if largest else -values, factors.live[positions], k, largest=largest)
     return Ranking(rows, values, ann.exact, np.zeros(len(vectors), np.int64))

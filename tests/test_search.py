@@ -1,0 +1,465 @@
+"""Searches against brute force: the same rows in the same order, ties to the lower row number, both ends.
+
+Truth is computed from written-out gradients in float64, once for each distinct row, so that exact duplicates tie
+exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from forebear.indexer import ann as ann_module
+from forebear.indexer import derived
+from forebear.indexer.ann import Vectors, build_ann, read_ann, write_ann
+from forebear.indexer.curvature import HeadCurvature
+from forebear.indexer.derived import ScanTable, by_falling, read_scan_table, row_norms, write_scan_table
+from forebear.indexer.store import RowMatrix
+from forebear.retriever.methods import METHODS
+from forebear.retriever.scoring import Query, Term
+from forebear.retriever.search import (
+    SCAN_TOLERANCE,
+    Ranking,
+    RowFactors,
+    Scan,
+    search_ann,
+    search_full,
+    search_scan,
+)
+
+N, H, C, Q, K = 1500, 12, 3, 24, 7
+BLOCK_ROWS = 128
+SCANNED = ("nn-dot", "gd", "gc", "if", "rif", "tracin", "rep")
+NEIGHBOURS = ("nn-cos", "nn-euc")
+EXACT_NONE = 2e-5  # float32 scores of the scan, relative to the largest
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks small enough for a scan of a few hundred rows to stop early."""
+    monkeypatch.setattr(derived, "SCAN_BLOCK_ROWS", BLOCK_ROWS)
+
+
+@dataclass
+class Rows:
+    """Rows and queries of one scenario, at two checkpoints, in the float32 of the store."""
+
+    features: list[np.ndarray]
+    residuals: list[np.ndarray]
+    query_features: np.ndarray
+    query_residuals: np.ndarray
+    damping: float = 0.1
+    live: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.features = [f.astype(np.float32) for f in self.features]
+        self.residuals = [r.astype(np.float32) for r in self.residuals]
+        self.live = np.arange(len(self.features[0]))
+
+
+def random_residuals(rng: np.random.Generator, n: int) -> np.ndarray:
+    """p - y of random softmaxes: each sums to 0."""
+    p = np.exp(2 * rng.normal(size=(n, C)))
+    p /= p.sum(axis=1, keepdims=True)
+    return p - np.eye(C)[rng.integers(0, C, n)]
+
+
+def scenario(name: str) -> Rows:
+    rng = np.random.default_rng(7)
+    n = 5 if name == "fewer rows than results" else N
+    f = [rng.normal(size=(n, H)) for _ in range(2)]
+    r = [random_residuals(rng, n) for _ in range(2)]
+    x, a = rng.normal(size=(Q, H)), random_residuals(rng, Q)
+    if name == "heavy-tailed norms":
+        f = [v * rng.lognormal(sigma=2, size=(n, 1)) for v in f]
+    elif name == "exact duplicates":
+        kinds = rng.integers(0, 12, n)
+        f, r = [v[kinds] for v in f], [v[kinds] for v in r]
+        x[:6], a[:6] = f[-1][:6], r[-1][:6]
+    elif name == "saturated features":
+        f = [np.tile(v[:1], (n, 1)) + 1e-3 * v for v in f]
+        x = f[-1][:Q] + 1e-4 * x
+        a *= 1e-3  # confident queries, short gradients
+    elif name == "one direction, to 1e-5":
+        f = [np.tile(v[:1], (n, 1)) + 1e-5 * v for v in f]
+        r = [np.tile(v[:1], (n, 1)) for v in r]
+        x, a = np.tile(f[-1][:1], (Q, 1)) + 1e-5 * x, 1e-3 * np.tile(a[:1], (Q, 1))
+    elif name == "zero residuals":
+        r = [np.where(rng.random((n, 1)) < 0.5, 0, v) for v in r]
+    elif name == "all gradients zero":
+        r = [np.zeros_like(v) for v in r]
+    elif name == "tiny residuals":
+        r = [v * 10.0 ** rng.uniform(-20, 0, (n, 1)) for v in r]
+        a = a * 10.0 ** -np.linspace(0, 20, Q)[:, None]
+    return Rows(f, r, x, a)
+
+
+SCENARIOS = (
+    "random", "heavy-tailed norms", "exact duplicates", "saturated features", "one direction, to 1e-5",
+    "zero residuals", "all gradients zero", "tiny residuals", "fewer rows than results",
+)  # fmt: skip
+
+
+def flat_gradients(residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
+    r, f = residuals.astype(np.float64), features.astype(np.float64)
+    return (r[:, :, None] * f[:, None, :]).reshape(len(f), -1)
+
+
+def helmert_basis() -> np.ndarray:
+    """The contrasts in which the package keeps preconditioned gradients, by hand for three classes."""
+    return np.array([[1, -1, 0], [1, 1, -2]]) / np.sqrt([[2], [6]])
+
+
+def preconditioner(rows: Rows) -> np.ndarray:
+    """A dense (c h, c h) curvature with a wide spectrum, zero where class directions are constant."""
+    spread = np.diag(10.0 ** -np.linspace(0, 3, H))
+    basis = helmert_basis()
+    return np.kron(basis.T @ basis, spread) + rows.damping * np.eye(C * H)
+
+
+def query_and_truth(rows: Rows, name: str) -> tuple[Query, np.ndarray]:
+    """The package's query, and scores (q, n) from written-out vectors, one for each distinct row."""
+    method = METHODS[name]
+    x, a = rows.query_features, rows.query_residuals
+    stacked = np.hstack([*rows.features, *rows.residuals])
+    _, first, back = np.unique(stacked, axis=0, return_index=True, return_inverse=True)
+    back = back.reshape(-1)
+    f = [v[first].astype(np.float64) for v in rows.features]
+    g = [flat_gradients(r[first], v[first]) for r, v in zip(rows.residuals, rows.features, strict=True)]
+    gq = flat_gradients(a, x)
+
+    def spread(scores: np.ndarray) -> np.ndarray:
+        return np.stack([s[back] for s in scores])
+
+    def products(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """One by one, so that nothing depends on a block's shape."""
+        return np.stack([(v * one).sum(axis=1) for one in u])
+
+    def cosine(dots: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        below = left[:, None] * right
+        return np.divide(dots, below, out=np.zeros_like(dots), where=below > 0)
+
+    norm = np.linalg.norm
+    if name.startswith("nn-"):
+        query = Query(method, (Term(1.0, x),), norm(x, axis=1))
+        if method.metric == "euc":
+            return query, spread(-np.stack([norm(f[-1] - one, axis=1) for one in x]))
+        dots = products(x, f[-1])
+        return query, spread(dots if method.metric == "dot" else cosine(dots, norm(x, axis=1), norm(f[-1], axis=1)))
+    if name == "tracin":
+        query = Query(method, (Term(0.3, x, a), Term(0.7, x, a)), np.ones(Q))
+        return query, spread(0.3 * products(gq, g[0]) + 0.7 * products(gq, g[1]))
+    if name == "rep":
+        left = np.zeros((Q, C))
+        left[:, 1] = -0.02
+        query = Query(method, (Term(1.0, x, left, offset=1.0),), np.ones(Q))
+        return query, spread(-0.02 * rows.residuals[-1][first][:, 1].astype(np.float64) * (products(x, f[-1]) + 1.0))
+    if name in ("gd", "gc"):
+        query = Query(method, (Term(1.0, x, a),), norm(gq, axis=1))
+        dots = products(gq, g[-1])
+        return query, spread(dots if name == "gd" else cosine(dots, norm(gq, axis=1), norm(g[-1], axis=1)))
+    dense = preconditioner(rows)
+    basis = np.kron(helmert_basis(), np.eye(H))
+    curvature = HeadCurvature(np.linalg.cholesky(basis @ dense @ basis.T), C, rows.damping)
+    own = curvature.self_influence(rows.residuals[-1], rows.features[-1])
+    query = Query(
+        method, (Term(1.0, None, matrix=curvature.solve(a, x)),), np.sqrt(curvature.self_influence(a, x)), own
+    )
+    solved = np.linalg.solve(dense, gq.T).T
+    dots = products(solved, g[-1])
+    if name == "if":
+        return query, spread(dots)
+    own_query = np.sqrt((solved * gq).sum(axis=1))
+    own_rows = np.sqrt((np.linalg.solve(dense, g[-1].T).T * g[-1]).sum(axis=1))
+    return query, spread(cosine(dots, own_query, own_rows))
+
+
+def factors_of(rows: Rows, name: str) -> RowFactors:
+    matrices = [RowMatrix([m[: len(m) // 2], m[len(m) // 2 :]]) for m in (*rows.features, *rows.residuals)]
+    f, r = matrices[:2], matrices[2:]
+    if name == "tracin":
+        return RowFactors(tuple(f), tuple(r), rows.live)
+    return RowFactors((f[-1],), () if name.startswith("nn-") else (r[-1],), rows.live)
+
+
+def table_of(factors: RowFactors, folder: Path) -> ScanTable:
+    """A scan table as the index writes them: by the norm of eta-weighted concatenated gradients."""
+    squares = np.zeros(len(factors.live))
+    weights = (1.0,) if len(factors.features) == 1 else (0.3, 0.7)
+    for i, weight in enumerate(weights):
+        norms = row_norms(factors.features[i])
+        if factors.residuals:
+            norms = norms * row_norms(factors.residuals[i])
+        squares += weight * norms**2
+    path = folder / "table.arrow"
+    write_scan_table(
+        path, by_falling(np.sqrt(squares), factors.live), list(factors.features), list(factors.residuals)
+    )
+    return read_scan_table(path)
+
+
+def brute_force(truth: np.ndarray, live: np.ndarray, k: int, sign: int) -> np.ndarray:
+    """Rows by falling sign x score, then by row number: a plain sort."""
+    return np.array([sorted(live, key=lambda n: (-sign * scores[n], n))[:k] for scores in truth])
+
+
+def check(found: tuple[Ranking, Ranking], truth: np.ndarray, live: np.ndarray, k: int) -> None:
+    for ranking, sign in zip(found, (1, -1), strict=True):
+        np.testing.assert_array_equal(ranking.rows, brute_force(truth, live, k, sign))
+        assert ranking.exact
+        scale = np.abs(truth).max(axis=1, keepdims=True)
+        wanted = np.take_along_axis(truth, ranking.rows, axis=1)
+        assert (np.abs(ranking.scores - wanted) <= 1e-9 * scale).all()
+
+
+@pytest.mark.parametrize("name", SCANNED)
+@pytest.mark.parametrize("kind", SCENARIOS)
+def test_rerank_equals_full_equals_a_sort(kind: str, name: str, tmp_path: Path) -> None:
+    rows = scenario(kind)
+    query, truth = query_and_truth(rows, name)
+    factors = factors_of(rows, name)
+    k = min(K, len(rows.live))
+    check(search_full(query, factors, k), truth, rows.live, k)
+    check(search_scan(query, table_of(factors, tmp_path), factors, k, rerank=True), truth, rows.live, k)
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+@pytest.mark.parametrize("kind", SCENARIOS)
+def test_neighbours_by_flat_faiss_equal_full_equal_a_sort(kind: str, name: str, tmp_path: Path) -> None:
+    rows = scenario(kind)
+    query, truth = query_and_truth(rows, name)
+    factors = factors_of(rows, name)
+    k = min(K, len(rows.live))
+    metric = METHODS[name].metric
+    ann, facts = build_ann(Vectors(factors.features[0], rows.live, metric), metric, None, 0)
+    assert facts["factory"] == "Flat"
+    check(search_full(query, factors, k), truth, rows.live, k)
+    check(search_ann(query, ann, table_of(factors, tmp_path), factors, k, rerank=True), truth, rows.live, k)
+
+
+@pytest.mark.parametrize("name", SCANNED)
+def test_scores_without_rerank_are_those_of_the_method_in_float32(name: str, tmp_path: Path) -> None:
+    rows = scenario("random")
+    query, truth = query_and_truth(rows, name)
+    factors = factors_of(rows, name)
+    for ranking in search_scan(query, table_of(factors, tmp_path), factors, K, rerank=False):
+        wanted = np.take_along_axis(truth, ranking.rows, axis=1)
+        assert (np.abs(ranking.scores - wanted) <= EXACT_NONE * np.abs(truth).max(axis=1, keepdims=True)).all()
+
+
+@pytest.mark.parametrize("name", SCANNED)
+def test_opponents_are_exactly_the_smallest_scores(name: str, tmp_path: Path) -> None:
+    rows = scenario("random")
+    query, _ = query_and_truth(rows, name)
+    factors = factors_of(rows, name)
+    everything = factors.all_scores(query)
+    _, opponents = search_scan(query, table_of(factors, tmp_path), factors, K, rerank=True)
+    np.testing.assert_allclose(opponents.scores, np.sort(everything, axis=1)[:, :K], rtol=1e-12)
+    assert (np.diff(opponents.scores, axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["gd", "tracin", "nn-dot", "rep"])
+def test_a_scan_over_heavy_tailed_norms_stops_early_and_misses_nothing(name: str, tmp_path: Path) -> None:
+    rows = scenario("heavy-tailed norms")
+    query, truth = query_and_truth(rows, name)
+    factors = factors_of(rows, name)
+    table = table_of(factors, tmp_path)
+    scores, unvisited, _ = Scan(query, table).run(K)
+    visited = scores.shape[1]
+    assert visited <= N // 2
+    left_out = table.rows[visited:]
+    assert (np.abs(truth[:, left_out]).max(axis=1) <= unvisited * Scan(query, table).scale * (1 + 1e-5)).all()
+    check(search_scan(query, table, factors, K, rerank=True), truth, rows.live, K)
+
+
+def test_a_scan_over_equal_norms_visits_every_row(tmp_path: Path) -> None:
+    rows = scenario("random")
+    rows.features = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in rows.features]
+    query, _ = query_and_truth(rows, "nn-dot")
+    factors = factors_of(rows, "nn-dot")
+    assert Scan(query, table_of(factors, tmp_path)).run(K)[0].shape[1] == N
+
+
+@pytest.mark.parametrize("name", ["if", "rif"])
+@pytest.mark.parametrize("damping", [1e-3, 1e-8])
+def test_ill_conditioned_curvature_misses_nothing(name: str, damping: float, tmp_path: Path) -> None:
+    """H^-1 stretches some directions by 1e8: float32 rounding of a product is then large beside the result."""
+    rng = np.random.default_rng(3)
+    n, h = 4000, 16
+    scales = np.array([1.0, *[1e-4] * (h - 1)])
+    f = (rng.normal(size=(n, h)) * scales).astype(np.float32)
+    sign = np.where(rng.random(n) < 0.5, 1, -1)[:, None]
+    r = (sign * np.array([[0.3, -0.3]])).astype(np.float32)
+    hessian = f.astype(np.float64).T @ f.astype(np.float64) / n + damping * np.eye(h)
+    curvature = HeadCurvature(np.linalg.cholesky(hessian), 2, damping)
+    x, a = f[:Q] * 1.5, r[:Q].astype(np.float64)
+    own = curvature.self_influence(r, f)
+    matrix = curvature.solve(a, x)
+    query = Query(METHODS[name], (Term(1.0, None, matrix=matrix),), np.sqrt(curvature.self_influence(a, x)), own)
+    factors = RowFactors((RowMatrix([f]),), (RowMatrix([r]),), np.arange(n))
+    table = table_of(factors, tmp_path)
+    scan = Scan(query, table)
+    scores, _, largest_bound = scan.run(K)
+    exact = factors.scores(query, np.tile(table.rows[: scores.shape[1]], (Q, 1)))
+    if name == "if":
+        exact = exact / scan.scale[:, None]
+    assert np.abs(scores - exact).max() <= SCAN_TOLERANCE * largest_bound, "the bound on rounding does not hold"
+    for end, sure in zip(
+        search_scan(query, table, factors, K, rerank=True), search_full(query, factors, K), strict=True
+    ):
+        np.testing.assert_array_equal(end.rows, sure.rows)
+
+
+def test_short_queries_far_from_long_rows_find_their_nearest(tmp_path: Path) -> None:
+    """||q|| << ||f||: the float32 error of FAISS' distances grows with ||f||^2, not with ||q||^2."""
+    rng = np.random.default_rng(0)
+    f = rng.normal(size=(20_000, 8))
+    f *= 1000 / np.linalg.norm(f, axis=1, keepdims=True)
+    f = (f * (1 + 1e-7 * rng.normal(size=(len(f), 1)))).astype(np.float32)
+    x = (1e-4 * rng.normal(size=(40, 8))).astype(np.float32).astype(np.float64)
+    factors = RowFactors((RowMatrix([f]),), (), np.arange(len(f)))
+    query = Query(METHODS["nn-euc"], (Term(1.0, x),), np.linalg.norm(x, axis=1))
+    ann, _ = build_ann(Vectors(factors.features[0], factors.live, "euc"), "euc", "Flat", 0)
+    found = search_ann(query, ann, table_of(factors, tmp_path), factors, 5, rerank=True)
+    for end, sure in zip(found, search_full(query, factors, 5), strict=True):
+        np.testing.assert_array_equal(end.rows, sure.rows)
+
+
+def test_retired_rows_never_appear(tmp_path: Path) -> None:
+    rows = scenario("exact duplicates")
+    rows.live = np.flatnonzero(np.random.default_rng(0).random(N) < 0.6)
+    for name in (*SCANNED, *NEIGHBOURS):
+        query, truth = query_and_truth(rows, name)
+        factors = factors_of(rows, name)
+        table = table_of_live(factors, tmp_path)
+        check(search_full(query, factors, K), truth, rows.live, K)
+        if name in NEIGHBOURS:
+            metric = METHODS[name].metric
+            ann, _ = build_ann(Vectors(factors.features[0], rows.live, metric), metric, None, 0)
+            check(search_ann(query, ann, table, factors, K, rerank=True), truth, rows.live, K)
+        else:
+            check(search_scan(query, table, factors, K, rerank=True), truth, rows.live, K)
+
+
+def table_of_live(factors: RowFactors, folder: Path) -> ScanTable:
+    norms = row_norms(factors.features[-1])
+    write_scan_table(
+        folder / "live.arrow", by_falling(norms, factors.live), list(factors.features), list(factors.residuals)
+    )
+    return read_scan_table(folder / "live.arrow")
+
+
+# --- FAISS, exact and quantised ---
+
+N_VECTORS = 1200
+FACTORIES = ("Flat", "SQ8", "SQfp16", "PQ8x4fs", "IVF16,Flat", "IVF16,SQ8", "HNSW16")
+
+
+@pytest.fixture(scope="module")
+def clustered() -> np.ndarray:
+    """Vectors around 30 centres, ``(n, 16)`` float32, one of them zero."""
+    rng = np.random.default_rng(5)
+    vectors = rng.normal(size=(30, 16))[rng.integers(0, 30, N_VECTORS)] + 0.3 * rng.normal(size=(N_VECTORS, 16))
+    vectors[17] = 0
+    return vectors.astype(np.float32)
+
+
+def neighbours(vectors: np.ndarray, metric: str, n_queries: int = 30) -> tuple[Query, RowFactors]:
+    rng = np.random.default_rng(11)
+    x = vectors[rng.integers(0, len(vectors), n_queries)].astype(np.float64) + 0.1 * rng.normal(size=(n_queries, 16))
+    factors = RowFactors((RowMatrix([vectors]),), (), np.arange(len(vectors)))
+    return Query(METHODS[f"nn-{metric}"], (Term(1.0, x),), np.linalg.norm(x, axis=1)), factors
+
+
+@pytest.mark.parametrize("metric", ["cos", "euc"])
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_faiss_gives_real_rows_exact_scores_and_its_measured_recall(
+    factory: str, metric: str, clustered: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ann_module, "_CALIBRATION_QUERIES", len(clustered))  # calibrate on every row
+    query, factors = neighbours(clustered, metric)
+    vectors = Vectors(factors.features[0], factors.live, metric)
+    ann, facts = build_ann(vectors, metric, factory, 0)
+    write_ann(ann, tmp_path / "x.faiss")
+    ann = read_ann(tmp_path / "x.faiss", facts)
+    table = table_of(factors, tmp_path)
+    everything = factors.all_scores(query)
+    for k in (1, 10, 333):
+        found = search_ann(query, ann, table, factors, k, rerank=True)
+        for ranking, sign in zip(found, (1, -1), strict=True):
+            assert ((ranking.rows >= 0) & (ranking.rows < len(clustered))).all()
+            assert all(len(set(rows)) == k for rows in ranking.rows.tolist())
+            exact = np.take_along_axis(everything, ranking.rows, axis=1)
+            np.testing.assert_allclose(ranking.scores, exact, rtol=1e-9, atol=1e-12)
+            assert (np.diff(sign * ranking.scores, axis=1) <= 0).all()
+            if factory == "Flat":
+                best = np.sort(sign * everything, axis=1)[:, ::-1][:, :k]
+                np.testing.assert_allclose(sign * ranking.scores, best, rtol=1e-9, atol=1e-12)
+    values = clustered.astype(np.float64)
+    if metric == "cos":
+        values = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-30)
+    products = values @ values.T
+    scores = products if metric == "cos" else 2 * products - (values**2).sum(axis=1)
+    np.fill_diagonal(scores, -np.inf)
+    truth = np.argsort(-scores, axis=1)[:, :10]
+    _, listed = ann.search(values.astype(np.float32), 10 * ann.widen + 1)
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(truth.tolist(), listed.tolist(), strict=True)])
+    zero_row = 1 / len(clustered)  # all of its cosines tie
+    assert facts["recall"] == pytest.approx(1.0 if factory == "Flat" else recall, abs=zero_row + 1e-3)
+    assert recall >= 0.98
+
+
+@pytest.mark.parametrize("metric", ["cos", "euc"])
+def test_faiss_alone_gives_its_own_scores_or_refuses(metric: str, clustered: np.ndarray, tmp_path: Path) -> None:
+    query, factors = neighbours(clustered, metric)
+    everything = factors.all_scores(query)
+    vectors = Vectors(factors.features[0], factors.live, metric)
+    table = table_of(factors, tmp_path)
+    for factory in ("Flat", "SQ8"):
+        ann, _ = build_ann(vectors, metric, factory, 0)
+        near, far = search_ann(query, ann, table, factors, 10, rerank=False)
+        assert near.exact == (factory == "Flat")
+        for ranking in (near, far):
+            wanted = np.take_along_axis(everything, ranking.rows, axis=1)
+            assert np.abs(ranking.scores - wanted).max() <= (1e-5 if factory == "Flat" else 0.2)
+    ann, _ = build_ann(vectors, metric, "IVF16,Flat", 0)
+    with pytest.raises(Exception, match=f"found fewer than {N_VECTORS - 1} rows"):
+        search_ann(query, type(ann)(ann.faiss_index, metric, False, 1, 4), table, factors, N_VECTORS - 1, rerank=False)
+
+
+def test_an_unknown_factory_is_refused_by_name(clustered: np.ndarray) -> None:
+    vectors = Vectors(RowMatrix([clustered]), np.arange(len(clustered)), "cos")
+    with pytest.raises(Exception, match=f"--ann 'Nonsense7' does not work for {N_VECTORS} vectors of width 16"):
+        build_ann(vectors, "cos", "Nonsense7", 0)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("factory", ["Flat", "SQ8"])
+def test_one_or_two_rows_are_enough(n: int, factory: str, tmp_path: Path) -> None:
+    vectors = np.eye(16, dtype=np.float32)[:n]
+    query, factors = neighbours(vectors, "cos", 3)
+    ann, facts = build_ann(Vectors(factors.features[0], factors.live, "cos"), "cos", factory, 0)
+    assert 0 <= facts["recall"] <= 1
+    near, _ = search_ann(query, ann, table_of(factors, tmp_path), factors, n, rerank=True)
+    assert sorted(near.rows[0]) == list(range(n))
+
+
+def test_faiss_files_on_a_full_disk_are_refused_not_truncated(
+    small_disk: Callable[[int], Path], clustered: np.ndarray
+) -> None:
+    """FAISS buffers what it writes: an error on closing the file must not pass for success."""
+    disk = small_disk(100)
+    vectors = Vectors(RowMatrix([clustered[:30]]), np.arange(30), "cos")
+    ann, _ = build_ann(vectors, "cos", "Flat", 0)
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as handle, pytest.raises(OSError, match="No space"):
+        while True:
+            handle.write(b"0" * 4096)
+    with pytest.raises(Exception, match=r"cannot write .*x\.faiss"):
+        write_ann(ann, disk / "x.faiss")
+    assert not (disk / "x.faiss").exists()
