@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny import labels, make_tiny_model, sentences
 
@@ -29,6 +30,14 @@ def texts_of(n: int, seed: int, pairs: bool) -> list[Any]:
     """Single texts, or pairs of texts."""
     single = sentences(n, seed=seed)
     return list(zip(single, sentences(n, seed=seed + 100, high=8), strict=True)) if pairs else single
+
+
+def error(found: np.ndarray, truth: np.ndarray) -> float:
+    """max|difference| / max|score| of the worst query; shapes ``(q, n)``."""
+    assert found.shape == truth.shape
+    assert np.isfinite(found).all()
+    assert np.isfinite(truth).all()
+    return float((np.abs(found - truth).max(axis=1) / np.abs(truth).max(axis=1)).max())
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +107,11 @@ def make_world(
         sentence_model = tiny_model("bert", 2, 9)
         texts, gold = texts_of(N_ROWS, 0, pairs), labels(N_ROWS, n_classes)
         options = BuildOptions(
-            stores=("features", "sbert"), sentence_model=sentence_model, dampings=DAMPINGS, shard_rows=17, batch_tokens=64
+            stores=("features", "sbert"),
+            sentence_model=sentence_model,
+            dampings=DAMPINGS,
+            shard_rows=17,
+            batch_tokens=64,
         )
         chosen = choose_model(None, models, etas).checkpoints
         folder = tmp_path_factory.mktemp(kind) / "index"

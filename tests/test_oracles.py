@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import DAMPINGS, World
+from conftest import DAMPINGS, World, error
 from torch import nn
 
 from forebear.indexer.build import BuildOptions, build_index
@@ -41,14 +41,6 @@ NAMES = [f"{kind}-{c}-{'pairs' if pairs else 'single'}" for kind, c, pairs, _ in
 TOLERANCE = 1e-5
 KERNEL_TOLERANCE = 1e-9
 CAPTUM_ROWS, CAPTUM_QUERIES = 20, 3  # captum takes the gradients of every row again for every query
-
-
-def error(found: np.ndarray, truth: np.ndarray) -> float:
-    """max|difference| / max|score|, of the worst query."""
-    assert found.shape == truth.shape
-    assert np.isfinite(found).all()
-    assert np.isfinite(truth).all()
-    return float((np.abs(found - truth).max(axis=1) / np.abs(truth).max(axis=1)).max())
 
 
 @pytest.fixture(params=WORLDS, ids=NAMES)
@@ -532,7 +524,9 @@ def test_residual_and_loss_keep_their_precision_on_extreme_logits(margin: float)
     right = 1 / (1 + small)
     truth = np.array([[-wrong, wrong], [-wrong, wrong], [-right, right], [-right, right]])
     np.testing.assert_allclose(residual, truth.astype(np.float64), rtol=1e-14)
-    np.testing.assert_allclose(loss, np.array([np.log1p(small)] * 2 + [margin + np.log1p(small)] * 2, float), rtol=1e-14)
+    np.testing.assert_allclose(
+        loss, np.array([np.log1p(small)] * 2 + [margin + np.log1p(small)] * 2, float), rtol=1e-14
+    )
 
 
 def test_residual_and_loss_of_several_classes_equal_long_doubles() -> None:

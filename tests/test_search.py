@@ -197,9 +197,7 @@ def table_of(factors: RowFactors, folder: Path) -> ScanTable:
             norms = norms * row_norms(factors.residuals[i])
         squares += weight * norms**2
     path = folder / "table.arrow"
-    write_scan_table(
-        path, by_falling(np.sqrt(squares), factors.live), list(factors.features), list(factors.residuals)
-    )
+    write_scan_table(path, by_falling(np.sqrt(squares), factors.live), list(factors.features), list(factors.residuals))
     return read_scan_table(path)
 
 

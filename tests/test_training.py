@@ -26,6 +26,7 @@ from forebear.indexer.data import RowSource, rows_from_texts
 from forebear.indexer.forward import run_forward
 from forebear.indexer.model import load_classifier
 from forebear.indexer.runs import Run, choose_model, read_run
+from forebear.indexer.start import freeze_below
 from forebear.indexer.training import TrainOptions, train
 
 N_ROWS = 44  # with batches of 8: 6 steps an epoch, the last of 4 rows
@@ -189,10 +190,10 @@ def test_freezing_keeps_frozen_weights_and_changes_all_others(model: Path, tmp_p
 )
 def test_freezing_finds_the_layers_of_other_encoders(kind: str, frozen: str, free: str, tmp_path: Path) -> None:
     network = load_classifier(make_tiny_model(tmp_path / kind, kind), device="cpu").model
-    training.freeze_below(network, 2)
+    freeze_below(network, 2)
     wanted = {key: not key.startswith(f"{kind}.") for key, _ in network.named_parameters()}
     assert {key: p.requires_grad for key, p in network.named_parameters()} == wanted
-    training.freeze_below(network, 1)
+    freeze_below(network, 1)
     state = {key: p.requires_grad for key, p in network.named_parameters()}
     assert all(value for key, value in state.items() if key.startswith((frozen, free)))
     assert not any(value for key, value in state.items() if ".layer.0." in key or "embeddings" in key)
@@ -205,7 +206,7 @@ def test_shared_layers_cannot_be_frozen() -> None:
         vocab_size=20, embedding_size=8, hidden_size=8, num_hidden_layers=3, num_attention_heads=1, intermediate_size=8
     )
     with pytest.raises(ModelError, match=r"runs 3 layers with the weights of 1 \(shared\)"):
-        training.freeze_below(AlbertForSequenceClassification(config), 1)
+        freeze_below(AlbertForSequenceClassification(config), 1)
 
 
 @pytest.mark.parametrize("k", [-1, 3])

@@ -216,8 +216,8 @@ def _summary(audit: HansAudit, best: str, overlap: float) -> str:
     if overlap <= audit.all_rows_overlap:
         return f"{found} No method brings up training rows of more than the ordinary overlap, {ordinary}."
     return (
-        f"{found} The training rows behind them overlap more than others: {overlap:.2f} of the hypothesis' words are in "
-        f"the premise among the top {audit.overlap.shape[2]} by {best}, {ordinary} among all training rows."
+        f"{found} The training rows behind them overlap more than others: {overlap:.2f} of the hypothesis' words are "
+        f"in the premise among the top {audit.overlap.shape[2]} by {best}, {ordinary} among all training rows."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from forebear.errors import CorruptIndexError, StorageError
 
@@ -113,6 +115,13 @@ def column(batch: pa.RecordBatch, name: str) -> np.ndarray:
         width = values.type.list_size
         return np.asarray(values.flatten().to_numpy(zero_copy_only=True).reshape(-1, width))
     return np.asarray(values.to_numpy(zero_copy_only=True))
+
+
+def as_tensor(values: np.ndarray) -> torch.Tensor:
+    """Zero-copy tensor of an array that may be read-only (memory-mapped): never write to it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch warns of read-only arrays
+        return torch.from_numpy(values)
 
 
 def file_sha256(path: Path) -> str:

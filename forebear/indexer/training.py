@@ -12,10 +12,7 @@ same weights, with development rows or without; a GPU may sum in another order.
 from __future__ import annotations
 
 import math
-import os
-import re
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -26,36 +23,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from forebear.errors import (
-    DataError,
-    ForebearError,
-    InputError,
-    ModelError,
-    NonFiniteError,
-    OutputExistsError,
-    StorageError,
-)
+from forebear.errors import DataError, InputError, NonFiniteError
 from forebear.indexer.data import RowSource
 from forebear.indexer.forward import run_forward
-from forebear.indexer.labels import classes_for, label_map
-from forebear.indexer.model import (
-    Classifier,
-    check_finite_weights,
-    find_head,
-    input_limit,
-    load_pretrained,
-    make_classifier,
-    pad_batch,
-    pick_device,
-    resolve_model_name,
-    tokenize,
-)
-from forebear.indexer.runs import RUN_NAME, Run, RunCheckpoint, read_run
-from forebear.indexer.store import TEMPORARY_SUFFIX
+from forebear.indexer.labels import label_map
+from forebear.indexer.model import Classifier, check_finite_weights, pad_batch, pick_device, tokenize
+from forebear.indexer.run_folder import CHECKPOINTS, check_out, clear_out, save_checkpoint
+from forebear.indexer.runs import Run, RunCheckpoint
+from forebear.indexer.start import freeze_below, load_start
 
-CHECKPOINTS = "checkpoints"
-CHECKPOINT_NAME = re.compile(rf"epoch-\d+({re.escape(TEMPORARY_SUFFIX)})?")
-DEFAULT_MAX_LENGTH = 128
 MAX_GRAD_NORM = 1.0
 BLOCK_ROWS = 4096
 LIBRARIES = ("forebear", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
@@ -149,25 +125,43 @@ def train(
     """
     options = options or TrainOptions()
     folder = Path(out)
-    _check_out(folder, force)
+    check_out(folder, force)
     device = _pick_training_device(options.device)
     options = replace(options, precision=_pick_precision(options.precision, device), device=device.type)
     with _quiet_transformers():
-        classifier, head = _load_start(source, str(model), options, device)
+        classifier, head = load_start(
+            source,
+            str(model),
+            label_mode=options.label_mode,
+            max_length=options.max_length,
+            precision=options.precision,
+            seed=options.seed,
+            device=device,
+        )
+        if options.freeze_below is not None:
+            freeze_below(classifier.model, options.freeze_below, classifier.name)
         options = replace(options, max_length=classifier.max_length)
         rows, data_sha256 = _encode_labelled(source, classifier, options.label_mode, progress), source.sha256()
         evaluation = None if dev is None else _Evaluation(dev, source, classifier, options.label_mode, progress)
-        _clear_out(folder)
+        clear_out(folder)
         course = _Course(classifier, rows, folder, options, evaluation, progress)
         _run_trainer(course)
+    run = _describe_run(course, source, model, data_sha256, head)
+    run.write(folder)
+    return run
+
+
+def _describe_run(course: _Course, source: RowSource, model: str | Path, data_sha256: str, head: str) -> Run:
+    """What ``run.json`` says of a finished course."""
+    classifier, options, evaluation = course.classifier, course.options, course.evaluation
     settings = {**asdict(options), **FIXED, **course.plan, "head": head, "start_sha256": classifier.sha256}
     settings |= {"n_rows": source.n_rows, "threads": torch.get_num_threads()}
     settings["dev"] = None if evaluation is None else evaluation.record()
-    run = Run(
+    return Run(
         base_model=str(Path(model).resolve()) if Path(model).is_dir() else str(model),
         data=source.name,
         data_sha256=data_sha256,
-        text_columns=tuple(source.text_columns),
+        text_columns=source.text_columns,
         label_names=classifier.label_names,
         label_mode=options.label_mode,
         max_length=classifier.max_length,
@@ -175,8 +169,6 @@ def train(
         checkpoints=tuple(course.checkpoints),
         libraries=_library_versions(),
     )
-    run.write(folder)
-    return run
 
 
 def _library_versions() -> dict[str, str]:
@@ -224,107 +216,6 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if has_bars:
             logging.enable_progress_bar()
-
-
-def _load_start(
-    source: RowSource, model_name: str, options: TrainOptions, device: torch.device
-) -> tuple[Classifier, str]:
-    """The classifier before its first step, and whether its head is ``kept`` or ``new``."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-    classes = classes_for(source, options.label_mode)
-    if len(classes) < 2:
-        raise DataError(f"{source.name} has one class, {classes[0]}; a classifier needs two or more.")
-    path = resolve_model_name(model_name)
-    config = load_pretrained(AutoConfig, path)
-    stored = tuple(str(config.id2label[i]) for i in range(config.num_labels))
-    has_names = sorted(map(str.casefold, stored)) == sorted(map(str.casefold, classes))
-    names = stored if has_names else classes
-    torch.manual_seed(options.seed)
-    model, info = load_pretrained(
-        AutoModelForSequenceClassification,
-        path,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        dtype=torch.float32,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-        problem_type="single_label_classification",
-    )
-    _refuse_random_encoder(model, info["missing_keys"], path)
-    head = model.get_submodule(find_head(model, path))
-    is_kept = has_names and not info["missing_keys"] and not info["mismatched_keys"]
-    if not is_kept:
-        _reset_head(head, options.seed, getattr(config, "initializer_range", 0.02))
-    tokenizer = load_pretrained(AutoTokenizer, path)
-    max_length = options.max_length
-    if max_length is None:
-        max_length = min(DEFAULT_MAX_LENGTH, input_limit(config, tokenizer, None, path))
-    classifier = make_classifier(
-        model, tokenizer, name=path, device=device, precision=options.precision, max_length=max_length
-    )
-    if options.freeze_below is not None:
-        freeze_below(classifier.model, options.freeze_below, path)
-    return classifier, "kept" if is_kept else "new"
-
-
-def _refuse_random_encoder(model: Any, missing: Sequence[str], name: str) -> None:
-    """A pooler may start at random weights, an encoder may not."""
-    prefix = f"{model.base_model_prefix}."
-    encoder = sorted(key for key in missing if key.startswith(prefix) and "pooler" not in key)
-    if encoder:
-        raise ModelError(
-            f"{name} stores no weights for {', '.join(encoder[:3])}{' ...' if len(encoder) > 3 else ''}: training "
-            "would start from a random encoder. Give a pretrained model folder or hub name."
-        )
-
-
-def _reset_head(head: Any, seed: int, std: float) -> None:
-    """A new head: normal weights and no bias, from the seed alone."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        head.weight.copy_(torch.empty(head.weight.shape).normal_(0.0, std, generator=generator))
-        if head.bias is not None:
-            head.bias.zero_()
-
-
-def freeze_below(model: Any, k: int, name: str = "the model") -> None:
-    """Fix every parameter of the base model but encoder layers ``>= k`` and the pooler; the head stays free.
-
-    Args:
-        model: A transformers sequence classifier.
-        k: First layer that is trained, 0 to the number of layers (which trains pooler and head only).
-        name: For messages.
-
-    Raises:
-        ModelError: It has no list of encoder layers, or its layers share their weights.
-        InputError: ``k`` is out of range.
-    """
-    base = model.base_model
-    lists = {
-        key: module
-        for key, module in base.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(layer) for layer in module}) == 1
-    }
-    outer = {key: found for key, found in lists.items() if not any(key.startswith(f"{o}.") for o in lists)}
-    if not outer:
-        raise ModelError(
-            f"{name} ({type(model).__name__}) has no list of encoder layers to freeze. Leave --freeze-below out."
-        )
-    prefix = max(outer, key=lambda key: len(outer[key]))
-    n_layers = len(outer[prefix])
-    expected = getattr(model.config, "num_hidden_layers", n_layers)
-    if n_layers != expected:
-        raise ModelError(
-            f"{name} ({type(model).__name__}) runs {expected} layers with the weights of {n_layers} (shared): some of "
-            "them cannot be frozen alone. Leave --freeze-below out."
-        )
-    if not 0 <= k <= n_layers:
-        raise InputError(f"--freeze-below {k}: {name} has {n_layers} encoder layers; expected 0 to {n_layers}.")
-    free = tuple(f"{prefix}.{i}." for i in range(k, n_layers))
-    for key, parameter in base.named_parameters():
-        parameter.requires_grad_(key.startswith(free) or "pooler" in key.split("."))
 
 
 def _encode_labelled(
@@ -396,7 +287,7 @@ class _Course:
         progress: Progress,
     ) -> None:
         self.classifier, self.rows, self.folder, self.options = classifier, rows, folder, options
-        self._evaluation, self._progress = evaluation, progress
+        self.evaluation, self._progress = evaluation, progress
         n_steps = options.epochs * math.ceil(len(rows) / options.batch_size)
         self.plan = {"n_steps": n_steps, "warmup_steps": int(n_steps * options.warmup_ratio)}
         self.checkpoints: list[RunCheckpoint] = []
@@ -438,9 +329,9 @@ class _Course:
         """Check, evaluate and save the model."""
         name = f"epoch-{len(self.checkpoints) + 1}"
         check_finite_weights(self.classifier.model, f"the model after step {self._step}")
-        accuracy = None if self._evaluation is None else self._evaluation.accuracy()
+        accuracy = None if self.evaluation is None else self.evaluation.accuracy()
         path = f"{CHECKPOINTS}/{name}"
-        _save_checkpoint(self.classifier, self.folder / path)
+        save_checkpoint(self.classifier, self.folder / path)
         n_rows = sum(n for _loss, n in self._losses)
         checkpoint = RunCheckpoint(
             name=name,
@@ -505,83 +396,3 @@ def _run_trainer(course: _Course) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     assert course.checkpoints[-1].step == course.plan["n_steps"]
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn what a failed write raises into one line."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except ForebearError:
-        raise
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise StorageError(
-            f"cannot write {path}: {reason}. The run is unfinished; free some space or choose another --out, and train "
-            "again."
-        ) from error
-
-
-def _save_checkpoint(classifier: Classifier, folder: Path) -> None:
-    """Write model and tokenizer under a temporary name, sync, rename: the folder is complete or not there."""
-    partial = folder.with_name(folder.name + TEMPORARY_SUFFIX)
-    try:
-        with _writing(folder):
-            classifier.model.save_pretrained(partial)  # type: ignore[operator]
-            classifier.tokenizer.save_pretrained(partial)
-            for path in [*partial.iterdir(), partial]:
-                _sync(path)
-            partial.replace(folder)
-            _sync(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _check_out(folder: Path, force: bool) -> None:
-    """Refuse a folder that is in use; with ``force``, one that holds anything but a run of ours."""
-    if folder.exists() and not folder.is_dir():
-        raise OutputExistsError(f"{folder} is a file; --out names a folder to be written. Choose another.")
-    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if not found:
-        return
-    held = ", ".join(found[:3]) + (" ..." if len(found) > 3 else "")
-    if not _is_run(folder, found):
-        raise OutputExistsError(
-            f"{folder} holds {held} and is no training run; nothing of it is ever removed. Choose another --out."
-        )
-    if not force:
-        state = "a training run" if RUN_NAME in found else "an unfinished training run"
-        raise OutputExistsError(f"{folder} holds {state}. Choose another --out, or give --force to replace it.")
-
-
-def _is_run(folder: Path, found: list[str]) -> bool:
-    """Whether a folder holds a run, finished or not (then it holds nothing else)."""
-    if RUN_NAME in found:
-        try:
-            return read_run(folder) is not None
-        except DataError:
-            return False
-    checkpoints = folder / CHECKPOINTS
-    inside = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    return set(found) <= {CHECKPOINTS, RUN_NAME + TEMPORARY_SUFFIX} and all(map(CHECKPOINT_NAME.fullmatch, inside))
-
-
-def _clear_out(folder: Path) -> None:
-    """Remove an earlier run's files, ``run.json`` first, and make the folder."""
-    with _writing(folder):
-        for name in (RUN_NAME, RUN_NAME + TEMPORARY_SUFFIX):
-            (folder / name).unlink(missing_ok=True)
-        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        for path in (folder / CHECKPOINTS).iterdir():
-            if CHECKPOINT_NAME.fullmatch(path.name):
-                shutil.rmtree(path)

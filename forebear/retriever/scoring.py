@@ -13,7 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from forebear.indexer.curvature import class_basis
+from forebear.indexer.store import as_tensor
 from forebear.retriever.methods import Method
+
+TIE_DECIMALS = 12  # of a score over the largest candidate's; scores that agree to here are ties
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,13 @@ class Query:
 
 
 def dots(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """<x_q, f_n>: rows ``(n, h)`` give ``(q, n)``, candidates ``(q, k, h)`` give ``(q, k)``."""
-    if rows.ndim == 2:
-        return np.asarray(queries @ rows.T)
-    return np.asarray((rows @ queries[:, :, None])[:, :, 0])
+    """<x_q, f_n>: rows ``(n, h)`` give ``(q, n)``, candidates ``(q, k, h)`` give ``(q, k)``.
+
+    By torch, like every other parallel step of a search: two pools of threads would wait for each other's cores.
+    """
+    x, f = as_tensor(queries), as_tensor(rows)
+    product = x @ f.T if f.dim() == 2 else (f @ x[:, :, None])[:, :, 0]
+    return np.asarray(product.numpy())
 
 
 def term_scores(term: Term, features: np.ndarray, residuals: np.ndarray | None) -> np.ndarray:
@@ -129,18 +135,23 @@ def exact_scores(
     if query.self_influence is not None:
         norms = np.sqrt(query.self_influence[rows])
     else:
-        norms = np.linalg.norm(wide[0], axis=-1)
+        norms = _lengths(wide[0])
         if left[0] is not None:
-            norms = norms * np.linalg.norm(left[0], axis=-1)
+            norms = norms * _lengths(left[0])
     below = query.norms[:, None] * norms
     return np.asarray(np.divide(scores, below, out=np.zeros_like(scores), where=below > 0))
+
+
+def _lengths(values: np.ndarray) -> np.ndarray:
+    """Euclidean norm along the last axis."""
+    return np.sqrt(np.einsum("...h,...h->...", values, values))
 
 
 def _distances(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Euclidean distances by subtraction, which keeps near-duplicates apart; ``(q, n)`` or ``(q, k)``."""
     if rows.ndim == 3:
-        return np.asarray(np.linalg.norm(rows - queries[:, None, :], axis=-1))
-    return np.stack([np.linalg.norm(rows - x, axis=-1) for x in queries])
+        return _lengths(rows - queries[:, None, :])
+    return np.stack([_lengths(rows - x) for x in queries])
 
 
 def rank(scores: np.ndarray, rows: np.ndarray, k: int, *, largest: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -156,5 +167,8 @@ def rank(scores: np.ndarray, rows: np.ndarray, k: int, *, largest: bool) -> tupl
         Row numbers and scores, ``(q, k)`` each.
     """
     rows = np.broadcast_to(rows, scores.shape)
-    order = np.lexsort((rows, -scores if largest else scores), axis=-1)[:, :k]
+    # Equal rows can differ in the last bit by their place in a matrix product; compare what is left of that.
+    size = np.abs(scores).max(axis=1, keepdims=True)
+    keys = np.round(np.divide(scores, size, out=np.zeros_like(scores), where=size > 0), TIE_DECIMALS)
+    order = np.lexsort((rows, -keys if largest else keys), axis=-1)[:, :k]
     return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)

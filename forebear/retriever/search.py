@@ -25,10 +25,11 @@ from forebear.errors import InputError
 from forebear.indexer.ann import AnnIndex, unit_rows
 from forebear.indexer.derived import ScanBlock, ScanTable
 from forebear.indexer.store import RowMatrix
-from forebear.retriever.scoring import Query, Term, exact_scores, rank, term_scores
+from forebear.retriever.scoring import Query, Term, dots, exact_scores, rank, term_scores
 
 # Rounding of a float32 dot product of two unit vectors, with a margin: 4e-6 is over 60 units in the last place.
 SCAN_TOLERANCE = 4e-6
+_EXACT_QUERIES = 64  # queries whose candidates are scored together
 _MAX_SCORES = 1 << 26  # entries of a (queries, rows) block held at once
 _MAX_CANDIDATE_NUMBERS = 1 << 25  # entries of a (queries, candidates, width) block held at once
 
@@ -137,59 +138,44 @@ class Scan:
         self.table = table
         self.scale, self.terms = _unit_terms(query)
 
-    def run(self, k: int) -> tuple[np.ndarray, np.ndarray, float]:
+    def run(self, k: int) -> tuple[np.ndarray, float, float]:
         """Scan until both ends of the top ``k`` are safe.
 
         Returns:
-            Scores of the rows visited ``(q, v)``, and the largest bound of any row visited, and the largest
-            score (in absolute value) that a row not visited can have, ``(q,)``.
+            Scores of the rows visited ``(q, v)``, the largest score (in absolute value) that a row not visited can
+            have, and the largest bound of all rows, to which rounding is relative.
         """
-        n_rows = len(self.table)
-        scores = np.empty((len(self.query), n_rows), np.float32)
+        scores = np.empty((len(self.query), len(self.table)), np.float32)
         bounds = self._bounds()
-        tops = np.array([b.max() if len(b) else 0.0 for b in bounds])
-        later = np.append(np.maximum.accumulate(tops[::-1])[::-1], 0.0)  # largest bound from block i on
+        later = np.append(np.maximum.accumulate(bounds[::-1])[::-1], 0.0)  # largest bound from block i on
+        ends = _Ends(k) if self.query.method.metric == "dot" and len(bounds) > 1 else None
         visited = 0
-        next_check = 1
         for i, block in enumerate(self.table.blocks):
-            scores[:, visited : visited + len(block.rows)] = self._block(block)
+            part = scores[:, visited : visited + len(block.rows)]
+            part[:] = self._block(block)
             visited += len(block.rows)
-            if self.query.method.metric == "dot" and i + 1 == next_check and i + 1 < len(self.table.blocks):
-                next_check = max(next_check + 1, int(1.25 * next_check))
-                if visited >= k and self._safe(scores[:, :visited], k, later[i + 1], tops.max()):
-                    return scores[:, :visited], np.full(len(self.query), later[i + 1]), float(tops.max())
-        return scores, np.zeros(len(self.query)), float(tops.max())
+            if ends is not None and ends.beyond(part, later[i + 1] + SCAN_TOLERANCE * later[0]):
+                return scores[:, :visited], float(later[i + 1]), float(later[0])
+        return scores, 0.0, float(later[0])
 
-    def _bounds(self) -> list[np.ndarray]:
-        """Upper bound of |score| of each row against a unit query, by block."""
-        out = []
-        metric = self.query.method.metric
-        for block in self.table.blocks:
-            if metric == "cos":
-                out.append(np.ones(len(block.rows)))
-                continue
-            squares = np.zeros(len(block.rows))
-            for i, term in enumerate(self.terms):
-                norm = block.feature_norms[i].astype(np.float64) + abs(term.offset)
-                if block.residual_norms:
-                    norm = norm * block.residual_norms[i]
-                squares += abs(term.weight) * norm**2
-            bound = np.sqrt(squares)
-            if self.query.self_influence is not None:  # Cauchy-Schwarz in H^-1's inner product, often tighter
-                reach = (self.query.norms / self.scale).max()
-                bound = np.minimum(bound, reach * np.sqrt(self.query.self_influence[block.rows]))
-            out.append(bound)
-        return out
+    def _bounds(self) -> np.ndarray:
+        """Largest possible |score| of any row against a unit query, by block."""
+        if self.query.method.metric == "cos":
+            return np.ones(len(self.table.blocks))
+        return np.array([self._bound(block).max() for block in self.table.blocks])
 
-    def _safe(self, scores: np.ndarray, k: int, later: float, largest_bound: float) -> bool:
-        """Whether no row with a bound below ``later`` can enter either end of any query's top ``k``."""
-        margin = later + SCAN_TOLERANCE * largest_bound
-        found = torch.from_numpy(scores)
-        for largest in (True, False):
-            kth = found.topk(k, dim=1, largest=largest).values[:, -1].numpy()
-            if not ((kth if largest else -kth) > margin).all():
-                return False
-        return True
+    def _bound(self, block: ScanBlock) -> np.ndarray:
+        squares = np.zeros(len(block.rows))
+        for i, term in enumerate(self.terms):
+            norm = block.feature_norms[i].astype(np.float64) + abs(term.offset)
+            if block.residual_norms:
+                norm = norm * block.residual_norms[i]
+            squares += abs(term.weight) * norm**2
+        bound = np.sqrt(squares)
+        if self.query.self_influence is not None:  # Cauchy-Schwarz in H^-1's inner product, often tighter
+            reach = (self.query.norms / self.scale).max()
+            bound = np.minimum(bound, reach * np.sqrt(self.query.self_influence[block.rows]))
+        return bound
 
     def _block(self, block: ScanBlock) -> np.ndarray:
         total: np.ndarray | None = None
@@ -224,8 +210,33 @@ class Scan:
         return np.where(norms > 0, norms, 1.0)
 
 
+class _Ends:
+    """The running k-th best and k-th worst score of each query."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self._high: torch.Tensor | None = None
+        self._low: torch.Tensor | None = None
+
+    def beyond(self, scores: np.ndarray, limit: float) -> bool:
+        """Take in more scores ``(q, m)``; whether every query's k-th at both ends is now past ``limit``."""
+        part = torch.from_numpy(scores)
+        self._high = self._merge(self._high, part, largest=True)
+        self._low = self._merge(self._low, part, largest=False)
+        if self._high.shape[1] < self.k:
+            return False
+        return bool((self._high[:, -1] > limit).all()) and bool((self._low[:, -1] < -limit).all())
+
+    def _merge(self, kept: torch.Tensor | None, part: torch.Tensor, *, largest: bool) -> torch.Tensor:
+        best = part.topk(min(self.k, part.shape[1]), dim=1, largest=largest).values
+        if kept is not None:
+            best = torch.cat([kept, best], dim=1)
+            best = best.topk(min(self.k, best.shape[1]), dim=1, largest=largest).values
+        return best
+
+
 def _unit_terms(query: Query) -> tuple[np.ndarray, list[Term]]:
-    """The query scaled so that its plain dot (or, for cosines, its cosine) has scale 1, in float32 terms."""
+    """The query in float32 terms of length 1, and what their scores must be multiplied by to be the exact ones."""
     squares = np.zeros(len(query))
     for t in query.terms:
         if t.matrix is not None:
@@ -256,7 +267,7 @@ def _unit_terms(query: Query) -> tuple[np.ndarray, list[Term]]:
         else:
             assert t.right is not None
             terms.append(Term(t.weight, (t.right / scale[:, None]).astype(np.float32)))
-    return scale, terms
+    return (np.ones_like(scale) if query.method.metric == "cos" else scale), terms
 
 
 def search_scan(
@@ -286,9 +297,10 @@ def _scan_chunk(
             part = tensor if len(which) == len(query) else tensor[torch.from_numpy(which)]
             found = part.topk(width, dim=1, largest=largest)
             last = found.values[:, -1].numpy().astype(np.float64)
-            ceiling = np.maximum(last if largest else -last, unvisited[which])
-            if width == scores.shape[1]:
-                ceiling = unvisited[which]
+            everything = width == scores.shape[1]
+            ceiling = (
+                np.full(len(which), unvisited) if everything else np.maximum(last if largest else -last, unvisited)
+            )
             ceiling = (ceiling + SCAN_TOLERANCE * largest_bound) * scan.scale[which]
             return at_position[found.indices.numpy()], ceiling
 
@@ -379,7 +391,7 @@ def _farthest(query: Query, table: ScanTable, factors: RowFactors, k: int) -> Ra
     for block in table.blocks:
         squares = block.feature_norms[0].astype(np.float64) ** 2
         largest_square = max(largest_square, float(squares.max()))
-        scores[:, start : start + len(squares)] = squares - 2 * (x.astype(np.float32) @ block.features[0].T)
+        scores[:, start : start + len(squares)] = squares - 2 * dots(x.astype(np.float32), block.features[0])
         start += len(squares)
     tensor = torch.from_numpy(scores)
     at_position = table.rows
