@@ -29,9 +29,10 @@ if TYPE_CHECKING:
         OutputExistsError,
         StorageError,
     )
-    from forebear.indexer.build import BuildOptions, append_rows, build_index, rebuild_ann, retire_rows
+    from forebear.indexer.build import append_rows, build_index, rebuild_ann, retire_rows
     from forebear.indexer.data import RowSource, open_rows, rows_from_texts
     from forebear.indexer.index import Index
+    from forebear.indexer.options import BuildOptions
     from forebear.indexer.runs import choose_model
     from forebear.indexer.training import TrainOptions, train
     from forebear.indexer.verify import verify_index
@@ -51,9 +52,10 @@ _HOMES = {
         "OutputExistsError",
         "StorageError",
     ),
-    "forebear.indexer.build": ("BuildOptions", "append_rows", "build_index", "rebuild_ann", "retire_rows"),
+    "forebear.indexer.build": ("append_rows", "build_index", "rebuild_ann", "retire_rows"),
     "forebear.indexer.data": ("RowSource", "open_rows", "rows_from_texts"),
     "forebear.indexer.index": ("Index",),
+    "forebear.indexer.options": ("BuildOptions",),
     "forebear.indexer.runs": ("choose_model",),
     "forebear.indexer.training": ("TrainOptions", "train"),
     "forebear.indexer.verify": ("verify_index",),

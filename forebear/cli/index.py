@@ -13,9 +13,9 @@ from forebear.cli.options import Device, Force, LabelColumn, LabelNames, Quiet, 
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
-    from forebear.indexer.build import Progress
     from forebear.indexer.data import RowSource
     from forebear.indexer.index import Index
+    from forebear.indexer.options import Progress
 
 HELP = """Build the index of a classifier's training rows, once; or change one that is there.
 
@@ -92,6 +92,7 @@ def index(
     """See HELP."""
     from forebear.indexer import build
     from forebear.indexer.data import open_rows
+    from forebear.indexer.options import BuildOptions
     from forebear.indexer.runs import choose_model
 
     if scope != "head":
@@ -127,7 +128,7 @@ def index(
             )
         chosen = choose_model(model, checkpoints or (), eta or ())
         source = rows(listed(text_columns) or _if_there(chosen.text_columns, train))
-        options = build.BuildOptions(
+        options = BuildOptions(
             stores=tuple(listed(store)) or ("features",),
             sentence_model=sentence_model,
             dampings=() if listed(damping) == ["none"] else tuple(listed(damping)) or ("0.1x",),

@@ -14,8 +14,9 @@ from forebear.evaluation.corpus import make_corpus, write_corpus
 from forebear.evaluation.hans import HansAudit, audit_hans, hans_report
 from forebear.evaluation.overlap import bootstrap_interval
 from forebear.evaluation.report import Cell, Group, Passage, Report, Table, write_report
-from forebear.indexer.build import BuildOptions, build_index
+from forebear.indexer.build import build_index
 from forebear.indexer.data import open_rows
+from forebear.indexer.options import BuildOptions
 from forebear.indexer.runs import choose_model
 from forebear.indexer.training import TrainOptions, train
 from forebear.retriever.retriever import QuerySpec, Retriever

@@ -137,7 +137,7 @@ def _match(
 def _refuse_foreign_names(source: RowSource, model_names: Sequence[str], any_known: bool) -> None:
     """Say what to do about a source whose names are not the model's at all, or another kind of NLI labels."""
     names = source.label_names or tuple(str(label) for label in source.label_values)
-    both = f"{source.name} has the labels {', '.join(names)}, the model {', '.join(model_names)}"
+    both = f"{source.name} has the labels {', '.join(names)}, the model has {', '.join(model_names)}"
     if collapse_to_binary_nli(model_names) is not None and {_key(name) for name in names} <= NLI_IDS.keys():
         if len(model_names) == len(BINARY_NLI_NAMES):
             raise DataError(f"{both}; merge neutral and contradiction with --labels binary-nli.")

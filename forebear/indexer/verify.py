@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from forebear.errors import CorruptIndexError, InputError
-from forebear.indexer.build import SUBFOLDERS, check_same_model
 from forebear.indexer.forward import residual_and_loss, run_forward
 from forebear.indexer.index import Index
+from forebear.indexer.journal import SUBFOLDERS
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
 from forebear.indexer.model import load_classifier
 from forebear.indexer.sentence import load_sentence_encoder
+from forebear.indexer.shards import check_same_model
 from forebear.indexer.store import file_sha256
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # max|difference| / max|value|: other batches, other threads

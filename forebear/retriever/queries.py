@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError, MissingStoreError
-from forebear.indexer.build import check_same_model
 from forebear.indexer.forward import Forward, residual_and_loss, run_forward
 from forebear.indexer.index import Index
 from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.sentence import SentenceEncoder, load_sentence_encoder
+from forebear.indexer.shards import check_same_model
 from forebear.retriever.methods import Method
 from forebear.retriever.scoring import Query, Term
 

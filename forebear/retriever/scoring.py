@@ -144,7 +144,7 @@ def exact_scores(
 
 def _lengths(values: np.ndarray) -> np.ndarray:
     """Euclidean norm along the last axis."""
-    return np.sqrt(np.einsum("...h,...h->...", values, values))
+    return np.asarray(np.sqrt(np.einsum("...h,...h->...", values, values)))
 
 
 def _distances(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -1,0 +1,84 @@
+"""An index folder under change: what may be replaced, what an interrupted change left, how it is resumed.
+
+The journal (``build.json``) says what the files that are not in the manifest yet belong to.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forebear.errors import CorruptIndexError, MismatchError, OutputExistsError
+from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, IndexSpec, Manifest, canonical_json
+from forebear.indexer.store import write_bytes
+
+SUBFOLDERS = ("rows", "features", "sentence", "curvature", "ann", "retired")
+
+
+def check_target(folder: Path, *, resume: bool, force: bool) -> None:
+    """Refuse to overwrite; a folder that is no index is never cleared, not even by force."""
+    has_index = (folder / MANIFEST_NAME).is_file()
+    unfinished = (folder / JOURNAL_NAME).is_file()
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(f"{folder} is a file. Give a folder for the index.")
+    if has_index or unfinished:
+        if not (resume or force):
+            what = "an index" if has_index else "an unfinished build"
+            raise OutputExistsError(f"{folder} holds {what}. Use --resume to go on with it, or --force to replace it.")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise OutputExistsError(f"{folder} holds other files and no index: it is left alone. Give another --out.")
+
+
+def clear(folder: Path) -> None:
+    """Remove an index's own files."""
+    for name in (MANIFEST_NAME, JOURNAL_NAME):
+        (folder / name).unlink(missing_ok=True)
+    for name in SUBFOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def remove_unlisted(folder: Path, manifest: Manifest) -> None:
+    """Remove files in the index's own subfolders that the manifest does not list, and the journal."""
+    for sub in SUBFOLDERS:
+        for path in sorted((folder / sub).rglob("*")):
+            if path.is_file() and path.relative_to(folder).as_posix() not in manifest.files:
+                path.unlink()
+    (folder / JOURNAL_NAME).unlink(missing_ok=True)
+
+
+def comparable(spec: dict[str, Any]) -> dict[str, Any]:
+    """A spec without the thread count, which a resumed build takes over from the journal."""
+    return {key: value for key, value in spec.items() if key != "n_threads"}
+
+
+def same_or_refuse(found: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
+    """Refuse to resume with another choice, naming the first that differs with both values."""
+    for key, value in json.loads(canonical_json(asked)).items():
+        before = json.loads(canonical_json(found)).get(key)
+        if before != value:
+            raise MismatchError(
+                f"{folder} was begun with {key}={before}; this command asks for {key}={value}. "
+                "Resume with the same choices, or start over with --force."
+            )
+
+
+def begin(folder: Path, change: dict[str, Any], spec: IndexSpec) -> IndexSpec:
+    """Write the journal of a change, or check that the one there is the same; returns the spec to go on with."""
+    path = folder / JOURNAL_NAME
+    if not path.is_file():
+        write_bytes(path, canonical_json(change | {"spec": asdict(spec)}))
+        return spec
+    try:
+        found = json.loads(path.read_bytes())
+        begun = found.pop("spec")
+    except (ValueError, KeyError) as error:
+        raise CorruptIndexError(f"{path} is damaged ({error}). Start over with --force.") from error
+    same_or_refuse(found["segment"] | {"kind": found["kind"]}, change["segment"] | {"kind": change["kind"]}, folder)
+    same_or_refuse(comparable(begun), comparable(asdict(spec)), folder)
+    torch.set_num_threads(begun["n_threads"])
+    return replace(spec, n_threads=begun["n_threads"])

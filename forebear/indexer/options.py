@@ -1,0 +1,53 @@
+"""Choices of a build that change stored numbers, and how a build tells of its progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from forebear.errors import InputError
+from forebear.indexer.ann import import_faiss
+from forebear.indexer.curvature import absolute_damping
+from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
+
+STORES = ("features", "sbert")
+DEFAULT_SHARD_ROWS = 4096
+
+Progress = Callable[[str, int, int], None]  # stage, rows done, rows in all
+
+
+def no_progress(_stage: str, _done: int, _total: int) -> None:
+    """Say nothing."""
+
+
+def ignore_warning(_message: str | None) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """Choices of ``forebear index`` that change stored numbers; see :class:`IndexSpec` for the rest."""
+
+    stores: tuple[str, ...] = ("features",)
+    sentence_model: str = "minilm"
+    dampings: tuple[str, ...] = ("0.1x",)  # empty: no curvature
+    rep_refit: bool = False
+    ann: str | None = None
+    seed: int = 0
+    precision: str = "fp32"
+    max_length: int | None = None
+    label_mode: str | None = None
+    batch_tokens: int = DEFAULT_BATCH_TOKENS
+    shard_rows: int = DEFAULT_SHARD_ROWS
+    device: str = "auto"
+
+    def check(self) -> None:
+        """Refuse what can be refused before anything is loaded."""
+        unknown = sorted(set(self.stores) - set(STORES))
+        if unknown or "features" not in self.stores:
+            raise InputError(f"--store {','.join(self.stores)}: expected features, or features,sbert.")
+        for given in self.dampings:
+            absolute_damping(given, 1.0)
+        if self.batch_tokens < 1 or self.shard_rows < 1:
+            raise InputError("--batch-tokens and --shard-rows must be at least 1.")
+        import_faiss()

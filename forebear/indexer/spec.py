@@ -1,0 +1,72 @@
+"""The spec of a new index: its checkpoints fingerprinted and seen to belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from forebear.errors import InputError, MismatchError
+from forebear.indexer.data import RowSource
+from forebear.indexer.manifest import Checkpoint, IndexSpec
+from forebear.indexer.model import Classifier, load_classifier
+from forebear.indexer.options import BuildOptions
+from forebear.indexer.runs import CheckpointPath
+from forebear.indexer.sentence import load_sentence_encoder
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what computes the numbers."""
+
+    def find(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    names = ("forebear", "torch", "transformers", "pyarrow", "numpy", "scipy", "faiss-cpu", "faiss-gpu")
+    return {name: found for name in names if (found := find(name))}
+
+
+def make_spec(
+    source: RowSource, checkpoints: Sequence[CheckpointPath], last: Classifier, options: BuildOptions
+) -> tuple[IndexSpec, tuple[Checkpoint, ...]]:
+    """The spec of a build; loads every checkpoint once to fingerprint it and see that they belong together."""
+    names = [c.name for c in checkpoints]
+    if len(set(names)) != len(names):
+        raise InputError(f"checkpoints {', '.join(names)}: each may be given once.")
+    listed = []
+    for checkpoint in checkpoints:
+        model = last if checkpoint is checkpoints[-1] else load_classifier(checkpoint.path, device="cpu")
+        found = (model.feature_dim, model.label_names, model.tokenizer_sha256)
+        if found != (last.feature_dim, last.label_names, last.tokenizer_sha256):
+            raise MismatchError(
+                f"checkpoint {checkpoint.path} has {model.feature_dim} features, labels {list(model.label_names)} and "
+                f"tokenizer {model.tokenizer_sha256[:8]}; the last one has {last.feature_dim}, "
+                f"{list(last.label_names)}, {last.tokenizer_sha256[:8]}. Checkpoints must come from one run."
+            )
+        listed.append(
+            Checkpoint(name=checkpoint.name, path=str(checkpoint.path), eta=checkpoint.eta, sha256=model.sha256)
+        )
+    sentence = load_sentence_encoder(options.sentence_model, device="cpu").sha256 if "sbert" in options.stores else None
+    spec = IndexSpec(
+        checkpoint_sha256=tuple(c.sha256 for c in listed),
+        etas=tuple(c.eta for c in listed),
+        tokenizer_sha256=last.tokenizer_sha256,
+        label_names=last.label_names,
+        label_mode=options.label_mode,
+        text_columns=source.text_columns,
+        max_length=last.max_length,
+        precision=options.precision,
+        stores=options.stores,
+        sentence_sha256=sentence,
+        dampings=options.dampings,
+        rep_refit=options.rep_refit,
+        ann=options.ann,
+        seed=options.seed,
+        batch_tokens=options.batch_tokens,
+        shard_rows=options.shard_rows,
+        n_threads=torch.get_num_threads(),
+    )
+    return spec, tuple(listed)
