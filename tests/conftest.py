@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny import labels, make_tiny_model, sentences
 
 from forebear.indexer.build import BuildOptions, build_index
@@ -74,6 +75,12 @@ class World:
     def head(self) -> str:
         """Name of the head in the model."""
         return HEADS[self.kind]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny models are no work for two threads, which only wait for each other on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,10 @@ def test_results_come_in_blocks_and_numbers_follow_the_file(world, tmp_path, mon
 
 
 def test_one_text_on_the_terminal(world, capsys):
-    assert run(["retrieve", "--index", str(world / "index"), "--text", "a good film", "--method", "gc,if", "--top", "2"]) == 0
+    assert (
+        run(["retrieve", "--index", str(world / "index"), "--text", "a good film", "--method", "gc,if", "--top", "2"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert "a good film" in out
     assert "gc: proponents of" in out
@@ -202,7 +205,12 @@ def test_every_command_has_help_with_an_example(command, capsys):
     ],
 )
 def test_bad_input_gets_one_clear_line_and_exit_code_2(world, tmp_path, capsys, args, parts):
-    names = {"INDEX": world / "index", "MODEL": world / "model", "TRAIN": world / "train.jsonl", "TEST": world / "test.jsonl"}
+    names = {
+        "INDEX": world / "index",
+        "MODEL": world / "model",
+        "TRAIN": world / "train.jsonl",
+        "TEST": world / "test.jsonl",
+    }
     names["NEW"] = tmp_path / "new"
     fails(capsys, [names.get(a, a) for a in args], 2, *parts)
 
@@ -229,13 +237,29 @@ def test_a_failure_half_way_leaves_no_output(world, tmp_path, capsys, monkeypatc
 
 def test_sbert_is_refused_where_it_is_not_stored(world, tmp_path, capsys):
     index = tmp_path / "i"
-    assert run(["index", "--model", str(world / "model"), "--train", str(world / "train.jsonl"), "--out", str(index), "-q"]) == 0
+    assert (
+        run(
+            ["index", "--model", str(world / "model"), "--train", str(world / "train.jsonl"), "--out", str(index), "-q"]
+        )
+        == 0
+    )
     fails(capsys, ["retrieve", "--index", index, "--text", "a", "--method", "sbert-cos"], 2, "--store features,sbert")
 
 
 def test_no_curvature_refuses_if_and_serves_the_rest(world, tmp_path, capsys):
     index = str(tmp_path / "i")
-    args = ["index", "--model", world / "model", "--train", world / "train.jsonl", "--out", index, "--damping", "none", "-q"]
+    args = [
+        "index",
+        "--model",
+        world / "model",
+        "--train",
+        world / "train.jsonl",
+        "--out",
+        index,
+        "--damping",
+        "none",
+        "-q",
+    ]
     assert run([str(a) for a in args]) == 0
     fails(capsys, ["retrieve", "--index", index, "--text", "a", "--method", "if"], 2, "--damping none")
     assert run(["retrieve", "--index", index, "--text", "a", "--method", "gc", "--quiet"]) == 0
@@ -247,7 +271,13 @@ def test_query_labels_that_do_not_fit_are_left_out_with_a_warning(world, tmp_pat
     assert run(["retrieve", "--index", str(world / "index"), "--test", str(path), "--out", str(out)]) == 0
     assert "query_label stays empty" in capsys.readouterr().err
     assert pq.read_table(out)["query_label"].null_count == 60
-    fails(capsys, ["retrieve", "--index", world / "index", "--test", path, "--target", "gold"], 2, "labels x, y", "--label-names")
+    fails(
+        capsys,
+        ["retrieve", "--index", world / "index", "--test", path, "--target", "gold"],
+        2,
+        "labels x, y",
+        "--label-names",
+    )
 
 
 def test_texts_with_markup_are_printed_as_they_are(world, tmp_path, capsys):

@@ -18,6 +18,7 @@ import transformers
 from conftest import DAMPINGS, World, error
 from torch import nn
 
+from forebear.errors import InputError
 from forebear.indexer.build import BuildOptions, build_index
 from forebear.indexer.curvature import (
     HeadCurvature,
@@ -561,12 +562,49 @@ def test_curvature_of_confident_rows_keeps_its_precision() -> None:
         assert np.abs(found - truth).max() <= 1e-6 * np.abs(truth).max(), f"1 - p_y = {tail}"
 
 
+def wide_solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Gaussian elimination in long doubles (18 digits), ``matrix`` positive definite."""
+    a, b = matrix.copy(), right.copy()
+    for i in range(len(a)):
+        for j in range(i + 1, len(a)):
+            factor = a[j, i] / a[i, i]
+            a[j] -= factor * a[i]
+            b[j] -= factor * b[i]
+    for i in reversed(range(len(a))):
+        b[i] = (b[i] - a[i, i + 1 :] @ b[i + 1 :]) / a[i, i]
+    return b
+
+
+def test_a_damping_too_small_for_float64_is_refused_not_answered_wrongly() -> None:
+    rng = np.random.default_rng(0)
+    n, h = 12, 20  # fewer rows than features: H alone is singular
+    f, x, p = rng.normal(size=(n, h)), rng.normal(size=(3, h)), rng.uniform(0.1, 0.9, n)
+    residual, query_residual = np.stack([p - 1, 1 - p], axis=1), np.tile([[0.3, -0.3]], (3, 1))
+    wide = f.astype(np.longdouble)
+    hessian = (2 * (p * (1 - p.astype(np.longdouble)))[:, None] * wide).T @ wide / n
+    largest = np.linalg.eigvalsh(hessian.astype(float)).max()
+    reduced = head_hessian([(f, np.stack([p, 1 - p], axis=1))], h, 2)
+    refused = []
+    for ratio in 10.0 ** -np.arange(4, 19):
+        try:
+            curvature = HeadCurvature(factorise(reduced, ratio * largest), 2, ratio * largest)
+        except InputError:
+            refused.append(ratio)
+            continue
+        found = term_scores(Term(1.0, None, matrix=curvature.solve(query_residual, x)), f, residual)
+        solved = wide_solve(hessian + ratio * largest * np.eye(h, dtype=np.longdouble), x.T.astype(np.longdouble)).T
+        truth = 2 * 0.3 * (solved @ wide.T) * (p - 1)
+        assert error(found, truth.astype(float)) <= TOLERANCE, f"damping = {ratio:g} x the largest eigenvalue"
+    assert refused
+    assert max(refused) < 1e-9
+
+
 # --- what influence means ---
 
 
 @pytest.mark.parametrize("c", [2, 3])
 def test_if_predicts_the_change_of_loss_when_a_row_is_left_out(c: int) -> None:
-    """Regression with L2 (l2 / 2) ||W||^2, retrained to convergence without each row; damping = the L2 term's Hessian."""
+    """Regression with (l2 / 2) ||W||^2, retrained to convergence without each row; damping = that term's Hessian."""
     rng = np.random.default_rng(c)
     n, h, l2 = 60, 5, 0.05
     f = rng.normal(size=(n, h))

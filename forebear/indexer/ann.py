@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import CorruptIndexError, InputError, StorageError
-from forebear.indexer.store import MEND, TEMPORARY_SUFFIX, RowMatrix
+from forebear.indexer.store import MEND, RowMatrix, atomic_file
 
 FLAT_ROWS = 200_000  # exact float32 up to here
 QUANTISED_ROWS = 5_000_000  # quantised flat with exact re-ranking up to here, IVF beyond
@@ -180,6 +179,8 @@ def _calibrate(
     if name == "Flat":
         return AnnIndex(built, metric, True, 0, 2), 1.0
     n_lists = int(import_faiss().extract_index_ivf(built).nlist) if "IVF" in name else 0
+    if len(vectors) == 1:
+        return AnnIndex(built, metric, False, n_lists, 4), 1.0
     positions = np.sort(rng.permutation(len(vectors))[:_CALIBRATION_QUERIES])
     queries = vectors.take(positions)
     top = min(_CALIBRATION_TOP, len(vectors) - 1)
@@ -212,18 +213,18 @@ def _nearest(vectors: Vectors, queries: np.ndarray, own: np.ndarray, metric: str
 
 
 def write_ann(ann: AnnIndex, path: Path) -> None:
-    """Write the FAISS index atomically."""
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        import_faiss().write_index(ann.faiss_index, str(temporary))
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        reason = str(error).strip().splitlines()[-1]
-        raise StorageError(f"cannot write {path}: {reason}. Free some space, and run the command again.") from error
+    """Write the FAISS index atomically.
+
+    FAISS' own file writer does not notice a disk that fills up as it closes; ours, which it calls, does.
+    """
+    faiss = import_faiss()
+    with atomic_file(path) as handle:
+        try:
+            faiss.write_index(ann.faiss_index, faiss.PyCallbackIOWriter(handle.write))
+        except RuntimeError as error:
+            raise StorageError(
+                f"cannot write {path}: {str(error).strip().splitlines()[-1]}. Free some space."
+            ) from error
 
 
 def read_ann(path: Path, facts: dict[str, Any]) -> AnnIndex:

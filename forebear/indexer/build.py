@@ -16,9 +16,17 @@ import numpy as np
 
 from forebear.errors import InputError, MismatchError, OutputExistsError
 from forebear.indexer.data import RowSource
-from forebear.indexer.finish import finish
+from forebear.indexer.finish import finish, tidy
 from forebear.indexer.index import Index
-from forebear.indexer.journal import begin, check_target, clear, comparable, remove_unlisted, same_or_refuse
+from forebear.indexer.journal import (
+    begin,
+    check_target,
+    clear,
+    comparable,
+    journalled_segment,
+    remove_unlisted,
+    same_or_refuse,
+)
 from forebear.indexer.labels import label_map
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, Segment
 from forebear.indexer.model import load_classifier
@@ -76,7 +84,9 @@ def build_index(
     segment = Segment(source=source.name, rows_sha256=source.sha256(), start=0, n_rows=source.n_rows)
     if resume and (folder / MANIFEST_NAME).is_file():
         index = Index.open(folder)
+        same_or_refuse(asdict(index.manifest.segments[0]), asdict(segment), folder)
         same_or_refuse(comparable(asdict(index.manifest.spec)), comparable(asdict(spec)), folder)
+        tidy(folder, index.manifest)  # a kill between the manifest and the end leaves the journal
         return index
     if force and not resume:
         clear(folder)
@@ -126,6 +136,8 @@ def append_rows(
     folder = Path(folder)
     index = Index.open(folder)
     old = index.manifest
+    if _settled(folder, old) and resume and old.segments[-1].rows_sha256 == source.sha256():
+        return index
     if len(source.text_columns) != len(old.spec.text_columns):
         raise MismatchError(
             f"{source.name} has {len(source.text_columns)} text column(s), the index {len(old.spec.text_columns)} "
@@ -184,7 +196,7 @@ def retire_rows(folder: str | Path, rows: Sequence[int], *, progress: Progress =
     retired = np.union1d(wanted, index.retired)
     if len(retired) >= old.n_rows:
         raise InputError(f"retiring {len(wanted)} rows would leave none of {old.n_rows} in {folder}.")
-    _refuse_unfinished(folder)
+    _refuse_unfinished(folder, old)
     remove_unlisted(folder, old)
     manifest = replace(old, n_retired=len(retired), generation=old.generation + 1)
     return finish(folder, manifest, retired, progress)
@@ -197,13 +209,23 @@ def rebuild_ann(folder: str | Path, ann: str | None, *, progress: Progress = no_
     """
     folder = Path(folder)
     old = Index.open_without_derived(folder)
-    _refuse_unfinished(folder)
+    _refuse_unfinished(folder, old.manifest)
     spec = replace(old.manifest.spec, ann=ann)
     manifest = replace(old.manifest, spec=spec, generation=old.manifest.generation + 1)
     return finish(folder, manifest, old.retired, progress)
 
 
-def _refuse_unfinished(folder: Path) -> None:
+def _settled(folder: Path, manifest: Manifest) -> bool:
+    """Clear up after a change that was killed when its manifest was already in force; whether there was one."""
+    segment = journalled_segment(folder)
+    if segment is None or segment not in [asdict(s) for s in manifest.segments]:
+        return False
+    tidy(folder, manifest)
+    return True
+
+
+def _refuse_unfinished(folder: Path, manifest: Manifest) -> None:
+    _settled(folder, manifest)
     if (folder / JOURNAL_NAME).is_file():
         raise InputError(
             f"{folder} has an unfinished append. Finish it first: --append with --resume, or --force to discard it."

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import LinAlgError, cho_solve, cholesky, helmert, solve_triangular
+from scipy.linalg.lapack import dpocon
 
 from forebear.errors import InputError
 
+MIN_RECIPROCAL_CONDITION = 1e-11  # below, float64 solves lose the fifth digit
 MAX_SIZE = 20_000  # m above which the dense factor would not fit an ordinary machine (3.2 GB)
 
 
@@ -43,7 +45,6 @@ def head_hessian(blocks: Iterable[tuple[np.ndarray, np.ndarray]], feature_dim: i
     Returns:
         ``(m, m)`` float64 with m = (c - 1) h; entry (a h + i, b h + j) belongs to contrasts a, b and features i, j.
     """
-    basis = class_basis(n_classes)
     reduced = n_classes - 1
     size = reduced * feature_dim
     if size > MAX_SIZE:
@@ -56,8 +57,7 @@ def head_hessian(blocks: Iterable[tuple[np.ndarray, np.ndarray]], feature_dim: i
     n_rows = 0
     for features, p in blocks:
         f = features.astype(np.float64)
-        # B (diag(p) - p p^T) B^T for each row
-        weights = np.einsum("ac,nc,bc->nab", basis, p, basis) - np.einsum("na,nb->nab", p @ basis.T, p @ basis.T)
+        weights = _class_curvature(p)
         for a in range(reduced):
             for b in range(a + 1):
                 total[a, b] += f.T @ (weights[:, a, b, None] * f)
@@ -66,6 +66,19 @@ def head_hessian(blocks: Iterable[tuple[np.ndarray, np.ndarray]], feature_dim: i
         for b in range(a):
             total[b, a] = total[a, b].T
     return np.asarray(total.transpose(0, 2, 1, 3).reshape(size, size) / max(n_rows, 1))
+
+
+def _class_curvature(p: np.ndarray) -> np.ndarray:
+    """B (diag(p) - p p^T) B^T of each row, ``(n, c - 1, c - 1)``.
+
+    As the sum over i < j of p_i p_j (b_i - b_j)(b_i - b_j)^T, b_i being columns of B: no difference of numbers near 1,
+    so that rows predicted with all but certainty keep their precision.
+    """
+    basis = class_basis(p.shape[1])
+    i, j = np.triu_indices(p.shape[1], k=1)
+    steps = (basis[:, i] - basis[:, j]).T
+    squares = (steps[:, :, None] * steps[:, None, :]).reshape(len(i), -1)
+    return np.asarray(((p[:, i] * p[:, j]) @ squares).reshape(len(p), len(basis), len(basis)))
 
 
 def absolute_damping(given: str, mean_eigenvalue: float) -> float:
@@ -95,13 +108,15 @@ def factorise(hessian: np.ndarray, damping: float) -> np.ndarray:
     """Lower Cholesky factor of H + damping I, ``(m, m)`` float64.
 
     Raises:
-        InputError: The sum is not positive definite in float64.
+        InputError: The sum is too near to singular to be solved in float64.
     """
+    damped = hessian + damping * np.eye(len(hessian))
     try:
-        factor = np.asarray(cholesky(hessian + damping * np.eye(len(hessian)), lower=True))
+        factor = np.asarray(cholesky(damped, lower=True))
+        reciprocal_condition = float(dpocon(factor, np.linalg.norm(damped, 1), uplo="L")[0])
     except LinAlgError:
-        factor = np.full((1, 1), np.nan)
-    if not np.isfinite(factor).all() or np.diag(factor).min() <= 1e-9 * np.diag(factor).max():
+        reciprocal_condition = 0.0
+    if not reciprocal_condition >= MIN_RECIPROCAL_CONDITION:
         raise InputError(
             f"H + {damping:g} I is singular in float64: the damping is too small. Give --damping 0.1x or more."
         )

@@ -67,7 +67,7 @@ def finish(folder: Path, manifest: Manifest, retired: np.ndarray, progress: Call
     files = manifest.files | {name: describe_file(folder, name) for name in new}
     final = replace(manifest, curvature=curvature, derived=derived).with_files(files)
     final.write(folder)
-    _tidy(folder, final)
+    tidy(folder, final)
     return Index.open(folder)
 
 
@@ -84,7 +84,7 @@ def _shard_files(manifest: Manifest) -> list[str]:
     return [f"{kind}/{i:05d}.arrow" for kind in kinds for i in range(len(manifest.shards))]
 
 
-def _tidy(folder: Path, manifest: Manifest) -> None:
+def tidy(folder: Path, manifest: Manifest) -> None:
     """Drop the journal and the files of older generations, now that the manifest no longer lists them."""
     for sub in ("curvature", "ann", "retired"):
         for path in sorted((folder / sub).rglob("*")):

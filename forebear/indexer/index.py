@@ -81,8 +81,14 @@ class Index:
             if name not in self.manifest.files:
                 raise CorruptIndexError(f"{self.folder / name} is not listed in the manifest. {MEND}")
         fresh = [name for name in names if name not in self._checked] if self._check else []
-        with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
-            found = list(pool.map(lambda name: file_sha256(self.folder / name), fresh))
+        try:
+            with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
+                found = list(pool.map(lambda name: file_sha256(self.folder / name), fresh))
+        except OSError as error:
+            raise CorruptIndexError(
+                f"{error.filename} cannot be read ({error.strerror}). If the index was changed since it was opened, "
+                f"open it again. {MEND}"
+            ) from error
         for name, digest in zip(fresh, found, strict=True):
             if digest != self.manifest.files[name]["sha256"]:
                 raise CorruptIndexError(f"{self.folder / name} was altered: its sha256 is not the manifest's. {MEND}")

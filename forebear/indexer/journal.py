@@ -22,8 +22,8 @@ SUBFOLDERS = ("rows", "features", "sentence", "curvature", "ann", "retired")
 
 def check_target(folder: Path, *, resume: bool, force: bool) -> None:
     """Refuse to overwrite; a folder that is no index is never cleared, not even by force."""
-    has_index = (folder / MANIFEST_NAME).is_file()
-    unfinished = (folder / JOURNAL_NAME).is_file()
+    has_index = _mentions(folder / MANIFEST_NAME, b'"spec_digest"')
+    unfinished = _mentions(folder / JOURNAL_NAME, b'"checkpoint_sha256"')
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder} is a file. Give a folder for the index.")
     if has_index or unfinished:
@@ -32,6 +32,11 @@ def check_target(folder: Path, *, resume: bool, force: bool) -> None:
             raise OutputExistsError(f"{folder} holds {what}. Use --resume to go on with it, or --force to replace it.")
     elif folder.is_dir() and any(folder.iterdir()):
         raise OutputExistsError(f"{folder} holds other files and no index: it is left alone. Give another --out.")
+
+
+def _mentions(path: Path, key: bytes) -> bool:
+    """Whether a file is ours, be it damaged: others have a manifest.json too."""
+    return path.is_file() and key in path.read_bytes()
 
 
 def clear(folder: Path) -> None:
@@ -65,6 +70,16 @@ def same_or_refuse(found: dict[str, Any], asked: dict[str, Any], folder: Path) -
                 f"{folder} was begun with {key}={before}; this command asks for {key}={value}. "
                 "Resume with the same choices, or start over with --force."
             )
+
+
+def journalled_segment(folder: Path) -> dict[str, Any] | None:
+    """The rows that an interrupted change was about; None without a readable journal."""
+    try:
+        found = json.loads((folder / JOURNAL_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    segment = found.get("segment") if isinstance(found, dict) else None
+    return segment if isinstance(segment, dict) else None
 
 
 def begin(folder: Path, change: dict[str, Any], spec: IndexSpec) -> IndexSpec:

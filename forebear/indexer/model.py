@@ -22,6 +22,22 @@ from torch import nn
 from forebear.errors import InputError, ModelError, NonFiniteError
 
 MAX_LENGTH_CAP = 512
+# Where a model was saved and by what, and what it prints: none of it changes a number.
+_SETTINGS_WITHOUT_EFFECT = frozenset(
+    [
+        "_name_or_path",
+        "transformers_version",
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "problem_type",
+        "use_cache",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "_attn_implementation_internal",
+    ]
+)
 MINILM = "minilm"  # shorthand for the packaged (or hub) all-MiniLM-L6-v2
 
 
@@ -241,13 +257,20 @@ def find_head(model: nn.Module, name: str) -> str:
     return heads[0]
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """Digest of every stored tensor (name, type, shape, bytes) and of the label names."""
+def weights_sha256(model: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
+    """Digest of every stored tensor (name, type, shape, bytes) and of what the configuration changes in the output.
+
+    Args:
+        model: A transformers model.
+        leave_out: Beginnings of tensor names that take no part.
+    """
     digest = hashlib.sha256()
-    config = getattr(model, "config", None)
-    identity = [type(model).__name__, sorted(map(list, getattr(config, "id2label", {}).items()))]
-    digest.update(json.dumps(identity).encode())
+    config: Any = model.config
+    settings = {key: value for key, value in config.to_dict().items() if key not in _SETTINGS_WITHOUT_EFFECT}
+    digest.update(json.dumps([type(model).__name__, settings], sort_keys=True, default=str).encode())
     for key, value in sorted(model.state_dict().items()):
+        if key.startswith(leave_out):
+            continue
         tensor = value.detach().cpu().contiguous()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
@@ -255,7 +278,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Digest of the tokenizer's rules; truncation and padding, which calls change, are left out."""
+    """Digest of the tokenizer's rules and inputs; truncation and padding, which calls change, are left out."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
@@ -263,7 +286,8 @@ def tokenizer_sha256(tokenizer: Any) -> str:
         rules = json.loads(backend.to_str())
         rules.pop("truncation", None)
         rules.pop("padding", None)
-    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+    inputs = [sorted(tokenizer.model_input_names), tokenizer.truncation_side, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps([rules, inputs], sort_keys=True).encode()).hexdigest()
 
 
 def input_limit(config: Any, tokenizer: Any, max_length: int | None, name: str) -> int:
@@ -319,18 +343,17 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int
 
 
 def pad_batch(tokenizer: Any, rows: Sequence[dict[str, list[int]]], device: torch.device) -> dict[str, torch.Tensor]:
-    """One padded batch of tensors on ``device``."""
+    """One padded batch of tensors on ``device``.
+
+    Padding goes to the right whatever the tokenizer's setting says: encoders with absolute positions give other
+    numbers for rows that are shifted.
+    """
     width = max(len(row["input_ids"]) for row in rows)
     fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
-    left = tokenizer.padding_side == "left"
     batch = {}
     for key in rows[0]:
         padded = torch.full((len(rows), width), fill.get(key, 0), dtype=torch.long)
         for i, row in enumerate(rows):
-            values = torch.tensor(row[key], dtype=torch.long)
-            if left:
-                padded[i, width - len(values) :] = values
-            else:
-                padded[i, : len(values)] = values
+            padded[i, : len(row[key])] = torch.tensor(row[key], dtype=torch.long)
         batch[key] = padded.to(device)
     return batch

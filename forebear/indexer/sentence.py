@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from forebear.errors import NonFiniteError
+from forebear.errors import ModelError, NonFiniteError
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.model import (
     check_finite_weights,
@@ -78,8 +78,16 @@ def load_sentence_encoder(name: str, *, device: str = "auto") -> SentenceEncoder
     from transformers import AutoModel, AutoTokenizer
 
     path = resolve_model_name(name)
-    model = load_pretrained(AutoModel, path, dtype=torch.float32).eval().to(pick_device(device))
+    model, info = load_pretrained(AutoModel, path, output_loading_info=True, dtype=torch.float32)
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # mean pooling needs none
+    if missing:
+        raise ModelError(
+            f"{path} stores no weights for {missing[0]}: its embeddings would be random. Give another model."
+        )
+    model = model.eval().to(pick_device(device))
     check_finite_weights(model, path)
     tokenizer = load_pretrained(AutoTokenizer, path)
-    digest = hashlib.sha256((weights_sha256(model) + tokenizer_sha256(tokenizer)).encode()).hexdigest()
+    digest = hashlib.sha256(
+        (weights_sha256(model, leave_out=("pooler.",)) + tokenizer_sha256(tokenizer)).encode()
+    ).hexdigest()
     return SentenceEncoder(path, model, tokenizer, input_limit(model.config, tokenizer, None, path), digest)

@@ -147,7 +147,7 @@ class Retriever:
     def answers(self, source: RowSource, spec: QuerySpec, *, block_rows: int = QUERY_BLOCK_ROWS) -> Iterator[Answers]:
         """Stream answers, ``block_rows`` queries at a time, in bounded memory."""
         methods = spec.check()
-        self.check_stores(methods)
+        self.check_stores(methods, spec.curvature)
         self.check_texts(source)
         labels = self.query_labels(source, required=spec.target == "gold")
         for block in source.blocks(block_rows):
@@ -186,7 +186,7 @@ class Retriever:
         """
         spec = QuerySpec(methods=(method,), target=target, exact="full", curvature=curvature, damping=damping)
         (chosen,) = spec.check()
-        self.check_stores((chosen,))
+        self.check_stores((chosen,), curvature)
         source = queries if isinstance(queries, RowSource) else rows_from_texts(queries)
         self.check_texts(source)
         labels = self.query_labels(source, required=target == "gold")
@@ -199,11 +199,11 @@ class Retriever:
             parts.append(self._factors(chosen).all_scores(query))
         return np.concatenate(parts)
 
-    def check_stores(self, methods: Sequence[Method]) -> None:
+    def check_stores(self, methods: Sequence[Method], curvature: str = "exact") -> None:
         """Refuse methods whose representation the index does not hold, naming the option that builds it."""
         if any(method.store == "sbert" for method in methods):
             self.index.sentence()
-        if any(method.query == "preconditioned" for method in methods):
+        if curvature == "exact" and any(method.query == "preconditioned" for method in methods):
             self.index.head_damping(None)
 
     def available_methods(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from forebear.indexer.curvature import class_basis
 from forebear.indexer.store import as_tensor
 from forebear.retriever.methods import Method
 
-TIE_DECIMALS = 12  # of a score over the largest candidate's; scores that agree to here are ties
+TIE_BITS = 46  # of a float64 score; scores that agree to here (1e-14 of their size) are ties
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,8 @@ def rank(scores: np.ndarray, rows: np.ndarray, k: int, *, largest: bool) -> tupl
         Row numbers and scores, ``(q, k)`` each.
     """
     rows = np.broadcast_to(rows, scores.shape)
-    # Equal rows can differ in the last bit by their place in a matrix product; compare what is left of that.
-    size = np.abs(scores).max(axis=1, keepdims=True)
-    keys = np.round(np.divide(scores, size, out=np.zeros_like(scores), where=size > 0), TIE_DECIMALS)
+    # Equal rows can differ in the last bits by their place in a matrix product: compare the bits before those.
+    mantissas, exponents = np.frexp(scores)
+    keys = np.ldexp(np.round(np.ldexp(mantissas, TIE_BITS)), exponents - TIE_BITS)
     order = np.lexsort((rows, -keys if largest else keys), axis=-1)[:, :k]
     return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)

@@ -15,8 +15,8 @@ made longer. Quantised FAISS indexes carry no such guarantee, only their calibra
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -137,13 +137,14 @@ class Scan:
         self.query = query
         self.table = table
         self.scale, self.terms = _unit_terms(query)
+        self.rounding = SCAN_TOLERANCE * _lengths(self.terms) * max(self._sizes(block).max() for block in table.blocks)
 
-    def run(self, k: int) -> tuple[np.ndarray, float, float]:
+    def run(self, k: int) -> tuple[np.ndarray, float]:
         """Scan until both ends of the top ``k`` are safe.
 
         Returns:
-            Scores of the rows visited ``(q, v)``, the largest score (in absolute value) that a row not visited can
-            have, and the largest bound of all rows, to which rounding is relative.
+            Scores of the rows visited ``(q, v)``, each within ``rounding`` of the exact one, and the largest score (in
+            absolute value) that a row not visited can have.
         """
         scores = np.empty((len(self.query), len(self.table)), np.float32)
         bounds = self._bounds()
@@ -154,9 +155,9 @@ class Scan:
             part = scores[:, visited : visited + len(block.rows)]
             part[:] = self._block(block)
             visited += len(block.rows)
-            if ends is not None and ends.beyond(part, later[i + 1] + SCAN_TOLERANCE * later[0]):
-                return scores[:, :visited], float(later[i + 1]), float(later[0])
-        return scores, 0.0, float(later[0])
+            if ends is not None and ends.beyond(part, later[i + 1] + float(self.rounding.max())):
+                return scores[:, :visited], float(later[i + 1])
+        return scores, 0.0
 
     def _bounds(self) -> np.ndarray:
         """Largest possible |score| of any row against a unit query, by block."""
@@ -165,17 +166,22 @@ class Scan:
         return np.array([self._bound(block).max() for block in self.table.blocks])
 
     def _bound(self, block: ScanBlock) -> np.ndarray:
+        bound = self._sizes(block)
+        if self.query.self_influence is not None:  # Cauchy-Schwarz in H^-1's inner product, often tighter
+            reach = (self.query.norms / self.scale).max()
+            bound = np.minimum(bound, reach * np.sqrt(self.query.self_influence[block.rows]))
+        return bound
+
+    def _sizes(self, block: ScanBlock) -> np.ndarray:
+        """Euclidean length of each row as it is scored: its gradient's, or that over what a cosine divides by."""
         squares = np.zeros(len(block.rows))
         for i, term in enumerate(self.terms):
             norm = block.feature_norms[i].astype(np.float64) + abs(term.offset)
             if block.residual_norms:
                 norm = norm * block.residual_norms[i]
             squares += abs(term.weight) * norm**2
-        bound = np.sqrt(squares)
-        if self.query.self_influence is not None:  # Cauchy-Schwarz in H^-1's inner product, often tighter
-            reach = (self.query.norms / self.scale).max()
-            bound = np.minimum(bound, reach * np.sqrt(self.query.self_influence[block.rows]))
-        return bound
+        sizes = np.sqrt(squares)
+        return sizes / self._row_norms(block, 0) if self.query.method.metric == "cos" else sizes
 
     def _block(self, block: ScanBlock) -> np.ndarray:
         total: np.ndarray | None = None
@@ -235,39 +241,43 @@ class _Ends:
         return best
 
 
+def _lengths(terms: Sequence[Term]) -> np.ndarray:
+    """Euclidean length of each query vector over all its terms, ``(q,)``."""
+    squares = np.zeros(1)
+    for t in terms:
+        if t.matrix is not None:
+            part = (t.matrix.astype(np.float64) ** 2).sum(axis=(1, 2))
+        else:
+            assert t.right is not None
+            part = (t.right.astype(np.float64) ** 2).sum(axis=1) + t.offset**2
+            if t.left is not None:
+                part = part * (t.left.astype(np.float64) ** 2).sum(axis=1)
+        squares = squares + abs(t.weight) * part
+    return np.sqrt(squares)
+
+
 def _unit_terms(query: Query) -> tuple[np.ndarray, list[Term]]:
     """The query in float32 terms of length 1, and what their scores must be multiplied by to be the exact ones."""
-    squares = np.zeros(len(query))
-    for t in query.terms:
-        if t.matrix is not None:
-            part = (t.matrix**2).sum(axis=(1, 2))
-        else:
-            assert t.right is not None
-            part = (t.right**2).sum(axis=1) + t.offset**2
-            if t.left is not None:
-                part = part * (t.left**2).sum(axis=1)
-        squares += abs(t.weight) * part
-    scale = query.norms if query.method.metric == "cos" else np.sqrt(squares)
+    cosine = query.method.metric == "cos"
+    scale = query.norms if cosine else _lengths(query.terms)
     scale = np.where(scale > 0, scale, 1.0)
-    terms = []
-    for t in query.terms:
-        if t.matrix is not None:
-            terms.append(Term(t.weight, None, matrix=(t.matrix / scale[:, None, None]).astype(np.float32)))
-        elif t.left is not None:
-            assert t.right is not None
-            terms.append(
-                Term(
-                    t.weight,
-                    t.right.astype(np.float32),
-                    (t.left / scale[:, None]).astype(np.float32),
-                    None,
-                    t.offset,
-                )
-            )
-        else:
-            assert t.right is not None
-            terms.append(Term(t.weight, (t.right / scale[:, None]).astype(np.float32)))
-    return (np.ones_like(scale) if query.method.metric == "cos" else scale), terms
+
+    def small(values: np.ndarray | None, by: np.ndarray | None = None) -> np.ndarray | None:
+        if values is None or by is None:
+            return None if values is None else values.astype(np.float32)
+        return np.asarray(values / by.reshape(-1, *[1] * (values.ndim - 1)), dtype=np.float32)
+
+    # One factor of each term takes the scale: the matrix, else the left one, else the right one.
+    terms = [
+        replace(
+            t,
+            matrix=small(t.matrix, scale),
+            left=small(t.left, scale),
+            right=small(t.right, scale if t.left is None else None),
+        )
+        for t in query.terms
+    ]
+    return (np.ones_like(scale) if cosine else scale), terms
 
 
 def search_scan(
@@ -286,7 +296,7 @@ def _scan_chunk(
     query: Query, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool
 ) -> tuple[Ranking, Ranking]:
     scan = Scan(query, table)
-    scores, unvisited, largest_bound = scan.run(k)
+    scores, unvisited = scan.run(k)
     at_position = table.rows[: scores.shape[1]]
     tensor = torch.from_numpy(scores)
     ends = []
@@ -301,7 +311,7 @@ def _scan_chunk(
             ceiling = (
                 np.full(len(which), unvisited) if everything else np.maximum(last if largest else -last, unvisited)
             )
-            ceiling = (ceiling + SCAN_TOLERANCE * largest_bound) * scan.scale[which]
+            ceiling = (ceiling + scan.rounding[which]) * scan.scale[which]
             return at_position[found.indices.numpy()], ceiling
 
         if rerank:
@@ -333,9 +343,13 @@ def search_ann(
     right = query.terms[0].right
     assert right is not None
     unit = unit_rows(right) if ann.metric == "cos" else right.astype(np.float32)
-    near = _ann_end(query, ann, unit, factors, k, largest=True, rerank=rerank)
+    size = 1.0
+    if ann.metric == "euc":  # a squared distance by matrix products is rounded at the size of ||q||^2 + ||f||^2
+        longest = max(float(block.feature_norms[0].max()) for block in table.blocks)
+        size = 2 * (float(query.norms.max()) ** 2 + longest**2)
+    near = _ann_end(query, ann, unit, size, factors, k, largest=True, rerank=rerank)
     if ann.metric == "cos":
-        return near, _ann_end(query, ann, -unit, factors, k, largest=False, rerank=rerank)
+        return near, _ann_end(query, ann, -unit, size, factors, k, largest=False, rerank=rerank)
     return near, _farthest(query, table, factors, k)
 
 
@@ -343,15 +357,15 @@ def _ann_end(
     query: Query,
     ann: AnnIndex,
     vectors: np.ndarray,
+    size: float,
     factors: RowFactors,
     k: int,
     *,
     largest: bool,
     rerank: bool,
 ) -> Ranking:
+    """One end of the ranking; ``size`` is what the rounding of FAISS' scores is relative to."""
     n_live = len(factors.live)
-    # L2 by a matrix product loses digits to ||q||^2 + ||f||^2, a cosine's are at most 1.
-    size = 1.0 if ann.metric == "cos" else (np.linalg.norm(vectors.astype(np.float64), axis=1) ** 2).max() * 4
 
     def candidates(which: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray | None]:
         scores, positions = ann.search(vectors[which], width)

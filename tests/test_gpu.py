@@ -1,0 +1,25 @@
+"""The same numbers on a GPU; skipped where there is none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import labels, make_tiny_model, sentences
+
+from forebear import METHODS, BuildOptions, Retriever, build_index, choose_model, rows_from_texts
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
+
+
+def test_an_index_built_on_the_gpu_answers_like_one_built_on_the_cpu(tmp_path):
+    model = str(make_tiny_model(tmp_path / "model"))
+    source = rows_from_texts(sentences(80), labels(80))
+    retrievers = {}
+    for device in ("cpu", "cuda"):
+        options = BuildOptions(device=device, stores=("features", "sbert"), sentence_model=model)
+        index = build_index(source, tmp_path / device, choose_model(model).checkpoints, options)
+        retrievers[device] = Retriever(index, device=device)
+    for method in METHODS:
+        cpu, cuda = (retrievers[d].scores(sentences(9, seed=3), method) for d in ("cpu", "cuda"))
+        assert np.abs(cpu - cuda).max() <= 1e-4 * np.abs(cpu).max(), method
