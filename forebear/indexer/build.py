@@ -136,8 +136,13 @@ def append_rows(
     folder = Path(folder)
     index = Index.open(folder)
     old = index.manifest
-    if _settled(folder, old) and resume and old.segments[-1].rows_sha256 == source.sha256():
-        return index
+    if _settled(folder, old) and not force and old.segments[-1].rows_sha256 == source.sha256():
+        if resume:
+            return index
+        raise OutputExistsError(
+            f"{source.name}: an append of these rows was interrupted when it was done; they are rows "
+            f"{old.segments[-1].start} to {old.n_rows - 1} of {folder}. Give --force to add them a second time."
+        )
     if len(source.text_columns) != len(old.spec.text_columns):
         raise MismatchError(
             f"{source.name} has {len(source.text_columns)} text column(s), the index {len(old.spec.text_columns)} "

@@ -16,7 +16,7 @@ from forebear.indexer.curvature import class_basis
 from forebear.indexer.store import as_tensor
 from forebear.retriever.methods import Method
 
-TIE_BITS = 46  # of a float64 score; scores that agree to here (1e-14 of their size) are ties
+TIE_BITS = 49  # of a float64 score; scores that agree to here (2e-15 of their size) are ties
 
 
 @dataclass(frozen=True)
