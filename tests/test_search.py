@@ -300,6 +300,25 @@ def test_exact_duplicates_tie_at_full_width(n_copies: int, tmp_path: Path) -> No
         check(search_scan(query, table, factors, k, rerank=True), by_kind[:, kinds], factors.live, k)
 
 
+def test_identical_rows_rank_by_number_wherever_a_matrix_product_puts_them(tmp_path: Path) -> None:
+    """A product's last bits depend on the block's shape and the row's place in it; the ranking must not."""
+    rng = np.random.default_rng(0)
+    wrong = []
+    for n in [*range(2, 40), 501, 1500]:
+        for h in (12, 33, 384):
+            f = np.tile(rng.normal(size=(1, h)).astype(np.float32), (n, 1))
+            r = np.tile(np.float32([[0.3, -0.3]]), (n, 1))
+            factors = RowFactors((RowMatrix([f]),), (RowMatrix([r]),), np.arange(n))
+            x, a = rng.normal(size=(3, h)), np.tile([[0.7, -0.7]], (3, 1))
+            query = Query(METHODS["gd"], (Term(1.0, x, a),), np.ones(3))
+            k = min(n, 40)
+            found = [search_full(query, factors, k)]
+            found.append(search_scan(query, table_of(factors, tmp_path), factors, k, rerank=True))
+            if any((ranking.rows != np.arange(k)).any() for pair in found for ranking in pair):
+                wrong.append((n, h))
+    assert not wrong, f"ties in the wrong order at (rows, width) {wrong}"
+
+
 def test_the_small_end_of_a_ranking_is_ordered_too(tmp_path: Path) -> None:
     """All scores positive, over 18 orders of magnitude: the opponents are the smallest of them, in order."""
     rng = np.random.default_rng(0)
