@@ -118,13 +118,8 @@ def index(
             return build.rebuild_ann(out, ann, progress=progress)
         if append:
             source = rows(listed(text_columns) or None)
-            moved = (
-                [c.path for c in choose_model(model, checkpoints or (), ()).checkpoints]
-                if model or checkpoints
-                else None
-            )
             return build.append_rows(
-                out, source, checkpoints=moved, resume=resume, force=force, device=device, progress=progress
+                out, source, model=model, resume=resume, force=force, device=device, progress=progress
             )
         chosen = choose_model(model, checkpoints or (), eta or ())
         source = rows(listed(text_columns) or _if_there(chosen.text_columns, train))

@@ -19,6 +19,7 @@ from forebear.indexer.data import RowSource
 from forebear.indexer.finish import finish, tidy
 from forebear.indexer.index import Index
 from forebear.indexer.journal import (
+    as_begun,
     begin,
     check_target,
     clear,
@@ -31,7 +32,7 @@ from forebear.indexer.labels import label_map
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, Segment
 from forebear.indexer.model import load_classifier
 from forebear.indexer.options import BuildOptions, Progress, ignore_warning, no_progress
-from forebear.indexer.runs import CheckpointPath
+from forebear.indexer.runs import CheckpointPath, moved_paths
 from forebear.indexer.shards import load_checked, split_rows, write_shards
 from forebear.indexer.spec import library_versions, make_spec
 
@@ -90,9 +91,8 @@ def build_index(
         return index
     if force and not resume:
         clear(folder)
-    spec = begin(folder, {"kind": "build", "segment": asdict(segment)}, spec)
+    spec = begin(folder, {"kind": "build", "segment": asdict(segment), "checkpoints": [c.name for c in listed]}, spec)
     shards = split_rows(0, source.n_rows, spec.shard_rows)
-    write_shards(folder, source, labels, spec, listed, shards, 0, options, classifier, progress)
     manifest = Manifest(
         spec=spec,
         checkpoints=listed,
@@ -104,14 +104,16 @@ def build_index(
         feature_dim=classifier.feature_dim,
         libraries=library_versions(),
     )
-    return finish(folder, manifest, np.empty(0, np.int64), progress)
+    with as_begun(spec.n_threads):
+        write_shards(folder, source, labels, spec, listed, shards, 0, options, classifier, progress)
+        return finish(folder, manifest, np.empty(0, np.int64), progress)
 
 
 def append_rows(
     folder: str | Path,
     source: RowSource,
     *,
-    checkpoints: Sequence[str] | None = None,
+    model: str | None = None,
     resume: bool = False,
     force: bool = False,
     device: str = "auto",
@@ -124,7 +126,7 @@ def append_rows(
     Args:
         folder: The index.
         source: Labelled rows with the same number of text columns.
-        checkpoints: Where the models are now, if they have moved; one path each.
+        model: Where the run, or the last checkpoint, is now, if it has moved.
         resume: Go on with an interrupted append of the same rows.
         force: Discard what an interrupted append left.
         device: Where the model runs.
@@ -148,9 +150,6 @@ def append_rows(
             f"{source.name} has {len(source.text_columns)} text column(s), the index {len(old.spec.text_columns)} "
             f"({', '.join(old.spec.text_columns)}). Choose them by --text-columns."
         )
-    paths = list(checkpoints) if checkpoints else [c.path for c in old.checkpoints]
-    if len(paths) != len(old.checkpoints):
-        raise MismatchError(f"{len(paths)} checkpoint(s) given, the index has {len(old.checkpoints)}.")
     options = BuildOptions(
         stores=old.spec.stores,
         sentence_model=old.sentence_model or "minilm",
@@ -161,6 +160,7 @@ def append_rows(
         shard_rows=old.spec.shard_rows,
         device=device,
     )
+    paths = moved_paths(model, old.checkpoints)
     moved = [replace(c, path=path) for c, path in zip(old.checkpoints, paths, strict=True)]
     classifier = load_checked(moved[-1], old.spec, options)
     labels = label_map(source, classifier.label_names, options.label_mode)

@@ -163,6 +163,7 @@ class HeadCurvature:
         return np.asarray((white**2).sum(axis=0))
 
 
+REPRESENTER_LAMBDA = 1.0  # without a refit: rankings do not depend on it
 REFIT_L2 = 0.1  # Pez21's released code
 
 

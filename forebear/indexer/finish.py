@@ -11,6 +11,7 @@ import numpy as np
 
 from forebear.indexer.curvature import (
     REFIT_L2,
+    REPRESENTER_LAMBDA,
     HeadCurvature,
     absolute_damping,
     factorise,
@@ -153,5 +154,7 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
             q[np.arange(len(block)), index.labels[start : start + len(block)]] -= 1.0
             refitted.append(q)
         file = save("representer", {"residual": np.concatenate(refitted)})
-        facts["representer"] = {"l2": REFIT_L2, "file": file}
-    return ({"head": facts} if facts else {}), files
+        facts["representer"] = {"lambda": REFIT_L2, "refit": True, "file": file}
+    else:
+        facts["representer"] = {"lambda": REPRESENTER_LAMBDA, "refit": False}
+    return {"head": facts}, files

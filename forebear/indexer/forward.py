@@ -80,7 +80,7 @@ def run_forward(
 
 
 def _forward_batch(classifier: Classifier, batch: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """Feature and float64 logits of one batch; the head itself always runs in fp32."""
+    """Feature and float64 logits of one batch; the head itself always runs in fp64."""
     caught: list[torch.Tensor] = []
     hook = classifier.head.register_forward_pre_hook(lambda _module, args: caught.append(args[0]))
     try:
@@ -88,10 +88,12 @@ def _forward_batch(classifier: Classifier, batch: dict[str, torch.Tensor]) -> tu
             classifier.model(**batch)
         features = caught[0].float()
         with torch.no_grad():
-            logits = nn.functional.linear(features, classifier.head.weight, classifier.head.bias)
+            head = classifier.head
+            bias = None if head.bias is None else head.bias.double()
+            logits = nn.functional.linear(features.double(), head.weight.double(), bias)
     finally:
         hook.remove()
-    return features.cpu().numpy(), logits.double().cpu().numpy()
+    return features.cpu().numpy(), logits.cpu().numpy()
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

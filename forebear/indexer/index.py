@@ -233,7 +233,7 @@ class Index:
 
     def representer_residuals(self) -> RowMatrix:
         """p' - y of the refitted head (``--rep-refit``), ``(n, c)`` float64."""
-        name = self.manifest.curvature.get("head", {}).get("representer", {}).get("file")
+        name = self.manifest.curvature["head"]["representer"].get("file")
         if name is None:
             raise MissingStoreError(f"{self.folder} has no refitted head. Build it with --rep-refit.")
         return RowMatrix([column(read_batches(self.checked(name)[0])[0], "residual")])

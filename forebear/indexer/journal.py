@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 
 from forebear.errors import CorruptIndexError, MismatchError, OutputExistsError
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, IndexSpec, Manifest, canonical_json
-from forebear.indexer.store import write_bytes
+from forebear.indexer.store import TEMPORARY_SUFFIX, write_bytes
 
 SUBFOLDERS = ("rows", "features", "sentence", "curvature", "ann", "retired")
 
@@ -30,7 +32,7 @@ def check_target(folder: Path, *, resume: bool, force: bool) -> None:
         if not (resume or force):
             what = "an index" if has_index else "an unfinished build"
             raise OutputExistsError(f"{folder} holds {what}. Use --resume to go on with it, or --force to replace it.")
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(path.suffix != TEMPORARY_SUFFIX for path in folder.iterdir()):
         raise OutputExistsError(f"{folder} holds other files and no index: it is left alone. Give another --out.")
 
 
@@ -56,9 +58,23 @@ def remove_unlisted(folder: Path, manifest: Manifest) -> None:
     (folder / JOURNAL_NAME).unlink(missing_ok=True)
 
 
-def comparable(spec: dict[str, Any]) -> dict[str, Any]:
-    """A spec without the thread count, which a resumed build takes over from the journal."""
-    return {key: value for key, value in spec.items() if key != "n_threads"}
+LATER_CHOICES = ("dampings", "rep_refit", "ann")  # of the stages after the pass: a resumed build may change them
+
+
+def comparable(spec: dict[str, Any], but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A spec without the thread count, which a resumed build takes over from the journal, and without ``but``."""
+    return {key: value for key, value in spec.items() if key not in ("n_threads", *but)}
+
+
+@contextmanager
+def as_begun(n_threads: int) -> Iterator[None]:
+    """Run with the thread count that the change was begun with: last bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def same_or_refuse(found: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
@@ -93,7 +109,8 @@ def begin(folder: Path, change: dict[str, Any], spec: IndexSpec) -> IndexSpec:
         begun = found.pop("spec")
     except (ValueError, KeyError) as error:
         raise CorruptIndexError(f"{path} is damaged ({error}). Start over with --force.") from error
-    same_or_refuse(found["segment"] | {"kind": found["kind"]}, change["segment"] | {"kind": change["kind"]}, folder)
-    same_or_refuse(comparable(begun), comparable(asdict(spec)), folder)
-    torch.set_num_threads(begun["n_threads"])
+    for key in ("kind", "checkpoints"):
+        same_or_refuse({key: found.get(key)}, {key: change.get(key)}, folder)
+    same_or_refuse(found["segment"], change["segment"], folder)
+    same_or_refuse(comparable(begun, LATER_CHOICES), comparable(asdict(spec), LATER_CHOICES), folder)
     return replace(spec, n_threads=begun["n_threads"])

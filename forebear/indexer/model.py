@@ -266,7 +266,9 @@ def weights_sha256(model: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
     """
     digest = hashlib.sha256()
     config: Any = model.config
-    settings = {key: value for key, value in config.to_dict().items() if key not in _SETTINGS_WITHOUT_EFFECT}
+    # Only what differs from the defaults: a new transformers may add settings.
+    stored = config.to_diff_dict() | {"id2label": config.id2label}
+    settings = {k: v for k, v in stored.items() if k not in _SETTINGS_WITHOUT_EFFECT and "drop" not in k}
     digest.update(json.dumps([type(model).__name__, settings], sort_keys=True, default=str).encode())
     for key, value in sorted(model.state_dict().items()):
         if key.startswith(leave_out):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forebear.errors import DataError, InputError
+from forebear.indexer.manifest import Checkpoint
 from forebear.indexer.store import write_bytes
 
 RUN_NAME = "run.json"
@@ -156,3 +157,25 @@ def _of_run(run: Run, folder: Path, wanted: list[str]) -> list[CheckpointPath]:
             )
         picked += match
     return picked
+
+
+def moved_paths(model: str | None, checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Where the checkpoints of an index are now.
+
+    Args:
+        model: A run folder (its checkpoints are matched by name), or the last checkpoint's folder; None: not moved.
+        checkpoints: As the index lists them.
+
+    Raises:
+        InputError: The run lacks one of the checkpoints.
+    """
+    paths = [c.path for c in checkpoints]
+    run = None if model is None else read_run(Path(model))
+    if run is None:
+        return paths if model is None else [*paths[:-1], model]
+    assert model is not None
+    found = {c.name: str(Path(model) / c.path) for c in run.checkpoints}
+    missing = [c.name for c in checkpoints if c.name not in found]
+    if missing:
+        raise InputError(f"{model} has no checkpoint {missing[0]}, which the index holds; it has {', '.join(found)}.")
+    return [found[c.name] for c in checkpoints]

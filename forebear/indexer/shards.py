@@ -126,7 +126,8 @@ def write_shards(
         encoder = load_sentence_encoder(options.sentence_model, device=options.device)
         if encoder.sha256 != spec.sentence_sha256:
             raise MismatchError(
-                f"{encoder.name} is not the sentence model of the index ({(spec.sentence_sha256 or '')[:12]})."
+                f"{encoder.name} is not the sentence model of the index: sha256 {encoder.sha256[:12]}, expected "
+                f"{(spec.sentence_sha256 or '')[:12]}."
             )
 
         def write_sentences(path: Path, block: RowBlock, row: int, on_rows: Callable[[int], None]) -> None:

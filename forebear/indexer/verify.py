@@ -13,6 +13,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.journal import SUBFOLDERS
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
 from forebear.indexer.model import load_classifier
+from forebear.indexer.runs import moved_paths
 from forebear.indexer.sentence import load_sentence_encoder
 from forebear.indexer.shards import check_same_model
 from forebear.indexer.store import file_sha256
@@ -110,15 +111,14 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
     rows = np.sort(rng.choice(manifest.n_rows, size=min(n_rows, manifest.n_rows), replace=False))
     texts = [column.to_pylist() for column in index.texts(rows).values()]
     errors = []
+    paths = moved_paths(model, manifest.checkpoints)
 
     def compare(stored: np.ndarray, found: np.ndarray) -> None:
         scale = max(float(np.abs(stored).max()), 1e-30)
         errors.append(float(np.abs(stored.astype(np.float64) - found).max()) / scale)
 
     for number, checkpoint in enumerate(manifest.checkpoints):
-        moved = model is not None and number == len(manifest.checkpoints) - 1
-        path = model if moved and model is not None else checkpoint.path
-        classifier = load_classifier(path, device=device, precision=spec.precision, max_length=spec.max_length)
+        classifier = load_classifier(paths[number], device=device, precision=spec.precision, max_length=spec.max_length)
         check_same_model(classifier, checkpoint.sha256, spec.tokenizer_sha256)
         forward = run_forward(classifier, texts, batch_tokens=spec.batch_tokens)
         residuals, _ = residual_and_loss(forward.logits, index.labels[rows])

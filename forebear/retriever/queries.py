@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from forebear.errors import InputError, MissingStoreError
+from forebear.errors import InputError, MismatchError, MissingStoreError
 from forebear.indexer.forward import Forward, residual_and_loss, run_forward
 from forebear.indexer.index import Index
 from forebear.indexer.model import Classifier, load_classifier
+from forebear.indexer.runs import moved_paths
 from forebear.indexer.sentence import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.shards import check_same_model
 from forebear.retriever.methods import Method
 from forebear.retriever.scoring import Query, Term
-
-REPRESENTER_LAMBDA = 1.0  # without a refit: rankings do not depend on it
 
 
 class Models:
@@ -26,7 +25,8 @@ class Models:
 
     def __init__(self, index: Index, *, model: str | Classifier | None, device: str) -> None:
         self._index = index
-        self._override = model
+        self._override = model if isinstance(model, Classifier) else None
+        self._paths = moved_paths(model if isinstance(model, str) else None, index.manifest.checkpoints)
         self._device = device
         self._loaded: dict[int, Classifier] = {}
 
@@ -41,12 +41,11 @@ class Models:
     def _load(self, number: int, *, last: bool) -> Classifier:
         manifest = self._index.manifest
         spec, listed = manifest.spec, manifest.checkpoints[number]
-        if last and isinstance(self._override, Classifier):
+        if last and self._override is not None:
             classifier = self._override
         else:
-            path = self._override if last and isinstance(self._override, str) else listed.path
             classifier = load_classifier(
-                path, device=self._device, precision=spec.precision, max_length=spec.max_length
+                self._paths[number], device=self._device, precision=spec.precision, max_length=spec.max_length
             )
         check_same_model(classifier, listed.sha256, spec.tokenizer_sha256)
         return classifier
@@ -61,7 +60,7 @@ class Models:
             )
         encoder = load_sentence_encoder(manifest.sentence_model, device=self._device)
         if encoder.sha256 != manifest.spec.sentence_sha256:
-            raise InputError(
+            raise MismatchError(
                 f"{encoder.name} is not the sentence model of the index: sha256 {encoder.sha256[:12]}, expected "
                 f"{(manifest.spec.sentence_sha256 or '')[:12]}."
             )
@@ -176,12 +175,11 @@ def _gradient_term(forward: Forward, targets: np.ndarray, eta: float = 1.0) -> T
 
 def _representer(method: Method, asked: Asked, index: Index) -> Query:
     """alpha_nc <f_n, f_q> as a dot with (p_n - y_n) outer f_n: the left factor is -e_target / (2 lambda N)."""
-    refit = index.manifest.curvature.get("head", {}).get("representer")
-    strength = refit["l2"] if refit else REPRESENTER_LAMBDA
+    facts = index.manifest.curvature["head"]["representer"]
     left = np.zeros((len(asked.targets), len(index.manifest.spec.label_names)))
-    left[np.arange(len(left)), asked.targets] = -1.0 / (2 * strength * index.manifest.n_live)
+    left[np.arange(len(left)), asked.targets] = -1.0 / (2 * facts["lambda"] * index.manifest.n_live)
     features = asked.forward.features.astype(np.float64)
-    return Query(method, (Term(1.0, features, left, offset=1.0 if refit else 0.0),), np.ones(len(left)))
+    return Query(method, (Term(1.0, features, left, offset=1.0 if facts["refit"] else 0.0),), np.ones(len(left)))
 
 
 def method_facts(method: Method, index: Index, *, damping: str | None, curvature: str) -> dict[str, Any]:
@@ -201,6 +199,6 @@ def method_facts(method: Method, index: Index, *, damping: str | None, curvature
             # A Cholesky solve in float64: no iteration, hence no residual to speak of.
             facts |= {"damping": index.head_damping(damping)["damping"], "residual": 0.0}
     if method.query == "representer":
-        refit = index.manifest.curvature.get("head", {}).get("representer")
-        facts |= {"lambda": refit["l2"] if refit else REPRESENTER_LAMBDA, "refit": bool(refit)}
+        head = index.manifest.curvature["head"]["representer"]
+        facts |= {"lambda": head["lambda"], "refit": head["refit"]}
     return facts

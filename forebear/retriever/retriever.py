@@ -196,7 +196,7 @@ class Retriever:
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
             asked = ask(self._models, (chosen,), block.texts, gold, target, n_checkpoints, first_row=block.start)
             query = make_query(chosen, asked, self.index, damping=damping, curvature=curvature)
-            parts.append(self._factors(chosen).all_scores(query))
+            parts.append(self._factors(chosen).all_products(query))
         return np.concatenate(parts)
 
     def check_stores(self, methods: Sequence[Method], curvature: str = "exact") -> None:
@@ -256,8 +256,10 @@ class Retriever:
         }
         return {"forebear": json.dumps(facts, sort_keys=True)}
 
-    def _recall(self, method: Method, spec: QuerySpec) -> float:
-        """Recall of the exact top 10 that the search was calibrated to; 1 where the search proves its answer."""
+    def _recall(self, method: Method, spec: QuerySpec) -> float | None:
+        """Recall of the exact top 10: calibrated, or 1 where the search proves its answer; None without re-ranking."""
+        if spec.exact == "none":
+            return None
         name = _ann_name(method)
         if spec.exact == "full" or name is None:
             return 1.0
@@ -286,7 +288,7 @@ class Retriever:
             features = tuple(index.features(c) for c in numbers)
             return RowFactors(features, tuple(index.residuals(c) for c in numbers), index.live)
         residuals = index.residuals()
-        if method.query == "representer" and "representer" in index.manifest.curvature.get("head", {}):
+        if method.query == "representer" and index.manifest.curvature["head"]["representer"]["refit"]:
             residuals = index.representer_residuals()
         return RowFactors((index.features(),), (residuals,), index.live)
 

@@ -16,8 +16,6 @@ from forebear.indexer.curvature import class_basis
 from forebear.indexer.store import as_tensor
 from forebear.retriever.methods import Method
 
-TIE_BITS = 49  # of a float64 score; scores that agree to here (2e-15 of their size) are ties
-
 
 @dataclass(frozen=True)
 class Term:
@@ -70,11 +68,12 @@ class Query:
 def dots(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """<x_q, f_n>: rows ``(n, h)`` give ``(q, n)``, candidates ``(q, k, h)`` give ``(q, k)``.
 
-    By torch, like every other parallel step of a search: two pools of threads would wait for each other's cores.
+    A block goes through torch, like every other parallel step of a search (two pools of threads would wait for each
+    other's cores). Candidates are summed pair by pair, so that equal rows get the same bits wherever they stand.
     """
-    x, f = as_tensor(queries), as_tensor(rows)
-    product = x @ f.T if f.dim() == 2 else (f @ x[:, :, None])[:, :, 0]
-    return np.asarray(product.numpy())
+    if rows.ndim == 3:
+        return np.asarray(np.einsum("qh,qkh->qk", queries, rows))
+    return np.asarray((as_tensor(queries) @ as_tensor(rows).T).numpy())
 
 
 def term_scores(term: Term, features: np.ndarray, residuals: np.ndarray | None) -> np.ndarray:
@@ -167,8 +166,5 @@ def rank(scores: np.ndarray, rows: np.ndarray, k: int, *, largest: bool) -> tupl
         Row numbers and scores, ``(q, k)`` each.
     """
     rows = np.broadcast_to(rows, scores.shape)
-    # Equal rows can differ in the last bits by their place in a matrix product: compare the bits before those.
-    mantissas, exponents = np.frexp(scores)
-    keys = np.ldexp(np.round(np.ldexp(mantissas, TIE_BITS)), exponents - TIE_BITS)
-    order = np.lexsort((rows, -keys if largest else keys), axis=-1)[:, :k]
+    order = np.lexsort((rows, -scores if largest else scores), axis=-1)[:, :k]
     return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)

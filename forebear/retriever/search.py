@@ -29,42 +29,52 @@ from forebear.retriever.scoring import Query, Term, dots, exact_scores, rank, te
 
 # Rounding of a float32 dot product of two unit vectors, with a margin: 4e-6 is over 60 units in the last place.
 SCAN_TOLERANCE = 4e-6
-_EXACT_QUERIES = 64  # queries whose candidates are scored together
+_PRODUCT_QUERIES = 64  # queries whose candidates are multiplied together
+_PRODUCT_ROUNDING = 1e-12  # of a float64 product, relative to the largest, with a wide margin
+_SPARE = 8  # candidates beyond k that are scored pair by pair
 _MAX_SCORES = 1 << 26  # entries of a (queries, rows) block held at once
 _MAX_CANDIDATE_NUMBERS = 1 << 25  # entries of a (queries, candidates, width) block held at once
 
 
 @dataclass(frozen=True)
 class RowFactors:
-    """Stored factors of every training row in row order, one matrix a checkpoint of the method."""
+    """Stored factors of every training row in row order, one matrix a checkpoint of the method.
+
+    Scores come in two kinds, equal to the last few bits of float64. *Products* are matrix products, fast; where a
+    row stands in one decides its last bit. *Scores* are summed pair by pair: equal rows get equal scores, so that ties
+    can be broken by row number.
+    """
 
     features: tuple[RowMatrix, ...]
     residuals: tuple[RowMatrix, ...]
     live: np.ndarray
 
     def scores(self, query: Query, rows: np.ndarray) -> np.ndarray:
-        """Exact scores of candidates ``(q, k)`` of each query."""
-        return exact_scores(
-            query,
-            tuple(m.take(rows) for m in self.features),
-            tuple(m.take(rows) for m in self.residuals),
-            rows,
-        )
+        """Scores of rows ``(q, k)`` of each query."""
+        return self._exact(query, rows)
 
-    def all_scores(self, query: Query) -> np.ndarray:
-        """Exact scores of every live row, ``(q, n_live)``, columns in the order of ``live``."""
+    def products(self, query: Query, rows: np.ndarray) -> np.ndarray:
+        """The same by products of all queries with the distinct rows: queries share candidates."""
+        out = np.empty(rows.shape)
+        for which in _chunks(np.arange(len(query)), _PRODUCT_QUERIES):
+            distinct, inverse = np.unique(rows[which], return_inverse=True)
+            found = self._exact(query.take(which), distinct)
+            out[which] = np.take_along_axis(found, inverse.reshape(len(which), -1), axis=1)
+        return out
+
+    def all_products(self, query: Query) -> np.ndarray:
+        """Products of every live row, ``(q, n_live)``, columns in the order of ``live``."""
         out = np.empty((len(query), len(self.live)))
         width = sum(m.width for m in self.features)
         step = max(256, _MAX_CANDIDATE_NUMBERS // width)
         for start in range(0, len(self.live), step):
             rows = self.live[start : start + step]
-            out[:, start : start + len(rows)] = exact_scores(
-                query,
-                tuple(m.take(rows) for m in self.features),
-                tuple(m.take(rows) for m in self.residuals),
-                rows,
-            )
+            out[:, start : start + len(rows)] = self._exact(query, rows)
         return out
+
+    def _exact(self, query: Query, rows: np.ndarray) -> np.ndarray:
+        features = tuple(m.take(rows) for m in self.features)
+        return exact_scores(query, features, tuple(m.take(rows) for m in self.residuals), rows)
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ class Ranking:
 
 # Candidates of queries `which`, `width` of each: row numbers (q, width) and, where the search bounds it, the largest
 # score that a row left out can have (q,), in the units of the exact score, signed so that larger is better.
-Candidates = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray | None]]
+Candidates = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
 
 def settle(
@@ -100,26 +110,56 @@ def settle(
     pending = np.arange(len(query))
     width = min(n_live, first_width)
     dim = sum(m.width for m in factors.features)
-    while len(pending):
-        if width * dim > _MAX_CANDIDATE_NUMBERS or width >= n_live:
-            for chunk in _chunks(pending, max(1, _MAX_SCORES // n_live)):
-                found = factors.all_scores(query.take(chunk))
-                rows[chunk], scores[chunk] = rank(found, factors.live, k, largest=largest)
-            n_scored[pending] = n_live
-            break
+    while len(pending) and width < n_live and width * dim <= _MAX_CANDIDATE_NUMBERS:
         unsettled = []
         for chunk in _chunks(pending, max(1, _MAX_CANDIDATE_NUMBERS // (width * dim))):
             part = query.take(chunk)
             listed, ceiling = candidates(chunk, width)
-            found = factors.scores(part, listed)
-            rows[chunk], scores[chunk] = rank(found, listed, k, largest=largest)
+            listed, ceiling = _narrow(part, factors, listed, ceiling, k + _SPARE, largest=largest)
+            rows[chunk], scores[chunk] = rank(factors.scores(part, listed), listed, k, largest=largest)
             n_scored[chunk] = width
-            if ceiling is not None:
-                worst = scores[chunk, -1] if largest else -scores[chunk, -1]
-                unsettled.append(chunk[~(worst > ceiling)])
-        pending = np.concatenate(unsettled) if unsettled else np.empty(0, np.int64)
+            worst = scores[chunk, -1] if largest else -scores[chunk, -1]
+            unsettled.append(chunk[~(worst > ceiling)])
+        pending = np.concatenate(unsettled)
         width = min(n_live, 4 * width)
+    if len(pending):
+        rest = search_all(query.take(pending), factors, k, largest=largest)
+        rows[pending], scores[pending], n_scored[pending] = rest.rows, rest.scores, rest.n_scored
     return Ranking(rows, scores, True, n_scored)
+
+
+def _narrow(
+    query: Query, factors: RowFactors, listed: np.ndarray, ceiling: np.ndarray, keep: int, *, largest: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keep the best candidates by products; the ceiling then covers the others too."""
+    if listed.shape[1] <= keep:
+        return listed, ceiling
+    products = factors.products(query, listed)
+    if not largest:
+        products = -products
+    order = np.argpartition(-products, keep, axis=1)[:, : keep + 1]
+    kept = np.take_along_axis(listed, order[:, :keep], axis=1)
+    edge = np.take_along_axis(products, order[:, keep:], axis=1)[:, 0] + _PRODUCT_ROUNDING * np.abs(products).max(
+        axis=1
+    )
+    return kept, np.maximum(ceiling, edge)
+
+
+def search_all(query: Query, factors: RowFactors, k: int, *, largest: bool) -> Ranking:
+    """One end of the ranking from every live row: products of all, then scores of those that could be in it."""
+    rows = np.empty((len(query), k), np.int64)
+    scores = np.empty((len(query), k))
+    n_live = len(factors.live)
+    for chunk in _chunks(np.arange(len(query)), max(1, _MAX_SCORES // (2 * n_live))):
+        products = factors.all_products(query.take(chunk))
+        products = products if largest else -products
+        edges = np.partition(products, n_live - k, axis=1)[:, n_live - k]
+        edges = edges - _PRODUCT_ROUNDING * np.abs(products).max(axis=1)
+        for i, number in enumerate(chunk):
+            near = factors.live[products[i] >= edges[i]][None, :]
+            found = factors.scores(query.take(np.array([number])), near)
+            rows[number], scores[number] = (part[0] for part in rank(found, near, k, largest=largest))
+    return Ranking(rows, scores, True, np.full(len(query), n_live))
 
 
 def _chunks(which: np.ndarray, size: int) -> list[np.ndarray]:
@@ -302,7 +342,7 @@ def _scan_chunk(
     ends = []
     for largest in (True, False):
 
-        def candidates(which: np.ndarray, width: int, largest: bool = largest) -> tuple[np.ndarray, np.ndarray | None]:
+        def candidates(which: np.ndarray, width: int, largest: bool = largest) -> tuple[np.ndarray, np.ndarray]:
             width = min(width, scores.shape[1])
             part = tensor if len(which) == len(query) else tensor[torch.from_numpy(which)]
             found = part.topk(width, dim=1, largest=largest)
@@ -320,7 +360,7 @@ def _scan_chunk(
             found = tensor.topk(k, dim=1, largest=largest)
             values = found.values.numpy().astype(np.float64) * scan.scale[:, None]
             rows, values = rank(values, at_position[found.indices.numpy()], k, largest=largest)
-            ends.append(Ranking(rows, values, True, np.zeros(len(query), np.int64)))
+            ends.append(Ranking(rows, values, False, np.zeros(len(query), np.int64)))
     return ends[0], ends[1]
 
 
@@ -367,7 +407,7 @@ def _ann_end(
     """One end of the ranking; ``size`` is what the rounding of FAISS' scores is relative to."""
     n_live = len(factors.live)
 
-    def candidates(which: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def candidates(which: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         scores, positions = ann.search(vectors[which], width)
         short = (positions < 0).any(axis=1)
         if short.any():  # an inverted file found too few in the lists it visited
@@ -391,7 +431,7 @@ def _unranked(ann: AnnIndex, vectors: np.ndarray, factors: RowFactors, k: int, *
         raise InputError(f"the FAISS index found fewer than {k} rows in the lists it visits. Use --exact rerank.")
     values = scores.astype(np.float64) if ann.metric == "cos" else -np.sqrt(np.maximum(-scores.astype(np.float64), 0.0))
     rows, values = rank(values if largest else -values, factors.live[positions], k, largest=largest)
-    return Ranking(rows, values, ann.exact, np.zeros(len(vectors), np.int64))
+    return Ranking(rows, values, False, np.zeros(len(vectors), np.int64))
 
 
 def _farthest(query: Query, table: ScanTable, factors: RowFactors, k: int) -> Ranking:
@@ -410,7 +450,7 @@ def _farthest(query: Query, table: ScanTable, factors: RowFactors, k: int) -> Ra
     tensor = torch.from_numpy(scores)
     at_position = table.rows
 
-    def candidates(which: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def candidates(which: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         found = tensor[torch.from_numpy(which)].topk(width, dim=1)
         edge = (
             found.values[:, -1].numpy().astype(np.float64)
@@ -424,10 +464,4 @@ def _farthest(query: Query, table: ScanTable, factors: RowFactors, k: int) -> Ra
 
 def search_full(query: Query, factors: RowFactors, k: int) -> tuple[Ranking, Ranking]:
     """Both ends of the ranking from the exact score of every live row."""
-    ends: list[list[Ranking]] = [[], []]
-    n_live = len(factors.live)
-    for which in _chunks(np.arange(len(query)), max(1, _MAX_SCORES // (4 * n_live))):
-        scores = factors.all_scores(query.take(which))
-        for end, largest in zip(ends, (True, False), strict=True):
-            end.append(Ranking(*rank(scores, factors.live, k, largest=largest), True, np.full(len(which), n_live)))
-    return _join(ends[0]), _join(ends[1])
+    return search_all(query, factors, k, largest=True), search_all(query, factors, k, largest=False)
