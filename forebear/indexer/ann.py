@@ -188,7 +188,7 @@ def _calibrate(
     probes = [*(p for p in (1, 4, 16, 64, 256, 1024) if p < n_lists), n_lists]
     best: tuple[AnnIndex, float] | None = None
     for n_probe in probes:
-        for widen in (4, 10, 30, 100):
+        for widen in (4, 10, 20, 40, 70, 100):
             ann = AnnIndex(built, metric, False, n_probe, widen)
             _, found = ann.search(queries, min(len(vectors), widen * top + 1))
             recall = float(np.mean([len(np.intersect1d(t, f)) / top for t, f in zip(truth, found, strict=True)]))

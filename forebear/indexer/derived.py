@@ -18,7 +18,7 @@ import pyarrow as pa
 from forebear.indexer.ann import Vectors, build_ann, write_ann
 from forebear.indexer.store import RowMatrix, column, read_batches, record_batch, write_table
 
-SCAN_BLOCK_ROWS = 4096
+SCAN_BLOCK_ROWS = 8192
 
 
 @dataclass(frozen=True)

