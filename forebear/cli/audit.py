@@ -14,6 +14,7 @@ from forebear.cli.options import Device, Force, IndexFolder, LabelColumn, LabelN
 
 if TYPE_CHECKING:
     from forebear.evaluation.report import Report
+    from forebear.evaluation.report import Table as ReportTable
 
 HANS_HELP = """Do the training rows behind a wrong "entailment" share the lexical-overlap shortcut?
 
@@ -77,19 +78,27 @@ def hans(
 
 def show_report(report: Report) -> None:
     """Print a report's summary and tables."""
+    OUT.print(report.title, style="bold", markup=False)
+    OUT.print(report.summary, markup=False)
+    for table in report.tables:
+        show_table(table)
+
+
+def show_table(table: ReportTable) -> None:
+    """Print one table of a report."""
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
     from forebear.evaluation.report import format_cell
 
-    OUT.print(f"[bold]{escape(report.title)}[/bold]")
-    OUT.print(escape(report.summary))
-    for table in report.tables:
-        grid = Table(
-            title=escape(table.title), title_justify="left", caption=escape(table.note), caption_justify="left"
-        )
-        for i, column in enumerate(table.columns):
-            grid.add_column(escape(column), justify="left" if i == 0 else "right")
-        for row in table.rows:
-            grid.add_row(*(escape(format_cell(cell)) for cell in row))
-        OUT.print(grid)
+    grid = Table(title=escape(table.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(table.columns):
+        numbers = any(isinstance(row[i], float | int) for row in table.rows)
+        grid.add_column(escape(column), justify="right" if numbers else "left", no_wrap=numbers)
+    for row in table.rows:
+        cells = (format_cell(cell, 3 if isinstance(cell, float) else None) for cell in row)
+        grid.add_row(*map(escape, cells))
+    OUT.print(grid)
+    if table.note:
+        OUT.print(table.note, style="dim", markup=False)

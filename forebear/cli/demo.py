@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.audit import show_report
-from forebear.cli.console import progress_bar, say
+from forebear.cli.audit import show_table
+from forebear.cli.console import OUT, progress_bar, say
 from forebear.cli.options import Device, Force, Quiet
+
+if TYPE_CHECKING:
+    from forebear.evaluation.report import Group, Passage
 
 HELP = """See the whole of it, offline: train, index, retrieve, audit, report, on a small corpus with planted faults.
 
@@ -38,8 +41,30 @@ def demo(
         outcome = run_demo(
             out, seed=seed, device=device, force=force, progress=progress, say=lambda line: say(line, quiet=quiet)
         )
-    show_report(outcome.report)
-    say(f"report: {outcome.page}", quiet=quiet)
+    report = outcome.report
+    for group in report.groups[:1]:
+        show_group(group)
+    OUT.print(report.summary, markup=False)
+    show_table(report.tables[0])
+    say(f"every method, every table and the rows themselves: {outcome.page}", quiet=quiet)
     say(f"ask more: forebear retrieve --index {out}/index --test {out}/data/probe.parquet --method gc,if", quiet=quiet)
     if not outcome.found:
         raise typer.Exit(1)
+
+
+def show_group(group: Group) -> None:
+    """Print a query and the first rows behind its answer."""
+    OUT.print(group.title, style="bold", markup=False)
+    if group.query is not None:
+        _show_passage(group.query)
+    for passage in group.passages[:3]:
+        _show_passage(passage)
+    OUT.print()
+
+
+def _show_passage(passage: Passage) -> None:
+    facts = ", ".join(f"{name} {value}" for name, value in passage.facts.items())
+    note = f"  [{passage.note}]" if passage.note else ""
+    OUT.print(f"  {passage.heading}: {facts}{note}", markup=False)
+    for text in passage.texts.values():
+        OUT.print(f"    {text}", markup=False)

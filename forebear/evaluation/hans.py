@@ -17,7 +17,7 @@ from forebear.evaluation.overlap import bootstrap_interval, lexical_overlap, mea
 from forebear.evaluation.report import Cell, Figure, Group, Passage, Report, Table, bar_chart
 from forebear.indexer.data import RowBlock, RowSource
 from forebear.indexer.forward import run_forward
-from forebear.indexer.labels import collapse_to_binary_nli
+from forebear.indexer.labels import collapse_to_binary_nli, nli_id
 from forebear.retriever.results import Answers
 from forebear.retriever.retriever import QuerySpec, Retriever
 
@@ -43,6 +43,8 @@ class HansAudit:
     Attributes:
         methods: Names, ``m``.
         overlap: Lexical overlap of the top training rows, ``(queries, m, k)``.
+        hub_share: Share of the queries whose top row is one and the same, ``(m,)``. Near 1, a method gives every
+            query the same answer, which explains none of them.
         all_rows_overlap: Mean overlap of all live training rows: what random rows would give.
         accuracy: Share of right answers among (entailment, non-entailment) rows; None where there are none.
         n_rows: Rows of each kind.
@@ -51,6 +53,7 @@ class HansAudit:
 
     methods: tuple[str, ...]
     overlap: np.ndarray
+    hub_share: np.ndarray
     all_rows_overlap: float
     accuracy: tuple[float | None, float | None]
     n_rows: tuple[int, int]
@@ -97,6 +100,7 @@ def audit_hans(
         raise InputError(f"audit hans needs a model with NLI labels; this one has {', '.join(retriever.label_names)}.")
     row_overlap = training_overlap(retriever)
     found: list[np.ndarray] = []
+    first_rows: list[np.ndarray] = []
     examples: list[Example] = []
     right, total = np.zeros(2, np.int64), np.zeros(2, np.int64)
     stride = max(1, source.n_rows // SHOWN_QUERIES)
@@ -114,6 +118,7 @@ def audit_hans(
             answers = retriever.answer_block(block.start, texts, None, spec, forward=forward.take(wrong))
             rows = np.stack([answers.found[name][0].rows for name in spec.methods], axis=1)
             found.append(row_overlap[rows].astype(np.float32))
+            first_rows.append(rows[:, :, 0])
             for j, i in enumerate(wrong):
                 if len(examples) < SHOWN_QUERIES and block.start + i >= len(examples) * stride:
                     examples.append(_example(block, int(i), answers, j))
@@ -126,6 +131,7 @@ def audit_hans(
     return HansAudit(
         methods=spec.methods,
         overlap=np.concatenate(found),
+        hub_share=np.array([np.bincount(rows).max() / len(rows) for rows in np.concatenate(first_rows).T]),
         all_rows_overlap=float(row_overlap[retriever.index.live].mean()),
         accuracy=(_share(right[0], total[0]), _share(right[1], total[1])),
         n_rows=(int(total[0]), int(total[1])),
@@ -165,15 +171,15 @@ def gold_entailment(source: RowSource, block: RowBlock) -> np.ndarray:
     labels = block.labels
     if labels is None:
         raise InputError(f"{source.name} has no labels. Name their column by --label-column.")
-    names = source.label_names or tuple(sorted({str(label) for label in source.label_values}))
-    merge = collapse_to_binary_nli(names)
-    if merge is None:
+    names = [source.label_names[i] if isinstance(i, int) and source.label_names else str(i) for i in labels]
+    ids = [nli_id(name) for name in names]
+    if None in ids:
         raise InputError(
-            f"{source.name} has labels {', '.join(names)}; expected entailment and non-entailment (or neutral and "
-            "contradiction). Name them by --label-names entailment,non-entailment."
+            f"{source.name}: row {block.start + ids.index(None)} has the label {names[ids.index(None)]!r}; expected "
+            "entailment and non-entailment (or neutral, contradiction). Name integers by --label-names "
+            "entailment,non-entailment."
         )
-    ids = [label if isinstance(label, int) else names.index(label) for label in labels]
-    return np.asarray(merge[ids])
+    return np.array(ids, dtype=np.int64)
 
 
 def hans_report(
@@ -182,7 +188,7 @@ def hans_report(
     """The report of an audit, and its numbers for ``result.json``."""
     k = audit.overlap.shape[2]
     many = audit.mean_overlap(k).mean(axis=0)
-    best = int(many.argmax())
+    best = _telling_method(audit)
     provenance = {
         "test rows": source.name,
         "index": str(retriever.index.folder),
@@ -209,6 +215,13 @@ def hans_report(
     return report, result
 
 
+def _telling_method(audit: HansAudit) -> int:
+    """The method of highest overlap among those that do not give most queries the same row."""
+    many = audit.mean_overlap(audit.overlap.shape[2]).mean(axis=0)
+    specific = audit.hub_share <= 0.5
+    return int(np.where(specific, many, -1.0).argmax()) if specific.any() else int(many.argmax())
+
+
 def _summary(audit: HansAudit, best: str, overlap: float) -> str:
     """The finding in two sentences."""
     found = f"{audit.n_queries:,} of {audit.n_rows[1]:,} non-entailment rows are taken for entailment."
@@ -222,7 +235,7 @@ def _summary(audit: HansAudit, best: str, overlap: float) -> str:
 
 
 def _statistics(audit: HansAudit, method: int) -> dict[str, float | None]:
-    """Mean overlap of the top 1 and top k, their standard errors, and the latter's interval."""
+    """Mean overlap of the top 1 and top k, their standard errors, the latter's interval, and the hub share."""
     k = audit.overlap.shape[2]
     first, first_error = mean_and_error(audit.mean_overlap(1)[:, method])
     many = audit.mean_overlap(k)[:, method]
@@ -235,20 +248,22 @@ def _statistics(audit: HansAudit, method: int) -> dict[str, float | None]:
         "top_k_error": error,
         "top_k_low": low,
         "top_k_high": high,
+        "hub_share": float(audit.hub_share[method]),
     }
 
 
 def _overlap_table(audit: HansAudit) -> Table:
     k = audit.overlap.shape[2]
     everything = audit.all_rows_overlap
-    rows: list[list[Cell]] = [["(all training rows)", everything, None, everything, None, None, None]]
+    rows: list[list[Cell]] = [["(all training rows)", everything, None, everything, None, None, None, None]]
     rows += [[name, *_statistics(audit, i).values()] for i, name in enumerate(audit.methods)]
     return Table(
         "Lexical overlap of the rows behind a wrong “entailment”",
-        ["method", "top 1", "± top 1", f"top {k}", f"± top {k}", "95% low", "95% high"],
+        ["method", "top 1", "± top 1", f"top {k}", f"± top {k}", "95% low", "95% high", "same row"],
         rows,
         f"Share of the hypothesis' word types found in the premise; mean over {audit.n_queries:,} queries, ± its "
-        f"standard error; 95% bootstrap interval of top {k}. The first line is what random rows give.",
+        f"standard error; 95% bootstrap interval of top {k}. The first line is what random rows give. Same row: "
+        "share of the queries that have one and the same row at the top; near 1 the method explains none of them.",
     )
 
 

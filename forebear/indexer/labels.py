@@ -196,6 +196,11 @@ def _names_of(source: RowSource) -> tuple[str, ...]:
     return tuple(str(value) for value in values)
 
 
+def nli_id(name: str) -> int | None:
+    """0 for the name of entailment, 1 for that of neutral, contradiction or non-entailment, else None."""
+    return NLI_IDS.get(_key(name))
+
+
 def collapse_to_binary_nli(names: Sequence[str]) -> npt.NDArray[np.int64] | None:
     """Merge a model's NLI classes into entailment and the rest.
 
@@ -206,7 +211,7 @@ def collapse_to_binary_nli(names: Sequence[str]) -> npt.NDArray[np.int64] | None
         0 for entailment and 1 for any other class, ``(c,)``; None unless these are the names of NLI labels,
         entailment and at least one other.
     """
-    merged = [NLI_IDS.get(_key(name)) for name in names]
+    merged = [nli_id(name) for name in names]
     if None in merged or set(merged) != {0, 1}:
         return None
     return np.array(merged, dtype=np.int64)
