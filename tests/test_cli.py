@@ -197,7 +197,7 @@ def test_every_command_has_help_with_an_example(command, capsys):
         (["index", "--out", "NEW", "--model", "MODEL", "--train", "TRAIN", "--damping", "much"], ["'much'", "0.1x"]),
         (["index", "--out", "NEW", "--model", "MODEL", "--train", "TRAIN", "--ann", "Gibberish7"], ["Gibberish7"]),
         (["index", "--out", "NEW", "--model", "MODEL", "--train", "TRAIN", "--eta", "1", "2"], ["2 value(s) for 1"]),
-        (["index", "--out", "NEW", "--model", "MODEL", "--train", "TRAIN", "--scope", "all"], ["'all'", "head"]),
+        (["index", "--out", "NEW", "--model", "MODEL", "--train", "TRAIN", "--scope", "most"], ["'most'", "top-K"]),
         (["index", "--out", "NEW", "--model", "MODEL", "--train", "TRAIN", "--store", "words"], ["words", "features"]),
         (["index", "--out", "NEW", "--model", "MODEL", "--train", "TRAIN", "--max-length", "999"], ["999", "40"]),
         (["audit", "hans", "--index", "INDEX", "--test", "TEST", "--out", "NEW"], ["pairs"]),

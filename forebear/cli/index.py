@@ -27,6 +27,8 @@ Examples:
 
     forebear index --checkpoints ckpt/1 ckpt/2 ckpt/3 --eta 5e-5 3e-5 1e-5 --train train.csv --out I
 
+    forebear index --model runs/mine --train train.csv --out I --scope head,all
+
     forebear index --out I --append --train more.csv
 
     forebear index --out I --retire 17,230-240
@@ -52,7 +54,15 @@ def index(
         list[float] | None,
         typer.Option("--eta", help="TracIn weight of each checkpoint. Default: the run's, else 1.", show_default=False),
     ] = None,
-    scope: Annotated[str, typer.Option("--scope", help="Parameters whose gradients are indexed: head.")] = "head",
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scope",
+            help="Gradients to index: head; top-K or all, sketched.  [default: head]",
+            show_default=False,
+        ),
+    ] = None,
+    sketch_dim: Annotated[int, typer.Option("--sketch-dim", help="Numbers a row of a sketched scope.")] = 256,
     store: Annotated[
         list[str] | None,
         typer.Option("--store", help="features, or features,sbert.  [default: features]", show_default=False),
@@ -95,8 +105,6 @@ def index(
     from forebear.indexer.options import BuildOptions
     from forebear.indexer.runs import choose_model
 
-    if scope != "head":
-        raise InputError(f"--scope {scope!r}: this version indexes the scope head.")
     if sum((append, bool(retire), rebuild_ann)) > 1:
         raise InputError("--append, --retire and --rebuild-ann are separate changes: give one of them.")
 
@@ -125,6 +133,8 @@ def index(
         source = rows(listed(text_columns) or _if_there(chosen.text_columns, train))
         options = BuildOptions(
             stores=tuple(listed(store)) or ("features",),
+            scopes=tuple(dict.fromkeys(["head", *listed(scope)])),
+            sketch_dim=sketch_dim,
             sentence_model=sentence_model,
             dampings=() if listed(damping) == ["none"] else tuple(listed(damping)) or ("0.1x",),
             rep_refit=rep_refit,

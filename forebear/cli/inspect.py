@@ -87,11 +87,12 @@ def index_facts(index: Any) -> dict[str, Any]:
         "precision": spec.precision,
         "checkpoints": [asdict(checkpoint) for checkpoint in manifest.checkpoints],
         "tokenizer_sha256": spec.tokenizer_sha256,
-        "scopes": {"head": {"classes": len(spec.label_names), "feature_dim": manifest.feature_dim}},
+        "scopes": {"head": {"classes": len(spec.label_names), "feature_dim": manifest.feature_dim}}
+        | {scope: {"sketch_dim": spec.sketch_dim} for scope in spec.scopes if scope != "head"},
         "representations": ["feature", "head", *(["sentence"] if "sbert" in spec.stores else [])],
         "sentence_model": manifest.sentence_model,
         "curvature": manifest.curvature,
-        "sketch": {"width": None, "seed": spec.seed},
+        "sketch": {"width": spec.sketch_dim or None, "seed": spec.seed},
         "search": manifest.derived,
         "bytes": {"total": total, "a_row": total / manifest.n_rows, **by_kind},
         "faiss": backend(),
@@ -114,6 +115,26 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines.append(
         ("scopes", ", ".join(f"{k} ({v['classes']} x {v['feature_dim']})" for k, v in facts["scopes"].items()))
     )
+    lines.append(("representations", ", ".join(facts["representations"])))
+    for scope, solvers in facts["curvature"].items():
+        exact = solvers.get("exact")
+        if exact:
+            given = ", ".join(f"{d['given']} = {d['damping']:.4g}" for d in exact["dampings"])
+            lines.append(("curvature", f"{scope}: exact, damping {given}"))
+    for name, search in facts["search"].items():
+        what = (
+            "norm-sorted scan"
+            if search["kind"] == "scan"
+            else f"FAISS {search['factory']}, recall {search['recall']:.3f}"
+        )
+        lines.append(("search", f"{name}: {what}"))
+    parts = ", ".join(f"{kind} {size(n)}" for kind, n in stored.items() if kind not in ("total", "a_row"))
+    lines.append(("size", f"{size(stored['total'])}, {stored['a_row']:,.0f} bytes a row ({parts})"))
+    lines.append(("built with", ", ".join(f"{k} {v}" for k, v in facts["libraries"].items())))
+    for scope, shape in facts["scopes"].items():
+        head = scope == "head"
+        what = f"exact, {shape['classes']} x {shape['feature_dim']}" if head else f"sketch of {shape['sketch_dim']}"
+        lines.append(("scope", f"{scope}: {what}"))
     lines.append(("representations", ", ".join(facts["representations"])))
     for scope, solvers in facts["curvature"].items():
         exact = solvers.get("exact")

@@ -58,6 +58,9 @@ def retrieve(
     ] = "predicted",
     exact: Annotated[str, typer.Option("--exact", help="none, rerank or full.")] = "rerank",
     scope: Annotated[str, typer.Option("--scope", help="Parameters whose gradients are compared.")] = "head",
+    candidates: Annotated[
+        int, typer.Option("--candidates", help="Rows at each end that a deeper scope's sketches propose.")
+    ] = 100,
     curvature: Annotated[str, typer.Option("--curvature", help="exact or identity, for if and rif.")] = "exact",
     damping: Annotated[
         str | None,
@@ -88,6 +91,7 @@ def retrieve(
         target=target,
         exact=exact,  # type: ignore[arg-type]  # checked by spec.check
         scope=scope,
+        candidates=candidates,
         curvature=curvature,
         damping=damping,
     )

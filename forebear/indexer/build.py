@@ -33,7 +33,7 @@ from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, Seg
 from forebear.indexer.model import load_classifier
 from forebear.indexer.options import BuildOptions, Progress, ignore_warning, no_progress
 from forebear.indexer.runs import CheckpointPath, moved_paths
-from forebear.indexer.shards import load_checked, split_rows, write_shards
+from forebear.indexer.shards import ShardWriter, load_checked, split_rows
 from forebear.indexer.spec import library_versions, make_spec
 
 
@@ -105,7 +105,17 @@ def build_index(
         libraries=library_versions(),
     )
     with as_begun(spec.n_threads):
-        write_shards(folder, source, labels, spec, listed, shards, 0, options, classifier, progress)
+        ShardWriter(
+            folder=folder,
+            source=source,
+            labels=labels,
+            spec=spec,
+            checkpoints=listed,
+            shards=shards,
+            first_shard=0,
+            options=replace(options, max_length=spec.max_length),
+            progress=progress,
+        ).write(classifier)
         return finish(folder, manifest, np.empty(0, np.int64), progress)
 
 
@@ -152,6 +162,8 @@ def append_rows(
         )
     options = BuildOptions(
         stores=old.spec.stores,
+        scopes=old.spec.scopes,
+        sketch_dim=old.spec.sketch_dim or BuildOptions.sketch_dim,
         sentence_model=old.sentence_model or "minilm",
         precision=old.spec.precision,
         max_length=old.spec.max_length,
@@ -173,11 +185,22 @@ def append_rows(
         remove_unlisted(folder, old)
     begin(folder, {"kind": "append", "segment": asdict(segment), "onto": old.digest()}, old.spec)
     new = split_rows(old.n_rows, source.n_rows, old.spec.shard_rows)
-    write_shards(folder, source, labels, old.spec, tuple(moved), new, len(old.shards), options, classifier, progress)
     manifest = replace(
         old, segments=(*old.segments, segment), shards=(*old.shards, *new), generation=old.generation + 1
     )
-    return finish(folder, manifest, index.retired, progress)
+    with as_begun(old.spec.n_threads):
+        ShardWriter(
+            folder=folder,
+            source=source,
+            labels=labels,
+            spec=old.spec,
+            checkpoints=tuple(moved),
+            shards=new,
+            first_shard=len(old.shards),
+            options=options,
+            progress=progress,
+        ).write(classifier)
+        return finish(folder, manifest, index.retired, progress)
 
 
 def retire_rows(folder: str | Path, rows: Sequence[int], *, progress: Progress = no_progress) -> Index:

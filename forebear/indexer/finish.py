@@ -24,6 +24,7 @@ from forebear.indexer.derived import build_derived
 from forebear.indexer.forward import softmax
 from forebear.indexer.index import Index
 from forebear.indexer.manifest import JOURNAL_NAME, Manifest
+from forebear.indexer.sketch import REDUCTION_NAME, gradient_folder
 from forebear.indexer.store import file_sha256, write_columns
 
 
@@ -82,7 +83,9 @@ def _shard_files(manifest: Manifest) -> list[str]:
     kinds = ["rows", *(f"features/{c.name}" for c in manifest.checkpoints)]
     if "sbert" in manifest.spec.stores:
         kinds.append("sentence")
-    return [f"{kind}/{i:05d}.arrow" for kind in kinds for i in range(len(manifest.shards))]
+    sketched = [gradient_folder(s, c.name) for s in manifest.spec.scopes if s != "head" for c in manifest.checkpoints]
+    shards = [f"{kind}/{i:05d}.arrow" for kind in kinds + sketched for i in range(len(manifest.shards))]
+    return shards + [f"{kind}/{REDUCTION_NAME}" for kind in sketched]
 
 
 def tidy(folder: Path, manifest: Manifest) -> None:

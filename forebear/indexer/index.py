@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,27 @@ from forebear.indexer.ann import AnnIndex, read_ann
 from forebear.indexer.curvature import HeadCurvature
 from forebear.indexer.derived import ScanTable, read_scan_table
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
+from forebear.indexer.sketch import REDUCTION_NAME, gradient_folder, read_reduction
 from forebear.indexer.store import MEND, RowMatrix, column, file_sha256, for_each_shard, read_batches
+
+
+@dataclass(frozen=True)
+class GradientStore:
+    """Stored gradients of a sketched scope at one checkpoint.
+
+    Attributes:
+        sketches: Unit sketches, ``(n, d)`` float16.
+        lengths: Their lengths, ``(n,)`` float32.
+        norms: Exact gradient norms, ``(n,)`` float32.
+        residual_lengths: sqrt(norm^2 - length^2), ``(n,)`` float32.
+        reduction: The second reduction, ``(d, D)`` float32.
+    """
+
+    sketches: RowMatrix
+    lengths: np.ndarray
+    norms: np.ndarray
+    residual_lengths: np.ndarray
+    reduction: np.ndarray
 
 
 class Index:
@@ -120,6 +140,28 @@ class Index:
                 f"{self.folder} holds no sentence embeddings. Build it with --store features,sbert."
             )
         return self._matrix("sentence", "embedding")
+
+    def gradients(self, scope: str, checkpoint: int = -1) -> GradientStore:
+        """Sketches and exact norms of every row over a sketched scope."""
+        if scope not in self.manifest.spec.scopes or scope == "head":
+            raise MissingStoreError(
+                f"{self.folder} holds the scope(s) {', '.join(self.manifest.spec.scopes)}, not a sketched {scope!r}. "
+                f"Build it with --scope head,{scope}."
+            )
+        kind = gradient_folder(scope, self.manifest.checkpoints[checkpoint].name)
+        shards = self._shards(kind)
+
+        def whole(name: str) -> np.ndarray:
+            return np.concatenate([column(batch, name) for batch in shards])
+
+        (reduction,) = self.checked(f"{kind}/{REDUCTION_NAME}")
+        return GradientStore(
+            RowMatrix([column(batch, "sketch") for batch in shards]),
+            whole("length"),
+            whole("norm"),
+            whole("residual_length"),
+            read_reduction(reduction),
+        )
 
     def _row_column(self, name: str) -> np.ndarray:
         key = ("column", name)

@@ -39,6 +39,8 @@ class IndexSpec:
     max_length: int
     precision: str
     stores: tuple[str, ...]  # "features", "sbert"
+    scopes: tuple[str, ...]  # "head", which is exact, and those that are sketched: "top-K", "all"
+    sketch_dim: int  # d, numbers a row, scope and checkpoint; 0 without a sketched scope
     sentence_sha256: str | None  # weights and tokenizer of the un-tuned sentence encoder
     dampings: tuple[str, ...]  # as given: "0.1x" is relative to the mean eigenvalue, "0.003" absolute
     rep_refit: bool

@@ -29,6 +29,8 @@ class BuildOptions:
     """Choices of ``forebear index`` that change stored numbers; see :class:`IndexSpec` for the rest."""
 
     stores: tuple[str, ...] = ("features",)
+    scopes: tuple[str, ...] = ("head",)
+    sketch_dim: int = 256
     sentence_model: str = "minilm"
     dampings: tuple[str, ...] = ("0.1x",)  # empty: no curvature
     rep_refit: bool = False
@@ -46,6 +48,10 @@ class BuildOptions:
         unknown = sorted(set(self.stores) - set(STORES))
         if unknown or "features" not in self.stores:
             raise InputError(f"--store {','.join(self.stores)}: expected features, or features,sbert.")
+        if "head" not in self.scopes or len(set(self.scopes)) != len(self.scopes):
+            raise InputError(f"--scope {','.join(self.scopes)}: expected head, and others once each, such as head,all.")
+        if not 8 <= self.sketch_dim <= 4096:
+            raise InputError(f"--sketch-dim {self.sketch_dim}: expected 8 to 4096.")
         for given in self.dampings:
             absolute_damping(given, 1.0)
         if self.batch_tokens < 1 or self.shard_rows < 1:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,21 @@ import pyarrow as pa
 
 from forebear.errors import InputError, MismatchError
 from forebear.indexer.data import RowBlock, RowSource
-from forebear.indexer.forward import residual_and_loss, run_forward
+from forebear.indexer.forward import Forward, residual_and_loss, run_forward
 from forebear.indexer.labels import LabelMap
 from forebear.indexer.manifest import Checkpoint, IndexSpec
 from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.options import BuildOptions, Progress
-from forebear.indexer.sentence import load_sentence_encoder
+from forebear.indexer.sentence import SentenceEncoder, load_sentence_encoder
+from forebear.indexer.sketch import (
+    FIT_ROWS,
+    REDUCTION_NAME,
+    Sketcher,
+    fit_reduction,
+    gradient_folder,
+    read_reduction,
+    stored_sketches,
+)
 from forebear.indexer.store import write_columns
 
 
@@ -52,91 +62,153 @@ def check_same_model(classifier: Classifier, sha256: str, tokenizer_sha256: str)
             )
 
 
-def write_shards(
-    folder: Path,
-    source: RowSource,
-    labels: LabelMap,
-    spec: IndexSpec,
-    checkpoints: tuple[Checkpoint, ...],
-    shards: tuple[tuple[int, int], ...],
-    first_shard: int,
-    options: BuildOptions,
-    last: Classifier,
-    progress: Progress,
-) -> None:
-    """Write every missing shard file of every checkpoint, and of the sentence embeddings."""
+OnRows = Callable[[int], None]
 
-    def stage(name: str, kind: str, write: Callable[[Path, RowBlock, int, Callable[[int], None]], None]) -> None:
-        paths = [folder / kind / f"{first_shard + i:05d}.arrow" for i in range(len(shards))]
+
+@dataclass(frozen=True, kw_only=True)
+class ShardWriter:
+    """Writes the shard files of one segment of rows; files that are there already are left as they are.
+
+    Attributes:
+        folder: The index.
+        source: The segment's rows.
+        labels: Onto the model's ids.
+        spec: The index's choices.
+        checkpoints: In training order.
+        shards: Row ranges of the segment's shards.
+        first_shard: Number of the first of them.
+        options: Where and how models run.
+        progress: Told the stage, rows done and rows in all.
+    """
+
+    folder: Path
+    source: RowSource
+    labels: LabelMap
+    spec: IndexSpec
+    checkpoints: tuple[Checkpoint, ...]
+    shards: tuple[tuple[int, int], ...]
+    first_shard: int
+    options: BuildOptions
+    progress: Progress
+
+    def write(self, last: Classifier) -> None:
+        """Write what is missing; ``last`` is the model of the last checkpoint."""
+        for checkpoint in self.checkpoints:
+            if self._is_written(f"features/{checkpoint.name}"):
+                continue
+            is_last = checkpoint is self.checkpoints[-1]
+            classifier = last if is_last else load_checked(checkpoint, self.spec, self.options)
+            sketchers = [self._sketcher(classifier, checkpoint, s) for s in self.spec.scopes if s != "head"]
+            self._stage(
+                f"features {checkpoint.name}",
+                f"features/{checkpoint.name}",
+                partial(self._write_features, checkpoint, classifier, sketchers),
+            )
+        if "sbert" in self.spec.stores and not self._is_written("sentence"):
+            encoder = load_sentence_encoder(self.options.sentence_model, device=self.options.device)
+            if encoder.sha256 != self.spec.sentence_sha256:
+                raise MismatchError(
+                    f"{encoder.name} is not the sentence model of the index: sha256 {encoder.sha256[:12]}, expected "
+                    f"{(self.spec.sentence_sha256 or '')[:12]}."
+                )
+            self._stage("sentence embeddings", "sentence", partial(self._write_sentences, encoder))
+
+    def _paths(self, kind: str) -> list[Path]:
+        return [self.folder / kind / f"{self.first_shard + i:05d}.arrow" for i in range(len(self.shards))]
+
+    def _is_written(self, kind: str) -> bool:
+        return all(path.is_file() for path in self._paths(kind))
+
+    def _stage(self, name: str, kind: str, write: Callable[[Path, RowBlock, int, OnRows], None]) -> None:
+        """Call ``write`` for every block of rows whose shard is missing."""
+        paths = self._paths(kind)
         done = 0
-        progress(name, 0, source.n_rows)
 
         def on_rows(n: int) -> None:
             nonlocal done
             done += n
-            progress(name, done, source.n_rows)
+            self.progress(name, done, self.source.n_rows)
 
-        first = next((i for i, path in enumerate(paths) if not path.is_file()), len(paths))
-        if first == len(paths):
-            progress(name, source.n_rows, source.n_rows)
-            return
-        on_rows(shards[first][0] - shards[0][0])
-        blocks = source.blocks(spec.shard_rows, start=shards[first][0] - shards[0][0])
-        for path, (row, _), block in zip(paths[first:], shards[first:], blocks, strict=True):
+        self.progress(name, 0, self.source.n_rows)
+        first = next(i for i, path in enumerate(paths) if not path.is_file())
+        skipped = self.shards[first][0] - self.shards[0][0]
+        on_rows(skipped)
+        blocks = self.source.blocks(self.spec.shard_rows, start=skipped)
+        for path, (row, _), block in zip(paths[first:], self.shards[first:], blocks, strict=True):
             if path.is_file():
                 on_rows(len(block))
             else:
                 write(path, block, row, on_rows)
 
-    for checkpoint in checkpoints:
-        is_last = checkpoint is checkpoints[-1]
-        kind = f"features/{checkpoint.name}"
-        classifier: Classifier | None = last if is_last else None
-
-        def write_features(
-            path: Path,
-            block: RowBlock,
-            row: int,
-            on_rows: Callable[[int], None],
-            checkpoint: Checkpoint = checkpoint,
-        ) -> None:
-            nonlocal classifier
-            classifier = classifier or load_checked(checkpoint, spec, replace(options, max_length=spec.max_length))
+    def _write_features(
+        self,
+        checkpoint: Checkpoint,
+        classifier: Classifier,
+        sketchers: list[Sketcher],
+        path: Path,
+        block: RowBlock,
+        row: int,
+        on_rows: OnRows,
+    ) -> None:
+        """One forward (and, with sketched scopes, one backward of activations a scope) over a block of rows."""
+        gold = _labels_of(block, self.labels)
+        forward: Forward | None = None
+        for sketcher in sketchers:
+            found = sketcher.sketch(
+                block.texts,
+                gold,
+                batch_tokens=self.spec.batch_tokens,
+                first_row=row,
+                on_rows=on_rows if forward is None else None,
+            )
+            kind = gradient_folder(sketcher.scope, checkpoint.name)
+            write_columns(self.folder / kind / path.name, stored_sketches(found))
+            forward = found.forward
+        if forward is None:
             forward = run_forward(
-                classifier, block.texts, batch_tokens=spec.batch_tokens, first_row=row, on_rows=on_rows
+                classifier, block.texts, batch_tokens=self.spec.batch_tokens, first_row=row, on_rows=on_rows
             )
-            gold = _labels_of(block, labels)
-            residuals, losses = residual_and_loss(forward.logits, gold)
-            if checkpoint is checkpoints[-1]:
-                columns: dict[str, pa.Array | np.ndarray] = {"row": np.arange(row, row + len(block))}
-                columns |= {f"text_{i}": pa.array(texts, pa.string()) for i, texts in enumerate(block.texts)}
-                columns |= {
-                    "label": gold.astype(np.int32),
-                    "prediction": forward.predictions.astype(np.int32),
-                }
-                columns |= {
-                    "probabilities": forward.probabilities.astype(np.float32),
-                    "loss": losses.astype(np.float32),
-                }
-                write_columns(folder / "rows" / path.name, columns)
-            write_columns(path, {"feature": forward.features, "residual": residuals.astype(np.float32)})
+        residuals, losses = residual_and_loss(forward.logits, gold)
+        if checkpoint is self.checkpoints[-1]:
+            columns: dict[str, pa.Array | np.ndarray] = {"row": np.arange(row, row + len(block))}
+            columns |= {f"text_{i}": pa.array(texts, pa.string()) for i, texts in enumerate(block.texts)}
+            columns |= {"label": gold.astype(np.int32), "prediction": forward.predictions.astype(np.int32)}
+            columns |= {"probabilities": forward.probabilities.astype(np.float32), "loss": losses.astype(np.float32)}
+            write_columns(self.folder / "rows" / path.name, columns)
+        write_columns(path, {"feature": forward.features, "residual": residuals.astype(np.float32)})
 
-        stage(f"features {checkpoint.name}", kind, write_features)
-    if "sbert" in spec.stores:
-        encoder = load_sentence_encoder(options.sentence_model, device=options.device)
-        if encoder.sha256 != spec.sentence_sha256:
-            raise MismatchError(
-                f"{encoder.name} is not the sentence model of the index: sha256 {encoder.sha256[:12]}, expected "
-                f"{(spec.sentence_sha256 or '')[:12]}."
-            )
+    def _write_sentences(
+        self, encoder: SentenceEncoder, path: Path, block: RowBlock, row: int, on_rows: OnRows
+    ) -> None:
+        embedding = encoder.embed(block.texts, batch_tokens=self.spec.batch_tokens, on_rows=on_rows)
+        write_columns(path, {"embedding": embedding})
 
-        def write_sentences(path: Path, block: RowBlock, row: int, on_rows: Callable[[int], None]) -> None:
-            write_columns(
-                path,
-                {"embedding": encoder.embed(block.texts, batch_tokens=spec.batch_tokens, on_rows=on_rows)},
-            )
+    def _sketcher(self, classifier: Classifier, checkpoint: Checkpoint, scope: str) -> Sketcher:
+        """The scope's sketcher with its second reduction, fitted on a sample of the rows if it has not been yet."""
+        path = self.folder / gradient_folder(scope, checkpoint.name) / REDUCTION_NAME
+        if not path.is_file():
+            raw = Sketcher(classifier, scope, self.spec.seed)
+            texts, gold = self._sample()
+            self.progress(f"fit {scope} {checkpoint.name}", 0, len(gold))
+            found = raw.sketch(texts, gold, batch_tokens=self.spec.batch_tokens)
+            reduction = fit_reduction(found.sketches, self.spec.sketch_dim, self.spec.seed)
+            self.progress(f"fit {scope} {checkpoint.name}", len(gold), len(gold))
+            write_columns(path, {"basis": reduction})
+        return Sketcher(classifier, scope, self.spec.seed, read_reduction(path))
 
-        stage("sentence embeddings", "sentence", write_sentences)
+    def _sample(self) -> tuple[list[list[str]], np.ndarray]:
+        """Texts and labels of a seeded sample of the segment's rows."""
+        rng = np.random.default_rng(self.spec.seed)
+        chosen = np.sort(rng.permutation(self.source.n_rows)[:FIT_ROWS])
+        texts: list[list[str]] = [[] for _ in self.spec.text_columns]
+        gold = []
+        for block in self.source.blocks(self.spec.shard_rows):
+            local = chosen[(chosen >= block.start) & (chosen < block.start + len(block))] - block.start
+            if len(local):
+                gold.append(_labels_of(block, self.labels)[local])
+                for column, values in zip(texts, block.texts, strict=True):
+                    column += [values[i] for i in local]
+        return texts, np.concatenate(gold)
 
 
 def _labels_of(block: RowBlock, labels: LabelMap) -> np.ndarray:

@@ -60,6 +60,8 @@ def make_spec(
         max_length=last.max_length,
         precision=options.precision,
         stores=options.stores,
+        scopes=options.scopes,
+        sketch_dim=options.sketch_dim if len(options.scopes) > 1 else 0,
         sentence_sha256=sentence,
         dampings=options.dampings,
         rep_refit=options.rep_refit,

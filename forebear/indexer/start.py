@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from forebear.errors import DataError, InputError, ModelError
 from forebear.indexer.data import RowSource
@@ -19,6 +18,7 @@ from forebear.indexer.model import (
     make_classifier,
     resolve_model_name,
 )
+from forebear.indexer.scopes import encoder_layers
 
 DEFAULT_MAX_LENGTH = 128
 
@@ -116,19 +116,7 @@ def freeze_below(model: Any, k: int, name: str = "the model") -> None:
         ModelError: It has no list of encoder layers, or its layers share their weights.
         InputError: ``k`` is out of range.
     """
-    base = model.base_model
-    lists = {
-        key: module
-        for key, module in base.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(layer) for layer in module}) == 1
-    }
-    outer = {key: found for key, found in lists.items() if not any(key.startswith(f"{o}.") for o in lists)}
-    if not outer:
-        raise ModelError(
-            f"{name} ({type(model).__name__}) has no list of encoder layers to freeze. Leave --freeze-below out."
-        )
-    prefix = max(outer, key=lambda key: len(outer[key]))
-    n_layers = len(outer[prefix])
+    prefix, n_layers = encoder_layers(model, name)
     expected = getattr(model.config, "num_hidden_layers", n_layers)
     if n_layers != expected:
         raise ModelError(
@@ -138,5 +126,8 @@ def freeze_below(model: Any, k: int, name: str = "the model") -> None:
     if not 0 <= k <= n_layers:
         raise InputError(f"--freeze-below {k}: {name} has {n_layers} encoder layers; expected 0 to {n_layers}.")
     free = tuple(f"{prefix}.{i}." for i in range(k, n_layers))
-    for key, parameter in base.named_parameters():
+    base = f"{model.base_model_prefix}."
+    for key, parameter in model.named_parameters():
+        if not key.startswith(base):
+            continue
         parameter.requires_grad_(key.startswith(free) or "pooler" in key.split("."))

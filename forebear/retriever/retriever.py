@@ -20,6 +20,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.labels import LabelMap, label_map
 from forebear.indexer.manifest import canonical_json
 from forebear.indexer.model import Classifier
+from forebear.retriever.gradients import GradientSearch
 from forebear.retriever.methods import METHODS, Method, pick_methods
 from forebear.retriever.queries import Asked, Models, ask, make_query, method_facts
 from forebear.retriever.results import Answers, answer_table
@@ -29,6 +30,7 @@ from forebear.retriever.search import Ranking, RowFactors, search_ann, search_fu
 Exactness = Literal["none", "rerank", "full"]
 DEFAULT_METHODS = ("gc",)
 QUERY_BLOCK_ROWS = 512
+DEEP_METHODS = ("gd", "gc", "tracin")  # gradient methods of the sketched scopes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,9 @@ class QuerySpec:
         target: Whose loss is explained: ``predicted``, ``gold``, or a label's name.
         exact: ``none`` (scores of the search itself), ``rerank`` (candidates scored exactly, the default) or
             ``full`` (every row scored exactly).
-        scope: Parameters whose gradients are compared; this index format has ``head``.
+        scope: Parameters whose gradients are compared: ``head``, or a sketched scope of the index. Methods that do not
+            compare gradients are the same at every scope.
+        candidates: Rows at each end that the sketches of a deeper scope propose and the model scores exactly.
         curvature: ``exact`` or ``identity``, for ``if`` and ``rif``.
         damping: One of the index's; None for its first.
     """
@@ -51,6 +55,7 @@ class QuerySpec:
     target: str = "predicted"
     exact: Exactness = "rerank"
     scope: str = "head"
+    candidates: int = 100
     curvature: str = "exact"
     damping: str | None = None
 
@@ -64,12 +69,21 @@ class QuerySpec:
             raise InputError(f"--top {self.top}: expected at least 1.")
         for name, value, known in (
             ("--exact", self.exact, ("none", "rerank", "full")),
-            ("--scope", self.scope, ("head",)),
             ("--curvature", self.curvature, ("exact", "identity")),
         ):
             if value not in known:
                 raise InputError(f"{name} {value!r}: expected {' or '.join(known)}.")
-        return pick_methods(self.methods)
+        if self.candidates < self.top:
+            raise InputError(f"--candidates {self.candidates}: expected at least --top, {self.top}.")
+        methods = pick_methods(self.methods)
+        if self.scope != "head":
+            fixed = [m.name for m in methods if m.representation == "head" and m.name not in DEEP_METHODS]
+            if fixed:
+                raise InputError(
+                    f"method {fixed[0]} is not available at scope {self.scope}: there are {', '.join(DEEP_METHODS)}. "
+                    "Use --scope head for it."
+                )
+        return methods
 
 
 class Retriever:
@@ -116,6 +130,8 @@ class Retriever:
         top: int = 10,
         target: str = "predicted",
         exact: Exactness = "rerank",
+        scope: str = "head",
+        candidates: int = 100,
         curvature: str = "exact",
         damping: str | None = None,
     ) -> pa.Table:
@@ -127,6 +143,8 @@ class Retriever:
             top: Rows at each end.
             target: ``predicted``, ``gold`` (queries need labels) or a label's name.
             exact: See :class:`QuerySpec`.
+            scope: See :class:`QuerySpec`.
+            candidates: See :class:`QuerySpec`.
             curvature: See :class:`QuerySpec`.
             damping: See :class:`QuerySpec`.
 
@@ -138,7 +156,14 @@ class Retriever:
             CorruptIndexError: A stored file was altered.
         """
         spec = QuerySpec(
-            methods=tuple(methods), top=top, target=target, exact=exact, curvature=curvature, damping=damping
+            methods=tuple(methods),
+            top=top,
+            target=target,
+            exact=exact,
+            scope=scope,
+            candidates=candidates,
+            curvature=curvature,
+            damping=damping,
         )
         source = queries if isinstance(queries, RowSource) else rows_from_texts(queries)
         tables = [answer_table(self.index, answers) for answers in self.answers(source, spec)]
@@ -147,7 +172,7 @@ class Retriever:
     def answers(self, source: RowSource, spec: QuerySpec, *, block_rows: int = QUERY_BLOCK_ROWS) -> Iterator[Answers]:
         """Stream answers, ``block_rows`` queries at a time, in bounded memory."""
         methods = spec.check()
-        self.check_stores(methods, spec.curvature)
+        self.check_stores(methods, spec.curvature, spec.scope)
         self.check_texts(source)
         labels = self.query_labels(source, required=spec.target == "gold")
         for block in source.blocks(block_rows):
@@ -168,7 +193,16 @@ class Retriever:
         n_checkpoints = len(self.index.manifest.checkpoints)
         asked = ask(self._models, methods, texts, labels, spec.target, n_checkpoints, first_row=start, forward=forward)
         top = min(spec.top, self.index.manifest.n_live)
-        found = {method.name: self._search(method, asked, spec, top) for method in methods}
+        deep = [m for m in methods if spec.scope != "head" and m.representation == "head"]
+        found = {m.name: self._search(m, asked, spec, top) for m in methods if m not in deep}
+        for together in (True, False):
+            some = [m for m in deep if m.all_checkpoints == together]
+            if some:
+                search = GradientSearch(
+                    self.index, self._models, spec.scope, texts, asked.targets, all_checkpoints=together
+                )
+                found |= {m.name: search.search(m, top, exact=spec.exact, n_candidates=spec.candidates) for m in some}
+        found = {method.name: found[method.name] for method in methods}
         return Answers(start, labels, asked.forward.predictions, asked.targets, found)
 
     def scores(
@@ -177,6 +211,7 @@ class Retriever:
         method: str,
         *,
         target: str = "predicted",
+        scope: str = "head",
         curvature: str = "exact",
         damping: str | None = None,
     ) -> np.ndarray:
@@ -184,9 +219,11 @@ class Retriever:
 
         For small sets, and as the yardstick: memory is q x n x 8 bytes.
         """
-        spec = QuerySpec(methods=(method,), target=target, exact="full", curvature=curvature, damping=damping)
+        spec = QuerySpec(
+            methods=(method,), target=target, exact="full", scope=scope, curvature=curvature, damping=damping
+        )
         (chosen,) = spec.check()
-        self.check_stores((chosen,), curvature)
+        self.check_stores((chosen,), curvature, scope)
         source = queries if isinstance(queries, RowSource) else rows_from_texts(queries)
         self.check_texts(source)
         labels = self.query_labels(source, required=target == "gold")
@@ -195,14 +232,27 @@ class Retriever:
         for block in source.blocks(QUERY_BLOCK_ROWS):
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
             asked = ask(self._models, (chosen,), block.texts, gold, target, n_checkpoints, first_row=block.start)
+            if scope != "head" and chosen.representation == "head":
+                search = GradientSearch(
+                    self.index,
+                    self._models,
+                    scope,
+                    block.texts,
+                    asked.targets,
+                    all_checkpoints=chosen.all_checkpoints,
+                )
+                parts.append(search.scores(chosen, self.index.live))
+                continue
             query = make_query(chosen, asked, self.index, damping=damping, curvature=curvature)
             parts.append(self._factors(chosen).all_products(query))
         return np.concatenate(parts)
 
-    def check_stores(self, methods: Sequence[Method], curvature: str = "exact") -> None:
+    def check_stores(self, methods: Sequence[Method], curvature: str = "exact", scope: str = "head") -> None:
         """Refuse methods whose representation the index does not hold, naming the option that builds it."""
         if any(method.store == "sbert" for method in methods):
             self.index.sentence()
+        if scope != "head":
+            self.index.gradients(scope)
         if curvature == "exact" and any(method.query == "preconditioned" for method in methods):
             self.index.head_damping(None)
 
@@ -250,11 +300,19 @@ class Retriever:
             "sign": "larger = proponent: training on the row supports the target label",
             "methods": {
                 m.name: method_facts(m, self.index, damping=spec.damping, curvature=spec.curvature)
-                | {"recall": self._recall(m, spec)}
+                | self._search_facts(m, spec)
                 for m in methods
             },
         }
         return {"forebear": json.dumps(facts, sort_keys=True)}
+
+    def _search_facts(self, method: Method, spec: QuerySpec) -> dict[str, Any]:
+        """Scope and recall of a method; candidates proposed by sketches have no proven or calibrated recall."""
+        if spec.scope == "head" or method.representation != "head":
+            return {"recall": self._recall(method, spec)}
+        recall = 1.0 if spec.exact == "full" else None
+        candidates = spec.candidates if spec.exact == "rerank" else None
+        return {"scope": spec.scope, "recall": recall, "candidates": candidates}
 
     def _recall(self, method: Method, spec: QuerySpec) -> float | None:
         """Recall of the exact top 10: calibrated, or 1 where the search proves its answer; None without re-ranking."""

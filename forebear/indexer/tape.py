@@ -1,0 +1,195 @@
+"""Inputs and output gradients of linear layers, caught by hooks in one forward and one backward of activations.
+
+For a linear layer with inputs a_t and output gradients d_t the row's weight gradient is G = sum_t d_t a_t^T. No
+parameter gradient is formed: the weights ask for none, the backward starts at the head's input with
+(p - y) W, exact also for confident rows, and ends at the first layer of the scope.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from forebear.errors import ModelError
+from forebear.indexer.forward import residual_and_loss
+from forebear.indexer.model import Classifier, pad_batch
+from forebear.indexer.scopes import encoder_layers
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """Factors of one layer's gradients over a batch of ``b`` rows; several uses of a layer follow one another.
+
+    Attributes:
+        inputs: a, ``(b, t, in)``.
+        deltas: d, the loss gradients at the output, ``(b, t, out)``; zero at padding.
+    """
+
+    inputs: torch.Tensor
+    deltas: torch.Tensor
+
+
+OnLayer = Callable[[str, LayerFactors], None]
+
+
+class Tape:
+    """One classifier's layers of a scope, ready to be recorded batch by batch."""
+
+    def __init__(self, classifier: Classifier, layers: Sequence[str], scope: str) -> None:
+        """Prepare the hooks.
+
+        Args:
+            classifier: In ``eval()`` mode; its weights' ``requires_grad`` is off while the tape runs.
+            layers: Names of linear layers, the head among them.
+            scope: ``head``, ``top-K`` or ``all``: where the backward may stop.
+        """
+        self.classifier = classifier
+        self.layers = tuple(layers)
+        self._root = _root_module(classifier, scope)
+
+    def record(
+        self, rows: Sequence[dict[str, list[int]]], labels: np.ndarray | None, on_layer: OnLayer
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Run one batch; ``on_layer`` gets each layer's factors as soon as they are complete, head first.
+
+        Args:
+            rows: Encoded rows, ``b`` of them.
+            labels: Class whose loss is differentiated, ``(b,)``; None takes the predicted one.
+            on_layer: Called once a layer whose output the loss depends on.
+
+        Returns:
+            f ``(b, h)`` float32 and logits ``(b, c)`` float64.
+
+        Raises:
+            ModelError: A layer's input has not one entry a row (it is named), so rows cannot be told apart.
+        """
+        classifier = self.classifier
+        batch = pad_batch(classifier.tokenizer, rows, classifier.device)
+        arrivals = _Arrivals(classifier.name, len(rows), on_layer)
+        caught: list[torch.Tensor] = []
+        head = classifier.head
+        with ExitStack() as hooks, torch.enable_grad():
+            hooks.enter_context(_frozen(classifier.model))
+            hooks.enter_context(self._grown_from_root())
+            for name in self.layers:
+                if name != classifier.head_name:
+                    handle = classifier.model.get_submodule(name).register_forward_hook(arrivals.watch(name))
+                    hooks.callback(handle.remove)
+            hooks.callback(head.register_forward_pre_hook(lambda _m, args: caught.append(args[0])).remove)
+            with classifier.autocast():
+                classifier.model(**batch)
+            feature = caught[0]
+            f = _wide(feature.detach())
+            bias = None if head.bias is None else head.bias.double()
+            logits = nn.functional.linear(f.double(), head.weight.double(), bias).cpu().numpy()
+            target = logits.argmax(axis=1) if labels is None else labels
+            residual, _ = residual_and_loss(logits, np.asarray(target))
+            delta = torch.from_numpy(residual).to(f.device)
+            on_layer(classifier.head_name, LayerFactors(f[:, None, :], delta.to(f.dtype)[:, None, :]))
+            if feature.requires_grad and len(self.layers) > 1:
+                torch.autograd.backward(feature, (delta @ head.weight.double()).to(feature.dtype))
+        return f.float().cpu().numpy(), logits
+
+    @contextmanager
+    def _grown_from_root(self) -> Iterator[None]:
+        """Let gradients flow from the scope's first layer on: nothing below it is differentiated."""
+        module, is_embedding = self._root
+
+        def after(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+            return output.detach().requires_grad_(True)
+
+        def before(_module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            if args:
+                return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_(True)}
+
+        if is_embedding:
+            handle = module.register_forward_hook(after)
+        else:
+            handle = module.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class _Arrivals:
+    """Matches each layer's inputs with the gradients at its outputs, over all of its uses in a forward pass."""
+
+    def __init__(self, model_name: str, n_rows: int, on_layer: OnLayer) -> None:
+        self._model_name, self._n_rows, self._on_layer = model_name, n_rows, on_layer
+        self._inputs: dict[str, list[torch.Tensor]] = {}
+        self._deltas: dict[str, dict[int, torch.Tensor]] = {}
+
+    def watch(self, name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        """A forward hook for the layer."""
+
+        def hook(_module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            if not output.requires_grad:
+                return
+            a = args[0].detach()
+            if a.shape[0] != self._n_rows or a.dim() not in (2, 3):
+                raise ModelError(
+                    f"{self._model_name}: layer {name} gets inputs of shape {tuple(a.shape)} for {self._n_rows} rows; "
+                    "its gradient cannot be told apart by row. Use --scope head for this model."
+                )
+            uses = self._inputs.setdefault(name, [])
+            number = len(uses)
+            uses.append(a)
+            output.register_hook(lambda delta: self._arrive(name, number, delta))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _arrive(self, name: str, number: int, delta: torch.Tensor) -> None:
+        deltas = self._deltas.setdefault(name, {})
+        deltas[number] = delta.detach()
+        inputs = self._inputs[name]
+        if len(deltas) < len(inputs):
+            return
+        a = _join([_rows_tokens(x) for x in inputs])
+        d = _join([_rows_tokens(deltas[i]) for i in range(len(inputs))])
+        self._inputs[name] = []
+        self._deltas[name] = {}
+        self._on_layer(name, LayerFactors(_wide(a), _wide(d)))
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    """bf16 (autocast) to fp32; fp32 and fp64 as they are."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def _join(uses: list[torch.Tensor]) -> torch.Tensor:
+    return uses[0] if len(uses) == 1 else torch.cat(uses, dim=1)
+
+
+def _rows_tokens(values: torch.Tensor) -> torch.Tensor:
+    """``(b, t, x)``, with t = 1 for one vector a row."""
+    return values[:, None, :] if values.dim() == 2 else values
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No weight asks for a gradient; what was asked for before is put back."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    for p, _ in before:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, wanted in before:
+            p.requires_grad_(wanted)
+
+
+def _root_module(classifier: Classifier, scope: str) -> tuple[nn.Module, bool]:
+    """Where differentiation starts: the embedding (True: at its output) or a layer (False: at its input)."""
+    model: Any = classifier.model
+    if not scope.startswith("top-"):
+        return model.get_input_embeddings(), True
+    prefix, n_layers = encoder_layers(model, classifier.name)
+    return model.get_submodule(f"{prefix}.{n_layers - int(scope[4:])}"), False
