@@ -9,13 +9,13 @@ from pathlib import Path
 from common import DATA
 
 HERE = Path(__file__).parent
-CASES = ("head_scan.py", "ann.py", "end_to_end.py")
+CASES = ("head_scan.py", "ann.py", "end_to_end.py", "gradients.py")  # gradients uses the runs of end_to_end
 
 
 def main() -> int:
     failed = 0
     for case in CASES:
-        if case == "end_to_end.py" and not DATA.is_dir():
+        if case in CASES[2:] and not DATA.is_dir():
             print(f"{case} skipped: no data in {DATA} (set FOREBEAR_DATA)")
             continue
         failed += subprocess.run([sys.executable, HERE / case], check=False).returncode != 0

@@ -95,7 +95,7 @@ def show_table(table: ReportTable) -> None:
     grid = Table(title=escape(table.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(table.columns):
         numbers = any(isinstance(row[i], float | int) for row in table.rows)
-        grid.add_column(escape(column), justify="right" if numbers else "left", no_wrap=numbers)
+        grid.add_column(escape(column), justify="right" if numbers else "left", no_wrap=numbers or i == 0)
     for row in table.rows:
         cells = (format_cell(cell, 3 if isinstance(cell, float) else None) for cell in row)
         grid.add_row(*map(escape, cells))

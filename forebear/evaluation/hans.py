@@ -255,7 +255,7 @@ def _statistics(audit: HansAudit, method: int) -> dict[str, float | None]:
 def _overlap_table(audit: HansAudit) -> Table:
     k = audit.overlap.shape[2]
     everything = audit.all_rows_overlap
-    rows: list[list[Cell]] = [["(all training rows)", everything, None, everything, None, None, None, None]]
+    rows: list[list[Cell]] = [["(all rows)", everything, None, everything, None, None, None, None]]
     rows += [[name, *_statistics(audit, i).values()] for i, name in enumerate(audit.methods)]
     return Table(
         "Lexical overlap of the rows behind a wrong “entailment”",
