@@ -314,3 +314,18 @@ def test_stored_sketches_are_unit_vectors_with_their_lengths(world):
         rtol=1e-4,
         atol=1e-6 * float(store.norms.max()) ** 2,
     )
+
+
+def test_info_and_verify_tell_of_sketched_scopes(world, capsys):
+    from forebear.cli.main import run
+
+    index, _, _, _, _ = world
+    assert run(["info", str(index.folder)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("representations") == 1
+    assert "all: sketch of 48" in out
+    assert "head: exact, 3 x 16" in out
+    assert run(["verify", str(index.folder)]) == 0
+    args = ["retrieve", "--index", str(index.folder), "--text", "a film", "--method", "gd,gc", "--scope", "top-1"]
+    assert run([*args, "--top", "3", "--candidates", "10"]) == 0
+    assert "gc: opponents of" in capsys.readouterr().out

@@ -112,25 +112,6 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", f"max length {facts['max_length']}, {facts['precision']}"),
     ]
     lines += [("checkpoint", f"{c['name']}  eta {c['eta']:.3g}  {c['path']}") for c in facts["checkpoints"]]
-    lines.append(
-        ("scopes", ", ".join(f"{k} ({v['classes']} x {v['feature_dim']})" for k, v in facts["scopes"].items()))
-    )
-    lines.append(("representations", ", ".join(facts["representations"])))
-    for scope, solvers in facts["curvature"].items():
-        exact = solvers.get("exact")
-        if exact:
-            given = ", ".join(f"{d['given']} = {d['damping']:.4g}" for d in exact["dampings"])
-            lines.append(("curvature", f"{scope}: exact, damping {given}"))
-    for name, search in facts["search"].items():
-        what = (
-            "norm-sorted scan"
-            if search["kind"] == "scan"
-            else f"FAISS {search['factory']}, recall {search['recall']:.3f}"
-        )
-        lines.append(("search", f"{name}: {what}"))
-    parts = ", ".join(f"{kind} {size(n)}" for kind, n in stored.items() if kind not in ("total", "a_row"))
-    lines.append(("size", f"{size(stored['total'])}, {stored['a_row']:,.0f} bytes a row ({parts})"))
-    lines.append(("built with", ", ".join(f"{k} {v}" for k, v in facts["libraries"].items())))
     for scope, shape in facts["scopes"].items():
         head = scope == "head"
         what = f"exact, {shape['classes']} x {shape['feature_dim']}" if head else f"sketch of {shape['sketch_dim']}"

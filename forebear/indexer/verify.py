@@ -16,6 +16,7 @@ from forebear.indexer.model import load_classifier
 from forebear.indexer.runs import moved_paths
 from forebear.indexer.sentence import load_sentence_encoder
 from forebear.indexer.shards import check_same_model
+from forebear.indexer.sketch import Sketcher
 from forebear.indexer.store import file_sha256
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # max|difference| / max|value|: other batches, other threads
@@ -124,6 +125,12 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
         residuals, _ = residual_and_loss(forward.logits, index.labels[rows])
         compare(index.features(number).take(rows), forward.features)
         compare(index.residuals(number).take(rows), residuals)
+        for scope in spec.scopes[1:]:
+            store = index.gradients(scope, number)
+            sketcher = Sketcher(classifier, scope, spec.seed, store.reduction)
+            found = sketcher.sketch(texts, index.labels[rows].astype(np.int64), batch_tokens=spec.batch_tokens)
+            compare(store.norms[rows], found.norms)
+            compare(store.lengths[rows], np.linalg.norm(found.sketches.astype(np.float64), axis=1))
     if "sbert" in spec.stores:
         assert manifest.sentence_model is not None
         encoder = load_sentence_encoder(manifest.sentence_model, device=device)
