@@ -88,7 +88,7 @@ def index_facts(index: Any) -> dict[str, Any]:
         "checkpoints": [asdict(checkpoint) for checkpoint in manifest.checkpoints],
         "tokenizer_sha256": spec.tokenizer_sha256,
         "scopes": {"head": {"classes": len(spec.label_names), "feature_dim": manifest.feature_dim}}
-        | {scope: {"sketch_dim": spec.sketch_dim} for scope in spec.scopes if scope != "head"},
+        | {scope: {"sketch_dim": spec.sketch_dim} for scope in spec.sketched_scopes},
         "representations": ["feature", "head", *(["sentence"] if "sbert" in spec.stores else [])],
         "sentence_model": manifest.sentence_model,
         "curvature": manifest.curvature,

@@ -83,7 +83,7 @@ def _shard_files(manifest: Manifest) -> list[str]:
     kinds = ["rows", *(f"features/{c.name}" for c in manifest.checkpoints)]
     if "sbert" in manifest.spec.stores:
         kinds.append("sentence")
-    sketched = [gradient_folder(s, c.name) for s in manifest.spec.scopes if s != "head" for c in manifest.checkpoints]
+    sketched = [gradient_folder(s, c.name) for s in manifest.spec.sketched_scopes for c in manifest.checkpoints]
     shards = [f"{kind}/{i:05d}.arrow" for kind in kinds + sketched for i in range(len(manifest.shards))]
     return shards + [f"{kind}/{REDUCTION_NAME}" for kind in sketched]
 

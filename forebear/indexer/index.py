@@ -143,7 +143,7 @@ class Index:
 
     def gradients(self, scope: str, checkpoint: int = -1) -> GradientStore:
         """Sketches and exact norms of every row over a sketched scope."""
-        if scope not in self.manifest.spec.scopes or scope == "head":
+        if scope not in self.manifest.spec.sketched_scopes:
             raise MissingStoreError(
                 f"{self.folder} holds the scope(s) {', '.join(self.manifest.spec.scopes)}, not a sketched {scope!r}. "
                 f"Build it with --scope head,{scope}."

@@ -50,6 +50,11 @@ class IndexSpec:
     shard_rows: int
     n_threads: int  # last bits of a float depend on it
 
+    @property
+    def sketched_scopes(self) -> tuple[str, ...]:
+        """The scopes beyond the head, which needs no sketch."""
+        return tuple(scope for scope in self.scopes if scope != "head")
+
     def digest(self) -> str:
         """Name this spec in the manifest and in results."""
         return digest_of(asdict(self))

@@ -98,7 +98,7 @@ class ShardWriter:
                 continue
             is_last = checkpoint is self.checkpoints[-1]
             classifier = last if is_last else load_checked(checkpoint, self.spec, self.options)
-            sketchers = [self._sketcher(classifier, checkpoint, s) for s in self.spec.scopes if s != "head"]
+            sketchers = [self._sketcher(classifier, checkpoint, s) for s in self.spec.sketched_scopes]
             self._stage(
                 f"features {checkpoint.name}",
                 f"features/{checkpoint.name}",

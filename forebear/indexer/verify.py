@@ -125,7 +125,7 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
         residuals, _ = residual_and_loss(forward.logits, index.labels[rows])
         compare(index.features(number).take(rows), forward.features)
         compare(index.residuals(number).take(rows), residuals)
-        for scope in spec.scopes[1:]:
+        for scope in spec.sketched_scopes:
             store = index.gradients(scope, number)
             sketcher = Sketcher(classifier, scope, spec.seed, store.reduction)
             found = sketcher.sketch(texts, index.labels[rows].astype(np.int64), batch_tokens=spec.batch_tokens)
