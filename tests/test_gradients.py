@@ -329,3 +329,25 @@ def test_info_and_verify_tell_of_sketched_scopes(world, capsys):
     args = ["retrieve", "--index", str(index.folder), "--text", "a film", "--method", "gd,gc", "--scope", "top-1"]
     assert run([*args, "--top", "3", "--candidates", "10"]) == 0
     assert "gc: opponents of" in capsys.readouterr().out
+
+
+def test_rounding_to_fp16_does_not_reorder_nearly_parallel_sketches(world, monkeypatch):
+    """Sketches with one dominant component: fp16 changes their length by more than their cosines differ."""
+    from dataclasses import replace
+
+    from forebear.indexer.store import RowMatrix
+    from forebear.retriever.gradients import GradientSearch
+    from forebear.retriever.methods import METHODS
+
+    index, retriever, _, _, _ = world
+    search = GradientSearch(index, retriever._models, "all", [["a film"]], np.array([1]), all_checkpoints=False)
+    rng = np.random.default_rng(0)
+    vectors = np.concatenate([np.ones((90, 1)), 0.02 * rng.normal(size=(90, 47))], axis=1)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    part = search.parts[0]
+    store = replace(part.store, sketches=RowMatrix([vectors.astype(np.float16)]))
+    asked = replace(part.asked, sketches=vectors[:1].astype(np.float32))
+    search.parts = [replace(part, store=store, asked=asked)]
+    found = search._approximate(METHODS["gc"])[0]
+    truth = vectors @ vectors[0]
+    assert len(set(np.argsort(-found)[:10]) & set(np.argsort(-truth)[:10])) >= 9

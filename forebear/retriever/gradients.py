@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from forebear.indexer.ann import unit_rows
 from forebear.indexer.index import GradientStore, Index
 from forebear.indexer.model import Classifier, encode, plan_batches
 from forebear.indexer.sketch import GradientRows, Sketcher
@@ -111,7 +112,9 @@ class GradientSearch:
                 q = np.divide(q, lengths, out=np.zeros_like(q), where=lengths > 0)
             for start in range(0, len(live), _BLOCK_ROWS):
                 rows = live[start : start + _BLOCK_ROWS]
-                sketches = part.store.sketches.take(rows).astype(np.float32)
+                # fp16 rounds the length of a vector with one large component by up to 5e-4: more than what tells
+                # the rows of a fine-tuned model apart.
+                sketches = unit_rows(part.store.sketches.take(rows))
                 scores = (as_tensor(q) @ as_tensor(sketches).T).numpy()
                 if method.metric == "dot":
                     scores *= part.weight * part.store.lengths[rows]
