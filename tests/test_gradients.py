@@ -342,7 +342,7 @@ def test_rounding_to_fp16_does_not_reorder_nearly_parallel_sketches(world, monke
     index, retriever, _, _, _ = world
     search = GradientSearch(index, retriever._models, "all", [["a film"]], np.array([1]), all_checkpoints=False)
     rng = np.random.default_rng(0)
-    vectors = np.concatenate([np.ones((90, 1)), 0.02 * rng.normal(size=(90, 47))], axis=1)
+    vectors = np.concatenate([np.ones((90, 1)), 0.003 * rng.normal(size=(90, 47))], axis=1)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     part = search.parts[0]
     store = replace(part.store, sketches=RowMatrix([vectors.astype(np.float16)]))
@@ -350,4 +350,4 @@ def test_rounding_to_fp16_does_not_reorder_nearly_parallel_sketches(world, monke
     search.parts = [replace(part, store=store, asked=asked)]
     found = search._approximate(METHODS["gc"])[0]
     truth = vectors @ vectors[0]
-    assert len(set(np.argsort(-found)[:10]) & set(np.argsort(-truth)[:10])) >= 9
+    assert len(set(np.argsort(-found)[:10]) & set(np.argsort(-truth)[:10])) >= 8
