@@ -878,3 +878,16 @@ def test_the_golden_index_is_small_and_whole() -> None:
     assert {name: facts["sha256"] for name, facts in listed.items()} == {
         name: sha for name, sha in found.items() if name != "manifest.json"
     }
+
+
+def test_a_manifest_of_another_version_is_refused_in_one_line(whole: Path) -> None:
+    from forebear.indexer.manifest import digest_of
+
+    path = whole / "manifest.json"
+    content = json.loads(path.read_text())
+    content.pop("digest")
+    del content["spec"]["scopes"]
+    path.write_text(json.dumps(content | {"digest": digest_of(content)}))
+    with pytest.raises(CorruptIndexError, match="another version of forebear") as caught:
+        Index.open(whole)
+    assert "--force" in one_line(caught)

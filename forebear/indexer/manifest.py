@@ -148,12 +148,17 @@ def read_manifest(folder: Path) -> Manifest:
     stated = content.pop("digest", None)
     if digest_of(content) != stated:
         raise CorruptIndexError(f"{path} was altered: its digest no longer matches its content. {MEND}")
-    values = {f.name: content[f.name] for f in fields(Manifest)}
-    values["spec"] = IndexSpec(**{k: _tuples(v) for k, v in content["spec"].items()})
-    values["checkpoints"] = tuple(Checkpoint(**c) for c in content["checkpoints"])
-    values["segments"] = tuple(Segment(**s) for s in content["segments"])
-    values["shards"] = _tuples(content["shards"])
-    return Manifest(**values)
+    try:
+        values = {f.name: content[f.name] for f in fields(Manifest)}
+        values["spec"] = IndexSpec(**{k: _tuples(v) for k, v in content["spec"].items()})
+        values["checkpoints"] = tuple(Checkpoint(**c) for c in content["checkpoints"])
+        values["segments"] = tuple(Segment(**s) for s in content["segments"])
+        values["shards"] = _tuples(content["shards"])
+        return Manifest(**values)
+    except (KeyError, TypeError) as error:
+        raise CorruptIndexError(
+            f"{path} was written by another version of forebear ({error}). Build the index again with --force."
+        ) from error
 
 
 def _tuples(value: Any) -> Any:
