@@ -141,7 +141,7 @@ def index(
             ann=ann,
             seed=seed,
             precision=precision,
-            max_length=max_length or chosen.max_length,
+            max_length=chosen.max_length if max_length is None else max_length,
             label_mode=labels or chosen.label_mode,
             batch_tokens=batch_tokens,
             shard_rows=shard_rows,
@@ -188,5 +188,7 @@ def row_numbers(parts: list[str]) -> list[int]:
         first, _, last = part.partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
             raise InputError(f"--retire {part}: expected row numbers such as 17 or 230-240, or a file of them.")
+        if int(last or first) < int(first):
+            raise InputError(f"--retire {part}: the range ends before it begins.")
         numbers += range(int(first), int(last or first) + 1)
     return numbers

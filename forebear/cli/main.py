@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 
@@ -11,6 +12,9 @@ import typer
 from forebear.cli import audit, demo, index, inspect, retrieve, train
 from forebear.cli.console import ERR
 from forebear.errors import ForebearError
+
+INTERRUPTED = 130
+INTERRUPTED_LINE = "interrupted. What was finished stays; forebear index goes on with --resume."
 
 app = typer.Typer(
     name="forebear",
@@ -33,12 +37,13 @@ def main() -> None:
 
 def run(args: list[str]) -> int:
     """Run one command and return its exit code; every error becomes one line on stderr."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not news; the outcome is
     try:
         code = app(args=args, prog_name="forebear", standalone_mode=False)
     except ForebearError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted. What was finished stays; most commands go on with --resume.", 130)
+        return _fail(INTERRUPTED_LINE, INTERRUPTED)
     except MemoryError:
         return _fail("out of memory. Use smaller batches (--batch-tokens) or a machine with more.", 1)
     except BrokenPipeError:
@@ -55,6 +60,8 @@ def run(args: list[str]) -> int:
         if os.environ.get("FOREBEAR_DEBUG"):
             raise
         return _fail(f"{type(error).__name__}: {error}. This is a bug in forebear; FOREBEAR_DEBUG=1 shows where.", 1)
+    if code == INTERRUPTED:
+        return _fail(INTERRUPTED_LINE, INTERRUPTED)
     return int(code or 0)
 
 

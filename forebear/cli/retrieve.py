@@ -83,6 +83,8 @@ def retrieve(
 
     if (test is None) == (text is None):
         raise InputError("give either --test FILE or --text '...' (with --pair for pairs).")
+    if text is not None and target == "gold":
+        raise InputError("--target gold needs labels: give labelled rows by --test, or name a label by --target.")
     if pair is not None and text is None:
         raise InputError("--pair is the second text of --text; give both.")
     spec = QuerySpec(

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,24 @@ def import_faiss() -> Any:
             "pip install 'forebear[cpu]', or 'forebear[gpu]' for CUDA 12."
         ) from error
     return faiss
+
+
+def check_factory(factory: str | None) -> None:
+    """Refuse a factory string that FAISS cannot read, before any work is done."""
+    faiss = import_faiss()
+    try:
+        if factory is not None:
+            faiss.index_factory(3840, factory)
+    except RuntimeError as error:
+        if "could not parse" in str(error):
+            raise InputError(
+                f"--ann {factory!r}: {_reason(error)}. Give a FAISS factory string, such as Flat or SQ8."
+            ) from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """What FAISS says, without its C++ call."""
+    return re.sub(r"^Error in .* at \S+:\d+: ", "", str(error).strip().splitlines()[-1])
 
 
 def backend() -> str:
@@ -158,9 +177,8 @@ def build_ann(vectors: Vectors, metric: str, factory: str | None, seed: int) -> 
         for _, block in vectors.blocks():
             built.add(block)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
         raise InputError(
-            f"--ann {name!r} does not work for {len(vectors)} vectors of width {vectors.width}: {reason}"
+            f"--ann {name!r} does not work for {len(vectors)} vectors of width {vectors.width}: {_reason(error)}"
         ) from error
     ann, recall = _calibrate(built, vectors, metric, name, rng)
     return ann, {

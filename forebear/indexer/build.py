@@ -32,7 +32,7 @@ from forebear.indexer.labels import label_map
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, Segment
 from forebear.indexer.model import load_classifier
 from forebear.indexer.options import BuildOptions, Progress, ignore_warning, no_progress
-from forebear.indexer.runs import CheckpointPath, moved_paths
+from forebear.indexer.runs import CheckpointPath, moved_paths, path_from
 from forebear.indexer.shards import ShardWriter, load_checked, split_rows
 from forebear.indexer.spec import library_versions, make_spec
 
@@ -93,9 +93,10 @@ def build_index(
         clear(folder)
     spec = begin(folder, {"kind": "build", "segment": asdict(segment), "checkpoints": [c.name for c in listed]}, spec)
     shards = split_rows(0, source.n_rows, spec.shard_rows)
+    remembered = tuple(replace(c, path=path_from(folder, c.path)) for c in listed)
     manifest = Manifest(
         spec=spec,
-        checkpoints=listed,
+        checkpoints=remembered,
         sentence_model=options.sentence_model if "sbert" in spec.stores else None,
         segments=(segment,),
         shards=shards,
@@ -172,7 +173,7 @@ def append_rows(
         shard_rows=old.spec.shard_rows,
         device=device,
     )
-    paths = moved_paths(model, old.checkpoints)
+    paths = moved_paths(model, old.checkpoints, folder)
     moved = [replace(c, path=path) for c, path in zip(old.checkpoints, paths, strict=True)]
     classifier = load_checked(moved[-1], old.spec, options)
     labels = label_map(source, classifier.label_names, options.label_mode)

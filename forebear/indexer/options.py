@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from forebear.errors import InputError
-from forebear.indexer.ann import import_faiss
+from forebear.indexer.ann import check_factory
 from forebear.indexer.curvature import absolute_damping
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
 
@@ -56,4 +56,4 @@ class BuildOptions:
             absolute_damping(given, 1.0)
         if self.batch_tokens < 1 or self.shard_rows < 1:
             raise InputError("--batch-tokens and --shard-rows must be at least 1.")
-        import_faiss()
+        check_factory(self.ann)

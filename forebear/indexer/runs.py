@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -159,17 +160,31 @@ def _of_run(run: Run, folder: Path, wanted: list[str]) -> list[CheckpointPath]:
     return picked
 
 
-def moved_paths(model: str | None, checkpoints: Sequence[Checkpoint]) -> list[str]:
+def path_from(folder: Path, name: str) -> str:
+    """How an index in ``folder`` remembers a model: a path given as relative becomes relative to the index."""
+    if Path(name).is_absolute() or not Path(name).exists():  # the latter is a hub name
+        return name
+    return os.path.relpath(Path(name).resolve(), folder.resolve())
+
+
+def path_to(folder: Path, remembered: str) -> str:
+    """Where a model is that an index in ``folder`` remembers, from any working folder."""
+    beside = folder / remembered
+    return str(beside) if beside.exists() else remembered
+
+
+def moved_paths(model: str | None, checkpoints: Sequence[Checkpoint], folder: Path) -> list[str]:
     """Where the checkpoints of an index are now.
 
     Args:
         model: A run folder (its checkpoints are matched by name), or the last checkpoint's folder; None: not moved.
         checkpoints: As the index lists them.
+        folder: The index.
 
     Raises:
         InputError: The run lacks one of the checkpoints.
     """
-    paths = [c.path for c in checkpoints]
+    paths = [path_to(folder, c.path) for c in checkpoints]
     run = None if model is None else read_run(Path(model))
     if run is None:
         return paths if model is None else [*paths[:-1], model]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import warnings
@@ -39,8 +40,12 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise StorageError(
-            f"cannot write {path}: {error.strerror or error}. Nothing that was there has changed; free some space "
-            "or choose another place, and run the command again."
+            f"cannot write {path}: {error.strerror or error}. Nothing that was there has changed. "
+            + (
+                "Free some space and go on (forebear index with --resume), or choose another place."
+                if error.errno == errno.ENOSPC
+                else "Choose a place that you may write to."
+            )
         ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)

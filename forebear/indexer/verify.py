@@ -112,7 +112,7 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
     rows = np.sort(rng.choice(manifest.n_rows, size=min(n_rows, manifest.n_rows), replace=False))
     texts = [column.to_pylist() for column in index.texts(rows).values()]
     errors = []
-    paths = moved_paths(model, manifest.checkpoints)
+    paths = moved_paths(model, manifest.checkpoints, index.folder)
 
     def compare(stored: np.ndarray, found: np.ndarray) -> None:
         scale = max(float(np.abs(stored).max()), 1e-30)

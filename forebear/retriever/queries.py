@@ -26,7 +26,7 @@ class Models:
     def __init__(self, index: Index, *, model: str | Classifier | None, device: str) -> None:
         self._index = index
         self._override = model if isinstance(model, Classifier) else None
-        self._paths = moved_paths(model if isinstance(model, str) else None, index.manifest.checkpoints)
+        self._paths = moved_paths(model if isinstance(model, str) else None, index.manifest.checkpoints, index.folder)
         self._device = device
         self._loaded: dict[int, Classifier] = {}
 
