@@ -289,3 +289,28 @@ def test_texts_with_markup_are_printed_as_they_are(world, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "[red]a film[/red]" in out
     assert "[/] film" in out
+
+
+def test_an_index_answers_from_any_working_folder(world, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    shutil.copytree(world / "model", tmp_path / "a" / "model")
+    monkeypatch.chdir(tmp_path / "a")
+    args = ["index", "--model", "model", "--train", str(world / "train.jsonl"), "--out", "index", "-q"]
+    assert run(args) == 0
+    monkeypatch.chdir("/")
+    assert run(["retrieve", "--index", str(tmp_path / "a" / "index"), "--text", "a film", "--top", "2"]) == 0
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert run(["retrieve", "--index", str(tmp_path / "b" / "index"), "--text", "a film", "--top", "2"]) == 0
+    capsys.readouterr()
+    shutil.rmtree(tmp_path / "b" / "model")
+    fails(capsys, ["retrieve", "--index", tmp_path / "b" / "index", "--text", "a film"], 2, "model", "--model")
+
+
+def test_careless_options_are_refused_before_any_work(world, tmp_path, capsys):
+    base = ["index", "--model", world / "model", "--train", world / "train.jsonl", "--out", tmp_path / "new"]
+    fails(capsys, [*base, "--ann", "Flt"], 2, "could not parse", "'Flt'")
+    fails(capsys, [*base, "--max-length", "0"], 2, "--max-length 0")
+    fails(capsys, ["index", "--out", world / "index", "--retire", "5-2"], 2, "ends before it begins")
+    fails(capsys, ["retrieve", "--index", world / "index", "--text", "a", "--target", "gold"], 2, "--test")
+    assert not (tmp_path / "new").exists()

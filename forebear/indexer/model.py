@@ -131,9 +131,9 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
     """``auto_class.from_pretrained`` with transformers' chatter off and its errors in one line."""
     import transformers
 
-    if name.count("/") > 1 and not Path(name).exists():
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+    if looks_local and not Path(name).exists():
         raise ModelError(f"{name}: no such model folder. If it has moved, say where it is now by --model.")
-    looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
     if looks_local and not (Path(name) / "config.json").is_file():
         raise ModelError(
             f"{name} is no transformers model folder (no config.json in it). Give one that save_pretrained wrote."
