@@ -17,8 +17,9 @@ from forebear.indexer.curvature import HeadCurvature, factorise, head_hessian, m
 from forebear.indexer.derived import by_falling, read_scan_table, row_norms, write_scan_table
 from forebear.indexer.store import RowMatrix
 from forebear.retriever.methods import METHODS
+from forebear.retriever.scan import Scan
 from forebear.retriever.scoring import Query, Term
-from forebear.retriever.search import RowFactors, Scan, search_full, search_scan
+from forebear.retriever.search import RowFactors, search_full, search_scan
 
 TOP = 100
 BATCH = 64

@@ -29,12 +29,12 @@ from forebear.indexer.journal import (
     same_or_refuse,
 )
 from forebear.indexer.labels import label_map
-from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, Segment
+from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, Segment, library_versions
 from forebear.indexer.model import load_classifier
 from forebear.indexer.options import BuildOptions, Progress, ignore_warning, no_progress
 from forebear.indexer.runs import CheckpointPath, moved_paths, path_from
 from forebear.indexer.shards import ShardWriter, load_checked, split_rows
-from forebear.indexer.spec import library_versions, make_spec
+from forebear.indexer.spec import make_spec
 
 
 def build_index(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,22 @@ from forebear.indexer.store import MEND, write_bytes
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "build.json"
+
+
+# What computes the stored numbers.
+LIBRARIES = ("forebear", "torch", "transformers", "pyarrow", "numpy", "scipy", "faiss-cpu", "faiss-gpu")
+
+
+def library_versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """Versions of those that are installed."""
+
+    def find(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {name: found for name in names if (found := find(name))}
 
 
 def canonical_json(value: Any) -> bytes:

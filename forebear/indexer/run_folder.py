@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 from forebear.errors import DataError, OutputExistsError, StorageError
 from forebear.indexer.model import Classifier
 from forebear.indexer.runs import RUN_NAME, read_run
-from forebear.indexer.store import TEMPORARY_SUFFIX
+from forebear.indexer.store import TEMPORARY_SUFFIX, sync
 
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_NAME = re.compile(rf"epoch-\d+({re.escape(TEMPORARY_SUFFIX)})?")
@@ -78,19 +77,11 @@ def save_checkpoint(classifier: Classifier, folder: Path) -> None:
             classifier.model.save_pretrained(partial)  # type: ignore[operator]
             classifier.tokenizer.save_pretrained(partial)
             for path in [*partial.iterdir(), partial]:
-                _sync(path)
+                sync(path)
             partial.replace(folder)
-            _sync(folder.parent)
+            sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -14,19 +13,6 @@ from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.options import BuildOptions
 from forebear.indexer.runs import CheckpointPath
 from forebear.indexer.sentence import load_sentence_encoder
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what computes the numbers."""
-
-    def find(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    names = ("forebear", "torch", "transformers", "pyarrow", "numpy", "scipy", "faiss-cpu", "faiss-gpu")
-    return {name: found for name in names if (found := find(name))}
 
 
 def make_spec(

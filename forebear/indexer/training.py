@@ -12,10 +12,9 @@ same weights, with development rows or without; a GPU may sum in another order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,9 @@ from forebear.errors import DataError, InputError, NonFiniteError
 from forebear.indexer.data import RowSource
 from forebear.indexer.forward import run_forward
 from forebear.indexer.labels import label_map
+from forebear.indexer.manifest import library_versions
 from forebear.indexer.model import Classifier, check_finite_weights, pad_batch, pick_device, tokenize
+from forebear.indexer.options import Progress, no_progress
 from forebear.indexer.run_folder import CHECKPOINTS, check_out, clear_out, save_checkpoint
 from forebear.indexer.runs import Run, RunCheckpoint
 from forebear.indexer.start import freeze_below, load_start
@@ -36,12 +37,6 @@ MAX_GRAD_NORM = 1.0
 BLOCK_ROWS = 4096
 LIBRARIES = ("forebear", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 FIXED = {"optimizer": "adamw_torch_fused", "scheduler": "linear", "max_grad_norm": MAX_GRAD_NORM}
-
-Progress = Callable[[str, int, int], None]  # stage, done, in all
-
-
-def no_progress(_stage: str, _done: int, _total: int) -> None:
-    """Say nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,16 +162,8 @@ def _describe_run(course: _Course, source: RowSource, model: str | Path, data_sh
         max_length=classifier.max_length,
         settings=settings,
         checkpoints=tuple(course.checkpoints),
-        libraries=_library_versions(),
+        libraries=library_versions(LIBRARIES),
     )
-
-
-def _library_versions() -> dict[str, str]:
-    versions = {}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
 
 
 def _pick_training_device(name: str) -> torch.device:
