@@ -15,7 +15,7 @@ from forebear import BuildOptions, InputError, MissingStoreError, ModelError, Re
 from forebear.indexer.data import rows_from_texts
 from forebear.indexer.model import Classifier, load_classifier, make_classifier
 from forebear.indexer.runs import choose_model
-from forebear.indexer.scopes import scope_layers
+from forebear.indexer.scopes import scope_blocks
 from forebear.indexer.sketch import Sketcher, fit_reduction
 from forebear.retriever.gradients import exact_dots, query_gradients
 
@@ -54,6 +54,10 @@ def classifier(request, folder) -> Classifier:
     return load_classifier(path)
 
 
+def names_of(blocks) -> tuple[str, ...]:
+    return tuple(block.name for block in blocks)
+
+
 def autograd(classifier: Classifier, names, texts, wanted) -> list[list[torch.Tensor]]:
     """Weight gradients one row at a time, no padding, no hooks."""
     weights = [classifier.model.get_submodule(name).weight for name in names]
@@ -79,7 +83,7 @@ def test_sketches_and_norms_equal_those_of_autograd_gradients(classifier, batch_
     for scope in scopes_of(classifier):
         sketcher = Sketcher(classifier, scope, seed=3)
         found = sketcher.sketch([TEXTS], LABELS, batch_tokens=batch_tokens)
-        for i, gradients in enumerate(autograd(classifier, sketcher.layers, TEXTS, LABELS)):
+        for i, gradients in enumerate(autograd(classifier, names_of(sketcher.blocks), TEXTS, LABELS)):
             norm = np.sqrt(dot(gradients, gradients))
             parts = [
                 (basis.left.double() @ g.double() @ basis.right.double().T).flatten()
@@ -98,8 +102,8 @@ def test_exact_dots_equal_those_of_autograd_gradients(classifier, n_queries):
         asked, targets = sentences(n_queries, seed=5), np.array(labels(n_queries, 3, seed=2))
         vectors = query_gradients(sketcher, [asked], targets)
         found = exact_dots(sketcher, vectors, [TEXTS], LABELS)
-        queries = autograd(classifier, sketcher.layers, asked, targets)
-        rows = autograd(classifier, sketcher.layers, TEXTS, LABELS)
+        queries = autograd(classifier, names_of(sketcher.blocks), asked, targets)
+        rows = autograd(classifier, names_of(sketcher.blocks), TEXTS, LABELS)
         wanted = np.array([[dot(q, r) for r in rows] for q in queries])
         assert (np.abs(found - wanted).max(axis=1) <= 1e-5 * np.abs(wanted).max(axis=1)).all()
 
@@ -112,7 +116,7 @@ def test_in_float64_they_agree_to_ten_digits(folder):
     sketcher = Sketcher(classifier, "all", seed=0)
     vectors = query_gradients(sketcher, [TEXTS[:2]], LABELS[:2])
     found = exact_dots(sketcher, vectors, [TEXTS], LABELS)
-    rows = autograd(classifier, sketcher.layers, TEXTS, LABELS)
+    rows = autograd(classifier, names_of(sketcher.blocks), TEXTS, LABELS)
     wanted = np.array([[dot(q, r) for r in rows] for q in rows[:2]])
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-10 * np.abs(wanted).max())
 
@@ -126,7 +130,7 @@ def test_exact_dots_equal_a_jvp_of_the_loss(folder):
     sketcher = Sketcher(classifier, "all", seed=0)
     vectors = query_gradients(sketcher, [TEXTS[:1]], LABELS[:1])
     found = exact_dots(sketcher, vectors, [TEXTS], LABELS)[0]
-    parameters = {f"{name}.weight": model.get_submodule(name).weight.detach() for name in sketcher.layers}
+    parameters = {f"{name}.weight": model.get_submodule(name).weight.detach() for name in names_of(sketcher.blocks)}
     tangents = {f"{name}.weight": v[0] for name, v in vectors.items()}
     for i, text in enumerate(TEXTS):
         encoded = classifier.tokenizer(text, return_tensors="pt")
@@ -164,22 +168,22 @@ def test_bases_and_reduction_have_orthonormal_rows(classifier):
 
 def test_scopes_name_their_layers(folder):
     classifier = load_classifier(make_tiny_model(folder / "named", n_classes=3))
-    everything = scope_layers(classifier.model, "classifier", "all")
+    everything = names_of(scope_blocks(classifier.model, "classifier", "all"))
     assert everything == tuple(k for k, m in classifier.model.named_modules() if isinstance(m, torch.nn.Linear))
-    top = scope_layers(classifier.model, "classifier", "top-1")
+    top = names_of(scope_blocks(classifier.model, "classifier", "top-1"))
     assert set(top) == {k for k in everything if ".layer.1." in k} | {"bert.pooler.dense", "classifier"}
     for wrong, message in (("top-0", "top-1 to top-2"), ("top-3", "top-1 to top-2"), ("most", "top-K")):
         with pytest.raises(InputError, match=message):
-            scope_layers(classifier.model, "classifier", wrong)
+            scope_blocks(classifier.model, "classifier", wrong)
 
 
 def test_a_layer_that_is_not_supported_is_named_before_the_pass(folder, tmp_path):
     classifier = load_classifier(make_tiny_model(folder / "odd", n_classes=3))
     classifier.model.bert.encoder.layer[1].mixer = torch.nn.Conv1d(16, 16, 3)
     with pytest.raises(ModelError, match=r"bert\.encoder\.layer\.1\.mixer \(Conv1d\)"):
-        scope_layers(classifier.model, "classifier", "all")
+        scope_blocks(classifier.model, "classifier", "all")
     with pytest.raises(ModelError, match="mixer"):
-        scope_layers(classifier.model, "classifier", "top-1")
+        scope_blocks(classifier.model, "classifier", "top-1")
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +213,7 @@ def captum_scores(path: str, scope: str, queries: list[str]) -> np.ndarray:
     from captum.influence import TracInCP
 
     classifier = load_classifier(path)
-    names = scope_layers(classifier.model, classifier.head_name, scope)
+    names = names_of(scope_blocks(classifier.model, classifier.head_name, scope))
     for name in names:
         linear = classifier.model.get_submodule(name)
         bias = linear._parameters.pop("bias").detach()
@@ -233,7 +237,7 @@ def captum_scores(path: str, scope: str, queries: list[str]) -> np.ndarray:
 def autograd_scores(path: str, scope: str, queries: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Dots and cosines of full gradients, row by row."""
     classifier = load_classifier(path)
-    names = scope_layers(classifier.model, classifier.head_name, scope)
+    names = names_of(scope_blocks(classifier.model, classifier.head_name, scope))
     rows = autograd(classifier, names, sentences(90), labels(90, 3))
     asked = autograd(classifier, names, queries, [1] * len(queries))
     dots = np.array([[dot(q, r) for r in rows] for q in asked])

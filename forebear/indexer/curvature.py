@@ -57,7 +57,7 @@ def head_hessian(blocks: Iterable[tuple[np.ndarray, np.ndarray]], feature_dim: i
     n_rows = 0
     for features, p in blocks:
         f = features.astype(np.float64)
-        weights = _class_curvature(p)
+        weights = class_curvature(p)
         for a in range(reduced):
             for b in range(a + 1):
                 total[a, b] += f.T @ (weights[:, a, b, None] * f)
@@ -68,7 +68,7 @@ def head_hessian(blocks: Iterable[tuple[np.ndarray, np.ndarray]], feature_dim: i
     return np.asarray(total.transpose(0, 2, 1, 3).reshape(size, size) / max(n_rows, 1))
 
 
-def _class_curvature(p: np.ndarray) -> np.ndarray:
+def class_curvature(p: np.ndarray) -> np.ndarray:
     """B (diag(p) - p p^T) B^T of each row, ``(n, c - 1, c - 1)``.
 
     As the sum over i < j of p_i p_j (b_i - b_j)(b_i - b_j)^T, b_i being columns of B: no difference of numbers near 1,

@@ -1,20 +1,66 @@
-"""Parameter scopes: which linear layers' weights a gradient is taken over (METHODS.md, section 2).
+"""Parameter scopes: over which weights a gradient is taken (METHODS.md, section 2).
 
 ``head`` is the final linear layer; ``top-K`` adds the pooler and the linear layers of the last K encoder layers;
-``all`` is every linear layer. Word embeddings, biases and LayerNorm are left out.
+``all`` is every linear layer; ``layer:NAME`` is one of them. Word embeddings are left out, and so are biases and
+LayerNorm, unless they are asked for.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from forebear.errors import InputError, ModelError
 
 _PASSIVE = (nn.Linear, nn.Embedding, nn.LayerNorm)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parameters whose gradient at a row is one matrix G = sum_t d_t a_t^T, ``(n_out, n_in)``.
+
+    Attributes:
+        name: Dotted name of the module.
+        kind: ``linear``: its weight, with the bias as a last column (a_t then ends in 1) if ``bias``.
+            ``norm``: a LayerNorm's weight and bias, one above the other, ``(2 h, 1)``.
+        n_out: Rows of G.
+        n_in: Columns of G.
+        bias: Whether a linear layer's bias takes part.
+    """
+
+    name: str
+    kind: Literal["linear", "norm"]
+    n_out: int
+    n_in: int
+    bias: bool = False
+
+    @property
+    def size(self) -> int:
+        """Numbers in G."""
+        return self.n_out * self.n_in
+
+    def split(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``(..., n_out, n_in)`` as tensors of the shapes of the module's own parameters, by dotted name."""
+        if self.kind == "norm":
+            half = self.n_out // 2
+            return {f"{self.name}.weight": matrix[..., :half, 0], f"{self.name}.bias": matrix[..., half:, 0]}
+        if self.bias:
+            return {f"{self.name}.weight": matrix[..., :-1], f"{self.name}.bias": matrix[..., -1]}
+        return {f"{self.name}.weight": matrix}
+
+    def join(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The inverse of :meth:`split`."""
+        weight = parts[f"{self.name}.weight"]
+        if self.kind == "norm":
+            return torch.cat([weight, parts[f"{self.name}.bias"]], dim=-1)[..., None]
+        if self.bias:
+            return torch.cat([weight, parts[f"{self.name}.bias"][..., None]], dim=-1)
+        return weight
 
 
 def encoder_layers(model: Any, name: str) -> tuple[str, int]:
@@ -36,43 +82,61 @@ def encoder_layers(model: Any, name: str) -> tuple[str, int]:
     return prefix + found, len(outer[found])
 
 
-def scope_layers(model: Any, head_name: str, scope: str, name: str = "the model") -> tuple[str, ...]:
-    """Names of the linear layers of a scope, in the model's order.
+def scope_blocks(
+    model: Any, head_name: str, scope: str, name: str = "the model", *, with_bias: bool = False
+) -> tuple[Block, ...]:
+    """The parameters of a scope, module by module in the model's order.
 
     Args:
         model: A transformers sequence classifier.
         head_name: Its head.
-        scope: ``head``, ``top-K`` or ``all``.
+        scope: ``head``, ``top-K``, ``all`` or ``layer:NAME``.
         name: For messages.
+        with_bias: Whether biases and LayerNorm parameters take part.
 
     Raises:
-        InputError: The scope is not known, or K is out of range.
-        ModelError: The scope holds weights of a layer type that is not supported; the layer is named.
+        InputError: The scope is not known, K is out of range, or there is no such layer.
+        ModelError: The scope holds weights of a layer type that is not supported, or weights that two layers share;
+            the layer is named.
     """
-    if scope == "head":
-        return (head_name,)
-    covers = _coverage(model, scope, name)
-    linear = []
+    covers = _coverage(model, head_name, scope, name)
+    blocks: list[Block] = []
+    owners: dict[int, str] = {}
     for key, module in model.named_modules():
         if not covers(key):
             continue
         if isinstance(module, nn.Linear):
-            linear.append(key)
+            other = owners.setdefault(id(module.weight), key)
+            if other != key:
+                raise ModelError(f"{name}: layers {other} and {key} share one weight, which scope {scope!r} covers.")
+            bias = with_bias and module.bias is not None
+            blocks.append(Block(key, "linear", module.out_features, module.in_features + bias, bias))
+        elif isinstance(module, nn.LayerNorm):
+            if with_bias and module.elementwise_affine and module.bias is not None:
+                blocks.append(Block(key, "norm", 2 * module.weight.numel(), 1))
         elif not isinstance(module, _PASSIVE) and any(p.dim() >= 2 for p in module.parameters(recurse=False)):
             raise ModelError(
                 f"{name}: layer {key} ({type(module).__name__}) holds weights that scope {scope!r} covers, and only "
                 "linear layers are supported. Use --scope head."
             )
-    return tuple(linear)
+    return tuple(blocks)
 
 
-def _coverage(model: Any, scope: str, name: str) -> Callable[[str], bool]:
+def _coverage(model: Any, head_name: str, scope: str, name: str) -> Callable[[str], bool]:
     """Whether a module, by its name, belongs to a scope."""
+    if scope == "head":
+        return lambda key: key == head_name
     if scope == "all":
         return lambda _key: True
+    if scope.startswith("layer:"):
+        wanted = scope.removeprefix("layer:")
+        known = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
+        if wanted not in known:
+            raise InputError(f"scope {scope!r}: {name} has no linear layer of that name. It has {', '.join(known)}.")
+        return lambda key: key == wanted
     match = re.fullmatch(r"top-(\d+)", scope)
     if match is None:
-        raise InputError(f"scope {scope!r}: expected head, top-K (such as top-5) or all.")
+        raise InputError(f"scope {scope!r}: expected head, top-K (such as top-5), all, or layer:NAME.")
     prefix, n_layers = encoder_layers(model, name)
     expected = getattr(model.config, "num_hidden_layers", n_layers)
     k = int(match[1])

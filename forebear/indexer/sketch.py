@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from forebear.errors import NonFiniteError
-from forebear.indexer.forward import Forward, softmax
-from forebear.indexer.model import Classifier, encode, plan_batches
-from forebear.indexer.scopes import scope_layers
+from forebear.indexer.forward import Forward
+from forebear.indexer.gradient_pass import labels_seed, refuse_non_finite, run_pass
+from forebear.indexer.model import Classifier
+from forebear.indexer.scopes import Block, scope_blocks
 from forebear.indexer.store import as_tensor, column, read_batches
-from forebear.indexer.tape import LayerFactors, Tape
+from forebear.indexer.tape import LayerFactors
 
 SIDE = 16  # k_out and k_in, at most
 FIT_ROWS = 2048  # rows on which the second reduction is fitted
@@ -92,14 +92,13 @@ class Sketcher:
         """
         self.classifier = classifier
         self.scope = scope
-        self.layers = scope_layers(classifier.model, classifier.head_name, scope, classifier.name)
-        self.tape = Tape(classifier, self.layers, scope)
+        self.blocks = scope_blocks(classifier.model, classifier.head_name, scope, classifier.name)
         self.reduction = None if reduction is None else as_tensor(reduction).to(classifier.device)
-        self.bases = {name: _draw(classifier, name, i, seed, side) for i, name in enumerate(self.layers)}
+        self.bases = {block.name: _draw(classifier, block, i, seed, side) for i, block in enumerate(self.blocks)}
         sizes = [len(b.left) * len(b.right) for b in self.bases.values()]
         starts = np.concatenate([[0], np.cumsum(sizes)])
-        self._slices = {
-            name: slice(int(a), int(b)) for name, a, b in zip(self.layers, starts[:-1], starts[1:], strict=True)
+        self.slices = {
+            name: slice(int(a), int(b)) for name, a, b in zip(self.bases, starts[:-1], starts[1:], strict=True)
         }
         self.raw_width = int(starts[-1])
 
@@ -124,36 +123,41 @@ class Sketcher:
         Raises:
             NonFiniteError: A gradient is NaN or infinite; the row is named.
         """
-        rows = encode(self.classifier, texts)
-        width = self.raw_width if self.reduction is None else len(self.reduction)
-        sketches = np.empty((len(rows), width), np.float32)
-        norms = np.empty(len(rows))
-        features = np.empty((len(rows), self.classifier.feature_dim), np.float32)
-        logits = np.empty((len(rows), self.classifier.n_classes))
-        for batch in plan_batches([len(row["input_ids"]) for row in rows], batch_tokens):
-            raw = torch.zeros((len(batch), self.raw_width), device=self.classifier.device)
-            squares = torch.zeros(len(batch), dtype=torch.float64, device=self.classifier.device)
+        collector = _Sketches(self, len(texts[0]))
+        forward = run_pass(
+            self.classifier, texts, labels_seed(labels), [collector],
+            batch_tokens=batch_tokens, first_row=first_row, on_rows=on_rows,
+        )  # fmt: skip
+        refuse_non_finite(self.classifier.name, first_row, collector.norms, collector.sketches)
+        return GradientRows(collector.sketches, collector.norms, forward)
 
-            def on_layer(name: str, factors: LayerFactors, raw: torch.Tensor = raw, sq: torch.Tensor = squares) -> None:
-                basis = self.bases[name]
-                u, v = factors.deltas @ basis.left.T, factors.inputs @ basis.right.T
-                raw[:, self._slices[name]] = torch.bmm(u.transpose(1, 2), v).flatten(1)
-                sq.add_(squared_norms(factors))
 
-            wanted = None if labels is None else labels[batch]
-            f, z = self.tape.record([rows[i] for i in batch], wanted, on_layer)
-            reduced = raw if self.reduction is None else raw @ self.reduction.T
-            sketches[batch], norms[batch] = reduced.cpu().numpy(), squares.sqrt().cpu().numpy()
-            features[batch], logits[batch] = f, z
-            if on_rows is not None:
-                on_rows(len(batch))
-        finite = np.isfinite(norms) & np.isfinite(logits).all(axis=1) & np.isfinite(sketches).all(axis=1)
-        if not finite.all():
-            row = first_row + int(np.argmin(finite))
-            raise NonFiniteError(
-                f"{self.classifier.name}: the gradient of row {row} is NaN or infinite. Check the model."
-            )
-        return GradientRows(sketches, norms, Forward(features, softmax(logits), logits))
+class _Sketches:
+    """Gathers sketches and norms."""
+
+    def __init__(self, sketcher: Sketcher, n_rows: int) -> None:
+        self.scope, self.blocks = sketcher.scope, sketcher.blocks
+        self._sketcher = sketcher
+        width = sketcher.raw_width if sketcher.reduction is None else len(sketcher.reduction)
+        self.sketches = np.empty((n_rows, width), np.float32)
+        self.norms = np.empty(n_rows)
+
+    def begin(self, n_rows: int) -> None:
+        device = self._sketcher.classifier.device
+        self._raw = torch.zeros((n_rows, self._sketcher.raw_width), device=device)
+        self._squares = torch.zeros(n_rows, dtype=torch.float64, device=device)
+
+    def on_layer(self, name: str, factors: LayerFactors) -> None:
+        basis = self._sketcher.bases[name]
+        u, v = factors.deltas @ basis.left.T, factors.inputs @ basis.right.T
+        self._raw[:, self._sketcher.slices[name]] = torch.bmm(u.transpose(1, 2), v).flatten(1)
+        self._squares += squared_norms(factors)
+
+    def end(self, positions: list[int]) -> None:
+        reduction = self._sketcher.reduction
+        reduced = self._raw if reduction is None else self._raw @ reduction.T
+        self.sketches[positions] = reduced.cpu().numpy()
+        self.norms[positions] = self._squares.sqrt().cpu().numpy()
 
 
 def squared_norms(factors: LayerFactors) -> torch.Tensor:
@@ -166,17 +170,14 @@ def squared_norms(factors: LayerFactors) -> torch.Tensor:
     return products.sum(dim=(1, 2), dtype=torch.float64).clamp_min_(0)
 
 
-def _draw(classifier: Classifier, name: str, number: int, seed: int, side: int) -> LayerBasis:
-    weight = classifier.model.get_submodule(name).weight
-    assert isinstance(weight, torch.Tensor)
+def _draw(classifier: Classifier, block: Block, number: int, seed: int, side: int) -> LayerBasis:
     rng = np.random.default_rng([seed, number])
 
     def rows(width: int) -> torch.Tensor:
         q, _ = np.linalg.qr(rng.normal(size=(width, min(side, width))))
-        return torch.from_numpy(np.ascontiguousarray(q.T, dtype=np.float32)).to(weight.device)
+        return torch.from_numpy(np.ascontiguousarray(q.T, dtype=np.float32)).to(classifier.device)
 
-    n_out, n_in = weight.shape
-    return LayerBasis(rows(n_out), rows(n_in))
+    return LayerBasis(rows(block.n_out), rows(block.n_in))
 
 
 def fit_reduction(sketches: np.ndarray, width: int, seed: int) -> np.ndarray:

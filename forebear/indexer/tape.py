@@ -1,4 +1,4 @@
-"""Inputs and output gradients of linear layers, caught by hooks in one forward and one backward of activations.
+"""Inputs and output gradients of layers, caught by hooks in one forward and one backward of activations.
 
 For a linear layer with inputs a_t and output gradients d_t the row's weight gradient is G = sum_t d_t a_t^T. No
 parameter gradient is formed: the weights ask for none, the backward starts at the head's input with
@@ -19,49 +19,64 @@ from torch import nn
 from forebear.errors import ModelError
 from forebear.indexer.forward import residual_and_loss
 from forebear.indexer.model import Classifier, pad_batch
-from forebear.indexer.scopes import encoder_layers
+from forebear.indexer.scopes import Block, encoder_layers
 
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """Factors of one layer's gradients over a batch of ``b`` rows; several uses of a layer follow one another.
+    """Factors of one block's gradients over a batch of ``b`` rows; several uses of a layer follow one another.
 
     Attributes:
-        inputs: a, ``(b, t, in)``.
-        deltas: d, the loss gradients at the output, ``(b, t, out)``; zero at padding.
+        inputs: a, ``(b, t, n_in)``.
+        deltas: d, the gradients at the output, ``(b, t, n_out)``; zero at padding.
     """
 
     inputs: torch.Tensor
     deltas: torch.Tensor
 
+    def gradients(self) -> torch.Tensor:
+        """G of every row, ``(b, n_out, n_in)``."""
+        return torch.bmm(self.deltas.transpose(1, 2), self.inputs)
+
 
 OnLayer = Callable[[str, LayerFactors], None]
+# From logits (b, c) float64 to what is differentiated: the gradient at the logits, (b, c) float64.
+Seed = Callable[[np.ndarray], np.ndarray]
+
+
+def loss_of(labels: np.ndarray | None) -> Seed:
+    """The seed p - y of the cross-entropy with ``labels`` ``(b,)``; None takes the predicted classes."""
+
+    def seed(logits: np.ndarray) -> np.ndarray:
+        return residual_and_loss(logits, logits.argmax(axis=1) if labels is None else labels)[0]
+
+    return seed
 
 
 class Tape:
-    """One classifier's layers of a scope, ready to be recorded batch by batch."""
+    """One classifier's blocks of a scope, ready to be recorded batch by batch."""
 
-    def __init__(self, classifier: Classifier, layers: Sequence[str], scope: str) -> None:
+    def __init__(self, classifier: Classifier, blocks: Sequence[Block], scope: str) -> None:
         """Prepare the hooks.
 
         Args:
             classifier: In ``eval()`` mode; its weights' ``requires_grad`` is off while the tape runs.
-            layers: Names of linear layers, the head among them.
-            scope: ``head``, ``top-K`` or ``all``: where the backward may stop.
+            blocks: Of one scope or several.
+            scope: The widest of them: where the backward may stop.
         """
         self.classifier = classifier
-        self.layers = tuple(layers)
+        self.blocks = tuple(blocks)
         self._root = _root_module(classifier, scope)
 
     def record(
-        self, rows: Sequence[dict[str, list[int]]], labels: np.ndarray | None, on_layer: OnLayer
+        self, rows: Sequence[dict[str, list[int]]], seed: Seed, on_layer: OnLayer
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Run one batch; ``on_layer`` gets each layer's factors as soon as they are complete, head first.
+        """Run one batch; ``on_layer`` gets each block's factors as soon as they are complete, head first.
 
         Args:
             rows: Encoded rows, ``b`` of them.
-            labels: Class whose loss is differentiated, ``(b,)``; None takes the predicted one.
-            on_layer: Called once a layer whose output the loss depends on.
+            seed: What is differentiated.
+            on_layer: Called once a block that the logits depend on.
 
         Returns:
             f ``(b, h)`` float32 and logits ``(b, c)`` float64.
@@ -77,9 +92,9 @@ class Tape:
         with ExitStack() as hooks, torch.enable_grad():
             hooks.enter_context(_frozen(classifier.model))
             hooks.enter_context(self._grown_from_root())
-            for name in self.layers:
-                if name != classifier.head_name:
-                    handle = classifier.model.get_submodule(name).register_forward_hook(arrivals.watch(name))
+            for block in self.blocks:
+                if block.name != classifier.head_name:
+                    handle = classifier.model.get_submodule(block.name).register_forward_hook(arrivals.watch(block))
                     hooks.callback(handle.remove)
             hooks.callback(head.register_forward_pre_hook(lambda _m, args: caught.append(args[0])).remove)
             with classifier.autocast():
@@ -88,17 +103,21 @@ class Tape:
             f = _wide(feature.detach())
             bias = None if head.bias is None else head.bias.double()
             logits = nn.functional.linear(f.double(), head.weight.double(), bias).cpu().numpy()
-            target = logits.argmax(axis=1) if labels is None else labels
-            residual, _ = residual_and_loss(logits, np.asarray(target))
-            delta = torch.from_numpy(residual).to(f.device)
-            on_layer(classifier.head_name, LayerFactors(f[:, None, :], delta.to(f.dtype)[:, None, :]))
-            if feature.requires_grad and len(self.layers) > 1:
+            delta = torch.from_numpy(seed(logits)).to(f.device)
+            for block in self.blocks:
+                if block.name == classifier.head_name:
+                    factors = LayerFactors(_with_one(f[:, None, :], block.bias), delta.to(f.dtype)[:, None, :])
+                    on_layer(block.name, factors)
+            if feature.requires_grad and any(block.name != classifier.head_name for block in self.blocks):
                 torch.autograd.backward(feature, (delta @ head.weight.double()).to(feature.dtype))
         return f.float().cpu().numpy(), logits
 
     @contextmanager
     def _grown_from_root(self) -> Iterator[None]:
         """Let gradients flow from the scope's first layer on: nothing below it is differentiated."""
+        if self._root is None:
+            yield
+            return
         module, is_embedding = self._root
 
         def after(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -127,10 +146,11 @@ class _Arrivals:
         self._inputs: dict[str, list[torch.Tensor]] = {}
         self._deltas: dict[str, dict[int, torch.Tensor]] = {}
 
-    def watch(self, name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-        """A forward hook for the layer."""
+    def watch(self, block: Block) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        """A forward hook for the block's module."""
+        name = block.name
 
-        def hook(_module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
             if not output.requires_grad:
                 return
             a = args[0].detach()
@@ -141,12 +161,13 @@ class _Arrivals:
                 )
             uses = self._inputs.setdefault(name, [])
             number = len(uses)
-            uses.append(a)
-            output.register_hook(lambda delta: self._arrive(name, number, delta))  # type: ignore[no-untyped-call]
+            uses.append(_normalised(module, a) if block.kind == "norm" else a)
+            output.register_hook(lambda delta: self._arrive(block, number, delta))  # type: ignore[no-untyped-call]
 
         return hook
 
-    def _arrive(self, name: str, number: int, delta: torch.Tensor) -> None:
+    def _arrive(self, block: Block, number: int, delta: torch.Tensor) -> None:
+        name = block.name
         deltas = self._deltas.setdefault(name, {})
         deltas[number] = delta.detach()
         inputs = self._inputs[name]
@@ -156,7 +177,24 @@ class _Arrivals:
         d = _join([_rows_tokens(deltas[i]) for i in range(len(inputs))])
         self._inputs[name] = []
         self._deltas[name] = {}
-        self._on_layer(name, LayerFactors(_wide(a), _wide(d)))
+        a, d = _wide(a), _wide(d)
+        if block.kind == "norm":  # G = [sum_t d_t * x_t; sum_t d_t], one column
+            d = torch.cat([(d * a).sum(dim=1), d.sum(dim=1)], dim=1)[:, None, :]
+            a = d.new_ones((len(d), 1, 1))
+        self._on_layer(name, LayerFactors(_with_one(a, block.bias), d))
+
+
+def _with_one(inputs: torch.Tensor, bias: bool) -> torch.Tensor:
+    """Inputs that end in 1, so that the last column of G is the bias' gradient."""
+    return torch.cat([inputs, inputs.new_ones((*inputs.shape[:-1], 1))], dim=-1) if bias else inputs
+
+
+def _normalised(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """What a LayerNorm multiplies with its weight."""
+    assert isinstance(module, nn.LayerNorm)
+    return nn.functional.layer_norm(
+        inputs.float() if inputs.dtype == torch.bfloat16 else inputs, module.normalized_shape, eps=module.eps
+    )
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:
@@ -186,9 +224,11 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(wanted)
 
 
-def _root_module(classifier: Classifier, scope: str) -> tuple[nn.Module, bool]:
-    """Where differentiation starts: the embedding (True: at its output) or a layer (False: at its input)."""
+def _root_module(classifier: Classifier, scope: str) -> tuple[nn.Module, bool] | None:
+    """Where differentiation starts: the embedding (True: at its output), a layer (False: at its input), nowhere."""
     model: Any = classifier.model
+    if scope == "head":
+        return None
     if not scope.startswith("top-"):
         return model.get_input_embeddings(), True
     prefix, n_layers = encoder_layers(model, classifier.name)

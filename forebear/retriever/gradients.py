@@ -16,7 +16,8 @@ import torch
 
 from forebear.indexer.ann import unit_rows
 from forebear.indexer.index import GradientStore, Index
-from forebear.indexer.model import Classifier, encode, plan_batches
+from forebear.indexer.gradient_pass import labels_seed, run_pass
+from forebear.indexer.scopes import Block
 from forebear.indexer.sketch import GradientRows, Sketcher
 from forebear.indexer.store import as_tensor
 from forebear.indexer.tape import LayerFactors
@@ -137,9 +138,7 @@ class GradientSearch:
 
     def _query_chunks(self) -> list[np.ndarray]:
         """Queries whose gradients fit in memory together."""
-        numbers = max(
-            sum(_weight(p.sketcher.classifier, name).numel() for name in p.sketcher.layers) for p in self.parts
-        )
+        numbers = max(sum(block.size for block in p.sketcher.blocks) for p in self.parts)
         size = max(1, _QUERY_BYTES // (4 * numbers))
         return [np.arange(i, min(i + size, len(self.targets))) for i in range(0, len(self.targets), size)]
 
@@ -158,28 +157,35 @@ class GradientSearch:
         return total
 
 
-def _weight(classifier: Classifier, name: str) -> torch.Tensor:
-    weight = classifier.model.get_submodule(name).weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
-
-
 def query_gradients(sketcher: Sketcher, texts: Sequence[Sequence[str]], targets: np.ndarray) -> dict[str, torch.Tensor]:
-    """Full gradients of a few test rows, ``(q, out, in)`` for each layer of the scope."""
-    classifier = sketcher.classifier
-    rows = encode(classifier, texts)
-    out = {
-        name: torch.zeros((len(rows), *w.shape), dtype=w.dtype, device=w.device)
-        for name in sketcher.layers
-        for w in [_weight(classifier, name)]
-    }
-    for batch in plan_batches([len(row["input_ids"]) for row in rows], _BATCH_TOKENS):
+    """Full gradients of a few test rows, ``(q, n_out, n_in)`` for each block of the scope."""
+    collector = _Gradients(sketcher, len(targets))
+    run_pass(sketcher.classifier, texts, labels_seed(targets), [collector], batch_tokens=_BATCH_TOKENS)
+    return collector.out
 
-        def on_layer(name: str, factors: LayerFactors, batch: list[int] = batch) -> None:
-            out[name][batch] = torch.bmm(factors.deltas.transpose(1, 2), factors.inputs)
 
-        sketcher.tape.record([rows[i] for i in batch], targets[batch], on_layer)
-    return out
+class _Gradients:
+    """Gathers whole gradients."""
+
+    def __init__(self, sketcher: Sketcher, n_rows: int) -> None:
+        self.scope, self.blocks = sketcher.scope, sketcher.blocks
+        weight = sketcher.classifier.head.weight
+
+        def zeros(block: Block) -> torch.Tensor:
+            return torch.zeros((n_rows, block.n_out, block.n_in), dtype=weight.dtype, device=weight.device)
+
+        self.out = {block.name: zeros(block) for block in self.blocks}
+        self._batch: dict[str, torch.Tensor] = {}
+
+    def begin(self, n_rows: int) -> None:
+        self._batch = {}
+
+    def on_layer(self, name: str, factors: LayerFactors) -> None:
+        self._batch[name] = factors.gradients()
+
+    def end(self, positions: list[int]) -> None:
+        for name, gradients in self._batch.items():
+            self.out[name][positions] = gradients
 
 
 def exact_dots(
@@ -188,32 +194,41 @@ def exact_dots(
     """<V_q, G_n> over the scope, from the factors of the rows' gradients.
 
     For one query, sum over t of d_t . (V a_t), no gradient being formed; for several, a batch's gradients are formed
-    layer by layer and multiplied.
+    block by block and multiplied.
 
     Args:
-        sketcher: Whose model and layers.
-        vectors: V, ``(q, out, in)`` for each layer.
+        sketcher: Whose model and blocks.
+        vectors: V, ``(q, n_out, n_in)`` for each block.
         texts: Training rows, one list a text column, ``n`` of them.
         labels: Their classes, ``(n,)``.
 
     Returns:
         ``(q, n)`` float64.
     """
-    rows = encode(sketcher.classifier, texts)
-    n_queries = len(next(iter(vectors.values())))
-    out = np.zeros((n_queries, len(rows)))
-    for batch in plan_batches([len(row["input_ids"]) for row in rows], _BATCH_TOKENS):
-        total = torch.zeros((n_queries, len(batch)), dtype=torch.float64, device=sketcher.classifier.device)
+    collector = _Dots(sketcher, vectors, len(labels))
+    run_pass(sketcher.classifier, texts, labels_seed(labels), [collector], batch_tokens=_BATCH_TOKENS)
+    return collector.out
 
-        def on_layer(name: str, factors: LayerFactors, total: torch.Tensor = total) -> None:
-            v = vectors[name]
-            if n_queries == 1:
-                found = ((factors.inputs @ v[0].T) * factors.deltas).sum(dim=(1, 2))[None, :]
-            else:
-                gradients = torch.bmm(factors.deltas.transpose(1, 2), factors.inputs)
-                found = v.flatten(1) @ gradients.flatten(1).T
-            total.add_(found)
 
-        sketcher.tape.record([rows[i] for i in batch], labels[batch], on_layer)
-        out[:, batch] = total.cpu().numpy()
-    return out
+class _Dots:
+    """Gathers dots with query vectors."""
+
+    def __init__(self, sketcher: Sketcher, vectors: dict[str, torch.Tensor], n_rows: int) -> None:
+        self.scope, self.blocks = sketcher.scope, sketcher.blocks
+        self._vectors = vectors
+        self._n_queries = len(next(iter(vectors.values())))
+        self._device = sketcher.classifier.device
+        self.out = np.zeros((self._n_queries, n_rows))
+
+    def begin(self, n_rows: int) -> None:
+        self._total = torch.zeros((self._n_queries, n_rows), dtype=torch.float64, device=self._device)
+
+    def on_layer(self, name: str, factors: LayerFactors) -> None:
+        v = self._vectors[name]
+        if self._n_queries == 1:
+            self._total += ((factors.inputs @ v[0].T) * factors.deltas).sum(dim=(1, 2))[None, :]
+        else:
+            self._total += v.flatten(1) @ factors.gradients().flatten(1).T
+
+    def end(self, positions: list[int]) -> None:
+        self.out[:, positions] = self._total.cpu().numpy()

@@ -1,0 +1,162 @@
+"""The gradient pass: one forward and one backward of activations a batch, seen by any number of collectors.
+
+What is gathered (sketches, norms, curvature factors, dots with a query) is a collector's business; batches, memory
+and bad numbers are handled here, once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from forebear.errors import NonFiniteError, StorageError
+from forebear.indexer.forward import Forward, softmax
+from forebear.indexer.model import Classifier, encode, plan_batches
+from forebear.indexer.scopes import Block
+from forebear.indexer.tape import LayerFactors, Seed, Tape, loss_of
+
+
+class Collector(Protocol):
+    """Gathers something from the gradients of one scope, batch by batch.
+
+    A batch is begun, each block's factors arrive in any order, and the batch is ended; a batch that does not fit in
+    memory is begun again with fewer rows, so nothing may be kept before the end.
+    """
+
+    scope: str
+    blocks: tuple[Block, ...]
+
+    def begin(self, n_rows: int) -> None:
+        """A batch of ``n_rows`` rows starts."""
+
+    def on_layer(self, name: str, factors: LayerFactors) -> None:
+        """A block's factors."""
+
+    def end(self, positions: list[int]) -> None:
+        """The batch is complete; its rows stand at ``positions`` of the texts."""
+
+
+SeedOf = Callable[[list[int]], Seed]  # what is differentiated at the rows of these positions
+MemoryWarning = Callable[[str], None]
+
+
+def labels_seed(labels: np.ndarray | None) -> SeedOf:
+    """The loss of ``labels`` ``(n,)``; None: of the predicted classes."""
+    return lambda at: loss_of(None if labels is None else labels[at])
+
+
+def run_pass(
+    classifier: Classifier,
+    texts: Sequence[Sequence[str]],
+    seed_of: SeedOf,
+    collectors: Sequence[Collector],
+    *,
+    batch_tokens: int,
+    first_row: int = 0,
+    on_rows: Callable[[int], None] | None = None,
+    warn: MemoryWarning | None = None,
+) -> Forward:
+    """Run rows of text through the model and back, and show every layer's factors to the collectors.
+
+    A batch for which memory does not suffice is halved, and so are the larger ones after it.
+
+    Args:
+        classifier: The model.
+        texts: One list a text column.
+        seed_of: What is differentiated.
+        collectors: Of one scope or several; scopes share the pass.
+        batch_tokens: Largest number of padded tokens in a batch.
+        first_row: Row number of the first text, for messages.
+        on_rows: Told the number of rows after each batch.
+        warn: Told when batches are halved.
+
+    Returns:
+        Features and logits, from the same pass.
+
+    Raises:
+        NonFiniteError: A feature or logit is NaN or infinite; the row is named.
+        StorageError: Not even one row fits in memory.
+    """
+    rows = encode(classifier, texts)
+    features = np.empty((len(rows), classifier.feature_dim), np.float32)
+    logits = np.empty((len(rows), classifier.n_classes))
+    blocks = {block.name: block for collector in collectors for block in collector.blocks}
+    tape = Tape(classifier, tuple(blocks.values()), widest([collector.scope for collector in collectors]))
+    wanted = [(collector, frozenset(block.name for block in collector.blocks)) for collector in collectors]
+
+    def on_layer(name: str, factors: LayerFactors) -> None:
+        for collector, names in wanted:
+            if name in names:
+                collector.on_layer(name, factors)
+
+    waiting = deque(plan_batches([len(row["input_ids"]) for row in rows], batch_tokens))
+    limit = batch_tokens
+    while waiting:
+        at = waiting.popleft()
+        longest = max(len(rows[i]["input_ids"]) for i in at)
+        if len(at) > 1 and len(at) * longest > limit:
+            waiting.extendleft(_halves(at))
+            continue
+        try:
+            for collector in collectors:
+                collector.begin(len(at))
+            f, z = tape.record([rows[i] for i in at], seed_of(at), on_layer)
+            for collector in collectors:
+                collector.end(at)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(at) == 1:
+                raise StorageError(
+                    f"row {first_row + at[0]} ({longest} word pieces) does not fit in the memory of "
+                    f"{classifier.device}. Give --max-length a smaller value, or use --device cpu."
+                ) from error
+            limit = len(at) * longest // 2
+            if classifier.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if warn is not None:
+                warn(f"{len(at)} rows of {longest} word pieces do not fit in memory; going on with {len(at) // 2}.")
+            waiting.extendleft(_halves(at))
+            continue
+        features[at], logits[at] = f, z
+        if on_rows is not None:
+            on_rows(len(at))
+    refuse_non_finite(classifier.name, first_row, logits, features)
+    return Forward(features, softmax(logits), logits)
+
+
+def refuse_non_finite(name: str, first_row: int, *numbers: np.ndarray) -> None:
+    """Stop at the first row that has a NaN or infinity in any of ``numbers`` ``(n, ...)``.
+
+    Raises:
+        NonFiniteError: The row is named.
+    """
+    finite = np.logical_and.reduce([np.isfinite(x).reshape(len(x), -1).all(axis=1) for x in numbers])
+    if not finite.all():
+        row = first_row + int(np.argmin(finite))
+        raise NonFiniteError(f"{name}: the gradient of row {row} is NaN or infinite. Check the model.")
+
+
+def widest(scopes: Sequence[str]) -> str:
+    """The scope whose backward reaches deepest."""
+
+    def depth(scope: str) -> float:
+        if scope == "head":
+            return 0.0
+        return float(scope[4:]) if scope.startswith("top-") else np.inf
+
+    return max(scopes, key=depth)
+
+
+def _halves(at: list[int]) -> tuple[list[int], list[int]]:
+    """Later half first: ``extendleft`` turns them around."""
+    middle = len(at) // 2
+    return at[middle:], at[:middle]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
