@@ -58,11 +58,25 @@ def index(
         list[str] | None,
         typer.Option(
             "--scope",
-            help="Gradients to index: head; top-K or all, sketched.  [default: head]",
+            help="Gradients to index: head; top-K, all or layer:NAME, sketched.  [default: head]",
             show_default=False,
         ),
     ] = None,
-    sketch_dim: Annotated[int, typer.Option("--sketch-dim", help="Numbers a row of a sketched scope.")] = 256,
+    sketch_dim: Annotated[int, typer.Option("--sketch-dim", help="Coordinates a row of a sketched scope.")] = 128,
+    sketch_bits: Annotated[
+        int, typer.Option("--sketch-bits", help="One-bit code a row of what the coordinates leave over.")
+    ] = 4096,
+    white_bits: Annotated[int, typer.Option("--white-bits", help="The same for the sketches of if and rif.")] = 5888,
+    sketch_basis: Annotated[str, typer.Option("--sketch-basis", help="mixed, principal or random.")] = "mixed",
+    with_bias: Annotated[
+        bool, typer.Option("--with-bias", help="Biases and LayerNorm take part in the sketched scopes.")
+    ] = False,
+    curvature: Annotated[
+        str, typer.Option("--curvature", help="Of the sketched scopes, for if and rif: ekfac or none.")
+    ] = "ekfac",
+    calibrate: Annotated[
+        int, typer.Option("--calibrate", help="Rows asked about to find how many candidates a recall takes; 0: none.")
+    ] = 48,
     store: Annotated[
         list[str] | None,
         typer.Option("--store", help="features, or features,sbert.  [default: features]", show_default=False),
@@ -135,6 +149,12 @@ def index(
             stores=tuple(listed(store)) or ("features",),
             scopes=tuple(dict.fromkeys(["head", *listed(scope)])),
             sketch_dim=sketch_dim,
+            sketch_bits=sketch_bits,
+            white_bits=white_bits,
+            sketch_basis=sketch_basis,
+            with_bias=with_bias,
+            curvature=curvature,
+            calibration_queries=calibrate,
             sentence_model=sentence_model,
             dampings=() if listed(damping) == ["none"] else tuple(listed(damping)) or ("0.1x",),
             rep_refit=rep_refit,

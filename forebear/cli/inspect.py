@@ -88,11 +88,21 @@ def index_facts(index: Any) -> dict[str, Any]:
         "checkpoints": [asdict(checkpoint) for checkpoint in manifest.checkpoints],
         "tokenizer_sha256": spec.tokenizer_sha256,
         "scopes": {"head": {"classes": len(spec.label_names), "feature_dim": manifest.feature_dim}}
-        | {scope: {"sketch_dim": spec.sketch_dim} for scope in spec.sketched_scopes},
+        | {
+            scope: {"sketch_dim": spec.sketch_dim, "with_bias": spec.with_bias, "whitened": spec.whitened}
+            for scope in spec.sketched_scopes
+        },
         "representations": ["feature", "head", *(["sentence"] if "sbert" in spec.stores else [])],
         "sentence_model": manifest.sentence_model,
         "curvature": manifest.curvature,
-        "sketch": {"width": spec.sketch_dim or None, "seed": spec.seed},
+        "sketch": {
+            "width": spec.sketch_dim or None,
+            "bits": spec.sketch_bits,
+            "white_bits": spec.white_bits,
+            "basis": spec.sketch_basis,
+            "seed": spec.seed,
+        },
+        "calibration": manifest.calibration,
         "search": manifest.derived,
         "bytes": {"total": total, "a_row": total / manifest.n_rows, **by_kind},
         "faiss": backend(),
@@ -114,14 +124,24 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines += [("checkpoint", f"{c['name']}  eta {c['eta']:.3g}  {c['path']}") for c in facts["checkpoints"]]
     for scope, shape in facts["scopes"].items():
         head = scope == "head"
-        what = f"exact, {shape['classes']} x {shape['feature_dim']}" if head else f"sketch of {shape['sketch_dim']}"
+        what = (
+            f"exact, {shape['classes']} x {shape['feature_dim']}"
+            if head
+            else f"sketch of {shape['sketch_dim']} coordinates and {facts['sketch']['bits']} bits"
+            + (", with biases and LayerNorm" if shape["with_bias"] else "")
+        )
         lines.append(("scope", f"{scope}: {what}"))
     lines.append(("representations", ", ".join(facts["representations"])))
     for scope, solvers in facts["curvature"].items():
-        exact = solvers.get("exact")
-        if exact:
-            given = ", ".join(f"{d['given']} = {d['damping']:.4g}" for d in exact["dampings"])
-            lines.append(("curvature", f"{scope}: exact, damping {given}"))
+        for name in ("exact", "ekfac"):
+            if name in solvers:
+                found = solvers[name]
+                given = ", ".join(f"{d['given']} = {d['damping']:.4g}" for d in found["dampings"])
+                lines.append(("curvature", f"{scope}: {name}, damping {given}, {found['n_rows']:,} rows"))
+    for scope, found in facts["calibration"].items():
+        for method, known in found["methods"].items():
+            some = ", ".join(f"{r}: {100 * share:.2g}%" for r, share in known["candidates"].items())
+            lines.append(("candidates", f"{scope} {method}, share of rows by recall {some}"))
     for name, search in facts["search"].items():
         what = (
             "norm-sorted scan"

@@ -34,6 +34,8 @@ Examples:
     forebear retrieve --index I --text "A man sleeps." --pair "A person is awake."
 
     forebear retrieve --index I --test dev.csv --method gc,rif --top 10 --out answers.parquet
+
+    forebear retrieve --index I --test dev.csv --method gd,if --scope all --recall 0.95 --out answers.parquet
 """
 SHOWN_QUERIES = 5
 
@@ -58,14 +60,36 @@ def retrieve(
     ] = "predicted",
     exact: Annotated[str, typer.Option("--exact", help="none, rerank or full.")] = "rerank",
     scope: Annotated[str, typer.Option("--scope", help="Parameters whose gradients are compared.")] = "head",
+    recall: Annotated[
+        float, typer.Option("--recall", help="Of the exact top 10 at deeper scopes; sets the number of candidates.")
+    ] = 0.98,
     candidates: Annotated[
-        int, typer.Option("--candidates", help="Rows at each end that a deeper scope's sketches propose.")
-    ] = 100,
-    curvature: Annotated[str, typer.Option("--curvature", help="exact or identity, for if and rif.")] = "exact",
+        int | None,
+        typer.Option(
+            "--candidates", help="Rows at each end that a deeper scope's sketches propose.", show_default=False
+        ),
+    ] = None,
+    certify: Annotated[
+        bool, typer.Option("--certify", help="Prove each top k at a deeper scope, however many rows it takes.")
+    ] = False,
+    curvature: Annotated[
+        str | None,
+        typer.Option(
+            "--curvature",
+            help="For if and rif: exact, ekfac, cg, cg-hessian, lissa or identity. Default: exact at the head, ekfac "
+            "beyond it.",
+            show_default=False,
+        ),
+    ] = None,
     damping: Annotated[
         str | None,
-        typer.Option("--damping", help="One of the index's dampings. Default: its first.", show_default=False),
+        typer.Option("--damping", help="Of the curvature. Default: the index's first.", show_default=False),
     ] = None,
+    curvature_rows: Annotated[
+        int, typer.Option("--curvature-rows", help="Training rows that cg and lissa take at deeper scopes; 0: all.")
+    ] = 1024,
+    lissa: Annotated[str, typer.Option("--lissa", help="Settings: han20, pez21, or as in han20,depth=5000.")] = "han20",
+    tolerance: Annotated[float, typer.Option("--tolerance", help="Relative residual at which cg stops.")] = 1e-3,
     out: Annotated[str | None, typer.Option("--out", help="Write to NAME.parquet or NAME.jsonl.")] = None,
     model: MovedModel = None,
     text_columns: TextColumns = None,
@@ -93,9 +117,14 @@ def retrieve(
         target=target,
         exact=exact,  # type: ignore[arg-type]  # checked by spec.check
         scope=scope,
+        recall=recall,
         candidates=candidates,
+        certify=certify,
         curvature=curvature,
         damping=damping,
+        curvature_rows=curvature_rows,
+        lissa=lissa,
+        tolerance=tolerance,
     )
     spec.check()
     if out is not None:
@@ -151,7 +180,8 @@ def _print_answers(table: pa.Table, block: RowBlock) -> None:
     from rich.table import Table
 
     rows = table.to_pylist()
-    text_names = table.column_names[table.column_names.index("prediction") + 1 :]
+    extra = ("residual", "proven", "rows_scored")
+    text_names = [n for n in table.column_names[table.column_names.index("prediction") + 1 :] if n not in extra]
     for i in range(len(block)):
         number = block.start + i
         mine = [row for row in rows if row["query"] == number]
@@ -165,20 +195,31 @@ def _print_answers(table: pa.Table, block: RowBlock) -> None:
         for method in dict.fromkeys(row["method"] for row in mine):
             for side in ("proponent", "opponent"):
                 grid = Table(title=f"{method}: {side}s of {escape(first['target'])}", title_justify="left", expand=True)
+                rows_of_side = [row for row in mine if (row["method"], row["side"]) == (method, side)]
+                grid.caption, grid.caption_justify = _notes(rows_of_side[0]), "left"
                 for name in ("row", "score"):
                     grid.add_column(name, justify="right", no_wrap=True)
                 for name in ("label", "prediction"):
                     grid.add_column(name, no_wrap=True)
                 for name in text_names:
                     grid.add_column(escape(name), ratio=1)
-                for row in mine:
-                    if (row["method"], row["side"]) == (method, side):
-                        grid.add_row(
-                            str(row["row"]),
-                            f"{row['score']:.4g}",
-                            escape(row["label"]),
-                            escape(row["prediction"]),
-                            *(escape(row[name]) for name in text_names),
-                        )
+                for row in rows_of_side:
+                    grid.add_row(
+                        str(row["row"]),
+                        f"{row['score']:.4g}",
+                        escape(row["label"]),
+                        escape(row["prediction"]),
+                        *(escape(row[name]) for name in text_names),
+                    )
                 OUT.print(grid)
         OUT.print()
+
+
+def _notes(row: dict[str, Any]) -> str | None:
+    """What a table of results must say below itself: proof, and how well H^-1 was solved."""
+    notes = []
+    if row.get("proven") is not None:
+        notes.append(f"{'proven' if row['proven'] else 'not proven'}, {row['rows_scored']:,} rows scored exactly")
+    if row.get("residual") is not None:
+        notes.append(f"H^-1 solved to a relative residual of {row['residual']:.1e}")
+    return "; ".join(notes) or None

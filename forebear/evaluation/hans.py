@@ -91,7 +91,7 @@ def audit_hans(
         DataError: No row is mispredicted as entailment.
     """
     spec = QuerySpec(methods=tuple(methods or retriever.available_methods()), top=top)
-    retriever.check_stores(spec.check())
+    retriever.check_stores(spec.check(), spec)
     retriever.check_texts(source)
     if len(source.text_columns) != 2:
         raise InputError(f"audit hans needs pairs of texts; {source.name} has {', '.join(source.text_columns)}.")

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from forebear.errors import InputError, MismatchError, OutputExistsError
+from forebear.indexer.calibrate import QUERIES_AT_ONCE, SAMPLE_ROWS, calibrate_scope
 from forebear.indexer.data import RowSource
 from forebear.indexer.finish import finish, tidy
 from forebear.indexer.index import Index
@@ -30,8 +32,8 @@ from forebear.indexer.journal import (
 )
 from forebear.indexer.labels import label_map
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, Segment, library_versions
-from forebear.indexer.model import load_classifier
-from forebear.indexer.options import BuildOptions, Progress, ignore_warning, no_progress
+from forebear.indexer.model import Classifier, load_classifier
+from forebear.indexer.options import BuildOptions, Progress, counted, ignore_warning, no_progress
 from forebear.indexer.runs import CheckpointPath, moved_paths, path_from
 from forebear.indexer.shards import ShardWriter, load_checked, split_rows
 from forebear.indexer.spec import make_spec
@@ -116,8 +118,29 @@ def build_index(
             first_shard=0,
             options=replace(options, max_length=spec.max_length),
             progress=progress,
+            warn=warn,
         ).write(classifier)
-        return finish(folder, manifest, np.empty(0, np.int64), progress)
+        return finish(folder, manifest, np.empty(0, np.int64), progress, _calibration(classifier, options, progress))
+
+
+def _calibration(
+    classifier: Classifier, options: BuildOptions, progress: Progress
+) -> Callable[[Index], dict[str, Any]] | None:
+    """Calibrates every scope beyond the head; None where there is nothing to calibrate."""
+    if len(options.scopes) == 1 or not options.calibration_queries:
+        return None
+
+    def calibrate(index: Index) -> dict[str, Any]:
+        found = {}
+        for scope in index.manifest.spec.sketched_scopes:
+            total = min(SAMPLE_ROWS, index.manifest.n_live) * -(-options.calibration_queries // QUERIES_AT_ONCE)
+            on_rows = counted(progress, f"calibration {scope}", total)
+            found[scope] = calibrate_scope(
+                index, classifier, scope, n_queries=options.calibration_queries, on_rows=on_rows
+            )
+        return found
+
+    return calibrate
 
 
 def append_rows(
@@ -165,6 +188,7 @@ def append_rows(
         stores=old.spec.stores,
         scopes=old.spec.scopes,
         sketch_dim=old.spec.sketch_dim or BuildOptions.sketch_dim,
+        dampings=old.spec.dampings,
         sentence_model=old.sentence_model or "minilm",
         precision=old.spec.precision,
         max_length=old.spec.max_length,

@@ -3,33 +3,39 @@
 For each block, A = mean of a a^T over positions and D = mean of d d^T give the eigenbasis; the eigenvalues are then
 corrected: the mean square of each coordinate of the rows' gradients in that basis. Gradients are those
 of the model's own uncertainty, not of the gold labels: with B = diag(p) - p p^T, the class directions u with
-sum of u u^T = B are differentiated, so the matrix is the Gauss-Newton one (gold labels would give the empirical Fisher).
+sum of u u^T = B are differentiated, so the matrix is the Gauss-Newton one; gold labels would give the empirical Fisher.
 Positions whose output gradient is zero (padding; all but [CLS] in the last layer) take no part in A.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from forebear.errors import CorruptIndexError, NonFiniteError
+from forebear.indexer.block_file import read_blocks, write_blocks
 from forebear.indexer.curvature import class_basis, class_curvature
 from forebear.indexer.forward import softmax
 from forebear.indexer.gradient_pass import SeedOf, run_pass
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block
-from forebear.indexer.store import as_tensor, read_batches, write_table
+from forebear.indexer.store import MEND
 from forebear.indexer.tape import LayerFactors, Seed
 
 EXACT_CLASSES = 4  # up to here every class direction is differentiated; beyond, one random combination a row
 
 Vectors = dict[str, torch.Tensor]  # (q, n_out, n_in) for each block
+
+
+def dot(a: Vectors, b: Vectors) -> torch.Tensor:
+    """<a, b> of each query over all blocks, ``(q,)`` float64, multiplied and summed in float64."""
+    parts = [(a[name].double() * b[name].double()).sum(dim=(1, 2)) for name in a]
+    return torch.stack(parts).sum(dim=0)
 
 
 def curvature_seeds(n_classes: int, n_rows: int, seed: int) -> tuple[SeedOf, ...]:
@@ -83,9 +89,9 @@ class EkfacBlock:
         """The factors of the gradient's coordinates in the eigenbasis."""
         return LayerFactors(factors.inputs @ self.right, factors.deltas @ self.left)
 
-    def to(self, device: torch.device) -> EkfacBlock:
-        """The same on another device."""
-        moved = (x.to(device) for x in (self.left, self.right, self.eigenvalues))
+    def to(self, device: torch.device, dtype: torch.dtype) -> EkfacBlock:
+        """The same on a device, in a precision."""
+        moved = (x.to(device, dtype) for x in (self.left, self.right, self.eigenvalues))
         return EkfacBlock(self.block, *moved)
 
 
@@ -116,13 +122,26 @@ class Ekfac:
         rotated /= part.eigenvalues + damping
         return part.left @ rotated @ part.right.T
 
-    def to(self, device: torch.device) -> Ekfac:
-        """The same on another device."""
-        return Ekfac({name: part.to(device) for name, part in self.parts.items()}, self.n_rows)
+    def to(self, device: torch.device, dtype: torch.dtype) -> Ekfac:
+        """The same on a device, in a precision."""
+        return Ekfac({name: part.to(device, dtype) for name, part in self.parts.items()}, self.n_rows)
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """Sums of a a^T and d d^T of each block over rows and positions; float64, neither centred nor divided.
+
+    Attributes:
+        inputs: A, ``(n_in, n_in)`` by block name.
+        outputs: D, ``(n_out, n_out)`` by block name.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
 
 
 class _Factors:
-    """Sums of a a^T and d d^T of each block; positions without an output gradient are left out."""
+    """Gathers Kronecker factors; positions without an output gradient are left out."""
 
     def __init__(self, scope: str, blocks: Sequence[Block], device: torch.device) -> None:
         self.scope, self.blocks = scope, tuple(blocks)
@@ -130,11 +149,10 @@ class _Factors:
         def zeros(n: int) -> torch.Tensor:
             return torch.zeros((n, n), dtype=torch.float64, device=device)
 
-        self.a = {block.name: zeros(block.n_in) for block in blocks}
-        self.d = {block.name: zeros(block.n_out) for block in blocks}
+        self.found = KroneckerFactors({b.name: zeros(b.n_in) for b in blocks}, {b.name: zeros(b.n_out) for b in blocks})
         self._batch: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def begin(self, n_rows: int) -> None:
+    def begin(self, positions: list[int]) -> None:
         self._batch = {}
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:
@@ -144,8 +162,8 @@ class _Factors:
 
     def end(self, positions: list[int]) -> None:
         for name, (a, d) in self._batch.items():
-            self.a[name] += a
-            self.d[name] += d
+            self.found.inputs[name] += a
+            self.found.outputs[name] += d
 
 
 class _Eigenvalues:
@@ -157,15 +175,36 @@ class _Eigenvalues:
         self.sums = {name: torch.zeros_like(part.eigenvalues, dtype=torch.float64) for name, part in parts.items()}
         self._batch: Vectors = {}
 
-    def begin(self, n_rows: int) -> None:
+    def begin(self, positions: list[int]) -> None:
         self._batch = {}
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:
-        self._batch[name] = self._parts[name].rotate(factors).gradients().square_().sum(dim=0)
+        total = torch.zeros_like(self._parts[name].eigenvalues)
+        for some in self._parts[name].rotate(factors).cache_sized():
+            gradients = some.gradients()
+            total += gradients.square_().sum(dim=0)
+        self._batch[name] = total
 
     def end(self, positions: list[int]) -> None:
         for name, squares in self._batch.items():
             self.sums[name] += squares
+
+
+def fit_factors(
+    classifier: Classifier,
+    scope: str,
+    blocks: Sequence[Block],
+    texts: Sequence[Sequence[str]],
+    *,
+    seed: int,
+    batch_tokens: int,
+    on_rows: Callable[[int], None] | None = None,
+) -> KroneckerFactors:
+    """Kronecker factors of a scope from rows of text, in one pass a class direction; see :func:`fit_ekfac`."""
+    collector = _Factors(scope, blocks, classifier.device)
+    for seed_of in curvature_seeds(classifier.n_classes, len(texts[0]), seed):
+        run_pass(classifier, texts, seed_of, [collector], batch_tokens=batch_tokens, on_rows=on_rows)
+    return collector.found
 
 
 def fit_ekfac(
@@ -176,6 +215,7 @@ def fit_ekfac(
     *,
     seed: int,
     batch_tokens: int,
+    factors: KroneckerFactors | None = None,
     on_rows: Callable[[int], None] | None = None,
 ) -> Ekfac:
     """Fit the curvature of a scope on rows of text (labels play no part), in two passes a class direction.
@@ -187,28 +227,24 @@ def fit_ekfac(
         texts: A sample of the training rows, one list a text column.
         seed: Of the signs, with more than 4 classes.
         batch_tokens: Largest number of padded tokens in a batch.
+        factors: From :func:`fit_factors` on the same rows, if they are known already.
         on_rows: Told the number of rows after each batch.
 
     Raises:
         NonFiniteError: A factor is NaN or infinite.
     """
     n_rows = len(texts[0])
-    seeds = curvature_seeds(classifier.n_classes, n_rows, seed)
-
-    def run(collector: _Factors | _Eigenvalues) -> None:
-        for seed_of in seeds:
-            run_pass(classifier, texts, seed_of, [collector], batch_tokens=batch_tokens, on_rows=on_rows)
-
-    factors = _Factors(scope, blocks, classifier.device)
-    run(factors)
+    if factors is None:
+        factors = fit_factors(classifier, scope, blocks, texts, seed=seed, batch_tokens=batch_tokens, on_rows=on_rows)
     dtype = classifier.head.weight.dtype
     parts = {}
     for block in blocks:
-        left, right = (_eigenvectors(m[block.name], block.name).to(dtype) for m in (factors.d, factors.a))
+        left, right = (eigenvectors(m[block.name], block.name).to(dtype) for m in (factors.outputs, factors.inputs))
         empty = torch.zeros((block.n_out, block.n_in), dtype=dtype, device=classifier.device)
         parts[block.name] = EkfacBlock(block, left, right, empty)
     squares = _Eigenvalues(scope, parts)
-    run(squares)
+    for seed_of in curvature_seeds(classifier.n_classes, n_rows, seed):
+        run_pass(classifier, texts, seed_of, [squares], batch_tokens=batch_tokens, on_rows=on_rows)
     return Ekfac(
         {
             name: EkfacBlock(part.block, part.left, part.right, (squares.sums[name] / n_rows).to(dtype))
@@ -218,35 +254,25 @@ def fit_ekfac(
     )
 
 
-def _eigenvectors(matrix: torch.Tensor, name: str) -> torch.Tensor:
-    """Columns by falling eigenvalue."""
+def eigenvectors(matrix: torch.Tensor, name: str = "") -> torch.Tensor:
+    """Columns by falling eigenvalue.
+
+    Raises:
+        NonFiniteError: The matrix, the factor of layer ``name``, holds NaN or infinity.
+    """
     if not torch.isfinite(matrix).all():
         raise NonFiniteError(f"the curvature factor of layer {name} is NaN or infinite. Check the model.")
     vectors: torch.Tensor = torch.linalg.eigh(matrix).eigenvectors
     return vectors.flip(1).contiguous()
 
 
-_FIELDS = ("left", "right", "eigenvalues")
-
-
 def write_ekfac(path: Path, ekfac: Ekfac) -> None:
-    """One record batch a block, float32."""
-    schema = pa.schema(
-        [("name", pa.string()), ("kind", pa.string()), ("bias", pa.bool_()), ("shape", pa.list_(pa.int64()))]
-        + [(field, pa.large_list(pa.float32())) for field in _FIELDS],
-        metadata={"n_rows": str(ekfac.n_rows)},
-    )
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for part in ekfac.parts.values():
-            block = part.block
-            numbers = [getattr(part, field).float().cpu().numpy().reshape(-1) for field in _FIELDS]
-            columns = [pa.array([block.name]), pa.array([block.kind]), pa.array([block.bias])]
-            columns.append(pa.array([[block.n_out, block.n_in]], pa.list_(pa.int64())))
-            columns += [pa.LargeListArray.from_arrays(pa.array([0, len(x)], pa.int64()), pa.array(x)) for x in numbers]
-            yield pa.RecordBatch.from_arrays(columns, schema=schema)
-
-    write_table(path, batches(), schema)
+    """Write bases and eigenvalues, float32."""
+    parts = {
+        part.block: {"left": part.left, "right": part.right, "eigenvalues": part.eigenvalues}
+        for part in ekfac.parts.values()
+    }
+    write_blocks(path, parts, {"n_rows": str(ekfac.n_rows)})
 
 
 def read_ekfac(path: Path) -> Ekfac:
@@ -255,19 +281,10 @@ def read_ekfac(path: Path) -> Ekfac:
     Raises:
         CorruptIndexError: It is no such file.
     """
-    batches = read_batches(path)
-    parts = {}
+    parts, metadata = read_blocks(path)
     try:
-        for batch in batches:
-            n_out, n_in = batch.column("shape")[0].as_py()
-            name = batch.column("name")[0].as_py()
-            block = Block(name, batch.column("kind")[0].as_py(), n_out, n_in, batch.column("bias")[0].as_py())
-            left, right, eigenvalues = (
-                as_tensor(batch.column(field).values.to_numpy(zero_copy_only=True)) for field in _FIELDS
-            )
-            parts[name] = EkfacBlock(
-                block, left.view(n_out, n_out), right.view(n_in, n_in), eigenvalues.view(n_out, n_in)
-            )
-        return Ekfac(parts, int(batches[0].schema.metadata[b"n_rows"]))
-    except (KeyError, IndexError, RuntimeError, TypeError) as error:
-        raise CorruptIndexError(f"{path} is no curvature file ({error}).") from error
+        return Ekfac(
+            {block.name: EkfacBlock(block, **found) for block, found in parts.items()}, int(metadata["n_rows"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptIndexError(f"{path} is no curvature file ({error}). {MEND}") from error

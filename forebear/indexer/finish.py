@@ -21,14 +21,22 @@ from forebear.indexer.curvature import (
     refit_head,
 )
 from forebear.indexer.derived import build_derived
+from forebear.indexer.ekfac import Ekfac
 from forebear.indexer.forward import softmax
+from forebear.indexer.gradient_stage import gradient_files
 from forebear.indexer.index import Index
 from forebear.indexer.manifest import JOURNAL_NAME, Manifest
-from forebear.indexer.sketch import REDUCTION_NAME, gradient_folder
+from forebear.indexer.sketch import gradient_folder
 from forebear.indexer.store import file_sha256, write_columns
 
 
-def finish(folder: Path, manifest: Manifest, retired: np.ndarray, progress: Callable[[str, int, int], None]) -> Index:
+def finish(
+    folder: Path,
+    manifest: Manifest,
+    retired: np.ndarray,
+    progress: Callable[[str, int, int], None],
+    calibrate: Callable[[Index], dict[str, Any]] | None = None,
+) -> Index:
     """Compute what follows from the shards and put the new manifest in force.
 
     Args:
@@ -36,6 +44,7 @@ def finish(folder: Path, manifest: Manifest, retired: np.ndarray, progress: Call
         manifest: With new segments, shards and generation; its curvature, derived and files are made here.
         retired: Retired row numbers, ascending.
         progress: Told the stage.
+        calibrate: Makes the manifest's calibration from the index, complete but for it; None keeps what is there.
 
     Returns:
         The index under its new manifest.
@@ -67,7 +76,12 @@ def finish(folder: Path, manifest: Manifest, retired: np.ndarray, progress: Call
     progress("search structures", manifest.n_rows, manifest.n_rows)
     new = [*curvature_files, *(facts["file"] for facts in derived.values())]
     files = manifest.files | {name: describe_file(folder, name) for name in new}
+    for scope in manifest.spec.sketched_scopes:
+        if manifest.spec.whitened:
+            curvature[scope] = {"ekfac": ekfac_facts(index.ekfac(scope), manifest.spec.dampings)}
     final = replace(manifest, curvature=curvature, derived=derived).with_files(files)
+    if calibrate is not None:
+        final = replace(final, calibration=calibrate(Index(folder, final, check=False)))
     final.write(folder)
     tidy(folder, final)
     return Index.open(folder)
@@ -83,14 +97,26 @@ def _shard_files(manifest: Manifest) -> list[str]:
     kinds = ["rows", *(f"features/{c.name}" for c in manifest.checkpoints)]
     if "sbert" in manifest.spec.stores:
         kinds.append("sentence")
-    sketched = [gradient_folder(s, c.name) for s in manifest.spec.sketched_scopes for c in manifest.checkpoints]
-    shards = [f"{kind}/{i:05d}.arrow" for kind in kinds + sketched for i in range(len(manifest.shards))]
-    return shards + [f"{kind}/{REDUCTION_NAME}" for kind in sketched]
+    spec, last = manifest.spec, manifest.checkpoints[-1]
+    singles: list[str] = []
+    for scope in spec.sketched_scopes:
+        kinds += [gradient_folder(scope, c.name) for c in manifest.checkpoints]
+        kinds += [gradient_folder(scope, last.name, i) for i in range(len(spec.dampings) if spec.whitened else 0)]
+        for c in manifest.checkpoints:
+            singles += gradient_files(spec, scope, c.name, last=c is last)
+    return [f"{kind}/{i:05d}.arrow" for kind in kinds for i in range(len(manifest.shards))] + singles
+
+
+def ekfac_facts(ekfac: Ekfac, dampings: tuple[str, ...]) -> dict[str, Any]:
+    """What the manifest says of a deeper scope's curvature; the first damping is the default."""
+    mean = ekfac.mean_eigenvalue
+    stored = [{"given": given, "damping": absolute_damping(given, mean)} for given in dampings]
+    return {"damping": stored[0]["damping"], "mean_eigenvalue": mean, "n_rows": ekfac.n_rows, "dampings": stored}
 
 
 def tidy(folder: Path, manifest: Manifest) -> None:
     """Drop the journal and the files of older generations, now that the manifest no longer lists them."""
-    for sub in ("curvature", "ann", "retired"):
+    for sub in ("curvature/head", "ann", "retired"):
         for path in sorted((folder / sub).rglob("*")):
             if path.is_file() and path.relative_to(folder).as_posix() not in manifest.files:
                 path.unlink()

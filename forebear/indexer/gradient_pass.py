@@ -30,14 +30,14 @@ class Collector(Protocol):
     scope: str
     blocks: tuple[Block, ...]
 
-    def begin(self, n_rows: int) -> None:
-        """A batch of ``n_rows`` rows starts."""
+    def begin(self, positions: list[int]) -> None:
+        """A batch starts; its rows stand at ``positions`` of the texts."""
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:
         """A block's factors."""
 
     def end(self, positions: list[int]) -> None:
-        """The batch is complete; its rows stand at ``positions`` of the texts."""
+        """The batch is complete."""
 
 
 SeedOf = Callable[[list[int]], Seed]  # what is differentiated at the rows of these positions
@@ -103,7 +103,7 @@ def run_pass(
             continue
         try:
             for collector in collectors:
-                collector.begin(len(at))
+                collector.begin(at)
             f, z = tape.record([rows[i] for i in at], seed_of(at), on_layer)
             for collector in collectors:
                 collector.end(at)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,28 +16,12 @@ from forebear.errors import CorruptIndexError, InputError, MissingStoreError
 from forebear.indexer.ann import AnnIndex, read_ann
 from forebear.indexer.curvature import HeadCurvature
 from forebear.indexer.derived import ScanTable, read_scan_table
+from forebear.indexer.ekfac import Ekfac, read_ekfac
+from forebear.indexer.estimate import GradientStore
+from forebear.indexer.gradient_stage import curvature_name
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
-from forebear.indexer.sketch import REDUCTION_NAME, gradient_folder, read_reduction
+from forebear.indexer.sketch import MAP_NAME, gradient_folder, read_reduction
 from forebear.indexer.store import MEND, RowMatrix, column, file_sha256, for_each_shard, read_batches
-
-
-@dataclass(frozen=True)
-class GradientStore:
-    """Stored gradients of a sketched scope at one checkpoint.
-
-    Attributes:
-        sketches: Unit sketches, ``(n, d)`` float16.
-        lengths: Their lengths, ``(n,)`` float32.
-        norms: Exact gradient norms, ``(n,)`` float32.
-        residual_lengths: sqrt(norm^2 - length^2), ``(n,)`` float32.
-        reduction: The second reduction, ``(d, D)`` float32.
-    """
-
-    sketches: RowMatrix
-    lengths: np.ndarray
-    norms: np.ndarray
-    residual_lengths: np.ndarray
-    reduction: np.ndarray
 
 
 class Index:
@@ -141,27 +125,92 @@ class Index:
             )
         return self._matrix("sentence", "embedding")
 
-    def gradients(self, scope: str, checkpoint: int = -1) -> GradientStore:
-        """Sketches and exact norms of every row over a sketched scope."""
-        if scope not in self.manifest.spec.sketched_scopes:
+    def check_scope(self, scope: str) -> None:
+        """Refuse a scope that the index does not hold.
+
+        Raises:
+            MissingStoreError: Naming the option that builds it.
+        """
+        if scope not in self.manifest.spec.scopes:
             raise MissingStoreError(
-                f"{self.folder} holds the scope(s) {', '.join(self.manifest.spec.scopes)}, not a sketched {scope!r}. "
+                f"{self.folder} holds the scope(s) {', '.join(self.manifest.spec.scopes)}, not {scope!r}. "
                 f"Build it with --scope head,{scope}."
             )
-        kind = gradient_folder(scope, self.manifest.checkpoints[checkpoint].name)
-        shards = self._shards(kind)
 
-        def whole(name: str) -> np.ndarray:
-            return np.concatenate([column(batch, name) for batch in shards])
+    def gradients(self, scope: str, checkpoint: int = -1, damping: int | None = None) -> GradientStore:
+        """Sketches and exact norms of every row over a sketched scope.
 
-        (reduction,) = self.checked(f"{kind}/{REDUCTION_NAME}")
-        return GradientStore(
-            RowMatrix([column(batch, "sketch") for batch in shards]),
-            whole("length"),
-            whole("norm"),
-            whole("residual_length"),
-            read_reduction(reduction),
-        )
+        Args:
+            scope: Beyond the head.
+            checkpoint: The last by default.
+            damping: Number of a stored damping: the sketches of gradients whitened with it, at the last checkpoint.
+        """
+        self.check_scope(scope)
+        return self.gradient_store(gradient_folder(scope, self.manifest.checkpoints[checkpoint].name, damping))
+
+    def gradient_store(self, kind: str) -> GradientStore:
+        """Sketches in the folder of one representation."""
+        key = ("gradients", kind)
+        if key not in self._cache:
+            shards = self._shards(kind)
+
+            def whole(name: str) -> np.ndarray:
+                return np.concatenate([column(batch, name) for batch in shards])
+
+            (reduction,) = self.checked(f"{kind}/{MAP_NAME}")
+            coded = "code" in shards[0].schema.names
+            self._cache[key] = GradientStore(
+                sketches=RowMatrix([column(batch, "sketch") for batch in shards]),
+                codes=RowMatrix([column(batch, "code") for batch in shards]) if coded else None,
+                code_factors=whole("code_factor") if coded else np.zeros(self.manifest.n_rows, np.float32),
+                shares=whole("share"),
+                lengths=whole("length"),
+                norms=whole("norm"),
+                residual_lengths=whole("residual_length"),
+                reduction=read_reduction(reduction),
+            )
+        store: GradientStore = self._cache[key]
+        return store
+
+    def ekfac(self, scope: str) -> Ekfac:
+        """EK-FAC of a scope beyond the head, at the last checkpoint."""
+        self.check_scope(scope)
+        if not self.manifest.spec.whitened:
+            raise MissingStoreError(
+                f"{self.folder} holds no curvature of scope {scope}: it was built with --curvature none or --damping "
+                "none. Build it without them, or ask with --curvature cg, lissa or identity."
+            )
+        key = ("ekfac", scope)
+        if key not in self._cache:
+            self._cache[key] = read_ekfac(self.checked(curvature_name(scope))[0])
+        ekfac: Ekfac = self._cache[key]
+        return ekfac
+
+    def ekfac_damping(self, scope: str, given: str | None = None) -> tuple[int, float]:
+        """Number and size of one stored damping of a deeper scope; the first one by default.
+
+        Raises:
+            MissingStoreError: The index has no curvature of the scope, or not at this damping.
+        """
+        self.ekfac(scope)
+        stored = self.manifest.curvature[scope]["ekfac"]["dampings"]
+        number = _damping_number(stored, given, f"{self.folder} holds the curvature of scope {scope}")
+        return number, float(stored[number]["damping"])
+
+    def calibrated(self, scope: str, method: str) -> dict[str, Any] | None:
+        """What calibration found for a method at a scope beyond the head; None: it was not calibrated."""
+        found = self.manifest.calibration.get(scope, {}).get("methods", {}).get(method)
+        return None if found is None else dict(found)
+
+    def code_weight(self, scope: str, method: str, *, cosine: bool) -> float:
+        """Share of the code's estimate that is counted when a method's candidates are proposed.
+
+        Calibrated, or else all of it for cosines and none for dots, whose largest rows lie well along the coordinates.
+        """
+        found = self.calibrated(scope, method)
+        if found is None:
+            return 1.0 if cosine else 0.0
+        return float(found["code_weight"])
 
     def _row_column(self, name: str) -> np.ndarray:
         key = ("column", name)
@@ -248,15 +297,8 @@ class Index:
         facts = self.manifest.curvature.get("head", {}).get("exact")
         if not facts:
             raise MissingStoreError(f"{self.folder} was built with --damping none: it holds no curvature of the head.")
-        stored = facts["dampings"]
-        for one in stored:
-            if given is None or given == one["given"] or _same_number(given, one["damping"]):
-                return dict(one)
-        names = ", ".join(f"{one['given']} (= {one['damping']:.6g})" for one in stored)
-        raise MissingStoreError(
-            f"{self.folder} holds the head's curvature at damping {names}, not {given}. "
-            "Query with a stored one, or build the index with --damping naming both."
-        )
+        number = _damping_number(facts["dampings"], given, f"{self.folder} holds the head's curvature")
+        return dict(facts["dampings"][number])
 
     def head_curvature(self, given: str | None = None) -> HeadCurvature:
         """H + damping I of the head weight, factorised."""
@@ -279,6 +321,18 @@ class Index:
         if name is None:
             raise MissingStoreError(f"{self.folder} has no refitted head. Build it with --rep-refit.")
         return RowMatrix([column(read_batches(self.checked(name)[0])[0], "residual")])
+
+
+def _damping_number(stored: list[dict[str, Any]], given: str | None, holder: str) -> int:
+    """Position of the damping that was asked for; 0 by default."""
+    for i, one in enumerate(stored):
+        if given is None or given == one["given"] or _same_number(given, one["damping"]):
+            return i
+    names = ", ".join(f"{one['given']} (= {one['damping']:.6g})" for one in stored)
+    raise MissingStoreError(
+        f"{holder} at damping {names}, not {given}. "
+        "Query with a stored one, or build the index with --damping naming both."
+    )
 
 
 def _same_number(given: str, stored: float) -> bool:

@@ -58,7 +58,9 @@ def remove_unlisted(folder: Path, manifest: Manifest) -> None:
     (folder / JOURNAL_NAME).unlink(missing_ok=True)
 
 
-LATER_CHOICES = ("dampings", "rep_refit", "ann")  # of the stages after the pass: a resumed build may change them
+def later_choices(spec: IndexSpec) -> tuple[str, ...]:
+    """Choices of the stages after the pass, which a resumed build may change."""
+    return ("rep_refit", "ann") if spec.whitened else ("rep_refit", "ann", "dampings")
 
 
 def comparable(spec: dict[str, Any], but: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -112,5 +114,6 @@ def begin(folder: Path, change: dict[str, Any], spec: IndexSpec) -> IndexSpec:
     for key in ("kind", "checkpoints"):
         same_or_refuse({key: found.get(key)}, {key: change.get(key)}, folder)
     same_or_refuse(found["segment"], change["segment"], folder)
-    same_or_refuse(comparable(begun, LATER_CHOICES), comparable(asdict(spec), LATER_CHOICES), folder)
+    later = later_choices(spec)
+    same_or_refuse(comparable(begun, later), comparable(asdict(spec), later), folder)
     return replace(spec, n_threads=begun["n_threads"])

@@ -44,6 +44,19 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
+# Fields that came after indexes were first written, left out where they have their first meaning: an index of then has
+# the same digest now.
+_LATER: dict[str, Any] = {
+    "sketch_bits": 0, "white_bits": 0, "sketch_basis": "mixed", "with_bias": False, "curvature": "none",
+    "calibration": {},
+}  # fmt: skip
+
+
+def stated(value: IndexSpec | Manifest) -> dict[str, Any]:
+    """A dataclass as a dictionary, as it is written and digested."""
+    return {name: v for name, v in asdict(value).items() if name not in _LATER or v != _LATER[name]}
+
+
 @dataclass(frozen=True, kw_only=True)
 class IndexSpec:
     """Every choice that changes a stored number. Same spec and rows, same index."""
@@ -57,8 +70,13 @@ class IndexSpec:
     max_length: int
     precision: str
     stores: tuple[str, ...]  # "features", "sbert"
-    scopes: tuple[str, ...]  # "head", which is exact, and those that are sketched: "top-K", "all"
-    sketch_dim: int  # d, numbers a row, scope and checkpoint; 0 without a sketched scope
+    scopes: tuple[str, ...]  # "head", which is exact, and those that are sketched: "top-K", "all", "layer:NAME"
+    sketch_dim: int  # d, coordinates a row, representation and checkpoint; 0 without a sketched scope
+    sketch_bits: int = 0  # length of the code of what the coordinates leave over
+    white_bits: int = 0  # the same for whitened sketches
+    sketch_basis: str = "mixed"
+    with_bias: bool = False  # whether the sketched scopes hold biases and LayerNorm
+    curvature: str = "none"  # of the sketched scopes: "ekfac" or "none"
     sentence_sha256: str | None  # weights and tokenizer of the un-tuned sentence encoder
     dampings: tuple[str, ...]  # as given: "0.1x" is relative to the mean eigenvalue, "0.003" absolute
     rep_refit: bool
@@ -73,9 +91,14 @@ class IndexSpec:
         """The scopes beyond the head, which needs no sketch."""
         return tuple(scope for scope in self.scopes if scope != "head")
 
+    @property
+    def whitened(self) -> bool:
+        """Whether sketched scopes have curvature, and sketches whitened by it, at each damping."""
+        return self.curvature == "ekfac" and bool(self.dampings)
+
     def digest(self) -> str:
         """Name this spec in the manifest and in results."""
-        return digest_of(asdict(self))
+        return digest_of(stated(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +134,7 @@ class Manifest:
     generation: int  # counts the changes (append, retire) since the first build
     feature_dim: int
     curvature: dict[str, Any] = field(default_factory=dict)  # scope -> solver -> facts
+    calibration: dict[str, Any] = field(default_factory=dict)  # scope -> method -> candidates by recall
     derived: dict[str, Any] = field(default_factory=dict)  # representation -> facts of its search structure
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # relative path -> sha256, bytes
     libraries: dict[str, str] = field(default_factory=dict)
@@ -130,7 +154,7 @@ class Manifest:
         return {
             "format": FORMAT_VERSION,
             "spec_digest": self.spec.digest(),
-            **json.loads(json.dumps(asdict(self))),
+            **json.loads(json.dumps(stated(self) | {"spec": stated(self.spec)})),
         }
 
     def digest(self) -> str:
@@ -167,7 +191,7 @@ def read_manifest(folder: Path) -> Manifest:
     if digest_of(content) != stated:
         raise CorruptIndexError(f"{path} was altered: its digest no longer matches its content. {MEND}")
     try:
-        values = {f.name: content[f.name] for f in fields(Manifest)}
+        values = {f.name: content[f.name] for f in fields(Manifest) if f.name not in _LATER or f.name in content}
         values["spec"] = IndexSpec(**{k: _tuples(v) for k, v in content["spec"].items()})
         values["checkpoints"] = tuple(Checkpoint(**c) for c in content["checkpoints"])
         values["segments"] = tuple(Segment(**s) for s in content["segments"])

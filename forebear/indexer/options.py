@@ -9,6 +9,7 @@ from forebear.errors import InputError
 from forebear.indexer.ann import check_factory
 from forebear.indexer.curvature import absolute_damping
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
+from forebear.indexer.projector import BASES
 
 STORES = ("features", "sbert")
 DEFAULT_SHARD_ROWS = 4096
@@ -18,6 +19,19 @@ Progress = Callable[[str, int, int], None]  # stage, rows done, rows in all
 
 def no_progress(_stage: str, _done: int, _total: int) -> None:
     """Say nothing."""
+
+
+def counted(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
+    """Announce a stage of ``total`` rows; what is returned is told how many more are done."""
+    done = 0
+
+    def on_rows(n: int) -> None:
+        nonlocal done
+        done = min(total, done + n)
+        progress(stage, done, total)
+
+    progress(stage, 0, total)
+    return on_rows
 
 
 def ignore_warning(_message: str | None) -> None:
@@ -30,7 +44,13 @@ class BuildOptions:
 
     stores: tuple[str, ...] = ("features",)
     scopes: tuple[str, ...] = ("head",)
-    sketch_dim: int = 256
+    sketch_dim: int = 128
+    sketch_bits: int = 4096
+    white_bits: int = 5888  # with 128 coordinates: 1,012 bytes a row
+    sketch_basis: str = "mixed"
+    with_bias: bool = False
+    curvature: str = "ekfac"  # of the scopes beyond the head
+    calibration_queries: int = 48  # 0: candidates are not calibrated
     sentence_model: str = "minilm"
     dampings: tuple[str, ...] = ("0.1x",)  # empty: no curvature
     rep_refit: bool = False
@@ -52,6 +72,17 @@ class BuildOptions:
             raise InputError(f"--scope {','.join(self.scopes)}: expected head, and others once each, such as head,all.")
         if not 8 <= self.sketch_dim <= 4096:
             raise InputError(f"--sketch-dim {self.sketch_dim}: expected 8 to 4096.")
+        for name, bits in (("--sketch-bits", self.sketch_bits), ("--white-bits", self.white_bits)):
+            if bits % 8 or not 0 <= bits <= 65_536:
+                raise InputError(f"{name} {bits}: expected a multiple of 8, at most 65536, or 0 for no code.")
+        for name, value, known in (
+            ("--sketch-basis", self.sketch_basis, BASES),
+            ("--curvature", self.curvature, ("ekfac", "none")),
+        ):
+            if value not in known:
+                raise InputError(f"{name} {value!r}: expected {', '.join(known[:-1])} or {known[-1]}.")
+        if self.calibration_queries < 0:
+            raise InputError(f"--calibrate {self.calibration_queries}: expected 0 (not at all) or more.")
         for given in self.dampings:
             absolute_damping(given, 1.0)
         if self.batch_tokens < 1 or self.shard_rows < 1:

@@ -121,7 +121,7 @@ class _Outer:
         self.sums = {block.name: torch.zeros_like(vectors[block.name]) for block in blocks}
         self._batch: dict[str, _Tokens] = {}
 
-    def begin(self, n_rows: int) -> None:
+    def begin(self, positions: list[int]) -> None:
         self._batch = {}
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:

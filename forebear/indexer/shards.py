@@ -12,21 +12,14 @@ import pyarrow as pa
 
 from forebear.errors import InputError, MismatchError
 from forebear.indexer.data import RowBlock, RowSource
-from forebear.indexer.forward import Forward, residual_and_loss, run_forward
+from forebear.indexer.forward import residual_and_loss, run_forward
+from forebear.indexer.gradient_stage import FIT_ROWS, Sample, fit_scope, open_sketchers
 from forebear.indexer.labels import LabelMap
 from forebear.indexer.manifest import Checkpoint, IndexSpec
 from forebear.indexer.model import Classifier, load_classifier
-from forebear.indexer.options import BuildOptions, Progress
+from forebear.indexer.options import BuildOptions, Progress, counted, ignore_warning
 from forebear.indexer.sentence import SentenceEncoder, load_sentence_encoder
-from forebear.indexer.sketch import (
-    FIT_ROWS,
-    REDUCTION_NAME,
-    Sketcher,
-    fit_reduction,
-    gradient_folder,
-    read_reduction,
-    stored_sketches,
-)
+from forebear.indexer.sketch import Sketcher, sketch_rows
 from forebear.indexer.store import write_columns
 
 
@@ -79,6 +72,7 @@ class ShardWriter:
         first_shard: Number of the first of them.
         options: Where and how models run.
         progress: Told the stage, rows done and rows in all.
+        warn: Told when memory does not suffice for a batch.
     """
 
     folder: Path
@@ -90,6 +84,7 @@ class ShardWriter:
     first_shard: int
     options: BuildOptions
     progress: Progress
+    warn: Callable[[str | None], None] = ignore_warning
 
     def write(self, last: Classifier) -> None:
         """Write what is missing; ``last`` is the model of the last checkpoint."""
@@ -98,7 +93,7 @@ class ShardWriter:
                 continue
             is_last = checkpoint is self.checkpoints[-1]
             classifier = last if is_last else load_checked(checkpoint, self.spec, self.options)
-            sketchers = [self._sketcher(classifier, checkpoint, s) for s in self.spec.sketched_scopes]
+            sketchers = self._sketchers(classifier, checkpoint)
             self._stage(
                 f"features {checkpoint.name}",
                 f"features/{checkpoint.name}",
@@ -122,14 +117,7 @@ class ShardWriter:
     def _stage(self, name: str, kind: str, write: Callable[[Path, RowBlock, int, OnRows], None]) -> None:
         """Call ``write`` for every block of rows whose shard is missing."""
         paths = self._paths(kind)
-        done = 0
-
-        def on_rows(n: int) -> None:
-            nonlocal done
-            done += n
-            self.progress(name, done, self.source.n_rows)
-
-        self.progress(name, 0, self.source.n_rows)
+        on_rows = counted(self.progress, name, self.source.n_rows)
         first = next(i for i, path in enumerate(paths) if not path.is_file())
         skipped = self.shards[first][0] - self.shards[0][0]
         on_rows(skipped)
@@ -144,30 +132,24 @@ class ShardWriter:
         self,
         checkpoint: Checkpoint,
         classifier: Classifier,
-        sketchers: list[Sketcher],
+        sketchers: dict[str, Sketcher],
         path: Path,
         block: RowBlock,
         row: int,
         on_rows: OnRows,
     ) -> None:
-        """One forward (and, with sketched scopes, one backward of activations a scope) over a block of rows."""
+        """One forward (and, with sketched scopes, one backward of activations) over a block of rows."""
         gold = _labels_of(block, self.labels)
-        forward: Forward | None = None
-        for sketcher in sketchers:
-            found = sketcher.sketch(
-                block.texts,
-                gold,
-                batch_tokens=self.spec.batch_tokens,
-                first_row=row,
-                on_rows=on_rows if forward is None else None,
-            )
-            kind = gradient_folder(sketcher.scope, checkpoint.name)
-            write_columns(self.folder / kind / path.name, stored_sketches(found))
-            forward = found.forward
-        if forward is None:
-            forward = run_forward(
-                classifier, block.texts, batch_tokens=self.spec.batch_tokens, first_row=row, on_rows=on_rows
-            )
+        batch_tokens = self.spec.batch_tokens
+        if sketchers:
+            found, forward = sketch_rows(
+                classifier, list(sketchers.values()), block.texts, gold,
+                batch_tokens=batch_tokens, first_row=row, on_rows=on_rows, warn=self.warn,
+            )  # fmt: skip
+            for (kind, sketcher), sketches in zip(sketchers.items(), found, strict=True):
+                write_columns(self.folder / kind / path.name, sketches.columns(sketcher.reduction))
+        else:
+            forward = run_forward(classifier, block.texts, batch_tokens=batch_tokens, first_row=row, on_rows=on_rows)
         residuals, losses = residual_and_loss(forward.logits, gold)
         if checkpoint is self.checkpoints[-1]:
             columns: dict[str, pa.Array | np.ndarray] = {"row": np.arange(row, row + len(block))}
@@ -183,21 +165,20 @@ class ShardWriter:
         embedding = encoder.embed(block.texts, batch_tokens=self.spec.batch_tokens, on_rows=on_rows)
         write_columns(path, {"embedding": embedding})
 
-    def _sketcher(self, classifier: Classifier, checkpoint: Checkpoint, scope: str) -> Sketcher:
-        """The scope's sketcher with its second reduction, fitted on a sample of the rows if it has not been yet."""
-        path = self.folder / gradient_folder(scope, checkpoint.name) / REDUCTION_NAME
-        if not path.is_file():
-            raw = Sketcher(classifier, scope, self.spec.seed)
-            texts, gold = self._sample()
-            self.progress(f"fit {scope} {checkpoint.name}", 0, len(gold))
-            found = raw.sketch(texts, gold, batch_tokens=self.spec.batch_tokens)
-            reduction = fit_reduction(found.sketches, self.spec.sketch_dim, self.spec.seed)
-            self.progress(f"fit {scope} {checkpoint.name}", len(gold), len(gold))
-            write_columns(path, {"basis": reduction})
-        return Sketcher(classifier, scope, self.spec.seed, read_reduction(path))
+    def _sketchers(self, classifier: Classifier, checkpoint: Checkpoint) -> dict[str, Sketcher]:
+        """Sketchers of every scope by the folder of their shards, fitted first if they have not been yet."""
+        last = checkpoint is self.checkpoints[-1]
+        found: dict[str, Sketcher] = {}
+        for scope in self.spec.sketched_scopes:
+            fit_scope(
+                self.folder, classifier, self.spec, scope, checkpoint.name, self._sample,
+                last=last, batch_tokens=self.spec.batch_tokens, stage=partial(counted, self.progress),
+            )  # fmt: skip
+            found |= open_sketchers(self.folder, classifier, self.spec, scope, checkpoint.name, last=last)
+        return found
 
-    def _sample(self) -> tuple[list[list[str]], np.ndarray]:
-        """Texts and labels of a seeded sample of the segment's rows."""
+    def _sample(self) -> Sample:
+        """A seeded sample of the segment's rows."""
         rng = np.random.default_rng(self.spec.seed)
         chosen = np.sort(rng.permutation(self.source.n_rows)[:FIT_ROWS])
         texts: list[list[str]] = [[] for _ in self.spec.text_columns]
@@ -208,7 +189,7 @@ class ShardWriter:
                 gold.append(_labels_of(block, self.labels)[local])
                 for column, values in zip(texts, block.texts, strict=True):
                     column += [values[i] for i in local]
-        return texts, np.concatenate(gold)
+        return Sample(texts=texts, labels=np.concatenate(gold))
 
 
 def _labels_of(block: RowBlock, labels: LabelMap) -> np.ndarray:

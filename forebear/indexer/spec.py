@@ -36,6 +36,8 @@ def make_spec(
             Checkpoint(name=checkpoint.name, path=str(checkpoint.path), eta=checkpoint.eta, sha256=model.sha256)
         )
     sentence = load_sentence_encoder(options.sentence_model, device="cpu").sha256 if "sbert" in options.stores else None
+    deep = len(options.scopes) > 1
+    white = deep and options.curvature == "ekfac" and bool(options.dampings)
     spec = IndexSpec(
         checkpoint_sha256=tuple(c.sha256 for c in listed),
         etas=tuple(c.eta for c in listed),
@@ -47,7 +49,12 @@ def make_spec(
         precision=options.precision,
         stores=options.stores,
         scopes=options.scopes,
-        sketch_dim=options.sketch_dim if len(options.scopes) > 1 else 0,
+        sketch_dim=options.sketch_dim if deep else 0,
+        sketch_bits=options.sketch_bits if deep else 0,
+        white_bits=options.white_bits if white else 0,
+        sketch_basis=options.sketch_basis if deep else "mixed",
+        with_bias=options.with_bias and deep,
+        curvature="ekfac" if white else "none",
         sentence_sha256=sentence,
         dampings=options.dampings,
         rep_refit=options.rep_refit,

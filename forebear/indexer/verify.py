@@ -9,6 +9,7 @@ import numpy as np
 
 from forebear.errors import CorruptIndexError, InputError
 from forebear.indexer.forward import residual_and_loss, run_forward
+from forebear.indexer.gradient_stage import open_sketchers
 from forebear.indexer.index import Index
 from forebear.indexer.journal import SUBFOLDERS
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
@@ -16,7 +17,7 @@ from forebear.indexer.model import load_classifier
 from forebear.indexer.runs import moved_paths
 from forebear.indexer.sentence import load_sentence_encoder
 from forebear.indexer.shards import check_same_model
-from forebear.indexer.sketch import Sketcher
+from forebear.indexer.sketch import Sketcher, sketch_rows
 from forebear.indexer.store import file_sha256
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # max|difference| / max|value|: other batches, other threads
@@ -121,16 +122,25 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
     for number, checkpoint in enumerate(manifest.checkpoints):
         classifier = load_classifier(paths[number], device=device, precision=spec.precision, max_length=spec.max_length)
         check_same_model(classifier, checkpoint.sha256, spec.tokenizer_sha256)
-        forward = run_forward(classifier, texts, batch_tokens=spec.batch_tokens)
-        residuals, _ = residual_and_loss(forward.logits, index.labels[rows])
+        kinds: dict[str, Sketcher] = {}
+        for scope in spec.sketched_scopes:
+            last = checkpoint is manifest.checkpoints[-1]
+            kinds |= open_sketchers(index.folder, classifier, spec, scope, checkpoint.name, last=last)
+        gold = index.labels[rows].astype(np.int64)
+        if kinds:
+            sketches, forward = sketch_rows(
+                classifier, list(kinds.values()), texts, gold, batch_tokens=spec.batch_tokens
+            )
+            for kind, found in zip(kinds, sketches, strict=True):
+                store = index.gradient_store(kind)
+                compare(store.norms[rows], found.norms)
+                compare(store.lengths[rows], found.lengths)
+                compare(store.coordinates(rows), found.coordinates)
+        else:
+            forward = run_forward(classifier, texts, batch_tokens=spec.batch_tokens)
+        residuals, _ = residual_and_loss(forward.logits, gold)
         compare(index.features(number).take(rows), forward.features)
         compare(index.residuals(number).take(rows), residuals)
-        for scope in spec.sketched_scopes:
-            store = index.gradients(scope, number)
-            sketcher = Sketcher(classifier, scope, spec.seed, store.reduction)
-            found = sketcher.sketch(texts, index.labels[rows].astype(np.int64), batch_tokens=spec.batch_tokens)
-            compare(store.norms[rows], found.norms)
-            compare(store.lengths[rows], np.linalg.norm(found.sketches.astype(np.float64), axis=1))
     if "sbert" in spec.stores:
         assert manifest.sentence_model is not None
         encoder = load_sentence_encoder(manifest.sentence_model, device=device)

@@ -1,234 +1,293 @@
-"""Gradients of deeper scopes: candidates from the stored sketches, exact scores from the model.
+"""Gradients of scopes beyond the head: candidates from the stored sketches, exact scores from the model.
 
 <V, G_n> over all layers of the scope is computed from the factors of the candidates' gradients, in one forward and one
-backward of activations for each candidate; no gradient is stored. Which rows become candidates is decided by
-the sketches: their dot times the stored lengths for dot products, their cosine for cosines. Nothing proves
-that the sketches miss no row; the number of candidates is a choice (``--candidates``), and is stated.
+backward of activations for each candidate and checkpoint, for all methods together; no gradient is stored. Which rows
+become candidates is decided by the sketches: of the gradients themselves for ``gd``, ``gc`` and ``tracin``, of the
+gradients whitened by the index's curvature for ``if`` and ``rif``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from forebear.indexer.ann import unit_rows
-from forebear.indexer.index import GradientStore, Index
-from forebear.indexer.gradient_pass import labels_seed, run_pass
-from forebear.indexer.scopes import Block
-from forebear.indexer.sketch import GradientRows, Sketcher
-from forebear.indexer.store import as_tensor
-from forebear.indexer.tape import LayerFactors
+from forebear.indexer.ekfac import Vectors, dot
+from forebear.indexer.estimate import Part, propose
+from forebear.indexer.gradient_stage import open_sketchers
+from forebear.indexer.gradients import exact_dots, whole_gradients
+from forebear.indexer.index import Index
+from forebear.indexer.model import Classifier
+from forebear.indexer.scopes import Block, scope_blocks
+from forebear.indexer.sketch import SketchRows, gradient_folder, sketch_rows
+from forebear.retriever.curvature import CurvatureSpec, Solve, deep_solver
 from forebear.retriever.methods import Method
 from forebear.retriever.queries import Models
 from forebear.retriever.scoring import rank
 from forebear.retriever.search import Ranking
 
-_QUERY_BYTES = 1 << 29  # query gradients held at once
-_BATCH_TOKENS = 2048
-_BLOCK_ROWS = 16_384
+VECTOR_BYTES = 1 << 30  # whole query vectors held at once
+SELF_ROWS = 8  # candidates whose self-influence is solved for at once
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One checkpoint of a method over a scope: the queries' sketches beside the rows'."""
+class Asked:
+    """Test rows of a block, at one scope.
 
-    weight: float
-    number: int
-    sketcher: Sketcher
-    store: GradientStore
-    asked: GradientRows
+    Attributes:
+        texts: One list a text column.
+        targets: Class whose loss is explained, ``(q,)``.
+    """
+
+    texts: list[list[str]]
+    targets: np.ndarray
+
+    def take(self, which: np.ndarray) -> Asked:
+        """Some of them."""
+        return Asked([[column[i] for i in which] for column in self.texts], self.targets[which])
 
 
 class GradientSearch:
-    """Scores training rows by gradients over one sketched scope, for one block of test rows."""
+    """Scores training rows by gradients over one scope beyond the head, for blocks of test rows."""
 
-    def __init__(
-        self,
-        index: Index,
-        models: Models,
-        scope: str,
-        texts: Sequence[Sequence[str]],
-        targets: np.ndarray,
-        *,
-        all_checkpoints: bool,
-    ) -> None:
-        """Sketch the test rows' gradients.
+    def __init__(self, index: Index, models: Models, scope: str, curvature: CurvatureSpec) -> None:
+        """Nothing is loaded yet.
 
         Args:
             index: With the scope's sketches.
             models: Its models.
-            scope: ``top-K`` or ``all``.
-            texts: Test rows, one list a text column.
-            targets: Class whose loss is explained, ``(q,)``.
-            all_checkpoints: For methods that sum over checkpoints; else the last alone.
+            scope: ``top-K``, ``all`` or ``layer:NAME``.
+            curvature: For ``if`` and ``rif``.
         """
-        self.index, self.texts, self.targets = index, [list(t) for t in texts], targets
-        checkpoints = index.manifest.checkpoints
-        self.parts = []
-        for number in range(len(checkpoints)) if all_checkpoints else [len(checkpoints) - 1]:
-            classifier, store = models.classifier(number), index.gradients(scope, number)
-            sketcher = Sketcher(classifier, scope, index.manifest.spec.seed, store.reduction)
-            asked = sketcher.sketch(texts, targets, batch_tokens=_BATCH_TOKENS)
-            weight = checkpoints[number].eta if all_checkpoints else 1.0
-            self.parts.append(_Part(weight, number, sketcher, store, asked))
+        index.check_scope(scope)
+        self.index, self.models, self.scope, self.curvature = index, models, scope, curvature
+        self._solve: Solve | None = None
 
-    def search(self, method: Method, k: int, *, exact: str, n_candidates: int) -> tuple[Ranking, Ranking]:
-        """Both ends of the ranking, (proponents, opponents)."""
-        live = self.index.live
+    @cached_property
+    def last(self) -> int:
+        """Number of the checkpoint that is explained."""
+        return len(self.index.manifest.checkpoints) - 1
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The scope's parameters."""
+        classifier = self.models.classifier()
+        with_bias = self.index.manifest.spec.with_bias
+        return scope_blocks(classifier.model, classifier.head_name, self.scope, classifier.name, with_bias=with_bias)
+
+    def checkpoints(self, method: Method) -> list[tuple[int, float]]:
+        """Numbers and weights of the checkpoints that a method sums over."""
+        if not method.all_checkpoints:
+            return [(self.last, 1.0)]
+        return [(i, c.eta) for i, c in enumerate(self.index.manifest.checkpoints)]
+
+    def solve(self, vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
+        """H^-1 of query gradients at the last checkpoint."""
+        if self._solve is None:
+            classifier = self.models.classifier()
+            self._solve = deep_solver(self.curvature, self.index, classifier, self.scope, self.blocks)
+        return self._solve(vectors)
+
+    def white_number(self) -> int | None:
+        """Number of the damping whose whitened sketches propose candidates for ``if`` and ``rif``; None: none do."""
+        if not self.index.manifest.spec.whitened or self.curvature.at(self.scope) == "identity":
+            return None
+        exactly = self.curvature.at(self.scope) == "ekfac"
+        return self.index.ekfac_damping(self.scope, self.curvature.damping)[0] if exactly else 0
+
+    def parts(self, methods: Sequence[Method], asked: Asked) -> dict[str, list[Part]]:
+        """Sketches of the test rows beside those of the training rows, for each method; one pass a checkpoint."""
+        numbers = sorted({number for method in methods for number, _ in self.checkpoints(method)})
+        found: dict[str, SketchRows] = {}
+        for number in numbers:
+            classifier, name = self.models.classifier(number), self.index.manifest.checkpoints[number].name
+            sketchers = open_sketchers(
+                self.index.folder, classifier, self.index.manifest.spec, self.scope, name, last=number == self.last
+            )
+            wanted = {kind: s for kind, s in sketchers.items() if kind in self._kinds(methods)}
+            rows, _ = sketch_rows(classifier, list(wanted.values()), asked.texts, asked.targets, batch_tokens=4096)
+            found |= dict(zip(wanted, rows, strict=True))
+        out = {}
+        for method in methods:
+            white = self.white_number() if method.query == "preconditioned" else None
+            out[method.name] = [
+                Part(
+                    weight,
+                    found[self._kind(number, white)],
+                    self.index.gradients(self.scope, number, white),
+                )
+                for number, weight in self.checkpoints(method)
+            ]
+        return out
+
+    def _kind(self, number: int, white: int | None) -> str:
+        return gradient_folder(self.scope, self.index.manifest.checkpoints[number].name, white)
+
+    def _kinds(self, methods: Sequence[Method]) -> set[str]:
+        """Folders of the sketches that some methods need."""
+        out = set()
+        for method in methods:
+            white = self.white_number() if method.query == "preconditioned" else None
+            out |= {self._kind(number, white) for number, _ in self.checkpoints(method)}
+        return out
+
+    def search(
+        self, methods: Sequence[Method], asked: Asked, k: int, *, exact: str, n_candidates: dict[str, int]
+    ) -> dict[str, tuple[Ranking, Ranking]]:
+        """Both ends of each method's ranking, (proponents, opponents).
+
+        Args:
+            methods: That compare gradients.
+            asked: Test rows.
+            k: Results at each end.
+            exact: ``none``, ``rerank`` or ``full``.
+            n_candidates: Rows at each end that the sketches propose, by method name.
+        """
         if exact == "full":
-            scores = self.scores(method, live)
-            n_scored = np.full(len(scores), len(live))
-            return tuple(  # type: ignore[return-value]
-                Ranking(*rank(scores, live, k, largest=largest), True, n_scored) for largest in (True, False)
-            )
-        approximate = torch.from_numpy(self._approximate(method))
-        width = min(len(live), max(k, n_candidates) if exact == "rerank" else k)
-        ends = [approximate.topk(width, dim=1, largest=largest) for largest in (True, False)]
-        positions = [end.indices.numpy() for end in ends]
-        if exact == "none":
-            none = np.zeros(len(approximate), np.int64)
-            found = [end.values.numpy().astype(np.float64) for end in ends]
-            return tuple(  # type: ignore[return-value]
-                Ranking(*rank(values, live[at], k, largest=largest), False, none)
-                for values, at, largest in zip(found, positions, (True, False), strict=True)
-            )
-        listed = [live[at] for at in positions]
-        exactly = self._rescore(method, np.concatenate(listed, axis=1))
-        n_scored = np.full(len(approximate), 2 * width)
-        proponents = rank(exactly[:, :width], listed[0], k, largest=True)
-        opponents = rank(exactly[:, width:], listed[1], k, largest=False)
-        return Ranking(*proponents, True, n_scored), Ranking(*opponents, True, n_scored)
-
-    def _approximate(self, method: Method) -> np.ndarray:
-        """Scores by the sketches alone, ``(q, n_live)`` float32."""
+            return self._full(methods, asked, k)
         live = self.index.live
-        out = np.zeros((len(self.targets), len(live)), np.float32)
-        for part in self.parts:
-            q = part.asked.sketches.astype(np.float32)
-            if method.metric == "cos":
-                lengths = np.linalg.norm(q, axis=1, keepdims=True)
-                q = np.divide(q, lengths, out=np.zeros_like(q), where=lengths > 0)
-            for start in range(0, len(live), _BLOCK_ROWS):
-                rows = live[start : start + _BLOCK_ROWS]
-                # fp16 rounds the length of a vector with one large component by up to 5e-4: more than what tells
-                # the rows of a fine-tuned model apart.
-                sketches = unit_rows(part.store.sketches.take(rows))
-                scores = (as_tensor(q) @ as_tensor(sketches).T).numpy()
-                if method.metric == "dot":
-                    scores *= part.weight * part.store.lengths[rows]
-                out[:, start : start + len(rows)] += scores
-        return out
+        listed: dict[str, tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {}
+        for name, parts in self.parts(methods, asked).items():
+            (method,) = [m for m in methods if m.name == name]
+            width = min(len(live), k if exact == "none" else max(k, n_candidates[name]))
+            cosine = method.metric == "cos"
+            weight = self.index.code_weight(self.scope, name, cosine=cosine)
+            listed[name] = propose(parts, live, width, cosine=cosine, code_weight=weight)
+        if exact == "none":
+            nothing = np.zeros(len(asked.targets), np.int64)
+            return {
+                name: tuple(Ranking(rows, scores.astype(np.float64), False, nothing) for rows, scores in ends)  # type: ignore[misc]
+                for name, ends in listed.items()
+            }
+        rows = {name: np.concatenate([end[0] for end in ends], axis=1) for name, ends in listed.items()}
+        scores, residuals = self.score(methods, asked, rows)
+        return {name: _both_ends(rows[name], scores[name], k, residuals.get(name)) for name in rows}
 
-    def _rescore(self, method: Method, rows: np.ndarray) -> np.ndarray:
-        """Exact scores of candidates ``(q, m)``, a few queries at a time over their distinct candidates."""
-        out = np.empty(rows.shape)
-        for which in self._query_chunks():
-            distinct, inverse = np.unique(rows[which], return_inverse=True)
-            found = self._scores_of(method, which, distinct)
-            out[which] = np.take_along_axis(found, inverse.reshape(len(which), -1), axis=1)
-        return out
+    def _full(self, methods: Sequence[Method], asked: Asked, k: int) -> dict[str, tuple[Ranking, Ranking]]:
+        live = self.index.live
+        scores, residuals = self.score(methods, asked, {method.name: live for method in methods})
+        n_scored = np.full(len(asked.targets), len(live))
+        return {
+            name: tuple(  # type: ignore[misc]
+                Ranking(*rank(found, live, k, largest=largest), True, n_scored, residual=residuals.get(name))
+                for largest in (True, False)
+            )
+            for name, found in scores.items()
+        }
 
-    def scores(self, method: Method, rows: np.ndarray) -> np.ndarray:
-        """Exact scores of the given rows, ``(q, n)`` float64."""
-        chunks = [self._scores_of(method, which, rows) for which in self._query_chunks()]
-        return np.concatenate(chunks)
+    def score(
+        self, methods: Sequence[Method], asked: Asked, rows: dict[str, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Exact scores of rows, and relative residuals of H^-1 where it was iterated.
 
-    def _query_chunks(self) -> list[np.ndarray]:
-        """Queries whose gradients fit in memory together."""
-        numbers = max(sum(block.size for block in p.sketcher.blocks) for p in self.parts)
-        size = max(1, _QUERY_BYTES // (4 * numbers))
-        return [np.arange(i, min(i + size, len(self.targets))) for i in range(0, len(self.targets), size)]
+        Args:
+            methods: That compare gradients.
+            asked: Test rows.
+            rows: Row numbers by method name: ``(q, m)``, or ``(n,)`` for all queries.
 
-    def _scores_of(self, method: Method, which: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        total = np.zeros((len(which), len(rows)))
-        texts = [[column[i] for i in which] for column in self.texts]
-        row_texts = [column.to_pylist() for column in self.index.texts(rows).values()]
-        gold = self.index.labels[rows].astype(np.int64)
-        for part in self.parts:
-            vectors = query_gradients(part.sketcher, texts, self.targets[which])
-            dots = exact_dots(part.sketcher, vectors, row_texts, gold)
-            if method.metric == "cos":
-                below = part.asked.norms[which][:, None] * part.store.norms[rows].astype(np.float64)
-                dots = np.divide(dots, below, out=np.zeros_like(dots), where=below > 0)
-            total += part.weight * dots
-        return total
+        Returns:
+            By method name: scores ``(q, m)`` or ``(q, n)`` float64, and residuals ``(q,)``.
+        """
+        q = len(asked.targets)
+        scores = {name: np.empty((q, at.shape[-1])) for name, at in rows.items()}
+        residuals: dict[str, np.ndarray] = {}
+        for which in self._chunks(methods, q):
+            mine = {name: at if at.ndim == 1 else at[which] for name, at in rows.items()}
+            found, left = self._score_chunk(methods, asked.take(which), mine)
+            for name in scores:
+                scores[name][which] = found[name]
+                if left is not None and _method(methods, name).query == "preconditioned":
+                    residuals.setdefault(name, np.zeros(q))[which] = left
+        return scores, residuals
+
+    def _chunks(self, methods: Sequence[Method], n_queries: int) -> list[np.ndarray]:
+        """Queries whose whole vectors fit in memory together."""
+        kinds = 2 if any(m.query == "preconditioned" for m in methods) else 1
+        size = max(1, VECTOR_BYTES // (4 * kinds * sum(block.size for block in self.blocks)))
+        return [np.arange(i, min(i + size, n_queries)) for i in range(0, n_queries, size)]
+
+    def _score_chunk(
+        self, methods: Sequence[Method], asked: Asked, rows: dict[str, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        distinct = np.unique(np.concatenate([at.reshape(-1) for at in rows.values()]))
+        texts = [column.to_pylist() for column in self.index.texts(distinct).values()]
+        labels = self.index.labels[distinct].astype(np.int64)
+        where = {name: np.searchsorted(distinct, at) for name, at in rows.items()}
+        scores = {name: np.zeros((len(asked.targets), at.shape[-1])) for name, at in rows.items()}
+        residual: np.ndarray | None = None
+        for number in sorted({n for method in methods for n, _ in self.checkpoints(method)}):
+            classifier = self.models.classifier(number)
+            mine = [m for m in methods if number in dict(self.checkpoints(m))]
+            g = whole_gradients(classifier, self.scope, self.blocks, asked.texts, asked.targets)
+            vectors: list[Vectors] = [g]
+            if any(m.query == "preconditioned" for m in mine):
+                solved, residual = self.solve(g)
+                vectors.append(solved)
+            stacked = vectors[0] if len(vectors) == 1 else {n: torch.cat([v[n] for v in vectors]) for n in g}
+            q = len(asked.targets)
+            wanted = np.zeros((len(vectors) * q, len(distinct)), bool)
+            for method in mine:
+                half = wanted[q:] if method.query == "preconditioned" else wanted[:q]
+                if where[method.name].ndim == 1:
+                    half[:, where[method.name]] = True
+                else:
+                    np.put_along_axis(half, where[method.name], True, axis=1)
+            dots = exact_dots(classifier, self.scope, stacked, self.blocks, texts, labels, wanted=wanted)
+            for method in mine:
+                preconditioned = method.query == "preconditioned"
+                found = _pick(dots[q:] if preconditioned else dots[:q], where[method.name])
+                if method.metric == "cos":
+                    own = _own_lengths(vectors[-1] if preconditioned else g, g)
+                    lengths = self._row_lengths(method, classifier, distinct)
+                    below = own[:, None] * _pick(np.broadcast_to(lengths, (q, len(distinct))), where[method.name])
+                    found = np.divide(found, below, out=np.zeros_like(found), where=below > 0)
+                scores[method.name] += dict(self.checkpoints(method))[number] * found
+        return scores, residual
+
+    def _row_lengths(self, method: Method, classifier: Classifier, rows: np.ndarray) -> np.ndarray:
+        """What cosines of rows are divided by: ||G_n||, or sqrt(<H^-1 G_n, G_n>), ``(n,)`` float64."""
+        if method.query != "preconditioned" or self.curvature.at(self.scope) == "identity":
+            return np.asarray(self.index.gradients(self.scope).norms[rows].astype(np.float64))
+        if self.curvature.at(self.scope) == "ekfac":
+            white = self.white_number()
+            return np.asarray(self.index.gradients(self.scope, damping=white).norms[rows].astype(np.float64))
+        # Not stored for solvers that iterate: one right-hand side for each candidate.
+        found = np.empty(len(rows))
+        labels = self.index.labels[rows].astype(np.int64)
+        for start in range(0, len(rows), SELF_ROWS):
+            at = slice(start, start + SELF_ROWS)
+            texts = [column.to_pylist() for column in self.index.texts(rows[at]).values()]
+            g = whole_gradients(classifier, self.scope, self.blocks, texts, labels[at])
+            found[at] = dot(self.solve(g)[0], g).cpu().numpy()
+        return np.sqrt(np.maximum(found, 0.0))
 
 
-def query_gradients(sketcher: Sketcher, texts: Sequence[Sequence[str]], targets: np.ndarray) -> dict[str, torch.Tensor]:
-    """Full gradients of a few test rows, ``(q, n_out, n_in)`` for each block of the scope."""
-    collector = _Gradients(sketcher, len(targets))
-    run_pass(sketcher.classifier, texts, labels_seed(targets), [collector], batch_tokens=_BATCH_TOKENS)
-    return collector.out
+def _own_lengths(solved: Vectors, g: Vectors) -> np.ndarray:
+    """sqrt(<H^-1 g, g>) of the queries, ``(q,)`` float64."""
+    return np.asarray(dot(solved, g).clamp_min(0).sqrt().cpu().numpy())
 
 
-class _Gradients:
-    """Gathers whole gradients."""
-
-    def __init__(self, sketcher: Sketcher, n_rows: int) -> None:
-        self.scope, self.blocks = sketcher.scope, sketcher.blocks
-        weight = sketcher.classifier.head.weight
-
-        def zeros(block: Block) -> torch.Tensor:
-            return torch.zeros((n_rows, block.n_out, block.n_in), dtype=weight.dtype, device=weight.device)
-
-        self.out = {block.name: zeros(block) for block in self.blocks}
-        self._batch: dict[str, torch.Tensor] = {}
-
-    def begin(self, n_rows: int) -> None:
-        self._batch = {}
-
-    def on_layer(self, name: str, factors: LayerFactors) -> None:
-        self._batch[name] = factors.gradients()
-
-    def end(self, positions: list[int]) -> None:
-        for name, gradients in self._batch.items():
-            self.out[name][positions] = gradients
+def _method(methods: Sequence[Method], name: str) -> Method:
+    return next(m for m in methods if m.name == name)
 
 
-def exact_dots(
-    sketcher: Sketcher, vectors: dict[str, torch.Tensor], texts: Sequence[Sequence[str]], labels: np.ndarray
-) -> np.ndarray:
-    """<V_q, G_n> over the scope, from the factors of the rows' gradients.
-
-    For one query, sum over t of d_t . (V a_t), no gradient being formed; for several, a batch's gradients are formed
-    block by block and multiplied.
-
-    Args:
-        sketcher: Whose model and blocks.
-        vectors: V, ``(q, n_out, n_in)`` for each block.
-        texts: Training rows, one list a text column, ``n`` of them.
-        labels: Their classes, ``(n,)``.
-
-    Returns:
-        ``(q, n)`` float64.
-    """
-    collector = _Dots(sketcher, vectors, len(labels))
-    run_pass(sketcher.classifier, texts, labels_seed(labels), [collector], batch_tokens=_BATCH_TOKENS)
-    return collector.out
+def _pick(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Columns of ``values`` ``(q, distinct)``: the same for all queries ``(n,)``, or each query's own ``(q, m)``."""
+    return np.asarray(values[:, where] if where.ndim == 1 else np.take_along_axis(values, where, axis=1))
 
 
-class _Dots:
-    """Gathers dots with query vectors."""
-
-    def __init__(self, sketcher: Sketcher, vectors: dict[str, torch.Tensor], n_rows: int) -> None:
-        self.scope, self.blocks = sketcher.scope, sketcher.blocks
-        self._vectors = vectors
-        self._n_queries = len(next(iter(vectors.values())))
-        self._device = sketcher.classifier.device
-        self.out = np.zeros((self._n_queries, n_rows))
-
-    def begin(self, n_rows: int) -> None:
-        self._total = torch.zeros((self._n_queries, n_rows), dtype=torch.float64, device=self._device)
-
-    def on_layer(self, name: str, factors: LayerFactors) -> None:
-        v = self._vectors[name]
-        if self._n_queries == 1:
-            self._total += ((factors.inputs @ v[0].T) * factors.deltas).sum(dim=(1, 2))[None, :]
-        else:
-            self._total += v.flatten(1) @ factors.gradients().flatten(1).T
-
-    def end(self, positions: list[int]) -> None:
-        self.out[:, positions] = self._total.cpu().numpy()
+def _both_ends(rows: np.ndarray, scores: np.ndarray, k: int, residual: np.ndarray | None) -> tuple[Ranking, Ranking]:
+    """Rank the candidates of both ends together; a row that was proposed at both counts once."""
+    order = np.argsort(rows, axis=1, kind="stable")
+    rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    again = np.zeros(rows.shape, bool)
+    again[:, 1:] = rows[:, 1:] == rows[:, :-1]
+    n_scored = (~again).sum(axis=1)
+    ends = []
+    for largest in (True, False):
+        once = np.where(again, -np.inf if largest else np.inf, scores)
+        ends.append(Ranking(*rank(once, rows, k, largest=largest), True, n_scored, residual=residual))
+    return ends[0], ends[1]

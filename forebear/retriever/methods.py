@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,6 +27,7 @@ class Method:
         metric: ``dot``, ``cos`` or ``euc`` (minus the Euclidean distance). Of a preconditioned query, ``cos`` is
             the cosine in H^-1's inner product.
         all_checkpoints: Summed over all checkpoints, weighted by eta, instead of the last one alone.
+        scope: The scope that the name itself fixes; None: the question's.
         formula: The score, in the notation of METHODS.md.
         source: Paper.
     """
@@ -35,6 +37,7 @@ class Method:
     query: QueryVector = "same"
     metric: Metric
     all_checkpoints: bool = False
+    scope: str | None = None
     formula: str
     source: str
 
@@ -62,7 +65,7 @@ _ROWS = (
         formula="<H^-1 g_q, g_n> / sqrt(<H^-1 g_q, g_q> <H^-1 g_n, g_n>)", source="Barshan20, Pez21",
     ),
     Method(
-        name="rep", representation="head", query="representer", metric="dot",
+        name="rep", representation="head", query="representer", metric="dot", scope="head",
         formula="-(p_n - y_n)_t <f_n, f_q> / (2 lambda N)", source="Yeh18, Pez21",
     ),
     Method(
@@ -70,11 +73,12 @@ _ROWS = (
         formula="sum_c eta_c <g_q, g_n>", source="Pruthi20, Yeh22",
     ),
     Method(
-        name="tracin-last", representation="head", metric="dot", all_checkpoints=True,
+        name="tracin-last", representation="head", metric="dot", all_checkpoints=True, scope="head",
         formula="sum_c eta_c <g_q, g_n>, head weight only", source="Yeh22",
     ),
 )  # fmt: skip
 
+LAYER_PREFIX = "tracin-layer:"
 METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
 
 
@@ -84,9 +88,23 @@ def pick_methods(names: Sequence[str]) -> tuple[Method, ...]:
     Raises:
         InputError: A name that is not in the table, or none at all.
     """
-    unknown = [name for name in names if name not in METHODS]
-    if unknown:
-        raise InputError(f"method {unknown[0]!r} is not known. Choose from: {', '.join(METHODS)}.")
+    known = f"Choose from: {', '.join(METHODS)}, {LAYER_PREFIX}NAME."
     if not names:
-        raise InputError(f"no method given. Choose from: {', '.join(METHODS)}.")
-    return tuple(METHODS[name] for name in dict.fromkeys(names))
+        raise InputError(f"no method given. {known}")
+    unknown = [name for name in names if name not in METHODS and not name.startswith(LAYER_PREFIX)]
+    if unknown:
+        raise InputError(f"method {unknown[0]!r} is not known. {known}")
+    return tuple(METHODS.get(name) or _layer_method(name) for name in dict.fromkeys(names))
+
+
+def _layer_method(name: str) -> Method:
+    """``tracin-layer:NAME``: TracIn over one layer, or over a whole scope (``head``, ``top-K``, ``all``)."""
+    layer = name.removeprefix(LAYER_PREFIX)
+    is_scope = layer in ("head", "all") or re.fullmatch(r"top-\d+", layer)
+    if not layer:
+        raise InputError(f"{name!r} names no layer. Give one, such as {LAYER_PREFIX}bert.encoder.layer.0.output.dense.")
+    return Method(
+        name=name, representation="head", metric="dot", all_checkpoints=True,
+        scope=layer if is_scope else f"layer:{layer}",
+        formula=f"sum_c eta_c <g_q, g_n> over {layer}", source="Yeh22",
+    )  # fmt: skip

@@ -16,6 +16,7 @@ from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.runs import moved_paths
 from forebear.indexer.sentence import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.shards import check_same_model
+from forebear.retriever.curvature import CurvatureSpec, HeadSolver
 from forebear.retriever.methods import Method
 from forebear.retriever.scoring import Query, Term
 
@@ -128,15 +129,14 @@ def choose_targets(target: str, predictions: np.ndarray, labels: np.ndarray | No
     return np.full(len(predictions), known[target.casefold()])
 
 
-def make_query(method: Method, asked: Asked, index: Index, *, damping: str | None, curvature: str) -> Query:
-    """Query vectors of one method for a block of test rows, in float64.
+def make_query(method: Method, asked: Asked, index: Index, curvature: CurvatureSpec) -> Query:
+    """Query vectors of one method at the head for a block of test rows, in float64.
 
     Args:
         method: Which.
         asked: The test rows.
         index: Whose curvature, eta and N are used.
-        damping: One of the index's dampings; None for its first.
-        curvature: ``exact`` or ``identity`` (H = I: ``if`` is ``gd`` and ``rif`` is ``gc``).
+        curvature: For ``if`` and ``rif``.
     """
     if method.representation == "sentence":
         assert asked.sentence is not None
@@ -154,12 +154,27 @@ def make_query(method: Method, asked: Asked, index: Index, *, damping: str | Non
     term = _gradient_term(asked.forward, asked.targets)
     assert term.left is not None and term.right is not None
     norms = np.linalg.norm(term.left, axis=1) * np.linalg.norm(term.right, axis=1)
-    if method.query == "same" or curvature == "identity":
+    solver = curvature.at("head")
+    if method.query == "same" or solver == "identity":
         return Query(method, (term,), norms)
-    solver = index.head_curvature(damping)
-    matrix = solver.solve(term.left, term.right)
-    norms = np.sqrt(solver.self_influence(term.left, term.right))
-    return Query(method, (Term(1.0, None, matrix=matrix),), norms, index.head_self_influence(damping))
+    if solver == "exact":
+        stored = index.head_curvature(curvature.damping)
+        norms = np.sqrt(stored.self_influence(term.left, term.right))
+        solved = Term(1.0, None, matrix=stored.solve(term.left, term.right))
+        return Query(method, (solved,), norms, index.head_self_influence(curvature.damping))
+    iterated = HeadSolver(curvature, index)
+    matrix, residual = iterated.solve(term.left, term.right)
+    self_influence = None
+    if method.metric == "cos":
+        norms = np.sqrt(iterated.self_influence(term.left, term.right))
+        self_influence = iterated.self_influence(
+            index.residuals().take(_every(index)), index.features().take(_every(index))
+        )
+    return Query(method, (Term(1.0, None, matrix=matrix),), norms, self_influence, residual)
+
+
+def _every(index: Index) -> np.ndarray:
+    return np.arange(index.manifest.n_rows)
 
 
 def _plain(method: Method, vectors: np.ndarray) -> Query:
@@ -182,22 +197,21 @@ def _representer(method: Method, asked: Asked, index: Index) -> Query:
     return Query(method, (Term(1.0, features, left, offset=1.0 if facts["refit"] else 0.0),), np.ones(len(left)))
 
 
-def method_facts(method: Method, index: Index, *, damping: str | None, curvature: str) -> dict[str, Any]:
+def method_facts(method: Method, index: Index, curvature: CurvatureSpec, scope: str) -> dict[str, Any]:
     """What a result must say of a method's number: scope, metric, curvature, effective damping."""
     facts: dict[str, Any] = {
-        "scope": "head" if method.representation == "head" else None,
+        "scope": scope if method.representation == "head" else None,
         "representation": method.representation,
         "metric": method.metric,
         "formula": method.formula,
         "sign": "larger = proponent",
     }
+    if method.representation == "head" and scope != "head":
+        facts["with_bias"] = index.manifest.spec.with_bias
     if method.all_checkpoints:
         facts["eta"] = [c.eta for c in index.manifest.checkpoints]
     if method.query == "preconditioned":
-        facts["curvature"] = curvature
-        if curvature == "exact":
-            # A Cholesky solve in float64: no iteration, hence no residual to speak of.
-            facts |= {"damping": index.head_damping(damping)["damping"], "residual": 0.0}
+        facts |= curvature.facts(index, scope)
     if method.query == "representer":
         head = index.manifest.curvature["head"]["representer"]
         facts |= {"lambda": head["lambda"], "refit": head["refit"]}

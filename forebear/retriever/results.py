@@ -75,9 +75,33 @@ def answer_table(index: Index, answers: Answers) -> pa.Table:
         "label": named(index.labels[flat]),
         "prediction": named(index.predictions[flat]),
     }
+    columns |= _optional_columns(answers, (q, m, sides, k))
     for name, values in index.texts(flat).items():
         columns[name if name not in columns else f"row_{name}"] = values
     return pa.table(columns)
+
+
+def _optional_columns(answers: Answers, shape: tuple[int, int, int, int]) -> dict[str, pa.Array]:
+    """``residual`` where a solver iterated; ``proven`` and ``rows_scored`` where proofs were asked for."""
+    rankings = list(answers.found.values())
+    q = shape[0]
+
+    def spread(values: list[list[np.ndarray]]) -> np.ndarray:
+        """Values of each method and side, ``(q,)``, over all results."""
+        stacked = np.stack([np.stack(pair, axis=1) for pair in values], axis=1)
+        return np.broadcast_to(stacked[..., None], shape).reshape(-1)
+
+    columns = {}
+    if any(r.residual is not None for pair in rankings for r in pair):
+        nan = np.full(q, np.nan)
+        found = spread([[nan if r.residual is None else r.residual for r in pair] for pair in rankings])
+        columns["residual"] = pa.array(found, from_pandas=True)
+    if any(r.proven is not None for pair in rankings for r in pair):
+        columns["proven"] = pa.array(
+            spread([[np.ones(q, bool) if r.proven is None else r.proven for r in pair] for pair in rankings])
+        )
+        columns["rows_scored"] = pa.array(spread([[r.n_scored for r in pair] for pair in rankings]))
+    return columns
 
 
 @contextmanager

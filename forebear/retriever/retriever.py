@@ -20,6 +20,9 @@ from forebear.indexer.index import Index
 from forebear.indexer.labels import LabelMap, label_map
 from forebear.indexer.manifest import canonical_json
 from forebear.indexer.model import Classifier
+from forebear.retriever.certify import certify, check_certifiable
+from forebear.retriever.curvature import CurvatureSpec
+from forebear.retriever.gradients import Asked as DeepAsked
 from forebear.retriever.gradients import GradientSearch
 from forebear.retriever.methods import METHODS, Method, pick_methods
 from forebear.retriever.queries import Asked, Models, ask, make_query, method_facts
@@ -30,7 +33,8 @@ from forebear.retriever.search import Ranking, RowFactors, search_ann, search_fu
 Exactness = Literal["none", "rerank", "full"]
 DEFAULT_METHODS = ("gc",)
 QUERY_BLOCK_ROWS = 512
-DEEP_METHODS = ("gd", "gc", "tracin")  # gradient methods of the sketched scopes
+DEFAULT_CANDIDATES = 100  # where no calibration says how many a recall takes
+RECALL = 0.98
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +49,15 @@ class QuerySpec:
             ``full`` (every row scored exactly).
         scope: Parameters whose gradients are compared: ``head``, or a sketched scope of the index. Methods that do not
             compare gradients are the same at every scope.
-        candidates: Rows at each end that the sketches of a deeper scope propose and the model scores exactly.
-        curvature: ``exact`` or ``identity``, for ``if`` and ``rif``.
-        damping: One of the index's; None for its first.
+        recall: Share of the exact top 10 that the candidates of a deeper scope should hold; their number follows from
+            the index's calibration.
+        candidates: That number itself: rows at each end that the sketches propose and the model scores exactly.
+        certify: Prove each top k at a deeper scope, scoring as many rows as it takes.
+        curvature: For ``if`` and ``rif``; see :class:`CurvatureSpec` for this and the next four.
+        damping: See there.
+        curvature_rows: See there.
+        lissa: See there.
+        tolerance: See there.
     """
 
     methods: tuple[str, ...] = DEFAULT_METHODS
@@ -55,9 +65,26 @@ class QuerySpec:
     target: str = "predicted"
     exact: Exactness = "rerank"
     scope: str = "head"
-    candidates: int = 100
-    curvature: str = "exact"
+    recall: float = RECALL
+    candidates: int | None = None
+    certify: bool = False
+    curvature: str | None = None
     damping: str | None = None
+    curvature_rows: int = CurvatureSpec.rows
+    lissa: str = CurvatureSpec.lissa
+    tolerance: float = CurvatureSpec.tolerance
+
+    @property
+    def solver(self) -> CurvatureSpec:
+        """The curvature that it asks for."""
+        return CurvatureSpec(
+            solver=self.curvature, damping=self.damping, rows=self.curvature_rows, lissa=self.lissa,
+            tolerance=self.tolerance,
+        )  # fmt: skip
+
+    def scope_of(self, method: Method) -> str:
+        """Where a method's gradients are compared."""
+        return method.scope or self.scope
 
     def digest(self) -> str:
         """Name this question in results."""
@@ -67,22 +94,19 @@ class QuerySpec:
         """The methods, after refusing values that mean nothing."""
         if self.top < 1:
             raise InputError(f"--top {self.top}: expected at least 1.")
-        for name, value, known in (
-            ("--exact", self.exact, ("none", "rerank", "full")),
-            ("--curvature", self.curvature, ("exact", "identity")),
-        ):
-            if value not in known:
-                raise InputError(f"{name} {value!r}: expected {' or '.join(known)}.")
-        if self.candidates < self.top:
+        if self.exact not in ("none", "rerank", "full"):
+            raise InputError(f"--exact {self.exact!r}: expected none or rerank or full.")
+        if self.candidates is not None and self.candidates < self.top:
             raise InputError(f"--candidates {self.candidates}: expected at least --top, {self.top}.")
+        if not 0 < self.recall <= 1:
+            raise InputError(f"--recall {self.recall}: expected a share above 0, at most 1.")
+        if self.certify and self.exact != "rerank":
+            raise InputError(f"--certify proves what --exact rerank finds; it has no meaning with {self.exact}.")
+        self.solver.check()
         methods = pick_methods(self.methods)
-        if self.scope != "head":
-            fixed = [m.name for m in methods if m.representation == "head" and m.name not in DEEP_METHODS]
-            if fixed:
-                raise InputError(
-                    f"method {fixed[0]} is not available at scope {self.scope}: there are {', '.join(DEEP_METHODS)}. "
-                    "Use --scope head for it."
-                )
+        for method in methods:
+            if method.query == "preconditioned":
+                self.solver.at(self.scope_of(method))
         return methods
 
 
@@ -131,9 +155,7 @@ class Retriever:
         target: str = "predicted",
         exact: Exactness = "rerank",
         scope: str = "head",
-        candidates: int = 100,
-        curvature: str = "exact",
-        damping: str | None = None,
+        **choices: Any,
     ) -> pa.Table:
         """The training rows at both ends of each query's ranking.
 
@@ -144,9 +166,8 @@ class Retriever:
             target: ``predicted``, ``gold`` (queries need labels) or a label's name.
             exact: See :class:`QuerySpec`.
             scope: See :class:`QuerySpec`.
-            candidates: See :class:`QuerySpec`.
-            curvature: See :class:`QuerySpec`.
-            damping: See :class:`QuerySpec`.
+            **choices: ``recall``, ``candidates``, ``certify``, ``curvature``, ``damping``, ``curvature_rows``,
+                ``lissa``, ``tolerance``; see :class:`QuerySpec`.
 
         Returns:
             One row a result; columns as DESIGN.md's section 5 lists them, provenance in the schema's metadata.
@@ -155,16 +176,7 @@ class Retriever:
             InputError: A choice that means nothing, or texts that do not fit the index.
             CorruptIndexError: A stored file was altered.
         """
-        spec = QuerySpec(
-            methods=tuple(methods),
-            top=top,
-            target=target,
-            exact=exact,
-            scope=scope,
-            candidates=candidates,
-            curvature=curvature,
-            damping=damping,
-        )
+        spec = QuerySpec(methods=tuple(methods), top=top, target=target, exact=exact, scope=scope, **choices)
         source = queries if isinstance(queries, RowSource) else rows_from_texts(queries)
         tables = [answer_table(self.index, answers) for answers in self.answers(source, spec)]
         return pa.concat_tables(tables).replace_schema_metadata(self.metadata(spec))
@@ -172,7 +184,7 @@ class Retriever:
     def answers(self, source: RowSource, spec: QuerySpec, *, block_rows: int = QUERY_BLOCK_ROWS) -> Iterator[Answers]:
         """Stream answers, ``block_rows`` queries at a time, in bounded memory."""
         methods = spec.check()
-        self.check_stores(methods, spec.curvature, spec.scope)
+        self.check_stores(methods, spec)
         self.check_texts(source)
         labels = self.query_labels(source, required=spec.target == "gold")
         for block in source.blocks(block_rows):
@@ -193,17 +205,46 @@ class Retriever:
         n_checkpoints = len(self.index.manifest.checkpoints)
         asked = ask(self._models, methods, texts, labels, spec.target, n_checkpoints, first_row=start, forward=forward)
         top = min(spec.top, self.index.manifest.n_live)
-        deep = [m for m in methods if spec.scope != "head" and m.representation == "head"]
-        found = {m.name: self._search(m, asked, spec, top) for m in methods if m not in deep}
-        for together in (True, False):
-            some = [m for m in deep if m.all_checkpoints == together]
-            if some:
-                search = GradientSearch(
-                    self.index, self._models, spec.scope, texts, asked.targets, all_checkpoints=together
-                )
-                found |= {m.name: search.search(m, top, exact=spec.exact, n_candidates=spec.candidates) for m in some}
+        found: dict[str, tuple[Ranking, Ranking]] = {}
+        for scope, some in self._by_scope(methods, spec).items():
+            if scope is None:
+                found |= {m.name: self._search(m, asked, spec, top) for m in some}
+            else:
+                found |= self._deep(scope, some, DeepAsked([list(t) for t in texts], asked.targets), spec, top)
         found = {method.name: found[method.name] for method in methods}
         return Answers(start, labels, asked.forward.predictions, asked.targets, found)
+
+    def _by_scope(self, methods: Sequence[Method], spec: QuerySpec) -> dict[str | None, list[Method]]:
+        """Methods by the scope beyond the head at which they compare gradients; None: the others."""
+        out: dict[str | None, list[Method]] = {}
+        for method in methods:
+            deep = method.representation == "head" and spec.scope_of(method) != "head"
+            out.setdefault(spec.scope_of(method) if deep else None, []).append(method)
+        return out
+
+    def _gradient_search(self, scope: str, spec: QuerySpec) -> GradientSearch:
+        return GradientSearch(self.index, self._models, scope, spec.solver)
+
+    def _deep(
+        self, scope: str, methods: Sequence[Method], asked: DeepAsked, spec: QuerySpec, top: int
+    ) -> dict[str, tuple[Ranking, Ranking]]:
+        search = self._gradient_search(scope, spec)
+        n_candidates = {m.name: self.n_candidates(scope, m, spec) for m in methods}
+        found = search.search(methods, asked, top, exact=spec.exact, n_candidates=n_candidates)
+        if spec.certify:
+            check_certifiable(search, methods)
+            n_live = self.index.manifest.n_live
+            found = {m.name: certify(search, m, asked, found[m.name], max_rows=n_live) for m in methods}
+        return found
+
+    def n_candidates(self, scope: str, method: Method, spec: QuerySpec) -> int:
+        """Rows at each end that are scored exactly for a method at a scope beyond the head."""
+        if spec.candidates is not None:
+            return spec.candidates
+        found = self.index.calibrated(scope, method.name)
+        if found is None:
+            return max(spec.top, DEFAULT_CANDIDATES)
+        return max(spec.top, candidates_for(found["candidates"], spec.recall, self.index.manifest.n_live))
 
     def scores(
         self,
@@ -212,18 +253,15 @@ class Retriever:
         *,
         target: str = "predicted",
         scope: str = "head",
-        curvature: str = "exact",
-        damping: str | None = None,
+        **choices: Any,
     ) -> np.ndarray:
         """Exact scores of every live training row, ``(q, n)`` float64, columns in the order of ``index.live``.
 
         For small sets, and as the yardstick: memory is q x n x 8 bytes.
         """
-        spec = QuerySpec(
-            methods=(method,), target=target, exact="full", scope=scope, curvature=curvature, damping=damping
-        )
+        spec = QuerySpec(methods=(method,), target=target, exact="full", scope=scope, **choices)
         (chosen,) = spec.check()
-        self.check_stores((chosen,), curvature, scope)
+        self.check_stores((chosen,), spec)
         source = queries if isinstance(queries, RowSource) else rows_from_texts(queries)
         self.check_texts(source)
         labels = self.query_labels(source, required=target == "gold")
@@ -232,29 +270,33 @@ class Retriever:
         for block in source.blocks(QUERY_BLOCK_ROWS):
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
             asked = ask(self._models, (chosen,), block.texts, gold, target, n_checkpoints, first_row=block.start)
-            if scope != "head" and chosen.representation == "head":
-                search = GradientSearch(
-                    self.index,
-                    self._models,
-                    scope,
-                    block.texts,
-                    asked.targets,
-                    all_checkpoints=chosen.all_checkpoints,
-                )
-                parts.append(search.scores(chosen, self.index.live))
+            (where,) = self._by_scope((chosen,), spec)
+            if where is not None:
+                search = self._gradient_search(where, spec)
+                deep = DeepAsked([list(t) for t in block.texts], asked.targets)
+                parts.append(search.score((chosen,), deep, {chosen.name: self.index.live})[0][chosen.name])
                 continue
-            query = make_query(chosen, asked, self.index, damping=damping, curvature=curvature)
+            query = make_query(chosen, asked, self.index, spec.solver)
             parts.append(self._factors(chosen).all_products(query))
         return np.concatenate(parts)
 
-    def check_stores(self, methods: Sequence[Method], curvature: str = "exact", scope: str = "head") -> None:
+    def check_stores(self, methods: Sequence[Method], spec: QuerySpec) -> None:
         """Refuse methods whose representation the index does not hold, naming the option that builds it."""
         if any(method.store == "sbert" for method in methods):
             self.index.sentence()
-        if scope != "head":
-            self.index.gradients(scope)
-        if curvature == "exact" and any(method.query == "preconditioned" for method in methods):
-            self.index.head_damping(None)
+        self.index.check_scope(spec.scope)
+        for method in methods:
+            scope = spec.scope_of(method)
+            if method.representation == "head":
+                self.index.check_scope(scope)
+            if method.query == "preconditioned":
+                solver = spec.solver.at(scope)
+                if solver == "exact":
+                    self.index.head_damping(spec.damping)
+                elif scope != "head" and solver == "ekfac":
+                    self.index.ekfac_damping(scope, spec.damping)
+                elif scope != "head" and solver.startswith("cg"):
+                    spec.solver.absolute(self.index, scope)
 
     def available_methods(self) -> tuple[str, ...]:
         """Names of the methods that this index can answer."""
@@ -299,20 +341,24 @@ class Retriever:
             "top": spec.top,
             "sign": "larger = proponent: training on the row supports the target label",
             "methods": {
-                m.name: method_facts(m, self.index, damping=spec.damping, curvature=spec.curvature)
-                | self._search_facts(m, spec)
+                m.name: method_facts(m, self.index, spec.solver, spec.scope_of(m)) | self._search_facts(m, spec)
                 for m in methods
             },
         }
         return {"forebear": json.dumps(facts, sort_keys=True)}
 
     def _search_facts(self, method: Method, spec: QuerySpec) -> dict[str, Any]:
-        """Scope and recall of a method; candidates proposed by sketches have no proven or calibrated recall."""
-        if spec.scope == "head" or method.representation != "head":
+        """Scope and recall of a method: proven, calibrated, or not known (None)."""
+        scope = spec.scope_of(method)
+        if scope == "head" or method.representation != "head":
             return {"recall": self._recall(method, spec)}
-        recall = 1.0 if spec.exact == "full" else None
-        candidates = spec.candidates if spec.exact == "rerank" else None
-        return {"scope": spec.scope, "recall": recall, "candidates": candidates}
+        if spec.exact != "rerank":
+            return {"recall": 1.0 if spec.exact == "full" else None, "candidates": None}
+        calibrated = self.index.calibrated(scope, method.name)
+        n = self.n_candidates(scope, method, spec)
+        n_live = self.index.manifest.n_live
+        recall = None if calibrated is None else recall_of(calibrated["candidates"], n, n_live)
+        return {"recall": recall, "candidates": n, "certify": spec.certify}
 
     def _recall(self, method: Method, spec: QuerySpec) -> float | None:
         """Recall of the exact top 10: calibrated, or 1 where the search proves its answer; None without re-ranking."""
@@ -324,7 +370,7 @@ class Retriever:
         return float(self.index.manifest.derived[name]["recall"])
 
     def _search(self, method: Method, asked: Asked, spec: QuerySpec, top: int) -> tuple[Ranking, Ranking]:
-        query = make_query(method, asked, self.index, damping=spec.damping, curvature=spec.curvature)
+        query = make_query(method, asked, self.index, spec.solver)
         factors = self._factors(method)
         if spec.exact == "full":
             return search_full(query, factors, top)
@@ -370,6 +416,23 @@ class Retriever:
 
             return ScanTable(tuple(swap(b) for b in table.blocks))
         return table
+
+
+def candidates_for(shares: dict[str, float], recall: float, n_live: int) -> int:
+    """Candidates at each end that a recall takes, from the shares of all rows that calibration found for some recalls.
+
+    Between two of those the larger one counts; beyond the last, all rows.
+    """
+    enough = [share for name, share in shares.items() if float(name) >= recall]
+    return n_live if not enough else min(n_live, int(np.ceil(min(enough) * n_live)))
+
+
+def recall_of(shares: dict[str, float], n_candidates: int, n_live: int) -> float | None:
+    """The largest calibrated recall that a number of candidates suffices for; None if for none."""
+    if n_candidates >= n_live:
+        return 1.0
+    reached = [float(name) for name, share in shares.items() if np.ceil(share * n_live) <= n_candidates]
+    return max(reached, default=None)
 
 
 def _ann_name(method: Method) -> str | None:

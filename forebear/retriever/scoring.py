@@ -45,12 +45,14 @@ class Query:
         terms: One a checkpoint.
         norms: Length of each query vector in the method's inner product, ``(q,)``; cosines are divided by it.
         self_influence: <H^-1 g_n, g_n> of every training row, ``(N,)``, for preconditioned cosines; else None.
+        residual: Relative residual of H^-1, ``(q,)``, where a solver iterated; else None.
     """
 
     method: Method
     terms: tuple[Term, ...]
     norms: np.ndarray
     self_influence: np.ndarray | None = None
+    residual: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.norms)
@@ -62,7 +64,7 @@ class Query:
             return None if values is None else values[which]
 
         terms = tuple(replace(t, right=pick(t.right), left=pick(t.left), matrix=pick(t.matrix)) for t in self.terms)
-        return replace(self, terms=terms, norms=self.norms[which])
+        return replace(self, terms=terms, norms=self.norms[which], residual=pick(self.residual))
 
 
 def dots(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -85,12 +85,16 @@ class Ranking:
         scores: Their scores, ``(q, k)`` float64.
         exact: Whether the scores are exact, and not those of a quantised index.
         n_scored: Rows scored exactly for each query, ``(q,)``.
+        residual: Relative residual of H^-1 for each query where a solver iterated, ``(q,)``; else None.
+        proven: Whether no row left out can be among them, ``(q,)``, where that was asked for; else None.
     """
 
     rows: np.ndarray
     scores: np.ndarray
     exact: bool
     n_scored: np.ndarray
+    residual: np.ndarray | None = None
+    proven: np.ndarray | None = None
 
 
 # Candidates of queries `which`, `width` of each: row numbers (q, width) and, where the search bounds it, the largest
@@ -124,7 +128,7 @@ def settle(
     if len(pending):
         rest = search_all(query.take(pending), factors, k, largest=largest)
         rows[pending], scores[pending], n_scored[pending] = rest.rows, rest.scores, rest.n_scored
-    return Ranking(rows, scores, True, n_scored)
+    return Ranking(rows, scores, True, n_scored, query.residual)
 
 
 def _narrow(
@@ -158,7 +162,7 @@ def search_all(query: Query, factors: RowFactors, k: int, *, largest: bool) -> R
             near = factors.live[products[i] >= edges[i]][None, :]
             found = factors.scores(query.take(np.array([number])), near)
             rows[number], scores[number] = (part[0] for part in rank(found, near, k, largest=largest))
-    return Ranking(rows, scores, True, np.full(len(query), n_live))
+    return Ranking(rows, scores, True, np.full(len(query), n_live), query.residual)
 
 
 def _chunks(which: np.ndarray, size: int) -> list[np.ndarray]:
@@ -215,6 +219,7 @@ def _join(parts: list[Ranking]) -> Ranking:
         np.concatenate([p.scores for p in parts]),
         all(p.exact for p in parts),
         np.concatenate([p.n_scored for p in parts]),
+        None if parts[0].residual is None else np.concatenate([p.residual for p in parts if p.residual is not None]),
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError, NonFiniteError
-from forebear.indexer.ekfac import Vectors
+from forebear.indexer.ekfac import Vectors, dot
 from forebear.indexer.products import Product
 
 Multiply = Callable[[Vectors], Vectors]
@@ -38,12 +38,6 @@ class Solved:
     residual: np.ndarray | None
     iterations: np.ndarray
     converged: np.ndarray
-
-
-def dot(a: Vectors, b: Vectors) -> torch.Tensor:
-    """<a, b> of each query over all blocks, ``(q,)`` float64, multiplied and summed in float64."""
-    parts = [(a[name].double() * b[name].double()).sum(dim=(1, 2)) for name in a]
-    return torch.stack(parts).sum(dim=0)
 
 
 def norm(a: Vectors) -> torch.Tensor:

@@ -1,0 +1,197 @@
+"""Cosines and dots of gradients estimated from stored sketches, and the rows that they propose.
+
+Every row is estimated from its coordinates alone: for dot products by falling length, stopping where Cauchy-Schwarz
+shows that no later row's estimate can be among those wanted; for cosines all of them. The best at each end are then
+estimated again with the one-bit code of what the coordinates leave over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from forebear.indexer.ann import unit_rows
+from forebear.indexer.sketch import Reduction, SketchRows
+from forebear.indexer.store import RowMatrix, as_tensor
+
+BLOCK_ROWS = 16_384
+CODE_ROWS = 4096  # whose codes are unpacked at once
+WIDEN = 16  # rows estimated with the code for each one proposed
+LEAST_WIDE = 1024
+
+
+@dataclass(frozen=True)
+class GradientStore:
+    """Stored sketches of one scope at one checkpoint, or of its whitened gradients.
+
+    Attributes:
+        sketches: Coordinates as unit vectors, ``(n, d)`` float16.
+        codes: Packed signs, ``(n, bits / 8)`` uint8, or None.
+        code_factors: f, ``(n,)`` float32.
+        shares: Length of the coordinates of the raw sketch scaled to length 1, ``(n,)`` float32.
+        lengths: Of the raw sketch, ``(n,)`` float32.
+        norms: Exact norm of the (whitened) gradient, ``(n,)`` float32.
+        residual_lengths: Of what the coordinates do not hold of it, ``(n,)`` float32.
+        reduction: How they were made.
+    """
+
+    sketches: RowMatrix
+    codes: RowMatrix | None
+    code_factors: np.ndarray
+    shares: np.ndarray
+    lengths: np.ndarray
+    norms: np.ndarray
+    residual_lengths: np.ndarray
+    reduction: Reduction
+
+    def coordinates(self, rows: np.ndarray) -> np.ndarray:
+        """x of the given rows, ``(..., d)`` float32."""
+        found = unit_rows(self.sketches.take(rows).reshape(-1, self.sketches.width))
+        found *= self.shares[np.asarray(rows).reshape(-1), None]
+        return np.asarray(found.reshape(*np.shape(rows), -1))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One checkpoint's share of a question: query sketches against a store, weighted.
+
+    Attributes:
+        weight: eta, or 1.
+        asked: Sketches of the queries' vectors.
+        store: Of the training rows.
+    """
+
+    weight: float
+    asked: SketchRows
+    store: GradientStore
+
+    def query_coordinates(self, which: np.ndarray) -> np.ndarray:
+        """Coordinates of some queries, ``(q, d)`` float32."""
+        return np.asarray(self.asked.coordinates[which])
+
+    def code_products(self, which: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """f_n <c_q, signs_n>: what the coordinates leave over, as the code sees it, ``(q, n)`` float32."""
+        store = self.store
+        if store.codes is None:
+            return np.zeros((len(which), len(rows)), np.float32)
+        c = as_tensor(self.asked.codes[which])
+        out = np.empty((len(which), len(rows)), np.float32)
+        for start in range(0, len(rows), CODE_ROWS):
+            some = rows[start : start + CODE_ROWS]
+            signs = as_tensor(np.unpackbits(store.codes.take(some), axis=1, count=store.reduction.bits)).float()
+            out[:, start : start + len(some)] = (2 * (c @ signs.T) - c.sum(dim=1, keepdim=True)).numpy()
+        return np.asarray(out * store.code_factors[rows])
+
+
+def factors_of(parts: Sequence[Part], rows: np.ndarray, *, cosine: bool) -> list[np.ndarray]:
+    """What each part's estimated cosines are multiplied by at some rows: their lengths, or 1 for a cosine, ``(n,)``."""
+    if cosine:
+        return [np.ones(len(rows), np.float32) for _ in parts]
+    return [part.weight * part.store.lengths[rows] for part in parts]
+
+
+def estimate(parts: Sequence[Part], rows: np.ndarray, *, cosine: bool, code_weight: float = 0.0) -> np.ndarray:
+    """Estimated scores of some rows for every query, ``(q, n)`` float32: cosines, or dots in units of exact ones."""
+    out: np.ndarray | None = None
+    everyone = np.arange(len(parts[0].asked.lengths))
+    for part, factor in zip(parts, factors_of(parts, rows, cosine=cosine), strict=True):
+        scores = (as_tensor(part.query_coordinates(everyone)) @ as_tensor(part.store.coordinates(rows)).T).numpy()
+        if code_weight:
+            scores += np.float32(code_weight) * part.code_products(everyone, rows)
+        scores *= factor
+        if not cosine:
+            scores *= part.asked.lengths[:, None].astype(np.float32)
+        out = scores if out is None else out + scores
+    assert out is not None
+    return out
+
+
+def propose(
+    parts: Sequence[Part], live: np.ndarray, n_candidates: int, *, cosine: bool, code_weight: float
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """The rows of largest and of smallest estimated score, with those estimates.
+
+    Args:
+        parts: One a checkpoint.
+        live: Rows that take part.
+        n_candidates: At each end; at most the number of live rows.
+        cosine: Cosines; else dots.
+        code_weight: Share of the code's estimate that is counted, 0 to 1.
+
+    Returns:
+        (rows, estimates) of the proponents' end, best first, and of the opponents', ``(q, n_candidates)`` each.
+    """
+    width = min(len(live), max(LEAST_WIDE, WIDEN * n_candidates)) if code_weight else n_candidates
+    high, low = _scan(parts, live, width, cosine=cosine)
+    return (
+        _refine(parts, high, n_candidates, cosine=cosine, code_weight=code_weight, largest=True),
+        _refine(parts, low, n_candidates, cosine=cosine, code_weight=code_weight, largest=False),
+    )
+
+
+def _scan(
+    parts: Sequence[Part], live: np.ndarray, width: int, *, cosine: bool
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Both ends by coordinates alone, ``(q, width)`` rows and estimates each."""
+    order = live
+    reach = None
+    if not cosine:
+        squares = sum(part.weight * part.store.lengths[live].astype(np.float64) ** 2 for part in parts)
+        assert isinstance(squares, np.ndarray)
+        order = live[np.argsort(-squares, kind="stable")]
+        lengths = np.sqrt(np.sort(squares)[::-1])
+        shares = [np.linalg.norm(part.asked.coordinates, axis=1) * part.asked.lengths for part in parts]
+        reach = np.sqrt(sum(part.weight * share**2 for part, share in zip(parts, shares, strict=True)))
+    ends: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for start in range(0, len(order), BLOCK_ROWS):
+        if ends and reach is not None and ends[0][0].shape[1] == width:
+            limit = torch.from_numpy(reach * lengths[start] * (1 + 1e-5))
+            if bool((ends[0][0][:, -1] > limit).all()) and bool((ends[1][0][:, -1] < -limit).all()):
+                break
+        rows = order[start : start + BLOCK_ROWS]
+        scores = torch.from_numpy(estimate(parts, rows, cosine=cosine))
+        numbers = as_tensor(rows).expand(len(scores), -1)
+        ends = [
+            _merge(ends[i] if ends else None, scores, numbers, width, largest=largest)
+            for i, largest in enumerate((True, False))
+        ]
+    (high, high_rows), (low, low_rows) = ends
+    return (high_rows.numpy(), high.numpy()), (low_rows.numpy(), low.numpy())
+
+
+def _merge(
+    kept: tuple[torch.Tensor, torch.Tensor] | None,
+    scores: torch.Tensor,
+    rows: torch.Tensor,
+    width: int,
+    *,
+    largest: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if kept is not None:
+        scores, rows = torch.cat([kept[0], scores], dim=1), torch.cat([kept[1], rows], dim=1)
+    found = scores.topk(min(width, scores.shape[1]), dim=1, largest=largest)
+    return found.values, rows.gather(1, found.indices)
+
+
+def _refine(
+    parts: Sequence[Part],
+    end: tuple[np.ndarray, np.ndarray],
+    n_candidates: int,
+    *,
+    cosine: bool,
+    code_weight: float,
+    largest: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Estimate one end again with the code and keep the best, in order; ties go to the lower row number."""
+    rows, scores = end
+    if code_weight:
+        scores = scores.copy()
+        for query, listed in enumerate(rows):
+            for part, factor in zip(parts, factors_of(parts, listed, cosine=cosine), strict=True):
+                own = 1.0 if cosine else part.asked.lengths[query]
+                scores[query] += code_weight * own * factor * part.code_products(np.array([query]), listed)[0]
+    order = np.lexsort((rows, -scores if largest else scores), axis=-1)[:, :n_candidates]
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)

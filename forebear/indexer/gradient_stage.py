@@ -1,0 +1,174 @@
+"""What a build does for each scope beyond the head: curvature, bases and reductions, fitted on a sample of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from forebear.indexer.curvature import absolute_damping
+from forebear.indexer.ekfac import Ekfac, KroneckerFactors, fit_ekfac, fit_factors, read_ekfac, write_ekfac
+from forebear.indexer.gradient_pass import labels_seed, run_pass
+from forebear.indexer.manifest import IndexSpec
+from forebear.indexer.model import Classifier
+from forebear.indexer.projector import (
+    Projector,
+    WhiteProjector,
+    draw_bases,
+    read_plain_projector,
+    write_bases,
+)
+from forebear.indexer.scopes import Block, scope_blocks
+from forebear.indexer.sketch import (
+    MAP_NAME,
+    RawSketches,
+    Sketcher,
+    fit_reduction,
+    gradient_folder,
+    read_reduction,
+    write_reduction,
+)
+
+FIT_ROWS = 2048  # rows on which curvature and reductions are fitted
+BASIS_ROWS = 512  # rows for the leading directions, where no curvature is fitted
+BASES_NAME = "bases.arrow"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A seeded sample of training rows.
+
+    Attributes:
+        texts: One list a text column.
+        labels: Gold classes, ``(n,)``.
+    """
+
+    texts: list[list[str]]
+    labels: np.ndarray
+
+    def first(self, n: int) -> list[list[str]]:
+        """Texts of ``n`` of them."""
+        return [column[:n] for column in self.texts]
+
+
+def curvature_name(scope: str) -> str:
+    """The file of a scope's EK-FAC."""
+    return f"curvature/{scope}/ekfac.arrow"
+
+
+def gradient_files(spec: IndexSpec, scope: str, checkpoint: str, *, last: bool) -> tuple[str, ...]:
+    """Files of a scope at a checkpoint that are not shards."""
+    names = [f"{gradient_folder(scope, checkpoint)}/{name}" for name in (BASES_NAME, MAP_NAME)]
+    if last and spec.whitened:
+        names.append(curvature_name(scope))
+        names += [f"{gradient_folder(scope, checkpoint, i)}/{MAP_NAME}" for i in range(len(spec.dampings))]
+    return tuple(names)
+
+
+def open_sketchers(
+    folder: Path, classifier: Classifier, spec: IndexSpec, scope: str, checkpoint: str, *, last: bool
+) -> dict[str, Sketcher]:
+    """Sketchers of a scope whose files are written, by the folder of their shards."""
+    kind = gradient_folder(scope, checkpoint)
+    dtype, device = classifier.head.weight.dtype, classifier.device
+    projector = read_plain_projector(folder / kind / BASES_NAME, scope, device, dtype)
+    found = {kind: Sketcher(projector, read_reduction(folder / kind / MAP_NAME))}
+    if last and spec.whitened:
+        ekfac = read_ekfac(folder / curvature_name(scope)).to(device, dtype)
+        for number, white in enumerate(white_projectors(ekfac, scope, spec)):
+            kind = gradient_folder(scope, checkpoint, number)
+            found[kind] = Sketcher(white, read_reduction(folder / kind / MAP_NAME))
+    return found
+
+
+def white_projectors(ekfac: Ekfac, scope: str, spec: IndexSpec) -> list[WhiteProjector]:
+    """One for each damping of the spec."""
+    dampings = [absolute_damping(given, ekfac.mean_eigenvalue) for given in spec.dampings]
+    return [WhiteProjector(scope, ekfac, damping, spec.seed) for damping in dampings]
+
+
+def fit_scope(
+    folder: Path,
+    classifier: Classifier,
+    spec: IndexSpec,
+    scope: str,
+    checkpoint: str,
+    sample: Callable[[], Sample],
+    *,
+    last: bool,
+    batch_tokens: int,
+    stage: Callable[[str, int], Callable[[int], None]],
+) -> None:
+    """Write what is missing of a scope's curvature, bases and reductions at a checkpoint.
+
+    Args:
+        folder: The index.
+        classifier: At the checkpoint.
+        spec: The index's choices.
+        scope: A sketched one.
+        checkpoint: Its name.
+        sample: Reads the sample of training rows.
+        last: Whether the checkpoint is the model that is explained: only it has curvature.
+        batch_tokens: Largest number of padded tokens in a batch.
+        stage: Announces a stage and its number of rows; what it returns is told how many more are done.
+    """
+    if all((folder / name).is_file() for name in gradient_files(spec, scope, checkpoint, last=last)):
+        return
+    rows = sample()
+    blocks = scope_blocks(classifier.model, classifier.head_name, scope, classifier.name, with_bias=spec.with_bias)
+    factors: KroneckerFactors | None = None
+
+    def fitted_factors(texts: Sequence[Sequence[str]]) -> KroneckerFactors:
+        on_rows = stage(f"directions {scope} {checkpoint}", len(texts[0]))
+        return fit_factors(classifier, scope, blocks, texts, seed=spec.seed, batch_tokens=batch_tokens, on_rows=on_rows)
+
+    if last and spec.whitened and not (folder / curvature_name(scope)).is_file():
+        factors = fitted_factors(rows.texts)
+        ekfac = fit_ekfac(
+            classifier, scope, blocks, rows.texts, seed=spec.seed, batch_tokens=batch_tokens, factors=factors,
+            on_rows=stage(f"curvature {scope}", len(rows.labels)),
+        )  # fmt: skip
+        write_ekfac(folder / curvature_name(scope), ekfac)
+    kind = gradient_folder(scope, checkpoint)
+    if not (folder / kind / BASES_NAME).is_file():
+        if factors is None and spec.sketch_basis != "random":
+            factors = fitted_factors(rows.first(BASIS_ROWS))
+        bases = draw_bases(classifier, blocks, factors, spec.seed, spec.sketch_basis)
+        write_bases(folder / kind / BASES_NAME, blocks, bases)
+    _fit_reductions(folder, classifier, spec, scope, checkpoint, blocks, rows, batch_tokens, stage, last=last)
+
+
+def _fit_reductions(
+    folder: Path,
+    classifier: Classifier,
+    spec: IndexSpec,
+    scope: str,
+    checkpoint: str,
+    blocks: Sequence[Block],
+    rows: Sample,
+    batch_tokens: int,
+    stage: Callable[[str, int], Callable[[int], None]],
+    *,
+    last: bool,
+) -> None:
+    """Fit the second reduction of every representation of a scope, one pass for all of them."""
+    dtype, device = classifier.head.weight.dtype, classifier.device
+    kind = gradient_folder(scope, checkpoint)
+    projectors: dict[str, Projector] = {kind: read_plain_projector(folder / kind / BASES_NAME, scope, device, dtype)}
+    if last and spec.whitened:
+        ekfac = read_ekfac(folder / curvature_name(scope)).to(device, dtype)
+        white = white_projectors(ekfac, scope, spec)
+        projectors |= {gradient_folder(scope, checkpoint, i): projector for i, projector in enumerate(white)}
+    n_rows = len(rows.labels)
+    collectors = {kind: RawSketches(projector, n_rows, device) for kind, projector in projectors.items()}
+    run_pass(
+        classifier, rows.texts, labels_seed(rows.labels), list(collectors.values()),
+        batch_tokens=batch_tokens, on_rows=stage(f"reduction {scope} {checkpoint}", n_rows),
+    )  # fmt: skip
+    for kind, projector in projectors.items():
+        bits = spec.white_bits if isinstance(projector, WhiteProjector) else spec.sketch_bits
+        raw = collectors.pop(kind).out
+        reduction = fit_reduction(raw, projector, width=spec.sketch_dim, bits=bits, seed=spec.seed)
+        write_reduction(folder / kind / MAP_NAME, reduction)

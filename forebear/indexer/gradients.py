@@ -1,0 +1,128 @@
+"""Whole gradients of a few rows, and exact dots of many rows' gradients with them; none is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from forebear.indexer.ekfac import Vectors
+from forebear.indexer.gradient_pass import labels_seed, run_pass
+from forebear.indexer.model import Classifier
+from forebear.indexer.scopes import Block
+from forebear.indexer.tape import LayerFactors
+
+BATCH_TOKENS = 2048
+
+
+class _Gradients:
+    """Gathers whole gradients."""
+
+    def __init__(self, scope: str, blocks: Sequence[Block], n_rows: int, weight: torch.Tensor) -> None:
+        self.scope, self.blocks = scope, tuple(blocks)
+
+        def zeros(block: Block) -> torch.Tensor:
+            return torch.zeros((n_rows, block.n_out, block.n_in), dtype=weight.dtype, device=weight.device)
+
+        self.out = {block.name: zeros(block) for block in blocks}
+        self._batch: Vectors = {}
+
+    def begin(self, positions: list[int]) -> None:
+        self._batch = {}
+
+    def on_layer(self, name: str, factors: LayerFactors) -> None:
+        self._batch[name] = factors.gradients()
+
+    def end(self, positions: list[int]) -> None:
+        for name, gradients in self._batch.items():
+            self.out[name][positions] = gradients
+
+
+def whole_gradients(
+    classifier: Classifier,
+    scope: str,
+    blocks: Sequence[Block],
+    texts: Sequence[Sequence[str]],
+    labels: np.ndarray,
+) -> Vectors:
+    """Loss gradients of a few rows, ``(q, n_out, n_in)`` for each block of the scope."""
+    collector = _Gradients(scope, blocks, len(labels), classifier.head.weight)
+    run_pass(classifier, texts, labels_seed(labels), [collector], batch_tokens=BATCH_TOKENS)
+    return collector.out
+
+
+class _Dots:
+    """Gathers dots with query vectors."""
+
+    def __init__(
+        self, scope: str, blocks: Sequence[Block], vectors: Vectors, n_rows: int, wanted: np.ndarray | None
+    ) -> None:
+        self.scope, self.blocks = scope, tuple(blocks)
+        self._vectors, self._wanted = vectors, wanted
+        first = next(iter(vectors.values()))
+        self._device = first.device
+        self.out = np.zeros((len(first), n_rows))
+
+    def begin(self, positions: list[int]) -> None:
+        self._total = torch.zeros((len(self.out), len(positions)), dtype=torch.float64, device=self._device)
+        self._rows_of = None
+        if self._wanted is not None:
+            asked = self._wanted[:, positions]
+            self._rows_of = [torch.from_numpy(np.flatnonzero(some)).to(self._device) for some in asked]
+            self._share = float(asked.sum()) / len(positions)
+
+    def on_layer(self, name: str, factors: LayerFactors) -> None:
+        v, a, d = self._vectors[name], factors.inputs, factors.deltas
+        tokens, n_queries = a.shape[1], len(v)
+        share = n_queries if self._rows_of is None else self._share
+        if share * tokens >= 2 * (tokens + n_queries):
+            self._total += v.flatten(1) @ factors.gradients().flatten(1).T
+            return
+        for q in range(n_queries):
+            at = slice(None) if self._rows_of is None else self._rows_of[q]
+            self._total[q, at] += ((a[at] @ v[q].T) * d[at]).sum(dim=(1, 2))
+
+    def end(self, positions: list[int]) -> None:
+        self.out[:, positions] = self._total.cpu().numpy()
+
+
+def exact_dots(
+    classifier: Classifier,
+    scope: str,
+    vectors: Vectors,
+    blocks: Sequence[Block],
+    texts: Sequence[Sequence[str]],
+    labels: np.ndarray,
+    *,
+    wanted: np.ndarray | None = None,
+    on_rows: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """<V_q, G_n> over a scope, from the factors of the rows' gradients.
+
+    For few queries a row, sum over t of d_t . (V a_t), no gradient being formed; for many, a batch's gradients are
+    formed block by block and multiplied.
+
+    Args:
+        classifier: Whose gradients.
+        scope: Its name.
+        vectors: V, ``(q, n_out, n_in)`` for each block.
+        blocks: The scope's parameters.
+        texts: Training rows, one list a text column, ``n`` of them.
+        labels: Their classes, ``(n,)``.
+        wanted: Which pairs are asked for, ``(q, n)`` bool; others may come out as 0. None: all.
+        on_rows: Told the number of rows after each batch.
+
+    Returns:
+        ``(q, n)`` float64.
+    """
+    collector = _Dots(scope, blocks, vectors, len(labels), wanted)
+    run_pass(classifier, texts, labels_seed(labels), [collector], batch_tokens=BATCH_TOKENS, on_rows=on_rows)
+    return collector.out
+
+
+def live_sample(live: np.ndarray, n_rows: int, seed: int) -> np.ndarray:
+    """A seeded sample of row numbers, ascending; all of them for 0 or more than there are."""
+    if not n_rows or n_rows >= len(live):
+        return live
+    return np.asarray(np.sort(np.random.default_rng([seed, 5]).permutation(live)[:n_rows]))
