@@ -1,124 +1,228 @@
-"""Whole-encoder gradients on real data: the pass, bytes a row, recall of the exact top 10, time a query.
+"""Whole-encoder gradients on SST-2 with MiniLM: the pass, memory, recall and time against scoring every row, proofs.
 
-SST-2 (6,920 rows), MiniLM, scope ``all``. The plain pass is fp32 forward and backward with weight gradients on the
-same batches. Recall is against ``--exact full`` (every row scored exactly), for development rows.
+Uses the run of end_to_end.py. ``python benchmarks/gradients.py [queries] [training file] [index folder] [methods]``
 """
 
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from common import DATA, ROOT, seconds, write_result
 
-from forebear import BuildOptions, Index, Retriever, build_index, choose_model, open_rows, rows_from_texts
-from forebear.indexer.model import encode, load_classifier, pad_batch, plan_batches
-from forebear.indexer.sketch import Sketcher, fit_reduction
+from forebear import BuildOptions, Index, Retriever, build_index
+from forebear.indexer.data import open_rows
+from forebear.indexer.gradient_stage import open_sketchers
+from forebear.indexer.model import Classifier, encode, load_classifier, pad_batch, plan_batches
+from forebear.indexer.runs import choose_model
+from forebear.indexer.sketch import sketch_rows
+from forebear.retriever.retriever import QuerySpec
 
 SCOPE = "all"
 BATCH_TOKENS = 4096
-CANDIDATES = (50, 100, 200, 400)
+RUN = ROOT / "runs" / "bench" / "sst2"
+METHODS = ("gd", "gc", "if", "rif")
+NATIVE_BF16 = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("amx_bf16", "avx512_bf16"))
 
 
-def the_pass(model: str, rows: int) -> None:
-    """Features, sketches and exact norms against a plain forward and backward, side by side."""
-    block = next(open_rows(DATA / "sst2" / "train.parquet", need_labels=True).blocks(rows))
-    labels = np.array(block.labels)
-    classifier = load_classifier(model)
-    encoded = encode(classifier, block.texts)
-    plan = list(plan_batches([len(r["input_ids"]) for r in encoded], BATCH_TOKENS))
+def checkpoint() -> str:
+    record = json.loads((RUN / "run.json").read_text())
+    return str(RUN / record["checkpoints"][-1]["path"])
 
-    def plain() -> None:
-        for batch in plan:
-            inputs = pad_batch(classifier.tokenizer, [encoded[i] for i in batch], classifier.device)
-            logits = classifier.model(**inputs).logits
-            torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels[batch])).backward()
+
+def training_step(classifier: Classifier, texts: list[list[str]], labels: np.ndarray) -> None:
+    """A plain forward and backward with weight gradients on the batches that the pass uses."""
+    rows = encode(classifier, texts)
+    for p in classifier.model.parameters():
+        p.requires_grad_(True)
+    for batch in plan_batches([len(row["input_ids"]) for row in rows], BATCH_TOKENS):
+        with classifier.autocast():
+            logits = classifier.model(
+                **pad_batch(classifier.tokenizer, [rows[i] for i in batch], classifier.device)
+            ).logits
+        torch.nn.functional.cross_entropy(logits.float(), torch.from_numpy(labels[batch])).backward()
         classifier.model.zero_grad()
+    for p in classifier.model.parameters():
+        p.requires_grad_(False)
 
-    raw = Sketcher(classifier, SCOPE, 0).sketch(block.texts, labels, batch_tokens=BATCH_TOKENS)
-    reduction = fit_reduction(raw.sketches, 256, 0)
-    found = {"plain_fp32": seconds(plain, 3)}
+
+def the_pass(index: Index, n_rows: int = 512) -> None:
+    """Ratios to the plain forward and backward of the same rows, in one run."""
+    at = np.sort(np.random.default_rng(0).permutation(index.manifest.n_rows)[:n_rows])
+    texts = [column.to_pylist() for column in index.texts(at).values()]
+    labels = index.labels[at].astype(np.int64)
+    found: dict[str, float] = {}
     sketches = {}
-    for precision in ("fp32", "bf16"):
-        sketcher = Sketcher(load_classifier(model, precision=precision), SCOPE, 0, reduction)
-
-        def ours(sketcher: Sketcher = sketcher) -> None:
-            sketcher.sketch(block.texts, labels, batch_tokens=BATCH_TOKENS)
-
-        found[f"sketch_{precision}"] = seconds(ours, 3)
-        sketches[precision] = sketcher.sketch(block.texts, labels, batch_tokens=BATCH_TOKENS)
-    a, b = sketches["fp32"], sketches["bf16"]
-    cosine = (
-        (a.sketches * b.sketches).sum(axis=1) / np.linalg.norm(a.sketches, axis=1) / np.linalg.norm(b.sketches, axis=1)
-    )
-    write_result(
-        "gradients_pass",
-        rows=rows,
-        raw_width=Sketcher(classifier, SCOPE, 0).raw_width,
-        rows_a_second={k: rows / v for k, v in found.items()},
-        ratio_fp32=found["sketch_fp32"] / found["plain_fp32"],
-        ratio_bf16=found["sketch_bf16"] / found["plain_fp32"],
-        bf16_cosine_quantiles_0_1_50=np.quantile(cosine, [0, 0.01, 0.5]).tolist(),
-        bf16_norm_error_median=float(np.median(np.abs(b.norms / a.norms - 1))),
-    )
-
-
-def retrieval(folder: Path, index_folder: Path, n_queries: int, train_rows: int) -> None:
-    block = next(open_rows(DATA / "sst2" / "train.parquet", need_labels=True).blocks(train_rows))
-    source = rows_from_texts(block.texts[0], block.labels, label_names=("negative", "positive"))
-    if (index_folder / "manifest.json").is_file():
-        index, built = Index.open(index_folder), None
-    else:
-        started = time.perf_counter()
-        chosen = choose_model(str(folder))
-        index = build_index(
-            source, index_folder, chosen.checkpoints, BuildOptions(scopes=("head", SCOPE), max_length=128)
+    for precision in ("fp32", *(("bf16",) if NATIVE_BF16 else ())):
+        classifier = load_classifier(checkpoint(), precision=precision, max_length=128)
+        sketchers = open_sketchers(
+            index.folder, classifier, index.manifest.spec, SCOPE, index.manifest.checkpoints[-1].name, last=True
         )
-        built = time.perf_counter() - started
+        plain, *white = sketchers.values()
+        found[f"plain_{precision}"] = seconds(lambda c=classifier: training_step(c, texts, labels), 3)
+
+        def ours(some: list[Any], c: Classifier = classifier) -> Any:
+            return sketch_rows(c, some, texts, labels, batch_tokens=BATCH_TOKENS)
+
+        found[f"sketch_{precision}"] = seconds(lambda p=plain, run=ours: run([p]), 3)
+        if white:
+            found[f"sketch_and_whitened_{precision}"] = seconds(lambda p=plain, w=white, run=ours: run([p, *w]), 3)
+        sketches[precision] = ours([plain])[0][0]
+    facts: dict[str, Any] = {
+        "rows": n_rows,
+        "rows_a_second": {k: n_rows / v for k, v in found.items()},
+        "ratio_to_plain_fp32": {k: v / found["plain_fp32"] for k, v in found.items()},
+    }
+    if "bf16" in sketches:
+        a, b = sketches["fp32"].coordinates, sketches["bf16"].coordinates
+        cosine = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        facts["bf16_cosine_quantiles_0_1_50"] = np.quantile(cosine, [0, 0.01, 0.5]).tolist()
+    else:
+        facts["bf16"] = "not measured: this CPU computes in bf16 by emulation only"
+    write_result("gradients_pass", **facts)
+
+
+def peak_memory(index: Index) -> None:
+    """Largest resident size of a process that runs the plain pass or ours over some rows."""
+    found = {}
+    for what in ("plain", "sketch"):
+        for n_rows in (256, 1024):
+            out = subprocess.run(
+                [sys.executable, __file__, "--memory", what, str(n_rows), str(index.folder)],
+                check=True, capture_output=True, text=True,
+            ).stdout  # fmt: skip
+            found[f"{what}_{n_rows}_rows_mib"] = int(out.split()[-1]) // 1024
+    write_result("gradients_memory", **found)
+
+
+def memory_of(what: str, n_rows: int, folder: str) -> None:
+    index = Index.open(folder, check=False)
+    at = np.arange(n_rows)
+    texts = [column.to_pylist() for column in index.texts(at).values()]
+    labels = index.labels[at].astype(np.int64)
+    classifier = load_classifier(checkpoint(), max_length=128)
+    if what == "plain":
+        training_step(classifier, texts, labels)
+    else:
+        name = index.manifest.checkpoints[-1].name
+        sketchers = open_sketchers(index.folder, classifier, index.manifest.spec, SCOPE, name, last=True)
+        sketch_rows(classifier, list(sketchers.values())[:1], texts, labels, batch_tokens=BATCH_TOKENS)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def built(folder: Path, train: Path, curvature: str) -> Index:
+    """The index, made now (seconds by stage written) or found."""
+    if (folder / "manifest.json").is_file():
+        return Index.open(folder)
+    stages: dict[str, float] = {}
+    last = ["start", time.perf_counter()]
+
+    def progress(stage: str, _done: int, _total: int) -> None:
+        if stage != last[0]:
+            now = time.perf_counter()
+            stages[str(last[0])] = now - float(last[1])
+            last[:] = [stage, now]
+
+    options = BuildOptions(scopes=("head", SCOPE), max_length=128, curvature=curvature)
+    index = build_index(
+        open_rows(train, need_labels=True), folder, choose_model(str(RUN)).checkpoints, options, progress=progress
+    )
+    stages[str(last[0])] = time.perf_counter() - float(last[1])
+    write_result(f"gradients_build_{folder.name}", rows=index.manifest.n_rows, seconds=stages)
+    return index
+
+
+def recall_and_time(index: Index, n_queries: int, methods: tuple[str, ...]) -> None:
     retriever = Retriever(index)
-    queries = next(open_rows(DATA / "sst2" / "dev.parquet").blocks(n_queries)).texts[0]
-    ask = {"methods": ["gd", "gc"], "top": 10, "scope": SCOPE}
-    full_seconds = {}
-    truth = {}
-    for method in ask["methods"]:
-        started = time.perf_counter()
-        truth[method] = retriever.retrieve(queries, exact="full", **(ask | {"methods": [method]})).to_pandas()
-        full_seconds[method] = (time.perf_counter() - started) / n_queries
-    recall: dict[str, dict[str, float]] = {m: {} for m in ask["methods"]}
-    for method in ask["methods"]:
-        for n in (10, *CANDIDATES):
-            # The candidates of --exact rerank are the top of --exact none: a list holds what re-ranking would find.
-            listed = retriever.retrieve(queries, exact="none", methods=[method], top=n, candidates=n, scope=SCOPE)
-            pairs = zip(
-                listed.to_pandas().groupby(["query", "side"]), truth[method].groupby(["query", "side"]), strict=True
-            )
-            recall[method][str(n)] = float(
-                np.mean([len(set(a["row"]) & set(b["row"])) / 10 for (_, a), (_, b) in pairs])
-            )
+    dev = next(open_rows(DATA / "sst2" / "dev.parquet").blocks(200)).texts[0]
+    queries = [dev[i] for i in np.sort(np.random.default_rng(1).permutation(len(dev))[:n_queries])]
     started = time.perf_counter()
-    retriever.retrieve(queries[0:1], methods=["gd"], top=10, scope=SCOPE)
-    one = time.perf_counter() - started
+    truth = {
+        100: retriever.retrieve(queries, exact="full", methods=methods, top=100, scope=SCOPE).to_pandas(),
+    }
+    full_batch = (time.perf_counter() - started) / n_queries
+    truth[10] = truth[100][truth[100]["rank"] <= 10]
+    found: dict[str, Any] = {}
+    for method in methods:
+        spec = QuerySpec(methods=(method,), scope=SCOPE)
+        default = retriever.n_candidates(SCOPE, spec.check()[0], spec)
+        by_candidates = {}
+        for n in sorted({100, 200, 400, 800, default}):
+            # The candidates of --exact rerank are the top of --exact none: a list holds what re-ranking would find.
+            listed = retriever.retrieve(queries, exact="none", methods=[method], top=n, scope=SCOPE).to_pandas()
+            by_candidates[n] = {
+                f"{side}s@{k}": _recall(listed, truth[k][truth[k]["method"] == method], side, k)
+                for side in ("proponent", "opponent")
+                for k in (10, 100)
+            }
+        started = time.perf_counter()
+        for text in queries[:3]:
+            retriever.retrieve([text], methods=[method], top=10, scope=SCOPE)
+        one = (time.perf_counter() - started) / 3
+        found[method] = {"default_candidates": default, "recall": by_candidates, "one_query_seconds": one}
+    started = time.perf_counter()
+    retriever.retrieve(queries[:1], methods=["gd"], exact="full", top=10, scope=SCOPE)
+    full_one = time.perf_counter() - started
     files = index.manifest.files
-    sketch_bytes = sum(f["bytes"] for n, f in files.items() if n.startswith("gradients/") and "reduction" not in n)
+    size = {
+        kind: sum(
+            f["bytes"]
+            for n, f in files.items()
+            if n.startswith(f"gradients/{SCOPE}/{kind}") and n.split("/")[-1][0].isdigit()
+        )
+        / index.manifest.n_rows
+        for kind in ("epoch", "whitened")
+    }
     write_result(
-        "gradients_retrieval",
-        rows=index.manifest.n_rows, queries=n_queries, ends=2, build_seconds=built,
-        sketch_bytes_a_row=sketch_bytes / index.manifest.n_rows,
-        recall_at_10_by_candidates=recall, full_seconds_a_query_in_a_batch=full_seconds,
-        one_query_100_candidates_seconds=one,
+        f"gradients_retrieval_{index.folder.name}",
+        rows=index.manifest.n_rows, queries=n_queries, bytes_a_row=size,
+        full_seconds_a_query_in_a_batch=full_batch, full_one_query_seconds=full_one, methods=found,
+        speed_up_one_query={m: full_one / f["one_query_seconds"] for m, f in found.items()},
     )  # fmt: skip
 
 
-def main(n_queries: int = 12, pass_rows: int = 1024, train_rows: int = 6920) -> None:
-    folder = ROOT / "runs" / "bench" / "sst2"
-    record = json.loads((folder / "run.json").read_text())
-    the_pass(str(folder / record["checkpoints"][-1]["path"]), pass_rows)
-    retrieval(folder, ROOT / "runs" / "bench" / f"sst2-all-{train_rows}-index", n_queries, train_rows)
+def _recall(listed: Any, truth: Any, side: str, k: int) -> float:
+    a, b = (t[t["side"] == side].groupby("query")["row"].apply(set) for t in (listed, truth))
+    return float(np.mean([len(a[q] & b[q]) / k for q in b.index]))
+
+
+def proofs(index: Index, n_queries: int = 4, methods: tuple[str, ...] = ("gd", "gc", "if")) -> None:
+    retriever = Retriever(index)
+    dev = next(open_rows(DATA / "sst2" / "dev.parquet").blocks(n_queries)).texts[0]
+    found = {}
+    for method in methods:
+        started = time.perf_counter()
+        table = retriever.retrieve(dev, methods=[method], top=10, scope=SCOPE, certify=True).to_pandas()
+        first = table[table["rank"] == 1]
+        found[method] = {
+            "proven": float(first["proven"].mean()),
+            "rows_scored_share": float(first["rows_scored"].mean()) / index.manifest.n_live,
+            "seconds_a_query": (time.perf_counter() - started) / n_queries,
+        }
+    write_result(f"gradients_proofs_{index.folder.name}", queries=n_queries, methods=found)
+
+
+def main(n_queries: int = 24, train: str = "", folder: str = "", methods: str = "gd,gc,if,rif") -> None:
+    picked = tuple(methods.split(","))
+    source = Path(train) if train else DATA / "sst2" / "train.parquet"
+    where = Path(folder) if folder else ROOT / "runs" / "bench" / "sst2-all"
+    index = built(where, source, "ekfac" if "if" in picked else "none")
+    recall_and_time(index, n_queries, picked)
+    if not train:
+        the_pass(index)
+        peak_memory(index)
+        proofs(index)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    if sys.argv[1:2] == ["--memory"]:
+        memory_of(sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    else:
+        main(*([int(sys.argv[1])] if sys.argv[1:] else []), *sys.argv[2:])

@@ -1,7 +1,8 @@
-"""Gradients of deeper scopes against plain autograd, jvp and captum; sketches; retrieval over them."""
+"""Gradients of deeper scopes against plain autograd, jvp and captum; retrieval over them by every solver."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -12,16 +13,18 @@ import transformers
 from tiny import KINDS, labels, make_tiny_model, sentences
 
 from forebear import BuildOptions, InputError, MissingStoreError, ModelError, Retriever, append_rows, build_index
+from forebear.errors import MismatchError
 from forebear.indexer.data import rows_from_texts
+from forebear.indexer.gradients import exact_dots, whole_gradients
 from forebear.indexer.model import Classifier, load_classifier, make_classifier
 from forebear.indexer.runs import choose_model
 from forebear.indexer.scopes import scope_blocks
-from forebear.indexer.sketch import Sketcher, fit_reduction
-from forebear.retriever.gradients import exact_dots, query_gradients
+from forebear.retriever.retriever import QuerySpec
 
 TEXTS = sentences(13, seed=11)
 LABELS = np.array(labels(13, 3))
 ETAS = [0.1, 0.3]
+LAYER = "bert.encoder.layer.0.output.dense"
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +61,20 @@ def names_of(blocks) -> tuple[str, ...]:
     return tuple(block.name for block in blocks)
 
 
-def autograd(classifier: Classifier, names, texts, wanted) -> list[list[torch.Tensor]]:
-    """Weight gradients one row at a time, no padding, no hooks."""
-    weights = [classifier.model.get_submodule(name).weight for name in names]
+def blocks_of(classifier: Classifier, scope: str, *, with_bias: bool = False):
+    return scope_blocks(classifier.model, classifier.head_name, scope, with_bias=with_bias)
+
+
+def parameters_of(blocks) -> tuple[str, ...]:
+    """Names of the parameters that blocks hold, worked out from what a block says of itself."""
+    return tuple(
+        f"{b.name}.{p}" for b in blocks for p in (("weight", "bias") if b.bias or b.kind == "norm" else ("weight",))
+    )
+
+
+def autograd(classifier: Classifier, blocks, texts, wanted) -> list[list[torch.Tensor]]:
+    """Parameter gradients one row at a time, no padding, no hooks."""
+    weights = [classifier.model.get_parameter(name) for name in parameters_of(blocks)]
     out = []
     for text, label in zip(texts, wanted, strict=True):
         encoded = classifier.tokenizer(text, return_tensors="pt", truncation=True, max_length=classifier.max_length)
@@ -78,34 +92,37 @@ def scopes_of(classifier: Classifier) -> list[str]:
     return ["all"] if classifier.model.config.model_type == "albert" else ["all", "top-1"]
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 10_000])
-def test_sketches_and_norms_equal_those_of_autograd_gradients(classifier, batch_tokens):
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("n_queries", [1, 8])
+def test_exact_dots_equal_those_of_autograd_gradients(classifier, n_queries, with_bias):
+    """Few queries a row and many take different ways; both are right, with biases and LayerNorm or without."""
     for scope in scopes_of(classifier):
-        sketcher = Sketcher(classifier, scope, seed=3)
-        found = sketcher.sketch([TEXTS], LABELS, batch_tokens=batch_tokens)
-        for i, gradients in enumerate(autograd(classifier, names_of(sketcher.blocks), TEXTS, LABELS)):
-            norm = np.sqrt(dot(gradients, gradients))
-            parts = [
-                (basis.left.double() @ g.double() @ basis.right.double().T).flatten()
-                for basis, g in zip(sketcher.bases.values(), gradients, strict=True)
-            ]
-            assert found.norms[i] == pytest.approx(norm, rel=1e-5)
-            sketch = torch.cat(parts).numpy()
-            assert np.abs(found.sketches[i] - sketch).max() <= 1e-5 * norm
-            assert np.linalg.norm(found.sketches[i]) <= norm * (1 + 1e-6)
-
-
-@pytest.mark.parametrize("n_queries", [1, 4])
-def test_exact_dots_equal_those_of_autograd_gradients(classifier, n_queries):
-    for scope in scopes_of(classifier):
-        sketcher = Sketcher(classifier, scope, seed=0)
+        blocks = blocks_of(classifier, scope, with_bias=with_bias)
         asked, targets = sentences(n_queries, seed=5), np.array(labels(n_queries, 3, seed=2))
-        vectors = query_gradients(sketcher, [asked], targets)
-        found = exact_dots(sketcher, vectors, [TEXTS], LABELS)
-        queries = autograd(classifier, names_of(sketcher.blocks), asked, targets)
-        rows = autograd(classifier, names_of(sketcher.blocks), TEXTS, LABELS)
+        vectors = whole_gradients(classifier, scope, blocks, [asked], targets)
+        found = exact_dots(classifier, scope, vectors, blocks, [TEXTS], LABELS)
+        queries = autograd(classifier, blocks, asked, targets)
+        rows = autograd(classifier, blocks, TEXTS, LABELS)
         wanted = np.array([[dot(q, r) for r in rows] for q in queries])
         assert (np.abs(found - wanted).max(axis=1) <= 1e-5 * np.abs(wanted).max(axis=1)).all()
+        some = np.random.default_rng(0).random(wanted.shape) < 0.3
+        chosen = exact_dots(classifier, scope, vectors, blocks, [TEXTS], LABELS, wanted=some)
+        np.testing.assert_allclose(chosen[some], found[some], rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_whole_gradients_are_those_of_autograd(classifier, with_bias):
+    for scope in scopes_of(classifier):
+        blocks = blocks_of(classifier, scope, with_bias=with_bias)
+        found = whole_gradients(classifier, scope, blocks, [TEXTS], LABELS)
+        truth = autograd(classifier, blocks, TEXTS, LABELS)
+        for i, row in enumerate(truth):
+            mine: dict[str, torch.Tensor] = {}
+            for block in blocks:
+                mine |= block.split(found[block.name][i])
+            size = max(float(g.abs().max()) for g in row)
+            for name, g in zip(parameters_of(blocks), row, strict=True):
+                assert float((mine[name] - g).abs().max()) <= 1e-5 * size, name
 
 
 def test_in_float64_they_agree_to_ten_digits(folder):
@@ -113,12 +130,13 @@ def test_in_float64_they_agree_to_ten_digits(folder):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float64)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     classifier = make_classifier(model, tokenizer, name="double", device=torch.device("cpu"))
-    sketcher = Sketcher(classifier, "all", seed=0)
-    vectors = query_gradients(sketcher, [TEXTS[:2]], LABELS[:2])
-    found = exact_dots(sketcher, vectors, [TEXTS], LABELS)
-    rows = autograd(classifier, names_of(sketcher.blocks), TEXTS, LABELS)
-    wanted = np.array([[dot(q, r) for r in rows] for q in rows[:2]])
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-10 * np.abs(wanted).max())
+    for with_bias in (False, True):
+        blocks = blocks_of(classifier, "all", with_bias=with_bias)
+        vectors = whole_gradients(classifier, "all", blocks, [TEXTS[:2]], LABELS[:2])
+        found = exact_dots(classifier, "all", vectors, blocks, [TEXTS], LABELS)
+        rows = autograd(classifier, blocks, TEXTS, LABELS)
+        wanted = np.array([[dot(q, r) for r in rows] for q in rows[:2]])
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-10 * np.abs(wanted).max())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -127,10 +145,10 @@ def test_exact_dots_equal_a_jvp_of_the_loss(folder):
     path = make_tiny_model(folder / "jvp", n_classes=3)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(path, attn_implementation="eager").eval()
     classifier = load_classifier(path)
-    sketcher = Sketcher(classifier, "all", seed=0)
-    vectors = query_gradients(sketcher, [TEXTS[:1]], LABELS[:1])
-    found = exact_dots(sketcher, vectors, [TEXTS], LABELS)[0]
-    parameters = {f"{name}.weight": model.get_submodule(name).weight.detach() for name in names_of(sketcher.blocks)}
+    blocks = blocks_of(classifier, "all")
+    vectors = whole_gradients(classifier, "all", blocks, [TEXTS[:1]], LABELS[:1])
+    found = exact_dots(classifier, "all", vectors, blocks, [TEXTS], LABELS)[0]
+    parameters = {name: model.get_parameter(name).detach() for name in parameters_of(blocks)}
     tangents = {f"{name}.weight": v[0] for name, v in vectors.items()}
     for i, text in enumerate(TEXTS):
         encoded = classifier.tokenizer(text, return_tensors="pt")
@@ -145,7 +163,7 @@ def test_exact_dots_equal_a_jvp_of_the_loss(folder):
 
 def test_weights_and_their_requires_grad_are_left_as_they_were(classifier):
     before = {name: (p.requires_grad, p.detach().clone()) for name, p in classifier.model.named_parameters()}
-    Sketcher(classifier, "all", seed=0).sketch([TEXTS], LABELS, batch_tokens=500)
+    whole_gradients(classifier, "all", blocks_of(classifier, "all", with_bias=True), [TEXTS], LABELS)
     for name, p in classifier.model.named_parameters():
         assert p.requires_grad == before[name][0]
         assert torch.equal(p, before[name][1])
@@ -153,26 +171,25 @@ def test_weights_and_their_requires_grad_are_left_as_they_were(classifier):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in classifier.model.modules())
 
 
-def test_bases_and_reduction_have_orthonormal_rows(classifier):
-    sketcher = Sketcher(classifier, "all", seed=0)
-    for basis in sketcher.bases.values():
-        for rows in (basis.left, basis.right):
-            assert torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-5)
-    raw = sketcher.sketch([TEXTS], LABELS, batch_tokens=500).sketches
-    reduction = fit_reduction(raw, 6, seed=0)
-    assert reduction.shape == (6, sketcher.raw_width)
-    np.testing.assert_allclose(reduction @ reduction.T, np.eye(6), atol=1e-5)
-    reduced = Sketcher(classifier, "all", 0, reduction).sketch([TEXTS], LABELS, batch_tokens=500).sketches
-    np.testing.assert_allclose(reduced, raw @ reduction.T, atol=1e-4 * np.abs(raw).max())
-
-
 def test_scopes_name_their_layers(folder):
     classifier = load_classifier(make_tiny_model(folder / "named", n_classes=3))
-    everything = names_of(scope_blocks(classifier.model, "classifier", "all"))
+    everything = names_of(blocks_of(classifier, "all"))
     assert everything == tuple(k for k, m in classifier.model.named_modules() if isinstance(m, torch.nn.Linear))
-    top = names_of(scope_blocks(classifier.model, "classifier", "top-1"))
+    top = names_of(blocks_of(classifier, "top-1"))
     assert set(top) == {k for k in everything if ".layer.1." in k} | {"bert.pooler.dense", "classifier"}
-    for wrong, message in (("top-0", "top-1 to top-2"), ("top-3", "top-1 to top-2"), ("most", "top-K")):
+    one = "bert.encoder.layer.0.output.dense"
+    assert names_of(blocks_of(classifier, f"layer:{one}")) == (one,)
+    with_bias = blocks_of(classifier, "all", with_bias=True)
+    assert {b.name for b in with_bias if b.kind == "norm"} == {
+        k for k, m in classifier.model.named_modules() if isinstance(m, torch.nn.LayerNorm)
+    }
+    wrong_ones = (
+        ("top-0", "top-1 to top-2"),
+        ("top-3", "top-1 to top-2"),
+        ("most", "top-K"),
+        ("layer:no", "It has bert"),
+    )
+    for wrong, message in wrong_ones:
         with pytest.raises(InputError, match=message):
             scope_blocks(classifier.model, "classifier", wrong)
 
@@ -186,13 +203,24 @@ def test_a_layer_that_is_not_supported_is_named_before_the_pass(folder, tmp_path
         scope_blocks(classifier.model, "classifier", "top-1")
 
 
+def test_weights_that_two_layers_share_are_refused(folder):
+    classifier = load_classifier(make_tiny_model(folder / "tied", n_classes=3))
+    layer = classifier.model.bert.encoder.layer[0].attention.self
+    layer.key.weight = layer.query.weight
+    with pytest.raises(ModelError, match=r"query and .*key share one weight"):
+        blocks_of(classifier, "all")
+
+
 @pytest.fixture(scope="module")
 def world(folder):
     """An index of two checkpoints with sketched scopes, and its retriever."""
     models = [str(make_tiny_model(folder / f"m{i}", n_classes=3, seed=i)) for i in range(2)]
     source = rows_from_texts(sentences(90), labels(90, 3))
     chosen = choose_model(None, models, ETAS).checkpoints
-    options = BuildOptions(scopes=("head", "all", "top-1"), sketch_dim=48, shard_rows=32)
+    options = BuildOptions(
+        scopes=("head", "all", "top-1", f"layer:{LAYER}"), shard_rows=32,
+        sketch_dim=48, sketch_bits=256, white_bits=512, dampings=("0.1x", "0.02"), calibration_queries=8,
+    )  # fmt: skip
     index = build_index(source, folder / "index", chosen, options)
     return index, Retriever(index), models, chosen, options
 
@@ -213,7 +241,7 @@ def captum_scores(path: str, scope: str, queries: list[str]) -> np.ndarray:
     from captum.influence import TracInCP
 
     classifier = load_classifier(path)
-    names = names_of(scope_blocks(classifier.model, classifier.head_name, scope))
+    names = names_of(blocks_of(classifier, scope))
     for name in names:
         linear = classifier.model.get_submodule(name)
         bias = linear._parameters.pop("bias").detach()
@@ -237,9 +265,9 @@ def captum_scores(path: str, scope: str, queries: list[str]) -> np.ndarray:
 def autograd_scores(path: str, scope: str, queries: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Dots and cosines of full gradients, row by row."""
     classifier = load_classifier(path)
-    names = names_of(scope_blocks(classifier.model, classifier.head_name, scope))
-    rows = autograd(classifier, names, sentences(90), labels(90, 3))
-    asked = autograd(classifier, names, queries, [1] * len(queries))
+    blocks = blocks_of(classifier, scope)
+    rows = autograd(classifier, blocks, sentences(90), labels(90, 3))
+    asked = autograd(classifier, blocks, queries, [1] * len(queries))
     dots = np.array([[dot(q, r) for r in rows] for q in asked])
     lengths = [np.sqrt([dot(g, g) for g in some]) for some in (asked, rows)]
     return dots, dots / np.outer(*lengths)
@@ -249,7 +277,7 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
     return float((np.abs(found - wanted).max(axis=1) / np.abs(wanted).max(axis=1)).max())
 
 
-@pytest.mark.parametrize("scope", ["all", "top-1"])
+@pytest.mark.parametrize("scope", ["all", "top-1", f"layer:{LAYER}"])
 def test_gd_gc_and_tracin_equal_autograd_and_captum(world, scope):
     _, retriever, models, _, _ = world
     queries = sentences(4, seed=8)
@@ -258,14 +286,19 @@ def test_gd_gc_and_tracin_equal_autograd_and_captum(world, scope):
     wanted = {"gd": dots, "gc": cosines, "tracin": ETAS[0] * first + ETAS[1] * dots}
     for name, truth in wanted.items():
         assert error(retriever.scores(queries, name, scope=scope, target="LABEL_1"), truth) <= 1e-5, name
+    layer = retriever.scores(queries, f"tracin-layer:{scope.removeprefix('layer:')}", target="LABEL_1")
+    assert error(layer, wanted["tracin"]) <= 1e-5
     assert error(captum_scores(models[-1], scope, queries), dots) <= 1e-5
+
+
+DEEP = ["gd", "gc", "tracin", "if", "rif"]
 
 
 @pytest.mark.parametrize("scope", ["all", "top-1"])
 def test_candidates_are_scored_exactly_and_enough_of_them_give_the_full_answer(world, scope):
     index, retriever, _, _, _ = world
     queries = sentences(5, seed=9)
-    ask = {"methods": ["gd", "gc", "tracin"], "top": 6, "scope": scope}
+    ask = {"methods": DEEP, "top": 6, "scope": scope}
     full = retriever.retrieve(queries, exact="full", **ask)
     every = retriever.retrieve(queries, candidates=index.manifest.n_live, **ask)
     assert every["row"].to_pylist() == full["row"].to_pylist()
@@ -273,22 +306,199 @@ def test_candidates_are_scored_exactly_and_enough_of_them_give_the_full_answer(w
     some = retriever.retrieve(queries, candidates=30, **ask).to_pylist()
     scores = {m: retriever.scores(queries, m, scope=scope) for m in ask["methods"]}
     for row in some:
-        assert row["score"] == pytest.approx(scores[row["method"]][row["query"], row["row"]], rel=1e-4, abs=1e-6)
-    hits = np.mean([a["row"] in {b["row"] for b in full.to_pylist() if b["query"] == a["query"]} for a in some])
-    assert hits > 0.7
+        size = np.abs(scores[row["method"]][row["query"]]).max()
+        assert row["score"] == pytest.approx(scores[row["method"]][row["query"], row["row"]], rel=1e-4, abs=1e-6 * size)
+    hits = np.mean(
+        [
+            a["row"] in {b["row"] for b in full.to_pylist() if (b["query"], b["method"]) == (a["query"], a["method"])}
+            for a in some
+        ]
+    )
+    assert hits > 0.9
     rough = retriever.retrieve(queries, exact="none", **ask)
     assert not any(rough["exact"].to_pylist())
 
 
-def test_methods_that_compare_no_gradients_are_the_same_at_every_scope(world):
+def dense(classifier: Classifier, scope: str, texts) -> np.ndarray:
+    """Gauss-Newton matrix in float64: E over y ~ p of the outer products of the row gradients, mean over rows."""
+    blocks = blocks_of(classifier, scope)
+    total = 0.0
+    for text in texts:
+        encoded = classifier.tokenizer(text, return_tensors="pt", truncation=True, max_length=classifier.max_length)
+        p = classifier.model(**encoded).logits.detach().softmax(dim=1)[0]
+        for c in range(len(p)):
+            g = flat(autograd(classifier, blocks, [text], [c])[0])
+            total = total + float(p[c]) * np.outer(g, g)
+    return total / len(texts)
+
+
+def flat(gradients: list[torch.Tensor]) -> np.ndarray:
+    return torch.cat([g.flatten() for g in gradients]).double().numpy()
+
+
+@pytest.mark.parametrize("scope", ["head", f"layer:{LAYER}"])
+def test_if_and_rif_by_cg_equal_a_dense_solve(world, scope):
+    """<H^-1 g_q, g_n> and its cosine, H the dense Gauss-Newton matrix of all rows plus damping."""
+    _, retriever, models, _, _ = world
+    classifier = load_classifier(models[-1])
+    queries, damping = sentences(3, seed=8), 0.02
+    blocks = blocks_of(classifier, scope)
+    h = dense(classifier, scope, sentences(90))
+    rows = np.stack([flat(g) for g in autograd(classifier, blocks, sentences(90), labels(90, 3))])
+    asked = np.stack([flat(g) for g in autograd(classifier, blocks, queries, [1] * 3)])
+    solved = np.linalg.solve(h + damping * np.eye(len(h)), np.vstack([asked, rows]).T).T
+    truth = {"if": solved[:3] @ rows.T}
+    own = [np.sqrt((s * g).sum(axis=1)) for s, g in ((solved[:3], asked), (solved[3:], rows))]
+    truth["rif"] = truth["if"] / np.outer(*own)
+    choices = {"curvature": "cg", "damping": str(damping), "curvature_rows": 0, "tolerance": 1e-6}
+    for name, wanted in truth.items():
+        found = retriever.scores(queries, name, scope=scope, target="LABEL_1", **choices)
+        assert error(found, wanted) <= 2e-4, name
+
+
+def test_if_and_rif_by_ekfac_use_the_stored_curvature(world):
+    """From the stored bases and eigenvalues, in numpy, over one scope and both stored dampings."""
+    index, retriever, models, _, _ = world
+    classifier = load_classifier(models[-1])
+    queries = sentences(3, seed=8)
+    blocks = blocks_of(classifier, "top-1")
+    ekfac = index.ekfac("top-1")
+
+    def coordinates(texts, wanted) -> np.ndarray:
+        found = []
+        for gradients in autograd(classifier, blocks, texts, wanted):
+            parts = [
+                (ekfac.parts[b.name].left.double().T @ g.double() @ ekfac.parts[b.name].right.double()).flatten()
+                for b, g in zip(blocks, gradients, strict=True)
+            ]
+            found.append(torch.cat(parts).numpy())
+        return np.stack(found)
+
+    eigenvalues = np.concatenate([ekfac.parts[b.name].eigenvalues.double().numpy().ravel() for b in blocks])
+    q, n = coordinates(queries, [1] * 3), coordinates(sentences(90), labels(90, 3))
+    for given, size in (("0.1x", 0.1 * eigenvalues.mean()), ("0.02", 0.02)):
+        inverse = 1 / (eigenvalues + size)
+        scores = (q * inverse) @ n.T
+        own = [np.sqrt((x * x * inverse).sum(axis=1)) for x in (q, n)]
+        for name, wanted in (("if", scores), ("rif", scores / np.outer(*own))):
+            found = retriever.scores(queries, name, scope="top-1", target="LABEL_1", damping=given)
+            assert error(found, wanted) <= 1e-4, (name, given)
+        np.testing.assert_allclose(
+            index.gradients("top-1", damping=0 if given == "0.1x" else 1).norms, own[1], rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("scope", ["head", "top-1"])
+def test_identity_curvature_makes_if_gd_and_rif_gc(world, scope):
     _, retriever, _, _, _ = world
-    ask = {"methods": ["nn-cos"], "top": 3}
-    assert retriever.retrieve(["a film"], scope="all", **ask).equals(retriever.retrieve(["a film"], **ask))
-    for name in ("if", "rif", "rep", "tracin-last"):
-        with pytest.raises(InputError, match=f"method {name} is not available at scope all"):
-            retriever.retrieve(["a film"], methods=[name], scope="all")
+    queries = sentences(3, seed=4)
+    for name, same in (("if", "gd"), ("rif", "gc")):
+        found = retriever.scores(queries, name, scope=scope, curvature="identity")
+        assert error(found, retriever.scores(queries, same, scope=scope)) <= 1e-6
+        rows = retriever.retrieve(queries, methods=[name], scope=scope, curvature="identity", candidates=40)["row"]
+        assert (
+            rows.to_pylist()
+            == retriever.retrieve(queries, methods=[same], scope=scope, candidates=40)["row"].to_pylist()
+        )
+
+
+@pytest.mark.parametrize("solver", ["ekfac", "cg", "lissa"])
+def test_every_solver_answers_at_the_head_as_the_exact_one_does_at_its_damping(world, solver):
+    """At the head Gauss-Newton is the Hessian; EK-FAC is another matrix, only correlated."""
+    _, retriever, _, _, _ = world
+    queries = sentences(3, seed=4)
+    lissa = "damping=0.002,scale=10,batch_rows=90,depth=4000"
+    choices = {"curvature": solver, "damping": "0.02", "lissa": lissa, "tolerance": 1e-8}
+    for name in ("if", "rif"):
+        found = retriever.scores(queries, name, **choices)
+        exact = retriever.scores(queries, name, damping="0.02", curvature="exact")
+        if solver == "ekfac":
+            assert np.corrcoef(found.ravel(), exact.ravel())[0, 1] > 0.9
+        else:
+            assert error(found, exact) <= (1e-6 if solver == "cg" else 0.05), name
+    table = retriever.retrieve(queries, methods=["if"], **choices)
+    assert ("residual" in table.column_names) == (solver != "ekfac")
+    facts = json.loads(table.schema.metadata[b"forebear"])["methods"]["if"]
+    assert facts["curvature"] == solver
+    assert facts["damping"] == pytest.approx(0.02)
+
+
+def test_solvers_that_iterate_report_their_residual_beyond_the_head(world):
+    _, retriever, _, _, _ = world
+    ask = {"methods": ["if", "rif", "gd"], "scope": "top-1", "top": 3, "candidates": 5, "curvature_rows": 20}
+    for solver in ("cg", "cg-hessian"):
+        table = retriever.retrieve(["a film"], curvature=solver, damping="5.0", **ask)
+        residual = {r["method"]: r["residual"] for r in table.to_pylist()}
+        assert residual["gd"] is None
+        assert residual["if"] <= 1e-3
+    table = retriever.retrieve(
+        ["a film"], curvature="lissa", lissa="damping=0.01,scale=500,batch_rows=5,depth=50", **ask
+    )
+    assert 0 < table["residual"].to_pylist()[0] < 2
+    facts = json.loads(table.schema.metadata[b"forebear"])["methods"]["if"]
+    assert (facts["damping"], facts["curvature_rows"], facts["matrix"]) == (5.0, 20, "Hessian")
+
+
+def test_methods_that_fix_their_scope_are_the_same_at_every_scope(world):
+    _, retriever, _, _, _ = world
+    for name in ("nn-cos", "rep", "tracin-last"):
+        ask = {"methods": [name], "top": 3}
+        assert retriever.retrieve(["a film"], scope="all", **ask).equals(retriever.retrieve(["a film"], **ask))
+
+
+def test_what_the_index_does_not_hold_is_refused_with_the_option_that_builds_it(world, folder):
+    _, retriever, models, _, _ = world
     with pytest.raises(MissingStoreError, match="--scope head,top-2"):
         retriever.retrieve(["a film"], methods=["gd"], scope="top-2")
+    with pytest.raises(MissingStoreError, match="--scope head,layer:bert"):
+        retriever.retrieve(["a film"], methods=["tracin-layer:bert.pooler.dense"])
+    with pytest.raises(MissingStoreError, match=r"damping 0\.1x .*, not 7"):
+        retriever.retrieve(["a film"], methods=["if"], scope="all", damping="7")
+    with pytest.raises(InputError, match="exact is for scope head"):
+        retriever.retrieve(["a film"], methods=["if"], scope="all", curvature="exact")
+    with pytest.raises(InputError, match="--curvature 'kfac'"):
+        retriever.retrieve(["a film"], methods=["if"], curvature="kfac")
+    with pytest.raises(InputError, match="names no layer"):
+        retriever.retrieve(["a film"], methods=["tracin-layer:"])
+    chosen = choose_model(None, models[-1:], [1.0]).checkpoints
+    source = rows_from_texts(sentences(20), labels(20, 3))
+    options = BuildOptions(scopes=("head", "all"), sketch_dim=8, curvature="none", calibration_queries=0)
+    plain = Retriever(build_index(source, folder / "plain", chosen, options))
+    with pytest.raises(MissingStoreError, match="--curvature none"):
+        plain.retrieve(["a film"], methods=["if"], scope="all")
+    with pytest.raises(InputError, match="absolute --damping"):
+        plain.retrieve(["a film"], methods=["if"], scope="all", curvature="cg")
+    found = plain.retrieve(["a film"], methods=["if"], scope="all", curvature="cg", damping="0.5", top=3)
+    assert found.num_rows == 6
+
+
+def test_biases_and_layer_norm_change_the_scores_and_are_recorded(world, folder):
+    _, retriever, models, _, _ = world
+    chosen = choose_model(None, models[-1:], [1.0]).checkpoints
+    source = rows_from_texts(sentences(90), labels(90, 3))
+    options = BuildOptions(scopes=("head", "top-1"), sketch_dim=16, with_bias=True, calibration_queries=0)
+    whole = Retriever(build_index(source, folder / "bias", chosen, options))
+    queries = sentences(3, seed=8)
+    classifier = load_classifier(models[-1])
+    blocks = blocks_of(classifier, "top-1", with_bias=True)
+    rows = autograd(classifier, blocks, sentences(90), labels(90, 3))
+    asked = autograd(classifier, blocks, queries, [1] * 3)
+    wanted = np.array([[dot(q, r) for r in rows] for q in asked])
+    assert error(whole.scores(queries, "gd", scope="top-1", target="LABEL_1"), wanted) <= 1e-5
+    assert error(retriever.scores(queries, "gd", scope="top-1", target="LABEL_1"), wanted) > 1e-3
+    metadata = whole.metadata(QuerySpec(methods=("gd",), scope="top-1"))
+    assert json.loads(metadata["forebear"])["methods"]["gd"]["with_bias"]
+
+
+def test_checkpoints_of_different_shapes_are_refused(world, folder, tmp_path):
+    _, _, models, _, _ = world
+    small = make_tiny_model(folder / "small", n_classes=3)
+    config = transformers.AutoConfig.from_pretrained(small)
+    config.hidden_size, config.num_attention_heads, config.intermediate_size = 8, 2, 12
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(small)
+    chosen = choose_model(None, [str(small), models[-1]], [1.0, 1.0]).checkpoints
+    with pytest.raises(MismatchError, match="has 8 features"):
+        build_index(rows_from_texts(sentences(9), labels(9, 3)), tmp_path / "x", chosen, BuildOptions())
 
 
 def test_appended_rows_are_sketched_as_the_first_ones_were(world, tmp_path):
@@ -306,18 +516,31 @@ def test_appended_rows_are_sketched_as_the_first_ones_were(world, tmp_path):
     np.testing.assert_allclose(grown.gradients("all").norms, whole.gradients("all").norms, rtol=1e-5)
 
 
-def test_stored_sketches_are_unit_vectors_with_their_lengths(world):
-    index, _, _, _, _ = world
-    store = index.gradients("all")
-    sketches = store.sketches.take(np.arange(90)).astype(np.float64)
-    np.testing.assert_allclose(np.linalg.norm(sketches, axis=1), 1.0, atol=2e-3)
-    assert (store.lengths <= store.norms * (1 + 1e-5)).all()
-    np.testing.assert_allclose(
-        store.residual_lengths**2 + store.lengths**2,
-        store.norms**2,
-        rtol=1e-4,
-        atol=1e-6 * float(store.norms.max()) ** 2,
-    )
+def test_an_interrupted_build_resumes_to_the_same_bytes_but_not_with_another_damping(world, tmp_path, monkeypatch):
+    """The dampings decide the whitened sketches of the pass: with curvature they are no later choice."""
+    index, _, _, chosen, options = world
+    source = rows_from_texts(sentences(90), labels(90, 3))
+    from forebear.indexer import shards
+
+    real, calls = shards.write_columns, []
+
+    def dies(path, columns):
+        calls.append(path)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        real(path, columns)
+
+    monkeypatch.setattr(shards, "write_columns", dies)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(source, tmp_path / "i", chosen, options)
+    monkeypatch.undo()
+    from dataclasses import replace
+
+    with pytest.raises(MismatchError, match="dampings"):
+        build_index(source, tmp_path / "i", chosen, replace(options, dampings=("0.5x",)), resume=True)
+    again = build_index(source, tmp_path / "i", chosen, options, resume=True)
+    assert again.manifest.files == index.manifest.files
+    assert again.manifest.calibration == index.manifest.calibration
 
 
 def test_info_and_verify_tell_of_sketched_scopes(world, capsys):
@@ -327,7 +550,7 @@ def test_info_and_verify_tell_of_sketched_scopes(world, capsys):
     assert run(["info", str(index.folder)]) == 0
     out = capsys.readouterr().out
     assert out.count("representations") == 1
-    assert "all: sketch of 48" in out
+    assert "all: sketch of 48 coordinates and 256 bits" in out
     assert "head: exact, 3 x 16" in out
     assert run(["verify", str(index.folder)]) == 0
     args = ["retrieve", "--index", str(index.folder), "--text", "a film", "--method", "gd,gc", "--scope", "top-1"]
@@ -339,19 +562,33 @@ def test_rounding_to_fp16_does_not_reorder_nearly_parallel_sketches(world, monke
     """Sketches with one dominant component: fp16 changes their length by more than their cosines differ."""
     from dataclasses import replace
 
+    from forebear.indexer.estimate import Part, estimate
+    from forebear.indexer.sketch import SketchRows
     from forebear.indexer.store import RowMatrix
-    from forebear.retriever.gradients import GradientSearch
-    from forebear.retriever.methods import METHODS
 
-    index, retriever, _, _, _ = world
-    search = GradientSearch(index, retriever._models, "all", [["a film"]], np.array([1]), all_checkpoints=False)
+    index, _, _, _, _ = world
     rng = np.random.default_rng(0)
     vectors = np.concatenate([np.ones((90, 1)), 0.003 * rng.normal(size=(90, 47))], axis=1)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    part = search.parts[0]
-    store = replace(part.store, sketches=RowMatrix([vectors.astype(np.float16)]))
-    asked = replace(part.asked, sketches=vectors[:1].astype(np.float32))
-    search.parts = [replace(part, store=store, asked=asked)]
-    found = search._approximate(METHODS["gc"])[0]
+    store = replace(
+        index.gradients("all"), sketches=RowMatrix([vectors.astype(np.float16)]), shares=np.ones(90, np.float32)
+    )
+    one = np.ones(1)
+    asked = SketchRows(vectors[:1].astype(np.float32), np.zeros((1, 256), np.float32), one, one)
+    found = estimate([Part(1.0, asked, store)], np.arange(90), cosine=True)[0]
     truth = vectors @ vectors[0]
     assert len(set(np.argsort(-found)[:10]) & set(np.argsort(-truth)[:10])) >= 8
+
+
+def test_without_stored_curvature_candidates_for_cg_come_from_sketches_of_the_solution(world, folder):
+    """H^-1 g is sketched itself: with all of the sketch kept, the first candidates are the best rows."""
+    _, _, models, _, _ = world
+    chosen = choose_model(None, models[-1:], [1.0]).checkpoints
+    source = rows_from_texts(sentences(90), labels(90, 3))
+    options = BuildOptions(scopes=("head", "top-1"), sketch_dim=90, curvature="none", calibration_queries=0)
+    retriever = Retriever(build_index(source, folder / "no-curvature", chosen, options))
+    ask = {"methods": ["if"], "scope": "top-1", "curvature": "cg", "damping": "0.05", "top": 5}
+    full = retriever.retrieve(sentences(3, seed=4), exact="full", **ask)
+    some = retriever.retrieve(sentences(3, seed=4), candidates=20, **ask)
+    hits = np.mean([a == b for a, b in zip(full["row"].to_pylist(), some["row"].to_pylist(), strict=True)])
+    assert hits > 0.9

@@ -132,9 +132,7 @@ def _exact_scores(
     return {name: np.concatenate(some) for name, some in found.items()}
 
 
-def _code_weight(
-    part: Part, sample: np.ndarray, cosines: np.ndarray, others: np.ndarray, *, cosine: bool
-) -> float:
+def _code_weight(part: Part, sample: np.ndarray, cosines: np.ndarray, others: np.ndarray, *, cosine: bool) -> float:
     """Least-squares share of the code's estimate, 0 to 1, relative to that of the coordinates'.
 
     ``others`` ``(q, m)`` leaves each query's own row out: its cosine of 1 would outweigh all.

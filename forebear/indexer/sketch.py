@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from forebear.errors import CorruptIndexError
+from forebear.indexer.ekfac import Vectors, dot
 from forebear.indexer.forward import Forward
 from forebear.indexer.gradient_pass import MemoryWarning, labels_seed, refuse_non_finite, run_pass
 from forebear.indexer.model import Classifier
@@ -72,8 +73,11 @@ class Reduction:
         """Ready to run there."""
         basis = as_tensor(self.basis.astype(np.float32)).to(device)
         signs = as_tensor(self._signs).to(device)
-        code_basis = _pool(basis * signs, self.bits) if self.bits else None
-        return Reducer(basis, signs, code_basis, self.bits)
+        if not self.bits:
+            return Reducer(basis, signs, None, 0)
+        padding = -len(self.squares) % self.bits
+        basis, signs = (torch.nn.functional.pad(values, (0, padding)) for values in (basis, signs))
+        return Reducer(basis, signs, _pool(basis * signs, self.bits), self.bits)
 
 
 @dataclass(frozen=True)
@@ -85,20 +89,27 @@ class Reducer:
     code_basis: torch.Tensor | None
     bits: int
 
+    @property
+    def width(self) -> int:
+        """D, and zeros up to a multiple of the code's length."""
+        return len(self.signs)
+
     def __call__(self, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Lengths ``(b,)`` of raw sketches; coordinates ``(b, d)``, code ``(b, bits)`` of them scaled to length 1."""
-        lengths = raw.double().norm(dim=1)
-        unit = raw / torch.where(lengths > 0, lengths, 1.0)[:, None].to(raw.dtype)
-        x = unit.float() @ self.basis.T
+        """Lengths ``(b,)`` of raw sketches; coordinates ``(b, d)``, code ``(b, bits)`` of them scaled to length 1.
+
+        ``raw`` ``(b, width)`` float32 is overwritten: it is large, and this is where the pass would wait for memory.
+        """
+        lengths = torch.linalg.vector_norm(raw, dim=1)
+        scale = (1 / torch.where(lengths > 0, lengths, 1.0))[:, None]
+        x = (raw @ self.basis.T) * scale
         if self.code_basis is None:
             return lengths, x, x[:, :0]
-        return lengths, x, _pool(unit.float() * self.signs, self.bits) - x @ self.code_basis
+        return lengths, x, _pool(raw.mul_(self.signs), self.bits) * scale - x @ self.code_basis
 
 
 def _pool(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Sums of every bits-th entry, ``(b, bits)``."""
-    pad = -values.shape[1] % bits
-    return torch.nn.functional.pad(values, (0, pad)).view(len(values), -1, bits).sum(dim=1)
+    """Sums of every bits-th entry, ``(b, bits)``; the width is a multiple of ``bits``."""
+    return values.view(len(values), -1, bits).sum(dim=1)
 
 
 def fit_reduction(unit: np.ndarray, projector: Projector, *, width: int, bits: int, seed: int) -> Reduction:
@@ -222,7 +233,7 @@ class Sketches:
 
     def begin(self, positions: list[int]) -> None:
         """See :class:`~forebear.indexer.gradient_pass.Collector`."""
-        self._raw = torch.zeros((len(positions), self._projector.width), device=self._device)
+        self._raw = torch.zeros((len(positions), self._reduce.width), device=self._device)
         self._squares = torch.zeros(len(positions), dtype=torch.float64, device=self._device)
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:
@@ -253,6 +264,15 @@ class Sketcher:
 
     projector: Projector
     reduction: Reduction
+
+    def of_matrix(self, vectors: Vectors, device: torch.device) -> SketchRows:
+        """Sketches of whole vectors ``(q, n_out, n_in)`` by block."""
+        reduce = self.reduction.on(device)
+        raw = self.projector.project_matrix(vectors)
+        raw = torch.nn.functional.pad(raw, (0, reduce.width - raw.shape[1]))
+        lengths, x, codes = reduce(raw)
+        norms = dot(vectors, vectors).sqrt()
+        return SketchRows(*(values.cpu().numpy() for values in (x, codes, lengths.double(), norms)))
 
     def collector(self, n_rows: int, device: torch.device) -> Sketches:
         """To be shown a pass over ``n_rows`` rows."""

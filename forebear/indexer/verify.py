@@ -20,6 +20,7 @@ from forebear.indexer.shards import check_same_model
 from forebear.indexer.sketch import Sketcher, sketch_rows
 from forebear.indexer.store import file_sha256
 
+FLOAT16_ROUNDING = 1e-3  # of stored coordinates, scaled back to length 1
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # max|difference| / max|value|: other batches, other threads
 
 
@@ -115,9 +116,10 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
     errors = []
     paths = moved_paths(model, manifest.checkpoints, index.folder)
 
-    def compare(stored: np.ndarray, found: np.ndarray) -> None:
+    def compare(stored: np.ndarray, found: np.ndarray, *, rounding: float = 0.0) -> None:
         scale = max(float(np.abs(stored).max()), 1e-30)
-        errors.append(float(np.abs(stored.astype(np.float64) - found).max()) / scale)
+        difference = float(np.abs(stored.astype(np.float64) - found).max()) / scale
+        errors.append(max(difference - rounding, 0.0) if np.isfinite(difference) else difference)
 
     for number, checkpoint in enumerate(manifest.checkpoints):
         classifier = load_classifier(paths[number], device=device, precision=spec.precision, max_length=spec.max_length)
@@ -135,7 +137,7 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
                 store = index.gradient_store(kind)
                 compare(store.norms[rows], found.norms)
                 compare(store.lengths[rows], found.lengths)
-                compare(store.coordinates(rows), found.coordinates)
+                compare(store.coordinates(rows), found.coordinates, rounding=FLOAT16_ROUNDING)
         else:
             forward = run_forward(classifier, texts, batch_tokens=spec.batch_tokens)
         residuals, _ = residual_and_loss(forward.logits, gold)

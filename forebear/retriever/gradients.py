@@ -27,7 +27,7 @@ from forebear.retriever.curvature import CurvatureSpec, Solve, deep_solver
 from forebear.retriever.methods import Method
 from forebear.retriever.queries import Models
 from forebear.retriever.scoring import rank
-from forebear.retriever.search import Ranking
+from forebear.retriever.search import Ranking, join
 
 VECTOR_BYTES = 1 << 30  # whole query vectors held at once
 SELF_ROWS = 8  # candidates whose self-influence is solved for at once
@@ -65,6 +65,8 @@ class GradientSearch:
         index.check_scope(scope)
         self.index, self.models, self.scope, self.curvature = index, models, scope, curvature
         self._solve: Solve | None = None
+        self._held: dict[int, tuple[Asked, Vectors]] = {}  # of the last block asked, by checkpoint
+        self._held_solution: tuple[Asked, Vectors, np.ndarray | None] | None = None
 
     @cached_property
     def last(self) -> int:
@@ -91,6 +93,21 @@ class GradientSearch:
             self._solve = deep_solver(self.curvature, self.index, classifier, self.scope, self.blocks)
         return self._solve(vectors)
 
+    def gradients_of(self, number: int, asked: Asked) -> Vectors:
+        """Whole gradients of the test rows at a checkpoint; those of the last block asked are held."""
+        held = self._held.get(number)
+        if held is None or held[0] is not asked:
+            classifier = self.models.classifier(number)
+            found = whole_gradients(classifier, self.scope, self.blocks, asked.texts, asked.targets)
+            self._held[number] = held = (asked, found)
+        return held[1]
+
+    def solutions_of(self, asked: Asked) -> tuple[Vectors, np.ndarray | None]:
+        """H^-1 of them at the last checkpoint, and relative residuals where a solver iterated; held likewise."""
+        if self._held_solution is None or self._held_solution[0] is not asked:
+            self._held_solution = (asked, *self.solve(self.gradients_of(self.last, asked)))
+        return self._held_solution[1:]
+
     def white_number(self) -> int | None:
         """Number of the damping whose whitened sketches propose candidates for ``if`` and ``rif``; None: none do."""
         if not self.index.manifest.spec.whitened or self.curvature.at(self.scope) == "identity":
@@ -108,6 +125,12 @@ class GradientSearch:
                 self.index.folder, classifier, self.index.manifest.spec, self.scope, name, last=number == self.last
             )
             wanted = {kind: s for kind, s in sketchers.items() if kind in self._kinds(methods)}
+            if number == self.last and any(self._from_solutions(m) for m in methods):
+                own = self._kind(number, None)
+                solved = {k: v.float() for k, v in self.solutions_of(asked)[0].items()}
+                found["solutions"] = sketchers[own].of_matrix(solved, classifier.device)
+            if not wanted:
+                continue
             rows, _ = sketch_rows(classifier, list(wanted.values()), asked.texts, asked.targets, batch_tokens=4096)
             found |= dict(zip(wanted, rows, strict=True))
         out = {}
@@ -116,12 +139,17 @@ class GradientSearch:
             out[method.name] = [
                 Part(
                     weight,
-                    found[self._kind(number, white)],
+                    found["solutions" if self._from_solutions(method) else self._kind(number, white)],
                     self.index.gradients(self.scope, number, white),
                 )
                 for number, weight in self.checkpoints(method)
             ]
         return out
+
+    def _from_solutions(self, method: Method) -> bool:
+        """Whether candidates come from a sketch of H^-1 g against the rows' plain ones: nothing whitened is stored."""
+        identity = self.curvature.at(self.scope) == "identity"
+        return method.query == "preconditioned" and not identity and self.white_number() is None
 
     def _kind(self, number: int, white: int | None) -> str:
         return gradient_folder(self.scope, self.index.manifest.checkpoints[number].name, white)
@@ -130,6 +158,8 @@ class GradientSearch:
         """Folders of the sketches that some methods need."""
         out = set()
         for method in methods:
+            if self._from_solutions(method):
+                continue
             white = self.white_number() if method.query == "preconditioned" else None
             out |= {self._kind(number, white) for number, _ in self.checkpoints(method)}
         return out
@@ -146,6 +176,12 @@ class GradientSearch:
             exact: ``none``, ``rerank`` or ``full``.
             n_candidates: Rows at each end that the sketches propose, by method name.
         """
+        chunks = self._chunks(methods, len(asked.targets))
+        if len(chunks) > 1:
+            found = [
+                self.search(methods, asked.take(which), k, exact=exact, n_candidates=n_candidates) for which in chunks
+            ]
+            return {m.name: (join([f[m.name][0] for f in found]), join([f[m.name][1] for f in found])) for m in methods}
         if exact == "full":
             return self._full(methods, asked, k)
         live = self.index.live
@@ -194,9 +230,10 @@ class GradientSearch:
         q = len(asked.targets)
         scores = {name: np.empty((q, at.shape[-1])) for name, at in rows.items()}
         residuals: dict[str, np.ndarray] = {}
-        for which in self._chunks(methods, q):
+        chunks = self._chunks(methods, q)
+        for which in chunks:
             mine = {name: at if at.ndim == 1 else at[which] for name, at in rows.items()}
-            found, left = self._score_chunk(methods, asked.take(which), mine)
+            found, left = self._score_chunk(methods, asked if len(chunks) == 1 else asked.take(which), mine)
             for name in scores:
                 scores[name][which] = found[name]
                 if left is not None and _method(methods, name).query == "preconditioned":
@@ -221,10 +258,10 @@ class GradientSearch:
         for number in sorted({n for method in methods for n, _ in self.checkpoints(method)}):
             classifier = self.models.classifier(number)
             mine = [m for m in methods if number in dict(self.checkpoints(m))]
-            g = whole_gradients(classifier, self.scope, self.blocks, asked.texts, asked.targets)
+            g = self.gradients_of(number, asked)
             vectors: list[Vectors] = [g]
             if any(m.query == "preconditioned" for m in mine):
-                solved, residual = self.solve(g)
+                solved, residual = self.solutions_of(asked)
                 vectors.append(solved)
             stacked = vectors[0] if len(vectors) == 1 else {n: torch.cat([v[n] for v in vectors]) for n in g}
             q = len(asked.targets)

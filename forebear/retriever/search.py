@@ -178,7 +178,7 @@ def search_scan(
     """
     chunks = _chunks(np.arange(len(query)), max(1, _MAX_SCORES // len(table)))
     outcome = [_scan_chunk(query.take(which), table, factors, k, rerank=rerank) for which in chunks]
-    return _join([a for a, _ in outcome]), _join([b for _, b in outcome])
+    return join([a for a, _ in outcome]), join([b for _, b in outcome])
 
 
 def _scan_chunk(
@@ -213,14 +213,16 @@ def _scan_chunk(
     return ends[0], ends[1]
 
 
-def _join(parts: list[Ranking]) -> Ranking:
-    return Ranking(
-        np.concatenate([p.rows for p in parts]),
-        np.concatenate([p.scores for p in parts]),
-        all(p.exact for p in parts),
-        np.concatenate([p.n_scored for p in parts]),
-        None if parts[0].residual is None else np.concatenate([p.residual for p in parts if p.residual is not None]),
-    )
+def join(parts: list[Ranking]) -> Ranking:
+    """Rankings of one block of test rows after another."""
+
+    def together(name: str) -> np.ndarray | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else np.concatenate(values)
+
+    rows, scores, n_scored = (np.concatenate([getattr(p, n) for p in parts]) for n in ("rows", "scores", "n_scored"))
+    exact = all(part.exact for part in parts)
+    return Ranking(rows, scores, exact, n_scored, together("residual"), together("proven"))
 
 
 def search_ann(
