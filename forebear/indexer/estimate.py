@@ -139,7 +139,8 @@ def _scan(
     order = live
     reach = None
     if not cosine:
-        squares = sum(part.weight * part.store.lengths[live].astype(np.float64) ** 2 for part in parts)
+        held = [part.store.lengths[live].astype(np.float64) * part.store.shares[live] for part in parts]
+        squares = sum(part.weight * length**2 for part, length in zip(parts, held, strict=True))
         assert isinstance(squares, np.ndarray)
         order = live[np.argsort(-squares, kind="stable")]
         lengths = np.sqrt(np.sort(squares)[::-1])
@@ -170,10 +171,17 @@ def _merge(
     *,
     largest: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best of what was kept and what is new; of equal scores at the cut the lower row numbers stay."""
     if kept is not None:
         scores, rows = torch.cat([kept[0], scores], dim=1), torch.cat([kept[1], rows], dim=1)
-    found = scores.topk(min(width, scores.shape[1]), dim=1, largest=largest)
-    return found.values, rows.gather(1, found.indices)
+    width = min(width, scores.shape[1])
+    values, at = scores.topk(width, dim=1, largest=largest)
+    equal = scores == values[:, -1:]
+    for q in torch.nonzero(equal.sum(dim=1) > (values == values[:, -1:]).sum(dim=1)).flatten().tolist():
+        better = torch.nonzero(values[q] != values[q, -1]).flatten()
+        tied = torch.nonzero(equal[q]).flatten()
+        at[q] = torch.cat([at[q, better], tied[rows[q, tied].argsort()[: width - len(better)]]])
+    return values, rows.gather(1, at)
 
 
 def _refine(

@@ -159,4 +159,6 @@ def _halves(at: list[int]) -> tuple[list[int], list[int]]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in ("not enough memory", "can't allocate memory")
+    )

@@ -57,11 +57,27 @@ class Projector(Protocol):
 def squared_norms(factors: LayerFactors) -> torch.Tensor:
     """||G||^2 of each row, ``(b,)`` float64: sum over t, s of (d_t . d_s)(a_t . a_s), or from G if cheaper."""
     a, d = factors.inputs, factors.deltas
+    scale = d.abs().amax(dim=(1, 2), keepdim=True)  # the squares of a confident row's gradient would underflow
+    scale = torch.where(scale > 0, scale, 1.0)
+    return _squared_norms(LayerFactors(a, d / scale)) * scale[:, 0, 0].double().square()
+
+
+def _squared_norms(factors: LayerFactors) -> torch.Tensor:
+    a, d = factors.inputs, factors.deltas
     tokens, n_in, n_out = a.shape[1], a.shape[2], d.shape[2]
     if tokens * (n_in + n_out) > n_in * n_out:
         return factors.gradients().square_().sum(dim=(1, 2), dtype=torch.float64)
     products = torch.bmm(d, d.transpose(1, 2)).mul_(torch.bmm(a, a.transpose(1, 2)))
     return products.sum(dim=(1, 2), dtype=torch.float64).clamp_min_(0)
+
+
+def row_lengths(values: torch.Tensor) -> torch.Tensor:
+    """Length of each row, ``(b,)`` float64; rows whose squares are too small for float32 are summed in float64."""
+    lengths: torch.Tensor = torch.linalg.vector_norm(values, dim=1).double()
+    small = lengths < 1e-15
+    if bool(small.any()):
+        lengths[small] = torch.linalg.vector_norm(values[small].double(), dim=1)
+    return lengths
 
 
 @dataclass(frozen=True)
@@ -130,8 +146,8 @@ class WhiteProjector:
         pooled, norms = [], []
         for some in turned.cache_sized():
             white = some.gradients().mul_(self._weights[name])
-            flat = white.flatten(1)
-            norms.append(torch.bmm(flat[:, None, :], flat[:, :, None])[:, 0, 0].double())
+            lengths = row_lengths(white.flatten(1))
+            norms.append(lengths.square())
             pooled.append(_pool(white, *self._sizes[name]).flatten(1))
         return self._places[name], torch.cat(pooled), torch.cat(norms)
 

@@ -26,7 +26,7 @@ from forebear.indexer.ekfac import Vectors, dot
 from forebear.indexer.forward import Forward
 from forebear.indexer.gradient_pass import MemoryWarning, labels_seed, refuse_non_finite, run_pass
 from forebear.indexer.model import Classifier
-from forebear.indexer.projector import Projector
+from forebear.indexer.projector import Projector, row_lengths
 from forebear.indexer.store import MEND, as_tensor, column, read_batches, record_batch, write_table
 from forebear.indexer.tape import LayerFactors
 
@@ -99,8 +99,8 @@ class Reducer:
 
         ``raw`` ``(b, width)`` float32 is overwritten: it is large, and this is where the pass would wait for memory.
         """
-        lengths = torch.linalg.vector_norm(raw, dim=1)
-        scale = (1 / torch.where(lengths > 0, lengths, 1.0))[:, None]
+        lengths = row_lengths(raw)
+        scale = (1 / torch.where(lengths > 0, lengths, 1.0))[:, None].float()
         x = (raw @ self.basis.T) * scale
         if self.code_basis is None:
             return lengths, x, x[:, :0]
@@ -121,8 +121,12 @@ def fit_reduction(unit: np.ndarray, projector: Projector, *, width: int, bits: i
         width: d; at most min(n, D) is used.
         bits: Of the code.
         seed: Of the code.
+
+    Raises:
+        NonFiniteError: A sketch is NaN or infinite.
     """
     n, raw_width = unit.shape
+    refuse_non_finite("the sample that sketches are fitted on", 0, unit)
     blocks = [unit[:, i : i + _FIT_COLUMNS] for i in range(0, raw_width, _FIT_COLUMNS)]
     gram = torch.zeros((n, n))
     for block in blocks:
@@ -130,6 +134,8 @@ def fit_reduction(unit: np.ndarray, projector: Projector, *, width: int, bits: i
         gram.addmm_(wide, wide.T)
     values, vectors = torch.linalg.eigh(gram.double())
     width = min(width, int((values > values[-1] * 1e-6).sum()))
+    if not width:  # no row of the sample has a gradient
+        return Reduction(np.eye(1, raw_width, dtype=np.float16), projector.squares, bits, seed)
     mix = (vectors[:, -width:] / values[-width:].sqrt()).flip(1).T.float()
     basis = np.concatenate([(mix @ torch.from_numpy(b.astype(np.float32))).numpy() for b in blocks], axis=1)
     return Reduction(basis.astype(np.float16), projector.squares, bits, seed)
@@ -217,8 +223,9 @@ class RawSketches:
 
     def end(self, positions: list[int]) -> None:
         """See :class:`~forebear.indexer.gradient_pass.Collector`."""
-        lengths = self._raw.norm(dim=1, keepdim=True)
-        self.out[positions] = (self._raw / torch.where(lengths > 0, lengths, 1.0)).half().cpu().numpy()
+        lengths = row_lengths(self._raw)[:, None]
+        unit = self._raw * (1 / torch.where(lengths > 0, lengths, 1.0)).float()
+        self.out[positions] = unit.half().cpu().numpy()
 
 
 class Sketches:

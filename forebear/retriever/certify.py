@@ -24,6 +24,7 @@ from forebear.retriever.search import Ranking
 
 _ROUND_ROWS = 256  # rows scored in a round, at least
 _FLOAT32 = 1e-5  # relative rounding of an exact score, with a margin
+_CANCELLED = 1e-3  # of a norm: what float32 leaves of sqrt(norm^2 - held^2) where nothing should be left
 _FLOAT16 = 1e-3  # of a unit vector's direction
 
 
@@ -128,7 +129,10 @@ def bounds(parts: Sequence[Part], live: np.ndarray, *, cosine: bool) -> tuple[np
             y = (store.coordinates(rows).astype(np.float64) @ t.T) * lengths[:, None]
             rounding = _FLOAT16 * stretch * store.shares[rows].astype(np.float64) * lengths
             middle = own @ y.T
-            width = np.outer(own_residual, store.residual_lengths[rows].astype(np.float64) * (1 + _FLOAT32))
+            width = np.outer(
+                np.hypot(own_residual, _CANCELLED * asked.norms),
+                np.hypot(store.residual_lengths[rows].astype(np.float64), _CANCELLED * store.norms[rows]),
+            )
             width += np.outer(own_length, rounding)
             if cosine:
                 below = asked.norms[:, None] * store.norms[rows].astype(np.float64)

@@ -229,10 +229,11 @@ class Retriever:
         self, scope: str, methods: Sequence[Method], asked: DeepAsked, spec: QuerySpec, top: int
     ) -> dict[str, tuple[Ranking, Ranking]]:
         search = self._gradient_search(scope, spec)
+        if spec.certify:
+            check_certifiable(search, methods)
         n_candidates = {m.name: self.n_candidates(scope, m, spec) for m in methods}
         found = search.search(methods, asked, top, exact=spec.exact, n_candidates=n_candidates)
         if spec.certify:
-            check_certifiable(search, methods)
             n_live = self.index.manifest.n_live
             found = {m.name: certify(search, m, asked, found[m.name], max_rows=n_live) for m in methods}
         return found
