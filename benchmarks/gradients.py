@@ -23,7 +23,7 @@ from forebear.indexer.gradient_stage import open_sketchers
 from forebear.indexer.model import Classifier, encode, load_classifier, pad_batch, plan_batches
 from forebear.indexer.runs import choose_model
 from forebear.indexer.sketch import sketch_rows
-from forebear.retriever.retriever import QuerySpec
+from forebear.retriever.query_spec import QuerySpec
 
 SCOPE = "all"
 BATCH_TOKENS = 4096

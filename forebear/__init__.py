@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from forebear.indexer.training import TrainOptions, train
     from forebear.indexer.verify import verify_index
     from forebear.retriever.methods import METHODS, Method
-    from forebear.retriever.retriever import QuerySpec, Retriever
+    from forebear.retriever.query_spec import QuerySpec
+    from forebear.retriever.retriever import Retriever
 
 _HOMES = {
     "forebear.errors": (

@@ -23,7 +23,7 @@ from forebear.retriever import certify as certifying
 from forebear.retriever.certify import bounds, certify
 from forebear.retriever.gradients import Asked, GradientSearch
 from forebear.retriever.methods import METHODS
-from forebear.retriever.retriever import candidates_for, recall_of
+from forebear.retriever.query_spec import candidates_for, recall_of
 
 N_ROWS = 90
 TEXTS = sentences(N_ROWS, seed=3)

@@ -19,7 +19,7 @@ from forebear.indexer.gradients import exact_dots, whole_gradients
 from forebear.indexer.model import Classifier, load_classifier, make_classifier
 from forebear.indexer.runs import choose_model
 from forebear.indexer.scopes import scope_blocks
-from forebear.retriever.retriever import QuerySpec
+from forebear.retriever.query_spec import QuerySpec
 
 TEXTS = sentences(13, seed=11)
 LABELS = np.array(labels(13, 3))

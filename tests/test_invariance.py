@@ -18,7 +18,8 @@ from forebear.indexer.data import rows_from_texts
 from forebear.indexer.index import Index
 from forebear.indexer.runs import choose_model
 from forebear.retriever.methods import METHODS
-from forebear.retriever.retriever import QuerySpec, Retriever
+from forebear.retriever.query_spec import QuerySpec
+from forebear.retriever.retriever import Retriever
 
 TOLERANCE = 1e-5
 

@@ -102,8 +102,9 @@ def retrieve(
     """See HELP."""
     from forebear.indexer.data import open_rows, rows_from_texts
     from forebear.indexer.index import Index
+    from forebear.retriever.query_spec import QuerySpec
     from forebear.retriever.results import answer_table, check_output, result_writer
-    from forebear.retriever.retriever import QuerySpec, Retriever
+    from forebear.retriever.retriever import Retriever
 
     if (test is None) == (text is None):
         raise InputError("give either --test FILE or --text '...' (with --pair for pairs).")

@@ -19,7 +19,8 @@ from forebear.indexer.data import open_rows
 from forebear.indexer.options import BuildOptions
 from forebear.indexer.runs import choose_model
 from forebear.indexer.training import TrainOptions, train
-from forebear.retriever.retriever import QuerySpec, Retriever
+from forebear.retriever.query_spec import QuerySpec
+from forebear.retriever.retriever import Retriever
 
 TOP = 10
 JUDGE = "gc"  # the method by which the demo is judged; all are shown

@@ -18,8 +18,9 @@ from forebear.evaluation.report import Cell, Figure, Group, Passage, Report, Tab
 from forebear.indexer.data import RowBlock, RowSource
 from forebear.indexer.forward import run_forward
 from forebear.indexer.labels import collapse_to_binary_nli, nli_id
+from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.results import Answers
-from forebear.retriever.retriever import QuerySpec, Retriever
+from forebear.retriever.retriever import Retriever
 
 ENTAILMENT, NON_ENTAILMENT = 0, 1
 SHOWN_QUERIES = 5

@@ -2,112 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from forebear.errors import DataError, InputError, MismatchError
+from forebear.errors import DataError, MismatchError
 from forebear.indexer.data import RowSource, rows_from_texts
 from forebear.indexer.derived import ScanBlock, ScanTable, norms_of
 from forebear.indexer.forward import Forward
 from forebear.indexer.index import Index
 from forebear.indexer.labels import LabelMap, label_map
-from forebear.indexer.manifest import canonical_json
 from forebear.indexer.model import Classifier
 from forebear.retriever.certify import certify, check_certifiable
-from forebear.retriever.curvature import CurvatureSpec
 from forebear.retriever.gradients import Asked as DeepAsked
 from forebear.retriever.gradients import GradientSearch
-from forebear.retriever.methods import METHODS, Method, pick_methods
+from forebear.retriever.methods import METHODS, Method
 from forebear.retriever.queries import Asked, Models, ask, make_query, method_facts
+from forebear.retriever.query_spec import (
+    DEFAULT_CANDIDATES,
+    DEFAULT_METHODS,
+    Exactness,
+    QuerySpec,
+    candidates_for,
+    recall_of,
+)
 from forebear.retriever.results import Answers, answer_table
 from forebear.retriever.scoring import Query
 from forebear.retriever.search import Ranking, RowFactors, search_ann, search_full, search_scan
 
-Exactness = Literal["none", "rerank", "full"]
-DEFAULT_METHODS = ("gc",)
 QUERY_BLOCK_ROWS = 512
-DEFAULT_CANDIDATES = 100  # where no calibration says how many a recall takes
-RECALL = 0.98
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuerySpec:
-    """Every choice of a question that changes its answer.
-
-    Attributes:
-        methods: Names from the method table.
-        top: Rows at each end of the ranking.
-        target: Whose loss is explained: ``predicted``, ``gold``, or a label's name.
-        exact: ``none`` (scores of the search itself), ``rerank`` (candidates scored exactly, the default) or
-            ``full`` (every row scored exactly).
-        scope: Parameters whose gradients are compared: ``head``, or a sketched scope of the index. Methods that do not
-            compare gradients are the same at every scope.
-        recall: Share of the exact top 10 that the candidates of a deeper scope should hold; their number follows from
-            the index's calibration.
-        candidates: That number itself: rows at each end that the sketches propose and the model scores exactly.
-        certify: Prove each top k at a deeper scope, scoring as many rows as it takes.
-        curvature: For ``if`` and ``rif``; see :class:`CurvatureSpec` for this and the next four.
-        damping: See there.
-        curvature_rows: See there.
-        lissa: See there.
-        tolerance: See there.
-    """
-
-    methods: tuple[str, ...] = DEFAULT_METHODS
-    top: int = 10
-    target: str = "predicted"
-    exact: Exactness = "rerank"
-    scope: str = "head"
-    recall: float = RECALL
-    candidates: int | None = None
-    certify: bool = False
-    curvature: str | None = None
-    damping: str | None = None
-    curvature_rows: int = CurvatureSpec.rows
-    lissa: str = CurvatureSpec.lissa
-    tolerance: float = CurvatureSpec.tolerance
-
-    @property
-    def solver(self) -> CurvatureSpec:
-        """The curvature that it asks for."""
-        return CurvatureSpec(
-            solver=self.curvature, damping=self.damping, rows=self.curvature_rows, lissa=self.lissa,
-            tolerance=self.tolerance,
-        )  # fmt: skip
-
-    def scope_of(self, method: Method) -> str:
-        """Where a method's gradients are compared."""
-        return method.scope or self.scope
-
-    def digest(self) -> str:
-        """Name this question in results."""
-        return hashlib.sha256(canonical_json(asdict(self))).hexdigest()
-
-    def check(self) -> tuple[Method, ...]:
-        """The methods, after refusing values that mean nothing."""
-        if self.top < 1:
-            raise InputError(f"--top {self.top}: expected at least 1.")
-        if self.exact not in ("none", "rerank", "full"):
-            raise InputError(f"--exact {self.exact!r}: expected none or rerank or full.")
-        if self.candidates is not None and self.candidates < self.top:
-            raise InputError(f"--candidates {self.candidates}: expected at least --top, {self.top}.")
-        if not 0 < self.recall <= 1:
-            raise InputError(f"--recall {self.recall}: expected a share above 0, at most 1.")
-        if self.certify and self.exact != "rerank":
-            raise InputError(f"--certify proves what --exact rerank finds; it has no meaning with {self.exact}.")
-        self.solver.check()
-        methods = pick_methods(self.methods)
-        for method in methods:
-            if method.query == "preconditioned":
-                self.solver.at(self.scope_of(method))
-        return methods
 
 
 class Retriever:
@@ -417,23 +344,6 @@ class Retriever:
 
             return ScanTable(tuple(swap(b) for b in table.blocks))
         return table
-
-
-def candidates_for(shares: dict[str, float], recall: float, n_live: int) -> int:
-    """Candidates at each end that a recall takes, from the shares of all rows that calibration found for some recalls.
-
-    Between two of those the larger one counts; beyond the last, all rows.
-    """
-    enough = [share for name, share in shares.items() if float(name) >= recall]
-    return n_live if not enough else min(n_live, int(np.ceil(min(enough) * n_live)))
-
-
-def recall_of(shares: dict[str, float], n_candidates: int, n_live: int) -> float | None:
-    """The largest calibrated recall that a number of candidates suffices for; None if for none."""
-    if n_candidates >= n_live:
-        return 1.0
-    reached = [float(name) for name, share in shares.items() if np.ceil(share * n_live) <= n_candidates]
-    return max(reached, default=None)
 
 
 def _ann_name(method: Method) -> str | None:
