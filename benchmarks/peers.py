@@ -65,17 +65,23 @@ def attempt(run: Callable[..., Any], *args: Any, **choices: Any) -> Any:
         return {"failed": f"{type(error).__name__}: {error}"[:400]}
 
 
-def agreement(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
-    """Scores ``(q, n)`` against exact ones; the figure of the worst query.
+def relative_error(found: np.ndarray, exact: np.ndarray) -> float:
+    """Largest error of scores ``(q, n)``, relative to the query's largest exact score; the worst query's."""
+    return float((np.abs(found - exact).max(axis=1) / np.abs(exact).max(axis=1)).max())
 
-    The error is the largest one over a query's rows, relative to the query's largest exact score.
-    """
+
+def agreement(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """Scores ``(q, n)`` against exact ones; the figure of the worst query."""
     from scipy.stats import spearmanr
 
-    error = np.abs(found - exact).max(axis=1) / np.abs(exact).max(axis=1)
     ranks = [spearmanr(a, b).statistic for a, b in zip(found, exact, strict=True)]
-    top = [len(set(np.argsort(-a)[:TOP]) & set(np.argsort(-b)[:TOP])) / TOP for a, b in zip(found, exact, strict=True)]
-    return {"spearman": float(min(ranks)), "max_relative_error": float(error.max()), "recall_at_10": float(min(top))}
+    k = min(TOP, exact.shape[1])
+    top = [len(set(np.argsort(-a)[:k]) & set(np.argsort(-b)[:k])) / k for a, b in zip(found, exact, strict=True)]
+    return {
+        "spearman": float(min(ranks)),
+        "max_relative_error": relative_error(found, exact),
+        "recall_at_10": float(min(top)),
+    }
 
 
 def texts_and_labels(n_rows: int, n_queries: int) -> tuple[list[str], np.ndarray, list[str]]:
@@ -91,7 +97,11 @@ def texts_and_labels(n_rows: int, n_queries: int) -> tuple[list[str], np.ndarray
 
 
 def forebear_exact(texts: list[str], labels: np.ndarray, queries: list[str], n_gram: int) -> dict[str, Any]:
-    """What the others are held against: exact dots ``(q, n)``, the first rows' own ``(g, g)``, predicted labels."""
+    """What the others are held against: exact dots ``(q, n)``, predicted labels, dots among the first rows ``(g, g)``.
+
+    ``gram`` is multiplied in float64, ``gram_by_exact_dots`` as forebear does it: in fp32 within a block, for that many
+    queries.
+    """
     from forebear.indexer.forward import run_forward
     from forebear.indexer.gradients import exact_dots, whole_gradients
     from forebear.indexer.model import load_classifier
@@ -101,17 +111,17 @@ def forebear_exact(texts: list[str], labels: np.ndarray, queries: list[str], n_g
     blocks = scope_blocks(classifier.model, classifier.head_name, SCOPE)
     targets = run_forward(classifier, [queries]).predictions
 
-    def dots(asked: list[str], classes: np.ndarray, rows: list[str], gold: np.ndarray) -> np.ndarray:
-        vectors = whole_gradients(classifier, SCOPE, blocks, [asked], classes)
-        return exact_dots(classifier, SCOPE, vectors, blocks, [rows], gold)
-
-    first, gold = texts[:n_gram], labels[:n_gram]
+    vectors = whole_gradients(classifier, SCOPE, blocks, [queries], targets)
+    some, gold = texts[:n_gram], labels[:n_gram]
+    whole = whole_gradients(classifier, SCOPE, blocks, [some], gold)
+    gram = sum((g.flatten(1).double() @ g.flatten(1).double().T).numpy() for g in whole.values())
     return {
         "layers": [block.name for block in blocks],
         "weights": sum(block.size for block in blocks),
         "targets": targets,
-        "dots": dots(queries, targets, texts, labels),
-        "gram": dots(first, gold, first, gold),
+        "dots": exact_dots(classifier, SCOPE, vectors, blocks, [texts], labels),
+        "gram": gram,
+        "gram_by_exact_dots": exact_dots(classifier, SCOPE, whole, blocks, [some], gold),
     }
 
 
@@ -279,8 +289,7 @@ def bergson_case(texts: list[str], labels: np.ndarray, queries: list[str], exact
         if "failed" not in found["with_our_loss"]:
             arrays = np.load(folder / "scores.npz")
             found["with_our_loss"] |= agreement(arrays["scores"], exact["dots"])
-            error = agreement(arrays["gram"].astype(np.float64), exact["gram"])["max_relative_error"]
-            found["with_our_loss"]["whole_gradients_max_relative_error"] = error
+            found["with_our_loss"]["gram_max_relative_error"] = relative_error(arrays["gram"], exact["gram"])
         return found
 
 
@@ -458,6 +467,8 @@ def main(n_rows: int = 200, n_queries: int = 2) -> None:
         scope=SCOPE,
         n_layers=len(exact["layers"]),
         n_weights=exact["weights"],
+        gram_rows=len(exact["gram"]),
+        gram_max_relative_error=relative_error(exact["gram_by_exact_dots"], exact["gram"]),
         forebear=forebear_case(texts, labels, queries, exact["dots"]),
         captum=captum_case(texts, labels, queries, exact),
         bergson=bergson_case(texts, labels, queries, exact),

@@ -20,7 +20,7 @@ from forebear.errors import NonFiniteError, StorageError
 from forebear.indexer import estimate as estimating
 from forebear.indexer import projector as projecting
 from forebear.indexer.ekfac import Ekfac, EkfacBlock, KroneckerFactors, fit_factors
-from forebear.indexer.estimate import GradientStore, Part, estimate, propose
+from forebear.indexer.estimate import GradientStore, Part, Proposal, estimate, propose
 from forebear.indexer.gradient_pass import labels_seed, run_pass
 from forebear.indexer.model import load_classifier
 from forebear.indexer.projector import PlainProjector, WhiteProjector, draw_bases, read_plain_projector, write_bases
@@ -700,7 +700,7 @@ def test_estimates_and_proposals_equal_brute_force(cosine, n_parts, code_weight,
     found = estimate(parts, live, cosine=cosine, code_weight=code_weight)
     np.testing.assert_allclose(found, values[:, live], atol=2e-6 * np.abs(values).max())
     for k in (len(live), 10, 1):  # 1024 rows are estimated with the code: here all of them
-        assert_best(propose(parts, live, k, cosine=cosine, code_weight=code_weight), values, live, k)
+        assert_best(propose(parts, live, k, Proposal(cosine, code_weight)), values, live, k)
 
 
 def test_only_the_best_by_coordinates_are_estimated_with_the_code(monkeypatch):
@@ -709,7 +709,7 @@ def test_only_the_best_by_coordinates_are_estimated_with_the_code(monkeypatch):
     monkeypatch.setattr(estimating, "BLOCK_ROWS", 64)
     parts, live = parts_of(400, 1), np.arange(400)
     rough, fine = (oracle_estimates(parts, cosine=True, code_weight=w) for w in (0.0, 1.0))
-    for sign, (rows, _) in zip((1, -1), propose(parts, live, 5, cosine=True, code_weight=1.0), strict=True):
+    for sign, (rows, _) in zip((1, -1), propose(parts, live, 5, Proposal(True, 1.0)), strict=True):
         for q in range(5):
             listed = np.argsort(-sign * rough[q])[:40]
             np.testing.assert_array_equal(rows[q], listed[np.argsort(-sign * fine[q, listed])[:5]])
@@ -719,14 +719,14 @@ def test_only_the_best_by_coordinates_are_estimated_with_the_code(monkeypatch):
 @pytest.mark.parametrize("k", [1, 10, 40])
 def test_stopping_early_finds_the_rows_that_a_whole_scan_finds(n_parts, k, monkeypatch):
     parts, live = parts_of(3000, n_parts, sigma=2.5), np.arange(1, 3000)
-    whole = propose(parts, live, k, cosine=False, code_weight=0.0)
+    whole = propose(parts, live, k, Proposal(False, 0.0))
     monkeypatch.setattr(estimating, "BLOCK_ROWS", 32)
     seen = []
     plain = estimating.estimate
     monkeypatch.setattr(
         estimating, "estimate", lambda some, rows, **choices: seen.append(rows) or plain(some, rows, **choices)
     )
-    early = propose(parts, live, k, cosine=False, code_weight=0.0)
+    early = propose(parts, live, k, Proposal(False, 0.0))
     assert sum(map(len, seen)) < len(live) // 2
     for a, b in zip(early, whole, strict=True):
         np.testing.assert_array_equal(a[0], b[0])
@@ -744,7 +744,7 @@ def test_stopping_early_allows_for_coordinates_a_little_longer_than_one(monkeypa
     rows = SketchRows(x, np.zeros((4, 32), np.float32), lengths, lengths)
     asked = SketchRows(x[:1], np.zeros((1, 32), np.float32), np.ones(1), np.ones(1))
     part = Part(1.0, asked, store_of(rows, plain_reduction()))
-    (high, _), (low, _) = propose([part], np.arange(4), 1, cosine=False, code_weight=0.0)
+    (high, _), (low, _) = propose([part], np.arange(4), 1, Proposal(False, 0.0))
     assert (high[0, 0], low[0, 0]) == (2, 3)
 
 
@@ -757,7 +757,7 @@ def duplicates(n: int) -> Part:
 @pytest.mark.parametrize("cosine", [False, True])
 @pytest.mark.parametrize("code_weight", [0.0, 1.0])
 def test_equal_estimates_of_all_rows_are_listed_by_row_number(cosine, code_weight):
-    for rows, _ in propose([duplicates(64)], np.arange(64), 64, cosine=cosine, code_weight=code_weight):
+    for rows, _ in propose([duplicates(64)], np.arange(64), 64, Proposal(cosine, code_weight)):
         np.testing.assert_array_equal(rows, np.broadcast_to(np.arange(64), (2, 64)))
 
 
@@ -767,7 +767,7 @@ def test_where_equal_estimates_are_cut_off_the_lower_row_numbers_stay(cosine, co
     monkeypatch.setattr(estimating, "BLOCK_ROWS", 16)
     monkeypatch.setattr(estimating, "LEAST_WIDE", 12)
     monkeypatch.setattr(estimating, "WIDEN", 2)
-    for rows, _ in propose([duplicates(64)], np.arange(64), 6, cosine=cosine, code_weight=code_weight):
+    for rows, _ in propose([duplicates(64)], np.arange(64), 6, Proposal(cosine, code_weight)):
         np.testing.assert_array_equal(rows, np.broadcast_to(np.arange(6), (2, 6)))
 
 
@@ -914,3 +914,18 @@ def test_a_gradient_that_is_not_finite_stops_the_fit_of_a_reduction(bert, monkey
     with pytest.raises(NonFiniteError):
         run_pass(bert.classifier, [TEXTS], labels_seed(LABELS), [raw], batch_tokens=1000)
         fit_reduction(raw.out, projector, width=8, bits=16, seed=0)
+
+
+@pytest.mark.parametrize("code_weight", [0.0, 1.0])
+@pytest.mark.parametrize("n_parts", [1, 2])
+def test_a_margin_lets_long_rows_in_at_both_ends_and_leaves_estimates_alone(code_weight, n_parts, monkeypatch):
+    """The rows are those of largest estimate plus margin x both lengths, by brute force, also with an early stop."""
+    monkeypatch.setattr(estimating, "BLOCK_ROWS", 64)
+    parts, live = parts_of(900, n_parts, sigma=2.5), np.arange(1, 900)
+    values = oracle_estimates(parts, cosine=False, code_weight=code_weight)
+    margins = sum(0.2 * p.weight * np.outer(p.asked.lengths, p.store.lengths) for p in parts)
+    for sign, (rows, found) in zip((1, -1), propose(parts, live, 7, Proposal(False, code_weight, 0.2)), strict=True):
+        for q in range(len(values)):
+            wanted = live[np.argsort(-(sign * values[q] + margins[q])[live], kind="stable")[:7]]
+            np.testing.assert_array_equal(rows[q], wanted)
+            np.testing.assert_allclose(found[q], values[q, wanted], atol=1e-5 * np.abs(margins[q, wanted]).max())

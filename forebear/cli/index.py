@@ -76,7 +76,7 @@ def index(
     ] = "ekfac",
     calibrate: Annotated[
         int, typer.Option("--calibrate", help="Rows asked about to find how many candidates a recall takes; 0: none.")
-    ] = 48,
+    ] = 36,
     store: Annotated[
         list[str] | None,
         typer.Option("--store", help="features, or features,sbert.  [default: features]", show_default=False),

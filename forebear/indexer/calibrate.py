@@ -5,8 +5,8 @@ rows is, on average, a top 10 m / N of a sample of m. Where such a row stands am
 the number of candidates that would have found it. With one row in every sample at least, the answer is on the safe
 side for large N.
 
-The same scores say how much of the code's estimate to count: the least-squares coefficient of the exact cosines (for
-dots weighted by the rows' lengths) on what coordinates and code say.
+The same scores choose how much of the code's estimate to count, and the margin of dots: what puts the sample's best
+rows highest among all.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import scope_blocks
 from forebear.indexer.sketch import gradient_folder, sketch_rows
 
-SAMPLE_ROWS = 1024
+SAMPLE_ROWS = 768
 QUERIES_AT_ONCE = 12  # whole gradients held at once, and as many solutions
 RECALLS = (0.8, 0.9, 0.95, 0.98, 0.99)
 TOP = 10
+AIM = 0.95  # recall whose candidates the choice of weight and margin keeps few
+CODE_WEIGHTS = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
+MARGINS = (0.0, 0.5, 1.0)  # in units of the usual error of a cosine
 
 
 def calibrate_scope(
@@ -51,7 +54,7 @@ def calibrate_scope(
 
     Returns:
         Facts for the manifest: for each method the share of all live rows that must be candidates at each end for some
-        recalls of the exact top 10, and the weight of the code.
+        recalls of the exact top 10, the weight of the code and the margin.
     """
     spec, live = index.manifest.spec, index.live
     queries = live_sample(live, n_queries, spec.seed + 1)
@@ -59,23 +62,54 @@ def calibrate_scope(
     parts = _parts(index, classifier, scope, queries)
     exact = _exact_scores(index, classifier, scope, queries, sample, white="if" in parts, on_rows=on_rows)
     n_best = max(1, round(TOP * len(sample) / len(live)))
+    others = sample != queries[:, None]
     methods = {}
     for name, scores in exact.items():
         cosine = name in ("gc", "rif")
-        part = parts[name]
-        others = sample != queries[:, None]
-        weight = _code_weight(part, sample, exact["rif" if name in ("if", "rif") else "gc"], others, cosine=cosine)
-        estimates = estimate([part], live, cosine=cosine, code_weight=weight)
-        scores = np.where(others, scores, np.nan)
-        shares = [_shares(s * scores, s * estimates, sample, live, queries, n_best) for s in (1.0, -1.0)]
-        methods[name] = {
-            "code_weight": weight,
-            "candidates": {
-                str(recall): max(float(np.quantile(share, recall, method="higher")) for share in shares)
-                for recall in RECALLS
-            },
-        }
+        measured = exact["rif" if name in ("if", "rif") else "gc"]
+        methods[name] = _calibrate_method(
+            parts[name], live, sample, queries, np.where(others, scores, np.nan), measured, n_best, cosine=cosine
+        )
     return {"n_queries": len(queries), "n_rows": len(sample), "methods": methods}
+
+
+def _calibrate_method(
+    part: Part,
+    live: np.ndarray,
+    sample: np.ndarray,
+    queries: np.ndarray,
+    scores: np.ndarray,
+    cosines: np.ndarray,
+    n_best: int,
+    *,
+    cosine: bool,
+) -> dict[str, Any]:
+    """The code's weight and the margin under which the sample's best rows stand highest, and where they then stand."""
+    everyone = np.arange(len(queries))
+    x, code = estimate([part], live, cosine=True), part.code_products(everyone, live)
+    at = np.searchsorted(live, sample)
+    best: tuple[float, dict[str, Any]] | None = None
+    for weight in CODE_WEIGHTS if part.store.codes is not None else (0.0,):
+        estimates = x + np.float32(weight) * code
+        error = float(np.sqrt(np.mean((estimates[:, at] - cosines)[~np.isnan(scores)] ** 2)))
+        for share in (0.0,) if cosine else MARGINS:
+            shares = []
+            for sign in (1.0, -1.0):
+                ranked = sign * estimates + np.float32(share * error)
+                if not cosine:
+                    ranked *= part.store.lengths[live]
+                shares.append(_shares(sign * scores, ranked, sample, live, queries, n_best))
+            cost = float(np.mean(np.log(np.concatenate(shares)))) + max(
+                float(np.log(np.quantile(some, AIM, method="higher"))) for some in shares
+            )
+            if best is None or cost < best[0]:
+                candidates = {
+                    str(recall): max(float(np.quantile(some, recall, method="higher")) for some in shares)
+                    for recall in RECALLS
+                }
+                best = (cost, {"code_weight": weight, "margin": share * error, "candidates": candidates})
+    assert best is not None
+    return best[1]
 
 
 def _parts(index: Index, classifier: Classifier, scope: str, queries: np.ndarray) -> dict[str, Part]:
@@ -130,23 +164,6 @@ def _exact_scores(
             cosines = np.divide(some, below, out=np.zeros_like(some), where=below > 0)
             found["gc" if name == "gd" else "rif"].append(cosines)
     return {name: np.concatenate(some) for name, some in found.items()}
-
-
-def _code_weight(part: Part, sample: np.ndarray, cosines: np.ndarray, others: np.ndarray, *, cosine: bool) -> float:
-    """Least-squares share of the code's estimate, 0 to 1, relative to that of the coordinates'.
-
-    ``others`` ``(q, m)`` leaves each query's own row out: its cosine of 1 would outweigh all.
-    """
-    if part.store.codes is None:
-        return 0.0
-    x = estimate([part], sample, cosine=True).astype(np.float64)
-    everyone = np.arange(len(part.asked.lengths))
-    code = part.code_products(everyone, sample).astype(np.float64)
-    weights = np.ones(len(sample)) if cosine else part.store.lengths[sample].astype(np.float64)
-    weights = np.broadcast_to(weights / max(float(weights.max()), 1e-30), x.shape)[others]
-    design = np.stack([x[others], code[others]], axis=1) * weights[:, None]
-    of_x, of_code = np.linalg.lstsq(design, cosines[others] * weights, rcond=None)[0]
-    return float(np.clip(of_code / of_x, 0.0, 1.0)) if of_x > 0 else 1.0
 
 
 def _shares(

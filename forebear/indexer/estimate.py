@@ -3,6 +3,11 @@
 Every row is estimated from its coordinates alone: for dot products by falling length, stopping where Cauchy-Schwarz
 shows that no later row's estimate can be among those wanted; for cosines all of them. The best at each end are then
 estimated again with the one-bit code of what the coordinates leave over.
+
+Dot products are proposed by the estimate *plus a margin*, a share of the usual error of a cosine times both lengths: of
+a row that is very long even a cosine near zero, which no sketch can tell the sign of, makes a large score. Norms are
+heavy-tailed, so few rows are let in so: on SST-2 the margin takes the recall of ``if`` with 400 candidates from .955 to
+.997.
 """
 
 from __future__ import annotations
@@ -93,6 +98,29 @@ def factors_of(parts: Sequence[Part], rows: np.ndarray, *, cosine: bool) -> list
     return [part.weight * part.store.lengths[rows] for part in parts]
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """How candidates of one method are chosen.
+
+    Attributes:
+        cosine: Cosines; else dots.
+        code_weight: Share of the code's estimate that is counted, 0 to 1.
+        margin: Of a dot, in units of the product of both lengths.
+    """
+
+    cosine: bool
+    code_weight: float
+    margin: float = 0.0
+
+    def margins(self, parts: Sequence[Part], rows: np.ndarray) -> np.ndarray:
+        """What is added to each row's estimate for the sake of its uncertainty, ``(q, n)`` or 0."""
+        if self.cosine or not self.margin:
+            return np.zeros((1, 1), np.float32)
+        factors = factors_of(parts, rows, cosine=False)
+        products = (np.outer(part.asked.lengths, factor) for part, factor in zip(parts, factors, strict=True))
+        return np.asarray(self.margin * sum(products), dtype=np.float32)
+
+
 def estimate(parts: Sequence[Part], rows: np.ndarray, *, cosine: bool, code_weight: float = 0.0) -> np.ndarray:
     """Estimated scores of some rows for every query, ``(q, n)`` float32: cosines, or dots in units of exact ones."""
     out: np.ndarray | None = None
@@ -110,42 +138,44 @@ def estimate(parts: Sequence[Part], rows: np.ndarray, *, cosine: bool, code_weig
 
 
 def propose(
-    parts: Sequence[Part], live: np.ndarray, n_candidates: int, *, cosine: bool, code_weight: float
+    parts: Sequence[Part], live: np.ndarray, n_candidates: int, how: Proposal
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """The rows of largest and of smallest estimated score, with those estimates.
+    """The rows most likely to have the largest and the smallest scores, with their estimates.
 
     Args:
         parts: One a checkpoint.
         live: Rows that take part.
         n_candidates: At each end; at most the number of live rows.
-        cosine: Cosines; else dots.
-        code_weight: Share of the code's estimate that is counted, 0 to 1.
+        how: Method, code and margin.
 
     Returns:
-        (rows, estimates) of the proponents' end, best first, and of the opponents', ``(q, n_candidates)`` each.
+        (rows, estimates) of the proponents' end, best first by estimate and margin, and of the opponents',
+        ``(q, n_candidates)`` each.
     """
-    width = min(len(live), max(LEAST_WIDE, WIDEN * n_candidates)) if code_weight else n_candidates
-    high, low = _scan(parts, live, width, cosine=cosine)
-    return (
-        _refine(parts, high, n_candidates, cosine=cosine, code_weight=code_weight, largest=True),
-        _refine(parts, low, n_candidates, cosine=cosine, code_weight=code_weight, largest=False),
-    )
+    width = min(len(live), max(LEAST_WIDE, WIDEN * n_candidates)) if how.code_weight else n_candidates
+    high, low = _scan(parts, live, width, how)
+    return _refine(parts, high, n_candidates, how, largest=True), _refine(parts, low, n_candidates, how, largest=False)
 
 
 def _scan(
-    parts: Sequence[Part], live: np.ndarray, width: int, *, cosine: bool
+    parts: Sequence[Part], live: np.ndarray, width: int, how: Proposal
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Both ends by coordinates alone, ``(q, width)`` rows and estimates each."""
+    """Both ends by coordinates and margin alone, ``(q, width)`` rows and sums each."""
     order = live
     reach = None
-    if not cosine:
-        held = [part.store.lengths[live].astype(np.float64) * part.store.shares[live] for part in parts]
+    if not how.cosine:
+        # |<x_q, x_n>| <= share_q share_n, and the margin is a multiple of the lengths: both fall with one order.
+        shares = [part.store.shares[live].astype(np.float64) for part in parts]
+        held = [
+            part.store.lengths[live].astype(np.float64) * np.hypot(share, how.margin)
+            for part, share in zip(parts, shares, strict=True)
+        ]
         squares = sum(part.weight * length**2 for part, length in zip(parts, held, strict=True))
         assert isinstance(squares, np.ndarray)
         order = live[np.argsort(-squares, kind="stable")]
         lengths = np.sqrt(np.sort(squares)[::-1])
-        shares = [np.linalg.norm(part.asked.coordinates, axis=1) * part.asked.lengths for part in parts]
-        reach = np.sqrt(sum(part.weight * share**2 for part, share in zip(parts, shares, strict=True)))
+        own = [np.hypot(np.linalg.norm(p.asked.coordinates, axis=1), 1.0 if how.margin else 0.0) for p in parts]
+        reach = np.sqrt(sum(p.weight * (x * p.asked.lengths) ** 2 for p, x in zip(parts, own, strict=True)))
     ends: list[tuple[torch.Tensor, torch.Tensor]] = []
     for start in range(0, len(order), BLOCK_ROWS):
         if ends and reach is not None and ends[0][0].shape[1] == width:
@@ -153,11 +183,13 @@ def _scan(
             if bool((ends[0][0][:, -1] > limit).all()) and bool((ends[1][0][:, -1] < -limit).all()):
                 break
         rows = order[start : start + BLOCK_ROWS]
-        scores = torch.from_numpy(estimate(parts, rows, cosine=cosine))
+        scores, margins = estimate(parts, rows, cosine=how.cosine), how.margins(parts, rows)
         numbers = as_tensor(rows).expand(len(scores), -1)
         ends = [
-            _merge(ends[i] if ends else None, scores, numbers, width, largest=largest)
-            for i, largest in enumerate((True, False))
+            _merge(
+                ends[i] if ends else None, torch.from_numpy(scores + sign * margins), numbers, width, largest=sign > 0
+            )
+            for i, sign in enumerate((1, -1))
         ]
     (high, high_rows), (low, low_rows) = ends
     return (high_rows.numpy(), high.numpy()), (low_rows.numpy(), low.numpy())
@@ -185,21 +217,19 @@ def _merge(
 
 
 def _refine(
-    parts: Sequence[Part],
-    end: tuple[np.ndarray, np.ndarray],
-    n_candidates: int,
-    *,
-    cosine: bool,
-    code_weight: float,
-    largest: bool,
+    parts: Sequence[Part], end: tuple[np.ndarray, np.ndarray], n_candidates: int, how: Proposal, *, largest: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Estimate one end again with the code and keep the best, in order; ties go to the lower row number."""
+    """Add the code to one end and keep the best, in order; ties go to the lower row number."""
     rows, scores = end
-    if code_weight:
-        scores = scores.copy()
-        for query, listed in enumerate(rows):
-            for part, factor in zip(parts, factors_of(parts, listed, cosine=cosine), strict=True):
-                own = 1.0 if cosine else part.asked.lengths[query]
-                scores[query] += code_weight * own * factor * part.code_products(np.array([query]), listed)[0]
+    scores = scores.copy()
+    margins = np.zeros_like(scores)
+    for query, listed in enumerate(rows):
+        if how.code_weight:
+            for part, factor in zip(parts, factors_of(parts, listed, cosine=how.cosine), strict=True):
+                own = 1.0 if how.cosine else part.asked.lengths[query]
+                scores[query] += how.code_weight * own * factor * part.code_products(np.array([query]), listed)[0]
+        if how.margin:
+            margins[query] = how.margins(parts, listed)[query]
     order = np.lexsort((rows, -scores if largest else scores), axis=-1)[:, :n_candidates]
-    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    estimates = scores - margins if largest else scores + margins
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(estimates, order, axis=1)

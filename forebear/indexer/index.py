@@ -17,7 +17,7 @@ from forebear.indexer.ann import AnnIndex, read_ann
 from forebear.indexer.curvature import HeadCurvature
 from forebear.indexer.derived import ScanTable, read_scan_table
 from forebear.indexer.ekfac import Ekfac, read_ekfac
-from forebear.indexer.estimate import GradientStore
+from forebear.indexer.estimate import GradientStore, Proposal
 from forebear.indexer.gradient_stage import curvature_name
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
 from forebear.indexer.sketch import MAP_NAME, gradient_folder, read_reduction
@@ -202,15 +202,16 @@ class Index:
         found = self.manifest.calibration.get(scope, {}).get("methods", {}).get(method)
         return None if found is None else dict(found)
 
-    def code_weight(self, scope: str, method: str, *, cosine: bool) -> float:
-        """Share of the code's estimate that is counted when a method's candidates are proposed.
+    def proposal(self, scope: str, method: str, *, cosine: bool) -> Proposal:
+        """How a method's candidates are chosen at a scope.
 
-        Calibrated, or else all of it for cosines and none for dots, whose largest rows lie well along the coordinates.
+        Calibrated; or else with all of the code's estimate for cosines and none for dots, whose largest rows lie well
+        along the coordinates, and without a margin.
         """
         found = self.calibrated(scope, method)
         if found is None:
-            return 1.0 if cosine else 0.0
-        return float(found["code_weight"])
+            return Proposal(cosine, 1.0 if cosine else 0.0)
+        return Proposal(cosine, float(found["code_weight"]), float(found["margin"]))
 
     def _row_column(self, name: str) -> np.ndarray:
         key = ("column", name)

@@ -50,7 +50,7 @@ class BuildOptions:
     sketch_basis: str = "mixed"
     with_bias: bool = False
     curvature: str = "ekfac"  # of the scopes beyond the head
-    calibration_queries: int = 48  # 0: candidates are not calibrated
+    calibration_queries: int = 36  # 0: candidates are not calibrated
     sentence_model: str = "minilm"
     dampings: tuple[str, ...] = ("0.1x",)  # empty: no curvature
     rep_refit: bool = False

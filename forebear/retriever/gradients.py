@@ -9,7 +9,7 @@ gradients whitened by the index's curvature for ``if`` and ``rif``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -189,9 +189,8 @@ class GradientSearch:
         for name, parts in self.parts(methods, asked).items():
             (method,) = [m for m in methods if m.name == name]
             width = min(len(live), k if exact == "none" else max(k, n_candidates[name]))
-            cosine = method.metric == "cos"
-            weight = self.index.code_weight(self.scope, name, cosine=cosine)
-            listed[name] = propose(parts, live, width, cosine=cosine, code_weight=weight)
+            how = self.index.proposal(self.scope, name, cosine=method.metric == "cos")
+            listed[name] = propose(parts, live, width, how if exact != "none" else replace(how, margin=0.0))
         if exact == "none":
             nothing = np.zeros(len(asked.targets), np.int64)
             return {
