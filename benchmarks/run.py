@@ -9,7 +9,8 @@ from pathlib import Path
 from common import DATA
 
 HERE = Path(__file__).parent
-CASES = ("head_scan.py", "ann.py", "end_to_end.py", "gradients.py")  # gradients uses the runs of end_to_end
+# From the fourth on they use the runs of end_to_end.
+CASES = ("head_scan.py", "ann.py", "end_to_end.py", "gradients.py", "influence.py", "peers.py")
 
 
 def main() -> int:

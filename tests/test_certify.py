@@ -312,7 +312,9 @@ def test_calibration_says_for_each_method_how_many_candidates_a_recall_takes(wor
         assert set(facts["methods"]) == {"gd", "gc", "if", "rif"}
         for name, found in facts["methods"].items():
             assert 0 <= found["code_weight"] <= 1
-            assert found["code_weight"] == world.index.code_weight(scope, name, cosine=True)
+            how = world.index.proposal(scope, name, cosine=name in ("gc", "rif"))
+            assert (how.code_weight, how.margin) == (found["code_weight"], found["margin"])
+            assert how.margin == 0 or name in ("gd", "if")
             shares = [found["candidates"][str(recall)] for recall in RECALLS]
             assert all(a <= b for a, b in pairwise(shares))
             assert 0 < shares[0] < shares[-1] <= 1

@@ -71,22 +71,31 @@ def open_sketchers(
     folder: Path, classifier: Classifier, spec: IndexSpec, scope: str, checkpoint: str, *, last: bool
 ) -> dict[str, Sketcher]:
     """Sketchers of a scope whose files are written, by the folder of their shards."""
-    kind = gradient_folder(scope, checkpoint)
-    dtype, device = classifier.head.weight.dtype, classifier.device
-    projector = read_plain_projector(folder / kind / BASES_NAME, scope, device, dtype)
-    found = {kind: Sketcher(projector, read_reduction(folder / kind / MAP_NAME))}
-    if last and spec.whitened:
-        ekfac = read_ekfac(folder / curvature_name(scope)).to(device, dtype)
-        for number, white in enumerate(white_projectors(ekfac, scope, spec)):
-            kind = gradient_folder(scope, checkpoint, number)
-            found[kind] = Sketcher(white, read_reduction(folder / kind / MAP_NAME))
+    found = {gradient_folder(scope, checkpoint): open_sketcher(folder, classifier, spec, scope, checkpoint)}
+    for number in range(len(spec.dampings) if last and spec.whitened else 0):
+        kind = gradient_folder(scope, checkpoint, number)
+        found[kind] = open_sketcher(folder, classifier, spec, scope, checkpoint, number)
     return found
 
 
-def white_projectors(ekfac: Ekfac, scope: str, spec: IndexSpec) -> list[WhiteProjector]:
-    """One for each damping of the spec."""
-    dampings = [absolute_damping(given, ekfac.mean_eigenvalue) for given in spec.dampings]
-    return [WhiteProjector(scope, ekfac, damping, spec.seed) for damping in dampings]
+def open_sketcher(
+    folder: Path, classifier: Classifier, spec: IndexSpec, scope: str, checkpoint: str, damping: int | None = None
+) -> Sketcher:
+    """The sketcher of gradients at a checkpoint, or of those whitened with the damping of this number."""
+    dtype, device = classifier.head.weight.dtype, classifier.device
+    kind = gradient_folder(scope, checkpoint, damping)
+    projector: Projector
+    if damping is None:
+        projector = read_plain_projector(folder / kind / BASES_NAME, scope, device, dtype)
+    else:
+        ekfac = read_ekfac(folder / curvature_name(scope)).to(device, dtype)
+        projector = white_projector(ekfac, scope, spec, damping)
+    return Sketcher(projector, read_reduction(folder / kind / MAP_NAME))
+
+
+def white_projector(ekfac: Ekfac, scope: str, spec: IndexSpec, number: int) -> WhiteProjector:
+    """The one of the spec's damping of this number."""
+    return WhiteProjector(scope, ekfac, absolute_damping(spec.dampings[number], ekfac.mean_eigenvalue), spec.seed)
 
 
 def fit_scope(
@@ -159,8 +168,8 @@ def _fit_reductions(
     projectors: dict[str, Projector] = {kind: read_plain_projector(folder / kind / BASES_NAME, scope, device, dtype)}
     if last and spec.whitened:
         ekfac = read_ekfac(folder / curvature_name(scope)).to(device, dtype)
-        white = white_projectors(ekfac, scope, spec)
-        projectors |= {gradient_folder(scope, checkpoint, i): projector for i, projector in enumerate(white)}
+        for i in range(len(spec.dampings)):
+            projectors[gradient_folder(scope, checkpoint, i)] = white_projector(ekfac, scope, spec, i)
     n_rows = len(rows.labels)
     collectors = {kind: RawSketches(projector, n_rows, device) for kind, projector in projectors.items()}
     run_pass(

@@ -17,12 +17,13 @@ import torch
 
 from forebear.indexer.ekfac import Vectors, dot
 from forebear.indexer.estimate import Part, propose
-from forebear.indexer.gradient_stage import open_sketchers
+from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
+from forebear.indexer.gradient_stage import open_sketcher
 from forebear.indexer.gradients import exact_dots, whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block, scope_blocks
-from forebear.indexer.sketch import SketchRows, gradient_folder, sketch_rows
+from forebear.indexer.sketch import Sketcher, SketchRows, sketch_rows
 from forebear.retriever.curvature import CurvatureSpec, Solve, deep_solver
 from forebear.retriever.methods import Method
 from forebear.retriever.queries import Models
@@ -65,6 +66,7 @@ class GradientSearch:
         index.check_scope(scope)
         self.index, self.models, self.scope, self.curvature = index, models, scope, curvature
         self._solve: Solve | None = None
+        self._sketchers: dict[tuple[int, int | None], Sketcher] = {}
         self._held: dict[int, tuple[Asked, Vectors]] = {}  # of the last block asked, by checkpoint
         self._held_solution: tuple[Asked, Vectors, np.ndarray | None] | None = None
 
@@ -117,52 +119,50 @@ class GradientSearch:
 
     def parts(self, methods: Sequence[Method], asked: Asked) -> dict[str, list[Part]]:
         """Sketches of the test rows beside those of the training rows, for each method; one pass a checkpoint."""
-        numbers = sorted({number for method in methods for number, _ in self.checkpoints(method)})
-        found: dict[str, SketchRows] = {}
-        for number in numbers:
-            classifier, name = self.models.classifier(number), self.index.manifest.checkpoints[number].name
-            sketchers = open_sketchers(
-                self.index.folder, classifier, self.index.manifest.spec, self.scope, name, last=number == self.last
-            )
-            wanted = {kind: s for kind, s in sketchers.items() if kind in self._kinds(methods)}
-            if number == self.last and any(self._from_solutions(m) for m in methods):
-                own = self._kind(number, None)
-                solved = {k: v.float() for k, v in self.solutions_of(asked)[0].items()}
-                found["solutions"] = sketchers[own].of_matrix(solved, classifier.device)
-            if not wanted:
-                continue
-            rows, _ = sketch_rows(classifier, list(wanted.values()), asked.texts, asked.targets, batch_tokens=4096)
-            found |= dict(zip(wanted, rows, strict=True))
+        found: dict[tuple[int, int | None], SketchRows] = {}
+        for number in sorted({number for method in methods for number, _ in self.checkpoints(method)}):
+            wanted = sorted({kind for m in methods for kind in self._kinds(m) if kind[0] == number}, key=str)
+            sketchers = [self.sketcher(*kind) for kind in wanted]
+            if sketchers:
+                classifier = self.models.classifier(number)
+                rows, _ = sketch_rows(
+                    classifier, sketchers, asked.texts, asked.targets, batch_tokens=DEFAULT_BATCH_TOKENS
+                )
+                found |= dict(zip(wanted, rows, strict=True))
         out = {}
         for method in methods:
-            white = self.white_number() if method.query == "preconditioned" else None
+            if self._from_solutions(method):
+                solved = {name: v.float() for name, v in self.solutions_of(asked)[0].items()}
+                sketched = self.sketcher(self.last, None).of_matrix(solved, self.models.classifier().device)
+                out[method.name] = [Part(1.0, sketched, self.index.gradients(self.scope))]
+                continue
+            weights = dict(self.checkpoints(method))
             out[method.name] = [
-                Part(
-                    weight,
-                    found["solutions" if self._from_solutions(method) else self._kind(number, white)],
-                    self.index.gradients(self.scope, number, white),
-                )
-                for number, weight in self.checkpoints(method)
+                Part(weights[number], found[number, white], self.index.gradients(self.scope, number, white))
+                for number, white in self._kinds(method)
             ]
         return out
+
+    def sketcher(self, number: int, white: int | None) -> Sketcher:
+        """Of a checkpoint's gradients, or of those whitened with a damping; opened once."""
+        key = (number, white)
+        if key not in self._sketchers:
+            name, spec = self.index.manifest.checkpoints[number].name, self.index.manifest.spec
+            classifier = self.models.classifier(number)
+            self._sketchers[key] = open_sketcher(self.index.folder, classifier, spec, self.scope, name, white)
+        return self._sketchers[key]
 
     def _from_solutions(self, method: Method) -> bool:
         """Whether candidates come from a sketch of H^-1 g against the rows' plain ones: nothing whitened is stored."""
         identity = self.curvature.at(self.scope) == "identity"
         return method.query == "preconditioned" and not identity and self.white_number() is None
 
-    def _kind(self, number: int, white: int | None) -> str:
-        return gradient_folder(self.scope, self.index.manifest.checkpoints[number].name, white)
-
-    def _kinds(self, methods: Sequence[Method]) -> set[str]:
-        """Folders of the sketches that some methods need."""
-        out = set()
-        for method in methods:
-            if self._from_solutions(method):
-                continue
-            white = self.white_number() if method.query == "preconditioned" else None
-            out |= {self._kind(number, white) for number, _ in self.checkpoints(method)}
-        return out
+    def _kinds(self, method: Method) -> list[tuple[int, int | None]]:
+        """Checkpoint and damping of the sketches that a method compares."""
+        if self._from_solutions(method):
+            return []
+        white = self.white_number() if method.query == "preconditioned" else None
+        return [(number, white) for number, _ in self.checkpoints(method)]
 
     def search(
         self, methods: Sequence[Method], asked: Asked, k: int, *, exact: str, n_candidates: dict[str, int]

@@ -18,6 +18,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.labels import LabelMap, label_map
 from forebear.indexer.model import Classifier
 from forebear.retriever.certify import certify, check_certifiable
+from forebear.retriever.curvature import CurvatureSpec
 from forebear.retriever.gradients import Asked as DeepAsked
 from forebear.retriever.gradients import GradientSearch
 from forebear.retriever.methods import METHODS, Method
@@ -63,6 +64,7 @@ class Retriever:
         """
         self.index = index if isinstance(index, Index) else Index.open(index)
         self._models = Models(self.index, model=model, device=device)
+        self._searches: dict[tuple[str, CurvatureSpec], GradientSearch] = {}
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -150,7 +152,10 @@ class Retriever:
         return out
 
     def _gradient_search(self, scope: str, spec: QuerySpec) -> GradientSearch:
-        return GradientSearch(self.index, self._models, scope, spec.solver)
+        key = (scope, spec.solver)
+        if key not in self._searches:
+            self._searches[key] = GradientSearch(self.index, self._models, scope, spec.solver)
+        return self._searches[key]
 
     def _deep(
         self, scope: str, methods: Sequence[Method], asked: DeepAsked, spec: QuerySpec, top: int
