@@ -6,7 +6,6 @@ Uses the run of end_to_end.py. ``python benchmarks/gradients.py [queries] [train
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -19,16 +18,21 @@ from common import DATA, ROOT, seconds, write_result
 
 from forebear import BuildOptions, Index, Retriever, build_index
 from forebear.indexer.data import open_rows
+from forebear.indexer.estimate import propose
+from forebear.indexer.forward import run_forward
 from forebear.indexer.gradient_stage import open_sketchers
 from forebear.indexer.model import Classifier, encode, load_classifier, pad_batch, plan_batches
 from forebear.indexer.runs import choose_model
 from forebear.indexer.sketch import sketch_rows
+from forebear.retriever.curvature import CurvatureSpec
+from forebear.retriever.gradients import Asked, GradientSearch
+from forebear.retriever.methods import METHODS
+from forebear.retriever.queries import Models
 from forebear.retriever.query_spec import QuerySpec
 
 SCOPE = "all"
 BATCH_TOKENS = 4096
 RUN = ROOT / "runs" / "bench" / "sst2"
-METHODS = ("gd", "gc", "if", "rif")
 NATIVE_BF16 = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("amx_bf16", "avx512_bf16"))
 
 
@@ -114,7 +118,9 @@ def memory_of(what: str, n_rows: int, folder: str) -> None:
         name = index.manifest.checkpoints[-1].name
         sketchers = open_sketchers(index.folder, classifier, index.manifest.spec, SCOPE, name, last=True)
         sketch_rows(classifier, list(sketchers.values())[:1], texts, labels, batch_tokens=BATCH_TOKENS)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # Not getrusage: its maximum is that of the parent at the fork, if that was larger.
+    status = Path("/proc/self/status").read_text()
+    print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def built(folder: Path, train: Path, curvature: str) -> Index:
@@ -149,17 +155,21 @@ def recall_and_time(index: Index, n_queries: int, methods: tuple[str, ...]) -> N
     }
     full_batch = (time.perf_counter() - started) / n_queries
     truth[10] = truth[100][truth[100]["rank"] <= 10]
+    models = Models(index, model=None, device="auto")
+    search = GradientSearch(index, models, SCOPE, CurvatureSpec())
+    targets = run_forward(models.classifier(), [queries]).predictions
+    parts = search.parts([METHODS[m] for m in methods], Asked([queries], targets))
     found: dict[str, Any] = {}
     for method in methods:
         spec = QuerySpec(methods=(method,), scope=SCOPE)
-        default = retriever.n_candidates(SCOPE, spec.check()[0], spec)
+        default = retriever.n_candidates(SCOPE, METHODS[method], spec)
+        how = index.proposal(SCOPE, method, cosine=METHODS[method].metric == "cos")
         by_candidates = {}
         for n in sorted({100, 200, 400, 800, default}):
-            # The candidates of --exact rerank are the top of --exact none: a list holds what re-ranking would find.
-            listed = retriever.retrieve(queries, exact="none", methods=[method], top=n, scope=SCOPE).to_pandas()
+            ends = propose(parts[method], index.live, n, how)
             by_candidates[n] = {
-                f"{side}s@{k}": _recall(listed, truth[k][truth[k]["method"] == method], side, k)
-                for side in ("proponent", "opponent")
+                f"{side}s@{k}": _recall(rows, truth[k][truth[k]["method"] == method], side, k)
+                for side, (rows, _) in zip(("proponent", "opponent"), ends, strict=True)
                 for k in (10, 100)
             }
         started = time.perf_counter()
@@ -188,12 +198,12 @@ def recall_and_time(index: Index, n_queries: int, methods: tuple[str, ...]) -> N
     )  # fmt: skip
 
 
-def _recall(listed: Any, truth: Any, side: str, k: int) -> float:
-    a, b = (t[t["side"] == side].groupby("query")["row"].apply(set) for t in (listed, truth))
-    return float(np.mean([len(a[q] & b[q]) / k for q in b.index]))
+def _recall(listed: np.ndarray, truth: Any, side: str, k: int) -> float:
+    best = truth[truth["side"] == side].groupby("query")["row"].apply(set)
+    return float(np.mean([len(set(listed[q].tolist()) & best[q]) / k for q in best.index]))
 
 
-def proofs(index: Index, n_queries: int = 4, methods: tuple[str, ...] = ("gd", "gc", "if")) -> None:
+def proofs(index: Index, n_queries: int = 3, methods: tuple[str, ...] = ("gd", "gc")) -> None:
     retriever = Retriever(index)
     dev = next(open_rows(DATA / "sst2" / "dev.parquet").blocks(n_queries)).texts[0]
     found = {}
@@ -214,10 +224,11 @@ def main(n_queries: int = 24, train: str = "", folder: str = "", methods: str = 
     source = Path(train) if train else DATA / "sst2" / "train.parquet"
     where = Path(folder) if folder else ROOT / "runs" / "bench" / "sst2-all"
     index = built(where, source, "ekfac" if "if" in picked else "none")
-    recall_and_time(index, n_queries, picked)
     if not train:
         the_pass(index)
         peak_memory(index)
+    recall_and_time(index, n_queries, picked)
+    if not train:
         proofs(index)
 
 
