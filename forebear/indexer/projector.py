@@ -56,10 +56,14 @@ class Projector(Protocol):
 
 def squared_norms(factors: LayerFactors) -> torch.Tensor:
     """||G||^2 of each row, ``(b,)`` float64: sum over t, s of (d_t . d_s)(a_t . a_s), or from G if cheaper."""
-    a, d = factors.inputs, factors.deltas
-    scale = d.abs().amax(dim=(1, 2), keepdim=True)  # the squares of a confident row's gradient would underflow
-    scale = torch.where(scale > 0, scale, 1.0)
-    return _squared_norms(LayerFactors(a, d / scale)) * scale[:, 0, 0].double().square()
+    squares = _squared_norms(factors)
+    small = squares < 1e-28  # the squares of a confident row's gradient underflow: again, scaled up
+    if bool(small.any()):
+        a, d = factors.inputs[small], factors.deltas[small]
+        scale = d.abs().amax(dim=(1, 2), keepdim=True)
+        scale = torch.where(scale > 0, scale, 1.0)
+        squares[small] = _squared_norms(LayerFactors(a, d / scale)) * scale[:, 0, 0].double().square()
+    return squares
 
 
 def _squared_norms(factors: LayerFactors) -> torch.Tensor:
