@@ -142,8 +142,8 @@ def fit_scope(
         write_ekfac(folder / curvature_name(scope), ekfac)
     kind = gradient_folder(scope, checkpoint)
     if not (folder / kind / BASES_NAME).is_file():
-        if factors is None and spec.sketch_basis != "random":
-            factors = fitted_factors(rows.first(BASIS_ROWS))
+        if factors is None and spec.sketch_basis != "random":  # a build resumed here takes the rows it would have taken
+            factors = fitted_factors(rows.texts if last and spec.whitened else rows.first(BASIS_ROWS))
         bases = draw_bases(classifier, blocks, factors, spec.seed, spec.sketch_basis)
         write_bases(folder / kind / BASES_NAME, blocks, bases)
     _fit_reductions(folder, classifier, spec, scope, checkpoint, blocks, rows, batch_tokens, stage, last=last)

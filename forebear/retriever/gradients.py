@@ -18,7 +18,7 @@ import torch
 from forebear.indexer.ekfac import Vectors, dot
 from forebear.indexer.estimate import Part, propose
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
-from forebear.indexer.gradient_stage import open_sketcher
+from forebear.indexer.gradient_stage import gradient_files, open_sketcher
 from forebear.indexer.gradients import exact_dots, whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model import Classifier
@@ -148,6 +148,7 @@ class GradientSearch:
         key = (number, white)
         if key not in self._sketchers:
             name, spec = self.index.manifest.checkpoints[number].name, self.index.manifest.spec
+            self.index.checked(*gradient_files(spec, self.scope, name, last=number == self.last))
             classifier = self.models.classifier(number)
             self._sketchers[key] = open_sketcher(self.index.folder, classifier, spec, self.scope, name, white)
         return self._sketchers[key]
@@ -187,7 +188,7 @@ class GradientSearch:
         live = self.index.live
         listed: dict[str, tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {}
         for name, parts in self.parts(methods, asked).items():
-            (method,) = [m for m in methods if m.name == name]
+            method = _method(methods, name)
             width = min(len(live), k if exact == "none" else max(k, n_candidates[name]))
             how = self.index.proposal(self.scope, name, cosine=method.metric == "cos")
             listed[name] = propose(parts, live, width, how if exact != "none" else replace(how, margin=0.0))
