@@ -11,8 +11,7 @@ The curvature is that of the mean training loss, in nats, undamped. Two kinds:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,7 +25,7 @@ from forebear.indexer.ekfac import Vectors, curvature_seeds
 from forebear.indexer.gradient_pass import SeedOf, run_pass
 from forebear.indexer.model import Classifier, encode, pad_batch, plan_batches
 from forebear.indexer.scopes import Block
-from forebear.indexer.tape import LayerFactors
+from forebear.indexer.tape import LayerFactors, only_asking
 
 
 class Product(Protocol):
@@ -188,7 +187,7 @@ class HessianProduct:
         sums = {name: torch.zeros_like(v) for name, v in parts.items()}
         chosen = range(len(self._rows)) if at is None else list(at)
         lengths = [len(self._rows[i]["input_ids"]) for i in chosen]
-        with _alone(model, parameters.values()), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        with only_asking(model, parameters.values()), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             for batch in plan_batches(lengths, self._batch_tokens):
                 self._add([chosen[i] for i in batch], parameters, parts, sums)
         for total in sums.values():
@@ -219,20 +218,6 @@ class HessianProduct:
                 f"the Hessian product over scope {self._scope} of {len(at)} rows does not fit in the memory of "
                 f"{classifier.device}. Take smaller batches, or the Gauss-Newton matrix, which needs less."
             ) from error
-
-
-@contextmanager
-def _alone(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Only these parameters ask for a gradient; what was asked for before is put back."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        model.requires_grad_(False)
-        for p in parameters:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p, wanted in before:
-            p.requires_grad_(wanted)
 
 
 def _refuse_non_finite(name: str, products: Vectors) -> None:

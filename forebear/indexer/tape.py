@@ -7,7 +7,7 @@ parameter gradient is formed: the weights ask for none, the backward starts at t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +96,7 @@ class Tape:
         caught: list[torch.Tensor] = []
         head = classifier.head
         with ExitStack() as hooks, torch.enable_grad():
-            hooks.enter_context(_frozen(classifier.model))
+            hooks.enter_context(only_asking(classifier.model))
             hooks.enter_context(self._grown_from_root())
             for block in self.blocks:
                 if block.name != classifier.head_name:
@@ -218,12 +218,13 @@ def _rows_tokens(values: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No weight asks for a gradient; what was asked for before is put back."""
+def only_asking(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Only these parameters ask for a gradient; what was asked for before is put back."""
     before = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in before:
-        p.requires_grad_(False)
     try:
+        model.requires_grad_(False)
+        for p in parameters:
+            p.requires_grad_(True)
         yield
     finally:
         for p, wanted in before:
