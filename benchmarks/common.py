@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DATA = Path(os.environ.get("FOREBEAR_DATA", ROOT.parent / "shared" / "data"))
+FOREBEAR = str(Path(sys.executable).parent / "forebear")
+
+
+def run(*args: str | Path) -> float:
+    """Run a forebear command; wall seconds."""
+    started = time.perf_counter()
+    subprocess.run([FOREBEAR, *map(str, args)], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
 
 
 def machine() -> dict[str, Any]:

@@ -15,17 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from common import DATA, ROOT, write_result
+from common import DATA, FOREBEAR, ROOT, run, write_result
 
-FOREBEAR = str(Path(sys.executable).parent / "forebear")
 RUNS = ROOT / "runs" / "bench"
-
-
-def run(*args: str | Path) -> float:
-    """Run a forebear command; wall seconds."""
-    started = time.perf_counter()
-    subprocess.run([FOREBEAR, *map(str, args)], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - started
 
 
 def info(index: Path) -> dict[str, object]:

@@ -1,20 +1,23 @@
-"""Whole-encoder gradients on SST-2 with MiniLM: the pass, memory, recall and time against scoring every row, proofs.
+"""Whole-encoder gradients with MiniLM: the pass, memory, recall and time against scoring every row, proofs.
 
-Uses the run of end_to_end.py. ``python benchmarks/gradients.py [queries] [training file] [index folder] [methods]``
+Uses the runs of end_to_end.py; that of the 67k phrases of SST-2 is trained here, for one epoch.
+``python benchmarks/gradients.py [--data sst2|mnli10k|sst2_glue] [--queries 24] [--methods gd,gc,if,rif]``
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import DATA, ROOT, seconds, write_result
+from common import DATA, ROOT, run, seconds, write_result
 
 from forebear import BuildOptions, Index, Retriever, build_index
 from forebear.indexer.data import open_rows
@@ -32,13 +35,12 @@ from forebear.retriever.query_spec import QuerySpec
 
 SCOPE = "all"
 BATCH_TOKENS = 4096
-RUN = ROOT / "runs" / "bench" / "sst2"
+FULL_SAMPLE = 4096  # rows that one query is scored against where all would take too long
 NATIVE_BF16 = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("amx_bf16", "avx512_bf16"))
 
 
-def checkpoint() -> str:
-    record = json.loads((RUN / "run.json").read_text())
-    return str(RUN / record["checkpoints"][-1]["path"])
+def checkpoint(index: Index) -> str:
+    return str((index.folder / index.manifest.checkpoints[-1].path).resolve())
 
 
 def training_step(classifier: Classifier, texts: list[list[str]], labels: np.ndarray) -> None:
@@ -65,7 +67,7 @@ def the_pass(index: Index, n_rows: int = 512) -> None:
     found: dict[str, float] = {}
     sketches = {}
     for precision in ("fp32", *(("bf16",) if NATIVE_BF16 else ())):
-        classifier = load_classifier(checkpoint(), precision=precision, max_length=128)
+        classifier = load_classifier(checkpoint(index), precision=precision, max_length=128)
         sketchers = open_sketchers(
             index.folder, classifier, index.manifest.spec, SCOPE, index.manifest.checkpoints[-1].name, last=True
         )
@@ -111,7 +113,7 @@ def memory_of(what: str, n_rows: int, folder: str) -> None:
     at = np.arange(n_rows)
     texts = [column.to_pylist() for column in index.texts(at).values()]
     labels = index.labels[at].astype(np.int64)
-    classifier = load_classifier(checkpoint(), max_length=128)
+    classifier = load_classifier(checkpoint(index), max_length=128)
     if what == "plain":
         training_step(classifier, texts, labels)
     else:
@@ -123,8 +125,13 @@ def memory_of(what: str, n_rows: int, folder: str) -> None:
     print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
-def built(folder: Path, train: Path, curvature: str) -> Index:
+def built(data: str, curvature: str) -> Index:
     """The index, made now (seconds by stage written) or found."""
+    trained = ROOT / "runs" / "bench" / data
+    folder, train = trained.with_name(f"{data}-all"), DATA / data / "train.parquet"
+    if not (trained / "run.json").is_file():
+        dev = DATA / data / "dev.parquet"
+        run("train", "--data", train, "--model", "minilm", "--dev", dev, "--epochs", "1", "--out", trained)
     if (folder / "manifest.json").is_file():
         return Index.open(folder)
     stages: dict[str, float] = {}
@@ -137,18 +144,26 @@ def built(folder: Path, train: Path, curvature: str) -> Index:
             last[:] = [stage, now]
 
     options = BuildOptions(scopes=("head", SCOPE), max_length=128, curvature=curvature)
+    options = replace(options, label_mode=json.loads((trained / "run.json").read_text())["label_mode"])
     index = build_index(
-        open_rows(train, need_labels=True), folder, choose_model(str(RUN)).checkpoints, options, progress=progress
+        open_rows(train, need_labels=True), folder, choose_model(str(trained)).checkpoints, options, progress=progress
     )
     stages[str(last[0])] = time.perf_counter() - float(last[1])
     write_result(f"gradients_build_{folder.name}", rows=index.manifest.n_rows, seconds=stages)
     return index
 
 
-def recall_and_time(index: Index, n_queries: int, methods: tuple[str, ...]) -> None:
+def some_queries(data: str, n_queries: int) -> list[Any]:
+    """Seeded ones of the first 200 dev rows: texts or pairs."""
+    texts = next(open_rows(DATA / data / "dev.parquet").blocks(200)).texts
+    rows = list(zip(*texts, strict=True)) if len(texts) > 1 else texts[0]
+    return [rows[i] for i in np.sort(np.random.default_rng(1).permutation(len(rows))[:n_queries])]
+
+
+def recall_and_time(index: Index, data: str, n_queries: int, methods: tuple[str, ...]) -> None:
     retriever = Retriever(index)
-    dev = next(open_rows(DATA / "sst2" / "dev.parquet").blocks(200)).texts[0]
-    queries = [dev[i] for i in np.sort(np.random.default_rng(1).permutation(len(dev))[:n_queries])]
+    queries = some_queries(data, n_queries)
+    columns = [list(c) for c in zip(*queries, strict=True)] if isinstance(queries[0], tuple) else [queries]
     started = time.perf_counter()
     truth = {
         100: retriever.retrieve(queries, exact="full", methods=methods, top=100, scope=SCOPE).to_pandas(),
@@ -157,8 +172,8 @@ def recall_and_time(index: Index, n_queries: int, methods: tuple[str, ...]) -> N
     truth[10] = truth[100][truth[100]["rank"] <= 10]
     models = Models(index, model=None, device="auto")
     search = GradientSearch(index, models, SCOPE, CurvatureSpec())
-    targets = run_forward(models.classifier(), [queries]).predictions
-    parts = search.parts([METHODS[m] for m in methods], Asked([queries], targets))
+    targets = run_forward(models.classifier(), columns).predictions
+    parts = search.parts([METHODS[m] for m in methods], Asked(columns, targets))
     found: dict[str, Any] = {}
     for method in methods:
         spec = QuerySpec(methods=(method,), scope=SCOPE)
@@ -177,9 +192,10 @@ def recall_and_time(index: Index, n_queries: int, methods: tuple[str, ...]) -> N
             retriever.retrieve([text], methods=[method], top=10, scope=SCOPE)
         one = (time.perf_counter() - started) / 3
         found[method] = {"default_candidates": default, "recall": by_candidates, "one_query_seconds": one}
+    sample = index.live[np.random.default_rng(2).permutation(len(index.live))[:FULL_SAMPLE]]
     started = time.perf_counter()
-    retriever.retrieve(queries[:1], methods=["gd"], exact="full", top=10, scope=SCOPE)
-    full_one = time.perf_counter() - started
+    search.score([METHODS["gd"]], Asked([c[:1] for c in columns], targets[:1]), {"gd": sample})
+    full_one = (time.perf_counter() - started) * len(index.live) / len(sample)
     files = index.manifest.files
     size = {
         kind: sum(
@@ -193,7 +209,8 @@ def recall_and_time(index: Index, n_queries: int, methods: tuple[str, ...]) -> N
     write_result(
         f"gradients_retrieval_{index.folder.name}",
         rows=index.manifest.n_rows, queries=n_queries, bytes_a_row=size,
-        full_seconds_a_query_in_a_batch=full_batch, full_one_query_seconds=full_one, methods=found,
+        full_seconds_a_query_in_a_batch=full_batch, full_one_query_seconds=full_one,
+        full_one_query_from_rows=len(sample), methods=found,
         speed_up_one_query={m: full_one / f["one_query_seconds"] for m, f in found.items()},
     )  # fmt: skip
 
@@ -203,9 +220,9 @@ def _recall(listed: np.ndarray, truth: Any, side: str, k: int) -> float:
     return float(np.mean([len(set(listed[q].tolist()) & best[q]) / k for q in best.index]))
 
 
-def proofs(index: Index, n_queries: int = 3, methods: tuple[str, ...] = ("gd", "gc")) -> None:
+def proofs(index: Index, data: str, n_queries: int = 3, methods: tuple[str, ...] = ("gd", "gc")) -> None:
     retriever = Retriever(index)
-    dev = next(open_rows(DATA / "sst2" / "dev.parquet").blocks(n_queries)).texts[0]
+    dev = some_queries(data, n_queries)
     found = {}
     for method in methods:
         started = time.perf_counter()
@@ -219,21 +236,23 @@ def proofs(index: Index, n_queries: int = 3, methods: tuple[str, ...] = ("gd", "
     write_result(f"gradients_proofs_{index.folder.name}", queries=n_queries, methods=found)
 
 
-def main(n_queries: int = 24, train: str = "", folder: str = "", methods: str = "gd,gc,if,rif") -> None:
-    picked = tuple(methods.split(","))
-    source = Path(train) if train else DATA / "sst2" / "train.parquet"
-    where = Path(folder) if folder else ROOT / "runs" / "bench" / "sst2-all"
-    index = built(where, source, "ekfac" if "if" in picked else "none")
-    if not train:
+def main(data: str, n_queries: int, methods: tuple[str, ...]) -> None:
+    index = built(data, "ekfac" if {"if", "rif"} & set(methods) else "none")
+    if data == "sst2":
         the_pass(index)
         peak_memory(index)
-    recall_and_time(index, n_queries, picked)
-    if not train:
-        proofs(index)
+    recall_and_time(index, data, n_queries, methods)
+    if data == "sst2":
+        proofs(index, data)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--memory"]:
         memory_of(sys.argv[2], int(sys.argv[3]), sys.argv[4])
     else:
-        main(*([int(sys.argv[1])] if sys.argv[1:] else []), *sys.argv[2:])
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--data", default="sst2")
+        parser.add_argument("--queries", type=int, default=24)
+        parser.add_argument("--methods", default="gd,gc,if,rif")
+        given = parser.parse_args()
+        main(given.data, given.queries, tuple(given.methods.split(",")))
