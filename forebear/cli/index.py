@@ -29,6 +29,8 @@ Examples:
 
     forebear index --model runs/mine --train train.csv --out I --scope head,all
 
+    forebear index --model runs/mine --train train.csv --out I --store features,words --words-top 0,10
+
     forebear index --out I --append --train more.csv
 
     forebear index --out I --retire 17,230-240
@@ -79,9 +81,22 @@ def index(
     ] = 36,
     store: Annotated[
         list[str] | None,
-        typer.Option("--store", help="features, or features,sbert.  [default: features]", show_default=False),
+        typer.Option(
+            "--store", help="features, and sbert and words as wanted.  [default: features]", show_default=False
+        ),
     ] = None,
     sentence_model: Annotated[str, typer.Option("--sentence-model", help="Un-tuned encoder for sbert.")] = "minilm",
+    words_top: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--words-top",
+            help="Positions of longest gradient whose words are kept a row; 0: all; or both, as 0,10.  [default: 10]",
+            show_default=False,
+        ),
+    ] = None,
+    words_precision: Annotated[
+        str, typer.Option("--words-precision", help="Of stored word vectors: fp16, int8 or fp32.")
+    ] = "fp16",
     damping: Annotated[
         list[str] | None,
         typer.Option(
@@ -156,6 +171,8 @@ def index(
             curvature=curvature,
             calibration_queries=calibrate,
             sentence_model=sentence_model,
+            words_tops=tuple(counts("--words-top", listed(words_top))) or (10,),
+            words_precision=words_precision,
             dampings=() if listed(damping) == ["none"] else tuple(listed(damping)) or ("0.1x",),
             rep_refit=rep_refit,
             ann=ann,
@@ -196,6 +213,14 @@ def _if_there(columns: tuple[str, ...] | None, train: str | None) -> list[str] |
     except DataError:
         return None
     return list(columns)
+
+
+def counts(option: str, parts: list[str]) -> list[int]:
+    """Numbers from 0 up."""
+    for part in parts:
+        if not part.isdigit():
+            raise InputError(f"{option} {part}: expected a whole number from 0 up.")
+    return [int(part) for part in parts]
 
 
 def row_numbers(parts: list[str]) -> list[int]:

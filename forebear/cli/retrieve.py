@@ -35,9 +35,12 @@ Examples:
 
     forebear retrieve --index I --test dev.csv --method gc,rif --top 10 --out answers.parquet
 
+    forebear retrieve --index I --text "a gripping film" --method tracin-we-topk,tracin-tfidf
+
     forebear retrieve --index I --test dev.csv --method gd,if --scope all --recall 0.95 --out answers.parquet
 """
 SHOWN_QUERIES = 5
+SHOWN_WORDS = 4
 
 
 def register(app: typer.Typer) -> None:
@@ -69,6 +72,9 @@ def retrieve(
             "--candidates", help="Rows at each end that a deeper scope's sketches propose.", show_default=False
         ),
     ] = None,
+    normalise: Annotated[
+        bool, typer.Option("--normalise", help="Scores of word methods over sqrt(self x self).")
+    ] = False,
     certify: Annotated[
         bool, typer.Option("--certify", help="Prove each top k at a deeper scope, however many rows it takes.")
     ] = False,
@@ -103,7 +109,7 @@ def retrieve(
     from forebear.indexer.data import open_rows, rows_from_texts
     from forebear.indexer.index import Index
     from forebear.retriever.query_spec import QuerySpec
-    from forebear.retriever.results import answer_table, check_output, result_writer
+    from forebear.retriever.results import check_output, result_writer
     from forebear.retriever.retriever import Retriever
 
     if (test is None) == (text is None):
@@ -120,6 +126,7 @@ def retrieve(
         scope=scope,
         recall=recall,
         candidates=candidates,
+        normalise=normalise,
         certify=certify,
         curvature=curvature,
         damping=damping,
@@ -155,7 +162,7 @@ def retrieve(
         progress("queries", 0, source.n_rows)
         n_results = 0
         for answers in retriever.answers(source, spec):
-            table = answer_table(retriever.index, answers)
+            table = retriever.table(answers)
             write(table)
             n_results += table.num_rows
             progress("queries", answers.start + len(answers.predictions), source.n_rows)
@@ -164,12 +171,10 @@ def retrieve(
 
 def _show(retriever: Any, source: RowSource, spec: Any) -> None:
     """Print the answers to the first few queries."""
-    from forebear.retriever.results import answer_table
-
     shown = 0
     blocks = source.blocks(SHOWN_QUERIES)
     for answers, block in zip(retriever.answers(source, spec, block_rows=SHOWN_QUERIES), blocks, strict=False):
-        _print_answers(answer_table(retriever.index, answers), block)
+        _print_answers(retriever.table(answers), block)
         shown += len(block)
         break
     if shown < source.n_rows:
@@ -181,7 +186,7 @@ def _print_answers(table: pa.Table, block: RowBlock) -> None:
     from rich.table import Table
 
     rows = table.to_pylist()
-    extra = ("residual", "proven", "rows_scored")
+    extra = ("residual", "proven", "rows_scored", "word_ids", "words", "contributions")
     text_names = [n for n in table.column_names[table.column_names.index("prediction") + 1 :] if n not in extra]
     for i in range(len(block)):
         number = block.start + i
@@ -202,6 +207,9 @@ def _print_answers(table: pa.Table, block: RowBlock) -> None:
                     grid.add_column(name, justify="right", no_wrap=True)
                 for name in ("label", "prediction"):
                     grid.add_column(name, no_wrap=True)
+                by_words = rows_of_side[0].get("words") is not None
+                if by_words:
+                    grid.add_column("shared words", ratio=1)
                 for name in text_names:
                     grid.add_column(escape(name), ratio=1)
                 for row in rows_of_side:
@@ -210,10 +218,19 @@ def _print_answers(table: pa.Table, block: RowBlock) -> None:
                         f"{row['score']:.4g}",
                         escape(row["label"]),
                         escape(row["prediction"]),
+                        *([escape(_shared(row))] if by_words else []),
                         *(escape(row[name]) for name in text_names),
                     )
                 OUT.print(grid)
         OUT.print()
+
+
+def _shared(row: dict[str, Any]) -> str:
+    """The words that contribute most, with their share of the score."""
+    found = zip(row["words"], row["contributions"], strict=True)
+    shown = [f"{word.strip()} {value:+.2g}" for word, value in list(found)[:SHOWN_WORDS]]
+    more = len(row["words"]) - len(shown)
+    return ", ".join(shown) + (f", {more} more" if more > 0 else "") or "none"
 
 
 def _notes(row: dict[str, Any]) -> str | None:

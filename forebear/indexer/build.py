@@ -190,6 +190,7 @@ def append_rows(
         sketch_dim=old.spec.sketch_dim or BuildOptions.sketch_dim,
         dampings=old.spec.dampings,
         sentence_model=old.sentence_model or "minilm",
+        words_tops=old.spec.words_tops or BuildOptions.words_tops,
         precision=old.spec.precision,
         max_length=old.spec.max_length,
         label_mode=old.spec.label_mode,

@@ -28,6 +28,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.manifest import JOURNAL_NAME, Manifest
 from forebear.indexer.sketch import gradient_folder
 from forebear.indexer.store import file_sha256, write_columns
+from forebear.indexer.word_store import merge_runs, runs_folder, words_folder
 
 
 def finish(
@@ -50,7 +51,7 @@ def finish(
         The index under its new manifest.
     """
     known = manifest.files
-    names = _shard_files(manifest)
+    names = [*_shard_files(manifest), *_merge_words(folder, manifest, progress)]
     if len(retired):
         names.append(f"retired/{manifest.generation:04d}.arrow")
         write_columns(folder / names[-1], {"row": retired.astype(np.int64)})
@@ -97,6 +98,8 @@ def _shard_files(manifest: Manifest) -> list[str]:
     kinds = ["rows", *(f"features/{c.name}" for c in manifest.checkpoints)]
     if "sbert" in manifest.spec.stores:
         kinds.append("sentence")
+    if "words" in manifest.spec.stores:
+        kinds.append("tokens")
     spec, last = manifest.spec, manifest.checkpoints[-1]
     singles: list[str] = []
     for scope in spec.sketched_scopes:
@@ -105,6 +108,31 @@ def _shard_files(manifest: Manifest) -> list[str]:
         for c in manifest.checkpoints:
             singles += gradient_files(spec, scope, c.name, last=c is last)
     return [f"{kind}/{i:05d}.arrow" for kind in kinds for i in range(len(manifest.shards))] + singles
+
+
+def _merge_words(folder: Path, manifest: Manifest, progress: Callable[[str, int, int], None]) -> list[str]:
+    """Merge the runs of rows that are new since the manifest's word stores were written; the files in force."""
+    names: list[str] = []
+    index = Index(folder, manifest, check=False)
+    n_rows = manifest.n_rows
+    for number, checkpoint in enumerate(manifest.checkpoints):
+        for top in manifest.spec.words_tops:
+            kind = words_folder(checkpoint.name, top)
+            written = index.word_files(kind)
+            old = index.words(top, number) if written else None
+            before = old.n_rows if old is not None else 0
+            if before == n_rows:
+                names += written
+                continue
+            progress("words", 0, n_rows)
+            runs = [
+                folder / runs_folder(kind) / f"{i:05d}.arrow"
+                for i, (start, _) in enumerate(manifest.shards)
+                if start >= before
+            ]
+            names += merge_runs(folder, kind, manifest.generation, runs, old, n_rows)
+            progress("words", n_rows, n_rows)
+    return names
 
 
 def ekfac_facts(ekfac: Ekfac, dampings: tuple[str, ...]) -> dict[str, Any]:
@@ -116,10 +144,12 @@ def ekfac_facts(ekfac: Ekfac, dampings: tuple[str, ...]) -> dict[str, Any]:
 
 def tidy(folder: Path, manifest: Manifest) -> None:
     """Drop the journal and the files of older generations, now that the manifest no longer lists them."""
-    for sub in ("curvature/head", "ann", "retired"):
+    for sub in ("curvature/head", "ann", "retired", "words"):
         for path in sorted((folder / sub).rglob("*")):
             if path.is_file() and path.relative_to(folder).as_posix() not in manifest.files:
                 path.unlink()
+    for runs in sorted((folder / "words").glob("*/*/runs")):
+        runs.rmdir()
     (folder / JOURNAL_NAME).unlink(missing_ok=True)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from scipy import sparse
 
 from forebear.errors import CorruptIndexError, InputError, MissingStoreError
 from forebear.indexer.ann import AnnIndex, read_ann
@@ -22,6 +23,7 @@ from forebear.indexer.gradient_stage import curvature_name
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
 from forebear.indexer.sketch import MAP_NAME, gradient_folder, read_reduction
 from forebear.indexer.store import MEND, RowMatrix, column, file_sha256, for_each_shard, read_batches
+from forebear.indexer.word_store import PARTS, WordStore, read_word_store, words_folder
 
 
 class Index:
@@ -212,6 +214,55 @@ class Index:
         if found is None:
             return Proposal(cosine, 1.0 if cosine else 0.0)
         return Proposal(cosine, float(found["code_weight"]), float(found["margin"]))
+
+    def word_files(self, kind: str) -> list[str]:
+        """Files of one word store, in the order of its parts; none before it is merged."""
+        found = [name for name in self.manifest.files if name.startswith(f"{kind}/")]
+        return sorted(found, key=lambda name: PARTS.index(Path(name).name.split("-")[0]))
+
+    def words(self, top: int, checkpoint: int = -1) -> WordStore:
+        """Words of every row at a checkpoint, of all positions (``top`` 0) or of the longest gradients.
+
+        Raises:
+            MissingStoreError: The index holds no such words.
+        """
+        self.check_words(top)
+        kind = words_folder(self.manifest.checkpoints[checkpoint].name, top)
+        if kind not in self._cache:
+            self._cache[kind] = read_word_store(self.checked(*self.word_files(kind)))
+        store: WordStore = self._cache[kind]
+        return store
+
+    def check_words(self, top: int | None = None) -> None:
+        """Refuse words that the index does not hold.
+
+        Raises:
+            MissingStoreError: Naming the options that store them.
+        """
+        tops = self.manifest.spec.words_tops
+        if not tops:
+            raise MissingStoreError(f"{self.folder} holds no words. Build it with --store features,words.")
+        if top is not None and top not in tops:
+            held = " and ".join(f"those of the {t} longest gradients a row" if t else "all" for t in tops)
+            raise MissingStoreError(
+                f"{self.folder} holds {held} of the words. Build it with --store features,words --words-top "
+                f"{','.join(map(str, sorted({*tops, top})))}."
+            )
+
+    def token_counts(self) -> sparse.csr_array:
+        """How often each token occurs in each row, without special tokens, ``(n, vocabulary)``."""
+        self.check_words()
+        if "token counts" not in self._cache:
+            shards = self._shards("tokens")
+            counts = np.concatenate([np.diff(batch.column("token").offsets.to_numpy()) for batch in shards])
+            tokens, values = (
+                np.concatenate([batch.column(name).flatten().to_numpy() for batch in shards])
+                for name in ("token", "count")
+            )
+            starts = np.concatenate([[0], np.cumsum(counts)])
+            width = 1 + int(tokens.max(initial=0))
+            self._cache["token counts"] = sparse.csr_array((values, tokens, starts), shape=(len(counts), width))
+        return self._cache["token counts"]
 
     def _row_column(self, name: str) -> np.ndarray:
         key = ("column", name)

@@ -19,7 +19,7 @@ JOURNAL_NAME = "build.json"
 
 
 # What computes the stored numbers.
-LIBRARIES = ("forebear", "torch", "transformers", "pyarrow", "numpy", "scipy", "faiss-cpu", "faiss-gpu")
+LIBRARIES = ("forebear", "torch", "transformers", "pyarrow", "numpy", "scipy", "scikit-learn", "faiss-cpu", "faiss-gpu")
 
 
 def library_versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
@@ -48,7 +48,7 @@ def digest_of(value: Any) -> str:
 # the same digest now.
 _LATER: dict[str, Any] = {
     "sketch_bits": 0, "white_bits": 0, "sketch_basis": "mixed", "with_bias": False, "curvature": "none",
-    "calibration": {},
+    "calibration": {}, "words_tops": (), "words_precision": "fp16",
 }  # fmt: skip
 
 
@@ -69,7 +69,9 @@ class IndexSpec:
     text_columns: tuple[str, ...]  # order of encoding
     max_length: int
     precision: str
-    stores: tuple[str, ...]  # "features", "sbert"
+    stores: tuple[str, ...]  # "features", "sbert", "words"
+    words_tops: tuple[int, ...] = ()  # positions kept a row, 0 for all: a word store each
+    words_precision: str = "fp16"
     scopes: tuple[str, ...]  # "head", which is exact, and those that are sketched: "top-K", "all", "layer:NAME"
     sketch_dim: int  # d, coordinates a row, representation and checkpoint; 0 without a sketched scope
     sketch_bits: int = 0  # length of the code of what the coordinates leave over

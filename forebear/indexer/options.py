@@ -10,8 +10,9 @@ from forebear.indexer.ann import check_factory
 from forebear.indexer.curvature import absolute_damping
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.projector import BASES
+from forebear.indexer.words import PRECISIONS
 
-STORES = ("features", "sbert")
+STORES = ("features", "sbert", "words")
 DEFAULT_SHARD_ROWS = 4096
 
 Progress = Callable[[str, int, int], None]  # stage, rows done, rows in all
@@ -52,6 +53,8 @@ class BuildOptions:
     curvature: str = "ekfac"  # of the scopes beyond the head
     calibration_queries: int = 36  # 0: candidates are not calibrated
     sentence_model: str = "minilm"
+    words_tops: tuple[int, ...] = (10,)  # positions kept a row; 0: all of them
+    words_precision: str = "fp16"
     dampings: tuple[str, ...] = ("0.1x",)  # empty: no curvature
     rep_refit: bool = False
     ann: str | None = None
@@ -67,7 +70,7 @@ class BuildOptions:
         """Refuse what can be refused before anything is loaded."""
         unknown = sorted(set(self.stores) - set(STORES))
         if unknown or "features" not in self.stores:
-            raise InputError(f"--store {','.join(self.stores)}: expected features, or features,sbert.")
+            raise InputError(f"--store {','.join(self.stores)}: expected features, and sbert and words as wanted.")
         if "head" not in self.scopes or len(set(self.scopes)) != len(self.scopes):
             raise InputError(f"--scope {','.join(self.scopes)}: expected head, and others once each, such as head,all.")
         if not 8 <= self.sketch_dim <= 4096:
@@ -78,9 +81,14 @@ class BuildOptions:
         for name, value, known in (
             ("--sketch-basis", self.sketch_basis, BASES),
             ("--curvature", self.curvature, ("ekfac", "none")),
+            ("--words-precision", self.words_precision, PRECISIONS),
         ):
             if value not in known:
                 raise InputError(f"{name} {value!r}: expected {', '.join(known[:-1])} or {known[-1]}.")
+        tops = self.words_tops
+        if not tops or min(tops) < 0 or len(set(tops)) < len(tops) or sum(top > 0 for top in tops) > 1:
+            given = ",".join(map(str, tops))
+            raise InputError(f"--words-top {given}: expected a number of positions, 0 for all of them, or both: 0,10.")
         if self.calibration_queries < 0:
             raise InputError(f"--calibrate {self.calibration_queries}: expected 0 (not at all) or more.")
         for given in self.dampings:

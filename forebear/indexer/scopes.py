@@ -28,13 +28,14 @@ class Block:
         name: Dotted name of the module.
         kind: ``linear``: its weight, with the bias as a last column (a_t then ends in 1) if ``bias``.
             ``norm``: a LayerNorm's weight and bias, one above the other, ``(2 h, 1)``.
+            ``embedding``: the word embeddings, transposed; a_t is the one-hot vector of a token id.
         n_out: Rows of G.
         n_in: Columns of G.
         bias: Whether a linear layer's bias takes part.
     """
 
     name: str
-    kind: Literal["linear", "norm"]
+    kind: Literal["linear", "norm", "embedding"]
     n_out: int
     n_in: int
     bias: bool = False
@@ -61,6 +62,19 @@ class Block:
         if self.bias:
             return torch.cat([weight, parts[f"{self.name}.bias"][..., None]], dim=-1)
         return weight
+
+
+def embedding_block(model: Any, name: str) -> Block:
+    """The word embeddings of a transformers model.
+
+    Raises:
+        ModelError: It has none.
+    """
+    module = model.get_input_embeddings()
+    if not isinstance(module, nn.Embedding):
+        raise ModelError(f"{name} ({type(model).__name__}) has no word embeddings, so no word gradients.")
+    key = next(key for key, found in model.named_modules() if found is module)
+    return Block(key, "embedding", module.embedding_dim, module.num_embeddings)
 
 
 def encoder_layers(model: Any, name: str) -> tuple[str, int]:

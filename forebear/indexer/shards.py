@@ -13,14 +13,17 @@ import pyarrow as pa
 from forebear.errors import InputError, MismatchError
 from forebear.indexer.data import RowBlock, RowSource
 from forebear.indexer.forward import residual_and_loss, run_forward
+from forebear.indexer.gradient_pass import labels_seed, run_pass
 from forebear.indexer.gradient_stage import FIT_ROWS, Sample, fit_scope, open_sketchers
 from forebear.indexer.labels import LabelMap
 from forebear.indexer.manifest import Checkpoint, IndexSpec
 from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.options import BuildOptions, Progress, counted, ignore_warning
 from forebear.indexer.sentence import SentenceEncoder, load_sentence_encoder
-from forebear.indexer.sketch import Sketcher, sketch_rows
+from forebear.indexer.sketch import Sketcher
 from forebear.indexer.store import write_columns
+from forebear.indexer.word_store import runs_folder, words_folder, write_run
+from forebear.indexer.words import WordGradients, count_tokens
 
 
 def split_rows(start: int, n_rows: int, shard_rows: int) -> tuple[tuple[int, int], ...]:
@@ -138,16 +141,23 @@ class ShardWriter:
         row: int,
         on_rows: OnRows,
     ) -> None:
-        """One forward (and, with sketched scopes, one backward of activations) over a block of rows."""
+        """One forward (and, for sketches and words, one backward of activations) over a block of rows."""
         gold = _labels_of(block, self.labels)
         batch_tokens = self.spec.batch_tokens
-        if sketchers:
-            found, forward = sketch_rows(
-                classifier, list(sketchers.values()), block.texts, gold,
+        sketches = {kind: s.collector(len(block), classifier.device) for kind, s in sketchers.items()}
+        words = {
+            words_folder(checkpoint.name, top): WordGradients(classifier, top, len(block), self.spec.words_precision)
+            for top in self.spec.words_tops
+        }
+        if sketches or words:
+            forward = run_pass(
+                classifier, block.texts, labels_seed(gold), [*sketches.values(), *words.values()],
                 batch_tokens=batch_tokens, first_row=row, on_rows=on_rows, warn=self.warn,
             )  # fmt: skip
-            for (kind, sketcher), sketches in zip(sketchers.items(), found, strict=True):
-                write_columns(self.folder / kind / path.name, sketches.columns(sketcher.reduction))
+            for kind, sketch in sketches.items():
+                write_columns(self.folder / kind / path.name, sketch.rows(row).columns(sketchers[kind].reduction))
+            for kind, gathered in words.items():
+                write_run(self.folder / runs_folder(kind) / path.name, gathered.rows(row), row)
         else:
             forward = run_forward(classifier, block.texts, batch_tokens=batch_tokens, first_row=row, on_rows=on_rows)
         residuals, losses = residual_and_loss(forward.logits, gold)
@@ -157,6 +167,13 @@ class ShardWriter:
             columns |= {"label": gold.astype(np.int32), "prediction": forward.predictions.astype(np.int32)}
             columns |= {"probabilities": forward.probabilities.astype(np.float32), "loss": losses.astype(np.float32)}
             write_columns(self.folder / "rows" / path.name, columns)
+            if words:
+                starts, tokens, counts = count_tokens(classifier, block.texts)
+                lists = {
+                    name: pa.ListArray.from_arrays(pa.array(starts, pa.int32()), pa.array(values, pa.int32()))
+                    for name, values in (("token", tokens), ("count", counts))
+                }
+                write_columns(self.folder / "tokens" / path.name, lists)
         write_columns(path, {"feature": forward.features, "residual": residuals.astype(np.float32)})
 
     def _write_sentences(

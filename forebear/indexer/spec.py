@@ -37,6 +37,7 @@ def make_spec(
         )
     sentence = load_sentence_encoder(options.sentence_model, device="cpu").sha256 if "sbert" in options.stores else None
     deep = len(options.scopes) > 1
+    words = "words" in options.stores
     white = deep and options.curvature == "ekfac" and bool(options.dampings)
     spec = IndexSpec(
         checkpoint_sha256=tuple(c.sha256 for c in listed),
@@ -55,6 +56,8 @@ def make_spec(
         sketch_basis=options.sketch_basis if deep else "mixed",
         with_bias=options.with_bias and deep,
         curvature="ekfac" if white else "none",
+        words_tops=tuple(sorted(options.words_tops)) if words else (),
+        words_precision=options.words_precision if words else "fp16",
         sentence_sha256=sentence,
         dampings=options.dampings,
         rep_refit=options.rep_refit,

@@ -45,6 +45,17 @@ class LayerFactors:
             yield LayerFactors(self.inputs[start : start + step], self.deltas[start : start + step])
 
 
+@dataclass(frozen=True)
+class EmbeddingFactors(LayerFactors):
+    """Of the word embeddings: ``inputs`` are their outputs e_t and ``deltas`` the gradients there, both ``(b, t, e)``.
+
+    Attributes:
+        ids: Token ids ``(b, t)`` int64, -1 where there is padding or a [PAD] in the text.
+    """
+
+    ids: torch.Tensor
+
+
 OnLayer = Callable[[str, LayerFactors], None]
 # From logits (b, c) float64 to what is differentiated: the gradient at the logits, (b, c) float64.
 Seed = Callable[[np.ndarray], np.ndarray]
@@ -72,6 +83,7 @@ class Tape:
         """
         self.classifier = classifier
         self.blocks = tuple(blocks)
+        self._embedding = next((block for block in blocks if block.kind == "embedding"), None)
         self._root = _root_module(classifier, scope)
 
     def record(
@@ -97,9 +109,9 @@ class Tape:
         head = classifier.head
         with ExitStack() as hooks, torch.enable_grad():
             hooks.enter_context(only_asking(classifier.model))
-            hooks.enter_context(self._grown_from_root())
+            hooks.enter_context(self._grown_from_root(self._ids(rows, batch), on_layer))
             for block in self.blocks:
-                if block.name != classifier.head_name:
+                if block.name != classifier.head_name and block is not self._embedding:
                     handle = classifier.model.get_submodule(block.name).register_forward_hook(arrivals.watch(block))
                     hooks.callback(handle.remove)
             hooks.callback(head.register_forward_pre_hook(lambda _m, args: caught.append(args[0])).remove)
@@ -118,8 +130,17 @@ class Tape:
                 torch.autograd.backward(feature, (delta @ head.weight.double()).to(feature.dtype))
         return f.float().cpu().numpy(), logits
 
+    def _ids(self, rows: Sequence[dict[str, list[int]]], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Token ids of a batch, -1 at padding."""
+        ids = batch["input_ids"]
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows], device=ids.device)
+        dropped = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
+        if self.classifier.tokenizer.pad_token_id is not None:
+            dropped |= ids == self.classifier.tokenizer.pad_token_id
+        return ids.masked_fill(dropped, -1)
+
     @contextmanager
-    def _grown_from_root(self) -> Iterator[None]:
+    def _grown_from_root(self, ids: torch.Tensor, on_layer: OnLayer) -> Iterator[None]:
         """Let gradients flow from the scope's first layer on: nothing below it is differentiated."""
         if self._root is None:
             yield
@@ -127,7 +148,20 @@ class Tape:
         module, is_embedding = self._root
 
         def after(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
-            return output.detach().requires_grad_(True)
+            grown = output.detach().requires_grad_(True)
+            block = self._embedding
+            if block is not None:
+                if grown.shape[:-1] != ids.shape:
+                    raise ModelError(
+                        f"{self.classifier.name}: its word embeddings {block.name} give {tuple(grown.shape)} for "
+                        f"{tuple(ids.shape)} word pieces, so words cannot be told apart. Leave the words store out."
+                    )
+
+                def arrived(delta: torch.Tensor) -> None:
+                    on_layer(block.name, EmbeddingFactors(_wide(grown.detach()), _wide(delta.detach()), ids))
+
+                grown.register_hook(arrived)  # type: ignore[no-untyped-call]
+            return grown
 
         def before(_module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
             if args:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from forebear.errors import InputError
 
-Representation = Literal["feature", "sentence", "head"]
+Representation = Literal["feature", "sentence", "head", "words", "tfidf"]
+Words = Literal["all", "topk", "common", "nocommon"]
 QueryVector = Literal["same", "preconditioned", "representer"]
 Metric = Literal["dot", "cos", "euc"]
 
@@ -21,12 +22,13 @@ class Method:
     Attributes:
         name: As given to ``--method``.
         representation: What is stored for each training row: the head's input f, an un-tuned sentence embedding, or
-            the head gradient (p - y) outer f, kept as its two factors.
+            the head gradient (p - y) outer f, kept as its two factors; gradients of its words, by token; tf-idf.
         query: The query vector: the same representation of the test row, its gradient preconditioned by H^-1, or
             the target's row of the representer kernel.
         metric: ``dot``, ``cos`` or ``euc`` (minus the Euclidean distance). Of a preconditioned query, ``cos`` is
             the cosine in H^-1's inner product.
         all_checkpoints: Summed over all checkpoints, weighted by eta, instead of the last one alone.
+        words: Which words take part, of a method that compares words.
         scope: The scope that the name itself fixes; None: the question's.
         formula: The score, in the notation of METHODS.md.
         source: Paper.
@@ -37,6 +39,7 @@ class Method:
     query: QueryVector = "same"
     metric: Metric
     all_checkpoints: bool = False
+    words: Words | None = None
     scope: str | None = None
     formula: str
     source: str
@@ -44,7 +47,12 @@ class Method:
     @property
     def store(self) -> str:
         """The ``--store`` of the index that it needs."""
-        return "sbert" if self.representation == "sentence" else "features"
+        return {"sentence": "sbert", "words": "words", "tfidf": "words"}.get(self.representation, "features")
+
+    @property
+    def by_words(self) -> bool:
+        """Whether its scores are sums over shared words."""
+        return self.store == "words"
 
 
 _ROWS = (
@@ -76,6 +84,26 @@ _ROWS = (
         name="tracin-last", representation="head", metric="dot", all_checkpoints=True, scope="head",
         formula="sum_c eta_c <g_q, g_n>, head weight only", source="Yeh22",
     ),
+    Method(
+        name="tracin-we", representation="words", metric="dot", all_checkpoints=True, words="all",
+        formula="sum_c eta_c sum_w <dL_q/dE_w, dL_n/dE_w>, shared words w", source="Yeh22 eq. 4",
+    ),
+    Method(
+        name="tracin-we-topk", representation="words", metric="dot", all_checkpoints=True, words="topk",
+        formula="the same, over each row's positions of longest gradient", source="Yeh22 eq. 6",
+    ),
+    Method(
+        name="tracin-we-common", representation="words", metric="dot", all_checkpoints=True, words="common",
+        formula="the same, start and end tokens only", source="Yeh22",
+    ),
+    Method(
+        name="tracin-we-nocommon", representation="words", metric="dot", all_checkpoints=True, words="nocommon",
+        formula="the same without start, end, stop words, punctuation", source="Yeh22",
+    ),
+    Method(
+        name="tracin-tfidf", representation="tfidf", metric="dot", all_checkpoints=True,
+        formula="cos(tfidf_q, tfidf_n) sum_c eta_c <p_q - y_q, p_n - y_n>", source="Yeh22 eq. 7",
+    ),
 )  # fmt: skip
 
 LAYER_PREFIX = "tracin-layer:"
@@ -98,8 +126,10 @@ def pick_methods(names: Sequence[str]) -> tuple[Method, ...]:
 
 
 def _layer_method(name: str) -> Method:
-    """``tracin-layer:NAME``: TracIn over one layer, or over a whole scope (``head``, ``top-K``, ``all``)."""
+    """``tracin-layer:NAME``: TracIn over one layer, a whole scope (``head``, ``top-K``, ``all``), or ``embedding``."""
     layer = name.removeprefix(LAYER_PREFIX)
+    if layer == "embedding":  # another name of tracin-we
+        return replace(METHODS["tracin-we"], name=name)
     is_scope = layer in ("head", "all") or re.fullmatch(r"top-\d+", layer)
     if not layer:
         raise InputError(f"{name!r} names no layer. Give one, such as {LAYER_PREFIX}bert.encoder.layer.0.output.dense.")

@@ -85,6 +85,13 @@ class Asked:
     targets: np.ndarray
     last: int
 
+    def take(self, which: np.ndarray) -> Asked:
+        """Some of the test rows."""
+        forwards = {c: f.take(which) for c, f in self.forwards.items()}
+        sentence = None if self.sentence is None else self.sentence[which]
+        labels = None if self.labels is None else self.labels[which]
+        return Asked(forwards, sentence, labels, self.targets[which], self.last)
+
     @property
     def forward(self) -> Forward:
         """Of the last checkpoint, the model that is explained."""
@@ -103,7 +110,7 @@ def ask(
 ) -> Asked:
     """Run every model that the methods need over a block of test rows, once; ``forward`` of the last is not redone."""
     last = n_checkpoints - 1
-    wanted = range(n_checkpoints) if any(m.all_checkpoints for m in methods) else [last]
+    wanted = range(n_checkpoints) if any(m.all_checkpoints and m.representation != "words" for m in methods) else [last]
     forwards = {last: forward} if forward is not None else {}
     for c in wanted:
         if c not in forwards:
@@ -210,6 +217,9 @@ def method_facts(method: Method, index: Index, curvature: CurvatureSpec, scope: 
         facts["with_bias"] = index.manifest.spec.with_bias
     if method.all_checkpoints:
         facts["eta"] = [c.eta for c in index.manifest.checkpoints]
+    if method.words is not None:
+        facts |= {"words": method.words, "tops": list(index.manifest.spec.words_tops)}
+        facts["precision"] = index.manifest.spec.words_precision
     if method.query == "preconditioned":
         facts |= curvature.facts(index, scope)
     if method.query == "representer":

@@ -34,6 +34,7 @@ class QuerySpec:
         recall: Share of the exact top 10 that the candidates of a deeper scope should hold; their number follows from
             the index's calibration.
         candidates: That number itself: rows at each end that the sketches propose and the model scores exactly.
+        normalise: Divide the scores of word methods by sqrt(self x self).
         certify: Prove each top k at a deeper scope, scoring as many rows as it takes.
         curvature: For ``if`` and ``rif``; see :class:`CurvatureSpec` for this and the next four.
         damping: See there.
@@ -49,6 +50,7 @@ class QuerySpec:
     scope: str = "head"
     recall: float = RECALL
     candidates: int | None = None
+    normalise: bool = False
     certify: bool = False
     curvature: str | None = None
     damping: str | None = None
@@ -87,6 +89,8 @@ class QuerySpec:
         self.solver.check()
         methods = pick_methods(self.methods)
         for method in methods:
+            if self.normalise and not method.by_words:
+                raise InputError(f"--normalise is of methods by words, not of {method.name}. Ask for it separately.")
             if method.query == "preconditioned":
                 self.solver.at(self.scope_of(method))
         return methods

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from forebear.errors import InputError, OutputExistsError
 from forebear.indexer.index import Index
 from forebear.indexer.store import atomic_file, write_bytes
 from forebear.retriever.search import Ranking
+from forebear.retriever.vocabulary import token_texts
 
 SIDES = ("proponent", "opponent")
 
@@ -39,8 +41,14 @@ class Answers:
     found: dict[str, tuple[Ranking, Ranking]]
 
 
-def answer_table(index: Index, answers: Answers) -> pa.Table:
-    """The columns of DESIGN.md's section 5, ordered by query, method, side and rank."""
+def answer_table(index: Index, answers: Answers, tokenizer: Any) -> pa.Table:
+    """The columns of DESIGN.md's section 5, ordered by query, method, side and rank.
+
+    Args:
+        index: That was asked.
+        answers: To its questions.
+        tokenizer: Names the shared words.
+    """
     names = list(answers.found)
     # (q, methods, 2, k)
     rows = np.stack([np.stack([r.rows for r in answers.found[name]], axis=1) for name in names], axis=1)
@@ -76,6 +84,8 @@ def answer_table(index: Index, answers: Answers) -> pa.Table:
         "prediction": named(index.predictions[flat]),
     }
     columns |= _optional_columns(answers, (q, m, sides, k))
+    if any(r.words is not None for pair in answers.found.values() for r in pair):
+        columns |= _word_columns(answers, tokenizer)
     for name, values in index.texts(flat).items():
         columns[name if name not in columns else f"row_{name}"] = values
     return pa.table(columns)
@@ -102,6 +112,26 @@ def _optional_columns(answers: Answers, shape: tuple[int, int, int, int]) -> dic
         )
         columns["rows_scored"] = pa.array(spread([[r.n_scored for r in pair] for pair in rankings]))
     return columns
+
+
+def _word_columns(answers: Answers, tokenizer: Any) -> dict[str, pa.Array]:
+    """Shared words of each result and what each contributes to the score; null where scores are no sums of words."""
+    ids: list[Any] = []
+    contributions: list[Any] = []
+    for i in range(len(answers.predictions)):
+        for pair in answers.found.values():
+            for ranking in pair:
+                found = [None] * ranking.rows.shape[1] if ranking.words is None else ranking.words[i]
+                ids += [None if one is None else one[0] for one in found]
+                contributions += [None if one is None else one[1] for one in found]
+    distinct = sorted({int(t) for tokens in ids if tokens is not None for t in tokens})
+    names = dict(zip(distinct, token_texts(tokenizer, distinct), strict=True))
+    words = [None if tokens is None else [names[int(t)] for t in tokens] for tokens in ids]
+    return {
+        "word_ids": pa.array(ids, pa.list_(pa.int32())),
+        "words": pa.array(words, pa.list_(pa.string())),
+        "contributions": pa.array(contributions, pa.list_(pa.float64())),
+    }
 
 
 @contextmanager

@@ -34,6 +34,8 @@ from forebear.retriever.query_spec import (
 from forebear.retriever.results import Answers, answer_table
 from forebear.retriever.scoring import Query
 from forebear.retriever.search import Ranking, RowFactors, search_ann, search_full, search_scan
+from forebear.retriever.tfidf import TfidfSearch
+from forebear.retriever.words import WordSearch
 
 QUERY_BLOCK_ROWS = 512
 
@@ -65,6 +67,8 @@ class Retriever:
         self.index = index if isinstance(index, Index) else Index.open(index)
         self._models = Models(self.index, model=model, device=device)
         self._searches: dict[tuple[str, CurvatureSpec], GradientSearch] = {}
+        self._words = WordSearch(self.index, self._models)
+        self._tfidf = TfidfSearch(self.index, self._models)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -95,8 +99,8 @@ class Retriever:
             target: ``predicted``, ``gold`` (queries need labels) or a label's name.
             exact: See :class:`QuerySpec`.
             scope: See :class:`QuerySpec`.
-            **choices: ``recall``, ``candidates``, ``certify``, ``curvature``, ``damping``, ``curvature_rows``,
-                ``lissa``, ``tolerance``; see :class:`QuerySpec`.
+            **choices: ``recall``, ``candidates``, ``certify``, ``normalise``, ``curvature``, ``damping``,
+                ``curvature_rows``, ``lissa``, ``tolerance``; see :class:`QuerySpec`.
 
         Returns:
             One row a result; columns as DESIGN.md's section 5 lists them, provenance in the schema's metadata.
@@ -107,7 +111,7 @@ class Retriever:
         """
         spec = QuerySpec(methods=tuple(methods), top=top, target=target, exact=exact, scope=scope, **choices)
         source = queries if isinstance(queries, RowSource) else rows_from_texts(queries)
-        tables = [answer_table(self.index, answers) for answers in self.answers(source, spec)]
+        tables = [self.table(answers) for answers in self.answers(source, spec)]
         return pa.concat_tables(tables).replace_schema_metadata(self.metadata(spec))
 
     def answers(self, source: RowSource, spec: QuerySpec, *, block_rows: int = QUERY_BLOCK_ROWS) -> Iterator[Answers]:
@@ -119,6 +123,10 @@ class Retriever:
         for block in source.blocks(block_rows):
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
             yield self.answer_block(block.start, block.texts, gold, spec)
+
+    def table(self, answers: Answers) -> pa.Table:
+        """Answers as a table, one row a result."""
+        return answer_table(self.index, answers, self.classifier().tokenizer)
 
     def answer_block(
         self,
@@ -135,7 +143,14 @@ class Retriever:
         asked = ask(self._models, methods, texts, labels, spec.target, n_checkpoints, first_row=start, forward=forward)
         top = min(spec.top, self.index.manifest.n_live)
         found: dict[str, tuple[Ranking, Ranking]] = {}
-        for scope, some in self._by_scope(methods, spec).items():
+        by_words = [m for m in methods if m.representation == "words"]
+        if by_words:
+            found |= self._words.search(by_words, texts, asked.targets, top, exact=spec.exact, normalise=spec.normalise)
+        for method in methods:
+            if method.representation == "tfidf":
+                found[method.name] = self._tfidf.search(texts, asked, top, normalise=spec.normalise)
+        others = [m for m in methods if not m.by_words]
+        for scope, some in self._by_scope(others, spec).items():
             if scope is None:
                 found |= {m.name: self._search(m, asked, spec, top) for m in some}
             else:
@@ -203,6 +218,13 @@ class Retriever:
         for block in source.blocks(QUERY_BLOCK_ROWS):
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
             asked = ask(self._models, (chosen,), block.texts, gold, target, n_checkpoints, first_row=block.start)
+            if chosen.representation == "words":
+                questions = self._words.questions((chosen,), block.texts, asked.targets, normalise=spec.normalise)
+                parts += self._words.score(questions)
+                continue
+            if chosen.representation == "tfidf":
+                parts.append(self._tfidf.scores(block.texts, asked, normalise=spec.normalise))
+                continue
             (where,) = self._by_scope((chosen,), spec)
             if where is not None:
                 search = self._gradient_search(where, spec)
@@ -217,6 +239,9 @@ class Retriever:
         """Refuse methods whose representation the index does not hold, naming the option that builds it."""
         if any(method.store == "sbert" for method in methods):
             self.index.sentence()
+        for method in methods:
+            if method.by_words:
+                self.index.check_words(self._words.top_of(method) if method.representation == "words" else None)
         self.index.check_scope(spec.scope)
         for method in methods:
             scope = spec.scope_of(method)
@@ -238,7 +263,9 @@ class Retriever:
         return tuple(
             method.name
             for method in METHODS.values()
-            if method.store in manifest.spec.stores and (has_curvature or method.query != "preconditioned")
+            if method.store in manifest.spec.stores
+            and (has_curvature or method.query != "preconditioned")
+            and (method.representation != "words" or self._words.top_of(method) in manifest.spec.words_tops)
         )
 
     def check_texts(self, source: RowSource) -> None:
@@ -282,6 +309,9 @@ class Retriever:
 
     def _search_facts(self, method: Method, spec: QuerySpec) -> dict[str, Any]:
         """Scope and recall of a method: proven, calibrated, or not known (None)."""
+        if method.by_words:
+            exact = method.representation == "tfidf" or spec.exact != "none"
+            return {"recall": 1.0 if exact else None, "normalise": spec.normalise}
         scope = spec.scope_of(method)
         if scope == "head" or method.representation != "head":
             return {"recall": self._recall(method, spec)}

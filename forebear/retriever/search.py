@@ -76,6 +76,10 @@ class RowFactors:
         return exact_scores(query, features, tuple(m.take(rows) for m in self.residuals), rows)
 
 
+# Shared words of each result of a test row: token ids and what each contributes to the score, (m,) each.
+Words = list[tuple[np.ndarray, np.ndarray]]
+
+
 @dataclass(frozen=True)
 class Ranking:
     """The ends of the ranking for ``q`` test rows.
@@ -87,6 +91,7 @@ class Ranking:
         n_scored: Rows scored exactly for each query, ``(q,)``.
         residual: Relative residual of H^-1 for each query where a solver iterated, ``(q,)``; else None.
         proven: Whether no row left out can be among them, ``(q,)``, where that was asked for; else None.
+        words: Contributions of shared words, ``q`` lists of ``k``, where scores are sums over words; else None.
     """
 
     rows: np.ndarray
@@ -95,6 +100,7 @@ class Ranking:
     n_scored: np.ndarray
     residual: np.ndarray | None = None
     proven: np.ndarray | None = None
+    words: list[Words] | None = None
 
 
 # Candidates of queries `which`, `width` of each: row numbers (q, width) and, where the search bounds it, the largest

@@ -1,0 +1,289 @@
+"""The word store: for each token id its rows and vectors, contiguous and memory-mapped, and each row's words.
+
+The pass leaves one *run* a shard, sorted by token and row. The runs, and on an append the store that is there, are then
+merged: counts first, so that the place of every posting is known, then each run's postings are copied there. Nothing
+larger than a run is ever held. A token that every row holds ([CLS], [SEP]) has one posting a row, in row order.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from forebear.errors import StorageError
+from forebear.indexer.store import TEMPORARY_SUFFIX, column, read_batches, write_columns
+from forebear.indexer.words import WordRows
+
+PARTS = ("tokens", "postings", "rows", "entries")
+_SLICE = 1 << 16  # postings of an older store that are copied at once
+
+
+def words_folder(checkpoint: str, top: int) -> str:
+    """Where an index keeps the words of a checkpoint: of all positions (``top`` 0), or of the longest gradients."""
+    return f"words/{checkpoint}/{f'top-{top}' if top else 'all'}"
+
+
+def runs_folder(kind: str) -> str:
+    """Where the pass leaves its runs until they are merged."""
+    return f"{kind}/runs"
+
+
+def word_files(kind: str, generation: int) -> tuple[str, ...]:
+    """Files of a store."""
+    return tuple(f"{kind}/{part}-{generation:04d}.arrow" for part in PARTS)
+
+
+@dataclass(frozen=True)
+class Postings:
+    """Some postings, by token and row.
+
+    Attributes:
+        rows: Row numbers, ``(m,)`` int32.
+        tokens: Token ids, ``(m,)``.
+        codes: See :class:`~forebear.indexer.words.Coded`, ``(m, e)``.
+        scales: ``(m,)`` float32.
+        norms: ``(m,)`` float32.
+        errors: ``(m,)`` float32.
+    """
+
+    rows: np.ndarray
+    tokens: np.ndarray
+    codes: np.ndarray
+    scales: np.ndarray
+    norms: np.ndarray
+    errors: np.ndarray
+
+
+def write_run(path: Path, words: WordRows, first_row: int) -> None:
+    """Write one shard's words, sorted by token and row."""
+    assert words.coded is not None
+    order = np.argsort(words.tokens, kind="stable")
+    columns = {
+        "row": (first_row + words.rows[order]).astype(np.int32),
+        "token": words.tokens[order].astype(np.int32),
+        "code": words.coded.codes[order],
+        "scale": words.coded.scales[order],
+        "norm": words.coded.norms[order],
+        "error": words.coded.errors[order],
+    }
+    write_columns(path, columns)
+
+
+def _read_run(path: Path) -> Postings:
+    batch = read_batches(path)[0]
+    return Postings(*(column(batch, name) for name in ("row", "token", "code", "scale", "norm", "error")))
+
+
+@dataclass(frozen=True)
+class WordStore:
+    """Words of every row at one checkpoint.
+
+    Attributes:
+        tokens: Token ids that occur, ascending, ``(T,)``.
+        errors: Largest share of a vector's length that rounding changed, of each token's postings, ``(T,)`` float32.
+        starts: Where the postings of each begin, and one past the last, ``(T + 1,)`` int64.
+        rows: Row number of each posting, ascending within a token, ``(P,)`` int32.
+        codes: See :class:`~forebear.indexer.words.Coded`, ``(P, e)``.
+        scales: ``(P,)`` float32.
+        norms: Length of each vector, ``(P,)`` float32.
+        row_starts: Where the words of each row begin among the entries, ``(n + 1,)`` int64.
+        entry_tokens: Token ids row by row, ascending within a row, ``(P,)`` int32.
+        entry_places: Their postings, ``(P,)`` uint32.
+    """
+
+    tokens: np.ndarray
+    errors: np.ndarray
+    starts: np.ndarray
+    rows: np.ndarray
+    codes: np.ndarray
+    scales: np.ndarray
+    norms: np.ndarray
+    row_starts: np.ndarray
+    entry_tokens: np.ndarray
+    entry_places: np.ndarray
+
+    @property
+    def n_rows(self) -> int:
+        """n, retired rows included."""
+        return len(self.row_starts) - 1
+
+    @cached_property
+    def _spans(self) -> dict[int, tuple[int, int]]:
+        ends = zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True)
+        return dict(zip(self.tokens.tolist(), ends, strict=True))
+
+    def span(self, token: int) -> tuple[int, int]:
+        """Where a token's postings begin and end; nowhere (0, 0) for one that no row holds."""
+        return self._spans.get(token, (0, 0))
+
+    def error(self, tokens: np.ndarray) -> float:
+        """Largest share of a vector's length that rounding changed, over the postings of some tokens."""
+        at = np.searchsorted(self.tokens, tokens)
+        held = at < len(self.tokens)
+        at = at[held]
+        return float(self.errors[at[self.tokens[at] == tokens[held]]].max(initial=0.0))
+
+    def vectors(self, places: np.ndarray, kind: type = np.float32) -> np.ndarray:
+        """dL/dE_w of some postings, ``(m, e)``, their lengths exact to rounding."""
+        return np.asarray(self.codes[places].astype(kind) * self.scales[places, None].astype(kind))
+
+    def take(self, rows: np.ndarray) -> WordRows:
+        """All words of some rows, in the order given, as vectors."""
+        counts = np.diff(self.row_starts)[rows]
+        starts = _offsets(counts)
+        at = np.arange(starts[-1]) + np.repeat(self.row_starts[rows] - starts[:-1], counts)
+        return WordRows(starts, self.entry_tokens[at].astype(np.int64), self.vectors(self.entry_places[at]))
+
+    def squares(self, allowed: np.ndarray) -> np.ndarray:
+        """Sum of ||dL/dE_w||^2 over a row's allowed tokens (a mask by token id), ``(n,)`` float64."""
+        rows = np.repeat(np.arange(self.n_rows), np.diff(self.row_starts))
+        squares = self.norms[self.entry_places].astype(np.float64) ** 2
+        return np.bincount(rows, np.where(allowed[self.entry_tokens], squares, 0.0), minlength=self.n_rows)
+
+
+def read_word_store(paths: Sequence[Path]) -> WordStore:
+    """Memory-map a store; ``paths`` in the order of :data:`PARTS`."""
+    tokens, postings, rows, entries = (read_batches(path)[0] for path in paths)
+    return WordStore(
+        tokens=column(tokens, "token"),
+        errors=column(tokens, "error"),
+        starts=_offsets(column(tokens, "count")),
+        rows=column(postings, "row"),
+        codes=column(postings, "code"),
+        scales=column(postings, "scale"),
+        norms=column(postings, "norm"),
+        row_starts=_offsets(column(rows, "count")),
+        entry_tokens=column(entries, "token"),
+        entry_places=column(entries, "place"),
+    )
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def merge_runs(
+    folder: Path, kind: str, generation: int, runs: Sequence[Path], old: WordStore | None, n_rows: int
+) -> tuple[str, ...]:
+    """Write a store from the runs of new rows and the store of the rows before them; memory does not grow with rows.
+
+    Args:
+        folder: The index.
+        kind: Its words folder.
+        generation: Goes into the file names.
+        runs: Files of :func:`write_run`, in row order.
+        old: The store of the earlier rows, on an append.
+        n_rows: Rows in all.
+
+    Returns:
+        The files written.
+
+    Raises:
+        StorageError: The disk is full; nothing that was there has changed.
+    """
+    found = [] if old is None else [old.tokens]
+    n_tokens = 1 + max(int(tokens.max(initial=0)) for tokens in (*found, *(_read_run(path).tokens for path in runs)))
+    counts = np.zeros(n_tokens, np.int64)
+    errors = np.zeros(n_tokens, np.float32)
+    row_counts = np.zeros(n_rows, np.int32)
+    before = old.n_rows if old is not None else 0
+    if old is not None:
+        counts[old.tokens] += np.diff(old.starts)
+        errors[old.tokens] = old.errors
+        row_counts[:before] = np.diff(old.row_starts)
+    for path in runs:
+        run = _read_run(path)
+        counts += np.bincount(run.tokens, minlength=n_tokens)
+        np.maximum.at(errors, run.tokens, run.errors)
+        row_counts += np.bincount(run.rows, minlength=n_rows).astype(np.int32)
+    total = int(counts.sum())
+    starts = _offsets(counts)
+    like = old if old is not None else _read_run(runs[0])
+    with ExitStack() as held:
+
+        def array(name: str, dtype: np.dtype, *width: int) -> np.ndarray:
+            path = folder / kind / f"{name}-{generation:04d}{TEMPORARY_SUFFIX}"
+            return held.enter_context(_reserved(path, (total, *width), dtype))
+
+        rows, codes = array("row", np.dtype(np.int32)), array("code", like.codes.dtype, like.codes.shape[1])
+        scales, norms = array("scale", np.dtype(np.float32)), array("norm", np.dtype(np.float32))
+        entry_tokens, entry_places = array("token", np.dtype(np.int32)), array("place", np.dtype(np.uint32))
+        next_place = starts[:-1].copy()
+
+        def copy(part: Postings) -> np.ndarray:
+            places = _places(part.tokens, next_place)
+            rows[places], codes[places] = part.rows, part.codes
+            scales[places], norms[places] = part.scales, part.norms
+            return places
+
+        next_entry = 0
+        if old is not None:
+            for part in _slices(old):
+                copy(part)
+            next_entry = _move_entries(old, starts, entry_tokens, entry_places)
+        for part in map(_read_run, runs):
+            places = copy(part)
+            order = np.argsort(part.rows, kind="stable")
+            at = slice(next_entry, next_entry + len(order))
+            entry_tokens[at], entry_places[at] = part.tokens[order], places[order]
+            next_entry += len(order)
+        present = np.flatnonzero(counts)
+        files = word_files(kind, generation)
+        of_tokens = {"token": present.astype(np.int32), "count": counts[present], "error": errors[present]}
+        write_columns(folder / files[0], of_tokens)
+        write_columns(folder / files[1], {"row": rows, "code": codes, "scale": scales, "norm": norms})
+        write_columns(folder / files[2], {"count": row_counts})
+        write_columns(folder / files[3], {"token": entry_tokens, "place": entry_places})
+    return files
+
+
+def _places(tokens: np.ndarray, next_place: np.ndarray) -> np.ndarray:
+    """Where postings sorted by token go; ``next_place`` of every token moves on."""
+    found, first, counts = np.unique(tokens, return_index=True, return_counts=True)
+    places: np.ndarray = np.arange(len(tokens)) + np.repeat(next_place[found] - first, counts)
+    next_place[found] += counts
+    return places
+
+
+def _slices(old: WordStore) -> Iterator[Postings]:
+    tokens = np.repeat(old.tokens, np.diff(old.starts))
+    for start in range(0, len(tokens), _SLICE):
+        at = slice(start, start + _SLICE)
+        yield Postings(old.rows[at], tokens[at], old.codes[at], old.scales[at], old.norms[at], np.empty(0))
+
+
+def _move_entries(old: WordStore, starts: np.ndarray, tokens: np.ndarray, places: np.ndarray) -> int:
+    """Entries of an older store with their places in the new one; returns how many there are."""
+    moved = np.zeros(len(starts) - 1, np.int64)
+    moved[old.tokens] = starts[old.tokens] - old.starts[:-1]
+    for start in range(0, len(old.entry_tokens), _SLICE):
+        at = slice(start, min(start + _SLICE, len(old.entry_tokens)))
+        tokens[at] = old.entry_tokens[at]
+        places[at] = old.entry_places[at] + moved[old.entry_tokens[at]]
+    return len(old.entry_tokens)
+
+
+@contextmanager
+def _reserved(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
+    """An array on disk, its space reserved (a full disk is an error here, not a crash later); removed at the end."""
+    size_bytes = max(1, int(np.prod(shape)) * dtype.itemsize)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb+") as handle:
+            os.posix_fallocate(handle.fileno(), 0, size_bytes)
+            mapped = np.memmap(handle, dtype, "r+", shape=(size_bytes // dtype.itemsize,))
+            yield np.asarray(mapped)[: int(np.prod(shape))].reshape(shape)
+    except OSError as error:
+        hint = "Free some space and go on with --resume." if error.errno == errno.ENOSPC else "Choose another place."
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}. Nothing that was there has changed. {hint}"
+        ) from error
+    finally:
+        path.unlink(missing_ok=True)

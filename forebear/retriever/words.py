@@ -1,0 +1,369 @@
+"""Search by shared words: upper bounds first, so that most postings are never read, then exact scores of what is left.
+
+A row's score is at most U = sum over shared words of |dL_q/dE_w| |dL_n/dE_w|, which needs the stored lengths alone.
+Rows are scored from the store by falling U until no later row can enter either end of the ranking; those that
+rounding of the stored vectors leaves in question are scored again from the model (``--exact rerank``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
+from forebear.indexer.index import Index
+from forebear.indexer.store import as_tensor
+from forebear.indexer.word_store import WordStore
+from forebear.indexer.words import WordRows, word_gradients
+from forebear.retriever.methods import Method
+from forebear.retriever.queries import Models
+from forebear.retriever.scoring import rank
+from forebear.retriever.search import Ranking, Words
+from forebear.retriever.vocabulary import boundary_tokens, frequent_tokens, token_mask
+from forebear.retriever.word_scores import QueryWords, Shared, query_words, shared_words, squares
+
+FIRST_ROWS = 256  # scored before anything is known of the k-th best
+FULL_ROWS = 1024  # run through the model at once by --exact full
+_FLOAT32 = 1e-5  # rounding of the fast scores, as a share of U
+
+
+@dataclass(frozen=True)
+class Question:
+    """One word method's side of a block of test rows.
+
+    Attributes:
+        method: Which.
+        top: Its store.
+        allowed: Mask by token id of the words that take part; None: all.
+        queries: Words of each test row.
+        normalise: Whether scores are divided by sqrt(self x self).
+    """
+
+    method: Method
+    top: int
+    allowed: np.ndarray | None
+    queries: list[QueryWords]
+    normalise: bool
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """Rows of the store against one test row.
+
+    Attributes:
+        upper: U, ``(n,)`` float32; -1 for retired rows.
+        error: Largest share of U that rounding of the store can be.
+        factors: What scores are multiplied by, ``(n,)``, or None.
+    """
+
+    upper: np.ndarray
+    error: float
+    factors: np.ndarray | None
+
+
+@dataclass
+class WordSearch:
+    """Ranks training rows by shared words.
+
+    Attributes:
+        index: With a words store.
+        models: Its models.
+        prune: Off: every posting of the test row's words is read. The answer is the same.
+    """
+
+    index: Index
+    models: Models
+    prune: bool = True
+    _lengths: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)
+
+    @property
+    def etas(self) -> tuple[float, ...]:
+        """Weights of the checkpoints."""
+        return tuple(c.eta for c in self.index.manifest.checkpoints)
+
+    def top_of(self, method: Method) -> int:
+        """Positions kept a row in the store that a method needs; 0: all."""
+        tops = self.index.manifest.spec.words_tops
+        return next((top for top in tops if top), 10) if method.words == "topk" else 0
+
+    def allowed(self, method: Method) -> np.ndarray | None:
+        """Mask by token id of the words that take part in a method."""
+        if method.words == "common":
+            return token_mask(self._n_tokens, self._boundary, keep=True)
+        if method.words == "nocommon":
+            return token_mask(self._n_tokens, np.union1d(self._boundary, self._frequent), keep=False)
+        return None
+
+    @cached_property
+    def _n_tokens(self) -> int:
+        return int(self.models.classifier().model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+
+    @cached_property
+    def _boundary(self) -> np.ndarray:
+        return boundary_tokens(self.models.classifier().tokenizer)
+
+    @cached_property
+    def _frequent(self) -> np.ndarray:
+        return frequent_tokens(self.models.classifier().tokenizer)
+
+    def questions(
+        self, methods: Sequence[Method], texts: Sequence[Sequence[str]], targets: np.ndarray, *, normalise: bool
+    ) -> list[Question]:
+        """Words of a block of test rows for each method; one pass a checkpoint."""
+        tops = sorted({self.top_of(method) for method in methods})
+        found = self._from_models(texts, targets, tops)
+        out = []
+        for method in methods:
+            top, allowed = self.top_of(method), self.allowed(method)
+            queries = query_words([words[top] for words in found], self.etas, allowed)
+            out.append(Question(method, top, allowed, queries, normalise))
+        return out
+
+    def _from_models(
+        self, texts: Sequence[Sequence[str]], labels: np.ndarray, tops: Sequence[int]
+    ) -> list[dict[int, WordRows]]:
+        return [
+            word_gradients(self.models.classifier(c), texts, labels, tops, batch_tokens=DEFAULT_BATCH_TOKENS)[0]
+            for c in range(len(self.etas))
+        ]
+
+    def _words_of(self, rows: np.ndarray, tops: Sequence[int]) -> dict[int, list[WordRows]]:
+        """Words of training rows from the models, by store, one entry a checkpoint."""
+        texts = [column.to_pylist() for column in self.index.texts(rows).values()]
+        found = self._from_models(texts, self.index.labels[rows].astype(np.int64), tops)
+        return {top: [words[top] for words in found] for top in tops}
+
+    def search(
+        self,
+        methods: Sequence[Method],
+        texts: Sequence[Sequence[str]],
+        targets: np.ndarray,
+        k: int,
+        *,
+        exact: str,
+        normalise: bool,
+    ) -> dict[str, tuple[Ranking, Ranking]]:
+        """Both ends of each method's ranking, (proponents, opponents), with contributions.
+
+        Args:
+            methods: Word methods.
+            texts: Test rows, one list a text column.
+            targets: Class whose loss is explained, ``(q,)``.
+            k: Results at each end.
+            exact: ``none`` (the stored vectors' scores), ``rerank`` or ``full`` (the model's).
+            normalise: Divide scores by sqrt(self x self).
+        """
+        questions = self.questions(methods, texts, targets, normalise=normalise)
+        if exact == "full":
+            listed = [self._ends_of(scores, k) for scores in self.score(questions)]
+        else:
+            listed = [[self._candidates(question, i, k, exact) for i in range(len(targets))] for question in questions]
+        if exact == "none":
+            return {
+                q.method.name: self._rank(q, rows, k, None, exact=False)
+                for q, rows in zip(questions, listed, strict=True)
+            }
+        distinct = np.unique(np.concatenate([rows for of_method in listed for rows in of_method]))
+        fresh = self._words_of(distinct, sorted({q.top for q in questions}))
+        return {
+            q.method.name: self._rank(q, rows, k, (distinct, fresh[q.top]), exact=True)
+            for q, rows in zip(questions, listed, strict=True)
+        }
+
+    def score(self, questions: Sequence[Question]) -> list[np.ndarray]:
+        """Exact scores of every live row from the models, ``(q, n_live)`` float64, for each question."""
+        live = self.index.live
+        out = [np.zeros((len(q.queries), len(live))) for q in questions]
+        for start in range(0, len(live), FULL_ROWS):
+            rows = live[start : start + FULL_ROWS]
+            fresh = self._words_of(rows, sorted({q.top for q in questions}))
+            for question, scores in zip(questions, out, strict=True):
+                words = fresh[question.top]
+                lengths = np.sqrt(squares(words, self.etas, question.allowed)) if question.normalise else None
+                for i, query in enumerate(question.queries):
+                    found = shared_words(query, words).scores(len(rows))
+                    scores[i, start : start + len(rows)] = _normalised(found, query, lengths)
+        return out
+
+    def _ends_of(self, scores: np.ndarray, k: int) -> list[np.ndarray]:
+        """Rows at both ends of each test row's ranking, and what may tie with the last of them but for rounding."""
+        out = []
+        for row in scores:
+            margin = 1e-9 * np.abs(row).max(initial=0.0)
+            ordered = np.partition(row, (k - 1, len(row) - k))
+            near = (row >= ordered[len(row) - k] - margin) | (row <= ordered[k - 1] + margin)
+            zero = np.flatnonzero(row == 0.0)
+            near[zero[k:]] = False  # ties at 0 go to the lower rows
+            out.append(self.index.live[near])
+        return out
+
+    def bounds(self, question: Question, query: QueryWords) -> _Bounds:
+        """Upper bounds of every row's score against a test row, from the stored lengths."""
+        upper = np.zeros(self.index.manifest.n_rows, np.float32)
+        error = 0.0
+        for store, tokens, vectors, eta in self._stores(question, query):
+            lengths = (eta * np.linalg.norm(vectors.astype(np.float64), axis=1)).astype(np.float32)
+            for token, length in zip(tokens.tolist(), lengths, strict=True):
+                first, last = store.span(token)
+                if last - first == len(upper):
+                    upper += store.norms[first:last] * length
+                elif last > first:
+                    upper[store.rows[first:last]] += store.norms[first:last] * length
+            error = max(error, store.error(tokens))
+        factors = None
+        if question.normalise:
+            own = np.sqrt(query.square())
+            below = own * self._row_lengths(question)
+            factors = np.divide(1.0, below, out=np.zeros_like(below), where=below > 0)
+            upper *= factors.astype(np.float32)
+        upper[self.index.retired] = -1.0
+        return _Bounds(upper, error, factors)
+
+    def _stores(self, question: Question, query: QueryWords) -> list[tuple[WordStore, np.ndarray, np.ndarray, float]]:
+        parts = zip(query.tokens, query.vectors, query.etas, strict=True)
+        return [(self.index.words(question.top, c), *part) for c, part in enumerate(parts)]
+
+    def _row_lengths(self, question: Question) -> np.ndarray:
+        """sqrt(self x self) of every row over the method's words, ``(n,)`` float64."""
+        key = (question.top, question.method.name)
+        if key not in self._lengths:
+            total = np.zeros(self.index.manifest.n_rows)
+            everything = np.ones(self._n_tokens, bool)
+            for c, eta in enumerate(self.etas):
+                allowed = everything if question.allowed is None else question.allowed
+                total += eta * self.index.words(question.top, c).squares(allowed)
+            self._lengths[key] = np.sqrt(total)
+        return self._lengths[key]
+
+    def stored_scores(self, question: Question, query: QueryWords, rows: np.ndarray) -> np.ndarray:
+        """Scores of rows (ascending) from the stored vectors, ``(m,)``, not normalised; float32 products."""
+        out = np.zeros(len(rows))
+        for store, tokens, vectors, eta in self._stores(question, query):
+            for i, token in enumerate(tokens.tolist()):
+                first, last = store.span(token)
+                if first == last:
+                    continue
+                at, places = _found(rows, store.rows[first:last], store.n_rows)
+                if not len(at):
+                    continue
+                codes = as_tensor(store.codes[first:last])
+                if len(places) < last - first:
+                    codes = codes[torch.from_numpy(places)]
+                direction = torch.from_numpy(np.ascontiguousarray(vectors[i], dtype=np.float32))
+                dots = (codes.float() @ direction).numpy()
+                out[at] += eta * dots * store.scales[first:last][places]
+        return out
+
+    def _candidates(self, question: Question, i: int, k: int, exact: str) -> np.ndarray:
+        """Rows, ascending, among which both ends of a test row's exact ranking are.
+
+        With ``none`` the stored vectors' ranking is meant; else the models', which differs by their rounding.
+        """
+        query = question.queries[i]
+        bounds = self.bounds(question, query)
+        upper = bounds.upper
+        share = _FLOAT32 + (bounds.error if exact != "none" else 0.0)
+        scores = np.full(len(upper), np.nan)
+        pending = upper > 0
+        todo = np.flatnonzero(pending)
+        n_next = FIRST_ROWS + 4 * k if self.prune else len(todo)
+        needed = 0.0  # U of a row that could still matter
+        while len(todo):
+            now = todo
+            if len(todo) > n_next:
+                now = np.sort(todo[np.argpartition(-upper[todo], n_next - 1)[:n_next]])
+            found = self.stored_scores(question, query, now)
+            scores[now] = found if bounds.factors is None else found * bounds.factors[now]
+            pending[now] = False
+            done = np.flatnonzero(~np.isnan(scores))
+            low, high = _kth(scores[done], share * upper[done], k)
+            needed = max(0.0, min(low, -high))
+            todo = np.flatnonzero(pending & (upper * (1 + share) >= needed))
+            n_next *= 4
+        done = np.flatnonzero(~np.isnan(scores))
+        slack = share * upper[done]
+        low, high = _kth(scores[done], slack, k)
+        near = done[(scores[done] + slack >= low) | (scores[done] - slack <= high)]
+        if len(done) < k or needed <= 0.0:  # rows that share no word, at 0, may be among the best
+            near = np.union1d(near, np.flatnonzero(upper == 0)[:k])
+        return near
+
+    def _rank(
+        self,
+        question: Question,
+        listed: Sequence[np.ndarray],
+        k: int,
+        fresh: tuple[np.ndarray, list[WordRows]] | None,
+        *,
+        exact: bool,
+    ) -> tuple[Ranking, Ranking]:
+        """Both ends of the ranking among the rows listed for each test row.
+
+        Args:
+            question: Whose test rows.
+            listed: Rows, ascending, for each test row.
+            k: Results at each end.
+            fresh: Row numbers, ascending, and their words from the models; None takes the stored ones.
+            exact: What the result says of itself.
+        """
+        q = len(listed)
+        rows, scores = np.empty((2, q, k), np.int64), np.empty((2, q, k))
+        words: tuple[list[Words], list[Words]] = ([], [])
+        for i, (query, mine) in enumerate(zip(question.queries, listed, strict=True)):
+            if fresh is None:
+                found = [self.index.words(question.top, c).take(mine) for c in range(len(self.etas))]
+            else:
+                at = np.searchsorted(fresh[0], mine)
+                found = [w.take(at) for w in fresh[1]]
+            shared = shared_words(query, found)
+            lengths = np.sqrt(squares(found, self.etas, question.allowed)) if question.normalise else None
+            all_scores = _normalised(shared.scores(len(mine)), query, lengths)
+            for side in (0, 1):
+                best, value = rank(all_scores[None], mine, k, largest=side == 0)
+                rows[side, i], scores[side, i] = best[0], value[0]
+                places = np.searchsorted(mine, best[0])
+                words[side].append([_contributions(shared, place, query, lengths) for place in places])
+        n_scored = np.array([len(mine) for mine in listed]) if exact else np.zeros(q, np.int64)
+        return tuple(  # type: ignore[return-value]
+            Ranking(rows[side], scores[side], exact, n_scored, words=words[side]) for side in (0, 1)
+        )
+
+
+def _normalised(scores: np.ndarray, query: QueryWords, lengths: np.ndarray | None) -> np.ndarray:
+    """Scores over sqrt(self x self); 0 where a length is."""
+    if lengths is None:
+        return scores
+    below = np.sqrt(query.square()) * lengths
+    return np.asarray(np.divide(scores, below, out=np.zeros_like(scores), where=below > 0))
+
+
+def _contributions(
+    shared: Shared, place: int, query: QueryWords, lengths: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    tokens, values = shared.of(int(place))
+    return tokens, _normalised(values, query, None if lengths is None else np.full(len(values), lengths[place]))
+
+
+def _found(rows: np.ndarray, listed: np.ndarray, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in ``rows`` and in ``listed`` of the row numbers that both hold; both ascend."""
+    if len(listed) == n_rows:
+        return np.arange(len(rows)), rows
+    if len(rows) > len(listed):
+        at, places = _found(listed, rows, n_rows + 1)
+        return places, at
+    places = np.minimum(np.searchsorted(listed, rows), len(listed) - 1)
+    hit = np.flatnonzero(listed[places] == rows)
+    return hit, places[hit]
+
+
+def _kth(scores: np.ndarray, slack: np.ndarray, k: int) -> tuple[float, float]:
+    """Scores that the k-th best and the k-th worst row reach for certain; 0 (rows that share no word) for fewer."""
+    if len(scores) < k:
+        return 0.0, 0.0
+    low = np.partition(scores - slack, len(scores) - k)[len(scores) - k]
+    high = np.partition(scores + slack, k - 1)[k - 1]
+    return float(low), float(high)
