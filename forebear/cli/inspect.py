@@ -38,9 +38,17 @@ def methods(as_json: JsonOut = False) -> None:
     for name in ("method", "score(query q, row n)", "stored for each row", "needs", "source"):
         grid.add_column(name)
     stored = {"feature": "feature f", "sentence": "sentence embedding s", "head": "head gradient g"}
+    stored |= {"words": "gradient of each word", "tfidf": "word counts, logit gradient"}
+    options = {"all": " --words-top 0", "common": " --words-top 0", "nocommon": " --words-top 0"}
     for method in METHODS.values():
         what = stored[method.representation] + (", all checkpoints" if method.all_checkpoints else "")
-        grid.add_row(method.name, method.formula, what, f"--store {method.store}", method.source)
+        grid.add_row(
+            method.name,
+            method.formula,
+            what,
+            f"--store {method.store}{options.get(method.words or '', '')}",
+            method.source,
+        )
     OUT.print(grid)
 
 
@@ -92,7 +100,13 @@ def index_facts(index: Any) -> dict[str, Any]:
             scope: {"sketch_dim": spec.sketch_dim, "with_bias": spec.with_bias, "whitened": spec.whitened}
             for scope in spec.sketched_scopes
         },
-        "representations": ["feature", "head", *(["sentence"] if "sbert" in spec.stores else [])],
+        "representations": [
+            "feature",
+            "head",
+            *(["sentence"] if "sbert" in spec.stores else []),
+            *(["words", "tfidf"] if "words" in spec.stores else []),
+        ],
+        "words": {"tops": list(spec.words_tops), "precision": spec.words_precision} if spec.words_tops else None,
         "sentence_model": manifest.sentence_model,
         "curvature": manifest.curvature,
         "sketch": {
@@ -132,6 +146,9 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         )
         lines.append(("scope", f"{scope}: {what}"))
     lines.append(("representations", ", ".join(facts["representations"])))
+    if facts["words"]:
+        kept = " and ".join(f"{top} longest gradients a row" if top else "all" for top in facts["words"]["tops"])
+        lines.append(("words", f"{kept}, {facts['words']['precision']}"))
     for scope, solvers in facts["curvature"].items():
         for name in ("exact", "ekfac"):
             if name in solvers:

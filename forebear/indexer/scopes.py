@@ -28,7 +28,8 @@ class Block:
         name: Dotted name of the module.
         kind: ``linear``: its weight, with the bias as a last column (a_t then ends in 1) if ``bias``.
             ``norm``: a LayerNorm's weight and bias, one above the other, ``(2 h, 1)``.
-            ``embedding``: the word embeddings, transposed; a_t is the one-hot vector of a token id.
+            ``embedding``: the word embeddings, transposed; a_t is the one-hot vector of a token id. Or what enters the
+            first encoder layer, which has no parameters (``n_in`` 0).
         n_out: Rows of G.
         n_in: Columns of G.
         bias: Whether a linear layer's bias takes part.
@@ -75,6 +76,12 @@ def embedding_block(model: Any, name: str) -> Block:
         raise ModelError(f"{name} ({type(model).__name__}) has no word embeddings, so no word gradients.")
     key = next(key for key, found in model.named_modules() if found is module)
     return Block(key, "embedding", module.embedding_dim, module.num_embeddings)
+
+
+def encoder_input_block(model: Any, name: str) -> Block:
+    """What enters the first encoder layer: words, positions and types together, after their LayerNorm."""
+    prefix, _ = encoder_layers(model, name)
+    return Block(f"{prefix}.0", "embedding", model.config.hidden_size, 0)
 
 
 def encoder_layers(model: Any, name: str) -> tuple[str, int]:

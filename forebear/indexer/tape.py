@@ -47,7 +47,9 @@ class LayerFactors:
 
 @dataclass(frozen=True)
 class EmbeddingFactors(LayerFactors):
-    """Of the word embeddings: ``inputs`` are their outputs e_t and ``deltas`` the gradients there, both ``(b, t, e)``.
+    """Of the word embeddings (or what enters the encoder): ``inputs`` are their outputs e_t, ``deltas`` the gradients.
+
+    Both are ``(b, t, e)``.
 
     Attributes:
         ids: Token ids ``(b, t)`` int64, -1 where there is padding or a [PAD] in the text.
@@ -56,6 +58,7 @@ class EmbeddingFactors(LayerFactors):
     ids: torch.Tensor
 
 
+ENCODER_INPUT = "encoder-input"  # a scope of its own: no parameters, the gradient at what enters the first layer
 OnLayer = Callable[[str, LayerFactors], None]
 # From logits (b, c) float64 to what is differentiated: the gradient at the logits, (b, c) float64.
 Seed = Callable[[np.ndarray], np.ndarray]
@@ -147,26 +150,29 @@ class Tape:
             return
         module, is_embedding = self._root
 
-        def after(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
-            grown = output.detach().requires_grad_(True)
+        def grown(values: torch.Tensor) -> torch.Tensor:
+            values = values.detach().requires_grad_(True)
             block = self._embedding
             if block is not None:
-                if grown.shape[:-1] != ids.shape:
+                if values.shape[:-1] != ids.shape:
                     raise ModelError(
-                        f"{self.classifier.name}: its word embeddings {block.name} give {tuple(grown.shape)} for "
-                        f"{tuple(ids.shape)} word pieces, so words cannot be told apart. Leave the words store out."
+                        f"{self.classifier.name}: {block.name} has {tuple(values.shape)} for {tuple(ids.shape)} word "
+                        "pieces, so words cannot be told apart. Leave the words store out."
                     )
 
                 def arrived(delta: torch.Tensor) -> None:
-                    on_layer(block.name, EmbeddingFactors(_wide(grown.detach()), _wide(delta.detach()), ids))
+                    on_layer(block.name, EmbeddingFactors(_wide(values.detach()), _wide(delta.detach()), ids))
 
-                grown.register_hook(arrived)  # type: ignore[no-untyped-call]
-            return grown
+                values.register_hook(arrived)  # type: ignore[no-untyped-call]
+            return values
+
+        def after(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+            return grown(output)
 
         def before(_module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
             if args:
-                return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
-            return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_(True)}
+                return (grown(args[0]), *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": grown(kwargs["hidden_states"])}
 
         if is_embedding:
             handle = module.register_forward_hook(after)
@@ -270,7 +276,9 @@ def _root_module(classifier: Classifier, scope: str) -> tuple[nn.Module, bool] |
     model: Any = classifier.model
     if scope == "head":
         return None
-    if not scope.startswith("top-"):
+    if not scope.startswith("top-") and scope != ENCODER_INPUT:
         return model.get_input_embeddings(), True
     prefix, n_layers = encoder_layers(model, classifier.name)
+    if scope == ENCODER_INPUT:
+        return model.get_submodule(f"{prefix}.0"), False
     return model.get_submodule(f"{prefix}.{n_layers - int(scope[4:])}"), False

@@ -19,8 +19,10 @@ from forebear.indexer.sentence import load_sentence_encoder
 from forebear.indexer.shards import check_same_model
 from forebear.indexer.sketch import Sketcher, sketch_rows
 from forebear.indexer.store import file_sha256
+from forebear.indexer.words import WordRows, word_gradients
 
 FLOAT16_ROUNDING = 1e-3  # of stored coordinates, scaled back to length 1
+WORDS_ROUNDING = {"fp16": 1e-3, "int8": 2e-2, "fp32": 0.0}  # of stored word vectors
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # max|difference| / max|value|: other batches, other threads
 
 
@@ -140,6 +142,15 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
                 compare(store.coordinates(rows), found.coordinates, rounding=FLOAT16_ROUNDING)
         else:
             forward = run_forward(classifier, texts, batch_tokens=spec.batch_tokens)
+        if spec.words_tops:
+            words, _ = word_gradients(classifier, texts, gold, spec.words_tops, batch_tokens=spec.batch_tokens)
+            for top, of_rows in words.items():
+                stored_words = index.words(top, number).take(rows)
+                at, fresh_at = _same_words(stored_words, of_rows)
+                stored_vectors, fresh = stored_words.vectors, of_rows.vectors
+                assert stored_vectors is not None
+                assert fresh is not None
+                compare(stored_vectors[at], fresh[fresh_at], rounding=WORDS_ROUNDING[spec.words_precision])
         residuals, _ = residual_and_loss(forward.logits, gold)
         compare(index.features(number).take(rows), forward.features)
         compare(index.residuals(number).take(rows), residuals)
@@ -150,3 +161,19 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
     if not np.isfinite(errors).all():
         raise CorruptIndexError(f"{index.folder}: stored numbers are NaN or infinite. Build the index again.")
     return max(errors)
+
+
+def _same_words(stored: WordRows, fresh: WordRows) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the words that both hold; of those kept for their long gradients a few may be near ties.
+
+    Raises:
+        CorruptIndexError: They hold other words.
+    """
+    keys, fresh_keys = (w.rows << 32 | w.tokens for w in (stored, fresh))
+    _, at, fresh_at = np.intersect1d(keys, fresh_keys, assume_unique=True, return_indices=True)
+    if len(at) < 0.9 * max(len(keys), len(fresh_keys)):
+        raise CorruptIndexError(
+            f"the words stored for a sample of rows are not those of their texts: {len(at)} of {len(keys)} are the "
+            "same. Build the index again."
+        )
+    return at, fresh_at
