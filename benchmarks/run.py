@@ -10,7 +10,7 @@ from common import DATA
 
 HERE = Path(__file__).parent
 # From the fourth on they use the runs of end_to_end.
-CASES = ("head_scan.py", "ann.py", "end_to_end.py", "gradients.py", "influence.py", "peers.py")
+CASES = ("head_scan.py", "ann.py", "end_to_end.py", "gradients.py", "words.py", "influence.py", "peers.py")
 
 
 def main() -> int:

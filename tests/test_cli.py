@@ -169,7 +169,9 @@ def test_methods_lists_the_table(capsys):
     assert "tracin-last" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["train", "index", "retrieve", "audit hans", "demo", "info", "verify", "methods"])
+@pytest.mark.parametrize(
+    "command", ["train", "index", "retrieve", "explain", "audit hans", "demo", "info", "verify", "methods"]
+)
 def test_every_command_has_help_with_an_example(command, capsys):
     assert run([*command.split(), "--help"]) == 0
     assert "Example" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ Cell = str | float | int | bool | None
 Series = Mapping[str, Sequence[float]]
 Errors = Mapping[str, Sequence[float | None]]
 
-_TEMPLATE = Path(__file__).with_name("templates") / "report.html.j2"
+_TEMPLATES = Path(__file__).with_name("templates")
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito
 _HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----")
@@ -136,22 +136,31 @@ def check_folder(folder: Path, *, force: bool = False) -> None:
         )
 
 
+def page_template(name: str, **filters: Callable[..., Any]) -> Any:
+    """A template that shares the style sheet and the ``cell`` filter."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(cell=format_cell, **filters)
+    return environment.get_template(name)
+
+
 def render_html(report: Report) -> str:
     """The whole page, as one self-contained HTML document."""
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     for table in report.tables:
         _check_table(table)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(cell=format_cell, marked=_marked)
     figures = [
         (figure, Markup(_inline_svg(figure.svg, prefix=f"f{i}-", label=figure.title)))
         for i, figure in enumerate(report.figures, start=1)
     ]
-    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    page = page_template("report.html.j2", marked=_marked)
     decimals = [_decimals(table) for table in report.tables]
-    return page.render(report=report, figures=figures, decimals=decimals)
+    return str(page.render(report=report, figures=figures, decimals=decimals))
 
 
 def render_csv(tables: Sequence[Table]) -> str:

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from scipy import sparse
 
 from forebear.errors import StorageError
 from forebear.indexer.store import TEMPORARY_SUFFIX, column, read_batches, write_columns
@@ -115,6 +116,19 @@ class WordStore:
         return len(self.row_starts) - 1
 
     @cached_property
+    def _lengths(self) -> sparse.csr_array:
+        """Norms by token and row, ``(T, n)``."""
+        kind = np.int32 if len(self.rows) < 2**31 else np.int64
+        parts = (self.norms, self.rows.astype(kind, copy=False), self.starts.astype(kind))
+        return sparse.csr_array(parts, shape=(len(self.tokens), self.n_rows))
+
+    def weighted_norms(self, tokens: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Sum over tokens of weight times the norm of their vector in each row, ``(n,)`` float32."""
+        at = np.minimum(np.searchsorted(self.tokens, tokens), len(self.tokens) - 1)
+        held = self.tokens[at] == tokens
+        return np.asarray(self._lengths[at[held]].T @ weights[held].astype(np.float32))
+
+    @cached_property
     def _spans(self) -> dict[int, tuple[int, int]]:
         ends = zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True)
         return dict(zip(self.tokens.tolist(), ends, strict=True))
@@ -134,11 +148,15 @@ class WordStore:
         """dL/dE_w of some postings, ``(m, e)``, their lengths exact to rounding."""
         return np.asarray(self.codes[places].astype(kind) * self.scales[places, None].astype(kind))
 
+    def entries(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where some rows' words are among the entries: where each row's begin ``(m + 1,)``, and the entries."""
+        counts = self.row_starts[rows + 1] - self.row_starts[rows]
+        starts = _offsets(counts)
+        return starts, np.arange(starts[-1]) + np.repeat(self.row_starts[rows] - starts[:-1], counts)
+
     def take(self, rows: np.ndarray) -> WordRows:
         """All words of some rows, in the order given, as vectors."""
-        counts = np.diff(self.row_starts)[rows]
-        starts = _offsets(counts)
-        at = np.arange(starts[-1]) + np.repeat(self.row_starts[rows] - starts[:-1], counts)
+        starts, at = self.entries(rows)
         return WordRows(starts, self.entry_tokens[at].astype(np.int64), self.vectors(self.entry_places[at]))
 
     def squares(self, allowed: np.ndarray) -> np.ndarray:

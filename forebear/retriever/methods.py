@@ -90,15 +90,15 @@ _ROWS = (
     ),
     Method(
         name="tracin-we-topk", representation="words", metric="dot", all_checkpoints=True, words="topk",
-        formula="the same, over each row's positions of longest gradient", source="Yeh22 eq. 6",
+        formula="tracin-we over each row's k positions of longest gradient", source="Yeh22 eq. 6",
     ),
     Method(
         name="tracin-we-common", representation="words", metric="dot", all_checkpoints=True, words="common",
-        formula="the same, start and end tokens only", source="Yeh22",
+        formula="tracin-we over start and end tokens only", source="Yeh22",
     ),
     Method(
         name="tracin-we-nocommon", representation="words", metric="dot", all_checkpoints=True, words="nocommon",
-        formula="the same without start, end, stop words, punctuation", source="Yeh22",
+        formula="tracin-we without start, end, stop words, punctuation", source="Yeh22",
     ),
     Method(
         name="tracin-tfidf", representation="tfidf", metric="dot", all_checkpoints=True,

@@ -8,6 +8,7 @@ rounding of the stored vectors leaves in question are scored again from the mode
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,7 +17,6 @@ import torch
 
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.index import Index
-from forebear.indexer.store import as_tensor
 from forebear.indexer.word_store import WordStore
 from forebear.indexer.words import WordRows, word_gradients
 from forebear.retriever.methods import Method
@@ -26,8 +26,9 @@ from forebear.retriever.search import Ranking, Words
 from forebear.retriever.vocabulary import boundary_tokens, frequent_tokens, token_mask
 from forebear.retriever.word_scores import QueryWords, Shared, query_words, shared_words, squares
 
-FIRST_ROWS = 256  # scored before anything is known of the k-th best
+FIRST_ROWS = 64  # scored before anything is known of the k-th best
 FULL_ROWS = 1024  # run through the model at once by --exact full
+_ROWS_AT_ONCE = 2048  # whose stored vectors are held together
 _FLOAT32 = 1e-5  # rounding of the fast scores, as a share of U
 
 
@@ -161,7 +162,7 @@ class WordSearch:
         if exact == "full":
             listed = [self._ends_of(scores, k) for scores in self.score(questions)]
         else:
-            listed = [[self._candidates(question, i, k, exact) for i in range(len(targets))] for question in questions]
+            listed = [self.candidates(question, k, exact) for question in questions]
         if exact == "none":
             return {
                 q.method.name: self._rank(q, rows, k, None, exact=False)
@@ -206,13 +207,8 @@ class WordSearch:
         upper = np.zeros(self.index.manifest.n_rows, np.float32)
         error = 0.0
         for store, tokens, vectors, eta in self._stores(question, query):
-            lengths = (eta * np.linalg.norm(vectors.astype(np.float64), axis=1)).astype(np.float32)
-            for token, length in zip(tokens.tolist(), lengths, strict=True):
-                first, last = store.span(token)
-                if last - first == len(upper):
-                    upper += store.norms[first:last] * length
-                elif last > first:
-                    upper[store.rows[first:last]] += store.norms[first:last] * length
+            lengths = eta * np.linalg.norm(vectors.astype(np.float64), axis=1)
+            upper += store.weighted_norms(tokens, lengths)
             error = max(error, store.error(tokens))
         factors = None
         if question.normalise:
@@ -240,23 +236,32 @@ class WordSearch:
         return self._lengths[key]
 
     def stored_scores(self, question: Question, query: QueryWords, rows: np.ndarray) -> np.ndarray:
-        """Scores of rows (ascending) from the stored vectors, ``(m,)``, not normalised; float32 products."""
+        """Scores of rows from the stored vectors, ``(m,)``, not normalised; float32 products."""
         out = np.zeros(len(rows))
+        number = np.full(self._n_tokens, -1, np.int32)  # of each token among the test row's
         for store, tokens, vectors, eta in self._stores(question, query):
-            for i, token in enumerate(tokens.tolist()):
-                first, last = store.span(token)
-                if first == last:
-                    continue
-                at, places = _found(rows, store.rows[first:last], store.n_rows)
-                if not len(at):
-                    continue
-                codes = as_tensor(store.codes[first:last])
-                if len(places) < last - first:
-                    codes = codes[torch.from_numpy(places)]
-                direction = torch.from_numpy(np.ascontiguousarray(vectors[i], dtype=np.float32))
-                dots = (codes.float() @ direction).numpy()
-                out[at] += eta * dots * store.scales[first:last][places]
+            number[tokens] = np.arange(len(tokens))
+            directions = vectors.astype(np.float32)
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                starts, entries = store.entries(rows[start : start + _ROWS_AT_ONCE])
+                mine = number[store.entry_tokens[entries]]
+                hit = np.flatnonzero(mine >= 0)
+                places = store.entry_places[entries[hit]]
+                # numpy: for products this small torch's threads cost more than they bring
+                codes = store.codes.take(places, axis=0).astype(np.float32)
+                dots = np.einsum("ij,ij->i", codes, directions.take(mine[hit], axis=0)) * store.scales[places]
+                of_row = np.repeat(np.arange(len(starts) - 1), np.diff(starts))[hit]
+                found = np.bincount(of_row, dots, minlength=len(starts) - 1)
+                out[start : start + _ROWS_AT_ONCE] += eta * found
+            number[tokens] = -1
         return out
+
+    def candidates(self, question: Question, k: int, exact: str) -> list[np.ndarray]:
+        """Rows, ascending, among which both ends of each test row's ranking are; see :meth:`_candidates`."""
+        if question.queries:  # what is made once is made before the threads
+            self._candidates(question, 0, k, exact)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return list(pool.map(lambda i: self._candidates(question, i, k, exact), range(len(question.queries))))
 
     def _candidates(self, question: Question, i: int, k: int, exact: str) -> np.ndarray:
         """Rows, ascending, among which both ends of a test row's exact ranking are.
@@ -346,18 +351,6 @@ def _contributions(
 ) -> tuple[np.ndarray, np.ndarray]:
     tokens, values = shared.of(int(place))
     return tokens, _normalised(values, query, None if lengths is None else np.full(len(values), lengths[place]))
-
-
-def _found(rows: np.ndarray, listed: np.ndarray, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions in ``rows`` and in ``listed`` of the row numbers that both hold; both ascend."""
-    if len(listed) == n_rows:
-        return np.arange(len(rows)), rows
-    if len(rows) > len(listed):
-        at, places = _found(listed, rows, n_rows + 1)
-        return places, at
-    places = np.minimum(np.searchsorted(listed, rows), len(listed) - 1)
-    hit = np.flatnonzero(listed[places] == rows)
-    return hit, places[hit]
 
 
 def _kth(scores: np.ndarray, slack: np.ndarray, k: int) -> tuple[float, float]:

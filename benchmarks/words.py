@@ -1,0 +1,199 @@
+"""Word gradients: bytes a row, what they add to the pass, time a query against row by row in Python and a dense scan.
+
+SST-2 (6,920 rows) and AG News (20,000 rows), MiniLM-L6; runs that are there already are used.
+``python benchmarks/words.py [--data sst2,agnews] [--queries 32]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import DATA, ROOT, run, seconds, write_result
+
+from forebear import BuildOptions, Index, Retriever, build_index
+from forebear.indexer.data import open_rows
+from forebear.indexer.forward import run_forward
+from forebear.indexer.gradient_pass import labels_seed, run_pass
+from forebear.indexer.gradient_stage import open_sketchers
+from forebear.indexer.model import load_classifier
+from forebear.indexer.runs import choose_model
+from forebear.indexer.words import WordGradients
+from forebear.retriever.methods import METHODS
+from forebear.retriever.words import Question, WordSearch
+
+RUNS = ROOT / "runs" / "bench"
+DEV = {"sst2": "dev.parquet", "agnews": "test.parquet"}
+EPOCHS = {"sst2": "3", "agnews": "1"}
+K = 10
+
+
+def trained(data: str) -> Path:
+    folder = RUNS / data
+    if not (folder / "run.json").is_file():
+        dev = DATA / data / DEV[data]
+        train = DATA / data / "train.parquet"
+        run("train", "--data", train, "--model", "minilm", "--dev", dev, "--epochs", EPOCHS[data], "--out", folder)
+    return folder
+
+
+def built(data: str, name: str, tops: tuple[int, ...], precision: str) -> Index:
+    folder = RUNS / f"{data}-words-{name}"
+    if (folder / "manifest.json").is_file():
+        return Index.open(folder)
+    options = BuildOptions(
+        stores=("features", "words"), words_tops=tops, words_precision=precision, max_length=128, dampings=()
+    )
+    source = open_rows(DATA / data / "train.parquet", need_labels=True)
+    return build_index(source, folder, choose_model(str(trained(data))).checkpoints, options)
+
+
+def added_to_the_pass(data: str, n_rows: int = 384) -> None:
+    """Ratios to the pass of issue 2 (sketches and norms of the whole encoder), by turns on the same rows."""
+    index = Index.open(RUNS / f"{data}-all", check=False)
+    checkpoint = index.manifest.checkpoints[-1]
+    model = str((index.folder / checkpoint.path).resolve())
+    classifier = load_classifier(model, max_length=128)
+    sketchers = open_sketchers(index.folder, classifier, index.manifest.spec, "all", checkpoint.name, last=True)
+    plain = next(iter(sketchers.values()))
+    at = np.sort(np.random.default_rng(0).permutation(index.manifest.n_rows)[:n_rows])
+    texts = [column.to_pylist() for column in index.texts(at).values()]
+    labels = index.labels[at].astype(np.int64)
+
+    def passed(sketch: bool, tops: tuple[int, ...], precision: str = "fp16") -> Callable[[], None]:
+        def go() -> None:
+            words = [WordGradients(classifier, top, n_rows, precision) for top in tops]
+            collectors = [*([plain.collector(n_rows, classifier.device)] if sketch else []), *words]
+            run_pass(classifier, texts, labels_seed(labels), collectors, batch_tokens=4096)
+            for found in words:
+                found.rows()
+
+        return go
+
+    cases = {
+        "sketch": passed(True, ()), "sketch_and_top_10": passed(True, (10,)), "sketch_and_all": passed(True, (0,)),
+        "sketch_and_top_10_int8": passed(True, (10,), "int8"), "top_10_alone": passed(False, (10,)),
+    }  # fmt: skip
+    found = {name: seconds(case, 5) for name, case in cases.items()}
+    ratios = {name: value / found["sketch"] for name, value in found.items()}
+    write_result(f"words_pass_{data}", rows=n_rows, ratio_to_the_pass_with_sketches=ratios)
+
+
+def row_by_row(search: WordSearch, question: Question, i: int) -> tuple[float, np.ndarray]:
+    """The released notebook's way: for each training row, each shared word, one dot; seconds and scores."""
+    (store,) = (search.index.words(question.top, -1),)
+    words = store.take(np.arange(store.n_rows))
+    assert words.vectors is not None
+    rows = [
+        {int(t): words.vectors[j] for j, t in zip(range(a, b), words.tokens[a:b], strict=True)}
+        for a, b in zip(words.starts[:-1], words.starts[1:], strict=True)
+    ]
+    query = question.queries[i]
+    mine = dict(zip(query.tokens[0].tolist(), query.vectors[0], strict=True))
+    eta = query.etas[0]
+    scores = np.zeros(len(rows))
+    started = time.perf_counter()
+    for n, row in enumerate(rows):
+        total = 0.0
+        for token in mine.keys() & row.keys():
+            total += float(np.dot(mine[token], row[token]))
+        scores[n] = eta * total
+    return time.perf_counter() - started, scores
+
+
+def each(values: list[float]) -> dict[str, float]:
+    return {"median_ms": 1e3 * statistics.median(values), "max_ms": 1e3 * max(values)}
+
+
+def queries(data: str, name: str, index: Index, reference: Index, n_queries: int) -> None:
+    retriever, truth_from = Retriever(index), Retriever(reference)
+    texts = next(open_rows(DATA / data / DEV[data]).blocks(400)).texts[0]
+    chosen = [texts[i] for i in np.sort(np.random.default_rng(1).permutation(len(texts))[:n_queries])]
+    targets = run_forward(retriever.classifier(), [chosen]).predictions
+    search = retriever._words
+    found: dict[str, Any] = {}
+    for method in ("tracin-we-topk", "tracin-we"):
+        if search.top_of(METHODS[method]) not in index.manifest.spec.words_tops:
+            continue
+        (question,) = search.questions([METHODS[method]], [chosen], targets, normalise=False)
+
+        def answer(some: Question, search: WordSearch = search) -> Any:
+            return search._rank(some, search.candidates(some, K, "none"), K, None, exact=False)
+
+        ones = [Question(question.method, question.top, None, [q], False) for q in question.queries]
+        answer(question)
+        one, dense = [], []
+        for single in ones:
+            started = time.perf_counter()
+            answer(single)
+            one.append(time.perf_counter() - started)
+        batch = seconds(lambda q=question, a=answer: a(q), 5) / n_queries
+        search.prune = False
+        for single in ones[:8]:
+            started = time.perf_counter()
+            answer(single)
+            dense.append(time.perf_counter() - started)
+        search.prune = True
+        slow, scores = zip(*(row_by_row(search, question, i) for i in range(3)), strict=True)
+        ends = answer(question)
+        agreement = []
+        for i, all_scores in enumerate(scores):
+            for end, sign in zip(ends, (1, -1), strict=True):
+                best = np.lexsort((np.arange(len(all_scores)), -sign * all_scores))[:K]
+                agreement.append(len(set(best) & set(end.rows[i].tolist())) / K)
+        texts_of = {"methods": [method], "top": K, "target": "predicted"}
+        exact = truth_from.retrieve(chosen[:16], exact="full", **texts_of).to_pandas()
+        stored = retriever.retrieve(chosen[:16], exact="none", **texts_of).to_pandas()
+        started = time.perf_counter()
+        reranked = retriever.retrieve(chosen[:16], exact="rerank", **texts_of).to_pandas()
+        rerank_seconds = (time.perf_counter() - started) / 16
+        keys = ["query", "side"]
+        best = exact.groupby(keys)["row"].apply(set)
+
+        def recall(table: Any, best: Any = best, keys: list[str] = keys) -> float:
+            mine = table.groupby(keys)["row"].apply(set)
+            return float(np.mean([len(mine[k] & best[k]) / K for k in best.index]))
+
+        slowest = statistics.median(slow)
+        found[method] = {
+            "one_query": each(one), "batch_ms_a_query": 1e3 * batch, "every_posting_ms": each(dense)["median_ms"],
+            "row_by_row_ms": 1e3 * slowest, "same_top_10_as_row_by_row": float(np.mean(agreement)),
+            "times_faster_one": slowest / statistics.median(one), "times_faster_in_a_batch": slowest / batch,
+            "recall_10_of_exact_full": recall(stored), "recall_10_reranked": recall(reranked),
+            "reranked_seconds_a_query_with_models": rerank_seconds,
+        }  # fmt: skip
+    n_stores = len(index.manifest.checkpoints)
+    size = {
+        str(top): sum(
+            facts["bytes"] for n, facts in index.manifest.files.items() if f"/{f'top-{top}' if top else 'all'}/" in n
+        )
+        / index.manifest.n_rows
+        / n_stores
+        for top in index.manifest.spec.words_tops
+    }
+    write_result(
+        f"words_{data}_{name}", rows=index.manifest.n_rows, queries=n_queries, bytes_a_row_and_checkpoint=size,
+        methods=found,
+    )  # fmt: skip
+
+
+def main(datasets: list[str], n_queries: int) -> None:
+    for data in datasets:
+        reference = built(data, "fp16", (0, 10), "fp16")
+        if (RUNS / f"{data}-all" / "manifest.json").is_file():
+            added_to_the_pass(data)
+        queries(data, "fp16", reference, reference, n_queries)
+        queries(data, "int8", built(data, "int8", (10,), "int8"), reference, n_queries)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", default="sst2,agnews")
+    parser.add_argument("--queries", type=int, default=32)
+    given = parser.parse_args()
+    main(given.data.split(","), given.queries)

@@ -1,0 +1,359 @@
+"""One prediction explained: the words that speak for it, and the training rows behind it with the words they share.
+
+What the page and the terminal show is put together here, down to the numbers as they are written, so that both say the
+same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from forebear.errors import InputError
+from forebear.evaluation.marks import MarkedText, Places, Word, list_words, locate, mark, write_alike
+from forebear.indexer.data import rows_from_texts
+from forebear.indexer.forward import run_forward
+from forebear.indexer.manifest import library_versions
+from forebear.indexer.model import Classifier
+from forebear.retriever.queries import choose_targets
+from forebear.retriever.query_spec import QuerySpec
+from forebear.retriever.results import SIDES
+from forebear.retriever.retriever import Retriever
+from forebear.retriever.saliency import FORMS, GRADIENT_X_INPUT, SUMMED_GRADIENT, Saliency, saliency
+
+FORMULAS = {
+    GRADIENT_X_INPUT: "-<dL/de_t, e_t> over its L1 norm in the row; summed over the pieces of a word",
+    SUMMED_GRADIENT: "sum over dimensions of dS_y/de_t, S_y the target's probability; summed over the pieces of a word",
+}
+WORD_METHOD, PLAIN_METHOD = "tracin-we-topk", "gc"
+NUMBERED_WORDS = 6  # words of the query that carry their number in the text; the others carry their sign
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundRow:
+    """A training row at one end of a method's ranking.
+
+    Attributes:
+        rank: From 1.
+        row: Training row number.
+        score: As it is written; larger supports the target.
+        label: Its gold label.
+        prediction: What the model says of it.
+        loss: Cross-entropy of its gold label in nats.
+        texts: Its texts, shared tokens marked.
+        query_texts: The query's texts with the same tokens marked; empty for methods without words.
+        words: Shared tokens by what they contribute; added tokens ([CLS], [SEP]) among them.
+        total: Sum of the contributions as it is written; empty for methods without words.
+    """
+
+    rank: int
+    row: int
+    score: str
+    label: str
+    prediction: str
+    loss: float
+    texts: tuple[MarkedText, ...]
+    query_texts: tuple[MarkedText, ...]
+    words: tuple[Word, ...]
+    total: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One end of a method's ranking, ``proponent`` or ``opponent``, and what must be said of it."""
+
+    name: str
+    rows: tuple[FoundRow, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What one method finds."""
+
+    method: str
+    formula: str
+    sides: tuple[Side, ...]
+
+    @property
+    def has_words(self) -> bool:
+        """Whether its scores are sums over shared words."""
+        return any(row.total for side in self.sides for row in side.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """All that is said of one prediction.
+
+    Attributes:
+        texts: The query's texts, marked by saliency.
+        words: Its words by falling |saliency|.
+        ends: Saliency of the start and end tokens together, as it is written; they are no words.
+        form: Of the saliency.
+        probabilities: Class, probability, and the probability as it is written; falling.
+        prediction: The most probable class.
+        target: The class whose loss is explained.
+        answers: One a method.
+        provenance: Where all this comes from, and the command to repeat it.
+    """
+
+    texts: tuple[MarkedText, ...]
+    words: tuple[Word, ...]
+    ends: str
+    form: str
+    probabilities: tuple[tuple[str, float, str], ...]
+    prediction: str
+    target: str
+    answers: tuple[Answer, ...]
+    provenance: dict[str, str]
+
+    @property
+    def formula(self) -> str:
+        """The saliency's."""
+        return FORMULAS[self.form]
+
+    @property
+    def title(self) -> str:
+        """The question in a few words."""
+        return f"Why “{self.target}”?" if self.target == self.prediction else f"What speaks for “{self.target}”?"
+
+    @property
+    def summary(self) -> str:
+        """The prediction in a sentence, and what is explained if that is another class."""
+        shown = {name: number for name, _, number in self.probabilities}
+        said = f"The model predicts “{self.prediction}” with probability {shown[self.prediction]}."
+        if self.target == self.prediction:
+            return said
+        return f"{said} Explained here is “{self.target}”, with probability {shown[self.target]}."
+
+
+def default_methods(retriever: Retriever) -> tuple[str, ...]:
+    """``tracin-we-topk`` where the index can answer it, and ``gc``."""
+    return (WORD_METHOD, PLAIN_METHOD) if WORD_METHOD in retriever.available_methods() else (PLAIN_METHOD,)
+
+
+def explain(
+    retriever: Retriever,
+    query: str | tuple[str, str],
+    spec: QuerySpec,
+    *,
+    form: str = GRADIENT_X_INPUT,
+    command: str = "",
+) -> Explanation:
+    """Explain the prediction for one text or pair of texts.
+
+    Args:
+        retriever: Over the index of the training rows.
+        query: A text, or two for an index of pairs.
+        spec: Methods, rows at each end, target and the other choices.
+        form: Of the saliency, one of ``FORMS``.
+        command: How to repeat this, for the provenance.
+
+    Raises:
+        InputError: A choice that means nothing or does not fit the index; found before a model is loaded.
+        ModelError: The model's tokenizer does not tell where words stand.
+    """
+    rows: Any = [query]
+    source = rows_from_texts(rows)
+    retriever.check_texts(source)
+    _check_choices(retriever, spec, form)
+    classifier, names = retriever.classifier(), retriever.label_names
+    texts = (query,) if isinstance(query, str) else query
+    columns = [[text] for text in texts]
+    forward = run_forward(classifier, columns)
+    targets = choose_targets(spec.target, forward.predictions, None, names)
+    salient = saliency(classifier, columns, targets, form=form)[0]
+    table = retriever.retrieve(source, **asdict(spec))
+    facts = json.loads(table.schema.metadata[b"forebear"])
+    (places,) = locate(classifier, columns)
+    found = table.to_pylist()
+    passages = _read_passages(retriever, classifier, texts, places, found)
+    marked, words, ends = _mark_salient(passages, salient)
+    return Explanation(
+        texts=marked,
+        words=words,
+        ends=ends,
+        form=form,
+        probabilities=_probabilities(names, forward.probabilities[0]),
+        prediction=names[forward.predictions[0]],
+        target=names[targets[0]],
+        answers=_answers(passages, found, facts["methods"]),
+        provenance=_provenance(retriever, facts, form, command),
+    )
+
+
+def _check_choices(retriever: Retriever, spec: QuerySpec, form: str) -> None:
+    """Refuse what can be seen to be wrong without a model."""
+    if form not in FORMS:
+        raise InputError(f"--saliency {form!r}: expected {' or '.join(FORMS)}.")
+    if spec.target == "gold":
+        raise InputError(
+            f"--target gold: a text given here has no label. Give predicted, or one of "
+            f"{', '.join(retriever.label_names)}."
+        )
+    choose_targets(spec.target, np.zeros(1, np.int64), None, retriever.label_names)
+    retriever.check_stores(spec.check(), spec)
+
+
+@dataclass(frozen=True)
+class _Passages:
+    """The texts to be marked: the query's, and those of the rows that were found, by row number."""
+
+    columns: tuple[str, ...]
+    query: tuple[str, ...]
+    query_places: Places
+    texts: dict[int, tuple[str, ...]]
+    places: dict[int, Places]
+    losses: dict[int, float]
+
+    def mark_query(self, values: Mapping[int, float]) -> tuple[MarkedText, ...]:
+        """The query with values at its tokens, by token id."""
+        return self._mark(self.query, self.query_places, values)
+
+    def mark_row(self, row: int, values: Mapping[int, float]) -> tuple[MarkedText, ...]:
+        """A training row likewise."""
+        return self._mark(self.texts[row], self.places[row], values)
+
+    def _mark(self, texts: Sequence[str], places: Places, values: Mapping[int, float]) -> tuple[MarkedText, ...]:
+        parts = zip(self.columns, texts, places.pieces, places.read, strict=True)
+        return tuple(MarkedText(name, mark(text, spans, values, read)) for name, text, spans, read in parts)
+
+
+def _read_passages(
+    retriever: Retriever,
+    classifier: Classifier,
+    query: Sequence[str],
+    places: Places,
+    found: Sequence[Mapping[str, Any]],
+) -> _Passages:
+    index = retriever.index
+    rows = np.unique([result["row"] for result in found])
+    columns = {name: values.to_pylist() for name, values in index.texts(rows).items()}
+    return _Passages(
+        tuple(columns),
+        tuple(query),
+        places,
+        dict(zip(rows.tolist(), zip(*columns.values(), strict=True), strict=True)),
+        dict(zip(rows.tolist(), locate(classifier, list(columns.values())), strict=True)),
+        dict(zip(rows.tolist(), index.losses[rows].tolist(), strict=True)),
+    )
+
+
+def _mark_salient(passages: _Passages, salient: Saliency) -> tuple[tuple[MarkedText, ...], tuple[Word, ...], str]:
+    """The query's texts marked by saliency; its words, strongest first; and what its start and end tokens have."""
+    values = {i: word.value for i, word in enumerate(salient.words)}
+    strongest = sorted(values, key=lambda i: -abs(values[i]))[:NUMBERED_WORDS]
+    notes = dict(zip(strongest, write_alike([values[i] for i in strongest], digits=2), strict=True))
+    marked = []
+    for c, (name, text) in enumerate(zip(passages.columns, passages.query, strict=True)):
+        spans = [(word.start, word.end, i) for i, word in enumerate(salient.words) if word.column == c]
+        marked.append(MarkedText(name, mark(text, spans, values, passages.query_places.read[c], notes)))
+    wheres = [passages.columns[word.column] for word in salient.words]
+    words, _ = list_words([word.text for word in salient.words], list(values.values()), wheres)
+    ends = float(salient.values[salient.special].sum())
+    return tuple(marked), words, write_alike([*values.values(), ends])[-1]
+
+
+def _probabilities(names: Sequence[str], probabilities: np.ndarray) -> tuple[tuple[str, float, str], ...]:
+    """Classes by falling probability; one that rounds to 0 or 1 is written as a bound."""
+    order = np.argsort(-probabilities, kind="stable")
+    bounds = {"1.0000": "> 0.9999", "0.0000": "< 0.0001"}
+    return tuple(
+        (names[i], float(probabilities[i]), bounds.get(shown := f"{probabilities[i]:.4f}", shown)) for i in order
+    )
+
+
+def _answers(
+    passages: _Passages, found: Sequence[Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]]
+) -> tuple[Answer, ...]:
+    """What each method finds, in the order asked for; ``facts`` by method, from the table's provenance."""
+    return tuple(
+        Answer(
+            method=method,
+            formula=str(facts[method]["formula"]),
+            sides=tuple(
+                _side(side, [r for r in found if (r["method"], r["side"]) == (method, side)], facts[method], passages)
+                for side in SIDES
+            ),
+        )
+        for method in dict.fromkeys(result["method"] for result in found)
+    )
+
+
+def _side(name: str, results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], passages: _Passages) -> Side:
+    scores = write_alike([result["score"] for result in results])
+    rows = tuple(_found_row(result, score, passages) for result, score in zip(results, scores, strict=True))
+    return Side(name=name, rows=rows, notes=tuple(_side_notes(name, results, facts)))
+
+
+def _found_row(result: Mapping[str, Any], score: str, passages: _Passages) -> FoundRow:
+    row, contributions = result["row"], result.get("contributions")
+    values: dict[int, float] = {}
+    words: tuple[Word, ...] = ()
+    total = ""
+    if contributions is not None:
+        values = dict(zip(result["word_ids"], contributions, strict=True))
+        words, total = list_words([word.strip() or word for word in result["words"]], contributions)
+    return FoundRow(
+        rank=result["rank"],
+        row=row,
+        score=score,
+        label=result["label"],
+        prediction=result["prediction"],
+        loss=passages.losses[row],
+        texts=passages.mark_row(row, values),
+        query_texts=passages.mark_query(values) if total else (),
+        words=words,
+        total=total,
+    )
+
+
+def _side_notes(name: str, results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[str]:
+    """What a reader would not expect of one end of a ranking."""
+    scores = [result["score"] for result in results]
+    notes = []
+    if name == "opponent" and min(scores) > 0:
+        notes.append("No score is negative: these rows support the target, but the least.")
+    if name == "proponent" and max(scores) < 0 and facts["metric"] != "euc":
+        notes.append("No score is positive: these rows are only the nearest to supporting the target.")
+    if not all(result["exact"] for result in results):
+        notes.append("The scores are approximate.")
+    if (residual := results[0].get("residual")) is not None:
+        notes.append(f"H^-1 was solved to a relative residual of {residual:.1e}.")
+    return notes
+
+
+def _provenance(retriever: Retriever, facts: Mapping[str, Any], form: str, command: str) -> dict[str, str]:
+    """Where the numbers come from, line by line."""
+    manifest = retriever.index.manifest
+    lines = {
+        "index": facts["index"],
+        "index digest": facts["index_digest"],
+        "query digest": facts["query_digest"],
+        "training rows": f"{manifest.n_live:,} ({', '.join(segment.source for segment in manifest.segments)})",
+        "sign": facts["sign"],
+        "saliency": f"{form}: {FORMULAS[form]}",
+    }
+    for method, known in facts["methods"].items():
+        rest = {k: v for k, v in known.items() if v is not None and k not in ("formula", "sign")}
+        lines[method] = "; ".join([known["formula"], *(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in rest.items())])
+    for checkpoint in manifest.checkpoints:
+        lines[f"checkpoint {checkpoint.name}"] = (
+            f"{checkpoint.path}; eta {checkpoint.eta:.4g}; sha256 {checkpoint.sha256[:16]}"
+        )
+    versions = library_versions(("forebear", "torch", "transformers"))
+    lines["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
+    return lines | ({"command": command} if command else {})
+
+
+def _plain(value: Any) -> str:
+    """A fact as a reader sees it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
