@@ -62,6 +62,7 @@ _HOMES = {
     "forebear.indexer.verify": ("verify_index",),
     "forebear.retriever.methods": ("METHODS", "Method"),
     "forebear.retriever.retriever": ("QuerySpec", "Retriever"),
+    "forebear.retriever.saliency": ("saliency",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -91,6 +92,7 @@ __all__ = [
     "rebuild_ann",
     "retire_rows",
     "rows_from_texts",
+    "saliency",
     "train",
     "verify_index",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from forebear.errors import NonFiniteError
-from forebear.indexer.model import Classifier
+from forebear.indexer.model import Classifier, encode_with_places
 
 Span = tuple[int, int, int]  # first character, one past the last, key of the value that belongs there
 _LEVELS = (0.03, 0.2, 0.5)  # shares of the strongest from which a mark is light, medium, strong
@@ -86,10 +86,7 @@ def locate(classifier: Classifier, texts: Sequence[Sequence[str]]) -> list[Place
         classifier: Whose tokenizer, a fast one, and limit are used.
         texts: One list a text column, ``(columns, n)``.
     """
-    encoded = classifier.tokenizer(
-        *(list(column) for column in texts),
-        truncation=True, max_length=classifier.max_length, padding=False, return_offsets_mapping=True,
-    )  # fmt: skip
+    encoded = encode_with_places(classifier, texts)
     out = []
     for row, ids in enumerate(encoded["input_ids"]):
         pieces: list[list[Span]] = [[] for _ in texts]

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from forebear.errors import InputError, ModelError
+from forebear.errors import InputError
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS, softmax
 from forebear.indexer.gradient_pass import SeedOf, refuse_non_finite, run_pass
-from forebear.indexer.model import Classifier, encode
+from forebear.indexer.model import Classifier, encode_with_places
 from forebear.indexer.scopes import Block, embedding_block, encoder_input_block
 from forebear.indexer.tape import ENCODER_INPUT, EmbeddingFactors, LayerFactors, Seed, loss_of
 
@@ -89,7 +89,7 @@ def saliency(
 
     Raises:
         InputError: The form is not known, or the targets do not belong to the rows or the classes.
-        ModelError: The tokenizer does not tell words apart.
+        ModelError: The tokenizer does not say where word pieces stand.
         NonFiniteError: A feature, logit or gradient is NaN or infinite; the row is named.
     """
     if form not in FORMS:
@@ -98,7 +98,7 @@ def saliency(
     _check_targets(classifier, texts, targets)
     if not len(targets):
         return []
-    encoded = _encode_words(classifier, texts)
+    encoded = encode_with_places(classifier, texts)
     gathered = _Saliencies(classifier, form, [len(ids) for ids in encoded["input_ids"]])
     run_pass(classifier, texts, _seeds(form, targets), [gathered], batch_tokens=batch_tokens)
     refuse_non_finite(classifier.name, 0, gathered.sizes)
@@ -182,30 +182,6 @@ def _check_targets(classifier: Classifier, texts: Sequence[Sequence[str]], targe
         raise InputError(
             f"saliency: the targets of {classifier.name} must be class ids, 0 to {classifier.n_classes - 1}."
         )
-
-
-def _encode_words(classifier: Classifier, texts: Sequence[Sequence[str]]) -> Any:
-    """The rows as :func:`~forebear.indexer.model.encode` has them, with words and where they stand.
-
-    Raises:
-        ModelError: The tokenizer knows no words, or does not encode twice alike.
-    """
-    tokenizer = classifier.tokenizer
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(
-            f"{classifier.name}: {type(tokenizer).__name__} does not say to which word a piece belongs, so there is no "
-            "saliency per word. Give a model with a fast tokenizer (tokenizer.json)."
-        )
-    columns = [list(column) for column in texts]
-    encoded = tokenizer(
-        *columns, truncation=True, max_length=classifier.max_length, padding=False, return_offsets_mapping=True
-    )
-    if encoded["input_ids"] != [row["input_ids"] for row in encode(classifier, texts)]:
-        raise ModelError(
-            f"{classifier.name}: {type(tokenizer).__name__} gives other word pieces when asked for their places in the "
-            "text, so words cannot be told apart. Give a model with another tokenizer."
-        )
-    return encoded
 
 
 def _words(encoded: Any, row: int, texts: Sequence[str], values: np.ndarray) -> tuple[SalientWord, ...]:
