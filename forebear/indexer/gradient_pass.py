@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,30 @@ from forebear.indexer.forward import Forward, softmax
 from forebear.indexer.model import Classifier, encode, plan_batches
 from forebear.indexer.scopes import Block
 from forebear.indexer.tape import LayerFactors, Seed, Tape, loss_of
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows of text after the tokenizer, or what replaces some of their word pieces.
+
+    Attributes:
+        rows: As :func:`~forebear.indexer.model.encode` makes them, ``n`` of them.
+        minus: Other versions of the same rows, whose gradients are subtracted: collectors then see g - g'.
+    """
+
+    rows: Sequence[dict[str, list[int]]]
+    minus: Sequence[dict[str, list[int]]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+Texts = Sequence[Sequence[str]] | Encoded  # one list a text column, or encoded rows
+
+
+def n_rows_of(texts: Texts) -> int:
+    """n."""
+    return len(texts) if isinstance(texts, Encoded) else len(texts[0])
 
 
 class Collector(Protocol):
@@ -51,7 +76,7 @@ def labels_seed(labels: np.ndarray | None) -> SeedOf:
 
 def run_pass(
     classifier: Classifier,
-    texts: Sequence[Sequence[str]],
+    texts: Texts,
     seed_of: SeedOf,
     collectors: Sequence[Collector],
     *,
@@ -66,8 +91,8 @@ def run_pass(
 
     Args:
         classifier: The model.
-        texts: One list a text column.
-        seed_of: What is differentiated.
+        texts: One list a text column, or encoded rows.
+        seed_of: What is differentiated, the same for both versions of a row.
         collectors: Of one scope or several; scopes share the pass.
         batch_tokens: Largest number of padded tokens in a batch.
         first_row: Row number of the first text, for messages.
@@ -75,36 +100,41 @@ def run_pass(
         warn: Told when batches are halved.
 
     Returns:
-        Features and logits, from the same pass.
+        Features and logits, from the same pass; of rows with another version those of all rows, then of all versions.
 
     Raises:
         NonFiniteError: A feature or logit is NaN or infinite; the row is named.
         StorageError: Not even one row fits in memory.
     """
-    rows = encode(classifier, texts)
-    features = np.empty((len(rows), classifier.feature_dim), np.float32)
-    logits = np.empty((len(rows), classifier.n_classes))
+    encoded = texts if isinstance(texts, Encoded) else Encoded(encode(classifier, texts))
+    rows, minus = encoded.rows, encoded.minus
+    versions = 1 if minus is None else 2
+    sizes = [versions * len(row["input_ids"]) for row in rows]
+    features = np.empty((versions * len(rows), classifier.feature_dim), np.float32)
+    logits = np.empty((versions * len(rows), classifier.n_classes))
     blocks = {block.name: block for collector in collectors for block in collector.blocks}
     tape = Tape(classifier, tuple(blocks.values()), widest([collector.scope for collector in collectors]))
     wanted = [(collector, frozenset(block.name for block in collector.blocks)) for collector in collectors]
 
     def on_layer(name: str, factors: LayerFactors) -> None:
+        shown = factors if minus is None else factors.differences()
         for collector, names in wanted:
             if name in names:
-                collector.on_layer(name, factors)
+                collector.on_layer(name, shown)
 
-    waiting = deque(plan_batches([len(row["input_ids"]) for row in rows], batch_tokens))
+    waiting = deque(plan_batches(sizes, batch_tokens))
     limit = batch_tokens
     while waiting:
         at = waiting.popleft()
-        longest = max(len(rows[i]["input_ids"]) for i in at)
+        longest = max(sizes[i] for i in at)
         if len(at) > 1 and len(at) * longest > limit:
             waiting.extendleft(_halves(at))
             continue
         try:
             for collector in collectors:
                 collector.begin(at)
-            f, z = tape.record([rows[i] for i in at], seed_of(at), on_layer)
+            together = [rows[i] for i in at] + ([] if minus is None else [minus[i] for i in at])
+            f, z = tape.record(together, _for_versions(seed_of(at), versions), on_layer)
             for collector in collectors:
                 collector.end(at)
         except (RuntimeError, MemoryError) as error:
@@ -122,11 +152,20 @@ def run_pass(
                 warn(f"{len(at)} rows of {longest} word pieces do not fit in memory; going on with {len(at) // 2}.")
             waiting.extendleft(_halves(at))
             continue
-        features[at], logits[at] = f, z
+        for version in range(versions):
+            to, of = [version * len(rows) + i for i in at], slice(version * len(at), (version + 1) * len(at))
+            features[to], logits[to] = f[of], z[of]
         if on_rows is not None:
             on_rows(len(at))
-    refuse_non_finite(classifier.name, first_row, logits, features)
+    refuse_non_finite(classifier.name, first_row, *np.split(logits, versions), *np.split(features, versions))
     return Forward(features, softmax(logits), logits)
+
+
+def _for_versions(seed: Seed, versions: int) -> Seed:
+    """The same seed for each version of the rows."""
+    if versions == 1:
+        return seed
+    return lambda logits: np.concatenate([seed(half) for half in np.split(logits, versions)])
 
 
 def refuse_non_finite(name: str, first_row: int, *numbers: np.ndarray) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from forebear.indexer.ekfac import Vectors
-from forebear.indexer.gradient_pass import labels_seed, run_pass
+from forebear.indexer.gradient_pass import Texts, labels_seed, run_pass
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block
 from forebear.indexer.tape import LayerFactors
@@ -44,7 +44,7 @@ def whole_gradients(
     classifier: Classifier,
     scope: str,
     blocks: Sequence[Block],
-    texts: Sequence[Sequence[str]],
+    texts: Texts,
     labels: np.ndarray,
 ) -> Vectors:
     """Loss gradients of a few rows, ``(q, n_out, n_in)`` for each block of the scope."""
@@ -106,7 +106,7 @@ def exact_dots(
     scope: str,
     vectors: Vectors,
     blocks: Sequence[Block],
-    texts: Sequence[Sequence[str]],
+    texts: Texts,
     labels: np.ndarray,
     *,
     wanted: np.ndarray | None = None,
@@ -122,7 +122,7 @@ def exact_dots(
         scope: Its name.
         vectors: V, ``(q, n_out, n_in)`` for each block.
         blocks: The scope's parameters.
-        texts: Training rows, one list a text column, ``n`` of them.
+        texts: Training rows, ``n`` of them, one list a text column; or encoded.
         labels: Their classes, ``(n,)``.
         wanted: Which pairs are asked for, ``(q, n)`` bool; others may come out as 0. None: all.
         on_rows: Told the number of rows after each batch.

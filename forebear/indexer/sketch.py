@@ -24,7 +24,7 @@ import torch
 from forebear.errors import CorruptIndexError
 from forebear.indexer.ekfac import Vectors, dot
 from forebear.indexer.forward import Forward
-from forebear.indexer.gradient_pass import MemoryWarning, labels_seed, refuse_non_finite, run_pass
+from forebear.indexer.gradient_pass import MemoryWarning, Texts, labels_seed, n_rows_of, refuse_non_finite, run_pass
 from forebear.indexer.model import Classifier
 from forebear.indexer.projector import Projector, row_lengths
 from forebear.indexer.store import MEND, as_tensor, column, read_batches, record_batch, write_table
@@ -289,7 +289,7 @@ class Sketcher:
 def sketch_rows(
     classifier: Classifier,
     sketchers: Sequence[Sketcher],
-    texts: Sequence[Sequence[str]],
+    texts: Texts,
     labels: np.ndarray | None,
     *,
     batch_tokens: int,
@@ -315,7 +315,7 @@ def sketch_rows(
     Raises:
         NonFiniteError: A gradient is NaN or infinite; the row is named.
     """
-    collectors = [sketcher.collector(len(texts[0]), classifier.device) for sketcher in sketchers]
+    collectors = [sketcher.collector(n_rows_of(texts), classifier.device) for sketcher in sketchers]
     forward = run_pass(
         classifier, texts, labels_seed(labels), collectors,
         batch_tokens=batch_tokens, first_row=first_row, on_rows=on_rows, warn=warn,

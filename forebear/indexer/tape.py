@@ -38,6 +38,12 @@ class LayerFactors:
         """G of every row, ``(b, n_out, n_in)``."""
         return torch.bmm(self.deltas.transpose(1, 2), self.inputs)
 
+    def differences(self) -> LayerFactors:
+        """Of ``b / 2`` rows and then as many other versions of them: factors of G - G', tokens side by side."""
+        half = len(self.inputs) // 2
+        d = self.deltas
+        return LayerFactors(_side_by_side(self.inputs), torch.cat([d[:half], -d[half:]], dim=1))
+
     def cache_sized(self) -> Iterator[LayerFactors]:
         """The rows a few at a time: on a CPU one by one, so that a whole gradient stays in the cache (2x, measured)."""
         step = 1 if self.inputs.device.type == "cpu" else len(self.inputs)
@@ -56,6 +62,17 @@ class EmbeddingFactors(LayerFactors):
     """
 
     ids: torch.Tensor
+
+    def differences(self) -> EmbeddingFactors:
+        """See :meth:`LayerFactors.differences`."""
+        both = super().differences()
+        return EmbeddingFactors(both.inputs, both.deltas, _side_by_side(self.ids))
+
+
+def _side_by_side(values: torch.Tensor) -> torch.Tensor:
+    """``(b, t, ...)`` as ``(b / 2, 2 t, ...)``."""
+    half = len(values) // 2
+    return torch.cat([values[:half], values[half:]], dim=1)
 
 
 ENCODER_INPUT = "encoder-input"  # a scope of its own: no parameters, the gradient at what enters the first layer
