@@ -55,7 +55,7 @@ class World:
         labels: Gold class ids.
         queries: Test texts, or pairs.
         query_labels: Their gold class ids.
-        index: The index of all this, with both stores.
+        index: The index of all this, with all stores.
         retriever: Over it.
     """
 
@@ -114,7 +114,8 @@ def make_world(
         sentence_model = tiny_model("bert", 2, 9)
         texts, gold = texts_of(N_ROWS, 0, pairs), labels(N_ROWS, n_classes)
         options = BuildOptions(
-            stores=("features", "sbert"),
+            stores=("features", "sbert", "words"),
+            words_tops=(0, 3),
             sentence_model=sentence_model,
             dampings=DAMPINGS,
             shard_rows=17,

@@ -27,7 +27,16 @@ def world(tmp_path_factory):
     write_jsonl(folder / "more.jsonl", text=sentences(10, seed=5), label=labels(10))
     write_jsonl(folder / "test.jsonl", text=sentences(7, seed=9), label=labels(7))
     command = ["index", "--model", str(folder / "model"), "--train", str(folder / "train.jsonl"), "--quiet"]
-    command += ["--store", "features,sbert", "--sentence-model", str(folder / "model"), "--shard-rows", "16"]
+    command += [
+        "--store",
+        "features,sbert,words",
+        "--words-top",
+        "0,3",
+        "--sentence-model",
+        str(folder / "model"),
+        "--shard-rows",
+        "16",
+    ]
     assert run([*command, "--out", str(folder / "index")]) == 0
     return folder
 
@@ -49,7 +58,7 @@ def test_retrieve_writes_the_documented_columns_with_provenance(world, tmp_path)
     args = ["retrieve", "--index", world / "index", "--test", world / "test.jsonl", "--method", methods, "--top", 4]
     assert run([*map(str, args), "--out", str(out), "--quiet"]) == 0
     table = pq.read_table(out)
-    assert table.column_names == COLUMNS
+    assert table.column_names == [*COLUMNS[:-1], "word_ids", "words", "contributions", "text"]
     assert table.num_rows == 7 * len(METHODS) * 2 * 4
     assert set(table["side"].to_pylist()) == {"proponent", "opponent"}
     assert set(table["rank"].to_pylist()) == {1, 2, 3, 4}

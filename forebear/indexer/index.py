@@ -241,7 +241,8 @@ class Index:
         """
         tops = self.manifest.spec.words_tops
         if not tops:
-            raise MissingStoreError(f"{self.folder} holds no words. Build it with --store features,words.")
+            wanted = "" if top is None else f" --words-top {top}"
+            raise MissingStoreError(f"{self.folder} holds no words. Build it with --store features,words{wanted}.")
         if top is not None and top not in tops:
             held = " and ".join(f"those of the {t} longest gradients a row" if t else "all" for t in tops)
             raise MissingStoreError(

@@ -119,14 +119,14 @@ class WordStore:
     def _lengths(self) -> sparse.csr_array:
         """Norms by token and row, ``(T, n)``."""
         kind = np.int32 if len(self.rows) < 2**31 else np.int64
-        parts = (self.norms, self.rows.astype(kind, copy=False), self.starts.astype(kind))
+        parts = (self.norms.astype(np.float64), self.rows.astype(kind, copy=False), self.starts.astype(kind))
         return sparse.csr_array(parts, shape=(len(self.tokens), self.n_rows))
 
     def weighted_norms(self, tokens: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Sum over tokens of weight times the norm of their vector in each row, ``(n,)`` float32."""
+        """Sum over tokens of weight times the norm of their vector in each row, ``(n,)`` float64."""
         at = np.minimum(np.searchsorted(self.tokens, tokens), len(self.tokens) - 1)
         held = self.tokens[at] == tokens
-        return np.asarray(self._lengths[at[held]].T @ weights[held].astype(np.float32))
+        return np.asarray(self._lengths[at[held]].T @ weights[held])
 
     @cached_property
     def _spans(self) -> dict[int, tuple[int, int]]:

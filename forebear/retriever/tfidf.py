@@ -53,7 +53,8 @@ class TfidfSearch:
     def scores(self, texts: Sequence[Sequence[str]], asked: Asked, *, normalise: bool) -> np.ndarray:
         """Scores of every live row, ``(q, n_live)`` float64; divided by sqrt(self x self) if ``normalise``."""
         similarity = (self._of_texts(texts) @ self._fitted[1].T).toarray()
-        return np.asarray(similarity * self._errors(asked, self._index.live, normalise=normalise))
+        found = similarity * self._errors(asked, self._index.live, normalise=normalise)
+        return np.asarray(found + 0.0)  # no -0.0
 
     def _errors(self, asked: Asked, rows: np.ndarray, *, normalise: bool) -> np.ndarray:
         """sum over checkpoints of eta <p_q - y_q, p_n - y_n>, ``(q, len(rows))`` float64."""

@@ -23,9 +23,9 @@ def frequent_tokens(tokenizer: Any) -> np.ndarray:
     found = []
     for piece, number in tokenizer.get_vocab().items():
         text = piece.removeprefix("##").removeprefix("Ġ").removeprefix("▁")
-        if not text.isascii():
-            text = token_texts(tokenizer, [number])[0].removeprefix("##").strip()
-        if number in special or not text:
+        if not text.isascii():  # of a byte-level vocabulary, bytes
+            text = tokenizer.decode([number], clean_up_tokenization_spaces=False).removeprefix("##").strip()
+        if number in special or not text or "\ufffd" in text:
             continue
         whole = not piece.startswith("##")  # of byte-level tokens within a word nothing can be told
         if (whole and text.casefold() in ENGLISH_STOP_WORDS) or all(map(_is_punctuation, text)):

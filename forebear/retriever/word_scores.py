@@ -72,7 +72,7 @@ class Shared:
 
     def scores(self, n_rows: int) -> np.ndarray:
         """Sums over the words of each row, ``(n_rows,)`` float64; 0 for a row that shares none."""
-        return np.bincount(self.rows, self.values, minlength=n_rows)
+        return np.bincount(self.rows, self.values, minlength=n_rows).astype(np.float64)  # of nothing: integers
 
     def of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and contributions of one row, largest in absolute value first; ties by token id."""
@@ -102,7 +102,7 @@ def shared_words(query: QueryWords, rows: Sequence[WordRows]) -> Shared:
     if not keys:
         return Shared(*(np.empty(0, kind) for kind in (np.int64, np.int64, np.float64)))
     distinct, inverse = np.unique(np.concatenate(keys), return_inverse=True)
-    total = np.bincount(inverse, np.concatenate(values), minlength=len(distinct))
+    total = np.bincount(inverse, np.concatenate(values), minlength=len(distinct)).astype(np.float64)
     return Shared(distinct // width, distinct % width, total)
 
 

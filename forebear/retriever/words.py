@@ -56,7 +56,7 @@ class _Bounds:
     """Rows of the store against one test row.
 
     Attributes:
-        upper: U, ``(n,)`` float32; -1 for retired rows.
+        upper: U, ``(n,)`` float64 (of confident rows it may be below float32's range); -1 for retired rows.
         error: Largest share of U that rounding of the store can be.
         factors: What scores are multiplied by, ``(n,)``, or None.
     """
@@ -204,7 +204,7 @@ class WordSearch:
 
     def bounds(self, question: Question, query: QueryWords) -> _Bounds:
         """Upper bounds of every row's score against a test row, from the stored lengths."""
-        upper = np.zeros(self.index.manifest.n_rows, np.float32)
+        upper = np.zeros(self.index.manifest.n_rows)
         error = 0.0
         for store, tokens, vectors, eta in self._stores(question, query):
             lengths = eta * np.linalg.norm(vectors.astype(np.float64), axis=1)
@@ -215,7 +215,7 @@ class WordSearch:
             own = np.sqrt(query.square())
             below = own * self._row_lengths(question)
             factors = np.divide(1.0, below, out=np.zeros_like(below), where=below > 0)
-            upper *= factors.astype(np.float32)
+            upper *= factors
         upper[self.index.retired] = -1.0
         return _Bounds(upper, error, factors)
 
@@ -249,7 +249,8 @@ class WordSearch:
                 places = store.entry_places[entries[hit]]
                 # numpy: for products this small torch's threads cost more than they bring
                 codes = store.codes.take(places, axis=0).astype(np.float32)
-                dots = np.einsum("ij,ij->i", codes, directions.take(mine[hit], axis=0)) * store.scales[places]
+                dots = np.einsum("ij,ij->i", codes, directions.take(mine[hit], axis=0)).astype(np.float64)
+                dots *= store.scales[places]
                 of_row = np.repeat(np.arange(len(starts) - 1), np.diff(starts))[hit]
                 found = np.bincount(of_row, dots, minlength=len(starts) - 1)
                 out[start : start + _ROWS_AT_ONCE] += eta * found
@@ -258,10 +259,12 @@ class WordSearch:
 
     def candidates(self, question: Question, k: int, exact: str) -> list[np.ndarray]:
         """Rows, ascending, among which both ends of each test row's ranking are; see :meth:`_candidates`."""
-        if question.queries:  # what is made once is made before the threads
-            self._candidates(question, 0, k, exact)
+        first = [self._candidates(question, i, k, exact) for i in range(min(1, len(question.queries)))]
+        rest = range(1, len(question.queries))  # in threads, now that what is made once has been made
+        if not rest:
+            return first
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            return list(pool.map(lambda i: self._candidates(question, i, k, exact), range(len(question.queries))))
+            return first + list(pool.map(lambda i: self._candidates(question, i, k, exact), rest))
 
     def _candidates(self, question: Question, i: int, k: int, exact: str) -> np.ndarray:
         """Rows, ascending, among which both ends of a test row's exact ranking are.
