@@ -875,10 +875,27 @@ def test_the_golden_index_still_opens_and_answers_as_recorded(tmp_path: Path) ->
     assert first[0]["label"] in ("negative", "positive")
 
 
-def test_the_golden_index_is_small_and_whole() -> None:
+def test_the_golden_words_still_open_and_answer_as_recorded() -> None:
+    """The stored vectors' own scores, so that the format of the store is what counts."""
+    recorded = json.loads((GOLDEN / "words.json").read_text())
+    retriever = Retriever(Index.open(GOLDEN / "words"), model=str(GOLDEN / "model"), device="cpu")
+    methods = list(dict.fromkeys(answer["method"] for answer in recorded["answers"]))
+    table = retriever.retrieve(recorded["queries"], methods=methods, top=4, exact="none")
+    found = table.select(list(recorded["answers"][0])).to_pylist()
+    for answer, wanted in zip(found, recorded["answers"], strict=True):
+        numbers = ("score", "contributions")
+        assert {k: v for k, v in answer.items() if k not in numbers} == {
+            k: v for k, v in wanted.items() if k not in numbers
+        }
+        assert answer["score"] == pytest.approx(wanted["score"], rel=1e-4, abs=1e-6)
+        assert answer["contributions"] == pytest.approx(wanted["contributions"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["index", "words"])
+def test_the_golden_indexes_are_small_and_whole(name: str) -> None:
     assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()) < 300_000
-    found = hashes(GOLDEN / "index")
-    listed = read_manifest(GOLDEN / "index").files
+    found = hashes(GOLDEN / name)
+    listed = read_manifest(GOLDEN / name).files
     assert {name: facts["sha256"] for name, facts in listed.items()} == {
         name: sha for name, sha in found.items() if name != "manifest.json"
     }

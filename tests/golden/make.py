@@ -1,7 +1,8 @@
-"""Make the golden index again: ``.venv/bin/python tests/golden/make.py``, from the repository root.
+"""Make the golden indexes again: ``.venv/bin/python tests/golden/make.py [words]``, from the repository root.
 
 Only when the index format changes on purpose (FORMAT_VERSION): otherwise an index that a user has on disk would
-no longer open, or would answer differently. ``scores.json`` is what the index answered when it was made.
+no longer open, or would answer differently. ``scores.json`` is what the index answered when it was made;
+``words.json`` the same of the index of words, which ``words`` makes alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ TEXTS = (
 )  # fmt: skip
 LABELS = (1, 0, 1, 1, 0, 0, 1, 1, 0, 1, 0, 0)
 QUERIES = ("a good story", "the film was very bad", "an unknownword plot")
+WORD_METHODS = ("tracin-we", "tracin-we-topk", "tracin-we-common", "tracin-we-nocommon", "tracin-tfidf")
 METHODS = ("nn-euc", "nn-cos", "nn-dot", "gd", "gc", "if", "rif", "rep", "tracin", "tracin-last")
 
 
@@ -57,5 +59,26 @@ def main() -> None:
     Path("scores.json").write_text(json.dumps({"queries": QUERIES, "scores": scores}, indent=1) + "\n")
 
 
+def make_words() -> None:
+    """Write ``words/`` and ``words.json``, of the model that is there."""
+    os.chdir(HERE)
+    import torch
+
+    from forebear.indexer.build import BuildOptions, build_index
+    from forebear.indexer.data import rows_from_texts
+    from forebear.indexer.runs import choose_model
+    from forebear.retriever.retriever import Retriever
+
+    shutil.rmtree("words", ignore_errors=True)
+    torch.set_num_threads(1)
+    options = BuildOptions(stores=("features", "words"), words_tops=(0, 3), dampings=(), shard_rows=5, device="cpu")
+    index = build_index(rows_from_texts(TEXTS, LABELS), "words", choose_model("model").checkpoints, options)
+    table = Retriever(index, device="cpu").retrieve(list(QUERIES), methods=WORD_METHODS, top=4, exact="none")
+    kept = ("query", "method", "side", "rank", "row", "score", "word_ids", "contributions")
+    Path("words.json").write_text(json.dumps({"queries": QUERIES, "answers": table.select(kept).to_pylist()}) + "\n")
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] != ["words"]:
+        main()
+    make_words()
