@@ -1,7 +1,7 @@
 """Whole-encoder gradients with MiniLM: the pass, memory, recall and time against scoring every row, proofs.
 
 Uses the runs of end_to_end.py; that of the 67k phrases of SST-2 is trained here, for one epoch.
-``python benchmarks/gradients.py [--data sst2|mnli10k|sst2_glue] [--queries 24] [--methods gd,gc,if,rif]``
+``python benchmarks/gradients.py [--data sst2|mnli10k|sst2_glue] [--queries 24] [--methods gd,gc,if,rif] [--rows N]``
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from common import DATA, ROOT, run, seconds, write_result
 
 from forebear import BuildOptions, Index, Retriever, build_index
-from forebear.indexer.data import open_rows
+from forebear.indexer.data import open_rows, rows_from_texts
 from forebear.indexer.estimate import propose
 from forebear.indexer.forward import run_forward
 from forebear.indexer.gradient_stage import open_sketchers
@@ -125,10 +125,10 @@ def memory_of(what: str, n_rows: int, folder: str) -> None:
     print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
-def built(data: str, curvature: str) -> Index:
+def built(data: str, curvature: str, n_rows: int) -> Index:
     """The index, made now (seconds by stage written) or found."""
     trained = ROOT / "runs" / "bench" / data
-    folder, train = trained.with_name(f"{data}-all"), DATA / data / "train.parquet"
+    folder, train = trained.with_name(f"{data}-all" + f"-{n_rows}" * bool(n_rows)), DATA / data / "train.parquet"
     if not (trained / "run.json").is_file():
         dev = DATA / data / "dev.parquet"
         run("train", "--data", train, "--model", "minilm", "--dev", dev, "--epochs", "1", "--out", trained)
@@ -145,9 +145,12 @@ def built(data: str, curvature: str) -> Index:
 
     options = BuildOptions(scopes=("head", SCOPE), max_length=128, curvature=curvature)
     options = replace(options, label_mode=json.loads((trained / "run.json").read_text())["label_mode"])
-    index = build_index(
-        open_rows(train, need_labels=True), folder, choose_model(str(trained)).checkpoints, options, progress=progress
-    )
+    source = open_rows(train, need_labels=True)
+    if n_rows:  # the first ones
+        block = next(source.blocks(n_rows))
+        texts = list(zip(*block.texts, strict=True)) if len(block.texts) > 1 else block.texts[0]
+        source = rows_from_texts(texts, block.labels, label_names=source.label_names)
+    index = build_index(source, folder, choose_model(str(trained)).checkpoints, options, progress=progress)
     stages[str(last[0])] = time.perf_counter() - float(last[1])
     write_result(f"gradients_build_{folder.name}", rows=index.manifest.n_rows, seconds=stages)
     return index
@@ -236,8 +239,8 @@ def proofs(index: Index, data: str, n_queries: int = 3, methods: tuple[str, ...]
     write_result(f"gradients_proofs_{index.folder.name}", queries=n_queries, methods=found)
 
 
-def main(data: str, n_queries: int, methods: tuple[str, ...]) -> None:
-    index = built(data, "ekfac" if {"if", "rif"} & set(methods) else "none")
+def main(data: str, n_queries: int, methods: tuple[str, ...], n_rows: int) -> None:
+    index = built(data, "ekfac" if {"if", "rif"} & set(methods) else "none", n_rows)
     if data == "sst2":
         the_pass(index)
         peak_memory(index)
@@ -254,5 +257,6 @@ if __name__ == "__main__":
         parser.add_argument("--data", default="sst2")
         parser.add_argument("--queries", type=int, default=24)
         parser.add_argument("--methods", default="gd,gc,if,rif")
+        parser.add_argument("--rows", type=int, default=0, help="index the first so many; 0: all")
         given = parser.parse_args()
-        main(given.data, given.queries, tuple(given.methods.split(",")))
+        main(given.data, given.queries, tuple(given.methods.split(",")), given.rows)
