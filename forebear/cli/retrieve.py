@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,8 @@ Examples:
     forebear retrieve --index I --test dev.csv --method gc,rif --top 10 --out answers.parquet
 
     forebear retrieve --index I --text "a gripping film" --method tracin-we-topk,tracin-tfidf
+
+    forebear retrieve --index I --text "dull plot, great cast" --method tracin++,if++ --spans clauses
 
     forebear retrieve --index I --test dev.csv --method gd,if --scope all --recall 0.95 --out answers.parquet
 """
@@ -75,6 +78,19 @@ def retrieve(
     normalise: Annotated[
         bool, typer.Option("--normalise", help="Scores of word methods over sqrt(self x self).")
     ] = False,
+    spans: Annotated[
+        str,
+        typer.Option(
+            "--spans",
+            help="For if+, if++, tracin+, tracin++: clauses, sentences, words, aspect, or FILE.py:function.",
+        ),
+    ] = "clauses",
+    span_column: Annotated[
+        str | None,
+        typer.Option(
+            "--span-column", help="The text column that spans are in. Default: the first.", show_default=False
+        ),
+    ] = None,
     certify: Annotated[
         bool, typer.Option("--certify", help="Prove each top k at a deeper scope, however many rows it takes.")
     ] = False,
@@ -127,6 +143,7 @@ def retrieve(
         recall=recall,
         candidates=candidates,
         normalise=normalise,
+        spans=spans,
         certify=certify,
         curvature=curvature,
         damping=damping,
@@ -137,7 +154,10 @@ def retrieve(
     spec.check()
     if out is not None:
         check_output(Path(out), force=force)
-    retriever = Retriever(Index.open(index), model=model, device=device)
+    opened = Index.open(index)
+    if span_column is not None:
+        spec = replace(spec, span_column=opened.text_column(span_column))
+    retriever = Retriever(opened, model=model, device=device)
     if text is not None:
         source = rows_from_texts([text] if pair is None else [(text, pair)])
     else:
@@ -186,7 +206,8 @@ def _print_answers(table: pa.Table, block: RowBlock) -> None:
     from rich.table import Table
 
     rows = table.to_pylist()
-    extra = ("residual", "proven", "rows_scored", "word_ids", "words", "contributions")
+    extra = {"residual", "proven", "rows_scored", "word_ids", "words", "contributions", "span"}
+    extra |= {f"{prefix}_{part}" for prefix in ("span", "query_span") for part in ("column", "start", "end")}
     text_names = [n for n in table.column_names[table.column_names.index("prediction") + 1 :] if n not in extra]
     for i in range(len(block)):
         number = block.start + i
@@ -202,14 +223,15 @@ def _print_answers(table: pa.Table, block: RowBlock) -> None:
             for side in ("proponent", "opponent"):
                 grid = Table(title=f"{method}: {side}s of {escape(first['target'])}", title_justify="left", expand=True)
                 rows_of_side = [row for row in mine if (row["method"], row["side"]) == (method, side)]
-                grid.caption, grid.caption_justify = _notes(rows_of_side[0]), "left"
+                grid.caption, grid.caption_justify = _notes(rows_of_side[0], [c[i] for c in block.texts]), "left"
                 for name in ("row", "score"):
                     grid.add_column(name, justify="right", no_wrap=True)
                 for name in ("label", "prediction"):
                     grid.add_column(name, no_wrap=True)
                 by_words = rows_of_side[0].get("words") is not None
-                if by_words:
-                    grid.add_column("shared words", ratio=1)
+                by_spans = rows_of_side[0].get("span") is not None
+                if by_words or by_spans:
+                    grid.add_column("span" if by_spans else "shared words", ratio=1)
                 for name in text_names:
                     grid.add_column(escape(name), ratio=1)
                 for row in rows_of_side:
@@ -218,7 +240,7 @@ def _print_answers(table: pa.Table, block: RowBlock) -> None:
                         f"{row['score']:.4g}",
                         escape(row["label"]),
                         escape(row["prediction"]),
-                        *([escape(_shared(row))] if by_words else []),
+                        *([escape(_shared(row) if by_words else row["span"])] if by_words or by_spans else []),
                         *(escape(row[name]) for name in text_names),
                     )
                 OUT.print(grid)
@@ -233,9 +255,12 @@ def _shared(row: dict[str, Any]) -> str:
     return ", ".join(shown) + (f", {more} more" if more > 0 else "") or "none"
 
 
-def _notes(row: dict[str, Any]) -> str | None:
-    """What a table of results must say below itself: proof, and how well H^-1 was solved."""
+def _notes(row: dict[str, Any], texts: list[str]) -> str | None:
+    """What a table of results must say below itself: the query's span, proof, and how well H^-1 was solved."""
     notes = []
+    if row.get("query_span_start") is not None:
+        text = texts[row["query_span_column"]]
+        notes.append(f"the query's span: {text[row['query_span_start'] : row['query_span_end']]}")
     if row.get("proven") is not None:
         notes.append(f"{'proven' if row['proven'] else 'not proven'}, {row['rows_scored']:,} rows scored exactly")
     if row.get("residual") is not None:

@@ -153,9 +153,12 @@ class HeadCurvature:
         Returns:
             ``(q, c - 1, h)`` float64; <result, g_n> is its dot with ``class_basis(c) @ (p_n - y_n)`` outer f_n.
         """
-        gradients = self._gradients(residuals, features)
-        solved = cho_solve((self.factor, True), gradients.T).T
-        return np.asarray(solved.reshape(len(features), self.n_classes - 1, -1))
+        return self.solve_matrix(self._gradients(residuals, features).reshape(len(features), self.n_classes - 1, -1))
+
+    def solve_matrix(self, gradients: np.ndarray) -> np.ndarray:
+        """The same of gradients ``(q, c - 1, h)`` that are in the reduced class basis already."""
+        solved = cho_solve((self.factor, True), gradients.reshape(len(gradients), -1).T).T
+        return np.asarray(solved.reshape(gradients.shape))
 
     def self_influence(self, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
         """<H^-1 g, g> of each row, ``(n,)`` float64, never negative."""

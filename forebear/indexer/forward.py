@@ -7,7 +7,7 @@ difference of numbers near 1 (METHODS.md, section 2, numerics).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from forebear.errors import NonFiniteError
-from forebear.indexer.model import Classifier, encode, pad_batch, plan_batches
+from forebear.indexer.model import Classifier, Texts, encoded_rows, pad_batch, plan_batches
 
 DEFAULT_BATCH_TOKENS = 4096
 
@@ -46,7 +46,7 @@ class Forward:
 
 def run_forward(
     classifier: Classifier,
-    texts: Sequence[Sequence[str]],
+    texts: Texts,
     *,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     first_row: int = 0,
@@ -56,7 +56,7 @@ def run_forward(
 
     Args:
         classifier: The model, in ``eval()`` mode.
-        texts: One list a text column, ``(columns, n)``.
+        texts: One list a text column, ``(columns, n)``; or encoded rows.
         batch_tokens: Largest number of padded tokens in a batch. Scores do not depend on it (to 1e-5).
         first_row: Row number of the first text, for messages.
         on_rows: Told the number of rows after each batch (progress).
@@ -64,7 +64,7 @@ def run_forward(
     Raises:
         NonFiniteError: A feature or logit is NaN or infinite; the message names the row.
     """
-    rows = encode(classifier, texts)
+    rows = encoded_rows(classifier, texts)
     features = np.empty((len(rows), classifier.feature_dim), np.float32)
     logits = np.empty((len(rows), classifier.n_classes), np.float64)
     for batch in plan_batches([len(row["input_ids"]) for row in rows], batch_tokens):

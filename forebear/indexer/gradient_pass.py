@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -16,33 +15,9 @@ import torch
 
 from forebear.errors import NonFiniteError, StorageError
 from forebear.indexer.forward import Forward, softmax
-from forebear.indexer.model import Classifier, encode, plan_batches
+from forebear.indexer.model import Classifier, Encoded, Texts, encode, plan_batches
 from forebear.indexer.scopes import Block
 from forebear.indexer.tape import LayerFactors, Seed, Tape, loss_of
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Rows of text after the tokenizer, or what replaces some of their word pieces.
-
-    Attributes:
-        rows: As :func:`~forebear.indexer.model.encode` makes them, ``n`` of them.
-        minus: Other versions of the same rows, whose gradients are subtracted: collectors then see g - g'.
-    """
-
-    rows: Sequence[dict[str, list[int]]]
-    minus: Sequence[dict[str, list[int]]] | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-Texts = Sequence[Sequence[str]] | Encoded  # one list a text column, or encoded rows
-
-
-def n_rows_of(texts: Texts) -> int:
-    """n."""
-    return len(texts) if isinstance(texts, Encoded) else len(texts[0])
 
 
 class Collector(Protocol):

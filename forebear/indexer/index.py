@@ -215,6 +215,17 @@ class Index:
             return Proposal(cosine, 1.0 if cosine else 0.0)
         return Proposal(cosine, float(found["code_weight"]), float(found["margin"]))
 
+    def text_column(self, name: str) -> int:
+        """Number of a text column.
+
+        Raises:
+            InputError: There is none of that name.
+        """
+        names = self.manifest.spec.text_columns
+        if name not in names:
+            raise InputError(f"{self.folder} has no text column {name!r}; it has {', '.join(names)}.")
+        return names.index(name)
+
     def word_files(self, kind: str) -> list[str]:
         """Files of one word store, in the order of its parts; none before it is merged."""
         found = [name for name in self.manifest.files if name.startswith(f"{kind}/")]

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -311,6 +311,43 @@ def input_limit(config: Any, tokenizer: Any, max_length: int | None, name: str) 
     return max_length
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Rows of text after the tokenizer, or with some word pieces replaced.
+
+    Attributes:
+        rows: As :func:`encode` makes them, ``n`` of them.
+        minus: Other versions of the same rows, whose gradients are subtracted: collectors then see g - g'.
+    """
+
+    rows: Sequence[dict[str, list[int]]]
+    minus: Sequence[dict[str, list[int]]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, which: Iterable[int]) -> Encoded:
+        """Some of the rows, in the order given."""
+        at = list(which)
+        return Encoded([self.rows[i] for i in at], None if self.minus is None else [self.minus[i] for i in at])
+
+
+Texts = Sequence[Sequence[str]] | Encoded  # one list a text column, or encoded rows
+
+
+def n_rows_of(texts: Texts) -> int:
+    """n."""
+    return len(texts) if isinstance(texts, Encoded) else len(texts[0])
+
+
+def take_texts(texts: Texts, which: Iterable[int]) -> Texts:
+    """Some of the rows, in the order given."""
+    if isinstance(texts, Encoded):
+        return texts.take(which)
+    at = list(which)
+    return [[column[i] for i in at] for column in texts]
+
+
 def encode(classifier: Classifier, texts: Sequence[Sequence[str]]) -> list[dict[str, list[int]]]:
     """Word pieces of each row, truncated (longest text first) and not padded.
 
@@ -319,6 +356,11 @@ def encode(classifier: Classifier, texts: Sequence[Sequence[str]]) -> list[dict[
         texts: One list a text column, ``(columns, n)``; pairs are encoded in that order.
     """
     return tokenize(classifier.tokenizer, texts, classifier.max_length)
+
+
+def encoded_rows(classifier: Classifier, texts: Texts) -> Sequence[dict[str, list[int]]]:
+    """Rows of text, encoded now or already."""
+    return texts.rows if isinstance(texts, Encoded) else encode(classifier, texts)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int) -> list[dict[str, list[int]]]:

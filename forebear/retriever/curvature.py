@@ -124,11 +124,15 @@ class Solve(Protocol):
 def deep_solver(
     spec: CurvatureSpec, index: Index, classifier: Classifier, scope: str, blocks: Sequence[Block]
 ) -> Solve:
-    """H^-1 at a scope beyond the head."""
+    """H^-1 applied to whole gradients at any scope; at the head by its stored Cholesky factor alone."""
     solver = spec.at(scope)
     if solver == "identity":
         return lambda vectors: (vectors, None)
     device, dtype = classifier.device, classifier.head.weight.dtype
+    if scope == "head":
+        if solver != "exact":
+            raise InputError(f"--curvature {solver} of methods by spans is for scopes beyond the head; there: exact.")
+        return _exact_head(index, classifier, spec.damping)
     if solver == "ekfac":
         _, damping = index.ekfac_damping(scope, spec.damping)
         ekfac = index.ekfac(scope).to(device, dtype)
@@ -143,6 +147,19 @@ def deep_solver(
         labels = index.labels[rows].astype(np.int64)
         product = HessianProduct(classifier, scope, blocks, texts, labels, batch_tokens=DEFAULT_BATCH_TOKENS)
     return _iterative(spec, solver, product, len(rows), lambda: spec.absolute(index, scope))
+
+
+def _exact_head(index: Index, classifier: Classifier, damping: str | None) -> Solve:
+    """H^-1 of whole gradients of the head weight, ``(q, c, h)``; their columns sum to 0 over the classes."""
+    stored = index.head_curvature(damping)
+    basis = class_basis(classifier.n_classes)
+
+    def solve(vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
+        ((name, g),) = vectors.items()
+        solved = stored.solve_matrix(np.einsum("ac,qch->qah", basis, g.double().cpu().numpy()))
+        return {name: torch.from_numpy(np.einsum("ac,qah->qch", basis, solved)).to(g)}, None
+
+    return solve
 
 
 def _iterative(spec: CurvatureSpec, solver: str, product: Product, n_rows: int, damping: Any) -> Solve:

@@ -8,9 +8,11 @@ gradients whitened by the index's curvature for ``if`` and ``rif``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,12 +23,12 @@ from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.gradient_stage import gradient_files, open_sketcher
 from forebear.indexer.gradients import exact_dots, whole_gradients
 from forebear.indexer.index import Index
-from forebear.indexer.model import Classifier
+from forebear.indexer.model import Classifier, Texts, take_texts
 from forebear.indexer.scopes import Block, scope_blocks
 from forebear.indexer.sketch import Sketcher, SketchRows, sketch_rows
 from forebear.retriever.curvature import CurvatureSpec, Solve, deep_solver
 from forebear.retriever.methods import Method
-from forebear.retriever.queries import Models
+from forebear.retriever.queries import N_VARIANTS, Models
 from forebear.retriever.scoring import rank
 from forebear.retriever.search import Ranking, join
 
@@ -39,16 +41,41 @@ class Asked:
     """Test rows of a block, at one scope.
 
     Attributes:
-        texts: One list a text column.
+        texts: One list a text column, or encoded; with another version of each row, its gradient is subtracted.
         targets: Class whose loss is explained, ``(q,)``.
     """
 
-    texts: list[list[str]]
+    texts: Texts
     targets: np.ndarray
 
     def take(self, which: np.ndarray) -> Asked:
         """Some of them."""
-        return Asked([[column[i] for i in which] for column in self.texts], self.targets[which])
+        return Asked(take_texts(self.texts, which), self.targets[which])
+
+
+class Rows(Protocol):
+    """What is scored, by number."""
+
+    def texts(self, at: np.ndarray) -> Texts:
+        """Texts of some of them."""
+
+    def labels(self, at: np.ndarray) -> np.ndarray:
+        """Gold classes, ``(n,)`` int64."""
+
+
+class IndexRows:
+    """The training rows of an index."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def texts(self, at: np.ndarray) -> Texts:
+        """See :class:`Rows`."""
+        return [column.to_pylist() for column in self._index.texts(at).values()]
+
+    def labels(self, at: np.ndarray) -> np.ndarray:
+        """See :class:`Rows`."""
+        return np.asarray(self._index.labels[at].astype(np.int64))
 
 
 class GradientSearch:
@@ -60,11 +87,13 @@ class GradientSearch:
         Args:
             index: With the scope's sketches.
             models: Its models.
-            scope: ``top-K``, ``all`` or ``layer:NAME``.
+            scope: ``top-K``, ``all`` or ``layer:NAME``; at ``head`` rows can be scored, but nothing proposes any.
             curvature: For ``if`` and ``rif``.
         """
-        index.check_scope(scope)
+        if scope != "head":
+            index.check_scope(scope)
         self.index, self.models, self.scope, self.curvature = index, models, scope, curvature
+        self.rows: Rows = IndexRows(index)
         self._solve: Solve | None = None
         self._sketchers: dict[tuple[int, int | None], Sketcher] = {}
         self._held: dict[int, tuple[Asked, Vectors]] = {}  # of the last block asked, by checkpoint
@@ -79,14 +108,26 @@ class GradientSearch:
     def blocks(self) -> tuple[Block, ...]:
         """The scope's parameters."""
         classifier = self.models.classifier()
-        with_bias = self.index.manifest.spec.with_bias
+        with_bias = self.index.manifest.spec.with_bias and self.scope != "head"
         return scope_blocks(classifier.model, classifier.head_name, self.scope, classifier.name, with_bias=with_bias)
 
+    def over(self, rows: Rows) -> GradientSearch:
+        """The same question's search, which scores other rows; what is held of the test rows is shared."""
+        other = copy.copy(self)
+        other.rows = rows
+        return other
+
     def checkpoints(self, method: Method) -> list[tuple[int, float]]:
-        """Numbers and weights of the checkpoints that a method sums over."""
+        """Numbers and weights of the checkpoints that a method sums over; numbers past the last are variants of it."""
+        if method.variants:
+            return [(self.last + 1 + m, 1.0) for m in range(N_VARIANTS)]
         if not method.all_checkpoints:
             return [(self.last, 1.0)]
         return [(i, c.eta) for i, c in enumerate(self.index.manifest.checkpoints)]
+
+    def sketched(self, method: Method) -> list[tuple[int, float]]:
+        """The same of the checkpoints whose sketches propose candidates: variants are too near to have their own."""
+        return [(self.last, float(N_VARIANTS))] if method.variants else self.checkpoints(method)
 
     def solve(self, vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
         """H^-1 of query gradients at the last checkpoint."""
@@ -120,7 +161,7 @@ class GradientSearch:
     def parts(self, methods: Sequence[Method], asked: Asked) -> dict[str, list[Part]]:
         """Sketches of the test rows beside those of the training rows, for each method; one pass a checkpoint."""
         found: dict[tuple[int, int | None], SketchRows] = {}
-        for number in sorted({number for method in methods for number, _ in self.checkpoints(method)}):
+        for number in sorted({number for method in methods for number, _ in self.sketched(method)}):
             wanted = sorted({kind for m in methods for kind in self._kinds(m) if kind[0] == number}, key=str)
             sketchers = [self.sketcher(*kind) for kind in wanted]
             if sketchers:
@@ -136,7 +177,7 @@ class GradientSearch:
                 sketched = self.sketcher(self.last, None).of_matrix(solved, self.models.classifier().device)
                 out[method.name] = [Part(1.0, sketched, self.index.gradients(self.scope))]
                 continue
-            weights = dict(self.checkpoints(method))
+            weights = dict(self.sketched(method))
             out[method.name] = [
                 Part(weights[number], found[number, white], self.index.gradients(self.scope, number, white))
                 for number, white in self._kinds(method)
@@ -163,7 +204,7 @@ class GradientSearch:
         if self._from_solutions(method):
             return []
         white = self.white_number() if method.query == "preconditioned" else None
-        return [(number, white) for number, _ in self.checkpoints(method)]
+        return [(number, white) for number, _ in self.sketched(method)]
 
     def search(
         self, methods: Sequence[Method], asked: Asked, k: int, *, exact: str, n_candidates: dict[str, int]
@@ -250,8 +291,7 @@ class GradientSearch:
         self, methods: Sequence[Method], asked: Asked, rows: dict[str, np.ndarray]
     ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
         distinct = np.unique(np.concatenate([at.reshape(-1) for at in rows.values()]))
-        texts = [column.to_pylist() for column in self.index.texts(distinct).values()]
-        labels = self.index.labels[distinct].astype(np.int64)
+        texts, labels = self.rows.texts(distinct), self.rows.labels(distinct)
         where = {name: np.searchsorted(distinct, at) for name, at in rows.items()}
         scores = {name: np.zeros((len(asked.targets), at.shape[-1])) for name, at in rows.items()}
         residual: np.ndarray | None = None
@@ -293,11 +333,10 @@ class GradientSearch:
             return np.asarray(self.index.gradients(self.scope, damping=white).norms[rows].astype(np.float64))
         # Not stored for solvers that iterate: one right-hand side for each candidate.
         found = np.empty(len(rows))
-        labels = self.index.labels[rows].astype(np.int64)
         for start in range(0, len(rows), SELF_ROWS):
             at = slice(start, start + SELF_ROWS)
-            texts = [column.to_pylist() for column in self.index.texts(rows[at]).values()]
-            g = whole_gradients(classifier, self.scope, self.blocks, texts, labels[at])
+            texts, labels = self.rows.texts(rows[at]), self.rows.labels(rows[at])
+            g = whole_gradients(classifier, self.scope, self.blocks, texts, labels)
             found[at] = dot(self.solve(g)[0], g).cpu().numpy()
         return np.sqrt(np.maximum(found, 0.0))
 

@@ -29,6 +29,8 @@ class Method:
             the cosine in H^-1's inner product.
         all_checkpoints: Summed over all checkpoints, weighted by eta, instead of the last one alone.
         words: Which words take part, of a method that compares words.
+        spans: Whether it compares what a span adds to the gradient: of the training ``row``, or of ``both`` rows.
+        variants: Summed over models one training step away from the last checkpoint.
         scope: The scope that the name itself fixes; None: the question's.
         formula: The score, in the notation of METHODS.md.
         source: Paper.
@@ -40,6 +42,8 @@ class Method:
     metric: Metric
     all_checkpoints: bool = False
     words: Words | None = None
+    spans: Literal["row", "both"] | None = None
+    variants: bool = False
     scope: str | None = None
     formula: str
     source: str
@@ -48,6 +52,13 @@ class Method:
     def store(self) -> str:
         """The ``--store`` of the index that it needs."""
         return {"sentence": "sbert", "words": "words", "tfidf": "words"}.get(self.representation, "features")
+
+    @property
+    def calibrated_as(self) -> str:
+        """The method whose calibration says how many rows to propose."""
+        if not (self.spans or self.variants):
+            return self.name
+        return "if" if self.query == "preconditioned" else "gd"
 
     @property
     def by_words(self) -> bool:
@@ -103,6 +114,26 @@ _ROWS = (
     Method(
         name="tracin-tfidf", representation="tfidf", metric="dot", all_checkpoints=True,
         formula="cos(tfidf_q, tfidf_n) sum_c eta_c <p_q - y_q, p_n - y_n>", source="Yeh22 eq. 7",
+    ),
+    Method(
+        name="tracin-f", representation="head", metric="dot", variants=True,
+        formula="sum_m <g_q, g_n>, m models one step away", source="Span",
+    ),
+    Method(
+        name="if+", representation="head", query="preconditioned", metric="dot", spans="row",
+        formula="<H^-1 g_q, g_n - g_n(-ij)>, row without span ij", source="Span",
+    ),
+    Method(
+        name="if++", representation="head", query="preconditioned", metric="dot", spans="both",
+        formula="<H^-1 (g_q - g_q(-kl)), g_n - g_n(-ij)>", source="Span",
+    ),
+    Method(
+        name="tracin+", representation="head", metric="dot", spans="row", variants=True,
+        formula="sum_m <g_q, g_n - g_n(-ij)>, m models one step away", source="Span",
+    ),
+    Method(
+        name="tracin++", representation="head", metric="dot", spans="both", variants=True,
+        formula="sum_m <g_q - g_q(-kl), g_n - g_n(-ij)>", source="Span",
     ),
 )  # fmt: skip
 

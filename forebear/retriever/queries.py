@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
 from forebear.errors import InputError, MismatchError, MissingStoreError
 from forebear.indexer.forward import Forward, residual_and_loss, run_forward
 from forebear.indexer.index import Index
-from forebear.indexer.model import Classifier, load_classifier
+from forebear.indexer.model import Classifier, encode, load_classifier, pad_batch, weights_sha256
 from forebear.indexer.runs import moved_paths
 from forebear.indexer.sentence import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.shards import check_same_model
 from forebear.retriever.curvature import CurvatureSpec, HeadSolver
 from forebear.retriever.methods import Method
 from forebear.retriever.scoring import Query, Term
+
+N_VARIANTS = 3  # of the Span paper's TracInF
+VARIANT_ROWS = 32
+VARIANT_LEARNING_RATE = 1e-4
+
+
+def one_step_away(classifier: Classifier, index: Index, number: int) -> Classifier:
+    """A variant of a model: one SGD step on the mean loss of a seeded mini-batch of training rows (Span, TracInF).
+
+    All weights move; dropout is off. The classifier itself stays as it is.
+    """
+    seed = index.manifest.spec.seed
+    rows = np.random.default_rng([seed, 7, number]).permutation(index.live)[:VARIANT_ROWS]
+    model = copy.deepcopy(classifier.model).requires_grad_(True)
+    texts = [column.to_pylist() for column in index.texts(rows).values()]
+    batch = pad_batch(classifier.tokenizer, encode(classifier, texts), classifier.device)
+    labels = torch.from_numpy(index.labels[rows].astype(np.int64)).to(classifier.device)
+    with classifier.autocast():
+        logits = model(**batch).logits
+    gradients = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(logits.float(), labels), list(model.parameters()), allow_unused=True
+    )
+    with torch.no_grad():
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            if gradient is not None:
+                parameter.sub_(VARIANT_LEARNING_RATE * gradient)
+    name = f"{classifier.name} (variant {number})"
+    return replace(classifier, name=name, model=model.requires_grad_(False), sha256=weights_sha256(model))
 
 
 class Models:
@@ -32,11 +62,14 @@ class Models:
         self._loaded: dict[int, Classifier] = {}
 
     def classifier(self, checkpoint: int = -1) -> Classifier:
-        """The classifier at a checkpoint of the index; the last by default."""
+        """The classifier at a checkpoint of the index; the last by default. Numbers past it are its variants."""
         checkpoints = self._index.manifest.checkpoints
-        number = checkpoint % len(checkpoints)
+        number = checkpoint if checkpoint >= 0 else checkpoint % len(checkpoints)
         if number not in self._loaded:
-            self._loaded[number] = self._load(number, last=number == len(checkpoints) - 1)
+            if number < len(checkpoints):
+                self._loaded[number] = self._load(number, last=number == len(checkpoints) - 1)
+            else:
+                self._loaded[number] = one_step_away(self.classifier(), self._index, number - len(checkpoints))
         return self._loaded[number]
 
     def _load(self, number: int, *, last: bool) -> Classifier:
@@ -217,6 +250,8 @@ def method_facts(method: Method, index: Index, curvature: CurvatureSpec, scope: 
         facts["with_bias"] = index.manifest.spec.with_bias
     if method.all_checkpoints:
         facts["eta"] = [c.eta for c in index.manifest.checkpoints]
+    if method.variants:
+        facts |= {"variants": N_VARIANTS, "variant_learning_rate": VARIANT_LEARNING_RATE, "variant_rows": VARIANT_ROWS}
     if method.words is not None:
         facts |= {"words": method.words, "tops": list(index.manifest.spec.words_tops)}
         facts["precision"] = index.manifest.spec.words_precision

@@ -10,6 +10,7 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.indexer.manifest import canonical_json
+from forebear.indexer.spans import span_finder
 from forebear.retriever.curvature import CurvatureSpec
 from forebear.retriever.methods import Method, pick_methods
 
@@ -35,6 +36,9 @@ class QuerySpec:
             the index's calibration.
         candidates: That number itself: rows at each end that the sketches propose and the model scores exactly.
         normalise: Divide the scores of word methods by sqrt(self x self).
+        spans: For methods by spans: how they are found in training and test rows; see
+            :func:`~forebear.indexer.spans.span_finder`.
+        span_column: The text column that they are in, by number.
         certify: Prove each top k at a deeper scope, scoring as many rows as it takes.
         curvature: For ``if`` and ``rif``; see :class:`CurvatureSpec` for this and the next four.
         damping: See there.
@@ -51,6 +55,8 @@ class QuerySpec:
     recall: float = RECALL
     candidates: int | None = None
     normalise: bool = False
+    spans: str = "clauses"
+    span_column: int = 0
     certify: bool = False
     curvature: str | None = None
     damping: str | None = None
@@ -87,8 +93,12 @@ class QuerySpec:
         if self.certify and self.exact != "rerank":
             raise InputError(f"--certify proves what --exact rerank finds; it has no meaning with {self.exact}.")
         self.solver.check()
+        span_finder(self.spans, self.span_column)
         methods = pick_methods(self.methods)
         for method in methods:
+            if (method.spans or method.variants) and (self.exact == "none" or self.certify):
+                asked = "--certify" if self.certify else "--exact none"
+                raise InputError(f"{asked} is not of {method.name}: the index has no sketch of spans and variants.")
             if self.normalise and not method.by_words:
                 raise InputError(f"--normalise is of methods by words, not of {method.name}. Ask for it separately.")
             if method.query == "preconditioned":

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from forebear.errors import InputError, OutputExistsError
 from forebear.indexer.index import Index
+from forebear.indexer.spans import Span
 from forebear.indexer.store import atomic_file, write_bytes
 from forebear.retriever.search import Ranking
 from forebear.retriever.vocabulary import token_texts
@@ -84,6 +85,8 @@ def answer_table(index: Index, answers: Answers, tokenizer: Any) -> pa.Table:
         "prediction": named(index.predictions[flat]),
     }
     columns |= _optional_columns(answers, (q, m, sides, k))
+    if any(r.spans is not None for pair in answers.found.values() for r in pair):
+        columns |= _span_columns(index, answers, flat)
     if any(r.words is not None for pair in answers.found.values() for r in pair):
         columns |= _word_columns(answers, tokenizer)
     for name, values in index.texts(flat).items():
@@ -112,6 +115,26 @@ def _optional_columns(answers: Answers, shape: tuple[int, int, int, int]) -> dic
         )
         columns["rows_scored"] = pa.array(spread([[r.n_scored for r in pair] for pair in rankings]))
     return columns
+
+
+def _span_columns(index: Index, answers: Answers, rows: np.ndarray) -> dict[str, pa.Array]:
+    """Span of each result and of its test row: text column and ends, and the text of the former; null where none is."""
+    spans: list[Span | None] = []
+    own: list[Span | None] = []
+    for i in range(len(answers.predictions)):
+        for pair in answers.found.values():
+            for ranking in pair:
+                k = ranking.rows.shape[1]
+                spans += [None] * k if ranking.spans is None else ranking.spans[i]
+                own += [None if ranking.query_spans is None else ranking.query_spans[i]] * k
+    columns = [values.to_pylist() for values in index.texts(rows).values()]
+    texts = [None if s is None else columns[s.column][i][s.start : s.end] for i, s in enumerate(spans)]
+    out = {"span": pa.array(texts, pa.string())}
+    for prefix, some in (("span", spans), ("query_span", own)):
+        for part in ("column", "start", "end"):
+            values = [None if span is None else getattr(span, part) for span in some]
+            out[f"{prefix}_{part}"] = pa.array(values, pa.int32())
+    return out
 
 
 def _word_columns(answers: Answers, tokenizer: Any) -> dict[str, pa.Array]:

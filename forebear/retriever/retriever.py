@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from forebear.errors import DataError, MismatchError
+from forebear.errors import DataError, InputError, MismatchError
 from forebear.indexer.data import RowSource, rows_from_texts
 from forebear.indexer.derived import ScanBlock, ScanTable, norms_of
 from forebear.indexer.forward import Forward
 from forebear.indexer.index import Index
 from forebear.indexer.labels import LabelMap, label_map
 from forebear.indexer.model import Classifier
+from forebear.indexer.spans import span_finder
 from forebear.retriever.certify import certify, check_certifiable
 from forebear.retriever.curvature import CurvatureSpec
 from forebear.retriever.gradients import Asked as DeepAsked
@@ -34,6 +35,7 @@ from forebear.retriever.query_spec import (
 from forebear.retriever.results import Answers, answer_table
 from forebear.retriever.scoring import Query
 from forebear.retriever.search import Ranking, RowFactors, search_ann, search_full, search_scan
+from forebear.retriever.spans import SpanSearch
 from forebear.retriever.tfidf import TfidfSearch
 from forebear.retriever.words import WordSearch
 
@@ -99,7 +101,8 @@ class Retriever:
             target: ``predicted``, ``gold`` (queries need labels) or a label's name.
             exact: See :class:`QuerySpec`.
             scope: See :class:`QuerySpec`.
-            **choices: ``recall``, ``candidates``, ``certify``, ``normalise``, ``curvature``, ``damping``,
+            **choices: ``recall``, ``candidates``, ``certify``, ``normalise``, ``spans``, ``span_column``,
+                ``curvature``, ``damping``,
                 ``curvature_rows``, ``lissa``, ``tolerance``; see :class:`QuerySpec`.
 
         Returns:
@@ -122,7 +125,7 @@ class Retriever:
         labels = self.query_labels(source, required=spec.target == "gold")
         for block in source.blocks(block_rows):
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
-            yield self.answer_block(block.start, block.texts, gold, spec)
+            yield self.answer_block(block.start, block.texts, gold, spec, table=block.table)
 
     def table(self, answers: Answers) -> pa.Table:
         """Answers as a table, one row a result."""
@@ -136,8 +139,18 @@ class Retriever:
         spec: QuerySpec,
         *,
         forward: Forward | None = None,
+        table: pa.Table | None = None,
     ) -> Answers:
-        """Answer one block of test rows; ``labels`` are class ids of the model, ``forward`` its pass if already run."""
+        """Answer one block of test rows.
+
+        Args:
+            start: Number of the first of them.
+            texts: One list a text column.
+            labels: Class ids of the model, or None.
+            spec: The question.
+            forward: The last checkpoint's pass over them, if already run.
+            table: The rows with all their columns, where spans are given by columns.
+        """
         methods = spec.check()
         n_checkpoints = len(self.index.manifest.checkpoints)
         asked = ask(self._models, methods, texts, labels, spec.target, n_checkpoints, first_row=start, forward=forward)
@@ -149,7 +162,14 @@ class Retriever:
         for method in methods:
             if method.representation == "tfidf":
                 found[method.name] = self._tfidf.search(texts, asked, top, normalise=spec.normalise)
-        others = [m for m in methods if not m.by_words]
+        by_spans = [m for m in methods if m.spans or m.variants]
+        if by_spans:  # none of them fixes its scope
+            search = SpanSearch(self._gradient_search(spec.scope, spec), span_finder(spec.spans, spec.span_column))
+            found |= search.search(
+                by_spans, texts, table, asked, top, full=spec.exact == "full",
+                n_candidates={m.name: self.n_candidates(spec.scope, m, spec) for m in by_spans}, first_row=start,
+            )  # fmt: skip
+        others = [m for m in methods if not (m.by_words or m.spans or m.variants)]
         for scope, some in self._by_scope(others, spec).items():
             if scope is None:
                 found |= {m.name: self._search(m, asked, spec, top) for m in some}
@@ -189,7 +209,7 @@ class Retriever:
         """Rows at each end that are scored exactly for a method at a scope beyond the head."""
         if spec.candidates is not None:
             return spec.candidates
-        found = self.index.calibrated(scope, method.name)
+        found = self.index.calibrated(scope, method.calibrated_as)
         if found is None:
             return max(spec.top, DEFAULT_CANDIDATES)
         return max(spec.top, candidates_for(found["candidates"], spec.recall, self.index.manifest.n_live))
@@ -218,6 +238,8 @@ class Retriever:
         for block in source.blocks(QUERY_BLOCK_ROWS):
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
             asked = ask(self._models, (chosen,), block.texts, gold, target, n_checkpoints, first_row=block.start)
+            if chosen.spans:
+                raise InputError(f"{chosen.name} scores spans, not rows: ask for them by retrieve.")
             if chosen.representation == "words":
                 questions = self._words.questions((chosen,), block.texts, asked.targets, normalise=spec.normalise)
                 parts += self._words.score(questions)
@@ -225,7 +247,7 @@ class Retriever:
             if chosen.representation == "tfidf":
                 parts.append(self._tfidf.scores(block.texts, asked, normalise=spec.normalise))
                 continue
-            (where,) = self._by_scope((chosen,), spec)
+            (where,) = [spec.scope_of(chosen)] if chosen.variants else self._by_scope((chosen,), spec)
             if where is not None:
                 search = self._gradient_search(where, spec)
                 deep = DeepAsked([list(t) for t in block.texts], asked.targets)
@@ -309,6 +331,11 @@ class Retriever:
 
     def _search_facts(self, method: Method, spec: QuerySpec) -> dict[str, Any]:
         """Scope and recall of a method: proven, calibrated, or not known (None)."""
+        if method.spans or method.variants:
+            facts = {"spans": spec.spans, "span_column": spec.span_column} if method.spans else {}
+            n = self.n_candidates(spec.scope_of(method), method, spec)
+            full = spec.exact == "full"
+            return facts | {"recall": 1.0 if full else None, "candidates": None if full else n}
         if method.by_words:
             exact = method.representation == "tfidf" or spec.exact != "none"
             return {"recall": 1.0 if exact else None, "normalise": spec.normalise}

@@ -24,6 +24,7 @@ import torch
 from forebear.errors import InputError
 from forebear.indexer.ann import AnnIndex, unit_rows
 from forebear.indexer.derived import ScanTable
+from forebear.indexer.spans import Span
 from forebear.indexer.store import RowMatrix
 from forebear.retriever.scan import SCAN_TOLERANCE, Scan
 from forebear.retriever.scoring import Query, dots, exact_scores, rank
@@ -91,6 +92,8 @@ class Ranking:
         n_scored: Rows scored exactly for each query, ``(q,)``.
         residual: Relative residual of H^-1 for each query where a solver iterated, ``(q,)``; else None.
         proven: Whether no row left out can be among them, ``(q,)``, where that was asked for; else None.
+        spans: The span of each row that is meant, ``q`` lists of ``k``, where spans are ranked; else None.
+        query_spans: The span of each test row that is meant, where one is; else None.
         words: Contributions of shared words, ``q`` lists of ``k``, where scores are sums over words; else None.
     """
 
@@ -101,6 +104,8 @@ class Ranking:
     residual: np.ndarray | None = None
     proven: np.ndarray | None = None
     words: list[Words] | None = None
+    spans: list[list[Span]] | None = None
+    query_spans: list[Span] | None = None
 
 
 # Candidates of queries `which`, `width` of each: row numbers (q, width) and, where the search bounds it, the largest

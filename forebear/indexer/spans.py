@@ -1,0 +1,218 @@
+"""Spans: stretches of a row's text, found or given, and the row with a span masked.
+
+Spans are in characters of one text column, half open like Python slices. A word piece belongs to a span if they share a
+character; masked, it becomes the tokenizer's mask token and keeps its position (Span paper, x(-ij)).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from forebear.errors import DataError, InputError, ModelError
+from forebear.indexer.model import Classifier, Encoded, encode, encode_with_places
+
+FOUND = ("clauses", "sentences", "words")
+ASPECT = "aspect"
+GIVEN = ("columns", "clause-of")
+# A boundary is punctuation before white space or the end: not that of 3.5, e.g. or www.x.org.
+_SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)")
+_CLAUSE_END = re.compile(
+    r"[.!?,;:]+[\"')\]]*(?=\s|$)|\s[-–—]+\s|[–—()\[\]]|\s\.\.\.\s|\n+"
+    r"|(?<=\s)(?=(?:but|although|though|while|whereas|however|yet|because|except)\s)",
+    re.IGNORECASE,
+)
+_WORD = re.compile(r"\w(?:[\w'’\-]*\w)?")
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """Characters ``start`` to ``end`` of text column ``column``."""
+
+    column: int
+    start: int
+    end: int
+
+
+def split_text(text: str, how: str) -> list[tuple[int, int]]:
+    """Clauses, sentences or words of a text, in order, without white space and closing punctuation at their ends.
+
+    Clauses end at punctuation and before a conjunction that contrasts or gives a reason (but, although, because, ...).
+    What holds no letter and no digit is left out.
+    """
+    if how == "words":
+        return [match.span() for match in _WORD.finditer(text)]
+    boundary = {"clauses": _CLAUSE_END, "sentences": _SENTENCE_END}[how]
+    cuts = [0, *(edge for match in boundary.finditer(text) for edge in match.span()), len(text)]
+    pieces = zip(cuts[::2], cuts[1::2], strict=True)
+    return [found for start, end in pieces if (found := _trimmed(text, start, end)) is not None]
+
+
+def _trimmed(text: str, start: int, end: int) -> tuple[int, int] | None:
+    """Without white space and brackets or quotes at the ends; None without a letter or digit."""
+    while start < end and not (text[start].isalnum() or text[start] in "$£€#@"):
+        start += 1
+    while start < end and not (text[end - 1].isalnum() or text[end - 1] in "%$£€"):
+        end -= 1
+    return (start, end) if any(c.isalnum() for c in text[start:end]) else None
+
+
+def covering(pieces: Iterable[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """From the first to the last of the pieces that share a character with a stretch; without any, the stretch."""
+    touched = [(a, b) for a, b in pieces if a < end and start < b]
+    return (min(a for a, _ in touched), max(b for _, b in touched)) if touched else (start, end)
+
+
+Finder = Callable[[Sequence[str], "dict[str, Any]", int], list[Span]]  # texts of a row, its other columns, its number
+
+
+def span_finder(how: str, column: int = 0) -> Finder:
+    """What finds the spans of a row.
+
+    Args:
+        how: ``clauses``, ``sentences`` or ``words`` of a text column; ``aspect``: of pairs, the clause of the first
+            text that holds the second one; ``columns:FROM,TO``, names of columns that hold their ends, one number or a
+            list; ``clause-of:FROM,TO``, the clause that holds such a span;
+            ``FILE.py:function``, called with the row as a dictionary, which returns (start, end) pairs.
+        column: The text column, by number.
+
+    Raises:
+        InputError: It is none of these, or the function is not there.
+    """
+    kind, _, rest = how.partition(":")
+    if how in FOUND:
+        return lambda texts, _row, _number: [Span(column, a, b) for a, b in split_text(texts[column], how)]
+    if how == ASPECT:
+        return _aspect
+    if kind in GIVEN and len(names := [name.strip() for name in rest.split(",")]) == 2:
+        return _given(names[0], names[1], column, whole_clause=kind == "clause-of")
+    if kind.endswith(".py") and rest.isidentifier():
+        return _by_function(Path(kind), rest, column)
+    raise InputError(
+        f"--spans {how!r}: expected {', '.join(FOUND)}, {ASPECT}, columns:FROM,TO, clause-of:FROM,TO or "
+        "FILE.py:function."
+    )
+
+
+def _aspect(texts: Sequence[str], _row: dict[str, Any], number: int) -> list[Span]:
+    if len(texts) != 2:
+        raise InputError("--spans aspect is of pairs: the clause of the first text that holds the second one.")
+    at = texts[0].casefold().find(texts[1].casefold())
+    if at < 0 or not texts[1]:
+        return []
+    return [Span(0, *covering(split_text(texts[0], "clauses"), at, at + len(texts[1])))]
+
+
+def _given(first: str, last: str, column: int, *, whole_clause: bool) -> Finder:
+    def find(texts: Sequence[str], row: dict[str, Any], number: int) -> list[Span]:
+        for name in (first, last):
+            if name not in row:
+                raise InputError(f"--spans: the rows have no column {name!r}; they have {', '.join(row)}.")
+        starts, ends = (np.atleast_1d(row[name]).tolist() for name in (first, last))
+        if len(starts) != len(ends):
+            raise DataError(f"row {number}: {len(starts)} starts in {first!r}, {len(ends)} ends in {last!r}.")
+        spans = [checked_span(texts, column, a, b, number) for a, b in zip(starts, ends, strict=True)]
+        if not whole_clause:
+            return spans
+        clauses = split_text(texts[column], "clauses")
+        return list(dict.fromkeys(Span(column, *covering(clauses, s.start, s.end)) for s in spans))
+
+    return find
+
+
+def _by_function(path: Path, name: str, column: int) -> Finder:
+    if not path.is_file():
+        raise InputError(f"--spans {path}:{name}: there is no file {path}.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"--spans {path}:{name}: {path} defines no function {name}.")
+
+    def find(texts: Sequence[str], row: dict[str, Any], number: int) -> list[Span]:
+        return [checked_span(texts, column, a, b, number) for a, b in function(row)]
+
+    return find
+
+
+def checked_span(texts: Sequence[str], column: int, start: Any, end: Any, row: int) -> Span:
+    """A span that lies in its text and is not empty.
+
+    Raises:
+        DataError: It does not, or is; the row is named.
+    """
+    length = len(texts[column])
+    whole = all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in (start, end))
+    if not whole or not 0 <= start < end <= length:
+        raise DataError(
+            f"row {row}: span {start} to {end} is not in its text of {length} characters; expected 0 <= start < end <= "
+            f"{length}."
+        )
+    return Span(column, int(start), int(end))
+
+
+def find_spans(
+    find: Finder, texts: Sequence[Sequence[str]], table: pa.Table | None, first_row: int = 0
+) -> list[list[Span]]:
+    """Spans of each row of a block.
+
+    Args:
+        find: From :func:`span_finder`.
+        texts: One list a text column.
+        table: The rows with all their columns.
+        first_row: Number of the first row, for messages.
+    """
+    n_rows = len(texts[0])
+    columns = {} if table is None else {name: table.column(name).to_pylist() for name in table.column_names}
+    return [
+        find([t[i] for t in texts], {name: values[i] for name, values in columns.items()}, first_row + i)
+        for i in range(n_rows)
+    ]
+
+
+def mask_spans(
+    classifier: Classifier, texts: Sequence[Sequence[str]], spans: Sequence[Span]
+) -> tuple[Encoded, np.ndarray]:
+    """Rows beside the same rows with a span masked.
+
+    Args:
+        classifier: Whose tokenizer and limit are used.
+        texts: One list a text column, an entry a span.
+        spans: One an entry.
+
+    Returns:
+        The rows and, as ``minus``, their masked versions, for the entries whose span the model reads; and which these
+        are, ``(m,)`` bool: a span that truncation cuts away altogether has nothing to mask.
+
+    Raises:
+        ModelError: The tokenizer has no mask token, or does not know where word pieces stand.
+    """
+    mask = classifier.tokenizer.mask_token_id
+    if mask is None:
+        raise ModelError(f"{classifier.name}: its tokenizer has no mask token, so no span can be masked.")
+    if not spans:
+        return Encoded([], []), np.zeros(0, bool)
+    rows = encode(classifier, texts)
+    places = encode_with_places(classifier, texts)
+    kept = np.zeros(len(spans), bool)
+    masked = []
+    for i, (row, span) in enumerate(zip(rows, spans, strict=True)):
+        inside = [
+            column == span.column and a < span.end and span.start < b and a < b
+            for column, (a, b) in zip(places.sequence_ids(i), places["offset_mapping"][i], strict=True)
+        ]
+        kept[i] = any(inside)
+        ids = [mask if is_in else token for token, is_in in zip(row["input_ids"], inside, strict=True)]
+        masked.append(row | {"input_ids": ids})
+    at = np.flatnonzero(kept)
+    return Encoded([rows[i] for i in at], [masked[i] for i in at]), kept

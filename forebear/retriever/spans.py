@@ -1,0 +1,235 @@
+"""Which span of which training row: IF+, IF++, TracIn+, TracIn++ and TracInF (Span paper; METHODS.md, section 3).
+
+What a span adds to a row's gradient is g - g', g' being the gradient with the span masked. It has factors like any
+other gradient (both rows' tokens side by side), so the dot of a query's vector with it comes from the same pass.
+Rows are proposed as for ``if`` and ``gd``; all spans of these rows are then scored exactly.
+
+Sign: larger = proponent. The paper prints the opposite sign for the methods with ++; here a span's influence on itself
+is a squared length, so positive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from forebear.errors import InputError
+from forebear.indexer.curvature import class_basis
+from forebear.indexer.estimate import propose
+from forebear.indexer.forward import residual_and_loss, run_forward
+from forebear.indexer.index import Index
+from forebear.indexer.model import Classifier, Encoded, Texts
+from forebear.indexer.spans import Finder, Span, find_spans, mask_spans
+from forebear.retriever.gradients import Asked, GradientSearch
+from forebear.retriever.methods import METHODS, Method
+from forebear.retriever.queries import Asked as AskedModels
+from forebear.retriever.scoring import Query, Term
+from forebear.retriever.search import Ranking, RowFactors, search_scan
+
+
+@dataclass(frozen=True)
+class SpanRows:
+    """Spans of training rows, as what :class:`GradientSearch` scores: g - g' each.
+
+    Attributes:
+        rows: Training row of each, ``(m,)``.
+        spans: The spans, by row and then by place.
+        encoded: Rows and their masked versions.
+        gold: Labels of the rows, ``(m,)`` int64.
+        n_unread: Spans that truncation cuts away altogether.
+    """
+
+    rows: np.ndarray
+    spans: list[Span]
+    encoded: Encoded
+    gold: np.ndarray
+    n_unread: int
+
+    def texts(self, at: np.ndarray) -> Texts:
+        """See :class:`~forebear.retriever.gradients.Rows`."""
+        return self.encoded.take(at)
+
+    def labels(self, at: np.ndarray) -> np.ndarray:
+        """See :class:`~forebear.retriever.gradients.Rows`."""
+        return np.asarray(self.gold[at])
+
+
+def span_rows(index: Index, classifier: Classifier, rows: np.ndarray, find: Finder) -> SpanRows:
+    """All spans of some training rows (ascending)."""
+    texts = [column.to_pylist() for column in index.texts(rows).values()]
+    table = pa.table(dict(zip(index.manifest.spec.text_columns, texts, strict=True)))
+    found = find_spans(find, texts, table)
+    owners = np.repeat(np.arange(len(rows)), [len(spans) for spans in found])
+    spans = [span for of_row in found for span in sorted(of_row)]
+    encoded, kept = mask_spans(classifier, [[column[i] for i in owners] for column in texts], spans)
+    of = rows[owners[kept]]
+    read = [span for span, is_read in zip(spans, kept, strict=True) if is_read]
+    return SpanRows(of, read, encoded, index.labels[of].astype(np.int64), int((~kept).sum()))
+
+
+def query_spans(
+    classifier: Classifier,
+    texts: Sequence[Sequence[str]],
+    table: pa.Table | None,
+    targets: np.ndarray,
+    logits: np.ndarray,
+    find: Finder,
+    first_row: int = 0,
+) -> tuple[list[Span], Encoded]:
+    """The span of each test row that matters most: whose masking raises the target's loss most.
+
+    Args:
+        classifier: The model.
+        texts: Test rows, one list a text column.
+        table: The same rows with all their columns.
+        targets: Class whose loss is explained, ``(q,)``.
+        logits: Of the rows as they are, ``(q, c)``.
+        find: Finds the spans of a row.
+        first_row: Number of the first row, for messages.
+
+    Returns:
+        One span a row; the rows and their masked versions.
+
+    Raises:
+        InputError: A row has no span, or none that the model reads.
+    """
+    found = find_spans(find, texts, table, first_row)
+    owners = np.repeat(np.arange(len(found)), [len(spans) for spans in found])
+    spans = [span for of_row in found for span in sorted(of_row)]
+    encoded, kept = mask_spans(classifier, [[column[int(i)] for i in owners] for column in texts], spans)
+    owners, spans = owners[kept], [span for span, is_read in zip(spans, kept, strict=True) if is_read]
+    missing = np.setdiff1d(np.arange(len(found)), owners)
+    if len(missing):
+        raise InputError(
+            f"test row {first_row + missing[0]} has no span that the model reads. Find spans otherwise (--spans), or "
+            "leave the row out."
+        )
+    assert encoded.minus is not None
+    _, whole = residual_and_loss(logits, targets)
+    _, masked = residual_and_loss(run_forward(classifier, Encoded(encoded.minus)).logits, targets[owners])
+    importance = masked - whole[owners]
+    best = np.lexsort((np.arange(len(owners)), -importance, owners))
+    first = best[np.unique(owners[best], return_index=True)[1]]
+    return [spans[i] for i in first], encoded.take(first)
+
+
+class SpanSearch:
+    """Ranks spans of training rows, or rows summed over variants of the model."""
+
+    def __init__(self, search: GradientSearch, find: Finder) -> None:
+        """Prepare.
+
+        Args:
+            search: Of the scope and curvature that the question asks for.
+            find: Finds the spans of a row.
+        """
+        self._search, self._find = search, find
+
+    def search(
+        self,
+        methods: Sequence[Method],
+        texts: Sequence[Sequence[str]],
+        table: pa.Table | None,
+        asked: AskedModels,
+        k: int,
+        *,
+        full: bool,
+        n_candidates: dict[str, int],
+        first_row: int = 0,
+    ) -> dict[str, tuple[Ranking, Ranking]]:
+        """Both ends of each method's ranking, (proponents, opponents).
+
+        Args:
+            methods: With spans or variants.
+            texts: Test rows, one list a text column.
+            table: The same rows with all their columns.
+            asked: What the models say of them.
+            k: Results at each end.
+            full: Score every row, instead of candidates.
+            n_candidates: Rows at each end that are proposed, by method name.
+            first_row: Number of the first test row, for messages.
+
+        Raises:
+            InputError: A test row has no span, or the candidates have fewer than ``k`` spans.
+        """
+        search = self._search
+        plain = Asked([list(column) for column in texts], asked.targets)
+        own: list[Span] | None = None
+        different = plain
+        if any(m.spans == "both" for m in methods):
+            own, encoded = query_spans(
+                search.models.classifier(), texts, table, asked.targets, asked.forward.logits, self._find, first_row
+            )
+            different = Asked(encoded, asked.targets)
+        out = {}
+        for method in methods:
+            mine = different if method.spans == "both" else plain
+            live = search.index.live
+            if full:
+                rows = np.broadcast_to(live, (len(asked.targets), len(live)))
+            else:
+                rows = self._propose(method, mine, min(len(live), n_candidates[method.name]))
+            out[method.name] = self._rank(method, mine, rows, k, own if method.spans == "both" else None)
+        return out
+
+    def _propose(self, method: Method, asked: Asked, width: int) -> np.ndarray:
+        """Training rows whose whole gradients score highest and lowest, ``(q, 2 width)``, each once or twice."""
+        search = self._search
+        base = METHODS["if" if method.query == "preconditioned" else "gd"]
+        if search.scope != "head":
+            how = search.index.proposal(search.scope, base.name, cosine=False)
+            ends = propose(search.parts([base], asked)[base.name], search.index.live, width, how)
+            return np.concatenate([rows for rows, _ in ends], axis=1)
+        g = search.gradients_of(search.last, asked)
+        if method.query == "preconditioned":
+            g = search.solutions_of(asked)[0]
+        (whole,) = g.values()
+        reduced = np.einsum("ac,qch->qah", class_basis(whole.shape[1]), whole.double().cpu().numpy())
+        index = search.index
+        query = Query(base, (Term(1.0, None, matrix=reduced),), np.ones(len(reduced)))
+        factors = RowFactors((index.features(),), (index.residuals(),), index.live)
+        ends_at_head = search_scan(query, index.scan_table("head"), factors, width, rerank=False)
+        return np.concatenate([end.rows for end in ends_at_head], axis=1)
+
+    def _rank(
+        self, method: Method, asked: Asked, rows: np.ndarray, k: int, own: list[Span] | None
+    ) -> tuple[Ranking, Ranking]:
+        search = self._search
+        distinct = np.unique(rows)
+        if method.spans is None:
+            numbers, owners, spans = distinct, distinct, None
+        else:
+            entries = span_rows(search.index, search.models.classifier(), distinct, self._find)
+            numbers, owners, spans = np.arange(len(entries.rows)), entries.rows, entries.spans
+            search = search.over(entries)
+        if not len(numbers):
+            raise InputError(f"{method.name}: the candidate rows have no span. Find spans otherwise (--spans).")
+        scores, residuals = search.score([method], asked, {method.name: numbers})
+        q = len(asked.targets)
+        ends: list[Ranking] = []
+        for largest in (True, False):
+            found_rows, found_scores = np.empty((q, k), np.int64), np.empty((q, k))
+            found_spans: list[list[Span]] = []
+            n_scored = np.zeros(q, np.int64)
+            for i in range(q):
+                at = np.flatnonzero(np.isin(owners, rows[i]))
+                if len(at) < k:
+                    raise InputError(
+                        f"{method.name}: the candidate rows have {len(at)} span(s), --top asks for {k}. Give a smaller "
+                        "--top, or more --candidates."
+                    )
+                values = scores[method.name][i, at]
+                order = at[np.lexsort((at, -values if largest else values))[:k]]
+                found_rows[i], found_scores[i] = owners[order], scores[method.name][i, order]
+                found_spans.append([] if spans is None else [spans[j] for j in order])
+                n_scored[i] = len(at)
+            ends.append(
+                Ranking(
+                    found_rows, found_scores, True, n_scored, residual=residuals.get(method.name),
+                    spans=None if spans is None else found_spans, query_spans=own,
+                )
+            )  # fmt: skip
+        return ends[0], ends[1]
