@@ -18,11 +18,13 @@ from forebear.indexer.build import BuildOptions, build_index
 from forebear.indexer.data import rows_from_texts
 from forebear.indexer.index import Index
 from forebear.indexer.runs import choose_model
+from forebear.retriever.methods import METHODS
 from forebear.retriever.retriever import Retriever
 
 N_ROWS = 60
 N_QUERIES = 7
 DAMPINGS = ("0.1x", "0.003", "2x")
+ROW_METHODS = tuple(name for name, method in METHODS.items() if not (method.spans or method.variants))
 HEADS = {"bert": "classifier", "roberta": "classifier.out_proj", "distilbert": "classifier"}
 HEADS |= {"electra": "classifier.out_proj"}
 

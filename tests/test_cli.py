@@ -16,6 +16,7 @@ COLUMNS = [
     "query", "query_label", "query_prediction", "target", "method", "side", "rank", "row", "score", "exact", "label",
     "prediction", "text",
 ]  # fmt: skip
+SPANS = ["span", *(f"{of}_{end}" for of in ("span", "query_span") for end in ("column", "start", "end"))]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_retrieve_writes_the_documented_columns_with_provenance(world, tmp_path)
     args = ["retrieve", "--index", world / "index", "--test", world / "test.jsonl", "--method", methods, "--top", 4]
     assert run([*map(str, args), "--out", str(out), "--quiet"]) == 0
     table = pq.read_table(out)
-    assert table.column_names == [*COLUMNS[:-1], "word_ids", "words", "contributions", "text"]
+    assert table.column_names == [*COLUMNS[:-1], *SPANS, "word_ids", "words", "contributions", "text"]
     assert table.num_rows == 7 * len(METHODS) * 2 * 4
     assert set(table["side"].to_pylist()) == {"proponent", "opponent"}
     assert set(table["rank"].to_pylist()) == {1, 2, 3, 4}

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import World, error
+from conftest import ROW_METHODS, World, error
 from tiny import labels as make_labels
 from tiny import make_tiny_model, sentences
 
@@ -41,7 +41,6 @@ from forebear.indexer.runs import CheckpointPath, Run, RunCheckpoint, choose_mod
 from forebear.indexer.sentence import load_sentence_encoder
 from forebear.indexer.verify import verify_index
 from forebear.indexer.word_store import PARTS
-from forebear.retriever.methods import METHODS
 from forebear.retriever.retriever import Retriever
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -98,17 +97,17 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def scores(folder: Path) -> dict[str, np.ndarray]:
     retriever = Retriever(Index.open(folder))
-    return {name: retriever.scores(QUERIES, name) for name in METHODS}
+    return {name: retriever.scores(QUERIES, name) for name in ROW_METHODS}
 
 
 def assert_same_scores(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
-    errors = {name: error(found[name], wanted[name]) for name in METHODS}
+    errors = {name: error(found[name], wanted[name]) for name in ROW_METHODS}
     assert max(errors.values()) <= TOLERANCE, errors
 
 
 def answers(folder: Path) -> list[dict[str, Any]]:
     retriever = Retriever(Index.open(folder))
-    table = retriever.retrieve(QUERIES, methods=list(METHODS), top=5)
+    table = retriever.retrieve(QUERIES, methods=list(ROW_METHODS), top=5)
     return table.select(["query", "method", "side", "rank", "row", "label", "prediction", "text"]).to_pylist()
 
 
@@ -479,7 +478,7 @@ def test_an_open_retriever_outlives_an_append_or_says_what_happened(partial: Pat
     retriever = Retriever(Index.open(partial))
     append_rows(partial, rows(30, 40))
     try:
-        table = retriever.retrieve(QUERIES, methods=list(METHODS), top=3)
+        table = retriever.retrieve(QUERIES, methods=list(ROW_METHODS), top=3)
     except ForebearError as told:
         assert str(partial) in str(told)
     else:
@@ -489,7 +488,7 @@ def test_an_open_retriever_outlives_an_append_or_says_what_happened(partial: Pat
 # --- damage ---
 
 
-def use(folder: Path, methods: tuple[str, ...] = tuple(METHODS), damping: str = "0.1x") -> None:
+def use(folder: Path, methods: tuple[str, ...] = ROW_METHODS, damping: str = "0.1x") -> None:
     """Ask one question."""
     Retriever(Index.open(folder)).retrieve(QUERIES[:1], methods=methods, top=3, damping=damping)
 

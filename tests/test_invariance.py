@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import World, error
+from conftest import ROW_METHODS, World, error
 
 from forebear.indexer.build import BuildOptions, build_index
 from forebear.indexer.data import rows_from_texts
@@ -47,7 +47,7 @@ def build(world: World, out: Path, order: np.ndarray | None = None, **changes: A
 
 
 def all_scores(retriever: Retriever, queries: list[Any]) -> dict[str, np.ndarray]:
-    return {name: retriever.scores(queries, name) for name in METHODS}
+    return {name: retriever.scores(queries, name) for name in ROW_METHODS}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def expected(world: World) -> dict[str, np.ndarray]:
 
 
 def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    errors = {name: error(found[name], expected[name]) for name in METHODS}
+    errors = {name: error(found[name], expected[name]) for name in ROW_METHODS}
     assert max(errors.values()) <= TOLERANCE, errors
 
 
@@ -113,14 +113,14 @@ def test_scores_follow_the_order_of_queries(world: World, expected: dict[str, np
 
 def test_answers_do_not_depend_on_the_block_of_queries(world: World) -> None:
     source = rows_from_texts(world.queries, world.query_labels)
-    spec = QuerySpec(methods=tuple(METHODS), top=4)
+    spec = QuerySpec(methods=ROW_METHODS, top=4)
     whole = [world.retriever.answers(source, spec, block_rows=b) for b in (512, 3, 1)]
     tables = []
     for answers in whole:
         blocks = list(answers)
         assert [b.start for b in blocks] == list(np.cumsum([0, *(len(b.targets) for b in blocks)]))[:-1]
         tables.append(
-            {m: [np.concatenate([b.found[m][e].rows for b in blocks]) for e in (0, 1)] for m in METHODS}
+            {m: [np.concatenate([b.found[m][e].rows for b in blocks]) for e in (0, 1)] for m in ROW_METHODS}
             | {"targets": [np.concatenate([b.targets for b in blocks])]}
         )
     for other in tables[1:]:
@@ -136,10 +136,10 @@ def test_retrieve_gives_the_ends_of_scores_in_every_mode(world: World, expected:
     """The table's rows and scores are those of a sort of ``Retriever.scores``."""
     k = 5
     for exact in ("none", "rerank", "full"):  # "none" of words: the stored vectors, in fp16
-        table = world.retriever.retrieve(world.queries, methods=list(METHODS), top=k, exact=exact)
-        rows = table["row"].to_numpy().reshape(len(world.queries), len(METHODS), 2, k)
+        table = world.retriever.retrieve(world.queries, methods=list(ROW_METHODS), top=k, exact=exact)
+        rows = table["row"].to_numpy().reshape(len(world.queries), len(ROW_METHODS), 2, k)
         scores = table["score"].to_numpy().reshape(rows.shape)
-        for m, name in enumerate(METHODS):
+        for m, name in enumerate(ROW_METHODS):
             for q, truth in enumerate(expected[name]):
                 for side, sign in enumerate((1, -1)):
                     best = np.sort(sign * truth)[::-1][:k] * sign
