@@ -316,6 +316,7 @@ def test_answers_do_not_depend_on_the_other_queries_and_methods(bert, monkeypatc
     whole = ask(bert.retriever, bert.queries, top=5)
     scale = {method: max(abs(r["score"]) for r in whole if r["method"] == method) for method in ALL}
     monkeypatch.setattr(module, "FULL_ROWS", 7)
+    monkeypatch.setattr(module, "RERANK_ROWS", 9)
     by_query = [r | {"query": q} for q, text in enumerate(bert.queries) for r in ask(bert.retriever, [text], top=5)]
     by_method = [r for method in ALL for r in ask(bert.retriever, bert.queries, [method], top=5)]
     by_method.sort(key=lambda r: (r["query"], ALL.index(r["method"])))

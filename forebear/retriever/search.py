@@ -233,7 +233,8 @@ def join(parts: list[Ranking]) -> Ranking:
 
     rows, scores, n_scored = (np.concatenate([getattr(p, n) for p in parts]) for n in ("rows", "scores", "n_scored"))
     exact = all(part.exact for part in parts)
-    return Ranking(rows, scores, exact, n_scored, together("residual"), together("proven"))
+    words = None if parts[0].words is None else [found for part in parts for found in part.words or []]
+    return Ranking(rows, scores, exact, n_scored, together("residual"), together("proven"), words)
 
 
 def search_ann(

@@ -7,9 +7,9 @@ rounding of the stored vectors leaves in question are scored again from the mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,12 +22,13 @@ from forebear.indexer.words import WordRows, word_gradients
 from forebear.retriever.methods import Method
 from forebear.retriever.queries import Models
 from forebear.retriever.scoring import rank
-from forebear.retriever.search import Ranking, Words
+from forebear.retriever.search import Ranking, Words, join
 from forebear.retriever.vocabulary import boundary_tokens, frequent_tokens, token_mask
 from forebear.retriever.word_scores import QueryWords, Shared, query_words, shared_words, squares
 
 FIRST_ROWS = 64  # scored before anything is known of the k-th best
 FULL_ROWS = 1024  # run through the model at once by --exact full
+RERANK_ROWS = 4096  # distinct candidates whose words are held together
 _ROWS_AT_ONCE = 2048  # whose stored vectors are held together
 _FLOAT32 = 1e-5  # rounding of the fast scores, as a share of U
 
@@ -49,6 +50,10 @@ class Question:
     allowed: np.ndarray | None
     queries: list[QueryWords]
     normalise: bool
+
+    def take(self, first: int, last: int) -> Question:
+        """The same of some of the test rows."""
+        return replace(self, queries=self.queries[first:last])
 
 
 @dataclass(frozen=True)
@@ -168,12 +173,18 @@ class WordSearch:
                 q.method.name: self._rank(q, rows, k, None, exact=False)
                 for q, rows in zip(questions, listed, strict=True)
             }
-        distinct = np.unique(np.concatenate([rows for of_method in listed for rows in of_method]))
-        fresh = self._words_of(distinct, sorted({q.top for q in questions}))
-        return {
-            q.method.name: self._rank(q, rows, k, (distinct, fresh[q.top]), exact=True)
-            for q, rows in zip(questions, listed, strict=True)
-        }
+        parts: list[dict[str, tuple[Ranking, Ranking]]] = []
+        for first, last in _few_rows(listed, len(targets)):
+            some = [rows[first:last] for rows in listed]
+            distinct = np.unique(np.concatenate([rows for of_method in some for rows in of_method]))
+            fresh = self._words_of(distinct, sorted({q.top for q in questions}))
+            parts.append(
+                {
+                    q.method.name: self._rank(q.take(first, last), rows, k, (distinct, fresh[q.top]), exact=True)
+                    for q, rows in zip(questions, some, strict=True)
+                }
+            )
+        return {name: (join([p[name][0] for p in parts]), join([p[name][1] for p in parts])) for name in parts[0]}
 
     def score(self, questions: Sequence[Question]) -> list[np.ndarray]:
         """Exact scores of every live row from the models, ``(q, n_live)`` float64, for each question."""
@@ -339,6 +350,18 @@ class WordSearch:
         return tuple(  # type: ignore[return-value]
             Ranking(rows[side], scores[side], exact, n_scored, words=words[side]) for side in (0, 1)
         )
+
+
+def _few_rows(listed: Sequence[Sequence[np.ndarray]], n_queries: int) -> Iterator[tuple[int, int]]:
+    """Stretches of test rows whose distinct candidates, over all methods, fit in memory together."""
+    first, held = 0, np.empty(0, np.int64)
+    for i in range(n_queries):
+        more = np.unique(np.concatenate([held, *(rows[i] for rows in listed)]))
+        if i > first and len(more) > RERANK_ROWS:
+            yield first, i
+            first, more = i, np.unique(np.concatenate([rows[i] for rows in listed]))
+        held = more
+    yield first, n_queries
 
 
 def _normalised(scores: np.ndarray, query: QueryWords, lengths: np.ndarray | None) -> np.ndarray:
