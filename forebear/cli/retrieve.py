@@ -85,6 +85,14 @@ def retrieve(
             help="For if+, if++, tracin+, tracin++: clauses, sentences, words, aspect, or FILE.py:function.",
         ),
     ] = "clauses",
+    query_spans: Annotated[
+        str | None,
+        typer.Option(
+            "--query-spans",
+            help="Of test rows; also columns:FROM,TO or clause-of:FROM,TO. Default: as --spans.",
+            show_default=False,
+        ),
+    ] = None,
     span_column: Annotated[
         str | None,
         typer.Option(
@@ -144,6 +152,7 @@ def retrieve(
         candidates=candidates,
         normalise=normalise,
         spans=spans,
+        query_spans=query_spans,
         certify=certify,
         curvature=curvature,
         damping=damping,

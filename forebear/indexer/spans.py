@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,16 @@ from forebear.indexer.model import Classifier, Encoded, encode, encode_with_plac
 FOUND = ("clauses", "sentences", "words")
 ASPECT = "aspect"
 GIVEN = ("columns", "clause-of")
-# A boundary is punctuation before white space or the end: not that of 3.5, e.g. or www.x.org.
-_SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)")
+# A boundary is punctuation before white space or the end (not that of 3.5 or www.x.org), but for some abbreviations.
+_ABBREVIATED = "".join(rf"(?<!\b{a})" for a in (r"e\.g", r"i\.e", "mr", "mrs", "ms", "dr", "st", "vs"))
+_CLOSING = r"[\"'”’)\]]*(?=\s|$)"
+_SENTENCE_END = re.compile(rf"{_ABBREVIATED}[.!?…]+{_CLOSING}|[。！？]+|<br\s*/?>|\n\n+", re.IGNORECASE)
 _CLAUSE_END = re.compile(
-    r"[.!?,;:]+[\"')\]]*(?=\s|$)|\s[-–—]+\s|[–—()\[\]]|\s\.\.\.\s|\n+"
+    rf"{_ABBREVIATED}[.!?…,;:]+{_CLOSING}|[。！？，；：、]+|\s[-–—]+\s|[–—()\[\]]|--|<br\s*/?>|\n+"
     r"|(?<=\s)(?=(?:but|although|though|while|whereas|however|yet|because|except)\s)",
     re.IGNORECASE,
 )
-_WORD = re.compile(r"\w(?:[\w'’\-]*\w)?")
+_WORD = re.compile(r"\S+")
 
 
 @dataclass(frozen=True, order=True)
@@ -48,18 +52,19 @@ def split_text(text: str, how: str) -> list[tuple[int, int]]:
     What holds no letter and no digit is left out.
     """
     if how == "words":
-        return [match.span() for match in _WORD.finditer(text)]
-    boundary = {"clauses": _CLAUSE_END, "sentences": _SENTENCE_END}[how]
-    cuts = [0, *(edge for match in boundary.finditer(text) for edge in match.span()), len(text)]
-    pieces = zip(cuts[::2], cuts[1::2], strict=True)
+        pieces = [match.span() for match in _WORD.finditer(text)]
+    else:
+        boundary = {"clauses": _CLAUSE_END, "sentences": _SENTENCE_END}[how]
+        cuts = [0, *(edge for match in boundary.finditer(text) for edge in match.span()), len(text)]
+        pieces = list(zip(cuts[::2], cuts[1::2], strict=True))
     return [found for start, end in pieces if (found := _trimmed(text, start, end)) is not None]
 
 
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int] | None:
     """Without white space and brackets or quotes at the ends; None without a letter or digit."""
-    while start < end and not (text[start].isalnum() or text[start] in "$£€#@"):
+    while start < end and unicodedata.category(text[start])[0] in "PSZC" and text[start] not in "$£€#@":
         start += 1
-    while start < end and not (text[end - 1].isalnum() or text[end - 1] in "%$£€"):
+    while start < end and unicodedata.category(text[end - 1])[0] in "PSZC" and text[end - 1] not in "%$£€":
         end -= 1
     return (start, end) if any(c.isalnum() for c in text[start:end]) else None
 
@@ -70,9 +75,11 @@ def covering(pieces: Iterable[tuple[int, int]], start: int, end: int) -> tuple[i
     return (min(a for a, _ in touched), max(b for _, b in touched)) if touched else (start, end)
 
 
-Finder = Callable[[Sequence[str], "dict[str, Any]", int], list[Span]]  # texts of a row, its other columns, its number
+# Texts of a row, all its columns, and what it is called in messages.
+Finder = Callable[[Sequence[str], "dict[str, Any]", str], list[Span]]
 
 
+@lru_cache
 def span_finder(how: str, column: int = 0) -> Finder:
     """What finds the spans of a row.
 
@@ -88,7 +95,7 @@ def span_finder(how: str, column: int = 0) -> Finder:
     """
     kind, _, rest = how.partition(":")
     if how in FOUND:
-        return lambda texts, _row, _number: [Span(column, a, b) for a, b in split_text(texts[column], how)]
+        return lambda texts, _row, _name: [Span(column, a, b) for a, b in split_text(texts[column], how)]
     if how == ASPECT:
         return _aspect
     if kind in GIVEN and len(names := [name.strip() for name in rest.split(",")]) == 2:
@@ -101,26 +108,27 @@ def span_finder(how: str, column: int = 0) -> Finder:
     )
 
 
-def _aspect(texts: Sequence[str], _row: dict[str, Any], number: int) -> list[Span]:
+def _aspect(texts: Sequence[str], _row: dict[str, Any], _name: str) -> list[Span]:
     if len(texts) != 2:
         raise InputError("--spans aspect is of pairs: the clause of the first text that holds the second one.")
-    at = texts[0].casefold().find(texts[1].casefold())
-    if at < 0 or not texts[1]:
+    wanted = re.escape(texts[1].strip())
+    if not wanted:
         return []
-    return [Span(0, *covering(split_text(texts[0], "clauses"), at, at + len(texts[1])))]
+    found = re.search(rf"(?<!\w){wanted}(?!\w)", texts[0], re.IGNORECASE) or re.search(wanted, texts[0], re.IGNORECASE)
+    return [] if found is None else [Span(0, *covering(split_text(texts[0], "clauses"), *found.span()))]
 
 
 def _given(first: str, last: str, column: int, *, whole_clause: bool) -> Finder:
-    def find(texts: Sequence[str], row: dict[str, Any], number: int) -> list[Span]:
+    def find(texts: Sequence[str], row: dict[str, Any], called: str) -> list[Span]:
         for name in (first, last):
             if name not in row:
                 raise InputError(f"--spans: the rows have no column {name!r}; they have {', '.join(row)}.")
         starts, ends = (np.atleast_1d(row[name]).tolist() for name in (first, last))
         if len(starts) != len(ends):
-            raise DataError(f"row {number}: {len(starts)} starts in {first!r}, {len(ends)} ends in {last!r}.")
-        spans = [checked_span(texts, column, a, b, number) for a, b in zip(starts, ends, strict=True)]
+            raise DataError(f"{called}: {len(starts)} starts in {first!r}, {len(ends)} ends in {last!r}.")
+        spans = [checked_span(texts, column, a, b, called) for a, b in zip(starts, ends, strict=True)]
         if not whole_clause:
-            return spans
+            return list(dict.fromkeys(spans))
         clauses = split_text(texts[column], "clauses")
         return list(dict.fromkeys(Span(column, *covering(clauses, s.start, s.end)) for s in spans))
 
@@ -139,13 +147,20 @@ def _by_function(path: Path, name: str, column: int) -> Finder:
     if not callable(function):
         raise InputError(f"--spans {path}:{name}: {path} defines no function {name}.")
 
-    def find(texts: Sequence[str], row: dict[str, Any], number: int) -> list[Span]:
-        return [checked_span(texts, column, a, b, number) for a, b in function(row)]
+    def find(texts: Sequence[str], row: dict[str, Any], called: str) -> list[Span]:
+        try:
+            ends = [(a, b) for a, b in function(row)]
+        except Exception as error:  # the user's code may raise anything
+            raise InputError(
+                f"--spans {path}:{name} failed on {called} ({type(error).__name__}: {error}); it must return "
+                "(start, end) pairs."
+            ) from error
+        return [checked_span(texts, column, a, b, called) for a, b in ends]
 
     return find
 
 
-def checked_span(texts: Sequence[str], column: int, start: Any, end: Any, row: int) -> Span:
+def checked_span(texts: Sequence[str], column: int, start: Any, end: Any, called: str) -> Span:
     """A span that lies in its text and is not empty.
 
     Raises:
@@ -155,14 +170,14 @@ def checked_span(texts: Sequence[str], column: int, start: Any, end: Any, row: i
     whole = all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in (start, end))
     if not whole or not 0 <= start < end <= length:
         raise DataError(
-            f"row {row}: span {start} to {end} is not in its text of {length} characters; expected 0 <= start < end <= "
+            f"{called}: span {start} to {end} is not in its text of {length} characters; expected 0 <= start < end <= "
             f"{length}."
         )
     return Span(column, int(start), int(end))
 
 
 def find_spans(
-    find: Finder, texts: Sequence[Sequence[str]], table: pa.Table | None, first_row: int = 0
+    find: Finder, texts: Sequence[Sequence[str]], table: pa.Table | None, rows: Sequence[int], kind: str
 ) -> list[list[Span]]:
     """Spans of each row of a block.
 
@@ -170,13 +185,13 @@ def find_spans(
         find: From :func:`span_finder`.
         texts: One list a text column.
         table: The rows with all their columns.
-        first_row: Number of the first row, for messages.
+        rows: Their numbers, for messages.
+        kind: What they are: ``test row`` or ``training row``.
     """
-    n_rows = len(texts[0])
     columns = {} if table is None else {name: table.column(name).to_pylist() for name in table.column_names}
     return [
-        find([t[i] for t in texts], {name: values[i] for name, values in columns.items()}, first_row + i)
-        for i in range(n_rows)
+        find([t[i] for t in texts], {name: values[i] for name, values in columns.items()}, f"{kind} {row}")
+        for i, row in enumerate(rows)
     ]
 
 
@@ -212,6 +227,9 @@ def mask_spans(
             for column, (a, b) in zip(places.sequence_ids(i), places["offset_mapping"][i], strict=True)
         ]
         kept[i] = any(inside)
+        if kept[i]:  # pieces i to j, those between that stand for white space included
+            first, last = inside.index(True), len(inside) - inside[::-1].index(True)
+            inside[first:last] = [column == span.column for column in places.sequence_ids(i)[first:last]]
         ids = [mask if is_in else token for token, is_in in zip(row["input_ids"], inside, strict=True)]
         masked.append(row | {"input_ids": ids})
     at = np.flatnonzero(kept)

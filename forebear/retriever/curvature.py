@@ -131,7 +131,7 @@ def deep_solver(
     device, dtype = classifier.device, classifier.head.weight.dtype
     if scope == "head":
         if solver != "exact":
-            raise InputError(f"--curvature {solver} of methods by spans is for scopes beyond the head; there: exact.")
+            raise InputError(f"--curvature {solver} of whole gradients is for scopes beyond the head.")
         return _exact_head(index, classifier, spec.damping)
     if solver == "ekfac":
         _, damping = index.ekfac_damping(scope, spec.damping)

@@ -10,7 +10,7 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.indexer.manifest import canonical_json
-from forebear.indexer.spans import span_finder
+from forebear.indexer.spans import GIVEN, span_finder
 from forebear.retriever.curvature import CurvatureSpec
 from forebear.retriever.methods import Method, pick_methods
 
@@ -36,8 +36,9 @@ class QuerySpec:
             the index's calibration.
         candidates: That number itself: rows at each end that the sketches propose and the model scores exactly.
         normalise: Divide the scores of word methods by sqrt(self x self).
-        spans: For methods by spans: how they are found in training and test rows; see
+        spans: For methods by spans: how they are found in training rows, from their texts; see
             :func:`~forebear.indexer.spans.span_finder`.
+        query_spans: How they are found in test rows; None: likewise.
         span_column: The text column that they are in, by number.
         certify: Prove each top k at a deeper scope, scoring as many rows as it takes.
         curvature: For ``if`` and ``rif``; see :class:`CurvatureSpec` for this and the next four.
@@ -56,6 +57,7 @@ class QuerySpec:
     candidates: int | None = None
     normalise: bool = False
     spans: str = "clauses"
+    query_spans: str | None = None
     span_column: int = 0
     certify: bool = False
     curvature: str | None = None
@@ -93,7 +95,13 @@ class QuerySpec:
         if self.certify and self.exact != "rerank":
             raise InputError(f"--certify proves what --exact rerank finds; it has no meaning with {self.exact}.")
         self.solver.check()
-        span_finder(self.spans, self.span_column)
+        for how in (self.spans, self.query_spans or self.spans):
+            span_finder(how, self.span_column)
+        if self.spans.split(":")[0] in GIVEN:
+            raise InputError(
+                f"--spans {self.spans}: the index holds the texts of training rows, not their other columns. Give it "
+                "for test rows by --query-spans, and find those of training rows otherwise."
+            )
         methods = pick_methods(self.methods)
         for method in methods:
             if (method.spans or method.variants) and (self.exact == "none" or self.certify):

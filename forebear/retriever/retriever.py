@@ -164,9 +164,11 @@ class Retriever:
                 found[method.name] = self._tfidf.search(texts, asked, top, normalise=spec.normalise)
         by_spans = [m for m in methods if m.spans or m.variants]
         if by_spans:  # none of them fixes its scope
-            search = SpanSearch(self._gradient_search(spec.scope, spec), span_finder(spec.spans, spec.span_column))
+            finders = [span_finder(how, spec.span_column) for how in (spec.spans, spec.query_spans or spec.spans)]
+            search = SpanSearch(self._gradient_search(spec.scope, spec), *finders)
             found |= search.search(
-                by_spans, texts, table, asked, top, full=spec.exact == "full",
+                by_spans, texts, table, asked, spec.top if all(m.spans for m in methods) else top,
+                full=spec.exact == "full",
                 n_candidates={m.name: self.n_candidates(spec.scope, m, spec) for m in by_spans}, first_row=start,
             )  # fmt: skip
         others = [m for m in methods if not (m.by_words or m.spans or m.variants)]
@@ -265,12 +267,19 @@ class Retriever:
             if method.by_words:
                 self.index.check_words(self._words.top_of(method) if method.representation == "words" else None)
         self.index.check_scope(spec.scope)
+        names = self.index.manifest.spec.text_columns
+        if not 0 <= spec.span_column < len(names):
+            raise InputError(
+                f"span column {spec.span_column}: {self.index.folder} has text columns {', '.join(names)}."
+            )
         for method in methods:
             scope = spec.scope_of(method)
             if method.representation == "head":
                 self.index.check_scope(scope)
             if method.query == "preconditioned":
                 solver = spec.solver.at(scope)
+                if method.spans and scope == "head" and solver not in ("exact", "identity"):
+                    raise InputError(f"{method.name} at the head: --curvature exact or identity, not {solver}.")
                 if solver == "exact":
                     self.index.head_damping(spec.damping)
                 elif scope != "head" and solver == "ekfac":
@@ -332,7 +341,8 @@ class Retriever:
     def _search_facts(self, method: Method, spec: QuerySpec) -> dict[str, Any]:
         """Scope and recall of a method: proven, calibrated, or not known (None)."""
         if method.spans or method.variants:
-            facts = {"spans": spec.spans, "span_column": spec.span_column} if method.spans else {}
+            facts: dict[str, Any] = {"spans": spec.spans, "query_spans": spec.query_spans or spec.spans}
+            facts = facts | {"span_column": spec.span_column} if method.spans else {}
             n = self.n_candidates(spec.scope_of(method), method, spec)
             full = spec.exact == "full"
             return facts | {"recall": 1.0 if full else None, "candidates": None if full else n}

@@ -61,7 +61,7 @@ def span_rows(index: Index, classifier: Classifier, rows: np.ndarray, find: Find
     """All spans of some training rows (ascending)."""
     texts = [column.to_pylist() for column in index.texts(rows).values()]
     table = pa.table(dict(zip(index.manifest.spec.text_columns, texts, strict=True)))
-    found = find_spans(find, texts, table)
+    found = find_spans(find, texts, table, rows.tolist(), "training row")
     owners = np.repeat(np.arange(len(rows)), [len(spans) for spans in found])
     spans = [span for of_row in found for span in sorted(of_row)]
     encoded, kept = mask_spans(classifier, [[column[i] for i in owners] for column in texts], spans)
@@ -96,7 +96,7 @@ def query_spans(
     Raises:
         InputError: A row has no span, or none that the model reads.
     """
-    found = find_spans(find, texts, table, first_row)
+    found = find_spans(find, texts, table, range(first_row, first_row + len(texts[0])), "test row")
     owners = np.repeat(np.arange(len(found)), [len(spans) for spans in found])
     spans = [span for of_row in found for span in sorted(of_row)]
     encoded, kept = mask_spans(classifier, [[column[int(i)] for i in owners] for column in texts], spans)
@@ -119,14 +119,15 @@ def query_spans(
 class SpanSearch:
     """Ranks spans of training rows, or rows summed over variants of the model."""
 
-    def __init__(self, search: GradientSearch, find: Finder) -> None:
+    def __init__(self, search: GradientSearch, find: Finder, find_in_queries: Finder) -> None:
         """Prepare.
 
         Args:
             search: Of the scope and curvature that the question asks for.
-            find: Finds the spans of a row.
+            find: Finds the spans of a training row, from its texts.
+            find_in_queries: Finds those of a test row.
         """
-        self._search, self._find = search, find
+        self._search, self._find, self._find_in_queries = search, find, find_in_queries
 
     def search(
         self,
@@ -161,8 +162,9 @@ class SpanSearch:
         different = plain
         if any(m.spans == "both" for m in methods):
             own, encoded = query_spans(
-                search.models.classifier(), texts, table, asked.targets, asked.forward.logits, self._find, first_row
-            )
+                search.models.classifier(), texts, table, asked.targets, asked.forward.logits, self._find_in_queries,
+                first_row,
+            )  # fmt: skip
             different = Asked(encoded, asked.targets)
         out = {}
         for method in methods:
