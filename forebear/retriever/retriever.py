@@ -12,7 +12,6 @@ import pyarrow as pa
 
 from forebear.errors import DataError, InputError, MismatchError
 from forebear.indexer.data import RowSource, rows_from_texts
-from forebear.indexer.derived import ScanBlock, ScanTable, norms_of
 from forebear.indexer.forward import Forward
 from forebear.indexer.index import Index
 from forebear.indexer.labels import LabelMap, label_map
@@ -23,7 +22,7 @@ from forebear.retriever.curvature import CurvatureSpec
 from forebear.retriever.gradients import Asked as DeepAsked
 from forebear.retriever.gradients import GradientSearch
 from forebear.retriever.methods import METHODS, Method
-from forebear.retriever.queries import Asked, Models, ask, make_query, method_facts
+from forebear.retriever.queries import Models, ask, make_query, method_facts
 from forebear.retriever.query_spec import (
     DEFAULT_CANDIDATES,
     DEFAULT_METHODS,
@@ -33,9 +32,9 @@ from forebear.retriever.query_spec import (
     recall_of,
 )
 from forebear.retriever.results import Answers, answer_table
-from forebear.retriever.scoring import Query
-from forebear.retriever.search import Ranking, RowFactors, search_ann, search_full, search_scan
+from forebear.retriever.search import Ranking
 from forebear.retriever.spans import SpanSearch
+from forebear.retriever.stored import row_factors, search_stored, stored_recall
 from forebear.retriever.tfidf import TfidfSearch
 from forebear.retriever.words import WordSearch
 
@@ -174,7 +173,7 @@ class Retriever:
         others = [m for m in methods if not (m.by_words or m.spans or m.variants)]
         for scope, some in self._by_scope(others, spec).items():
             if scope is None:
-                found |= {m.name: self._search(m, asked, spec, top) for m in some}
+                found |= {m.name: search_stored(self.index, m, asked, spec.solver, top, exact=spec.exact) for m in some}
             else:
                 found |= self._deep(scope, some, DeepAsked([list(t) for t in texts], asked.targets), spec, top)
         found = {method.name: found[method.name] for method in methods}
@@ -256,7 +255,7 @@ class Retriever:
                 parts.append(search.score((chosen,), deep, {chosen.name: self.index.live})[0][chosen.name])
                 continue
             query = make_query(chosen, asked, self.index, spec.solver)
-            parts.append(self._factors(chosen).all_products(query))
+            parts.append(row_factors(self.index, chosen).all_products(query))
         return np.concatenate(parts)
 
     def check_stores(self, methods: Sequence[Method], spec: QuerySpec) -> None:
@@ -351,7 +350,7 @@ class Retriever:
             return {"recall": 1.0 if exact else None, "normalise": spec.normalise}
         scope = spec.scope_of(method)
         if scope == "head" or method.representation != "head":
-            return {"recall": self._recall(method, spec)}
+            return {"recall": stored_recall(self.index, method, spec.exact)}
         if spec.exact != "rerank":
             return {"recall": 1.0 if spec.exact == "full" else None, "candidates": None}
         calibrated = self.index.calibrated(scope, method.name)
@@ -359,67 +358,3 @@ class Retriever:
         n_live = self.index.manifest.n_live
         recall = None if calibrated is None else recall_of(calibrated["candidates"], n, n_live)
         return {"recall": recall, "candidates": n, "certify": spec.certify}
-
-    def _recall(self, method: Method, spec: QuerySpec) -> float | None:
-        """Recall of the exact top 10: calibrated, or 1 where the search proves its answer; None without re-ranking."""
-        if spec.exact == "none":
-            return None
-        name = _ann_name(method)
-        if spec.exact == "full" or name is None:
-            return 1.0
-        return float(self.index.manifest.derived[name]["recall"])
-
-    def _search(self, method: Method, asked: Asked, spec: QuerySpec, top: int) -> tuple[Ranking, Ranking]:
-        query = make_query(method, asked, self.index, spec.solver)
-        factors = self._factors(method)
-        if spec.exact == "full":
-            return search_full(query, factors, top)
-        rerank = spec.exact == "rerank"
-        table = self._scan_table(method, query)
-        name = _ann_name(method)
-        if name is not None:
-            return search_ann(query, self.index.ann(name), table, factors, top, rerank=rerank)
-        return search_scan(query, table, factors, top, rerank=rerank)
-
-    def _factors(self, method: Method) -> RowFactors:
-        index = self.index
-        if method.representation == "sentence":
-            return RowFactors((index.sentence(),), (), index.live)
-        if method.representation == "feature":
-            return RowFactors((index.features(),), (), index.live)
-        if method.all_checkpoints:
-            numbers = range(len(index.manifest.checkpoints))
-            features = tuple(index.features(c) for c in numbers)
-            return RowFactors(features, tuple(index.residuals(c) for c in numbers), index.live)
-        residuals = index.residuals()
-        if method.query == "representer" and index.manifest.curvature["head"]["representer"]["refit"]:
-            residuals = index.representer_residuals()
-        return RowFactors((index.features(),), (residuals,), index.live)
-
-    def _scan_table(self, method: Method, query: Query) -> ScanTable:
-        index = self.index
-        if method.representation == "sentence":
-            return index.scan_table("sentence")
-        if method.all_checkpoints and len(index.manifest.checkpoints) > 1:
-            return index.scan_table("head-tracin")
-        table = index.scan_table("head")
-        if method.representation == "feature":
-            return ScanTable(tuple(ScanBlock(b.rows, b.features, (), b.feature_norms, ()) for b in table.blocks))
-        if method.query == "representer" and query.terms[0].offset:
-            refitted = index.representer_residuals()
-
-            def swap(block: ScanBlock) -> ScanBlock:
-                r = refitted.take(block.rows).astype(np.float32)
-                return ScanBlock(
-                    block.rows, block.features, (r,), block.feature_norms, (norms_of(r).astype(np.float32),)
-                )
-
-            return ScanTable(tuple(swap(b) for b in table.blocks))
-        return table
-
-
-def _ann_name(method: Method) -> str | None:
-    """The FAISS index that serves a method, if one does."""
-    if method.representation == "head" or method.metric == "dot":
-        return None
-    return f"{method.representation}-{method.metric}"
