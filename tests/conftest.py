@@ -24,7 +24,7 @@ from forebear.retriever.retriever import Retriever
 N_ROWS = 60
 N_QUERIES = 7
 DAMPINGS = ("0.1x", "0.003", "2x")
-ROW_METHODS = tuple(name for name, method in METHODS.items() if not (method.spans or method.variants))
+ROW_METHODS = tuple(name for name, method in METHODS.items() if not method.by_model)
 HEADS = {"bert": "classifier", "roberta": "classifier.out_proj", "distilbert": "classifier"}
 HEADS |= {"electra": "classifier.out_proj"}
 

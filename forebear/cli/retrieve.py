@@ -93,6 +93,12 @@ def retrieve(
             show_default=False,
         ),
     ] = None,
+    word: Annotated[
+        str | None,
+        typer.Option(
+            "--word", help="For saliency-if: whose saliency. Default: each row's most salient word.", show_default=False
+        ),
+    ] = None,
     span_column: Annotated[
         str | None,
         typer.Option(
@@ -153,6 +159,7 @@ def retrieve(
         normalise=normalise,
         spans=spans,
         query_spans=query_spans,
+        word=word,
         certify=certify,
         curvature=curvature,
         damping=damping,

@@ -196,7 +196,7 @@ def find_spans(
 
 
 def mask_spans(
-    classifier: Classifier, texts: Sequence[Sequence[str]], spans: Sequence[Span]
+    classifier: Classifier, texts: Sequence[Sequence[str]], spans: Sequence[Span], *, unknown: bool = False
 ) -> tuple[Encoded, np.ndarray]:
     """Rows beside the same rows with a span masked.
 
@@ -204,17 +204,19 @@ def mask_spans(
         classifier: Whose tokenizer and limit are used.
         texts: One list a text column, an entry a span.
         spans: One an entry.
+        unknown: Use the unknown token ([UNK]) instead of the mask token.
 
     Returns:
         The rows and, as ``minus``, their masked versions, for the entries whose span the model reads; and which these
         are, ``(m,)`` bool: a span that truncation cuts away altogether has nothing to mask.
 
     Raises:
-        ModelError: The tokenizer has no mask token, or does not know where word pieces stand.
+        ModelError: The tokenizer has no such token, or does not know where word pieces stand.
     """
-    mask = classifier.tokenizer.mask_token_id
+    kind = "unknown" if unknown else "mask"
+    mask = classifier.tokenizer.unk_token_id if unknown else classifier.tokenizer.mask_token_id
     if mask is None:
-        raise ModelError(f"{classifier.name}: its tokenizer has no mask token, so no span can be masked.")
+        raise ModelError(f"{classifier.name}: its tokenizer has no {kind} token, so no span can be masked.")
     if not spans:
         return Encoded([], []), np.zeros(0, bool)
     rows = encode(classifier, texts)

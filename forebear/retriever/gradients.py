@@ -43,14 +43,18 @@ class Asked:
     Attributes:
         texts: One list a text column, or encoded; with another version of each row, its gradient is subtracted.
         targets: Class whose loss is explained, ``(q,)``.
+        vectors: What is asked instead of loss gradients, at the last checkpoint; None: those.
     """
 
     texts: Texts
     targets: np.ndarray
+    vectors: Vectors | None = None
 
     def take(self, which: np.ndarray) -> Asked:
         """Some of them."""
-        return Asked(take_texts(self.texts, which), self.targets[which])
+        at = torch.from_numpy(np.asarray(which))
+        vectors = None if self.vectors is None else {n: v[at.to(v.device)] for n, v in self.vectors.items()}
+        return Asked(take_texts(self.texts, which), self.targets[which], vectors)
 
 
 class Rows(Protocol):
@@ -138,6 +142,8 @@ class GradientSearch:
 
     def gradients_of(self, number: int, asked: Asked) -> Vectors:
         """Whole gradients of the test rows at a checkpoint; those of the last block asked are held."""
+        if asked.vectors is not None:
+            return asked.vectors
         held = self._held.get(number)
         if held is None or held[0] is not asked:
             classifier = self.models.classifier(number)
@@ -164,7 +170,10 @@ class GradientSearch:
         for number in sorted({number for method in methods for number, _ in self.sketched(method)}):
             wanted = sorted({kind for m in methods for kind in self._kinds(m) if kind[0] == number}, key=str)
             sketchers = [self.sketcher(*kind) for kind in wanted]
-            if sketchers:
+            if sketchers and asked.vectors is not None:
+                device = self.models.classifier(number).device
+                found |= {k: s.of_matrix(asked.vectors, device) for k, s in zip(wanted, sketchers, strict=True)}
+            elif sketchers:
                 classifier = self.models.classifier(number)
                 rows, _ = sketch_rows(
                     classifier, sketchers, asked.texts, asked.targets, batch_tokens=DEFAULT_BATCH_TOKENS

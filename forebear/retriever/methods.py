@@ -30,6 +30,7 @@ class Method:
         all_checkpoints: Summed over all checkpoints, weighted by eta, instead of the last one alone.
         words: Which words take part, of a method that compares words.
         spans: Whether it compares what a span adds to the gradient: of the training ``row``, or of ``both`` rows.
+        saliency: The query vector is -d s / d theta of the saliency of a word, not a loss gradient.
         variants: Summed over models one training step away from the last checkpoint.
         scope: The scope that the name itself fixes; None: the question's.
         formula: The score, in the notation of METHODS.md.
@@ -43,6 +44,7 @@ class Method:
     all_checkpoints: bool = False
     words: Words | None = None
     spans: Literal["row", "both"] | None = None
+    saliency: bool = False
     variants: bool = False
     scope: str | None = None
     formula: str
@@ -56,9 +58,14 @@ class Method:
     @property
     def calibrated_as(self) -> str:
         """The method whose calibration says how many rows to propose."""
-        if not (self.spans or self.variants):
+        if not self.by_model:
             return self.name
         return "if" if self.query == "preconditioned" else "gd"
+
+    @property
+    def by_model(self) -> bool:
+        """Whether candidates come from the sketches (or the head) of other vectors, and scores from the model alone."""
+        return self.saliency or self.variants or self.spans is not None
 
     @property
     def by_words(self) -> bool:
@@ -134,6 +141,14 @@ _ROWS = (
     Method(
         name="tracin++", representation="head", metric="dot", spans="both", variants=True,
         formula="sum_m <g_q - g_q(-kl), g_n - g_n(-ij)>", source="Span",
+    ),
+    Method(
+        name="saliency-if", representation="head", query="preconditioned", metric="dot", saliency=True,
+        formula="-<H^-1 ds/dtheta, g_n>, s the saliency of a word", source="Joint eq. 5",
+    ),
+    Method(
+        name="saliency-if-token", representation="head", query="preconditioned", metric="dot", saliency=True,
+        spans="row", formula="-<H^-1 ds/dtheta, g_n - g_n(j)>, word j made [UNK]", source="Joint eq. 8",
     ),
 )  # fmt: skip
 

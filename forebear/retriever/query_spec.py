@@ -39,6 +39,7 @@ class QuerySpec:
         spans: For methods by spans: how they are found in training rows, from their texts; see
             :func:`~forebear.indexer.spans.span_finder`.
         query_spans: How they are found in test rows; None: likewise.
+        word: For ``saliency-if``: the word of the test rows whose saliency is explained; None: each row's most salient.
         span_column: The text column that they are in, by number.
         certify: Prove each top k at a deeper scope, scoring as many rows as it takes.
         curvature: For ``if`` and ``rif``; see :class:`CurvatureSpec` for this and the next four.
@@ -58,6 +59,7 @@ class QuerySpec:
     normalise: bool = False
     spans: str = "clauses"
     query_spans: str | None = None
+    word: str | None = None
     span_column: int = 0
     certify: bool = False
     curvature: str | None = None
@@ -104,9 +106,9 @@ class QuerySpec:
             )
         methods = pick_methods(self.methods)
         for method in methods:
-            if (method.spans or method.variants) and (self.exact == "none" or self.certify):
+            if method.by_model and (self.exact == "none" or self.certify):
                 asked = "--certify" if self.certify else "--exact none"
-                raise InputError(f"{asked} is not of {method.name}: the index has no sketch of spans and variants.")
+                raise InputError(f"{asked} is not of {method.name}: its scores come from the model alone.")
             if self.normalise and not method.by_words:
                 raise InputError(f"--normalise is of methods by words, not of {method.name}. Ask for it separately.")
             if method.query == "preconditioned":

@@ -161,16 +161,17 @@ class Retriever:
         for method in methods:
             if method.representation == "tfidf":
                 found[method.name] = self._tfidf.search(texts, asked, top, normalise=spec.normalise)
-        by_spans = [m for m in methods if m.spans or m.variants]
+        by_spans = [m for m in methods if m.by_model]
         if by_spans:  # none of them fixes its scope
             finders = [span_finder(how, spec.span_column) for how in (spec.spans, spec.query_spans or spec.spans)]
             search = SpanSearch(self._gradient_search(spec.scope, spec), *finders)
             found |= search.search(
                 by_spans, texts, table, asked, spec.top if all(m.spans for m in methods) else top,
                 full=spec.exact == "full",
-                n_candidates={m.name: self.n_candidates(spec.scope, m, spec) for m in by_spans}, first_row=start,
+                n_candidates={m.name: self.n_candidates(spec.scope, m, spec) for m in by_spans}, word=spec.word,
+                first_row=start,
             )  # fmt: skip
-        others = [m for m in methods if not (m.by_words or m.spans or m.variants)]
+        others = [m for m in methods if not (m.by_words or m.by_model)]
         for scope, some in self._by_scope(others, spec).items():
             if scope is None:
                 found |= {m.name: search_stored(self.index, m, asked, spec.solver, top, exact=spec.exact) for m in some}
@@ -239,8 +240,8 @@ class Retriever:
         for block in source.blocks(QUERY_BLOCK_ROWS):
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
             asked = ask(self._models, (chosen,), block.texts, gold, target, n_checkpoints, first_row=block.start)
-            if chosen.spans:
-                raise InputError(f"{chosen.name} scores spans, not rows: ask for them by retrieve.")
+            if chosen.spans or chosen.saliency:
+                raise InputError(f"{chosen.name} scores spans or asks of a word, not a row: ask for it by retrieve.")
             if chosen.representation == "words":
                 questions = self._words.questions((chosen,), block.texts, asked.targets, normalise=spec.normalise)
                 parts += self._words.score(questions)
@@ -277,7 +278,7 @@ class Retriever:
                 self.index.check_scope(scope)
             if method.query == "preconditioned":
                 solver = spec.solver.at(scope)
-                if method.spans and scope == "head" and solver not in ("exact", "identity"):
+                if method.by_model and scope == "head" and solver not in ("exact", "identity"):
                     raise InputError(f"{method.name} at the head: --curvature exact or identity, not {solver}.")
                 if solver == "exact":
                     self.index.head_damping(spec.damping)
@@ -339,9 +340,10 @@ class Retriever:
 
     def _search_facts(self, method: Method, spec: QuerySpec) -> dict[str, Any]:
         """Scope and recall of a method: proven, calibrated, or not known (None)."""
-        if method.spans or method.variants:
+        if method.by_model:
             facts: dict[str, Any] = {"spans": spec.spans, "query_spans": spec.query_spans or spec.spans}
             facts = facts | {"span_column": spec.span_column} if method.spans else {}
+            facts |= {"word": spec.word} if method.saliency else {}
             n = self.n_candidates(spec.scope_of(method), method, spec)
             full = spec.exact == "full"
             return facts | {"recall": 1.0 if full else None, "candidates": None if full else n}

@@ -1,8 +1,11 @@
-"""Which span of which training row: IF+, IF++, TracIn+, TracIn++ and TracInF (Span paper; METHODS.md, section 3).
+"""Which span of which training row: IF+, IF++, TracIn+, TracIn++, TracInF (Span paper), influence on saliency (Joint).
 
 What a span adds to a row's gradient is g - g', g' being the gradient with the span masked. It has factors like any
 other gradient (both rows' tokens side by side), so the dot of a query's vector with it comes from the same pass.
 Rows are proposed as for ``if`` and ``gd``; all spans of these rows are then scored exactly.
+
+Influence on saliency asks with -d s / d theta of a word's saliency instead of a loss gradient; what a word of a
+training row contributes to it is a span with [UNK] for a mask.
 
 Sign: larger = proponent. The paper prints the opposite sign for the methods with ++; here a span's influence on itself
 is a squared length, so positive.
@@ -22,10 +25,11 @@ from forebear.indexer.estimate import propose
 from forebear.indexer.forward import residual_and_loss, run_forward
 from forebear.indexer.index import Index
 from forebear.indexer.model import Classifier, Encoded, Texts
-from forebear.indexer.spans import Finder, Span, find_spans, mask_spans
+from forebear.indexer.spans import Finder, Span, find_spans, mask_spans, span_finder
 from forebear.retriever.gradients import Asked, GradientSearch
 from forebear.retriever.methods import METHODS, Method
 from forebear.retriever.queries import Asked as AskedModels
+from forebear.retriever.saliency_gradients import saliency_gradients, salient_words
 from forebear.retriever.scoring import Query, Term
 from forebear.retriever.search import Ranking, RowFactors, search_scan
 
@@ -57,14 +61,17 @@ class SpanRows:
         return np.asarray(self.gold[at])
 
 
-def span_rows(index: Index, classifier: Classifier, rows: np.ndarray, find: Finder) -> SpanRows:
-    """All spans of some training rows (ascending)."""
+def span_rows(
+    index: Index, classifier: Classifier, rows: np.ndarray, find: Finder, *, unknown: bool = False
+) -> SpanRows:
+    """All spans of some training rows (ascending); ``unknown``: masked by [UNK]."""
     texts = [column.to_pylist() for column in index.texts(rows).values()]
     table = pa.table(dict(zip(index.manifest.spec.text_columns, texts, strict=True)))
     found = find_spans(find, texts, table, rows.tolist(), "training row")
     owners = np.repeat(np.arange(len(rows)), [len(spans) for spans in found])
     spans = [span for of_row in found for span in sorted(of_row)]
-    encoded, kept = mask_spans(classifier, [[column[i] for i in owners] for column in texts], spans)
+    entries = [[column[i] for i in owners] for column in texts]
+    encoded, kept = mask_spans(classifier, entries, spans, unknown=unknown)
     of = rows[owners[kept]]
     read = [span for span, is_read in zip(spans, kept, strict=True) if is_read]
     return SpanRows(of, read, encoded, index.labels[of].astype(np.int64), int((~kept).sum()))
@@ -139,18 +146,20 @@ class SpanSearch:
         *,
         full: bool,
         n_candidates: dict[str, int],
+        word: str | None = None,
         first_row: int = 0,
     ) -> dict[str, tuple[Ranking, Ranking]]:
         """Both ends of each method's ranking, (proponents, opponents).
 
         Args:
-            methods: With spans or variants.
+            methods: With spans or variants, or of saliency.
             texts: Test rows, one list a text column.
             table: The same rows with all their columns.
             asked: What the models say of them.
             k: Results at each end.
             full: Score every row, instead of candidates.
             n_candidates: Rows at each end that are proposed, by method name.
+            word: Whose saliency is meant; None: that of the most salient word of each test row.
             first_row: Number of the first test row, for messages.
 
         Raises:
@@ -166,15 +175,26 @@ class SpanSearch:
                 first_row,
             )  # fmt: skip
             different = Asked(encoded, asked.targets)
+        salient: list[Span] | None = None
+        of_saliency = plain
+        if any(m.saliency for m in methods):
+            salient = salient_words(search.models.classifier(), texts, asked.targets, word, first_row)
+            vectors = saliency_gradients(
+                search.models.classifier(), search.blocks, texts, asked.targets, salient, first_row
+            )
+            of_saliency = Asked(plain.texts, asked.targets, vectors)
         out = {}
         for method in methods:
-            mine = different if method.spans == "both" else plain
+            if method.saliency:
+                mine, owned = of_saliency, salient
+            else:
+                mine, owned = (different, own) if method.spans == "both" else (plain, None)
             live = search.index.live
             if full:
                 rows = np.broadcast_to(live, (len(asked.targets), len(live)))
             else:
                 rows = self._propose(method, mine, min(len(live), n_candidates[method.name]))
-            out[method.name] = self._rank(method, mine, rows, k, own if method.spans == "both" else None)
+            out[method.name] = self._rank(method, mine, rows, k, owned)
         return out
 
     def _propose(self, method: Method, asked: Asked, width: int) -> np.ndarray:
@@ -204,7 +224,8 @@ class SpanSearch:
         if method.spans is None:
             numbers, owners, spans = distinct, distinct, None
         else:
-            entries = span_rows(search.index, search.models.classifier(), distinct, self._find)
+            find = span_finder("words") if method.saliency else self._find
+            entries = span_rows(search.index, search.models.classifier(), distinct, find, unknown=method.saliency)
             numbers, owners, spans = np.arange(len(entries.rows)), entries.rows, entries.spans
             search = search.over(entries)
         if not len(numbers):

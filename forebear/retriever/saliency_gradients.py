@@ -1,0 +1,119 @@
+"""d s / d theta of a word's saliency: why does the model look at this word? (Joint, eqs. 4 and 5)
+
+s is the summed-gradient saliency of one word of a row: the sum, over its word pieces and over dimensions, of the
+gradient of the target's probability at what enters the encoder (see :mod:`forebear.retriever.saliency`). Its gradient
+takes a second backward pass, for which fused attention has no derivative: the math kernel runs instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from forebear.errors import InputError, NonFiniteError
+from forebear.indexer.ekfac import Vectors
+from forebear.indexer.model import Classifier, encode, encode_with_places, pad_batch
+from forebear.indexer.scopes import Block, encoder_layers
+from forebear.indexer.spans import Span
+from forebear.indexer.tape import only_asking
+from forebear.retriever.saliency import SUMMED_GRADIENT, saliency
+
+
+def salient_words(
+    classifier: Classifier, texts: Sequence[Sequence[str]], targets: np.ndarray, word: str | None, first_row: int = 0
+) -> list[Span]:
+    """The word of each row whose saliency is explained: the most salient one, or the first that reads ``word``.
+
+    Args:
+        classifier: The model.
+        texts: Test rows, one list a text column.
+        targets: Class whose probability counts, ``(q,)``.
+        word: As it stands in the text, in any case; None: the word of largest summed-gradient saliency.
+        first_row: Number of the first row, for messages.
+
+    Raises:
+        InputError: A row has no word, or not this one.
+    """
+    out = []
+    for i, found in enumerate(saliency(classifier, texts, targets, form=SUMMED_GRADIENT)):
+        words = [w for w in found.words if word is None or w.text.casefold() == word.casefold()]
+        if not words:
+            what = "no word that the model reads" if word is None else f"no word {word!r}"
+            raise InputError(f"test row {first_row + i} has {what}, so there is no saliency to explain.")
+        best = max(words, key=lambda w: w.value) if word is None else words[0]
+        out.append(Span(best.column, best.start, best.end))
+    return out
+
+
+def saliency_gradients(
+    classifier: Classifier,
+    blocks: Sequence[Block],
+    texts: Sequence[Sequence[str]],
+    targets: np.ndarray,
+    words: Sequence[Span],
+    first_row: int = 0,
+) -> Vectors:
+    """-d s / d theta of one word of each row.
+
+    Its dot with a loss gradient g_n is positive where a training step on row n raises the word's saliency.
+
+    Args:
+        classifier: The model.
+        blocks: The scope's parameters.
+        texts: Test rows, one list a text column.
+        targets: Class whose probability counts, ``(q,)``.
+        words: One a row.
+        first_row: Number of the first row, for messages.
+
+    Returns:
+        ``(q, n_out, n_in)`` for each block.
+
+    Raises:
+        NonFiniteError: A gradient is NaN or infinite; the row is named.
+    """
+    model = classifier.model
+    like = classifier.head.weight
+    out = {b.name: torch.zeros((len(words), b.n_out, b.n_in), dtype=like.dtype, device=like.device) for b in blocks}
+    names = [name for block in blocks for name in block.split(out[block.name])]
+    parameters = [model.get_parameter(name) for name in names]
+    prefix, _ = encoder_layers(model, classifier.name)
+    first_layer = model.get_submodule(f"{prefix}.0")
+    rows, places = encode(classifier, texts), encode_with_places(classifier, texts)
+    for i, span in enumerate(words):
+        inside = [
+            column == span.column and a < span.end and span.start < b
+            for column, (a, b) in zip(places.sequence_ids(i), places["offset_mapping"][i], strict=True)
+        ]
+        leaf: list[torch.Tensor] = []
+
+        def grow(_module: torch.nn.Module, args: tuple, kwargs: dict, leaf: list[torch.Tensor] = leaf) -> tuple:  # type: ignore[type-arg]
+            values = args[0] if args else kwargs["hidden_states"]
+            # Below it only the embeddings' LayerNorm can be of the scope (--with-bias): it then takes part.
+            leaf.append(values if values.requires_grad else values.detach().requires_grad_(True))
+            return ((leaf[0], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": leaf[0]})
+
+        hook = first_layer.register_forward_pre_hook(grow, with_kwargs=True)
+        try:
+            with only_asking(model, parameters), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+                logits = model(**pad_batch(classifier.tokenizer, [rows[i]], classifier.device)).logits
+                probability = logits.double().softmax(dim=1)[0, int(targets[i])]
+                (at_input,) = torch.autograd.grad(probability, leaf[0], create_graph=True)
+                s = at_input[0, torch.tensor(inside, device=at_input.device)].sum()
+                found = torch.autograd.grad(s, parameters, materialize_grads=True)
+        finally:
+            hook.remove()
+        gradients = dict(zip(names, found, strict=True))
+        for block in blocks:
+            out[block.name][i] = -block.join({name: gradients[name] for name in block.split(out[block.name])})
+    for name, values in out.items():
+        finite = torch.isfinite(values).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            row = first_row + int(torch.argmin(finite.int()))
+            raise NonFiniteError(
+                f"{classifier.name}: the saliency gradient of test row {row} is NaN or infinite in {name}. Check the "
+                "model."
+            )
+    return out
