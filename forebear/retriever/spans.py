@@ -4,8 +4,8 @@ What a span adds to a row's gradient is g - g', g' being the gradient with the s
 other gradient (both rows' tokens side by side), so the dot of a query's vector with it comes from the same pass.
 Rows are proposed as for ``if`` and ``gd``; all spans of these rows are then scored exactly.
 
-Influence on saliency asks with -d s / d theta of a word's saliency instead of a loss gradient; what a word of a
-training row contributes to it is a span with [UNK] for a mask.
+Influence on saliency asks with -d s / d theta of a word's saliency instead of a loss gradient. What a word of a row
+that it finds contributes is a span with [UNK] for a mask.
 
 Sign: larger = proponent. The paper prints the opposite sign for the methods with ++; here a span's influence on itself
 is a squared length, so positive.
@@ -194,6 +194,9 @@ class SpanSearch:
                 rows = np.broadcast_to(live, (len(asked.targets), len(live)))
             else:
                 rows = self._propose(method, mine, min(len(live), n_candidates[method.name]))
+            if method.saliency and method.spans:  # the words of the rows that saliency-if finds
+                found = self._rank(METHODS["saliency-if"], mine, rows, min(k, len(live)), owned)
+                rows = np.concatenate([end.rows for end in found], axis=1)
             out[method.name] = self._rank(method, mine, rows, k, owned)
         return out
 
