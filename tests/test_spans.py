@@ -488,7 +488,7 @@ def test_what_means_nothing_is_refused(world, tmp_path, capsys):
         with pytest.raises(InputError, match=f"--certify is not of {re.escape(method)}"):
             ask(["a film"], methods=[method], certify=True, scope="all")
     for method in BY_SPANS:
-        with pytest.raises(InputError, match="scores spans, not rows"):
+        with pytest.raises(InputError, match="scores spans or asks of a word, not a row"):
             world.retriever.scores(["a film"], method)
     with pytest.raises(InputError, match="the candidate rows have no span"):
         ask(["a film"], methods=["tracin+"], top=1, spans=f"{mine}:none")
