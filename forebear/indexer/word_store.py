@@ -128,15 +128,6 @@ class WordStore:
         held = self.tokens[at] == tokens
         return np.asarray(self._lengths[at[held]].T @ weights[held])
 
-    @cached_property
-    def _spans(self) -> dict[int, tuple[int, int]]:
-        ends = zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True)
-        return dict(zip(self.tokens.tolist(), ends, strict=True))
-
-    def span(self, token: int) -> tuple[int, int]:
-        """Where a token's postings begin and end; nowhere (0, 0) for one that no row holds."""
-        return self._spans.get(token, (0, 0))
-
     def error(self, tokens: np.ndarray) -> float:
         """Largest share of a vector's length that rounding changed, over the postings of some tokens."""
         at = np.searchsorted(self.tokens, tokens)
