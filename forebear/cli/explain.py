@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from forebear.cli.console import OUT, Variadic, listed, say
-from forebear.cli.options import Device, Force, IndexFolder, MovedModel, Quiet
+from forebear.cli.options import Damping, Device, Force, IndexFolder, MovedModel, Pair, Quiet, Recall, Scope
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -42,9 +42,7 @@ def explain(
     text: Annotated[
         str, typer.Option("--text", help="The text to explain (with --pair: the first).", show_default=False)
     ],
-    pair: Annotated[
-        str | None, typer.Option("--pair", help="The second text, where rows are pairs.", show_default=False)
-    ] = None,
+    pair: Pair = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,18 +56,13 @@ def explain(
     saliency: Annotated[
         str, typer.Option("--saliency", help="gradient-x-input or summed-gradient.")
     ] = "gradient-x-input",
-    scope: Annotated[str, typer.Option("--scope", help="Parameters whose gradients are compared.")] = "head",
-    recall: Annotated[
-        float, typer.Option("--recall", help="Of the exact top 10 at deeper scopes; sets the number of candidates.")
-    ] = 0.98,
+    scope: Scope = "head",
+    recall: Recall = 0.98,
     curvature: Annotated[
         str | None,
         typer.Option("--curvature", help="For if and rif; see `forebear retrieve --help`.", show_default=False),
     ] = None,
-    damping: Annotated[
-        str | None,
-        typer.Option("--damping", help="Of the curvature. Default: the index's first.", show_default=False),
-    ] = None,
+    damping: Damping = None,
     html: Annotated[
         str | None, typer.Option("--html", help="Write a page, NAME.html, instead of printing.", show_default=False)
     ] = None,

@@ -19,6 +19,15 @@ LabelNames = Annotated[
     list[str] | None,
     typer.Option("--label-names", help="Names that integer labels stand for, in order.", show_default=False),
 ]
+Pair = Annotated[str | None, typer.Option("--pair", help="The second text, where rows are pairs.", show_default=False)]
+Scope = Annotated[str, typer.Option("--scope", help="Parameters whose gradients are compared.")]
+Recall = Annotated[
+    float, typer.Option("--recall", help="Of the exact top 10 at deeper scopes; sets the number of candidates.")
+]
+Damping = Annotated[
+    str | None,
+    typer.Option("--damping", help="Of the curvature. Default: the index's first.", show_default=False),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only.")]

@@ -10,13 +10,17 @@ import typer
 
 from forebear.cli.console import OUT, Variadic, listed, progress_bar, say, warn
 from forebear.cli.options import (
+    Damping,
     Device,
     Force,
     IndexFolder,
     LabelColumn,
     LabelNames,
     MovedModel,
+    Pair,
     Quiet,
+    Recall,
+    Scope,
     TextColumns,
 )
 from forebear.errors import InputError
@@ -55,7 +59,7 @@ def retrieve(
     index: IndexFolder,
     test: Annotated[str | None, typer.Option("--test", help="Rows to explain: a file, folder or hub name.")] = None,
     text: Annotated[str | None, typer.Option("--text", help="One text to explain (with --pair: the first).")] = None,
-    pair: Annotated[str | None, typer.Option("--pair", help="The second text, where rows are pairs.")] = None,
+    pair: Pair = None,
     method: Annotated[
         list[str] | None,
         typer.Option("--method", help="Methods; see `forebear methods`.  [default: gc]", show_default=False),
@@ -65,10 +69,8 @@ def retrieve(
         str, typer.Option("--target", help="Whose loss: predicted, gold, or a label's name.")
     ] = "predicted",
     exact: Annotated[str, typer.Option("--exact", help="none, rerank or full.")] = "rerank",
-    scope: Annotated[str, typer.Option("--scope", help="Parameters whose gradients are compared.")] = "head",
-    recall: Annotated[
-        float, typer.Option("--recall", help="Of the exact top 10 at deeper scopes; sets the number of candidates.")
-    ] = 0.98,
+    scope: Scope = "head",
+    recall: Recall = 0.98,
     candidates: Annotated[
         int | None,
         typer.Option(
@@ -117,10 +119,7 @@ def retrieve(
             show_default=False,
         ),
     ] = None,
-    damping: Annotated[
-        str | None,
-        typer.Option("--damping", help="Of the curvature. Default: the index's first.", show_default=False),
-    ] = None,
+    damping: Damping = None,
     curvature_rows: Annotated[
         int, typer.Option("--curvature-rows", help="Training rows that cg and lissa take at deeper scopes; 0: all.")
     ] = 1024,

@@ -158,7 +158,7 @@ def training_overlap(retriever: Retriever) -> np.ndarray:
     out = np.empty(n_rows)
     for start in range(0, n_rows, 65_536):
         rows = np.arange(start, min(start + 65_536, n_rows))
-        premises, hypotheses = (column.to_pylist() for column in retriever.index.texts(rows).values())
+        premises, hypotheses = retriever.index.text_lists(rows)
         out[rows] = lexical_overlap(premises, hypotheses)
     return out
 

@@ -86,7 +86,7 @@ def locate(classifier: Classifier, texts: Sequence[Sequence[str]]) -> list[Place
         classifier: Whose tokenizer, a fast one, and limit are used.
         texts: One list a text column, ``(columns, n)``.
     """
-    encoded = encode_with_places(classifier, texts)
+    _, encoded = encode_with_places(classifier, texts)
     out = []
     for row, ids in enumerate(encoded["input_ids"]):
         pieces: list[list[Span]] = [[] for _ in texts]

@@ -116,7 +116,7 @@ def _parts(index: Index, classifier: Classifier, scope: str, queries: np.ndarray
     """Sketches of the queries under the predicted label beside the stored ones, by method."""
     spec, checkpoint = index.manifest.spec, index.manifest.checkpoints[-1].name
     sketchers = open_sketchers(index.folder, classifier, spec, scope, checkpoint, last=True)
-    texts = [column.to_pylist() for column in index.texts(queries).values()]
+    texts = index.text_lists(queries)
     found, _ = sketch_rows(classifier, list(sketchers.values()), texts, None, batch_tokens=spec.batch_tokens)
     rows = dict(zip(sketchers, found, strict=True))
     plain = Part(1.0, rows[gradient_folder(scope, checkpoint)], index.gradients(scope))
@@ -140,7 +140,7 @@ def _exact_scores(
     """Exact scores of the sample for each query, ``(q, m)`` by method."""
     spec = index.manifest.spec
     blocks = scope_blocks(classifier.model, classifier.head_name, scope, classifier.name, with_bias=spec.with_bias)
-    texts = [column.to_pylist() for column in index.texts(sample).values()]
+    texts = index.text_lists(sample)
     labels = index.labels[sample].astype(np.int64)
     lengths = {"gd": index.gradients(scope).norms[sample].astype(np.float64)}
     if white:
@@ -150,7 +150,7 @@ def _exact_scores(
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("gd", "gc", *(("if", "rif") if white else ()))}
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         chosen = queries[start : start + QUERIES_AT_ONCE]
-        asked = [column.to_pylist() for column in index.texts(chosen).values()]
+        asked = index.text_lists(chosen)
         g = whole_gradients(classifier, scope, blocks, asked, index.predictions[chosen].astype(np.int64))
         kinds: dict[str, Vectors] = {"gd": g}
         if white:

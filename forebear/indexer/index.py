@@ -24,6 +24,7 @@ from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, rea
 from forebear.indexer.sketch import MAP_NAME, gradient_folder, read_reduction
 from forebear.indexer.store import MEND, RowMatrix, column, file_sha256, for_each_shard, read_batches
 from forebear.indexer.word_store import PARTS, WordStore, read_word_store, words_folder
+from forebear.indexer.words import offsets
 
 
 class Index:
@@ -271,7 +272,7 @@ class Index:
                 np.concatenate([batch.column(name).flatten().to_numpy() for batch in shards])
                 for name in ("token", "count")
             )
-            starts = np.concatenate([[0], np.cumsum(counts)])
+            starts = offsets(counts)
             width = 1 + int(tokens.max(initial=0))
             self._cache["token counts"] = sparse.csr_array((values, tokens, starts), shape=(len(counts), width))
         return self._cache["token counts"]
@@ -302,6 +303,10 @@ class Index:
         flat = np.asarray(rows, dtype=np.int64).reshape(-1)
         names = self.manifest.spec.text_columns
         return {name: self._take_strings(f"text_{i}", flat) for i, name in enumerate(names)}
+
+    def text_lists(self, rows: np.ndarray) -> list[list[str]]:
+        """The same as lists, in the order of encoding: what the pass takes."""
+        return [column.to_pylist() for column in self.texts(rows).values()]
 
     def _take_strings(self, name: str, rows: np.ndarray) -> pa.Array:
         """A string column of the given rows, taken shard by shard (a take over all shards would copy them)."""

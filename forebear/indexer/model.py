@@ -373,11 +373,14 @@ def tokenize(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int) ->
     return [{key: encoded[key][i] for key in keys} for i in range(len(columns[0]))]
 
 
-def encode_with_places(classifier: Classifier, texts: Sequence[Sequence[str]]) -> Any:
+def encode_with_places(
+    classifier: Classifier, texts: Sequence[Sequence[str]]
+) -> tuple[list[dict[str, list[int]]], Any]:
     """The rows as :func:`encode` has them, and where each word piece stands in its text.
 
     Returns:
-        A ``BatchEncoding`` with ``input_ids``, ``offset_mapping``, and by row ``sequence_ids`` and ``word_ids``.
+        The rows, and a ``BatchEncoding`` with ``input_ids``, ``offset_mapping``, and by row ``sequence_ids`` and
+        ``word_ids``.
 
     Raises:
         ModelError: The tokenizer knows no places, or does not encode twice alike.
@@ -392,12 +395,13 @@ def encode_with_places(classifier: Classifier, texts: Sequence[Sequence[str]]) -
     encoded = tokenizer(
         *columns, truncation=True, max_length=classifier.max_length, padding=False, return_offsets_mapping=True
     )
-    if encoded["input_ids"] != [row["input_ids"] for row in encode(classifier, texts)]:
+    rows = encode(classifier, texts)
+    if encoded["input_ids"] != [row["input_ids"] for row in rows]:
         raise ModelError(
             f"{classifier.name}: {type(tokenizer).__name__} gives other word pieces when asked for their places in the "
             "text, so words cannot be told apart. Give a model with another tokenizer."
         )
-    return encoded
+    return rows, encoded
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from forebear.errors import NonFiniteError, StorageError
 from forebear.indexer.ekfac import Vectors, curvature_seeds
 from forebear.indexer.gradient_pass import SeedOf, run_pass
-from forebear.indexer.model import Classifier, encode, pad_batch, plan_batches
+from forebear.indexer.model import Classifier, Encoded, encode, pad_batch, plan_batches
 from forebear.indexer.scopes import Block
 from forebear.indexer.tape import LayerFactors, only_asking
 
@@ -48,7 +48,7 @@ class GaussNewton:
         seed: int,
         batch_tokens: int,
     ) -> None:
-        """Nothing is computed yet.
+        """Encode the rows.
 
         Args:
             classifier: At the checkpoint.
@@ -60,8 +60,8 @@ class GaussNewton:
             batch_tokens: Largest number of padded tokens in a batch.
         """
         self._classifier, self._scope, self._blocks = classifier, scope, tuple(blocks)
-        self._texts, self._batch_tokens = texts, batch_tokens
-        self._seeds = curvature_seeds(classifier.n_classes, len(texts[0]), seed)
+        self._rows, self._batch_tokens = Encoded(encode(classifier, texts)), batch_tokens
+        self._seeds = curvature_seeds(classifier.n_classes, len(self._rows), seed)
 
     def __call__(self, vectors: Vectors, at: Sequence[int] | None = None) -> Vectors:
         """H V; a batch's factors are all that is held beside V and H V.
@@ -77,16 +77,16 @@ class GaussNewton:
             NonFiniteError: A number is NaN or infinite.
             StorageError: Not even one row fits in memory.
         """
-        texts, seeds = self._texts, self._seeds
+        rows, seeds = self._rows, self._seeds
         if at is not None:
             chosen = list(at)
-            texts = [[column[i] for i in chosen] for column in texts]
+            rows = rows.take(chosen)
             seeds = tuple(_seed_at(seed_of, chosen) for seed_of in seeds)
         collector = _Outer(self._scope, self._blocks, vectors)
         for seed_of in seeds:
-            run_pass(self._classifier, texts, seed_of, [collector], batch_tokens=self._batch_tokens)
+            run_pass(self._classifier, rows, seed_of, [collector], batch_tokens=self._batch_tokens)
         for total in collector.sums.values():
-            total /= len(texts[0])
+            total /= len(rows)
         _refuse_non_finite(self._classifier.name, collector.sums)
         return collector.sums
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from forebear.errors import DataError, InputError, ModelError
-from forebear.indexer.model import Classifier, Encoded, encode, encode_with_places
+from forebear.indexer.model import Classifier, Encoded, encode_with_places
 
 FOUND = ("clauses", "sentences", "words")
 ASPECT = "aspect"
@@ -195,6 +195,25 @@ def find_spans(
     ]
 
 
+def pieces_of(places: Any, row: int, span: Span) -> list[bool]:
+    """Which word pieces of a row a span takes: from the first to the last that share a character with it.
+
+    Args:
+        places: From :func:`~forebear.indexer.model.encode_with_places`.
+        row: Its position there.
+        span: Of that row.
+    """
+    columns = places.sequence_ids(row)
+    inside = [
+        column == span.column and a < span.end and span.start < b and a < b
+        for column, (a, b) in zip(columns, places["offset_mapping"][row], strict=True)
+    ]
+    if any(inside):  # those between that stand for white space included
+        first, last = inside.index(True), len(inside) - inside[::-1].index(True)
+        inside[first:last] = [column == span.column for column in columns[first:last]]
+    return inside
+
+
 def mask_spans(
     classifier: Classifier, texts: Sequence[Sequence[str]], spans: Sequence[Span], *, unknown: bool = False
 ) -> tuple[Encoded, np.ndarray]:
@@ -219,19 +238,12 @@ def mask_spans(
         raise ModelError(f"{classifier.name}: its tokenizer has no {kind} token, so no span can be masked.")
     if not spans:
         return Encoded([], []), np.zeros(0, bool)
-    rows = encode(classifier, texts)
-    places = encode_with_places(classifier, texts)
+    rows, places = encode_with_places(classifier, texts)
     kept = np.zeros(len(spans), bool)
     masked = []
     for i, (row, span) in enumerate(zip(rows, spans, strict=True)):
-        inside = [
-            column == span.column and a < span.end and span.start < b and a < b
-            for column, (a, b) in zip(places.sequence_ids(i), places["offset_mapping"][i], strict=True)
-        ]
+        inside = pieces_of(places, i, span)
         kept[i] = any(inside)
-        if kept[i]:  # pieces i to j, those between that stand for white space included
-            first, last = inside.index(True), len(inside) - inside[::-1].index(True)
-            inside[first:last] = [column == span.column for column in places.sequence_ids(i)[first:last]]
         ids = [mask if is_in else token for token, is_in in zip(row["input_ids"], inside, strict=True)]
         masked.append(row | {"input_ids": ids})
     at = np.flatnonzero(kept)

@@ -114,7 +114,7 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
     spec, manifest = index.manifest.spec, index.manifest
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.choice(manifest.n_rows, size=min(n_rows, manifest.n_rows), replace=False))
-    texts = [column.to_pylist() for column in index.texts(rows).values()]
+    texts = index.text_lists(rows)
     errors = []
     paths = moved_paths(model, manifest.checkpoints, index.folder)
 

@@ -20,7 +20,7 @@ from scipy import sparse
 
 from forebear.errors import StorageError
 from forebear.indexer.store import TEMPORARY_SUFFIX, column, read_batches, write_columns
-from forebear.indexer.words import WordRows
+from forebear.indexer.words import WordRows, offsets, stretches
 
 PARTS = ("tokens", "postings", "rows", "entries")
 _SLICE = 1 << 16  # postings of an older store that are copied at once
@@ -141,9 +141,7 @@ class WordStore:
 
     def entries(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where some rows' words are among the entries: where each row's begin ``(m + 1,)``, and the entries."""
-        counts = self.row_starts[rows + 1] - self.row_starts[rows]
-        starts = _offsets(counts)
-        return starts, np.arange(starts[-1]) + np.repeat(self.row_starts[rows] - starts[:-1], counts)
+        return stretches(self.row_starts, rows)
 
     def take(self, rows: np.ndarray) -> WordRows:
         """All words of some rows, in the order given, as vectors."""
@@ -163,19 +161,15 @@ def read_word_store(paths: Sequence[Path]) -> WordStore:
     return WordStore(
         tokens=column(tokens, "token"),
         errors=column(tokens, "error"),
-        starts=_offsets(column(tokens, "count")),
+        starts=offsets(column(tokens, "count")),
         rows=column(postings, "row"),
         codes=column(postings, "code"),
         scales=column(postings, "scale"),
         norms=column(postings, "norm"),
-        row_starts=_offsets(column(rows, "count")),
+        row_starts=offsets(column(rows, "count")),
         entry_tokens=column(entries, "token"),
         entry_places=column(entries, "place"),
     )
-
-
-def _offsets(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 def merge_runs(
@@ -213,7 +207,7 @@ def merge_runs(
         np.maximum.at(errors, run.tokens, run.errors)
         row_counts += np.bincount(run.rows, minlength=n_rows).astype(np.int32)
     total = int(counts.sum())
-    starts = _offsets(counts)
+    starts = offsets(counts)
     like = old if old is not None else _read_run(runs[0])
     with ExitStack() as held:
 

@@ -86,19 +86,25 @@ class WordRows:
         """The same with some of the words, by a mask ``(m,)``; needs ``vectors``."""
         assert self.vectors is not None
         counts = np.bincount(self.rows[keep], minlength=len(self))
-        return WordRows(_starts(counts), self.tokens[keep], self.vectors[keep])
+        return WordRows(offsets(counts), self.tokens[keep], self.vectors[keep])
 
     def take(self, which: np.ndarray) -> WordRows:
         """Some of the rows, in the order given; needs ``vectors``."""
         assert self.vectors is not None
-        counts = np.diff(self.starts)[which]
-        starts = _starts(counts)
-        at = np.arange(starts[-1]) + np.repeat(self.starts[which] - starts[:-1], counts)
+        starts, at = stretches(self.starts, which)
         return WordRows(starts, self.tokens[at], self.vectors[at])
 
 
-def _starts(counts: np.ndarray) -> np.ndarray:
+def offsets(counts: np.ndarray) -> np.ndarray:
+    """Where each of some consecutive stretches begins, and one past the last, ``(n + 1,)`` int64."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def stretches(starts: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Some of the stretches that begin at ``starts``, side by side: where each begins now, and its members."""
+    counts = starts[which + 1] - starts[which]
+    now = offsets(counts)
+    return now, np.arange(now[-1]) + np.repeat(starts[which] - now[:-1], counts)
 
 
 class WordGradients:
@@ -166,7 +172,7 @@ class WordGradients:
             NonFiniteError: A gradient is NaN or infinite; the row is named.
         """
         refuse_non_finite(self._name, first_row, self._squares)
-        starts = _starts(self._counts)
+        starts = offsets(self._counts)
         order = np.empty(starts[-1], np.int64)  # where each word of the result stands among those gathered
         at = 0
         for positions, counts in self._places:
@@ -240,4 +246,4 @@ def count_tokens(classifier: Classifier, texts: Sequence[Sequence[str]]) -> tupl
         ids = np.array(row["input_ids"], dtype=np.int64)
         found.append(np.unique(ids[~np.isin(ids, special)], return_counts=True))
     tokens, counts = (np.concatenate([np.empty(0, np.int64), *(f[i] for f in found)]) for i in (0, 1))
-    return _starts(np.array([len(f[0]) for f in found], dtype=np.int64)), tokens, counts
+    return offsets(np.array([len(f[0]) for f in found], dtype=np.int64)), tokens, counts

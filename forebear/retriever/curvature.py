@@ -138,7 +138,7 @@ def deep_solver(
         ekfac = index.ekfac(scope).to(device, dtype)
         return lambda vectors: (ekfac.solve(vectors, damping), None)
     rows = live_sample(index.live, spec.rows, index.manifest.spec.seed)
-    texts = [column.to_pylist() for column in index.texts(rows).values()]
+    texts = index.text_lists(rows)
     product: Product
     if solver == "cg":
         seed = index.manifest.spec.seed

@@ -75,7 +75,7 @@ class IndexRows:
 
     def texts(self, at: np.ndarray) -> Texts:
         """See :class:`Rows`."""
-        return [column.to_pylist() for column in self._index.texts(at).values()]
+        return self._index.text_lists(at)
 
     def labels(self, at: np.ndarray) -> np.ndarray:
         """See :class:`Rows`."""

@@ -35,7 +35,7 @@ def one_step_away(classifier: Classifier, index: Index, number: int) -> Classifi
     seed = index.manifest.spec.seed
     rows = np.random.default_rng([seed, 7, number]).permutation(index.live)[:VARIANT_ROWS]
     model = copy.deepcopy(classifier.model).requires_grad_(True)
-    texts = [column.to_pylist() for column in index.texts(rows).values()]
+    texts = index.text_lists(rows)
     batch = pad_batch(classifier.tokenizer, encode(classifier, texts), classifier.device)
     labels = torch.from_numpy(index.labels[rows].astype(np.int64)).to(classifier.device)
     with classifier.autocast():

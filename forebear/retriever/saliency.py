@@ -18,7 +18,7 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS, softmax
 from forebear.indexer.gradient_pass import SeedOf, refuse_non_finite, run_pass
-from forebear.indexer.model import Classifier, encode_with_places
+from forebear.indexer.model import Classifier, Encoded, encode_with_places
 from forebear.indexer.scopes import Block, embedding_block, encoder_input_block
 from forebear.indexer.tape import ENCODER_INPUT, EmbeddingFactors, LayerFactors, Seed, loss_of
 
@@ -98,9 +98,9 @@ def saliency(
     _check_targets(classifier, texts, targets)
     if not len(targets):
         return []
-    encoded = encode_with_places(classifier, texts)
+    rows, encoded = encode_with_places(classifier, texts)
     gathered = _Saliencies(classifier, form, [len(ids) for ids in encoded["input_ids"]])
-    run_pass(classifier, texts, _seeds(form, targets), [gathered], batch_tokens=batch_tokens)
+    run_pass(classifier, Encoded(rows), _seeds(form, targets), [gathered], batch_tokens=batch_tokens)
     refuse_non_finite(classifier.name, 0, gathered.sizes)
     maps = []
     for row, values in enumerate(gathered.values):

@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forebear.errors import InputError, NonFiniteError
 from forebear.indexer.ekfac import Vectors
-from forebear.indexer.model import Classifier, encode, encode_with_places, pad_batch
+from forebear.indexer.model import Classifier, encode_with_places, pad_batch
 from forebear.indexer.scopes import Block, encoder_layers
-from forebear.indexer.spans import Span
+from forebear.indexer.spans import Span, pieces_of
 from forebear.indexer.tape import only_asking
 from forebear.retriever.saliency import SUMMED_GRADIENT, saliency
 
@@ -81,12 +81,9 @@ def saliency_gradients(
     parameters = [model.get_parameter(name) for name in names]
     prefix, _ = encoder_layers(model, classifier.name)
     first_layer = model.get_submodule(f"{prefix}.0")
-    rows, places = encode(classifier, texts), encode_with_places(classifier, texts)
+    rows, places = encode_with_places(classifier, texts)
     for i, span in enumerate(words):
-        inside = [
-            column == span.column and a < span.end and span.start < b
-            for column, (a, b) in zip(places.sequence_ids(i), places["offset_mapping"][i], strict=True)
-        ]
+        inside = pieces_of(places, i, span)
         leaf: list[torch.Tensor] = []
 
         def grow(_module: torch.nn.Module, args: tuple, kwargs: dict, leaf: list[torch.Tensor] = leaf) -> tuple:  # type: ignore[type-arg]

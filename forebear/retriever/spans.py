@@ -43,14 +43,12 @@ class SpanRows:
         spans: The spans, by row and then by place.
         encoded: Rows and their masked versions.
         gold: Labels of the rows, ``(m,)`` int64.
-        n_unread: Spans that truncation cuts away altogether.
     """
 
     rows: np.ndarray
     spans: list[Span]
     encoded: Encoded
     gold: np.ndarray
-    n_unread: int
 
     def texts(self, at: np.ndarray) -> Texts:
         """See :class:`~forebear.retriever.gradients.Rows`."""
@@ -65,16 +63,23 @@ def span_rows(
     index: Index, classifier: Classifier, rows: np.ndarray, find: Finder, *, unknown: bool = False
 ) -> SpanRows:
     """All spans of some training rows (ascending); ``unknown``: masked by [UNK]."""
-    texts = [column.to_pylist() for column in index.texts(rows).values()]
+    texts = index.text_lists(rows)
     table = pa.table(dict(zip(index.manifest.spec.text_columns, texts, strict=True)))
     found = find_spans(find, texts, table, rows.tolist(), "training row")
-    owners = np.repeat(np.arange(len(rows)), [len(spans) for spans in found])
+    owners, spans, encoded = _masked(classifier, texts, found, unknown=unknown)
+    of = rows[owners]
+    return SpanRows(of, spans, encoded, index.labels[of].astype(np.int64))
+
+
+def _masked(
+    classifier: Classifier, texts: Sequence[Sequence[str]], found: list[list[Span]], *, unknown: bool = False
+) -> tuple[np.ndarray, list[Span], Encoded]:
+    """The spans that the model reads, by row and then by place: positions of their rows, spans, masked versions."""
+    owners = np.repeat(np.arange(len(found)), [len(spans) for spans in found])
     spans = [span for of_row in found for span in sorted(of_row)]
-    entries = [[column[i] for i in owners] for column in texts]
+    entries = [[column[i] for i in owners.tolist()] for column in texts]
     encoded, kept = mask_spans(classifier, entries, spans, unknown=unknown)
-    of = rows[owners[kept]]
-    read = [span for span, is_read in zip(spans, kept, strict=True) if is_read]
-    return SpanRows(of, read, encoded, index.labels[of].astype(np.int64), int((~kept).sum()))
+    return owners[kept], [span for span, is_read in zip(spans, kept, strict=True) if is_read], encoded
 
 
 def query_spans(
@@ -104,10 +109,7 @@ def query_spans(
         InputError: A row has no span, or none that the model reads.
     """
     found = find_spans(find, texts, table, range(first_row, first_row + len(texts[0])), "test row")
-    owners = np.repeat(np.arange(len(found)), [len(spans) for spans in found])
-    spans = [span for of_row in found for span in sorted(of_row)]
-    encoded, kept = mask_spans(classifier, [[column[int(i)] for i in owners] for column in texts], spans)
-    owners, spans = owners[kept], [span for span, is_read in zip(spans, kept, strict=True) if is_read]
+    owners, spans, encoded = _masked(classifier, texts, found)
     missing = np.setdiff1d(np.arange(len(found)), owners)
     if len(missing):
         raise InputError(

@@ -139,7 +139,7 @@ class WordSearch:
 
     def _words_of(self, rows: np.ndarray, tops: Sequence[int]) -> dict[int, list[WordRows]]:
         """Words of training rows from the models, by store, one entry a checkpoint."""
-        texts = [column.to_pylist() for column in self.index.texts(rows).values()]
+        texts = self.index.text_lists(rows)
         found = self._from_models(texts, self.index.labels[rows].astype(np.int64), tops)
         return {top: [words[top] for words in found] for top in tops}
 
