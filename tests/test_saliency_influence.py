@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -161,6 +163,14 @@ def test_the_word_is_the_most_salient_one_or_the_one_that_is_named(retriever):
         salient_words(classifier, [QUERIES], targets, "film", first_row=7)
     with pytest.raises(InputError, match="test row 0 has no word that the model reads"):
         salient_words(classifier, [[""]], targets[:1], None)
+
+
+def test_results_state_the_word_and_no_spans_that_were_not_used(retriever):
+    table = retriever.retrieve(QUERIES[:1], methods=["saliency-if-token", "if+"], top=2, word="film")
+    facts = json.loads(table.schema.metadata[b"forebear"])["methods"]
+    assert facts["saliency-if-token"]["word"] == "film"
+    assert "spans" not in facts["saliency-if-token"]
+    assert facts["if+"]["spans"] == "clauses"
 
 
 def test_what_means_nothing_is_refused(retriever):

@@ -341,9 +341,12 @@ class Retriever:
     def _search_facts(self, method: Method, spec: QuerySpec) -> dict[str, Any]:
         """Scope and recall of a method: proven, calibrated, or not known (None)."""
         if method.by_model:
-            facts: dict[str, Any] = {"spans": spec.spans, "query_spans": spec.query_spans or spec.spans}
-            facts = facts | {"span_column": spec.span_column} if method.spans else {}
-            facts |= {"word": spec.word} if method.saliency else {}
+            facts: dict[str, Any] = {}
+            if method.saliency:  # spans are words then, whatever --spans says
+                facts = {"word": spec.word}
+            elif method.spans:
+                facts = {"spans": spec.spans, "query_spans": spec.query_spans or spec.spans}
+                facts["span_column"] = spec.span_column
             n = self.n_candidates(spec.scope_of(method), method, spec)
             full = spec.exact == "full"
             return facts | {"recall": 1.0 if full else None, "candidates": None if full else n}
