@@ -14,7 +14,7 @@ import torch
 from forebear.errors import InputError, MismatchError, MissingStoreError
 from forebear.indexer.forward import Forward, residual_and_loss, run_forward
 from forebear.indexer.index import Index
-from forebear.indexer.model import Classifier, encode, load_classifier, pad_batch, weights_sha256
+from forebear.indexer.model import Classifier, Encoded, Texts, encode, load_classifier, pad_batch, weights_sha256
 from forebear.indexer.runs import moved_paths
 from forebear.indexer.sentence import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.shards import check_same_model
@@ -134,14 +134,17 @@ class Asked:
 def ask(
     models: Models,
     methods: Sequence[Method],
-    texts: Sequence[Sequence[str]],
+    texts: Texts,
     labels: np.ndarray | None,
     target: str,
     n_checkpoints: int,
     first_row: int = 0,
     forward: Forward | None = None,
 ) -> Asked:
-    """Run every model that the methods need over a block of test rows, once; ``forward`` of the last is not redone."""
+    """Run every model that the methods need over a block of test rows, once; ``forward`` of the last is not redone.
+
+    Test rows may be encoded, but for methods that compare sentence embeddings.
+    """
     last = n_checkpoints - 1
     wanted = range(n_checkpoints) if any(m.all_checkpoints and m.representation != "words" for m in methods) else [last]
     forwards = {last: forward} if forward is not None else {}
@@ -150,6 +153,7 @@ def ask(
             forwards[c] = run_forward(models.classifier(c), texts, first_row=first_row)
     sentence = None
     if any(m.representation == "sentence" for m in methods):
+        assert not isinstance(texts, Encoded)
         sentence = models.sentence_encoder.embed(texts)
     targets = choose_targets(target, forwards[last].predictions, labels, models.classifier().label_names)
     return Asked(forwards, sentence, labels, targets, last)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from forebear.indexer.data import RowSource, rows_from_texts
 from forebear.indexer.forward import Forward
 from forebear.indexer.index import Index
 from forebear.indexer.labels import LabelMap, label_map
-from forebear.indexer.model import Classifier
+from forebear.indexer.model import Classifier, Encoded, Texts
 from forebear.indexer.spans import span_finder
 from forebear.retriever.certify import certify, check_certifiable
 from forebear.retriever.curvature import CurvatureSpec
@@ -76,9 +77,9 @@ class Retriever:
         """Names of the classes, by id."""
         return self.index.manifest.spec.label_names
 
-    def classifier(self) -> Classifier:
-        """The model that is explained."""
-        return self._models.classifier()
+    def classifier(self, checkpoint: int = -1) -> Classifier:
+        """The model that is explained, or another checkpoint of the index by its number."""
+        return self._models.classifier(checkpoint)
 
     def retrieve(
         self,
@@ -184,9 +185,13 @@ class Retriever:
         """Methods by the scope beyond the head at which they compare gradients; None: the others."""
         out: dict[str | None, list[Method]] = {}
         for method in methods:
-            deep = method.representation == "head" and spec.scope_of(method) != "head"
-            out.setdefault(spec.scope_of(method) if deep else None, []).append(method)
+            out.setdefault(spec.scope_of(method) if self._is_deep(method, spec) else None, []).append(method)
         return out
+
+    @staticmethod
+    def _is_deep(method: Method, spec: QuerySpec) -> bool:
+        """Whether a method compares gradients beyond the head."""
+        return method.representation == "head" and spec.scope_of(method) != "head"
 
     def _gradient_search(self, scope: str, spec: QuerySpec) -> GradientSearch:
         key = (scope, spec.solver)
@@ -235,29 +240,67 @@ class Retriever:
         source = queries if isinstance(queries, RowSource) else rows_from_texts(queries)
         self.check_texts(source)
         labels = self.query_labels(source, required=target == "gold")
-        n_checkpoints = len(self.index.manifest.checkpoints)
         parts = []
         for block in source.blocks(QUERY_BLOCK_ROWS):
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
-            asked = ask(self._models, (chosen,), block.texts, gold, target, n_checkpoints, first_row=block.start)
-            if chosen.spans or chosen.saliency:
-                raise InputError(f"{chosen.name} scores spans or asks of a word, not a row: ask for it by retrieve.")
-            if chosen.representation == "words":
-                questions = self._words.questions((chosen,), block.texts, asked.targets, normalise=spec.normalise)
-                parts += self._words.score(questions)
-                continue
-            if chosen.representation == "tfidf":
-                parts.append(self._tfidf.scores(block.texts, asked, normalise=spec.normalise))
-                continue
-            (where,) = [spec.scope_of(chosen)] if chosen.variants else self._by_scope((chosen,), spec)
-            if where is not None:
-                search = self._gradient_search(where, spec)
-                deep = DeepAsked([list(t) for t in block.texts], asked.targets)
-                parts.append(search.score((chosen,), deep, {chosen.name: self.index.live})[0][chosen.name])
-                continue
-            query = make_query(chosen, asked, self.index, spec.solver)
-            parts.append(row_factors(self.index, chosen).all_products(query))
+            parts.append(self.score_block(block.texts, gold, spec, first_row=block.start)[chosen.name])
         return np.concatenate(parts)
+
+    def score_block(
+        self,
+        texts: Texts,
+        labels: np.ndarray | None,
+        spec: QuerySpec,
+        *,
+        rows: np.ndarray | None = None,
+        first_row: int = 0,
+    ) -> dict[str, np.ndarray]:
+        """Exact scores of training rows for one block of test rows, by all methods of a question together.
+
+        Args:
+            texts: Test rows, one list a text column; or encoded, for methods that read word pieces alone.
+            labels: Class ids of the model, ``(q,)``, or None.
+            spec: The question; how candidates are found does not matter.
+            rows: Live training rows, ascending; None: all of them.
+            first_row: Number of the first test row, for messages.
+
+        Returns:
+            By method name ``(q, n)`` float64, columns in the order of ``rows``.
+
+        Raises:
+            InputError: A method scores no rows, or reads the texts of test rows that are encoded.
+        """
+        methods = spec.check()
+        live = self.index.live
+        wanted = live if rows is None else rows
+        for method in methods:
+            if method.spans or method.saliency:
+                raise InputError(f"{method.name} scores spans or asks of a word, not a row: ask for it by retrieve.")
+            if isinstance(texts, Encoded) and (method.by_words or method.representation == "sentence"):
+                raise InputError(f"{method.name} compares texts; it cannot be asked of rows with word pieces masked.")
+        asked = ask(
+            self._models, methods, texts, labels, spec.target, len(self.index.manifest.checkpoints), first_row=first_row
+        )
+        deep = [m for m in methods if not m.by_words and (m.variants or self._is_deep(m, spec))]
+        found: dict[str, np.ndarray] = {}
+        for scope in dict.fromkeys(spec.scope_of(m) for m in deep):
+            some = [m for m in deep if spec.scope_of(m) == scope]
+            at = DeepAsked(texts, asked.targets)
+            found |= self._gradient_search(scope, spec).score(some, at, {m.name: wanted for m in some})[0]
+        positions = np.searchsorted(live, wanted)
+        for method in methods:
+            if method.by_words:
+                assert not isinstance(texts, Encoded)
+                if method.representation == "tfidf":
+                    whole = self._tfidf.scores(texts, asked, normalise=spec.normalise)
+                else:
+                    questions = self._words.questions((method,), texts, asked.targets, normalise=spec.normalise)
+                    (whole,) = self._words.score(questions)
+                found[method.name] = whole[:, positions]
+            elif method not in deep:
+                query = make_query(method, asked, self.index, spec.solver)
+                found[method.name] = replace(row_factors(self.index, method), live=wanted).all_products(query)
+        return {method.name: found[method.name] for method in methods}
 
     def check_stores(self, methods: Sequence[Method], spec: QuerySpec) -> None:
         """Refuse methods whose representation the index does not hold, naming the option that builds it."""
