@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,25 @@ def train(
     return run
 
 
+def fine_tune(
+    classifier: Classifier, rows: list[dict[str, Any]], options: TrainOptions, *, progress: Progress = no_progress
+) -> None:
+    """Train a classifier in memory by the loop of :func:`train`, writing nothing.
+
+    Args:
+        classifier: As :func:`~forebear.indexer.start.load_start` makes it; left trained, in ``eval()`` mode.
+        rows: Word pieces by name, and the class id under ``labels``, one dictionary a row.
+        options: Epochs, rates, batch size and seed are taken from here; what is frozen, from the model.
+        progress: Told of the steps.
+
+    Raises:
+        NonFiniteError: The loss or a weight became NaN or infinite.
+    """
+    with _quiet_transformers(), TemporaryDirectory() as scratch:
+        _run_trainer(_Course(classifier, rows, Path(scratch), options, None, progress, saves=False))
+    classifier.model.eval()
+
+
 def _describe_run(course: _Course, source: RowSource, model: str | Path, data_sha256: str, head: str) -> Run:
     """What ``run.json`` says of a finished course."""
     classifier, options, evaluation = course.classifier, course.options, course.evaluation
@@ -272,9 +292,11 @@ class _Course:
         options: TrainOptions,
         evaluation: _Evaluation | None,
         progress: Progress,
+        *,
+        saves: bool = True,
     ) -> None:
         self.classifier, self.rows, self.folder, self.options = classifier, rows, folder, options
-        self.evaluation, self._progress = evaluation, progress
+        self.evaluation, self._progress, self._saves = evaluation, progress, saves
         n_steps = options.epochs * math.ceil(len(rows) / options.batch_size)
         self.plan = {"n_steps": n_steps, "warmup_steps": int(n_steps * options.warmup_ratio)}
         self.checkpoints: list[RunCheckpoint] = []
@@ -318,7 +340,8 @@ class _Course:
         check_finite_weights(self.classifier.model, f"the model after step {self._step}")
         accuracy = None if self.evaluation is None else self.evaluation.accuracy()
         path = f"{CHECKPOINTS}/{name}"
-        save_checkpoint(self.classifier, self.folder / path)
+        if self._saves:
+            save_checkpoint(self.classifier, self.folder / path)
         n_rows = sum(n for _loss, n in self._losses)
         checkpoint = RunCheckpoint(
             name=name,
