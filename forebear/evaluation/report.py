@@ -56,7 +56,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing, from `bar_chart` or `line_chart`."""
+    """A drawing, from `bar_chart`, `line_chart` or `heat_map`."""
 
     title: str
     svg: str
@@ -287,6 +287,55 @@ def line_chart(
             axes.axhline(0.0, color=_INK, linestyle=(0, (4, 3)), linewidth=0.8)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
+        return _to_svg(figure)
+
+
+def heat_map(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    *,
+    low: float,
+    high: float,
+    digits: int = 2,
+) -> str:
+    """A matrix as coloured cells, each with its value written in it; the brighter, the larger.
+
+    Args:
+        rows: Names from top to bottom, ``r``.
+        columns: Names from left to right, ``c``.
+        values: ``(r, c)``; None leaves a cell empty.
+        low: Value of the darkest colour.
+        high: Value of the brightest.
+        digits: Decimals of the written values.
+
+    Returns SVG, the same bytes for the same input. Raises InputError for an empty matrix or one that does not fit its
+    names, and NonFiniteError for NaN and infinity.
+    """
+    if not len(rows) or not len(columns) or [len(row) for row in values] != [len(columns)] * len(rows):
+        raise InputError(f"a heat map of {len(rows)} x {len(columns)} names takes as many values, at least 1 x 1.")
+    if not all(math.isfinite(value) for row in values for value in row if value is not None):
+        raise NonFiniteError("a heat map holds NaN or infinity; expected numbers, or None for none.")
+    import matplotlib
+    from matplotlib.patches import Rectangle
+
+    colours = matplotlib.colormaps["cividis"]
+    with _canvas(height=1.1 + 0.32 * len(rows)) as (figure, axes):
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                share = None if value is None else min(1.0, max(0.0, (value - low) / (high - low)))
+                fill = "none" if share is None else colours(share)
+                cell = Rectangle((j - 0.5, i - 0.5), 1.0, 1.0, facecolor=fill, edgecolor=_INK, linewidth=0.5)
+                axes.add_patch(cell)
+                if value is not None and share is not None:
+                    shown = f"{value:.{digits}f}".replace("-", "\u2212")
+                    ink = "black" if share > 0.5 else "white"
+                    axes.text(j, i, shown, va="center", ha="center", fontsize=8, color=ink)
+        axes.set_xlim(-0.5, len(columns) - 0.5)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+        axes.set_yticks(range(len(rows)), rows)
+        axes.tick_params(length=0)
         return _to_svg(figure)
 
 

@@ -1,0 +1,181 @@
+"""What evaluations that compare methods without retraining share: queries, scores, rank correlations, matrices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from forebear.errors import InputError
+from forebear.evaluation.report import Cell, Figure, Table, heat_map
+from forebear.evaluation.statistics import mean_of
+from forebear.indexer.data import RowSource
+from forebear.indexer.gradients import live_sample
+from forebear.retriever.methods import METHODS
+from forebear.retriever.query_spec import QuerySpec
+from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queries:
+    """Test rows that are asked about.
+
+    Attributes:
+        source: Where they come from.
+        rows: Their numbers there, ascending, ``(q,)``.
+        texts: One list a text column, ``q`` texts each.
+        labels: Class ids of the model, ``(q,)``; None where the source has none.
+    """
+
+    source: str
+    rows: np.ndarray
+    texts: tuple[list[str], ...]
+    labels: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def blocks(self) -> Iterator[Queries]:
+        """Some of them at a time, as many as the retriever answers together."""
+        for start in range(0, len(self), QUERY_BLOCK_ROWS):
+            at = slice(start, start + QUERY_BLOCK_ROWS)
+            labels = None if self.labels is None else self.labels[at]
+            texts = tuple(column[at] for column in self.texts)
+            yield Queries(source=self.source, rows=self.rows[at], texts=texts, labels=labels)
+
+
+def sample_queries(
+    retriever: Retriever, source: RowSource, n_queries: int, seed: int, *, need_labels: bool = False
+) -> Queries:
+    """A seeded sample of test rows, in their order; all of them for 0 or more than there are.
+
+    Raises:
+        MismatchError: The source does not have the index's number of texts.
+        DataError: Labels are needed and missing, or are not the model's.
+        InputError: The number is negative.
+    """
+    if n_queries < 0:
+        raise InputError(f"--queries {n_queries}: expected a number of test rows, or 0 for all of them.")
+    retriever.check_texts(source)
+    label_ids = retriever.query_labels(source, required=need_labels)
+    chosen = live_sample(np.arange(source.n_rows), n_queries, seed)
+    texts: tuple[list[str], ...] = tuple([] for _ in source.text_columns)
+    labels: list[np.ndarray] = []
+    for block in source.blocks():
+        at = chosen[(chosen >= block.start) & (chosen < block.start + len(block))] - block.start
+        for column, found in zip(texts, block.texts, strict=True):
+            column += [found[i] for i in at]
+        if label_ids is not None and block.labels is not None:
+            labels.append(label_ids(block.labels, block.start)[at])
+    return Queries(source=source.name, rows=chosen, texts=texts, labels=np.concatenate(labels) if labels else None)
+
+
+def row_methods(retriever: Retriever) -> tuple[str, ...]:
+    """Names of the methods that this index can answer and that score every training row from what is stored."""
+    return tuple(name for name in retriever.available_methods() if not METHODS[name].by_model)
+
+
+def score_queries(
+    retriever: Retriever, queries: Queries, spec: QuerySpec, rows: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Exact scores of training rows (None: all live ones), ``(q, n)`` float64 by method name."""
+    retriever.check_stores(spec.check(), spec)
+    blocks = [retriever.score_block(part.texts, part.labels, spec, rows=rows) for part in queries.blocks()]
+    return {name: np.concatenate([block[name] for block in blocks]) for name in spec.methods}
+
+
+def standardised_ranks(scores: np.ndarray) -> np.ndarray:
+    """Ranks of each query's scores, ties sharing their mean rank, with mean 0 and population std 1.
+
+    Args:
+        scores: ``(q, n)``.
+
+    Returns:
+        ``(q, n)``; a query whose scores are all equal has no order, and gets NaN.
+    """
+    from scipy.stats import rankdata
+
+    ranks = rankdata(scores, axis=1)
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    spread = np.sqrt((ranks**2).mean(axis=1, keepdims=True))
+    return np.asarray(np.divide(ranks, spread, out=np.full_like(ranks, np.nan), where=spread > 0))
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Spearman's correlation of two methods' scores ``(q, n)``, for each query ``(q,)``; NaN where it is undefined."""
+    products = (standardised_ranks(first) * standardised_ranks(second)).mean(axis=1)
+    return np.asarray(np.clip(products, -1.0, 1.0))
+
+
+def defined_mean(values: np.ndarray) -> float | None:
+    """Mean of the values that are defined (not NaN); None if none is."""
+    kept = values[~np.isnan(values)]
+    return float(kept.mean()) if len(kept) else None
+
+
+def interval_cells(values: np.ndarray, seed: int) -> list[Cell]:
+    """Mean, its standard error and its 95% bootstrap interval over the defined values; None where there are none."""
+    kept = values[~np.isnan(values)]
+    if not len(kept):
+        return [None, None, None, None]
+    found = mean_of(kept, seed)
+    return [found.mean, found.error, found.low, found.high]
+
+
+INTERVAL_COLUMNS = ("mean", "±", "95% low", "95% high")
+
+
+def listed_values(values: np.ndarray) -> Any:
+    """An array as nested lists for ``result.json``, None where it is NaN."""
+    if values.ndim == 0:
+        return None if np.isnan(values) else values.item()
+    return [listed_values(part) for part in values]
+
+
+def matrix_of(values: np.ndarray) -> list[list[float | None]]:
+    """Means over the queries of ``(q, m, m)``, where they are defined."""
+    m = values.shape[1]
+    return [[defined_mean(values[:, i, j]) for j in range(m)] for i in range(m)]
+
+
+def matrix_table(title: str, names: Sequence[str], matrix: Sequence[Sequence[float | None]], note: str) -> Table:
+    """A method a line and a column."""
+    return Table(title, ["method", *names], [[name, *row] for name, row in zip(names, matrix, strict=True)], note)
+
+
+def pair_table(title: str, names: Sequence[str], values: np.ndarray, seed: int, note: str) -> Table:
+    """Every pair of methods with the interval of its mean over the queries, from ``(q, m, m)``."""
+    rows: list[list[Cell]] = []
+    for i, first in enumerate(names):
+        for j in range(i + 1, len(names)):
+            mine = values[:, i, j]
+            rows.append([first, names[j], *interval_cells(mine, seed), int(np.isnan(mine).sum())])
+    return Table(title, ["first", "second", *INTERVAL_COLUMNS, "undefined"], rows, note)
+
+
+def matrix_figure(
+    title: str, names: Sequence[str], matrix: Sequence[Sequence[float | None]], *, low: float, caption: str
+) -> Figure:
+    """A heat map of values from ``low`` to 1."""
+    return Figure(title, heat_map(names, names, matrix, low=low, high=1.0), caption)
+
+
+def provenance(retriever: Retriever, spec: QuerySpec, command: str, **facts: object) -> dict[str, str]:
+    """What a report says of where its numbers come from."""
+    return {
+        "index": str(retriever.index.folder),
+        "index digest": retriever.index.manifest.digest(),
+        "question digest": spec.digest(),
+        "scope": spec.scope,
+        "target": spec.target,
+        **{name.replace("_", " "): str(value) for name, value in facts.items()},
+        "command": command,
+    }
+
+
+def question(retriever: Retriever, spec: QuerySpec) -> dict[str, Any]:
+    """The same for programs: the question with every choice, and what it means for each method."""
+    return {"spec": asdict(spec), **json.loads(retriever.metadata(spec)["forebear"])}
