@@ -31,6 +31,8 @@ Examples:
 
     forebear index --model runs/mine --train train.csv --out I --store features,words --words-top 0,10
 
+    forebear index --model runs/mine --train train.csv --out I --scope head,top-2 --store features,spans --spans clauses
+
     forebear index --out I --append --train more.csv
 
     forebear index --out I --retire 17,230-240
@@ -82,7 +84,7 @@ def index(
     store: Annotated[
         list[str] | None,
         typer.Option(
-            "--store", help="features, and sbert and words as wanted.  [default: features]", show_default=False
+            "--store", help="features, and sbert, words, spans as wanted.  [default: features]", show_default=False
         ),
     ] = None,
     sentence_model: Annotated[str, typer.Option("--sentence-model", help="Un-tuned encoder for sbert.")] = "minilm",
@@ -97,6 +99,20 @@ def index(
     words_precision: Annotated[
         str, typer.Option("--words-precision", help="Of stored word vectors: fp16, int8 or fp32.")
     ] = "fp16",
+    spans: Annotated[
+        str,
+        typer.Option(
+            "--spans",
+            help="What --store spans stores: clauses, sentences, words, aspect, columns:FROM,TO, clause-of:FROM,TO, or "
+            "FILE.py:function.",
+        ),
+    ] = "clauses",
+    span_column: Annotated[
+        str | None,
+        typer.Option(
+            "--span-column", help="The text column that spans are in. Default: the first.", show_default=False
+        ),
+    ] = None,
     damping: Annotated[
         list[str] | None,
         typer.Option(
@@ -173,6 +189,8 @@ def index(
             sentence_model=sentence_model,
             words_tops=tuple(counts("--words-top", listed(words_top))) or (10,),
             words_precision=words_precision,
+            spans=spans,
+            span_column=0 if span_column is None else _column(span_column, source.text_columns),
             dampings=() if listed(damping) == ["none"] else tuple(listed(damping)) or ("0.1x",),
             rep_refit=rep_refit,
             ann=ann,
@@ -213,6 +231,12 @@ def _if_there(columns: tuple[str, ...] | None, train: str | None) -> list[str] |
     except DataError:
         return None
     return list(columns)
+
+
+def _column(name: str, names: tuple[str, ...]) -> int:
+    if name not in names:
+        raise InputError(f"--span-column {name}: the text columns are {', '.join(names)}.")
+    return names.index(name)
 
 
 def counts(option: str, parts: list[str]) -> list[int]:

@@ -105,8 +105,17 @@ def index_facts(index: Any) -> dict[str, Any]:
             "head",
             *(["sentence"] if "sbert" in spec.stores else []),
             *(["words", "tfidf"] if "words" in spec.stores else []),
+            *(["spans"] if "spans" in spec.stores else []),
         ],
         "words": {"tops": list(spec.words_tops), "precision": spec.words_precision} if spec.words_tops else None,
+        "spans": {
+            "how": spec.spans,
+            "column": spec.text_columns[spec.span_column],
+            "n": len(index.spans().rows),
+            "cut_by_truncation": index.spans().n_cut,
+        }
+        if spec.spans is not None
+        else None,
         "sentence_model": manifest.sentence_model,
         "curvature": manifest.curvature,
         "sketch": {
@@ -149,6 +158,11 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if facts["words"]:
         kept = " and ".join(f"{top} longest gradients a row" if top else "all" for top in facts["words"]["tops"])
         lines.append(("words", f"{kept}, {facts['words']['precision']}"))
+    if facts["spans"]:
+        of = facts["spans"]
+        lines.append(
+            ("spans", f"{of['n']:,} ({of['how']} of {of['column']}); {of['cut_by_truncation']:,} cut by truncation")
+        )
     for scope, solvers in facts["curvature"].items():
         for name in ("exact", "ekfac"):
             if name in solvers:

@@ -74,19 +74,21 @@ def retrieve(
     candidates: Annotated[
         int | None,
         typer.Option(
-            "--candidates", help="Rows at each end that a deeper scope's sketches propose.", show_default=False
+            "--candidates", help="Rows (or stored spans) at each end that sketches propose.", show_default=False
         ),
     ] = None,
     normalise: Annotated[
         bool, typer.Option("--normalise", help="Scores of word methods over sqrt(self x self).")
     ] = False,
     spans: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--spans",
-            help="For if+, if++, tracin+, tracin++: clauses, sentences, words, aspect, or FILE.py:function.",
+            help="For if+, if++, tracin+, tracin++: clauses, sentences, words, aspect, or FILE.py:function. Default: "
+            "those that the index stores, else clauses.",
+            show_default=False,
         ),
-    ] = "clauses",
+    ] = None,
     query_spans: Annotated[
         str | None,
         typer.Option(
@@ -104,7 +106,9 @@ def retrieve(
     span_column: Annotated[
         str | None,
         typer.Option(
-            "--span-column", help="The text column that spans are in. Default: the first.", show_default=False
+            "--span-column",
+            help="The text column that spans are in. Default: the index's, or the first.",
+            show_default=False,
         ),
     ] = None,
     certify: Annotated[
@@ -221,7 +225,7 @@ def _print_answers(table: pa.Table, block: RowBlock) -> None:
     from rich.table import Table
 
     rows = table.to_pylist()
-    extra = {"residual", "proven", "rows_scored", "word_ids", "words", "contributions", "span"}
+    extra = {"residual", "proven", "rows_scored", "word_ids", "words", "contributions", "span", "spans_cut"}
     extra |= {f"{prefix}_{part}" for prefix in ("span", "query_span") for part in ("column", "start", "end")}
     text_names = [n for n in table.column_names[table.column_names.index("prediction") + 1 :] if n not in extra]
     for i in range(len(block)):

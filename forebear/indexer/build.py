@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError, MismatchError, OutputExistsError
-from forebear.indexer.calibrate import QUERIES_AT_ONCE, SAMPLE_ROWS, calibrate_scope
+from forebear.indexer.calibrate import QUERIES_AT_ONCE, SAMPLE_ROWS, calibrate_scope, calibrate_spans
 from forebear.indexer.data import RowSource
 from forebear.indexer.finish import finish, tidy
 from forebear.indexer.index import Index
@@ -133,11 +133,19 @@ def _calibration(
     def calibrate(index: Index) -> dict[str, Any]:
         found = {}
         for scope in index.manifest.spec.sketched_scopes:
-            total = min(SAMPLE_ROWS, index.manifest.n_live) * -(-options.calibration_queries // QUERIES_AT_ONCE)
-            on_rows = counted(progress, f"calibration {scope}", total)
+            by_spans = "spans" in options.stores
+            n_sampled = min(SAMPLE_ROWS, index.manifest.n_live)
+            if by_spans:
+                n_sampled += 2 * min(SAMPLE_ROWS, len(index.live_spans))
+            groups = -(-options.calibration_queries // QUERIES_AT_ONCE)
+            on_rows = counted(progress, f"calibration {scope}", n_sampled * groups)
             found[scope] = calibrate_scope(
                 index, classifier, scope, n_queries=options.calibration_queries, on_rows=on_rows
             )
+            if by_spans:
+                found[scope]["methods"] |= calibrate_spans(
+                    index, classifier, scope, n_queries=options.calibration_queries, on_rows=on_rows
+                )
         return found
 
     return calibrate
@@ -191,6 +199,8 @@ def append_rows(
         dampings=old.spec.dampings,
         sentence_model=old.sentence_model or "minilm",
         words_tops=old.spec.words_tops or BuildOptions.words_tops,
+        spans=old.spec.spans or BuildOptions.spans,
+        span_column=old.spec.span_column,
         precision=old.spec.precision,
         max_length=old.spec.max_length,
         label_mode=old.spec.label_mode,

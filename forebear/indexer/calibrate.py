@@ -12,6 +12,7 @@ rows highest among all.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ from forebear.indexer.estimate import Part, estimate
 from forebear.indexer.gradient_stage import open_sketchers
 from forebear.indexer.gradients import exact_dots, live_sample, whole_gradients
 from forebear.indexer.index import Index
-from forebear.indexer.model import Classifier
+from forebear.indexer.model import Classifier, Encoded, Texts, take_texts
 from forebear.indexer.scopes import scope_blocks
 from forebear.indexer.sketch import gradient_folder, sketch_rows
+from forebear.indexer.spans import mask_spans
 
 SAMPLE_ROWS = 768
 QUERIES_AT_ONCE = 12  # whole gradients held at once, and as many solutions
@@ -59,35 +61,93 @@ def calibrate_scope(
     spec, live = index.manifest.spec, index.live
     queries = live_sample(live, n_queries, spec.seed + 1)
     sample = live_sample(live, SAMPLE_ROWS, spec.seed + 2)
-    parts = _parts(index, classifier, scope, queries)
-    exact = _exact_scores(index, classifier, scope, queries, sample, white="if" in parts, on_rows=on_rows)
-    n_best = max(1, round(TOP * len(sample) / len(live)))
-    others = sample != queries[:, None]
+    asked = _Asked(index.text_lists(queries), index.predictions[queries].astype(np.int64), live == queries[:, None])
+    scored = _Scored(index.text_lists(sample), index.labels[sample].astype(np.int64), sample)
+    parts = _parts(index, classifier, scope, asked, spans=False)
+    exact = _exact_scores(index, classifier, scope, asked, scored, spans=False, on_rows=on_rows)
     methods = {}
-    for name, scores in exact.items():
-        cosine = name in ("gc", "rif")
-        measured = exact["rif" if name in ("if", "rif") else "gc"]
-        methods[name] = _calibrate_method(
-            parts[name], live, sample, queries, np.where(others, scores, np.nan), measured, n_best, cosine=cosine
-        )
+    for kind, (dots, cosines) in exact.items():
+        of_dots, of_cosines = ("gd", "gc") if kind == "plain" else ("if", "rif")
+        for name, scores in ((of_dots, dots), (of_cosines, cosines)):
+            methods[name] = _calibrate_method(
+                parts[kind], live, scored.numbers, asked.own, scores, cosines, cosine=name == of_cosines
+            )
     return {"n_queries": len(queries), "n_rows": len(sample), "methods": methods}
+
+
+def calibrate_spans(
+    index: Index,
+    classifier: Classifier,
+    scope: str,
+    *,
+    n_queries: int,
+    on_rows: Callable[[int], None],
+) -> dict[str, Any]:
+    """The same for spans: ``tracin+`` and ``tracin++`` at the last checkpoint, ``if+`` and ``if++`` likewise.
+
+    Some stored spans are asked about, each row's own excluded: the whole row for the methods with one plus, what the
+    span adds for those with two.
+
+    Returns:
+        By method; shares are of all live spans. None of them without spans.
+    """
+    spec, live, store = index.manifest.spec, index.live_spans, index.spans()
+    if not len(live):
+        return {}
+    queries = live_sample(live, n_queries, spec.seed + 1)
+    sample = live_sample(live, SAMPLE_ROWS, spec.seed + 2)
+    differences, spans_of_sample = (
+        mask_spans(classifier, index.text_lists(store.rows[entries]), store.spans(entries))[0]
+        for entries in (queries, sample)
+    )
+    targets = index.predictions[store.rows[queries]].astype(np.int64)
+    own = store.rows[live] == store.rows[queries][:, None]
+    scored = _Scored(spans_of_sample, index.labels[store.rows[sample]].astype(np.int64), sample)
+    methods = {}
+    for plus, texts in (("+", Encoded(differences.rows)), ("++", differences)):
+        asked = _Asked(texts, targets, own)
+        parts = _parts(index, classifier, scope, asked, spans=True)
+        exact = _exact_scores(index, classifier, scope, asked, scored, spans=True, on_rows=on_rows)
+        for kind, (dots, cosines) in exact.items():
+            methods[("tracin" if kind == "plain" else "if") + plus] = _calibrate_method(
+                parts[kind], live, sample, own, dots, cosines, cosine=False
+            )
+    return methods
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Queries: texts, the class whose loss is explained ``(q,)``, and which live numbers are their own ``(q, n)``."""
+
+    texts: Texts
+    targets: np.ndarray
+    own: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The sample that is scored exactly: texts, gold classes ``(m,)``, and its numbers ``(m,)``, ascending."""
+
+    texts: Texts
+    labels: np.ndarray
+    numbers: np.ndarray
 
 
 def _calibrate_method(
     part: Part,
     live: np.ndarray,
     sample: np.ndarray,
-    queries: np.ndarray,
+    own: np.ndarray,
     scores: np.ndarray,
     cosines: np.ndarray,
-    n_best: int,
     *,
     cosine: bool,
 ) -> dict[str, Any]:
     """The code's weight and the margin under which the sample's best rows stand highest, and where they then stand."""
-    everyone = np.arange(len(queries))
-    x, code = estimate([part], live, cosine=True), part.code_products(everyone, live)
+    n_best = max(1, round(TOP * len(sample) / len(live)))
     at = np.searchsorted(live, sample)
+    scores = np.where(own[:, at], np.nan, scores)
+    x, code = estimate([part], live, cosine=True), part.code_products(np.arange(len(own)), live)
     best: tuple[float, dict[str, Any]] | None = None
     for weight in CODE_WEIGHTS if part.store.codes is not None else (0.0,):
         estimates = x + np.float32(weight) * code
@@ -98,7 +158,7 @@ def _calibrate_method(
                 ranked = sign * estimates + np.float32(share * error)
                 if not cosine:
                     ranked *= part.store.lengths[live]
-                shares.append(_shares(sign * scores, ranked, sample, live, queries, n_best))
+                shares.append(_shares(sign * scores, ranked, at, own, n_best))
             cost = float(np.mean(np.log(np.concatenate(shares)))) + max(
                 float(np.log(np.quantile(some, AIM, method="higher"))) for some in shares
             )
@@ -112,18 +172,18 @@ def _calibrate_method(
     return best[1]
 
 
-def _parts(index: Index, classifier: Classifier, scope: str, queries: np.ndarray) -> dict[str, Part]:
-    """Sketches of the queries under the predicted label beside the stored ones, by method."""
+def _parts(index: Index, classifier: Classifier, scope: str, asked: _Asked, *, spans: bool) -> dict[str, Part]:
+    """Sketches of the queries beside the stored ones: ``plain``, and ``white`` where there is curvature."""
     spec, checkpoint = index.manifest.spec, index.manifest.checkpoints[-1].name
     sketchers = open_sketchers(index.folder, classifier, spec, scope, checkpoint, last=True)
-    texts = index.text_lists(queries)
-    found, _ = sketch_rows(classifier, list(sketchers.values()), texts, None, batch_tokens=spec.batch_tokens)
+    found, _ = sketch_rows(
+        classifier, list(sketchers.values()), asked.texts, asked.targets, batch_tokens=spec.batch_tokens
+    )
     rows = dict(zip(sketchers, found, strict=True))
-    plain = Part(1.0, rows[gradient_folder(scope, checkpoint)], index.gradients(scope))
-    parts = {"gd": plain, "gc": plain}
+    parts = {"plain": Part(1.0, rows[gradient_folder(scope, checkpoint)], index.gradients(scope, spans=spans))}
     if spec.whitened:
-        white = Part(1.0, rows[gradient_folder(scope, checkpoint, 0)], index.gradients(scope, damping=0))
-        parts |= {"if": white, "rif": white}
+        white = index.gradients(scope, damping=0, spans=spans)
+        parts["white"] = Part(1.0, rows[gradient_folder(scope, checkpoint, 0)], white)
     return parts
 
 
@@ -131,50 +191,51 @@ def _exact_scores(
     index: Index,
     classifier: Classifier,
     scope: str,
-    queries: np.ndarray,
-    sample: np.ndarray,
+    asked: _Asked,
+    scored: _Scored,
     *,
-    white: bool,
+    spans: bool,
     on_rows: Callable[[int], None],
-) -> dict[str, np.ndarray]:
-    """Exact scores of the sample for each query, ``(q, m)`` by method."""
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Exact dots and cosines of the sample with each query, ``(q, m)``, by kind as :func:`_parts` has them."""
     spec = index.manifest.spec
     blocks = scope_blocks(classifier.model, classifier.head_name, scope, classifier.name, with_bias=spec.with_bias)
-    texts = index.text_lists(sample)
-    labels = index.labels[sample].astype(np.int64)
-    lengths = {"gd": index.gradients(scope).norms[sample].astype(np.float64)}
-    if white:
+    lengths = {"plain": index.gradients(scope, spans=spans).norms[scored.numbers].astype(np.float64)}
+    if spec.whitened:
         ekfac = index.ekfac(scope).to(classifier.device, classifier.head.weight.dtype)
         damping = index.ekfac_damping(scope)[1]
-        lengths["if"] = index.gradients(scope, damping=0).norms[sample].astype(np.float64)
-    found: dict[str, list[np.ndarray]] = {name: [] for name in ("gd", "gc", *(("if", "rif") if white else ()))}
-    for start in range(0, len(queries), QUERIES_AT_ONCE):
-        chosen = queries[start : start + QUERIES_AT_ONCE]
-        asked = index.text_lists(chosen)
-        g = whole_gradients(classifier, scope, blocks, asked, index.predictions[chosen].astype(np.int64))
-        kinds: dict[str, Vectors] = {"gd": g}
-        if white:
-            kinds["if"] = ekfac.solve(g, damping)
+        lengths["white"] = index.gradients(scope, damping=0, spans=spans).norms[scored.numbers].astype(np.float64)
+    shape = len(asked.targets), len(scored.numbers)
+    found = {kind: (np.empty(shape), np.empty(shape)) for kind in lengths}
+    for start in range(0, len(asked.targets), QUERIES_AT_ONCE):
+        at = np.arange(start, min(start + QUERIES_AT_ONCE, len(asked.targets)))
+        g = whole_gradients(classifier, scope, blocks, take_texts(asked.texts, at), asked.targets[at])
+        kinds: dict[str, Vectors] = {"plain": g}
+        if spec.whitened:
+            kinds["white"] = ekfac.solve(g, damping)
         stacked = {name: torch.cat([v[name] for v in kinds.values()]) for name in g}
-        dots = exact_dots(classifier, scope, stacked, blocks, texts, labels, on_rows=on_rows)
-        for i, (name, vectors) in enumerate(kinds.items()):
-            some = dots[i * len(chosen) : (i + 1) * len(chosen)]
-            below = dot(vectors, g).clamp_min(0).sqrt().cpu().numpy()[:, None] * lengths[name]
-            found[name].append(some)
-            cosines = np.divide(some, below, out=np.zeros_like(some), where=below > 0)
-            found["gc" if name == "gd" else "rif"].append(cosines)
-    return {name: np.concatenate(some) for name, some in found.items()}
+        dots = exact_dots(classifier, scope, stacked, blocks, scored.texts, scored.labels, on_rows=on_rows)
+        for some, (kind, vectors) in zip(np.split(dots, len(kinds)), kinds.items(), strict=True):
+            below = dot(vectors, g).clamp_min(0).sqrt().cpu().numpy()[:, None] * lengths[kind]
+            found[kind][0][at] = some
+            found[kind][1][at] = np.divide(some, below, out=np.zeros_like(some), where=below > 0)
+    return found
 
 
-def _shares(
-    scores: np.ndarray, estimates: np.ndarray, sample: np.ndarray, live: np.ndarray, queries: np.ndarray, n_best: int
-) -> np.ndarray:
-    """For each of the sample's best rows, the share of all live rows whose estimate is at least its own."""
-    estimates = np.where(live == queries[:, None], -np.inf, estimates)
-    at = np.searchsorted(live, sample)
+def _shares(scores: np.ndarray, estimates: np.ndarray, sample: np.ndarray, own: np.ndarray, n_best: int) -> np.ndarray:
+    """For each of the sample's best rows, the share of all live rows whose estimate is at least its own.
+
+    Args:
+        scores: Exact ones of the sample, NaN where excluded, ``(q, m)``.
+        estimates: Of all live rows, ``(q, n)``.
+        sample: Its positions among them.
+        own: Rows that take no part, ``(q, n)``.
+        n_best: Of the sample.
+    """
+    estimates = np.where(own, -np.inf, estimates)
     shares = []
     for q in range(len(scores)):
         ranked = np.argsort(np.where(np.isnan(scores[q]), np.inf, -scores[q]), kind="stable")
-        own = estimates[q, at[ranked[:n_best]]]
-        shares.append((estimates[q] >= own[:, None]).sum(axis=1) / len(live))
+        best = estimates[q, sample[ranked[:n_best]]]
+        shares.append((estimates[q] >= best[:, None]).sum(axis=1) / estimates.shape[1])
     return np.concatenate(shares)

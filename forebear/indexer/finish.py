@@ -27,6 +27,7 @@ from forebear.indexer.gradient_stage import gradient_files
 from forebear.indexer.index import Index
 from forebear.indexer.manifest import JOURNAL_NAME, Manifest
 from forebear.indexer.sketch import gradient_folder
+from forebear.indexer.span_store import SPANS, masked_folder, span_gradients
 from forebear.indexer.store import file_sha256, write_columns
 from forebear.indexer.word_store import merge_runs, runs_folder, words_folder
 
@@ -100,11 +101,16 @@ def _shard_files(manifest: Manifest) -> list[str]:
         kinds.append("sentence")
     if "words" in manifest.spec.stores:
         kinds.append("tokens")
+    if "spans" in manifest.spec.stores:
+        kinds += [SPANS, masked_folder(manifest.checkpoints[-1].name)]
     spec, last = manifest.spec, manifest.checkpoints[-1]
     singles: list[str] = []
     for scope in spec.sketched_scopes:
         kinds += [gradient_folder(scope, c.name) for c in manifest.checkpoints]
-        kinds += [gradient_folder(scope, last.name, i) for i in range(len(spec.dampings) if spec.whitened else 0)]
+        at_last = [None, *(range(len(spec.dampings)) if spec.whitened else ())]
+        kinds += [gradient_folder(scope, last.name, i) for i in at_last[1:]]
+        if "spans" in spec.stores:
+            kinds += [span_gradients(gradient_folder(scope, last.name, i)) for i in at_last]
         for c in manifest.checkpoints:
             singles += gradient_files(spec, scope, c.name, last=c is last)
     return [f"{kind}/{i:05d}.arrow" for kind in kinds for i in range(len(manifest.shards))] + singles

@@ -149,7 +149,7 @@ def refuse_non_finite(name: str, first_row: int, *numbers: np.ndarray) -> None:
     Raises:
         NonFiniteError: The row is named.
     """
-    finite = np.logical_and.reduce([np.isfinite(x).reshape(len(x), -1).all(axis=1) for x in numbers])
+    finite = np.logical_and.reduce([np.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in numbers])
     if not finite.all():
         row = first_row + int(np.argmin(finite))
         raise NonFiniteError(f"{name}: the gradient of row {row} is NaN or infinite. Check the model.")

@@ -22,6 +22,7 @@ from forebear.indexer.estimate import GradientStore, Proposal
 from forebear.indexer.gradient_stage import curvature_name
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
 from forebear.indexer.sketch import MAP_NAME, gradient_folder, read_reduction
+from forebear.indexer.span_store import SPANS, SpanStore, masked_folder, read_spans, span_gradients
 from forebear.indexer.store import MEND, RowMatrix, column, file_sha256, for_each_shard, read_batches
 from forebear.indexer.word_store import PARTS, WordStore, read_word_store, words_folder
 from forebear.indexer.words import offsets
@@ -140,22 +141,46 @@ class Index:
                 f"Build it with --scope head,{scope}."
             )
 
-    def gradients(self, scope: str, checkpoint: int = -1, damping: int | None = None) -> GradientStore:
+    def gradients(
+        self, scope: str, checkpoint: int = -1, damping: int | None = None, *, spans: bool = False
+    ) -> GradientStore:
         """Sketches and exact norms of every row over a sketched scope.
 
         Args:
             scope: Beyond the head.
             checkpoint: The last by default.
             damping: Number of a stored damping: the sketches of gradients whitened with it, at the last checkpoint.
+            spans: Of what every span adds to its row's gradient, at the last checkpoint.
         """
         self.check_scope(scope)
-        return self.gradient_store(gradient_folder(scope, self.manifest.checkpoints[checkpoint].name, damping))
+        kind = gradient_folder(scope, self.manifest.checkpoints[checkpoint].name, damping)
+        return self.gradient_store(kind, spans=spans)
 
-    def gradient_store(self, kind: str) -> GradientStore:
-        """Sketches in the folder of one representation."""
-        key = ("gradients", kind)
+    def spans(self) -> SpanStore:
+        """Every span of every row.
+
+        Raises:
+            MissingStoreError: The index holds none.
+        """
+        if self.manifest.spec.spans is None:
+            raise MissingStoreError(f"{self.folder} holds no spans. Build it with --store features,spans.")
+        key = "span store"
         if key not in self._cache:
-            shards = self._shards(kind)
+            masked = self._shards(masked_folder(self.manifest.checkpoints[-1].name))
+            self._cache[key] = read_spans(self._shards(SPANS), masked)
+        store: SpanStore = self._cache[key]
+        return store
+
+    @cached_property
+    def live_spans(self) -> np.ndarray:
+        """Entries of the span store whose rows take part in answers, ascending."""
+        return self.spans().entries_of(self.live)
+
+    def gradient_store(self, kind: str, *, spans: bool = False) -> GradientStore:
+        """Sketches in the folder of one representation: those of rows, or of what their spans add."""
+        key = ("gradients", kind, spans)
+        if key not in self._cache:
+            shards = self._shards(span_gradients(kind) if spans else kind)
 
             def whole(name: str) -> np.ndarray:
                 return np.concatenate([column(batch, name) for batch in shards])
@@ -165,7 +190,7 @@ class Index:
             self._cache[key] = GradientStore(
                 sketches=RowMatrix([column(batch, "sketch") for batch in shards]),
                 codes=RowMatrix([column(batch, "code") for batch in shards]) if coded else None,
-                code_factors=whole("code_factor") if coded else np.zeros(self.manifest.n_rows, np.float32),
+                code_factors=whole("code_factor") if coded else np.zeros_like(whole("share")),
                 shares=whole("share"),
                 lengths=whole("length"),
                 norms=whole("norm"),

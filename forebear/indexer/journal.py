@@ -19,7 +19,7 @@ from forebear.errors import CorruptIndexError, MismatchError, OutputExistsError
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, IndexSpec, Manifest, canonical_json
 from forebear.indexer.store import TEMPORARY_SUFFIX, write_bytes
 
-SUBFOLDERS = ("rows", "features", "gradients", "sentence", "words", "tokens", "curvature", "ann", "retired")
+SUBFOLDERS = ("rows", "features", "gradients", "sentence", "words", "tokens", "spans", "curvature", "ann", "retired")
 
 
 def check_target(folder: Path, *, resume: bool, force: bool) -> None:

@@ -48,7 +48,7 @@ def digest_of(value: Any) -> str:
 # the same digest now.
 _LATER: dict[str, Any] = {
     "sketch_bits": 0, "white_bits": 0, "sketch_basis": "mixed", "with_bias": False, "curvature": "none",
-    "calibration": {}, "words_tops": (), "words_precision": "fp16",
+    "calibration": {}, "words_tops": (), "words_precision": "fp16", "spans": None, "span_column": 0,
 }  # fmt: skip
 
 
@@ -69,9 +69,11 @@ class IndexSpec:
     text_columns: tuple[str, ...]  # order of encoding
     max_length: int
     precision: str
-    stores: tuple[str, ...]  # "features", "sbert", "words"
+    stores: tuple[str, ...]  # "features", "sbert", "words", "spans"
     words_tops: tuple[int, ...] = ()  # positions kept a row, 0 for all: a word store each
     words_precision: str = "fp16"
+    spans: str | None = None  # how the stored spans were found
+    span_column: int = 0  # the text column that they are in
     scopes: tuple[str, ...]  # "head", which is exact, and those that are sketched: "top-K", "all", "layer:NAME"
     sketch_dim: int  # d, coordinates a row, representation and checkpoint; 0 without a sketched scope
     sketch_bits: int = 0  # length of the code of what the coordinates leave over

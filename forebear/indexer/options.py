@@ -10,9 +10,10 @@ from forebear.indexer.ann import check_factory
 from forebear.indexer.curvature import absolute_damping
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.projector import BASES
+from forebear.indexer.spans import span_finder
 from forebear.indexer.words import PRECISIONS
 
-STORES = ("features", "sbert", "words")
+STORES = ("features", "sbert", "words", "spans")
 DEFAULT_SHARD_ROWS = 4096
 
 Progress = Callable[[str, int, int], None]  # stage, rows done, rows in all
@@ -55,6 +56,8 @@ class BuildOptions:
     sentence_model: str = "minilm"
     words_tops: tuple[int, ...] = (10,)  # positions kept a row; 0: all of them
     words_precision: str = "fp16"
+    spans: str = "clauses"
+    span_column: int = 0
     dampings: tuple[str, ...] = ("0.1x",)  # empty: no curvature
     rep_refit: bool = False
     ann: str | None = None
@@ -70,7 +73,7 @@ class BuildOptions:
         """Refuse what can be refused before anything is loaded."""
         unknown = sorted(set(self.stores) - set(STORES))
         if unknown or "features" not in self.stores:
-            raise InputError(f"--store {','.join(self.stores)}: expected features, and sbert and words as wanted.")
+            raise InputError(f"--store {','.join(self.stores)}: expected features, and sbert, words, spans as wanted.")
         if "head" not in self.scopes or len(set(self.scopes)) != len(self.scopes):
             raise InputError(f"--scope {','.join(self.scopes)}: expected head, and others once each, such as head,all.")
         if not 8 <= self.sketch_dim <= 4096:
@@ -95,4 +98,6 @@ class BuildOptions:
             absolute_damping(given, 1.0)
         if self.batch_tokens < 1 or self.shard_rows < 1:
             raise InputError("--batch-tokens and --shard-rows must be at least 1.")
+        if "spans" in self.stores:
+            span_finder(self.spans, self.span_column)
         check_factory(self.ann)

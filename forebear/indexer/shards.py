@@ -21,6 +21,8 @@ from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.options import BuildOptions, Progress, counted, ignore_warning
 from forebear.indexer.sentence import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.sketch import Sketcher
+from forebear.indexer.span_store import SPANS, write_spans
+from forebear.indexer.spans import find_spans, mask_found, span_finder
 from forebear.indexer.store import write_columns
 from forebear.indexer.word_store import runs_folder, words_folder, write_run
 from forebear.indexer.words import WordGradients, count_tokens
@@ -110,6 +112,9 @@ class ShardWriter:
                     f"{(self.spec.sentence_sha256 or '')[:12]}."
                 )
             self._stage("sentence embeddings", "sentence", partial(self._write_sentences, encoder))
+        if self.spec.spans is not None and not self._is_written(SPANS):
+            sketchers = self._sketchers(last, self.checkpoints[-1])
+            self._stage("spans", SPANS, partial(self._write_spans, last, sketchers, self.spec.spans))
 
     def _paths(self, kind: str) -> list[Path]:
         return [self.folder / kind / f"{self.first_shard + i:05d}.arrow" for i in range(len(self.shards))]
@@ -181,6 +186,26 @@ class ShardWriter:
     ) -> None:
         embedding = encoder.embed(block.texts, batch_tokens=self.spec.batch_tokens, on_rows=on_rows)
         write_columns(path, {"embedding": embedding})
+
+    def _write_spans(
+        self,
+        classifier: Classifier,
+        sketchers: dict[str, Sketcher],
+        how: str,
+        path: Path,
+        block: RowBlock,
+        row: int,
+        on_rows: OnRows,
+    ) -> None:
+        """What every span of a block of rows adds to its gradient; rows are told when their spans are written."""
+        rows = range(row, row + len(block))
+        found = find_spans(span_finder(how, self.spec.span_column), block.texts, block.table, rows, "training row")
+        write_spans(
+            self.folder, path.name, self.checkpoints[-1].name, classifier, sketchers,
+            mask_found(classifier, block.texts, found), _labels_of(block, self.labels),
+            first_row=row, batch_tokens=self.spec.batch_tokens, warn=self.warn,
+        )  # fmt: skip
+        on_rows(len(block))
 
     def _sketchers(self, classifier: Classifier, checkpoint: Checkpoint) -> dict[str, Sketcher]:
         """Sketchers of every scope by the folder of their shards, fitted first if they have not been yet."""

@@ -7,9 +7,11 @@ character; masked, it becomes the tokenizer's mask token and keeps its position 
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -123,7 +125,7 @@ def _given(first: str, last: str, column: int, *, whole_clause: bool) -> Finder:
         for name in (first, last):
             if name not in row:
                 raise InputError(f"--spans: the rows have no column {name!r}; they have {', '.join(row)}.")
-        starts, ends = (np.atleast_1d(row[name]).tolist() for name in (first, last))
+        starts, ends = (_numbers(row[name]) for name in (first, last))
         if len(starts) != len(ends):
             raise DataError(f"{called}: {len(starts)} starts in {first!r}, {len(ends)} ends in {last!r}.")
         spans = [checked_span(texts, column, a, b, called) for a, b in zip(starts, ends, strict=True)]
@@ -133,6 +135,14 @@ def _given(first: str, last: str, column: int, *, whole_clause: bool) -> Finder:
         return list(dict.fromkeys(Span(column, *covering(clauses, s.start, s.end)) for s in spans))
 
     return find
+
+
+def _numbers(value: Any) -> list[Any]:
+    """One number or a list of them; JSON Lines and CSV have lists as text."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = json.loads(value)
+    return list(value) if isinstance(value, list) else [value]
 
 
 def _by_function(path: Path, name: str, column: int) -> Finder:
@@ -248,3 +258,39 @@ def mask_spans(
         masked.append(row | {"input_ids": ids})
     at = np.flatnonzero(kept)
     return Encoded([rows[i] for i in at], [masked[i] for i in at]), kept
+
+
+@dataclass(frozen=True)
+class MaskedSpans:
+    """Spans of rows, by row and then by place, as the model sees them.
+
+    Attributes:
+        owners: Position of each span's row, ``(m,)``.
+        spans: The spans that the model reads, one each.
+        encoded: Their rows and, as ``minus``, the rows with the span masked.
+        cut: Positions of the rows of spans that truncation cuts away altogether; these are left out of the others.
+    """
+
+    owners: np.ndarray
+    spans: list[Span]
+    encoded: Encoded
+    cut: np.ndarray
+
+
+def mask_found(
+    classifier: Classifier, texts: Sequence[Sequence[str]], found: Sequence[list[Span]], *, unknown: bool = False
+) -> MaskedSpans:
+    """Every span of every row masked.
+
+    Args:
+        classifier: See :func:`mask_spans`, also for ``unknown``.
+        texts: One list a text column.
+        found: Spans of each row.
+        unknown: See there.
+    """
+    owners = np.repeat(np.arange(len(found)), [len(spans) for spans in found])
+    spans = [span for of_row in found for span in sorted(of_row)]
+    entries = [[column[i] for i in owners.tolist()] for column in texts]
+    encoded, read = mask_spans(classifier, entries, spans, unknown=unknown)
+    kept = [span for span, is_read in zip(spans, read, strict=True) if is_read]
+    return MaskedSpans(owners[read], kept, encoded, owners[~read])

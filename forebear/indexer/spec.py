@@ -37,7 +37,11 @@ def make_spec(
         )
     sentence = load_sentence_encoder(options.sentence_model, device="cpu").sha256 if "sbert" in options.stores else None
     deep = len(options.scopes) > 1
-    words = "words" in options.stores
+    words, spans = "words" in options.stores, "spans" in options.stores
+    if spans and not 0 <= options.span_column < len(source.text_columns):
+        raise InputError(
+            f"span column {options.span_column}: {source.name} has text columns {', '.join(source.text_columns)}."
+        )
     white = deep and options.curvature == "ekfac" and bool(options.dampings)
     spec = IndexSpec(
         checkpoint_sha256=tuple(c.sha256 for c in listed),
@@ -58,6 +62,8 @@ def make_spec(
         curvature="ekfac" if white else "none",
         words_tops=tuple(sorted(options.words_tops)) if words else (),
         words_precision=options.words_precision if words else "fp16",
+        spans=options.spans if spans else None,
+        span_column=options.span_column if spans else 0,
         sentence_sha256=sentence,
         dampings=options.dampings,
         rep_refit=options.rep_refit,

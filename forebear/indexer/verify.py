@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +14,19 @@ from forebear.indexer.gradient_stage import open_sketchers
 from forebear.indexer.index import Index
 from forebear.indexer.journal import SUBFOLDERS
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
-from forebear.indexer.model import load_classifier
+from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.runs import moved_paths
 from forebear.indexer.sentence import load_sentence_encoder
 from forebear.indexer.shards import check_same_model
 from forebear.indexer.sketch import Sketcher, sketch_rows
+from forebear.indexer.span_store import masked_pass
+from forebear.indexer.spans import mask_spans
 from forebear.indexer.store import file_sha256
 from forebear.indexer.words import WordRows, word_gradients
 
 FLOAT16_ROUNDING = 1e-3  # of stored coordinates, scaled back to length 1
 WORDS_ROUNDING = {"fp16": 1e-3, "int8": 2e-2, "fp32": 0.0}  # of stored word vectors
+Compare = Callable[[np.ndarray, np.ndarray], None]  # stored and found again
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # max|difference| / max|value|: other batches, other threads
 
 
@@ -118,7 +122,7 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
     errors = []
     paths = moved_paths(model, manifest.checkpoints, index.folder)
 
-    def compare(stored: np.ndarray, found: np.ndarray, *, rounding: float = 0.0) -> None:
+    def compare(stored: np.ndarray, found: np.ndarray, rounding: float = 0.0) -> None:
         scale = max(float(np.abs(stored).max()), 1e-30)
         difference = float(np.abs(stored.astype(np.float64) - found).max()) / scale
         errors.append(max(difference - rounding, 0.0) if np.isfinite(difference) else difference)
@@ -154,6 +158,8 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
         residuals, _ = residual_and_loss(forward.logits, gold)
         compare(index.features(number).take(rows), forward.features)
         compare(index.residuals(number).take(rows), residuals)
+        if spec.spans is not None and checkpoint is manifest.checkpoints[-1]:
+            _compare_spans(index, classifier, kinds, rows, compare)
     if "sbert" in spec.stores:
         assert manifest.sentence_model is not None
         encoder = load_sentence_encoder(manifest.sentence_model, device=device)
@@ -161,6 +167,32 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
     if not np.isfinite(errors).all():
         raise CorruptIndexError(f"{index.folder}: stored numbers are NaN or infinite. Build the index again.")
     return max(errors)
+
+
+def _compare_spans(
+    index: Index, classifier: Classifier, sketchers: dict[str, Sketcher], rows: np.ndarray, compare: Compare
+) -> None:
+    """Compare the stored spans of some rows with those spans masked again.
+
+    Raises:
+        CorruptIndexError: The model does not read one of them.
+    """
+    store = index.spans()
+    entries = store.entries_of(rows)
+    if not len(entries):
+        return
+    of = store.rows[entries]
+    encoded, read = mask_spans(classifier, index.text_lists(of), store.spans(entries))
+    if not read.all():
+        raise CorruptIndexError(f"{index.folder}: a stored span of row {of[~read][0]} is not in its text.")
+    gold = index.labels[of].astype(np.int64)
+    features, logits, sketches = masked_pass(classifier, sketchers, encoded, gold, index.manifest.spec.batch_tokens)
+    for kind, found in sketches.items():
+        stored = index.gradient_store(kind, spans=True)
+        compare(stored.norms[entries], found.norms)
+        compare(stored.lengths[entries], found.lengths)
+    compare(store.features.take(entries), features)
+    compare(store.residuals.take(entries), residual_and_loss(logits, gold)[0])
 
 
 def _same_words(stored: WordRows, fresh: WordRows) -> tuple[np.ndarray, np.ndarray]:

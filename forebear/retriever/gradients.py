@@ -164,8 +164,11 @@ class GradientSearch:
         exactly = self.curvature.at(self.scope) == "ekfac"
         return self.index.ekfac_damping(self.scope, self.curvature.damping)[0] if exactly else 0
 
-    def parts(self, methods: Sequence[Method], asked: Asked) -> dict[str, list[Part]]:
-        """Sketches of the test rows beside those of the training rows, for each method; one pass a checkpoint."""
+    def parts(self, methods: Sequence[Method], asked: Asked, *, spans: bool = False) -> dict[str, list[Part]]:
+        """Sketches of the test rows beside those of the training rows, for each method; one pass a checkpoint.
+
+        ``spans``: beside those of all stored spans instead, at the last checkpoint.
+        """
         found: dict[tuple[int, int | None], SketchRows] = {}
         for number in sorted({number for method in methods for number, _ in self.sketched(method)}):
             wanted = sorted({kind for m in methods for kind in self._kinds(m) if kind[0] == number}, key=str)
@@ -184,11 +187,13 @@ class GradientSearch:
             if self._from_solutions(method):
                 solved = {name: v.float() for name, v in self.solutions_of(asked)[0].items()}
                 sketched = self.sketcher(self.last, None).of_matrix(solved, self.models.classifier().device)
-                out[method.name] = [Part(1.0, sketched, self.index.gradients(self.scope))]
+                out[method.name] = [Part(1.0, sketched, self.index.gradients(self.scope, spans=spans))]
                 continue
             weights = dict(self.sketched(method))
             out[method.name] = [
-                Part(weights[number], found[number, white], self.index.gradients(self.scope, number, white))
+                Part(
+                    weights[number], found[number, white], self.index.gradients(self.scope, number, white, spans=spans)
+                )
                 for number, white in self._kinds(method)
             ]
         return out

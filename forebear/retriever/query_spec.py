@@ -10,7 +10,7 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.indexer.manifest import canonical_json
-from forebear.indexer.spans import GIVEN, span_finder
+from forebear.indexer.spans import span_finder
 from forebear.retriever.curvature import CurvatureSpec
 from forebear.retriever.methods import Method, pick_methods
 
@@ -36,11 +36,12 @@ class QuerySpec:
             the index's calibration.
         candidates: That number itself: rows at each end that the sketches propose and the model scores exactly.
         normalise: Divide the scores of word methods by sqrt(self x self).
-        spans: For methods by spans: how they are found in training rows, from their texts; see
-            :func:`~forebear.indexer.spans.span_finder`.
+        spans: For methods by spans: how they are found in training rows; see
+            :func:`~forebear.indexer.spans.span_finder`. None: as the index stores them, else ``clauses``. Spans that
+            the index does not store are found in the rows' texts alone.
         query_spans: How they are found in test rows; None: likewise.
         word: For ``saliency-if``: the word of the test rows whose saliency is explained; None: each row's most salient.
-        span_column: The text column that they are in, by number.
+        span_column: The text column that they are in, by number; None: that of the stored spans, else the first.
         certify: Prove each top k at a deeper scope, scoring as many rows as it takes.
         curvature: For ``if`` and ``rif``; see :class:`CurvatureSpec` for this and the next four.
         damping: See there.
@@ -57,10 +58,10 @@ class QuerySpec:
     recall: float = RECALL
     candidates: int | None = None
     normalise: bool = False
-    spans: str = "clauses"
+    spans: str | None = None
     query_spans: str | None = None
     word: str | None = None
-    span_column: int = 0
+    span_column: int | None = None
     certify: bool = False
     curvature: str | None = None
     damping: str | None = None
@@ -97,13 +98,9 @@ class QuerySpec:
         if self.certify and self.exact != "rerank":
             raise InputError(f"--certify proves what --exact rerank finds; it has no meaning with {self.exact}.")
         self.solver.check()
-        for how in (self.spans, self.query_spans or self.spans):
-            span_finder(how, self.span_column)
-        if self.spans.split(":")[0] in GIVEN:
-            raise InputError(
-                f"--spans {self.spans}: the index holds the texts of training rows, not their other columns. Give it "
-                "for test rows by --query-spans, and find those of training rows otherwise."
-            )
+        for how in (self.spans, self.query_spans):
+            if how is not None:
+                span_finder(how, self.span_column or 0)
         methods = pick_methods(self.methods)
         for method in methods:
             if method.by_model and (self.exact == "none" or self.certify):

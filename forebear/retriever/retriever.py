@@ -17,7 +17,7 @@ from forebear.indexer.forward import Forward
 from forebear.indexer.index import Index
 from forebear.indexer.labels import LabelMap, label_map
 from forebear.indexer.model import Classifier, Encoded, Texts
-from forebear.indexer.spans import span_finder
+from forebear.indexer.spans import GIVEN, span_finder
 from forebear.retriever.certify import certify, check_certifiable
 from forebear.retriever.curvature import CurvatureSpec
 from forebear.retriever.gradients import Asked as DeepAsked
@@ -119,6 +119,7 @@ class Retriever:
 
     def answers(self, source: RowSource, spec: QuerySpec, *, block_rows: int = QUERY_BLOCK_ROWS) -> Iterator[Answers]:
         """Stream answers, ``block_rows`` queries at a time, in bounded memory."""
+        spec = self.settled(spec)
         methods = spec.check()
         self.check_stores(methods, spec)
         self.check_texts(source)
@@ -151,6 +152,7 @@ class Retriever:
             forward: The last checkpoint's pass over them, if already run.
             table: The rows with all their columns, where spans are given by columns.
         """
+        spec = self.settled(spec)
         methods = spec.check()
         n_checkpoints = len(self.index.manifest.checkpoints)
         asked = ask(self._models, methods, texts, labels, spec.target, n_checkpoints, first_row=start, forward=forward)
@@ -164,8 +166,9 @@ class Retriever:
                 found[method.name] = self._tfidf.search(texts, asked, top, normalise=spec.normalise)
         by_spans = [m for m in methods if m.by_model]
         if by_spans:  # none of them fixes its scope
-            finders = [span_finder(how, spec.span_column) for how in (spec.spans, spec.query_spans or spec.spans)]
-            search = SpanSearch(self._gradient_search(spec.scope, spec), *finders)
+            assert spec.spans is not None
+            finders = [span_finder(how, spec.span_column or 0) for how in (spec.spans, spec.query_spans or spec.spans)]
+            search = SpanSearch(self._gradient_search(spec.scope, spec), *finders, stored=self._stores_spans(spec))
             found |= search.search(
                 by_spans, texts, table, asked, spec.top if all(m.spans for m in methods) else top,
                 full=spec.exact == "full",
@@ -212,14 +215,34 @@ class Retriever:
             found = {m.name: certify(search, m, asked, found[m.name], max_rows=n_live) for m in methods}
         return found
 
+    def settled(self, spec: QuerySpec) -> QuerySpec:
+        """The question with what it leaves to the index: which spans, and in which text column."""
+        stored = self.index.manifest.spec
+        how = spec.spans or stored.spans or "clauses"
+        column = stored.span_column if how == stored.spans else 0
+        return replace(spec, spans=how, span_column=column if spec.span_column is None else spec.span_column)
+
+    def _stores_spans(self, spec: QuerySpec) -> bool:
+        """Whether the index holds the spans that a settled question is about."""
+        stored = self.index.manifest.spec
+        return stored.spans is not None and (spec.spans, spec.span_column) == (stored.spans, stored.span_column)
+
+    def _searched(self, method: Method, spec: QuerySpec) -> tuple[str, int]:
+        """The method whose calibration says how many candidates it takes, and the number of what is searched."""
+        if method.spans is not None and not method.saliency and self._stores_spans(spec):
+            return method.name, len(self.index.live_spans)
+        return method.calibrated_as, self.index.manifest.n_live
+
     def n_candidates(self, scope: str, method: Method, spec: QuerySpec) -> int:
-        """Rows at each end that are scored exactly for a method at a scope beyond the head."""
+        """Rows, or stored spans, at each end that are scored exactly for a method at a scope beyond the head."""
         if spec.candidates is not None:
             return spec.candidates
-        found = self.index.calibrated(scope, method.calibrated_as)
+        spec = self.settled(spec)
+        name, total = self._searched(method, spec)
+        found = self.index.calibrated(scope, name)
         if found is None:
             return max(spec.top, DEFAULT_CANDIDATES)
-        return max(spec.top, candidates_for(found["candidates"], spec.recall, self.index.manifest.n_live))
+        return max(spec.top, candidates_for(found["candidates"], spec.recall, total))
 
     def scores(
         self,
@@ -234,7 +257,7 @@ class Retriever:
 
         For small sets, and as the yardstick: memory is q x n x 8 bytes.
         """
-        spec = QuerySpec(methods=(method,), target=target, exact="full", scope=scope, **choices)
+        spec = self.settled(QuerySpec(methods=(method,), target=target, exact="full", scope=scope, **choices))
         (chosen,) = spec.check()
         self.check_stores((chosen,), spec)
         source = queries if isinstance(queries, RowSource) else rows_from_texts(queries)
@@ -310,10 +333,17 @@ class Retriever:
             if method.by_words:
                 self.index.check_words(self._words.top_of(method) if method.representation == "words" else None)
         self.index.check_scope(spec.scope)
+        spec = self.settled(spec)
         names = self.index.manifest.spec.text_columns
-        if not 0 <= spec.span_column < len(names):
+        column = spec.span_column or 0
+        if not 0 <= column < len(names):
+            raise InputError(f"span column {column}: {self.index.folder} has text columns {', '.join(names)}.")
+        given = (spec.spans or "").split(":")[0] in GIVEN
+        if given and not self._stores_spans(spec) and any(m.spans and not m.saliency for m in methods):
             raise InputError(
-                f"span column {spec.span_column}: {self.index.folder} has text columns {', '.join(names)}."
+                f"--spans {spec.spans}: {self.index.folder} holds the texts of training rows, not their other columns. "
+                f"Build it with --store features,spans --spans {spec.spans}, or give it for test rows by --query-spans "
+                "and find those of training rows otherwise."
             )
         for method in methods:
             scope = spec.scope_of(method)
@@ -364,6 +394,7 @@ class Retriever:
 
     def metadata(self, spec: QuerySpec) -> dict[str, str]:
         """Provenance of an answer, for the Parquet schema's metadata, under the key ``forebear``."""
+        spec = self.settled(spec)
         methods = spec.check()
         facts: dict[str, Any] = {
             "index": str(self.index.folder),
@@ -390,9 +421,17 @@ class Retriever:
             elif method.spans:
                 facts = {"spans": spec.spans, "query_spans": spec.query_spans or spec.spans}
                 facts["span_column"] = spec.span_column
-            n = self.n_candidates(spec.scope_of(method), method, spec)
-            full = spec.exact == "full"
-            return facts | {"recall": 1.0 if full else None, "candidates": None if full else n}
+                facts["stored_spans"] = self._stores_spans(spec)
+            scope = spec.scope_of(method)
+            if spec.exact == "full":
+                return facts | {"recall": 1.0, "candidates": None}
+            name, total = self._searched(method, spec)
+            if name == method.name and scope == "head" and not method.variants:  # all stored spans are scored
+                return facts | {"recall": 1.0, "candidates": None}
+            n = self.n_candidates(scope, method, spec)
+            calibrated = self.index.calibrated(scope, name) if name == method.name else None
+            recall = None if calibrated is None else recall_of(calibrated["candidates"], n, total)
+            return facts | {"recall": recall, "candidates": n}
         if method.by_words:
             exact = method.representation == "tfidf" or spec.exact != "none"
             return {"recall": 1.0 if exact else None, "normalise": spec.normalise}

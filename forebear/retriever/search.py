@@ -31,8 +31,8 @@ from forebear.retriever.scoring import Query, dots, exact_scores, rank
 
 _PRODUCT_QUERIES = 64  # queries whose candidates are multiplied together
 _PRODUCT_ROUNDING = 1e-12  # of a float64 product, relative to the largest, with a wide margin
-_SPARE = 8  # candidates beyond k that are scored pair by pair
-_MAX_SCORES = 1 << 26  # entries of a (queries, rows) block held at once
+SPARE = 8  # candidates beyond k that are scored pair by pair
+MAX_SCORES = 1 << 26  # entries of a (queries, rows) block held at once
 _MAX_CANDIDATE_NUMBERS = 1 << 25  # entries of a (queries, candidates, width) block held at once
 
 
@@ -94,6 +94,7 @@ class Ranking:
         proven: Whether no row left out can be among them, ``(q,)``, where that was asked for; else None.
         spans: The span of each row that is meant, ``q`` lists of ``k``, where spans are ranked; else None.
         query_spans: The span of each test row that is meant, where one is; else None.
+        n_cut: Spans of what was searched that truncation cuts away, which are left out; None without spans.
         words: Contributions of shared words, ``q`` lists of ``k``, where scores are sums over words; else None.
     """
 
@@ -106,6 +107,7 @@ class Ranking:
     words: list[Words] | None = None
     spans: list[list[Span]] | None = None
     query_spans: list[Span] | None = None
+    n_cut: int | None = None
 
 
 # Candidates of queries `which`, `width` of each: row numbers (q, width) and, where the search bounds it, the largest
@@ -129,7 +131,7 @@ def settle(
         for chunk in _chunks(pending, max(1, _MAX_CANDIDATE_NUMBERS // (width * dim))):
             part = query.take(chunk)
             listed, ceiling = candidates(chunk, width)
-            listed, ceiling = _narrow(part, factors, listed, ceiling, k + _SPARE, largest=largest)
+            listed, ceiling = _narrow(part, factors, listed, ceiling, k + SPARE, largest=largest)
             rows[chunk], scores[chunk] = rank(factors.scores(part, listed), listed, k, largest=largest)
             n_scored[chunk] = width
             worst = scores[chunk, -1] if largest else -scores[chunk, -1]
@@ -164,7 +166,7 @@ def search_all(query: Query, factors: RowFactors, k: int, *, largest: bool) -> R
     rows = np.empty((len(query), k), np.int64)
     scores = np.empty((len(query), k))
     n_live = len(factors.live)
-    for chunk in _chunks(np.arange(len(query)), max(1, _MAX_SCORES // (2 * n_live))):
+    for chunk in _chunks(np.arange(len(query)), max(1, MAX_SCORES // (2 * n_live))):
         products = factors.all_products(query.take(chunk))
         products = products if largest else -products
         edges = np.partition(products, n_live - k, axis=1)[:, n_live - k]
@@ -187,7 +189,7 @@ def search_scan(
 
     Without ``rerank`` the float32 scores of the scan are returned as they are.
     """
-    chunks = _chunks(np.arange(len(query)), max(1, _MAX_SCORES // len(table)))
+    chunks = _chunks(np.arange(len(query)), max(1, MAX_SCORES // len(table)))
     outcome = [_scan_chunk(query.take(which), table, factors, k, rerank=rerank) for which in chunks]
     return join([a for a, _ in outcome]), join([b for _, b in outcome])
 

@@ -2,7 +2,8 @@
 
 What a span adds to a row's gradient is g - g', g' being the gradient with the span masked. It has factors like any
 other gradient (both rows' tokens side by side), so the dot of a query's vector with it comes from the same pass.
-Rows are proposed as for ``if`` and ``gd``; all spans of these rows are then scored exactly.
+Where the index stores spans, these are searched: at the head exactly, from stored factors; beyond it by sketches, with
+the model's scores for the candidates. Elsewhere rows are proposed as for ``if`` and ``gd``, and all their spans scored.
 
 Influence on saliency asks with -d s / d theta of a word's saliency instead of a loss gradient. What a word of a row
 that it finds contributes is a span with [UNK] for a mask.
@@ -25,13 +26,13 @@ from forebear.indexer.estimate import propose
 from forebear.indexer.forward import residual_and_loss, run_forward
 from forebear.indexer.index import Index
 from forebear.indexer.model import Classifier, Encoded, Texts
-from forebear.indexer.spans import Finder, Span, find_spans, mask_spans, span_finder
+from forebear.indexer.spans import Finder, Span, find_spans, mask_found, mask_spans, span_finder
 from forebear.retriever.gradients import Asked, GradientSearch
 from forebear.retriever.methods import METHODS, Method
 from forebear.retriever.queries import Asked as AskedModels
 from forebear.retriever.saliency_gradients import saliency_gradients, salient_words
 from forebear.retriever.scoring import Query, Term
-from forebear.retriever.search import Ranking, RowFactors, search_scan
+from forebear.retriever.search import MAX_SCORES, SPARE, Ranking, RowFactors, search_scan
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class SpanRows:
         spans: The spans, by row and then by place.
         encoded: Rows and their masked versions.
         gold: Labels of the rows, ``(m,)`` int64.
+        n_cut: Spans that truncation cut away, which are left out.
     """
 
     rows: np.ndarray
     spans: list[Span]
     encoded: Encoded
     gold: np.ndarray
+    n_cut: int
 
     def texts(self, at: np.ndarray) -> Texts:
         """See :class:`~forebear.retriever.gradients.Rows`."""
@@ -65,21 +68,20 @@ def span_rows(
     """All spans of some training rows (ascending); ``unknown``: masked by [UNK]."""
     texts = index.text_lists(rows)
     table = pa.table(dict(zip(index.manifest.spec.text_columns, texts, strict=True)))
-    found = find_spans(find, texts, table, rows.tolist(), "training row")
-    owners, spans, encoded = _masked(classifier, texts, found, unknown=unknown)
-    of = rows[owners]
-    return SpanRows(of, spans, encoded, index.labels[of].astype(np.int64))
+    found = mask_found(
+        classifier, texts, find_spans(find, texts, table, rows.tolist(), "training row"), unknown=unknown
+    )
+    of = rows[found.owners]
+    return SpanRows(of, found.spans, found.encoded, index.labels[of].astype(np.int64), len(found.cut))
 
 
-def _masked(
-    classifier: Classifier, texts: Sequence[Sequence[str]], found: list[list[Span]], *, unknown: bool = False
-) -> tuple[np.ndarray, list[Span], Encoded]:
-    """The spans that the model reads, by row and then by place: positions of their rows, spans, masked versions."""
-    owners = np.repeat(np.arange(len(found)), [len(spans) for spans in found])
-    spans = [span for of_row in found for span in sorted(of_row)]
-    entries = [[column[i] for i in owners.tolist()] for column in texts]
-    encoded, kept = mask_spans(classifier, entries, spans, unknown=unknown)
-    return owners[kept], [span for span, is_read in zip(spans, kept, strict=True) if is_read], encoded
+def stored_span_rows(index: Index, classifier: Classifier, entries: np.ndarray) -> SpanRows:
+    """Some entries of the index's span store."""
+    store = index.spans()
+    rows, spans = store.rows[entries], store.spans(entries)
+    encoded, read = mask_spans(classifier, index.text_lists(rows), spans)
+    assert read.all()
+    return SpanRows(rows, spans, encoded, index.labels[rows].astype(np.int64), store.n_cut)
 
 
 def query_spans(
@@ -109,7 +111,8 @@ def query_spans(
         InputError: A row has no span, or none that the model reads.
     """
     found = find_spans(find, texts, table, range(first_row, first_row + len(texts[0])), "test row")
-    owners, spans, encoded = _masked(classifier, texts, found)
+    read = mask_found(classifier, texts, found)
+    owners, spans, encoded = read.owners, read.spans, read.encoded
     missing = np.setdiff1d(np.arange(len(found)), owners)
     if len(missing):
         raise InputError(
@@ -128,15 +131,16 @@ def query_spans(
 class SpanSearch:
     """Ranks spans of training rows, or rows summed over variants of the model."""
 
-    def __init__(self, search: GradientSearch, find: Finder, find_in_queries: Finder) -> None:
+    def __init__(self, search: GradientSearch, find: Finder, find_in_queries: Finder, *, stored: bool) -> None:
         """Prepare.
 
         Args:
             search: Of the scope and curvature that the question asks for.
             find: Finds the spans of a training row, from its texts.
             find_in_queries: Finds those of a test row.
+            stored: Whether the index's store of spans holds what ``find`` finds.
         """
-        self._search, self._find, self._find_in_queries = search, find, find_in_queries
+        self._search, self._find, self._find_in_queries, self._stored = search, find, find_in_queries, stored
 
     def search(
         self,
@@ -159,15 +163,15 @@ class SpanSearch:
             table: The same rows with all their columns.
             asked: What the models say of them.
             k: Results at each end.
-            full: Score every row, instead of candidates.
-            n_candidates: Rows at each end that are proposed, by method name.
+            full: Score every row by the model, instead of candidates.
+            n_candidates: Rows at each end that are proposed, by method name; spans, where they are stored.
             word: Whose saliency is meant; None: that of the most salient word of each test row.
             first_row: Number of the first test row, for messages.
 
         Raises:
             InputError: A test row has no span, or the candidates have fewer than ``k`` spans.
         """
-        search = self._search
+        search, index = self._search, self._search.index
         plain = Asked([list(column) for column in texts], asked.targets)
         own: list[Span] | None = None
         different = plain
@@ -191,73 +195,153 @@ class SpanSearch:
                 mine, owned = of_saliency, salient
             else:
                 mine, owned = (different, own) if method.spans == "both" else (plain, None)
-            live = search.index.live
+            by_entries = self._stored and method.spans is not None and not method.saliency
+            live = index.live_spans if by_entries else index.live
+            width = min(len(live), n_candidates[method.name])
             if full:
-                rows = np.broadcast_to(live, (len(asked.targets), len(live)))
+                numbers = np.broadcast_to(live, (len(asked.targets), len(live)))
+            elif by_entries and search.scope == "head" and not method.variants:
+                out[method.name] = self._rank_stored(method, mine, k, owned)
+                continue
             else:
-                rows = self._propose(method, mine, min(len(live), n_candidates[method.name]))
+                numbers = self._propose(method, mine, width, by_entries=by_entries)
             if method.saliency and method.spans:  # the words of the rows that saliency-if finds
-                found = self._rank(METHODS["saliency-if"], mine, rows, min(k, len(live)), owned)
-                rows = np.concatenate([end.rows for end in found], axis=1)
-            out[method.name] = self._rank(method, mine, rows, k, owned)
+                found = self._rank(METHODS["saliency-if"], mine, numbers, min(k, len(live)), owned)
+                numbers = np.concatenate([end.rows for end in found], axis=1)
+            out[method.name] = self._rank(method, mine, numbers, k, owned, by_entries=by_entries)
         return out
 
-    def _propose(self, method: Method, asked: Asked, width: int) -> np.ndarray:
-        """Training rows whose whole gradients score highest and lowest, ``(q, 2 width)``, each once or twice."""
+    def _propose(self, method: Method, asked: Asked, width: int, *, by_entries: bool) -> np.ndarray:
+        """Candidates, ``(q, 2 width)``, each once or twice: rows whose whole gradients score highest and lowest.
+
+        Entries of the span store, if ``by_entries``.
+        """
         search = self._search
         base = METHODS["if" if method.query == "preconditioned" else "gd"]
         if search.scope != "head":
-            how = search.index.proposal(search.scope, base.name, cosine=False)
-            ends = propose(search.parts([base], asked)[base.name], search.index.live, width, how)
+            live = search.index.live_spans if by_entries else search.index.live
+            how = search.index.proposal(search.scope, method.name if by_entries else base.name, cosine=False)
+            ends = propose(search.parts([base], asked, spans=by_entries)[base.name], live, width, how)
             return np.concatenate([rows for rows, _ in ends], axis=1)
-        g = search.gradients_of(search.last, asked)
-        if method.query == "preconditioned":
-            g = search.solutions_of(asked)[0]
-        (whole,) = g.values()
-        reduced = np.einsum("ac,qch->qah", class_basis(whole.shape[1]), whole.double().cpu().numpy())
-        index = search.index
-        query = Query(base, (Term(1.0, None, matrix=reduced),), np.ones(len(reduced)))
-        factors = RowFactors((index.features(),), (index.residuals(),), index.live)
-        ends_at_head = search_scan(query, index.scan_table("head"), factors, width, rerank=False)
+        if by_entries:
+            return np.concatenate([entries for entries, _ in stored_ends(search, method, asked, width)], axis=1)
+        factors = RowFactors((search.index.features(),), (search.index.residuals(),), search.index.live)
+        query = head_query(search, method, asked)
+        ends_at_head = search_scan(query, search.index.scan_table("head"), factors, width, rerank=False)
         return np.concatenate([end.rows for end in ends_at_head], axis=1)
 
     def _rank(
-        self, method: Method, asked: Asked, rows: np.ndarray, k: int, own: list[Span] | None
+        self,
+        method: Method,
+        asked: Asked,
+        numbers: np.ndarray,
+        k: int,
+        own: list[Span] | None,
+        *,
+        by_entries: bool = False,
     ) -> tuple[Ranking, Ranking]:
+        """Rank candidates ``(q, m)`` by the model: rows, all spans of rows, or entries of the span store."""
         search = self._search
-        distinct = np.unique(rows)
-        if method.spans is None:
-            numbers, owners, spans = distinct, distinct, None
-        else:
-            find = span_finder("words") if method.saliency else self._find
-            entries = span_rows(search.index, search.models.classifier(), distinct, find, unknown=method.saliency)
-            numbers, owners, spans = np.arange(len(entries.rows)), entries.rows, entries.spans
+        distinct = np.unique(numbers)
+        entries: SpanRows | None = None
+        if method.spans is not None:
+            classifier = search.models.classifier()
+            if by_entries:
+                entries = stored_span_rows(search.index, classifier, distinct)
+            else:
+                find = span_finder("words") if method.saliency else self._find
+                entries = span_rows(search.index, classifier, distinct, find, unknown=method.saliency)
             search = search.over(entries)
-        if not len(numbers):
-            raise InputError(f"{method.name}: the candidate rows have no span. Find spans otherwise (--spans).")
-        scores, residuals = search.score([method], asked, {method.name: numbers})
-        q = len(asked.targets)
+        # What is scored for each query: positions among the entries, or row numbers.
+        listed = [np.unique(mine) for mine in numbers]
+        if by_entries:
+            listed = [np.searchsorted(distinct, mine) for mine in listed]
+        elif entries is not None:
+            listed = [np.flatnonzero(np.isin(entries.rows, mine)) for mine in listed]
+        fewest, most = min(map(len, listed)), max(map(len, listed))
+        _refuse_too_few(method, fewest, k)
+        padded = np.stack([np.pad(mine, (0, most - len(mine)), mode="edge") for mine in listed])
+        scores, residuals = search.score([method], asked, {method.name: padded})
         ends: list[Ranking] = []
         for largest in (True, False):
-            found_rows, found_scores = np.empty((q, k), np.int64), np.empty((q, k))
-            found_spans: list[list[Span]] = []
-            n_scored = np.zeros(q, np.int64)
-            for i in range(q):
-                at = np.flatnonzero(np.isin(owners, rows[i]))
-                if len(at) < k:
-                    raise InputError(
-                        f"{method.name}: the candidate rows have {len(at)} span(s), --top asks for {k}. Give a smaller "
-                        "--top, or more --candidates."
-                    )
-                values = scores[method.name][i, at]
-                order = at[np.lexsort((at, -values if largest else values))[:k]]
-                found_rows[i], found_scores[i] = owners[order], scores[method.name][i, order]
-                found_spans.append([] if spans is None else [spans[j] for j in order])
-                n_scored[i] = len(at)
+            found, found_scores = np.empty((len(listed), k), np.int64), np.empty((len(listed), k))
+            for i, mine in enumerate(listed):
+                values = scores[method.name][i, : len(mine)]
+                order = np.lexsort((mine, -values if largest else values))[:k]
+                found[i], found_scores[i] = mine[order], values[order]
             ends.append(
                 Ranking(
-                    found_rows, found_scores, True, n_scored, residual=residuals.get(method.name),
-                    spans=None if spans is None else found_spans, query_spans=own,
+                    found if entries is None else entries.rows[found], found_scores, True,
+                    np.array([len(mine) for mine in listed]), residual=residuals.get(method.name),
+                    spans=None if entries is None else [[entries.spans[j] for j in mine] for mine in found],
+                    query_spans=own, n_cut=None if entries is None else entries.n_cut,
                 )
             )  # fmt: skip
         return ends[0], ends[1]
+
+    def _rank_stored(self, method: Method, asked: Asked, k: int, own: list[Span] | None) -> tuple[Ranking, Ranking]:
+        """Rank all stored spans at the head, without the model."""
+        search, store = self._search, self._search.index.spans()
+        n_live = len(search.index.live_spans)
+        _refuse_too_few(method, n_live, k)
+        residual = search.solutions_of(asked)[1] if method.query == "preconditioned" else None
+        ends = [
+            Ranking(
+                store.rows[entries], scores, True, np.full(len(entries), n_live), residual=residual,
+                spans=[store.spans(mine) for mine in entries], query_spans=own, n_cut=store.n_cut,
+            )
+            for entries, scores in stored_ends(search, method, asked, k)
+        ]  # fmt: skip
+        return ends[0], ends[1]
+
+
+def _refuse_too_few(method: Method, n_found: int, k: int) -> None:
+    if not n_found:
+        raise InputError(f"{method.name}: the candidate rows have no span. Find spans otherwise (--spans).")
+    if n_found < k:
+        raise InputError(
+            f"{method.name}: the candidate rows have {n_found} span(s), --top asks for {k}. Give a smaller --top, or "
+            "more --candidates."
+        )
+
+
+def head_query(search: GradientSearch, method: Method, asked: Asked) -> Query:
+    """What is asked at the head of the last checkpoint, in the class directions of :func:`class_basis`."""
+    g = search.gradients_of(search.last, asked)
+    if method.query == "preconditioned":
+        g = search.solutions_of(asked)[0]
+    (whole,) = g.values()
+    reduced = np.einsum("ac,qch->qah", class_basis(whole.shape[1]), whole.double().cpu().numpy())
+    return Query(METHODS["gd"], (Term(1.0, None, matrix=reduced),), np.ones(len(reduced)))
+
+
+def stored_ends(
+    search: GradientSearch, method: Method, asked: Asked, k: int
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Both ends of all live stored spans at the head of the last checkpoint, from stored factors.
+
+    <V, g_n - g_n(-ij)> is <V, r_n f_n^T> less that of the masked row, both in float64.
+
+    Returns:
+        (entries, scores) of proponents, best first, and of opponents, ``(q, k)`` each.
+    """
+    index, store, live = search.index, search.index.spans(), search.index.live_spans
+    query = head_query(search, method, asked)
+    whole = RowFactors((index.features(),), (index.residuals(),), np.unique(store.rows[live]))
+    masked = RowFactors((store.features,), (store.residuals,), live)
+    owner = np.searchsorted(whole.live, store.rows[live])
+    q, width = len(query), min(k + SPARE, len(live))
+    ends = [(np.empty((q, k), np.int64), np.empty((q, k))) for _ in range(2)]
+    size = max(1, MAX_SCORES // len(live))
+    for start in range(0, q, size):
+        at = np.arange(start, min(start + size, q))
+        some = query.take(at)
+        fast = whole.all_products(some)[:, owner] - masked.all_products(some)
+        for (entries, scores), sign in zip(ends, (-1.0, 1.0), strict=True):
+            best = np.sort(np.argpartition(sign * fast, width - 1, axis=1)[:, :width], axis=1)
+            # Pair by pair: the same spans get the same scores, and ties go to the first.
+            exact = whole.scores(some, store.rows[live[best]]) - masked.scores(some, live[best])
+            order = np.argsort(sign * exact, axis=1, kind="stable")[:, :k]
+            entries[at] = live[np.take_along_axis(best, order, axis=1)]
+            scores[at] = np.take_along_axis(exact, order, axis=1)
+    return ends[0], ends[1]

@@ -1,0 +1,149 @@
+"""The store of spans: what each span of each training row adds to its gradient, one entry a span.
+
+    spans/00000.arrow                        row, text column, start and end of a shard's spans
+    spans/<checkpoint>/00000.arrow           feature and p - y of the row with the span masked
+    gradients/<scope>/<checkpoint>/spans/    sketches of g - g', like those of rows beside it; whitened likewise
+
+At the last checkpoint alone: the variants that ``tracin+`` and ``tracin++`` sum over are one small step away from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from forebear.errors import NonFiniteError
+from forebear.indexer.forward import residual_and_loss, run_forward
+from forebear.indexer.gradient_pass import MemoryWarning
+from forebear.indexer.model import Classifier, Encoded
+from forebear.indexer.sketch import Sketcher, SketchRows, sketch_rows
+from forebear.indexer.spans import MaskedSpans, Span
+from forebear.indexer.store import RowMatrix, column, record_batch, write_columns, write_table
+
+SPANS = "spans"
+_CUT = b"cut"
+
+
+def masked_folder(checkpoint: str) -> str:
+    """Where features and residuals of masked rows are kept."""
+    return f"{SPANS}/{checkpoint}"
+
+
+def span_gradients(kind: str) -> str:
+    """Where the sketches of spans are kept, beside those of whole rows in ``kind``."""
+    return f"{kind}/{SPANS}"
+
+
+@dataclass(frozen=True)
+class SpanStore:
+    """Every stored span, in the order of rows and places.
+
+    Attributes:
+        rows: Training row of each entry, ascending, ``(e,)`` int64.
+        columns: Text column of each.
+        starts: First character.
+        ends: One past the last.
+        features: f of the row with the span masked, ``(e, h)`` float32.
+        residuals: p - y of it, ``(e, c)`` float32.
+        n_cut: Spans that truncation cuts away, which have no entry.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    features: RowMatrix
+    residuals: RowMatrix
+    n_cut: int
+
+    def spans(self, entries: np.ndarray) -> list[Span]:
+        """Some of them."""
+        parts = (values[entries].tolist() for values in (self.columns, self.starts, self.ends))
+        return [Span(*ends) for ends in zip(*parts, strict=True)]
+
+    def entries_of(self, rows: np.ndarray) -> np.ndarray:
+        """Entries of some training rows, ascending."""
+        return np.flatnonzero(np.isin(self.rows, rows))
+
+
+def write_spans(
+    folder: Path,
+    name: str,
+    checkpoint: str,
+    classifier: Classifier,
+    sketchers: dict[str, Sketcher],
+    masked: MaskedSpans,
+    labels: np.ndarray,
+    *,
+    first_row: int,
+    batch_tokens: int,
+    warn: MemoryWarning,
+) -> None:
+    """Write the entries of one shard's rows: sketches first, what lists the spans last.
+
+    Args:
+        folder: The index.
+        name: Of the shard's files.
+        checkpoint: The last one.
+        classifier: At it.
+        sketchers: By the folder of the rows' sketches.
+        masked: The spans.
+        labels: Gold classes of the rows, ``(n,)``.
+        first_row: Number of the first of them.
+        batch_tokens: Largest number of padded tokens in a batch.
+        warn: Told when memory does not suffice for a batch.
+    """
+    gold = labels[masked.owners]
+    try:
+        features, logits, sketches = masked_pass(classifier, sketchers, masked.encoded, gold, batch_tokens, warn)
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"{classifier.name}: with a span masked, a gradient of a row between {first_row} and "
+            f"{first_row + len(labels) - 1} is NaN or infinite. Check the model."
+        ) from error
+    for kind, found in sketches.items():
+        write_columns(folder / span_gradients(kind) / name, found.columns(sketchers[kind].reduction))
+    residuals, _ = residual_and_loss(logits, gold)
+    write_columns(
+        folder / masked_folder(checkpoint) / name, {"feature": features, "residual": residuals.astype(np.float32)}
+    )
+    ends = np.array([(s.column, s.start, s.end) for s in masked.spans], np.int32).reshape(-1, 3)
+    columns = {"row": first_row + masked.owners.astype(np.int64)}
+    columns |= {part: np.ascontiguousarray(ends[:, i]) for i, part in enumerate(("column", "start", "end"))}
+    batch = record_batch(columns).replace_schema_metadata({_CUT: str(len(masked.cut)).encode()})
+    write_table(folder / SPANS / name, [batch], batch.schema)
+
+
+def masked_pass(
+    classifier: Classifier,
+    sketchers: dict[str, Sketcher],
+    encoded: Encoded,
+    gold: np.ndarray,
+    batch_tokens: int,
+    warn: MemoryWarning | None = None,
+) -> tuple[np.ndarray, np.ndarray, dict[str, SketchRows]]:
+    """Features and logits of the masked rows; sketches of the differences, by the folder of the rows' sketches."""
+    if not sketchers:
+        forward = run_forward(classifier, Encoded(encoded.minus or []), batch_tokens=batch_tokens)
+        return forward.features, forward.logits, {}
+    sketches, both = sketch_rows(
+        classifier, list(sketchers.values()), encoded, gold, batch_tokens=batch_tokens, warn=warn
+    )
+    n = len(encoded)
+    return both.features[n:], both.logits[n:], dict(zip(sketchers, sketches, strict=True))
+
+
+def read_spans(listed: list[pa.RecordBatch], masked: list[pa.RecordBatch]) -> SpanStore:
+    """Memory-map what :func:`write_spans` wrote, of all shards."""
+    row, of, start, end = (
+        np.concatenate([column(b, part) for b in listed]) for part in ("row", "column", "start", "end")
+    )
+    return SpanStore(
+        rows=row, columns=of, starts=start, ends=end,
+        features=RowMatrix([column(b, "feature") for b in masked]),
+        residuals=RowMatrix([column(b, "residual") for b in masked]),
+        n_cut=sum(int(b.schema.metadata[_CUT]) for b in listed),
+    )  # fmt: skip
