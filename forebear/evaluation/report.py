@@ -115,7 +115,7 @@ def write_report(report: Report, folder: Path, *, result: Mapping[str, Any], for
     contents = {
         "report.html": render_html(report),
         "table.csv": render_csv(report.tables),
-        "result.json": _render_json({"provenance": dict(report.provenance), **result}),
+        "result.json": render_json({"provenance": dict(report.provenance), **result}),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -428,7 +428,8 @@ def _marked(text: str, words: Set[str]) -> list[tuple[str, bool]]:
     return [(piece, piece.lower() in wanted) for piece in pieces]
 
 
-def _render_json(result: Mapping[str, Any]) -> str:
+def render_json(result: Mapping[str, Any]) -> str:
+    """A result as JSON text; NaN and infinity are refused."""
     try:
         return json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
     except ValueError as error:

@@ -1,0 +1,535 @@
+"""``forebear evaluate``: the evaluations that compare methods without retraining."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from forebear.cli.audit import show_report
+from forebear.cli.console import Variadic, listed, progress_bar, say
+from forebear.cli.options import (
+    Damping,
+    Device,
+    Force,
+    IndexFolder,
+    JsonOut,
+    LabelColumn,
+    LabelNames,
+    MovedModel,
+    Quiet,
+    Recall,
+    Scope,
+    TextColumns,
+)
+from forebear.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from forebear.evaluation.comparisons import Queries
+    from forebear.evaluation.report import Report
+    from forebear.retriever.query_spec import QuerySpec
+    from forebear.retriever.retriever import Retriever
+
+CORRELATION_HELP = """Do two methods order the training rows alike? Mean Spearman correlation of every pair.
+
+Over a sample of test rows and of training rows. Constant scores have no order; they are left out and counted.
+
+Example:
+
+    forebear evaluate correlation --index I --test dev.csv --method gd,if,gc,rif,nn-cos --queries 100 --rows 500
+"""
+OVERLAP_HELP = """Do two methods bring up the same training rows? Share of common rows in the tops of every pair.
+
+The top is that of the signed ranking. A share p of N rows stands for floor(p N) rows.
+
+Examples:
+
+    forebear evaluate overlap --index I --test dev.csv --method gd,if,gc --top 10,50
+
+    forebear evaluate overlap --index I --test dev.csv --method gd,if --share 0.01,0.1 --out R
+"""
+RANDOMIZED_HELP = """Do scores depend on what the model has learned? Spearman with randomly initialised models.
+
+Near 0 is good. The same question is put to both models: the target is the trained one's. The sampled training rows
+are indexed under each random model in a temporary folder.
+
+Example:
+
+    forebear evaluate randomized --index I --test dev.csv --method gd,if,gc,rif --random-seeds 0,1,2
+"""
+NEAR_DUPLICATES_HELP = """Is a training row found when it is asked about, as it is or with one word changed?
+
+hit@1 and hit@10. One word of each text is added, removed or replaced at a seeded random place; words are parted by
+white space. Rows with the same texts as the source count as hits.
+
+Example:
+
+    forebear evaluate near-duplicates --index I --method nn-cos,gc,gd,if --queries 500
+"""
+SALIENCY_HELP = """Do influence and saliency agree? Influence of rows holding salient word pieces; tops without one.
+
+For each test row's most negative, median and most positive word piece: the mean z-normalised influence of rows at the
+top that hold it, and the overlap of the tops before and after it is masked.
+
+Example:
+
+    forebear evaluate saliency-consistency --index I --test dev.csv --method if --queries 50
+"""
+CANCELLATION_HELP = """Do the training rows' gradients cancel out? By layer, biases against weights.
+
+The sum of eta ||dL/dW|| over training rows, over how far W moved between the index's checkpoints; and the mean cosine
+of two rows' gradients. Needs an index of two or more checkpoints.
+
+Example:
+
+    forebear evaluate cancellation --index I --rows 100
+"""
+RECALL_HELP = """How much of the exact top k does retrieval find, and how much faster? By method, at both ends.
+
+Compares --exact rerank at --recall with scoring every row.
+
+Example:
+
+    forebear evaluate recall --index I --test dev.csv --scope all --method gd,gc,if --recall 0.95 --queries 30
+"""
+MISLABELLED_HELP = """Does a row's influence on itself tell wrong labels? AUC and precision, beside two baselines.
+
+Wrong are the rows whose label in the index differs from the one in another column of the training file, or those
+whose numbers are given.
+
+Examples:
+
+    forebear evaluate mislabelled --index I --true-label clean_label --method gd,if
+
+    forebear evaluate mislabelled --index I --wrong-rows flipped.txt --method if --damping 0.1x
+"""
+
+Test = Annotated[str, typer.Option("--test", help="Test rows: a file, folder or hub name.", show_default=False)]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", help="Methods. Default: all that score rows from this index.", show_default=False),
+]
+NQueries = Annotated[int, typer.Option("--queries", help="Rows asked about, a seeded sample; 0: all.")]
+NRows = Annotated[int, typer.Option("--rows", help="Training rows, a seeded sample; 0: all.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of samples and intervals.", min=0)]
+Target = Annotated[str, typer.Option("--target", help="Whose loss: predicted, gold, or a label's name.")]
+Curvature = Annotated[
+    str | None,
+    typer.Option("--curvature", help="For if and rif: exact, ekfac, cg, lissa or identity.", show_default=False),
+]
+Exact = Annotated[str, typer.Option("--exact", help="rerank or full.")]
+Out = Annotated[str | None, typer.Option("--out", help="Folder for report.html, table.csv and result.json.")]
+
+
+def register(evaluations: typer.Typer) -> None:
+    """Add the commands to the group."""
+    for name, help_text, command in (
+        ("correlation", CORRELATION_HELP, correlation),
+        ("overlap", OVERLAP_HELP, overlap),
+        ("randomized", RANDOMIZED_HELP, randomized),
+        ("near-duplicates", NEAR_DUPLICATES_HELP, near_duplicates),
+        ("saliency-consistency", SALIENCY_HELP, saliency_consistency),
+        ("cancellation", CANCELLATION_HELP, cancellation),
+        ("recall", RECALL_HELP, recall),
+        ("mislabelled", MISLABELLED_HELP, mislabelled),
+    ):
+        evaluations.command(name, help=help_text, cls=Variadic)(command)
+
+
+def correlation(
+    index: IndexFolder,
+    test: Test,
+    method: Methods = None,
+    scope: Scope = "head",
+    target: Target = "predicted",
+    curvature: Curvature = None,
+    damping: Damping = None,
+    queries: NQueries = 100,
+    rows: NRows = 500,
+    seed: Seed = 0,
+    out: Out = None,
+    model: MovedModel = None,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
+    label_names: LabelNames = None,
+    device: Device = "auto",
+    json_out: JsonOut = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See CORRELATION_HELP."""
+    from forebear.evaluation.correlation import correlation_report, correlations
+
+    retriever = _open(index, model, device, out, force=force)
+    spec = _spec(retriever, method, scope=scope, target=target, curvature=curvature, damping=damping)
+    asked = _queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
+    found = correlations(retriever, asked, spec, n_rows=rows, seed=seed)
+    _finish(*correlation_report(found, retriever, asked, spec, seed, _command()), out, json_out, force, quiet)
+
+
+def overlap(
+    index: IndexFolder,
+    test: Test,
+    method: Methods = None,
+    top: Annotated[
+        list[str] | None,
+        typer.Option("--top", help="Rows in the tops. Default: 10, 50, unless --share is given.", show_default=False),
+    ] = None,
+    share: Annotated[
+        list[str] | None, typer.Option("--share", help="Shares of all rows, such as 0.1.", show_default=False)
+    ] = None,
+    scope: Scope = "head",
+    target: Target = "predicted",
+    curvature: Curvature = None,
+    damping: Damping = None,
+    exact: Exact = "rerank",
+    recall: Recall = 0.98,
+    queries: NQueries = 100,
+    seed: Seed = 0,
+    out: Out = None,
+    model: MovedModel = None,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
+    label_names: LabelNames = None,
+    device: Device = "auto",
+    json_out: JsonOut = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See OVERLAP_HELP."""
+    from forebear.evaluation.top_overlap import depths_of, top_overlap_report, top_overlaps
+
+    retriever = _open(index, model, device, out, force=force)
+    spec = _spec(
+        retriever, method, scope=scope, target=target, curvature=curvature, damping=damping, exact=exact, recall=recall
+    )
+    tops = _integers("--top", top) or ([] if share else [10, 50])
+    depths = depths_of(tops, listed(share), retriever.index.manifest.n_live)
+    asked = _queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
+    with progress_bar(quiet=quiet) as progress:
+        found = top_overlaps(retriever, asked, spec, depths, progress=progress)
+    _finish(*top_overlap_report(found, retriever, asked, spec, seed, _command()), out, json_out, force, quiet)
+
+
+def randomized(
+    index: IndexFolder,
+    test: Test,
+    method: Methods = None,
+    random_seeds: Annotated[
+        list[str] | None,
+        typer.Option("--random-seeds", help="One for each random model. Default: 0,1,2.", show_default=False),
+    ] = None,
+    scope: Scope = "head",
+    target: Target = "predicted",
+    curvature: Curvature = None,
+    damping: Damping = None,
+    queries: NQueries = 100,
+    rows: NRows = 500,
+    seed: Seed = 0,
+    out: Out = None,
+    model: MovedModel = None,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
+    label_names: LabelNames = None,
+    device: Device = "auto",
+    json_out: JsonOut = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See RANDOMIZED_HELP."""
+    from forebear.evaluation.randomized import randomized_correlations, randomized_report
+    from forebear.retriever.methods import METHODS
+
+    retriever = _open(index, model, device, out, force=force)
+    spec = _spec(retriever, method, scope=scope, target=target, curvature=curvature, damping=damping)
+    if method is None:  # what does not depend on the model is refused
+        kept = tuple(name for name in spec.methods if METHODS[name].representation != "sentence")
+        spec = replace(spec, methods=kept)
+    seeds = _integers("--random-seeds", random_seeds) or [0, 1, 2]
+    asked = _queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
+    with progress_bar(quiet=quiet) as progress:
+        found = randomized_correlations(retriever, asked, spec, n_rows=rows, seed=seed, seeds=seeds, progress=progress)
+    _finish(*randomized_report(found, retriever, asked, spec, seed, _command()), out, json_out, force, quiet)
+
+
+def near_duplicates(
+    index: IndexFolder,
+    method: Methods = None,
+    edits: Annotated[
+        list[str] | None,
+        typer.Option("--edits", help="same, add, remove, replace. Default: all four.", show_default=False),
+    ] = None,
+    top: Annotated[
+        list[str] | None, typer.Option("--top", help="Depths of hit@k. Default: 1, 10.", show_default=False)
+    ] = None,
+    scope: Scope = "head",
+    target: Target = "predicted",
+    curvature: Curvature = None,
+    damping: Damping = None,
+    exact: Exact = "rerank",
+    recall: Recall = 0.98,
+    queries: NQueries = 200,
+    seed: Seed = 0,
+    out: Out = None,
+    model: MovedModel = None,
+    device: Device = "auto",
+    json_out: JsonOut = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See NEAR_DUPLICATES_HELP."""
+    from forebear.evaluation.near_duplicates import EDITS, TOPS, near_duplicates_report
+    from forebear.evaluation.near_duplicates import near_duplicates as ask
+
+    retriever = _open(index, model, device, out, force=force)
+    spec = _spec(
+        retriever, method, scope=scope, target=target, curvature=curvature, damping=damping, exact=exact, recall=recall
+    )
+    tops = sorted(set(_integers("--top", top))) or TOPS
+    with progress_bar(quiet=quiet) as progress:
+        found = ask(
+            retriever, spec, n_queries=queries, edits=listed(edits) or EDITS, tops=tops, seed=seed, progress=progress
+        )
+    _finish(*near_duplicates_report(found, retriever, spec, seed, _command()), out, json_out, force, quiet)
+
+
+def saliency_consistency(
+    index: IndexFolder,
+    test: Test,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="Methods.  [default: if]", show_default=False)
+    ] = None,
+    scope: Scope = "head",
+    curvature: Curvature = None,
+    damping: Damping = None,
+    queries: NQueries = 50,
+    seed: Seed = 0,
+    out: Out = None,
+    model: MovedModel = None,
+    text_columns: TextColumns = None,
+    device: Device = "auto",
+    json_out: JsonOut = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See SALIENCY_HELP."""
+    from forebear.evaluation.saliency_consistency import saliency_consistency as measure
+    from forebear.evaluation.saliency_consistency import saliency_consistency_report
+
+    retriever = _open(index, model, device, out, force=force)
+    spec = _spec(retriever, method or ["if"], scope=scope, curvature=curvature, damping=damping)
+    asked = _queries(retriever, test, text_columns, None, None, spec, queries, seed)
+    with progress_bar(quiet=quiet) as progress:
+        found = measure(retriever, asked, spec, progress=progress)
+    _finish(*saliency_consistency_report(found, retriever, asked, spec, seed, _command()), out, json_out, force, quiet)
+
+
+def cancellation(
+    index: IndexFolder,
+    rows: NRows = 100,
+    seed: Seed = 0,
+    out: Out = None,
+    model: MovedModel = None,
+    device: Device = "auto",
+    json_out: JsonOut = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See CANCELLATION_HELP."""
+    from forebear.evaluation.cancellation import cancellation as measure
+    from forebear.evaluation.cancellation import cancellation_report
+
+    retriever = _open(index, model, device, out, force=force)
+    with progress_bar(quiet=quiet) as progress:
+        found = measure(retriever, n_rows=rows, seed=seed, progress=progress)
+    _finish(*cancellation_report(found, retriever, seed, _command()), out, json_out, force, quiet)
+
+
+def recall(
+    index: IndexFolder,
+    test: Test,
+    method: Methods = None,
+    top: Annotated[int, typer.Option("--top", help="k, rows at each end.")] = 10,
+    scope: Scope = "head",
+    target: Target = "predicted",
+    curvature: Curvature = None,
+    damping: Damping = None,
+    recall: Recall = 0.98,
+    candidates: Annotated[
+        int | None,
+        typer.Option("--candidates", help="Rows at each end that a deeper scope proposes.", show_default=False),
+    ] = None,
+    queries: NQueries = 50,
+    seed: Seed = 0,
+    out: Out = None,
+    model: MovedModel = None,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
+    label_names: LabelNames = None,
+    device: Device = "auto",
+    json_out: JsonOut = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See RECALL_HELP."""
+    from forebear.evaluation.retrieval_recall import retrieval_recall, retrieval_recall_report
+
+    retriever = _open(index, model, device, out, force=force)
+    n_live = retriever.index.manifest.n_live
+    if not 1 <= top <= n_live:
+        raise InputError(f"--top {top}: expected 1 to {n_live}, the live rows.")
+    spec = _spec(
+        retriever, method, scope=scope, target=target, curvature=curvature, damping=damping, recall=recall, top=top,
+        candidates=candidates,
+    )  # fmt: skip
+    asked = _queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
+    with progress_bar(quiet=quiet) as progress:
+        found = retrieval_recall(retriever, asked, spec, progress=progress)
+    _finish(*retrieval_recall_report(found, retriever, asked, spec, seed, _command()), out, json_out, force, quiet)
+
+
+def mislabelled(
+    index: IndexFolder,
+    true_label: Annotated[
+        str | None,
+        typer.Option("--true-label", help="Column of the training file with the true labels.", show_default=False),
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option("--train", help="The training file. Default: the one that the index names.", show_default=False),
+    ] = None,
+    wrong_rows: Annotated[
+        str | None,
+        typer.Option(
+            "--wrong-rows", help="Instead: a text file of numbers of wrongly labelled rows.", show_default=False
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="gd, if, tracin and the like.  [default: gd,if]", show_default=False),
+    ] = None,
+    top: Annotated[
+        list[str] | None,
+        typer.Option("--top", help="Depths of precision@k, beside the number of wrong rows.", show_default=False),
+    ] = None,
+    neighbours: Annotated[int, typer.Option("--neighbours", help="Nearest rows whose labels are compared.")] = 10,
+    scope: Scope = "head",
+    curvature: Curvature = None,
+    damping: Damping = None,
+    seed: Seed = 0,
+    out: Out = None,
+    text_columns: TextColumns = None,
+    label_names: LabelNames = None,
+    json_out: JsonOut = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See MISLABELLED_HELP."""
+    from forebear.evaluation.mislabelled import mislabelled as measure
+    from forebear.evaluation.mislabelled import mislabelled_report, true_labels_of, wrong_rows_of
+    from forebear.indexer.data import open_rows
+
+    if (true_label is None) == (wrong_rows is None):
+        raise InputError("give either --true-label COLUMN or --wrong-rows FILE.")
+    retriever = _open(index, None, "auto", out, force=force)
+    spec = _spec(retriever, method or ["gd", "if"], scope=scope, target="gold", curvature=curvature, damping=damping)
+    opened = retriever.index
+    truth = None
+    if wrong_rows is not None:
+        wrong = wrong_rows_of(Path(wrong_rows), opened.manifest.n_rows)
+    else:
+        segments = opened.manifest.segments
+        if train is None and len(segments) > 1:
+            raise InputError(f"{opened.folder} was built from {len(segments)} files. Give them as one by --train.")
+        source = open_rows(
+            train or segments[0].source,
+            text_columns=listed(text_columns) or opened.manifest.spec.text_columns,
+            label_column=true_label,
+            label_names=listed(label_names) or None,
+            need_labels=True,
+        )
+        truth = true_labels_of(opened, source)
+        wrong = truth != opened.labels
+    found = measure(retriever, spec, wrong, true_labels=truth, n_neighbours=neighbours)
+    tops = _integers("--top", top)
+    _finish(*mislabelled_report(found, retriever, spec, tops, seed, _command()), out, json_out, force, quiet)
+
+
+def _open(index: str, model: str | None, device: str, out: str | None, *, force: bool) -> Retriever:
+    """The index's retriever, after seeing that the report can be written."""
+    from forebear.evaluation.report import check_folder
+    from forebear.retriever.retriever import Retriever
+
+    if out is not None:
+        check_folder(Path(out), force=force)
+    return Retriever(index, model=model, device=device)
+
+
+def _spec(retriever: Retriever, method: Sequence[str] | None, **choices: Any) -> QuerySpec:
+    """The question, checked."""
+    from forebear.evaluation.comparisons import row_methods
+    from forebear.retriever.methods import pick_methods
+    from forebear.retriever.query_spec import QuerySpec
+
+    names = tuple(m.name for m in pick_methods(listed(method))) if method else row_methods(retriever)
+    spec = QuerySpec(methods=names, **choices)
+    retriever.check_stores(spec.check(), spec)
+    return spec
+
+
+def _queries(
+    retriever: Retriever,
+    test: str,
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
+    label_names: Sequence[str] | None,
+    spec: QuerySpec,
+    n_queries: int,
+    seed: int,
+) -> Queries:
+    """The test rows that are asked about."""
+    from forebear.evaluation.comparisons import sample_queries
+    from forebear.indexer.data import open_rows
+
+    gold = spec.target == "gold"
+    source = open_rows(
+        test,
+        text_columns=listed(text_columns) or None,
+        label_column=label_column,
+        label_names=listed(label_names) or None,
+        need_labels=gold,
+    )
+    return sample_queries(retriever, source, n_queries, seed, need_labels=gold)
+
+
+def _integers(option: str, values: Sequence[str] | None) -> list[int]:
+    """Whole numbers of a list option."""
+    given = listed(values)
+    if not all(value.isascii() and value.isdigit() for value in given):
+        raise InputError(f"{option} {','.join(given)}: expected whole numbers, such as 10,50.")
+    return [int(value) for value in given]
+
+
+def _command() -> str:
+    """What repeats the report."""
+    return shlex.join(["forebear", *sys.argv[1:]])
+
+
+def _finish(report: Report, result: dict[str, Any], out: str | None, as_json: bool, force: bool, quiet: bool) -> None:
+    """Write the report where it is asked for, and show it."""
+    from forebear.evaluation.report import render_json, write_report
+
+    if out is not None:
+        page = write_report(report, Path(out), result=result, force=force)
+    if as_json:
+        sys.stdout.write(render_json({"provenance": dict(report.provenance), **result}))
+    else:
+        show_report(report)
+    if out is not None:
+        say(f"wrote {page}, table.csv and result.json", quiet=quiet)

@@ -1,0 +1,217 @@
+"""``randomized``: do scores depend on what the model has learned? (Pez21, Table 1)
+
+A method that ranks rows alike for the trained model and for one with random weights says nothing about training:
+Spearman's correlation between the two should be near 0. The same question is put to both: the target is the trained
+model's.
+
+The random model has the same architecture and tokenizer. The sampled training rows are indexed under it in a temporary
+folder, with its own curvature, from these rows alone. It has one checkpoint, so ``tracin`` is ``gd`` there.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from forebear.errors import InputError
+from forebear.evaluation.comparisons import (
+    INTERVAL_COLUMNS,
+    Queries,
+    interval_cells,
+    listed_values,
+    provenance,
+    question,
+    score_queries,
+    spearman,
+)
+from forebear.evaluation.report import Cell, Figure, Report, Table, bar_chart
+from forebear.indexer.build import build_index
+from forebear.indexer.data import rows_from_texts
+from forebear.indexer.forward import run_forward
+from forebear.indexer.gradients import live_sample
+from forebear.indexer.model import Classifier
+from forebear.indexer.options import BuildOptions, Progress, no_progress
+from forebear.indexer.runs import CheckpointPath
+from forebear.retriever.methods import pick_methods
+from forebear.retriever.queries import choose_targets
+from forebear.retriever.query_spec import QuerySpec
+from forebear.retriever.retriever import Retriever
+
+
+@dataclass(frozen=True, kw_only=True)
+class Randomized:
+    """Correlations of the trained model's scores with random models'.
+
+    Attributes:
+        methods: Names, ``m``.
+        values: For each random model, query and method, ``(s, q, m)``; NaN where one gives all rows the same score.
+        seeds: Of the random models, ``s``.
+        rows: Training rows that were scored, ``(n,)``.
+    """
+
+    methods: tuple[str, ...]
+    values: np.ndarray
+    seeds: tuple[int, ...]
+    rows: np.ndarray
+
+
+def save_random_model(classifier: Classifier, folder: Path, seed: int) -> None:
+    """Save a classifier of the same architecture and tokenizer with weights as the library initialises them."""
+    from transformers import AutoModelForSequenceClassification
+
+    model: Any = classifier.model
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        AutoModelForSequenceClassification.from_config(model.config, dtype=torch.float32).save_pretrained(folder)
+    classifier.tokenizer.save_pretrained(folder)
+
+
+def random_retriever(retriever: Retriever, spec: QuerySpec, rows: np.ndarray, seed: int, folder: Path) -> Retriever:
+    """Index training rows under a random model in an empty folder, as the index itself was built."""
+    index, classifier = retriever.index, retriever.classifier()
+    stored = index.manifest.spec
+    save_random_model(classifier, folder / "model", seed)
+    methods = pick_methods(spec.methods)
+    scopes = {spec.scope_of(method) for method in methods if method.representation == "head"} - {"head"}
+    options = BuildOptions(
+        stores=("features", *(("words",) if any(method.by_words for method in methods) else ())),
+        scopes=("head", *sorted(scopes)),
+        with_bias=stored.with_bias,
+        curvature=stored.curvature,
+        calibration_queries=0,
+        words_tops=stored.words_tops or BuildOptions.words_tops,
+        words_precision=stored.words_precision,
+        dampings=stored.dampings,
+        rep_refit=stored.rep_refit,
+        seed=stored.seed,
+        precision=stored.precision,
+        max_length=stored.max_length,
+        device=str(classifier.device),
+    )
+    columns = index.text_lists(rows)
+    texts: list[Any] = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
+    names = stored.label_names
+    source = rows_from_texts(texts, index.labels[rows].tolist(), text_columns=stored.text_columns, label_names=names)
+    checkpoint = CheckpointPath(name="random", path=str(folder / "model"), eta=1.0)
+    built = build_index(source, folder / "index", [checkpoint], options)
+    return Retriever(built, device=str(classifier.device))
+
+
+def randomized_correlations(
+    retriever: Retriever,
+    queries: Queries,
+    spec: QuerySpec,
+    *,
+    n_rows: int = 500,
+    seed: int = 0,
+    seeds: Sequence[int] = (0, 1, 2),
+    progress: Progress = no_progress,
+) -> Randomized:
+    """Spearman's correlation of each query's scores with those by randomly initialised models.
+
+    Args:
+        retriever: Over the trained model's index.
+        queries: Test rows.
+        spec: Methods, scope, target, curvature.
+        n_rows: Training rows, a seeded sample; 0 for all.
+        seed: Of the sample.
+        seeds: One for each random model.
+        progress: Told the random models done.
+
+    Raises:
+        InputError: A method does not depend on the model, or there are fewer than two rows or no seeds.
+    """
+    for method in spec.check():
+        if method.representation == "sentence":
+            raise InputError(
+                f"{method.name} does not depend on the model that is explained: its correlation would be 1. Leave it "
+                "out of --method."
+            )
+    if n_rows < 0 or n_rows == 1:
+        raise InputError(f"--rows {n_rows}: expected 2 or more training rows, or 0 for all of them.")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds {', '.join(map(str, seeds)) or 'none'}: expected one or more, each once.")
+    rows = live_sample(retriever.index.live, n_rows, seed)
+    if len(rows) < 2:
+        raise InputError(f"{retriever.index.folder} has {len(rows)} live row(s); a rank correlation takes 2 or more.")
+    predictions = run_forward(retriever.classifier(), queries.texts).predictions
+    targets = choose_targets(spec.target, predictions, queries.labels, retriever.label_names)
+    asked, same_target = replace(queries, labels=targets), replace(spec, target="gold")
+    trained = score_queries(retriever, asked, same_target, rows)
+    values = np.empty((len(seeds), len(queries), len(spec.methods)))
+    progress("random models", 0, len(seeds))
+    for s, number in enumerate(seeds):
+        with tempfile.TemporaryDirectory(prefix="forebear-random-") as folder:
+            other = random_retriever(retriever, same_target, rows, number, Path(folder))
+            untrained = score_queries(other, asked, same_target)
+        for m, name in enumerate(spec.methods):
+            values[s, :, m] = spearman(trained[name], untrained[name])
+        progress("random models", s + 1, len(seeds))
+    return Randomized(methods=spec.methods, values=values, seeds=tuple(seeds), rows=rows)
+
+
+def mean_over_seeds(values: np.ndarray) -> np.ndarray:
+    """Each query's mean over the random models for which it is defined, ``(s, q)`` to ``(q,)``; NaN if for none."""
+    defined = ~np.isnan(values)
+    count = defined.sum(axis=0)
+    total = np.where(defined, values, 0.0).sum(axis=0)
+    return np.asarray(np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0))
+
+
+def randomized_report(
+    found: Randomized, retriever: Retriever, queries: Queries, spec: QuerySpec, seed: int, command: str
+) -> tuple[Report, dict[str, Any]]:
+    """The report, and the numbers for ``result.json``."""
+    rows: list[list[Cell]] = []
+    shown: dict[str, tuple[float, float]] = {}
+    for m, name in enumerate(found.methods):
+        mine = found.values[:, :, m]
+        cells = interval_cells(mean_over_seeds(mine), seed)
+        by_seed = [interval_cells(one, seed)[0] for one in mine]
+        rows.append([name, *cells, *by_seed, int(np.isnan(mine).sum())])
+        if isinstance(cells[0], float):
+            shown[name] = (cells[0], cells[1] if isinstance(cells[1], float) else 0.0)
+    table = Table(
+        "Spearman correlation of trained and random models' scores",
+        ["method", *INTERVAL_COLUMNS, *(f"seed {number}" for number in found.seeds), "undefined"],
+        rows,
+        f"Near 0 is good. Mean over {len(queries):,} queries (of each the mean over {len(found.seeds)} random models), "
+        f"± its standard error, 95% bootstrap interval over the queries; over {len(found.rows):,} training rows. "
+        "Undefined: queries x models where a method gives all rows one score, which has no order.",
+    )
+    figures = []
+    said = "No method has a correlation: each gives all rows one score."
+    if shown:
+        worst = max(shown, key=lambda name: abs(shown[name][0]))
+        said = f"Farthest from 0 is {worst}: its scores correlate {shown[worst][0]:.2f} with those of random models."
+        drawing = bar_chart(
+            list(shown), {"Spearman": [mean for mean, _ in shown.values()]}, xlabel="mean Spearman correlation",
+            errors={"Spearman": [error for _, error in shown.values()]},
+        )  # fmt: skip
+        figures.append(Figure("Trained against random models", drawing, "Bars: standard error over the queries."))
+    report = Report(
+        "Randomized models",
+        said,
+        (table,),
+        figures,
+        provenance=provenance(
+            retriever, spec, command, test_rows=queries.source, queries=len(queries), rows=len(found.rows), seed=seed,
+            random_models=", ".join(map(str, found.seeds)),
+        ),
+    )  # fmt: skip
+    result = {
+        "methods": list(found.methods),
+        "seeds": list(found.seeds),
+        "per_query": listed_values(found.values),
+        "query_rows": queries.rows,
+        "training_rows": found.rows,
+        "seed": seed,
+        "question": question(retriever, spec),
+    }
+    return report, result
