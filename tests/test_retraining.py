@@ -1,0 +1,394 @@
+"""Retraining: jobs, cache, recipes against scikit-learn, the training run itself and a live loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import labels, sentences
+from torch import nn
+
+from forebear.errors import InputError, MismatchError, NonFiniteError
+from forebear.evaluation import recipes
+from forebear.evaluation.recipes import epoch_batches, open_retrainer
+from forebear.evaluation.retraining import Job, Outcome, Retrainer, TrainingRows, within_budget
+from forebear.indexer.build import BuildOptions, build_index, retire_rows
+from forebear.indexer.data import rows_from_texts
+from forebear.indexer.forward import run_forward
+from forebear.indexer.model import load_classifier
+from forebear.indexer.runs import choose_model
+from forebear.indexer.training import TrainOptions, train
+from forebear.retriever.retriever import Retriever
+
+N = 48
+TEXTS, LABELS = sentences(N, seed=4), labels(N, 2)
+QUERIES = [sentences(9, seed=77)]
+OPTIONS = TrainOptions(epochs=2, batch_size=8, learning_rate=2e-2, seed=3, precision="fp32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, tiny_model):
+    folder = tmp_path_factory.mktemp("retraining") / "run"
+    source = rows_from_texts(TEXTS, LABELS, label_names=("down", "up"))
+    train(source, tiny_model("bert", 2, 5, 2.0), folder, OPTIONS)
+    chosen = choose_model(str(folder)).checkpoints
+    build_index(source, folder / "index", chosen, BuildOptions(dampings=("0.1x",)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def retriever(run_folder):
+    return Retriever(run_folder / "index")
+
+
+def all_rows(retriever) -> np.ndarray:
+    return retriever.index.live
+
+
+def test_full_retraining_on_all_rows_with_the_seed_of_the_run_gives_the_model_of_the_run(retriever, tmp_path):
+    retrainer = open_retrainer(retriever, "full", QUERIES, tmp_path)
+    same, other = retrainer.run([Job(all_rows(retriever), 3), Job(all_rows(retriever), 4)])
+    truth = run_forward(retriever.classifier(), QUERIES).logits
+    np.testing.assert_allclose(same.logits, truth, atol=1e-6)
+    assert np.abs(other.logits - truth).max() > 1e-3
+
+
+def test_full_retraining_trains_on_edited_and_added_rows(retriever, tiny_model, tmp_path):
+    rows = np.setdiff1d(all_rows(retriever), [5, 11])
+    job = Job(rows, 1, edits={7: ("good film",)}, extra=[(("bad plot",), 0)])
+    (found,) = open_retrainer(retriever, "full", QUERIES, tmp_path / "cache").run([job])
+    texts = [("good film" if i == 7 else TEXTS[i]) for i in rows] + ["bad plot"]
+    gold = [LABELS[i] for i in rows] + [0]
+    source = rows_from_texts(texts, gold, label_names=("down", "up"))
+    train(source, tiny_model("bert", 2, 5, 2.0), tmp_path / "run", replace(OPTIONS, seed=1))
+    truth = run_forward(load_classifier(tmp_path / "run" / "checkpoints" / "epoch-2"), QUERIES).logits
+    np.testing.assert_allclose(found.logits, truth, atol=1e-6)
+
+
+@pytest.mark.parametrize(("n_classes", "l2"), [(2, 0.01), (3, 0.05)])
+def test_head_retraining_is_the_optimum_of_scikit_learn(make_world, n_classes, l2, tmp_path):
+    from sklearn.linear_model import LogisticRegression
+
+    world = make_world("bert", n_classes, False, 2)
+    rows = world.index.live[::2]
+    retrainer = open_retrainer(world.retriever, "head", [world.queries], tmp_path, l2=l2)
+    (found,) = retrainer.run([Job(rows, 0, edits={int(rows[1]): ("good film",)}, extra=[(("dull",), 1)])])
+    texts = [world.texts[i] for i in rows] + ["dull"]
+    texts[1] = "good film"
+    gold = [world.labels[i] for i in rows] + [1]
+    classifier = world.retriever.classifier()
+
+    def features(some):
+        f = run_forward(classifier, [some]).features.astype(np.float64)
+        return np.hstack([f, np.ones((len(f), 1))])
+
+    # one logit instead of two halves the penalty: w0 = -w1 = w / 2
+    strength = (2 if n_classes == 2 else 1) / (l2 * len(rows) + l2)
+    oracle = LogisticRegression(C=strength, fit_intercept=False, tol=1e-10, max_iter=10_000)
+    oracle.fit(features(texts), gold)
+    np.testing.assert_allclose(found.probabilities, oracle.predict_proba(features(world.queries)), atol=1e-5)
+
+
+def test_head_retraining_without_a_class_keeps_its_probability_small(make_world, tmp_path):
+    world = make_world("bert", 3, False, 2)
+    rows = np.flatnonzero(np.array(world.labels) != 2)
+    (found, whole) = open_retrainer(world.retriever, "head", [world.queries], tmp_path).run(
+        [Job(rows, 0), Job(world.index.live, 0)]
+    )
+    assert found.probabilities.shape == (7, 3)
+    assert (found.probabilities[:, 2] > 0).all()
+    assert (found.probabilities[:, 2] < whole.probabilities[:, 2]).all()
+
+
+def test_head_outcomes_do_not_depend_on_the_seed_and_are_trained_once(retriever, tmp_path):
+    retrainer = open_retrainer(retriever, "head", QUERIES, tmp_path)
+    first, second = retrainer.run([Job(all_rows(retriever)[1:], seed) for seed in (0, 1)])
+    assert retrainer.n_trained == 1
+    np.testing.assert_array_equal(first.logits, second.logits)
+
+
+def live_top(start, k, texts, gold, options):
+    """Train the last k layers inside the whole model, the layers below computed anew at every step without dropout."""
+    model = copy.deepcopy(start.model)
+    base = model.base_model
+    fixed = [base.embeddings, *base.encoder.layer[: len(base.encoder.layer) - k]]
+    for module in fixed:
+        module.requires_grad_(False)
+    free = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [p for name, p in free if "LayerNorm" in name or name.endswith("bias")]
+    heavy = [p for name, p in free if not ("LayerNorm" in name or name.endswith("bias"))]
+    optimizer = torch.optim.AdamW(
+        [{"params": heavy, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    )
+    tokenizer = start.tokenizer
+    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    n_steps = options.epochs * math.ceil(len(texts) / options.batch_size)
+    warmup, step = int(n_steps * options.warmup_ratio), 0
+    torch.manual_seed(options.seed)
+    model.train()
+    for module in fixed:
+        module.eval()
+    for epoch in range(options.epochs):
+        for batch in epoch_batches(lengths, options.batch_size, options.seed, epoch):
+            share = step / warmup if step < warmup else (n_steps - step) / (n_steps - warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = options.learning_rate * share
+            inputs = tokenizer([texts[i] for i in batch], padding=True, return_tensors="pt")
+            loss = nn.functional.cross_entropy(model(**inputs).logits, torch.tensor([gold[i] for i in batch]))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([p for _, p in free], 1.0)
+            optimizer.step()
+            step += 1
+    model.eval()
+    with torch.no_grad():
+        return model(**tokenizer(QUERIES[0], padding=True, return_tensors="pt")).logits.numpy()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_top_layers_from_stored_states_train_as_in_the_whole_model(retriever, k, tmp_path):
+    rows = all_rows(retriever)[3:]
+    retrainer = open_retrainer(retriever, f"top-{k}", QUERIES, tmp_path)
+    job = Job(rows, 1, edits={5: ("good film",)}, extra=[(("dull plot near",), 1)])
+    (found,) = retrainer.run([job])
+    start = recipes._Start(recipes._find_run(retriever.index, None), retrainer.rows, retriever.index, "cpu").at(1)
+    texts = ["good film" if i == 5 else TEXTS[i] for i in rows] + ["dull plot near"]
+    gold = [LABELS[i] for i in rows] + [1]
+    truth = live_top(start, k, texts, gold, replace(OPTIONS, seed=1))
+    untrained = run_forward(start, QUERIES).logits
+    assert np.abs(truth - untrained).max() > 0.01
+    np.testing.assert_allclose(found.logits, truth, atol=2e-3 * np.abs(truth - untrained).max())
+
+
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", "electra"])
+def test_top_layers_of_other_encoders_start_from_the_logits_of_the_whole_model(kind, tiny_model, tmp_path):
+    source = rows_from_texts(TEXTS, LABELS, label_names=("down", "up"))
+    train(source, tiny_model(kind, 2, 5, 2.0), tmp_path / "run", replace(OPTIONS, epochs=1))
+    build_index(source, tmp_path / "index", choose_model(str(tmp_path / "run")).checkpoints, BuildOptions())
+    retriever = Retriever(tmp_path / "index")
+    retrainer = open_retrainer(retriever, "top-1", QUERIES, tmp_path / "cache")  # compares the logits itself
+    outcomes = retrainer.run([Job(all_rows(retriever)[i:], 0) for i in (0, 20)])
+    assert np.abs(outcomes[0].logits - outcomes[1].logits).max() > 1e-4
+
+
+def test_top_layers_are_deterministic_and_depend_on_the_seed(retriever, tmp_path):
+    rows = all_rows(retriever)
+    jobs = [Job(rows, 0), Job(rows, 1)]
+    first = open_retrainer(retriever, "top-1", QUERIES, tmp_path / "a").run(jobs)
+    second = open_retrainer(retriever, "top-1", QUERIES, tmp_path / "b").run(jobs[::-1])[::-1]
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one.logits, other.logits)
+    assert np.abs(first[0].logits - first[1].logits).max() > 1e-3
+
+
+def test_batches_hold_every_row_once_and_rows_of_like_length_together():
+    lengths = np.random.default_rng(0).integers(3, 60, 1000).tolist()
+    batches = epoch_batches(lengths, 16, 0, 0)
+    assert sorted(i for batch in batches for i in batch) == list(range(1000))
+    spread = np.mean([np.ptp([lengths[i] for i in batch]) for batch in batches])
+    assert spread < 8  # 53 or so by chance
+    assert batches != epoch_batches(lengths, 16, 0, 1)
+    assert batches != epoch_batches(lengths, 16, 1, 0)
+
+
+class Counting:
+    """A recipe that any test can follow: logits from sums over the rows trained on."""
+
+    name, seeded, note, facts = "counting", True, "", {}
+
+    def __init__(self, fail_at=None):
+        self.trained, self.fail_at = [], fail_at
+
+    def train(self, job):
+        if self.fail_at is not None and len(self.trained) == self.fail_at:
+            raise KeyboardInterrupt
+        self.trained.append(job)
+        total = float(job.rows.sum() + job.seed)
+        return np.array([[total, -total], [1.0, len(job)]])
+
+
+def counting(retriever, cache, **kwargs) -> Retrainer:
+    return Retrainer(Counting(**kwargs), TrainingRows(retriever.index), [["a", "b"]], cache)
+
+
+def some_jobs(retriever, n=6):
+    return [Job(np.delete(all_rows(retriever), i), seed) for seed in (0, 1) for i in range(n // 2)]
+
+
+def test_an_interrupted_queue_goes_on_where_it_was(retriever, tmp_path):
+    jobs = some_jobs(retriever)
+    truth = counting(retriever, tmp_path / "other").run(jobs)
+    with pytest.raises(KeyboardInterrupt):
+        counting(retriever, tmp_path / "cache", fail_at=4).run(jobs)
+    again = counting(retriever, tmp_path / "cache")
+    told = []
+    found = again.run(jobs, lambda *values: told.append(values))
+    assert again.n_trained == len(again.recipe.trained) == 2
+    assert told == [("retraining", 4, 6), ("retraining", 5, 6), ("retraining", 6, 6)]
+    for one, other in zip(found, truth, strict=True):
+        np.testing.assert_array_equal(one.logits, other.logits)
+
+
+def test_a_killed_process_repeats_no_finished_job(retriever, tmp_path):
+    cache = tmp_path / "cache"
+    code = f"""
+import numpy as np, os, signal, sys
+from forebear.evaluation.retraining import Job, Retrainer, TrainingRows
+from forebear.indexer.index import Index
+class Recipe:
+    name, seeded, note, facts, n = "counting", True, "", {{}}, 0
+    def train(self, job):
+        self.n += 1
+        if self.n == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        total = float(job.rows.sum() + job.seed)
+        return np.array([[total, -total], [1.0, len(job)]])
+index = Index.open({str(retriever.index.folder)!r})
+jobs = [Job(np.delete(index.live, i), seed) for seed in (0, 1) for i in range(3)]
+Retrainer(Recipe(), TrainingRows(index), [["a", "b"]], {str(cache)!r}).run(jobs)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    again = counting(retriever, cache)
+    found = again.run(some_jobs(retriever))
+    assert len(again.recipe.trained) == 3
+    truth = counting(retriever, tmp_path / "other").run(some_jobs(retriever))
+    for one, other in zip(found, truth, strict=True):
+        np.testing.assert_array_equal(one.logits, other.logits)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "empty", "another job's"])
+def test_a_damaged_outcome_is_trained_again_with_a_warning(retriever, damage, tmp_path):
+    jobs = some_jobs(retriever, 2)
+    first = counting(retriever, tmp_path).run(jobs)
+    path, other = sorted(tmp_path.rglob("*.arrow"))
+    content = path.read_bytes()
+    at = content.index(first[0].logits.tobytes()) if first[0].logits.tobytes() in content else None
+    if at is None:
+        at = content.index(first[1].logits.tobytes())
+    path.write_bytes(
+        {
+            "truncated": content[: len(content) // 2],
+            "altered": content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :],
+            "empty": b"",
+            "another job's": other.read_bytes(),
+        }[damage]
+    )
+    again = counting(retriever, tmp_path)
+    found = again.run(jobs)
+    assert again.n_trained == 1
+    assert [str(path) in line for line in again.warnings] == [True]
+    for one, two in zip(found, first, strict=True):
+        np.testing.assert_array_equal(one.logits, two.logits)
+    assert counting(retriever, tmp_path)._read(again.digest(jobs[0])) is not None
+
+
+def test_all_that_decides_an_outcome_changes_its_digest(retriever, run_folder, tmp_path):
+    rows = all_rows(retriever)
+    jobs = [
+        Job(rows, 0),
+        Job(rows[1:], 0),
+        Job(rows, 1),
+        Job(rows, 0, edits={1: ("a",)}),
+        Job(rows, 0, edits={1: ("b",)}),
+        Job(rows, 0, edits={2: ("a",)}),
+        Job(rows, 0, extra=[(("a",), 0)]),
+        Job(rows, 0, extra=[(("a",), 1)]),
+        Job(rows, 0, extra=[(("a",), 1), (("a",), 1)]),
+    ]
+    retrainers = [
+        open_retrainer(retriever, "head", QUERIES, tmp_path),
+        open_retrainer(retriever, "head", QUERIES, tmp_path, l2=0.02),
+        open_retrainer(retriever, "head", [QUERIES[0][1:]], tmp_path),
+        open_retrainer(retriever, "full", QUERIES, tmp_path),
+        open_retrainer(retriever, "top-1", QUERIES, tmp_path),
+        open_retrainer(retriever, "top-2", QUERIES, tmp_path),
+    ]
+    digests = {r.digest(job) for r in retrainers for job in jobs}
+    assert len(digests) == 6 * 9 - 3  # of the head, seeds 0 and 1 are one
+    assert retrainers[3].digest(Job(rows.copy(), 0)) == retrainers[3].digest(jobs[0])
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        (Job(np.empty(0, np.int64), 7), r"retraining 1 of 1 \(seed 7\) would train on no rows"),
+        (Job(np.flatnonzero(np.array(LABELS) == 1), 0), "all up; a model needs rows of two classes"),
+        (Job(np.array([3, 2]), 0), "ascending"),
+        (Job(np.array([2, 2]), 0), "each once"),
+        (Job(np.array([0, N]), 0), f"from 0 to {N - 1}"),
+        (Job(np.arange(9), 0, edits={9: ("a",)}), "row 9 is edited but not trained on"),
+        (Job(np.arange(9), 0, edits={1: ("a", "b")}), r"has not 1 text\(s\)"),
+        (Job(np.arange(9), 0, extra=[(("a",), 2)]), "class id outside of 0 to 1"),
+    ],
+)
+def test_a_job_that_no_model_can_be_trained_on_is_refused_by_name(retriever, job, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        counting(retriever, tmp_path).run([job])
+
+
+def test_nan_of_a_retrained_model_is_refused(retriever, tmp_path):
+    retrainer = counting(retriever, tmp_path)
+    retrainer.recipe.train = lambda _job: np.array([[0.0, 1.0], [np.nan, 1.0]])
+    with pytest.raises(NonFiniteError, match="evaluation row 1"):
+        retrainer.run(some_jobs(retriever))
+    assert not list(tmp_path.rglob("*.arrow"))
+
+
+def test_log_odds_stay_finite_where_the_probability_rounds_to_one():
+    outcome = Outcome(np.array([[60.0, -60.0, -60.0], [0.5, 1.0, -2.0]], np.float32))
+    classes = np.array([0, 1])
+    p = outcome.probability(classes)
+    assert p[0] == 1.0
+    found = outcome.log_odds(classes)
+    assert found[0] == pytest.approx(120 - math.log(2))
+    assert found[1] == pytest.approx(math.log(p[1] / (1 - p[1])))
+
+
+def test_a_budget_keeps_whole_units_and_counts_shared_jobs_once(retriever, tmp_path):
+    retrainer = counting(retriever, tmp_path)
+    rows = all_rows(retriever)
+    base = Job(rows, 0)
+    units = [[base, Job(rows[i:], 0), Job(rows[:-i], 0)] for i in range(1, 6)]
+    kept, line = within_budget(retrainer, units, None, 0)
+    assert kept.tolist() == [0, 1, 2, 3, 4]
+    assert line == "all 11 retrainings"
+    kept, line = within_budget(retrainer, units, 8, 0)
+    assert len(kept) == 3
+    assert line.startswith("7 of 11 retrainings (--budget 8): 3 of 5 comparisons")
+    assert within_budget(retrainer, units, 8, 0)[0].tolist() == kept.tolist()
+    assert len({tuple(within_budget(retrainer, units, 8, seed)[0]) for seed in range(8)}) > 1
+    with pytest.raises(InputError, match="one comparison takes 3 or more"):
+        within_budget(retrainer, units, 2, 0)
+
+
+def test_recipes_refuse_what_is_not_there(retriever, bert_world, run_folder, tiny_model, tmp_path):
+    with pytest.raises(InputError, match="expected full, top-K"):
+        open_retrainer(retriever, "top-0", QUERIES, tmp_path)
+    with pytest.raises(InputError, match="has 2 encoder layers"):
+        open_retrainer(retriever, "top-3", QUERIES, tmp_path)
+    with pytest.raises(InputError, match="is no training run"):
+        open_retrainer(bert_world.retriever, "full", QUERIES, tmp_path)
+    with pytest.raises(InputError, match="--l2 0"):
+        open_retrainer(retriever, "head", QUERIES, tmp_path, l2=0.0)
+    with pytest.raises(MismatchError, match="trained on the labels"):
+        open_retrainer(bert_world.retriever, "full", QUERIES, tmp_path, run=run_folder)
+
+
+def test_retired_rows_take_no_part(run_folder, tmp_path):
+    import shutil
+
+    shutil.copytree(run_folder, tmp_path / "run")
+    retire_rows(tmp_path / "run" / "index", [1, 4])
+    retriever = Retriever(tmp_path / "run" / "index")
+    rows = TrainingRows(retriever.index)
+    assert rows.live.tolist() == [i for i in range(N) if i not in (1, 4)]
+    retrainer = open_retrainer(retriever, "head", QUERIES, tmp_path / "cache")
+    assert np.isfinite(retrainer.run([Job(rows.live, 0)])[0].logits).all()
