@@ -50,10 +50,13 @@ class TfidfSearch:
         )
         return sparse.csr_array(self._fitted[0].transform(vectors))
 
+    def cosines(self, texts: Sequence[Sequence[str]]) -> np.ndarray:
+        """Cosine of tf-idf vectors of every live row, ``(q, n_live)`` float64: how much the texts overlap."""
+        return np.asarray((self._of_texts(texts) @ self._fitted[1].T).toarray())
+
     def scores(self, texts: Sequence[Sequence[str]], asked: Asked, *, normalise: bool) -> np.ndarray:
         """Scores of every live row, ``(q, n_live)`` float64; divided by sqrt(self x self) if ``normalise``."""
-        similarity = (self._of_texts(texts) @ self._fitted[1].T).toarray()
-        found = similarity * self._errors(asked, self._index.live, normalise=normalise)
+        found = self.cosines(texts) * self._errors(asked, self._index.live, normalise=normalise)
         return np.asarray(found + 0.0)  # no -0.0
 
     def _errors(self, asked: Asked, rows: np.ndarray, *, normalise: bool) -> np.ndarray:
