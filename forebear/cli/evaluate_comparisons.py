@@ -56,8 +56,8 @@ Examples:
 """
 RANDOMIZED_HELP = """Do scores depend on what the model has learned? Spearman with randomly initialised models.
 
-Near 0 is good. The same question is put to both models: the target is the trained one's. The sampled training rows
-are indexed under each random model in a temporary folder.
+Near 0 is good. Asked about the trained model's predictions, and about each model's own. The sampled training rows are
+indexed under each random model in a temporary folder.
 
 Example:
 

@@ -1,8 +1,11 @@
 """``randomized``: do scores depend on what the model has learned? (Pez21, Table 1)
 
 A method that ranks rows alike for the trained model and for one with random weights says nothing about training:
-Spearman's correlation between the two should be near 0. The same question is put to both: the target is the trained
-model's.
+Spearman's correlation between the two should be near 0.
+
+Where predictions are explained, two targets are tried. ``same``: both models are asked about the trained model's
+prediction. Gradients then share the sign that the labels alone give them, for any model. ``own``: each is asked about
+its own prediction; a random model mostly predicts one class, so that this sign turns with the query.
 
 The random model has the same architecture and tokenizer. The sampled training rows are indexed under it in a temporary
 folder, with its own curvature, from these rows alone. It has one checkpoint, so ``tracin`` is ``gd`` there.
@@ -23,6 +26,7 @@ from forebear.errors import InputError
 from forebear.evaluation.comparisons import (
     INTERVAL_COLUMNS,
     Queries,
+    defined_mean,
     interval_cells,
     listed_values,
     provenance,
@@ -38,6 +42,7 @@ from forebear.indexer.gradients import live_sample
 from forebear.indexer.model import Classifier
 from forebear.indexer.options import BuildOptions, Progress, no_progress
 from forebear.indexer.runs import CheckpointPath
+from forebear.indexer.training import quiet_transformers
 from forebear.retriever.methods import pick_methods
 from forebear.retriever.queries import choose_targets
 from forebear.retriever.query_spec import QuerySpec
@@ -50,12 +55,15 @@ class Randomized:
 
     Attributes:
         methods: Names, ``m``.
-        values: For each random model, query and method, ``(s, q, m)``; NaN where one gives all rows the same score.
+        targets: ``same`` and ``own``, ``t``; ``same`` alone where the target is not the prediction.
+        values: For each target, random model, query and method, ``(t, s, q, m)``; NaN where one of the two models gives
+            all rows the same score.
         seeds: Of the random models, ``s``.
         rows: Training rows that were scored, ``(n,)``.
     """
 
     methods: tuple[str, ...]
+    targets: tuple[str, ...]
     values: np.ndarray
     seeds: tuple[int, ...]
     rows: np.ndarray
@@ -66,7 +74,7 @@ def save_random_model(classifier: Classifier, folder: Path, seed: int) -> None:
     from transformers import AutoModelForSequenceClassification
 
     model: Any = classifier.model
-    with torch.random.fork_rng():
+    with quiet_transformers(), torch.random.fork_rng():
         torch.manual_seed(seed)
         AutoModelForSequenceClassification.from_config(model.config, dtype=torch.float32).save_pretrained(folder)
     classifier.tokenizer.save_pretrained(folder)
@@ -144,16 +152,18 @@ def randomized_correlations(
     targets = choose_targets(spec.target, predictions, queries.labels, retriever.label_names)
     asked, same_target = replace(queries, labels=targets), replace(spec, target="gold")
     trained = score_queries(retriever, asked, same_target, rows)
-    values = np.empty((len(seeds), len(queries), len(spec.methods)))
+    specs = {"same": same_target} | ({"own": spec} if spec.target == "predicted" else {})
+    values = np.empty((len(specs), len(seeds), len(queries), len(spec.methods)))
     progress("random models", 0, len(seeds))
     for s, number in enumerate(seeds):
         with tempfile.TemporaryDirectory(prefix="forebear-random-") as folder:
             other = random_retriever(retriever, same_target, rows, number, Path(folder))
-            untrained = score_queries(other, asked, same_target)
-        for m, name in enumerate(spec.methods):
-            values[s, :, m] = spearman(trained[name], untrained[name])
+            for t, each in enumerate(specs.values()):
+                untrained = score_queries(other, asked, each)
+                for m, name in enumerate(spec.methods):
+                    values[t, s, :, m] = spearman(trained[name], untrained[name])
         progress("random models", s + 1, len(seeds))
-    return Randomized(methods=spec.methods, values=values, seeds=tuple(seeds), rows=rows)
+    return Randomized(methods=spec.methods, targets=tuple(specs), values=values, seeds=tuple(seeds), rows=rows)
 
 
 def mean_over_seeds(values: np.ndarray) -> np.ndarray:
@@ -169,37 +179,36 @@ def randomized_report(
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     rows: list[list[Cell]] = []
-    shown: dict[str, tuple[float, float]] = {}
+    means: dict[str, list[float]] = {target: [] for target in found.targets}
+    worst: tuple[float, str, str] | None = None
     for m, name in enumerate(found.methods):
-        mine = found.values[:, :, m]
-        cells = interval_cells(mean_over_seeds(mine), seed)
-        by_seed = [interval_cells(one, seed)[0] for one in mine]
-        rows.append([name, *cells, *by_seed, int(np.isnan(mine).sum())])
-        if isinstance(cells[0], float):
-            shown[name] = (cells[0], cells[1] if isinstance(cells[1], float) else 0.0)
+        for t, target in enumerate(found.targets):
+            mine = found.values[t, :, :, m]
+            cells = interval_cells(mean_over_seeds(mine), seed)
+            rows.append([name, target, *cells, *(defined_mean(one) for one in mine), int(np.isnan(mine).sum())])
+            mean = defined_mean(mean_over_seeds(mine))
+            means[target].append(mean or 0.0)
+            if mean is not None and (worst is None or abs(mean) > abs(worst[0])):
+                worst = (mean, name, target)
     table = Table(
         "Spearman correlation of trained and random models' scores",
-        ["method", *INTERVAL_COLUMNS, *(f"seed {number}" for number in found.seeds), "undefined"],
+        ["method", "target", *INTERVAL_COLUMNS, *(f"seed {number}" for number in found.seeds), "undefined"],
         rows,
         f"Near 0 is good. Mean over {len(queries):,} queries (of each the mean over {len(found.seeds)} random models), "
         f"± its standard error, 95% bootstrap interval over the queries; over {len(found.rows):,} training rows. "
+        "Target same: the trained model's prediction for both; own: each model's own. "
         "Undefined: queries x models where a method gives all rows one score, which has no order.",
     )
-    figures = []
     said = "No method has a correlation: each gives all rows one score."
-    if shown:
-        worst = max(shown, key=lambda name: abs(shown[name][0]))
-        said = f"Farthest from 0 is {worst}: its scores correlate {shown[worst][0]:.2f} with those of random models."
-        drawing = bar_chart(
-            list(shown), {"Spearman": [mean for mean, _ in shown.values()]}, xlabel="mean Spearman correlation",
-            errors={"Spearman": [error for _, error in shown.values()]},
-        )  # fmt: skip
-        figures.append(Figure("Trained against random models", drawing, "Bars: standard error over the queries."))
+    if worst is not None:
+        mean, name, target = worst
+        said = f"Farthest from 0 is {name}: {mean:.2f} with random models' scores, when the target is the {target}."
+    drawing = bar_chart(found.methods, means, xlabel="mean Spearman correlation")
     report = Report(
         "Randomized models",
         said,
         (table,),
-        figures,
+        (Figure("Trained against random models", drawing, "0 where it is undefined."),),
         provenance=provenance(
             retriever, spec, command, test_rows=queries.source, queries=len(queries), rows=len(found.rows), seed=seed,
             random_models=", ".join(map(str, found.seeds)),
@@ -208,6 +217,7 @@ def randomized_report(
     result = {
         "methods": list(found.methods),
         "seeds": list(found.seeds),
+        "targets": list(found.targets),
         "per_query": listed_values(found.values),
         "query_rows": queries.rows,
         "training_rows": found.rows,

@@ -239,14 +239,14 @@ def saliency_consistency_report(
         for s, share in enumerate(INFLUENCE_SHARES):
             for r, role in enumerate(ROLES):
                 cells = pooled_mean(found.sums[m, r, s], found.counts[m, r, s], seed)
-                influence.append([name, f"top {float(share):.0%}", role, *cells, int(found.counts[m, r, s].sum())])
+                influence.append([name, role, f"{float(share):.0%}", *cells, int(found.counts[m, r, s].sum())])
                 means[role].append(cells[0] if isinstance(cells[0], float) else 0.0)
         for r, role in enumerate(ROLES):
             for d, share in enumerate(OVERLAP_SHARES):
                 k = rows_of_share(share, found.n_rows)
                 undefined = int(np.isnan(found.overlaps[m, r, d]).sum())
                 cells = interval_cells(found.overlaps[m, r, d], seed)
-                removal.append([name, role, f"top {float(share):.1%}", k, *cells, undefined])
+                removal.append([name, role, f"{float(share):.1%}", k, *cells, undefined])
         labels = [f"top {float(share):.0%}" for share in INFLUENCE_SHARES]
         drawing = bar_chart(labels, means, xlabel="mean z-normalised influence")
         figures.append(
@@ -255,14 +255,14 @@ def saliency_consistency_report(
     tables = (
         Table(
             "Influence of rows that hold a salient word piece",
-            ["method", "rows", "word piece", "mean", "95% low", "95% high", "values"],
+            ["method", "word piece", "top", "mean", "95% low", "95% high", "values"],
             influence,
             f"Z-normalised influence, pooled over {len(found.query_rows):,} queries, of the rows at the top whose "
             "label is the predicted one and that hold the query's word piece. Queries are resampled for the interval.",
         ),
         Table(
             "Overlap of the tops before and after removing a word piece",
-            ["method", "word piece", "rows", "k", "mean", "±", "95% low", "95% high", "undefined"],
+            ["method", "word piece", "top", "k", "mean", "±", "95% low", "95% high", "undefined"],
             removal,
             f"Share of common rows among the floor(p N) of {found.n_rows:,} rows of largest score. Undefined: floor(p "
             "N) is 0, or a ranking has no order.",

@@ -124,7 +124,7 @@ def train(
     check_out(folder, force)
     device = _pick_training_device(options.device)
     options = replace(options, precision=_pick_precision(options.precision, device), device=device.type)
-    with _quiet_transformers():
+    with quiet_transformers():
         classifier, head = load_start(
             source,
             str(model),
@@ -161,7 +161,7 @@ def fine_tune(
     Raises:
         NonFiniteError: The loss or a weight became NaN or infinite.
     """
-    with _quiet_transformers(), TemporaryDirectory() as scratch:
+    with quiet_transformers(), TemporaryDirectory() as scratch:
         _run_trainer(_Course(classifier, rows, Path(scratch), options, None, progress, saves=False))
     classifier.model.eval()
 
@@ -210,7 +210,7 @@ def _pick_precision(precision: str, device: torch.device) -> str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Turn transformers' log lines and progress bars off for a while."""
     from transformers import logging
 
