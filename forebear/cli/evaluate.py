@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import typer
 
+from forebear.cli import evaluate_comparisons, evaluate_spans
+
 
 def register(app: typer.Typer) -> None:
     """Add the group and its commands."""
     evaluations = typer.Typer(
         help="Measure methods: agreement, faithfulness, retraining and more.", no_args_is_help=True
     )
+    for module in (evaluate_comparisons, evaluate_spans):
+        module.register(evaluations)
     app.add_typer(evaluations, name="evaluate")
