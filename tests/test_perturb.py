@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 import torch
 import transformers
 from test_wordnet import write_wordnet
-from tiny import labels, make_tiny_model, sentences
+from tiny import labels, make_tiny_model, sentences, write_jsonl
 
 from forebear import BuildOptions, InputError, Retriever, build_index, rows_from_texts
+from forebear.cli.main import run
 from forebear.evaluation.perturb_choice import Chooser
 from forebear.evaluation.perturb_spec import STRATEGIES, PerturbSpec, Queries, make_queries
 from forebear.evaluation.wordnet import WordNet
+from forebear.indexer.forward import run_forward
 from forebear.indexer.runs import choose_model
 
 TEXTS, LABELS = sentences(40, seed=3, low=3), labels(40)
@@ -279,3 +282,142 @@ def test_what_means_nothing_is_refused(retriever, queries, wordnet):
         many.choose_random(0)
     with pytest.raises(InputError, match="test row 1 is empty"):
         chooser(make_queries(retriever, [["a film", " "]], np.array([0, 1])))
+
+
+@pytest.fixture(scope="module")
+def files(folder, wordnet_folder) -> list[str]:
+    """Options of both commands: labelled rows, the index, WordNet."""
+    write_jsonl(folder / "test.jsonl", text=TESTS, label=GOLD.tolist())
+    write_jsonl(folder / "dev.jsonl", text=TEXTS[:20], label=[1 - y for y in LABELS[:20]])
+    return ["--test", f"{folder / 'test.jsonl'}", "--wordnet", f"{wordnet_folder}", "--retrain", "head", "--quiet"]
+
+
+def run_attack(folder: Path, files: list[str], out: Path, *more: str) -> int:
+    asked = ["perturb", "attack", "--index", f"{folder / 'index'}", *files, "--queries", "4", "--rows", "1,2"]
+    return run([*asked, "--seeds", "2", "--out", f"{out}", *more])
+
+
+def read_changed(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "changed.jsonl").read_text().splitlines()]
+
+
+def refitted(retriever, texts: list[str], gold: list[int]) -> np.ndarray:
+    """Gold probability of each test by scikit-learn's regression over the model's features, bias penalised alike."""
+    from sklearn.linear_model import LogisticRegression
+
+    def features(of: list[str]) -> np.ndarray:
+        f = run_forward(retriever.classifier(), [of]).features.astype(np.float64)
+        return np.hstack([f, np.ones((len(f), 1))])
+
+    # Two softmax weights w and -w have twice the penalty of the one 2w that scikit-learn fits.
+    model = LogisticRegression(C=2 / (0.01 * len(gold)), fit_intercept=False, tol=1e-10, max_iter=10_000)
+    return model.fit(features(texts), gold).predict_proba(features(TESTS))[np.arange(len(TESTS)), GOLD]
+
+
+def test_attack_replaces_the_rows_of_all_queries_and_reports_both_sets(retriever, folder, files, tmp_path):
+    assert run_attack(folder, files, tmp_path, "--strategy", "lower-right", "combined") == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    changed = read_changed(tmp_path)
+    at = np.array(result["queries"])
+    assert len(at) == 4
+    assert result["sets"] == {"attacked rows": 4, "test rows": 9}
+
+    def check(measured: dict, seed: int, p: np.ndarray) -> None:
+        assert measured["accuracy"][seed] == (p > 0.5).mean()
+        assert measured["probability"][seed] == pytest.approx(p.mean(), abs=1e-6)
+
+    unchanged = refitted(retriever, TEXTS, LABELS)
+    check(result["unchanged"]["test rows"], 0, unchanged)
+    for strategy, seed in (("lower-right", 0), ("combined", 1), ("random", 0), ("random", 1)):
+        mine = [c for c in changed if c["strategy"] == strategy and c["seed"] in (None, seed)]
+        assert [c["turn"] for c in mine] == [1] * 4 + [2] * 4
+        for n in (1, 2):
+            texts = list(TEXTS)
+            for c in mine[: 4 * n]:
+                assert texts[c["row"]] == c["old"][0]
+                texts[c["row"]] = c["new"][0]
+                assert c["old"][0][c["start"] : c["end"]] == c["word"]
+            p = refitted(retriever, texts, LABELS)
+            assert abs(p.mean() - unchanged.mean()) > 1e-5
+            check(result["changed"][strategy]["attacked rows"][str(n)], seed, p[at])
+            check(result["changed"][strategy]["test rows"][str(n)], seed, p)
+    assert {c["aim"] for c in changed if c["strategy"] == "combined"} == {"lower-right", "raise-wrong"}
+    page = (tmp_path / "report.html").read_text()
+    for c in [c for c in changed if c["strategy"] == "lower-right" and c["query"] == at[0]]:
+        assert f"{c['word']} → {c['substitute']}" in page
+        assert f"<mark>{c['substitute']}</mark>" in page
+    assert "text, before" in page
+    assert (tmp_path / "table.csv").read_text().startswith("table,strategy,rows,accuracy")
+
+
+def test_fix_adds_changed_rows_for_dev_rows_that_are_wrong(retriever, folder, files, tmp_path):
+    asked = ["perturb", "fix", "--index", f"{folder / 'index'}", *files, "--dev", f"{folder / 'dev.jsonl'}"]
+    assert run([*asked, "--rows", "2", "--seeds", "1", "--out", f"{tmp_path}"]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    changed = read_changed(tmp_path)
+    wrong = np.flatnonzero(run_forward(retriever.classifier(), [TEXTS[:20]]).predictions == LABELS[:20])
+    assert result["queries"] == wrong.tolist()
+    assert result["sets"] == {"test rows": 9, "dev rows": 20, "dev rows that were wrong": len(wrong)}
+    assert result["indexed_accuracy"]["dev rows that were wrong"] == 0
+    for strategy in ("raise-right", "random"):
+        mine = [c for c in changed if c["strategy"] == strategy]
+        assert len(mine) == 2 * len(wrong)
+        extra = [LABELS[c["row"]] for c in mine]
+        p = refitted(retriever, [*TEXTS, *(c["new"][0] for c in mine)], [*LABELS, *extra])
+        measured = result["changed"][strategy]["test rows"]["2"]
+        assert measured["accuracy"] == [(p > 0.5).mean()]
+        assert measured["probability"] == [pytest.approx(p.mean(), abs=1e-6)]
+
+
+def test_a_run_that_was_killed_goes_on_and_gives_the_same(folder, files, tmp_path, monkeypatch):
+    from forebear.evaluation.recipes import HeadRecipe
+
+    train, calls = HeadRecipe.train, []
+
+    def dying(self, job):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(job)
+        return train(self, job)
+
+    monkeypatch.setattr(HeadRecipe, "train", dying)
+    assert run_attack(folder, files, tmp_path / "out") == 130
+    assert not (tmp_path / "out" / "report.html").exists()
+    counted = []
+    monkeypatch.setattr(HeadRecipe, "train", lambda self, job: counted.append(job) or train(self, job))
+    assert run_attack(folder, files, tmp_path / "out") == 0
+    # Unchanged, lower-right and random at two amounts; random once more for the second seed, all others being alike.
+    assert len(calls) + len(counted) == 1 + 2 + 2 + 2
+    monkeypatch.undo()
+    assert run_attack(folder, files, tmp_path / "whole") == 0
+    assert (tmp_path / "out" / "changed.jsonl").read_bytes() == (tmp_path / "whole" / "changed.jsonl").read_bytes()
+    assert (tmp_path / "out" / "table.csv").read_bytes() == (tmp_path / "whole" / "table.csv").read_bytes()
+
+
+def test_nothing_is_overwritten_and_mistakes_are_one_line(folder, files, tmp_path, capsys):
+    (tmp_path / "changed.jsonl").write_text("mine")
+    assert run_attack(folder, files, tmp_path) == 2
+    assert "already holds changed.jsonl" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "changed.jsonl").read_text() == "mine"
+    assert run_attack(folder, files, tmp_path, "--force") == 0
+    assert run_attack(folder, files, tmp_path) == 2
+    capsys.readouterr()
+    for more, message in (
+        (["--seeds", "0"], "--seeds 0: expected 1 or more"),
+        (["--queries", "0"], "--queries 0: expected 1 or more"),
+        (["--rows", "one"], "--rows 1,2,one: expected whole numbers"),
+        (["--strategy", "raise-right"], "--strategy raise-right: expected one or more of lower-right"),
+        (["--wordnet", f"{tmp_path}"], "apt-get install wordnet-base"),
+        (["--retrain", "full"], "is no training run"),
+    ):
+        assert run_attack(folder, files, tmp_path / "other", *more) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "other" / "report.html").exists()
+
+
+def test_a_dev_set_without_mistakes_has_nothing_to_fix(retriever, folder, files, tmp_path, capsys):
+    right = run_forward(retriever.classifier(), [TESTS]).predictions.tolist()
+    write_jsonl(tmp_path / "dev.jsonl", text=TESTS, label=right)
+    asked = ["perturb", "fix", "--index", f"{folder / 'index'}", *files, "--dev", f"{tmp_path / 'dev.jsonl'}"]
+    assert run([*asked, "--out", f"{tmp_path / 'out'}"]) == 2
+    assert "gets all 9 rows right. There is nothing to fix." in " ".join(capsys.readouterr().err.split())
