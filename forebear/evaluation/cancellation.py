@@ -161,7 +161,7 @@ def distance_moved(
     before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], groups: Sequence[Group]
 ) -> np.ndarray:
     """||W_{c+1} - W_c|| of each group, ``(g,)``, from the parameters by name."""
-    squares = {name: float(((after[name] - value).double() ** 2).sum()) for name, value in before.items()}
+    squares = {name: float(((after[name] - value).detach().double() ** 2).sum()) for name, value in before.items()}
     return np.array([np.sqrt(sum(squares[name] for name in group.parameters)) for group in groups])
 
 
