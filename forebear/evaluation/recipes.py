@@ -174,7 +174,7 @@ class FullRecipe:
     def train(self, job: Job) -> np.ndarray:
         """Logits of the retrained model on the evaluation rows, ``(q, c)``."""
         classifier = self._start.at(job.seed)
-        encoded = [self._encoded[row] for row in job.rows] + [{}] * len(job.extra)
+        encoded = [self._encoded[row] for row in job.kept] + [{}] * len(job.extra)
         at, texts = job.changed()
         if len(at):
             for i, row in zip(at, _arrays(encode(classifier, texts)), strict=True):
@@ -272,7 +272,7 @@ class TopRecipe:
     def train(self, job: Job) -> np.ndarray:
         """Logits of the retrained model on the evaluation rows, ``(q, c)``."""
         classifier = self._start.at(job.seed)
-        hidden = [self._rows.row(row) for row in job.rows] + [torch.empty(0)] * len(job.extra)
+        hidden = [self._rows.row(row) for row in job.kept] + [torch.empty(0)] * len(job.extra)
         at, texts = job.changed()
         if len(at):
             changed = self._hidden(texts)
@@ -445,7 +445,7 @@ class HeadRecipe:
     def train(self, job: Job) -> np.ndarray:
         """Logits of the refitted head on the evaluation rows, ``(q, c)``."""
         features = torch.empty((len(job), self._features.shape[1]), dtype=torch.float64)
-        features[: len(job.rows)] = self._features[job.rows]
+        features[: len(job) - len(job.extra)] = self._features[job.kept]
         at, texts = job.changed()
         if len(at):
             features[at] = self._extended(run_forward(self._classifier, texts).features)

@@ -33,35 +33,43 @@ class Job:
     """One training: on these rows, with this seed.
 
     Attributes:
-        rows: Numbers of the index's rows that are trained on, ascending, each once.
+        rows: Numbers of rows of the index, ascending, each once.
         seed: Of a new head, the order of the rows and dropout.
         edits: Other texts for some of these rows, by row number; their labels stay.
         extra: Rows added at the end: texts and class id.
+        without: Some of ``rows``, ascending, that are not trained on: thousands of jobs may share one ``rows``.
     """
 
     rows: np.ndarray
     seed: int
     edits: Mapping[int, Texts] = field(default_factory=dict)
     extra: Sequence[tuple[Texts, int]] = ()
+    without: np.ndarray | None = None
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Numbers of the index's rows that are trained on, ascending."""
+        return self.rows if self.without is None else np.delete(self.rows, np.searchsorted(self.rows, self.without))
 
     def __len__(self) -> int:
-        return len(self.rows) + len(self.extra)
+        return len(self.rows) - (0 if self.without is None else len(self.without)) + len(self.extra)
 
     def labels(self, of_rows: np.ndarray) -> np.ndarray:
         """Class id of every row trained on, ``(len(job),)`` int64, out of those of all rows of the index."""
-        return np.concatenate([of_rows[self.rows], [label for _, label in self.extra]]).astype(np.int64)
+        return np.concatenate([of_rows[self.kept], [label for _, label in self.extra]]).astype(np.int64)
 
     def changed(self) -> tuple[np.ndarray, list[list[str]]]:
         """Positions of edited and added rows among those trained on, and their texts, one list a column."""
         edited = sorted(self.edits)
-        at = [*np.searchsorted(self.rows, edited).tolist(), *range(len(self.rows), len(self))]
+        n_kept = len(self) - len(self.extra)
+        at = [*np.searchsorted(self.kept, edited).tolist(), *range(n_kept, len(self))]
         texts = [*(self.edits[row] for row in edited), *(text for text, _ in self.extra)]
         return np.array(at, np.int64), [list(values) for values in zip(*texts, strict=True)]
 
     def digest(self, of_all: str, *, seeded: bool) -> str:
         """Name of the outcome: sha256 over this job and the digest of all that jobs share."""
         found = hashlib.sha256(of_all.encode())
-        found.update(np.ascontiguousarray(self.rows, "<i8").tobytes())
+        found.update(np.ascontiguousarray(self.kept, "<i8").tobytes())
         edits = sorted((int(row), list(texts)) for row, texts in self.edits.items())
         extra = [[list(texts), int(label)] for texts, label in self.extra]
         found.update(canonical_json([self.seed if seeded else None, edits, extra]))
@@ -154,9 +162,11 @@ class TrainingRows:
                 rows, or rows of one class; the message names the job.
         """
         rows = job.rows
+        if job.without is not None and (not np.isin(job.without, rows).all() or (np.diff(job.without) < 1).any()):
+            raise InputError(f"{name}: expected rows to leave out that are among the others, ascending, each once.")
         if len(rows) and (rows[0] < 0 or rows[-1] >= len(self.labels) or (np.diff(rows) < 1).any()):
             raise InputError(f"{name}: expected row numbers from 0 to {len(self.labels) - 1}, ascending, each once.")
-        foreign = sorted(set(job.edits) - set(rows.tolist()))
+        foreign = sorted(set(job.edits) - set(job.kept.tolist())) if job.edits else []
         if foreign:
             raise InputError(f"{name}: row {foreign[0]} is edited but not trained on. Leave the edit out.")
         texts = [*job.edits.values(), *(texts for texts, _ in job.extra)]
