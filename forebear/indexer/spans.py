@@ -26,6 +26,7 @@ from forebear.indexer.model import Classifier, Encoded, encode_with_places
 FOUND = ("clauses", "sentences", "words")
 ASPECT = "aspect"
 GIVEN = ("columns", "clause-of")
+READER = "reader"
 # A boundary is punctuation before white space or the end (not that of 3.5 or www.x.org), but for some abbreviations.
 _ABBREVIATED = "".join(rf"(?<!\b{a})" for a in (r"e\.g", r"i\.e", "mr", "mrs", "ms", "dr", "st", "vs"))
 _CLOSING = r"[\"'”’)\]]*(?=\s|$)"
@@ -59,10 +60,10 @@ def split_text(text: str, how: str) -> list[tuple[int, int]]:
         boundary = {"clauses": _CLAUSE_END, "sentences": _SENTENCE_END}[how]
         cuts = [0, *(edge for match in boundary.finditer(text) for edge in match.span()), len(text)]
         pieces = list(zip(cuts[::2], cuts[1::2], strict=True))
-    return [found for start, end in pieces if (found := _trimmed(text, start, end)) is not None]
+    return [found for start, end in pieces if (found := trimmed(text, start, end)) is not None]
 
 
-def _trimmed(text: str, start: int, end: int) -> tuple[int, int] | None:
+def trimmed(text: str, start: int, end: int) -> tuple[int, int] | None:
     """Without white space and brackets or quotes at the ends; None without a letter or digit."""
     while start < end and unicodedata.category(text[start])[0] in "PSZC" and text[start] not in "$£€#@":
         start += 1
@@ -89,6 +90,7 @@ def span_finder(how: str, column: int = 0) -> Finder:
         how: ``clauses``, ``sentences`` or ``words`` of a text column; ``aspect``: of pairs, the clause of the first
             text that holds the second one; ``columns:FROM,TO``, names of columns that hold their ends, one number or a
             list; ``clause-of:FROM,TO``, the clause that holds such a span;
+            ``reader:MODEL``: of pairs, what a question-answering model finds the first text to say of the second one;
             ``FILE.py:function``, called with the row as a dictionary, which returns (start, end) pairs.
         column: The text column, by number.
 
@@ -102,22 +104,32 @@ def span_finder(how: str, column: int = 0) -> Finder:
         return _aspect
     if kind in GIVEN and len(names := [name.strip() for name in rest.split(",")]) == 2:
         return _given(names[0], names[1], column, whole_clause=kind == "clause-of")
+    if kind == READER and rest:
+        from forebear.indexer.reader import reader_finder
+
+        return reader_finder(rest)
     if kind.endswith(".py") and rest.isidentifier():
         return _by_function(Path(kind), rest, column)
     raise InputError(
-        f"--spans {how!r}: expected {', '.join(FOUND)}, {ASPECT}, columns:FROM,TO, clause-of:FROM,TO or "
-        "FILE.py:function."
+        f"--spans {how!r}: expected {', '.join(FOUND)}, {ASPECT}, columns:FROM,TO, clause-of:FROM,TO, "
+        f"{READER}:MODEL or FILE.py:function."
     )
 
 
 def _aspect(texts: Sequence[str], _row: dict[str, Any], _name: str) -> list[Span]:
     if len(texts) != 2:
         raise InputError("--spans aspect is of pairs: the clause of the first text that holds the second one.")
-    wanted = re.escape(texts[1].strip())
+    found = place_of_term(texts[0], texts[1].strip())
+    return [] if found is None else [Span(0, *covering(split_text(texts[0], "clauses"), *found))]
+
+
+def place_of_term(text: str, term: str) -> tuple[int, int] | None:
+    """Characters of a term's first occurrence in any case, as whole words if it occurs so; None without one."""
+    wanted = re.escape(term)
     if not wanted:
-        return []
-    found = re.search(rf"(?<!\w){wanted}(?!\w)", texts[0], re.IGNORECASE) or re.search(wanted, texts[0], re.IGNORECASE)
-    return [] if found is None else [Span(0, *covering(split_text(texts[0], "clauses"), *found.span()))]
+        return None
+    found = re.search(rf"(?<!\w){wanted}(?!\w)", text, re.IGNORECASE) or re.search(wanted, text, re.IGNORECASE)
+    return None if found is None else found.span()
 
 
 def _given(first: str, last: str, column: int, *, whole_clause: bool) -> Finder:
