@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from forebear.cli import evaluate_comparisons, evaluate_spans
+from forebear.cli import evaluate_comparisons, evaluate_retraining, evaluate_spans
 
 
 def register(app: typer.Typer) -> None:
@@ -12,6 +12,6 @@ def register(app: typer.Typer) -> None:
     evaluations = typer.Typer(
         help="Measure methods: agreement, faithfulness, retraining and more.", no_args_is_help=True
     )
-    for module in (evaluate_comparisons, evaluate_spans):
+    for module in (evaluate_comparisons, evaluate_spans, evaluate_retraining):
         module.register(evaluations)
     app.add_typer(evaluations, name="evaluate")
