@@ -215,8 +215,10 @@ def cancellation_report(
     """The report, and the numbers for ``result.json``."""
     index = retriever.index
     cosines = found.cosines.mean(axis=0)
-    lines: dict[str, list[list[Cell]]] = {"all": [], "kind": [], "layer": [], "tensor": []}
+    lines: dict[str, list[list[Cell]]] = {"all": [], "kind": [], "layer": []}
     for g, group in enumerate(found.groups):
+        if group.level == "tensor":  # hundreds: in result.json alone
+            continue
         cosine = None if np.isnan(cosines[g]) else float(cosines[g])
         lines[group.level].append([group.name, group.kind, *interval_cells(found.values[:, g], seed), cosine])
     columns = ["parameters", "kind", "C", *INTERVAL_COLUMNS[1:], "cosine"]
@@ -229,14 +231,13 @@ def cancellation_report(
     tables = (
         Table("Cancellation by kind", columns, lines["all"] + lines["kind"], note),
         Table("Cancellation by layer", columns, lines["layer"], note),
-        Table("Cancellation by tensor", columns, lines["tensor"], note),
     )
     shown = [row for row in lines["all"] + lines["layer"] if row[1] in ("all", "embedding", "weight") and row[2]]
     labels = [str(row[0]) for row in shown]
     figures = []
     if shown:
         values = [float(row[2] or 0.0) for row in shown]
-        figures.append(Figure("Cancellation of weights", bar_chart(labels, {"C": values}, xlabel="C", digits=0)))
+        figures.append(Figure("Cancellation of weights", bar_chart(labels, {"C": values}, xlabel="C")))
         alike = [float(row[6] or 0.0) for row in shown]
         drawing = bar_chart(labels, {"cosine": alike}, xlabel="mean cosine of two rows' gradients", digits=3)
         figures.append(Figure("Alignment of gradients", drawing))
@@ -244,7 +245,7 @@ def cancellation_report(
     weight, bias = by_kind.get("weight"), by_kind.get("bias")
     said = "C of weights or of biases is undefined: they did not move."
     if isinstance(weight, float) and isinstance(bias, float):
-        said = f"C is {bias:,.0f} for the biases of linear layers and {weight:,.0f} for their weights."
+        said = f"C is {bias:.3g} for the biases of linear layers and {weight:.3g} for their weights."
     provenance = {
         "index": str(index.folder),
         "index digest": index.manifest.digest(),
