@@ -246,6 +246,31 @@ def test_no_row_is_taken_twice_and_few_are_the_first_of_many(retriever, queries,
     assert Chooser(retriever, fewer, queries, wordnet).choose("combined") == turns[:1]
 
 
+def test_pairs_of_three_classes(make_world, wordnet):
+    """The wrong label is the runner-up or the prediction; a change leaves the other text as it is."""
+    world = make_world("bert", 3, True, 1)
+    texts = [list(column) for column in zip(*world.queries, strict=True)]
+    gold = np.array(world.query_labels)
+    queries = make_queries(world.retriever, texts, gold)
+    p = run_forward(world.retriever.classifier(), texts).probabilities
+    for i, y in enumerate(gold):
+        assert queries.wrong[i] == max((c for c in range(3) if c != y), key=lambda c, i=i: p[i, c])
+    spec = PerturbSpec(what="attack", strategies=("raise-wrong",), rows=(3,))
+    turns = Chooser(world.retriever, spec, queries, wordnet).choose("raise-wrong")
+    changes = [c for turn in turns for c in turn]
+    assert {c.span.column for c in changes} == {0, 1}
+    for c in changes:
+        assert c.old == world.texts[c.row]
+        other = 1 - c.span.column
+        assert c.new[other] == c.old[other]
+        assert c.new[c.span.column] == _with(c.old[c.span.column], c)
+
+
+def _with(text: str, change) -> str:
+    assert text[change.span.start : change.span.end] == change.word
+    return text[: change.span.start] + change.substitute + text[change.span.end :]
+
+
 def test_random_changes_are_seeded_and_of_rows_that_can_be_changed(retriever, queries, wordnet):
     spec = PerturbSpec(what="attack", strategies=("lower-right",), rows=(1, 2))
     chooser = Chooser(retriever, spec, queries, wordnet)
@@ -256,7 +281,7 @@ def test_random_changes_are_seeded_and_of_rows_that_can_be_changed(retriever, qu
     assert chooser.choose_random(0) == turns != chooser.choose_random(1)
     for c in changes:
         assert c.substitute in wordnet.synonyms(c.word)
-        assert c.new[0] == c.old[0][: c.span.start] + c.substitute + c.old[0][c.span.end :]
+        assert c.new[0] == _with(c.old[0], c)
         assert (c.query, c.effect, c.score) == (None, None, None)
 
 
@@ -271,6 +296,8 @@ def test_what_means_nothing_is_refused(retriever, queries, wordnet):
     for rows in ((), (0,), (2, 1), (1, 1)):
         with pytest.raises(InputError, match=r"--rows .*: expected numbers from 1 up, ascending"):
             chooser(rows=rows)
+    with pytest.raises(InputError, match="--seed -1: expected 0 or more"):
+        chooser(seed=-1)
     with pytest.raises(InputError, match="--random-words -1"):
         chooser(random_words=-1)
     with pytest.raises(InputError, match="top-1"):

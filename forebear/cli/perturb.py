@@ -65,7 +65,9 @@ RETRAINED_NAME = "retrained"
 
 SeveralRows = Annotated[
     list[str] | None,
-    typer.Option("--rows", help="Training rows changed for each row; several amounts.", show_default=False),
+    typer.Option(
+        "--rows", help="Training rows changed for each row. Default: 1,2,6; of fix 1,2,4,8.", show_default=False
+    ),
 ]
 Seeds = Annotated[int, typer.Option("--seeds", help="Retrainings of each kind, with seeds from --seed up.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the samples, and of the first retraining.")]

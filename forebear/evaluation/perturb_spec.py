@@ -103,6 +103,8 @@ class PerturbSpec:
             raise InputError(f"--rows {','.join(map(str, self.rows))}: expected numbers from 1 up, ascending.")
         if self.random_words < 0:
             raise InputError(f"--random-words {self.random_words}: expected 0 or more.")
+        if self.seed < 0:
+            raise InputError(f"--seed {self.seed}: expected 0 or more.")
         self.question.check()
 
 
