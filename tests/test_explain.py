@@ -33,7 +33,7 @@ from forebear import (
 )
 from forebear.cli import console
 from forebear.cli.main import run
-from forebear.evaluation.explain import FORMULAS, Explanation, FoundRow, default_methods, explain
+from forebear.evaluation.explain import FORMULAS, Explanation, FoundRow, chosen_methods, default_methods, explain
 from forebear.evaluation.explain_page import check_page, render_page, write_page
 from forebear.evaluation.marks import Piece, list_words, locate, mark, shorten, write_alike
 from forebear.indexer.model import Classifier, make_classifier
@@ -361,6 +361,78 @@ def test_what_one_would_not_expect_of_a_ranking_is_said(world):
     assert notes["if"][1] == ("The scores are approximate.",)
     spec = QuerySpec(methods=("if",), top=1, curvature="cg")
     assert "relative residual of" in explain(world.retriever, QUERY, spec).answers[0].sides[0].notes[-1]
+
+
+def asked(explanation: Explanation, method: str) -> list[str]:
+    """What of the query is pointed at."""
+    (answer,) = (a for a in explanation.answers if a.method == method)
+    return [piece.text for column in answer.asked for piece in column.pieces if piece.asked]
+
+
+def test_spans_are_marked_with_their_score_and_the_querys_is_pointed_at(world):
+    spec = QuerySpec(methods=("if++", "tracin+"), top=2, spans="words")
+    explanation = explain(world.retriever, QUERY, spec)
+    found = world.retriever.retrieve([QUERY], methods=spec.methods, top=2, spans="words").to_pylist()
+    for method in spec.methods:
+        wanted = [r for r in found if r["method"] == method]
+        rows = found_rows(explanation, method)
+        assert [row.row for row in rows] == [r["row"] for r in wanted]
+        for row, r in zip(rows, wanted, strict=True):
+            (piece,) = (p for p in row.texts[0].pieces if p.value is not None)
+            assert joined(row.texts[0].pieces) == world.texts[row.row]
+            assert (piece.text, piece.value) == (r["span"], pytest.approx(r["score"]))
+            assert float(piece.note) == pytest.approx(r["score"], rel=0.06)
+    own = next(r for r in found if r["method"] == "if++")
+    assert asked(explanation, "if++") == [QUERY[own["query_span_start"] : own["query_span_end"]]]
+    assert asked(explanation, "tracin+") == []
+
+
+@pytest.mark.parametrize("word", [None, "film"])
+def test_influence_on_saliency_marks_each_word_with_its_own_score(world, word):
+    spec = QuerySpec(methods=("saliency-if",), top=3, word=word)
+    explanation = explain(world.retriever, QUERY, spec)
+    assert word is None or asked(explanation, "saliency-if") == [word]
+    (salient,) = asked(explanation, "saliency-if")
+    rows = found_rows(explanation, "saliency-if")
+    several = {row.row for row in rows}
+    ask = {"methods": ["saliency-if-token"], "word": salient}
+    found = world.retriever.retrieve([QUERY], top=30, exact="full", **ask).to_pylist()
+    truth = {(r["row"], r["span_start"]): r["score"] for r in found if r["row"] in several}
+    assert len(truth) > len(several)
+    seen_words = 0
+    for row in rows:
+        start = 0
+        for piece in row.texts[0].pieces:
+            if (row.row, start) in truth and piece.value is not None:
+                assert piece.value == pytest.approx(truth[row.row, start], rel=1e-3, abs=1e-6)
+                seen_words += 1
+            start += len(piece.text)
+    assert seen_words >= len(several)
+
+
+def test_spans_and_influence_on_the_page_and_on_the_terminal(world, tmp_path, capsys):
+    more = ["--text", QUERY, "--spans", "words", "--saliency-influence", "--word", "film", "--top", "2"]
+    assert run(args(world, *more)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "asked about, a word of text: a good [film] was" in shown
+    assert "saliency-if: proponents of the word's saliency" in shown
+    assert "if++: proponents of" in shown
+    assert run(args(world, *more, "--html", str(tmp_path / "a.html"))) == 0
+    page = (tmp_path / "a.html").read_text()
+    assert page.count('<mark class="asked"><span>film</span></mark>') == 1
+    assert page.count('class="asked"') == 2
+    assert "raises the saliency of the boxed word most" in page
+
+
+def test_methods_for_spans_and_saliency_are_added_once(world):
+    both = {"spans": True, "saliency_influence": True}
+    assert chosen_methods(world.retriever, ["gc"], **both) == ("gc", "if++", "saliency-if")
+    given = ["tracin+", "saliency-if"]
+    assert chosen_methods(world.retriever, given, **both) == tuple(given)
+    none = {"spans": False, "saliency_influence": False}
+    assert chosen_methods(world.retriever, [], **none) == default_methods(world.retriever)
+    with pytest.raises(InputError, match="'if\\+\\+\\+' is not known"):
+        chosen_methods(world.retriever, ["if+++"], **none)
 
 
 def test_default_methods_follow_from_the_index(world, without_words):

@@ -28,6 +28,8 @@ Examples:
     forebear explain --index I --text "A man sleeps." --pair "A person is awake." --target entailment
 
     forebear explain --index I --text "a gripping film" --method gc,if --top 3 --html page.html
+
+    forebear explain --index I --text "dull plot, great cast" --spans clauses --saliency-influence
 """
 SHOWN_WORDS = 8
 
@@ -56,6 +58,23 @@ def explain(
     saliency: Annotated[
         str, typer.Option("--saliency", help="gradient-x-input or summed-gradient.")
     ] = "gradient-x-input",
+    spans: Annotated[
+        str | None,
+        typer.Option(
+            "--spans",
+            help="Also rank spans of rows: clauses, sentences, words, aspect, or FILE.py:function.",
+            show_default=False,
+        ),
+    ] = None,
+    saliency_influence: Annotated[
+        bool,
+        typer.Option(
+            "--saliency-influence", help="Also ask which rows and words made the model look at its most salient word."
+        ),
+    ] = False,
+    word: Annotated[
+        str | None, typer.Option("--word", help="That word, if not the most salient.", show_default=False)
+    ] = None,
     scope: Scope = "head",
     recall: Recall = 0.98,
     curvature: Annotated[
@@ -72,7 +91,7 @@ def explain(
     quiet: Quiet = False,
 ) -> None:
     """See HELP."""
-    from forebear.evaluation.explain import default_methods
+    from forebear.evaluation.explain import chosen_methods
     from forebear.evaluation.explain import explain as put_together
     from forebear.evaluation.explain_page import check_page, write_page
     from forebear.retriever.query_spec import QuerySpec
@@ -82,9 +101,16 @@ def explain(
         check_page(Path(html), force=force)
     retriever = Retriever(index, model=model, device=device)
     spec = QuerySpec(
-        methods=tuple(listed(method)) or default_methods(retriever),
+        methods=chosen_methods(
+            retriever,
+            listed(method),
+            spans=spans is not None,
+            saliency_influence=saliency_influence or word is not None,
+        ),
         top=top,
         target=target,
+        spans=spans,
+        word=word,
         scope=scope,
         recall=recall,
         curvature=curvature,
@@ -115,8 +141,12 @@ def show_explanation(explanation: Explanation) -> None:
     OUT.print(f"Start and end tokens together: {explanation.ends}.", style="dim")
     for answer in explanation.answers:
         OUT.print(f"\n{answer.method}: score = {answer.formula}", markup=False)
+        for column in answer.asked:
+            if any(piece.asked for piece in column.pieces):
+                what = "word" if answer.of_saliency else "span"
+                OUT.print(Text(f"asked about, a {what} of {column.name}: ").append_text(marked_text(column.pieces)))
         for side in answer.sides:
-            show_side(answer.method, side, explanation.target)
+            show_side(answer.method, side, "the word's saliency" if answer.of_saliency else explanation.target)
 
 
 def show_side(method: str, side: Side, target: str) -> None:
@@ -164,10 +194,14 @@ def marked_text(pieces: Iterable[Piece]) -> Text:
         if not piece.read:
             out.append(f" [not read by the model: {len(piece.text)} characters]", style="dim")
             continue
+        if piece.asked:
+            out.append(f"[{piece.text}]", style="bold magenta")
+            continue
         looks = ""
         if piece.value is not None and piece.level:
             looks = ("green" if piece.value > 0 else "red") + (" bold" if piece.level > 1 else "")
-        out.append(piece.text, style=looks)
+        phrase = piece.note and " " in piece.text.strip()  # where it begins must be seen without colour too
+        out.append(f"‹{piece.text}›" if phrase else piece.text, style=looks)
         if piece.note:
             out.append(f"({piece.note})", style=looks)
     return out if out.plain.strip() else Text("(empty)", style="dim italic")

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.marks import MarkedText, Places, Word, list_words, locate, mark, write_alike
+from forebear.evaluation.marks import MarkedText, Places, Word, list_words, locate, mark, point_at, write_alike
 from forebear.indexer.data import rows_from_texts
 from forebear.indexer.forward import run_forward
 from forebear.indexer.manifest import library_versions
 from forebear.indexer.model import Classifier
+from forebear.indexer.spans import Span
+from forebear.retriever.methods import METHODS, pick_methods
 from forebear.retriever.queries import choose_targets
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.results import SIDES
@@ -30,7 +32,9 @@ FORMULAS = {
     SUMMED_GRADIENT: "sum over dimensions of dS_y/de_t, S_y the target's probability; summed over the pieces of a word",
 }
 WORD_METHOD, PLAIN_METHOD = "tracin-we-topk", "gc"
+SALIENCY_METHOD = "saliency-if"
 NUMBERED_WORDS = 6  # words of the query that carry their number in the text; the others carry their sign
+NUMBERED_SPANS = 3  # the same in a training row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,8 @@ class FoundRow:
         label: Its gold label.
         prediction: What the model says of it.
         loss: Cross-entropy of its gold label in nats.
-        texts: Its texts, shared tokens marked.
+        texts: Its texts; marked in them: tokens that it shares with the query; the span that is ranked; or the words
+            that matter to the query's salient word, by ``saliency-if-token``.
         query_texts: The query's texts with the same tokens marked; empty for methods without words.
         words: Shared tokens by what they contribute; added tokens ([CLS], [SEP]) among them.
         total: Sum of the contributions as it is written; empty for methods without words.
@@ -73,16 +78,34 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What one method finds."""
+    """What one method finds.
+
+    Attributes:
+        method: Its name.
+        formula: The score.
+        asked: The query's texts, its word or span that is asked about pointed at; empty where the whole row is.
+        sides: Both ends of the ranking.
+    """
 
     method: str
     formula: str
+    asked: tuple[MarkedText, ...]
     sides: tuple[Side, ...]
 
     @property
     def has_words(self) -> bool:
         """Whether its scores are sums over shared words."""
         return any(row.total for side in self.sides for row in side.rows)
+
+    @property
+    def has_spans(self) -> bool:
+        """Whether it ranks spans of rows."""
+        return METHODS[self.method].spans is not None if self.method in METHODS else False
+
+    @property
+    def of_saliency(self) -> bool:
+        """Whether it is about the saliency of one of the query's words."""
+        return self.method in METHODS and METHODS[self.method].saliency
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +159,18 @@ def default_methods(retriever: Retriever) -> tuple[str, ...]:
     return (WORD_METHOD, PLAIN_METHOD) if WORD_METHOD in retriever.available_methods() else (PLAIN_METHOD,)
 
 
+def chosen_methods(
+    retriever: Retriever, names: Sequence[str], *, spans: bool, saliency_influence: bool
+) -> tuple[str, ...]:
+    """The methods given, or the default ones, and what answers for spans or for influence on saliency beside them."""
+    chosen = [method.name for method in pick_methods(names)] if names else list(default_methods(retriever))
+    if spans and not any(METHODS[name].spans for name in chosen if name in METHODS):
+        chosen.append("if++" if "if" in retriever.available_methods() else "tracin++")
+    if saliency_influence and SALIENCY_METHOD not in chosen:
+        chosen.append(SALIENCY_METHOD)
+    return tuple(chosen)
+
+
 def explain(
     retriever: Retriever,
     query: str | tuple[str, str],
@@ -172,6 +207,12 @@ def explain(
     (places,) = locate(classifier, columns)
     found = table.to_pylist()
     passages = _read_passages(retriever, classifier, texts, places, found)
+    influence: dict[int, list[tuple[Span, float]]] = {}
+    if listed := [result["row"] for result in found if result["method"] == SALIENCY_METHOD]:
+        word, entries = retriever.word_influence(texts, int(targets[0]), np.array(listed), spec)
+        for row, span, value in entries:
+            influence.setdefault(row, []).append((span, value))
+        passages = replace(passages, salient=word, influence=influence)
     marked, words, ends = _mark_salient(passages, salient)
     return Explanation(
         texts=marked,
@@ -201,7 +242,10 @@ def _check_choices(retriever: Retriever, spec: QuerySpec, form: str) -> None:
 
 @dataclass(frozen=True)
 class _Passages:
-    """The texts to be marked: the query's, and those of the rows that were found, by row number."""
+    """The texts to be marked: the query's, and those of the rows that were found, by row number.
+
+    With influence on saliency: the query's salient word, and what each word of the rows does to its saliency.
+    """
 
     columns: tuple[str, ...]
     query: tuple[str, ...]
@@ -209,6 +253,8 @@ class _Passages:
     texts: dict[int, tuple[str, ...]]
     places: dict[int, Places]
     losses: dict[int, float]
+    salient: Span | None = None
+    influence: Mapping[int, Sequence[tuple[Span, float]]] = field(default_factory=dict)
 
     def mark_query(self, values: Mapping[int, float]) -> tuple[MarkedText, ...]:
         """The query with values at its tokens, by token id."""
@@ -217,6 +263,25 @@ class _Passages:
     def mark_row(self, row: int, values: Mapping[int, float]) -> tuple[MarkedText, ...]:
         """A training row likewise."""
         return self._mark(self.texts[row], self.places[row], values)
+
+    def mark_spans(self, row: int, spans: Sequence[Span], values: Sequence[float]) -> tuple[MarkedText, ...]:
+        """A training row with values at spans; the strongest carry their number."""
+        keyed = dict(enumerate(values))
+        strongest = sorted(keyed, key=lambda i: -abs(keyed[i]))[:NUMBERED_SPANS]
+        notes = dict(zip(strongest, write_alike([keyed[i] for i in strongest], digits=2), strict=True))
+        marked = []
+        for c, (name, text) in enumerate(zip(self.columns, self.texts[row], strict=True)):
+            held = [(span.start, span.end, i) for i, span in enumerate(spans) if span.column == c]
+            marked.append(MarkedText(name, mark(text, held, keyed, self.places[row].read[c], notes)))
+        return tuple(marked)
+
+    def point_at(self, span: Span) -> tuple[MarkedText, ...]:
+        """The query with one stretch pointed at."""
+        parts = zip(self.columns, self.query, self.query_places.read, strict=True)
+        return tuple(
+            MarkedText(name, point_at(text, *((span.start, span.end) if c == span.column else (0, 0)), read))
+            for c, (name, text, read) in enumerate(parts)
+        )
 
     def _mark(self, texts: Sequence[str], places: Places, values: Mapping[int, float]) -> tuple[MarkedText, ...]:
         parts = zip(self.columns, texts, places.pieces, places.read, strict=True)
@@ -275,6 +340,7 @@ def _answers(
         Answer(
             method=method,
             formula=str(facts[method]["formula"]),
+            asked=_asked(next(r for r in found if r["method"] == method), passages),
             sides=tuple(
                 _side(side, [r for r in found if (r["method"], r["side"]) == (method, side)], facts[method], passages)
                 for side in SIDES
@@ -282,6 +348,16 @@ def _answers(
         )
         for method in dict.fromkeys(result["method"] for result in found)
     )
+
+
+def _asked(result: Mapping[str, Any], passages: _Passages) -> tuple[MarkedText, ...]:
+    """The query with the word or span that a method asks about."""
+    if result["method"] == SALIENCY_METHOD:
+        assert passages.salient is not None
+        return passages.point_at(passages.salient)
+    if result.get("query_span_start") is None:
+        return ()
+    return passages.point_at(Span(*(result[f"query_span_{part}"] for part in ("column", "start", "end"))))
 
 
 def _side(name: str, results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], passages: _Passages) -> Side:
@@ -298,6 +374,13 @@ def _found_row(result: Mapping[str, Any], score: str, passages: _Passages) -> Fo
     if contributions is not None:
         values = dict(zip(result["word_ids"], contributions, strict=True))
         words, total = list_words([word.strip() or word for word in result["words"]], contributions)
+    if result.get("span") is not None:
+        span = Span(*(result[f"span_{part}"] for part in ("column", "start", "end")))
+        marked = passages.mark_spans(row, [span], [result["score"]])
+    elif result["method"] == SALIENCY_METHOD and row in passages.influence:
+        marked = passages.mark_spans(row, *zip(*passages.influence[row], strict=True))
+    else:
+        marked = passages.mark_row(row, values)
     return FoundRow(
         rank=result["rank"],
         row=row,
@@ -305,7 +388,7 @@ def _found_row(result: Mapping[str, Any], score: str, passages: _Passages) -> Fo
         label=result["label"],
         prediction=result["prediction"],
         loss=passages.losses[row],
-        texts=passages.mark_row(row, values),
+        texts=marked,
         query_texts=passages.mark_query(values) if total else (),
         words=words,
         total=total,

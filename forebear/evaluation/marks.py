@@ -28,6 +28,7 @@ class Piece:
         level: 0 (next to nothing) to 3 (strong), beside the strongest of the same row.
         note: What is written beside it: its number, its sign, or nothing.
         read: Whether the model reads it; False where truncation cuts it off.
+        asked: Whether it is the word or span of the query that is asked about.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Piece:
     level: int = 0
     note: str = ""
     read: bool = True
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,15 @@ def mark(
         else:
             out.append(Piece(stretch, read=read[0] <= start < read[1] or not stretch.strip()))
     return tuple(out)
+
+
+def point_at(text: str, start: int, end: int, read: tuple[int, int]) -> tuple[Piece, ...]:
+    """A text with one stretch pointed at: the word or span that is asked about."""
+    edges = sorted({0, len(text), start, end, *read})
+    return tuple(
+        Piece(text[a:b], read=read[0] <= a < read[1] or not text[a:b].strip(), asked=start <= a < end)
+        for a, b in pairwise(edges)
+    )
 
 
 def _trim(text: str, span: Span) -> Span:

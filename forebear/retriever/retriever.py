@@ -17,7 +17,7 @@ from forebear.indexer.forward import Forward
 from forebear.indexer.index import Index
 from forebear.indexer.labels import LabelMap, label_map
 from forebear.indexer.model import Classifier, Encoded, Texts
-from forebear.indexer.spans import GIVEN, span_finder
+from forebear.indexer.spans import GIVEN, Span, span_finder
 from forebear.retriever.certify import certify, check_certifiable
 from forebear.retriever.curvature import CurvatureSpec
 from forebear.retriever.gradients import Asked as DeepAsked
@@ -34,7 +34,7 @@ from forebear.retriever.query_spec import (
 )
 from forebear.retriever.results import Answers, answer_table
 from forebear.retriever.search import Ranking
-from forebear.retriever.spans import SpanSearch
+from forebear.retriever.spans import SpanSearch, word_influence
 from forebear.retriever.stored import row_factors, search_stored, stored_recall
 from forebear.retriever.tfidf import TfidfSearch
 from forebear.retriever.words import WordSearch
@@ -324,6 +324,25 @@ class Retriever:
                 query = make_query(method, asked, self.index, spec.solver)
                 found[method.name] = replace(row_factors(self.index, method), live=wanted).all_products(query)
         return {method.name: found[method.name] for method in methods}
+
+    def word_influence(
+        self, query: Sequence[str], target: int, rows: np.ndarray, spec: QuerySpec
+    ) -> tuple[Span, list[tuple[int, Span, float]]]:
+        """How much each word of some training rows made the model look at a word of a test row (Joint eq. 8).
+
+        Args:
+            query: Texts of the test row.
+            target: Class whose probability the saliency is of.
+            rows: Training rows.
+            spec: Scope, curvature and ``word``.
+
+        Returns:
+            The test row's word; and (row, word, ``saliency-if-token``) of each word that the model reads.
+        """
+        search = self._gradient_search(spec.scope, spec)
+        columns = [[text] for text in query]
+        salient, words, scores = word_influence(search, columns, target, spec.word, np.unique(rows))
+        return salient, list(zip(words.rows.tolist(), words.spans, scores.tolist(), strict=True))
 
     def check_stores(self, methods: Sequence[Method], spec: QuerySpec) -> None:
         """Refuse methods whose representation the index does not hold, naming the option that builds it."""

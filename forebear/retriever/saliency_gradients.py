@@ -27,6 +27,8 @@ def salient_words(
 ) -> list[Span]:
     """The word of each row whose saliency is explained: the most salient one, or the first that reads ``word``.
 
+    Punctuation is chosen only where it is named, or there is nothing else.
+
     Args:
         classifier: The model.
         texts: Test rows, one list a text column.
@@ -40,6 +42,8 @@ def salient_words(
     out = []
     for i, found in enumerate(saliency(classifier, texts, targets, form=SUMMED_GRADIENT)):
         words = [w for w in found.words if word is None or w.text.casefold() == word.casefold()]
+        if word is None:
+            words = [w for w in words if any(c.isalnum() for c in w.text)] or words
         if not words:
             what = "no word that the model reads" if word is None else f"no word {word!r}"
             raise InputError(f"test row {first_row + i} has {what}, so there is no saliency to explain.")

@@ -305,6 +305,33 @@ def _refuse_too_few(method: Method, n_found: int, k: int) -> None:
         )
 
 
+def word_influence(
+    search: GradientSearch, texts: Sequence[Sequence[str]], target: int, word: str | None, rows: np.ndarray
+) -> tuple[Span, SpanRows, np.ndarray]:
+    """``saliency-if-token`` of every word of some training rows, for one test row.
+
+    Args:
+        search: Of the scope and curvature that the question asks for.
+        texts: The test row, one list a text column.
+        target: Class whose probability counts.
+        word: Whose saliency is meant; None: that of its most salient word.
+        rows: Training rows, ascending.
+
+    Returns:
+        The test row's word; the words of the rows; their scores, ``(m,)`` float64.
+    """
+    classifier, targets = search.models.classifier(), np.array([target])
+    salient = salient_words(classifier, texts, targets, word)
+    vectors = saliency_gradients(classifier, search.blocks, texts, targets, salient)
+    entries = span_rows(search.index, classifier, rows, span_finder("words"), unknown=True)
+    if not len(entries.rows):
+        return salient[0], entries, np.zeros(0)
+    method = METHODS["saliency-if-token"]
+    asked = Asked(texts, targets, vectors)
+    scores, _ = search.over(entries).score([method], asked, {method.name: np.arange(len(entries.rows))})
+    return salient[0], entries, scores[method.name][0]
+
+
 def head_query(search: GradientSearch, method: Method, asked: Asked) -> Query:
     """What is asked at the head of the last checkpoint, in the class directions of :func:`class_basis`."""
     g = search.gradients_of(search.last, asked)

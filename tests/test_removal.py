@@ -1,0 +1,343 @@
+"""Evaluations that retrain, on models whose retrained outputs are known: slow loops, scipy, sums by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import texts_of
+from scipy.stats import spearmanr
+from tiny import labels, sentences, write_jsonl
+
+from forebear.cli.main import run
+from forebear.errors import InputError
+from forebear.evaluation.comparisons import Queries
+from forebear.evaluation.deletion_curve import measure_deletion
+from forebear.evaluation.lds import Lds, lds_report, measure_lds
+from forebear.evaluation.recipes import open_retrainer
+from forebear.evaluation.removal import measure_removal, seeds_of
+from forebear.evaluation.retraining import Retrainer, TrainingRows
+from forebear.evaluation.retraining_loss import measure_retraining_loss
+from forebear.evaluation.row_choice import amounts_of, least_overlap, row_scores, rows_at, sides_of
+from forebear.retriever.query_spec import QuerySpec
+
+N, Q = 60, 5
+
+
+class Additive:
+    """log odds of class 1 for a query: the sum of a weight of each row trained on, and noise of the seed."""
+
+    name, note, facts, seeded = "additive", "", {}, True
+
+    def __init__(self, weights, noise=0.0):
+        self.weights, self.noise = weights, noise
+
+    def train(self, job):
+        rng = np.random.default_rng([job.seed, len(job), int(job.kept.sum())])
+        odds = self.weights[:, job.kept].sum(axis=1) + 0.1 * job.seed + self.noise * rng.normal(size=len(self.weights))
+        return np.stack([-odds / 2, odds / 2], axis=1)
+
+
+@pytest.fixture
+def weights():
+    return np.random.default_rng(3).normal(size=(Q, N)) / 4
+
+
+@pytest.fixture
+def make(bert_world, weights, tmp_path):
+    def retrainer(noise=0.0, of=weights, **facts):
+        recipe = Additive(of, noise)
+        recipe.facts = {"noise": noise, "sum": float(of.sum()), **facts}
+        return Retrainer(recipe, TrainingRows(bert_world.index), [[f"query {i}" for i in range(len(of))]], tmp_path)
+
+    return retrainer
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_rows_are_chosen_by_signed_score_and_ties_go_to_the_lower_row():
+    rows = np.array([2, 3, 5, 7, 11])
+    scores = np.array([1.0, -3.0, 1.0, 0.5, -0.5])
+    assert rows_at(scores, rows, 1, "top").tolist() == [2]
+    assert rows_at(scores, rows, 2, "top").tolist() == [2, 5]
+    assert rows_at(scores, rows, 2, "bottom").tolist() == [3, 11]
+    assert rows_at(scores, rows, 1, "least").tolist() == [7]
+    assert rows_at(np.zeros(5), rows, 3, "bottom").tolist() == [2, 3, 5]
+    without_span = np.array([1.0, -np.inf, 2.0, -1.0, -np.inf])
+    assert rows_at(without_span, rows, 1, "bottom").tolist() == [7]
+    assert rows_at(without_span, rows, 1, "least").tolist() == [2]
+
+
+def test_removal_equals_a_slow_loop(make, weights):
+    # a perfect method: what raises class 1 supports a query that is predicted as 1, and opposes one predicted as 0
+    seeds, amounts = (0, 1), (3, 10)
+    signs = np.where(weights.sum(axis=1) > 0, 1.0, -1.0)
+    found = measure_removal(make(), {"perfect": weights * signs[:, None]}, amounts, seeds)
+    assert found.changes.shape == (1, 3, 2, 2, Q)
+    for i in range(Q):
+        for s in seeds:
+            total = weights[i].sum() + 0.1 * s
+            sign = 1.0 if total > 0 else -1.0
+            mine = sorted(range(N), key=lambda n: -weights[i, n] * signs[i])
+            least = sorted(range(N), key=lambda n: abs(weights[i, n]))
+            for j, order in enumerate((mine, mine[::-1], least)):
+                for a, k in enumerate(amounts):
+                    less = total - sum(weights[i, n] for n in order[:k])
+                    truth = sigmoid(sign * less) - sigmoid(sign * total)
+                    assert found.changes[0, j, a, s, i] == pytest.approx(truth, abs=1e-6)
+    assert (found.changes[0, 0, 1] < found.changes[0, 0, 0]).all()
+    assert (found.changes[0, 0] < found.random).all()
+    assert (found.changes[0, 1] > found.random).all()
+
+
+def test_random_rows_are_drawn_for_each_query_seed_and_amount(make, weights):
+    same = np.tile(weights[:1], (Q, 1))
+    found = measure_removal(make(of=same), {"a": same}, (5, 6), (0, 1, 2))
+    assert len(np.unique(found.random)) == found.random.size
+    again = measure_removal(make(of=same), {"a": same}, (5, 6), (0, 1, 2))
+    np.testing.assert_array_equal(found.random, again.random)
+    other = measure_removal(make(of=same), {"a": same}, (5, 6), (0, 1, 2), seed=1)
+    assert (found.random != other.random).all()
+
+
+def test_a_budget_leaves_whole_comparisons_out(make, weights):
+    scores = {"a": weights, "b": -weights}
+    retrainer = make()
+    found = measure_removal(retrainer, scores, (4,), (0, 1), sides=("top",), budget=14)
+    whole = measure_removal(make(), scores, (4,), (0, 1), sides=("top",))
+    assert retrainer.n_trained <= 14
+    known = ~np.isnan(found.random[0])
+    assert 3 <= known.sum() < 2 * Q
+    np.testing.assert_array_equal(np.isnan(found.changes[:, 0, 0]), np.broadcast_to(~known, (2, 2, Q)))
+    np.testing.assert_array_equal(found.changes[:, 0, 0, known], whole.changes[:, 0, 0, known])
+    assert "--budget 14" in found.sampled
+
+
+def test_one_query_and_constant_scores_are_defined(make, weights):
+    found = measure_removal(make(of=weights[:1]), {"flat": np.zeros((1, N))}, (7,), (0,))
+    assert np.isfinite(found.changes).all()
+    assert (found.changes == found.changes[0, 0]).all()  # the first rows, on every side
+
+
+def test_deletion_curves_and_their_area_by_hand(make, weights):
+    gold = np.array([1, 0, 1, 0, 1])
+    signs = np.where(gold == 1, 1.0, -1.0)
+    seeds, amounts = (0, 4), (2, 5, 9)
+    found = measure_deletion(make(), {"perfect": weights * signs[:, None]}, gold, amounts, seeds)
+    truth = np.zeros((2, len(amounts), Q))
+    for i in range(Q):
+        order = sorted(range(N), key=lambda n: -weights[i, n] * signs[i])
+        for j, mine in enumerate((order, order[::-1])):
+            for a, k in enumerate(amounts):
+                before = [sigmoid(signs[i] * (weights[i].sum() + 0.1 * s)) for s in seeds]
+                after = [
+                    sigmoid(signs[i] * (sum(weights[i, n] for n in range(N) if n not in mine[:k]) + 0.1 * s))
+                    for s in seeds
+                ]
+                truth[j, a, i] = sum(after) / 2 - sum(before) / 2
+    np.testing.assert_allclose(found.curves[0], truth, atol=1e-6)
+    by_hand = (truth[:, 0] + truth[:, 1] + truth[:, 2]) / 3
+    np.testing.assert_allclose(found.auc[0], by_hand, atol=1e-6)
+    assert (found.auc[0, 0] < 0).all()
+    assert (found.auc[0, 1] > 0).all()
+
+
+def test_only_candidates_are_removed(make, weights):
+    gold = np.ones(Q, np.int64)
+    candidates = np.tile(np.arange(20, 30), (Q, 1))
+    found = measure_deletion(make(), {"perfect": weights}, gold, (4,), (0,), candidates=candidates)
+    for i in range(Q):
+        best = np.sort(weights[i, 20:30])[::-1][:4].sum()
+        truth = sigmoid(weights[i].sum() - best) - sigmoid(weights[i].sum())
+        assert found.changes[0, 0, 0, 0, i] == pytest.approx(truth, abs=1e-6)
+
+
+def test_candidates_of_the_no_overlap_test_are_those_of_scikit_learns_least_tf_idf_cosine(bert_world):
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    queries = Queries(source="q", rows=np.arange(7), texts=(bert_world.queries,), labels=None)
+    found = least_overlap(bert_world.retriever, queries, 12)
+    vectorizer = TfidfVectorizer(token_pattern=r"\S+", lowercase=False)
+    rows = vectorizer.fit_transform(bert_world.texts)
+    cosines = (vectorizer.transform(bert_world.queries) @ rows.T).toarray()
+    for mine, truth in zip(found, cosines, strict=True):
+        assert len(set(mine.tolist())) == 12
+        np.testing.assert_allclose(np.sort(truth[mine]), np.sort(truth)[:12], atol=1e-9)
+    with pytest.raises(InputError, match="--no-overlap 61: expected 3 to 60"):
+        least_overlap(bert_world.retriever, queries, 61)
+
+
+def test_retraining_loss_equals_a_slow_loop(make, weights):
+    gold = np.array([1, 0, 1, 0, 1])
+    scores = weights[:3] * 2  # queries and rows that accuracy is measured on may differ
+    found = measure_retraining_loss(make(), {"a": scores, "b": -scores}, gold, (6, 20), (0, 5))
+    for s, seed in enumerate((0, 5)):
+
+        def accuracy(removed, seed=seed):
+            odds = [sum(weights[i, n] for n in range(N) if n not in removed) + 0.1 * seed for i in range(Q)]
+            return np.mean([(o > 0) == (y == 1) for o, y in zip(odds, gold, strict=True)])
+
+        assert found.whole[s] == accuracy([])
+        for m, sign in enumerate((1, -1)):
+            order = sorted(range(N), key=lambda n: -sign * sum(scores[i][n] for i in range(3)))
+            for a, k in enumerate((6, 20)):
+                assert found.accuracy[m, a, s] == accuracy(order[:k])
+                assert found.loss[m, a, s] == accuracy([]) - accuracy(order[:k])
+    assert found.methods == ("a", "b", "(random rows)")
+
+
+def test_lds_of_additive_outputs_is_one_and_else_scipys(make, weights):
+    noisy = weights + np.random.default_rng(0).normal(size=weights.shape) / 4
+    scores = {"perfect": weights, "opposite": -weights, "noisy": noisy, "flat": np.ones((Q, N))}
+    targets = np.array([1, 1, 0, 1, 0])
+    signs = np.where(targets == 1, 1.0, -1.0)[:, None]
+    scores = {name: values * signs for name, values in scores.items()}
+    found = measure_lds(make(), scores, targets, (0, 1), n_subsets=20)
+    np.testing.assert_allclose(found.values[0], 1.0)
+    np.testing.assert_allclose(found.values[1], -1.0)
+    assert np.isnan(found.values[3]).all()
+    halves = [np.sort(np.random.default_rng([0, 17, i]).permutation(N)[: N // 2]) for i in range(20)]
+    for i in range(Q):
+        sums = [scores["noisy"][i, half].sum() for half in halves]
+        outputs = [signs[i, 0] * weights[i, half].sum() for half in halves]
+        assert found.values[2, i] == pytest.approx(spearmanr(sums, outputs).statistic)
+    np.testing.assert_allclose(found.agreement, 1.0)
+    np.testing.assert_allclose(found.ceiling, 1.0)
+
+
+def test_the_noise_ceiling_follows_from_how_well_seeds_agree(make, weights):
+    found = measure_lds(make(noise=2.0), {"perfect": weights}, np.ones(Q, np.int64), (0, 1, 2), n_subsets=40)
+    outputs = found.outputs
+    for i in range(Q):
+        pairs = [spearmanr(outputs[:, a, i], outputs[:, b, i]).statistic for a, b in ((0, 1), (0, 2), (1, 2))]
+        r = sum(pairs) / 3
+        assert found.agreement[i] == pytest.approx(r)
+        assert found.ceiling[i] == pytest.approx((3 * max(r, 0) / (1 + 2 * max(r, 0))) ** 0.5)
+    assert abs(found.values[0].mean() - found.ceiling.mean()) < 0.15
+    assert found.ceiling.mean() < 0.95
+    assert measure_lds(make(), {"a": weights}, np.ones(Q, np.int64), (0,), n_subsets=4).ceiling is None
+
+
+def test_constant_scores_alone_still_make_a_report(bert_world, make):
+    queries = Queries(source="q", rows=np.arange(Q), texts=(["a"] * Q,), labels=None)
+    retrainer = make()
+    found = measure_lds(retrainer, {"gd": np.ones((Q, N)), "gc": np.ones((Q, N))}, np.ones(Q, np.int64), (0,))
+    assert isinstance(found, Lds)
+    spec = QuerySpec(methods=("gd", "gc"))
+    report, result = lds_report(found, bert_world.retriever, queries, spec, retrainer, 0, "command")
+    assert report.tables[0].rows[0] == ["gd", None, None, None, None, Q]
+    assert result["lds"]["gd"] == [None] * Q
+
+
+def test_bad_amounts_sides_seeds_and_subsets_are_refused(make, weights):
+    assert amounts_of([5], ["0.1", "0.5"], 60, ["0.2"]) == (5, 6, 30)
+    assert amounts_of([], [], 60, ["0.2", "7"]) == (7, 12)
+    for remove, shares in (([0], []), ([59], []), ([], ["0.99"])):
+        with pytest.raises(InputError, match="expected 1 to 58"):
+            amounts_of(remove, shares, 60, [])
+    assert sides_of([]) == ("top", "bottom", "least")
+    with pytest.raises(InputError, match="--sides middle: expected top, bottom, least"):
+        sides_of(["top", "middle"])
+    with pytest.raises(InputError, match="--seeds 0"):
+        seeds_of(make(), 0, 0)
+    assert seeds_of(make(), 3, 7) == (7, 8, 9)
+    with pytest.raises(InputError, match="--subsets 2"):
+        measure_lds(make(), {"a": weights}, np.ones(Q, np.int64), (0,), n_subsets=2)
+    with pytest.raises(InputError, match="a correlation takes 3"):
+        measure_lds(make(), {"a": weights}, np.ones(Q, np.int64), (0,), n_subsets=9, budget=2)
+
+
+@pytest.mark.parametrize("method", ["if+", "if++", "tracin+", "tracin++"])
+def test_a_rows_score_by_spans_is_that_of_its_best_span_among_all(bert_world, method):
+    retriever = bert_world.retriever
+    texts = texts_of(3, 50, False)
+    spec = retriever.settled(QuerySpec(methods=(method, "gd"), spans="words", damping="0.1x"))
+    queries = Queries(source="q", rows=np.arange(3), texts=(texts,), labels=None)
+    found = row_scores(retriever, queries, spec)
+    np.testing.assert_allclose(found["gd"], retriever.scores(texts, "gd"))
+    table = retriever.retrieve(texts, methods=[method], spans="words", damping="0.1x", exact="full", top=200)
+    best = np.full((3, N), -np.inf)
+    for row in table.to_pylist():
+        if row["side"] == "proponent":
+            best[row["query"], row["row"]] = max(best[row["query"], row["row"]], row["score"])
+    seen = np.isfinite(best)
+    assert seen.sum() > 50
+    scale = np.abs(best[seen]).max()
+    np.testing.assert_allclose(found[method][seen], best[seen], atol=1e-5 * scale)
+    assert (found[method][~seen] <= best[seen].max()).all()
+
+
+def test_head_retraining_moves_as_influence_says(bert_world, tmp_path):
+    # by leave-out: if at the refitted head's own damping orders rows by their effect, so the top hurts most
+    retriever = bert_world.retriever
+    texts = [sentences(6, seed=8)]
+    retrainer = open_retrainer(retriever, "head", texts, tmp_path, l2=0.1)
+    queries = Queries(source="q", rows=np.arange(6), texts=(texts[0],), labels=None)
+    scores = row_scores(retriever, queries, QuerySpec(methods=("gd",)))
+    found = measure_removal(retrainer, scores, (10,), (0,), sides=("top", "bottom"))
+    assert found.changes[0, 0].mean() < found.random.mean() < found.changes[0, 1].mean()
+
+
+@pytest.fixture(scope="module")
+def test_rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("test-rows")
+    return write_jsonl(folder / "test.jsonl", text=sentences(12, seed=31), label=labels(12, 2, seed=8))
+
+
+COMMANDS = {
+    "removal": ["--remove", "3,6", "--sides", "top", "bottom"],
+    "deletion-curve": ["--remove", "2,4,8", "--no-overlap", "30"],
+    "retraining-loss": ["--share", "0.2"],
+    "lds": ["--subsets", "6"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_writes_a_report_and_repeats_it_from_its_cache(
+    bert_world, test_rows, command, tmp_path, capsys, monkeypatch
+):
+    index = str(bert_world.index.folder)
+    args = ["evaluate", command, "--index", index, "--test", str(test_rows), "--method", "gd", "nn-cos", "-q"]
+    args += ["--queries", "4", "--cache", str(tmp_path / "cache"), *COMMANDS[command]]
+    assert run([*args, "--out", str(tmp_path / "a")]) == 0
+    first = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert first["retrain"] == "head"
+    assert "stand-in" in first["note"]
+    assert len(first["queries"]) == 4
+    assert "stand-in" in (tmp_path / "a" / "report.html").read_text()
+    assert (tmp_path / "a" / "table.csv").read_text().count("nn-cos") >= 1
+    cached = sorted(tmp_path.glob("cache/*/*.arrow"))
+    assert cached
+
+    def refuse(*_args):
+        raise AssertionError("a finished job was trained again")
+
+    monkeypatch.setattr("forebear.evaluation.recipes.HeadRecipe.train", refuse)
+    assert run([*args, "--out", str(tmp_path / "b")]) == 0
+    second = json.loads((tmp_path / "b" / "result.json").read_text())
+    del first["provenance"]["command"], second["provenance"]["command"]
+    assert first == second
+    assert (tmp_path / "a" / "table.csv").read_bytes() == (tmp_path / "b" / "table.csv").read_bytes()
+    capsys.readouterr()
+    assert run([*args, "--out", str(tmp_path / "b")]) == 2
+    assert "--force" in capsys.readouterr().err
+
+
+def test_mistakes_exit_with_one_line(bert_world, test_rows, tmp_path, capsys):
+    index = str(bert_world.index.folder)
+    args = ["evaluate", "removal", "--index", index, "--test", str(test_rows), "-q", "--cache", str(tmp_path)]
+    for extra, message in (
+        (["--method", "saliency-if"], "saliency"),
+        (["--retrain", "top-9x"], "expected full, top-K"),
+        (["--retrain", "full"], "is no training run"),
+        (["--remove", "60"], "expected 1 to 58"),
+        (["--method", "gd", "--budget", "2"], "one comparison takes"),
+    ):
+        assert run([*args, *extra]) == 2
+        err = capsys.readouterr().err
+        assert message in " ".join(err.split()), err
+    shutil.rmtree(tmp_path)
