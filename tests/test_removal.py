@@ -210,15 +210,15 @@ def test_lds_of_additive_outputs_is_one_and_else_scipys(make, weights):
 
 
 def test_the_noise_ceiling_follows_from_how_well_seeds_agree(make, weights):
-    found = measure_lds(make(noise=2.0), {"perfect": weights}, np.ones(Q, np.int64), (0, 1, 2), n_subsets=40)
+    found = measure_lds(make(noise=0.7), {"perfect": weights}, np.ones(Q, np.int64), (0, 1, 2), n_subsets=150)
     outputs = found.outputs
     for i in range(Q):
         pairs = [spearmanr(outputs[:, a, i], outputs[:, b, i]).statistic for a, b in ((0, 1), (0, 2), (1, 2))]
         r = sum(pairs) / 3
         assert found.agreement[i] == pytest.approx(r)
         assert found.ceiling[i] == pytest.approx((3 * max(r, 0) / (1 + 2 * max(r, 0))) ** 0.5)
-    assert abs(found.values[0].mean() - found.ceiling.mean()) < 0.15
-    assert found.ceiling.mean() < 0.95
+    assert abs(found.values[0].mean() - found.ceiling.mean()) < 0.05
+    assert 0.5 < found.ceiling.mean() < 0.95
     assert measure_lds(make(), {"a": weights}, np.ones(Q, np.int64), (0,), n_subsets=4).ceiling is None
 
 
@@ -290,7 +290,7 @@ def test_rows(tmp_path_factory):
 
 COMMANDS = {
     "removal": ["--remove", "3,6", "--sides", "top", "bottom"],
-    "deletion-curve": ["--remove", "2,4,8", "--no-overlap", "30"],
+    "deletion-curve": ["--remove", "2,8", "--no-overlap", "30"],
     "retraining-loss": ["--share", "0.2"],
     "lds": ["--subsets", "6"],
 }
