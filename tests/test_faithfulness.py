@@ -30,6 +30,7 @@ from forebear.retriever.span_scores import SpanScores
 
 DAMPING = "0.003"
 ROWS = np.arange(0, 60, 6)
+RATE = 0.05  # of the variants in some tests: far enough from the model to tell them apart
 
 
 def question(world, **choices):
@@ -70,7 +71,7 @@ class Plain:
         with torch.no_grad():
             for p in model.parameters():
                 if p.grad is not None:
-                    p -= 1e-4 * p.grad
+                    p -= RATE * p.grad
         return model.requires_grad_(True)
 
     def difference(self, model, text, label, word):
@@ -84,7 +85,7 @@ class Plain:
         asked = []
         for text, y in zip(self.world.queries, targets, strict=True):
             words = range(len(text.split()))
-            best = max(words, key=lambda w: float(self.loss(self.checkpoints[-1], text, y, w)))  # noqa: B023
+            best = max(words, key=lambda w: self.loss(self.checkpoints[-1], text, y, w).item())
             asked.append(self.difference(model, text, y, best))
         rows = [(self.world.texts[n], self.world.labels[n]) for n in ROWS]
         spans = [self.difference(model, text, y, w) for text, y in rows for w in range(len(text.split()))]
@@ -131,11 +132,14 @@ def test_sums_over_checkpoints_are_those_of_autograd(bert_world, plain, scores):
     close(spans.summed(bert_world.retriever.classifier(i) for i in range(2)), wanted[0] + wanted[1])
 
 
-def test_sums_over_variants_are_those_of_models_stepped_by_hand(bert_world, plain, scores):
+def test_sums_over_variants_are_those_of_models_stepped_by_hand(bert_world, plain, scores, monkeypatch):
+    monkeypatch.setattr(models, "VARIANT_LEARNING_RATE", RATE)
     spans, targets = scores
     made = [models.one_step_away(bert_world.retriever.classifier(), bert_world.index, m) for m in (3, 4)]
     pairs = [plain.differences(plain.variant(m), targets) for m in (3, 4)]
-    close(spans.summed(made), sum(a @ n.T for a, n in pairs))
+    close(found := spans.summed(made), sum(a @ n.T for a, n in pairs))
+    unmoved = 2 * spans.summed([bert_world.retriever.classifier()])
+    assert np.abs(found - unmoved).max() > 0.01 * np.abs(unmoved).max()
 
 
 def test_preconditioned_scores_are_those_of_a_dense_hessian(bert_world, plain, scores):
@@ -157,7 +161,8 @@ def test_chunks_of_queries_change_nothing(bert_world, scores, monkeypatch):
     close(spans.preconditioned(solver)[0], whole[1])
 
 
-def test_correlations_are_scipys(bert_world):
+def test_correlations_are_scipys(bert_world, monkeypatch):
+    monkeypatch.setattr(models, "VARIANT_LEARNING_RATE", RATE)
     found, asked, spec = measured(bert_world)
     assert found.names == (*METHODS, CONTROL, RANDOM)
     assert found.values.shape == (2, 7, 4)

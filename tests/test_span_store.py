@@ -318,7 +318,9 @@ def test_nan_with_a_span_masked_names_the_rows(model, tmp_path, monkeypatch):
 
 
 def test_null_or_missing_columns_of_training_rows(model, tmp_path):
-    source = open_rows(write_jsonl(tmp_path / "t.jsonl", text=["a film", "a plot"], label=[0, 1], a=[0, 3], b=[None, 4]))
+    source = open_rows(
+        write_jsonl(tmp_path / "t.jsonl", text=["a film", "a plot"], label=[0, 1], a=[0, 3], b=[None, 4])
+    )
     chosen = choose_model(None, (str(model),), ()).checkpoints
     for spans in ("columns:a,c", "columns:a,b"):
         options = BuildOptions(stores=("features", "spans"), dampings=("0.1x",), spans=spans)
