@@ -193,6 +193,14 @@ def test_one_query_has_no_interval(bert_world):
     assert all(row[3:] == [None, None, None, 1] for row in report.tables[1].rows)
 
 
+def test_residuals_of_a_solver_that_iterates_are_said(bert_world):
+    found, asked, spec = measured(bert_world, "label", methods=("gd", "if"), curvature="cg")
+    assert set(found.residuals) == {"if"}
+    report, result = agreement_report(found, bert_world.retriever, asked, spec, 0, "forebear")
+    assert 0 < result["largest_residuals"]["if"] <= 1e-3
+    assert "relative residual" in report.tables[0].note
+
+
 def test_a_cosine_with_a_zero_vector_is_zero():
     assert cosines(np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([3.0, 4.0])).tolist() == [0.0, 1.0]
 

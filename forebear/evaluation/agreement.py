@@ -63,6 +63,7 @@ class Agreement:
             labels, this is the share of the label among all live rows.
         rows: Numbers of the test rows, ``(q,)``.
         targets: Class id of each, y_q, ``(q,)``.
+        residuals: Largest relative residual of H^-1 by method, where a solver iterated.
         shown: Some of the queries.
     """
 
@@ -73,6 +74,7 @@ class Agreement:
     controls: dict[str, np.ndarray]
     rows: np.ndarray
     targets: np.ndarray
+    residuals: dict[str, float]
     shown: tuple[Shown, ...]
 
     @property
@@ -132,11 +134,12 @@ def measure_agreement(
         raise InputError("semantic-agreement compares rows or spans; saliency-if explains a word. Leave it out.")
     pools: dict[str, np.ndarray] = {}
     if measure == "semantic":
-        kinds = {RANDOM_SPANS if m.spans else RANDOM_ROWS: bool(m.spans) for m in methods}
-        pools = {name: _random_states(retriever, spec, at[-1], seed, by_spans=kinds[name]) for name in sorted(kinds)}
+        kinds = sorted({RANDOM_SPANS if m.spans else RANDOM_ROWS for m in methods})
+        pools = {k: _random_states(retriever, spec, at[-1], seed, by_spans=k == RANDOM_SPANS) for k in kinds}
     values: list[np.ndarray] = []
     controls: list[dict[str, np.ndarray]] = []
     targets: list[np.ndarray] = []
+    residuals: dict[str, float] = {}
     shown: list[Shown] = []
     progress("queries", 0, len(queries))
     for block in queries.blocks():
@@ -157,6 +160,9 @@ def measure_agreement(
                 for name, pool in pools.items()
             })  # fmt: skip
         values.append(_at(found, at))
+        for name, (top, _) in answers.found.items():
+            if top.residual is not None:
+                residuals[name] = max(residuals.get(name, 0.0), float(top.residual.max()))
         shown += [_shown(block, answers, i) for i in range(min(len(block), SHOWN_QUERIES - len(shown)))]
         progress("queries", sum(map(len, targets)), len(queries))
     return Agreement(
@@ -167,6 +173,7 @@ def measure_agreement(
         controls={name: np.concatenate([part[name] for part in controls]) for name in controls[0]},
         rows=queries.rows,
         targets=np.concatenate(targets),
+        residuals=residuals,
         shown=tuple(shown),
     )
 
@@ -242,7 +249,7 @@ def _cosines(
     rows = np.unique(np.concatenate([top.rows.reshape(-1) for top in tops]))
     whole = start_states(classifier, index.text_lists(rows))
     keys = [_keys(top.rows, top.spans) for top in tops]
-    entries = sorted({key for mine in keys for key in mine if key is not None})
+    entries = sorted({key for mine in keys for key in mine})
     masked = np.empty((0, whole.shape[1]))
     if entries:
         owners = np.array([row for row, _ in entries])
@@ -255,7 +262,7 @@ def _cosines(
     for method, top, mine in zip(methods, tops, keys, strict=True):
         e = whole[np.searchsorted(rows, top.rows)]
         if method.spans:
-            e = e - masked[[place[key] for key in mine if key is not None]].reshape(e.shape)
+            e = e - masked[[place[key] for key in mine]].reshape(e.shape)
         found.append(cosines(e, asked[bool(method.spans)][:, None, :]))
     return found
 
@@ -351,6 +358,7 @@ def agreement_report(
         "controls_per_query": found.controls,
         "query_rows": found.rows,
         "query_rows_left_out": queries.left_out,
+        "largest_residuals": found.residuals,
         "targets": [names[y] for y in found.targets],
         "seed": seed,
         "question": question(retriever, spec),
@@ -372,7 +380,13 @@ def _note(found: Agreement, queries: SpanQueries, spec: QuerySpec) -> str:
     left = (
         f" {len(queries.left_out):,} sampled test rows hold no span and are left out." if len(queries.left_out) else ""
     )
-    return f"{kind}; mean over {len(queries):,} queries, ± its standard error; 95% bootstrap interval. {control}.{left}"
+    solved = "".join(
+        f" H^-1 of {name} is solved to a relative residual of {r:.1e}." for name, r in found.residuals.items()
+    )
+    return (
+        f"{kind}; mean over {len(queries):,} queries, ± its standard error; 95% bootstrap interval. {control}."
+        f"{left}{solved}"
+    )
 
 
 def _group(one: Shown, method: str, retriever: Retriever) -> Group:

@@ -157,6 +157,7 @@ def faithfulness_report(
         )
         + f"Left out: {undefined:,} lists (run x query) whose scores are all equal; {len(queries.left_out):,} sampled "
         "test rows without a span."
+        + ("" if found.residual is None else f" H^-1 of if++ is solved to a relative residual of {found.residual:.1e}.")
     )
     table = Table(
         "Faithfulness to the final checkpoint",
