@@ -84,7 +84,8 @@ def retrieve(
         str | None,
         typer.Option(
             "--spans",
-            help="For if+, if++, tracin+, tracin++: clauses, sentences, words, aspect, or FILE.py:function. Default: "
+            help="For if+, if++, tracin+, tracin++: clauses, sentences, words, aspect, reader:MODEL or "
+            "FILE.py:function. Default: "
             "those that the index stores, else clauses.",
             show_default=False,
         ),

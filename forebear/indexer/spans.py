@@ -151,7 +151,7 @@ def _given(first: str, last: str, column: int, *, whole_clause: bool) -> Finder:
 
 def _numbers(value: Any) -> list[Any]:
     """One number or a list of them; JSON Lines and CSV have lists as text."""
-    if isinstance(value, str):
+    if isinstance(value, str) and value.startswith("["):
         with suppress(ValueError):
             value = json.loads(value)
     return list(value) if isinstance(value, list) else [value]
