@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from forebear.indexer.curvature import absolute_damping
-from forebear.indexer.ekfac import Ekfac, KroneckerFactors, fit_ekfac, fit_factors, read_ekfac, write_ekfac
+from forebear.indexer.ekfac import KroneckerFactors, fit_ekfac, fit_factors, read_ekfac, write_ekfac
 from forebear.indexer.gradient_pass import labels_seed, run_pass
 from forebear.indexer.manifest import IndexSpec
 from forebear.indexer.model import Classifier
@@ -82,20 +82,21 @@ def open_sketcher(
     folder: Path, classifier: Classifier, spec: IndexSpec, scope: str, checkpoint: str, damping: int | None = None
 ) -> Sketcher:
     """The sketcher of gradients at a checkpoint, or of those whitened with the damping of this number."""
-    dtype, device = classifier.head.weight.dtype, classifier.device
     kind = gradient_folder(scope, checkpoint, damping)
-    projector: Projector
-    if damping is None:
-        projector = read_plain_projector(folder / kind / BASES_NAME, scope, device, dtype)
-    else:
-        ekfac = read_ekfac(folder / curvature_name(scope)).to(device, dtype)
-        projector = white_projector(ekfac, scope, spec, damping)
+    projector = _open_projector(folder, classifier, spec, scope, checkpoint, damping)
     return Sketcher(projector, read_reduction(folder / kind / MAP_NAME))
 
 
-def white_projector(ekfac: Ekfac, scope: str, spec: IndexSpec, number: int) -> WhiteProjector:
-    """The one of the spec's damping of this number."""
-    return WhiteProjector(scope, ekfac, absolute_damping(spec.dampings[number], ekfac.mean_eigenvalue), spec.seed)
+def _open_projector(
+    folder: Path, classifier: Classifier, spec: IndexSpec, scope: str, checkpoint: str, damping: int | None
+) -> Projector:
+    """What makes raw sketches, of gradients or of whitened ones, once its file is written."""
+    dtype, device = classifier.head.weight.dtype, classifier.device
+    if damping is None:
+        bases = folder / gradient_folder(scope, checkpoint) / BASES_NAME
+        return read_plain_projector(bases, scope, device, dtype)
+    ekfac = read_ekfac(folder / curvature_name(scope)).to(device, dtype)
+    return WhiteProjector(scope, ekfac, absolute_damping(spec.dampings[damping], ekfac.mean_eigenvalue), spec.seed)
 
 
 def fit_scope(
@@ -163,15 +164,12 @@ def _fit_reductions(
     last: bool,
 ) -> None:
     """Fit the second reduction of every representation of a scope, one pass for all of them."""
-    dtype, device = classifier.head.weight.dtype, classifier.device
-    kind = gradient_folder(scope, checkpoint)
-    projectors: dict[str, Projector] = {kind: read_plain_projector(folder / kind / BASES_NAME, scope, device, dtype)}
-    if last and spec.whitened:
-        ekfac = read_ekfac(folder / curvature_name(scope)).to(device, dtype)
-        for i in range(len(spec.dampings)):
-            projectors[gradient_folder(scope, checkpoint, i)] = white_projector(ekfac, scope, spec, i)
+    projectors = {
+        gradient_folder(scope, checkpoint, i): _open_projector(folder, classifier, spec, scope, checkpoint, i)
+        for i in (None, *(range(len(spec.dampings)) if last and spec.whitened else ()))
+    }
     n_rows = len(rows.labels)
-    collectors = {kind: RawSketches(projector, n_rows, device) for kind, projector in projectors.items()}
+    collectors = {kind: RawSketches(p, n_rows, classifier.device) for kind, p in projectors.items()}
     run_pass(
         classifier, rows.texts, labels_seed(rows.labels), list(collectors.values()),
         batch_tokens=batch_tokens, on_rows=stage(f"reduction {scope} {checkpoint}", n_rows),
