@@ -192,7 +192,7 @@ def test_retraining_loss_equals_a_slow_loop(make, weights):
 
 def test_lds_of_additive_outputs_is_one_and_else_scipys(make, weights):
     noisy = weights + np.random.default_rng(0).normal(size=weights.shape) / 4
-    scores = {"perfect": weights, "opposite": -weights, "noisy": noisy, "flat": np.ones((Q, N))}
+    scores = {"perfect": weights, "opposite": -weights, "noisy": noisy, "flat": np.full((Q, N), 0.1)}
     targets = np.array([1, 1, 0, 1, 0])
     signs = np.where(targets == 1, 1.0, -1.0)[:, None]
     scores = {name: values * signs for name, values in scores.items()}

@@ -314,6 +314,16 @@ def test_all_that_decides_an_outcome_changes_its_digest(retriever, run_folder, t
     digests = {r.digest(job) for r in retrainers for job in jobs}
     assert len(digests) == 6 * 9 - 3  # of the head, seeds 0 and 1 are one
     assert retrainers[3].digest(Job(rows.copy(), 0)) == retrainers[3].digest(jobs[0])
+    assert retrainers[3].digest(Job(rows, 0, without=rows[:1])) == retrainers[3].digest(jobs[1])
+
+
+def test_rows_left_out_are_not_trained_on(retriever, tmp_path):
+    rows, out = all_rows(retriever), np.array([0, 7, 30])
+    change = {"edits": {9: ("good film",)}, "extra": [(("dull",), 1)]}
+    for name in ("full", "top-1", "head"):
+        first = open_retrainer(retriever, name, QUERIES, tmp_path / "a").run([Job(rows, 0, without=out, **change)])
+        second = open_retrainer(retriever, name, QUERIES, tmp_path / "b").run([Job(np.delete(rows, out), 0, **change)])
+        np.testing.assert_array_equal(first[0].logits, second[0].logits)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +332,9 @@ def test_all_that_decides_an_outcome_changes_its_digest(retriever, run_folder, t
         (Job(np.empty(0, np.int64), 7), r"retraining 1 of 1 \(seed 7\) would train on no rows"),
         (Job(np.flatnonzero(np.array(LABELS) == 1), 0), "all up; a model needs rows of two classes"),
         (Job(np.array([3, 2]), 0), "ascending"),
+        (Job(np.arange(9), 0, without=np.array([9])), "rows to leave out that are among the others"),
+        (Job(np.arange(9), 0, without=np.array([3, 3])), "rows to leave out that are among the others"),
+        (Job(np.arange(9), 0, edits={3: ("a",)}, without=np.array([3])), "row 3 is edited but not trained on"),
         (Job(np.array([2, 2]), 0), "each once"),
         (Job(np.array([0, N]), 0), f"from 0 to {N - 1}"),
         (Job(np.arange(9), 0, edits={9: ("a",)}), "row 9 is edited but not trained on"),

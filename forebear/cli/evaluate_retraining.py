@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from forebear.retriever.query_spec import QuerySpec
     from forebear.retriever.retriever import Retriever
 
-_HOW = """--retrain full fine-tunes as the run did; top-K trains its last K layers from stored states, head its last
-layer: seconds instead of minutes, as stand-ins. Finished retrainings are kept (--cache): after a kill the same command
-goes on.
+_HOW = """--retrain full fine-tunes as the run did. Stand-ins: top-K trains the last K layers from stored states, at K
+layers' share of the cost; head fits the last layer to stored features, in about a second. Finished retrainings are
+kept (--cache): after a kill the same command goes on.
 """
 REMOVAL_HELP = f"""How does the confidence change without the rows that a method names, after retraining?
 
@@ -210,10 +210,10 @@ def _ask(
     )
 
 
-def _show(retrainer: Retrainer, report: Any, result: dict[str, Any], out: str | None, **how: bool) -> None:
+def _warn(retrainer: Retrainer) -> None:
+    """Say which files of the cache were damaged."""
     for line in retrainer.warnings:
         warn(line)
-    _finish(report, result, out, how["json_out"], how["force"], how["quiet"])
 
 
 def removal(
@@ -273,7 +273,8 @@ def removal(
             progress=progress,
         )
     report = removal_report(found, asked.retriever, asked.queries, asked.spec, retrainer, seed, _command())
-    _show(retrainer, *report, out, json_out=json_out, force=force, quiet=quiet)
+    _warn(retrainer)
+    _finish(*report, out, json_out, force, quiet)
 
 
 def deletion_curve(
@@ -342,7 +343,8 @@ def deletion_curve(
             progress=progress,
         )
     report = deletion_report(found, asked.retriever, asked.queries, asked.spec, retrainer, seed, _command())
-    _show(retrainer, *report, out, json_out=json_out, force=force, quiet=quiet)
+    _warn(retrainer)
+    _finish(*report, out, json_out, force, quiet)
 
 
 def retraining_loss(
@@ -400,7 +402,8 @@ def retraining_loss(
             progress=progress,
         )
     report = retraining_loss_report(found, asked.retriever, asked.queries, asked.spec, retrainer, seed, _command())
-    _show(retrainer, *report, out, json_out=json_out, force=force, quiet=quiet)
+    _warn(retrainer)
+    _finish(*report, out, json_out, force, quiet)
 
 
 def lds(
@@ -456,4 +459,5 @@ def lds(
             progress=progress,
         )
     report = lds_report(found, asked.retriever, asked.queries, asked.spec, retrainer, seed, _command())
-    _show(retrainer, *report, out, json_out=json_out, force=force, quiet=quiet)
+    _warn(retrainer)
+    _finish(*report, out, json_out, force, quiet)

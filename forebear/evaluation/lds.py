@@ -109,15 +109,23 @@ def measure_lds(
     pairs = [spearman(outputs[:, a].T, outputs[:, b].T) for a, b in combinations(range(len(seeds)), 2)]
     return Lds(
         methods=tuple(scores),
-        values=np.array(
-            [spearman(np.where(np.isneginf(found), 0.0, found) @ kept.T, mean) for found in scores.values()]
-        ),
+        values=np.array([spearman(_sums(found, kept), mean) for found in scores.values()]),
         outputs=outputs,
         agreement=np.mean(pairs, axis=0) if pairs else None,
         subsets=chosen,
         seeds=tuple(seeds),
         sampled=sampled,
     )
+
+
+def _sums(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Summed scores of the kept rows ``(q, subsets)``, less the same number for each subset of a query.
+
+    All halves have the same size, so a shift of a query's scores leaves the order of their sums; it makes sums of equal
+    scores exactly equal.
+    """
+    finite = np.where(np.isneginf(scores), 0.0, scores)
+    return np.asarray((finite - finite[:, :1]) @ kept.T)
 
 
 def lds_report(

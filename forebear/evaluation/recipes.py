@@ -1,9 +1,9 @@
 """How a job is trained: all of the run again (``full``), its last layers (``top-K``) or its head (``head``).
 
-``full`` is the training run once more, by its own loop. The other two are stand-ins that cost seconds instead of
-minutes. ``top-K`` trains the last K encoder layers, pooler and head from the run's start model; what enters these
-layers is computed once and kept in memory, without dropout in the layers below. ``head`` fits the head alone to the
-features of the index's last checkpoint, to convergence: the encoder then still knows the rows that were removed.
+``full`` is the training run once more, by its own loop. The other two are stand-ins that cost less. ``top-K`` trains
+the last K encoder layers, pooler and head from the run's start model; what enters these layers is computed once and
+kept in memory, without dropout in the layers below. ``head`` fits the head alone to the features of the index's last
+checkpoint, to convergence: the encoder then still knows the rows that were removed.
 """
 
 from __future__ import annotations
