@@ -18,9 +18,10 @@ from forebear.evaluation.deletion_curve import measure_deletion
 from forebear.evaluation.lds import Lds, lds_report, measure_lds
 from forebear.evaluation.recipes import open_retrainer
 from forebear.evaluation.removal import measure_removal, seeds_of
-from forebear.evaluation.retraining import Retrainer, TrainingRows
+from forebear.evaluation.retraining import Job, Retrainer, TrainingRows
 from forebear.evaluation.retraining_loss import measure_retraining_loss
 from forebear.evaluation.row_choice import amounts_of, least_overlap, row_scores, rows_at, sides_of
+from forebear.indexer.forward import run_forward
 from forebear.retriever.query_spec import QuerySpec
 
 N, Q = 60, 5
@@ -271,15 +272,35 @@ def test_a_rows_score_by_spans_is_that_of_its_best_span_among_all(bert_world, me
     assert (found[method][~seen] <= best[seen].max()).all()
 
 
-def test_head_retraining_moves_as_influence_says(bert_world, tmp_path):
-    # by leave-out: if at the refitted head's own damping orders rows by their effect, so the top hurts most
-    retriever = bert_world.retriever
-    texts = [sentences(6, seed=8)]
-    retrainer = open_retrainer(retriever, "head", texts, tmp_path, l2=0.1)
-    queries = Queries(source="q", rows=np.arange(6), texts=(texts[0],), labels=None)
-    scores = row_scores(retriever, queries, QuerySpec(methods=("gd",)))
-    found = measure_removal(retrainer, scores, (10,), (0,), sides=("top", "bottom"))
-    assert found.changes[0, 0].mean() < found.random.mean() < found.changes[0, 1].mean()
+def test_influence_at_the_refitted_head_foretells_refits_on_halves(bert_world, tmp_path):
+    # influence functions by numpy alone, at the optimum of scikit-learn, against the heads refitted by the engine
+    from sklearn.linear_model import LogisticRegression
+
+    l2, classifier = 0.2, bert_world.retriever.classifier()
+
+    def features(texts):
+        f = run_forward(classifier, [texts]).features.astype(np.float64)
+        return np.hstack([f, np.ones((len(f), 1))])
+
+    x, y = features(bert_world.texts), np.array(bert_world.labels)
+    texts = sentences(6, seed=8)
+    xq, targets = features(texts), np.array([0, 1, 0, 1, 1, 0])
+    fitted = LogisticRegression(C=2 / (l2 * N), fit_intercept=False, tol=1e-10, max_iter=10_000).fit(x, y)
+    p, pq = fitted.predict_proba(x)[:, 1], fitted.predict_proba(xq)[:, 1]
+    g, gq = (p - y)[:, None] * x, (pq - targets)[:, None] * xq  # of one logit w: its penalty is l2 / 2
+    hessian = (x * (p * (1 - p))[:, None]).T @ x / N + l2 / 2 * np.eye(x.shape[1])
+    scores = np.linalg.solve(hessian, gq.T).T @ g.T
+    retrainer = open_retrainer(bert_world.retriever, "head", [texts], tmp_path, l2=l2)
+    shuffled = np.random.default_rng(0).permuted(scores, axis=1)
+    found = measure_lds(retrainer, {"influence": scores, "shuffled": shuffled}, targets, (0,), n_subsets=60)
+    assert found.values[0].min() > 0.9
+    assert abs(found.values[1].mean()) < 0.3
+    removed = measure_removal(retrainer, {"influence": scores}, (3,), (0,), sides=("top", "bottom"))
+    whole = retrainer.run([Job(np.arange(N), 0)])[0].predictions
+    at = whole == targets  # what removal looks at is then what the scores explain
+    assert at.any()
+    assert (removed.changes[0, 0, 0, 0, at] < removed.random[0, 0, at]).all()
+    assert (removed.changes[0, 1, 0, 0, at] > removed.random[0, 0, at]).all()
 
 
 @pytest.fixture(scope="module")
