@@ -45,6 +45,8 @@ Examples:
     forebear retrieve --index I --text "dull plot, great cast" --method tracin++,if++ --spans clauses
 
     forebear retrieve --index I --test dev.csv --method gd,if --scope all --recall 0.95 --out answers.parquet
+
+    forebear retrieve --index I --test mistakes.csv --method if --aggregate
 """
 SHOWN_QUERIES = 5
 SHOWN_WORDS = 4
@@ -112,6 +114,10 @@ def retrieve(
             show_default=False,
         ),
     ] = None,
+    aggregate: Annotated[
+        bool,
+        typer.Option("--aggregate", help="One answer to all test rows together: their query vectors are summed."),
+    ] = False,
     certify: Annotated[
         bool, typer.Option("--certify", help="Prove each top k at a deeper scope, however many rows it takes.")
     ] = False,
@@ -164,6 +170,7 @@ def retrieve(
         spans=spans,
         query_spans=query_spans,
         word=word,
+        aggregate=aggregate,
         certify=certify,
         curvature=curvature,
         damping=damping,
@@ -205,12 +212,20 @@ def retrieve(
             table = retriever.table(answers)
             write(table)
             n_results += table.num_rows
-            progress("queries", answers.start + len(answers.predictions), source.n_rows)
-    say(f"{out}: {source.n_rows:,} queries, {n_results:,} results", quiet=quiet)
+            done = source.n_rows if aggregate else answers.start + len(answers.predictions)
+            progress("queries", done, source.n_rows)
+    together = " asked together" if aggregate else ""
+    say(f"{out}: {source.n_rows:,} queries{together}, {n_results:,} results", quiet=quiet)
 
 
 def _show(retriever: Any, source: RowSource, spec: Any) -> None:
     """Print the answers to the first few queries."""
+    if spec.aggregate:
+        (answers,) = retriever.answers(source, spec)
+        OUT.print(f"[bold]{source.n_rows:,} queries together[/bold]")
+        table = retriever.table(answers)
+        _print_rankings(table.to_pylist(), _text_names(table), [])
+        return
     shown = 0
     blocks = source.blocks(SHOWN_QUERIES)
     for answers, block in zip(retriever.answers(source, spec, block_rows=SHOWN_QUERIES), blocks, strict=False):
@@ -221,14 +236,17 @@ def _show(retriever: Any, source: RowSource, spec: Any) -> None:
         warn(f"shown: the first {shown} of {source.n_rows:,} queries. Give --out NAME.parquet for all of them.")
 
 
-def _print_answers(table: pa.Table, block: RowBlock) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    rows = table.to_pylist()
+def _text_names(table: pa.Table) -> list[str]:
+    """The columns of a result that hold the training row's texts."""
     extra = {"residual", "proven", "rows_scored", "word_ids", "words", "contributions", "span", "spans_cut"}
     extra |= {f"{prefix}_{part}" for prefix in ("span", "query_span") for part in ("column", "start", "end")}
-    text_names = [n for n in table.column_names[table.column_names.index("prediction") + 1 :] if n not in extra]
+    return [n for n in table.column_names[table.column_names.index("prediction") + 1 :] if n not in extra]
+
+
+def _print_answers(table: pa.Table, block: RowBlock) -> None:
+    from rich.markup import escape
+
+    rows = table.to_pylist()
     for i in range(len(block)):
         number = block.start + i
         mine = [row for row in rows if row["query"] == number]
@@ -239,32 +257,41 @@ def _print_answers(table: pa.Table, block: RowBlock) -> None:
         )
         for column in block.texts:
             OUT.print(f"  {escape(column[i])}")
-        for method in dict.fromkeys(row["method"] for row in mine):
-            for side in ("proponent", "opponent"):
-                grid = Table(title=f"{method}: {side}s of {escape(first['target'])}", title_justify="left", expand=True)
-                rows_of_side = [row for row in mine if (row["method"], row["side"]) == (method, side)]
-                grid.caption, grid.caption_justify = _notes(rows_of_side[0], [c[i] for c in block.texts]), "left"
-                for name in ("row", "score"):
-                    grid.add_column(name, justify="right", no_wrap=True)
-                for name in ("label", "prediction"):
-                    grid.add_column(name, no_wrap=True)
-                by_words = rows_of_side[0].get("words") is not None
-                by_spans = rows_of_side[0].get("span") is not None
-                if by_words or by_spans:
-                    grid.add_column("span" if by_spans else "shared words", ratio=1)
-                for name in text_names:
-                    grid.add_column(escape(name), ratio=1)
-                for row in rows_of_side:
-                    grid.add_row(
-                        str(row["row"]),
-                        f"{row['score']:.4g}",
-                        escape(row["label"]),
-                        escape(row["prediction"]),
-                        *([escape(_shared(row) if by_words else row["span"])] if by_words or by_spans else []),
-                        *(escape(row[name]) for name in text_names),
-                    )
-                OUT.print(grid)
-        OUT.print()
+        _print_rankings(mine, _text_names(table), [column[i] for column in block.texts])
+
+
+def _print_rankings(mine: list[dict[str, Any]], text_names: list[str], texts: list[str]) -> None:
+    """Print both ends of each method's ranking for one query; ``texts`` are the query's own."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    target = mine[0]["target"] or "each row's target"  # of an aggregate they may differ
+    for method in dict.fromkeys(row["method"] for row in mine):
+        for side in ("proponent", "opponent"):
+            grid = Table(title=f"{method}: {side}s of {escape(target)}", title_justify="left", expand=True)
+            rows_of_side = [row for row in mine if (row["method"], row["side"]) == (method, side)]
+            grid.caption, grid.caption_justify = _notes(rows_of_side[0], texts), "left"
+            for name in ("row", "score"):
+                grid.add_column(name, justify="right", no_wrap=True)
+            for name in ("label", "prediction"):
+                grid.add_column(name, no_wrap=True)
+            by_words = rows_of_side[0].get("words") is not None
+            by_spans = rows_of_side[0].get("span") is not None
+            if by_words or by_spans:
+                grid.add_column("span" if by_spans else "shared words", ratio=1)
+            for name in text_names:
+                grid.add_column(escape(name), ratio=1)
+            for row in rows_of_side:
+                grid.add_row(
+                    str(row["row"]),
+                    f"{row['score']:.4g}",
+                    escape(row["label"]),
+                    escape(row["prediction"]),
+                    *([escape(_shared(row) if by_words else row["span"])] if by_words or by_spans else []),
+                    *(escape(row[name]) for name in text_names),
+                )
+            OUT.print(grid)
+    OUT.print()
 
 
 def _shared(row: dict[str, Any]) -> str:

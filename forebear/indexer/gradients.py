@@ -53,6 +53,56 @@ def whole_gradients(
     return collector.out
 
 
+class _Sums:
+    """Gathers sums of gradients by group; no row's gradient is formed."""
+
+    def __init__(self, scope: str, blocks: Sequence[Block], groups: np.ndarray, weight: torch.Tensor) -> None:
+        self.scope, self.blocks = scope, tuple(blocks)
+        self._groups = groups
+        n_groups = int(groups.max()) + 1
+
+        def zeros(block: Block) -> torch.Tensor:
+            return torch.zeros((n_groups, block.n_out, block.n_in), dtype=weight.dtype, device=weight.device)
+
+        self.out = {block.name: zeros(block) for block in blocks}
+
+    def begin(self, positions: list[int]) -> None:
+        mine = self._groups[positions]
+        self._members = [(int(g), torch.from_numpy(np.flatnonzero(mine == g))) for g in np.unique(mine)]
+
+    def on_layer(self, name: str, factors: LayerFactors) -> None:
+        for group, members in self._members:
+            at = members.to(factors.inputs.device)
+            d, a = factors.deltas[at].flatten(0, 1), factors.inputs[at].flatten(0, 1)
+            self.out[name][group] += d.T @ a
+
+    def end(self, positions: list[int]) -> None:
+        """Nothing is left to do."""
+
+
+def summed_gradients(
+    classifier: Classifier,
+    scope: str,
+    blocks: Sequence[Block],
+    texts: Texts,
+    labels: np.ndarray,
+    groups: np.ndarray,
+) -> Vectors:
+    """Sums of the loss gradients of the rows of each group, ``(g, n_out, n_in)`` for each block of the scope.
+
+    Args:
+        classifier: Whose gradients.
+        scope: Its name.
+        blocks: The scope's parameters.
+        texts: Rows, ``q`` of them, one list a text column; or encoded.
+        labels: Their classes, ``(q,)``.
+        groups: Number of each row's group, from 0, ``(q,)``.
+    """
+    collector = _Sums(scope, blocks, groups, classifier.head.weight)
+    run_pass(classifier, texts, labels_seed(labels), [collector], batch_tokens=BATCH_TOKENS)
+    return collector.out
+
+
 class _Dots:
     """Gathers dots with query vectors."""
 

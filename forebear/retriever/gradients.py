@@ -21,7 +21,7 @@ from forebear.indexer.ekfac import Vectors, dot
 from forebear.indexer.estimate import Part, propose
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.gradient_stage import gradient_files, open_sketcher
-from forebear.indexer.gradients import exact_dots, whole_gradients
+from forebear.indexer.gradients import exact_dots, summed_gradients, whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model import Classifier, Texts, take_texts
 from forebear.indexer.scopes import Block, scope_blocks
@@ -38,20 +38,29 @@ SELF_ROWS = 8  # candidates whose self-influence is solved for at once
 
 @dataclass(frozen=True)
 class Asked:
-    """Test rows of a block, at one scope.
+    """Test rows of a block, at one scope: a query each, or one for each group of them.
 
     Attributes:
         texts: One list a text column, or encoded; with another version of each row, its gradient is subtracted.
-        targets: Class whose loss is explained, ``(q,)``.
+        targets: Class whose loss is explained, of each row.
         vectors: What is asked instead of loss gradients, at the last checkpoint; None: those.
+        groups: Number of each row's group, from 0: the gradients of a group are summed. None: a query a row.
     """
 
     texts: Texts
     targets: np.ndarray
     vectors: Vectors | None = None
+    groups: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets) if self.groups is None else int(self.groups.max()) + 1
 
     def take(self, which: np.ndarray) -> Asked:
-        """Some of them."""
+        """Some of the queries, by ascending number."""
+        if self.groups is not None:
+            rows = np.flatnonzero(np.isin(self.groups, which))
+            numbers = np.searchsorted(which, self.groups[rows])
+            return Asked(take_texts(self.texts, rows), self.targets[rows], groups=numbers)
         at = torch.from_numpy(np.asarray(which))
         vectors = None if self.vectors is None else {n: v[at.to(v.device)] for n, v in self.vectors.items()}
         return Asked(take_texts(self.texts, which), self.targets[which], vectors)
@@ -141,13 +150,14 @@ class GradientSearch:
         return self._solve(vectors)
 
     def gradients_of(self, number: int, asked: Asked) -> Vectors:
-        """Whole gradients of the test rows at a checkpoint; those of the last block asked are held."""
+        """Whole gradients of the queries at a checkpoint; those of the last block asked are held."""
         if asked.vectors is not None:
             return asked.vectors
         held = self._held.get(number)
         if held is None or held[0] is not asked:
             classifier = self.models.classifier(number)
-            found = whole_gradients(classifier, self.scope, self.blocks, asked.texts, asked.targets)
+            where = (classifier, self.scope, self.blocks, asked.texts, asked.targets)
+            found = whole_gradients(*where) if asked.groups is None else summed_gradients(*where, asked.groups)
             self._held[number] = held = (asked, found)
         return held[1]
 
@@ -173,9 +183,9 @@ class GradientSearch:
         for number in sorted({number for method in methods for number, _ in self.sketched(method)}):
             wanted = sorted({kind for m in methods for kind in self._kinds(m) if kind[0] == number}, key=str)
             sketchers = [self.sketcher(*kind) for kind in wanted]
-            if sketchers and asked.vectors is not None:
-                device = self.models.classifier(number).device
-                found |= {k: s.of_matrix(asked.vectors, device) for k, s in zip(wanted, sketchers, strict=True)}
+            if sketchers and (asked.vectors is not None or asked.groups is not None):
+                vectors, device = self.gradients_of(number, asked), self.models.classifier(number).device
+                found |= {k: s.of_matrix(vectors, device) for k, s in zip(wanted, sketchers, strict=True)}
             elif sketchers:
                 classifier = self.models.classifier(number)
                 rows, _ = sketch_rows(
@@ -232,7 +242,7 @@ class GradientSearch:
             exact: ``none``, ``rerank`` or ``full``.
             n_candidates: Rows at each end that the sketches propose, by method name.
         """
-        chunks = self._chunks(methods, len(asked.targets))
+        chunks = self._chunks(methods, len(asked))
         if len(chunks) > 1:
             found = [
                 self.search(methods, asked.take(which), k, exact=exact, n_candidates=n_candidates) for which in chunks
@@ -248,7 +258,7 @@ class GradientSearch:
             how = self.index.proposal(self.scope, name, cosine=method.metric == "cos")
             listed[name] = propose(parts, live, width, how if exact != "none" else replace(how, margin=0.0))
         if exact == "none":
-            nothing = np.zeros(len(asked.targets), np.int64)
+            nothing = np.zeros(len(asked), np.int64)
             return {
                 name: tuple(Ranking(rows, scores.astype(np.float64), False, nothing) for rows, scores in ends)  # type: ignore[misc]
                 for name, ends in listed.items()
@@ -260,7 +270,7 @@ class GradientSearch:
     def _full(self, methods: Sequence[Method], asked: Asked, k: int) -> dict[str, tuple[Ranking, Ranking]]:
         live = self.index.live
         scores, residuals = self.score(methods, asked, {method.name: live for method in methods})
-        n_scored = np.full(len(asked.targets), len(live))
+        n_scored = np.full(len(asked), len(live))
         return {
             name: tuple(  # type: ignore[misc]
                 Ranking(*rank(found, live, k, largest=largest), True, n_scored, residual=residuals.get(name))
@@ -282,7 +292,7 @@ class GradientSearch:
         Returns:
             By method name: scores ``(q, m)`` or ``(q, n)`` float64, and residuals ``(q,)``.
         """
-        q = len(asked.targets)
+        q = len(asked)
         scores = {name: np.empty((q, at.shape[-1])) for name, at in rows.items()}
         residuals: dict[str, np.ndarray] = {}
         chunks = self._chunks(methods, q)
@@ -307,7 +317,7 @@ class GradientSearch:
         distinct = np.unique(np.concatenate([at.reshape(-1) for at in rows.values()]))
         texts, labels = self.rows.texts(distinct), self.rows.labels(distinct)
         where = {name: np.searchsorted(distinct, at) for name, at in rows.items()}
-        scores = {name: np.zeros((len(asked.targets), at.shape[-1])) for name, at in rows.items()}
+        scores = {name: np.zeros((len(asked), at.shape[-1])) for name, at in rows.items()}
         residual: np.ndarray | None = None
         for number in sorted({n for method in methods for n, _ in self.checkpoints(method)}):
             classifier = self.models.classifier(number)
@@ -318,7 +328,7 @@ class GradientSearch:
                 solved, residual = self.solutions_of(asked)
                 vectors.append(solved)
             stacked = vectors[0] if len(vectors) == 1 else {n: torch.cat([v[n] for v in vectors]) for n in g}
-            q = len(asked.targets)
+            q = len(asked)
             wanted = np.zeros((len(vectors) * q, len(distinct)), bool)
             for method in mine:
                 half = wanted[q:] if method.query == "preconditioned" else wanted[:q]

@@ -68,6 +68,11 @@ class Method:
         return self.saliency or self.variants or self.spans is not None
 
     @property
+    def linear(self) -> bool:
+        """Whether the scores of a sum of query vectors are the sums of the scores: then one search serves many rows."""
+        return self.metric == "dot" and not (self.by_model or self.by_words)
+
+    @property
     def by_words(self) -> bool:
         """Whether its scores are sums over shared words."""
         return self.store == "words"

@@ -42,6 +42,8 @@ class QuerySpec:
         query_spans: How they are found in test rows; None: likewise.
         word: For ``saliency-if``: the word of the test rows whose saliency is explained; None: each row's most salient.
         span_column: The text column that they are in, by number; None: that of the stored spans, else the first.
+        aggregate: One answer to all test rows together: their query vectors are summed. For methods that are linear in
+            the query alone; a cosine is not.
         certify: Prove each top k at a deeper scope, scoring as many rows as it takes.
         curvature: For ``if`` and ``rif``; see :class:`CurvatureSpec` for this and the next four.
         damping: See there.
@@ -62,6 +64,7 @@ class QuerySpec:
     query_spans: str | None = None
     word: str | None = None
     span_column: int | None = None
+    aggregate: bool = False
     certify: bool = False
     curvature: str | None = None
     damping: str | None = None
@@ -108,6 +111,11 @@ class QuerySpec:
                 raise InputError(f"{asked} is not of {method.name}: its scores come from the model alone.")
             if self.normalise and not method.by_words:
                 raise InputError(f"--normalise is of methods by words, not of {method.name}. Ask for it separately.")
+            if self.aggregate and not method.linear:
+                raise InputError(
+                    f"--aggregate sums query vectors, which says nothing of {method.name}: it is not linear in the "
+                    "query, or compares words or spans. Give gd, if, tracin, rep or nn-dot."
+                )
             if method.query == "preconditioned":
                 self.solver.at(self.scope_of(method))
         return methods

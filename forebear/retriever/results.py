@@ -31,7 +31,8 @@ class Answers:
         start: Row number of the first of them in the test file.
         labels: Gold class ids ``(q,)``, or None.
         predictions: Predicted class ids, ``(q,)``.
-        targets: Class ids whose loss was explained, ``(q,)``.
+        targets: Class ids whose loss was explained, ``(q,)``. Of an aggregate, labels, predictions and targets are
+            those that all its test rows share, else -1.
         found: (proponents, opponents) by method name.
     """
 
@@ -67,7 +68,7 @@ def answer_table(index: Index, answers: Answers, tokenizer: Any) -> pa.Table:
     labels = np.array(index.manifest.spec.label_names, dtype=object)
 
     def named(ids: np.ndarray) -> pa.Array:
-        return pa.array(labels[ids], pa.string())
+        return pa.array(labels[ids], pa.string(), mask=ids < 0)
 
     gold = spread(answers.labels, 0) if answers.labels is not None else None
     columns: dict[str, pa.Array] = {

@@ -18,6 +18,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.labels import LabelMap, label_map
 from forebear.indexer.model import Classifier, Encoded, Texts
 from forebear.indexer.spans import GIVEN, Span, span_finder
+from forebear.retriever.aggregate import check_linear, common_class, read_rows, sum_queries
 from forebear.retriever.certify import certify, check_certifiable
 from forebear.retriever.curvature import CurvatureSpec
 from forebear.retriever.gradients import Asked as DeepAsked
@@ -35,7 +36,7 @@ from forebear.retriever.query_spec import (
 from forebear.retriever.results import Answers, answer_table
 from forebear.retriever.search import Ranking
 from forebear.retriever.spans import SpanSearch, word_influence
-from forebear.retriever.stored import row_factors, search_stored, stored_recall
+from forebear.retriever.stored import row_factors, search_query, search_stored, stored_recall
 from forebear.retriever.tfidf import TfidfSearch
 from forebear.retriever.words import WordSearch
 
@@ -101,9 +102,9 @@ class Retriever:
             target: ``predicted``, ``gold`` (queries need labels) or a label's name.
             exact: See :class:`QuerySpec`.
             scope: See :class:`QuerySpec`.
-            **choices: ``recall``, ``candidates``, ``certify``, ``normalise``, ``spans``, ``span_column``,
-                ``curvature``, ``damping``,
-                ``curvature_rows``, ``lissa``, ``tolerance``; see :class:`QuerySpec`.
+            **choices: ``recall``, ``candidates``, ``aggregate``, ``certify``, ``normalise``, ``spans``,
+                ``span_column``, ``curvature``, ``damping``, ``curvature_rows``, ``lissa``, ``tolerance``;
+                see :class:`QuerySpec`.
 
         Returns:
             One row a result; columns as DESIGN.md's section 5 lists them, provenance in the schema's metadata.
@@ -118,12 +119,16 @@ class Retriever:
         return pa.concat_tables(tables).replace_schema_metadata(self.metadata(spec))
 
     def answers(self, source: RowSource, spec: QuerySpec, *, block_rows: int = QUERY_BLOCK_ROWS) -> Iterator[Answers]:
-        """Stream answers, ``block_rows`` queries at a time, in bounded memory."""
+        """Stream answers, ``block_rows`` queries at a time, in bounded memory; of an aggregate, the one answer."""
         spec = self.settled(spec)
         methods = spec.check()
         self.check_stores(methods, spec)
         self.check_texts(source)
         labels = self.query_labels(source, required=spec.target == "gold")
+        if spec.aggregate:
+            texts, gold = read_rows(source, labels)
+            yield self.aggregate(texts, gold, np.zeros(source.n_rows, np.int64), spec)
+            return
         for block in source.blocks(block_rows):
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
             yield self.answer_block(block.start, block.texts, gold, spec, table=block.table)
@@ -183,6 +188,36 @@ class Retriever:
                 found |= self._deep(scope, some, DeepAsked([list(t) for t in texts], asked.targets), spec, top)
         found = {method.name: found[method.name] for method in methods}
         return Answers(start, labels, asked.forward.predictions, asked.targets, found)
+
+    def aggregate(
+        self, texts: Sequence[Sequence[str]], labels: np.ndarray | None, groups: np.ndarray, spec: QuerySpec
+    ) -> Answers:
+        """One answer for each group of test rows: their query vectors are summed, and searched once.
+
+        Scores are the sums of those that the rows would get one by one.
+
+        Args:
+            texts: Test rows, one list a text column.
+            labels: Class ids of the model, ``(q,)``, or None.
+            groups: Number of each row's group, ``(q,)``; every number from 0 on has rows.
+            spec: The question, with ``aggregate``.
+        """
+        spec = self.settled(replace(spec, aggregate=True))
+        methods = spec.check()
+        self.check_stores(methods, spec)
+        top = min(spec.top, self.index.manifest.n_live)
+        by_scope = self._by_scope(methods, spec)
+        stored = by_scope.pop(None, [])
+        seen = sum_queries(self._models, self.index, stored, texts, labels, groups, spec.target, spec.solver)
+        found = {m.name: search_query(self.index, m, seen.queries[m.name], top, exact=spec.exact) for m in stored}
+        for scope, some in by_scope.items():
+            assert scope is not None
+            found |= self._deep(
+                scope, some, DeepAsked([list(t) for t in texts], seen.targets, groups=groups), spec, top
+            )
+        found = {method.name: found[method.name] for method in methods}
+        gold = None if labels is None else common_class(labels, groups)
+        return Answers(0, gold, common_class(seen.predictions, groups), common_class(seen.targets, groups), found)
 
     def _by_scope(self, methods: Sequence[Method], spec: QuerySpec) -> dict[str | None, list[Method]]:
         """Methods by the scope beyond the head at which they compare gradients; None: the others."""
@@ -255,6 +290,8 @@ class Retriever:
     ) -> np.ndarray:
         """Exact scores of every live training row, ``(q, n)`` float64, columns in the order of ``index.live``.
 
+        Of an aggregate ``(1, n)``, summed over the test rows.
+
         For small sets, and as the yardstick: memory is q x n x 8 bytes.
         """
         spec = self.settled(QuerySpec(methods=(method,), target=target, exact="full", scope=scope, **choices))
@@ -267,7 +304,8 @@ class Retriever:
         for block in source.blocks(QUERY_BLOCK_ROWS):
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
             parts.append(self.score_block(block.texts, gold, spec, first_row=block.start)[chosen.name])
-        return np.concatenate(parts)
+        scores = np.concatenate(parts)
+        return scores.sum(axis=0, keepdims=True) if spec.aggregate else scores
 
     def score_block(
         self,
@@ -352,6 +390,8 @@ class Retriever:
             if method.by_words:
                 self.index.check_words(self._words.top_of(method) if method.representation == "words" else None)
         self.index.check_scope(spec.scope)
+        if spec.aggregate:
+            check_linear(self.index, methods)
         spec = self.settled(spec)
         names = self.index.manifest.spec.text_columns
         column = spec.span_column or 0
@@ -421,6 +461,7 @@ class Retriever:
             "spec_digest": self.index.manifest.spec.digest(),
             "query_digest": spec.digest(),
             "exact": spec.exact,
+            "aggregate": spec.aggregate,
             "target": spec.target,
             "top": spec.top,
             "sign": "larger = proponent: training on the row supports the target label",

@@ -67,6 +67,54 @@ class Query:
         return replace(self, terms=terms, norms=self.norms[which], residual=pick(self.residual))
 
 
+def summed(query: Query, groups: np.ndarray, n_groups: int) -> Query:
+    """Query vectors added up by group, in float64; the scores of a sum are the sums of the scores.
+
+    Args:
+        query: Of ``q`` test rows, for a method that is linear in the query, without an offset.
+        groups: Number of each test row's group, ``(q,)``.
+        n_groups: g; a group without rows gets the zero vector.
+
+    Returns:
+        ``g`` queries; their relative residual is the largest of the rows', and their norms, which dots do not
+        need, are 1.
+    """
+    member = (groups == np.arange(n_groups)[:, None]).astype(np.float64)
+    terms = []
+    for term in query.terms:
+        assert term.offset == 0
+        if term.matrix is not None:
+            matrix: np.ndarray | None = np.einsum("gq,qah->gah", member, term.matrix)
+        elif term.left is not None:
+            assert term.right is not None
+            reduced = term.left @ class_basis(term.left.shape[1]).T
+            matrix = np.einsum("gq,qa,qh->gah", member, reduced, term.right, optimize=True)
+        else:
+            matrix = None
+        right = None if matrix is not None or term.right is None else member @ term.right
+        terms.append(Term(term.weight, right, matrix=matrix))
+    residual = None
+    if query.residual is not None:
+        residual = np.where(member > 0, query.residual, 0.0).max(axis=1)
+    return Query(query.method, tuple(terms), np.ones(n_groups), residual=residual)
+
+
+def added(first: Query, second: Query) -> Query:
+    """Sum of the query vectors of one method, query by query; relative residuals are the larger ones."""
+
+    def plus(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
+        return None if a is None or b is None else a + b
+
+    terms = tuple(
+        replace(a, right=plus(a.right, b.right), matrix=plus(a.matrix, b.matrix))
+        for a, b in zip(first.terms, second.terms, strict=True)
+    )
+    residual = None
+    if first.residual is not None and second.residual is not None:
+        residual = np.maximum(first.residual, second.residual)
+    return replace(first, terms=terms, residual=residual)
+
+
 def dots(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """<x_q, f_n>: rows ``(n, h)`` give ``(q, n)``, candidates ``(q, k, h)`` give ``(q, k)``.
 

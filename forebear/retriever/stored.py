@@ -15,7 +15,11 @@ def search_stored(
     index: Index, method: Method, asked: Asked, curvature: CurvatureSpec, top: int, *, exact: str
 ) -> tuple[Ranking, Ranking]:
     """Both ends of a method's ranking, (proponents, opponents); see :class:`QuerySpec` for ``exact``."""
-    query = make_query(method, asked, index, curvature)
+    return search_query(index, method, make_query(method, asked, index, curvature), top, exact=exact)
+
+
+def search_query(index: Index, method: Method, query: Query, top: int, *, exact: str) -> tuple[Ranking, Ranking]:
+    """The same for query vectors that are made already."""
     factors = row_factors(index, method)
     if exact == "full":
         return search_full(query, factors, top)
