@@ -60,13 +60,12 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=3)
     parser.add_argument("--scopes", default="head,top-2")
     asked = parser.parse_args()
-    index = Index.open(built())
-    retriever = Retriever(index)
     block = next(open_rows(DATA / "mams" / "test.parquet", text_columns=["text", "term"]).blocks(asked.queries))
     queries = list(zip(*block.texts, strict=True))
-    store = index.spans()
-    files = {name: facts["bytes"] for name, facts in index.manifest.files.items() if "spans" in name}
     for scope in asked.scopes.split(","):
+        index = Index.open(built(scope))
+        retriever, store = Retriever(index), index.spans()
+        files = {name: facts["bytes"] for name, facts in index.manifest.files.items() if "spans" in name}
         spans = {"scope": scope, "spans": SPANS, "query_spans": "aspect"}
         timed = queries[: asked.timed]
         seconds = {m: one_query_seconds(retriever, timed, m, scope=scope) for m in ROW_METHODS}
