@@ -30,9 +30,12 @@ Examples:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
+    """Add the commands."""
+    from forebear.cli import audit_artifact  # which itself imports show_report
+
     audits = typer.Typer(help="Audit a model for artifacts, with a report.", no_args_is_help=True)
     audits.command("hans", help=HANS_HELP, cls=Variadic)(hans)
+    audit_artifact.register(audits)
     app.add_typer(audits, name="audit")
 
 

@@ -1,0 +1,203 @@
+"""``forebear audit overlap``, ``negation`` and ``artifact``: does an artifact go with influence?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from forebear.cli.console import Variadic, progress_bar
+from forebear.cli.evaluate_comparisons import (
+    Curvature,
+    NQueries,
+    Out,
+    Seed,
+    Target,
+    Test,
+    _command,
+    _finish,
+    _open,
+    _queries,
+    _spec,
+)
+from forebear.cli.options import (
+    Damping,
+    Device,
+    Force,
+    IndexFolder,
+    JsonOut,
+    LabelColumn,
+    LabelNames,
+    MovedModel,
+    Quiet,
+    Scope,
+    TextColumns,
+)
+
+if TYPE_CHECKING:
+    from forebear.evaluation.artifact_features import Feature
+    from forebear.retriever.retriever import Retriever
+
+_HOW = """For each test row, over all training rows: artifact = a z^2 + b z + c, z the z-normalised influence. a above
+0: rows of large influence hold more of it than the rest. By predicted label, with 95% intervals."""
+OVERLAP_HELP = f"""Are the most influential training rows those of high lexical overlap?
+
+{_HOW}
+
+Examples:
+
+    forebear audit overlap --index runs/nli-index --test hans_small.parquet --out runs/overlap-audit
+
+    forebear audit overlap --index I --test hans.parquet --method if,gd --damping 0.1x --queries 300 --out A
+"""
+NEGATION_HELP = f"""Are the most influential training rows those with a negation?
+
+{_HOW} Artifact: 1 where a text holds no, not, n't, never, none, nobody, nothing, neither, nor, nowhere, without or
+cannot, else 0.
+
+Example:
+
+    forebear audit negation --index I --test hans_negated.parquet --out A
+"""
+ARTIFACT_HELP = f"""Are the most influential training rows those on which a function of yours is high?
+
+{_HOW} The function is called with a dictionary of a row's texts by column, and returns a number.
+
+Example:
+
+    forebear audit artifact --feature length.py:n_words --index I --test dev.csv --out A
+"""
+Method = Annotated[
+    list[str] | None, typer.Option("--method", help="Methods that score rows.  [default: if]", show_default=False)
+]
+NegationColumn = Annotated[
+    str | None, typer.Option("--column", help="The text that is looked at. Default: the last.", show_default=False)
+]
+FeatureOption = Annotated[str, typer.Option("--feature", help="FILE.py:function.", show_default=False)]
+
+
+def register(audits: typer.Typer) -> None:
+    """Add the commands to the group."""
+    audits.command("overlap", help=OVERLAP_HELP, cls=Variadic)(overlap)
+    audits.command("negation", help=NEGATION_HELP, cls=Variadic)(negation)
+    audits.command("artifact", help=ARTIFACT_HELP, cls=Variadic)(artifact)
+
+
+def overlap(
+    index: IndexFolder,
+    test: Test,
+    method: Method = None,
+    scope: Scope = "head",
+    target: Target = "predicted",
+    curvature: Curvature = None,
+    damping: Damping = None,
+    queries: NQueries = 100,
+    seed: Seed = 0,
+    out: Out = None,
+    model: MovedModel = None,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
+    label_names: LabelNames = None,
+    device: Device = "auto",
+    json_out: JsonOut = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See OVERLAP_HELP."""
+    from forebear.evaluation.artifact_features import overlap_feature
+
+    retriever = _open(index, model, device, out, force=force)
+    feature = overlap_feature(retriever.index.manifest.spec.text_columns)
+    choices = {"scope": scope, "target": target, "curvature": curvature, "damping": damping}
+    rows = (test, text_columns, label_column, label_names)
+    _audit(retriever, feature, method, choices, rows, queries, seed, out, json_out, force, quiet)
+
+
+def negation(
+    index: IndexFolder,
+    test: Test,
+    column: NegationColumn = None,
+    method: Method = None,
+    scope: Scope = "head",
+    target: Target = "predicted",
+    curvature: Curvature = None,
+    damping: Damping = None,
+    queries: NQueries = 100,
+    seed: Seed = 0,
+    out: Out = None,
+    model: MovedModel = None,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
+    label_names: LabelNames = None,
+    device: Device = "auto",
+    json_out: JsonOut = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See NEGATION_HELP."""
+    from forebear.evaluation.artifact_features import negation_feature
+
+    retriever = _open(index, model, device, out, force=force)
+    feature = negation_feature(retriever.index.manifest.spec.text_columns, column)
+    choices = {"scope": scope, "target": target, "curvature": curvature, "damping": damping}
+    rows = (test, text_columns, label_column, label_names)
+    _audit(retriever, feature, method, choices, rows, queries, seed, out, json_out, force, quiet)
+
+
+def artifact(
+    index: IndexFolder,
+    test: Test,
+    feature: FeatureOption,
+    method: Method = None,
+    scope: Scope = "head",
+    target: Target = "predicted",
+    curvature: Curvature = None,
+    damping: Damping = None,
+    queries: NQueries = 100,
+    seed: Seed = 0,
+    out: Out = None,
+    model: MovedModel = None,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
+    label_names: LabelNames = None,
+    device: Device = "auto",
+    json_out: JsonOut = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See ARTIFACT_HELP."""
+    from forebear.evaluation.artifact_features import user_feature
+
+    retriever = _open(index, model, device, out, force=force)
+    measured = user_feature(feature, retriever.index.manifest.spec.text_columns)
+    choices = {"scope": scope, "target": target, "curvature": curvature, "damping": damping}
+    rows = (test, text_columns, label_column, label_names)
+    _audit(retriever, measured, method, choices, rows, queries, seed, out, json_out, force, quiet)
+
+
+def _audit(
+    retriever: Retriever,
+    feature: Feature,
+    method: Sequence[str] | None,
+    choices: dict[str, str | None],
+    rows: tuple[str, Sequence[str] | None, str | None, Sequence[str] | None],
+    n_queries: int,
+    seed: int,
+    out: str | None,
+    as_json: bool,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Regress a feature on the influence of all training rows; show and write the report."""
+    from forebear.evaluation.artifact import regress_artifact
+    from forebear.evaluation.artifact_features import measure
+    from forebear.evaluation.artifact_report import artifact_report
+
+    spec = _spec(retriever, method or ["if"], **choices)
+    values = measure(retriever.index, feature)
+    asked = _queries(retriever, *rows, spec, n_queries, seed)
+    with progress_bar(quiet=quiet) as progress:
+        found = regress_artifact(retriever, asked, spec, values, progress=progress)
+    report, result = artifact_report(found, feature, values, retriever, asked, spec, seed, _command())
+    _finish(report, result, out, as_json, force, quiet)
