@@ -1,0 +1,102 @@
+"""What the papers' tables are rerun on: MiniLM, fine-tuned on the papers' data, and its indexes; made where missing.
+
+They lie in ``runs/bench``. Han20 and Pez21 have SST-2 and binary MNLI of 10,000 rows, Yeh22 and Joint have AG News.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import DATA, ROOT, run, write_result
+from tables import Table
+
+from forebear import Retriever
+from forebear.evaluation.comparisons import Queries, sample_queries
+from forebear.evaluation.recipes import open_retrainer
+from forebear.evaluation.retraining import Retrainer
+from forebear.indexer.data import open_rows
+
+RUNS = ROOT / "runs" / "bench"
+DEV = {"sst2": "dev", "mnli10k": "dev", "agnews": "test"}
+TRAINING = {"sst2": (), "mnli10k": ("--labels", "binary-nli"), "agnews": ("--epochs", "1")}
+PAPER_DAMPING = "30"  # of Han20: LiSSA's damping 3e-3 times its scale 1e4
+INDEXES = {
+    "head": ("--store", "features,sbert", "--damping", f"0.1x,{PAPER_DAMPING}"),
+    "epochs": ("--checkpoints", "all"),
+    "words": ("--store", "features,words", "--words-top", "0,10"),
+}
+
+
+def trained(name: str) -> Path:
+    """The run folder of a data set's model."""
+    folder = RUNS / name
+    if not (folder / "run.json").is_file():
+        run("train", "--model", "minilm", "--data", DATA / name / "train.parquet", "--precision", "fp32",
+            "--dev", DATA / name / f"{DEV[name]}.parquet", *TRAINING[name], "--out", folder)  # fmt: skip
+    return folder
+
+
+def asked(name: str, kind: str = "head") -> Retriever:
+    """The retriever over a data set's index: ``head``, ``epochs`` (all checkpoints) or ``words``."""
+    out = RUNS / f"{name}-papers-{kind}"
+    if not (out / "manifest.json").is_file():
+        run("index", "--model", trained(name), "--train", DATA / name / "train.parquet", *INDEXES[kind],
+            "--out", out, "--resume")  # fmt: skip
+    return Retriever(out)
+
+
+def test_rows(retriever: Retriever, path: str, n: int) -> Queries:
+    """A sample of test rows with their labels; all of them for 0.
+
+    Args:
+        retriever: Whose classes the labels are.
+        path: Below the folder of data sets.
+        n: How many.
+    """
+    return sample_queries(retriever, open_rows(DATA / path, need_labels=True), n, 0, need_labels=True)
+
+
+def retrainer(retriever: Retriever, recipe: str, texts: Sequence[Sequence[str]]) -> Retrainer:
+    """Retrains the index's model; outcomes are kept beside the index, so that an interrupted run goes on."""
+    return open_retrainer(retriever, recipe, texts, f"{retriever.index.folder}-retraining")
+
+
+def parsed(about: str | None, sizes: Mapping[str, Any], small: Mapping[str, Any]) -> argparse.Namespace:
+    """Options of a script, one a size: numbers, names, and lists of them parted by commas.
+
+    Args:
+        about: The script's docstring.
+        sizes: Default values.
+        small: Those that ``--small`` sets instead.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="about five minutes on two cores")
+    for name, value in sizes.items():
+        default = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        kind = str if isinstance(value, tuple) else type(value)
+        shown = f"default {default}" + (f", small {small[name]}" if name in small else "")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=shown)
+    given = vars(parser.parse_args())
+    chosen = {**sizes, **(small if given.pop("small") else {})}
+    for name, value in given.items():
+        if value is not None:
+            of = type(sizes[name][0]) if isinstance(sizes[name], tuple) else str
+            chosen[name] = tuple(map(of, value.split(","))) if isinstance(sizes[name], tuple) else value
+    return argparse.Namespace(**chosen)
+
+
+def store(case: str, retriever: Retriever, table: Table, **facts: Any) -> None:
+    """Keep a table, with what it takes to repeat it, in ``benchmarks/results/papers_CASE.json``; print it."""
+    command = shlex.join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
+    index = retriever.index
+    write_result(
+        f"papers_{case}",
+        command=command, index=index.manifest.digest(), training_rows=len(index.live), **facts, table=table,
+    )  # fmt: skip
