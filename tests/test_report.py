@@ -174,7 +174,7 @@ def test_existing_report_is_kept_unless_forced(tmp_path: Path) -> None:
     write_report(Report("second", "s"), tmp_path, result={}, force=True)
     assert "second" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == len(REPORT_FILES) + 1
 
 
 def test_folder_with_other_files_is_used(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from forebear.cli import audit, demo, evaluate, explain, index, inspect, perturb, retrieve, train
+from forebear.cli import audit, demo, evaluate, explain, index, inspect, perturb, report, retrieve, train
 from forebear.cli.console import ERR
 from forebear.errors import ForebearError
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for module in (demo, train, index, retrieve, explain, audit, evaluate, perturb, inspect):
+for module in (demo, train, index, retrieve, explain, audit, evaluate, perturb, report, inspect):
     module.register(app)
 
 

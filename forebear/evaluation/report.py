@@ -1,8 +1,8 @@
 """Report folders: a page to read, a table to compute with, and the result as JSON.
 
 ``report.html`` stands alone: no script, no network, no other file. ``table.csv`` holds the tables,
-``result.json`` the numbers. The figures are SVG that takes its text colour from the page, so that one
-file serves light screens, dark screens and paper.
+``result.json`` the numbers, ``report.json`` what `forebear report` puts side by side. The figures are SVG that takes
+its text colour from the page, so that one file serves light screens, dark screens and paper.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 from forebear.errors import InputError, NonFiniteError, OutputExistsError, StorageError
 
-REPORT_FILES: Final = ("report.html", "table.csv", "result.json")
+REPORT_FILES: Final = ("report.html", "table.csv", "result.json", "report.json")
 Cell = str | float | int | bool | None
 Series = Mapping[str, Sequence[float]]
 Errors = Mapping[str, Sequence[float | None]]
@@ -97,13 +97,13 @@ class Report:
 
 
 def write_report(report: Report, folder: Path, *, result: Mapping[str, Any], force: bool = False) -> Path:
-    """Write the three files, each under a temporary name that is then renamed; return the page's path.
+    """Write the four files, each under a temporary name that is then renamed; return the page's path.
 
     Args:
         report: What the page and the table show.
         folder: Made if missing; other files in it are left alone.
         result: The numbers, for programs. The report's provenance is added unless it has its own.
-        force: Overwrite the three files.
+        force: Overwrite the four files.
 
     Raises:
         OutputExistsError: The folder holds a report and ``force`` is not given.
@@ -116,6 +116,7 @@ def write_report(report: Report, folder: Path, *, result: Mapping[str, Any], for
         "report.html": render_html(report),
         "table.csv": render_csv(report.tables),
         "result.json": render_json({"provenance": dict(report.provenance), **result}),
+        "report.json": render_json(_shown(report)),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,6 +179,29 @@ def render_csv(tables: Sequence[Table]) -> str:
             values = [cells.get(column) for column in columns]
             writer.writerow([*([table.title] if head else []), *("" if v is None else v for v in values)])
     return text.getvalue()
+
+
+def _shown(report: Report) -> dict[str, Any]:
+    """A report without its data rows, for ``report.json``."""
+    return {
+        "title": report.title,
+        "summary": report.summary,
+        "tables": [vars(table) for table in report.tables],
+        "figures": [vars(figure) for figure in report.figures],
+        "provenance": dict(report.provenance),
+    }
+
+
+def report_from_json(text: str) -> Report:
+    """The report, without its data rows, that ``report.json`` holds.
+
+    Raises:
+        ValueError, KeyError, TypeError: It is not what `write_report` writes.
+    """
+    found = json.loads(text)
+    tables = [Table(**table) for table in found["tables"]]
+    figures = [Figure(**figure) for figure in found["figures"]]
+    return Report(found["title"], found["summary"], tables, figures, (), found["provenance"])
 
 
 def format_cell(value: Cell, decimals: int | None = None) -> str:

@@ -1,0 +1,47 @@
+"""``forebear report``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forebear.cli.audit import show_table
+from forebear.cli.console import OUT, say
+from forebear.cli.options import Force, Quiet
+
+HELP = """Put the reports of several evaluations or audits side by side, on one page.
+
+Tables of the same title are joined by their labels, each report with columns of its own.
+
+Example:
+
+    forebear report runs/hans-head runs/hans-all --out runs/hans-compared
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("report", help=HELP)(report)
+
+
+def report(
+    folders: Annotated[list[str], typer.Argument(help="Folders written by --out.", show_default=False)],
+    out: Annotated[str, typer.Option("--out", help="Folder for the page.", show_default=False)],
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See HELP."""
+    from forebear.evaluation.report import check_folder, write_report
+    from forebear.evaluation.side_by_side import read_folders, side_by_side
+
+    check_folder(Path(out), force=force)
+    page, result = side_by_side(read_folders(folders), shlex.join(["forebear", *sys.argv[1:]]))
+    written = write_report(page, Path(out), result=result, force=force)
+    OUT.print(page.title, style="bold", markup=False)
+    for table in page.tables:
+        show_table(table)
+    say(f"wrote {written}, table.csv and result.json", quiet=quiet)
