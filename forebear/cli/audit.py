@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 HANS_HELP = """Do the training rows behind a wrong "entailment" share the lexical-overlap shortcut?
 
 For every non-entailment row that the model takes for entailment: the mean lexical overlap of the top training rows,
-for each method, beside that of all training rows. Writes report.html, table.csv and result.json.
+for each method, beside that of all training rows; also by heuristic, subcase and template, where the rows have such
+columns. Writes report.html, table.csv and result.json.
 
 Examples:
 
@@ -28,14 +30,17 @@ Examples:
     forebear audit hans --index I --test hans.csv --method gc,rif,nn-cos --out A
 """
 
+SHOWN_TABLES = 3  # overlap, accuracy and heuristics; the page has the subcases and templates too
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    from forebear.cli import audit_artifact  # which itself imports show_report
+    from forebear.cli import audit_artifact, audit_rows  # which themselves import show_report
 
     audits = typer.Typer(help="Audit a model for artifacts, with a report.", no_args_is_help=True)
     audits.command("hans", help=HANS_HELP, cls=Variadic)(hans)
     audit_artifact.register(audits)
+    audit_rows.register(audits)
     app.add_typer(audits, name="audit")
 
 
@@ -75,7 +80,7 @@ def hans(
         audit = audit_hans(retriever, source, listed(method) or None, top=top, progress=progress)
     report, result = hans_report(audit, retriever, source, shlex.join(["forebear", *sys.argv[1:]]))
     page = write_report(report, Path(out), result=result, force=force)
-    show_report(report)
+    show_report(replace(report, tables=report.tables[:SHOWN_TABLES]))
     say(f"wrote {page}, table.csv and result.json", quiet=quiet)
 
 

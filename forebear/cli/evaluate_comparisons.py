@@ -521,8 +521,16 @@ def _command() -> str:
     return shlex.join(["forebear", *sys.argv[1:]])
 
 
-def _finish(report: Report, result: dict[str, Any], out: str | None, as_json: bool, force: bool, quiet: bool) -> None:
-    """Write the report where it is asked for, and show it."""
+def _finish(
+    report: Report,
+    result: dict[str, Any],
+    out: str | None,
+    as_json: bool,
+    force: bool,
+    quiet: bool,
+    shown: Report | None = None,
+) -> None:
+    """Write the report where it is asked for, and show it, or what is shown of it on a screen."""
     from forebear.evaluation.report import render_json, write_report
 
     if out is not None:
@@ -530,6 +538,6 @@ def _finish(report: Report, result: dict[str, Any], out: str | None, as_json: bo
     if as_json:
         sys.stdout.write(render_json({"provenance": dict(report.provenance), **result}))
     else:
-        show_report(report)
+        show_report(shown or report)
     if out is not None:
         say(f"wrote {page}, table.csv and result.json", quiet=quiet)

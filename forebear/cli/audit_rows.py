@@ -1,0 +1,285 @@
+"""``forebear audit``: the audits of training rows, which need no question from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from forebear.cli.console import Variadic, listed, progress_bar
+from forebear.cli.evaluate_comparisons import (
+    Curvature,
+    Exact,
+    Methods,
+    Out,
+    Seed,
+    Target,
+    Test,
+    _command,
+    _finish,
+    _open,
+    _queries,
+    _spec,
+)
+from forebear.cli.options import (
+    Damping,
+    Device,
+    Force,
+    IndexFolder,
+    JsonOut,
+    LabelColumn,
+    LabelNames,
+    MovedModel,
+    Quiet,
+    Recall,
+    Scope,
+    TextColumns,
+)
+from forebear.errors import InputError
+
+if TYPE_CHECKING:
+    from forebear.evaluation.report import Cell, Report, Table
+
+MISLABELLED_HELP = """Which training rows may be labelled wrongly? A ranked list, with the rows that contradict each.
+
+Ordered by the mean of a row's ranks by influence on itself, loss and disagreement of its neighbours. No true label is
+needed; where some are known, `forebear evaluate mislabelled` says how well this works.
+
+Example:
+
+    forebear audit mislabelled --index I --top 200 --out runs/suspects
+"""
+DUPLICATES_HELP = """Which training rows say the same, and with different labels? Which test rows are among them?
+
+Equal texts, equal words, similar word sets, and near neighbours whose words overlap; in groups, those of different
+labels first.
+
+Examples:
+
+    forebear audit duplicates --index I --out runs/duplicates
+
+    forebear audit duplicates --index I --test dev.csv --jaccard 0.7
+"""
+ERRORS_HELP = """Which training rows are behind a group of mistakes? One search for each kind of mistake.
+
+Mispredicted test rows are grouped by gold and predicted label (and by --clusters of their features); the query vectors
+of a group are summed. For methods that are linear in the query: gd, if, tracin, rep, nn-dot.
+
+Example:
+
+    forebear audit errors --index I --test dev.csv --method if --clusters 3 --out runs/mistakes
+"""
+HUBS_HELP = """Which training rows come up whatever is asked? Share of reference queries by row, and hubness.
+
+Asked about a sample of the test rows, or else of the training rows themselves, each without its own place.
+
+Example:
+
+    forebear audit hubs --index I --test dev.csv --method gd,gc,if,nn-cos --top 10 --out runs/hubs
+"""
+SCREEN_ROWS, SCREEN_TEXT = 20, 120  # of a list of rows on a screen: how many, and characters of each text
+Neighbours = Annotated[int, typer.Option("--neighbours", help="Nearest rows that are looked at.")]
+
+
+def register(audits: typer.Typer) -> None:
+    """Add the commands to the group."""
+    for name, help_text, command in (
+        ("mislabelled", MISLABELLED_HELP, mislabelled),
+        ("duplicates", DUPLICATES_HELP, duplicates),
+        ("errors", ERRORS_HELP, errors),
+        ("hubs", HUBS_HELP, hubs),
+    ):
+        audits.command(name, help=help_text, cls=Variadic)(command)
+
+
+def mislabelled(
+    index: IndexFolder,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="gd, if, tracin and the like.  [default: gd,if]", show_default=False),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", help="Rows listed.")] = 100,
+    neighbours: Neighbours = 10,
+    scope: Scope = "head",
+    curvature: Curvature = None,
+    damping: Damping = None,
+    out: Out = None,
+    model: MovedModel = None,
+    device: Device = "auto",
+    json_out: JsonOut = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See MISLABELLED_HELP."""
+    from forebear.evaluation.audit_mislabelled import suspects, suspects_report
+
+    retriever = _open(index, model, device, out, force=force)
+    spec = _spec(retriever, method or ["gd", "if"], scope=scope, target="gold", curvature=curvature, damping=damping)
+    found = suspects(retriever, spec, n_neighbours=neighbours)
+    report, result = suspects_report(found, retriever, spec, top, _command())
+    shown = _for_screen(report, ("row", "mean rank", "label", "suggested"))
+    _finish(report, result, out, json_out, force, quiet, shown)
+
+
+def duplicates(
+    index: IndexFolder,
+    test: Annotated[
+        str | None, typer.Option("--test", help="Test rows that are looked for as well.", show_default=False)
+    ] = None,
+    top: Annotated[int, typer.Option("--top", help="Groups listed.")] = 100,
+    jaccard: Annotated[float, typer.Option("--jaccard", help="Least similarity of word sets.")] = 0.8,
+    cosine: Annotated[float, typer.Option("--cosine", help="Least cosine of neighbours.")] = 0.95,
+    cosine_jaccard: Annotated[
+        float, typer.Option("--cosine-jaccard", help="Least similarity of the word sets of those.")
+    ] = 0.5,
+    neighbours: Neighbours = 10,
+    out: Out = None,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
+    label_names: LabelNames = None,
+    json_out: JsonOut = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See DUPLICATES_HELP."""
+    from forebear.evaluation.audit_duplicates import Thresholds, duplicates_report, leaks
+    from forebear.evaluation.audit_duplicates import duplicates as find
+    from forebear.evaluation.comparisons import sample_queries
+    from forebear.indexer.data import open_rows
+
+    thresholds = Thresholds(jaccard=jaccard, cosine=cosine, cosine_jaccard=cosine_jaccard, neighbours=neighbours)
+    thresholds.check()
+    retriever = _open(index, None, "auto", out, force=force)
+    asked = None
+    if test is not None:
+        source = open_rows(
+            test,
+            text_columns=listed(text_columns) or None,
+            label_column=label_column,
+            label_names=listed(label_names) or None,
+        )
+        asked = sample_queries(retriever, source, 0, 0)
+    groups = find(retriever.index, thresholds)
+    leaked = [] if asked is None else leaks(retriever.index, asked, thresholds)
+    report, result = duplicates_report(groups, retriever, thresholds, top, _command(), asked, leaked)
+    shown = _for_screen(report, ("group", "test row", "row", "label", "test label", "kind"))
+    _finish(report, result, out, json_out, force, quiet, shown)
+
+
+def errors(
+    index: IndexFolder,
+    test: Test,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="gd, if, tracin, rep, nn-dot.  [default: if]", show_default=False),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", help="Rows at each end of a group's ranking.")] = 10,
+    target: Target = "predicted",
+    clusters: Annotated[int, typer.Option("--clusters", help="Of each kind of mistake, by features; 1: none.")] = 1,
+    scope: Scope = "head",
+    curvature: Curvature = None,
+    damping: Damping = None,
+    exact: Exact = "rerank",
+    recall: Recall = 0.98,
+    seed: Seed = 0,
+    out: Out = None,
+    model: MovedModel = None,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
+    label_names: LabelNames = None,
+    device: Device = "auto",
+    json_out: JsonOut = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See ERRORS_HELP."""
+    from forebear.evaluation.audit_errors import errors_report, explain_groups, group_mistakes, mistakes_of
+    from forebear.indexer.data import open_rows
+
+    retriever = _open(index, model, device, out, force=force)
+    spec = _spec(
+        retriever, method or ["if"], scope=scope, target=target, curvature=curvature, damping=damping, exact=exact,
+        recall=recall, top=top, aggregate=True,
+    )  # fmt: skip
+    source = open_rows(
+        test,
+        text_columns=listed(text_columns) or None,
+        label_column=label_column,
+        label_names=listed(label_names) or None,
+        need_labels=True,
+    )
+    if clusters < 1:
+        raise InputError(f"--clusters {clusters}: expected at least 1.")
+    with progress_bar(quiet=quiet) as progress:
+        found = mistakes_of(retriever, source, progress=progress)
+    groups = group_mistakes(found, retriever.label_names, clusters, seed)
+    answers = explain_groups(retriever, found, groups, spec)
+    report, result = errors_report(found, groups, answers, retriever, spec, seed, _command())
+    shown = _for_screen(report, ("group", "side", "row", "score", "label"))
+    _finish(report, result, out, json_out, force, quiet, shown)
+
+
+def hubs(
+    index: IndexFolder,
+    test: Annotated[
+        str | None, typer.Option("--test", help="Reference rows. Default: the training rows.", show_default=False)
+    ] = None,
+    method: Methods = None,
+    top: Annotated[int, typer.Option("--top", help="k: places looked at in each ranking.")] = 10,
+    n_listed: Annotated[int, typer.Option("--listed", help="Rows listed for each method.")] = 20,
+    target: Target = "predicted",
+    scope: Scope = "head",
+    curvature: Curvature = None,
+    damping: Damping = None,
+    exact: Exact = "rerank",
+    recall: Recall = 0.98,
+    queries: Annotated[int, typer.Option("--queries", help="Rows asked about, a seeded sample; 0: all.")] = 500,
+    seed: Seed = 0,
+    out: Out = None,
+    model: MovedModel = None,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
+    label_names: LabelNames = None,
+    device: Device = "auto",
+    json_out: JsonOut = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See HUBS_HELP."""
+    from forebear.evaluation.audit_hubs import hubs as count
+    from forebear.evaluation.audit_hubs import hubs_report, training_queries
+
+    retriever = _open(index, model, device, out, force=force)
+    spec = _spec(
+        retriever, method, scope=scope, target=target, curvature=curvature, damping=damping, exact=exact, recall=recall,
+        top=top,
+    )  # fmt: skip
+    if test is None:
+        asked = training_queries(retriever, queries, seed)
+    else:
+        asked = _queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
+    with progress_bar(quiet=quiet) as progress:
+        found = count(retriever, asked, spec, progress=progress)
+    report, result = hubs_report(found, retriever, asked, spec, seed, n_listed, _command())
+    shown = _for_screen(report, ("method", "row", "share", "label"))
+    _finish(report, result, out, json_out, force, quiet, shown)
+
+
+def _for_screen(report: Report, columns: Sequence[str]) -> Report:
+    """The report with its lists of rows cut to the columns named, the texts and as many rows as a screen bears."""
+    return replace(report, tables=[_cut(table, columns) for table in report.tables])
+
+
+def _cut(table: Table, columns: Sequence[str]) -> Table:
+    if not any(name.startswith("text: ") for name in table.columns):
+        return table
+    kept = [i for i, name in enumerate(table.columns) if name in columns or name.startswith("text: ")]
+
+    def short(cell: Cell) -> Cell:
+        return f"{cell[:SCREEN_TEXT]}…" if isinstance(cell, str) and len(cell) > SCREEN_TEXT else cell
+
+    rows = [[short(row[i]) for i in kept] for row in table.rows[:SCREEN_ROWS]]
+    more = f"{len(rows)} of {len(table.rows)} rows; --out FOLDER writes all of them, and all columns."
+    return replace(table, columns=[table.columns[i] for i in kept], rows=rows, note=more)
