@@ -47,6 +47,21 @@ def test_the_demo_finds_what_was_planted(world):
     assert not re.search(r'(src|href)="http', page)
 
 
+def test_the_artifact_regression_finds_the_planted_artifact_and_no_other(world):
+    folder, _ = world
+    (folder / "mine.py").write_text('def odd(row):\n    return len(row["premise"]) % 2\n')
+    found = {}
+    for name, options in (("overlap", []), ("artifact", ["--feature", "mine.py:odd"])):
+        command = [FOREBEAR, "audit", name, *options, "--index", "runs/demo/index", "--queries", "0", "--json"]
+        command += ["--test", "runs/demo/data/probe.parquet"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads(done.stdout)["methods"]["if"]["groups"]["all"]
+    assert found["overlap"]["rows_low"] > 0
+    assert found["overlap"]["low"] > 0
+    assert found["artifact"]["rows_low"] < 0 < found["artifact"]["rows_high"]
+
+
 def test_the_demo_is_not_run_over_without_force(world):
     folder, _ = world
     done = subprocess.run([FOREBEAR, "demo"], cwd=folder, capture_output=True, text=True, check=False)

@@ -10,7 +10,8 @@ from tiny import labels, make_tiny_model, sentences, write_jsonl
 
 from forebear import BuildOptions, DataError, InputError, Retriever, build_index, choose_model, open_rows
 from forebear.cli.main import run
-from forebear.evaluation.hans import audit_hans
+from forebear.evaluation import hans as module
+from forebear.evaluation.hans import audit_hans, hans_report
 
 NAMES = {2: ["entailment", "non-entailment"], 3: ["contradiction", "entailment", "neutral"]}
 
@@ -40,6 +41,8 @@ def world(request, tmp_path_factory):
         premise=sentences(40, seed=3),
         hypothesis=sentences(40, seed=4, low=1, high=5),
         label=[["entailment", "non-entailment"][i] for i in labels(40)],
+        subcase=[["swap", "passive", None][i % 3] for i in range(40)],
+        template=[f"temp{i % 7}" for i in range(40)],
     )
     source = open_rows(train, need_labels=True)
     index = build_index(source, folder / "index", choose_model(str(model)).checkpoints, BuildOptions(shard_rows=16))
@@ -72,17 +75,49 @@ def test_the_audit_equals_a_slow_loop(world):
         assert audit.hub_share[m] == max(first.count(n) for n in first) / len(first)
 
 
+def test_kinds_of_rows_are_counted_as_by_a_slow_loop(world):
+    folder, retriever, source = world
+    hans = [json.loads(line) for line in (folder / "hans.jsonl").read_text().splitlines()]
+    audit = audit_hans(retriever, source, ["gc", "nn-euc"], top=4)
+    table = retriever.retrieve([(r["premise"], r["hypothesis"]) for r in hans], methods=["gc"], top=1).to_pylist()
+    predicted = {row["query"]: row["query_prediction"] for row in table}
+    _, result = hans_report(audit, retriever, source, "command")
+    assert list(result["by"]) == ["subcase", "template"]  # these rows name no heuristic
+    assert list(result["by"]["subcase"]) == ["swap", "passive", "(none)"]
+    queries = [i for i, r in enumerate(hans) if r["label"] == "non-entailment" and predicted[i] == "entailment"]
+    for column, found in result["by"].items():
+        for value, facts in found.items():
+            mine = [i for i, r in enumerate(hans) if (r[column] or "(none)") == value]
+            right = [i for i in mine if (hans[i]["label"] == "entailment") == (predicted[i] == "entailment")]
+            asked = [q for q, i in enumerate(queries) if i in mine]
+            assert (facts["n_rows"], facts["n_queries"]) == (len(mine), len(asked))
+            assert facts["accuracy"] == pytest.approx(len(right) / len(mine))
+            for m, method in enumerate(("gc", "nn-euc")):
+                wanted = audit.overlap[asked, m].mean() if asked else None
+                assert facts["top_k"][method] == (wanted and pytest.approx(wanted, rel=1e-6))
+
+
+def test_blocks_of_any_size_give_one_audit(world, monkeypatch):
+    _, retriever, source = world
+    whole = audit_hans(retriever, source, ["gc"], top=4)
+    monkeypatch.setattr(module, "BLOCK_ROWS", 7)
+    parts = audit_hans(retriever, source, ["gc"], top=4)
+    np.testing.assert_allclose(parts.overlap, whole.overlap)
+    assert [vars(kind) for kind in parts.breakdowns] == [vars(kind) for kind in whole.breakdowns]
+
+
 def test_the_command_writes_a_report_that_stands_alone(world, tmp_path, capsys):
     folder, _, _ = world
     args = ["audit", "hans", "--index", folder / "index", "--test", folder / "hans.jsonl", "--out", tmp_path / "a"]
     assert run([str(a) for a in args]) == 0
     assert "non-entailment rows are taken for entailment" in capsys.readouterr().out.replace("\n", " ")
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["report.html", "result.json", "table.csv"]
+    assert {"report.html", "result.json", "table.csv"} <= {p.name for p in (tmp_path / "a").iterdir()}
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert set(result["methods"]) == set(Retriever(folder / "index").available_methods())
     page = (tmp_path / "a" / "report.html").read_text()
     assert "forebear" in page
     assert "<svg" in page
+    assert "By template" in page
     assert 'src="http' not in page
     assert run([str(a) for a in args]) == 2
     assert run([*map(str, args), "--force", "-q"]) == 0

@@ -160,9 +160,9 @@ def _tables(
             f"{title}: between test rows",
             ["method", "test rows", "±", "95% low", "95% high", "above 0", "below 0"],
             queries,
-            "Standard error and bootstrap interval of the mean for the choice of test rows. Above and below 0: share of "
-            "test rows whose own interval, over training rows, lies there. Left out, because their scores determine no "
-            f"parabola: {left_out}.",
+            "Standard error and bootstrap interval of the mean for the choice of test rows. Above and below 0: share "
+            "of test rows whose own interval, over training rows, lies there. Left out, because their scores determine "
+            f"no parabola: {left_out}.",
         ),
     ]
 

@@ -2,7 +2,8 @@
 
 HANS rows that the model takes for entailment although they are not are the queries. For each method: the mean
 lexical overlap of the training rows at the top of the ranking, beside that of all training rows. A method
-that shows the artifact brings up rows of high overlap.
+that shows the artifact brings up rows of high overlap. Where the rows name their heuristic, subcase or template, so do
+the tables. Memory is bounded: of each row only its numbers are kept.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from forebear.errors import DataError, InputError
+from forebear.evaluation.hans_kinds import KINDS, Breakdown, kind_numbers, kind_table
 from forebear.evaluation.overlap import bootstrap_interval, lexical_overlap, mean_and_error
 from forebear.evaluation.report import Cell, Figure, Group, Passage, Report, Table, bar_chart
 from forebear.indexer.data import RowBlock, RowSource
@@ -49,6 +51,7 @@ class HansAudit:
         all_rows_overlap: Mean overlap of all live training rows: what random rows would give.
         accuracy: Share of right answers among (entailment, non-entailment) rows; None where there are none.
         n_rows: Rows of each kind.
+        breakdowns: By those of heuristic, subcase and template that are columns of the rows.
         examples: Some of the queries, spread over the file.
     """
 
@@ -58,6 +61,7 @@ class HansAudit:
     all_rows_overlap: float
     accuracy: tuple[float | None, float | None]
     n_rows: tuple[int, int]
+    breakdowns: tuple[Breakdown, ...]
     examples: tuple[Example, ...]
 
     @property
@@ -104,6 +108,7 @@ def audit_hans(
     first_rows: list[np.ndarray] = []
     examples: list[Example] = []
     right, total = np.zeros(2, np.int64), np.zeros(2, np.int64)
+    breakdowns: dict[str, Breakdown] = {}
     stride = max(1, source.n_rows // SHOWN_QUERIES)
     progress("rows", 0, source.n_rows)
     for block in source.blocks(BLOCK_ROWS):
@@ -113,7 +118,11 @@ def audit_hans(
         for kind in (ENTAILMENT, NON_ENTAILMENT):
             total[kind] += int((gold == kind).sum())
             right[kind] += int(((gold == kind) & (predicted == kind)).sum())
-        wrong = np.flatnonzero((gold == NON_ENTAILMENT) & (predicted == ENTAILMENT))
+        asked = (gold == NON_ENTAILMENT) & (predicted == ENTAILMENT)
+        for column in KINDS:
+            if column in block.table.column_names:
+                breakdowns.setdefault(column, Breakdown(column)).add(block.table, gold == predicted, asked)
+        wrong = np.flatnonzero(asked)
         if len(wrong):
             texts = [[column[i] for i in wrong] for column in block.texts]
             answers = retriever.answer_block(block.start, texts, None, spec, forward=forward.take(wrong))
@@ -136,6 +145,7 @@ def audit_hans(
         all_rows_overlap=float(row_overlap[retriever.index.live].mean()),
         accuracy=(_share(right[0], total[0]), _share(right[1], total[1])),
         n_rows=(int(total[0]), int(total[1])),
+        breakdowns=tuple(breakdowns.values()),
         examples=tuple(examples),
     )
 
@@ -188,8 +198,10 @@ def hans_report(
 ) -> tuple[Report, dict[str, object]]:
     """The report of an audit, and its numbers for ``result.json``."""
     k = audit.overlap.shape[2]
-    many = audit.mean_overlap(k).mean(axis=0)
+    of_top = audit.mean_overlap(k)
+    many = of_top.mean(axis=0)
     best = _telling_method(audit)
+    by_kind = [kind_table(kind, audit.methods, of_top, k) for kind in audit.breakdowns]
     provenance = {
         "test rows": source.name,
         "index": str(retriever.index.folder),
@@ -200,7 +212,7 @@ def hans_report(
     report = Report(
         "HANS audit: lexical overlap",
         _summary(audit, audit.methods[best], float(many[best])),
-        (_overlap_table(audit), _accuracy_table(audit)),
+        (_overlap_table(audit), _accuracy_table(audit), *by_kind),
         (_overlap_figure(audit),),
         tuple(_group(example, audit.methods[best], retriever) for example in audit.examples),
         provenance,
@@ -212,6 +224,7 @@ def hans_report(
         "accuracy": {"entailment": audit.accuracy[0], "non_entailment": audit.accuracy[1]},
         "n_rows": {"entailment": audit.n_rows[0], "non_entailment": audit.n_rows[1]},
         "top": k,
+        "by": {kind.column: kind_numbers(kind, audit.methods, of_top) for kind in audit.breakdowns},
     }
     return report, result
 
