@@ -7,6 +7,7 @@ import json
 from collections import Counter
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import N_QUERIES, N_ROWS
 from scipy import stats
@@ -382,3 +383,39 @@ def test_mistakes_in_use_are_one_line(bert_world, queries_file, capsys):
 def test_the_words_of_the_tests_are_words():
     assert words_of("The GOOD, bad—ugly_1 ﬁlm!") == ["the", "good", "bad", "ugly_1", "film"]
     assert not set(words_of(" ".join(WORDS))) ^ set(WORDS)
+
+
+def test_results_show_the_share_of_reference_queries(bert_world, queries_file, tmp_path, capsys):
+    folder = str(bert_world.index.folder)
+    methods = ["--method", "gd,if", "--top", "4"]
+    audit = ["audit", "hubs", "--index", folder, "--test", queries_file, *methods, "--quiet"]
+    assert run([*audit, "--out", str(tmp_path / "hubs")]) == 0
+    args = ["retrieve", "--index", folder, "--test", queries_file, *methods, "--hubs", str(tmp_path / "hubs")]
+    assert run([*args, "--out", str(tmp_path / "a.parquet")]) == 0
+    table = pq.read_table(tmp_path / "a.parquet").to_pylist()
+    ends = Counter((line["method"], line["row"]) for line in table if line["side"] == "proponent")
+    for line in table:  # the reference queries are the very ones asked about: the shares can be counted here
+        share = ends[line["method"], line["row"]] / N_QUERIES if line["side"] == "proponent" else None
+        assert line["hub_share"] == (None if share is None else pytest.approx(share))
+    capsys.readouterr()
+    assert run([*args[:-3], "2", "--hubs", str(tmp_path / "hubs")]) == 0  # of fewer rows
+    shown = [line for line in table if line["side"] == "proponent" and line["rank"] <= 2 and line["query"] < 5]
+    largest = max(line["hub_share"] for line in shown)
+    assert f"{largest:.1%}" in capsys.readouterr().out
+
+
+def test_an_audit_of_something_else_is_refused(bert_world, make_world, queries_file, tmp_path, capsys):
+    folder, out = str(bert_world.index.folder), str(tmp_path / "hubs")
+    audit = ["audit", "hubs", "--index", folder, "--test", queries_file, "--method", "if", "--quiet", "--out", out]
+    assert run(audit) == 0
+    ask = ["retrieve", "--index", folder, "--text", "good film", "--hubs", out, "--method"]
+    assert run([*ask, "gd"]) == 2
+    assert "gd is asked for" in capsys.readouterr().err
+    assert run([*ask, "if", "--damping", "2x"]) == 2
+    assert "another curvature" in capsys.readouterr().err
+    assert run([*ask, "if", "--damping", "0.1x"]) == 0
+    other = make_world("bert", 2, False, 1).index.folder
+    assert run(["retrieve", "--index", str(other), "--text", "good", "--method", "if", "--hubs", out]) == 2
+    assert "another index" in capsys.readouterr().err
+    assert run([*ask[:-2], str(tmp_path), "--method", "if"]) == 2
+    assert "no audit of hubs" in capsys.readouterr().err

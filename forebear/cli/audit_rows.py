@@ -75,9 +75,11 @@ HUBS_HELP = """Which training rows come up whatever is asked? Share of reference
 
 Asked about a sample of the test rows, or else of the training rows themselves, each without its own place.
 
-Example:
+Examples:
 
     forebear audit hubs --index I --test dev.csv --method gd,gc,if,nn-cos --top 10 --out runs/hubs
+
+    forebear retrieve --index I --text "a gripping film" --method gd --hubs runs/hubs
 """
 SCREEN_ROWS, SCREEN_TEXT = 20, 120  # of a list of rows on a screen: how many, and characters of each text
 Neighbours = Annotated[int, typer.Option("--neighbours", help="Nearest rows that are looked at.")]

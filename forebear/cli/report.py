@@ -43,5 +43,6 @@ def report(
     written = write_report(page, Path(out), result=result, force=force)
     OUT.print(page.title, style="bold", markup=False)
     for table in page.tables:
-        show_table(table)
+        if not any(column.startswith("text: ") for column in table.columns):  # lists of rows are for the page
+            show_table(table)
     say(f"wrote {written}, table.csv and result.json", quiet=quiet)

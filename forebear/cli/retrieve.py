@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from forebear.indexer.data import RowBlock, RowSource
+    from forebear.retriever.results import Answers
 
 HELP = """Rank the training rows behind each prediction: proponents and opponents, by one or more methods.
 
@@ -136,6 +138,14 @@ def retrieve(
     ] = 1024,
     lissa: Annotated[str, typer.Option("--lissa", help="Settings: han20, pez21, or as in han20,depth=5000.")] = "han20",
     tolerance: Annotated[float, typer.Option("--tolerance", help="Relative residual at which cg stops.")] = 1e-3,
+    hubs: Annotated[
+        str | None,
+        typer.Option(
+            "--hubs",
+            help="Folder of `forebear audit hubs`: adds each proponent's share of its queries.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[str | None, typer.Option("--out", help="Write to NAME.parquet or NAME.jsonl.")] = None,
     model: MovedModel = None,
     text_columns: TextColumns = None,
@@ -146,6 +156,7 @@ def retrieve(
     quiet: Quiet = False,
 ) -> None:
     """See HELP."""
+    from forebear.evaluation.hub_shares import read_hub_shares, with_hub_share
     from forebear.indexer.data import open_rows, rows_from_texts
     from forebear.indexer.index import Index
     from forebear.retriever.query_spec import QuerySpec
@@ -199,8 +210,14 @@ def retrieve(
     if source.label_column is not None and retriever.query_labels(source, required=target == "gold") is None:
         warn(f"{source.name}: its labels are not the model's, so query_label stays empty.")
 
+    shares = None if hubs is None else read_hub_shares(Path(hubs), retriever, retriever.settled(spec))
+
+    def table_of(answers: Answers) -> pa.Table:
+        table = retriever.table(answers)
+        return table if shares is None else with_hub_share(table, shares)
+
     if out is None:
-        _show(retriever, source, spec)
+        _show(retriever.answers(source, spec, block_rows=SHOWN_QUERIES), table_of, source, aggregate=aggregate)
         return
     with (
         progress_bar(quiet=quiet) as progress,
@@ -209,7 +226,7 @@ def retrieve(
         progress("queries", 0, source.n_rows)
         n_results = 0
         for answers in retriever.answers(source, spec):
-            table = retriever.table(answers)
+            table = table_of(answers)
             write(table)
             n_results += table.num_rows
             done = source.n_rows if aggregate else answers.start + len(answers.predictions)
@@ -218,27 +235,34 @@ def retrieve(
     say(f"{out}: {source.n_rows:,} queries{together}, {n_results:,} results", quiet=quiet)
 
 
-def _show(retriever: Any, source: RowSource, spec: Any) -> None:
-    """Print the answers to the first few queries."""
-    if spec.aggregate:
-        (answers,) = retriever.answers(source, spec)
+def _show(
+    found: Iterator[Answers], table_of: Callable[[Answers], pa.Table], source: RowSource, *, aggregate: bool
+) -> None:
+    """Print the answers to the first few queries, or the one answer to all."""
+    table = table_of(next(found))
+    if aggregate:
         OUT.print(f"[bold]{source.n_rows:,} queries together[/bold]")
-        table = retriever.table(answers)
         _print_rankings(table.to_pylist(), _text_names(table), [])
         return
-    shown = 0
-    blocks = source.blocks(SHOWN_QUERIES)
-    for answers, block in zip(retriever.answers(source, spec, block_rows=SHOWN_QUERIES), blocks, strict=False):
-        _print_answers(retriever.table(answers), block)
-        shown += len(block)
-        break
-    if shown < source.n_rows:
-        warn(f"shown: the first {shown} of {source.n_rows:,} queries. Give --out NAME.parquet for all of them.")
+    block = next(iter(source.blocks(SHOWN_QUERIES)))
+    _print_answers(table, block)
+    if len(block) < source.n_rows:
+        warn(f"shown: the first {len(block)} of {source.n_rows:,} queries. Give --out NAME.parquet for all of them.")
 
 
 def _text_names(table: pa.Table) -> list[str]:
     """The columns of a result that hold the training row's texts."""
-    extra = {"residual", "proven", "rows_scored", "word_ids", "words", "contributions", "span", "spans_cut"}
+    extra = {
+        "hub_share",
+        "residual",
+        "proven",
+        "rows_scored",
+        "word_ids",
+        "words",
+        "contributions",
+        "span",
+        "spans_cut",
+    }
     extra |= {f"{prefix}_{part}" for prefix in ("span", "query_span") for part in ("column", "start", "end")}
     return [n for n in table.column_names[table.column_names.index("prediction") + 1 :] if n not in extra]
 
@@ -275,6 +299,9 @@ def _print_rankings(mine: list[dict[str, Any]], text_names: list[str], texts: li
                 grid.add_column(name, justify="right", no_wrap=True)
             for name in ("label", "prediction"):
                 grid.add_column(name, no_wrap=True)
+            hub_share = rows_of_side[0].get("hub_share") is not None
+            if hub_share:
+                grid.add_column("hub share", justify="right", no_wrap=True)
             by_words = rows_of_side[0].get("words") is not None
             by_spans = rows_of_side[0].get("span") is not None
             if by_words or by_spans:
@@ -287,6 +314,7 @@ def _print_rankings(mine: list[dict[str, Any]], text_names: list[str], texts: li
                     f"{row['score']:.4g}",
                     escape(row["label"]),
                     escape(row["prediction"]),
+                    *([f"{row['hub_share']:.1%}"] if hub_share else []),
                     *([escape(_shared(row) if by_words else row["span"])] if by_words or by_spans else []),
                     *(escape(row[name]) for name in text_names),
                 )
