@@ -153,7 +153,7 @@ def main() -> None:
             "data": ("sst2", "mnli10k"), "parts": ("removal", "saliency", "artifact"), "queries": 50, "natural": 50,
             "share": "0.1", "retrain": "head", "seeds": 5,
         },
-        {"queries": 20, "natural": 20},
+        {"queries": 10, "natural": 20},
     )  # fmt: skip
     for name in sizes.data:
         retriever = asked(name)

@@ -164,7 +164,7 @@ def main() -> None:
             "correlation_queries": 100, "queries": 50, "rows": 500, "remove": (50, 500), "duplicates": 0, "models": 3,
             "retrain": "head", "seeds": 5,
         },
-        {"queries": 10, "duplicates": 200, "models": 1},
+        {"queries": 5, "duplicates": 200, "models": 1},
     )  # fmt: skip
     for name in sizes.data:
         retriever = asked(name)

@@ -77,7 +77,9 @@ def parsed(about: str | None, sizes: Mapping[str, Any], small: Mapping[str, Any]
         small: Those that ``--small`` sets instead.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="about five minutes on two cores")
+    parser.add_argument(
+        "--small", action="store_true", help="about five minutes on two free cores, once the indexes are built"
+    )
     for name, value in sizes.items():
         default = ",".join(map(str, value)) if isinstance(value, tuple) else value
         kind = str if isinstance(value, tuple) else type(value)

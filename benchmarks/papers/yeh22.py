@@ -87,7 +87,7 @@ def main() -> None:
             "data": ("sst2",), "parts": ("deletion", "no-overlap", "cancellation"), "queries": 30, "rows": 200,
             "remove": tuple(range(10, 101, 10)), "retrain": "head", "seeds": 5,
         },
-        {"queries": 5, "rows": 50, "remove": (20, 50, 100)},
+        {"queries": 5, "rows": 50, "remove": (20, 100)},
     )  # fmt: skip
     for name in sizes.data:
         for part in ("deletion", "no-overlap"):
