@@ -126,7 +126,9 @@ def artifact(retriever: Retriever, sizes: argparse.Namespace) -> None:
     rows = {}
     for damping in DAMPINGS:
         spec = question(retriever, damping)
-        fits = [[regress_artifact(retriever, asked, spec, f) for f in features] for asked in (hans, negated, natural)]
+        fits = [
+            [regress_artifact(retriever, queries, spec, f) for f in features] for queries in (hans, negated, natural)
+        ]
         predicted, gold = fits[0][0].predictions == entailment, hans.labels == entailment
         groups = (
             (fits[0], predicted),

@@ -13,7 +13,7 @@ from forebear.evaluation.statistics import mean_of
 class Table(dict[str, Any]):
     """A table as JSON keeps it: ``corner``, ``columns``, ``rows``, from a label to one cell a column, and its looks.
 
-    A cell holds ``paper`` (a number, or text where the paper gives more than one) and ``ours`` (mean, 95% interval,
+    A cell holds ``paper`` (a number, or text as the paper prints it, such as a bound) and ``ours`` (mean, 95% interval,
     number of queries or rows); either may be None.
     """
 
