@@ -390,9 +390,10 @@ def test_shares_are_the_ranks_of_the_sample_best_rows_among_all_live_rows():
             [0.4, 0.3, 0.3, 99.0, 0.2],  # row 7 is the query; row 11 is last but for it
         ]
     )
-    np.testing.assert_allclose(_shares(scores, estimates, sample, live, queries, 1), [3 / 5, 4 / 5])
+    at, own = np.searchsorted(live, sample), live == queries[:, None]
+    np.testing.assert_allclose(_shares(scores, estimates, at, own, 1), [3 / 5, 4 / 5])
     # Second best: row 11 (behind row 2), and row 5, which ties with row 3 behind row 2.
-    np.testing.assert_allclose(_shares(scores, estimates, sample, live, queries, 2), [3 / 5, 2 / 5, 4 / 5, 3 / 5])
+    np.testing.assert_allclose(_shares(scores, estimates, at, own, 2), [3 / 5, 2 / 5, 4 / 5, 3 / 5])
 
 
 def test_candidates_for_and_recall_of_are_inverse():

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from forebear.cli.console import OUT, Variadic, listed, progress_bar, say
+from forebear.cli import audit_artifact, audit_rows
+from forebear.cli.asking import command_line, show_report
+from forebear.cli.console import Variadic, listed, progress_bar, say
 from forebear.cli.options import Device, Force, IndexFolder, LabelColumn, LabelNames, MovedModel, Quiet, TextColumns
-
-if TYPE_CHECKING:
-    from forebear.evaluation.report import Report
-    from forebear.evaluation.report import Table as ReportTable
 
 HANS_HELP = """Do the training rows behind a wrong "entailment" share the lexical-overlap shortcut?
 
@@ -35,8 +31,6 @@ SHOWN_TABLES = 3  # overlap, accuracy and heuristics; the page has the subcases 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    from forebear.cli import audit_artifact, audit_rows  # which themselves import show_report
-
     audits = typer.Typer(help="Audit a model for artifacts, with a report.", no_args_is_help=True)
     audits.command("hans", help=HANS_HELP, cls=Variadic)(hans)
     audit_artifact.register(audits)
@@ -78,35 +72,7 @@ def hans(
     retriever = Retriever(index, model=model, device=device)
     with progress_bar(quiet=quiet) as progress:
         audit = audit_hans(retriever, source, listed(method) or None, top=top, progress=progress)
-    report, result = hans_report(audit, retriever, source, shlex.join(["forebear", *sys.argv[1:]]))
+    report, result = hans_report(audit, retriever, source, command_line())
     page = write_report(report, Path(out), result=result, force=force)
     show_report(replace(report, tables=report.tables[:SHOWN_TABLES]))
     say(f"wrote {page}, table.csv and result.json", quiet=quiet)
-
-
-def show_report(report: Report) -> None:
-    """Print a report's summary and tables."""
-    OUT.print(report.title, style="bold", markup=False)
-    OUT.print(report.summary, markup=False)
-    for table in report.tables:
-        show_table(table)
-
-
-def show_table(table: ReportTable) -> None:
-    """Print one table of a report."""
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
-
-    from forebear.evaluation.report import format_cell
-
-    grid = Table(title=escape(table.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(table.columns):
-        numbers = any(isinstance(row[i], float | int) for row in table.rows)
-        grid.add_column(escape(column), justify="right" if numbers else "left", no_wrap=numbers or i == 0)
-    for row in table.rows:
-        cells = (format_cell(cell, 3 if isinstance(cell, float) else None) for cell in row)
-        grid.add_row(*map(escape, cells))
-    OUT.print(grid)
-    if table.note:
-        OUT.print(table.note, style="dim", markup=False)

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.console import Variadic, progress_bar
-from forebear.cli.evaluate_comparisons import (
+from forebear.cli.asking import (
     Curvature,
     NQueries,
     Out,
     Seed,
     Target,
     Test,
-    _command,
-    _finish,
-    _open,
-    _queries,
-    _spec,
+    command_line,
+    finish,
+    make_spec,
+    open_queries,
+    open_retriever,
 )
+from forebear.cli.console import Variadic, progress_bar
 from forebear.cli.options import (
     Damping,
     Device,
@@ -107,7 +107,7 @@ def overlap(
     """See OVERLAP_HELP."""
     from forebear.evaluation.artifact_features import overlap_feature
 
-    retriever = _open(index, model, device, out, force=force)
+    retriever = open_retriever(index, model, device, out, force=force)
     feature = overlap_feature(retriever.index.manifest.spec.text_columns)
     choices = {"scope": scope, "target": target, "curvature": curvature, "damping": damping}
     rows = (test, text_columns, label_column, label_names)
@@ -138,7 +138,7 @@ def negation(
     """See NEGATION_HELP."""
     from forebear.evaluation.artifact_features import negation_feature
 
-    retriever = _open(index, model, device, out, force=force)
+    retriever = open_retriever(index, model, device, out, force=force)
     feature = negation_feature(retriever.index.manifest.spec.text_columns, column)
     choices = {"scope": scope, "target": target, "curvature": curvature, "damping": damping}
     rows = (test, text_columns, label_column, label_names)
@@ -169,7 +169,7 @@ def artifact(
     """See ARTIFACT_HELP."""
     from forebear.evaluation.artifact_features import user_feature
 
-    retriever = _open(index, model, device, out, force=force)
+    retriever = open_retriever(index, model, device, out, force=force)
     measured = user_feature(feature, retriever.index.manifest.spec.text_columns)
     choices = {"scope": scope, "target": target, "curvature": curvature, "damping": damping}
     rows = (test, text_columns, label_column, label_names)
@@ -194,10 +194,10 @@ def _audit(
     from forebear.evaluation.artifact_features import measure
     from forebear.evaluation.artifact_report import artifact_report
 
-    spec = _spec(retriever, method or ["if"], **choices)
+    spec = make_spec(retriever, method or ["if"], **choices)
     values = measure(retriever.index, feature)
-    asked = _queries(retriever, *rows, spec, n_queries, seed)
+    asked = open_queries(retriever, *rows, spec, n_queries, seed)
     with progress_bar(quiet=quiet) as progress:
         found = regress_artifact(retriever, asked, spec, values, progress=progress)
-    report, result = artifact_report(found, feature, values, retriever, asked, spec, seed, _command())
-    _finish(report, result, out, as_json, force, quiet)
+    report, result = artifact_report(found, feature, values, retriever, asked, spec, seed, command_line())
+    finish(report, result, out, as_json, force, quiet)

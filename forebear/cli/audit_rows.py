@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.console import Variadic, listed, progress_bar
-from forebear.cli.evaluate_comparisons import (
+from forebear.cli.asking import (
     Curvature,
     Exact,
     Methods,
@@ -17,12 +16,13 @@ from forebear.cli.evaluate_comparisons import (
     Seed,
     Target,
     Test,
-    _command,
-    _finish,
-    _open,
-    _queries,
-    _spec,
+    command_line,
+    finish,
+    make_spec,
+    open_queries,
+    open_retriever,
 )
+from forebear.cli.console import Variadic, listed, progress_bar
 from forebear.cli.options import (
     Damping,
     Device,
@@ -117,12 +117,14 @@ def mislabelled(
     """See MISLABELLED_HELP."""
     from forebear.evaluation.audit_mislabelled import suspects, suspects_report
 
-    retriever = _open(index, model, device, out, force=force)
-    spec = _spec(retriever, method or ["gd", "if"], scope=scope, target="gold", curvature=curvature, damping=damping)
+    retriever = open_retriever(index, model, device, out, force=force)
+    spec = make_spec(
+        retriever, method or ["gd", "if"], scope=scope, target="gold", curvature=curvature, damping=damping
+    )
     found = suspects(retriever, spec, n_neighbours=neighbours)
-    report, result = suspects_report(found, retriever, spec, top, _command())
+    report, result = suspects_report(found, retriever, spec, top, command_line())
     shown = _for_screen(report, ("row", "mean rank", "label", "suggested"))
-    _finish(report, result, out, json_out, force, quiet, shown)
+    finish(report, result, out, json_out, force, quiet, shown)
 
 
 def duplicates(
@@ -153,7 +155,7 @@ def duplicates(
 
     thresholds = Thresholds(jaccard=jaccard, cosine=cosine, cosine_jaccard=cosine_jaccard, neighbours=neighbours)
     thresholds.check()
-    retriever = _open(index, None, "auto", out, force=force)
+    retriever = open_retriever(index, None, "auto", out, force=force)
     asked = None
     if test is not None:
         source = open_rows(
@@ -165,9 +167,9 @@ def duplicates(
         asked = sample_queries(retriever, source, 0, 0)
     groups = find(retriever.index, thresholds)
     leaked = [] if asked is None else leaks(retriever.index, asked, thresholds)
-    report, result = duplicates_report(groups, retriever, thresholds, top, _command(), asked, leaked)
+    report, result = duplicates_report(groups, retriever, thresholds, top, command_line(), asked, leaked)
     shown = _for_screen(report, ("group", "test row", "row", "label", "test label", "kind"))
-    _finish(report, result, out, json_out, force, quiet, shown)
+    finish(report, result, out, json_out, force, quiet, shown)
 
 
 def errors(
@@ -200,8 +202,8 @@ def errors(
     from forebear.evaluation.audit_errors import errors_report, explain_groups, group_mistakes, mistakes_of
     from forebear.indexer.data import open_rows
 
-    retriever = _open(index, model, device, out, force=force)
-    spec = _spec(
+    retriever = open_retriever(index, model, device, out, force=force)
+    spec = make_spec(
         retriever, method or ["if"], scope=scope, target=target, curvature=curvature, damping=damping, exact=exact,
         recall=recall, top=top, aggregate=True,
     )  # fmt: skip
@@ -218,9 +220,9 @@ def errors(
         found = mistakes_of(retriever, source, progress=progress)
     groups = group_mistakes(found, retriever.label_names, clusters, seed)
     answers = explain_groups(retriever, found, groups, spec)
-    report, result = errors_report(found, groups, answers, retriever, spec, seed, _command())
+    report, result = errors_report(found, groups, answers, retriever, spec, seed, command_line())
     shown = _for_screen(report, ("group", "side", "row", "score", "label"))
-    _finish(report, result, out, json_out, force, quiet, shown)
+    finish(report, result, out, json_out, force, quiet, shown)
 
 
 def hubs(
@@ -253,20 +255,20 @@ def hubs(
     from forebear.evaluation.audit_hubs import hubs as count
     from forebear.evaluation.audit_hubs import hubs_report, training_queries
 
-    retriever = _open(index, model, device, out, force=force)
-    spec = _spec(
+    retriever = open_retriever(index, model, device, out, force=force)
+    spec = make_spec(
         retriever, method, scope=scope, target=target, curvature=curvature, damping=damping, exact=exact, recall=recall,
         top=top,
     )  # fmt: skip
     if test is None:
         asked = training_queries(retriever, queries, seed)
     else:
-        asked = _queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
+        asked = open_queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
     with progress_bar(quiet=quiet) as progress:
         found = count(retriever, asked, spec, progress=progress)
-    report, result = hubs_report(found, retriever, asked, spec, seed, n_listed, _command())
+    report, result = hubs_report(found, retriever, asked, spec, seed, n_listed, command_line())
     shown = _for_screen(report, ("method", "row", "share", "label"))
-    _finish(report, result, out, json_out, force, quiet, shown)
+    finish(report, result, out, json_out, force, quiet, shown)
 
 
 def _for_screen(report: Report, columns: Sequence[str]) -> Report:

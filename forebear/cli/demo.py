@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.audit import show_table
+from forebear.cli.asking import show_table
 from forebear.cli.console import OUT, progress_bar, say
 from forebear.cli.options import Device, Force, Quiet
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.audit import show_report
-from forebear.cli.console import Variadic, listed, progress_bar, say
+from forebear.cli.asking import (
+    Curvature,
+    Exact,
+    Methods,
+    NQueries,
+    NRows,
+    Out,
+    Seed,
+    Target,
+    Test,
+    command_line,
+    finish,
+    integers,
+    make_spec,
+    open_queries,
+    open_retriever,
+)
+from forebear.cli.console import Variadic, listed, progress_bar
 from forebear.cli.options import (
     Damping,
     Device,
@@ -29,12 +43,7 @@ from forebear.cli.options import (
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from forebear.evaluation.comparisons import Queries
-    from forebear.evaluation.report import Report
-    from forebear.retriever.query_spec import QuerySpec
-    from forebear.retriever.retriever import Retriever
+    pass
 
 CORRELATION_HELP = """Do two methods order the training rows alike? Mean Spearman correlation of every pair.
 
@@ -110,22 +119,6 @@ Examples:
     forebear evaluate mislabelled --index I --wrong-rows flipped.txt --method if --damping 0.1x
 """
 
-Test = Annotated[str, typer.Option("--test", help="Test rows: a file, folder or hub name.", show_default=False)]
-Methods = Annotated[
-    list[str] | None,
-    typer.Option("--method", help="Methods. Default: all that score rows from this index.", show_default=False),
-]
-NQueries = Annotated[int, typer.Option("--queries", help="Rows asked about, a seeded sample; 0: all.")]
-NRows = Annotated[int, typer.Option("--rows", help="Training rows, a seeded sample; 0: all.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of samples and intervals.", min=0)]
-Target = Annotated[str, typer.Option("--target", help="Whose loss: predicted, gold, or a label's name.")]
-Curvature = Annotated[
-    str | None,
-    typer.Option("--curvature", help="For if and rif: exact, ekfac, cg, lissa or identity.", show_default=False),
-]
-Exact = Annotated[str, typer.Option("--exact", help="rerank or full.")]
-Out = Annotated[str | None, typer.Option("--out", help="Folder for report.html, table.csv and result.json.")]
-
 
 def register(evaluations: typer.Typer) -> None:
     """Add the commands to the group."""
@@ -166,11 +159,11 @@ def correlation(
     """See CORRELATION_HELP."""
     from forebear.evaluation.correlation import correlation_report, correlations
 
-    retriever = _open(index, model, device, out, force=force)
-    spec = _spec(retriever, method, scope=scope, target=target, curvature=curvature, damping=damping)
-    asked = _queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
+    retriever = open_retriever(index, model, device, out, force=force)
+    spec = make_spec(retriever, method, scope=scope, target=target, curvature=curvature, damping=damping)
+    asked = open_queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
     found = correlations(retriever, asked, spec, n_rows=rows, seed=seed)
-    _finish(*correlation_report(found, retriever, asked, spec, seed, _command()), out, json_out, force, quiet)
+    finish(*correlation_report(found, retriever, asked, spec, seed, command_line()), out, json_out, force, quiet)
 
 
 def overlap(
@@ -205,16 +198,16 @@ def overlap(
     """See OVERLAP_HELP."""
     from forebear.evaluation.top_overlap import depths_of, top_overlap_report, top_overlaps
 
-    retriever = _open(index, model, device, out, force=force)
-    spec = _spec(
+    retriever = open_retriever(index, model, device, out, force=force)
+    spec = make_spec(
         retriever, method, scope=scope, target=target, curvature=curvature, damping=damping, exact=exact, recall=recall
     )
-    tops = _integers("--top", top) or ([] if share else [10, 50])
+    tops = integers("--top", top) or ([] if share else [10, 50])
     depths = depths_of(tops, listed(share), retriever.index.manifest.n_live)
-    asked = _queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
+    asked = open_queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
     with progress_bar(quiet=quiet) as progress:
         found = top_overlaps(retriever, asked, spec, depths, progress=progress)
-    _finish(*top_overlap_report(found, retriever, asked, spec, seed, _command()), out, json_out, force, quiet)
+    finish(*top_overlap_report(found, retriever, asked, spec, seed, command_line()), out, json_out, force, quiet)
 
 
 def randomized(
@@ -246,16 +239,16 @@ def randomized(
     from forebear.evaluation.randomized import randomized_correlations, randomized_report
     from forebear.retriever.methods import METHODS
 
-    retriever = _open(index, model, device, out, force=force)
-    spec = _spec(retriever, method, scope=scope, target=target, curvature=curvature, damping=damping)
+    retriever = open_retriever(index, model, device, out, force=force)
+    spec = make_spec(retriever, method, scope=scope, target=target, curvature=curvature, damping=damping)
     if method is None:  # what does not depend on the model is refused
         kept = tuple(name for name in spec.methods if METHODS[name].representation != "sentence")
         spec = replace(spec, methods=kept)
-    seeds = _integers("--random-seeds", random_seeds) or [0, 1, 2]
-    asked = _queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
+    seeds = integers("--random-seeds", random_seeds) or [0, 1, 2]
+    asked = open_queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
     with progress_bar(quiet=quiet) as progress:
         found = randomized_correlations(retriever, asked, spec, n_rows=rows, seed=seed, seeds=seeds, progress=progress)
-    _finish(*randomized_report(found, retriever, asked, spec, seed, _command()), out, json_out, force, quiet)
+    finish(*randomized_report(found, retriever, asked, spec, seed, command_line()), out, json_out, force, quiet)
 
 
 def near_duplicates(
@@ -287,16 +280,16 @@ def near_duplicates(
     from forebear.evaluation.near_duplicates import EDITS, TOPS, near_duplicates_report
     from forebear.evaluation.near_duplicates import near_duplicates as ask
 
-    retriever = _open(index, model, device, out, force=force)
-    spec = _spec(
+    retriever = open_retriever(index, model, device, out, force=force)
+    spec = make_spec(
         retriever, method, scope=scope, target=target, curvature=curvature, damping=damping, exact=exact, recall=recall
     )
-    tops = sorted(set(_integers("--top", top))) or TOPS
+    tops = sorted(set(integers("--top", top))) or TOPS
     with progress_bar(quiet=quiet) as progress:
         found = ask(
             retriever, spec, n_queries=queries, edits=listed(edits) or EDITS, tops=tops, seed=seed, progress=progress
         )
-    _finish(*near_duplicates_report(found, retriever, spec, seed, _command()), out, json_out, force, quiet)
+    finish(*near_duplicates_report(found, retriever, spec, seed, command_line()), out, json_out, force, quiet)
 
 
 def saliency_consistency(
@@ -322,12 +315,14 @@ def saliency_consistency(
     from forebear.evaluation.saliency_consistency import saliency_consistency as measure
     from forebear.evaluation.saliency_consistency import saliency_consistency_report
 
-    retriever = _open(index, model, device, out, force=force)
-    spec = _spec(retriever, method or ["if"], scope=scope, curvature=curvature, damping=damping)
-    asked = _queries(retriever, test, text_columns, None, None, spec, queries, seed)
+    retriever = open_retriever(index, model, device, out, force=force)
+    spec = make_spec(retriever, method or ["if"], scope=scope, curvature=curvature, damping=damping)
+    asked = open_queries(retriever, test, text_columns, None, None, spec, queries, seed)
     with progress_bar(quiet=quiet) as progress:
         found = measure(retriever, asked, spec, progress=progress)
-    _finish(*saliency_consistency_report(found, retriever, asked, spec, seed, _command()), out, json_out, force, quiet)
+    finish(
+        *saliency_consistency_report(found, retriever, asked, spec, seed, command_line()), out, json_out, force, quiet
+    )
 
 
 def cancellation(
@@ -345,10 +340,10 @@ def cancellation(
     from forebear.evaluation.cancellation import cancellation as measure
     from forebear.evaluation.cancellation import cancellation_report
 
-    retriever = _open(index, model, device, out, force=force)
+    retriever = open_retriever(index, model, device, out, force=force)
     with progress_bar(quiet=quiet) as progress:
         found = measure(retriever, n_rows=rows, seed=seed, progress=progress)
-    _finish(*cancellation_report(found, retriever, seed, _command()), out, json_out, force, quiet)
+    finish(*cancellation_report(found, retriever, seed, command_line()), out, json_out, force, quiet)
 
 
 def recall(
@@ -380,18 +375,18 @@ def recall(
     """See RECALL_HELP."""
     from forebear.evaluation.retrieval_recall import retrieval_recall, retrieval_recall_report
 
-    retriever = _open(index, model, device, out, force=force)
+    retriever = open_retriever(index, model, device, out, force=force)
     n_live = retriever.index.manifest.n_live
     if not 1 <= top <= n_live:
         raise InputError(f"--top {top}: expected 1 to {n_live}, the live rows.")
-    spec = _spec(
+    spec = make_spec(
         retriever, method, scope=scope, target=target, curvature=curvature, damping=damping, recall=recall, top=top,
         candidates=candidates,
     )  # fmt: skip
-    asked = _queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
+    asked = open_queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
     with progress_bar(quiet=quiet) as progress:
         found = retrieval_recall(retriever, asked, spec, progress=progress)
-    _finish(*retrieval_recall_report(found, retriever, asked, spec, seed, _command()), out, json_out, force, quiet)
+    finish(*retrieval_recall_report(found, retriever, asked, spec, seed, command_line()), out, json_out, force, quiet)
 
 
 def mislabelled(
@@ -437,8 +432,10 @@ def mislabelled(
 
     if (true_label is None) == (wrong_rows is None):
         raise InputError("give either --true-label COLUMN or --wrong-rows FILE.")
-    retriever = _open(index, None, "auto", out, force=force)
-    spec = _spec(retriever, method or ["gd", "if"], scope=scope, target="gold", curvature=curvature, damping=damping)
+    retriever = open_retriever(index, None, "auto", out, force=force)
+    spec = make_spec(
+        retriever, method or ["gd", "if"], scope=scope, target="gold", curvature=curvature, damping=damping
+    )
     opened = retriever.index
     truth = None
     if wrong_rows is not None:
@@ -457,87 +454,5 @@ def mislabelled(
         truth = true_labels_of(opened, source)
         wrong = truth != opened.labels
     found = measure(retriever, spec, wrong, true_labels=truth, n_neighbours=neighbours)
-    tops = _integers("--top", top)
-    _finish(*mislabelled_report(found, retriever, spec, tops, seed, _command()), out, json_out, force, quiet)
-
-
-def _open(index: str, model: str | None, device: str, out: str | None, *, force: bool) -> Retriever:
-    """The index's retriever, after seeing that the report can be written."""
-    from forebear.evaluation.report import check_folder
-    from forebear.retriever.retriever import Retriever
-
-    if out is not None:
-        check_folder(Path(out), force=force)
-    return Retriever(index, model=model, device=device)
-
-
-def _spec(retriever: Retriever, method: Sequence[str] | None, **choices: Any) -> QuerySpec:
-    """The question, checked."""
-    from forebear.evaluation.comparisons import row_methods
-    from forebear.retriever.methods import pick_methods
-    from forebear.retriever.query_spec import QuerySpec
-
-    names = tuple(m.name for m in pick_methods(listed(method))) if method else row_methods(retriever)
-    spec = QuerySpec(methods=names, **choices)
-    retriever.check_stores(spec.check(), spec)
-    return spec
-
-
-def _queries(
-    retriever: Retriever,
-    test: str,
-    text_columns: Sequence[str] | None,
-    label_column: str | None,
-    label_names: Sequence[str] | None,
-    spec: QuerySpec,
-    n_queries: int,
-    seed: int,
-) -> Queries:
-    """The test rows that are asked about."""
-    from forebear.evaluation.comparisons import sample_queries
-    from forebear.indexer.data import open_rows
-
-    gold = spec.target == "gold"
-    source = open_rows(
-        test,
-        text_columns=listed(text_columns) or None,
-        label_column=label_column,
-        label_names=listed(label_names) or None,
-        need_labels=gold,
-    )
-    return sample_queries(retriever, source, n_queries, seed, need_labels=gold)
-
-
-def _integers(option: str, values: Sequence[str] | None) -> list[int]:
-    """Whole numbers of a list option."""
-    given = listed(values)
-    if not all(value.isascii() and value.isdigit() for value in given):
-        raise InputError(f"{option} {','.join(given)}: expected whole numbers, such as 10,50.")
-    return [int(value) for value in given]
-
-
-def _command() -> str:
-    """What repeats the report."""
-    return shlex.join(["forebear", *sys.argv[1:]])
-
-
-def _finish(
-    report: Report,
-    result: dict[str, Any],
-    out: str | None,
-    as_json: bool,
-    force: bool,
-    quiet: bool,
-    shown: Report | None = None,
-) -> None:
-    """Write the report where it is asked for, and show it, or what is shown of it on a screen."""
-    from forebear.evaluation.report import render_json, write_report
-
-    if out is not None:
-        page = write_report(report, Path(out), result=result, force=force)
-    if as_json:
-        sys.stdout.write(render_json({"provenance": dict(report.provenance), **result}))
-    else:
-        show_report(shown or report)
-    if out is not None:
-        say(f"wrote {page}, table.csv and result.json", quiet=quiet)
+    tops = integers("--top", top)
+    finish(*mislabelled_report(found, retriever, spec, tops, seed, command_line()), out, json_out, force, quiet)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from forebear.cli.asking import Curvature, NQueries, Out, Seed, Target, Test, command_line, finish, integers
 from forebear.cli.console import Variadic, listed, progress_bar, warn
-from forebear.cli.evaluate_comparisons import Curvature, NQueries, Out, Seed, Target, Test, _command, _finish, _integers
 from forebear.cli.options import (
     Damping,
     Device,
@@ -259,7 +259,7 @@ def removal(
         queries=queries, seed=seed, out=out, model=model, text_columns=text_columns, label_column=label_column,
         label_names=label_names, device=device, force=force,
     )  # fmt: skip
-    amounts = amounts_of(_integers("--remove", remove), listed(share), asked.n_live, ["0.1"])
+    amounts = amounts_of(integers("--remove", remove), listed(share), asked.n_live, ["0.1"])
     retrainer = asked.open_retrainer(asked.queries.texts)
     with progress_bar(quiet=quiet) as progress:
         found = measure_removal(
@@ -272,9 +272,9 @@ def removal(
             seed=seed,
             progress=progress,
         )
-    report = removal_report(found, asked.retriever, asked.queries, asked.spec, retrainer, seed, _command())
+    report = removal_report(found, asked.retriever, asked.queries, asked.spec, retrainer, seed, command_line())
     _warn(retrainer)
-    _finish(*report, out, json_out, force, quiet)
+    finish(*report, out, json_out, force, quiet)
 
 
 def deletion_curve(
@@ -328,7 +328,7 @@ def deletion_curve(
     assert asked.queries.labels is not None
     candidates = None if no_overlap is None else least_overlap(asked.retriever, asked.queries, no_overlap)
     n_rows = asked.n_live if no_overlap is None else no_overlap
-    amounts = amounts_of(_integers("--remove", remove), listed(share), n_rows, [str(k) for k in range(10, 101, 10)])
+    amounts = amounts_of(integers("--remove", remove), listed(share), n_rows, [str(k) for k in range(10, 101, 10)])
     retrainer = asked.open_retrainer(asked.queries.texts)
     with progress_bar(quiet=quiet) as progress:
         found = measure_deletion(
@@ -342,9 +342,9 @@ def deletion_curve(
             seed=seed,
             progress=progress,
         )
-    report = deletion_report(found, asked.retriever, asked.queries, asked.spec, retrainer, seed, _command())
+    report = deletion_report(found, asked.retriever, asked.queries, asked.spec, retrainer, seed, command_line())
     _warn(retrainer)
-    _finish(*report, out, json_out, force, quiet)
+    finish(*report, out, json_out, force, quiet)
 
 
 def retraining_loss(
@@ -388,7 +388,7 @@ def retraining_loss(
         label_names=label_names, device=device, force=force,
     )  # fmt: skip
     assert asked.every.labels is not None
-    amounts = amounts_of(_integers("--remove", remove), listed(share), asked.n_live, ["0.2", "0.5"])
+    amounts = amounts_of(integers("--remove", remove), listed(share), asked.n_live, ["0.2", "0.5"])
     retrainer = asked.open_retrainer(asked.every.texts)
     with progress_bar(quiet=quiet) as progress:
         found = measure_retraining_loss(
@@ -401,9 +401,9 @@ def retraining_loss(
             seed=seed,
             progress=progress,
         )
-    report = retraining_loss_report(found, asked.retriever, asked.queries, asked.spec, retrainer, seed, _command())
+    report = retraining_loss_report(found, asked.retriever, asked.queries, asked.spec, retrainer, seed, command_line())
     _warn(retrainer)
-    _finish(*report, out, json_out, force, quiet)
+    finish(*report, out, json_out, force, quiet)
 
 
 def lds(
@@ -458,6 +458,6 @@ def lds(
             seed=seed,
             progress=progress,
         )
-    report = lds_report(found, asked.retriever, asked.queries, asked.spec, retrainer, seed, _command())
+    report = lds_report(found, asked.retriever, asked.queries, asked.spec, retrainer, seed, command_line())
     _warn(retrainer)
-    _finish(*report, out, json_out, force, quiet)
+    finish(*report, out, json_out, force, quiet)

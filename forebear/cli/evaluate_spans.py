@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forebear.cli.console import Variadic, listed, progress_bar
-from forebear.cli.evaluate_comparisons import (
+from forebear.cli.asking import (
     Curvature,
     Exact,
     NQueries,
@@ -17,11 +16,12 @@ from forebear.cli.evaluate_comparisons import (
     Seed,
     Target,
     Test,
-    _command,
-    _finish,
-    _integers,
-    _open,
+    command_line,
+    finish,
+    integers,
+    open_retriever,
 )
+from forebear.cli.console import Variadic, listed, progress_bar
 from forebear.cli.options import (
     Damping,
     Device,
@@ -145,8 +145,8 @@ def _agreement(measure: Measure) -> Callable[..., None]:
         """See SEMANTIC_HELP and LABEL_HELP."""
         from forebear.evaluation.agreement import PAPER_METHODS, agreement_report, depths, measure_agreement
 
-        tops = depths(_integers("--at", at) or [10])
-        retriever = _open(index, model, device, out, force=force)
+        tops = depths(integers("--at", at) or [10])
+        retriever = open_retriever(index, model, device, out, force=force)
         spec = _spec(
             retriever, span_column, methods=tuple(listed(method)) or PAPER_METHODS, top=tops[-1], spans=spans,
             query_spans=query_spans, scope=scope, target=target, curvature=curvature, damping=damping, exact=exact,
@@ -155,7 +155,7 @@ def _agreement(measure: Measure) -> Callable[..., None]:
         asked = _queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
         with progress_bar(quiet=quiet) as progress:
             found = measure_agreement(retriever, asked, spec, tops, measure, seed=seed, progress=progress)
-        _finish(*agreement_report(found, retriever, asked, spec, seed, _command()), out, json_out, force, quiet)
+        finish(*agreement_report(found, retriever, asked, spec, seed, command_line()), out, json_out, force, quiet)
 
     return agreement
 
@@ -187,7 +187,7 @@ def faithfulness(
     """See FAITHFULNESS_HELP."""
     from forebear.evaluation.faithfulness import METHODS, faithfulness_report, measure_faithfulness
 
-    retriever = _open(index, model, device, out, force=force)
+    retriever = open_retriever(index, model, device, out, force=force)
     spec = _spec(
         retriever, span_column, methods=METHODS, spans=spans, query_spans=query_spans, scope=scope, target=target,
         curvature=curvature, damping=damping,
@@ -197,7 +197,7 @@ def faithfulness(
         found = measure_faithfulness(
             retriever, asked, spec, n_rows=rows, n_runs=runs, seed=seed, progress=progress
         )  # fmt: skip
-    _finish(*faithfulness_report(found, retriever, asked, spec, seed, _command()), out, json_out, force, quiet)
+    finish(*faithfulness_report(found, retriever, asked, spec, seed, command_line()), out, json_out, force, quiet)
 
 
 def _spec(retriever: Retriever, span_column: str | None, **choices: Any) -> QuerySpec:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.audit import show_report
+from forebear.cli.asking import show_report
 from forebear.cli.console import Variadic, listed, progress_bar, say, warn
 from forebear.cli.options import (
     Damping,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from forebear.cli.audit import show_table
+from forebear.cli.asking import show_table
 from forebear.cli.console import OUT, say
 from forebear.cli.options import Force, Quiet
 

@@ -1,0 +1,147 @@
+"""What the commands of ``evaluate``, ``audit`` and ``perturb`` share: options, opening, and the report at the end."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from forebear.cli.console import OUT, listed, say
+from forebear.errors import InputError
+
+if TYPE_CHECKING:
+    from forebear.evaluation.comparisons import Queries
+    from forebear.evaluation.report import Report
+    from forebear.evaluation.report import Table as ReportTable
+    from forebear.retriever.query_spec import QuerySpec
+    from forebear.retriever.retriever import Retriever
+
+Test = Annotated[str, typer.Option("--test", help="Test rows: a file, folder or hub name.", show_default=False)]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", help="Methods. Default: all that score rows from this index.", show_default=False),
+]
+NQueries = Annotated[int, typer.Option("--queries", help="Rows asked about, a seeded sample; 0: all.")]
+NRows = Annotated[int, typer.Option("--rows", help="Training rows, a seeded sample; 0: all.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of samples and intervals.", min=0)]
+Target = Annotated[str, typer.Option("--target", help="Whose loss: predicted, gold, or a label's name.")]
+Curvature = Annotated[
+    str | None,
+    typer.Option("--curvature", help="For if and rif: exact, ekfac, cg, lissa or identity.", show_default=False),
+]
+Exact = Annotated[str, typer.Option("--exact", help="rerank or full.")]
+Out = Annotated[str | None, typer.Option("--out", help="Folder for report.html, table.csv and result.json.")]
+
+
+def open_retriever(index: str, model: str | None, device: str, out: str | None, *, force: bool) -> Retriever:
+    """The index's retriever, after seeing that the report can be written."""
+    from forebear.evaluation.report import check_folder
+    from forebear.retriever.retriever import Retriever
+
+    if out is not None:
+        check_folder(Path(out), force=force)
+    return Retriever(index, model=model, device=device)
+
+
+def make_spec(retriever: Retriever, method: Sequence[str] | None, **choices: Any) -> QuerySpec:
+    """The question, checked."""
+    from forebear.evaluation.comparisons import row_methods
+    from forebear.retriever.methods import pick_methods
+    from forebear.retriever.query_spec import QuerySpec
+
+    names = tuple(m.name for m in pick_methods(listed(method))) if method else row_methods(retriever)
+    spec = QuerySpec(methods=names, **choices)
+    retriever.check_stores(spec.check(), spec)
+    return spec
+
+
+def open_queries(
+    retriever: Retriever,
+    test: str,
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
+    label_names: Sequence[str] | None,
+    spec: QuerySpec,
+    n_queries: int,
+    seed: int,
+) -> Queries:
+    """The test rows that are asked about."""
+    from forebear.evaluation.comparisons import sample_queries
+    from forebear.indexer.data import open_rows
+
+    gold = spec.target == "gold"
+    source = open_rows(
+        test,
+        text_columns=listed(text_columns) or None,
+        label_column=label_column,
+        label_names=listed(label_names) or None,
+        need_labels=gold,
+    )
+    return sample_queries(retriever, source, n_queries, seed, need_labels=gold)
+
+
+def integers(option: str, values: Sequence[str] | None) -> list[int]:
+    """Whole numbers of a list option."""
+    given = listed(values)
+    if not all(value.isascii() and value.isdigit() for value in given):
+        raise InputError(f"{option} {','.join(given)}: expected whole numbers, such as 10,50.")
+    return [int(value) for value in given]
+
+
+def command_line() -> str:
+    """What repeats the report."""
+    return shlex.join(["forebear", *sys.argv[1:]])
+
+
+def finish(
+    report: Report,
+    result: dict[str, Any],
+    out: str | None,
+    as_json: bool,
+    force: bool,
+    quiet: bool,
+    shown: Report | None = None,
+) -> None:
+    """Write the report where it is asked for, and show it, or what is shown of it on a screen."""
+    from forebear.evaluation.report import render_json, write_report
+
+    if out is not None:
+        page = write_report(report, Path(out), result=result, force=force)
+    if as_json:
+        sys.stdout.write(render_json({"provenance": dict(report.provenance), **result}))
+    else:
+        show_report(shown or report)
+    if out is not None:
+        say(f"wrote {page}, table.csv and result.json", quiet=quiet)
+
+
+def show_report(report: Report) -> None:
+    """Print a report's summary and tables."""
+    OUT.print(report.title, style="bold", markup=False)
+    OUT.print(report.summary, markup=False)
+    for table in report.tables:
+        show_table(table)
+
+
+def show_table(table: ReportTable) -> None:
+    """Print one table of a report."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    from forebear.evaluation.report import format_cell
+
+    grid = Table(title=escape(table.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(table.columns):
+        numbers = any(isinstance(row[i], float | int) for row in table.rows)
+        grid.add_column(escape(column), justify="right" if numbers else "left", no_wrap=numbers or i == 0)
+    for row in table.rows:
+        cells = (format_cell(cell, 3 if isinstance(cell, float) else None) for cell in row)
+        grid.add_row(*map(escape, cells))
+    OUT.print(grid)
+    if table.note:
+        OUT.print(table.note, style="dim", markup=False)
