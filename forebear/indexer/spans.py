@@ -6,7 +6,6 @@ character; masked, it becomes the tokenizer's mask token and keeps its position 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import unicodedata
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ import pyarrow as pa
 
 from forebear.errors import DataError, InputError, ModelError
 from forebear.indexer.model import Classifier, Encoded, encode_with_places
+from forebear.indexer.user_code import load_function
 
 FOUND = ("clauses", "sentences", "words")
 ASPECT = "aspect"
@@ -109,7 +108,7 @@ def span_finder(how: str, column: int = 0) -> Finder:
 
         return reader_finder(rest)
     if kind.endswith(".py") and rest.isidentifier():
-        return _by_function(Path(kind), rest, column)
+        return _by_function(how, column)
     raise InputError(
         f"--spans {how!r}: expected {', '.join(FOUND)}, {ASPECT}, columns:FROM,TO, clause-of:FROM,TO, "
         f"{READER}:MODEL or FILE.py:function."
@@ -157,24 +156,15 @@ def _numbers(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def _by_function(path: Path, name: str, column: int) -> Finder:
-    if not path.is_file():
-        raise InputError(f"--spans {path}:{name}: there is no file {path}.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise InputError(f"--spans {path}:{name}: {path} defines no function {name}.")
+def _by_function(given: str, column: int) -> Finder:
+    function = load_function(given, "--spans")
 
     def find(texts: Sequence[str], row: dict[str, Any], called: str) -> list[Span]:
         try:
             ends = [(a, b) for a, b in function(row)]
         except Exception as error:  # the user's code may raise anything
             raise InputError(
-                f"--spans {path}:{name} failed on {called} ({type(error).__name__}: {error}); it must return "
+                f"--spans {given} failed on {called} ({type(error).__name__}: {error}); it must return "
                 "(start, end) pairs."
             ) from error
         return [checked_span(texts, column, a, b, called) for a, b in ends]
