@@ -20,7 +20,6 @@ from forebear.evaluation.comparisons import (
     interval_cells,
     listed_values,
     matrix_of,
-    row_methods,
     sample_queries,
     score_queries,
     spearman,
@@ -89,7 +88,7 @@ def test_queries_are_a_seeded_sample_in_their_order(retriever, bert_world):
 @pytest.mark.parametrize("scope", ["head", "top-1"])
 def test_scores_of_chosen_rows_are_those_of_all_rows(bert_world, tmp_path, scope):
     retriever = bert_world.retriever
-    methods = row_methods(retriever)
+    methods = retriever.row_methods()
     if scope == "top-1":
         options = BuildOptions(scopes=("head", "top-1"), calibration_queries=0, shard_rows=17)
         source = rows_from_texts(bert_world.texts, bert_world.labels)
@@ -208,7 +207,7 @@ def test_random_models_scores_are_those_of_that_model(retriever, queries, bert_w
 
 
 def test_randomized_correlations_are_scipys_for_every_method(retriever, queries, bert_world, tmp_path):
-    methods = tuple(name for name in row_methods(retriever) if not name.startswith("sbert"))
+    methods = tuple(name for name in retriever.row_methods() if not name.startswith("sbert"))
     spec = QuerySpec(methods=methods)
     found = randomized_correlations(retriever, queries, spec, n_rows=30, seeds=(4, 9))
     assert found.values.shape == (2, 2, N_QUERIES, len(methods))

@@ -113,7 +113,7 @@ def test_the_command_writes_a_report_that_stands_alone(world, tmp_path, capsys):
     assert "non-entailment rows are taken for entailment" in capsys.readouterr().out.replace("\n", " ")
     assert {"report.html", "result.json", "table.csv"} <= {p.name for p in (tmp_path / "a").iterdir()}
     result = json.loads((tmp_path / "a" / "result.json").read_text())
-    assert set(result["methods"]) == set(Retriever(folder / "index").available_methods())
+    assert set(result["methods"]) == set(Retriever(folder / "index").row_methods())
     page = (tmp_path / "a" / "report.html").read_text()
     assert "forebear" in page
     assert "<svg" in page

@@ -49,11 +49,10 @@ def open_retriever(index: str, model: str | None, device: str, out: str | None, 
 
 def make_spec(retriever: Retriever, method: Sequence[str] | None, **choices: Any) -> QuerySpec:
     """The question, checked."""
-    from forebear.evaluation.comparisons import row_methods
     from forebear.retriever.methods import pick_methods
     from forebear.retriever.query_spec import QuerySpec
 
-    names = tuple(m.name for m in pick_methods(listed(method))) if method else row_methods(retriever)
+    names = tuple(m.name for m in pick_methods(listed(method))) if method else retriever.row_methods()
     spec = QuerySpec(methods=names, **choices)
     retriever.check_stores(spec.check(), spec)
     return spec

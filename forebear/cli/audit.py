@@ -44,7 +44,7 @@ def hans(
     out: Annotated[str, typer.Option("--out", help="Folder for the report.")],
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", help="Methods. Default: all that the index can answer.", show_default=False),
+        typer.Option("--method", help="Methods. Default: all that score rows.", show_default=False),
     ] = None,
     top: Annotated[int, typer.Option("--top", help="Training rows looked at for each test row.")] = 10,
     model: MovedModel = None,

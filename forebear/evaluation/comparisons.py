@@ -14,7 +14,6 @@ from forebear.evaluation.report import Cell, Figure, Table, heat_map
 from forebear.evaluation.statistics import mean_of
 from forebear.indexer.data import RowSource
 from forebear.indexer.gradients import live_sample
-from forebear.retriever.methods import METHODS
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
 
@@ -71,11 +70,6 @@ def sample_queries(
         if label_ids is not None and block.labels is not None:
             labels.append(label_ids(block.labels, block.start)[at])
     return Queries(source=source.name, rows=chosen, texts=texts, labels=np.concatenate(labels) if labels else None)
-
-
-def row_methods(retriever: Retriever) -> tuple[str, ...]:
-    """Names of the methods that this index can answer and that score every training row from what is stored."""
-    return tuple(name for name in retriever.available_methods() if not METHODS[name].by_model)
 
 
 def score_queries(

@@ -141,7 +141,7 @@ def find_wrong_labels(retriever: Retriever, folder: Path) -> WrongLabels:
         ]
     )
     source = open_rows(folder / "data" / "wrong_probe.parquet", need_labels=True)
-    methods = retriever.available_methods()
+    methods = retriever.row_methods()
     spec = QuerySpec(methods=methods, top=100)
     (answers,) = retriever.answers(source, spec, block_rows=max(1, source.n_rows))
     assert answers.labels is not None

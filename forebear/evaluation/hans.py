@@ -87,7 +87,7 @@ def audit_hans(
     Args:
         retriever: Over an index of premise and hypothesis pairs.
         source: HANS, or rows like it, labelled entailment and non-entailment (or with three NLI labels).
-        methods: Names from the method table; default all that the index can answer.
+        methods: Names from the method table; default all that score rows from what is stored.
         top: k, training rows looked at for each query.
         progress: Told the stage, rows done and rows in all.
 
@@ -95,7 +95,7 @@ def audit_hans(
         InputError: The model or the rows have no NLI labels.
         DataError: No row is mispredicted as entailment.
     """
-    spec = QuerySpec(methods=tuple(methods or retriever.available_methods()), top=top)
+    spec = QuerySpec(methods=tuple(methods or retriever.row_methods()), top=top)
     retriever.check_stores(spec.check(), spec)
     retriever.check_texts(source)
     if len(source.text_columns) != 2:

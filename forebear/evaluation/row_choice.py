@@ -15,7 +15,7 @@ from forebear.evaluation.top_overlap import rows_of_share
 from forebear.indexer.forward import run_forward
 from forebear.indexer.spans import span_finder
 from forebear.retriever.gradients import Asked
-from forebear.retriever.methods import METHODS, Method, pick_methods
+from forebear.retriever.methods import Method, pick_methods
 from forebear.retriever.queries import N_VARIANTS, Models, choose_targets
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import Retriever
@@ -175,7 +175,7 @@ def removal_methods(retriever: Retriever, names: Sequence[str]) -> tuple[str, ..
         InputError: A name is not known, or explains saliency.
     """
     if not names:
-        return tuple(name for name in retriever.available_methods() if not METHODS[name].by_model)
+        return retriever.row_methods()
     methods = pick_methods(names)
     saliency = [m.name for m in methods if m.saliency]
     if saliency:

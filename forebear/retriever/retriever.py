@@ -431,6 +431,10 @@ class Retriever:
             and (method.representation != "words" or self._words.top_of(method) in manifest.spec.words_tops)
         )
 
+    def row_methods(self) -> tuple[str, ...]:
+        """Names of those that score every training row from what is stored, without passes of the model over rows."""
+        return tuple(name for name in self.available_methods() if not METHODS[name].by_model)
+
     def check_texts(self, source: RowSource) -> None:
         """Refuse single texts for an index of pairs, and the other way round."""
         wanted = self.index.manifest.spec.text_columns
