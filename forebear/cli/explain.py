@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from forebear.cli.asking import command_line
 from forebear.cli.console import OUT, Variadic, listed, say
 from forebear.cli.options import Damping, Device, Force, IndexFolder, MovedModel, Pair, Quiet, Recall, Scope
 
@@ -117,7 +116,7 @@ def explain(
         damping=damping,
     )
     query = text if pair is None else (text, pair)
-    command = shlex.join(["forebear", *sys.argv[1:]])
+    command = command_line()
     explanation = put_together(retriever, query, spec, form=saliency, command=command)
     if html is None:
         show_explanation(explanation)

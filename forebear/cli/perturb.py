@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.asking import show_report
+from forebear.cli.asking import command_line, show_report
 from forebear.cli.console import Variadic, listed, progress_bar, say, warn
 from forebear.cli.options import (
     Damping,
@@ -273,7 +271,7 @@ def _run(
         found = perturb(retriever, chooser, spec, queries, evaluation, retrainer, numbers, progress)
     for line in retrainer.warnings:
         warn(line)
-    provenance = {**sources, "WordNet": str(words.folder), "command": shlex.join(["forebear", *sys.argv[1:]])}
+    provenance = {**sources, "WordNet": str(words.folder), "command": command_line()}
     report, result = perturb_report(found, retriever, retrainer.facts(), provenance)
     write_changed(found, retriever, Path(out))
     page = write_report(report, Path(out), result=result, force=force)

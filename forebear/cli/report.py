@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from forebear.cli.asking import show_table
+from forebear.cli.asking import command_line, show_table
 from forebear.cli.console import OUT, say
 from forebear.cli.options import Force, Quiet
 
@@ -39,7 +37,7 @@ def report(
     from forebear.evaluation.side_by_side import read_folders, side_by_side
 
     check_folder(Path(out), force=force)
-    page, result = side_by_side(read_folders(folders), shlex.join(["forebear", *sys.argv[1:]]))
+    page, result = side_by_side(read_folders(folders), command_line())
     written = write_report(page, Path(out), result=result, force=force)
     OUT.print(page.title, style="bold", markup=False)
     for table in page.tables:
