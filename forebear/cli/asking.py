@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from forebear.evaluation.comparisons import Queries
     from forebear.evaluation.report import Report
     from forebear.evaluation.report import Table as ReportTable
+    from forebear.indexer.data import RowSource
     from forebear.retriever.query_spec import QuerySpec
     from forebear.retriever.retriever import Retriever
 
@@ -58,6 +59,26 @@ def make_spec(retriever: Retriever, method: Sequence[str] | None, **choices: Any
     return spec
 
 
+def open_test(
+    test: str,
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
+    label_names: Sequence[str] | None,
+    *,
+    need_labels: bool = False,
+) -> RowSource:
+    """Test rows, as the options say."""
+    from forebear.indexer.data import open_rows
+
+    return open_rows(
+        test,
+        text_columns=listed(text_columns) or None,
+        label_column=label_column,
+        label_names=listed(label_names) or None,
+        need_labels=need_labels,
+    )
+
+
 def open_queries(
     retriever: Retriever,
     test: str,
@@ -70,16 +91,9 @@ def open_queries(
 ) -> Queries:
     """The test rows that are asked about."""
     from forebear.evaluation.comparisons import sample_queries
-    from forebear.indexer.data import open_rows
 
     gold = spec.target == "gold"
-    source = open_rows(
-        test,
-        text_columns=listed(text_columns) or None,
-        label_column=label_column,
-        label_names=listed(label_names) or None,
-        need_labels=gold,
-    )
+    source = open_test(test, text_columns, label_column, label_names, need_labels=gold)
     return sample_queries(retriever, source, n_queries, seed, need_labels=gold)
 
 

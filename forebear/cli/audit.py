@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from forebear.cli import audit_artifact, audit_rows
-from forebear.cli.asking import command_line, show_report
+from forebear.cli.asking import command_line, open_test, show_report
 from forebear.cli.console import Variadic, listed, progress_bar, say
 from forebear.cli.options import Device, Force, IndexFolder, LabelColumn, LabelNames, MovedModel, Quiet, TextColumns
 
@@ -58,17 +58,10 @@ def hans(
     """See HANS_HELP."""
     from forebear.evaluation.hans import audit_hans, hans_report
     from forebear.evaluation.report import check_folder, write_report
-    from forebear.indexer.data import open_rows
     from forebear.retriever.retriever import Retriever
 
     check_folder(Path(out), force=force)
-    source = open_rows(
-        test,
-        text_columns=listed(text_columns) or None,
-        label_column=label_column,
-        label_names=listed(label_names) or None,
-        need_labels=True,
-    )
+    source = open_test(test, text_columns, label_column, label_names, need_labels=True)
     retriever = Retriever(index, model=model, device=device)
     with progress_bar(quiet=quiet) as progress:
         audit = audit_hans(retriever, source, listed(method) or None, top=top, progress=progress)

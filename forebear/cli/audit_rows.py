@@ -21,8 +21,9 @@ from forebear.cli.asking import (
     make_spec,
     open_queries,
     open_retriever,
+    open_test,
 )
-from forebear.cli.console import Variadic, listed, progress_bar
+from forebear.cli.console import Variadic, progress_bar
 from forebear.cli.options import (
     Damping,
     Device,
@@ -151,19 +152,13 @@ def duplicates(
     from forebear.evaluation.audit_duplicates import Thresholds, duplicates_report, leaks
     from forebear.evaluation.audit_duplicates import duplicates as find
     from forebear.evaluation.comparisons import sample_queries
-    from forebear.indexer.data import open_rows
 
     thresholds = Thresholds(jaccard=jaccard, cosine=cosine, cosine_jaccard=cosine_jaccard, neighbours=neighbours)
     thresholds.check()
     retriever = open_retriever(index, None, "auto", out, force=force)
     asked = None
     if test is not None:
-        source = open_rows(
-            test,
-            text_columns=listed(text_columns) or None,
-            label_column=label_column,
-            label_names=listed(label_names) or None,
-        )
+        source = open_test(test, text_columns, label_column, label_names)
         asked = sample_queries(retriever, source, 0, 0)
     groups = find(retriever.index, thresholds)
     leaked = [] if asked is None else leaks(retriever.index, asked, thresholds)
@@ -200,20 +195,13 @@ def errors(
 ) -> None:
     """See ERRORS_HELP."""
     from forebear.evaluation.audit_errors import errors_report, explain_groups, group_mistakes, mistakes_of
-    from forebear.indexer.data import open_rows
 
     retriever = open_retriever(index, model, device, out, force=force)
     spec = make_spec(
         retriever, method or ["if"], scope=scope, target=target, curvature=curvature, damping=damping, exact=exact,
         recall=recall, top=top, aggregate=True,
     )  # fmt: skip
-    source = open_rows(
-        test,
-        text_columns=listed(text_columns) or None,
-        label_column=label_column,
-        label_names=listed(label_names) or None,
-        need_labels=True,
-    )
+    source = open_test(test, text_columns, label_column, label_names, need_labels=True)
     if clusters < 1:
         raise InputError(f"--clusters {clusters}: expected at least 1.")
     with progress_bar(quiet=quiet) as progress:

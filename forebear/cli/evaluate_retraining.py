@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.asking import Curvature, NQueries, Out, Seed, Target, Test, command_line, finish, integers
+from forebear.cli.asking import Curvature, NQueries, Out, Seed, Target, Test, command_line, finish, integers, open_test
 from forebear.cli.console import Variadic, listed, progress_bar, warn
 from forebear.cli.options import (
     Damping,
@@ -175,7 +175,6 @@ def _ask(
     from forebear.evaluation.recipes import open_retrainer
     from forebear.evaluation.report import check_folder
     from forebear.evaluation.row_choice import removal_methods
-    from forebear.indexer.data import open_rows
     from forebear.retriever.query_spec import QuerySpec
     from forebear.retriever.retriever import Retriever
 
@@ -193,13 +192,7 @@ def _ask(
     spec = retriever.settled(spec)
     retriever.check_stores(spec.check(), spec)
     labelled = need_labels or target == "gold"
-    source = open_rows(
-        test,
-        text_columns=listed(text_columns) or None,
-        label_column=label_column,
-        label_names=listed(label_names) or None,
-        need_labels=labelled,
-    )
+    source = open_test(test, text_columns, label_column, label_names, need_labels=labelled)
     folder = Path(cache) if cache is not None else Path(f"{Path(index)}-retraining")
     return _Asked(
         retriever=retriever,

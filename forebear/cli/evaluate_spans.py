@@ -20,6 +20,7 @@ from forebear.cli.asking import (
     finish,
     integers,
     open_retriever,
+    open_test,
 )
 from forebear.cli.console import Variadic, listed, progress_bar
 from forebear.cli.options import (
@@ -223,13 +224,6 @@ def _queries(
 ) -> SpanQueries:
     """The test rows that are asked about."""
     from forebear.evaluation.span_queries import sample_span_queries
-    from forebear.indexer.data import open_rows
 
-    source = open_rows(
-        test,
-        text_columns=listed(text_columns) or None,
-        label_column=label_column,
-        label_names=listed(label_names) or None,
-        need_labels=spec.target == "gold",
-    )
+    source = open_test(test, text_columns, label_column, label_names, need_labels=spec.target == "gold")
     return sample_span_queries(retriever, source, spec, n_queries, seed)

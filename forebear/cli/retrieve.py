@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from forebear.cli.asking import open_test
 from forebear.cli.console import OUT, Variadic, listed, progress_bar, say, warn
 from forebear.cli.options import (
     Damping,
@@ -157,7 +158,7 @@ def retrieve(
 ) -> None:
     """See HELP."""
     from forebear.evaluation.hub_shares import read_hub_shares, with_hub_share
-    from forebear.indexer.data import open_rows, rows_from_texts
+    from forebear.indexer.data import rows_from_texts
     from forebear.indexer.index import Index
     from forebear.retriever.query_spec import QuerySpec
     from forebear.retriever.results import check_output, result_writer
@@ -200,13 +201,7 @@ def retrieve(
         source = rows_from_texts([text] if pair is None else [(text, pair)])
     else:
         assert test is not None
-        source = open_rows(
-            test,
-            text_columns=listed(text_columns) or None,
-            label_column=label_column,
-            label_names=listed(label_names) or None,
-            need_labels=target == "gold",
-        )
+        source = open_test(test, text_columns, label_column, label_names, need_labels=target == "gold")
     if source.label_column is not None and retriever.query_labels(source, required=target == "gold") is None:
         warn(f"{source.name}: its labels are not the model's, so query_label stays empty.")
 
