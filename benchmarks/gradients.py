@@ -27,6 +27,7 @@ from forebear.indexer.gradient_stage import open_sketchers
 from forebear.indexer.model import Classifier, encode, load_classifier, pad_batch, plan_batches
 from forebear.indexer.runs import choose_model
 from forebear.indexer.sketch import sketch_rows
+from forebear.retriever.coverage import n_candidates
 from forebear.retriever.curvature import CurvatureSpec
 from forebear.retriever.gradients import Asked, GradientSearch
 from forebear.retriever.methods import METHODS
@@ -180,7 +181,7 @@ def recall_and_time(index: Index, data: str, n_queries: int, methods: tuple[str,
     found: dict[str, Any] = {}
     for method in methods:
         spec = QuerySpec(methods=(method,), scope=SCOPE)
-        default = retriever.n_candidates(SCOPE, METHODS[method], spec)
+        default = n_candidates(retriever.index, SCOPE, METHODS[method], spec)
         how = index.proposal(SCOPE, method, cosine=METHODS[method].metric == "cos")
         by_candidates = {}
         for n in sorted({100, 200, 400, 800, default}):

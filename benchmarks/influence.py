@@ -1,7 +1,7 @@
 """One query's ``if`` over the top 5 layers: the index against LiSSA, and both against converged cg.
 
 SST-2 with MiniLM; the run of end_to_end.py. LiSSA with Han20 settings takes 2,500 steps of 8 rows; it is timed on
-fewer steps and stated per step. cg takes hours over many rows: it has a number of curvature rows of its own, 0 for none.
+fewer steps and stated per step. cg takes hours over many rows: it has curvature rows of its own, 0 for none.
 ``python benchmarks/influence.py [rows] [lissa steps] [curvature rows] [queries] [cg's curvature rows]``
 """
 

@@ -21,6 +21,7 @@ from forebear.indexer.sketch import Reduction, SketchRows
 from forebear.indexer.store import RowMatrix
 from forebear.retriever import certify as certifying
 from forebear.retriever.certify import bounds, certify
+from forebear.retriever.coverage import n_candidates
 from forebear.retriever.gradients import Asked, GradientSearch
 from forebear.retriever.methods import METHODS
 from forebear.retriever.query_spec import candidates_for, recall_of
@@ -328,7 +329,7 @@ def test_a_question_takes_as_many_candidates_as_its_recall(world, method):
     chosen = METHODS[method]
 
     def n(**choices) -> int:
-        return world.retriever.n_candidates("all", chosen, QuerySpec(methods=(method,), scope="all", **choices))
+        return n_candidates(world.retriever.index, "all", chosen, QuerySpec(methods=(method,), scope="all", **choices))
 
     for recall in RECALLS:
         assert n(recall=recall, top=1) == int(np.ceil(found[str(recall)] * N_ROWS))
@@ -343,14 +344,14 @@ def test_a_question_takes_as_many_candidates_as_its_recall(world, method):
 
 def test_without_calibration_there_is_a_default(world):
     spec = QuerySpec(methods=("tracin",), scope="all")
-    assert world.retriever.n_candidates("all", METHODS["tracin"], spec) == 100
+    assert n_candidates(world.retriever.index, "all", METHODS["tracin"], spec) == 100
 
 
 @pytest.mark.parametrize("method", ["gd", "gc", "if", "rif"])
 @pytest.mark.parametrize("recall", [0.8, 0.95])
 def test_calibrated_candidates_hold_that_share_of_the_exact_top_ten(world, method, recall):
     """All training rows were the queries and all were sampled, so that it must hold for them. Own rows do not count."""
-    n = world.retriever.n_candidates("all", METHODS[method], QuerySpec(methods=(method,), recall=recall, top=1))
+    n = n_candidates(world.retriever.index, "all", METHODS[method], QuerySpec(methods=(method,), recall=recall, top=1))
     exact = world.retriever.scores(TEXTS, method, scope="all")
     # Every row that is a candidate, with its exact score: as many results as candidates, one more for the own row.
     table = world.retriever.retrieve(TEXTS, methods=[method], scope="all", exact="none", top=n + 1)
@@ -373,7 +374,9 @@ def test_results_state_the_calibrated_recall(world):
 
     found = facts(recall=0.9)
     assert found["recall"] >= 0.9
-    assert found["candidates"] == world.retriever.n_candidates("all", METHODS["gd"], QuerySpec(recall=0.9, top=1))
+    assert found["candidates"] == n_candidates(
+        world.retriever.index, "all", METHODS["gd"], QuerySpec(recall=0.9, top=1)
+    )
     assert facts(recall=1.0)["recall"] == 1.0
     assert facts(candidates=1)["recall"] is None
     assert facts(exact="full")["recall"] == 1.0

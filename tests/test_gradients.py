@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from cnn import make_tiny_cnn
 from tiny import KINDS, labels, make_tiny_model, sentences
 
 from forebear import BuildOptions, InputError, MissingStoreError, ModelError, Retriever, append_rows, build_index
@@ -19,6 +21,7 @@ from forebear.indexer.gradients import exact_dots, whole_gradients
 from forebear.indexer.model import Classifier, load_classifier, make_classifier
 from forebear.indexer.runs import choose_model
 from forebear.indexer.scopes import scope_blocks
+from forebear.indexer.tape import _windows
 from forebear.retriever.query_spec import QuerySpec
 
 TEXTS = sentences(13, seed=11)
@@ -50,10 +53,15 @@ def albert(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[*KINDS, "albert"])
+@pytest.fixture(scope="module", params=[*KINDS, "albert", "cnn"])
 def classifier(request, folder) -> Classifier:
     path = folder / request.param
-    path = albert(path) if request.param == "albert" else make_tiny_model(path, request.param, n_classes=3)
+    if request.param == "albert":
+        albert(path)
+    elif request.param == "cnn":
+        make_tiny_cnn(path, make_tiny_model(folder / "words", n_classes=3))
+    else:
+        make_tiny_model(path, request.param, n_classes=3)
     return load_classifier(path)
 
 
@@ -196,11 +204,25 @@ def test_scopes_name_their_layers(folder):
 
 def test_a_layer_that_is_not_supported_is_named_before_the_pass(folder, tmp_path):
     classifier = load_classifier(make_tiny_model(folder / "odd", n_classes=3))
-    classifier.model.bert.encoder.layer[1].mixer = torch.nn.Conv1d(16, 16, 3)
+    classifier.model.bert.encoder.layer[1].mixer = torch.nn.Conv1d(16, 16, 3, groups=2)
     with pytest.raises(ModelError, match=r"bert\.encoder\.layer\.1\.mixer \(Conv1d\)"):
         scope_blocks(classifier.model, "classifier", "all")
     with pytest.raises(ModelError, match="mixer"):
         scope_blocks(classifier.model, "classifier", "top-1")
+
+
+def test_a_convolution_is_a_linear_layer_of_windows():
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 3, 11)
+    choices = itertools.product(
+        (1, 4), (1, 2), (1, 3), (0, 2, "same", "valid"), ("zeros", "reflect", "replicate", "circular")
+    )
+    for window, stride, dilation, padding, mode in choices:
+        if padding == "same" and stride > 1:
+            continue  # torch has none
+        layer = torch.nn.Conv1d(3, 5, window, stride, padding, dilation, padding_mode=mode)
+        found = _windows(layer, inputs) @ layer.weight.flatten(1).T + layer.bias
+        torch.testing.assert_close(found.transpose(1, 2), layer(inputs), msg=lambda m, at=layer: f"{at}: {m}")
 
 
 def test_weights_that_two_layers_share_are_refused(folder):

@@ -2,7 +2,7 @@
 
 ``python benchmarks/papers/yeh22.py [--small] [--data sst2|agnews] [--parts deletion,no-overlap,cancellation]
 [--retrain head|top-K|full]``. The paper retrains all layers; ``head`` is a stand-in. Table 1 of the paper is of a small
-convolutional network, which is no transformers model: ours is of MiniLM's layers, and only the order can be compared.
+convolutional network (``yeh22_cnn.py``): this one is of MiniLM's layers, and only the order can be compared.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ def write_blocks(path: Path, parts: Mapping[Block, BlockTensors], metadata: dict
     """Write matrices of each block as float32, atomically."""
     fields = list(next(iter(parts.values())))
     columns = [("name", pa.string()), ("kind", pa.string()), ("bias", pa.bool_()), ("shape", pa.list_(pa.int64()))]
+    columns.append(("window", pa.int64()))
     for field in fields:
         columns += [(field, pa.large_list(pa.float32())), (f"{field}_width", pa.int64())]
     schema = pa.schema(columns, metadata=metadata)
@@ -27,6 +28,7 @@ def write_blocks(path: Path, parts: Mapping[Block, BlockTensors], metadata: dict
         for block, tensors in parts.items():
             values = [pa.array([block.name]), pa.array([block.kind]), pa.array([block.bias])]
             values.append(pa.array([[block.n_out, block.n_in]], pa.list_(pa.int64())))
+            values.append(pa.array([block.window]))
             for field in fields:
                 flat = tensors[field].float().cpu().contiguous().numpy().reshape(-1)
                 values.append(pa.LargeListArray.from_arrays(pa.array([0, len(flat)], pa.int64()), pa.array(flat)))
@@ -54,7 +56,8 @@ def read_blocks(path: Path) -> tuple[dict[Block, BlockTensors], dict[str, str]]:
                 flat = as_tensor(batch.column(field).values.to_numpy(zero_copy_only=True))
                 tensors[field] = flat.view(-1, batch.column(f"{field}_width")[0].as_py())
             n_out, n_in = value["shape"]
-            parts[Block(value["name"], value["kind"], n_out, n_in, value["bias"])] = tensors
+            window = batch.column("window")[0].as_py() if "window" in schema.names else 1  # older indexes have none
+            parts[Block(value["name"], value["kind"], n_out, n_in, value["bias"], window)] = tensors
         return parts, {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
     except (KeyError, IndexError, RuntimeError, TypeError) as error:
         raise CorruptIndexError(f"{path} does not hold what an index keeps there ({error}). {MEND}") from error

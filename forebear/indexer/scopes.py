@@ -1,8 +1,8 @@
 """Parameter scopes: over which weights a gradient is taken (METHODS.md, section 2).
 
 ``head`` is the final linear layer; ``top-K`` adds the pooler and the linear layers of the last K encoder layers;
-``all`` is every linear layer; ``layer:NAME`` is one of them. Word embeddings are left out, and so are biases and
-LayerNorm, unless they are asked for.
+``all`` is every linear layer; ``layer:NAME`` is one of them. A one-dimensional convolution counts as a linear layer of
+windows. Word embeddings are left out, and so are biases and LayerNorm, unless they are asked for.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import nn
@@ -27,19 +27,22 @@ class Block:
     Attributes:
         name: Dotted name of the module.
         kind: ``linear``: its weight, with the bias as a last column (a_t then ends in 1) if ``bias``.
+            ``conv``: the same of a Conv1d; a_t is a window of its input, channel by channel.
             ``norm``: a LayerNorm's weight and bias, one above the other, ``(2 h, 1)``.
             ``embedding``: the word embeddings, transposed; a_t is the one-hot vector of a token id. Or what enters the
             first encoder layer, which has no parameters (``n_in`` 0).
         n_out: Rows of G.
         n_in: Columns of G.
-        bias: Whether a linear layer's bias takes part.
+        bias: Whether a layer's bias takes part.
+        window: Positions that a convolution sees at a time.
     """
 
     name: str
-    kind: Literal["linear", "norm", "embedding"]
+    kind: Literal["linear", "conv", "norm", "embedding"]
     n_out: int
     n_in: int
     bias: bool = False
+    window: int = 1
 
     @property
     def size(self) -> int:
@@ -51,18 +54,26 @@ class Block:
         if self.kind == "norm":
             half = self.n_out // 2
             return {f"{self.name}.weight": matrix[..., :half, 0], f"{self.name}.bias": matrix[..., half:, 0]}
-        if self.bias:
-            return {f"{self.name}.weight": matrix[..., :-1], f"{self.name}.bias": matrix[..., -1]}
-        return {f"{self.name}.weight": matrix}
+        weight = matrix[..., :-1] if self.bias else matrix
+        if self.kind == "conv":
+            weight = weight.unflatten(-1, (-1, self.window))
+        return {f"{self.name}.weight": weight} | ({f"{self.name}.bias": matrix[..., -1]} if self.bias else {})
 
     def join(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """The inverse of :meth:`split`."""
         weight = parts[f"{self.name}.weight"]
         if self.kind == "norm":
             return torch.cat([weight, parts[f"{self.name}.bias"]], dim=-1)[..., None]
+        if self.kind == "conv":
+            weight = weight.flatten(-2)
         if self.bias:
             return torch.cat([weight, parts[f"{self.name}.bias"][..., None]], dim=-1)
         return weight
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv1d]:
+    """Whether a module's gradient at a row is a sum of outer products, one a position."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d) and module.groups == 1)
 
 
 def embedding_block(model: Any, name: str) -> Block:
@@ -126,19 +137,22 @@ def scope_blocks(
     for key, module in model.named_modules():
         if not covers(key):
             continue
-        if isinstance(module, nn.Linear):
+        if is_linear(module):
             other = owners.setdefault(id(module.weight), key)
             if other != key:
                 raise ModelError(f"{name}: layers {other} and {key} share one weight, which scope {scope!r} covers.")
+            n_out, *rest = module.weight.shape
             bias = with_bias and module.bias is not None
-            blocks.append(Block(key, "linear", module.out_features, module.in_features + bias, bias))
+            kind: Literal["linear", "conv"] = "conv" if isinstance(module, nn.Conv1d) else "linear"
+            window = rest[1] if kind == "conv" else 1
+            blocks.append(Block(key, kind, n_out, rest[0] * window + bias, bias, window))
         elif isinstance(module, nn.LayerNorm):
             if with_bias and module.elementwise_affine and module.bias is not None:
                 blocks.append(Block(key, "norm", 2 * module.weight.numel(), 1))
         elif not isinstance(module, _PASSIVE) and any(p.dim() >= 2 for p in module.parameters(recurse=False)):
             raise ModelError(
                 f"{name}: layer {key} ({type(module).__name__}) holds weights that scope {scope!r} covers, and only "
-                "linear layers are supported. Use --scope head."
+                "linear layers, and convolutions of one dimension and one group, are supported. Use --scope head."
             )
     return tuple(blocks)
 
@@ -151,7 +165,7 @@ def _coverage(model: Any, head_name: str, scope: str, name: str) -> Callable[[st
         return lambda _key: True
     if scope.startswith("layer:"):
         wanted = scope.removeprefix("layer:")
-        known = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
+        known = [key for key, module in model.named_modules() if is_linear(module)]
         if wanted not in known:
             raise InputError(f"scope {scope!r}: {name} has no linear layer of that name. It has {', '.join(known)}.")
         return lambda key: key == wanted

@@ -224,7 +224,7 @@ class _Arrivals:
                 )
             uses = self._inputs.setdefault(name, [])
             number = len(uses)
-            uses.append(_normalised(module, a) if block.kind == "norm" else a)
+            uses.append(_PREPARED[block.kind](module, a) if block.kind in _PREPARED else a)
             output.register_hook(lambda delta: self._arrive(block, number, delta))  # type: ignore[no-untyped-call]
 
         return hook
@@ -232,7 +232,7 @@ class _Arrivals:
     def _arrive(self, block: Block, number: int, delta: torch.Tensor) -> None:
         name = block.name
         deltas = self._deltas.setdefault(name, {})
-        deltas[number] = delta.detach()
+        deltas[number] = delta.detach().transpose(1, 2) if block.kind == "conv" else delta.detach()
         inputs = self._inputs[name]
         if len(deltas) < len(inputs):
             return
@@ -258,6 +258,24 @@ def _normalised(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     return nn.functional.layer_norm(
         inputs.float() if inputs.dtype == torch.bfloat16 else inputs, module.normalized_shape, eps=module.eps
     )
+
+
+def _windows(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """What a convolution multiplies with its weight at each position: ``(b, c, t)`` to ``(b, t', c * window)``."""
+    assert isinstance(module, nn.Conv1d)
+    (window,), (stride,), (dilation,) = module.kernel_size, module.stride, module.dilation
+    if isinstance(module.padding, str):
+        around = dilation * (window - 1) if module.padding == "same" else 0
+        before, after = around // 2, around - around // 2
+    else:
+        before = after = module.padding[0]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = nn.functional.pad(inputs, (before, after), mode=mode)
+    found = nn.functional.unfold(padded[:, :, None, :], (1, window), dilation=(1, dilation), stride=(1, stride))
+    return found.transpose(1, 2)
+
+
+_PREPARED: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {"norm": _normalised, "conv": _windows}
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:

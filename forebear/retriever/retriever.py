@@ -17,26 +17,32 @@ from forebear.indexer.forward import Forward
 from forebear.indexer.index import Index
 from forebear.indexer.labels import LabelMap, label_map
 from forebear.indexer.model import Classifier, Encoded, Texts
-from forebear.indexer.spans import GIVEN, Span, span_finder
-from forebear.retriever.aggregate import check_linear, common_class, read_rows, sum_queries
+from forebear.indexer.spans import Span, span_finder
+from forebear.retriever.aggregate import common_class, read_rows, sum_queries
 from forebear.retriever.certify import certify, check_certifiable
+from forebear.retriever.coverage import (
+    available_methods,
+    check_stores,
+    is_deep,
+    n_candidates,
+    question_facts,
+    settled,
+    stores_spans,
+)
 from forebear.retriever.curvature import CurvatureSpec
 from forebear.retriever.gradients import Asked as DeepAsked
 from forebear.retriever.gradients import GradientSearch
 from forebear.retriever.methods import METHODS, Method
-from forebear.retriever.queries import Models, ask, make_query, method_facts
+from forebear.retriever.queries import Models, ask, make_query
 from forebear.retriever.query_spec import (
-    DEFAULT_CANDIDATES,
     DEFAULT_METHODS,
     Exactness,
     QuerySpec,
-    candidates_for,
-    recall_of,
 )
 from forebear.retriever.results import Answers, answer_table
 from forebear.retriever.search import Ranking
 from forebear.retriever.spans import SpanSearch, word_influence
-from forebear.retriever.stored import row_factors, search_query, search_stored, stored_recall
+from forebear.retriever.stored import row_factors, search_query, search_stored
 from forebear.retriever.tfidf import TfidfSearch
 from forebear.retriever.words import WordSearch
 
@@ -173,11 +179,13 @@ class Retriever:
         if by_spans:  # none of them fixes its scope
             assert spec.spans is not None
             finders = [span_finder(how, spec.span_column or 0) for how in (spec.spans, spec.query_spans or spec.spans)]
-            search = SpanSearch(self._gradient_search(spec.scope, spec), *finders, stored=self._stores_spans(spec))
+            search = SpanSearch(
+                self._gradient_search(spec.scope, spec), *finders, stored=stores_spans(self.index, spec)
+            )
             found |= search.search(
                 by_spans, texts, table, asked, spec.top if all(m.spans for m in methods) else top,
                 full=spec.exact == "full",
-                n_candidates={m.name: self.n_candidates(spec.scope, m, spec) for m in by_spans}, word=spec.word,
+                n_candidates={m.name: n_candidates(self.index, spec.scope, m, spec) for m in by_spans}, word=spec.word,
                 first_row=start,
             )  # fmt: skip
         others = [m for m in methods if not (m.by_words or m.by_model)]
@@ -223,13 +231,8 @@ class Retriever:
         """Methods by the scope beyond the head at which they compare gradients; None: the others."""
         out: dict[str | None, list[Method]] = {}
         for method in methods:
-            out.setdefault(spec.scope_of(method) if self._is_deep(method, spec) else None, []).append(method)
+            out.setdefault(spec.scope_of(method) if is_deep(method, spec) else None, []).append(method)
         return out
-
-    @staticmethod
-    def _is_deep(method: Method, spec: QuerySpec) -> bool:
-        """Whether a method compares gradients beyond the head."""
-        return method.representation == "head" and spec.scope_of(method) != "head"
 
     def _gradient_search(self, scope: str, spec: QuerySpec) -> GradientSearch:
         key = (scope, spec.solver)
@@ -243,41 +246,12 @@ class Retriever:
         search = self._gradient_search(scope, spec)
         if spec.certify:
             check_certifiable(search, methods)
-        n_candidates = {m.name: self.n_candidates(scope, m, spec) for m in methods}
-        found = search.search(methods, asked, top, exact=spec.exact, n_candidates=n_candidates)
+        candidates = {m.name: n_candidates(self.index, scope, m, spec) for m in methods}
+        found = search.search(methods, asked, top, exact=spec.exact, n_candidates=candidates)
         if spec.certify:
             n_live = self.index.manifest.n_live
             found = {m.name: certify(search, m, asked, found[m.name], max_rows=n_live) for m in methods}
         return found
-
-    def settled(self, spec: QuerySpec) -> QuerySpec:
-        """The question with what it leaves to the index: which spans, and in which text column."""
-        stored = self.index.manifest.spec
-        how = spec.spans or stored.spans or "clauses"
-        column = stored.span_column if how == stored.spans else 0
-        return replace(spec, spans=how, span_column=column if spec.span_column is None else spec.span_column)
-
-    def _stores_spans(self, spec: QuerySpec) -> bool:
-        """Whether the index holds the spans that a settled question is about."""
-        stored = self.index.manifest.spec
-        return stored.spans is not None and (spec.spans, spec.span_column) == (stored.spans, stored.span_column)
-
-    def _searched(self, method: Method, spec: QuerySpec) -> tuple[str, int]:
-        """The method whose calibration says how many candidates it takes, and the number of what is searched."""
-        if method.spans is not None and not method.saliency and self._stores_spans(spec):
-            return method.name, len(self.index.live_spans)
-        return method.calibrated_as, self.index.manifest.n_live
-
-    def n_candidates(self, scope: str, method: Method, spec: QuerySpec) -> int:
-        """Rows, or stored spans, at each end that are scored exactly for a method at a scope beyond the head."""
-        if spec.candidates is not None:
-            return spec.candidates
-        spec = self.settled(spec)
-        name, total = self._searched(method, spec)
-        found = self.index.calibrated(scope, name)
-        if found is None:
-            return max(spec.top, DEFAULT_CANDIDATES)
-        return max(spec.top, candidates_for(found["candidates"], spec.recall, total))
 
     def scores(
         self,
@@ -342,7 +316,7 @@ class Retriever:
         asked = ask(
             self._models, methods, texts, labels, spec.target, len(self.index.manifest.checkpoints), first_row=first_row
         )
-        deep = [m for m in methods if not m.by_words and (m.variants or self._is_deep(m, spec))]
+        deep = [m for m in methods if not m.by_words and (m.variants or is_deep(m, spec))]
         found: dict[str, np.ndarray] = {}
         for scope in dict.fromkeys(spec.scope_of(m) for m in deep):
             some = [m for m in deep if spec.scope_of(m) == scope]
@@ -382,58 +356,25 @@ class Retriever:
         salient, words, scores = word_influence(search, columns, target, spec.word, np.unique(rows))
         return salient, list(zip(words.rows.tolist(), words.spans, scores.tolist(), strict=True))
 
+    def settled(self, spec: QuerySpec) -> QuerySpec:
+        """The question with what it leaves to the index: which spans, and in which text column."""
+        return settled(self.index, spec)
+
     def check_stores(self, methods: Sequence[Method], spec: QuerySpec) -> None:
         """Refuse methods whose representation the index does not hold, naming the option that builds it."""
-        if any(method.store == "sbert" for method in methods):
-            self.index.sentence()
-        for method in methods:
-            if method.by_words:
-                self.index.check_words(self._words.top_of(method) if method.representation == "words" else None)
-        self.index.check_scope(spec.scope)
-        if spec.aggregate:
-            check_linear(self.index, methods)
-        spec = self.settled(spec)
-        names = self.index.manifest.spec.text_columns
-        column = spec.span_column or 0
-        if not 0 <= column < len(names):
-            raise InputError(f"span column {column}: {self.index.folder} has text columns {', '.join(names)}.")
-        given = (spec.spans or "").split(":")[0] in GIVEN
-        if given and not self._stores_spans(spec) and any(m.spans and not m.saliency for m in methods):
-            raise InputError(
-                f"--spans {spec.spans}: {self.index.folder} holds the texts of training rows, not their other columns. "
-                f"Build it with --store features,spans --spans {spec.spans}, or give it for test rows by --query-spans "
-                "and find those of training rows otherwise."
-            )
-        for method in methods:
-            scope = spec.scope_of(method)
-            if method.representation == "head":
-                self.index.check_scope(scope)
-            if method.query == "preconditioned":
-                solver = spec.solver.at(scope)
-                if method.by_model and scope == "head" and solver not in ("exact", "identity"):
-                    raise InputError(f"{method.name} at the head: --curvature exact or identity, not {solver}.")
-                if solver == "exact":
-                    self.index.head_damping(spec.damping)
-                elif scope != "head" and solver == "ekfac":
-                    self.index.ekfac_damping(scope, spec.damping)
-                elif scope != "head" and solver.startswith("cg"):
-                    spec.solver.absolute(self.index, scope)
+        check_stores(self.index, methods, spec)
 
     def available_methods(self) -> tuple[str, ...]:
         """Names of the methods that this index can answer."""
-        manifest = self.index.manifest
-        has_curvature = "exact" in manifest.curvature.get("head", {})
-        return tuple(
-            method.name
-            for method in METHODS.values()
-            if method.store in manifest.spec.stores
-            and (has_curvature or method.query != "preconditioned")
-            and (method.representation != "words" or self._words.top_of(method) in manifest.spec.words_tops)
-        )
+        return available_methods(self.index)
 
     def row_methods(self) -> tuple[str, ...]:
         """Names of those that score every training row from what is stored, without passes of the model over rows."""
         return tuple(name for name in self.available_methods() if not METHODS[name].by_model)
+
+    def metadata(self, spec: QuerySpec) -> dict[str, str]:
+        """Provenance of an answer, for the Parquet schema's metadata, under the key ``forebear``."""
+        return {"forebear": json.dumps(question_facts(self.index, spec), sort_keys=True)}
 
     def check_texts(self, source: RowSource) -> None:
         """Refuse single texts for an index of pairs, and the other way round."""
@@ -454,58 +395,3 @@ class Retriever:
             if required:
                 raise
             return None
-
-    def metadata(self, spec: QuerySpec) -> dict[str, str]:
-        """Provenance of an answer, for the Parquet schema's metadata, under the key ``forebear``."""
-        spec = self.settled(spec)
-        methods = spec.check()
-        facts: dict[str, Any] = {
-            "index": str(self.index.folder),
-            "index_digest": self.index.manifest.digest(),
-            "spec_digest": self.index.manifest.spec.digest(),
-            "query_digest": spec.digest(),
-            "exact": spec.exact,
-            "aggregate": spec.aggregate,
-            "target": spec.target,
-            "top": spec.top,
-            "sign": "larger = proponent: training on the row supports the target label",
-            "methods": {
-                m.name: method_facts(m, self.index, spec.solver, spec.scope_of(m)) | self._search_facts(m, spec)
-                for m in methods
-            },
-        }
-        return {"forebear": json.dumps(facts, sort_keys=True)}
-
-    def _search_facts(self, method: Method, spec: QuerySpec) -> dict[str, Any]:
-        """Scope and recall of a method: proven, calibrated, or not known (None)."""
-        if method.by_model:
-            facts: dict[str, Any] = {}
-            if method.saliency:  # spans are words then, whatever --spans says
-                facts = {"word": spec.word}
-            elif method.spans:
-                facts = {"spans": spec.spans, "query_spans": spec.query_spans or spec.spans}
-                facts["span_column"] = spec.span_column
-                facts["stored_spans"] = self._stores_spans(spec)
-            scope = spec.scope_of(method)
-            if spec.exact == "full":
-                return facts | {"recall": 1.0, "candidates": None}
-            name, total = self._searched(method, spec)
-            if name == method.name and scope == "head" and not method.variants:  # all stored spans are scored
-                return facts | {"recall": 1.0, "candidates": None}
-            n = self.n_candidates(scope, method, spec)
-            calibrated = self.index.calibrated(scope, name) if name == method.name else None
-            recall = None if calibrated is None else recall_of(calibrated["candidates"], n, total)
-            return facts | {"recall": recall, "candidates": n}
-        if method.by_words:
-            exact = method.representation == "tfidf" or spec.exact != "none"
-            return {"recall": 1.0 if exact else None, "normalise": spec.normalise}
-        scope = spec.scope_of(method)
-        if scope == "head" or method.representation != "head":
-            return {"recall": stored_recall(self.index, method, spec.exact)}
-        if spec.exact != "rerank":
-            return {"recall": 1.0 if spec.exact == "full" else None, "candidates": None}
-        calibrated = self.index.calibrated(scope, method.name)
-        n = self.n_candidates(scope, method, spec)
-        n_live = self.index.manifest.n_live
-        recall = None if calibrated is None else recall_of(calibrated["candidates"], n, n_live)
-        return {"recall": recall, "candidates": n, "certify": spec.certify}

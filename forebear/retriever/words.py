@@ -72,6 +72,12 @@ class _Bounds:
 
 
 @dataclass
+def words_top(index: Index, method: Method) -> int:
+    """Positions kept a row in the store that a method needs; 0: all."""
+    tops = index.manifest.spec.words_tops
+    return next((top for top in tops if top), 10) if method.words == "topk" else 0
+
+
 class WordSearch:
     """Ranks training rows by shared words.
 
@@ -90,11 +96,6 @@ class WordSearch:
     def etas(self) -> tuple[float, ...]:
         """Weights of the checkpoints."""
         return tuple(c.eta for c in self.index.manifest.checkpoints)
-
-    def top_of(self, method: Method) -> int:
-        """Positions kept a row in the store that a method needs; 0: all."""
-        tops = self.index.manifest.spec.words_tops
-        return next((top for top in tops if top), 10) if method.words == "topk" else 0
 
     def allowed(self, method: Method) -> np.ndarray | None:
         """Mask by token id of the words that take part in a method."""
@@ -120,11 +121,11 @@ class WordSearch:
         self, methods: Sequence[Method], texts: Sequence[Sequence[str]], targets: np.ndarray, *, normalise: bool
     ) -> list[Question]:
         """Words of a block of test rows for each method; one pass a checkpoint."""
-        tops = sorted({self.top_of(method) for method in methods})
+        tops = sorted({words_top(self.index, method) for method in methods})
         found = self._from_models(texts, targets, tops)
         out = []
         for method in methods:
-            top, allowed = self.top_of(method), self.allowed(method)
+            top, allowed = words_top(self.index, method), self.allowed(method)
             queries = query_words([words[top] for words in found], self.etas, allowed)
             out.append(Question(method, top, allowed, queries, normalise))
         return out
