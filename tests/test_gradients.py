@@ -211,6 +211,7 @@ def test_a_layer_that_is_not_supported_is_named_before_the_pass(folder, tmp_path
         scope_blocks(classifier.model, "classifier", "top-1")
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_a_convolution_is_a_linear_layer_of_windows():
     torch.manual_seed(0)
     inputs = torch.randn(2, 3, 11)

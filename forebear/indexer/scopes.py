@@ -56,7 +56,7 @@ class Block:
             return {f"{self.name}.weight": matrix[..., :half, 0], f"{self.name}.bias": matrix[..., half:, 0]}
         weight = matrix[..., :-1] if self.bias else matrix
         if self.kind == "conv":
-            weight = weight.unflatten(-1, (-1, self.window))
+            weight = weight.reshape(*weight.shape[:-1], -1, self.window)
         return {f"{self.name}.weight": weight} | ({f"{self.name}.bias": matrix[..., -1]} if self.bias else {})
 
     def join(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:

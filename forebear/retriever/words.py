@@ -71,13 +71,13 @@ class _Bounds:
     factors: np.ndarray | None
 
 
-@dataclass
 def words_top(index: Index, method: Method) -> int:
     """Positions kept a row in the store that a method needs; 0: all."""
     tops = index.manifest.spec.words_tops
     return next((top for top in tops if top), 10) if method.words == "topk" else 0
 
 
+@dataclass
 class WordSearch:
     """Ranks training rows by shared words.
 
