@@ -64,7 +64,7 @@ def make_tiny_cnn(folder: Path, tokenizer_of: Path, n_classes: int = 3) -> Path:
     model = CnnForSequenceClassification(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.5)
+            nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

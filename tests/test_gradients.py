@@ -20,7 +20,7 @@ from forebear.indexer.data import rows_from_texts
 from forebear.indexer.gradients import exact_dots, whole_gradients
 from forebear.indexer.model import Classifier, load_classifier, make_classifier
 from forebear.indexer.runs import choose_model
-from forebear.indexer.scopes import scope_blocks
+from forebear.indexer.scopes import embedding_block, scope_blocks
 from forebear.indexer.tape import _windows
 from forebear.retriever.query_spec import QuerySpec
 
@@ -409,6 +409,44 @@ def test_if_and_rif_by_ekfac_use_the_stored_curvature(world):
         np.testing.assert_allclose(
             index.gradients("top-1", damping=0 if given == "0.1x" else 1).norms, own[1], rtol=1e-4
         )
+
+
+def test_an_index_of_a_convolutional_network(folder):
+    """Its stored curvature is read back with the windows' shapes; words, dots and a dense solve by cg are right."""
+    path = str(make_tiny_cnn(folder / "cnn0", make_tiny_model(folder / "words0", n_classes=3)))
+    layer = "layer:cnn.layers.1"
+    options = BuildOptions(
+        scopes=("head", "all", layer), stores=("features", "words"), words_tops=(0,), sketch_dim=48, sketch_bits=256,
+        white_bits=512, dampings=("0.02",), calibration_queries=0,
+    )  # fmt: skip
+    source = rows_from_texts(sentences(90), labels(90, 3))
+    index = build_index(source, folder / "cnn_index", choose_model(None, [path], [1.0]).checkpoints, options)
+    retriever = Retriever(folder / "cnn_index")
+    queries, classifier = sentences(4, seed=8), load_classifier(path)
+    both = (queries, [1] * 4), (sentences(90), labels(90, 3))
+    for scope in ("all", layer):
+        blocks = blocks_of(classifier, scope)
+        dots, cosines = autograd_scores(path, scope, queries)
+        for name, truth in (("gd", dots), ("gc", cosines)):
+            assert error(retriever.scores(queries, name, scope=scope, target="LABEL_1"), truth) <= 1e-5, name
+        parts = index.ekfac(scope).parts
+        scores = 0
+        asked, rows = (autograd(classifier, blocks, *of) for of in both)
+        for i, block in enumerate(blocks):
+            part = parts[block.name]
+            q, n = (torch.stack([g[i].flatten(1) for g in some]) for some in (asked, rows))
+            q, n = (part.left.T @ g @ part.right for g in (q, n))
+            scores = scores + ((q / (part.eigenvalues + 0.02)).flatten(1) @ n.flatten(1).T).double().numpy()
+        assert error(retriever.scores(queries, "if", scope=scope, target="LABEL_1"), scores) <= 1e-4
+    words = [embedding_block(classifier.model, path)]
+    mine, theirs = (autograd(classifier, words, *of) for of in both)
+    truth = np.array([[dot(q, r) for r in theirs] for q in mine])
+    assert error(retriever.scores(queries, "tracin-we", target="LABEL_1"), truth) <= 1e-3
+    h = dense(classifier, layer, sentences(90))
+    solved = np.linalg.solve(h + 0.02 * np.eye(len(h)), np.stack([flat(g) for g in asked]).T).T
+    choices = {"curvature": "cg", "damping": "0.02", "curvature_rows": 0, "tolerance": 1e-6}
+    found = retriever.scores(queries, "if", scope=layer, target="LABEL_1", **choices)
+    assert error(found, solved @ np.stack([flat(g) for g in rows]).T) <= 2e-4
 
 
 @pytest.mark.parametrize("scope", ["head", "top-1"])
