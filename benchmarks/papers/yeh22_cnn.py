@@ -131,7 +131,7 @@ def asked(sizes: argparse.Namespace) -> Iterator[Retriever]:
         if not (folder / "manifest.json").is_file():
             layers = () if with_bias else tuple(f"layer:{name}" for name in (SECOND, THIRD))
             options = BuildOptions(
-                scopes=("head", "all", *layers), with_bias=with_bias, calibration_queries=0,
+                scopes=("head", "all", *layers), with_bias=with_bias, calibration_queries=0, dampings=(),
                 stores=("features",) if with_bias else ("features", "words"), words_tops=(0,),
             )  # fmt: skip
             build_index(open_rows(rows, need_labels=True), folder, choose_model(str(run)).checkpoints, options)
