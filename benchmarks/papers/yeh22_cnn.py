@@ -134,7 +134,7 @@ def asked(sizes: argparse.Namespace) -> Iterator[Retriever]:
                 scopes=("head", "all", *layers), with_bias=with_bias, calibration_queries=0, dampings=(),
                 stores=("features",) if with_bias else ("features", "words"), words_tops=(0,),
             )  # fmt: skip
-            build_index(open_rows(rows, need_labels=True), folder, choose_model(str(run)).checkpoints, options)
+            build_index(open_rows(rows, need_labels=True), folder, choose_model(str(run), ["all"]).checkpoints, options)
         yield Retriever(Index.open(folder))
 
 
