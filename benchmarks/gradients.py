@@ -21,10 +21,11 @@ from common import DATA, ROOT, run, seconds, write_result
 
 from forebear import BuildOptions, Index, Retriever, build_index
 from forebear.indexer.data import open_rows, rows_from_texts
+from forebear.indexer.encoding import encode, pad_batch, plan_batches
 from forebear.indexer.estimate import propose
 from forebear.indexer.forward import run_forward
 from forebear.indexer.gradient_stage import open_sketchers
-from forebear.indexer.model import Classifier, encode, load_classifier, pad_batch, plan_batches
+from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.runs import choose_model
 from forebear.indexer.sketch import sketch_rows
 from forebear.retriever.coverage import n_candidates

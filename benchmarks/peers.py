@@ -200,7 +200,8 @@ def captum_case(texts: list[str], labels: np.ndarray, queries: list[str], exact:
         return {"skipped": "captum is not installed in this environment (it is one of the dev dependencies)"}
     import captum
 
-    from forebear.indexer.model import encode, load_classifier
+    from forebear.indexer.encoding import encode
+    from forebear.indexer.model import load_classifier
 
     classifier = load_classifier(MODEL)
     for name in exact["layers"]:
@@ -227,7 +228,7 @@ def captum_way(
     """Time and agreement of one setting; rows are sorted by length, so that little of a batch is padding."""
     from captum.influence import TracInCP
 
-    from forebear.indexer.model import pad_batch
+    from forebear.indexer.encoding import pad_batch
 
     encoded, labels = rows
     order = np.argsort([-len(row["input_ids"]) for row in encoded], kind="stable")
@@ -268,7 +269,8 @@ def bergson_case(texts: list[str], labels: np.ndarray, queries: list[str], exact
     there = subprocess.run([PEERS_PYTHON, "-c", "import bergson"], capture_output=True, text=True, check=False)
     if there.returncode:
         return {"skipped": f"bergson cannot be imported: {there.stderr.strip().splitlines()[-1]}"}
-    from forebear.indexer.model import encode, load_classifier
+    from forebear.indexer.encoding import encode
+    from forebear.indexer.model import load_classifier
 
     classifier = load_classifier(MODEL)
     sets = {"rows": (texts, labels), "queries": (queries, exact["targets"])}

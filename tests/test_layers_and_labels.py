@@ -39,8 +39,9 @@ from forebear.evaluation.saliency_consistency import (
     word_starts,
 )
 from forebear.indexer.data import rows_from_texts
+from forebear.indexer.encoding import encode_with_places
 from forebear.indexer.gradients import whole_gradients
-from forebear.indexer.model import encode_with_places, load_classifier
+from forebear.indexer.model import load_classifier
 from forebear.indexer.scopes import scope_blocks
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.saliency import saliency

@@ -13,7 +13,7 @@ from tiny import KINDS, labels, make_tiny_model, sentences
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from forebear.errors import InputError, ModelError, NonFiniteError
-from forebear.indexer import model as module
+from forebear.indexer import encoding as module
 from forebear.indexer.model import Classifier, load_pretrained, make_classifier, resolve_model_name
 from forebear.retriever.saliency import FORMS, saliency
 

@@ -27,8 +27,9 @@ from forebear import BuildOptions, DataError, InputError, ModelError, QuerySpec,
 from forebear.cli.main import run
 from forebear.indexer import gradients as module
 from forebear.indexer.data import rows_from_texts
+from forebear.indexer.encoding import Encoded
 from forebear.indexer.gradients import exact_dots, whole_gradients
-from forebear.indexer.model import Classifier, Encoded, load_classifier, make_classifier
+from forebear.indexer.model import Classifier, load_classifier, make_classifier
 from forebear.indexer.projector import PlainProjector, draw_bases
 from forebear.indexer.runs import choose_model
 from forebear.indexer.scopes import scope_blocks

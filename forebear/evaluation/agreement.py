@@ -22,9 +22,10 @@ from forebear.evaluation.comparisons import provenance, question
 from forebear.evaluation.report import Cell, Figure, Group, Passage, Report, Table, bar_chart
 from forebear.evaluation.span_queries import SpanQueries, training_spans
 from forebear.evaluation.statistics import difference_table, mean_of
+from forebear.indexer.encoding import Encoded, Texts, encoded_rows, pad_batch, plan_batches
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS, run_forward
 from forebear.indexer.gradients import live_sample
-from forebear.indexer.model import Classifier, Encoded, Texts, encoded_rows, pad_batch, plan_batches
+from forebear.indexer.model import Classifier
 from forebear.indexer.spans import Span, mask_spans, span_finder
 from forebear.retriever.methods import Method
 from forebear.retriever.query_spec import QuerySpec

@@ -24,9 +24,10 @@ from torch import nn
 from forebear.errors import InputError
 from forebear.evaluation.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values
 from forebear.evaluation.report import Cell, Figure, Report, Table, bar_chart
+from forebear.indexer.encoding import encode, pad_batch
 from forebear.indexer.forward import residual_and_loss
 from forebear.indexer.gradients import live_sample
-from forebear.indexer.model import Classifier, encode, pad_batch
+from forebear.indexer.model import Classifier
 from forebear.indexer.options import Progress, counted, no_progress
 from forebear.indexer.scopes import encoder_layers
 from forebear.retriever.retriever import Retriever

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from forebear.errors import NonFiniteError
-from forebear.indexer.model import Classifier, encode_with_places
+from forebear.indexer.encoding import encode_with_places
+from forebear.indexer.model import Classifier
 
 Span = tuple[int, int, int]  # first character, one past the last, key of the value that belongs there
 _LEVELS = (0.03, 0.2, 0.5)  # shares of the strongest from which a mark is light, medium, strong

@@ -20,7 +20,7 @@ from forebear.errors import InputError
 from forebear.evaluation.perturb_spec import RANDOM, SALIENCY_IF, STRATEGIES, Aim, Change, PerturbSpec, Queries
 from forebear.evaluation.wordnet import WordNet
 from forebear.indexer.ekfac import Vectors
-from forebear.indexer.model import Encoded, Texts, encode, encode_with_places
+from forebear.indexer.encoding import Encoded, Texts, encode, encode_with_places
 from forebear.indexer.spans import Span, mask_spans, pieces_of, split_text
 from forebear.retriever.gradients import VECTOR_BYTES, Asked, GradientSearch
 from forebear.retriever.methods import METHODS

@@ -23,10 +23,11 @@ from torch import nn
 from forebear.errors import InputError, MismatchError, ModelError, NonFiniteError
 from forebear.evaluation.retraining import Job, Recipe, Retrainer, TrainingRows
 from forebear.indexer.data import rows_from_texts
+from forebear.indexer.encoding import Encoded, encode, pad_batch, plan_batches
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS, run_forward
 from forebear.indexer.index import Index
 from forebear.indexer.manifest import digest_of, library_versions
-from forebear.indexer.model import Classifier, Encoded, encode, pad_batch, pick_device, plan_batches
+from forebear.indexer.model import Classifier, pick_device
 from forebear.indexer.runs import RUN_NAME, Run, path_to, read_run
 from forebear.indexer.scopes import encoder_layers
 from forebear.indexer.start import freeze_below, load_start

@@ -31,9 +31,10 @@ from forebear.evaluation.comparisons import (
 )
 from forebear.evaluation.report import Cell, Figure, Report, Table, bar_chart
 from forebear.evaluation.top_overlap import common_share, rows_of_share
+from forebear.indexer.encoding import Encoded, encode, encode_with_places
 from forebear.indexer.forward import run_forward
 from forebear.indexer.index import Index
-from forebear.indexer.model import Classifier, Encoded, encode, encode_with_places
+from forebear.indexer.model import Classifier
 from forebear.indexer.options import Progress, no_progress
 from forebear.retriever.methods import pick_methods
 from forebear.retriever.query_spec import QuerySpec

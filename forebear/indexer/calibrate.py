@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from forebear.indexer.ekfac import Vectors, dot
+from forebear.indexer.encoding import Encoded, Texts, take_texts
 from forebear.indexer.estimate import Part, estimate
 from forebear.indexer.gradient_stage import open_sketchers
 from forebear.indexer.gradients import exact_dots, live_sample, whole_gradients
 from forebear.indexer.index import Index
-from forebear.indexer.model import Classifier, Encoded, Texts, take_texts
+from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import scope_blocks
 from forebear.indexer.sketch import gradient_folder, sketch_rows
 from forebear.indexer.spans import mask_spans

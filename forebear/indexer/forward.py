@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from forebear.errors import NonFiniteError
-from forebear.indexer.model import Classifier, Texts, encoded_rows, pad_batch, plan_batches
+from forebear.indexer.encoding import Texts, encoded_rows, pad_batch, plan_batches
+from forebear.indexer.model import Classifier
 
 DEFAULT_BATCH_TOKENS = 4096
 

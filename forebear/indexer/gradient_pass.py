@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from forebear.errors import NonFiniteError, StorageError
+from forebear.indexer.encoding import Encoded, Texts, encode, plan_batches
 from forebear.indexer.forward import Forward, softmax
-from forebear.indexer.model import Classifier, Encoded, Texts, encode, plan_batches
+from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block
 from forebear.indexer.tape import LayerFactors, Seed, Tape, loss_of
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from forebear.indexer.ekfac import Vectors
+from forebear.indexer.encoding import Texts
 from forebear.indexer.gradient_pass import labels_seed, run_pass
-from forebear.indexer.model import Classifier, Texts
+from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block
 from forebear.indexer.tape import LayerFactors
 

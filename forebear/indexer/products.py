@@ -22,8 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forebear.errors import NonFiniteError, StorageError
 from forebear.indexer.ekfac import Vectors, curvature_seeds
+from forebear.indexer.encoding import Encoded, encode, pad_batch, plan_batches
 from forebear.indexer.gradient_pass import SeedOf, run_pass
-from forebear.indexer.model import Classifier, Encoded, encode, pad_batch, plan_batches
+from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block
 from forebear.indexer.tape import LayerFactors, only_asking
 

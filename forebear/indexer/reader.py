@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError, ModelError, NonFiniteError
-from forebear.indexer.model import input_limit, load_pretrained, pad_batch, pick_device, resolve_model_name
+from forebear.indexer.encoding import pad_batch
+from forebear.indexer.model import input_limit, load_pretrained, pick_device, resolve_model_name
 from forebear.indexer.spans import Finder, Span, covering, place_of_term, split_text, trimmed
 
 QUESTIONS = (

@@ -12,16 +12,14 @@ import torch
 from torch import nn
 
 from forebear.errors import ModelError, NonFiniteError
+from forebear.indexer.encoding import pad_batch, plan_batches, tokenize
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.model import (
     check_finite_weights,
     input_limit,
     load_pretrained,
-    pad_batch,
     pick_device,
-    plan_batches,
     resolve_model_name,
-    tokenize,
     tokenizer_sha256,
     weights_sha256,
 )

@@ -23,9 +23,10 @@ import torch
 
 from forebear.errors import CorruptIndexError
 from forebear.indexer.ekfac import Vectors, dot
+from forebear.indexer.encoding import Texts, n_rows_of
 from forebear.indexer.forward import Forward
 from forebear.indexer.gradient_pass import MemoryWarning, labels_seed, refuse_non_finite, run_pass
-from forebear.indexer.model import Classifier, Texts, n_rows_of
+from forebear.indexer.model import Classifier
 from forebear.indexer.projector import Projector, row_lengths
 from forebear.indexer.store import MEND, as_tensor, column, read_batches, record_batch, write_table
 from forebear.indexer.tape import LayerFactors

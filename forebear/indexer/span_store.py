@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from forebear.errors import NonFiniteError
+from forebear.indexer.encoding import Encoded
 from forebear.indexer.forward import residual_and_loss, run_forward
 from forebear.indexer.gradient_pass import MemoryWarning
-from forebear.indexer.model import Classifier, Encoded
+from forebear.indexer.model import Classifier
 from forebear.indexer.sketch import Sketcher, SketchRows, sketch_rows
 from forebear.indexer.spans import MaskedSpans, Span
 from forebear.indexer.store import RowMatrix, column, record_batch, write_columns, write_table

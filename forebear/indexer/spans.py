@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 
 from forebear.errors import DataError, InputError, ModelError
-from forebear.indexer.model import Classifier, Encoded, encode_with_places
+from forebear.indexer.encoding import Encoded, encode_with_places
+from forebear.indexer.model import Classifier
 from forebear.indexer.user_code import load_function
 
 FOUND = ("clauses", "sentences", "words")
@@ -211,7 +212,7 @@ def pieces_of(places: Any, row: int, span: Span) -> list[bool]:
     """Which word pieces of a row a span takes: from the first to the last that share a character with it.
 
     Args:
-        places: From :func:`~forebear.indexer.model.encode_with_places`.
+        places: From :func:`~forebear.indexer.encoding.encode_with_places`.
         row: Its position there.
         span: Of that row.
     """

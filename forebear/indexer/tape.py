@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from forebear.errors import ModelError
+from forebear.indexer.encoding import pad_batch
 from forebear.indexer.forward import residual_and_loss
-from forebear.indexer.model import Classifier, pad_batch
+from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block, encoder_layers
 
 

@@ -25,10 +25,11 @@ from torch import nn
 
 from forebear.errors import DataError, InputError, NonFiniteError
 from forebear.indexer.data import RowSource
+from forebear.indexer.encoding import pad_batch, tokenize
 from forebear.indexer.forward import run_forward
 from forebear.indexer.labels import label_map
 from forebear.indexer.manifest import library_versions
-from forebear.indexer.model import Classifier, check_finite_weights, pad_batch, pick_device, tokenize
+from forebear.indexer.model import Classifier, check_finite_weights, pick_device
 from forebear.indexer.options import Progress, no_progress
 from forebear.indexer.run_folder import CHECKPOINTS, check_out, clear_out, save_checkpoint
 from forebear.indexer.runs import Run, RunCheckpoint

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from forebear.indexer.encoding import encode
 from forebear.indexer.forward import Forward
 from forebear.indexer.gradient_pass import labels_seed, refuse_non_finite, run_pass
-from forebear.indexer.model import Classifier, encode
+from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block, embedding_block
 from forebear.indexer.tape import EmbeddingFactors, LayerFactors
 

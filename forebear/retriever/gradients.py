@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from forebear.indexer.ekfac import Vectors, dot
+from forebear.indexer.encoding import Texts, take_texts
 from forebear.indexer.estimate import Part, propose
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.gradient_stage import gradient_files, open_sketcher
 from forebear.indexer.gradients import exact_dots, summed_gradients, whole_gradients
 from forebear.indexer.index import Index
-from forebear.indexer.model import Classifier, Texts, take_texts
+from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block, scope_blocks
 from forebear.indexer.sketch import Sketcher, SketchRows, sketch_rows
 from forebear.retriever.curvature import CurvatureSpec, Solve, deep_solver

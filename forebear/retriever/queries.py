@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError, MismatchError, MissingStoreError
+from forebear.indexer.encoding import Encoded, Texts, encode, pad_batch
 from forebear.indexer.forward import Forward, residual_and_loss, run_forward
 from forebear.indexer.index import Index
-from forebear.indexer.model import Classifier, Encoded, Texts, encode, load_classifier, pad_batch, weights_sha256
+from forebear.indexer.model import Classifier, load_classifier, weights_sha256
 from forebear.indexer.runs import moved_paths
 from forebear.indexer.sentence import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.shards import check_same_model

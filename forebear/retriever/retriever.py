@@ -13,10 +13,11 @@ import pyarrow as pa
 
 from forebear.errors import DataError, InputError, MismatchError
 from forebear.indexer.data import RowSource, rows_from_texts
+from forebear.indexer.encoding import Encoded, Texts
 from forebear.indexer.forward import Forward
 from forebear.indexer.index import Index
 from forebear.indexer.labels import LabelMap, label_map
-from forebear.indexer.model import Classifier, Encoded, Texts
+from forebear.indexer.model import Classifier
 from forebear.indexer.spans import Span, span_finder
 from forebear.retriever.aggregate import common_class, read_rows, sum_queries
 from forebear.retriever.certify import certify, check_certifiable

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
+from forebear.indexer.encoding import Encoded, encode_with_places
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS, softmax
 from forebear.indexer.gradient_pass import SeedOf, refuse_non_finite, run_pass
-from forebear.indexer.model import Classifier, Encoded, encode_with_places
+from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block, embedding_block, encoder_input_block
 from forebear.indexer.tape import ENCODER_INPUT, EmbeddingFactors, LayerFactors, Seed, loss_of
 

@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forebear.errors import InputError, NonFiniteError
 from forebear.indexer.ekfac import Vectors
-from forebear.indexer.model import Classifier, encode_with_places, pad_batch
+from forebear.indexer.encoding import encode_with_places, pad_batch
+from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block, encoder_layers
 from forebear.indexer.spans import Span, pieces_of
 from forebear.indexer.tape import only_asking

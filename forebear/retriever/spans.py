@@ -22,10 +22,11 @@ import pyarrow as pa
 
 from forebear.errors import InputError
 from forebear.indexer.curvature import class_basis
+from forebear.indexer.encoding import Encoded, Texts
 from forebear.indexer.estimate import propose
 from forebear.indexer.forward import residual_and_loss, run_forward
 from forebear.indexer.index import Index
-from forebear.indexer.model import Classifier, Encoded, Texts
+from forebear.indexer.model import Classifier
 from forebear.indexer.spans import Finder, Span, find_spans, mask_found, mask_spans, span_finder
 from forebear.retriever.gradients import Asked, GradientSearch
 from forebear.retriever.methods import METHODS, Method

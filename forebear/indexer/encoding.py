@@ -1,0 +1,137 @@
+"""Texts as word pieces: encoding rows, planning batches of them, padding one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from forebear.errors import ModelError
+from forebear.indexer.model import Classifier
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows of text after the tokenizer, or with some word pieces replaced.
+
+    Attributes:
+        rows: As :func:`encode` makes them, ``n`` of them.
+        minus: Other versions of the same rows, whose gradients are subtracted: collectors then see g - g'.
+    """
+
+    rows: Sequence[dict[str, list[int]]]
+    minus: Sequence[dict[str, list[int]]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, which: Iterable[int]) -> Encoded:
+        """Some of the rows, in the order given."""
+        at = list(which)
+        return Encoded([self.rows[i] for i in at], None if self.minus is None else [self.minus[i] for i in at])
+
+
+Texts = Sequence[Sequence[str]] | Encoded  # one list a text column, or encoded rows
+
+
+def n_rows_of(texts: Texts) -> int:
+    """n."""
+    return len(texts) if isinstance(texts, Encoded) else len(texts[0])
+
+
+def take_texts(texts: Texts, which: Iterable[int]) -> Texts:
+    """Some of the rows, in the order given."""
+    if isinstance(texts, Encoded):
+        return texts.take(which)
+    at = list(which)
+    return [[column[i] for i in at] for column in texts]
+
+
+def encode(classifier: Classifier, texts: Sequence[Sequence[str]]) -> list[dict[str, list[int]]]:
+    """Word pieces of each row, truncated (longest text first) and not padded.
+
+    Args:
+        classifier: Whose tokenizer and limit are used.
+        texts: One list a text column, ``(columns, n)``; pairs are encoded in that order.
+    """
+    return tokenize(classifier.tokenizer, texts, classifier.max_length)
+
+
+def encoded_rows(classifier: Classifier, texts: Texts) -> Sequence[dict[str, list[int]]]:
+    """Rows of text, encoded now or already."""
+    return texts.rows if isinstance(texts, Encoded) else encode(classifier, texts)
+
+
+def tokenize(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int) -> list[dict[str, list[int]]]:
+    """Encode rows of one or two texts without padding; see :func:`encode`."""
+    columns = [list(column) for column in texts]
+    if not columns[0]:
+        return []
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length, padding=False)
+    keys = [key for key in encoded if key in tokenizer.model_input_names]
+    return [{key: encoded[key][i] for key in keys} for i in range(len(columns[0]))]
+
+
+def encode_with_places(
+    classifier: Classifier, texts: Sequence[Sequence[str]]
+) -> tuple[list[dict[str, list[int]]], Any]:
+    """The rows as :func:`encode` has them, and where each word piece stands in its text.
+
+    Returns:
+        The rows, and a ``BatchEncoding`` with ``input_ids``, ``offset_mapping``, and by row ``sequence_ids`` and
+        ``word_ids``.
+
+    Raises:
+        ModelError: The tokenizer knows no places, or does not encode twice alike.
+    """
+    tokenizer = classifier.tokenizer
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"{classifier.name}: {type(tokenizer).__name__} does not say where in the text a word piece stands, so "
+            "words cannot be shown. Give a model with a fast tokenizer (tokenizer.json)."
+        )
+    columns = [list(column) for column in texts]
+    encoded = tokenizer(
+        *columns, truncation=True, max_length=classifier.max_length, padding=False, return_offsets_mapping=True
+    )
+    rows = encode(classifier, texts)
+    if encoded["input_ids"] != [row["input_ids"] for row in rows]:
+        raise ModelError(
+            f"{classifier.name}: {type(tokenizer).__name__} gives other word pieces when asked for their places in the "
+            "text, so words cannot be told apart. Give a model with another tokenizer."
+        )
+    return rows, encoded
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Positions grouped into batches of similar length, at most ``batch_tokens`` padded tokens each.
+
+    Longest rows come first, so that a batch that does not fit in memory shows at once. The plan depends
+    on nothing but the lengths and ``batch_tokens``; ties keep their order.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        longest = max(1, lengths[order[start]])
+        stop = start + max(1, batch_tokens // longest)
+        yield order[start:stop]
+        start = stop
+
+
+def pad_batch(tokenizer: Any, rows: Sequence[dict[str, list[int]]], device: torch.device) -> dict[str, torch.Tensor]:
+    """One padded batch of tensors on ``device``.
+
+    Padding goes to the right whatever the tokenizer's setting says: encoders with absolute positions give other
+    numbers for rows that are shifted.
+    """
+    width = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
+    batch = {}
+    for key in rows[0]:
+        padded = torch.full((len(rows), width), fill.get(key, 0), dtype=torch.long)
+        for i, row in enumerate(rows):
+            padded[i, : len(row[key])] = torch.tensor(row[key], dtype=torch.long)
+        batch[key] = padded.to(device)
+    return batch
