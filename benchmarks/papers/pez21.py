@@ -1,8 +1,8 @@
 """Pez21 (an empirical comparison of instance attribution) on MiniLM: Tables 1 to 4 and Figure 2.
 
 Gradients of the last layer, as in the paper's released configuration.
-``python benchmarks/papers/pez21.py [--small] [--data sst2,mnli10k] [--retrain head|top-K|full]
-[--parts correlation,removal,randomized,hans,duplicates]``
+``python benchmarks/papers/pez21.py [--small] [--data sst2,mnli10k,sst2_frozen,mnli10k_frozen]
+[--retrain head|top-K|full] [--parts correlation,removal,randomized,hans,duplicates]``
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 from dataclasses import replace
 
 import numpy as np
-from setups import DATA, PAPER_DAMPING, asked, parsed, retrainer, store, test_rows
+from setups import DATA, PAPER_DAMPING, asked, parsed, retrainer, source_of, store, test_rows
 from tables import cell, table
 
 from forebear import QuerySpec, Retriever
@@ -74,7 +74,7 @@ def correlation(name: str, retriever: Retriever, spec: QuerySpec, sizes: argpars
 
     LiSSA as the paper's code runs it amounts to a damping of 0.25, a hundred mean eigenvalues: hence the second table.
     """
-    queries = test_rows(retriever, TESTS[name], sizes.correlation_queries)
+    queries = test_rows(retriever, TESTS[source_of(name)], sizes.correlation_queries)
     for case, asked_with in (("", spec), ("_damping_30", replace(spec, damping=PAPER_DAMPING))):
         found = correlations(retriever, queries, asked_with, n_rows=sizes.rows)
         values = found.values
@@ -87,11 +87,11 @@ def correlation(name: str, retriever: Retriever, spec: QuerySpec, sizes: argpars
 
 def removal(name: str, retriever: Retriever, spec: QuerySpec, sizes: argparse.Namespace) -> None:
     """Table 1: change of the predicted probability without the top 50 and 500 rows."""
-    queries = test_rows(retriever, TESTS[name], sizes.queries)
+    queries = test_rows(retriever, TESTS[source_of(name)], sizes.queries)
     trainer = retrainer(retriever, sizes.retrain, queries.texts)
     scores = row_scores(retriever, queries, spec)
     found = measure_removal(trainer, scores, sizes.remove, seeds_of(trainer, sizes.seeds, 0), sides=("top",))
-    amounts, paper = range(len(sizes.remove)), REMOVED[name]
+    amounts, paper = range(len(sizes.remove)), REMOVED[source_of(name)]
     changes = {"random": found.random} | {name: found.changes[m, 0] for m, name in enumerate(METHODS)}
     rows = {
         method: [cell(over_seeds(values[a]), paper[method][a] if sizes.remove == (50, 500) else None) for a in amounts]
@@ -106,10 +106,10 @@ def removal(name: str, retriever: Retriever, spec: QuerySpec, sizes: argparse.Na
 
 def randomized(name: str, retriever: Retriever, spec: QuerySpec, sizes: argparse.Namespace) -> None:
     """Table 1: correlation with random models, asked about the same label or each about its own prediction."""
-    queries = test_rows(retriever, TESTS[name], sizes.queries)
+    queries = test_rows(retriever, TESTS[source_of(name)], sizes.queries)
     found = randomized_correlations(retriever, queries, spec, n_rows=sizes.rows, seeds=range(sizes.models))
     rows = {
-        method: [cell(mean_over_seeds(found.values[t, :, :, m]), RANDOMIZED[name][m]) for t in range(2)]
+        method: [cell(mean_over_seeds(found.values[t, :, :, m]), RANDOMIZED[source_of(name)][m]) for t in range(2)]
         for m, method in enumerate(METHODS)
     }
     columns = [f"{target} label" for target in found.targets]
@@ -141,7 +141,7 @@ def duplicates(name: str, retriever: Retriever, spec: QuerySpec, sizes: argparse
     for d, k in enumerate(found.tops):
         rows = {
             method: [
-                cell(100.0 * found.hits[e, m, :, d], hit_rate(DUPLICATES[name][method][e], d))
+                cell(100.0 * found.hits[e, m, :, d], hit_rate(DUPLICATES[source_of(name)][method][e], d))
                 for e in range(len(edits))
             ]
             for m, method in enumerate(METHODS)

@@ -1,6 +1,7 @@
 """What the papers' tables are rerun on: MiniLM, fine-tuned on the papers' data, and its indexes; made where missing.
 
 They lie in ``runs/bench``. Han20 and Pez21 have SST-2 and binary MNLI of 10,000 rows, Yeh22 and Joint have AG News.
+Where a name ends in ``_frozen``, pooler and head were trained alone, as in the configuration that Pez21 released.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from forebear.indexer.data import open_rows
 RUNS = ROOT / "runs" / "bench"
 DEV = {"sst2": "dev", "mnli10k": "dev", "agnews": "test"}
 TRAINING = {"sst2": (), "mnli10k": ("--labels", "binary-nli"), "agnews": ("--epochs", "1")}
+FROZEN = ("--freeze-below", "6", "--learning-rate", "2e-3")  # MiniLM has six layers
 PAPER_DAMPING = "30"  # of Han20: LiSSA's damping 3e-3 times its scale 1e4
 INDEXES = {
     "head": ("--store", "features,sbert", "--damping", f"0.1x,{PAPER_DAMPING}"),
@@ -34,12 +36,19 @@ INDEXES = {
 }
 
 
+def source_of(name: str) -> str:
+    """The folder of a model's data."""
+    return name.removesuffix("_frozen")
+
+
 def trained(name: str) -> Path:
     """The run folder of a data set's model."""
     folder = RUNS / name
     if not (folder / "run.json").is_file():
-        run("train", "--model", "minilm", "--data", DATA / name / "train.parquet", "--precision", "fp32",
-            "--dev", DATA / name / f"{DEV[name]}.parquet", *TRAINING[name], "--out", folder)  # fmt: skip
+        source = source_of(name)
+        frozen = FROZEN if source != name else ()
+        run("train", "--model", "minilm", "--data", DATA / source / "train.parquet", "--precision", "fp32",
+            "--dev", DATA / source / f"{DEV[source]}.parquet", *TRAINING[source], *frozen, "--out", folder)  # fmt: skip
     return folder
 
 
@@ -47,7 +56,7 @@ def asked(name: str, kind: str = "head") -> Retriever:
     """The retriever over a data set's index: ``head``, ``epochs`` (all checkpoints) or ``words``."""
     out = RUNS / f"{name}-papers-{kind}"
     if not (out / "manifest.json").is_file():
-        run("index", "--model", trained(name), "--train", DATA / name / "train.parquet", *INDEXES[kind],
+        run("index", "--model", trained(name), "--train", DATA / source_of(name) / "train.parquet", *INDEXES[kind],
             "--out", out, "--resume")  # fmt: skip
     return Retriever(out)
 
