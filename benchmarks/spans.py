@@ -1,6 +1,6 @@
 """Spans on MAMS with MiniLM: a query by spans beside one by rows, and the recall of stored spans' candidates.
 
-Uses the run and index of papers/span.py. ``python benchmarks/spans.py [--queries 8] [--timed 3] [--scopes head,top-2]``
+Uses the run and index of papers/span.py. ``python benchmarks/spans.py [--queries 8] [--timed 3] [--rows 0] [--scopes head,top-2]``
 """
 
 from __future__ import annotations
@@ -58,12 +58,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--timed", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=0)
     parser.add_argument("--scopes", default="head,top-2")
     asked = parser.parse_args()
     block = next(open_rows(DATA / "mams" / "test.parquet", text_columns=["text", "term"]).blocks(asked.queries))
     queries = list(zip(*block.texts, strict=True))
     for scope in asked.scopes.split(","):
-        index = Index.open(built(scope))
+        index = Index.open(built(scope, asked.rows))
         retriever, store = Retriever(index), index.spans()
         files = {name: facts["bytes"] for name, facts in index.manifest.files.items() if "spans" in name}
         spans = {"scope": scope, "spans": SPANS, "query_spans": "aspect"}

@@ -1,12 +1,14 @@
 """The Span paper's Tables 3 (Sag and Lag) and 4 (faithfulness) on MAMS, with MiniLM instead of RoBERTa-large.
 
 Trains a classifier on text and aspect term, indexes it with the clause that holds each term as its span, and asks 200
-test rows. ``python benchmarks/papers/span.py [--scope head|top-2] [--queries 200] [--faithful-rows 400]``
+test rows. ``python benchmarks/papers/span.py [--scope head|top-2] [--rows 0] [--queries 200]
+[--faithful-rows 400]``
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import pyarrow.parquet as pq
 from common import DATA, ROOT, run, write_result
 
 from forebear import Index, QuerySpec, Retriever
@@ -45,14 +48,24 @@ class Remembering(Retriever):
         return self._answered[1]
 
 
-def built(scope: str) -> Path:
-    """The index of a scope: of all checkpoints at the head, for the control of Table 4; of the last one beyond it."""
-    folder, out = ROOT / "runs" / "bench" / "mams", ROOT / "runs" / "bench" / f"mams-{scope}"
-    train, dev = DATA / "mams" / "train.parquet", DATA / "mams" / "dev.parquet"
+def built(scope: str, n_rows: int = 0) -> Path:
+    """The index of a scope: of all checkpoints at the head, for the control of Table 4; of the last one beyond it.
+
+    Args:
+        scope: Of the gradients.
+        n_rows: Training rows that are indexed, the first ones; 0: all. The model was trained on all.
+    """
+    bench, train, dev = ROOT / "runs" / "bench", DATA / "mams" / "train.parquet", DATA / "mams" / "dev.parquet"
+    folder, out = bench / "mams", bench / (f"mams-{scope}-{n_rows}" if n_rows else f"mams-{scope}")
     if not (folder / "run.json").is_file():
         run("train", "--model", "minilm", "--data", train, "--dev", dev,
             "--text-columns", "text,term", "--precision", "fp32", "--out", folder, "--force")  # fmt: skip
     if not (out / "manifest.json").is_file():
+        if n_rows:
+            (bench / f"mams-{n_rows}").mkdir(exist_ok=True)
+            shutil.copy(DATA / "mams" / "dataset.json", bench / f"mams-{n_rows}")
+            pq.write_table(pq.read_table(train).slice(0, n_rows), bench / f"mams-{n_rows}" / "train.parquet")
+            train = bench / f"mams-{n_rows}" / "train.parquet"
         checkpoints = ["--checkpoints", "all"] if scope == "head" else []
         run("index", "--model", folder, *checkpoints, "--train", train, "--out", out, "--scope", scope,
             "--store", "features,spans", "--spans", SPANS)  # fmt: skip
@@ -63,12 +76,13 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--scope", default="head")
+    parser.add_argument("--rows", type=int, default=0)
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--recall", type=float, default=0.9)
     parser.add_argument("--faithful-rows", type=int, default=400)
     parser.add_argument("--faithful-queries", type=int, default=50)
     asked = parser.parse_args()
-    retriever = Remembering(Index.open(built(asked.scope)))
+    retriever = Remembering(Index.open(built(asked.scope, asked.rows)))
     source = open_rows(DATA / "mams" / "test.parquet", text_columns=["text", "term"])
     spec = retriever.settled(QuerySpec(methods=METHODS, top=AT[-1], scope=asked.scope, recall=asked.recall))
     queries = sample_span_queries(retriever, source, spec, asked.queries, 0)
@@ -86,6 +100,7 @@ def main() -> None:
     write_result(
         f"papers_span_t3_{asked.scope}",
         queries=len(queries),
+        rows=len(retriever.index.live),
         scope=asked.scope,
         recall=asked.recall,
         ours=ours,
