@@ -1,6 +1,7 @@
 """Spans on MAMS with MiniLM: a query by spans beside one by rows, and the recall of stored spans' candidates.
 
-Uses the run and index of papers/span.py. ``python benchmarks/spans.py [--queries 8] [--timed 3] [--rows 0] [--scopes head,top-2]``
+Uses the run and index of papers/span.py.
+``python benchmarks/spans.py [--queries 8] [--timed 3] [--rows 0] [--scopes head,top-2]``
 """
 
 from __future__ import annotations

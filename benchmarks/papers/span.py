@@ -1,8 +1,7 @@
 """The Span paper's Tables 3 (Sag and Lag) and 4 (faithfulness) on MAMS, with MiniLM instead of RoBERTa-large.
 
 Trains a classifier on text and aspect term, indexes it with the clause that holds each term as its span, and asks 200
-test rows. ``python benchmarks/papers/span.py [--scope head|top-2] [--rows 0] [--queries 200]
-[--faithful-rows 400]``
+test rows. ``python benchmarks/papers/span.py [--scope head|top-2] [--rows 0] [--queries 200] [--faithful-rows 400]``
 """
 
 from __future__ import annotations
