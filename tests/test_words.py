@@ -20,7 +20,7 @@ from tiny import KINDS, WORDS, labels, make_tiny_model, sentences
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 
-from forebear import BuildOptions, InputError, Retriever, build_index
+from forebear import BuildOptions, InputError, QuerySpec, Retriever, build_index
 from forebear.indexer.data import rows_from_texts
 from forebear.indexer.runs import choose_model
 from forebear.retriever import words as module
@@ -337,6 +337,23 @@ def plain(folder) -> World:
     texts[13], texts[19], gold[13], gold[19] = texts[3], texts[3], gold[3], gold[3]
     texts = [text + " green" * (n in (4, 9, 11)) for n, text in enumerate(texts)]
     return World(paths, texts, gold, ["green"], build(folder / "few", paths, texts, gold))
+
+
+def test_one_pass_over_the_rows_asked_for_serves_all_word_methods(plain, monkeypatch):
+    retriever = plain.retriever
+    spec = QuerySpec(methods=("tracin-we", "tracin-we-topk", "tracin-tfidf", "gd"))
+    whole = retriever.score_block([["a film", "the plot"]], None, spec)
+    read = []
+    words_of = module.WordSearch._words_of
+    monkeypatch.setattr(
+        module.WordSearch, "_words_of", lambda self, rows, tops: read.append(rows) or words_of(self, rows, tops)
+    )
+    some = retriever.index.live[1::3]
+    found = retriever.score_block([["a film", "the plot"]], None, spec, rows=some)
+    assert [rows.tolist() for rows in read] == [some.tolist()]
+    for name, scores in found.items():
+        at = np.searchsorted(retriever.index.live, some)
+        np.testing.assert_allclose(scores, whole[name][:, at], rtol=1e-5, atol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("exact", MODES)

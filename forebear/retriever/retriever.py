@@ -323,17 +323,17 @@ class Retriever:
             some = [m for m in deep if spec.scope_of(m) == scope]
             at = DeepAsked(texts, asked.targets)
             found |= self._gradient_search(scope, spec).score(some, at, {m.name: wanted for m in some})[0]
-        positions = np.searchsorted(live, wanted)
+        by_words = [m for m in methods if m.representation == "words"]
+        if by_words:
+            assert not isinstance(texts, Encoded)
+            questions = self._words.questions(by_words, texts, asked.targets, normalise=spec.normalise)
+            found |= {m.name: scores for m, scores in zip(by_words, self._words.score(questions, wanted), strict=True)}
         for method in methods:
-            if method.by_words:
+            if method.representation == "tfidf":
                 assert not isinstance(texts, Encoded)
-                if method.representation == "tfidf":
-                    whole = self._tfidf.scores(texts, asked, normalise=spec.normalise)
-                else:
-                    questions = self._words.questions((method,), texts, asked.targets, normalise=spec.normalise)
-                    (whole,) = self._words.score(questions)
-                found[method.name] = whole[:, positions]
-            elif method not in deep:
+                whole = self._tfidf.scores(texts, asked, normalise=spec.normalise)
+                found[method.name] = whole[:, np.searchsorted(live, wanted)]
+            elif method.name not in found:
                 query = make_query(method, asked, self.index, spec.solver)
                 found[method.name] = replace(row_factors(self.index, method), live=wanted).all_products(query)
         return {method.name: found[method.name] for method in methods}

@@ -187,12 +187,15 @@ class WordSearch:
             )
         return {name: (join([p[name][0] for p in parts]), join([p[name][1] for p in parts])) for name in parts[0]}
 
-    def score(self, questions: Sequence[Question]) -> list[np.ndarray]:
-        """Exact scores of every live row from the models, ``(q, n_live)`` float64, for each question."""
-        live = self.index.live
-        out = [np.zeros((len(q.queries), len(live))) for q in questions]
-        for start in range(0, len(live), FULL_ROWS):
-            rows = live[start : start + FULL_ROWS]
+    def score(self, questions: Sequence[Question], wanted: np.ndarray | None = None) -> list[np.ndarray]:
+        """Exact scores of training rows (None: all live ones) from the models, ``(q, n)`` float64, for each question.
+
+        One pass over the rows serves all questions.
+        """
+        wanted = self.index.live if wanted is None else wanted
+        out = [np.zeros((len(q.queries), len(wanted))) for q in questions]
+        for start in range(0, len(wanted), FULL_ROWS):
+            rows = wanted[start : start + FULL_ROWS]
             fresh = self._words_of(rows, sorted({q.top for q in questions}))
             for question, scores in zip(questions, out, strict=True):
                 words = fresh[question.top]
