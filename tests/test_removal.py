@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -348,6 +351,24 @@ def test_each_command_writes_a_report_and_repeats_it_from_its_cache(
     assert "--force" in capsys.readouterr().err
 
 
+def test_workers_give_the_report_of_one_process(bert_world, test_rows, tmp_path):
+    args = ["--index", bert_world.index.folder, "--test", test_rows, "--method", "gd", "--queries", "4"]
+    results = []
+    for workers in ("1", "3"):
+        out = tmp_path / workers
+        command = [sys.executable, "-m", "forebear.cli.main", "evaluate", "removal", *map(str, args), "--remove", "5"]
+        command += ["--cache", str(tmp_path / f"cache-{workers}"), "--workers", workers, "--out", str(out)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert "worker ended" not in done.stderr
+        result = json.loads((out / "result.json").read_text())
+        del result["provenance"]["command"]
+        results.append(result)
+    assert results[0] == results[1]
+    assert not list(tmp_path.glob("forebear-workers-*"))
+
+
 def test_mistakes_exit_with_one_line(bert_world, test_rows, tmp_path, capsys):
     index = str(bert_world.index.folder)
     args = ["evaluate", "removal", "--index", index, "--test", str(test_rows), "-q", "--cache", str(tmp_path)]
@@ -356,6 +377,7 @@ def test_mistakes_exit_with_one_line(bert_world, test_rows, tmp_path, capsys):
         (["--retrain", "top-9x"], "expected full, top-K"),
         (["--retrain", "full"], "is no training run"),
         (["--remove", "60"], "expected 1 to 58"),
+        (["--workers", "0"], "expected 1 or more"),
         (["--method", "gd", "--budget", "2"], "one comparison takes"),
     ):
         assert run([*args, *extra]) == 2

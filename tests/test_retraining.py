@@ -264,6 +264,42 @@ Retrainer(Recipe(), TrainingRows(index), [["a", "b"]], {str(cache)!r}).run(jobs)
         np.testing.assert_array_equal(one.logits, other.logits)
 
 
+def test_processes_that_share_a_cache_share_the_jobs(retriever, tmp_path):
+    """Two of them: every job is trained by one, and both get all outcomes; a job of one that dies goes to the other."""
+    import threading
+
+    jobs = some_jobs(retriever, 8)
+    truth = counting(retriever, tmp_path / "other").run(jobs)
+    both = [counting(retriever, tmp_path / "cache") for _ in range(2)]
+    first, dies = threading.Event(), threading.Event()
+
+    def slowly(job, recipe=both[0].recipe, train=both[0].recipe.train):
+        first.set()  # has claimed a job, and trains it until the other has no more to do
+        if len(recipe.trained) == 1:
+            assert dies.wait(30)
+            raise KeyboardInterrupt
+        return train(job)
+
+    both[0].recipe.train = slowly
+    ended = []
+
+    def run_first():
+        with pytest.raises(KeyboardInterrupt):
+            both[0].run(jobs)
+        ended.append(True)
+
+    thread = threading.Thread(target=run_first)
+    thread.start()
+    assert first.wait(30)
+    found = both[1].run(jobs, lambda _stage, done, total: dies.set() if done == total - 1 else None)
+    thread.join(30)
+    assert ended == [True]
+    assert sum(r.n_trained for r in both) == len(jobs)
+    assert not list(tmp_path.rglob("*.lock"))
+    for one, other in zip(found, truth, strict=True):
+        np.testing.assert_array_equal(one.logits, other.logits)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty", "another job's"])
 def test_a_damaged_outcome_is_trained_again_with_a_warning(retriever, damage, tmp_path):
     jobs = some_jobs(retriever, 2)

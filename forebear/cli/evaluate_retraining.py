@@ -24,6 +24,7 @@ from forebear.cli.options import (
     Scope,
     TextColumns,
 )
+from forebear.cli.workers import Workers, start_workers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 _HOW = """--retrain full fine-tunes as the run did. Stand-ins: top-K trains the last K layers from stored states, at K
 layers' share of the cost; head fits the last layer to stored features, in about a second. Finished retrainings are
-kept (--cache): after a kill the same command goes on.
+kept (--cache): after a kill the same command goes on, and --workers share them.
 """
 REMOVAL_HELP = f"""How does the confidence change without the rows that a method names, after retraining?
 
@@ -159,6 +160,7 @@ def _ask(
     retrain: str,
     l2: float,
     cache: str | None,
+    workers: int,
     run: str | None,
     queries: int,
     seed: int,
@@ -194,6 +196,7 @@ def _ask(
     labelled = need_labels or target == "gold"
     source = open_test(test, text_columns, label_column, label_names, need_labels=labelled)
     folder = Path(cache) if cache is not None else Path(f"{Path(index)}-retraining")
+    start_workers(workers, folder)
     return _Asked(
         retriever=retriever,
         spec=spec,
@@ -229,6 +232,7 @@ def removal(
     l2: L2 = 0.01,
     budget: Budget = None,
     cache: Cache = None,
+    workers: Workers = 1,
     run: RunFolder = None,
     queries: NQueries = 50,
     seed: Seed = 0,
@@ -248,7 +252,7 @@ def removal(
 
     asked = _ask(
         index=index, test=test, method=method, scope=scope, target=target, curvature=curvature, damping=damping,
-        spans=spans, need_labels=False, retrain=retrain, l2=l2, cache=cache, run=run,
+        spans=spans, need_labels=False, retrain=retrain, l2=l2, cache=cache, workers=workers, run=run,
         queries=queries, seed=seed, out=out, model=model, text_columns=text_columns, label_column=label_column,
         label_names=label_names, device=device, force=force,
     )  # fmt: skip
@@ -294,6 +298,7 @@ def deletion_curve(
     l2: L2 = 0.01,
     budget: Budget = None,
     cache: Cache = None,
+    workers: Workers = 1,
     run: RunFolder = None,
     queries: NQueries = 30,
     seed: Seed = 0,
@@ -314,7 +319,7 @@ def deletion_curve(
 
     asked = _ask(
         index=index, test=test, method=method, scope=scope, target=target, curvature=curvature, damping=damping,
-        spans=spans, need_labels=True, retrain=retrain, l2=l2, cache=cache, run=run,
+        spans=spans, need_labels=True, retrain=retrain, l2=l2, cache=cache, workers=workers, run=run,
         queries=queries, seed=seed, out=out, model=model, text_columns=text_columns, label_column=label_column,
         label_names=label_names, device=device, force=force,
     )  # fmt: skip
@@ -356,6 +361,7 @@ def retraining_loss(
     l2: L2 = 0.01,
     budget: Budget = None,
     cache: Cache = None,
+    workers: Workers = 1,
     run: RunFolder = None,
     queries: NQueries = 200,
     seed: Seed = 0,
@@ -376,7 +382,7 @@ def retraining_loss(
 
     asked = _ask(
         index=index, test=test, method=method, scope=scope, target=target, curvature=curvature, damping=damping,
-        spans=spans, need_labels=True, retrain=retrain, l2=l2, cache=cache, run=run,
+        spans=spans, need_labels=True, retrain=retrain, l2=l2, cache=cache, workers=workers, run=run,
         queries=queries, seed=seed, out=out, model=model, text_columns=text_columns, label_column=label_column,
         label_names=label_names, device=device, force=force,
     )  # fmt: skip
@@ -414,6 +420,7 @@ def lds(
     l2: L2 = 0.01,
     budget: Budget = None,
     cache: Cache = None,
+    workers: Workers = 1,
     run: RunFolder = None,
     queries: NQueries = 100,
     seed: Seed = 0,
@@ -434,7 +441,7 @@ def lds(
 
     asked = _ask(
         index=index, test=test, method=method, scope=scope, target=target, curvature=curvature, damping=damping,
-        spans=spans, need_labels=False, retrain=retrain, l2=l2, cache=cache, run=run,
+        spans=spans, need_labels=False, retrain=retrain, l2=l2, cache=cache, workers=workers, run=run,
         queries=queries, seed=seed, out=out, model=model, text_columns=text_columns, label_column=label_column,
         label_names=label_names, device=device, force=force,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import typer
 
 from forebear.cli import audit, demo, evaluate, explain, index, inspect, perturb, report, retrieve, train
 from forebear.cli.console import ERR
+from forebear.cli.workers import stop_workers
 from forebear.errors import ForebearError
 
 INTERRUPTED = 130
@@ -37,6 +38,13 @@ def main() -> None:
 
 def run(args: list[str]) -> int:
     """Run one command and return its exit code; every error becomes one line on stderr."""
+    try:
+        return _run(args)
+    finally:
+        stop_workers()
+
+
+def _run(args: list[str]) -> int:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not news; the outcome is
     try:
         code = app(args=args, prog_name="forebear", standalone_mode=False)

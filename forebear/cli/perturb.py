@@ -22,6 +22,7 @@ from forebear.cli.options import (
     Scope,
     TextColumns,
 )
+from forebear.cli.workers import Workers, start_workers
 from forebear.errors import DataError, InputError
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def attack(
     run: RunFolder = None,
     wordnet: WordNetFolder = None,
     cache: Cache = None,
+    workers: Workers = 1,
     model: MovedModel = None,
     text_columns: TextColumns = None,
     label_column: LabelColumn = None,
@@ -156,7 +158,7 @@ def attack(
     chosen = make_queries(retriever, texts, gold).take(at)
     _run(
         retriever, spec, chosen, evaluation, out=out, seeds=seeds, retrain=retrain, run=run, wordnet=wordnet,
-        cache=cache, device=device, force=force, quiet=quiet, sources={"test rows": test},
+        cache=cache, workers=workers, device=device, force=force, quiet=quiet, sources={"test rows": test},
     )  # fmt: skip
 
 
@@ -187,6 +189,7 @@ def fix(
     run: RunFolder = None,
     wordnet: WordNetFolder = None,
     cache: Cache = None,
+    workers: Workers = 1,
     model: MovedModel = None,
     text_columns: TextColumns = None,
     label_column: LabelColumn = None,
@@ -230,7 +233,8 @@ def fix(
     evaluation = Evaluation(both, every, sets)
     _run(
         retriever, spec, asked.take(at), evaluation, out=out, seeds=seeds, retrain=retrain, run=run, wordnet=wordnet,
-        cache=cache, device=device, force=force, quiet=quiet, sources={"dev rows": dev, "test rows": test},
+        cache=cache, workers=workers, device=device, force=force, quiet=quiet,
+        sources={"dev rows": dev, "test rows": test},
     )  # fmt: skip
 
 
@@ -246,6 +250,7 @@ def _run(
     run: str | None,
     wordnet: str | None,
     cache: str | None,
+    workers: int,
     device: str,
     force: bool,
     quiet: bool,
@@ -262,9 +267,9 @@ def _run(
     if seeds < 1:
         raise InputError(f"--seeds {seeds}: expected 1 or more.")
     words = WordNet(wordnet)
-    retrainer = open_retrainer(
-        retriever, retrain, evaluation.texts, cache or Path(out) / RETRAINED_NAME, run=run, device=device
-    )
+    folder = Path(cache or Path(out) / RETRAINED_NAME)
+    start_workers(workers, folder)
+    retrainer = open_retrainer(retriever, retrain, evaluation.texts, folder, run=run, device=device)
     with progress_bar(quiet=quiet) as progress:
         chooser = Chooser(retriever, spec, queries, words, progress)
         numbers = range(spec.seed, spec.seed + seeds)

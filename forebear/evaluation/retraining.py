@@ -5,25 +5,30 @@ rows added. Its *outcome* is the retrained model's logits on the evaluation rows
 recipe's (:mod:`forebear.evaluation.recipes`).
 
 An outcome lies in the cache under a digest of all that decides it. It appears there whole or not at all, so a run that
-was killed goes on where it was when it is started again.
+was killed goes on where it was when it is started again. Processes that share a cache share the work: each takes the
+jobs that no other has begun, and waits for theirs in the end.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from forebear.errors import CorruptIndexError, InputError, NonFiniteError
+from forebear.errors import CorruptIndexError, InputError, NonFiniteError, StorageError
 from forebear.indexer.forward import softmax
 from forebear.indexer.index import Index
 from forebear.indexer.manifest import canonical_json, digest_of
 from forebear.indexer.store import column, read_batches, record_batch, write_table
 
+POLL_SECONDS = 0.2  # between looks at the jobs of other processes
 Progress = Callable[[str, int, int], None]
 Texts = tuple[str, ...]  # of one row, in the order of encoding
 
@@ -225,10 +230,20 @@ class Retrainer:
         waiting = dict(zip(digests, jobs, strict=True))
         done = {digest: found for digest in waiting if (found := self._read(digest)) is not None}
         progress("retraining", len(done), len(waiting))
-        for digest, job in waiting.items():
-            if digest not in done:
-                done[digest] = self._train(digest, job)
+        left = [digest for digest in waiting if digest not in done]
+        while left:
+            others = []
+            for digest in left:
+                with _claimed(self._path(digest)) as is_mine:
+                    if not is_mine:
+                        others.append(digest)
+                        continue
+                    found = self._read(digest)  # another process may just have made it
+                    done[digest] = self._train(digest, waiting[digest]) if found is None else found
                 progress("retraining", len(done), len(waiting))
+            if len(others) == len(left):
+                time.sleep(POLL_SECONDS)
+            left = others
         return [done[digest] for digest in digests]
 
     def digest(self, job: Job) -> str:
@@ -270,8 +285,37 @@ class Retrainer:
                 return Outcome(logits)
         except (CorruptIndexError, KeyError, IndexError, AttributeError, ValueError):
             pass  # said below
-        self.warnings.append(f"{path} is damaged; that model was trained again.")
+        line = f"{path} is damaged; that model was trained again."
+        if line not in self.warnings:
+            self.warnings.append(line)
         return None
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Whether this process alone may make a file of the cache for now. A claim ends with the process that has it.
+
+    Raises:
+        StorageError: The cache cannot be written.
+    """
+    lock = path.with_suffix(".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a")
+    except OSError as error:
+        raise StorageError(f"cannot write {lock}: {error.strerror}.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a file system without locks: work may be done twice, no more
+            pass
+        try:
+            yield True
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _write(path: Path, digest: str, logits: np.ndarray) -> None:

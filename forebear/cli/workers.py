@@ -1,0 +1,70 @@
+"""``--workers``: further processes of the same command, which share its retrainings by the cache."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forebear.cli.console import warn
+from forebear.errors import InputError
+
+_stops: list[Callable[[], None]] = []  # of the command that runs
+
+Workers = Annotated[
+    int, typer.Option("--workers", help="Processes that retrain at a time; they share the cores.", show_default=True)
+]
+
+
+def start_workers(workers: int, cache: Path) -> None:
+    """Run this command in ``workers - 1`` more processes until :func:`stop_workers`; the cache keeps what they add.
+
+    Args:
+        workers: Processes in all, this one included.
+        cache: Of retrainings.
+
+    Raises:
+        InputError: There is no such number.
+    """
+    if workers < 1:
+        raise InputError(f"--workers {workers}: expected 1 or more.")
+    if workers == 1:
+        return
+    import torch
+
+    threads = max(1, torch.get_num_threads() // workers)
+    torch.set_num_threads(threads)  # part of what decides an outcome: the same in all of them
+    folder = tempfile.TemporaryDirectory(prefix="forebear-workers-")
+    again = [sys.executable, "-m", "forebear.cli.main", *sys.argv[1:], "--workers", "1", "--cache", str(cache)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    running: list[tuple[subprocess.Popen[bytes], Path]] = []
+    for number in range(1, workers):
+        said = Path(folder.name) / f"{number}.txt"
+        with said.open("wb") as file:
+            command = [*again, "--out", f"{folder.name}/{number}", "--quiet"]
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=file)
+        running.append((process, said))
+
+    def stop() -> None:
+        for process, said in running:
+            ended = process.poll()
+            process.terminate()
+            process.wait()
+            if ended:
+                lines = said.read_text(errors="replace").strip().splitlines()
+                warn(f"a worker ended before its work was done: {lines[-1] if lines else f'exit code {ended}'}")
+        folder.cleanup()
+
+    _stops.append(stop)
+
+
+def stop_workers() -> None:
+    """End the processes that were started; to be called when a command has ended."""
+    while _stops:
+        _stops.pop()()
