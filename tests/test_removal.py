@@ -16,7 +16,7 @@ from tiny import labels, sentences, write_jsonl
 
 from forebear.cli.main import run
 from forebear.errors import InputError
-from forebear.evaluation.comparisons import Queries
+from forebear.evaluation.comparisons import Queries, sample_queries
 from forebear.evaluation.deletion_curve import measure_deletion
 from forebear.evaluation.lds import Lds, lds_report, measure_lds
 from forebear.evaluation.recipes import open_retrainer
@@ -24,6 +24,7 @@ from forebear.evaluation.removal import measure_removal, seeds_of
 from forebear.evaluation.retraining import Job, Retrainer, TrainingRows
 from forebear.evaluation.retraining_loss import measure_retraining_loss
 from forebear.evaluation.row_choice import amounts_of, least_overlap, row_scores, rows_at, sides_of
+from forebear.indexer.data import open_rows
 from forebear.indexer.forward import run_forward
 from forebear.retriever.query_spec import QuerySpec
 
@@ -273,6 +274,21 @@ def test_a_rows_score_by_spans_is_that_of_its_best_span_among_all(bert_world, me
     scale = np.abs(best[seen]).max()
     np.testing.assert_allclose(found[method][seen], best[seen], atol=1e-5 * scale)
     assert (found[method][~seen] <= best[seen].max()).all()
+
+
+def test_spans_of_test_rows_may_be_given_by_columns(bert_world, tmp_path):
+    retriever, texts = bert_world.retriever, texts_of(5, 50, False)
+    ends = [text.index(" ") for text in texts]
+    path = write_jsonl(tmp_path / "test.jsonl", text=texts, **{"from": [0] * 5, "to": ends})
+    choices = {"spans": "words", "query_spans": "columns:from,to", "damping": "0.1x"}
+    queries = sample_queries(retriever, open_rows(path), 3, 0)
+    found = row_scores(retriever, queries, retriever.settled(QuerySpec(methods=("if++",), **choices)))["if++"]
+    top = retriever.retrieve(open_rows(path), methods=["if++"], top=1, exact="full", **choices).to_pylist()
+    best = {row["query"]: row for row in top if row["side"] == "proponent"}
+    for i, number in enumerate(queries.rows):
+        assert best[number]["query_span_end"] == ends[number]
+        assert retriever.index.live[found[i].argmax()] == best[number]["row"]
+        assert found[i].max() == pytest.approx(best[number]["score"], rel=1e-4)
 
 
 def test_influence_at_the_refitted_head_foretells_refits_on_halves(bert_world, tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from forebear.errors import InputError
 from forebear.evaluation.report import Cell, Figure, Table, heat_map
@@ -27,12 +28,14 @@ class Queries:
         rows: Their numbers there, ascending, ``(q,)``.
         texts: One list a text column, ``q`` texts each.
         labels: Class ids of the model, ``(q,)``; None where the source has none.
+        table: The rows with all their columns, where spans may be given; None where they come from no file.
     """
 
     source: str
     rows: np.ndarray
     texts: tuple[list[str], ...]
     labels: np.ndarray | None
+    table: pa.Table | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -43,7 +46,8 @@ class Queries:
             at = slice(start, start + QUERY_BLOCK_ROWS)
             labels = None if self.labels is None else self.labels[at]
             texts = tuple(column[at] for column in self.texts)
-            yield Queries(source=self.source, rows=self.rows[at], texts=texts, labels=labels)
+            table = None if self.table is None else self.table.slice(start, QUERY_BLOCK_ROWS)
+            yield Queries(source=self.source, rows=self.rows[at], texts=texts, labels=labels, table=table)
 
 
 def sample_queries(
@@ -63,13 +67,18 @@ def sample_queries(
     chosen = live_sample(np.arange(source.n_rows), n_queries, seed)
     texts: tuple[list[str], ...] = tuple([] for _ in source.text_columns)
     labels: list[np.ndarray] = []
+    tables: list[pa.Table] = []
     for block in source.blocks():
         at = chosen[(chosen >= block.start) & (chosen < block.start + len(block))] - block.start
         for column, found in zip(texts, block.texts, strict=True):
             column += [found[i] for i in at]
         if label_ids is not None and block.labels is not None:
             labels.append(label_ids(block.labels, block.start)[at])
-    return Queries(source=source.name, rows=chosen, texts=texts, labels=np.concatenate(labels) if labels else None)
+        tables.append(block.table.take(pa.array(at)))
+    return Queries(
+        source=source.name, rows=chosen, texts=texts, labels=np.concatenate(labels) if labels else None,
+        table=pa.concat_tables(tables) if tables else None,
+    )  # fmt: skip
 
 
 def score_queries(

@@ -157,7 +157,7 @@ def _best_spans(
         if method.spans == "both":
             assert spec.spans is not None
             find = span_finder(spec.query_spans or spec.spans, spec.span_column or 0)
-            _, encoded = query_spans(classifier, queries.texts, None, targets, forward.logits, find)
+            _, encoded = query_spans(classifier, queries.texts, queries.table, targets, forward.logits, find)
             asked = Asked(encoded, targets)
         scores = SpanScores(index, classifier, spec.scope, asked, entries)
         if method.variants:
