@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.asking import command_line, show_report
+from forebear.cli.asking import command_line, open_test, show_report
 from forebear.cli.console import Variadic, listed, progress_bar, say, warn
 from forebear.cli.options import (
     Damping,
@@ -138,7 +138,6 @@ def attack(
     from forebear.evaluation.perturb import Evaluation
     from forebear.evaluation.perturb_report import check_out
     from forebear.evaluation.perturb_spec import PerturbSpec, make_queries
-    from forebear.indexer.data import open_rows
     from forebear.retriever.retriever import Retriever
 
     check_out(Path(out), force=force)
@@ -148,8 +147,7 @@ def attack(
         random_words=random_words, seed=seed, scope=scope, curvature=curvature, damping=damping, recall=recall,
     )  # fmt: skip
     spec.check()
-    columns, names = listed(text_columns) or None, listed(label_names) or None
-    source = open_rows(test, text_columns=columns, label_column=label_column, label_names=names, need_labels=True)
+    source = open_test(test, text_columns, label_column, label_names, need_labels=True)
     retriever = Retriever(index, model=model, device=device)
     texts, gold = _labelled(retriever, source)
     at = _sample(np.arange(len(gold)), queries, seed)
@@ -204,7 +202,6 @@ def fix(
     from forebear.evaluation.perturb import Evaluation
     from forebear.evaluation.perturb_report import check_out
     from forebear.evaluation.perturb_spec import PerturbSpec, make_queries
-    from forebear.indexer.data import open_rows
     from forebear.retriever.retriever import Retriever
 
     check_out(Path(out), force=force)
@@ -214,10 +211,8 @@ def fix(
         random_words=random_words, seed=seed, scope=scope, curvature=curvature, damping=damping, recall=recall,
     )  # fmt: skip
     spec.check()
-    columns, names = listed(text_columns) or None, listed(label_names) or None
     dev_source, test_source = (
-        open_rows(path, text_columns=columns, label_column=label_column, label_names=names, need_labels=True)
-        for path in (dev, test)
+        open_test(path, text_columns, label_column, label_names, need_labels=True) for path in (dev, test)
     )
     retriever = Retriever(index, model=model, device=device)
     texts, gold = _labelled(retriever, dev_source)

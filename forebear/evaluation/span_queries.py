@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from forebear.errors import DataError, InputError
+from forebear.errors import DataError
+from forebear.evaluation.comparisons import sample_queries
 from forebear.indexer.data import RowSource
-from forebear.indexer.gradients import live_sample
 from forebear.indexer.spans import find_spans, mask_found, span_finder
+from forebear.retriever.coverage import stores_spans
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.spans import SpanRows, span_rows, stored_span_rows
@@ -78,45 +79,32 @@ def sample_span_queries(
         DataError: Labels are needed and missing, or are not the model's; or no row has a span.
         InputError: The number is negative.
     """
-    if n_queries < 0:
-        raise InputError(f"--queries {n_queries}: expected a number of test rows, or 0 for all of them.")
     methods = spec.check()
     retriever.check_stores(methods, spec)
-    retriever.check_texts(source)
-    label_ids = retriever.query_labels(source, required=spec.target == "gold")
-    chosen = live_sample(np.arange(source.n_rows), n_queries, seed)
-    texts: tuple[list[str], ...] = tuple([] for _ in source.text_columns)
-    tables: list[pa.Table] = []
-    labels: list[np.ndarray] = []
-    for block in source.blocks():
-        at = chosen[(chosen >= block.start) & (chosen < block.start + len(block))] - block.start
-        for column, found in zip(texts, block.texts, strict=True):
-            column += [found[i] for i in at]
-        tables.append(block.table.take(pa.array(at)))
-        if label_ids is not None and block.labels is not None:
-            labels.append(label_ids(block.labels, block.start)[at])
+    found = sample_queries(retriever, source, n_queries, seed, need_labels=spec.target == "gold")
+    assert found.table is not None
     queries = SpanQueries(
-        source=source.name, rows=chosen, texts=texts, table=pa.concat_tables(tables),
-        labels=np.concatenate(labels) if labels else None, left_out=np.empty(0, np.int64),
+        source=found.source, rows=found.rows, texts=found.texts, table=found.table, labels=found.labels,
+        left_out=np.empty(0, np.int64),
     )  # fmt: skip
     if not any(method.spans and not method.saliency for method in methods):
         return queries
     assert spec.spans is not None
     find = span_finder(spec.query_spans or spec.spans, spec.span_column or 0)
-    spans = find_spans(find, texts, queries.table, chosen.tolist(), "test row")
-    kept = np.unique(mask_found(retriever.classifier(), texts, spans).owners)
+    spans = find_spans(find, queries.texts, queries.table, queries.rows.tolist(), "test row")
+    kept = np.unique(mask_found(retriever.classifier(), queries.texts, spans).owners)
     if not len(kept):
         raise DataError(
-            f"{source.name}: none of the {len(chosen):,} test rows has a span that the model reads. Find spans "
+            f"{source.name}: none of the {len(queries):,} test rows has a span that the model reads. Find spans "
             "otherwise (--query-spans)."
         )
-    return replace(queries.take(kept), left_out=np.delete(chosen, kept))
+    return replace(queries.take(kept), left_out=np.delete(queries.rows, kept))
 
 
 def training_spans(retriever: Retriever, spec: QuerySpec, rows: np.ndarray) -> SpanRows:
     """All spans of some live training rows (ascending), stored or found as a settled question says."""
-    index, stored = retriever.index, retriever.index.manifest.spec
-    if (spec.spans, spec.span_column) == (stored.spans, stored.span_column):
+    index = retriever.index
+    if stores_spans(index, spec):
         entries = index.live_spans
         return stored_span_rows(index, retriever.classifier(), entries[np.isin(index.spans().rows[entries], rows)])
     assert spec.spans is not None

@@ -35,11 +35,7 @@ from forebear.retriever.gradients import Asked as DeepAsked
 from forebear.retriever.gradients import GradientSearch
 from forebear.retriever.methods import METHODS, Method
 from forebear.retriever.queries import Models, ask, make_query
-from forebear.retriever.query_spec import (
-    DEFAULT_METHODS,
-    Exactness,
-    QuerySpec,
-)
+from forebear.retriever.query_spec import DEFAULT_METHODS, Exactness, QuerySpec
 from forebear.retriever.results import Answers, answer_table
 from forebear.retriever.search import Ranking
 from forebear.retriever.spans import SpanSearch, word_influence
