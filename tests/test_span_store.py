@@ -16,9 +16,21 @@ import torch
 import transformers
 from tiny import labels, make_tiny_model, sentences, write_jsonl
 
-from forebear import BuildOptions, Index, InputError, Retriever, append_rows, build_index, open_rows, retire_rows
+from forebear import (
+    BuildOptions,
+    Index,
+    InputError,
+    QuerySpec,
+    Retriever,
+    append_rows,
+    build_index,
+    open_rows,
+    retire_rows,
+)
 from forebear.cli.main import run
 from forebear.errors import CorruptIndexError, DataError, NonFiniteError
+from forebear.evaluation.comparisons import Queries
+from forebear.evaluation.row_choice import row_scores
 from forebear.indexer import shards, span_store
 from forebear.indexer.data import rows_from_texts
 from forebear.indexer.runs import choose_model
@@ -242,7 +254,28 @@ def test_rows_without_any_span(model, tmp_path):
     assert len(built.spans().rows) == 0
     with pytest.raises(InputError, match="have no span"):
         Retriever(built).retrieve(["a film"], methods=["if+"], top=1)
+    queries = Queries(source="q", rows=np.arange(1), texts=(["a film"],), labels=None)
+    for method in ("if+", "tracin+"):  # from the store, and by the model
+        with pytest.raises(InputError, match="no training row has a span"):
+            row_scores(Retriever(built), queries, Retriever(built).settled(QuerySpec(methods=(method,))))
     assert not verify_index(built.folder).problems
+
+
+def test_a_rows_best_span_is_the_same_from_the_store_as_from_the_model(index, without):
+    asked = sentences(5, 61)
+    queries = Queries(source="q", rows=np.arange(5), texts=(asked,), labels=None)
+    found, wanted = (
+        row_scores(retriever, queries, retriever.settled(QuerySpec(methods=(*BY_SPANS, "gd"), damping="0.1x")))
+        for retriever in (Retriever(index), Retriever(without))
+    )
+    for name in BY_SPANS:
+        assert np.isneginf(found[name][:, SILENT]).all()
+        seen = np.delete(np.arange(N), SILENT)
+        scale = np.abs(wanted[name][:, seen]).max()
+        np.testing.assert_allclose(found[name][:, seen], wanted[name][:, seen], atol=1e-4 * scale)
+    best = Retriever(index).retrieve(asked, methods=["if++"], top=1, damping="0.1x").to_pylist()
+    tops = [row["row"] for row in best if row["side"] == "proponent"]
+    assert found["if++"].argmax(axis=1).tolist() == tops
 
 
 # ---------------------------------------------------------------- changes

@@ -14,13 +14,14 @@ from forebear.evaluation.span_queries import training_spans
 from forebear.evaluation.top_overlap import rows_of_share
 from forebear.indexer.forward import run_forward
 from forebear.indexer.spans import span_finder
-from forebear.retriever.gradients import Asked
+from forebear.retriever.coverage import stores_spans
+from forebear.retriever.gradients import Asked, GradientSearch
 from forebear.retriever.methods import Method, pick_methods
 from forebear.retriever.queries import N_VARIANTS, Models, choose_targets
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.span_scores import SpanScores
-from forebear.retriever.spans import query_spans
+from forebear.retriever.spans import query_spans, stored_row_scores
 from forebear.retriever.tfidf import TfidfSearch
 
 Side = Literal["top", "bottom", "least"]
@@ -143,28 +144,40 @@ def _best_spans(
     retriever: Retriever, queries: Queries, spec: QuerySpec, methods: Sequence[Method]
 ) -> dict[str, np.ndarray]:
     index, classifier = retriever.index, retriever.classifier()
-    entries = training_spans(retriever, spec, index.live)
-    rows, starts = np.unique(entries.rows, return_index=True)
-    out = {m.name: np.full((len(queries), len(index.live)), -np.inf) for m in methods}
-    if not len(rows):
-        raise InputError("no training row has a span that the model reads. Find spans otherwise (--spans).")
-    at = np.searchsorted(index.live, rows)
-    n_checkpoints = len(index.manifest.checkpoints)
     forward = run_forward(classifier, queries.texts)
     targets = choose_targets(spec.target, forward.predictions, queries.labels, classifier.label_names)
-    for method in methods:
-        asked = Asked([list(column) for column in queries.texts], targets)
-        if method.spans == "both":
-            assert spec.spans is not None
-            find = span_finder(spec.query_spans or spec.spans, spec.span_column or 0)
-            _, encoded = query_spans(classifier, queries.texts, queries.table, targets, forward.logits, find)
-            asked = Asked(encoded, targets)
-        scores = SpanScores(index, classifier, spec.scope, asked, entries)
-        if method.variants:
-            values = scores.summed(retriever.classifier(n_checkpoints + m) for m in range(N_VARIANTS))
-        else:
-            values, _ = scores.preconditioned(spec.solver)
-        out[method.name][:, at] = np.maximum.reduceat(values, starts, axis=1)
+    whole = masked = Asked([list(column) for column in queries.texts], targets)
+    if any(m.spans == "both" for m in methods):
+        assert spec.spans is not None
+        find = span_finder(spec.query_spans or spec.spans, spec.span_column or 0)
+        _, encoded = query_spans(classifier, queries.texts, queries.table, targets, forward.logits, find)
+        masked = Asked(encoded, targets)
+    from_store = [m for m in methods if spec.scope == "head" and not m.variants and stores_spans(index, spec)]
+    by_model = [m for m in methods if m not in from_store]
+    out: dict[str, np.ndarray] = {}
+    no_span = "no training row has a span that the model reads. Find spans otherwise (--spans)."
+    if from_store:
+        if not len(index.live_spans):
+            raise InputError(no_span)
+        models = Models(index, model=classifier, device="auto")
+        search = GradientSearch(index, models, "head", spec.solver)
+        for method in from_store:
+            out[method.name] = stored_row_scores(search, method, masked if method.spans == "both" else whole)
+    if by_model:
+        entries = training_spans(retriever, spec, index.live)
+        if not len(entries.rows):
+            raise InputError(no_span)
+        rows, starts = np.unique(entries.rows, return_index=True)
+        at = np.searchsorted(index.live, rows)
+        n_checkpoints = len(index.manifest.checkpoints)
+        for method in by_model:
+            scores = SpanScores(index, classifier, spec.scope, masked if method.spans == "both" else whole, entries)
+            if method.variants:
+                values = scores.summed(retriever.classifier(n_checkpoints + m) for m in range(N_VARIANTS))
+            else:
+                values, _ = scores.preconditioned(spec.solver)
+            out[method.name] = np.full((len(queries), len(index.live)), -np.inf)
+            out[method.name][:, at] = np.maximum.reduceat(values, starts, axis=1)
     return out
 
 

@@ -14,7 +14,7 @@ is a squared length, so positive.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -348,28 +348,69 @@ def stored_ends(
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Both ends of all live stored spans at the head of the last checkpoint, from stored factors.
 
-    <V, g_n - g_n(-ij)> is <V, r_n f_n^T> less that of the masked row, both in float64.
-
     Returns:
         (entries, scores) of proponents, best first, and of opponents, ``(q, k)`` each.
     """
-    index, store, live = search.index, search.index.spans(), search.index.live_spans
-    query = head_query(search, method, asked)
-    whole = RowFactors((index.features(),), (index.residuals(),), np.unique(store.rows[live]))
-    masked = RowFactors((store.features,), (store.residuals,), live)
-    owner = np.searchsorted(whole.live, store.rows[live])
+    query, stored = head_query(search, method, asked), _StoredAtHead(search.index)
+    live = stored.entries
     q, width = len(query), min(k + SPARE, len(live))
     ends = [(np.empty((q, k), np.int64), np.empty((q, k))) for _ in range(2)]
-    size = max(1, MAX_SCORES // len(live))
-    for start in range(0, q, size):
-        at = np.arange(start, min(start + size, q))
+    for at in stored.chunks(q):
         some = query.take(at)
-        fast = whole.all_products(some)[:, owner] - masked.all_products(some)
+        fast = stored.products(some)
         for (entries, scores), sign in zip(ends, (-1.0, 1.0), strict=True):
             best = np.sort(np.argpartition(sign * fast, width - 1, axis=1)[:, :width], axis=1)
             # Pair by pair: the same spans get the same scores, and ties go to the first.
-            exact = whole.scores(some, store.rows[live[best]]) - masked.scores(some, live[best])
+            exact = stored.scores(some, live[best])
             order = np.argsort(sign * exact, axis=1, kind="stable")[:, :k]
             entries[at] = live[np.take_along_axis(best, order, axis=1)]
             scores[at] = np.take_along_axis(exact, order, axis=1)
     return ends[0], ends[1]
+
+
+def stored_row_scores(search: GradientSearch, method: Method, asked: Asked) -> np.ndarray:
+    """The best stored span of each live row at the head of the last checkpoint, from stored factors.
+
+    Returns:
+        ``(q, n_live)`` float64, columns in the order of ``index.live``; -inf for a row without a stored span.
+    """
+    query, stored = head_query(search, method, asked), _StoredAtHead(search.index)
+    out = np.full((len(query), len(search.index.live)), -np.inf)
+    rows, starts = np.unique(stored.rows, return_index=True)  # entries stand by row
+    columns = np.searchsorted(search.index.live, rows)
+    for at in stored.chunks(len(query)):
+        out[np.ix_(at, columns)] = np.maximum.reduceat(stored.products(query.take(at)), starts, axis=1)
+    return out
+
+
+class _StoredAtHead:
+    """<V, g_n - g_n(-ij)> of all live stored spans: <V, r_n f_n^T> less that of the masked row, both in float64.
+
+    Attributes:
+        entries: Their numbers in the store, ``(m,)``.
+        rows: Training row of each, ``(m,)``, ascending.
+    """
+
+    def __init__(self, index: Index) -> None:
+        store = index.spans()
+        self.entries = index.live_spans
+        self.rows = store.rows[self.entries]
+        self._all_rows = store.rows
+        self._whole = RowFactors((index.features(),), (index.residuals(),), np.unique(self.rows))
+        self._masked = RowFactors((store.features,), (store.residuals,), self.entries)
+
+    def chunks(self, n_queries: int) -> Iterator[np.ndarray]:
+        """Queries whose scores of all spans fit in memory together."""
+        size = max(1, MAX_SCORES // max(1, len(self.entries)))
+        for start in range(0, n_queries, size):
+            yield np.arange(start, min(start + size, n_queries))
+
+    def products(self, query: Query) -> np.ndarray:
+        """Of all of them by matrix products, ``(q, m)``."""
+        owner = np.searchsorted(self._whole.live, self.rows)
+        return np.asarray(self._whole.all_products(query)[:, owner] - self._masked.all_products(query))
+
+    def scores(self, query: Query, entries: np.ndarray) -> np.ndarray:
+        """Of some of them, ``(q, k)`` numbers, pair by pair."""
+        whole = self._whole.scores(query, self._all_rows[entries])
+        return np.asarray(whole - self._masked.scores(query, entries))
