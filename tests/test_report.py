@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from forebear.cli import asking
 from forebear.errors import InputError, NonFiniteError, OutputExistsError, StorageError
 from forebear.evaluation import report as module
 from forebear.evaluation.report import (
@@ -266,6 +268,19 @@ def test_column_of_numbers_shares_its_decimals_and_is_set_flush_right() -> None:
     page = render_html(Report("t", "s", tables=[table]))
     assert '<td class="n">0.5000</td>' in page and '<td class="n">0.2500</td>' in page
     assert '<th scope="row">a</th>' in page and '<th scope="col" class="n">mean</th>' in page
+
+
+@pytest.mark.parametrize("width", [30, 60, 200])
+def test_no_number_of_a_table_is_cut_on_a_narrow_screen(width, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(asking, "OUT", Console(width=width, highlight=False))
+    names = ["method", *(f"random low {i}" for i in range(9)), "text"]
+    numbers = [1234.5 + i for i in range(9)]
+    asking.show_table(module.Table("T", names, [["saliency-if-token", *numbers, "a long text " * 20]]))
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert "saliency-if-token" in shown
+    assert all(module.format_cell(number, 3) in shown for number in numbers)
+    assert " ".join(shown.split()).count("long") == 20
 
 
 def test_charts_are_deterministic_and_carry_no_date() -> None:

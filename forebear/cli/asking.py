@@ -37,6 +37,9 @@ Curvature = Annotated[
 Exact = Annotated[str, typer.Option("--exact", help="rerank or full.")]
 Out = Annotated[str | None, typer.Option("--out", help="Folder for report.html, table.csv and result.json.")]
 
+_GAP = 3  # between two columns of a table on the screen
+_TEXT_WIDTH = 24  # of a column of texts at least
+
 
 def open_retriever(index: str, model: str | None, device: str, out: str | None, *, force: bool) -> Retriever:
     """The index's retriever, after seeing that the report can be written."""
@@ -141,20 +144,32 @@ def show_report(report: Report) -> None:
 
 
 def show_table(table: ReportTable) -> None:
-    """Print one table of a report."""
+    """Print one table of a report; texts wrap, numbers and names are never cut short, however narrow the screen."""
     from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
     from rich.markup import escape
     from rich.table import Table
 
     from forebear.evaluation.report import format_cell
 
-    grid = Table(title=escape(table.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(table.columns):
-        numbers = any(isinstance(row[i], float | int) for row in table.rows)
-        grid.add_column(escape(column), justify="right" if numbers else "left", no_wrap=numbers or i == 0)
-    for row in table.rows:
-        cells = (format_cell(cell, 3 if isinstance(cell, float) else None) for cell in row)
-        grid.add_row(*map(escape, cells))
-    OUT.print(grid)
+    rows = [[format_cell(cell, 3 if isinstance(cell, float) else None) for cell in row] for row in table.rows]
+    numbers = [any(isinstance(row[i], float | int) for row in table.rows) for i in range(len(table.columns))]
+    longest = [max((cell_len(row[i]) for row in rows), default=0) for i in range(len(table.columns))]
+    heads = list(table.columns)
+    if sum(_GAP + max(n, cell_len(head)) for n, head in zip(longest, heads, strict=True)) > OUT.width:
+        heads = [head.replace(" ", "\n") if numbers[i] else head for i, head in enumerate(heads)]
+    least = sum(
+        _GAP + (max(n, *map(cell_len, heads[i].split("\n"))) if numbers[i] or i == 0 else min(n, _TEXT_WIDTH))
+        for i, n in enumerate(longest)
+    )
+    grid = Table(
+        title=escape(table.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False,
+        width=least if least > OUT.width else None,
+    )  # fmt: skip
+    for i, head in enumerate(heads):
+        grid.add_column(escape(head), justify="right" if numbers[i] else "left", no_wrap=numbers[i] or i == 0)
+    for row in rows:
+        grid.add_row(*map(escape, row))
+    OUT.print(grid, crop=False)
     if table.note:
         OUT.print(table.note, style="dim", markup=False)
