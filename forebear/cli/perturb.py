@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.asking import command_line, open_test, show_report
+from forebear.cli.asking import command_line, integers, open_test, show_report
 from forebear.cli.console import Variadic, listed, progress_bar, say, warn
 from forebear.cli.options import (
     Damping,
@@ -143,7 +143,7 @@ def attack(
     check_out(Path(out), force=force)
     spec = PerturbSpec(
         what="attack",
-        strategies=tuple(listed(strategy)) or ("lower-right",), rows=_amounts(rows, "1,2,6"),
+        strategies=tuple(listed(strategy)) or ("lower-right",), rows=tuple(integers("--rows", rows)) or (1, 2, 6),
         random_words=random_words, seed=seed, scope=scope, curvature=curvature, damping=damping, recall=recall,
     )  # fmt: skip
     spec.check()
@@ -207,7 +207,7 @@ def fix(
     check_out(Path(out), force=force)
     spec = PerturbSpec(
         what="fix",
-        strategies=tuple(listed(strategy)) or ("raise-right",), rows=_amounts(rows, "1,2,4,8"),
+        strategies=tuple(listed(strategy)) or ("raise-right",), rows=tuple(integers("--rows", rows)) or (1, 2, 4, 8),
         random_words=random_words, seed=seed, scope=scope, curvature=curvature, damping=damping, recall=recall,
     )  # fmt: skip
     spec.check()
@@ -292,14 +292,6 @@ def _labelled(retriever: Retriever, source: RowSource) -> tuple[list[list[str]],
         raise DataError(f"{source.name} has no rows.")
     texts = [[text for block in blocks for text in block.texts[i]] for i in range(len(source.text_columns))]
     return texts, np.concatenate([labels(block.labels or [], block.start) for block in blocks])
-
-
-def _amounts(given: list[str] | None, default: str) -> tuple[int, ...]:
-    """``--rows`` as numbers."""
-    values = listed(given) or listed([default])
-    if not all(value.isdecimal() for value in values):
-        raise InputError(f"--rows {','.join(values)}: expected whole numbers, such as {default}.")
-    return tuple(int(value) for value in values)
 
 
 def _sample(at: np.ndarray, n: int, seed: int) -> np.ndarray:
