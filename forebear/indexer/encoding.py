@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from forebear.errors import ModelError
@@ -19,10 +20,13 @@ class Encoded:
     Attributes:
         rows: As :func:`encode` makes them, ``n`` of them.
         minus: Other versions of the same rows, whose gradients are subtracted: collectors then see g - g'.
+        owners: Where several entries are versions of one row: a number for each, ``(n,)``, the same for those whose
+            row and label are the same, which is then run once in a batch. None: nothing is known of that.
     """
 
     rows: Sequence[dict[str, list[int]]]
     minus: Sequence[dict[str, list[int]]] | None = None
+    owners: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -30,7 +34,11 @@ class Encoded:
     def take(self, which: Iterable[int]) -> Encoded:
         """Some of the rows, in the order given."""
         at = list(which)
-        return Encoded([self.rows[i] for i in at], None if self.minus is None else [self.minus[i] for i in at])
+        return Encoded(
+            [self.rows[i] for i in at],
+            None if self.minus is None else [self.minus[i] for i in at],
+            None if self.owners is None else self.owners[at],
+        )
 
 
 Texts = Sequence[Sequence[str]] | Encoded  # one list a text column, or encoded rows

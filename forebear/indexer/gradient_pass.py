@@ -92,8 +92,10 @@ def run_pass(
     tape = Tape(classifier, tuple(blocks.values()), widest([collector.scope for collector in collectors]))
     wanted = [(collector, frozenset(block.name for block in collector.blocks)) for collector in collectors]
 
+    whole_of = torch.empty(0, dtype=torch.long)  # of the batch: which of its rows each version belongs to
+
     def on_layer(name: str, factors: LayerFactors) -> None:
-        shown = factors if minus is None else factors.differences()
+        shown = factors if minus is None else factors.differences(whole_of.to(factors.inputs.device))
         for collector, names in wanted:
             if name in names:
                 collector.on_layer(name, shown)
@@ -109,8 +111,10 @@ def run_pass(
         try:
             for collector in collectors:
                 collector.begin(at)
-            together = [rows[i] for i in at] + ([] if minus is None else [minus[i] for i in at])
-            f, z = tape.record(together, _for_versions(seed_of(at), versions), on_layer)
+            wholes, which = _run_once(encoded, at)
+            whole_of = torch.from_numpy(which)
+            together = [rows[i] for i in wholes] + ([] if minus is None else [minus[i] for i in at])
+            f, z = tape.record(together, _seed_of_versions(seed_of, wholes, at, versions), on_layer)
             for collector in collectors:
                 collector.end(at)
         except (RuntimeError, MemoryError) as error:
@@ -128,20 +132,30 @@ def run_pass(
                 warn(f"{len(at)} rows of {longest} word pieces do not fit in memory; going on with {len(at) // 2}.")
             waiting.extendleft(_halves(at))
             continue
-        for version in range(versions):
-            to, of = [version * len(rows) + i for i in at], slice(version * len(at), (version + 1) * len(at))
-            features[to], logits[to] = f[of], z[of]
+        features[at], logits[at] = f[which], z[which]
+        if minus is not None:
+            to = [len(rows) + i for i in at]
+            features[to], logits[to] = f[len(wholes) :], z[len(wholes) :]
         if on_rows is not None:
             on_rows(len(at))
     refuse_non_finite(classifier.name, first_row, *np.split(logits, versions), *np.split(features, versions))
     return Forward(features, softmax(logits), logits)
 
 
-def _for_versions(seed: Seed, versions: int) -> Seed:
-    """The same seed for each version of the rows."""
+def _run_once(encoded: Encoded, at: list[int]) -> tuple[list[int], np.ndarray]:
+    """Of a batch: positions of the rows that are run, and which of these each entry stands for, ``(len(at),)``."""
+    if encoded.owners is None:
+        return at, np.arange(len(at))
+    _, first, which = np.unique(encoded.owners[at], return_index=True, return_inverse=True)
+    return [at[i] for i in first], which
+
+
+def _seed_of_versions(seed_of: SeedOf, wholes: list[int], at: list[int], versions: int) -> Seed:
+    """What is differentiated at the rows of a batch, and at the other versions after them."""
     if versions == 1:
-        return seed
-    return lambda logits: np.concatenate([seed(half) for half in np.split(logits, versions)])
+        return seed_of(wholes)
+    n = len(wholes)
+    return lambda logits: np.concatenate([seed_of(wholes)(logits[:n]), seed_of(at)(logits[n:])])
 
 
 def refuse_non_finite(name: str, first_row: int, *numbers: np.ndarray) -> None:

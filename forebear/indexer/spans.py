@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -296,4 +296,4 @@ def mask_found(
     entries = [[column[i] for i in owners.tolist()] for column in texts]
     encoded, read = mask_spans(classifier, entries, spans, unknown=unknown)
     kept = [span for span, is_read in zip(spans, read, strict=True) if is_read]
-    return MaskedSpans(owners[read], kept, encoded, owners[~read])
+    return MaskedSpans(owners[read], kept, replace(encoded, owners=owners[read]), owners[~read])

@@ -39,11 +39,15 @@ class LayerFactors:
         """G of every row, ``(b, n_out, n_in)``."""
         return torch.bmm(self.deltas.transpose(1, 2), self.inputs)
 
-    def differences(self) -> LayerFactors:
-        """Of ``b / 2`` rows and then as many other versions of them: factors of G - G', tokens side by side."""
-        half = len(self.inputs) // 2
-        d = self.deltas
-        return LayerFactors(_side_by_side(self.inputs), torch.cat([d[:half], -d[half:]], dim=1))
+    def differences(self, owners: torch.Tensor) -> LayerFactors:
+        """Of some rows and then ``n`` other versions of them: factors of G - G', tokens side by side.
+
+        Args:
+            owners: Position of the row that each version belongs to, ``(n,)``.
+        """
+        n = len(owners)
+        d = torch.cat([self.deltas[:-n][owners], -self.deltas[-n:]], dim=1)
+        return LayerFactors(_side_by_side(self.inputs, owners), d)
 
     def cache_sized(self) -> Iterator[LayerFactors]:
         """The rows a few at a time: on a CPU one by one, so that a whole gradient stays in the cache (2x, measured)."""
@@ -64,16 +68,16 @@ class EmbeddingFactors(LayerFactors):
 
     ids: torch.Tensor
 
-    def differences(self) -> EmbeddingFactors:
+    def differences(self, owners: torch.Tensor) -> EmbeddingFactors:
         """See :meth:`LayerFactors.differences`."""
-        both = super().differences()
-        return EmbeddingFactors(both.inputs, both.deltas, _side_by_side(self.ids))
+        both = super().differences(owners)
+        return EmbeddingFactors(both.inputs, both.deltas, _side_by_side(self.ids, owners))
 
 
-def _side_by_side(values: torch.Tensor) -> torch.Tensor:
-    """``(b, t, ...)`` as ``(b / 2, 2 t, ...)``."""
-    half = len(values) // 2
-    return torch.cat([values[:half], values[half:]], dim=1)
+def _side_by_side(values: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
+    """``(rows and n versions, t, ...)`` as ``(n, 2 t, ...)``."""
+    n = len(owners)
+    return torch.cat([values[:-n][owners], values[-n:]], dim=1)
 
 
 ENCODER_INPUT = "encoder-input"  # a scope of its own: no parameters, the gradient at what enters the first layer

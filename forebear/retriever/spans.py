@@ -15,7 +15,7 @@ is a squared length, so positive.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -82,7 +82,7 @@ def stored_span_rows(index: Index, classifier: Classifier, entries: np.ndarray) 
     rows, spans = store.rows[entries], store.spans(entries)
     encoded, read = mask_spans(classifier, index.text_lists(rows), spans)
     assert read.all()
-    return SpanRows(rows, spans, encoded, index.labels[rows].astype(np.int64), store.n_cut)
+    return SpanRows(rows, spans, replace(encoded, owners=rows), index.labels[rows].astype(np.int64), store.n_cut)
 
 
 def query_spans(
