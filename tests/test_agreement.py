@@ -114,6 +114,10 @@ def test_label_agreement_counts_labels_of_the_target(bert_world):
             assert found.targets[q] == y
             share = 100 * bert_world.labels.count(y) / len(bert_world.labels)
             assert found.controls[RANDOM_ROWS][q] == pytest.approx([share, share])
+            of_words = [
+                y_n for text, y_n in zip(bert_world.texts, bert_world.labels, strict=True) for _ in text.split()
+            ]
+            assert found.controls[RANDOM_SPANS][q] == pytest.approx([100 * of_words.count(y) / len(of_words)] * 2)
 
 
 def test_a_named_target_is_the_label_compared(bert_world):
@@ -153,7 +157,7 @@ def difference(plain, text):
 def test_values_do_not_depend_on_blocks(bert_world, measure, monkeypatch):
     methods = ("gd", "if++")
     whole, *_ = measured(bert_world, measure, methods=methods)
-    monkeypatch.setattr(span_queries, "BLOCK_ROWS", 2)
+    monkeypatch.setattr(agreement, "BLOCK_ROWS", 2)
     parts, *_ = measured(bert_world, measure, methods=methods)
     np.testing.assert_allclose(parts.values, whole.values, atol=1e-3)
     for name in whole.controls:

@@ -292,6 +292,23 @@ def test_query_labels_that_do_not_fit_are_left_out_with_a_warning(world, tmp_pat
     )
 
 
+def test_spans_with_markup_are_printed_as_they_are(bert_world, capsys):
+    args = [
+        "retrieve",
+        "--index",
+        str(bert_world.index.folder),
+        "--method",
+        "if++",
+        "--spans",
+        "sentences",
+        "--top",
+        "1",
+    ]
+    for text in ("good [/foo] film", "good [bold] film"):
+        assert run([*args, "--text", text]) == 0
+        assert f"the query's span: {text}" in " ".join(capsys.readouterr().out.split())
+
+
 def test_texts_with_markup_are_printed_as_they_are(world, tmp_path, capsys):
     path = tmp_path / "train.parquet"
     pq.write_table(pa.table({"text": ["[bold]good[/bold] film", "bad [/] film"] * 8, "label": [0, 1] * 8}), path)

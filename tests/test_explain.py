@@ -414,7 +414,7 @@ def test_spans_and_influence_on_the_page_and_on_the_terminal(world, tmp_path, ca
     more = ["--text", QUERY, "--spans", "words", "--saliency-influence", "--word", "film", "--top", "2"]
     assert run(args(world, *more)) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "asked about, a word of text: a good [film] was" in shown
+    assert "asked about, a word (by summed-gradient saliency) of text: a good [film] was" in shown
     assert "saliency-if: proponents of the word's saliency" in shown
     assert "if++: proponents of" in shown
     assert run(args(world, *more, "--html", str(tmp_path / "a.html"))) == 0

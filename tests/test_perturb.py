@@ -384,8 +384,8 @@ def test_fix_adds_changed_rows_for_dev_rows_that_are_wrong(retriever, folder, fi
     changed = read_changed(tmp_path)
     wrong = np.flatnonzero(run_forward(retriever.classifier(), [TEXTS[:20]]).predictions == LABELS[:20])
     assert result["queries"] == wrong.tolist()
-    assert result["sets"] == {"test rows": 9, "dev rows": 20, "dev rows that were wrong": len(wrong)}
-    assert result["indexed_accuracy"]["dev rows that were wrong"] == 0
+    assert result["sets"] == {"test rows": 9, "dev rows": 20, "wrong dev rows asked about": len(wrong)}
+    assert result["indexed_accuracy"]["wrong dev rows asked about"] == 0
     for strategy in ("raise-right", "random"):
         mine = [c for c in changed if c["strategy"] == strategy]
         assert len(mine) == 2 * len(wrong)

@@ -385,6 +385,34 @@ def test_workers_give_the_report_of_one_process(bert_world, test_rows, tmp_path)
     assert not list(tmp_path.glob("forebear-workers-*"))
 
 
+def test_test_rows_without_a_span_are_left_out_and_counted(bert_world, tmp_path, capsys):
+    texts = sentences(12, seed=31)
+    texts[5] = "?!"
+    path = write_jsonl(tmp_path / "test.jsonl", text=texts, label=labels(12, 2, seed=8))
+    args = ["evaluate", "removal", "--index", str(bert_world.index.folder), "--test", str(path), "-q", "--queries", "0"]
+    args += ["--method", "if++", "--spans", "words", "--cache", str(tmp_path / "c"), "--scope", "head"]
+    assert run([*args, "--remove", "3", "--sides", "top", "--out", str(tmp_path / "a")]) == 0
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert result["queries"] == [n for n in range(12) if n != 5]
+    assert "1 sampled rows without a span left out" in result["provenance"]["test rows"]
+
+
+def test_rows_without_a_span_are_not_removed_as_if_they_were_ranked():
+    scores = np.array([-np.inf, 2.0, -1.0, -np.inf, 0.5])
+    assert rows_at(scores, np.arange(5), 3, "bottom").tolist() == [1, 2, 4]
+    with pytest.raises(InputError, match="4 rows are to be removed, but only 3 hold a span"):
+        rows_at(scores, np.arange(5), 4, "top")
+
+
+def test_an_unsolved_system_is_said(bert_world, test_rows, tmp_path):
+    args = ["evaluate", "retraining-loss", "--index", str(bert_world.index.folder), "--test", str(test_rows), "-q"]
+    args += ["--queries", "3", "--cache", str(tmp_path / "c"), "--remove", "5", "--method", "if", "--curvature", "cg"]
+    assert run([*args, "--out", str(tmp_path / "a")]) == 0
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert 0 < result["residuals"]["if"] < 1
+    assert "relative residual of" in (tmp_path / "a" / "report.html").read_text() or "H^-1 of if" in json.dumps(result)
+
+
 def test_mistakes_exit_with_one_line(bert_world, test_rows, tmp_path, capsys):
     index = str(bert_world.index.folder)
     args = ["evaluate", "removal", "--index", index, "--test", str(test_rows), "-q", "--cache", str(tmp_path)]

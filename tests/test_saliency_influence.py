@@ -17,6 +17,7 @@ from forebear.indexer.scopes import scope_blocks
 from forebear.indexer.spans import Span
 from forebear.retriever.saliency import saliency
 from forebear.retriever.saliency_gradients import saliency_gradients, salient_words
+from forebear.retriever.spans import WORD_ROWS
 
 TEXTS, LABELS = sentences(24, seed=3, low=3), labels(24)
 QUERIES = ["the good film was dull", "a sad story"]
@@ -133,7 +134,8 @@ def test_rows_and_their_words_are_ranked_as_by_a_slow_loop(retriever, exact):
         assert [r["row"] for r in rows] == sorted(range(len(TEXTS)), key=lambda n: sign * of_row[n])[:6]
         assert [r["score"] for r in rows] == pytest.approx([of_row[r["row"]] for r in rows], rel=2e-3)
         words = [r for r in table if (r["method"], r["side"]) == ("saliency-if-token", side)]
-        of_found = {r["row"] for r in table if r["method"] == "saliency-if"}
+        order = sorted(range(len(TEXTS)), key=lambda n: of_row[n])
+        of_found = set(order if exact == "full" else [*order[:WORD_ROWS], *order[-WORD_ROWS:]])
         wanted = sorted((key for key in of_word if key[0] in of_found), key=lambda key: sign * of_word[key])[:6]
         scale = max(map(abs, of_word.values()))
         found = [of_word[r["row"], (r["span_start"], r["span_end"])] for r in words]
@@ -146,10 +148,31 @@ def test_rows_and_their_words_are_ranked_as_by_a_slow_loop(retriever, exact):
 @pytest.mark.parametrize("scope", ["head", "all"])
 def test_every_curvature_takes_saliency_and_candidates_find_the_full_ranking(retriever, scope):
     choices = {"methods": ["saliency-if", "saliency-if-token"], "top": 4, "scope": scope}
-    some = retriever.retrieve(QUERIES, candidates=len(TEXTS), **choices)
-    full = retriever.retrieve(QUERIES, exact="full", **choices)
-    assert some["row"].to_pylist() == full["row"].to_pylist()
-    assert some["score"].to_pylist() == pytest.approx(full["score"].to_pylist(), rel=1e-4)
+    some, full = (
+        {key: [(r["row"], r["score"], r["span_start"]) for r in mine] for key, mine in by_method(table).items()}
+        for table in (
+            retriever.retrieve(QUERIES, candidates=len(TEXTS), **choices),
+            retriever.retrieve(QUERIES, exact="full", **choices),
+        )
+    )
+    assert [row for row, *_ in some["saliency-if"]] == [row for row, *_ in full["saliency-if"]]
+    scores = [score for _, score, _ in full["saliency-if"]]
+    assert [score for _, score, _ in some["saliency-if"]] == pytest.approx(scores, rel=1e-4)
+
+
+def by_method(table):
+    rows = table.to_pylist()
+    return {name: [r for r in rows if r["method"] == name] for name in ("saliency-if", "saliency-if-token")}
+
+
+@pytest.mark.parametrize("exact", ["rerank", "full"])
+def test_words_found_do_not_depend_on_how_many_are_asked_for(retriever, exact):
+    assert len(TEXTS) > 2 * WORD_ROWS
+    choices = {"methods": ["saliency-if-token"], "scope": "all", "curvature": "identity", "exact": exact}
+    few, many = (retriever.retrieve(QUERIES, top=top, **choices).to_pylist() for top in (2, 12))
+    assert [r["score"] for r in few] == [r["score"] for r in many if r["rank"] <= 2]
+    facts = json.loads(retriever.retrieve(QUERIES, top=2, **choices).schema.metadata[b"forebear"])["methods"]
+    assert facts["saliency-if-token"]["recall"] == (1.0 if exact == "full" else None)
 
 
 def test_the_word_is_the_most_salient_one_or_the_one_that_is_named(retriever):
@@ -160,7 +183,7 @@ def test_the_word_is_the_most_salient_one_or_the_one_that_is_named(retriever):
     assert salient_words(classifier, [QUERIES], targets, None) == [Span(w.column, w.start, w.end) for w in best]
     assert salient_words(classifier, [["A dull , DULL film"]], targets[:1], "dull") == [Span(0, 2, 6)]
     with pytest.raises(InputError, match=r"test row 8 has no word 'film'"):
-        salient_words(classifier, [QUERIES], targets, "film", first_row=7)
+        salient_words(classifier, [QUERIES], targets, "film", [7, 8, 9])
     with pytest.raises(InputError, match="test row 0 has no word that the model reads"):
         salient_words(classifier, [[""]], targets[:1], None)
 

@@ -28,7 +28,7 @@ from forebear import (
     retire_rows,
 )
 from forebear.cli.main import run
-from forebear.errors import CorruptIndexError, DataError, NonFiniteError
+from forebear.errors import CorruptIndexError, DataError, MismatchError, NonFiniteError
 from forebear.evaluation.comparisons import Queries
 from forebear.evaluation.row_choice import row_scores
 from forebear.indexer import shards, span_store
@@ -276,6 +276,42 @@ def test_a_rows_best_span_is_the_same_from_the_store_as_from_the_model(index, wi
     best = Retriever(index).retrieve(asked, methods=["if++"], top=1, damping="0.1x").to_pylist()
     tops = [row["row"] for row in best if row["side"] == "proponent"]
     assert found["if++"].argmax(axis=1).tolist() == tops
+
+
+def test_equal_spans_rank_by_row(model, tmp_path):
+    """Many equal rows among others, shuffled: of equal scores the lower row comes first, stored or by the model."""
+    rng = np.random.default_rng(3)
+    mixed = ["a good film, it is slow."] * 120 + [
+        f"{t}, {u}." for t, u in zip(sentences(30, 5), sentences(30, 6), strict=True)
+    ]
+    gold = [0] * 120 + labels(30, 3)
+    order = rng.permutation(len(mixed))
+    source = rows_from_texts([mixed[i] for i in order], [gold[i] for i in order])
+    chosen = choose_model(None, (str(model),), ()).checkpoints
+    options = BuildOptions(stores=("features", "spans"), scopes=("head",), dampings=("0.1x",), batch_tokens=64)
+    retriever = Retriever(build_index(source, tmp_path / "i", chosen, options))
+    for method, top in (("if++", 80), ("if+", 80), ("tracin++", 60)):
+        table = retriever.retrieve(sentences(2, 9), methods=[method], top=top, damping="0.1x", exact="full").to_pylist()
+        groups: dict[tuple, list[int]] = {}
+        for r in table:
+            groups.setdefault((r["query"], r["side"], r["text"], r["span_start"], r["label"]), []).append(r["row"])
+        assert max(map(len, groups.values())) > 20
+        for (_, _, text, _, label), rows in groups.items():
+            equal = [n for n, i in enumerate(order) if mixed[i] == text and f"LABEL_{gold[i]}" == label]
+            assert rows == equal[: len(rows)]
+
+
+def test_a_function_that_changed_is_refused(model, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def first(row): return [(0, 3)]\n")
+    how = f"{tmp_path / 'mine.py'}:first"
+    built = build(model, tmp_path / "i", rows=slice(0, 4), spans=how, scopes=("head",))
+    Retriever(built).retrieve(["a film"], methods=["if++"], top=1)
+    (tmp_path / "mine.py").write_text("def first(row): return [(0, 2)]\n")
+    with pytest.raises(MismatchError, match=r"mine\.py:first has changed since"):
+        Retriever(built).retrieve(["a film"], methods=["if++"], top=1)
+    with pytest.raises(MismatchError, match=r"mine\.py:first has changed since"):
+        append_rows(tmp_path / "i", rows_from_texts(texts()[4:6], [0, 1]))
+    Retriever(built).retrieve(["a film"], methods=["if++"], top=1, query_spans="words")
 
 
 # ---------------------------------------------------------------- changes

@@ -32,7 +32,28 @@ Seed = Annotated[int, typer.Option("--seed", help="Of samples and intervals.", m
 Target = Annotated[str, typer.Option("--target", help="Whose loss: predicted, gold, or a label's name.")]
 Curvature = Annotated[
     str | None,
-    typer.Option("--curvature", help="For if and rif: exact, ekfac, cg, lissa or identity.", show_default=False),
+    typer.Option("--curvature", help="Of methods with H^-1: exact, ekfac, cg, lissa or identity.", show_default=False),
+]
+Spans = Annotated[
+    str | None,
+    typer.Option(
+        "--spans",
+        help="clauses, sentences, words, aspect, reader:MODEL or FILE.py:function. Default: those that the index "
+        "stores, else clauses.",
+        show_default=False,
+    ),
+]
+QuerySpans = Annotated[
+    str | None,
+    typer.Option(
+        "--query-spans",
+        help="Of test rows; also columns:FROM,TO or clause-of:FROM,TO. Default: as --spans.",
+        show_default=False,
+    ),
+]
+SpanColumn = Annotated[
+    str | None,
+    typer.Option("--span-column", help="The text column that spans are in. Default: the first.", show_default=False),
 ]
 Exact = Annotated[str, typer.Option("--exact", help="rerank or full.")]
 Out = Annotated[str | None, typer.Option("--out", help="Folder for report.html, table.csv and result.json.")]

@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.asking import Curvature, NQueries, Out, Seed, Target, Test, command_line, finish, integers, open_test
+from forebear.cli.asking import (
+    Curvature,
+    NQueries,
+    Out,
+    QuerySpans,
+    Seed,
+    SpanColumn,
+    Spans,
+    Target,
+    Test,
+    command_line,
+    finish,
+    integers,
+    open_test,
+)
 from forebear.cli.console import Variadic, listed, progress_bar, warn
 from forebear.cli.options import (
     Damping,
@@ -99,10 +113,6 @@ RunFolder = Annotated[
     str | None,
     typer.Option("--run", help="The training run. Default: where the index's model lies.", show_default=False),
 ]
-Spans = Annotated[
-    str | None,
-    typer.Option("--spans", help="For methods by spans, see `retrieve`. Default: the index's.", show_default=False),
-]
 
 
 def register(evaluations: typer.Typer) -> None:
@@ -156,6 +166,8 @@ def _ask(
     curvature: str | None,
     damping: str | None,
     spans: str | None,
+    query_spans: str | None,
+    span_column: str | None,
     need_labels: bool,
     retrain: str,
     l2: float,
@@ -177,6 +189,7 @@ def _ask(
     from forebear.evaluation.recipes import open_retrainer
     from forebear.evaluation.report import check_folder
     from forebear.evaluation.row_choice import removal_methods
+    from forebear.evaluation.span_queries import sample_span_queries
     from forebear.retriever.query_spec import QuerySpec
     from forebear.retriever.retriever import Retriever
 
@@ -190,6 +203,8 @@ def _ask(
         curvature=curvature,
         damping=damping,
         spans=spans,
+        query_spans=query_spans,
+        span_column=None if span_column is None else retriever.index.text_column(span_column),
     )
     spec = retriever.settled(spec)
     retriever.check_stores(spec.check(), spec)
@@ -200,7 +215,7 @@ def _ask(
     return _Asked(
         retriever=retriever,
         spec=spec,
-        queries=sample_queries(retriever, source, queries, seed, need_labels=labelled),
+        queries=sample_span_queries(retriever, source, spec, queries, seed, need_labels=labelled),
         every=sample_queries(retriever, source, 0, seed, need_labels=labelled),
         open_retrainer=lambda texts: open_retrainer(retriever, retrain, texts, folder, run=run, l2=l2, device=device),
     )
@@ -227,6 +242,8 @@ def removal(
     curvature: Curvature = None,
     damping: Damping = None,
     spans: Spans = None,
+    query_spans: QuerySpans = None,
+    span_column: SpanColumn = None,
     retrain: Retrain = "head",
     seeds: Seeds = 5,
     l2: L2 = 0.01,
@@ -252,7 +269,8 @@ def removal(
 
     asked = _ask(
         index=index, test=test, method=method, scope=scope, target=target, curvature=curvature, damping=damping,
-        spans=spans, need_labels=False, retrain=retrain, l2=l2, cache=cache, workers=workers, run=run,
+        spans=spans, query_spans=query_spans, span_column=span_column,
+        need_labels=False, retrain=retrain, l2=l2, cache=cache, workers=workers, run=run,
         queries=queries, seed=seed, out=out, model=model, text_columns=text_columns, label_column=label_column,
         label_names=label_names, device=device, force=force,
     )  # fmt: skip
@@ -293,6 +311,8 @@ def deletion_curve(
     curvature: Curvature = None,
     damping: Damping = None,
     spans: Spans = None,
+    query_spans: QuerySpans = None,
+    span_column: SpanColumn = None,
     retrain: Retrain = "head",
     seeds: Seeds = 5,
     l2: L2 = 0.01,
@@ -319,7 +339,8 @@ def deletion_curve(
 
     asked = _ask(
         index=index, test=test, method=method, scope=scope, target=target, curvature=curvature, damping=damping,
-        spans=spans, need_labels=True, retrain=retrain, l2=l2, cache=cache, workers=workers, run=run,
+        spans=spans, query_spans=query_spans, span_column=span_column,
+        need_labels=True, retrain=retrain, l2=l2, cache=cache, workers=workers, run=run,
         queries=queries, seed=seed, out=out, model=model, text_columns=text_columns, label_column=label_column,
         label_names=label_names, device=device, force=force,
     )  # fmt: skip
@@ -356,6 +377,8 @@ def retraining_loss(
     curvature: Curvature = None,
     damping: Damping = None,
     spans: Spans = None,
+    query_spans: QuerySpans = None,
+    span_column: SpanColumn = None,
     retrain: Retrain = "head",
     seeds: Seeds = 5,
     l2: L2 = 0.01,
@@ -382,7 +405,8 @@ def retraining_loss(
 
     asked = _ask(
         index=index, test=test, method=method, scope=scope, target=target, curvature=curvature, damping=damping,
-        spans=spans, need_labels=True, retrain=retrain, l2=l2, cache=cache, workers=workers, run=run,
+        spans=spans, query_spans=query_spans, span_column=span_column,
+        need_labels=True, retrain=retrain, l2=l2, cache=cache, workers=workers, run=run,
         queries=queries, seed=seed, out=out, model=model, text_columns=text_columns, label_column=label_column,
         label_names=label_names, device=device, force=force,
     )  # fmt: skip
@@ -415,6 +439,8 @@ def lds(
     curvature: Curvature = None,
     damping: Damping = None,
     spans: Spans = None,
+    query_spans: QuerySpans = None,
+    span_column: SpanColumn = None,
     retrain: Retrain = "head",
     seeds: Seeds = 5,
     l2: L2 = 0.01,
@@ -441,7 +467,8 @@ def lds(
 
     asked = _ask(
         index=index, test=test, method=method, scope=scope, target=target, curvature=curvature, damping=damping,
-        spans=spans, need_labels=False, retrain=retrain, l2=l2, cache=cache, workers=workers, run=run,
+        spans=spans, query_spans=query_spans, span_column=span_column,
+        need_labels=False, retrain=retrain, l2=l2, cache=cache, workers=workers, run=run,
         queries=queries, seed=seed, out=out, model=model, text_columns=text_columns, label_column=label_column,
         label_names=label_names, device=device, force=force,
     )  # fmt: skip

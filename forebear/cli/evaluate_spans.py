@@ -13,7 +13,10 @@ from forebear.cli.asking import (
     NQueries,
     NRows,
     Out,
+    QuerySpans,
     Seed,
+    SpanColumn,
+    Spans,
     Target,
     Test,
     command_line,
@@ -41,7 +44,7 @@ from forebear.errors import InputError
 
 if TYPE_CHECKING:
     from forebear.evaluation.agreement import Measure
-    from forebear.evaluation.span_queries import SpanQueries
+    from forebear.evaluation.comparisons import Queries
     from forebear.retriever.query_spec import QuerySpec
     from forebear.retriever.retriever import Retriever
 
@@ -76,28 +79,6 @@ Example:
 
     forebear evaluate faithfulness --index I --test test.parquet --spans aspect --queries 50 --rows 200 --runs 5
 """
-
-Spans = Annotated[
-    str | None,
-    typer.Option(
-        "--spans",
-        help="clauses, sentences, words, aspect, reader:MODEL or FILE.py:function. Default: those that the index "
-        "stores, else clauses.",
-        show_default=False,
-    ),
-]
-QuerySpans = Annotated[
-    str | None,
-    typer.Option(
-        "--query-spans",
-        help="Of test rows; also columns:FROM,TO or clause-of:FROM,TO. Default: as --spans.",
-        show_default=False,
-    ),
-]
-SpanColumn = Annotated[
-    str | None,
-    typer.Option("--span-column", help="The text column that spans are in. Default: the first.", show_default=False),
-]
 
 
 def register(evaluations: typer.Typer) -> None:
@@ -221,7 +202,7 @@ def _queries(
     spec: QuerySpec,
     n_queries: int,
     seed: int,
-) -> SpanQueries:
+) -> Queries:
     """The test rows that are asked about."""
     from forebear.evaluation.span_queries import sample_span_queries
 

@@ -61,14 +61,15 @@ def explain(
         str | None,
         typer.Option(
             "--spans",
-            help="Also rank spans of rows: clauses, sentences, words, aspect, or FILE.py:function.",
+            help="Also rank spans of rows: clauses, sentences, words, aspect, reader:MODEL or FILE.py:function.",
             show_default=False,
         ),
     ] = None,
     saliency_influence: Annotated[
         bool,
         typer.Option(
-            "--saliency-influence", help="Also ask which rows and words made the model look at its most salient word."
+            "--saliency-influence",
+            help="Also ask which rows and words made the model look at its word of largest summed-gradient saliency.",
         ),
     ] = False,
     word: Annotated[
@@ -78,7 +79,7 @@ def explain(
     recall: Recall = 0.98,
     curvature: Annotated[
         str | None,
-        typer.Option("--curvature", help="For if and rif; see `forebear retrieve --help`.", show_default=False),
+        typer.Option("--curvature", help="Of methods with H^-1; see `forebear retrieve --help`.", show_default=False),
     ] = None,
     damping: Damping = None,
     html: Annotated[
@@ -142,7 +143,7 @@ def show_explanation(explanation: Explanation) -> None:
         OUT.print(f"\n{answer.method}: score = {answer.formula}", markup=False)
         for column in answer.asked:
             if any(piece.asked for piece in column.pieces):
-                what = "word" if answer.of_saliency else "span"
+                what = "word (by summed-gradient saliency)" if answer.of_saliency else "span"
                 OUT.print(Text(f"asked about, a {what} of {column.name}: ").append_text(marked_text(column.pieces)))
         for side in answer.sides:
             show_side(answer.method, side, "the word's saliency" if answer.of_saliency else explanation.target)

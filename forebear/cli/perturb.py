@@ -59,7 +59,7 @@ Examples:
 
     forebear perturb fix --index runs/sst2-index --dev dev.parquet --test test.parquet --out runs/fix
 """
-ATTACKED, TEST, DEV, WRONG = "attacked rows", "test rows", "dev rows", "dev rows that were wrong"
+ATTACKED, TEST, DEV, WRONG = "attacked rows", "test rows", "dev rows", "wrong dev rows asked about"
 RETRAINED_NAME = "retrained"
 
 SeveralRows = Annotated[

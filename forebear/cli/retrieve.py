@@ -289,7 +289,7 @@ def _print_rankings(mine: list[dict[str, Any]], text_names: list[str], texts: li
         for side in ("proponent", "opponent"):
             grid = Table(title=f"{method}: {side}s of {escape(target)}", title_justify="left", expand=True)
             rows_of_side = [row for row in mine if (row["method"], row["side"]) == (method, side)]
-            grid.caption, grid.caption_justify = _notes(rows_of_side[0], texts), "left"
+            grid.caption, grid.caption_justify = escape(_notes(rows_of_side[0], texts)) or None, "left"
             for name in ("row", "score"):
                 grid.add_column(name, justify="right", no_wrap=True)
             for name in ("label", "prediction"):
@@ -325,8 +325,8 @@ def _shared(row: dict[str, Any]) -> str:
     return ", ".join(shown) + (f", {more} more" if more > 0 else "") or "none"
 
 
-def _notes(row: dict[str, Any], texts: list[str]) -> str | None:
-    """What a table of results must say below itself: the query's span, proof, and how well H^-1 was solved."""
+def _notes(row: dict[str, Any], texts: list[str]) -> str:
+    """What a table of results must say below itself: spans that were left out, proof, how well H^-1 was solved."""
     notes = []
     if row.get("query_span_start") is not None:
         text = texts[row["query_span_column"]]
@@ -335,4 +335,6 @@ def _notes(row: dict[str, Any], texts: list[str]) -> str | None:
         notes.append(f"{'proven' if row['proven'] else 'not proven'}, {row['rows_scored']:,} rows scored exactly")
     if row.get("residual") is not None:
         notes.append(f"H^-1 solved to a relative residual of {row['residual']:.1e}")
-    return "; ".join(notes) or None
+    if row.get("spans_cut"):
+        notes.append(f"{row['spans_cut']:,} spans that the model does not read (cut by truncation, or blank) left out")
+    return "; ".join(notes)

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError, ModelError, NonFiniteError
-from forebear.evaluation.comparisons import provenance, question
+from forebear.evaluation.comparisons import Queries, provenance, question
 from forebear.evaluation.report import Cell, Figure, Group, Passage, Report, Table, bar_chart
-from forebear.evaluation.span_queries import SpanQueries, training_spans
+from forebear.evaluation.span_queries import training_spans
 from forebear.evaluation.statistics import difference_table, mean_of
 from forebear.indexer.encoding import Encoded, Texts, encoded_rows, pad_batch, plan_batches
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS, run_forward
@@ -38,6 +38,7 @@ PAPER_METHODS = ("if", "if+", "if++", "tracin-f", "tracin+", "tracin++")
 RANDOM_ROWS, RANDOM_SPANS = "(random rows)", "(random spans)"
 POOL_ROWS = 1000  # random rows, or spans, that each query draws its own from
 SHOWN_QUERIES = 3
+BLOCK_ROWS = 128  # test rows that are asked about together
 SHOWN_ROWS = 5
 
 
@@ -60,12 +61,13 @@ class Agreement:
         methods: Names, ``m``.
         at: K, ascending.
         values: In percent, ``(q, m, len(at))``.
-        controls: The same of random rows, and of random spans where spans are compared, ``(q, len(at))`` by name. Of
-            labels, this is the share of the label among all live rows.
+        controls: The same of random rows where rows are ranked, of random spans where spans are, ``(q, len(at))`` by
+            name. Of labels, this is the label's share among all live rows, or among all spans of live rows.
         rows: Numbers of the test rows, ``(q,)``.
         targets: Class id of each, y_q, ``(q,)``.
         residuals: Largest relative residual of H^-1 by method, where a solver iterated.
         shown: Some of the queries.
+        n_unread: Spans of training rows that the model does not read, at most of what one query was asked of.
     """
 
     measure: Measure
@@ -77,6 +79,7 @@ class Agreement:
     targets: np.ndarray
     residuals: dict[str, float]
     shown: tuple[Shown, ...]
+    n_unread: int
 
     @property
     def name(self) -> str:
@@ -103,7 +106,7 @@ def depths(at: Sequence[int]) -> tuple[int, ...]:
 
 def measure_agreement(
     retriever: Retriever,
-    queries: SpanQueries,
+    queries: Queries,
     spec: QuerySpec,
     at: Sequence[int],
     measure: Measure,
@@ -133,26 +136,32 @@ def measure_agreement(
         raise InputError(f"--at {at[-1]}: {retriever.index.folder} has {n_live:,} live rows. Give a smaller K.")
     if measure == "semantic" and any(m.saliency for m in methods):
         raise InputError("semantic-agreement compares rows or spans; saliency-if explains a word. Leave it out.")
+    kinds = sorted({RANDOM_SPANS if m.spans and not m.saliency else RANDOM_ROWS for m in methods})
     pools: dict[str, np.ndarray] = {}
+    labels: dict[str, np.ndarray] = {}
     if measure == "semantic":
-        kinds = sorted({RANDOM_SPANS if m.spans else RANDOM_ROWS for m in methods})
         pools = {k: _random_states(retriever, spec, at[-1], seed, by_spans=k == RANDOM_SPANS) for k in kinds}
+    else:
+        labels = {k: _labels_of_all(retriever, spec, by_spans=k == RANDOM_SPANS) for k in kinds}
     values: list[np.ndarray] = []
     controls: list[dict[str, np.ndarray]] = []
     targets: list[np.ndarray] = []
     residuals: dict[str, float] = {}
     shown: list[Shown] = []
+    n_unread = 0
     progress("queries", 0, len(queries))
-    for block in queries.blocks():
+    for block in queries.blocks(BLOCK_ROWS):
         forward = run_forward(retriever.classifier(), block.texts)
-        answers = retriever.answer_block(0, block.texts, block.labels, spec, forward=forward, table=block.table)
+        answers = retriever.answer_block(
+            0, block.texts, block.labels, spec, forward=forward, table=block.table,
+            numbers=block.rows.tolist(),
+        )  # fmt: skip
         targets.append(answers.targets)
         if measure == "label":
             hits = [retriever.index.labels[answers.found[m.name][0].rows] == answers.targets[:, None] for m in methods]
             found = np.stack(hits, axis=1).astype(np.float64)
-            live_labels = retriever.index.labels[retriever.index.live]
-            share = (live_labels[None, :] == answers.targets[:, None]).mean(axis=1, keepdims=True)
-            controls.append({RANDOM_ROWS: 100.0 * np.repeat(share, len(at), axis=1)})
+            shares = {name: (some == answers.targets[:, None]).mean(axis=1) for name, some in labels.items()}
+            controls.append({name: 100.0 * np.stack([share] * len(at), axis=1) for name, share in shares.items()})
         else:
             asked = _query_states(retriever, block, answers.targets, forward.logits, spec)
             found = np.stack(_cosines(retriever, answers, methods, asked), axis=1)
@@ -162,6 +171,8 @@ def measure_agreement(
             })  # fmt: skip
         values.append(_at(found, at))
         for name, (top, _) in answers.found.items():
+            if top.n_cut is not None:
+                n_unread = max(n_unread, int(top.n_cut.max()))
             if top.residual is not None:
                 residuals[name] = max(residuals.get(name, 0.0), float(top.residual.max()))
         shown += [_shown(block, answers, i) for i in range(min(len(block), SHOWN_QUERIES - len(shown)))]
@@ -176,6 +187,7 @@ def measure_agreement(
         targets=np.concatenate(targets),
         residuals=residuals,
         shown=tuple(shown),
+        n_unread=n_unread,
     )
 
 
@@ -228,7 +240,7 @@ def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _query_states(
-    retriever: Retriever, block: SpanQueries, targets: np.ndarray, logits: np.ndarray, spec: QuerySpec
+    retriever: Retriever, block: Queries, targets: np.ndarray, logits: np.ndarray, spec: QuerySpec
 ) -> dict[bool, np.ndarray]:
     """e_q of test rows, ``(q, h)``: of the whole row (False), and of its span (True) where a method compares spans."""
     classifier = retriever.classifier()
@@ -236,7 +248,7 @@ def _query_states(
     if any(m.spans for m in spec.check()):
         assert spec.spans is not None
         find = span_finder(spec.query_spans or spec.spans, spec.span_column or 0)
-        _, encoded = query_spans(classifier, block.texts, block.table, targets, logits, find)
+        _, encoded = query_spans(classifier, block.texts, block.table, targets, logits, find, block.rows.tolist())
         states[True] = differences(classifier, encoded)
     return states
 
@@ -293,13 +305,20 @@ def _random_states(retriever: Retriever, spec: QuerySpec, k: int, seed: int, *, 
     return differences(classifier, entries.encoded.take(chosen))
 
 
+def _labels_of_all(retriever: Retriever, spec: QuerySpec, *, by_spans: bool) -> np.ndarray:
+    """Labels of all live rows, or of the rows of all their spans."""
+    index = retriever.index
+    rows = training_spans(retriever, spec, index.live).rows if by_spans else index.live
+    return np.asarray(index.labels[rows])
+
+
 def _random_cosines(pool: np.ndarray, asked: np.ndarray, rows: np.ndarray, k: int, seed: int) -> np.ndarray:
     """cos(e_n, e_q) of ``k`` of the pool for each test row, drawn by its number, ``(q, k)``."""
     drawn = np.stack([np.random.default_rng([seed, row]).permutation(len(pool))[:k] for row in rows.tolist()])
     return cosines(pool[drawn], asked[:, None, :])
 
 
-def _shown(block: SpanQueries, answers: Answers, i: int) -> Shown:
+def _shown(block: Queries, answers: Answers, i: int) -> Shown:
     found: dict[str, list[tuple[int, Span | None, float]]] = {}
     own = None
     for name, (top, _) in answers.found.items():
@@ -311,7 +330,7 @@ def _shown(block: SpanQueries, answers: Answers, i: int) -> Shown:
 
 
 def agreement_report(
-    found: Agreement, retriever: Retriever, queries: SpanQueries, spec: QuerySpec, seed: int, command: str
+    found: Agreement, retriever: Retriever, queries: Queries, spec: QuerySpec, seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     tables: list[Table] = []
@@ -367,26 +386,31 @@ def agreement_report(
     return report, result
 
 
-def _note(found: Agreement, queries: SpanQueries, spec: QuerySpec) -> str:
+def _note(found: Agreement, queries: Queries, spec: QuerySpec) -> str:
     kind = (
         "Mean cosine of what the top K rows and the query (or their spans) say, times 100"
         if found.measure == "semantic"
         else f"Share of the top K rows that bear the query's label (its target: {spec.target}), in percent"
     )
     control = (
-        f"(random …): {POOL_ROWS:,} random rows or spans, of which each query draws K"
+        f"(random …): at most {POOL_ROWS:,} random rows or spans, of which each query draws K"
         if found.measure == "semantic"
-        else "(random rows): the share of that label among all live rows"
+        else "(random …): the share of that label among all live rows, or all spans of live rows"
     )
     left = (
         f" {len(queries.left_out):,} sampled test rows hold no span and are left out." if len(queries.left_out) else ""
+    )
+    unread = (
+        f" {found.n_unread:,} spans of training rows are not read by the model (cut by truncation, or blank)."
+        if found.n_unread
+        else ""
     )
     solved = "".join(
         f" H^-1 of {name} is solved to a relative residual of {r:.1e}." for name, r in found.residuals.items()
     )
     return (
         f"{kind}; mean over {len(queries):,} queries, ± its standard error; 95% bootstrap interval. {control}."
-        f"{left}{solved}"
+        f"{left}{unread}{solved}"
     )
 
 

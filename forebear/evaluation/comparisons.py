@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ class Queries:
         texts: One list a text column, ``q`` texts each.
         labels: Class ids of the model, ``(q,)``; None where the source has none.
         table: The rows with all their columns, where spans may be given; None where they come from no file.
+        left_out: Numbers of the sampled rows that hold no span that the model reads, where methods compare spans.
     """
 
     source: str
@@ -36,18 +37,25 @@ class Queries:
     texts: tuple[list[str], ...]
     labels: np.ndarray | None
     table: pa.Table | None = None
+    left_out: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def blocks(self) -> Iterator[Queries]:
-        """Some of them at a time, as many as the retriever answers together."""
-        for start in range(0, len(self), QUERY_BLOCK_ROWS):
-            at = slice(start, start + QUERY_BLOCK_ROWS)
-            labels = None if self.labels is None else self.labels[at]
-            texts = tuple(column[at] for column in self.texts)
-            table = None if self.table is None else self.table.slice(start, QUERY_BLOCK_ROWS)
-            yield Queries(source=self.source, rows=self.rows[at], texts=texts, labels=labels, table=table)
+    def take(self, at: np.ndarray) -> Queries:
+        """Some of them, by position."""
+        return replace(
+            self,
+            rows=self.rows[at],
+            texts=tuple([column[i] for i in at] for column in self.texts),
+            labels=None if self.labels is None else self.labels[at],
+            table=None if self.table is None else self.table.take(pa.array(at)),
+        )
+
+    def blocks(self, size: int = QUERY_BLOCK_ROWS) -> Iterator[Queries]:
+        """Some of them at a time, by default as many as the retriever answers together."""
+        for start in range(0, len(self), size):
+            yield self.take(np.arange(start, min(start + size, len(self))))
 
 
 def sample_queries(
@@ -175,10 +183,12 @@ def provenance(retriever: Retriever, spec: QuerySpec, command: str, **facts: obj
         "scope": spec.scope,
         "target": spec.target,
         **{name.replace("_", " "): str(value) for name, value in facts.items()},
+        **{f"H^-1 of {name}": f"relative residual {r:.1e}" for name, r in retriever.residuals.items()},
         "command": command,
     }
 
 
 def question(retriever: Retriever, spec: QuerySpec) -> dict[str, Any]:
     """The same for programs: the question with every choice, and what it means for each method."""
-    return {"spec": asdict(spec), **json.loads(retriever.metadata(spec)["forebear"])}
+    facts = json.loads(retriever.metadata(spec)["forebear"])
+    return {"spec": asdict(spec), **facts, **({"residuals": retriever.residuals} if retriever.residuals else {})}

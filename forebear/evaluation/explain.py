@@ -407,6 +407,8 @@ def _side_notes(name: str, results: Sequence[Mapping[str, Any]], facts: Mapping[
         notes.append("The scores are approximate.")
     if (residual := results[0].get("residual")) is not None:
         notes.append(f"H^-1 was solved to a relative residual of {residual:.1e}.")
+    if n_cut := results[0].get("spans_cut"):
+        notes.append(f"{n_cut:,} spans that the model does not read (cut by truncation, or blank) are left out.")
     return notes
 
 

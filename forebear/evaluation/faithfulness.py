@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.comparisons import interval_cells, listed_values, provenance, question, spearman
+from forebear.evaluation.comparisons import Queries, interval_cells, listed_values, provenance, question, spearman
 from forebear.evaluation.report import Cell, Figure, Report, Table, bar_chart
-from forebear.evaluation.span_queries import SpanQueries, training_spans
+from forebear.evaluation.span_queries import training_spans
 from forebear.evaluation.statistics import difference_table
 from forebear.indexer.forward import run_forward
 from forebear.indexer.gradients import live_sample
@@ -64,7 +64,7 @@ class Faithfulness:
 
 def measure_faithfulness(
     retriever: Retriever,
-    queries: SpanQueries,
+    queries: Queries,
     spec: QuerySpec,
     *,
     n_rows: int = 200,
@@ -125,19 +125,21 @@ def measure_faithfulness(
     )
 
 
-def _asked(retriever: Retriever, queries: SpanQueries, spec: QuerySpec) -> Asked:
+def _asked(retriever: Retriever, queries: Queries, spec: QuerySpec) -> Asked:
     """Test rows with their most important span masked."""
     assert spec.spans is not None
     classifier = retriever.classifier()
     forward = run_forward(classifier, queries.texts)
     targets = choose_targets(spec.target, forward.predictions, queries.labels, classifier.label_names)
     find = span_finder(spec.query_spans or spec.spans, spec.span_column or 0)
-    _, encoded = query_spans(classifier, queries.texts, queries.table, targets, forward.logits, find)
+    _, encoded = query_spans(
+        classifier, queries.texts, queries.table, targets, forward.logits, find, queries.rows.tolist()
+    )
     return Asked(encoded, targets)
 
 
 def faithfulness_report(
-    found: Faithfulness, retriever: Retriever, queries: SpanQueries, spec: QuerySpec, seed: int, command: str
+    found: Faithfulness, retriever: Retriever, queries: Queries, spec: QuerySpec, seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``; correlations times 100, as in the paper."""
     scaled = replace(found, values=100.0 * found.values)

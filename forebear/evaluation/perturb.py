@@ -65,6 +65,7 @@ class Perturbation:
         clean: On each set, of models retrained on the rows as they are; one amount.
         changed: By strategy (and ``random``), on each set; amounts are ``spec.rows``.
         residual: Largest relative residual of H^-1, where the solver iterates.
+        seeded: Whether the seed makes a difference to a retraining.
     """
 
     spec: PerturbSpec
@@ -77,6 +78,7 @@ class Perturbation:
     clean: dict[str, Measured]
     changed: dict[str, dict[str, Measured]]
     residual: float | None
+    seeded: bool
 
 
 def perturb(
@@ -129,7 +131,7 @@ def perturb(
         indexed={name: float(right[at].mean()) for name, at in sets.items()},
         clean=measure(slice(0, 1)),
         changed={name: measure(slice(i, i + len(spec.rows))) for name, i in first.items()},
-        residual=chooser.residual,
+        residual=chooser.residual, seeded=retrainer.recipe.seeded,
     )  # fmt: skip
 
 

@@ -192,16 +192,16 @@ class Chooser:
     def _rankings(self, aim: Aim, width: int) -> np.ndarray:
         """Training rows by influence on the saliency of each test row's salient word, ``(q, width)``; held."""
         if (aim, width) not in self._ranked:
-            targets, names = self._queries.targets(aim), self._retriever.label_names
+            targets = self._queries.targets(aim)
+            question = replace(self._spec.question, top=width, target="gold")  # the target stands in as the gold label
             out = np.empty((len(targets), min(width, self._index.manifest.n_live)), np.int64)
-            done = 0
-            for label in np.unique(targets):
-                question = replace(self._spec.question, top=width, target=names[label])
-                for at in self._chunks(np.flatnonzero(targets == label)):
-                    answers = self._retriever.answer_block(0, self._queries.take(at).texts, None, question)
-                    out[at] = answers.found[SALIENCY_IF][0 if aim.proponents else 1].rows
-                    done += len(at)
-                    self._progress(f"{aim.name}: rows", done, len(targets))
+            for at in self._chunks(np.arange(len(targets))):
+                some = self._queries.take(at)
+                answers = self._retriever.answer_block(
+                    0, some.texts, targets[at], question, numbers=some.numbers.tolist()
+                )
+                out[at] = answers.found[SALIENCY_IF][0 if aim.proponents else 1].rows
+                self._progress(f"{aim.name}: rows", int(at[-1]) + 1, len(targets))
             self._ranked[aim, width] = out
         return self._ranked[aim, width]
 
@@ -226,8 +226,9 @@ class Chooser:
         """The best change of each of some rows; they belong to the queries in turn."""
         n, targets = len(rows), queries.targets(aim)
         owners = np.arange(n) % len(targets)
-        salient = salient_words(self._classifier, queries.texts, targets, None)
-        vectors = saliency_gradients(self._classifier, self._search.blocks, queries.texts, targets, salient)
+        numbers = queries.numbers.tolist()
+        salient = salient_words(self._classifier, queries.texts, targets, None, numbers)
+        vectors = saliency_gradients(self._classifier, self._search.blocks, queries.texts, targets, salient, numbers)
         asked = self._solved(queries, targets, vectors)
         texts = [self.texts(row) for row in rows]
         labels = self._index.labels[rows].astype(np.int64)

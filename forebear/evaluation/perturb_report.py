@@ -119,6 +119,17 @@ def _salient(found: Perturbation, change: Change) -> str | None:
     return found.queries.texts[span.column][at][span.start : span.end]
 
 
+def _over_seeds(found: Perturbation, values: np.ndarray, strategy: str | None = None) -> tuple[float, float | None]:
+    """Mean and standard error; None for the latter where seeds change nothing: random changes alone are drawn anew."""
+    mean, error = mean_and_error(values)
+    return mean, error if found.seeded or strategy == RANDOM else None
+
+
+def _asked_rows(found: Perturbation) -> str:
+    """What the rows are that the changes are for."""
+    return "test rows" if found.spec.what == "attack" else "wrong dev rows"
+
+
 def _summary(found: Perturbation) -> str:
     """The finding in two sentences, on the first set."""
     name, most, attack = next(iter(found.sets)), found.spec.most, found.spec.what == "attack"
@@ -130,9 +141,9 @@ def _summary(found: Perturbation) -> str:
     done = "replaced" if attack else "added"
     certain = "" if error is None else f" ± {error:.3f}"
     return (
-        f"With {most} changed rows {done} for each of {len(found.queries.numbers):,} test rows, the accuracy on the "
-        f"{name} goes from {before:.3f} to {ends[best]:.3f} ({best}). With as many random changes it is "
-        f"{ends[RANDOM]:.3f}: a difference of {mean:+.3f}{certain} over {len(found.seeds)} seed(s)."
+        f"With {most} changed rows {done} for each of {len(found.queries.numbers):,} {_asked_rows(found)}, the "
+        f"accuracy on the {name} goes from {before:.3f} to {ends[best]:.3f} ({best}). With as many random changes it "
+        f"is {ends[RANDOM]:.3f}: a difference of {mean:+.3f}{certain} over {len(found.seeds)} seed(s)."
     )
 
 
@@ -141,21 +152,23 @@ def _accuracy_table(found: Perturbation, name: str) -> Table:
     done = "replaced" if found.spec.what == "attack" else "added"
     clean = found.clean[name]
     rows: list[list[Cell]] = [
-        [UNCHANGED, 0, *mean_and_error(clean.accuracy[0]), *mean_and_error(clean.probability[0]), None, None]
+        [UNCHANGED, 0, *_over_seeds(found, clean.accuracy[0]), *_over_seeds(found, clean.probability[0]), None, None]
     ]
     for strategy, measured in found.changed.items():
         for i, n in enumerate(found.spec.rows):
             accuracy, probability = measured[name].accuracy[i], measured[name].probability[i]
             beside = found.changed[RANDOM][name].accuracy[i]
             difference = (None, None) if strategy == RANDOM else mean_and_error(accuracy - beside)
-            rows.append([strategy, n, *mean_and_error(accuracy), *mean_and_error(probability), *difference])
+            measures = [_over_seeds(found, values, strategy) for values in (accuracy, probability)]
+            rows.append([strategy, n, *measures[0], *measures[1], *difference])
     return Table(
         f"Retrained, on the {name} ({found.sets[name]:,})",
         ["strategy", "rows", "accuracy", "± acc.", "p(gold)", "± p", "− random", "± diff."],
         rows,
-        f"Rows: training rows {done} for each of {q:,} test rows. Mean over {len(found.seeds)} seed(s) of the "
-        "retraining, ± its standard error; the difference to as many random changes is paired by seed. Accuracy of the "
-        f"indexed model itself: {found.indexed[name]:.3f}.",
+        f"Rows: training rows {done} for each of {q:,} {_asked_rows(found)}. Mean over {len(found.seeds)} seed(s) of "
+        "the retraining, ± its standard error; the difference to as many random changes is paired by seed. "
+        + ("" if found.seeded else "This retraining has no randomness: seeds draw other random changes, no more. ")
+        + f"Accuracy of the indexed model itself: {found.indexed[name]:.3f}.",
     )
 
 
@@ -172,7 +185,7 @@ def _effect_table(found: Perturbation) -> Table:
                 rows.append([strategy, aim.name, len(changes), wanted, float(moved.mean())])
     done = "replacing the old row by the changed one" if attack else "adding the changed row"
     note = (
-        f"Effect: by how much {done} moves the saliency of the test row's word, times the number of training rows, to "
+        f"Effect: by how much {done} moves the saliency of the asked row's word, times the number of training rows, to "
         "first order; the wanted way: the share of changes of which it has the right sign."
     )
     if found.residual is not None:
@@ -184,15 +197,15 @@ def _effect_table(found: Perturbation) -> Table:
 
 def _figure(found: Perturbation, name: str) -> Figure:
     series, errors = {}, {}
-    start = mean_and_error(found.clean[name].accuracy[0])
+    start = _over_seeds(found, found.clean[name].accuracy[0])
     for strategy, measured in found.changed.items():
-        pairs = [start, *(mean_and_error(values) for values in measured[name].accuracy)]
+        pairs = [start, *(_over_seeds(found, values, strategy) for values in measured[name].accuracy)]
         series[strategy] = [mean for mean, _ in pairs]
         errors[strategy] = [error for _, error in pairs]
     done = "replaced" if found.spec.what == "attack" else "added"
     drawing = line_chart(
         (0, *found.spec.rows), series, errors=errors, ylabel="accuracy",
-        xlabel=f"training rows {done} for each of {len(found.queries.numbers):,} test rows",
+        xlabel=f"training rows {done} for each of {len(found.queries.numbers):,} {_asked_rows(found)}",
     )  # fmt: skip
     return Figure(f"Accuracy on the {name}", drawing, "Bars: standard error over seeds of the retraining.")
 
@@ -207,10 +220,11 @@ def _groups(found: Perturbation, retriever: Retriever) -> Iterator[Group]:
         texts = {name: column[i] for name, column in zip(columns, found.queries.texts, strict=True)}
         salient = {word for _, c in changes if (word := _salient(found, c))}
         facts: dict[str, Cell] = {"right": right, "wrong": wrong, "predicted": names[found.queries.predictions[i]]}
+        asked = f"{'test' if found.spec.what == 'attack' else 'dev'} row {found.queries.numbers[i]}"
         yield Group(
-            f"Changed for test row {found.queries.numbers[i]}",
+            f"Changed for {asked}",
             [_passage(strategy, c, columns, names) for strategy, c in changes],
-            query=Passage(f"test row {found.queries.numbers[i]}: salient words marked", texts, salient, facts),
+            query=Passage(f"{asked}: salient words marked", texts, salient, facts),
         )
     seed = found.seeds[0]
     some = found.random[seed][0][:SHOWN_QUERIES]

@@ -288,7 +288,8 @@ def retraining_provenance(
         retriever,
         spec,
         command,
-        test_rows=f"{queries.source}, {len(queries):,} of them",
+        test_rows=f"{queries.source}, {len(queries):,} of them"
+        + (f"; {len(queries.left_out):,} sampled rows without a span left out" if len(queries.left_out) else ""),
         retraining=f"{retrainer.recipe.name}. {retrainer.recipe.note}",
         retrained=sampled,
         retraining_digest=retrainer.facts()["digest"],

@@ -21,7 +21,8 @@ from forebear.retriever.queries import N_VARIANTS, Models, choose_targets
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.span_scores import SpanScores
-from forebear.retriever.spans import query_spans, stored_row_scores
+from forebear.retriever.spans import query_spans
+from forebear.retriever.stored_spans import stored_row_scores
 from forebear.retriever.tfidf import TfidfSearch
 
 Side = Literal["top", "bottom", "least"]
@@ -44,15 +45,20 @@ def rows_at(scores: np.ndarray, rows: np.ndarray, k: int, side: Side) -> np.ndar
     """Some rows of one query's ranking by the signed, raw score; ties go to the lower row number.
 
     Args:
-        scores: Of each row, ``(n,)``; larger = proponent. Rows of score -inf (they hold no span) come last on every
-            side.
+        scores: Of each row, ``(n,)``; larger = proponent. Rows of score -inf hold no span and are in no ranking.
         rows: Their numbers, ``(n,)``.
         k: How many.
         side: ``top`` (largest scores), ``bottom`` (smallest), ``least`` (nearest to 0).
 
     Returns:
         Row numbers, ascending, ``(k,)``.
+
+    Raises:
+        InputError: Fewer than ``k`` rows are ranked.
     """
+    n_ranked = int((~np.isneginf(scores)).sum())
+    if n_ranked < k:
+        raise InputError(f"{k} rows are to be removed, but only {n_ranked} hold a span to be ranked by. Remove fewer.")
     key = {"top": -scores, "bottom": scores, "least": np.abs(scores)}[side]
     key = np.where(np.isneginf(scores), np.inf, key)
     return np.sort(rows[np.lexsort((rows, key))[:k]])
@@ -150,7 +156,9 @@ def _best_spans(
     if any(m.spans == "both" for m in methods):
         assert spec.spans is not None
         find = span_finder(spec.query_spans or spec.spans, spec.span_column or 0)
-        _, encoded = query_spans(classifier, queries.texts, queries.table, targets, forward.logits, find)
+        _, encoded = query_spans(
+            classifier, queries.texts, queries.table, targets, forward.logits, find, queries.rows.tolist()
+        )
         masked = Asked(encoded, targets)
     from_store = [m for m in methods if spec.scope == "head" and not m.variants and stores_spans(index, spec)]
     by_model = [m for m in methods if m not in from_store]
@@ -175,7 +183,8 @@ def _best_spans(
             if method.variants:
                 values = scores.summed(retriever.classifier(n_checkpoints + m) for m in range(N_VARIANTS))
             else:
-                values, _ = scores.preconditioned(spec.solver)
+                values, residual = scores.preconditioned(spec.solver)
+                retriever.note_residual(method.name, residual)
             out[method.name] = np.full((len(queries), len(index.live)), -np.inf)
             out[method.name][:, at] = np.maximum.reduceat(values, starts, axis=1)
     return out

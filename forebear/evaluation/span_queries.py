@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 
 from forebear.errors import DataError
-from forebear.evaluation.comparisons import sample_queries
+from forebear.evaluation.comparisons import Queries, sample_queries
 from forebear.indexer.data import RowSource
 from forebear.indexer.spans import find_spans, mask_found, span_finder
 from forebear.retriever.coverage import stores_spans
@@ -17,52 +15,10 @@ from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.spans import SpanRows, span_rows, stored_span_rows
 
-BLOCK_ROWS = 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpanQueries:
-    """Test rows that are asked about.
-
-    Attributes:
-        source: Where they come from.
-        rows: Their numbers there, ascending, ``(q,)``.
-        texts: One list a text column, ``q`` texts each.
-        table: The same rows with all their columns.
-        labels: Class ids of the model, ``(q,)``; None where the source has none.
-        left_out: Numbers of the sampled rows that hold no span that the model reads.
-    """
-
-    source: str
-    rows: np.ndarray
-    texts: tuple[list[str], ...]
-    table: pa.Table
-    labels: np.ndarray | None
-    left_out: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, at: np.ndarray) -> SpanQueries:
-        """Some of them, by position."""
-        return SpanQueries(
-            source=self.source,
-            rows=self.rows[at],
-            texts=tuple([column[i] for i in at] for column in self.texts),
-            table=self.table.take(pa.array(at)),
-            labels=None if self.labels is None else self.labels[at],
-            left_out=self.left_out,
-        )
-
-    def blocks(self) -> Iterator[SpanQueries]:
-        """Some of them at a time."""
-        for start in range(0, len(self), BLOCK_ROWS):
-            yield self.take(np.arange(start, min(start + BLOCK_ROWS, len(self))))
-
 
 def sample_span_queries(
-    retriever: Retriever, source: RowSource, spec: QuerySpec, n_queries: int, seed: int
-) -> SpanQueries:
+    retriever: Retriever, source: RowSource, spec: QuerySpec, n_queries: int, seed: int, *, need_labels: bool = False
+) -> Queries:
     """A seeded sample of test rows, in their order; all of them for 0 or more than there are.
 
     Rows without a span that the model reads are left out of it, if a method of the question compares spans.
@@ -73,6 +29,7 @@ def sample_span_queries(
         spec: The question, settled: methods, target, how spans of test rows are found.
         n_queries: Size of the sample.
         seed: Of the sample.
+        need_labels: Whether labels are needed also where the target is not the gold one.
 
     Raises:
         MismatchError: The source does not have the index's number of texts.
@@ -81,12 +38,7 @@ def sample_span_queries(
     """
     methods = spec.check()
     retriever.check_stores(methods, spec)
-    found = sample_queries(retriever, source, n_queries, seed, need_labels=spec.target == "gold")
-    assert found.table is not None
-    queries = SpanQueries(
-        source=found.source, rows=found.rows, texts=found.texts, table=found.table, labels=found.labels,
-        left_out=np.empty(0, np.int64),
-    )  # fmt: skip
+    queries = sample_queries(retriever, source, n_queries, seed, need_labels=need_labels or spec.target == "gold")
     if not any(method.spans and not method.saliency for method in methods):
         return queries
     assert spec.spans is not None

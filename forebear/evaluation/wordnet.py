@@ -126,7 +126,7 @@ class WordNet:
         """Offsets of the senses of each lemma, by sense number."""
         path = self.folder / f"index.{pos}"
         out: dict[str, tuple[int, ...]] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(self._text(path).splitlines(), 1):
             if line.startswith("  "):  # the licence
                 continue
             fields = line.split()
@@ -141,12 +141,18 @@ class WordNet:
             out[fields[0]] = offsets
         return out
 
+    def _text(self, path: Path) -> str:
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise self._broken(path, f"byte {error.start}") from error
+
     def _read_exceptions(self, pos: str) -> dict[str, tuple[str, ...]]:
         """Lemmas of irregular forms; a part of speech may have none."""
         path = self.folder / f"{pos}.exc"
         if not path.is_file():
             return {}
-        lines = (line.split() for line in path.read_text(encoding="utf-8").splitlines())
+        lines = (line.split() for line in self._text(path).splitlines())
         return {fields[0]: tuple(fields[1:]) for fields in lines if fields}
 
     def _synset(self, pos: str, offset: int) -> _Synset:

@@ -36,6 +36,7 @@ from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.options import BuildOptions, Progress, counted, ignore_warning, no_progress
 from forebear.indexer.runs import CheckpointPath, moved_paths, path_from
 from forebear.indexer.shards import ShardWriter, load_checked, split_rows
+from forebear.indexer.spans import check_same_finder
 from forebear.indexer.spec import make_spec
 
 
@@ -211,6 +212,7 @@ def append_rows(
     paths = moved_paths(model, old.checkpoints, folder)
     moved = [replace(c, path=path) for c, path in zip(old.checkpoints, paths, strict=True)]
     classifier = load_checked(moved[-1], old.spec, options)
+    check_same_finder(old.spec.spans, old.spec.spans_sha256, folder)
     labels = label_map(source, classifier.label_names, options.label_mode)
     segment = Segment(source=source.name, rows_sha256=source.sha256(), start=old.n_rows, n_rows=source.n_rows)
     if (folder / JOURNAL_NAME).is_file() and not resume and not force:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from forebear.indexer.ekfac import Vectors
-from forebear.indexer.encoding import Texts
+from forebear.indexer.encoding import Encoded, Texts, encode
 from forebear.indexer.gradient_pass import labels_seed, run_pass
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block
@@ -168,6 +169,8 @@ def exact_dots(
     For few queries a row, sum over t of d_t . (V a_t), no gradient being formed; for many, a batch's gradients are
     formed block by block and multiplied.
 
+    Rows of the same word pieces and label are run once: they get the same number, to the last bit.
+
     Args:
         classifier: Whose gradients.
         scope: Its name.
@@ -181,9 +184,31 @@ def exact_dots(
     Returns:
         ``(q, n)`` float64.
     """
-    collector = _Dots(scope, blocks, vectors, len(labels), wanted)
-    run_pass(classifier, texts, labels_seed(labels), [collector], batch_tokens=BATCH_TOKENS, on_rows=on_rows)
-    return collector.out
+    encoded = texts if isinstance(texts, Encoded) else Encoded(encode(classifier, texts))
+    first, which = _distinct(encoded, labels)
+    if wanted is not None and len(first) < len(labels):
+        every, wanted = wanted, np.zeros((len(wanted), len(first)), bool)
+        np.logical_or.at(wanted.T, which, every.T)
+    collector = _Dots(scope, blocks, vectors, len(first), wanted)
+    seed = labels_seed(labels[first])
+    run_pass(classifier, encoded.take(first), seed, [collector], batch_tokens=BATCH_TOKENS, on_rows=on_rows)
+    if on_rows is not None:
+        on_rows(len(labels) - len(first))
+    return collector.out[:, which]
+
+
+def _distinct(encoded: Encoded, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that differ in word pieces, in those of their other version, or in label.
+
+    Returns:
+        The first row of each kind, ``(kinds,)``; the kind of every row, ``(n,)``.
+    """
+    numbers: dict[Any, int] = {}
+    versions = [encoded.rows] if encoded.minus is None else [encoded.rows, encoded.minus]
+    keys = [tuple(tuple(ids) for row in mine for ids in row.values()) for mine in zip(*versions, strict=True)]
+    which = [numbers.setdefault((key, label), len(numbers)) for key, label in zip(keys, labels.tolist(), strict=True)]
+    kinds = np.array(which, np.int64)
+    return np.unique(kinds, return_index=True)[1], kinds
 
 
 def live_sample(live: np.ndarray, n_rows: int, seed: int) -> np.ndarray:

@@ -49,6 +49,7 @@ def digest_of(value: Any) -> str:
 _LATER: dict[str, Any] = {
     "sketch_bits": 0, "white_bits": 0, "sketch_basis": "mixed", "with_bias": False, "curvature": "none",
     "calibration": {}, "words_tops": (), "words_precision": "fp16", "spans": None, "span_column": 0,
+    "spans_sha256": None,
 }  # fmt: skip
 
 
@@ -74,6 +75,7 @@ class IndexSpec:
     words_precision: str = "fp16"
     spans: str | None = None  # how the stored spans were found
     span_column: int = 0  # the text column that they are in
+    spans_sha256: str | None = None  # of the file or the weights that found them, where a function or a reader did
     scopes: tuple[str, ...]  # "head", which is exact, and those that are sketched: "top-K", "all", "layer:NAME"
     sketch_dim: int  # d, coordinates a row, representation and checkpoint; 0 without a sketched scope
     sketch_bits: int = 0  # length of the code of what the coordinates leave over

@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from forebear.errors import DataError, InputError, ModelError
+from forebear.errors import DataError, InputError, MismatchError, ModelError
 from forebear.indexer.encoding import Encoded, encode_with_places
-from forebear.indexer.model import Classifier
+from forebear.indexer.model import Classifier, weights_sha256
+from forebear.indexer.store import file_sha256
 from forebear.indexer.user_code import load_function
 
 FOUND = ("clauses", "sentences", "words")
@@ -116,6 +118,37 @@ def span_finder(how: str, column: int = 0) -> Finder:
     )
 
 
+def finder_sha256(how: str) -> str | None:
+    """Digest of the user's file or of the reader's weights that find spans; None where neither does.
+
+    Raises:
+        InputError: The file or its function is not there.
+        ModelError: The reader is not.
+    """
+    kind, _, rest = how.partition(":")
+    if kind == READER:
+        from forebear.indexer.reader import load_reader
+
+        return weights_sha256(load_reader(rest).model)
+    if not kind.endswith(".py"):
+        return None
+    span_finder(how)
+    return file_sha256(Path(kind))
+
+
+def check_same_finder(how: str | None, sha256: str | None, index: Path) -> None:
+    """Refuse a function or reader that is not the one that found an index's spans.
+
+    Raises:
+        MismatchError: It has changed since.
+    """
+    if how is not None and sha256 is not None and (found := finder_sha256(how)) != sha256:
+        raise MismatchError(
+            f"--spans {how} has changed since {index} was built: sha256 {(found or '')[:12]}, then {sha256[:12]}. "
+            "Bring back what it was, or build the index again."
+        )
+
+
 def _aspect(texts: Sequence[str], _row: dict[str, Any], _name: str) -> list[Span]:
     if len(texts) != 2:
         raise InputError("--spans aspect is of pairs: the clause of the first text that holds the second one.")
@@ -137,7 +170,7 @@ def _given(first: str, last: str, column: int, *, whole_clause: bool) -> Finder:
         for name in (first, last):
             if name not in row:
                 raise InputError(f"--spans: the rows have no column {name!r}; they have {', '.join(row)}.")
-        starts, ends = (_numbers(row[name]) for name in (first, last))
+        starts, ends = (_numbers(row[name], name, called) for name in (first, last))
         if len(starts) != len(ends):
             raise DataError(f"{called}: {len(starts)} starts in {first!r}, {len(ends)} ends in {last!r}.")
         spans = [checked_span(texts, column, a, b, called) for a, b in zip(starts, ends, strict=True)]
@@ -149,12 +182,31 @@ def _given(first: str, last: str, column: int, *, whole_clause: bool) -> Finder:
     return find
 
 
-def _numbers(value: Any) -> list[Any]:
-    """One number or a list of them; JSON Lines and CSV have lists as text."""
-    if isinstance(value, str) and value.startswith("["):
+def _numbers(value: Any, name: str, called: str) -> list[int]:
+    """One number or a list of them; files may have numbers and lists as text, and whole numbers as 3.0.
+
+    Raises:
+        DataError: Something else stands there.
+    """
+    if isinstance(value, str):
         with suppress(ValueError):
             value = json.loads(value)
-    return list(value) if isinstance(value, list) else [value]
+    found = list(value) if isinstance(value, list) else [value]
+    whole = [_whole_number(one) for one in found]
+    if None in whole:
+        what = "nothing" if value in (None, "") else repr(value)
+        raise DataError(
+            f"{called}: {what} stands in column {name!r}; expected a number of characters or a list of them, [] for no "
+            "span."
+        )
+    return [one for one in whole if one is not None]
+
+
+def _whole_number(value: Any) -> int | None:
+    """As an integer; None if it is no whole number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return None
+    return int(value) if value == value and value == value // 1 else None
 
 
 def _by_function(given: str, column: int) -> Finder:
@@ -168,25 +220,27 @@ def _by_function(given: str, column: int) -> Finder:
                 f"--spans {given} failed on {called} ({type(error).__name__}: {error}); it must return "
                 "(start, end) pairs."
             ) from error
-        return [checked_span(texts, column, a, b, called) for a, b in ends]
+        for found in ends:
+            if any(_whole_number(one) is None for one in found):
+                raise InputError(f"--spans {given}: {called} gets {found}; expected whole numbers of characters.")
+        return list(dict.fromkeys(checked_span(texts, column, int(a), int(b), called) for a, b in ends))
 
     return find
 
 
-def checked_span(texts: Sequence[str], column: int, start: Any, end: Any, called: str) -> Span:
+def checked_span(texts: Sequence[str], column: int, start: int, end: int, called: str) -> Span:
     """A span that lies in its text and is not empty.
 
     Raises:
         DataError: It does not, or is; the row is named.
     """
     length = len(texts[column])
-    whole = all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in (start, end))
-    if not whole or not 0 <= start < end <= length:
+    if not 0 <= start < end <= length:
         raise DataError(
             f"{called}: span {start} to {end} is not in its text of {length} characters; expected 0 <= start < end <= "
             f"{length}."
         )
-    return Span(column, int(start), int(end))
+    return Span(column, start, end)
 
 
 def find_spans(
@@ -240,7 +294,7 @@ def mask_spans(
 
     Returns:
         The rows and, as ``minus``, their masked versions, for the entries whose span the model reads; and which these
-        are, ``(m,)`` bool: a span that truncation cuts away altogether has nothing to mask.
+        are, ``(m,)`` bool: one that truncation cuts away altogether, or of white space alone, has nothing to mask.
 
     Raises:
         ModelError: The tokenizer has no such token, or does not know where word pieces stand.
@@ -271,7 +325,8 @@ class MaskedSpans:
         owners: Position of each span's row, ``(m,)``.
         spans: The spans that the model reads, one each.
         encoded: Their rows and, as ``minus``, the rows with the span masked.
-        cut: Positions of the rows of spans that truncation cuts away altogether; these are left out of the others.
+        cut: Positions of the rows of spans that the model does not read (cut away altogether by truncation, or white
+            space alone); these are left out of the others.
     """
 
     owners: np.ndarray

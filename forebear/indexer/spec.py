@@ -13,6 +13,7 @@ from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.options import BuildOptions
 from forebear.indexer.runs import CheckpointPath
 from forebear.indexer.sentence import load_sentence_encoder
+from forebear.indexer.spans import finder_sha256
 
 
 def make_spec(
@@ -64,6 +65,7 @@ def make_spec(
         words_precision=options.words_precision if words else "fp16",
         spans=options.spans if spans else None,
         span_column=options.span_column if spans else 0,
+        spans_sha256=finder_sha256(options.spans) if spans else None,
         sentence_sha256=sentence,
         dampings=options.dampings,
         rep_refit=options.rep_refit,

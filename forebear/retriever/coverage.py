@@ -8,7 +8,7 @@ from typing import Any
 
 from forebear.errors import InputError
 from forebear.indexer.index import Index
-from forebear.indexer.spans import GIVEN
+from forebear.indexer.spans import GIVEN, check_same_finder
 from forebear.retriever.aggregate import check_linear
 from forebear.retriever.methods import METHODS, Method
 from forebear.retriever.queries import method_facts
@@ -102,6 +102,9 @@ def _check_spans(index: Index, methods: Sequence[Method], spec: QuerySpec) -> No
             f"Build it with --store features,spans --spans {spec.spans}, or give it for test rows by --query-spans "
             "and find those of training rows otherwise."
         )
+    # Spans of test rows must be found as those of training rows were; a reader takes too long to look at each time.
+    if stores_spans(index, spec) and spec.query_spans in (None, spec.spans) and ".py:" in (spec.spans or ""):
+        check_same_finder(spec.spans, index.manifest.spec.spans_sha256, index.folder)
 
 
 def _check_curvature(index: Index, method: Method, scope: str, spec: QuerySpec) -> None:

@@ -168,10 +168,11 @@ def choose_targets(target: str, predictions: np.ndarray, labels: np.ndarray | No
         if labels is None:
             raise InputError("--target gold needs labels in the test file. Name their column by --label-column.")
         return labels
-    known = {name.casefold(): i for i, name in enumerate(names)}
-    if target.casefold() not in known:
+    fitting = [i for i, name in enumerate(names) if name == target]
+    fitting = fitting or [i for i, name in enumerate(names) if name.casefold() == target.casefold()]
+    if len(fitting) != 1:
         raise InputError(f"--target {target!r}: expected predicted, gold, or one of {', '.join(names)}.")
-    return np.full(len(predictions), known[target.casefold()])
+    return np.full(len(predictions), fitting[0])
 
 
 def make_query(method: Method, asked: Asked, index: Index, curvature: CurvatureSpec) -> Query:

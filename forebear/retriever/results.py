@@ -121,17 +121,19 @@ def _optional_columns(answers: Answers, shape: tuple[int, int, int, int]) -> dic
 def _span_columns(index: Index, answers: Answers, rows: np.ndarray) -> dict[str, pa.Array]:
     """Span of each result and of its test row: text column and ends, and the text of the former; null where none is.
 
-    ``spans_cut``: how many spans of what was searched lie beyond the model's longest input, and were left out.
+    ``spans_cut``: how many spans of what was searched the model does not read (they lie beyond its longest input, or
+    hold nothing but white space), and were left out.
     """
     spans: list[Span | None] = []
     own: list[Span | None] = []
+    cut: list[int | None] = []
     for i in range(len(answers.predictions)):
         for pair in answers.found.values():
             for ranking in pair:
                 k = ranking.rows.shape[1]
                 spans += [None] * k if ranking.spans is None else ranking.spans[i]
                 own += [None if ranking.query_spans is None else ranking.query_spans[i]] * k
-    cut = [r.n_cut for pair in answers.found.values() for r in pair for _ in range(r.rows.shape[1])]
+                cut += [None if ranking.n_cut is None else int(ranking.n_cut[i])] * k
     columns = [values.to_pylist() for values in index.texts(rows).values()]
     texts = [None if s is None else columns[s.column][i][s.start : s.end] for i, s in enumerate(spans)]
     out = {"span": pa.array(texts, pa.string())}
@@ -139,7 +141,7 @@ def _span_columns(index: Index, answers: Answers, rows: np.ndarray) -> dict[str,
         for part in ("column", "start", "end"):
             values = [None if span is None else getattr(span, part) for span in some]
             out[f"{prefix}_{part}"] = pa.array(values, pa.int32())
-    out["spans_cut"] = pa.array(cut * len(answers.predictions), pa.int64())
+    out["spans_cut"] = pa.array(cut, pa.int64())
     return out
 
 

@@ -49,6 +49,11 @@ QUERY_BLOCK_ROWS = 512
 class Retriever:
     """Answers questions from one index.
 
+    Attributes:
+        index: The index.
+        residuals: Largest relative residual of H^-1 by method, where a solver iterated, over all that
+            :meth:`score_block` was asked so far.
+
     Example:
         >>> from forebear import Index, Retriever
         >>> retriever = Retriever(Index.open("runs/demo/index"))
@@ -75,6 +80,7 @@ class Retriever:
         self._searches: dict[tuple[str, CurvatureSpec], GradientSearch] = {}
         self._words = WordSearch(self.index, self._models)
         self._tfidf = TfidfSearch(self.index, self._models)
+        self.residuals: dict[str, float] = {}
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -106,7 +112,8 @@ class Retriever:
             exact: See :class:`QuerySpec`.
             scope: See :class:`QuerySpec`.
             **choices: ``recall``, ``candidates``, ``aggregate``, ``certify``, ``normalise``, ``spans``,
-                ``span_column``, ``curvature``, ``damping``, ``curvature_rows``, ``lissa``, ``tolerance``;
+                ``query_spans``, ``span_column``, ``word``, ``curvature``, ``damping``, ``curvature_rows``, ``lissa``,
+                ``tolerance``;
                 see :class:`QuerySpec`.
 
         Returns:
@@ -149,6 +156,7 @@ class Retriever:
         *,
         forward: Forward | None = None,
         table: pa.Table | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> Answers:
         """Answer one block of test rows.
 
@@ -159,8 +167,10 @@ class Retriever:
             spec: The question.
             forward: The last checkpoint's pass over them, if already run.
             table: The rows with all their columns, where spans are given by columns.
+            numbers: Of the test rows, for messages; None: from ``start`` on.
         """
         spec = self.settled(spec)
+        numbers = range(start, start + len(texts[0])) if numbers is None else numbers
         methods = spec.check()
         n_checkpoints = len(self.index.manifest.checkpoints)
         asked = ask(self._models, methods, texts, labels, spec.target, n_checkpoints, first_row=start, forward=forward)
@@ -183,7 +193,7 @@ class Retriever:
                 by_spans, texts, table, asked, spec.top if all(m.spans for m in methods) else top,
                 full=spec.exact == "full",
                 n_candidates={m.name: n_candidates(self.index, spec.scope, m, spec) for m in by_spans}, word=spec.word,
-                first_row=start,
+                numbers=numbers,
             )  # fmt: skip
         others = [m for m in methods if not (m.by_words or m.by_model)]
         for scope, some in self._by_scope(others, spec).items():
@@ -318,7 +328,10 @@ class Retriever:
         for scope in dict.fromkeys(spec.scope_of(m) for m in deep):
             some = [m for m in deep if spec.scope_of(m) == scope]
             at = DeepAsked(texts, asked.targets)
-            found |= self._gradient_search(scope, spec).score(some, at, {m.name: wanted for m in some})[0]
+            values, residuals = self._gradient_search(scope, spec).score(some, at, {m.name: wanted for m in some})
+            found |= values
+            for name, residual in residuals.items():
+                self.note_residual(name, residual)
         by_words = [m for m in methods if m.representation == "words"]
         if by_words:
             assert not isinstance(texts, Encoded)
@@ -331,8 +344,14 @@ class Retriever:
                 found[method.name] = whole[:, np.searchsorted(live, wanted)]
             elif method.name not in found:
                 query = make_query(method, asked, self.index, spec.solver)
+                self.note_residual(method.name, query.residual)
                 found[method.name] = replace(row_factors(self.index, method), live=wanted).all_products(query)
         return {method.name: found[method.name] for method in methods}
+
+    def note_residual(self, method: str, residual: np.ndarray | None) -> None:
+        """Remember how well H^-1 was solved, ``(q,)``, for what is said of the method's scores."""
+        if residual is not None:
+            self.residuals[method] = max(self.residuals.get(method, 0.0), float(residual.max()))
 
     def word_influence(
         self, query: Sequence[str], target: int, rows: np.ndarray, spec: QuerySpec

@@ -24,7 +24,11 @@ from forebear.retriever.saliency import SUMMED_GRADIENT, saliency
 
 
 def salient_words(
-    classifier: Classifier, texts: Sequence[Sequence[str]], targets: np.ndarray, word: str | None, first_row: int = 0
+    classifier: Classifier,
+    texts: Sequence[Sequence[str]],
+    targets: np.ndarray,
+    word: str | None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Span]:
     """The word of each row whose saliency is explained: the most salient one, or the first that reads ``word``.
 
@@ -35,7 +39,7 @@ def salient_words(
         texts: Test rows, one list a text column.
         targets: Class whose probability counts, ``(q,)``.
         word: As it stands in the text, in any case; None: the word of largest summed-gradient saliency.
-        first_row: Number of the first row, for messages.
+        numbers: Of the rows, for messages; None: from 0.
 
     Raises:
         InputError: A row has no word, or not this one.
@@ -46,8 +50,12 @@ def salient_words(
         if word is None:
             words = [w for w in words if any(c.isalnum() for c in w.text)] or words
         if not words:
-            what = "no word that the model reads" if word is None else f"no word {word!r}"
-            raise InputError(f"test row {first_row + i} has {what}, so there is no saliency to explain.")
+            what = "no word that the model reads"
+            if word is not None:
+                listed = ", ".join(dict.fromkeys(w.text for w in found.words)) or "none"
+                what = f"no word {word!r} (its words, as the tokenizer divides them: {listed})"
+            number = i if numbers is None else numbers[i]
+            raise InputError(f"test row {number} has {what}, so there is no saliency to explain.")
         best = max(words, key=lambda w: w.value) if word is None else words[0]
         out.append(Span(best.column, best.start, best.end))
     return out
@@ -59,7 +67,7 @@ def saliency_gradients(
     texts: Sequence[Sequence[str]],
     targets: np.ndarray,
     words: Sequence[Span],
-    first_row: int = 0,
+    numbers: Sequence[int] | None = None,
 ) -> Vectors:
     """-d s / d theta of one word of each row.
 
@@ -71,7 +79,7 @@ def saliency_gradients(
         texts: Test rows, one list a text column.
         targets: Class whose probability counts, ``(q,)``.
         words: One a row.
-        first_row: Number of the first row, for messages.
+        numbers: Of the rows, for messages; None: from 0.
 
     Returns:
         ``(q, n_out, n_in)`` for each block.
@@ -113,7 +121,8 @@ def saliency_gradients(
     for name, values in out.items():
         finite = torch.isfinite(values).flatten(1).all(dim=1)
         if not bool(finite.all()):
-            row = first_row + int(torch.argmin(finite.int()))
+            at = int(torch.argmin(finite.int()))
+            row = at if numbers is None else numbers[at]
             raise NonFiniteError(
                 f"{classifier.name}: the saliency gradient of test row {row} is NaN or infinite in {name}. Check the "
                 "model."

@@ -30,7 +30,7 @@ from forebear.retriever.scan import SCAN_TOLERANCE, Scan
 from forebear.retriever.scoring import Query, dots, exact_scores, rank
 
 _PRODUCT_QUERIES = 64  # queries whose candidates are multiplied together
-_PRODUCT_ROUNDING = 1e-12  # of a float64 product, relative to the largest, with a wide margin
+PRODUCT_ROUNDING = 1e-12  # of a float64 product, relative to the largest, with a wide margin
 SPARE = 8  # candidates beyond k that are scored pair by pair
 MAX_SCORES = 1 << 26  # entries of a (queries, rows) block held at once
 _MAX_CANDIDATE_NUMBERS = 1 << 25  # entries of a (queries, candidates, width) block held at once
@@ -94,7 +94,7 @@ class Ranking:
         proven: Whether no row left out can be among them, ``(q,)``, where that was asked for; else None.
         spans: The span of each row that is meant, ``q`` lists of ``k``, where spans are ranked; else None.
         query_spans: The span of each test row that is meant, where one is; else None.
-        n_cut: Spans of what was searched that truncation cuts away, which are left out; None without spans.
+        n_cut: Spans of what was searched that the model does not read, left out, ``(q,)``; None without spans.
         words: Contributions of shared words, ``q`` lists of ``k``, where scores are sums over words; else None.
     """
 
@@ -107,7 +107,7 @@ class Ranking:
     words: list[Words] | None = None
     spans: list[list[Span]] | None = None
     query_spans: list[Span] | None = None
-    n_cut: int | None = None
+    n_cut: np.ndarray | None = None
 
 
 # Candidates of queries `which`, `width` of each: row numbers (q, width) and, where the search bounds it, the largest
@@ -155,9 +155,7 @@ def _narrow(
         products = -products
     order = np.argpartition(-products, keep, axis=1)[:, : keep + 1]
     kept = np.take_along_axis(listed, order[:, :keep], axis=1)
-    edge = np.take_along_axis(products, order[:, keep:], axis=1)[:, 0] + _PRODUCT_ROUNDING * np.abs(products).max(
-        axis=1
-    )
+    edge = np.take_along_axis(products, order[:, keep:], axis=1)[:, 0] + PRODUCT_ROUNDING * np.abs(products).max(axis=1)
     return kept, np.maximum(ceiling, edge)
 
 
@@ -170,7 +168,7 @@ def search_all(query: Query, factors: RowFactors, k: int, *, largest: bool) -> R
         products = factors.all_products(query.take(chunk))
         products = products if largest else -products
         edges = np.partition(products, n_live - k, axis=1)[:, n_live - k]
-        edges = edges - _PRODUCT_ROUNDING * np.abs(products).max(axis=1)
+        edges = edges - PRODUCT_ROUNDING * np.abs(products).max(axis=1)
         for i, number in enumerate(chunk):
             near = factors.live[products[i] >= edges[i]][None, :]
             found = factors.scores(query.take(np.array([number])), near)

@@ -14,14 +14,13 @@ is a squared length, so positive.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
 from forebear.errors import InputError
-from forebear.indexer.curvature import class_basis
 from forebear.indexer.encoding import Encoded, Texts
 from forebear.indexer.estimate import propose
 from forebear.indexer.forward import residual_and_loss, run_forward
@@ -32,8 +31,10 @@ from forebear.retriever.gradients import Asked, GradientSearch
 from forebear.retriever.methods import METHODS, Method
 from forebear.retriever.queries import Asked as AskedModels
 from forebear.retriever.saliency_gradients import saliency_gradients, salient_words
-from forebear.retriever.scoring import Query, Term
-from forebear.retriever.search import MAX_SCORES, SPARE, Ranking, RowFactors, search_scan
+from forebear.retriever.search import Ranking, RowFactors, search_scan
+from forebear.retriever.stored_spans import head_query, stored_ends
+
+WORD_ROWS = 10  # rows at each end of saliency-if whose words are scored for saliency-if-token
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ class SpanRows:
         spans: The spans, by row and then by place.
         encoded: Rows and their masked versions.
         gold: Labels of the rows, ``(m,)`` int64.
-        n_cut: Spans that truncation cut away, which are left out.
+        cut: Training row of each span that the model does not read, which is left out, ``(n,)``.
     """
 
     rows: np.ndarray
     spans: list[Span]
     encoded: Encoded
     gold: np.ndarray
-    n_cut: int
+    cut: np.ndarray
 
     def texts(self, at: np.ndarray) -> Texts:
         """See :class:`~forebear.retriever.gradients.Rows`."""
@@ -73,7 +74,7 @@ def span_rows(
         classifier, texts, find_spans(find, texts, table, rows.tolist(), "training row"), unknown=unknown
     )
     of = rows[found.owners]
-    return SpanRows(of, found.spans, found.encoded, index.labels[of].astype(np.int64), len(found.cut))
+    return SpanRows(of, found.spans, found.encoded, index.labels[of].astype(np.int64), rows[found.cut])
 
 
 def stored_span_rows(index: Index, classifier: Classifier, entries: np.ndarray) -> SpanRows:
@@ -82,7 +83,8 @@ def stored_span_rows(index: Index, classifier: Classifier, entries: np.ndarray) 
     rows, spans = store.rows[entries], store.spans(entries)
     encoded, read = mask_spans(classifier, index.text_lists(rows), spans)
     assert read.all()
-    return SpanRows(rows, spans, replace(encoded, owners=rows), index.labels[rows].astype(np.int64), store.n_cut)
+    labels = index.labels[rows].astype(np.int64)
+    return SpanRows(rows, spans, replace(encoded, owners=rows), labels, np.empty(0, np.int64))
 
 
 def query_spans(
@@ -92,7 +94,7 @@ def query_spans(
     targets: np.ndarray,
     logits: np.ndarray,
     find: Finder,
-    first_row: int = 0,
+    numbers: Sequence[int] | None = None,
 ) -> tuple[list[Span], Encoded]:
     """The span of each test row that matters most: whose masking raises the target's loss most.
 
@@ -103,7 +105,7 @@ def query_spans(
         targets: Class whose loss is explained, ``(q,)``.
         logits: Of the rows as they are, ``(q, c)``.
         find: Finds the spans of a row.
-        first_row: Number of the first row, for messages.
+        numbers: Of the rows, for messages; None: from 0.
 
     Returns:
         One span a row; the rows and their masked versions.
@@ -111,13 +113,14 @@ def query_spans(
     Raises:
         InputError: A row has no span, or none that the model reads.
     """
-    found = find_spans(find, texts, table, range(first_row, first_row + len(texts[0])), "test row")
+    numbers = range(len(texts[0])) if numbers is None else numbers
+    found = find_spans(find, texts, table, numbers, "test row")
     read = mask_found(classifier, texts, found)
     owners, spans, encoded = read.owners, read.spans, read.encoded
     missing = np.setdiff1d(np.arange(len(found)), owners)
     if len(missing):
         raise InputError(
-            f"test row {first_row + missing[0]} has no span that the model reads. Find spans otherwise (--spans), or "
+            f"test row {numbers[missing[0]]} has no span that the model reads. Find spans otherwise (--spans), or "
             "leave the row out."
         )
     assert encoded.minus is not None
@@ -154,7 +157,7 @@ class SpanSearch:
         full: bool,
         n_candidates: dict[str, int],
         word: str | None = None,
-        first_row: int = 0,
+        numbers: Sequence[int] | None = None,
     ) -> dict[str, tuple[Ranking, Ranking]]:
         """Both ends of each method's ranking, (proponents, opponents).
 
@@ -167,7 +170,7 @@ class SpanSearch:
             full: Score every row by the model, instead of candidates.
             n_candidates: Rows at each end that are proposed, by method name; spans, where they are stored.
             word: Whose saliency is meant; None: that of the most salient word of each test row.
-            first_row: Number of the first test row, for messages.
+            numbers: Of the test rows, for messages; None: from 0.
 
         Raises:
             InputError: A test row has no span, or the candidates have fewer than ``k`` spans.
@@ -179,15 +182,15 @@ class SpanSearch:
         if any(m.spans == "both" for m in methods):
             own, encoded = query_spans(
                 search.models.classifier(), texts, table, asked.targets, asked.forward.logits, self._find_in_queries,
-                first_row,
+                numbers,
             )  # fmt: skip
             different = Asked(encoded, asked.targets)
         salient: list[Span] | None = None
         of_saliency = plain
         if any(m.saliency for m in methods):
-            salient = salient_words(search.models.classifier(), texts, asked.targets, word, first_row)
+            salient = salient_words(search.models.classifier(), texts, asked.targets, word, numbers)
             vectors = saliency_gradients(
-                search.models.classifier(), search.blocks, texts, asked.targets, salient, first_row
+                search.models.classifier(), search.blocks, texts, asked.targets, salient, numbers
             )
             of_saliency = Asked(plain.texts, asked.targets, vectors)
         out = {}
@@ -200,16 +203,16 @@ class SpanSearch:
             live = index.live_spans if by_entries else index.live
             width = min(len(live), n_candidates[method.name])
             if full:
-                numbers = np.broadcast_to(live, (len(asked.targets), len(live)))
+                proposed = np.broadcast_to(live, (len(asked.targets), len(live)))
             elif by_entries and search.scope == "head" and not method.variants:
                 out[method.name] = self._rank_stored(method, mine, k, owned)
                 continue
             else:
-                numbers = self._propose(method, mine, width, by_entries=by_entries)
-            if method.saliency and method.spans:  # the words of the rows that saliency-if finds
-                found = self._rank(METHODS["saliency-if"], mine, numbers, min(k, len(live)), owned)
-                numbers = np.concatenate([end.rows for end in found], axis=1)
-            out[method.name] = self._rank(method, mine, numbers, k, owned, by_entries=by_entries)
+                proposed = self._propose(method, mine, width, by_entries=by_entries)
+                if method.saliency and method.spans:  # the words of the rows that saliency-if finds
+                    found = self._rank(METHODS["saliency-if"], mine, proposed, min(WORD_ROWS, len(live)), owned)
+                    proposed = np.concatenate([end.rows for end in found], axis=1)
+            out[method.name] = self._rank(method, mine, proposed, k, owned, by_entries=by_entries)
         return out
 
     def _propose(self, method: Method, asked: Asked, width: int, *, by_entries: bool) -> np.ndarray:
@@ -259,6 +262,9 @@ class SpanSearch:
             listed = [np.searchsorted(distinct, mine) for mine in listed]
         elif entries is not None:
             listed = [np.flatnonzero(np.isin(entries.rows, mine)) for mine in listed]
+        n_cut = None if entries is None else np.array([np.isin(entries.cut, mine).sum() for mine in numbers])
+        if by_entries:
+            n_cut = np.full(len(listed), search.index.spans().n_cut)
         fewest, most = min(map(len, listed)), max(map(len, listed))
         _refuse_too_few(method, fewest, k)
         padded = np.stack([np.pad(mine, (0, most - len(mine)), mode="edge") for mine in listed])
@@ -275,7 +281,7 @@ class SpanSearch:
                     found if entries is None else entries.rows[found], found_scores, True,
                     np.array([len(mine) for mine in listed]), residual=residuals.get(method.name),
                     spans=None if entries is None else [[entries.spans[j] for j in mine] for mine in found],
-                    query_spans=own, n_cut=None if entries is None else entries.n_cut,
+                    query_spans=own, n_cut=n_cut,
                 )
             )  # fmt: skip
         return ends[0], ends[1]
@@ -289,7 +295,8 @@ class SpanSearch:
         ends = [
             Ranking(
                 store.rows[entries], scores, True, np.full(len(entries), n_live), residual=residual,
-                spans=[store.spans(mine) for mine in entries], query_spans=own, n_cut=store.n_cut,
+                spans=[store.spans(mine) for mine in entries], query_spans=own,
+                n_cut=np.full(len(entries), store.n_cut),
             )
             for entries, scores in stored_ends(search, method, asked, k)
         ]  # fmt: skip
@@ -331,86 +338,3 @@ def word_influence(
     asked = Asked(texts, targets, vectors)
     scores, _ = search.over(entries).score([method], asked, {method.name: np.arange(len(entries.rows))})
     return salient[0], entries, scores[method.name][0]
-
-
-def head_query(search: GradientSearch, method: Method, asked: Asked) -> Query:
-    """What is asked at the head of the last checkpoint, in the class directions of :func:`class_basis`."""
-    g = search.gradients_of(search.last, asked)
-    if method.query == "preconditioned":
-        g = search.solutions_of(asked)[0]
-    (whole,) = g.values()
-    reduced = np.einsum("ac,qch->qah", class_basis(whole.shape[1]), whole.double().cpu().numpy())
-    return Query(METHODS["gd"], (Term(1.0, None, matrix=reduced),), np.ones(len(reduced)))
-
-
-def stored_ends(
-    search: GradientSearch, method: Method, asked: Asked, k: int
-) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Both ends of all live stored spans at the head of the last checkpoint, from stored factors.
-
-    Returns:
-        (entries, scores) of proponents, best first, and of opponents, ``(q, k)`` each.
-    """
-    query, stored = head_query(search, method, asked), _StoredAtHead(search.index)
-    live = stored.entries
-    q, width = len(query), min(k + SPARE, len(live))
-    ends = [(np.empty((q, k), np.int64), np.empty((q, k))) for _ in range(2)]
-    for at in stored.chunks(q):
-        some = query.take(at)
-        fast = stored.products(some)
-        for (entries, scores), sign in zip(ends, (-1.0, 1.0), strict=True):
-            best = np.sort(np.argpartition(sign * fast, width - 1, axis=1)[:, :width], axis=1)
-            # Pair by pair: the same spans get the same scores, and ties go to the first.
-            exact = stored.scores(some, live[best])
-            order = np.argsort(sign * exact, axis=1, kind="stable")[:, :k]
-            entries[at] = live[np.take_along_axis(best, order, axis=1)]
-            scores[at] = np.take_along_axis(exact, order, axis=1)
-    return ends[0], ends[1]
-
-
-def stored_row_scores(search: GradientSearch, method: Method, asked: Asked) -> np.ndarray:
-    """The best stored span of each live row at the head of the last checkpoint, from stored factors.
-
-    Returns:
-        ``(q, n_live)`` float64, columns in the order of ``index.live``; -inf for a row without a stored span.
-    """
-    query, stored = head_query(search, method, asked), _StoredAtHead(search.index)
-    out = np.full((len(query), len(search.index.live)), -np.inf)
-    rows, starts = np.unique(stored.rows, return_index=True)  # entries stand by row
-    columns = np.searchsorted(search.index.live, rows)
-    for at in stored.chunks(len(query)):
-        out[np.ix_(at, columns)] = np.maximum.reduceat(stored.products(query.take(at)), starts, axis=1)
-    return out
-
-
-class _StoredAtHead:
-    """<V, g_n - g_n(-ij)> of all live stored spans: <V, r_n f_n^T> less that of the masked row, both in float64.
-
-    Attributes:
-        entries: Their numbers in the store, ``(m,)``.
-        rows: Training row of each, ``(m,)``, ascending.
-    """
-
-    def __init__(self, index: Index) -> None:
-        store = index.spans()
-        self.entries = index.live_spans
-        self.rows = store.rows[self.entries]
-        self._all_rows = store.rows
-        self._whole = RowFactors((index.features(),), (index.residuals(),), np.unique(self.rows))
-        self._masked = RowFactors((store.features,), (store.residuals,), self.entries)
-
-    def chunks(self, n_queries: int) -> Iterator[np.ndarray]:
-        """Queries whose scores of all spans fit in memory together."""
-        size = max(1, MAX_SCORES // max(1, len(self.entries)))
-        for start in range(0, n_queries, size):
-            yield np.arange(start, min(start + size, n_queries))
-
-    def products(self, query: Query) -> np.ndarray:
-        """Of all of them by matrix products, ``(q, m)``."""
-        owner = np.searchsorted(self._whole.live, self.rows)
-        return np.asarray(self._whole.all_products(query)[:, owner] - self._masked.all_products(query))
-
-    def scores(self, query: Query, entries: np.ndarray) -> np.ndarray:
-        """Of some of them, ``(q, k)`` numbers, pair by pair."""
-        whole = self._whole.scores(query, self._all_rows[entries])
-        return np.asarray(whole - self._masked.scores(query, entries))
