@@ -198,7 +198,7 @@ def test_asking_one_row_again_and_again_makes_its_mean_no_surer(pairs, overlaps)
     assert (single.n, single.error, single.low) == (1, None, None)
     assert mean.low == pytest.approx(mean.high)  # no queries differ; the rows are as unsure as before
     half = stats.t.ppf(0.975, N_ROWS - 3) * one.errors[0, 0]
-    np.testing.assert_allclose((mean.rows_low, mean.rows_high), (single.mean - half, single.mean + half), rtol=1e-6)
+    np.testing.assert_allclose((mean.rows_low, mean.rows_high), (single.mean - half, single.mean + half), rtol=1e-5)
 
 
 class Scorer:
@@ -287,6 +287,10 @@ def nan(row): return math.nan if "bad" in row["premise"] else 1.0
 def text(row): return "7"
 def nothing(row): pass
 def fails(row): return row["label"]
+def leaves(row): raise SystemExit(0)
+def huge(row): return 10**400
+def large(row): return 1e308
+def imaginary(row): return 1 + 2j
 number = 3
 """
 
@@ -295,10 +299,14 @@ number = 3
     ("name", "message"),
     [
         ("constant", "is 1 in all 60 live training rows"),
-        ("nan", r"returned nan for training row \d+; expected a finite number"),
-        ("text", "returned '7' for training row 0; expected a finite number"),
+        ("nan", r"returned nan for training row \d+; expected a number from"),
+        ("text", "returned '7' for training row 0; expected a number from"),
         ("nothing", "returned None for training row 0"),
         ("fails", r"failed on training row 0 \(KeyError: 'label'\)"),
+        ("leaves", r"failed on training row 0 \(SystemExit: 0\)"),
+        ("huge", r"returned 1000+\.\.\. for training row 0; expected a number from"),
+        ("large", r"returned 1e\+308 for training row 0; expected a number from"),
+        ("imaginary", r"returned \(1\+2j\) for training row 0"),
         ("number", "defines no function number"),
         ("absent", "defines no function absent"),
         ("not a name", "expected FILE.py:function"),
@@ -318,6 +326,21 @@ def test_a_users_file_that_is_not_there_or_does_not_run_is_refused(tmp_path):
     (tmp_path / "broken.py").write_text("import nothing_of_that_name")
     with pytest.raises(InputError, match="fails to load"):
         user_feature(f"{tmp_path}/broken.py:f", ("text",))
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)")
+    with pytest.raises(InputError, match="fails to load"):
+        user_feature(f"{tmp_path}/leaves.py:f", ("text",))
+
+
+def test_a_users_file_may_hold_dataclasses_and_import_its_neighbours(pairs, tmp_path):
+    (tmp_path / "neighbour.py").write_text("HALF = 0.5")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport neighbour\n"
+        "@dataclass\nclass Length:\n    words: int\n"
+        "def f(row): return neighbour.HALF * Length(len(row['premise'].split())).words\n"
+    )
+    found = measure(pairs.index, user_feature(f"{tmp_path}/mine.py:f", ("premise", "hypothesis")))
+    texts = pairs.index.text_lists(pairs.index.live)[0]
+    assert found.tolist() == [0.5 * len(text.split()) for text in texts]
 
 
 def test_a_users_function_gets_the_texts_by_column(pairs, tmp_path):

@@ -10,8 +10,10 @@ from tiny import labels, make_tiny_model, sentences, write_jsonl
 
 from forebear import BuildOptions, DataError, InputError, Retriever, build_index, choose_model, open_rows
 from forebear.cli.main import run
+from forebear.errors import MismatchError
 from forebear.evaluation import hans as module
-from forebear.evaluation.hans import audit_hans, hans_report
+from forebear.evaluation.artifact_features import measure, negation_feature, overlap_feature
+from forebear.evaluation.hans import audit_hans, hans_report, training_overlap
 
 NAMES = {2: ["entailment", "non-entailment"], 3: ["contradiction", "entailment", "neutral"]}
 
@@ -95,6 +97,43 @@ def test_kinds_of_rows_are_counted_as_by_a_slow_loop(world):
             for m, method in enumerate(("gc", "nn-euc")):
                 wanted = audit.overlap[asked, m].mean() if asked else None
                 assert facts["top_k"][method] == (wanted and pytest.approx(wanted, rel=1e-6))
+
+
+def test_an_index_that_encodes_the_hypothesis_first_has_the_same_overlap(world, tmp_path):
+    folder, retriever, source = world
+    order = ["hypothesis", "premise"]
+    train = open_rows(folder / "train.jsonl", text_columns=order, need_labels=True)
+    model = choose_model(str(folder / "model")).checkpoints
+    turned = Retriever(build_index(train, tmp_path / "i", model, BuildOptions()))
+    np.testing.assert_array_equal(training_overlap(turned), training_overlap(retriever))
+    feature, plain = (overlap_feature(names) for names in (order, order[::-1]))
+    assert feature.description == plain.description
+    np.testing.assert_array_equal(measure(turned.index, feature), measure(retriever.index, plain))
+    assert "'hypothesis'" in negation_feature(order).description
+    with pytest.raises(MismatchError, match="in this order. Give --text-columns hypothesis,premise"):
+        audit_hans(turned, source, ["gc"])
+
+
+def test_one_query_has_no_interval_and_more_is_said_only_where_it_is_sure(world, tmp_path):
+    folder, retriever, source = world
+    n_live = retriever.index.manifest.n_live
+    with pytest.raises(InputError, match=f"--top {n_live + 1}: .* has {n_live} live rows"):
+        audit_hans(retriever, source, ["gc"], top=n_live + 1)
+    every = audit_hans(retriever, source, ["gc"], top=n_live)  # the top rows are all rows
+    report, _ = hans_report(every, retriever, source, "")
+    assert "No method surely brings up" in report.summary
+    rows = [json.loads(line) for line in (folder / "hans.jsonl").read_text().splitlines()]
+    wrong = [row for row in rows if row["label"] == "non-entailment"]
+    for row in wrong:
+        path = write_jsonl(tmp_path / "one.jsonl", **{name: [row[name]] for name in ("premise", "hypothesis", "label")})
+        try:
+            found = audit_hans(retriever, open_rows(path, need_labels=True), ["gc"], top=3)
+        except DataError:  # it is not mispredicted
+            continue
+        _, result = hans_report(found, retriever, source, "")
+        assert [result["methods"]["gc"][k] for k in ("top_k_low", "top_k_high", "hub_share")] == [None] * 3
+        return
+    raise AssertionError("no row is mispredicted")
 
 
 def test_blocks_of_any_size_give_one_audit(world, monkeypatch):

@@ -357,6 +357,7 @@ def test_auc_is_scikit_learns_with_ties():
     assert area == pytest.approx(roc_auc_score(wrong, values), abs=1e-12)
     assert low < area < high
     assert auc_and_interval(np.ones(10), np.arange(10) < 4, 0) == [0.5, 0.5, 0.5]
+    assert auc_and_interval(np.arange(10), np.arange(10) == 9, 0) == [1.0, None, None]  # one row cannot vary
     assert auc_and_interval(np.arange(10.0), np.arange(10) > 7, 0) == [1.0, 1.0, 1.0]
 
 

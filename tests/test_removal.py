@@ -7,10 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import texts_of
+from scipy import stats
 from scipy.stats import spearmanr
 from tiny import labels, sentences, write_jsonl
 
@@ -20,7 +23,7 @@ from forebear.evaluation.comparisons import Queries, sample_queries
 from forebear.evaluation.deletion_curve import measure_deletion
 from forebear.evaluation.lds import Lds, lds_report, measure_lds
 from forebear.evaluation.recipes import open_retrainer
-from forebear.evaluation.removal import measure_removal, seeds_of
+from forebear.evaluation.removal import Removal, _removal_tables, measure_removal, seeds_of
 from forebear.evaluation.retraining import Job, Retrainer, TrainingRows
 from forebear.evaluation.retraining_loss import measure_retraining_loss
 from forebear.evaluation.row_choice import amounts_of, least_overlap, row_scores, rows_at, sides_of
@@ -411,6 +414,71 @@ def test_an_unsolved_system_is_said(bert_world, test_rows, tmp_path):
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert 0 < result["residuals"]["if"] < 1
     assert "relative residual of" in (tmp_path / "a" / "report.html").read_text() or "H^-1 of if" in json.dumps(result)
+
+
+def test_intervals_and_p_are_over_queries_not_over_their_seeds():
+    """Four queries of seven nearly equal seeds say no more than four values."""
+    rng = np.random.default_rng(0)
+    of_query = np.array([-0.3, -0.1, 0.05, 0.2])
+    changes = of_query + 1e-6 * rng.normal(size=(1, 1, 1, 7, 4))
+    found = Removal(
+        methods=("a",), sides=("top",), amounts=(5,), seeds=tuple(range(7)), changes=changes,
+        random=np.zeros((1, 7, 4)), sampled="all",
+    )  # fmt: skip
+    table, compared = _removal_tables(found, 0)
+    mean, error, low, high, n = table.rows[1][3:]
+    half = stats.t.ppf(0.975, 3) * stats.sem(100 * of_query)
+    assert (mean, low, high) == pytest.approx((-3.75, -3.75 - half, -3.75 + half), abs=1e-3)
+    assert n == 28
+    assert error == pytest.approx(stats.sem(100 * changes.reshape(-1)))
+    assert compared.rows[0][-1] == pytest.approx(stats.wilcoxon(of_query).pvalue)
+
+
+def test_a_share_of_one_is_all_rows_not_one():
+    for share in ("1", "1.0"):
+        with pytest.raises(InputError, match="takes 60 of 60 rows away"):
+            amounts_of([], [share], 60, ["0.2"])
+
+
+def test_more_amounts_than_a_chart_shows(bert_world, test_rows, tmp_path):
+    args = ["evaluate", "retraining-loss", "--index", str(bert_world.index.folder), "--test", str(test_rows), "-q"]
+    args += ["--queries", "3", "--cache", str(tmp_path / "c"), "--method", "gd", "--remove", "1,2,3,4,5,6,7,8"]
+    assert run([*args, "--out", str(tmp_path / "a")]) == 0
+    assert "The 6 largest numbers of rows." in (tmp_path / "a" / "report.html").read_text()
+
+
+def test_workers_end_with_a_command_that_is_terminated(bert_world, test_rows, tmp_path):
+    args = ["--index", bert_world.index.folder, "--test", test_rows, "--method", "gd,if,gc", "--seeds", "1"]
+    command = [sys.executable, "-m", "forebear.cli.main", "evaluate", "lds", *map(str, args), "--subsets", "100000"]
+    command += ["--cache", str(tmp_path / "cache"), "--workers", "2", "--out", str(tmp_path / "out")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("cache/*/*.arrow"))) > 3)
+        (worker,) = children_of(running.pid)
+        running.terminate()
+        running.wait(60)
+        wait_for(lambda: not alive(worker))
+        assert not list(tmp_path.glob("forebear-workers-*"))
+    finally:
+        running.kill()
+
+
+def wait_for(condition, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def children_of(parent: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=False)
+    return [int(number) for number in found.stdout.split()]
+
+
+def alive(number: int) -> bool:
+    status = Path(f"/proc/{number}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_mistakes_exit_with_one_line(bert_world, test_rows, tmp_path, capsys):

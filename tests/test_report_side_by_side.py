@@ -79,6 +79,22 @@ def test_labels_of_several_columns_and_lines_that_cannot_be_told_apart():
     assert join_tables("t", [("x", empty), ("y", empty)]).rows == []
 
 
+def test_numbers_tell_lines_apart_where_they_must():
+    columns = ["method", "removed", "mean", "n"]
+    first = Table("T", columns, [["gd", 2, 0.5, 3], ["gd", 5, 0.25, 3]])
+    second = Table("T", columns, [["gd", 5, 0.75, 4], ["gd", 2, 1.0, 4]])
+    joined = join_tables("T", [("a", first), ("b", second)])
+    assert list(joined.columns) == ["method", "removed", "a · mean", "a · n", "b · mean", "b · n"]
+    assert joined.rows == [["gd", 2, 0.5, 3, 1.0, 4], ["gd", 5, 0.25, 3, 0.75, 4]]
+
+
+def test_a_report_that_is_read_is_not_written_over(folders, capsys):
+    before = (folders[0] / "result.json").read_bytes()
+    assert run(["report", str(folders[0]), str(folders[1]), "--out", str(folders[0]), "--force"]) == 2
+    assert "is one of the reports that are read" in " ".join(capsys.readouterr().err.split())
+    assert (folders[0] / "result.json").read_bytes() == before
+
+
 def test_tables_that_are_not_shared_stay_as_they_are(tmp_path):
     write_report(report_of([["gd", 0.5, 3]]), tmp_path / "a", result={})
     write_report(report_of([["gd", 0.5, 3]], title="Other"), tmp_path / "b", result={})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import labels, sentences
+from tiny import labels, make_tiny_model, sentences
 from torch import nn
 
 from forebear.errors import InputError, MismatchError, NonFiniteError
@@ -366,7 +367,6 @@ def test_rows_left_out_are_not_trained_on(retriever, tmp_path):
     ("job", "message"),
     [
         (Job(np.empty(0, np.int64), 7), r"retraining 1 of 1 \(seed 7\) would train on no rows"),
-        (Job(np.flatnonzero(np.array(LABELS) == 1), 0), "all up; a model needs rows of two classes"),
         (Job(np.array([3, 2]), 0), "ascending"),
         (Job(np.arange(9), 0, without=np.array([9])), "rows to leave out that are among the others"),
         (Job(np.arange(9), 0, without=np.array([3, 3])), "rows to leave out that are among the others"),
@@ -381,6 +381,58 @@ def test_rows_left_out_are_not_trained_on(retriever, tmp_path):
 def test_a_job_that_no_model_can_be_trained_on_is_refused_by_name(retriever, job, message, tmp_path):
     with pytest.raises(InputError, match=message):
         counting(retriever, tmp_path).run([job])
+
+
+@pytest.mark.parametrize("name", ["head", "top-1", "full"])
+def test_rows_of_one_class_are_trained_on_and_said(retriever, name, tmp_path):
+    retrainer = open_retrainer(retriever, name, QUERIES, tmp_path)
+    up = np.flatnonzero(np.array(LABELS) == 1)
+    found, whole = retrainer.run([Job(up, 0), Job(all_rows(retriever), 0)])
+    assert (found.probabilities[:, 0] < 0.5).all()
+    assert found.probabilities[:, 0].mean() < whole.probabilities[:, 0].mean()
+    assert "1 of 2 retrainings had no row left of some class" in retrainer.warnings[0]
+
+
+@pytest.mark.parametrize("name", ["full", "top-1"])
+def test_another_dropout_or_tokenizer_is_another_retraining(tmp_path, name):
+    """The start model's configuration changes, its weights do not; the run is made again at the same place."""
+    start, run = make_tiny_model(tmp_path / "start", n_classes=2, seed=5), tmp_path / "run"
+    source = rows_from_texts(TEXTS, LABELS, label_names=("down", "up"))
+    config = json.loads((start / "config.json").read_text())
+
+    def retrained(again: bool):
+        if again:
+            train(source, start, run, OPTIONS, force=True)
+            build_index(source, run / "index", choose_model(str(run)).checkpoints, BuildOptions(), force=True)
+        retrainer = open_retrainer(Retriever(run / "index"), name, QUERIES, tmp_path / "cache")
+        retrainer.run([Job(np.arange(N), 1)])
+        return retrainer.n_trained
+
+    assert retrained(True) == 1
+    assert retrained(False) == 0
+    (start / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.5}))
+    with pytest.raises(MismatchError, match="has other dropout than when the run started from it"):
+        retrained(False)
+    assert retrained(True) == 1
+    rules = json.loads((start / "tokenizer.json").read_text())
+    (start / "tokenizer.json").write_text(json.dumps(rules | {"normalizer": {"type": "Lowercase"}}))
+    assert retrained(True) == 1
+
+
+def test_top_layers_that_the_run_kept_frozen_stay_frozen(tmp_path):
+    start, run = make_tiny_model(tmp_path / "start", n_classes=2, seed=5), tmp_path / "run"
+    source = rows_from_texts(TEXTS, LABELS, label_names=("down", "up"))
+    train(source, start, run, replace(OPTIONS, freeze_below=1))
+    build_index(source, run / "index", choose_model(str(run)).checkpoints, BuildOptions())
+    retriever = Retriever(run / "index")
+    one, two = (open_retrainer(retriever, name, QUERIES, tmp_path / name) for name in ("top-1", "top-2"))
+    assert "its last 1 of 2 layers" in two.recipe.note
+    before = {name: p.clone() for name, p in two.recipe._start.at(0).model.named_parameters()}
+    two.run([Job(np.arange(N), 0)])
+    moved = {name for name, p in two.recipe._start._loaded[1].model.named_parameters() if not p.equal(before[name])}
+    assert moved
+    assert not [name for name in moved if ".layer.0." in name]
+    assert one.recipe.facts["layers"] == 1
 
 
 def test_nan_of_a_retrained_model_is_refused(retriever, tmp_path):

@@ -26,6 +26,15 @@ def test_mean_has_scipys_standard_error_and_bootstrap_interval() -> None:
     assert found.n == 40
 
 
+def test_few_values_have_students_interval() -> None:
+    from scipy import stats
+
+    values = np.random.default_rng(5).normal(size=9)
+    found = mean_of(values)
+    interval = stats.ttest_1samp(values, 0.0).confidence_interval()
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-12)
+
+
 def test_one_query_has_a_mean_and_nothing_else() -> None:
     found = mean_of([0.25])
     assert (found.mean, found.error, found.low, found.high, found.n) == (0.25, None, None, None, 1)

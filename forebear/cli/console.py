@@ -12,7 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from typer.core import TyperCommand
 
-OUT = Console(highlight=False, soft_wrap=False)
+
+class _Console(Console):
+    """One that leaves a reader who has gone to the command."""
+
+    def on_broken_pipe(self) -> None:
+        """Rich would end with exit code 1."""
+        raise BrokenPipeError
+
+
+OUT = _Console(highlight=False, soft_wrap=False)
 ERR = Console(stderr=True, highlight=False)
 
 

@@ -287,7 +287,13 @@ def near_duplicates(
     tops = sorted(set(integers("--top", top))) or TOPS
     with progress_bar(quiet=quiet) as progress:
         found = ask(
-            retriever, spec, n_queries=queries, edits=listed(edits) or EDITS, tops=tops, seed=seed, progress=progress
+            retriever,
+            spec,
+            n_queries=queries,
+            edits=tuple(dict.fromkeys(listed(edits))) or EDITS,
+            tops=tops,
+            seed=seed,
+            progress=progress,
         )
     finish(*near_duplicates_report(found, retriever, spec, seed, command_line()), out, json_out, force, quiet)
 

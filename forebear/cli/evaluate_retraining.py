@@ -210,7 +210,7 @@ def _ask(
     retriever.check_stores(spec.check(), spec)
     labelled = need_labels or target == "gold"
     source = open_test(test, text_columns, label_column, label_names, need_labels=labelled)
-    folder = Path(cache) if cache is not None else Path(f"{Path(index)}-retraining")
+    folder = Path(cache) if cache is not None else Path(f"{Path(index).resolve()}-retraining")
     start_workers(workers, folder)
     return _Asked(
         retriever=retriever,
@@ -275,6 +275,7 @@ def removal(
         label_names=label_names, device=device, force=force,
     )  # fmt: skip
     amounts = amounts_of(integers("--remove", remove), listed(share), asked.n_live, ["0.1"])
+    chosen_sides = sides_of(listed(sides))
     retrainer = asked.open_retrainer(asked.queries.texts)
     with progress_bar(quiet=quiet) as progress:
         found = measure_removal(
@@ -282,7 +283,7 @@ def removal(
             asked.scores(),
             amounts,
             seeds_of(retrainer, seeds, seed),
-            sides=sides_of(listed(sides)),
+            sides=chosen_sides,
             budget=budget,
             seed=seed,
             progress=progress,

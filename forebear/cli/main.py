@@ -11,11 +11,13 @@ import typer
 
 from forebear.cli import audit, demo, evaluate, explain, index, inspect, perturb, report, retrieve, train
 from forebear.cli.console import ERR
-from forebear.cli.workers import stop_workers
+from forebear.cli.workers import end_with_parent, stop_workers
 from forebear.errors import ForebearError
 
 INTERRUPTED = 130
-INTERRUPTED_LINE = "interrupted. What was finished stays; forebear index goes on with --resume."
+INTERRUPTED_LINE = (
+    "interrupted. What was finished stays: retrainings go on with the same command, forebear index with --resume."
+)
 
 app = typer.Typer(
     name="forebear",
@@ -33,6 +35,7 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 the user's mistake, 1 a fault, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    end_with_parent()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -10,6 +10,7 @@ import typer
 from forebear.cli.asking import command_line, show_table
 from forebear.cli.console import OUT, say
 from forebear.cli.options import Force, Quiet
+from forebear.errors import InputError
 
 HELP = """Put the reports of several evaluations or audits side by side, on one page.
 
@@ -36,6 +37,8 @@ def report(
     from forebear.evaluation.report import check_folder, write_report
     from forebear.evaluation.side_by_side import read_folders, side_by_side
 
+    if Path(out).resolve() in [Path(folder).resolve() for folder in folders]:
+        raise InputError(f"--out {out} is one of the reports that are read. Name another folder.")
     check_folder(Path(out), force=force)
     page, result = side_by_side(read_folders(folders), command_line())
     written = write_report(page, Path(out), result=result, force=force)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +18,19 @@ import typer
 from forebear.cli.console import warn
 from forebear.errors import InputError
 
+PARENT = "FOREBEAR_WORKER_OF"  # environment variable: process id of the command that started a worker
+TERMINATED = 128 + signal.SIGTERM
+_PR_SET_PDEATHSIG = 1
 _stops: list[Callable[[], None]] = []  # of the command that runs
 
 Workers = Annotated[
-    int, typer.Option("--workers", help="Processes that retrain at a time; they share the cores.", show_default=True)
+    int,
+    typer.Option(
+        "--workers",
+        help="Processes that retrain at a time; they share the cores. To go on after a kill, give the same number: "
+        "threads decide last bits.",
+        show_default=True,
+    ),
 ]
 
 
@@ -42,7 +54,10 @@ def start_workers(workers: int, cache: Path) -> None:
     torch.set_num_threads(threads)  # part of what decides an outcome: the same in all of them
     folder = tempfile.TemporaryDirectory(prefix="forebear-workers-")
     again = [sys.executable, "-m", "forebear.cli.main", *sys.argv[1:], "--workers", "1", "--cache", str(cache)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    environment[PARENT] = str(os.getpid())
+    with suppress(ValueError):  # of a command that does not run in the main thread
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     running: list[tuple[subprocess.Popen[bytes], Path]] = []
     for number in range(1, workers):
         said = Path(folder.name) / f"{number}.txt"
@@ -62,6 +77,16 @@ def start_workers(workers: int, cache: Path) -> None:
         folder.cleanup()
 
     _stops.append(stop)
+
+
+def end_with_parent() -> None:
+    """In a worker: ask Linux to end this process with the command that started it, however that ends."""
+    parent = os.environ.pop(PARENT, None)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it had ended before
+        sys.exit(TERMINATED)
 
 
 def stop_workers() -> None:

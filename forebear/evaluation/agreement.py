@@ -409,7 +409,7 @@ def _note(found: Agreement, queries: Queries, spec: QuerySpec) -> str:
         f" H^-1 of {name} is solved to a relative residual of {r:.1e}." for name, r in found.residuals.items()
     )
     return (
-        f"{kind}; mean over {len(queries):,} queries, ± its standard error; 95% bootstrap interval. {control}."
+        f"{kind}; mean over {len(queries):,} queries, ± its standard error; 95% interval. {control}."
         f"{left}{unread}{solved}"
     )
 

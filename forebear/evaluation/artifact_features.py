@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from forebear.errors import DataError, InputError
-from forebear.evaluation.overlap import lexical_overlap
+from forebear.evaluation.overlap import lexical_overlap, premise_first
 from forebear.indexer.index import Index
 from forebear.indexer.user_code import load_function
 
@@ -20,6 +19,7 @@ NEGATIONS = (
 _WORDS = "|".join(word for word in NEGATIONS if word != "n't")
 _NEGATION = re.compile(rf"(?<!\w)(?:{_WORDS})(?!\w)|n['’]t(?!\w)", re.IGNORECASE)
 BLOCK_ROWS = 65_536
+LARGEST = 1e100  # value of a feature: its square must be a number too
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ def overlap_feature(text_columns: Sequence[str]) -> Feature:
     """
     if len(text_columns) != 2:
         raise InputError(f"lexical overlap is of pairs of texts; the index was built from {', '.join(text_columns)}.")
-    first, second = text_columns
+    first, second = premise_first(text_columns, text_columns)
     return Feature(
         "lexical overlap",
         f"share of the word types of {second!r} that occur in {first!r}, lower-cased, split at white space",
-        lambda texts, _rows: lexical_overlap(*texts),
+        lambda texts, _rows: lexical_overlap(*premise_first(texts, text_columns)),
         lambda texts: set(texts[0].lower().split()) & set(texts[1].lower().split()),
     )
 
@@ -61,12 +61,13 @@ def negation_feature(text_columns: Sequence[str], column: str | None = None) -> 
 
     Args:
         text_columns: Those of the index.
-        column: The one that is looked at; None: the last, of pairs the hypothesis.
+        column: The one that is looked at; None: of pairs the hypothesis, by name or as the second one.
 
     Raises:
         InputError: There is no such column.
     """
-    name = text_columns[-1] if column is None else column
+    default = premise_first(text_columns, text_columns)[1] if len(text_columns) == 2 else text_columns[-1]
+    name = default if column is None else column
     if name not in text_columns:
         raise InputError(f"--column {name!r}: the index was built from {', '.join(text_columns)}. Give one of them.")
     at = text_columns.index(name)
@@ -100,15 +101,17 @@ def user_feature(given: str, text_columns: Sequence[str]) -> Feature:
         for i, row in enumerate(zip(*texts, strict=True)):
             try:
                 value = function(dict(zip(text_columns, row, strict=True)))
-            except Exception as error:  # the user's code may raise anything
+            except (Exception, SystemExit) as error:  # the user's code may raise anything
                 raise InputError(
                     f"--feature {given} failed on training row {rows[i]} ({type(error).__name__}: {error}); it is "
                     f"called with a dictionary of {', '.join(text_columns)} and must return a number."
                 ) from error
-            number = isinstance(value, int | float | np.number | np.bool_) and math.isfinite(value)
-            if not number:
+            number = isinstance(value, int | float | np.integer | np.floating | np.bool_)
+            if not number or not -LARGEST <= value <= LARGEST:  # NaN is in no range
+                shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:60]}..."
                 raise InputError(
-                    f"--feature {given} returned {value!r} for training row {rows[i]}; expected a finite number."
+                    f"--feature {given} returned {shown} for training row {rows[i]}; expected a number from "
+                    f"-{LARGEST:g} to {LARGEST:g}."
                 )
             out[i] = value
         return out

@@ -226,7 +226,7 @@ def cancellation_report(
     note = (
         f"C = sum of eta ||dL/dW|| over all {len(index.live):,} rows, from a sample of {len(found.rows):,}, over the "
         f"distance that the weights moved; checkpoints {', '.join(found.checkpoints)}. ± standard error over the "
-        "sampled rows, 95% bootstrap interval. Cosine: mean over pairs of rows, and over the checkpoints. A dash: the "
+        "sampled rows, 95% interval. Cosine: mean over pairs of rows, and over the checkpoints. A dash: the "
         "weights were frozen, or get no gradient."
     )
     tables = (

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from forebear.errors import InputError
+from forebear.errors import InputError, NonFiniteError
 from forebear.evaluation.report import Cell, Figure, Table, heat_map
-from forebear.evaluation.statistics import mean_of
+from forebear.evaluation.statistics import INTERVALS, mean_of
 from forebear.indexer.data import RowSource
 from forebear.indexer.gradients import live_sample
 from forebear.retriever.query_spec import QuerySpec
@@ -95,7 +95,11 @@ def score_queries(
     """Exact scores of training rows (None: all live ones), ``(q, n)`` float64 by method name."""
     retriever.check_stores(spec.check(), spec)
     blocks = [retriever.score_block(part.texts, part.labels, spec, rows=rows) for part in queries.blocks()]
-    return {name: np.concatenate([block[name] for block in blocks]) for name in spec.methods}
+    found = {name: np.concatenate([block[name] for block in blocks]) for name in spec.methods}
+    bad = [name for name, scores in found.items() if np.isnan(scores).any()]
+    if bad:
+        raise NonFiniteError(f"{bad[0]} gives NaN as a score. Check the model and the index (forebear verify).")
+    return found
 
 
 def standardised_ranks(scores: np.ndarray) -> np.ndarray:
@@ -184,6 +188,7 @@ def provenance(retriever: Retriever, spec: QuerySpec, command: str, **facts: obj
         "target": spec.target,
         **{name.replace("_", " "): str(value) for name, value in facts.items()},
         **{f"H^-1 of {name}": f"relative residual {r:.1e}" for name, r in retriever.residuals.items()},
+        "95% intervals": INTERVALS,
         "command": command,
     }
 

@@ -94,7 +94,13 @@ def correlation_report(
         said,
         (
             matrix_table("Mean Spearman correlation", found.methods, matrix, note),
-            pair_table("Pairs", found.methods, found.values, seed, "95% bootstrap interval over the queries."),
+            pair_table(
+                "Pairs",
+                found.methods,
+                found.values,
+                seed,
+                "95% interval over the queries.",
+            ),
         ),
         (
             matrix_figure(

@@ -130,7 +130,7 @@ def deletion_report(
             rows,
             "Mean over k of the change of the gold class's probability after removing the top k proponents (DEL+: "
             "should be negative) or opponents (DEL−: should be positive) and retraining; mean over queries, ± its "
-            "standard error, 95% bootstrap interval.",
+            "standard error, 95% interval.",
         ),
         Table("Curves", ["method", "curve", "removed", *INTERVAL_COLUMNS], points),
     ]
@@ -145,8 +145,8 @@ def deletion_report(
     plus, minus = (float(np.nanmean(found.auc[best, j])) for j in (0, 1))
     report = Report(
         "Deletion curves",
-        f"Removing proponents by {found.methods[best]} lowers the gold class's probability most: AUC-DEL+ {plus:+.3f}, "
-        f"AUC-DEL− {minus:+.3f}. {retrainer.recipe.note}",
+        f"AUC-DEL+, the change of the gold class's probability without its proponents, is least by "
+        f"{found.methods[best]}: {plus:+.3f}; without its opponents (AUC-DEL−) {minus:+.3f}. {retrainer.recipe.note}",
         tables,
         [_curve_figure(found, j, f"{side}(k)") for j, side in enumerate(names)],
         provenance=retraining_provenance(retriever, spec, retrainer, found.seeds, sampled, queries, command),

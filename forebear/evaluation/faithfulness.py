@@ -151,7 +151,7 @@ def faithfulness_report(
     note = (
         f"Spearman's correlation x 100 with `tracin++` at the final checkpoint, over {min(found.n_spans):,} to "
         f"{max(found.n_spans):,} spans; mean over {len(queries):,} queries, each the mean of {runs} run(s), ± its "
-        "standard error; 95% bootstrap interval. Variances: over queries, averaged over runs; of the runs' means. "
+        "standard error; 95% interval. Variances: over queries, averaged over runs; of the runs' means. "
         + (
             f"The control sums the last {found.n_control} checkpoints, unweighted, the final one among them. "
             if CONTROL in found.names

@@ -15,8 +15,9 @@ import numpy as np
 
 from forebear.errors import DataError, InputError
 from forebear.evaluation.hans_kinds import KINDS, Breakdown, kind_numbers, kind_table
-from forebear.evaluation.overlap import bootstrap_interval, lexical_overlap, mean_and_error
+from forebear.evaluation.overlap import lexical_overlap, mean_and_error, premise_first
 from forebear.evaluation.report import Cell, Figure, Group, Passage, Report, Table, bar_chart
+from forebear.evaluation.statistics import INTERVALS, mean_of
 from forebear.indexer.data import RowBlock, RowSource
 from forebear.indexer.forward import run_forward
 from forebear.indexer.labels import collapse_to_binary_nli, nli_id
@@ -28,6 +29,7 @@ ENTAILMENT, NON_ENTAILMENT = 0, 1
 SHOWN_QUERIES = 5
 SHOWN_ROWS = 5
 BLOCK_ROWS = 512
+_ROUNDING = 1e-6  # of overlaps, which are kept in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,8 @@ def audit_hans(
     merge = collapse_to_binary_nli(retriever.label_names)
     if merge is None:
         raise InputError(f"audit hans needs a model with NLI labels; this one has {', '.join(retriever.label_names)}.")
+    if top > (n_live := retriever.index.manifest.n_live):
+        raise InputError(f"--top {top}: {retriever.index.folder} has {n_live:,} live rows. Give a smaller number.")
     row_overlap = training_overlap(retriever)
     found: list[np.ndarray] = []
     first_rows: list[np.ndarray] = []
@@ -165,11 +169,10 @@ def _example(block: RowBlock, i: int, answers: Answers, j: int) -> Example:
 def training_overlap(retriever: Retriever) -> np.ndarray:
     """Lexical overlap of every training row, ``(n,)``, by row number."""
     n_rows = retriever.index.manifest.n_rows
-    out = np.empty(n_rows)
+    out, names = np.empty(n_rows), retriever.index.manifest.spec.text_columns
     for start in range(0, n_rows, 65_536):
         rows = np.arange(start, min(start + 65_536, n_rows))
-        premises, hypotheses = retriever.index.text_lists(rows)
-        out[rows] = lexical_overlap(premises, hypotheses)
+        out[rows] = lexical_overlap(*premise_first(retriever.index.text_lists(rows), names))
     return out
 
 
@@ -207,6 +210,7 @@ def hans_report(
         "index": str(retriever.index.folder),
         "index digest": retriever.index.manifest.digest(),
         "target": "predicted (entailment)",
+        "95% intervals": INTERVALS,
         "command": command,
     }
     report = Report(
@@ -240,8 +244,12 @@ def _summary(audit: HansAudit, best: str, overlap: float) -> str:
     """The finding in two sentences."""
     found = f"{audit.n_queries:,} of {audit.n_rows[1]:,} non-entailment rows are taken for entailment."
     ordinary = f"{audit.all_rows_overlap:.2f}"
-    if overlap <= audit.all_rows_overlap:
-        return f"{found} No method brings up training rows of more than the ordinary overlap, {ordinary}."
+    low = _statistics(audit, audit.methods.index(best))["top_k_low"]
+    if low is None or low <= audit.all_rows_overlap + _ROUNDING:
+        return (
+            f"{found} No method surely brings up training rows of more than the ordinary overlap, {ordinary}: {best} "
+            f"those of {overlap:.2f}."
+        )
     return (
         f"{found} The training rows behind them overlap more than others: {overlap:.2f} of the hypothesis' words are "
         f"in the premise among the top {audit.overlap.shape[2]} by {best}, {ordinary} among all training rows."
@@ -254,15 +262,15 @@ def _statistics(audit: HansAudit, method: int) -> dict[str, float | None]:
     first, first_error = mean_and_error(audit.mean_overlap(1)[:, method])
     many = audit.mean_overlap(k)[:, method]
     mean, error = mean_and_error(many)
-    low, high = bootstrap_interval(many)
+    interval = mean_of(many)
     return {
         "top_1": first,
         "top_1_error": first_error,
         "top_k": mean,
         "top_k_error": error,
-        "top_k_low": low,
-        "top_k_high": high,
-        "hub_share": float(audit.hub_share[method]),
+        "top_k_low": interval.low,
+        "top_k_high": interval.high,
+        "hub_share": float(audit.hub_share[method]) if audit.n_queries > 1 else None,
     }
 
 
@@ -276,7 +284,7 @@ def _overlap_table(audit: HansAudit) -> Table:
         ["method", "top 1", "± top 1", f"top {k}", f"± top {k}", "95% low", "95% high", "same row"],
         rows,
         f"Share of the hypothesis' word types found in the premise; mean over {audit.n_queries:,} queries, ± its "
-        f"standard error; 95% bootstrap interval of top {k}. The first line is what random rows give. Same row: "
+        f"standard error; 95% interval of top {k}. The first line is what random rows give. Same row: "
         "share of the queries that have one and the same row at the top; near 1 the method explains none of them.",
     )
 
@@ -313,7 +321,7 @@ def _group(example: Example, method: str, retriever: Retriever) -> Group:
     passages = []
     for i, (row, score) in enumerate(example.top[method]):
         texts = {name: columns[name][i] for name in names}
-        premise, hypothesis = texts.values()
+        premise, hypothesis = premise_first(list(texts.values()), names)
         passages.append(
             Passage(
                 f"rank {i + 1} · row {row} · score {score:.4g}",

@@ -151,7 +151,7 @@ def lds_report(
         rows,
         f"Spearman's correlation over {n:,} random halves between summed scores of the kept rows and the retrained "
         f"log-odds of the target class, averaged over {len(found.seeds)} seed(s); mean over queries, ± its standard "
-        "error, 95% bootstrap interval over queries. Undefined: queries whose sums or outputs are all equal; left out. "
+        "error, 95% interval over queries. Undefined: queries whose sums or outputs are all equal; left out. "
         "Noise ceiling: what scores without error would reach, from how well two seeds agree (Spearman and Brown).",
     )
     tables = [table]
@@ -167,11 +167,15 @@ def lds_report(
     drawing = bar_chart(
         found.methods, {"LDS": means}, errors={"LDS": errors}, reference=reference, xlabel="mean Spearman's correlation"
     )
-    best = int(np.argmax(means))
+    best = int(np.argmax([-np.inf if cell[0] is None else float(cell[0]) for cell in cells]))
     report = Report(
         "Linear datamodeling score",
-        f"{found.methods[best]} foretells retrained outputs best: {means[best]:.3f} over {n:,} random halves. "
-        f"{retrainer.recipe.note}",
+        (
+            f"{found.methods[best]} foretells retrained outputs best: {means[best]:.3f} over {n:,} random halves. "
+            if cells[best][0] is not None
+            else f"Undefined for every method: scores or outputs are all equal over {n:,} random halves. "
+        )
+        + retrainer.recipe.note,
         tables,
         [Figure("LDS by method", drawing, "Mean over queries, bars: standard error.")],
         provenance=retraining_provenance(retriever, spec, retrainer, found.seeds, found.sampled, queries, command),

@@ -215,7 +215,10 @@ def mislabelled(
 
 
 def auc_and_interval(values: np.ndarray, wrong: np.ndarray, seed: int) -> list[Cell]:
-    """Area under the ROC curve (ties count half), and its 95% interval by resampling rows of each kind."""
+    """Area under the ROC curve (ties count half), and its 95% interval by resampling rows of each kind.
+
+    No interval with one row of a kind: resampled, it is always itself.
+    """
     from scipy.stats import rankdata
 
     above, below = values[wrong], values[~wrong]
@@ -224,6 +227,8 @@ def auc_and_interval(values: np.ndarray, wrong: np.ndarray, seed: int) -> list[C
         ranks = rankdata(np.concatenate([first, second]))[: len(first)]
         return float((ranks.sum() - len(first) * (len(first) + 1) / 2) / (len(first) * len(second)))
 
+    if min(len(above), len(below)) < 2:
+        return [area(above, below), None, None]
     rng = np.random.default_rng(seed)
     drawn = [
         area(above[rng.integers(0, len(above), len(above))], below[rng.integers(0, len(below), len(below))])

@@ -192,7 +192,7 @@ def near_duplicates_report(
         ["method", "query", "top", *INTERVAL_COLUMNS],
         rows,
         f"Share of {len(found.rows):,} training rows that come up in the top k when they are the query, with one word "
-        "of each text changed. ± standard error, 95% bootstrap interval. A row with the same texts is a hit as well: "
+        "of each text changed. ± standard error, 95% interval. A row with the same texts is a hit as well: "
         f"{found.n_duplicated:,} of these rows have an exact duplicate. Equal scores are ordered by row number.",
     )
     drawing = bar_chart(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,14 @@ import numpy.typing as npt
 from forebear.errors import DataError, InputError, NonFiniteError
 
 FloatArray = npt.NDArray[np.float64]
+T = TypeVar("T")
+
+
+def premise_first(texts: Sequence[T], columns: Sequence[str]) -> tuple[T, T]:
+    """Two columns of texts as (premises, hypotheses): by their names where these say so, else in their order."""
+    first, second = texts
+    names = [name.casefold() for name in columns]
+    return (second, first) if "hypothesis" in names[0] or "premise" in names[1] else (first, second)
 
 
 def lexical_overlap(premises: Sequence[str], hypotheses: Sequence[str]) -> FloatArray:

@@ -195,7 +195,7 @@ def randomized_report(
         ["method", "target", *INTERVAL_COLUMNS, *(f"seed {number}" for number in found.seeds), "undefined"],
         rows,
         f"Near 0 is good. Mean over {len(queries):,} queries (of each the mean over {len(found.seeds)} random models), "
-        f"± its standard error, 95% bootstrap interval over the queries; over {len(found.rows):,} training rows. "
+        f"± its standard error, 95% interval over the queries; over {len(found.rows):,} training rows. "
         "Target same: the trained model's prediction for both; own: each model's own. "
         "Undefined: queries x models where a method gives all rows one score, which has no order.",
     )

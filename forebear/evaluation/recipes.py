@@ -27,7 +27,7 @@ from forebear.indexer.encoding import Encoded, encode, pad_batch, plan_batches
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS, run_forward
 from forebear.indexer.index import Index
 from forebear.indexer.manifest import digest_of, library_versions
-from forebear.indexer.model import Classifier, pick_device
+from forebear.indexer.model import Classifier, dropout_settings, pick_device
 from forebear.indexer.runs import RUN_NAME, Run, path_to, read_run
 from forebear.indexer.scopes import encoder_layers
 from forebear.indexer.start import freeze_below, load_start
@@ -39,7 +39,7 @@ DEFAULT_L2 = 0.01  # of Pez21's head
 GRADIENT_TOLERANCE = 1e-8
 ACCEPTED_GRADIENT = 1e-6  # where the line search ends at the last bits of the loss
 FULL_PRECISION_BYTES = 2 << 30  # hidden states of more are kept in fp16
-LIBRARIES = ("torch", "transformers", "accelerate", "numpy", "scipy")
+LIBRARIES = ("forebear", "torch", "transformers", "tokenizers", "accelerate", "numpy", "scipy")
 
 
 def open_retrainer(
@@ -125,9 +125,16 @@ class _Start:
             )
         if self.at(self.options.seed).tokenizer_sha256 != index.manifest.spec.tokenizer_sha256:
             raise MismatchError(f"{self.name} has another tokenizer than the index. Name the right run by --run.")
+        found = dropout_settings(self.at(self.options.seed).model)
+        if found != run.settings.get("dropout", found):  # runs of older versions do not say
+            raise MismatchError(
+                f"{self.name} has other dropout than when the run started from it: {found}, then "
+                f"{run.settings['dropout']}. Restore its config.json, or train and index again."
+            )
         options = {f.name: getattr(self.options, f.name) for f in fields(TrainOptions) if f.name != "seed"}
         self.facts: Mapping[str, Any] = {
-            "start_model": self.name, "start_sha256": sha256, "options": options,
+            "start_model": self.name, "start_sha256": sha256, "dropout": found,
+            "tokenizer_sha256": index.manifest.spec.tokenizer_sha256, "options": options,
             "libraries": library_versions(LIBRARIES), "threads": torch.get_num_threads(),
         }  # fmt: skip
 
@@ -234,12 +241,20 @@ class TopRecipe:
         self._dtype: torch.dtype | None = None
         self._rows = self._hidden(rows.texts)
         self._evaluation = self._hidden(evaluation)
-        start.prepare(lambda classifier: _cut(classifier, layers, n_layers - self._k))
+        frozen = start.options.freeze_below  # what the run left as it was stays so
+
+        def change(classifier: Classifier) -> None:
+            if frozen is not None:
+                freeze_below(classifier.model, max(frozen, n_layers - self._k), classifier.name)
+            _cut(classifier, layers, n_layers - self._k)
+
+        start.prepare(change)
         self._check(rows.texts)
         kept = "fp32" if self._dtype == torch.float32 else "fp16"
         self.facts: Mapping[str, Any] = {**start.facts, "layers": self._k, "hidden": kept}
+        trained = f"its last {n_layers - max(frozen or 0, n_layers - self._k)} of {n_layers} layers, pooler and head"
         self.note = (
-            f"A stand-in for fine-tuning all of the model: its last {self._k} of {n_layers} layers, pooler and head "
+            f"A stand-in for fine-tuning all of the model: {trained} "
             f"are trained on stored states ({kept}) of the layers below, which are those of {start.name}."
         )
 
@@ -327,7 +342,6 @@ def _cut(classifier: Classifier, layers: str, first: int) -> None:
         base.embeddings_project = nn.Identity()
     parent, _, name = layers.rpartition(".")
     setattr(model.get_submodule(parent), name, model.get_submodule(layers)[first:])
-    model.requires_grad_(True)
 
 
 def top_logits(classifier: Classifier, hidden: Sequence[torch.Tensor]) -> torch.Tensor:

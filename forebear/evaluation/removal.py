@@ -219,31 +219,39 @@ def _removal_tables(found: Removal, seed: int) -> list[Table]:
     rows: list[list[Cell]] = []
     compared: list[list[Cell]] = []
     for a, k in enumerate(found.amounts):
-        random = defined(100 * found.random[a].reshape(-1))
-        rows.append([RANDOM, "", k, *interval_cells(random, seed), len(random)])
+        random = 100 * found.random[a]
+        rows.append([RANDOM, "", k, *_change_cells(random, seed)])
         for i, name in enumerate(found.methods):
             for j, side in enumerate(found.sides):
-                values = defined(100 * found.changes[i, j, a].reshape(-1))
-                rows.append([name, SIDES[side], k, *interval_cells(values, seed), len(values)])
-                d = paired_difference(values, random, seed)
+                values = 100 * found.changes[i, j, a]
+                rows.append([name, SIDES[side], k, *_change_cells(values, seed)])
+                d = paired_difference(defined(over_seeds(values)), defined(over_seeds(random)), seed)
                 compared.append([name, SIDES[side], k, d.mean, d.low, d.high, d.p])
     return [
         Table(
             "Change of the probability of the original prediction, in percentage points",
             ["method", "rows", "removed", *INTERVAL_COLUMNS, "values"],
             rows,
-            "Mean over queries and seeds, ± its standard error, 95% bootstrap interval. The original prediction is "
-            "that of the same seed's retraining on all rows. Rows are taken from the signed, raw scores; least "
-            "influential: smallest |score|.",
+            "Mean over queries and seeds; ± its standard error over the values of all queries and seeds; 95% interval "
+            "over queries, whose seeds are averaged first. The original prediction is that of the same seed's "
+            "retraining on all rows. Rows are taken from the signed, raw scores; least influential: smallest |score|.",
         ),
         Table(
             "Compared with random rows",
             ["method", "rows", "removed", "− random", "95% low", "95% high", "p"],
             compared,
             "Mean difference to the change without as many random rows, for the same queries and seeds, in percentage "
-            "points; its 95% bootstrap interval; p of Wilcoxon's signed-rank test.",
+            "points; its 95% interval and p of Wilcoxon's signed-rank test over queries, whose seeds are "
+            "averaged first.",
         ),
     ]
+
+
+def _change_cells(values: np.ndarray, seed: int) -> list[Cell]:
+    """Mean, standard error over all of ``(seeds, q)``, interval over queries, and the number of values."""
+    mean, _, low, high = interval_cells(over_seeds(values), seed)
+    every = defined(values)
+    return [mean, interval_cells(every, seed)[1], low, high, len(every)]
 
 
 def _removal_figures(found: Removal) -> list[Figure]:

@@ -30,6 +30,7 @@ Errors = Mapping[str, Sequence[float | None]]
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
+MAX_SERIES = 6  # of a chart
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito
 _HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -306,7 +307,11 @@ def line_chart(
         height = -math.inf
         for value, name in sorted((float(values[-1]), name) for name, values in series.items()):
             height = max(value, height + 0.065 * (high - low))  # at least a line above the name below
-            axes.annotate(name, (x[-1], height), (8, 0), textcoords="offset points", va="center", fontsize=9)
+            colour = _COLOURS[list(series).index(name)]
+            axes.annotate(
+                name, (x[-1], value), (16, height), textcoords=("offset points", "data"), va="center", fontsize=9,
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.9, "shrinkB": 4},
+            )  # fmt: skip
         if low < 0 < high:
             axes.axhline(0.0, color=_INK, linestyle=(0, (4, 3)), linewidth=0.8)
         axes.set_xlabel(xlabel)
@@ -354,7 +359,8 @@ def heat_map(
                 if value is not None and share is not None:
                     shown = f"{value:.{digits}f}".replace("-", "\u2212")
                     ink = "black" if share > 0.5 else "white"
-                    axes.text(j, i, shown, va="center", ha="center", fontsize=8, color=ink)
+                    size = 8 * min(1.0, 12 / len(columns))
+                    axes.text(j, i, shown, va="center", ha="center", fontsize=size, color=ink)
         axes.set_xlim(-0.5, len(columns) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")

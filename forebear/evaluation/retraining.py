@@ -163,8 +163,8 @@ class TrainingRows:
         """Refuse a job that no model can be trained on.
 
         Raises:
-            InputError: Rows out of range or out of order, edits of other rows, texts of another number of columns, no
-                rows, or rows of one class; the message names the job.
+            InputError: Rows out of range or out of order, edits of other rows, texts of another number of columns, or
+                no rows; the message names the job.
         """
         rows = job.rows
         if job.without is not None and (not np.isin(job.without, rows).all() or (np.diff(job.without) < 1).any()):
@@ -179,10 +179,8 @@ class TrainingRows:
             raise InputError(f"{name}: an edited or added row has not {len(self.texts)} text(s), as the index's rows.")
         if any(not 0 <= label < len(self.label_names) for _, label in job.extra):
             raise InputError(f"{name}: an added row has a class id outside of 0 to {len(self.label_names) - 1}.")
-        found = np.unique(job.labels(self.labels))
-        if len(found) < 2:
-            held = f"{len(job)} row(s), all {self.label_names[found[0]]}" if len(found) else "no rows"
-            raise InputError(f"{name} would train on {held}; a model needs rows of two classes. Remove fewer rows.")
+        if not len(job):
+            raise InputError(f"{name} would train on no rows. Remove fewer rows.")
 
 
 class Retrainer:
@@ -192,7 +190,8 @@ class Retrainer:
         rows: What jobs choose from.
         recipe: How a model is trained.
         n_trained: Jobs that were trained by this object, not found in the cache.
-        warnings: One line for each damaged file of the cache, which was trained again.
+        warnings: Lines on files of the cache that were damaged, and trained again; and on retrainings without rows of
+            a class, which are trained like any other: the model has seen none, and gives it little probability.
     """
 
     def __init__(
@@ -226,6 +225,7 @@ class Retrainer:
         """
         for i, job in enumerate(jobs):
             self.rows.check(job, f"retraining {i + 1} of {len(jobs)} (seed {job.seed})")
+        self._warn_of_classes(jobs)
         digests = [self.digest(job) for job in jobs]
         waiting = dict(zip(digests, jobs, strict=True))
         done = {digest: found for digest in waiting if (found := self._read(digest)) is not None}
@@ -245,6 +245,15 @@ class Retrainer:
                 time.sleep(POLL_SECONDS)
             left = others
         return [done[digest] for digest in digests]
+
+    def _warn_of_classes(self, jobs: Sequence[Job]) -> None:
+        classes = np.unique(self.rows.labels[self.rows.live])
+        lacking = sum(not np.isin(classes, job.labels(self.rows.labels)).all() for job in jobs)
+        if lacking:
+            self.warnings.append(
+                f"{lacking} of {len(jobs)} retrainings had no row left of some class, which the model then gives "
+                "little probability. Remove fewer rows to leave some of each."
+            )
 
     def digest(self, job: Job) -> str:
         """The name of a job's outcome."""

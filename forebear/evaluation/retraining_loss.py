@@ -15,7 +15,7 @@ import numpy as np
 
 from forebear.evaluation.comparisons import INTERVAL_COLUMNS, Queries, interval_cells, listed_values, question
 from forebear.evaluation.removal import RANDOM, defined, retraining_provenance
-from forebear.evaluation.report import Cell, Figure, Report, Table, bar_chart
+from forebear.evaluation.report import MAX_SERIES, Cell, Figure, Report, Table, bar_chart
 from forebear.evaluation.retraining import Job, Progress, Retrainer, within_budget
 from forebear.evaluation.row_choice import random_rows, rows_at
 from forebear.evaluation.statistics import paired_difference
@@ -118,11 +118,12 @@ def retraining_loss_report(
         rows,
         f"Accuracy of the model retrained on all rows (mean {100 * found.whole.mean():.2f}%) minus that after removing "
         f"the rows of largest score summed over {len(queries):,} queries, on {found.n_rows:,} test rows; mean over "
-        "seeds, ± its standard error, 95% bootstrap interval; paired difference to random rows. Of a method by spans a "
+        "seeds, ± its standard error, 95% interval; paired difference to random rows. Of a method by spans a "
         "row's score is that of its best span.",
     )
-    series = {f"{k:,} rows": [float(v) for v in loss[:, a].mean(axis=1)] for a, k in enumerate(found.amounts)}
-    errors = {f"{k:,} rows": [_error(v) for v in loss[:, a]] for a, k in enumerate(found.amounts)}
+    drawn = list(enumerate(found.amounts))[-MAX_SERIES:]
+    series = {f"{k:,} rows": [float(v) for v in loss[:, a].mean(axis=1)] for a, k in drawn}
+    errors = {f"{k:,} rows": [_error(v) for v in loss[:, a]] for a, k in drawn}
     drawing = bar_chart(found.methods, series, errors=errors, xlabel="accuracy lost, percentage points")
     best = int(loss[:-1, -1].mean(axis=1).argmax())
     report = Report(
@@ -131,7 +132,7 @@ def retraining_loss_report(
         f"{loss[best, -1].mean():.2f} points, without as many random rows by {loss[-1, -1].mean():.2f}. "
         f"{retrainer.recipe.note}",
         [table],
-        [Figure("Accuracy lost", drawing, "Mean over seeds, bars: standard error.")],
+        [Figure("Accuracy lost", drawing, f"Mean over seeds, bars: standard error.{_left_undrawn(found.amounts)}")],
         provenance=retraining_provenance(retriever, spec, retrainer, found.seeds, found.sampled, queries, command),
     )
     result = {
@@ -146,6 +147,10 @@ def retraining_loss_report(
         "accuracy": {name: listed_values(found.accuracy[i]) for i, name in enumerate(found.methods)},
     }
     return report, result
+
+
+def _left_undrawn(amounts: Sequence[int]) -> str:
+    return "" if len(amounts) <= MAX_SERIES else f" The {MAX_SERIES} largest numbers of rows."
 
 
 def _error(values: np.ndarray) -> float | None:

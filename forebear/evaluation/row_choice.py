@@ -81,8 +81,10 @@ def amounts_of(remove: Sequence[int], shares: Sequence[str], n_rows: int, defaul
     Raises:
         InputError: One of them is less than 1 or leaves fewer than two rows.
     """
-    given = [*map(str, remove), *shares] or list(default)
-    amounts = {int(one) if one.isdigit() else rows_of_share(one, n_rows) for one in given}
+    if not remove and not shares:
+        remove, shares = [int(one) for one in default if one.isdigit()], [one for one in default if not one.isdigit()]
+    given = [*map(str, remove), *shares]
+    amounts = {*remove, *(rows_of_share(one, n_rows) for one in shares)}
     bad = sorted(k for k in amounts if not 1 <= k <= n_rows - 2)
     if bad:
         raise InputError(

@@ -1,6 +1,7 @@
 """``forebear report``: reports side by side on one page.
 
-Tables of the same title are joined by their labels: the first column, and those after it that hold texts alone. Each
+Tables of the same title are joined by their labels: the first column, those after it that hold texts alone, and as many
+of whole numbers as it takes to tell the rows apart. Each
 report then has columns of its own. Figures follow one another; provenance is kept apart by report.
 """
 
@@ -114,6 +115,11 @@ def join_tables(title: str, tables: Sequence[tuple[str, Table]]) -> Table | None
         None where there is but one table, or a label stands for several rows of one: they cannot be joined.
     """
     n_labels = min(_n_labels(table) for _, table in tables)
+    while any(_repeats(table, n_labels) for _, table in tables) and all(
+        n_labels + 1 < len(table.columns) and all(isinstance(row[n_labels], int) for row in table.rows)
+        for _, table in tables
+    ):
+        n_labels += 1  # such as the number of rows removed
     heads = {tuple(table.columns[:n_labels]) for _, table in tables}
     keyed = [{tuple(row[:n_labels]): row[n_labels:] for row in table.rows} for _, table in tables]
     unique = all(len(rows) == len(table.rows) for rows, (_, table) in zip(keyed, tables, strict=True))
@@ -130,6 +136,10 @@ def join_tables(title: str, tables: Sequence[tuple[str, Table]]) -> Table | None
     if len(notes) > 1:
         notes = [f"{name}: {table.note}" for name, table in tables if table.note]
     return Table(title, columns, rows, " ".join(notes))
+
+
+def _repeats(table: Table, n_labels: int) -> bool:
+    return len({tuple(row[:n_labels]) for row in table.rows}) < len(table.rows)
 
 
 def _n_labels(table: Table) -> int:

@@ -140,7 +140,13 @@ def top_overlap_report(
         )
         tables += [
             matrix_table(name, found.methods, matrix, note),
-            pair_table(f"{name}: pairs", found.methods, values, seed, "95% bootstrap interval over the queries."),
+            pair_table(
+                f"{name}: pairs",
+                found.methods,
+                values,
+                seed,
+                "95% interval over the queries.",
+            ),
         ]
         figures.append(matrix_figure(name, found.methods, matrix, low=0.0, caption=note))
         by_depth[str(depth)] = {"mean": matrix, "per_query": listed_values(values)}

@@ -280,6 +280,12 @@ def weights_sha256(model: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
     return digest.hexdigest()
 
 
+def dropout_settings(model: nn.Module) -> dict[str, Any]:
+    """What the configuration says of dropout, which decides how a model is trained and not what it says."""
+    config: Any = model.config
+    return {name: value for name, value in sorted(config.to_dict().items()) if "drop" in name}
+
+
 def tokenizer_sha256(tokenizer: Any) -> str:
     """Digest of the tokenizer's rules and inputs; truncation and padding, which calls change, are left out."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -215,7 +215,7 @@ def _by_function(given: str, column: int) -> Finder:
     def find(texts: Sequence[str], row: dict[str, Any], called: str) -> list[Span]:
         try:
             ends = [(a, b) for a, b in function(row)]
-        except Exception as error:  # the user's code may raise anything
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise InputError(
                 f"--spans {given} failed on {called} ({type(error).__name__}: {error}); it must return "
                 "(start, end) pairs."

@@ -29,7 +29,7 @@ from forebear.indexer.encoding import pad_batch, tokenize
 from forebear.indexer.forward import run_forward
 from forebear.indexer.labels import label_map
 from forebear.indexer.manifest import library_versions
-from forebear.indexer.model import Classifier, check_finite_weights, pick_device
+from forebear.indexer.model import Classifier, check_finite_weights, dropout_settings, pick_device
 from forebear.indexer.options import Progress, no_progress
 from forebear.indexer.run_folder import CHECKPOINTS, check_out, clear_out, save_checkpoint
 from forebear.indexer.runs import Run, RunCheckpoint
@@ -172,6 +172,7 @@ def _describe_run(course: _Course, source: RowSource, model: str | Path, data_sh
     classifier, options, evaluation = course.classifier, course.options, course.evaluation
     settings = {**asdict(options), **FIXED, **course.plan, "head": head, "start_sha256": classifier.sha256}
     settings |= {"n_rows": source.n_rows, "threads": torch.get_num_threads()}
+    settings["dropout"] = dropout_settings(classifier.model)
     settings["dev"] = None if evaluation is None else evaluation.record()
     return Run(
         base_model=str(Path(model).resolve()) if Path(model).is_dir() else str(model),

@@ -393,12 +393,17 @@ class Retriever:
         return {"forebear": json.dumps(question_facts(self.index, spec), sort_keys=True)}
 
     def check_texts(self, source: RowSource) -> None:
-        """Refuse single texts for an index of pairs, and the other way round."""
+        """Refuse single texts for an index of pairs, the other way round, and the same columns in another order."""
         wanted = self.index.manifest.spec.text_columns
         if len(source.text_columns) != len(wanted):
             raise MismatchError(
                 f"{source.name} gives {len(source.text_columns)} text(s) a row ({', '.join(source.text_columns)}); the "
                 f"index was built from {len(wanted)} ({', '.join(wanted)}). Choose them by --text-columns or --pair."
+            )
+        if source.text_columns != wanted and sorted(source.text_columns) == sorted(wanted):
+            raise MismatchError(
+                f"{source.name} is read as {', '.join(source.text_columns)}, the index was built from "
+                f"{', '.join(wanted)}, in this order. Give --text-columns {','.join(wanted)}."
             )
 
     def query_labels(self, source: RowSource, *, required: bool) -> LabelMap | None:
