@@ -292,6 +292,18 @@ def test_query_labels_that_do_not_fit_are_left_out_with_a_warning(world, tmp_pat
     )
 
 
+def test_options_that_no_method_asked_for_takes_are_refused(bert_world, capsys):
+    args = ["retrieve", "--index", str(bert_world.index.folder), "--text", "good film", "--method"]
+    for extra, message in (
+        (["gc", "--word", "film"], "--word is for saliency-if and saliency-if-token, not gc"),
+        (["gc,if", "--spans", "clauses"], "--spans is for if+, if++, tracin+ and tracin++; gc, if compare rows"),
+        (["saliency-if-token", "--spans", "clauses"], "--spans is for if+"),
+        (["gc", "--query-spans", "clauses"], "--query-spans is for if+"),
+    ):
+        assert run([*args, *extra]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_spans_with_markup_are_printed_as_they_are(bert_world, capsys):
     args = [
         "retrieve",

@@ -26,6 +26,12 @@ def test_mean_has_scipys_standard_error_and_bootstrap_interval() -> None:
     assert found.n == 40
 
 
+def test_rounding_is_no_spread_and_no_difference() -> None:
+    found = mean_of(np.array([0.3, 0.1 + 0.2, 0.3]))
+    assert found.error == 0.0
+    assert mean_of([0.02, -0.02, 1e-19]).mean == 0.0
+
+
 def test_few_values_have_students_interval() -> None:
     from scipy import stats
 

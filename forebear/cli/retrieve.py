@@ -190,7 +190,15 @@ def retrieve(
         lissa=lissa,
         tolerance=tolerance,
     )
-    spec.check()
+    methods = spec.check()
+    by_spans = any(m.spans and not m.saliency for m in methods)
+    for option, value in (("--spans", spans), ("--query-spans", query_spans), ("--span-column", span_column)):
+        if value is not None and not by_spans:
+            raise InputError(
+                f"{option} is for if+, if++, tracin+ and tracin++; {', '.join(spec.methods)} compare rows."
+            )
+    if word is not None and not any(m.saliency for m in methods):
+        raise InputError(f"--word is for saliency-if and saliency-if-token, not {', '.join(spec.methods)}.")
     if out is not None:
         check_output(Path(out), force=force)
     opened = Index.open(index)

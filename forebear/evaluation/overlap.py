@@ -17,6 +17,7 @@ from forebear.errors import DataError, InputError, NonFiniteError
 
 FloatArray = npt.NDArray[np.float64]
 T = TypeVar("T")
+_ROUNDING = 1e-14  # of numbers computed in float64, relative to the largest
 
 
 def premise_first(texts: Sequence[T], columns: Sequence[str]) -> tuple[T, T]:
@@ -69,7 +70,7 @@ def mean_and_error(values: npt.ArrayLike) -> tuple[float, float | None]:
 
     Returns:
         The mean, and the standard error (sample deviation, ``n - 1``, over ``sqrt(n)``). It is None for
-        a single value, which says nothing about its spread, and 0.0 for equal values.
+        a single value, which says nothing about its spread, and 0.0 for values that are equal but for rounding.
 
     Raises:
         InputError: There are no values, or they have more than one axis.
@@ -79,9 +80,10 @@ def mean_and_error(values: npt.ArrayLike) -> tuple[float, float | None]:
     mean = _clipped_mean(array)
     if len(array) == 1:
         return mean, None
-    if np.ptp(array) == 0.0:
+    rounding = _ROUNDING * float(np.abs(array).max())
+    if np.ptp(array) <= rounding:
         return mean, 0.0
-    return mean, float(array.std(ddof=1)) / math.sqrt(len(array))
+    return 0.0 if abs(mean) <= rounding else mean, float(array.std(ddof=1)) / math.sqrt(len(array))
 
 
 def bootstrap_interval(
