@@ -175,6 +175,15 @@ def test_words_found_do_not_depend_on_how_many_are_asked_for(retriever, exact):
     assert facts["saliency-if-token"]["recall"] == (1.0 if exact == "full" else None)
 
 
+def test_at_the_head_all_rows_are_ranked_from_what_is_stored(retriever):
+    found = retriever.retrieve(QUERIES, methods=["saliency-if"], top=6)
+    facts = json.loads(found.schema.metadata[b"forebear"])["methods"]["saliency-if"]
+    assert (facts["recall"], facts["candidates"]) == (1.0, None)
+    full = retriever.retrieve(QUERIES, methods=["saliency-if"], top=6, exact="full")
+    assert found["row"].to_pylist() == full["row"].to_pylist()
+    assert found["score"].to_pylist() == pytest.approx(full["score"].to_pylist(), rel=1e-4)
+
+
 def test_the_word_is_the_most_salient_one_or_the_one_that_is_named(retriever):
     classifier = load_classifier(retriever.index.manifest.checkpoints[-1].path)
     targets = np.array([1, 0])

@@ -164,7 +164,8 @@ def _by_model_facts(index: Index, method: Method, spec: QuerySpec) -> dict[str, 
         facts |= {"span_column": spec.span_column, "stored_spans": stores_spans(index, spec)}
     scope = spec.scope_of(method)
     name, _ = _searched(index, method, spec)
-    all_stored = name == method.name and scope == "head" and not method.variants
+    of_rows = method.saliency and not method.spans
+    all_stored = (name == method.name or of_rows) and scope == "head" and not method.variants
     if spec.exact == "full" or all_stored:
         return facts | {"recall": 1.0, "candidates": None}
     n = n_candidates(index, scope, method, spec)

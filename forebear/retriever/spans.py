@@ -207,11 +207,13 @@ class SpanSearch:
             elif by_entries and search.scope == "head" and not method.variants:
                 out[method.name] = self._rank_stored(method, mine, k, owned)
                 continue
+            elif method.saliency and not method.spans and search.scope == "head":
+                out[method.name] = self._rank_rows_at_head(method, mine, k, owned)
+                continue
+            elif method.saliency and method.spans:  # the words of the rows that saliency-if finds
+                proposed = self._rows_of_saliency(mine, min(WORD_ROWS, len(live)), width, owned)
             else:
                 proposed = self._propose(method, mine, width, by_entries=by_entries)
-                if method.saliency and method.spans:  # the words of the rows that saliency-if finds
-                    found = self._rank(METHODS["saliency-if"], mine, proposed, min(WORD_ROWS, len(live)), owned)
-                    proposed = np.concatenate([end.rows for end in found], axis=1)
             out[method.name] = self._rank(method, mine, proposed, k, owned, by_entries=by_entries)
         return out
 
@@ -285,6 +287,26 @@ class SpanSearch:
                 )
             )  # fmt: skip
         return ends[0], ends[1]
+
+    def _rows_of_saliency(self, asked: Asked, k: int, width: int, own: list[Span] | None) -> np.ndarray:
+        """The rows at both ends of ``saliency-if``, ``(q, 2 k)``."""
+        method = METHODS["saliency-if"]
+        if self._search.scope == "head":
+            found = self._rank_rows_at_head(method, asked, k, own)
+        else:
+            found = self._rank(method, asked, self._propose(method, asked, width, by_entries=False), k, own)
+        return np.concatenate([end.rows for end in found], axis=1)
+
+    def _rank_rows_at_head(
+        self, method: Method, asked: Asked, k: int, own: list[Span] | None
+    ) -> tuple[Ranking, Ranking]:
+        """Rank all rows at the head from stored factors, without the model; proven, as for other methods there."""
+        search, index = self._search, self._search.index
+        residual = search.solutions_of(asked)[1] if method.query == "preconditioned" else None
+        factors = RowFactors((index.features(),), (index.residuals(),), index.live)
+        query = head_query(search, method, asked)
+        first, last = search_scan(query, index.scan_table("head"), factors, k, rerank=True)
+        return tuple(replace(end, residual=residual, query_spans=own) for end in (first, last))  # type: ignore[return-value]
 
     def _rank_stored(self, method: Method, asked: Asked, k: int, own: list[Span] | None) -> tuple[Ranking, Ranking]:
         """Rank all stored spans at the head, without the model."""
