@@ -103,7 +103,8 @@ def _check_spans(index: Index, methods: Sequence[Method], spec: QuerySpec) -> No
             "and find those of training rows otherwise."
         )
     # Spans of test rows must be found as those of training rows were; a reader takes too long to look at each time.
-    if stores_spans(index, spec) and spec.query_spans in (None, spec.spans) and ".py:" in (spec.spans or ""):
+    finds = any(m.spans == "both" for m in methods) and spec.query_spans in (None, spec.spans)
+    if finds and stores_spans(index, spec) and ".py:" in (spec.spans or ""):
         check_same_finder(spec.spans, index.manifest.spec.spans_sha256, index.folder)
 
 

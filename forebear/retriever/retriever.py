@@ -113,8 +113,7 @@ class Retriever:
             scope: See :class:`QuerySpec`.
             **choices: ``recall``, ``candidates``, ``aggregate``, ``certify``, ``normalise``, ``spans``,
                 ``query_spans``, ``span_column``, ``word``, ``curvature``, ``damping``, ``curvature_rows``, ``lissa``,
-                ``tolerance``;
-                see :class:`QuerySpec`.
+                ``tolerance``; see :class:`QuerySpec`.
 
         Returns:
             One row a result; columns as DESIGN.md's section 5 lists them, provenance in the schema's metadata.
