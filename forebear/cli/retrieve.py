@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forebear.cli.asking import open_test
+from forebear.cli.asking import QuerySpans, open_test
 from forebear.cli.console import OUT, Variadic, listed, progress_bar, say, warn
 from forebear.cli.options import (
     Damping,
@@ -95,14 +95,7 @@ def retrieve(
             show_default=False,
         ),
     ] = None,
-    query_spans: Annotated[
-        str | None,
-        typer.Option(
-            "--query-spans",
-            help="Of test rows; also columns:FROM,TO or clause-of:FROM,TO. Default: as --spans.",
-            show_default=False,
-        ),
-    ] = None,
+    query_spans: QuerySpans = None,
     word: Annotated[
         str | None,
         typer.Option(

@@ -242,17 +242,18 @@ class TopRecipe:
         self._rows = self._hidden(rows.texts)
         self._evaluation = self._hidden(evaluation)
         frozen = start.options.freeze_below  # what the run left as it was stays so
+        first_trained = max(frozen or 0, n_layers - self._k)
 
         def change(classifier: Classifier) -> None:
             if frozen is not None:
-                freeze_below(classifier.model, max(frozen, n_layers - self._k), classifier.name)
+                freeze_below(classifier.model, first_trained, classifier.name)
             _cut(classifier, layers, n_layers - self._k)
 
         start.prepare(change)
         self._check(rows.texts)
         kept = "fp32" if self._dtype == torch.float32 else "fp16"
         self.facts: Mapping[str, Any] = {**start.facts, "layers": self._k, "hidden": kept}
-        trained = f"its last {n_layers - max(frozen or 0, n_layers - self._k)} of {n_layers} layers, pooler and head"
+        trained = f"its last {n_layers - first_trained} of {n_layers} layers, pooler and head"
         self.note = (
             f"A stand-in for fine-tuning all of the model: {trained} "
             f"are trained on stored states ({kept}) of the layers below, which are those of {start.name}."

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from forebear.retriever.scan import SCAN_TOLERANCE, Scan
 from forebear.retriever.scoring import Query, dots, exact_scores, rank
 
 _PRODUCT_QUERIES = 64  # queries whose candidates are multiplied together
-PRODUCT_ROUNDING = 1e-12  # of a float64 product, relative to the largest, with a wide margin
+_PRODUCT_ROUNDING = 1e-12  # of a float64 product, relative to the largest, with a wide margin
 SPARE = 8  # candidates beyond k that are scored pair by pair
 MAX_SCORES = 1 << 26  # entries of a (queries, rows) block held at once
 _MAX_CANDIDATE_NUMBERS = 1 << 25  # entries of a (queries, candidates, width) block held at once
@@ -155,7 +156,9 @@ def _narrow(
         products = -products
     order = np.argpartition(-products, keep, axis=1)[:, : keep + 1]
     kept = np.take_along_axis(listed, order[:, :keep], axis=1)
-    edge = np.take_along_axis(products, order[:, keep:], axis=1)[:, 0] + PRODUCT_ROUNDING * np.abs(products).max(axis=1)
+    edge = np.take_along_axis(products, order[:, keep:], axis=1)[:, 0] + _PRODUCT_ROUNDING * np.abs(products).max(
+        axis=1
+    )
     return kept, np.maximum(ceiling, edge)
 
 
@@ -166,14 +169,38 @@ def search_all(query: Query, factors: RowFactors, k: int, *, largest: bool) -> R
     n_live = len(factors.live)
     for chunk in _chunks(np.arange(len(query)), max(1, MAX_SCORES // (2 * n_live))):
         products = factors.all_products(query.take(chunk))
-        products = products if largest else -products
-        edges = np.partition(products, n_live - k, axis=1)[:, n_live - k]
-        edges = edges - PRODUCT_ROUNDING * np.abs(products).max(axis=1)
-        for i, number in enumerate(chunk):
-            near = factors.live[products[i] >= edges[i]][None, :]
-            found = factors.scores(query.take(np.array([number])), near)
-            rows[number], scores[number] = (part[0] for part in rank(found, near, k, largest=largest))
+        rows[chunk], scores[chunk] = best_of(products, query.take(chunk), factors, k, largest=largest)
     return Ranking(rows, scores, True, np.full(len(query), n_live), query.residual)
+
+
+class Scored(Protocol):
+    """What is scored pair by pair: rows, or spans of rows."""
+
+    @property
+    def live(self) -> np.ndarray:
+        """Their numbers, ascending, ``(n,)``."""
+
+    def scores(self, query: Query, rows: np.ndarray) -> np.ndarray:
+        """Scores of numbers ``(q, k)`` of each query."""
+
+
+def best_of(
+    products: np.ndarray, query: Query, scored: Scored, k: int, *, largest: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """One end of the ranking: of all products ``(q, n)``, scores of those that could be in it.
+
+    Returns:
+        Numbers and scores, best first, ``(q, k)`` each; ties go to the lower number.
+    """
+    signed, n_live = products if largest else -products, len(scored.live)
+    edges = np.partition(signed, n_live - k, axis=1)[:, n_live - k]
+    edges = edges - _PRODUCT_ROUNDING * np.abs(products).max(axis=1)
+    rows, scores = np.empty((len(query), k), np.int64), np.empty((len(query), k))
+    for i in range(len(query)):
+        near = scored.live[signed[i] >= edges[i]][None, :]
+        found = scored.scores(query.take(np.array([i])), near)
+        rows[i], scores[i] = (part[0] for part in rank(found, near, k, largest=largest))
+    return rows, scores
 
 
 def _chunks(which: np.ndarray, size: int) -> list[np.ndarray]:

@@ -31,7 +31,8 @@ from forebear.retriever.gradients import Asked, GradientSearch
 from forebear.retriever.methods import METHODS, Method
 from forebear.retriever.queries import Asked as AskedModels
 from forebear.retriever.saliency_gradients import saliency_gradients, salient_words
-from forebear.retriever.search import Ranking, RowFactors, search_scan
+from forebear.retriever.search import Ranking
+from forebear.retriever.stored import search_query
 from forebear.retriever.stored_spans import head_query, stored_ends
 
 WORD_ROWS = 10  # rows at each end of saliency-if whose words are scored for saliency-if-token
@@ -231,9 +232,8 @@ class SpanSearch:
             return np.concatenate([rows for rows, _ in ends], axis=1)
         if by_entries:
             return np.concatenate([entries for entries, _ in stored_ends(search, method, asked, width)], axis=1)
-        factors = RowFactors((search.index.features(),), (search.index.residuals(),), search.index.live)
         query = head_query(search, method, asked)
-        ends_at_head = search_scan(query, search.index.scan_table("head"), factors, width, rerank=False)
+        ends_at_head = search_query(search.index, query.method, query, width, exact="none")
         return np.concatenate([end.rows for end in ends_at_head], axis=1)
 
     def _rank(
@@ -301,12 +301,11 @@ class SpanSearch:
         self, method: Method, asked: Asked, k: int, own: list[Span] | None
     ) -> tuple[Ranking, Ranking]:
         """Rank all rows at the head from stored factors, without the model; proven, as for other methods there."""
-        search, index = self._search, self._search.index
+        search = self._search
         residual = search.solutions_of(asked)[1] if method.query == "preconditioned" else None
-        factors = RowFactors((index.features(),), (index.residuals(),), index.live)
         query = head_query(search, method, asked)
-        first, last = search_scan(query, index.scan_table("head"), factors, k, rerank=True)
-        return tuple(replace(end, residual=residual, query_spans=own) for end in (first, last))  # type: ignore[return-value]
+        first, last = search_query(search.index, query.method, query, k, exact="rerank")
+        return replace(first, residual=residual, query_spans=own), replace(last, residual=residual, query_spans=own)
 
     def _rank_stored(self, method: Method, asked: Asked, k: int, own: list[Span] | None) -> tuple[Ranking, Ranking]:
         """Rank all stored spans at the head, without the model."""

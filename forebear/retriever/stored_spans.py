@@ -10,8 +10,8 @@ from forebear.indexer.curvature import class_basis
 from forebear.indexer.index import Index
 from forebear.retriever.gradients import Asked, GradientSearch
 from forebear.retriever.methods import METHODS, Method
-from forebear.retriever.scoring import Query, Term, rank
-from forebear.retriever.search import MAX_SCORES, PRODUCT_ROUNDING, RowFactors
+from forebear.retriever.scoring import Query, Term
+from forebear.retriever.search import MAX_SCORES, RowFactors, best_of
 
 
 def head_query(search: GradientSearch, method: Method, asked: Asked) -> Query:
@@ -33,19 +33,11 @@ def stored_ends(
         (entries, scores) of proponents, best first, and of opponents, ``(q, k)`` each.
     """
     query, stored = head_query(search, method, asked), _StoredAtHead(search.index)
-    live = stored.entries
     ends = [(np.empty((len(query), k), np.int64), np.empty((len(query), k))) for _ in range(2)]
     for at in stored.chunks(len(query)):
         products = stored.products(query.take(at))
-        rounding = PRODUCT_ROUNDING * np.abs(products).max(axis=1)
         for (entries, scores), largest in zip(ends, (True, False), strict=True):
-            signed = products if largest else -products
-            edges = np.partition(signed, len(live) - k, axis=1)[:, len(live) - k] - rounding
-            for i, number in enumerate(at):
-                # Pair by pair: the same spans get the same scores, and ties go to the first.
-                near = live[signed[i] >= edges[i]][None, :]
-                exact = stored.scores(query.take(np.array([number])), near)
-                entries[number], scores[number] = (part[0] for part in rank(exact, near, k, largest=largest))
+            entries[at], scores[at] = best_of(products, query.take(at), stored, k, largest=largest)
     return ends[0], ends[1]
 
 
@@ -68,21 +60,21 @@ class _StoredAtHead:
     """<V, g_n - g_n(-ij)> of all live stored spans: <V, r_n f_n^T> less that of the masked row, both in float64.
 
     Attributes:
-        entries: Their numbers in the store, ``(m,)``.
+        live: Their numbers in the store, ``(m,)``.
         rows: Training row of each, ``(m,)``, ascending.
     """
 
     def __init__(self, index: Index) -> None:
         store = index.spans()
-        self.entries = index.live_spans
-        self.rows = store.rows[self.entries]
+        self.live = index.live_spans
+        self.rows = store.rows[self.live]
         self._all_rows = store.rows
         self._whole = RowFactors((index.features(),), (index.residuals(),), np.unique(self.rows))
-        self._masked = RowFactors((store.features,), (store.residuals,), self.entries)
+        self._masked = RowFactors((store.features,), (store.residuals,), self.live)
 
     def chunks(self, n_queries: int) -> Iterator[np.ndarray]:
         """Queries whose scores of all spans fit in memory together."""
-        size = max(1, MAX_SCORES // max(1, len(self.entries)))
+        size = max(1, MAX_SCORES // max(1, len(self.live)))
         for start in range(0, n_queries, size):
             yield np.arange(start, min(start + size, n_queries))
 
