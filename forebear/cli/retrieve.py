@@ -184,7 +184,7 @@ def retrieve(
         tolerance=tolerance,
     )
     methods = spec.check()
-    by_spans = any(m.spans and not m.saliency for m in methods)
+    by_spans = any(m.ranks_spans for m in methods)
     for option, value in (("--spans", spans), ("--query-spans", query_spans), ("--span-column", span_column)):
         if value is not None and not by_spans:
             raise InputError(

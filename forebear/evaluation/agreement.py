@@ -136,7 +136,7 @@ def measure_agreement(
         raise InputError(f"--at {at[-1]}: {retriever.index.folder} has {n_live:,} live rows. Give a smaller K.")
     if measure == "semantic" and any(m.saliency for m in methods):
         raise InputError("semantic-agreement compares rows or spans; saliency-if explains a word. Leave it out.")
-    kinds = sorted({RANDOM_SPANS if m.spans and not m.saliency else RANDOM_ROWS for m in methods})
+    kinds = sorted({RANDOM_SPANS if m.ranks_spans else RANDOM_ROWS for m in methods})
     pools: dict[str, np.ndarray] = {}
     labels: dict[str, np.ndarray] = {}
     if measure == "semantic":

@@ -139,7 +139,7 @@ def row_scores(retriever: Retriever, queries: Queries, spec: QuerySpec) -> dict[
         InputError: A method explains saliency, not a prediction; or a test row has no span.
     """
     methods = spec.check()
-    by_spans = [m for m in methods if m.spans and not m.saliency]
+    by_spans = [m for m in methods if m.ranks_spans]
     others = tuple(m.name for m in methods if m not in by_spans)
     found = score_queries(retriever, queries, replace(spec, methods=others)) if others else {}
     if by_spans:

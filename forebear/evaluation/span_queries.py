@@ -39,7 +39,7 @@ def sample_span_queries(
     methods = spec.check()
     retriever.check_stores(methods, spec)
     queries = sample_queries(retriever, source, n_queries, seed, need_labels=need_labels or spec.target == "gold")
-    if not any(method.spans and not method.saliency for method in methods):
+    if not any(method.ranks_spans for method in methods):
         return queries
     assert spec.spans is not None
     find = span_finder(spec.query_spans or spec.spans, spec.span_column or 0)

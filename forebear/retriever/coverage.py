@@ -49,7 +49,7 @@ def n_candidates(index: Index, scope: str, method: Method, spec: QuerySpec) -> i
 
 def _searched(index: Index, method: Method, spec: QuerySpec) -> tuple[str, int]:
     """The method whose calibration says how many candidates it takes, and the number of what is searched."""
-    if method.spans is not None and not method.saliency and stores_spans(index, spec):
+    if method.ranks_spans and stores_spans(index, spec):
         return method.name, len(index.live_spans)
     return method.calibrated_as, index.manifest.n_live
 
@@ -96,7 +96,7 @@ def _check_spans(index: Index, methods: Sequence[Method], spec: QuerySpec) -> No
     if not 0 <= (spec.span_column or 0) < len(names):
         raise InputError(f"span column {spec.span_column}: {index.folder} has text columns {', '.join(names)}.")
     given = (spec.spans or "").split(":")[0] in GIVEN
-    if given and not stores_spans(index, spec) and any(m.spans and not m.saliency for m in methods):
+    if given and not stores_spans(index, spec) and any(m.ranks_spans for m in methods):
         raise InputError(
             f"--spans {spec.spans}: {index.folder} holds the texts of training rows, not their other columns. "
             f"Build it with --store features,spans --spans {spec.spans}, or give it for test rows by --query-spans "

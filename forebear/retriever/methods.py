@@ -68,6 +68,11 @@ class Method:
         return self.saliency or self.variants or self.spans is not None
 
     @property
+    def ranks_spans(self) -> bool:
+        """Whether spans of training rows are ranked for a prediction; words that explain a saliency are none."""
+        return self.spans is not None and not self.saliency
+
+    @property
     def linear(self) -> bool:
         """Whether the scores of a sum of query vectors are the sums of the scores: then one search serves many rows."""
         return self.metric == "dot" and not (self.by_model or self.by_words)

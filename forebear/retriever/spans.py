@@ -200,7 +200,7 @@ class SpanSearch:
                 mine, owned = of_saliency, salient
             else:
                 mine, owned = (different, own) if method.spans == "both" else (plain, None)
-            by_entries = self._stored and method.spans is not None and not method.saliency
+            by_entries = self._stored and method.ranks_spans
             live = index.live_spans if by_entries else index.live
             width = min(len(live), n_candidates[method.name])
             if full:
