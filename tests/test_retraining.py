@@ -63,9 +63,11 @@ def test_full_retraining_on_all_rows_with_the_seed_of_the_run_gives_the_model_of
 
 def test_full_retraining_trains_on_edited_and_added_rows(retriever, tiny_model, tmp_path):
     rows = np.setdiff1d(all_rows(retriever), [5, 11])
-    job = Job(rows, 1, edits={7: ("good film",)}, extra=[(("bad plot",), 0)])
+    edited = " ".join(reversed(TEXTS[7].split()))  # as long, so in the batch that a new training puts it into
+    assert edited != TEXTS[7]
+    job = Job(rows, 1, edits={7: (edited,)}, extra=[(("bad plot",), 0)])
     (found,) = open_retrainer(retriever, "full", QUERIES, tmp_path / "cache").run([job])
-    texts = [("good film" if i == 7 else TEXTS[i]) for i in rows] + ["bad plot"]
+    texts = [(edited if i == 7 else TEXTS[i]) for i in rows] + ["bad plot"]
     gold = [LABELS[i] for i in rows] + [0]
     source = rows_from_texts(texts, gold, label_names=("down", "up"))
     train(source, tiny_model("bert", 2, 5, 2.0), tmp_path / "run", replace(OPTIONS, seed=1))
@@ -115,8 +117,11 @@ def test_head_outcomes_do_not_depend_on_the_seed_and_are_trained_once(retriever,
     np.testing.assert_array_equal(first.logits, second.logits)
 
 
-def live_top(start, k, texts, gold, options):
-    """Train the last k layers inside the whole model, the layers below computed anew at every step without dropout."""
+def live_top(start, k, texts, gold, options, lengths):
+    """Train the last k layers inside the whole model, the layers below computed anew at every step without dropout.
+
+    Rows of label None take part in the forward pass, for the batch's shape, and not in the loss.
+    """
     model = copy.deepcopy(start.model)
     base = model.base_model
     fixed = [base.embeddings, *base.encoder.layer[: len(base.encoder.layer) - k]]
@@ -129,10 +134,8 @@ def live_top(start, k, texts, gold, options):
         [{"params": heavy, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     )
     tokenizer = start.tokenizer
-    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
     n_steps = options.epochs * math.ceil(len(texts) / options.batch_size)
     warmup, step = int(n_steps * options.warmup_ratio), 0
-    torch.manual_seed(options.seed)
     model.train()
     for module in fixed:
         module.eval()
@@ -142,7 +145,11 @@ def live_top(start, k, texts, gold, options):
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * share
             inputs = tokenizer([texts[i] for i in batch], padding=True, return_tensors="pt")
-            loss = nn.functional.cross_entropy(model(**inputs).logits, torch.tensor([gold[i] for i in batch]))
+            torch.manual_seed(int(np.random.SeedSequence([options.seed, step]).generate_state(1, np.uint64)[0]))
+            own = [at for at, i in enumerate(batch) if gold[i] is not None]
+            loss = nn.functional.cross_entropy(
+                model(**inputs).logits[own], torch.tensor([gold[batch[at]] for at in own])
+            )
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_([p for _, p in free], 1.0)
@@ -157,12 +164,14 @@ def live_top(start, k, texts, gold, options):
 def test_top_layers_from_stored_states_train_as_in_the_whole_model(retriever, k, tmp_path):
     rows = all_rows(retriever)[3:]
     retrainer = open_retrainer(retriever, f"top-{k}", QUERIES, tmp_path)
-    job = Job(rows, 1, edits={5: ("good film",)}, extra=[(("dull plot near",), 1)])
+    out = np.array([3, 8, 20, 21, 40])
+    job = Job(rows, 1, edits={5: ("good film",)}, extra=[(("dull plot near",), 1)], without=out)
     (found,) = retrainer.run([job])
     start = recipes._Start(recipes._find_run(retriever.index, None), retrainer.rows, retriever.index, "cpu").at(1)
     texts = ["good film" if i == 5 else TEXTS[i] for i in rows] + ["dull plot near"]
-    gold = [LABELS[i] for i in rows] + [1]
-    truth = live_top(start, k, texts, gold, replace(OPTIONS, seed=1))
+    gold = [None if i in out else LABELS[i] for i in rows] + [1]
+    grouped_by = [len(start.tokenizer(text)["input_ids"]) for text in [TEXTS[i] for i in rows] + texts[-1:]]
+    truth = live_top(start, k, texts, gold, replace(OPTIONS, seed=1), grouped_by)
     untrained = run_forward(start, QUERIES).logits
     assert np.abs(truth - untrained).max() > 0.01
     np.testing.assert_allclose(found.logits, truth, atol=2e-3 * np.abs(truth - untrained).max())
@@ -351,16 +360,63 @@ def test_all_that_decides_an_outcome_changes_its_digest(retriever, run_folder, t
     digests = {r.digest(job) for r in retrainers for job in jobs}
     assert len(digests) == 6 * 9 - 3  # of the head, seeds 0 and 1 are one
     assert retrainers[3].digest(Job(rows.copy(), 0)) == retrainers[3].digest(jobs[0])
-    assert retrainers[3].digest(Job(rows, 0, without=rows[:1])) == retrainers[3].digest(jobs[1])
+    left_out = Job(rows, 0, without=rows[:1])  # in place: another order than without its place
+    assert retrainers[0].digest(left_out) == retrainers[0].digest(jobs[1])
+    assert all(r.digest(left_out) not in digests for r in retrainers[3:])
+    assert retrainers[3].digest(left_out) != retrainers[3].digest(Job(rows, 0, without=rows[1:2]))
 
 
-def test_rows_left_out_are_not_trained_on(retriever, tmp_path):
+@pytest.mark.parametrize("name", ["full", "top-1", "head"])
+def test_rows_left_out_weigh_nothing(retriever, name, tmp_path):
     rows, out = all_rows(retriever), np.array([0, 7, 30])
-    change = {"edits": {9: ("good film",)}, "extra": [(("dull",), 1)]}
-    for name in ("full", "top-1", "head"):
-        first = open_retrainer(retriever, name, QUERIES, tmp_path / "a").run([Job(rows, 0, without=out, **change)])
-        second = open_retrainer(retriever, name, QUERIES, tmp_path / "b").run([Job(np.delete(rows, out), 0, **change)])
-        np.testing.assert_array_equal(first[0].logits, second[0].logits)
+    job = Job(rows, 0, edits={9: ("good film",)}, extra=[(("dull",), 1)], without=out)
+    retrainer = open_retrainer(retriever, name, QUERIES, tmp_path / "a")
+    found, whole = retrainer.run([job, replace(job, without=None)])
+    assert np.abs(found.logits - whole.logits).max() > 1e-5
+    flipped = open_retrainer(retriever, name, QUERIES, tmp_path / "b")
+    assert flipped.rows.labels is flipped.recipe._labels
+    flipped.rows.labels[out] = 1 - flipped.rows.labels[out]
+    again, other = flipped.run([job, replace(job, without=None)])
+    np.testing.assert_array_equal(again.logits, found.logits)
+    assert np.abs(other.logits - whole.logits).max() > 1e-5
+    if name == "head":
+        (fresh,) = retrainer.run([replace(job, rows=np.delete(rows, out), without=None)])
+        np.testing.assert_allclose(found.logits, fresh.logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["full", "top-1"])
+def test_a_step_without_a_row_has_no_gradient(run_folder, name, tmp_path):
+    start = json.loads((run_folder / "run.json").read_text())["base_model"]
+    source = rows_from_texts(TEXTS, LABELS, label_names=("down", "up"))
+    train(source, start, tmp_path / "run", replace(OPTIONS, batch_size=1, epochs=1))
+    build_index(source, tmp_path / "index", choose_model(str(tmp_path / "run")).checkpoints, BuildOptions())
+    retriever = Retriever(tmp_path / "index")
+    (found,) = open_retrainer(retriever, name, QUERIES, tmp_path / "cache").run(
+        [Job(all_rows(retriever), 0, without=np.arange(5, N))]
+    )
+    assert np.isfinite(found.logits).all()
+
+
+@pytest.mark.parametrize("name", ["full", "top-1"])
+def test_paired_retrainings_differ_less_by_chance_than_fresh_ones(tmp_path, name):
+    """One of 48 rows hardly matters at a gentle rate: what remains is the noise of order and dropout."""
+    start = make_tiny_model(tmp_path / "start", n_classes=2, seed=5)
+    source = rows_from_texts(TEXTS, LABELS, label_names=("down", "up"))
+    train(source, start, tmp_path / "run", replace(OPTIONS, learning_rate=1e-3))
+    build_index(source, tmp_path / "index", choose_model(str(tmp_path / "run")).checkpoints, BuildOptions())
+    retriever = Retriever(tmp_path / "index")
+    rows = all_rows(retriever)
+    retrainer = open_retrainer(retriever, name, QUERIES, tmp_path / "cache")
+    whole, *found = retrainer.run(
+        [Job(rows, 0)]
+        + [Job(rows, 0, without=rows[i : i + 1]) for i in range(6)]
+        + [Job(np.delete(rows, i), 0) for i in range(6)]
+        + [Job(rows, 0, edits={i: (TEXTS[i] + " near",)}) for i in range(6)]
+    )
+    changes = np.array([outcome.logits - whole.logits for outcome in found]).reshape(3, 6, -1)
+    paired, fresh, edited = np.sqrt((changes**2).mean(axis=(1, 2)))
+    assert 0 < paired < fresh / 3
+    assert 0 < edited < fresh / 3
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Joint (training history and test stimuli) on MiniLM: Table 4 (attack) and Figure 2 (fix).
 
-``python benchmarks/papers/joint.py [--small] [--data sst2,agnews] [--parts attack,fix] [--retrain head|top-K|full]``.
-The paper retrains all layers; ``head`` is a stand-in. SST-2 stands for its IMDB. Random changes, as many, stand beside
-every strategy.
+``python benchmarks/papers/joint.py [--small] [--data sst2,agnews] [--parts attack,fix] [--retrain head|top-K|full]``
+(``sst2_1k``: 1,000 rows). The paper retrains all layers; ``head`` is a stand-in. SST-2 stands for its IMDB. Random
+changes, as many, stand beside every strategy.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Mapping
 
 import numpy as np
-from setups import DEV, asked, parsed, retrainer, store, test_rows
+from setups import DEV, asked, parsed, retrainer, source_of, store, test_rows
 from tables import cell, table
 
 from forebear import Retriever
@@ -64,12 +64,12 @@ def changed(
 
 def attack(name: str, retriever: Retriever, sizes: argparse.Namespace) -> None:
     """Table 4: accuracy on the attacked test rows, and on all."""
-    every = test_rows(retriever, f"{name}/{DEV[name]}.parquet", 0)
+    every = test_rows(retriever, f"{source_of(name)}/{DEV[source_of(name)]}.parquet", 0)
     assert every.labels is not None
     at = live_sample(np.arange(len(every)), sizes.queries, 0)
     evaluation = Evaluation(every.texts, every.labels, {"attacked": at, "test": np.arange(len(every))})
     queries = make_queries(retriever, every.texts, every.labels).take(at)
-    changed(name, retriever, "attack", queries, evaluation, sizes, sizes.attack_rows, ATTACK[name])
+    changed(name, retriever, "attack", queries, evaluation, sizes, sizes.attack_rows, ATTACK[source_of(name)])
 
 
 def fix(name: str, retriever: Retriever, sizes: argparse.Namespace) -> None:
@@ -87,7 +87,8 @@ def dev_and_test(name: str, retriever: Retriever) -> tuple[list[list[str]], np.n
 
     AG News has no development rows: the first half of its test rows serve.
     """
-    parts = [test_rows(retriever, f"{name}/{part}.parquet", 0) for part in dict.fromkeys((DEV[name], "test"))]
+    source = source_of(name)
+    parts = [test_rows(retriever, f"{source}/{part}.parquet", 0) for part in dict.fromkeys((DEV[source], "test"))]
     labels = [part.labels for part in parts if part.labels is not None]
     texts = [[text for part in parts for text in part.texts[i]] for i in range(len(parts[0].texts))]
     gold = np.concatenate(labels)

@@ -2,11 +2,13 @@
 
 They lie in ``runs/bench``. Han20 and Pez21 have SST-2 and binary MNLI of 10,000 rows, Yeh22 and Joint have AG News.
 Where a name ends in ``_frozen``, pooler and head were trained alone, as in the configuration that Pez21 released.
+Where it ends in ``_1k``, the model was trained on 1,000 rows drawn from all: there, layers can be retrained many times.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import numpy as np
+import pyarrow.parquet as pq
 from common import DATA, ROOT, run, write_result
 from tables import Table
 
@@ -28,6 +32,7 @@ RUNS = ROOT / "runs" / "bench"
 DEV = {"sst2": "dev", "mnli10k": "dev", "agnews": "test"}
 TRAINING = {"sst2": (), "mnli10k": ("--labels", "binary-nli"), "agnews": ("--epochs", "1")}
 FROZEN = ("--freeze-below", "6", "--learning-rate", "2e-3")  # MiniLM has six layers
+SAMPLED = ("--epochs", "3")
 PAPER_DAMPING = "30"  # of Han20: LiSSA's damping 3e-3 times its scale 1e4
 INDEXES = {
     "head": ("--store", "features,sbert", "--damping", f"0.1x,{PAPER_DAMPING}"),
@@ -38,7 +43,22 @@ INDEXES = {
 
 def source_of(name: str) -> str:
     """The folder of a model's data."""
-    return name.removesuffix("_frozen")
+    return re.sub(r"(_frozen|_\d+k)$", "", name)
+
+
+def training_rows(name: str) -> Path:
+    """The file of a model's training rows; a sample is written where it is missing."""
+    whole = DATA / source_of(name) / "train.parquet"
+    size = re.search(r"_(\d+)k$", name)
+    if size is None:
+        return whole
+    path = RUNS / f"{name}-rows" / "train.parquet"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "dataset.json").write_bytes((whole.parent / "dataset.json").read_bytes())
+        rows = pq.read_table(whole)
+        pq.write_table(rows.take(np.random.default_rng(0).permutation(len(rows))[: 1000 * int(size[1])]), path)
+    return path
 
 
 def trained(name: str) -> Path:
@@ -46,9 +66,9 @@ def trained(name: str) -> Path:
     folder = RUNS / name
     if not (folder / "run.json").is_file():
         source = source_of(name)
-        frozen = FROZEN if source != name else ()
-        run("train", "--model", "minilm", "--data", DATA / source / "train.parquet", "--precision", "fp32",
-            "--dev", DATA / source / f"{DEV[source]}.parquet", *TRAINING[source], *frozen, "--out", folder)  # fmt: skip
+        how = FROZEN if name.endswith("_frozen") else SAMPLED if name != source else ()
+        run("train", "--model", "minilm", "--data", training_rows(name), "--precision", "fp32",
+            "--dev", DATA / source / f"{DEV[source]}.parquet", *TRAINING[source], *how, "--out", folder)  # fmt: skip
     return folder
 
 
@@ -56,8 +76,7 @@ def asked(name: str, kind: str = "head") -> Retriever:
     """The retriever over a data set's index: ``head``, ``epochs`` (all checkpoints) or ``words``."""
     out = RUNS / f"{name}-papers-{kind}"
     if not (out / "manifest.json").is_file():
-        run("index", "--model", trained(name), "--train", DATA / source_of(name) / "train.parquet", *INDEXES[kind],
-            "--out", out, "--resume")  # fmt: skip
+        run("index", "--model", trained(name), "--train", training_rows(name), *INDEXES[kind], "--out", out, "--resume")
     return Retriever(out)
 
 

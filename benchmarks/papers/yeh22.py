@@ -1,6 +1,6 @@
 """Yeh22 (first is better than last) on MiniLM: Table 4 (deletion curves) and Table 1 (cancellation).
 
-``python benchmarks/papers/yeh22.py [--small] [--data sst2|agnews] [--parts deletion,no-overlap,cancellation]
+``python benchmarks/papers/yeh22.py [--small] [--data sst2|agnews|agnews_1k] [--parts deletion,no-overlap,cancellation]
 [--retrain head|top-K|full]``. The paper retrains all layers; ``head`` is a stand-in. Table 1 of the paper is of a small
 convolutional network (``yeh22_cnn.py``): this one is of MiniLM's layers, and only the order can be compared.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from setups import DEV, asked, parsed, retrainer, store, test_rows
+from setups import DEV, asked, parsed, retrainer, source_of, store, test_rows
 from tables import cell, table
 
 from forebear import QuerySpec, Retriever
@@ -37,7 +37,8 @@ CANCELLATION = {
 def deletion(name: str, retriever: Retriever, sizes: argparse.Namespace, *, no_overlap: bool) -> None:
     """Table 4: change of the gold class's probability without the top k proponents and opponents, averaged over k."""
     paper = NO_OVERLAP if no_overlap else DELETION
-    queries = test_rows(retriever, f"{name}/{DEV[name]}.parquet", sizes.queries)
+    source = source_of(name)
+    queries = test_rows(retriever, f"{source}/{DEV[source]}.parquet", sizes.queries)
     assert queries.labels is not None
     spec = retriever.settled(QuerySpec(methods=tuple(paper), target="gold"))
     n_candidates = len(retriever.index.live) // 10

@@ -31,7 +31,7 @@ from forebear.indexer.model import Classifier, dropout_settings, pick_device
 from forebear.indexer.runs import RUN_NAME, Run, path_to, read_run
 from forebear.indexer.scopes import encoder_layers
 from forebear.indexer.start import freeze_below, load_start
-from forebear.indexer.training import MAX_GRAD_NORM, TrainOptions, fine_tune
+from forebear.indexer.training import IGNORED, MAX_GRAD_NORM, TrainOptions, fine_tune, mean_loss, seed_step
 from forebear.indexer.words import offsets
 from forebear.retriever.retriever import Retriever
 
@@ -135,7 +135,7 @@ class _Start:
         self.facts: Mapping[str, Any] = {
             "start_model": self.name, "start_sha256": sha256, "dropout": found,
             "tokenizer_sha256": index.manifest.spec.tokenizer_sha256, "options": options,
-            "libraries": library_versions(LIBRARIES), "threads": torch.get_num_threads(),
+            "libraries": library_versions(LIBRARIES), "threads": torch.get_num_threads(), "paired": True,
         }  # fmt: skip
 
     def prepare(self, change: Callable[[Classifier], None]) -> None:
@@ -176,20 +176,27 @@ class FullRecipe:
             start.prepare(lambda classifier: freeze_below(classifier.model, k, classifier.name))
         classifier = start.at(start.options.seed)
         self._encoded = _arrays(encode(classifier, rows.texts))
+        self._lengths = np.array([len(row["input_ids"]) for row in self._encoded])
         self._evaluation = Encoded(encode(classifier, evaluation))
         self.facts: Mapping[str, Any] = start.facts
 
     def train(self, job: Job) -> np.ndarray:
         """Logits of the retrained model on the evaluation rows, ``(q, c)``."""
         classifier = self._start.at(job.seed)
-        encoded = [self._encoded[row] for row in job.kept] + [{}] * len(job.extra)
+        encoded = [self._encoded[row] for row in job.rows] + [{}] * len(job.extra)
         at, texts = job.changed()
         if len(at):
             for i, row in zip(at, _arrays(encode(classifier, texts)), strict=True):
                 encoded[i] = row
         labelled = [{**row, "labels": int(label)} for row, label in zip(encoded, job.labels(self._labels), strict=True)]
-        fine_tune(classifier, labelled, replace(self._start.options, seed=job.seed))
+        lengths = _placed_lengths(job, self._lengths, [len(row["input_ids"]) for row in encoded])
+        fine_tune(classifier, labelled, replace(self._start.options, seed=job.seed), lengths=lengths)
         return run_forward(classifier, self._evaluation).logits
+
+
+def _placed_lengths(job: Job, of_rows: np.ndarray, found: Sequence[int]) -> list[int]:
+    """What rows are grouped into batches by: the length before an edit, so that an edit moves no row."""
+    return [*of_rows[job.rows].tolist(), *found[len(job.rows) :]]
 
 
 def _arrays(encoded: Sequence[dict[str, list[int]]]) -> list[dict[str, Any]]:
@@ -289,7 +296,7 @@ class TopRecipe:
     def train(self, job: Job) -> np.ndarray:
         """Logits of the retrained model on the evaluation rows, ``(q, c)``."""
         classifier = self._start.at(job.seed)
-        hidden = [self._rows.row(row) for row in job.kept] + [torch.empty(0)] * len(job.extra)
+        hidden = [self._rows.row(row) for row in job.rows] + [torch.empty(0)] * len(job.extra)
         at, texts = job.changed()
         if len(at):
             changed = self._hidden(texts)
@@ -297,7 +304,8 @@ class TopRecipe:
                 hidden[i] = changed.row(j)
         labels = torch.from_numpy(job.labels(self._labels))
         with torch.random.fork_rng(devices=[classifier.device] if classifier.device.type == "cuda" else []):
-            train_top(classifier, hidden, labels, replace(self._start.options, seed=job.seed))
+            lengths = _placed_lengths(job, self._rows.lengths, [len(row) for row in hidden])
+            train_top(classifier, hidden, labels, replace(self._start.options, seed=job.seed), lengths)
         return self._logits(classifier, self._evaluation)
 
     def _logits(self, classifier: Classifier, hidden: _Hidden) -> np.ndarray:
@@ -360,15 +368,20 @@ def top_logits(classifier: Classifier, hidden: Sequence[torch.Tensor]) -> torch.
 
 
 def train_top(
-    classifier: Classifier, hidden: Sequence[torch.Tensor], labels: torch.Tensor, options: TrainOptions
+    classifier: Classifier,
+    hidden: Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    options: TrainOptions,
+    lengths: Sequence[int],
 ) -> None:
     """Train a cut model on stored states, as the run trains: AdamW, linear warm-up and decay, clipped gradients.
 
     Args:
         classifier: Cut; left trained, in ``eval()`` mode.
         hidden: States of each row, ``(t, h)``.
-        labels: Class ids, ``(n,)``.
+        labels: Class ids, ``(n,)``; ``IGNORED`` for rows that weigh nothing.
         options: Epochs, rates, batch size and seed.
+        lengths: By which rows are grouped into batches.
 
     Raises:
         NonFiniteError: The loss became NaN or infinite.
@@ -382,13 +395,14 @@ def train_top(
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, int(n_steps * options.warmup_ratio), n_steps)
-    torch.manual_seed(options.seed)
     model.train()
-    lengths = [len(row) for row in hidden]
+    step = 0
     for epoch in range(options.epochs):
         for batch in epoch_batches(lengths, options.batch_size, options.seed, epoch):
+            seed_step(options.seed, step)
+            step += 1
             logits = top_logits(classifier, [hidden[i] for i in batch])
-            loss = nn.functional.cross_entropy(logits, labels[batch].to(logits.device))
+            loss = mean_loss(logits, labels[batch].to(logits.device))
             if not math.isfinite(loss.item()):
                 raise NonFiniteError(
                     f"the training loss is {loss.item()} in epoch {epoch + 1} of a retraining with seed "
@@ -460,12 +474,14 @@ class HeadRecipe:
 
     def train(self, job: Job) -> np.ndarray:
         """Logits of the refitted head on the evaluation rows, ``(q, c)``."""
-        features = torch.empty((len(job), self._features.shape[1]), dtype=torch.float64)
-        features[: len(job) - len(job.extra)] = self._features[job.kept]
+        labels = torch.from_numpy(job.labels(self._labels))
+        features = torch.empty((len(labels), self._features.shape[1]), dtype=torch.float64)
+        features[: len(job.rows)] = self._features[job.rows]
         at, texts = job.changed()
         if len(at):
             features[at] = self._extended(run_forward(self._classifier, texts).features)
-        weights = self._fit(features, torch.from_numpy(job.labels(self._labels)), f"{len(job)} rows")
+        kept = labels != IGNORED
+        weights = self._fit(features[kept], labels[kept], f"{len(job)} rows")
         return (self._evaluation @ weights.T).numpy()
 
     def _fit(self, features: torch.Tensor, labels: torch.Tensor, what: str) -> torch.Tensor:

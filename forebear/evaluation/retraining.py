@@ -4,6 +4,10 @@ A *job* says on which training rows a model is trained: some rows of the index, 
 rows added. Its *outcome* is the retrained model's logits on the evaluation rows. How a model is trained is the
 recipe's (:mod:`forebear.evaluation.recipes`).
 
+Retrainings that are compared are *paired*: what a job changes, it changes in place. Rows left out stand in the batches
+and weigh nothing, changed rows stand where they stood; order, number of steps, rates and dropout of every step are
+those of the same seed's training on all rows. So two outcomes differ by the rows in question, not by chance.
+
 An outcome lies in the cache under a digest of all that decides it. It appears there whole or not at all, so a run that
 was killed goes on where it was when it is started again. Processes that share a cache share the work: each takes the
 jobs that no other has begun, and waits for theirs in the end.
@@ -27,6 +31,7 @@ from forebear.indexer.forward import softmax
 from forebear.indexer.index import Index
 from forebear.indexer.manifest import canonical_json, digest_of
 from forebear.indexer.store import column, read_batches, record_batch, write_table
+from forebear.indexer.training import IGNORED
 
 POLL_SECONDS = 0.2  # between looks at the jobs of other processes
 Progress = Callable[[str, int, int], None]
@@ -42,7 +47,8 @@ class Job:
         seed: Of a new head, the order of the rows and dropout.
         edits: Other texts for some of these rows, by row number; their labels stay.
         extra: Rows added at the end: texts and class id.
-        without: Some of ``rows``, ascending, that are not trained on: thousands of jobs may share one ``rows``.
+        without: Some of ``rows``, ascending, that are not trained on, but keep their place among the others: they
+            weigh nothing in the loss of their step.
     """
 
     rows: np.ndarray
@@ -60,24 +66,37 @@ class Job:
         return len(self.rows) - (0 if self.without is None else len(self.without)) + len(self.extra)
 
     def labels(self, of_rows: np.ndarray) -> np.ndarray:
-        """Class id of every row trained on, ``(len(job),)`` int64, out of those of all rows of the index."""
-        return np.concatenate([of_rows[self.kept], [label for _, label in self.extra]]).astype(np.int64)
+        """Class id of every row in its place, added ones last, ``(n,)`` int64; ``IGNORED`` for those left out.
+
+        Args:
+            of_rows: Class ids of all rows of the index.
+        """
+        placed = np.concatenate([of_rows[self.rows], [label for _, label in self.extra]]).astype(np.int64)
+        if self.without is not None:
+            placed[np.searchsorted(self.rows, self.without)] = IGNORED
+        return placed
 
     def changed(self) -> tuple[np.ndarray, list[list[str]]]:
-        """Positions of edited and added rows among those trained on, and their texts, one list a column."""
+        """Places of edited and added rows, as in :meth:`labels`, and their texts, one list a column."""
         edited = sorted(self.edits)
-        n_kept = len(self) - len(self.extra)
-        at = [*np.searchsorted(self.kept, edited).tolist(), *range(n_kept, len(self))]
+        n_rows = len(self.rows)
+        at = [*np.searchsorted(self.rows, edited).tolist(), *range(n_rows, n_rows + len(self.extra))]
         texts = [*(self.edits[row] for row in edited), *(text for text, _ in self.extra)]
         return np.array(at, np.int64), [list(values) for values in zip(*texts, strict=True)]
 
     def digest(self, of_all: str, *, seeded: bool) -> str:
-        """Name of the outcome: sha256 over this job and the digest of all that jobs share."""
+        """Name of the outcome: sha256 over this job and the digest of all that jobs share.
+
+        Args:
+            of_all: That digest.
+            seeded: Whether seed and order make a difference.
+        """
         found = hashlib.sha256(of_all.encode())
-        found.update(np.ascontiguousarray(self.kept, "<i8").tobytes())
+        found.update(np.ascontiguousarray(self.rows if seeded else self.kept, "<i8").tobytes())
         edits = sorted((int(row), list(texts)) for row, texts in self.edits.items())
         extra = [[list(texts), int(label)] for texts, label in self.extra]
-        found.update(canonical_json([self.seed if seeded else None, edits, extra]))
+        out = [] if self.without is None or not seeded else self.without.tolist()
+        found.update(canonical_json([self.seed if seeded else None, edits, extra, out]))
         return found.hexdigest()
 
 

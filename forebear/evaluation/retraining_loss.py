@@ -80,7 +80,7 @@ def measure_retraining_loss(
     for s in seeds:
         removed = [rows_at(values, live, k, "top") for values in summed for k in amounts]
         removed += [random_rows(live, k, seed, s, k) for k in amounts]
-        units.append([Job(live, s), *(Job(live, s, without=rows) for rows in removed)])
+        units.append([Job(live, s), *(Job(np.setdiff1d(live, rows, assume_unique=True), s) for rows in removed)])
     chosen, sampled = within_budget(retrainer, units, budget, seed)
     outcomes = retrainer.run([job for u in chosen for job in units[u]], progress)
     accuracy = np.array([outcome.accuracy(gold) for outcome in outcomes]).reshape(len(chosen), -1)

@@ -12,7 +12,7 @@ same weights, with development rows or without; a GPU may sum in another order.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from forebear.indexer.runs import Run, RunCheckpoint
 from forebear.indexer.start import freeze_below, load_start
 
 MAX_GRAD_NORM = 1.0
+IGNORED = -100  # in the place of a class id: the row weighs nothing
 BLOCK_ROWS = 4096
 LIBRARIES = ("forebear", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 FIXED = {"optimizer": "adamw_torch_fused", "scheduler": "linear", "max_grad_norm": MAX_GRAD_NORM}
@@ -149,22 +150,40 @@ def train(
 
 
 def fine_tune(
-    classifier: Classifier, rows: list[dict[str, Any]], options: TrainOptions, *, progress: Progress = no_progress
+    classifier: Classifier,
+    rows: list[dict[str, Any]],
+    options: TrainOptions,
+    *,
+    lengths: Sequence[int] | None = None,
+    progress: Progress = no_progress,
 ) -> None:
     """Train a classifier in memory by the loop of :func:`train`, writing nothing.
 
     Args:
         classifier: As :func:`~forebear.indexer.start.load_start` makes it; left trained, in ``eval()`` mode.
-        rows: Word pieces by name, and the class id under ``labels``, one dictionary a row.
+        rows: Word pieces by name, and the class id (or ``IGNORED``) under ``labels``, one dictionary a row.
         options: Epochs, rates, batch size and seed are taken from here; what is frozen, from the model.
+        lengths: By which rows are grouped into batches; None: their numbers of word pieces.
         progress: Told of the steps.
 
     Raises:
         NonFiniteError: The loss or a weight became NaN or infinite.
     """
     with quiet_transformers(), TemporaryDirectory() as scratch:
-        _run_trainer(_Course(classifier, rows, Path(scratch), options, None, progress, saves=False))
+        course = _Course(classifier, rows, Path(scratch), options, None, progress, lengths=lengths, saves=False)
+        _run_trainer(course)
     classifier.model.eval()
+
+
+def mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of a batch ``(b, c)`` in nats, over the rows that are not ``IGNORED``; 0 if all are."""
+    total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return total / max(1, int((labels != IGNORED).sum()))
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Let the random numbers of a training step follow from the seed and the step alone."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]))
 
 
 def _describe_run(course: _Course, source: RowSource, model: str | Path, data_sha256: str, head: str) -> Run:
@@ -295,8 +314,10 @@ class _Course:
         evaluation: _Evaluation | None,
         progress: Progress,
         *,
+        lengths: Sequence[int] | None = None,
         saves: bool = True,
     ) -> None:
+        self.lengths = list(lengths) if lengths is not None else [len(row["input_ids"]) for row in rows]
         self.classifier, self.rows, self.folder, self.options = classifier, rows, folder, options
         self.evaluation, self._progress, self._saves = evaluation, progress, saves
         n_steps = options.epochs * math.ceil(len(rows) / options.batch_size)
@@ -315,16 +336,17 @@ class _Course:
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean cross-entropy of a batch, in nats; refuses NaN and infinity."""
         labels = batch["labels"]
+        seed_step(self.options.seed, self._step)
         with self.classifier.autocast():
             logits = model(**{key: batch[key] for key in batch if key != "labels"}).logits
-        loss = nn.functional.cross_entropy(logits.float(), labels)
+        loss = mean_loss(logits, labels)
         value = loss.item()
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"the training loss is {value} at step {self._step + 1} of {self.plan['n_steps']}; nothing of this "
                 f"epoch was saved. Lower --learning-rate (now {self.options.learning_rate:g}), or try --precision fp32."
             )
-        self._losses.append((value, len(labels)))
+        self._losses.append((value, int((labels != IGNORED).sum())))
         return loss
 
     def note_rate(self, rate: float) -> None:
@@ -360,10 +382,15 @@ class _Course:
 def _run_trainer(course: _Course) -> None:
     """Hand the loop to transformers' Trainer, without its log, its bars and its checkpoints."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_pt_utils import LengthGroupedSampler
 
     class CourseTrainer(Trainer):  # type: ignore[misc]
         def compute_loss(self, model: nn.Module, inputs: Any, *_args: Any, **_kwargs: Any) -> torch.Tensor:
             return course.loss(model, inputs)
+
+        def _get_train_sampler(self, *_args: Any, **_kwargs: Any) -> Any:
+            order = torch.Generator().manual_seed(course.options.seed)
+            return LengthGroupedSampler(course.options.batch_size, lengths=course.lengths, generator=order)
 
     class CourseCallback(TrainerCallback):  # type: ignore[misc]
         def on_pre_optimizer_step(self, *_args: Any, optimizer: Any, **_kwargs: Any) -> None:
@@ -386,7 +413,6 @@ def _run_trainer(course: _Course) -> None:
         optim=FIXED["optimizer"],
         lr_scheduler_type=FIXED["scheduler"],
         max_grad_norm=MAX_GRAD_NORM,
-        train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
         seed=options.seed,
         use_cpu=course.classifier.device.type == "cpu",
