@@ -397,7 +397,7 @@ def test_fix_adds_changed_rows_for_dev_rows_that_are_wrong(retriever, folder, fi
 
 
 def test_a_run_that_was_killed_goes_on_and_gives_the_same(folder, files, tmp_path, monkeypatch):
-    from forebear.evaluation.recipes import HeadRecipe
+    from forebear.evaluation.recipe_head import HeadRecipe
 
     train, calls = HeadRecipe.train, []
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from forebear.cli import asking
+from forebear.cli import tables
 from forebear.errors import InputError, NonFiniteError, OutputExistsError, StorageError
 from forebear.evaluation import report as module
 from forebear.evaluation.report import (
@@ -272,10 +272,10 @@ def test_column_of_numbers_shares_its_decimals_and_is_set_flush_right() -> None:
 
 @pytest.mark.parametrize("width", [30, 60, 200])
 def test_no_number_of_a_table_is_cut_on_a_narrow_screen(width, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(asking, "OUT", Console(width=width, highlight=False))
+    monkeypatch.setattr(tables, "OUT", Console(width=width, highlight=False))
     names = ["method", *(f"random low {i}" for i in range(9)), "text"]
     numbers = [1234.5 + i for i in range(9)]
-    asking.show_table(module.Table("T", names, [["saliency-if-token", *numbers, "a long text " * 20]]))
+    tables.show_table(module.Table("T", names, [["saliency-if-token", *numbers, "a long text " * 20]]))
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert "saliency-if-token" in shown

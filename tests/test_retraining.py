@@ -17,8 +17,9 @@ from tiny import labels, make_tiny_model, sentences
 from torch import nn
 
 from forebear.errors import InputError, MismatchError, NonFiniteError
-from forebear.evaluation import recipes
-from forebear.evaluation.recipes import epoch_batches, open_retrainer
+from forebear.evaluation.recipe_full import Start
+from forebear.evaluation.recipe_top import epoch_batches
+from forebear.evaluation.recipes import find_run, open_retrainer
 from forebear.evaluation.retraining import Job, Outcome, Retrainer, TrainingRows, within_budget
 from forebear.indexer.build import BuildOptions, build_index, retire_rows
 from forebear.indexer.data import rows_from_texts
@@ -167,7 +168,7 @@ def test_top_layers_from_stored_states_train_as_in_the_whole_model(retriever, k,
     out = np.array([3, 8, 20, 21, 40])
     job = Job(rows, 1, edits={5: ("good film",)}, extra=[(("dull plot near",), 1)], without=out)
     (found,) = retrainer.run([job])
-    start = recipes._Start(recipes._find_run(retriever.index, None), retrainer.rows, retriever.index, "cpu").at(1)
+    start = Start(find_run(retriever.index, None), retrainer.rows, retriever.index, "cpu").at(1)
     texts = ["good film" if i == 5 else TEXTS[i] for i in rows] + ["dull plot near"]
     gold = [None if i in out else LABELS[i] for i in rows] + [1]
     grouped_by = [len(start.tokenizer(text)["input_ids"]) for text in [TEXTS[i] for i in rows] + texts[-1:]]

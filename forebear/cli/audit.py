@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from forebear.cli import audit_artifact, audit_rows
-from forebear.cli.asking import command_line, open_test, show_report
+from forebear.cli.asking import command_line, open_test
 from forebear.cli.console import Variadic, listed, progress_bar, say
 from forebear.cli.options import Device, Force, IndexFolder, LabelColumn, LabelNames, MovedModel, Quiet, TextColumns
+from forebear.cli.tables import show_report
 
 HANS_HELP = """Do the training rows behind a wrong "entailment" share the lexical-overlap shortcut?
 

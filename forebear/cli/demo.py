@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.asking import show_table
 from forebear.cli.console import OUT, progress_bar, say
 from forebear.cli.options import Device, Force, Quiet
+from forebear.cli.tables import show_table
 
 if TYPE_CHECKING:
     from forebear.evaluation.report import Group, Passage

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.asking import command_line, integers, open_test, show_report
+from forebear.cli.asking import command_line, integers, open_test
 from forebear.cli.console import Variadic, listed, progress_bar, say, warn
 from forebear.cli.options import (
     Damping,
@@ -22,6 +22,7 @@ from forebear.cli.options import (
     Scope,
     TextColumns,
 )
+from forebear.cli.tables import show_report
 from forebear.cli.workers import Workers, start_workers
 from forebear.errors import DataError, InputError
 

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from forebear.cli.asking import command_line, show_table
+from forebear.cli.asking import command_line
 from forebear.cli.console import OUT, say
 from forebear.cli.options import Force, Quiet
+from forebear.cli.tables import show_table
 from forebear.errors import InputError
 
 HELP = """Put the reports of several evaluations or audits side by side, on one page.

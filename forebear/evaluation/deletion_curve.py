@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from forebear.evaluation.comparisons import INTERVAL_COLUMNS, Queries, interval_cells, listed_values, question
-from forebear.evaluation.removal import defined, over_seeds, probability_changes, retraining_provenance
+from forebear.evaluation.removal import IN_PLACE, defined, over_seeds, probability_changes, retraining_provenance
 from forebear.evaluation.report import Cell, Figure, Report, Table, line_chart
 from forebear.evaluation.retraining import Progress, Retrainer
 from forebear.evaluation.row_choice import Side, rows_at
@@ -130,7 +130,7 @@ def deletion_report(
             rows,
             "Mean over k of the change of the gold class's probability after removing the top k proponents (DEL+: "
             "should be negative) or opponents (DEL−: should be positive) and retraining; mean over queries, ± its "
-            "standard error, 95% interval.",
+            "standard error, 95% interval. " + IN_PLACE,
         ),
         Table("Curves", ["method", "curve", "removed", *INTERVAL_COLUMNS], points),
     ]

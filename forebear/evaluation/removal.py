@@ -29,6 +29,10 @@ from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 
 RANDOM = "(random rows)"
+IN_PLACE = (
+    "Rows removed keep their place in the batches and weigh nothing: order, rates and dropout are those of the same "
+    "seed's retraining on all rows."
+)
 Removals = Callable[[int, int], list[np.ndarray]]  # (query, seed) -> rows to remove, one array a variation
 
 
@@ -234,7 +238,8 @@ def _removal_tables(found: Removal, seed: int) -> list[Table]:
             rows,
             "Mean over queries and seeds; ± its standard error over the values of all queries and seeds; 95% interval "
             "over queries, whose seeds are averaged first. The original prediction is that of the same seed's "
-            "retraining on all rows. Rows are taken from the signed, raw scores; least influential: smallest |score|.",
+            "retraining on all rows. Rows are taken from the signed, raw scores; least influential: smallest |score|. "
+            + IN_PLACE,
         ),
         Table(
             "Compared with random rows",

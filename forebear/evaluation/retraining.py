@@ -33,6 +33,7 @@ from forebear.indexer.manifest import canonical_json, digest_of
 from forebear.indexer.store import column, read_batches, record_batch, write_table
 from forebear.indexer.training import IGNORED
 
+LIBRARIES = ("forebear", "torch", "transformers", "tokenizers", "accelerate", "numpy", "scipy")  # decide last bits
 POLL_SECONDS = 0.2  # between looks at the jobs of other processes
 Progress = Callable[[str, int, int], None]
 Texts = tuple[str, ...]  # of one row, in the order of encoding

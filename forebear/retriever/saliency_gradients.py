@@ -2,7 +2,8 @@
 
 s is the summed-gradient saliency of one word of a row: the sum, over its word pieces and over dimensions, of the
 gradient of the target's probability at what enters the encoder (see :mod:`forebear.retriever.saliency`). Its gradient
-takes a second backward pass, for which fused attention has no derivative: the math kernel runs instead.
+takes a second backward pass, for which fused attention has no derivative: the math kernel runs instead. All of it
+is in full precision, like saliency itself, whatever the precision of the index.
 """
 
 from __future__ import annotations
