@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -221,6 +222,21 @@ def test_constant_scores_have_no_order_and_are_left_out(bert_world, monkeypatch)
     assert "undefined" in report.summary
     assert "14 lists" in report.tables[0].note
     json.dumps(result["per_run_and_query"], allow_nan=False)
+
+
+def test_the_chart_shows_the_means_of_the_table(bert_world):
+    found, asked, spec = measured(bert_world)
+    values = found.values.copy()
+    values[:, 0, 1], values[:, :, 2] = np.nan, np.nan  # if++ has no order for one query, the control for none
+    changed = replace(found, values=values)
+    report, _ = faithfulness_report(changed, bert_world.retriever, asked, spec, 0, "forebear")
+    (figure,) = report.figures
+    means = {name: mean for name, mean, *_ in report.tables[0].rows}
+    assert means[found.names[2]] is None
+    assert means[METHODS[1]] == pytest.approx(100 * values[:, 1:, 1].mean())
+    for name, mean in means.items():
+        assert (mean is None) != (name in figure.svg)
+        assert mean is None or f"{mean:.1f}".replace("-", "−") in figure.svg
 
 
 def test_too_little_to_compare_is_refused(bert_world):
