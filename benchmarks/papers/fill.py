@@ -42,7 +42,7 @@ def shown(value: Any) -> str:
 
 def main() -> None:
     """See the module."""
-    PAGE.write_text(re.sub(r"<!-- (\w+?) -->\n.*?<!-- end -->", filled, PAGE.read_text(), flags=re.DOTALL))
+    PAGE.write_text(re.sub(r"<!-- ([\w-]+?) -->\n.*?<!-- end -->", filled, PAGE.read_text(), flags=re.DOTALL))
 
 
 if __name__ == "__main__":

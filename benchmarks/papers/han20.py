@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
-from setups import PAPER_DAMPING, asked, parsed, retrainer, store, test_rows
+from setups import PAPER_DAMPING, asked, parsed, retrainer, source_of, store, test_rows
 from tables import cell, table
 
 from forebear import QuerySpec, Retriever
@@ -67,7 +67,7 @@ def removal(name: str, retriever: Retriever, queries: Queries, sizes: argparse.N
     found = measure_removal(
         trainer, scores, amounts_of([], [sizes.share], n_rows, []), seeds_of(trainer, sizes.seeds, 0)
     )
-    paper = REMOVED[name]
+    paper = REMOVED[source_of(name)]
     rows = {
         side: [cell(over_seeds(100 * found.changes[m, j, 0]), paper[side]) for m in range(len(DAMPINGS))]
         for j, side in enumerate(SIDES.values())
@@ -92,7 +92,7 @@ def saliency(name: str, retriever: Retriever, queries: Queries) -> None:
                 pooled(found.sums[0, r, s], found.counts[0, r, s]) for s in range(len(INFLUENCE_SHARES))
             ]
             overlaps[label] = [
-                cell(100 * found.overlaps[0, r, d], OVERLAPS[name][role][d]) for d in range(len(OVERLAP_SHARES))
+                cell(100 * found.overlaps[0, r, d], OVERLAPS[source_of(name)][role][d]) for d in range(len(OVERLAP_SHARES))
             ]
     for case, rows, shares, digits in (
         ("influence", influence, INFLUENCE_SHARES, 2), ("overlap", overlaps, OVERLAP_SHARES, 1)
@@ -159,7 +159,7 @@ def main() -> None:
     )  # fmt: skip
     for name in sizes.data:
         retriever = asked(name)
-        queries = test_rows(retriever, TESTS[name], sizes.queries)
+        queries = test_rows(retriever, TESTS[source_of(name)], sizes.queries)
         if "removal" in sizes.parts:
             removal(name, retriever, queries, sizes)
         if "saliency" in sizes.parts:
