@@ -83,7 +83,7 @@ def removal(name: str, retriever: Retriever, queries: Queries, sizes: argparse.N
 
 def saliency(name: str, retriever: Retriever, queries: Queries) -> None:
     """Figures 2 and 3: z-normalised influence by salient word piece. Tables 3 and 4: tops before and after removal."""
-    influence, overlaps = {}, {}
+    influence, overlaps, paper = {}, {}, OVERLAPS[source_of(name)]
     for damping in DAMPINGS:
         found = saliency_consistency(retriever, queries, question(retriever, damping))
         for r, role in enumerate(ROLES):
@@ -91,9 +91,7 @@ def saliency(name: str, retriever: Retriever, queries: Queries) -> None:
             influence[label] = [
                 pooled(found.sums[0, r, s], found.counts[0, r, s]) for s in range(len(INFLUENCE_SHARES))
             ]
-            overlaps[label] = [
-                cell(100 * found.overlaps[0, r, d], OVERLAPS[source_of(name)][role][d]) for d in range(len(OVERLAP_SHARES))
-            ]
+            overlaps[label] = [cell(100 * found.overlaps[0, r, d], paper[role][d]) for d in range(len(OVERLAP_SHARES))]
     for case, rows, shares, digits in (
         ("influence", influence, INFLUENCE_SHARES, 2), ("overlap", overlaps, OVERLAP_SHARES, 1)
     ):  # fmt: skip
