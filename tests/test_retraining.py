@@ -66,9 +66,10 @@ def test_full_retraining_trains_on_edited_and_added_rows(retriever, tiny_model, 
     rows = np.setdiff1d(all_rows(retriever), [5, 11])
     edited = " ".join(reversed(TEXTS[7].split()))  # as long, so in the batch that a new training puts it into
     assert edited != TEXTS[7]
-    job = Job(rows, 1, edits={7: (edited,)}, extra=[(("bad plot",), 0)])
+    added = " ".join(reversed(TEXTS[np.random.default_rng(0).integers(N, size=1)[0]].split()))  # likewise
+    job = Job(rows, 1, edits={7: (edited,)}, extra=[((added,), 0)])
     (found,) = open_retrainer(retriever, "full", QUERIES, tmp_path / "cache").run([job])
-    texts = [(edited if i == 7 else TEXTS[i]) for i in rows] + ["bad plot"]
+    texts = [(edited if i == 7 else TEXTS[i]) for i in rows] + [added]
     gold = [LABELS[i] for i in rows] + [0]
     source = rows_from_texts(texts, gold, label_names=("down", "up"))
     train(source, tiny_model("bert", 2, 5, 2.0), tmp_path / "run", replace(OPTIONS, seed=1))
@@ -171,7 +172,8 @@ def test_top_layers_from_stored_states_train_as_in_the_whole_model(retriever, k,
     start = Start(find_run(retriever.index, None), retrainer.rows, retriever.index, "cpu").at(1)
     texts = ["good film" if i == 5 else TEXTS[i] for i in rows] + ["dull plot near"]
     gold = [None if i in out else LABELS[i] for i in rows] + [1]
-    grouped_by = [len(start.tokenizer(text)["input_ids"]) for text in [TEXTS[i] for i in rows] + texts[-1:]]
+    drawn = np.random.default_rng(0).integers(N, size=1)[0]
+    grouped_by = [len(start.tokenizer(TEXTS[i])["input_ids"]) for i in [*rows, drawn]]
     truth = live_top(start, k, texts, gold, replace(OPTIONS, seed=1), grouped_by)
     untrained = run_forward(start, QUERIES).logits
     assert np.abs(truth - untrained).max() > 0.01
@@ -413,11 +415,14 @@ def test_paired_retrainings_differ_less_by_chance_than_fresh_ones(tmp_path, name
         + [Job(rows, 0, without=rows[i : i + 1]) for i in range(6)]
         + [Job(np.delete(rows, i), 0) for i in range(6)]
         + [Job(rows, 0, edits={i: (TEXTS[i] + " near",)}) for i in range(6)]
+        + [Job(rows, 0, extra=[((" ".join(["near"] * i),), 0)]) for i in range(1, 7)]
     )
-    changes = np.array([outcome.logits - whole.logits for outcome in found]).reshape(3, 6, -1)
-    paired, fresh, edited = np.sqrt((changes**2).mean(axis=(1, 2)))
+    changes = np.array([outcome.logits - whole.logits for outcome in found]).reshape(4, 6, -1)
+    paired, fresh, edited, added = np.sqrt((changes**2).mean(axis=(1, 2)))
+    between = np.sqrt(((changes[3] - changes[3].mean(axis=0)) ** 2).mean())
     assert 0 < paired < fresh / 3
     assert 0 < edited < fresh / 3
+    assert 0 < between < min(added, fresh) / 3
 
 
 @pytest.mark.parametrize(

@@ -112,14 +112,22 @@ class FullRecipe:
             for i, row in zip(at, _arrays(encode(classifier, texts)), strict=True):
                 encoded[i] = row
         labelled = [{**row, "labels": int(label)} for row, label in zip(encoded, job.labels(self._labels), strict=True)]
-        lengths = placed_lengths(job, self._lengths, [len(row["input_ids"]) for row in encoded])
-        fine_tune(classifier, labelled, replace(self._start.options, seed=job.seed), lengths=lengths)
+        options = replace(self._start.options, seed=job.seed)
+        fine_tune(classifier, labelled, options, lengths=placed_lengths(job, self._lengths))
         return run_forward(classifier, self._evaluation).logits
 
 
-def placed_lengths(job: Job, of_rows: np.ndarray, found: Sequence[int]) -> list[int]:
-    """What rows are grouped into batches by: the length before an edit, so that an edit moves no row."""
-    return [*of_rows[job.rows].tolist(), *found[len(job.rows) :]]
+def placed_lengths(job: Job, of_rows: np.ndarray) -> list[int]:
+    """What rows are grouped into batches by, so that no text moves another row: the length of each before its edit.
+
+    Added rows take the lengths of rows drawn from all: as many of them, whatever their texts, find the same places.
+
+    Args:
+        job: Which rows.
+        of_rows: Word pieces of all rows of the index.
+    """
+    drawn = np.random.default_rng(0).integers(len(of_rows), size=len(job.extra))
+    return [*of_rows[job.rows].tolist(), *of_rows[drawn].tolist()]
 
 
 def _arrays(encoded: Sequence[dict[str, list[int]]]) -> list[dict[str, Any]]:

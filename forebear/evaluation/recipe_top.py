@@ -130,8 +130,8 @@ class TopRecipe:
                 hidden[i] = changed.row(j)
         labels = torch.from_numpy(job.labels(self._labels))
         with torch.random.fork_rng(devices=[classifier.device] if classifier.device.type == "cuda" else []):
-            lengths = placed_lengths(job, self._rows.lengths, [len(row) for row in hidden])
-            train_top(classifier, hidden, labels, replace(self._start.options, seed=job.seed), lengths)
+            options = replace(self._start.options, seed=job.seed)
+            train_top(classifier, hidden, labels, options, placed_lengths(job, self._rows.lengths))
         return self._logits(classifier, self._evaluation)
 
     def _logits(self, classifier: Classifier, hidden: _Hidden) -> np.ndarray:

@@ -6,7 +6,8 @@ recipe's (:mod:`forebear.evaluation.recipes`).
 
 Retrainings that are compared are *paired*: what a job changes, it changes in place. Rows left out stand in the batches
 and weigh nothing, changed rows stand where they stood; order, number of steps, rates and dropout of every step are
-those of the same seed's training on all rows. So two outcomes differ by the rows in question, not by chance.
+those of the same seed's training on all rows. So two outcomes differ by the rows in question, not by chance. Added
+rows make it another training, which is paired with those that have as many.
 
 An outcome lies in the cache under a digest of all that decides it. It appears there whole or not at all, so a run that
 was killed goes on where it was when it is started again. Processes that share a cache share the work: each takes the
