@@ -75,7 +75,7 @@ def main() -> None:
             changes = removed.reshape(len(seeds), options.draws, -1) - whole[:, None]
             result[f"{kind}, {amount} rows"] = compared(changes, predicted)
             print(f"{kind}, {amount} rows", result[f"{kind}, {amount} rows"], flush=True)
-    write_result("retraining", **result)
+    write_result(f"retraining_{options.retrain}", **result)
 
 
 if __name__ == "__main__":

@@ -425,7 +425,7 @@ def test_intervals_and_p_are_over_queries_not_over_their_seeds():
         methods=("a",), sides=("top",), amounts=(5,), seeds=tuple(range(7)), changes=changes,
         random=np.zeros((1, 7, 4)), sampled="all",
     )  # fmt: skip
-    table, compared = _removal_tables(found, 0)
+    table, compared = _removal_tables(found, 0, paired=True)
     mean, error, low, high, n = table.rows[1][3:]
     half = stats.t.ppf(0.975, 3) * stats.sem(100 * of_query)
     assert (mean, low, high) == pytest.approx((-3.75, -3.75 - half, -3.75 + half), abs=1e-3)

@@ -388,7 +388,7 @@ def test_rows_left_out_weigh_nothing(retriever, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["full", "top-1"])
-def test_a_step_without_a_row_has_no_gradient(run_folder, name, tmp_path):
+def test_steps_without_a_row_are_taken(run_folder, name, tmp_path):
     start = json.loads((run_folder / "run.json").read_text())["base_model"]
     source = rows_from_texts(TEXTS, LABELS, label_names=("down", "up"))
     train(source, start, tmp_path / "run", replace(OPTIONS, batch_size=1, epochs=1))
@@ -421,8 +421,8 @@ def test_paired_retrainings_differ_less_by_chance_than_fresh_ones(tmp_path, name
     paired, fresh, edited, added = np.sqrt((changes**2).mean(axis=(1, 2)))
     between = np.sqrt(((changes[3] - changes[3].mean(axis=0)) ** 2).mean())
     assert 0 < paired < fresh / 3
-    assert 0 < edited < fresh / 3
-    assert 0 < between < min(added, fresh) / 3
+    assert 0 < edited < fresh / 50
+    assert 0 < between < min(added, fresh) / 30
 
 
 @pytest.mark.parametrize(

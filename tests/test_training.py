@@ -27,7 +27,7 @@ from forebear.indexer.forward import run_forward
 from forebear.indexer.model import load_classifier
 from forebear.indexer.runs import Run, choose_model, read_run
 from forebear.indexer.start import freeze_below
-from forebear.indexer.training import TrainOptions, train
+from forebear.indexer.training import IGNORED, TrainOptions, mean_loss, train
 
 N_ROWS = 44  # with batches of 8: 6 steps an epoch, the last of 4 rows
 NAMES = ("negative", "positive")
@@ -451,3 +451,15 @@ def test_an_output_that_cannot_be_made_is_one_line(model: Path, tmp_path: Path) 
     (tmp_path / "file").write_text("")
     with pytest.raises(ForebearError, match=r"cannot write .*file/run: Not a directory"):
         train(tiny_rows(), str(model), tmp_path / "file" / "run", tiny_options())
+
+
+def test_ignored_rows_weigh_nothing_in_the_loss_of_a_step() -> None:
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    loss = mean_loss(logits, torch.tensor([2, IGNORED, 0, IGNORED]))
+    kept = logits.detach()[[0, 2]]
+    assert loss.item() == pytest.approx((kept.logsumexp(1) - kept[[0, 1], [2, 0]]).mean().item())
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert (gradient[[1, 3]] == 0).all()
+    nothing = mean_loss(logits, torch.full((4,), IGNORED))
+    assert nothing.item() == 0
+    assert (torch.autograd.grad(nothing, logits)[0] == 0).all()

@@ -130,7 +130,7 @@ def deletion_report(
             rows,
             "Mean over k of the change of the gold class's probability after removing the top k proponents (DEL+: "
             "should be negative) or opponents (DEL−: should be positive) and retraining; mean over queries, ± its "
-            "standard error, 95% interval. " + IN_PLACE,
+            "standard error, 95% interval." + (IN_PLACE if retrainer.recipe.seeded else ""),
         ),
         Table("Curves", ["method", "curve", "removed", *INTERVAL_COLUMNS], points),
     ]

@@ -20,7 +20,9 @@ from forebear.indexer.manifest import library_versions
 from forebear.indexer.model import Classifier, dropout_settings, pick_device
 from forebear.indexer.runs import Run
 from forebear.indexer.start import freeze_below, load_start
-from forebear.indexer.training import TrainOptions, fine_tune
+from forebear.indexer.training import RANDOM_NUMBERS, TrainOptions, fine_tune
+
+PAIRING = 2  # raised when places, random numbers or weights of rows change
 
 
 class Start:
@@ -29,6 +31,7 @@ class Start:
     Attributes:
         options: Of the run.
         name: Of the start model.
+        is_older: Whether the run drew its random numbers otherwise than a retraining does.
         facts: What decides an outcome, beside rows and recipe.
     """
 
@@ -37,7 +40,7 @@ class Start:
         known = {f.name for f in fields(TrainOptions)}
         settings = {name: value for name, value in run.settings.items() if name in known}
         self.options = TrainOptions(**{**settings, "label_mode": None, "device": self._device.type})
-        self.name = run.base_model
+        self.name, self.is_older = run.base_model, run.settings.get("random_numbers") != RANDOM_NUMBERS
         self._loaded: tuple[int, Classifier, dict[str, torch.Tensor]] | None = None
         self._prepare: Callable[[Classifier], None] = lambda _classifier: None
         sha256 = self.at(self.options.seed).sha256
@@ -58,7 +61,7 @@ class Start:
         self.facts: Mapping[str, Any] = {
             "start_model": self.name, "start_sha256": sha256, "dropout": found,
             "tokenizer_sha256": index.manifest.spec.tokenizer_sha256, "options": options,
-            "libraries": library_versions(LIBRARIES), "threads": torch.get_num_threads(), "paired": True,
+            "libraries": library_versions(LIBRARIES), "threads": torch.get_num_threads(), "pairing": PAIRING,
         }  # fmt: skip
 
     def prepare(self, change: Callable[[Classifier], None]) -> None:
@@ -90,7 +93,6 @@ class FullRecipe:
 
     name = "full"
     seeded = True
-    note = "Each model is fine-tuned as the run was."
 
     def __init__(self, start: Start, rows: TrainingRows, evaluation: Sequence[Sequence[str]]) -> None:
         self._start, self._labels = start, rows.labels
@@ -102,6 +104,9 @@ class FullRecipe:
         self._lengths = np.array([len(row["input_ids"]) for row in self._encoded])
         self._evaluation = Encoded(encode(classifier, evaluation))
         self.facts: Mapping[str, Any] = start.facts
+        self.note = "Each model is fine-tuned as the run was."
+        if start.is_older:
+            self.note += " The run was made by an older version: its own order of rows and dropout were others."
 
     def train(self, job: Job) -> np.ndarray:
         """Logits of the retrained model on the evaluation rows, ``(q, c)``."""

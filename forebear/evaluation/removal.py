@@ -30,7 +30,7 @@ from forebear.retriever.retriever import Retriever
 
 RANDOM = "(random rows)"
 IN_PLACE = (
-    "Rows removed keep their place in the batches and weigh nothing: order, rates and dropout are those of the same "
+    " Rows removed keep their place in the batches and weigh nothing: order, rates and dropout are those of the same "
     "seed's retraining on all rows."
 )
 Removals = Callable[[int, int], list[np.ndarray]]  # (query, seed) -> rows to remove, one array a variation
@@ -179,7 +179,7 @@ def removal_report(
     command: str,
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``; changes in percentage points, as in the papers."""
-    tables = _removal_tables(found, seed)
+    tables = _removal_tables(found, seed, paired=retrainer.recipe.seeded)
     if len(found.methods) > 1:
         tables += [
             difference_table(
@@ -219,7 +219,7 @@ def defined(values: np.ndarray) -> np.ndarray:
     return np.asarray(values[~np.isnan(values)])
 
 
-def _removal_tables(found: Removal, seed: int) -> list[Table]:
+def _removal_tables(found: Removal, seed: int, *, paired: bool) -> list[Table]:
     rows: list[list[Cell]] = []
     compared: list[list[Cell]] = []
     for a, k in enumerate(found.amounts):
@@ -238,8 +238,8 @@ def _removal_tables(found: Removal, seed: int) -> list[Table]:
             rows,
             "Mean over queries and seeds; ± its standard error over the values of all queries and seeds; 95% interval "
             "over queries, whose seeds are averaged first. The original prediction is that of the same seed's "
-            "retraining on all rows. Rows are taken from the signed, raw scores; least influential: smallest |score|. "
-            + IN_PLACE,
+            "retraining on all rows. Rows are taken from the signed, raw scores; least influential: smallest |score|."
+            + (IN_PLACE if paired else ""),
         ),
         Table(
             "Compared with random rows",

@@ -6,8 +6,9 @@ recipe's (:mod:`forebear.evaluation.recipes`).
 
 Retrainings that are compared are *paired*: what a job changes, it changes in place. Rows left out stand in the batches
 and weigh nothing, changed rows stand where they stood; order, number of steps, rates and dropout of every step are
-those of the same seed's training on all rows. So two outcomes differ by the rows in question, not by chance. Added
-rows make it another training, which is paired with those that have as many.
+those of the same seed's training on all rows. So two outcomes differ by the rows in question, not by chance. There are
+two limits. Where a changed text makes its batch wider, that step's dropout is another. Rows that are added make it
+another training, which is paired with those that have as many.
 
 An outcome lies in the cache under a digest of all that decides it. It appears there whole or not at all, so a run that
 was killed goes on where it was when it is started again. Processes that share a cache share the work: each takes the
@@ -97,8 +98,10 @@ class Job:
         found.update(np.ascontiguousarray(self.rows if seeded else self.kept, "<i8").tobytes())
         edits = sorted((int(row), list(texts)) for row, texts in self.edits.items())
         extra = [[list(texts), int(label)] for texts, label in self.extra]
-        out = [] if self.without is None or not seeded else self.without.tolist()
-        found.update(canonical_json([self.seed if seeded else None, edits, extra, out]))
+        what: list[Any] = [self.seed if seeded else None, edits, extra]
+        if seeded and self.without is not None:
+            what.append(self.without.tolist())
+        found.update(canonical_json(what))
         return found.hexdigest()
 
 

@@ -39,7 +39,11 @@ MAX_GRAD_NORM = 1.0
 IGNORED = -100  # in the place of a class id: the row weighs nothing
 BLOCK_ROWS = 4096
 LIBRARIES = ("forebear", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
-FIXED = {"optimizer": "adamw_torch_fused", "scheduler": "linear", "max_grad_norm": MAX_GRAD_NORM}
+RANDOM_NUMBERS = "by seed and step"  # of dropout; before, in one stream
+FIXED = {
+    "optimizer": "adamw_torch_fused", "scheduler": "linear", "max_grad_norm": MAX_GRAD_NORM,
+    "random_numbers": RANDOM_NUMBERS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
