@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forebear.cli.console import listed, say
+from forebear.cli.console import listed, progress_bar, say
+from forebear.cli.options import (
+    Damping,
+    Device,
+    Force,
+    IndexFolder,
+    JsonOut,
+    LabelColumn,
+    LabelNames,
+    MovedModel,
+    Quiet,
+    Recall,
+    Scope,
+    TextColumns,
+)
 from forebear.cli.tables import show_report
 from forebear.errors import InputError
 
@@ -21,27 +37,15 @@ if TYPE_CHECKING:
     from forebear.retriever.query_spec import QuerySpec
     from forebear.retriever.retriever import Retriever
 
-Test = Annotated[str, typer.Option("--test", help="Test rows: a file, folder or hub name.", show_default=False)]
 Methods = Annotated[
     list[str] | None,
     typer.Option("--method", help="Methods. Default: all that score rows from this index.", show_default=False),
 ]
-NQueries = Annotated[int, typer.Option("--queries", help="Rows asked about, a seeded sample; 0: all.")]
-NRows = Annotated[int, typer.Option("--rows", help="Training rows, a seeded sample; 0: all.")]
+Test = Annotated[str, typer.Option("--test", help="Test rows: a file, folder or hub name.", show_default=False)]
 Seed = Annotated[int, typer.Option("--seed", help="Of samples and intervals.", min=0)]
-Target = Annotated[str, typer.Option("--target", help="Whose loss: predicted, gold, or a label's name.")]
 Curvature = Annotated[
     str | None,
     typer.Option("--curvature", help="Of methods with H^-1: exact, ekfac, cg, lissa or identity.", show_default=False),
-]
-Spans = Annotated[
-    str | None,
-    typer.Option(
-        "--spans",
-        help="clauses, sentences, words, aspect, reader:MODEL or FILE.py:function. Default: those that the index "
-        "stores, else clauses.",
-        show_default=False,
-    ),
 ]
 QuerySpans = Annotated[
     str | None,
@@ -51,71 +55,167 @@ QuerySpans = Annotated[
         show_default=False,
     ),
 ]
-SpanColumn = Annotated[
-    str | None,
-    typer.Option("--span-column", help="The text column that spans are in. Default: the first.", show_default=False),
-]
-Exact = Annotated[str, typer.Option("--exact", help="rerank or full.")]
-Out = Annotated[str | None, typer.Option("--out", help="Folder for report.html, table.csv and result.json.")]
+NRows = Annotated[int, typer.Option("--rows", help="Training rows, a seeded sample; 0: all.")]
 
 
-def open_retriever(index: str, model: str | None, device: str, out: str | None, *, force: bool) -> Retriever:
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions:
+    """The index, and its model."""
+
+    index: IndexFolder
+    model: MovedModel = None
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnOptions:
+    """Which columns of files of rows are meant."""
+
+    text_columns: TextColumns = None
+    label_column: LabelColumn = None
+    label_names: LabelNames = None
+
+    def open(self, path: str, *, need_labels: bool = False) -> RowSource:
+        """The rows of a file, folder or hub name."""
+        from forebear.indexer.data import open_rows
+
+        return open_rows(
+            path,
+            text_columns=listed(self.text_columns) or None,
+            label_column=self.label_column,
+            label_names=listed(self.label_names) or None,
+            need_labels=need_labels,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestOptions(ColumnOptions):
+    """Test rows."""
+
+    test: Test
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """How many test rows are asked about."""
+
+    queries: Annotated[int, typer.Option("--queries", help="Rows asked about, a seeded sample; 0: all.")] = 100
+    seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScopeOptions:
+    """Whose gradients, and their curvature."""
+
+    scope: Scope = "head"
+    curvature: Curvature = None
+    damping: Damping = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionOptions(ScopeOptions):
+    """What is asked, beside the methods."""
+
+    target: Annotated[str, typer.Option("--target", help="Whose loss: predicted, gold, or a label's name.")] = (
+        "predicted"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(QuestionOptions):
+    """What is asked of a search for the top rows."""
+
+    exact: Annotated[str, typer.Option("--exact", help="rerank or full.")] = "rerank"
+    recall: Recall = 0.98
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanOptions:
+    """Which spans methods by spans compare."""
+
+    spans: Annotated[
+        str | None,
+        typer.Option(
+            "--spans",
+            help="clauses, sentences, words, aspect, reader:MODEL or FILE.py:function. Default: those that the index "
+            "stores, else clauses.",
+            show_default=False,
+        ),
+    ] = None
+    query_spans: QuerySpans = None
+    span_column: Annotated[
+        str | None,
+        typer.Option(
+            "--span-column", help="The text column that spans are in. Default: the first.", show_default=False
+        ),
+    ] = None
+
+    def choices(self, retriever: Retriever) -> dict[str, Any]:
+        """As a question takes them."""
+        column = None if self.span_column is None else retriever.index.text_column(self.span_column)
+        return {"spans": self.spans, "query_spans": self.query_spans, "span_column": column}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Where the report goes."""
+
+    out: Annotated[str | None, typer.Option("--out", help="Folder for report.html, table.csv and result.json.")] = None
+    json_out: JsonOut = False
+    force: Force = False
+    quiet: Quiet = False
+
+    def check(self) -> None:
+        """See that the report can be written, before any work."""
+        from forebear.evaluation.report import check_folder
+
+        if self.out is not None:
+            check_folder(Path(self.out), force=self.force)
+
+    def progress(self) -> AbstractContextManager[Callable[[str, int, int], None]]:
+        """A bar on the screen, if it is wanted."""
+        return progress_bar(quiet=self.quiet)
+
+    def finish(self, report: Report, result: dict[str, Any], shown: Report | None = None) -> None:
+        """Write the report where it is asked for, and show it, or what is shown of it on a screen."""
+        from forebear.evaluation.report import render_json, write_report
+
+        if self.out is not None:
+            page = write_report(report, Path(self.out), result=result, force=self.force)
+        if self.json_out:
+            sys.stdout.write(render_json({"provenance": dict(report.provenance), **result}))
+        else:
+            show_report(shown or report)
+        if self.out is not None:
+            say(f"wrote {page}, table.csv and result.json", quiet=self.quiet)
+
+
+def open_retriever(options: IndexOptions, report: ReportOptions) -> Retriever:
     """The index's retriever, after seeing that the report can be written."""
-    from forebear.evaluation.report import check_folder
     from forebear.retriever.retriever import Retriever
 
-    if out is not None:
-        check_folder(Path(out), force=force)
-    return Retriever(index, model=model, device=device)
+    report.check()
+    return Retriever(options.index, model=options.model, device=options.device)
 
 
-def make_spec(retriever: Retriever, method: Sequence[str] | None, **choices: Any) -> QuerySpec:
+def make_spec(retriever: Retriever, method: Sequence[str] | None, asked: ScopeOptions, **choices: Any) -> QuerySpec:
     """The question, checked."""
     from forebear.retriever.methods import pick_methods
     from forebear.retriever.query_spec import QuerySpec
 
     names = tuple(m.name for m in pick_methods(listed(method))) if method else retriever.row_methods()
-    spec = QuerySpec(methods=names, **choices)
+    spec = QuerySpec(methods=names, **asdict(asked), **choices)
     retriever.check_stores(spec.check(), spec)
     return spec
 
 
-def open_test(
-    test: str,
-    text_columns: Sequence[str] | None,
-    label_column: str | None,
-    label_names: Sequence[str] | None,
-    *,
-    need_labels: bool = False,
-) -> RowSource:
-    """Test rows, as the options say."""
-    from forebear.indexer.data import open_rows
-
-    return open_rows(
-        test,
-        text_columns=listed(text_columns) or None,
-        label_column=label_column,
-        label_names=listed(label_names) or None,
-        need_labels=need_labels,
-    )
-
-
-def open_queries(
-    retriever: Retriever,
-    test: str,
-    text_columns: Sequence[str] | None,
-    label_column: str | None,
-    label_names: Sequence[str] | None,
-    spec: QuerySpec,
-    n_queries: int,
-    seed: int,
-) -> Queries:
+def open_queries(retriever: Retriever, tested: TestOptions, sample: SampleOptions, spec: QuerySpec) -> Queries:
     """The test rows that are asked about."""
     from forebear.evaluation.comparisons import sample_queries
 
     gold = spec.target == "gold"
-    source = open_test(test, text_columns, label_column, label_names, need_labels=gold)
-    return sample_queries(retriever, source, n_queries, seed, need_labels=gold)
+    source = tested.open(tested.test, need_labels=gold)
+    return sample_queries(retriever, source, sample.queries, sample.seed, need_labels=gold)
 
 
 def integers(option: str, values: Sequence[str] | None) -> list[int]:
@@ -129,25 +229,3 @@ def integers(option: str, values: Sequence[str] | None) -> list[int]:
 def command_line() -> str:
     """What repeats the report."""
     return shlex.join(["forebear", *sys.argv[1:]])
-
-
-def finish(
-    report: Report,
-    result: dict[str, Any],
-    out: str | None,
-    as_json: bool,
-    force: bool,
-    quiet: bool,
-    shown: Report | None = None,
-) -> None:
-    """Write the report where it is asked for, and show it, or what is shown of it on a screen."""
-    from forebear.evaluation.report import render_json, write_report
-
-    if out is not None:
-        page = write_report(report, Path(out), result=result, force=force)
-    if as_json:
-        sys.stdout.write(render_json({"provenance": dict(report.provenance), **result}))
-    else:
-        show_report(shown or report)
-    if out is not None:
-        say(f"wrote {page}, table.csv and result.json", quiet=quiet)

@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from forebear.cli import audit_artifact, audit_rows
-from forebear.cli.asking import command_line, open_test
+from forebear.cli.asking import ColumnOptions, IndexOptions, command_line
 from forebear.cli.console import Variadic, listed, progress_bar, say
-from forebear.cli.options import Device, Force, IndexFolder, LabelColumn, LabelNames, MovedModel, Quiet, TextColumns
+from forebear.cli.groups import grouped
+from forebear.cli.options import Force, Quiet
 from forebear.cli.tables import show_report
 
 HANS_HELP = """Do the training rows behind a wrong "entailment" share the lexical-overlap shortcut?
@@ -39,8 +40,10 @@ def register(app: typer.Typer) -> None:
     app.add_typer(audits, name="audit")
 
 
+@grouped()
 def hans(
-    index: IndexFolder,
+    at: IndexOptions,
+    columns: ColumnOptions,
     test: Annotated[str, typer.Option("--test", help="HANS: pairs labelled entailment or non-entailment.")],
     out: Annotated[str, typer.Option("--out", help="Folder for the report.")],
     method: Annotated[
@@ -48,11 +51,6 @@ def hans(
         typer.Option("--method", help="Methods. Default: all that score rows.", show_default=False),
     ] = None,
     top: Annotated[int, typer.Option("--top", help="Training rows looked at for each test row.")] = 10,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    device: Device = "auto",
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
@@ -62,8 +60,8 @@ def hans(
     from forebear.retriever.retriever import Retriever
 
     check_folder(Path(out), force=force)
-    source = open_test(test, text_columns, label_column, label_names, need_labels=True)
-    retriever = Retriever(index, model=model, device=device)
+    source = columns.open(test, need_labels=True)
+    retriever = Retriever(at.index, model=at.model, device=at.device)
     with progress_bar(quiet=quiet) as progress:
         audit = audit_hans(retriever, source, listed(method) or None, top=top, progress=progress)
     report, result = hans_report(audit, retriever, source, command_line())

@@ -8,32 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from forebear.cli.asking import (
-    Curvature,
-    NQueries,
-    Out,
-    Seed,
-    Target,
-    Test,
+    IndexOptions,
+    QuestionOptions,
+    ReportOptions,
+    SampleOptions,
+    TestOptions,
     command_line,
-    finish,
     make_spec,
     open_queries,
     open_retriever,
 )
-from forebear.cli.console import Variadic, progress_bar
-from forebear.cli.options import (
-    Damping,
-    Device,
-    Force,
-    IndexFolder,
-    JsonOut,
-    LabelColumn,
-    LabelNames,
-    MovedModel,
-    Quiet,
-    Scope,
-    TextColumns,
-)
+from forebear.cli.console import Variadic
+from forebear.cli.groups import grouped
 
 if TYPE_CHECKING:
     from forebear.evaluation.artifact_features import Feature
@@ -84,120 +70,76 @@ def register(audits: typer.Typer) -> None:
     audits.command("artifact", help=ARTIFACT_HELP, cls=Variadic)(artifact)
 
 
+@grouped(queries=100)
 def overlap(
-    index: IndexFolder,
-    test: Test,
+    at: IndexOptions,
+    tested: TestOptions,
+    asked: QuestionOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
     method: Method = None,
-    scope: Scope = "head",
-    target: Target = "predicted",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    queries: NQueries = 100,
-    seed: Seed = 0,
-    out: Out = None,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See OVERLAP_HELP."""
     from forebear.evaluation.artifact_features import overlap_feature
 
-    retriever = open_retriever(index, model, device, out, force=force)
+    retriever = open_retriever(at, report)
     feature = overlap_feature(retriever.index.manifest.spec.text_columns)
-    choices = {"scope": scope, "target": target, "curvature": curvature, "damping": damping}
-    rows = (test, text_columns, label_column, label_names)
-    _audit(retriever, feature, method, choices, rows, queries, seed, out, json_out, force, quiet)
+    _audit(retriever, feature, method, asked, tested, sample, report)
 
 
+@grouped(queries=100)
 def negation(
-    index: IndexFolder,
-    test: Test,
+    at: IndexOptions,
+    tested: TestOptions,
+    asked: QuestionOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
     column: NegationColumn = None,
     method: Method = None,
-    scope: Scope = "head",
-    target: Target = "predicted",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    queries: NQueries = 100,
-    seed: Seed = 0,
-    out: Out = None,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See NEGATION_HELP."""
     from forebear.evaluation.artifact_features import negation_feature
 
-    retriever = open_retriever(index, model, device, out, force=force)
+    retriever = open_retriever(at, report)
     feature = negation_feature(retriever.index.manifest.spec.text_columns, column)
-    choices = {"scope": scope, "target": target, "curvature": curvature, "damping": damping}
-    rows = (test, text_columns, label_column, label_names)
-    _audit(retriever, feature, method, choices, rows, queries, seed, out, json_out, force, quiet)
+    _audit(retriever, feature, method, asked, tested, sample, report)
 
 
+@grouped(queries=100)
 def artifact(
-    index: IndexFolder,
-    test: Test,
+    at: IndexOptions,
+    tested: TestOptions,
     feature: FeatureOption,
+    asked: QuestionOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
     method: Method = None,
-    scope: Scope = "head",
-    target: Target = "predicted",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    queries: NQueries = 100,
-    seed: Seed = 0,
-    out: Out = None,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See ARTIFACT_HELP."""
     from forebear.evaluation.artifact_features import user_feature
 
-    retriever = open_retriever(index, model, device, out, force=force)
+    retriever = open_retriever(at, report)
     measured = user_feature(feature, retriever.index.manifest.spec.text_columns)
-    choices = {"scope": scope, "target": target, "curvature": curvature, "damping": damping}
-    rows = (test, text_columns, label_column, label_names)
-    _audit(retriever, measured, method, choices, rows, queries, seed, out, json_out, force, quiet)
+    _audit(retriever, measured, method, asked, tested, sample, report)
 
 
 def _audit(
     retriever: Retriever,
     feature: Feature,
     method: Sequence[str] | None,
-    choices: dict[str, str | None],
-    rows: tuple[str, Sequence[str] | None, str | None, Sequence[str] | None],
-    n_queries: int,
-    seed: int,
-    out: str | None,
-    as_json: bool,
-    force: bool,
-    quiet: bool,
+    asked: QuestionOptions,
+    tested: TestOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
 ) -> None:
     """Regress a feature on the influence of all training rows; show and write the report."""
     from forebear.evaluation.artifact import regress_artifact
     from forebear.evaluation.artifact_features import measure
     from forebear.evaluation.artifact_report import artifact_report
 
-    spec = make_spec(retriever, method or ["if"], **choices)
+    spec = make_spec(retriever, method or ["if"], asked)
     values = measure(retriever.index, feature)
-    asked = open_queries(retriever, *rows, spec, n_queries, seed)
-    with progress_bar(quiet=quiet) as progress:
-        found = regress_artifact(retriever, asked, spec, values, progress=progress)
-    report, result = artifact_report(found, feature, values, retriever, asked, spec, seed, command_line())
-    finish(report, result, out, as_json, force, quiet)
+    queries = open_queries(retriever, tested, sample, spec)
+    with report.progress() as progress:
+        found = regress_artifact(retriever, queries, spec, values, progress=progress)
+    report.finish(*artifact_report(found, feature, values, retriever, queries, spec, sample.seed, command_line()))

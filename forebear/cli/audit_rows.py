@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from forebear.cli.asking import (
-    Curvature,
-    Exact,
+    ColumnOptions,
+    IndexOptions,
     Methods,
-    Out,
+    ReportOptions,
+    SampleOptions,
+    ScopeOptions,
+    SearchOptions,
     Seed,
-    Target,
-    Test,
+    TestOptions,
     command_line,
-    finish,
     make_spec,
     open_queries,
     open_retriever,
-    open_test,
 )
-from forebear.cli.console import Variadic, progress_bar
-from forebear.cli.options import (
-    Damping,
-    Device,
-    Force,
-    IndexFolder,
-    JsonOut,
-    LabelColumn,
-    LabelNames,
-    MovedModel,
-    Quiet,
-    Recall,
-    Scope,
-    TextColumns,
-)
+from forebear.cli.console import Variadic
+from forebear.cli.groups import grouped
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
@@ -97,39 +84,33 @@ def register(audits: typer.Typer) -> None:
         audits.command(name, help=help_text, cls=Variadic)(command)
 
 
+@grouped()
 def mislabelled(
-    index: IndexFolder,
+    at: IndexOptions,
+    asked: ScopeOptions,
+    report: ReportOptions,
     method: Annotated[
         list[str] | None,
         typer.Option("--method", help="gd, if, tracin and the like.  [default: gd,if]", show_default=False),
     ] = None,
     top: Annotated[int, typer.Option("--top", help="Rows listed.")] = 100,
     neighbours: Neighbours = 10,
-    scope: Scope = "head",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    out: Out = None,
-    model: MovedModel = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See MISLABELLED_HELP."""
     from forebear.evaluation.audit_mislabelled import suspects, suspects_report
 
-    retriever = open_retriever(index, model, device, out, force=force)
-    spec = make_spec(
-        retriever, method or ["gd", "if"], scope=scope, target="gold", curvature=curvature, damping=damping
-    )
+    retriever = open_retriever(at, report)
+    spec = make_spec(retriever, method or ["gd", "if"], asked, target="gold")
     found = suspects(retriever, spec, n_neighbours=neighbours)
-    report, result = suspects_report(found, retriever, spec, top, command_line())
-    shown = _for_screen(report, ("row", "mean rank", "label", "suggested"))
-    finish(report, result, out, json_out, force, quiet, shown)
+    page, result = suspects_report(found, retriever, spec, top, command_line())
+    report.finish(page, result, _for_screen(page, ("row", "mean rank", "label", "suggested")))
 
 
+@grouped()
 def duplicates(
-    index: IndexFolder,
+    at: IndexOptions,
+    columns: ColumnOptions,
+    report: ReportOptions,
     test: Annotated[
         str | None, typer.Option("--test", help="Test rows that are looked for as well.", show_default=False)
     ] = None,
@@ -140,13 +121,6 @@ def duplicates(
         float, typer.Option("--cosine-jaccard", help="Least similarity of the word sets of those.")
     ] = 0.5,
     neighbours: Neighbours = 10,
-    out: Out = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See DUPLICATES_HELP."""
     from forebear.evaluation.audit_duplicates import Thresholds, duplicates_report, leaks
@@ -155,108 +129,72 @@ def duplicates(
 
     thresholds = Thresholds(jaccard=jaccard, cosine=cosine, cosine_jaccard=cosine_jaccard, neighbours=neighbours)
     thresholds.check()
-    retriever = open_retriever(index, None, "auto", out, force=force)
-    asked = None
-    if test is not None:
-        source = open_test(test, text_columns, label_column, label_names)
-        asked = sample_queries(retriever, source, 0, 0)
+    retriever = open_retriever(at, report)
+    tested = None if test is None else sample_queries(retriever, columns.open(test), 0, 0)
     groups = find(retriever.index, thresholds)
-    leaked = [] if asked is None else leaks(retriever.index, asked, thresholds)
-    report, result = duplicates_report(groups, retriever, thresholds, top, command_line(), asked, leaked)
-    shown = _for_screen(report, ("group", "test row", "row", "label", "test label", "kind"))
-    finish(report, result, out, json_out, force, quiet, shown)
+    leaked = [] if tested is None else leaks(retriever.index, tested, thresholds)
+    page, result = duplicates_report(groups, retriever, thresholds, top, command_line(), tested, leaked)
+    report.finish(page, result, _for_screen(page, ("group", "test row", "row", "label", "test label", "kind")))
 
 
+@grouped()
 def errors(
-    index: IndexFolder,
-    test: Test,
+    at: IndexOptions,
+    tested: TestOptions,
+    asked: SearchOptions,
+    report: ReportOptions,
     method: Annotated[
         list[str] | None,
         typer.Option("--method", help="gd, if, tracin, rep, nn-dot.  [default: if]", show_default=False),
     ] = None,
     top: Annotated[int, typer.Option("--top", help="Rows at each end of a group's ranking.")] = 10,
-    target: Target = "predicted",
     clusters: Annotated[int, typer.Option("--clusters", help="Of each kind of mistake, by features; 1: none.")] = 1,
-    scope: Scope = "head",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    exact: Exact = "rerank",
-    recall: Recall = 0.98,
     seed: Seed = 0,
-    out: Out = None,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See ERRORS_HELP."""
     from forebear.evaluation.audit_errors import errors_report, explain_groups, group_mistakes, mistakes_of
 
-    retriever = open_retriever(index, model, device, out, force=force)
-    spec = make_spec(
-        retriever, method or ["if"], scope=scope, target=target, curvature=curvature, damping=damping, exact=exact,
-        recall=recall, top=top, aggregate=True,
-    )  # fmt: skip
-    source = open_test(test, text_columns, label_column, label_names, need_labels=True)
+    retriever = open_retriever(at, report)
+    spec = make_spec(retriever, method or ["if"], asked, top=top, aggregate=True)
+    source = tested.open(tested.test, need_labels=True)
     if clusters < 1:
         raise InputError(f"--clusters {clusters}: expected at least 1.")
-    with progress_bar(quiet=quiet) as progress:
+    with report.progress() as progress:
         found = mistakes_of(retriever, source, progress=progress)
     groups = group_mistakes(found, retriever.label_names, clusters, seed)
     answers = explain_groups(retriever, found, groups, spec)
-    report, result = errors_report(found, groups, answers, retriever, spec, seed, command_line())
-    shown = _for_screen(report, ("group", "side", "row", "score", "label"))
-    finish(report, result, out, json_out, force, quiet, shown)
+    page, result = errors_report(found, groups, answers, retriever, spec, seed, command_line())
+    report.finish(page, result, _for_screen(page, ("group", "side", "row", "score", "label")))
 
 
+@grouped(queries=500)
 def hubs(
-    index: IndexFolder,
+    at: IndexOptions,
+    columns: ColumnOptions,
+    asked: SearchOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
     test: Annotated[
         str | None, typer.Option("--test", help="Reference rows. Default: the training rows.", show_default=False)
     ] = None,
     method: Methods = None,
     top: Annotated[int, typer.Option("--top", help="k: places looked at in each ranking.")] = 10,
     n_listed: Annotated[int, typer.Option("--listed", help="Rows listed for each method.")] = 20,
-    target: Target = "predicted",
-    scope: Scope = "head",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    exact: Exact = "rerank",
-    recall: Recall = 0.98,
-    queries: Annotated[int, typer.Option("--queries", help="Rows asked about, a seeded sample; 0: all.")] = 500,
-    seed: Seed = 0,
-    out: Out = None,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See HUBS_HELP."""
     from forebear.evaluation.audit_hubs import hubs as count
     from forebear.evaluation.audit_hubs import hubs_report, training_queries
 
-    retriever = open_retriever(index, model, device, out, force=force)
-    spec = make_spec(
-        retriever, method, scope=scope, target=target, curvature=curvature, damping=damping, exact=exact, recall=recall,
-        top=top,
-    )  # fmt: skip
+    retriever = open_retriever(at, report)
+    spec = make_spec(retriever, method, asked, top=top)
     if test is None:
-        asked = training_queries(retriever, queries, seed)
+        queries = training_queries(retriever, sample.queries, sample.seed)
     else:
-        asked = open_queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
-    with progress_bar(quiet=quiet) as progress:
-        found = count(retriever, asked, spec, progress=progress)
-    report, result = hubs_report(found, retriever, asked, spec, seed, n_listed, command_line())
-    shown = _for_screen(report, ("method", "row", "share", "label"))
-    finish(report, result, out, json_out, force, quiet, shown)
+        queries = open_queries(retriever, TestOptions(test=test, **asdict(columns)), sample, spec)
+    with report.progress() as progress:
+        found = count(retriever, queries, spec, progress=progress)
+    page, result = hubs_report(found, retriever, queries, spec, sample.seed, n_listed, command_line())
+    report.finish(page, result, _for_screen(page, ("method", "row", "share", "label")))
 
 
 def _for_screen(report: Report, columns: Sequence[str]) -> Report:

@@ -4,46 +4,32 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from forebear.cli.asking import (
-    Curvature,
-    Exact,
+    IndexOptions,
     Methods,
-    NQueries,
     NRows,
-    Out,
+    QuestionOptions,
+    ReportOptions,
+    SampleOptions,
+    ScopeOptions,
+    SearchOptions,
     Seed,
-    Target,
     Test,
+    TestOptions,
     command_line,
-    finish,
     integers,
     make_spec,
     open_queries,
     open_retriever,
 )
-from forebear.cli.console import Variadic, listed, progress_bar
-from forebear.cli.options import (
-    Damping,
-    Device,
-    Force,
-    IndexFolder,
-    JsonOut,
-    LabelColumn,
-    LabelNames,
-    MovedModel,
-    Quiet,
-    Recall,
-    Scope,
-    TextColumns,
-)
+from forebear.cli.console import Variadic, listed
+from forebear.cli.groups import grouped
+from forebear.cli.options import LabelNames, Recall, TextColumns
 from forebear.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 CORRELATION_HELP = """Do two methods order the training rows alike? Mean Spearman correlation of every pair.
 
@@ -135,40 +121,33 @@ def register(evaluations: typer.Typer) -> None:
         evaluations.command(name, help=help_text, cls=Variadic)(command)
 
 
+@grouped(queries=100)
 def correlation(
-    index: IndexFolder,
-    test: Test,
+    at: IndexOptions,
+    tested: TestOptions,
+    asked: QuestionOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
     method: Methods = None,
-    scope: Scope = "head",
-    target: Target = "predicted",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    queries: NQueries = 100,
     rows: NRows = 500,
-    seed: Seed = 0,
-    out: Out = None,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See CORRELATION_HELP."""
     from forebear.evaluation.correlation import correlation_report, correlations
 
-    retriever = open_retriever(index, model, device, out, force=force)
-    spec = make_spec(retriever, method, scope=scope, target=target, curvature=curvature, damping=damping)
-    asked = open_queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
-    found = correlations(retriever, asked, spec, n_rows=rows, seed=seed)
-    finish(*correlation_report(found, retriever, asked, spec, seed, command_line()), out, json_out, force, quiet)
+    retriever = open_retriever(at, report)
+    spec = make_spec(retriever, method, asked)
+    queries = open_queries(retriever, tested, sample, spec)
+    found = correlations(retriever, queries, spec, n_rows=rows, seed=sample.seed)
+    report.finish(*correlation_report(found, retriever, queries, spec, sample.seed, command_line()))
 
 
+@grouped(queries=100)
 def overlap(
-    index: IndexFolder,
-    test: Test,
+    at: IndexOptions,
+    tested: TestOptions,
+    asked: SearchOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
     method: Methods = None,
     top: Annotated[
         list[str] | None,
@@ -177,82 +156,58 @@ def overlap(
     share: Annotated[
         list[str] | None, typer.Option("--share", help="Shares of all rows, such as 0.1.", show_default=False)
     ] = None,
-    scope: Scope = "head",
-    target: Target = "predicted",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    exact: Exact = "rerank",
-    recall: Recall = 0.98,
-    queries: NQueries = 100,
-    seed: Seed = 0,
-    out: Out = None,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See OVERLAP_HELP."""
     from forebear.evaluation.top_overlap import depths_of, top_overlap_report, top_overlaps
 
-    retriever = open_retriever(index, model, device, out, force=force)
-    spec = make_spec(
-        retriever, method, scope=scope, target=target, curvature=curvature, damping=damping, exact=exact, recall=recall
-    )
+    retriever = open_retriever(at, report)
+    spec = make_spec(retriever, method, asked)
     tops = integers("--top", top) or ([] if share else [10, 50])
     depths = depths_of(tops, listed(share), retriever.index.manifest.n_live)
-    asked = open_queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
-    with progress_bar(quiet=quiet) as progress:
-        found = top_overlaps(retriever, asked, spec, depths, progress=progress)
-    finish(*top_overlap_report(found, retriever, asked, spec, seed, command_line()), out, json_out, force, quiet)
+    queries = open_queries(retriever, tested, sample, spec)
+    with report.progress() as progress:
+        found = top_overlaps(retriever, queries, spec, depths, progress=progress)
+    report.finish(*top_overlap_report(found, retriever, queries, spec, sample.seed, command_line()))
 
 
+@grouped(queries=100)
 def randomized(
-    index: IndexFolder,
-    test: Test,
+    at: IndexOptions,
+    tested: TestOptions,
+    asked: QuestionOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
     method: Methods = None,
     random_seeds: Annotated[
         list[str] | None,
         typer.Option("--random-seeds", help="One for each random model. Default: 0,1,2.", show_default=False),
     ] = None,
-    scope: Scope = "head",
-    target: Target = "predicted",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    queries: NQueries = 100,
     rows: NRows = 500,
-    seed: Seed = 0,
-    out: Out = None,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See RANDOMIZED_HELP."""
     from forebear.evaluation.randomized import randomized_correlations, randomized_report
     from forebear.retriever.methods import METHODS
 
-    retriever = open_retriever(index, model, device, out, force=force)
-    spec = make_spec(retriever, method, scope=scope, target=target, curvature=curvature, damping=damping)
+    retriever = open_retriever(at, report)
+    spec = make_spec(retriever, method, asked)
     if method is None:  # what does not depend on the model is refused
         kept = tuple(name for name in spec.methods if METHODS[name].representation != "sentence")
         spec = replace(spec, methods=kept)
-    seeds = integers("--random-seeds", random_seeds) or [0, 1, 2]
-    asked = open_queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
-    with progress_bar(quiet=quiet) as progress:
-        found = randomized_correlations(retriever, asked, spec, n_rows=rows, seed=seed, seeds=seeds, progress=progress)
-    finish(*randomized_report(found, retriever, asked, spec, seed, command_line()), out, json_out, force, quiet)
+    seed, seeds = sample.seed, integers("--random-seeds", random_seeds) or [0, 1, 2]
+    queries = open_queries(retriever, tested, sample, spec)
+    with report.progress() as progress:
+        found = randomized_correlations(
+            retriever, queries, spec, n_rows=rows, seed=seed, seeds=seeds, progress=progress
+        )  # fmt: skip
+    report.finish(*randomized_report(found, retriever, queries, spec, seed, command_line()))
 
 
+@grouped(queries=200)
 def near_duplicates(
-    index: IndexFolder,
+    at: IndexOptions,
+    asked: SearchOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
     method: Methods = None,
     edits: Annotated[
         list[str] | None,
@@ -261,142 +216,97 @@ def near_duplicates(
     top: Annotated[
         list[str] | None, typer.Option("--top", help="Depths of hit@k. Default: 1, 10.", show_default=False)
     ] = None,
-    scope: Scope = "head",
-    target: Target = "predicted",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    exact: Exact = "rerank",
-    recall: Recall = 0.98,
-    queries: NQueries = 200,
-    seed: Seed = 0,
-    out: Out = None,
-    model: MovedModel = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See NEAR_DUPLICATES_HELP."""
     from forebear.evaluation.near_duplicates import EDITS, TOPS, near_duplicates_report
     from forebear.evaluation.near_duplicates import near_duplicates as ask
 
-    retriever = open_retriever(index, model, device, out, force=force)
-    spec = make_spec(
-        retriever, method, scope=scope, target=target, curvature=curvature, damping=damping, exact=exact, recall=recall
-    )
+    retriever = open_retriever(at, report)
+    spec = make_spec(retriever, method, asked)
     tops = sorted(set(integers("--top", top))) or TOPS
-    with progress_bar(quiet=quiet) as progress:
+    with report.progress() as progress:
         found = ask(
             retriever,
             spec,
-            n_queries=queries,
+            n_queries=sample.queries,
             edits=tuple(dict.fromkeys(listed(edits))) or EDITS,
             tops=tops,
-            seed=seed,
+            seed=sample.seed,
             progress=progress,
         )
-    finish(*near_duplicates_report(found, retriever, spec, seed, command_line()), out, json_out, force, quiet)
+    report.finish(*near_duplicates_report(found, retriever, spec, sample.seed, command_line()))
 
 
+@grouped(queries=50)
 def saliency_consistency(
-    index: IndexFolder,
+    at: IndexOptions,
     test: Test,
+    asked: ScopeOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
     method: Annotated[
         list[str] | None, typer.Option("--method", help="Methods.  [default: if]", show_default=False)
     ] = None,
-    scope: Scope = "head",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    queries: NQueries = 50,
-    seed: Seed = 0,
-    out: Out = None,
-    model: MovedModel = None,
     text_columns: TextColumns = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See SALIENCY_HELP."""
     from forebear.evaluation.saliency_consistency import saliency_consistency as measure
     from forebear.evaluation.saliency_consistency import saliency_consistency_report
 
-    retriever = open_retriever(index, model, device, out, force=force)
-    spec = make_spec(retriever, method or ["if"], scope=scope, curvature=curvature, damping=damping)
-    asked = open_queries(retriever, test, text_columns, None, None, spec, queries, seed)
-    with progress_bar(quiet=quiet) as progress:
-        found = measure(retriever, asked, spec, progress=progress)
-    finish(
-        *saliency_consistency_report(found, retriever, asked, spec, seed, command_line()), out, json_out, force, quiet
-    )
+    retriever = open_retriever(at, report)
+    spec = make_spec(retriever, method or ["if"], asked)
+    queries = open_queries(retriever, TestOptions(test=test, text_columns=text_columns), sample, spec)
+    with report.progress() as progress:
+        found = measure(retriever, queries, spec, progress=progress)
+    report.finish(*saliency_consistency_report(found, retriever, queries, spec, sample.seed, command_line()))
 
 
-def cancellation(
-    index: IndexFolder,
-    rows: NRows = 100,
-    seed: Seed = 0,
-    out: Out = None,
-    model: MovedModel = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
-) -> None:
+@grouped()
+def cancellation(at: IndexOptions, report: ReportOptions, rows: NRows = 100, seed: Seed = 0) -> None:
     """See CANCELLATION_HELP."""
     from forebear.evaluation.cancellation import cancellation as measure
     from forebear.evaluation.cancellation import cancellation_report
 
-    retriever = open_retriever(index, model, device, out, force=force)
-    with progress_bar(quiet=quiet) as progress:
+    retriever = open_retriever(at, report)
+    with report.progress() as progress:
         found = measure(retriever, n_rows=rows, seed=seed, progress=progress)
-    finish(*cancellation_report(found, retriever, seed, command_line()), out, json_out, force, quiet)
+    report.finish(*cancellation_report(found, retriever, seed, command_line()))
 
 
+@grouped(queries=50)
 def recall(
-    index: IndexFolder,
-    test: Test,
+    at: IndexOptions,
+    tested: TestOptions,
+    asked: QuestionOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
     method: Methods = None,
     top: Annotated[int, typer.Option("--top", help="k, rows at each end.")] = 10,
-    scope: Scope = "head",
-    target: Target = "predicted",
-    curvature: Curvature = None,
-    damping: Damping = None,
     recall: Recall = 0.98,
     candidates: Annotated[
         int | None,
         typer.Option("--candidates", help="Rows at each end that a deeper scope proposes.", show_default=False),
     ] = None,
-    queries: NQueries = 50,
-    seed: Seed = 0,
-    out: Out = None,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See RECALL_HELP."""
     from forebear.evaluation.retrieval_recall import retrieval_recall, retrieval_recall_report
 
-    retriever = open_retriever(index, model, device, out, force=force)
+    retriever = open_retriever(at, report)
     n_live = retriever.index.manifest.n_live
     if not 1 <= top <= n_live:
         raise InputError(f"--top {top}: expected 1 to {n_live}, the live rows.")
-    spec = make_spec(
-        retriever, method, scope=scope, target=target, curvature=curvature, damping=damping, recall=recall, top=top,
-        candidates=candidates,
-    )  # fmt: skip
-    asked = open_queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
-    with progress_bar(quiet=quiet) as progress:
-        found = retrieval_recall(retriever, asked, spec, progress=progress)
-    finish(*retrieval_recall_report(found, retriever, asked, spec, seed, command_line()), out, json_out, force, quiet)
+    spec = make_spec(retriever, method, asked, recall=recall, top=top, candidates=candidates)
+    queries = open_queries(retriever, tested, sample, spec)
+    with report.progress() as progress:
+        found = retrieval_recall(retriever, queries, spec, progress=progress)
+    report.finish(*retrieval_recall_report(found, retriever, queries, spec, sample.seed, command_line()))
 
 
+@grouped()
 def mislabelled(
-    index: IndexFolder,
+    at: IndexOptions,
+    asked: ScopeOptions,
+    report: ReportOptions,
     true_label: Annotated[
         str | None,
         typer.Option("--true-label", help="Column of the training file with the true labels.", show_default=False),
@@ -420,16 +330,9 @@ def mislabelled(
         typer.Option("--top", help="Depths of precision@k, beside the number of wrong rows.", show_default=False),
     ] = None,
     neighbours: Annotated[int, typer.Option("--neighbours", help="Nearest rows whose labels are compared.")] = 10,
-    scope: Scope = "head",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    seed: Seed = 0,
-    out: Out = None,
     text_columns: TextColumns = None,
     label_names: LabelNames = None,
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
+    seed: Seed = 0,
 ) -> None:
     """See MISLABELLED_HELP."""
     from forebear.evaluation.mislabelled import mislabelled as measure
@@ -438,10 +341,8 @@ def mislabelled(
 
     if (true_label is None) == (wrong_rows is None):
         raise InputError("give either --true-label COLUMN or --wrong-rows FILE.")
-    retriever = open_retriever(index, None, "auto", out, force=force)
-    spec = make_spec(
-        retriever, method or ["gd", "if"], scope=scope, target="gold", curvature=curvature, damping=damping
-    )
+    retriever = open_retriever(at, report)
+    spec = make_spec(retriever, method or ["gd", "if"], asked, target="gold")
     opened = retriever.index
     truth = None
     if wrong_rows is not None:
@@ -461,4 +362,4 @@ def mislabelled(
         wrong = truth != opened.labels
     found = measure(retriever, spec, wrong, true_labels=truth, n_neighbours=neighbours)
     tops = integers("--top", top)
-    finish(*mislabelled_report(found, retriever, spec, tops, seed, command_line()), out, json_out, force, quiet)
+    report.finish(*mislabelled_report(found, retriever, spec, tops, seed, command_line()))

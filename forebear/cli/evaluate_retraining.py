@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from forebear.cli.asking import (
-    Curvature,
-    NQueries,
-    Out,
-    QuerySpans,
-    Seed,
-    SpanColumn,
-    Spans,
-    Target,
-    Test,
+    IndexOptions,
+    Methods,
+    QuestionOptions,
+    ReportOptions,
+    SampleOptions,
+    SpanOptions,
+    TestOptions,
     command_line,
-    finish,
     integers,
-    open_test,
+    open_retriever,
 )
-from forebear.cli.console import Variadic, listed, progress_bar, warn
-from forebear.cli.options import (
-    Damping,
-    Device,
-    Force,
-    IndexFolder,
-    JsonOut,
-    LabelColumn,
-    LabelNames,
-    MovedModel,
-    Quiet,
-    Scope,
-    TextColumns,
-)
+from forebear.cli.console import Variadic, listed, warn
+from forebear.cli.groups import grouped
 from forebear.cli.workers import Workers, start_workers
 
 if TYPE_CHECKING:
@@ -90,29 +75,34 @@ Example:
     forebear evaluate lds --index I --test dev.csv --method if,gd,tracin --subsets 100 --retrain top-2 --seeds 2
 """
 
-Methods = Annotated[
-    list[str] | None,
-    typer.Option("--method", help="Methods. Default: all that score rows from this index.", show_default=False),
-]
 Remove = Annotated[list[str] | None, typer.Option("--remove", help="Numbers of rows to remove.", show_default=False)]
 Share = Annotated[
     list[str] | None, typer.Option("--share", help="Shares of all rows to remove, such as 0.1.", show_default=False)
 ]
-Retrain = Annotated[str, typer.Option("--retrain", help="full, top-K (such as top-2), or head.")]
-Seeds = Annotated[int, typer.Option("--seeds", help="Retrainings of each kind; for head one is enough.")]
-L2 = Annotated[float, typer.Option("--l2", help="For --retrain head: weight of half the squared norm.")]
-Budget = Annotated[
-    int | None,
-    typer.Option("--budget", help="Models to train at most: what is compared is sampled.", show_default=False, min=1),
-]
-Cache = Annotated[
-    str | None,
-    typer.Option("--cache", help="Folder of finished retrainings. Default: INDEX-retraining.", show_default=False),
-]
-RunFolder = Annotated[
-    str | None,
-    typer.Option("--run", help="The training run. Default: where the index's model lies.", show_default=False),
-]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainOptions:
+    """How the model is retrained, and how often."""
+
+    retrain: Annotated[str, typer.Option("--retrain", help="full, top-K (such as top-2), or head.")] = "head"
+    seeds: Annotated[int, typer.Option("--seeds", help="Retrainings of each kind; for head one is enough.")] = 5
+    l2: Annotated[float, typer.Option("--l2", help="For --retrain head: weight of half the squared norm.")] = 0.01
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            "--budget", help="Models to train at most: what is compared is sampled.", show_default=False, min=1
+        ),
+    ] = None
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", help="Folder of finished retrainings. Default: INDEX-retraining.", show_default=False),
+    ] = None
+    workers: Workers = 1
+    run: Annotated[
+        str | None,
+        typer.Option("--run", help="The training run. Default: where the index's model lies.", show_default=False),
+    ] = None
 
 
 def register(evaluations: typer.Typer) -> None:
@@ -127,7 +117,7 @@ def register(evaluations: typer.Typer) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
+class _Opened:
     """What all four commands are given, opened.
 
     Attributes:
@@ -156,68 +146,41 @@ class _Asked:
         return row_scores(self.retriever, self.queries, self.spec)
 
 
-def _ask(
-    *,
-    index: str,
-    test: str,
+def _open(
+    at: IndexOptions,
+    tested: TestOptions,
     method: Sequence[str] | None,
-    scope: str,
-    target: str,
-    curvature: str | None,
-    damping: str | None,
-    spans: str | None,
-    query_spans: str | None,
-    span_column: str | None,
-    need_labels: bool,
-    retrain: str,
-    l2: float,
-    cache: str | None,
-    workers: int,
-    run: str | None,
-    queries: int,
-    seed: int,
-    out: str | None,
-    model: str | None,
-    text_columns: Sequence[str] | None,
-    label_column: str | None,
-    label_names: Sequence[str] | None,
-    device: str,
-    force: bool,
-) -> _Asked:
+    asked: QuestionOptions,
+    spans: SpanOptions,
+    how: RetrainOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
+    *,
+    need_labels: bool = False,
+) -> _Opened:
     """Open everything, after seeing that the report can be written."""
     from forebear.evaluation.comparisons import sample_queries
     from forebear.evaluation.recipes import open_retrainer
-    from forebear.evaluation.report import check_folder
     from forebear.evaluation.row_choice import removal_methods
     from forebear.evaluation.span_queries import sample_span_queries
     from forebear.retriever.query_spec import QuerySpec
-    from forebear.retriever.retriever import Retriever
 
-    if out is not None:
-        check_folder(Path(out), force=force)
-    retriever = Retriever(index, model=model, device=device)
-    spec = QuerySpec(
-        methods=removal_methods(retriever, listed(method)),
-        scope=scope,
-        target=target,
-        curvature=curvature,
-        damping=damping,
-        spans=spans,
-        query_spans=query_spans,
-        span_column=None if span_column is None else retriever.index.text_column(span_column),
-    )
-    spec = retriever.settled(spec)
+    retriever = open_retriever(at, report)
+    methods = removal_methods(retriever, listed(method))
+    spec = retriever.settled(QuerySpec(methods=methods, **asdict(asked), **spans.choices(retriever)))
     retriever.check_stores(spec.check(), spec)
-    labelled = need_labels or target == "gold"
-    source = open_test(test, text_columns, label_column, label_names, need_labels=labelled)
-    folder = Path(cache) if cache is not None else Path(f"{Path(index).resolve()}-retraining")
-    start_workers(workers, folder)
-    return _Asked(
+    labelled = need_labels or asked.target == "gold"
+    source = tested.open(tested.test, need_labels=labelled)
+    folder = Path(how.cache) if how.cache is not None else Path(f"{Path(at.index).resolve()}-retraining")
+    start_workers(how.workers, folder)
+    return _Opened(
         retriever=retriever,
         spec=spec,
-        queries=sample_span_queries(retriever, source, spec, queries, seed, need_labels=labelled),
-        every=sample_queries(retriever, source, 0, seed, need_labels=labelled),
-        open_retrainer=lambda texts: open_retrainer(retriever, retrain, texts, folder, run=run, l2=l2, device=device),
+        queries=sample_span_queries(retriever, source, spec, sample.queries, sample.seed, need_labels=labelled),
+        every=sample_queries(retriever, source, 0, sample.seed, need_labels=labelled),
+        open_retrainer=lambda texts: open_retrainer(
+            retriever, how.retrain, texts, folder, run=how.run, l2=how.l2, device=at.device
+        ),
     )
 
 
@@ -227,9 +190,15 @@ def _warn(retrainer: Retrainer) -> None:
         warn(line)
 
 
+@grouped(queries=50)
 def removal(
-    index: IndexFolder,
-    test: Test,
+    at: IndexOptions,
+    tested: TestOptions,
+    asked: QuestionOptions,
+    spans: SpanOptions,
+    how: RetrainOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
     method: Methods = None,
     remove: Remove = None,
     share: Share = None,
@@ -237,65 +206,41 @@ def removal(
         list[str] | None,
         typer.Option("--sides", help="top, bottom, least. Default: all three.", show_default=False),
     ] = None,
-    scope: Scope = "head",
-    target: Target = "predicted",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    spans: Spans = None,
-    query_spans: QuerySpans = None,
-    span_column: SpanColumn = None,
-    retrain: Retrain = "head",
-    seeds: Seeds = 5,
-    l2: L2 = 0.01,
-    budget: Budget = None,
-    cache: Cache = None,
-    workers: Workers = 1,
-    run: RunFolder = None,
-    queries: NQueries = 50,
-    seed: Seed = 0,
-    out: Out = None,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See REMOVAL_HELP."""
     from forebear.evaluation.removal import measure_removal, removal_report, seeds_of
     from forebear.evaluation.row_choice import amounts_of, sides_of
 
-    asked = _ask(
-        index=index, test=test, method=method, scope=scope, target=target, curvature=curvature, damping=damping,
-        spans=spans, query_spans=query_spans, span_column=span_column,
-        need_labels=False, retrain=retrain, l2=l2, cache=cache, workers=workers, run=run,
-        queries=queries, seed=seed, out=out, model=model, text_columns=text_columns, label_column=label_column,
-        label_names=label_names, device=device, force=force,
-    )  # fmt: skip
-    amounts = amounts_of(integers("--remove", remove), listed(share), asked.n_live, ["0.1"])
+    opened, seed = _open(at, tested, method, asked, spans, how, sample, report), sample.seed
+    amounts = amounts_of(integers("--remove", remove), listed(share), opened.n_live, ["0.1"])
     chosen_sides = sides_of(listed(sides))
-    retrainer = asked.open_retrainer(asked.queries.texts)
-    with progress_bar(quiet=quiet) as progress:
+    retrainer = opened.open_retrainer(opened.queries.texts)
+    with report.progress() as progress:
         found = measure_removal(
             retrainer,
-            asked.scores(),
+            opened.scores(),
             amounts,
-            seeds_of(retrainer, seeds, seed),
+            seeds_of(retrainer, how.seeds, seed),
             sides=chosen_sides,
-            budget=budget,
+            budget=how.budget,
             seed=seed,
             progress=progress,
         )
-    report = removal_report(found, asked.retriever, asked.queries, asked.spec, retrainer, seed, command_line())
     _warn(retrainer)
-    finish(*report, out, json_out, force, quiet)
+    report.finish(
+        *removal_report(found, opened.retriever, opened.queries, opened.spec, retrainer, seed, command_line())
+    )
 
 
+@grouped(queries=30, target="gold")
 def deletion_curve(
-    index: IndexFolder,
-    test: Test,
+    at: IndexOptions,
+    tested: TestOptions,
+    asked: QuestionOptions,
+    spans: SpanOptions,
+    how: RetrainOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
     method: Methods = None,
     remove: Remove = None,
     share: Share = None,
@@ -307,185 +252,105 @@ def deletion_curve(
             show_default=False,
         ),
     ] = None,
-    scope: Scope = "head",
-    target: Target = "gold",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    spans: Spans = None,
-    query_spans: QuerySpans = None,
-    span_column: SpanColumn = None,
-    retrain: Retrain = "head",
-    seeds: Seeds = 5,
-    l2: L2 = 0.01,
-    budget: Budget = None,
-    cache: Cache = None,
-    workers: Workers = 1,
-    run: RunFolder = None,
-    queries: NQueries = 30,
-    seed: Seed = 0,
-    out: Out = None,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See DELETION_HELP."""
     from forebear.evaluation.deletion_curve import deletion_report, measure_deletion
     from forebear.evaluation.removal import seeds_of
     from forebear.evaluation.row_choice import amounts_of, least_overlap
 
-    asked = _ask(
-        index=index, test=test, method=method, scope=scope, target=target, curvature=curvature, damping=damping,
-        spans=spans, query_spans=query_spans, span_column=span_column,
-        need_labels=True, retrain=retrain, l2=l2, cache=cache, workers=workers, run=run,
-        queries=queries, seed=seed, out=out, model=model, text_columns=text_columns, label_column=label_column,
-        label_names=label_names, device=device, force=force,
-    )  # fmt: skip
-    assert asked.queries.labels is not None
-    candidates = None if no_overlap is None else least_overlap(asked.retriever, asked.queries, no_overlap)
-    n_rows = asked.n_live if no_overlap is None else no_overlap
+    opened, seed = _open(at, tested, method, asked, spans, how, sample, report, need_labels=True), sample.seed
+    assert opened.queries.labels is not None
+    candidates = None if no_overlap is None else least_overlap(opened.retriever, opened.queries, no_overlap)
+    n_rows = opened.n_live if no_overlap is None else no_overlap
     amounts = amounts_of(integers("--remove", remove), listed(share), n_rows, [str(k) for k in range(10, 101, 10)])
-    retrainer = asked.open_retrainer(asked.queries.texts)
-    with progress_bar(quiet=quiet) as progress:
+    retrainer = opened.open_retrainer(opened.queries.texts)
+    with report.progress() as progress:
         found = measure_deletion(
             retrainer,
-            asked.scores(),
-            asked.queries.labels,
+            opened.scores(),
+            opened.queries.labels,
             amounts,
-            seeds_of(retrainer, seeds, seed),
+            seeds_of(retrainer, how.seeds, seed),
             candidates=candidates,
-            budget=budget,
+            budget=how.budget,
             seed=seed,
             progress=progress,
         )
-    report = deletion_report(found, asked.retriever, asked.queries, asked.spec, retrainer, seed, command_line())
     _warn(retrainer)
-    finish(*report, out, json_out, force, quiet)
+    report.finish(
+        *deletion_report(found, opened.retriever, opened.queries, opened.spec, retrainer, seed, command_line())
+    )
 
 
+@grouped(queries=200)
 def retraining_loss(
-    index: IndexFolder,
-    test: Test,
+    at: IndexOptions,
+    tested: TestOptions,
+    asked: QuestionOptions,
+    spans: SpanOptions,
+    how: RetrainOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
     method: Methods = None,
     remove: Remove = None,
     share: Share = None,
-    scope: Scope = "head",
-    target: Target = "predicted",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    spans: Spans = None,
-    query_spans: QuerySpans = None,
-    span_column: SpanColumn = None,
-    retrain: Retrain = "head",
-    seeds: Seeds = 5,
-    l2: L2 = 0.01,
-    budget: Budget = None,
-    cache: Cache = None,
-    workers: Workers = 1,
-    run: RunFolder = None,
-    queries: NQueries = 200,
-    seed: Seed = 0,
-    out: Out = None,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See LOSS_HELP."""
     from forebear.evaluation.removal import seeds_of
     from forebear.evaluation.retraining_loss import measure_retraining_loss, retraining_loss_report
     from forebear.evaluation.row_choice import amounts_of
 
-    asked = _ask(
-        index=index, test=test, method=method, scope=scope, target=target, curvature=curvature, damping=damping,
-        spans=spans, query_spans=query_spans, span_column=span_column,
-        need_labels=True, retrain=retrain, l2=l2, cache=cache, workers=workers, run=run,
-        queries=queries, seed=seed, out=out, model=model, text_columns=text_columns, label_column=label_column,
-        label_names=label_names, device=device, force=force,
-    )  # fmt: skip
-    assert asked.every.labels is not None
-    amounts = amounts_of(integers("--remove", remove), listed(share), asked.n_live, ["0.2", "0.5"])
-    retrainer = asked.open_retrainer(asked.every.texts)
-    with progress_bar(quiet=quiet) as progress:
+    opened, seed = _open(at, tested, method, asked, spans, how, sample, report, need_labels=True), sample.seed
+    assert opened.every.labels is not None
+    amounts = amounts_of(integers("--remove", remove), listed(share), opened.n_live, ["0.2", "0.5"])
+    retrainer = opened.open_retrainer(opened.every.texts)
+    with report.progress() as progress:
         found = measure_retraining_loss(
             retrainer,
-            asked.scores(),
-            asked.every.labels,
+            opened.scores(),
+            opened.every.labels,
             amounts,
-            seeds_of(retrainer, seeds, seed),
-            budget=budget,
+            seeds_of(retrainer, how.seeds, seed),
+            budget=how.budget,
             seed=seed,
             progress=progress,
         )
-    report = retraining_loss_report(found, asked.retriever, asked.queries, asked.spec, retrainer, seed, command_line())
     _warn(retrainer)
-    finish(*report, out, json_out, force, quiet)
+    report.finish(
+        *retraining_loss_report(found, opened.retriever, opened.queries, opened.spec, retrainer, seed, command_line())
+    )
 
 
+@grouped(queries=100)
 def lds(
-    index: IndexFolder,
-    test: Test,
+    at: IndexOptions,
+    tested: TestOptions,
+    asked: QuestionOptions,
+    spans: SpanOptions,
+    how: RetrainOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
     method: Methods = None,
     subsets: Annotated[int, typer.Option("--subsets", help="Random halves of the rows.")] = 100,
-    scope: Scope = "head",
-    target: Target = "predicted",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    spans: Spans = None,
-    query_spans: QuerySpans = None,
-    span_column: SpanColumn = None,
-    retrain: Retrain = "head",
-    seeds: Seeds = 5,
-    l2: L2 = 0.01,
-    budget: Budget = None,
-    cache: Cache = None,
-    workers: Workers = 1,
-    run: RunFolder = None,
-    queries: NQueries = 100,
-    seed: Seed = 0,
-    out: Out = None,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See LDS_HELP."""
     from forebear.evaluation.lds import lds_report, measure_lds
     from forebear.evaluation.removal import seeds_of
     from forebear.evaluation.row_choice import targets_of
 
-    asked = _ask(
-        index=index, test=test, method=method, scope=scope, target=target, curvature=curvature, damping=damping,
-        spans=spans, query_spans=query_spans, span_column=span_column,
-        need_labels=False, retrain=retrain, l2=l2, cache=cache, workers=workers, run=run,
-        queries=queries, seed=seed, out=out, model=model, text_columns=text_columns, label_column=label_column,
-        label_names=label_names, device=device, force=force,
-    )  # fmt: skip
-    targets = targets_of(asked.retriever, asked.queries, target)
-    retrainer = asked.open_retrainer(asked.queries.texts)
-    with progress_bar(quiet=quiet) as progress:
+    opened, seed = _open(at, tested, method, asked, spans, how, sample, report), sample.seed
+    targets = targets_of(opened.retriever, opened.queries, asked.target)
+    retrainer = opened.open_retrainer(opened.queries.texts)
+    with report.progress() as progress:
         found = measure_lds(
             retrainer,
-            asked.scores(),
+            opened.scores(),
             targets,
-            seeds_of(retrainer, seeds, seed),
+            seeds_of(retrainer, how.seeds, seed),
             n_subsets=subsets,
-            budget=budget,
+            budget=how.budget,
             seed=seed,
             progress=progress,
         )
-    report = lds_report(found, asked.retriever, asked.queries, asked.spec, retrainer, seed, command_line())
     _warn(retrainer)
-    finish(*report, out, json_out, force, quiet)
+    report.finish(*lds_report(found, opened.retriever, opened.queries, opened.spec, retrainer, seed, command_line()))

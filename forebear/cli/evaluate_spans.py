@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from forebear.cli.asking import (
-    Curvature,
-    Exact,
-    NQueries,
+    IndexOptions,
     NRows,
-    Out,
-    QuerySpans,
-    Seed,
-    SpanColumn,
-    Spans,
-    Target,
-    Test,
+    QuestionOptions,
+    ReportOptions,
+    SampleOptions,
+    SearchOptions,
+    SpanOptions,
+    TestOptions,
     command_line,
-    finish,
     integers,
     open_retriever,
-    open_test,
 )
-from forebear.cli.console import Variadic, listed, progress_bar
-from forebear.cli.options import (
-    Damping,
-    Device,
-    Force,
-    IndexFolder,
-    JsonOut,
-    LabelColumn,
-    LabelNames,
-    MovedModel,
-    Quiet,
-    Recall,
-    Scope,
-    TextColumns,
-)
+from forebear.cli.console import Variadic, listed
+from forebear.cli.groups import grouped
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
@@ -91,120 +74,78 @@ def register(evaluations: typer.Typer) -> None:
 def _agreement(measure: Measure) -> Callable[..., None]:
     """The command of one measure; both take the same options."""
 
+    @grouped(queries=200)
     def agreement(
-        index: IndexFolder,
-        test: Test,
+        at: IndexOptions,
+        tested: TestOptions,
+        spans: SpanOptions,
+        asked: SearchOptions,
+        sample: SampleOptions,
+        report: ReportOptions,
         method: Annotated[
             list[str] | None,
             typer.Option(
                 "--method", help="Methods. Default: if, if+, if++, tracin-f, tracin+, tracin++.", show_default=False
             ),
         ] = None,
-        at: Annotated[
+        depth: Annotated[
             list[str] | None, typer.Option("--at", help="K, up to six. Default: 10.", show_default=False)
         ] = None,
-        spans: Spans = None,
-        query_spans: QuerySpans = None,
-        span_column: SpanColumn = None,
-        scope: Scope = "head",
-        target: Target = "predicted",
-        curvature: Curvature = None,
-        damping: Damping = None,
-        exact: Exact = "rerank",
-        recall: Recall = 0.98,
-        queries: NQueries = 200,
-        seed: Seed = 0,
-        out: Out = None,
-        model: MovedModel = None,
-        text_columns: TextColumns = None,
-        label_column: LabelColumn = None,
-        label_names: LabelNames = None,
-        device: Device = "auto",
-        json_out: JsonOut = False,
-        force: Force = False,
-        quiet: Quiet = False,
     ) -> None:
         """See SEMANTIC_HELP and LABEL_HELP."""
         from forebear.evaluation.agreement import PAPER_METHODS, agreement_report, depths, measure_agreement
 
-        tops = depths(integers("--at", at) or [10])
-        retriever = open_retriever(index, model, device, out, force=force)
-        spec = _spec(
-            retriever, span_column, methods=tuple(listed(method)) or PAPER_METHODS, top=tops[-1], spans=spans,
-            query_spans=query_spans, scope=scope, target=target, curvature=curvature, damping=damping, exact=exact,
-            recall=recall,
-        )  # fmt: skip
-        asked = _queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
-        with progress_bar(quiet=quiet) as progress:
-            found = measure_agreement(retriever, asked, spec, tops, measure, seed=seed, progress=progress)
-        finish(*agreement_report(found, retriever, asked, spec, seed, command_line()), out, json_out, force, quiet)
+        tops = depths(integers("--at", depth) or [10])
+        retriever = open_retriever(at, report)
+        spec = _spec(retriever, tuple(listed(method)) or PAPER_METHODS, asked, spans, top=tops[-1])
+        queries = _queries(retriever, tested, sample, spec)
+        with report.progress() as progress:
+            found = measure_agreement(retriever, queries, spec, tops, measure, seed=sample.seed, progress=progress)
+        report.finish(*agreement_report(found, retriever, queries, spec, sample.seed, command_line()))
 
     return agreement
 
 
+@grouped(queries=50)
 def faithfulness(
-    index: IndexFolder,
-    test: Test,
-    spans: Spans = None,
-    query_spans: QuerySpans = None,
-    span_column: SpanColumn = None,
-    scope: Scope = "head",
-    target: Target = "predicted",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    queries: NQueries = 50,
+    at: IndexOptions,
+    tested: TestOptions,
+    spans: SpanOptions,
+    asked: QuestionOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
     rows: NRows = 200,
     runs: Annotated[int, typer.Option("--runs", help="Each with other training rows and other variants.")] = 5,
-    seed: Seed = 0,
-    out: Out = None,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    device: Device = "auto",
-    json_out: JsonOut = False,
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See FAITHFULNESS_HELP."""
     from forebear.evaluation.faithfulness import METHODS, faithfulness_report, measure_faithfulness
 
-    retriever = open_retriever(index, model, device, out, force=force)
-    spec = _spec(
-        retriever, span_column, methods=METHODS, spans=spans, query_spans=query_spans, scope=scope, target=target,
-        curvature=curvature, damping=damping,
-    )  # fmt: skip
-    asked = _queries(retriever, test, text_columns, label_column, label_names, spec, queries, seed)
-    with progress_bar(quiet=quiet) as progress:
+    retriever = open_retriever(at, report)
+    spec = _spec(retriever, METHODS, asked, spans)
+    queries = _queries(retriever, tested, sample, spec)
+    with report.progress() as progress:
         found = measure_faithfulness(
-            retriever, asked, spec, n_rows=rows, n_runs=runs, seed=seed, progress=progress
-        )  # fmt: skip
-    finish(*faithfulness_report(found, retriever, asked, spec, seed, command_line()), out, json_out, force, quiet)
+            retriever, queries, spec, n_rows=rows, n_runs=runs, seed=sample.seed, progress=progress
+        )
+    report.finish(*faithfulness_report(found, retriever, queries, spec, sample.seed, command_line()))
 
 
-def _spec(retriever: Retriever, span_column: str | None, **choices: Any) -> QuerySpec:
+def _spec(
+    retriever: Retriever, methods: tuple[str, ...], asked: QuestionOptions, spans: SpanOptions, **choices: Any
+) -> QuerySpec:
     """The question, settled and checked."""
     from forebear.retriever.query_spec import QuerySpec
 
-    column = None if span_column is None else retriever.index.text_column(span_column)
-    spec = retriever.settled(QuerySpec(span_column=column, **choices))
+    spec = QuerySpec(methods=methods, **asdict(asked), **spans.choices(retriever), **choices)
+    spec = retriever.settled(spec)
     if spec.exact == "none":
         raise InputError("--exact none ranks by sketches alone; give rerank or full.")
     return spec
 
 
-def _queries(
-    retriever: Retriever,
-    test: str,
-    text_columns: list[str] | None,
-    label_column: str | None,
-    label_names: list[str] | None,
-    spec: QuerySpec,
-    n_queries: int,
-    seed: int,
-) -> Queries:
+def _queries(retriever: Retriever, tested: TestOptions, sample: SampleOptions, spec: QuerySpec) -> Queries:
     """The test rows that are asked about."""
     from forebear.evaluation.span_queries import sample_span_queries
 
-    source = open_test(test, text_columns, label_column, label_names, need_labels=spec.target == "gold")
-    return sample_span_queries(retriever, source, spec, n_queries, seed)
+    source = tested.open(tested.test, need_labels=spec.target == "gold")
+    return sample_span_queries(retriever, source, spec, sample.queries, sample.seed)

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.asking import command_line, integers, open_test
+from forebear.cli.asking import ColumnOptions, IndexOptions, command_line, integers
 from forebear.cli.console import Variadic, listed, progress_bar, say, warn
-from forebear.cli.options import (
-    Damping,
-    Device,
-    Force,
-    IndexFolder,
-    LabelColumn,
-    LabelNames,
-    MovedModel,
-    Quiet,
-    Recall,
-    Scope,
-    TextColumns,
-)
+from forebear.cli.groups import grouped
+from forebear.cli.options import Damping, Force, Quiet, Recall, Scope
 from forebear.cli.tables import show_report
 from forebear.cli.workers import Workers, start_workers
 from forebear.errors import DataError, InputError
@@ -30,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from forebear.evaluation.perturb import Evaluation
-    from forebear.evaluation.perturb_spec import PerturbSpec, Queries
+    from forebear.evaluation.perturb_spec import PerturbSpec, Queries, What
     from forebear.indexer.data import RowSource
     from forebear.retriever.retriever import Retriever
 
@@ -63,34 +53,65 @@ Examples:
 ATTACKED, TEST, DEV, WRONG = "attacked rows", "test rows", "dev rows", "wrong dev rows asked about"
 RETRAINED_NAME = "retrained"
 
-SeveralRows = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--rows", help="Training rows changed for each row. Default: 1,2,6; of fix 1,2,4,8.", show_default=False
-    ),
-]
-Seeds = Annotated[int, typer.Option("--seeds", help="Retrainings of each kind, with seeds from --seed up.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the samples, and of the first retraining.")]
-RandomWords = Annotated[
-    int, typer.Option("--random-words", help="Words tried in a row beside the one that matters most.")
-]
-Curvature = Annotated[
-    str | None, typer.Option("--curvature", help="exact, ekfac, cg, lissa or identity.", show_default=False)
-]
-WordNetFolder = Annotated[
-    str | None,
-    typer.Option("--wordnet", help="Folder of WordNet's files. Default: Debian's wordnet-base.", show_default=False),
-]
-Retrain = Annotated[str, typer.Option("--retrain", help="full, top-K (the last K layers) or head.")]
-RunFolder = Annotated[
-    str | None,
-    typer.Option("--run", help="Run folder of the model. Default: the one that it lies in.", show_default=False),
-]
-Cache = Annotated[
-    str | None,
-    typer.Option("--cache", help="Folder of what retrained models said. Default: in --out.", show_default=False),
-]
-Out = Annotated[str, typer.Option("--out", help="Folder for the report.")]
+
+@dataclass(frozen=True, kw_only=True)
+class ChangeOptions:
+    """Which words of which rows are changed."""
+
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rows", help="Training rows changed for each row. Default: 1,2,6; of fix 1,2,4,8.", show_default=False
+        ),
+    ] = None
+    random_words: Annotated[
+        int, typer.Option("--random-words", help="Words tried in a row beside the one that matters most.")
+    ] = 5
+    scope: Scope = "head"
+    curvature: Annotated[
+        str | None, typer.Option("--curvature", help="exact, ekfac, cg, lissa or identity.", show_default=False)
+    ] = None
+    damping: Damping = None
+    recall: Recall = 0.98
+    seed: Annotated[int, typer.Option("--seed", help="Of the samples, and of the first retraining.")] = 0
+    wordnet: Annotated[
+        str | None,
+        typer.Option(
+            "--wordnet", help="Folder of WordNet's files. Default: Debian's wordnet-base.", show_default=False
+        ),
+    ] = None
+
+    def spec(self, what: What, strategies: tuple[str, ...], rows: tuple[int, ...]) -> PerturbSpec:
+        """The choices, checked; ``rows`` where none are given."""
+        from forebear.evaluation.perturb_spec import PerturbSpec
+
+        spec = PerturbSpec(
+            what=what, strategies=strategies, rows=tuple(integers("--rows", self.rows)) or rows,
+            random_words=self.random_words, seed=self.seed, scope=self.scope, curvature=self.curvature,
+            damping=self.damping, recall=self.recall,
+        )  # fmt: skip
+        spec.check()
+        return spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How the model is retrained, and where the report goes."""
+
+    out: Annotated[str, typer.Option("--out", help="Folder for the report.")]
+    retrain: Annotated[str, typer.Option("--retrain", help="full, top-K (the last K layers) or head.")] = "full"
+    seeds: Annotated[int, typer.Option("--seeds", help="Retrainings of each kind, with seeds from --seed up.")] = 3
+    run: Annotated[
+        str | None,
+        typer.Option("--run", help="Run folder of the model. Default: the one that it lies in.", show_default=False),
+    ] = None
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", help="Folder of what retrained models said. Default: in --out.", show_default=False),
+    ] = None
+    workers: Workers = 1
+    force: Force = False
+    quiet: Quiet = False
 
 
 def register(app: typer.Typer) -> None:
@@ -101,10 +122,13 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="perturb")
 
 
+@grouped()
 def attack(
-    index: IndexFolder,
+    at: IndexOptions,
+    columns: ColumnOptions,
+    change: ChangeOptions,
+    how: RunOptions,
     test: Annotated[str, typer.Option("--test", help="Labelled rows: --queries of them are attacked, all are tested.")],
-    out: Out,
     strategy: Annotated[
         list[str] | None,
         typer.Option(
@@ -112,60 +136,36 @@ def attack(
         ),
     ] = None,
     queries: Annotated[int, typer.Option("--queries", help="Rows that are attacked, a seeded sample.")] = 50,
-    rows: SeveralRows = None,
-    seeds: Seeds = 3,
-    seed: Seed = 0,
-    random_words: RandomWords = 5,
-    scope: Scope = "head",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    recall: Recall = 0.98,
-    retrain: Retrain = "full",
-    run: RunFolder = None,
-    wordnet: WordNetFolder = None,
-    cache: Cache = None,
-    workers: Workers = 1,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    device: Device = "auto",
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See ATTACK_HELP."""
     import numpy as np
 
     from forebear.evaluation.perturb import Evaluation
     from forebear.evaluation.perturb_report import check_out
-    from forebear.evaluation.perturb_spec import PerturbSpec, make_queries
+    from forebear.evaluation.perturb_spec import make_queries
     from forebear.retriever.retriever import Retriever
 
-    check_out(Path(out), force=force)
-    spec = PerturbSpec(
-        what="attack",
-        strategies=tuple(listed(strategy)) or ("lower-right",), rows=tuple(integers("--rows", rows)) or (1, 2, 6),
-        random_words=random_words, seed=seed, scope=scope, curvature=curvature, damping=damping, recall=recall,
-    )  # fmt: skip
-    spec.check()
-    source = open_test(test, text_columns, label_column, label_names, need_labels=True)
-    retriever = Retriever(index, model=model, device=device)
+    check_out(Path(how.out), force=how.force)
+    spec = change.spec("attack", tuple(listed(strategy)) or ("lower-right",), (1, 2, 6))
+    source = columns.open(test, need_labels=True)
+    retriever = Retriever(at.index, model=at.model, device=at.device)
     texts, gold = _labelled(retriever, source)
-    at = _sample(np.arange(len(gold)), queries, seed)
-    sets = {ATTACKED: at} if len(at) == len(gold) else {ATTACKED: at, TEST: np.arange(len(gold))}
-    evaluation = Evaluation(texts, gold, sets)
-    chosen = make_queries(retriever, texts, gold).take(at)
-    _run(
-        retriever, spec, chosen, evaluation, out=out, seeds=seeds, retrain=retrain, run=run, wordnet=wordnet,
-        cache=cache, workers=workers, device=device, force=force, quiet=quiet, sources={"test rows": test},
-    )  # fmt: skip
+    attacked = _sample(np.arange(len(gold)), queries, change.seed)
+    sets = {ATTACKED: attacked}
+    if len(attacked) < len(gold):
+        sets[TEST] = np.arange(len(gold))
+    chosen = make_queries(retriever, texts, gold).take(attacked)
+    _run(retriever, spec, chosen, Evaluation(texts, gold, sets), at, change, how, {"test rows": test})
 
 
+@grouped()
 def fix(
-    index: IndexFolder,
+    at: IndexOptions,
+    columns: ColumnOptions,
+    change: ChangeOptions,
+    how: RunOptions,
     dev: Annotated[str, typer.Option("--dev", help="Labelled rows: rows are added for those that are wrong.")],
     test: Annotated[str, typer.Option("--test", help="Labelled rows that the retrained model is tested on.")],
-    out: Out,
     strategy: Annotated[
         list[str] | None,
         typer.Option(
@@ -176,62 +176,31 @@ def fix(
         int | None,
         typer.Option("--queries", help="So many wrong dev rows, a seeded sample. Default: all.", show_default=False),
     ] = None,
-    rows: SeveralRows = None,
-    seeds: Seeds = 3,
-    seed: Seed = 0,
-    random_words: RandomWords = 5,
-    scope: Scope = "head",
-    curvature: Curvature = None,
-    damping: Damping = None,
-    recall: Recall = 0.98,
-    retrain: Retrain = "full",
-    run: RunFolder = None,
-    wordnet: WordNetFolder = None,
-    cache: Cache = None,
-    workers: Workers = 1,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    device: Device = "auto",
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See FIX_HELP."""
     import numpy as np
 
     from forebear.evaluation.perturb import Evaluation
     from forebear.evaluation.perturb_report import check_out
-    from forebear.evaluation.perturb_spec import PerturbSpec, make_queries
+    from forebear.evaluation.perturb_spec import make_queries
     from forebear.retriever.retriever import Retriever
 
-    check_out(Path(out), force=force)
-    spec = PerturbSpec(
-        what="fix",
-        strategies=tuple(listed(strategy)) or ("raise-right",), rows=tuple(integers("--rows", rows)) or (1, 2, 4, 8),
-        random_words=random_words, seed=seed, scope=scope, curvature=curvature, damping=damping, recall=recall,
-    )  # fmt: skip
-    spec.check()
-    dev_source, test_source = (
-        open_test(path, text_columns, label_column, label_names, need_labels=True) for path in (dev, test)
-    )
-    retriever = Retriever(index, model=model, device=device)
+    check_out(Path(how.out), force=how.force)
+    spec = change.spec("fix", tuple(listed(strategy)) or ("raise-right",), (1, 2, 4, 8))
+    dev_source, test_source = (columns.open(path, need_labels=True) for path in (dev, test))
+    retriever = Retriever(at.index, model=at.model, device=at.device)
     texts, gold = _labelled(retriever, dev_source)
     asked = make_queries(retriever, texts, gold)
     wrong = np.flatnonzero(asked.predictions != asked.right)
     if not len(wrong):
         raise DataError(f"{dev}: the model gets all {len(gold)} rows right. There is nothing to fix.")
-    at = _sample(wrong, len(wrong) if queries is None else queries, seed)
+    chosen = _sample(wrong, len(wrong) if queries is None else queries, change.seed)
     test_texts, test_gold = _labelled(retriever, test_source)
     n, every = len(gold), np.concatenate([gold, test_gold])
-    sets = {TEST: np.arange(n, len(every)), DEV: np.arange(n), WRONG: at}
+    sets = {TEST: np.arange(n, len(every)), DEV: np.arange(n), WRONG: chosen}
     both = [[*first, *second] for first, second in zip(texts, test_texts, strict=True)]
     evaluation = Evaluation(both, every, sets)
-    _run(
-        retriever, spec, asked.take(at), evaluation, out=out, seeds=seeds, retrain=retrain, run=run, wordnet=wordnet,
-        cache=cache, workers=workers, device=device, force=force, quiet=quiet,
-        sources={"dev rows": dev, "test rows": test},
-    )  # fmt: skip
+    _run(retriever, spec, asked.take(chosen), evaluation, at, change, how, {"dev rows": dev, "test rows": test})
 
 
 def _run(
@@ -239,17 +208,9 @@ def _run(
     spec: PerturbSpec,
     queries: Queries,
     evaluation: Evaluation,
-    *,
-    out: str,
-    seeds: int,
-    retrain: str,
-    run: str | None,
-    wordnet: str | None,
-    cache: str | None,
-    workers: int,
-    device: str,
-    force: bool,
-    quiet: bool,
+    at: IndexOptions,
+    change: ChangeOptions,
+    how: RunOptions,
     sources: dict[str, str],
 ) -> None:
     """Choose, retrain, write and show."""
@@ -260,24 +221,24 @@ def _run(
     from forebear.evaluation.report import write_report
     from forebear.evaluation.wordnet import WordNet
 
-    if seeds < 1:
-        raise InputError(f"--seeds {seeds}: expected 1 or more.")
-    words = WordNet(wordnet)
-    folder = Path(cache or Path(out) / RETRAINED_NAME)
-    start_workers(workers, folder)
-    retrainer = open_retrainer(retriever, retrain, evaluation.texts, folder, run=run, device=device)
-    with progress_bar(quiet=quiet) as progress:
+    if how.seeds < 1:
+        raise InputError(f"--seeds {how.seeds}: expected 1 or more.")
+    words, out = WordNet(change.wordnet), Path(how.out)
+    folder = Path(how.cache or out / RETRAINED_NAME)
+    start_workers(how.workers, folder)
+    retrainer = open_retrainer(retriever, how.retrain, evaluation.texts, folder, run=how.run, device=at.device)
+    with progress_bar(quiet=how.quiet) as progress:
         chooser = Chooser(retriever, spec, queries, words, progress)
-        numbers = range(spec.seed, spec.seed + seeds)
+        numbers = range(spec.seed, spec.seed + how.seeds)
         found = perturb(retriever, chooser, spec, queries, evaluation, retrainer, numbers, progress)
     for line in retrainer.warnings:
         warn(line)
     provenance = {**sources, "WordNet": str(words.folder), "command": command_line()}
     report, result = perturb_report(found, retriever, retrainer.facts(), provenance)
-    write_changed(found, retriever, Path(out))
-    page = write_report(report, Path(out), result=result, force=force)
+    write_changed(found, retriever, out)
+    page = write_report(report, out, result=result, force=how.force)
     show_report(report)
-    say(f"wrote {page}, table.csv, result.json and changed.jsonl", quiet=quiet)
+    say(f"wrote {page}, table.csv, result.json and changed.jsonl", quiet=how.quiet)
 
 
 def _labelled(retriever: Retriever, source: RowSource) -> tuple[list[list[str]], np.ndarray]:

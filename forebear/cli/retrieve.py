@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forebear.cli.asking import QuerySpans, open_test
+from forebear.cli.asking import ColumnOptions, QuerySpans
 from forebear.cli.console import OUT, Variadic, listed, progress_bar, say, warn
 from forebear.cli.options import (
     Damping,
@@ -202,7 +202,8 @@ def retrieve(
         source = rows_from_texts([text] if pair is None else [(text, pair)])
     else:
         assert test is not None
-        source = open_test(test, text_columns, label_column, label_names, need_labels=target == "gold")
+        columns = ColumnOptions(text_columns=text_columns, label_column=label_column, label_names=label_names)
+        source = columns.open(test, need_labels=target == "gold")
     if source.label_column is not None and retriever.query_labels(source, required=target == "gold") is None:
         warn(f"{source.name}: its labels are not the model's, so query_label stays empty.")
 

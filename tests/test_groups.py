@@ -1,0 +1,71 @@
+"""Groups of options: a command takes a dataclass, the command line has its fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from forebear.cli.groups import grouped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Two options."""
+
+    folder: Annotated[str, typer.Option("--folder", help="Where.")]
+    depth: Annotated[int, typer.Option("--depth", help="How deep.")] = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """An option that takes several values."""
+
+    names: Annotated[list[str] | None, typer.Option("--names")] = None
+
+
+def app_of(seen: list[object], **defaults: object) -> typer.Typer:
+    app = typer.Typer()
+
+    @app.command()
+    @grouped(**defaults)
+    def command(
+        place: Place, names: Names, loud: Annotated[bool, typer.Option("--loud")], n: Annotated[int, typer.Option()] = 1
+    ) -> None:
+        seen.append((place, names, loud, n))
+
+    return app
+
+
+def test_a_command_gets_objects_from_options() -> None:
+    seen: list[object] = []
+    arguments = ["--folder", "F", "--names", "a", "--names", "b", "--loud", "--n", "7"]
+    assert CliRunner().invoke(app_of(seen), arguments).exit_code == 0
+    assert seen == [(Place(folder="F"), Names(names=["a", "b"]), True, 7)]
+
+
+def test_a_command_has_its_own_defaults() -> None:
+    seen: list[object] = []
+    assert CliRunner().invoke(app_of(seen, depth=9), ["--folder", "F", "--loud"]).exit_code == 0
+    assert CliRunner().invoke(app_of(seen, depth=9), ["--folder", "F", "--loud", "--depth", "1"]).exit_code == 0
+    assert [place.depth for place, *_ in seen] == [9, 1]  # type: ignore[misc]
+
+
+def test_what_must_be_given_comes_first_in_the_help_and_is_asked_for() -> None:
+    app = app_of([])
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"}).output
+    assert shown.index("--folder") < shown.index("--loud") < shown.index("--depth") < shown.index("--n")
+    assert CliRunner().invoke(app, ["--loud"]).exit_code == 2
+
+
+def test_an_option_in_two_groups_or_a_default_for_none_is_refused() -> None:
+    with pytest.raises(AssertionError, match="in two groups"):
+
+        @grouped()
+        def twice(place: Place, depth: int = 1) -> None: ...
+
+    with pytest.raises(AssertionError, match="that it has not"):
+        app_of([], width=2)
