@@ -9,8 +9,11 @@ from pathlib import Path
 from common import DATA
 
 HERE = Path(__file__).parent
-# From the fourth on they use the runs of end_to_end.
-CASES = ("head_scan.py", "ann.py", "end_to_end.py", "gradients.py", "words.py", "influence.py", "peers.py")
+# From the fourth to the seventh they use the runs of end_to_end.
+CASES = (
+    "head_scan.py", "ann.py", "end_to_end.py", "gradients.py", "words.py", "influence.py", "peers.py", "spans.py",
+    "retraining.py",
+)  # fmt: skip
 
 
 def main() -> int:
