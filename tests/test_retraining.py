@@ -287,8 +287,8 @@ def test_processes_that_share_a_cache_share_the_jobs(retriever, tmp_path):
     first, dies = threading.Event(), threading.Event()
 
     def slowly(job, recipe=both[0].recipe, train=both[0].recipe.train):
-        first.set()  # has claimed a job, and trains it until the other has no more to do
         if len(recipe.trained) == 1:
+            first.set()  # has claimed its second job, and trains it until the other has no more to do
             assert dies.wait(30)
             raise KeyboardInterrupt
         return train(job)
