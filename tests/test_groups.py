@@ -61,6 +61,28 @@ def test_what_must_be_given_comes_first_in_the_help_and_is_asked_for() -> None:
     assert CliRunner().invoke(app, ["--loud"]).exit_code == 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Both:
+    """A group of groups, and an option of its own."""
+
+    place: Place
+    names: Names
+    n: Annotated[int, typer.Option("--n")] = 1
+
+
+def test_a_group_may_hold_groups() -> None:
+    seen: list[object] = []
+    app = typer.Typer()
+
+    @app.command()
+    @grouped(depth=9)
+    def command(both: Both) -> None:
+        seen.append(both)
+
+    assert CliRunner().invoke(app, ["--folder", "F", "--names", "a", "--n", "7"]).exit_code == 0
+    assert seen == [Both(place=Place(folder="F", depth=9), names=Names(names=["a"]), n=7)]
+
+
 def test_an_option_in_two_groups_or_a_default_for_none_is_refused() -> None:
     with pytest.raises(AssertionError, match="in two groups"):
 

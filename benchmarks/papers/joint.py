@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Mapping
 
 import numpy as np
-from setups import DEV, asked, parsed, retrainer, source_of, store, test_rows
+from setups import asked, dev_rows, parsed, retrainer, source_of, store, test_rows
 from tables import cell, table
 
 from forebear import Retriever
@@ -64,7 +64,7 @@ def changed(
 
 def attack(name: str, retriever: Retriever, sizes: argparse.Namespace) -> None:
     """Table 4: accuracy on the attacked test rows, and on all."""
-    every = test_rows(retriever, f"{source_of(name)}/{DEV[source_of(name)]}.parquet", 0)
+    every = test_rows(retriever, dev_rows(name), 0)
     assert every.labels is not None
     at = live_sample(np.arange(len(every)), sizes.queries, 0)
     evaluation = Evaluation(every.texts, every.labels, {"attacked": at, "test": np.arange(len(every))})
@@ -87,8 +87,8 @@ def dev_and_test(name: str, retriever: Retriever) -> tuple[list[list[str]], np.n
 
     AG News has no development rows: the first half of its test rows serve.
     """
-    source = source_of(name)
-    parts = [test_rows(retriever, f"{source}/{part}.parquet", 0) for part in dict.fromkeys((DEV[source], "test"))]
+    files = dict.fromkeys((dev_rows(name), f"{source_of(name)}/test.parquet"))
+    parts = [test_rows(retriever, file, 0) for file in files]
     labels = [part.labels for part in parts if part.labels is not None]
     texts = [[text for part in parts for text in part.texts[i]] for i in range(len(parts[0].texts))]
     gold = np.concatenate(labels)

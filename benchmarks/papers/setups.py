@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from common import DATA, ROOT, run, write_result
 from tables import Table
@@ -46,6 +47,19 @@ def source_of(name: str) -> str:
     return re.sub(r"(_frozen|_\d+k)$", "", name)
 
 
+def dev_rows(name: str) -> str:
+    """The file of a model's development rows, below the folder of data sets."""
+    source = source_of(name)
+    return f"{source}/{DEV[source]}.parquet"
+
+
+def write_rows(rows: pa.Table, source: str, path: Path) -> None:
+    """Write some of a data set's training rows, with its description beside them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / "dataset.json").write_bytes((DATA / source / "dataset.json").read_bytes())
+    pq.write_table(rows, path)
+
+
 def training_rows(name: str) -> Path:
     """The file of a model's training rows; a sample is written where it is missing."""
     whole = DATA / source_of(name) / "train.parquet"
@@ -54,10 +68,9 @@ def training_rows(name: str) -> Path:
         return whole
     path = RUNS / f"{name}-rows" / "train.parquet"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent / "dataset.json").write_bytes((whole.parent / "dataset.json").read_bytes())
         rows = pq.read_table(whole)
-        pq.write_table(rows.take(np.random.default_rng(0).permutation(len(rows))[: 1000 * int(size[1])]), path)
+        chosen = np.random.default_rng(0).permutation(len(rows))[: 1000 * int(size[1])]
+        write_rows(rows.take(chosen), source_of(name), path)
     return path
 
 
@@ -68,7 +81,7 @@ def trained(name: str) -> Path:
         source = source_of(name)
         how = FROZEN if name.endswith("_frozen") else SAMPLED if name != source else ()
         run("train", "--model", "minilm", "--data", training_rows(name), "--precision", "fp32",
-            "--dev", DATA / source / f"{DEV[source]}.parquet", *TRAINING[source], *how, "--out", folder)  # fmt: skip
+            "--dev", DATA / dev_rows(name), *TRAINING[source], *how, "--out", folder)  # fmt: skip
     return folder
 
 

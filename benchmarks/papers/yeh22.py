@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from setups import DEV, asked, parsed, retrainer, source_of, store, test_rows
+from setups import asked, dev_rows, parsed, retrainer, store, test_rows
 from tables import cell, table
 
 from forebear import QuerySpec, Retriever
@@ -37,8 +37,7 @@ CANCELLATION = {
 def deletion(name: str, retriever: Retriever, sizes: argparse.Namespace, *, no_overlap: bool) -> None:
     """Table 4: change of the gold class's probability without the top k proponents and opponents, averaged over k."""
     paper = NO_OVERLAP if no_overlap else DELETION
-    source = source_of(name)
-    queries = test_rows(retriever, f"{source}/{DEV[source]}.parquet", sizes.queries)
+    queries = test_rows(retriever, dev_rows(name), sizes.queries)
     assert queries.labels is not None
     spec = retriever.settled(QuerySpec(methods=tuple(paper), target="gold"))
     n_candidates = len(retriever.index.live) // 10

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 import transformers
-from setups import DATA, RUNS, parsed, retrainer, store, test_rows
+from setups import DATA, RUNS, parsed, retrainer, store, test_rows, write_rows
 from tables import cell, table
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
@@ -119,10 +119,8 @@ def asked(sizes: argparse.Namespace) -> Iterator[Retriever]:
     base = RUNS / f"agnews-cnn-{sizes.training_rows}"
     rows, run = base / "train.parquet", base / "run"
     if not (run / "run.json").is_file():
-        base.mkdir(parents=True, exist_ok=True)
-        (base / "dataset.json").write_bytes((DATA / "agnews" / "dataset.json").read_bytes())
         some = pq.read_table(DATA / "agnews" / "train.parquet").slice(0, sizes.training_rows)
-        pq.write_table(some, rows)
+        write_rows(some, "agnews", rows)
         source = open_rows(rows, need_labels=True)
         assert source.label_names is not None
         random_start(base / "start", some["text"].to_pylist(), source.label_names)

@@ -66,6 +66,12 @@ class IndexOptions:
     model: MovedModel = None
     device: Device = "auto"
 
+    def open(self) -> Retriever:
+        """The index's retriever."""
+        from forebear.retriever.retriever import Retriever
+
+        return Retriever(self.index, model=self.model, device=self.device)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnOptions:
@@ -192,10 +198,8 @@ class ReportOptions:
 
 def open_retriever(options: IndexOptions, report: ReportOptions) -> Retriever:
     """The index's retriever, after seeing that the report can be written."""
-    from forebear.retriever.retriever import Retriever
-
     report.check()
-    return Retriever(options.index, model=options.model, device=options.device)
+    return options.open()
 
 
 def make_spec(retriever: Retriever, method: Sequence[str] | None, asked: ScopeOptions, **choices: Any) -> QuerySpec:

@@ -57,11 +57,10 @@ def hans(
     """See HANS_HELP."""
     from forebear.evaluation.hans import audit_hans, hans_report
     from forebear.evaluation.report import check_folder, write_report
-    from forebear.retriever.retriever import Retriever
 
     check_folder(Path(out), force=force)
     source = columns.open(test, need_labels=True)
-    retriever = Retriever(at.index, model=at.model, device=at.device)
+    retriever = at.open()
     with progress_bar(quiet=quiet) as progress:
         audit = audit_hans(retriever, source, listed(method) or None, top=top, progress=progress)
     report, result = hans_report(audit, retriever, source, command_line())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from forebear.evaluation.comparisons import Queries
+    from forebear.evaluation.report import Report
     from forebear.evaluation.retraining import Retrainer
     from forebear.retriever.query_spec import QuerySpec
     from forebear.retriever.retriever import Retriever
@@ -75,10 +76,23 @@ Example:
     forebear evaluate lds --index I --test dev.csv --method if,gd,tracin --subsets 100 --retrain top-2 --seeds 2
 """
 
-Remove = Annotated[list[str] | None, typer.Option("--remove", help="Numbers of rows to remove.", show_default=False)]
-Share = Annotated[
-    list[str] | None, typer.Option("--share", help="Shares of all rows to remove, such as 0.1.", show_default=False)
-]
+
+@dataclass(frozen=True, kw_only=True)
+class AmountOptions:
+    """How many rows are removed."""
+
+    remove: Annotated[
+        list[str] | None, typer.Option("--remove", help="Numbers of rows to remove.", show_default=False)
+    ] = None
+    share: Annotated[
+        list[str] | None, typer.Option("--share", help="Shares of all rows to remove, such as 0.1.", show_default=False)
+    ] = None
+
+    def of(self, n_rows: int, default: Sequence[str]) -> tuple[int, ...]:
+        """Numbers of rows to remove of ``n_rows``."""
+        from forebear.evaluation.row_choice import amounts_of
+
+        return amounts_of(integers("--remove", self.remove), listed(self.share), n_rows, default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,34 +119,66 @@ class RetrainOptions:
     ] = None
 
 
-def register(evaluations: typer.Typer) -> None:
-    """Add the commands to the group."""
-    for name, help_text, command in (
-        ("removal", REMOVAL_HELP, removal),
-        ("deletion-curve", DELETION_HELP, deletion_curve),
-        ("retraining-loss", LOSS_HELP, retraining_loss),
-        ("lds", LDS_HELP, lds),
-    ):
-        evaluations.command(name, help=help_text, cls=Variadic)(command)
+@dataclass(frozen=True, kw_only=True)
+class AskOptions:
+    """What all four commands are given."""
+
+    at: IndexOptions
+    tested: TestOptions
+    method: Methods = None
+    asked: QuestionOptions
+    spans: SpanOptions
+    how: RetrainOptions
+    sample: SampleOptions
+    report: ReportOptions
+
+    def open(self, *, need_labels: bool = False) -> _Opened:
+        """Open everything, after seeing that the report can be written."""
+        from forebear.evaluation.comparisons import sample_queries
+        from forebear.evaluation.row_choice import removal_methods
+        from forebear.evaluation.span_queries import sample_span_queries
+        from forebear.retriever.query_spec import QuerySpec
+
+        retriever, seed = open_retriever(self.at, self.report), self.sample.seed
+        methods = removal_methods(retriever, listed(self.method))
+        spec = retriever.settled(QuerySpec(methods=methods, **asdict(self.asked), **self.spans.choices(retriever)))
+        retriever.check_stores(spec.check(), spec)
+        labelled = need_labels or self.asked.target == "gold"
+        source = self.tested.open(self.tested.test, need_labels=labelled)
+        start_workers(self.how.workers, self.cache)
+        return _Opened(
+            given=self,
+            retriever=retriever,
+            spec=spec,
+            queries=sample_span_queries(retriever, source, spec, self.sample.queries, seed, need_labels=labelled),
+            every=sample_queries(retriever, source, 0, seed, need_labels=labelled),
+        )
+
+    @property
+    def cache(self) -> Path:
+        """Folder of finished retrainings."""
+        return (
+            Path(self.how.cache) if self.how.cache is not None else Path(f"{Path(self.at.index).resolve()}-retraining")
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """What all four commands are given, opened.
+    """The same, opened.
 
     Attributes:
+        given: The options.
         retriever: Over the index.
         spec: The question.
         queries: Test rows that scores are computed for.
         every: All test rows.
-        open_retrainer: From texts, a retrainer.
     """
 
+    given: AskOptions
     retriever: Retriever
     spec: QuerySpec
     queries: Queries
     every: Queries
-    open_retrainer: Callable[[Sequence[Sequence[str]]], Retrainer]
 
     @property
     def n_live(self) -> int:
@@ -145,105 +191,77 @@ class _Opened:
 
         return row_scores(self.retriever, self.queries, self.spec)
 
+    def open_retrainer(self, rows: Queries) -> Retrainer:
+        """A retrainer whose models are asked about some test rows."""
+        from forebear.evaluation.recipes import open_retrainer
 
-def _open(
-    at: IndexOptions,
-    tested: TestOptions,
-    method: Sequence[str] | None,
-    asked: QuestionOptions,
-    spans: SpanOptions,
-    how: RetrainOptions,
-    sample: SampleOptions,
-    report: ReportOptions,
-    *,
-    need_labels: bool = False,
-) -> _Opened:
-    """Open everything, after seeing that the report can be written."""
-    from forebear.evaluation.comparisons import sample_queries
-    from forebear.evaluation.recipes import open_retrainer
-    from forebear.evaluation.row_choice import removal_methods
-    from forebear.evaluation.span_queries import sample_span_queries
-    from forebear.retriever.query_spec import QuerySpec
+        how, device = self.given.how, self.given.at.device
+        return open_retrainer(
+            self.retriever, how.retrain, rows.texts, self.given.cache, run=how.run, l2=how.l2, device=device
+        )
 
-    retriever = open_retriever(at, report)
-    methods = removal_methods(retriever, listed(method))
-    spec = retriever.settled(QuerySpec(methods=methods, **asdict(asked), **spans.choices(retriever)))
-    retriever.check_stores(spec.check(), spec)
-    labelled = need_labels or asked.target == "gold"
-    source = tested.open(tested.test, need_labels=labelled)
-    folder = Path(how.cache) if how.cache is not None else Path(f"{Path(at.index).resolve()}-retraining")
-    start_workers(how.workers, folder)
-    return _Opened(
-        retriever=retriever,
-        spec=spec,
-        queries=sample_span_queries(retriever, source, spec, sample.queries, sample.seed, need_labels=labelled),
-        every=sample_queries(retriever, source, 0, sample.seed, need_labels=labelled),
-        open_retrainer=lambda texts: open_retrainer(
-            retriever, how.retrain, texts, folder, run=how.run, l2=how.l2, device=at.device
-        ),
-    )
+    def seeds(self, retrainer: Retrainer) -> tuple[int, ...]:
+        """Of the retrainings."""
+        from forebear.evaluation.removal import seeds_of
+
+        return seeds_of(retrainer, self.given.how.seeds, self.given.sample.seed)
+
+    def finish(
+        self, make_report: Callable[..., tuple[Report, dict[str, Any]]], found: Any, retrainer: Retrainer
+    ) -> None:
+        """Say which files of the cache were damaged; write and show the report."""
+        for line in retrainer.warnings:
+            warn(line)
+        seed = self.given.sample.seed
+        page = make_report(found, self.retriever, self.queries, self.spec, retrainer, seed, command_line())
+        self.given.report.finish(*page)
 
 
-def _warn(retrainer: Retrainer) -> None:
-    """Say which files of the cache were damaged."""
-    for line in retrainer.warnings:
-        warn(line)
+def register(evaluations: typer.Typer) -> None:
+    """Add the commands to the group."""
+    for name, help_text, command in (
+        ("removal", REMOVAL_HELP, removal),
+        ("deletion-curve", DELETION_HELP, deletion_curve),
+        ("retraining-loss", LOSS_HELP, retraining_loss),
+        ("lds", LDS_HELP, lds),
+    ):
+        evaluations.command(name, help=help_text, cls=Variadic)(command)
 
 
 @grouped(queries=50)
 def removal(
-    at: IndexOptions,
-    tested: TestOptions,
-    asked: QuestionOptions,
-    spans: SpanOptions,
-    how: RetrainOptions,
-    sample: SampleOptions,
-    report: ReportOptions,
-    method: Methods = None,
-    remove: Remove = None,
-    share: Share = None,
+    given: AskOptions,
+    amounts: AmountOptions,
     sides: Annotated[
         list[str] | None,
         typer.Option("--sides", help="top, bottom, least. Default: all three.", show_default=False),
     ] = None,
 ) -> None:
     """See REMOVAL_HELP."""
-    from forebear.evaluation.removal import measure_removal, removal_report, seeds_of
-    from forebear.evaluation.row_choice import amounts_of, sides_of
+    from forebear.evaluation.removal import measure_removal, removal_report
+    from forebear.evaluation.row_choice import sides_of
 
-    opened, seed = _open(at, tested, method, asked, spans, how, sample, report), sample.seed
-    amounts = amounts_of(integers("--remove", remove), listed(share), opened.n_live, ["0.1"])
-    chosen_sides = sides_of(listed(sides))
-    retrainer = opened.open_retrainer(opened.queries.texts)
-    with report.progress() as progress:
+    opened = given.open()
+    remove, chosen_sides = amounts.of(opened.n_live, ["0.1"]), sides_of(listed(sides))
+    retrainer = opened.open_retrainer(opened.queries)
+    with given.report.progress() as progress:
         found = measure_removal(
             retrainer,
             opened.scores(),
-            amounts,
-            seeds_of(retrainer, how.seeds, seed),
+            remove,
+            opened.seeds(retrainer),
             sides=chosen_sides,
-            budget=how.budget,
-            seed=seed,
+            budget=given.how.budget,
+            seed=given.sample.seed,
             progress=progress,
         )
-    _warn(retrainer)
-    report.finish(
-        *removal_report(found, opened.retriever, opened.queries, opened.spec, retrainer, seed, command_line())
-    )
+    opened.finish(removal_report, found, retrainer)
 
 
 @grouped(queries=30, target="gold")
 def deletion_curve(
-    at: IndexOptions,
-    tested: TestOptions,
-    asked: QuestionOptions,
-    spans: SpanOptions,
-    how: RetrainOptions,
-    sample: SampleOptions,
-    report: ReportOptions,
-    method: Methods = None,
-    remove: Remove = None,
-    share: Share = None,
+    given: AskOptions,
+    amounts: AmountOptions,
     no_overlap: Annotated[
         int | None,
         typer.Option(
@@ -255,102 +273,72 @@ def deletion_curve(
 ) -> None:
     """See DELETION_HELP."""
     from forebear.evaluation.deletion_curve import deletion_report, measure_deletion
-    from forebear.evaluation.removal import seeds_of
-    from forebear.evaluation.row_choice import amounts_of, least_overlap
+    from forebear.evaluation.row_choice import least_overlap
 
-    opened, seed = _open(at, tested, method, asked, spans, how, sample, report, need_labels=True), sample.seed
+    opened = given.open(need_labels=True)
     assert opened.queries.labels is not None
     candidates = None if no_overlap is None else least_overlap(opened.retriever, opened.queries, no_overlap)
     n_rows = opened.n_live if no_overlap is None else no_overlap
-    amounts = amounts_of(integers("--remove", remove), listed(share), n_rows, [str(k) for k in range(10, 101, 10)])
-    retrainer = opened.open_retrainer(opened.queries.texts)
-    with report.progress() as progress:
+    remove = amounts.of(n_rows, [str(k) for k in range(10, 101, 10)])
+    retrainer = opened.open_retrainer(opened.queries)
+    with given.report.progress() as progress:
         found = measure_deletion(
             retrainer,
             opened.scores(),
             opened.queries.labels,
-            amounts,
-            seeds_of(retrainer, how.seeds, seed),
+            remove,
+            opened.seeds(retrainer),
             candidates=candidates,
-            budget=how.budget,
-            seed=seed,
+            budget=given.how.budget,
+            seed=given.sample.seed,
             progress=progress,
         )
-    _warn(retrainer)
-    report.finish(
-        *deletion_report(found, opened.retriever, opened.queries, opened.spec, retrainer, seed, command_line())
-    )
+    opened.finish(deletion_report, found, retrainer)
 
 
 @grouped(queries=200)
-def retraining_loss(
-    at: IndexOptions,
-    tested: TestOptions,
-    asked: QuestionOptions,
-    spans: SpanOptions,
-    how: RetrainOptions,
-    sample: SampleOptions,
-    report: ReportOptions,
-    method: Methods = None,
-    remove: Remove = None,
-    share: Share = None,
-) -> None:
+def retraining_loss(given: AskOptions, amounts: AmountOptions) -> None:
     """See LOSS_HELP."""
-    from forebear.evaluation.removal import seeds_of
     from forebear.evaluation.retraining_loss import measure_retraining_loss, retraining_loss_report
-    from forebear.evaluation.row_choice import amounts_of
 
-    opened, seed = _open(at, tested, method, asked, spans, how, sample, report, need_labels=True), sample.seed
+    opened = given.open(need_labels=True)
     assert opened.every.labels is not None
-    amounts = amounts_of(integers("--remove", remove), listed(share), opened.n_live, ["0.2", "0.5"])
-    retrainer = opened.open_retrainer(opened.every.texts)
-    with report.progress() as progress:
+    remove = amounts.of(opened.n_live, ["0.2", "0.5"])
+    retrainer = opened.open_retrainer(opened.every)
+    with given.report.progress() as progress:
         found = measure_retraining_loss(
             retrainer,
             opened.scores(),
             opened.every.labels,
-            amounts,
-            seeds_of(retrainer, how.seeds, seed),
-            budget=how.budget,
-            seed=seed,
+            remove,
+            opened.seeds(retrainer),
+            budget=given.how.budget,
+            seed=given.sample.seed,
             progress=progress,
         )
-    _warn(retrainer)
-    report.finish(
-        *retraining_loss_report(found, opened.retriever, opened.queries, opened.spec, retrainer, seed, command_line())
-    )
+    opened.finish(retraining_loss_report, found, retrainer)
 
 
 @grouped(queries=100)
 def lds(
-    at: IndexOptions,
-    tested: TestOptions,
-    asked: QuestionOptions,
-    spans: SpanOptions,
-    how: RetrainOptions,
-    sample: SampleOptions,
-    report: ReportOptions,
-    method: Methods = None,
-    subsets: Annotated[int, typer.Option("--subsets", help="Random halves of the rows.")] = 100,
+    given: AskOptions, subsets: Annotated[int, typer.Option("--subsets", help="Random halves of the rows.")] = 100
 ) -> None:
     """See LDS_HELP."""
     from forebear.evaluation.lds import lds_report, measure_lds
-    from forebear.evaluation.removal import seeds_of
     from forebear.evaluation.row_choice import targets_of
 
-    opened, seed = _open(at, tested, method, asked, spans, how, sample, report), sample.seed
-    targets = targets_of(opened.retriever, opened.queries, asked.target)
-    retrainer = opened.open_retrainer(opened.queries.texts)
-    with report.progress() as progress:
+    opened = given.open()
+    targets = targets_of(opened.retriever, opened.queries, given.asked.target)
+    retrainer = opened.open_retrainer(opened.queries)
+    with given.report.progress() as progress:
         found = measure_lds(
             retrainer,
             opened.scores(),
             targets,
-            seeds_of(retrainer, how.seeds, seed),
+            opened.seeds(retrainer),
             n_subsets=subsets,
-            budget=how.budget,
-            seed=seed,
+            budget=given.how.budget,
+            seed=given.sample.seed,
             progress=progress,
         )
-    _warn(retrainer)
-    report.finish(*lds_report(found, opened.retriever, opened.queries, opened.spec, retrainer, seed, command_line()))
+    opened.finish(lds_report, found, retrainer)

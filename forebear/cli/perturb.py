@@ -143,12 +143,11 @@ def attack(
     from forebear.evaluation.perturb import Evaluation
     from forebear.evaluation.perturb_report import check_out
     from forebear.evaluation.perturb_spec import make_queries
-    from forebear.retriever.retriever import Retriever
 
     check_out(Path(how.out), force=how.force)
     spec = change.spec("attack", tuple(listed(strategy)) or ("lower-right",), (1, 2, 6))
     source = columns.open(test, need_labels=True)
-    retriever = Retriever(at.index, model=at.model, device=at.device)
+    retriever = at.open()
     texts, gold = _labelled(retriever, source)
     attacked = _sample(np.arange(len(gold)), queries, change.seed)
     sets = {ATTACKED: attacked}
@@ -183,12 +182,11 @@ def fix(
     from forebear.evaluation.perturb import Evaluation
     from forebear.evaluation.perturb_report import check_out
     from forebear.evaluation.perturb_spec import make_queries
-    from forebear.retriever.retriever import Retriever
 
     check_out(Path(how.out), force=how.force)
     spec = change.spec("fix", tuple(listed(strategy)) or ("raise-right",), (1, 2, 4, 8))
     dev_source, test_source = (columns.open(path, need_labels=True) for path in (dev, test))
-    retriever = Retriever(at.index, model=at.model, device=at.device)
+    retriever = at.open()
     texts, gold = _labelled(retriever, dev_source)
     asked = make_queries(retriever, texts, gold)
     wrong = np.flatnonzero(asked.predictions != asked.right)

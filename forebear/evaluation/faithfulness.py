@@ -18,7 +18,7 @@ from forebear.errors import InputError
 from forebear.evaluation.comparisons import Queries, interval_cells, listed_values, provenance, question, spearman
 from forebear.evaluation.report import Cell, Figure, Report, Table, bar_chart
 from forebear.evaluation.span_queries import training_spans
-from forebear.evaluation.statistics import difference_table, mean_of
+from forebear.evaluation.statistics import difference_table
 from forebear.indexer.forward import run_forward
 from forebear.indexer.gradients import live_sample
 from forebear.indexer.spans import span_finder
@@ -169,16 +169,17 @@ def faithfulness_report(
     )
     tables = [table]
     defined = ~np.isnan(scaled.by_query).any(axis=1)
-    by_name = {name: scaled.by_query[:, i] for i, name in enumerate(found.names)}
-    drawn = {name: mean_of(kept, seed) for name, v in by_name.items() if len(kept := v[~np.isnan(v)])}
+    drawn = [(str(name), mean, error) for name, mean, error, *_ in rows if isinstance(mean, float)]
     figures = []
     if drawn:
         what = "Spearman x 100"
-        heights, errors = {what: [m.mean for m in drawn.values()]}, {what: [m.error for m in drawn.values()]}
-        drawing = bar_chart(list(drawn), heights, errors=errors, xlabel=what, digits=1)
+        heights = {what: [mean for _, mean, _ in drawn]}
+        errors = {what: [error if isinstance(error, float) else None for _, _, error in drawn]}
+        drawing = bar_chart([name for name, *_ in drawn], heights, errors=errors, xlabel=what, digits=1)
         figures.append(Figure("Faithfulness", drawing, "Means of the table, bars: standard error over queries."))
     if defined.any():
-        tables.append(difference_table("Paired", {name: v[defined] for name, v in by_name.items()}, seed))
+        values = {name: scaled.by_query[defined, i] for i, name in enumerate(found.names)}
+        tables.append(difference_table("Paired", values, seed))
     said = "; ".join(f"{name} {'undefined' if mean is None else f'{mean:.1f}'}" for name, mean, *_ in rows)
     report = Report(
         "Faithfulness of span methods",

@@ -182,7 +182,7 @@ def fine_tune(
 def mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of a batch ``(b, c)`` in nats, over the rows that are not ``IGNORED``; 0 if all are."""
     total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-    return total / max(1, int((labels != IGNORED).sum()))
+    return total / (labels != IGNORED).sum().clamp(min=1)
 
 
 def seed_step(seed: int, step: int) -> None:
