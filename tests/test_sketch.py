@@ -21,7 +21,7 @@ from forebear.indexer import estimate as estimating
 from forebear.indexer import projector as projecting
 from forebear.indexer.ekfac import Ekfac, EkfacBlock, KroneckerFactors, fit_factors
 from forebear.indexer.estimate import GradientStore, Part, Proposal, estimate, propose
-from forebear.indexer.gradient_pass import labels_seed, run_pass
+from forebear.indexer.gradient_pass import Collector, labels_seed, run_pass
 from forebear.indexer.model import load_classifier
 from forebear.indexer.projector import PlainProjector, WhiteProjector, draw_bases, read_plain_projector, write_bases
 from forebear.indexer.scopes import Block, scope_blocks
@@ -100,7 +100,7 @@ def norm_of(row: dict[str, np.ndarray]) -> float:
     return float(np.sqrt(sum((g**2).sum() for g in row.values())))
 
 
-class Raw:
+class Raw(Collector):
     """Gathers what a projector says."""
 
     def __init__(self, projector, n_rows: int) -> None:
@@ -115,7 +115,7 @@ class Raw:
         self._out[:, place] = numbers
         self._squares += squares.numpy()
 
-    def end(self, positions):
+    def keep(self, positions):
         self.out[positions], self.squares[positions] = self._out, self._squares
 
 

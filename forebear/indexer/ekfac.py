@@ -21,7 +21,7 @@ from forebear.errors import CorruptIndexError, NonFiniteError
 from forebear.indexer.block_file import read_blocks, write_blocks
 from forebear.indexer.curvature import class_basis, class_curvature
 from forebear.indexer.forward import softmax
-from forebear.indexer.gradient_pass import SeedOf, run_pass
+from forebear.indexer.gradient_pass import Collector, SeedOf, run_pass
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block
 from forebear.indexer.store import MEND
@@ -140,7 +140,7 @@ class KroneckerFactors:
     outputs: dict[str, torch.Tensor]
 
 
-class _Factors:
+class _Factors(Collector):
     """Gathers Kronecker factors; positions without an output gradient are left out."""
 
     def __init__(self, scope: str, blocks: Sequence[Block], device: torch.device) -> None:
@@ -160,13 +160,13 @@ class _Factors:
         a, d = factors.inputs[live], factors.deltas[live]
         self._batch[name] = (a.T @ a, d.T @ d)
 
-    def end(self, positions: list[int]) -> None:
+    def keep(self, positions: list[int]) -> None:
         for name, (a, d) in self._batch.items():
             self.found.inputs[name] += a
             self.found.outputs[name] += d
 
 
-class _Eigenvalues:
+class _Eigenvalues(Collector):
     """Sums of the squared coordinates of the rows' gradients."""
 
     def __init__(self, scope: str, parts: dict[str, EkfacBlock]) -> None:
@@ -185,7 +185,7 @@ class _Eigenvalues:
             total += gradients.square_().sum(dim=0)
         self._batch[name] = total
 
-    def end(self, positions: list[int]) -> None:
+    def keep(self, positions: list[int]) -> None:
         for name, squares in self._batch.items():
             self.sums[name] += squares
 

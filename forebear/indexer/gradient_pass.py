@@ -6,9 +6,9 @@ and bad numbers are handled here, once.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,24 +21,35 @@ from forebear.indexer.scopes import Block
 from forebear.indexer.tape import LayerFactors, Seed, Tape, loss_of
 
 
-class Collector(Protocol):
+class Collector(ABC):
     """Gathers something from the gradients of one scope, batch by batch.
 
-    A batch is begun, each block's factors arrive in any order, and the batch is ended; a batch that does not fit in
-    memory is begun again with fewer rows, so nothing may be kept before the end.
+    A batch is a transaction. It is begun, each block's factors arrive in any order, it is ended, and then kept. Until
+    it is kept it may fail for want of memory at any point, also in another collector of the same pass: it is then begun
+    again with fewer rows. So only :meth:`keep` may change the result; all else works on what belongs to the batch.
+
+    Attributes:
+        scope: Name of the scope.
+        blocks: Parameters whose gradients are gathered.
     """
 
     scope: str
     blocks: tuple[Block, ...]
 
+    @abstractmethod
     def begin(self, positions: list[int]) -> None:
-        """A batch starts; its rows stand at ``positions`` of the texts."""
+        """A batch starts, its rows at ``positions`` of the texts; what is left of one that failed is dropped."""
 
+    @abstractmethod
     def on_layer(self, name: str, factors: LayerFactors) -> None:
         """A block's factors."""
 
-    def end(self, positions: list[int]) -> None:
-        """The batch is complete."""
+    def end(self, positions: list[int]) -> None:  # noqa: B027  # most collectors have nothing left to compute
+        """All factors have arrived: whatever still takes memory is computed here."""
+
+    @abstractmethod
+    def keep(self, positions: list[int]) -> None:
+        """The batch becomes part of the result; never repeated, so a lack of memory here ends the pass."""
 
 
 SeedOf = Callable[[list[int]], Seed]  # what is differentiated at the rows of these positions
@@ -80,7 +91,7 @@ def run_pass(
 
     Raises:
         NonFiniteError: A feature or logit is NaN or infinite; the row is named.
-        StorageError: Not even one row fits in memory.
+        StorageError: Not even one row fits in memory, or the results do not.
     """
     encoded = texts if isinstance(texts, Encoded) else Encoded(encode(classifier, texts))
     rows, minus = encoded.rows, encoded.minus
@@ -132,6 +143,7 @@ def run_pass(
                 warn(f"{len(at)} rows of {longest} word pieces do not fit in memory; going on with {len(at) // 2}.")
             waiting.extendleft(_halves(at))
             continue
+        _keep(collectors, at, classifier)
         features[at], logits[at] = f[which], z[which]
         if minus is not None:
             to = [len(rows) + i for i in at]
@@ -140,6 +152,20 @@ def run_pass(
             on_rows(len(at))
     refuse_non_finite(classifier.name, first_row, *np.split(logits, versions), *np.split(features, versions))
     return Forward(features, softmax(logits), logits)
+
+
+def _keep(collectors: Sequence[Collector], at: list[int], classifier: Classifier) -> None:
+    """Add a batch to the results; a lack of memory ends the pass, for a batch that was kept must not run again."""
+    try:
+        for collector in collectors:
+            collector.keep(at)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise StorageError(
+            f"the memory of {classifier.device} does not suffice for what is gathered from the rows. Give "
+            "--batch-tokens a smaller value, or use --device cpu."
+        ) from error
 
 
 def _run_once(encoded: Encoded, at: list[int]) -> tuple[list[int], np.ndarray]:

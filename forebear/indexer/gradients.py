@@ -10,7 +10,7 @@ import torch
 
 from forebear.indexer.ekfac import Vectors
 from forebear.indexer.encoding import Encoded, Texts, encode
-from forebear.indexer.gradient_pass import labels_seed, run_pass
+from forebear.indexer.gradient_pass import Collector, labels_seed, run_pass
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block
 from forebear.indexer.tape import LayerFactors
@@ -19,7 +19,7 @@ BATCH_TOKENS = 2048
 _PRODUCT_LENGTH = 8192
 
 
-class _Gradients:
+class _Gradients(Collector):
     """Gathers whole gradients."""
 
     def __init__(self, scope: str, blocks: Sequence[Block], n_rows: int, weight: torch.Tensor) -> None:
@@ -37,7 +37,7 @@ class _Gradients:
     def on_layer(self, name: str, factors: LayerFactors) -> None:
         self._batch[name] = factors.gradients()
 
-    def end(self, positions: list[int]) -> None:
+    def keep(self, positions: list[int]) -> None:
         for name, gradients in self._batch.items():
             self.out[name][positions] = gradients
 
@@ -55,7 +55,7 @@ def whole_gradients(
     return collector.out
 
 
-class _Sums:
+class _Sums(Collector):
     """Gathers sums of gradients by group; no row's gradient is formed."""
 
     def __init__(self, scope: str, blocks: Sequence[Block], groups: np.ndarray, weight: torch.Tensor) -> None:
@@ -67,19 +67,25 @@ class _Sums:
             return torch.zeros((n_groups, block.n_out, block.n_in), dtype=weight.dtype, device=weight.device)
 
         self.out = {block.name: zeros(block) for block in blocks}
+        self._batch: dict[str, list[torch.Tensor]] = {}
 
     def begin(self, positions: list[int]) -> None:
+        self._batch = {}
         mine = self._groups[positions]
         self._members = [(int(g), torch.from_numpy(np.flatnonzero(mine == g))) for g in np.unique(mine)]
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:
-        for group, members in self._members:
+        self._batch[name] = []
+        for _, members in self._members:
             at = members.to(factors.inputs.device)
             d, a = factors.deltas[at].flatten(0, 1), factors.inputs[at].flatten(0, 1)
-            self.out[name][group] += d.T @ a
+            self._batch[name].append(d.T @ a)
 
-    def end(self, positions: list[int]) -> None:
-        """Nothing is left to do."""
+    def keep(self, positions: list[int]) -> None:
+        for name, sums in self._batch.items():
+            for (group, _), total in zip(self._members, sums, strict=True):
+                self.out[name][group] += total
+        self._batch = {}
 
 
 def summed_gradients(
@@ -105,7 +111,7 @@ def summed_gradients(
     return collector.out
 
 
-class _Dots:
+class _Dots(Collector):
     """Gathers dots with query vectors."""
 
     def __init__(
@@ -137,7 +143,10 @@ class _Dots:
             self._total[q, at] += ((a[at] @ v[q].T) * d[at]).sum(dim=(1, 2))
 
     def end(self, positions: list[int]) -> None:
-        self.out[:, positions] = self._total.cpu().numpy()
+        self._found = self._total.cpu().numpy()
+
+    def keep(self, positions: list[int]) -> None:
+        self.out[:, positions] = self._found
 
 
 def _products(v: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from forebear.errors import NonFiniteError, StorageError
 from forebear.indexer.ekfac import Vectors, curvature_seeds
 from forebear.indexer.encoding import Encoded, encode, pad_batch, plan_batches
-from forebear.indexer.gradient_pass import SeedOf, run_pass
+from forebear.indexer.gradient_pass import Collector, SeedOf, run_pass
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block
 from forebear.indexer.tape import LayerFactors, only_asking
@@ -113,7 +113,7 @@ class _Tokens:
         return spread.sum(dim=1)
 
 
-class _Outer:
+class _Outer(Collector):
     """Sums over rows of <G_n, V> G_n."""
 
     def __init__(self, scope: str, blocks: tuple[Block, ...], vectors: Vectors) -> None:
@@ -129,19 +129,21 @@ class _Outer:
         self._batch[name] = _Tokens(live.nonzero()[:, 0], factors.inputs[live], factors.deltas[live], live)
 
     def end(self, positions: list[int]) -> None:
-        """Everything that takes memory comes before the first sum changes, so that a failed batch can begin again."""
-        batch, self._batch = self._batch, {}
+        batch = self._batch
         if not batch:
             return
         dots = torch.stack(
             [torch.stack([tokens.dots(v) for v in self._vectors[name]]) for name, tokens in batch.items()]
         ).sum(dim=0)  # (q, b)
-        weights = {name: dots[:, x.rows, None].to(x.deltas.dtype) for name, x in batch.items()}
+        self._weights = {name: dots[:, x.rows, None].to(x.deltas.dtype) for name, x in batch.items()}
         first = next(iter(batch.values())).deltas
-        room = first.new_empty(max(tokens.deltas.numel() for tokens in batch.values()))
+        self._room = first.new_empty(max(tokens.deltas.numel() for tokens in batch.values()))
+
+    def keep(self, positions: list[int]) -> None:
+        batch, self._batch = self._batch, {}
         for name, tokens in batch.items():
-            weighted = room[: tokens.deltas.numel()].view_as(tokens.deltas)
-            for total, weight in zip(self.sums[name], weights[name], strict=True):
+            weighted = self._room[: tokens.deltas.numel()].view_as(tokens.deltas)
+            for total, weight in zip(self.sums[name], self._weights[name], strict=True):
                 torch.mul(tokens.deltas, weight, out=weighted)
                 total.addmm_(weighted.T, tokens.inputs)
 

@@ -25,7 +25,7 @@ from forebear.errors import CorruptIndexError
 from forebear.indexer.ekfac import Vectors, dot
 from forebear.indexer.encoding import Texts, n_rows_of
 from forebear.indexer.forward import Forward
-from forebear.indexer.gradient_pass import MemoryWarning, labels_seed, refuse_non_finite, run_pass
+from forebear.indexer.gradient_pass import Collector, MemoryWarning, labels_seed, refuse_non_finite, run_pass
 from forebear.indexer.model import Classifier
 from forebear.indexer.projector import Projector, row_lengths
 from forebear.indexer.store import MEND, as_tensor, column, read_batches, record_batch, write_table
@@ -205,7 +205,7 @@ class SketchRows:
         return {name: v if v.ndim == 2 else v.astype(np.float32) for name, v in (out | numbers).items()}
 
 
-class RawSketches:
+class RawSketches(Collector):
     """Gathers raw sketches, scaled to length 1, to fit a reduction on."""
 
     def __init__(self, projector: Projector, n_rows: int, device: torch.device) -> None:
@@ -226,10 +226,14 @@ class RawSketches:
         """See :class:`~forebear.indexer.gradient_pass.Collector`."""
         lengths = row_lengths(self._raw)[:, None]
         unit = self._raw * (1 / torch.where(lengths > 0, lengths, 1.0)).float()
-        self.out[positions] = unit.half().cpu().numpy()
+        self._unit = unit.half().cpu().numpy()
+
+    def keep(self, positions: list[int]) -> None:
+        """See :class:`~forebear.indexer.gradient_pass.Collector`."""
+        self.out[positions] = self._unit
 
 
-class Sketches:
+class Sketches(Collector):
     """Gathers stored sketches and exact norms."""
 
     def __init__(self, projector: Projector, reduction: Reduction, n_rows: int, device: torch.device) -> None:
@@ -253,8 +257,12 @@ class Sketches:
     def end(self, positions: list[int]) -> None:
         """See :class:`~forebear.indexer.gradient_pass.Collector`."""
         lengths, x, codes = self._reduce(self._raw)
-        self._coordinates[positions], self._codes[positions] = x.cpu().numpy(), codes.cpu().numpy()
-        self._lengths[positions], self._norms[positions] = lengths.cpu().numpy(), self._squares.sqrt().cpu().numpy()
+        self._batch = [values.cpu().numpy() for values in (x, codes, lengths, self._squares.sqrt())]
+
+    def keep(self, positions: list[int]) -> None:
+        """See :class:`~forebear.indexer.gradient_pass.Collector`."""
+        self._coordinates[positions], self._codes[positions], *numbers = self._batch
+        self._lengths[positions], self._norms[positions] = numbers
 
     def rows(self, first_row: int = 0) -> SketchRows:
         """All of them, after the pass.

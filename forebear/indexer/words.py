@@ -15,7 +15,7 @@ import torch
 
 from forebear.indexer.encoding import encode
 from forebear.indexer.forward import Forward
-from forebear.indexer.gradient_pass import labels_seed, refuse_non_finite, run_pass
+from forebear.indexer.gradient_pass import Collector, labels_seed, refuse_non_finite, run_pass
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block, embedding_block
 from forebear.indexer.tape import EmbeddingFactors, LayerFactors
@@ -108,7 +108,7 @@ def stretches(starts: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.nda
     return now, np.arange(now[-1]) + np.repeat(starts[which] - now[:-1], counts)
 
 
-class WordGradients:
+class WordGradients(Collector):
     """Gathers word gradients: of all positions (``top`` 0), or of each row's ``top`` longest."""
 
     def __init__(self, classifier: Classifier, top: int, n_rows: int, precision: str | None) -> None:
@@ -131,6 +131,7 @@ class WordGradients:
         self._vectors: list[np.ndarray] = []
         self._coded: list[Coded] = []
         self._batch: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._encoded: Coded | None = None  # of the batch
 
     def begin(self, positions: list[int]) -> None:
         """See :class:`~forebear.indexer.gradient_pass.Collector`."""
@@ -152,19 +153,23 @@ class WordGradients:
     def end(self, positions: list[int]) -> None:
         """See :class:`~forebear.indexer.gradient_pass.Collector`."""
         assert self._batch is not None
-        rows, tokens, vectors = self._batch
-        counts = np.bincount(rows, minlength=len(positions))
-        self._counts[positions] = counts
-        self._squares[positions] = np.bincount(
-            rows, (vectors.astype(np.float64) ** 2).sum(axis=1), minlength=len(positions)
-        )
-        self._places.append((positions, counts))
+        rows, _, vectors = self._batch
+        self._sizes = np.bincount(rows, minlength=len(positions))
+        self._lengths = np.bincount(rows, (vectors.astype(np.float64) ** 2).sum(axis=1), minlength=len(positions))
+        self._encoded = None if self._precision is None else encode_vectors(vectors, self._precision)
+
+    def keep(self, positions: list[int]) -> None:
+        """See :class:`~forebear.indexer.gradient_pass.Collector`."""
+        assert self._batch is not None
+        _, tokens, vectors = self._batch
+        self._counts[positions], self._squares[positions] = self._sizes, self._lengths
+        self._places.append((positions, self._sizes))
         self._tokens.append(tokens)
-        if self._precision is None:
+        if self._encoded is None:
             self._vectors.append(vectors)
         else:
-            self._coded.append(encode_vectors(vectors, self._precision))
-        self._batch = None
+            self._coded.append(self._encoded)
+        self._batch = self._encoded = None
 
     def rows(self, first_row: int = 0) -> WordRows:
         """All of them, after the pass.

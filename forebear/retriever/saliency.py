@@ -18,7 +18,7 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.indexer.encoding import Encoded, encode_with_places
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS, softmax
-from forebear.indexer.gradient_pass import SeedOf, refuse_non_finite, run_pass
+from forebear.indexer.gradient_pass import Collector, SeedOf, refuse_non_finite, run_pass
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block, embedding_block, encoder_input_block
 from forebear.indexer.tape import ENCODER_INPUT, EmbeddingFactors, LayerFactors, Seed, loss_of
@@ -113,7 +113,7 @@ def saliency(
     return maps
 
 
-class _Saliencies:
+class _Saliencies(Collector):
     """Gathers values before normalisation; see :class:`~forebear.indexer.gradient_pass.Collector`.
 
     Attributes:
@@ -140,7 +140,7 @@ class _Saliencies:
             terms = terms * -factors.inputs.double()
         self._batch = terms.sum(dim=2).cpu().numpy(), terms.abs().sum(dim=(1, 2)).cpu().numpy()
 
-    def end(self, positions: list[int]) -> None:
+    def keep(self, positions: list[int]) -> None:
         assert self._batch is not None
         values, self.sizes[positions] = self._batch
         for position, row in zip(positions, values, strict=True):
