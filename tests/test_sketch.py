@@ -412,6 +412,7 @@ def show(collector, factors) -> None:
     for name, some in factors.items():
         collector.on_layer(name, some)
     collector.end(at)
+    collector.keep(at)
 
 
 def reduce_raw(reduction: Reduction, raw: np.ndarray) -> list[np.ndarray]:
