@@ -26,13 +26,12 @@ from forebear.cli.groups import grouped
 from forebear.cli.workers import Workers, start_workers
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from forebear.evaluation.comparisons import Queries
     from forebear.evaluation.report import Report
     from forebear.evaluation.retraining import Retrainer
     from forebear.retriever.query_spec import QuerySpec
     from forebear.retriever.retriever import Retriever
+    from forebear.retriever.scores import Scores
 
 _HOW = """--retrain full fine-tunes as the run did. Stand-ins: top-K trains the last K layers from stored states, at K
 layers' share of the cost; head fits the last layer to stored features, in about a second. Finished retrainings are
@@ -185,7 +184,7 @@ class _Opened:
         """Rows of the index that are not retired."""
         return len(self.retriever.index.live)
 
-    def scores(self) -> dict[str, np.ndarray]:
+    def scores(self) -> Scores:
         """Of all live rows, by method."""
         from forebear.evaluation.row_choice import row_scores
 

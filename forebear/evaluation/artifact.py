@@ -28,6 +28,7 @@ from forebear.indexer.forward import run_forward
 from forebear.indexer.options import Progress, no_progress
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
+from forebear.retriever.scores import Scores
 
 N_BINS = 20
 N_ENDS = 5  # rows shown at each end
@@ -146,6 +147,7 @@ class ArtifactRegression:
             the lowest up, over the queries of a group, ``(m, g, 3, bins)``; NaN without queries.
         ends: The rows at the top and at the bottom by the first method, ``(q, 2, k)``, outermost first.
         predictions: Predicted class, ``(q,)``.
+        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -158,6 +160,7 @@ class ArtifactRegression:
     bins: np.ndarray
     ends: np.ndarray
     predictions: np.ndarray
+    residuals: dict[str, float]
 
     @property
     def quantile(self) -> float:
@@ -206,11 +209,13 @@ def regress_artifact(
     errors = np.full((len(methods), n_queries), np.nan)
     ends = np.empty((n_queries, 2, k), np.int64)
     size = max(1, min(QUERY_BLOCK_ROWS, _MAX_SCORES // (n * len(methods))))
+    scored = Scores()
     progress("queries", 0, n_queries)
     for start in range(0, n_queries, size):
         at = slice(start, start + size)
         labels = None if queries.labels is None else queries.labels[at]
         found = retriever.score_block([column[at] for column in queries.texts], labels, spec, first_row=start)
+        scored.note_residuals([found])
         for m, name in enumerate(methods):
             for q, scores in enumerate(found[name], start):
                 if not np.isfinite(scores).all():
@@ -240,6 +245,7 @@ def regress_artifact(
         ),
         ends=ends,
         predictions=predictions,
+        residuals=scored.residuals,
     )
 
 

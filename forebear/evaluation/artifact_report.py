@@ -91,7 +91,7 @@ def artifact_report(
         _tables(found, feature, artifact, means),
         [_figure(found, m, feature) for m in range(len(found.methods)) if means[m][0].n],
         _groups(found, feature, retriever, queries),
-        provenance(retriever, spec, command, **facts),
+        provenance(retriever, spec, command, residuals=found.residuals, **facts),
     )
     result = {
         "feature": {"name": feature.name, "description": feature.description, "mean": float(artifact.mean())},
@@ -114,7 +114,7 @@ def artifact_report(
         "query_rows": queries.rows,
         "predictions": [retriever.label_names[i] for i in found.predictions],
         "seed": seed,
-        "question": question(retriever, spec),
+        "question": question(retriever, spec, found.residuals),
     }
     return report, result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from forebear.indexer.data import RowSource
 from forebear.indexer.gradients import live_sample
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
+from forebear.retriever.scores import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +90,10 @@ def sample_queries(
     )  # fmt: skip
 
 
-def score_queries(
-    retriever: Retriever, queries: Queries, spec: QuerySpec, rows: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
+def score_queries(retriever: Retriever, queries: Queries, spec: QuerySpec, rows: np.ndarray | None = None) -> Scores:
     """Exact scores of training rows (None: all live ones), ``(q, n)`` float64 by method name."""
     retriever.check_stores(spec.check(), spec)
-    blocks = [retriever.score_block(part.texts, part.labels, spec, rows=rows) for part in queries.blocks()]
-    found = {name: np.concatenate([block[name] for block in blocks]) for name in spec.methods}
+    found = Scores.join([retriever.score_block(part.texts, part.labels, spec, rows=rows) for part in queries.blocks()])
     bad = [name for name, scores in found.items() if np.isnan(scores).any()]
     if bad:
         raise NonFiniteError(f"{bad[0]} gives NaN as a score. Check the model and the index (forebear verify).")
@@ -178,22 +176,29 @@ def matrix_figure(
     return Figure(title, heat_map(names, names, matrix, low=low, high=1.0), caption)
 
 
-def provenance(retriever: Retriever, spec: QuerySpec, command: str, **facts: object) -> dict[str, str]:
-    """What a report says of where its numbers come from."""
+def provenance(
+    retriever: Retriever,
+    spec: QuerySpec,
+    command: str,
+    *,
+    residuals: Mapping[str, float] | None = None,
+    **facts: object,
+) -> dict[str, str]:
+    """What a report says of where its numbers come from; ``residuals`` of H^-1 by method, where a solver iterated."""
     return {
         "index": str(retriever.index.folder),
         "index digest": retriever.index.manifest.digest(),
-        "question digest": spec.digest(),
+        "question digest": retriever.settled(spec).digest(retriever.index),
         "scope": spec.scope,
         "target": spec.target,
         **{name.replace("_", " "): str(value) for name, value in facts.items()},
-        **{f"H^-1 of {name}": f"relative residual {r:.1e}" for name, r in retriever.residuals.items()},
+        **{f"H^-1 of {name}": f"relative residual {r:.1e}" for name, r in (residuals or {}).items()},
         "95% intervals": INTERVALS,
         "command": command,
     }
 
 
-def question(retriever: Retriever, spec: QuerySpec) -> dict[str, Any]:
+def question(retriever: Retriever, spec: QuerySpec, residuals: Mapping[str, float] | None = None) -> dict[str, Any]:
     """The same for programs: the question with every choice, and what it means for each method."""
     facts = json.loads(retriever.metadata(spec)["forebear"])
-    return {"spec": asdict(spec), **facts, **({"residuals": retriever.residuals} if retriever.residuals else {})}
+    return {"spec": asdict(spec), **facts, **({"residuals": dict(residuals)} if residuals else {})}

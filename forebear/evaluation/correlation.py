@@ -35,11 +35,13 @@ class Correlation:
         methods: Names, ``m``.
         values: For each query and pair of methods, ``(q, m, m)``; NaN where a method gives all rows one score.
         rows: Training rows that were scored, ``(n,)``.
+        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
     values: np.ndarray
     rows: np.ndarray
+    residuals: dict[str, float]
 
 
 def correlations(
@@ -67,7 +69,7 @@ def correlations(
     scores = score_queries(retriever, queries, spec, rows)
     ranks = np.stack([standardised_ranks(scores[name]) for name in spec.methods], axis=1)
     values = np.clip(np.einsum("qin,qjn->qij", ranks, ranks) / len(rows), -1.0, 1.0)
-    return Correlation(methods=spec.methods, values=values, rows=rows)
+    return Correlation(methods=spec.methods, values=values, rows=rows, residuals=scores.residuals)
 
 
 def correlation_report(
@@ -108,7 +110,14 @@ def correlation_report(
             ),
         ),
         provenance=provenance(
-            retriever, spec, command, test_rows=queries.source, queries=len(queries), rows=len(found.rows), seed=seed
+            retriever,
+            spec,
+            command,
+            residuals=found.residuals,
+            test_rows=queries.source,
+            queries=len(queries),
+            rows=len(found.rows),
+            seed=seed,
         ),
     )
     result = {
@@ -119,6 +128,6 @@ def correlation_report(
         "query_rows": queries.rows,
         "training_rows": found.rows,
         "seed": seed,
-        "question": question(retriever, spec),
+        "question": question(retriever, spec, found.residuals),
     }
     return report, result

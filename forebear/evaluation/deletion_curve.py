@@ -21,6 +21,7 @@ from forebear.evaluation.row_choice import Side, rows_at
 from forebear.evaluation.statistics import difference_table
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.scores import residuals_of
 
 MAX_LINES = 6  # of one chart
 
@@ -37,6 +38,7 @@ class DeletionCurve:
             ``(m, 2, k, seeds, q)``; NaN where not sampled.
         n_candidates: Rows of each query that might be removed; None: all.
         sampled: What was retrained, in a line.
+        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -45,6 +47,7 @@ class DeletionCurve:
     changes: np.ndarray
     n_candidates: int | None
     sampled: str
+    residuals: dict[str, float]
 
     @property
     def curves(self) -> np.ndarray:
@@ -100,6 +103,7 @@ def measure_deletion(
         changes=changes.reshape(len(scores), 2, len(amounts), len(seeds), len(gold)),
         n_candidates=None if candidates is None else candidates.shape[1],
         sampled=sampled,
+        residuals=residuals_of(scores),
     )
 
 
@@ -149,10 +153,12 @@ def deletion_report(
         f"{found.methods[best]}: {plus:+.3f}; without its opponents (AUC-DEL−) {minus:+.3f}. {retrainer.recipe.note}",
         tables,
         [_curve_figure(found, j, f"{side}(k)") for j, side in enumerate(names)],
-        provenance=retraining_provenance(retriever, spec, retrainer, found.seeds, sampled, queries, command),
+        provenance=retraining_provenance(
+            retriever, spec, found.residuals, retrainer, found.seeds, sampled, queries, command
+        ),
     )
     result = {
-        **question(retriever, spec),
+        **question(retriever, spec, found.residuals),
         **retrainer.facts(),
         "seeds": found.seeds,
         "sampled": sampled,

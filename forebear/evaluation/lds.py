@@ -30,6 +30,7 @@ from forebear.evaluation.row_choice import random_rows
 from forebear.evaluation.statistics import difference_table
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.scores import residuals_of
 
 MIN_SUBSETS = 3
 
@@ -46,6 +47,7 @@ class Lds:
         subsets: Numbers of the random halves that were sampled.
         seeds: Of the retrainings; outputs are averaged over them.
         sampled: What was retrained, in a line.
+        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -55,6 +57,7 @@ class Lds:
     subsets: np.ndarray
     seeds: tuple[int, ...]
     sampled: str
+    residuals: dict[str, float]
 
     @property
     def ceiling(self) -> np.ndarray | None:
@@ -115,6 +118,7 @@ def measure_lds(
         subsets=chosen,
         seeds=tuple(seeds),
         sampled=sampled,
+        residuals=residuals_of(scores),
     )
 
 
@@ -178,10 +182,12 @@ def lds_report(
         + retrainer.recipe.note,
         tables,
         [Figure("LDS by method", drawing, "Mean over queries, bars: standard error.")],
-        provenance=retraining_provenance(retriever, spec, retrainer, found.seeds, found.sampled, queries, command),
+        provenance=retraining_provenance(
+            retriever, spec, found.residuals, retrainer, found.seeds, found.sampled, queries, command
+        ),
     )
     result = {
-        **question(retriever, spec),
+        **question(retriever, spec, found.residuals),
         **retrainer.facts(),
         "seeds": found.seeds,
         "sampled": found.sampled,

@@ -60,6 +60,7 @@ class Randomized:
             all rows the same score.
         seeds: Of the random models, ``s``.
         rows: Training rows that were scored, ``(n,)``.
+        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -67,6 +68,7 @@ class Randomized:
     values: np.ndarray
     seeds: tuple[int, ...]
     rows: np.ndarray
+    residuals: dict[str, float]
 
 
 def save_random_model(classifier: Classifier, folder: Path, seed: int) -> None:
@@ -163,7 +165,10 @@ def randomized_correlations(
                 for m, name in enumerate(spec.methods):
                     values[t, s, :, m] = spearman(trained[name], untrained[name])
         progress("random models", s + 1, len(seeds))
-    return Randomized(methods=spec.methods, targets=tuple(specs), values=values, seeds=tuple(seeds), rows=rows)
+    return Randomized(
+        methods=spec.methods, targets=tuple(specs), values=values, seeds=tuple(seeds), rows=rows,
+        residuals=trained.residuals,
+    )  # fmt: skip
 
 
 def mean_over_seeds(values: np.ndarray) -> np.ndarray:
@@ -210,8 +215,8 @@ def randomized_report(
         (table,),
         (Figure("Trained against random models", drawing, "0 where it is undefined."),),
         provenance=provenance(
-            retriever, spec, command, test_rows=queries.source, queries=len(queries), rows=len(found.rows), seed=seed,
-            random_models=", ".join(map(str, found.seeds)),
+            retriever, spec, command, residuals=found.residuals, test_rows=queries.source, queries=len(queries),
+            rows=len(found.rows), seed=seed, random_models=", ".join(map(str, found.seeds)),
         ),
     )  # fmt: skip
     result = {
@@ -222,6 +227,6 @@ def randomized_report(
         "query_rows": queries.rows,
         "training_rows": found.rows,
         "seed": seed,
-        "question": question(retriever, spec),
+        "question": question(retriever, spec, found.residuals),
     }
     return report, result

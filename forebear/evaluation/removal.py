@@ -27,6 +27,7 @@ from forebear.evaluation.row_choice import SIDES, Side, random_rows, rows_at
 from forebear.evaluation.statistics import difference_table, paired_difference
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.scores import residuals_of
 
 RANDOM = "(random rows)"
 IN_PLACE = (
@@ -105,6 +106,7 @@ class Removal:
         changes: ``(m, s, a, seeds, q)``; NaN where not sampled.
         random: Of random rows, drawn for each query, seed and amount, ``(a, seeds, q)``.
         sampled: What was retrained, in a line.
+        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -114,6 +116,7 @@ class Removal:
     changes: np.ndarray
     random: np.ndarray
     sampled: str
+    residuals: dict[str, float]
 
 
 def measure_removal(
@@ -158,6 +161,7 @@ def measure_removal(
         changes=changes[:n_ranked].reshape(len(scores), len(sides), len(amounts), len(seeds), n_queries),
         random=changes[n_ranked:],
         sampled=sampled,
+        residuals=residuals_of(scores),
     )
 
 
@@ -196,10 +200,12 @@ def removal_report(
         _removal_summary(found, retrainer),
         tables,
         _removal_figures(found),
-        provenance=retraining_provenance(retriever, spec, retrainer, found.seeds, found.sampled, queries, command),
+        provenance=retraining_provenance(
+            retriever, spec, found.residuals, retrainer, found.seeds, found.sampled, queries, command
+        ),
     )
     result = {
-        **question(retriever, spec),
+        **question(retriever, spec, found.residuals),
         **retrainer.facts(),
         "seeds": found.seeds,
         "sampled": found.sampled,
@@ -290,6 +296,7 @@ def _removal_summary(found: Removal, retrainer: Retrainer) -> str:
 def retraining_provenance(
     retriever: Retriever,
     spec: QuerySpec,
+    residuals: Mapping[str, float],
     retrainer: Retrainer,
     seeds: Sequence[int],
     sampled: str,
@@ -301,6 +308,7 @@ def retraining_provenance(
         retriever,
         spec,
         command,
+        residuals=residuals,
         test_rows=f"{queries.source}, {len(queries):,} of them"
         + (f"; {len(queries.left_out):,} sampled rows without a span left out" if len(queries.left_out) else ""),
         retraining=f"{retrainer.recipe.name}. {retrainer.recipe.note}",

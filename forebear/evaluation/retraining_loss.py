@@ -21,6 +21,7 @@ from forebear.evaluation.row_choice import random_rows, rows_at
 from forebear.evaluation.statistics import paired_difference
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.scores import residuals_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class RetrainingLoss:
         accuracy: After removing rows, ``(m + 1, a, s)``.
         n_rows: Rows that accuracy is measured on.
         sampled: What was retrained, in a line.
+        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -44,6 +46,7 @@ class RetrainingLoss:
     accuracy: np.ndarray
     n_rows: int
     sampled: str
+    residuals: dict[str, float]
 
     @property
     def loss(self) -> np.ndarray:
@@ -92,6 +95,7 @@ def measure_retraining_loss(
         accuracy=accuracy[:, 1:].T.reshape(len(scores) + 1, len(amounts), len(chosen)),
         n_rows=len(gold),
         sampled=sampled,
+        residuals=residuals_of(scores),
     )
 
 
@@ -133,10 +137,12 @@ def retraining_loss_report(
         f"{retrainer.recipe.note}",
         [table],
         [Figure("Accuracy lost", drawing, f"Mean over seeds, bars: standard error.{_left_undrawn(found.amounts)}")],
-        provenance=retraining_provenance(retriever, spec, retrainer, found.seeds, found.sampled, queries, command),
+        provenance=retraining_provenance(
+            retriever, spec, found.residuals, retrainer, found.seeds, found.sampled, queries, command
+        ),
     )
     result = {
-        **question(retriever, spec),
+        **question(retriever, spec, found.residuals),
         **retrainer.facts(),
         "seeds": found.seeds,
         "sampled": found.sampled,

@@ -20,6 +20,7 @@ from forebear.retriever.methods import Method, pick_methods
 from forebear.retriever.queries import N_VARIANTS, Models, choose_targets
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.scores import Scores
 from forebear.retriever.span_scores import SpanScores
 from forebear.retriever.spans import query_spans
 from forebear.retriever.stored_spans import stored_row_scores
@@ -125,7 +126,7 @@ def least_overlap(retriever: Retriever, queries: Queries, n_candidates: int) -> 
     return np.sort(np.concatenate(found), axis=1)
 
 
-def row_scores(retriever: Retriever, queries: Queries, spec: QuerySpec) -> dict[str, np.ndarray]:
+def row_scores(retriever: Retriever, queries: Queries, spec: QuerySpec) -> Scores:
     """Exact scores of all live rows, ``(q, n)`` float64 by method name.
 
     Of a method by spans a row's score is that of its best span; -inf if it has none that the model reads.
@@ -141,16 +142,16 @@ def row_scores(retriever: Retriever, queries: Queries, spec: QuerySpec) -> dict[
     methods = spec.check()
     by_spans = [m for m in methods if m.ranks_spans]
     others = tuple(m.name for m in methods if m not in by_spans)
-    found = score_queries(retriever, queries, replace(spec, methods=others)) if others else {}
+    found = score_queries(retriever, queries, replace(spec, methods=others)) if others else Scores()
     if by_spans:
         retriever.check_stores(tuple(by_spans), spec)
-        found |= _best_spans(retriever, queries, spec, by_spans)
-    return {method.name: found[method.name] for method in methods}
+        best = _best_spans(retriever, queries, spec, by_spans)
+        found.update(best)
+        found.note_residuals([best])
+    return found.of(method.name for method in methods)
 
 
-def _best_spans(
-    retriever: Retriever, queries: Queries, spec: QuerySpec, methods: Sequence[Method]
-) -> dict[str, np.ndarray]:
+def _best_spans(retriever: Retriever, queries: Queries, spec: QuerySpec, methods: Sequence[Method]) -> Scores:
     index, classifier = retriever.index, retriever.classifier()
     forward = run_forward(classifier, queries.texts)
     targets = choose_targets(spec.target, forward.predictions, queries.labels, classifier.label_names)
@@ -164,7 +165,7 @@ def _best_spans(
         masked = Asked(encoded, targets)
     from_store = [m for m in methods if spec.scope == "head" and not m.variants and stores_spans(index, spec)]
     by_model = [m for m in methods if m not in from_store]
-    out: dict[str, np.ndarray] = {}
+    out = Scores()
     no_span = "no training row has a span that the model reads. Find spans otherwise (--spans)."
     if from_store:
         if not len(index.live_spans):
@@ -186,7 +187,7 @@ def _best_spans(
                 values = scores.summed(retriever.classifier(n_checkpoints + m) for m in range(N_VARIANTS))
             else:
                 values, residual = scores.preconditioned(spec.solver)
-                retriever.note_residual(method.name, residual)
+                out.note_residual(method.name, residual)
             out[method.name] = np.full((len(queries), len(index.live)), -np.inf)
             out[method.name][:, at] = np.maximum.reduceat(values, starts, axis=1)
     return out

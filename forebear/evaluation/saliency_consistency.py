@@ -40,6 +40,7 @@ from forebear.retriever.methods import pick_methods
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.saliency import saliency
+from forebear.retriever.scores import Scores
 from forebear.retriever.scoring import rank
 
 ROLES = ("most negative", "median", "most positive")
@@ -64,6 +65,7 @@ class SaliencyConsistency:
         n_constant: Queries by method that give all rows one score and are left out, ``(m,)``.
         query_rows: Numbers of the test rows, ``(q,)``.
         n_skipped: Test rows without a word piece that could be chosen.
+        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -75,6 +77,7 @@ class SaliencyConsistency:
     n_constant: np.ndarray
     query_rows: np.ndarray
     n_skipped: int
+    residuals: dict[str, float]
 
 
 def salient_positions(values: np.ndarray, eligible: np.ndarray) -> tuple[int, int, int] | None:
@@ -147,6 +150,7 @@ def saliency_consistency(
     sums, counts = (np.zeros((m, len(ROLES), len(INFLUENCE_SHARES), q)) for _ in range(2))
     overlaps = np.full((m, len(ROLES), len(OVERLAP_SHARES), q), np.nan)
     n_constant = np.zeros(m, np.int64)
+    scored = Scores()
     progress("queries", 0, q)
     for start in range(0, q, _TOGETHER):
         some = range(start, min(start + _TOGETHER, q))
@@ -157,6 +161,7 @@ def saliency_consistency(
             )
             for role in range(len(ROLES))
         ]
+        scored.note_residuals([before, *after])
         for j, name in enumerate(spec.methods):
             for number, i in enumerate(some):
                 scores = before[name][number]
@@ -178,6 +183,7 @@ def saliency_consistency(
         n_rows=len(index.live),
         n_constant=n_constant,
         query_rows=queries.rows[[i for i, _ in kept]],
+        residuals=scored.residuals,
         n_skipped=len(queries) - q,
     )
 
@@ -277,7 +283,7 @@ def saliency_consistency_report(
     report = Report(
         "Saliency consistency", " ".join(said), tables, figures,
         provenance=provenance(
-            retriever, replace(spec, target="predicted"), command, test_rows=queries.source,
+            retriever, replace(spec, target="predicted"), command, residuals=found.residuals, test_rows=queries.source,
             queries=len(found.query_rows), test_rows_without_a_word_piece=found.n_skipped,
             queries_without_order=dict(zip(found.methods, found.n_constant.tolist(), strict=True)), seed=seed,
         ),
@@ -295,6 +301,6 @@ def saliency_consistency_report(
         "n_skipped": found.n_skipped,
         "n_constant": found.n_constant,
         "seed": seed,
-        "question": question(retriever, replace(spec, target="predicted")),
+        "question": question(retriever, replace(spec, target="predicted"), found.residuals),
     }
     return report, result

@@ -127,7 +127,7 @@ def question_facts(index: Index, spec: QuerySpec) -> dict[str, Any]:
         "index": str(index.folder),
         "index_digest": index.manifest.digest(),
         "spec_digest": index.manifest.spec.digest(),
-        "query_digest": spec.digest(),
+        "query_digest": spec.digest(index),
         "exact": spec.exact,
         "aggregate": spec.aggregate,
         "target": spec.target,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from forebear.errors import InputError
+from forebear.indexer.index import Index
 from forebear.indexer.manifest import canonical_json
 from forebear.indexer.spans import span_finder
 from forebear.retriever.curvature import CurvatureSpec
@@ -84,9 +85,40 @@ class QuerySpec:
         """Where a method's gradients are compared."""
         return method.scope or self.scope
 
-    def digest(self) -> str:
-        """Name this question in results."""
-        return hashlib.sha256(canonical_json(asdict(self))).hexdigest()
+    def digest(self, index: Index) -> str:
+        """Name this question in results, once it is settled: two ways to write one question have one name.
+
+        Choices are taken as they come out for the index (``0.1x`` as the damping that it is there, ``han20`` as its
+        settings), and those that no method of the question depends on are left out.
+        """
+        methods = {method.name: self._decisive(method, index) for method in pick_methods(self.methods)}
+        resolved = {
+            "top": self.top, "target": self.target, "exact": self.exact, "aggregate": self.aggregate,
+            "methods": methods,
+        }  # fmt: skip
+        return hashlib.sha256(canonical_json(resolved)).hexdigest()
+
+    def _decisive(self, method: Method, index: Index) -> dict[str, Any]:
+        """What decides a method's answer beside what all methods share."""
+        found: dict[str, Any] = {}
+        if method.by_words:
+            found["normalise"] = self.normalise
+        if method.representation == "head":
+            scope = found["scope"] = self.scope_of(method)
+            if method.query == "preconditioned":
+                found |= self.solver.facts(index, scope)
+                if self.solver.at(scope).startswith("cg"):
+                    found["tolerance"] = self.tolerance
+            if self.exact == "rerank" and (scope != "head" or method.by_model):
+                found["certify"] = self.certify
+                found |= {"recall": self.recall} if self.candidates is None else {"candidates": self.candidates}
+        if method.ranks_spans:
+            found |= {"spans": self.spans, "span_column": self.span_column}
+            if method.spans == "both":
+                found["query_spans"] = self.query_spans or self.spans
+        if method.saliency:
+            found["word"] = self.word
+        return found
 
     def check(self) -> tuple[Method, ...]:
         """The methods, after refusing values that mean nothing."""

@@ -37,6 +37,7 @@ from forebear.retriever.methods import METHODS, Method
 from forebear.retriever.queries import Models, ask, make_query
 from forebear.retriever.query_spec import DEFAULT_METHODS, Exactness, QuerySpec
 from forebear.retriever.results import Answers, answer_table
+from forebear.retriever.scores import Scores
 from forebear.retriever.search import Ranking
 from forebear.retriever.spans import SpanSearch, word_influence
 from forebear.retriever.stored import row_factors, search_query, search_stored
@@ -51,8 +52,6 @@ class Retriever:
 
     Attributes:
         index: The index.
-        residuals: Largest relative residual of H^-1 by method, where a solver iterated, over all that
-            :meth:`score_block` was asked so far.
 
     Example:
         >>> from forebear import Index, Retriever
@@ -80,7 +79,6 @@ class Retriever:
         self._searches: dict[tuple[str, CurvatureSpec], GradientSearch] = {}
         self._words = WordSearch(self.index, self._models)
         self._tfidf = TfidfSearch(self.index, self._models)
-        self.residuals: dict[str, float] = {}
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -295,7 +293,7 @@ class Retriever:
         *,
         rows: np.ndarray | None = None,
         first_row: int = 0,
-    ) -> dict[str, np.ndarray]:
+    ) -> Scores:
         """Exact scores of training rows for one block of test rows, by all methods of a question together.
 
         Args:
@@ -306,7 +304,7 @@ class Retriever:
             first_row: Number of the first test row, for messages.
 
         Returns:
-            By method name ``(q, n)`` float64, columns in the order of ``rows``.
+            By method name ``(q, n)`` float64, columns in the order of ``rows``; with the residuals of H^-1.
 
         Raises:
             InputError: A method scores no rows, or reads the texts of test rows that are encoded.
@@ -323,19 +321,20 @@ class Retriever:
             self._models, methods, texts, labels, spec.target, len(self.index.manifest.checkpoints), first_row=first_row
         )
         deep = [m for m in methods if not m.by_words and (m.variants or is_deep(m, spec))]
-        found: dict[str, np.ndarray] = {}
+        found = Scores()
         for scope in dict.fromkeys(spec.scope_of(m) for m in deep):
             some = [m for m in deep if spec.scope_of(m) == scope]
             at = DeepAsked(texts, asked.targets)
             values, residuals = self._gradient_search(scope, spec).score(some, at, {m.name: wanted for m in some})
-            found |= values
+            found.update(values)
             for name, residual in residuals.items():
-                self.note_residual(name, residual)
+                found.note_residual(name, residual)
         by_words = [m for m in methods if m.representation == "words"]
         if by_words:
             assert not isinstance(texts, Encoded)
             questions = self._words.questions(by_words, texts, asked.targets, normalise=spec.normalise)
-            found |= {m.name: scores for m, scores in zip(by_words, self._words.score(questions, wanted), strict=True)}
+            scored = self._words.score(questions, wanted)
+            found.update({m.name: scores for m, scores in zip(by_words, scored, strict=True)})
         for method in methods:
             if method.representation == "tfidf":
                 assert not isinstance(texts, Encoded)
@@ -343,14 +342,9 @@ class Retriever:
                 found[method.name] = whole[:, np.searchsorted(live, wanted)]
             elif method.name not in found:
                 query = make_query(method, asked, self.index, spec.solver)
-                self.note_residual(method.name, query.residual)
+                found.note_residual(method.name, query.residual)
                 found[method.name] = replace(row_factors(self.index, method), live=wanted).all_products(query)
-        return {method.name: found[method.name] for method in methods}
-
-    def note_residual(self, method: str, residual: np.ndarray | None) -> None:
-        """Remember how well H^-1 was solved, ``(q,)``, for what is said of the method's scores."""
-        if residual is not None:
-            self.residuals[method] = max(self.residuals.get(method, 0.0), float(residual.max()))
+        return found.of(method.name for method in methods)
 
     def word_influence(
         self, query: Sequence[str], target: int, rows: np.ndarray, spec: QuerySpec

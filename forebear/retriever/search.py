@@ -16,8 +16,8 @@ made longer. Quantised FAISS indexes carry no such guarantee, only their calibra
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -252,16 +252,16 @@ def _scan_chunk(
 
 
 def join(parts: list[Ranking]) -> Ranking:
-    """Rankings of one block of test rows after another."""
+    """Rankings of one block of test rows after another; every field that holds something for each query is joined."""
 
-    def together(name: str) -> np.ndarray | None:
+    def together(name: str) -> Any:
         values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else np.concatenate(values)
+        if isinstance(values[0], np.ndarray):
+            return np.concatenate(values)
+        return [one for some in values for one in some] if isinstance(values[0], list) else values[0]
 
-    rows, scores, n_scored = (np.concatenate([getattr(p, n) for p in parts]) for n in ("rows", "scores", "n_scored"))
-    exact = all(part.exact for part in parts)
-    words = None if parts[0].words is None else [found for part in parts for found in part.words or []]
-    return Ranking(rows, scores, exact, n_scored, together("residual"), together("proven"), words)
+    joined = {field.name: together(field.name) for field in fields(Ranking) if field.name != "exact"}
+    return Ranking(**joined, exact=all(part.exact for part in parts))
 
 
 def search_ann(

@@ -1,0 +1,48 @@
+"""Scores of training rows by several methods, with how well H^-1 was solved for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+
+class Scores(dict[str, np.ndarray]):
+    """Scores ``(q, n)`` float64 by method name, larger = proponent.
+
+    Attributes:
+        residuals: Largest relative residual of H^-1 over the queries, by name, of methods for which a solver iterated.
+    """
+
+    def __init__(self, scores: Mapping[str, np.ndarray] | None = None) -> None:
+        super().__init__(scores or {})
+        self.residuals: dict[str, float] = {}
+
+    def note_residual(self, method: str, residual: np.ndarray | float | None) -> None:
+        """Remember relative residuals of some queries; None: no solver iterated."""
+        if residual is not None:
+            self.residuals[method] = max(self.residuals.get(method, 0.0), float(np.max(residual)))
+
+    def note_residuals(self, others: Iterable[Mapping[str, np.ndarray]]) -> None:
+        """Remember those of other scores."""
+        for other in others:
+            for method, residual in residuals_of(other).items():
+                self.note_residual(method, residual)
+
+    def of(self, methods: Iterable[str]) -> Scores:
+        """The same with the methods in this order."""
+        found = Scores({name: self[name] for name in methods})
+        found.note_residuals([self])
+        return found
+
+    @classmethod
+    def join(cls, blocks: list[Scores]) -> Scores:
+        """Scores of one block of queries after another."""
+        found = cls({name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]})
+        found.note_residuals(blocks)
+        return found
+
+
+def residuals_of(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Those that came with the scores; none with a plain mapping."""
+    return dict(scores.residuals) if isinstance(scores, Scores) else {}
