@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forebear.cli.console import listed, progress_bar, say
+from forebear.cli.console import listed, progress_bar, say, warn
 from forebear.cli.options import (
     Damping,
     Device,
@@ -211,6 +211,23 @@ def make_spec(retriever: Retriever, method: Sequence[str] | None, asked: ScopeOp
     spec = QuerySpec(methods=names, **asdict(asked), **choices)
     retriever.check_stores(spec.check(), spec)
     return spec
+
+
+def default_methods(retriever: Retriever, names: Sequence[str], asked: ScopeOptions) -> list[str]:
+    """A command's own methods; where they take H^-1 and the index holds no curvature, ``gd``, and that is said."""
+    from forebear.retriever.methods import METHODS
+
+    index, scope = retriever.index, asked.scope
+    held = index.manifest.spec.whitened if scope != "head" else "exact" in index.manifest.curvature["head"]
+    if held or asked.curvature not in (None, "exact", "ekfac"):
+        return list(names)
+    lacking = [name for name in names if METHODS[name].query == "preconditioned"]
+    if lacking:
+        warn(
+            f"{index.folder} holds no curvature of scope {scope}, so gd is taken without {', '.join(lacking)}. For "
+            f"{lacking[0]} build the index with a --damping."
+        )
+    return list(dict.fromkeys("gd" if name in lacking else name for name in names))
 
 
 def open_queries(retriever: Retriever, tested: TestOptions, sample: SampleOptions, spec: QuerySpec) -> Queries:

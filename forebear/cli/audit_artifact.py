@@ -14,6 +14,7 @@ from forebear.cli.asking import (
     SampleOptions,
     TestOptions,
     command_line,
+    default_methods,
     make_spec,
     open_queries,
     open_retriever,
@@ -137,7 +138,7 @@ def _audit(
     from forebear.evaluation.artifact_features import measure
     from forebear.evaluation.artifact_report import artifact_report
 
-    spec = make_spec(retriever, method or ["if"], asked)
+    spec = make_spec(retriever, method or default_methods(retriever, ["if"], asked), asked)
     values = measure(retriever.index, feature)
     queries = open_queries(retriever, tested, sample, spec)
     with report.progress() as progress:

@@ -19,6 +19,7 @@ from forebear.cli.asking import (
     Seed,
     TestOptions,
     command_line,
+    default_methods,
     make_spec,
     open_queries,
     open_retriever,
@@ -100,7 +101,7 @@ def mislabelled(
     from forebear.evaluation.audit_mislabelled import suspects, suspects_report
 
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method or ["gd", "if"], asked, target="gold")
+    spec = make_spec(retriever, method or default_methods(retriever, ["gd", "if"], asked), asked, target="gold")
     found = suspects(retriever, spec, n_neighbours=neighbours)
     page, result = suspects_report(found, retriever, spec, top, command_line())
     report.finish(page, result, _for_screen(page, ("row", "mean rank", "label", "suggested")))
@@ -155,7 +156,7 @@ def errors(
     from forebear.evaluation.audit_errors import errors_report, explain_groups, group_mistakes, mistakes_of
 
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method or ["if"], asked, top=top, aggregate=True)
+    spec = make_spec(retriever, method or default_methods(retriever, ["if"], asked), asked, top=top, aggregate=True)
     source = tested.open(tested.test, need_labels=True)
     if clusters < 1:
         raise InputError(f"--clusters {clusters}: expected at least 1.")

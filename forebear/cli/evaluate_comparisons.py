@@ -21,6 +21,7 @@ from forebear.cli.asking import (
     Test,
     TestOptions,
     command_line,
+    default_methods,
     integers,
     make_spec,
     open_queries,
@@ -254,7 +255,7 @@ def saliency_consistency(
     from forebear.evaluation.saliency_consistency import saliency_consistency_report
 
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method or ["if"], asked)
+    spec = make_spec(retriever, method or default_methods(retriever, ["if"], asked), asked)
     queries = open_queries(retriever, TestOptions(test=test, text_columns=text_columns), sample, spec)
     with report.progress() as progress:
         found = measure(retriever, queries, spec, progress=progress)
@@ -342,7 +343,7 @@ def mislabelled(
     if (true_label is None) == (wrong_rows is None):
         raise InputError("give either --true-label COLUMN or --wrong-rows FILE.")
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method or ["gd", "if"], asked, target="gold")
+    spec = make_spec(retriever, method or default_methods(retriever, ["gd", "if"], asked), asked, target="gold")
     opened = retriever.index
     truth = None
     if wrong_rows is not None:

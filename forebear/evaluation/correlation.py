@@ -25,6 +25,7 @@ from forebear.evaluation.report import Report
 from forebear.indexer.gradients import live_sample
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.scores import residuals_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def correlations(
     scores = score_queries(retriever, queries, spec, rows)
     ranks = np.stack([standardised_ranks(scores[name]) for name in spec.methods], axis=1)
     values = np.clip(np.einsum("qin,qjn->qij", ranks, ranks) / len(rows), -1.0, 1.0)
-    return Correlation(methods=spec.methods, values=values, rows=rows, residuals=scores.residuals)
+    return Correlation(methods=spec.methods, values=values, rows=rows, residuals=residuals_of(scores))
 
 
 def correlation_report(

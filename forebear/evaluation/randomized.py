@@ -47,6 +47,7 @@ from forebear.retriever.methods import pick_methods
 from forebear.retriever.queries import choose_targets
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.scores import residuals_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,7 @@ def randomized_correlations(
         progress("random models", s + 1, len(seeds))
     return Randomized(
         methods=spec.methods, targets=tuple(specs), values=values, seeds=tuple(seeds), rows=rows,
-        residuals=trained.residuals,
+        residuals=residuals_of(trained),
     )  # fmt: skip
 
 

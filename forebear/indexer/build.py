@@ -17,6 +17,7 @@ import numpy as np
 
 from forebear.errors import InputError, MismatchError, OutputExistsError
 from forebear.indexer.calibrate import QUERIES_AT_ONCE, SAMPLE_ROWS, calibrate_scope, calibrate_spans
+from forebear.indexer.curvature import check_head_size
 from forebear.indexer.data import RowSource
 from forebear.indexer.finish import finish, tidy
 from forebear.indexer.index import Index
@@ -82,6 +83,8 @@ def build_index(
         precision=options.precision,
         max_length=options.max_length,
     )
+    if options.dampings:
+        check_head_size(classifier.n_classes, classifier.feature_dim)
     labels = label_map(source, classifier.label_names, options.label_mode)
     warn(labels.warning)
     spec, listed = make_spec(source, checkpoints, classifier, options)

@@ -17,9 +17,11 @@ from scipy.linalg import LinAlgError, cho_solve, cholesky, helmert, solve_triang
 from scipy.linalg.lapack import dpocon
 
 from forebear.errors import InputError
+from forebear.indexer.damping import round_up
 
 MIN_RECIPROCAL_CONDITION = 1e-11  # below, float64 solves lose the fifth digit
 MAX_SIZE = 20_000  # m above which the dense factor would not fit an ordinary machine (3.2 GB)
+MANY_CLASSES = 64  # beyond, a sum over all pairs of classes takes more memory than the matrices it gives
 
 
 def class_basis(n_classes: int) -> np.ndarray:
@@ -45,14 +47,9 @@ def head_hessian(blocks: Iterable[tuple[np.ndarray, np.ndarray]], feature_dim: i
     Returns:
         ``(m, m)`` float64 with m = (c - 1) h; entry (a h + i, b h + j) belongs to contrasts a, b and features i, j.
     """
+    check_head_size(n_classes, feature_dim)
     reduced = n_classes - 1
     size = reduced * feature_dim
-    if size > MAX_SIZE:
-        raise InputError(
-            f"the head has {n_classes} classes x {feature_dim} features: its exact curvature would take "
-            f"{8 * size**2 / 1e9:.0f} GB (limit {8 * MAX_SIZE**2 / 1e9:.1f}). Build with --damping none; "
-            "`if` and `rif` are then not available."
-        )
     total = np.zeros((reduced, reduced, feature_dim, feature_dim))
     n_rows = 0
     for features, p in blocks:
@@ -68,17 +65,84 @@ def head_hessian(blocks: Iterable[tuple[np.ndarray, np.ndarray]], feature_dim: i
     return np.asarray(total.transpose(0, 2, 1, 3).reshape(size, size) / max(n_rows, 1))
 
 
+def fits_dense(n_classes: int, feature_dim: int) -> bool:
+    """Whether the head's exact curvature is computed as one matrix."""
+    return (n_classes - 1) * feature_dim <= MAX_SIZE
+
+
+def check_head_size(n_classes: int, feature_dim: int) -> None:
+    """Refuse a head whose exact curvature is too large.
+
+    Raises:
+        InputError: With both sizes, and the way out.
+    """
+    if not fits_dense(n_classes, feature_dim):
+        size_gb, limit_gb = (8e-9 * m**2 for m in ((n_classes - 1) * feature_dim, MAX_SIZE))
+        raise InputError(
+            f"the head has {n_classes} classes x {feature_dim} features: its exact curvature would take "
+            f"{size_gb:.1f} GB (limit {limit_gb:.1f}). Give --damping none (with --resume if this build was begun "
+            "before). What is lost: curvature stored for `if` and `rif`, at all scopes; `if` is then asked with "
+            "--curvature cg, which solves for each query."
+        )
+
+
 def class_curvature(p: np.ndarray) -> np.ndarray:
     """B (diag(p) - p p^T) B^T of each row, ``(n, c - 1, c - 1)``.
 
     As the sum over i < j of p_i p_j (b_i - b_j)(b_i - b_j)^T, b_i being columns of B: no difference of numbers near 1,
-    so that rows predicted with all but certainty keep their precision.
+    so that rows predicted with all but certainty keep their precision. With very many classes the matrix in brackets is
+    formed from the same products.
     """
     basis = class_basis(p.shape[1])
+    if p.shape[1] > MANY_CLASSES:
+        return np.asarray(basis @ _class_covariance(p) @ basis.T)
     i, j = np.triu_indices(p.shape[1], k=1)
     steps = (basis[:, i] - basis[:, j]).T
     squares = (steps[:, :, None] * steps[:, None, :]).reshape(len(i), -1)
     return np.asarray(((p[:, i] * p[:, j]) @ squares).reshape(len(p), len(basis), len(basis)))
+
+
+def _class_covariance(p: np.ndarray) -> np.ndarray:
+    """diag(p) - p p^T of each row, ``(n, c, c)``; what stands on the diagonal is the sum of p_i p_j over the others."""
+    products = p[:, :, None] * p[:, None, :]
+    i = np.arange(p.shape[1])
+    products[:, i, i] = 0.0
+    out = -products
+    out[:, i, i] = products.sum(axis=2)
+    return np.asarray(out)
+
+
+def class_products(p: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """B (diag(p) - p p^T) B^T u, no matrix being formed.
+
+    Args:
+        p: Probabilities, ``(n, c)`` float64.
+        vectors: u, ``(q, c - 1, n)``.
+
+    Returns:
+        ``(q, c - 1, n)``. Numbers are taken relative to that of the most probable class, so that rows predicted with
+        all but certainty keep their precision.
+    """
+    basis = class_basis(p.shape[1])
+    z = np.einsum("ac,qan->qnc", basis, vectors)
+    z -= np.take_along_axis(z, p.argmax(axis=1)[None, :, None], axis=2)
+    z -= (p * z).sum(axis=2, keepdims=True)
+    return np.asarray(np.einsum("ac,qnc->qan", basis, p * z))
+
+
+def head_trace(features: np.ndarray, residuals: np.ndarray, labels: np.ndarray) -> float:
+    """Sum over rows of the trace of (diag(p) - p p^T) kron f f^T; see :func:`head_hessian`.
+
+    Args:
+        features: f, ``(n, h)``.
+        residuals: p - y, ``(n, c)``.
+        labels: y, ``(n,)``.
+    """
+    at = (np.arange(len(labels)), labels)
+    p = probabilities_from_residuals(residuals, labels)
+    others = 1.0 - p
+    others[at] = -residuals[at].astype(np.float64)  # 1 - p, where it would be a difference of numbers near 1
+    return float((p * others).sum(axis=1) @ (features.astype(np.float64) ** 2).sum(axis=1))
 
 
 def absolute_damping(given: str, mean_eigenvalue: float) -> float:
@@ -117,8 +181,11 @@ def factorise(hessian: np.ndarray, damping: float) -> np.ndarray:
     except LinAlgError:
         reciprocal_condition = 0.0
     if not reciprocal_condition >= MIN_RECIPROCAL_CONDITION:
+        # The 1-norm of the inverse is at most sqrt(m) / damping.
+        enough = 2 * MIN_RECIPROCAL_CONDITION * float(np.linalg.norm(hessian, 1)) * len(hessian) ** 0.5
         raise InputError(
-            f"H + {damping:g} I is singular in float64: the damping is too small. Give --damping 0.1x or more."
+            f"H + {damping:g} I, the curvature of scope head, is singular in float64: the damping is too small. "
+            f"Give --damping {round_up(enough) if enough > 0 else '1e-5'} or more, or a relative one such as 0.1x."
         )
     return factor
 

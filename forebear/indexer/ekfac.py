@@ -113,6 +113,11 @@ class Ekfac:
         total = sum(float(part.eigenvalues.sum(dtype=torch.float64)) for part in self.parts.values())
         return total / sum(part.block.size for part in self.parts.values())
 
+    @cached_property
+    def largest_eigenvalue(self) -> float:
+        """Of all blocks of the scope."""
+        return max(float(part.eigenvalues.max()) for part in self.parts.values())
+
     def solve(self, vectors: Vectors, damping: float) -> Vectors:
         """(H + damping I)^-1 V, block by block."""
         return {name: self._solve_block(self.parts[name], v, damping) for name, v in vectors.items()}

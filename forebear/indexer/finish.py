@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from forebear.errors import InputError
 from forebear.indexer.curvature import (
     REFIT_L2,
     REPRESENTER_LAMBDA,
@@ -159,6 +160,19 @@ def tidy(folder: Path, manifest: Manifest) -> None:
     (folder / JOURNAL_NAME).unlink(missing_ok=True)
 
 
+def _factorised(hessian: np.ndarray, damping: float, manifest: Manifest) -> np.ndarray:
+    """The factor of H + damping I; of a new index the refusal says that the pass is not lost."""
+    try:
+        return factorise(hessian, damping)
+    except InputError as error:
+        if manifest.generation:
+            raise
+        raise InputError(
+            f"{error} The pass over the rows is kept: the same command with --resume and another --damping goes on. "
+            "With --damping none no curvature is stored for `if` and `rif`; `if` is then asked with --curvature cg."
+        ) from error
+
+
 def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
     """Exact curvature of the head at the last checkpoint, over the live rows, and each row's self-influence."""
     manifest = index.manifest
@@ -190,7 +204,7 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
         stored = []
         for i, given in enumerate(spec.dampings):
             damping = absolute_damping(given, mean)
-            curvature = HeadCurvature(factorise(hessian, damping), n_classes, damping)
+            curvature = HeadCurvature(_factorised(hessian, damping, manifest), n_classes, damping)
             own = [
                 curvature.self_influence(r, f)
                 for (_, f), (_, r) in zip(features.blocks(), residuals.blocks(), strict=True)

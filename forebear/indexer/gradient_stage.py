@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from forebear.indexer.curvature import absolute_damping
-from forebear.indexer.ekfac import KroneckerFactors, fit_ekfac, fit_factors, read_ekfac, write_ekfac
+from forebear.indexer.damping import refuse_lost_damping
+from forebear.indexer.ekfac import Ekfac, KroneckerFactors, fit_ekfac, fit_factors, read_ekfac, write_ekfac
 from forebear.indexer.gradient_pass import labels_seed, run_pass
 from forebear.indexer.manifest import IndexSpec
 from forebear.indexer.model import Classifier
@@ -99,6 +100,17 @@ def _open_projector(
     return WhiteProjector(scope, ekfac, absolute_damping(spec.dampings[damping], ekfac.mean_eigenvalue), spec.seed)
 
 
+def check_dampings(ekfac: Ekfac, classifier: Classifier, spec: IndexSpec, scope: str) -> None:
+    """Refuse dampings that are lost in rounding beside the scope's eigenvalues, before anything is made with them.
+
+    Raises:
+        InputError: One is.
+    """
+    for given in spec.dampings:
+        damping = absolute_damping(given, ekfac.mean_eigenvalue)
+        refuse_lost_damping(damping, ekfac.largest_eigenvalue, classifier.head.weight.dtype, scope)
+
+
 def fit_scope(
     folder: Path,
     classifier: Classifier,
@@ -141,6 +153,8 @@ def fit_scope(
             on_rows=stage(f"curvature {scope}", len(rows.labels)),
         )  # fmt: skip
         write_ekfac(folder / curvature_name(scope), ekfac)
+    if last and spec.whitened:
+        check_dampings(read_ekfac(folder / curvature_name(scope)), classifier, spec, scope)
     kind = gradient_folder(scope, checkpoint)
     if not (folder / kind / BASES_NAME).is_file():
         if factors is None and spec.sketch_basis != "random":  # a build resumed here takes the rows it would have taken

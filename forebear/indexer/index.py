@@ -15,7 +15,7 @@ from scipy import sparse
 
 from forebear.errors import CorruptIndexError, InputError, MissingStoreError
 from forebear.indexer.ann import AnnIndex, read_ann
-from forebear.indexer.curvature import HeadCurvature
+from forebear.indexer.curvature import HeadCurvature, head_trace
 from forebear.indexer.derived import ScanTable, read_scan_table
 from forebear.indexer.ekfac import Ekfac, read_ekfac
 from forebear.indexer.estimate import GradientStore, Proposal
@@ -381,6 +381,17 @@ class Index:
             self._cache[key] = read_ann(self._derived_path(name), self.manifest.derived[name])
         ann: AnnIndex = self._cache[key]
         return ann
+
+    @cached_property
+    def head_mean_eigenvalue(self) -> float:
+        """Mean eigenvalue of the head's curvature over the live rows; where it is not stored, from its trace."""
+        stored = self.manifest.curvature.get("head", {}).get("exact")
+        if stored:
+            return float(stored["mean_eigenvalue"])
+        features, residuals, trace = self.features(), self.residuals(), 0.0
+        for rows in np.array_split(self.live, -(-len(self.live) // 4096)):
+            trace += head_trace(features.take(rows), residuals.take(rows), self.labels[rows])
+        return trace / len(self.live) / (features.width * residuals.width)
 
     def head_damping(self, given: str | None = None) -> dict[str, Any]:
         """Facts of one stored damping of the head's exact curvature; the first one by default.

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from forebear.errors import CorruptIndexError, MismatchError, OutputExistsError
+from forebear.indexer.gradient_stage import BASES_NAME, curvature_name
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, IndexSpec, Manifest, canonical_json
+from forebear.indexer.sketch import gradient_folder
 from forebear.indexer.store import TEMPORARY_SUFFIX, write_bytes
 
 SUBFOLDERS = ("rows", "features", "gradients", "sentence", "words", "tokens", "spans", "curvature", "ann", "retired")
@@ -58,9 +60,17 @@ def remove_unlisted(folder: Path, manifest: Manifest) -> None:
     (folder / JOURNAL_NAME).unlink(missing_ok=True)
 
 
-def later_choices(spec: IndexSpec) -> tuple[str, ...]:
-    """Choices of the stages after the pass, which a resumed build may change."""
-    return ("rep_refit", "ann") if spec.whitened else ("rep_refit", "ann", "dampings")
+def later_choices(folder: Path, begun: dict[str, Any], checkpoints: list[str] | None) -> tuple[str, ...]:
+    """Choices of stages that an interrupted build has not come to yet, which it may change when it is resumed.
+
+    Beyond the head dampings decide what is fitted and sketched: they may change until the first basis is drawn.
+    """
+    later = ("rep_refit", "ann", "dampings")
+    if begun["curvature"] == "none" or not checkpoints:
+        return later
+    folders = [folder / gradient_folder(scope, checkpoints[-1]) for scope in begun["scopes"]]
+    drawn = any((path / BASES_NAME).is_file() for path in folders)
+    return later[:2] if drawn else (*later, "curvature", "white_bits")
 
 
 def comparable(spec: dict[str, Any], but: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -114,6 +124,11 @@ def begin(folder: Path, change: dict[str, Any], spec: IndexSpec) -> IndexSpec:
     for key in ("kind", "checkpoints"):
         same_or_refuse({key: found.get(key)}, {key: change.get(key)}, folder)
     same_or_refuse(found["segment"], change["segment"], folder)
-    later = later_choices(spec)
+    later = later_choices(folder, begun, found.get("checkpoints"))
     same_or_refuse(comparable(begun, later), comparable(asdict(spec), later), folder)
-    return replace(spec, n_threads=begun["n_threads"])
+    spec = replace(spec, n_threads=begun["n_threads"])
+    if not spec.whitened:
+        for scope in spec.sketched_scopes:
+            (folder / curvature_name(scope)).unlink(missing_ok=True)
+    write_bytes(path, canonical_json(found | {"spec": asdict(spec)}))
+    return spec

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from forebear.errors import InputError
 from forebear.indexer.ann import check_factory
 from forebear.indexer.curvature import absolute_damping
+from forebear.indexer.damping import refuse_nil_damping
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.projector import BASES
 from forebear.indexer.spans import span_finder
@@ -96,6 +99,9 @@ class BuildOptions:
             raise InputError(f"--calibrate {self.calibration_queries}: expected 0 (not at all) or more.")
         for given in self.dampings:
             absolute_damping(given, 1.0)
+            for scope in self.scopes if self.curvature != "none" else ():
+                if scope != "head":
+                    refuse_nil_damping(given, torch.float32, scope)
         if self.batch_tokens < 1 or self.shard_rows < 1:
             raise InputError("--batch-tokens and --shard-rows must be at least 1.")
         if "spans" in self.stores:

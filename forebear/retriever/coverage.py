@@ -116,8 +116,7 @@ def _check_curvature(index: Index, method: Method, scope: str, spec: QuerySpec) 
         index.head_damping(spec.damping)
     elif scope != "head" and solver == "ekfac":
         index.ekfac_damping(scope, spec.damping)
-    elif scope != "head" and solver.startswith("cg"):
-        spec.solver.absolute(index, scope)
+    spec.solver.refuse_lost_damping(index, scope)
 
 
 def question_facts(index: Index, spec: QuerySpec) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -19,18 +19,24 @@ from forebear.indexer.curvature import (
     absolute_damping,
     class_basis,
     class_curvature,
+    class_products,
+    fits_dense,
     head_hessian,
     probabilities_from_residuals,
 )
-from forebear.indexer.ekfac import Vectors
+from forebear.indexer.damping import refuse_lost_damping, refuse_nil_damping
+from forebear.indexer.ekfac import Vectors, dot
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.gradients import live_sample
 from forebear.indexer.index import Index
 from forebear.indexer.model import Classifier
 from forebear.indexer.products import GaussNewton, HessianProduct, Product
 from forebear.indexer.scopes import Block
-from forebear.retriever.solvers import HAN20, LissaSettings, Solved, conjugate_gradients, lissa
+from forebear.retriever.solvers import HAN20, LissaSettings, Multiply, Solved, conjugate_gradients, lissa
 
+MAX_WEIGHTS = 1 << 27  # numbers in the class matrices of all rows that are held at once
+EIGEN_ROWS = 256  # whose class matrices, or products with all class directions, are held at once
+PRODUCT_ROWS = 2048  # whose products with the head's curvature are computed at once
 SOLVERS = ("exact", "ekfac", "cg", "cg-hessian", "lissa", "identity")
 
 
@@ -100,7 +106,10 @@ class CurvatureSpec:
 
     def absolute(self, index: Index, scope: str) -> float:
         """Size of the damping at a scope, for solvers other than ``lissa``."""
-        stored = index.manifest.curvature.get(scope, {}).get("exact" if scope == "head" else "ekfac")
+        if scope == "head":
+            chosen = self.damping or (*index.manifest.spec.dampings, "0.1x")[0]
+            return absolute_damping(chosen, index.head_mean_eigenvalue)
+        stored = index.manifest.curvature.get(scope, {}).get("ekfac")
         if stored is None:
             given = self.damping
             if given is None or given.endswith("x"):
@@ -112,6 +121,31 @@ class CurvatureSpec:
         if self.damping is None:
             return float(stored["damping"])
         return absolute_damping(self.damping, stored["mean_eigenvalue"])
+
+    def refuse_lost_damping(self, index: Index, scope: str) -> None:
+        """Refuse a damping that the solver's arithmetic at a scope does not carry, as far as the index tells.
+
+        Where it stores no eigenvalues, the first product with the curvature tells the rest.
+
+        Raises:
+            InputError: It is lost in rounding beside the eigenvalues.
+        """
+        solver = self.at(scope)
+        if solver in ("exact", "identity"):  # the exact factor was refused at the build, if at all
+            return
+        dtype = torch.float64 if scope == "head" else torch.float32
+        if solver == "lissa":
+            LissaSettings.parse(self.lissa).refuse_lost_damping(dtype)
+            return
+        if scope != "head" and solver == "ekfac":
+            index.ekfac_damping(scope, self.damping)  # it must be one of those stored
+        elif self.damping is not None:
+            refuse_nil_damping(self.damping, dtype, scope)
+        if scope == "head":
+            largest = index.head_mean_eigenvalue
+        else:
+            largest = index.ekfac(scope).largest_eigenvalue if index.manifest.spec.whitened else 0.0
+        refuse_lost_damping(self.absolute(index, scope), largest, dtype, scope)
 
 
 class Solve(Protocol):
@@ -129,6 +163,7 @@ def deep_solver(
     if solver == "identity":
         return lambda vectors: (vectors, None)
     device, dtype = classifier.device, classifier.head.weight.dtype
+    spec.refuse_lost_damping(index, scope)
     if scope == "head":
         if solver != "exact":
             raise InputError(f"--curvature {solver} of whole gradients is for scopes beyond the head.")
@@ -146,7 +181,7 @@ def deep_solver(
     else:
         labels = index.labels[rows].astype(np.int64)
         product = HessianProduct(classifier, scope, blocks, texts, labels, batch_tokens=DEFAULT_BATCH_TOKENS)
-    return _iterative(spec, solver, product, len(rows), lambda: spec.absolute(index, scope))
+    return _iterative(spec, solver, product, len(rows), lambda: spec.absolute(index, scope), scope)
 
 
 def _exact_head(index: Index, classifier: Classifier, damping: str | None) -> Solve:
@@ -162,7 +197,9 @@ def _exact_head(index: Index, classifier: Classifier, damping: str | None) -> So
     return solve
 
 
-def _iterative(spec: CurvatureSpec, solver: str, product: Product, n_rows: int, damping: Any) -> Solve:
+def _iterative(
+    spec: CurvatureSpec, solver: str, product: Product, n_rows: int, damping: Callable[[], float], scope: str
+) -> Solve:
     """``cg`` or ``lissa`` on a product."""
 
     def solve(vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
@@ -174,16 +211,32 @@ def _iterative(spec: CurvatureSpec, solver: str, product: Product, n_rows: int, 
                 batch_rows=settings.batch_rows, repeats=settings.repeats, n_rows=n_rows,
             )  # fmt: skip
         else:
-            found = conjugate_gradients(product, vectors, damping(), tolerance=spec.tolerance)
+            size = damping()
+            found = conjugate_gradients(_watched(product, size, scope), vectors, size, tolerance=spec.tolerance)
         return found.vectors, found.residual
 
     return solve
+
+
+def _watched(product: Product, damping: float, scope: str) -> Multiply:
+    """The product, refusing a damping that is lost beside <v, H v> / <v, v>, which the largest eigenvalue reaches."""
+
+    def multiply(vectors: Vectors) -> Vectors:
+        found = product(vectors)
+        lengths = dot(vectors, vectors)
+        quotients = torch.where(lengths > 0, dot(vectors, found) / lengths, 0.0)
+        refuse_lost_damping(damping, float(quotients.max()), next(iter(vectors.values())).dtype, scope)
+        return found
+
+    return multiply
 
 
 class HeadSolver:
     """``ekfac``, ``cg`` and ``lissa`` at the head, from the stored factors alone, in float64.
 
     Works in the reduced class basis, like :class:`~forebear.indexer.curvature.HeadCurvature`, whose methods it has.
+    Where the curvature is too large for one matrix, or the class matrices of all rows are, products are computed row by
+    row from the probabilities.
     """
 
     def __init__(self, spec: CurvatureSpec, index: Index) -> None:
@@ -192,18 +245,22 @@ class HeadSolver:
         live, labels = index.live, index.labels
         self._features = torch.from_numpy(index.features().take(live).astype(np.float64))
         p = probabilities_from_residuals(index.residuals().take(live), labels[live])
-        self._weights = torch.from_numpy(class_curvature(p))
         self.n_classes = p.shape[1]
         self._p = p
+        self._by_row = p.size * p.shape[1] > MAX_WEIGHTS
+        spec.refuse_lost_damping(index, "head")
+
+    @cached_property
+    def _weights(self) -> torch.Tensor:
+        """Class matrices of all rows, ``(n, c - 1, c - 1)``."""
+        return torch.from_numpy(class_curvature(self._p))
 
     @cached_property
     def damping(self) -> float:
         """What is added to the diagonal."""
         if self._solver == "lissa":
             return LissaSettings.parse(self._spec.lissa).effective_damping
-        given = self._spec.damping or (*self._index.manifest.spec.dampings, "0.1x")[0]
-        trace = float(torch.einsum("naa,nh->", self._weights, self._features**2)) / len(self._features)
-        return absolute_damping(given, trace / (self.n_classes * self._features.shape[1]))
+        return self._spec.absolute(self._index, "head")
 
     def solve(self, residuals: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """(H + damping I)^-1 g in the reduced class basis, ``(q, c - 1, h)``, and relative residuals."""
@@ -213,7 +270,7 @@ class HeadSolver:
             left, right, eigenvalues = self._ekfac
             return (left @ ((left.T @ g @ right) / (eigenvalues + self.damping)) @ right.T).numpy(), None
         found, residual = _iterative(
-            self._spec, self._solver, self._product, len(self._features), lambda: self.damping
+            self._spec, self._solver, self._product, len(self._features), lambda: self.damping, "head"
         )({"head": g})
         return found["head"].numpy(), residual
 
@@ -229,9 +286,20 @@ class HeadSolver:
     @cached_property
     def _ekfac(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         right = torch.linalg.eigh(self._features.T @ self._features).eigenvectors
-        left = torch.linalg.eigh(self._weights.sum(dim=0)).eigenvectors
-        out = torch.einsum("ai,nab,bi->ni", left, self._weights, left)
-        return left, right, out.T @ (self._features @ right) ** 2 / len(self._features)
+        if self._by_row:
+            blocks = np.array_split(self._p, -(-len(self._p) // EIGEN_ROWS))
+            left = torch.linalg.eigh(torch.from_numpy(sum(class_curvature(p).sum(axis=0) for p in blocks))).eigenvectors
+            u = left.numpy().T  # eigenvectors as rows; every row of the index gets all of them
+            parts = [
+                np.einsum("ia,ian->ni", u, class_products(p, np.repeat(u[:, :, None], len(p), axis=2))) for p in blocks
+            ]
+            out = torch.from_numpy(np.concatenate(parts))
+        else:
+            left = torch.linalg.eigh(self._weights.sum(dim=0)).eigenvectors
+            out = torch.einsum("ai,nab,bi->ni", left, self._weights, left)
+        eigenvalues = out.T @ (self._features @ right) ** 2 / len(self._features)
+        refuse_lost_damping(self.damping, float(eigenvalues.max()), eigenvalues.dtype, "head")
+        return left, right, eigenvalues
 
     @cached_property
     def _hessian(self) -> torch.Tensor:
@@ -241,8 +309,16 @@ class HeadSolver:
 
     def _product(self, vectors: Vectors, at: Sequence[int] | None = None) -> Vectors:
         v = vectors["head"]
-        if at is None:
+        if at is None and fits_dense(self.n_classes, self._features.shape[1]):
             return {"head": (v.flatten(1) @ self._hessian).view_as(v)}
-        f, w = self._features[list(at)], self._weights[list(at)]
-        weighted = torch.einsum("nab,qbn->qan", w, v @ f.T)
-        return {"head": weighted @ f / len(f)}
+        rows = np.arange(len(self._p)) if at is None else np.asarray(at)
+        total = torch.zeros_like(v)
+        for start in range(0, len(rows), PRODUCT_ROWS):
+            some = rows[start : start + PRODUCT_ROWS]
+            f = self._features[some]
+            if self._by_row:
+                weighted = torch.from_numpy(class_products(self._p[some], (v @ f.T).numpy()))
+            else:
+                weighted = torch.einsum("nab,qbn->qan", self._weights[some], v @ f.T)
+            total += weighted @ f
+        return {"head": total / len(rows)}

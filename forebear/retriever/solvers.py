@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError, NonFiniteError
+from forebear.indexer.damping import round_up
 from forebear.indexer.ekfac import Vectors, dot
 from forebear.indexer.products import Product
 
@@ -234,6 +235,20 @@ class LissaSettings:
         """Damping x scale."""
         return self.damping * self.scale
 
+    def refuse_lost_damping(self, dtype: torch.dtype) -> None:
+        """Refuse a damping d for which 1 - d is 1 in the numbers that the recursion runs in.
+
+        Raises:
+            InputError: It is; the smallest that is not is named.
+        """
+        smallest = torch.finfo(dtype).eps
+        if self.damping < smallest:
+            raise InputError(
+                f"lissa with damping {self.damping:g}: nothing would be left of it beside 1 in "
+                f"{str(dtype).removeprefix('torch.')}. Give --lissa damping={round_up(smallest)} or more "
+                f"(effective damping: {round_up(smallest * self.scale)})."
+            )
+
     def steps(self, n_rows: int) -> int:
         """Steps a run over ``n_rows`` training rows."""
         return max(1, n_rows // self.batch_rows) if self.depth is None else self.depth
@@ -321,6 +336,7 @@ def lissa(
         NonFiniteError: A vector or a product is NaN or infinite.
     """
     settings = LissaSettings(damping=damping, scale=scale, depth=depth, batch_rows=batch_rows, repeats=repeats)
+    settings.refuse_lost_damping(next(iter(vectors.values())).dtype)
     lengths, v = _unit(vectors)
     steps = settings.steps(n_rows)
     total = _zeros(v)

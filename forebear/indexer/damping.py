@@ -1,0 +1,64 @@
+"""Which dampings the arithmetic carries.
+
+A damping counts where it changes the largest eigenvalue of the curvature: numbers of float32 hold 1.2e-7 of the largest
+beside it, those of float64 2.2e-16. A smaller one is lost in rounding, and what is solved with it is noise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from forebear.errors import InputError
+
+
+def refuse_nil_damping(given: str, dtype: torch.dtype, scope: str) -> None:
+    """Refuse a damping that cannot count whatever the eigenvalues are, before any of them is known.
+
+    Args:
+        given: Absolute, or relative to the mean eigenvalue, as ``0.1x``.
+        dtype: What the curvature of the scope is computed in.
+        scope: For the message.
+
+    Raises:
+        InputError: It is 0, or relative and below the rounding of the largest eigenvalue, which no mean exceeds.
+    """
+    relative = given.endswith("x")
+    value = float(given.removesuffix("x"))
+    smallest = torch.finfo(dtype).eps
+    if value == 0 or (relative and value < smallest):
+        raise InputError(
+            f"--damping {given}: nothing would be left of it in {_name(dtype)}, which scope {scope} is computed in. "
+            f"Give {round_up(smallest)}x or more, such as 0.1x."
+        )
+
+
+def refuse_lost_damping(damping: float, largest: float, dtype: torch.dtype, scope: str) -> None:
+    """Refuse a damping that is lost in rounding beside an eigenvalue.
+
+    Args:
+        damping: Absolute.
+        largest: The largest eigenvalue of the scope's curvature, or a number that is not larger.
+        dtype: What the curvature is computed in.
+        scope: For the message.
+
+    Raises:
+        InputError: It is lost; the smallest that is not is named.
+    """
+    smallest = torch.finfo(dtype).eps * largest
+    if damping < smallest:
+        raise InputError(
+            f"a damping of {damping:.3g} is lost in {_name(dtype)} beside the eigenvalues of scope {scope}, up to "
+            f"{largest:.3g}. Give --damping {round_up(smallest)} or more, or a relative one such as 0.1x."
+        )
+
+
+def round_up(number: float) -> str:
+    """A positive number with two digits, not smaller than it is."""
+    step = 10.0 ** (math.floor(math.log10(number)) - 1)
+    return f"{(math.floor(number / step) + 1) * step:.1e}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
