@@ -19,6 +19,7 @@ from forebear.indexer.curvature import (
     class_curvature,
     class_products,
     factorise,
+    head_hessian,
     head_trace,
 )
 from forebear.indexer.damping import refuse_lost_damping, round_up
@@ -256,7 +257,7 @@ def test_a_head_too_large_is_refused_before_the_pass_and_resumed_without_curvatu
 ):
     model, out = tiny_model(), tmp_path / "i"
     with monkeypatch.context() as interrupted:  # begun by a version that found the size after the pass
-        interrupted.setattr("forebear.indexer.build.check_head_size", lambda *sizes: None)
+        interrupted.setattr("forebear.indexer.preflight.check_head_size", lambda *sizes: None)
         interrupted.setattr(module, "MAX_SIZE", 3)
         said = refused(capsys, command(model, train, out))
         assert "--resume" in said
@@ -288,8 +289,8 @@ def test_audits_take_gd_where_the_index_holds_no_curvature_and_say_so(indexes, t
 def test_seventy_seven_classes_by_384_features_end_to_end(tmp_path, capsys):
     """As banking77 under MiniLM: 29,184 numbers, whose matrix would take 6.8 GB."""
     model = wide_model(tmp_path / "model", n_classes=77, width=384)
-    names = [f"LABEL_{i}" for i in labels(154, 77)]
-    train = write_jsonl(tmp_path / "train.jsonl", text=sentences(154, seed=2), label=names)
+    names = [f"LABEL_{i}" for i in labels(77, 77)[:20]]
+    train = write_jsonl(tmp_path / "train.jsonl", text=sentences(20, seed=2), label=names)
     out = tmp_path / "index"
     said = refused(capsys, ["index", "--model", str(model), "--train", str(train), "--out", str(out), "--quiet"])
     assert "77 classes x 384 features" in said
@@ -341,3 +342,48 @@ def wide_model(folder: Path, n_classes: int, width: int) -> Path:
     torch.manual_seed(0)
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "limit", "said"),
+    [
+        ((), 10, "layer"),
+        (("--curvature", "none"), 10, "--sketch-basis random"),
+        (("--curvature", "none", "--sketch-basis", "random"), 10, None),
+        ((), 24, None),
+    ],
+)
+def test_a_layer_too_wide_for_its_factor_is_refused_before_the_pass(
+    tiny_model, train, tmp_path, capsys, monkeypatch, options, limit, said
+):
+    monkeypatch.setattr("forebear.indexer.preflight.MAX_SIDE", limit)
+    build = command(tiny_model(), train, tmp_path / "i", "--scope", "head,top-1", *options)
+    if said is None:
+        assert run(build) == 0
+        return
+    no_pass(monkeypatch)
+    assert said in refused(capsys, build)
+
+
+def test_spans_that_the_tokenizer_cannot_mask_are_refused_before_the_pass(
+    tiny_model, train, tmp_path, capsys, monkeypatch
+):
+    import shutil
+
+    model = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (model / name).is_file():
+            config = json.loads((model / name).read_text())
+            config.pop("mask_token", None)
+            (model / name).write_text(json.dumps(config))
+    no_pass(monkeypatch)
+    said = refused(capsys, command(str(model), train, tmp_path / "i", "--store", "features,spans"))
+    assert "no mask token" in said
+
+
+def test_many_classes_in_chunks_give_the_same_matrix(monkeypatch):
+    rng = np.random.default_rng(3)
+    f, p = rng.normal(size=(20, 3)), rng.dirichlet(np.ones(9), 20)
+    whole = head_hessian([(f, p)], 3, 9)
+    monkeypatch.setattr(module, "MAX_CLASS_NUMBERS", 3 * 81)
+    np.testing.assert_allclose(head_hessian([(f, p)], 3, 9), whole, rtol=0, atol=1e-14)

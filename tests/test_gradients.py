@@ -587,13 +587,14 @@ def test_an_interrupted_build_resumes_to_the_same_bytes_but_not_with_another_dam
 
     def dies(path, columns):
         calls.append(path)
-        if len(calls) == 6:
+        if "whitened-0" in str(path):
             raise KeyboardInterrupt
         real(path, columns)
 
     monkeypatch.setattr(shards, "write_columns", dies)
     with pytest.raises(KeyboardInterrupt):
         build_index(source, tmp_path / "i", chosen, options)
+    assert len(calls) > 6
     monkeypatch.undo()
     from dataclasses import replace
 

@@ -17,7 +17,6 @@ import numpy as np
 
 from forebear.errors import InputError, MismatchError, OutputExistsError
 from forebear.indexer.calibrate import QUERIES_AT_ONCE, SAMPLE_ROWS, calibrate_scope, calibrate_spans
-from forebear.indexer.curvature import check_head_size
 from forebear.indexer.data import RowSource
 from forebear.indexer.finish import finish, tidy
 from forebear.indexer.index import Index
@@ -35,6 +34,7 @@ from forebear.indexer.labels import label_map
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, Segment, library_versions
 from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.options import BuildOptions, Progress, counted, ignore_warning, no_progress
+from forebear.indexer.preflight import check_feasible
 from forebear.indexer.runs import CheckpointPath, moved_paths, path_from
 from forebear.indexer.shards import ShardWriter, load_checked, split_rows
 from forebear.indexer.spans import check_same_finder
@@ -83,8 +83,7 @@ def build_index(
         precision=options.precision,
         max_length=options.max_length,
     )
-    if options.dampings:
-        check_head_size(classifier.n_classes, classifier.feature_dim)
+    check_feasible(classifier, options, len(source.text_columns))
     labels = label_map(source, classifier.label_names, options.label_mode)
     warn(labels.warning)
     spec, listed = make_spec(source, checkpoints, classifier, options)

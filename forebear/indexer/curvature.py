@@ -21,6 +21,7 @@ from forebear.indexer.damping import round_up
 
 MIN_RECIPROCAL_CONDITION = 1e-11  # below, float64 solves lose the fifth digit
 MAX_SIZE = 20_000  # m above which the dense factor would not fit an ordinary machine (3.2 GB)
+MAX_CLASS_NUMBERS = 1 << 27  # in the class matrices of the rows that are taken at once
 MANY_CLASSES = 64  # beyond, a sum over all pairs of classes takes more memory than the matrices it gives
 
 
@@ -52,17 +53,24 @@ def head_hessian(blocks: Iterable[tuple[np.ndarray, np.ndarray]], feature_dim: i
     size = reduced * feature_dim
     total = np.zeros((reduced, reduced, feature_dim, feature_dim))
     n_rows = 0
-    for features, p in blocks:
-        f = features.astype(np.float64)
-        weights = class_curvature(p)
-        for a in range(reduced):
-            for b in range(a + 1):
-                total[a, b] += f.T @ (weights[:, a, b, None] * f)
-        n_rows += len(f)
+    for features, probabilities in blocks:
+        for at in row_chunks(len(features), n_classes):
+            f = features[at].astype(np.float64)
+            weights = class_curvature(probabilities[at])
+            for a in range(reduced):
+                for b in range(a + 1):
+                    total[a, b] += f.T @ (weights[:, a, b, None] * f)
+            n_rows += len(f)
     for a in range(reduced):
         for b in range(a):
             total[b, a] = total[a, b].T
     return np.asarray(total.transpose(0, 2, 1, 3).reshape(size, size) / max(n_rows, 1))
+
+
+def row_chunks(n_rows: int, n_classes: int) -> list[slice]:
+    """Rows whose class matrices fit in memory together."""
+    size = max(1, MAX_CLASS_NUMBERS // n_classes**2)
+    return [slice(start, start + size) for start in range(0, n_rows, size)]
 
 
 def fits_dense(n_classes: int, feature_dim: int) -> bool:
@@ -275,5 +283,8 @@ def refit_head(features: np.ndarray, probabilities: np.ndarray, l2: float = REFI
         options={"maxiter": 5000, "ftol": 1e-14, "gtol": 1e-8, "maxfun": 20000},
     )
     if not result.success:
-        raise InputError(f"--rep-refit: L-BFGS stopped without converging ({result.message}). Leave the option out.")
+        raise InputError(
+            f"--rep-refit: L-BFGS stopped without converging ({result.message}). Leave the option out; a build that "
+            "came this far goes on with --resume."
+        )
     return np.asarray(result.x.reshape(shape))

@@ -19,7 +19,7 @@ import torch
 
 from forebear.errors import CorruptIndexError, NonFiniteError
 from forebear.indexer.block_file import read_blocks, write_blocks
-from forebear.indexer.curvature import class_basis, class_curvature
+from forebear.indexer.curvature import class_basis, class_curvature, row_chunks
 from forebear.indexer.forward import softmax
 from forebear.indexer.gradient_pass import Collector, SeedOf, run_pass
 from forebear.indexer.model import Classifier
@@ -52,7 +52,7 @@ def curvature_seeds(n_classes: int, n_rows: int, seed: int) -> tuple[SeedOf, ...
         """``weights`` (n_rows, rank) combine the columns of a square root of B."""
 
         def seed_of(at: list[int]) -> Seed:
-            return lambda logits: np.einsum("bck,bk->bc", class_square_root(softmax(logits)), weights[at])
+            return lambda logits: _combined_roots(softmax(logits), weights[at])
 
         return seed_of
 
@@ -67,6 +67,12 @@ def class_square_root(p: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(class_curvature(p))
     root = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
     return np.asarray(np.einsum("kc,nkj->ncj", class_basis(p.shape[1]), root))
+
+
+def _combined_roots(p: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """U w of each row, ``(n, c)``, for weights ``(n, c - 1)``; no more roots are held at once than fit in memory."""
+    parts = [np.einsum("bck,bk->bc", class_square_root(p[at]), weights[at]) for at in row_chunks(len(p), p.shape[1])]
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True)

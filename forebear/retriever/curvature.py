@@ -34,7 +34,7 @@ from forebear.indexer.products import GaussNewton, HessianProduct, Product
 from forebear.indexer.scopes import Block
 from forebear.retriever.solvers import HAN20, LissaSettings, Multiply, Solved, conjugate_gradients, lissa
 
-MAX_WEIGHTS = 1 << 27  # numbers in the class matrices of all rows that are held at once
+MAX_WEIGHTS = 1 << 25  # numbers in the class matrices of all rows that are held at once
 EIGEN_ROWS = 256  # whose class matrices, or products with all class directions, are held at once
 PRODUCT_ROWS = 2048  # whose products with the head's curvature are computed at once
 SOLVERS = ("exact", "ekfac", "cg", "cg-hessian", "lissa", "identity")
