@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.linalg import LinAlgError, cho_solve, cholesky, helmert, solve_triangular
 from scipy.linalg.lapack import dpocon
 
@@ -120,7 +121,7 @@ def _class_covariance(p: np.ndarray) -> np.ndarray:
     return np.asarray(out)
 
 
-def class_products(p: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+def class_products(p: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     """B (diag(p) - p p^T) B^T u, no matrix being formed.
 
     Args:
@@ -131,11 +132,11 @@ def class_products(p: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         ``(q, c - 1, n)``. Numbers are taken relative to that of the most probable class, so that rows predicted with
         all but certainty keep their precision.
     """
-    basis = class_basis(p.shape[1])
-    z = np.einsum("ac,qan->qnc", basis, vectors)
-    z -= np.take_along_axis(z, p.argmax(axis=1)[None, :, None], axis=2)
-    z -= (p * z).sum(axis=2, keepdims=True)
-    return np.asarray(np.einsum("ac,qnc->qan", basis, p * z))
+    basis = torch.from_numpy(class_basis(p.shape[1]))
+    z = vectors.transpose(1, 2) @ basis  # (q, n, c)
+    z -= z.gather(2, p.argmax(dim=1)[None, :, None].expand(len(z), -1, 1))
+    z -= (p * z).sum(dim=2, keepdim=True)
+    return (z.mul_(p) @ basis.T).transpose(1, 2)
 
 
 def head_trace(features: np.ndarray, residuals: np.ndarray, labels: np.ndarray) -> float:

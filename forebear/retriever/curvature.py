@@ -34,7 +34,8 @@ from forebear.indexer.products import GaussNewton, HessianProduct, Product
 from forebear.indexer.scopes import Block
 from forebear.retriever.solvers import HAN20, LissaSettings, Multiply, Solved, conjugate_gradients, lissa
 
-MAX_WEIGHTS = 1 << 25  # numbers in the class matrices of all rows that are held at once
+MAX_WEIGHTS = 1 << 25  # numbers in the class matrices, or in the gradients, of the rows that are held at once
+SELF_ROWS = 2048  # whose self-influence is solved for at once, at most
 EIGEN_ROWS = 256  # whose class matrices, or products with all class directions, are held at once
 PRODUCT_ROWS = 2048  # whose products with the head's curvature are computed at once
 SOLVERS = ("exact", "ekfac", "cg", "cg-hessian", "lissa", "identity")
@@ -277,8 +278,9 @@ class HeadSolver:
     def self_influence(self, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
         """<H^-1 g, g> of each row, ``(n,)`` float64."""
         out = []
-        for start in range(0, len(residuals), 2048):
-            r, f = residuals[start : start + 2048], features[start : start + 2048].astype(np.float64)
+        size = max(1, min(SELF_ROWS, MAX_WEIGHTS // (self.n_classes * features.shape[1])))
+        for start in range(0, len(residuals), size):
+            r, f = residuals[start : start + size], features[start : start + size].astype(np.float64)
             reduced = r.astype(np.float64) @ class_basis(self.n_classes).T
             out.append(np.einsum("nah,na,nh->n", self.solve(r, f)[0], reduced, f, optimize=True))
         return np.asarray(np.maximum(np.concatenate(out), 0.0))
@@ -287,13 +289,14 @@ class HeadSolver:
     def _ekfac(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         right = torch.linalg.eigh(self._features.T @ self._features).eigenvectors
         if self._by_row:
-            blocks = np.array_split(self._p, -(-len(self._p) // EIGEN_ROWS))
-            left = torch.linalg.eigh(torch.from_numpy(sum(class_curvature(p).sum(axis=0) for p in blocks))).eigenvectors
-            u = left.numpy().T  # eigenvectors as rows; every row of the index gets all of them
+            blocks = torch.split(torch.from_numpy(self._p), EIGEN_ROWS)
+            total = np.sum([class_curvature(p.numpy()).sum(axis=0) for p in blocks], axis=0)
+            left = torch.linalg.eigh(torch.from_numpy(total)).eigenvectors
+            u = left.T  # eigenvectors as rows; every row of the index gets all of them
             parts = [
-                np.einsum("ia,ian->ni", u, class_products(p, np.repeat(u[:, :, None], len(p), axis=2))) for p in blocks
+                torch.einsum("ia,ian->ni", u, class_products(p, u[:, :, None].expand(-1, -1, len(p)))) for p in blocks
             ]
-            out = torch.from_numpy(np.concatenate(parts))
+            out = torch.cat(parts)
         else:
             left = torch.linalg.eigh(self._weights.sum(dim=0)).eigenvectors
             out = torch.einsum("ai,nab,bi->ni", left, self._weights, left)
@@ -317,7 +320,7 @@ class HeadSolver:
             some = rows[start : start + PRODUCT_ROWS]
             f = self._features[some]
             if self._by_row:
-                weighted = torch.from_numpy(class_products(self._p[some], (v @ f.T).numpy()))
+                weighted = class_products(torch.from_numpy(self._p[some]), v @ f.T)
             else:
                 weighted = torch.einsum("nab,qbn->qan", self._weights[some], v @ f.T)
             total += weighted @ f
