@@ -274,12 +274,17 @@ def test_a_head_too_large_is_refused_before_the_pass_and_resumed_without_curvatu
 
 def test_audits_take_gd_where_the_index_holds_no_curvature_and_say_so(indexes, train, tmp_path, capsys):
     test = write_jsonl(tmp_path / "t.jsonl", text=sentences(12, seed=9), label=labels(12, seed=4))
-    for number, arguments in enumerate((["audit", "mislabelled"], ["audit", "errors", "--test", str(test)])):
+    asked = [["audit", "mislabelled"], ["audit", "errors", "--test", str(test)]]
+    for number, arguments in enumerate(asked):
         for scope in ("head", "top-1"):
             out = ["--out", str(tmp_path / f"{number}{scope}"), "--quiet"]
             assert run([*arguments, "--index", str(indexes["none"]), "--scope", scope, *out]) == 0
             said = " ".join(capsys.readouterr().err.split())
-            assert f"holds no curvature of scope {scope}, so gd is taken without if" in said
+            assert f"holds no curvature of scope {scope}: taken by default is gd, without if" in said
+    agreement = ["evaluate", "label-agreement", "--test", str(test), "--at", "3", "--spans", "words", "--quiet"]
+    assert run([*agreement, "--index", str(indexes["none"])]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "taken by default is tracin-f, tracin+, tracin++, without if, if+, if++" in said
     assert run(["audit", "mislabelled", "--index", str(indexes["0.1x"]), "--quiet"]) == 0
     assert "no curvature" not in capsys.readouterr().err
     said = refused(capsys, ["audit", "mislabelled", "--index", str(indexes["none"]), "--method", "if"])

@@ -214,7 +214,10 @@ def make_spec(retriever: Retriever, method: Sequence[str] | None, asked: ScopeOp
 
 
 def default_methods(retriever: Retriever, names: Sequence[str], asked: ScopeOptions) -> list[str]:
-    """A command's own methods; where they take H^-1 and the index holds no curvature, ``gd``, and that is said."""
+    """A command's own methods without those that take H^-1 where the index holds no curvature, and that is said.
+
+    Where none is left, ``gd``.
+    """
     from forebear.retriever.methods import METHODS
 
     index, scope = retriever.index, asked.scope
@@ -222,12 +225,13 @@ def default_methods(retriever: Retriever, names: Sequence[str], asked: ScopeOpti
     if held or asked.curvature not in (None, "exact", "ekfac"):
         return list(names)
     lacking = [name for name in names if METHODS[name].query == "preconditioned"]
+    kept = [name for name in names if name not in lacking] or ["gd"]
     if lacking:
         warn(
-            f"{index.folder} holds no curvature of scope {scope}, so gd is taken without {', '.join(lacking)}. For "
-            f"{lacking[0]} build the index with a --damping."
+            f"{index.folder} holds no curvature of scope {scope}: taken by default is {', '.join(kept)}, without "
+            f"{', '.join(lacking)}. For {lacking[0]} build the index with a --damping."
         )
-    return list(dict.fromkeys("gd" if name in lacking else name for name in names))
+    return kept
 
 
 def open_queries(retriever: Retriever, tested: TestOptions, sample: SampleOptions, spec: QuerySpec) -> Queries:

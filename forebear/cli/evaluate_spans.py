@@ -18,6 +18,7 @@ from forebear.cli.asking import (
     SpanOptions,
     TestOptions,
     command_line,
+    default_methods,
     integers,
     open_retriever,
 )
@@ -97,7 +98,8 @@ def _agreement(measure: Measure) -> Callable[..., None]:
 
         tops = depths(integers("--at", depth) or [10])
         retriever = open_retriever(at, report)
-        spec = _spec(retriever, tuple(listed(method)) or PAPER_METHODS, asked, spans, top=tops[-1])
+        methods = listed(method) or default_methods(retriever, PAPER_METHODS, asked)
+        spec = _spec(retriever, tuple(methods), asked, spans, top=tops[-1])
         queries = _queries(retriever, tested, sample, spec)
         with report.progress() as progress:
             found = measure_agreement(retriever, queries, spec, tops, measure, seed=sample.seed, progress=progress)
