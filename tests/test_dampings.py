@@ -291,6 +291,7 @@ def test_audits_take_gd_where_the_index_holds_no_curvature_and_say_so(indexes, t
     assert "--damping none" in said
 
 
+@pytest.mark.slow
 def test_seventy_seven_classes_by_384_features_end_to_end(tmp_path, capsys):
     """As banking77 under MiniLM: 29,184 numbers, whose matrix would take 6.8 GB."""
     model = wide_model(tmp_path / "model", n_classes=77, width=384)

@@ -401,7 +401,10 @@ class Index:
         """
         facts = self.manifest.curvature.get("head", {}).get("exact")
         if not facts:
-            raise MissingStoreError(f"{self.folder} was built with --damping none: it holds no curvature of the head.")
+            raise MissingStoreError(
+                f"{self.folder} was built with --damping none: it holds no curvature of the head. Ask with --curvature "
+                "cg, or build it with a --damping."
+            )
         number = _damping_number(facts["dampings"], given, f"{self.folder} holds the head's curvature")
         return dict(facts["dampings"][number])
 
