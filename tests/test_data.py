@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime as dt
 import gzip
 import json
 import tracemalloc
@@ -272,11 +273,11 @@ def test_a_source_without_labels_opens_unless_they_are_needed(tmp_path: Path) ->
 
 
 def test_csv_labels_are_integers_only_if_all_are(tmp_path: Path) -> None:
-    rows = [["text", "label"], ["007", "1"], ["008", "0"], ["9", "-1"]]
+    rows = [["text", "label"], ["007", "1"], ["008", "0"], ["9", "2"]]
     source = open_rows(write_csv(tmp_path / "a.csv", rows))
-    assert labels_of(source) == [1, 0, -1]
+    assert labels_of(source) == [1, 0, 2]
     assert texts_of(source) == ["007", "008", "9"]
-    assert next(source.blocks()).table.column("label").to_pylist() == ["1", "0", "-1"]
+    assert next(source.blocks()).table.column("label").to_pylist() == ["1", "0", "2"]
     names = open_rows(write_csv(tmp_path / "b.csv", [["text", "label"], ["a", "yes"], ["b", "NA"]]))
     assert labels_of(names) == ["yes", "NA"]
 
@@ -287,10 +288,10 @@ def test_csv_labels_are_integers_only_if_all_are(tmp_path: Path) -> None:
         ([0, 1, "one"], "an integer in row 0 and a name in row 2"),
         (["a", 1], "a name in row 0 and an integer in row 1"),
         ([0, 1.5], "an integer in row 0 and a number in row 1"),
-        ([1.0, 0.0], "a number in row 0"),
-        ([True, False], "true/false in row 0"),
+        ([1.5, 0.5], "a number in row 0"),
+        ([1.0, float("inf")], "an integer in row 0 and a number in row 1"),
         ([[0], [1]], "a list in row 0"),
-        ([0, None, 1], "no label (null, empty or -1) in row 1"),
+        ([0, True], "an integer in row 0 and true/false in row 1"),
         ([2**70, 1], "a long integer in row 0"),
     ],
 )
@@ -306,9 +307,8 @@ def test_labels_of_unlike_types_are_refused_by_row_in_json(tmp_path: Path, label
     ("labels", "said"),
     [
         (["0", "1", "one"], "an integer in row 0 and a name in row 2"),
-        (["0", "1.0"], "an integer in row 0 and a number in row 1"),
-        (["1.0", "0.0"], "a number in row 0"),
-        (["0", "", "1"], "no label (null, empty or -1) in row 1"),
+        (["0", "1.5"], "an integer in row 0 and a number in row 1"),
+        (["1.5", "0.0"], "a number in row 0 and an integer in row 1"),
     ],
 )
 def test_labels_of_unlike_types_are_refused_by_row_in_csv(tmp_path: Path, labels: list[str], said: str) -> None:
@@ -319,10 +319,9 @@ def test_labels_of_unlike_types_are_refused_by_row_in_csv(tmp_path: Path, labels
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        (pa.array([0.0, 1.0]), "double in row 0"),
-        (pa.array([True, False]), "bool in row 0"),
+        (pa.array([0.5, 1.0]), "a number in row 0 and an integer in row 1"),
+        (pa.array([dt.date(2026, 1, 1), dt.date(2026, 1, 2)]), "date32[day] in row 0"),
         (pa.array([[0], [1]]), "list<"),
-        (pa.array([1, None]), "no label (null, empty or -1) in row 1"),
         (pa.array([1, 2**64 - 1], pa.uint64()), "cannot be read as labelled text"),
     ],
 )
@@ -347,12 +346,13 @@ def test_wholly_unlabelled_sources_open_unless_labels_are_needed(tmp_path: Path)
         assert "in row 0" in refusal(path, need_labels=True)
 
 
-def test_some_minus_ones_are_kept_unless_labels_are_needed(tmp_path: Path) -> None:
-    saved_dataset(labels=[0, 1, -1]).save_to_disk(str(tmp_path / "hub"))
-    source = open_rows(tmp_path / "hub")
-    assert labels_of(source) == [0, 1, -1]
-    assert source.label_values == (0, 1)
-    assert "in row 2" in refusal(tmp_path / "hub", need_labels=True)
+def test_whole_floats_and_truth_values_are_labels(tmp_path: Path) -> None:
+    assert labels_of(rows_from_texts(["a", "b", "c"], [1.0, 0.0, float("nan")])) == [1, 0, None]
+    assert labels_of(rows_from_texts(["a", "b"], [True, False])) == ["true", "false"]
+    floats = write_csv(tmp_path / "a.csv", [["text", "label"], ["a", "1.0"], ["b", ""], ["c", "0.0"]])
+    assert labels_of(open_rows(floats)) == [1, None, 0]
+    pq.write_table(pa.table({"text": ["a", "b"], "label": pa.array([1.0, 0.0])}), tmp_path / "a.parquet")
+    assert open_rows(tmp_path / "a.parquet").sha256() == rows_from_texts(["a", "b"], [1, 0]).sha256()
 
 
 def test_minus_one_is_a_label_like_any_where_numbers_have_no_names() -> None:
@@ -458,7 +458,12 @@ def test_json_blank_lines_and_byte_order_mark_are_no_rows(tmp_path: Path) -> Non
         (b'{"text": "a", "text": "b"}\n', "'text' comes twice"),
         (b'{"text": "\xff"}\n', "line 1"),
         (b'{"text": "a"}\n{"text": "\\ud83d"}\n', "line 2"),
-        (b' \n[{"text": "a"}]', "JSON array"),
+        (b' \n[{"text": "a"}', "ends before its bracket"),
+        (b'[{"text": "a"} {"text": "b"}]', "after 1 elements (a comma is missing)"),
+        (b'[{"text": "a"}, 3]', "element 2 (from 1) holds an integer"),
+        (b'[{"text": "a"},]', "after 1 elements"),
+        (b'[{"text": "a"}] x', "something follows"),
+        (b'[{"text": "a", "text": "b"}]', "'text' comes twice"),
         (b"\n\n", "no rows"),
         (b"{" * 3 + b'"a":' * 3, "line 1"),
         (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 1"),
@@ -473,7 +478,7 @@ def test_broken_json_lines_are_named(tmp_path: Path, content: bytes, said: str) 
     ("content", "said"),
     [
         (b"text,label\na,1\nb\n", "Row #3: Expected 2 columns, got 1"),
-        (b"text,label\na,1\n\xff\xfe,1\n", "UTF8"),
+        (b"text,label\na,1\n\xff\xfe,1\n", "byte 15 (from 0), in line 3, is 0xff"),
         (b"text,label\n", "no rows"),
         (b"text,text\na,b\n", "more than one column 'text'"),
         (b'text,label\n"a,1\nb,2\n', "cannot be read as CSV"),

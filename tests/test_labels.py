@@ -64,6 +64,7 @@ def test_an_unknown_label_is_refused_by_row_at_once_and_when_mapped() -> None:
     source = rows(["good", "bad", "ugly", "bad"])
     message = refusal(source, ("bad", "good"))
     assert "row 2 " in message
+    assert "1 of 4 rows" in message
     assert "'ugly'" in message
     assert "bad, good" in message
     mapping = label_map(rows(["good", "bad"]), ("bad", "good"))
@@ -101,9 +102,9 @@ def test_numbers_without_names_are_the_models_ids_with_a_warning() -> None:
     warning = str(label_map(source, ("negative", "positive")).warning)
     assert "1 = positive" in warning
     assert "--label-names" in warning
-    message = refusal(rows([0, -1, 2]), ("negative", "positive"))
-    assert "row 1 " in message
-    assert "-1" in message
+    message = refusal(rows([0, 1, 3]), ("negative", "positive"))
+    assert "row 2 " in message
+    assert "label 3" in message
 
 
 def test_numbers_are_names_to_a_model_whose_names_are_numbers() -> None:
@@ -144,7 +145,7 @@ def test_rows_marked_minus_one_are_refused_when_met(tmp_path: Path) -> None:
     source = open_rows(tmp_path / "a.csv", label_names=["no", "yes"])
     mapping = label_map(source, ["yes", "no"])
     assert mapping([0, 1]).tolist() == [1, 0]
-    with pytest.raises(DataError, match=r"row 1 .*-1"):
+    with pytest.raises(DataError, match=r"row 1 .*no label"):
         mapped(source, ["yes", "no"])
 
 

@@ -26,7 +26,9 @@ from forebear.cli.options import (
     Recall,
     Scope,
     TextColumns,
+    Unlabelled,
 )
+from forebear.cli.rows import open_rows_aloud
 from forebear.cli.tables import show_report
 from forebear.errors import InputError
 
@@ -80,16 +82,16 @@ class ColumnOptions:
     text_columns: TextColumns = None
     label_column: LabelColumn = None
     label_names: LabelNames = None
+    unlabelled: Unlabelled = "refuse"
 
     def open(self, path: str, *, need_labels: bool = False) -> RowSource:
         """The rows of a file, folder or hub name."""
-        from forebear.indexer.data import open_rows
-
-        return open_rows(
+        return open_rows_aloud(
             path,
-            text_columns=listed(self.text_columns) or None,
+            text_columns=self.text_columns,
             label_column=self.label_column,
-            label_names=listed(self.label_names) or None,
+            label_names=self.label_names,
+            unlabelled=self.unlabelled,
             need_labels=need_labels,
         )
 
@@ -240,7 +242,16 @@ def open_queries(retriever: Retriever, tested: TestOptions, sample: SampleOption
 
     gold = spec.target == "gold"
     source = tested.open(tested.test, need_labels=gold)
+    warn_of_labels(retriever, source, required=gold)
     return sample_queries(retriever, source, sample.queries, sample.seed, need_labels=gold)
+
+
+def warn_of_labels(retriever: Retriever, source: RowSource, *, required: bool) -> None:
+    """Say which test rows have a label that is not the model's."""
+    if source.label_column is None:
+        return
+    labels = retriever.query_labels(source, required=required)
+    warn(f"{source.name}: its labels are not the model's and stay empty" if labels is None else labels.remark)
 
 
 def integers(option: str, values: Sequence[str] | None) -> list[int]:

@@ -23,6 +23,7 @@ from forebear.cli.asking import (
     make_spec,
     open_queries,
     open_retriever,
+    warn_of_labels,
 )
 from forebear.cli.console import Variadic
 from forebear.cli.groups import grouped
@@ -131,7 +132,11 @@ def duplicates(
     thresholds = Thresholds(jaccard=jaccard, cosine=cosine, cosine_jaccard=cosine_jaccard, neighbours=neighbours)
     thresholds.check()
     retriever = open_retriever(at, report)
-    tested = None if test is None else sample_queries(retriever, columns.open(test), 0, 0)
+    tested = None
+    if test is not None:
+        source = columns.open(test)
+        warn_of_labels(retriever, source, required=False)
+        tested = sample_queries(retriever, source, 0, 0)
     groups = find(retriever.index, thresholds)
     leaked = [] if tested is None else leaks(retriever.index, tested, thresholds)
     page, result = duplicates_report(groups, retriever, thresholds, top, command_line(), tested, leaked)

@@ -29,7 +29,8 @@ from forebear.cli.asking import (
 )
 from forebear.cli.console import Variadic, listed
 from forebear.cli.groups import grouped
-from forebear.cli.options import LabelNames, Recall, TextColumns
+from forebear.cli.options import LabelNames, Recall, TextColumns, Unlabelled
+from forebear.cli.rows import open_rows_aloud
 from forebear.errors import InputError
 
 CORRELATION_HELP = """Do two methods order the training rows alike? Mean Spearman correlation of every pair.
@@ -333,12 +334,12 @@ def mislabelled(
     neighbours: Annotated[int, typer.Option("--neighbours", help="Nearest rows whose labels are compared.")] = 10,
     text_columns: TextColumns = None,
     label_names: LabelNames = None,
+    unlabelled: Unlabelled = "refuse",
     seed: Seed = 0,
 ) -> None:
     """See MISLABELLED_HELP."""
     from forebear.evaluation.mislabelled import mislabelled as measure
     from forebear.evaluation.mislabelled import mislabelled_report, true_labels_of, wrong_rows_of
-    from forebear.indexer.data import open_rows
 
     if (true_label is None) == (wrong_rows is None):
         raise InputError("give either --true-label COLUMN or --wrong-rows FILE.")
@@ -352,11 +353,12 @@ def mislabelled(
         segments = opened.manifest.segments
         if train is None and len(segments) > 1:
             raise InputError(f"{opened.folder} was built from {len(segments)} files. Give them as one by --train.")
-        source = open_rows(
+        source = open_rows_aloud(
             train or segments[0].source,
-            text_columns=listed(text_columns) or opened.manifest.spec.text_columns,
+            text_columns=text_columns or opened.manifest.spec.text_columns,
             label_column=true_label,
-            label_names=listed(label_names) or None,
+            label_names=label_names,
+            unlabelled=unlabelled,
             need_labels=True,
         )
         truth = true_labels_of(opened, source)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from forebear.cli.console import Variadic, listed, progress_bar, say, size, warn
-from forebear.cli.options import Device, Force, LabelColumn, LabelNames, Quiet, TextColumns
+from forebear.cli.options import Device, Force, LabelColumn, LabelNames, Quiet, TextColumns, Unlabelled
+from forebear.cli.rows import open_rows_aloud
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
@@ -140,13 +141,13 @@ def index(
     text_columns: TextColumns = None,
     label_column: LabelColumn = None,
     label_names: LabelNames = None,
+    unlabelled: Unlabelled = "refuse",
     device: Device = "auto",
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
     """See HELP."""
     from forebear.indexer import build
-    from forebear.indexer.data import open_rows
     from forebear.indexer.options import BuildOptions
     from forebear.indexer.runs import choose_model
 
@@ -156,11 +157,12 @@ def index(
     def rows(columns: list[str] | None) -> RowSource:
         if train is None:
             raise InputError("no training rows given. Name their file by --train.")
-        return open_rows(
+        return open_rows_aloud(
             train,
             text_columns=columns,
             label_column=label_column,
-            label_names=listed(label_names) or None,
+            label_names=label_names,
+            unlabelled=unlabelled,
             need_labels=True,
         )
 

@@ -19,6 +19,14 @@ LabelNames = Annotated[
     list[str] | None,
     typer.Option("--label-names", help="Names that integer labels stand for, in order.", show_default=False),
 ]
+Unlabelled = Annotated[
+    str,
+    typer.Option(
+        "--unlabelled",
+        help="Rows without a gold label (null, '-', -1), where labels are needed: refuse; drop, and number the rows "
+        "that are kept; keep '-' or -1 as a class.",
+    ),
+]
 Pair = Annotated[str | None, typer.Option("--pair", help="The second text, where rows are pairs.", show_default=False)]
 Scope = Annotated[str, typer.Option("--scope", help="Parameters whose gradients are compared.")]
 Recall = Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forebear.cli.asking import ColumnOptions, QuerySpans
+from forebear.cli.asking import ColumnOptions, QuerySpans, warn_of_labels
 from forebear.cli.console import OUT, Variadic, listed, progress_bar, say, warn
 from forebear.cli.options import (
     Damping,
@@ -24,6 +24,7 @@ from forebear.cli.options import (
     Recall,
     Scope,
     TextColumns,
+    Unlabelled,
 )
 from forebear.errors import InputError
 
@@ -145,6 +146,7 @@ def retrieve(
     text_columns: TextColumns = None,
     label_column: LabelColumn = None,
     label_names: LabelNames = None,
+    unlabelled: Unlabelled = "refuse",
     device: Device = "auto",
     force: Force = False,
     quiet: Quiet = False,
@@ -202,10 +204,11 @@ def retrieve(
         source = rows_from_texts([text] if pair is None else [(text, pair)])
     else:
         assert test is not None
-        columns = ColumnOptions(text_columns=text_columns, label_column=label_column, label_names=label_names)
+        columns = ColumnOptions(
+            text_columns=text_columns, label_column=label_column, label_names=label_names, unlabelled=unlabelled
+        )
         source = columns.open(test, need_labels=target == "gold")
-    if source.label_column is not None and retriever.query_labels(source, required=target == "gold") is None:
-        warn(f"{source.name}: its labels are not the model's, so query_label stays empty.")
+    warn_of_labels(retriever, source, required=target == "gold")
 
     shares = None if hubs is None else read_hub_shares(Path(hubs), retriever, retriever.settled(spec))
 

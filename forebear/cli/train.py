@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.console import Variadic, listed, progress_bar, say
-from forebear.cli.options import Device, Force, LabelColumn, LabelNames, Quiet, TextColumns
+from forebear.cli.console import Variadic, progress_bar, say
+from forebear.cli.options import Device, Force, LabelColumn, LabelNames, Quiet, TextColumns, Unlabelled
+from forebear.cli.rows import open_rows_aloud
+
+if TYPE_CHECKING:
+    from forebear.indexer.data import RowSource
 
 HELP = """Fine-tune a text classifier and keep every epoch's checkpoint with its learning rate.
 
@@ -46,12 +50,12 @@ def train(
     text_columns: TextColumns = None,
     label_column: LabelColumn = None,
     label_names: LabelNames = None,
+    unlabelled: Unlabelled = "refuse",
     device: Device = "auto",
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
     """See HELP."""
-    from forebear.indexer.data import open_rows
     from forebear.indexer.training import TrainOptions
     from forebear.indexer.training import train as run_training
 
@@ -66,11 +70,16 @@ def train(
         seed=seed,
         device=device,
     )
-    columns = listed(text_columns) or None
-    names = listed(label_names) or None
 
-    def rows(source: str):  # type: ignore[no-untyped-def]
-        return open_rows(source, text_columns=columns, label_column=label_column, label_names=names, need_labels=True)
+    def rows(path: str) -> RowSource:
+        return open_rows_aloud(
+            path,
+            text_columns=text_columns,
+            label_column=label_column,
+            label_names=label_names,
+            unlabelled=unlabelled,
+            need_labels=True,
+        )
 
     with progress_bar(quiet=quiet) as progress:
         run = run_training(

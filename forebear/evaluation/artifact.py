@@ -25,6 +25,7 @@ import numpy as np
 from forebear.errors import DataError, NonFiniteError
 from forebear.evaluation.comparisons import Queries
 from forebear.indexer.forward import run_forward
+from forebear.indexer.labels import UNKNOWN
 from forebear.indexer.options import Progress, no_progress
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
@@ -260,7 +261,7 @@ def groups_of(
     groups = {EVERY_QUERY: np.ones(len(predictions), bool)}
     for label, name in enumerate(names):
         mine = predictions == label
-        wrong = np.zeros_like(mine) if labels is None else mine & (labels != label)
+        wrong = np.zeros_like(mine) if labels is None else mine & (labels != label) & (labels != UNKNOWN)
         if mine.any() and not mine.all():
             groups[f"predicted {name}"] = mine
         if wrong.any() and (wrong != mine).any():

@@ -25,6 +25,7 @@ from forebear.evaluation.near_words import WordSets, near_pairs, stacked, word_s
 from forebear.evaluation.neighbours import nearest_rows
 from forebear.evaluation.report import Cell, Group, Report, Table
 from forebear.indexer.index import Index
+from forebear.indexer.labels import UNKNOWN
 from forebear.retriever.retriever import Retriever
 
 KINDS: Final = ("same texts", "same words", "similar")
@@ -317,11 +318,12 @@ def _leak_tables(test: Queries, leaked: Sequence[Leak], retriever: Retriever) ->
         mine = [leak for leak in leaked if leak.kind == kind]
         other = None
         if test.labels is not None:
-            other = sum(int(test.labels[leak.test_row] != index.labels[leak.row]) for leak in mine)
+            other = sum(int(test.labels[x.test_row] not in (UNKNOWN, index.labels[x.row])) for x in mine)
         counts.append([kind, len(mine), len(mine) / n, other])
     lines: list[list[Cell]] = []
     for leak in leaked[:SHOWN_LEAKS]:
-        gold = None if test.labels is None else names[test.labels[leak.test_row]]
+        label = UNKNOWN if test.labels is None else test.labels[leak.test_row]
+        gold = None if label == UNKNOWN else names[label]
         cells: list[Cell] = [leak.test_row, leak.row, leak.kind, leak.jaccard, gold, names[index.labels[leak.row]]]
         both = [column[leak.test_row] for column in test.texts]
         lines.append([*cells, *both, *(c[0].as_py() for c in index.texts(np.array([leak.row])).values())])

@@ -30,7 +30,7 @@ from forebear.indexer.journal import (
     remove_unlisted,
     same_or_refuse,
 )
-from forebear.indexer.labels import label_map
+from forebear.indexer.labels import label_map, names_of_classes
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, Segment, library_versions
 from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.options import BuildOptions, Progress, counted, ignore_warning, no_progress
@@ -86,6 +86,7 @@ def build_index(
     check_feasible(classifier, options, len(source.text_columns))
     labels = label_map(source, classifier.label_names, options.label_mode)
     warn(labels.warning)
+    classifier = replace(classifier, label_names=names_of_classes(classifier.label_names, source))
     spec, listed = make_spec(source, checkpoints, classifier, options)
     segment = Segment(source=source.name, rows_sha256=source.sha256(), start=0, n_rows=source.n_rows)
     if resume and (folder / MANIFEST_NAME).is_file():

@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 from forebear.errors import DataError
 from forebear.indexer.data import MAX_CLASSES, RowSource
+from forebear.indexer.label_column import Label
+from forebear.indexer.readers import listed
 
 BINARY_NLI = "binary-nli"
 NUMBER = re.compile(r"-?[0-9]+")  # as a class name: its sign is no separator
@@ -26,22 +28,59 @@ BINARY_NLI_NAMES = ("entailment", "non-entailment")
 NLI_IDS = {"entailment": 0, "neutral": 1, "contradiction": 1, "non entailment": 1}  # in BINARY_NLI_NAMES
 
 
+UNKNOWN = -1  # in the place of a class id: the row has no label, or one that the model does not know
+
+
 class LabelMap:
     """Maps one source's labels onto a model's class ids; made by ``label_map``.
 
     Attributes:
         warning: One line for the user where the mapping rests on a guess, else None.
+        remark: One line on the rows whose label the model does not know, of a map that is partial; else None.
     """
 
     def __init__(
-        self, source_name: str, known: Sequence[str], ids: dict[int | str, int], warning: str | None = None
+        self,
+        source: RowSource,
+        known: Sequence[str],
+        ids: dict[int | str, int],
+        warning: str | None = None,
+        *,
+        partial: bool = False,
     ) -> None:
         self.warning = warning
-        self._source_name = source_name
+        self._source = source
         self._known = tuple(known)
         self._ids = ids  # by integer label, or by the key of a name
+        self._partial = partial
+        unknown = self.unknown_labels()
+        self.remark = self._problem(unknown) + "; theirs stays empty" if partial and unknown else None
 
-    def __call__(self, labels: list[int] | list[str], start: int = 0) -> npt.NDArray[np.int64]:
+    def unknown_labels(self) -> list[Label]:
+        """Labels that occur in the source and have no class, by the first row with each."""
+        found = [label for label in self._source.label_values if _own_key(label) not in self._ids]
+        return sorted(found, key=self._source.first_row_of)
+
+    def refuse_unknown(self) -> None:
+        """Refuse a source in which some label has no class.
+
+        Raises:
+            DataError: The line names the first such row.
+        """
+        if unknown := self.unknown_labels():
+            raise DataError(
+                f"{self._problem(unknown)}; it knows {listed(self._known)}. Mend the rows, or give --label-names."
+            )
+
+    def _problem(self, unknown: Sequence[Label]) -> str:
+        n_rows = sum(self._source.n_rows_with(label) for label in unknown)
+        first = self._source.first_row_of(unknown[0])
+        return (
+            f"{self._source.name}: row {first} (from 0) has the label {unknown[0]!r}, which the model does not know "
+            f"(as {n_rows:,} of {self._source.n_rows:,} rows)"
+        )
+
+    def __call__(self, labels: Sequence[Label | None], start: int = 0) -> npt.NDArray[np.int64]:
         """Map consecutive rows' labels.
 
         Args:
@@ -49,32 +88,37 @@ class LabelMap:
             start: Row number of the first.
 
         Returns:
-            The model's class ids, ``(n,)``.
+            The model's class ids, ``(n,)``; of a partial map ``UNKNOWN`` where there is none.
 
         Raises:
-            DataError: A label has no class; the line names its row.
+            DataError: A label has no class, and the map is not partial; the line names its row.
         """
-        rows: list[int | str] = [*labels]
-        found = {label: self._ids.get(_own_key(label)) for label in set(rows)}
-        for row, label in enumerate(rows, start):
-            if found[label] is None:
-                raise DataError(
-                    f"{self._source_name}: row {row} (from 0) has the label {label!r}, which the model does "
-                    f"not know; it knows {', '.join(self._known)}. Mend the row, or give --label-names."
-                )
-        return np.array([found[label] for label in rows], dtype=np.int64)
+        ids = {label: None if label is None else self._ids.get(_own_key(label)) for label in set(labels)}
+        if not self._partial:
+            for row, label in enumerate(labels, start):
+                if ids[label] is None:
+                    what = "no label" if label is None else f"the label {label!r}, which the model does not know"
+                    raise DataError(
+                        f"{self._source.name}: row {self._source.file_row(row)} (from 0) has {what}; it knows "
+                        f"{', '.join(self._known)}. Mend the row, or give --label-names."
+                    )
+        found = [ids[label] for label in labels]
+        return np.array([UNKNOWN if class_id is None else class_id for class_id in found], dtype=np.int64)
 
 
-def label_map(source: RowSource, model_names: Sequence[str], mode: str | None = None) -> LabelMap:
+def label_map(
+    source: RowSource, model_names: Sequence[str], mode: str | None = None, *, partial: bool = False
+) -> LabelMap:
     """Match a source's labels with a model's names, and check every label that occurs.
 
     Args:
         source: Rows with labels.
         model_names: The model's class names, by id.
         mode: ``"binary-nli"`` for a model trained with it, else None.
+        partial: Take labels that the model does not know, and rows without one, as ``UNKNOWN``, if it knows others.
 
     Returns:
-        The map. It refuses rows of -1 ("no label") in a source that names its numbers when it meets them.
+        The map. Unless partial, it refuses rows without a label when it meets them.
 
     Raises:
         DataError: The names do not match, or a label that occurs has no class; the line names its row.
@@ -91,12 +135,12 @@ def label_map(source: RowSource, model_names: Sequence[str], mode: str | None = 
             f"{', '.join(model_names)}. Train one with --labels binary-nli, or leave the option out."
         )
     ids, warning = _match(source, model_names, model, mode)
-    mapping = LabelMap(source.name, model_names, ids, warning)
-    known = [label for label in source.label_values if _own_key(label) in ids]
-    if len(known) < len(source.label_values):
-        _refuse_foreign_names(source, model_names, any_known=bool(known) or warning is not None)
-        for block in source.blocks():  # only some labels have no class: let the first such row be named
-            mapping(block.labels or [], block.start)
+    mapping = LabelMap(source, model_names, ids, warning, partial=partial)
+    if unknown := mapping.unknown_labels():
+        some_known = len(unknown) < len(source.label_values)
+        _refuse_foreign_names(source, model_names, any_known=some_known or warning is not None)
+        if not partial:
+            mapping.refuse_unknown()
     return mapping
 
 
@@ -107,7 +151,7 @@ def _match(
     by_key: dict[int | str, int] = {_key(name): class_id for class_id, name in enumerate(model_names)}
     if mode == BINARY_NLI:
         by_key |= {key: model[_key(BINARY_NLI_NAMES[merged])] for key, merged in NLI_IDS.items()}
-    is_generic = all(re.fullmatch(r"label ?\d+", key) for key in model)
+    is_generic = are_unnamed(model_names)
     own_ids: dict[int | str, int] = {class_id: class_id for class_id in range(len(model_names))}
     as_listed = ", ".join(f"{class_id} = {name}" for class_id, name in enumerate(model_names))
     names = source.label_names
@@ -152,6 +196,26 @@ def _refuse_foreign_names(source: RowSource, model_names: Sequence[str], any_kno
         )
 
 
+def are_unnamed(model_names: Sequence[str]) -> bool:
+    """Whether a model's class names are those that transformers makes up: LABEL_0, LABEL_1 and so on."""
+    return all(re.fullmatch(r"label ?\d+", _key(name)) for name in model_names)
+
+
+def names_of_classes(model_names: Sequence[str], source: RowSource) -> tuple[str, ...]:
+    """What a model's classes are called in results.
+
+    Args:
+        model_names: The model's own names, by id.
+        source: Its training rows.
+
+    Returns:
+        The model's names, by id; of an unnamed model the source's label names, if there is one for each class.
+    """
+    given = source.label_names
+    takes_given = are_unnamed(model_names) and given is not None and len(given) == len(model_names)
+    return tuple(given) if takes_given and given is not None else tuple(model_names)
+
+
 def classes_for(source_or_names: RowSource | Sequence[str], mode: str | None = None) -> tuple[str, ...]:
     """Name the classes of a new model, by id.
 
@@ -193,7 +257,7 @@ def _names_of(source: RowSource) -> tuple[str, ...]:
     numbers = [value for value in values if isinstance(value, int)]
     if numbers and numbers[0] >= 0 and numbers[-1] < MAX_CLASSES:
         return tuple(str(number) for number in range(numbers[0], numbers[-1] + 1))
-    return tuple(str(value) for value in values)
+    return tuple(str(value).strip() for value in values)
 
 
 def nli_id(name: str) -> int | None:

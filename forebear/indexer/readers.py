@@ -5,15 +5,13 @@ Values are never interpreted: "NA", "None" and "007" stay as they are. The forma
 - CSV: every column is text; quoted values may hold commas and newlines; blank lines are no rows.
 - TSV: as CSV, but a tab always separates and a quote is an ordinary character, as in the GLUE and HANS
   files. Values that hold tabs or newlines need CSV or JSON Lines.
-- JSON Lines: one object a line, blank lines are no rows. A column's type is found over the whole file, so
-  it is the same in every block; values of unlike types, lists and objects are kept as JSON text.
+- JSON Lines: one object a line, blank lines are no rows; or one array of objects. A column's type is found over the
+  whole file, so it is the same in every block; values of unlike types, lists and objects are kept as JSON text.
 - Parquet, and data sets of ``datasets``: as they are typed.
 """
 
 from __future__ import annotations
 
-import codecs
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,15 +19,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from forebear.errors import DataError
+from forebear.indexer.json_rows import json_kind, json_rows
+from forebear.indexer.text_file import ExpansionGuard, check_utf8, open_text
 
 CHUNK_ROWS = 4096
 CHUNK_BYTES = 16 << 20  # also the longest row that a CSV file may have
-JSON_KINDS = {type(None): "null", bool: "true/false", float: "a number", list: "a list", dict: "an object"}
+MAX_COLUMNS = 10_000
+SHOWN_NAMES = 30
 READ_ERRORS = (pa.ArrowException, OSError, EOFError, ValueError, TypeError, OverflowError, RecursionError)
 
 Kinds = dict[str, dict[str, int]]  # by column: each kind of value in it, and the first row of that kind
@@ -51,8 +54,10 @@ def one_line(error: BaseException) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names for a message, ``none`` where there are none."""
-    return ", ".join(names) or "none"
+    """Names for a message, ``none`` where there are none; of many, the first."""
+    known = list(names)
+    more = f" and {len(known) - SHOWN_NAMES:,} more" if len(known) > SHOWN_NAMES else ""
+    return (", ".join(known[:SHOWN_NAMES]) or "none") + more
 
 
 @dataclass
@@ -97,87 +102,169 @@ def dataset_reader(name: str, dataset: Any) -> Reader:
 
 
 def parquet_reader(name: str) -> Reader:
-    """Read a Parquet file."""
+    """Read a Parquet file.
+
+    Texts are read as dictionaries, so that one long text which a small file repeats a million times is held once, and
+    are then spelled out a few at a time.
+    """
 
     def tables(start: int, columns: list[str] | None) -> Iterator[pa.Table]:
-        with reading(name, "Parquet"), pq.ParquetFile(name, memory_map=True) as file:
-            groups = list(range(file.num_row_groups))
-            while groups and start >= (size := file.metadata.row_group(groups[0]).num_rows):
-                start -= size
-                del groups[0]
-            batches = file.iter_batches(CHUNK_ROWS, row_groups=groups, columns=columns) if groups else ()
-            yield from _from_row(start, batches)
+        guard = ExpansionGuard(name)
+        with reading(name, "Parquet"), pq.ParquetFile(name, memory_map=True, read_dictionary=texts) as file:
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                if start < size:
+                    for table in _from_row(start, file.iter_batches(CHUNK_ROWS, row_groups=[group], columns=columns)):
+                        yield from _spelled_out(table, schema, guard)
+                start = max(0, start - size)
 
     with reading(name, "Parquet"), pq.ParquetFile(name) as file:
-        return Reader(name, file.schema_arrow, file.metadata.num_rows, tables)
+        schema, n_rows = file.schema_arrow, file.metadata.num_rows
+    check_width(name, len(schema))
+    texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
+    return Reader(name, schema, n_rows, tables)
+
+
+def _spelled_out(table: pa.Table, schema: pa.Schema, guard: ExpansionGuard) -> Iterator[pa.Table]:
+    """Cut a table where its texts come to ``CHUNK_BYTES``, and give its columns the types of the schema."""
+    wanted = pa.schema([schema.field(column) for column in table.column_names])
+    if table.schema.types == wanted.types:
+        yield table
+        return
+    lengths = np.zeros(len(table), np.int64)
+    for column, field_ in zip(table.columns, wanted, strict=True):
+        if column.type != field_.type:
+            for at, chunk in _chunks(column):
+                own = pc.take(pc.binary_length(chunk.dictionary), chunk.indices).fill_null(0)
+                lengths[at : at + len(chunk)] += own.to_numpy(zero_copy_only=False)
+    start = 0
+    while start < len(table):
+        stop = start + max(1, int(np.searchsorted(np.cumsum(lengths[start:]), CHUNK_BYTES, "right")))
+        guard.add(int(lengths[start:stop].sum()))
+        yield table.slice(start, stop - start).cast(wanted)
+        start = stop
+
+
+def _chunks(column: pa.ChunkedArray) -> Iterator[tuple[int, pa.Array]]:
+    start = 0
+    for chunk in column.chunks:
+        yield start, chunk
+        start += len(chunk)
+
+
+def table_reader(table: Any) -> Reader:
+    """Read a table in memory: a ``datasets.Dataset``, a pyarrow Table, a DataFrame of pandas or polars.
+
+    Raises:
+        DataError: It is none of these, or a column holds values of unlike types.
+    """
+    kind = type(table).__name__
+    name = f"the {kind} given"
+    library = type(table).__module__.split(".")[0]
+    if library == "datasets" and kind == "Dataset":
+        return dataset_reader(name, table)
+    if library == "datasets" and isinstance(table, dict):
+        raise DataError(f"{name} has the splits {listed(map(str, table))}; give one of them, as in data['train'].")
+    with reading(name, "a table of text"):
+        if library == "pandas" and kind == "DataFrame":
+            table = pa.Table.from_pandas(table, preserve_index=False)
+        elif hasattr(table, "__arrow_c_stream__"):
+            table = pa.table(table)
+    if not isinstance(table, pa.Table):
+        raise DataError(
+            f"rows cannot be read from a {kind}; expected the name of a file, a datasets.Dataset, a pyarrow Table, a "
+            "DataFrame of pandas or polars. Lists of texts are opened by rows_from_texts."
+        )
+    check_width(name, table.num_columns)
+
+    def tables(start: int, columns: list[str] | None) -> Iterator[pa.Table]:
+        chosen = table if columns is None else table.select(columns)
+        for row in range(start, len(table), CHUNK_ROWS):
+            yield chosen.slice(row, CHUNK_ROWS)
+
+    return Reader(name, table.schema, len(table), tables)
 
 
 def csv_reader(name: str, delimiter: str) -> Reader:
-    """Read a CSV file, or a TSV file where ``delimiter`` is a tab; packed or not."""
+    """Read a CSV file, or a TSV file where ``delimiter`` is a tab; packed or not. Its bytes are checked now."""
     quoted = delimiter == ","
     expected = "CSV (UTF-8, a header line, commas)" if quoted else "TSV (UTF-8, a header line, tabs, no quoting)"
     read = pa_csv.ReadOptions(use_threads=False, block_size=CHUNK_BYTES)
     parse = pa_csv.ParseOptions(delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted)
 
-    def open_stream(names: list[str], columns: list[str] | None) -> Any:
+    def batches(file: Any, names: list[str], columns: list[str] | None) -> Any:
         convert = pa_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), include_columns=columns)
-        return pa_csv.open_csv(pa.input_stream(name, compression="detect"), read, parse, convert)
+        return pa_csv.open_csv(file, read, parse, convert)
 
     def tables(start: int, columns: list[str] | None) -> Iterator[pa.Table]:
-        with reading(name, expected):
-            yield from _from_row(start, open_stream(names, columns))
+        with _reading_csv(name, expected), open_text(name) as file:
+            yield from _from_row(start, batches(file, names, columns))
 
-    with reading(name, expected):
-        names = open_stream([], None).schema.names
+    with _reading_csv(name, expected):
+        check_utf8(name)
+        with open_text(name) as file:
+            check_width(name, file.readline(CHUNK_BYTES).count(delimiter.encode()) + 1)
+        with open_text(name) as file:
+            names = batches(file, [], None).schema.names
     return Reader(name, pa.schema([(column, pa.string()) for column in names]), None, tables, typed=False)
 
 
+@contextmanager
+def _reading_csv(name: str, expected: str) -> Iterator[None]:
+    """As ``reading``; a row that does not end within ``CHUNK_BYTES`` is said to be that, not a "straddling object"."""
+    try:
+        with reading(name, expected):
+            yield
+    except DataError as error:
+        if "straddling object" not in str(error):
+            raise
+        raise DataError(
+            f"{name} cannot be read as {expected}: a row is longer than {CHUNK_BYTES >> 20} MiB. Is a quote opened and "
+            "never closed?"
+        ) from error
+
+
 def json_reader(name: str) -> Reader:
-    """Read a JSON Lines file, packed or not; every line is checked now."""
-
-    def lines() -> Iterator[tuple[int, bytes]]:
-        with reading(name, "JSON Lines"), pa.input_stream(name, compression="detect") as stream:
-            file = io.BufferedReader(stream)
-            if file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-                raise DataError(f"{name} is a JSON array; expected JSON Lines, one object a line. Save it so.")
-            if file.peek(3).startswith(codecs.BOM_UTF8):
-                file.read(3)
-            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-
-    def parse(number: int, line: bytes, hook: Any = None) -> dict[str, Any]:
-        try:
-            row = json.loads(line.decode(), object_pairs_hook=hook)
-        except (ValueError, RecursionError) as error:
-            reason = f"cannot be read as JSON ({one_line(error)})"
-        else:
-            if isinstance(row, dict):
-                return row
-            reason = f"holds {_kind_of(row)}"
-        raise DataError(f"{name}: line {number} {reason}; expected JSON Lines, one object a line. Mend that line.")
+    """Read a file of JSON Lines or of one JSON array, packed or not; every row is checked now."""
 
     def tables(start: int, columns: list[str] | None) -> Iterator[pa.Table]:
-        with reading(name, "JSON Lines"):
+        with reading(name, "JSON"):
             fields = list(schema) if columns is None else [schema.field(column) for column in columns]
             rows: list[dict[str, Any]] = []
-            n_bytes = 0
-            for row, (number, line) in enumerate(lines()):
-                if row >= start:
-                    rows.append(parse(number, line))
-                    n_bytes += len(line)
-                if len(rows) == CHUNK_ROWS or n_bytes >= CHUNK_BYTES:
+            held_bytes = 0
+            for number, (_where, row, n_bytes) in enumerate(json_rows(name)):
+                if number >= start:
+                    rows.append(row)
+                    held_bytes += n_bytes
+                if len(rows) == CHUNK_ROWS or held_bytes >= CHUNK_BYTES:
                     yield _json_table(rows, fields, kinds)
-                    rows, n_bytes = [], 0
+                    rows, held_bytes = [], 0
             if rows:
                 yield _json_table(rows, fields, kinds)
 
     kinds: Kinds = {}
     n_rows = 0
-    for n_rows, (number, line) in enumerate(lines(), 1):
-        row = parse(number, line, _unique_pairs)
-        with reading(f"{name}, line {number},", "UTF-8 text"):  # a lone surrogate, \\ud83d say, is no text
-            _note_kinds(row, n_rows - 1, kinds)
+    with reading(name, "JSON"):
+        check_utf8(name)
+        for n_rows, (where, row, _n_bytes) in enumerate(json_rows(name, _unique_pairs), 1):
+            with reading(f"{name}, {where},", "UTF-8 text"):  # a lone surrogate, \\ud83d say, is no text
+                _note_kinds(row, n_rows - 1, kinds)
+            check_width(name, len(kinds))
     schema = _json_schema(kinds)
     return Reader(name, schema, n_rows, tables, kinds=kinds)
+
+
+def check_width(name: str, n_columns: int) -> None:
+    """Refuse a source with more columns than any table of texts has.
+
+    Raises:
+        DataError: It has more than ``MAX_COLUMNS``.
+    """
+    if n_columns > MAX_COLUMNS:
+        raise DataError(
+            f"{name} has {n_columns:,} columns or more; expected at most {MAX_COLUMNS:,}. Has every row its own "
+            "keys, or a line break lost?"
+        )
 
 
 def memory_reader(name: str, rows: Iterable[dict[str, Any]]) -> Reader:
@@ -210,18 +297,10 @@ def _note_kinds(row: dict[str, Any], number: int, kinds: Kinds) -> None:
             kinds[column] = {"null": 0} if number else {}
         if isinstance(value, str):
             value.encode()
-        kinds[column].setdefault(_kind_of(value), number)
+        kinds[column].setdefault(json_kind(value), number)
     if len(row) < len(kinds):
         for column in kinds.keys() - row.keys():
             kinds[column].setdefault("null", number)
-
-
-def _kind_of(value: Any) -> str:
-    if isinstance(value, str):
-        return "a name"
-    if type(value) is int:
-        return "an integer" if -(2**63) <= value < 2**63 else "a long integer"
-    return JSON_KINDS.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def _json_schema(kinds: Kinds) -> pa.Schema:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def load_checked(checkpoint: Checkpoint, spec: IndexSpec, options: BuildOptions)
         checkpoint.path, device=options.device, precision=options.precision, max_length=options.max_length
     )
     check_same_model(classifier, checkpoint.sha256, spec.tokenizer_sha256)
-    return classifier
+    return replace(classifier, label_names=spec.label_names)  # the model's own may say nothing: LABEL_0
 
 
 def check_same_model(classifier: Classifier, sha256: str, tokenizer_sha256: str) -> None:

@@ -47,6 +47,10 @@ def open_reader(source: str) -> tuple[Reader, Path | None]:
         head, split = source, None
     path = Path(head)
     if not source.strip() or not _exists(head):
+        if (link := _dangling_link(head)) is not None:
+            raise DataError(
+                f"{head} is a link to {link}, which does not exist. Mend the link, or give the file itself."
+            )
         if split is None or path.name.lower().endswith(tuple(FORMATS)) or head.startswith((".", "/", "~")):
             raise DataError(
                 f"no such file or folder: {head or 'an empty name'}. Expected {FORMATS_TEXT}, "
@@ -58,7 +62,11 @@ def open_reader(source: str) -> tuple[Reader, Path | None]:
     if split is not None:
         raise DataError(f"{head} is a file and has no splits; leave out :{split}.")
     read = next((read for suffix, read in FORMATS.items() if head.lower().endswith(suffix)), None)
-    if read is None or not path.is_file():
+    if not path.is_file():
+        raise DataError(
+            f"{head} is no plain file but a pipe or a device; rows are read several times over. Save them to a file."
+        )
+    if read is None:
         raise DataError(f"{head} is no data file that forebear knows; expected {FORMATS_TEXT}.")
     if path.stat().st_size == 0:
         raise DataError(f"{head} is empty (0 bytes); expected at least one row of text.")
@@ -70,6 +78,14 @@ def _exists(path: str) -> bool:
         return Path(path).exists()
     except (OSError, ValueError):  # a name too long, a null character
         return False
+
+
+def _dangling_link(path: str) -> str | None:
+    """Where a link leads whose end does not exist; None for anything else."""
+    try:
+        return str(Path(path).readlink())
+    except (OSError, ValueError):
+        return None
 
 
 def _load_saved(folder: Path, split: str | None) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from forebear.errors import InputError, MismatchError
 from forebear.indexer.data import RowSource
+from forebear.indexer.labels import names_of_classes
 from forebear.indexer.manifest import Checkpoint, IndexSpec
 from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.options import BuildOptions
@@ -26,6 +28,7 @@ def make_spec(
     listed = []
     for checkpoint in checkpoints:
         model = last if checkpoint is checkpoints[-1] else load_classifier(checkpoint.path, device="cpu")
+        model = replace(model, label_names=names_of_classes(model.label_names, source))
         found = (model.feature_dim, model.label_names, model.tokenizer_sha256)
         if found != (last.feature_dim, last.label_names, last.tokenizer_sha256):
             raise MismatchError(

@@ -83,7 +83,7 @@ class Models:
                 self._paths[number], device=self._device, precision=spec.precision, max_length=spec.max_length
             )
         check_same_model(classifier, listed.sha256, spec.tokenizer_sha256)
-        return classifier
+        return replace(classifier, label_names=spec.label_names)  # the model's own may say nothing: LABEL_0
 
     @cached_property
     def sentence_encoder(self) -> SentenceEncoder:

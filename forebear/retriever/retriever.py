@@ -400,11 +400,14 @@ class Retriever:
             )
 
     def query_labels(self, source: RowSource, *, required: bool) -> LabelMap | None:
-        """How the test rows' labels map onto the model's; None when there are none or, unless required, none fit."""
+        """How the test rows' labels map onto the model's; None when there are none or, unless required, none fit.
+
+        Unless required, a row without a label, or with one that the model does not know, gets ``labels.UNKNOWN``.
+        """
         if source.label_column is None and not required:
             return None
         try:
-            return label_map(source, self.label_names, self.index.manifest.spec.label_mode)
+            return label_map(source, self.label_names, self.index.manifest.spec.label_mode, partial=not required)
         except DataError:
             if required:
                 raise

@@ -1,0 +1,231 @@
+"""The label column of a source: integers or names, which rows have no label, and what is refused.
+
+A row has no label where its value is null, NaN or blank; where it is ``-``, which SNLI and MNLI write where the
+annotators did not agree; and where it is -1, which ``datasets`` writes for the same, if the integers have names.
+Without names -1 counts as "no label" where the other labels are numbered from 0, since -1 is then no class of theirs.
+Rows without a label are refused where labels are needed, or left out, as ``unlabelled`` says:
+
+- ``refuse``: the error says how many there are, and what can be done;
+- ``drop``: they are left out of the source, and row numbers count the rows that are kept;
+- ``keep``: ``-`` and -1 (without names) are classes like any other; null and blank are refused still.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from forebear.errors import DataError
+from forebear.indexer.readers import Reader, listed, reading
+
+UNLABELLED = ("refuse", "drop", "keep")
+MAX_CLASSES = 10_000  # with more distinct values than this, a column holds no labels
+NO_LABEL_NAME, NO_LABEL_NUMBER = "-", -1
+INTEGER = re.compile(r"\s*[+-]?\d{1,18}\s*", re.A)
+WHOLE = re.compile(r"\s*[+-]?\d{1,15}\.0*\s*", re.A)  # 1.0: what pandas makes of an integer beside a missing value
+NUMBER = re.compile(r"\s*[+-]?(\d+\.\d*|\.\d+)\s*", re.A)
+
+Label = int | str
+
+
+@dataclass
+class LabelColumn:
+    """What one pass over the label column found; ``column`` is None for an unlabelled source.
+
+    Attributes:
+        column: Its name.
+        n_rows: Rows of the file.
+        first_rows: Each label that occurs, and the first row with it.
+        kinds: First row of each kind of value, "null" included.
+        labels: Each value that occurs, as it is stored, and the label that it stands for; None: no label.
+        n_rows_with: In how many rows each value occurs.
+    """
+
+    column: str | None
+    n_rows: int
+    first_rows: dict[Label, int] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    labels: dict[Any, Label | None] = field(default_factory=dict)
+    n_rows_with: dict[Any, int] = field(default_factory=dict)
+    first_unlabelled: int | None = None
+
+    @property
+    def kind(self) -> str | None:
+        """Of the labels; None where there are none."""
+        return next((kind for kind in self.kinds if kind != "null"), None)
+
+    @property
+    def n_unlabelled(self) -> int:
+        """Number of rows without a label."""
+        return sum(self.n_rows_with[value] for value, label in self.labels.items() if label is None)
+
+    def of(self, column: pa.ChunkedArray) -> list[Label | None]:
+        """The labels of some rows, from the column as the reader gives it."""
+        return [self.labels[value] for value in plain_values(column).to_pylist()]
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings, dictionary-encoded or not."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def plain_values(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A label column as strings (true and false among them), integers or floats; NaN becomes null."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+        column = column.cast(kind)
+    if pa.types.is_floating(kind):
+        wide = column.cast(pa.float64())
+        return pc.if_else(pc.is_nan(wide), None, wide)
+    if pa.types.is_integer(kind):
+        return column.cast(pa.int64())
+    return column.cast(pa.string())
+
+
+def scan_labels(reader: Reader, column: str) -> LabelColumn:
+    """Pass over the label column once.
+
+    Raises:
+        DataError: It cannot be read, or holds more than ``MAX_CLASSES`` different values.
+    """
+    kind = reader.schema.field(column).type
+    value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    readable = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+    if not (is_text(kind) or any(is_kind(value_kind) for is_kind in readable)):
+        return LabelColumn(column, reader.n_rows or 0, kinds={str(kind): 0})
+    found = LabelColumn(column, 0)
+    if pa.types.is_string(kind) and reader.kinds.get(column, {}).keys() - {"null", "a name"}:
+        found.kinds = dict(
+            reader.kinds[column]
+        )  # JSON values of unlike kinds are kept as text, which hides their kinds
+    is_known = bool(found.kinds)
+    with reading(reader.name, "labelled text"):
+        for table in reader.tables(0, [column]):
+            values = plain_values(table.column(0))
+            for pair in pc.value_counts(values).to_pylist():
+                value = pair["values"]
+                if value not in found.labels:
+                    position = pc.index(pc.is_null(values), True) if value is None else pc.index(values, value)
+                    row = found.n_rows + position.as_py()
+                    label_kind, found.labels[value] = _label_of(value, reader.typed)
+                    if label_kind == "null":
+                        found.first_unlabelled = min(row, found.first_unlabelled or row)
+                    if not is_known or label_kind == "null":
+                        found.kinds.setdefault(label_kind, row)
+                    if (label := found.labels[value]) is not None:
+                        found.first_rows.setdefault(label, row)
+                found.n_rows_with[value] = found.n_rows_with.get(value, 0) + pair["counts"]
+            found.n_rows += len(table)
+            if len(found.labels) > MAX_CLASSES:
+                raise DataError(
+                    f"{reader.name}: label column {column!r} holds more than {MAX_CLASSES} different values; "
+                    f"expected classes. Name another with --label-column."
+                )
+    return found
+
+
+def _label_of(value: Any, typed: bool) -> tuple[str, Label | None]:
+    """The kind of a value, and the label that it stands for; None where it is none."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return "null", None
+    if isinstance(value, float):
+        whole = value.is_integer() and abs(value) < 2**53
+        return ("an integer", int(value)) if whole else ("a number", str(value))
+    if isinstance(value, int):
+        return "an integer", value
+    if not typed and INTEGER.fullmatch(value):
+        return "an integer", int(value)
+    if not typed and WHOLE.fullmatch(value):
+        return "an integer", int(float(value))
+    return ("a number" if not typed and NUMBER.fullmatch(value) else "a name"), value
+
+
+def check_labels(
+    name: str, labels: LabelColumn, names: Sequence[str] | None, need_labels: bool, unlabelled: str
+) -> None:
+    """Refuse labels that are no classes, find the rows without one; drop the column where no row has one.
+
+    Raises:
+        DataError: Labels of unlike kinds, labels that the names do not reach, names that repeat; labels are needed and
+            some row has none, unless ``unlabelled`` is ``drop``.
+    """
+    if unlabelled not in UNLABELLED:
+        raise DataError(f"--unlabelled {unlabelled}: expected {', '.join(UNLABELLED)}.")
+    if names is not None and len(set(names)) < len(names):
+        raise DataError(f"{name}: the label names {listed(names)} repeat a name; expected one name a class.")
+    if labels.column is None:
+        return
+    where = f"{name}: label column {labels.column!r}"
+    kinds = sorted((row, kind) for kind, row in labels.kinds.items() if kind != "null")
+    if len(kinds) > 1 or (kinds and kinds[0][1] not in ("an integer", "a name")):
+        held = " and ".join(f"{kind} in row {row}" for row, kind in kinds[:2])
+        raise DataError(
+            f"{where} holds {held} (from 0); expected integers throughout or names throughout. "
+            f"Mend it, or name another with --label-column."
+        )
+    marker = _marker(labels, names, unlabelled)
+    if marker is not None:
+        _take_out(labels, marker)
+    if labels.n_unlabelled and need_labels and (unlabelled != "drop" or not labels.first_rows):
+        raise DataError(_refusal(where, labels, names, marker))
+    if not labels.first_rows:
+        labels.column = None
+    elif names and labels.kind == "an integer":
+        for label, row in labels.first_rows.items():
+            if isinstance(label, int) and not 0 <= label < len(names):
+                raise DataError(
+                    f"{where} holds {label} in row {row} (from 0), but there are {len(names)} label names, "
+                    f"{listed(names)}; give one a class, in order, with --label-names."
+                )
+
+
+def _marker(labels: LabelColumn, names: Sequence[str] | None, unlabelled: str) -> Label | None:
+    """The label that means "no label" in this source, if it occurs."""
+    rows = labels.first_rows
+    if labels.kind == "an integer":
+        if NO_LABEL_NUMBER not in rows or (not names and (unlabelled == "keep" or not (rows.keys() >= {-1, 0}))):
+            return None
+        return NO_LABEL_NUMBER
+    dashes = [label for label in rows if isinstance(label, str) and label.strip() == NO_LABEL_NAME]
+    return dashes[0] if dashes and unlabelled != "keep" else None
+
+
+def _take_out(labels: LabelColumn, marker: Label) -> None:
+    row = labels.first_rows.pop(marker)
+    labels.first_unlabelled = row if labels.first_unlabelled is None else min(row, labels.first_unlabelled)
+    labels.labels = {value: None if label == marker else label for value, label in labels.labels.items()}
+
+
+def _refusal(where: str, labels: LabelColumn, names: Sequence[str] | None, marker: Label | None) -> str:
+    """Say which rows have no label, and the ways out."""
+    what = "null or empty" if marker is None else f"{marker!r}, which data sets write where there is no gold label"
+    problem = (
+        f"{where} gives no label in {labels.n_unlabelled:,} of {labels.n_rows:,} rows, first in row "
+        f"{labels.first_unlabelled} (from 0): {what}."
+    )
+    if not labels.first_rows:
+        return f"{problem} Name another column with --label-column, or label the rows."
+    as_class = marker is not None and not (labels.kind == "an integer" and names)
+    keep = f", take {marker!r} as a class by --unlabelled keep" if as_class else ""
+    return f"{problem} Leave those rows out by --unlabelled drop{keep}, or label them."
+
+
+def labelled_rows(reader: Reader, labels: LabelColumn) -> np.ndarray:
+    """Numbers of the rows that have a label, ``(n,)`` int64, in the file's order."""
+    assert labels.column is not None
+    kept = []
+    start = 0
+    for table in reader.tables(0, [labels.column]):
+        has_label = np.array([label is not None for label in labels.of(table.column(0))], dtype=bool)
+        kept.append(start + np.flatnonzero(has_label))
+        start += len(table)
+    return np.concatenate(kept)
