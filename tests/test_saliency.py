@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from forebear.errors import InputError, ModelError, NonFiniteError
 from forebear.indexer import encoding as module
-from forebear.indexer.model import Classifier, load_pretrained, make_classifier, resolve_model_name
+from forebear.indexer.model import Classifier, make_classifier, resolve_model_name
+from forebear.indexer.pretrained import load_pretrained
 from forebear.retriever.saliency import FORMS, saliency
 
 TIMES, SUMMED = FORMS

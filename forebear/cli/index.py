@@ -177,7 +177,9 @@ def index(
                 out, source, model=model, resume=resume, force=force, device=device, progress=progress
             )
         chosen = choose_model(model, checkpoints or (), eta or ())
+        warn(chosen.remark)
         source = rows(listed(text_columns) or _if_there(chosen.text_columns, train))
+        warn(chosen.data_remark(source))
         options = BuildOptions(
             stores=tuple(listed(store)) or ("features",),
             scopes=tuple(dict.fromkeys(["head", *listed(scope)])),

