@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 # From the fourth to the seventh they use the runs of end_to_end.
 CASES = (
     "head_scan.py", "ann.py", "end_to_end.py", "gradients.py", "words.py", "influence.py", "peers.py", "spans.py",
-    "retraining.py",
+    "retraining.py", "hostile.py",
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ class _Console(Console):
         raise BrokenPipeError
 
 
+SHOWN_CHARACTERS = 2000  # of a text
 OUT = _Console(highlight=False, soft_wrap=False)
 ERR = Console(stderr=True, highlight=False)
 
@@ -84,6 +85,13 @@ def _repeat_flags(args: Sequence[str], many: set[str]) -> list[str]:
 def listed(values: Sequence[str] | None) -> list[str]:
     """Values of a list option: several, or separated by commas."""
     return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def shortened(text: str) -> str:
+    """The beginning of a long text, for the screen: laying out one long word takes time that grows with its square."""
+    if len(text) <= SHOWN_CHARACTERS:
+        return text
+    return f"{text[:SHOWN_CHARACTERS]} ... ({len(text):,} characters)"
 
 
 def is_terminal() -> bool:

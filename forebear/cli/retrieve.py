@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from forebear.cli.asking import ColumnOptions, QuerySpans, warn_of_labels
-from forebear.cli.console import OUT, Variadic, listed, progress_bar, say, warn
+from forebear.cli.console import OUT, Variadic, listed, progress_bar, say, shortened, warn
 from forebear.cli.options import (
     Damping,
     Device,
@@ -280,7 +280,7 @@ def _print_answers(table: pa.Table, block: RowBlock) -> None:
             f"[bold]query {number}[/bold]  predicted [bold]{escape(first['query_prediction'])}[/bold]{escape(gold)}"
         )
         for column in block.texts:
-            OUT.print(f"  {escape(column[i])}")
+            OUT.print(f"  {escape(shortened(column[i]))}")
         _print_rankings(mine, _text_names(table), [column[i] for column in block.texts])
 
 
@@ -315,8 +315,8 @@ def _print_rankings(mine: list[dict[str, Any]], text_names: list[str], texts: li
                     escape(row["label"]),
                     escape(row["prediction"]),
                     *([f"{row['hub_share']:.1%}"] if hub_share else []),
-                    *([escape(_shared(row) if by_words else row["span"])] if by_words or by_spans else []),
-                    *(escape(row[name]) for name in text_names),
+                    *([escape(_shared(row) if by_words else shortened(row["span"]))] if by_words or by_spans else []),
+                    *(escape(shortened(row[name])) for name in text_names),
                 )
             OUT.print(grid)
     OUT.print()
@@ -335,7 +335,7 @@ def _notes(row: dict[str, Any], texts: list[str]) -> str:
     notes = []
     if row.get("query_span_start") is not None:
         text = texts[row["query_span_column"]]
-        notes.append(f"the query's span: {text[row['query_span_start'] : row['query_span_end']]}")
+        notes.append(f"the query's span: {shortened(text[row['query_span_start'] : row['query_span_end']])}")
     if row.get("proven") is not None:
         notes.append(f"{'proven' if row['proven'] else 'not proven'}, {row['rows_scored']:,} rows scored exactly")
     if row.get("residual") is not None:

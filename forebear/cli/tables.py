@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from forebear.cli.console import OUT
+from forebear.cli.console import OUT, shortened
 
 if TYPE_CHECKING:
     from forebear.evaluation.report import Report
@@ -31,7 +31,9 @@ def show_table(table: ReportTable) -> None:
 
     from forebear.evaluation.report import format_cell
 
-    rows = [[format_cell(cell, 3 if isinstance(cell, float) else None) for cell in row] for row in table.rows]
+    rows = [
+        [shortened(format_cell(cell, 3 if isinstance(cell, float) else None)) for cell in row] for row in table.rows
+    ]
     numbers = [any(isinstance(row[i], float | int) for row in table.rows) for i in range(len(table.columns))]
     longest = [max((cell_len(row[i]) for row in rows), default=0) for i in range(len(table.columns))]
     heads = list(table.columns)

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from forebear.errors import DataError
 from forebear.indexer.columns import PAIRS, find_label_column, find_text_columns
+from forebear.indexer.json_rows import LONGEST_ROW
 from forebear.indexer.label_column import (
     MAX_CLASSES,
     NO_LABEL_NAME,
@@ -205,6 +206,13 @@ class RowSource:
                 raise DataError(
                     f"{self.name}: row {row} (from 0) has no text, its {name!r} is null; expected a string, which may "
                     "be empty. Drop the row or fill it."
+                )
+            with reading(self.name, "text"):
+                longest = pc.max(pc.binary_length(table.column(name).cast(pa.large_string()))).as_py() or 0
+            if longest > LONGEST_ROW:
+                raise DataError(
+                    f"{self.name}: of the rows from {self.file_row(start)} (from 0) on, one has a text of {longest:,} "
+                    f"bytes in {name!r}; expected at most {LONGEST_ROW:,}. Cut it: a model reads its first word pieces alone."
                 )
         with reading(self.name, "text"):
             return tuple(table.column(name).to_pylist() for name in self.text_columns)

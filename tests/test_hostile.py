@@ -1,0 +1,168 @@
+"""Hostile data files, in process: the small cases of ``benchmarks/hostile.py``, which runs all as commands."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from forebear.cli.console import shortened
+from forebear.errors import DataError
+from forebear.indexer import readers, text_file
+from forebear.indexer.data import open_rows
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from hostile import bad_bytes, nested, tables, typed
+
+
+def end_of(case):
+    """Number of rows read, or the line that refuses the file."""
+    try:
+        return sum(len(block) for block in open_rows(case.path).blocks())
+    except DataError as error:
+        assert "\n" not in str(error)
+        assert len(str(error)) < 1000 + len(str(case.path))
+        return str(error)
+
+
+@pytest.mark.parametrize("cases", [nested, tables, typed, bad_bytes])
+def test_hostile_files_are_read_rightly_or_refused_in_one_line(cases, tmp_path):
+    for case in cases(tmp_path):
+        found = end_of(case)
+        if case.n_rows is not None:
+            assert found == case.n_rows, case.name
+        elif not (case.may_end_early and found == 300):
+            assert isinstance(found, str), case.name
+            assert case.says in found, case.name
+
+
+def test_line_ends_of_all_kinds_give_the_same_texts(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'text,label\r\na,0\n"b\r\nc",1\rd,0\r\n')
+    assert [text for block in open_rows(tmp_path / "a.csv").blocks() for text in block.texts[0]] == ["a", "b\r\nc", "d"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "csv.gz"])
+def test_byte_order_marks_say_the_encoding(tmp_path, encoding, suffix):
+    tab = "\t" if suffix == "tsv" else ","
+    content = f"text{tab}label\nnaïve 💡{tab}0\nb{tab}1\n"
+    if suffix == "jsonl":
+        content = '{"text": "naïve 💡", "label": 0}\n{"text": "b", "label": 1}\n'
+    elif suffix == "json":
+        content = ' [{"text": "naïve 💡", "label": 0},\n {"text": "b", "label": 1}]\n'
+    packed = content.encode(encoding)
+    (tmp_path / f"a.{suffix}").write_bytes(gzip.compress(packed) if suffix.endswith("gz") else packed)
+    source = open_rows(tmp_path / f"a.{suffix}", need_labels=True)
+    assert [block.texts[0] for block in source.blocks(1, 0)] == [["naïve 💡"], ["b"]]
+    assert [block.labels for block in source.blocks(1, 1)] == [[1]]
+
+
+def test_latin_1_is_refused_by_byte_and_line_with_the_way_out(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("text,label\nfilm,0\ncafé,1\n".encode("latin-1"))
+    with pytest.raises(DataError) as caught:
+        open_rows(path)
+    assert "byte 21 (from 0), in line 3, is 0xe9" in str(caught.value)
+    assert f"iconv -f WINDOWS-1252 -t UTF-8 {path} > utf8-a.csv" in str(caught.value)
+
+
+def test_a_wrong_byte_far_into_a_file_is_placed_rightly(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_file, "READ_BYTES", 7)  # characters of two bytes are cut in two
+    content = "text\n" + "ä\n" * 50
+    path = tmp_path / "a.csv"
+    path.write_bytes(content.encode() + b"\xe4\n")
+    with pytest.raises(DataError, match=r"byte 155 \(from 0\), in line 52, is 0xe4"):
+        open_rows(path)
+
+
+def test_long_arrays_are_decoded_piece_by_piece(tmp_path, monkeypatch):
+    from forebear.indexer import json_rows
+
+    texts = ["word " * n + '"]}, {' for n in range(60)]
+    path = tmp_path / "a.json"
+    import json
+
+    path.write_text(json.dumps([{"text": text, "x": [n, {"y": "]"}]} for n, text in enumerate(texts)]))
+    for size in (1, 7, 64):
+        monkeypatch.setattr(json_rows, "READ_CHARACTERS", size)
+        assert [text for block in open_rows(path).blocks(7) for text in block.texts[0]] == texts
+    monkeypatch.setattr(json_rows, "LONGEST_ROW", 200)
+    with pytest.raises(DataError, match="an element is longer than"):
+        open_rows(path)
+
+
+def test_packed_files_that_never_end_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_file, "FREE_BYTES", 1 << 16)
+    rows = b"text,label\n" + b"a,0\n" * 100_000
+    for name, content in (
+        ("a.csv.gz", gzip.compress(rows)),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 40_000)),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match="200 times its size"):
+            open_rows(tmp_path / name)
+    column = pa.array(["x" * 10_000]).dictionary_encode().take(pa.array([0] * 5000))
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", store_schema=False)
+    with pytest.raises(DataError, match="200 times its size"):
+        list(open_rows(tmp_path / "a.parquet").blocks())
+
+
+def test_long_texts_of_a_small_parquet_file_are_spelled_out_a_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 1000)
+    texts = ["a" * 300, "b" * 300, None, "a" * 300, "c" * 2000, "", "d"]
+    pq.write_table(pa.table({"text": texts, "label": range(7)}), tmp_path / "a.parquet", row_group_size=5)
+    reader = readers.parquet_reader(str(tmp_path / "a.parquet"))
+    found = list(reader.tables(0, None))
+    assert [len(table) for table in found] == [4, 1, 2]
+    assert [text for table in found for text in table["text"].to_pylist()] == texts
+    assert [table.schema.field("text").type for table in found] == [pa.string()] * 3
+    assert [text for table in reader.tables(4, ["text"]) for text in table["text"].to_pylist()] == texts[4:]
+
+
+def test_too_many_columns_and_too_long_lines_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_COLUMNS", 5)
+    (tmp_path / "a.csv").write_text("text,a,b,c,d,e\n")
+    (tmp_path / "b.jsonl").write_text("".join(f'{{"text": "a", "c{i}": 1}}\n' for i in range(6)))
+    pq.write_table(pa.table({name: ["a"] for name in "abcdef"}), tmp_path / "c.parquet")
+    for name in ("a.csv", "b.jsonl", "c.parquet"):
+        with pytest.raises(DataError, match="expected at most 5"):
+            open_rows(tmp_path / name)
+    from forebear.indexer import json_rows
+
+    monkeypatch.setattr(json_rows, "LONGEST_ROW", 100)
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{"text": "' + "a" * 100 + '"}\n')
+    with pytest.raises(DataError, match="line 2 is longer"):
+        open_rows(tmp_path / "d.jsonl")
+
+
+def test_pipes_devices_and_dangling_links_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "nothing.csv")
+    (tmp_path / "loop.csv").symlink_to(tmp_path / "loop.csv")
+    for path, said in (
+        ("pipe.csv", "a pipe or a device"),
+        ("link.csv", "nothing.csv, which does not"),
+        ("loop.csv", "link"),
+    ):
+        with pytest.raises(DataError, match=said):
+            open_rows(tmp_path / path)
+    with pytest.raises(DataError, match="a pipe or a device"):
+        open_rows("/dev/zero")
+
+
+@pytest.mark.parametrize("beginning", [b"\x1f\x8b", b"PK\x03\x04", b"PAR1", b"ARROW1", b"\x28\xb5\x2f\xfd"])
+def test_other_formats_are_told_by_their_first_bytes(tmp_path, beginning):
+    for name in ("a.csv", "a.jsonl"):
+        (tmp_path / name).write_bytes(beginning + b"text")
+        with pytest.raises(DataError, match="by its first bytes"):
+            open_rows(tmp_path / name)
+
+
+def test_the_screen_shows_the_beginning_of_a_long_text():
+    assert shortened("a" * 2000) == "a" * 2000
+    assert shortened("a" * 10_000) == "a" * 2000 + " ... (10,000 characters)"
