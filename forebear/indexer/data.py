@@ -212,7 +212,7 @@ class RowSource:
             if longest > LONGEST_ROW:
                 raise DataError(
                     f"{self.name}: of the rows from {self.file_row(start)} (from 0) on, one has a text of {longest:,} "
-                    f"bytes in {name!r}; expected at most {LONGEST_ROW:,}. Cut it: a model reads its first word pieces alone."
+                    f"bytes in {name!r}; expected at most {LONGEST_ROW:,}. Cut it; a model reads its beginning."
                 )
         with reading(self.name, "text"):
             return tuple(table.column(name).to_pylist() for name in self.text_columns)
