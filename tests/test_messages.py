@@ -180,3 +180,53 @@ def test_a_file_in_place_of_a_model_is_refused(tmp_path, tiny_model):
 
     with pytest.raises(ModelError, match="is a file"):
         load_classifier(tiny_model() + "/config.json")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model, rows):
+    """A folder as a newcomer has it: a model, training rows and an index."""
+    folder = tmp_path_factory.mktemp("place")
+    shutil.copytree(tiny_model(), folder / "model")
+    shutil.copy(rows, folder / "train.jsonl")
+    write_jsonl(folder / "names.jsonl", text=["a", "b"], label=["good", "bad"])
+    args = ["--model", str(folder / "model"), "--train", str(rows), "--out", str(folder / "I"), "--damping", "none"]
+    assert run(["index", *args, "--quiet"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        ("index --model model --train trian.jsonl --out J", ["Did you mean train.jsonl?"]),
+        ("index --model train.jsonl --train model --out J", ["is a model folder", "Are two options swapped?"]),
+        ("retrieve --index I --test I", ["I is an index", "Are two options swapped?"]),
+        (
+            "index --model model --train train.jsonl --out J --checkpoints epoch-1",
+            ["there is no checkpoint folder epoch-1", "run.json"],
+        ),
+        (
+            "index --model model --train names.jsonl --out J",
+            ["LABEL_0, LABEL_1, which say nothing", "--label-names, in the order"],
+        ),
+        ("retrieve --index I --text a --top five", ["'--top'", "an integer. See forebear retrieve --help."]),
+        ("retrieve --index I --text a --devise cpu", ["--device", "See forebear retrieve --help."]),
+        ("retreive --index I --text a", ["Did you mean 'retrieve'", "See forebear --help."]),
+        ("audit hans --index I --test train.jsonl", ["'--out'", "See forebear audit hans --help."]),
+        ("info --index I", ["--index", "Usage: forebear info [OPTIONS]"]),
+    ],
+)
+def test_plausible_mistakes_are_told_what_to_do(place, command, parts, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    message = said(capsys, command.split())
+    for part in parts:
+        assert part in message
+    assert not (place / "J").exists()
+
+
+def test_label_names_that_are_not_used_are_said_not_to_be(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    args = ["index", "--model", "model", "--train", "train.jsonl", "--out", tmp_path / "J", "--damping", "none"]
+    assert "The 3 label names are not used: the model has 2 classes" in said(
+        capsys, [*args, "--label-names", "a,b,c"], 0
+    )
+    assert Index.open(tmp_path / "J").manifest.spec.label_names == ("LABEL_0", "LABEL_1")

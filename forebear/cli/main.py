@@ -67,13 +67,27 @@ def _run(args: list[str]) -> int:
         )
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the command-line parser
-            return _fail(f"{error.format_message()} See forebear {' '.join(args[:1])} --help.", 2)
+            return _fail(_usage_line(error), 2)
         if os.environ.get("FOREBEAR_DEBUG"):
             raise
         return _fail(f"{type(error).__name__}: {error}. This is a bug in forebear; FOREBEAR_DEBUG=1 shows where.", 1)
     if code == INTERRUPTED:
         return _fail(INTERRUPTED_LINE, INTERRUPTED)
     return int(code or 0)
+
+
+def _usage_line(error: Exception) -> str:
+    """What the parser says is wrong, how the command is used, and where its help is."""
+    message = error.format_message().strip()  # type: ignore[attr-defined]
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return f"{message} See forebear --help."
+    end = "" if message.endswith((".", "?")) else "."
+    pieces = context.command.collect_usage_pieces(context)
+    usage = (
+        f" Usage: {context.command_path} {' '.join(pieces)}" if len(pieces) > 1 else ""
+    )  # it takes more than options
+    return f"{message}{end}{usage} See {context.command_path} --help."
 
 
 def _fail(message: str, code: int) -> int:

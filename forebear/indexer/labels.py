@@ -164,10 +164,10 @@ def _match(
         )
         return {_key(name): class_id for class_id, name in enumerate(names[: len(model_names)])}, warning
     if is_generic:
-        return (
-            own_ids,
-            f"the model's labels are unnamed; numbers in {source.name} are taken as its ids: {as_listed}",
-        )
+        warning = f"the model's labels are unnamed; numbers in {source.name} are taken as its ids: {as_listed}"
+        if names is not None and len(names) != len(model_names):
+            warning += f". The {len(names)} label names are not used: the model has {len(model_names)} classes"
+        return own_ids, warning
     if names is not None:
         return {label: by_key[_key(name)] for label, name in enumerate(names) if _key(name) in by_key}, None
     if all(re.fullmatch(NUMBER, key) for key in model):
@@ -188,6 +188,10 @@ def _refuse_foreign_names(source: RowSource, model_names: Sequence[str], any_kno
         raise DataError(
             f"{both}; non-entailment is neither neutral nor contradiction. Use forebear audit hans, which "
             f"merges the model's classes, or a model trained with --labels binary-nli."
+        )
+    if not any_known and are_unnamed(model_names):
+        raise DataError(
+            f"{both}, which say nothing. Say which name is which by --label-names, in the order {listed(model_names)}."
         )
     if not any_known:
         raise DataError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from forebear.errors import ModelError
+from forebear.indexer.sources import similar_names
 
 TRAINER_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 WEIGHTS = ("model", "pytorch_model")  # beginnings of the names of files of weights
@@ -34,7 +34,9 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
     if is_there:
         _check_folder(Path(name))
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"{name}: no such model folder.{_similar(name)} If it has moved, say where it is by --model.")
+        raise ModelError(
+            f"{name}: no such model folder.{similar_names(name)} If it has moved, say where it is by --model."
+        )
     verbosity = transformers.logging.get_verbosity()
     progress = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
@@ -47,8 +49,8 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
             raise ModelError(f"cannot load {name} with {auto_class.__name__}: {reason}") from error
         where = "in the hub's cache (HF_HUB_OFFLINE is set)" if _is_offline() else f"on the hub ({reason[:200]})"
         raise ModelError(
-            f"{name}: no such model folder, and no model of that name is found {where}.{_similar(name)} Give a folder "
-            "that save_pretrained wrote, or a hub name such as distilbert-base-uncased."
+            f"{name}: no such model folder, and no model of that name is found {where}.{similar_names(name)} Give a "
+            "folder that save_pretrained wrote, or a hub name such as distilbert-base-uncased."
         ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -117,17 +119,6 @@ def _check_folder(folder: Path) -> None:
     raise ModelError(
         f"{folder} is no transformers model folder (no config.json in it).{inside} Give one that save_pretrained wrote."
     )
-
-
-def _similar(name: str) -> str:
-    """Names beside a missing folder that are spelled like it, as a sentence; empty if there are none."""
-    path = Path(name).expanduser()
-    try:
-        beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
-    except OSError:
-        return ""
-    found = difflib.get_close_matches(path.name, beside, n=3)
-    return f" Did you mean {' or '.join(str(path.parent / match) for match in found)}?" if found else ""
 
 
 def _is_offline() -> bool:

@@ -154,6 +154,11 @@ def choose_model(model: str | None, checkpoints: Sequence[str] = (), etas: Seque
             f"checkpoint-N folders); {model} is none. List the checkpoint folders."
         )
     else:
+        if model is not None and (missing := [path for path in checkpoints if not Path(path).exists()]):
+            raise InputError(
+                f"there is no checkpoint folder {missing[0]}; names of checkpoints need a run folder as --model (with "
+                f"{RUN_NAME}), and {model} is none. Give the folders themselves."
+            )
         found = [CheckpointPath(name=f"checkpoint-{i + 1}", path=path, eta=1.0) for i, path in enumerate(checkpoints)]
         if model is not None and Path(model).resolve() != Path(checkpoints[-1]).resolve():
             found.append(CheckpointPath(name="final", path=model, eta=1.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def open_reader(source: str) -> tuple[Reader, Path | None]:
             )
         if split is None or path.name.lower().endswith(tuple(FORMATS)) or head.startswith((".", "/", "~")):
             raise DataError(
-                f"no such file or folder: {head or 'an empty name'}. Expected {FORMATS_TEXT}, "
+                f"no such file or folder: {head or 'an empty name'}.{similar_names(head)} Expected {FORMATS_TEXT}, "
                 f"a folder of save_to_disk, or a hub name with its split, as in glue/sst2:train."
             )
         return dataset_reader(source, _load_hub(head, split)), None
@@ -80,6 +81,17 @@ def _exists(path: str) -> bool:
         return False
 
 
+def similar_names(missing: str) -> str:
+    """What is spelled like a path that does not exist, in its folder, as a sentence; empty if nothing is."""
+    path = Path(missing).expanduser()
+    try:
+        beside = [entry.name for entry in path.parent.iterdir()]
+    except (OSError, ValueError):
+        return ""
+    found = difflib.get_close_matches(path.name, beside, n=3, cutoff=0.7)
+    return f" Did you mean {' or '.join(str(path.parent / match) for match in found)}?" if found else ""
+
+
 def _dangling_link(path: str) -> str | None:
     """Where a link leads whose end does not exist; None for anything else."""
     try:
@@ -92,6 +104,10 @@ def _load_saved(folder: Path, split: str | None) -> Any:
     import datasets
 
     if not ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
+        if (folder / "config.json").is_file():
+            raise DataError(f"{folder} is a model folder (it holds config.json), no rows. Are two options swapped?")
+        if (folder / "manifest.json").is_file():
+            raise DataError(f"{folder} is an index (it holds manifest.json), no rows. Are two options swapped?")
         files = sorted(file.name for file in folder.iterdir() if file.name.lower().endswith(tuple(FORMATS)))
         raise DataError(
             f"{folder} is no folder of datasets.save_to_disk; expected one, or a file. Data files in it: "
