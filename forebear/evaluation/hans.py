@@ -185,6 +185,9 @@ def gold_entailment(source: RowSource, block: RowBlock) -> np.ndarray:
     labels = block.labels
     if labels is None:
         raise InputError(f"{source.name} has no labels. Name their column by --label-column.")
+    if None in labels:
+        row = source.file_row(block.start + labels.index(None))
+        raise InputError(f"{source.name}: row {row} (from 0) has no label. Leave such rows out by --unlabelled drop.")
     names = [source.label_names[i] if isinstance(i, int) and source.label_names else str(i) for i in labels]
     ids = [nli_id(name) for name in names]
     if None in ids:

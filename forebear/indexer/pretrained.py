@@ -98,7 +98,9 @@ def trainer_rates(checkpoints: list[Path]) -> list[float] | None:
 def _check_folder(folder: Path) -> None:
     """Refuse a folder that holds no whole model, and say what it holds instead."""
     if not folder.is_dir():
-        raise ModelError(f"{folder} is a file; expected a model folder, as save_pretrained writes it.")
+        raise ModelError(
+            f"{folder} is a file and no transformers model folder. Give a folder that save_pretrained wrote."
+        )
     if (folder / "adapter_config.json").is_file() and not any(
         path.name.startswith(WEIGHTS) for path in folder.iterdir()
     ):
