@@ -194,7 +194,7 @@ def places(folder: Path, index: Path) -> Iterator[Case]:
         (folder / name).write_text("text\na\n")
         yield Case(f"a file named {name!r}", folder / name, 1)
     yield Case("a name of 5,000 characters", Path("x" * 5000), says="no such file")
-    yield Case("an index", index, says="no folder of datasets")
+    yield Case("an index", index, says="is an index")
     (folder / "a.docx").write_text("text")
     yield Case("a kind that is not known", folder / "a.docx", says="expected a file named")
 
@@ -290,6 +290,7 @@ def outcome(case: Case, command: list[str]) -> dict[str, Any]:
         wrong = f"not the {case.n_rows} rows that are expected"
     elif lines and max(map(len, lines)) > 2000 + len(str(case.path)):
         wrong = "a line of more than 2,000 characters"
+    refusals = [line.replace(str(case.path), case.path.name) for line in refusals]
     facts = {"case": case.name, "exit_code": code, "seconds": round(seconds, 2), "peak_mib": usage.ru_maxrss >> 10}
     return facts | {"said": (refusals or lines or [""])[-1][:400], "wrong": wrong}
 

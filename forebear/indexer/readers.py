@@ -219,8 +219,8 @@ def _reading_csv(name: str, expected: str) -> Iterator[None]:
         if "straddling object" not in str(error):
             raise
         raise DataError(
-            f"{name} cannot be read as {expected}: a row is longer than {CHUNK_BYTES >> 20} MiB. Is a quote opened and "
-            "never closed?"
+            f"{name} cannot be read as {expected}: a row is longer than {CHUNK_BYTES >> 20} MiB."
+            f"{' Is a quote opened and never closed?' if 'commas' in expected else ' Is a line break lost?'}"
         ) from error
 
 
