@@ -251,7 +251,11 @@ def warn_of_labels(retriever: Retriever, source: RowSource, *, required: bool) -
     if source.label_column is None:
         return
     labels = retriever.query_labels(source, required=required)
-    warn(f"{source.name}: its labels are not the model's and stay empty" if labels is None else labels.remark)
+    warn(
+        f"{source.name}: its labels are not the model's, so query_label stays empty"
+        if labels is None
+        else labels.remark
+    )
 
 
 def integers(option: str, values: Sequence[str] | None) -> list[int]:

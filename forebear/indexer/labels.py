@@ -80,6 +80,14 @@ class LabelMap:
             f"(as {n_rows:,} of {self._source.n_rows:,} rows)"
         )
 
+    def _reason(self, label: Label | None) -> str:
+        if label is None:
+            return "no label (null, empty, '-' or -1). Leave such rows out by --unlabelled drop, or label them."
+        return (
+            f"the label {label!r}, which the model does not know; it knows {listed(self._known)}. Mend the row, or give "
+            "--label-names."
+        )
+
     def __call__(self, labels: Sequence[Label | None], start: int = 0) -> npt.NDArray[np.int64]:
         """Map consecutive rows' labels.
 
@@ -97,10 +105,8 @@ class LabelMap:
         if not self._partial:
             for row, label in enumerate(labels, start):
                 if ids[label] is None:
-                    what = "no label" if label is None else f"the label {label!r}, which the model does not know"
                     raise DataError(
-                        f"{self._source.name}: row {self._source.file_row(row)} (from 0) has {what}; it knows "
-                        f"{', '.join(self._known)}. Mend the row, or give --label-names."
+                        f"{self._source.name}: row {self._source.file_row(row)} (from 0) has {self._reason(label)}"
                     )
         found = [ids[label] for label in labels]
         return np.array([UNKNOWN if class_id is None else class_id for class_id in found], dtype=np.int64)
