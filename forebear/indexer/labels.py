@@ -84,8 +84,8 @@ class LabelMap:
         if label is None:
             return "no label (null, empty, '-' or -1). Leave such rows out by --unlabelled drop, or label them."
         return (
-            f"the label {label!r}, which the model does not know; it knows {listed(self._known)}. Mend the row, or give "
-            "--label-names."
+            f"the label {label!r}, which the model does not know; it knows {listed(self._known)}. Mend the row, or "
+            "give --label-names."
         )
 
     def __call__(self, labels: Sequence[Label | None], start: int = 0) -> npt.NDArray[np.int64]:
