@@ -423,7 +423,7 @@ def test_intervals_and_p_are_over_queries_not_over_their_seeds():
     changes = of_query + 1e-6 * rng.normal(size=(1, 1, 1, 7, 4))
     found = Removal(
         methods=("a",), sides=("top",), amounts=(5,), seeds=tuple(range(7)), changes=changes,
-        random=np.zeros((1, 7, 4)), sampled="all",
+        random=np.zeros((1, 7, 4)), sampled="all", residuals={},
     )  # fmt: skip
     table, compared = _removal_tables(found, 0, paired=True)
     mean, error, low, high, n = table.rows[1][3:]
