@@ -9,7 +9,8 @@
         ├── ModelError          a model folder that is no text classifier, or not usable here
         ├── MismatchError       index, model, tokenizer and question do not belong together
         ├── MissingStoreError   the index was built without what the question needs
-        └── OutputExistsError   writing would overwrite something that exists
+        ├── OutputExistsError   writing would overwrite something that exists
+        └── InUseError          another process is writing there
 
 A message is one line: what was found, what was expected, what to do.
 """
@@ -59,3 +60,7 @@ class MissingStoreError(InputError):
 
 class OutputExistsError(InputError):
     """Writing would overwrite something that exists."""
+
+
+class InUseError(InputError):
+    """Another process is writing there at this moment."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from forebear.cli.console import Variadic, listed, progress_bar, say, size, warn
-from forebear.cli.options import Device, Force, LabelColumn, LabelNames, Quiet, TextColumns, Unlabelled
+from forebear.cli.options import Device, LabelColumn, LabelNames, Quiet, TextColumns, Unlabelled
 from forebear.cli.rows import open_rows_aloud
 from forebear.errors import InputError
 
@@ -37,6 +37,8 @@ Examples:
     forebear index --out I --append --train more.csv
 
     forebear index --out I --retire 17,230-240
+
+    forebear index --out I --refit
 """
 
 
@@ -132,18 +134,32 @@ def index(
     seed: Annotated[int, typer.Option("--seed")] = 0,
     batch_tokens: Annotated[int, typer.Option("--batch-tokens", help="Padded tokens in a batch.")] = 4096,
     shard_rows: Annotated[int, typer.Option("--shard-rows", help="Rows in a file; a build resumes at a file.")] = 4096,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted build or append.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with an interrupted build or change; one that is done is not done twice."),
+    ] = False,
     append: Annotated[bool, typer.Option("--append", help="Add the --train rows to the index in --out.")] = False,
     retire: Annotated[
         list[str] | None, typer.Option("--retire", help="Row numbers to take out: 17,230-240.", show_default=False)
     ] = None,
     rebuild_ann: Annotated[bool, typer.Option("--rebuild-ann", help="Make ann/ again, as --ann says.")] = False,
+    refit: Annotated[
+        bool,
+        typer.Option("--refit", help="Fit sketches, EK-FAC and calibration beyond the head to the rows there are now."),
+    ] = False,
     text_columns: TextColumns = None,
     label_column: LabelColumn = None,
     label_names: LabelNames = None,
     unlabelled: Unlabelled = "refuse",
     device: Device = "auto",
-    force: Force = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace the index in --out. Of a change: discard what an unfinished one left; add rows also if they "
+            "are there already.",
+        ),
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """See HELP."""
@@ -151,8 +167,13 @@ def index(
     from forebear.indexer.options import BuildOptions
     from forebear.indexer.runs import choose_model
 
-    if sum((append, bool(retire), rebuild_ann)) > 1:
-        raise InputError("--append, --retire and --rebuild-ann are separate changes: give one of them.")
+    if sum((append, bool(retire), rebuild_ann, refit)) > 1:
+        raise InputError("--append, --retire, --refit and --rebuild-ann are separate changes: give one of them.")
+    if train is not None and (retire or rebuild_ann or refit):
+        raise InputError(
+            "--train is for a build or --append; --retire, --refit and --rebuild-ann take the index's rows."
+        )
+    done: list[str] = []  # says that nothing was left to do
 
     def rows(columns: list[str] | None) -> RowSource:
         if train is None:
@@ -167,15 +188,16 @@ def index(
         )
 
     def change(progress: Progress) -> Index:
+        how: dict[str, Any] = {"resume": resume, "force": force, "tell": done.append}
         if retire:
-            return build.retire_rows(out, row_numbers(listed(retire)), progress=progress)
+            return build.retire_rows(out, row_numbers(listed(retire)), **how, progress=progress)
         if rebuild_ann:
-            return build.rebuild_ann(out, ann, progress=progress)
+            return build.rebuild_ann(out, ann, **how, progress=progress)
+        if refit:
+            return build.refit_index(out, model=model, device=device, warn=warn, **how, progress=progress)
         if append:
             source = rows(listed(text_columns) or None)
-            return build.append_rows(
-                out, source, model=model, resume=resume, force=force, device=device, progress=progress
-            )
+            return build.append_rows(out, source, model=model, device=device, **how, progress=progress)
         chosen = choose_model(model, checkpoints or (), eta or ())
         warn(chosen.remark)
         source = rows(listed(text_columns) or _if_there(chosen.text_columns, train))
@@ -206,14 +228,17 @@ def index(
             shard_rows=shard_rows,
             device=device,
         )
-        return build.build_index(
-            source, out, chosen.checkpoints, options, resume=resume, force=force, warn=warn, progress=progress
-        )
+        return build.build_index(source, out, chosen.checkpoints, options, warn=warn, **how, progress=progress)
 
     started = time.perf_counter()
     with progress_bar(quiet=quiet) as progress:
         built = change(progress)
+    if done:
+        say(done[0], quiet=quiet)
+        return
     manifest = built.manifest
+    if manifest.spec.sketched_scopes and manifest.fit_age.is_stale:
+        warn(f"{out}: {manifest.fit_age}.")
     total = sum(facts["bytes"] for facts in manifest.files.values())
     say(
         f"{out}: {manifest.n_live:,} rows, {len(manifest.checkpoints)} checkpoint(s), {size(total)} "

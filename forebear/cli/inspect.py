@@ -78,8 +78,9 @@ def index_facts(index: Any) -> dict[str, Any]:
     manifest = index.manifest
     spec = manifest.spec
     by_kind: dict[str, int] = {}
+    fitted = manifest.fitted_name("")
     for name, facts in manifest.files.items():
-        kind = name.split("/")[0]
+        kind = name.removeprefix(fitted).split("/")[0]
         by_kind[kind] = by_kind.get(kind, 0) + facts["bytes"]
     total = sum(by_kind.values())
     return {
@@ -125,6 +126,7 @@ def index_facts(index: Any) -> dict[str, Any]:
             "basis": spec.sketch_basis,
             "seed": spec.seed,
         },
+        "fitted_beyond_the_head": asdict(manifest.fit_age) if spec.sketched_scopes else None,
         "calibration": manifest.calibration,
         "search": manifest.derived,
         "bytes": {"total": total, "a_row": total / manifest.n_rows, **by_kind},
@@ -134,6 +136,8 @@ def index_facts(index: Any) -> dict[str, Any]:
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    from forebear.indexer.manifest import FitAge
+
     rows, stored = facts["rows"], facts["bytes"]
     lines = [
         ("index", f"{facts['folder']}  (digest {facts['digest'][:16]})"),
@@ -169,6 +173,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
                 found = solvers[name]
                 given = ", ".join(f"{d['given']} = {d['damping']:.4g}" for d in found["dampings"])
                 lines.append(("curvature", f"{scope}: {name}, damping {given}, {found['n_rows']:,} rows"))
+    if facts["fitted_beyond_the_head"]:
+        lines.append(("fitted", str(FitAge(**facts["fitted_beyond_the_head"]))))
     for scope, found in facts["calibration"].items():
         for method, known in found["methods"].items():
             some = ", ".join(f"{r}: {100 * share:.2g}%" for r, share in known["candidates"].items())

@@ -155,6 +155,7 @@ def retrieve(
     from forebear.evaluation.hub_shares import read_hub_shares, with_hub_share
     from forebear.indexer.data import rows_from_texts
     from forebear.indexer.index import Index
+    from forebear.retriever.coverage import fit_age
     from forebear.retriever.query_spec import QuerySpec
     from forebear.retriever.results import check_output, result_writer
     from forebear.retriever.retriever import Retriever
@@ -210,6 +211,11 @@ def retrieve(
         source = columns.open(test, need_labels=target == "gold")
     warn_of_labels(retriever, source, required=target == "gold")
 
+    age = fit_age(opened, retriever.settled(spec))
+    if age is not None and age.is_stale:
+        warn(f"{age}.")
+    elif age is not None and not age.is_current:
+        say(f"{age}.", quiet=quiet)
     shares = None if hubs is None else read_hub_shares(Path(hubs), retriever, retriever.settled(spec))
 
     def table_of(answers: Answers) -> pa.Table:

@@ -17,20 +17,19 @@ jobs that no other has begun, and waits for theirs in the end.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from forebear.errors import CorruptIndexError, InputError, NonFiniteError, StorageError
+from forebear.errors import CorruptIndexError, InputError, NonFiniteError
 from forebear.indexer.forward import softmax
 from forebear.indexer.index import Index
+from forebear.indexer.locks import claimed
 from forebear.indexer.manifest import canonical_json, digest_of
 from forebear.indexer.store import column, read_batches, record_batch, write_table
 from forebear.indexer.training import IGNORED
@@ -258,8 +257,8 @@ class Retrainer:
         while left:
             others = []
             for digest in left:
-                with _claimed(self._path(digest)) as is_mine:
-                    if not is_mine:
+                with claimed(self._path(digest).with_suffix(".lock")) as owner:
+                    if owner is not None:
                         others.append(digest)
                         continue
                     found = self._read(digest)  # another process may just have made it
@@ -322,33 +321,6 @@ class Retrainer:
         if line not in self.warnings:
             self.warnings.append(line)
         return None
-
-
-@contextmanager
-def _claimed(path: Path) -> Iterator[bool]:
-    """Whether this process alone may make a file of the cache for now. A claim ends with the process that has it.
-
-    Raises:
-        StorageError: The cache cannot be written.
-    """
-    lock = path.with_suffix(".lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("a")
-    except OSError as error:
-        raise StorageError(f"cannot write {lock}: {error.strerror}.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:  # a file system without locks: work may be done twice, no more
-            pass
-        try:
-            yield True
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def _write(path: Path, digest: str, logits: np.ndarray) -> None:

@@ -176,7 +176,7 @@ def _calibrate_method(
 def _parts(index: Index, classifier: Classifier, scope: str, asked: _Asked, *, spans: bool) -> dict[str, Part]:
     """Sketches of the queries beside the stored ones: ``plain``, and ``white`` where there is curvature."""
     spec, checkpoint = index.manifest.spec, index.manifest.checkpoints[-1].name
-    sketchers = open_sketchers(index.folder, classifier, spec, scope, checkpoint, last=True)
+    sketchers = open_sketchers(index.fit_folder, classifier, spec, scope, checkpoint, last=True)
     found, _ = sketch_rows(
         classifier, list(sketchers.values()), asked.texts, asked.targets, batch_tokens=spec.batch_tokens
     )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
+from forebear.indexer.calibrate import QUERIES_AT_ONCE, SAMPLE_ROWS, calibrate_scope, calibrate_spans
 from forebear.indexer.curvature import (
     REFIT_L2,
     REPRESENTER_LAMBDA,
@@ -24,10 +25,12 @@ from forebear.indexer.curvature import (
 from forebear.indexer.derived import build_derived
 from forebear.indexer.ekfac import Ekfac
 from forebear.indexer.forward import softmax
-from forebear.indexer.gradient_stage import gradient_files
+from forebear.indexer.gradient_stage import gradient_files, sketch_folders
 from forebear.indexer.index import Index
-from forebear.indexer.manifest import JOURNAL_NAME, Manifest
-from forebear.indexer.sketch import gradient_folder
+from forebear.indexer.journal import tidy
+from forebear.indexer.manifest import Manifest
+from forebear.indexer.model import Classifier
+from forebear.indexer.options import Progress, counted
 from forebear.indexer.span_store import SPANS, masked_folder, span_gradients
 from forebear.indexer.store import file_sha256, write_columns
 from forebear.indexer.word_store import merge_runs, runs_folder, words_folder
@@ -37,7 +40,7 @@ def finish(
     folder: Path,
     manifest: Manifest,
     retired: np.ndarray,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     calibrate: Callable[[Index], dict[str, Any]] | None = None,
 ) -> Index:
     """Compute what follows from the shards and put the new manifest in force.
@@ -90,6 +93,30 @@ def finish(
     return Index.open(folder)
 
 
+def calibration_by(
+    classifier: Classifier, n_queries: int, progress: Progress
+) -> Callable[[Index], dict[str, Any]] | None:
+    """What calibrates every scope beyond the head by so many queries; None for none."""
+    if not n_queries:
+        return None
+
+    def calibrate(index: Index) -> dict[str, Any]:
+        found = {}
+        by_spans = "spans" in index.manifest.spec.stores
+        for scope in index.manifest.spec.sketched_scopes:
+            n_sampled = min(SAMPLE_ROWS, index.manifest.n_live)
+            if by_spans:
+                n_sampled += 2 * min(SAMPLE_ROWS, len(index.live_spans))
+            on_rows = counted(progress, f"calibration {scope}", n_sampled * -(-n_queries // QUERIES_AT_ONCE))
+            found[scope] = calibrate_scope(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)
+            if by_spans:
+                of_spans = calibrate_spans(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)
+                found[scope]["methods"] |= of_spans
+        return found
+
+    return calibrate
+
+
 def describe_file(folder: Path, name: str) -> dict[str, Any]:
     """sha256 and size of a file, as the manifest lists them."""
     path = folder / name
@@ -97,27 +124,27 @@ def describe_file(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _shard_files(manifest: Manifest) -> list[str]:
-    kinds = ["rows", *(f"features/{c.name}" for c in manifest.checkpoints)]
-    if "sbert" in manifest.spec.stores:
-        kinds.append("sentence")
-    if "words" in manifest.spec.stores:
-        kinds.append("tokens")
-    if "spans" in manifest.spec.stores:
-        kinds += [SPANS, masked_folder(manifest.checkpoints[-1].name)]
+    """Files of the pass: shards of what the models say of each row, and of what is fitted to the rows."""
     spec, last = manifest.spec, manifest.checkpoints[-1]
+    kinds = ["rows", *(f"features/{c.name}" for c in manifest.checkpoints)]
+    if "sbert" in spec.stores:
+        kinds.append("sentence")
+    if "words" in spec.stores:
+        kinds.append("tokens")
+    if "spans" in spec.stores:
+        kinds += [SPANS, masked_folder(last.name)]
     singles: list[str] = []
     for scope in spec.sketched_scopes:
-        kinds += [gradient_folder(scope, c.name) for c in manifest.checkpoints]
-        at_last = [None, *(range(len(spec.dampings)) if spec.whitened else ())]
-        kinds += [gradient_folder(scope, last.name, i) for i in at_last[1:]]
-        if "spans" in spec.stores:
-            kinds += [span_gradients(gradient_folder(scope, last.name, i)) for i in at_last]
         for c in manifest.checkpoints:
-            singles += gradient_files(spec, scope, c.name, last=c is last)
+            sketched = list(sketch_folders(spec, scope, c.name, last=c is last).values())
+            if c is last and "spans" in spec.stores:
+                sketched += [span_gradients(kind) for kind in sketched]
+            kinds += map(manifest.fitted_name, sketched)
+            singles += map(manifest.fitted_name, gradient_files(spec, scope, c.name, last=c is last))
     return [f"{kind}/{i:05d}.arrow" for kind in kinds for i in range(len(manifest.shards))] + singles
 
 
-def _merge_words(folder: Path, manifest: Manifest, progress: Callable[[str, int, int], None]) -> list[str]:
+def _merge_words(folder: Path, manifest: Manifest, progress: Progress) -> list[str]:
     """Merge the runs of rows that are new since the manifest's word stores were written; the files in force."""
     names: list[str] = []
     index = Index(folder, manifest, check=False)
@@ -147,17 +174,6 @@ def ekfac_facts(ekfac: Ekfac, dampings: tuple[str, ...]) -> dict[str, Any]:
     mean = ekfac.mean_eigenvalue
     stored = [{"given": given, "damping": absolute_damping(given, mean)} for given in dampings]
     return {"damping": stored[0]["damping"], "mean_eigenvalue": mean, "n_rows": ekfac.n_rows, "dampings": stored}
-
-
-def tidy(folder: Path, manifest: Manifest) -> None:
-    """Drop the journal and the files of older generations, now that the manifest no longer lists them."""
-    for sub in ("curvature/head", "ann", "retired", "words"):
-        for path in sorted((folder / sub).rglob("*")):
-            if path.is_file() and path.relative_to(folder).as_posix() not in manifest.files:
-                path.unlink()
-    for runs in sorted((folder / "words").glob("*/*/runs")):
-        runs.rmdir()
-    (folder / JOURNAL_NAME).unlink(missing_ok=True)
 
 
 def _factorised(hessian: np.ndarray, damping: float, manifest: Manifest) -> np.ndarray:

@@ -54,6 +54,11 @@ class Sample:
         return [column[:n] for column in self.texts]
 
 
+def sample_rows(n_rows: int, seed: int) -> np.ndarray:
+    """Which of ``n_rows`` rows what is fitted is fitted on, ascending."""
+    return np.asarray(np.sort(np.random.default_rng(seed).permutation(n_rows)[:FIT_ROWS]))
+
+
 def curvature_name(scope: str) -> str:
     """The file of a scope's EK-FAC."""
     return f"curvature/{scope}/ekfac.arrow"
@@ -68,15 +73,20 @@ def gradient_files(spec: IndexSpec, scope: str, checkpoint: str, *, last: bool) 
     return tuple(names)
 
 
+def sketch_folders(spec: IndexSpec, scope: str, checkpoint: str, *, last: bool) -> dict[int | None, str]:
+    """Folders of a scope's shards at a checkpoint, by the number of the damping; None for plain gradients."""
+    numbers = (None, *(range(len(spec.dampings)) if last and spec.whitened else ()))
+    return {number: gradient_folder(scope, checkpoint, number) for number in numbers}
+
+
 def open_sketchers(
     folder: Path, classifier: Classifier, spec: IndexSpec, scope: str, checkpoint: str, *, last: bool
 ) -> dict[str, Sketcher]:
     """Sketchers of a scope whose files are written, by the folder of their shards."""
-    found = {gradient_folder(scope, checkpoint): open_sketcher(folder, classifier, spec, scope, checkpoint)}
-    for number in range(len(spec.dampings) if last and spec.whitened else 0):
-        kind = gradient_folder(scope, checkpoint, number)
-        found[kind] = open_sketcher(folder, classifier, spec, scope, checkpoint, number)
-    return found
+    return {
+        kind: open_sketcher(folder, classifier, spec, scope, checkpoint, number)
+        for number, kind in sketch_folders(spec, scope, checkpoint, last=last).items()
+    }
 
 
 def open_sketcher(
@@ -179,8 +189,8 @@ def _fit_reductions(
 ) -> None:
     """Fit the second reduction of every representation of a scope, one pass for all of them."""
     projectors = {
-        gradient_folder(scope, checkpoint, i): _open_projector(folder, classifier, spec, scope, checkpoint, i)
-        for i in (None, *(range(len(spec.dampings)) if last and spec.whitened else ()))
+        kind: _open_projector(folder, classifier, spec, scope, checkpoint, number)
+        for number, kind in sketch_folders(spec, scope, checkpoint, last=last).items()
     }
     n_rows = len(rows.labels)
     collectors = {kind: RawSketches(p, n_rows, classifier.device) for kind, p in projectors.items()}

@@ -103,6 +103,11 @@ class Index:
         self._checked.update(fresh)
         return [self.folder / name for name in names]
 
+    @property
+    def fit_folder(self) -> Path:
+        """Below which the files lie that follow from what is fitted beyond the head."""
+        return self.folder / self.manifest.fitted_name("")
+
     def _shards(self, kind: str) -> list[pa.RecordBatch]:
         """The record batch of each shard of ``rows``, ``features/<checkpoint>`` or ``sentence``."""
         if kind not in self._cache:
@@ -180,12 +185,12 @@ class Index:
         """Sketches in the folder of one representation: those of rows, or of what their spans add."""
         key = ("gradients", kind, spans)
         if key not in self._cache:
-            shards = self._shards(span_gradients(kind) if spans else kind)
+            shards = self._shards(self.manifest.fitted_name(span_gradients(kind) if spans else kind))
 
             def whole(name: str) -> np.ndarray:
                 return np.concatenate([column(batch, name) for batch in shards])
 
-            (reduction,) = self.checked(f"{kind}/{MAP_NAME}")
+            (reduction,) = self.checked(self.manifest.fitted_name(f"{kind}/{MAP_NAME}"))
             coded = "code" in shards[0].schema.names
             self._cache[key] = GradientStore(
                 sketches=RowMatrix([column(batch, "sketch") for batch in shards]),
@@ -210,7 +215,7 @@ class Index:
             )
         key = ("ekfac", scope)
         if key not in self._cache:
-            self._cache[key] = read_ekfac(self.checked(curvature_name(scope))[0])
+            self._cache[key] = read_ekfac(self.checked(self.manifest.fitted_name(curvature_name(scope)))[0])
         ekfac: Ekfac = self._cache[key]
         return ekfac
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,14 @@ import torch
 
 from forebear.errors import CorruptIndexError, MismatchError, OutputExistsError
 from forebear.indexer.gradient_stage import BASES_NAME, curvature_name
+from forebear.indexer.locks import LOCK_NAME
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, IndexSpec, Manifest, canonical_json
 from forebear.indexer.sketch import gradient_folder
 from forebear.indexer.store import TEMPORARY_SUFFIX, write_bytes
 
-SUBFOLDERS = ("rows", "features", "gradients", "sentence", "words", "tokens", "spans", "curvature", "ann", "retired")
+SUBFOLDERS = (
+    "rows", "features", "gradients", "sentence", "words", "tokens", "spans", "curvature", "refit", "ann", "retired"
+)  # fmt: skip
 
 
 def check_target(folder: Path, *, resume: bool, force: bool) -> None:
@@ -34,7 +37,9 @@ def check_target(folder: Path, *, resume: bool, force: bool) -> None:
         if not (resume or force):
             what = "an index" if has_index else "an unfinished build"
             raise OutputExistsError(f"{folder} holds {what}. Use --resume to go on with it, or --force to replace it.")
-    elif folder.is_dir() and any(path.suffix != TEMPORARY_SUFFIX for path in folder.iterdir()):
+    elif folder.is_dir() and any(
+        path.suffix != TEMPORARY_SUFFIX and path.name != LOCK_NAME for path in folder.iterdir()
+    ):
         raise OutputExistsError(f"{folder} holds other files and no index: it is left alone. Give another --out.")
 
 
@@ -44,19 +49,25 @@ def _mentions(path: Path, key: bytes) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Remove an index's own files."""
-    for name in (MANIFEST_NAME, JOURNAL_NAME):
-        (folder / name).unlink(missing_ok=True)
+    """Remove an index's own files but for the journal, the manifest first."""
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
     for name in SUBFOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def remove_unlisted(folder: Path, manifest: Manifest) -> None:
-    """Remove files in the index's own subfolders that the manifest does not list, and the journal."""
+def tidy(folder: Path, manifest: Manifest) -> None:
+    """Remove what the manifest does not list from the index's own subfolders, then the journal."""
     for sub in SUBFOLDERS:
-        for path in sorted((folder / sub).rglob("*")):
-            if path.is_file() and path.relative_to(folder).as_posix() not in manifest.files:
+        for path in sorted((folder / sub).rglob("*"), reverse=True):  # what is in a folder comes before it
+            if path.is_dir():
+                with suppress(OSError):  # not empty
+                    path.rmdir()
+            elif path.relative_to(folder).as_posix() not in manifest.files:
                 path.unlink()
+        with suppress(OSError):
+            (folder / sub).rmdir()
+    for name in (MANIFEST_NAME, JOURNAL_NAME):
+        (folder / (name + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
     (folder / JOURNAL_NAME).unlink(missing_ok=True)
 
 
@@ -100,35 +111,112 @@ def same_or_refuse(found: dict[str, Any], asked: dict[str, Any], folder: Path) -
             )
 
 
-def journalled_segment(folder: Path) -> dict[str, Any] | None:
-    """The rows that an interrupted change was about; None without a readable journal."""
-    try:
-        found = json.loads((folder / JOURNAL_NAME).read_bytes())
-    except (OSError, ValueError):
-        return None
-    segment = found.get("segment") if isinstance(found, dict) else None
-    return segment if isinstance(segment, dict) else None
+def read_journal(folder: Path) -> dict[str, Any] | None:
+    """What change is under way; None: none is.
 
-
-def begin(folder: Path, change: dict[str, Any], spec: IndexSpec) -> IndexSpec:
-    """Write the journal of a change, or check that the one there is the same; returns the spec to go on with."""
+    Raises:
+        CorruptIndexError: The journal is damaged.
+    """
     path = folder / JOURNAL_NAME
-    if not path.is_file():
-        write_bytes(path, canonical_json(change | {"spec": asdict(spec)}))
-        return spec
     try:
         found = json.loads(path.read_bytes())
-        begun = found.pop("spec")
-    except (ValueError, KeyError) as error:
+        if not {"kind", "spec"} <= found.keys():
+            raise ValueError("it names no change")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
         raise CorruptIndexError(f"{path} is damaged ({error}). Start over with --force.") from error
-    for key in ("kind", "checkpoints"):
-        same_or_refuse({key: found.get(key)}, {key: change.get(key)}, folder)
-    same_or_refuse(found["segment"], change["segment"], folder)
-    later = later_choices(folder, begun, found.get("checkpoints"))
-    same_or_refuse(comparable(begun, later), comparable(asdict(spec), later), folder)
-    spec = replace(spec, n_threads=begun["n_threads"])
-    if not spec.whitened:
-        for scope in spec.sketched_scopes:
+    return dict(found)
+
+
+def is_in_force(journal: dict[str, Any], manifest: Manifest) -> bool:
+    """Whether the change of a journal was killed when its manifest was already written."""
+    if journal["kind"] == "build":
+        return not journal.get("replaces")
+    return bool(journal.get("onto") != manifest.digest())
+
+
+def unfinished(folder: Path, manifest: Manifest | None, *, discard: bool = False) -> dict[str, Any] | None:
+    """What change is under way, after one that is in force but left its journal was tidied up.
+
+    Args:
+        folder: The index.
+        manifest: In force; None before the first one.
+        discard: Remove what an unfinished change left, too.
+
+    Raises:
+        CorruptIndexError: The journal is damaged, and not to be discarded.
+    """
+    try:
+        journal = read_journal(folder)
+    except CorruptIndexError:
+        if not discard:
+            raise
+    if manifest is not None and (discard or (journal is not None and is_in_force(journal, manifest))):
+        tidy(folder, manifest)
+        return None
+    return journal
+
+
+def check_change(folder: Path, journal: dict[str, Any] | None, change: dict[str, Any], *, goes_on: bool) -> None:
+    """Refuse a change while another is unfinished, or while the same is and it is not to go on.
+
+    Args:
+        folder: The index.
+        journal: Of the unfinished change.
+        change: Its ``kind`` and what decides it.
+        goes_on: Whether a change like the journal's is taken up where it was.
+
+    Raises:
+        OutputExistsError: Another change, or the same, is unfinished.
+        MismatchError: It was begun with other rows.
+    """
+    if journal is None:
+        return
+    if journal["kind"] != change["kind"] or not goes_on:
+        kind = journal["kind"]
+        raise OutputExistsError(
+            f"{folder} has an unfinished {kind}. Go on with it by the same command and --resume, or discard what it "
+            "left with --force."
+        )
+    for key, value in change.items():
+        if isinstance(value, dict):
+            same_or_refuse(journal.get(key) or {}, value, folder)
+        else:
+            same_or_refuse({key: journal.get(key)}, {key: value}, folder)
+
+
+def begin_change(folder: Path, manifest: Manifest, change: dict[str, Any], journal: dict[str, Any] | None) -> None:
+    """Write the journal of a change to an index, unless the change goes on."""
+    if journal is None:
+        tidy(folder, manifest)
+        _write_journal(folder, change | {"onto": manifest.digest()}, manifest.spec)
+
+
+def begin_build(folder: Path, build: dict[str, Any], spec: IndexSpec, *, replaces: bool) -> IndexSpec:
+    """Write the journal of a build, or check that the one there is the same; returns the spec to go on with.
+
+    Args:
+        folder: The index.
+        build: Its ``kind`` and what decides it, but for the spec.
+        spec: Of the build.
+        replaces: Whether an index or a build that is there gives way. The journal says so until it has, so that a build
+            that was killed before is resumed as well.
+    """
+    journal = None if replaces else read_journal(folder)
+    if journal is not None:
+        check_change(folder, journal, build, goes_on=True)
+        later = later_choices(folder, journal["spec"], journal.get("checkpoints"))
+        same_or_refuse(comparable(journal["spec"], later), comparable(asdict(spec), later), folder)
+        spec = replace(spec, n_threads=journal["spec"]["n_threads"])
+        for scope in () if spec.whitened else spec.sketched_scopes:
             (folder / curvature_name(scope)).unlink(missing_ok=True)
-    write_bytes(path, canonical_json(found | {"spec": asdict(spec)}))
+    if replaces or (journal is not None and journal.get("replaces")):
+        _write_journal(folder, build | {"replaces": True}, spec)
+        clear(folder)
+    _write_journal(folder, build, spec)  # of a build that goes on: later choices may be others
     return spec
+
+
+def _write_journal(folder: Path, change: dict[str, Any], spec: IndexSpec) -> None:
+    write_bytes(folder / JOURNAL_NAME, canonical_json(change | {"spec": asdict(spec)}))

@@ -49,7 +49,7 @@ def digest_of(value: Any) -> str:
 _LATER: dict[str, Any] = {
     "sketch_bits": 0, "white_bits": 0, "sketch_basis": "mixed", "with_bias": False, "curvature": "none",
     "calibration": {}, "words_tops": (), "words_precision": "fp16", "spans": None, "span_column": 0,
-    "spans_sha256": None,
+    "spans_sha256": None, "fit": {},
 }  # fmt: skip
 
 
@@ -127,6 +127,43 @@ class Segment:
     n_rows: int
 
 
+STALE_SHARE = 0.1  # of the rows that something was fitted to: with more changes since, it is warned of
+
+
+@dataclass(frozen=True)
+class FitAge:
+    """How far bases, reductions, EK-FAC and calibration beyond the head are from the rows that are there now.
+
+    Attributes:
+        n_rows: Live rows when they were fitted (on a sample of these).
+        appended: Rows that came since.
+        retired: Rows that went since.
+    """
+
+    n_rows: int
+    appended: int
+    retired: int
+
+    @property
+    def is_current(self) -> bool:
+        """Whether they are those of a build from scratch over the live rows."""
+        return not self.appended and not self.retired
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether so much has changed that it is warned of."""
+        return self.appended + self.retired > STALE_SHARE * self.n_rows
+
+    def __str__(self) -> str:
+        fitted = f"sketches, EK-FAC and calibration beyond the head were fitted on {self.n_rows:,} rows"
+        if self.is_current:
+            return f"{fitted}, those of the index"
+        return (
+            f"{fitted}; {self.appended:,} appended and {self.retired:,} retired since. Answers there, most of if and "
+            "rif, are not quite those of a build from scratch: forebear index --refit fits them again"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything about an index that is not in its Arrow files. Holds no clock time."""
@@ -139,6 +176,7 @@ class Manifest:
     n_retired: int
     generation: int  # counts the changes (append, retire) since the first build
     feature_dim: int
+    fit: dict[str, int] = field(default_factory=dict)  # of the last refit: generation, n_rows, n_retired
     curvature: dict[str, Any] = field(default_factory=dict)  # scope -> solver -> facts
     calibration: dict[str, Any] = field(default_factory=dict)  # scope -> method -> candidates by recall
     derived: dict[str, Any] = field(default_factory=dict)  # representation -> facts of its search structure
@@ -154,6 +192,17 @@ class Manifest:
     def n_live(self) -> int:
         """Rows that take part in answers."""
         return self.n_rows - self.n_retired
+
+    @property
+    def fit_age(self) -> FitAge:
+        """Which rows what is fitted beyond the head was fitted to, and what has changed since."""
+        n_rows = self.fit.get("n_rows", self.segments[0].n_rows)
+        n_retired = self.fit.get("n_retired", 0)
+        return FitAge(n_rows - n_retired, self.n_rows - n_rows, self.n_retired - n_retired)
+
+    def fitted_name(self, name: str) -> str:
+        """Where a file is that follows from what is fitted beyond the head; a refit writes all of them anew."""
+        return f"refit/{self.fit['generation']:04d}/{name}" if self.fit else name
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without the digest."""

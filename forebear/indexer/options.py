@@ -20,6 +20,7 @@ STORES = ("features", "sbert", "words", "spans")
 DEFAULT_SHARD_ROWS = 4096
 
 Progress = Callable[[str, int, int], None]  # stage, rows done, rows in all
+Tell = Callable[[str], None]  # a line for the user
 
 
 def no_progress(_stage: str, _done: int, _total: int) -> None:
@@ -41,6 +42,10 @@ def counted(progress: Progress, stage: str, total: int) -> Callable[[int], None]
 
 def ignore_warning(_message: str | None) -> None:
     """Say nothing."""
+
+
+def say_nothing(_line: str) -> None:
+    """Leave a line out."""
 
 
 @dataclass(frozen=True, kw_only=True)

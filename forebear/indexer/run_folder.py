@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from forebear.errors import DataError, OutputExistsError, StorageError
+from forebear.indexer.locks import LOCK_NAME
 from forebear.indexer.model import Classifier
 from forebear.indexer.runs import RUN_NAME, read_run
 from forebear.indexer.store import TEMPORARY_SUFFIX, sync
@@ -25,7 +26,7 @@ def check_out(folder: Path, force: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder} is a file; --out names a folder to be written. Choose another.")
-    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    found = sorted(path.name for path in folder.iterdir() if path.name != LOCK_NAME) if folder.is_dir() else []
     if not found:
         return
     held = ", ".join(found[:3]) + (" ..." if len(found) > 3 else "")

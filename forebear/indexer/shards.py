@@ -14,7 +14,7 @@ from forebear.errors import InputError, MismatchError
 from forebear.indexer.data import RowBlock, RowSource
 from forebear.indexer.forward import residual_and_loss, run_forward
 from forebear.indexer.gradient_pass import labels_seed, run_pass
-from forebear.indexer.gradient_stage import FIT_ROWS, Sample, fit_scope, open_sketchers
+from forebear.indexer.gradient_stage import Sample, fit_scope, open_sketchers, sample_rows
 from forebear.indexer.labels import LabelMap
 from forebear.indexer.manifest import Checkpoint, IndexSpec
 from forebear.indexer.model import Classifier, load_classifier
@@ -69,6 +69,7 @@ class ShardWriter:
 
     Attributes:
         folder: The index.
+        fit_folder: Below which the files lie that follow from what is fitted beyond the head; the same at first.
         source: The segment's rows.
         labels: Onto the model's ids.
         spec: The index's choices.
@@ -81,6 +82,7 @@ class ShardWriter:
     """
 
     folder: Path
+    fit_folder: Path
     source: RowSource
     labels: LabelMap
     spec: IndexSpec
@@ -160,7 +162,7 @@ class ShardWriter:
                 batch_tokens=batch_tokens, first_row=row, on_rows=on_rows, warn=self.warn,
             )  # fmt: skip
             for kind, sketch in sketches.items():
-                write_columns(self.folder / kind / path.name, sketch.rows(row).columns(sketchers[kind].reduction))
+                write_columns(self.fit_folder / kind / path.name, sketch.rows(row).columns(sketchers[kind].reduction))
             for kind, gathered in words.items():
                 write_run(self.folder / runs_folder(kind) / path.name, gathered.rows(row), row)
         else:
@@ -201,7 +203,7 @@ class ShardWriter:
         rows = range(row, row + len(block))
         found = find_spans(span_finder(how, self.spec.span_column), block.texts, block.table, rows, "training row")
         write_spans(
-            self.folder, path.name, self.checkpoints[-1].name, classifier, sketchers,
+            self.folder, self.fit_folder, path.name, self.checkpoints[-1].name, classifier, sketchers,
             mask_found(classifier, block.texts, found), _labels_of(block, self.labels),
             first_row=row, batch_tokens=self.spec.batch_tokens, warn=self.warn,
         )  # fmt: skip
@@ -213,16 +215,15 @@ class ShardWriter:
         found: dict[str, Sketcher] = {}
         for scope in self.spec.sketched_scopes:
             fit_scope(
-                self.folder, classifier, self.spec, scope, checkpoint.name, self._sample,
+                self.fit_folder, classifier, self.spec, scope, checkpoint.name, self._sample,
                 last=last, batch_tokens=self.spec.batch_tokens, stage=partial(counted, self.progress),
             )  # fmt: skip
-            found |= open_sketchers(self.folder, classifier, self.spec, scope, checkpoint.name, last=last)
+            found |= open_sketchers(self.fit_folder, classifier, self.spec, scope, checkpoint.name, last=last)
         return found
 
     def _sample(self) -> Sample:
         """A seeded sample of the segment's rows."""
-        rng = np.random.default_rng(self.spec.seed)
-        chosen = np.sort(rng.permutation(self.source.n_rows)[:FIT_ROWS])
+        chosen = sample_rows(self.source.n_rows, self.spec.seed)
         texts: list[list[str]] = [[] for _ in self.spec.text_columns]
         gold = []
         for block in self.source.blocks(self.spec.shard_rows):

@@ -72,6 +72,7 @@ class SpanStore:
 
 def write_spans(
     folder: Path,
+    fit_folder: Path,
     name: str,
     checkpoint: str,
     classifier: Classifier,
@@ -87,6 +88,7 @@ def write_spans(
 
     Args:
         folder: The index.
+        fit_folder: Below which sketches lie.
         name: Of the shard's files.
         checkpoint: The last one.
         classifier: At it.
@@ -105,8 +107,7 @@ def write_spans(
             f"{classifier.name}: with a span masked, a gradient of a row between {first_row} and "
             f"{first_row + len(labels) - 1} is NaN or infinite. Check the model."
         ) from error
-    for kind, found in sketches.items():
-        write_columns(folder / span_gradients(kind) / name, found.columns(sketchers[kind].reduction))
+    write_span_sketches(fit_folder, name, sketches, sketchers)
     residuals, _ = residual_and_loss(logits, gold)
     write_columns(
         folder / masked_folder(checkpoint) / name, {"feature": features, "residual": residuals.astype(np.float32)}
@@ -116,6 +117,14 @@ def write_spans(
     columns |= {part: np.ascontiguousarray(ends[:, i]) for i, part in enumerate(("column", "start", "end"))}
     batch = record_batch(columns).replace_schema_metadata({_CUT: str(len(masked.cut)).encode()})
     write_table(folder / SPANS / name, [batch], batch.schema)
+
+
+def write_span_sketches(
+    fit_folder: Path, name: str, sketches: dict[str, SketchRows], sketchers: dict[str, Sketcher]
+) -> None:
+    """Write the sketches of one shard's spans, beside those of its rows."""
+    for kind, found in sketches.items():
+        write_columns(fit_folder / span_gradients(kind) / name, found.columns(sketchers[kind].reduction))
 
 
 def masked_pass(

@@ -28,6 +28,7 @@ from forebear.indexer.data import RowSource
 from forebear.indexer.encoding import pad_batch, tokenize
 from forebear.indexer.forward import run_forward
 from forebear.indexer.labels import label_map
+from forebear.indexer.locks import LOCK_NAME, exclusive
 from forebear.indexer.manifest import library_versions
 from forebear.indexer.model import Classifier, check_finite_weights, dropout_settings, pick_device
 from forebear.indexer.options import Progress, no_progress
@@ -122,12 +123,26 @@ def train(
         DataError: The rows hold fewer than two classes, or labels that cannot be mapped.
         ModelError: The model is no text classifier with a linear head, or its layers cannot be frozen.
         OutputExistsError: ``out`` is not empty.
+        InUseError: Another process is writing there.
         NonFiniteError: The loss or a weight became NaN or infinite; that epoch is not saved.
         StorageError: A checkpoint cannot be written.
     """
     options = options or TrainOptions()
     folder = Path(out)
     check_out(folder, force)
+    with exclusive(folder / LOCK_NAME, str(folder)):
+        check_out(folder, force)
+        return _train(source, model, folder, options, dev, progress)
+
+
+def _train(
+    source: RowSource,
+    model: str | Path,
+    folder: Path,
+    options: TrainOptions,
+    dev: RowSource | None,
+    progress: Progress,
+) -> Run:
     device = _pick_training_device(options.device)
     options = replace(options, precision=_pick_precision(options.precision, device), device=device.type)
     with quiet_transformers():

@@ -12,7 +12,8 @@ from forebear.errors import CorruptIndexError, InputError
 from forebear.indexer.forward import residual_and_loss, run_forward
 from forebear.indexer.gradient_stage import open_sketchers
 from forebear.indexer.index import Index
-from forebear.indexer.journal import SUBFOLDERS
+from forebear.indexer.journal import SUBFOLDERS, read_journal
+from forebear.indexer.locks import LOCK_NAME, owner_of
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
 from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.runs import moved_paths
@@ -21,7 +22,7 @@ from forebear.indexer.shards import check_same_model
 from forebear.indexer.sketch import Sketcher, sketch_rows
 from forebear.indexer.span_store import masked_pass
 from forebear.indexer.spans import mask_spans
-from forebear.indexer.store import file_sha256
+from forebear.indexer.store import TEMPORARY_SUFFIX, file_sha256
 from forebear.indexer.words import WordRows, word_gradients
 
 FLOAT16_ROUNDING = 1e-3  # of stored coordinates, scaled back to length 1
@@ -100,17 +101,31 @@ def _byte_problems(folder: Path, manifest: Manifest) -> list[str]:
             problems.append(f"{name} has {path.stat().st_size} bytes, the manifest says {facts['bytes']}")
         elif file_sha256(path) != facts["sha256"]:
             problems.append(f"{name} was altered: its sha256 is not the manifest's")
+    owner = owner_of(folder / LOCK_NAME)
     unfinished = (folder / JOURNAL_NAME).is_file()
+    partial_journal = JOURNAL_NAME + TEMPORARY_SUFFIX  # of a change that was killed before it began
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in manifest.files and name not in (MANIFEST_NAME, JOURNAL_NAME):
-            ours = unfinished and name.split("/")[0] in SUBFOLDERS
+        if not path.is_file() or name in manifest.files or name in (MANIFEST_NAME, JOURNAL_NAME, LOCK_NAME):
+            continue
+        if owner is None or name.split("/")[0] not in (*SUBFOLDERS, partial_journal):
+            ours = (unfinished and name.split("/")[0] in SUBFOLDERS) or name == partial_journal
             problems.append(
-                f"{name} is not listed in the manifest" + (" (left by an unfinished append)" if ours else "")
+                f"{name} is not listed in the manifest" + (" (left by an unfinished change)" if ours else "")
             )
-    if unfinished:
-        problems.append("an append was not finished: go on with --append --resume, or discard it with --append --force")
+    if owner is not None:
+        problems.append(f"{folder} is being changed by {owner}: verify it again when that has ended")
+    elif unfinished:
+        problems.append(_unfinished_line(folder))
     return problems
+
+
+def _unfinished_line(folder: Path) -> str:
+    try:
+        kind = (read_journal(folder) or {}).get("kind", "change")
+    except CorruptIndexError as error:
+        return str(error)
+    return f"an unfinished {kind}: go on with the same command and --resume, or discard what it left with --force"
 
 
 def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: str) -> float:
@@ -133,7 +148,7 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
         kinds: dict[str, Sketcher] = {}
         for scope in spec.sketched_scopes:
             last = checkpoint is manifest.checkpoints[-1]
-            kinds |= open_sketchers(index.folder, classifier, spec, scope, checkpoint.name, last=last)
+            kinds |= open_sketchers(index.fit_folder, classifier, spec, scope, checkpoint.name, last=last)
         gold = index.labels[rows].astype(np.int64)
         if kinds:
             sketches, forward = sketch_rows(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from forebear.errors import InputError
 from forebear.indexer.index import Index
+from forebear.indexer.manifest import FitAge
 from forebear.indexer.spans import GIVEN, check_same_finder
 from forebear.retriever.aggregate import check_linear
 from forebear.retriever.methods import METHODS, Method
@@ -122,7 +123,9 @@ def _check_curvature(index: Index, method: Method, scope: str, spec: QuerySpec) 
 def question_facts(index: Index, spec: QuerySpec) -> dict[str, Any]:
     """Everything that decides an answer."""
     spec = settled(index, spec)
+    age = fit_age(index, spec)
     return {
+        **({} if age is None else {"fitted_beyond_the_head": asdict(age)}),
         "index": str(index.folder),
         "index_digest": index.manifest.digest(),
         "spec_digest": index.manifest.spec.digest(),
@@ -137,6 +140,12 @@ def question_facts(index: Index, spec: QuerySpec) -> dict[str, Any]:
             for m in spec.check()
         },
     }
+
+
+def fit_age(index: Index, spec: QuerySpec) -> FitAge | None:
+    """Which rows what the index fits beyond the head was fitted to; None if the question asks nothing beyond it."""
+    is_asked = any(is_deep(m, spec) for m in spec.check()) and bool(index.manifest.spec.sketched_scopes)
+    return index.manifest.fit_age if is_asked else None
 
 
 def _search_facts(index: Index, method: Method, spec: QuerySpec) -> dict[str, Any]:

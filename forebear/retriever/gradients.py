@@ -214,9 +214,10 @@ class GradientSearch:
         key = (number, white)
         if key not in self._sketchers:
             name, spec = self.index.manifest.checkpoints[number].name, self.index.manifest.spec
-            self.index.checked(*gradient_files(spec, self.scope, name, last=number == self.last))
+            files = gradient_files(spec, self.scope, name, last=number == self.last)
+            self.index.checked(*map(self.index.manifest.fitted_name, files))
             classifier = self.models.classifier(number)
-            self._sketchers[key] = open_sketcher(self.index.folder, classifier, spec, self.scope, name, white)
+            self._sketchers[key] = open_sketcher(self.index.fit_folder, classifier, spec, self.scope, name, white)
         return self._sketchers[key]
 
     def _from_solutions(self, method: Method) -> bool:

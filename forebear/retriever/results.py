@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from forebear.errors import InputError, OutputExistsError
 from forebear.indexer.index import Index
+from forebear.indexer.locks import exclusive
 from forebear.indexer.spans import Span
 from forebear.indexer.store import atomic_file, write_bytes
 from forebear.retriever.search import Ranking
@@ -173,10 +174,11 @@ def result_writer(path: Path, metadata: dict[str, str], *, force: bool) -> Itera
 
     Raises:
         OutputExistsError: The file is there, and ``force`` is not given.
+        InUseError: Another process is writing it.
         InputError: Another suffix.
     """
     check_output(path, force=force)
-    with atomic_file(path) as handle:
+    with exclusive(path.with_name(path.name + ".lock"), str(path)), atomic_file(path) as handle:
         if path.suffix == ".parquet":
             writer: pq.ParquetWriter | None = None
 

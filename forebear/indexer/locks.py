@@ -1,0 +1,116 @@
+"""Locks: who may change a folder, or write a file, at this moment.
+
+A lock is the operating system's (flock) on a small file that names its owner, so it ends with the process that holds
+it, however that ends; the file of a process that was killed stays, and stands in nobody's way. Reading takes no lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from forebear.errors import InUseError, StorageError
+
+LOCK_NAME = "forebear.lock"  # in a folder that is being changed
+_TRIES = 4  # whoever asks whether a lock is held holds it for a moment
+_PAUSE_SECONDS = 0.05
+_NO_LOCK = "another process"
+
+
+@contextmanager
+def exclusive(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock, or say who holds it.
+
+    Args:
+        path: The lock file; it and its folder are made, and what was made goes again if it is empty.
+        what: What is locked, for the message.
+
+    Raises:
+        InUseError: Another process holds it; its id and host are named.
+        StorageError: The lock file cannot be made.
+    """
+    for left in reversed(range(_TRIES)):
+        with claimed(path) as owner:
+            if owner is None:
+                yield
+                return
+        if left:
+            time.sleep(_PAUSE_SECONDS)
+    raise InUseError(f"{what} is being written by {owner}. Wait until it has ended, then run this command again.")
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[str | None]:
+    """Hold a lock if it is free: None then, else its owner in words.
+
+    Raises:
+        StorageError: The lock file cannot be made.
+    """
+    is_new = not path.parent.exists()
+    file = _open(path)
+    try:
+        if (owner := _try(file)) is not None:
+            yield owner
+            return
+        try:
+            with suppress(OSError):  # a full disk: the lock holds without its owner's name
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+            yield None
+        finally:
+            path.unlink(missing_ok=True)
+            if is_new:
+                with suppress(OSError):  # not empty: that was the purpose
+                    path.parent.rmdir()
+    finally:
+        with suppress(OSError):
+            file.close()
+
+
+def owner_of(path: Path) -> str | None:
+    """Who holds a lock, in words; None: nobody."""
+    try:
+        with path.open("r", encoding="utf-8") as file:
+            return _try(file)
+    except OSError:
+        return None
+
+
+def _open(path: Path) -> IO[str]:
+    """Open the file that is under ``path`` once it is locked; another owner may remove it in between."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:
+            if path.parent.is_symlink():
+                raise StorageError(f"cannot write {path}: {path.parent} is a broken link.") from None
+            continue  # the folder went with its last owner
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {path}: {error.strerror}. Nothing has changed. Choose a place that you may write to."
+            ) from error
+        _try(file)
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
+
+
+def _try(file: IO[str]) -> str | None:
+    """Lock an open file; the owner in words if another process has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return file.readline().strip() or _NO_LOCK
+    except OSError:  # a file system without locks: no protection, no obstacle
+        return None
+    return None
