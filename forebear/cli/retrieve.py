@@ -213,9 +213,9 @@ def retrieve(
 
     age = fit_age(opened, retriever.settled(spec))
     if age is not None and age.is_stale:
-        warn(f"{age}.")
+        warn(f"{index}: {age}.")
     elif age is not None and not age.is_current:
-        say(f"{age}.", quiet=quiet)
+        say(f"{index}: {age}.", quiet=quiet)
     shares = None if hubs is None else read_hub_shares(Path(hubs), retriever, retriever.settled(spec))
 
     def table_of(answers: Answers) -> pa.Table:
