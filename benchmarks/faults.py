@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CHANGING = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 TAKES_SPACE = ("open", "write", "fsync", "reserve", "os.mkdir")
 MODULES = (
     "forebear.cli.main", "forebear.indexer.build", "forebear.retriever.retriever", "forebear.evaluation.removal",
@@ -34,8 +35,9 @@ class Fault:
     """What happens at one operation.
 
     Attributes:
-        kind: ``kill``; ``full``: from there on nothing that takes space succeeds; ``hold``: stop until continued; ``kill
-            after``: killed after ``at`` seconds, wherever it is; ``clock``: time runs backwards, from the start.
+        kind: ``count``: nothing; ``kill``; ``full``: from there on nothing that takes space succeeds; ``hold``: stop
+            until continued; ``kill after``: killed after ``at`` seconds, wherever it is; ``clock``: time runs
+            backwards, from the start.
         at: Number of the operation, from 1; or seconds.
         root: Operations below this folder count.
     """
@@ -89,9 +91,8 @@ class _Operations:
             path, _, flags = args
             if isinstance(path, (str, bytes, os.PathLike)) and flags & WRITING:
                 self.step("open", path)
-        elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"):
-            if isinstance(args[0], (str, bytes, os.PathLike)):
-                self.step(event, args[0])
+        elif event in CHANGING and isinstance(args[0], (str, bytes, os.PathLike)):
+            self.step(event, args[0])
 
     def install(self) -> None:
         real_open, real_fsync, real_reserve = io.open, os.fsync, os.posix_fallocate

@@ -223,7 +223,7 @@ def test_a_build_killed_while_it_replaces_an_index_is_resumed(
         build_index(rows(0, 9), index, chosen, BuildOptions(), force=True)
     if at == "before":
         assert Index.open(index).manifest.n_rows == 12
-    with pytest.raises(MismatchError, match="rows_sha256|n_rows"):
+    with pytest.raises(MismatchError, match="begun with n_rows=9"):
         build_index(rows(0, 8), index, chosen, BuildOptions(), resume=True)
     build_index(rows(0, 9), index, chosen, BuildOptions(), resume=True)
     assert hashes(index) == hashes(tmp_path / "undisturbed")
@@ -274,7 +274,7 @@ def test_the_second_of_two_changes_is_refused_with_the_owner_and_questions_are_a
 def test_two_trainings_and_two_answers_to_one_place_are_kept_apart(
     head: Path, index: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train = ("train", "--model", model, "--train", head / "train.jsonl", "--epochs", "1", "--out", tmp_path / "run")
+    train = ("train", "--model", model, "--data", head / "train.jsonl", "--epochs", "1", "--out", tmp_path / "run")
     ask = ("retrieve", "--index", index, "--text", TEXTS[0], "--out", tmp_path / "a.parquet")
     for lock, args in ((tmp_path / "run" / "forebear.lock", train), (tmp_path / "a.parquet.lock", ask)):
         with holder(lock) as other:
@@ -381,7 +381,9 @@ def test_an_interrupted_refit_leaves_the_old_fit_in_force_and_is_resumed_to_the_
     assert hashes(folder) == hashes(undisturbed)
 
 
-def test_a_refit_of_nothing_says_so(first: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refit_of_nothing_says_so(
+    first: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = copied(first, tmp_path / "first")
     capsys.readouterr()
     assert command("index", "--out", folder, "--refit") == 0

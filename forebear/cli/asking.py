@@ -212,6 +212,7 @@ def make_spec(retriever: Retriever, method: Sequence[str] | None, asked: ScopeOp
     names = tuple(m.name for m in pick_methods(listed(method))) if method else retriever.row_methods()
     spec = QuerySpec(methods=names, **asdict(asked), **choices)
     retriever.check_stores(spec.check(), spec)
+    say_what_was_fitted(retriever, spec)
     return spec
 
 
@@ -234,6 +235,17 @@ def default_methods(retriever: Retriever, names: Sequence[str], asked: ScopeOpti
             f"{', '.join(lacking)}. For {lacking[0]} build the index with a --damping."
         )
     return kept
+
+
+def say_what_was_fitted(retriever: Retriever, spec: QuerySpec, *, quiet: bool = False) -> None:
+    """Say of a question beyond the head on how many rows its index was fitted, where others came or went since."""
+    from forebear.retriever.coverage import fit_age
+
+    age = fit_age(retriever.index, retriever.settled(spec))
+    if age is not None and age.is_stale:
+        warn(f"{retriever.index.folder}: {age}.")
+    elif age is not None and not age.is_current:
+        say(f"{retriever.index.folder}: {age}.", quiet=quiet)
 
 
 def open_queries(retriever: Retriever, tested: TestOptions, sample: SampleOptions, spec: QuerySpec) -> Queries:

@@ -20,6 +20,7 @@ from forebear.cli.asking import (
     command_line,
     integers,
     open_retriever,
+    say_what_was_fitted,
 )
 from forebear.cli.console import Variadic, listed, warn
 from forebear.cli.groups import grouped
@@ -142,6 +143,7 @@ class AskOptions:
         methods = removal_methods(retriever, listed(self.method))
         spec = retriever.settled(QuerySpec(methods=methods, **asdict(self.asked), **self.spans.choices(retriever)))
         retriever.check_stores(spec.check(), spec)
+        say_what_was_fitted(retriever, spec)
         labelled = need_labels or self.asked.target == "gold"
         source = self.tested.open(self.tested.test, need_labels=labelled)
         start_workers(self.how.workers, self.cache)

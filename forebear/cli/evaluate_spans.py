@@ -21,6 +21,7 @@ from forebear.cli.asking import (
     default_methods,
     integers,
     open_retriever,
+    say_what_was_fitted,
 )
 from forebear.cli.console import Variadic, listed
 from forebear.cli.groups import grouped
@@ -142,6 +143,7 @@ def _spec(
     spec = retriever.settled(spec)
     if spec.exact == "none":
         raise InputError("--exact none ranks by sketches alone; give rerank or full.")
+    say_what_was_fitted(retriever, spec)
     return spec
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.asking import command_line
+from forebear.cli.asking import command_line, say_what_was_fitted
 from forebear.cli.console import OUT, Variadic, listed, say
 from forebear.cli.options import Damping, Device, Force, IndexFolder, MovedModel, Pair, Quiet, Recall, Scope
 
@@ -116,6 +116,7 @@ def explain(
         curvature=curvature,
         damping=damping,
     )
+    say_what_was_fitted(retriever, spec, quiet=quiet)
     query = text if pair is None else (text, pair)
     command = command_line()
     explanation = put_together(retriever, query, spec, form=saliency, command=command)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forebear.cli.asking import ColumnOptions, QuerySpans, warn_of_labels
+from forebear.cli.asking import ColumnOptions, QuerySpans, say_what_was_fitted, warn_of_labels
 from forebear.cli.console import OUT, Variadic, listed, progress_bar, say, shortened, warn
 from forebear.cli.options import (
     Damping,
@@ -155,7 +155,6 @@ def retrieve(
     from forebear.evaluation.hub_shares import read_hub_shares, with_hub_share
     from forebear.indexer.data import rows_from_texts
     from forebear.indexer.index import Index
-    from forebear.retriever.coverage import fit_age
     from forebear.retriever.query_spec import QuerySpec
     from forebear.retriever.results import check_output, result_writer
     from forebear.retriever.retriever import Retriever
@@ -211,11 +210,7 @@ def retrieve(
         source = columns.open(test, need_labels=target == "gold")
     warn_of_labels(retriever, source, required=target == "gold")
 
-    age = fit_age(opened, retriever.settled(spec))
-    if age is not None and age.is_stale:
-        warn(f"{index}: {age}.")
-    elif age is not None and not age.is_current:
-        say(f"{index}: {age}.", quiet=quiet)
+    say_what_was_fitted(retriever, spec, quiet=quiet)
     shares = None if hubs is None else read_hub_shares(Path(hubs), retriever, retriever.settled(spec))
 
     def table_of(answers: Answers) -> pa.Table:

@@ -200,9 +200,10 @@ def result_writer(path: Path, metadata: dict[str, str], *, force: bool) -> Itera
                 handle.write("".join(f"{line}\n" for line in lines).encode())
 
             yield write_lines
-    if path.suffix != ".parquet":
-        content = json.dumps(json.loads(metadata["forebear"]), indent=1)
-        write_bytes(path.with_name(path.name + ".meta.json"), content.encode() + b"\n")
+            content = json.dumps(
+                json.loads(metadata["forebear"]), indent=1
+            )  # first: no answers without it after a kill
+            write_bytes(path.with_name(path.name + ".meta.json"), content.encode() + b"\n")
 
 
 def check_output(path: Path, *, force: bool) -> None:
