@@ -3,6 +3,7 @@
     python benchmarks/campaign.py                    some minutes
     python benchmarks/campaign.py --full             about an hour
     python benchmarks/campaign.py --only kills,flips --seed 1
+    python benchmarks/campaign.py --quick            half a minute, of the tests: a few of each, nothing is written
 
 A tiny random model and an index of everything are made on the fly. Each part says how many faults it tried and which
 were not stood; a table is printed and written to ``benchmarks/results/campaign.json``.
@@ -40,6 +41,19 @@ BUILD = [
     "--sketch-dim", "8", "--sketch-bits", "64", "--white-bits", "64", "--calibrate", "4", "--shard-rows", "8",
     "--batch-tokens", "64", "--damping", "0.1x", "--rep-refit", "--quiet",
 ]  # fmt: skip
+QUICK = [
+    "--scope",
+    "head,top-1",
+    "--sketch-dim",
+    "8",
+    "--sketch-bits",
+    "64",
+    "--white-bits",
+    "64",
+    "--calibrate",
+    "2",
+    "-q",
+]
 ASK = ["--text", QUERY, "--method", "gd,if,nn-cos,sbert-cos", "--scope", "top-1", "--top", "5", "--quiet"]
 
 
@@ -87,15 +101,18 @@ class Case:
 class World:
     """A tiny model, its training file, indexes of it, and what each change makes of them undisturbed."""
 
-    def __init__(self, scratch: Path, *, warm: bool = True) -> None:
-        self.scratch, self.at = scratch, scratch / "work"
+    def __init__(self, scratch: Path, *, quick: bool = False) -> None:
+        self.scratch, self.at, self.quick = scratch, scratch / "work", quick
         self.index = self.at / "I"
         write_jsonl(scratch / "train.jsonl", text=sentences(N_ROWS), label=labels(N_ROWS))
         write_jsonl(scratch / "more.jsonl", text=sentences(N_MORE, seed=5), label=labels(N_MORE))
         write_jsonl(scratch / "test.jsonl", text=sentences(5, seed=9), label=labels(5))
         self.run("model", lambda: save_model(scratch / "model"))
         self.build = ["index", "--model", scratch / "model", "--train", scratch / "train.jsonl", "--out", self.index]
-        self.build += [*BUILD, "--sentence-model", scratch / "model"]
+        self.build += QUICK if quick else [*BUILD, "--sentence-model", scratch / "model"]
+        self.ask = ["retrieve", "--index", self.index, *ASK]
+        if quick:
+            self.ask[self.ask.index("--method") + 1] = "gd,if"
         change = ["index", "--out", self.index, "--quiet"]
         self.append = [*change, "--append", "--train", scratch / "more.jsonl"]
         self.retire, self.rebuild, self.refit = (
@@ -103,9 +120,7 @@ class World:
             [*change, "--rebuild-ann"],
             [*change, "--refit"],
         )
-        if warm:
-            asks = ["retrieve", "--index", self.index, *ASK]
-            warm_up(self.build, self.append, asks, scratch=scratch)
+        warm_up(*([self.build] if quick else [self.build, self.append, self.ask]), scratch=scratch)
         self.built = self.undisturbed("built", None, self.build)
         self.appended = self.undisturbed("appended", self.built, self.append)
 
@@ -131,8 +146,8 @@ class World:
         else:
             shutil.copytree(base, self.at)
 
-    def answers(self, index: Path) -> Ended:
-        return run(["retrieve", "--index", index, *ASK], scratch=self.scratch)
+    def answers(self) -> Ended:
+        return run(self.ask, scratch=self.scratch)
 
     def cases(self) -> Iterator[Case]:
         def changed(name: str, base: Path | None, command: Sequence[Any], *more: str) -> Case:
@@ -143,6 +158,8 @@ class World:
         yield changed("append", self.built, self.append)
         yield changed("retire", self.appended, self.retire)
         yield changed("refit", self.appended, self.refit)
+        if self.quick:
+            return
         yield changed("rebuild", self.built, [*self.rebuild, "--ann", "SQfp16"])
         yield changed("build over an index", self.appended, [*self.build, "--force"])
         index = ["--index", self.index, "--test", self.scratch / "test.jsonl"]
@@ -195,19 +212,25 @@ def differences(found: dict[str, str], wanted: dict[str, str]) -> str:
     return ", ".join(f"{n} ({w})" for n, w in zip(names[:4], what, strict=False)) + (" ..." if len(names) > 4 else "")
 
 
+def is_one_line(found: Ended) -> bool:
+    """Whether a command ended with one line that tells what went wrong, and is no fault of forebear's."""
+    lines = [line for line in found.err.splitlines() if not line.startswith("warning: ")]
+    return len(lines) == 1 and lines[0].startswith("error: ") and "bug in forebear" not in lines[0]
+
+
 class Trials:
     """Trials of one case: what it does undisturbed is found first."""
 
     def __init__(self, world: World, case: Case, part: Part) -> None:
         self.world, self.case, self.part = world, case, part
         world.reset(case.base)
-        self.before = world.answers(case.index).out if case.index else ""
+        self.before = world.answers().out if case.index else ""
         started = time.perf_counter()
         found = run(case.command, scratch=world.scratch, fault=Fault("count", 0, world.at))
         assert found.code == 0, (case.name, found.err)
         self.seconds, self.n_operations = time.perf_counter() - started, found.n_operations
         self.wanted = digests(world.at)
-        self.after = world.answers(case.index).out if case.index else ""
+        self.after = world.answers().out if case.index else ""
 
     def go(self, faults: Sequence[Fault]) -> None:
         """One trial: the command with the first fault, its resumptions with the others, then to the end."""
@@ -223,8 +246,9 @@ class Trials:
             if found.code in (0, *case.is_done):
                 part.count("ended before the fault")
             elif fault.kind == "full":
-                one_line = len(found.err.strip().splitlines()) == 1 and "bug in forebear" not in found.err
-                part.check(found.code == 1 and one_line, f"{where}: exit {found.code}: {found.err.strip()[-300:]}")
+                part.check(
+                    found.code == 1 and is_one_line(found), f"{where}: exit {found.code}: {found.err.strip()[-300:]}"
+                )
             else:
                 part.check(found.code == -signal.SIGKILL, f"{where}: exit {found.code}: {found.err.strip()[-300:]}")
             if case.index is not None and i == 0:
@@ -243,7 +267,7 @@ class Trials:
 
     def _answers(self, where: str) -> None:
         """The old index answers in between, or the new one; one that is replaced says so."""
-        found = self.world.answers(self.case.index)
+        found = self.world.answers()
         if self.case.name == "build over an index" and found.code == 2:
             self.part.check("unfinished build" in found.err, f"{where}: in between: {found.err.strip()[-300:]}")
             return
@@ -258,6 +282,7 @@ def kills(world: World, part: Part, rng: np.random.Generator, size: int) -> None
         part.notes[f"{case.name}: operations"] = trials.n_operations
         n = min(size, trials.n_operations)
         at = np.unique(np.linspace(1, trials.n_operations, n).round().astype(int))
+        print(f"  {case.name}: {trials.n_operations} operations, {trials.seconds:.1f} s undisturbed", flush=True)
         for i, number in enumerate(at):
             faults = [Fault("kill", int(number), world.at)]
             if i % 3 == 2:
@@ -375,7 +400,7 @@ def two_at_once(world: World, part: Part, rng: np.random.Generator) -> None:
         "refit": [[*world.refit, "--resume"], world.append],
         "retrieve --out a.parquet": [(*cases["retrieve --out a.parquet"].command, "--force")],
     }
-    train = ["train", "--model", world.scratch / "model", "--train", world.scratch / "train.jsonl", "--epochs", "1"]
+    train = ["train", "--model", world.scratch / "model", "--data", world.scratch / "train.jsonl", "--epochs", "1"]
     train += ["--out", world.at / "run", "--quiet"]
     cases["train"] = Case("train", None, tuple(train), ())
     others["train"] = [train, [*train, "--force"]]
@@ -391,11 +416,10 @@ def two_at_once(world: World, part: Part, rng: np.random.Generator) -> None:
             os.waitpid(first, os.WUNTRACED)
             found = run(second, scratch=world.scratch)
             part.n_tried += 1
-            lines = [line for line in found.err.splitlines() if not line.startswith("warning")]
-            said = found.code == 2 and len(lines) == 1 and f"process {first} on" in lines[0]
+            said = found.code == 2 and is_one_line(found) and f"process {first} on" in found.err
             part.check(said, f"{name} beside {second}: exit {found.code}: {found.err.strip()[-300:]}")
             if case.index is not None:
-                part.check(world.answers(case.index).code == 0, f"{name}: no answers meanwhile")
+                part.check(world.answers().code == 0, f"{name}: no answers meanwhile")
             os.kill(first, signal.SIGCONT)
             code = ended(first, world.scratch)
             held = digests(world.at)
@@ -428,13 +452,15 @@ def read_only_folders(world: World, part: Part, rng: np.random.Generator) -> Non
                 return
             part.n_tried += 1
             found = run(case.command, scratch=world.scratch)
-            one_line = len(found.err.strip().splitlines()) == 1 and "bug in forebear" not in found.err
-            part.check(found.code in (1, 2) and one_line, f"{case.name}: exit {found.code}: {found.err.strip()[-300:]}")
+            part.check(
+                found.code in (1, 2) and is_one_line(found),
+                f"{case.name}: exit {found.code}: {found.err.strip()[-300:]}",
+            )
             if case.index is not None:
                 for command in (
                     ["info", case.index],
                     ["verify", case.index],
-                    ["retrieve", "--index", case.index, *ASK],
+                    world.ask,
                 ):
                     found = run(command, scratch=world.scratch)
                     part.check(found.code == 0, f"{command[0]}: exit {found.code}: {found.err.strip()[-300:]}")
@@ -458,6 +484,7 @@ def clock(world: World, part: Part, rng: np.random.Generator) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="half a minute")
     parser.add_argument("--full", action="store_true", help="about an hour")
     parser.add_argument("--only", default="", help="some parts, by name, separated by commas")
     parser.add_argument("--seed", type=int, default=0)
@@ -466,36 +493,49 @@ def main() -> int:
     parts: dict[str, Callable[[World, Part, np.random.Generator], None]] = {
         "kills": lambda w, p, r: kills(w, p, r, 12 * scale),
         "full": lambda w, p, r: full(w, p, r, 11 * scale),
-        "flips": lambda w, p, r: flips(w, p, r, 1000 * scale, 1 if given.full else 5),
-        "truncation": lambda w, p, r: truncation(w, p, r, 512, 4 if given.full else 40),
         "two-at-once": two_at_once,
         "read-only": read_only_folders,
-        "clock": clock,
+        "clock": clock,  # what follows runs models in this process, which forks no more
+        "flips": lambda w, p, r: flips(w, p, r, 1000 * scale, 1 if given.full else 5),
+        "truncation": lambda w, p, r: truncation(w, p, r, 512, 4 if given.full else 40),
     }
+    if given.quick:
+        parts = {
+            "kills": lambda w, p, r: kills(w, p, r, 3),
+            "full": lambda w, p, r: full(w, p, r, 1),
+            "flips": lambda w, p, r: flips(w, p, r, 60, 10),
+        }
     chosen = [name for name in given.only.split(",") if name] or list(parts)
     if unknown := set(chosen) - set(parts):
         parser.error(f"--only {', '.join(sorted(unknown))}: expected some of {', '.join(parts)}")
+    found = campaign({name: parts[name] for name in chosen}, given.seed, quick=given.quick)
+    if not given.quick:
+        from common import write_result
+
+        facts: dict[str, Any] = {part.name: vars(part) for part in found}
+        write_result("campaign", seed=given.seed, full=given.full, **facts)
+    return 1 if any(part.failures for part in found) else 0
+
+
+def campaign(
+    parts: dict[str, Callable[[World, Part, np.random.Generator], None]], seed: int, *, quick: bool
+) -> list[Part]:
+    """Run some parts, printing a line of each."""
     found = []
     in_memory = Path("/dev/shm")  # an fsync costs nothing there
     with tempfile.TemporaryDirectory(
         prefix="forebear-campaign-", dir=in_memory if in_memory.is_dir() else None
     ) as scratch:
-        world = World(Path(scratch))
-        for name in chosen:
+        world = World(Path(scratch), quick=quick)
+        for name, go in parts.items():
             part = Part(name)
             started = time.perf_counter()
-            parts[name](world, part, np.random.default_rng([given.seed, list(parts).index(name)]))
+            go(world, part, np.random.default_rng([seed, *name.encode()]))
             part.seconds = time.perf_counter() - started
             found.append(part)
-            print(
-                f"{name:12} {part.n_tried:6,} tried, {len(part.failures):4} not stood, {part.seconds:6.0f} s",
-                flush=True,
-            )
-    from common import write_result
-
-    facts: dict[str, Any] = {part.name: vars(part) for part in found}
-    write_result("campaign", seed=given.seed, full=given.full, **facts)
-    return 1 if any(part.failures for part in found) else 0
+            failed = len(part.failures)
+            print(f"{name:12} {part.n_tried:6,} tried, {failed:4} not stood, {part.seconds:6.0f} s", flush=True)
+    return found
 
 
 if __name__ == "__main__":

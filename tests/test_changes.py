@@ -423,3 +423,17 @@ def test_what_was_fitted_on_other_rows_is_said_everywhere(
     assert "0 appended and 2 retired since" in lines[0]
     assert command("index", "--out", few, "--retire", "5", "--quiet") == 0
     assert "warning" in capsys.readouterr().err
+
+
+# --- the campaign, in small ---
+
+
+def test_a_small_campaign_of_kills_full_disks_and_flips_is_stood() -> None:
+    """In a process of its own: it forks, which this one with its threads must not."""
+    script = Path(__file__).parent.parent / "benchmarks" / "campaign.py"
+    done = subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    tried = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines() if " tried, " in line}
+    assert tried["kills"] >= 12
+    assert tried["full"] >= 4
+    assert tried["flips"] >= 60
