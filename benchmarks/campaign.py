@@ -303,11 +303,14 @@ def full(world: World, part: Part, rng: np.random.Generator, size: int) -> None:
 
 def questions(name: str) -> tuple[str, str]:
     """Methods and scope of a question that reads a file of the index."""
+    if "/spans/" in name and name.startswith("gradients"):
+        return ("if++" if "whitened" in name else "tracin++"), "top-1"
     for start_, methods, scope in (
         ("gradients/top-1/whitened", "if", "top-1"), ("gradients", "gd", "top-1"), ("curvature/top-1", "if", "top-1"),
         ("curvature/head/self", "rif", "head"), ("curvature/head/rep", "rep", "head"), ("curvature", "if", "head"),
         ("words", "tracin-we,tracin-we-topk", "head"), ("tokens", "tracin-tfidf", "head"),
-        ("spans", "tracin++,if+", "head"), ("sentence", "sbert-cos", "head"), ("ann/sentence", "sbert-euc", "head"),
+        ("spans", "tracin++,if+", "head"), ("sentence", "sbert-cos", "head"), ("ann/sentence-cos", "sbert-cos", "head"),
+        ("ann/sentence", "sbert-euc", "head"),
         ("ann/feature", "nn-cos,nn-euc", "head"),
     ):  # fmt: skip
         if name.startswith(start_):

@@ -255,7 +255,7 @@ def test_the_second_of_two_changes_is_refused_with_the_owner_and_questions_are_a
     before = hashes(index)
     with holder(index / "forebear.lock") as other:
         capsys.readouterr()
-        for args in (*changes, (*build, "--force"), (*build, "--resume")):
+        for args in (*changes, build, (*build, "--force"), (*build, "--resume")):
             assert command(*args) == 2, args
             (line,) = capsys.readouterr().err.splitlines()
             assert f"{index} is being written by process {other.pid} on {socket.gethostname()}" in line
@@ -276,6 +276,7 @@ def test_two_trainings_and_two_answers_to_one_place_are_kept_apart(
 ) -> None:
     train = ("train", "--model", model, "--data", head / "train.jsonl", "--epochs", "1", "--out", tmp_path / "run")
     ask = ("retrieve", "--index", index, "--text", TEXTS[0], "--out", tmp_path / "a.parquet")
+    (tmp_path / "run" / "checkpoints" / "epoch-1.partial").mkdir(parents=True)  # what the other has written by then
     for lock, args in ((tmp_path / "run" / "forebear.lock", train), (tmp_path / "a.parquet.lock", ask)):
         with holder(lock) as other:
             capsys.readouterr()
@@ -283,7 +284,7 @@ def test_two_trainings_and_two_answers_to_one_place_are_kept_apart(
             (line,) = capsys.readouterr().err.splitlines()
             assert f"process {other.pid} on" in line
     assert command(*ask, "--quiet") == 0
-    assert command(*train, "--quiet") == 0  # the lock file of a process that was killed is in nobody's way
+    assert command(*train, "--quiet", "--force") == 0  # the lock file of a process that was killed is in nobody's way
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "run.json"]
     assert [path.name for path in tmp_path.glob("a.*")] == ["a.parquet"]
 

@@ -27,7 +27,7 @@ from forebear.indexer.journal import (
     unfinished,
 )
 from forebear.indexer.labels import label_map, names_of_classes
-from forebear.indexer.locks import LOCK_NAME, exclusive
+from forebear.indexer.locks import LOCK_NAME, check_free, exclusive
 from forebear.indexer.manifest import MANIFEST_NAME, Manifest, Segment, library_versions
 from forebear.indexer.model import load_classifier
 from forebear.indexer.options import BuildOptions, Progress, Tell, ignore_warning, no_progress, say_nothing
@@ -78,6 +78,7 @@ def build_index(
     options = options or BuildOptions()
     options.check()
     folder = Path(out)
+    check_free(folder / LOCK_NAME, str(folder))
     check_target(folder, resume=resume, force=force)
     with exclusive(folder / LOCK_NAME, str(folder)):
         check_target(folder, resume=resume, force=force)

@@ -42,7 +42,21 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
                 return
         if left:
             time.sleep(_PAUSE_SECONDS)
-    raise InUseError(f"{what} is being written by {owner}. Wait until it has ended, then run this command again.")
+    raise _in_use(what, owner)
+
+
+def check_free(path: Path, what: str) -> None:
+    """Refuse what another process is writing, before anything else is said of it; takes no lock.
+
+    Raises:
+        InUseError: Another process holds the lock.
+    """
+    if (owner := owner_of(path)) is not None:
+        raise _in_use(what, owner)
+
+
+def _in_use(what: str, owner: str | None) -> InUseError:
+    return InUseError(f"{what} is being written by {owner}. Wait until it has ended, then run this command again.")
 
 
 @contextmanager
@@ -78,7 +92,7 @@ def owner_of(path: Path) -> str | None:
     """Who holds a lock, in words; None: nobody."""
     try:
         with path.open("r", encoding="utf-8") as file:
-            return _try(file)
+            return _try(file, fcntl.LOCK_SH)  # others may look at the same time
     except OSError:
         return None
 
@@ -104,10 +118,10 @@ def _open(path: Path) -> IO[str]:
         file.close()
 
 
-def _try(file: IO[str]) -> str | None:
+def _try(file: IO[str], kind: int = fcntl.LOCK_EX) -> str | None:
     """Lock an open file; the owner in words if another process has."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         return file.readline().strip() or _NO_LOCK

@@ -28,7 +28,7 @@ from forebear.indexer.data import RowSource
 from forebear.indexer.encoding import pad_batch, tokenize
 from forebear.indexer.forward import run_forward
 from forebear.indexer.labels import label_map
-from forebear.indexer.locks import LOCK_NAME, exclusive
+from forebear.indexer.locks import LOCK_NAME, check_free, exclusive
 from forebear.indexer.manifest import library_versions
 from forebear.indexer.model import Classifier, check_finite_weights, dropout_settings, pick_device
 from forebear.indexer.options import Progress, no_progress
@@ -129,6 +129,7 @@ def train(
     """
     options = options or TrainOptions()
     folder = Path(out)
+    check_free(folder / LOCK_NAME, str(folder))
     check_out(folder, force)
     with exclusive(folder / LOCK_NAME, str(folder)):
         check_out(folder, force)
