@@ -21,7 +21,16 @@ import pytest
 from test_index import Interrupted, hashes, interrupt_at
 from tiny import labels, sentences, write_jsonl
 
-from forebear import Index, InputError, InUseError, MismatchError, OutputExistsError, Retriever, verify_index
+from forebear import (
+    CorruptIndexError,
+    Index,
+    InputError,
+    InUseError,
+    MismatchError,
+    OutputExistsError,
+    Retriever,
+    verify_index,
+)
 from forebear.cli.main import run
 from forebear.indexer import finish as finish_module
 from forebear.indexer import journal as journal_module
@@ -227,6 +236,29 @@ def test_a_build_killed_while_it_replaces_an_index_is_resumed(
         build_index(rows(0, 8), index, chosen, BuildOptions(), resume=True)
     build_index(rows(0, 9), index, chosen, BuildOptions(), resume=True)
     assert hashes(index) == hashes(tmp_path / "undisturbed")
+
+
+def test_a_build_over_a_changed_index_that_was_killed_before_it_began_is_resumed(
+    index: Path, model: str, tmp_path: Path
+) -> None:
+    chosen = choose_model(None, [model]).checkpoints
+    undisturbed = copied(index, tmp_path / "undisturbed")
+    append_rows(index, rows(12, 18))
+    told: list[str] = []
+    build_index(rows(0, 12), index, chosen, BuildOptions(), resume=True, tell=told.append)
+    assert len(told) == 1  # no --force: built before, and changed since
+    build_index(rows(0, 12), index, chosen, BuildOptions(), resume=True, force=True, tell=told.append)
+    assert hashes(index) == hashes(undisturbed)
+    assert len(told) == 1
+    build_index(rows(0, 12), index, chosen, BuildOptions(), resume=True, force=True, tell=told.append)
+    assert len(told) == 2
+
+
+def test_a_manifest_without_its_last_byte_is_refused(index: Path) -> None:
+    path = index / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorruptIndexError, match="was altered"):
+        Index.open(index)
 
 
 # --- two at once ---

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from forebear.errors import MismatchError
 from forebear.indexer.change import append_rows, rebuild_ann, retire_rows
 from forebear.indexer.data import RowSource
 from forebear.indexer.finish import calibration_by, finish
@@ -115,11 +116,18 @@ def _build(
     journal = None if replaces else read_journal(folder)
     if resume and (folder / MANIFEST_NAME).is_file() and not (journal is not None and journal.get("replaces")):
         index = Index.open(folder)
-        same_or_refuse(asdict(index.manifest.segments[0]), asdict(segment), folder)
-        same_or_refuse(comparable(asdict(index.manifest.spec)), comparable(asdict(spec)), folder)
-        unfinished(folder, index.manifest)  # a kill between the manifest and the end leaves the journal
-        tell(f"{folder} was built from these rows before: nothing is left to do.")
-        return index
+        try:
+            same_or_refuse(asdict(index.manifest.segments[0]), asdict(segment), folder)
+            same_or_refuse(comparable(asdict(index.manifest.spec)), comparable(asdict(spec)), folder)
+            replaces = force and index.manifest.generation > 0  # what was to be replaced: it has been changed since
+        except MismatchError:
+            if not force:
+                raise
+            replaces = True
+        if not replaces:
+            unfinished(folder, index.manifest)  # a kill between the manifest and the end leaves the journal
+            tell(f"{folder} was built from these rows before: nothing is left to do.")
+            return index
     build = {"kind": "build", "segment": asdict(segment), "checkpoints": [c.name for c in listed]}
     spec = begin_build(folder, build, spec, replaces=replaces)
     shards = split_rows(0, source.n_rows, spec.shard_rows)

@@ -20,7 +20,8 @@ from forebear.errors import InUseError, StorageError
 LOCK_NAME = "forebear.lock"  # in a folder that is being changed
 _TRIES = 4  # whoever asks whether a lock is held holds it for a moment
 _PAUSE_SECONDS = 0.05
-_NO_LOCK = "another process"
+_RACES = 1000  # lost to other owners one after the other
+_SOMEBODY = "another process"
 
 
 @contextmanager
@@ -99,23 +100,23 @@ def owner_of(path: Path) -> str | None:
 
 def _open(path: Path) -> IO[str]:
     """Open the file that is under ``path`` once it is locked; another owner may remove it in between."""
-    while True:
+    reason: str | None = None
+    for _ in range(_RACES):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a+", encoding="utf-8")
-        except FileNotFoundError:
-            if path.parent.is_symlink():
-                raise StorageError(f"cannot write {path}: {path.parent} is a broken link.") from None
-            continue  # the folder went with its last owner
+        except FileNotFoundError as error:  # the folder went with its last owner
+            reason = error.strerror
+            continue
         except OSError as error:
-            raise StorageError(
-                f"cannot write {path}: {error.strerror}. Nothing has changed. Choose a place that you may write to."
-            ) from error
+            reason = error.strerror
+            break
         _try(file)
         with suppress(OSError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         file.close()
+    raise StorageError(f"cannot write {path}: {reason}. Nothing has changed. Choose a place that you may write to.")
 
 
 def _try(file: IO[str], kind: int = fcntl.LOCK_EX) -> str | None:
@@ -124,7 +125,7 @@ def _try(file: IO[str], kind: int = fcntl.LOCK_EX) -> str | None:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        return file.readline().strip() or _NO_LOCK
+        return file.readline().strip() or _SOMEBODY
     except OSError:  # a file system without locks: no protection, no obstacle
         return None
     return None

@@ -234,7 +234,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        content = json.loads(path.read_bytes())
+        written = path.read_bytes()
+        content = json.loads(written)
     except (OSError, ValueError) as error:
         raise CorruptIndexError(f"{path} cannot be read as a manifest ({error}). {MEND}") from error
     found = content.get("format") if isinstance(content, dict) else None
@@ -243,7 +244,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} has index format {found}; this forebear reads format {FORMAT_VERSION}. Build the index again."
         )
     stated = content.pop("digest", None)
-    if digest_of(content) != stated:
+    if digest_of(content) != stated or not written.endswith(b"\n"):  # without its last byte it would still be JSON
         raise CorruptIndexError(f"{path} was altered: its digest no longer matches its content. {MEND}")
     try:
         values = {f.name: content[f.name] for f in fields(Manifest) if f.name not in _LATER or f.name in content}
