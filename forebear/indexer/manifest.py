@@ -244,7 +244,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} has index format {found}; this forebear reads format {FORMAT_VERSION}. Build the index again."
         )
     stated = content.pop("digest", None)
-    if digest_of(content) != stated or not written.endswith(b"\n"):  # without its last byte it would still be JSON
+    if digest_of(content) != stated:
         raise CorruptIndexError(f"{path} was altered: its digest no longer matches its content. {MEND}")
     try:
         values = {f.name: content[f.name] for f in fields(Manifest) if f.name not in _LATER or f.name in content}
@@ -252,11 +252,14 @@ def read_manifest(folder: Path) -> Manifest:
         values["checkpoints"] = tuple(Checkpoint(**c) for c in content["checkpoints"])
         values["segments"] = tuple(Segment(**s) for s in content["segments"])
         values["shards"] = _tuples(content["shards"])
-        return Manifest(**values)
+        manifest = Manifest(**values)
     except (KeyError, TypeError) as error:
         raise CorruptIndexError(
             f"{path} was written by another version of forebear ({error}). Build the index again with --force."
         ) from error
+    if not written.endswith(b"\n"):  # without its last byte it is still JSON
+        raise CorruptIndexError(f"{path} was altered: its last byte is missing. {MEND}")
+    return manifest
 
 
 def _tuples(value: Any) -> Any:
