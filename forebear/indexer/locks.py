@@ -37,7 +37,7 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         StorageError: The lock file cannot be made.
     """
     for left in reversed(range(_TRIES)):
-        with claimed(path) as owner:
+        with claimed(path, what) as owner:
             if owner is None:
                 yield
                 return
@@ -61,14 +61,18 @@ def _in_use(what: str, owner: str | None) -> InUseError:
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[str | None]:
+def claimed(path: Path, what: str | None = None) -> Iterator[str | None]:
     """Hold a lock if it is free: None then, else its owner in words.
+
+    Args:
+        path: The lock file.
+        what: What is locked, for messages; None: the file.
 
     Raises:
         StorageError: The lock file cannot be made.
     """
     is_new = not path.parent.exists()
-    file = _open(path)
+    file = _open(path, what or str(path))
     try:
         if (owner := _try(file)) is not None:
             yield owner
@@ -98,7 +102,7 @@ def owner_of(path: Path) -> str | None:
         return None
 
 
-def _open(path: Path) -> IO[str]:
+def _open(path: Path, what: str) -> IO[str]:
     """Open the file that is under ``path`` once it is locked; another owner may remove it in between."""
     reason: str | None = None
     for _ in range(_RACES):
@@ -116,7 +120,7 @@ def _open(path: Path) -> IO[str]:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         file.close()
-    raise StorageError(f"cannot write {path}: {reason}. Nothing has changed. Choose a place that you may write to.")
+    raise StorageError(f"cannot write {what}: {reason}. Nothing has changed. Choose a place that you may write to.")
 
 
 def _try(file: IO[str], kind: int = fcntl.LOCK_EX) -> str | None:
