@@ -351,13 +351,16 @@ def test_a_row_that_shares_no_word_says_so(world):
 
 def test_what_one_would_not_expect_of_a_ranking_is_said(world):
     notes = {}
-    for method, scores in (("gc", [0.9, 0.5]), ("if", [-0.5, -0.9]), ("nn-euc", [-0.5, -0.9])):
+    cases = {"gc": [0.9, 0.5], "if": [-0.5, -0.9], "nn-euc": [-0.5, -0.9], "nn-cos": [0.9, 0.5]}
+    for method, scores in cases.items():
         answer = world.planted(score=scores, exact=[True, method != "if"])
         (one,) = explain(answer, QUERY, QuerySpec(methods=(method,), top=1)).answers
         notes[method] = [side.notes for side in one.sides]
-    assert notes["gc"] == [(), ("No score is negative: these rows support the target, but the least.",)]
-    assert notes["nn-euc"] == [(), ()]  # a distance with a minus before it
-    assert notes["if"][0][0].startswith("No score is positive")
+    above = "1 of 1 opponents of gc have scores above 0: none opposes the target, they support it least."
+    assert notes["gc"] == [(), (above,)]
+    assert notes["nn-euc"] == notes["nn-cos"] == [(), ()]  # similarities, whose sign says nothing of support
+    below = "1 of 1 proponents of if have scores below 0: none supports the target, they oppose it least."
+    assert notes["if"][0][0] == below
     assert notes["if"][1] == ("The scores are approximate.",)
     spec = QuerySpec(methods=("if",), top=1, curvature="cg")
     assert "relative residual of" in explain(world.retriever, QUERY, spec).answers[0].sides[0].notes[-1]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from forebear.cli.answers import SHOWN_QUERIES, show_answers
 from forebear.cli.asking import ColumnOptions, QuerySpans, say_what_was_fitted, warn_of_labels
-from forebear.cli.console import OUT, Variadic, listed, progress_bar, say, shortened, warn
+from forebear.cli.console import Variadic, listed, progress_bar, say
 from forebear.cli.options import (
     Damping,
     Device,
@@ -31,7 +32,6 @@ from forebear.errors import InputError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from forebear.indexer.data import RowBlock, RowSource
     from forebear.retriever.results import Answers
 
 HELP = """Rank the training rows behind each prediction: proponents and opponents, by one or more methods.
@@ -52,8 +52,6 @@ Examples:
 
     forebear retrieve --index I --test mistakes.csv --method if --aggregate
 """
-SHOWN_QUERIES = 5
-SHOWN_WORDS = 4
 
 
 def register(app: typer.Typer) -> None:
@@ -156,8 +154,9 @@ def retrieve(
     from forebear.indexer.data import rows_from_texts
     from forebear.indexer.index import Index
     from forebear.retriever.query_spec import QuerySpec
-    from forebear.retriever.results import check_output, result_writer
+    from forebear.retriever.result_file import check_output, result_writer
     from forebear.retriever.retriever import Retriever
+    from forebear.retriever.signs import SignCounts
 
     if (test is None) == (text is None):
         raise InputError("give either --test FILE or --text '...' (with --pair for pairs).")
@@ -213,13 +212,15 @@ def retrieve(
     say_what_was_fitted(retriever, spec, quiet=quiet)
     shares = None if hubs is None else read_hub_shares(Path(hubs), retriever, retriever.settled(spec))
 
-    def table_of(answers: Answers) -> pa.Table:
-        table = retriever.table(answers)
-        return table if shares is None else with_hub_share(table, shares)
+    def tables_of(answers: Answers) -> Iterator[pa.Table]:
+        for table in retriever.tables(answers):
+            yield table if shares is None else with_hub_share(table, shares)
 
     if out is None:
-        _show(retriever.answers(source, spec, block_rows=SHOWN_QUERIES), table_of, source, aggregate=aggregate)
+        found = retriever.answers(source, spec, block_rows=SHOWN_QUERIES)
+        show_answers(found, tables_of, source, methods, aggregate=aggregate)
         return
+    signs = SignCounts(methods)
     with (
         progress_bar(quiet=quiet) as progress,
         result_writer(Path(out), retriever.metadata(spec), force=force) as write,
@@ -227,120 +228,13 @@ def retrieve(
         progress("queries", 0, source.n_rows)
         n_results = 0
         for answers in retriever.answers(source, spec):
-            table = table_of(answers)
-            write(table)
-            n_results += table.num_rows
+            signs.add(answers)
+            for table in tables_of(answers):
+                write(table)
+                n_results += table.num_rows
             done = source.n_rows if aggregate else answers.start + len(answers.predictions)
             progress("queries", done, source.n_rows)
     together = " asked together" if aggregate else ""
     say(f"{out}: {source.n_rows:,} queries{together}, {n_results:,} results", quiet=quiet)
-
-
-def _show(
-    found: Iterator[Answers], table_of: Callable[[Answers], pa.Table], source: RowSource, *, aggregate: bool
-) -> None:
-    """Print the answers to the first few queries, or the one answer to all."""
-    table = table_of(next(found))
-    if aggregate:
-        OUT.print(f"[bold]{source.n_rows:,} queries together[/bold]")
-        _print_rankings(table.to_pylist(), _text_names(table), [])
-        return
-    block = next(iter(source.blocks(SHOWN_QUERIES)))
-    _print_answers(table, block)
-    if len(block) < source.n_rows:
-        warn(f"shown: the first {len(block)} of {source.n_rows:,} queries. Give --out NAME.parquet for all of them.")
-
-
-def _text_names(table: pa.Table) -> list[str]:
-    """The columns of a result that hold the training row's texts."""
-    extra = {
-        "hub_share",
-        "residual",
-        "proven",
-        "rows_scored",
-        "word_ids",
-        "words",
-        "contributions",
-        "span",
-        "spans_cut",
-    }
-    extra |= {f"{prefix}_{part}" for prefix in ("span", "query_span") for part in ("column", "start", "end")}
-    return [n for n in table.column_names[table.column_names.index("prediction") + 1 :] if n not in extra]
-
-
-def _print_answers(table: pa.Table, block: RowBlock) -> None:
-    from rich.markup import escape
-
-    rows = table.to_pylist()
-    for i in range(len(block)):
-        number = block.start + i
-        mine = [row for row in rows if row["query"] == number]
-        first = mine[0]
-        gold = "" if first["query_label"] is None else f", labelled {first['query_label']}"
-        OUT.print(
-            f"[bold]query {number}[/bold]  predicted [bold]{escape(first['query_prediction'])}[/bold]{escape(gold)}"
-        )
-        for column in block.texts:
-            OUT.print(f"  {escape(shortened(column[i]))}")
-        _print_rankings(mine, _text_names(table), [column[i] for column in block.texts])
-
-
-def _print_rankings(mine: list[dict[str, Any]], text_names: list[str], texts: list[str]) -> None:
-    """Print both ends of each method's ranking for one query; ``texts`` are the query's own."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    target = mine[0]["target"] or "each row's target"  # of an aggregate they may differ
-    for method in dict.fromkeys(row["method"] for row in mine):
-        for side in ("proponent", "opponent"):
-            grid = Table(title=f"{method}: {side}s of {escape(target)}", title_justify="left", expand=True)
-            rows_of_side = [row for row in mine if (row["method"], row["side"]) == (method, side)]
-            grid.caption, grid.caption_justify = escape(_notes(rows_of_side[0], texts)) or None, "left"
-            for name in ("row", "score"):
-                grid.add_column(name, justify="right", no_wrap=True)
-            for name in ("label", "prediction"):
-                grid.add_column(name, no_wrap=True)
-            hub_share = rows_of_side[0].get("hub_share") is not None
-            if hub_share:
-                grid.add_column("hub share", justify="right", no_wrap=True)
-            by_words = rows_of_side[0].get("words") is not None
-            by_spans = rows_of_side[0].get("span") is not None
-            if by_words or by_spans:
-                grid.add_column("span" if by_spans else "shared words", ratio=1)
-            for name in text_names:
-                grid.add_column(escape(name), ratio=1)
-            for row in rows_of_side:
-                grid.add_row(
-                    str(row["row"]),
-                    f"{row['score']:.4g}",
-                    escape(row["label"]),
-                    escape(row["prediction"]),
-                    *([f"{row['hub_share']:.1%}"] if hub_share else []),
-                    *([escape(_shared(row) if by_words else shortened(row["span"]))] if by_words or by_spans else []),
-                    *(escape(shortened(row[name])) for name in text_names),
-                )
-            OUT.print(grid)
-    OUT.print()
-
-
-def _shared(row: dict[str, Any]) -> str:
-    """The words that contribute most, with their share of the score."""
-    found = zip(row["words"], row["contributions"], strict=True)
-    shown = [f"{word.strip()} {value:+.2g}" for word, value in list(found)[:SHOWN_WORDS]]
-    more = len(row["words"]) - len(shown)
-    return ", ".join(shown) + (f", {more} more" if more > 0 else "") or "none"
-
-
-def _notes(row: dict[str, Any], texts: list[str]) -> str:
-    """What a table of results must say below itself: spans that were left out, proof, how well H^-1 was solved."""
-    notes = []
-    if row.get("query_span_start") is not None:
-        text = texts[row["query_span_column"]]
-        notes.append(f"the query's span: {shortened(text[row['query_span_start'] : row['query_span_end']])}")
-    if row.get("proven") is not None:
-        notes.append(f"{'proven' if row['proven'] else 'not proven'}, {row['rows_scored']:,} rows scored exactly")
-    if row.get("residual") is not None:
-        notes.append(f"H^-1 solved to a relative residual of {row['residual']:.1e}")
-    if row.get("spans_cut"):
-        notes.append(f"{row['spans_cut']:,} spans that the model does not read (cut by truncation, or blank) left out")
-    return "; ".join(notes)
+    for note in signs.notes():
+        say(f"note: {note}", quiet=quiet)

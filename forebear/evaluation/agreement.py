@@ -29,8 +29,9 @@ from forebear.indexer.model import Classifier
 from forebear.indexer.spans import Span, mask_spans, span_finder
 from forebear.retriever.methods import Method
 from forebear.retriever.query_spec import QuerySpec
-from forebear.retriever.results import Answers
+from forebear.retriever.results import SIDES, Answers
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.signs import note_of
 from forebear.retriever.spans import query_spans
 
 Measure = Literal["semantic", "label"]
@@ -431,4 +432,5 @@ def _group(one: Shown, method: str, retriever: Retriever) -> Group:
         {} if one.span is None else {"span": one.texts[one.span.column][one.span.start : one.span.end]}
     )
     query = Passage(f"test row {one.row}", asked, facts=own)
-    return Group(f"What {method} finds for test row {one.row}", passages, query=query)
+    intro = note_of(method, SIDES[0], [score for _, _, score in one.found[method]])
+    return Group(f"What {method} finds for test row {one.row}", passages, intro, query)

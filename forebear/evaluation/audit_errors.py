@@ -23,6 +23,7 @@ from forebear.indexer.forward import run_forward
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.results import SIDES, Answers
 from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
+from forebear.retriever.signs import SignCounts, note_of
 
 SHOWN_GROUPS = 6
 SHOWN_ROWS = 3  # mistakes, proponents and opponents of each group
@@ -174,13 +175,16 @@ def errors_report(
                     cells: list[Cell] = [group.name, method, side, j + 1, int(row), float(score), each]
                     cells += [names[index.labels[row]], names[index.predictions[row]]]
                     lines.append([*cells, *(column[j] for column in columns.values())])
+    signs = SignCounts(spec.check())
+    signs.add(answers)
     target = "predicted, wrong" if spec.target == "predicted" else spec.target
     ranked = Table(
         "Training rows behind the mistakes",
         ["group", "method", "side", "rank", "row", "score", "score a mistake", "label", "prediction"]
         + [f"text: {name}" for name in index.manifest.spec.text_columns],
         lines,
-        f"Score: the sum over the group's mistakes; proponents support the {target} label. One search a group.",
+        f"Score: the sum over the group's mistakes; proponents support the {target} label. One search a group."
+        + "".join(f" {note}" for note in signs.notes()),
     )
     largest = groups[0]
     report = Report(
@@ -223,7 +227,10 @@ def _group(found: Mistakes, group: ErrorGroup, answers: Answers, number: int, re
         for p in group.members[:SHOWN_ROWS]
     ]
     method, ends = next(iter(answers.found.items()))
+    notes = []
     for side, ranking in zip(SIDES, ends, strict=True):
+        notes.append(note_of(method, side, ranking.scores[number][:SHOWN_ROWS]))
         for row, score in zip(ranking.rows[number][:SHOWN_ROWS], ranking.scores[number], strict=False):
             passages.append(row_passage(retriever, int(row), side, f"score {score:.4g}"))
-    return Group(f"{group.name}: {len(group.members):,} mistakes, by {method}", passages)
+    intro = " ".join(note for note in notes if note)
+    return Group(f"{group.name}: {len(group.members):,} mistakes, by {method}", passages, intro)

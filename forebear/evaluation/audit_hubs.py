@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.audit_mislabelled import row_passage, without_own
+from forebear.evaluation.audit_mislabelled import own_places, row_passage
 from forebear.evaluation.comparisons import Queries, provenance, question
 from forebear.evaluation.report import Cell, Figure, Group, Report, Table, bar_chart
 from forebear.indexer.gradients import live_sample
 from forebear.retriever.query_spec import QuerySpec
+from forebear.retriever.results import SIDES
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.signs import SignCounts
 
 CHANCE = 0.05  # that any row at all comes up as often as a hub, where no row is preferred
 SHOWN_HUBS = 3
@@ -36,6 +38,7 @@ class Hubs:
         counts: N_k, ``(m, n)``.
         top: k.
         n_queries: Reference queries.
+        signs: What is said of proponents whose score is below 0.
     """
 
     methods: tuple[str, ...]
@@ -43,6 +46,7 @@ class Hubs:
     counts: np.ndarray
     top: int
     n_queries: int
+    signs: tuple[str, ...]
 
     @property
     def expected(self) -> float:
@@ -106,16 +110,22 @@ def hubs(
         raise InputError(f"--top {spec.top}: expected 1 to {len(live) - own}, the rows that a query can find.")
     asked = replace(spec, top=spec.top + own)
     counts = np.zeros((len(methods), len(live)), np.int64)
-    done = 0
+    signs, done = SignCounts(methods), 0
     for part in queries.blocks():
         found = retriever.answer_block(0, part.texts, part.labels, asked).found
         for i, method in enumerate(methods):
-            rows = found[method.name][0].rows
-            rows = without_own(rows, part.rows) if own else rows
+            proponents = found[method.name][0]
+            rows, scores = proponents.rows, proponents.scores
+            if own:
+                others = ~own_places(rows, part.rows)
+                rows, scores = rows[others], scores[others]
+            signs.count(method.name, SIDES[0], scores)
             counts[i] += np.bincount(np.searchsorted(live, rows.reshape(-1)), minlength=len(live))
         done += len(part)
         progress("queries", done, len(queries))
-    return Hubs(methods=spec.methods, rows=live, counts=counts, top=spec.top, n_queries=len(queries))
+    return Hubs(
+        methods=spec.methods, rows=live, counts=counts, top=spec.top, n_queries=len(queries), signs=tuple(signs.notes())
+    )
 
 
 def skewness(counts: np.ndarray) -> float | None:
@@ -167,7 +177,8 @@ def hubs_report(
         f"{found.n_queries:,} queries, top {found.top}, {len(found.rows):,} rows. Largest share: of the queries that "
         "have one and the same row in their top. Expected: of each row where none is preferred. Hubs: rows that come "
         f"up for at least {least} queries; by chance, less than one such audit in {1 / CHANCE:.0f} finds any. Of all "
-        "places: share of the places in all tops that hubs take. Never found: share of the rows.",
+        "places: share of the places in all tops that hubs take. Never found: share of the rows."
+        + "".join(f" {note}" for note in found.signs),
     )
     listing = Table(
         "Most frequent rows",

@@ -19,7 +19,9 @@ from forebear.evaluation.neighbours import nearest_rows
 from forebear.evaluation.report import Cell, Group, Passage, Report, Table
 from forebear.indexer.index import Index
 from forebear.retriever.query_spec import QuerySpec
+from forebear.retriever.results import SIDES
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.signs import note_of
 
 SHOWN_ROWS = 10
 CONTRADICTING = 3  # neighbours and opponents named for each suspect
@@ -100,10 +102,11 @@ def majority_label(neighbours: np.ndarray, own: np.ndarray, n_classes: int) -> n
     return np.asarray((2 * counts + (np.arange(n_classes) == own[:, None])).argmax(axis=1))
 
 
-def opponents_of(retriever: Retriever, spec: QuerySpec, rows: np.ndarray) -> np.ndarray:
+def opponents_of(retriever: Retriever, spec: QuerySpec, rows: np.ndarray) -> tuple[np.ndarray, str]:
     """The rows that speak most against the labels of some training rows, ``(m, <= CONTRADICTING)``.
 
     Opponents by the first method, each row being asked about with its gold label; a row is not its own opponent.
+    With them, what must be said of those that do not speak against the label.
     """
     index = retriever.index
     k = min(CONTRADICTING, index.manifest.n_live - 1)
@@ -112,14 +115,17 @@ def opponents_of(retriever: Retriever, spec: QuerySpec, rows: np.ndarray) -> np.
         target="gold",
     )  # fmt: skip
     answers = retriever.answer_block(0, index.text_lists(rows), index.labels[rows].astype(np.int64), asked)
-    return without_own(answers.found[asked.methods[0]][1].rows, rows)
+    found = answers.found[asked.methods[0]][1]
+    others = ~own_places(found.rows, rows)
+    note = note_of(asked.methods[0], SIDES[1], found.scores[others])
+    return found.rows[others].reshape(len(rows), -1), note
 
 
-def without_own(found: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """``(m, k + 1)`` row numbers without each line's own row, or else without the last, ``(m, k)``."""
+def own_places(found: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Where each line's own row stands among ``(m, k + 1)`` row numbers, or else the last place: one a line, bool."""
     is_own = found == own[:, None]
     is_own[~is_own.any(axis=1), -1] = True
-    return np.asarray(found[~is_own].reshape(len(found), -1))
+    return np.asarray(is_own)
 
 
 def suspects_report(
@@ -134,7 +140,7 @@ def suspects_report(
         raise InputError(f"--top {top}: expected at least 1.")
     n = len(found.rows)
     at = found.order[:top]
-    opponents = opponents_of(retriever, spec, found.rows[at])
+    opponents, signs = opponents_of(retriever, spec, found.rows[at])
     texts = retriever.index.texts(found.rows[at])
     lines = [_line(found, retriever.index, int(p), opponents[i]) for i, p in enumerate(at)]
     measures = [f"rank by {name}" for name in found.names]
@@ -146,7 +152,7 @@ def suspects_report(
         f"The first {len(at):,} of {n:,} rows by the mean of their ranks by {len(found.names)} measures (1: the most "
         "suspicious), all counting the same. Suggested: the prediction where it is another label, else that of most "
         f"neighbours. Contradicting: the nearest of the {found.neighbours.shape[1]} neighbours with another label. "
-        f"Opponents: by {spec.methods[0]}, against the row's own label.",
+        f"Opponents: by {spec.methods[0]}, against the row's own label. {signs}".rstrip(),
     )
     wrong = int((found.suggested[at] != NO_LABEL).sum())
     agreement = [[float(spearman(a[None], b[None])[0]) for b in found.values] for a in found.values]

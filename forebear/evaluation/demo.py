@@ -20,7 +20,9 @@ from forebear.indexer.options import BuildOptions
 from forebear.indexer.runs import choose_model
 from forebear.indexer.training import TrainOptions, train
 from forebear.retriever.query_spec import QuerySpec
+from forebear.retriever.results import SIDES
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.signs import note_of
 
 TOP = 10
 JUDGE = "gc"  # the method by which the demo is judged; all are shown
@@ -143,7 +145,10 @@ def find_wrong_labels(retriever: Retriever, folder: Path) -> WrongLabels:
     source = open_rows(folder / "data" / "wrong_probe.parquet", need_labels=True)
     methods = retriever.row_methods()
     spec = QuerySpec(methods=methods, top=100)
-    (answers,) = retriever.answers(source, spec, block_rows=max(1, source.n_rows))
+    label_ids = retriever.query_labels(source, required=True)
+    (block,) = source.blocks(max(1, source.n_rows))
+    assert label_ids is not None and block.labels is not None
+    answers = retriever.answer_block(0, block.texts, label_ids(block.labels, 0), spec)
     assert answers.labels is not None
     spoilt = np.flatnonzero(answers.predictions != answers.labels)
     precision, median_rank = {}, {}
@@ -152,7 +157,6 @@ def find_wrong_labels(retriever: Retriever, folder: Path) -> WrongLabels:
         precision[name] = float(hits[:, :TOP].mean()) if len(spoilt) else 0.0
         first = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, hits.shape[1] + 1)
         median_rank[name] = float(np.median(first)) if len(spoilt) else float(hits.shape[1] + 1)
-    (block,) = source.blocks(max(1, source.n_rows))
     index = retriever.index
     names = index.manifest.spec.text_columns
     groups = []
@@ -180,7 +184,8 @@ def find_wrong_labels(retriever: Retriever, folder: Path) -> WrongLabels:
                 "predicted": retriever.label_names[answers.predictions[i]],
             },
         )
-        groups.append(Group(f"Why is probe row {i} answered wrongly? By {JUDGE}", passages, query=query))
+        intro = note_of(JUDGE, SIDES[0], ranking.scores[i, : len(top)])
+        groups.append(Group(f"Why is probe row {i} answered wrongly? By {JUDGE}", passages, intro, query))
     return WrongLabels(
         n_queries=len(spoilt),
         n_probe=source.n_rows,

@@ -26,6 +26,7 @@ from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.results import SIDES
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.saliency import FORMS, GRADIENT_X_INPUT, SUMMED_GRADIENT, Saliency, saliency
+from forebear.retriever.signs import note_of
 
 FORMULAS = {
     GRADIENT_X_INPUT: "-<dL/de_t, e_t> over its L1 norm in the row; summed over the pieces of a word",
@@ -342,7 +343,7 @@ def _answers(
             formula=str(facts[method]["formula"]),
             asked=_asked(next(r for r in found if r["method"] == method), passages),
             sides=tuple(
-                _side(side, [r for r in found if (r["method"], r["side"]) == (method, side)], facts[method], passages)
+                _side(side, [r for r in found if (r["method"], r["side"]) == (method, side)], passages)
                 for side in SIDES
             ),
         )
@@ -360,10 +361,10 @@ def _asked(result: Mapping[str, Any], passages: _Passages) -> tuple[MarkedText, 
     return passages.point_at(Span(*(result[f"query_span_{part}"] for part in ("column", "start", "end"))))
 
 
-def _side(name: str, results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], passages: _Passages) -> Side:
+def _side(name: str, results: Sequence[Mapping[str, Any]], passages: _Passages) -> Side:
     scores = write_alike([result["score"] for result in results])
     rows = tuple(_found_row(result, score, passages) for result, score in zip(results, scores, strict=True))
-    return Side(name=name, rows=rows, notes=tuple(_side_notes(name, results, facts)))
+    return Side(name=name, rows=rows, notes=tuple(_side_notes(name, results)))
 
 
 def _found_row(result: Mapping[str, Any], score: str, passages: _Passages) -> FoundRow:
@@ -395,14 +396,10 @@ def _found_row(result: Mapping[str, Any], score: str, passages: _Passages) -> Fo
     )
 
 
-def _side_notes(name: str, results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[str]:
+def _side_notes(name: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader would not expect of one end of a ranking."""
-    scores = [result["score"] for result in results]
-    notes = []
-    if name == "opponent" and min(scores) > 0:
-        notes.append("No score is negative: these rows support the target, but the least.")
-    if name == "proponent" and max(scores) < 0 and facts["metric"] != "euc":
-        notes.append("No score is positive: these rows are only the nearest to supporting the target.")
+    signs = note_of(results[0]["method"], name, [result["score"] for result in results])
+    notes = [signs] if signs else []
     if not all(result["exact"] for result in results):
         notes.append("The scores are approximate.")
     if (residual := results[0].get("residual")) is not None:

@@ -22,8 +22,9 @@ from forebear.indexer.data import RowBlock, RowSource
 from forebear.indexer.forward import run_forward
 from forebear.indexer.labels import collapse_to_binary_nli, nli_id
 from forebear.retriever.query_spec import QuerySpec
-from forebear.retriever.results import Answers
+from forebear.retriever.results import SIDES, Answers
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.signs import note_of
 
 ENTAILMENT, NON_ENTAILMENT = 0, 1
 SHOWN_QUERIES = 5
@@ -338,4 +339,5 @@ def _group(example: Example, method: str, retriever: Retriever) -> Group:
                 },
             )
         )
-    return Group(f"Why “entailment” for test row {example.row}? By {method}", passages, query=query)
+    intro = note_of(method, SIDES[0], [score for _, score in example.top[method]])
+    return Group(f"Why “entailment” for test row {example.row}? By {method}", passages, intro, query)

@@ -21,9 +21,10 @@ from forebear.indexer.ekfac import Ekfac, read_ekfac
 from forebear.indexer.estimate import GradientStore, Proposal
 from forebear.indexer.gradient_stage import curvature_name
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
+from forebear.indexer.row_texts import RowTexts, text_list
 from forebear.indexer.sketch import MAP_NAME, gradient_folder, read_reduction
 from forebear.indexer.span_store import SPANS, SpanStore, masked_folder, read_spans, span_gradients
-from forebear.indexer.store import MEND, RowMatrix, column, file_sha256, for_each_shard, read_batches
+from forebear.indexer.store import MEND, RowMatrix, column, file_sha256, read_batches
 from forebear.indexer.word_store import PARTS, WordStore, read_word_store, words_folder
 from forebear.indexer.words import offsets
 
@@ -328,30 +329,19 @@ class Index:
         """Cross-entropy of the gold class at the last checkpoint in nats, ``(n,)`` float32."""
         return self._row_column("loss")
 
-    def texts(self, rows: np.ndarray) -> dict[str, pa.Array]:
-        """Text columns of the given rows, under the names they had in the training file."""
-        flat = np.asarray(rows, dtype=np.int64).reshape(-1)
-        names = self.manifest.spec.text_columns
-        return {name: self._take_strings(f"text_{i}", flat) for i, name in enumerate(names)}
+    @cached_property
+    def row_texts(self) -> RowTexts:
+        """The texts of all rows."""
+        starts = np.array([0, *(stop for _, stop in self.manifest.shards)])
+        return RowTexts(self._shards("rows"), starts, self.manifest.spec.text_columns)
+
+    def texts(self, rows: np.ndarray) -> dict[str, pa.DictionaryArray]:
+        """Text columns of the given rows, under the names they had in the training file, each text held once."""
+        return self.row_texts.columns(rows)
 
     def text_lists(self, rows: np.ndarray) -> list[list[str]]:
         """The same as lists, in the order of encoding: what the pass takes."""
-        return [column.to_pylist() for column in self.texts(rows).values()]
-
-    def _take_strings(self, name: str, rows: np.ndarray) -> pa.Array:
-        """A string column of the given rows, taken shard by shard (a take over all shards would copy them)."""
-        if not len(rows):
-            return pa.array([], pa.string())
-        shards = self._shards("rows")
-        found: list[pa.Array] = []
-        positions: list[np.ndarray] = []
-
-        def visit(shard: int, at: np.ndarray, local: np.ndarray) -> None:
-            positions.append(at)
-            found.append(shards[shard].column(name).take(pa.array(local)))
-
-        for_each_shard(np.array([0, *(stop for _, stop in self.manifest.shards)]), rows, visit)
-        return pa.concat_arrays(found).take(pa.array(np.argsort(np.concatenate(positions), kind="stable")))
+        return [text_list(column) for column in self.texts(rows).values()]
 
     @cached_property
     def retired(self) -> np.ndarray:

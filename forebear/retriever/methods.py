@@ -73,6 +73,14 @@ class Method:
         return self.spans is not None and not self.saliency
 
     @property
+    def signed(self) -> bool:
+        """Whether a score above 0 supports the target and one below 0 opposes it.
+
+        Not of features and sentence embeddings: the score is then a similarity (a distance is always below 0).
+        """
+        return self.representation not in ("feature", "sentence")
+
+    @property
     def linear(self) -> bool:
         """Whether the scores of a sum of query vectors are the sums of the scores: then one search serves many rows."""
         return self.metric == "dot" and not (self.by_model or self.by_words)

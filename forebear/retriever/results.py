@@ -1,27 +1,26 @@
-"""Answers as tables: one row a result, written as they come to Parquet or JSONL."""
+"""Answers as tables: one row a result, a bounded number of results at a time."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from forebear.errors import InputError, OutputExistsError
 from forebear.indexer.index import Index
-from forebear.indexer.locks import exclusive
-from forebear.indexer.spans import Span
-from forebear.indexer.store import atomic_file, write_bytes
+from forebear.indexer.words import offsets
+from forebear.retriever.methods import Method
 from forebear.retriever.search import Ranking
 from forebear.retriever.vocabulary import token_texts
 
 SIDES = ("proponent", "opponent")
+TABLE_RESULTS = 1 << 17  # results of one table, at most
+TABLE_TEXT_BYTES = 1 << 27  # of the texts that one table holds, unless a single one is longer
+ANSWER_BYTES = 1 << 26  # what the rankings of the test rows that are asked together may take
+_RESULT_BYTES, _SPAN_BYTES, _WORDS_BYTES = 16, 128, 1024  # of a result in a ranking: row and score; its span; its words
 
 
 @dataclass(frozen=True)
@@ -44,173 +43,168 @@ class Answers:
     found: dict[str, tuple[Ranking, Ranking]]
 
 
-def answer_table(index: Index, answers: Answers, tokenizer: Any) -> pa.Table:
+def queries_together(methods: Sequence[Method], top: int) -> int:
+    """Test rows whose rankings fit in memory together; at least one."""
+    sizes = [
+        _RESULT_BYTES + (_SPAN_BYTES if m.spans else 0) + (_WORDS_BYTES if m.representation == "words" else 0)
+        for m in methods
+    ]
+    return max(1, ANSWER_BYTES // (len(SIDES) * top * sum(sizes)))
+
+
+def answer_tables(index: Index, answers: Answers, tokenizer: Any) -> Iterator[pa.Table]:
     """The columns of DESIGN.md's section 5, ordered by query, method, side and rank.
+
+    No table grows with the number of queries, methods or results: each holds a stretch of them, and a text once.
 
     Args:
         index: That was asked.
         answers: To its questions.
         tokenizer: Names the shared words.
     """
-    names = list(answers.found)
-    # (q, methods, 2, k)
-    rows = np.stack([np.stack([r.rows for r in answers.found[name]], axis=1) for name in names], axis=1)
-    scores = np.stack([np.stack([r.scores for r in answers.found[name]], axis=1) for name in names], axis=1)
-    exact = np.array([[r.exact for r in answers.found[name]] for name in names])
-    q, m, sides, k = rows.shape
-    flat = rows.reshape(-1)
+    first = next(iter(answers.found.values()))[0]
+    shape = (len(answers.predictions), len(answers.found), len(SIDES), first.rows.shape[1])
+    n_results, start = int(np.prod(shape)), 0
+    while start < n_results:
+        stop = min(start + TABLE_RESULTS, n_results)
+        some = _Results(answers, *np.unravel_index(np.arange(start, stop), shape))
+        while stop - start > 1 and index.row_texts.sizes[np.unique(some.rows)].sum() > TABLE_TEXT_BYTES:
+            stop = start + (stop - start) // 2
+            some = _Results(answers, *np.unravel_index(np.arange(start, stop), shape))
+        yield _table(index, some, tokenizer)
+        start = stop
 
-    def spread(values: np.ndarray, axis: int) -> np.ndarray:
-        """Repeat values that vary along one of (query, method, side, rank) over all results."""
-        shape = [1, 1, 1, 1]
-        shape[axis] = len(values)
-        return np.broadcast_to(values.reshape(shape), (q, m, sides, k)).reshape(-1)
 
-    labels = np.array(index.manifest.spec.label_names, dtype=object)
+@dataclass(frozen=True)
+class _Results:
+    """Some results, ``(n,)``: query, method and side of each by position, and its rank from 0."""
 
-    def named(ids: np.ndarray) -> pa.Array:
-        return pa.array(labels[ids], pa.string(), mask=ids < 0)
+    answers: Answers
+    query: np.ndarray
+    method: np.ndarray
+    side: np.ndarray
+    rank: np.ndarray
 
-    gold = spread(answers.labels, 0) if answers.labels is not None else None
+    @cached_property
+    def rankings(self) -> list[tuple[Ranking, np.ndarray]]:
+        """Each ranking that results stand in, and which of the results these are."""
+        ends = [end for pair in self.answers.found.values() for end in pair]
+        number = len(SIDES) * self.method + self.side
+        return [(ends[i], np.flatnonzero(number == i)) for i in np.unique(number)]
+
+    def numbers(self, value: Callable[[Ranking, np.ndarray, np.ndarray], Any], kind: Any) -> np.ndarray:
+        """A number of each result, from its ranking, query and rank."""
+        out = np.empty(len(self.query), kind)
+        for ranking, at in self.rankings:
+            out[at] = value(ranking, self.query[at], self.rank[at])
+        return out
+
+    def objects(self, value: Callable[[Ranking, int, int], Any]) -> list[Any]:
+        """The same of anything."""
+        out: list[Any] = [None] * len(self.query)
+        for ranking, at in self.rankings:
+            for n, i, j in zip(at.tolist(), self.query[at].tolist(), self.rank[at].tolist(), strict=True):
+                out[n] = value(ranking, i, j)
+        return out
+
+    def some_have(self, name: str) -> bool:
+        """Whether any ranking of the question has this part; then all its tables have the column."""
+        return any(getattr(end, name) is not None for pair in self.answers.found.values() for end in pair)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Training row of each."""
+        return self.numbers(lambda ranking, query, rank: ranking.rows[query, rank], np.int64)
+
+
+def _table(index: Index, some: _Results, tokenizer: Any) -> pa.Table:
+    answers, rows, names = some.answers, some.rows, index.manifest.spec.label_names
     columns: dict[str, pa.Array] = {
-        "query": pa.array(spread(np.arange(answers.start, answers.start + q), 0)),
-        "query_label": named(gold) if gold is not None else pa.nulls(len(flat), pa.string()),
-        "query_prediction": named(spread(answers.predictions, 0)),
-        "target": named(spread(answers.targets, 0)),
-        "method": pa.array(spread(np.array(names, dtype=object), 1), pa.string()),
-        "side": pa.array(spread(np.array(SIDES, dtype=object), 2), pa.string()),
-        "rank": pa.array(spread(np.arange(1, k + 1, dtype=np.int32), 3)),
-        "row": pa.array(flat),
-        "score": pa.array(scores.reshape(-1)),
-        "exact": pa.array(np.broadcast_to(exact[None, :, :, None], (q, m, sides, k)).reshape(-1)),
-        "label": named(index.labels[flat]),
-        "prediction": named(index.predictions[flat]),
+        "query": pa.array(answers.start + some.query),
+        "query_label": pa.nulls(len(rows), pa.string())
+        if answers.labels is None
+        else _named(names, answers.labels[some.query]),
+        "query_prediction": _named(names, answers.predictions[some.query]),
+        "target": _named(names, answers.targets[some.query]),
+        "method": _named(list(answers.found), some.method),
+        "side": _named(SIDES, some.side),
+        "rank": pa.array((some.rank + 1).astype(np.int32)),
+        "row": pa.array(rows),
+        "score": pa.array(some.numbers(lambda ranking, query, rank: ranking.scores[query, rank], np.float64)),
+        "exact": pa.array(some.numbers(lambda ranking, _query, _rank: ranking.exact, bool)),
+        "label": _named(names, index.labels[rows]),
+        "prediction": _named(names, index.predictions[rows]),
     }
-    columns |= _optional_columns(answers, (q, m, sides, k))
-    if any(r.spans is not None for pair in answers.found.values() for r in pair):
-        columns |= _span_columns(index, answers, flat)
-    if any(r.words is not None for pair in answers.found.values() for r in pair):
-        columns |= _word_columns(answers, tokenizer)
-    for name, values in index.texts(flat).items():
+    texts = index.texts(rows)
+    columns |= _search_columns(some)
+    if some.some_have("spans"):
+        columns |= _span_columns(some, list(texts.values()))
+    if some.some_have("words"):
+        columns |= _word_columns(some, tokenizer)
+    for name, values in texts.items():
         columns[name if name not in columns else f"row_{name}"] = values
     return pa.table(columns)
 
 
-def _optional_columns(answers: Answers, shape: tuple[int, int, int, int]) -> dict[str, pa.Array]:
+def _named(names: Sequence[str], ids: np.ndarray) -> pa.Array:
+    """Names by number; null where the number is below 0."""
+    return pa.array(names, pa.string()).take(pa.array(ids, mask=ids < 0))
+
+
+def _search_columns(some: _Results) -> dict[str, pa.Array]:
     """``residual`` where a solver iterated; ``proven`` and ``rows_scored`` where proofs were asked for."""
-    rankings = list(answers.found.values())
-    q = shape[0]
-
-    def spread(values: list[list[np.ndarray]]) -> np.ndarray:
-        """Values of each method and side, ``(q,)``, over all results."""
-        stacked = np.stack([np.stack(pair, axis=1) for pair in values], axis=1)
-        return np.broadcast_to(stacked[..., None], shape).reshape(-1)
-
     columns = {}
-    if any(r.residual is not None for pair in rankings for r in pair):
-        nan = np.full(q, np.nan)
-        found = spread([[nan if r.residual is None else r.residual for r in pair] for pair in rankings])
+    if some.some_have("residual"):
+        found = some.numbers(lambda r, query, _: np.nan if r.residual is None else r.residual[query], np.float64)
         columns["residual"] = pa.array(found, from_pandas=True)
-    if any(r.proven is not None for pair in rankings for r in pair):
-        columns["proven"] = pa.array(
-            spread([[np.ones(q, bool) if r.proven is None else r.proven for r in pair] for pair in rankings])
-        )
-        columns["rows_scored"] = pa.array(spread([[r.n_scored for r in pair] for pair in rankings]))
+    if some.some_have("proven"):
+        found = some.numbers(lambda r, query, _: True if r.proven is None else r.proven[query], bool)
+        columns["proven"] = pa.array(found)
+        columns["rows_scored"] = pa.array(some.numbers(lambda r, query, _: r.n_scored[query], np.int64))
     return columns
 
 
-def _span_columns(index: Index, answers: Answers, rows: np.ndarray) -> dict[str, pa.Array]:
+def _span_columns(some: _Results, texts: Sequence[pa.DictionaryArray]) -> dict[str, pa.Array]:
     """Span of each result and of its test row: text column and ends, and the text of the former; null where none is.
 
     ``spans_cut``: how many spans of what was searched the model does not read (they lie beyond its longest input, or
     hold nothing but white space), and were left out.
     """
-    spans: list[Span | None] = []
-    own: list[Span | None] = []
-    cut: list[int | None] = []
-    for i in range(len(answers.predictions)):
-        for pair in answers.found.values():
-            for ranking in pair:
-                k = ranking.rows.shape[1]
-                spans += [None] * k if ranking.spans is None else ranking.spans[i]
-                own += [None if ranking.query_spans is None else ranking.query_spans[i]] * k
-                cut += [None if ranking.n_cut is None else int(ranking.n_cut[i])] * k
-    columns = [values.to_pylist() for values in index.texts(rows).values()]
-    texts = [None if s is None else columns[s.column][i][s.start : s.end] for i, s in enumerate(spans)]
-    out = {"span": pa.array(texts, pa.string())}
-    for prefix, some in (("span", spans), ("query_span", own)):
+    spans = some.objects(lambda r, i, j: None if r.spans is None else r.spans[i][j])
+    own = some.objects(lambda r, i, _: None if r.query_spans is None else r.query_spans[i])
+    cut = some.objects(lambda r, i, _: None if r.n_cut is None else int(r.n_cut[i]))
+    held = [(column.indices.to_pylist(), column.dictionary.to_pylist()) for column in texts]
+    found: list[str | None] = []
+    for n, span in enumerate(spans):
+        if span is None:
+            found.append(None)
+            continue
+        indices, distinct = held[span.column]
+        found.append(distinct[indices[n]][span.start : span.end])
+    out = {"span": pa.array(found, pa.large_string()).dictionary_encode()}
+    for prefix, listed in (("span", spans), ("query_span", own)):
         for part in ("column", "start", "end"):
-            values = [None if span is None else getattr(span, part) for span in some]
+            values = [None if span is None else getattr(span, part) for span in listed]
             out[f"{prefix}_{part}"] = pa.array(values, pa.int32())
     out["spans_cut"] = pa.array(cut, pa.int64())
     return out
 
 
-def _word_columns(answers: Answers, tokenizer: Any) -> dict[str, pa.Array]:
+def _word_columns(some: _Results, tokenizer: Any) -> dict[str, pa.Array]:
     """Shared words of each result and what each contributes to the score; null where scores are no sums of words."""
-    ids: list[Any] = []
-    contributions: list[Any] = []
-    for i in range(len(answers.predictions)):
-        for pair in answers.found.values():
-            for ranking in pair:
-                found = [None] * ranking.rows.shape[1] if ranking.words is None else ranking.words[i]
-                ids += [None if one is None else one[0] for one in found]
-                contributions += [None if one is None else one[1] for one in found]
-    distinct = sorted({int(t) for tokens in ids if tokens is not None for t in tokens})
-    names = dict(zip(distinct, token_texts(tokenizer, distinct), strict=True))
-    words = [None if tokens is None else [names[int(t)] for t in tokens] for tokens in ids]
+    found = some.objects(lambda r, i, j: None if r.words is None else r.words[i][j])
+    starts = pa.array(offsets(np.array([0 if one is None else len(one[0]) for one in found])).astype(np.int32))
+    missing = pa.array([one is None for one in found])
+    shared = [one for one in found if one is not None]
+    ids = np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in shared)]).astype(np.int32)
+    contributions = np.concatenate([np.empty(0), *(values for _, values in shared)])
+    distinct, places = np.unique(ids, return_inverse=True)
+    names = pa.array(token_texts(tokenizer, distinct.tolist()), pa.string())
     return {
-        "word_ids": pa.array(ids, pa.list_(pa.int32())),
-        "words": pa.array(words, pa.list_(pa.string())),
-        "contributions": pa.array(contributions, pa.list_(pa.float64())),
+        name: pa.ListArray.from_arrays(starts, values, mask=missing)
+        for name, values in (
+            ("word_ids", pa.array(ids)),
+            ("words", names.take(pa.array(places))),
+            ("contributions", pa.array(contributions)),
+        )
     }
-
-
-@contextmanager
-def result_writer(path: Path, metadata: dict[str, str], *, force: bool) -> Iterator[Callable[[pa.Table], None]]:
-    """Write result tables one after another; the file appears complete, or not at all.
-
-    ``.parquet`` keeps provenance in the schema's metadata; ``.jsonl`` gets it in a file ``NAME.meta.json`` beside it.
-
-    Raises:
-        OutputExistsError: The file is there, and ``force`` is not given.
-        InUseError: Another process is writing it.
-        InputError: Another suffix.
-    """
-    check_output(path, force=force)
-    with exclusive(path.with_name(path.name + ".lock"), str(path)), atomic_file(path) as handle:
-        if path.suffix == ".parquet":
-            writer: pq.ParquetWriter | None = None
-
-            def write(table: pa.Table) -> None:
-                nonlocal writer
-                table = table.replace_schema_metadata(metadata)
-                writer = writer or pq.ParquetWriter(handle, table.schema, compression="zstd")
-                writer.write_table(table)
-
-            try:
-                yield write
-            finally:
-                if writer is not None:
-                    writer.close()
-        else:
-
-            def write_lines(table: pa.Table) -> None:
-                lines = (json.dumps(row, ensure_ascii=False) for row in table.to_pylist())
-                handle.write("".join(f"{line}\n" for line in lines).encode())
-
-            yield write_lines
-            content = json.dumps(
-                json.loads(metadata["forebear"]), indent=1
-            )  # first: no answers without it after a kill
-            write_bytes(path.with_name(path.name + ".meta.json"), content.encode() + b"\n")
-
-
-def check_output(path: Path, *, force: bool) -> None:
-    """Refuse an output of an unknown kind, or one that exists; before any work is done."""
-    if path.suffix not in (".parquet", ".jsonl"):
-        raise InputError(f"--out {path}: expected a name ending in .parquet or .jsonl.")
-    if path.is_dir():
-        raise InputError(f"--out {path} is a folder. Give a file name.")
-    if path.exists() and not force:
-        raise OutputExistsError(f"{path} exists. Give another --out, or --force to replace it.")

@@ -36,7 +36,7 @@ from forebear.retriever.gradients import GradientSearch
 from forebear.retriever.methods import METHODS, Method
 from forebear.retriever.queries import Models, ask, make_query
 from forebear.retriever.query_spec import DEFAULT_METHODS, Exactness, QuerySpec
-from forebear.retriever.results import Answers, answer_table
+from forebear.retriever.results import Answers, answer_tables, queries_together
 from forebear.retriever.scores import Scores
 from forebear.retriever.search import Ranking
 from forebear.retriever.spans import SpanSearch, word_influence
@@ -114,7 +114,8 @@ class Retriever:
                 ``tolerance``; see :class:`QuerySpec`.
 
         Returns:
-            One row a result; columns as DESIGN.md's section 5 lists them, provenance in the schema's metadata.
+            One row a result; columns as DESIGN.md's section 5 lists them, provenance in the schema's metadata. Texts
+            are dictionaries, which hold each text once: of type ``category`` in pandas.
 
         Raises:
             InputError: A choice that means nothing, or texts that do not fit the index.
@@ -122,11 +123,17 @@ class Retriever:
         """
         spec = QuerySpec(methods=tuple(methods), top=top, target=target, exact=exact, scope=scope, **choices)
         source = queries if isinstance(queries, RowSource) else rows_from_texts(queries)
-        tables = [self.table(answers) for answers in self.answers(source, spec)]
+        tables = [table for answers in self.answers(source, spec) for table in self.tables(answers)]
         return pa.concat_tables(tables).replace_schema_metadata(self.metadata(spec))
 
     def answers(self, source: RowSource, spec: QuerySpec, *, block_rows: int = QUERY_BLOCK_ROWS) -> Iterator[Answers]:
-        """Stream answers, ``block_rows`` queries at a time, in bounded memory; of an aggregate, the one answer."""
+        """Stream answers in bounded memory; of an aggregate, the one answer.
+
+        Args:
+            source: Test rows.
+            spec: The question.
+            block_rows: Queries that are asked together, at most: fewer where their rankings are long.
+        """
         spec = self.settled(spec)
         methods = spec.check()
         self.check_stores(methods, spec)
@@ -136,13 +143,14 @@ class Retriever:
             texts, gold = read_rows(source, labels)
             yield self.aggregate(texts, gold, np.zeros(source.n_rows, np.int64), spec)
             return
-        for block in source.blocks(block_rows):
+        top = spec.top if any(m.spans for m in methods) else min(spec.top, self.index.manifest.n_live)
+        for block in source.blocks(min(block_rows, queries_together(methods, top))):
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
             yield self.answer_block(block.start, block.texts, gold, spec, table=block.table)
 
-    def table(self, answers: Answers) -> pa.Table:
-        """Answers as a table, one row a result."""
-        return answer_table(self.index, answers, self.classifier().tokenizer)
+    def tables(self, answers: Answers) -> Iterator[pa.Table]:
+        """Answers as tables, one row a result, a bounded number of results each."""
+        return answer_tables(self.index, answers, self.classifier().tokenizer)
 
     def answer_block(
         self,

@@ -1,0 +1,68 @@
+"""Result tables written as they come, to Parquet or JSON Lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from forebear.errors import InputError, OutputExistsError
+from forebear.indexer.locks import exclusive
+from forebear.indexer.store import atomic_file, write_bytes
+
+_LINES = 1024  # results that are turned into JSON together
+
+
+@contextmanager
+def result_writer(path: Path, metadata: dict[str, str], *, force: bool) -> Iterator[Callable[[pa.Table], None]]:
+    """Write result tables one after another; the file appears complete, or not at all.
+
+    ``.parquet`` keeps provenance in the schema's metadata, and a text once for each table it is in; ``.jsonl`` gets
+    provenance in a file ``NAME.meta.json`` beside it.
+
+    Raises:
+        OutputExistsError: The file is there, and ``force`` is not given.
+        InUseError: Another process is writing it.
+        InputError: Another suffix.
+    """
+    check_output(path, force=force)
+    with exclusive(path.with_name(path.name + ".lock"), str(path)), atomic_file(path) as handle:
+        if path.suffix == ".parquet":
+            writer: pq.ParquetWriter | None = None
+
+            def write(table: pa.Table) -> None:
+                nonlocal writer
+                table = table.replace_schema_metadata(metadata)
+                writer = writer or pq.ParquetWriter(handle, table.schema, compression="zstd")
+                writer.write_table(table)
+
+            try:
+                yield write
+            finally:
+                if writer is not None:
+                    writer.close()
+        else:
+
+            def write_lines(table: pa.Table) -> None:
+                for batch in table.to_batches(max_chunksize=_LINES):
+                    lines = (json.dumps(row, ensure_ascii=False) for row in batch.to_pylist())
+                    handle.write("".join(f"{line}\n" for line in lines).encode())
+
+            yield write_lines
+            # Before the results get their name: a process that is killed leaves none without their provenance.
+            content = json.dumps(json.loads(metadata["forebear"]), indent=1)
+            write_bytes(path.with_name(path.name + ".meta.json"), content.encode() + b"\n")
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Refuse an output of an unknown kind, or one that exists; before any work is done."""
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise InputError(f"--out {path}: expected a name ending in .parquet or .jsonl.")
+    if path.is_dir():
+        raise InputError(f"--out {path} is a folder. Give a file name.")
+    if path.exists() and not force:
+        raise OutputExistsError(f"{path} exists. Give another --out, or --force to replace it.")

@@ -1,0 +1,185 @@
+"""Answers as tables and files: a text once, bounded tables and blocks, and signs that are not those of their side."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import N_QUERIES, N_ROWS
+
+from forebear.cli.main import run
+from forebear.indexer.build import BuildOptions, build_index
+from forebear.indexer.data import rows_from_texts
+from forebear.indexer.runs import choose_model
+from forebear.retriever.methods import METHODS, pick_methods
+from forebear.retriever.query_spec import QuerySpec
+from forebear.retriever.results import queries_together
+from forebear.retriever.retriever import Retriever
+from forebear.retriever.signs import SignCounts, is_crossed, note_of
+
+ASKED = ("gc", "if", "nn-euc", "tracin-we", "if++")
+LONG_TEXT = pa.dictionary(pa.int32(), pa.large_string())
+SMALL = {"TABLE_RESULTS": 7, "TABLE_TEXT_BYTES": 60, "ANSWER_BYTES": 1}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Shrink a limit of what is held together, by name."""
+    return lambda name: monkeypatch.setattr(f"forebear.retriever.results.{name}", SMALL[name])
+
+
+def tables_of(world, methods=ASKED, top=4):
+    answers = world.retriever.answers(rows_from_texts(world.queries), QuerySpec(methods=methods, top=top))
+    return [table for block in answers for table in world.retriever.tables(block)]
+
+
+def test_texts_are_dictionaries_of_64_bit_offsets_that_hold_a_text_once(bert_world):
+    table = bert_world.retriever.retrieve(bert_world.queries, methods=["gc", "if++"], top=N_ROWS)
+    for name in ("text", "span"):
+        assert table.schema.field(name).type == LONG_TEXT
+    (chunk,) = table["text"].chunks
+    assert len(chunk) == 2 * 2 * N_QUERIES * N_ROWS
+    assert sorted(chunk.dictionary.to_pylist()) == sorted(set(bert_world.texts))
+    assert chunk.to_pylist() == [bert_world.texts[row] for row in table["row"].to_pylist()]
+    assert table.to_pandas()["text"].tolist() == chunk.to_pylist()
+
+
+def test_equal_rows_share_one_text(bert_world, tmp_path):
+    texts = ["a good film", "a bad film", "a good film", "", "", "a good film"]
+    chosen = choose_model(None, bert_world.models[:1], (1.0,)).checkpoints
+    options = BuildOptions(dampings=("0.1x",), shard_rows=2)
+    index = build_index(rows_from_texts(texts, [0, 1] * 3), tmp_path / "index", chosen, options)
+    rows = np.array([5, 0, 4, 2, 3, 1, 5])
+    column = index.texts(rows)["text"]
+    assert column.type == LONG_TEXT
+    assert sorted(column.dictionary.to_pylist()) == ["", "a bad film", "a good film"]
+    (listed,) = index.text_lists(rows)
+    assert listed == column.to_pylist() == [texts[row] for row in rows]
+    assert listed[0] is listed[1]
+    assert index.row_texts.sizes.tolist() == [len(text) for text in texts]
+    assert index.text_lists(rows[:0]) == [[]]
+
+
+@pytest.mark.parametrize("limit", SMALL)
+def test_no_table_and_no_block_is_longer_than_its_limit_and_all_say_the_same(limit, bert_world, small):
+    whole = tables_of(bert_world)
+    small(limit)
+    parts = tables_of(bert_world)
+    keys = [name for name in whole[0].column_names if name not in ("score", "contributions")]
+    assert pa.concat_tables(parts).select(keys).to_pylist() == pa.concat_tables(whole).select(keys).to_pylist()
+    for name in ("score", "contributions"):
+        found, wanted = (pa.concat_tables(t)[name].combine_chunks() for t in (parts, whole))
+        if name == "contributions":
+            found, wanted = found.flatten(), wanted.flatten()
+        np.testing.assert_allclose(found.to_numpy(), wanted.to_numpy(), rtol=1e-4, atol=1e-5)
+    assert len(whole) == 1
+    assert len({part.schema for part in parts}) == 1
+    if limit == "TABLE_RESULTS":
+        assert {part.num_rows for part in parts[:-1]} == {7}
+    elif limit == "TABLE_TEXT_BYTES":
+        held = [sum(map(len, set(part["text"].to_pylist()))) for part in parts]
+        assert all(size <= 60 or part.num_rows == 1 for size, part in zip(held, parts, strict=True))
+        assert len(parts) > N_QUERIES
+    else:
+        assert [len(set(part["query"].to_pylist())) for part in parts] == [1] * N_QUERIES
+
+
+def test_fewer_queries_are_asked_together_where_their_rankings_are_long():
+    few = pick_methods(["gc", "if"])
+    assert queries_together(few, 10) > 512
+    assert queries_together(few, 10_000) * 10_000 == pytest.approx(queries_together(few, 100) * 100, rel=0.01)
+    assert queries_together(pick_methods(["tracin-we"]), 1000) < queries_together(few, 1000) / 10
+    assert queries_together(few, 10**9) == 1
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_a_file_is_written_part_by_part(suffix, bert_world, tmp_path, monkeypatch, small):
+    """Many row groups, each with a dictionary of its own, read as one table."""
+    wanted = pa.concat_tables(tables_of(bert_world, top=N_ROWS))
+    for name in SMALL:
+        small(name)
+    monkeypatch.setitem(SMALL, "TABLE_RESULTS", 500)
+    small("TABLE_RESULTS")
+    monkeypatch.setattr("forebear.retriever.results.TABLE_TEXT_BYTES", 1 << 20)
+    monkeypatch.setattr("forebear.retriever.result_file._LINES", 3)
+    test = tmp_path / "test.jsonl"
+    test.write_text("".join(json.dumps({"text": text}) + "\n" for text in bert_world.queries))
+    out = tmp_path / f"a.{suffix}"
+    args = ["retrieve", "--index", bert_world.index.folder, "--test", test, "--method", ",".join(ASKED)]
+    assert run([*map(str, args), "--top", str(N_ROWS), "--out", str(out), "--quiet"]) == 0
+    keys = ["query", "method", "side", "rank", "row", "span", "words", "text"]
+    if suffix == "parquet":
+        file = pq.ParquetFile(out)
+        assert file.num_row_groups == 2 * N_QUERIES
+        found = file.read()
+        assert pa.types.is_dictionary(found.schema.field("text").type)
+        assert pd.read_parquet(out)["text"].tolist() == wanted["text"].to_pylist()
+        assert found.select(keys).to_pylist() == wanted.select(keys).to_pylist()
+    else:
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [{key: line[key] for key in keys} for line in lines] == wanted.select(keys).to_pylist()
+
+
+def test_the_terminal_shows_five_queries_however_few_are_asked_together(bert_world, tmp_path, capsys, small):
+    small("ANSWER_BYTES")
+    test = tmp_path / "test.jsonl"
+    test.write_text("".join(json.dumps({"text": text}) + "\n" for text in bert_world.queries))
+    assert run(["retrieve", "--index", str(bert_world.index.folder), "--test", str(test), "--top", "2"]) == 0
+    shown = capsys.readouterr()
+    assert [line.split()[1] for line in shown.out.splitlines() if line.startswith("query")] == list("01234")
+    assert "the first 5 of 7" in shown.err
+
+
+def test_scores_of_the_other_sign_are_counted():
+    scores = np.array([0.5, 0.0, -0.1, -0.2])
+    said = "2 of 4 proponents of if have scores below 0: these oppose the target, less than other rows do."
+    assert note_of("if", "proponent", scores) == said
+    assert note_of("if", "opponent", scores).startswith("1 of 4 opponents of if have scores above 0: these support")
+    assert "none supports the target, they oppose it least" in note_of("gd", "proponent", scores[2:])
+    assert "none lowers the word's saliency, they raise it least" in note_of("saliency-if", "opponent", scores[:1])
+    assert note_of("if", "proponent", scores[:2]) == note_of("if", "opponent", scores[1:]) == ""
+    unsigned = [name for name, method in METHODS.items() if not method.signed]
+    assert unsigned == ["nn-euc", "nn-cos", "nn-dot", "sbert-euc", "sbert-cos", "sbert-dot"]
+    for name in unsigned:
+        assert note_of(name, "proponent", scores) == note_of(name, "opponent", scores) == ""
+
+
+def test_retrieve_says_which_results_have_the_other_sign(bert_world, tmp_path, capsys):
+    """Asked for every row, both sides hold all scores, of either sign."""
+    index, out = str(bert_world.index.folder), tmp_path / "a.parquet"
+    asked = ["retrieve", "--index", index, "--text", bert_world.queries[0], "--method", "if,nn-euc", "--top"]
+    assert run([*asked, str(N_ROWS), "--out", str(out)]) == 0
+    facts = json.loads(pq.read_schema(out).metadata[b"forebear"])["methods"]
+    assert "below 0 opposes" in facts["if"]["sign"]
+    assert "neither support nor opposition" in facts["nn-euc"]["sign"]
+    table = pq.read_table(out).to_pandas()
+    notes = []
+    for side in ("proponent", "opponent"):
+        scores = table.score[(table.method == "if") & (table.side == side)].to_numpy()
+        n = int(is_crossed(METHODS["if"], side, scores).sum())
+        assert 0 < n < N_ROWS
+        notes.append(f"{n} of {N_ROWS} {side}s of if have scores {'below' if side == 'proponent' else 'above'} 0")
+    err = capsys.readouterr().err
+    assert all(f"note: {note}: these" in err for note in notes)
+    assert "nn-euc have" not in err
+    assert run([*asked, str(N_ROWS)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(note in shown for note in notes)
+    assert run([*asked, "1", "--quiet"]) == 0
+    assert "have scores" not in capsys.readouterr().out
+
+
+def test_counts_of_many_answers_are_those_of_all_scores(bert_world):
+    spec = QuerySpec(methods=("gd", "nn-dot"), top=N_ROWS)
+    counts = SignCounts(spec.check())
+    for answers in bert_world.retriever.answers(rows_from_texts(bert_world.queries), spec, block_rows=3):
+        counts.add(answers)
+    scores = Retriever(bert_world.index).scores(bert_world.queries, "gd")
+    below, above = int((scores < 0).sum()), int((scores > 0).sum())
+    first, second = counts.notes()
+    assert first.startswith(f"{below} of {N_QUERIES * N_ROWS} proponents of gd have scores below 0")
+    assert second.startswith(f"{above} of {N_QUERIES * N_ROWS} opponents of gd have scores above 0")
