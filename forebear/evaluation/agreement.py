@@ -27,6 +27,7 @@ from forebear.indexer.forward import DEFAULT_BATCH_TOKENS, run_forward
 from forebear.indexer.gradients import live_sample
 from forebear.indexer.model import Classifier
 from forebear.indexer.spans import Span, mask_spans, span_finder
+from forebear.retriever.coverage import stores_spans
 from forebear.retriever.methods import Method
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.results import SIDES, Answers
@@ -40,6 +41,7 @@ RANDOM_ROWS, RANDOM_SPANS = "(random rows)", "(random spans)"
 POOL_ROWS = 1000  # random rows, or spans, that each query draws its own from
 SHOWN_QUERIES = 3
 BLOCK_ROWS = 128  # test rows that are asked about together
+LABELLED_ROWS = 1024  # training rows whose spans are found together, where only their labels are wanted
 SHOWN_ROWS = 5
 
 
@@ -309,8 +311,12 @@ def _random_states(retriever: Retriever, spec: QuerySpec, k: int, seed: int, *, 
 def _labels_of_all(retriever: Retriever, spec: QuerySpec, *, by_spans: bool) -> np.ndarray:
     """Labels of all live rows, or of the rows of all their spans."""
     index = retriever.index
-    rows = training_spans(retriever, spec, index.live).rows if by_spans else index.live
-    return np.asarray(index.labels[rows])
+    if not by_spans:
+        return np.asarray(index.labels[index.live])
+    if stores_spans(index, spec):
+        return np.asarray(index.labels[index.spans().rows[index.live_spans]])
+    blocks = [index.live[start : start + LABELLED_ROWS] for start in range(0, len(index.live), LABELLED_ROWS)]
+    return np.concatenate([index.labels[training_spans(retriever, spec, rows).rows] for rows in blocks])
 
 
 def _random_cosines(pool: np.ndarray, asked: np.ndarray, rows: np.ndarray, k: int, seed: int) -> np.ndarray:

@@ -4,13 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from hashlib import blake2b
+from typing import Any, overload
 
 import numpy as np
 import torch
 
 from forebear.errors import ModelError
 from forebear.indexer.model import Classifier
+
+
+class MaskedRows(Sequence[dict[str, list[int]]]):
+    """Rows with some word pieces replaced, each made when it is read: only the places of the pieces are held."""
+
+    def __init__(self, rows: Sequence[dict[str, list[int]]], pieces: Sequence[np.ndarray], mask: int) -> None:
+        """Nothing is copied.
+
+        Args:
+            rows: As they are, ``n`` of them.
+            pieces: Which word pieces of each are replaced, positions.
+            mask: The token that takes their place.
+        """
+        self._rows, self._pieces, self._mask = rows, pieces, mask
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, i: int) -> dict[str, list[int]]: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> MaskedRows: ...
+
+    def __getitem__(self, i: int | slice) -> dict[str, list[int]] | MaskedRows:
+        if isinstance(i, slice):
+            return MaskedRows(self._rows[i], self._pieces[i], self._mask)
+        ids = list(self._rows[i]["input_ids"])
+        for place in self._pieces[i].tolist():
+            ids[place] = self._mask
+        return self._rows[i] | {"input_ids": ids}
+
+    def take(self, at: Sequence[int]) -> MaskedRows:
+        """Some of the rows, in the order given."""
+        return MaskedRows([self._rows[i] for i in at], [self._pieces[i] for i in at], self._mask)
 
 
 @dataclass(frozen=True)
@@ -35,10 +71,14 @@ class Encoded:
         """Some of the rows, in the order given."""
         at = list(which)
         return Encoded(
-            [self.rows[i] for i in at],
-            None if self.minus is None else [self.minus[i] for i in at],
+            _take_rows(self.rows, at),
+            None if self.minus is None else _take_rows(self.minus, at),
             None if self.owners is None else self.owners[at],
         )
+
+
+def _take_rows(rows: Sequence[dict[str, list[int]]], at: Sequence[int]) -> Sequence[dict[str, list[int]]]:
+    return rows.take(at) if isinstance(rows, MaskedRows) else [rows[i] for i in at]
 
 
 Texts = Sequence[Sequence[str]] | Encoded  # one list a text column, or encoded rows
@@ -80,6 +120,11 @@ def tokenize(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int) ->
     encoded = tokenizer(*columns, truncation=True, max_length=max_length, padding=False)
     keys = [key for key in encoded if key in tokenizer.model_input_names]
     return [{key: encoded[key][i] for key in keys} for i in range(len(columns[0]))]
+
+
+def row_digest(row: dict[str, list[int]]) -> bytes:
+    """Names what the model reads of a row, in 16 bytes: what is compared of many rows, instead of their word pieces."""
+    return blake2b(np.array(list(row.values()), np.int32).tobytes(), digest_size=16).digest()
 
 
 def encode_with_places(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from forebear.indexer.ekfac import Vectors
-from forebear.indexer.encoding import Encoded, Texts, encode
+from forebear.indexer.encoding import Encoded, Texts, encode, row_digest
 from forebear.indexer.gradient_pass import Collector, labels_seed, run_pass
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block
@@ -214,7 +214,7 @@ def _distinct(encoded: Encoded, labels: np.ndarray) -> tuple[np.ndarray, np.ndar
     """
     numbers: dict[Any, int] = {}
     versions = [encoded.rows] if encoded.minus is None else [encoded.rows, encoded.minus]
-    keys = [tuple(tuple(ids) for row in mine for ids in row.values()) for mine in zip(*versions, strict=True)]
+    keys = [tuple(map(row_digest, mine)) for mine in zip(*versions, strict=True)]
     which = [numbers.setdefault((key, label), len(numbers)) for key, label in zip(keys, labels.tolist(), strict=True)]
     kinds = np.array(which, np.int64)
     return np.unique(kinds, return_index=True)[1], kinds

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from forebear.errors import DataError, InputError, MismatchError, ModelError
-from forebear.indexer.encoding import Encoded, encode_with_places
+from forebear.indexer.encoding import Encoded, MaskedRows, encode_with_places
 from forebear.indexer.model import Classifier, weights_sha256
 from forebear.indexer.store import file_sha256
 from forebear.indexer.user_code import load_function
@@ -39,6 +39,7 @@ _CLAUSE_END = re.compile(
     re.IGNORECASE,
 )
 _WORD = re.compile(r"\S+")
+_ENCODED_ROWS = 512  # rows whose word pieces are held together with their places in the text
 
 
 @dataclass(frozen=True, order=True)
@@ -288,7 +289,7 @@ def mask_spans(
 
     Args:
         classifier: Whose tokenizer and limit are used.
-        texts: One list a text column, an entry a span.
+        texts: One list a text column, an entry a span. Equal entries are encoded once.
         spans: One an entry.
         unknown: Use the unknown token ([UNK]) instead of the mask token.
 
@@ -305,16 +306,23 @@ def mask_spans(
         raise ModelError(f"{classifier.name}: its tokenizer has no {kind} token, so no span can be masked.")
     if not spans:
         return Encoded([], []), np.zeros(0, bool)
-    rows, places = encode_with_places(classifier, texts)
-    kept = np.zeros(len(spans), bool)
-    masked = []
-    for i, (row, span) in enumerate(zip(rows, spans, strict=True)):
-        inside = pieces_of(places, i, span)
-        kept[i] = any(inside)
-        ids = [mask if is_in else token for token, is_in in zip(row["input_ids"], inside, strict=True)]
-        masked.append(row | {"input_ids": ids})
-    at = np.flatnonzero(kept)
-    return Encoded([rows[i] for i in at], [masked[i] for i in at]), kept
+    entries: dict[tuple[str, ...], list[int]] = {}
+    for i, entry in enumerate(zip(*texts, strict=True)):
+        entries.setdefault(entry, []).append(i)
+    rows: list[dict[str, list[int]]] = [{}] * len(spans)
+    pieces = [np.empty(0, np.int32)] * len(spans)
+    distinct = list(entries)
+    for start in range(0, len(distinct), _ENCODED_ROWS):
+        some = distinct[start : start + _ENCODED_ROWS]
+        encoded, places = encode_with_places(classifier, list(zip(*some, strict=True)))
+        for n, entry in enumerate(some):
+            for i in entries[entry]:
+                rows[i] = encoded[n]
+                pieces[i] = np.flatnonzero(pieces_of(places, n, spans[i])).astype(np.int32)
+    kept = np.array([len(mine) > 0 for mine in pieces])
+    at = np.flatnonzero(kept).tolist()
+    whole = [rows[i] for i in at]
+    return Encoded(whole, MaskedRows(whole, [pieces[i] for i in at], mask)), kept
 
 
 @dataclass(frozen=True)
