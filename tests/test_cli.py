@@ -174,9 +174,13 @@ def test_several_values_after_one_flag(world, tmp_path):
 
 def test_methods_lists_the_table(capsys):
     assert run(["methods", "--json"]) == 0
-    assert [m["name"] for m in json.loads(capsys.readouterr().out)] == list(METHODS)
+    listed = json.loads(capsys.readouterr().out)
+    assert [m["name"] for m in listed] == list(METHODS)
+    assert {m["name"] for m in listed if "similarity" in m["sign"]} == {n for n in METHODS if n[:2] in ("nn", "sb")}
     assert run(["methods"]) == 0
-    assert "tracin-last" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "tracin-last" in shown
+    assert "sbert-dot are similarities" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def methods(as_json: JsonOut = False) -> None:
     from forebear.retriever.methods import METHODS
 
     if as_json:
-        OUT.print_json(json.dumps([asdict(method) for method in METHODS.values()]))
+        OUT.print_json(json.dumps([asdict(method) | {"sign": method.sign} for method in METHODS.values()]))
         return
     from rich.table import Table
 
@@ -49,6 +49,8 @@ def methods(as_json: JsonOut = False) -> None:
             f"--store {method.store}{options.get(method.words or '', '')}",
             method.source,
         )
+    unsigned = ", ".join(method.name for method in METHODS.values() if not method.signed)
+    grid.caption, grid.caption_justify = f"Scores of {unsigned} are similarities: their sign says nothing.", "left"
     OUT.print(grid)
 
 

@@ -81,6 +81,15 @@ class Method:
         return self.representation not in ("feature", "sentence")
 
     @property
+    def sign(self) -> str:
+        """What a score above or below 0 says, on whichever side of a ranking its row is listed."""
+        if not self.signed:
+            return "a similarity, whose sign says neither support nor opposition"
+        if self.saliency:
+            return "above 0 raises the word's saliency, below 0 lowers it"
+        return "above 0 supports the target, below 0 opposes it"
+
+    @property
     def linear(self) -> bool:
         """Whether the scores of a sum of query vectors are the sums of the scores: then one search serves many rows."""
         return self.metric == "dot" and not (self.by_model or self.by_words)

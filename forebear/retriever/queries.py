@@ -243,10 +243,6 @@ def _representer(method: Method, asked: Asked, index: Index) -> Query:
     return Query(method, (Term(1.0, features, left, offset=1.0 if facts["refit"] else 0.0),), np.ones(len(left)))
 
 
-_SIGNED = "above 0 supports the target, below 0 opposes it, on whichever side a row is listed"
-_UNSIGNED = "a similarity: being above or below 0 says neither support nor opposition"
-
-
 def method_facts(method: Method, index: Index, curvature: CurvatureSpec, scope: str) -> dict[str, Any]:
     """What a result must say of a method's number: scope, metric, curvature, effective damping."""
     facts: dict[str, Any] = {
@@ -254,7 +250,7 @@ def method_facts(method: Method, index: Index, curvature: CurvatureSpec, scope: 
         "representation": method.representation,
         "metric": method.metric,
         "formula": method.formula,
-        "sign": "larger = proponent; " + (_SIGNED if method.signed else _UNSIGNED),
+        "sign": "larger = proponent; " + method.sign,
     }
     if method.representation == "head" and scope != "head":
         facts["with_bias"] = index.manifest.spec.with_bias

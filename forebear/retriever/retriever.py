@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from forebear.errors import DataError, InputError, MismatchError
+from forebear.errors import InputError
 from forebear.indexer.data import RowSource, rows_from_texts
 from forebear.indexer.encoding import Encoded, Texts
 from forebear.indexer.forward import Forward
 from forebear.indexer.index import Index
-from forebear.indexer.labels import LabelMap, label_map
+from forebear.indexer.labels import LabelMap
 from forebear.indexer.model import Classifier
 from forebear.indexer.spans import Span, span_finder
 from forebear.retriever.aggregate import common_class, read_rows, sum_queries
@@ -35,6 +35,7 @@ from forebear.retriever.gradients import Asked as DeepAsked
 from forebear.retriever.gradients import GradientSearch
 from forebear.retriever.methods import METHODS, Method
 from forebear.retriever.queries import Models, ask, make_query
+from forebear.retriever.query_rows import check_texts, query_labels
 from forebear.retriever.query_spec import DEFAULT_METHODS, Exactness, QuerySpec
 from forebear.retriever.results import Answers, answer_tables, queries_together
 from forebear.retriever.scores import Scores
@@ -189,12 +190,7 @@ class Retriever:
                 found[method.name] = self._tfidf.search(texts, asked, top, normalise=spec.normalise)
         by_spans = [m for m in methods if m.by_model]
         if by_spans:  # none of them fixes its scope
-            assert spec.spans is not None
-            finders = [span_finder(how, spec.span_column or 0) for how in (spec.spans, spec.query_spans or spec.spans)]
-            search = SpanSearch(
-                self._gradient_search(spec.scope, spec), *finders, stored=stores_spans(self.index, spec)
-            )
-            found |= search.search(
+            found |= self._span_search(spec).search(
                 by_spans, texts, table, asked, spec.top if all(m.spans for m in methods) else top,
                 full=spec.exact == "full",
                 n_candidates={m.name: n_candidates(self.index, spec.scope, m, spec) for m in by_spans}, word=spec.word,
@@ -251,6 +247,11 @@ class Retriever:
         if key not in self._searches:
             self._searches[key] = GradientSearch(self.index, self._models, scope, spec.solver)
         return self._searches[key]
+
+    def _span_search(self, spec: QuerySpec) -> SpanSearch:
+        assert spec.spans is not None  # settled
+        finders = [span_finder(how, spec.span_column or 0) for how in (spec.spans, spec.query_spans or spec.spans)]
+        return SpanSearch(self._gradient_search(spec.scope, spec), *finders, stored=stores_spans(self.index, spec))
 
     def _deep(
         self, scope: str, methods: Sequence[Method], asked: DeepAsked, spec: QuerySpec, top: int
@@ -395,28 +396,11 @@ class Retriever:
 
     def check_texts(self, source: RowSource) -> None:
         """Refuse single texts for an index of pairs, the other way round, and the same columns in another order."""
-        wanted = self.index.manifest.spec.text_columns
-        if len(source.text_columns) != len(wanted):
-            raise MismatchError(
-                f"{source.name} gives {len(source.text_columns)} text(s) a row ({', '.join(source.text_columns)}); the "
-                f"index was built from {len(wanted)} ({', '.join(wanted)}). Choose them by --text-columns or --pair."
-            )
-        if source.text_columns != wanted and sorted(source.text_columns) == sorted(wanted):
-            raise MismatchError(
-                f"{source.name} is read as {', '.join(source.text_columns)}, the index was built from "
-                f"{', '.join(wanted)}, in this order. Give --text-columns {','.join(wanted)}."
-            )
+        check_texts(self.index, source)
 
     def query_labels(self, source: RowSource, *, required: bool) -> LabelMap | None:
         """How the test rows' labels map onto the model's; None when there are none or, unless required, none fit.
 
         Unless required, a row without a label, or with one that the model does not know, gets ``labels.UNKNOWN``.
         """
-        if source.label_column is None and not required:
-            return None
-        try:
-            return label_map(source, self.label_names, self.index.manifest.spec.label_mode, partial=not required)
-        except DataError:
-            if required:
-                raise
-            return None
+        return query_labels(self.index, source, required=required)
