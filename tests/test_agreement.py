@@ -16,11 +16,11 @@ from forebear.evaluation.agreement import (
     PAPER_METHODS,
     RANDOM_ROWS,
     RANDOM_SPANS,
-    agreement_report,
     cosines,
     depths,
     measure_agreement,
 )
+from forebear.evaluation.agreement_report import agreement_report
 from forebear.evaluation.span_queries import sample_span_queries
 from forebear.indexer.data import rows_from_texts
 

@@ -168,9 +168,9 @@ def test_queries_together_apart_and_aggregated_get_the_same(build, corpus):
             summed = answer(retriever, [query], methods=linear, top=corpus.top, aggregate=True).found
             for name in ROW_METHODS:
                 for a, b in zip(together[name], alone[name], strict=True):
-                    limit = 1e-5 * max(np.abs(a.scores[q]).max(), 1e-300)
-                    if name.endswith("-cos") or name in ("gc", "rif"):
-                        limit = 1e-5
+                    # The model's float32 depends on the rows of a batch; a distance or cosine may be 0 but for that.
+                    size = np.abs(a.scores[q]).max() if METHODS[name].metric == "dot" else 1.0
+                    limit = 1e-4 * max(size, 1e-300)
                     assert np.abs(a.scores[q] - b.scores[0]).max() <= limit, (name, q)
                 for a, b in zip(alone[name], summed.get(name, alone[name]), strict=True):
                     size = np.abs(b.scores).max()

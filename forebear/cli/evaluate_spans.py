@@ -95,7 +95,8 @@ def _agreement(measure: Measure) -> Callable[..., None]:
         ] = None,
     ) -> None:
         """See SEMANTIC_HELP and LABEL_HELP."""
-        from forebear.evaluation.agreement import PAPER_METHODS, agreement_report, depths, measure_agreement
+        from forebear.evaluation.agreement import PAPER_METHODS, depths, measure_agreement
+        from forebear.evaluation.agreement_report import agreement_report
 
         tops = depths(integers("--at", depth) or [10])
         retriever = open_retriever(at, report)
