@@ -12,9 +12,12 @@ import pytest
 from conftest import N_QUERIES, N_ROWS
 
 from forebear.cli.main import run
+from forebear.indexer import spans
 from forebear.indexer.build import BuildOptions, build_index
 from forebear.indexer.data import rows_from_texts
+from forebear.indexer.encoding import MaskedRows, tokenize
 from forebear.indexer.runs import choose_model
+from forebear.indexer.spans import find_spans, mask_found, span_finder
 from forebear.retriever.methods import METHODS, pick_methods
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.results import queries_together
@@ -183,3 +186,25 @@ def test_counts_of_many_answers_are_those_of_all_scores(bert_world):
     first, second = counts.notes()
     assert first.startswith(f"{below} of {N_QUERIES * N_ROWS} proponents of gd have scores below 0")
     assert second.startswith(f"{above} of {N_QUERIES * N_ROWS} opponents of gd have scores above 0")
+
+
+def test_each_row_is_encoded_once_and_a_masked_row_is_made_when_it_is_read(bert_world, monkeypatch):
+    classifier, encode, seen = bert_world.retriever.classifier(), spans.encode_with_places, []
+    monkeypatch.setattr(spans, "encode_with_places", lambda c, texts: seen.append(len(texts[0])) or encode(c, texts))
+    monkeypatch.setattr(spans, "_ENCODED_ROWS", 2)
+    texts = ["a good film", "the bad plot", "a good film", "red"]
+    found = find_spans(span_finder("words"), [texts], None, range(4), "row")
+    masked = mask_found(classifier, [texts], found)
+    assert seen == [2, 1]
+    assert masked.owners.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
+    assert isinstance(masked.encoded.minus, MaskedRows)
+    assert isinstance(masked.encoded.take([9, 0]).minus, MaskedRows)
+    for i, (owner, span) in enumerate(zip(masked.owners, masked.spans, strict=True)):
+        text = texts[owner]
+        words = text[: span.start] + classifier.tokenizer.mask_token + text[span.end :]
+        (wanted,) = tokenize(classifier.tokenizer, [[words]], classifier.max_length)
+        assert masked.encoded.minus[i] == wanted
+        assert masked.encoded.rows[i] is masked.encoded.rows[masked.owners.tolist().index(owner)]
+    assert list(masked.encoded.minus[2:4]) == [masked.encoded.minus[2], masked.encoded.minus[3]]
+    kept = masked.encoded.take([9, 0]).minus
+    assert kept[0] == masked.encoded.minus[9]
