@@ -62,7 +62,7 @@ def write_result(case: str, **facts: Any) -> None:
     """Write ``results/CASE.json`` and print it."""
     RESULTS.mkdir(exist_ok=True)
     content = {"case": case, "machine": machine(), **facts}
-    (RESULTS / f"{case}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (RESULTS / f"{case}.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     print(f"\n{case}")
     for name, value in facts.items():
         print(f"  {name}: {value}")

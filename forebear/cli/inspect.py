@@ -30,7 +30,8 @@ def methods(as_json: JsonOut = False) -> None:
     from forebear.retriever.methods import METHODS
 
     if as_json:
-        OUT.print_json(json.dumps([asdict(method) | {"sign": method.sign} for method in METHODS.values()]))
+        found = [asdict(method) | {"sign": method.sign} for method in METHODS.values()]
+        OUT.print_json(json.dumps(found, allow_nan=False))
         return
     from rich.table import Table
 
@@ -63,7 +64,7 @@ def info(index: Folder, as_json: JsonOut = False) -> None:
 
     facts = index_facts(Index.open(index, check=False))
     if as_json:
-        OUT.print_json(json.dumps(facts))
+        OUT.print_json(json.dumps(facts, allow_nan=False))
         return
     from rich.table import Table
 
@@ -179,8 +180,12 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("fitted", str(FitAge(**facts["fitted_beyond_the_head"]))))
     for scope, found in facts["calibration"].items():
         for method, known in found["methods"].items():
-            some = ", ".join(f"{r}: {100 * share:.2g}%" for r, share in known["candidates"].items())
-            lines.append(("candidates", f"{scope} {method}, share of rows by recall {some}"))
+            some = ", ".join(f"{float(r):.3g}: {100 * share:.2g}%" for r, share in known["candidates"].items())
+            by = "an earlier forebear: no recall is stated by it"
+            if "supported" in known:
+                by = f"{known['n_stating']} queries, which support at most {known['supported']:.3g}"
+                by += f" of the top {known['top']}"
+            lines.append(("candidates", f"{scope} {method}, share of rows by recall {some}; by {by}"))
     for name, search in facts["search"].items():
         what = (
             "norm-sorted scan"
@@ -210,7 +215,7 @@ def verify(
 
     found = verify_index(index, model=model, n_rows=rows, device=device)
     if as_json:
-        OUT.print_json(json.dumps({"ok": not found.problems, **asdict(found)}))
+        OUT.print_json(json.dumps({"ok": not found.problems, **asdict(found)}, allow_nan=False))
         if found.problems:
             raise typer.Exit(1)
         return

@@ -157,7 +157,7 @@ def _see(blocks: Iterable[Texts], known: _Known) -> _Seen:
 
 
 def _digest(texts: Sequence[str]) -> bytes:
-    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest()
+    return hashlib.blake2b(json.dumps(texts, allow_nan=False).encode(), digest_size=16).digest()
 
 
 def _live_blocks(index: Index) -> Iterator[Texts]:

@@ -392,7 +392,7 @@ def write_corpus(corpus: Corpus, folder: Path, *, force: bool = False) -> Path:
                 "labels": {name: labels.count(i) for i, name in enumerate(LABEL_NAMES)},
                 "sha256": hashlib.sha256(data).hexdigest(),
             }
-        (folder / ".dataset.json.tmp").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        (folder / ".dataset.json.tmp").write_text(json.dumps(about, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         (folder / ".dataset.json.tmp").replace(folder / "dataset.json")
     except OSError as error:
         raise StorageError(f"cannot write the corpus to {folder}: {error}. Name a folder you may write.") from error

@@ -36,7 +36,7 @@ def library_versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
 
 def canonical_json(value: Any) -> bytes:
     """JSON with sorted keys and no spaces: same value, same bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def digest_of(value: Any) -> str:
@@ -209,7 +209,7 @@ class Manifest:
         return {
             "format": FORMAT_VERSION,
             "spec_digest": self.spec.digest(),
-            **json.loads(json.dumps(stated(self) | {"spec": stated(self.spec)})),
+            **json.loads(json.dumps(stated(self) | {"spec": stated(self.spec)}, allow_nan=False)),
         }
 
     def digest(self) -> str:
@@ -219,7 +219,9 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` atomically, with its own digest in it."""
         content = self.to_dict() | {"digest": self.digest()}
-        write_bytes(folder / MANIFEST_NAME, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+        write_bytes(
+            folder / MANIFEST_NAME, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        )
 
     def with_files(self, files: dict[str, dict[str, Any]]) -> Manifest:
         """The same manifest, listing ``files``."""
@@ -235,7 +237,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     try:
         written = path.read_bytes()
-        content = json.loads(written)
+        content = json.loads(written, parse_constant=_refuse_constant)
     except (OSError, ValueError) as error:
         raise CorruptIndexError(f"{path} cannot be read as a manifest ({error}). {MEND}") from error
     found = content.get("format") if isinstance(content, dict) else None
@@ -260,6 +262,10 @@ def read_manifest(folder: Path) -> Manifest:
     if not written.endswith(b"\n"):  # without its last byte it is still JSON
         raise CorruptIndexError(f"{path} was altered: its last byte is missing. {MEND}")
     return manifest
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _tuples(value: Any) -> Any:

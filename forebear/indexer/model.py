@@ -245,7 +245,7 @@ def weights_sha256(model: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
     # Only what differs from the defaults: a new transformers may add settings.
     stored = config.to_diff_dict() | {"id2label": config.id2label}
     settings = {k: v for k, v in stored.items() if k not in _SETTINGS_WITHOUT_EFFECT and "drop" not in k}
-    digest.update(json.dumps([type(model).__name__, settings], sort_keys=True, default=str).encode())
+    digest.update(json.dumps([type(model).__name__, settings], sort_keys=True, default=str, allow_nan=False).encode())
     for key, value in sorted(model.state_dict().items()):
         if key.startswith(leave_out):
             continue
@@ -271,7 +271,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
         rules.pop("truncation", None)
         rules.pop("padding", None)
     inputs = [sorted(tokenizer.model_input_names), tokenizer.truncation_side, tokenizer.pad_token_id]
-    return hashlib.sha256(json.dumps([rules, inputs], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([rules, inputs], sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def input_limit(config: Any, tokenizer: Any, max_length: int | None, name: str) -> int:

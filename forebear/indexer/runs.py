@@ -56,7 +56,9 @@ class Run:
 
     def write(self, folder: Path) -> None:
         """Write ``run.json`` atomically."""
-        write_bytes(folder / RUN_NAME, json.dumps(asdict(self), indent=1, ensure_ascii=False).encode() + b"\n")
+        write_bytes(
+            folder / RUN_NAME, json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        )
 
 
 def read_run(folder: Path) -> Run | None:

@@ -49,12 +49,12 @@ def result_writer(path: Path, metadata: dict[str, str], *, force: bool) -> Itera
 
             def write_lines(table: pa.Table) -> None:
                 for batch in table.to_batches(max_chunksize=_LINES):
-                    lines = (json.dumps(row, ensure_ascii=False) for row in batch.to_pylist())
+                    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in batch.to_pylist())
                     handle.write("".join(f"{line}\n" for line in lines).encode())
 
             yield write_lines
             # Before the results get their name: a process that is killed leaves none without their provenance.
-            content = json.dumps(json.loads(metadata["forebear"]), indent=1)
+            content = json.dumps(json.loads(metadata["forebear"]), indent=1, allow_nan=False)
             write_bytes(path.with_name(path.name + ".meta.json"), content.encode() + b"\n")
 
 
