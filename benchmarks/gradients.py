@@ -28,12 +28,12 @@ from forebear.indexer.gradient_stage import open_sketchers
 from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.runs import choose_model
 from forebear.indexer.sketch import sketch_rows
-from forebear.retriever.coverage import n_candidates
 from forebear.retriever.curvature import CurvatureSpec
 from forebear.retriever.gradients import Asked, GradientSearch
 from forebear.retriever.methods import METHODS
 from forebear.retriever.queries import Models
 from forebear.retriever.query_spec import QuerySpec
+from forebear.retriever.recall import n_candidates
 
 SCOPE = "all"
 BATCH_TOKENS = 4096

@@ -12,19 +12,19 @@ from tiny import labels, make_tiny_model, sentences
 
 from forebear import BuildOptions, InputError, QuerySpec, Retriever, build_index
 from forebear.indexer import projector as projecting
-from forebear.indexer.calibrate import RECALLS, _shares
+from forebear.indexer.calibrate import RECALLS, _needed_shares
+from forebear.indexer.conformal import supported_recall
 from forebear.indexer.data import rows_from_texts
-from forebear.indexer.estimate import GradientStore, Part
+from forebear.indexer.estimate import GradientStore, Part, candidates_needed, propose
 from forebear.indexer.runs import choose_model
 from forebear.indexer.scopes import scope_blocks
 from forebear.indexer.sketch import Reduction, SketchRows
 from forebear.indexer.store import RowMatrix
 from forebear.retriever import certify as certifying
 from forebear.retriever.certify import bounds, certify
-from forebear.retriever.coverage import n_candidates
 from forebear.retriever.gradients import Asked, GradientSearch
 from forebear.retriever.methods import METHODS
-from forebear.retriever.query_spec import candidates_for, recall_of
+from forebear.retriever.recall import candidates_for, n_candidates, recall_of
 
 N_ROWS = 90
 TEXTS = sentences(N_ROWS, seed=3)
@@ -316,7 +316,10 @@ def test_calibration_says_for_each_method_how_many_candidates_a_recall_takes(wor
             how = world.index.proposal(scope, name, cosine=name in ("gc", "rif"))
             assert (how.code_weight, how.margin) == (found["code_weight"], found["margin"])
             assert how.margin == 0 or name in ("gd", "if")
-            shares = [found["candidates"][str(recall)] for recall in RECALLS]
+            assert (found["n_choosing"], found["n_stating"], found["top"]) == (30, 60, 10)
+            assert found["supported"] == supported_recall(60)
+            assert list(found["candidates"]) == [*map(str, RECALLS[:-1]), str(60 / 61)]
+            shares = list(found["candidates"].values())
             assert all(a <= b for a, b in pairwise(shares))
             assert 0 < shares[0] < shares[-1] <= 1
     assert world.index.calibrated("all", "tracin") is None
@@ -331,11 +334,11 @@ def test_a_question_takes_as_many_candidates_as_its_recall(world, method):
     def n(**choices) -> int:
         return n_candidates(world.retriever.index, "all", chosen, QuerySpec(methods=(method,), scope="all", **choices))
 
-    for recall in RECALLS:
-        assert n(recall=recall, top=1) == int(np.ceil(found[str(recall)] * N_ROWS))
+    for recall in RECALLS[:-1]:
+        assert n(recall=recall, top=1) == round(found[str(recall)] * N_ROWS)
     assert n(recall=0.91, top=1) == n(recall=0.95, top=1)
     assert n(recall=1.0, top=1) == N_ROWS
-    assert n(recall=0.995, top=1) == N_ROWS
+    assert n(recall=0.995, top=1) == N_ROWS  # not supported: at least the default number, here all of them
     assert n(recall=0.8, top=80) == 80
     assert n(recall=0.8, candidates=33) == 33
     numbers = [n(recall=recall) for recall in (0.5, *RECALLS, 1.0)]
@@ -350,7 +353,8 @@ def test_without_calibration_there_is_a_default(world):
 @pytest.mark.parametrize("method", ["gd", "gc", "if", "rif"])
 @pytest.mark.parametrize("recall", [0.8, 0.95])
 def test_calibrated_candidates_hold_that_share_of_the_exact_top_ten(world, method, recall):
-    """All training rows were the queries and all were sampled, so that it must hold for them. Own rows do not count."""
+    """All training rows were the queries and all were sampled: of those that stated the recall it holds, and of nearly
+    as many of all. Own rows do not count."""
     n = n_candidates(world.retriever.index, "all", METHODS[method], QuerySpec(methods=(method,), recall=recall, top=1))
     exact = world.retriever.scores(TEXTS, method, scope="all")
     # Every row that is a candidate, with its exact score: as many results as candidates, one more for the own row.
@@ -362,7 +366,7 @@ def test_calibrated_candidates_hold_that_share_of_the_exact_top_ten(world, metho
             order = np.argsort(-sign * exact[q], kind="stable")
             best = order[order != q][:10]
             hits += len(set(best.tolist()) & set(rows[q, side].tolist()))
-        assert hits / (10 * N_ROWS) >= recall - 0.005
+        assert hits / (10 * N_ROWS) >= recall - 0.02
 
 
 def test_results_state_the_calibrated_recall(world):
@@ -373,7 +377,7 @@ def test_results_state_the_calibrated_recall(world):
         return json.loads(table.schema.metadata[b"forebear"])["methods"]["gd"]
 
     found = facts(recall=0.9)
-    assert found["recall"] >= 0.9
+    assert found["recall"] == 0.9
     assert found["candidates"] == n_candidates(
         world.retriever.index, "all", METHODS["gd"], QuerySpec(recall=0.9, top=1)
     )
@@ -394,9 +398,35 @@ def test_shares_are_the_ranks_of_the_sample_best_rows_among_all_live_rows():
         ]
     )
     at, own = np.searchsorted(live, sample), live == queries[:, None]
-    np.testing.assert_allclose(_shares(scores, estimates, at, own, 1), [3 / 5, 4 / 5])
+    np.testing.assert_allclose(_needed_shares(scores, estimates, estimates, at, own, 1), [[3 / 5], [4 / 5]])
     # Second best: row 11 (behind row 2), and row 5, which ties with row 3 behind row 2.
-    np.testing.assert_allclose(_shares(scores, estimates, at, own, 2), [3 / 5, 2 / 5, 4 / 5, 3 / 5])
+    two = _needed_shares(scores, estimates, estimates, at, own, 2)
+    np.testing.assert_allclose(two, [[3 / 5, 2 / 5], [4 / 5, 3 / 5]])
+
+
+@pytest.mark.parametrize("method", ["gd", "gc", "if", "rif"])
+def test_candidates_needed_are_those_that_the_search_itself_needs(world, method, monkeypatch):
+    """Also where the scan by coordinates keeps so few rows for the code that it loses some."""
+    from dataclasses import replace
+
+    from forebear.indexer import estimate as estimating
+
+    monkeypatch.setattr(estimating, "LEAST_WIDE", 3)
+    monkeypatch.setattr(estimating, "WIDEN", 1)
+    live, cosine = world.index.live, method in ("gc", "rif")
+    parts = world.search("all").parts([METHODS[method]], world.asked())[method]
+    how = replace(world.index.proposal("all", method, cosine=cosine), code_weight=1.0)
+    ranks = []
+    for weight in (0.0, how.code_weight):
+        scores = estimating.estimate(parts, live, cosine=cosine, code_weight=weight) + how.margins(parts, live)
+        ranks.append((scores[:, None, :] >= scores[:, :, None]).sum(axis=2))  # of each row, from 1
+    needed = candidates_needed(*ranks)
+    assert (needed > ranks[1]).any()  # the scan loses rows that the code would have put higher
+    for n in (1, 2, 5, 20, N_ROWS):
+        (found, _), _ = propose(parts, live, n, how)
+        for q, listed in enumerate(found):
+            assert set(live[needed[q] <= n].tolist()) <= set(listed.tolist())
+    assert needed.max() <= N_ROWS
 
 
 def test_candidates_for_and_recall_of_are_inverse():
@@ -405,7 +435,8 @@ def test_candidates_for_and_recall_of_are_inverse():
     assert candidates_for(shares, 0.8, 1000) == 10
     assert candidates_for(shares, 0.81, 1000) == 21
     assert candidates_for(shares, 0.98, 1000) == 300
-    assert candidates_for(shares, 0.981, 1000) == 1000
+    assert candidates_for(shares, 0.981, 1000) == 300  # the largest that is supported
+    assert candidates_for(shares, 1.0, 1000) == 1000
     assert candidates_for(shares, 0.9, 10) == 1
     assert candidates_for({"0.9": 1.0}, 0.9, 7) == 7
     assert recall_of(shares, 9, 1000) is None
@@ -413,7 +444,8 @@ def test_candidates_for_and_recall_of_are_inverse():
     assert recall_of(shares, 20, 1000) == 0.8
     assert recall_of(shares, 21, 1000) == 0.9
     assert recall_of(shares, 999, 1000) == 0.98
-    assert recall_of(shares, 1000, 1000) == 1.0
+    assert recall_of(shares, 999, 1000, at_most=0.95) == 0.95
+    assert recall_of(shares, 1000, 1000, at_most=0.95) == 1.0
     for recall in (0.8, 0.9, 0.98):
         assert recall_of(shares, candidates_for(shares, recall, 1000), 1000) == recall
 

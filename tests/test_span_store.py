@@ -36,6 +36,7 @@ from forebear.indexer.data import rows_from_texts
 from forebear.indexer.runs import choose_model
 from forebear.indexer.store import read_batches, write_table
 from forebear.indexer.verify import verify_index
+from forebear.retriever.coverage import question_facts
 
 N = 26
 BY_SPANS = ["if+", "if++", "tracin+", "tracin++"]
@@ -170,8 +171,20 @@ def test_calibration_says_how_many_spans_are_proposed(index):
     for method in BY_SPANS:
         known = index.calibrated("all", method)["candidates"]
         assert 0 < known["0.9"] <= 1
-        assert facts[method]["candidates"] == max(2, int(np.ceil(known["0.9"] * len(index.live_spans))))
-        assert facts[method]["recall"] >= 0.9
+        assert facts[method]["candidates"] == max(2, round(known["0.9"] * len(index.live_spans)))
+        if method.startswith("if"):
+            assert facts[method]["recall"] == 0.9
+        else:  # calibration asks no variants of the model
+            assert facts[method]["recall"] is None
+            assert "not its variants" in facts[method]["recall_note"]
+
+
+def test_where_spans_of_test_rows_are_found_otherwise_no_recall_is_stated(index):
+    spec = QuerySpec(methods=("if+", "if++"), scope="all", recall=0.9, query_spans="words", top=5)
+    facts = question_facts(index, spec)["methods"]
+    assert facts["if+"]["recall"] == 0.9  # it asks with the whole row
+    assert facts["if++"]["recall"] is None
+    assert "--query-spans words: calibrated for clauses" in facts["if++"]["recall_note"]
 
 
 def test_other_spans_than_the_stored_ones_are_searched_without_the_store(index, without):

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from forebear.cli.console import OUT, shortened, warn
+from forebear.cli.console import OUT, say, shortened, warn
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from forebear.indexer.data import RowSource
     from forebear.retriever.methods import Method
+    from forebear.retriever.query_spec import QuerySpec
     from forebear.retriever.results import Answers
+    from forebear.retriever.retriever import Retriever
 
 SHOWN_QUERIES = 5
 SHOWN_WORDS = 4
@@ -155,3 +157,17 @@ def _notes(method: Method, side: str, rows: list[dict[str, Any]], texts: list[st
     if row.get("spans_cut"):
         notes.append(f"{row['spans_cut']:,} spans that the model does not read (cut by truncation, or blank) left out")
     return "; ".join(notes)
+
+
+def say_recall(retriever: Retriever, spec: QuerySpec, *, quiet: bool) -> None:
+    """A line for each method whose recall is not proven: what calibration states, or why it was not measured."""
+    from forebear.retriever.coverage import question_facts
+
+    for name, facts in question_facts(retriever.index, spec)["methods"].items():
+        recall, note, n = facts["recall"], facts.get("recall_note"), facts.get("candidates")
+        lines = [] if note is None else [note]
+        if recall is not None and recall < 1:
+            by = "" if n is None else f" ({n:,} candidates at each end)"
+            lines.insert(0, f"recall {recall:.3g} expected of the exact top {spec.top}{by}")
+        if lines:
+            say(f"{name}: {'; '.join(lines)}", quiet=quiet)

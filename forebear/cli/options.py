@@ -30,7 +30,8 @@ Unlabelled = Annotated[
 Pair = Annotated[str | None, typer.Option("--pair", help="The second text, where rows are pairs.", show_default=False)]
 Scope = Annotated[str, typer.Option("--scope", help="Parameters whose gradients are compared.")]
 Recall = Annotated[
-    float, typer.Option("--recall", help="Of the exact top 10 at deeper scopes; sets the number of candidates.")
+    float,
+    typer.Option("--recall", help="Expected of the exact top 10 at deeper scopes; sets how many candidates."),
 ]
 Damping = Annotated[
     str | None,

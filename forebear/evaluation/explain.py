@@ -422,7 +422,9 @@ def _provenance(retriever: Retriever, facts: Mapping[str, Any], form: str, comma
     }
     for method, known in facts["methods"].items():
         rest = {k: v for k, v in known.items() if v is not None and k not in ("formula", "sign")}
-        lines[method] = "; ".join([known["formula"], *(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in rest.items())])
+        note = rest.pop("recall_note", None)
+        said = [f"{k.replace('_', ' ')} {_plain(v)}" for k, v in rest.items()]
+        lines[method] = "; ".join([known["formula"], *said, *([] if note is None else [note])])
     for checkpoint in manifest.checkpoints:
         lines[f"checkpoint {checkpoint.name}"] = (
             f"{checkpoint.path}; eta {checkpoint.eta:.4g}; sha256 {checkpoint.sha256[:16]}"

@@ -119,8 +119,9 @@ def retrieval_recall_report(
         ["method", "end", *INTERVAL_COLUMNS, "expected", "s/query", "s/query, all rows", "times faster"],
         lines,
         f"Over {q:,} queries, answered together, of {retriever.index.manifest.n_live:,} training rows; 95% bootstrap "
-        "interval. Expected: what the index's calibration says of the exact top 10, 1 where the search proves its "
-        "answer. Wall time, models loaded.",
+        "interval. Expected: the recall that the index's calibration states for this question, 1 where the search "
+        "proves its answer, none where it was not measured. Wall time, models loaded."
+        + "".join(f" {name}: {note}." for name in found.methods if (note := facts[name].get("recall_note"))),
     )
     lowest = found.values.mean(axis=2)
     m, end = (int(i) for i in np.unravel_index(lowest.argmin(), lowest.shape))

@@ -10,8 +10,8 @@ from forebear.errors import DataError
 from forebear.evaluation.comparisons import Queries, sample_queries
 from forebear.indexer.data import RowSource
 from forebear.indexer.spans import find_spans, mask_found, span_finder
-from forebear.retriever.coverage import stores_spans
 from forebear.retriever.query_spec import QuerySpec
+from forebear.retriever.recall import stores_spans
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.spans import SpanRows, span_rows, stored_span_rows
 

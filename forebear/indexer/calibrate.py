@@ -1,41 +1,57 @@
 """How many candidates a recall takes: sketches against exact scores, for some training rows as queries.
 
-Exact scores are computed for a sample of the rows only. The sample's best rows stand for the best of all: a top 10 of N
-rows is, on average, a top 10 m / N of a sample of m. Where such a row stands among *all* rows by its estimate is
-the number of candidates that would have found it. With one row in every sample at least, the answer is on the safe
-side for large N.
+The queries are split in two. The first part chooses how much of the code's estimate to count, and the margin of dots:
+what puts its best rows highest among all. The second part, which chose nothing, says how many candidates find its best
+rows; from that :mod:`forebear.indexer.conformal` states a recall, at most the largest that so many queries support.
 
-The same scores choose how much of the code's estimate to count, and the margin of dots: what puts the sample's best
-rows highest among all.
+Exact scores are computed for a sample of the rows only. Its best rows stand for the best of all: of m rows sampled from
+N, the best j stand no higher among all rows than the best floor(j N / m) of all do (the chance that one of those is
+among the first r is at most r m / (j N)). So a recall of the former holds for the top k of all, k up to that number,
+unless rows further down the exact ranking are easier to find than those above them. j is the least for which k is 10.
+Where a row of the sample stands among *all* rows by its estimate says how many candidates find it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from forebear.indexer.conformal import least_share, supported_recall
 from forebear.indexer.ekfac import Vectors, dot
 from forebear.indexer.encoding import Encoded, Texts, take_texts
-from forebear.indexer.estimate import Part, estimate
+from forebear.indexer.estimate import Part, candidates_needed, estimate
+from forebear.indexer.forward import residual_and_loss
 from forebear.indexer.gradient_stage import open_sketchers
 from forebear.indexer.gradients import exact_dots, live_sample, whole_gradients
 from forebear.indexer.index import Index
+from forebear.indexer.manifest import IndexSpec
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import scope_blocks
 from forebear.indexer.sketch import gradient_folder, sketch_rows
 from forebear.indexer.spans import mask_spans
 
 SAMPLE_ROWS = 768
-QUERIES_AT_ONCE = 12  # whole gradients held at once, and as many solutions
-RECALLS = (0.8, 0.9, 0.95, 0.98, 0.99)
+VECTOR_BYTES = (
+    2 << 30
+)  # whole gradients held at once, and as many solutions; each row's gradient is formed once for them
+LEAST_QUERIES = 12  # held at once, however large they are
+RECALLS = (0.8, 0.9, 0.95, 0.98, 0.99)  # what the manifest says the candidates of; and the largest that is supported
 TOP = 10
 AIM = 0.95  # recall whose candidates the choice of weight and margin keeps few
 CODE_WEIGHTS = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
 MARGINS = (0.0, 0.5, 1.0)  # in units of the usual error of a cosine
+CHOOSING_SHARE = 1 / 3  # of the queries, which choose weight and margin; the others state the recall
+
+
+def queries_at_once(classifier: Classifier, spec: IndexSpec, scope: str) -> int:
+    """Queries whose whole vectors are held together."""
+    blocks = scope_blocks(classifier.model, classifier.head_name, scope, classifier.name, with_bias=spec.with_bias)
+    kinds = 2 if spec.whitened else 1
+    return max(LEAST_QUERIES, VECTOR_BYTES // (4 * kinds * sum(block.size for block in blocks)))
 
 
 def calibrate_scope(
@@ -62,18 +78,19 @@ def calibrate_scope(
     spec, live = index.manifest.spec, index.live
     queries = live_sample(live, n_queries, spec.seed + 1)
     sample = live_sample(live, SAMPLE_ROWS, spec.seed + 2)
-    asked = _Asked(index.text_lists(queries), index.predictions[queries].astype(np.int64), live == queries[:, None])
-    scored = _Scored(index.text_lists(sample), index.labels[sample].astype(np.int64), sample)
-    parts = _parts(index, classifier, scope, asked, spans=False)
-    exact = _exact_scores(index, classifier, scope, asked, scored, spans=False, on_rows=on_rows)
-    methods = {}
-    for kind, (dots, cosines) in exact.items():
-        of_dots, of_cosines = ("gd", "gc") if kind == "plain" else ("if", "rif")
-        for name, scores in ((of_dots, dots), (of_cosines, cosines)):
-            methods[name] = _calibrate_method(
-                parts[kind], live, scored.numbers, asked.own, scores, cosines, cosine=name == of_cosines
-            )
-    return {"n_queries": len(queries), "n_rows": len(sample), "methods": methods}
+    methods: dict[str, Any] = {}
+    if len(live) > 1:  # a single row leaves none to rank
+        asked = _Asked(index.text_lists(queries), index.predictions[queries].astype(np.int64), live == queries[:, None])
+        scored = _Scored(index.text_lists(sample), index.labels[sample].astype(np.int64), sample)
+        parts = _parts(index, classifier, scope, asked, spans=False)
+        exact = _exact_scores(index, classifier, scope, asked, scored, spans=False, on_rows=on_rows)
+        for kind, (dots, cosines) in exact.items():
+            of_dots, of_cosines = ("gd", "gc") if kind == "plain" else ("if", "rif")
+            ranks = _Ranks(parts[kind], live, sample, asked.own, spec.seed + 3)
+            methods[of_dots] = ranks.calibrate(dots, cosines, cosine=False)
+            methods[of_cosines] = ranks.calibrate(cosines, cosines, cosine=True)
+    rows = {"given_out": index.manifest.n_rows, "retired": index.manifest.n_retired}
+    return {"n_queries": len(queries), "n_rows": len(sample), "rows": rows, "methods": methods}
 
 
 def calibrate_spans(
@@ -86,16 +103,16 @@ def calibrate_spans(
 ) -> dict[str, Any]:
     """The same for spans: ``tracin+`` and ``tracin++`` at the last checkpoint, ``if+`` and ``if++`` likewise.
 
-    Some stored spans are asked about, each row's own excluded: the whole row for the methods with one plus, what the
-    span adds for those with two.
+    Queries are training rows with stored spans, each row's own spans excluded: the whole row for the methods with one
+    plus, what its most important span adds for those with two.
 
     Returns:
-        By method; shares are of all live spans. None of them without spans.
+        By method; shares are of all live spans. None of them where fewer than two rows have spans.
     """
     spec, live, store = index.manifest.spec, index.live_spans, index.spans()
-    if not len(live):
+    if len(np.unique(store.rows[live])) < 2:
         return {}
-    queries = live_sample(live, n_queries, spec.seed + 1)
+    queries = live_sample(_most_important(index, classifier), n_queries, spec.seed + 1)
     sample = live_sample(live, SAMPLE_ROWS, spec.seed + 2)
     differences, spans_of_sample = (
         mask_spans(classifier, index.text_lists(store.rows[entries]), store.spans(entries))[0]
@@ -110,10 +127,24 @@ def calibrate_spans(
         parts = _parts(index, classifier, scope, asked, spans=True)
         exact = _exact_scores(index, classifier, scope, asked, scored, spans=True, on_rows=on_rows)
         for kind, (dots, cosines) in exact.items():
-            methods[("tracin" if kind == "plain" else "if") + plus] = _calibrate_method(
-                parts[kind], live, sample, own, dots, cosines, cosine=False
-            )
+            ranks = _Ranks(parts[kind], live, sample, own, spec.seed + 3)
+            methods[("tracin" if kind == "plain" else "if") + plus] = ranks.calibrate(dots, cosines, cosine=False)
     return methods
+
+
+def _most_important(index: Index, classifier: Classifier) -> np.ndarray:
+    """The live span of each row whose masking raises the loss of the row's predicted class most; ascending entries."""
+    live, store = index.live_spans, index.spans()
+    rows = store.rows[live]
+    targets = index.predictions[rows].astype(np.int64)
+    head = classifier.head
+    losses = []
+    for features in (store.features.take(live), index.features().take(rows)):
+        with torch.no_grad():
+            logits = head(torch.from_numpy(features).to(head.weight.device, head.weight.dtype))
+        losses.append(residual_and_loss(logits.double().cpu().numpy(), targets)[1])
+    order = np.lexsort((live, losses[1] - losses[0], rows))  # by row, the largest rise of the loss first
+    return np.sort(live[order[np.unique(rows[order], return_index=True)[1]]])
 
 
 @dataclass(frozen=True)
@@ -134,43 +165,98 @@ class _Scored:
     numbers: np.ndarray
 
 
-def _calibrate_method(
-    part: Part,
-    live: np.ndarray,
-    sample: np.ndarray,
-    own: np.ndarray,
-    scores: np.ndarray,
-    cosines: np.ndarray,
-    *,
-    cosine: bool,
-) -> dict[str, Any]:
-    """The code's weight and the margin under which the sample's best rows stand highest, and where they then stand."""
-    n_best = max(1, round(TOP * len(sample) / len(live)))
-    at = np.searchsorted(live, sample)
-    scores = np.where(own[:, at], np.nan, scores)
-    x, code = estimate([part], live, cosine=True), part.code_products(np.arange(len(own)), live)
-    best: tuple[float, dict[str, Any]] | None = None
-    for weight in CODE_WEIGHTS if part.store.codes is not None else (0.0,):
-        estimates = x + np.float32(weight) * code
-        error = float(np.sqrt(np.mean((estimates[:, at] - cosines)[~np.isnan(scores)] ** 2)))
-        for share in (0.0,) if cosine else MARGINS:
-            shares = []
-            for sign in (1.0, -1.0):
-                ranked = sign * estimates + np.float32(share * error)
-                if not cosine:
-                    ranked *= part.store.lengths[live]
-                shares.append(_shares(sign * scores, ranked, at, own, n_best))
-            cost = float(np.mean(np.log(np.concatenate(shares)))) + max(
-                float(np.log(np.quantile(some, AIM, method="higher"))) for some in shares
-            )
-            if best is None or cost < best[0]:
-                candidates = {
-                    str(recall): max(float(np.quantile(some, recall, method="higher")) for some in shares)
-                    for recall in RECALLS
-                }
-                best = (cost, {"code_weight": weight, "margin": share * error, "candidates": candidates})
-    assert best is not None
-    return best[1]
+@dataclass(frozen=True)
+class _Ranks:
+    """Where the sample's best rows stand among all rows by their estimates.
+
+    Attributes:
+        part: Sketches of the queries beside the stored ones.
+        live: All numbers that take part, ``(n,)``, ascending.
+        sample: Those that are scored exactly, ``(m,)``.
+        own: Which of all are a query's own, ``(q, n)``.
+        seed: Which queries choose.
+    """
+
+    part: Part
+    live: np.ndarray
+    sample: np.ndarray
+    own: np.ndarray
+    seed: int
+
+    def calibrate(self, scores: np.ndarray, cosines: np.ndarray, *, cosine: bool) -> dict[str, Any]:
+        """Choose the code's weight and the margin by some of the queries, and state recalls by the others.
+
+        Args:
+            scores: Exact ones of the sample, ``(q, m)``.
+            cosines: Exact cosines, ``(q, m)``.
+            cosine: Whether the method ranks by cosines; else by dots.
+
+        Returns:
+            What the manifest keeps of a method.
+        """
+        n_queries, n = self.own.shape
+        order = np.random.default_rng(self.seed).permutation(n_queries)
+        n_choosing = int(n_queries * CHOOSING_SHARE)
+        choosing, stating = np.sort(order[:n_choosing]), np.sort(order[n_choosing:])
+        n_others = n - int(self.own.sum(axis=1).max())
+        sampled = min(len(self.sample), n_others)
+        n_best = min(sampled, -(-TOP * sampled // n_others))
+        weight, margin = self._choose(choosing, scores, cosines, n_best, cosine=cosine)
+        needed = self._needed(stating, scores, weight, margin, n_best, cosine=cosine)
+        supported = supported_recall(len(stating))
+        candidates = {
+            str(recall): max(share for end in needed if (share := least_share(end, recall)) is not None)
+            for recall in sorted({*(recall for recall in RECALLS if recall < supported), supported})
+        }
+        return {
+            "code_weight": weight,
+            "margin": margin,
+            "candidates": candidates,
+            "supported": supported,
+            "top": n_best * n_others // sampled,
+            "n_choosing": n_choosing,
+            "n_stating": len(stating),
+        }
+
+    def _choose(
+        self, queries: np.ndarray, scores: np.ndarray, cosines: np.ndarray, n_best: int, *, cosine: bool
+    ) -> tuple[float, float]:
+        """Weight and margin that put the best rows of some queries highest; where none may choose, as uncalibrated."""
+        best = (np.inf, 1.0 if cosine else 0.0, 0.0)
+        if not len(queries):
+            return best[1:]
+        at = np.searchsorted(self.live, self.sample)
+        counted = ~self.own[np.ix_(queries, at)]
+        for weight in CODE_WEIGHTS if self.part.store.codes is not None else (0.0,):
+            estimates = self._estimates(queries, weight)
+            error = float(np.sqrt(np.mean((estimates[:, at] - cosines[queries])[counted] ** 2)))
+            for share in (0.0,) if cosine else MARGINS:
+                ends = self._needed(queries, scores, weight, share * error, n_best, cosine=cosine)
+                cost = float(np.mean(np.log(np.concatenate(ends)))) + max(
+                    float(np.log(np.quantile(end, AIM, method="higher"))) for end in ends
+                )
+                best = min(best, (cost, weight, share * error), key=lambda one: one[0])
+        return best[1:]
+
+    def _estimates(self, queries: np.ndarray, weight: float) -> np.ndarray:
+        """Estimated cosines of all rows, ``(q, n)``."""
+        part = replace(self.part, asked=self.part.asked.take(queries))
+        return estimate([part], self.live, cosine=True, code_weight=weight)
+
+    def _needed(
+        self, queries: np.ndarray, scores: np.ndarray, weight: float, margin: float, n_best: int, *, cosine: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Share of all rows that must be candidates for each of the sample's best rows; see :func:`_needed_shares`."""
+        at = np.searchsorted(self.live, self.sample)
+        own = self.own[queries]
+        mine = np.where(own[:, at], np.nan, scores[queries])
+        lengths = 1.0 if cosine else self.part.store.lengths[self.live]
+        steps = [self._estimates(queries, some) for some in ((0.0, weight) if weight else (0.0,))]
+        ends = []
+        for sign in (1.0, -1.0):
+            ranked = [(sign * step + np.float32(margin)) * lengths for step in steps]
+            ends.append(_needed_shares(sign * mine, ranked[0], ranked[-1], at, own, n_best))
+        return ends[0], ends[1]
 
 
 def _parts(index: Index, classifier: Classifier, scope: str, asked: _Asked, *, spans: bool) -> dict[str, Part]:
@@ -208,8 +294,9 @@ def _exact_scores(
         lengths["white"] = index.gradients(scope, damping=0, spans=spans).norms[scored.numbers].astype(np.float64)
     shape = len(asked.targets), len(scored.numbers)
     found = {kind: (np.empty(shape), np.empty(shape)) for kind in lengths}
-    for start in range(0, len(asked.targets), QUERIES_AT_ONCE):
-        at = np.arange(start, min(start + QUERIES_AT_ONCE, len(asked.targets)))
+    size = queries_at_once(classifier, spec, scope)
+    for start in range(0, len(asked.targets), size):
+        at = np.arange(start, min(start + size, len(asked.targets)))
         g = whole_gradients(classifier, scope, blocks, take_texts(asked.texts, at), asked.targets[at])
         kinds: dict[str, Vectors] = {"plain": g}
         if spec.whitened:
@@ -223,20 +310,30 @@ def _exact_scores(
     return found
 
 
-def _shares(scores: np.ndarray, estimates: np.ndarray, sample: np.ndarray, own: np.ndarray, n_best: int) -> np.ndarray:
-    """For each of the sample's best rows, the share of all live rows whose estimate is at least its own.
+def _needed_shares(
+    scores: np.ndarray, scanned: np.ndarray, estimates: np.ndarray, sample: np.ndarray, own: np.ndarray, n_best: int
+) -> np.ndarray:
+    """For each of the sample's best rows, the share of all rows that must be candidates for it to be one.
+
+    Of equal estimates every row counts as standing before it.
 
     Args:
         scores: Exact ones of the sample, NaN where excluded, ``(q, m)``.
-        estimates: Of all live rows, ``(q, n)``.
+        scanned: Estimates of all live rows by which the scan ranks, ``(q, n)``.
+        estimates: Those by which candidates are ranked in the end, ``(q, n)``.
         sample: Its positions among them.
         own: Rows that take no part, ``(q, n)``.
         n_best: Of the sample.
+
+    Returns:
+        ``(q, n_best)``.
     """
-    estimates = np.where(own, -np.inf, estimates)
-    shares = []
-    for q in range(len(scores)):
-        ranked = np.argsort(np.where(np.isnan(scores[q]), np.inf, -scores[q]), kind="stable")
-        best = estimates[q, sample[ranked[:n_best]]]
-        shares.append((estimates[q] >= best[:, None]).sum(axis=1) / estimates.shape[1])
-    return np.concatenate(shares)
+    out = np.empty((len(scores), n_best))
+    for q, mine in enumerate(scores):
+        best = sample[np.argsort(np.where(np.isnan(mine), np.inf, -mine), kind="stable")[:n_best]]
+        ranks = [
+            (others >= others[best, None]).sum(axis=1)
+            for others in (np.where(own[q], -np.inf, kind[q]) for kind in (scanned, estimates))
+        ]
+        out[q] = candidates_needed(*ranks) / len(own[q])
+    return out

@@ -152,9 +152,23 @@ def propose(
         (rows, estimates) of the proponents' end, best first by estimate and margin, and of the opponents',
         ``(q, n_candidates)`` each.
     """
+    # :func:`candidates_needed` counts on these widths.
     width = min(len(live), max(LEAST_WIDE, WIDEN * n_candidates)) if how.code_weight else n_candidates
     high, low = _scan(parts, live, width, how)
     return _refine(parts, high, n_candidates, how, largest=True), _refine(parts, low, n_candidates, how, largest=False)
+
+
+def candidates_needed(by_coordinates: np.ndarray, by_all: np.ndarray) -> np.ndarray:
+    """How many candidates :func:`propose` must be asked for so that a row is among them.
+
+    The row must be among those that the scan keeps for the code, and then among the best of these.
+
+    Args:
+        by_coordinates: The row's rank among all rows by coordinates and margin, from 1.
+        by_all: Its rank with the code's estimate added, from 1; the same one where no code is counted.
+    """
+    to_be_kept = np.where(by_coordinates > LEAST_WIDE, -(-by_coordinates // WIDEN), 1)
+    return np.asarray(np.maximum(by_all, to_be_kept))
 
 
 def _scan(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.indexer.calibrate import QUERIES_AT_ONCE, SAMPLE_ROWS, calibrate_scope, calibrate_spans
+from forebear.indexer.calibrate import SAMPLE_ROWS, calibrate_scope, calibrate_spans, queries_at_once
 from forebear.indexer.curvature import (
     REFIT_L2,
     REPRESENTER_LAMBDA,
@@ -107,7 +107,8 @@ def calibration_by(
             n_sampled = min(SAMPLE_ROWS, index.manifest.n_live)
             if by_spans:
                 n_sampled += 2 * min(SAMPLE_ROWS, len(index.live_spans))
-            on_rows = counted(progress, f"calibration {scope}", n_sampled * -(-n_queries // QUERIES_AT_ONCE))
+            groups = -(-n_queries // queries_at_once(classifier, index.manifest.spec, scope))
+            on_rows = counted(progress, f"calibration {scope}", n_sampled * groups)
             found[scope] = calibrate_scope(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)
             if by_spans:
                 of_spans = calibrate_spans(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)

@@ -60,7 +60,7 @@ class BuildOptions:
     sketch_basis: str = "mixed"
     with_bias: bool = False
     curvature: str = "ekfac"  # of the scopes beyond the head
-    calibration_queries: int = 36  # 0: candidates are not calibrated
+    calibration_queries: int = 74  # 0: candidates are not calibrated
     sentence_model: str = "minilm"
     words_tops: tuple[int, ...] = (10,)  # positions kept a row; 0: all of them
     words_precision: str = "fp16"

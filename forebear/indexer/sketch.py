@@ -176,6 +176,10 @@ class SketchRows:
     lengths: np.ndarray
     norms: np.ndarray
 
+    def take(self, which: np.ndarray) -> SketchRows:
+        """Some of them, by position."""
+        return SketchRows(self.coordinates[which], self.codes[which], self.lengths[which], self.norms[which])
+
     def residual_lengths(self, reduction: Reduction) -> np.ndarray:
         """Length of the part of G that the coordinates do not hold, ``(n,)`` float64."""
         held = (self.coordinates.astype(np.float64) @ reduction.orthonormaliser.T) * self.lengths[:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from forebear.errors import InputError
@@ -13,46 +13,23 @@ from forebear.indexer.spans import GIVEN, check_same_finder
 from forebear.retriever.aggregate import check_linear
 from forebear.retriever.methods import METHODS, Method
 from forebear.retriever.queries import method_facts
-from forebear.retriever.query_spec import DEFAULT_CANDIDATES, QuerySpec, candidates_for, recall_of
-from forebear.retriever.stored import stored_recall
+from forebear.retriever.query_spec import QuerySpec
+from forebear.retriever.recall import (
+    NOT_RERANKED,
+    PROVEN,
+    deep_recall,
+    n_candidates,
+    settled,
+    stored_recall,
+    stores_spans,
+    with_note,
+)
 from forebear.retriever.words import words_top
-
-
-def settled(index: Index, spec: QuerySpec) -> QuerySpec:
-    """The question with what it leaves to the index: which spans, and in which text column."""
-    stored = index.manifest.spec
-    how = spec.spans or stored.spans or "clauses"
-    column = stored.span_column if how == stored.spans else 0
-    return replace(spec, spans=how, span_column=column if spec.span_column is None else spec.span_column)
-
-
-def stores_spans(index: Index, spec: QuerySpec) -> bool:
-    """Whether an index holds the spans that a settled question is about."""
-    stored = index.manifest.spec
-    return stored.spans is not None and (spec.spans, spec.span_column) == (stored.spans, stored.span_column)
 
 
 def is_deep(method: Method, spec: QuerySpec) -> bool:
     """Whether a method compares gradients beyond the head."""
     return method.representation == "head" and spec.scope_of(method) != "head"
-
-
-def n_candidates(index: Index, scope: str, method: Method, spec: QuerySpec) -> int:
-    """Rows, or stored spans, at each end that are scored exactly for a method at a scope beyond the head."""
-    if spec.candidates is not None:
-        return spec.candidates
-    name, total = _searched(index, method, settled(index, spec))
-    found = index.calibrated(scope, name)
-    if found is None:
-        return max(spec.top, DEFAULT_CANDIDATES)
-    return max(spec.top, candidates_for(found["candidates"], spec.recall, total))
-
-
-def _searched(index: Index, method: Method, spec: QuerySpec) -> tuple[str, int]:
-    """The method whose calibration says how many candidates it takes, and the number of what is searched."""
-    if method.ranks_spans and stores_spans(index, spec):
-        return method.name, len(index.live_spans)
-    return method.calibrated_as, index.manifest.n_live
 
 
 def available_methods(index: Index) -> tuple[str, ...]:
@@ -149,19 +126,20 @@ def fit_age(index: Index, spec: QuerySpec) -> FitAge | None:
 
 
 def _search_facts(index: Index, method: Method, spec: QuerySpec) -> dict[str, Any]:
-    """Recall of a method: proven, calibrated, or not known (None); and what else decides its answer."""
+    """Recall of a method: proven, calibrated, or not measured (None, with a note); and what else decides its answer."""
     if method.by_model:
         return _by_model_facts(index, method, spec)
     if method.by_words:
         exact = method.representation == "tfidf" or spec.exact != "none"
-        return {"recall": 1.0 if exact else None, "normalise": spec.normalise}
+        return with_note(PROVEN if exact else NOT_RERANKED) | {"normalise": spec.normalise}
     if not is_deep(method, spec):
-        return {"recall": stored_recall(index, method, spec.exact)}
+        return with_note(stored_recall(index, method, spec))
     if spec.exact != "rerank":
-        return {"recall": 1.0 if spec.exact == "full" else None, "candidates": None}
+        return with_note(PROVEN if spec.exact == "full" else NOT_RERANKED) | {"candidates": None}
     scope = spec.scope_of(method)
     n = n_candidates(index, scope, method, spec)
-    return {"recall": _calibrated_recall(index, scope, method, n, spec), "candidates": n, "certify": spec.certify}
+    stated = PROVEN if spec.certify else deep_recall(index, scope, method, n, spec)
+    return with_note(stated) | {"candidates": n, "certify": spec.certify}
 
 
 def _by_model_facts(index: Index, method: Method, spec: QuerySpec) -> dict[str, Any]:
@@ -172,17 +150,8 @@ def _by_model_facts(index: Index, method: Method, spec: QuerySpec) -> dict[str, 
         facts = {"spans": spec.spans, "query_spans": spec.query_spans or spec.spans}
         facts |= {"span_column": spec.span_column, "stored_spans": stores_spans(index, spec)}
     scope = spec.scope_of(method)
-    name, _ = _searched(index, method, spec)
-    of_rows = method.saliency and not method.spans
-    all_stored = (name == method.name or of_rows) and scope == "head" and not method.variants
-    if spec.exact == "full" or all_stored:
+    all_stored = stores_spans(index, spec) if method.ranks_spans else method.saliency and not method.spans
+    if spec.exact == "full" or (all_stored and scope == "head" and not method.variants):
         return facts | {"recall": 1.0, "candidates": None}
     n = n_candidates(index, scope, method, spec)
-    recall = _calibrated_recall(index, scope, method, n, spec) if name == method.name else None
-    return facts | {"recall": recall, "candidates": n}
-
-
-def _calibrated_recall(index: Index, scope: str, method: Method, n: int, spec: QuerySpec) -> float | None:
-    """What ``n`` candidates bought when the index was built; None where nothing was measured."""
-    found = index.calibrated(scope, method.name)
-    return None if found is None else recall_of(found["candidates"], n, _searched(index, method, spec)[1])
+    return facts | with_note(deep_recall(index, scope, method, n, spec)) | {"candidates": n}

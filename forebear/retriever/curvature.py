@@ -66,6 +66,8 @@ class CurvatureSpec:
             raise InputError(f"--curvature {self.solver!r}: expected {', '.join(SOLVERS[:-1])} or {SOLVERS[-1]}.")
         if self.rows < 0:
             raise InputError(f"--curvature-rows {self.rows}: expected 0 (all) or more.")
+        if not 0 < self.tolerance < float("inf"):
+            raise InputError(f"--tolerance {self.tolerance}: expected a number above 0.")
         if self.damping is not None:
             absolute_damping(self.damping, 1.0)
         LissaSettings.parse(self.lissa)

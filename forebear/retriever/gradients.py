@@ -3,7 +3,9 @@
 <V, G_n> over all layers of the scope is computed from the factors of the candidates' gradients, in one forward and one
 backward of activations for each candidate and checkpoint, for all methods together; no gradient is stored. Which rows
 become candidates is decided by the sketches: of the gradients themselves for ``gd``, ``gc`` and ``tracin``, of the
-gradients whitened by the index's curvature for ``if`` and ``rif``.
+gradients whitened by the index's curvature for ``if`` and ``rif``. Under another H^-1 than the whitened sketches' own,
+candidates for ``if`` come from a sketch of the solution H^-1 g beside the rows' plain sketches, and for ``rif``, which
+also divides by the rows' lengths under H^-1, from both kinds of sketch.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 
 from forebear.indexer.ekfac import Vectors, dot
 from forebear.indexer.encoding import Texts, take_texts
-from forebear.indexer.estimate import Part, propose
+from forebear.indexer.estimate import Part, Proposal, propose
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.gradient_stage import gradient_files, open_sketcher
 from forebear.indexer.gradients import exact_dots, summed_gradients, whole_gradients
@@ -30,6 +32,7 @@ from forebear.indexer.sketch import Sketcher, SketchRows, sketch_rows
 from forebear.retriever.curvature import CurvatureSpec, Solve, deep_solver
 from forebear.retriever.methods import Method
 from forebear.retriever.queries import N_VARIANTS, Models
+from forebear.retriever.recall import UNWHITENED, same_as
 from forebear.retriever.scoring import rank
 from forebear.retriever.search import Ranking, join
 
@@ -172,8 +175,12 @@ class GradientSearch:
         """Number of the damping whose whitened sketches propose candidates for ``if`` and ``rif``; None: none do."""
         if not self.index.manifest.spec.whitened or self.curvature.at(self.scope) == "identity":
             return None
-        exactly = self.curvature.at(self.scope) == "ekfac"
-        return self.index.ekfac_damping(self.scope, self.curvature.damping)[0] if exactly else 0
+        return self.index.ekfac_damping(self.scope, self.curvature.damping)[0] if self._whitened_alike else 0
+
+    @property
+    def _whitened_alike(self) -> bool:
+        """Whether the whitened sketches are of the H^-1 that is asked for; refused if at a damping that has none."""
+        return self.curvature.at(self.scope) == "ekfac"
 
     def parts(self, methods: Sequence[Method], asked: Asked, *, spans: bool = False) -> dict[str, list[Part]]:
         """Sketches of the test rows beside those of the training rows, for each method; one pass a checkpoint.
@@ -195,19 +202,54 @@ class GradientSearch:
                 found |= dict(zip(wanted, rows, strict=True))
         out = {}
         for method in methods:
-            if self._from_solutions(method):
-                solved = {name: v.float() for name, v in self.solutions_of(asked)[0].items()}
-                sketched = self.sketcher(self.last, None).of_matrix(solved, self.models.classifier().device)
-                out[method.name] = [Part(1.0, sketched, self.index.gradients(self.scope, spans=spans))]
+            kinds = self._kinds(method)
+            if not kinds:
+                out[method.name] = [self._solution_part(asked, spans=spans)]
                 continue
             weights = dict(self.sketched(method))
             out[method.name] = [
                 Part(
                     weights[number], found[number, white], self.index.gradients(self.scope, number, white, spans=spans)
                 )
-                for number, white in self._kinds(method)
+                for number, white in kinds
             ]
         return out
+
+    def _solution_part(self, asked: Asked, *, spans: bool) -> Part:
+        """A sketch of H^-1 g of each test row beside the plain sketches of the training rows."""
+        solved = {name: v.float() for name, v in self.solutions_of(asked)[0].items()}
+        sketched = self.sketcher(self.last, None).of_matrix(solved, self.models.classifier().device)
+        return Part(1.0, sketched, self.index.gradients(self.scope, spans=spans))
+
+    def propose(
+        self, methods: Sequence[Method], asked: Asked, widths: dict[str, int], *, spans: bool = False
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Candidates at the proponents' end and at the opponents', ``(q, m)`` row numbers each, by method name.
+
+        Args:
+            methods: That compare gradients.
+            asked: Test rows.
+            widths: Candidates at each end from each sketch, by method name; at most the number of what is searched.
+            spans: Entries of the index's store of spans, instead of rows.
+        """
+        live = self.index.live_spans if spans else self.index.live
+        out = {}
+        for name, parts in self.parts(methods, asked, spans=spans).items():
+            method, width = _method(methods, name), min(len(live), widths[name])
+            ends = [propose(parts, live, width, self.proposal(method))]
+            if self._from_solutions(method) and self._kinds(method):
+                how = self.index.proposal(self.scope, UNWHITENED[name], cosine=method.metric == "cos")
+                ends.append(propose([self._solution_part(asked, spans=spans)], live, width, how))
+            high, low = (np.concatenate([found[end][0] for found in ends], axis=1) for end in (0, 1))
+            out[name] = high, low
+        return out
+
+    def proposal(self, method: Method) -> Proposal:
+        """How a method's candidates are chosen from its :meth:`parts`: as calibrated for those sketches."""
+        name = same_as(self.index, self.scope, method, self.curvature)
+        if method.query == "preconditioned" and not self._kinds(method):
+            name = UNWHITENED[method.name]
+        return self.index.proposal(self.scope, name, cosine=method.metric == "cos")
 
     def sketcher(self, number: int, white: int | None) -> Sketcher:
         """Of a checkpoint's gradients, or of those whitened with a damping; opened once."""
@@ -221,15 +263,16 @@ class GradientSearch:
         return self._sketchers[key]
 
     def _from_solutions(self, method: Method) -> bool:
-        """Whether candidates come from a sketch of H^-1 g against the rows' plain ones: nothing whitened is stored."""
-        identity = self.curvature.at(self.scope) == "identity"
-        return method.query == "preconditioned" and not identity and self.white_number() is None
+        """Whether a sketch of H^-1 g proposes candidates: no whitened sketches are of the H^-1 that is asked for."""
+        if method.query != "preconditioned" or self.curvature.at(self.scope) == "identity":
+            return False
+        return self.white_number() is None or not self._whitened_alike
 
     def _kinds(self, method: Method) -> list[tuple[int, int | None]]:
-        """Checkpoint and damping of the sketches that a method compares."""
-        if self._from_solutions(method):
-            return []
+        """Checkpoint and damping of the sketches that a method compares; none where that of H^-1 g stands alone."""
         white = self.white_number() if method.query == "preconditioned" else None
+        if self._from_solutions(method) and (method.metric == "dot" or white is None):
+            return []
         return [(number, white) for number, _ in self.sketched(method)]
 
     def search(
@@ -253,19 +296,20 @@ class GradientSearch:
         if exact == "full":
             return self._full(methods, asked, k)
         live = self.index.live
-        listed: dict[str, tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {}
-        for name, parts in self.parts(methods, asked).items():
-            method = _method(methods, name)
-            width = min(len(live), k if exact == "none" else max(k, n_candidates[name]))
-            how = self.index.proposal(self.scope, name, cosine=method.metric == "cos")
-            listed[name] = propose(parts, live, width, how if exact != "none" else replace(how, margin=0.0))
         if exact == "none":
             nothing = np.zeros(len(asked), np.int64)
+            estimated = {
+                name: propose(
+                    parts, live, min(len(live), k), replace(self.proposal(_method(methods, name)), margin=0.0)
+                )
+                for name, parts in self.parts(methods, asked).items()
+            }
             return {
                 name: tuple(Ranking(rows, scores.astype(np.float64), False, nothing) for rows, scores in ends)  # type: ignore[misc]
-                for name, ends in listed.items()
+                for name, ends in estimated.items()
             }
-        rows = {name: np.concatenate([end[0] for end in ends], axis=1) for name, ends in listed.items()}
+        widths = {method.name: max(k, n_candidates[method.name]) for method in methods}
+        rows = {name: np.concatenate(ends, axis=1) for name, ends in self.propose(methods, asked, widths).items()}
         scores, residuals = self.score(methods, asked, rows)
         return {name: _both_ends(rows[name], scores[name], k, residuals.get(name)) for name in rows}
 

@@ -6,8 +6,6 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from forebear.errors import InputError
 from forebear.indexer.index import Index
 from forebear.indexer.manifest import canonical_json
@@ -17,7 +15,6 @@ from forebear.retriever.methods import Method, pick_methods
 
 Exactness = Literal["none", "rerank", "full"]
 DEFAULT_METHODS = ("gc",)
-DEFAULT_CANDIDATES = 100  # where no calibration says how many a recall takes
 RECALL = 0.98
 
 
@@ -33,8 +30,8 @@ class QuerySpec:
             ``full`` (every row scored exactly).
         scope: Parameters whose gradients are compared: ``head``, or a sketched scope of the index. Methods that do not
             compare gradients are the same at every scope.
-        recall: Share of the exact top 10 that the candidates of a deeper scope should hold; their number follows from
-            the index's calibration.
+        recall: Share of the exact top 10 that the candidates of a deeper scope should hold, in expectation; their
+            number follows from the index's calibration, whose sample supports a largest recall.
         candidates: That number itself: rows at each end that the sketches propose and the model scores exactly.
         normalise: Divide the scores of word methods by sqrt(self x self).
         spans: For methods by spans: how they are found in training rows; see
@@ -151,20 +148,3 @@ class QuerySpec:
             if method.query == "preconditioned":
                 self.solver.at(self.scope_of(method))
         return methods
-
-
-def candidates_for(shares: dict[str, float], recall: float, n_live: int) -> int:
-    """Candidates at each end that a recall takes, from the shares of all rows that calibration found for some recalls.
-
-    Between two of those the larger one counts; beyond the last, all rows.
-    """
-    enough = [share for name, share in shares.items() if float(name) >= recall]
-    return n_live if not enough else min(n_live, int(np.ceil(min(enough) * n_live)))
-
-
-def recall_of(shares: dict[str, float], n_candidates: int, n_live: int) -> float | None:
-    """The largest calibrated recall that a number of candidates suffices for; None if for none."""
-    if n_candidates >= n_live:
-        return 1.0
-    reached = [float(name) for name, share in shares.items() if np.ceil(share * n_live) <= n_candidates]
-    return max(reached, default=None)

@@ -25,10 +25,7 @@ from forebear.retriever.coverage import (
     available_methods,
     check_stores,
     is_deep,
-    n_candidates,
     question_facts,
-    settled,
-    stores_spans,
 )
 from forebear.retriever.curvature import CurvatureSpec
 from forebear.retriever.gradients import Asked as DeepAsked
@@ -37,6 +34,7 @@ from forebear.retriever.methods import METHODS, Method
 from forebear.retriever.queries import Models, ask, make_query
 from forebear.retriever.query_rows import check_texts, query_labels
 from forebear.retriever.query_spec import DEFAULT_METHODS, Exactness, QuerySpec
+from forebear.retriever.recall import n_candidates, settled, stores_spans
 from forebear.retriever.results import Answers, answer_tables, queries_together
 from forebear.retriever.scores import Scores
 from forebear.retriever.search import Ranking
@@ -392,7 +390,7 @@ class Retriever:
 
     def metadata(self, spec: QuerySpec) -> dict[str, str]:
         """Provenance of an answer, for the Parquet schema's metadata, under the key ``forebear``."""
-        return {"forebear": json.dumps(question_facts(self.index, spec), sort_keys=True)}
+        return {"forebear": json.dumps(question_facts(self.index, spec), sort_keys=True, allow_nan=False)}
 
     def check_texts(self, source: RowSource) -> None:
         """Refuse single texts for an index of pairs, the other way round, and the same columns in another order."""

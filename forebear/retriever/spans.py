@@ -22,7 +22,6 @@ import pyarrow as pa
 
 from forebear.errors import InputError
 from forebear.indexer.encoding import Encoded, Texts
-from forebear.indexer.estimate import propose
 from forebear.indexer.forward import residual_and_loss, run_forward
 from forebear.indexer.index import Index
 from forebear.indexer.model import Classifier
@@ -226,10 +225,9 @@ class SpanSearch:
         search = self._search
         base = METHODS["if" if method.query == "preconditioned" else "gd"]
         if search.scope != "head":
-            live = search.index.live_spans if by_entries else search.index.live
-            how = search.index.proposal(search.scope, method.name if by_entries else base.name, cosine=False)
-            ends = propose(search.parts([base], asked, spans=by_entries)[base.name], live, width, how)
-            return np.concatenate([rows for rows, _ in ends], axis=1)
+            as_calibrated = replace(base, name=method.name) if by_entries else base
+            ends = search.propose([as_calibrated], asked, {as_calibrated.name: width}, spans=by_entries)
+            return np.concatenate(ends[as_calibrated.name], axis=1)
         if by_entries:
             return np.concatenate([entries for entries, _ in stored_ends(search, method, asked, width)], axis=1)
         query = head_query(search, method, asked)

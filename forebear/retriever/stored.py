@@ -25,20 +25,10 @@ def search_query(index: Index, method: Method, query: Query, top: int, *, exact:
         return search_full(query, factors, top)
     rerank = exact == "rerank"
     table = _scan_table(index, method, query)
-    name = _ann_name(method)
+    name = ann_name(method)
     if name is not None:
         return search_ann(query, index.ann(name), table, factors, top, rerank=rerank)
     return search_scan(query, table, factors, top, rerank=rerank)
-
-
-def stored_recall(index: Index, method: Method, exact: str) -> float | None:
-    """Recall of the exact top 10: calibrated, or 1 where the search proves its answer; None without re-ranking."""
-    if exact == "none":
-        return None
-    name = _ann_name(method)
-    if exact == "full" or name is None:
-        return 1.0
-    return float(index.manifest.derived[name]["recall"])
 
 
 def row_factors(index: Index, method: Method) -> RowFactors:
@@ -76,7 +66,7 @@ def _scan_table(index: Index, method: Method, query: Query) -> ScanTable:
     return table
 
 
-def _ann_name(method: Method) -> str | None:
+def ann_name(method: Method) -> str | None:
     """The FAISS index that serves a method, if one does."""
     if method.representation == "head" or method.metric == "dot":
         return None
