@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 # From the fifth to the eighth they use the runs of end_to_end.
 CASES = (
     "hostile.py", "head_scan.py", "ann.py", "end_to_end.py", "gradients.py", "words.py", "influence.py", "peers.py",
-    "spans.py", "retraining.py",
+    "spans.py", "retraining.py", "recall.py",
 )  # fmt: skip
 
 
