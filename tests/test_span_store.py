@@ -194,7 +194,11 @@ def test_other_spans_than_the_stored_ones_are_searched_without_the_store(index, 
         found, wanted = (Retriever(i).retrieve(asked, **ask) for i in (index, without))
         assert results(found) == results(wanted)
         facts = json.loads(found.schema.metadata[b"forebear"])["methods"]["if+"]
-        assert (facts["stored_spans"], facts["recall"]) == (False, None)
+        assert (facts["stored_spans"], facts["recall"]) == (False, 1.0)  # all rows are candidates
+        spec = QuerySpec(methods=("if+",), scope="all", candidates=20, top=5, spans=spans)
+        facts = question_facts(index, spec)["methods"]["if+"]
+        assert facts["recall"] is None
+        assert "rows are proposed as for if, not its spans" in facts["recall_note"]
 
 
 def test_ties_go_to_the_earlier_span(model, tmp_path):
