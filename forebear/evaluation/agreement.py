@@ -25,9 +25,9 @@ from forebear.indexer.forward import DEFAULT_BATCH_TOKENS, run_forward
 from forebear.indexer.gradients import live_sample
 from forebear.indexer.model import Classifier
 from forebear.indexer.spans import Span, mask_spans, span_finder
-from forebear.retriever.coverage import stores_spans
 from forebear.retriever.methods import Method
 from forebear.retriever.query_spec import QuerySpec
+from forebear.retriever.recall import stores_spans
 from forebear.retriever.results import Answers
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.spans import query_spans

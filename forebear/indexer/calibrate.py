@@ -89,8 +89,7 @@ def calibrate_scope(
             ranks = _Ranks(parts[kind], live, sample, asked.own, spec.seed + 3)
             methods[of_dots] = ranks.calibrate(dots, cosines, cosine=False)
             methods[of_cosines] = ranks.calibrate(cosines, cosines, cosine=True)
-    rows = {"given_out": index.manifest.n_rows, "retired": index.manifest.n_retired}
-    return {"n_queries": len(queries), "n_rows": len(sample), "rows": rows, "methods": methods}
+    return {"n_queries": len(queries), "n_rows": len(sample), "methods": methods}
 
 
 def calibrate_spans(

@@ -157,10 +157,9 @@ def _not_measured(index: Index, scope: str, method: Method, name: str, spec: Que
         reasons.append(f"--query-spans {spec.query_spans}: calibrated for {spec.spans}")
     if spec.top > found["top"]:
         reasons.append(f"--top {spec.top}: calibrated for the top {found['top']}")
-    of = manifest.calibration[scope]["rows"]
-    since = manifest.n_rows - of["given_out"], manifest.n_retired - of["retired"]
-    if any(since):
-        reasons.append(f"rows that have changed since calibration ({since[0]:,} appended, {since[1]:,} retired)")
+    age = manifest.fit_age
+    if not age.is_current:
+        reasons.append(f"rows that have changed since calibration ({age.appended:,} appended, {age.retired:,} retired)")
     return reasons
 
 
