@@ -207,7 +207,8 @@ def start_states(classifier: Classifier, texts: Texts) -> np.ndarray:
     encoder = classifier.model.base_model
     assert isinstance(encoder, torch.nn.Module)
     out: list[tuple[list[int], np.ndarray]] = []
-    for batch in plan_batches([len(row["input_ids"]) for row in rows], DEFAULT_BATCH_TOKENS):
+    lengths = [len(row["input_ids"]) for row in rows]
+    for batch in plan_batches(lengths, DEFAULT_BATCH_TOKENS, equal_lengths=classifier.equal_lengths):
         with torch.no_grad(), classifier.autocast():
             found = encoder(**pad_batch(classifier.tokenizer, [rows[i] for i in batch], classifier.device))
         states = getattr(found, "last_hidden_state", None)

@@ -137,7 +137,8 @@ class TopRecipe:
     def _logits(self, classifier: Classifier, hidden: _Hidden) -> np.ndarray:
         out = np.empty((len(hidden), classifier.n_classes))
         with torch.no_grad():
-            for batch in plan_batches(hidden.lengths.tolist(), DEFAULT_BATCH_TOKENS):
+            lengths = hidden.lengths.tolist()
+            for batch in plan_batches(lengths, DEFAULT_BATCH_TOKENS, equal_lengths=classifier.equal_lengths):
                 logits = top_logits(classifier, [hidden.row(i) for i in batch])
                 out[batch] = logits.double().cpu().numpy()
         return out
@@ -154,7 +155,8 @@ def _forward_to(
 
     hook = classifier.model.get_submodule(layer).register_forward_pre_hook(catch, with_kwargs=True)
     try:
-        for batch in plan_batches([len(row["input_ids"]) for row in rows], DEFAULT_BATCH_TOKENS):
+        lengths = [len(row["input_ids"]) for row in rows]
+        for batch in plan_batches(lengths, DEFAULT_BATCH_TOKENS, equal_lengths=classifier.equal_lengths):
             with torch.no_grad(), classifier.autocast():
                 classifier.model(**pad_batch(classifier.tokenizer, [rows[i] for i in batch], classifier.device))
             yield batch, caught.pop().float().cpu()

@@ -106,6 +106,7 @@ def _build(
         precision=options.precision,
         max_length=options.max_length,
     )
+    warn(classifier.remark)
     check_feasible(classifier, options, len(source.text_columns))
     labels = label_map(source, classifier.label_names, options.label_mode)
     warn(labels.warning)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
 
 from forebear.errors import ModelError
-from forebear.indexer.model import Classifier
+
+if TYPE_CHECKING:
+    from forebear.indexer.model import Classifier
 
 
 class MaskedRows(Sequence[dict[str, list[int]]]):
@@ -158,19 +160,52 @@ def encode_with_places(
     return rows, encoded
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def distinct_rows(encoded: Encoded, keys: Sequence[Hashable] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that differ in what the model reads, in what it reads of their other version, or in ``keys``.
+
+    A model's last bits depend on the other rows of a batch: rows that must get equal numbers are run once.
+
+    Args:
+        encoded: ``n`` rows.
+        keys: What else tells rows apart, such as their labels, ``(n,)``.
+
+    Returns:
+        The first row of each kind, ``(kinds,)``, ascending; the kind of every row, ``(n,)``.
+    """
+    versions = [encoded.rows] if encoded.minus is None else [encoded.rows, encoded.minus]
+    read = [tuple(map(row_digest, entry)) for entry in zip(*versions, strict=True)]
+    numbers: dict[Hashable, int] = {}
+    first: list[int] = []
+    kinds = np.empty(len(read), np.int64)
+    for i, pieces in enumerate(read):
+        kinds[i] = numbers.setdefault((pieces, None if keys is None else keys[i]), len(first))
+        if kinds[i] == len(first):
+            first.append(i)
+    return np.array(first, np.int64), kinds
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int, *, equal_lengths: bool) -> Iterator[list[int]]:
     """Positions grouped into batches of similar length, at most ``batch_tokens`` padded tokens each.
 
     Longest rows come first, so that a batch that does not fit in memory shows at once. The plan depends
-    on nothing but the lengths and ``batch_tokens``; ties keep their order.
+    on nothing but what is given; ties keep their order.
+
+    Args:
+        lengths: Word pieces of each row, ``(n,)``.
+        batch_tokens: Largest number of padded tokens in a batch.
+        equal_lengths: Only rows of one length share a batch, so that none is padded: for models whose predictions
+            depend on padding (:attr:`~forebear.indexer.model.Classifier.equal_lengths`).
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):
         longest = max(1, lengths[order[start]])
         stop = start + max(1, batch_tokens // longest)
-        yield order[start:stop]
-        start = stop
+        batch = order[start:stop]
+        if equal_lengths:
+            batch = [i for i in batch if lengths[i] == lengths[batch[0]]]
+        yield batch
+        start += len(batch)
 
 
 def pad_batch(tokenizer: Any, rows: Sequence[dict[str, list[int]]], device: torch.device) -> dict[str, torch.Tensor]:

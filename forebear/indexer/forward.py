@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from forebear.errors import NonFiniteError
-from forebear.indexer.encoding import Texts, encoded_rows, pad_batch, plan_batches
+from forebear.indexer.encoding import Encoded, Texts, distinct_rows, encoded_rows, pad_batch, plan_batches
 from forebear.indexer.model import Classifier
 
 DEFAULT_BATCH_TOKENS = 4096
@@ -53,7 +53,7 @@ def run_forward(
     first_row: int = 0,
     on_rows: Callable[[int], None] | None = None,
 ) -> Forward:
-    """Run the classifier over rows of text.
+    """Run the classifier over rows of text; rows of the same word pieces are run once and get equal numbers.
 
     Args:
         classifier: The model, in ``eval()`` mode.
@@ -68,11 +68,17 @@ def run_forward(
     rows = encoded_rows(classifier, texts)
     features = np.empty((len(rows), classifier.feature_dim), np.float32)
     logits = np.empty((len(rows), classifier.n_classes), np.float64)
-    for batch in plan_batches([len(row["input_ids"]) for row in rows], batch_tokens):
-        f, z = _forward_batch(classifier, pad_batch(classifier.tokenizer, [rows[i] for i in batch], classifier.device))
-        features[batch], logits[batch] = f, z
+    first, kinds = distinct_rows(Encoded(rows))
+    lengths = [len(rows[i]["input_ids"]) for i in first]
+    for batch in plan_batches(lengths, batch_tokens, equal_lengths=classifier.equal_lengths):
+        at = first[batch]
+        f, z = _forward_batch(classifier, pad_batch(classifier.tokenizer, [rows[i] for i in at], classifier.device))
+        features[at], logits[at] = f, z
         if on_rows is not None:
             on_rows(len(batch))
+    features, logits = features[first[kinds]], logits[first[kinds]]
+    if on_rows is not None and len(first) < len(rows):
+        on_rows(len(rows) - len(first))
     finite = np.isfinite(logits).all(axis=1) & np.isfinite(features).all(axis=1)
     if not finite.all():
         row = first_row + int(np.argmin(finite))

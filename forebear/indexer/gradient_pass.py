@@ -9,12 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from forebear.errors import NonFiniteError, StorageError
-from forebear.indexer.encoding import Encoded, Texts, encode, plan_batches
+from forebear.indexer.encoding import Encoded, Texts, distinct_rows, encode, plan_batches
 from forebear.indexer.forward import Forward, softmax
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block
@@ -52,13 +53,38 @@ class Collector(ABC):
         """The batch becomes part of the result; never repeated, so a lack of memory here ends the pass."""
 
 
+class RowCollector(Collector):
+    """A collector of something for each row, which equal rows can share."""
+
+    @abstractmethod
+    def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
+        """After the last batch: rows at ``copies`` ``(m,)`` were not run, and get what those at ``sources`` have."""
+
+
 SeedOf = Callable[[list[int]], Seed]  # what is differentiated at the rows of these positions
 MemoryWarning = Callable[[str], None]
 
 
-def labels_seed(labels: np.ndarray | None) -> SeedOf:
+@dataclass(frozen=True)
+class SeedByKey:
+    """A :data:`SeedOf` that is the same for rows of the same word pieces and the same key.
+
+    Attributes:
+        keys: Of each row, ``(n,)``; None: one for all.
+        seed_of: What is differentiated.
+    """
+
+    keys: np.ndarray | None
+    seed_of: SeedOf
+
+    def __call__(self, at: list[int]) -> Seed:
+        """What is differentiated at the rows of these positions."""
+        return self.seed_of(at)
+
+
+def labels_seed(labels: np.ndarray | None) -> SeedByKey:
     """The loss of ``labels`` ``(n,)``; None: of the predicted classes."""
-    return lambda at: loss_of(None if labels is None else labels[at])
+    return SeedByKey(labels, lambda at: loss_of(None if labels is None else labels[at]))
 
 
 def run_pass(
@@ -75,6 +101,9 @@ def run_pass(
     """Run rows of text through the model and back, and show every layer's factors to the collectors.
 
     A batch for which memory does not suffice is halved, and so are the larger ones after it.
+
+    Equal rows (the same word pieces, and the same key of a :class:`SeedByKey`) are run once and get equal numbers,
+    where all collectors gather something for each row.
 
     Args:
         classifier: The model.
@@ -111,7 +140,9 @@ def run_pass(
             if name in names:
                 collector.on_layer(name, shown)
 
-    waiting = deque(plan_batches(sizes, batch_tokens))
+    first, kinds = _rows_to_run(encoded, seed_of, collectors)
+    plan = plan_batches([sizes[i] for i in first], batch_tokens, equal_lengths=classifier.equal_lengths)
+    waiting = deque(first[batch].tolist() for batch in plan)
     limit = batch_tokens
     while waiting:
         at = waiting.popleft()
@@ -150,6 +181,14 @@ def run_pass(
             features[to], logits[to] = f[len(wholes) :], z[len(wholes) :]
         if on_rows is not None:
             on_rows(len(at))
+    if len(first) < len(rows):
+        _repeat(collectors, first, kinds)
+        for start, version in enumerate([rows] if minus is None else [rows, minus]):
+            own = slice(start * len(rows), (start + 1) * len(rows))
+            run, read = distinct_rows(Encoded(version))  # features are equal also where labels are not
+            features[own], logits[own] = features[own][run[read]], logits[own][run[read]]
+        if on_rows is not None:
+            on_rows(len(rows) - len(first))
     refuse_non_finite(classifier.name, first_row, *np.split(logits, versions), *np.split(features, versions))
     return Forward(features, softmax(logits), logits)
 
@@ -166,6 +205,21 @@ def _keep(collectors: Sequence[Collector], at: list[int], classifier: Classifier
             f"the memory of {classifier.device} does not suffice for what is gathered from the rows. Give "
             "--batch-tokens a smaller value, or use --device cpu."
         ) from error
+
+
+def _rows_to_run(encoded: Encoded, seed_of: SeedOf, collectors: Sequence[Collector]) -> tuple[np.ndarray, np.ndarray]:
+    """The first row of each kind, and every row's kind; all rows are of a kind of their own where they are summed."""
+    if isinstance(seed_of, SeedByKey) and all(isinstance(collector, RowCollector) for collector in collectors):
+        return distinct_rows(encoded, None if seed_of.keys is None else seed_of.keys.tolist())
+    return np.arange(len(encoded)), np.arange(len(encoded))
+
+
+def _repeat(collectors: Sequence[Collector], first: np.ndarray, kinds: np.ndarray) -> None:
+    """Let rows that were not run share what the first of their kind has."""
+    copies = np.setdiff1d(np.arange(len(kinds)), first)
+    for collector in collectors:
+        assert isinstance(collector, RowCollector)
+        collector.repeat(first[kinds[copies]], copies)
 
 
 def _run_once(encoded: Encoded, at: list[int]) -> tuple[list[int], np.ndarray]:

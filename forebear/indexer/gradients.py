@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from forebear.indexer.ekfac import Vectors
-from forebear.indexer.encoding import Encoded, Texts, encode, row_digest
-from forebear.indexer.gradient_pass import Collector, labels_seed, run_pass
+from forebear.indexer.encoding import Encoded, Texts, distinct_rows, encode
+from forebear.indexer.gradient_pass import Collector, RowCollector, labels_seed, run_pass
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block
 from forebear.indexer.tape import LayerFactors
@@ -19,7 +18,7 @@ BATCH_TOKENS = 2048
 _PRODUCT_LENGTH = 8192
 
 
-class _Gradients(Collector):
+class _Gradients(RowCollector):
     """Gathers whole gradients."""
 
     def __init__(self, scope: str, blocks: Sequence[Block], n_rows: int, weight: torch.Tensor) -> None:
@@ -40,6 +39,10 @@ class _Gradients(Collector):
     def keep(self, positions: list[int]) -> None:
         for name, gradients in self._batch.items():
             self.out[name][positions] = gradients
+
+    def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
+        for gradients in self.out.values():
+            gradients[copies] = gradients[sources]
 
 
 def whole_gradients(
@@ -111,7 +114,7 @@ def summed_gradients(
     return collector.out
 
 
-class _Dots(Collector):
+class _Dots(RowCollector):
     """Gathers dots with query vectors."""
 
     def __init__(
@@ -147,6 +150,9 @@ class _Dots(Collector):
 
     def keep(self, positions: list[int]) -> None:
         self.out[:, positions] = self._found
+
+    def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
+        self.out[:, copies] = self.out[:, sources]
 
 
 def _products(v: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
@@ -194,7 +200,7 @@ def exact_dots(
         ``(q, n)`` float64.
     """
     encoded = texts if isinstance(texts, Encoded) else Encoded(encode(classifier, texts))
-    first, which = _distinct(encoded, labels)
+    first, which = distinct_rows(encoded, labels.tolist())
     if wanted is not None and len(first) < len(labels):
         every, wanted = wanted, np.zeros((len(wanted), len(first)), bool)
         np.logical_or.at(wanted.T, which, every.T)
@@ -204,20 +210,6 @@ def exact_dots(
     if on_rows is not None:
         on_rows(len(labels) - len(first))
     return collector.out[:, which]
-
-
-def _distinct(encoded: Encoded, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that differ in word pieces, in those of their other version, or in label.
-
-    Returns:
-        The first row of each kind, ``(kinds,)``; the kind of every row, ``(n,)``.
-    """
-    numbers: dict[Any, int] = {}
-    versions = [encoded.rows] if encoded.minus is None else [encoded.rows, encoded.minus]
-    keys = [tuple(map(row_digest, mine)) for mine in zip(*versions, strict=True)]
-    which = [numbers.setdefault((key, label), len(numbers)) for key, label in zip(keys, labels.tolist(), strict=True)]
-    kinds = np.array(which, np.int64)
-    return np.unique(kinds, return_index=True)[1], kinds
 
 
 def live_sample(live: np.ndarray, n_rows: int, seed: int) -> np.ndarray:

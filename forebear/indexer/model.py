@@ -20,8 +20,9 @@ from torch import nn
 
 from forebear.errors import InputError, ModelError, NonFiniteError
 from forebear.indexer.pretrained import load_pretrained
+from forebear.indexer.probe import find_head, head_inputs, padding_matters
+from forebear.indexer.tokenizer import check_vocabulary, input_limit, tokenizer_sha256
 
-MAX_LENGTH_CAP = 512
 # Where a model was saved and by what, and what it prints: none of it changes a number.
 _SETTINGS_WITHOUT_EFFECT = frozenset(
     [
@@ -55,6 +56,7 @@ class Classifier:
         precision: ``fp32`` or ``bf16`` (autocast; features and residuals are fp32 either way).
         sha256: Digest of weights and of what the configuration changes.
         tokenizer_sha256: Digest of the tokenizer's rules and vocabulary.
+        equal_lengths: Whether predictions depend on padding, so that only rows of one length share a batch.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Classifier:
     precision: str
     sha256: str
     tokenizer_sha256: str
+    equal_lengths: bool
 
     @property
     def head(self) -> nn.Linear:
@@ -88,6 +91,16 @@ class Classifier:
     def n_classes(self) -> int:
         """c, the number of classes."""
         return self.head.out_features
+
+    @property
+    def remark(self) -> str | None:
+        """What a user should know of the model before its numbers; None is nothing."""
+        if not self.equal_lengths:
+            return None
+        return (
+            f"{self.name}: predictions of {type(self.model).__name__} depend on padding, so only rows of one length "
+            "share a batch. Scores then do not depend on the batch; the passes take longer."
+        )
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of the forward pass, as a context."""
@@ -140,13 +153,14 @@ def load_classifier(
         name: Folder written by ``save_pretrained``, a hub name, or ``minilm``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``fp32`` or ``bf16`` for the forward pass.
-        max_length: Longest input in word pieces; default the tokenizer's limit, at most 512.
+        max_length: Longest input in word pieces; default the model's limit, at most 512.
 
     Raises:
-        ModelError: No such model, no single-label classifier, no linear head, or weights that were not stored.
+        ModelError: No such model, no single-label classifier, no linear head, no tokenizer of its own, or weights that
+            were not stored.
         NonFiniteError: A weight is NaN or infinite.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     path = resolve_model_name(name)
     where = pick_device(device)
@@ -159,8 +173,21 @@ def load_classifier(
             f"{path} stores no weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: it would be a "
             "random classifier. Give a fine-tuned AutoModelForSequenceClassification, or run `forebear train` first."
         )
-    tokenizer = load_pretrained(AutoTokenizer, path)
+    tokenizer = load_tokenizer(path, model)
     return make_classifier(model, tokenizer, name=path, device=where, precision=precision, max_length=max_length)
+
+
+def load_tokenizer(name: str, model: Any) -> Any:
+    """The tokenizer of a model folder or hub name.
+
+    Raises:
+        ModelError: There is none, or none of this model.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = load_pretrained(AutoTokenizer, name)
+    check_vocabulary(tokenizer, model, name)
+    return tokenizer
 
 
 def make_classifier(
@@ -180,18 +207,24 @@ def make_classifier(
             "forebear explains single-label classifiers with two or more classes."
         )
     check_finite_weights(model, name)
-    model = model.eval().to(device)
     autocast(device, precision)
+    model = model.eval()
+    limit = input_limit(model, tokenizer, max_length, name)
+    head_name = find_head(model, tokenizer, name, limit)
+    feature = head_inputs(model, head_name, name)
+    equal_lengths = padding_matters(feature, tokenizer, limit, next(model.parameters()).device, name)
+    model = model.to(device)
     return Classifier(
         name=name,
         model=model,
         tokenizer=tokenizer,
-        head_name=find_head(model, name),
+        head_name=head_name,
         label_names=tuple(str(config.id2label[i]) for i in range(config.num_labels)),
-        max_length=input_limit(config, tokenizer, max_length, name),
+        max_length=limit,
         precision=precision,
         sha256=weights_sha256(model),
         tokenizer_sha256=tokenizer_sha256(tokenizer),
+        equal_lengths=equal_lengths,
     )
 
 
@@ -202,35 +235,6 @@ def check_finite_weights(model: nn.Module, name: str) -> None:
             raise NonFiniteError(
                 f"{name}: tensor {key} holds NaN or infinity. Every score would be NaN; restore or retrain the model."
             )
-
-
-def find_head(model: nn.Module, name: str) -> str:
-    """Dotted name of the linear layer whose output is the logits.
-
-    Raises:
-        ModelError: The logits are not the output of exactly one linear layer on a ``(rows, h)`` input.
-    """
-    outputs: dict[str, torch.Tensor] = {}
-    hooks = [
-        module.register_forward_hook(lambda _m, _args, out, key=key: outputs.__setitem__(key, out))
-        for key, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    device = next(model.parameters()).device
-    ids = torch.ones((2, 4), dtype=torch.long, device=device)
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    heads = [key for key, out in outputs.items() if out is logits and out.dim() == 2]
-    if len(heads) != 1:
-        raise ModelError(
-            f"{name} ({type(model).__name__}): its logits are not the output of one linear layer on one vector a row. "
-            "forebear needs such a head (BERT, RoBERTa, DistilBERT, ELECTRA, DeBERTa, MPNet, ALBERT, ... have it)."
-        )
-    return heads[0]
 
 
 def weights_sha256(model: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
@@ -259,33 +263,3 @@ def dropout_settings(model: nn.Module) -> dict[str, Any]:
     """What the configuration says of dropout, which decides how a model is trained and not what it says."""
     config: Any = model.config
     return {name: value for name, value in sorted(config.to_dict().items()) if "drop" in name}
-
-
-def tokenizer_sha256(tokenizer: Any) -> str:
-    """Digest of the tokenizer's rules and inputs; truncation and padding, which calls change, are left out."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        rules: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    else:
-        rules = json.loads(backend.to_str())
-        rules.pop("truncation", None)
-        rules.pop("padding", None)
-    inputs = [sorted(tokenizer.model_input_names), tokenizer.truncation_side, tokenizer.pad_token_id]
-    return hashlib.sha256(json.dumps([rules, inputs], sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def input_limit(config: Any, tokenizer: Any, max_length: int | None, name: str) -> int:
-    """The longest input the model can take, or the shorter one that was asked for."""
-    limit = MAX_LENGTH_CAP
-    if tokenizer.model_max_length:
-        limit = min(limit, int(tokenizer.model_max_length))
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions:
-        # RoBERTa-type models count positions from padding_idx + 1.
-        offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
-        limit = min(limit, int(positions) - offset)
-    if max_length is None:
-        return limit
-    if not 4 <= max_length <= limit:
-        raise InputError(f"--max-length {max_length} is out of range: {name} takes 4 to {limit} word pieces.")
-    return max_length

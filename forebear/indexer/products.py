@@ -191,7 +191,8 @@ class HessianProduct:
         chosen = range(len(self._rows)) if at is None else list(at)
         lengths = [len(self._rows[i]["input_ids"]) for i in chosen]
         with only_asking(model, parameters.values()), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            for batch in plan_batches(lengths, self._batch_tokens):
+            equal_lengths = self._classifier.equal_lengths
+            for batch in plan_batches(lengths, self._batch_tokens, equal_lengths=equal_lengths):
                 self._add([chosen[i] for i in batch], parameters, parts, sums)
         for total in sums.values():
             total /= len(chosen)

@@ -8,7 +8,7 @@ beyond the reader's longest input, the beginning is read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,10 +17,12 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError, ModelError, NonFiniteError
-from forebear.indexer.encoding import pad_batch
-from forebear.indexer.model import input_limit, pick_device, resolve_model_name
+from forebear.indexer.encoding import pad_batch, plan_batches
+from forebear.indexer.model import load_tokenizer, pick_device, resolve_model_name
 from forebear.indexer.pretrained import load_pretrained
+from forebear.indexer.probe import padding_matters
 from forebear.indexer.spans import Finder, Span, covering, place_of_term, split_text, trimmed
+from forebear.indexer.tokenizer import input_limit
 
 QUESTIONS = (
     "How is the {}?",
@@ -48,12 +50,14 @@ class Reader:
         model: The network.
         tokenizer: Its tokenizer, a fast one.
         max_length: Longest question and text together, in word pieces.
+        equal_lengths: Whether answers depend on padding, so that only rows of one length share a batch.
     """
 
     name: str
     model: Any
     tokenizer: Any
     max_length: int
+    equal_lengths: bool = False
 
     def answers(self, questions: Sequence[str], text: str) -> list[tuple[float, int, int]]:
         """The best answer to each question: how far its score exceeds that of no answer, and its characters.
@@ -67,19 +71,30 @@ class Reader:
         )  # fmt: skip
         keys = [key for key in encoded if key in self.tokenizer.model_input_names]
         rows = [{key: encoded[key][i] for key in keys} for i in range(len(questions))]
-        with torch.no_grad():
-            found = self.model(**pad_batch(self.tokenizer, rows, self.model.device))
-        starts, ends = (x.double().cpu().numpy() for x in (found.start_logits, found.end_logits))
+        logits = self._logits(rows)
         out = []
         for i, row in enumerate(rows):
             pieces = np.array([column == 1 for column in encoded.sequence_ids(i)])
-            start, end = starts[i, : len(pieces)], ends[i, : len(pieces)]
+            start, end = logits[i]
             if not (np.isfinite(start).all() and np.isfinite(end).all()):
                 raise NonFiniteError(f"{self.name}: a logit for {questions[i]!r} is NaN or infinite. Check the reader.")
             null = row["input_ids"].index(self.tokenizer.cls_token_id)
             score, a, b = best_answer(start, end, pieces)
             places = encoded["offset_mapping"][i]
             out.append((score - float(start[null] + end[null]), int(places[a][0]), int(places[b][1])))
+        return out
+
+    def _logits(self, rows: Sequence[dict[str, list[int]]]) -> list[np.ndarray]:
+        """Logits of an answer's start and end at the word pieces of each row, ``(2, t)`` float64."""
+        lengths = [len(row["input_ids"]) for row in rows]
+        out = [np.empty(0)] * len(rows)
+        for batch in plan_batches(lengths, len(rows) * max(lengths), equal_lengths=self.equal_lengths):
+            at = sorted(batch)
+            with torch.no_grad():
+                found = self.model(**pad_batch(self.tokenizer, [rows[i] for i in at], self.model.device))
+            both = torch.stack([found.start_logits, found.end_logits], dim=1).double().cpu().numpy()
+            for i, values in zip(at, both, strict=True):
+                out[i] = values[:, : lengths[i]]
         return out
 
 
@@ -105,7 +120,7 @@ def load_reader(name: str) -> Reader:
     Raises:
         ModelError: No such model, weights that were not stored, or a tokenizer that knows no places.
     """
-    from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+    from transformers import AutoModelForQuestionAnswering
 
     path = resolve_model_name(name)
     model, info = load_pretrained(
@@ -116,13 +131,22 @@ def load_reader(name: str) -> Reader:
             f"{path} stores no weights for {sorted(info['missing_keys'])[0]}: its answers would be random. Give a "
             "model fine-tuned on SQuAD 2."
         )
-    tokenizer = load_pretrained(AutoTokenizer, path)
+    tokenizer = load_tokenizer(path, model)
     if not getattr(tokenizer, "is_fast", False) or tokenizer.cls_token_id is None:
         raise ModelError(
             f"{path}: {type(tokenizer).__name__} does not say where word pieces stand, or has no start token. Give a "
             "reader with a fast tokenizer (tokenizer.json)."
         )
-    return Reader(path, model.eval().to(pick_device()), tokenizer, input_limit(model.config, tokenizer, None, path))
+    limit = input_limit(model, tokenizer, None, path)
+    model = model.eval()
+
+    def starts(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model(**batch).start_logits
+        return found
+
+    equal_lengths = padding_matters(starts, tokenizer, limit, model.device, path)
+    return Reader(path, model.to(pick_device()), tokenizer, limit, equal_lengths)
 
 
 def read_aspect(reader: Reader, text: str, term: str) -> tuple[int, int] | None:

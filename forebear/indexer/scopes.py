@@ -76,14 +76,23 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv1d]:
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d) and module.groups == 1)
 
 
+def word_embeddings(model: Any) -> nn.Embedding | None:
+    """The word embeddings of a transformers model; None where it has none, or none of torch's kind."""
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # CANINE hashes characters
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
 def embedding_block(model: Any, name: str) -> Block:
     """The word embeddings of a transformers model.
 
     Raises:
         ModelError: It has none.
     """
-    module = model.get_input_embeddings()
-    if not isinstance(module, nn.Embedding):
+    module = word_embeddings(model)
+    if module is None:
         raise ModelError(f"{name} ({type(model).__name__}) has no word embeddings, so no word gradients.")
     key = next(key for key, found in model.named_modules() if found is module)
     return Block(key, "embedding", module.embedding_dim, module.num_embeddings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,14 @@ from forebear.indexer.encoding import pad_batch, plan_batches, tokenize
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.model import (
     check_finite_weights,
-    input_limit,
+    load_tokenizer,
     pick_device,
     resolve_model_name,
-    tokenizer_sha256,
     weights_sha256,
 )
 from forebear.indexer.pretrained import load_pretrained
+from forebear.indexer.probe import padding_matters
+from forebear.indexer.tokenizer import input_limit, tokenizer_sha256
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class SentenceEncoder:
         tokenizer: Its tokenizer.
         max_length: Longest input in word pieces.
         sha256: Digest of weights and tokenizer.
+        equal_lengths: Whether embeddings depend on padding, so that only rows of one length share a batch.
     """
 
     name: str
@@ -42,6 +44,7 @@ class SentenceEncoder:
     tokenizer: Any
     max_length: int
     sha256: str
+    equal_lengths: bool
 
     def embed(
         self,
@@ -58,7 +61,8 @@ class SentenceEncoder:
         rows = tokenize(self.tokenizer, texts, self.max_length)
         device = next(self.model.parameters()).device
         out = np.empty((len(rows), int(self.model.config.hidden_size)), np.float32)  # type: ignore[union-attr, arg-type]
-        for batch in plan_batches([len(row["input_ids"]) for row in rows], batch_tokens):
+        lengths = [len(row["input_ids"]) for row in rows]
+        for batch in plan_batches(lengths, batch_tokens, equal_lengths=self.equal_lengths):
             inputs = pad_batch(self.tokenizer, [rows[i] for i in batch], device)
             with torch.no_grad():
                 states = self.model(**inputs).last_hidden_state
@@ -73,7 +77,7 @@ class SentenceEncoder:
 
 def load_sentence_encoder(name: str, *, device: str = "auto") -> SentenceEncoder:
     """Load an encoder from a folder or hub name (``minilm``: the packaged all-MiniLM-L6-v2)."""
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
     path = resolve_model_name(name)
     model, info = load_pretrained(AutoModel, path, output_loading_info=True, dtype=torch.float32)
@@ -84,8 +88,17 @@ def load_sentence_encoder(name: str, *, device: str = "auto") -> SentenceEncoder
         )
     model = model.eval().to(pick_device(device))
     check_finite_weights(model, path)
-    tokenizer = load_pretrained(AutoTokenizer, path)
+    tokenizer = load_tokenizer(path, model)
     digest = hashlib.sha256(
         (weights_sha256(model, leave_out=("pooler.",)) + tokenizer_sha256(tokenizer)).encode()
     ).hexdigest()
-    return SentenceEncoder(path, model, tokenizer, input_limit(model.config, tokenizer, None, path), digest)
+    limit = input_limit(model, tokenizer, None, path)
+    where = next(model.parameters()).device
+
+    def states(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model(**batch).last_hidden_state
+        return found
+
+    equal_lengths = padding_matters(states, tokenizer, limit, where, path)
+    return SentenceEncoder(path, model, tokenizer, limit, digest, equal_lengths)

@@ -25,7 +25,7 @@ from forebear.errors import CorruptIndexError
 from forebear.indexer.ekfac import Vectors, dot
 from forebear.indexer.encoding import Texts, n_rows_of
 from forebear.indexer.forward import Forward
-from forebear.indexer.gradient_pass import Collector, MemoryWarning, labels_seed, refuse_non_finite, run_pass
+from forebear.indexer.gradient_pass import MemoryWarning, RowCollector, labels_seed, refuse_non_finite, run_pass
 from forebear.indexer.model import Classifier
 from forebear.indexer.projector import Projector, row_lengths
 from forebear.indexer.store import MEND, as_tensor, column, read_batches, record_batch, write_table
@@ -209,7 +209,7 @@ class SketchRows:
         return {name: v if v.ndim == 2 else v.astype(np.float32) for name, v in (out | numbers).items()}
 
 
-class RawSketches(Collector):
+class RawSketches(RowCollector):
     """Gathers raw sketches, scaled to length 1, to fit a reduction on."""
 
     def __init__(self, projector: Projector, n_rows: int, device: torch.device) -> None:
@@ -236,8 +236,12 @@ class RawSketches(Collector):
         """See :class:`~forebear.indexer.gradient_pass.Collector`."""
         self.out[positions] = self._unit
 
+    def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
+        """See :class:`~forebear.indexer.gradient_pass.RowCollector`."""
+        self.out[copies] = self.out[sources]
 
-class Sketches(Collector):
+
+class Sketches(RowCollector):
     """Gathers stored sketches and exact norms."""
 
     def __init__(self, projector: Projector, reduction: Reduction, n_rows: int, device: torch.device) -> None:
@@ -267,6 +271,11 @@ class Sketches(Collector):
         """See :class:`~forebear.indexer.gradient_pass.Collector`."""
         self._coordinates[positions], self._codes[positions], *numbers = self._batch
         self._lengths[positions], self._norms[positions] = numbers
+
+    def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
+        """See :class:`~forebear.indexer.gradient_pass.RowCollector`."""
+        for values in (self._coordinates, self._codes, self._lengths, self._norms):
+            values[copies] = values[sources]
 
     def rows(self, first_row: int = 0) -> SketchRows:
         """All of them, after the pass.

@@ -14,6 +14,7 @@ from forebear.indexer.manifest import Checkpoint, IndexSpec
 from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.options import BuildOptions
 from forebear.indexer.runs import CheckpointPath
+from forebear.indexer.scope_probe import check_gradients
 from forebear.indexer.sentence import load_sentence_encoder
 from forebear.indexer.spans import finder_sha256
 
@@ -36,6 +37,7 @@ def make_spec(
                 f"tokenizer {model.tokenizer_sha256[:8]}; the last one has {last.feature_dim}, "
                 f"{list(last.label_names)}, {last.tokenizer_sha256[:8]}. Checkpoints must come from one run."
             )
+        check_gradients(model, options.scopes, with_bias=options.with_bias, words="words" in options.stores)
         listed.append(
             Checkpoint(name=checkpoint.name, path=str(checkpoint.path), eta=checkpoint.eta, sha256=model.sha256)
         )

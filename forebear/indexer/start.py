@@ -12,13 +12,14 @@ from forebear.indexer.data import RowSource
 from forebear.indexer.labels import classes_for
 from forebear.indexer.model import (
     Classifier,
-    find_head,
-    input_limit,
+    load_tokenizer,
     make_classifier,
     resolve_model_name,
 )
 from forebear.indexer.pretrained import load_pretrained
+from forebear.indexer.probe import find_head
 from forebear.indexer.scopes import encoder_layers
+from forebear.indexer.tokenizer import input_limit
 
 DEFAULT_MAX_LENGTH = 128
 
@@ -50,7 +51,7 @@ def load_start(
         DataError: There are fewer than two classes.
         ModelError: It is no pretrained text classifier or encoder with a linear head.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     classes = classes_for(source, label_mode)
     if len(classes) < 2:
@@ -73,14 +74,14 @@ def load_start(
         problem_type="single_label_classification",
     )
     _refuse_random_encoder(model, info["missing_keys"], path)
-    head = model.get_submodule(find_head(model, path))
+    tokenizer = load_tokenizer(path, model)
+    limit = input_limit(model, tokenizer, max_length, path)
+    head = model.get_submodule(find_head(model.eval(), tokenizer, path, limit))
     is_kept = has_names and not info["missing_keys"] and not info["mismatched_keys"]
     if not is_kept:
         _reset_head(head, seed, getattr(config, "initializer_range", 0.02))
-    tokenizer = load_pretrained(AutoTokenizer, path)
-    if max_length is None:
-        max_length = min(DEFAULT_MAX_LENGTH, input_limit(config, tokenizer, None, path))
-    classifier = make_classifier(model, tokenizer, name=path, device=device, precision=precision, max_length=max_length)
+    limit = limit if max_length is not None else min(DEFAULT_MAX_LENGTH, limit)
+    classifier = make_classifier(model, tokenizer, name=path, device=device, precision=precision, max_length=limit)
     return classifier, "kept" if is_kept else "new"
 
 

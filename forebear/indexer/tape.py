@@ -20,7 +20,7 @@ from forebear.errors import ModelError
 from forebear.indexer.encoding import pad_batch
 from forebear.indexer.forward import residual_and_loss
 from forebear.indexer.model import Classifier
-from forebear.indexer.scopes import Block, encoder_layers
+from forebear.indexer.scopes import Block, encoder_layers, word_embeddings
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Tape:
         self.classifier = classifier
         self.blocks = tuple(blocks)
         self._embedding = next((block for block in blocks if block.kind == "embedding"), None)
-        self._root = _root_module(classifier, scope)
+        self._root = _root_modules(classifier, scope)
 
     def record(
         self, rows: Sequence[dict[str, list[int]]], seed: Seed, on_layer: OnLayer
@@ -129,7 +129,8 @@ class Tape:
             f ``(b, h)`` float32 and logits ``(b, c)`` float64.
 
         Raises:
-            ModelError: A layer's input has not one entry a row (it is named), so rows cannot be told apart.
+            ModelError: A layer's gradient is not to be had, and the layer is named: its input has not one entry a row,
+                so that rows cannot be told apart, or does not come from where differentiation starts.
         """
         classifier = self.classifier
         batch = pad_batch(classifier.tokenizer, rows, classifier.device)
@@ -157,6 +158,7 @@ class Tape:
                     on_layer(block.name, factors)
             if feature.requires_grad and any(block.name != classifier.head_name for block in self.blocks):
                 torch.autograd.backward(feature, (delta @ head.weight.double()).to(feature.dtype))
+                arrivals.finish()
         return f.float().cpu().numpy(), logits
 
     def _ids(self, rows: Sequence[dict[str, list[int]]], batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -174,12 +176,20 @@ class Tape:
         if self._root is None:
             yield
             return
-        module, is_embedding = self._root
+        modules, is_embedding = self._root
+        n_uses = 0
 
         def grown(values: torch.Tensor) -> torch.Tensor:
+            nonlocal n_uses
+            n_uses += 1
             values = values.detach().requires_grad_(True)
             block = self._embedding
             if block is not None:
+                if n_uses > 1:
+                    raise ModelError(
+                        f"{self.classifier.name}: {block.name} is used more than once in a pass (by an encoder and a "
+                        "decoder?), so words cannot be told apart. Leave the words store out."
+                    )
                 if values.shape[:-1] != ids.shape:
                     raise ModelError(
                         f"{self.classifier.name}: {block.name} has {tuple(values.shape)} for {tuple(ids.shape)} word "
@@ -200,14 +210,19 @@ class Tape:
                 return (grown(args[0]), *args[1:]), kwargs
             return args, kwargs | {"hidden_states": grown(kwargs["hidden_states"])}
 
-        if is_embedding:
-            handle = module.register_forward_hook(after)
-        else:
-            handle = module.register_forward_pre_hook(before, with_kwargs=True)
-        try:
+        with ExitStack() as hooks:
+            for module in modules:
+                if is_embedding:
+                    handle = module.register_forward_hook(after)
+                else:
+                    handle = module.register_forward_pre_hook(before, with_kwargs=True)
+                hooks.callback(handle.remove)
             yield
-        finally:
-            handle.remove()
+        if self._embedding is not None and not n_uses:
+            raise ModelError(
+                f"{self.classifier.name}: {self._embedding.name} is not used in a pass, so there are no word "
+                "gradients. Leave the words store out."
+            )
 
 
 class _Arrivals:
@@ -216,7 +231,7 @@ class _Arrivals:
     def __init__(self, model_name: str, n_rows: int, on_layer: OnLayer) -> None:
         self._model_name, self._n_rows, self._on_layer = model_name, n_rows, on_layer
         self._inputs: dict[str, list[torch.Tensor]] = {}
-        self._deltas: dict[str, dict[int, torch.Tensor]] = {}
+        self._deltas: dict[Block, dict[int, torch.Tensor]] = {}
 
     def watch(self, block: Block) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         """A forward hook for the block's module."""
@@ -224,7 +239,11 @@ class _Arrivals:
 
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
             if not output.requires_grad:
-                return
+                raise ModelError(
+                    f"{self._model_name}: layer {name} is also used on something that does not come from the words of "
+                    "the row (such as relative positions, or a decoder's start), and that part of its gradient is not "
+                    "supported yet. Use --scope head for this model."
+                )
             a = args[0].detach()
             if a.shape[0] != self._n_rows or a.dim() not in (2, 3):
                 raise ModelError(
@@ -239,16 +258,25 @@ class _Arrivals:
         return hook
 
     def _arrive(self, block: Block, number: int, delta: torch.Tensor) -> None:
-        name = block.name
-        deltas = self._deltas.setdefault(name, {})
+        deltas = self._deltas.setdefault(block, {})
         deltas[number] = delta.detach().transpose(1, 2) if block.kind == "conv" else delta.detach()
-        inputs = self._inputs[name]
-        if len(deltas) < len(inputs):
-            return
-        a = _join([_rows_tokens(x) for x in inputs])
-        d = _join([_rows_tokens(deltas[i]) for i in range(len(inputs))])
+        if len(deltas) == len(self._inputs[block.name]):
+            self._deliver(block)
+
+    def finish(self) -> None:
+        """After the backward: layers with uses that the logits do not depend on, which add nothing."""
+        for block, deltas in self._deltas.items():
+            if deltas:
+                self._deliver(block)
+
+    def _deliver(self, block: Block) -> None:
+        """Show a layer's factors, over the uses whose output gradients have arrived."""
+        name, deltas = block.name, self._deltas[block]
+        numbers = sorted(deltas)
+        a = _join([_rows_tokens(self._inputs[name][i]) for i in numbers])
+        d = _join([_rows_tokens(deltas[i]) for i in numbers])
         self._inputs[name] = []
-        self._deltas[name] = {}
+        self._deltas[block] = {}
         a, d = _wide(a), _wide(d)
         if block.kind == "norm":  # G = [sum_t d_t * x_t; sum_t d_t], one column
             d = torch.cat([(d * a).sum(dim=1), d.sum(dim=1)], dim=1)[:, None, :]
@@ -315,14 +343,24 @@ def only_asking(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> It
             p.requires_grad_(wanted)
 
 
-def _root_module(classifier: Classifier, scope: str) -> tuple[nn.Module, bool] | None:
-    """Where differentiation starts: the embedding (True: at its output), a layer (False: at its input), nowhere."""
+def _root_modules(classifier: Classifier, scope: str) -> tuple[list[nn.Module], bool] | None:
+    """Where differentiation starts: the embeddings (True: at their output), a layer (False: at its input), nowhere.
+
+    Raises:
+        ModelError: The scope starts at the word embeddings, and the model has none.
+    """
     model: Any = classifier.model
     if scope == "head":
         return None
     if not scope.startswith("top-") and scope != ENCODER_INPUT:
-        return model.get_input_embeddings(), True
+        words = word_embeddings(model)
+        if words is None:
+            raise ModelError(
+                f"{classifier.name} ({type(model).__name__}) has no word embeddings, where gradients of scope "
+                f"{scope!r} start. Use --scope head, or top-K."
+            )
+        # An encoder and a decoder (BART) have a module each, of one weight.
+        return [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is words.weight], True
     prefix, n_layers = encoder_layers(model, classifier.name)
-    if scope == ENCODER_INPUT:
-        return model.get_submodule(f"{prefix}.0"), False
-    return model.get_submodule(f"{prefix}.{n_layers - int(scope[4:])}"), False
+    first = 0 if scope == ENCODER_INPUT else n_layers - int(scope[4:])
+    return [model.get_submodule(f"{prefix}.{first}")], False

@@ -15,7 +15,7 @@ import torch
 
 from forebear.indexer.encoding import encode
 from forebear.indexer.forward import Forward
-from forebear.indexer.gradient_pass import Collector, labels_seed, refuse_non_finite, run_pass
+from forebear.indexer.gradient_pass import RowCollector, labels_seed, refuse_non_finite, run_pass
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block, embedding_block
 from forebear.indexer.tape import EmbeddingFactors, LayerFactors
@@ -108,7 +108,7 @@ def stretches(starts: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.nda
     return now, np.arange(now[-1]) + np.repeat(starts[which] - now[:-1], counts)
 
 
-class WordGradients(Collector):
+class WordGradients(RowCollector):
     """Gathers word gradients: of all positions (``top`` 0), or of each row's ``top`` longest."""
 
     def __init__(self, classifier: Classifier, top: int, n_rows: int, precision: str | None) -> None:
@@ -130,6 +130,7 @@ class WordGradients(Collector):
         self._tokens: list[np.ndarray] = []
         self._vectors: list[np.ndarray] = []
         self._coded: list[Coded] = []
+        self._copies: list[tuple[int, int]] = []  # rows that share another's words, after it
         self._batch: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         self._encoded: Coded | None = None  # of the batch
 
@@ -171,6 +172,11 @@ class WordGradients(Collector):
             self._coded.append(self._encoded)
         self._batch = self._encoded = None
 
+    def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
+        """See :class:`~forebear.indexer.gradient_pass.RowCollector`."""
+        self._counts[copies], self._squares[copies] = self._counts[sources], self._squares[sources]
+        self._copies = list(zip(sources.tolist(), copies.tolist(), strict=True))
+
     def rows(self, first_row: int = 0) -> WordRows:
         """All of them, after the pass.
 
@@ -185,6 +191,8 @@ class WordGradients(Collector):
             for position, count in zip(positions, counts, strict=True):
                 order[starts[position] : starts[position] + count] = np.arange(at, at + count)
                 at += count
+        for source, copy in self._copies:
+            order[starts[copy] : starts[copy + 1]] = order[starts[source] : starts[source + 1]]
         tokens = np.concatenate(self._tokens)[order]
         if self._precision is None:
             return WordRows(starts, tokens, vectors=np.concatenate(self._vectors)[order])

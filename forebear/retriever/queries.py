@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError, MismatchError, MissingStoreError
-from forebear.indexer.encoding import Encoded, Texts, encode, pad_batch
+from forebear.indexer.encoding import Encoded, Texts, encode, pad_batch, plan_batches
 from forebear.indexer.forward import Forward, residual_and_loss, run_forward
 from forebear.indexer.index import Index
 from forebear.indexer.model import Classifier, load_classifier, weights_sha256
@@ -36,14 +36,16 @@ def one_step_away(classifier: Classifier, index: Index, number: int) -> Classifi
     seed = index.manifest.spec.seed
     rows = np.random.default_rng([seed, 7, number]).permutation(index.live)[:VARIANT_ROWS]
     model = copy.deepcopy(classifier.model).requires_grad_(True)
-    texts = index.text_lists(rows)
-    batch = pad_batch(classifier.tokenizer, encode(classifier, texts), classifier.device)
+    encoded = encode(classifier, index.text_lists(rows))
+    lengths = [len(row["input_ids"]) for row in encoded]
     labels = torch.from_numpy(index.labels[rows].astype(np.int64)).to(classifier.device)
-    with classifier.autocast():
-        logits = model(**batch).logits
-    gradients = torch.autograd.grad(
-        torch.nn.functional.cross_entropy(logits.float(), labels), list(model.parameters()), allow_unused=True
-    )
+    losses = []
+    for batch in plan_batches(lengths, len(rows) * max(lengths), equal_lengths=classifier.equal_lengths):
+        at = sorted(batch)
+        with classifier.autocast():
+            logits = model(**pad_batch(classifier.tokenizer, [encoded[i] for i in at], classifier.device)).logits
+        losses.append(torch.nn.functional.cross_entropy(logits.float(), labels[at]) * (len(at) / len(rows)))
+    gradients = torch.autograd.grad(sum(losses[1:], losses[0]), list(model.parameters()), allow_unused=True)
     with torch.no_grad():
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             if gradient is not None:

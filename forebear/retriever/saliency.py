@@ -18,7 +18,7 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.indexer.encoding import Encoded, encode_with_places
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS, softmax
-from forebear.indexer.gradient_pass import Collector, SeedOf, refuse_non_finite, run_pass
+from forebear.indexer.gradient_pass import RowCollector, SeedByKey, refuse_non_finite, run_pass
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block, embedding_block, encoder_input_block
 from forebear.indexer.tape import ENCODER_INPUT, EmbeddingFactors, LayerFactors, Seed, loss_of
@@ -113,7 +113,7 @@ def saliency(
     return maps
 
 
-class _Saliencies(Collector):
+class _Saliencies(RowCollector):
     """Gathers values before normalisation; see :class:`~forebear.indexer.gradient_pass.Collector`.
 
     Attributes:
@@ -146,8 +146,13 @@ class _Saliencies(Collector):
         for position, row in zip(positions, values, strict=True):
             self.values[position] = row[: self._lengths[position]]
 
+    def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
+        self.sizes[copies] = self.sizes[sources]
+        for source, copy in zip(sources, copies, strict=True):
+            self.values[copy] = self.values[source].copy()
 
-def _seeds(form: str, targets: np.ndarray) -> SeedOf:
+
+def _seeds(form: str, targets: np.ndarray) -> SeedByKey:
     """What is differentiated: S_y, or any multiple of the loss, which its norm takes away again."""
 
     def seed_of(at: list[int]) -> Seed:
@@ -163,7 +168,7 @@ def _seeds(form: str, targets: np.ndarray) -> SeedOf:
 
         return seed
 
-    return seed_of
+    return SeedByKey(targets, seed_of)
 
 
 def _normalised(values: np.ndarray) -> np.ndarray:
