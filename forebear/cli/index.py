@@ -133,7 +133,13 @@ def index(
     ann: Annotated[str | None, typer.Option("--ann", help="FAISS factory string. Default: chosen by size.")] = None,
     labels: Annotated[str | None, typer.Option("--labels", help="binary-nli. Default: the run's.")] = None,
     max_length: Annotated[
-        int | None, typer.Option("--max-length", help="Default: the run's, else the model's.")
+        int | None,
+        typer.Option(
+            "--max-length",
+            help="Longest row in word pieces; the rest is cut, in test rows too. Default: the run's, else the model's "
+            "limit, at most 512.",
+            show_default=False,
+        ),
     ] = None,
     precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16.")] = "fp32",
     seed: Annotated[int, typer.Option("--seed")] = 0,
@@ -170,6 +176,7 @@ def index(
     """See HELP."""
     from forebear.indexer import build
     from forebear.indexer.options import BuildOptions
+    from forebear.indexer.row_facts import row_facts
     from forebear.indexer.runs import choose_model
 
     if sum((append, bool(retire), rebuild_ann, refit)) > 1:
@@ -244,6 +251,12 @@ def index(
     manifest = built.manifest
     if manifest.spec.sketched_scopes and manifest.fit_age.is_stale:
         warn(f"{out}: {manifest.fit_age}.")
+    if train is not None:
+        facts_of_rows = row_facts(built)
+        for line in facts_of_rows.describe():
+            say(line, quiet=quiet)
+        for line in facts_of_rows.warnings():
+            warn(line)
     total = sum(facts["bytes"] for facts in manifest.files.values())
     say(
         f"{out}: {manifest.n_live:,} rows, {len(manifest.checkpoints)} checkpoint(s), {size(total)} "

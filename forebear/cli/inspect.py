@@ -77,9 +77,11 @@ def info(index: Folder, as_json: JsonOut = False) -> None:
 def index_facts(index: Any) -> dict[str, Any]:
     """What ``forebear info --json`` prints."""
     from forebear.indexer.ann import backend
+    from forebear.indexer.row_facts import row_facts
 
     manifest = index.manifest
     spec = manifest.spec
+    told = row_facts(index)
     by_kind: dict[str, int] = {}
     fitted = manifest.fitted_name("")
     for name, facts in manifest.files.items():
@@ -91,6 +93,7 @@ def index_facts(index: Any) -> dict[str, Any]:
         "digest": manifest.digest(),
         "spec_digest": spec.digest(),
         "rows": {"live": manifest.n_live, "retired": manifest.n_retired, "given_out": manifest.n_rows},
+        "row_facts": asdict(told) | {"lines": told.describe(), "warnings": told.warnings()},
         "segments": [asdict(segment) for segment in manifest.segments],
         "text_columns": list(spec.text_columns),
         "label_names": list(spec.label_names),
@@ -148,6 +151,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             "rows",
             f"{rows['live']:,} live, {rows['retired']:,} retired; text columns {', '.join(facts['text_columns'])}",
         ),
+        *(("rows", line) for line in facts["row_facts"]["lines"]),
+        *(("warning", line) for line in facts["row_facts"]["warnings"]),
         ("labels", ", ".join(facts["label_names"]) + (f" ({facts['label_mode']})" if facts["label_mode"] else "")),
         ("model", f"max length {facts['max_length']}, {facts['precision']}"),
     ]

@@ -61,7 +61,10 @@ def register(app: typer.Typer) -> None:
 
 def retrieve(
     index: IndexFolder,
-    test: Annotated[str | None, typer.Option("--test", help="Rows to explain: a file, folder or hub name.")] = None,
+    test: Annotated[
+        str | None,
+        typer.Option("--test", help="Rows to explain: a file, folder or hub name. Cut at the index's --max-length."),
+    ] = None,
     text: Annotated[str | None, typer.Option("--text", help="One text to explain (with --pair: the first).")] = None,
     pair: Pair = None,
     method: Annotated[

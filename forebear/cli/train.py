@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.console import Variadic, progress_bar, say
+from forebear.cli.console import Variadic, progress_bar, say, warn
 from forebear.cli.options import Device, Force, LabelColumn, LabelNames, Quiet, TextColumns, Unlabelled
 from forebear.cli.rows import open_rows_aloud
 
@@ -44,7 +44,14 @@ def train(
         str | None,
         typer.Option("--labels", help="binary-nli: neutral and contradiction become non-entailment, here and later."),
     ] = None,
-    max_length: Annotated[int | None, typer.Option("--max-length", help="Longest input in word pieces.")] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            "--max-length",
+            help="Longest row in word pieces; the rest is cut. Default: 128, or the model's limit if that is shorter.",
+            show_default=False,
+        ),
+    ] = None,
     precision: Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")] = "auto",
     seed: Annotated[int, typer.Option("--seed")] = 0,
     text_columns: TextColumns = None,
@@ -83,7 +90,7 @@ def train(
 
     with progress_bar(quiet=quiet) as progress:
         run = run_training(
-            rows(data), model, out, options, dev=rows(dev) if dev else None, force=force, progress=progress
+            rows(data), model, out, options, dev=rows(dev) if dev else None, force=force, progress=progress, warn=warn
         )
     for checkpoint in run.checkpoints:
         accuracy = "" if checkpoint.accuracy is None else f", dev accuracy {checkpoint.accuracy:.1%}"

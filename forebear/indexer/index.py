@@ -308,6 +308,10 @@ class Index:
             self._cache["token counts"] = sparse.csr_array((values, tokens, starts), shape=(len(counts), width))
         return self._cache["token counts"]
 
+    def row_metadata(self) -> list[dict[bytes, bytes]]:
+        """What each shard of rows says beside its columns."""
+        return [batch.schema.metadata or {} for batch in self._shards("rows")]
+
     def _row_column(self, name: str) -> np.ndarray:
         key = ("column", name)
         if key not in self._cache:

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from forebear.errors import InputError, MismatchError
 from forebear.indexer.data import RowBlock, RowSource
+from forebear.indexer.encoding import Encoded, encode
 from forebear.indexer.forward import residual_and_loss, run_forward
 from forebear.indexer.gradient_pass import labels_seed, run_pass
 from forebear.indexer.gradient_stage import Sample, fit_scope, open_sketchers, sample_rows
@@ -19,6 +20,7 @@ from forebear.indexer.labels import LabelMap
 from forebear.indexer.manifest import Checkpoint, IndexSpec
 from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.options import BuildOptions, Progress, counted, ignore_warning
+from forebear.indexer.row_facts import count_reading, reading_metadata
 from forebear.indexer.sentence import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.sketch import Sketcher
 from forebear.indexer.span_store import SPANS, write_spans
@@ -150,6 +152,7 @@ class ShardWriter:
     ) -> None:
         """One forward (and, for sketches and words, one backward of activations) over a block of rows."""
         gold = _labels_of(block, self.labels)
+        encoded = Encoded(encode(classifier, block.texts))
         batch_tokens = self.spec.batch_tokens
         sketches = {kind: s.collector(len(block), classifier.device) for kind, s in sketchers.items()}
         words = {
@@ -158,7 +161,7 @@ class ShardWriter:
         }
         if sketches or words:
             forward = run_pass(
-                classifier, block.texts, labels_seed(gold), [*sketches.values(), *words.values()],
+                classifier, encoded, labels_seed(gold), [*sketches.values(), *words.values()],
                 batch_tokens=batch_tokens, first_row=row, on_rows=on_rows, warn=self.warn,
             )  # fmt: skip
             for kind, sketch in sketches.items():
@@ -166,14 +169,15 @@ class ShardWriter:
             for kind, gathered in words.items():
                 write_run(self.folder / runs_folder(kind) / path.name, gathered.rows(row), row)
         else:
-            forward = run_forward(classifier, block.texts, batch_tokens=batch_tokens, first_row=row, on_rows=on_rows)
+            forward = run_forward(classifier, encoded, batch_tokens=batch_tokens, first_row=row, on_rows=on_rows)
         residuals, losses = residual_and_loss(forward.logits, gold)
         if checkpoint is self.checkpoints[-1]:
             columns: dict[str, pa.Array | np.ndarray] = {"row": np.arange(row, row + len(block))}
             columns |= {f"text_{i}": pa.array(texts, pa.string()) for i, texts in enumerate(block.texts)}
             columns |= {"label": gold.astype(np.int32), "prediction": forward.predictions.astype(np.int32)}
             columns |= {"probabilities": forward.probabilities.astype(np.float32), "loss": losses.astype(np.float32)}
-            write_columns(self.folder / "rows" / path.name, columns)
+            reading = count_reading(classifier.tokenizer, block.texts, encoded.rows, classifier.max_length)
+            write_columns(self.folder / "rows" / path.name, columns, reading_metadata(reading))
             if words:
                 starts, tokens, counts = count_tokens(classifier, block.texts)
                 lists = {

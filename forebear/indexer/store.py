@@ -74,9 +74,11 @@ def write_table(path: Path, batches: Sequence[pa.RecordBatch] | Iterator[pa.Reco
             writer.write_batch(batch)
 
 
-def write_columns(path: Path, columns: Mapping[str, pa.Array | np.ndarray]) -> None:
-    """Write one record batch; 2-D arrays become fixed-size lists."""
-    batch = record_batch(columns)
+def write_columns(
+    path: Path, columns: Mapping[str, pa.Array | np.ndarray], metadata: dict[bytes, bytes] | None = None
+) -> None:
+    """Write one record batch; 2-D arrays become fixed-size lists, ``metadata`` is the schema's."""
+    batch = record_batch(columns).replace_schema_metadata(metadata)
     write_table(path, [batch], batch.schema)
 
 

@@ -12,7 +12,7 @@ same weights, with development rows or without; a GPU may sum in another order.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +31,8 @@ from forebear.indexer.labels import label_map
 from forebear.indexer.locks import LOCK_NAME, check_free, exclusive
 from forebear.indexer.manifest import library_versions
 from forebear.indexer.model import Classifier, check_finite_weights, dropout_settings, pick_device
-from forebear.indexer.options import Progress, no_progress
+from forebear.indexer.options import Progress, ignore_warning, no_progress
+from forebear.indexer.row_facts import Reading, count_reading
 from forebear.indexer.run_folder import CHECKPOINTS, check_out, clear_out, save_checkpoint
 from forebear.indexer.runs import Run, RunCheckpoint
 from forebear.indexer.start import freeze_below, load_start
@@ -101,6 +102,7 @@ def train(
     dev: RowSource | None = None,
     force: bool = False,
     progress: Progress = no_progress,
+    warn: Callable[[str | None], None] = ignore_warning,
 ) -> Run:
     """Fine-tune a classifier on labelled rows and write the run folder.
 
@@ -115,6 +117,7 @@ def train(
         dev: Rows on which each checkpoint's accuracy is recorded, in the precision of the training.
         force: Replace an earlier run in ``out``; only files of such a run are removed.
         progress: Told of each stage (``reading rows``, ``training``, ``evaluating``).
+        warn: Told before the first step where many words are unknown to the tokenizer, or many rows are cut.
 
     Returns:
         What was written to ``run.json``.
@@ -159,7 +162,10 @@ def _train(
         if options.freeze_below is not None:
             freeze_below(classifier.model, options.freeze_below, classifier.name)
         options = replace(options, max_length=classifier.max_length)
-        rows, data_sha256 = _encode_labelled(source, classifier, options.label_mode, progress), source.sha256()
+        rows, reading = _encode_labelled(source, classifier, options.label_mode, progress)
+        for warning in reading.warnings(classifier.max_length, f"the rows of {source.name}"):
+            warn(warning)
+        data_sha256 = source.sha256()
         evaluation = None if dev is None else _Evaluation(dev, source, classifier, options.label_mode, progress)
         clear_out(folder)
         course = _Course(classifier, rows, folder, options, evaluation, progress)
@@ -268,17 +274,19 @@ def quiet_transformers() -> Iterator[None]:
 
 def _encode_labelled(
     source: RowSource, classifier: Classifier, mode: str | None, progress: Progress
-) -> list[dict[str, Any]]:
-    """Word pieces and class id of every row.
+) -> tuple[list[dict[str, Any]], Reading]:
+    """Word pieces and class id of every row, and how much of them the model reads.
 
     Raises:
         DataError: Fewer than two classes occur.
     """
     labels = label_map(source, classifier.label_names, mode)
     rows: list[dict[str, Any]] = []
+    reading = Reading()
     for block in source.blocks(BLOCK_ROWS):
         ids = labels(block.labels or [], block.start)
         encoded = tokenize(classifier.tokenizer, block.texts, classifier.max_length)
+        reading += count_reading(classifier.tokenizer, block.texts, encoded, classifier.max_length)
         for row, label in zip(encoded, ids, strict=True):
             pieces = {key: np.asarray(values, dtype=np.int32) for key, values in row.items()}
             rows.append({**pieces, "labels": int(label)})
@@ -287,7 +295,7 @@ def _encode_labelled(
     if len(found) < 2:
         only = classifier.label_names[found.pop()]
         raise DataError(f"every row of {source.name} is {only}; a classifier needs rows of two classes or more.")
-    return rows
+    return rows, reading
 
 
 class _Evaluation:

@@ -1,0 +1,175 @@
+"""What is told of an index's rows: accuracy beside the run's, unknown word pieces, rows that are cut."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_families import without_tokenizer
+from tiny import WORDS, labels, make_tiny_model, sentences, write_jsonl
+from transformers import AutoTokenizer
+
+from forebear.errors import ModelError
+from forebear.indexer.build import BuildOptions, append_rows, build_index, retire_rows
+from forebear.indexer.data import open_rows, rows_from_texts
+from forebear.indexer.encoding import tokenize
+from forebear.indexer.index import Index
+from forebear.indexer.row_facts import Reading, RowFacts, count_reading, row_facts
+from forebear.indexer.runs import choose_model
+from forebear.indexer.training import TrainOptions, train
+
+
+def forebear(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from forebear.cli.main import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def learnable(n: int) -> tuple[list[str], list[str]]:
+    """Texts whose first word gives their label away."""
+    gold = ["no" if label else "yes" for label in labels(n)]
+    return [f"{'bad' if g == 'no' else 'good'} {t}" for g, t in zip(gold, sentences(n), strict=True)], gold
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that learnt its rows, on rows.jsonl and dev.jsonl beside it."""
+    folder = tmp_path_factory.mktemp("run")
+    for name, n in (("rows", 120), ("dev", 40)):
+        texts, gold = learnable(n)
+        write_jsonl(folder / f"{name}.jsonl", text=texts, label=gold)
+    start = make_tiny_model(folder / "start", scale=1.0)
+    options = TrainOptions(epochs=4, learning_rate=1e-2, precision="fp32", device="cpu")
+    rows, dev = (open_rows(folder / f"{name}.jsonl") for name in ("rows", "dev"))
+    train(rows, start, folder / "run", options, dev=dev)
+    return folder
+
+
+def test_a_build_and_info_tell_accuracy_beside_the_run_s_and_what_is_read(run, tmp_path):
+    done = forebear("index", "--model", run / "run", "--train", run / "rows.jsonl", "--out", tmp_path / "i")
+    assert done.returncode == 0, done.stderr
+    facts = row_facts(Index.open(tmp_path / "i"))
+    recorded = json.loads((run / "run" / "run.json").read_text())["checkpoints"][-1]
+    assert (facts.dev_accuracy, facts.train_loss) == (recorded["accuracy"], recorded["train_loss"])
+    assert facts.accuracy == 1.0
+    line = f"accuracy on the indexed rows 100.0% ({recorded['accuracy']:.1%} on the run's development rows; "
+    read = "0.0% of word pieces unknown to the tokenizer, 0.0% of rows cut at 40 word pieces"
+    for told in (done.stderr, " ".join(forebear("info", tmp_path / "i").stdout.split())):
+        assert line in told
+        assert read in told
+        assert "warning" not in told
+    stated = json.loads(forebear("info", "--json", tmp_path / "i").stdout)["row_facts"]
+    assert (stated["accuracy"], stated["reading"]["n_rows"], stated["warnings"]) == (1.0, 120, [])
+
+
+def test_labels_in_another_order_are_remarked_on(run, tmp_path):
+    texts, gold = learnable(60)
+    turned = [{"yes": "no", "no": "yes"}[g] for g in gold]
+    path = write_jsonl(tmp_path / "turned.jsonl", text=texts, label=turned)
+    done = forebear("index", "--quiet", "--model", run / "run", "--train", path, "--out", tmp_path / "i")
+    assert done.returncode == 0
+    assert "warning: the model predicts the label of 0.0% of the indexed rows" in done.stderr
+    assert "--label-names" in done.stderr
+
+
+def test_a_model_far_below_its_run_is_remarked_on():
+    known = {"mean_loss": 1.0, "most_frequent": 0.25, "train_loss": 0.3, "max_length": 128, "reading": Reading(1, 1)}
+    assert not RowFacts(accuracy=0.8, dev_accuracy=0.9, **known).warnings()
+    (found,) = RowFacts(accuracy=0.7, dev_accuracy=0.9, **known).warnings()
+    assert "70.0% of the indexed rows (it had 90.0% on its run's development rows)" in found
+    assert not RowFacts(accuracy=0.7, dev_accuracy=None, **known).warnings()
+
+
+def test_unknown_words_and_cut_rows_are_counted_and_remarked_on(tmp_path):
+    folder = make_tiny_model(tmp_path / "m")
+    texts = ["good film unheard", "good " * 50, "actor", "unseen unheard of"]
+    path = write_jsonl(tmp_path / "rows.jsonl", text=texts, label=["LABEL_0", "LABEL_1", "LABEL_0", "LABEL_1"])
+    done = forebear("index", "--quiet", "--model", folder, "--train", path, "--out", tmp_path / "i", "--max-length", 9)
+    assert done.returncode == 0, done.stderr
+    # 3 + 7 + 1 + 3 word pieces without start and end tokens; "unheard", "unseen", "unheard", "of" are unknown.
+    assert row_facts(Index.open(tmp_path / "i")).reading == Reading(n_rows=4, n_pieces=14, n_unknown=4, n_cut=1)
+    assert "warning: 28.6% of the word pieces of the indexed rows are unknown to the tokenizer" in done.stderr
+    assert "warning: 25.0% of the indexed rows are longer than 9 word pieces" in done.stderr
+
+
+def test_training_tells_of_cut_rows_before_its_first_step(tmp_path):
+    texts, gold = learnable(40)
+    path = write_jsonl(tmp_path / "rows.jsonl", text=[f"{t} {'film ' * 30}" for t in texts], label=gold)
+    start = make_tiny_model(tmp_path / "start")
+    done = forebear(
+        "train",
+        "--quiet",
+        "--data",
+        path,
+        "--model",
+        start,
+        "--out",
+        tmp_path / "run",
+        "--epochs",
+        1,
+        "--max-length",
+        20,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning: 100.0% of the rows of" in done.stderr
+    assert "longer than 20 word pieces" in done.stderr
+
+
+def test_counts_add_up_over_shards_appends_and_pairs(tmp_path):
+    folder = make_tiny_model(tmp_path / "m")
+    texts = [*sentences(30), "good " * 60, "odd words here"]
+    chosen = choose_model(str(folder)).checkpoints
+    found = []
+    for shard_rows in (7, 4096):
+        out = tmp_path / f"i-{shard_rows}"
+        rows = rows_from_texts(texts[:20], labels(20))
+        index = build_index(rows, out, chosen, BuildOptions(shard_rows=shard_rows))
+        index = append_rows(out, rows_from_texts(texts[20:], labels(12)))
+        found.append(row_facts(index).reading)
+        assert row_facts(retire_rows(out, [1, 31])).reading == found[-1]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert found[0] == found[1] == count_reading(tokenizer, [texts], tokenize(tokenizer, [texts], 40), 40)
+    pairs = [["good", "unheard"], ["film " * 60, "bad"]]
+    assert count_reading(tokenizer, pairs, tokenize(tokenizer, pairs, 40), 40) == Reading(2, 39, 1, 1)
+
+
+def test_an_index_of_an_older_version_tells_what_is_known():
+    golden = Path(__file__).parent / "golden" / "index"
+    facts = row_facts(Index.open(golden))
+    assert facts.reading is None
+    index = Index.open(golden)
+    assert facts.accuracy == np.mean(index.predictions[index.live] == index.labels[index.live])
+    assert len(facts.describe()) == 1
+
+
+@pytest.mark.parametrize("command", ["index", "train"])
+def test_a_model_without_its_tokenizer_files_is_refused_by_the_command(command, tmp_path):
+    """It used to be indexed with a tokenizer of five special tokens, under which every word is unknown."""
+    folder = without_tokenizer(make_tiny_model(tmp_path / "m"))
+    rows = write_jsonl(tmp_path / "rows.jsonl", text=WORDS[:4], label=["LABEL_0", "LABEL_1"] * 2)
+    given = "--train" if command == "index" else "--data"
+    done = forebear(command, "--model", folder, given, rows, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "holds no vocabulary" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    shutil.copy(make_tiny_model(tmp_path / "whole") / "tokenizer.json", folder)
+    assert (
+        "holds no vocabulary" not in forebear(command, "--model", folder, given, rows, "--out", tmp_path / "o").stderr
+    )
+
+
+def test_the_sentence_model_needs_its_tokenizer_too(tmp_path):
+    from forebear.indexer.sentence import load_sentence_encoder
+
+    with pytest.raises(ModelError, match="holds no vocabulary"):
+        load_sentence_encoder(str(without_tokenizer(make_tiny_model(tmp_path / "m"))))
+
+
+@pytest.mark.parametrize(("command", "told"), [("index", "at most 512"), ("train", "128"), ("retrieve", "max-length")])
+def test_help_names_the_default_length(command, told):
+    assert told in " ".join(forebear(command, "--help").stdout.replace("│", " ").split())

@@ -1,0 +1,105 @@
+"""Equal rows get equal scores, to the last bit, whatever the attention kernel and the batches."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+from tiny import labels, make_tiny_model, sentences
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from forebear.indexer import model as model_module
+from forebear.indexer.build import BuildOptions, build_index
+from forebear.indexer.data import rows_from_texts
+from forebear.indexer.encoding import Encoded, distinct_rows
+from forebear.indexer.forward import run_forward
+from forebear.indexer.model import load_classifier
+from forebear.indexer.runs import choose_model
+from forebear.retriever.retriever import Retriever
+
+TWINS = [3, 11, 29, 47]
+HEAD_METHODS = ["gd", "gc", "if", "rif", "nn-cos", "nn-euc", "nn-dot", "rep", "tracin", "tracin-we", "tracin-we-topk"]
+DEEP_METHODS = ["gd", "gc", "if", "rif", "tracin"]
+
+
+def corpus() -> tuple[list[str], list[int]]:
+    texts, gold = sentences(60), labels(60, 3)
+    for row in TWINS:
+        texts[row], gold[row] = "a good film and a bright story about the happy doctor", 1
+    return texts, gold
+
+
+@pytest.fixture(params=["eager", "math", "flash"])
+def kernel(request, monkeypatch):
+    """One attention kernel for all that runs in the test."""
+    if request.param == "eager":
+        load = model_module.load_pretrained
+
+        def eager(auto_class, name, **choices):
+            if "Model" in auto_class.__name__:
+                choices["attn_implementation"] = "eager"
+            return load(auto_class, name, **choices)
+
+        monkeypatch.setattr(model_module, "load_pretrained", eager)
+    with sdpa_kernel(SDPBackend.MATH) if request.param == "math" else nullcontext():
+        yield request.param
+
+
+def test_equal_rows_come_back_in_row_order_with_one_score(kernel, tmp_path):
+    texts, gold = corpus()
+    folder = make_tiny_model(tmp_path / "m", n_classes=3)
+    # Batches of three such rows: two of the four would share no batch with the others.
+    options = BuildOptions(
+        stores=("features", "words"), words_tops=(0, 5), scopes=("head", "all"), batch_tokens=40, calibration_queries=0
+    )
+    index = build_index(rows_from_texts(texts, gold), tmp_path / "i", choose_model(str(folder)).checkpoints, options)
+    retriever = Retriever(index)
+    for scope, methods in (("head", HEAD_METHODS), ("all", DEEP_METHODS)):
+        for exact in ("rerank", "full"):
+            table = retriever.retrieve(sentences(5, seed=9), methods=methods, scope=scope, top=60, exact=exact)
+            for method in methods:
+                for query in range(5):
+                    chosen = pc.and_(pc.equal(table["method"], method), pc.equal(table["query"], query))
+                    part = table.filter(pc.and_(chosen, pc.equal(table["side"], "proponent")))
+                    rows, scores = part["row"].to_numpy(), part["score"].to_numpy()
+                    places = np.flatnonzero(np.isin(rows, TWINS))
+                    assert len(np.unique(scores[places])) == 1, (scope, method, query)
+                    assert rows[places].tolist() == TWINS, (scope, method, query)
+
+
+def test_equal_word_pieces_have_equal_features_also_under_other_labels(kernel, tmp_path):
+    texts, gold = corpus()
+    gold[11] = 2
+    folder = make_tiny_model(tmp_path / "m", n_classes=3)
+    options = BuildOptions(scopes=("head", "all"), batch_tokens=40, calibration_queries=0)
+    index = build_index(rows_from_texts(texts, gold), tmp_path / "i", choose_model(str(folder)).checkpoints, options)
+    features, residuals = (values.take(np.array(TWINS)) for values in (index.features(), index.residuals()))
+    assert (features == features[0]).all()
+    assert (residuals[[0, 2, 3]] == residuals[0]).all()
+    np.testing.assert_allclose(residuals[1] + np.eye(3)[2], residuals[0] + np.eye(3)[1], atol=1e-6)
+
+
+def test_equal_test_rows_are_asked_alike(kernel, tmp_path):
+    classifier = load_classifier(make_tiny_model(tmp_path / "m", n_classes=3))
+    texts, _ = corpus()
+    forward = run_forward(classifier, [texts], batch_tokens=40)
+    assert (forward.logits[TWINS] == forward.logits[3]).all()
+    assert not (forward.logits[TWINS[0]] == forward.logits[4]).all()
+
+
+def test_rows_are_told_apart_by_all_that_the_model_reads():
+    plain = {"input_ids": [2, 7, 3], "attention_mask": [1, 1, 1]}
+    rows = [
+        plain,
+        {"input_ids": [2, 7, 3], "attention_mask": [1, 0, 1]},
+        dict(plain),
+        {"input_ids": [2, 7], "x": [3, 1]},
+    ]
+    first, kinds = distinct_rows(Encoded(rows))
+    assert (first.tolist(), kinds.tolist()) == ([0, 1, 3], [0, 1, 0, 2])
+    first, kinds = distinct_rows(Encoded(rows), [0, 0, 1, 0])
+    assert (first.tolist(), kinds.tolist()) == ([0, 1, 2, 3], [0, 1, 2, 3])
+    first, kinds = distinct_rows(Encoded([plain] * 3, minus=[plain, rows[1], plain]))
+    assert (first.tolist(), kinds.tolist()) == ([0, 1], [0, 1, 0])
