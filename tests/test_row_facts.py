@@ -42,8 +42,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, n in (("rows", 120), ("dev", 40)):
         texts, gold = learnable(n)
         write_jsonl(folder / f"{name}.jsonl", text=texts, label=gold)
-    start = make_tiny_model(folder / "start", scale=1.0)
-    options = TrainOptions(epochs=4, learning_rate=1e-2, precision="fp32", device="cpu")
+    start = make_tiny_model(folder / "start", scale=2.0)
+    options = TrainOptions(epochs=5, learning_rate=5e-3, batch_size=8, precision="fp32", device="cpu")
     rows, dev = (open_rows(folder / f"{name}.jsonl") for name in ("rows", "dev"))
     train(rows, start, folder / "run", options, dev=dev)
     return folder
