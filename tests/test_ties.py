@@ -11,10 +11,11 @@ from tiny import labels, make_tiny_model, sentences
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forebear.indexer import model as model_module
-from forebear.indexer.build import BuildOptions, build_index
+from forebear.indexer.build import BuildOptions, append_rows, build_index
 from forebear.indexer.data import rows_from_texts
 from forebear.indexer.encoding import Encoded, distinct_rows
 from forebear.indexer.forward import run_forward
+from forebear.indexer.index import Index
 from forebear.indexer.model import load_classifier
 from forebear.indexer.runs import choose_model
 from forebear.retriever.retriever import Retriever
@@ -55,6 +56,11 @@ def test_equal_rows_come_back_in_row_order_with_one_score(kernel, tmp_path):
         stores=("features", "words"), words_tops=(0, 5), scopes=("head", "all"), batch_tokens=40, calibration_queries=0
     )
     index = build_index(rows_from_texts(texts, gold), tmp_path / "i", choose_model(str(folder)).checkpoints, options)
+    check_twins(index)
+
+
+def check_twins(index: Index) -> None:
+    """In every method's ranking the equal rows have one score and stand in row order."""
     retriever = Retriever(index)
     for scope, methods in (("head", HEAD_METHODS), ("all", DEEP_METHODS)):
         for exact in ("rerank", "full"):
@@ -67,6 +73,40 @@ def test_equal_rows_come_back_in_row_order_with_one_score(kernel, tmp_path):
                     places = np.flatnonzero(np.isin(rows, TWINS))
                     assert len(np.unique(scores[places])) == 1, (scope, method, query)
                     assert rows[places].tolist() == TWINS, (scope, method, query)
+
+
+def test_equal_rows_of_other_shards_and_of_an_append_tie_too(kernel, tmp_path):
+    texts, gold = corpus()
+    chosen = choose_model(str(make_tiny_model(tmp_path / "m", n_classes=3))).checkpoints
+    options = BuildOptions(
+        stores=("features", "words"), words_tops=(0, 5), scopes=("head", "all"), batch_tokens=40, shard_rows=7,
+        calibration_queries=0,
+    )  # fmt: skip
+    build_index(rows_from_texts(texts[:40], gold[:40]), tmp_path / "i", chosen, options)
+    index = append_rows(tmp_path / "i", rows_from_texts(texts[40:], gold[40:]))
+    assert len({row // 7 for row in TWINS}) == 4
+    check_twins(index)
+    features, residuals = (values.take(np.array(TWINS)) for values in (index.features(), index.residuals()))
+    assert (features == features[0]).all()
+    assert (residuals == residuals[0]).all()
+    norms = index.gradients("all").norms[TWINS]
+    assert (norms == norms[0]).all()
+
+
+def test_a_resumed_build_finds_equal_rows_of_the_shards_that_were_written(tmp_path):
+    texts, gold = corpus()
+    chosen = choose_model(str(make_tiny_model(tmp_path / "m", n_classes=3))).checkpoints
+    options = BuildOptions(scopes=("head", "all"), batch_tokens=40, shard_rows=7, calibration_queries=0)
+    whole = build_index(rows_from_texts(texts, gold), tmp_path / "i", chosen, options)
+
+    def stop(stage: str, done: int, _total: int) -> None:
+        if stage.startswith("features") and done >= 28:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_index(rows_from_texts(texts, gold), tmp_path / "j", chosen, options, progress=stop)
+    again = build_index(rows_from_texts(texts, gold), tmp_path / "j", chosen, options, resume=True)
+    assert again.manifest.files == whole.manifest.files
 
 
 def test_equal_word_pieces_have_equal_features_also_under_other_labels(kernel, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from forebear.errors import InputError, MismatchError
 from forebear.indexer.data import RowBlock, RowSource
+from forebear.indexer.earlier_rows import EarlierRows, copy_repeats, row_digests
 from forebear.indexer.encoding import Encoded, encode
 from forebear.indexer.forward import residual_and_loss, run_forward
 from forebear.indexer.gradient_pass import labels_seed, run_pass
@@ -25,7 +26,7 @@ from forebear.indexer.sentence import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.sketch import Sketcher
 from forebear.indexer.span_store import SPANS, write_spans
 from forebear.indexer.spans import find_spans, mask_found, span_finder
-from forebear.indexer.store import write_columns
+from forebear.indexer.store import column, read_batches, write_columns
 from forebear.indexer.word_store import runs_folder, words_folder, write_run
 from forebear.indexer.words import WordGradients, count_tokens
 
@@ -94,6 +95,7 @@ class ShardWriter:
     options: BuildOptions
     progress: Progress
     warn: Callable[[str | None], None] = ignore_warning
+    _earlier: EarlierRows = field(default_factory=EarlierRows)
 
     def write(self, last: Classifier) -> None:
         """Write what is missing; ``last`` is the model of the last checkpoint."""
@@ -153,6 +155,7 @@ class ShardWriter:
         """One forward (and, for sketches and words, one backward of activations) over a block of rows."""
         gold = _labels_of(block, self.labels)
         encoded = Encoded(encode(classifier, block.texts))
+        self._note_rows(classifier, int(path.stem), encoded, gold)
         batch_tokens = self.spec.batch_tokens
         sketches = {kind: s.collector(len(block), classifier.device) for kind, s in sketchers.items()}
         words = {
@@ -165,7 +168,7 @@ class ShardWriter:
                 batch_tokens=batch_tokens, first_row=row, on_rows=on_rows, warn=self.warn,
             )  # fmt: skip
             for kind, sketch in sketches.items():
-                write_columns(self.fit_folder / kind / path.name, sketch.rows(row).columns(sketchers[kind].reduction))
+                self._write_rows(self.fit_folder / kind, path.name, sketch.rows(row).columns(sketchers[kind].reduction))
             for kind, gathered in words.items():
                 write_run(self.folder / runs_folder(kind) / path.name, gathered.rows(row), row)
         else:
@@ -177,7 +180,7 @@ class ShardWriter:
             columns |= {"label": gold.astype(np.int32), "prediction": forward.predictions.astype(np.int32)}
             columns |= {"probabilities": forward.probabilities.astype(np.float32), "loss": losses.astype(np.float32)}
             reading = count_reading(classifier.tokenizer, block.texts, encoded.rows, classifier.max_length)
-            write_columns(self.folder / "rows" / path.name, columns, reading_metadata(reading))
+            self._write_rows(self.folder / "rows", path.name, columns, reading_metadata(reading))
             if words:
                 starts, tokens, counts = count_tokens(classifier, block.texts)
                 lists = {
@@ -185,7 +188,34 @@ class ShardWriter:
                     for name, values in (("token", tokens), ("count", counts))
                 }
                 write_columns(self.folder / "tokens" / path.name, lists)
-        write_columns(path, {"feature": forward.features, "residual": residuals.astype(np.float32)})
+        numbers: dict[str, pa.Array | np.ndarray] = {"feature": forward.features}
+        self._write_rows(path.parent, path.name, numbers | {"residual": residuals.astype(np.float32)})
+
+    def _note_rows(self, classifier: Classifier, shard: int, encoded: Encoded, gold: np.ndarray) -> None:
+        """Find the rows of a shard that an earlier one has; shards that were written before are read again."""
+        earlier = self._earlier
+        while earlier.n_shards < self.first_shard:  # of an append: rows of the index as it was
+            old = read_batches(self.folder / "rows" / f"{earlier.n_shards:05d}.arrow")[0]
+            texts = [old.column(f"text_{i}").to_pylist() for i in range(len(self.spec.text_columns))]
+            earlier.add(row_digests(encode(classifier, texts), column(old, "label")))
+        if earlier.n_shards < shard:  # of a build that is resumed
+            for block in self.source.blocks(self.spec.shard_rows):
+                number = self.first_shard + block.start // self.spec.shard_rows
+                if earlier.n_shards <= number < shard:
+                    earlier.add(row_digests(encode(classifier, block.texts), _labels_of(block, self.labels)))
+        if earlier.n_shards == shard:  # at the first checkpoint
+            earlier.add(row_digests(encoded.rows, gold))
+
+    def _write_rows(
+        self,
+        folder: Path,
+        name: str,
+        columns: dict[str, pa.Array | np.ndarray],
+        metadata: dict[bytes, bytes] | None = None,
+    ) -> None:
+        """Write a shard of numbers by row, those of equal rows as they were first stored."""
+        copy_repeats(folder, columns, *self._earlier.repeats(int(Path(name).stem)))
+        write_columns(folder / name, columns, metadata)
 
     def _write_sentences(
         self, encoder: SentenceEncoder, path: Path, block: RowBlock, row: int, on_rows: OnRows

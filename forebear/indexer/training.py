@@ -136,7 +136,7 @@ def train(
     check_out(folder, force)
     with exclusive(folder / LOCK_NAME, str(folder)):
         check_out(folder, force)
-        return _train(source, model, folder, options, dev, progress)
+        return _train(source, model, folder, options, dev, progress, warn)
 
 
 def _train(
@@ -146,6 +146,7 @@ def _train(
     options: TrainOptions,
     dev: RowSource | None,
     progress: Progress,
+    warn: Callable[[str | None], None],
 ) -> Run:
     device = _pick_training_device(options.device)
     options = replace(options, precision=_pick_precision(options.precision, device), device=device.type)
