@@ -94,6 +94,10 @@ def test_unknown_words_and_cut_rows_are_counted_and_remarked_on(tmp_path):
     assert row_facts(Index.open(tmp_path / "i")).reading == Reading(n_rows=4, n_pieces=14, n_unknown=4, n_cut=1)
     assert "warning: 28.6% of the word pieces of the indexed rows are unknown to the tokenizer" in done.stderr
     assert "warning: 25.0% of the indexed rows are longer than 9 word pieces" in done.stderr
+    asked = forebear("retrieve", "--index", tmp_path / "i", "--test", path, "--out", tmp_path / "o.jsonl", "--quiet")
+    assert asked.returncode == 0, asked.stderr
+    assert "warning: 28.6% of the word pieces of the test rows are unknown" in asked.stderr
+    assert "warning: 25.0% of the test rows are longer than 9 word pieces" in asked.stderr
 
 
 def test_training_tells_of_cut_rows_before_its_first_step(tmp_path):

@@ -11,7 +11,7 @@ import typer
 
 from forebear.cli.answers import SHOWN_QUERIES, say_recall, show_answers
 from forebear.cli.asking import ColumnOptions, QuerySpans, say_what_was_fitted, warn_of_labels
-from forebear.cli.console import Variadic, listed, progress_bar, say
+from forebear.cli.console import Variadic, listed, progress_bar, say, warn
 from forebear.cli.options import (
     Damping,
     Device,
@@ -32,7 +32,9 @@ from forebear.errors import InputError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from forebear.indexer.data import RowSource
     from forebear.retriever.results import Answers
+    from forebear.retriever.retriever import Retriever
 
 HELP = """Rank the training rows behind each prediction: proponents and opponents, by one or more methods.
 
@@ -223,6 +225,7 @@ def retrieve(
         found = retriever.answers(source, spec, block_rows=SHOWN_QUERIES)
         show_answers(found, tables_of, source, methods, aggregate=aggregate)
         say_recall(retriever, spec, quiet=quiet)
+        _warn_of_reading(retriever, source)
         return
     signs = SignCounts(methods)
     with (
@@ -243,3 +246,14 @@ def retrieve(
     for note in signs.notes():
         say(f"note: {note}", quiet=quiet)
     say_recall(retriever, spec, quiet=quiet)
+    _warn_of_reading(retriever, source)
+
+
+def _warn_of_reading(retriever: Retriever, source: RowSource) -> None:
+    """Say where the model does not see much of the test rows."""
+    from forebear.indexer.row_facts import reading_of_source
+
+    classifier = retriever.classifier()
+    reading = reading_of_source(classifier, source)
+    for warning in reading.warnings(classifier.max_length, "the test rows"):
+        warn(warning)

@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import DataError
+from forebear.indexer.data import RowSource
+from forebear.indexer.encoding import encode
 from forebear.indexer.index import Index
+from forebear.indexer.model import Classifier
 from forebear.indexer.runs import RunCheckpoint, path_to, read_run
 
 READING_KEY = b"forebear.reading"  # of a shard of rows, in its schema's metadata
@@ -103,6 +106,16 @@ def count_reading(
         n_unknown=0 if unknown is None else sum(row["input_ids"].count(unknown) for row in rows),
         n_cut=sum(len(ids) > max_length for ids in whole),
     )
+
+
+def reading_of_source(classifier: Classifier, source: RowSource) -> Reading:
+    """How much of a source's rows a classifier reads; the rows are encoded, the model is not run."""
+    total = Reading()
+    for block in source.blocks():
+        total += count_reading(
+            classifier.tokenizer, block.texts, encode(classifier, block.texts), classifier.max_length
+        )
+    return total
 
 
 @dataclass(frozen=True)
