@@ -319,6 +319,9 @@ def test_two_trainings_and_two_answers_to_one_place_are_kept_apart(
     assert command(*train, "--quiet", "--force") == 0  # the lock file of a process that was killed is in nobody's way
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "run.json"]
     assert [path.name for path in tmp_path.glob("a.*")] == ["a.parquet"]
+    (tmp_path / "a.parquet.lock").write_text("process 1 on some host")  # killed when the answers were already there
+    assert command(*ask, "--quiet") == 2
+    assert [path.name for path in tmp_path.glob("a.*")] == ["a.parquet"]
 
 
 def test_a_lock_leaves_nothing_behind_and_a_mistake_no_folder(tmp_path: Path, model: str) -> None:

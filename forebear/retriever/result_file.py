@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from forebear.errors import InputError, OutputExistsError
-from forebear.indexer.locks import exclusive
+from forebear.indexer.locks import claimed, exclusive
 from forebear.indexer.store import atomic_file, write_bytes
 
 _LINES = 1024  # results that are turned into JSON together
@@ -65,4 +65,8 @@ def check_output(path: Path, *, force: bool) -> None:
     if path.is_dir():
         raise InputError(f"--out {path} is a folder. Give a file name.")
     if path.exists() and not force:
+        lock = path.with_name(path.name + ".lock")
+        if lock.exists():  # of a process that was killed when the file was done: taken, it goes
+            with claimed(lock):
+                pass
         raise OutputExistsError(f"{path} exists. Give another --out, or --force to replace it.")
