@@ -16,7 +16,7 @@ import forebear
 from forebear.errors import StorageError
 from forebear.indexer import ekfac, gradients, products, sketch, words
 from forebear.indexer.encoding import encode_with_places
-from forebear.indexer.gradient_pass import Collector, labels_seed, run_pass
+from forebear.indexer.gradient_pass import Collector, RowCollector, labels_seed, run_pass
 from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.projector import PlainProjector, draw_bases
 from forebear.indexer.scopes import scope_blocks
@@ -38,7 +38,7 @@ def package_classes() -> list[type]:
     return found
 
 
-COLLECTORS = [c for c in package_classes() if issubclass(c, Collector) and c is not Collector]
+COLLECTORS = [c for c in package_classes() if issubclass(c, Collector) and c not in (Collector, RowCollector)]
 
 
 class Maker:
