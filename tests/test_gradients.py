@@ -585,11 +585,11 @@ def test_an_interrupted_build_resumes_to_the_same_bytes_but_not_with_another_dam
 
     real, calls = shards.write_columns, []
 
-    def dies(path, columns):
+    def dies(path, *columns):
         calls.append(path)
         if "whitened-0" in str(path):
             raise KeyboardInterrupt
-        real(path, columns)
+        real(path, *columns)
 
     monkeypatch.setattr(shards, "write_columns", dies)
     with pytest.raises(KeyboardInterrupt):

@@ -390,7 +390,7 @@ def test_verify_computes_word_gradients_again(folder, tmp_path, precision):
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["files"][name]["sha256"] = hashes(out)[name]
     del manifest["digest"]
-    (out / "manifest.json").write_text(json.dumps(manifest | {"digest": digest_of(manifest)}))
+    (out / "manifest.json").write_text(json.dumps(manifest | {"digest": digest_of(manifest)}) + "\n")
     assert not verify_index(out, n_rows=0).problems
     assert verify_index(out, n_rows=21).problems
 

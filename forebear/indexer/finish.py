@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from forebear.indexer.manifest import Manifest
 from forebear.indexer.model import Classifier
 from forebear.indexer.options import Progress, counted
 from forebear.indexer.span_store import SPANS, masked_folder, span_gradients
-from forebear.indexer.store import file_sha256, write_columns
+from forebear.indexer.store import RowMatrix, file_sha256, write_columns
 from forebear.indexer.word_store import merge_runs, runs_folder, words_folder
 
 
@@ -190,6 +191,20 @@ def _factorised(hessian: np.ndarray, damping: float, manifest: Manifest) -> np.n
         ) from error
 
 
+def _first_equal_rows(features: RowMatrix, residuals: RowMatrix) -> np.ndarray:
+    """For each row the first one with the same feature and residual, ``(n,)``.
+
+    A product over a block of rows rounds each by its place in the block; equal rows take the number of the first.
+    """
+    numbers: dict[bytes, int] = {}
+    first = np.empty(len(features), np.int64)
+    for (start, f), (_, r) in zip(features.blocks(), residuals.blocks(), strict=True):
+        for row, (feature, residual) in enumerate(zip(f, r, strict=True), start):
+            digest = blake2b(feature.tobytes() + residual.tobytes(), digest_size=16).digest()
+            first[row] = numbers.setdefault(digest, row)
+    return first
+
+
 def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
     """Exact curvature of the head at the last checkpoint, over the live rows, and each row's self-influence."""
     manifest = index.manifest
@@ -200,6 +215,7 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
     live_mask[index.live] = True
     features, residuals = index.features(), index.residuals()
     n_classes = len(spec.label_names)
+    first = _first_equal_rows(features, residuals)
 
     def save(name: str, columns: dict[str, np.ndarray]) -> str:
         file = f"curvature/head/{name}-{manifest.generation:04d}.arrow"
@@ -222,16 +238,18 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
         for i, given in enumerate(spec.dampings):
             damping = absolute_damping(given, mean)
             curvature = HeadCurvature(_factorised(hessian, damping, manifest), n_classes, damping)
-            own = [
-                curvature.self_influence(r, f)
-                for (_, f), (_, r) in zip(features.blocks(), residuals.blocks(), strict=True)
-            ]
+            own = np.concatenate(
+                [
+                    curvature.self_influence(r, f)
+                    for (_, f), (_, r) in zip(features.blocks(), residuals.blocks(), strict=True)
+                ]
+            )[first]
             stored.append(
                 {
                     "given": given,
                     "damping": damping,
                     "cholesky": save(f"cholesky-{i}", {"factor": curvature.factor}),
-                    "self_influence": save(f"self-influence-{i}", {"self_influence": np.concatenate(own)}),
+                    "self_influence": save(f"self-influence-{i}", {"self_influence": own}),
                 }
             )
         facts["exact"] = {
@@ -249,7 +267,7 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
             q = softmax(block.astype(np.float64) @ weight[:, :-1].T + weight[:, -1])
             q[np.arange(len(block)), index.labels[start : start + len(block)]] -= 1.0
             refitted.append(q)
-        file = save("representer", {"residual": np.concatenate(refitted)})
+        file = save("representer", {"residual": np.concatenate(refitted)[first]})
         facts["representer"] = {"lambda": REFIT_L2, "refit": True, "file": file}
     else:
         facts["representer"] = {"lambda": REPRESENTER_LAMBDA, "refit": False}

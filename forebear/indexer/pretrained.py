@@ -47,7 +47,7 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if is_there or not isinstance(error, OSError):
             raise ModelError(f"cannot load {name} with {auto_class.__name__}: {reason}") from error
-        where = "in the hub's cache (HF_HUB_OFFLINE is set)" if _is_offline() else f"on the hub ({reason[:200]})"
+        where = "in the hub's cache (HF_HUB_OFFLINE is set)" if _is_offline() else f"on the hub ({_answer(reason)})"
         raise ModelError(
             f"{name}: no such model folder, and no model of that name is found {where}.{similar_names(name)} Give a "
             "folder that save_pretrained wrote, or a hub name such as distilbert-base-uncased."
@@ -121,6 +121,11 @@ def _check_folder(folder: Path) -> None:
     raise ModelError(
         f"{folder} is no transformers model folder (no config.json in it).{inside} Give one that save_pretrained wrote."
     )
+
+
+def _answer(reason: str) -> str:
+    """What the hub answered, in short; transformers' own line on a lack of network is long and names hosts."""
+    return "it cannot be reached" if "connect" in reason else reason[:200]
 
 
 def _is_offline() -> bool:

@@ -199,7 +199,7 @@ def row_facts(index: Index) -> RowFacts:
 
 def reading_metadata(reading: Reading) -> dict[bytes, bytes]:
     """As a shard of rows keeps it."""
-    return {READING_KEY: json.dumps(asdict(reading)).encode()}
+    return {READING_KEY: json.dumps(asdict(reading), allow_nan=False).encode()}
 
 
 def _stored_reading(index: Index) -> Reading | None:
