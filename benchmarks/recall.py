@@ -10,6 +10,7 @@ share of the exact top 10 that held-out queries find at both ends, with all rows
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,7 @@ def built(train: Path, dev: Path, model: Path, scope: str, n_rows: int) -> Index
         table = pq.read_table(train)
         chosen = np.sort(np.random.default_rng(0).permutation(len(table))[:n_rows])
         pq.write_table(table.take(chosen), rows)
+        shutil.copyfile(train.with_name("dataset.json"), FOLDER / "dataset.json")  # names the labels
     if not model.exists():
         run("train", "--data", rows, "--model", "minilm", "--dev", dev, "--epochs", "1", "--out", model)
     if not (folder / "manifest.json").is_file():
