@@ -6,6 +6,7 @@ it, however that ends; the file of a process that was killed stays, and stands i
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -71,26 +72,28 @@ def claimed(path: Path, what: str | None = None) -> Iterator[str | None]:
     Raises:
         StorageError: The lock file cannot be made.
     """
-    is_new = not path.parent.exists()
-    file = _open(path, what or str(path))
+    new = [folder for folder in path.parents if not os.path.lexists(folder)]  # the innermost first
     try:
-        if (owner := _try(file)) is not None:
-            yield owner
-            return
+        file, owner = _open(path, what or str(path))
         try:
+            if owner is not None:
+                yield owner
+                return
             with suppress(OSError):  # a full disk: the lock holds without its owner's name
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
                 file.flush()
-            yield None
+            try:
+                yield None
+            finally:
+                path.unlink(missing_ok=True)
         finally:
-            path.unlink(missing_ok=True)
-            if is_new:
-                with suppress(OSError):  # not empty: that was the purpose
-                    path.parent.rmdir()
+            with suppress(OSError):
+                file.close()
     finally:
-        with suppress(OSError):
-            file.close()
+        with suppress(OSError):  # not empty: that was the purpose
+            for folder in new:
+                folder.rmdir()
 
 
 def owner_of(path: Path) -> str | None:
@@ -102,9 +105,13 @@ def owner_of(path: Path) -> str | None:
         return None
 
 
-def _open(path: Path, what: str) -> IO[str]:
-    """Open the file that is under ``path`` once it is locked; another owner may remove it in between."""
-    reason: str | None = None
+def _open(path: Path, what: str) -> tuple[IO[str], str | None]:
+    """Open the file under ``path`` and try its lock, once; with the owner in words if another process has it.
+
+    Its last owner may have removed the file between the two: a lock on it holds nothing off, and the file that is under
+    ``path`` by then is opened.
+    """
+    reason: str | None = "other processes lock and release it all the time"
     for _ in range(_RACES):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,12 +120,18 @@ def _open(path: Path, what: str) -> IO[str]:
             reason = error.strerror
             continue
         except OSError as error:
+            if error.errno != errno.EROFS and os.path.lexists(path):
+                raise StorageError(
+                    f"cannot write {what}: its lock file {path} cannot be opened ({error.strerror}). Remove that file, "
+                    "if no other forebear is at work there."
+                ) from error
             reason = error.strerror
             break
-        _try(file)
+        if (owner := _try(file)) is not None:
+            return file, owner
         with suppress(OSError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
+                return file, None
         file.close()
     raise StorageError(f"cannot write {what}: {reason}. Nothing has changed. Choose a place that you may write to.")
 
