@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from forebear.errors import InputError, OutputExistsError
 from forebear.indexer.locks import claimed, exclusive
-from forebear.indexer.store import atomic_file, write_bytes
+from forebear.indexer.store import atomic_file
 
 _LINES = 1024  # results that are turned into JSON together
 
@@ -30,7 +31,7 @@ def result_writer(path: Path, metadata: dict[str, str], *, force: bool) -> Itera
         InputError: Another suffix.
     """
     check_output(path, force=force)
-    with exclusive(path.with_name(path.name + ".lock"), str(path)), atomic_file(path) as handle:
+    with exclusive(path.with_name(path.name + ".lock"), str(path)), _whole(path, force=force) as handle:
         if path.suffix == ".parquet":
             writer: pq.ParquetWriter | None = None
 
@@ -53,9 +54,22 @@ def result_writer(path: Path, metadata: dict[str, str], *, force: bool) -> Itera
                     handle.write("".join(f"{line}\n" for line in lines).encode())
 
             yield write_lines
-            # Before the results get their name: a process that is killed leaves none without their provenance.
+            handle.flush()  # a full disk is found before anything is replaced
             content = json.dumps(json.loads(metadata["forebear"]), indent=1, allow_nan=False)
-            write_bytes(path.with_name(path.name + ".meta.json"), content.encode() + b"\n")
+            # Old results go before, and new ones get their name after: a process that is killed leaves none beside
+            # provenance that is not theirs.
+            with atomic_file(path.with_name(path.name + ".meta.json")) as facts:
+                facts.write(content.encode() + b"\n")
+                facts.flush()
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _whole(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
+    """The file under its lock, after another look: whoever held the lock may have written it."""
+    check_output(path, force=force)
+    with atomic_file(path) as handle:
+        yield handle
 
 
 def check_output(path: Path, *, force: bool) -> None:
