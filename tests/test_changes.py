@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -10,12 +12,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_index import Interrupted, hashes, interrupt_at
@@ -29,14 +32,17 @@ from forebear import (
     MismatchError,
     OutputExistsError,
     Retriever,
+    StorageError,
     verify_index,
 )
 from forebear.cli.main import run
 from forebear.indexer import finish as finish_module
 from forebear.indexer import journal as journal_module
+from forebear.indexer import locks
 from forebear.indexer.build import BuildOptions, append_rows, build_index, rebuild_ann, refit_index, retire_rows
-from forebear.indexer.data import RowSource, rows_from_texts
+from forebear.indexer.data import RowSource, open_rows, rows_from_texts
 from forebear.indexer.runs import choose_model
+from forebear.retriever import result_file
 
 TEXTS, LABELS = sentences(40, seed=21, low=3), labels(40, 2, seed=22)
 OPTIONS = BuildOptions(
@@ -172,10 +178,57 @@ def test_a_change_that_died_with_its_manifest_in_force_is_told_and_not_done_twic
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(finish_module, "tidy", die)
         change(killed)
-    told: list[str] = []
-    change(killed, resume=True, tell=told.append)
-    assert hashes(killed) == hashes(undisturbed)
-    assert len(told) == 1
+    line = next(line for line in verify_index(killed, n_rows=0).problems if "not listed" not in line)
+    assert f"the {kind} is done" in line
+    assert "--force" not in line
+    for how in ({"resume": True}, {"force": True}, {}):
+        again = copied(killed, tmp_path / "-".join(["again", *how]))
+        told: list[str] = []
+        change(again, **how, tell=told.append)
+        assert hashes(again) == hashes(undisturbed), how
+        assert len(told) == 1
+
+
+def test_resume_comes_before_force_and_says_what_is_true(grown: Path, tmp_path: Path) -> None:
+    folder = copied(grown, tmp_path / "index")
+    refit_index(folder)
+    before, told = hashes(folder), list[str]()
+    refit_index(folder, resume=True, force=True, tell=told.append)
+    append_rows(folder, rows(24, 40), resume=True, force=True, tell=told.append)  # as after a kill before it began
+    assert hashes(folder) == before
+    assert "nothing is left to do" in told[0]
+    assert "nothing is added by --resume. To add them once more, give --force without it." in told[1]
+
+
+def test_rows_are_known_by_their_digest_however_their_file_is_called(
+    head: Path, index: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = copied(index, tmp_path / "undisturbed")
+    append = ("index", "--append", "--quiet", "--train")
+    monkeypatch.chdir(head)
+    assert command(*append, "more.jsonl", "--out", undisturbed) == 0
+    with pytest.raises(Interrupted):
+        append_rows(index, open_rows(head / "more.jsonl"), progress=interrupt_at(3))
+    assert command(*append, "more.jsonl", "--out", index, "--resume") == 0
+    assert hashes(index) == hashes(undisturbed)
+    build = ("index", "--model", model, "--quiet", "--out", tmp_path / "b", "--train")
+    assert command(*build, "train.jsonl") == 0
+    assert command(*build, head / "train.jsonl", "--resume") == 0
+
+
+def test_what_cannot_be_removed_ends_a_build_that_replaces_it(
+    index: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, **_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    chosen = choose_model(None, [model]).checkpoints
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match=r"cannot remove .*/rows.*denied.*--resume"):
+        patch.setattr(journal_module.shutil, "rmtree", refuse)
+        build_index(rows(0, 9), index, chosen, BuildOptions(), force=True)
+    resumed = build_index(rows(0, 9), index, chosen, BuildOptions(), resume=True)
+    assert hashes(index) == hashes(build_index(rows(0, 9), tmp_path / "b", chosen, BuildOptions()).folder)
+    assert resumed.manifest.n_rows == 9
 
 
 @pytest.mark.parametrize("kind", ["retire", "rebuild", "refit"])
@@ -291,6 +344,7 @@ def test_the_second_of_two_changes_is_refused_with_the_owner_and_questions_are_a
             assert command(*args) == 2, args
             (line,) = capsys.readouterr().err.splitlines()
             assert f"{index} is being written by process {other.pid} on {socket.gethostname()}" in line
+        assert {name: sha for name, sha in hashes(index).items() if name != "forebear.lock"} == before
         assert command("retrieve", "--index", index, "--text", TEXTS[0]) == 0
         (problem,) = verify_index(index, n_rows=0).problems
         assert f"being changed by process {other.pid}" in problem
@@ -299,7 +353,8 @@ def test_the_second_of_two_changes_is_refused_with_the_owner_and_questions_are_a
         assert (index / "forebear.lock").exists()
         assert verify_index(index, n_rows=0).problems == ()
         assert command(*changes[0], "--quiet") == 0
-    assert {**before, **hashes(index)}.keys() >= before.keys()
+    untouched = {name: sha for name, sha in before.items() if name.startswith(("rows/", "features/"))}
+    assert untouched.items() <= hashes(index).items()
     assert not (index / "forebear.lock").exists()
 
 
@@ -327,8 +382,93 @@ def test_two_trainings_and_two_answers_to_one_place_are_kept_apart(
 def test_a_lock_leaves_nothing_behind_and_a_mistake_no_folder(tmp_path: Path, model: str) -> None:
     chosen = choose_model(None, [model]).checkpoints
     with pytest.raises(InputError):
-        build_index(rows_from_texts(["a film"]), tmp_path / "new" / "index", chosen, BuildOptions())
-    assert not (tmp_path / "new" / "index").exists()
+        build_index(rows_from_texts(["a film"]), tmp_path / "new" / "sub" / "index", chosen, BuildOptions())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistyped_model_leaves_no_folder(head: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "sub" / "index"
+    assert command("index", "--model", tmp_path / "x", "--train", head / "train.jsonl", "--out", out, "--quiet") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_owner_that_ends_between_two_looks_leaves_no_second_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / "a.lock", locks._try
+    with locks.claimed(path) as mine, monkeypatch.context() as patch:
+        assert mine is None
+
+        def then_it_ends(file: IO[str], kind: int = fcntl.LOCK_EX) -> str | None:
+            if (owner := real(file, kind)) is not None and path.exists():
+                path.unlink()  # as the owner does at its end
+                path.write_text("")  # and another one begins
+            return owner
+
+        patch.setattr(locks, "_try", then_it_ends)
+        with locks.claimed(path) as second, locks.claimed(path) as third:
+            assert second is not None  # a lock on a file that is gone holds nothing off
+            assert third is None
+
+
+def test_a_lock_file_that_is_in_the_way_is_named(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = index / "forebear.lock"
+    lock.mkdir()  # to root no file is closed: as one of another user that may not be written
+    with pytest.raises(StorageError, match=rf"its lock file {lock} cannot be opened \(.*\). Remove that file"):
+        retire_rows(index, [3])
+    lock.rmdir()
+    monkeypatch.setattr(locks.os.path, "samestat", lambda *_: False)
+    with pytest.raises(StorageError) as found:
+        retire_rows(index, [3])
+    assert "None" not in str(found.value)
+
+
+def test_results_that_another_process_wrote_meanwhile_are_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+
+    @contextmanager
+    def after_another(lock: Path, what: str) -> Iterator[None]:
+        path.write_bytes(b"another's")
+        with locks.exclusive(lock, what):
+            yield
+
+    monkeypatch.setattr(result_file, "exclusive", after_another)
+    with pytest.raises(OutputExistsError), result_file.result_writer(path, {}, force=False):
+        pass
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.parquet", b"another's")]
+
+
+def test_killed_at_any_step_no_results_stand_beside_the_provenance_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+
+    def write(run: int) -> None:
+        with result_file.result_writer(path, {"forebear": json.dumps({"run": run})}, force=True) as table:
+            table(pa.table({"run": [run]}))
+
+    def dies(at: int, real: Callable[..., Any]) -> Callable[..., Any]:
+        count = iter(range(at, -1, -1))
+
+        def step(*args: Any, **choices: Any) -> Any:
+            if next(count, 1) == 0:
+                raise Interrupted
+            return real(*args, **choices)
+
+        return step
+
+    for name in ("replace", "unlink"):
+        for at in range(3):
+            write(1)
+            with monkeypatch.context() as patch, suppress(Interrupted):
+                patch.setattr(Path, name, dies(at, getattr(Path, name)))
+                write(2)
+            facts = json.loads((tmp_path / "a.jsonl.meta.json").read_text())
+            assert not path.exists() or json.loads(path.read_text()) == facts, (name, at)
+    write(3)
+    assert json.loads(path.read_text()) == {"run": 3}
 
 
 def test_a_lock_is_refused_in_its_own_process_too(index: Path) -> None:

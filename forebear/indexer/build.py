@@ -118,7 +118,7 @@ def _build(
     if resume and (folder / MANIFEST_NAME).is_file() and not (journal is not None and journal.get("replaces")):
         index = Index.open(folder)
         try:
-            same_or_refuse(asdict(index.manifest.segments[0]), asdict(segment), folder)
+            same_or_refuse(index.manifest.segments[0].rows, segment.rows, folder)
             same_or_refuse(comparable(asdict(index.manifest.spec)), comparable(asdict(spec)), folder)
             replaces = force and index.manifest.generation > 0  # what was to be replaced: it has been changed since
         except MismatchError:
@@ -129,7 +129,7 @@ def _build(
             unfinished(folder, index.manifest)  # a kill between the manifest and the end leaves the journal
             tell(f"{folder} was built from these rows before: nothing is left to do.")
             return index
-    build = {"kind": "build", "segment": asdict(segment), "checkpoints": [c.name for c in listed]}
+    build = {"kind": "build", "segment": segment.rows, "checkpoints": [c.name for c in listed]}
     spec = begin_build(folder, build, spec, replaces=replaces)
     shards = split_rows(0, source.n_rows, spec.shard_rows)
     remembered = tuple(replace(c, path=path_from(folder, c.path)) for c in listed)

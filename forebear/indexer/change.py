@@ -9,7 +9,7 @@ not done twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from forebear.errors import CorruptIndexError, InputError, MismatchError, Output
 from forebear.indexer.data import RowSource
 from forebear.indexer.finish import finish
 from forebear.indexer.index import Index
-from forebear.indexer.journal import as_begun, begin_change, check_change, unfinished
+from forebear.indexer.journal import as_begun, begin_change, check_change, unfinished, was_done
 from forebear.indexer.labels import label_map
 from forebear.indexer.locks import LOCK_NAME, exclusive
 from forebear.indexer.manifest import Manifest, Segment, digest_of, read_manifest
@@ -73,14 +73,18 @@ def append_rows(
                 f"({', '.join(old.spec.text_columns)}). Choose them by --text-columns."
             )
         segment = Segment(source=source.name, rows_sha256=source.sha256(), start=old.n_rows, n_rows=source.n_rows)
-        change = {"kind": "append", "segment": asdict(segment)}
+        change = {"kind": "append", "segment": segment.rows}
+        if was_done(folder, old, change):
+            tell(f"the rows of {source.name} are in {folder} already: nothing is left to do.")
+            return index
         journal = unfinished(folder, old, discard=force and not resume)
         there = None if journal is not None else _segment_there(index, segment.rows_sha256)
         if there is not None:
             rows = f"the rows of {source.name} are in {folder} already, as rows {there.start} to "
             rows += f"{there.start + there.n_rows - 1}"
             if resume:
-                tell(f"{rows}: nothing is left to do.")
+                again = "nothing is added by --resume. To add them once more, give --force without it."
+                tell(f"{rows}: " + (again if force else "nothing is left to do."))
                 return index
             if not force:
                 raise OutputExistsError(
@@ -195,9 +199,11 @@ def retire_rows(
         outside = wanted[(wanted < 0) | (wanted >= old.n_rows)]
         if len(outside):
             raise InputError(f"row {outside[0]} is not in {folder}, which has rows 0 to {old.n_rows - 1}.")
+        change = {"kind": "retire", "rows": {"n_rows": len(wanted), "sha256": digest_of(wanted.tolist())}}
+        done = was_done(folder, old, change)
         journal = unfinished(folder, old, discard=force)
         again = np.intersect1d(wanted, index.retired)
-        if resume and len(again) == len(wanted):
+        if done or (resume and len(again) == len(wanted)):
             tell(f"these {len(wanted)} rows of {folder} were retired before: nothing is left to do.")
             return index
         if len(again):
@@ -205,7 +211,6 @@ def retire_rows(
         retired = np.union1d(wanted, index.retired)
         if len(retired) >= old.n_rows:
             raise InputError(f"retiring {len(wanted)} rows would leave none of {old.n_rows} in {folder}.")
-        change = {"kind": "retire", "rows": {"n_rows": len(wanted), "sha256": digest_of(wanted.tolist())}}
         check_change(folder, journal, change, goes_on=True)
         begin_change(folder, old, change, journal)
         manifest = replace(old, n_retired=len(retired), generation=old.generation + 1)
@@ -243,11 +248,12 @@ def rebuild_ann(
     with exclusive(folder / LOCK_NAME, str(folder)):
         old = Index.open_without_derived(folder)
         in_force = read_manifest(folder)
+        change = {"kind": "rebuild", "ann": ann}
+        done = was_done(folder, in_force, change)
         journal = unfinished(folder, in_force, discard=force)
-        if resume and journal is None and in_force.spec.ann == ann and _has_whole_structures(folder):
+        if (done or (resume and journal is None and in_force.spec.ann == ann)) and _has_whole_structures(folder):
             tell(f"the search structures of {folder} are whole and of this type: nothing is left to do.")
             return Index.open(folder)
-        change = {"kind": "rebuild", "ann": ann}
         check_change(folder, journal, change, goes_on=True)
         begin_change(folder, in_force, change, journal)
         spec = replace(old.manifest.spec, ann=ann)

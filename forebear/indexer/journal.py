@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from forebear.errors import CorruptIndexError, MismatchError, OutputExistsError
+from forebear.errors import CorruptIndexError, MismatchError, OutputExistsError, StorageError
 from forebear.indexer.gradient_stage import BASES_NAME, curvature_name
 from forebear.indexer.locks import LOCK_NAME
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, IndexSpec, Manifest, canonical_json
@@ -49,10 +49,21 @@ def _mentions(path: Path, key: bytes) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Remove an index's own files but for the journal, the manifest first."""
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    for name in SUBFOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
+    """Remove an index's own files but for the journal, the manifest first.
+
+    Raises:
+        StorageError: One of them cannot be removed.
+    """
+    try:
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        for name in SUBFOLDERS:
+            if (folder / name).exists():
+                shutil.rmtree(folder / name)
+    except OSError as error:
+        raise StorageError(
+            f"cannot remove {error.filename or folder} of the index that is replaced: {error.strerror or error}. "
+            "Make it writable and go on with the same command and --resume."
+        ) from error
 
 
 def tidy(folder: Path, manifest: Manifest) -> None:
@@ -134,6 +145,28 @@ def is_in_force(journal: dict[str, Any], manifest: Manifest) -> bool:
     if journal["kind"] == "build":
         return not journal.get("replaces")
     return bool(journal.get("onto") != manifest.digest())
+
+
+def was_done(folder: Path, manifest: Manifest, change: dict[str, Any]) -> bool:
+    """Whether this very change was killed when its manifest was already written; what it left is tidied up then.
+
+    Args:
+        folder: The index.
+        manifest: In force.
+        change: Its ``kind`` and what decides it.
+    """
+    try:
+        journal = read_journal(folder)
+    except CorruptIndexError:  # for who goes on, or discards it
+        return False
+    if journal is None or not is_in_force(journal, manifest):
+        return False
+    try:
+        check_change(folder, journal, change, goes_on=True)
+    except (OutputExistsError, MismatchError):
+        return False
+    tidy(folder, manifest)
+    return True
 
 
 def unfinished(folder: Path, manifest: Manifest | None, *, discard: bool = False) -> dict[str, Any] | None:

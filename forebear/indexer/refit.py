@@ -19,7 +19,7 @@ from forebear.indexer.finish import calibration_by, finish
 from forebear.indexer.gradient_pass import labels_seed, run_pass
 from forebear.indexer.gradient_stage import Sample, fit_scope, open_sketchers, sample_rows, sketch_folders
 from forebear.indexer.index import Index
-from forebear.indexer.journal import as_begun, begin_change, check_change, unfinished
+from forebear.indexer.journal import as_begun, begin_change, check_change, unfinished, was_done
 from forebear.indexer.locks import LOCK_NAME, exclusive
 from forebear.indexer.manifest import Checkpoint, Manifest
 from forebear.indexer.model import Classifier
@@ -79,11 +79,12 @@ def refit_index(
         old = index.manifest
         if not old.spec.sketched_scopes:
             raise InputError(f"{folder} holds the head alone, which is exact: there is nothing to fit again.")
+        change = {"kind": "refit"}
+        done = was_done(folder, old, change)
         journal = unfinished(folder, old, discard=force and not resume)
-        if journal is None and old.fit_age.is_current and not force:
+        if done or (journal is None and old.fit_age.is_current and (resume or not force)):
             tell(f"{folder} is fitted to its {old.n_live:,} live rows: nothing is left to do.")
             return index
-        change = {"kind": "refit"}
         check_change(folder, journal, change, goes_on=resume)
         options = BuildOptions(device=device, precision=old.spec.precision, max_length=old.spec.max_length)
         paths = moved_paths(model, old.checkpoints, folder)

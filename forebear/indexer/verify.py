@@ -12,7 +12,7 @@ from forebear.errors import CorruptIndexError, InputError
 from forebear.indexer.forward import residual_and_loss, run_forward
 from forebear.indexer.gradient_stage import open_sketchers
 from forebear.indexer.index import Index
-from forebear.indexer.journal import SUBFOLDERS, read_journal
+from forebear.indexer.journal import SUBFOLDERS, is_in_force, read_journal
 from forebear.indexer.locks import LOCK_NAME, owner_of
 from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
 from forebear.indexer.model import Classifier, load_classifier
@@ -102,29 +102,35 @@ def _byte_problems(folder: Path, manifest: Manifest) -> list[str]:
         elif file_sha256(path) != facts["sha256"]:
             problems.append(f"{name} was altered: its sha256 is not the manifest's")
     owner = owner_of(folder / LOCK_NAME)
-    unfinished = (folder / JOURNAL_NAME).is_file()
+    left = _left_line(folder, manifest)
     partial_journal = JOURNAL_NAME + TEMPORARY_SUFFIX  # of a change that was killed before it began
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not path.is_file() or name in manifest.files or name in (MANIFEST_NAME, JOURNAL_NAME, LOCK_NAME):
             continue
         if owner is None or name.split("/")[0] not in (*SUBFOLDERS, partial_journal):
-            ours = (unfinished and name.split("/")[0] in SUBFOLDERS) or name == partial_journal
+            ours = (left is not None and name.split("/")[0] in SUBFOLDERS) or name == partial_journal
             problems.append(
-                f"{name} is not listed in the manifest" + (" (left by an unfinished change)" if ours else "")
+                f"{name} is not listed in the manifest" + (" (left by a change that was interrupted)" if ours else "")
             )
     if owner is not None:
         problems.append(f"{folder} is being changed by {owner}: verify it again when that has ended")
-    elif unfinished:
-        problems.append(_unfinished_line(folder))
+    elif left is not None:
+        problems.append(left)
     return problems
 
 
-def _unfinished_line(folder: Path) -> str:
+def _left_line(folder: Path, manifest: Manifest) -> str | None:
+    """What a journal that is there says of a change that was interrupted; None: none is there."""
     try:
-        kind = (read_journal(folder) or {}).get("kind", "change")
+        journal = read_journal(folder)
     except CorruptIndexError as error:
         return str(error)
+    if journal is None:
+        return None
+    kind = journal["kind"]
+    if is_in_force(journal, manifest):
+        return f"the {kind} is done but for files that it replaced: the next change, or the same command, removes them"
     return f"an unfinished {kind}: go on with the same command and --resume, or discard what it left with --force"
 
 
