@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pyarrow.compute as pc
@@ -12,14 +13,17 @@ from tiny import labels, make_tiny_model, sentences
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forebear.indexer import model as model_module
-from forebear.indexer import shards
-from forebear.indexer.build import BuildOptions, append_rows, build_index
+from forebear.indexer import refit, shards, span_store
+from forebear.indexer.build import BuildOptions, append_rows, build_index, refit_index
 from forebear.indexer.data import rows_from_texts
 from forebear.indexer.encoding import Encoded, distinct_rows
 from forebear.indexer.forward import run_forward
+from forebear.indexer.gradient_stage import sketch_folders
 from forebear.indexer.index import Index
 from forebear.indexer.model import load_classifier
 from forebear.indexer.runs import choose_model
+from forebear.indexer.sentence import SentenceEncoder
+from forebear.indexer.sketch import Sketches
 from forebear.retriever.retriever import Retriever
 
 TWINS = [3, 11, 29, 47]
@@ -145,6 +149,62 @@ def test_rows_are_told_apart_by_all_that_the_model_reads():
     assert (first.tolist(), kinds.tolist()) == ([0, 1, 2, 3], [0, 1, 2, 3])
     first, kinds = distinct_rows(Encoded([plain] * 3, minus=[plain, rows[1], plain]))
     assert (first.tolist(), kinds.tolist()) == ([0, 1], [0, 1, 0])
+
+
+def test_no_rounding_reaches_what_a_refit_sentences_and_spans_store(tmp_path, monkeypatch):
+    """The same stand-in for sketches, sentence embeddings and masked rows: the numbers of every call are others."""
+    texts, gold = corpus()
+    folder = make_tiny_model(tmp_path / "m", n_classes=3)
+    chosen = choose_model(str(folder)).checkpoints
+    calls = count(1)
+
+    def shifted(values):
+        return values + np.float32(1e-5 * next(calls))
+
+    sketched, masked, embed = Sketches.rows, span_store.masked_pass, SentenceEncoder.embed
+
+    def shifted_rows(self, first_row=0):
+        found = sketched(self, first_row)
+        return replace(found, norms=shifted(found.norms))
+
+    def shifted_pass(*args, **choices):
+        features, logits, sketches = masked(*args, **choices)
+        return shifted(features), logits, {k: replace(s, norms=shifted(s.norms)) for k, s in sketches.items()}
+
+    monkeypatch.setattr(Sketches, "rows", shifted_rows)
+    for module in (span_store, refit):
+        monkeypatch.setattr(module, "masked_pass", shifted_pass)
+    monkeypatch.setattr(SentenceEncoder, "embed", lambda *args, **choices: shifted(embed(*args, **choices)))
+    options = BuildOptions(
+        stores=("features", "sbert", "spans"), spans="words", scopes=("head", "top-1"), shard_rows=7, sketch_dim=8,
+        sentence_model=str(folder), calibration_queries=0,
+    )  # fmt: skip
+
+    def stored():
+        build_index(rows_from_texts(texts[:40], gold[:40]), tmp_path / "i", chosen, options, force=True)
+        yield append_rows(tmp_path / "i", rows_from_texts(texts[40:], gold[40:]))
+        yield refit_index(tmp_path / "i")
+
+    def of_twins(index):
+        twins, spans = np.array(TWINS), index.spans()
+        entries = [spans.entries_of(np.array([row])) for row in TWINS]
+        yield "embedding", index.sentence().take(twins)
+        yield "norm", index.gradients("top-1").norms[twins]
+        for i in range(len(entries[0])):
+            at = np.array([of_row[i] for of_row in entries])
+            yield "masked", spans.features.take(at)
+            (kind,) = (
+                k for k in sketch_folders(index.manifest.spec, "top-1", "final", last=True).values() if "wh" in k
+            )
+            yield "span", index.gradient_store(kind, spans=True).norms[at]
+
+    for index in stored():
+        for name, values in of_twins(index):
+            assert (values == values[0]).all(), name
+    for module in (shards, span_store, refit):
+        monkeypatch.setattr(module, "copy_repeats", lambda *_: None)
+    for index in stored():
+        assert {name for name, values in of_twins(index) if len(np.unique(values, axis=0)) == 1} == set()
 
 
 def test_rounding_that_differs_between_shards_does_not_reach_the_store(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ not done twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from forebear.indexer.journal import as_begun, begin_change, check_change, unfin
 from forebear.indexer.labels import label_map
 from forebear.indexer.locks import LOCK_NAME, exclusive
 from forebear.indexer.manifest import Manifest, Segment, digest_of, read_manifest
-from forebear.indexer.options import BuildOptions, Progress, Tell, no_progress, say_nothing
+from forebear.indexer.options import BuildOptions, Progress, Tell, ignore_warning, no_progress, say_nothing
 from forebear.indexer.runs import moved_paths
 from forebear.indexer.shards import ShardWriter, load_checked, split_rows
 from forebear.indexer.spans import check_same_finder
@@ -38,6 +38,7 @@ def append_rows(
     force: bool = False,
     device: str = "auto",
     tell: Tell = say_nothing,
+    warn: Callable[[str | None], None] = ignore_warning,
     progress: Progress = no_progress,
 ) -> Index:
     """Add rows to a finished index; they get the next row numbers.
@@ -55,6 +56,7 @@ def append_rows(
         force: Discard what an interrupted change left; add rows also if they are there already.
         device: Where the model runs.
         tell: Told, in a line, when nothing is left to do.
+        warn: Told of labels that are taken as the model's own ids, and when memory does not suffice for a batch.
         progress: Told the stage, rows done and rows in all.
 
     Raises:
@@ -92,7 +94,7 @@ def append_rows(
                     "once more."
                 )
         check_change(folder, journal, change, goes_on=resume)
-        return _append(index, source, segment, change, journal, model, device, progress)
+        return _append(index, source, segment, change, journal, model, device, warn, progress)
 
 
 def _append(
@@ -103,6 +105,7 @@ def _append(
     journal: dict[str, Any] | None,
     model: str | None,
     device: str,
+    warn: Callable[[str | None], None],
     progress: Progress,
 ) -> Index:
     folder, old = index.folder, index.manifest
@@ -112,6 +115,7 @@ def _append(
     classifier = load_checked(moved[-1], old.spec, options)
     check_same_finder(old.spec.spans, old.spec.spans_sha256, folder)
     labels = label_map(source, classifier.label_names, options.label_mode)
+    warn(labels.warning)
     begin_change(folder, old, change, journal)
     new = split_rows(old.n_rows, source.n_rows, old.spec.shard_rows)
     manifest = replace(
@@ -129,6 +133,7 @@ def _append(
             first_shard=len(old.shards),
             options=options,
             progress=progress,
+            warn=warn,
         ).write(classifier)
         return finish(folder, manifest, index.retired, progress)
 

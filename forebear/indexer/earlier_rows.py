@@ -7,7 +7,7 @@ would be broken by rounding instead of by row number.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,57 @@ import pyarrow as pa
 from forebear.indexer.store import column, read_batches
 
 
+def _digests(items: Iterable[object], n: int) -> np.ndarray:
+    """128 bits of each, ``(n, 2)`` uint64."""
+    out = np.empty((n, 2), np.uint64)
+    for i, item in enumerate(items):
+        out[i] = np.frombuffer(hashlib.blake2b(repr(item).encode(), digest_size=16).digest(), np.uint64)
+    return out
+
+
 def row_digests(rows: Sequence[dict[str, list[int]]], labels: np.ndarray) -> np.ndarray:
     """128 bits of what the model reads of each row and of its label, ``(n, 2)`` uint64."""
-    out = np.empty((len(rows), 2), np.uint64)
-    for i, (row, label) in enumerate(zip(rows, labels.tolist(), strict=True)):
-        digest = hashlib.blake2b(repr((label, *row.values())).encode(), digest_size=16).digest()
-        out[i] = np.frombuffer(digest, np.uint64)
-    return out
+    return _digests(((label, *row.values()) for row, label in zip(rows, labels.tolist(), strict=True)), len(rows))
+
+
+def text_digests(folder: Path, shard: int) -> np.ndarray:
+    """128 bits of the texts of each stored row of a shard, ``(n, 2)`` uint64."""
+    stored = _stored_rows(folder, shard)
+    return _digests(zip(*_texts(stored), strict=True), len(stored))
+
+
+def span_digests(folder: Path, shard: int, owners: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """128 bits of the texts and label of the row that each span is in, and of its place.
+
+    Args:
+        folder: The index.
+        shard: Whose rows are stored.
+        owners: Position in the shard of each span's row, ``(m,)``.
+        ends: Text column, first character and one past the last, ``(m, 3)``.
+
+    Returns:
+        ``(m, 2)`` uint64.
+    """
+    stored = _stored_rows(folder, shard)
+    rows = _digests(zip(*_texts(stored), column(stored, "label").tolist(), strict=True), len(stored))
+    return _digests(((rows[i].tolist(), *place) for i, place in zip(owners, ends.tolist(), strict=True)), len(owners))
+
+
+def stored_span_digests(folder: Path, shard: int) -> np.ndarray:
+    """The same of the stored spans of a shard."""
+    spans = read_batches(folder / "spans" / f"{shard:05d}.arrow")[0]
+    first = column(_stored_rows(folder, shard), "row")[0]
+    ends = np.stack([column(spans, name) for name in ("column", "start", "end")], axis=1)
+    return span_digests(folder, shard, column(spans, "row") - first, ends)
+
+
+def _stored_rows(folder: Path, shard: int) -> pa.RecordBatch:
+    return read_batches(folder / "rows" / f"{shard:05d}.arrow")[0]
+
+
+def _texts(rows: pa.RecordBatch) -> list[list[str]]:
+    """Texts of each text column."""
+    return [rows.column(name).to_pylist() for name in rows.schema.names if name.startswith("text_")]
 
 
 class EarlierRows:
@@ -39,7 +83,7 @@ class EarlierRows:
         return len(self._repeats)
 
     def add(self, digests: np.ndarray) -> None:
-        """Add the next shard's rows, by :func:`row_digests`."""
+        """Add the next shard's rows, by their digests."""
         places = self._find(digests)
         known = places[:, 0] >= 0
         self._repeats.append((np.flatnonzero(known), places[known]))
@@ -49,6 +93,11 @@ class EarlierRows:
         order = np.argsort(every[:, 0], kind="stable")
         here = np.stack([np.full(len(new), self.n_shards - 1), new], axis=1)
         self._digests, self._places = every[order], np.concatenate([self._places, here])[order]
+
+    def fill(self, n_shards: int, read: Callable[[int], np.ndarray]) -> None:
+        """Add the shards that are missing, up to so many; ``read`` gives the digests of one by its number."""
+        while self.n_shards < n_shards:
+            self.add(read(self.n_shards))
 
     def repeats(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions in a shard of rows that an earlier one has, ``(m,)``, and where: shard and position, ``(m, 2)``."""

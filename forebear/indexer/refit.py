@@ -8,13 +8,16 @@ are read from the index. The new files lie in ``refit/<generation>/``, so that t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from forebear.errors import CorruptIndexError, InputError
+from forebear.indexer.earlier_rows import EarlierRows, copy_repeats, row_digests, stored_span_digests
+from forebear.indexer.encoding import Encoded, encode
 from forebear.indexer.finish import calibration_by, finish
 from forebear.indexer.gradient_pass import labels_seed, run_pass
 from forebear.indexer.gradient_stage import Sample, fit_scope, open_sketchers, sample_rows, sketch_folders
@@ -126,6 +129,8 @@ class _SketchWriter:
     folder: Path
     progress: Progress
     warn: Callable[[str | None], None]
+    _earlier: EarlierRows = field(default_factory=EarlierRows)
+    _earlier_spans: EarlierRows = field(default_factory=EarlierRows)
 
     @property
     def _has_spans(self) -> bool:
@@ -184,15 +189,26 @@ class _SketchWriter:
     ) -> None:
         start, stop = self.index.manifest.shards[shard]
         rows = np.arange(start, stop)
+        encoded = self._encoded(shard, classifier)
         collectors = {kind: s.collector(len(rows), classifier.device) for kind, s in sketchers.items()}
         run_pass(
-            classifier, self.index.text_lists(rows), labels_seed(self.index.labels[rows].astype(np.int64)),
+            classifier, encoded, labels_seed(self.index.labels[rows].astype(np.int64)),
             list(collectors.values()), batch_tokens=self.index.manifest.spec.batch_tokens, first_row=start,
             on_rows=on_rows, warn=self.warn,
         )  # fmt: skip
+        self._earlier.fill(shard + 1, lambda i: self._row_digests(i, self._encoded(i, classifier)))
         for kind, found in collectors.items():
-            columns = found.rows(start).columns(sketchers[kind].reduction)
+            columns: dict[str, pa.Array | np.ndarray] = dict(found.rows(start).columns(sketchers[kind].reduction))
+            copy_repeats(self.folder / kind, columns, *self._earlier.repeats(shard))
             write_columns(self.folder / kind / _file(shard), columns)
+
+    def _encoded(self, shard: int, classifier: Classifier) -> Encoded:
+        rows = np.arange(*self.index.manifest.shards[shard])
+        return Encoded(encode(classifier, self.index.text_lists(rows)))
+
+    def _row_digests(self, shard: int, encoded: Encoded) -> np.ndarray:
+        start, stop = self.index.manifest.shards[shard]
+        return row_digests(encoded.rows, self.index.labels[start:stop])
 
     def _write_spans(self, shard: int, classifier: Classifier, sketchers: dict[str, Sketcher]) -> None:
         start, stop = self.index.manifest.shards[shard]
@@ -206,7 +222,8 @@ class _SketchWriter:
             classifier, sketchers, replace(encoded, owners=of - start), self.index.labels[of].astype(np.int64),
             self.index.manifest.spec.batch_tokens, self.warn,
         )  # fmt: skip
-        write_span_sketches(self.folder, _file(shard), sketches, sketchers)
+        self._earlier_spans.fill(shard + 1, partial(stored_span_digests, self.index.folder))
+        write_span_sketches(self.folder, _file(shard), sketches, sketchers, self._earlier_spans)
 
 
 def _file(shard: int) -> str:

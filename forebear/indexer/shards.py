@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from forebear.errors import InputError, MismatchError
 from forebear.indexer.data import RowBlock, RowSource
-from forebear.indexer.earlier_rows import EarlierRows, copy_repeats, row_digests
+from forebear.indexer.earlier_rows import EarlierRows, copy_repeats, row_digests, text_digests
 from forebear.indexer.encoding import Encoded, encode
 from forebear.indexer.forward import residual_and_loss, run_forward
 from forebear.indexer.gradient_pass import labels_seed, run_pass
@@ -96,6 +96,8 @@ class ShardWriter:
     progress: Progress
     warn: Callable[[str | None], None] = ignore_warning
     _earlier: EarlierRows = field(default_factory=EarlierRows)
+    _earlier_texts: EarlierRows = field(default_factory=EarlierRows)
+    _earlier_spans: EarlierRows = field(default_factory=EarlierRows)
 
     def write(self, last: Classifier) -> None:
         """Write what is missing; ``last`` is the model of the last checkpoint."""
@@ -221,7 +223,11 @@ class ShardWriter:
         self, encoder: SentenceEncoder, path: Path, block: RowBlock, row: int, on_rows: OnRows
     ) -> None:
         embedding = encoder.embed(block.texts, batch_tokens=self.spec.batch_tokens, on_rows=on_rows)
-        write_columns(path, {"embedding": embedding})
+        columns: dict[str, pa.Array | np.ndarray] = {"embedding": embedding}
+        shard = int(path.stem)
+        self._earlier_texts.fill(shard + 1, partial(text_digests, self.folder))
+        copy_repeats(path.parent, columns, *self._earlier_texts.repeats(shard))
+        write_columns(path, columns)
 
     def _write_spans(
         self,
@@ -239,7 +245,7 @@ class ShardWriter:
         write_spans(
             self.folder, self.fit_folder, path.name, self.checkpoints[-1].name, classifier, sketchers,
             mask_found(classifier, block.texts, found), _labels_of(block, self.labels),
-            first_row=row, batch_tokens=self.spec.batch_tokens, warn=self.warn,
+            first_row=row, batch_tokens=self.spec.batch_tokens, warn=self.warn, earlier=self._earlier_spans,
         )  # fmt: skip
         on_rows(len(block))
 

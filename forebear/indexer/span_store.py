@@ -10,12 +10,14 @@ At the last checkpoint alone: the variants that ``tracin+`` and ``tracin++`` sum
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from forebear.errors import NonFiniteError
+from forebear.indexer.earlier_rows import EarlierRows, copy_repeats, span_digests, stored_span_digests
 from forebear.indexer.encoding import Encoded
 from forebear.indexer.forward import residual_and_loss, run_forward
 from forebear.indexer.gradient_pass import MemoryWarning
@@ -83,6 +85,7 @@ def write_spans(
     first_row: int,
     batch_tokens: int,
     warn: MemoryWarning,
+    earlier: EarlierRows,
 ) -> None:
     """Write the entries of one shard's rows: sketches first, what lists the spans last.
 
@@ -98,6 +101,7 @@ def write_spans(
         first_row: Number of the first of them.
         batch_tokens: Largest number of padded tokens in a batch.
         warn: Told when memory does not suffice for a batch.
+        earlier: Spans of the shards before, whose numbers equal ones keep; those of this shard are added.
     """
     gold = labels[masked.owners]
     try:
@@ -107,12 +111,15 @@ def write_spans(
             f"{classifier.name}: with a span masked, a gradient of a row between {first_row} and "
             f"{first_row + len(labels) - 1} is NaN or infinite. Check the model."
         ) from error
-    write_span_sketches(fit_folder, name, sketches, sketchers)
-    residuals, _ = residual_and_loss(logits, gold)
-    write_columns(
-        folder / masked_folder(checkpoint) / name, {"feature": features, "residual": residuals.astype(np.float32)}
-    )
     ends = np.array([(s.column, s.start, s.end) for s in masked.spans], np.int32).reshape(-1, 3)
+    shard = int(Path(name).stem)
+    earlier.fill(shard, partial(stored_span_digests, folder))
+    earlier.fill(shard + 1, partial(span_digests, folder, owners=masked.owners, ends=ends))
+    write_span_sketches(fit_folder, name, sketches, sketchers, earlier)
+    residuals, _ = residual_and_loss(logits, gold)
+    numbers: dict[str, pa.Array | np.ndarray] = {"feature": features, "residual": residuals.astype(np.float32)}
+    copy_repeats(folder / masked_folder(checkpoint), numbers, *earlier.repeats(shard))
+    write_columns(folder / masked_folder(checkpoint) / name, numbers)
     columns = {"row": first_row + masked.owners.astype(np.int64)}
     columns |= {part: np.ascontiguousarray(ends[:, i]) for i, part in enumerate(("column", "start", "end"))}
     batch = record_batch(columns).replace_schema_metadata({_CUT: str(len(masked.cut)).encode()})
@@ -120,11 +127,17 @@ def write_spans(
 
 
 def write_span_sketches(
-    fit_folder: Path, name: str, sketches: dict[str, SketchRows], sketchers: dict[str, Sketcher]
+    fit_folder: Path,
+    name: str,
+    sketches: dict[str, SketchRows],
+    sketchers: dict[str, Sketcher],
+    earlier: EarlierRows,
 ) -> None:
-    """Write the sketches of one shard's spans, beside those of its rows."""
+    """Write the sketches of one shard's spans, beside those of its rows; equal ones as they were first stored."""
     for kind, found in sketches.items():
-        write_columns(fit_folder / span_gradients(kind) / name, found.columns(sketchers[kind].reduction))
+        columns: dict[str, pa.Array | np.ndarray] = dict(found.columns(sketchers[kind].reduction))
+        copy_repeats(fit_folder / span_gradients(kind), columns, *earlier.repeats(int(Path(name).stem)))
+        write_columns(fit_folder / span_gradients(kind) / name, columns)
 
 
 def masked_pass(
