@@ -204,7 +204,9 @@ def open_retriever(options: IndexOptions, report: ReportOptions) -> Retriever:
     return options.open()
 
 
-def make_spec(retriever: Retriever, method: Sequence[str] | None, asked: ScopeOptions, **choices: Any) -> QuerySpec:
+def make_spec(
+    retriever: Retriever, method: Sequence[str] | None, asked: ScopeOptions, *, quiet: bool, **choices: Any
+) -> QuerySpec:
     """The question, checked."""
     from forebear.retriever.methods import pick_methods
     from forebear.retriever.query_spec import QuerySpec
@@ -212,7 +214,7 @@ def make_spec(retriever: Retriever, method: Sequence[str] | None, asked: ScopeOp
     names = tuple(m.name for m in pick_methods(listed(method))) if method else retriever.row_methods()
     spec = QuerySpec(methods=names, **asdict(asked), **choices)
     retriever.check_stores(spec.check(), spec)
-    say_what_was_fitted(retriever, spec)
+    say_what_was_fitted(retriever, spec, quiet=quiet)
     return spec
 
 
@@ -237,7 +239,7 @@ def default_methods(retriever: Retriever, names: Sequence[str], asked: ScopeOpti
     return kept
 
 
-def say_what_was_fitted(retriever: Retriever, spec: QuerySpec, *, quiet: bool = False) -> None:
+def say_what_was_fitted(retriever: Retriever, spec: QuerySpec, *, quiet: bool) -> None:
     """Say of a question beyond the head on how many rows its index was fitted, where others came or went since."""
     from forebear.retriever.coverage import fit_age
 

@@ -138,7 +138,7 @@ def _audit(
     from forebear.evaluation.artifact_features import measure
     from forebear.evaluation.artifact_report import artifact_report
 
-    spec = make_spec(retriever, method or default_methods(retriever, ["if"], asked), asked)
+    spec = make_spec(retriever, method or default_methods(retriever, ["if"], asked), asked, quiet=report.quiet)
     values = measure(retriever.index, feature)
     queries = open_queries(retriever, tested, sample, spec)
     with report.progress() as progress:

@@ -102,7 +102,9 @@ def mislabelled(
     from forebear.evaluation.audit_mislabelled import suspects, suspects_report
 
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method or default_methods(retriever, ["gd", "if"], asked), asked, target="gold")
+    spec = make_spec(
+        retriever, method or default_methods(retriever, ["gd", "if"], asked), asked, target="gold", quiet=report.quiet
+    )
     found = suspects(retriever, spec, n_neighbours=neighbours)
     page, result = suspects_report(found, retriever, spec, top, command_line())
     report.finish(page, result, _for_screen(page, ("row", "mean rank", "label", "suggested")))
@@ -161,7 +163,14 @@ def errors(
     from forebear.evaluation.audit_errors import errors_report, explain_groups, group_mistakes, mistakes_of
 
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method or default_methods(retriever, ["if"], asked), asked, top=top, aggregate=True)
+    spec = make_spec(
+        retriever,
+        method or default_methods(retriever, ["if"], asked),
+        asked,
+        top=top,
+        aggregate=True,
+        quiet=report.quiet,
+    )
     source = tested.open(tested.test, need_labels=True)
     if clusters < 1:
         raise InputError(f"--clusters {clusters}: expected at least 1.")
@@ -192,7 +201,7 @@ def hubs(
     from forebear.evaluation.audit_hubs import hubs_report, training_queries
 
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method, asked, top=top)
+    spec = make_spec(retriever, method, asked, top=top, quiet=report.quiet)
     if test is None:
         queries = training_queries(retriever, sample.queries, sample.seed)
     else:

@@ -137,7 +137,7 @@ def correlation(
     from forebear.evaluation.correlation import correlation_report, correlations
 
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method, asked)
+    spec = make_spec(retriever, method, asked, quiet=report.quiet)
     queries = open_queries(retriever, tested, sample, spec)
     found = correlations(retriever, queries, spec, n_rows=rows, seed=sample.seed)
     report.finish(*correlation_report(found, retriever, queries, spec, sample.seed, command_line()))
@@ -163,7 +163,7 @@ def overlap(
     from forebear.evaluation.top_overlap import depths_of, top_overlap_report, top_overlaps
 
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method, asked)
+    spec = make_spec(retriever, method, asked, quiet=report.quiet)
     tops = integers("--top", top) or ([] if share else [10, 50])
     depths = depths_of(tops, listed(share), retriever.index.manifest.n_live)
     queries = open_queries(retriever, tested, sample, spec)
@@ -191,7 +191,7 @@ def randomized(
     from forebear.retriever.methods import METHODS
 
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method, asked)
+    spec = make_spec(retriever, method, asked, quiet=report.quiet)
     if method is None:  # what does not depend on the model is refused
         kept = tuple(name for name in spec.methods if METHODS[name].representation != "sentence")
         spec = replace(spec, methods=kept)
@@ -224,7 +224,7 @@ def near_duplicates(
     from forebear.evaluation.near_duplicates import near_duplicates as ask
 
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method, asked)
+    spec = make_spec(retriever, method, asked, quiet=report.quiet)
     tops = sorted(set(integers("--top", top))) or TOPS
     with report.progress() as progress:
         found = ask(
@@ -256,7 +256,7 @@ def saliency_consistency(
     from forebear.evaluation.saliency_consistency import saliency_consistency_report
 
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method or default_methods(retriever, ["if"], asked), asked)
+    spec = make_spec(retriever, method or default_methods(retriever, ["if"], asked), asked, quiet=report.quiet)
     queries = open_queries(retriever, TestOptions(test=test, text_columns=text_columns), sample, spec)
     with report.progress() as progress:
         found = measure(retriever, queries, spec, progress=progress)
@@ -297,7 +297,7 @@ def recall(
     n_live = retriever.index.manifest.n_live
     if not 1 <= top <= n_live:
         raise InputError(f"--top {top}: expected 1 to {n_live}, the live rows.")
-    spec = make_spec(retriever, method, asked, recall=recall, top=top, candidates=candidates)
+    spec = make_spec(retriever, method, asked, recall=recall, top=top, candidates=candidates, quiet=report.quiet)
     queries = open_queries(retriever, tested, sample, spec)
     with report.progress() as progress:
         found = retrieval_recall(retriever, queries, spec, progress=progress)
@@ -344,7 +344,9 @@ def mislabelled(
     if (true_label is None) == (wrong_rows is None):
         raise InputError("give either --true-label COLUMN or --wrong-rows FILE.")
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method or default_methods(retriever, ["gd", "if"], asked), asked, target="gold")
+    spec = make_spec(
+        retriever, method or default_methods(retriever, ["gd", "if"], asked), asked, target="gold", quiet=report.quiet
+    )
     opened = retriever.index
     truth = None
     if wrong_rows is not None:

@@ -143,7 +143,7 @@ class AskOptions:
         methods = removal_methods(retriever, listed(self.method))
         spec = retriever.settled(QuerySpec(methods=methods, **asdict(self.asked), **self.spans.choices(retriever)))
         retriever.check_stores(spec.check(), spec)
-        say_what_was_fitted(retriever, spec)
+        say_what_was_fitted(retriever, spec, quiet=self.report.quiet)
         labelled = need_labels or self.asked.target == "gold"
         source = self.tested.open(self.tested.test, need_labels=labelled)
         start_workers(self.how.workers, self.cache)

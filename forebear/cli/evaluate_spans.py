@@ -101,7 +101,7 @@ def _agreement(measure: Measure) -> Callable[..., None]:
         tops = depths(integers("--at", depth) or [10])
         retriever = open_retriever(at, report)
         methods = listed(method) or default_methods(retriever, PAPER_METHODS, asked)
-        spec = _spec(retriever, tuple(methods), asked, spans, top=tops[-1])
+        spec = _spec(retriever, tuple(methods), asked, spans, report.quiet, top=tops[-1])
         queries = _queries(retriever, tested, sample, spec)
         with report.progress() as progress:
             found = measure_agreement(retriever, queries, spec, tops, measure, seed=sample.seed, progress=progress)
@@ -125,7 +125,7 @@ def faithfulness(
     from forebear.evaluation.faithfulness import METHODS, faithfulness_report, measure_faithfulness
 
     retriever = open_retriever(at, report)
-    spec = _spec(retriever, METHODS, asked, spans)
+    spec = _spec(retriever, METHODS, asked, spans, report.quiet)
     queries = _queries(retriever, tested, sample, spec)
     with report.progress() as progress:
         found = measure_faithfulness(
@@ -135,7 +135,12 @@ def faithfulness(
 
 
 def _spec(
-    retriever: Retriever, methods: tuple[str, ...], asked: QuestionOptions, spans: SpanOptions, **choices: Any
+    retriever: Retriever,
+    methods: tuple[str, ...],
+    asked: QuestionOptions,
+    spans: SpanOptions,
+    quiet: bool,
+    **choices: Any,
 ) -> QuerySpec:
     """The question, settled and checked."""
     from forebear.retriever.query_spec import QuerySpec
@@ -144,7 +149,7 @@ def _spec(
     spec = retriever.settled(spec)
     if spec.exact == "none":
         raise InputError("--exact none ranks by sketches alone; give rerank or full.")
-    say_what_was_fitted(retriever, spec)
+    say_what_was_fitted(retriever, spec, quiet=quiet)
     return spec
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.asking import ColumnOptions, IndexOptions, command_line, integers
+from forebear.cli.asking import ColumnOptions, IndexOptions, command_line, integers, say_what_was_fitted
 from forebear.cli.console import Variadic, listed, progress_bar, say, warn
 from forebear.cli.groups import grouped
 from forebear.cli.options import Damping, Force, Quiet, Recall, Scope
@@ -221,6 +221,7 @@ def _run(
 
     if how.seeds < 1:
         raise InputError(f"--seeds {how.seeds}: expected 1 or more.")
+    say_what_was_fitted(retriever, spec.question, quiet=how.quiet)
     words, out = WordNet(change.wordnet), Path(how.out)
     folder = Path(how.cache or out / RETRAINED_NAME)
     start_workers(how.workers, folder)

@@ -15,6 +15,7 @@ from forebear.evaluation.report import Cell, Figure, Table, heat_map
 from forebear.evaluation.statistics import INTERVALS, mean_of
 from forebear.indexer.data import RowSource
 from forebear.indexer.gradients import live_sample
+from forebear.retriever.coverage import fit_lines
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
 from forebear.retriever.scores import Scores
@@ -188,6 +189,7 @@ def provenance(
     return {
         "index": str(retriever.index.folder),
         "index digest": retriever.index.manifest.digest(),
+        **fit_lines(retriever.index, spec),
         "question digest": retriever.settled(spec).digest(retriever.index),
         "scope": spec.scope,
         "target": spec.target,

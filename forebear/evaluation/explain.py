@@ -20,6 +20,7 @@ from forebear.indexer.forward import run_forward
 from forebear.indexer.manifest import library_versions
 from forebear.indexer.model import Classifier
 from forebear.indexer.spans import Span
+from forebear.retriever.coverage import fit_lines
 from forebear.retriever.methods import METHODS, pick_methods
 from forebear.retriever.queries import choose_targets
 from forebear.retriever.query_spec import QuerySpec
@@ -224,7 +225,7 @@ def explain(
         prediction=names[forward.predictions[0]],
         target=names[targets[0]],
         answers=_answers(passages, found, facts["methods"]),
-        provenance=_provenance(retriever, facts, form, command),
+        provenance=_provenance(retriever, spec, facts, form, command),
     )
 
 
@@ -409,12 +410,15 @@ def _side_notes(name: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
     return notes
 
 
-def _provenance(retriever: Retriever, facts: Mapping[str, Any], form: str, command: str) -> dict[str, str]:
+def _provenance(
+    retriever: Retriever, spec: QuerySpec, facts: Mapping[str, Any], form: str, command: str
+) -> dict[str, str]:
     """Where the numbers come from, line by line."""
     manifest = retriever.index.manifest
     lines = {
         "index": facts["index"],
         "index digest": facts["index_digest"],
+        **fit_lines(retriever.index, spec),
         "query digest": facts["query_digest"],
         "training rows": f"{manifest.n_live:,} ({', '.join(segment.source for segment in manifest.segments)})",
         "sign": facts["sign"],

@@ -17,6 +17,7 @@ from forebear.evaluation.perturb_spec import RANDOM, STRATEGIES, Change
 from forebear.evaluation.report import Cell, Figure, Group, Passage, Report, Table, check_folder, line_chart
 from forebear.indexer.spans import Span
 from forebear.indexer.store import write_bytes
+from forebear.retriever.coverage import fit_lines
 from forebear.retriever.retriever import Retriever
 
 CHANGED_NAME = "changed.jsonl"
@@ -43,7 +44,8 @@ def perturb_report(
         provenance: Test rows, command, WordNet and the like; the index is added.
     """
     index = retriever.index
-    facts = {"index": str(index.folder), "index digest": index.manifest.digest(), **provenance}
+    facts = {"index": str(index.folder), "index digest": index.manifest.digest()}
+    facts |= fit_lines(index, found.spec.question) | provenance
     facts |= {"retraining": f"{retraining['retrain']}. {retraining['note']}", "seeds": _listed(found.seeds)}
     attack = found.spec.what == "attack"
     report = Report(

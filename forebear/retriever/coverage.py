@@ -125,6 +125,12 @@ def fit_age(index: Index, spec: QuerySpec) -> FitAge | None:
     return index.manifest.fit_age if is_asked else None
 
 
+def fit_lines(index: Index, spec: QuerySpec) -> dict[str, str]:
+    """The same as a line of a report; none where the question needs no fit, or the fit is to the rows of the index."""
+    age = fit_age(index, settled(index, spec))
+    return {} if age is None or age.is_current else {"fitted beyond the head": f"{age}."}
+
+
 def _search_facts(index: Index, method: Method, spec: QuerySpec) -> dict[str, Any]:
     """Recall of a method: proven, calibrated, or not measured (None, with a note); and what else decides its answer."""
     if method.by_model:
