@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from forebear.indexer.index import Index
     from forebear.indexer.options import Progress
 
+# What a change takes besides its own name; everything else was decided by the build.
+OPTIONS_OF_EVERY_CHANGE = ("out", "resume", "force", "quiet")
+OPTIONS_OF_CHANGES = {
+    "append": ("train", "model", "text_columns", "label_column", "label_names", "unlabelled", "device"),
+    "retire": (),
+    "rebuild_ann": ("ann",),
+    "refit": ("model", "device"),
+}
+
 HELP = """Build the index of a classifier's training rows, once; or change one that is there.
 
 Examples:
@@ -48,18 +57,27 @@ def register(app: typer.Typer) -> None:
 
 
 def index(
+    ctx: typer.Context,
     out: Annotated[str, typer.Option("--out", help="Index folder to write, or to change.")],
     train: Annotated[str | None, typer.Option("--train", help="The rows the model was trained on, labelled.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Run folder, model folder or hub name.")] = None,
     checkpoints: Annotated[
         list[str] | None,
         typer.Option(
-            "--checkpoints", help="'all' of a run, or some by name, or folders in training order.", show_default=False
+            "--checkpoints",
+            help="'all' of a run or of a Trainer's output folder, or some of a run by name, or folders in training "
+            "order.",
+            show_default=False,
         ),
     ] = None,
     eta: Annotated[
         list[float] | None,
-        typer.Option("--eta", help="TracIn weight of each checkpoint. Default: the run's, else 1.", show_default=False),
+        typer.Option(
+            "--eta",
+            help="TracIn weight of each checkpoint. Default: the run's, else the mean rates that a Trainer logged, "
+            "else 1.",
+            show_default=False,
+        ),
     ] = None,
     scope: Annotated[
         list[str] | None,
@@ -181,10 +199,7 @@ def index(
 
     if sum((append, bool(retire), rebuild_ann, refit)) > 1:
         raise InputError("--append, --retire, --refit and --rebuild-ann are separate changes: give one of them.")
-    if train is not None and (retire or rebuild_ann or refit):
-        raise InputError(
-            "--train is for a build or --append; --retire, --refit and --rebuild-ann take the index's rows."
-        )
+    _refuse_what_a_build_takes(ctx)
     done: list[str] = []  # says that nothing was left to do
 
     def rows(columns: list[str] | None) -> RowSource:
@@ -209,7 +224,7 @@ def index(
             return build.refit_index(out, model=model, device=device, warn=warn, **how, progress=progress)
         if append:
             source = rows(listed(text_columns) or None)
-            return build.append_rows(out, source, model=model, device=device, **how, progress=progress)
+            return build.append_rows(out, source, model=model, device=device, warn=warn, **how, progress=progress)
         chosen = choose_model(model, checkpoints or (), eta or ())
         warn(chosen.remark)
         source = rows(listed(text_columns) or _if_there(chosen.text_columns, train))
@@ -264,6 +279,23 @@ def index(
         f"Next: forebear retrieve --index {out} --text '...'",
         quiet=quiet,
     )
+
+
+def _refuse_what_a_build_takes(ctx: typer.Context) -> None:
+    """Refuse options that mean nothing for the change that is asked for, by name."""
+    sources = {p.name: ctx.get_parameter_source(p.name or "") for p in ctx.command.params}
+    given = [p for p in ctx.command.params if (of := sources[p.name]) is not None and of.name == "COMMANDLINE"]
+    for change, taken in OPTIONS_OF_CHANGES.items():
+        if not any(p.name == change for p in given):
+            continue
+        option = {p.name: p.opts[0] for p in ctx.command.params}
+        foreign = [p.opts[0] for p in given if p.name not in (change, *OPTIONS_OF_EVERY_CHANGE, *taken)]
+        if foreign:
+            also = ", ".join(option[name] for name in (*taken, *OPTIONS_OF_EVERY_CHANGE))
+            raise InputError(
+                f"{option[change]} takes no {', '.join(foreign)}: the index keeps what it was built with. Leave that "
+                f"out (it takes {also}), or build the index again."
+            )
 
 
 def _if_there(columns: tuple[str, ...] | None, train: str | None) -> list[str] | None:

@@ -132,6 +132,7 @@ def _build(
     build = {"kind": "build", "segment": segment.rows, "checkpoints": [c.name for c in listed]}
     spec = begin_build(folder, build, spec, replaces=replaces)
     shards = split_rows(0, source.n_rows, spec.shard_rows)
+    n_queries = options.calibration_queries if spec.sketched_scopes else None
     remembered = tuple(replace(c, path=path_from(folder, c.path)) for c in listed)
     manifest = Manifest(
         spec=spec,
@@ -142,6 +143,7 @@ def _build(
         n_retired=0,
         generation=0,
         feature_dim=classifier.feature_dim,
+        calibration_queries=n_queries,
         libraries=library_versions(),
     )
     with as_begun(spec.n_threads):
@@ -158,6 +160,5 @@ def _build(
             progress=progress,
             warn=warn,
         ).write(classifier)
-        n_queries = options.calibration_queries if spec.sketched_scopes else 0
-        calibrate = calibration_by(classifier, n_queries, progress)
+        calibrate = calibration_by(classifier, n_queries or 0, progress)
         return finish(folder, manifest, np.empty(0, np.int64), progress, calibrate)

@@ -51,7 +51,8 @@ def finish(
         manifest: With new segments, shards and generation; its curvature, derived and files are made here.
         retired: Retired row numbers, ascending.
         progress: Told the stage.
-        calibrate: Makes the manifest's calibration from the index, complete but for it; None keeps what is there.
+        calibrate: Measures the manifest's calibration on the new index, all of whose files are written by then; None:
+            that of ``manifest`` is kept.
 
     Returns:
         The index under its new manifest.

@@ -44,12 +44,12 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-# Fields that came after indexes were first written, left out where they have their first meaning: an index of then has
-# the same digest now.
+# Fields that came after the first indexes were written. One that holds the value given here, which is what it was
+# before there was the field, is left out of the manifest: so the digests of the first indexes still hold.
 _LATER: dict[str, Any] = {
     "sketch_bits": 0, "white_bits": 0, "sketch_basis": "mixed", "with_bias": False, "curvature": "none",
     "calibration": {}, "words_tops": (), "words_precision": "fp16", "spans": None, "span_column": 0,
-    "spans_sha256": None, "fit": {},
+    "spans_sha256": None, "fit": {}, "calibration_queries": None,
 }  # fmt: skip
 
 
@@ -183,6 +183,7 @@ class Manifest:
     feature_dim: int
     fit: dict[str, int] = field(default_factory=dict)  # of the last refit: generation, n_rows, n_retired
     curvature: dict[str, Any] = field(default_factory=dict)  # scope -> solver -> facts
+    calibration_queries: int | None = None  # rows asked for by --calibrate; None: no scope needs it, or not known
     calibration: dict[str, Any] = field(default_factory=dict)  # scope -> method -> candidates by recall
     derived: dict[str, Any] = field(default_factory=dict)  # representation -> facts of its search structure
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # relative path -> sha256, bytes

@@ -109,7 +109,9 @@ def refit_index(
 
 
 def _calibration_queries(manifest: Manifest) -> int:
-    """How many rows the build asked about; fewer than were wanted where it had no more."""
+    """How many rows the build was to ask about; of an index that does not say, as many as it asked, or all."""
+    if manifest.calibration_queries is not None:
+        return manifest.calibration_queries
     asked = max((int(facts.get("n_queries", 0)) for facts in manifest.calibration.values()), default=0)
     return max(asked, BuildOptions.calibration_queries) if asked >= manifest.fit_age.n_rows else asked
 

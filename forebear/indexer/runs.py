@@ -134,8 +134,9 @@ def choose_model(model: str | None, checkpoints: Sequence[str] = (), etas: Seque
 
     Args:
         model: A run folder, a model folder or a hub name; may be None when checkpoints are paths.
-        checkpoints: Empty (last one only), ``all``, names of the run's checkpoints, or model folders.
-        etas: One weight a checkpoint; default the run's record, else 1.
+        checkpoints: Empty (last one only), ``all`` (of a run, or of a Trainer's output folder), names of the run's
+            checkpoints, or model folders.
+        etas: One weight a checkpoint; default the run's record, else the mean rates that a Trainer logged, else 1.
 
     Raises:
         InputError: They do not fit together.
