@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_index import Interrupted, hashes, interrupt_at
-from tiny import labels, sentences, write_jsonl
+from test_wordnet import write_wordnet
+from tiny import WORDS, labels, sentences, write_jsonl
 
 from forebear import (
     CorruptIndexError,
@@ -568,8 +569,51 @@ def test_a_refit_of_nothing_says_so(
     assert hashes(folder) == hashes(first)
     assert command("index", "--out", index, "--refit") == 2
     assert "holds the head alone, which is exact" in capsys.readouterr().err
-    assert command("index", "--out", folder, "--refit", "--train", "x.jsonl") == 2
-    assert "--train is for a build or --append" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "foreign"),
+    [
+        (["--refit"], ["--calibrate", "0", "--damping", "9", "--scope", "all"]),
+        (["--refit"], ["--train", "x.jsonl"]),
+        (["--append", "--train", "x.jsonl"], ["--precision", "bf16", "--max-length", "9"]),
+        (["--retire", "3"], ["--model", "x"]),
+        (["--rebuild-ann", "--ann", "SQfp16"], ["--seed", "1"]),
+    ],
+)
+def test_options_that_mean_nothing_for_a_change_are_refused_by_name(
+    change: list[str], foreign: list[str], index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = hashes(index)
+    assert command("index", "--out", index, *change, *foreign) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    names = sorted(name for name in foreign if name.startswith("--"))
+    assert f"{change[0]} takes no" in line
+    assert all(name in line.split(":")[1] for name in names)
+    assert "the index keeps what it was built with" in line
+    assert hashes(index) == before
+
+
+def test_a_refit_asks_about_as_many_rows_as_the_build_was_to(model: str, tmp_path: Path) -> None:
+    chosen, options = choose_model(None, [model]).checkpoints, replace(OPTIONS, stores=("features",))
+    for asked in (0, 30):
+        wanted = replace(options, calibration_queries=asked)
+        build_index(rows(0, 24), tmp_path / "i", chosen, wanted, force=True)  # 30: has no more than 24
+        append_rows(tmp_path / "i", rows(24, 40))
+        found = refit_index(tmp_path / "i").manifest
+        whole = build_index(rows(0, 40), tmp_path / "whole", chosen, wanted, force=True).manifest
+        assert found.calibration == whole.calibration
+        assert bool(found.calibration) == bool(asked)
+
+
+def test_an_append_warns_as_a_build_does(head: Path, index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    append = ("index", "--out", index, "--append", "--train", head / "more.jsonl", "--quiet")
+    assert command(*append) == 0
+    said = capsys.readouterr().err
+    assert "warning: the model's labels are unnamed; numbers in " in said, said
+    warned: list[str | None] = []
+    append_rows(index, rows(18, 24), warn=warned.append)
+    assert len(warned) == 1
 
 
 def test_what_was_fitted_on_other_rows_is_said_everywhere(
@@ -591,12 +635,34 @@ def test_what_was_fitted_on_other_rows_is_said_everywhere(
     assert "fitted_beyond_the_head" not in json.loads(
         pq.read_table(tmp_path / "b.parquet").schema.metadata[b"forebear"]
     )
+    html = tmp_path / "e.html"
+    explain = ("explain", "--text", TEXTS[0], "--index", grown, "--method", "if", "--scope", "top-1", "--html", html)
+    assert command(*explain, "--quiet") == 0
+    assert said in capsys.readouterr().err
+    assert said in html.read_text()
+    write_jsonl(tmp_path / "test.jsonl", text=TEXTS[:4], label=LABELS[:4])
+    tested = ("--index", grown, "--test", tmp_path / "test.jsonl", "--scope", "top-1")
+    audit = ("audit", "hubs", *tested, "--method", "gd", "--top", "2", "--out", tmp_path / "hubs", "--quiet")
+    pairs = [(f"{a}-{b}", [a, b], []) for a, b in zip(WORDS[::2], WORDS[1::2], strict=False)]
+    write_wordnet(tmp_path / "wordnet", {"noun": pairs, "verb": [], "adj": [], "adv": []}, {})
+    attack = ("perturb", "attack", *tested, "--queries", "1", "--rows", "1", "--seeds", "1", "--retrain", "head")
+    attack += ("--wordnet", tmp_path / "wordnet", "--out", tmp_path / "attack", "--quiet")
+    for args in (audit, attack):
+        assert command(*args) == 0
+        assert said in capsys.readouterr().err, args[:2]
+        for name in ("report.html", "result.json"):
+            assert said in (tmp_path / args[1] / name).read_text(), (args[:2], name)
     few = copied(first, tmp_path / "few")
     retire_rows(few, [3, 4])  # 2 of 24: said, not warned of
     assert command(*ask, "--index", few, "--scope", "top-1") == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "fitted on" in line]
     assert [line.startswith("warning") for line in lines] == [False]
     assert "0 appended and 2 retired since" in lines[0]
+    for args in (audit, attack):
+        at = [few if arg == grown else arg for arg in args]
+        assert command(*at, "--force") == 0
+        assert "retired since" not in capsys.readouterr().err, args[:2]  # --quiet
+        assert "0 appended and 2 retired since" in (tmp_path / args[1] / "report.html").read_text()
     assert command("index", "--out", few, "--retire", "5", "--quiet") == 0
     assert "warning" in capsys.readouterr().err
 
@@ -613,3 +679,6 @@ def test_a_small_campaign_of_kills_full_disks_and_flips_is_stood() -> None:
     assert tried["kills"] >= 12
     assert tried["full"] >= 4
     assert tried["flips"] >= 60
+    assert tried["clock"] == 1
+    assert tried["truncation"] >= 30
+    assert tried["read-only"] in (0, 1)  # where no folder may be mounted it is left out, and says so
