@@ -315,7 +315,7 @@ def questions(name: str) -> tuple[str, str]:
     ):  # fmt: skip
         if name.startswith(start_):
             return methods, scope
-    return "gd,nn-cos,sbert-dot", "head"
+    return "gd,nn-cos", "head"
 
 
 def _damage(world: World, part: Part, damages: Sequence[tuple[str, Callable[[Path], None], str]], every: int) -> None:
