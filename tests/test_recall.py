@@ -273,8 +273,14 @@ def test_at_the_head_only_a_quantised_faiss_index_has_a_recall_below_one(tmp_pat
         assert facts_of(Retriever(index), method, scope="head")["recall"] == 1.0
         facts = facts_of(Retriever(index), method, scope="head", exact="none")
         assert (facts["recall"], facts["recall_note"]) == (None, "recall not measured for --exact none")
-    facts = facts_of(Retriever(index), "nn-cos", scope="head")
-    assert facts["recall"] == index.manifest.derived["feature-cos"]["recall"] <= 1
+    for method, name in (("nn-cos", "feature-cos"), ("nn-euc", "feature-euc")):
+        facts = facts_of(Retriever(index), method, scope="head")
+        measured_recall, n_stating = (index.manifest.derived[name][key] for key in ("recall", "n_stating"))
+        assert facts["recall"] == pytest.approx(measured_recall * n_stating / (n_stating + 1))
+        assert facts["recall_note"] == f"measured on {n_stating} rows (training rows, FAISS SQ8), not proven"
+        assert facts_of(Retriever(index), method, scope="head", exact="full") | {"recall": 1.0} == facts_of(
+            Retriever(index), method, scope="head", exact="full"
+        )
     facts = facts_of(Retriever(index), "nn-cos", scope="head", top=11)
     assert facts["recall"] is None
     assert "FAISS SQ8 at --top 11, but for the top 10" in facts["recall_note"]
@@ -283,6 +289,26 @@ def test_at_the_head_only_a_quantised_faiss_index_has_a_recall_below_one(tmp_pat
     facts = facts_of(Retriever(index.folder), "nn-cos", scope="head")
     assert facts["recall"] is None
     assert "--rebuild-ann measures it" in facts["recall_note"]
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 200])
+def test_a_quantised_faiss_index_never_states_a_recall_of_one(n_rows, tmp_path, capsys):
+    """Where every row that was asked about found its neighbours, the next one need not."""
+    index = built(tmp_path, n_rows, scopes=("head",), ann="SQ8")
+    test_rows = write_jsonl(tmp_path / "test.jsonl", text=HELD_OUT[:1], label=[0])
+    for method in ("nn-cos", "nn-euc"):
+        facts = facts_of(Retriever(index), method, scope="head")
+        n_stating = index.manifest.derived["feature-" + method[3:]]["n_stating"]
+        args = ["retrieve", "--index", str(index.folder), "--test", str(test_rows), "--method", method, "--top", "3"]
+        assert run(args) == 0
+        shown = " ".join(capsys.readouterr().err.split())
+        if n_rows == 1:
+            assert (n_stating, facts["recall"]) == (0, None)
+            assert f"note: {method}: recall not measured for FAISS SQ8 of a single row" in shown
+            continue
+        assert facts["recall"] <= supported_recall(n_stating) < 1
+        by = f"measured on {n_stating} {'row' if n_stating == 1 else 'rows'} (training rows, FAISS SQ8), not proven"
+        assert f"note: {method}: recall {facts['recall']:.3g} expected of the exact top 3; {by}" in shown
 
 
 # ---------------------------------------------------------------- candidates under another H^-1
@@ -326,13 +352,13 @@ def test_the_terminal_says_where_no_recall_was_measured(few_rows, test_rows, cap
     args = ["retrieve", "--index", str(few_rows.index.folder), "--test", str(test_rows), "--scope", SCOPE, "--top", "3"]
     assert run([*args, "--method", "if"]) == 0
     shown = " ".join((found := capsys.readouterr()).out.split() + found.err.split())
-    assert "if: recall 0.98 expected of the exact top 3" in shown
+    assert "note: if: recall 0.98 expected of the exact top 3" in shown
     assert run([*args, "--method", "if", "--damping", "3x"]) == 0
     shown = " ".join((found := capsys.readouterr()).out.split() + found.err.split())
-    assert "if: recall not measured for --damping 3x: calibrated at 0.1x" in shown
+    assert "note: if: recall not measured for --damping 3x: calibrated at 0.1x" in shown
     out = tmp_path / "answers.jsonl"
     assert run([*args, "--method", "if", "--aggregate", "--out", str(out)]) == 0
-    assert "if: recall not measured for --aggregate" in " ".join(capsys.readouterr().err.split())
+    assert "note: if: recall not measured for --aggregate" in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_index_command_says_what_its_calibration_supports(few_rows, capsys):

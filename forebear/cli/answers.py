@@ -170,4 +170,4 @@ def say_recall(retriever: Retriever, spec: QuerySpec, *, quiet: bool) -> None:
             by = "" if n is None else f" ({n:,} candidates at each end)"
             lines.insert(0, f"recall {recall:.3g} expected of the exact top {spec.top}{by}")
         if lines:
-            say(f"{name}: {'; '.join(lines)}", quiet=quiet)
+            say(f"note: {name}: {'; '.join(lines)}", quiet=quiet)

@@ -192,17 +192,25 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
                 by += f" of the top {known['top']}"
             lines.append(("candidates", f"{scope} {method}, share of rows by recall {some}; by {by}"))
     for name, search in facts["search"].items():
-        what = (
-            "norm-sorted scan"
-            if search["kind"] == "scan"
-            else f"FAISS {search['factory']}, recall {search['recall']:.3f}"
-        )
-        lines.append(("search", f"{name}: {what}"))
+        lines.append(("search", f"{name}: {_search_line(search)}"))
     parts = ", ".join(f"{kind} {size(n)}" for kind, n in stored.items() if kind not in ("total", "a_row"))
     lines.append(("size", f"{size(stored['total'])}, {stored['a_row']:,.0f} bytes a row ({parts})"))
     lines.append(("built with", ", ".join(f"{k} {v}" for k, v in facts["libraries"].items())))
     lines.append(("here", facts["faiss"]))
     return lines
+
+
+def _search_line(search: dict[str, Any]) -> str:
+    """How one kind of vector is searched, and the recall that answers state."""
+    from forebear.indexer.ann import expected_recall
+
+    if search["kind"] == "scan":
+        return "norm-sorted scan"
+    if search["factory"] == "Flat":
+        return "FAISS Flat, exact"
+    recall = expected_recall(search)
+    stated = "recall not measured" if recall is None else f"recall {recall:.3g} by {search['n_stating']} training rows"
+    return f"FAISS {search['factory']}, {stated}"
 
 
 def verify(

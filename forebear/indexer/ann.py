@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import CorruptIndexError, InputError, StorageError
+from forebear.indexer.conformal import supported_recall
 from forebear.indexer.store import MEND, RowMatrix, atomic_file
 
 FLAT_ROWS = 200_000  # exact float32 up to here
@@ -200,7 +201,7 @@ def _calibrate(
         return AnnIndex(built, metric, True, 0, 2), 1.0, 0
     n_lists = int(import_faiss().extract_index_ivf(built).nlist) if "IVF" in name else 0
     if len(vectors) == 1:
-        return AnnIndex(built, metric, False, n_lists, 4), 1.0, 1
+        return AnnIndex(built, metric, False, n_lists, 4), 1.0, 0
     positions = rng.permutation(len(vectors))[:_CALIBRATION_QUERIES]
     choosing, stating = (np.sort(some) for some in np.array_split(positions, 2))
     top = min(CALIBRATION_TOP, len(vectors) - 1)
@@ -247,6 +248,23 @@ def _nearest(vectors: Vectors, queries: np.ndarray, own: np.ndarray, metric: str
         scores[:, start : start + len(block)] = products
     scores[np.arange(len(queries)), own] = -np.inf
     return np.asarray(np.argpartition(-scores, top - 1, axis=1)[:, :top])
+
+
+def expected_recall(facts: dict[str, Any]) -> float | None:
+    """The recall that may be stated of the next query of a quantised or inverted index: below 1 whatever was measured.
+
+    As :mod:`forebear.indexer.conformal` has it for settings that are given: the sum of the recalls of the G rows that
+    were asked about over G + 1, so at most 64/65.
+
+    Args:
+        facts: What the manifest keeps of the index.
+
+    Returns:
+        The recall of the exact top 10; None where no row was asked about, or an earlier version asked no others than
+        those that chose the settings.
+    """
+    n_stating = facts.get("n_stating", 0)
+    return float(facts["recall"]) * supported_recall(n_stating) if n_stating else None
 
 
 def write_ann(ann: AnnIndex, path: Path) -> None:

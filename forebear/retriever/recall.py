@@ -12,7 +12,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from forebear.indexer.ann import CALIBRATION_TOP
+from forebear.indexer.ann import CALIBRATION_TOP, expected_recall
 from forebear.indexer.index import Index
 from forebear.retriever.curvature import CurvatureSpec
 from forebear.retriever.methods import Method
@@ -164,7 +164,7 @@ def _not_measured(index: Index, scope: str, method: Method, name: str, spec: Que
 
 
 def stored_recall(index: Index, method: Method, spec: QuerySpec) -> Stated:
-    """Recall where every row's vector is stored: 1 where the search proves its answer, or measured for FAISS."""
+    """Recall where every row's vector is stored: 1 where all rows are compared, or what was measured for FAISS."""
     if spec.exact == "none":
         return NOT_RERANKED
     name = ann_name(method)
@@ -173,15 +173,19 @@ def stored_recall(index: Index, method: Method, spec: QuerySpec) -> Stated:
     facts = index.manifest.derived[name]
     if facts["factory"] == "Flat":
         return PROVEN
-    found = f"FAISS {facts['factory']}"
+    faiss = f"FAISS {facts['factory']}"
     if "n_stating" not in facts:
         return None, (
-            f"recall not measured for {found} of this index but by the queries that its settings were chosen by (an "
+            f"recall not measured for {faiss} of this index but by the queries that its settings were chosen by (an "
             "earlier forebear): --rebuild-ann measures it"
         )
     if spec.top > CALIBRATION_TOP:
-        return None, f"recall not measured for {found} at --top {spec.top}, but for the top {CALIBRATION_TOP}"
-    return float(facts["recall"]), None
+        return None, f"recall not measured for {faiss} at --top {spec.top}, but for the top {CALIBRATION_TOP}"
+    expected, n_stating = expected_recall(facts), facts["n_stating"]
+    if expected is None:
+        return None, f"recall not measured for {faiss} of a single row"
+    rows = "row" if n_stating == 1 else "rows"
+    return expected, f"measured on {n_stating} {rows} (training rows, {faiss}), not proven"
 
 
 def with_note(stated: Stated) -> dict[str, Any]:
