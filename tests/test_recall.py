@@ -13,10 +13,13 @@ from tiny import labels, make_tiny_model, sentences, write_jsonl
 import forebear
 from forebear import BuildOptions, Index, InputError, QuerySpec, Retriever, build_index
 from forebear.cli.main import run
+from forebear.indexer import calibrate as calibrating
 from forebear.indexer import projector as projecting
 from forebear.indexer.build import append_rows, retire_rows
+from forebear.indexer.calibrate import calibrate_scope
 from forebear.indexer.conformal import least_share, supported_recall
 from forebear.indexer.data import rows_from_texts
+from forebear.indexer.estimate import Part
 from forebear.indexer.manifest import read_manifest
 from forebear.indexer.runs import choose_model
 from forebear.retriever.coverage import question_facts
@@ -164,6 +167,26 @@ def test_calibration_chooses_by_other_queries_than_it_states_by(few_rows):
         assert (found["n_choosing"], found["n_stating"]) == (24, 50)
         assert found["supported"] == 50 / 51
         assert max(map(float, found["candidates"])) == found["supported"]
+
+
+def test_calibration_reads_the_codes_once_for_each_set_of_queries(few_rows, monkeypatch):
+    """Not once for each weight and margin: of many rows that takes most of a build."""
+    index, asked = few_rows.index, []
+    products = Part.code_products
+
+    def counted(part: Part, which: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        asked.append((len(which), len(rows)))
+        return products(part, which, rows)
+
+    monkeypatch.setattr(Part, "code_products", counted)
+    calibration = {"n_queries": 74, "on_rows": lambda n: None}
+    found = calibrate_scope(index, few_rows.classifier(), SCOPE, **calibration)
+    assert asked == [(24, 200), (50, 200)] * 2  # of plain and of whitened sketches, for dots and cosines together
+    assert found["methods"] == index.manifest.calibration[SCOPE]["methods"]
+    asked.clear()
+    monkeypatch.setattr(calibrating, "ESTIMATED_QUERIES", 20)
+    assert calibrate_scope(index, few_rows.classifier(), SCOPE, **calibration)["methods"] == found["methods"]
+    assert asked == [(24, 200), (20, 200), (20, 200), (10, 200)] * 2
 
 
 # ---------------------------------------------------------------- where nothing was measured
