@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,29 @@ def test_calibration_reads_the_codes_once_for_each_set_of_queries(few_rows, monk
     monkeypatch.setattr(calibrating, "ESTIMATED_QUERIES", 20)
     assert calibrate_scope(index, few_rows.classifier(), SCOPE, **calibration)["methods"] == found["methods"]
     assert asked == [(24, 200), (20, 200), (20, 200), (10, 200)] * 2
+
+
+def test_calibration_holds_gradients_and_solutions_once(few_rows, monkeypatch):
+    """What is counted by VECTOR_BYTES is all that is held while the sample is scored."""
+    form, score = calibrating.whole_gradients, calibrating.exact_dots
+    gradients: list[weakref.ref] = []
+    n_held = []
+
+    def formed(*args):
+        vectors = form(*args)
+        gradients.extend(weakref.ref(v) for v in vectors.values())
+        return vectors
+
+    def scored(classifier, scope, vectors, *args, **choices):
+        stacked = {id(v) for v in vectors.values()}
+        n_held.append(sum(g() is not None and id(g()) not in stacked for g in gradients))
+        return score(classifier, scope, vectors, *args, **choices)
+
+    monkeypatch.setattr(calibrating, "whole_gradients", formed)
+    monkeypatch.setattr(calibrating, "exact_dots", scored)
+    calibrate_scope(few_rows.index, few_rows.classifier(), SCOPE, n_queries=20, on_rows=lambda n: None)
+    assert len(gradients) > 1
+    assert max(n_held) <= 1  # the loop's own name for the last layer
 
 
 # ---------------------------------------------------------------- where nothing was measured

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from forebear.indexer.conformal import least_share, supported_recall
-from forebear.indexer.ekfac import Vectors, dot
+from forebear.indexer.ekfac import dot
 from forebear.indexer.encoding import Encoded, Texts, take_texts
 from forebear.indexer.estimate import BLOCK_ROWS, Part, Proposal, candidates_needed, estimate
 from forebear.indexer.forward import residual_and_loss
@@ -35,9 +35,9 @@ from forebear.indexer.sketch import gradient_folder, sketch_rows
 from forebear.indexer.spans import mask_spans
 
 SAMPLE_ROWS = 768
-VECTOR_BYTES = (
-    2 << 30
-)  # whole gradients held at once, and as many solutions; each row's gradient is formed once for them
+# Gradients of queries and as many solutions, held at once; each sampled row's gradient is formed once for them. The
+# peak is higher by some copies of the largest layer's gradients, while that layer is solved or its lengths are summed.
+VECTOR_BYTES = 2 << 30
 LEAST_QUERIES = 12  # held at once, however large they are
 RECALLS = (0.8, 0.9, 0.95, 0.98, 0.99)  # what the manifest says the candidates of; and the largest that is supported
 TOP = 10
@@ -101,7 +101,7 @@ def calibrate_spans(
     n_queries: int,
     on_rows: Callable[[int], None],
 ) -> dict[str, Any]:
-    """The same for spans: ``tracin+`` and ``tracin++`` at the last checkpoint, ``if+`` and ``if++`` likewise.
+    """Calibrate what ranks spans, at the last checkpoint: ``tracin+``, ``tracin++``, ``if+`` and ``if++``.
 
     Queries are training rows with stored spans, each row's own spans excluded: the whole row for the methods with one
     plus, what its most important span adds for those with two.
@@ -186,14 +186,14 @@ class _Estimates:
     by_coordinates: np.ndarray
     by_code: np.ndarray | None
 
-    def at(self, weight: float) -> np.ndarray:
+    def weighted(self, code_weight: float) -> np.ndarray:
         """The estimates with the code counted at a weight, ``(q, n)``."""
-        if not weight or self.by_code is None:
+        if not code_weight or self.by_code is None:
             return self.by_coordinates
-        return np.asarray(self.by_coordinates + np.float32(weight) * self.by_code)
+        return np.asarray(self.by_coordinates + np.float32(code_weight) * self.by_code)
 
     def take(self, queries: slice, rows: np.ndarray | slice = slice(None)) -> _Estimates:
-        """Those of some queries and rows."""
+        """The estimates of some queries and rows."""
         by_code = None if self.by_code is None else self.by_code[queries, rows]
         return _Estimates(self.by_coordinates[queries, rows], by_code)
 
@@ -265,7 +265,7 @@ class _Calibration:
         of_sample = estimates.take(slice(None), columns)
         costs: dict[str, list[tuple[float, Proposal]]] = {name: [] for name in rankings}
         for weight in CODE_WEIGHTS if estimates.by_code is not None else (0.0,):
-            error = float(np.sqrt(np.mean((of_sample.at(weight) - cosines[queries])[counted] ** 2)))
+            error = float(np.sqrt(np.mean((of_sample.weighted(weight) - cosines[queries])[counted] ** 2)))
             for name, ranking in rankings.items():
                 for share in (0.0,) if ranking.by_cosine else MARGINS:
                     setting = Proposal(ranking.by_cosine, weight, share * error)
@@ -315,7 +315,7 @@ class _Calibration:
             excluded = self.excluded[query : query + 1]
             scores = np.where(excluded[:, columns], np.nan, ranking.scores[query])
             of_query = estimates.take(slice(i, i + 1))
-            steps = [of_query.at(weight) for weight in sorted({0.0, setting.code_weight})]
+            steps = [of_query.weighted(weight) for weight in sorted({0.0, setting.code_weight})]
             for end, sign in zip(ends, (1.0, -1.0), strict=True):
                 ranked = [(sign * step + np.float32(setting.margin)) * lengths for step in steps]
                 end[i] = _needed_shares(sign * scores, ranked[0], ranked[-1], columns, excluded, n_best)[0]
@@ -326,10 +326,10 @@ def _parts(index: Index, classifier: Classifier, scope: str, asked: _Asked, *, s
     """Sketches of the queries beside the stored ones: ``plain``, and ``white`` where there is curvature."""
     spec, checkpoint = index.manifest.spec, index.manifest.checkpoints[-1].name
     sketchers = open_sketchers(index.fit_folder, classifier, spec, scope, checkpoint, last=True)
-    found, _ = sketch_rows(
+    sketches, _ = sketch_rows(
         classifier, list(sketchers.values()), asked.texts, asked.targets, batch_tokens=spec.batch_tokens
     )
-    rows = dict(zip(sketchers, found, strict=True))
+    rows = dict(zip(sketchers, sketches, strict=True))
     parts = {"plain": Part(1.0, rows[gradient_folder(scope, checkpoint)], index.gradients(scope, spans=spans))}
     if spec.whitened:
         white = index.gradients(scope, damping=0, spans=spans)
@@ -355,22 +355,27 @@ def _exact_scores(
         ekfac = index.ekfac(scope).to(classifier.device, classifier.head.weight.dtype)
         damping = index.ekfac_damping(scope)[1]
         lengths["white"] = index.gradients(scope, damping=0, spans=spans).norms[scored.numbers].astype(np.float64)
-    shape = len(asked.targets), len(scored.numbers)
-    found = {kind: (np.empty(shape), np.empty(shape)) for kind in lengths}
+    n_queries, n_sampled = len(asked.targets), len(scored.numbers)
+    exact = {kind: (np.empty((n_queries, n_sampled)), np.empty((n_queries, n_sampled))) for kind in lengths}
     size = queries_at_once(classifier, spec, scope)
-    for start in range(0, len(asked.targets), size):
-        at = np.arange(start, min(start + size, len(asked.targets)))
-        g = whole_gradients(classifier, scope, blocks, take_texts(asked.texts, at), asked.targets[at])
-        kinds: dict[str, Vectors] = {"plain": g}
+    for start in range(0, n_queries, size):
+        group = np.arange(start, min(start + size, n_queries))
+        vectors = whole_gradients(classifier, scope, blocks, take_texts(asked.texts, group), asked.targets[group])
         if spec.whitened:
-            kinds["white"] = ekfac.solve(g, damping)
-        stacked = {name: torch.cat([v[name] for v in kinds.values()]) for name in g}
-        dots = exact_dots(classifier, scope, stacked, blocks, scored.texts, scored.labels, on_rows=on_rows)
-        for some, (kind, vectors) in zip(np.split(dots, len(kinds)), kinds.items(), strict=True):
-            below = dot(vectors, g).clamp_min(0).sqrt().cpu().numpy()[:, None] * lengths[kind]
-            found[kind][0][at] = some
-            found[kind][1][at] = np.divide(some, below, out=np.zeros_like(some), where=below > 0)
-    return found
+            for name, g in vectors.items():  # layer by layer, so that only one layer's gradients are held twice
+                vectors[name] = torch.cat([g, ekfac.solve({name: g}, damping)[name]])
+        dots = exact_dots(classifier, scope, vectors, blocks, scored.texts, scored.labels, on_rows=on_rows)
+        plain = {name: v[: len(group)] for name, v in vectors.items()}
+        for number, kind in enumerate(exact):
+            of_kind = slice(number * len(group), (number + 1) * len(group))
+            dots_of_kind = dots[of_kind]
+            squares = dot({name: v[of_kind] for name, v in vectors.items()}, plain)
+            products = squares.clamp_min(0).sqrt().cpu().numpy()[:, None] * lengths[kind]
+            exact[kind][0][group] = dots_of_kind
+            exact[kind][1][group] = np.divide(
+                dots_of_kind, products, out=np.zeros_like(dots_of_kind), where=products > 0
+            )
+    return exact
 
 
 def _needed_shares(
@@ -381,7 +386,7 @@ def _needed_shares(
     excluded: np.ndarray,
     n_best: int,
 ) -> np.ndarray:
-    """For each of the sample's best rows, the share of all rows that must be candidates for it to be one.
+    """For each of the sample's best rows, the share of all rows that must be candidates for it to be among them.
 
     Of equal estimates every row counts as standing before it.
 
