@@ -656,7 +656,7 @@ def test_what_was_fitted_on_other_rows_is_said_everywhere(
     retire_rows(few, [3, 4])  # 2 of 24: said, not warned of
     assert command(*ask, "--index", few, "--scope", "top-1") == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "fitted on" in line]
-    assert [line.startswith("warning") for line in lines] == [False]
+    assert [line.startswith(f"note: {few}: ") for line in lines] == [True]
     assert "0 appended and 2 retired since" in lines[0]
     for args in (audit, attack):
         at = [few if arg == grown else arg for arg in args]

@@ -165,15 +165,16 @@ def test_retrieve_says_which_results_have_the_other_sign(bert_world, tmp_path, c
         scores = table.score[(table.method == "if") & (table.side == side)].to_numpy()
         n = int(is_crossed(METHODS["if"], side, scores).sum())
         assert 0 < n < N_ROWS
-        notes.append(f"{n} of {N_ROWS} {side}s of if have scores {'below' if side == 'proponent' else 'above'} 0")
+        notes.append(f"{n} of {N_ROWS} {side}s have scores {'below' if side == 'proponent' else 'above'} 0")
     err = capsys.readouterr().err
-    assert all(f"note: {note}: these" in err for note in notes)
-    assert "nn-euc have" not in err
+    assert all(f"note: if: {note}: these" in err for note in notes)
+    assert "note: nn-euc" not in err
     assert run([*asked, str(N_ROWS)]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert all(note in shown for note in notes)
-    assert run([*asked, "1", "--quiet"]) == 0
-    assert "have scores" not in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert all(f"note: if: {note}: these" in shown.err for note in notes)
+    assert "have scores" not in shown.out
+    assert run([*asked, str(N_ROWS), "--quiet"]) == 0
+    assert "have scores" not in "".join(capsys.readouterr())
 
 
 def test_counts_of_many_answers_are_those_of_all_scores(bert_world):

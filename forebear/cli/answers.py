@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from forebear.cli.console import OUT, say, shortened, warn
+import numpy as np
+
+from forebear.cli.console import OUT, note, shortened, warn
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from forebear.retriever.query_spec import QuerySpec
     from forebear.retriever.results import Answers
     from forebear.retriever.retriever import Retriever
+    from forebear.retriever.signs import SignCounts
 
 SHOWN_QUERIES = 5
 SHOWN_WORDS = 4
@@ -27,6 +30,7 @@ def show_answers(
     methods: Sequence[Method],
     *,
     aggregate: bool,
+    quiet: bool,
 ) -> None:
     """Print the answers to the first few queries, or the one answer to all.
 
@@ -36,13 +40,15 @@ def show_answers(
         source: The test rows.
         methods: That were asked.
         aggregate: All test rows were asked together.
+        quiet: Say no notes.
     """
     import pyarrow as pa
 
     if aggregate:
         table = pa.concat_tables(tables_of(next(found)))
         OUT.print(f"[bold]{source.n_rows:,} queries together[/bold]")
-        _print_rankings(table.to_pylist(), methods, _text_names(table), [])
+        _print_rankings(rows := table.to_pylist(), methods, _text_names(table), [])
+        _say_signs(rows, methods, quiet=quiet)
         return
     block = next(iter(source.blocks(SHOWN_QUERIES)))
     n_shown = 0
@@ -51,26 +57,27 @@ def show_answers(
         table = pa.concat_tables(tables_of(answers))
         rows = table.to_pylist()
         for number in range(answers.start, min(answers.start + len(answers.predictions), len(block))):
-            mine = [row for row in rows if row["query"] == number]
-            _print_answer(mine, methods, _text_names(table), [column[number] for column in block.texts])
+            results = [row for row in rows if row["query"] == number]
+            _print_answer(results, methods, _text_names(table), [column[number] for column in block.texts])
+            _say_signs(results, methods, quiet=quiet)
             n_shown += 1
     if n_shown < source.n_rows:
         warn(f"shown: the first {n_shown} of {source.n_rows:,} queries. Give --out NAME.parquet for all of them.")
 
 
 def _print_answer(
-    mine: list[dict[str, Any]], methods: Sequence[Method], text_names: list[str], texts: list[str]
+    results: list[dict[str, Any]], methods: Sequence[Method], text_names: list[str], texts: list[str]
 ) -> None:
     """Print a query and all its rankings; ``texts`` are its own."""
     from rich.markup import escape
 
-    first = mine[0]
+    first = results[0]
     gold = "" if first["query_label"] is None else f", labelled {first['query_label']}"
     number, predicted = first["query"], escape(first["query_prediction"])
     OUT.print(f"[bold]query {number}[/bold]  predicted [bold]{predicted}[/bold]{escape(gold)}")
     for text in texts:
         OUT.print(f"  {escape(shortened(text))}")
-    _print_rankings(mine, methods, text_names, texts)
+    _print_rankings(results, methods, text_names, texts)
 
 
 def _text_names(table: pa.Table) -> list[str]:
@@ -91,7 +98,7 @@ def _text_names(table: pa.Table) -> list[str]:
 
 
 def _print_rankings(
-    mine: list[dict[str, Any]], methods: Sequence[Method], text_names: list[str], texts: list[str]
+    results: list[dict[str, Any]], methods: Sequence[Method], text_names: list[str], texts: list[str]
 ) -> None:
     """Print both ends of each method's ranking for one query; ``texts`` are the query's own."""
     from rich.markup import escape
@@ -99,12 +106,12 @@ def _print_rankings(
 
     from forebear.retriever.results import SIDES
 
-    target = mine[0]["target"] or "each row's target"  # of an aggregate they may differ
+    target = results[0]["target"] or "each row's target"  # of an aggregate they may differ
     for method in methods:
         for side in SIDES:
             grid = Table(title=f"{method.name}: {side}s of {escape(target)}", title_justify="left", expand=True)
-            rows_of_side = [row for row in mine if (row["method"], row["side"]) == (method.name, side)]
-            grid.caption, grid.caption_justify = escape(_notes(method, side, rows_of_side, texts)) or None, "left"
+            rows_of_side = [row for row in results if (row["method"], row["side"]) == (method.name, side)]
+            grid.caption, grid.caption_justify = escape(_caption(rows_of_side, texts)) or None, "left"
             for name in ("row", "score"):
                 grid.add_column(name, justify="right", no_wrap=True)
             for name in ("label", "prediction"):
@@ -140,13 +147,9 @@ def _shared(row: dict[str, Any]) -> str:
     return ", ".join(shown) + (f", {more} more" if more > 0 else "") or "none"
 
 
-def _notes(method: Method, side: str, rows: list[dict[str, Any]], texts: list[str]) -> str:
-    """What a table of results must say below itself: signs, spans left out, proof, how well H^-1 was solved."""
-    from forebear.retriever.signs import note_of
-
-    row = rows[0]
-    signs = note_of(method.name, side, [row["score"] for row in rows]).removesuffix(".")
-    notes = [signs] if signs else []
+def _caption(rows: list[dict[str, Any]], texts: list[str]) -> str:
+    """Facts of a table of results, below it: the query's span, proof, how well H^-1 was solved, spans left out."""
+    row, notes = rows[0], []
     if row.get("query_span_start") is not None:
         text = texts[row["query_span_column"]]
         notes.append(f"the query's span: {shortened(text[row['query_span_start'] : row['query_span_end']])}")
@@ -159,15 +162,31 @@ def _notes(method: Method, side: str, rows: list[dict[str, Any]], texts: list[st
     return "; ".join(notes)
 
 
+def _say_signs(results: list[dict[str, Any]], methods: Sequence[Method], *, quiet: bool) -> None:
+    """A note for each side of a method whose scores, of one query, have the sign of the other side."""
+    from forebear.retriever.signs import SignCounts
+
+    counts = SignCounts(methods)
+    for row in results:
+        counts.count(row["method"], row["side"], np.array([row["score"]]))
+    say_signs(counts, quiet=quiet)
+
+
+def say_signs(counts: SignCounts, *, quiet: bool) -> None:
+    """A note for each side of a method that has scores of the other side's sign."""
+    for name, sentence in counts.by_method():
+        note(name, sentence, quiet=quiet)
+
+
 def say_recall(retriever: Retriever, spec: QuerySpec, *, quiet: bool) -> None:
-    """A line for each method whose recall is not proven: what calibration states, or why it was not measured."""
+    """A note for each method whose recall is not proven: what calibration states, or why it was not measured."""
     from forebear.retriever.coverage import question_facts
 
     for name, facts in question_facts(retriever.index, spec)["methods"].items():
-        recall, note, n = facts["recall"], facts.get("recall_note"), facts.get("candidates")
-        lines = [] if note is None else [note]
+        recall, reason, n = facts["recall"], facts.get("recall_note"), facts.get("candidates")
+        lines = [] if reason is None else [reason]
         if recall is not None and recall < 1:
             by = "" if n is None else f" ({n:,} candidates at each end)"
             lines.insert(0, f"recall {recall:.3g} expected of the exact top {spec.top}{by}")
         if lines:
-            say(f"note: {name}: {'; '.join(lines)}", quiet=quiet)
+            note(name, "; ".join(lines), quiet=quiet)

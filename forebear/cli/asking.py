@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forebear.cli.console import listed, progress_bar, say, warn
+from forebear.cli.console import listed, note, progress_bar, say, warn
 from forebear.cli.options import (
     Damping,
     Device,
@@ -247,7 +247,7 @@ def say_what_was_fitted(retriever: Retriever, spec: QuerySpec, *, quiet: bool) -
     if age is not None and age.is_stale:
         warn(f"{retriever.index.folder}: {age}.")
     elif age is not None and not age.is_current:
-        say(f"{retriever.index.folder}: {age}.", quiet=quiet)
+        note(str(retriever.index.folder), f"{age}.", quiet=quiet)
 
 
 def open_queries(retriever: Retriever, tested: TestOptions, sample: SampleOptions, spec: QuerySpec) -> Queries:

@@ -32,6 +32,11 @@ def say(message: str, *, quiet: bool = False) -> None:
         ERR.print(message, markup=False, soft_wrap=True)
 
 
+def note(subject: str, message: str, *, quiet: bool = False) -> None:
+    """What must be said beside the results of a method (or of several, or an index), in one form for all of it."""
+    say(f"note: {subject}: {message}", quiet=quiet)
+
+
 def warn(message: str | None) -> None:
     """A warning on stderr, shown also when quiet; None is no warning."""
     if message:

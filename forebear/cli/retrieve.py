@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.answers import SHOWN_QUERIES, say_recall, show_answers
+from forebear.cli.answers import SHOWN_QUERIES, say_recall, say_signs, show_answers
 from forebear.cli.asking import ColumnOptions, QuerySpans, say_what_was_fitted, warn_of_labels
 from forebear.cli.console import Variadic, listed, progress_bar, say, warn
 from forebear.cli.options import (
@@ -223,7 +223,7 @@ def retrieve(
 
     if out is None:
         found = retriever.answers(source, spec, block_rows=SHOWN_QUERIES)
-        show_answers(found, tables_of, source, methods, aggregate=aggregate)
+        show_answers(found, tables_of, source, methods, aggregate=aggregate, quiet=quiet)
         say_recall(retriever, spec, quiet=quiet)
         _warn_of_reading(retriever, source)
         return
@@ -243,8 +243,7 @@ def retrieve(
             progress("queries", done, source.n_rows)
     together = " asked together" if aggregate else ""
     say(f"{out}: {source.n_rows:,} queries{together}, {n_results:,} results", quiet=quiet)
-    for note in signs.notes():
-        say(f"note: {note}", quiet=quiet)
+    say_signs(signs, quiet=quiet)
     say_recall(retriever, spec, quiet=quiet)
     _warn_of_reading(retriever, source)
 

@@ -69,7 +69,10 @@ class Method:
 
     @property
     def ranks_spans(self) -> bool:
-        """Whether spans of training rows are ranked for a prediction; words that explain a saliency are none."""
+        """Whether spans of training rows are ranked for a prediction.
+
+        Not by ``saliency-if-token``: it compares words of training rows, for the saliency of a word of the query.
+        """
         return self.spans is not None and not self.saliency
 
     @property

@@ -20,7 +20,7 @@ from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.stored import ann_name
 
 DEFAULT_CANDIDATES = 100  # where no calibration says how many a recall takes
-# The method that compares plain sketches as one with H^-1 compares whitened ones.
+# By a method that compares whitened sketches, the method that compares the plain sketches in the same way.
 UNWHITENED = {"if": "gd", "rif": "gc", "if+": "tracin+", "if++": "tracin++"}
 _ROUNDING = 1e-9
 Stated = tuple[float | None, str | None]  # a recall, and what must be said beside it
@@ -37,15 +37,15 @@ def stores_spans(index: Index, spec: QuerySpec) -> bool:
 def candidates_for(shares: dict[str, float], recall: float, n_live: int) -> int:
     """Candidates at each end that a recall takes, from the shares of all rows that calibration found for some recalls.
 
-    Between two of those the larger one counts. Beyond the last, which is the largest that the sample supports, it is
-    that one's number: more rows would cost time and promise nothing. A recall of 1 takes all rows.
+    A recall between two of those takes the candidates of the larger. One beyond the largest, which is what the sample
+    supports, takes the candidates of the largest: more would cost time and promise nothing. A recall of 1 takes all.
     """
     if recall >= 1 or not shares:
         return n_live
-    known = {float(name): share for name, share in shares.items()}
-    # Of manifests whose keys are sorted as text; a larger recall never takes fewer candidates.
-    enough = [share for name, share in known.items() if name >= recall - _ROUNDING] or [max(known.values())]
-    return min(n_live, math.ceil(min(enough) * n_live - _ROUNDING))
+    by_recall = {float(calibrated): share for calibrated, share in shares.items()}
+    # The order of the manifest's keys says nothing; a larger recall never takes fewer candidates.
+    enough = [share for calibrated, share in by_recall.items() if calibrated >= recall - _ROUNDING]
+    return min(n_live, math.ceil(min(enough or [max(by_recall.values())]) * n_live - _ROUNDING))
 
 
 def recall_of(shares: dict[str, float], n_candidates: int, n_live: int, *, at_most: float = 1.0) -> float | None:
@@ -55,7 +55,8 @@ def recall_of(shares: dict[str, float], n_candidates: int, n_live: int, *, at_mo
         shares: As :func:`candidates_for` takes them.
         n_candidates: At each end.
         n_live: All rows; so many candidates leave none out.
-        at_most: The recall that was asked for: what chance gave beyond it is not stated.
+        at_most: The recall that was asked for. Candidates that were chosen for it may by chance suffice for a larger
+            one; stated is the one that they were chosen for.
     """
     if n_candidates >= n_live:
         return 1.0
@@ -94,11 +95,11 @@ def n_candidates(index: Index, scope: str, method: Method, spec: QuerySpec) -> i
     if spec.candidates is not None:
         return spec.candidates
     name, total = _searched(index, scope, method, settled(index, spec))
-    found = index.calibrated(scope, name)
-    if found is None:
+    calibration = index.calibrated(scope, name)
+    if calibration is None:
         return max(spec.top, DEFAULT_CANDIDATES)
-    n = max(spec.top, candidates_for(found["candidates"], spec.recall, total))
-    unsupported = spec.recall > found.get("supported", 1.0)
+    n = max(spec.top, candidates_for(calibration["candidates"], spec.recall, total))
+    unsupported = spec.recall > calibration.get("supported", 1.0)
     return max(n, min(total, DEFAULT_CANDIDATES)) if unsupported else n
 
 
@@ -111,16 +112,16 @@ def deep_recall(index: Index, scope: str, method: Method, n: int, spec: QuerySpe
     reasons = _not_measured(index, scope, method, name, spec)
     if reasons:
         return None, f"recall not measured for {'; '.join(reasons)}"
-    found = index.calibrated(scope, name)
-    assert found is not None
+    calibration = index.calibrated(scope, name)
+    assert calibration is not None
     at_most = spec.recall if spec.candidates is None else 1.0
-    recall = recall_of(found["candidates"], n, total, at_most=at_most)
+    recall = recall_of(calibration["candidates"], n, total, at_most=at_most)
     if recall is None:
         return None, f"recall not measured for so few candidates as {n:,}"
     if spec.candidates is None and recall < spec.recall:
         return recall, (
-            f"--recall {spec.recall:g} was asked for; calibration by {found['n_stating']} queries supports at most "
-            f"{found['supported']:.3g}. Build the index with more --calibrate, or ask with --exact full"
+            f"--recall {spec.recall:g} was asked for; calibration by {calibration['n_stating']} queries supports at "
+            f"most {calibration['supported']:.3g}. Build the index with more --calibrate, or ask with --exact full"
         )
     return recall, None
 
@@ -128,16 +129,16 @@ def deep_recall(index: Index, scope: str, method: Method, n: int, spec: QuerySpe
 def _not_measured(index: Index, scope: str, method: Method, name: str, spec: QuerySpec) -> list[str]:
     """What a question asks for that the index's calibration did not."""
     manifest = index.manifest
-    found = index.calibrated(scope, name)
+    calibration = index.calibrated(scope, name)
     if method.variants:
         return [f"{method.name}: calibration asks the last checkpoint, not its variants"]
     if method.by_model and name != method.name:
         return [f"{method.name}: rows are proposed as for {name}" + (", not its spans" if method.spans else "")]
-    if found is None:
+    if calibration is None:
         if method.all_checkpoints:
             return [f"{method.name}: sums over checkpoints are not calibrated"]
         return [f"{method.name} at scope {scope}: the index holds no calibration of it (--calibrate)"]
-    if "supported" not in found:
+    if "supported" not in calibration:
         return [
             "an index whose calibration stated recalls by the queries that it had chosen its settings by (an earlier "
             "forebear): build it again"
@@ -155,8 +156,8 @@ def _not_measured(index: Index, scope: str, method: Method, name: str, spec: Que
         reasons.append(f"--target {spec.target}: calibrated for the predicted label")
     if method.spans == "both" and spec.query_spans not in (None, spec.spans):
         reasons.append(f"--query-spans {spec.query_spans}: calibrated for {spec.spans}")
-    if spec.top > found["top"]:
-        reasons.append(f"--top {spec.top}: calibrated for the top {found['top']}")
+    if spec.top > calibration["top"]:
+        reasons.append(f"--top {spec.top}: calibrated for the top {calibration['top']}")
     age = manifest.fit_age
     if not age.is_current:
         reasons.append(f"rows that have changed since calibration ({age.appended:,} appended, {age.retired:,} retired)")

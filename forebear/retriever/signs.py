@@ -19,7 +19,7 @@ def is_crossed(method: Method, side: str, scores: np.ndarray | Sequence[float]) 
     return below & method.signed
 
 
-def sign_note(method: Method, side: str, n_crossed: int, n: int) -> str:
+def sign_note(method: Method, side: str, n_crossed: int, n: int, *, named: bool = True) -> str:
     """What the scores of one side do not say of themselves; empty where they have the side's sign.
 
     Args:
@@ -27,6 +27,7 @@ def sign_note(method: Method, side: str, n_crossed: int, n: int) -> str:
         side: ``proponent`` or ``opponent``.
         n_crossed: How many of them :func:`is_crossed`.
         n: How many they are, of one test row or of many.
+        named: Whether the sentence names the method.
     """
     if not n_crossed:
         return ""
@@ -34,7 +35,8 @@ def sign_note(method: Method, side: str, n_crossed: int, n: int) -> str:
     what = "the word's saliency" if method.saliency else "the target"
     where = "below 0" if side == SIDES[0] else "above 0"
     does, instead = verbs if side == SIDES[0] else verbs[::-1]
-    said = f"{n_crossed:,} of {n:,} {side}s of {method.name} have scores {where}"
+    of_method = f" of {method.name}" if named else ""
+    said = f"{n_crossed:,} of {n:,} {side}s{of_method} have scores {where}"
     if n_crossed == n:
         return f"{said}: none {does} {what}, they {instead.removesuffix('s')} it least."
     return f"{said}: these {instead.removesuffix('s')} {what}, less than other rows do."
@@ -67,6 +69,16 @@ class SignCounts:
         count[1] += scores.size
 
     def notes(self) -> list[str]:
-        """A sentence for each side of a method that has such scores."""
-        found = [sign_note(self._methods[name], side, *count) for (name, side), count in self._crossed.items()]
-        return [note for note in found if note]
+        """A sentence for each side of a method that has such scores; it names the method."""
+        return [sentence for _, sentence in self._sentences(named=True)]
+
+    def by_method(self) -> list[tuple[str, str]]:
+        """The same as method and sentence."""
+        return self._sentences(named=False)
+
+    def _sentences(self, *, named: bool) -> list[tuple[str, str]]:
+        sentences = [
+            (name, sign_note(self._methods[name], side, *count, named=named))
+            for (name, side), count in self._crossed.items()
+        ]
+        return [(name, sentence) for name, sentence in sentences if sentence]
