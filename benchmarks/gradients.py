@@ -29,9 +29,10 @@ from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.runs import choose_model
 from forebear.indexer.sketch import sketch_rows
 from forebear.retriever.curvature import CurvatureSpec
-from forebear.retriever.gradients import Asked, GradientSearch
+from forebear.retriever.gradients import GradientSearch
 from forebear.retriever.methods import METHODS
 from forebear.retriever.queries import Models
+from forebear.retriever.query_gradients import Asked
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.recall import n_candidates
 
@@ -178,7 +179,7 @@ def recall_and_time(index: Index, data: str, n_queries: int, methods: tuple[str,
     models = Models(index, model=None, device="auto")
     search = GradientSearch(index, models, SCOPE, CurvatureSpec())
     targets = run_forward(models.classifier(), columns).predictions
-    parts = search.parts([METHODS[m] for m in methods], Asked(columns, targets))
+    parts = search.candidates.parts([METHODS[m] for m in methods], Asked(columns, targets))
     found: dict[str, Any] = {}
     for method in methods:
         spec = QuerySpec(methods=(method,), scope=SCOPE)

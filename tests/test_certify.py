@@ -22,8 +22,9 @@ from forebear.indexer.sketch import Reduction, SketchRows
 from forebear.indexer.store import RowMatrix
 from forebear.retriever import certify as certifying
 from forebear.retriever.certify import bounds, certify
-from forebear.retriever.gradients import Asked, GradientSearch
+from forebear.retriever.gradients import GradientSearch
 from forebear.retriever.methods import METHODS
+from forebear.retriever.query_gradients import Asked
 from forebear.retriever.recall import candidates_for, n_candidates, recall_of
 
 N_ROWS = 90
@@ -113,7 +114,7 @@ def test_bounds_contain_the_exact_score_of_every_pair(world, scope, method):
     choices = [{}, {"damping": "3x"}, {"curvature": "identity"}] if method in ("if", "rif") else [{}]
     for some in choices:
         exact = world.retriever.scores(QUERIES, method, scope=scope, target="LABEL_1", **some)
-        parts = world.search(scope, **some).parts([METHODS[method]], world.asked())[method]
+        parts = world.search(scope, **some).candidates.parts([METHODS[method]], world.asked())[method]
         centre, slack = bounds(parts, world.index.live, cosine=cosine)
         assert centre.shape == slack.shape == exact.shape == (len(QUERIES), N_ROWS)
         assert (np.abs(exact - centre) <= slack).all()
@@ -129,7 +130,7 @@ def test_bounds_contain_the_exact_score_of_every_pair(world, scope, method):
 @pytest.mark.parametrize("method", ["gd", "gc", "tracin"])
 def test_bounds_contain_the_scores_of_float64_autograd(world, scope, method):
     exact = autograd_scores(world, scope, method)
-    parts = world.search(scope).parts([METHODS[method]], world.asked())[method]
+    parts = world.search(scope).candidates.parts([METHODS[method]], world.asked())[method]
     centre, slack = bounds(parts, world.index.live, cosine=METHODS[method].metric == "cos")
     assert (np.abs(exact - centre) <= slack).all()
 
@@ -414,7 +415,7 @@ def test_candidates_needed_are_those_that_the_search_itself_needs(world, method,
     monkeypatch.setattr(estimating, "LEAST_WIDE", 3)
     monkeypatch.setattr(estimating, "WIDEN", 1)
     live, cosine = world.index.live, method in ("gc", "rif")
-    parts = world.search("all").parts([METHODS[method]], world.asked())[method]
+    parts = world.search("all").candidates.parts([METHODS[method]], world.asked())[method]
     how = replace(world.index.proposal("all", method, cosine=cosine), code_weight=1.0)
     ranks = []
     for weight in (0.0, how.code_weight):

@@ -24,8 +24,8 @@ from forebear.indexer.estimate import Part
 from forebear.indexer.manifest import read_manifest
 from forebear.indexer.runs import choose_model
 from forebear.retriever.coverage import question_facts
-from forebear.retriever.gradients import Asked
 from forebear.retriever.methods import METHODS
+from forebear.retriever.query_gradients import Asked
 
 SCOPE = "all"
 HELD_OUT = sentences(80, seed=30)
@@ -382,7 +382,7 @@ def test_candidates_for_rif_under_another_solver_come_from_both_sketches(few_row
     search = few_rows._gradient_search(SCOPE, QuerySpec(methods=("rif",), scope=SCOPE, **how))
     asked = Asked([queries], np.zeros(6, np.int64))
     width = {"rif": 20}
-    (high, low) = search.propose([METHODS["rif"]], asked, width)["rif"]
+    (high, low) = search.candidates.propose([METHODS["rif"]], asked, width)["rif"]
     assert high.shape == low.shape == (6, 40)
     assert all(len(set(rows.tolist())) > 20 for rows in high)  # the two sketches propose different rows
 

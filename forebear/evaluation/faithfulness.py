@@ -22,8 +22,8 @@ from forebear.evaluation.statistics import difference_table
 from forebear.indexer.forward import run_forward
 from forebear.indexer.gradients import live_sample
 from forebear.indexer.spans import span_finder
-from forebear.retriever.gradients import Asked
 from forebear.retriever.queries import N_VARIANTS, choose_targets, one_step_away
+from forebear.retriever.query_gradients import Asked
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.span_scores import SpanScores

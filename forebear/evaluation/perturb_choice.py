@@ -22,9 +22,10 @@ from forebear.evaluation.wordnet import WordNet
 from forebear.indexer.ekfac import Vectors
 from forebear.indexer.encoding import Encoded, Texts, encode, encode_with_places
 from forebear.indexer.spans import Span, mask_spans, pieces_of, split_text
-from forebear.retriever.gradients import VECTOR_BYTES, Asked, GradientSearch
+from forebear.retriever.gradients import VECTOR_BYTES, GradientSearch
 from forebear.retriever.methods import METHODS
 from forebear.retriever.queries import Models
+from forebear.retriever.query_gradients import Asked
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.saliency_gradients import saliency_gradients, salient_words
 
@@ -207,7 +208,7 @@ class Chooser:
 
     def _chunks(self, at: np.ndarray) -> list[np.ndarray]:
         """Positions of test rows whose whole vectors, before and after H^-1, fit in memory together."""
-        in_memory = VECTOR_BYTES // (8 * sum(block.size for block in self._search.blocks))
+        in_memory = VECTOR_BYTES // (8 * sum(block.size for block in self._search.queries.blocks))
         size = max(1, min(CHUNK_QUERIES, in_memory))
         return [at[i : i + size] for i in range(0, len(at), size)]
 
@@ -228,7 +229,9 @@ class Chooser:
         owners = np.arange(n) % len(targets)
         numbers = queries.numbers.tolist()
         salient = salient_words(self._classifier, queries.texts, targets, None, numbers)
-        vectors = saliency_gradients(self._classifier, self._search.blocks, queries.texts, targets, salient, numbers)
+        vectors = saliency_gradients(
+            self._classifier, self._search.queries.blocks, queries.texts, targets, salient, numbers
+        )
         asked = self._solved(queries, targets, vectors)
         texts = [self.texts(row) for row in rows]
         labels = self._index.labels[rows].astype(np.int64)
@@ -271,7 +274,7 @@ class Chooser:
 
     def _solved(self, queries: Queries, targets: np.ndarray, vectors: Vectors) -> Asked:
         """The queries, asking with v = H^-1 of their vectors."""
-        solved, residual = self._search.solve(vectors)
+        solved, residual = self._search.queries.solve(vectors)
         if residual is not None:
             self.residual = max(self.residual or 0.0, float(residual.max()))
         return Asked(queries.texts, targets, solved)

@@ -14,9 +14,10 @@ from forebear.evaluation.span_queries import training_spans
 from forebear.evaluation.top_overlap import rows_of_share
 from forebear.indexer.forward import run_forward
 from forebear.indexer.spans import span_finder
-from forebear.retriever.gradients import Asked, GradientSearch
+from forebear.retriever.gradients import GradientSearch
 from forebear.retriever.methods import Method, pick_methods
 from forebear.retriever.queries import N_VARIANTS, Models, choose_targets
+from forebear.retriever.query_gradients import Asked
 from forebear.retriever.query_spec import QuerySpec
 from forebear.retriever.recall import stores_spans
 from forebear.retriever.retriever import Retriever

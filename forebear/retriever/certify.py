@@ -17,8 +17,9 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.indexer.estimate import BLOCK_ROWS, Part
-from forebear.retriever.gradients import Asked, GradientSearch
+from forebear.retriever.gradients import GradientSearch
 from forebear.retriever.methods import Method
+from forebear.retriever.query_gradients import Asked
 from forebear.retriever.scoring import rank
 from forebear.retriever.search import Ranking
 
@@ -58,7 +59,7 @@ def certify(
     """
     live = search.index.live
     k = found[0].rows.shape[1]
-    centre, slack = bounds(search.parts([method], asked)[method.name], live, cosine=method.metric == "cos")
+    centre, slack = bounds(search.candidates.parts([method], asked)[method.name], live, cosine=method.metric == "cos")
     scores = np.full(centre.shape, np.nan)
     column = {int(row): i for i, row in enumerate(live)}
 

@@ -2,72 +2,35 @@
 
 <V, G_n> over all layers of the scope is computed from the factors of the candidates' gradients, in one forward and one
 backward of activations for each candidate and checkpoint, for all methods together; no gradient is stored. Which rows
-become candidates is decided by the sketches: of the gradients themselves for ``gd``, ``gc`` and ``tracin``, of the
-gradients whitened by the index's curvature for ``if`` and ``rif``. Under another H^-1 than the whitened sketches' own,
-candidates for ``if`` come from a sketch of the solution H^-1 g beside the rows' plain sketches, and for ``rif``, which
-also divides by the rows' lengths under H^-1, from both kinds of sketch.
+become candidates is decided by the sketches (:mod:`forebear.retriever.candidates`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from forebear.indexer.ekfac import Vectors, dot
-from forebear.indexer.encoding import Texts, take_texts
-from forebear.indexer.estimate import Part, Proposal, propose
-from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
-from forebear.indexer.gradient_stage import gradient_files, open_sketcher
-from forebear.indexer.gradients import exact_dots, summed_gradients, whole_gradients
+from forebear.indexer.encoding import Texts
+from forebear.indexer.estimate import propose
+from forebear.indexer.gradients import exact_dots, whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model import Classifier
-from forebear.indexer.scopes import Block, scope_blocks
-from forebear.indexer.sketch import Sketcher, SketchRows, sketch_rows
-from forebear.retriever.curvature import CurvatureSpec, Solve, deep_solver
+from forebear.retriever.candidates import Candidates
+from forebear.retriever.curvature import CurvatureSpec
 from forebear.retriever.methods import Method
-from forebear.retriever.queries import N_VARIANTS, Models
-from forebear.retriever.recall import UNWHITENED, same_as
+from forebear.retriever.queries import Models
+from forebear.retriever.query_gradients import Asked, QueryGradients
 from forebear.retriever.scoring import rank
 from forebear.retriever.search import Ranking, join
 
-VECTOR_BYTES = 1 << 30  # whole query vectors held at once
+VECTOR_BYTES = 1 << 30  # whole query vectors held at once; with solutions, a pass takes as much again for their copy
 SELF_ROWS = 8  # candidates whose self-influence is solved for at once
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Test rows of a block, at one scope: a query each, or one for each group of them.
-
-    Attributes:
-        texts: One list a text column, or encoded; with another version of each row, its gradient is subtracted.
-        targets: Class whose loss is explained, of each row.
-        vectors: What is asked instead of loss gradients, at the last checkpoint; None: those.
-        groups: Number of each row's group, from 0: the gradients of a group are summed. None: a query a row.
-    """
-
-    texts: Texts
-    targets: np.ndarray
-    vectors: Vectors | None = None
-    groups: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.targets) if self.groups is None else int(self.groups.max()) + 1
-
-    def take(self, which: np.ndarray) -> Asked:
-        """Some of the queries, by ascending number."""
-        if self.groups is not None:
-            rows = np.flatnonzero(np.isin(self.groups, which))
-            numbers = np.searchsorted(which, self.groups[rows])
-            return Asked(take_texts(self.texts, rows), self.targets[rows], groups=numbers)
-        at = torch.from_numpy(np.asarray(which))
-        vectors = None if self.vectors is None else {n: v[at.to(v.device)] for n, v in self.vectors.items()}
-        return Asked(take_texts(self.texts, which), self.targets[which], vectors)
 
 
 class Rows(Protocol):
@@ -110,170 +73,15 @@ class GradientSearch:
         if scope != "head":
             index.check_scope(scope)
         self.index, self.models, self.scope, self.curvature = index, models, scope, curvature
+        self.queries = QueryGradients(index, models, scope, curvature)
+        self.candidates = Candidates(self.queries)
         self.rows: Rows = IndexRows(index)
-        self._solve: Solve | None = None
-        self._sketchers: dict[tuple[int, int | None], Sketcher] = {}
-        self._held: dict[int, tuple[Asked, Vectors]] = {}  # of the last block asked, by checkpoint
-        self._held_solution: tuple[Asked, Vectors, np.ndarray | None] | None = None
-
-    @cached_property
-    def last(self) -> int:
-        """Number of the checkpoint that is explained."""
-        return len(self.index.manifest.checkpoints) - 1
-
-    @cached_property
-    def blocks(self) -> tuple[Block, ...]:
-        """The scope's parameters."""
-        classifier = self.models.classifier()
-        with_bias = self.index.manifest.spec.with_bias and self.scope != "head"
-        return scope_blocks(classifier.model, classifier.head_name, self.scope, classifier.name, with_bias=with_bias)
 
     def over(self, rows: Rows) -> GradientSearch:
         """The same question's search, which scores other rows; what is held of the test rows is shared."""
         other = copy.copy(self)
         other.rows = rows
         return other
-
-    def checkpoints(self, method: Method) -> list[tuple[int, float]]:
-        """Numbers and weights of the checkpoints that a method sums over; numbers past the last are variants of it."""
-        if method.variants:
-            return [(self.last + 1 + m, 1.0) for m in range(N_VARIANTS)]
-        if not method.all_checkpoints:
-            return [(self.last, 1.0)]
-        return [(i, c.eta) for i, c in enumerate(self.index.manifest.checkpoints)]
-
-    def sketched(self, method: Method) -> list[tuple[int, float]]:
-        """The same of the checkpoints whose sketches propose candidates: variants are too near to have their own."""
-        return [(self.last, float(N_VARIANTS))] if method.variants else self.checkpoints(method)
-
-    def solve(self, vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
-        """H^-1 of query gradients at the last checkpoint."""
-        if self._solve is None:
-            classifier = self.models.classifier()
-            self._solve = deep_solver(self.curvature, self.index, classifier, self.scope, self.blocks)
-        return self._solve(vectors)
-
-    def gradients_of(self, number: int, asked: Asked) -> Vectors:
-        """Whole gradients of the queries at a checkpoint; those of the last block asked are held."""
-        if asked.vectors is not None:
-            return asked.vectors
-        held = self._held.get(number)
-        if held is None or held[0] is not asked:
-            classifier = self.models.classifier(number)
-            where = (classifier, self.scope, self.blocks, asked.texts, asked.targets)
-            found = whole_gradients(*where) if asked.groups is None else summed_gradients(*where, asked.groups)
-            self._held[number] = held = (asked, found)
-        return held[1]
-
-    def solutions_of(self, asked: Asked) -> tuple[Vectors, np.ndarray | None]:
-        """H^-1 of them at the last checkpoint, and relative residuals where a solver iterated; held likewise."""
-        if self._held_solution is None or self._held_solution[0] is not asked:
-            self._held_solution = (asked, *self.solve(self.gradients_of(self.last, asked)))
-        return self._held_solution[1:]
-
-    def white_number(self) -> int | None:
-        """Number of the damping whose whitened sketches propose candidates for ``if`` and ``rif``; None: none do."""
-        if not self.index.manifest.spec.whitened or self.curvature.at(self.scope) == "identity":
-            return None
-        return self.index.ekfac_damping(self.scope, self.curvature.damping)[0] if self._whitened_alike else 0
-
-    @property
-    def _whitened_alike(self) -> bool:
-        """Whether the whitened sketches are of the H^-1 that is asked for; refused if at a damping that has none."""
-        return self.curvature.at(self.scope) == "ekfac"
-
-    def parts(self, methods: Sequence[Method], asked: Asked, *, spans: bool = False) -> dict[str, list[Part]]:
-        """Sketches of the test rows beside those of the training rows, for each method; one pass a checkpoint.
-
-        ``spans``: beside those of all stored spans instead, at the last checkpoint.
-        """
-        found: dict[tuple[int, int | None], SketchRows] = {}
-        for number in sorted({number for method in methods for number, _ in self.sketched(method)}):
-            wanted = sorted({kind for m in methods for kind in self._kinds(m) if kind[0] == number}, key=str)
-            sketchers = [self.sketcher(*kind) for kind in wanted]
-            if sketchers and (asked.vectors is not None or asked.groups is not None):
-                vectors, device = self.gradients_of(number, asked), self.models.classifier(number).device
-                found |= {k: s.of_matrix(vectors, device) for k, s in zip(wanted, sketchers, strict=True)}
-            elif sketchers:
-                classifier = self.models.classifier(number)
-                rows, _ = sketch_rows(
-                    classifier, sketchers, asked.texts, asked.targets, batch_tokens=DEFAULT_BATCH_TOKENS
-                )
-                found |= dict(zip(wanted, rows, strict=True))
-        out = {}
-        for method in methods:
-            kinds = self._kinds(method)
-            if not kinds:
-                out[method.name] = [self._solution_part(asked, spans=spans)]
-                continue
-            weights = dict(self.sketched(method))
-            out[method.name] = [
-                Part(
-                    weights[number], found[number, white], self.index.gradients(self.scope, number, white, spans=spans)
-                )
-                for number, white in kinds
-            ]
-        return out
-
-    def _solution_part(self, asked: Asked, *, spans: bool) -> Part:
-        """A sketch of H^-1 g of each test row beside the plain sketches of the training rows."""
-        solved = {name: v.float() for name, v in self.solutions_of(asked)[0].items()}
-        sketched = self.sketcher(self.last, None).of_matrix(solved, self.models.classifier().device)
-        return Part(1.0, sketched, self.index.gradients(self.scope, spans=spans))
-
-    def propose(
-        self, methods: Sequence[Method], asked: Asked, widths: dict[str, int], *, spans: bool = False
-    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Candidates at the proponents' end and at the opponents', ``(q, m)`` row numbers each, by method name.
-
-        Args:
-            methods: That compare gradients.
-            asked: Test rows.
-            widths: Candidates at each end from each sketch, by method name; at most the number of what is searched.
-            spans: Entries of the index's store of spans, instead of rows.
-        """
-        live = self.index.live_spans if spans else self.index.live
-        out = {}
-        for name, parts in self.parts(methods, asked, spans=spans).items():
-            method, width = _method(methods, name), min(len(live), widths[name])
-            ends = [propose(parts, live, width, self.proposal(method))]
-            if self._from_solutions(method) and self._kinds(method):
-                how = self.index.proposal(self.scope, UNWHITENED[name], cosine=method.metric == "cos")
-                ends.append(propose([self._solution_part(asked, spans=spans)], live, width, how))
-            high, low = (np.concatenate([found[end][0] for found in ends], axis=1) for end in (0, 1))
-            out[name] = high, low
-        return out
-
-    def proposal(self, method: Method) -> Proposal:
-        """How a method's candidates are chosen from its :meth:`parts`: as calibrated for those sketches."""
-        name = same_as(self.index, self.scope, method, self.curvature)
-        if method.query == "preconditioned" and not self._kinds(method):
-            name = UNWHITENED[method.name]
-        return self.index.proposal(self.scope, name, cosine=method.metric == "cos")
-
-    def sketcher(self, number: int, white: int | None) -> Sketcher:
-        """Of a checkpoint's gradients, or of those whitened with a damping; opened once."""
-        key = (number, white)
-        if key not in self._sketchers:
-            name, spec = self.index.manifest.checkpoints[number].name, self.index.manifest.spec
-            files = gradient_files(spec, self.scope, name, last=number == self.last)
-            self.index.checked(*map(self.index.manifest.fitted_name, files))
-            classifier = self.models.classifier(number)
-            self._sketchers[key] = open_sketcher(self.index.fit_folder, classifier, spec, self.scope, name, white)
-        return self._sketchers[key]
-
-    def _from_solutions(self, method: Method) -> bool:
-        """Whether a sketch of H^-1 g proposes candidates: no whitened sketches are of the H^-1 that is asked for."""
-        if method.query != "preconditioned" or self.curvature.at(self.scope) == "identity":
-            return False
-        return self.white_number() is None or not self._whitened_alike
-
-    def _kinds(self, method: Method) -> list[tuple[int, int | None]]:
-        """Checkpoint and damping of the sketches that a method compares; none where that of H^-1 g stands alone."""
-        white = self.white_number() if method.query == "preconditioned" else None
-        if self._from_solutions(method) and (method.metric == "dot" or white is None):
-            return []
-        return [(number, white) for number, _ in self.sketched(method)]
 
     def search(
         self, methods: Sequence[Method], asked: Asked, k: int, *, exact: str, n_candidates: dict[str, int]
@@ -300,16 +108,21 @@ class GradientSearch:
             nothing = np.zeros(len(asked), np.int64)
             estimated = {
                 name: propose(
-                    parts, live, min(len(live), k), replace(self.proposal(_method(methods, name)), margin=0.0)
+                    parts,
+                    live,
+                    min(len(live), k),
+                    replace(self.candidates.proposal(_method(methods, name)), margin=0.0),
                 )
-                for name, parts in self.parts(methods, asked).items()
+                for name, parts in self.candidates.parts(methods, asked).items()
             }
             return {
                 name: tuple(Ranking(rows, scores.astype(np.float64), False, nothing) for rows, scores in ends)  # type: ignore[misc]
                 for name, ends in estimated.items()
             }
         widths = {method.name: max(k, n_candidates[method.name]) for method in methods}
-        rows = {name: np.concatenate(ends, axis=1) for name, ends in self.propose(methods, asked, widths).items()}
+        rows = {
+            name: np.concatenate(ends, axis=1) for name, ends in self.candidates.propose(methods, asked, widths).items()
+        }
         scores, residuals = self.score(methods, asked, rows)
         return {name: _both_ends(rows[name], scores[name], k, residuals.get(name)) for name in rows}
 
@@ -354,7 +167,7 @@ class GradientSearch:
     def _chunks(self, methods: Sequence[Method], n_queries: int) -> list[np.ndarray]:
         """Queries whose whole vectors fit in memory together."""
         kinds = 2 if any(m.query == "preconditioned" for m in methods) else 1
-        size = max(1, VECTOR_BYTES // (4 * kinds * sum(block.size for block in self.blocks)))
+        size = max(1, VECTOR_BYTES // (4 * kinds * sum(block.size for block in self.queries.blocks)))
         return [np.arange(i, min(i + size, n_queries)) for i in range(0, n_queries, size)]
 
     def _score_chunk(
@@ -365,13 +178,13 @@ class GradientSearch:
         where = {name: np.searchsorted(distinct, at) for name, at in rows.items()}
         scores = {name: np.zeros((len(asked), at.shape[-1])) for name, at in rows.items()}
         residual: np.ndarray | None = None
-        for number in sorted({n for method in methods for n, _ in self.checkpoints(method)}):
+        for number in sorted({n for method in methods for n, _ in self.queries.checkpoints(method)}):
             classifier = self.models.classifier(number)
-            mine = [m for m in methods if number in dict(self.checkpoints(m))]
-            g = self.gradients_of(number, asked)
+            mine = [m for m in methods if number in dict(self.queries.checkpoints(m))]
+            g = self.queries.at_checkpoint(number, asked)
             vectors: list[Vectors] = [g]
             if any(m.query == "preconditioned" for m in mine):
-                solved, residual = self.solutions_of(asked)
+                solved, residual = self.queries.solutions(asked)
                 vectors.append(solved)
             stacked = vectors[0] if len(vectors) == 1 else {n: torch.cat([v[n] for v in vectors]) for n in g}
             q = len(asked)
@@ -382,7 +195,7 @@ class GradientSearch:
                     half[:, where[method.name]] = True
                 else:
                     np.put_along_axis(half, where[method.name], True, axis=1)
-            dots = exact_dots(classifier, self.scope, stacked, self.blocks, texts, labels, wanted=wanted)
+            dots = exact_dots(classifier, self.scope, stacked, self.queries.blocks, texts, labels, wanted=wanted)
             for method in mine:
                 preconditioned = method.query == "preconditioned"
                 found = _pick(dots[q:] if preconditioned else dots[:q], where[method.name])
@@ -391,7 +204,7 @@ class GradientSearch:
                     lengths = self._row_lengths(method, classifier, distinct)
                     below = own[:, None] * _pick(np.broadcast_to(lengths, (q, len(distinct))), where[method.name])
                     found = np.divide(found, below, out=np.zeros_like(found), where=below > 0)
-                scores[method.name] += dict(self.checkpoints(method))[number] * found
+                scores[method.name] += dict(self.queries.checkpoints(method))[number] * found
         return scores, residual
 
     def _row_lengths(self, method: Method, classifier: Classifier, rows: np.ndarray) -> np.ndarray:
@@ -399,15 +212,15 @@ class GradientSearch:
         if method.query != "preconditioned" or self.curvature.at(self.scope) == "identity":
             return np.asarray(self.index.gradients(self.scope).norms[rows].astype(np.float64))
         if self.curvature.at(self.scope) == "ekfac":
-            white = self.white_number()
+            white = self.candidates.white_number()
             return np.asarray(self.index.gradients(self.scope, damping=white).norms[rows].astype(np.float64))
         # Not stored for solvers that iterate: one right-hand side for each candidate.
         found = np.empty(len(rows))
         for start in range(0, len(rows), SELF_ROWS):
             at = slice(start, start + SELF_ROWS)
             texts, labels = self.rows.texts(rows[at]), self.rows.labels(rows[at])
-            g = whole_gradients(classifier, self.scope, self.blocks, texts, labels)
-            found[at] = dot(self.solve(g)[0], g).cpu().numpy()
+            g = whole_gradients(classifier, self.scope, self.queries.blocks, texts, labels)
+            found[at] = dot(self.queries.solve(g)[0], g).cpu().numpy()
         return np.sqrt(np.maximum(found, 0.0))
 
 

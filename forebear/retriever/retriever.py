@@ -28,10 +28,10 @@ from forebear.retriever.coverage import (
     question_facts,
 )
 from forebear.retriever.curvature import CurvatureSpec
-from forebear.retriever.gradients import Asked as DeepAsked
 from forebear.retriever.gradients import GradientSearch
 from forebear.retriever.methods import METHODS, Method
 from forebear.retriever.queries import Models, ask, make_query
+from forebear.retriever.query_gradients import Asked as DeepAsked
 from forebear.retriever.query_rows import check_texts, query_labels
 from forebear.retriever.query_spec import DEFAULT_METHODS, Exactness, QuerySpec
 from forebear.retriever.recall import n_candidates, settled, stores_spans

@@ -12,7 +12,8 @@ from forebear.indexer.index import Index
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import scope_blocks
 from forebear.retriever.curvature import CurvatureSpec, deep_solver
-from forebear.retriever.gradients import VECTOR_BYTES, Asked
+from forebear.retriever.gradients import VECTOR_BYTES
+from forebear.retriever.query_gradients import Asked
 from forebear.retriever.spans import SpanRows
 
 

@@ -26,9 +26,10 @@ from forebear.indexer.forward import residual_and_loss, run_forward
 from forebear.indexer.index import Index
 from forebear.indexer.model import Classifier
 from forebear.indexer.spans import Finder, Span, find_spans, mask_found, mask_spans, span_finder
-from forebear.retriever.gradients import Asked, GradientSearch
+from forebear.retriever.gradients import GradientSearch
 from forebear.retriever.methods import METHODS, Method
 from forebear.retriever.queries import Asked as AskedModels
+from forebear.retriever.query_gradients import Asked
 from forebear.retriever.saliency_gradients import saliency_gradients, salient_words
 from forebear.retriever.search import Ranking
 from forebear.retriever.stored import search_query
@@ -190,7 +191,7 @@ class SpanSearch:
         if any(m.saliency for m in methods):
             salient = salient_words(search.models.classifier(), texts, asked.targets, word, numbers)
             vectors = saliency_gradients(
-                search.models.classifier(), search.blocks, texts, asked.targets, salient, numbers
+                search.models.classifier(), search.queries.blocks, texts, asked.targets, salient, numbers
             )
             of_saliency = Asked(plain.texts, asked.targets, vectors)
         out = {}
@@ -226,7 +227,7 @@ class SpanSearch:
         base = METHODS["if" if method.query == "preconditioned" else "gd"]
         if search.scope != "head":
             as_calibrated = replace(base, name=method.name) if by_entries else base
-            ends = search.propose([as_calibrated], asked, {as_calibrated.name: width}, spans=by_entries)
+            ends = search.candidates.propose([as_calibrated], asked, {as_calibrated.name: width}, spans=by_entries)
             return np.concatenate(ends[as_calibrated.name], axis=1)
         if by_entries:
             return np.concatenate([entries for entries, _ in stored_ends(search, method, asked, width)], axis=1)
@@ -300,7 +301,7 @@ class SpanSearch:
     ) -> tuple[Ranking, Ranking]:
         """Rank all rows at the head from stored factors, without the model; proven, as for other methods there."""
         search = self._search
-        residual = search.solutions_of(asked)[1] if method.query == "preconditioned" else None
+        residual = search.queries.solutions(asked)[1] if method.query == "preconditioned" else None
         query = head_query(search, method, asked)
         first, last = search_query(search.index, query.method, query, k, exact="rerank")
         return replace(first, residual=residual, query_spans=own), replace(last, residual=residual, query_spans=own)
@@ -310,7 +311,7 @@ class SpanSearch:
         search, store = self._search, self._search.index.spans()
         n_live = len(search.index.live_spans)
         _refuse_too_few(method, n_live, k)
-        residual = search.solutions_of(asked)[1] if method.query == "preconditioned" else None
+        residual = search.queries.solutions(asked)[1] if method.query == "preconditioned" else None
         ends = [
             Ranking(
                 store.rows[entries], scores, True, np.full(len(entries), n_live), residual=residual,
@@ -349,7 +350,7 @@ def word_influence(
     """
     classifier, targets = search.models.classifier(), np.array([target])
     salient = salient_words(classifier, texts, targets, word)
-    vectors = saliency_gradients(classifier, search.blocks, texts, targets, salient)
+    vectors = saliency_gradients(classifier, search.queries.blocks, texts, targets, salient)
     entries = span_rows(search.index, classifier, rows, span_finder("words"), unknown=True)
     if not len(entries.rows):
         return salient[0], entries, np.zeros(0)

@@ -8,17 +8,18 @@ import numpy as np
 
 from forebear.indexer.curvature import class_basis
 from forebear.indexer.index import Index
-from forebear.retriever.gradients import Asked, GradientSearch
+from forebear.retriever.gradients import GradientSearch
 from forebear.retriever.methods import METHODS, Method
+from forebear.retriever.query_gradients import Asked
 from forebear.retriever.scoring import Query, Term
 from forebear.retriever.search import MAX_SCORES, RowFactors, best_of
 
 
 def head_query(search: GradientSearch, method: Method, asked: Asked) -> Query:
     """What is asked at the head of the last checkpoint, in the class directions of :func:`class_basis`."""
-    g = search.gradients_of(search.last, asked)
+    g = search.queries.at_checkpoint(search.queries.last, asked)
     if method.query == "preconditioned":
-        g = search.solutions_of(asked)[0]
+        g = search.queries.solutions(asked)[0]
     (whole,) = g.values()
     reduced = np.einsum("ac,qch->qah", class_basis(whole.shape[1]), whole.double().cpu().numpy())
     return Query(METHODS["gd"], (Term(1.0, None, matrix=reduced),), np.ones(len(reduced)))
