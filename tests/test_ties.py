@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
@@ -23,14 +24,16 @@ from forebear.indexer.runs import choose_model
 from forebear.retriever.retriever import Retriever
 
 TWINS = [3, 11, 29, 47]
+SHORT = "a good film, the happy doctor"  # of a batch's padded tokens its last bits depend on the other rows
 HEAD_METHODS = ["gd", "gc", "if", "rif", "nn-cos", "nn-euc", "nn-dot", "rep", "tracin", "tracin-we", "tracin-we-topk"]
 DEEP_METHODS = ["gd", "gc", "if", "rif", "tracin"]
+SPAN_METHODS = ["if+", "tracin+"]
 
 
-def corpus() -> tuple[list[str], list[int]]:
+def corpus(twin: str = "a good film and a bright story about the happy doctor") -> tuple[list[str], list[int]]:
     texts, gold = sentences(60), labels(60, 3)
     for row in TWINS:
-        texts[row], gold[row] = "a good film and a bright story about the happy doctor", 1
+        texts[row], gold[row] = twin, 1
     return texts, gold
 
 
@@ -64,35 +67,74 @@ def test_equal_rows_come_back_in_row_order_with_one_score(kernel, tmp_path):
 def check_twins(index: Index) -> None:
     """In every method's ranking the equal rows have one score and stand in row order."""
     retriever = Retriever(index)
-    for scope, methods in (("head", HEAD_METHODS), ("all", DEEP_METHODS)):
+    has_sentences = "sbert" in index.manifest.spec.stores
+    for scope, methods in (("head", HEAD_METHODS + ["sbert-cos", "sbert-dot"] * has_sentences), ("all", DEEP_METHODS)):
         for exact in ("rerank", "full"):
-            table = retriever.retrieve(sentences(5, seed=9), methods=methods, scope=scope, top=60, exact=exact)
-            for method in methods:
-                for query in range(5):
-                    chosen = pc.and_(pc.equal(table["method"], method), pc.equal(table["query"], query))
-                    part = table.filter(pc.and_(chosen, pc.equal(table["side"], "proponent")))
-                    rows, scores = part["row"].to_numpy(), part["score"].to_numpy()
-                    places = np.flatnonzero(np.isin(rows, TWINS))
-                    assert len(np.unique(scores[places])) == 1, (scope, method, query)
-                    assert rows[places].tolist() == TWINS, (scope, method, query)
+            check_ranking(retriever, methods, scope=scope, top=60, exact=exact)
+    for scope in ("head", "all"):
+        check_ranking(retriever, ["rif"], scope=scope, top=60, curvature="cg", exact="full")
+    if "spans" in index.manifest.spec.stores:
+        check_ranking(retriever, SPAN_METHODS, scope="head", top=len(index.live_spans))
+        check_ranking(retriever, ["if+"], scope="all", top=len(index.live_spans), candidates=len(index.live_spans))
+
+
+def check_ranking(retriever: Retriever, methods: list[str], **choices: object) -> None:
+    queries = sentences(5, seed=9)
+    table = retriever.retrieve(queries, methods=methods, **choices)
+    spans = "span_start" in table.column_names
+    for method in methods:
+        for query in range(len(queries)):
+            chosen = pc.and_(pc.equal(table["method"], method), pc.equal(table["query"], query))
+            part = table.filter(pc.and_(chosen, pc.equal(table["side"], "proponent")))
+            rows, scores = part["row"].to_numpy(), part["score"].to_numpy()
+            starts = part["span_start"].to_numpy(zero_copy_only=False) if spans else np.zeros(len(rows))
+            for start in np.unique(starts[np.isin(rows, TWINS)]):
+                places = np.flatnonzero(np.isin(rows, TWINS) & (starts == start))
+                assert len(np.unique(scores[places])) == 1, (choices, method, query)
+                assert rows[places].tolist() == TWINS, (choices, method, query)
+
+
+def build_and_append(tmp_path: Path, twin: str, **choices: object) -> Index:
+    """An index of shards of 7 rows, the last of them appended: every twin lies in another shard."""
+    texts, gold = corpus(twin)
+    assert len({row // 7 for row in TWINS}) == 4
+    folder = make_tiny_model(tmp_path / "m", n_classes=3)
+    options = BuildOptions(
+        stores=("features", "words", "sbert", "spans"), words_tops=(0, 5), scopes=("head", "all"), shard_rows=7,
+        calibration_queries=0, sentence_model=str(folder), **choices,
+    )  # fmt: skip
+    chosen = choose_model(str(folder)).checkpoints
+    build_index(rows_from_texts(texts[:40], gold[:40]), tmp_path / "i", chosen, options)
+    return append_rows(tmp_path / "i", rows_from_texts(texts[40:], gold[40:]))
+
+
+def check_stored(index: Index, name: str) -> None:
+    """All that is stored of the twins is the same, to the last bit."""
+    found = {
+        "features": index.features().take(np.array(TWINS)),
+        "residuals": index.residuals().take(np.array(TWINS)),
+        "norms": index.gradients("all").norms[TWINS],
+        "whitened norms": index.gradients("all", damping=0).norms[TWINS],
+        "sentences": index.sentence().take(np.array(TWINS)),
+        "losses": index.losses[TWINS],
+    }
+    for top in (0, 5):
+        words = [index.words(top).take(np.array([row])) for row in TWINS]
+        found[f"words {top}"] = np.stack([w.vectors for w in words])
+        found[f"tokens {top}"] = np.stack([w.tokens for w in words])
+    store = index.spans()
+    entries = [store.entries_of(np.array([row])) for row in TWINS]
+    found["masked features"] = np.stack([store.features.take(mine) for mine in entries])
+    found["masked residuals"] = np.stack([store.residuals.take(mine) for mine in entries])
+    found["span norms"] = np.stack([index.gradients("all", spans=True).norms[mine] for mine in entries])
+    differing = [kind for kind, values in found.items() if not (values == values[0]).all()]
+    assert not differing, (name, differing)
 
 
 def test_equal_rows_of_other_shards_and_of_an_append_tie_too(kernel, tmp_path):
-    texts, gold = corpus()
-    chosen = choose_model(str(make_tiny_model(tmp_path / "m", n_classes=3))).checkpoints
-    options = BuildOptions(
-        stores=("features", "words"), words_tops=(0, 5), scopes=("head", "all"), batch_tokens=40, shard_rows=7,
-        calibration_queries=0,
-    )  # fmt: skip
-    build_index(rows_from_texts(texts[:40], gold[:40]), tmp_path / "i", chosen, options)
-    index = append_rows(tmp_path / "i", rows_from_texts(texts[40:], gold[40:]))
-    assert len({row // 7 for row in TWINS}) == 4
+    index = build_and_append(tmp_path, SHORT, batch_tokens=64)
+    check_stored(index, kernel)
     check_twins(index)
-    features, residuals = (values.take(np.array(TWINS)) for values in (index.features(), index.residuals()))
-    assert (features == features[0]).all()
-    assert (residuals == residuals[0]).all()
-    norms = index.gradients("all").norms[TWINS]
-    assert (norms == norms[0]).all()
 
 
 def test_a_resumed_build_finds_equal_rows_of_the_shards_that_were_written(tmp_path):
@@ -111,15 +153,20 @@ def test_a_resumed_build_finds_equal_rows_of_the_shards_that_were_written(tmp_pa
     assert again.manifest.files == whole.manifest.files
 
 
-def test_equal_word_pieces_have_equal_features_also_under_other_labels(kernel, tmp_path):
-    texts, gold = corpus()
+@pytest.mark.parametrize("shard_rows", [7, 4096])
+def test_equal_word_pieces_have_equal_features_also_under_other_labels(kernel, shard_rows, tmp_path):
+    texts, gold = corpus(SHORT)
     gold[11] = 2
     folder = make_tiny_model(tmp_path / "m", n_classes=3)
-    options = BuildOptions(scopes=("head", "all"), batch_tokens=40, calibration_queries=0)
+    options = BuildOptions(scopes=("head", "all"), batch_tokens=64, shard_rows=shard_rows, calibration_queries=0)
     index = build_index(rows_from_texts(texts, gold), tmp_path / "i", choose_model(str(folder)).checkpoints, options)
     features, residuals = (values.take(np.array(TWINS)) for values in (index.features(), index.residuals()))
     assert (features == features[0]).all()
+    assert len(set(index.predictions[TWINS].tolist())) == 1
     assert (residuals[[0, 2, 3]] == residuals[0]).all()
+    assert (index.losses[[3, 29, 47]] == index.losses[3]).all()
+    # Of one pass: where neither row has its label, to the last bit.
+    assert residuals[1][0] == residuals[0][0]
     np.testing.assert_allclose(residuals[1] + np.eye(3)[2], residuals[0] + np.eye(3)[1], atol=1e-6)
 
 
@@ -141,7 +188,7 @@ def test_rows_are_told_apart_by_all_that_the_model_reads():
     ]
     first, kinds = distinct_rows(Encoded(rows))
     assert (first.tolist(), kinds.tolist()) == ([0, 1, 3], [0, 1, 0, 2])
-    first, kinds = distinct_rows(Encoded(rows), [0, 0, 1, 0])
+    first, kinds = distinct_rows(Encoded(rows), np.array([0, 0, 1, 0]))
     assert (first.tolist(), kinds.tolist()) == ([0, 1, 2, 3], [0, 1, 2, 3])
     first, kinds = distinct_rows(Encoded([plain] * 3, minus=[plain, rows[1], plain]))
     assert (first.tolist(), kinds.tolist()) == ([0, 1], [0, 1, 0])

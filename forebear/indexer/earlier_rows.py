@@ -6,23 +6,45 @@ would be broken by rounding instead of by row number.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from forebear.indexer.encoding import read_digests
 from forebear.indexer.store import column, read_batches
+
+DIGEST = "digest"  # the column of a shard that keeps what its model reads of each row
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+def combined(read: np.ndarray, *others: np.ndarray) -> np.ndarray:
+    """Digests ``(n, 2)`` of what is read and of more: of other digests, or of whole numbers such as labels ``(n,)``."""
+    for other in others:
+        read = read * _MIX + (other if other.ndim == 2 else other.astype(np.int64).astype(np.uint64)[:, None])
+    return read
 
 
 def row_digests(rows: Sequence[dict[str, list[int]]], labels: np.ndarray) -> np.ndarray:
-    """128 bits of what the model reads of each row and of its label, ``(n, 2)`` uint64."""
-    out = np.empty((len(rows), 2), np.uint64)
-    for i, (row, label) in enumerate(zip(rows, labels.tolist(), strict=True)):
-        digest = hashlib.blake2b(repr((label, *row.values())).encode(), digest_size=16).digest()
-        out[i] = np.frombuffer(digest, np.uint64)
-    return out
+    """Of what the model reads of each row and of its label, ``(n, 2)`` uint64."""
+    return combined(read_digests(rows), labels)
+
+
+def stored_digests(
+    batch: pa.RecordBatch, encode: Callable[[list[list[str]]], Sequence[dict[str, list[int]]]], texts: pa.RecordBatch
+) -> np.ndarray:
+    """What is read of a shard's rows; encoded again from their texts where an older version did not keep it.
+
+    Args:
+        batch: Of the shard.
+        encode: Texts, one list a column, as word pieces.
+        texts: The shard of rows that holds the texts.
+    """
+    if DIGEST in batch.schema.names:
+        return column(batch, DIGEST)
+    names = [name for name in texts.schema.names if name.startswith("text_")]
+    return read_digests(encode([texts.column(name).to_pylist() for name in names]))
 
 
 class EarlierRows:
@@ -39,7 +61,7 @@ class EarlierRows:
         return len(self._repeats)
 
     def add(self, digests: np.ndarray) -> None:
-        """Add the next shard's rows, by :func:`row_digests`."""
+        """Add the next shard's rows, by their digests ``(n, 2)``."""
         places = self._find(digests)
         known = places[:, 0] >= 0
         self._repeats.append((np.flatnonzero(known), places[known]))
@@ -64,8 +86,54 @@ class EarlierRows:
         return out
 
 
+class LabelledRows:
+    """Rows of the shards so far, by what is read of them, and by that and their label.
+
+    Attributes:
+        read: What does not depend on the label is equal for these.
+        labelled: What does is for these.
+    """
+
+    def __init__(self) -> None:
+        self.read, self.labelled = EarlierRows(), EarlierRows()
+
+    @property
+    def n_shards(self) -> int:
+        """Shards that have been added."""
+        return self.read.n_shards
+
+    def add(self, read: np.ndarray, labels: np.ndarray) -> None:
+        """Add the next shard: digests ``(n, 2)`` of what is read, and labels ``(n,)``."""
+        self.read.add(read)
+        self.labelled.add(combined(read, labels))
+
+
+class EarlierSpans:
+    """Spans of the shards so far.
+
+    Attributes:
+        masked: By what is read of the row with the span masked.
+        labelled: By that and the label.
+        differences: By these and what is read of the whole row.
+    """
+
+    def __init__(self) -> None:
+        self.masked, self.labelled, self.differences = EarlierRows(), EarlierRows(), EarlierRows()
+
+    @property
+    def n_shards(self) -> int:
+        """Shards that have been added."""
+        return self.masked.n_shards
+
+    def add(self, read: np.ndarray, masked: np.ndarray, labels: np.ndarray) -> None:
+        """Add the next shard: digests ``(e, 2)`` of whole and masked rows, and labels ``(e,)``."""
+        self.masked.add(masked)
+        self.labelled.add(combined(masked, labels))
+        self.differences.add(combined(masked, read, labels))
+
+
 def copy_repeats(
-    folder: Path, columns: dict[str, pa.Array | np.ndarray], positions: np.ndarray, places: np.ndarray
+    folder: Path, columns: Mapping[str, pa.Array | np.ndarray], positions: np.ndarray, places: np.ndarray
 ) -> None:
     """Replace the numbers of rows that an earlier shard has by those stored there.
 

@@ -16,12 +16,13 @@ import numpy as np
 import pyarrow as pa
 
 from forebear.errors import NonFiniteError
+from forebear.indexer.earlier_rows import DIGEST, EarlierSpans, copy_repeats
 from forebear.indexer.encoding import Encoded
-from forebear.indexer.forward import residual_and_loss, run_forward
+from forebear.indexer.forward import forward_of_features, residual_and_loss, run_forward
 from forebear.indexer.gradient_pass import MemoryWarning
 from forebear.indexer.model import Classifier
 from forebear.indexer.sketch import Sketcher, SketchRows, sketch_rows
-from forebear.indexer.spans import MaskedSpans, Span
+from forebear.indexer.spans import MaskedSpans, Span, mask_spans
 from forebear.indexer.store import RowMatrix, column, record_batch, write_columns, write_table
 
 SPANS = "spans"
@@ -79,6 +80,7 @@ def write_spans(
     sketchers: dict[str, Sketcher],
     masked: MaskedSpans,
     labels: np.ndarray,
+    earlier: EarlierSpans,
     *,
     first_row: int,
     batch_tokens: int,
@@ -95,6 +97,7 @@ def write_spans(
         sketchers: By the folder of the rows' sketches.
         masked: The spans.
         labels: Gold classes of the rows, ``(n,)``.
+        earlier: Spans of the shards before it.
         first_row: Number of the first of them.
         batch_tokens: Largest number of padded tokens in a batch.
         warn: Told when memory does not suffice for a batch.
@@ -107,24 +110,56 @@ def write_spans(
             f"{classifier.name}: with a span masked, a gradient of a row between {first_row} and "
             f"{first_row + len(labels) - 1} is NaN or infinite. Check the model."
         ) from error
-    write_span_sketches(fit_folder, name, sketches, sketchers)
-    residuals, _ = residual_and_loss(logits, gold)
-    write_columns(
-        folder / masked_folder(checkpoint) / name, {"feature": features, "residual": residuals.astype(np.float32)}
-    )
+    shard, encoded = int(Path(name).stem), masked.encoded
+    earlier.add(encoded.digests, encoded.minus_digests, gold)
+    write_span_sketches(fit_folder, name, sketches, sketchers, earlier.differences.repeats(shard))
+    where = folder / masked_folder(checkpoint)
+    positions, places = earlier.masked.repeats(shard)
+    if len(positions):
+        copy_repeats(where, {"feature": features}, positions, places)
+        logits[positions] = forward_of_features(classifier, features[positions]).logits
+    residuals = residual_and_loss(logits, gold)[0].astype(np.float32)
+    copy_repeats(where, {"residual": residuals}, *earlier.labelled.repeats(shard))
+    write_columns(where / name, {"feature": features, "residual": residuals})
     ends = np.array([(s.column, s.start, s.end) for s in masked.spans], np.int32).reshape(-1, 3)
     columns = {"row": first_row + masked.owners.astype(np.int64)}
     columns |= {part: np.ascontiguousarray(ends[:, i]) for i, part in enumerate(("column", "start", "end"))}
+    columns[DIGEST] = encoded.minus_digests
     batch = record_batch(columns).replace_schema_metadata({_CUT: str(len(masked.cut)).encode()})
     write_table(folder / SPANS / name, [batch], batch.schema)
 
 
 def write_span_sketches(
-    fit_folder: Path, name: str, sketches: dict[str, SketchRows], sketchers: dict[str, Sketcher]
+    fit_folder: Path,
+    name: str,
+    sketches: dict[str, SketchRows],
+    sketchers: dict[str, Sketcher],
+    repeats: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> None:
-    """Write the sketches of one shard's spans, beside those of its rows."""
+    """Write the sketches of one shard's spans, beside those of its rows; ``repeats`` of an earlier shard's are its."""
     for kind, found in sketches.items():
-        write_columns(fit_folder / span_gradients(kind) / name, found.columns(sketchers[kind].reduction))
+        columns = found.columns(sketchers[kind].reduction)
+        if repeats is not None:
+            copy_repeats(fit_folder / span_gradients(kind), columns, *repeats)
+        write_columns(fit_folder / span_gradients(kind) / name, columns)
+
+
+def masked_digests(listed: pa.RecordBatch, rows: pa.RecordBatch, classifier: Classifier) -> np.ndarray:
+    """What the model reads of a shard's masked rows, ``(e, 2)``; masked again where an older version did not keep it.
+
+    Args:
+        listed: The shard's spans.
+        rows: The shard's rows.
+        classifier: At the last checkpoint.
+    """
+    if DIGEST in listed.schema.names:
+        return column(listed, DIGEST)
+    at = (column(listed, "row") - column(rows, "row")[0]).tolist()
+    names = [name for name in rows.schema.names if name.startswith("text_")]
+    texts = [[texts[i] for i in at] for texts in (rows.column(name).to_pylist() for name in names)]
+    ends = (column(listed, part).tolist() for part in ("column", "start", "end"))
+    encoded, _ = mask_spans(classifier, texts, [Span(*of) for of in zip(*ends, strict=True)])
+    return encoded.minus_digests
 
 
 def masked_pass(
