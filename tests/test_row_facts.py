@@ -84,6 +84,28 @@ def test_a_model_far_below_its_run_is_remarked_on():
     assert not RowFacts(accuracy=0.7, dev_accuracy=None, **known).warnings()
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "most_frequent", "dev", "warned"),
+    [
+        (0.97, 0.97, 0.97, False),  # one rare label: as good as on its development rows
+        (0.97, 0.97, None, True),  # of no run: no better than naming one label
+        (0.5, 0.5, 0.55, False),
+        (0.3, 0.5, 0.9, True),
+        (0.95, 1.0, None, False),  # rows of one label say nothing of chance
+        (0.95, 1.0, 0.96, False),
+        (0.2, 1.0, 0.96, True),
+    ],
+)
+def test_what_the_most_frequent_label_says_is_heeded_where_nothing_better_is_known(
+    accuracy, most_frequent, dev, warned
+):
+    facts = RowFacts(
+        accuracy=accuracy, mean_loss=1.0, most_frequent=most_frequent, dev_accuracy=dev, train_loss=None,
+        max_length=128, reading=None,
+    )  # fmt: skip
+    assert bool(facts.warnings()) == warned
+
+
 def test_unknown_words_and_cut_rows_are_counted_and_remarked_on(tmp_path):
     folder = make_tiny_model(tmp_path / "m")
     texts = ["good film unheard", "good " * 50, "actor", "unseen unheard of"]

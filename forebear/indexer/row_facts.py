@@ -25,7 +25,7 @@ READING_KEY = b"forebear.reading"  # of a shard of rows, in its schema's metadat
 MANY_UNKNOWN = 0.05  # of word pieces; English under its own tokenizer has .001
 MANY_CUT = 0.1  # of rows
 FAR_BELOW_DEV = 0.15  # below the accuracy on the run's development rows, which training rows exceed
-HARDLY_ABOVE_CHANCE = 0.1  # of the way from naming the most frequent label to all right
+HARDLY_ABOVE_CHANCE = 0.1  # of the way from naming the most frequent label to all right; where dev rows say nothing
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,11 @@ class RowFacts:
         """What is wrong with the rows."""
         found = []
         floor = self.most_frequent + HARDLY_ABOVE_CHANCE * (1 - self.most_frequent)
-        if self.accuracy < floor:
-            found.append(_low_accuracy(self.accuracy, f"the most frequent label alone has {share(self.most_frequent)}"))
-        elif self.dev_accuracy is not None and self.accuracy < self.dev_accuracy - FAR_BELOW_DEV:
+        if self.dev_accuracy is not None and self.accuracy < self.dev_accuracy - FAR_BELOW_DEV:
             beside = f"it had {share(self.dev_accuracy)} on its run's development rows"
             found.append(_low_accuracy(self.accuracy, beside))
+        elif self.dev_accuracy is None and self.most_frequent < 1 and self.accuracy < floor:
+            found.append(_low_accuracy(self.accuracy, f"the most frequent label alone has {share(self.most_frequent)}"))
         if self.reading is not None:
             found += self.reading.warnings(self.max_length, "the indexed rows")
         return found
