@@ -122,6 +122,27 @@ def test_unknown_words_and_cut_rows_are_counted_and_remarked_on(tmp_path):
     assert "warning: 25.0% of the test rows are longer than 9 word pieces" in asked.stderr
 
 
+def test_of_many_test_rows_the_first_are_looked_at_once_before_the_work(tmp_path, monkeypatch, capsys):
+    from forebear.cli import main as command
+    from forebear.indexer import row_facts as module
+    from forebear.retriever.retriever import Retriever
+
+    index = tmp_path / "i"
+    texts, gold = sentences(20), labels(20)
+    chosen = choose_model(str(make_tiny_model(tmp_path / "m"))).checkpoints
+    build_index(rows_from_texts(texts, gold), index, chosen, BuildOptions(dampings=()))
+    path = write_jsonl(tmp_path / "rows.jsonl", text=["good " * 60] * 1500)
+    events: list[object] = []
+    whole, answers = module.encode, Retriever.answers
+    monkeypatch.setattr(module, "encode", lambda c, texts: events.append(len(texts[0])) or whole(c, texts))
+    monkeypatch.setattr(Retriever, "answers", lambda *a, **k: events.append("asked") or answers(*a, **k))
+    arguments = ["retrieve", "--index", index, "--test", path, "--out", tmp_path / "o.jsonl", "--quiet", "--top", 1]
+    assert command.run([str(argument) for argument in arguments]) == 0
+    assert events == [1024, "asked"]
+    told = " ".join(capsys.readouterr().err.split())
+    assert "warning: 100.0% of the first 1,024 test rows are longer than 40 word pieces" in told
+
+
 def test_training_tells_of_cut_rows_before_its_first_step(tmp_path):
     texts, gold = learnable(40)
     path = write_jsonl(tmp_path / "rows.jsonl", text=[f"{t} {'film ' * 30}" for t in texts], label=gold)

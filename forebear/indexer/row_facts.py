@@ -21,6 +21,7 @@ from forebear.indexer.model import Classifier
 from forebear.indexer.runs import RunCheckpoint, path_to, read_run
 
 READING_KEY = b"forebear.reading"  # of a shard of rows, in its schema's metadata
+SAMPLED_ROWS = 1024  # test rows that are looked at before they are asked about
 # Shares from which a user is warned.
 MANY_UNKNOWN = 0.05  # of word pieces; English under its own tokenizer has .001
 MANY_CUT = 0.1  # of rows
@@ -108,14 +109,10 @@ def count_reading(
     )
 
 
-def reading_of_source(classifier: Classifier, source: RowSource) -> Reading:
-    """How much of a source's rows a classifier reads; the rows are encoded, the model is not run."""
-    total = Reading()
-    for block in source.blocks():
-        total += count_reading(
-            classifier.tokenizer, block.texts, encode(classifier, block.texts), classifier.max_length
-        )
-    return total
+def reading_of_first_rows(classifier: Classifier, source: RowSource) -> Reading:
+    """How much of a source's first rows, at most 1,024, a classifier reads; they are encoded, the model is not run."""
+    block = next(source.blocks(SAMPLED_ROWS))
+    return count_reading(classifier.tokenizer, block.texts, encode(classifier, block.texts), classifier.max_length)
 
 
 @dataclass(frozen=True)
