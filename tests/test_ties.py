@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,8 @@ import pytest
 from tiny import labels, make_tiny_model, sentences
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from forebear.indexer import earlier_rows, encoding, shards
 from forebear.indexer import model as model_module
-from forebear.indexer import shards
 from forebear.indexer.build import BuildOptions, append_rows, build_index
 from forebear.indexer.data import rows_from_texts
 from forebear.indexer.encoding import Encoded, distinct_rows
@@ -21,6 +22,7 @@ from forebear.indexer.forward import run_forward
 from forebear.indexer.index import Index
 from forebear.indexer.model import load_classifier
 from forebear.indexer.runs import choose_model
+from forebear.indexer.sentence import SentenceEncoder
 from forebear.retriever.retriever import Retriever
 
 TWINS = [3, 11, 29, 47]
@@ -213,3 +215,46 @@ def test_rounding_that_differs_between_shards_does_not_reach_the_store(tmp_path,
     index = build_index(rows_from_texts(texts, gold), tmp_path / "j", chosen, options)
     features = index.features().take(np.array(TWINS))
     assert len(np.unique(features[:, 0])) == 4  # the stand-in does what it stands for
+
+
+def test_an_append_reads_the_digests_of_the_rows_before_it(tmp_path, monkeypatch):
+    """It encodes its own rows alone, and hashes each once."""
+    texts, gold = corpus(SHORT)
+    folder = make_tiny_model(tmp_path / "m", n_classes=3)
+    options = BuildOptions(
+        stores=("features", "sbert", "spans"), sentence_model=str(folder), shard_rows=7, calibration_queries=0
+    )
+    chosen = choose_model(str(folder)).checkpoints
+    build_index(rows_from_texts(texts[:59], gold[:59]), tmp_path / "i", chosen, options)
+    encoded: list[int] = []
+    hashed: list[int] = []
+    encode_rows, embed_rows, digests = shards.encode, SentenceEncoder.encode, encoding.read_digests
+    monkeypatch.setattr(shards, "encode", lambda c, t: encoded.append(len(t[0])) or encode_rows(c, t))
+    monkeypatch.setattr(SentenceEncoder, "encode", lambda e, t: encoded.append(len(t[0])) or embed_rows(e, t))
+    for module in (encoding, earlier_rows):
+        monkeypatch.setattr(module, "read_digests", lambda rows: hashed.append(len(rows)) or digests(rows))
+    index = append_rows(tmp_path / "i", rows_from_texts([SHORT], [1]))
+    assert encoded == [1, 1]  # by the classifier, by the sentence encoder
+    n_spans = len(index.spans().entries_of(np.array([59])))
+    assert hashed == [1, 1, n_spans, n_spans]  # its word pieces in both; its spans' rows, whole and masked
+    for values in (index.features(), index.residuals(), index.sentence()):
+        twins = values.take(np.array([*TWINS, 59]))
+        assert (twins == twins[0]).all()
+
+
+def test_an_index_of_an_older_version_is_appended_to_and_its_rows_tie(tmp_path):
+    """Its shards keep no digests: its rows are encoded once more."""
+    golden = Path(__file__).parent / "golden"
+    shutil.copytree(golden / "index", tmp_path / "i")
+    old = Index.open(tmp_path / "i")
+    (texts,) = old.text_lists(np.arange(old.manifest.n_rows))
+    names = old.manifest.spec.label_names
+    gold = [names[label] for label in old.labels]
+    index = old
+    for row in (3, 5):
+        rows = rows_from_texts([texts[row], "a text that is new"], [gold[row], names[0]])
+        index = append_rows(tmp_path / "i", rows, model=str(golden / "model"), device="cpu")
+        for values in (index.features(), index.residuals()):
+            found = values.take(np.array([row, index.manifest.n_rows - 2]))
+            assert (found[0] == found[1]).all()
+        assert index.losses[row] == index.losses[-2]

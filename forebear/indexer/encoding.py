@@ -76,9 +76,9 @@ class Encoded:
         return read_digests(self.rows)
 
     @cached_property
-    def minus_digests(self) -> np.ndarray:
-        """The same of the other versions."""
-        return read_digests(self.minus or [])
+    def others(self) -> Encoded:
+        """The other versions alone."""
+        return Encoded(self.minus or [])
 
     def take(self, which: Iterable[int]) -> Encoded:
         """Some of the rows, in the order given."""
@@ -194,7 +194,7 @@ def distinct_rows(encoded: Encoded, keys: np.ndarray | None = None) -> tuple[np.
     Returns:
         The first row of each kind, ``(kinds,)``, ascending; the kind of every row, ``(n,)``.
     """
-    parts = [encoded.digests] if encoded.minus is None else [encoded.digests, encoded.minus_digests]
+    parts = [encoded.digests] if encoded.minus is None else [encoded.digests, encoded.others.digests]
     if keys is not None:
         parts.append(np.asarray(keys, np.int64).astype(np.uint64)[:, None])
     return distinct(np.concatenate(parts, axis=1))

@@ -184,7 +184,7 @@ def run_pass(
     if len(first) < len(rows):
         _repeat(collectors, first, kinds)
         for start, digests in enumerate(
-            [encoded.digests] if minus is None else [encoded.digests, encoded.minus_digests]
+            [encoded.digests] if minus is None else [encoded.digests, encoded.others.digests]
         ):
             own = slice(start * len(rows), (start + 1) * len(rows))
             run, read = distinct(digests)  # features are equal also where labels are not

@@ -111,7 +111,7 @@ def write_spans(
             f"{first_row + len(labels) - 1} is NaN or infinite. Check the model."
         ) from error
     shard, encoded = int(Path(name).stem), masked.encoded
-    earlier.add(encoded.digests, encoded.minus_digests, gold)
+    earlier.add(encoded.digests, encoded.others.digests, gold)
     write_span_sketches(fit_folder, name, sketches, sketchers, earlier.differences.repeats(shard))
     where = folder / masked_folder(checkpoint)
     positions, places = earlier.masked.repeats(shard)
@@ -124,7 +124,7 @@ def write_spans(
     ends = np.array([(s.column, s.start, s.end) for s in masked.spans], np.int32).reshape(-1, 3)
     columns = {"row": first_row + masked.owners.astype(np.int64)}
     columns |= {part: np.ascontiguousarray(ends[:, i]) for i, part in enumerate(("column", "start", "end"))}
-    columns[DIGEST] = encoded.minus_digests
+    columns[DIGEST] = encoded.others.digests
     batch = record_batch(columns).replace_schema_metadata({_CUT: str(len(masked.cut)).encode()})
     write_table(folder / SPANS / name, [batch], batch.schema)
 
@@ -159,7 +159,7 @@ def masked_digests(listed: pa.RecordBatch, rows: pa.RecordBatch, classifier: Cla
     texts = [[texts[i] for i in at] for texts in (rows.column(name).to_pylist() for name in names)]
     ends = (column(listed, part).tolist() for part in ("column", "start", "end"))
     encoded, _ = mask_spans(classifier, texts, [Span(*of) for of in zip(*ends, strict=True)])
-    return encoded.minus_digests
+    return encoded.others.digests
 
 
 def masked_pass(
@@ -172,7 +172,7 @@ def masked_pass(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, SketchRows]]:
     """Features and logits of the masked rows; sketches of the differences, by the folder of the rows' sketches."""
     if not sketchers:
-        forward = run_forward(classifier, Encoded(encoded.minus or []), batch_tokens=batch_tokens)
+        forward = run_forward(classifier, encoded.others, batch_tokens=batch_tokens)
         return forward.features, forward.logits, {}
     sketches, both = sketch_rows(
         classifier, list(sketchers.values()), encoded, gold, batch_tokens=batch_tokens, warn=warn
