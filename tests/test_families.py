@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from forebear.errors import InputError, ModelError
 from forebear.indexer.build import BuildOptions, build_index
 from forebear.indexer.data import rows_from_texts
+from forebear.indexer.encoding import encode
 from forebear.indexer.forward import residual_and_loss, run_forward
 from forebear.indexer.gradients import whole_gradients
 from forebear.indexer.index import Index
@@ -286,21 +287,28 @@ def test_scores_do_not_depend_on_the_batch_where_predictions_depend_on_padding(k
 # Longest rows
 
 
-@pytest.mark.parametrize(
-    ("kind", "positions", "default", "longest"), [("modernbert", 2048, 512, 2048), ("xlnet", 0, 512, 512)]
-)
-def test_the_longest_row_is_the_model_s_own_limit_and_the_default_at_most_512(
-    kind, positions, default, longest, tmp_path
-):
+@pytest.mark.parametrize(("kind", "positions", "longest"), [("modernbert", 2048, 2048), ("bert", 48, 48)])
+def test_the_longest_row_is_the_model_s_own_limit_and_the_default_at_most_512(kind, positions, longest, tmp_path):
     folder = make_family(tmp_path / kind, kind)
     config = transformers.AutoConfig.from_pretrained(folder)
-    if positions:
+    if config.max_position_embeddings != positions:
         config.max_position_embeddings = positions
         config.save_pretrained(folder)
-    assert load_classifier(folder).max_length == default
+    assert load_classifier(folder).max_length == min(longest, 512)
     assert load_classifier(folder, max_length=longest).max_length == longest
     with pytest.raises(InputError, match=f"takes 4 to {longest} word pieces"):
         load_classifier(folder, max_length=longest + 1)
+
+
+@pytest.mark.parametrize("kind", ["xlnet", "t5"])
+def test_a_model_that_states_no_limit_takes_what_is_asked_for(kind, family):
+    assert load_classifier(family(kind)).max_length == 512
+    classifier = load_classifier(family(kind), max_length=1000)
+    long = ["good film " * 600]
+    assert len(encode(classifier, [long])[0]["input_ids"]) == classifier.max_length == 1000
+    assert np.isfinite(run_forward(classifier, [long]).logits).all()
+    with pytest.raises(InputError, match="takes 4 word pieces or more"):
+        load_classifier(family(kind), max_length=3)
 
 
 # Tokenizers

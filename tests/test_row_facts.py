@@ -84,6 +84,28 @@ def test_a_model_far_below_its_run_is_remarked_on():
     assert not RowFacts(accuracy=0.7, dev_accuracy=None, **known).warnings()
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "most_frequent", "dev", "warned"),
+    [
+        (0.97, 0.97, 0.97, False),  # one rare label: as good as on its development rows
+        (0.97, 0.97, None, True),  # of no run: no better than naming one label
+        (0.5, 0.5, 0.55, False),
+        (0.3, 0.5, 0.9, True),
+        (0.95, 1.0, None, False),  # rows of one label say nothing of chance
+        (0.95, 1.0, 0.96, False),
+        (0.2, 1.0, 0.96, True),
+    ],
+)
+def test_what_the_most_frequent_label_says_is_heeded_where_nothing_better_is_known(
+    accuracy, most_frequent, dev, warned
+):
+    facts = RowFacts(
+        accuracy=accuracy, mean_loss=1.0, most_frequent=most_frequent, dev_accuracy=dev, train_loss=None,
+        max_length=128, reading=None,
+    )  # fmt: skip
+    assert bool(facts.warnings()) == warned
+
+
 def test_unknown_words_and_cut_rows_are_counted_and_remarked_on(tmp_path):
     folder = make_tiny_model(tmp_path / "m")
     texts = ["good film unheard", "good " * 50, "actor", "unseen unheard of"]
@@ -98,6 +120,27 @@ def test_unknown_words_and_cut_rows_are_counted_and_remarked_on(tmp_path):
     assert asked.returncode == 0, asked.stderr
     assert "warning: 28.6% of the word pieces of the test rows are unknown" in asked.stderr
     assert "warning: 25.0% of the test rows are longer than 9 word pieces" in asked.stderr
+
+
+def test_of_many_test_rows_the_first_are_looked_at_once_before_the_work(tmp_path, monkeypatch, capsys):
+    from forebear.cli import main as command
+    from forebear.indexer import row_facts as module
+    from forebear.retriever.retriever import Retriever
+
+    index = tmp_path / "i"
+    texts, gold = sentences(20), labels(20)
+    chosen = choose_model(str(make_tiny_model(tmp_path / "m"))).checkpoints
+    build_index(rows_from_texts(texts, gold), index, chosen, BuildOptions(dampings=()))
+    path = write_jsonl(tmp_path / "rows.jsonl", text=["good " * 60] * 1500)
+    events: list[object] = []
+    whole, answers = module.encode, Retriever.answers
+    monkeypatch.setattr(module, "encode", lambda c, texts: events.append(len(texts[0])) or whole(c, texts))
+    monkeypatch.setattr(Retriever, "answers", lambda *a, **k: events.append("asked") or answers(*a, **k))
+    arguments = ["retrieve", "--index", index, "--test", path, "--out", tmp_path / "o.jsonl", "--quiet", "--top", 1]
+    assert command.run([str(argument) for argument in arguments]) == 0
+    assert events == [1024, "asked"]
+    told = " ".join(capsys.readouterr().err.split())
+    assert "warning: 100.0% of the first 1,024 test rows are longer than 40 word pieces" in told
 
 
 def test_training_tells_of_cut_rows_before_its_first_step(tmp_path):

@@ -215,6 +215,9 @@ def retrieve(
     warn_of_labels(retriever, source, required=target == "gold")
 
     say_what_was_fitted(retriever, spec, quiet=quiet)
+    retriever.check_stores(methods, retriever.settled(spec))
+    retriever.check_texts(source)
+    _warn_of_reading(retriever, source)
     shares = None if hubs is None else read_hub_shares(Path(hubs), retriever, retriever.settled(spec))
 
     def tables_of(answers: Answers) -> Iterator[pa.Table]:
@@ -225,7 +228,6 @@ def retrieve(
         found = retriever.answers(source, spec, block_rows=SHOWN_QUERIES)
         show_answers(found, tables_of, source, methods, aggregate=aggregate, quiet=quiet)
         say_recall(retriever, spec, quiet=quiet)
-        _warn_of_reading(retriever, source)
         return
     signs = SignCounts(methods)
     with (
@@ -245,14 +247,14 @@ def retrieve(
     say(f"{out}: {source.n_rows:,} queries{together}, {n_results:,} results", quiet=quiet)
     say_signs(signs, quiet=quiet)
     say_recall(retriever, spec, quiet=quiet)
-    _warn_of_reading(retriever, source)
 
 
 def _warn_of_reading(retriever: Retriever, source: RowSource) -> None:
-    """Say where the model does not see much of the test rows."""
-    from forebear.indexer.row_facts import reading_of_source
+    """Say, before the work, where the model does not see much of the test rows, or of the first of many."""
+    from forebear.indexer.row_facts import reading_of_first_rows
 
     classifier = retriever.classifier()
-    reading = reading_of_source(classifier, source)
-    for warning in reading.warnings(classifier.max_length, "the test rows"):
+    reading = reading_of_first_rows(classifier, source)
+    rows = "the test rows" if reading.n_rows == source.n_rows else f"the first {reading.n_rows:,} test rows"
+    for warning in reading.warnings(classifier.max_length, rows):
         warn(warning)

@@ -6,67 +6,47 @@ would be broken by rounding instead of by row number.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from forebear.indexer.encoding import encode, read_digests
+from forebear.indexer.model import Classifier
 from forebear.indexer.store import column, read_batches
 
+DIGEST = "digest"  # the column of a shard that keeps what its model reads of each row
+_MIX = np.uint64(0x9E3779B97F4A7C15)
 
-def _digests(items: Iterable[object], n: int) -> np.ndarray:
-    """128 bits of each, ``(n, 2)`` uint64."""
-    out = np.empty((n, 2), np.uint64)
-    for i, item in enumerate(items):
-        out[i] = np.frombuffer(hashlib.blake2b(repr(item).encode(), digest_size=16).digest(), np.uint64)
-    return out
+
+def combined(read: np.ndarray, *others: np.ndarray) -> np.ndarray:
+    """Digests ``(n, 2)`` of what is read and of more: of other digests, or of whole numbers such as labels ``(n,)``."""
+    for other in others:
+        read = read * _MIX + (other if other.ndim == 2 else other.astype(np.int64).astype(np.uint64)[:, None])
+    return read
 
 
 def row_digests(rows: Sequence[dict[str, list[int]]], labels: np.ndarray) -> np.ndarray:
-    """128 bits of what the model reads of each row and of its label, ``(n, 2)`` uint64."""
-    return _digests(((label, *row.values()) for row, label in zip(rows, labels.tolist(), strict=True)), len(rows))
+    """Of what the model reads of each row and of its label, ``(n, 2)`` uint64."""
+    return combined(read_digests(rows), labels)
 
 
-def text_digests(folder: Path, shard: int) -> np.ndarray:
-    """128 bits of the texts of each stored row of a shard, ``(n, 2)`` uint64."""
-    stored = _stored_rows(folder, shard)
-    return _digests(zip(*_texts(stored), strict=True), len(stored))
-
-
-def span_digests(folder: Path, shard: int, owners: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """128 bits of the texts and label of the row that each span is in, and of its place.
+def stored_digests(
+    batch: pa.RecordBatch, encode: Callable[[list[list[str]]], Sequence[dict[str, list[int]]]], texts: pa.RecordBatch
+) -> np.ndarray:
+    """What is read of a shard's rows; encoded again from their texts where an older version did not keep it.
 
     Args:
-        folder: The index.
-        shard: Whose rows are stored.
-        owners: Position in the shard of each span's row, ``(m,)``.
-        ends: Text column, first character and one past the last, ``(m, 3)``.
-
-    Returns:
-        ``(m, 2)`` uint64.
+        batch: Of the shard.
+        encode: Texts, one list a column, as word pieces.
+        texts: The shard of rows that holds the texts.
     """
-    stored = _stored_rows(folder, shard)
-    rows = _digests(zip(*_texts(stored), column(stored, "label").tolist(), strict=True), len(stored))
-    return _digests(((rows[i].tolist(), *place) for i, place in zip(owners, ends.tolist(), strict=True)), len(owners))
-
-
-def stored_span_digests(folder: Path, shard: int) -> np.ndarray:
-    """The same of the stored spans of a shard."""
-    spans = read_batches(folder / "spans" / f"{shard:05d}.arrow")[0]
-    first = column(_stored_rows(folder, shard), "row")[0]
-    ends = np.stack([column(spans, name) for name in ("column", "start", "end")], axis=1)
-    return span_digests(folder, shard, column(spans, "row") - first, ends)
-
-
-def _stored_rows(folder: Path, shard: int) -> pa.RecordBatch:
-    return read_batches(folder / "rows" / f"{shard:05d}.arrow")[0]
-
-
-def _texts(rows: pa.RecordBatch) -> list[list[str]]:
-    """Texts of each text column."""
-    return [rows.column(name).to_pylist() for name in rows.schema.names if name.startswith("text_")]
+    if DIGEST in batch.schema.names:
+        return column(batch, DIGEST)
+    names = [name for name in texts.schema.names if name.startswith("text_")]
+    return read_digests(encode([texts.column(name).to_pylist() for name in names]))
 
 
 class EarlierRows:
@@ -83,7 +63,7 @@ class EarlierRows:
         return len(self._repeats)
 
     def add(self, digests: np.ndarray) -> None:
-        """Add the next shard's rows, by their digests."""
+        """Add the next shard's rows, by their digests ``(n, 2)``."""
         places = self._find(digests)
         known = places[:, 0] >= 0
         self._repeats.append((np.flatnonzero(known), places[known]))
@@ -93,11 +73,6 @@ class EarlierRows:
         order = np.argsort(every[:, 0], kind="stable")
         here = np.stack([np.full(len(new), self.n_shards - 1), new], axis=1)
         self._digests, self._places = every[order], np.concatenate([self._places, here])[order]
-
-    def fill(self, n_shards: int, read: Callable[[int], np.ndarray]) -> None:
-        """Add the shards that are missing, up to so many; ``read`` gives the digests of one by its number."""
-        while self.n_shards < n_shards:
-            self.add(read(self.n_shards))
 
     def repeats(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions in a shard of rows that an earlier one has, ``(m,)``, and where: shard and position, ``(m, 2)``."""
@@ -113,8 +88,67 @@ class EarlierRows:
         return out
 
 
+class LabelledRows:
+    """Rows of the shards so far, by what is read of them, and by that and their label.
+
+    Attributes:
+        read: What does not depend on the label is equal for these.
+        labelled: What does is for these.
+    """
+
+    def __init__(self) -> None:
+        self.read, self.labelled = EarlierRows(), EarlierRows()
+
+    @property
+    def n_shards(self) -> int:
+        """Shards that have been added."""
+        return self.read.n_shards
+
+    def add(self, read: np.ndarray, labels: np.ndarray) -> None:
+        """Add the next shard: digests ``(n, 2)`` of what is read, and labels ``(n,)``."""
+        self.read.add(read)
+        self.labelled.add(combined(read, labels))
+
+
+def note_rows(earlier: LabelledRows, folder: Path, shard: int, classifier: Classifier) -> None:
+    """Add the stored rows of the next shard to those of the shards before it.
+
+    Args:
+        earlier: Rows of the shards before it.
+        folder: The index.
+        shard: Its number.
+        classifier: Whose tokenizer reads them, where an older version kept no digests.
+    """
+    rows = read_batches(folder / "rows" / f"{shard:05d}.arrow")[0]
+    earlier.add(stored_digests(rows, partial(encode, classifier), rows), column(rows, "label"))
+
+
+class EarlierSpans:
+    """Spans of the shards so far.
+
+    Attributes:
+        masked: By what is read of the row with the span masked.
+        labelled: By that and the label.
+        differences: By these and what is read of the whole row.
+    """
+
+    def __init__(self) -> None:
+        self.masked, self.labelled, self.differences = EarlierRows(), EarlierRows(), EarlierRows()
+
+    @property
+    def n_shards(self) -> int:
+        """Shards that have been added."""
+        return self.masked.n_shards
+
+    def add(self, read: np.ndarray, masked: np.ndarray, labels: np.ndarray) -> None:
+        """Add the next shard: digests ``(e, 2)`` of whole and masked rows, and labels ``(e,)``."""
+        self.masked.add(masked)
+        self.labelled.add(combined(masked, labels))
+        self.differences.add(combined(masked, read, labels))
+
+
 def copy_repeats(
-    folder: Path, columns: dict[str, pa.Array | np.ndarray], positions: np.ndarray, places: np.ndarray
+    folder: Path, columns: Mapping[str, pa.Array | np.ndarray], positions: np.ndarray, places: np.ndarray
 ) -> None:
     """Replace the numbers of rows that an earlier shard has by those stored there.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, overload
 
@@ -69,6 +70,16 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """128 bits of what the model reads of each row, ``(n, 2)`` uint64."""
+        return read_digests(self.rows)
+
+    @cached_property
+    def others(self) -> Encoded:
+        """The other versions alone."""
+        return Encoded(self.minus or [])
+
     def take(self, which: Iterable[int]) -> Encoded:
         """Some of the rows, in the order given."""
         at = list(which)
@@ -109,9 +120,14 @@ def encode(classifier: Classifier, texts: Sequence[Sequence[str]]) -> list[dict[
     return tokenize(classifier.tokenizer, texts, classifier.max_length)
 
 
-def encoded_rows(classifier: Classifier, texts: Texts) -> Sequence[dict[str, list[int]]]:
+def as_encoded(classifier: Classifier, texts: Texts) -> Encoded:
     """Rows of text, encoded now or already."""
-    return texts.rows if isinstance(texts, Encoded) else encode(classifier, texts)
+    return texts if isinstance(texts, Encoded) else Encoded(encode(classifier, texts))
+
+
+def encoded_rows(classifier: Classifier, texts: Texts) -> Sequence[dict[str, list[int]]]:
+    """The same, without other versions."""
+    return as_encoded(classifier, texts).rows
 
 
 def tokenize(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int) -> list[dict[str, list[int]]]:
@@ -124,9 +140,15 @@ def tokenize(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int) ->
     return [{key: encoded[key][i] for key in keys} for i in range(len(columns[0]))]
 
 
-def row_digest(row: dict[str, list[int]]) -> bytes:
-    """Names what the model reads of a row, in 16 bytes: what is compared of many rows, instead of their word pieces."""
-    return blake2b(np.array(list(row.values()), np.int32).tobytes(), digest_size=16).digest()
+def read_digests(rows: Sequence[dict[str, list[int]]]) -> np.ndarray:
+    """128 bits of what a model reads of each row, ``(n, 2)`` uint64: compared instead of the word pieces."""
+    out = np.empty((len(rows), 2), np.uint64)
+    for i, row in enumerate(rows):
+        read = np.array(list(row.values()), np.int32)
+        out[i] = np.frombuffer(
+            blake2b(read.tobytes(), digest_size=16, salt=str(len(read)).encode()).digest(), np.uint64
+        )
+    return out
 
 
 def encode_with_places(
@@ -160,28 +182,32 @@ def encode_with_places(
     return rows, encoded
 
 
-def distinct_rows(encoded: Encoded, keys: Sequence[Hashable] | None = None) -> tuple[np.ndarray, np.ndarray]:
+def distinct_rows(encoded: Encoded, keys: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Rows that differ in what the model reads, in what it reads of their other version, or in ``keys``.
 
     A model's last bits depend on the other rows of a batch: rows that must get equal numbers are run once.
 
     Args:
         encoded: ``n`` rows.
-        keys: What else tells rows apart, such as their labels, ``(n,)``.
+        keys: What else tells rows apart, such as their labels, whole numbers ``(n,)``.
 
     Returns:
         The first row of each kind, ``(kinds,)``, ascending; the kind of every row, ``(n,)``.
     """
-    versions = [encoded.rows] if encoded.minus is None else [encoded.rows, encoded.minus]
-    read = [tuple(map(row_digest, entry)) for entry in zip(*versions, strict=True)]
-    numbers: dict[Hashable, int] = {}
-    first: list[int] = []
-    kinds = np.empty(len(read), np.int64)
-    for i, pieces in enumerate(read):
-        kinds[i] = numbers.setdefault((pieces, None if keys is None else keys[i]), len(first))
-        if kinds[i] == len(first):
-            first.append(i)
-    return np.array(first, np.int64), kinds
+    parts = [encoded.digests] if encoded.minus is None else [encoded.digests, encoded.others.digests]
+    if keys is not None:
+        parts.append(np.asarray(keys, np.int64).astype(np.uint64)[:, None])
+    return distinct(np.concatenate(parts, axis=1))
+
+
+def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first of each kind of rows of the same bits of a matrix ``(n, k)``, ascending, and every row's kind."""
+    flat = np.ascontiguousarray(values).view(np.dtype((np.void, values.shape[1] * values.itemsize))).reshape(-1)
+    _, first, kinds = np.unique(flat, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    places = np.empty(len(first), np.int64)
+    places[order] = np.arange(len(first))
+    return first[order].astype(np.int64), places[kinds.reshape(-1)]
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int, *, equal_lengths: bool) -> Iterator[list[int]]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from forebear.errors import NonFiniteError
-from forebear.indexer.encoding import Encoded, Texts, distinct_rows, encoded_rows, pad_batch, plan_batches
+from forebear.indexer.encoding import Texts, as_encoded, distinct, pad_batch, plan_batches
 from forebear.indexer.model import Classifier
 
 DEFAULT_BATCH_TOKENS = 4096
@@ -65,10 +65,11 @@ def run_forward(
     Raises:
         NonFiniteError: A feature or logit is NaN or infinite; the message names the row.
     """
-    rows = encoded_rows(classifier, texts)
+    encoded = as_encoded(classifier, texts)
+    rows = encoded.rows
     features = np.empty((len(rows), classifier.feature_dim), np.float32)
     logits = np.empty((len(rows), classifier.n_classes), np.float64)
-    first, kinds = distinct_rows(Encoded(rows))
+    first, kinds = distinct(encoded.digests)
     lengths = [len(rows[i]["input_ids"]) for i in first]
     for batch in plan_batches(lengths, batch_tokens, equal_lengths=classifier.equal_lengths):
         at = first[batch]
@@ -93,14 +94,25 @@ def _forward_batch(classifier: Classifier, batch: dict[str, torch.Tensor]) -> tu
     try:
         with torch.no_grad(), classifier.autocast():
             classifier.model(**batch)
-        features = caught[0].float()
-        with torch.no_grad():
-            head = classifier.head
-            bias = None if head.bias is None else head.bias.double()
-            logits = nn.functional.linear(features.double(), head.weight.double(), bias)
     finally:
         hook.remove()
-    return features.cpu().numpy(), logits.cpu().numpy()
+    features = caught[0].float()
+    return features.cpu().numpy(), _logits(classifier, features)
+
+
+def _logits(classifier: Classifier, features: torch.Tensor) -> np.ndarray:
+    """Float64 logits of features, ``(n, c)``."""
+    with torch.no_grad():
+        head = classifier.head
+        bias = None if head.bias is None else head.bias.double()
+        return np.asarray(nn.functional.linear(features.double(), head.weight.double(), bias).cpu().numpy())
+
+
+def forward_of_features(classifier: Classifier, features: np.ndarray) -> Forward:
+    """What the head makes of features ``(n, h)`` float32; equal features get equal numbers."""
+    first, kinds = distinct(features)
+    logits = _logits(classifier, torch.from_numpy(features[first]).to(classifier.device))[kinds]
+    return Forward(features, softmax(logits), logits)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from forebear.errors import NonFiniteError, StorageError
-from forebear.indexer.encoding import Encoded, Texts, distinct_rows, encode, plan_batches
+from forebear.indexer.encoding import Encoded, Texts, as_encoded, distinct, distinct_rows, plan_batches
 from forebear.indexer.forward import Forward, softmax
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block
@@ -122,7 +122,7 @@ def run_pass(
         NonFiniteError: A feature or logit is NaN or infinite; the row is named.
         StorageError: Not even one row fits in memory, or the results do not.
     """
-    encoded = texts if isinstance(texts, Encoded) else Encoded(encode(classifier, texts))
+    encoded = as_encoded(classifier, texts)
     rows, minus = encoded.rows, encoded.minus
     versions = 1 if minus is None else 2
     sizes = [versions * len(row["input_ids"]) for row in rows]
@@ -183,9 +183,11 @@ def run_pass(
             on_rows(len(at))
     if len(first) < len(rows):
         _repeat(collectors, first, kinds)
-        for start, version in enumerate([rows] if minus is None else [rows, minus]):
+        for start, digests in enumerate(
+            [encoded.digests] if minus is None else [encoded.digests, encoded.others.digests]
+        ):
             own = slice(start * len(rows), (start + 1) * len(rows))
-            run, read = distinct_rows(Encoded(version))  # features are equal also where labels are not
+            run, read = distinct(digests)  # features are equal also where labels are not
             features[own], logits[own] = features[own][run[read]], logits[own][run[read]]
         if on_rows is not None:
             on_rows(len(rows) - len(first))
@@ -210,7 +212,7 @@ def _keep(collectors: Sequence[Collector], at: list[int], classifier: Classifier
 def _rows_to_run(encoded: Encoded, seed_of: SeedOf, collectors: Sequence[Collector]) -> tuple[np.ndarray, np.ndarray]:
     """The first row of each kind, and every row's kind; all rows are of a kind of their own where they are summed."""
     if isinstance(seed_of, SeedByKey) and all(isinstance(collector, RowCollector) for collector in collectors):
-        return distinct_rows(encoded, None if seed_of.keys is None else seed_of.keys.tolist())
+        return distinct_rows(encoded, seed_of.keys)
     return np.arange(len(encoded)), np.arange(len(encoded))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from forebear.indexer.ekfac import Vectors
-from forebear.indexer.encoding import Encoded, Texts, distinct_rows, encode
+from forebear.indexer.encoding import Texts, as_encoded, distinct_rows
 from forebear.indexer.gradient_pass import Collector, RowCollector, labels_seed, run_pass
 from forebear.indexer.model import Classifier
 from forebear.indexer.scopes import Block
@@ -199,17 +199,15 @@ def exact_dots(
     Returns:
         ``(q, n)`` float64.
     """
-    encoded = texts if isinstance(texts, Encoded) else Encoded(encode(classifier, texts))
-    first, which = distinct_rows(encoded, labels.tolist())
-    if wanted is not None and len(first) < len(labels):
-        every, wanted = wanted, np.zeros((len(wanted), len(first)), bool)
-        np.logical_or.at(wanted.T, which, every.T)
-    collector = _Dots(scope, blocks, vectors, len(first), wanted)
-    seed = labels_seed(labels[first])
-    run_pass(classifier, encoded.take(first), seed, [collector], batch_tokens=BATCH_TOKENS, on_rows=on_rows)
-    if on_rows is not None:
-        on_rows(len(labels) - len(first))
-    return collector.out[:, which]
+    encoded = as_encoded(classifier, texts)
+    if wanted is not None:  # of the rows that are run: by any of their kind
+        first, kinds = distinct_rows(encoded, labels)
+        some = np.zeros((len(first), len(wanted)), bool)
+        np.logical_or.at(some, kinds, wanted.T)
+        wanted = some.T[:, kinds]
+    collector = _Dots(scope, blocks, vectors, len(labels), wanted)
+    run_pass(classifier, encoded, labels_seed(labels), [collector], batch_tokens=BATCH_TOKENS, on_rows=on_rows)
+    return collector.out
 
 
 def live_sample(live: np.ndarray, n_rows: int, seed: int) -> np.ndarray:

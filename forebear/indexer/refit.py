@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from forebear.errors import CorruptIndexError, InputError
-from forebear.indexer.earlier_rows import EarlierRows, copy_repeats, row_digests, stored_span_digests
+from forebear.indexer.earlier_rows import EarlierSpans, LabelledRows, copy_repeats, note_rows
 from forebear.indexer.encoding import Encoded, encode
 from forebear.indexer.finish import calibration_by, finish
 from forebear.indexer.gradient_pass import labels_seed, run_pass
@@ -38,7 +38,7 @@ from forebear.indexer.options import (
 from forebear.indexer.runs import moved_paths
 from forebear.indexer.shards import load_checked
 from forebear.indexer.sketch import Sketcher
-from forebear.indexer.span_store import masked_pass, span_gradients, write_span_sketches
+from forebear.indexer.span_store import masked_pass, note_spans, span_gradients, write_span_sketches
 from forebear.indexer.spans import mask_spans
 from forebear.indexer.store import write_columns
 
@@ -131,8 +131,8 @@ class _SketchWriter:
     folder: Path
     progress: Progress
     warn: Callable[[str | None], None]
-    _earlier: EarlierRows = field(default_factory=EarlierRows)
-    _earlier_spans: EarlierRows = field(default_factory=EarlierRows)
+    _earlier: LabelledRows = field(default_factory=LabelledRows)
+    _earlier_spans: EarlierSpans = field(default_factory=EarlierSpans)
 
     @property
     def _has_spans(self) -> bool:
@@ -191,26 +191,19 @@ class _SketchWriter:
     ) -> None:
         start, stop = self.index.manifest.shards[shard]
         rows = np.arange(start, stop)
-        encoded = self._encoded(shard, classifier)
+        encoded = Encoded(encode(classifier, self.index.text_lists(rows)))
         collectors = {kind: s.collector(len(rows), classifier.device) for kind, s in sketchers.items()}
         run_pass(
             classifier, encoded, labels_seed(self.index.labels[rows].astype(np.int64)),
             list(collectors.values()), batch_tokens=self.index.manifest.spec.batch_tokens, first_row=start,
             on_rows=on_rows, warn=self.warn,
         )  # fmt: skip
-        self._earlier.fill(shard + 1, lambda i: self._row_digests(i, self._encoded(i, classifier)))
+        for number in range(self._earlier.n_shards, shard + 1):
+            note_rows(self._earlier, self.index.folder, number, classifier)
         for kind, found in collectors.items():
             columns: dict[str, pa.Array | np.ndarray] = dict(found.rows(start).columns(sketchers[kind].reduction))
-            copy_repeats(self.folder / kind, columns, *self._earlier.repeats(shard))
+            copy_repeats(self.folder / kind, columns, *self._earlier.labelled.repeats(shard))
             write_columns(self.folder / kind / _file(shard), columns)
-
-    def _encoded(self, shard: int, classifier: Classifier) -> Encoded:
-        rows = np.arange(*self.index.manifest.shards[shard])
-        return Encoded(encode(classifier, self.index.text_lists(rows)))
-
-    def _row_digests(self, shard: int, encoded: Encoded) -> np.ndarray:
-        start, stop = self.index.manifest.shards[shard]
-        return row_digests(encoded.rows, self.index.labels[start:stop])
 
     def _write_spans(self, shard: int, classifier: Classifier, sketchers: dict[str, Sketcher]) -> None:
         start, stop = self.index.manifest.shards[shard]
@@ -224,8 +217,10 @@ class _SketchWriter:
             classifier, sketchers, replace(encoded, owners=of - start), self.index.labels[of].astype(np.int64),
             self.index.manifest.spec.batch_tokens, self.warn,
         )  # fmt: skip
-        self._earlier_spans.fill(shard + 1, partial(stored_span_digests, self.index.folder))
-        write_span_sketches(self.folder, _file(shard), sketches, sketchers, self._earlier_spans)
+        for number in range(self._earlier_spans.n_shards, shard + 1):
+            note_spans(self._earlier_spans, self.index.folder, number, classifier)
+        repeats = self._earlier_spans.differences.repeats(shard)
+        write_span_sketches(self.folder, _file(shard), sketches, sketchers, repeats)
 
 
 def _file(shard: int) -> str:

@@ -21,11 +21,12 @@ from forebear.indexer.model import Classifier
 from forebear.indexer.runs import RunCheckpoint, path_to, read_run
 
 READING_KEY = b"forebear.reading"  # of a shard of rows, in its schema's metadata
+SAMPLED_ROWS = 1024  # test rows that are looked at before they are asked about
 # Shares from which a user is warned.
 MANY_UNKNOWN = 0.05  # of word pieces; English under its own tokenizer has .001
 MANY_CUT = 0.1  # of rows
 FAR_BELOW_DEV = 0.15  # below the accuracy on the run's development rows, which training rows exceed
-HARDLY_ABOVE_CHANCE = 0.1  # of the way from naming the most frequent label to all right
+HARDLY_ABOVE_CHANCE = 0.1  # of the way from naming the most frequent label to all right; where dev rows say nothing
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,10 @@ def count_reading(
     )
 
 
-def reading_of_source(classifier: Classifier, source: RowSource) -> Reading:
-    """How much of a source's rows a classifier reads; the rows are encoded, the model is not run."""
-    total = Reading()
-    for block in source.blocks():
-        total += count_reading(
-            classifier.tokenizer, block.texts, encode(classifier, block.texts), classifier.max_length
-        )
-    return total
+def reading_of_first_rows(classifier: Classifier, source: RowSource) -> Reading:
+    """How much of a source's first rows, at most 1,024, a classifier reads; they are encoded, the model is not run."""
+    block = next(source.blocks(SAMPLED_ROWS))
+    return count_reading(classifier.tokenizer, block.texts, encode(classifier, block.texts), classifier.max_length)
 
 
 @dataclass(frozen=True)
@@ -158,11 +155,11 @@ class RowFacts:
         """What is wrong with the rows."""
         found = []
         floor = self.most_frequent + HARDLY_ABOVE_CHANCE * (1 - self.most_frequent)
-        if self.accuracy < floor:
-            found.append(_low_accuracy(self.accuracy, f"the most frequent label alone has {share(self.most_frequent)}"))
-        elif self.dev_accuracy is not None and self.accuracy < self.dev_accuracy - FAR_BELOW_DEV:
+        if self.dev_accuracy is not None and self.accuracy < self.dev_accuracy - FAR_BELOW_DEV:
             beside = f"it had {share(self.dev_accuracy)} on its run's development rows"
             found.append(_low_accuracy(self.accuracy, beside))
+        elif self.dev_accuracy is None and self.most_frequent < 1 and self.accuracy < floor:
+            found.append(_low_accuracy(self.accuracy, f"the most frequent label alone has {share(self.most_frequent)}"))
         if self.reading is not None:
             found += self.reading.warnings(self.max_length, "the indexed rows")
         return found

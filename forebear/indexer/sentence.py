@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from forebear.errors import ModelError, NonFiniteError
-from forebear.indexer.encoding import pad_batch, plan_batches, tokenize
+from forebear.indexer.encoding import Encoded, Texts, distinct, pad_batch, plan_batches, tokenize
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.model import (
     check_finite_weights,
@@ -46,30 +46,42 @@ class SentenceEncoder:
     sha256: str
     equal_lengths: bool
 
+    def encode(self, texts: Sequence[Sequence[str]]) -> list[dict[str, list[int]]]:
+        """Word pieces of rows of one or two texts, one list a text column."""
+        return tokenize(self.tokenizer, texts, self.max_length)
+
     def embed(
         self,
-        texts: Sequence[Sequence[str]],
+        texts: Texts,
         *,
         batch_tokens: int = DEFAULT_BATCH_TOKENS,
         on_rows: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """Embeddings of rows of one or two texts, ``(n, s)`` float32, not normalised.
 
+        Rows of the same word pieces are run once and get equal numbers.
+
         Raises:
             NonFiniteError: An embedding is NaN or infinite.
         """
-        rows = tokenize(self.tokenizer, texts, self.max_length)
+        encoded = texts if isinstance(texts, Encoded) else Encoded(self.encode(texts))
+        rows = encoded.rows
         device = next(self.model.parameters()).device
         out = np.empty((len(rows), int(self.model.config.hidden_size)), np.float32)  # type: ignore[union-attr, arg-type]
-        lengths = [len(row["input_ids"]) for row in rows]
+        first, kinds = distinct(encoded.digests)
+        lengths = [len(rows[i]["input_ids"]) for i in first]
         for batch in plan_batches(lengths, batch_tokens, equal_lengths=self.equal_lengths):
-            inputs = pad_batch(self.tokenizer, [rows[i] for i in batch], device)
+            at = first[batch]
+            inputs = pad_batch(self.tokenizer, [rows[i] for i in at], device)
             with torch.no_grad():
                 states = self.model(**inputs).last_hidden_state
             mask = inputs["attention_mask"][:, :, None].to(states.dtype)
-            out[batch] = ((states * mask).sum(dim=1) / mask.sum(dim=1)).cpu().numpy()
+            out[at] = ((states * mask).sum(dim=1) / mask.sum(dim=1)).cpu().numpy()
             if on_rows is not None:
                 on_rows(len(batch))
+        out = np.asarray(out[first[kinds]])
+        if on_rows is not None and len(first) < len(rows):
+            on_rows(len(rows) - len(first))
         if not np.isfinite(out).all():
             raise NonFiniteError(f"{self.name}: a sentence embedding is NaN or infinite. Check the sentence model.")
         return out

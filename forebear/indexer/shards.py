@@ -12,22 +12,38 @@ import pyarrow as pa
 
 from forebear.errors import InputError, MismatchError
 from forebear.indexer.data import RowBlock, RowSource
-from forebear.indexer.earlier_rows import EarlierRows, copy_repeats, row_digests, text_digests
+from forebear.indexer.earlier_rows import (
+    DIGEST,
+    EarlierRows,
+    EarlierSpans,
+    LabelledRows,
+    copy_repeats,
+    note_rows,
+    stored_digests,
+)
 from forebear.indexer.encoding import Encoded, encode
-from forebear.indexer.forward import residual_and_loss, run_forward
+from forebear.indexer.forward import Forward, forward_of_features, residual_and_loss, run_forward
 from forebear.indexer.gradient_pass import labels_seed, run_pass
 from forebear.indexer.gradient_stage import Sample, fit_scope, open_sketchers, sample_rows
+from forebear.indexer.index import Index
 from forebear.indexer.labels import LabelMap
-from forebear.indexer.manifest import Checkpoint, IndexSpec
+from forebear.indexer.manifest import Checkpoint, IndexSpec, read_manifest
 from forebear.indexer.model import Classifier, load_classifier
 from forebear.indexer.options import BuildOptions, Progress, counted, ignore_warning
 from forebear.indexer.row_facts import count_reading, reading_metadata
 from forebear.indexer.sentence import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.sketch import Sketcher
-from forebear.indexer.span_store import SPANS, write_spans
+from forebear.indexer.span_store import SPANS, note_spans, write_spans
 from forebear.indexer.spans import find_spans, mask_found, span_finder
-from forebear.indexer.store import column, read_batches, write_columns
-from forebear.indexer.word_store import runs_folder, words_folder, write_run
+from forebear.indexer.store import read_batches, write_columns
+from forebear.indexer.word_store import (
+    Postings,
+    read_word_store,
+    repeated_words,
+    runs_folder,
+    words_folder,
+    write_run,
+)
 from forebear.indexer.words import WordGradients, count_tokens
 
 
@@ -95,9 +111,9 @@ class ShardWriter:
     options: BuildOptions
     progress: Progress
     warn: Callable[[str | None], None] = ignore_warning
-    _earlier: EarlierRows = field(default_factory=EarlierRows)
-    _earlier_texts: EarlierRows = field(default_factory=EarlierRows)
-    _earlier_spans: EarlierRows = field(default_factory=EarlierRows)
+    _rows: LabelledRows = field(default_factory=LabelledRows)
+    _sentences: EarlierRows = field(default_factory=EarlierRows)
+    _spans: EarlierSpans = field(default_factory=EarlierSpans)
 
     def write(self, last: Classifier) -> None:
         """Write what is missing; ``last`` is the model of the last checkpoint."""
@@ -157,7 +173,8 @@ class ShardWriter:
         """One forward (and, for sketches and words, one backward of activations) over a block of rows."""
         gold = _labels_of(block, self.labels)
         encoded = Encoded(encode(classifier, block.texts))
-        self._note_rows(classifier, int(path.stem), encoded, gold)
+        shard = int(path.stem)
+        self._note_rows(classifier, shard, encoded, gold)
         batch_tokens = self.spec.batch_tokens
         sketches = {kind: s.collector(len(block), classifier.device) for kind, s in sketchers.items()}
         words = {
@@ -170,19 +187,28 @@ class ShardWriter:
                 batch_tokens=batch_tokens, first_row=row, on_rows=on_rows, warn=self.warn,
             )  # fmt: skip
             for kind, sketch in sketches.items():
-                self._write_rows(self.fit_folder / kind, path.name, sketch.rows(row).columns(sketchers[kind].reduction))
+                found = sketch.rows(row).columns(sketchers[kind].reduction)
+                copy_repeats(self.fit_folder / kind, found, *self._rows.labelled.repeats(shard))
+                write_columns(self.fit_folder / kind / path.name, found)
             for kind, gathered in words.items():
-                write_run(self.folder / runs_folder(kind) / path.name, gathered.rows(row), row)
+                runs = self.folder / runs_folder(kind)
+                write_run(runs / path.name, gathered.rows(row), row, self._repeated_words(kind, shard))
         else:
             forward = run_forward(classifier, encoded, batch_tokens=batch_tokens, first_row=row, on_rows=on_rows)
-        residuals, losses = residual_and_loss(forward.logits, gold)
+        forward = self._as_first_stored(path.parent, classifier, forward, shard)
+        residuals, losses = (found.astype(np.float32) for found in residual_and_loss(forward.logits, gold))
+        copy_repeats(path.parent, {"residual": residuals}, *self._rows.labelled.repeats(shard))
         if checkpoint is self.checkpoints[-1]:
             columns: dict[str, pa.Array | np.ndarray] = {"row": np.arange(row, row + len(block))}
             columns |= {f"text_{i}": pa.array(texts, pa.string()) for i, texts in enumerate(block.texts)}
             columns |= {"label": gold.astype(np.int32), "prediction": forward.predictions.astype(np.int32)}
-            columns |= {"probabilities": forward.probabilities.astype(np.float32), "loss": losses.astype(np.float32)}
+            columns |= {"probabilities": forward.probabilities.astype(np.float32), "loss": losses}
+            columns |= {DIGEST: encoded.digests}
             reading = count_reading(classifier.tokenizer, block.texts, encoded.rows, classifier.max_length)
-            self._write_rows(self.folder / "rows", path.name, columns, reading_metadata(reading))
+            of_model = {name: columns[name] for name in ("prediction", "probabilities")}
+            copy_repeats(self.folder / "rows", of_model, *self._rows.read.repeats(shard))
+            copy_repeats(self.folder / "rows", {"loss": losses}, *self._rows.labelled.repeats(shard))
+            write_columns(self.folder / "rows" / path.name, columns, reading_metadata(reading))
             if words:
                 starts, tokens, counts = count_tokens(classifier, block.texts)
                 lists = {
@@ -190,44 +216,60 @@ class ShardWriter:
                     for name, values in (("token", tokens), ("count", counts))
                 }
                 write_columns(self.folder / "tokens" / path.name, lists)
-        numbers: dict[str, pa.Array | np.ndarray] = {"feature": forward.features}
-        self._write_rows(path.parent, path.name, numbers | {"residual": residuals.astype(np.float32)})
+        write_columns(path, {"feature": forward.features, "residual": residuals})
+
+    def _stored(self, kind: str, shard: int) -> pa.RecordBatch:
+        return read_batches(self.folder / kind / f"{shard:05d}.arrow")[0]
 
     def _note_rows(self, classifier: Classifier, shard: int, encoded: Encoded, gold: np.ndarray) -> None:
-        """Find the rows of a shard that an earlier one has; shards that were written before are read again."""
-        earlier = self._earlier
-        while earlier.n_shards < self.first_shard:  # of an append: rows of the index as it was
-            old = read_batches(self.folder / "rows" / f"{earlier.n_shards:05d}.arrow")[0]
-            texts = [old.column(f"text_{i}").to_pylist() for i in range(len(self.spec.text_columns))]
-            earlier.add(row_digests(encode(classifier, texts), column(old, "label")))
-        if earlier.n_shards < shard:  # of a build that is resumed
+        """Find the rows of a shard that an earlier one has; those of shards that were written before are read."""
+        known = self._rows
+        while known.n_shards < shard and (self.folder / "rows" / f"{known.n_shards:05d}.arrow").is_file():
+            note_rows(known, self.folder, known.n_shards, classifier)
+        if known.n_shards < shard:  # of a build that is resumed before its last checkpoint
             for block in self.source.blocks(self.spec.shard_rows):
                 number = self.first_shard + block.start // self.spec.shard_rows
-                if earlier.n_shards <= number < shard:
-                    earlier.add(row_digests(encode(classifier, block.texts), _labels_of(block, self.labels)))
-        if earlier.n_shards == shard:  # at the first checkpoint
-            earlier.add(row_digests(encoded.rows, gold))
+                if known.n_shards <= number < shard:
+                    known.add(Encoded(encode(classifier, block.texts)).digests, _labels_of(block, self.labels))
+        if known.n_shards == shard:  # at the first checkpoint
+            known.add(encoded.digests, gold)
 
-    def _write_rows(
-        self,
-        folder: Path,
-        name: str,
-        columns: dict[str, pa.Array | np.ndarray],
-        metadata: dict[bytes, bytes] | None = None,
-    ) -> None:
-        """Write a shard of numbers by row, those of equal rows as they were first stored."""
-        copy_repeats(folder, columns, *self._earlier.repeats(int(Path(name).stem)))
-        write_columns(folder / name, columns, metadata)
+    def _as_first_stored(self, folder: Path, classifier: Classifier, forward: Forward, shard: int) -> Forward:
+        """A shard's pass with the features of rows that an earlier shard has, and what the head makes of these."""
+        positions, places = self._rows.read.repeats(shard)
+        if not len(positions):
+            return forward
+        copy_repeats(folder, {"feature": forward.features}, positions, places)
+        again = forward_of_features(classifier, forward.features[positions])
+        forward.logits[positions], forward.probabilities[positions] = again.logits, again.probabilities
+        return forward
+
+    def _repeated_words(self, kind: str, shard: int) -> Postings | None:
+        """Words of a shard's rows that an earlier shard has, from its run or from the store before an append."""
+        positions, places = self._rows.labelled.repeats(shard)
+        if not len(positions):
+            return None
+        before = Index(self.folder, read_manifest(self.folder), check=False) if self.first_shard else None
+        shards_before = () if before is None else before.manifest.shards
+        starts = np.array([start for start, _ in (*shards_before, *self.shards)])
+        runs = self.folder / runs_folder(kind)
+        return repeated_words(
+            starts[shard] + positions,
+            starts[places[:, 0]] + places[:, 1],
+            [runs / f"{i:05d}.arrow" for i in np.unique(places[:, 0]) if i >= self.first_shard],
+            None if before is None else read_word_store([self.folder / name for name in before.word_files(kind)]),
+        )
 
     def _write_sentences(
         self, encoder: SentenceEncoder, path: Path, block: RowBlock, row: int, on_rows: OnRows
     ) -> None:
-        embedding = encoder.embed(block.texts, batch_tokens=self.spec.batch_tokens, on_rows=on_rows)
-        columns: dict[str, pa.Array | np.ndarray] = {"embedding": embedding}
-        shard = int(path.stem)
-        self._earlier_texts.fill(shard + 1, partial(text_digests, self.folder))
-        copy_repeats(path.parent, columns, *self._earlier_texts.repeats(shard))
-        write_columns(path, columns)
+        encoded, known = Encoded(encoder.encode(block.texts)), self._sentences
+        for shard in range(known.n_shards, int(path.stem)):
+            known.add(stored_digests(self._stored("sentence", shard), encoder.encode, self._stored("rows", shard)))
+        known.add(encoded.digests)
+        embedding = encoder.embed(encoded, batch_tokens=self.spec.batch_tokens, on_rows=on_rows)
+        copy_repeats(path.parent, {"embedding": embedding}, *known.repeats(int(path.stem)))
+        write_columns(path, {"embedding": embedding, DIGEST: encoded.digests})
 
     def _write_spans(
         self,
@@ -240,12 +282,14 @@ class ShardWriter:
         on_rows: OnRows,
     ) -> None:
         """What every span of a block of rows adds to its gradient; rows are told when their spans are written."""
+        for shard in range(self._spans.n_shards, int(path.stem)):
+            note_spans(self._spans, self.folder, shard, classifier)
         rows = range(row, row + len(block))
         found = find_spans(span_finder(how, self.spec.span_column), block.texts, block.table, rows, "training row")
         write_spans(
             self.folder, self.fit_folder, path.name, self.checkpoints[-1].name, classifier, sketchers,
-            mask_found(classifier, block.texts, found), _labels_of(block, self.labels),
-            first_row=row, batch_tokens=self.spec.batch_tokens, warn=self.warn, earlier=self._earlier_spans,
+            mask_found(classifier, block.texts, found), _labels_of(block, self.labels), self._spans,
+            first_row=row, batch_tokens=self.spec.batch_tokens, warn=self.warn,
         )  # fmt: skip
         on_rows(len(block))
 

@@ -17,14 +17,14 @@ import numpy as np
 import pyarrow as pa
 
 from forebear.errors import NonFiniteError
-from forebear.indexer.earlier_rows import EarlierRows, copy_repeats, span_digests, stored_span_digests
-from forebear.indexer.encoding import Encoded
-from forebear.indexer.forward import residual_and_loss, run_forward
+from forebear.indexer.earlier_rows import DIGEST, EarlierSpans, copy_repeats, stored_digests
+from forebear.indexer.encoding import Encoded, encode
+from forebear.indexer.forward import forward_of_features, residual_and_loss, run_forward
 from forebear.indexer.gradient_pass import MemoryWarning
 from forebear.indexer.model import Classifier
 from forebear.indexer.sketch import Sketcher, SketchRows, sketch_rows
-from forebear.indexer.spans import MaskedSpans, Span
-from forebear.indexer.store import RowMatrix, column, record_batch, write_columns, write_table
+from forebear.indexer.spans import MaskedSpans, Span, mask_spans
+from forebear.indexer.store import RowMatrix, column, read_batches, record_batch, write_columns, write_table
 
 SPANS = "spans"
 _CUT = b"cut"
@@ -81,11 +81,11 @@ def write_spans(
     sketchers: dict[str, Sketcher],
     masked: MaskedSpans,
     labels: np.ndarray,
+    earlier: EarlierSpans,
     *,
     first_row: int,
     batch_tokens: int,
     warn: MemoryWarning,
-    earlier: EarlierRows,
 ) -> None:
     """Write the entries of one shard's rows: sketches first, what lists the spans last.
 
@@ -98,10 +98,10 @@ def write_spans(
         sketchers: By the folder of the rows' sketches.
         masked: The spans.
         labels: Gold classes of the rows, ``(n,)``.
+        earlier: Spans of the shards before it.
         first_row: Number of the first of them.
         batch_tokens: Largest number of padded tokens in a batch.
         warn: Told when memory does not suffice for a batch.
-        earlier: Spans of the shards before, whose numbers equal ones keep; those of this shard are added.
     """
     gold = labels[masked.owners]
     try:
@@ -111,17 +111,21 @@ def write_spans(
             f"{classifier.name}: with a span masked, a gradient of a row between {first_row} and "
             f"{first_row + len(labels) - 1} is NaN or infinite. Check the model."
         ) from error
+    shard, encoded = int(Path(name).stem), masked.encoded
+    earlier.add(encoded.digests, encoded.others.digests, gold)
+    write_span_sketches(fit_folder, name, sketches, sketchers, earlier.differences.repeats(shard))
+    where = folder / masked_folder(checkpoint)
+    positions, places = earlier.masked.repeats(shard)
+    if len(positions):
+        copy_repeats(where, {"feature": features}, positions, places)
+        logits[positions] = forward_of_features(classifier, features[positions]).logits
+    residuals = residual_and_loss(logits, gold)[0].astype(np.float32)
+    copy_repeats(where, {"residual": residuals}, *earlier.labelled.repeats(shard))
+    write_columns(where / name, {"feature": features, "residual": residuals})
     ends = np.array([(s.column, s.start, s.end) for s in masked.spans], np.int32).reshape(-1, 3)
-    shard = int(Path(name).stem)
-    earlier.fill(shard, partial(stored_span_digests, folder))
-    earlier.fill(shard + 1, partial(span_digests, folder, owners=masked.owners, ends=ends))
-    write_span_sketches(fit_folder, name, sketches, sketchers, earlier)
-    residuals, _ = residual_and_loss(logits, gold)
-    numbers: dict[str, pa.Array | np.ndarray] = {"feature": features, "residual": residuals.astype(np.float32)}
-    copy_repeats(folder / masked_folder(checkpoint), numbers, *earlier.repeats(shard))
-    write_columns(folder / masked_folder(checkpoint) / name, numbers)
     columns = {"row": first_row + masked.owners.astype(np.int64)}
     columns |= {part: np.ascontiguousarray(ends[:, i]) for i, part in enumerate(("column", "start", "end"))}
+    columns[DIGEST] = encoded.others.digests
     batch = record_batch(columns).replace_schema_metadata({_CUT: str(len(masked.cut)).encode()})
     write_table(folder / SPANS / name, [batch], batch.schema)
 
@@ -131,13 +135,47 @@ def write_span_sketches(
     name: str,
     sketches: dict[str, SketchRows],
     sketchers: dict[str, Sketcher],
-    earlier: EarlierRows,
+    repeats: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> None:
-    """Write the sketches of one shard's spans, beside those of its rows; equal ones as they were first stored."""
+    """Write the sketches of one shard's spans, beside those of its rows; ``repeats`` of an earlier shard's are its."""
     for kind, found in sketches.items():
-        columns: dict[str, pa.Array | np.ndarray] = dict(found.columns(sketchers[kind].reduction))
-        copy_repeats(fit_folder / span_gradients(kind), columns, *earlier.repeats(int(Path(name).stem)))
+        columns = found.columns(sketchers[kind].reduction)
+        if repeats is not None:
+            copy_repeats(fit_folder / span_gradients(kind), columns, *repeats)
         write_columns(fit_folder / span_gradients(kind) / name, columns)
+
+
+def note_spans(earlier: EarlierSpans, folder: Path, shard: int, classifier: Classifier) -> None:
+    """Add the stored spans of the next shard to those of the shards before it.
+
+    Args:
+        earlier: Spans of the shards before it.
+        folder: The index.
+        shard: Its number.
+        classifier: At the last checkpoint.
+    """
+    listed, rows = (read_batches(folder / kind / f"{shard:05d}.arrow")[0] for kind in (SPANS, "rows"))
+    of = column(listed, "row") - column(rows, "row")[0]
+    read = stored_digests(rows, partial(encode, classifier), rows)
+    earlier.add(read[of], masked_digests(listed, rows, classifier), column(rows, "label")[of])
+
+
+def masked_digests(listed: pa.RecordBatch, rows: pa.RecordBatch, classifier: Classifier) -> np.ndarray:
+    """What the model reads of a shard's masked rows, ``(e, 2)``; masked again where an older version did not keep it.
+
+    Args:
+        listed: The shard's spans.
+        rows: The shard's rows.
+        classifier: At the last checkpoint.
+    """
+    if DIGEST in listed.schema.names:
+        return column(listed, DIGEST)
+    at = (column(listed, "row") - column(rows, "row")[0]).tolist()
+    names = [name for name in rows.schema.names if name.startswith("text_")]
+    texts = [[texts[i] for i in at] for texts in (rows.column(name).to_pylist() for name in names)]
+    ends = (column(listed, part).tolist() for part in ("column", "start", "end"))
+    encoded, _ = mask_spans(classifier, texts, [Span(*of) for of in zip(*ends, strict=True)])
+    return encoded.others.digests
 
 
 def masked_pass(
@@ -150,7 +188,7 @@ def masked_pass(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, SketchRows]]:
     """Features and logits of the masked rows; sketches of the differences, by the folder of the rows' sketches."""
     if not sketchers:
-        forward = run_forward(classifier, Encoded(encoded.minus or []), batch_tokens=batch_tokens)
+        forward = run_forward(classifier, encoded.others, batch_tokens=batch_tokens)
         return forward.features, forward.logits, {}
     sketches, both = sketch_rows(
         classifier, list(sketchers.values()), encoded, gold, batch_tokens=batch_tokens, warn=warn

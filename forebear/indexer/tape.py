@@ -264,7 +264,13 @@ class _Arrivals:
             self._deliver(block)
 
     def finish(self) -> None:
-        """After the backward: layers with uses that the logits do not depend on, which add nothing."""
+        """After the backward: show the layers that still wait for output gradients of some of their uses.
+
+        These uses are such that the logits do not depend on them: their gradient is zero, so they add nothing, and the
+        layer's gradient is whole without them. A layer of which no use matters is not shown, its gradient being zero.
+        A use whose gradient would be incomplete never comes this far: where its output does not depend on the root
+        (``watch``), or its rows cannot be told apart, the forward pass ends in an error.
+        """
         for block, deltas in self._deltas.items():
             if deltas:
                 self._deliver(block)

@@ -47,8 +47,10 @@ def check_vocabulary(tokenizer: Any, model: Any, name: str) -> None:
 def input_limit(model: Any, tokenizer: Any, max_length: int | None, name: str) -> int:
     """The longest row in word pieces: what was asked for, else what model and tokenizer take, at most 512.
 
+    Where neither says what it takes (relative positions), as many may be asked for as memory holds.
+
     Raises:
-        InputError: Model or tokenizer take fewer than ``max_length``.
+        InputError: Model or tokenizer take fewer than ``max_length``, or it is below 4.
     """
     known = []
     if tokenizer.model_max_length and 0 < tokenizer.model_max_length < _NO_LIMIT:
@@ -56,11 +58,11 @@ def input_limit(model: Any, tokenizer: Any, max_length: int | None, name: str) -
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and positions > 0:  # XLNet says -1: it has no limit
         known.append(int(positions) - _first_position(model))
-    limit = min(known, default=DEFAULT_LENGTH_CAP)
     if max_length is None:
-        return min(limit, DEFAULT_LENGTH_CAP)
-    if not SHORTEST <= max_length <= limit:
-        raise InputError(f"--max-length {max_length} is out of range: {name} takes {SHORTEST} to {limit} word pieces.")
+        return min(*known, DEFAULT_LENGTH_CAP) if known else DEFAULT_LENGTH_CAP
+    if max_length < SHORTEST or max_length > min(known, default=max_length):
+        takes = f"{SHORTEST} to {min(known)} word pieces" if known else f"{SHORTEST} word pieces or more"
+        raise InputError(f"--max-length {max_length} is out of range: {name} takes {takes}.")
     return max_length
 
 

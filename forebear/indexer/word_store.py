@@ -11,7 +11,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -61,20 +61,24 @@ class Postings:
     norms: np.ndarray
     errors: np.ndarray
 
+    def take(self, which: np.ndarray) -> Postings:
+        """Some of them, in the order given."""
+        return Postings(*(getattr(self, f.name)[which] for f in fields(Postings)))
 
-def write_run(path: Path, words: WordRows, first_row: int) -> None:
-    """Write one shard's words, sorted by token and row."""
-    assert words.coded is not None
-    order = np.argsort(words.tokens, kind="stable")
-    columns = {
-        "row": (first_row + words.rows[order]).astype(np.int32),
-        "token": words.tokens[order].astype(np.int32),
-        "code": words.coded.codes[order],
-        "scale": words.coded.scales[order],
-        "norm": words.coded.norms[order],
-        "error": words.coded.errors[order],
-    }
-    write_columns(path, columns)
+
+def write_run(path: Path, words: WordRows, first_row: int, repeated: Postings | None = None) -> None:
+    """Write one shard's words, sorted by token and row; ``repeated`` are those that some of its rows have instead."""
+    coded = words.coded
+    assert coded is not None
+    rows = (first_row + words.rows).astype(np.int32)
+    found = Postings(rows, words.tokens.astype(np.int32), coded.codes, coded.scales, coded.norms, coded.errors)
+    if repeated is not None:
+        kept = found.take(~np.isin(rows, repeated.rows))
+        pairs = ((getattr(part, f.name) for part in (kept, repeated)) for f in fields(Postings))
+        found = Postings(*map(np.concatenate, map(tuple, pairs)))
+    found = found.take(np.lexsort((found.rows, found.tokens)))
+    names = ("row", "token", "code", "scale", "norm", "error")
+    write_columns(path, {name: getattr(found, f.name) for name, f in zip(names, fields(Postings), strict=True)})
 
 
 def _read_run(path: Path) -> Postings:
@@ -170,6 +174,39 @@ def read_word_store(paths: Sequence[Path]) -> WordStore:
         entry_tokens=column(entries, "token"),
         entry_places=column(entries, "place"),
     )
+
+
+def repeated_words(rows: np.ndarray, earlier: np.ndarray, runs: Sequence[Path], old: WordStore | None) -> Postings:
+    """Words of earlier rows as those of rows that are equal to them, so that both have the same bits.
+
+    Args:
+        rows: Numbers of the rows that get them, ``(m,)``.
+        earlier: Numbers of the equal rows, ``(m,)``.
+        runs: Files of :func:`write_run` that hold some of these.
+        old: The store that holds the others, on an append.
+    """
+    parts = [] if old is None else [_postings_of(old, earlier)]
+    for path in runs:
+        run = _read_run(path)
+        order = np.argsort(run.rows, kind="stable")
+        parts.append(run.take(order[np.isin(run.rows[order], earlier)]))
+    found = []
+    for part in parts:  # sorted by row
+        first, last = (np.searchsorted(part.rows, earlier, side=side) for side in ("left", "right"))
+        counts = last - first
+        at = np.arange(counts.sum()) + np.repeat(first - offsets(counts)[:-1], counts)
+        found.append(replace(part.take(at), rows=np.repeat(rows, counts).astype(np.int32)))
+    return Postings(*(np.concatenate([getattr(part, f.name) for part in found]) for f in fields(Postings)))
+
+
+def _postings_of(store: WordStore, rows: np.ndarray) -> Postings:
+    """Postings of those of the rows that a store has, by row; of the errors it keeps the largest of each token."""
+    mine = np.unique(rows[rows < store.n_rows])
+    starts, at = store.entries(mine)
+    tokens, places = store.entry_tokens[at], store.entry_places[at]
+    errors = store.errors[np.searchsorted(store.tokens, tokens)]
+    owners = np.repeat(mine, np.diff(starts)).astype(np.int32)
+    return Postings(owners, tokens, store.codes[places], store.scales[places], store.norms[places], errors)
 
 
 def merge_runs(

@@ -26,6 +26,7 @@ from forebear.indexer.curvature import (
 )
 from forebear.indexer.damping import refuse_lost_damping, refuse_nil_damping
 from forebear.indexer.ekfac import Vectors, dot
+from forebear.indexer.encoding import distinct
 from forebear.indexer.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.gradients import live_sample
 from forebear.indexer.index import Index
@@ -278,14 +279,16 @@ class HeadSolver:
         return found["head"].numpy(), residual
 
     def self_influence(self, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
-        """<H^-1 g, g> of each row, ``(n,)`` float64."""
+        """<H^-1 g, g> of each row, ``(n,)`` float64; rows of the same factors are solved for once."""
+        first, kinds = distinct(np.concatenate([residuals, features.astype(residuals.dtype)], axis=1))
+        residuals, features = residuals[first], features[first]
         out = []
         size = max(1, min(SELF_ROWS, MAX_WEIGHTS // (self.n_classes * features.shape[1])))
         for start in range(0, len(residuals), size):
             r, f = residuals[start : start + size], features[start : start + size].astype(np.float64)
             reduced = r.astype(np.float64) @ class_basis(self.n_classes).T
             out.append(np.einsum("nah,na,nh->n", self.solve(r, f)[0], reduced, f, optimize=True))
-        return np.asarray(np.maximum(np.concatenate(out), 0.0))
+        return np.asarray(np.maximum(np.concatenate(out), 0.0)[kinds])
 
     @cached_property
     def _ekfac(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from forebear.indexer.ekfac import Vectors, dot
-from forebear.indexer.encoding import Texts
+from forebear.indexer.encoding import Texts, as_encoded, distinct_rows
 from forebear.indexer.estimate import propose
 from forebear.indexer.gradients import exact_dots, whole_gradients
 from forebear.indexer.index import Index
@@ -214,14 +214,15 @@ class GradientSearch:
         if self.curvature.at(self.scope) == "ekfac":
             white = self.candidates.white_number()
             return np.asarray(self.index.gradients(self.scope, damping=white).norms[rows].astype(np.float64))
-        # Not stored for solvers that iterate: one right-hand side for each candidate.
-        found = np.empty(len(rows))
-        for start in range(0, len(rows), SELF_ROWS):
-            at = slice(start, start + SELF_ROWS)
-            texts, labels = self.rows.texts(rows[at]), self.rows.labels(rows[at])
-            g = whole_gradients(classifier, self.scope, self.queries.blocks, texts, labels)
-            found[at] = dot(self.queries.solve(g)[0], g).cpu().numpy()
-        return np.sqrt(np.maximum(found, 0.0))
+        # Not stored for solvers that iterate: one right-hand side for each candidate of its kind.
+        encoded, labels = as_encoded(classifier, self.rows.texts(rows)), self.rows.labels(rows)
+        first, kinds = distinct_rows(encoded, labels)
+        found = np.empty(len(first))
+        for start in range(0, len(first), SELF_ROWS):
+            some = first[start : start + SELF_ROWS]
+            g = whole_gradients(classifier, self.scope, self.queries.blocks, encoded.take(some), labels[some])
+            found[start : start + SELF_ROWS] = dot(self.queries.solve(g)[0], g).cpu().numpy()
+        return np.asarray(np.sqrt(np.maximum(found, 0.0))[kinds])
 
 
 def _own_lengths(solved: Vectors, g: Vectors) -> np.ndarray:
