@@ -70,11 +70,22 @@ def bombs(folder: Path) -> Iterator[Case]:
     zeros = gzip.compress(b" " * (64 << 20))
     path.write_bytes(gzip.compress(b'{"text": "') + zeros * 64)
     yield Case("gzip bomb of one line of 4 GiB", path, says="times its size")
-    path = folder / "bomb.parquet"
-    text = pa.array(["x" * (8 << 20)]).dictionary_encode()
-    column = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), text.dictionary)
-    pq.write_table(pa.table({"text": column}), path, compression="zstd", store_schema=False)
-    yield Case("Parquet that repeats a text of 8 MiB 100,000 times", path, says="times its size")
+    for n_rows, n_bytes, kind, store_schema in (
+        (100_000, 8 << 20, "strings", False),
+        (5_000, 1 << 20, "a dictionary", True),  # as pandas writes a Categorical
+        (5_000, 1 << 20, "bytes beside the text", False),
+        (5_000, 1 << 20, "lists beside the text", False),
+    ):
+        path = folder / f"bomb-{kind.replace(' ', '-')}.parquet"
+        held = pa.array(["x" * n_bytes])
+        column: pa.Array = pa.DictionaryArray.from_arrays(
+            pa.array([0] * n_rows, pa.int32()), held.cast(pa.binary()) if "bytes" in kind else held
+        )
+        if "lists" in kind:
+            column = pa.ListArray.from_arrays(pa.array(range(n_rows + 1), pa.int32()), column)
+        columns = {"text": ["a"] * n_rows, "other": column} if "beside" in kind else {"text": column}
+        pq.write_table(pa.table(columns), path, compression="zstd", store_schema=store_schema)
+        yield Case(f"Parquet that repeats {n_bytes >> 20} MiB {n_rows:,} times, {kind}", path, says="times its size")
     path = folder / "labels.parquet"
     pq.write_table(pa.table({"text": ["a"] * 10, "label": ["x" * (64 << 20)] * 10}), path, compression="zstd")
     yield Case("Parquet with labels of 64 MiB", path)

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from forebear.cli.console import shortened
 from forebear.errors import DataError
 from forebear.indexer import readers, text_file
+from forebear.indexer.arrow_text import column_bytes
 from forebear.indexer.data import open_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -106,10 +108,65 @@ def test_packed_files_that_never_end_are_refused(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match="200 times its size"):
             open_rows(tmp_path / name)
-    column = pa.array(["x" * 10_000]).dictionary_encode().take(pa.array([0] * 5000))
-    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", store_schema=False)
+
+
+@pytest.mark.parametrize("store_schema", [True, False])  # with the schema the column stays a dictionary
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.list_(pa.string())])
+def test_parquet_that_repeats_a_long_text_is_refused_before_it_is_spelled_out(
+    tmp_path, monkeypatch, kind, store_schema
+):
+    monkeypatch.setattr(text_file, "FREE_BYTES", 1 << 24)
+    repeated = kind.value_type if pa.types.is_list(kind) else kind
+    column = pa.DictionaryArray.from_arrays(
+        pa.array([0] * 1000, pa.int32()), pa.array(["x" * (1 << 20)]).cast(repeated)
+    )
+    if pa.types.is_list(kind):
+        column = pa.ListArray.from_arrays(pa.array(range(1001), pa.int32()), column)
+    is_text = kind in (pa.string(), pa.large_string())
+    table = pa.table({"text": column} if is_text else {"text": ["a"] * 1000, "other": column})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, compression="zstd", store_schema=store_schema)
+    before = pa.total_allocated_bytes()
     with pytest.raises(DataError, match="200 times its size"):
-        list(open_rows(tmp_path / "a.parquet").blocks())
+        for _block in open_rows(path).blocks(1):
+            assert pa.total_allocated_bytes() - before < 100 << 20
+
+
+def test_rows_of_a_dictionary_share_their_strings(tmp_path):
+    texts = ["a" * 100, "b", None, "a" * 100]
+    for name, path in (("dictionary", tmp_path / "a.parquet"), ("string", tmp_path / "b.parquet")):
+        column = pa.array(texts).dictionary_encode() if name == "dictionary" else pa.array(texts)
+        pq.write_table(pa.table({"text": column, "label": [0, 1, 0, 1]}), path)
+        (table,) = readers.parquet_reader(str(path)).tables(0, None)
+        assert table["text"].to_pylist() == texts
+        assert pa.types.is_dictionary(table.schema.field("text").type) == (name == "dictionary")
+    held = pa.table({"text": pa.array(["a" * 100, "b", "a" * 100]).dictionary_encode()})
+    (block,) = open_rows(held).blocks()
+    assert block.texts[0] == ["a" * 100, "b", "a" * 100]
+    assert block.texts[0][0] is block.texts[0][2]
+
+
+def test_bytes_of_rows_are_counted_in_values_of_every_kind():
+    rows = {
+        pa.list_(pa.string()): [["abc", "d"], None, []],
+        pa.map_(pa.string(), pa.string()): [[("ab", "c")], [], None],
+        pa.list_(pa.string(), 2): [["a", "bb"], None, ["c", None]],
+        pa.struct([("q", pa.string()), ("n", pa.int64())]): [{"q": "ab", "n": 1}, None, {"q": None, "n": 2}],
+        pa.dictionary(pa.int8(), pa.large_string()): ["ab", None, "ä"],
+        pa.string_view(): ["ab", None, "ä"],
+        pa.int64(): [1, 2, None],
+    }
+    expected = [[4, 0, 0], [3, 0, 0], [3, 0, 1], [2, 0, 0], [2, 0, 2], [2, 0, 2], [0, 0, 0]]
+    for (kind, values), lengths in zip(rows.items(), expected, strict=True):
+        column = pa.chunked_array([pa.array(values, kind), pa.array(values[::-1], kind).slice(1)])
+        assert column_bytes(column).tolist() == [*lengths, *lengths[::-1][1:]], kind
+
+
+def test_long_lists_of_a_small_parquet_file_are_decoded_a_few_rows_at_a_time(tmp_path):
+    values = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(1 << 24, np.int8)), 1 << 18).cast(pa.list_(pa.int8()))
+    pq.write_table(pa.table({"text": ["a"] * 64, "mask": values}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 100_000
+    assert [len(table) for table in readers.parquet_reader(str(tmp_path / "a.parquet")).tables(0, None)] == [8] * 8
 
 
 def test_long_texts_of_a_small_parquet_file_are_spelled_out_a_few_at_a_time(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from forebear.errors import DataError
-from forebear.indexer.label_column import is_text
+from forebear.indexer.arrow_text import is_text
 from forebear.indexer.readers import Reader, listed
 
 PAIRS = (

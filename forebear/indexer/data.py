@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from forebear.errors import DataError
+from forebear.indexer.arrow_text import chunks_of, column_bytes, strings_of
 from forebear.indexer.columns import PAIRS, find_label_column, find_text_columns
 from forebear.indexer.json_rows import LONGEST_ROW
 from forebear.indexer.label_column import (
@@ -66,6 +67,19 @@ def _rechunk(tables: Iterable[pa.Table], n_rows: int) -> Iterator[pa.Table]:
                 held, missing = [], n_rows
     if held:
         yield pa.concat_tables(held)
+
+
+def _are_blank(column: pa.ChunkedArray) -> np.ndarray:
+    """Which texts have no character that is no white space, ``(n,)`` bool; a null has none."""
+    found = np.ones(len(column), bool)
+    for start, chunk in chunks_of(column):
+        held = chunk.dictionary if pa.types.is_dictionary(chunk.type) else chunk
+        trimmed = pc.utf8_trim_whitespace(held.cast(pa.large_string()))
+        blank = pc.equal(pc.binary_length(trimmed), 0)
+        if held is not chunk:
+            blank = blank.take(chunk.indices)
+        found[start : start + len(chunk)] = blank.fill_null(True).to_numpy(zero_copy_only=False)
+    return found
 
 
 class RowSource:
@@ -165,8 +179,7 @@ class RowSource:
             empty = np.zeros(len(table), bool)
             with reading(self.name, "text"):
                 for column in table.columns:
-                    trimmed = pc.utf8_trim_whitespace(column.cast(pa.large_string()))
-                    empty |= pc.equal(pc.binary_length(trimmed), 0).fill_null(True).to_numpy()
+                    empty |= _are_blank(column)
             found = np.flatnonzero(empty)
             n_empty += len(found)
             first_rows += (start + found[: SHOWN_ROWS - len(first_rows)]).tolist()
@@ -207,15 +220,14 @@ class RowSource:
                     f"{self.name}: row {row} (from 0) has no text, its {name!r} is null; expected a string, which may "
                     "be empty. Drop the row or fill it."
                 )
-            with reading(self.name, "text"):
-                longest = pc.max(pc.binary_length(table.column(name).cast(pa.large_string()))).as_py() or 0
+            longest = int(column_bytes(table.column(name)).max(initial=0))
             if longest > LONGEST_ROW:
                 raise DataError(
                     f"{self.name}: of the rows from {self.file_row(start)} (from 0) on, one has a text of {longest:,} "
                     f"bytes in {name!r}; expected at most {LONGEST_ROW:,}. Cut it; a model reads its beginning."
                 )
         with reading(self.name, "text"):
-            return tuple(table.column(name).to_pylist() for name in self.text_columns)
+            return tuple(strings_of(table.column(name)) for name in self.text_columns)
 
     def _labels(self, table: pa.Table) -> list[Label | None] | None:
         if self.label_column is None:

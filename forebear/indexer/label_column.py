@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from forebear.errors import DataError
+from forebear.indexer.arrow_text import is_text
 from forebear.indexer.readers import Reader, listed, reading
 
 UNLABELLED = ("refuse", "drop", "keep")
@@ -68,13 +69,6 @@ class LabelColumn:
     def of(self, column: pa.ChunkedArray) -> list[Label | None]:
         """The labels of some rows, from the column as the reader gives it."""
         return [self.labels[value] for value in plain_values(column).to_pylist()]
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds strings, dictionary-encoded or not."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def plain_values(column: pa.ChunkedArray) -> pa.ChunkedArray:

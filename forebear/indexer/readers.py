@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from forebear.errors import DataError
+from forebear.indexer.arrow_text import column_bytes
 from forebear.indexer.json_rows import json_kind, json_rows
 from forebear.indexer.text_file import ExpansionGuard, check_utf8, open_text
 
@@ -104,52 +104,60 @@ def dataset_reader(name: str, dataset: Any) -> Reader:
 def parquet_reader(name: str) -> Reader:
     """Read a Parquet file.
 
-    Texts are read as dictionaries, so that one long text which a small file repeats a million times is held once, and
-    are then spelled out a few at a time.
+    Texts are read as dictionaries, also those within lists, so that one long text which a small file repeats a million
+    times is held once; what is no dictionary by the schema is then spelled out a few rows at a time.
     """
 
     def tables(start: int, columns: list[str] | None) -> Iterator[pa.Table]:
         guard = ExpansionGuard(name)
         with reading(name, "Parquet"), pq.ParquetFile(name, memory_map=True, read_dictionary=texts) as file:
             for group in range(file.num_row_groups):
-                size = file.metadata.row_group(group).num_rows
-                if start < size:
-                    for table in _from_row(start, file.iter_batches(CHUNK_ROWS, row_groups=[group], columns=columns)):
+                facts = file.metadata.row_group(group)
+                if start < facts.num_rows:
+                    batches = file.iter_batches(_batch_rows(facts, fixed_bytes), row_groups=[group], columns=columns)
+                    for table in _from_row(start, batches):
                         yield from _spelled_out(table, schema, guard)
-                start = max(0, start - size)
+                start = max(0, start - facts.num_rows)
 
     with reading(name, "Parquet"), pq.ParquetFile(name) as file:
         schema, n_rows = file.schema_arrow, file.metadata.num_rows
-    check_width(name, len(schema))
-    texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
+        leaves = [file.schema.column(number) for number in range(len(file.schema))]
+    check_width(name, max(len(schema), len(leaves)))
+    texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL"]
+    fixed_bytes = sum(leaf.length for leaf in leaves if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY")
     return Reader(name, schema, n_rows, tables)
+
+
+def _batch_rows(group: pq.RowGroupMetaData, fixed_bytes: int) -> int:
+    """How many rows of a row group are decoded at once: fewer where lists are long or values of fixed length wide."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    listed_values = sum(column.num_values for column in columns if "." in column.path_in_schema)
+    row_bytes: int = fixed_bytes + 8 * listed_values // max(1, group.num_rows)
+    return max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(1, row_bytes)))
 
 
 def _spelled_out(table: pa.Table, schema: pa.Schema, guard: ExpansionGuard) -> Iterator[pa.Table]:
     """Cut a table where its texts come to ``CHUNK_BYTES``, and give its columns the types of the schema."""
-    wanted = pa.schema([schema.field(column) for column in table.column_names])
-    if table.schema.types == wanted.types:
-        yield table
-        return
-    lengths = np.zeros(len(table), np.int64)
-    for column, field_ in zip(table.columns, wanted, strict=True):
-        if column.type != field_.type:
-            for at, chunk in _chunks(column):
-                own = pc.take(pc.binary_length(chunk.dictionary), chunk.indices).fill_null(0)
-                lengths[at : at + len(chunk)] += own.to_numpy(zero_copy_only=False)
+    wanted = [schema.field(column) for column in table.column_names]
+    lengths = np.sum([column_bytes(column) for column in table.columns] or [np.zeros(len(table), np.int64)], axis=0)
     start = 0
     while start < len(table):
         stop = start + max(1, int(np.searchsorted(np.cumsum(lengths[start:]), CHUNK_BYTES, "right")))
         guard.add(int(lengths[start:stop].sum()))
-        yield table.slice(start, stop - start).cast(wanted)
+        part = table.slice(start, stop - start)
+        columns = [_typed(column, field_.type) for column, field_ in zip(part.columns, wanted, strict=True)]
+        yield pa.Table.from_arrays(columns, schema=pa.schema(wanted, schema.metadata))
         start = stop
 
 
-def _chunks(column: pa.ChunkedArray) -> Iterator[tuple[int, pa.Array]]:
-    start = 0
-    for chunk in column.chunks:
-        yield start, chunk
-        start += len(chunk)
+def _typed(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    if column.type == kind:
+        return column
+    if pa.types.is_dictionary(column.type) and pa.types.is_string_view(kind):  # Arrow has no cast from one to the other
+        column = column.cast(pa.large_string())
+    elif pa.types.is_nested(kind):  # a cast of some of the rows spells out the lists of all: copy theirs alone
+        column = column.take(pa.array(np.arange(len(column))))
+    return column.cast(kind)
 
 
 def table_reader(table: Any) -> Reader:
