@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,6 +73,19 @@ def test_latin_1_is_refused_by_byte_and_line_with_the_way_out(tmp_path):
         open_rows(path)
     assert "byte 21 (from 0), in line 3, is 0xe9" in str(caught.value)
     assert f"iconv -f WINDOWS-1252 -t UTF-8 {path} > utf8-a.csv" in str(caught.value)
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress)])
+def test_the_way_out_of_another_encoding_unpacks_a_packed_file_first(tmp_path, suffix, pack):
+    for content, encoding in (("text\ncafé\n", "latin-1"), ("text\na\n", "utf-16-le"), ("text\na\n", "utf-16-be")):
+        path = tmp_path / f"my file.csv.{suffix}"
+        path.write_bytes(pack(content.encode(encoding)))
+        with pytest.raises(DataError) as caught:
+            open_rows(path)
+        _, command = str(caught.value).rsplit("convert it: " if encoding == "latin-1" else "Convert it: ", 1)
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        (block,) = open_rows(tmp_path / "utf8-my file.csv").blocks()
+        assert block.texts[0] == [content.split()[1]]
 
 
 def test_a_wrong_byte_far_into_a_file_is_placed_rightly(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ ENCODINGS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+UNPACKERS = {".gz": "gzip -dc", ".bz2": "bzip2 -dc"}  # what is packed by its name
 FORMATS_BY_FIRST_BYTES = {
     b"\x1f\x8b": "a gzip file; end its name in .gz",
     b"BZh": "a bzip2 file; end its name in .bz2",
@@ -114,8 +116,7 @@ def check_utf8(name: str) -> None:
                 line = n_lines + 1 + error.object[: error.start].count(b"\n")
                 raise DataError(
                     f"{name} is not UTF-8: byte {place:,} (from 0), in line {line:,}, is 0x{wrong:02x}. "
-                    f"If it is Latin-1, as Excel writes it, convert it: iconv -f WINDOWS-1252 -t UTF-8 {name} > utf8-"
-                    f"{Path(name).name}"
+                    f"If it is Latin-1, as Excel writes it, convert it: {_conversion(name, 'WINDOWS-1252')}"
                 ) from error
             if not part:
                 return
@@ -130,5 +131,15 @@ def _refuse_other_formats(name: str, beginning: bytes) -> None:
     if b"\0" in beginning[:4]:
         raise DataError(
             f"{name} begins with NUL bytes; it may be UTF-16 without a byte order mark. Convert it: "
-            f"iconv -f UTF-16LE -t UTF-8 {name} > utf8-{Path(name).name}"
+            f"{_conversion(name, 'UTF-16BE' if beginning.startswith(bytes(1)) else 'UTF-16LE')}"
         )
+
+
+def _conversion(name: str, encoding: str) -> str:
+    """The command line that writes a file, unpacked, as UTF-8."""
+    suffix = Path(name).suffix.lower()
+    given = shlex.quote(f"./{name}" if name.startswith("-") else name)
+    converted = shlex.quote(f"utf8-{Path(name).name}")
+    if suffix not in UNPACKERS:
+        return f"iconv -f {encoding} -t UTF-8 {given} > {converted}"
+    return f"{UNPACKERS[suffix]} {given} | iconv -f {encoding} -t UTF-8 > {shlex.quote('utf8-' + Path(name).stem)}"
