@@ -192,8 +192,9 @@ def gold_entailment(source: RowSource, block: RowBlock) -> np.ndarray:
     names = [source.label_names[i] if isinstance(i, int) and source.label_names else str(i) for i in labels]
     ids = [nli_id(name) for name in names]
     if None in ids:
+        row = source.file_row(block.start + ids.index(None))
         raise InputError(
-            f"{source.name}: row {block.start + ids.index(None)} has the label {names[ids.index(None)]!r}; expected "
+            f"{source.name}: row {row} (from 0) has the label {names[ids.index(None)]!r}; expected "
             "entailment and non-entailment (or neutral, contradiction). Name integers by --label-names "
             "entailment,non-entailment."
         )
