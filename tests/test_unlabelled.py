@@ -10,7 +10,7 @@ import pytest
 from tiny import labels, sentences, write_jsonl
 
 from forebear.cli.main import run
-from forebear.errors import DataError
+from forebear.errors import DataError, InputError
 from forebear.evaluation.artifact import groups_of
 from forebear.indexer.data import open_rows, rows_from_texts
 from forebear.indexer.index import Index
@@ -84,6 +84,12 @@ def test_rows_that_are_dropped_leave_consecutive_numbers_and_their_count(tmp_pat
         (["a", None, "b"], None, [1]),
         (["a", " ", "b"], None, [1]),
         (["a", "b", " - "], None, [2]),
+        (["a", "- ", "-"], None, [1, 2]),
+        (["-1", "x", " -1"], None, [0, 2]),
+        (["-1", "0", "1"], None, [0]),
+        (["-1", "1", "1"], None, []),
+        (["-", "a", "b"], ("-", "a", "b"), []),
+        (["\t", "\u2003", "a"], None, [0, 1]),
     ],
 )
 def test_what_counts_as_no_label(values, names, unlabelled):
@@ -97,12 +103,62 @@ def test_what_counts_as_no_label(values, names, unlabelled):
 
 def test_numbers_from_minus_one_are_classes_only_when_the_user_says_so(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", text=["a", "b", "c"], label=[-1, 0, 1])
-    with pytest.raises(DataError, match=r"first in row 0 \(from 0\): -1.*--unlabelled keep"):
+    with pytest.raises(DataError, match=r"first in row 0 \(from 0\): -1.*--unlabelled drop.*--unlabelled keep"):
         open_rows(path, need_labels=True)
     assert classes_for(open_rows(path, need_labels=True, unlabelled="keep")) == ("-1", "0", "1")
     with pytest.raises(DataError) as caught:
         open_rows(path, need_labels=True, label_names=["no", "yes"])
     assert "--unlabelled keep" not in str(caught.value)
+
+
+def test_the_first_row_without_a_label_is_named_where_it_is_row_0():
+    source = rows_from_texts(["a"] * 4, ["", "x", "y", "  "])
+    (remark,) = source.remarks()
+    assert "2 of 4 rows have no label, first row 0" in remark
+
+
+@pytest.mark.parametrize(
+    ("classes", "values"),
+    [(("+", "-"), ["+", "-", " - ", None]), (("-1", "0", "1"), [-1, 0, 1, None]), (("-1", "0"), ["-1", "0", "-1", ""])],
+)
+def test_what_the_model_has_as_a_class_is_one(tmp_path, classes, values):
+    path = write_jsonl(tmp_path / "a.jsonl", text=["a", "b", "c", "d"], label=values)
+    source = open_rows(path, classes=classes)
+    ids = label_map(source, classes, partial=True)(labels_of(source)).tolist()
+    assert ids == [*(classes.index(str(value).strip()) for value in values[:3]), UNKNOWN]
+    assert open_rows(path, classes=classes, unlabelled="drop").n_rows == 3
+    with pytest.raises(InputError, match="has a class of this name"):
+        label_map(open_rows(path), classes, partial=True)
+    texts = ["a", "b", "c"]
+    assert len(rows_from_texts(texts, values[:3], classes=classes).label_values) >= 2
+
+
+def test_commands_take_a_dash_that_the_model_has_as_a_class(tiny_model, tmp_path, capsys):
+    texts = sentences(24)
+    signs = ["+" if n else "-" for n in labels(24)]
+    data = write_jsonl(tmp_path / "signs.jsonl", text=texts, label=signs)
+    run_folder, folder = tmp_path / "run", tmp_path / "index"
+    train = ["train", "--model", tiny_model(), "--data", str(data), "--out", str(run_folder), "--epochs", "1"]
+    assert run(train) == 2
+    assert "--unlabelled keep" in " ".join(capsys.readouterr().err.split())
+    assert run([*train, "--unlabelled", "keep"]) == 0
+    (checkpoint,) = (run_folder / "checkpoints").iterdir()
+    for number, model in enumerate((run_folder, checkpoint)):
+        out = folder / str(number)
+        args = ["index", "--model", str(model), "--train", str(data), "--out", str(out), "--damping", "none"]
+        assert run(args) == 0
+    more = write_jsonl(tmp_path / "more.jsonl", text=sentences(4, seed=3), label=["+", "-", "-", "+"])
+    assert run(["index", "--out", str(out), "--append", "--train", str(more)]) == 0
+    assert Index.open(out).manifest.n_rows == 28
+    capsys.readouterr()
+    answers = tmp_path / "out.parquet"
+    args = ["retrieve", "--index", str(out), "--test", str(more), "--top", "1", "--out", str(answers)]
+    assert run([*args, "--target", "gold"]) == 0
+    assert "no label" not in capsys.readouterr().err
+    found = {row["query"]: row["query_label"] for row in pq.read_table(answers).to_pylist()}
+    assert found == {0: "+", 1: "-", 2: "-", 3: "+"}
+    report = ["audit", "errors", "--index", str(out), "--test", str(more), "--method", "gd"]
+    assert run([*report, "--out", str(tmp_path / "report")]) == 0
 
 
 def test_labels_that_the_model_does_not_know_empty_their_own_rows_alone():

@@ -84,8 +84,8 @@ class ColumnOptions:
     label_names: LabelNames = None
     unlabelled: Unlabelled = "refuse"
 
-    def open(self, path: str, *, need_labels: bool = False) -> RowSource:
-        """The rows of a file, folder or hub name."""
+    def open(self, path: str, retriever: Retriever, *, need_labels: bool = False) -> RowSource:
+        """The rows of a file, folder or hub name; what the index's model has as a class is one."""
         return open_rows_aloud(
             path,
             text_columns=self.text_columns,
@@ -93,6 +93,7 @@ class ColumnOptions:
             label_names=self.label_names,
             unlabelled=self.unlabelled,
             need_labels=need_labels,
+            classes=retriever.label_names,
         )
 
 
@@ -255,7 +256,7 @@ def open_queries(retriever: Retriever, tested: TestOptions, sample: SampleOption
     from forebear.evaluation.comparisons import sample_queries
 
     gold = spec.target == "gold"
-    source = tested.open(tested.test, need_labels=gold)
+    source = tested.open(tested.test, retriever, need_labels=gold)
     warn_of_labels(retriever, source, required=gold)
     return sample_queries(retriever, source, sample.queries, sample.seed, need_labels=gold)
 

@@ -59,8 +59,8 @@ def hans(
     from forebear.evaluation.report import check_folder, write_report
 
     check_folder(Path(out), force=force)
-    source = columns.open(test, need_labels=True)
     retriever = at.open()
+    source = columns.open(test, retriever, need_labels=True)
     with progress_bar(quiet=quiet) as progress:
         audit = audit_hans(retriever, source, listed(method) or None, top=top, progress=progress)
     report, result = hans_report(audit, retriever, source, command_line())

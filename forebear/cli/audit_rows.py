@@ -136,7 +136,7 @@ def duplicates(
     retriever = open_retriever(at, report)
     tested = None
     if test is not None:
-        source = columns.open(test)
+        source = columns.open(test, retriever)
         warn_of_labels(retriever, source, required=False)
         tested = sample_queries(retriever, source, 0, 0)
     groups = find(retriever.index, thresholds)
@@ -171,7 +171,7 @@ def errors(
         aggregate=True,
         quiet=report.quiet,
     )
-    source = tested.open(tested.test, need_labels=True)
+    source = tested.open(tested.test, retriever, need_labels=True)
     if clusters < 1:
         raise InputError(f"--clusters {clusters}: expected at least 1.")
     with report.progress() as progress:

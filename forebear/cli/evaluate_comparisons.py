@@ -362,6 +362,7 @@ def mislabelled(
             label_names=label_names,
             unlabelled=unlabelled,
             need_labels=True,
+            classes=retriever.label_names,
         )
         truth = true_labels_of(opened, source)
         wrong = truth != opened.labels

@@ -145,7 +145,7 @@ class AskOptions:
         retriever.check_stores(spec.check(), spec)
         say_what_was_fitted(retriever, spec, quiet=self.report.quiet)
         labelled = need_labels or self.asked.target == "gold"
-        source = self.tested.open(self.tested.test, need_labels=labelled)
+        source = self.tested.open(self.tested.test, retriever, need_labels=labelled)
         start_workers(self.how.workers, self.cache)
         return _Opened(
             given=self,

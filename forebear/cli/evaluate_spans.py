@@ -157,5 +157,5 @@ def _queries(retriever: Retriever, tested: TestOptions, sample: SampleOptions, s
     """The test rows that are asked about."""
     from forebear.evaluation.span_queries import sample_span_queries
 
-    source = tested.open(tested.test, need_labels=spec.target == "gold")
+    source = tested.open(tested.test, retriever, need_labels=spec.target == "gold")
     return sample_span_queries(retriever, source, spec, sample.queries, sample.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -193,6 +194,7 @@ def index(
 ) -> None:
     """See HELP."""
     from forebear.indexer import build
+    from forebear.indexer.index import Index
     from forebear.indexer.options import BuildOptions
     from forebear.indexer.row_facts import row_facts
     from forebear.indexer.runs import choose_model
@@ -202,7 +204,7 @@ def index(
     _refuse_what_a_build_takes(ctx)
     done: list[str] = []  # says that nothing was left to do
 
-    def rows(columns: list[str] | None) -> RowSource:
+    def rows(columns: list[str] | None, classes: Sequence[str]) -> RowSource:
         if train is None:
             raise InputError("no training rows given. Name their file by --train.")
         return open_rows_aloud(
@@ -212,6 +214,7 @@ def index(
             label_names=label_names,
             unlabelled=unlabelled,
             need_labels=True,
+            classes=classes,
         )
 
     def change(progress: Progress) -> Index:
@@ -223,11 +226,11 @@ def index(
         if refit:
             return build.refit_index(out, model=model, device=device, warn=warn, **how, progress=progress)
         if append:
-            source = rows(listed(text_columns) or None)
+            source = rows(listed(text_columns) or None, Index.open(Path(out)).manifest.spec.label_names)
             return build.append_rows(out, source, model=model, device=device, warn=warn, **how, progress=progress)
         chosen = choose_model(model, checkpoints or (), eta or ())
         warn(chosen.remark)
-        source = rows(listed(text_columns) or _if_there(chosen.text_columns, train))
+        source = rows(listed(text_columns) or _if_there(chosen.text_columns, train), chosen.class_names())
         warn(chosen.data_remark(source))
         options = BuildOptions(
             stores=tuple(listed(store)) or ("features",),

@@ -146,8 +146,8 @@ def attack(
 
     check_out(Path(how.out), force=how.force)
     spec = change.spec("attack", tuple(listed(strategy)) or ("lower-right",), (1, 2, 6))
-    source = columns.open(test, need_labels=True)
     retriever = at.open()
+    source = columns.open(test, retriever, need_labels=True)
     texts, gold = _labelled(retriever, source)
     attacked = _sample(np.arange(len(gold)), queries, change.seed)
     sets = {ATTACKED: attacked}
@@ -185,8 +185,8 @@ def fix(
 
     check_out(Path(how.out), force=how.force)
     spec = change.spec("fix", tuple(listed(strategy)) or ("raise-right",), (1, 2, 4, 8))
-    dev_source, test_source = (columns.open(path, need_labels=True) for path in (dev, test))
     retriever = at.open()
+    dev_source, test_source = (columns.open(path, retriever, need_labels=True) for path in (dev, test))
     texts, gold = _labelled(retriever, dev_source)
     asked = make_queries(retriever, texts, gold)
     wrong = np.flatnonzero(asked.predictions != asked.right)

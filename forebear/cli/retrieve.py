@@ -211,7 +211,7 @@ def retrieve(
         columns = ColumnOptions(
             text_columns=text_columns, label_column=label_column, label_names=label_names, unlabelled=unlabelled
         )
-        source = columns.open(test, need_labels=target == "gold")
+        source = columns.open(test, retriever, need_labels=target == "gold")
     warn_of_labels(retriever, source, required=target == "gold")
 
     say_what_was_fitted(retriever, spec, quiet=quiet)

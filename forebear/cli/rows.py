@@ -19,6 +19,7 @@ def open_rows_aloud(
     label_names: Sequence[str] | None,
     unlabelled: str,
     need_labels: bool,
+    classes: Sequence[str] = (),
 ) -> RowSource:
     """Open rows, and warn of those that were left out, have no label or no words.
 
@@ -29,6 +30,7 @@ def open_rows_aloud(
         label_names: As the list option gives them.
         unlabelled: refuse, drop or keep.
         need_labels: Whether rows without a label are refused, or left out.
+        classes: The model's class names, where it is known.
     """
     from forebear.indexer.data import open_rows
 
@@ -39,6 +41,7 @@ def open_rows_aloud(
         label_names=listed(label_names) or None,
         need_labels=need_labels,
         unlabelled=unlabelled,
+        classes=classes,
     )
     for remark in source.remarks():
         warn(remark)

@@ -27,7 +27,7 @@ from forebear.indexer.columns import PAIRS, find_label_column, find_text_columns
 from forebear.indexer.json_rows import LONGEST_ROW
 from forebear.indexer.label_column import (
     MAX_CLASSES,
-    NO_LABEL_NAME,
+    NO_LABEL_NAMES,
     Label,
     LabelColumn,
     check_labels,
@@ -95,6 +95,7 @@ class RowSource:
         label_values: The distinct labels, sorted, as the source has them; empty without labels.
         n_rows: Number of rows, without those that were left out.
         n_dropped: Number of rows that were left out since they have no label (``unlabelled="drop"``).
+        marks: Values of the label column that were taken for "no label", as they are spelled.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class RowSource:
         self.label_column: str | None = labels.column
         self.label_names = label_names
         self.label_values: tuple[int, ...] | tuple[str, ...] = tuple(sorted(labels.first_rows))  # type: ignore[assignment]
+        self.marks: tuple[Label, ...] = tuple(labels.marks)
         self.n_dropped = 0 if kept is None else labels.n_rows - len(kept)
         self.n_rows: int = labels.n_rows - self.n_dropped
 
@@ -247,6 +249,7 @@ def open_rows(
     label_names: Sequence[str] | None = None,
     need_labels: bool = False,
     unlabelled: str = "refuse",
+    classes: Sequence[str] = (),
 ) -> RowSource:
     """Open a file, a folder of ``datasets.save_to_disk``, a hub data set or a table, and check its labels.
 
@@ -262,6 +265,7 @@ def open_rows(
             ``label_names`` of a ``dataset.json`` beside the file.
         need_labels: Refuse a source in which any row has no label, as ``unlabelled`` says.
         unlabelled: ``refuse``, ``drop`` or ``keep``; see :mod:`forebear.indexer.label_column`.
+        classes: The model's class names, as ``Retriever.label_names``: ``-`` or -1 among them is a class here too.
 
     Raises:
         DataError: The source cannot be read as (labelled) text.
@@ -270,7 +274,7 @@ def open_rows(
         reader, folder = open_reader(str(source))
     else:
         reader, folder = table_reader(source), None
-    return _make_source(reader, folder, text_columns, label_column, label_names, need_labels, unlabelled)
+    return _make_source(reader, folder, text_columns, label_column, label_names, need_labels, unlabelled, classes)
 
 
 def rows_from_texts(
@@ -279,8 +283,11 @@ def rows_from_texts(
     *,
     text_columns: Sequence[str] | None = None,
     label_names: Sequence[str] | None = None,
+    classes: Sequence[str] = (),
 ) -> RowSource:
     """Make a source of rows in memory; columns are ``text`` or ``premise, hypothesis``, and ``label``.
+
+    ``classes`` as in ``open_rows``.
 
     Raises:
         DataError: Texts are not all strings or all pairs, or labels not all integers or all names.
@@ -306,7 +313,9 @@ def rows_from_texts(
             yield named
 
     label_column = None if labels is None else "label"
-    return _make_source(memory_reader(name, checked()), None, columns, label_column, label_names, False, "refuse")
+    return _make_source(
+        memory_reader(name, checked()), None, columns, label_column, label_names, False, "refuse", classes
+    )
 
 
 def _make_source(
@@ -317,6 +326,7 @@ def _make_source(
     label_names: Sequence[str] | None,
     need_labels: bool,
     unlabelled: str,
+    classes: Sequence[str],
 ) -> RowSource:
     if reader.n_rows == 0:
         raise DataError(f"{reader.name} has no rows; expected at least one row of text.")
@@ -338,8 +348,8 @@ def _make_source(
         raise DataError(f"{reader.name} has no rows below its header; expected at least one row of text.")
     names = label_names if label_names is not None else _class_label_names(reader.schema, column)
     if names is None and (names := beside.get("label_names")) and labels.kind == "a name":
-        names = names if labels.first_rows.keys() <= {*names, NO_LABEL_NAME} else None
-    check_labels(reader.name, labels, names, need_labels, unlabelled)
+        names = names if {str(label).strip() for label in labels.first_rows} <= {*names, *NO_LABEL_NAMES} else None
+    check_labels(reader.name, labels, names, need_labels, unlabelled, classes)
     drops = unlabelled == "drop" and labels.column is not None and labels.n_unlabelled > 0
     kept = labelled_rows(reader, labels) if drops else None
     return RowSource(reader, texts, labels, tuple(names) if names else None, kept)

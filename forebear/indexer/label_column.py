@@ -2,12 +2,13 @@
 
 A row has no label where its value is null, NaN or blank; where it is ``-``, which SNLI and MNLI write where the
 annotators did not agree; and where it is -1, which ``datasets`` writes for the same, if the integers have names.
-Without names -1 counts as "no label" where the other labels are numbered from 0, since -1 is then no class of theirs.
+Without names -1 counts as "no label" where the other labels are numbered from 0, since -1 is then no class of theirs;
+the text "-1" also among labels that are names. A label that the model's classes name is always a class.
 Rows without a label are refused where labels are needed, or left out, as ``unlabelled`` says:
 
 - ``refuse``: the error says how many there are, and what can be done;
 - ``drop``: they are left out of the source, and row numbers count the rows that are kept;
-- ``keep``: ``-`` and -1 (without names) are classes like any other; null and blank are refused still.
+- ``keep``: ``-`` and -1 (without names) are classes as any other; null and blank are refused still.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from forebear.indexer.readers import Reader, listed, reading
 
 UNLABELLED = ("refuse", "drop", "keep")
 MAX_CLASSES = 10_000  # with more distinct values than this, a column holds no labels
-NO_LABEL_NAME, NO_LABEL_NUMBER = "-", -1
+NO_LABEL_NUMBER = -1
+NO_LABEL_NAMES = ("-", str(NO_LABEL_NUMBER))
 INTEGER = re.compile(r"\s*[+-]?\d{1,18}\s*", re.A)
 WHOLE = re.compile(r"\s*[+-]?\d{1,15}\.0*\s*", re.A)  # 1.0: what pandas makes of an integer beside a missing value
 NUMBER = re.compile(r"\s*[+-]?(\d+\.\d*|\.\d+)\s*", re.A)
@@ -46,6 +48,8 @@ class LabelColumn:
         kinds: First row of each kind of value, "null" included.
         labels: Each value that occurs, as it is stored, and the label that it stands for; None: no label.
         n_rows_with: In how many rows each value occurs.
+        first_unlabelled: The first row without a label; None where all have one.
+        marks: Labels that were taken out, since they mean "no label", as they are spelled.
     """
 
     column: str | None
@@ -55,6 +59,7 @@ class LabelColumn:
     labels: dict[Any, Label | None] = field(default_factory=dict)
     n_rows_with: dict[Any, int] = field(default_factory=dict)
     first_unlabelled: int | None = None
+    marks: list[Label] = field(default_factory=list)
 
     @property
     def kind(self) -> str | None:
@@ -65,6 +70,17 @@ class LabelColumn:
     def n_unlabelled(self) -> int:
         """Number of rows without a label."""
         return sum(self.n_rows_with[value] for value, label in self.labels.items() if label is None)
+
+    def note_unlabelled(self, row: int) -> None:
+        """Note a row without a label."""
+        self.first_unlabelled = row if self.first_unlabelled is None else min(row, self.first_unlabelled)
+
+    def take_out(self, marks: Sequence[Label]) -> None:
+        """Count the rows with some labels as rows without one."""
+        for label in marks:
+            self.note_unlabelled(self.first_rows.pop(label))
+        self.marks += marks
+        self.labels = {value: None if label in marks else label for value, label in self.labels.items()}
 
     def of(self, column: pa.ChunkedArray) -> list[Label | None]:
         """The labels of some rows, from the column as the reader gives it."""
@@ -112,7 +128,7 @@ def scan_labels(reader: Reader, column: str) -> LabelColumn:
                     row = found.n_rows + position.as_py()
                     label_kind, found.labels[value] = _label_of(value, reader.typed)
                     if label_kind == "null":
-                        found.first_unlabelled = min(row, found.first_unlabelled or row)
+                        found.note_unlabelled(row)
                     if not is_known or label_kind == "null":
                         found.kinds.setdefault(label_kind, row)
                     if (label := found.labels[value]) is not None:
@@ -144,9 +160,22 @@ def _label_of(value: Any, typed: bool) -> tuple[str, Label | None]:
 
 
 def check_labels(
-    name: str, labels: LabelColumn, names: Sequence[str] | None, need_labels: bool, unlabelled: str
+    name: str,
+    labels: LabelColumn,
+    names: Sequence[str] | None,
+    need_labels: bool,
+    unlabelled: str,
+    classes: Sequence[str] = (),
 ) -> None:
     """Refuse labels that are no classes, find the rows without one; drop the column where no row has one.
+
+    Args:
+        name: Of the source.
+        labels: What it holds; changed in place.
+        names: The names that integer labels index.
+        need_labels: Whether rows without a label are refused.
+        unlabelled: One of ``UNLABELLED``.
+        classes: The model's class names, where it is known.
 
     Raises:
         DataError: Labels of unlike kinds, labels that the names do not reach, names that repeat; labels are needed and
@@ -166,11 +195,9 @@ def check_labels(
             f"{where} holds {held} (from 0); expected integers throughout or names throughout. "
             f"Mend it, or name another with --label-column."
         )
-    marker = _marker(labels, names, unlabelled)
-    if marker is not None:
-        _take_out(labels, marker)
+    labels.take_out(_marks(labels, names, unlabelled, classes))
     if labels.n_unlabelled and need_labels and (unlabelled != "drop" or not labels.first_rows):
-        raise DataError(_refusal(where, labels, names, marker))
+        raise DataError(_refusal(where, labels, names))
     if not labels.first_rows:
         labels.column = None
     elif names and labels.kind == "an integer":
@@ -182,34 +209,36 @@ def check_labels(
                 )
 
 
-def _marker(labels: LabelColumn, names: Sequence[str] | None, unlabelled: str) -> Label | None:
-    """The label that means "no label" in this source, if it occurs."""
-    rows = labels.first_rows
+def _marks(labels: LabelColumn, names: Sequence[str] | None, unlabelled: str, classes: Sequence[str]) -> list[Label]:
+    """The labels that mean "no label" in this source, of those that occur: every spelling."""
+    rows, known = labels.first_rows, {name.strip() for name in classes}
     if labels.kind == "an integer":
-        if NO_LABEL_NUMBER not in rows or (not names and (unlabelled == "keep" or not (rows.keys() >= {-1, 0}))):
-            return None
-        return NO_LABEL_NUMBER
-    dashes = [label for label in rows if isinstance(label, str) and label.strip() == NO_LABEL_NAME]
-    return dashes[0] if dashes and unlabelled != "keep" else None
+        if NO_LABEL_NUMBER not in rows:
+            return []
+        is_class = unlabelled == "keep" or str(NO_LABEL_NUMBER) in known or 0 not in rows
+        return [] if is_class and not names else [NO_LABEL_NUMBER]
+    if unlabelled == "keep":
+        return []
+    known |= set(names or ())
+    spelled = {label: label.strip() for label in rows if isinstance(label, str)}
+    others = set(spelled.values()) - {*NO_LABEL_NAMES}
+    from_one = "0" not in others and all(INTEGER.fullmatch(label) for label in others)  # as -1 and 1: -1 is a class
+    marks = {*(NO_LABEL_NAMES[:1] if from_one else NO_LABEL_NAMES)} - known
+    return [label for label, text in spelled.items() if text in marks]
 
 
-def _take_out(labels: LabelColumn, marker: Label) -> None:
-    row = labels.first_rows.pop(marker)
-    labels.first_unlabelled = row if labels.first_unlabelled is None else min(row, labels.first_unlabelled)
-    labels.labels = {value: None if label == marker else label for value, label in labels.labels.items()}
-
-
-def _refusal(where: str, labels: LabelColumn, names: Sequence[str] | None, marker: Label | None) -> str:
+def _refusal(where: str, labels: LabelColumn, names: Sequence[str] | None) -> str:
     """Say which rows have no label, and the ways out."""
-    what = "null or empty" if marker is None else f"{marker!r}, which data sets write where there is no gold label"
+    shown = " and ".join(repr(label) for label in labels.marks)
+    what = f"{shown}, which data sets write where there is no gold label" if shown else "null or empty"
     problem = (
         f"{where} gives no label in {labels.n_unlabelled:,} of {labels.n_rows:,} rows, first in row "
         f"{labels.first_unlabelled} (from 0): {what}."
     )
     if not labels.first_rows:
         return f"{problem} Name another column with --label-column, or label the rows."
-    as_class = marker is not None and not (labels.kind == "an integer" and names)
-    keep = f", take {marker!r} as a class by --unlabelled keep" if as_class else ""
+    as_class = shown and not (labels.kind == "an integer" and names)
+    keep = f", take {shown} as a class by --unlabelled keep" if as_class else ""
     return f"{problem} Leave those rows out by --unlabelled drop{keep}, or label them."
 
 

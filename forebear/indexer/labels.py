@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from forebear.errors import DataError
+from forebear.errors import DataError, InputError
 from forebear.indexer.data import MAX_CLASSES, RowSource
 from forebear.indexer.label_column import Label
 from forebear.indexer.readers import listed
@@ -133,6 +133,11 @@ def label_map(
     if not source.label_values:
         raise DataError(f"{source.name} has no labels to map; name their column with --label-column.")
     model = {_key(name): class_id for class_id, name in enumerate(model_names)}
+    if taken_out := [mark for mark in source.marks if _key(str(mark).strip()) in model]:
+        raise InputError(
+            f"{source.name}: {taken_out[0]!r} was taken for no label, but the model has a class of this name. Open the "
+            "rows with classes=, the model's class names."
+        )
     if len(model) < len(model_names):
         raise DataError(f"the model's labels {', '.join(model_names)} repeat a name; mend its id2label.")
     if mode == BINARY_NLI and set(model) != {_key(name) for name in BINARY_NLI_NAMES}:

@@ -58,6 +58,17 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
             transformers.logging.enable_progress_bar()
 
 
+def stored_class_names(name: str) -> tuple[str, ...]:
+    """The class names in a model's configuration; none where it has none, or it cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        config = load_pretrained(AutoConfig, name)
+    except ModelError:  # loading the model says what is wrong
+        return ()
+    return tuple(map(str, config.id2label.values()))
+
+
 def trainer_checkpoints(folder: Path) -> list[Path]:
     """The ``checkpoint-N`` folders that transformers' Trainer left in a folder, by N."""
     if not folder.is_dir():

@@ -12,7 +12,7 @@ from typing import Any
 from forebear.errors import DataError, InputError
 from forebear.indexer.data import RowSource
 from forebear.indexer.manifest import Checkpoint
-from forebear.indexer.pretrained import trainer_checkpoints, trainer_rates
+from forebear.indexer.pretrained import stored_class_names, trainer_checkpoints, trainer_rates
 from forebear.indexer.store import write_bytes
 
 RUN_NAME = "run.json"
@@ -110,6 +110,10 @@ class ModelChoice:
     max_length: int | None = None
     run: Run | None = None
     remark: str | None = None
+
+    def class_names(self) -> tuple[str, ...]:
+        """The model's class names, as the run or its own files say; none where they cannot be read."""
+        return self.run.label_names if self.run is not None else stored_class_names(self.checkpoints[-1].path)
 
     def data_remark(self, source: RowSource) -> str | None:
         """One line if rows are not those that the run was trained on, by their digest; None if they are, or no run is.
