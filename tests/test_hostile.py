@@ -109,7 +109,7 @@ def test_long_arrays_are_decoded_piece_by_piece(tmp_path, monkeypatch):
         monkeypatch.setattr(json_rows, "READ_CHARACTERS", size)
         assert [text for block in open_rows(path).blocks(7) for text in block.texts[0]] == texts
     monkeypatch.setattr(json_rows, "LONGEST_ROW", 200)
-    with pytest.raises(DataError, match="an element is longer than"):
+    with pytest.raises(DataError, match=r"element \d+ \(from 1\) is longer than 0 MiB.*cut its text"):
         open_rows(path)
 
 
@@ -121,7 +121,7 @@ def test_packed_files_that_never_end_are_refused(tmp_path, monkeypatch):
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 40_000)),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match="200 times its size"):
+        with pytest.raises(DataError, match=r"200 times its size.*give its rows unpacked"):
             open_rows(tmp_path / name)
 
 
@@ -142,7 +142,7 @@ def test_parquet_that_repeats_a_long_text_is_refused_before_it_is_spelled_out(
     path = tmp_path / "a.parquet"
     pq.write_table(table, path, compression="zstd", store_schema=store_schema)
     before = pa.total_allocated_bytes()
-    with pytest.raises(DataError, match="200 times its size"):
+    with pytest.raises(DataError, match=r"200 times its size.*give its rows unpacked"):
         for _block in open_rows(path).blocks(1):
             assert pa.total_allocated_bytes() - before < 100 << 20
 
@@ -202,14 +202,26 @@ def test_too_many_columns_and_too_long_lines_are_refused(tmp_path, monkeypatch):
     (tmp_path / "b.jsonl").write_text("".join(f'{{"text": "a", "c{i}": 1}}\n' for i in range(6)))
     pq.write_table(pa.table({name: ["a"] for name in "abcdef"}), tmp_path / "c.parquet")
     for name in ("a.csv", "b.jsonl", "c.parquet"):
-        with pytest.raises(DataError, match="expected at most 5"):
+        with pytest.raises(DataError, match=r"expected at most 5.*save the columns of texts and labels alone"):
             open_rows(tmp_path / name)
     from forebear.indexer import json_rows
 
     monkeypatch.setattr(json_rows, "LONGEST_ROW", 100)
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{"text": "' + "a" * 100 + '"}\n')
-    with pytest.raises(DataError, match="line 2 is longer"):
+    with pytest.raises(DataError, match=r"line 2 is longer than 0 MiB.*Break it up, or cut its text"):
         open_rows(tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize(("suffix", "asks"), [("csv", "Is a quote opened"), ("tsv", "Is a line break lost")])
+def test_a_row_beyond_the_limit_is_refused_with_the_limit_and_the_way_out(tmp_path, monkeypatch, suffix, asks):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 1 << 20)
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(b"text\n" + b"a" * (3 << 20) + b"\n")
+    with pytest.raises(DataError, match=rf"longer than 1 MiB\. {asks}.* Else cut its text"):
+        open_rows(path)
+    held = pa.table({"text": ["a" * ((16 << 20) + 1)]})
+    with pytest.raises(DataError, match=r"16,777,217 bytes in 'text'; expected at most 16,777,216\. Cut it"):
+        list(open_rows(held).blocks())
 
 
 def test_pipes_devices_and_dangling_links_are_no_files(tmp_path):

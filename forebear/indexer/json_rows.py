@@ -15,6 +15,7 @@ LONGEST_ROW = 16 << 20  # bytes of a line, characters of an element
 READ_CHARACTERS = 1 << 20
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 EXPECTED = "expected JSON Lines, one object a line, or one array of objects"
+SHORTEN = "Break it up, or cut its text: a model reads the beginning."
 JSON_KINDS = {type(None): "null", bool: "true/false", float: "a number", list: "a list", dict: "an object"}
 
 PairsHook = Callable[[list[tuple[str, Any]]], dict[str, Any]]
@@ -56,7 +57,7 @@ def _lines(name: str, file: io.BufferedReader, hook: PairsHook | None) -> Iterat
     while line := file.readline(LONGEST_ROW + 1):
         number += 1
         if len(line) > LONGEST_ROW:
-            raise DataError(f"{name}: line {number} is longer than {LONGEST_ROW >> 20} MiB; {EXPECTED}. Break it up.")
+            raise DataError(f"{name}: line {number} is longer than {LONGEST_ROW >> 20} MiB; {EXPECTED}. {SHORTEN}")
         if not line.strip():
             continue
         try:
@@ -107,10 +108,13 @@ def _array_elements(name: str, file: io.BufferedReader, hook: PairsHook | None) 
         except json.JSONDecodeError as error:
             if len(held) - place <= LONGEST_ROW and read_more():
                 continue
-            too_long = len(held) - place > LONGEST_ROW
-            raise broken(
-                f"an element is longer than {LONGEST_ROW >> 20} MiB" if too_long else _reason(error)
-            ) from error
+            if len(held) - place > LONGEST_ROW:
+                size = f"{LONGEST_ROW >> 20} MiB"
+                raise DataError(
+                    f"{name}: element {number + 1} (from 1) is longer than {size}, or broken ({_reason(error)}); "
+                    f"{EXPECTED}. {SHORTEN}"
+                ) from error
+            raise broken(_reason(error)) from error
         except (ValueError, RecursionError) as error:
             raise broken(_reason(error)) from error
         number, expects_comma = number + 1, True

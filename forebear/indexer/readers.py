@@ -228,7 +228,8 @@ def _reading_csv(name: str, expected: str) -> Iterator[None]:
             raise
         raise DataError(
             f"{name} cannot be read as {expected}: a row is longer than {CHUNK_BYTES >> 20} MiB."
-            f"{' Is a quote opened and never closed?' if 'commas' in expected else ' Is a line break lost?'}"
+            f"{' Is a quote opened and never closed?' if 'commas' in expected else ' Is a line break lost?'} Else cut its "
+            "text: a model reads the beginning."
         ) from error
 
 
@@ -271,7 +272,7 @@ def check_width(name: str, n_columns: int) -> None:
     if n_columns > MAX_COLUMNS:
         raise DataError(
             f"{name} has {n_columns:,} columns or more; expected at most {MAX_COLUMNS:,}. Has every row its own "
-            "keys, or a line break lost?"
+            "keys, or a line break lost? Else save the columns of texts and labels alone."
         )
 
 
