@@ -239,4 +239,14 @@ def test_the_index_command_refuses_rows_without_a_label_or_leaves_them_out(tiny_
     assert "1 of 4 rows have a text that is empty or white space alone (rows 3, from 0)" in said
     opened = Index.open(out)
     assert opened.manifest.n_rows == 4
+    assert [segment.n_left_out for segment in opened.manifest.segments] == [2]
+    assert run(["info", str(out)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "2 more rows of" in shown
+    assert "have no label and were left out" in shown
+    more = write_jsonl(tmp_path / "more.jsonl", text=texts[:2], gold_label=["0", "1"])
+    assert run(["index", "--out", str(out), "--append", "--train", str(more), "--label-names", "0,1"]) == 0
+    assert "n_left_out" not in json.loads((out / "manifest.json").read_text())["segments"][1]
+    opened = Index.open(out)
+    assert [segment.n_left_out for segment in opened.manifest.segments] == [2, 0]
     assert opened.text_lists(np.arange(4)) == [[*texts[:2], texts[3], " "]]

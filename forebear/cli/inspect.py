@@ -151,6 +151,11 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             "rows",
             f"{rows['live']:,} live, {rows['retired']:,} retired; text columns {', '.join(facts['text_columns'])}",
         ),
+        *(
+            ("rows", f"{part['n_left_out']:,} more rows of {part['source']} have no label and were left out")
+            for part in facts["segments"]
+            if part["n_left_out"]
+        ),
         *(("rows", line) for line in facts["row_facts"]["lines"]),
         *(("warning", line) for line in facts["row_facts"]["warnings"]),
         ("labels", ", ".join(facts["label_names"]) + (f" ({facts['label_mode']})" if facts["label_mode"] else "")),

@@ -24,7 +24,7 @@ Unlabelled = Annotated[
     typer.Option(
         "--unlabelled",
         help="Rows without a gold label (null, '-', -1), where labels are needed: refuse; drop, and number the rows "
-        "that are kept; keep '-' or -1 as a class.",
+        "that are kept; keep '-' or -1 as a class. What the model has as a class is one.",
     ),
 ]
 Pair = Annotated[str | None, typer.Option("--pair", help="The second text, where rows are pairs.", show_default=False)]

@@ -112,7 +112,9 @@ def _build(
     warn(labels.warning)
     classifier = replace(classifier, label_names=names_of_classes(classifier.label_names, source))
     spec, listed = make_spec(source, checkpoints, classifier, options)
-    segment = Segment(source=source.name, rows_sha256=source.sha256(), start=0, n_rows=source.n_rows)
+    segment = Segment(
+        source=source.name, rows_sha256=source.sha256(), start=0, n_rows=source.n_rows, n_left_out=source.n_dropped
+    )
     replaces = force and not resume and any(path.name != LOCK_NAME for path in folder.iterdir())
     journal = None if replaces else read_journal(folder)
     if resume and (folder / MANIFEST_NAME).is_file() and not (journal is not None and journal.get("replaces")):

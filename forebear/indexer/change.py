@@ -74,7 +74,13 @@ def append_rows(
                 f"{source.name} has {len(source.text_columns)} text column(s), the index {len(old.spec.text_columns)} "
                 f"({', '.join(old.spec.text_columns)}). Choose them by --text-columns."
             )
-        segment = Segment(source=source.name, rows_sha256=source.sha256(), start=old.n_rows, n_rows=source.n_rows)
+        segment = Segment(
+            source=source.name,
+            rows_sha256=source.sha256(),
+            start=old.n_rows,
+            n_rows=source.n_rows,
+            n_left_out=source.n_dropped,
+        )
         change = {"kind": "append", "segment": segment.rows}
         if was_done(folder, old, change):
             tell(f"the rows of {source.name} are in {folder} already: nothing is left to do.")

@@ -50,10 +50,11 @@ _LATER: dict[str, Any] = {
     "sketch_bits": 0, "white_bits": 0, "sketch_basis": "mixed", "with_bias": False, "curvature": "none",
     "calibration": {}, "words_tops": (), "words_precision": "fp16", "spans": None, "span_column": 0,
     "spans_sha256": None, "fit": {}, "calibration_queries": None,
+    "n_left_out": 0,
 }  # fmt: skip
 
 
-def stated(value: IndexSpec | Manifest) -> dict[str, Any]:
+def stated(value: IndexSpec | Manifest | Segment) -> dict[str, Any]:
     """A dataclass as a dictionary, as it is written and digested."""
     return {name: v for name, v in asdict(value).items() if name not in _LATER or v != _LATER[name]}
 
@@ -125,6 +126,7 @@ class Segment:
     rows_sha256: str
     start: int
     n_rows: int
+    n_left_out: int = 0  # rows of the source without a label, which are not in the index
 
     @property
     def rows(self) -> dict[str, Any]:
@@ -212,10 +214,11 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without the digest."""
+        parts = {"spec": stated(self.spec), "segments": [stated(segment) for segment in self.segments]}
         return {
             "format": FORMAT_VERSION,
             "spec_digest": self.spec.digest(),
-            **json.loads(json.dumps(stated(self) | {"spec": stated(self.spec)}, allow_nan=False)),
+            **json.loads(json.dumps(stated(self) | parts, allow_nan=False)),
         }
 
     def digest(self) -> str:

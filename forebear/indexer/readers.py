@@ -228,8 +228,8 @@ def _reading_csv(name: str, expected: str) -> Iterator[None]:
             raise
         raise DataError(
             f"{name} cannot be read as {expected}: a row is longer than {CHUNK_BYTES >> 20} MiB."
-            f"{' Is a quote opened and never closed?' if 'commas' in expected else ' Is a line break lost?'} Else cut its "
-            "text: a model reads the beginning."
+            f"{' Is a quote opened and never closed?' if 'commas' in expected else ' Is a line break lost?'} "
+            "Else cut its text: a model reads the beginning."
         ) from error
 
 

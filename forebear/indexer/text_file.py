@@ -59,7 +59,8 @@ class ExpansionGuard:
         if self._n_bytes > self._most:
             raise DataError(
                 f"{self._name} unpacks to more than {self._most >> 20:,} MiB, over {MAX_EXPANSION} times its size; "
-                "text does not pack so well, so this may be no file of rows. If it is one, give its rows unpacked, as CSV or JSON Lines."
+                "text does not pack so well, so this may be no file of rows. If it is one, give its rows unpacked, as "
+                "CSV or JSON Lines."
             )
 
 
