@@ -1,7 +1,9 @@
 """Which dampings the arithmetic carries.
 
-A damping counts where it changes the largest eigenvalue of the curvature: numbers of float32 hold 1.2e-7 of the largest
-beside it, those of float64 2.2e-16. A smaller one is lost in rounding, and what is solved with it is noise.
+A damping counts where it is not smaller than what rounding makes of an eigenvalue that is 0. At the head, whose matrix
+is formed in float64, that is 2.2e-16 of the largest. Beyond it EK-FAC's eigenvalues are means of squared coordinates of
+gradients: a coordinate in float32 carries 1.2e-7 of the gradient's length, its square 1.4e-14 of the largest
+eigenvalue. With a smaller damping what is solved is noise.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def refuse_nil_damping(given: str, dtype: torch.dtype, scope: str) -> None:
     """
     relative = given.endswith("x")
     value = float(given.removesuffix("x"))
-    smallest = torch.finfo(dtype).eps
+    smallest = carried(dtype)
     if value == 0 or (relative and value < smallest):
         raise InputError(
             f"--damping {given}: nothing would be left of it in {_name(dtype)}, which scope {scope} is computed in. "
@@ -46,12 +48,18 @@ def refuse_lost_damping(damping: float, largest: float, dtype: torch.dtype, scop
     Raises:
         InputError: It is lost; the smallest that is not is named.
     """
-    smallest = torch.finfo(dtype).eps * largest
+    smallest = carried(dtype) * largest
     if damping < smallest:
         raise InputError(
             f"a damping of {damping:.3g} is lost in {_name(dtype)} beside the eigenvalues of scope {scope}, up to "
-            f"{largest:.3g}. Give --damping {round_up(smallest)} or more, or a relative one such as 0.1x."
+            f"{largest:.3g}. Give --damping {round_up(smallest)} or more."
         )
+
+
+def carried(dtype: torch.dtype) -> float:
+    """The smallest damping that counts, as a share of the largest eigenvalue; float32 holds squares, see the module."""
+    eps = float(torch.finfo(dtype).eps)
+    return eps if dtype == torch.float64 else eps**2
 
 
 def round_up(number: float) -> str:
