@@ -190,10 +190,10 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("fitted", str(FitAge(**facts["fitted_beyond_the_head"]))))
     for scope, found in facts["calibration"].items():
         for method, known in found["methods"].items():
-            some = ", ".join(f"{float(r):.3g}: {100 * share:.2g}%" for r, share in known["candidates"].items())
+            some = ", ".join(f"{float(r):.4g}: {100 * share:.2g}%" for r, share in known["candidates"].items())
             by = "an earlier forebear: no recall is stated by it"
             if "supported" in known:
-                by = f"{known['n_stating']} queries, which support at most {known['supported']:.3g}"
+                by = f"{known['n_stating']} queries, which support at most {known['supported']:.4g}"
                 by += f" of the top {known['top']}"
             lines.append(("candidates", f"{scope} {method}, share of rows by recall {some}; by {by}"))
     for name, search in facts["search"].items():
