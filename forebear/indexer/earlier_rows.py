@@ -28,11 +28,6 @@ def combined(read: np.ndarray, *others: np.ndarray) -> np.ndarray:
     return read
 
 
-def row_digests(rows: Sequence[dict[str, list[int]]], labels: np.ndarray) -> np.ndarray:
-    """Of what the model reads of each row and of its label, ``(n, 2)`` uint64."""
-    return combined(read_digests(rows), labels)
-
-
 def stored_digests(
     batch: pa.RecordBatch, encode: Callable[[list[list[str]]], Sequence[dict[str, list[int]]]], texts: pa.RecordBatch
 ) -> np.ndarray:
