@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from common import seconds, write_result
 
-from forebear.indexer.ann import Vectors, build_ann, import_faiss
-from forebear.indexer.derived import ScanBlock, ScanTable, norms_of
-from forebear.indexer.store import RowMatrix
-from forebear.retriever.methods import METHODS
-from forebear.retriever.scoring import Query, Term
-from forebear.retriever.search import RowFactors, search_ann
+from forebear.indexer.storage.ann import Vectors, build_ann, import_faiss
+from forebear.indexer.storage.arrow import RowMatrix
+from forebear.indexer.storage.scan_table import ScanBlock, ScanTable, norms_of
+from forebear.retriever.head.scoring import Query, Term
+from forebear.retriever.head.search import RowFactors, search_ann
+from forebear.retriever.question.methods import METHODS
 
 TOP = 10
 BATCH = 100

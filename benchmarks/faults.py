@@ -25,9 +25,16 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGING = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 TAKES_SPACE = ("open", "write", "fsync", "reserve", "os.mkdir")
 MODULES = (
-    "forebear.cli.main", "forebear.indexer.build", "forebear.retriever.retriever", "forebear.evaluation.removal",
-    "forebear.evaluation.perturb", "forebear.evaluation.report", "forebear.indexer.training", "faiss", "transformers",
-)  # fmt: skip
+    "forebear.cli.main",
+    "forebear.indexer.building.build",
+    "forebear.retriever.retriever",
+    "forebear.evaluation.retraining.removal",
+    "forebear.evaluation.perturb.experiment",
+    "forebear.evaluation.reports.report",
+    "forebear.indexer.training.fine_tuning",
+    "faiss",
+    "transformers",
+)
 
 
 @dataclass(frozen=True)

@@ -20,21 +20,21 @@ import torch
 from common import DATA, ROOT, run, seconds, write_result
 
 from forebear import BuildOptions, Index, Retriever, build_index
-from forebear.indexer.data import open_rows, rows_from_texts
-from forebear.indexer.encoding import encode, pad_batch, plan_batches
-from forebear.indexer.estimate import propose
-from forebear.indexer.forward import run_forward
-from forebear.indexer.gradient_stage import open_sketchers
-from forebear.indexer.model import Classifier, load_classifier
-from forebear.indexer.runs import choose_model
-from forebear.indexer.sketch import sketch_rows
-from forebear.retriever.curvature import CurvatureSpec
-from forebear.retriever.gradients import GradientSearch
-from forebear.retriever.methods import METHODS
-from forebear.retriever.queries import Models
-from forebear.retriever.query_gradients import Asked
-from forebear.retriever.query_spec import QuerySpec
-from forebear.retriever.recall import n_candidates
+from forebear.indexer.model.classifier import Classifier, load_classifier
+from forebear.indexer.model.encoding import encode, pad_batch, plan_batches
+from forebear.indexer.model.forward import run_forward
+from forebear.indexer.rows.row_source import open_rows, rows_from_texts
+from forebear.indexer.sketches.candidates import propose
+from forebear.indexer.sketches.fitting import open_sketchers
+from forebear.indexer.sketches.sketch import sketch_rows
+from forebear.indexer.training.run import choose_model
+from forebear.retriever.deep.query_gradients import Asked
+from forebear.retriever.deep.search import GradientSearch
+from forebear.retriever.head.queries import Models
+from forebear.retriever.question.inverse import CurvatureSpec
+from forebear.retriever.question.methods import METHODS
+from forebear.retriever.question.recall import n_candidates
+from forebear.retriever.question.spec import QuerySpec
 
 SCOPE = "all"
 BATCH_TOKENS = 4096

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from common import seconds, write_result
 
-from forebear.indexer.curvature import HeadCurvature, factorise, head_hessian, mean_eigenvalue
-from forebear.indexer.derived import by_falling, read_scan_table, row_norms, write_scan_table
-from forebear.indexer.store import RowMatrix
-from forebear.retriever.methods import METHODS
-from forebear.retriever.scan import Scan
-from forebear.retriever.scoring import Query, Term
-from forebear.retriever.search import RowFactors, search_full, search_scan
+from forebear.indexer.curvature.head import HeadCurvature, factorise, head_hessian, mean_eigenvalue
+from forebear.indexer.storage.arrow import RowMatrix
+from forebear.indexer.storage.scan_table import by_falling, read_scan_table, row_norms, write_scan_table
+from forebear.retriever.head.scan import Scan
+from forebear.retriever.head.scoring import Query, Term
+from forebear.retriever.head.search import RowFactors, search_full, search_scan
+from forebear.retriever.question.methods import METHODS
 
 TOP = 100
 BATCH = 64
@@ -79,7 +79,7 @@ def main(n_rows: int = 393_000, width: int = 768, n_classes: int = 3) -> None:
                 if t.matrix is None:
                     scores = (t.right.astype(np.float32) @ flat_f.T) * (t.left.astype(np.float32) @ flat_r.T)
                 else:
-                    from forebear.indexer.curvature import class_basis
+                    from forebear.indexer.curvature.head import class_basis
 
                     reduced = (flat_r @ class_basis(n_classes).T).astype(np.float32)
                     scores = sum(

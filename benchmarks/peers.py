@@ -102,10 +102,10 @@ def forebear_exact(texts: list[str], labels: np.ndarray, queries: list[str], n_g
     ``gram`` is multiplied in float64, ``gram_by_exact_dots`` as forebear does it: in fp32 within a block, for that many
     queries.
     """
-    from forebear.indexer.forward import run_forward
-    from forebear.indexer.gradients import exact_dots, whole_gradients
-    from forebear.indexer.model import load_classifier
-    from forebear.indexer.scopes import scope_blocks
+    from forebear.indexer.gradients.whole import exact_dots, whole_gradients
+    from forebear.indexer.model.classifier import load_classifier
+    from forebear.indexer.model.forward import run_forward
+    from forebear.indexer.model.scopes import scope_blocks
 
     classifier = load_classifier(MODEL)
     blocks = scope_blocks(classifier.model, classifier.head_name, SCOPE)
@@ -128,8 +128,8 @@ def forebear_exact(texts: list[str], labels: np.ndarray, queries: list[str], n_g
 def forebear_case(texts: list[str], labels: np.ndarray, queries: list[str], exact: np.ndarray) -> dict[str, Any]:
     """The index of the rows, its sketching pass alone, and a query by candidates and in full."""
     from forebear import BuildOptions, Retriever, build_index, choose_model, rows_from_texts
-    from forebear.indexer.gradient_stage import open_sketchers
-    from forebear.indexer.sketch import sketch_rows
+    from forebear.indexer.sketches.fitting import open_sketchers
+    from forebear.indexer.sketches.sketch import sketch_rows
 
     with tempfile.TemporaryDirectory() as scratch:
         options = BuildOptions(
@@ -200,8 +200,8 @@ def captum_case(texts: list[str], labels: np.ndarray, queries: list[str], exact:
         return {"skipped": "captum is not installed in this environment (it is one of the dev dependencies)"}
     import captum
 
-    from forebear.indexer.encoding import encode
-    from forebear.indexer.model import load_classifier
+    from forebear.indexer.model.classifier import load_classifier
+    from forebear.indexer.model.encoding import encode
 
     classifier = load_classifier(MODEL)
     for name in exact["layers"]:
@@ -228,7 +228,7 @@ def captum_way(
     """Time and agreement of one setting; rows are sorted by length, so that little of a batch is padding."""
     from captum.influence import TracInCP
 
-    from forebear.indexer.encoding import pad_batch
+    from forebear.indexer.model.encoding import pad_batch
 
     encoded, labels = rows
     order = np.argsort([-len(row["input_ids"]) for row in encoded], kind="stable")
@@ -269,8 +269,8 @@ def bergson_case(texts: list[str], labels: np.ndarray, queries: list[str], exact
     there = subprocess.run([PEERS_PYTHON, "-c", "import bergson"], capture_output=True, text=True, check=False)
     if there.returncode:
         return {"skipped": f"bergson cannot be imported: {there.stderr.strip().splitlines()[-1]}"}
-    from forebear.indexer.encoding import encode
-    from forebear.indexer.model import load_classifier
+    from forebear.indexer.model.classifier import load_classifier
+    from forebear.indexer.model.encoding import encode
 
     classifier = load_classifier(MODEL)
     sets = {"rows": (texts, labels), "queries": (queries, exact["targets"])}

@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 from common import DATA, ROOT, run, write_result
 
 from forebear import Index, QuerySpec, Retriever
-from forebear.evaluation.comparisons import sample_queries
-from forebear.evaluation.retrieval_recall import ENDS, RetrievalRecall, retrieval_recall
-from forebear.indexer.data import open_rows
-from forebear.retriever import gradients
+from forebear.evaluation.common.comparisons import sample_queries
+from forebear.evaluation.measures.recall import ENDS, RetrievalRecall, retrieval_recall
+from forebear.indexer.rows.row_source import open_rows
 from forebear.retriever.coverage import question_facts
+from forebear.retriever.deep import search as gradients
 
 FOLDER = ROOT / "runs" / "bench" / "recall"
 DAMPINGS = ("0.1x", "1x")  # the first is calibrated, the second is stored, another is neither

@@ -20,9 +20,9 @@ from scipy.stats import pearsonr
 from setups import asked, retrainer, test_rows
 
 from forebear import QuerySpec
-from forebear.evaluation.retraining import Job
-from forebear.evaluation.row_choice import row_scores
-from forebear.evaluation.statistics import mean_of
+from forebear.evaluation.common.statistics import mean_of
+from forebear.evaluation.retraining.jobs import Job
+from forebear.evaluation.retraining.row_choice import row_scores
 
 
 def compared(changes: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:

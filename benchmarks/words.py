@@ -19,16 +19,16 @@ import torch
 from common import DATA, ROOT, run, seconds, write_result
 
 from forebear import BuildOptions, Index, Retriever, build_index
-from forebear.indexer.data import open_rows
-from forebear.indexer.forward import run_forward
-from forebear.indexer.gradient_pass import labels_seed, run_pass
-from forebear.indexer.gradient_stage import open_sketchers
-from forebear.indexer.model import load_classifier
-from forebear.indexer.runs import choose_model
-from forebear.indexer.word_store import words_folder
-from forebear.indexer.words import WordGradients, encode_vectors
-from forebear.retriever.methods import METHODS
-from forebear.retriever.words import Question, WordSearch
+from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
+from forebear.indexer.model.classifier import load_classifier
+from forebear.indexer.model.forward import run_forward
+from forebear.indexer.rows.row_source import open_rows
+from forebear.indexer.sketches.fitting import open_sketchers
+from forebear.indexer.training.run import choose_model
+from forebear.indexer.words.gradients import WordGradients, encode_vectors
+from forebear.indexer.words.store import words_folder
+from forebear.retriever.question.methods import METHODS
+from forebear.retriever.words.search import Question, WordSearch
 
 RUNS = ROOT / "runs" / "bench"
 DEV = {"sst2": "dev.parquet", "agnews": "test.parquet"}

@@ -30,15 +30,15 @@ if TYPE_CHECKING:
         OutputExistsError,
         StorageError,
     )
-    from forebear.indexer.build import append_rows, build_index, rebuild_ann, retire_rows
-    from forebear.indexer.data import RowSource, open_rows, rows_from_texts
+    from forebear.indexer.building.build import append_rows, build_index, rebuild_ann, retire_rows
+    from forebear.indexer.building.options import BuildOptions
+    from forebear.indexer.building.verify import verify_index
     from forebear.indexer.index import Index
-    from forebear.indexer.options import BuildOptions
-    from forebear.indexer.runs import choose_model
-    from forebear.indexer.training import TrainOptions, train
-    from forebear.indexer.verify import verify_index
-    from forebear.retriever.methods import METHODS, Method
-    from forebear.retriever.query_spec import QuerySpec
+    from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
+    from forebear.indexer.training.fine_tuning import TrainOptions, train
+    from forebear.indexer.training.run import choose_model
+    from forebear.retriever.question.methods import METHODS, Method
+    from forebear.retriever.question.spec import QuerySpec
     from forebear.retriever.retriever import Retriever
 
 _HOMES = {
@@ -55,16 +55,16 @@ _HOMES = {
         "OutputExistsError",
         "StorageError",
     ),
-    "forebear.indexer.build": ("append_rows", "build_index", "rebuild_ann", "retire_rows"),
-    "forebear.indexer.data": ("RowSource", "open_rows", "rows_from_texts"),
+    "forebear.indexer.building.build": ("append_rows", "build_index", "rebuild_ann", "retire_rows"),
+    "forebear.indexer.rows.row_source": ("RowSource", "open_rows", "rows_from_texts"),
     "forebear.indexer.index": ("Index",),
-    "forebear.indexer.options": ("BuildOptions",),
-    "forebear.indexer.runs": ("choose_model",),
-    "forebear.indexer.training": ("TrainOptions", "train"),
-    "forebear.indexer.verify": ("verify_index",),
-    "forebear.retriever.methods": ("METHODS", "Method"),
+    "forebear.indexer.building.options": ("BuildOptions",),
+    "forebear.indexer.training.run": ("choose_model",),
+    "forebear.indexer.training.fine_tuning": ("TrainOptions", "train"),
+    "forebear.indexer.building.verify": ("verify_index",),
+    "forebear.retriever.question.methods": ("METHODS", "Method"),
     "forebear.retriever.retriever": ("QuerySpec", "Retriever"),
-    "forebear.retriever.saliency": ("saliency",),
+    "forebear.retriever.saliency.maps": ("saliency",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

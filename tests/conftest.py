@@ -14,11 +14,11 @@ import pytest
 import torch
 from tiny import labels, make_tiny_model, sentences
 
-from forebear.indexer.build import BuildOptions, build_index
-from forebear.indexer.data import rows_from_texts
+from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.index import Index
-from forebear.indexer.runs import choose_model
-from forebear.retriever.methods import METHODS
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.training.run import choose_model
+from forebear.retriever.question.methods import METHODS
 from forebear.retriever.retriever import Retriever
 
 N_ROWS = 60

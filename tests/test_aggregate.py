@@ -12,9 +12,9 @@ from tiny import write_jsonl
 
 from forebear import BuildOptions, InputError, QuerySpec, Retriever, build_index, choose_model, rows_from_texts
 from forebear.cli.main import run
-from forebear.indexer.gradients import summed_gradients, whole_gradients
-from forebear.retriever import gradients
-from forebear.retriever.methods import METHODS
+from forebear.indexer.gradients.whole import summed_gradients, whole_gradients
+from forebear.retriever.deep import search as gradients
+from forebear.retriever.question.methods import METHODS
 
 AT_HEAD = ("nn-dot", "sbert-dot", "gd", "if", "rep", "tracin", "tracin-last")
 GROUPS = np.array([1, 0, 0, 2, 1, 0, 1])

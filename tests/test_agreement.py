@@ -11,8 +11,10 @@ import transformers
 
 from forebear import DataError, InputError, QuerySpec, Retriever
 from forebear.cli.main import run
-from forebear.evaluation import agreement, span_queries
-from forebear.evaluation.agreement import (
+from forebear.evaluation.common import span_queries
+from forebear.evaluation.common.span_queries import sample_span_queries
+from forebear.evaluation.measures import agreement
+from forebear.evaluation.measures.agreement import (
     PAPER_METHODS,
     RANDOM_ROWS,
     RANDOM_SPANS,
@@ -20,9 +22,8 @@ from forebear.evaluation.agreement import (
     depths,
     measure_agreement,
 )
-from forebear.evaluation.agreement_report import agreement_report
-from forebear.evaluation.span_queries import sample_span_queries
-from forebear.indexer.data import rows_from_texts
+from forebear.evaluation.measures.agreement_report import agreement_report
+from forebear.indexer.rows.row_source import rows_from_texts
 
 K = (2, 5)
 

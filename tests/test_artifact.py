@@ -13,9 +13,8 @@ from tiny import labels, make_tiny_model, sentences, write_jsonl
 from forebear import BuildOptions, Retriever, build_index, choose_model, rows_from_texts
 from forebear.cli.main import run
 from forebear.errors import DataError, InputError, NonFiniteError
-from forebear.evaluation import artifact as module
-from forebear.evaluation.artifact import bin_means, fit_parabola, groups_of, regress_artifact, z_normalised
-from forebear.evaluation.artifact_features import (
+from forebear.evaluation.audits.artifacts import regression as module
+from forebear.evaluation.audits.artifacts.features import (
     NEGATIONS,
     has_negation,
     measure,
@@ -23,9 +22,16 @@ from forebear.evaluation.artifact_features import (
     overlap_feature,
     user_feature,
 )
-from forebear.evaluation.artifact_report import MeanCoefficient, mean_coefficient
-from forebear.evaluation.comparisons import sample_queries
-from forebear.retriever.query_spec import QuerySpec
+from forebear.evaluation.audits.artifacts.regression import (
+    bin_means,
+    fit_parabola,
+    groups_of,
+    regress_artifact,
+    z_normalised,
+)
+from forebear.evaluation.audits.artifacts.regression_report import MeanCoefficient, mean_coefficient
+from forebear.evaluation.common.comparisons import sample_queries
+from forebear.retriever.question.spec import QuerySpec
 
 
 def textbook(z, y):

@@ -17,13 +17,13 @@ from tiny import WORDS, sentences, write_jsonl
 from forebear import BuildOptions, InputError, QuerySpec, Retriever, build_index, choose_model, rows_from_texts
 from forebear.cli.main import run
 from forebear.errors import DataError
-from forebear.evaluation.audit_duplicates import Thresholds, duplicates, leaks
-from forebear.evaluation.audit_errors import explain_groups, group_mistakes, mistakes_of
-from forebear.evaluation.audit_hubs import hubs, skewness, training_queries
-from forebear.evaluation.audit_mislabelled import majority_label, opponents_of, own_places, suspects
-from forebear.evaluation.comparisons import sample_queries
-from forebear.evaluation.near_words import near_pairs, word_sets, words_of
-from forebear.evaluation.neighbours import nearest_rows
+from forebear.evaluation.audits.rows.duplicates import Thresholds, duplicates, leaks
+from forebear.evaluation.audits.rows.errors import explain_groups, group_mistakes, mistakes_of
+from forebear.evaluation.audits.rows.hubs import hubs, skewness, training_queries
+from forebear.evaluation.audits.rows.near_words import near_pairs, word_sets, words_of
+from forebear.evaluation.audits.rows.neighbours import nearest_rows
+from forebear.evaluation.audits.rows.suspects import majority_label, opponents_of, own_places, suspects
+from forebear.evaluation.common.comparisons import sample_queries
 
 
 def jaccard(a, b):
@@ -170,7 +170,7 @@ def test_groups_of_known_duplicates(index_of):
 
 
 def test_retired_rows_are_no_duplicates(index_of):
-    from forebear.indexer.build import retire_rows
+    from forebear.indexer.building.build import retire_rows
 
     index = index_of(BASE, [0, 1] * 5 + [0])
     live = retire_rows(index.folder, [2, 4])

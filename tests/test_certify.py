@@ -11,21 +11,21 @@ import transformers
 from tiny import labels, make_tiny_model, sentences
 
 from forebear import BuildOptions, InputError, QuerySpec, Retriever, build_index
-from forebear.indexer import projector as projecting
-from forebear.indexer.calibrate import RECALLS, _needed_shares
-from forebear.indexer.conformal import supported_recall
-from forebear.indexer.data import rows_from_texts
-from forebear.indexer.estimate import GradientStore, Part, candidates_needed, propose
-from forebear.indexer.runs import choose_model
-from forebear.indexer.scopes import scope_blocks
-from forebear.indexer.sketch import Reduction, SketchRows
-from forebear.indexer.store import RowMatrix
-from forebear.retriever import certify as certifying
-from forebear.retriever.certify import bounds, certify
-from forebear.retriever.gradients import GradientSearch
-from forebear.retriever.methods import METHODS
-from forebear.retriever.query_gradients import Asked
-from forebear.retriever.recall import candidates_for, n_candidates, recall_of
+from forebear.conformal import supported_recall
+from forebear.indexer.building.calibrate import RECALLS, _needed_shares
+from forebear.indexer.model.scopes import scope_blocks
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.sketches import projector as projecting
+from forebear.indexer.sketches.candidates import GradientStore, Part, candidates_needed, propose
+from forebear.indexer.sketches.sketch import Reduction, SketchRows
+from forebear.indexer.storage.arrow import RowMatrix
+from forebear.indexer.training.run import choose_model
+from forebear.retriever.deep import certify as certifying
+from forebear.retriever.deep.certify import bounds, certify
+from forebear.retriever.deep.query_gradients import Asked
+from forebear.retriever.deep.search import GradientSearch
+from forebear.retriever.question.methods import METHODS
+from forebear.retriever.question.recall import candidates_for, n_candidates, recall_of
 
 N_ROWS = 90
 TEXTS = sentences(N_ROWS, seed=3)
@@ -410,7 +410,7 @@ def test_candidates_needed_are_those_that_the_search_itself_needs(world, method,
     """Also where the scan by coordinates keeps so few rows for the code that it loses some."""
     from dataclasses import replace
 
-    from forebear.indexer import estimate as estimating
+    from forebear.indexer.sketches import candidates as estimating
 
     monkeypatch.setattr(estimating, "LEAST_WIDE", 3)
     monkeypatch.setattr(estimating, "WIDEN", 1)

@@ -37,13 +37,20 @@ from forebear import (
     verify_index,
 )
 from forebear.cli.main import run
-from forebear.indexer import finish as finish_module
-from forebear.indexer import journal as journal_module
-from forebear.indexer import locks
-from forebear.indexer.build import BuildOptions, append_rows, build_index, rebuild_ann, refit_index, retire_rows
-from forebear.indexer.data import RowSource, open_rows, rows_from_texts
-from forebear.indexer.runs import choose_model
-from forebear.retriever import result_file
+from forebear.indexer.building import finish as finish_module
+from forebear.indexer.building.build import (
+    BuildOptions,
+    append_rows,
+    build_index,
+    rebuild_ann,
+    refit_index,
+    retire_rows,
+)
+from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
+from forebear.indexer.storage import journal as journal_module
+from forebear.indexer.storage import locks
+from forebear.indexer.training.run import choose_model
+from forebear.retriever.answers import result_file
 
 TEXTS, LABELS = sentences(40, seed=21, low=3), labels(40, 2, seed=22)
 OPTIONS = BuildOptions(
@@ -321,7 +328,7 @@ def test_a_manifest_without_its_last_byte_is_refused(index: Path) -> None:
 @contextmanager
 def holder(lock: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds a lock until it is killed."""
-    code = "import sys, time; from pathlib import Path; from forebear.indexer.locks import exclusive\n"
+    code = "import sys, time; from pathlib import Path; from forebear.indexer.storage.locks import exclusive\n"
     code += "with exclusive(Path(sys.argv[1]), 'it'): print('held', flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -473,7 +480,7 @@ def test_killed_at_any_step_no_results_stand_beside_the_provenance_of_others(
 
 
 def test_a_lock_is_refused_in_its_own_process_too(index: Path) -> None:
-    from forebear.indexer.locks import exclusive
+    from forebear.indexer.storage.locks import exclusive
 
     with exclusive(index / "forebear.lock", "it"), pytest.raises(InUseError, match=f"process {os.getpid()} on"):
         retire_rows(index, [3])

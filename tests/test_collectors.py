@@ -14,14 +14,17 @@ from tiny import labels, sentences
 
 import forebear
 from forebear.errors import StorageError
-from forebear.indexer import ekfac, gradients, products, sketch, words
-from forebear.indexer.encoding import encode_with_places
-from forebear.indexer.gradient_pass import Collector, RowCollector, labels_seed, run_pass
-from forebear.indexer.model import Classifier, load_classifier
-from forebear.indexer.projector import PlainProjector, draw_bases
-from forebear.indexer.scopes import scope_blocks
-from forebear.indexer.tape import LayerFactors
-from forebear.retriever import saliency
+from forebear.indexer.curvature import ekfac, products
+from forebear.indexer.gradients import whole as gradients
+from forebear.indexer.gradients.gradient_pass import Collector, RowCollector, labels_seed, run_pass
+from forebear.indexer.gradients.tape import LayerFactors
+from forebear.indexer.model.classifier import Classifier, load_classifier
+from forebear.indexer.model.encoding import encode_with_places
+from forebear.indexer.model.scopes import scope_blocks
+from forebear.indexer.sketches import sketch
+from forebear.indexer.sketches.projector import PlainProjector, draw_bases
+from forebear.indexer.words import gradients as words
+from forebear.retriever.saliency import maps as saliency
 
 N_ROWS = 9
 TEXTS = sentences(N_ROWS, seed=4)

@@ -16,7 +16,7 @@ from tiny import make_tiny_model, write_jsonl
 from forebear import BuildOptions, InputError, Retriever, build_index, choose_model, rows_from_texts
 from forebear.cli.main import run
 from forebear.errors import MismatchError, NonFiniteError
-from forebear.evaluation.comparisons import (
+from forebear.evaluation.common.comparisons import (
     interval_cells,
     listed_values,
     matrix_of,
@@ -24,14 +24,14 @@ from forebear.evaluation.comparisons import (
     score_queries,
     spearman,
 )
-from forebear.evaluation.correlation import correlations
-from forebear.evaluation.near_duplicates import EDITS, edited, near_duplicates, vocabulary
-from forebear.evaluation.randomized import mean_over_seeds, random_retriever, randomized_correlations
-from forebear.evaluation.report import heat_map
-from forebear.evaluation.retrieval_recall import retrieval_recall
-from forebear.evaluation.top_overlap import common_share, depths_of, rows_of_share, top_overlaps
-from forebear.retriever.query_spec import QuerySpec
-from forebear.retriever.search import Ranking
+from forebear.evaluation.measures.correlation import correlations
+from forebear.evaluation.measures.near_duplicates import EDITS, edited, near_duplicates, vocabulary
+from forebear.evaluation.measures.randomized import mean_over_seeds, random_retriever, randomized_correlations
+from forebear.evaluation.measures.recall import retrieval_recall
+from forebear.evaluation.measures.top_overlap import common_share, depths_of, rows_of_share, top_overlaps
+from forebear.evaluation.reports.report import heat_map
+from forebear.retriever.head.search import Ranking
+from forebear.retriever.question.spec import QuerySpec
 
 METHODS = ("nn-cos", "gd", "gc", "if")
 
@@ -114,7 +114,7 @@ def test_correlations_are_scipys_over_the_sampled_rows(retriever, queries, bert_
 
 
 def test_constant_scores_are_left_out_and_counted(retriever, queries, monkeypatch):
-    from forebear.evaluation import correlation
+    from forebear.evaluation.measures import correlation
 
     def scores(_retriever, _queries, spec, rows):
         given = np.arange(3 * len(rows), dtype=float).reshape(3, -1)

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from forebear.errors import InputError, OutputExistsError, StorageError
-from forebear.evaluation import corpus as module
-from forebear.evaluation.corpus import SCHEMA, Corpus, make_corpus, read_grammar, write_corpus
-from forebear.evaluation.overlap import lexical_overlap
+from forebear.evaluation.audits.artifacts.lexical_overlap import lexical_overlap
+from forebear.evaluation.demo import corpus as module
+from forebear.evaluation.demo.corpus import SCHEMA, Corpus, make_corpus, read_grammar, write_corpus
 
 ENTAILED, NOT_ENTAILED = 0, 1
 GOLDEN: list[dict[str, Any]] = [

@@ -13,8 +13,9 @@ from tiny import labels, sentences, write_jsonl
 
 from forebear import Index, InputError, QuerySpec, Retriever
 from forebear.cli.main import run
-from forebear.indexer import curvature as module
-from forebear.indexer.curvature import (
+from forebear.indexer.curvature import head as module
+from forebear.indexer.curvature.damping import refuse_lost_damping, round_up
+from forebear.indexer.curvature.head import (
     class_basis,
     class_curvature,
     class_products,
@@ -22,12 +23,11 @@ from forebear.indexer.curvature import (
     head_hessian,
     head_trace,
 )
-from forebear.indexer.damping import refuse_lost_damping, round_up
-from forebear.indexer.forward import run_forward
-from forebear.indexer.model import load_classifier
-from forebear.retriever import curvature as solving
-from forebear.retriever.curvature import CurvatureSpec
-from forebear.retriever.solvers import LissaSettings
+from forebear.indexer.curvature.solvers import LissaSettings
+from forebear.indexer.model.classifier import load_classifier
+from forebear.indexer.model.forward import run_forward
+from forebear.retriever.question import inverse as solving
+from forebear.retriever.question.inverse import CurvatureSpec
 
 N_ROWS = 40
 TEXTS = sentences(N_ROWS, seed=6)
@@ -62,9 +62,9 @@ def no_pass(monkeypatch) -> None:
     def fail(*args, **kwargs):
         raise AssertionError("rows were run through the model")
 
-    for name in ("forebear.indexer.shards.run_pass", "forebear.indexer.shards.run_forward"):
+    for name in ("forebear.indexer.building.shards.run_pass", "forebear.indexer.building.shards.run_forward"):
         monkeypatch.setattr(name, fail)
-    monkeypatch.setattr("forebear.indexer.ekfac.run_pass", fail)
+    monkeypatch.setattr("forebear.indexer.curvature.ekfac.run_pass", fail)
 
 
 # ---------------------------------------------------------------- at the build
@@ -203,7 +203,7 @@ def test_if_by_cg_at_the_head_is_answered_without_stored_curvature(indexes, tmp_
 
 
 def test_a_question_that_has_no_damping_is_refused_before_the_model_runs(indexes, capsys, monkeypatch):
-    monkeypatch.setattr("forebear.retriever.queries.run_forward", lambda *a, **k: pytest.fail("the model ran"))
+    monkeypatch.setattr("forebear.retriever.head.queries.run_forward", lambda *a, **k: pytest.fail("the model ran"))
     said = refused(capsys, ask(indexes["none"], "--scope", "top-1", "--curvature", "cg"))
     assert "absolute --damping" in said
 
@@ -259,7 +259,7 @@ def test_a_head_too_large_is_refused_before_the_pass_and_resumed_without_curvatu
 ):
     model, out = tiny_model(), tmp_path / "i"
     with monkeypatch.context() as interrupted:  # begun by a version that found the size after the pass
-        interrupted.setattr("forebear.indexer.preflight.check_head_size", lambda *sizes: None)
+        interrupted.setattr("forebear.indexer.building.preflight.check_head_size", lambda *sizes: None)
         interrupted.setattr(module, "MAX_SIZE", 3)
         said = refused(capsys, command(model, train, out))
         assert "--resume" in said
@@ -364,7 +364,7 @@ def wide_model(folder: Path, n_classes: int, width: int) -> Path:
 def test_a_layer_too_wide_for_its_factor_is_refused_before_the_pass(
     tiny_model, train, tmp_path, capsys, monkeypatch, options, limit, said
 ):
-    monkeypatch.setattr("forebear.indexer.preflight.MAX_SIDE", limit)
+    monkeypatch.setattr("forebear.indexer.building.preflight.MAX_SIDE", limit)
     build = command(tiny_model(), train, tmp_path / "i", "--scope", "head,top-1", *options)
     if said is None:
         assert run(build) == 0

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from forebear.errors import DataError
-from forebear.indexer.data import RowSource, open_rows, rows_from_texts
+from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
 
 datasets = pytest.importorskip("datasets")
 

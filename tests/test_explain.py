@@ -31,13 +31,20 @@ from forebear import (
     choose_model,
     rows_from_texts,
 )
-from forebear.cli import console
 from forebear.cli.main import run
-from forebear.evaluation.explain import FORMULAS, Explanation, FoundRow, chosen_methods, default_methods, explain
-from forebear.evaluation.explain_page import check_page, render_page, write_page
-from forebear.evaluation.marks import Piece, list_words, locate, mark, shorten, write_alike
-from forebear.indexer.model import Classifier, make_classifier
-from forebear.retriever.saliency import FORMS, saliency
+from forebear.cli.screen import console
+from forebear.evaluation.explain.explanation import (
+    FORMULAS,
+    Explanation,
+    FoundRow,
+    chosen_methods,
+    default_methods,
+    explain,
+)
+from forebear.evaluation.explain.marks import Piece, list_words, locate, mark, shorten, write_alike
+from forebear.evaluation.explain.page import check_page, render_page, write_page
+from forebear.indexer.model.classifier import Classifier, make_classifier
+from forebear.retriever.saliency.maps import FORMS, saliency
 
 HOSTILE = '<script>alert("x")</script> & <b onclick=go()> the good </style> film'
 NAMES = ["<i>bad</i>", 'good & "great"']
@@ -673,7 +680,7 @@ def test_mistakes_get_one_line_and_exit_code_2(world, capsys, monkeypatch, more,
     def load(*_args: object, **_kwargs: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("forebear.retriever.queries.load_classifier", load)
+    monkeypatch.setattr("forebear.retriever.head.queries.load_classifier", load)
     assert run(args(world, *more)) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")

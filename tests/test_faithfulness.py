@@ -14,8 +14,9 @@ from scipy.stats import spearmanr
 
 from forebear import InputError, QuerySpec
 from forebear.cli.main import run
-from forebear.evaluation import faithfulness
-from forebear.evaluation.faithfulness import (
+from forebear.evaluation.common.span_queries import sample_span_queries, training_spans
+from forebear.evaluation.measures import faithfulness
+from forebear.evaluation.measures.faithfulness import (
     CONTROL,
     METHODS,
     RANDOM,
@@ -24,10 +25,9 @@ from forebear.evaluation.faithfulness import (
     measure_faithfulness,
     variances,
 )
-from forebear.evaluation.span_queries import sample_span_queries, training_spans
-from forebear.indexer.data import rows_from_texts
-from forebear.retriever import queries as models
-from forebear.retriever.span_scores import SpanScores
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.retriever.head import queries as models
+from forebear.retriever.spans.scores import SpanScores
 
 DAMPING = "0.003"
 ROWS = np.arange(0, 60, 6)
@@ -152,7 +152,7 @@ def test_preconditioned_scores_are_those_of_a_dense_hessian(bert_world, plain, s
 
 
 def test_chunks_of_queries_change_nothing(bert_world, scores, monkeypatch):
-    from forebear.retriever import span_scores
+    from forebear.retriever.spans import scores as span_scores
 
     spans, _ = scores
     last, solver = bert_world.retriever.classifier(), question(bert_world).solver

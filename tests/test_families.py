@@ -13,19 +13,19 @@ from tiny import labels, make_tiny_model, sentences
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from forebear.errors import InputError, ModelError
-from forebear.indexer.build import BuildOptions, build_index
-from forebear.indexer.data import rows_from_texts
-from forebear.indexer.encoding import encode
-from forebear.indexer.forward import residual_and_loss, run_forward
-from forebear.indexer.gradients import whole_gradients
+from forebear.indexer.building.build import BuildOptions, build_index
+from forebear.indexer.gradients.scope_probe import check_gradients
+from forebear.indexer.gradients.whole import whole_gradients
 from forebear.indexer.index import Index
-from forebear.indexer.model import Classifier, load_classifier
-from forebear.indexer.runs import choose_model
-from forebear.indexer.scope_probe import check_gradients
-from forebear.indexer.scopes import scope_blocks
-from forebear.indexer.words import word_gradients
+from forebear.indexer.model.classifier import Classifier, load_classifier
+from forebear.indexer.model.encoding import encode
+from forebear.indexer.model.forward import residual_and_loss, run_forward
+from forebear.indexer.model.scopes import scope_blocks
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.training.run import choose_model
+from forebear.indexer.words.gradients import word_gradients
 from forebear.retriever.retriever import Retriever
-from forebear.retriever.saliency import saliency
+from forebear.retriever.saliency.maps import saliency
 
 N_CLASSES = 3
 # Whatever of these a configuration knows, so that one table makes all families tiny.

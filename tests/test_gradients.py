@@ -16,13 +16,13 @@ from tiny import KINDS, labels, make_tiny_model, sentences
 
 from forebear import BuildOptions, InputError, MissingStoreError, ModelError, Retriever, append_rows, build_index
 from forebear.errors import MismatchError
-from forebear.indexer.data import rows_from_texts
-from forebear.indexer.gradients import exact_dots, whole_gradients
-from forebear.indexer.model import Classifier, load_classifier, make_classifier
-from forebear.indexer.runs import choose_model
-from forebear.indexer.scopes import embedding_block, scope_blocks
-from forebear.indexer.tape import _windows
-from forebear.retriever.query_spec import QuerySpec
+from forebear.indexer.gradients.tape import _windows
+from forebear.indexer.gradients.whole import exact_dots, whole_gradients
+from forebear.indexer.model.classifier import Classifier, load_classifier, make_classifier
+from forebear.indexer.model.scopes import embedding_block, scope_blocks
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.training.run import choose_model
+from forebear.retriever.question.spec import QuerySpec
 
 TEXTS = sentences(13, seed=11)
 LABELS = np.array(labels(13, 3))
@@ -581,7 +581,7 @@ def test_an_interrupted_build_resumes_to_the_same_bytes_but_not_with_another_dam
     """The dampings decide the whitened sketches of the pass: with curvature they are no later choice."""
     index, _, _, chosen, options = world
     source = rows_from_texts(sentences(90), labels(90, 3))
-    from forebear.indexer import shards
+    from forebear.indexer.building import shards
 
     real, calls = shards.write_columns, []
 
@@ -624,9 +624,9 @@ def test_rounding_to_fp16_does_not_reorder_nearly_parallel_sketches(world, monke
     """Sketches with one dominant component: fp16 changes their length by more than their cosines differ."""
     from dataclasses import replace
 
-    from forebear.indexer.estimate import Part, estimate
-    from forebear.indexer.sketch import SketchRows
-    from forebear.indexer.store import RowMatrix
+    from forebear.indexer.sketches.candidates import Part, estimate
+    from forebear.indexer.sketches.sketch import SketchRows
+    from forebear.indexer.storage.arrow import RowMatrix
 
     index, _, _, _, _ = world
     rng = np.random.default_rng(0)

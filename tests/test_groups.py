@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from forebear.cli.groups import grouped
+from forebear.cli.options.groups import grouped
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from tiny import labels, make_tiny_model, sentences, write_jsonl
 from forebear import BuildOptions, DataError, InputError, Retriever, build_index, choose_model, open_rows
 from forebear.cli.main import run
 from forebear.errors import MismatchError
-from forebear.evaluation import hans as module
-from forebear.evaluation.artifact_features import measure, negation_feature, overlap_feature
-from forebear.evaluation.hans import audit_hans, hans_report, training_overlap
+from forebear.evaluation.audits.artifacts import hans as module
+from forebear.evaluation.audits.artifacts.features import measure, negation_feature, overlap_feature
+from forebear.evaluation.audits.artifacts.hans import audit_hans, hans_report, training_overlap
 
 NAMES = {2: ["entailment", "non-entailment"], 3: ["contradiction", "entailment", "neutral"]}
 

@@ -32,15 +32,15 @@ from forebear.errors import (
     OutputExistsError,
     StorageError,
 )
-from forebear.indexer import finish as finish_module
-from forebear.indexer.build import BuildOptions, append_rows, build_index, rebuild_ann, retire_rows
-from forebear.indexer.data import RowSource, rows_from_texts
+from forebear.indexer.building import finish as finish_module
+from forebear.indexer.building.build import BuildOptions, append_rows, build_index, rebuild_ann, retire_rows
+from forebear.indexer.building.verify import verify_index
 from forebear.indexer.index import Index
-from forebear.indexer.manifest import read_manifest
-from forebear.indexer.runs import CheckpointPath, Run, RunCheckpoint, choose_model
-from forebear.indexer.sentence import load_sentence_encoder
-from forebear.indexer.verify import verify_index
-from forebear.indexer.word_store import PARTS
+from forebear.indexer.model.sentence_encoder import load_sentence_encoder
+from forebear.indexer.rows.row_source import RowSource, rows_from_texts
+from forebear.indexer.storage.manifest import read_manifest
+from forebear.indexer.training.run import CheckpointPath, Run, RunCheckpoint, choose_model
+from forebear.indexer.words.store import PARTS
 from forebear.retriever.retriever import Retriever
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -161,9 +161,9 @@ def test_every_row_is_stored_once_in_order(pristine: Path) -> None:
 CHILD = """
 import json, sys, time
 import torch
-from forebear.indexer.build import BuildOptions, build_index
-from forebear.indexer.data import rows_from_texts
-from forebear.indexer.runs import CheckpointPath
+from forebear.indexer.building.build import BuildOptions, build_index
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.training.run import CheckpointPath
 
 task = json.loads(sys.argv[1])
 torch.set_num_threads(task["threads"])
@@ -366,7 +366,7 @@ def test_a_resumed_build_may_take_another_damping(
     """A damping that turns out to be too small is found after the pass; the pass is not lost."""
     too_small = BuildOptions(**(vars(choices["options"]) | {"dampings": ("1e-30",)}))
     with monkeypatch.context() as strict:
-        strict.setattr("forebear.indexer.curvature.MIN_RECIPROCAL_CONDITION", 0.5)
+        strict.setattr("forebear.indexer.curvature.head.MIN_RECIPROCAL_CONDITION", 0.5)
         with pytest.raises(InputError, match="too small"):
             build_index(rows(), tmp_path / "index", choices["checkpoints"], too_small)
     shard = tmp_path / "index" / "rows" / "00000.arrow"
@@ -904,7 +904,7 @@ def test_the_golden_indexes_are_small_and_whole(name: str) -> None:
 
 
 def test_a_manifest_of_another_version_is_refused_in_one_line(whole: Path) -> None:
-    from forebear.indexer.manifest import digest_of
+    from forebear.indexer.storage.manifest import digest_of
 
     path = whole / "manifest.json"
     content = json.loads(path.read_text())

@@ -13,12 +13,12 @@ import pytest
 import torch
 from conftest import ROW_METHODS, World, error
 
-from forebear.indexer.build import BuildOptions, build_index
-from forebear.indexer.data import rows_from_texts
+from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.index import Index
-from forebear.indexer.runs import choose_model
-from forebear.retriever.methods import METHODS
-from forebear.retriever.query_spec import QuerySpec
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.training.run import choose_model
+from forebear.retriever.question.methods import METHODS
+from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 
 TOLERANCE = 1e-5

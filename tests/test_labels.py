@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from forebear.errors import DataError
-from forebear.indexer.data import RowSource, open_rows, rows_from_texts
-from forebear.indexer.labels import classes_for, collapse_to_binary_nli, label_map
+from forebear.indexer.rows.labels import classes_for, collapse_to_binary_nli, label_map
+from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
 
 MNLI = ("entailment", "neutral", "contradiction")
 HANS = ("entailment", "non-entailment")

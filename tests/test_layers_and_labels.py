@@ -15,9 +15,9 @@ from tiny import labels, make_tiny_model, sentences, write_jsonl
 
 from forebear import BuildOptions, DataError, InputError, MismatchError, Retriever, build_index, choose_model, open_rows
 from forebear.cli.main import run
-from forebear.evaluation.cancellation import cancellation, parameter_groups, row_gradient_norms
-from forebear.evaluation.comparisons import sample_queries
-from forebear.evaluation.mislabelled import (
+from forebear.evaluation.common.comparisons import sample_queries
+from forebear.evaluation.measures.cancellation import cancellation, parameter_groups, row_gradient_norms
+from forebear.evaluation.measures.mislabelled import (
     auc_and_interval,
     mislabelled,
     neighbour_disagreement,
@@ -26,7 +26,7 @@ from forebear.evaluation.mislabelled import (
     true_labels_of,
     wrong_rows_of,
 )
-from forebear.evaluation.saliency_consistency import (
+from forebear.evaluation.measures.saliency_consistency import (
     INFLUENCE_SHARES,
     ROLES,
     influence_of,
@@ -38,13 +38,13 @@ from forebear.evaluation.saliency_consistency import (
     without_piece,
     word_starts,
 )
-from forebear.indexer.data import rows_from_texts
-from forebear.indexer.encoding import encode_with_places
-from forebear.indexer.gradients import whole_gradients
-from forebear.indexer.model import load_classifier
-from forebear.indexer.scopes import scope_blocks
-from forebear.retriever.query_spec import QuerySpec
-from forebear.retriever.saliency import saliency
+from forebear.indexer.gradients.whole import whole_gradients
+from forebear.indexer.model.classifier import load_classifier
+from forebear.indexer.model.encoding import encode_with_places
+from forebear.indexer.model.scopes import scope_blocks
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.saliency.maps import saliency
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def slow_consistency(world):
 
 
 def test_consistency_is_that_of_a_slow_loop(bert_world, retriever, queries, monkeypatch):
-    from forebear.evaluation import saliency_consistency as module
+    from forebear.evaluation.measures import saliency_consistency as module
 
     monkeypatch.setattr(module, "OVERLAP_SHARES", ("0.01", "0.1", "0.2", "0.5"))  # of 60 rows
     spec = QuerySpec(methods=("gd", "if"), curvature="identity")  # H = I: both are gd

@@ -11,14 +11,14 @@ import pyarrow as pa
 from tiny import labels, make_tiny_model, sentences, write_jsonl
 
 from forebear.cli.main import run
-from forebear.evaluation import agreement
-from forebear.indexer import row_facts
-from forebear.indexer.build import BuildOptions, build_index
-from forebear.indexer.data import rows_from_texts
+from forebear.evaluation.measures import agreement
+from forebear.indexer.building import row_facts
+from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.index import Index
-from forebear.indexer.runs import choose_model
-from forebear.retriever import results
-from forebear.retriever.query_spec import QuerySpec
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.training.run import choose_model
+from forebear.retriever.answers import results
+from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 
 FEW, MANY = 100, 800

@@ -11,10 +11,10 @@ from tiny import labels, sentences, write_jsonl
 
 from forebear.cli.main import run
 from forebear.errors import DataError, ModelError
-from forebear.indexer.data import open_rows, rows_from_texts
 from forebear.indexer.index import Index
-from forebear.indexer.pretrained import trainer_checkpoints, trainer_rates
-from forebear.indexer.runs import choose_model
+from forebear.indexer.model.pretrained import trainer_checkpoints, trainer_rates
+from forebear.indexer.rows.row_source import open_rows, rows_from_texts
+from forebear.indexer.training.run import choose_model
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_one_text_or_a_table_are_no_list_of_texts():
 
 
 def test_a_file_in_place_of_a_model_is_refused(tmp_path, tiny_model):
-    from forebear.indexer.model import load_classifier
+    from forebear.indexer.model.classifier import load_classifier
 
     with pytest.raises(ModelError, match="is a file"):
         load_classifier(tiny_model() + "/config.json")

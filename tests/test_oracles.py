@@ -19,8 +19,8 @@ from conftest import DAMPINGS, World, error
 from torch import nn
 
 from forebear.errors import InputError
-from forebear.indexer.build import BuildOptions, build_index
-from forebear.indexer.curvature import (
+from forebear.indexer.building.build import BuildOptions, build_index
+from forebear.indexer.curvature.head import (
     HeadCurvature,
     absolute_damping,
     class_basis,
@@ -30,12 +30,12 @@ from forebear.indexer.curvature import (
     probabilities_from_residuals,
     refit_head,
 )
-from forebear.indexer.data import rows_from_texts
-from forebear.indexer.forward import residual_and_loss
-from forebear.indexer.runs import choose_model
-from forebear.retriever.methods import METHODS
+from forebear.indexer.model.forward import residual_and_loss
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.training.run import choose_model
+from forebear.retriever.head.scoring import Query, Term, exact_scores, term_scores
+from forebear.retriever.question.methods import METHODS
 from forebear.retriever.retriever import Retriever
-from forebear.retriever.scoring import Query, Term, exact_scores, term_scores
 
 WORLDS = [("bert", 2, False, 2), ("roberta", 3, True, 3), ("distilbert", 3, False, 2), ("electra", 2, True, 2)]
 NAMES = [f"{kind}-{c}-{'pairs' if pairs else 'single'}" for kind, c, pairs, _ in WORLDS]

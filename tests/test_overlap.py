@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from forebear.errors import DataError, InputError, NonFiniteError
-from forebear.evaluation.overlap import bootstrap_interval, lexical_overlap, mean_and_error
+from forebear.evaluation.audits.artifacts.lexical_overlap import bootstrap_interval, lexical_overlap, mean_and_error
 
 MNLI = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnli10k" / "train.parquet"
 

@@ -14,11 +14,11 @@ from tiny import labels, make_tiny_model, sentences, write_jsonl
 
 from forebear import BuildOptions, InputError, Retriever, build_index, rows_from_texts
 from forebear.cli.main import run
-from forebear.evaluation.perturb_choice import Chooser
-from forebear.evaluation.perturb_spec import STRATEGIES, PerturbSpec, Queries, make_queries
-from forebear.evaluation.wordnet import WordNet
-from forebear.indexer.forward import run_forward
-from forebear.indexer.runs import choose_model
+from forebear.evaluation.perturb.choice import Chooser
+from forebear.evaluation.perturb.spec import STRATEGIES, PerturbSpec, Queries, make_queries
+from forebear.evaluation.perturb.wordnet import WordNet
+from forebear.indexer.model.forward import run_forward
+from forebear.indexer.training.run import choose_model
 
 TEXTS, LABELS = sentences(40, seed=3, low=3), labels(40)
 TESTS, GOLD = sentences(9, seed=21, low=3, high=6), np.array(labels(9, seed=4))
@@ -397,7 +397,7 @@ def test_fix_adds_changed_rows_for_dev_rows_that_are_wrong(retriever, folder, fi
 
 
 def test_a_run_that_was_killed_goes_on_and_gives_the_same(folder, files, tmp_path, monkeypatch):
-    from forebear.evaluation.recipe_head import HeadRecipe
+    from forebear.evaluation.retraining.recipe_head import HeadRecipe
 
     train, calls = HeadRecipe.train, []
 

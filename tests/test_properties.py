@@ -17,13 +17,13 @@ from conftest import ROW_METHODS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from forebear.indexer.build import BuildOptions, append_rows, build_index, retire_rows
-from forebear.indexer.data import rows_from_texts
+from forebear.indexer.building.build import BuildOptions, append_rows, build_index, retire_rows
 from forebear.indexer.index import Index
-from forebear.indexer.runs import choose_model
-from forebear.retriever.methods import METHODS
-from forebear.retriever.query_spec import QuerySpec
-from forebear.retriever.results import Answers
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.training.run import choose_model
+from forebear.retriever.answers.results import Answers
+from forebear.retriever.question.methods import METHODS
+from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 
 DEEP_METHODS = ("gd", "gc", "if", "rif", "tracin")

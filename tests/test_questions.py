@@ -13,10 +13,10 @@ from tiny import sentences, write_jsonl
 
 from forebear import Index, QuerySpec, Retriever
 from forebear.cli.main import run
-from forebear.evaluation.comparisons import Queries, provenance, question, score_queries
-from forebear.indexer.spans import Span
-from forebear.retriever.search import Ranking, join
-from forebear.retriever.solvers import HAN20
+from forebear.evaluation.common.comparisons import Queries, provenance, question, score_queries
+from forebear.indexer.curvature.solvers import HAN20
+from forebear.indexer.spans.finders import Span
+from forebear.retriever.head.search import Ranking, join
 
 
 def digest(retriever: Retriever, **choices: object) -> str:

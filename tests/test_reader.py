@@ -11,8 +11,8 @@ import transformers
 from tiny import make_tiny_model
 
 from forebear import InputError, ModelError, NonFiniteError
-from forebear.indexer.reader import QUESTIONS, Reader, best_answer, load_reader, read_aspect
-from forebear.indexer.spans import Span, span_finder
+from forebear.indexer.spans.aspect_reader import QUESTIONS, Reader, best_answer, load_reader, read_aspect
+from forebear.indexer.spans.finders import Span, span_finder
 
 TEXT = "the music is very good. the film is dull and slow. the actor saw a bright red doctor"
 
@@ -135,7 +135,7 @@ def test_the_best_answer_keeps_order_length_and_ties():
 
 
 def test_as_an_option_of_spans_rows_are_read_once(folder, monkeypatch):
-    from forebear.indexer import reader as module
+    from forebear.indexer.spans import aspect_reader as module
 
     made = stub(folder, "dull and slow")
     monkeypatch.setattr(module, "load_reader", lambda _name: made)

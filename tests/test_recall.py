@@ -14,18 +14,18 @@ from tiny import labels, make_tiny_model, sentences, write_jsonl
 import forebear
 from forebear import BuildOptions, Index, InputError, QuerySpec, Retriever, build_index
 from forebear.cli.main import run
-from forebear.indexer import calibrate as calibrating
-from forebear.indexer import projector as projecting
-from forebear.indexer.build import append_rows, retire_rows
-from forebear.indexer.calibrate import calibrate_scope
-from forebear.indexer.conformal import least_share, supported_recall
-from forebear.indexer.data import rows_from_texts
-from forebear.indexer.estimate import Part
-from forebear.indexer.manifest import read_manifest
-from forebear.indexer.runs import choose_model
+from forebear.conformal import least_share, supported_recall
+from forebear.indexer.building import calibrate as calibrating
+from forebear.indexer.building.build import append_rows, retire_rows
+from forebear.indexer.building.calibrate import calibrate_scope
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.sketches import projector as projecting
+from forebear.indexer.sketches.candidates import Part
+from forebear.indexer.storage.manifest import read_manifest
+from forebear.indexer.training.run import choose_model
 from forebear.retriever.coverage import question_facts
-from forebear.retriever.methods import METHODS
-from forebear.retriever.query_gradients import Asked
+from forebear.retriever.deep.query_gradients import Asked
+from forebear.retriever.question.methods import METHODS
 
 SCOPE = "all"
 HELD_OUT = sentences(80, seed=30)
@@ -374,7 +374,7 @@ def test_candidates_for_if_under_another_solver_come_from_its_solutions(many_row
 @pytest.mark.parametrize("choices", OTHERS)
 def test_candidates_for_rif_under_another_solver_come_from_both_sketches(few_rows, choices, monkeypatch):
     """From whitened sketches alone .69 (lissa) and .84 (cg) of the top 10, from solutions alone 1.0 and .53."""
-    monkeypatch.setattr("forebear.retriever.gradients.SELF_ROWS", 256)  # right-hand sides of one solution
+    monkeypatch.setattr("forebear.retriever.deep.search.SELF_ROWS", 256)  # right-hand sides of one solution
     how = ITERATED | {"lissa": "han20,depth=4"} | choices
     queries = HELD_OUT[:6]
     found = measured(few_rows, "rif", queries, recall=0.8, **how)

@@ -19,17 +19,17 @@ from tiny import labels, sentences, write_jsonl
 
 from forebear.cli.main import run
 from forebear.errors import InputError
-from forebear.evaluation.comparisons import Queries, sample_queries
-from forebear.evaluation.deletion_curve import measure_deletion
-from forebear.evaluation.lds import Lds, lds_report, measure_lds
-from forebear.evaluation.recipes import open_retrainer
-from forebear.evaluation.removal import Removal, _removal_tables, measure_removal, seeds_of
-from forebear.evaluation.retraining import Job, Retrainer, TrainingRows
-from forebear.evaluation.retraining_loss import measure_retraining_loss
-from forebear.evaluation.row_choice import amounts_of, least_overlap, row_scores, rows_at, sides_of
-from forebear.indexer.data import open_rows
-from forebear.indexer.forward import run_forward
-from forebear.retriever.query_spec import QuerySpec
+from forebear.evaluation.common.comparisons import Queries, sample_queries
+from forebear.evaluation.retraining.deletion_curve import measure_deletion
+from forebear.evaluation.retraining.jobs import Job, Retrainer, TrainingRows
+from forebear.evaluation.retraining.lds import Lds, lds_report, measure_lds
+from forebear.evaluation.retraining.recipes import open_retrainer
+from forebear.evaluation.retraining.removal import Removal, _removal_tables, measure_removal, seeds_of
+from forebear.evaluation.retraining.retraining_loss import measure_retraining_loss
+from forebear.evaluation.retraining.row_choice import amounts_of, least_overlap, row_scores, rows_at, sides_of
+from forebear.indexer.model.forward import run_forward
+from forebear.indexer.rows.row_source import open_rows
+from forebear.retriever.question.spec import QuerySpec
 
 N, Q = 60, 5
 
@@ -359,7 +359,7 @@ def test_each_command_writes_a_report_and_repeats_it_from_its_cache(
     def refuse(*_args):
         raise AssertionError("a finished job was trained again")
 
-    monkeypatch.setattr("forebear.evaluation.recipes.HeadRecipe.train", refuse)
+    monkeypatch.setattr("forebear.evaluation.retraining.recipes.HeadRecipe.train", refuse)
     assert run([*args, "--out", str(tmp_path / "b")]) == 0
     second = json.loads((tmp_path / "b" / "result.json").read_text())
     del first["provenance"]["command"], second["provenance"]["command"]

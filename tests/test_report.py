@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from forebear.cli import tables
+from forebear.cli.screen import tables
 from forebear.errors import InputError, NonFiniteError, OutputExistsError, StorageError
-from forebear.evaluation import report as module
-from forebear.evaluation.report import (
+from forebear.evaluation.reports import report as module
+from forebear.evaluation.reports.report import (
     REPORT_FILES,
     Figure,
     Group,
@@ -337,7 +337,7 @@ def test_drawing_with_code_or_links_is_refused(svg: str) -> None:
 
 def test_importing_the_module_is_cheap() -> None:
     code = (
-        "import sys, forebear.evaluation.report; "
+        "import sys, forebear.evaluation.reports.report; "
         "heavy = {'matplotlib', 'jinja2', 'torch', 'transformers'} & set(sys.modules); "
         "sys.exit(str(heavy) if heavy else 0)"
     )

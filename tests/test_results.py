@@ -12,17 +12,17 @@ import pytest
 from conftest import N_QUERIES, N_ROWS
 
 from forebear.cli.main import run
-from forebear.indexer import spans
-from forebear.indexer.build import BuildOptions, build_index
-from forebear.indexer.data import rows_from_texts
-from forebear.indexer.encoding import MaskedRows, tokenize
-from forebear.indexer.runs import choose_model
-from forebear.indexer.spans import find_spans, mask_found, span_finder
-from forebear.retriever.methods import METHODS, pick_methods
-from forebear.retriever.query_spec import QuerySpec
-from forebear.retriever.results import queries_together
+from forebear.indexer.building.build import BuildOptions, build_index
+from forebear.indexer.model.encoding import MaskedRows, tokenize
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.spans import finders as spans
+from forebear.indexer.spans.finders import find_spans, mask_found, span_finder
+from forebear.indexer.training.run import choose_model
+from forebear.retriever.answers.results import queries_together
+from forebear.retriever.answers.signs import SignCounts, is_crossed, note_of
+from forebear.retriever.question.methods import METHODS, pick_methods
+from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
-from forebear.retriever.signs import SignCounts, is_crossed, note_of
 
 ASKED = ("gc", "if", "nn-euc", "tracin-we", "if++")
 LONG_TEXT = pa.dictionary(pa.int32(), pa.large_string())
@@ -32,7 +32,7 @@ SMALL = {"TABLE_RESULTS": 7, "TABLE_TEXT_BYTES": 60, "ANSWER_BYTES": 1}
 @pytest.fixture
 def small(monkeypatch):
     """Shrink a limit of what is held together, by name."""
-    return lambda name: monkeypatch.setattr(f"forebear.retriever.results.{name}", SMALL[name])
+    return lambda name: monkeypatch.setattr(f"forebear.retriever.answers.results.{name}", SMALL[name])
 
 
 def tables_of(world, methods=ASKED, top=4):
@@ -107,8 +107,8 @@ def test_a_file_is_written_part_by_part(suffix, bert_world, tmp_path, monkeypatc
         small(name)
     monkeypatch.setitem(SMALL, "TABLE_RESULTS", 500)
     small("TABLE_RESULTS")
-    monkeypatch.setattr("forebear.retriever.results.TABLE_TEXT_BYTES", 1 << 20)
-    monkeypatch.setattr("forebear.retriever.result_file._LINES", 3)
+    monkeypatch.setattr("forebear.retriever.answers.results.TABLE_TEXT_BYTES", 1 << 20)
+    monkeypatch.setattr("forebear.retriever.answers.result_file._LINES", 3)
     test = tmp_path / "test.jsonl"
     test.write_text("".join(json.dumps({"text": text}) + "\n" for text in bert_world.queries))
     out = tmp_path / f"a.{suffix}"

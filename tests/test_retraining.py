@@ -17,16 +17,16 @@ from tiny import labels, make_tiny_model, sentences
 from torch import nn
 
 from forebear.errors import InputError, MismatchError, NonFiniteError
-from forebear.evaluation.recipe_full import Start
-from forebear.evaluation.recipe_top import epoch_batches
-from forebear.evaluation.recipes import find_run, open_retrainer
-from forebear.evaluation.retraining import Job, Outcome, Retrainer, TrainingRows, within_budget
-from forebear.indexer.build import BuildOptions, build_index, retire_rows
-from forebear.indexer.data import rows_from_texts
-from forebear.indexer.forward import run_forward
-from forebear.indexer.model import load_classifier
-from forebear.indexer.runs import choose_model
-from forebear.indexer.training import TrainOptions, train
+from forebear.evaluation.retraining.jobs import Job, Outcome, Retrainer, TrainingRows, within_budget
+from forebear.evaluation.retraining.recipe_full import Start
+from forebear.evaluation.retraining.recipe_top import epoch_batches
+from forebear.evaluation.retraining.recipes import find_run, open_retrainer
+from forebear.indexer.building.build import BuildOptions, build_index, retire_rows
+from forebear.indexer.model.classifier import load_classifier
+from forebear.indexer.model.forward import run_forward
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.training.fine_tuning import TrainOptions, train
+from forebear.indexer.training.run import choose_model
 from forebear.retriever.retriever import Retriever
 
 N = 48

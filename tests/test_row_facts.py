@@ -15,13 +15,13 @@ from tiny import WORDS, labels, make_tiny_model, sentences, write_jsonl
 from transformers import AutoTokenizer
 
 from forebear.errors import ModelError
-from forebear.indexer.build import BuildOptions, append_rows, build_index, retire_rows
-from forebear.indexer.data import open_rows, rows_from_texts
-from forebear.indexer.encoding import tokenize
+from forebear.indexer.building.build import BuildOptions, append_rows, build_index, retire_rows
+from forebear.indexer.building.row_facts import Reading, RowFacts, count_reading, row_facts
 from forebear.indexer.index import Index
-from forebear.indexer.row_facts import Reading, RowFacts, count_reading, row_facts
-from forebear.indexer.runs import choose_model
-from forebear.indexer.training import TrainOptions, train
+from forebear.indexer.model.encoding import tokenize
+from forebear.indexer.rows.row_source import open_rows, rows_from_texts
+from forebear.indexer.training.fine_tuning import TrainOptions, train
+from forebear.indexer.training.run import choose_model
 
 
 def forebear(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -124,7 +124,7 @@ def test_unknown_words_and_cut_rows_are_counted_and_remarked_on(tmp_path):
 
 def test_of_many_test_rows_the_first_are_looked_at_once_before_the_work(tmp_path, monkeypatch, capsys):
     from forebear.cli import main as command
-    from forebear.indexer import row_facts as module
+    from forebear.indexer.building import row_facts as module
     from forebear.retriever.retriever import Retriever
 
     index = tmp_path / "i"
@@ -211,7 +211,7 @@ def test_a_model_without_its_tokenizer_files_is_refused_by_the_command(command, 
 
 
 def test_the_sentence_model_needs_its_tokenizer_too(tmp_path):
-    from forebear.indexer.sentence import load_sentence_encoder
+    from forebear.indexer.model.sentence_encoder import load_sentence_encoder
 
     with pytest.raises(ModelError, match="holds no vocabulary"):
         load_sentence_encoder(str(without_tokenizer(make_tiny_model(tmp_path / "m"))))

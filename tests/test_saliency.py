@@ -13,10 +13,10 @@ from tiny import KINDS, labels, make_tiny_model, sentences
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from forebear.errors import InputError, ModelError, NonFiniteError
-from forebear.indexer import encoding as module
-from forebear.indexer.model import Classifier, make_classifier, resolve_model_name
-from forebear.indexer.pretrained import load_pretrained
-from forebear.retriever.saliency import FORMS, saliency
+from forebear.indexer.model import encoding as module
+from forebear.indexer.model.classifier import Classifier, make_classifier, resolve_model_name
+from forebear.indexer.model.pretrained import load_pretrained
+from forebear.retriever.saliency.maps import FORMS, saliency
 
 TIMES, SUMMED = FORMS
 N = 11

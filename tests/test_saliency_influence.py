@@ -11,13 +11,13 @@ import transformers
 from tiny import KINDS, labels, make_tiny_model, sentences
 
 from forebear import BuildOptions, InputError, Retriever, build_index, rows_from_texts
-from forebear.indexer.model import Classifier, load_classifier, make_classifier
-from forebear.indexer.runs import choose_model
-from forebear.indexer.scopes import scope_blocks
-from forebear.indexer.spans import Span
-from forebear.retriever.saliency import saliency
-from forebear.retriever.saliency_gradients import saliency_gradients, salient_words
-from forebear.retriever.spans import WORD_ROWS
+from forebear.indexer.model.classifier import Classifier, load_classifier, make_classifier
+from forebear.indexer.model.scopes import scope_blocks
+from forebear.indexer.spans.finders import Span
+from forebear.indexer.training.run import choose_model
+from forebear.retriever.saliency.gradients import saliency_gradients, salient_words
+from forebear.retriever.saliency.maps import saliency
+from forebear.retriever.spans.search import WORD_ROWS
 
 TEXTS, LABELS = sentences(24, seed=3, low=3), labels(24)
 QUERIES = ["the good film was dull", "a sad story"]

@@ -13,15 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from forebear.indexer import ann as ann_module
-from forebear.indexer import derived
-from forebear.indexer.ann import Vectors, build_ann, read_ann, write_ann
-from forebear.indexer.curvature import HeadCurvature
-from forebear.indexer.derived import ScanTable, by_falling, read_scan_table, row_norms, write_scan_table
-from forebear.indexer.store import RowMatrix
-from forebear.retriever.methods import METHODS
-from forebear.retriever.scoring import Query, Term
-from forebear.retriever.search import (
+from forebear.indexer.curvature.head import HeadCurvature
+from forebear.indexer.storage import ann as ann_module
+from forebear.indexer.storage import scan_table as derived
+from forebear.indexer.storage.ann import Vectors, build_ann, read_ann, write_ann
+from forebear.indexer.storage.arrow import RowMatrix
+from forebear.indexer.storage.scan_table import ScanTable, by_falling, read_scan_table, row_norms, write_scan_table
+from forebear.retriever.head.scoring import Query, Term
+from forebear.retriever.head.search import (
     Ranking,
     RowFactors,
     Scan,
@@ -29,6 +28,7 @@ from forebear.retriever.search import (
     search_full,
     search_scan,
 )
+from forebear.retriever.question.methods import METHODS
 
 N, H, C, Q, K = 1500, 12, 3, 24, 7
 BLOCK_ROWS = 128

@@ -17,15 +17,22 @@ import transformers
 from tiny import labels, make_tiny_model, sentences
 
 from forebear.errors import NonFiniteError, StorageError
-from forebear.indexer import estimate as estimating
-from forebear.indexer import projector as projecting
-from forebear.indexer.ekfac import Ekfac, EkfacBlock, KroneckerFactors, fit_factors
-from forebear.indexer.estimate import GradientStore, Part, Proposal, estimate, propose
-from forebear.indexer.gradient_pass import Collector, labels_seed, run_pass
-from forebear.indexer.model import load_classifier
-from forebear.indexer.projector import PlainProjector, WhiteProjector, draw_bases, read_plain_projector, write_bases
-from forebear.indexer.scopes import Block, scope_blocks
-from forebear.indexer.sketch import (
+from forebear.indexer.curvature.ekfac import Ekfac, EkfacBlock, KroneckerFactors, fit_factors
+from forebear.indexer.gradients.gradient_pass import Collector, labels_seed, run_pass
+from forebear.indexer.gradients.tape import LayerFactors, Tape
+from forebear.indexer.model.classifier import load_classifier
+from forebear.indexer.model.scopes import Block, scope_blocks
+from forebear.indexer.sketches import candidates as estimating
+from forebear.indexer.sketches import projector as projecting
+from forebear.indexer.sketches.candidates import GradientStore, Part, Proposal, estimate, propose
+from forebear.indexer.sketches.projector import (
+    PlainProjector,
+    WhiteProjector,
+    draw_bases,
+    read_plain_projector,
+    write_bases,
+)
+from forebear.indexer.sketches.sketch import (
     RawSketches,
     Reduction,
     Sketcher,
@@ -36,8 +43,7 @@ from forebear.indexer.sketch import (
     sketch_rows,
     write_reduction,
 )
-from forebear.indexer.store import RowMatrix
-from forebear.indexer.tape import LayerFactors, Tape
+from forebear.indexer.storage.arrow import RowMatrix
 
 TEXTS = sentences(11, seed=21)
 LABELS = np.array(labels(11, 3))

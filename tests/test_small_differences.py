@@ -15,13 +15,13 @@ import torch
 from tiny import labels, make_tiny_model, sentences
 from torch import nn
 
-from forebear.indexer.ekfac import Ekfac, dot, fit_ekfac
-from forebear.indexer.encoding import Encoded, encode
-from forebear.indexer.gradients import exact_dots, summed_gradients, whole_gradients
-from forebear.indexer.model import Classifier, load_classifier
-from forebear.indexer.projector import PlainProjector, Projector, WhiteProjector, draw_bases
-from forebear.indexer.scopes import Block, scope_blocks
-from forebear.indexer.sketch import Reduction, Sketcher, sketch_rows
+from forebear.indexer.curvature.ekfac import Ekfac, dot, fit_ekfac
+from forebear.indexer.gradients.whole import exact_dots, summed_gradients, whole_gradients
+from forebear.indexer.model.classifier import Classifier, load_classifier
+from forebear.indexer.model.encoding import Encoded, encode
+from forebear.indexer.model.scopes import Block, scope_blocks
+from forebear.indexer.sketches.projector import PlainProjector, Projector, WhiteProjector, draw_bases
+from forebear.indexer.sketches.sketch import Reduction, Sketcher, sketch_rows
 
 N_ROWS, N_QUERIES = 12, 3
 ROUNDING = 4e-7  # of g: what one float32 forward and backward pass leaves uncertain

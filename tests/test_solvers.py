@@ -17,12 +17,12 @@ import transformers
 from tiny import labels, make_tiny_model, sentences
 
 from forebear.errors import CorruptIndexError, InputError, NonFiniteError
-from forebear.indexer.ekfac import Ekfac, class_square_root, fit_ekfac, read_ekfac, write_ekfac
-from forebear.indexer.model import Classifier, make_classifier
-from forebear.indexer.products import GaussNewton, HessianProduct
-from forebear.indexer.scopes import Block, scope_blocks
-from forebear.indexer.store import write_columns
-from forebear.retriever.solvers import HAN20, PEZ21, LissaSettings, conjugate_gradients, lissa
+from forebear.indexer.curvature.ekfac import Ekfac, class_square_root, fit_ekfac, read_ekfac, write_ekfac
+from forebear.indexer.curvature.products import GaussNewton, HessianProduct
+from forebear.indexer.curvature.solvers import HAN20, PEZ21, LissaSettings, conjugate_gradients, lissa
+from forebear.indexer.model.classifier import Classifier, make_classifier
+from forebear.indexer.model.scopes import Block, scope_blocks
+from forebear.indexer.storage.arrow import write_columns
 
 TEXTS = sentences(9, seed=4, low=2, high=8)
 QUERY = "bert.encoder.layer.1.attention.self.query"
@@ -260,7 +260,7 @@ def test_products_refuse_numbers_that_are_not_finite(three):
 
 def test_a_product_that_runs_out_of_memory_begins_the_batch_again(three, monkeypatch):
     """Nothing of the failed batch may be counted twice."""
-    from forebear.indexer import products
+    from forebear.indexer.curvature import products
 
     blocks = three.blocks("top-1", True)
     vectors = random_vectors(blocks, 2)

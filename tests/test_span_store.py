@@ -29,13 +29,14 @@ from forebear import (
 )
 from forebear.cli.main import run
 from forebear.errors import CorruptIndexError, DataError, MismatchError, NonFiniteError
-from forebear.evaluation.comparisons import Queries
-from forebear.evaluation.row_choice import row_scores
-from forebear.indexer import shards, span_store
-from forebear.indexer.data import rows_from_texts
-from forebear.indexer.runs import choose_model
-from forebear.indexer.store import read_batches, write_table
-from forebear.indexer.verify import verify_index
+from forebear.evaluation.common.comparisons import Queries
+from forebear.evaluation.retraining.row_choice import row_scores
+from forebear.indexer.building import shards
+from forebear.indexer.building.verify import verify_index
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.spans import store as span_store
+from forebear.indexer.storage.arrow import read_batches, write_table
+from forebear.indexer.training.run import choose_model
 from forebear.retriever.coverage import question_facts
 
 N = 26
@@ -128,7 +129,7 @@ def test_at_the_head_stored_spans_give_the_full_answer_without_the_model(index, 
     asked = sentences(5, 50)
     full = Retriever(without).retrieve(asked, exact="full", **ask)
     retriever = Retriever(index)
-    monkeypatch.setattr("forebear.retriever.gradients.exact_dots", None)  # no row goes through the model
+    monkeypatch.setattr("forebear.retriever.deep.search.exact_dots", None)  # no row goes through the model
     found = retriever.retrieve(asked, **ask)
     assert results(found) == results(full)
     np.testing.assert_allclose(found["score"], full["score"], rtol=2e-4, atol=1e-6)

@@ -25,19 +25,19 @@ from torch import nn
 
 from forebear import BuildOptions, DataError, InputError, ModelError, QuerySpec, Retriever, build_index, retire_rows
 from forebear.cli.main import run
-from forebear.indexer import gradients as module
-from forebear.indexer.data import rows_from_texts
-from forebear.indexer.encoding import Encoded
-from forebear.indexer.gradients import exact_dots, whole_gradients
-from forebear.indexer.model import Classifier, load_classifier, make_classifier
-from forebear.indexer.projector import PlainProjector, draw_bases
-from forebear.indexer.runs import choose_model
-from forebear.indexer.scopes import scope_blocks
-from forebear.indexer.sketch import Reduction, Sketcher, sketch_rows
-from forebear.indexer.spans import Span, find_spans, mask_spans, span_finder, split_text
-from forebear.indexer.tape import Tape
-from forebear.retriever.gradients import GradientSearch
-from forebear.retriever.spans import span_rows
+from forebear.indexer.gradients import whole as module
+from forebear.indexer.gradients.tape import Tape
+from forebear.indexer.gradients.whole import exact_dots, whole_gradients
+from forebear.indexer.model.classifier import Classifier, load_classifier, make_classifier
+from forebear.indexer.model.encoding import Encoded
+from forebear.indexer.model.scopes import scope_blocks
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.sketches.projector import PlainProjector, draw_bases
+from forebear.indexer.sketches.sketch import Reduction, Sketcher, sketch_rows
+from forebear.indexer.spans.finders import Span, find_spans, mask_spans, span_finder, split_text
+from forebear.indexer.training.run import choose_model
+from forebear.retriever.deep.search import GradientSearch
+from forebear.retriever.spans.search import span_rows
 
 DAMPING = "0.05"
 BY_SPANS = ["if+", "if++", "tracin+", "tracin++"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from forebear.errors import InputError, NonFiniteError
-from forebear.evaluation.statistics import difference_table, mean_of, paired_difference
+from forebear.evaluation.common.statistics import difference_table, mean_of, paired_difference
 
 
 def test_mean_has_scipys_standard_error_and_bootstrap_interval() -> None:

@@ -14,18 +14,21 @@ import pytest
 from tiny import labels, make_tiny_model, sentences
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from forebear.indexer import earlier_rows, encoding, refit, shards, span_store
-from forebear.indexer import model as model_module
-from forebear.indexer.build import BuildOptions, append_rows, build_index, refit_index
-from forebear.indexer.data import rows_from_texts
-from forebear.indexer.encoding import Encoded, distinct_rows
-from forebear.indexer.forward import run_forward
-from forebear.indexer.gradient_stage import sketch_folders
+from forebear.indexer.building import refit, shards
+from forebear.indexer.building.build import BuildOptions, append_rows, build_index, refit_index
+from forebear.indexer.gradients import earlier_rows
 from forebear.indexer.index import Index
-from forebear.indexer.model import load_classifier
-from forebear.indexer.runs import choose_model
-from forebear.indexer.sentence import SentenceEncoder
-from forebear.indexer.sketch import Sketches
+from forebear.indexer.model import classifier as model_module
+from forebear.indexer.model import encoding
+from forebear.indexer.model.classifier import load_classifier
+from forebear.indexer.model.encoding import Encoded, distinct_rows
+from forebear.indexer.model.forward import run_forward
+from forebear.indexer.model.sentence_encoder import SentenceEncoder
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.sketches.fitting import sketch_folders
+from forebear.indexer.sketches.sketch import Sketches
+from forebear.indexer.spans import store as span_store
+from forebear.indexer.training.run import choose_model
 from forebear.retriever.retriever import Retriever
 
 TWINS = [3, 11, 29, 47]

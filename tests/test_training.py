@@ -21,13 +21,13 @@ from forebear.errors import (
     OutputExistsError,
     StorageError,
 )
-from forebear.indexer import training
-from forebear.indexer.data import RowSource, rows_from_texts
-from forebear.indexer.forward import run_forward
-from forebear.indexer.model import load_classifier
-from forebear.indexer.runs import Run, choose_model, read_run
-from forebear.indexer.start import freeze_below
-from forebear.indexer.training import IGNORED, TrainOptions, mean_loss, train
+from forebear.indexer.model.classifier import load_classifier
+from forebear.indexer.model.forward import run_forward
+from forebear.indexer.rows.row_source import RowSource, rows_from_texts
+from forebear.indexer.training import fine_tuning as training
+from forebear.indexer.training.fine_tuning import IGNORED, TrainOptions, mean_loss, train
+from forebear.indexer.training.run import Run, choose_model, read_run
+from forebear.indexer.training.start import freeze_below
 
 N_ROWS = 44  # with batches of 8: 6 steps an epoch, the last of 4 rows
 NAMES = ("negative", "positive")

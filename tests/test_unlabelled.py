@@ -11,10 +11,10 @@ from tiny import labels, sentences, write_jsonl
 
 from forebear.cli.main import run
 from forebear.errors import DataError, InputError
-from forebear.evaluation.artifact import groups_of
-from forebear.indexer.data import open_rows, rows_from_texts
+from forebear.evaluation.audits.artifacts.regression import groups_of
 from forebear.indexer.index import Index
-from forebear.indexer.labels import UNKNOWN, classes_for, label_map
+from forebear.indexer.rows.labels import UNKNOWN, classes_for, label_map
+from forebear.indexer.rows.row_source import open_rows, rows_from_texts
 
 NLI = ["entailment", "-", "neutral", "contradiction", "-", "neutral"]
 

@@ -15,15 +15,15 @@ from test_words import ALL, ETAS, GRADIENTS, MODES, TOP, World, ask, assert_ends
 
 from forebear import BuildOptions, InputError, MissingStoreError, Retriever, append_rows
 from forebear.errors import CorruptIndexError, MismatchError, StorageError
-from forebear.indexer import word_store as module
-from forebear.indexer.build import retire_rows
-from forebear.indexer.data import rows_from_texts
+from forebear.indexer.building.build import retire_rows
+from forebear.indexer.building.verify import verify_index
 from forebear.indexer.index import Index
-from forebear.indexer.manifest import digest_of
-from forebear.indexer.store import column, read_batches, write_columns
-from forebear.indexer.verify import verify_index
-from forebear.indexer.word_store import PARTS, merge_runs, read_word_store, write_run
-from forebear.indexer.words import PRECISIONS, WordRows, encode_vectors
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.storage.arrow import column, read_batches, write_columns
+from forebear.indexer.storage.manifest import digest_of
+from forebear.indexer.words import store as module
+from forebear.indexer.words.gradients import PRECISIONS, WordRows, encode_vectors
+from forebear.indexer.words.store import PARTS, merge_runs, read_word_store, write_run
 
 ROUNDING = {"fp32": 1e-6, "fp16": 1e-3, "int8": 3e-2}  # of a vector of 16 numbers, as a share of its length
 FULL = ROUNDING | {"fp32": 1e-5}  # of scores; the models' own rounding included

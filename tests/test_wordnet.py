@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from forebear import DataError, InputError
-from forebear.evaluation.wordnet import DEBIAN_FOLDER, WordNet
+from forebear.evaluation.perturb.wordnet import DEBIAN_FOLDER, WordNet
 
 # Part of speech: synsets as (key, words, antonyms as (place here, key there, place there)).
 SYNSETS = {

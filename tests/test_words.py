@@ -21,10 +21,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 
 from forebear import BuildOptions, InputError, QuerySpec, Retriever, build_index
-from forebear.indexer.data import rows_from_texts
-from forebear.indexer.runs import choose_model
-from forebear.retriever import words as module
-from forebear.retriever.vocabulary import frequent_tokens, token_texts
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.training.run import choose_model
+from forebear.retriever.words import search as module
+from forebear.retriever.words.vocabulary import frequent_tokens, token_texts
 
 ETAS = (0.5, 0.25)
 TOP = 4  # positions kept a row

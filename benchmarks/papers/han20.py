@@ -13,19 +13,19 @@ from setups import PAPER_DAMPING, asked, parsed, retrainer, source_of, store, te
 from tables import cell, table
 
 from forebear import QuerySpec, Retriever
-from forebear.evaluation.artifact import regress_artifact
-from forebear.evaluation.artifact_features import has_negation
-from forebear.evaluation.comparisons import Queries
-from forebear.evaluation.hans import training_overlap
-from forebear.evaluation.removal import measure_removal, over_seeds, seeds_of
-from forebear.evaluation.row_choice import SIDES, amounts_of, row_scores
-from forebear.evaluation.saliency_consistency import (
+from forebear.evaluation.audits.artifacts.features import has_negation
+from forebear.evaluation.audits.artifacts.hans import training_overlap
+from forebear.evaluation.audits.artifacts.regression import regress_artifact
+from forebear.evaluation.common.comparisons import Queries
+from forebear.evaluation.measures.saliency_consistency import (
     INFLUENCE_SHARES,
     OVERLAP_SHARES,
     ROLES,
     pooled_mean,
     saliency_consistency,
 )
+from forebear.evaluation.retraining.removal import measure_removal, over_seeds, seeds_of
+from forebear.evaluation.retraining.row_choice import SIDES, amounts_of, row_scores
 
 DAMPINGS = (PAPER_DAMPING, "0.1x")
 TESTS = {"sst2": "sst2/dev.parquet", "mnli10k": "hans_small/test.parquet"}

@@ -15,11 +15,11 @@ from setups import asked, dev_rows, parsed, retrainer, source_of, store, test_ro
 from tables import cell, table
 
 from forebear import Retriever
-from forebear.evaluation.perturb import Evaluation, perturb
-from forebear.evaluation.perturb_choice import Chooser
-from forebear.evaluation.perturb_spec import STRATEGIES, PerturbSpec, Queries, What, make_queries
-from forebear.evaluation.wordnet import WordNet
-from forebear.indexer.gradients import live_sample
+from forebear.evaluation.perturb.choice import Chooser
+from forebear.evaluation.perturb.experiment import Evaluation, perturb
+from forebear.evaluation.perturb.spec import STRATEGIES, PerturbSpec, Queries, What, make_queries
+from forebear.evaluation.perturb.wordnet import WordNet
+from forebear.indexer.gradients.whole import live_sample
 
 # Accuracy in % after 1, 2, 6, 10 and 20 rows were changed for each test row.
 ATTACK_ROWS = (1, 2, 6, 10, 20)

@@ -15,13 +15,13 @@ from setups import DATA, PAPER_DAMPING, asked, parsed, retrainer, source_of, sto
 from tables import cell, table
 
 from forebear import QuerySpec, Retriever
-from forebear.evaluation.correlation import correlations
-from forebear.evaluation.hans import audit_hans
-from forebear.evaluation.near_duplicates import near_duplicates
-from forebear.evaluation.randomized import mean_over_seeds, randomized_correlations
-from forebear.evaluation.removal import measure_removal, over_seeds, seeds_of
-from forebear.evaluation.row_choice import row_scores
-from forebear.indexer.data import open_rows
+from forebear.evaluation.audits.artifacts.hans import audit_hans
+from forebear.evaluation.measures.correlation import correlations
+from forebear.evaluation.measures.near_duplicates import near_duplicates
+from forebear.evaluation.measures.randomized import mean_over_seeds, randomized_correlations
+from forebear.evaluation.retraining.removal import measure_removal, over_seeds, seeds_of
+from forebear.evaluation.retraining.row_choice import row_scores
+from forebear.indexer.rows.row_source import open_rows
 
 METHODS = ("nn-euc", "nn-cos", "nn-dot", "if", "rep", "rif", "gd", "gc")
 TESTS = {"sst2": "sst2/dev.parquet", "mnli10k": "mnli10k/dev.parquet"}

@@ -24,10 +24,10 @@ from common import DATA, ROOT, run, write_result
 from tables import Table
 
 from forebear import Retriever
-from forebear.evaluation.comparisons import Queries, sample_queries
-from forebear.evaluation.recipes import open_retrainer
-from forebear.evaluation.retraining import Retrainer
-from forebear.indexer.data import open_rows
+from forebear.evaluation.common.comparisons import Queries, sample_queries
+from forebear.evaluation.retraining.jobs import Retrainer
+from forebear.evaluation.retraining.recipes import open_retrainer
+from forebear.indexer.rows.row_source import open_rows
 
 RUNS = ROOT / "runs" / "bench"
 DEV = {"sst2": "dev", "mnli10k": "dev", "agnews": "test"}

@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 from common import DATA, ROOT, run, write_result
 
 from forebear import Index, QuerySpec, Retriever
-from forebear.evaluation.agreement import measure_agreement
-from forebear.evaluation.faithfulness import measure_faithfulness
-from forebear.evaluation.span_queries import sample_span_queries
-from forebear.indexer.data import open_rows
-from forebear.retriever.results import Answers
+from forebear.evaluation.common.span_queries import sample_span_queries
+from forebear.evaluation.measures.agreement import measure_agreement
+from forebear.evaluation.measures.faithfulness import measure_faithfulness
+from forebear.indexer.rows.row_source import open_rows
+from forebear.retriever.answers.results import Answers
 
 METHODS = ("if", "if+", "if++", "tracin-f", "tracin+", "tracin++")
 AT = (10, 100)

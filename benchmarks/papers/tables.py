@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from forebear.evaluation.statistics import mean_of
+from forebear.evaluation.common.statistics import mean_of
 
 
 class Table(dict[str, Any]):

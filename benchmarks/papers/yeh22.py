@@ -13,10 +13,10 @@ from setups import asked, dev_rows, parsed, retrainer, store, test_rows
 from tables import cell, table
 
 from forebear import QuerySpec, Retriever
-from forebear.evaluation.cancellation import cancellation as measure_cancellation
-from forebear.evaluation.deletion_curve import measure_deletion
-from forebear.evaluation.removal import seeds_of
-from forebear.evaluation.row_choice import least_overlap, row_scores
+from forebear.evaluation.measures.cancellation import cancellation as measure_cancellation
+from forebear.evaluation.retraining.deletion_curve import measure_deletion
+from forebear.evaluation.retraining.removal import seeds_of
+from forebear.evaluation.retraining.row_choice import least_overlap, row_scores
 
 # AUC-DEL+ and AUC-DEL- on AG News (BERT-small), and on Toxicity (RoBERTa) where the rows share no words.
 DELETION = {

@@ -21,12 +21,12 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from forebear import BuildOptions, Index, QuerySpec, Retriever, TrainOptions, build_index, train
-from forebear.evaluation.cancellation import cancellation as measure_cancellation
-from forebear.evaluation.deletion_curve import measure_deletion
-from forebear.evaluation.removal import seeds_of
-from forebear.evaluation.row_choice import row_scores
-from forebear.indexer.data import open_rows
-from forebear.indexer.runs import choose_model
+from forebear.evaluation.measures.cancellation import cancellation as measure_cancellation
+from forebear.evaluation.retraining.deletion_curve import measure_deletion
+from forebear.evaluation.retraining.removal import seeds_of
+from forebear.evaluation.retraining.row_choice import row_scores
+from forebear.indexer.rows.row_source import open_rows
+from forebear.indexer.training.run import choose_model
 
 VOCABULARY = 10_000
 EMBEDDING = 128

@@ -9,8 +9,10 @@ import sys
 
 import typer
 
-from forebear.cli import audit, demo, evaluate, explain, index, inspect, perturb, report, retrieve, train
-from forebear.cli.console import ERR
+from forebear.cli.commands import demo, explain, index, inspect, perturb, report, retrieve, train
+from forebear.cli.commands.audit import hans as audit
+from forebear.cli.commands.evaluate import group as evaluate
+from forebear.cli.screen.console import ERR
 from forebear.cli.workers import end_with_parent, stop_workers
 from forebear.errors import ForebearError
 

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from forebear.cli.console import warn
+from forebear.cli.screen.console import warn
 from forebear.errors import InputError
 
 PARENT = "FOREBEAR_WORKER_OF"  # environment variable: process id of the command that started a worker

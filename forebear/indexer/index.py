@@ -14,19 +14,19 @@ import pyarrow as pa
 from scipy import sparse
 
 from forebear.errors import CorruptIndexError, InputError, MissingStoreError
-from forebear.indexer.ann import AnnIndex, read_ann
-from forebear.indexer.curvature import HeadCurvature, head_trace
-from forebear.indexer.derived import ScanTable, read_scan_table
-from forebear.indexer.ekfac import Ekfac, read_ekfac
-from forebear.indexer.estimate import GradientStore, Proposal
-from forebear.indexer.gradient_stage import curvature_name
-from forebear.indexer.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
-from forebear.indexer.row_texts import RowTexts, text_list
-from forebear.indexer.sketch import MAP_NAME, gradient_folder, read_reduction
-from forebear.indexer.span_store import SPANS, SpanStore, masked_folder, read_spans, span_gradients
-from forebear.indexer.store import MEND, RowMatrix, column, file_sha256, read_batches
-from forebear.indexer.word_store import PARTS, WordStore, read_word_store, words_folder
-from forebear.indexer.words import offsets
+from forebear.indexer.curvature.ekfac import Ekfac, read_ekfac
+from forebear.indexer.curvature.head import HeadCurvature, head_trace
+from forebear.indexer.sketches.candidates import GradientStore, Proposal
+from forebear.indexer.sketches.fitting import curvature_name
+from forebear.indexer.sketches.sketch import MAP_NAME, gradient_folder, read_reduction
+from forebear.indexer.spans.store import SPANS, SpanStore, masked_folder, read_spans, span_gradients
+from forebear.indexer.storage.ann import AnnIndex, read_ann
+from forebear.indexer.storage.arrow import MEND, RowMatrix, column, file_sha256, read_batches
+from forebear.indexer.storage.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
+from forebear.indexer.storage.row_texts import RowTexts, text_list
+from forebear.indexer.storage.scan_table import ScanTable, read_scan_table
+from forebear.indexer.words.gradients import offsets
+from forebear.indexer.words.store import PARTS, WordStore, read_word_store, words_folder
 
 
 class Index:

@@ -8,13 +8,12 @@ from typing import Any
 
 from forebear.errors import InputError
 from forebear.indexer.index import Index
-from forebear.indexer.manifest import FitAge
-from forebear.indexer.spans import GIVEN, check_same_finder
-from forebear.retriever.aggregate import check_linear
-from forebear.retriever.methods import METHODS, Method
-from forebear.retriever.queries import method_facts
-from forebear.retriever.query_spec import QuerySpec
-from forebear.retriever.recall import (
+from forebear.indexer.spans.finders import GIVEN, check_same_finder
+from forebear.indexer.storage.manifest import FitAge
+from forebear.retriever.head.aggregate import check_linear
+from forebear.retriever.head.queries import method_facts
+from forebear.retriever.question.methods import METHODS, Method
+from forebear.retriever.question.recall import (
     NOT_RERANKED,
     PROVEN,
     deep_recall,
@@ -24,7 +23,8 @@ from forebear.retriever.recall import (
     stores_spans,
     with_note,
 )
-from forebear.retriever.words import words_top
+from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.words.search import words_top
 
 
 def is_deep(method: Method, spec: QuerySpec) -> bool:

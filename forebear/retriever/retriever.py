@@ -12,36 +12,36 @@ import numpy as np
 import pyarrow as pa
 
 from forebear.errors import InputError
-from forebear.indexer.data import RowSource, rows_from_texts
-from forebear.indexer.encoding import Encoded, Texts
-from forebear.indexer.forward import Forward
 from forebear.indexer.index import Index
-from forebear.indexer.labels import LabelMap
-from forebear.indexer.model import Classifier
-from forebear.indexer.spans import Span, span_finder
-from forebear.retriever.aggregate import common_class, read_rows, sum_queries
-from forebear.retriever.certify import certify, check_certifiable
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.encoding import Encoded, Texts
+from forebear.indexer.model.forward import Forward
+from forebear.indexer.rows.labels import LabelMap
+from forebear.indexer.rows.row_source import RowSource, rows_from_texts
+from forebear.indexer.spans.finders import Span, span_finder
+from forebear.retriever.answers.results import Answers, answer_tables, queries_together
+from forebear.retriever.answers.scores import Scores
 from forebear.retriever.coverage import (
     available_methods,
     check_stores,
     is_deep,
     question_facts,
 )
-from forebear.retriever.curvature import CurvatureSpec
-from forebear.retriever.gradients import GradientSearch
-from forebear.retriever.methods import METHODS, Method
-from forebear.retriever.queries import Models, ask, make_query
-from forebear.retriever.query_gradients import Asked as DeepAsked
-from forebear.retriever.query_rows import check_texts, query_labels
-from forebear.retriever.query_spec import DEFAULT_METHODS, Exactness, QuerySpec
-from forebear.retriever.recall import n_candidates, settled, stores_spans
-from forebear.retriever.results import Answers, answer_tables, queries_together
-from forebear.retriever.scores import Scores
-from forebear.retriever.search import Ranking
-from forebear.retriever.spans import SpanSearch, word_influence
-from forebear.retriever.stored import row_factors, search_query, search_stored
-from forebear.retriever.tfidf import TfidfSearch
-from forebear.retriever.words import WordSearch
+from forebear.retriever.deep.certify import certify, check_certifiable
+from forebear.retriever.deep.query_gradients import Asked as DeepAsked
+from forebear.retriever.deep.search import GradientSearch
+from forebear.retriever.head.aggregate import common_class, read_rows, sum_queries
+from forebear.retriever.head.queries import Models, ask, make_query
+from forebear.retriever.head.search import Ranking
+from forebear.retriever.head.stored import row_factors, search_query, search_stored
+from forebear.retriever.question.inverse import CurvatureSpec
+from forebear.retriever.question.methods import METHODS, Method
+from forebear.retriever.question.query_rows import check_texts, query_labels
+from forebear.retriever.question.recall import n_candidates, settled, stores_spans
+from forebear.retriever.question.spec import DEFAULT_METHODS, Exactness, QuerySpec
+from forebear.retriever.spans.search import SpanSearch, word_influence
+from forebear.retriever.words.search import WordSearch
+from forebear.retriever.words.tfidf import TfidfSearch
 
 QUERY_BLOCK_ROWS = 512
 

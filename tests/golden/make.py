@@ -32,9 +32,9 @@ def main() -> None:
     import transformers
     from tiny import make_tiny_model
 
-    from forebear.indexer.build import BuildOptions, build_index
-    from forebear.indexer.data import rows_from_texts
-    from forebear.indexer.runs import choose_model
+    from forebear.indexer.building.build import BuildOptions, build_index
+    from forebear.indexer.rows.row_source import rows_from_texts
+    from forebear.indexer.training.run import choose_model
     from forebear.retriever.retriever import Retriever
 
     for name in ("model", "index"):
@@ -64,9 +64,9 @@ def make_words() -> None:
     os.chdir(HERE)
     import torch
 
-    from forebear.indexer.build import BuildOptions, build_index
-    from forebear.indexer.data import rows_from_texts
-    from forebear.indexer.runs import choose_model
+    from forebear.indexer.building.build import BuildOptions, build_index
+    from forebear.indexer.rows.row_source import rows_from_texts
+    from forebear.indexer.training.run import choose_model
     from forebear.retriever.retriever import Retriever
 
     shutil.rmtree("words", ignore_errors=True)

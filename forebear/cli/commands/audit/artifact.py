@@ -1,0 +1,146 @@
+"""``forebear audit overlap``, ``negation`` and ``artifact``: does an artifact go with influence?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from forebear.cli.options.asking import (
+    IndexOptions,
+    QuestionOptions,
+    ReportOptions,
+    SampleOptions,
+    TestOptions,
+    command_line,
+    default_methods,
+    make_spec,
+    open_queries,
+    open_retriever,
+)
+from forebear.cli.options.groups import grouped
+from forebear.cli.screen.console import Variadic
+
+if TYPE_CHECKING:
+    from forebear.evaluation.audits.artifacts.features import Feature
+    from forebear.retriever.retriever import Retriever
+
+_HOW = """For each test row, over all training rows: artifact = a z^2 + b z + c, z the z-normalised influence. a above
+0: rows of large influence hold more of it than the rest. By predicted label, with 95% intervals."""
+OVERLAP_HELP = f"""Are the most influential training rows those of high lexical overlap?
+
+{_HOW}
+
+Examples:
+
+    forebear audit overlap --index runs/nli-index --test hans_small.parquet --out runs/overlap-audit
+
+    forebear audit overlap --index I --test hans.parquet --method if,gd --damping 0.1x --queries 300 --out A
+"""
+NEGATION_HELP = f"""Are the most influential training rows those with a negation?
+
+{_HOW} Artifact: 1 where a text holds no, not, n't, never, none, nobody, nothing, neither, nor, nowhere, without or
+cannot, else 0.
+
+Example:
+
+    forebear audit negation --index I --test hans_negated.parquet --out A
+"""
+ARTIFACT_HELP = f"""Are the most influential training rows those on which a function of yours is high?
+
+{_HOW} The function is called with a dictionary of a row's texts by column, and returns a number.
+
+Example:
+
+    forebear audit artifact --feature length.py:n_words --index I --test dev.csv --out A
+"""
+Method = Annotated[
+    list[str] | None, typer.Option("--method", help="Methods that score rows.  [default: if]", show_default=False)
+]
+NegationColumn = Annotated[
+    str | None, typer.Option("--column", help="The text that is looked at. Default: the last.", show_default=False)
+]
+FeatureOption = Annotated[str, typer.Option("--feature", help="FILE.py:function.", show_default=False)]
+
+
+def register(audits: typer.Typer) -> None:
+    """Add the commands to the group."""
+    audits.command("overlap", help=OVERLAP_HELP, cls=Variadic)(overlap)
+    audits.command("negation", help=NEGATION_HELP, cls=Variadic)(negation)
+    audits.command("artifact", help=ARTIFACT_HELP, cls=Variadic)(artifact)
+
+
+@grouped(queries=100)
+def overlap(
+    at: IndexOptions,
+    tested: TestOptions,
+    asked: QuestionOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
+    method: Method = None,
+) -> None:
+    """See OVERLAP_HELP."""
+    from forebear.evaluation.audits.artifacts.features import overlap_feature
+
+    retriever = open_retriever(at, report)
+    feature = overlap_feature(retriever.index.manifest.spec.text_columns)
+    _audit(retriever, feature, method, asked, tested, sample, report)
+
+
+@grouped(queries=100)
+def negation(
+    at: IndexOptions,
+    tested: TestOptions,
+    asked: QuestionOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
+    column: NegationColumn = None,
+    method: Method = None,
+) -> None:
+    """See NEGATION_HELP."""
+    from forebear.evaluation.audits.artifacts.features import negation_feature
+
+    retriever = open_retriever(at, report)
+    feature = negation_feature(retriever.index.manifest.spec.text_columns, column)
+    _audit(retriever, feature, method, asked, tested, sample, report)
+
+
+@grouped(queries=100)
+def artifact(
+    at: IndexOptions,
+    tested: TestOptions,
+    feature: FeatureOption,
+    asked: QuestionOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
+    method: Method = None,
+) -> None:
+    """See ARTIFACT_HELP."""
+    from forebear.evaluation.audits.artifacts.features import user_feature
+
+    retriever = open_retriever(at, report)
+    measured = user_feature(feature, retriever.index.manifest.spec.text_columns)
+    _audit(retriever, measured, method, asked, tested, sample, report)
+
+
+def _audit(
+    retriever: Retriever,
+    feature: Feature,
+    method: Sequence[str] | None,
+    asked: QuestionOptions,
+    tested: TestOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
+) -> None:
+    """Regress a feature on the influence of all training rows; show and write the report."""
+    from forebear.evaluation.audits.artifacts.features import measure
+    from forebear.evaluation.audits.artifacts.regression import regress_artifact
+    from forebear.evaluation.audits.artifacts.regression_report import artifact_report
+
+    spec = make_spec(retriever, method or default_methods(retriever, ["if"], asked), asked, quiet=report.quiet)
+    values = measure(retriever.index, feature)
+    queries = open_queries(retriever, tested, sample, spec)
+    with report.progress() as progress:
+        found = regress_artifact(retriever, queries, spec, values, progress=progress)
+    report.finish(*artifact_report(found, feature, values, retriever, queries, spec, sample.seed, command_line()))

@@ -1,0 +1,70 @@
+"""``forebear demo``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from forebear.cli.options.shared import Device, Force, Quiet
+from forebear.cli.screen.console import OUT, progress_bar, say
+from forebear.cli.screen.tables import show_table
+
+if TYPE_CHECKING:
+    from forebear.evaluation.reports.report import Group, Passage
+
+HELP = """See the whole of it, offline: train, index, retrieve, audit, report, on a small corpus with planted faults.
+
+The corpus is generated here: sentence pairs with a lexical-overlap artifact and a family of wrong labels planted in
+the training rows. The demo ends by saying whether attribution found them; exit code 1 if it did not.
+
+Example: forebear demo --out runs/demo
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("demo", help=HELP)(demo)
+
+
+def demo(
+    out: Annotated[str, typer.Option("--out", help="Folder for data, run, index and report.")] = "runs/demo",
+    seed: Annotated[int, typer.Option("--seed", help="Of the corpus and the training.")] = 0,
+    device: Device = "auto",
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See HELP."""
+    from forebear.evaluation.demo.run import run_demo
+
+    with progress_bar(quiet=quiet) as progress:
+        outcome = run_demo(
+            out, seed=seed, device=device, force=force, progress=progress, say=lambda line: say(line, quiet=quiet)
+        )
+    report = outcome.report
+    for group in report.groups[:1]:
+        show_group(group)
+    OUT.print(report.summary, markup=False)
+    show_table(report.tables[0])
+    say(f"every method, every table and the rows themselves: {outcome.page}", quiet=quiet)
+    say(f"ask more: forebear retrieve --index {out}/index --test {out}/data/probe.parquet --method gc,if", quiet=quiet)
+    if not outcome.found:
+        raise typer.Exit(1)
+
+
+def show_group(group: Group) -> None:
+    """Print a query and the first rows behind its answer."""
+    OUT.print(group.title, style="bold", markup=False)
+    if group.query is not None:
+        _show_passage(group.query)
+    for passage in group.passages[:3]:
+        _show_passage(passage)
+    OUT.print()
+
+
+def _show_passage(passage: Passage) -> None:
+    facts = ", ".join(f"{name} {value}" for name, value in passage.facts.items())
+    note = f"  [{passage.note}]" if passage.note else ""
+    OUT.print(f"  {passage.heading}: {facts}{note}", markup=False)
+    for text in passage.texts.values():
+        OUT.print(f"    {text}", markup=False)

@@ -1,0 +1,345 @@
+"""``forebear evaluate``: the evaluations that retrain the model without some of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from forebear.cli.options.asking import (
+    IndexOptions,
+    Methods,
+    QuestionOptions,
+    ReportOptions,
+    SampleOptions,
+    SpanOptions,
+    TestOptions,
+    command_line,
+    integers,
+    open_retriever,
+    say_what_was_fitted,
+)
+from forebear.cli.options.groups import grouped
+from forebear.cli.screen.console import Variadic, listed, warn
+from forebear.cli.workers import Workers, start_workers
+
+if TYPE_CHECKING:
+    from forebear.evaluation.common.comparisons import Queries
+    from forebear.evaluation.reports.report import Report
+    from forebear.evaluation.retraining.jobs import Retrainer
+    from forebear.retriever.answers.scores import Scores
+    from forebear.retriever.question.spec import QuerySpec
+    from forebear.retriever.retriever import Retriever
+
+_HOW = """--retrain full fine-tunes as the run did. Stand-ins: top-K trains the last K layers from stored states, at K
+layers' share of the cost; head fits the last layer to stored features, in about a second. Finished retrainings are
+kept (--cache): after a kill the same command goes on, and --workers share them.
+"""
+REMOVAL_HELP = f"""How does the confidence change without the rows that a method names, after retraining?
+
+For each test row: without the top, bottom, least influential and random rows; the change of the probability of the
+class that the same seed's retraining on all rows predicts.
+
+{_HOW}
+Examples:
+
+    forebear evaluate removal --index I --test dev.csv --method if,gc,nn-cos --share 0.1 --queries 50 --out R
+
+    forebear evaluate removal --index I --test dev.csv --method if --remove 50,500 --retrain top-2 --budget 400
+"""
+DELETION_HELP = f"""DEL+ and DEL-: the gold class's probability without the top k proponents or opponents, retrained.
+
+{_HOW}
+Examples:
+
+    forebear evaluate deletion-curve --index I --test dev.csv --method tracin-we,tracin-last --queries 30 --out R
+
+    forebear evaluate deletion-curve --index I --test dev.csv --method tracin-we --no-overlap 2000 --remove 10,50,100
+"""
+LOSS_HELP = f"""How much accuracy is lost without the rows of largest score summed over the queries, retrained? (Ral)
+
+Accuracy is measured on all test rows; scores are summed over a sample of them. Beside it: random rows.
+
+{_HOW}
+Example:
+
+    forebear evaluate retraining-loss --index I --test test.csv --method if,if++,tracin++ --share 0.2,0.5 --queries 200
+"""
+LDS_HELP = f"""Linear datamodeling score: do summed scores foretell what models trained on random halves say?
+
+{_HOW}
+Example:
+
+    forebear evaluate lds --index I --test dev.csv --method if,gd,tracin --subsets 100 --retrain top-2 --seeds 2
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmountOptions:
+    """How many rows are removed."""
+
+    remove: Annotated[
+        list[str] | None, typer.Option("--remove", help="Numbers of rows to remove.", show_default=False)
+    ] = None
+    share: Annotated[
+        list[str] | None, typer.Option("--share", help="Shares of all rows to remove, such as 0.1.", show_default=False)
+    ] = None
+
+    def of(self, n_rows: int, default: Sequence[str]) -> tuple[int, ...]:
+        """Numbers of rows to remove of ``n_rows``."""
+        from forebear.evaluation.retraining.row_choice import amounts_of
+
+        return amounts_of(integers("--remove", self.remove), listed(self.share), n_rows, default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainOptions:
+    """How the model is retrained, and how often."""
+
+    retrain: Annotated[str, typer.Option("--retrain", help="full, top-K (such as top-2), or head.")] = "head"
+    seeds: Annotated[int, typer.Option("--seeds", help="Retrainings of each kind; for head one is enough.")] = 5
+    l2: Annotated[float, typer.Option("--l2", help="For --retrain head: weight of half the squared norm.")] = 0.01
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            "--budget", help="Models to train at most: what is compared is sampled.", show_default=False, min=1
+        ),
+    ] = None
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", help="Folder of finished retrainings. Default: INDEX-retraining.", show_default=False),
+    ] = None
+    workers: Workers = 1
+    run: Annotated[
+        str | None,
+        typer.Option("--run", help="The training run. Default: where the index's model lies.", show_default=False),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions:
+    """What all four commands are given."""
+
+    at: IndexOptions
+    tested: TestOptions
+    method: Methods = None
+    asked: QuestionOptions
+    spans: SpanOptions
+    how: RetrainOptions
+    sample: SampleOptions
+    report: ReportOptions
+
+    def open(self, *, need_labels: bool = False) -> _Opened:
+        """Open everything, after seeing that the report can be written."""
+        from forebear.evaluation.common.comparisons import sample_queries
+        from forebear.evaluation.common.span_queries import sample_span_queries
+        from forebear.evaluation.retraining.row_choice import removal_methods
+        from forebear.retriever.question.spec import QuerySpec
+
+        retriever, seed = open_retriever(self.at, self.report), self.sample.seed
+        methods = removal_methods(retriever, listed(self.method))
+        spec = retriever.settled(QuerySpec(methods=methods, **asdict(self.asked), **self.spans.choices(retriever)))
+        retriever.check_stores(spec.check(), spec)
+        say_what_was_fitted(retriever, spec, quiet=self.report.quiet)
+        labelled = need_labels or self.asked.target == "gold"
+        source = self.tested.open(self.tested.test, retriever, need_labels=labelled)
+        start_workers(self.how.workers, self.cache)
+        return _Opened(
+            given=self,
+            retriever=retriever,
+            spec=spec,
+            queries=sample_span_queries(retriever, source, spec, self.sample.queries, seed, need_labels=labelled),
+            every=sample_queries(retriever, source, 0, seed, need_labels=labelled),
+        )
+
+    @property
+    def cache(self) -> Path:
+        """Folder of finished retrainings."""
+        return (
+            Path(self.how.cache) if self.how.cache is not None else Path(f"{Path(self.at.index).resolve()}-retraining")
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """The same, opened.
+
+    Attributes:
+        given: The options.
+        retriever: Over the index.
+        spec: The question.
+        queries: Test rows that scores are computed for.
+        every: All test rows.
+    """
+
+    given: AskOptions
+    retriever: Retriever
+    spec: QuerySpec
+    queries: Queries
+    every: Queries
+
+    @property
+    def n_live(self) -> int:
+        """Rows of the index that are not retired."""
+        return len(self.retriever.index.live)
+
+    def scores(self) -> Scores:
+        """Of all live rows, by method."""
+        from forebear.evaluation.retraining.row_choice import row_scores
+
+        return row_scores(self.retriever, self.queries, self.spec)
+
+    def open_retrainer(self, rows: Queries) -> Retrainer:
+        """A retrainer whose models are asked about some test rows."""
+        from forebear.evaluation.retraining.recipes import open_retrainer
+
+        how, device = self.given.how, self.given.at.device
+        return open_retrainer(
+            self.retriever, how.retrain, rows.texts, self.given.cache, run=how.run, l2=how.l2, device=device
+        )
+
+    def seeds(self, retrainer: Retrainer) -> tuple[int, ...]:
+        """Of the retrainings."""
+        from forebear.evaluation.retraining.removal import seeds_of
+
+        return seeds_of(retrainer, self.given.how.seeds, self.given.sample.seed)
+
+    def finish(
+        self, make_report: Callable[..., tuple[Report, dict[str, Any]]], found: Any, retrainer: Retrainer
+    ) -> None:
+        """Say which files of the cache were damaged; write and show the report."""
+        for line in retrainer.warnings:
+            warn(line)
+        seed = self.given.sample.seed
+        page = make_report(found, self.retriever, self.queries, self.spec, retrainer, seed, command_line())
+        self.given.report.finish(*page)
+
+
+def register(evaluations: typer.Typer) -> None:
+    """Add the commands to the group."""
+    for name, help_text, command in (
+        ("removal", REMOVAL_HELP, removal),
+        ("deletion-curve", DELETION_HELP, deletion_curve),
+        ("retraining-loss", LOSS_HELP, retraining_loss),
+        ("lds", LDS_HELP, lds),
+    ):
+        evaluations.command(name, help=help_text, cls=Variadic)(command)
+
+
+@grouped(queries=50)
+def removal(
+    given: AskOptions,
+    amounts: AmountOptions,
+    sides: Annotated[
+        list[str] | None,
+        typer.Option("--sides", help="top, bottom, least. Default: all three.", show_default=False),
+    ] = None,
+) -> None:
+    """See REMOVAL_HELP."""
+    from forebear.evaluation.retraining.removal import measure_removal, removal_report
+    from forebear.evaluation.retraining.row_choice import sides_of
+
+    opened = given.open()
+    remove, chosen_sides = amounts.of(opened.n_live, ["0.1"]), sides_of(listed(sides))
+    retrainer = opened.open_retrainer(opened.queries)
+    with given.report.progress() as progress:
+        found = measure_removal(
+            retrainer,
+            opened.scores(),
+            remove,
+            opened.seeds(retrainer),
+            sides=chosen_sides,
+            budget=given.how.budget,
+            seed=given.sample.seed,
+            progress=progress,
+        )
+    opened.finish(removal_report, found, retrainer)
+
+
+@grouped(queries=30, target="gold")
+def deletion_curve(
+    given: AskOptions,
+    amounts: AmountOptions,
+    no_overlap: Annotated[
+        int | None,
+        typer.Option(
+            "--no-overlap",
+            help="Only so many rows of least tf-idf overlap with the test row may be removed.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """See DELETION_HELP."""
+    from forebear.evaluation.retraining.deletion_curve import deletion_report, measure_deletion
+    from forebear.evaluation.retraining.row_choice import least_overlap
+
+    opened = given.open(need_labels=True)
+    assert opened.queries.labels is not None
+    candidates = None if no_overlap is None else least_overlap(opened.retriever, opened.queries, no_overlap)
+    n_rows = opened.n_live if no_overlap is None else no_overlap
+    remove = amounts.of(n_rows, [str(k) for k in range(10, 101, 10)])
+    retrainer = opened.open_retrainer(opened.queries)
+    with given.report.progress() as progress:
+        found = measure_deletion(
+            retrainer,
+            opened.scores(),
+            opened.queries.labels,
+            remove,
+            opened.seeds(retrainer),
+            candidates=candidates,
+            budget=given.how.budget,
+            seed=given.sample.seed,
+            progress=progress,
+        )
+    opened.finish(deletion_report, found, retrainer)
+
+
+@grouped(queries=200)
+def retraining_loss(given: AskOptions, amounts: AmountOptions) -> None:
+    """See LOSS_HELP."""
+    from forebear.evaluation.retraining.retraining_loss import measure_retraining_loss, retraining_loss_report
+
+    opened = given.open(need_labels=True)
+    assert opened.every.labels is not None
+    remove = amounts.of(opened.n_live, ["0.2", "0.5"])
+    retrainer = opened.open_retrainer(opened.every)
+    with given.report.progress() as progress:
+        found = measure_retraining_loss(
+            retrainer,
+            opened.scores(),
+            opened.every.labels,
+            remove,
+            opened.seeds(retrainer),
+            budget=given.how.budget,
+            seed=given.sample.seed,
+            progress=progress,
+        )
+    opened.finish(retraining_loss_report, found, retrainer)
+
+
+@grouped(queries=100)
+def lds(
+    given: AskOptions, subsets: Annotated[int, typer.Option("--subsets", help="Random halves of the rows.")] = 100
+) -> None:
+    """See LDS_HELP."""
+    from forebear.evaluation.retraining.lds import lds_report, measure_lds
+    from forebear.evaluation.retraining.row_choice import targets_of
+
+    opened = given.open()
+    targets = targets_of(opened.retriever, opened.queries, given.asked.target)
+    retrainer = opened.open_retrainer(opened.queries)
+    with given.report.progress() as progress:
+        found = measure_lds(
+            retrainer,
+            opened.scores(),
+            targets,
+            opened.seeds(retrainer),
+            n_subsets=subsets,
+            budget=given.how.budget,
+            seed=given.sample.seed,
+            progress=progress,
+        )
+    opened.finish(lds_report, found, retrainer)

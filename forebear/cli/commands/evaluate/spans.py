@@ -1,0 +1,161 @@
+"""``forebear evaluate``: the evaluations of the methods that compare spans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from forebear.cli.options.asking import (
+    IndexOptions,
+    NRows,
+    QuestionOptions,
+    ReportOptions,
+    SampleOptions,
+    SearchOptions,
+    SpanOptions,
+    TestOptions,
+    command_line,
+    default_methods,
+    integers,
+    open_retriever,
+    say_what_was_fitted,
+)
+from forebear.cli.options.groups import grouped
+from forebear.cli.screen.console import Variadic, listed
+from forebear.errors import InputError
+
+if TYPE_CHECKING:
+    from forebear.evaluation.common.comparisons import Queries
+    from forebear.evaluation.measures.agreement import Measure
+    from forebear.retriever.question.spec import QuerySpec
+    from forebear.retriever.retriever import Retriever
+
+SEMANTIC_HELP = """Do the rows and spans at the top mean what the query means? Sag@K of several methods.
+
+Mean cosine (times 100) of what the retrieved span adds to its row's embedding with what the query's span adds to its
+own; of whole rows for methods that compare rows. The query's span is given, or the one of largest importance, for all
+methods that compare spans. Beside them: random rows and random spans.
+
+Examples:
+
+    forebear evaluate semantic-agreement --index I --test test.parquet --spans aspect --queries 200 --at 10,100
+
+    forebear evaluate semantic-agreement --index I --test dev.csv --method if,if++,tracin++ --scope top-2 --out R
+"""
+LABEL_HELP = """Do the rows at the top bear the query's label? Lag@K of several methods, beside the label's share.
+
+The query's label is its target: the predicted one, unless --target says otherwise.
+
+Examples:
+
+    forebear evaluate label-agreement --index I --test test.parquet --spans aspect --queries 200 --at 10,100
+
+    forebear evaluate label-agreement --index I --test dev.csv --method if,gd,gc,nn-cos --target gold
+"""
+FAITHFULNESS_HELP = """Do span methods rank spans as the final model itself does? Spearman with its own span scores.
+
+The yardstick is tracin++ at the final checkpoint alone. Compared with it: tracin++ (three variants of the model), if++,
+tracin++ summed over the last three checkpoints, and random scores. Each run draws other training rows and variants.
+
+Example:
+
+    forebear evaluate faithfulness --index I --test test.parquet --spans aspect --queries 50 --rows 200 --runs 5
+"""
+
+
+def register(evaluations: typer.Typer) -> None:
+    """Add the commands to the group."""
+    evaluations.command("semantic-agreement", help=SEMANTIC_HELP, cls=Variadic)(_agreement("semantic"))
+    evaluations.command("label-agreement", help=LABEL_HELP, cls=Variadic)(_agreement("label"))
+    evaluations.command("faithfulness", help=FAITHFULNESS_HELP, cls=Variadic)(faithfulness)
+
+
+def _agreement(measure: Measure) -> Callable[..., None]:
+    """The command of one measure; both take the same options."""
+
+    @grouped(queries=200)
+    def agreement(
+        at: IndexOptions,
+        tested: TestOptions,
+        spans: SpanOptions,
+        asked: SearchOptions,
+        sample: SampleOptions,
+        report: ReportOptions,
+        method: Annotated[
+            list[str] | None,
+            typer.Option(
+                "--method", help="Methods. Default: if, if+, if++, tracin-f, tracin+, tracin++.", show_default=False
+            ),
+        ] = None,
+        depth: Annotated[
+            list[str] | None, typer.Option("--at", help="K, up to six. Default: 10.", show_default=False)
+        ] = None,
+    ) -> None:
+        """See SEMANTIC_HELP and LABEL_HELP."""
+        from forebear.evaluation.measures.agreement import PAPER_METHODS, depths, measure_agreement
+        from forebear.evaluation.measures.agreement_report import agreement_report
+
+        tops = depths(integers("--at", depth) or [10])
+        retriever = open_retriever(at, report)
+        methods = listed(method) or default_methods(retriever, PAPER_METHODS, asked)
+        spec = _spec(retriever, tuple(methods), asked, spans, report.quiet, top=tops[-1])
+        queries = _queries(retriever, tested, sample, spec)
+        with report.progress() as progress:
+            found = measure_agreement(retriever, queries, spec, tops, measure, seed=sample.seed, progress=progress)
+        report.finish(*agreement_report(found, retriever, queries, spec, sample.seed, command_line()))
+
+    return agreement
+
+
+@grouped(queries=50)
+def faithfulness(
+    at: IndexOptions,
+    tested: TestOptions,
+    spans: SpanOptions,
+    asked: QuestionOptions,
+    sample: SampleOptions,
+    report: ReportOptions,
+    rows: NRows = 200,
+    runs: Annotated[int, typer.Option("--runs", help="Each with other training rows and other variants.")] = 5,
+) -> None:
+    """See FAITHFULNESS_HELP."""
+    from forebear.evaluation.measures.faithfulness import METHODS, faithfulness_report, measure_faithfulness
+
+    retriever = open_retriever(at, report)
+    spec = _spec(retriever, METHODS, asked, spans, report.quiet)
+    queries = _queries(retriever, tested, sample, spec)
+    with report.progress() as progress:
+        found = measure_faithfulness(
+            retriever, queries, spec, n_rows=rows, n_runs=runs, seed=sample.seed, progress=progress
+        )
+    report.finish(*faithfulness_report(found, retriever, queries, spec, sample.seed, command_line()))
+
+
+def _spec(
+    retriever: Retriever,
+    methods: tuple[str, ...],
+    asked: QuestionOptions,
+    spans: SpanOptions,
+    quiet: bool,
+    **choices: Any,
+) -> QuerySpec:
+    """The question, settled and checked."""
+    from forebear.retriever.question.spec import QuerySpec
+
+    spec = QuerySpec(methods=methods, **asdict(asked), **spans.choices(retriever), **choices)
+    spec = retriever.settled(spec)
+    if spec.exact == "none":
+        raise InputError("--exact none ranks by sketches alone; give rerank or full.")
+    say_what_was_fitted(retriever, spec, quiet=quiet)
+    return spec
+
+
+def _queries(retriever: Retriever, tested: TestOptions, sample: SampleOptions, spec: QuerySpec) -> Queries:
+    """The test rows that are asked about."""
+    from forebear.evaluation.common.span_queries import sample_span_queries
+
+    source = tested.open(tested.test, retriever, need_labels=spec.target == "gold")
+    return sample_span_queries(retriever, source, spec, sample.queries, sample.seed)

@@ -1,0 +1,208 @@
+"""``forebear explain``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from forebear.cli.options.asking import command_line, say_what_was_fitted
+from forebear.cli.options.shared import Damping, Device, Force, IndexFolder, MovedModel, Pair, Quiet, Recall, Scope
+from forebear.cli.screen.console import OUT, Variadic, listed, say
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from forebear.evaluation.explain.explanation import Explanation, FoundRow, Side
+    from forebear.evaluation.explain.marks import Piece
+
+HELP = """Explain one prediction: its salient words, the training rows for and against it, and the words they share.
+
+Examples:
+
+    forebear explain --index I --text "a gripping film"
+
+    forebear explain --index I --text "A man sleeps." --pair "A person is awake." --target entailment
+
+    forebear explain --index I --text "a gripping film" --method gc,if --top 3 --html page.html
+
+    forebear explain --index I --text "dull plot, great cast" --spans clauses --saliency-influence
+"""
+SHOWN_WORDS = 8
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("explain", help=HELP, cls=Variadic)(explain)
+
+
+def explain(
+    index: IndexFolder,
+    text: Annotated[
+        str, typer.Option("--text", help="The text to explain (with --pair: the first).", show_default=False)
+    ],
+    pair: Pair = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            help="Methods; see `forebear methods`. Default: tracin-we-topk where the index holds words, and gc.",
+            show_default=False,
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", help="Rows at each end of the ranking.")] = 5,
+    target: Annotated[str, typer.Option("--target", help="Whose loss: predicted, or a label's name.")] = "predicted",
+    saliency: Annotated[
+        str, typer.Option("--saliency", help="gradient-x-input or summed-gradient.")
+    ] = "gradient-x-input",
+    spans: Annotated[
+        str | None,
+        typer.Option(
+            "--spans",
+            help="Also rank spans of rows: clauses, sentences, words, aspect, reader:MODEL or FILE.py:function.",
+            show_default=False,
+        ),
+    ] = None,
+    saliency_influence: Annotated[
+        bool,
+        typer.Option(
+            "--saliency-influence",
+            help="Also ask which rows and words made the model look at its word of largest summed-gradient saliency.",
+        ),
+    ] = False,
+    word: Annotated[
+        str | None, typer.Option("--word", help="That word, if not the most salient.", show_default=False)
+    ] = None,
+    scope: Scope = "head",
+    recall: Recall = 0.98,
+    curvature: Annotated[
+        str | None,
+        typer.Option("--curvature", help="Of methods with H^-1; see `forebear retrieve --help`.", show_default=False),
+    ] = None,
+    damping: Damping = None,
+    html: Annotated[
+        str | None, typer.Option("--html", help="Write a page, NAME.html, instead of printing.", show_default=False)
+    ] = None,
+    model: MovedModel = None,
+    device: Device = "auto",
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See HELP."""
+    from forebear.evaluation.explain.explanation import chosen_methods
+    from forebear.evaluation.explain.explanation import explain as put_together
+    from forebear.evaluation.explain.page import check_page, write_page
+    from forebear.retriever.question.spec import QuerySpec
+    from forebear.retriever.retriever import Retriever
+
+    if html is not None:
+        check_page(Path(html), force=force)
+    retriever = Retriever(index, model=model, device=device)
+    spec = QuerySpec(
+        methods=chosen_methods(
+            retriever,
+            listed(method),
+            spans=spans is not None,
+            saliency_influence=saliency_influence or word is not None,
+        ),
+        top=top,
+        target=target,
+        spans=spans,
+        word=word,
+        scope=scope,
+        recall=recall,
+        curvature=curvature,
+        damping=damping,
+    )
+    say_what_was_fitted(retriever, spec, quiet=quiet)
+    query = text if pair is None else (text, pair)
+    command = command_line()
+    explanation = put_together(retriever, query, spec, form=saliency, command=command)
+    if html is None:
+        show_explanation(explanation)
+    else:
+        write_page(explanation, Path(html), force=force)
+        say(f"wrote {html}", quiet=quiet)
+
+
+def show_explanation(explanation: Explanation) -> None:
+    """Print an explanation."""
+    from rich.text import Text
+
+    OUT.print(explanation.title, style="bold", markup=False)
+    OUT.print(explanation.summary, markup=False)
+    for name, _, shown in explanation.probabilities:
+        OUT.print(f"  {shown:>8}  {name}", markup=False)
+    OUT.print()
+    for column in explanation.texts:
+        OUT.print(Text(f"{column.name}: ").append_text(marked_text(column.pieces)))
+    OUT.print(f"(+) supports “{explanation.target}”, (-) opposes it. {explanation.form} saliency.", style="dim")
+    OUT.print(f"Start and end tokens together: {explanation.ends}.", style="dim")
+    for answer in explanation.answers:
+        OUT.print(f"\n{answer.method}: score = {answer.formula}", markup=False)
+        for column in answer.asked:
+            if any(piece.asked for piece in column.pieces):
+                what = "word (by summed-gradient saliency)" if answer.of_saliency else "span"
+                OUT.print(Text(f"asked about, a {what} of {column.name}: ").append_text(marked_text(column.pieces)))
+        for side in answer.sides:
+            show_side(answer.method, side, "the word's saliency" if answer.of_saliency else explanation.target)
+
+
+def show_side(method: str, side: Side, target: str) -> None:
+    """Print one end of a method's ranking."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    notes = escape(" ".join(side.notes)) or None
+    title = f"{method}: {side.name}s of {escape(target)}"
+    grid = Table(title=title, title_justify="left", caption=notes, caption_justify="left", box=SIMPLE_HEAD)
+    grid.pad_edge, grid.collapse_padding = False, True
+    for name in ("row", "score"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    grid.add_column("label\nprediction", max_width=16, overflow="fold")
+    grid.add_column("loss", justify="right", no_wrap=True)
+    grid.add_column("text", ratio=1, overflow="fold")
+    for row in side.rows:
+        classes = escape(f"{row.label}\n{row.prediction}")
+        grid.add_row(str(row.row), row.score, classes, f"{row.loss:.3g}", row_text(row))
+    OUT.print(grid)
+
+
+def row_text(row: FoundRow) -> Text:
+    """The texts of a training row, and what its shared words contribute."""
+    from rich.text import Text
+
+    from forebear.evaluation.explain.marks import shorten
+
+    lines = [marked_text(column.pieces) for column in row.texts]
+    if len(row.texts) > 1:
+        lines = [Text(f"{c.name}: ").append_text(line) for c, line in zip(row.texts, lines, strict=True)]
+    if row.total:
+        parts = [f"{word.text} {word.number}" for word in shorten(row.words, SHOWN_WORDS)]
+        lines.append(Text(f"shared: {' | '.join(parts) or 'no word'} = {row.total}", style="dim"))
+    return Text("\n").join(lines)
+
+
+def marked_text(pieces: Iterable[Piece]) -> Text:
+    """A text with its marks: the sign or number of each in brackets, which colour and weight repeat."""
+    from rich.text import Text
+
+    out = Text()
+    for piece in pieces:
+        if not piece.read:
+            out.append(f" [not read by the model: {len(piece.text)} characters]", style="dim")
+            continue
+        if piece.asked:
+            out.append(f"[{piece.text}]", style="bold magenta")
+            continue
+        looks = ""
+        if piece.value is not None and piece.level:
+            looks = ("green" if piece.value > 0 else "red") + (" bold" if piece.level > 1 else "")
+        phrase = piece.note and " " in piece.text.strip()  # where it begins must be seen without colour too
+        out.append(f"‹{piece.text}›" if phrase else piece.text, style=looks)
+        if piece.note:
+            out.append(f"({piece.note})", style=looks)
+    return out if out.plain.strip() else Text("(empty)", style="dim italic")

@@ -1,0 +1,248 @@
+"""``forebear methods``, ``info`` and ``verify``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from forebear.cli.options.shared import Device, JsonOut, MovedModel
+from forebear.cli.screen.console import OUT, size
+from forebear.errors import CorruptIndexError
+
+Folder = Annotated[str, typer.Argument(metavar="INDEX", help="The index folder.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("methods")(methods)
+    app.command("info")(info)
+    app.command("verify")(verify)
+
+
+def methods(as_json: JsonOut = False) -> None:
+    """List the methods: what is stored, the score, the paper.
+
+    Example: forebear methods
+    """
+    from forebear.retriever.question.methods import METHODS
+
+    if as_json:
+        found = [asdict(method) | {"sign": method.sign} for method in METHODS.values()]
+        OUT.print_json(json.dumps(found, allow_nan=False))
+        return
+    from rich.table import Table
+
+    grid = Table()
+    for name in ("method", "score(query q, row n)", "stored for each row", "needs", "source"):
+        grid.add_column(name)
+    stored = {"feature": "feature f", "sentence": "sentence embedding s", "head": "head gradient g"}
+    stored |= {"words": "gradient of each word", "tfidf": "word counts, logit gradient"}
+    options = {"all": " --words-top 0", "common": " --words-top 0", "nocommon": " --words-top 0"}
+    for method in METHODS.values():
+        what = stored[method.representation] + (", all checkpoints" if method.all_checkpoints else "")
+        grid.add_row(
+            method.name,
+            method.formula,
+            what,
+            f"--store {method.store}{options.get(method.words or '', '')}",
+            method.source,
+        )
+    unsigned = ", ".join(method.name for method in METHODS.values() if not method.signed)
+    grid.caption, grid.caption_justify = f"Scores of {unsigned} are similarities: their sign says nothing.", "left"
+    OUT.print(grid)
+
+
+def info(index: Folder, as_json: JsonOut = False) -> None:
+    """Say what an index holds.
+
+    Example: forebear info runs/mine-index
+    """
+    from forebear.indexer.index import Index
+
+    facts = index_facts(Index.open(index, check=False))
+    if as_json:
+        OUT.print_json(json.dumps(facts, allow_nan=False))
+        return
+    from rich.table import Table
+
+    grid = Table(show_header=False, box=None)
+    for name, value in _lines(facts):
+        grid.add_row(name, value)
+    OUT.print(grid)
+
+
+def index_facts(index: Any) -> dict[str, Any]:
+    """What ``forebear info --json`` prints."""
+    from forebear.indexer.building.row_facts import row_facts
+    from forebear.indexer.storage.ann import backend
+
+    manifest = index.manifest
+    spec = manifest.spec
+    told = row_facts(index)
+    by_kind: dict[str, int] = {}
+    fitted = manifest.fitted_name("")
+    for name, facts in manifest.files.items():
+        kind = name.removeprefix(fitted).split("/")[0]
+        by_kind[kind] = by_kind.get(kind, 0) + facts["bytes"]
+    total = sum(by_kind.values())
+    return {
+        "folder": str(index.folder),
+        "digest": manifest.digest(),
+        "spec_digest": spec.digest(),
+        "rows": {"live": manifest.n_live, "retired": manifest.n_retired, "given_out": manifest.n_rows},
+        "row_facts": asdict(told) | {"lines": told.describe(), "warnings": told.warnings()},
+        "segments": [asdict(segment) for segment in manifest.segments],
+        "text_columns": list(spec.text_columns),
+        "label_names": list(spec.label_names),
+        "label_mode": spec.label_mode,
+        "max_length": spec.max_length,
+        "precision": spec.precision,
+        "checkpoints": [asdict(checkpoint) for checkpoint in manifest.checkpoints],
+        "tokenizer_sha256": spec.tokenizer_sha256,
+        "scopes": {"head": {"classes": len(spec.label_names), "feature_dim": manifest.feature_dim}}
+        | {
+            scope: {"sketch_dim": spec.sketch_dim, "with_bias": spec.with_bias, "whitened": spec.whitened}
+            for scope in spec.sketched_scopes
+        },
+        "representations": [
+            "feature",
+            "head",
+            *(["sentence"] if "sbert" in spec.stores else []),
+            *(["words", "tfidf"] if "words" in spec.stores else []),
+            *(["spans"] if "spans" in spec.stores else []),
+        ],
+        "words": {"tops": list(spec.words_tops), "precision": spec.words_precision} if spec.words_tops else None,
+        "spans": {
+            "how": spec.spans,
+            "column": spec.text_columns[spec.span_column],
+            "n": len(index.spans().rows),
+            "cut_by_truncation": index.spans().n_cut,
+        }
+        if spec.spans is not None
+        else None,
+        "sentence_model": manifest.sentence_model,
+        "curvature": manifest.curvature,
+        "sketch": {
+            "width": spec.sketch_dim or None,
+            "bits": spec.sketch_bits,
+            "white_bits": spec.white_bits,
+            "basis": spec.sketch_basis,
+            "seed": spec.seed,
+        },
+        "fitted_beyond_the_head": asdict(manifest.fit_age) if spec.sketched_scopes else None,
+        "calibration": manifest.calibration,
+        "search": manifest.derived,
+        "bytes": {"total": total, "a_row": total / manifest.n_rows, **by_kind},
+        "faiss": backend(),
+        "libraries": manifest.libraries,
+    }
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    from forebear.indexer.storage.manifest import FitAge
+
+    rows, stored = facts["rows"], facts["bytes"]
+    lines = [
+        ("index", f"{facts['folder']}  (digest {facts['digest'][:16]})"),
+        (
+            "rows",
+            f"{rows['live']:,} live, {rows['retired']:,} retired; text columns {', '.join(facts['text_columns'])}",
+        ),
+        *(
+            ("rows", f"{part['n_left_out']:,} more rows of {part['source']} have no label and were left out")
+            for part in facts["segments"]
+            if part["n_left_out"]
+        ),
+        *(("rows", line) for line in facts["row_facts"]["lines"]),
+        *(("warning", line) for line in facts["row_facts"]["warnings"]),
+        ("labels", ", ".join(facts["label_names"]) + (f" ({facts['label_mode']})" if facts["label_mode"] else "")),
+        ("model", f"max length {facts['max_length']}, {facts['precision']}"),
+    ]
+    lines += [("checkpoint", f"{c['name']}  eta {c['eta']:.3g}  {c['path']}") for c in facts["checkpoints"]]
+    for scope, shape in facts["scopes"].items():
+        head = scope == "head"
+        what = (
+            f"exact, {shape['classes']} x {shape['feature_dim']}"
+            if head
+            else f"sketch of {shape['sketch_dim']} coordinates and {facts['sketch']['bits']} bits"
+            + (", with biases and LayerNorm" if shape["with_bias"] else "")
+        )
+        lines.append(("scope", f"{scope}: {what}"))
+    lines.append(("representations", ", ".join(facts["representations"])))
+    if facts["words"]:
+        kept = " and ".join(f"{top} longest gradients a row" if top else "all" for top in facts["words"]["tops"])
+        lines.append(("words", f"{kept}, {facts['words']['precision']}"))
+    if facts["spans"]:
+        of = facts["spans"]
+        lines.append(
+            ("spans", f"{of['n']:,} ({of['how']} of {of['column']}); {of['cut_by_truncation']:,} cut by truncation")
+        )
+    for scope, solvers in facts["curvature"].items():
+        for name in ("exact", "ekfac"):
+            if name in solvers:
+                found = solvers[name]
+                given = ", ".join(f"{d['given']} = {d['damping']:.4g}" for d in found["dampings"])
+                lines.append(("curvature", f"{scope}: {name}, damping {given}, {found['n_rows']:,} rows"))
+    if facts["fitted_beyond_the_head"]:
+        lines.append(("fitted", str(FitAge(**facts["fitted_beyond_the_head"]))))
+    for scope, found in facts["calibration"].items():
+        for method, known in found["methods"].items():
+            some = ", ".join(f"{float(r):.4g}: {100 * share:.2g}%" for r, share in known["candidates"].items())
+            by = "an earlier forebear: no recall is stated by it"
+            if "supported" in known:
+                by = f"{known['n_stating']} queries, which support at most {known['supported']:.4g}"
+                by += f" of the top {known['top']}"
+            lines.append(("candidates", f"{scope} {method}, share of rows by recall {some}; by {by}"))
+    for name, search in facts["search"].items():
+        lines.append(("search", f"{name}: {_search_line(search)}"))
+    parts = ", ".join(f"{kind} {size(n)}" for kind, n in stored.items() if kind not in ("total", "a_row"))
+    lines.append(("size", f"{size(stored['total'])}, {stored['a_row']:,.0f} bytes a row ({parts})"))
+    lines.append(("built with", ", ".join(f"{k} {v}" for k, v in facts["libraries"].items())))
+    lines.append(("here", facts["faiss"]))
+    return lines
+
+
+def _search_line(search: dict[str, Any]) -> str:
+    """How one kind of vector is searched, and the recall that answers state."""
+    from forebear.indexer.storage.ann import expected_recall
+
+    if search["kind"] == "scan":
+        return "norm-sorted scan"
+    if search["factory"] == "Flat":
+        return "FAISS Flat, exact"
+    recall = expected_recall(search)
+    stated = "recall not measured" if recall is None else f"recall {recall:.3g} by {search['n_stating']} training rows"
+    return f"FAISS {search['factory']}, {stated}"
+
+
+def verify(
+    index: Folder,
+    model: MovedModel = None,
+    rows: Annotated[int, typer.Option("--rows", help="Training rows to recompute; 0: bytes only.")] = 16,
+    device: Device = "auto",
+    as_json: JsonOut = False,
+) -> None:
+    """Re-hash every file of an index and recompute a sample of its rows from the model.
+
+    Example: forebear verify runs/mine-index
+    """
+    from forebear.indexer.building.verify import verify_index
+
+    found = verify_index(index, model=model, n_rows=rows, device=device)
+    if as_json:
+        OUT.print_json(json.dumps({"ok": not found.problems, **asdict(found)}, allow_nan=False))
+        if found.problems:
+            raise typer.Exit(1)
+        return
+    if found.problems:
+        more = f" (and {len(found.problems) - 1} more; --json lists them)" if len(found.problems) > 1 else ""
+        raise CorruptIndexError(f"{index}: {found.problems[0]}{more}.")
+    recomputed = (
+        "no rows recomputed"
+        if found.max_error is None
+        else f"{found.n_rows_recomputed} rows recomputed, largest relative difference {found.max_error:.1e}"
+    )
+    OUT.print(f"{index}: whole. {found.n_files} files, {size(found.size_bytes)} re-hashed; {recomputed}.")

@@ -1,0 +1,50 @@
+"""``forebear report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forebear.cli.options.asking import command_line
+from forebear.cli.options.shared import Force, Quiet
+from forebear.cli.screen.console import OUT, say
+from forebear.cli.screen.tables import show_table
+from forebear.errors import InputError
+
+HELP = """Put the reports of several evaluations or audits side by side, on one page.
+
+Tables of the same title are joined by their labels, each report with columns of its own.
+
+Example:
+
+    forebear report runs/hans-head runs/hans-all --out runs/hans-compared
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("report", help=HELP)(report)
+
+
+def report(
+    folders: Annotated[list[str], typer.Argument(help="Folders written by --out.", show_default=False)],
+    out: Annotated[str, typer.Option("--out", help="Folder for the page.", show_default=False)],
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """See HELP."""
+    from forebear.evaluation.reports.report import check_folder, write_report
+    from forebear.evaluation.reports.side_by_side import read_folders, side_by_side
+
+    if Path(out).resolve() in [Path(folder).resolve() for folder in folders]:
+        raise InputError(f"--out {out} is one of the reports that are read. Name another folder.")
+    check_folder(Path(out), force=force)
+    page, result = side_by_side(read_folders(folders), command_line())
+    written = write_report(page, Path(out), result=result, force=force)
+    OUT.print(page.title, style="bold", markup=False)
+    for table in page.tables:
+        if not any(column.startswith("text: ") for column in table.columns):  # lists of rows are for the page
+            show_table(table)
+    say(f"wrote {written}, table.csv and result.json", quiet=quiet)

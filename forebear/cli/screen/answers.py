@@ -1,0 +1,192 @@
+"""Answers on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from forebear.cli.screen.console import OUT, note, shortened, warn
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from forebear.indexer.rows.row_source import RowSource
+    from forebear.retriever.answers.results import Answers
+    from forebear.retriever.answers.signs import SignCounts
+    from forebear.retriever.question.methods import Method
+    from forebear.retriever.question.spec import QuerySpec
+    from forebear.retriever.retriever import Retriever
+
+SHOWN_QUERIES = 5
+SHOWN_WORDS = 4
+
+
+def show_answers(
+    found: Iterator[Answers],
+    tables_of: Callable[[Answers], Iterator[pa.Table]],
+    source: RowSource,
+    methods: Sequence[Method],
+    *,
+    aggregate: bool,
+    quiet: bool,
+) -> None:
+    """Print the answers to the first few queries, or the one answer to all.
+
+    Args:
+        found: Answers, in the order of the test rows.
+        tables_of: Answers as tables.
+        source: The test rows.
+        methods: That were asked.
+        aggregate: All test rows were asked together.
+        quiet: Say no notes.
+    """
+    import pyarrow as pa
+
+    if aggregate:
+        table = pa.concat_tables(tables_of(next(found)))
+        OUT.print(f"[bold]{source.n_rows:,} queries together[/bold]")
+        _print_rankings(rows := table.to_pylist(), methods, _text_names(table), [])
+        _say_signs(rows, methods, quiet=quiet)
+        return
+    block = next(iter(source.blocks(SHOWN_QUERIES)))
+    n_shown = 0
+    while n_shown < len(block):
+        answers = next(found)
+        table = pa.concat_tables(tables_of(answers))
+        rows = table.to_pylist()
+        for number in range(answers.start, min(answers.start + len(answers.predictions), len(block))):
+            results = [row for row in rows if row["query"] == number]
+            _print_answer(results, methods, _text_names(table), [column[number] for column in block.texts])
+            _say_signs(results, methods, quiet=quiet)
+            n_shown += 1
+    if n_shown < source.n_rows:
+        warn(f"shown: the first {n_shown} of {source.n_rows:,} queries. Give --out NAME.parquet for all of them.")
+
+
+def _print_answer(
+    results: list[dict[str, Any]], methods: Sequence[Method], text_names: list[str], texts: list[str]
+) -> None:
+    """Print a query and all its rankings; ``texts`` are its own."""
+    from rich.markup import escape
+
+    first = results[0]
+    gold = "" if first["query_label"] is None else f", labelled {first['query_label']}"
+    number, predicted = first["query"], escape(first["query_prediction"])
+    OUT.print(f"[bold]query {number}[/bold]  predicted [bold]{predicted}[/bold]{escape(gold)}")
+    for text in texts:
+        OUT.print(f"  {escape(shortened(text))}")
+    _print_rankings(results, methods, text_names, texts)
+
+
+def _text_names(table: pa.Table) -> list[str]:
+    """The columns of a result that hold the training row's texts."""
+    extra = {
+        "hub_share",
+        "residual",
+        "proven",
+        "rows_scored",
+        "word_ids",
+        "words",
+        "contributions",
+        "span",
+        "spans_cut",
+    }
+    extra |= {f"{prefix}_{part}" for prefix in ("span", "query_span") for part in ("column", "start", "end")}
+    return [n for n in table.column_names[table.column_names.index("prediction") + 1 :] if n not in extra]
+
+
+def _print_rankings(
+    results: list[dict[str, Any]], methods: Sequence[Method], text_names: list[str], texts: list[str]
+) -> None:
+    """Print both ends of each method's ranking for one query; ``texts`` are the query's own."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from forebear.retriever.answers.results import SIDES
+
+    target = results[0]["target"] or "each row's target"  # of an aggregate they may differ
+    for method in methods:
+        for side in SIDES:
+            grid = Table(title=f"{method.name}: {side}s of {escape(target)}", title_justify="left", expand=True)
+            rows_of_side = [row for row in results if (row["method"], row["side"]) == (method.name, side)]
+            grid.caption, grid.caption_justify = escape(_caption(rows_of_side, texts)) or None, "left"
+            for name in ("row", "score"):
+                grid.add_column(name, justify="right", no_wrap=True)
+            for name in ("label", "prediction"):
+                grid.add_column(name, no_wrap=True)
+            hub_share = rows_of_side[0].get("hub_share") is not None
+            if hub_share:
+                grid.add_column("hub share", justify="right", no_wrap=True)
+            by_words = rows_of_side[0].get("words") is not None
+            by_spans = rows_of_side[0].get("span") is not None
+            if by_words or by_spans:
+                grid.add_column("span" if by_spans else "shared words", ratio=1)
+            for name in text_names:
+                grid.add_column(escape(name), ratio=1)
+            for row in rows_of_side:
+                grid.add_row(
+                    str(row["row"]),
+                    f"{row['score']:.4g}",
+                    escape(row["label"]),
+                    escape(row["prediction"]),
+                    *([f"{row['hub_share']:.1%}"] if hub_share else []),
+                    *([escape(_shared(row) if by_words else shortened(row["span"]))] if by_words or by_spans else []),
+                    *(escape(shortened(row[name])) for name in text_names),
+                )
+            OUT.print(grid)
+    OUT.print()
+
+
+def _shared(row: dict[str, Any]) -> str:
+    """The words that contribute most, with their share of the score."""
+    found = zip(row["words"], row["contributions"], strict=True)
+    shown = [f"{word.strip()} {value:+.2g}" for word, value in list(found)[:SHOWN_WORDS]]
+    more = len(row["words"]) - len(shown)
+    return ", ".join(shown) + (f", {more} more" if more > 0 else "") or "none"
+
+
+def _caption(rows: list[dict[str, Any]], texts: list[str]) -> str:
+    """Facts of a table of results, below it: the query's span, proof, how well H^-1 was solved, spans left out."""
+    row, notes = rows[0], []
+    if row.get("query_span_start") is not None:
+        text = texts[row["query_span_column"]]
+        notes.append(f"the query's span: {shortened(text[row['query_span_start'] : row['query_span_end']])}")
+    if row.get("proven") is not None:
+        notes.append(f"{'proven' if row['proven'] else 'not proven'}, {row['rows_scored']:,} rows scored exactly")
+    if row.get("residual") is not None:
+        notes.append(f"H^-1 solved to a relative residual of {row['residual']:.1e}")
+    if row.get("spans_cut"):
+        notes.append(f"{row['spans_cut']:,} spans that the model does not read (cut by truncation, or blank) left out")
+    return "; ".join(notes)
+
+
+def _say_signs(results: list[dict[str, Any]], methods: Sequence[Method], *, quiet: bool) -> None:
+    """A note for each side of a method whose scores, of one query, have the sign of the other side."""
+    from forebear.retriever.answers.signs import SignCounts
+
+    counts = SignCounts(methods)
+    for row in results:
+        counts.count(row["method"], row["side"], np.array([row["score"]]))
+    say_signs(counts, quiet=quiet)
+
+
+def say_signs(counts: SignCounts, *, quiet: bool) -> None:
+    """A note for each side of a method that has scores of the other side's sign."""
+    for name, sentence in counts.by_method():
+        note(name, sentence, quiet=quiet)
+
+
+def say_recall(retriever: Retriever, spec: QuerySpec, *, quiet: bool) -> None:
+    """A note for each method whose recall is not proven: what calibration states, or why it was not measured."""
+    from forebear.retriever.coverage import question_facts
+
+    for name, facts in question_facts(retriever.index, spec)["methods"].items():
+        recall, reason, n = facts["recall"], facts.get("recall_note"), facts.get("candidates")
+        lines = [] if reason is None else [reason]
+        if recall is not None and recall < 1:
+            by = "" if n is None else f" ({n:,} candidates at each end)"
+            lines.insert(0, f"recall {recall:.3g} expected of the exact top {spec.top}{by}")
+        if lines:
+            note(name, "; ".join(lines), quiet=quiet)

@@ -1,0 +1,1 @@
+"""Audits of a model and of its training rows."""

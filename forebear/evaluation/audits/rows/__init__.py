@@ -1,0 +1,1 @@
+"""Audits of training rows: wrong labels, duplicates, hubs, rows behind mistakes."""

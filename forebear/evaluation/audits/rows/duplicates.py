@@ -1,0 +1,337 @@
+"""``audit duplicates``: training rows that say the same, first those with different labels; and test rows among them.
+
+Two rows are linked when their texts are equal, hold the same words in the same order (case, punctuation and white
+space aside), have word sets of large Jaccard similarity, or are neighbours of large cosine whose words overlap too.
+Groups are the connected components. Cosines alone do not count: a fine-tuned model maps all rows of a class close
+together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from scipy import sparse
+
+from forebear.errors import InputError
+from forebear.evaluation.audits.rows.near_words import WordSets, near_pairs, stacked, word_sets, words_of
+from forebear.evaluation.audits.rows.neighbours import nearest_rows
+from forebear.evaluation.audits.rows.suspects import row_passage
+from forebear.evaluation.common.comparisons import Queries
+from forebear.evaluation.reports.report import Cell, Group, Report, Table
+from forebear.indexer.index import Index
+from forebear.indexer.rows.labels import UNKNOWN
+from forebear.retriever.retriever import Retriever
+
+KINDS: Final = ("same texts", "same words", "similar")
+SHOWN_GROUPS = 8
+SHOWN_LEAKS = 100
+_BLOCK_ROWS = 65_536
+Texts = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """What counts as similar.
+
+    Attributes:
+        jaccard: Least Jaccard similarity of the word sets; of pairs of texts, of both.
+        cosine: Least cosine of neighbours.
+        cosine_jaccard: Least Jaccard similarity of those; below ``jaccard``, else cosines add nothing.
+        neighbours: Nearest rows of each row whose cosines are looked at; 0: none.
+    """
+
+    jaccard: float = 0.8
+    cosine: float = 0.95
+    cosine_jaccard: float = 0.5
+    neighbours: int = 10
+
+    def check(self) -> None:
+        """Refuse values that mean nothing."""
+        for name in ("jaccard", "cosine", "cosine_jaccard"):
+            if not 0 < getattr(self, name) <= 1:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} {getattr(self, name)}: expected a similarity above 0, at most 1.")
+        if self.neighbours < 0:
+            raise InputError(f"--neighbours {self.neighbours}: expected a number of rows, or 0 for none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplicateGroup:
+    """Rows that are linked to one another.
+
+    Attributes:
+        rows: Row numbers, ascending.
+        kind: The loosest of ``same texts``, ``same words``, ``similar`` that holds for all of them.
+        weakest: Least Jaccard similarity of the links that hold it together; 1 unless ``similar``.
+        conflict: Whether their labels differ.
+    """
+
+    rows: np.ndarray
+    kind: str
+    weakest: float
+    conflict: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leak:
+    """A test row that is found among the training rows, and the row most like it."""
+
+    test_row: int
+    row: int
+    kind: str
+    jaccard: float
+
+
+def duplicates(index: Index, thresholds: Thresholds) -> list[DuplicateGroup]:
+    """Groups of two or more live rows; conflicting labels first, then the largest, then the lowest row number.
+
+    The comparison by words is complete: no pair of at least ``thresholds.jaccard`` is missed. Cosines are those of
+    sentence embeddings where the index stores them, else of features.
+    """
+    thresholds.check()
+    live = index.live
+    seen = _see(_live_blocks(index), _Known())
+    links = [_equal_links(seen), near_pairs(seen.sets, thresholds.jaccard)]
+    if thresholds.neighbours and thresholds.cosine_jaccard < thresholds.jaccard:
+        links.append(_cosine_links(index, seen.sets, thresholds))
+    first, second, similarity = (np.concatenate(values) for values in zip(*links, strict=True))
+    n = len(live)
+    graph = sparse.coo_array((np.ones(len(first)), (first, second)), shape=(n, n))
+    n_groups, number = sparse.csgraph.connected_components(graph, directed=False)
+    weakest = np.ones(n_groups)
+    np.minimum.at(weakest, number[first], _best_links(first, second, similarity))
+    order = np.argsort(number, kind="stable")
+    starts = np.flatnonzero(np.diff(number[order], prepend=-1))
+    found = []
+    for members in np.split(order, starts[1:]):
+        if len(members) > 1:
+            kind = _kind_of(seen, members)
+            least = float(weakest[number[members[0]]]) if kind == KINDS[2] else 1.0
+            conflict = len(np.unique(index.labels[live[members]])) > 1
+            found.append(DuplicateGroup(rows=live[members], kind=kind, weakest=least, conflict=conflict))
+    return sorted(found, key=lambda g: (not g.conflict, -len(g.rows), int(g.rows[0])))
+
+
+@dataclass
+class _Known:
+    """Numbers of what was seen: rows by digest of their texts and of their words, words by column."""
+
+    same: dict[bytes, int] = field(default_factory=dict)
+    words: dict[bytes, int] = field(default_factory=dict)
+    vocabulary: dict[tuple[int, str], int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Rows as they are compared; the texts themselves are not held.
+
+    Attributes:
+        same: Equal where texts are, ``(n,)``.
+        words: Equal where the words and their order are, ``(n,)``.
+        sets: Word sets.
+    """
+
+    same: np.ndarray
+    words: np.ndarray
+    sets: WordSets
+
+
+def _see(blocks: Iterable[Texts], known: _Known) -> _Seen:
+    """Read rows block by block."""
+    same: list[int] = []
+    words: list[int] = []
+    sets: list[WordSets] = []
+    for texts in blocks:
+        for row in zip(*texts, strict=True):
+            ordered = [" ".join(words_of(text)) or text for text in row]  # a text without words stays as it is
+            same.append(known.same.setdefault(_digest(row), len(known.same)))
+            words.append(known.words.setdefault(_digest(ordered), len(known.words)))
+        sets.append(word_sets(texts, known.vocabulary))
+    return _Seen(np.array(same), np.array(words), stacked(sets))
+
+
+def _digest(texts: Sequence[str]) -> bytes:
+    return hashlib.blake2b(json.dumps(texts, allow_nan=False).encode(), digest_size=16).digest()
+
+
+def _live_blocks(index: Index) -> Iterator[Texts]:
+    for start in range(0, len(index.live), _BLOCK_ROWS):
+        yield index.text_lists(index.live[start : start + _BLOCK_ROWS])
+
+
+def _equal_links(seen: _Seen) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each row linked to the first one of the same words."""
+    _, first, number = np.unique(seen.words, return_index=True, return_inverse=True)
+    second = np.setdiff1d(np.arange(len(number)), first)
+    return first[number[second]], second, np.ones(len(second))
+
+
+def _cosine_links(index: Index, sets: WordSets, t: Thresholds) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Neighbours of large cosine whose words overlap."""
+    live = index.live
+    k = min(t.neighbours, len(live) - 1)
+    if not k:
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
+    representation = "sentence" if "sbert" in index.manifest.spec.stores else "feature"
+    near, cosines = nearest_rows(index, live, k, representation=representation)
+    i, c = np.nonzero(cosines >= t.cosine)
+    j = np.searchsorted(live, near[i, c])
+    jaccard = sets.jaccard(i, sets, j)
+    kept = jaccard >= t.cosine_jaccard
+    return i[kept], j[kept], jaccard[kept]
+
+
+def _best_links(first: np.ndarray, second: np.ndarray, similarity: np.ndarray) -> np.ndarray:
+    """The similarity of each link, or the best of those between the same two rows."""
+    if not len(first):
+        return similarity
+    pairs = np.stack([np.minimum(first, second), np.maximum(first, second)], axis=1)
+    _, number = np.unique(pairs, axis=0, return_inverse=True)
+    best = np.zeros(number.max() + 1)
+    np.maximum.at(best, number.reshape(-1), similarity)
+    return np.asarray(best[number.reshape(-1)])
+
+
+def _kind_of(seen: _Seen, members: np.ndarray) -> str:
+    for kind, numbers in zip(KINDS[:2], (seen.same, seen.words), strict=True):
+        if len(np.unique(numbers[members])) == 1:
+            return kind
+    return KINDS[2]
+
+
+def leaks(index: Index, test: Queries, thresholds: Thresholds) -> list[Leak]:
+    """Test rows that are equal to a live training row, hold the same words, or similar ones; by test row.
+
+    By texts and words alone. Of several training rows the most similar is named, then the lowest.
+    """
+    thresholds.check()
+    live, known = index.live, _Known()
+    train = _see(_live_blocks(index), known)
+    asked = _see([test.texts], known)
+    found: dict[int, Leak] = {}
+    for kind, numbers, of_test in (
+        (KINDS[0], train.same, asked.same),
+        (KINDS[1], train.words, asked.words),
+    ):
+        first = dict(zip(*(values.tolist() for values in np.unique(numbers, return_index=True)), strict=True))
+        for q, number in enumerate(of_test.tolist()):
+            if q not in found and number in first:
+                found[q] = Leak(test_row=q, row=int(live[first[number]]), kind=kind, jaccard=1.0)
+    best: dict[int, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+    for q, i, jaccard in zip(*near_pairs(asked.sets, thresholds.jaccard, train.sets), strict=True):
+        best[int(q)] = max(best[int(q)], (float(jaccard), -int(i)))
+    for q, (jaccard, i) in best.items():
+        found.setdefault(q, Leak(test_row=q, row=int(live[-i]), kind=KINDS[2], jaccard=jaccard))
+    return [found[q] for q in sorted(found)]
+
+
+def duplicates_report(
+    groups: list[DuplicateGroup],
+    retriever: Retriever,
+    thresholds: Thresholds,
+    top: int,
+    command: str,
+    test: Queries | None = None,
+    leaked: Sequence[Leak] = (),
+) -> tuple[Report, dict[str, Any]]:
+    """The report, with the rows of the first ``top`` groups, and the numbers for ``result.json``.
+
+    Raises:
+        InputError: ``top`` is less than 1.
+    """
+    if top < 1:
+        raise InputError(f"--top {top}: expected at least 1.")
+    index, names = retriever.index, retriever.label_names
+    n = index.manifest.n_live
+    counts: list[list[Cell]] = []
+    for kind in KINDS:
+        mine = [g for g in groups if g.kind == kind]
+        rows = sum(len(g.rows) for g in mine)
+        counts.append([kind, len(mine), rows, rows - len(mine), sum(g.conflict for g in mine)])
+    lines: list[list[Cell]] = []
+    for number, group in enumerate(groups[:top], start=1):
+        columns = {name: c.to_pylist() for name, c in index.texts(group.rows).items()}
+        for i, row in enumerate(group.rows):
+            label = names[index.labels[row]]
+            cells: list[Cell] = [number, int(row), label, group.conflict, group.kind, len(group.rows), group.weakest]
+            lines.append([*cells, *(column[i] for column in columns.values())])
+    text_heads = [f"text: {name}" for name in index.manifest.spec.text_columns]
+    tables = [
+        Table(
+            "Duplicates by kind",
+            ["kind", "groups", "rows", "surplus rows", "groups of different labels"],
+            counts,
+            "Same words: in the same order, case, punctuation and white space aside. Similar: word sets of a Jaccard "
+            f"similarity of at least {thresholds.jaccard:g}, or neighbours of a cosine of at least "
+            f"{thresholds.cosine:g} and a Jaccard similarity of at least {thresholds.cosine_jaccard:g}. Surplus: what "
+            "would go if one row of each group stayed.",
+        ),
+        Table(
+            "Groups",
+            ["group", "row", "label", "labels differ", "kind", "rows", "weakest link", *text_heads],
+            lines,
+            f"The first {min(top, len(groups)):,} of {len(groups):,} groups, different labels first. Weakest link: "
+            "least Jaccard similarity of two rows that are linked; the ends of a chain of links may be less similar.",
+        ),
+    ]
+    conflicts = [g for g in groups if g.conflict]
+    in_conflict = sum(len(g.rows) for g in conflicts)
+    summary = (
+        f"{sum(len(g.rows) for g in groups):,} of {n:,} rows are in {len(groups):,} groups of duplicates; "
+        f"{len(conflicts):,} of those, {in_conflict:,} rows, hold different labels."
+    )
+    provenance = {"index": str(index.folder), "index digest": index.manifest.digest(), "rows": f"{n:,}"}
+    result: dict[str, Any] = {
+        "n_rows": n,
+        "thresholds": asdict(thresholds),
+        "groups": [{"rows": g.rows, "kind": g.kind, "weakest": g.weakest, "conflict": g.conflict} for g in groups],
+    }
+    if test is not None:
+        tables += _leak_tables(test, leaked, retriever)
+        share = len(leaked) / len(test.texts[0])
+        summary += f" {len(leaked):,} of {len(test.texts[0]):,} test rows ({share:.1%}) are among the training rows."
+        provenance["test rows"] = test.source
+        result["leaks"] = [asdict(leak) for leak in leaked]
+        result["n_test_rows"] = len(test.texts[0])
+    shown = tuple(
+        Group(
+            f"Group {i}: {len(group.rows)} rows, {group.kind}" + (", different labels" if group.conflict else ""),
+            [row_passage(retriever, int(row), f"{k} of {len(group.rows)}") for k, row in enumerate(group.rows[:20], 1)],
+        )
+        for i, group in enumerate(groups[:SHOWN_GROUPS], start=1)
+    )
+    return Report("Duplicates", summary, tables, (), shown, {**provenance, "command": command}), result
+
+
+def _leak_tables(test: Queries, leaked: Sequence[Leak], retriever: Retriever) -> list[Table]:
+    """How many test rows of each kind are found, and the first of them."""
+    index, names = retriever.index, retriever.label_names
+    n = len(test.texts[0])
+    counts: list[list[Cell]] = []
+    for kind in KINDS:
+        mine = [leak for leak in leaked if leak.kind == kind]
+        other = None
+        if test.labels is not None:
+            other = sum(int(test.labels[x.test_row] not in (UNKNOWN, index.labels[x.row])) for x in mine)
+        counts.append([kind, len(mine), len(mine) / n, other])
+    lines: list[list[Cell]] = []
+    for leak in leaked[:SHOWN_LEAKS]:
+        label = UNKNOWN if test.labels is None else test.labels[leak.test_row]
+        gold = None if label == UNKNOWN else names[label]
+        cells: list[Cell] = [leak.test_row, leak.row, leak.kind, leak.jaccard, gold, names[index.labels[leak.row]]]
+        both = [column[leak.test_row] for column in test.texts]
+        lines.append([*cells, *both, *(c[0].as_py() for c in index.texts(np.array([leak.row])).values())])
+    columns = index.manifest.spec.text_columns
+    heads = ["test row", "row", "kind", "Jaccard", "test label", "label"]
+    heads += [f"test text: {name}" for name in columns] + [f"text: {name}" for name in columns]
+    note = f"The first {len(lines):,} of {len(leaked):,}. By texts and words, not by cosines."
+    return [
+        Table("Test rows among the training rows", ["kind", "test rows", "share", "of another label"], counts),
+        Table("Test rows and the training rows most like them", heads, lines, note),
+    ]

@@ -1,0 +1,60 @@
+"""The nearest training rows of training rows, by cosine of what the index stores."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from forebear.errors import InputError
+from forebear.indexer.index import Index
+from forebear.indexer.storage.ann import unit_rows
+from forebear.retriever.head.scoring import rank
+
+_NUMBERS = 1 << 25  # entries of the vectors held at once
+
+
+def nearest_rows(
+    index: Index, rows: np.ndarray, k: int, *, representation: str = "feature"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest other live rows of each row, nearest first; ties go to the lower row number.
+
+    Candidates come from the index's FAISS index, cosines from the vectors in float64. Up to 200,000 rows FAISS compares
+    all of them; beyond, its recall is the calibrated one that the manifest gives.
+
+    Args:
+        index: Whose rows.
+        rows: Live row numbers, ``(m,)``.
+        k: Fewer than the live rows.
+        representation: ``feature``, or ``sentence`` where the index stores sentence embeddings.
+
+    Returns:
+        Row numbers and cosines, ``(m, k)`` each.
+
+    Raises:
+        InputError: k is out of range, or an inverted file visits too few rows.
+    """
+    live = index.live
+    if not 1 <= k < len(live):
+        raise InputError(f"--neighbours {k}: expected 1 to {len(live) - 1}, the other rows.")
+    matrix = index.sentence() if representation == "sentence" else index.features()
+    ann = index.ann(f"{representation}-cos")
+    width = min(len(live), (1 if ann.exact else ann.widen) * k + 1)
+    found, cosines = np.empty((len(rows), k), np.int64), np.empty((len(rows), k))
+    step = max(1, _NUMBERS // (width * matrix.width))
+    for start in range(0, len(rows), step):
+        own = rows[start : start + step]
+        unit = unit_rows(matrix.take(own))
+        _, positions = ann.search(unit, width)
+        if (positions < 0).any():
+            raise InputError(f"--neighbours {k}: FAISS visits fewer rows than that for some. Give fewer.")
+        listed = live[positions]
+        near = np.einsum("mh,mwh->mw", _wide_units(matrix.take(own)), _wide_units(matrix.take(listed)))
+        near[listed == own[:, None]] = -np.inf
+        found[start : start + len(own)], cosines[start : start + len(own)] = rank(near, listed, k, largest=True)
+    return found, cosines
+
+
+def _wide_units(vectors: np.ndarray) -> np.ndarray:
+    """Vectors of length 1 along the last axis, float64; zero stays zero."""
+    wide = vectors.astype(np.float64)
+    norms = np.linalg.norm(wide, axis=-1, keepdims=True)
+    return np.asarray(np.divide(wide, norms, out=np.zeros_like(wide), where=norms > 0))

@@ -1,0 +1,1 @@
+"""What evaluations share: samples of queries, statistics, passages of rows."""

@@ -1,0 +1,127 @@
+"""How sure a mean over queries is, and whether two methods differ on the queries that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+
+from forebear.errors import InputError
+from forebear.evaluation.audits.artifacts.lexical_overlap import bootstrap_interval, mean_and_error
+from forebear.evaluation.reports.report import Cell, Table
+
+FEW_VALUES = 10
+INTERVALS = f"percentile bootstrap; Student's t of fewer than {FEW_VALUES} values"  # for what a report says of itself
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over queries.
+
+    Attributes:
+        mean: In the unit of the values.
+        error: Its standard error; None for a single value.
+        low: Lower end of its 95% interval, see :func:`mean_of`; None for a single value.
+        high: Upper end.
+        n: Number of values.
+    """
+
+    mean: float
+    error: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference(Mean):
+    """The mean of first - second over shared queries.
+
+    Attributes:
+        p: Two-sided p of Wilcoxon's signed-rank test that the differences are symmetric about 0. Queries without a
+            difference are left out of it; 1 where all are; None for a single query, which tests nothing.
+    """
+
+    p: float | None
+
+
+def mean_of(values: npt.ArrayLike, seed: int = 0) -> Mean:
+    """Mean of one value a query, ``(n,)``, with its standard error and a 95% interval.
+
+    The interval is a seeded percentile bootstrap; of fewer than ten values, of which a bootstrap makes too little (with
+    five it covers 85%), Student's t. Equal values have an error of 0 and an interval of no width.
+
+    Raises:
+        InputError: There are no values, or they have more than one axis.
+        NonFiniteError: A value is NaN or infinite.
+    """
+    mean, error = mean_and_error(values)
+    n = len(np.asarray(values))
+    if error is None:
+        return Mean(mean, None, None, None, n)
+    if n < FEW_VALUES:
+        half = error * _quantile_of_t(n - 1)
+        return Mean(mean, error, mean - half, mean + half, n)
+    return Mean(mean, error, *bootstrap_interval(values, seed), n)
+
+
+def _quantile_of_t(freedom: int) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, freedom))
+
+
+def paired_difference(first: npt.ArrayLike, second: npt.ArrayLike, seed: int = 0) -> Difference:
+    """Compare two methods on the queries that they share.
+
+    Args:
+        first: One value a query, ``(n,)``.
+        second: Of the same queries, in the same order, ``(n,)``.
+        seed: Of the bootstrap.
+
+    Raises:
+        InputError: Their lengths differ, or there are no values.
+        NonFiniteError: A value is NaN or infinite.
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.shape != b.shape:
+        raise InputError(
+            f"values of shapes {a.shape} and {b.shape} are no pairs; expected one of each for every shared query."
+        )
+    differences = a - b
+    found = mean_of(differences, seed)
+    return Difference(found.mean, found.error, found.low, found.high, found.n, _wilcoxon(differences))
+
+
+def _wilcoxon(differences: np.ndarray) -> float | None:
+    from scipy.stats import wilcoxon
+
+    if len(differences) == 1:
+        return None
+    if not differences.any():
+        return 1.0
+    return float(wilcoxon(differences).pvalue)
+
+
+def difference_table(title: str, values: Mapping[str, npt.ArrayLike], seed: int = 0) -> Table:
+    """Every pair of methods, compared on shared queries.
+
+    Args:
+        title: Of the table.
+        values: One value a query, ``(n,)``, by method; the same queries in the same order.
+        seed: Of the bootstrap.
+    """
+    rows: list[list[Cell]] = []
+    for first, second in combinations(values, 2):
+        d = paired_difference(values[first], values[second], seed)
+        rows.append([first, second, d.mean, d.low, d.high, d.p, d.n])
+    return Table(
+        title,
+        ["first", "second", "first − second", "95% low", "95% high", "p", "queries"],
+        rows,
+        "Mean difference over the same queries, its 95% interval, and p of Wilcoxon's signed-rank test, not "
+        "corrected for the number of pairs.",
+    )

@@ -1,0 +1,1 @@
+"""The demonstration: a generated corpus and the whole flow on it."""

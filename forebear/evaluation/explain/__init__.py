@@ -1,0 +1,1 @@
+"""One prediction explained: influential rows side by side with the words behind them."""

@@ -1,0 +1,1 @@
+"""Measures of attribution methods that retrain nothing."""

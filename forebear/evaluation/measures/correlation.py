@@ -1,0 +1,134 @@
+"""``correlation``: do two methods order the training rows alike? (Pez21, Figures 2 and 3)"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from forebear.errors import InputError
+from forebear.evaluation.common.comparisons import (
+    Queries,
+    listed_values,
+    matrix_figure,
+    matrix_of,
+    matrix_table,
+    pair_table,
+    provenance,
+    question,
+    score_queries,
+    standardised_ranks,
+)
+from forebear.evaluation.reports.report import Report
+from forebear.indexer.gradients.whole import live_sample
+from forebear.retriever.answers.scores import residuals_of
+from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.retriever import Retriever
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correlation:
+    """Spearman's correlations.
+
+    Attributes:
+        methods: Names, ``m``.
+        values: For each query and pair of methods, ``(q, m, m)``; NaN where a method gives all rows one score.
+        rows: Training rows that were scored, ``(n,)``.
+        residuals: Of H^-1; see :class:`~forebear.retriever.answers.scores.Scores`.
+    """
+
+    methods: tuple[str, ...]
+    values: np.ndarray
+    rows: np.ndarray
+    residuals: dict[str, float]
+
+
+def correlations(
+    retriever: Retriever, queries: Queries, spec: QuerySpec, *, n_rows: int = 500, seed: int = 0
+) -> Correlation:
+    """Spearman's correlation between the scores of every pair of methods, for each query.
+
+    Args:
+        retriever: Over the index.
+        queries: Test rows.
+        spec: Methods, scope, target, curvature.
+        n_rows: Training rows, a seeded sample; 0 for all.
+        seed: Of the sample.
+
+    Raises:
+        InputError: Fewer than two methods or two rows, which have no order to compare.
+    """
+    if len(spec.methods) < 2:
+        raise InputError(f"correlation compares methods; found {', '.join(spec.methods)}. Give two or more (--method).")
+    if n_rows < 0 or n_rows == 1:
+        raise InputError(f"--rows {n_rows}: expected 2 or more training rows, or 0 for all of them.")
+    rows = live_sample(retriever.index.live, n_rows, seed)
+    if len(rows) < 2:
+        raise InputError(f"{retriever.index.folder} has {len(rows)} live row(s); a rank correlation takes 2 or more.")
+    scores = score_queries(retriever, queries, spec, rows)
+    ranks = np.stack([standardised_ranks(scores[name]) for name in spec.methods], axis=1)
+    values = np.clip(np.einsum("qin,qjn->qij", ranks, ranks) / len(rows), -1.0, 1.0)
+    return Correlation(methods=spec.methods, values=values, rows=rows, residuals=residuals_of(scores))
+
+
+def correlation_report(
+    found: Correlation, retriever: Retriever, queries: Queries, spec: QuerySpec, seed: int, command: str
+) -> tuple[Report, dict[str, Any]]:
+    """The report, and the numbers for ``result.json``."""
+    matrix = matrix_of(found.values)
+    n_undefined = int(np.isnan(found.values.diagonal(axis1=1, axis2=2)).sum())
+    note = (
+        f"Mean over {len(queries):,} queries of Spearman's correlation over {len(found.rows):,} training rows. "
+        f"{n_undefined} of the {found.values.shape[0] * found.values.shape[1]:,} score lists (query x method) are "
+        "constant: they have no order, and their correlations are left out."
+    )
+    pairs = [(i, j) for i, j in combinations(range(len(found.methods)), 2) if matrix[i][j] is not None]
+    said = "No pair of methods has a correlation: each gives all rows one score."
+    if pairs:
+        low, high = (pick(pairs, key=lambda p: matrix[p[0]][p[1]] or 0.0) for pick in (min, max))
+        said = " ".join(
+            f"{found.methods[i]} and {found.methods[j]} are {how} alike ({matrix[i][j]:.2f})."
+            for how, (i, j) in (("most", high), ("least", low))
+        )
+    report = Report(
+        "Correlation of methods",
+        said,
+        (
+            matrix_table("Mean Spearman correlation", found.methods, matrix, note),
+            pair_table(
+                "Pairs",
+                found.methods,
+                found.values,
+                seed,
+                "95% interval over the queries.",
+            ),
+        ),
+        (
+            matrix_figure(
+                "Mean Spearman correlation", found.methods, matrix, low=-1.0, caption="Empty where it is undefined."
+            ),
+        ),
+        provenance=provenance(
+            retriever,
+            spec,
+            command,
+            residuals=found.residuals,
+            test_rows=queries.source,
+            queries=len(queries),
+            rows=len(found.rows),
+            seed=seed,
+        ),
+    )
+    result = {
+        "methods": list(found.methods),
+        "mean": matrix,
+        "n_undefined": n_undefined,
+        "per_query": listed_values(found.values),
+        "query_rows": queries.rows,
+        "training_rows": found.rows,
+        "seed": seed,
+        "question": question(retriever, spec, found.residuals),
+    }
+    return report, result

@@ -1,0 +1,226 @@
+"""Do span methods rank spans as the final model itself does? (Span paper, Table 4)
+
+The yardstick is `tracin++` at the one final checkpoint: <g_q - g_q(-kl), g_n - g_n(-ij)>, without variants and without
+curvature. Compared with it, by Spearman's correlation over the spans of sampled training rows, for each query:
+`tracin++` (summed over three variants, one SGD step away), `if++`, a control (`tracin++` summed, unweighted, over the
+last three checkpoints) and random scores. A run draws other training rows and other variants; queries stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from forebear.errors import InputError
+from forebear.evaluation.common.comparisons import (
+    Queries,
+    interval_cells,
+    listed_values,
+    provenance,
+    question,
+    spearman,
+)
+from forebear.evaluation.common.span_queries import training_spans
+from forebear.evaluation.common.statistics import difference_table
+from forebear.evaluation.reports.report import Cell, Figure, Report, Table, bar_chart
+from forebear.indexer.gradients.whole import live_sample
+from forebear.indexer.model.forward import run_forward
+from forebear.indexer.spans.finders import span_finder
+from forebear.retriever.deep.query_gradients import Asked
+from forebear.retriever.head.queries import N_VARIANTS, choose_targets, one_step_away
+from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.retriever import Retriever
+from forebear.retriever.spans.scores import SpanScores
+from forebear.retriever.spans.search import query_spans
+
+METHODS = ("tracin++", "if++")
+CONTROL, RANDOM = "(last checkpoints)", "(random)"
+CONTROL_CHECKPOINTS = 3
+RUNS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faithfulness:
+    """Spearman's correlations with the yardstick.
+
+    Attributes:
+        names: What is compared with it, ``m``: methods, control, random scores.
+        values: For each run and query, ``(runs, q, m)``; NaN where all spans have one score.
+        n_spans: Spans that were ranked in each run.
+        n_control: Checkpoints that the control sums over; with 1 it is the yardstick itself, and left out.
+        residual: Largest relative residual of H^-1, where a solver iterated; else None.
+    """
+
+    names: tuple[str, ...]
+    values: np.ndarray
+    n_spans: tuple[int, ...]
+    n_control: int
+    residual: float | None
+
+    @property
+    def by_query(self) -> np.ndarray:
+        """Mean over the runs, ``(q, m)``; NaN where no run defines it."""
+        defined = ~np.isnan(self.values)
+        n = defined.sum(axis=0)
+        total = np.where(defined, self.values, 0.0).sum(axis=0)
+        return np.asarray(np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0))
+
+
+def measure_faithfulness(
+    retriever: Retriever,
+    queries: Queries,
+    spec: QuerySpec,
+    *,
+    n_rows: int = 200,
+    n_runs: int = RUNS,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] = lambda _stage, _done, _total: None,
+) -> Faithfulness:
+    """Spearman's correlation of each method's span scores with those at the final checkpoint.
+
+    Args:
+        retriever: Over the index.
+        queries: Test rows with spans, from :func:`~forebear.evaluation.common.span_queries.sample_span_queries`.
+        spec: Scope, target, curvature and spans; settled, its methods are :data:`METHODS`.
+        n_rows: Training rows a run, a seeded sample; 0 for all.
+        n_runs: Runs, each with other rows and other variants of the model.
+        seed: Of the samples and of the random scores.
+        progress: Told the stage, runs done and runs in all.
+
+    Raises:
+        InputError: No run, or fewer than two spans in one, which have no order to compare.
+    """
+    if n_runs < 1:
+        raise InputError(f"--runs {n_runs}: expected at least 1.")
+    if n_rows < 0:
+        raise InputError(f"--rows {n_rows}: expected a number of training rows, or 0 for all of them.")
+    index, classifier = retriever.index, retriever.classifier()
+    asked = _asked(retriever, queries, spec)
+    n_checkpoints = len(index.manifest.checkpoints)
+    control = range(max(0, n_checkpoints - CONTROL_CHECKPOINTS), n_checkpoints)
+    names = (*METHODS, *([CONTROL] if len(control) > 1 else []), RANDOM)
+    values, n_spans, residuals = [], [], []
+    progress("runs", 0, n_runs)
+    for run in range(n_runs):
+        entries = training_spans(retriever, spec, live_sample(index.live, n_rows, seed + run))
+        if len(entries.rows) < 2:
+            raise InputError(
+                f"{len(entries.rows)} span(s) in the sampled training rows; a rank correlation takes 2 or more. Give "
+                "more --rows, or find spans otherwise (--spans)."
+            )
+        spans = SpanScores(index, classifier, spec.scope, asked, entries)
+        truth = spans.summed([classifier])
+        variants = (one_step_away(classifier, index, (seed + run) * N_VARIANTS + m) for m in range(N_VARIANTS))
+        solved, residual = spans.preconditioned(spec.solver)
+        found = {METHODS[0]: spans.summed(variants), METHODS[1]: solved}
+        if CONTROL in names:
+            found[CONTROL] = spans.summed(retriever.classifier(number) for number in control)
+        found[RANDOM] = np.random.default_rng([seed, run, 8]).normal(size=truth.shape)
+        values.append(np.stack([spearman(found[name], truth) for name in names], axis=1))
+        n_spans.append(len(entries.rows))
+        residuals += [] if residual is None else [float(residual.max())]
+        progress("runs", run + 1, n_runs)
+    return Faithfulness(
+        names=names,
+        values=np.stack(values),
+        n_spans=tuple(n_spans),
+        n_control=len(control),
+        residual=max(residuals, default=None),
+    )
+
+
+def _asked(retriever: Retriever, queries: Queries, spec: QuerySpec) -> Asked:
+    """Test rows with their most important span masked."""
+    assert spec.spans is not None
+    classifier = retriever.classifier()
+    forward = run_forward(classifier, queries.texts)
+    targets = choose_targets(spec.target, forward.predictions, queries.labels, classifier.label_names)
+    find = span_finder(spec.query_spans or spec.spans, spec.span_column or 0)
+    _, encoded = query_spans(
+        classifier, queries.texts, queries.table, targets, forward.logits, find, queries.rows.tolist()
+    )
+    return Asked(encoded, targets)
+
+
+def faithfulness_report(
+    found: Faithfulness, retriever: Retriever, queries: Queries, spec: QuerySpec, seed: int, command: str
+) -> tuple[Report, dict[str, Any]]:
+    """The report, and the numbers for ``result.json``; correlations times 100, as in the paper."""
+    scaled = replace(found, values=100.0 * found.values)
+    rows: list[list[Cell]] = []
+    for i, name in enumerate(found.names):
+        rows.append([name, *interval_cells(scaled.by_query[:, i], seed), *variances(scaled.values[:, :, i])])
+    undefined = int(np.isnan(found.values).any(axis=2).sum())
+    runs = len(found.values)
+    note = (
+        f"Spearman's correlation x 100 with `tracin++` at the final checkpoint, over {min(found.n_spans):,} to "
+        f"{max(found.n_spans):,} spans; mean over {len(queries):,} queries, each the mean of {runs} run(s), ± its "
+        "standard error; 95% interval. Variances: over queries, averaged over runs; of the runs' means. "
+        + (
+            f"The control sums the last {found.n_control} checkpoints, unweighted, the final one among them. "
+            if CONTROL in found.names
+            else "The index holds one checkpoint, so there is no control. "
+        )
+        + f"Left out: {undefined:,} lists (run x query) whose scores are all equal; {len(queries.left_out):,} sampled "
+        "test rows without a span."
+        + ("" if found.residual is None else f" H^-1 of if++ is solved to a relative residual of {found.residual:.1e}.")
+    )
+    table = Table(
+        "Faithfulness to the final checkpoint",
+        ["method", "mean", "±", "95% low", "95% high", "var. queries", "var. runs"],
+        rows,
+        note,
+    )
+    tables = [table]
+    defined = ~np.isnan(scaled.by_query).any(axis=1)
+    drawn = [(str(name), mean, error) for name, mean, error, *_ in rows if isinstance(mean, float)]
+    figures = []
+    if drawn:
+        what = "Spearman x 100"
+        heights = {what: [mean for _, mean, _ in drawn]}
+        errors = {what: [error if isinstance(error, float) else None for _, _, error in drawn]}
+        drawing = bar_chart([name for name, *_ in drawn], heights, errors=errors, xlabel=what, digits=1)
+        figures.append(Figure("Faithfulness", drawing, "Means of the table, bars: standard error over queries."))
+    if defined.any():
+        values = {name: scaled.by_query[defined, i] for i, name in enumerate(found.names)}
+        tables.append(difference_table("Paired", values, seed))
+    said = "; ".join(f"{name} {'undefined' if mean is None else f'{mean:.1f}'}" for name, mean, *_ in rows)
+    report = Report(
+        "Faithfulness of span methods",
+        f"Rank correlation with the final checkpoint's own span scores: {said}.",
+        tables,
+        figures,
+        provenance=provenance(
+            retriever, spec, command, test_rows=queries.source, queries=len(queries), runs=runs, seed=seed
+        ),
+    )
+    result = {
+        "names": list(found.names),
+        "mean": {name: row[1] for name, row in zip(found.names, rows, strict=True)},
+        "per_run_and_query": listed_values(scaled.values),
+        "n_spans": list(found.n_spans),
+        "control_checkpoints": found.n_control,
+        "largest_residual": found.residual,
+        "query_rows": queries.rows,
+        "query_rows_left_out": queries.left_out,
+        "seed": seed,
+        "question": question(retriever, spec),
+    }
+    return report, result
+
+
+def variances(values: np.ndarray) -> list[Cell]:
+    """Sample variance over queries, averaged over runs, and of the runs' means over queries, from ``(runs, q)``.
+
+    None where fewer than two values are defined.
+    """
+    runs = [mine[~np.isnan(mine)] for mine in values]
+    over_queries = [float(mine.var(ddof=1)) for mine in runs if len(mine) > 1]
+    means = [float(mine.mean()) for mine in runs if len(mine)]
+    return [
+        float(np.mean(over_queries)) if over_queries else None,
+        float(np.var(means, ddof=1)) if len(means) > 1 else None,
+    ]

@@ -1,0 +1,322 @@
+"""``mislabelled``: does a row's influence on itself tell wrong labels? (Koh and Liang 2017; beyond the five papers)
+
+Self-influence is a row's score with itself as the query, of its gold label: ||g||^2 for ``gd``, summed over checkpoints
+with eta for ``tracin``, <H^-1 g, g> for ``if``, all from what the index stores. Beside it the loss, and the
+disagreement of neighbours: the share of the k nearest other rows, by cosine of the features, that have another label.
+
+Large values are taken for wrong labels. AUC is the chance that a wrongly labelled row stands above a rightly labelled
+one, ties counting half. In precision@k, ties are ordered by row number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from forebear.errors import DataError, InputError, MismatchError
+from forebear.evaluation.common.comparisons import listed_values, provenance
+from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table, bar_chart
+from forebear.indexer.index import Index
+from forebear.indexer.rows.labels import label_map
+from forebear.indexer.rows.row_source import RowSource
+from forebear.indexer.storage.ann import unit_rows
+from forebear.indexer.storage.arrow import as_tensor
+from forebear.retriever.question.methods import pick_methods
+from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.retriever import Retriever
+
+LOSS, NEIGHBOURS = "loss", "neighbours"  # the baselines' names
+SHOWN_ROWS = 10
+_BLOCK_ROWS = 1024
+_RESAMPLES = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mislabelled:
+    """How well each measure tells wrong labels.
+
+    Attributes:
+        names: Methods, then the baselines, ``m``.
+        values: Of each live row, ``(m, n)``; larger: more suspicious.
+        wrong: Which rows are labelled wrongly, ``(n,)`` bool.
+        rows: Their row numbers, ``(n,)``.
+        true_labels: Class ids of the rows, ``(n,)``, where a column gives them.
+    """
+
+    names: tuple[str, ...]
+    values: np.ndarray
+    wrong: np.ndarray
+    rows: np.ndarray
+    true_labels: np.ndarray | None
+
+
+def self_influence(index: Index, spec: QuerySpec) -> dict[str, np.ndarray]:
+    """A row's score with itself, for every row ``(N,)`` float64 by method, from what is stored.
+
+    Raises:
+        InputError: A method whose self-influence is not stored, or says nothing (a cosine with itself is 1).
+    """
+    found = {}
+    for method in pick_methods(spec.methods):
+        scope = spec.scope_of(method)
+        if (
+            method.representation != "head"
+            or method.metric != "dot"
+            or method.by_model
+            or method.query == "representer"
+        ):
+            raise InputError(f"{method.name}: its self-influence is not stored. Give gd, if or tracin (--method).")
+        index.check_scope(scope)
+        if method.query == "preconditioned":
+            solver = spec.solver.at(scope)
+            if solver == "exact":
+                found[method.name] = index.head_self_influence(spec.damping)
+            elif solver == "ekfac":
+                number, _ = index.ekfac_damping(scope, spec.damping)
+                found[method.name] = index.gradients(scope, damping=number).norms.astype(np.float64) ** 2
+            else:
+                raise InputError(f"{method.name}: its self-influence is stored for --curvature exact or ekfac alone.")
+            continue
+        last = len(index.manifest.checkpoints) - 1
+        weights = (
+            {i: c.eta for i, c in enumerate(index.manifest.checkpoints)} if method.all_checkpoints else {last: 1.0}
+        )
+        found[method.name] = sum(
+            (eta * _squared_norms(index, scope, number) for number, eta in weights.items()),
+            np.zeros(index.manifest.n_rows),
+        )
+    return found
+
+
+def _squared_norms(index: Index, scope: str, checkpoint: int) -> np.ndarray:
+    """||g_n||^2 of every row over a scope, ``(N,)`` float64."""
+    if scope != "head":
+        return np.asarray(index.gradients(scope, checkpoint).norms.astype(np.float64) ** 2)
+    out = np.empty(index.manifest.n_rows)
+    for start in range(0, len(out), _BLOCK_ROWS):
+        at = np.arange(start, min(start + _BLOCK_ROWS, len(out)))
+        f, r = (m.take(at).astype(np.float64) for m in (index.features(checkpoint), index.residuals(checkpoint)))
+        out[at] = (f**2).sum(axis=1) * (r**2).sum(axis=1)
+    return out
+
+
+def neighbour_disagreement(features: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
+    """Share of the k nearest other rows, by cosine, that have another label, ``(n,)``.
+
+    Args:
+        features: ``(n, h)``.
+        labels: ``(n,)``.
+        k: Fewer than n.
+    """
+    unit = as_tensor(unit_rows(features))
+    found = np.empty(len(unit))
+    for start in range(0, len(unit), _BLOCK_ROWS):
+        cosines = unit[start : start + _BLOCK_ROWS] @ unit.T
+        cosines[torch.arange(len(cosines)), torch.arange(start, start + len(cosines))] = -torch.inf  # the row itself
+        nearest = cosines.topk(k, dim=1).indices.numpy()
+        found[start : start + len(nearest)] = (labels[nearest] != labels[start : start + len(nearest), None]).mean(
+            axis=1
+        )
+    return found
+
+
+def true_labels_of(index: Index, source: RowSource) -> np.ndarray:
+    """True class ids of the index's rows, ``(N,)``, from the training file opened with the column of true labels.
+
+    Raises:
+        MismatchError: The file's texts are not the index's.
+        DataError: Its labels are not the model's.
+    """
+    manifest = index.manifest
+    if source.n_rows != manifest.n_rows:
+        raise MismatchError(
+            f"{source.name} has {source.n_rows} rows, {index.folder} has {manifest.n_rows}. Give the file that the "
+            "index was built from (--train)."
+        )
+    mapping = label_map(source, manifest.spec.label_names, manifest.spec.label_mode)
+    found = []
+    for block in source.blocks():
+        texts = index.text_lists(np.arange(block.start, block.start + len(block)))
+        if texts != [list(column) for column in block.texts]:
+            raise MismatchError(
+                f"{source.name}: its rows {block.start} to {block.start + len(block) - 1} are not those of "
+                f"{index.folder}. Give the file that the index was built from (--train), and its --text-columns."
+            )
+        assert block.labels is not None
+        found.append(mapping(block.labels, block.start))
+    return np.concatenate(found)
+
+
+def wrong_rows_of(path: Path, n_rows: int) -> np.ndarray:
+    """Which rows are labelled wrongly, ``(N,)`` bool, from a text file of row numbers, one a line.
+
+    Raises:
+        DataError: It cannot be read, or holds something else.
+    """
+    wrong = np.zeros(n_rows, bool)
+    try:
+        lines = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Give a text file of row numbers, one a line.") from error
+    for line in lines:
+        if not line.isascii() or not line.isdigit() or int(line) >= n_rows:
+            raise DataError(f"{path} holds {line!r}; expected row numbers from 0 to {n_rows - 1}, one a line.")
+        wrong[int(line)] = True
+    return wrong
+
+
+def mislabelled(
+    retriever: Retriever,
+    spec: QuerySpec,
+    wrong: np.ndarray,
+    *,
+    true_labels: np.ndarray | None = None,
+    n_neighbours: int = 10,
+) -> Mislabelled:
+    """Measure every live row by self-influence and by the baselines.
+
+    Args:
+        retriever: Over the index.
+        spec: Methods (``gd``, ``if``, ``tracin`` and the like), scope, damping.
+        wrong: Which rows are labelled wrongly, ``(N,)`` bool.
+        true_labels: Class ids of all rows, ``(N,)``, where they are known: they are shown.
+        n_neighbours: k of the disagreement of neighbours.
+
+    Raises:
+        DataError: No row is labelled wrongly, or all are: there is nothing to tell apart.
+        InputError: A method's self-influence is not stored, or there are not as many neighbours.
+    """
+    spec.check()
+    index = retriever.index
+    live = index.live
+    if not 1 <= n_neighbours < len(live):
+        raise InputError(f"--neighbours {n_neighbours}: expected 1 to {len(live) - 1}, the other rows.")
+    if wrong[live].all() or not wrong[live].any():
+        raise DataError(
+            f"{int(wrong[live].sum())} of {len(live)} rows are labelled wrongly; expected some, not all. If the column "
+            "of true labels is the one that the model was trained on, name the other."
+        )
+    values = {name: found[live] for name, found in self_influence(index, spec).items()}
+    values[LOSS] = index.losses[live].astype(np.float64)
+    features = index.features().take(live)
+    values[NEIGHBOURS] = neighbour_disagreement(features, index.labels[live], n_neighbours)
+    return Mislabelled(
+        names=tuple(values),
+        values=np.stack(list(values.values())),
+        wrong=wrong[live],
+        rows=live,
+        true_labels=None if true_labels is None else true_labels[live],
+    )
+
+
+def auc_and_interval(values: np.ndarray, wrong: np.ndarray, seed: int) -> list[Cell]:
+    """Area under the ROC curve (ties count half), and its 95% interval by resampling rows of each kind.
+
+    No interval with one row of a kind: resampled, it is always itself.
+    """
+    from scipy.stats import rankdata
+
+    above, below = values[wrong], values[~wrong]
+
+    def area(first: np.ndarray, second: np.ndarray) -> float:
+        ranks = rankdata(np.concatenate([first, second]))[: len(first)]
+        return float((ranks.sum() - len(first) * (len(first) + 1) / 2) / (len(first) * len(second)))
+
+    if min(len(above), len(below)) < 2:
+        return [area(above, below), None, None]
+    rng = np.random.default_rng(seed)
+    drawn = [
+        area(above[rng.integers(0, len(above), len(above))], below[rng.integers(0, len(below), len(below))])
+        for _ in range(_RESAMPLES)
+    ]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return [area(above, below), float(low), float(high)]
+
+
+def precision_at(values: np.ndarray, wrong: np.ndarray, k: int) -> float:
+    """Share of wrong rows among the k of largest value; equal values are ordered by row number."""
+    return float(wrong[np.argsort(-values, kind="stable")[:k]].mean())
+
+
+def mislabelled_report(
+    found: Mislabelled, retriever: Retriever, spec: QuerySpec, tops: Sequence[int], seed: int, command: str
+) -> tuple[Report, dict[str, Any]]:
+    """The report, and the numbers for ``result.json``; precision@k for each of ``tops`` and the number of wrong rows.
+
+    Raises:
+        InputError: A k is less than 1 or more than all rows.
+    """
+    n, n_wrong = len(found.rows), int(found.wrong.sum())
+    bad = [k for k in tops if not 1 <= k <= n]
+    if bad:
+        raise InputError(f"--top {bad[0]}: expected 1 to {n}, the live rows.")
+    depths = sorted({*tops, n_wrong})
+    rows: list[list[Cell]] = []
+    areas: dict[str, float] = {}
+    for name, values in zip(found.names, found.values, strict=True):
+        cells = auc_and_interval(values, found.wrong, seed)
+        areas[name] = float(cells[0] or 0.0)
+        rows.append([name, *cells, *(precision_at(values, found.wrong, k) for k in depths)])
+    best = max(areas, key=lambda name: areas[name])
+    table = Table(
+        "Telling wrong labels",
+        ["measure", "AUC", "95% low", "95% high", *(f"precision@{k:,}" for k in depths)],
+        rows,
+        f"{n_wrong:,} of {n:,} rows ({n_wrong / n:.1%}) are labelled wrongly: a measure that tells nothing has an AUC "
+        "of 0.5 and that precision. 95% bootstrap interval, rows resampled.",
+    )
+    drawing = bar_chart(list(areas), {"AUC": list(areas.values())}, xlabel="AUC", reference=("chance", 0.5), digits=3)
+    report = Report(
+        "Wrong labels",
+        f"{best} tells wrong labels best, with an AUC of {areas[best]:.3f}; the loss reaches {areas[LOSS]:.3f}, the "
+        f"disagreement of neighbours {areas[NEIGHBOURS]:.3f}.",
+        (table,),
+        (Figure("AUC", drawing),),
+        (_suspects(found, retriever, found.names.index(best)),),
+        provenance(retriever, spec, command, rows=n, wrong_labels=n_wrong, seed=seed),
+    )
+    result = {
+        "measures": {
+            name: {
+                "auc": row[1],
+                "auc_low": row[2],
+                "auc_high": row[3],
+                "precision": dict(zip(depths, row[4:], strict=True)),
+            }
+            for name, row in zip(found.names, rows, strict=True)
+        },
+        "n_rows": n,
+        "n_wrong": n_wrong,
+        "values": {name: listed_values(values) for name, values in zip(found.names, found.values, strict=True)},
+        "rows": found.rows,
+        "wrong": found.wrong,
+        "seed": seed,
+    }
+    return report, result
+
+
+def _suspects(found: Mislabelled, retriever: Retriever, measure: int) -> Group:
+    """The rows of largest value, with both labels where the true ones are known."""
+    index, names = retriever.index, retriever.label_names
+    order = np.argsort(-found.values[measure], kind="stable")[:SHOWN_ROWS]
+    rows = found.rows[order]
+    columns = {name: column.to_pylist() for name, column in index.texts(rows).items()}
+    passages = []
+    for i, (at, row) in enumerate(zip(order, rows, strict=True)):
+        facts: dict[str, Cell] = {"label": names[index.labels[row]], "prediction": names[index.predictions[row]]}
+        if found.true_labels is not None:
+            facts["true label"] = names[found.true_labels[at]]
+        passages.append(
+            Passage(
+                f"rank {i + 1} · row {row} · {found.values[measure][at]:.4g}",
+                {name: texts[i] for name, texts in columns.items()},
+                facts=facts,
+                note="wrong label" if found.wrong[at] else "",
+            )
+        )
+    return Group(f"The most suspicious rows by {found.names[measure]}", passages)

@@ -1,0 +1,224 @@
+"""``near-duplicates``: is a training row found when it is asked about itself, or about itself with one word changed?
+(Pez21, Tables 3 and 4)
+
+Words are what white space parts. In every text of a row one word is added, removed or replaced, at a seeded random
+place; new words are drawn from the words of the training rows, each word as likely as any other. The changed text has
+single spaces between its words. A text without words can only have one added, and else stays as it is.
+
+A hit is a row with the source row's texts: the source itself, or an exact duplicate of it, which no method can tell
+apart. Retrieval itself is asked, so that what it misses counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from forebear.errors import InputError
+from forebear.evaluation.common.comparisons import (
+    INTERVAL_COLUMNS,
+    Queries,
+    interval_cells,
+    listed_values,
+    provenance,
+    question,
+)
+from forebear.evaluation.reports.report import Cell, Figure, Report, Table, bar_chart
+from forebear.indexer.building.options import Progress, no_progress
+from forebear.indexer.gradients.whole import live_sample
+from forebear.indexer.index import Index
+from forebear.retriever.question.methods import pick_methods
+from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.retriever import Retriever
+
+EDITS = ("same", "add", "remove", "replace")
+TOPS = (1, 10)
+_BLOCK_ROWS = 65_536
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearDuplicates:
+    """Hits of the source row.
+
+    Attributes:
+        methods: Names, ``m``.
+        edits: Names, ``e``.
+        tops: Depths k, ``d``.
+        hits: Whether a row of the source's texts is in the top k, ``(e, m, q, d)`` bool.
+        rows: The training rows asked about, ``(q,)``.
+        n_duplicated: How many of them have an exact duplicate in the index.
+    """
+
+    methods: tuple[str, ...]
+    edits: tuple[str, ...]
+    tops: tuple[int, ...]
+    hits: np.ndarray
+    rows: np.ndarray
+    n_duplicated: int
+
+
+def vocabulary(index: Index) -> list[str]:
+    """Distinct words of all live training rows, sorted."""
+    words: set[str] = set()
+    for start in range(0, len(index.live), _BLOCK_ROWS):
+        for column in index.text_lists(index.live[start : start + _BLOCK_ROWS]):
+            for text in column:
+                words.update(text.split())
+    return sorted(words)
+
+
+def edited(text: str, edit: str, words: Sequence[str], rng: np.random.Generator) -> str:
+    """A text with one word added, removed or replaced at a random place; see the module.
+
+    Args:
+        text: As it is.
+        edit: One of ``EDITS``.
+        words: To draw from.
+        rng: Decides the place and the word.
+
+    Raises:
+        InputError: There is no word to draw, or none but the one that is to be replaced.
+    """
+    parts = text.split()
+    if edit == "same" or (edit != "add" and not parts):
+        return text
+    at = int(rng.integers(len(parts) + (edit == "add")))
+    if edit == "remove":
+        return " ".join(parts[:at] + parts[at + 1 :])
+    kept = parts[at] if edit == "replace" else None
+    if not any(word != kept for word in words):
+        raise InputError(f"near-duplicates draws words from the training rows, and they have {len(words)} different.")
+    drawn = kept
+    while drawn == kept:
+        drawn = words[int(rng.integers(len(words)))]
+    return " ".join([*parts[:at], str(drawn), *parts[at + (edit == "replace") :]])
+
+
+def near_duplicates(
+    retriever: Retriever,
+    spec: QuerySpec,
+    *,
+    n_queries: int = 200,
+    edits: Sequence[str] = EDITS,
+    tops: Sequence[int] = TOPS,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> NearDuplicates:
+    """Ask about training rows, changed a little, and see whether they come up.
+
+    Args:
+        retriever: Over the index.
+        spec: Methods, scope, target (``gold``: the training row's label), exactness; its ``top`` is not used.
+        n_queries: Training rows, a seeded sample; 0 for all.
+        edits: Which of ``EDITS``.
+        tops: Depths k of hit@k, ascending.
+        seed: Of the sample, the places and the words.
+        progress: Told the questions answered.
+
+    Raises:
+        InputError: An edit or a method that does not fit.
+    """
+    unknown = [edit for edit in edits if edit not in EDITS]
+    if unknown or not edits:
+        raise InputError(f"--edits {', '.join(edits) or 'none'}: expected some of {', '.join(EDITS)}.")
+    if n_queries < 0:
+        raise InputError(f"--queries {n_queries}: expected a number of training rows, or 0 for all of them.")
+    for method in pick_methods(spec.methods):
+        if method.spans:
+            raise InputError(f"{method.name} ranks spans, not rows. Leave it out of --method.")
+    index = retriever.index
+    n_live = index.manifest.n_live
+    if not tops or not 1 <= min(tops) <= max(tops) <= n_live:
+        raise InputError(f"tops {', '.join(map(str, tops)) or 'none'}: expected 1 to {n_live}, the live rows.")
+    spec = replace(spec, top=max(tops))
+    retriever.check_stores(spec.check(), spec)
+    rows = live_sample(index.live, n_queries, seed)
+    sources = list(zip(*index.text_lists(rows), strict=True))
+    words = vocabulary(index) if {"add", "replace"} & set(edits) else []
+    labels = index.labels[rows].astype(np.int64)
+    hits = np.zeros((len(edits), len(spec.methods), len(rows), len(tops)), bool)
+    progress("questions", 0, len(edits) * len(rows))
+    for e, edit in enumerate(edits):
+        texts = [
+            [
+                edited(text, edit, words, np.random.default_rng([seed, int(row), EDITS.index(edit), column]))
+                for row, text in zip(rows, texts_of_column, strict=True)
+            ]
+            for column, texts_of_column in enumerate(zip(*sources, strict=True))
+        ]
+        asked = Queries(source="training rows", rows=rows, texts=tuple(texts), labels=labels)
+        done = 0
+        for part in asked.blocks():
+            found = retriever.answer_block(0, part.texts, part.labels, spec).found
+            for m, name in enumerate(spec.methods):
+                top = found[name][0].rows
+                texts_found = list(zip(*index.text_lists(top), strict=True))
+                for q in range(len(part)):
+                    at = slice(q * top.shape[1], (q + 1) * top.shape[1])
+                    is_source = [text == sources[done + q] for text in texts_found[at]]
+                    hits[e, m, done + q] = [any(is_source[:k]) for k in tops]
+            done += len(part)
+            progress("questions", e * len(rows) + done, len(edits) * len(rows))
+    return NearDuplicates(
+        methods=spec.methods, edits=tuple(edits), tops=tuple(tops), hits=hits, rows=rows,
+        n_duplicated=_count_duplicated(index, sources),
+    )  # fmt: skip
+
+
+def _count_duplicated(index: Index, sources: Sequence[tuple[str, ...]]) -> int:
+    """How many of some rows, by their texts, the index holds more than once."""
+    counts = dict.fromkeys(sources, 0)
+    for start in range(0, len(index.live), _BLOCK_ROWS):
+        for texts in zip(*index.text_lists(index.live[start : start + _BLOCK_ROWS]), strict=True):
+            if texts in counts:
+                counts[texts] += 1
+    return sum(counts[texts] > 1 for texts in sources)
+
+
+def near_duplicates_report(
+    found: NearDuplicates, retriever: Retriever, spec: QuerySpec, seed: int, command: str
+) -> tuple[Report, dict[str, Any]]:
+    """The report, and the numbers for ``result.json``."""
+    rows: list[list[Cell]] = []
+    for m, name in enumerate(found.methods):
+        for e, edit in enumerate(found.edits):
+            for d, k in enumerate(found.tops):
+                rows.append([name, edit, k, *interval_cells(found.hits[e, m, :, d].astype(np.float64), seed)])
+    table = Table(
+        "Hits of the source row",
+        ["method", "query", "top", *INTERVAL_COLUMNS],
+        rows,
+        f"Share of {len(found.rows):,} training rows that come up in the top k when they are the query, with one word "
+        "of each text changed. ± standard error, 95% interval. A row with the same texts is a hit as well: "
+        f"{found.n_duplicated:,} of these rows have an exact duplicate. Equal scores are ordered by row number.",
+    )
+    drawing = bar_chart(
+        found.methods,
+        {edit: found.hits[e, :, :, 0].mean(axis=1).tolist() for e, edit in enumerate(found.edits)},
+        xlabel=f"hit@{found.tops[0]}",
+    )
+    share = found.hits[0, :, :, 0].mean(axis=1)
+    best = int(share.argmax())
+    report = Report(
+        "Near duplicates",
+        f"Asked about a training row ({found.edits[0]}), {found.methods[best]} has it in the top {found.tops[0]} for "
+        f"{share[best]:.0%} of the rows, {found.methods[int(share.argmin())]} for {share.min():.0%}.",
+        (table,),
+        (Figure(f"Source row among the top {found.tops[0]}", drawing),),
+        provenance=provenance(retriever, spec, command, queries=len(found.rows), exact=spec.exact, seed=seed),
+    )
+    result = {
+        "methods": list(found.methods),
+        "edits": list(found.edits),
+        "tops": list(found.tops),
+        "hit_rate": listed_values(found.hits.mean(axis=2)),
+        "hits": found.hits,
+        "training_rows": found.rows,
+        "n_duplicated": found.n_duplicated,
+        "seed": seed,
+        "question": question(retriever, replace(spec, top=max(found.tops))),
+    }
+    return report, result

@@ -1,0 +1,233 @@
+"""``randomized``: do scores depend on what the model has learned? (Pez21, Table 1)
+
+A method that ranks rows alike for the trained model and for one with random weights says nothing about training:
+Spearman's correlation between the two should be near 0.
+
+Where predictions are explained, two targets are tried. ``same``: both models are asked about the trained model's
+prediction. Gradients then share the sign that the labels alone give them, for any model. ``own``: each is asked about
+its own prediction; a random model mostly predicts one class, so that this sign turns with the query.
+
+The random model has the same architecture and tokenizer. The sampled training rows are indexed under it in a temporary
+folder, with its own curvature, from these rows alone. It has one checkpoint, so ``tracin`` is ``gd`` there.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from forebear.errors import InputError
+from forebear.evaluation.common.comparisons import (
+    INTERVAL_COLUMNS,
+    Queries,
+    defined_mean,
+    interval_cells,
+    listed_values,
+    provenance,
+    question,
+    score_queries,
+    spearman,
+)
+from forebear.evaluation.reports.report import Cell, Figure, Report, Table, bar_chart
+from forebear.indexer.building.build import build_index
+from forebear.indexer.building.options import BuildOptions, Progress, no_progress
+from forebear.indexer.gradients.whole import live_sample
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.forward import run_forward
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.training.fine_tuning import quiet_transformers
+from forebear.indexer.training.run import CheckpointPath
+from forebear.retriever.answers.scores import residuals_of
+from forebear.retriever.head.queries import choose_targets
+from forebear.retriever.question.methods import pick_methods
+from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.retriever import Retriever
+
+
+@dataclass(frozen=True, kw_only=True)
+class Randomized:
+    """Correlations of the trained model's scores with random models'.
+
+    Attributes:
+        methods: Names, ``m``.
+        targets: ``same`` and ``own``, ``t``; ``same`` alone where the target is not the prediction.
+        values: For each target, random model, query and method, ``(t, s, q, m)``; NaN where one of the two models gives
+            all rows the same score.
+        seeds: Of the random models, ``s``.
+        rows: Training rows that were scored, ``(n,)``.
+        residuals: Of H^-1; see :class:`~forebear.retriever.answers.scores.Scores`.
+    """
+
+    methods: tuple[str, ...]
+    targets: tuple[str, ...]
+    values: np.ndarray
+    seeds: tuple[int, ...]
+    rows: np.ndarray
+    residuals: dict[str, float]
+
+
+def save_random_model(classifier: Classifier, folder: Path, seed: int) -> None:
+    """Save a classifier of the same architecture and tokenizer with weights as the library initialises them."""
+    from transformers import AutoModelForSequenceClassification
+
+    model: Any = classifier.model
+    with quiet_transformers(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        AutoModelForSequenceClassification.from_config(model.config, dtype=torch.float32).save_pretrained(folder)
+    classifier.tokenizer.save_pretrained(folder)
+
+
+def random_retriever(retriever: Retriever, spec: QuerySpec, rows: np.ndarray, seed: int, folder: Path) -> Retriever:
+    """Index training rows under a random model in an empty folder, as the index itself was built."""
+    index, classifier = retriever.index, retriever.classifier()
+    stored = index.manifest.spec
+    save_random_model(classifier, folder / "model", seed)
+    methods = pick_methods(spec.methods)
+    scopes = {spec.scope_of(method) for method in methods if method.representation == "head"} - {"head"}
+    options = BuildOptions(
+        stores=("features", *(("words",) if any(method.by_words for method in methods) else ())),
+        scopes=("head", *sorted(scopes)),
+        with_bias=stored.with_bias,
+        curvature=stored.curvature,
+        calibration_queries=0,
+        words_tops=stored.words_tops or BuildOptions.words_tops,
+        words_precision=stored.words_precision,
+        dampings=stored.dampings,
+        rep_refit=stored.rep_refit,
+        seed=stored.seed,
+        precision=stored.precision,
+        max_length=stored.max_length,
+        device=str(classifier.device),
+    )
+    columns = index.text_lists(rows)
+    texts: list[Any] = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
+    names = stored.label_names
+    source = rows_from_texts(texts, index.labels[rows].tolist(), text_columns=stored.text_columns, label_names=names)
+    checkpoint = CheckpointPath(name="random", path=str(folder / "model"), eta=1.0)
+    built = build_index(source, folder / "index", [checkpoint], options)
+    return Retriever(built, device=str(classifier.device))
+
+
+def randomized_correlations(
+    retriever: Retriever,
+    queries: Queries,
+    spec: QuerySpec,
+    *,
+    n_rows: int = 500,
+    seed: int = 0,
+    seeds: Sequence[int] = (0, 1, 2),
+    progress: Progress = no_progress,
+) -> Randomized:
+    """Spearman's correlation of each query's scores with those by randomly initialised models.
+
+    Args:
+        retriever: Over the trained model's index.
+        queries: Test rows.
+        spec: Methods, scope, target, curvature.
+        n_rows: Training rows, a seeded sample; 0 for all.
+        seed: Of the sample.
+        seeds: One for each random model.
+        progress: Told the random models done.
+
+    Raises:
+        InputError: A method does not depend on the model, or there are fewer than two rows or no seeds.
+    """
+    for method in spec.check():
+        if method.representation == "sentence":
+            raise InputError(
+                f"{method.name} does not depend on the model that is explained: its correlation would be 1. Leave it "
+                "out of --method."
+            )
+    if n_rows < 0 or n_rows == 1:
+        raise InputError(f"--rows {n_rows}: expected 2 or more training rows, or 0 for all of them.")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds {', '.join(map(str, seeds)) or 'none'}: expected one or more, each once.")
+    rows = live_sample(retriever.index.live, n_rows, seed)
+    if len(rows) < 2:
+        raise InputError(f"{retriever.index.folder} has {len(rows)} live row(s); a rank correlation takes 2 or more.")
+    predictions = run_forward(retriever.classifier(), queries.texts).predictions
+    targets = choose_targets(spec.target, predictions, queries.labels, retriever.label_names)
+    asked, same_target = replace(queries, labels=targets), replace(spec, target="gold")
+    trained = score_queries(retriever, asked, same_target, rows)
+    specs = {"same": same_target} | ({"own": spec} if spec.target == "predicted" else {})
+    values = np.empty((len(specs), len(seeds), len(queries), len(spec.methods)))
+    progress("random models", 0, len(seeds))
+    for s, number in enumerate(seeds):
+        with tempfile.TemporaryDirectory(prefix="forebear-random-") as folder:
+            other = random_retriever(retriever, same_target, rows, number, Path(folder))
+            for t, each in enumerate(specs.values()):
+                untrained = score_queries(other, asked, each)
+                for m, name in enumerate(spec.methods):
+                    values[t, s, :, m] = spearman(trained[name], untrained[name])
+        progress("random models", s + 1, len(seeds))
+    return Randomized(
+        methods=spec.methods, targets=tuple(specs), values=values, seeds=tuple(seeds), rows=rows,
+        residuals=residuals_of(trained),
+    )  # fmt: skip
+
+
+def mean_over_seeds(values: np.ndarray) -> np.ndarray:
+    """Each query's mean over the random models for which it is defined, ``(s, q)`` to ``(q,)``; NaN if for none."""
+    defined = ~np.isnan(values)
+    count = defined.sum(axis=0)
+    total = np.where(defined, values, 0.0).sum(axis=0)
+    return np.asarray(np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0))
+
+
+def randomized_report(
+    found: Randomized, retriever: Retriever, queries: Queries, spec: QuerySpec, seed: int, command: str
+) -> tuple[Report, dict[str, Any]]:
+    """The report, and the numbers for ``result.json``."""
+    rows: list[list[Cell]] = []
+    means: dict[str, list[float]] = {target: [] for target in found.targets}
+    worst: tuple[float, str, str] | None = None
+    for m, name in enumerate(found.methods):
+        for t, target in enumerate(found.targets):
+            mine = found.values[t, :, :, m]
+            cells = interval_cells(mean_over_seeds(mine), seed)
+            rows.append([name, target, *cells, *(defined_mean(one) for one in mine), int(np.isnan(mine).sum())])
+            mean = defined_mean(mean_over_seeds(mine))
+            means[target].append(mean or 0.0)
+            if mean is not None and (worst is None or abs(mean) > abs(worst[0])):
+                worst = (mean, name, target)
+    table = Table(
+        "Spearman correlation of trained and random models' scores",
+        ["method", "target", *INTERVAL_COLUMNS, *(f"seed {number}" for number in found.seeds), "undefined"],
+        rows,
+        f"Near 0 is good. Mean over {len(queries):,} queries (of each the mean over {len(found.seeds)} random models), "
+        f"± its standard error, 95% interval over the queries; over {len(found.rows):,} training rows. "
+        "Target same: the trained model's prediction for both; own: each model's own. "
+        "Undefined: queries x models where a method gives all rows one score, which has no order.",
+    )
+    said = "No method has a correlation: each gives all rows one score."
+    if worst is not None:
+        mean, name, target = worst
+        said = f"Farthest from 0 is {name}: {mean:.2f} with random models' scores, when the target is the {target}."
+    drawing = bar_chart(found.methods, means, xlabel="mean Spearman correlation")
+    report = Report(
+        "Randomized models",
+        said,
+        (table,),
+        (Figure("Trained against random models", drawing, "0 where it is undefined."),),
+        provenance=provenance(
+            retriever, spec, command, residuals=found.residuals, test_rows=queries.source, queries=len(queries),
+            rows=len(found.rows), seed=seed, random_models=", ".join(map(str, found.seeds)),
+        ),
+    )  # fmt: skip
+    result = {
+        "methods": list(found.methods),
+        "seeds": list(found.seeds),
+        "targets": list(found.targets),
+        "per_query": listed_values(found.values),
+        "query_rows": queries.rows,
+        "training_rows": found.rows,
+        "seed": seed,
+        "question": question(retriever, spec, found.residuals),
+    }
+    return report, result

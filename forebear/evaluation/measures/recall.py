@@ -1,0 +1,149 @@
+"""``recall``: how much of the exact top k does retrieval find, and how much faster?
+
+``--exact rerank`` (candidates, then exact scores) against ``--exact full`` (every row scored exactly), at both ends of
+the ranking. Rows that are equally good by the exact scores but for rounding count as misses when they change places.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from forebear.errors import InputError
+from forebear.evaluation.common.comparisons import (
+    INTERVAL_COLUMNS,
+    Queries,
+    interval_cells,
+    listed_values,
+    provenance,
+    question,
+)
+from forebear.evaluation.measures.top_overlap import common_share
+from forebear.evaluation.reports.report import Cell, Figure, Report, Table, bar_chart
+from forebear.indexer.building.options import Progress, no_progress
+from forebear.retriever.question.methods import pick_methods
+from forebear.retriever.question.spec import Exactness, QuerySpec
+from forebear.retriever.retriever import Retriever
+
+ENDS = ("proponents", "opponents")
+WAYS: tuple[Exactness, ...] = ("rerank", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalRecall:
+    """Recall and time.
+
+    Attributes:
+        methods: Names, ``m``.
+        top: k.
+        values: recall@k of each end and query, ``(m, 2, q)``.
+        seconds: Wall time of all queries by candidates and by scoring every row, ``(m, 2)``.
+    """
+
+    methods: tuple[str, ...]
+    top: int
+    values: np.ndarray
+    seconds: np.ndarray
+
+
+def retrieval_recall(
+    retriever: Retriever, queries: Queries, spec: QuerySpec, *, progress: Progress = no_progress
+) -> RetrievalRecall:
+    """Ask every query twice, by candidates and by scoring every row, one method at a time.
+
+    Models and files are loaded before the clock starts: the first query is asked once in advance.
+
+    Args:
+        retriever: Over the index.
+        queries: Test rows.
+        spec: Methods, top, scope, recall or candidates; its ``exact`` is not used.
+        progress: Told the methods done.
+
+    Raises:
+        InputError: A method ranks spans.
+    """
+    for method in pick_methods(spec.methods):
+        if method.spans:
+            raise InputError(f"{method.name} ranks spans, of which a row has several. Leave it out of --method.")
+    n_methods = len(spec.methods)
+    values, seconds = np.zeros((n_methods, 2, len(queries))), np.zeros((n_methods, 2))
+    first = replace(
+        queries,
+        rows=queries.rows[:1],
+        texts=tuple(column[:1] for column in queries.texts),
+        labels=None if queries.labels is None else queries.labels[:1],
+    )
+    progress("methods", 0, n_methods)
+    for m, name in enumerate(spec.methods):
+        found = []
+        for way, exact in enumerate(WAYS):
+            one = replace(spec, methods=(name,), exact=exact)
+            retriever.check_stores(one.check(), one)
+            if exact == "rerank":
+                _ends(retriever, first, one)
+            start = time.perf_counter()
+            found.append(_ends(retriever, queries, one))
+            seconds[m, way] = time.perf_counter() - start
+        for end, (candidates, every) in enumerate(zip(*found, strict=True)):
+            values[m, end] = [common_share(every[q], candidates[q]) for q in range(len(queries))]
+        progress("methods", m + 1, n_methods)
+    return RetrievalRecall(methods=spec.methods, top=spec.top, values=values, seconds=seconds)
+
+
+def _ends(retriever: Retriever, queries: Queries, spec: QuerySpec) -> tuple[np.ndarray, np.ndarray]:
+    """Rows at both ends of each query's ranking by the spec's only method, ``(q, k)`` each."""
+    (name,) = spec.methods
+    found = [retriever.answer_block(0, part.texts, part.labels, spec).found[name] for part in queries.blocks()]
+    return np.concatenate([ends[0].rows for ends in found]), np.concatenate([ends[1].rows for ends in found])
+
+
+def retrieval_recall_report(
+    found: RetrievalRecall, retriever: Retriever, queries: Queries, spec: QuerySpec, seed: int, command: str
+) -> tuple[Report, dict[str, Any]]:
+    """The report, and the numbers for ``result.json``."""
+    q = len(queries)
+    facts = question(retriever, replace(spec, exact="rerank"))["methods"]
+    lines: list[list[Cell]] = []
+    for m, name in enumerate(found.methods):
+        by_candidates, every = (float(value) for value in found.seconds[m] / q)
+        expected = facts[name].get("recall")
+        for end, side in enumerate(ENDS):
+            cells = interval_cells(found.values[m, end], seed)
+            lines.append([name, side, *cells, expected, by_candidates, every, every / by_candidates])
+    means = {side: found.values[:, end].mean(axis=1).tolist() for end, side in enumerate(ENDS)}
+    table = Table(
+        f"Recall of the exact top {found.top}",
+        ["method", "end", *INTERVAL_COLUMNS, "expected", "s/query", "s/query, all rows", "times faster"],
+        lines,
+        f"Over {q:,} queries, answered together, of {retriever.index.manifest.n_live:,} training rows; 95% bootstrap "
+        "interval. Expected: the recall that the index's calibration states for this question, 1 where the search "
+        "proves its answer, none where it was not measured. Wall time, models loaded."
+        + "".join(f" {name}: {note}." for name in found.methods if (note := facts[name].get("recall_note"))),
+    )
+    lowest = found.values.mean(axis=2)
+    m, end = (int(i) for i in np.unravel_index(lowest.argmin(), lowest.shape))
+    report = Report(
+        "Recall of retrieval",
+        f"Retrieval finds {lowest.min():.1%} to {lowest.max():.1%} of the exact top {found.top}; least for the "
+        f"{ENDS[end]} of {found.methods[m]}.",
+        (table,),
+        (Figure(f"Recall@{found.top}", bar_chart(found.methods, means, xlabel=f"recall@{found.top}", digits=3)),),
+        provenance=provenance(
+            retriever, spec, command, test_rows=queries.source, queries=q, recall_asked_for=spec.recall, seed=seed
+        ),
+    )
+    result = {
+        "methods": list(found.methods),
+        "top": found.top,
+        "ends": list(ENDS),
+        "recall": listed_values(found.values.mean(axis=2)),
+        "per_query": listed_values(found.values),
+        "seconds": {"rerank": found.seconds[:, 0], "full": found.seconds[:, 1]},
+        "query_rows": queries.rows,
+        "seed": seed,
+        "question": question(retriever, replace(spec, exact="rerank")),
+    }
+    return report, result

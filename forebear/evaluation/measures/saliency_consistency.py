@@ -1,0 +1,306 @@
+"""``saliency-consistency``: do influence and saliency tell one story? (Han20, Figures 2 and 3, Tables 3 and 4)
+
+For each test row, its most negative, median and most positive salient word piece (gradient x input, for the predicted
+label). The median is the piece number len // 2 by ascending saliency; equal values stand in reading order. Start and
+end tokens and pieces that continue a word are never chosen.
+
+*Influence.* The rows at the top of the signed ranking whose gold label is the predicted label and that hold the
+exact word piece: the mean of their z-normalised influence (over all training rows: mean 0, population std 1), pooled
+over queries.
+
+*Removal.* The piece's attention mask is set to 0, its position kept; the model predicts again, H^-1 is solved again,
+and the tops before and after are compared: share of common rows among floor(p N).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from forebear.errors import DataError, InputError
+from forebear.evaluation.common.comparisons import (
+    Queries,
+    defined_mean,
+    interval_cells,
+    listed_values,
+    provenance,
+    question,
+)
+from forebear.evaluation.measures.top_overlap import common_share, rows_of_share
+from forebear.evaluation.reports.report import Cell, Figure, Report, Table, bar_chart
+from forebear.indexer.building.options import Progress, no_progress
+from forebear.indexer.index import Index
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.encoding import Encoded, encode, encode_with_places
+from forebear.indexer.model.forward import run_forward
+from forebear.retriever.answers.scores import Scores
+from forebear.retriever.head.scoring import rank
+from forebear.retriever.question.methods import pick_methods
+from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.retriever import Retriever
+from forebear.retriever.saliency.maps import saliency
+
+ROLES = ("most negative", "median", "most positive")
+INFLUENCE_SHARES = ("0.1", "0.2", "0.5", "1")
+OVERLAP_SHARES = ("0.001", "0.002", "0.005", "0.01")
+_TOGETHER = 64  # test rows whose scores of all training rows are held at once
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaliencyConsistency:
+    """Both measurements.
+
+    Attributes:
+        methods: Names, ``m``.
+        pieces: The chosen word pieces of each query, ``(q, 3)``, in the order of ``ROLES``.
+        sums: Sum of the z-normalised influence of the rows that count, ``(m, 3, s, q)``, ``s`` shares of the ranking.
+        counts: How many they are, likewise.
+        overlaps: Share of common rows before and after removal, ``(m, 3, d, q)``; NaN where floor(p N) is 0 or a
+            ranking has no order.
+        n_rows: Live training rows.
+        n_constant: Queries by method that give all rows one score and are left out, ``(m,)``.
+        query_rows: Numbers of the test rows, ``(q,)``.
+        n_skipped: Test rows without a word piece that could be chosen.
+        residuals: Of H^-1; see :class:`~forebear.retriever.answers.scores.Scores`.
+    """
+
+    methods: tuple[str, ...]
+    pieces: list[tuple[str, ...]]
+    sums: np.ndarray
+    counts: np.ndarray
+    overlaps: np.ndarray
+    n_rows: int
+    n_constant: np.ndarray
+    query_rows: np.ndarray
+    n_skipped: int
+    residuals: dict[str, float]
+
+
+def salient_positions(values: np.ndarray, eligible: np.ndarray) -> tuple[int, int, int] | None:
+    """Positions of the most negative, median and most positive value ``(t,)`` among the eligible; None if none is."""
+    at = np.flatnonzero(eligible)
+    if not len(at):
+        return None
+    ordered = at[np.argsort(values[at], kind="stable")]
+    return int(ordered[0]), int(ordered[len(ordered) // 2]), int(ordered[-1])
+
+
+def word_starts(encoded: Any, row: int) -> np.ndarray:
+    """Which word pieces of a row begin a word of its texts, ``(t,)`` bool; start and end tokens do not."""
+    places = list(zip(encoded.sequence_ids(row), encoded.word_ids(row), strict=True))
+    return np.array(
+        [column is not None and (t == 0 or places[t - 1] != (column, word)) for t, (column, word) in enumerate(places)]
+    )
+
+
+def without_piece(row: dict[str, list[int]], position: int) -> dict[str, list[int]]:
+    """An encoded row with the attention mask of one position set to 0."""
+    mask = list(row.get("attention_mask", [1] * len(row["input_ids"])))
+    mask[position] = 0
+    return row | {"attention_mask": mask}
+
+
+def rows_with_pieces(index: Index, classifier: Classifier, ids: Sequence[int]) -> dict[int, np.ndarray]:
+    """Which live training rows hold a word piece, ``(n_live,)`` bool by its id."""
+    held = {piece: np.zeros(len(index.live), bool) for piece in set(ids)}
+    for start in range(0, len(index.live), 4096):
+        for n, row in enumerate(encode(classifier, index.text_lists(index.live[start : start + 4096])), start):
+            for piece in held.keys() & set(row["input_ids"]):
+                held[piece][n] = True
+    return held
+
+
+def saliency_consistency(
+    retriever: Retriever, queries: Queries, spec: QuerySpec, *, progress: Progress = no_progress
+) -> SaliencyConsistency:
+    """Measure influence by salient word pieces, and how far removing one changes the tops.
+
+    Args:
+        retriever: Over the index.
+        queries: Test rows; their predicted labels are explained.
+        spec: Methods that read word pieces alone, scope, curvature. All rows are scored exactly.
+        progress: Told the queries done.
+
+    Raises:
+        InputError: A method compares texts or spans.
+        DataError: No test row has a word piece that could be chosen.
+    """
+    spec = replace(spec, target="predicted")
+    retriever.check_stores(spec.check(), spec)
+    for method in pick_methods(spec.methods):
+        if method.by_words or method.representation == "sentence" or method.spans or method.saliency:
+            raise InputError(
+                f"{method.name} cannot be asked of rows with a word piece masked. Leave it out of --method."
+            )
+    index, classifier = retriever.index, retriever.classifier()
+    rows, places = encode_with_places(classifier, queries.texts)
+    predicted = run_forward(classifier, Encoded(rows)).predictions
+    maps = saliency(classifier, queries.texts, predicted)
+    found = [salient_positions(one.values, word_starts(places, i)) for i, one in enumerate(maps)]
+    kept = [(i, positions) for i, positions in enumerate(found) if positions is not None]
+    if not kept:
+        raise DataError(f"{queries.source}: none of the {len(queries)} test rows has a word piece to choose.")
+    chosen = [[rows[i]["input_ids"][t] for t in positions] for i, positions in kept]
+    held = rows_with_pieces(index, classifier, [piece for row in chosen for piece in row])
+    m, q = len(spec.methods), len(kept)
+    sums, counts = (np.zeros((m, len(ROLES), len(INFLUENCE_SHARES), q)) for _ in range(2))
+    overlaps = np.full((m, len(ROLES), len(OVERLAP_SHARES), q), np.nan)
+    n_constant = np.zeros(m, np.int64)
+    scored = Scores()
+    progress("queries", 0, q)
+    for start in range(0, q, _TOGETHER):
+        some = range(start, min(start + _TOGETHER, q))
+        before = retriever.score_block(Encoded([rows[kept[i][0]] for i in some]), None, spec)
+        after = [
+            retriever.score_block(
+                Encoded([without_piece(rows[kept[i][0]], kept[i][1][role]) for i in some]), None, spec
+            )
+            for role in range(len(ROLES))
+        ]
+        scored.note_residuals([before, *after])
+        for j, name in enumerate(spec.methods):
+            for number, i in enumerate(some):
+                scores = before[name][number]
+                if np.ptp(scores) == 0:
+                    n_constant[j] += 1
+                    continue
+                with_label = index.labels[index.live] == predicted[kept[i][0]]
+                counting = [with_label & held[piece] for piece in chosen[i]]
+                sums[j, :, :, i], counts[j, :, :, i] = influence_of(scores, counting)
+                for role in range(len(ROLES)):
+                    overlaps[j, role, :, i] = overlap_of(scores, after[role][name][number])
+        progress("queries", some.stop, q)
+    return SaliencyConsistency(
+        methods=spec.methods,
+        pieces=[tuple(classifier.tokenizer.convert_ids_to_tokens(row)) for row in chosen],
+        sums=sums,
+        counts=counts.astype(np.int64),
+        overlaps=overlaps,
+        n_rows=len(index.live),
+        n_constant=n_constant,
+        query_rows=queries.rows[[i for i, _ in kept]],
+        residuals=scored.residuals,
+        n_skipped=len(queries) - q,
+    )
+
+
+def influence_of(scores: np.ndarray, counting: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and numbers of the z-normalised scores of rows that count, in the top shares of the ranking.
+
+    Args:
+        scores: Of one query, ``(n,)``, not all equal.
+        counting: For each role, which rows count, ``(n,)`` bool.
+
+    Returns:
+        ``(roles, shares)`` each.
+    """
+    n = len(scores)
+    z = (scores - scores.mean()) / scores.std()
+    order = np.lexsort((np.arange(n), -scores))
+    depths = [rows_of_share(share, n) for share in INFLUENCE_SHARES]
+    counts = np.array([[counted[order[:k]].sum() for k in depths] for counted in counting])
+    sums = np.array([[z[order[:k]][counted[order[:k]]].sum() for k in depths] for counted in counting])
+    return sums, counts
+
+
+def overlap_of(before: np.ndarray, after: np.ndarray) -> list[float]:
+    """Share of common rows in the tops of two rankings ``(n,)`` at ``OVERLAP_SHARES``; NaN where it is undefined."""
+    depths = [rows_of_share(share, len(before)) for share in OVERLAP_SHARES]
+    if np.ptp(after) == 0 or not max(depths):
+        return [np.nan] * len(depths)
+    numbers = np.arange(len(before))
+    tops = [rank(scores[None], numbers, max(depths), largest=True)[0][0] for scores in (before, after)]
+    return [common_share(tops[0][:k], tops[1][:k]) if k else np.nan for k in depths]
+
+
+def pooled_mean(sums: np.ndarray, counts: np.ndarray, seed: int) -> list[Cell]:
+    """Mean of values pooled over queries, from each one's sum and number ``(q,)``, and its 95% bootstrap interval.
+
+    Whole queries are resampled, because values of one query depend on each other. None where there are no values; no
+    interval where one query has them all.
+    """
+    if not counts.any():
+        return [None, None, None]
+    mean = float(sums.sum() / counts.sum())
+    if (counts > 0).sum() == 1:
+        return [mean, None, None]
+    drawn = np.random.default_rng(seed).integers(0, len(counts), size=(_RESAMPLES, len(counts)))
+    n = counts[drawn].sum(axis=1)
+    low, high = np.quantile(sums[drawn].sum(axis=1)[n > 0] / n[n > 0], [0.025, 0.975])
+    return [mean, float(low), float(high)]
+
+
+def saliency_consistency_report(
+    found: SaliencyConsistency, retriever: Retriever, queries: Queries, spec: QuerySpec, seed: int, command: str
+) -> tuple[Report, dict[str, Any]]:
+    """The report, and the numbers for ``result.json``."""
+    influence: list[list[Cell]] = []
+    removal: list[list[Cell]] = []
+    figures = []
+    for m, name in enumerate(found.methods):
+        means: dict[str, list[float]] = {role: [] for role in ROLES}
+        for s, share in enumerate(INFLUENCE_SHARES):
+            for r, role in enumerate(ROLES):
+                cells = pooled_mean(found.sums[m, r, s], found.counts[m, r, s], seed)
+                influence.append([name, role, f"{float(share):.0%}", *cells, int(found.counts[m, r, s].sum())])
+                means[role].append(cells[0] if isinstance(cells[0], float) else 0.0)
+        for r, role in enumerate(ROLES):
+            for d, share in enumerate(OVERLAP_SHARES):
+                k = rows_of_share(share, found.n_rows)
+                undefined = int(np.isnan(found.overlaps[m, r, d]).sum())
+                cells = interval_cells(found.overlaps[m, r, d], seed)
+                removal.append([name, role, f"{float(share):.1%}", k, *cells, undefined])
+        labels = [f"top {float(share):.0%}" for share in INFLUENCE_SHARES]
+        drawing = bar_chart(labels, means, xlabel="mean z-normalised influence")
+        figures.append(
+            Figure(f"Influence of rows with a salient word piece, {name}", drawing, "0 where no row counts.")
+        )
+    tables = (
+        Table(
+            "Influence of rows that hold a salient word piece",
+            ["method", "word piece", "top", "mean", "95% low", "95% high", "values"],
+            influence,
+            f"Z-normalised influence, pooled over {len(found.query_rows):,} queries, of the rows at the top whose "
+            "label is the predicted one and that hold the query's word piece. Queries are resampled for the interval.",
+        ),
+        Table(
+            "Overlap of the tops before and after removing a word piece",
+            ["method", "word piece", "top", "k", "mean", "±", "95% low", "95% high", "undefined"],
+            removal,
+            f"Share of common rows among the floor(p N) of {found.n_rows:,} rows of largest score. Undefined: floor(p "
+            "N) is 0, or a ranking has no order.",
+        ),
+    )
+    said = []
+    for m, name in enumerate(found.methods):
+        by_role = [defined_mean(found.overlaps[m, r, -1]) for r in range(len(ROLES))]
+        shown = ", ".join(f"{v:.0%} ({role})" for role, v in zip(ROLES, by_role, strict=True) if v is not None)
+        said.append(f"Removing a word piece leaves {shown or 'an undefined share'} of {name}'s top 1%.")
+    report = Report(
+        "Saliency consistency", " ".join(said), tables, figures,
+        provenance=provenance(
+            retriever, replace(spec, target="predicted"), command, residuals=found.residuals, test_rows=queries.source,
+            queries=len(found.query_rows), test_rows_without_a_word_piece=found.n_skipped,
+            queries_without_order=dict(zip(found.methods, found.n_constant.tolist(), strict=True)), seed=seed,
+        ),
+    )  # fmt: skip
+    result = {
+        "methods": list(found.methods),
+        "roles": list(ROLES),
+        "influence_shares": list(INFLUENCE_SHARES),
+        "influence_sums": found.sums,
+        "influence_counts": found.counts,
+        "overlap_shares": list(OVERLAP_SHARES),
+        "overlaps": listed_values(found.overlaps),
+        "word_pieces": found.pieces,
+        "query_rows": found.query_rows,
+        "n_skipped": found.n_skipped,
+        "n_constant": found.n_constant,
+        "seed": seed,
+        "question": question(retriever, replace(spec, target="predicted"), found.residuals),
+    }
+    return report, result

@@ -1,0 +1,172 @@
+"""``overlap``: do two methods bring up the same training rows? (Pez21, Figures 4 to 6; Han20)
+
+The share of common rows in the top k of the signed ranking, so proponents alone. A percentage p of N live rows stands
+for k = floor(p N).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from forebear.errors import InputError
+from forebear.evaluation.common.comparisons import (
+    Queries,
+    listed_values,
+    matrix_figure,
+    matrix_of,
+    matrix_table,
+    pair_table,
+    provenance,
+    question,
+)
+from forebear.evaluation.reports.report import Report
+from forebear.indexer.building.options import Progress, no_progress
+from forebear.retriever.question.methods import pick_methods
+from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.retriever import Retriever
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopOverlap:
+    """Overlap of the tops.
+
+    Attributes:
+        methods: Names, ``m``.
+        depths: Rows in each top, ascending, ``d`` numbers.
+        values: Share of common rows for each depth, query and pair of methods, ``(d, q, m, m)``.
+    """
+
+    methods: tuple[str, ...]
+    depths: tuple[int, ...]
+    values: np.ndarray
+
+
+def rows_of_share(share: str, n_rows: int) -> int:
+    """floor(share x n_rows), exact in decimals: 0.29 of 100 rows are 29.
+
+    Raises:
+        InputError: It is no share above 0 and at most 1.
+    """
+    try:
+        value = Fraction(share)
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(0)
+    if not 0 < value <= 1:
+        raise InputError(f"share {share!r}: expected a number above 0, at most 1, such as 0.1.")
+    return int(value * n_rows)
+
+
+def depths_of(tops: Sequence[int], shares: Sequence[str], n_rows: int) -> tuple[int, ...]:
+    """Numbers of rows, ascending, each once.
+
+    Raises:
+        InputError: One of them is less than 1 or more than all rows.
+    """
+    depths = {*tops, *(rows_of_share(share, n_rows) for share in shares)}
+    bad = sorted(depth for depth in depths if not 1 <= depth <= n_rows)
+    if bad or not depths:
+        found = ", ".join(map(str, [*tops, *shares])) or "none"
+        raise InputError(f"tops of {found} (--top, --share): expected 1 to {n_rows} of the {n_rows} live rows.")
+    return tuple(sorted(depths))
+
+
+def common_share(first: np.ndarray, second: np.ndarray) -> float:
+    """|A and B| / k of two lists of ``k`` different rows."""
+    return len(np.intersect1d(first, second)) / len(first)
+
+
+def top_overlaps(
+    retriever: Retriever,
+    queries: Queries,
+    spec: QuerySpec,
+    depths: Sequence[int],
+    *,
+    progress: Progress = no_progress,
+) -> TopOverlap:
+    """The share of common rows in the tops of every pair of methods, for each query.
+
+    Args:
+        retriever: Over the index.
+        queries: Test rows.
+        spec: Methods, scope, target, exactness; its ``top`` is not used.
+        depths: Rows in each top, ascending.
+        progress: Told the queries done.
+
+    Raises:
+        InputError: Fewer than two methods, or one that ranks spans.
+    """
+    if len(spec.methods) < 2:
+        raise InputError(f"overlap compares methods; found {', '.join(spec.methods)}. Give two or more (--method).")
+    for method in pick_methods(spec.methods):
+        if method.spans:
+            raise InputError(f"{method.name} ranks spans, of which a row has several: its tops are no sets of rows.")
+    spec = replace(spec, top=max(depths))
+    retriever.check_stores(spec.check(), spec)
+    m = len(spec.methods)
+    values = np.ones((len(depths), len(queries), m, m))
+    done = 0
+    progress("queries", 0, len(queries))
+    for part in queries.blocks():
+        found = retriever.answer_block(0, part.texts, part.labels, spec).found
+        for q in range(len(part)):
+            tops = [found[name][0].rows[q] for name in spec.methods]
+            for d, depth in enumerate(depths):
+                for i in range(m):
+                    for j in range(i + 1, m):
+                        share = common_share(tops[i][:depth], tops[j][:depth])
+                        values[d, done + q, i, j] = values[d, done + q, j, i] = share
+        done += len(part)
+        progress("queries", done, len(queries))
+    return TopOverlap(methods=spec.methods, depths=tuple(depths), values=values)
+
+
+def top_overlap_report(
+    found: TopOverlap, retriever: Retriever, queries: Queries, spec: QuerySpec, seed: int, command: str
+) -> tuple[Report, dict[str, Any]]:
+    """The report, and the numbers for ``result.json``."""
+    n_live = retriever.index.manifest.n_live
+    tables, figures, by_depth = [], [], {}
+    for depth, values in zip(found.depths, found.values, strict=True):
+        matrix = matrix_of(values)
+        name = f"Top {depth:,}"
+        note = (
+            f"Mean over {len(queries):,} queries of the share of common rows among the {depth:,} of {n_live:,} rows of "
+            f"largest score; two random tops share {depth / n_live:.3f}."
+        )
+        tables += [
+            matrix_table(name, found.methods, matrix, note),
+            pair_table(
+                f"{name}: pairs",
+                found.methods,
+                values,
+                seed,
+                "95% interval over the queries.",
+            ),
+        ]
+        figures.append(matrix_figure(name, found.methods, matrix, low=0.0, caption=note))
+        by_depth[str(depth)] = {"mean": matrix, "per_query": listed_values(values)}
+    pairs = found.values[0].mean(axis=0)[np.triu_indices(len(found.methods), k=1)]
+    report = Report(
+        "Overlap of the tops",
+        f"Of the {found.depths[0]:,} training rows at the top, two methods share {pairs.mean():.0%} on average, "
+        f"{pairs.min():.0%} to {pairs.max():.0%} by pair.",
+        tables,
+        figures,
+        provenance=provenance(
+            retriever, spec, command, test_rows=queries.source, queries=len(queries), exact=spec.exact, seed=seed
+        ),
+    )
+    result = {
+        "methods": list(found.methods),
+        "n_rows": n_live,
+        "tops": by_depth,
+        "query_rows": queries.rows,
+        "seed": seed,
+        "question": question(retriever, replace(spec, top=max(found.depths))),
+    }
+    return report, result

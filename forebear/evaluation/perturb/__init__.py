@@ -1,0 +1,1 @@
+"""Training rows changed word by word, and what retraining on them does."""

@@ -1,0 +1,314 @@
+"""Which words of which training rows to replace, and by what (Joint, sections 4.2 and 4.3).
+
+Rows are taken by their influence on the saliency s of a test row's salient word (``saliency-if``, eq. 5). In each, of
+the word that matters most for that (``saliency-if-token``, eq. 8) and a few random ones, and of their WordNet synonyms
+(for a fix antonyms too), it is the substitution that moves s furthest the wanted way.
+
+Sign. A training step on a row of gradient g moves theta by -H^-1 g, so s by v . g with v = -H^-1 ds/dtheta. Replacing
+the row moves s by v . (g_new - g_old), over the number of rows: positive raises s. (The paper's eqs. 9 and 10 read the
+other way round than its eq. 7; what counts is the effect.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from forebear.errors import InputError
+from forebear.evaluation.perturb.spec import RANDOM, SALIENCY_IF, STRATEGIES, Aim, Change, PerturbSpec, Queries
+from forebear.evaluation.perturb.wordnet import WordNet
+from forebear.indexer.curvature.ekfac import Vectors
+from forebear.indexer.model.encoding import Encoded, Texts, encode, encode_with_places
+from forebear.indexer.spans.finders import Span, mask_spans, pieces_of, split_text
+from forebear.retriever.deep.query_gradients import Asked
+from forebear.retriever.deep.search import VECTOR_BYTES, GradientSearch
+from forebear.retriever.head.queries import Models
+from forebear.retriever.question.methods import METHODS
+from forebear.retriever.retriever import Retriever
+from forebear.retriever.saliency.gradients import saliency_gradients, salient_words
+
+CHUNK_QUERIES = 16
+FIRST_WIDTH = 100  # of the rankings; more where many test rows share their rows
+GD = METHODS["gd"]  # asked with v, it scores v . g
+Progress = Callable[[str, int, int], None]
+EncodedRow = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A word of a training row that can be replaced: a span of its text, and what may stand there instead."""
+
+    span: Span
+    word: str
+    substitutes: tuple[str, ...]
+
+
+class _Versions:
+    """Versions of training rows, as what :class:`GradientSearch` scores."""
+
+    def __init__(self, rows: Sequence[EncodedRow], labels: np.ndarray) -> None:
+        self._encoded, self._labels = Encoded(rows), labels
+
+    def texts(self, at: np.ndarray) -> Texts:
+        return self._encoded.take(at)
+
+    def labels(self, at: np.ndarray) -> np.ndarray:
+        return np.asarray(self._labels[at])
+
+
+class Chooser:
+    """Chooses what to replace in the rows of an index, for some test rows.
+
+    Attributes:
+        residual: Largest relative residual of H^-1 so far, where the solver iterates; else None.
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        spec: PerturbSpec,
+        queries: Queries,
+        wordnet: WordNet,
+        progress: Progress = lambda _stage, _done, _total: None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            retriever: Over the index.
+            spec: The choices.
+            queries: The test rows.
+            wordnet: Where substitutes come from.
+            progress: Told the stage, queries done and queries in all.
+
+        Raises:
+            InputError: A choice that means nothing or that the index cannot answer, or a test row without text.
+        """
+        from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+        spec.check()
+        for number, texts in zip(queries.numbers, zip(*queries.texts, strict=True), strict=True):
+            if not "".join(texts).strip():
+                raise InputError(f"test row {number} is empty: it has no word to be salient. Leave it out.")
+        retriever.check_stores(spec.question.check(), spec.question)
+        self._retriever, self._spec, self._queries, self._wordnet = retriever, spec, queries, wordnet
+        self._index, self._classifier = retriever.index, retriever.classifier()
+        models = Models(self._index, model=self._classifier, device="auto")
+        self._search = GradientSearch(self._index, models, spec.scope, spec.question.solver)
+        self._progress, self._stop_words = progress, ENGLISH_STOP_WORDS
+        self._places: dict[int, tuple[Place, ...]] = {}
+        self._ranked: dict[tuple[Aim, int], np.ndarray] = {}
+        self.residual: float | None = None
+
+    def texts(self, row: int) -> tuple[str, ...]:
+        """Texts of a training row."""
+        return tuple(column[0] for column in self._index.text_lists(np.array([row])))
+
+    def places(self, row: int) -> tuple[Place, ...]:
+        """Words of a training row that can be replaced, in order: those with substitutes, which the model reads.
+
+        Stop words stay: WordNet knows them as other words only ("a": ampere, "in": indium).
+        """
+        if row not in self._places:
+            texts = self.texts(row)
+            _, encoded = encode_with_places(self._classifier, [[text] for text in texts])
+            found = []
+            for column, text in enumerate(texts):
+                for start, end in split_text(text, "words"):
+                    word, span = text[start:end], Span(column, start, end)
+                    if word.lower() in self._stop_words or not any(pieces_of(encoded, 0, span)):
+                        continue
+                    if others := self._wordnet.substitutes(word, antonyms=self._spec.what == "fix"):
+                        found.append(Place(span, word, others))
+            self._places[row] = tuple(found)
+        return self._places[row]
+
+    def choose(self, strategy: str) -> list[list[Change]]:
+        """What to change by a strategy.
+
+        Each test row takes the first row of its ranking that no other has taken and in which a word can be replaced,
+        one after the other; then each its second one, and so on. So no row is changed twice, and the changes for few
+        rows a query are the first of those for many.
+
+        Returns:
+            One list of q changes for each of the ``spec.most`` turns.
+
+        Raises:
+            InputError: There are too few rows in which a word can be replaced.
+        """
+        aims = STRATEGIES[self._spec.what][strategy]
+        q, most = len(self._queries.numbers), self._spec.most
+        width = max(FIRST_WIDTH, 4 * most)
+        while (turns := self._allocate(aims, width)) is None:
+            if width >= self._index.manifest.n_live:
+                raise InputError(
+                    f"{q} test rows with {most} rows each take {q * most} training rows; the index has fewer in which "
+                    "a word can be replaced. Give smaller --rows, or fewer --queries."
+                )
+            width *= 2
+        out: list[list[Change]] = [[] for _ in turns]
+        for number, aim in enumerate(aims[:most]):
+            out[number :: len(aims)] = self._change(aim, turns[number :: len(aims)])
+        return out
+
+    def choose_random(self, seed: int) -> list[list[Change]]:
+        """As many changes of random words of random rows to random substitutes, in as many turns.
+
+        Raises:
+            InputError: There are too few rows in which a word can be replaced.
+        """
+        rng = np.random.default_rng([seed, 17])
+        n_queries, most = len(self._queries.numbers), self._spec.most
+        found: list[Change] = []
+        for row in rng.permutation(self._index.live).tolist():
+            if len(found) == n_queries * most:
+                break
+            if places := self.places(row):
+                place = places[rng.integers(len(places))]
+                substitute = place.substitutes[rng.integers(len(place.substitutes))]
+                found.append(self._changed(row, place, substitute))
+        if len(found) < n_queries * most:
+            raise InputError(
+                f"{n_queries * most} random changes: only {len(found)} training rows have a word that can be replaced. "
+                "Give smaller --rows, or fewer --queries."
+            )
+        return [found[j * n_queries : (j + 1) * n_queries] for j in range(most)]
+
+    def _allocate(self, aims: Sequence[Aim], width: int) -> list[list[int]] | None:
+        """A row for each query and turn; None where the first ``width`` rows of the rankings do not do."""
+        rankings = [self._rankings(aim, width) for aim in aims[: self._spec.most]]
+        taken: set[int] = set()
+        turns: list[list[int]] = []
+        for turn in range(self._spec.most):
+            turns.append([])
+            for ranked in rankings[turn % len(aims)]:
+                row = next((row for row in ranked.tolist() if row not in taken and self.places(row)), None)
+                if row is None:
+                    return None
+                taken.add(row)
+                turns[-1].append(row)
+        return turns
+
+    def _rankings(self, aim: Aim, width: int) -> np.ndarray:
+        """Training rows by influence on the saliency of each test row's salient word, ``(q, width)``; held."""
+        if (aim, width) not in self._ranked:
+            targets = self._queries.targets(aim)
+            question = replace(self._spec.question, top=width, target="gold")  # the target stands in as the gold label
+            out = np.empty((len(targets), min(width, self._index.manifest.n_live)), np.int64)
+            for at in self._chunks(np.arange(len(targets))):
+                some = self._queries.take(at)
+                answers = self._retriever.answer_block(
+                    0, some.texts, targets[at], question, numbers=some.numbers.tolist()
+                )
+                out[at] = answers.found[SALIENCY_IF][0 if aim.proponents else 1].rows
+                self._progress(f"{aim.name}: rows", int(at[-1]) + 1, len(targets))
+            self._ranked[aim, width] = out
+        return self._ranked[aim, width]
+
+    def _chunks(self, at: np.ndarray) -> list[np.ndarray]:
+        """Positions of test rows whose whole vectors, before and after H^-1, fit in memory together."""
+        in_memory = VECTOR_BYTES // (8 * sum(block.size for block in self._search.queries.blocks))
+        size = max(1, min(CHUNK_QUERIES, in_memory))
+        return [at[i : i + size] for i in range(0, len(at), size)]
+
+    def _change(self, aim: Aim, turns: list[list[int]]) -> list[list[Change]]:
+        """A change of each row that was taken, in the same order: turns of one row a query."""
+        q = len(self._queries.numbers)
+        out: list[list[Change]] = [[] for _ in turns]
+        for at in self._chunks(np.arange(q)):
+            changes = self._change_some(self._queries.take(at), aim, [turn[i] for turn in turns for i in at])
+            for j, found in enumerate(out):
+                found += changes[j * len(at) : (j + 1) * len(at)]
+            self._progress(f"{aim.name}: words", int(at[-1]) + 1, q)
+        return out
+
+    def _change_some(self, queries: Queries, aim: Aim, rows: list[int]) -> list[Change]:
+        """The best change of each of some rows; they belong to the queries in turn."""
+        n, targets = len(rows), queries.targets(aim)
+        owners = np.arange(n) % len(targets)
+        numbers = queries.numbers.tolist()
+        salient = salient_words(self._classifier, queries.texts, targets, None, numbers)
+        vectors = saliency_gradients(
+            self._classifier, self._search.queries.blocks, queries.texts, targets, salient, numbers
+        )
+        asked = self._solved(queries, targets, vectors)
+        texts = [self.texts(row) for row in rows]
+        labels = self._index.labels[rows].astype(np.int64)
+
+        words = [(i, place) for i, row in enumerate(rows) for place in self.places(row)]
+        of = np.array([i for i, _ in words])
+        masked, _ = mask_spans(
+            self._classifier, _columns([texts[i] for i in of]), [place.span for _, place in words], unknown=True
+        )
+        assert masked.minus is not None and len(masked) == len(words)  # of places, the model reads each
+        whole = encode(self._classifier, _columns(texts))
+        everything = np.concatenate([np.arange(n), of])
+        scores = self._score(asked, [*whole, *masked.minus], labels[everything], owners[everything])
+        before, importance = scores[:n], scores[of] - scores[n:]  # saliency-if, saliency-if-token
+
+        tried: list[tuple[int, Place, str]] = []
+        for i, row in enumerate(rows):
+            mine = np.flatnonzero(of == i)
+            first = mine[np.argmax(importance[mine] if aim.proponents else -importance[mine])]
+            rng = np.random.default_rng([self._spec.seed, 19, int(queries.numbers[owners[i]]), row])
+            others = rng.permutation(np.setdiff1d(mine, first))[: self._spec.random_words]
+            tried += [(i, words[j][1], other) for j in (first, *others) for other in words[j][1].substitutes]
+        of = np.array([i for i, _, _ in tried])
+        changed = [_replaced(texts[i], place.span, other) for i, place, other in tried]
+        after = self._score(asked, encode(self._classifier, _columns(changed)), labels[of], owners[of])
+        effects = after - before[of]
+        out = []
+        for i, row in enumerate(rows):
+            mine = np.flatnonzero(of == i)
+            best = mine[np.argmax(aim.sign * effects[mine])]
+            query = owners[i]
+            change = self._changed(row, *tried[best][1:])
+            out.append(
+                replace(
+                    change, query=int(queries.numbers[query]), aim=aim.name, salient=salient[query],
+                    score=float(before[i]), effect=float(effects[best]),
+                )
+            )  # fmt: skip
+        return out
+
+    def _solved(self, queries: Queries, targets: np.ndarray, vectors: Vectors) -> Asked:
+        """The queries, asking with v = H^-1 of their vectors."""
+        solved, residual = self._search.queries.solve(vectors)
+        if residual is not None:
+            self.residual = max(self.residual or 0.0, float(residual.max()))
+        return Asked(queries.texts, targets, solved)
+
+    def _score(self, asked: Asked, rows: Sequence[EncodedRow], labels: np.ndarray, owners: np.ndarray) -> np.ndarray:
+        """v . g of versions of training rows, each by its own query, ``(m,)`` float64."""
+        order = np.argsort(owners, kind="stable")
+        counts = np.bincount(owners, minlength=len(asked.targets))
+        columns = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        at = np.zeros((len(counts), counts.max()), np.int64)  # short lists are filled up with version 0
+        at[owners[order], columns] = order
+        search = self._search.over(_Versions(rows, labels))
+        scores = search.score([GD], asked, {GD.name: at})[0][GD.name]
+        out = np.empty(len(rows))
+        out[order] = scores[owners[order], columns]
+        return out
+
+    def _changed(self, row: int, place: Place, substitute: str) -> Change:
+        """A change, for no test row yet."""
+        old = self.texts(row)
+        return Change(
+            query=None, aim=RANDOM, salient=None, row=row, label=int(self._index.labels[row]), span=place.span,
+            word=place.word, substitute=substitute, old=old, new=_replaced(old, place.span, substitute),
+            score=None, effect=None,
+        )  # fmt: skip
+
+
+def _replaced(texts: tuple[str, ...], span: Span, substitute: str) -> tuple[str, ...]:
+    """Texts of a row with other characters at a span."""
+    text = texts[span.column]
+    changed = text[: span.start] + substitute + text[span.end :]
+    return (*texts[: span.column], changed, *texts[span.column + 1 :])
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[list[str]]:
+    """Texts by row as one list a text column."""
+    return [list(column) for column in zip(*rows, strict=True)]

@@ -1,0 +1,1 @@
+"""Measures that retrain the classifier without some rows."""

@@ -1,0 +1,194 @@
+"""``deletion-curve``: DEL+ and DEL-, and the area under them (Yeh22, section 5).
+
+DEL+(k) is the mean probability of the gold class after removing a query's top k proponents and retraining, minus that
+of the model retrained on all rows; DEL-(k) the same of opponents. AUC is the mean over k. DEL+ should be negative, DEL-
+positive. In the no-overlap test only rows that share few words with the query may be removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, Queries, interval_cells, listed_values, question
+from forebear.evaluation.common.statistics import difference_table
+from forebear.evaluation.reports.report import Cell, Figure, Report, Table, line_chart
+from forebear.evaluation.retraining.jobs import Progress, Retrainer
+from forebear.evaluation.retraining.removal import (
+    IN_PLACE,
+    defined,
+    over_seeds,
+    probability_changes,
+    retraining_provenance,
+)
+from forebear.evaluation.retraining.row_choice import Side, rows_at
+from forebear.retriever.answers.scores import residuals_of
+from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.retriever import Retriever
+
+MAX_LINES = 6  # of one chart
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeletionCurve:
+    """DEL+ and DEL-.
+
+    Attributes:
+        methods: ``m`` names.
+        amounts: Rows removed, ascending, ``k``.
+        seeds: Of the retrainings.
+        changes: Change of the gold class's probability without the top proponents, and without the top opponents:
+            ``(m, 2, k, seeds, q)``; NaN where not sampled.
+        n_candidates: Rows of each query that might be removed; None: all.
+        sampled: What was retrained, in a line.
+        residuals: Of H^-1; see :class:`~forebear.retriever.answers.scores.Scores`.
+    """
+
+    methods: tuple[str, ...]
+    amounts: tuple[int, ...]
+    seeds: tuple[int, ...]
+    changes: np.ndarray
+    n_candidates: int | None
+    sampled: str
+    residuals: dict[str, float]
+
+    @property
+    def curves(self) -> np.ndarray:
+        """DEL+(k) and DEL-(k) of each query, ``(m, 2, k, q)``; NaN for queries that were not sampled."""
+        return over_seeds(self.changes)
+
+    @property
+    def auc(self) -> np.ndarray:
+        """Mean of the curves over k, ``(m, 2, q)``."""
+        return np.asarray(self.curves.mean(axis=2))
+
+
+def measure_deletion(
+    retrainer: Retrainer,
+    scores: Mapping[str, np.ndarray],
+    gold: np.ndarray,
+    amounts: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    candidates: np.ndarray | None = None,
+    budget: int | None = None,
+    seed: int = 0,
+    progress: Progress = lambda _stage, _done, _total: None,
+) -> DeletionCurve:
+    """Retrain without the top k proponents, and without the top k opponents, for each k (Yeh22, section 5).
+
+    Args:
+        retrainer: Its evaluation rows are the queries.
+        scores: Of all live rows, ``(q, n)`` by method; larger = proponent.
+        gold: Class ids of the queries, ``(q,)``.
+        amounts: Numbers k.
+        seeds: Of the retrainings, whose mean stands for the expectation.
+        candidates: Positions among the live rows that may be removed for each query, ``(q, n_candidates)``; None: all.
+        budget: See :func:`probability_changes`.
+        seed: Of the sample.
+        progress: See :func:`probability_changes`.
+    """
+    live = retrainer.rows.live
+    sides: tuple[Side, Side] = ("top", "bottom")
+
+    def removals(query: int, _seed: int) -> list[np.ndarray]:
+        at = np.arange(len(live)) if candidates is None else candidates[query]
+        mine = [found[query, at] for found in scores.values()]
+        return [rows_at(values, live[at], k, side) for values in mine for side in sides for k in amounts]
+
+    changes, sampled = probability_changes(
+        retrainer, removals, gold, len(gold), seeds, budget=budget, seed=seed, progress=progress
+    )
+    return DeletionCurve(
+        methods=tuple(scores),
+        amounts=tuple(amounts),
+        seeds=tuple(seeds),
+        changes=changes.reshape(len(scores), 2, len(amounts), len(seeds), len(gold)),
+        n_candidates=None if candidates is None else candidates.shape[1],
+        sampled=sampled,
+        residuals=residuals_of(scores),
+    )
+
+
+def deletion_report(
+    found: DeletionCurve,
+    retriever: Retriever,
+    queries: Queries,
+    spec: QuerySpec,
+    retrainer: Retrainer,
+    seed: int,
+    command: str,
+) -> tuple[Report, dict[str, Any]]:
+    """The report, and the numbers for ``result.json``; changes as differences of probabilities, as in the paper."""
+    names = ("DEL+", "DEL−")
+    rows: list[list[Cell]] = []
+    points: list[list[Cell]] = []
+    for i, name in enumerate(found.methods):
+        for j, side in enumerate(names):
+            auc = defined(found.auc[i, j])
+            rows.append([name, side, *interval_cells(auc, seed), len(auc)])
+            points += [
+                [name, side, k, *interval_cells(found.curves[i, j, a], seed)] for a, k in enumerate(found.amounts)
+            ]
+    tables = [
+        Table(
+            "AUC-DEL",
+            ["method", "curve", *INTERVAL_COLUMNS, "queries"],
+            rows,
+            "Mean over k of the change of the gold class's probability after removing the top k proponents (DEL+: "
+            "should be negative) or opponents (DEL−: should be positive) and retraining; mean over queries, ± its "
+            "standard error, 95% interval." + (IN_PLACE if retrainer.recipe.seeded else ""),
+        ),
+        Table("Curves", ["method", "curve", "removed", *INTERVAL_COLUMNS], points),
+    ]
+    if len(found.methods) > 1:
+        for j, side in enumerate(names):
+            values = {name: defined(found.auc[i, j]) for i, name in enumerate(found.methods)}
+            tables.append(difference_table(f"Methods compared, AUC-{side}", values, seed))
+    sampled = found.sampled
+    if found.n_candidates is not None:
+        sampled += f"; of each query, only the {found.n_candidates:,} rows of least tf-idf overlap may be removed"
+    best = int(np.nanmean(found.auc[:, 0], axis=1).argmin())
+    plus, minus = (float(np.nanmean(found.auc[best, j])) for j in (0, 1))
+    report = Report(
+        "Deletion curves",
+        f"AUC-DEL+, the change of the gold class's probability without its proponents, is least by "
+        f"{found.methods[best]}: {plus:+.3f}; without its opponents (AUC-DEL−) {minus:+.3f}. {retrainer.recipe.note}",
+        tables,
+        [_curve_figure(found, j, f"{side}(k)") for j, side in enumerate(names)],
+        provenance=retraining_provenance(
+            retriever, spec, found.residuals, retrainer, found.seeds, sampled, queries, command
+        ),
+    )
+    result = {
+        **question(retriever, spec, found.residuals),
+        **retrainer.facts(),
+        "seeds": found.seeds,
+        "sampled": sampled,
+        "queries": queries.rows,
+        "amounts": found.amounts,
+        "changes": {
+            name: {"proponents": listed_values(found.changes[i, 0]), "opponents": listed_values(found.changes[i, 1])}
+            for i, name in enumerate(found.methods)
+        },
+        "auc": {name: {s: interval_cells(found.auc[i, j], seed)[0] for j, s in enumerate(("plus", "minus"))}
+                for i, name in enumerate(found.methods)},
+    }  # fmt: skip
+    return report, result
+
+
+def _curve_figure(found: DeletionCurve, side: int, title: str) -> Figure:
+    series: dict[str, list[float]] = {}
+    errors: dict[str, list[float | None]] = {}
+    for i, name in list(enumerate(found.methods))[:MAX_LINES]:
+        cells = [interval_cells(values, 0) for values in found.curves[i, side]]
+        series[name] = [float(cell[0] or 0.0) for cell in cells]
+        errors[name] = [None if cell[1] is None else float(cell[1]) for cell in cells]
+    drawing = line_chart(
+        found.amounts, series, errors=errors, xlabel="rows removed", ylabel="change of the gold class's probability"
+    )
+    more = "" if len(found.methods) <= MAX_LINES else f" The first {MAX_LINES} methods."
+    return Figure(title, drawing, f"Mean over queries, bars: standard error.{more}")

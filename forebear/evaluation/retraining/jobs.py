@@ -1,0 +1,375 @@
+"""Retraining: jobs (which rows, what seed), each outcome kept under its digest, so that none is done twice.
+
+A *job* says on which training rows a model is trained: some rows of the index, texts of some of them changed, some
+rows added. Its *outcome* is the retrained model's logits on the evaluation rows. How a model is trained is the
+recipe's (:mod:`forebear.evaluation.retraining.recipes`).
+
+Retrainings that are compared are *paired*: what a job changes, it changes in place. Rows left out stand in the batches
+and weigh nothing, changed rows stand where they stood; order, number of steps, rates and dropout of every step are
+those of the same seed's training on all rows. So two outcomes differ by the rows in question, not by chance. There are
+two limits. Where a changed text makes its batch wider, that step's dropout is another. Rows that are added make it
+another training, which is paired with those that have as many.
+
+An outcome lies in the cache under a digest of all that decides it. It appears there whole or not at all, so a run that
+was killed goes on where it was when it is started again. Processes that share a cache share the work: each takes the
+jobs that no other has begun, and waits for theirs in the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from forebear.errors import CorruptIndexError, InputError, NonFiniteError
+from forebear.indexer.index import Index
+from forebear.indexer.model.forward import softmax
+from forebear.indexer.storage.arrow import column, read_batches, record_batch, write_table
+from forebear.indexer.storage.locks import claimed
+from forebear.indexer.storage.manifest import canonical_json, digest_of
+from forebear.indexer.training.fine_tuning import IGNORED
+
+LIBRARIES = ("forebear", "torch", "transformers", "tokenizers", "accelerate", "numpy", "scipy")  # decide last bits
+POLL_SECONDS = 0.2  # between looks at the jobs of other processes
+Progress = Callable[[str, int, int], None]
+Texts = tuple[str, ...]  # of one row, in the order of encoding
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One training: on these rows, with this seed.
+
+    Attributes:
+        rows: Numbers of rows of the index, ascending, each once.
+        seed: Of a new head, the order of the rows and dropout.
+        edits: Other texts for some of these rows, by row number; their labels stay.
+        extra: Rows added at the end: texts and class id.
+        without: Some of ``rows``, ascending, that are not trained on, but keep their place among the others: they
+            weigh nothing in the loss of their step.
+    """
+
+    rows: np.ndarray
+    seed: int
+    edits: Mapping[int, Texts] = field(default_factory=dict)
+    extra: Sequence[tuple[Texts, int]] = ()
+    without: np.ndarray | None = None
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Numbers of the index's rows that are trained on, ascending."""
+        return self.rows if self.without is None else np.delete(self.rows, np.searchsorted(self.rows, self.without))
+
+    def __len__(self) -> int:
+        return len(self.rows) - (0 if self.without is None else len(self.without)) + len(self.extra)
+
+    def labels(self, of_rows: np.ndarray) -> np.ndarray:
+        """Class id of every row in its place, added ones last, ``(n,)`` int64; ``IGNORED`` for those left out.
+
+        Args:
+            of_rows: Class ids of all rows of the index.
+        """
+        placed = np.concatenate([of_rows[self.rows], [label for _, label in self.extra]]).astype(np.int64)
+        if self.without is not None:
+            placed[np.searchsorted(self.rows, self.without)] = IGNORED
+        return placed
+
+    def changed(self) -> tuple[np.ndarray, list[list[str]]]:
+        """Places of edited and added rows, as in :meth:`labels`, and their texts, one list a column."""
+        edited = sorted(self.edits)
+        n_rows = len(self.rows)
+        at = [*np.searchsorted(self.rows, edited).tolist(), *range(n_rows, n_rows + len(self.extra))]
+        texts = [*(self.edits[row] for row in edited), *(text for text, _ in self.extra)]
+        return np.array(at, np.int64), [list(values) for values in zip(*texts, strict=True)]
+
+    def digest(self, of_all: str, *, seeded: bool) -> str:
+        """Name of the outcome: sha256 over this job and the digest of all that jobs share.
+
+        Args:
+            of_all: That digest.
+            seeded: Whether seed and order make a difference.
+        """
+        found = hashlib.sha256(of_all.encode())
+        found.update(np.ascontiguousarray(self.rows if seeded else self.kept, "<i8").tobytes())
+        edits = sorted((int(row), list(texts)) for row, texts in self.edits.items())
+        extra = [[list(texts), int(label)] for texts, label in self.extra]
+        what: list[Any] = [self.seed if seeded else None, edits, extra]
+        if seeded and self.without is not None:
+            what.append(self.without.tolist())
+        found.update(canonical_json(what))
+        return found.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a retrained model says of the evaluation rows.
+
+    Attributes:
+        logits: ``(q, c)`` float32, finite.
+    """
+
+    logits: np.ndarray
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """``(q, c)`` float64."""
+        return softmax(self.logits.astype(np.float64))
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """Most probable class of each row, ``(q,)`` int64; ties go to the lower id."""
+        return np.asarray(self.logits.argmax(axis=1), dtype=np.int64)
+
+    def probability(self, classes: np.ndarray) -> np.ndarray:
+        """Probability of one class a row, ``(q,)`` float64."""
+        return np.asarray(self.probabilities[np.arange(len(classes)), classes])
+
+    def log_odds(self, classes: np.ndarray) -> np.ndarray:
+        """log p / (1 - p) of one class a row, ``(q,)`` float64; from the logits, so finite also where p rounds to 1."""
+        at = (np.arange(len(classes)), classes)
+        others = self.logits.astype(np.float64)
+        own = others[at]
+        others[at] = -np.inf
+        top = others.max(axis=1)
+        return np.asarray(own - top - np.log(np.exp(others - top[:, None]).sum(axis=1)))
+
+    def accuracy(self, labels: np.ndarray) -> float:
+        """Share of rows whose most probable class is their label."""
+        return float((self.predictions == labels).mean())
+
+
+class Recipe(Protocol):
+    """How a model is trained.
+
+    Attributes:
+        name: As given to ``--retrain``.
+        seeded: Whether the outcome depends on the seed.
+        facts: All that decides an outcome beside the job, as JSON.
+        note: What a reader of the result must know of it.
+    """
+
+    name: str
+    seeded: bool
+    facts: Mapping[str, Any]
+    note: str
+
+    def train(self, job: Job) -> np.ndarray:
+        """Logits of the retrained model on the evaluation rows, ``(q, c)``."""
+        ...
+
+
+class TrainingRows:
+    """Texts and labels of all rows of an index, in memory, by row number.
+
+    Attributes:
+        live: Numbers of the rows that are not retired, ascending: what a model is retrained on when nothing is removed.
+        labels: Class ids, ``(n,)``.
+        label_names: By class id.
+        texts: One list a text column.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self.live = index.live
+        self.labels = index.labels.astype(np.int64)
+        self.label_names = index.manifest.spec.label_names
+        self.texts = index.text_lists(np.arange(index.manifest.n_rows))
+
+    def digest(self) -> str:
+        """sha256 of texts and labels."""
+        return digest_of([self.texts, self.labels.tolist(), list(self.label_names)])
+
+    def check(self, job: Job, name: str) -> None:
+        """Refuse a job that no model can be trained on.
+
+        Raises:
+            InputError: Rows out of range or out of order, edits of other rows, texts of another number of columns, or
+                no rows; the message names the job.
+        """
+        rows = job.rows
+        if job.without is not None and (not np.isin(job.without, rows).all() or (np.diff(job.without) < 1).any()):
+            raise InputError(f"{name}: expected rows to leave out that are among the others, ascending, each once.")
+        if len(rows) and (rows[0] < 0 or rows[-1] >= len(self.labels) or (np.diff(rows) < 1).any()):
+            raise InputError(f"{name}: expected row numbers from 0 to {len(self.labels) - 1}, ascending, each once.")
+        foreign = sorted(set(job.edits) - set(job.kept.tolist())) if job.edits else []
+        if foreign:
+            raise InputError(f"{name}: row {foreign[0]} is edited but not trained on. Leave the edit out.")
+        texts = [*job.edits.values(), *(texts for texts, _ in job.extra)]
+        if any(len(one) != len(self.texts) for one in texts):
+            raise InputError(f"{name}: an edited or added row has not {len(self.texts)} text(s), as the index's rows.")
+        if any(not 0 <= label < len(self.label_names) for _, label in job.extra):
+            raise InputError(f"{name}: an added row has a class id outside of 0 to {len(self.label_names) - 1}.")
+        if not len(job):
+            raise InputError(f"{name} would train on no rows. Remove fewer rows.")
+
+
+class Retrainer:
+    """Runs jobs, each at most once.
+
+    Attributes:
+        rows: What jobs choose from.
+        recipe: How a model is trained.
+        n_trained: Jobs that were trained by this object, not found in the cache.
+        warnings: Lines on files of the cache that were damaged, and trained again; and on retrainings without rows of
+            a class, which are trained like any other: the model has seen none, and gives it little probability.
+    """
+
+    def __init__(
+        self, recipe: Recipe, rows: TrainingRows, evaluation: Sequence[Sequence[str]], cache: str | Path
+    ) -> None:
+        """Prepare.
+
+        Args:
+            recipe: Over the same training and evaluation rows.
+            rows: The index's rows.
+            evaluation: Texts that retrained models are asked of, one list a text column.
+            cache: Folder of outcomes; made if missing. Several evaluations, indexes and recipes may share one.
+        """
+        self.rows, self.recipe, self._cache = rows, recipe, Path(cache)
+        self._shape = (len(evaluation[0]), len(rows.label_names))
+        self._digest = digest_of([recipe.name, dict(recipe.facts), rows.digest(), [list(c) for c in evaluation]])
+        self.n_trained = 0
+        self.warnings: list[str] = []
+
+    def run(self, jobs: Sequence[Job], progress: Progress = lambda _stage, _done, _total: None) -> list[Outcome]:
+        """Outcomes in the order of the jobs; equal jobs are trained once. Best sorted by seed.
+
+        Args:
+            jobs: What to train.
+            progress: Told of ``retraining``, jobs done and jobs in all, those in the cache counted as done.
+
+        Raises:
+            InputError: A job that no model can be trained on; no job is begun then.
+            NonFiniteError: A retrained model gives NaN or infinity.
+            StorageError: The cache cannot be written.
+        """
+        for i, job in enumerate(jobs):
+            self.rows.check(job, f"retraining {i + 1} of {len(jobs)} (seed {job.seed})")
+        self._warn_of_classes(jobs)
+        digests = [self.digest(job) for job in jobs]
+        waiting = dict(zip(digests, jobs, strict=True))
+        done = {digest: found for digest in waiting if (found := self._read(digest)) is not None}
+        progress("retraining", len(done), len(waiting))
+        left = [digest for digest in waiting if digest not in done]
+        while left:
+            others = []
+            for digest in left:
+                with claimed(self._path(digest).with_suffix(".lock")) as owner:
+                    if owner is not None:
+                        others.append(digest)
+                        continue
+                    found = self._read(digest)  # another process may just have made it
+                    done[digest] = self._train(digest, waiting[digest]) if found is None else found
+                progress("retraining", len(done), len(waiting))
+            if len(others) == len(left):
+                time.sleep(POLL_SECONDS)
+            left = others
+        return [done[digest] for digest in digests]
+
+    def _warn_of_classes(self, jobs: Sequence[Job]) -> None:
+        classes = np.unique(self.rows.labels[self.rows.live])
+        lacking = sum(not np.isin(classes, job.labels(self.rows.labels)).all() for job in jobs)
+        if lacking:
+            self.warnings.append(
+                f"{lacking} of {len(jobs)} retrainings had no row left of some class, which the model then gives "
+                "little probability. Remove fewer rows to leave some of each."
+            )
+
+    def digest(self, job: Job) -> str:
+        """The name of a job's outcome."""
+        return job.digest(self._digest, seeded=self.recipe.seeded)
+
+    def facts(self) -> dict[str, Any]:
+        """What a result says of its retraining."""
+        recipe = self.recipe
+        return {"retrain": recipe.name, "note": recipe.note, "recipe": dict(recipe.facts), "digest": self._digest}
+
+    def _train(self, digest: str, job: Job) -> Outcome:
+        logits = np.asarray(self.recipe.train(job), dtype=np.float32)
+        if not np.isfinite(logits).all():
+            row = int(np.argmin(np.isfinite(logits).all(axis=1)))
+            raise NonFiniteError(
+                f"the model retrained on {len(job)} rows with seed {job.seed} gives NaN or infinity for evaluation row "
+                f"{row}. Lower the learning rate of the run."
+            )
+        assert logits.shape == self._shape
+        _write(self._path(digest), digest, logits)
+        self.n_trained += 1
+        return Outcome(logits)
+
+    def _path(self, digest: str) -> Path:
+        return self._cache / digest[:2] / f"{digest}.arrow"
+
+    def _read(self, digest: str) -> Outcome | None:
+        """An outcome of the cache; None when there is none, or a damaged one."""
+        path = self._path(digest)
+        if not path.exists():
+            return None
+        try:
+            batch = read_batches(path)[0]
+            logits = column(batch, "logits").copy()
+            facts = batch.schema.metadata or {}
+            stated = (facts.get(b"job"), facts.get(b"sha256"))
+            if logits.shape == self._shape and stated == (digest.encode(), _sha256(logits)):
+                return Outcome(logits)
+        except (CorruptIndexError, KeyError, IndexError, AttributeError, ValueError):
+            pass  # said below
+        line = f"{path} is damaged; that model was trained again."
+        if line not in self.warnings:
+            self.warnings.append(line)
+        return None
+
+
+def _write(path: Path, digest: str, logits: np.ndarray) -> None:
+    batch = record_batch({"logits": logits})
+    schema = batch.schema.with_metadata({"job": digest, "sha256": _sha256(logits).decode()})
+    write_table(path, [batch.replace_schema_metadata(schema.metadata)], schema)
+
+
+def _sha256(logits: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(logits, "<f4").tobytes()).hexdigest().encode()
+
+
+def within_budget(
+    retrainer: Retrainer, units: Sequence[Sequence[Job]], budget: int | None, seed: int
+) -> tuple[np.ndarray, str]:
+    """Which units are run, so that no more than ``budget`` different models are trained.
+
+    A unit is the jobs that are compared with each other (those of one query and seed, say), so a sample of units
+    leaves the comparison fair. Jobs that units share count once; jobs in the cache count like any other, so that the
+    sample does not depend on what was run before.
+
+    Args:
+        retrainer: Tells equal jobs.
+        units: Jobs of each unit.
+        budget: Models at most; None: no limit.
+        seed: Of the order in which units are taken until one no longer fits.
+
+    Returns:
+        Numbers of the units, ascending, and one line that says what was sampled.
+
+    Raises:
+        InputError: Not even one unit fits.
+    """
+    digests = [{retrainer.digest(job) for job in unit} for unit in units]
+    total = len(set().union(*digests))
+    if budget is None or total <= budget:
+        return np.arange(len(units)), f"all {total:,} retrainings"
+    taken: set[str] = set()
+    kept: list[int] = []
+    for i in np.random.default_rng([seed, 11]).permutation(len(units)).tolist():
+        if len(taken | digests[i]) > budget:
+            break
+        taken |= digests[i]
+        kept.append(i)
+    if not kept:
+        least = min(map(len, digests))
+        raise InputError(
+            f"--budget {budget}: one comparison takes {least} or more retrainings. Give a larger budget, or fewer "
+            "methods or amounts."
+        )
+    what = f"{len(taken):,} of {total:,} retrainings (--budget {budget}): {len(kept):,} of {len(units):,} comparisons"
+    return np.sort(kept), f"{what}, sampled with seed {seed}"

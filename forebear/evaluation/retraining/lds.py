@@ -1,0 +1,201 @@
+"""``lds``: the linear datamodeling score. Do summed scores foretell what a model trained on some of the rows says?
+
+Models are retrained on random halves of the rows. For each query: Spearman's correlation, over the halves, between the
+sum of the kept rows' scores and the retrained log-odds of the class that the scores explain (Ilyas et al., 2022; Park
+et al., 2023). 1 is perfect, 0 is chance; noise of the retraining itself sets a ceiling below 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from forebear.errors import InputError
+from forebear.evaluation.common.comparisons import (
+    INTERVAL_COLUMNS,
+    Queries,
+    interval_cells,
+    listed_values,
+    question,
+    spearman,
+)
+from forebear.evaluation.common.statistics import difference_table
+from forebear.evaluation.reports.report import Cell, Figure, Report, Table, bar_chart
+from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
+from forebear.evaluation.retraining.removal import defined, retraining_provenance
+from forebear.evaluation.retraining.row_choice import random_rows
+from forebear.retriever.answers.scores import residuals_of
+from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.retriever import Retriever
+
+MIN_SUBSETS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lds:
+    """Linear datamodeling scores.
+
+    Attributes:
+        methods: ``m`` names.
+        values: Spearman's correlation for each query, ``(m, q)``; NaN where sums or outputs are all equal.
+        outputs: Log-odds of the target class, ``(subsets, seeds, q)``.
+        agreement: Mean correlation of two seeds' outputs for each query, ``(q,)``; None with one seed.
+        subsets: Numbers of the random halves that were sampled.
+        seeds: Of the retrainings; outputs are averaged over them.
+        sampled: What was retrained, in a line.
+        residuals: Of H^-1; see :class:`~forebear.retriever.answers.scores.Scores`.
+    """
+
+    methods: tuple[str, ...]
+    values: np.ndarray
+    outputs: np.ndarray
+    agreement: np.ndarray | None
+    subsets: np.ndarray
+    seeds: tuple[int, ...]
+    sampled: str
+    residuals: dict[str, float]
+
+    @property
+    def ceiling(self) -> np.ndarray | None:
+        """What scores without error would reach, ``(q,)``, by Spearman and Brown's formula; None with one seed.
+
+        sqrt(s r / (1 + (s - 1) r)) for s seeds that agree by r; 0 where r is not positive.
+        """
+        if self.agreement is None:
+            return None
+        r, s = np.maximum(self.agreement, 0.0), len(self.seeds)
+        return np.asarray(np.sqrt(s * r / (1 + (s - 1) * r)))
+
+
+def measure_lds(
+    retrainer: Retrainer,
+    scores: Mapping[str, np.ndarray],
+    targets: np.ndarray,
+    seeds: Sequence[int],
+    *,
+    n_subsets: int = 100,
+    budget: int | None = None,
+    seed: int = 0,
+    progress: Progress = lambda _stage, _done, _total: None,
+) -> Lds:
+    """Retrain on random halves of the live rows.
+
+    Args:
+        retrainer: Its evaluation rows are the queries.
+        scores: Of all live rows, ``(q, n)`` by method; larger = proponent. -inf, of a row without a span, adds nothing.
+        targets: The class whose loss the scores explain, ``(q,)``.
+        seeds: Of the retrainings, for each subset.
+        n_subsets: Halves.
+        budget: Models to train at most; subsets are sampled.
+        seed: Of the subsets.
+        progress: See :meth:`~forebear.evaluation.retraining.jobs.Retrainer.run`.
+
+    Raises:
+        InputError: Fewer than three subsets.
+    """
+    if n_subsets < MIN_SUBSETS:
+        raise InputError(f"--subsets {n_subsets}: expected at least {MIN_SUBSETS}, better 100.")
+    live = retrainer.rows.live
+    halves = [random_rows(live, len(live) // 2, seed, 17, i) for i in range(n_subsets)]
+    chosen, sampled = within_budget(retrainer, [[Job(half, s) for s in seeds] for half in halves], budget, seed)
+    if len(chosen) < MIN_SUBSETS:
+        raise InputError(f"--budget {budget}: {len(chosen)} subsets; a correlation takes {MIN_SUBSETS} or more.")
+    jobs = [Job(halves[i], s) for s in seeds for i in chosen]  # by seed, so that each start model is loaded once
+    odds = np.array([outcome.log_odds(targets) for outcome in retrainer.run(jobs, progress)])
+    outputs = odds.reshape(len(seeds), len(chosen), -1).transpose(1, 0, 2)
+    kept = np.array([np.isin(live, halves[i]) for i in chosen], dtype=np.float64)
+    mean = outputs.mean(axis=1).T
+    pairs = [spearman(outputs[:, a].T, outputs[:, b].T) for a, b in combinations(range(len(seeds)), 2)]
+    return Lds(
+        methods=tuple(scores),
+        values=np.array([spearman(_sums(found, kept), mean) for found in scores.values()]),
+        outputs=outputs,
+        agreement=np.mean(pairs, axis=0) if pairs else None,
+        subsets=chosen,
+        seeds=tuple(seeds),
+        sampled=sampled,
+        residuals=residuals_of(scores),
+    )
+
+
+def _sums(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Summed scores of the kept rows ``(q, subsets)``, less the same number for each subset of a query.
+
+    All halves have the same size, so a shift of a query's scores leaves the order of their sums; it makes sums of equal
+    scores exactly equal.
+    """
+    finite = np.where(np.isneginf(scores), 0.0, scores)
+    return np.asarray((finite - finite[:, :1]) @ kept.T)
+
+
+def lds_report(
+    found: Lds,
+    retriever: Retriever,
+    queries: Queries,
+    spec: QuerySpec,
+    retrainer: Retrainer,
+    seed: int,
+    command: str,
+) -> tuple[Report, dict[str, Any]]:
+    """The report, and the numbers for ``result.json``."""
+    rows: list[list[Cell]] = []
+    for name, values in zip(found.methods, found.values, strict=True):
+        rows.append([name, *interval_cells(values, seed), int(np.isnan(values).sum())])
+    if found.agreement is not None and found.ceiling is not None:
+        for name, values in (("(one seed against another)", found.agreement), ("(noise ceiling)", found.ceiling)):
+            rows.append([name, *interval_cells(values, seed), int(np.isnan(values).sum())])
+    n = len(found.subsets)
+    table = Table(
+        "Linear datamodeling score",
+        ["method", *INTERVAL_COLUMNS, "undefined"],
+        rows,
+        f"Spearman's correlation over {n:,} random halves between summed scores of the kept rows and the retrained "
+        f"log-odds of the target class, averaged over {len(found.seeds)} seed(s); mean over queries, ± its standard "
+        "error, 95% interval over queries. Undefined: queries whose sums or outputs are all equal; left out. "
+        "Noise ceiling: what scores without error would reach, from how well two seeds agree (Spearman and Brown).",
+    )
+    tables = [table]
+    whole = ~np.isnan(found.values).any(axis=0)
+    if len(found.methods) > 1 and whole.any():
+        values = {name: mine[whole] for name, mine in zip(found.methods, found.values, strict=True)}
+        tables.append(difference_table("Methods compared", values, seed))
+    cells = [interval_cells(values, seed) for values in found.values]
+    means = [float(cell[0] or 0.0) for cell in cells]
+    errors = [None if cell[1] is None else float(cell[1]) for cell in cells]
+    top = None if found.ceiling is None else defined(found.ceiling)
+    reference = None if top is None or not len(top) else ("noise ceiling", float(top.mean()))
+    drawing = bar_chart(
+        found.methods, {"LDS": means}, errors={"LDS": errors}, reference=reference, xlabel="mean Spearman's correlation"
+    )
+    best = int(np.argmax([-np.inf if cell[0] is None else float(cell[0]) for cell in cells]))
+    report = Report(
+        "Linear datamodeling score",
+        (
+            f"{found.methods[best]} foretells retrained outputs best: {means[best]:.3f} over {n:,} random halves. "
+            if cells[best][0] is not None
+            else f"Undefined for every method: scores or outputs are all equal over {n:,} random halves. "
+        )
+        + retrainer.recipe.note,
+        tables,
+        [Figure("LDS by method", drawing, "Mean over queries, bars: standard error.")],
+        provenance=retraining_provenance(
+            retriever, spec, found.residuals, retrainer, found.seeds, found.sampled, queries, command
+        ),
+    )
+    result = {
+        **question(retriever, spec, found.residuals),
+        **retrainer.facts(),
+        "seeds": found.seeds,
+        "sampled": found.sampled,
+        "queries": queries.rows,
+        "subsets": found.subsets,
+        "lds": {name: listed_values(values) for name, values in zip(found.methods, found.values, strict=True)},
+        "agreement": None if found.agreement is None else listed_values(found.agreement),
+        "ceiling": None if found.ceiling is None else listed_values(found.ceiling),
+        "outputs": listed_values(found.outputs),
+    }
+    return report, result

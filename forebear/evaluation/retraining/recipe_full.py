@@ -1,0 +1,139 @@
+"""Retraining in full, by the loop of ``forebear train``, from the start model of the run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from forebear.errors import MismatchError
+from forebear.evaluation.retraining.jobs import LIBRARIES, Job, TrainingRows
+from forebear.indexer.index import Index
+from forebear.indexer.model.classifier import Classifier, dropout_settings, pick_device
+from forebear.indexer.model.encoding import Encoded, encode
+from forebear.indexer.model.forward import run_forward
+from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.storage.manifest import library_versions
+from forebear.indexer.training.fine_tuning import RANDOM_NUMBERS, TrainOptions, fine_tune
+from forebear.indexer.training.run import Run
+from forebear.indexer.training.start import freeze_below, load_start
+
+PAIRING = 2  # raised when places, random numbers or weights of rows change
+
+
+class Start:
+    """The model before its first step, in memory.
+
+    Attributes:
+        options: Of the run.
+        name: Of the start model.
+        is_older: Whether the run drew its random numbers otherwise than a retraining does.
+        facts: What decides an outcome, beside rows and recipe.
+    """
+
+    def __init__(self, run: Run, rows: TrainingRows, index: Index, device: str) -> None:
+        self._names, self._device = rows.label_names, pick_device(device)
+        known = {f.name for f in fields(TrainOptions)}
+        settings = {name: value for name, value in run.settings.items() if name in known}
+        self.options = TrainOptions(**{**settings, "label_mode": None, "device": self._device.type})
+        self.name, self.is_older = run.base_model, run.settings.get("random_numbers") != RANDOM_NUMBERS
+        self._loaded: tuple[int, Classifier, dict[str, torch.Tensor]] | None = None
+        self._prepare: Callable[[Classifier], None] = lambda _classifier: None
+        sha256 = self.at(self.options.seed).sha256
+        if sha256 != run.settings["start_sha256"]:
+            raise MismatchError(
+                f"{self.name} is not the model that the run started from: sha256 {sha256[:12]}, expected "
+                f"{run.settings['start_sha256'][:12]}. Restore it, or train and index again."
+            )
+        if self.at(self.options.seed).tokenizer_sha256 != index.manifest.spec.tokenizer_sha256:
+            raise MismatchError(f"{self.name} has another tokenizer than the index. Name the right run by --run.")
+        found = dropout_settings(self.at(self.options.seed).model)
+        if found != run.settings.get("dropout", found):  # runs of older versions do not say
+            raise MismatchError(
+                f"{self.name} has other dropout than when the run started from it: {found}, then "
+                f"{run.settings['dropout']}. Restore its config.json, or train and index again."
+            )
+        options = {f.name: getattr(self.options, f.name) for f in fields(TrainOptions) if f.name != "seed"}
+        self.facts: Mapping[str, Any] = {
+            "start_model": self.name, "start_sha256": sha256, "dropout": found,
+            "tokenizer_sha256": index.manifest.spec.tokenizer_sha256, "options": options,
+            "libraries": library_versions(LIBRARIES), "threads": torch.get_num_threads(), "pairing": PAIRING,
+        }  # fmt: skip
+
+    def prepare(self, change: Callable[[Classifier], None]) -> None:
+        """Freeze or cut every model from now on by this function."""
+        self._prepare, self._loaded = change, None
+
+    def at(self, seed: int) -> Classifier:
+        """The start model with a seed's new head, always the same object for one seed after another."""
+        if self._loaded is None or self._loaded[0] != seed:
+            with torch.random.fork_rng(devices=[]):
+                classifier, _ = load_start(
+                    rows_from_texts([""] * len(self._names), range(len(self._names)), label_names=self._names),
+                    self.name,
+                    label_mode=None,
+                    max_length=self.options.max_length,
+                    precision=self.options.precision,
+                    seed=seed,
+                    device=self._device,
+                )
+            self._prepare(classifier)
+            self._loaded = seed, classifier, copy.deepcopy(classifier.model.state_dict())
+        _, classifier, state = self._loaded
+        classifier.model.load_state_dict(state)
+        return classifier
+
+
+class FullRecipe:
+    """Fine-tune as the run did, without its checkpoints; see :class:`~forebear.evaluation.retraining.jobs.Recipe`."""
+
+    name = "full"
+    seeded = True
+
+    def __init__(self, start: Start, rows: TrainingRows, evaluation: Sequence[Sequence[str]]) -> None:
+        self._start, self._labels = start, rows.labels
+        k = start.options.freeze_below
+        if k is not None:
+            start.prepare(lambda classifier: freeze_below(classifier.model, k, classifier.name))
+        classifier = start.at(start.options.seed)
+        self._encoded = _arrays(encode(classifier, rows.texts))
+        self._lengths = np.array([len(row["input_ids"]) for row in self._encoded])
+        self._evaluation = Encoded(encode(classifier, evaluation))
+        self.facts: Mapping[str, Any] = start.facts
+        self.note = "Each model is fine-tuned as the run was."
+        if start.is_older:
+            self.note += " The run was made by an older version: its own order of rows and dropout were others."
+
+    def train(self, job: Job) -> np.ndarray:
+        """Logits of the retrained model on the evaluation rows, ``(q, c)``."""
+        classifier = self._start.at(job.seed)
+        encoded = [self._encoded[row] for row in job.rows] + [{}] * len(job.extra)
+        at, texts = job.changed()
+        if len(at):
+            for i, row in zip(at, _arrays(encode(classifier, texts)), strict=True):
+                encoded[i] = row
+        labelled = [{**row, "labels": int(label)} for row, label in zip(encoded, job.labels(self._labels), strict=True)]
+        options = replace(self._start.options, seed=job.seed)
+        fine_tune(classifier, labelled, options, lengths=placed_lengths(job, self._lengths))
+        return run_forward(classifier, self._evaluation).logits
+
+
+def placed_lengths(job: Job, of_rows: np.ndarray) -> list[int]:
+    """What rows are grouped into batches by, so that no text moves another row: the length of each before its edit.
+
+    Added rows take the lengths of rows drawn from all: as many of them, whatever their texts, find the same places.
+
+    Args:
+        job: Which rows.
+        of_rows: Word pieces of all rows of the index.
+    """
+    drawn = np.random.default_rng(0).integers(len(of_rows), size=len(job.extra))
+    return [*of_rows[job.rows].tolist(), *of_rows[drawn].tolist()]
+
+
+def _arrays(encoded: Sequence[dict[str, list[int]]]) -> list[dict[str, Any]]:
+    return [{key: np.asarray(values, np.int32) for key, values in row.items()} for row in encoded]

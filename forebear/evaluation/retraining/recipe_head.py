@@ -1,0 +1,104 @@
+"""Refitting of the head alone, to convergence, on the features of the index's last checkpoint.
+
+The encoder stays as it is, and so still knows the rows that were removed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from forebear.errors import InputError
+from forebear.evaluation.retraining.jobs import LIBRARIES, Job, TrainingRows
+from forebear.indexer.model.forward import run_forward
+from forebear.indexer.storage.manifest import digest_of, library_versions
+from forebear.indexer.training.fine_tuning import IGNORED
+from forebear.retriever.retriever import Retriever
+
+DEFAULT_L2 = 0.01  # of Pez21's head
+GRADIENT_TOLERANCE = 1e-8
+ACCEPTED_GRADIENT = 1e-6  # where the line search ends at the last bits of the loss
+
+
+class HeadRecipe:
+    """Fit the head to stored features; see :class:`~forebear.evaluation.retraining.jobs.Recipe`.
+
+    Softmax regression without dropout or a random start: the loss is strictly convex, its minimum does not depend on
+    the seed. The bias, where the head has one, is the weight of one more feature that is 1, and penalised alike; so the
+    minimum exists also when a class has no rows left, whose probability is then small.
+    """
+
+    name = "head"
+    seeded = False
+
+    def __init__(
+        self, retriever: Retriever, rows: TrainingRows, evaluation: Sequence[Sequence[str]], l2: float
+    ) -> None:
+        if not 0 < l2 < math.inf:
+            raise InputError(f"--l2 {l2}: expected a positive number; without it the head has no best weights.")
+        self._classifier, self._labels, self._l2 = retriever.classifier(), rows.labels, l2
+        self._has_bias = self._classifier.head.bias is not None
+        index = retriever.index
+        self._features = self._extended(index.features().take(np.arange(len(rows.labels))))
+        self._evaluation = self._extended(run_forward(self._classifier, evaluation).features)
+        self._begin = torch.zeros((len(rows.label_names), self._features.shape[1]), dtype=torch.float64)
+        self._begin = self._fit(self._features[rows.live], torch.from_numpy(rows.labels[rows.live]), "all rows")
+        spec = index.manifest.spec
+        self.facts: Mapping[str, Any] = {
+            "checkpoint_sha256": spec.checkpoint_sha256[-1], "tokenizer_sha256": spec.tokenizer_sha256,
+            "max_length": spec.max_length, "precision": spec.precision, "l2": l2, "bias": self._has_bias,
+            "begin": digest_of(rows.live.tolist()), "libraries": library_versions(LIBRARIES),
+            "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        self.note = (
+            f"A stand-in for fine-tuning: only the head is fitted again (L2 {l2:g}, to convergence), on features of "
+            "the trained encoder, which has seen all rows. Seeds make no difference to it."
+        )
+
+    def _extended(self, features: np.ndarray) -> torch.Tensor:
+        """Features in float64, with a last column of ones for the bias."""
+        found = torch.from_numpy(features.astype(np.float64))
+        return torch.cat([found, torch.ones((len(found), 1), dtype=torch.float64)], dim=1) if self._has_bias else found
+
+    def train(self, job: Job) -> np.ndarray:
+        """Logits of the refitted head on the evaluation rows, ``(q, c)``."""
+        labels = torch.from_numpy(job.labels(self._labels))
+        features = torch.empty((len(labels), self._features.shape[1]), dtype=torch.float64)
+        features[: len(job.rows)] = self._features[job.rows]
+        at, texts = job.changed()
+        if len(at):
+            features[at] = self._extended(run_forward(self._classifier, texts).features)
+        kept = labels != IGNORED
+        weights = self._fit(features[kept], labels[kept], f"{len(job)} rows")
+        return (self._evaluation @ weights.T).numpy()
+
+    def _fit(self, features: torch.Tensor, labels: torch.Tensor, what: str) -> torch.Tensor:
+        """Weights ``(c, h)`` that minimise mean cross-entropy + l2 / 2 ||W||^2, from the fit to all rows on."""
+        from scipy.optimize import minimize
+
+        shape = self._begin.shape
+        onehot = nn.functional.one_hot(labels, shape[0]).double()
+
+        def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            weights = torch.from_numpy(flat).view(shape)
+            log_p = nn.functional.log_softmax(features @ weights.T, dim=1)
+            loss = -(log_p * onehot).sum() / len(labels) + self._l2 / 2 * weights.square().sum()
+            gradient = (log_p.exp() - onehot).T @ features / len(labels) + self._l2 * weights
+            return loss.item(), gradient.reshape(-1).numpy()
+
+        options = {"maxiter": 20_000, "maxfun": 40_000, "gtol": GRADIENT_TOLERANCE, "ftol": 0.0, "maxcor": 20}
+        found = minimize(
+            loss_and_gradient, self._begin.reshape(-1).numpy(), jac=True, method="L-BFGS-B", options=options
+        )
+        largest = float(np.abs(found.jac).max())
+        if not largest <= ACCEPTED_GRADIENT:
+            raise InputError(
+                f"the head's fit to {what} did not converge: largest gradient {largest:.1e}, expected "
+                f"{ACCEPTED_GRADIENT:g}. Give a larger --l2 (now {self._l2:g})."
+            )
+        return torch.from_numpy(found.x).view(shape)

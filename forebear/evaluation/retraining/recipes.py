@@ -1,0 +1,77 @@
+"""How a job is trained: all of the run again (``full``), its last layers (``top-K``) or its head (``head``).
+
+``full`` is the training run once more, by its own loop. The other two are stand-ins that cost less.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from forebear.errors import InputError, MismatchError
+from forebear.evaluation.retraining.jobs import Recipe, Retrainer, TrainingRows
+from forebear.evaluation.retraining.recipe_full import FullRecipe, Start
+from forebear.evaluation.retraining.recipe_head import DEFAULT_L2, HeadRecipe
+from forebear.evaluation.retraining.recipe_top import TopRecipe
+from forebear.indexer.index import Index
+from forebear.indexer.training.run import RUN_NAME, Run, path_to, read_run
+from forebear.retriever.retriever import Retriever
+
+
+def open_retrainer(
+    retriever: Retriever,
+    name: str,
+    evaluation: Sequence[Sequence[str]],
+    cache: str | Path,
+    *,
+    run: str | Path | None = None,
+    l2: float = DEFAULT_L2,
+    device: str = "auto",
+) -> Retrainer:
+    """A retrainer of the model that an index explains.
+
+    Args:
+        retriever: Over the index; its rows are what jobs choose from.
+        name: ``full``, ``top-K`` or ``head``.
+        evaluation: Texts that retrained models are asked of, one list a text column.
+        cache: Folder of outcomes.
+        run: Run folder of ``forebear train``; None: the one that the index's last checkpoint lies in.
+        l2: For ``head``: weight of half the squared norm of the head beside the mean loss.
+        device: ``auto``, ``cpu``, ``cuda``.
+
+    Raises:
+        InputError: No such recipe, a model without a run folder, or layers that are not there.
+        MismatchError: The run's start model is not what it was.
+        ModelError: The model's layers cannot be trained alone.
+    """
+    rows = TrainingRows(retriever.index)
+    recipe: Recipe
+    if name == "head":
+        recipe = HeadRecipe(retriever, rows, evaluation, l2)
+    elif name == "full" or re.fullmatch(r"top-[1-9]\d*", name):
+        start = Start(find_run(retriever.index, run), rows, retriever.index, device)
+        recipe = FullRecipe(start, rows, evaluation) if name == "full" else TopRecipe(start, rows, evaluation, name)
+    else:
+        raise InputError(f"--retrain {name!r}: expected full, top-K (such as top-2) or head.")
+    return Retrainer(recipe, rows, evaluation, cache)
+
+
+def find_run(index: Index, run: str | Path | None) -> Run:
+    """The training run behind an index."""
+    folder = Path(run) if run is not None else None
+    if folder is None:
+        last = Path(path_to(index.folder, index.manifest.checkpoints[-1].path)).resolve()
+        folder = next((parent for parent in last.parents if (parent / RUN_NAME).is_file()), last)
+    found = read_run(folder)
+    if found is None:
+        raise InputError(
+            f"{folder} is no training run (no {RUN_NAME}): how the model was trained is not known. Name the run "
+            "folder by --run, or take --retrain head."
+        )
+    if found.label_names != index.manifest.spec.label_names:
+        raise MismatchError(
+            f"{folder} trained on the labels {', '.join(found.label_names)}, the index has "
+            f"{', '.join(index.manifest.spec.label_names)}. Name the right run by --run."
+        )
+    return found

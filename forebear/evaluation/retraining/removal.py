@@ -1,0 +1,318 @@
+"""``removal``: retrain without the rows that a method names; how does the confidence change? (Han20 T1-2, Pez21 T1)
+
+Confidence is the probability of the class that the same seed's retraining on all rows predicts. Removed are each
+query's most positive, most negative, least influential or random rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from forebear.errors import InputError
+from forebear.evaluation.common.comparisons import (
+    INTERVAL_COLUMNS,
+    Queries,
+    interval_cells,
+    listed_values,
+    provenance,
+    question,
+)
+from forebear.evaluation.common.statistics import difference_table, paired_difference
+from forebear.evaluation.reports.report import Cell, Figure, Report, Table, bar_chart
+from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
+from forebear.evaluation.retraining.row_choice import SIDES, Side, random_rows, rows_at
+from forebear.retriever.answers.scores import residuals_of
+from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.retriever import Retriever
+
+RANDOM = "(random rows)"
+IN_PLACE = (
+    " Rows removed keep their place in the batches and weigh nothing: order, rates and dropout are those of the same "
+    "seed's retraining on all rows."
+)
+Removals = Callable[[int, int], list[np.ndarray]]  # (query, seed) -> rows to remove, one array a variation
+
+
+def seeds_of(retrainer: Retrainer, n_seeds: int, seed: int) -> tuple[int, ...]:
+    """Seeds of the retrainings: ``seed`` and those that follow it; one where seeds make no difference.
+
+    Raises:
+        InputError: Fewer than one.
+    """
+    if n_seeds < 1:
+        raise InputError(f"--seeds {n_seeds}: expected at least 1.")
+    return tuple(range(seed, seed + (n_seeds if retrainer.recipe.seeded else 1)))
+
+
+def probability_changes(
+    retrainer: Retrainer,
+    removals: Removals,
+    classes: np.ndarray | None,
+    n_queries: int,
+    seeds: Sequence[int],
+    *,
+    budget: int | None = None,
+    seed: int = 0,
+    progress: Progress = lambda _stage, _done, _total: None,
+) -> tuple[np.ndarray, str]:
+    """Retrain without each set of rows; the change of one class's probability for the query they belong to.
+
+    Args:
+        retrainer: Its evaluation rows are the queries.
+        removals: Rows to remove, the same number of variations for every query and seed.
+        classes: Whose probability is looked at, ``(q,)``; None: what the same seed's retraining on all rows predicts.
+        n_queries: q.
+        seeds: Of the retrainings.
+        budget: Models to train at most: queries and seeds are sampled, with all of their variations.
+        seed: Of that sample.
+        progress: See :meth:`~forebear.evaluation.retraining.jobs.Retrainer.run`.
+
+    Returns:
+        Changes ``(variations, seeds, q)``, negative where the class became less probable; NaN where not sampled. And
+        one line on the sample.
+    """
+    live = retrainer.rows.live
+    places = [(s, i) for s in range(len(seeds)) for i in range(n_queries)]
+    units = []
+    for s, i in places:
+        without = [Job(live, seeds[s], without=rows) for rows in removals(i, seeds[s])]
+        units.append([Job(live, seeds[s]), *without])
+    chosen, sampled = within_budget(retrainer, units, budget, seed)
+    outcomes = retrainer.run([job for u in chosen for job in units[u]], progress)
+    n_variations = len(units[0]) - 1
+    changes = np.full((n_variations, len(seeds), n_queries), np.nan)
+    for at, u in enumerate(chosen):
+        s, i = places[u]
+        whole, *reduced = outcomes[at * (n_variations + 1) : (at + 1) * (n_variations + 1)]
+        target = whole.predictions[i] if classes is None else classes[i]
+        before = whole.probabilities[i, target]
+        changes[:, s, i] = [outcome.probabilities[i, target] - before for outcome in reduced]
+    return changes, sampled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """Changes of the confidence in the original prediction.
+
+    Attributes:
+        methods: ``m`` names.
+        sides: ``s`` of them.
+        amounts: Rows removed, ``a``.
+        seeds: Of the retrainings.
+        changes: ``(m, s, a, seeds, q)``; NaN where not sampled.
+        random: Of random rows, drawn for each query, seed and amount, ``(a, seeds, q)``.
+        sampled: What was retrained, in a line.
+        residuals: Of H^-1; see :class:`~forebear.retriever.answers.scores.Scores`.
+    """
+
+    methods: tuple[str, ...]
+    sides: tuple[Side, ...]
+    amounts: tuple[int, ...]
+    seeds: tuple[int, ...]
+    changes: np.ndarray
+    random: np.ndarray
+    sampled: str
+    residuals: dict[str, float]
+
+
+def measure_removal(
+    retrainer: Retrainer,
+    scores: Mapping[str, np.ndarray],
+    amounts: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    sides: Sequence[Side] = ("top", "bottom", "least"),
+    budget: int | None = None,
+    seed: int = 0,
+    progress: Progress = lambda _stage, _done, _total: None,
+) -> Removal:
+    """Retrain without the rows at each side of every ranking, and without random ones.
+
+    Args:
+        retrainer: Its evaluation rows are the queries.
+        scores: Of all live rows, ``(q, n)`` by method; larger = proponent.
+        amounts: Rows to remove.
+        seeds: Of the retrainings.
+        sides: Of the ranking.
+        budget: See :func:`probability_changes`.
+        seed: Of random rows and of the sample.
+        progress: See :func:`probability_changes`.
+    """
+    live = retrainer.rows.live
+    n_queries = len(next(iter(scores.values())))
+
+    def removals(query: int, job_seed: int) -> list[np.ndarray]:
+        ranked = [rows_at(found[query], live, k, side) for found in scores.values() for side in sides for k in amounts]
+        return ranked + [random_rows(live, k, seed, job_seed, query, k) for k in amounts]
+
+    changes, sampled = probability_changes(
+        retrainer, removals, None, n_queries, seeds, budget=budget, seed=seed, progress=progress
+    )
+    n_ranked = len(scores) * len(sides) * len(amounts)
+    return Removal(
+        methods=tuple(scores),
+        sides=tuple(sides),
+        amounts=tuple(amounts),
+        seeds=tuple(seeds),
+        changes=changes[:n_ranked].reshape(len(scores), len(sides), len(amounts), len(seeds), n_queries),
+        random=changes[n_ranked:],
+        sampled=sampled,
+        residuals=residuals_of(scores),
+    )
+
+
+def over_seeds(values: np.ndarray) -> np.ndarray:
+    """Mean of ``(..., seeds, q)`` over the sampled seeds, ``(..., q)``; NaN for a query that was not sampled."""
+    defined = ~np.isnan(values)
+    n = defined.sum(axis=-2)
+    total = np.where(defined, values, 0.0).sum(axis=-2)
+    return np.asarray(np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0))
+
+
+def removal_report(
+    found: Removal,
+    retriever: Retriever,
+    queries: Queries,
+    spec: QuerySpec,
+    retrainer: Retrainer,
+    seed: int,
+    command: str,
+) -> tuple[Report, dict[str, Any]]:
+    """The report, and the numbers for ``result.json``; changes in percentage points, as in the papers."""
+    tables = _removal_tables(found, seed, paired=retrainer.recipe.seeded)
+    if len(found.methods) > 1:
+        tables += [
+            difference_table(
+                f"Methods compared, {SIDES[side]}, {k:,} rows removed",
+                {name: defined(over_seeds(100 * found.changes[i, j, a])) for i, name in enumerate(found.methods)},
+                seed,
+            )
+            for j, side in enumerate(found.sides)
+            for a, k in enumerate(found.amounts)
+            if side == "top"
+        ]
+    report = Report(
+        "Removal: confidence after retraining without some rows",
+        _removal_summary(found, retrainer),
+        tables,
+        _removal_figures(found),
+        provenance=retraining_provenance(
+            retriever, spec, found.residuals, retrainer, found.seeds, found.sampled, queries, command
+        ),
+    )
+    result = {
+        **question(retriever, spec, found.residuals),
+        **retrainer.facts(),
+        "seeds": found.seeds,
+        "sampled": found.sampled,
+        "queries": queries.rows,
+        "amounts": found.amounts,
+        "changes": {
+            name: {side: listed_values(found.changes[i, j]) for j, side in enumerate(found.sides)}
+            for i, name in enumerate(found.methods)
+        },
+        "random": listed_values(found.random),
+    }
+    return report, result
+
+
+def defined(values: np.ndarray) -> np.ndarray:
+    """The values that are not NaN."""
+    return np.asarray(values[~np.isnan(values)])
+
+
+def _removal_tables(found: Removal, seed: int, *, paired: bool) -> list[Table]:
+    rows: list[list[Cell]] = []
+    compared: list[list[Cell]] = []
+    for a, k in enumerate(found.amounts):
+        random = 100 * found.random[a]
+        rows.append([RANDOM, "", k, *_change_cells(random, seed)])
+        for i, name in enumerate(found.methods):
+            for j, side in enumerate(found.sides):
+                values = 100 * found.changes[i, j, a]
+                rows.append([name, SIDES[side], k, *_change_cells(values, seed)])
+                d = paired_difference(defined(over_seeds(values)), defined(over_seeds(random)), seed)
+                compared.append([name, SIDES[side], k, d.mean, d.low, d.high, d.p])
+    return [
+        Table(
+            "Change of the probability of the original prediction, in percentage points",
+            ["method", "rows", "removed", *INTERVAL_COLUMNS, "values"],
+            rows,
+            "Mean over queries and seeds; ± its standard error over the values of all queries and seeds; 95% interval "
+            "over queries, whose seeds are averaged first. The original prediction is that of the same seed's "
+            "retraining on all rows. Rows are taken from the signed, raw scores; least influential: smallest |score|."
+            + (IN_PLACE if paired else ""),
+        ),
+        Table(
+            "Compared with random rows",
+            ["method", "rows", "removed", "− random", "95% low", "95% high", "p"],
+            compared,
+            "Mean difference to the change without as many random rows, for the same queries and seeds, in percentage "
+            "points; its 95% interval and p of Wilcoxon's signed-rank test over queries, whose seeds are "
+            "averaged first.",
+        ),
+    ]
+
+
+def _change_cells(values: np.ndarray, seed: int) -> list[Cell]:
+    """Mean, standard error over all of ``(seeds, q)``, interval over queries, and the number of values."""
+    mean, _, low, high = interval_cells(over_seeds(values), seed)
+    every = defined(values)
+    return [mean, interval_cells(every, seed)[1], low, high, len(every)]
+
+
+def _removal_figures(found: Removal) -> list[Figure]:
+    figures = []
+    for a, k in enumerate(found.amounts):
+        labels = [*found.methods, RANDOM]
+        series: dict[str, list[float]] = {}
+        errors: dict[str, list[float | None]] = {}
+        random = interval_cells(100 * found.random[a].reshape(-1), 0)
+        for j, side in enumerate(found.sides):
+            cells = [interval_cells(100 * one.reshape(-1), 0) for one in found.changes[:, j, a]] + [random]
+            series[SIDES[side]] = [float(cell[0] or 0.0) for cell in cells]
+            errors[SIDES[side]] = [None if cell[1] is None else float(cell[1]) for cell in cells]
+        drawing = bar_chart(labels, series, errors=errors, xlabel="change of the probability, percentage points")
+        figures.append(Figure(f"{k:,} rows removed", drawing, "Mean over queries and seeds, bars: standard error."))
+    return figures
+
+
+def _removal_summary(found: Removal, retrainer: Retrainer) -> str:
+    a = len(found.amounts) - 1
+    j = found.sides.index("top") if "top" in found.sides else 0
+    means = [float(np.nanmean(one[j, a])) for one in found.changes]
+    best = int(np.argmin(means) if found.sides[j] != "bottom" else np.argmax(means))
+    return (
+        f"Without the {found.amounts[a]:,} {SIDES[found.sides[j]]} rows by {found.methods[best]} the probability of "
+        f"the original prediction changes by {100 * means[best]:+.2f} points, without as many random rows by "
+        f"{100 * float(np.nanmean(found.random[a])):+.2f}. {retrainer.recipe.note}"
+    )
+
+
+def retraining_provenance(
+    retriever: Retriever,
+    spec: QuerySpec,
+    residuals: Mapping[str, float],
+    retrainer: Retrainer,
+    seeds: Sequence[int],
+    sampled: str,
+    queries: Queries,
+    command: str,
+) -> dict[str, str]:
+    """What a report says of where its numbers come from."""
+    return provenance(
+        retriever,
+        spec,
+        command,
+        residuals=residuals,
+        test_rows=f"{queries.source}, {len(queries):,} of them"
+        + (f"; {len(queries.left_out):,} sampled rows without a span left out" if len(queries.left_out) else ""),
+        retraining=f"{retrainer.recipe.name}. {retrainer.recipe.note}",
+        retrained=sampled,
+        retraining_digest=retrainer.facts()["digest"],
+        seeds=", ".join(map(str, seeds)),
+    )

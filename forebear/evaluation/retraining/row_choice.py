@@ -1,0 +1,209 @@
+"""Which rows are removed before a model is retrained: one end of a ranking, its middle, or random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from forebear.errors import InputError
+from forebear.evaluation.common.comparisons import Queries, score_queries
+from forebear.evaluation.common.span_queries import training_spans
+from forebear.evaluation.measures.top_overlap import rows_of_share
+from forebear.indexer.model.forward import run_forward
+from forebear.indexer.spans.finders import span_finder
+from forebear.retriever.answers.scores import Scores
+from forebear.retriever.deep.query_gradients import Asked
+from forebear.retriever.deep.search import GradientSearch
+from forebear.retriever.head.queries import N_VARIANTS, Models, choose_targets
+from forebear.retriever.question.methods import Method, pick_methods
+from forebear.retriever.question.recall import stores_spans
+from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.retriever import Retriever
+from forebear.retriever.spans.scores import SpanScores
+from forebear.retriever.spans.search import query_spans
+from forebear.retriever.spans.stored import stored_row_scores
+from forebear.retriever.words.tfidf import TfidfSearch
+
+Side = Literal["top", "bottom", "least"]
+SIDES: dict[str, str] = {"top": "most positive", "bottom": "most negative", "least": "least influential"}
+
+
+def sides_of(names: Sequence[str]) -> tuple[Side, ...]:
+    """The sides named, each once; all if none is.
+
+    Raises:
+        InputError: One is not known.
+    """
+    unknown = [name for name in names if name not in SIDES]
+    if unknown:
+        raise InputError(f"--sides {unknown[0]}: expected {', '.join(SIDES)}.")
+    return tuple(dict.fromkeys(names or SIDES))  # type: ignore[arg-type]  # checked
+
+
+def rows_at(scores: np.ndarray, rows: np.ndarray, k: int, side: Side) -> np.ndarray:
+    """Some rows of one query's ranking by the signed, raw score; ties go to the lower row number.
+
+    Args:
+        scores: Of each row, ``(n,)``; larger = proponent. Rows of score -inf hold no span and are in no ranking.
+        rows: Their numbers, ``(n,)``.
+        k: How many.
+        side: ``top`` (largest scores), ``bottom`` (smallest), ``least`` (nearest to 0).
+
+    Returns:
+        Row numbers, ascending, ``(k,)``.
+
+    Raises:
+        InputError: Fewer than ``k`` rows are ranked.
+    """
+    n_ranked = int((~np.isneginf(scores)).sum())
+    if n_ranked < k:
+        raise InputError(f"{k} rows are to be removed, but only {n_ranked} hold a span to be ranked by. Remove fewer.")
+    key = {"top": -scores, "bottom": scores, "least": np.abs(scores)}[side]
+    key = np.where(np.isneginf(scores), np.inf, key)
+    return np.sort(rows[np.lexsort((rows, key))[:k]])
+
+
+def random_rows(rows: np.ndarray, k: int, *seeds: int) -> np.ndarray:
+    """``k`` of the rows, drawn without replacement, ascending."""
+    return np.sort(np.random.default_rng(seeds).permutation(rows)[:k])
+
+
+def amounts_of(remove: Sequence[int], shares: Sequence[str], n_rows: int, default: Sequence[str]) -> tuple[int, ...]:
+    """Numbers of rows to remove, ascending, each once.
+
+    Args:
+        remove: Numbers given.
+        shares: Shares of all rows given, such as ``0.1``.
+        n_rows: Live rows, or candidates of a query.
+        default: Numbers or shares where neither is given.
+
+    Raises:
+        InputError: One of them is less than 1 or leaves fewer than two rows.
+    """
+    if not remove and not shares:
+        remove, shares = [int(one) for one in default if one.isdigit()], [one for one in default if not one.isdigit()]
+    given = [*map(str, remove), *shares]
+    amounts = {*remove, *(rows_of_share(one, n_rows) for one in shares)}
+    bad = sorted(k for k in amounts if not 1 <= k <= n_rows - 2)
+    if bad:
+        raise InputError(
+            f"--remove or --share: {', '.join(given)} takes {bad[-1]} of {n_rows} rows away; expected 1 to "
+            f"{n_rows - 2}."
+        )
+    return tuple(sorted(amounts))
+
+
+def targets_of(retriever: Retriever, queries: Queries, target: str) -> np.ndarray:
+    """The class whose loss is explained, ``(q,)``: see :class:`~forebear.retriever.question.spec.QuerySpec`."""
+    predictions = run_forward(retriever.classifier(), queries.texts).predictions
+    return choose_targets(target, predictions, queries.labels, retriever.label_names)
+
+
+def least_overlap(retriever: Retriever, queries: Queries, n_candidates: int) -> np.ndarray:
+    """The live rows whose tf-idf vectors have the smallest cosine with each query's (Yeh22's no-overlap test).
+
+    Args:
+        retriever: Over an index with words.
+        queries: Test rows.
+        n_candidates: How many a query; ties go to the lower row number.
+
+    Returns:
+        Positions among the live rows, ascending, ``(q, n_candidates)``.
+
+    Raises:
+        InputError: There are not so many rows, or the index holds no words.
+    """
+    live = retriever.index.live
+    if not 3 <= n_candidates <= len(live):
+        raise InputError(f"--no-overlap {n_candidates}: expected 3 to {len(live)}, the number of live rows.")
+    retriever.index.check_words()
+    tfidf = TfidfSearch(retriever.index, Models(retriever.index, model=retriever.classifier(), device="auto"))
+    found = [
+        np.argsort(tfidf.cosines(part.texts), axis=1, kind="stable")[:, :n_candidates] for part in queries.blocks()
+    ]
+    return np.sort(np.concatenate(found), axis=1)
+
+
+def row_scores(retriever: Retriever, queries: Queries, spec: QuerySpec) -> Scores:
+    """Exact scores of all live rows, ``(q, n)`` float64 by method name.
+
+    Of a method by spans a row's score is that of its best span; -inf if it has none that the model reads.
+
+    Args:
+        retriever: Over the index.
+        queries: Test rows.
+        spec: The question, settled.
+
+    Raises:
+        InputError: A method explains saliency, not a prediction; or a test row has no span.
+    """
+    methods = spec.check()
+    by_spans = [m for m in methods if m.ranks_spans]
+    others = tuple(m.name for m in methods if m not in by_spans)
+    found = score_queries(retriever, queries, replace(spec, methods=others)) if others else Scores()
+    if by_spans:
+        retriever.check_stores(tuple(by_spans), spec)
+        best = _best_spans(retriever, queries, spec, by_spans)
+        found.update(best)
+        found.note_residuals([best])
+    return found.of(method.name for method in methods)
+
+
+def _best_spans(retriever: Retriever, queries: Queries, spec: QuerySpec, methods: Sequence[Method]) -> Scores:
+    index, classifier = retriever.index, retriever.classifier()
+    forward = run_forward(classifier, queries.texts)
+    targets = choose_targets(spec.target, forward.predictions, queries.labels, classifier.label_names)
+    whole = masked = Asked([list(column) for column in queries.texts], targets)
+    if any(m.spans == "both" for m in methods):
+        assert spec.spans is not None
+        find = span_finder(spec.query_spans or spec.spans, spec.span_column or 0)
+        _, encoded = query_spans(
+            classifier, queries.texts, queries.table, targets, forward.logits, find, queries.rows.tolist()
+        )
+        masked = Asked(encoded, targets)
+    from_store = [m for m in methods if spec.scope == "head" and not m.variants and stores_spans(index, spec)]
+    by_model = [m for m in methods if m not in from_store]
+    out = Scores()
+    no_span = "no training row has a span that the model reads. Find spans otherwise (--spans)."
+    if from_store:
+        if not len(index.live_spans):
+            raise InputError(no_span)
+        models = Models(index, model=classifier, device="auto")
+        search = GradientSearch(index, models, "head", spec.solver)
+        for method in from_store:
+            out[method.name] = stored_row_scores(search, method, masked if method.spans == "both" else whole)
+    if by_model:
+        entries = training_spans(retriever, spec, index.live)
+        if not len(entries.rows):
+            raise InputError(no_span)
+        rows, starts = np.unique(entries.rows, return_index=True)
+        at = np.searchsorted(index.live, rows)
+        n_checkpoints = len(index.manifest.checkpoints)
+        for method in by_model:
+            scores = SpanScores(index, classifier, spec.scope, masked if method.spans == "both" else whole, entries)
+            if method.variants:
+                values = scores.summed(retriever.classifier(n_checkpoints + m) for m in range(N_VARIANTS))
+            else:
+                values, residual = scores.preconditioned(spec.solver)
+                out.note_residual(method.name, residual)
+            out[method.name] = np.full((len(queries), len(index.live)), -np.inf)
+            out[method.name][:, at] = np.maximum.reduceat(values, starts, axis=1)
+    return out
+
+
+def removal_methods(retriever: Retriever, names: Sequence[str]) -> tuple[str, ...]:
+    """Methods that give training rows a score for a prediction; all that the index answers by rows if none is given.
+
+    Raises:
+        InputError: A name is not known, or explains saliency.
+    """
+    if not names:
+        return retriever.row_methods()
+    methods = pick_methods(names)
+    saliency = [m.name for m in methods if m.saliency]
+    if saliency:
+        raise InputError(f"{saliency[0]} explains a word's saliency; removing rows by it says nothing of predictions.")
+    return tuple(m.name for m in methods)

@@ -1,0 +1,1 @@
+"""Building an index, changing it, calibrating it and checking it."""

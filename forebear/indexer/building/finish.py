@@ -1,0 +1,275 @@
+"""The end of every change to an index: curvature, search structures, hashes, manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from forebear.errors import InputError
+from forebear.indexer.building.calibrate import SAMPLE_ROWS, calibrate_scope, calibrate_spans, queries_at_once
+from forebear.indexer.building.options import Progress, counted
+from forebear.indexer.curvature.ekfac import Ekfac
+from forebear.indexer.curvature.head import (
+    REFIT_L2,
+    REPRESENTER_LAMBDA,
+    HeadCurvature,
+    absolute_damping,
+    factorise,
+    head_hessian,
+    mean_eigenvalue,
+    probabilities_from_residuals,
+    refit_head,
+)
+from forebear.indexer.index import Index
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.forward import softmax
+from forebear.indexer.sketches.fitting import gradient_files, sketch_folders
+from forebear.indexer.spans.store import SPANS, masked_folder, span_gradients
+from forebear.indexer.storage.arrow import RowMatrix, file_sha256, write_columns
+from forebear.indexer.storage.journal import tidy
+from forebear.indexer.storage.manifest import Manifest
+from forebear.indexer.storage.scan_table import build_derived
+from forebear.indexer.words.store import merge_runs, runs_folder, words_folder
+
+
+def finish(
+    folder: Path,
+    manifest: Manifest,
+    retired: np.ndarray,
+    progress: Progress,
+    calibrate: Callable[[Index], dict[str, Any]] | None = None,
+) -> Index:
+    """Compute what follows from the shards and put the new manifest in force.
+
+    Args:
+        folder: The index; every shard that ``manifest`` names is written.
+        manifest: With new segments, shards and generation; its curvature, derived and files are made here.
+        retired: Retired row numbers, ascending.
+        progress: Told the stage.
+        calibrate: Measures the manifest's calibration on the new index, all of whose files are written by then; None:
+            that of ``manifest`` is kept.
+
+    Returns:
+        The index under its new manifest.
+    """
+    known = manifest.files
+    names = [*_shard_files(manifest), *_merge_words(folder, manifest, progress)]
+    if len(retired):
+        names.append(f"retired/{manifest.generation:04d}.arrow")
+        write_columns(folder / names[-1], {"row": retired.astype(np.int64)})
+    manifest = manifest.with_files({name: known.get(name) or describe_file(folder, name) for name in names})
+    index = Index(folder, manifest, check=False)
+
+    progress("curvature", 0, manifest.n_rows)
+    curvature, curvature_files = _write_curvature(index)
+    progress("curvature", manifest.n_rows, manifest.n_rows)
+    progress("search structures", 0, manifest.n_rows)
+    n_checkpoints = len(manifest.checkpoints)
+    derived = build_derived(
+        folder,
+        generation=manifest.generation,
+        live=index.live,
+        features=[index.features(c) for c in range(n_checkpoints)],
+        residuals=[index.residuals(c) for c in range(n_checkpoints)],
+        etas=manifest.spec.etas,
+        sentence=index.sentence() if "sbert" in manifest.spec.stores else None,
+        factory=manifest.spec.ann,
+        seed=manifest.spec.seed,
+    )
+    progress("search structures", manifest.n_rows, manifest.n_rows)
+    new = [*curvature_files, *(facts["file"] for facts in derived.values())]
+    files = manifest.files | {name: describe_file(folder, name) for name in new}
+    for scope in manifest.spec.sketched_scopes:
+        if manifest.spec.whitened:
+            curvature[scope] = {"ekfac": ekfac_facts(index.ekfac(scope), manifest.spec.dampings)}
+    final = replace(manifest, curvature=curvature, derived=derived).with_files(files)
+    if calibrate is not None:
+        final = replace(final, calibration=calibrate(Index(folder, final, check=False)))
+    final.write(folder)
+    tidy(folder, final)
+    return Index.open(folder)
+
+
+def calibration_by(
+    classifier: Classifier, n_queries: int, progress: Progress
+) -> Callable[[Index], dict[str, Any]] | None:
+    """What calibrates every scope beyond the head by so many queries; None for none."""
+    if not n_queries:
+        return None
+
+    def calibrate(index: Index) -> dict[str, Any]:
+        found = {}
+        by_spans = "spans" in index.manifest.spec.stores
+        for scope in index.manifest.spec.sketched_scopes:
+            n_sampled = min(SAMPLE_ROWS, index.manifest.n_live)
+            if by_spans:
+                n_sampled += 2 * min(SAMPLE_ROWS, len(index.live_spans))
+            groups = -(-n_queries // queries_at_once(classifier, index.manifest.spec, scope))
+            on_rows = counted(progress, f"calibration {scope}", n_sampled * groups)
+            found[scope] = calibrate_scope(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)
+            if by_spans:
+                of_spans = calibrate_spans(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)
+                found[scope]["methods"] |= of_spans
+        return found
+
+    return calibrate
+
+
+def describe_file(folder: Path, name: str) -> dict[str, Any]:
+    """sha256 and size of a file, as the manifest lists them."""
+    path = folder / name
+    return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+
+
+def _shard_files(manifest: Manifest) -> list[str]:
+    """Files of the pass: shards of what the models say of each row, and of what is fitted to the rows."""
+    spec, last = manifest.spec, manifest.checkpoints[-1]
+    kinds = ["rows", *(f"features/{c.name}" for c in manifest.checkpoints)]
+    if "sbert" in spec.stores:
+        kinds.append("sentence")
+    if "words" in spec.stores:
+        kinds.append("tokens")
+    if "spans" in spec.stores:
+        kinds += [SPANS, masked_folder(last.name)]
+    singles: list[str] = []
+    for scope in spec.sketched_scopes:
+        for c in manifest.checkpoints:
+            sketched = list(sketch_folders(spec, scope, c.name, last=c is last).values())
+            if c is last and "spans" in spec.stores:
+                sketched += [span_gradients(kind) for kind in sketched]
+            kinds += map(manifest.fitted_name, sketched)
+            singles += map(manifest.fitted_name, gradient_files(spec, scope, c.name, last=c is last))
+    return [f"{kind}/{i:05d}.arrow" for kind in kinds for i in range(len(manifest.shards))] + singles
+
+
+def _merge_words(folder: Path, manifest: Manifest, progress: Progress) -> list[str]:
+    """Merge the runs of rows that are new since the manifest's word stores were written; the files in force."""
+    names: list[str] = []
+    index = Index(folder, manifest, check=False)
+    n_rows = manifest.n_rows
+    for number, checkpoint in enumerate(manifest.checkpoints):
+        for top in manifest.spec.words_tops:
+            kind = words_folder(checkpoint.name, top)
+            written = index.word_files(kind)
+            old = index.words(top, number) if written else None
+            before = old.n_rows if old is not None else 0
+            if before == n_rows:
+                names += written
+                continue
+            progress("words", 0, n_rows)
+            runs = [
+                folder / runs_folder(kind) / f"{i:05d}.arrow"
+                for i, (start, _) in enumerate(manifest.shards)
+                if start >= before
+            ]
+            names += merge_runs(folder, kind, manifest.generation, runs, old, n_rows)
+            progress("words", n_rows, n_rows)
+    return names
+
+
+def ekfac_facts(ekfac: Ekfac, dampings: tuple[str, ...]) -> dict[str, Any]:
+    """What the manifest says of a deeper scope's curvature; the first damping is the default."""
+    mean = ekfac.mean_eigenvalue
+    stored = [{"given": given, "damping": absolute_damping(given, mean)} for given in dampings]
+    return {"damping": stored[0]["damping"], "mean_eigenvalue": mean, "n_rows": ekfac.n_rows, "dampings": stored}
+
+
+def _factorised(hessian: np.ndarray, damping: float, manifest: Manifest) -> np.ndarray:
+    """The factor of H + damping I; of a new index the refusal says that the pass is not lost."""
+    try:
+        return factorise(hessian, damping)
+    except InputError as error:
+        if manifest.generation:
+            raise
+        raise InputError(
+            f"{error} The pass over the rows is kept: the same command with --resume and another --damping goes on. "
+            "With --damping none no curvature is stored for `if` and `rif`; `if` is then asked with --curvature cg."
+        ) from error
+
+
+def _first_equal_rows(features: RowMatrix, residuals: RowMatrix) -> np.ndarray:
+    """For each row the first one with the same feature and residual, ``(n,)``.
+
+    A product over a block of rows rounds each by its place in the block; equal rows take the number of the first.
+    """
+    numbers: dict[bytes, int] = {}
+    first = np.empty(len(features), np.int64)
+    for (start, f), (_, r) in zip(features.blocks(), residuals.blocks(), strict=True):
+        for row, (feature, residual) in enumerate(zip(f, r, strict=True), start):
+            digest = blake2b(feature.tobytes() + residual.tobytes(), digest_size=16).digest()
+            first[row] = numbers.setdefault(digest, row)
+    return first
+
+
+def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
+    """Exact curvature of the head at the last checkpoint, over the live rows, and each row's self-influence."""
+    manifest = index.manifest
+    spec = manifest.spec
+    facts: dict[str, Any] = {}
+    files: list[str] = []
+    live_mask = np.zeros(manifest.n_rows, bool)
+    live_mask[index.live] = True
+    features, residuals = index.features(), index.residuals()
+    n_classes = len(spec.label_names)
+    first = _first_equal_rows(features, residuals)
+
+    def save(name: str, columns: dict[str, np.ndarray]) -> str:
+        file = f"curvature/head/{name}-{manifest.generation:04d}.arrow"
+        write_columns(index.folder / file, columns)
+        files.append(file)
+        return file
+
+    if spec.dampings:
+        hessian = head_hessian(
+            (
+                (f[keep], probabilities_from_residuals(r, index.labels[start : start + len(f)])[keep])
+                for (start, f), (_, r) in zip(features.blocks(), residuals.blocks(), strict=True)
+                for keep in [live_mask[start : start + len(f)]]
+            ),
+            features.width,
+            n_classes,
+        )
+        mean = mean_eigenvalue(hessian, n_classes)
+        stored = []
+        for i, given in enumerate(spec.dampings):
+            damping = absolute_damping(given, mean)
+            curvature = HeadCurvature(_factorised(hessian, damping, manifest), n_classes, damping)
+            own = np.concatenate(
+                [
+                    curvature.self_influence(r, f)
+                    for (_, f), (_, r) in zip(features.blocks(), residuals.blocks(), strict=True)
+                ]
+            )[first]
+            stored.append(
+                {
+                    "given": given,
+                    "damping": damping,
+                    "cholesky": save(f"cholesky-{i}", {"factor": curvature.factor}),
+                    "self_influence": save(f"self-influence-{i}", {"self_influence": own}),
+                }
+            )
+        facts["exact"] = {
+            "damping": stored[0]["damping"],
+            "mean_eigenvalue": mean,
+            "n_rows": manifest.n_live,
+            "dampings": stored,
+        }
+    if spec.rep_refit:
+        f = features.take(index.live)
+        p = probabilities_from_residuals(residuals.take(index.live), index.labels[index.live])
+        weight = refit_head(f, p)
+        refitted = []
+        for start, block in features.blocks():
+            q = softmax(block.astype(np.float64) @ weight[:, :-1].T + weight[:, -1])
+            q[np.arange(len(block)), index.labels[start : start + len(block)]] -= 1.0
+            refitted.append(q)
+        file = save("representer", {"residual": np.concatenate(refitted)[first]})
+        facts["representer"] = {"lambda": REFIT_L2, "refit": True, "file": file}
+    else:
+        facts["representer"] = {"lambda": REPRESENTER_LAMBDA, "refit": False}
+    return {"head": facts}, files

@@ -1,0 +1,42 @@
+"""What a build would otherwise find out only after its pass over the rows: sizes, and what masking spans takes."""
+
+from __future__ import annotations
+
+from forebear.errors import InputError
+from forebear.indexer.building.options import BuildOptions
+from forebear.indexer.curvature.head import check_head_size
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.scopes import scope_blocks
+from forebear.indexer.spans.finders import Span, mask_spans
+
+MAX_SIDE = 20_000  # of a layer; its Kronecker factor and what decomposing it takes would not fit an ordinary machine
+
+
+def check_feasible(classifier: Classifier, options: BuildOptions, n_text_columns: int) -> None:
+    """Refuse choices that the model's sizes or its tokenizer rule out, before any row is run.
+
+    Raises:
+        InputError: The head's exact curvature or a layer's Kronecker factor is too large.
+        ModelError: A scope does not fit the model, or spans are to be stored and its tokenizer cannot mask any.
+    """
+    if options.dampings:
+        check_head_size(classifier.n_classes, classifier.feature_dim)
+    whitened = options.curvature == "ekfac" and bool(options.dampings)
+    for scope in options.scopes:
+        if scope != "head" and (whitened or options.sketch_basis != "random"):
+            _check_sides(classifier, scope, with_bias=options.with_bias)
+    if "spans" in options.stores and 0 <= options.span_column < n_text_columns:
+        mask_spans(classifier, [["a"]] * n_text_columns, [Span(options.span_column, 0, 1)])
+
+
+def _check_sides(classifier: Classifier, scope: str, *, with_bias: bool) -> None:
+    model, head = classifier.model, classifier.head_name
+    for block in scope_blocks(model, head, scope, classifier.name, with_bias=with_bias):
+        side = max(block.n_out, block.n_in)
+        if side > MAX_SIDE:
+            raise InputError(
+                f"{classifier.name}: layer {block.name} of scope {scope} is {side:,} wide; its Kronecker factor would "
+                f"take {8e-9 * side**2:.1f} GB (limit {8e-9 * MAX_SIDE**2:.1f}). Give a scope without it, or "
+                "--curvature none with --sketch-basis random, which take no factors; `if` at this scope is then asked "
+                "with --curvature cg."
+            )

@@ -1,0 +1,227 @@
+"""Fitting again what an index fitted when it was built: bases, reductions, EK-FAC and calibration beyond the head.
+
+They are fitted on a sample of the rows that were there. After an append or a retire they are an earlier sample's; a
+refit takes the same sample that a build of the live rows would take, and sketches all rows anew. Rows, labels and spans
+are read from the index. The new files lie in ``refit/<generation>/``, so that the old ones stay in force until the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from forebear.errors import CorruptIndexError, InputError
+from forebear.indexer.building.finish import calibration_by, finish
+from forebear.indexer.building.options import (
+    BuildOptions,
+    Progress,
+    Tell,
+    counted,
+    ignore_warning,
+    no_progress,
+    say_nothing,
+)
+from forebear.indexer.building.shards import load_checked
+from forebear.indexer.gradients.earlier_rows import EarlierSpans, LabelledRows, copy_repeats, note_rows
+from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
+from forebear.indexer.index import Index
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.encoding import Encoded, encode
+from forebear.indexer.sketches.fitting import Sample, fit_scope, open_sketchers, sample_rows, sketch_folders
+from forebear.indexer.sketches.sketch import Sketcher
+from forebear.indexer.spans.finders import mask_spans
+from forebear.indexer.spans.store import masked_pass, note_spans, span_gradients, write_span_sketches
+from forebear.indexer.storage.arrow import write_columns
+from forebear.indexer.storage.journal import as_begun, begin_change, check_change, unfinished, was_done
+from forebear.indexer.storage.locks import LOCK_NAME, exclusive
+from forebear.indexer.storage.manifest import Checkpoint, Manifest
+from forebear.indexer.training.run import moved_paths
+
+
+def refit_index(
+    folder: str | Path,
+    *,
+    model: str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    device: str = "auto",
+    tell: Tell = say_nothing,
+    warn: Callable[[str | None], None] = ignore_warning,
+    progress: Progress = no_progress,
+) -> Index:
+    """Fit bases, reductions, EK-FAC and calibration beyond the head to the live rows, and sketch all rows again.
+
+    Where no row was retired the sketches are those of a build from scratch over all rows, to the byte if its shards
+    hold the same rows. Where rows were, the fit is to the live ones, and row numbers stay. The head needs no fit.
+
+    Args:
+        folder: The index.
+        model: Where the run, or the last checkpoint, is now, if it has moved.
+        resume: Go on with an interrupted refit.
+        force: Discard what an interrupted change left; fit again also if no row came or went.
+        device: Where the models run.
+        tell: Told, in a line, when nothing is left to do.
+        warn: Told when memory does not suffice for a batch.
+        progress: Told the stage, rows done and rows in all.
+
+    Raises:
+        InputError: The index holds nothing that is fitted.
+        MismatchError: The models are not those of the index.
+        OutputExistsError: Another change is unfinished, or this one without ``resume``.
+        InUseError: Another process is writing there.
+    """
+    folder = Path(folder)
+    Index.open(folder)
+    with exclusive(folder / LOCK_NAME, str(folder)):
+        index = Index.open(folder)
+        old = index.manifest
+        if not old.spec.sketched_scopes:
+            raise InputError(f"{folder} holds the head alone, which is exact: there is nothing to fit again.")
+        change = {"kind": "refit"}
+        done = was_done(folder, old, change)
+        journal = unfinished(folder, old, discard=force and not resume)
+        if done or (journal is None and old.fit_age.is_current and (resume or not force)):
+            tell(f"{folder} is fitted to its {old.n_live:,} live rows: nothing is left to do.")
+            return index
+        check_change(folder, journal, change, goes_on=resume)
+        options = BuildOptions(device=device, precision=old.spec.precision, max_length=old.spec.max_length)
+        paths = moved_paths(model, old.checkpoints, folder)
+        moved = tuple(replace(c, path=path) for c, path in zip(old.checkpoints, paths, strict=True))
+        last = load_checked(moved[-1], old.spec, options)
+        begin_change(folder, old, change, journal)
+        generation = old.generation + 1
+        fit = {"generation": generation, "n_rows": old.n_rows, "n_retired": old.n_retired}
+        manifest = replace(old, generation=generation, fit=fit, calibration={})
+        with as_begun(old.spec.n_threads):
+            writer = _SketchWriter(index, folder / manifest.fitted_name(""), progress, warn)
+            for checkpoint in moved:
+                is_last = checkpoint is moved[-1]
+                if not writer.is_written(checkpoint, last=is_last):
+                    classifier = last if is_last else load_checked(checkpoint, old.spec, options)
+                    writer.write(checkpoint, classifier, last=is_last)
+            calibrate = calibration_by(last, _calibration_queries(old), progress)
+            return finish(folder, manifest, index.retired, progress, calibrate)
+
+
+def _calibration_queries(manifest: Manifest) -> int:
+    """How many rows the build was to ask about; of an index that does not say, as many as it asked, or all."""
+    if manifest.calibration_queries is not None:
+        return manifest.calibration_queries
+    asked = max((int(facts.get("n_queries", 0)) for facts in manifest.calibration.values()), default=0)
+    return max(asked, BuildOptions.calibration_queries) if asked >= manifest.fit_age.n_rows else asked
+
+
+@dataclass(frozen=True)
+class _SketchWriter:
+    """Sketches all rows and spans of an index by what it fits to the live ones; files that are there stay.
+
+    Attributes:
+        index: Whose rows.
+        folder: Below which files are written.
+        progress: Told the stage, rows done and rows in all.
+        warn: Told when memory does not suffice for a batch.
+    """
+
+    index: Index
+    folder: Path
+    progress: Progress
+    warn: Callable[[str | None], None]
+    _earlier: LabelledRows = field(default_factory=LabelledRows)
+    _earlier_spans: EarlierSpans = field(default_factory=EarlierSpans)
+
+    @property
+    def _has_spans(self) -> bool:
+        return self.index.manifest.spec.spans is not None
+
+    def is_written(self, checkpoint: Checkpoint, *, last: bool) -> bool:
+        """Whether nothing is left to write at a checkpoint."""
+        kinds = self._kinds(checkpoint, last)
+        return not any(self._missing(i, kinds) for i in range(len(self.index.manifest.shards)))
+
+    def write(self, checkpoint: Checkpoint, classifier: Classifier, *, last: bool) -> None:
+        """Fit what is missing at a checkpoint, and write the shards that are missing."""
+        spec, n_rows = self.index.manifest.spec, self.index.manifest.n_rows
+        sketchers: dict[str, Sketcher] = {}
+        for scope in spec.sketched_scopes:
+            fit_scope(
+                self.folder, classifier, spec, scope, checkpoint.name, self._sample,
+                last=last, batch_tokens=spec.batch_tokens, stage=partial(counted, self.progress),
+            )  # fmt: skip
+            sketchers |= open_sketchers(self.folder, classifier, spec, scope, checkpoint.name, last=last)
+        shards = list(enumerate(self.index.manifest.shards))
+        on_rows = counted(self.progress, f"sketches {checkpoint.name}", n_rows)
+        for i, (start, stop) in shards:
+            if self._missing(i, list(sketchers)):
+                self._write_rows(i, classifier, sketchers, on_rows)
+            else:
+                on_rows(stop - start)
+        if not (last and self._has_spans):
+            return
+        on_rows = counted(self.progress, "sketches of spans", n_rows)
+        for i, (start, stop) in shards:
+            if self._missing(i, [span_gradients(kind) for kind in sketchers]):
+                self._write_spans(i, classifier, sketchers)
+            on_rows(stop - start)
+
+    def _kinds(self, checkpoint: Checkpoint, last: bool) -> list[str]:
+        spec = self.index.manifest.spec
+        kinds = [
+            kind
+            for scope in spec.sketched_scopes
+            for kind in sketch_folders(spec, scope, checkpoint.name, last=last).values()
+        ]
+        return kinds + [span_gradients(kind) for kind in kinds if last and self._has_spans]
+
+    def _missing(self, shard: int, kinds: Sequence[str]) -> bool:
+        return not all((self.folder / kind / _file(shard)).is_file() for kind in kinds)
+
+    def _sample(self) -> Sample:
+        """The rows that a build of the live rows would fit on."""
+        live = self.index.live
+        chosen = live[sample_rows(len(live), self.index.manifest.spec.seed)]
+        return Sample(texts=self.index.text_lists(chosen), labels=self.index.labels[chosen].astype(np.int64))
+
+    def _write_rows(
+        self, shard: int, classifier: Classifier, sketchers: dict[str, Sketcher], on_rows: Callable[[int], None]
+    ) -> None:
+        start, stop = self.index.manifest.shards[shard]
+        rows = np.arange(start, stop)
+        encoded = Encoded(encode(classifier, self.index.text_lists(rows)))
+        collectors = {kind: s.collector(len(rows), classifier.device) for kind, s in sketchers.items()}
+        run_pass(
+            classifier, encoded, labels_seed(self.index.labels[rows].astype(np.int64)),
+            list(collectors.values()), batch_tokens=self.index.manifest.spec.batch_tokens, first_row=start,
+            on_rows=on_rows, warn=self.warn,
+        )  # fmt: skip
+        for number in range(self._earlier.n_shards, shard + 1):
+            note_rows(self._earlier, self.index.folder, number, classifier)
+        for kind, found in collectors.items():
+            columns: dict[str, pa.Array | np.ndarray] = dict(found.rows(start).columns(sketchers[kind].reduction))
+            copy_repeats(self.folder / kind, columns, *self._earlier.labelled.repeats(shard))
+            write_columns(self.folder / kind / _file(shard), columns)
+
+    def _write_spans(self, shard: int, classifier: Classifier, sketchers: dict[str, Sketcher]) -> None:
+        start, stop = self.index.manifest.shards[shard]
+        store = self.index.spans()
+        entries = store.entries_of(np.arange(start, stop))
+        of = store.rows[entries]
+        encoded, read = mask_spans(classifier, self.index.text_lists(of), store.spans(entries))
+        if not read.all():
+            raise CorruptIndexError(f"{self.index.folder}: a stored span of row {of[~read][0]} is not in its text.")
+        _, _, sketches = masked_pass(
+            classifier, sketchers, replace(encoded, owners=of - start), self.index.labels[of].astype(np.int64),
+            self.index.manifest.spec.batch_tokens, self.warn,
+        )  # fmt: skip
+        for number in range(self._earlier_spans.n_shards, shard + 1):
+            note_spans(self._earlier_spans, self.index.folder, number, classifier)
+        repeats = self._earlier_spans.differences.repeats(shard)
+        write_span_sketches(self.folder, _file(shard), sketches, sketchers, repeats)
+
+
+def _file(shard: int) -> str:
+    return f"{shard:05d}.arrow"

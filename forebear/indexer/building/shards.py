@@ -1,0 +1,325 @@
+"""The pass over the training rows: every shard file of every checkpoint, written once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from forebear.errors import InputError, MismatchError
+from forebear.indexer.building.options import BuildOptions, Progress, counted, ignore_warning
+from forebear.indexer.building.row_facts import count_reading, reading_metadata
+from forebear.indexer.gradients.earlier_rows import (
+    DIGEST,
+    EarlierRows,
+    EarlierSpans,
+    LabelledRows,
+    copy_repeats,
+    note_rows,
+    stored_digests,
+)
+from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
+from forebear.indexer.index import Index
+from forebear.indexer.model.classifier import Classifier, load_classifier
+from forebear.indexer.model.encoding import Encoded, encode
+from forebear.indexer.model.forward import Forward, forward_of_features, residual_and_loss, run_forward
+from forebear.indexer.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
+from forebear.indexer.rows.labels import LabelMap
+from forebear.indexer.rows.row_source import RowBlock, RowSource
+from forebear.indexer.sketches.fitting import Sample, fit_scope, open_sketchers, sample_rows
+from forebear.indexer.sketches.sketch import Sketcher
+from forebear.indexer.spans.finders import find_spans, mask_found, span_finder
+from forebear.indexer.spans.store import SPANS, note_spans, write_spans
+from forebear.indexer.storage.arrow import read_batches, write_columns
+from forebear.indexer.storage.manifest import Checkpoint, IndexSpec, read_manifest
+from forebear.indexer.words.gradients import WordGradients, count_tokens
+from forebear.indexer.words.store import (
+    Postings,
+    read_word_store,
+    repeated_words,
+    runs_folder,
+    words_folder,
+    write_run,
+)
+
+
+def split_rows(start: int, n_rows: int, shard_rows: int) -> tuple[tuple[int, int], ...]:
+    """Row ranges of the shards of a segment."""
+    stop = start + n_rows
+    return tuple((i, min(i + shard_rows, stop)) for i in range(start, stop, shard_rows))
+
+
+def load_checked(checkpoint: Checkpoint, spec: IndexSpec, options: BuildOptions) -> Classifier:
+    """A checkpoint of an index, refused if it is not the one that was indexed."""
+    classifier = load_classifier(
+        checkpoint.path, device=options.device, precision=options.precision, max_length=options.max_length
+    )
+    check_same_model(classifier, checkpoint.sha256, spec.tokenizer_sha256)
+    return replace(classifier, label_names=spec.label_names)  # the model's own may say nothing: LABEL_0
+
+
+def check_same_model(classifier: Classifier, sha256: str, tokenizer_sha256: str) -> None:
+    """Refuse a model or tokenizer that is not the index's.
+
+    Raises:
+        MismatchError: With both fingerprints.
+    """
+    for what, found, wanted in (
+        ("model", classifier.sha256, sha256),
+        ("tokenizer", classifier.tokenizer_sha256, tokenizer_sha256),
+    ):
+        if found != wanted:
+            raise MismatchError(
+                f"{classifier.name}: {what} sha256 {found[:12]} is not the one of the index, {wanted[:12]}. Scores "
+                "across them mean nothing. Give the model that was indexed (--model), or build an index of this one."
+            )
+
+
+OnRows = Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardWriter:
+    """Writes the shard files of one segment of rows; files that are there already are left as they are.
+
+    Attributes:
+        folder: The index.
+        fit_folder: Below which the files lie that follow from what is fitted beyond the head; the same at first.
+        source: The segment's rows.
+        labels: Onto the model's ids.
+        spec: The index's choices.
+        checkpoints: In training order.
+        shards: Row ranges of the segment's shards.
+        first_shard: Number of the first of them.
+        options: Where and how models run.
+        progress: Told the stage, rows done and rows in all.
+        warn: Told when memory does not suffice for a batch.
+    """
+
+    folder: Path
+    fit_folder: Path
+    source: RowSource
+    labels: LabelMap
+    spec: IndexSpec
+    checkpoints: tuple[Checkpoint, ...]
+    shards: tuple[tuple[int, int], ...]
+    first_shard: int
+    options: BuildOptions
+    progress: Progress
+    warn: Callable[[str | None], None] = ignore_warning
+    _rows: LabelledRows = field(default_factory=LabelledRows)
+    _sentences: EarlierRows = field(default_factory=EarlierRows)
+    _spans: EarlierSpans = field(default_factory=EarlierSpans)
+
+    def write(self, last: Classifier) -> None:
+        """Write what is missing; ``last`` is the model of the last checkpoint."""
+        for checkpoint in self.checkpoints:
+            if self._is_written(f"features/{checkpoint.name}"):
+                continue
+            is_last = checkpoint is self.checkpoints[-1]
+            classifier = last if is_last else load_checked(checkpoint, self.spec, self.options)
+            sketchers = self._sketchers(classifier, checkpoint)
+            self._stage(
+                f"features {checkpoint.name}",
+                f"features/{checkpoint.name}",
+                partial(self._write_features, checkpoint, classifier, sketchers),
+            )
+        if "sbert" in self.spec.stores and not self._is_written("sentence"):
+            encoder = load_sentence_encoder(self.options.sentence_model, device=self.options.device)
+            if encoder.sha256 != self.spec.sentence_sha256:
+                raise MismatchError(
+                    f"{encoder.name} is not the sentence model of the index: sha256 {encoder.sha256[:12]}, expected "
+                    f"{(self.spec.sentence_sha256 or '')[:12]}."
+                )
+            self._stage("sentence embeddings", "sentence", partial(self._write_sentences, encoder))
+        if self.spec.spans is not None and not self._is_written(SPANS):
+            sketchers = self._sketchers(last, self.checkpoints[-1])
+            self._stage("spans", SPANS, partial(self._write_spans, last, sketchers, self.spec.spans))
+
+    def _paths(self, kind: str) -> list[Path]:
+        return [self.folder / kind / f"{self.first_shard + i:05d}.arrow" for i in range(len(self.shards))]
+
+    def _is_written(self, kind: str) -> bool:
+        return all(path.is_file() for path in self._paths(kind))
+
+    def _stage(self, name: str, kind: str, write: Callable[[Path, RowBlock, int, OnRows], None]) -> None:
+        """Call ``write`` for every block of rows whose shard is missing."""
+        paths = self._paths(kind)
+        on_rows = counted(self.progress, name, self.source.n_rows)
+        first = next(i for i, path in enumerate(paths) if not path.is_file())
+        skipped = self.shards[first][0] - self.shards[0][0]
+        on_rows(skipped)
+        blocks = self.source.blocks(self.spec.shard_rows, start=skipped)
+        for path, (row, _), block in zip(paths[first:], self.shards[first:], blocks, strict=True):
+            if path.is_file():
+                on_rows(len(block))
+            else:
+                write(path, block, row, on_rows)
+
+    def _write_features(
+        self,
+        checkpoint: Checkpoint,
+        classifier: Classifier,
+        sketchers: dict[str, Sketcher],
+        path: Path,
+        block: RowBlock,
+        row: int,
+        on_rows: OnRows,
+    ) -> None:
+        """One forward (and, for sketches and words, one backward of activations) over a block of rows."""
+        gold = _labels_of(block, self.labels)
+        encoded = Encoded(encode(classifier, block.texts))
+        shard = int(path.stem)
+        self._note_rows(classifier, shard, encoded, gold)
+        batch_tokens = self.spec.batch_tokens
+        sketches = {kind: s.collector(len(block), classifier.device) for kind, s in sketchers.items()}
+        words = {
+            words_folder(checkpoint.name, top): WordGradients(classifier, top, len(block), self.spec.words_precision)
+            for top in self.spec.words_tops
+        }
+        if sketches or words:
+            forward = run_pass(
+                classifier, encoded, labels_seed(gold), [*sketches.values(), *words.values()],
+                batch_tokens=batch_tokens, first_row=row, on_rows=on_rows, warn=self.warn,
+            )  # fmt: skip
+            for kind, sketch in sketches.items():
+                found = sketch.rows(row).columns(sketchers[kind].reduction)
+                copy_repeats(self.fit_folder / kind, found, *self._rows.labelled.repeats(shard))
+                write_columns(self.fit_folder / kind / path.name, found)
+            for kind, gathered in words.items():
+                runs = self.folder / runs_folder(kind)
+                write_run(runs / path.name, gathered.rows(row), row, self._repeated_words(kind, shard))
+        else:
+            forward = run_forward(classifier, encoded, batch_tokens=batch_tokens, first_row=row, on_rows=on_rows)
+        forward = self._as_first_stored(path.parent, classifier, forward, shard)
+        residuals, losses = (found.astype(np.float32) for found in residual_and_loss(forward.logits, gold))
+        copy_repeats(path.parent, {"residual": residuals}, *self._rows.labelled.repeats(shard))
+        if checkpoint is self.checkpoints[-1]:
+            columns: dict[str, pa.Array | np.ndarray] = {"row": np.arange(row, row + len(block))}
+            columns |= {f"text_{i}": pa.array(texts, pa.string()) for i, texts in enumerate(block.texts)}
+            columns |= {"label": gold.astype(np.int32), "prediction": forward.predictions.astype(np.int32)}
+            columns |= {"probabilities": forward.probabilities.astype(np.float32), "loss": losses}
+            columns |= {DIGEST: encoded.digests}
+            reading = count_reading(classifier.tokenizer, block.texts, encoded.rows, classifier.max_length)
+            of_model = {name: columns[name] for name in ("prediction", "probabilities")}
+            copy_repeats(self.folder / "rows", of_model, *self._rows.read.repeats(shard))
+            copy_repeats(self.folder / "rows", {"loss": losses}, *self._rows.labelled.repeats(shard))
+            write_columns(self.folder / "rows" / path.name, columns, reading_metadata(reading))
+            if words:
+                starts, tokens, counts = count_tokens(classifier, block.texts)
+                lists = {
+                    name: pa.ListArray.from_arrays(pa.array(starts, pa.int32()), pa.array(values, pa.int32()))
+                    for name, values in (("token", tokens), ("count", counts))
+                }
+                write_columns(self.folder / "tokens" / path.name, lists)
+        write_columns(path, {"feature": forward.features, "residual": residuals})
+
+    def _stored(self, kind: str, shard: int) -> pa.RecordBatch:
+        return read_batches(self.folder / kind / f"{shard:05d}.arrow")[0]
+
+    def _note_rows(self, classifier: Classifier, shard: int, encoded: Encoded, gold: np.ndarray) -> None:
+        """Find the rows of a shard that an earlier one has; those of shards that were written before are read."""
+        known = self._rows
+        while known.n_shards < shard and (self.folder / "rows" / f"{known.n_shards:05d}.arrow").is_file():
+            note_rows(known, self.folder, known.n_shards, classifier)
+        if known.n_shards < shard:  # of a build that is resumed before its last checkpoint
+            for block in self.source.blocks(self.spec.shard_rows):
+                number = self.first_shard + block.start // self.spec.shard_rows
+                if known.n_shards <= number < shard:
+                    known.add(Encoded(encode(classifier, block.texts)).digests, _labels_of(block, self.labels))
+        if known.n_shards == shard:  # at the first checkpoint
+            known.add(encoded.digests, gold)
+
+    def _as_first_stored(self, folder: Path, classifier: Classifier, forward: Forward, shard: int) -> Forward:
+        """A shard's pass with the features of rows that an earlier shard has, and what the head makes of these."""
+        positions, places = self._rows.read.repeats(shard)
+        if not len(positions):
+            return forward
+        copy_repeats(folder, {"feature": forward.features}, positions, places)
+        again = forward_of_features(classifier, forward.features[positions])
+        forward.logits[positions], forward.probabilities[positions] = again.logits, again.probabilities
+        return forward
+
+    def _repeated_words(self, kind: str, shard: int) -> Postings | None:
+        """Words of a shard's rows that an earlier shard has, from its run or from the store before an append."""
+        positions, places = self._rows.labelled.repeats(shard)
+        if not len(positions):
+            return None
+        before = Index(self.folder, read_manifest(self.folder), check=False) if self.first_shard else None
+        shards_before = () if before is None else before.manifest.shards
+        starts = np.array([start for start, _ in (*shards_before, *self.shards)])
+        runs = self.folder / runs_folder(kind)
+        return repeated_words(
+            starts[shard] + positions,
+            starts[places[:, 0]] + places[:, 1],
+            [runs / f"{i:05d}.arrow" for i in np.unique(places[:, 0]) if i >= self.first_shard],
+            None if before is None else read_word_store([self.folder / name for name in before.word_files(kind)]),
+        )
+
+    def _write_sentences(
+        self, encoder: SentenceEncoder, path: Path, block: RowBlock, row: int, on_rows: OnRows
+    ) -> None:
+        encoded, known = Encoded(encoder.encode(block.texts)), self._sentences
+        for shard in range(known.n_shards, int(path.stem)):
+            known.add(stored_digests(self._stored("sentence", shard), encoder.encode, self._stored("rows", shard)))
+        known.add(encoded.digests)
+        embedding = encoder.embed(encoded, batch_tokens=self.spec.batch_tokens, on_rows=on_rows)
+        copy_repeats(path.parent, {"embedding": embedding}, *known.repeats(int(path.stem)))
+        write_columns(path, {"embedding": embedding, DIGEST: encoded.digests})
+
+    def _write_spans(
+        self,
+        classifier: Classifier,
+        sketchers: dict[str, Sketcher],
+        how: str,
+        path: Path,
+        block: RowBlock,
+        row: int,
+        on_rows: OnRows,
+    ) -> None:
+        """What every span of a block of rows adds to its gradient; rows are told when their spans are written."""
+        for shard in range(self._spans.n_shards, int(path.stem)):
+            note_spans(self._spans, self.folder, shard, classifier)
+        rows = range(row, row + len(block))
+        found = find_spans(span_finder(how, self.spec.span_column), block.texts, block.table, rows, "training row")
+        write_spans(
+            self.folder, self.fit_folder, path.name, self.checkpoints[-1].name, classifier, sketchers,
+            mask_found(classifier, block.texts, found), _labels_of(block, self.labels), self._spans,
+            first_row=row, batch_tokens=self.spec.batch_tokens, warn=self.warn,
+        )  # fmt: skip
+        on_rows(len(block))
+
+    def _sketchers(self, classifier: Classifier, checkpoint: Checkpoint) -> dict[str, Sketcher]:
+        """Sketchers of every scope by the folder of their shards, fitted first if they have not been yet."""
+        last = checkpoint is self.checkpoints[-1]
+        found: dict[str, Sketcher] = {}
+        for scope in self.spec.sketched_scopes:
+            fit_scope(
+                self.fit_folder, classifier, self.spec, scope, checkpoint.name, self._sample,
+                last=last, batch_tokens=self.spec.batch_tokens, stage=partial(counted, self.progress),
+            )  # fmt: skip
+            found |= open_sketchers(self.fit_folder, classifier, self.spec, scope, checkpoint.name, last=last)
+        return found
+
+    def _sample(self) -> Sample:
+        """A seeded sample of the segment's rows."""
+        chosen = sample_rows(self.source.n_rows, self.spec.seed)
+        texts: list[list[str]] = [[] for _ in self.spec.text_columns]
+        gold = []
+        for block in self.source.blocks(self.spec.shard_rows):
+            local = chosen[(chosen >= block.start) & (chosen < block.start + len(block))] - block.start
+            if len(local):
+                gold.append(_labels_of(block, self.labels)[local])
+                for column, values in zip(texts, block.texts, strict=True):
+                    column += [values[i] for i in local]
+        return Sample(texts=texts, labels=np.concatenate(gold))
+
+
+def _labels_of(block: RowBlock, labels: LabelMap) -> np.ndarray:
+    if block.labels is None:
+        raise InputError("the training rows have no labels. Name their column by --label-column.")
+    return labels(block.labels, block.start)

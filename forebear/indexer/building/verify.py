@@ -1,0 +1,232 @@
+"""Whether an index is whole: every byte re-hashed, nothing unlisted, a sample of rows computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from forebear.errors import CorruptIndexError, InputError
+from forebear.indexer.building.shards import check_same_model
+from forebear.indexer.index import Index
+from forebear.indexer.model.classifier import Classifier, load_classifier
+from forebear.indexer.model.forward import residual_and_loss, run_forward
+from forebear.indexer.model.sentence_encoder import load_sentence_encoder
+from forebear.indexer.sketches.fitting import open_sketchers
+from forebear.indexer.sketches.sketch import Sketcher, sketch_rows
+from forebear.indexer.spans.finders import mask_spans
+from forebear.indexer.spans.store import masked_pass
+from forebear.indexer.storage.arrow import TEMPORARY_SUFFIX, file_sha256
+from forebear.indexer.storage.journal import SUBFOLDERS, is_in_force, read_journal
+from forebear.indexer.storage.locks import LOCK_NAME, owner_of
+from forebear.indexer.storage.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
+from forebear.indexer.training.run import moved_paths
+from forebear.indexer.words.gradients import WordRows, word_gradients
+
+FLOAT16_ROUNDING = 1e-3  # of stored coordinates, scaled back to length 1
+WORDS_ROUNDING = {"fp16": 1e-3, "int8": 2e-2, "fp32": 0.0}  # of stored word vectors
+Compare = Callable[[np.ndarray, np.ndarray], None]  # stored and found again
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # max|difference| / max|value|: other batches, other threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was checked, and what was found wrong.
+
+    Attributes:
+        n_files: Files re-hashed.
+        size_bytes: Their size.
+        n_rows_recomputed: Training rows run through the model again.
+        max_error: Largest max|difference| / max|value| of what was recomputed; None if nothing was.
+        problems: One line each; empty when the index is whole.
+    """
+
+    n_files: int
+    size_bytes: int
+    n_rows_recomputed: int
+    max_error: float | None
+    problems: tuple[str, ...]
+
+
+def verify_index(
+    folder: str | Path, *, model: str | None = None, n_rows: int = 16, seed: int = 0, device: str = "auto"
+) -> Verification:
+    """Check every byte of an index, and a sample of its rows against the model.
+
+    Args:
+        folder: The index.
+        model: Where the last checkpoint is now, if it has moved.
+        n_rows: Rows to recompute; 0 checks the bytes alone, without a model.
+        seed: Which rows.
+        device: Where the model runs.
+
+    Raises:
+        CorruptIndexError: The manifest itself is damaged.
+        ModelError: The model cannot be loaded.
+        MismatchError: It is not the model of the index.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST_NAME).is_file():
+        Index.open(folder)  # raises, saying what is there instead
+    manifest = read_manifest(folder)
+    problems = _byte_problems(folder, manifest)
+    max_error = None
+    if n_rows < 0:
+        raise InputError(f"--rows {n_rows}: expected 0 or more.")
+    if n_rows and not problems:
+        max_error = _recompute(Index.open(folder, check=False), model, n_rows, seed, device)
+        limit = TOLERANCE[manifest.spec.precision]
+        if max_error > limit:
+            problems.append(
+                f"recomputed rows differ from the stored ones by {max_error:.2e} (at most {limit:.0e} expected)"
+            )
+    return Verification(
+        n_files=len(manifest.files) + 1,
+        size_bytes=sum(facts["bytes"] for facts in manifest.files.values()),
+        n_rows_recomputed=0 if max_error is None else min(n_rows, manifest.n_rows),
+        max_error=max_error,
+        problems=tuple(problems),
+    )
+
+
+def _byte_problems(folder: Path, manifest: Manifest) -> list[str]:
+    problems = []
+    for name, facts in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != facts["bytes"]:
+            problems.append(f"{name} has {path.stat().st_size} bytes, the manifest says {facts['bytes']}")
+        elif file_sha256(path) != facts["sha256"]:
+            problems.append(f"{name} was altered: its sha256 is not the manifest's")
+    owner = owner_of(folder / LOCK_NAME)
+    left = _left_line(folder, manifest)
+    partial_journal = JOURNAL_NAME + TEMPORARY_SUFFIX  # of a change that was killed before it began
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or name in manifest.files or name in (MANIFEST_NAME, JOURNAL_NAME, LOCK_NAME):
+            continue
+        if owner is None or name.split("/")[0] not in (*SUBFOLDERS, partial_journal):
+            ours = (left is not None and name.split("/")[0] in SUBFOLDERS) or name == partial_journal
+            problems.append(
+                f"{name} is not listed in the manifest" + (" (left by a change that was interrupted)" if ours else "")
+            )
+    if owner is not None:
+        problems.append(f"{folder} is being changed by {owner}: verify it again when that has ended")
+    elif left is not None:
+        problems.append(left)
+    return problems
+
+
+def _left_line(folder: Path, manifest: Manifest) -> str | None:
+    """What a journal that is there says of a change that was interrupted; None: none is there."""
+    try:
+        journal = read_journal(folder)
+    except CorruptIndexError as error:
+        return str(error)
+    if journal is None:
+        return None
+    kind = journal["kind"]
+    if is_in_force(journal, manifest):
+        return f"the {kind} is done but for files that it replaced: the next change, or the same command, removes them"
+    return f"an unfinished {kind}: go on with the same command and --resume, or discard what it left with --force"
+
+
+def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: str) -> float:
+    """Largest relative difference between stored and recomputed numbers of a sample of rows."""
+    spec, manifest = index.manifest.spec, index.manifest
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.choice(manifest.n_rows, size=min(n_rows, manifest.n_rows), replace=False))
+    texts = index.text_lists(rows)
+    errors = []
+    paths = moved_paths(model, manifest.checkpoints, index.folder)
+
+    def compare(stored: np.ndarray, found: np.ndarray, rounding: float = 0.0) -> None:
+        scale = max(float(np.abs(stored).max()), 1e-30)
+        difference = float(np.abs(stored.astype(np.float64) - found).max()) / scale
+        errors.append(max(difference - rounding, 0.0) if np.isfinite(difference) else difference)
+
+    for number, checkpoint in enumerate(manifest.checkpoints):
+        classifier = load_classifier(paths[number], device=device, precision=spec.precision, max_length=spec.max_length)
+        check_same_model(classifier, checkpoint.sha256, spec.tokenizer_sha256)
+        kinds: dict[str, Sketcher] = {}
+        for scope in spec.sketched_scopes:
+            last = checkpoint is manifest.checkpoints[-1]
+            kinds |= open_sketchers(index.fit_folder, classifier, spec, scope, checkpoint.name, last=last)
+        gold = index.labels[rows].astype(np.int64)
+        if kinds:
+            sketches, forward = sketch_rows(
+                classifier, list(kinds.values()), texts, gold, batch_tokens=spec.batch_tokens
+            )
+            for kind, found in zip(kinds, sketches, strict=True):
+                store = index.gradient_store(kind)
+                compare(store.norms[rows], found.norms)
+                compare(store.lengths[rows], found.lengths)
+                compare(store.coordinates(rows), found.coordinates, rounding=FLOAT16_ROUNDING)
+        else:
+            forward = run_forward(classifier, texts, batch_tokens=spec.batch_tokens)
+        if spec.words_tops:
+            words, _ = word_gradients(classifier, texts, gold, spec.words_tops, batch_tokens=spec.batch_tokens)
+            for top, of_rows in words.items():
+                stored_words = index.words(top, number).take(rows)
+                at, fresh_at = _same_words(stored_words, of_rows)
+                stored_vectors, fresh = stored_words.vectors, of_rows.vectors
+                assert stored_vectors is not None
+                assert fresh is not None
+                compare(stored_vectors[at], fresh[fresh_at], rounding=WORDS_ROUNDING[spec.words_precision])
+        residuals, _ = residual_and_loss(forward.logits, gold)
+        compare(index.features(number).take(rows), forward.features)
+        compare(index.residuals(number).take(rows), residuals)
+        if spec.spans is not None and checkpoint is manifest.checkpoints[-1]:
+            _compare_spans(index, classifier, kinds, rows, compare)
+    if "sbert" in spec.stores:
+        assert manifest.sentence_model is not None
+        encoder = load_sentence_encoder(manifest.sentence_model, device=device)
+        compare(index.sentence().take(rows), encoder.embed(texts))
+    if not np.isfinite(errors).all():
+        raise CorruptIndexError(f"{index.folder}: stored numbers are NaN or infinite. Build the index again.")
+    return max(errors)
+
+
+def _compare_spans(
+    index: Index, classifier: Classifier, sketchers: dict[str, Sketcher], rows: np.ndarray, compare: Compare
+) -> None:
+    """Compare the stored spans of some rows with those spans masked again.
+
+    Raises:
+        CorruptIndexError: The model does not read one of them.
+    """
+    store = index.spans()
+    entries = store.entries_of(rows)
+    if not len(entries):
+        return
+    of = store.rows[entries]
+    encoded, read = mask_spans(classifier, index.text_lists(of), store.spans(entries))
+    if not read.all():
+        raise CorruptIndexError(f"{index.folder}: a stored span of row {of[~read][0]} is not in its text.")
+    gold = index.labels[of].astype(np.int64)
+    features, logits, sketches = masked_pass(classifier, sketchers, encoded, gold, index.manifest.spec.batch_tokens)
+    for kind, found in sketches.items():
+        stored = index.gradient_store(kind, spans=True)
+        compare(stored.norms[entries], found.norms)
+        compare(stored.lengths[entries], found.lengths)
+    compare(store.features.take(entries), features)
+    compare(store.residuals.take(entries), residual_and_loss(logits, gold)[0])
+
+
+def _same_words(stored: WordRows, fresh: WordRows) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the words that both hold; of those kept for their long gradients a few may be near ties.
+
+    Raises:
+        CorruptIndexError: They hold other words.
+    """
+    keys, fresh_keys = (w.rows << 32 | w.tokens for w in (stored, fresh))
+    _, at, fresh_at = np.intersect1d(keys, fresh_keys, assume_unique=True, return_indices=True)
+    if len(at) < 0.9 * max(len(keys), len(fresh_keys)):
+        raise CorruptIndexError(
+            f"the words stored for a sample of rows are not those of their texts: {len(at)} of {len(keys)} are the "
+            "same. Build the index again."
+        )
+    return at, fresh_at

@@ -1,0 +1,1 @@
+"""The curvature of the mean training loss, its damping, and the solvers that invert it."""

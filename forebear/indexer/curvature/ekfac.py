@@ -1,0 +1,301 @@
+"""EK-FAC: the Gauss-Newton matrix of deeper scopes, block by block, in a Kronecker eigenbasis (George et al. 2018).
+
+For each block, A = mean of a a^T over positions and D = mean of d d^T give the eigenbasis; the eigenvalues are then
+corrected: the mean square of each coordinate of the rows' gradients in that basis. Gradients are those
+of the model's own uncertainty, not of the gold labels: with B = diag(p) - p p^T, the class directions u with
+sum of u u^T = B are differentiated, so the matrix is the Gauss-Newton one; gold labels would give the empirical Fisher.
+Positions whose output gradient is zero (padding; all but [CLS] in the last layer) take no part in A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from forebear.errors import CorruptIndexError, NonFiniteError
+from forebear.indexer.curvature.head import class_basis, class_curvature, row_chunks
+from forebear.indexer.gradients.block_file import read_blocks, write_blocks
+from forebear.indexer.gradients.gradient_pass import Collector, SeedOf, run_pass
+from forebear.indexer.gradients.tape import LayerFactors, Seed
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.forward import softmax
+from forebear.indexer.model.scopes import Block
+from forebear.indexer.storage.arrow import MEND
+
+EXACT_CLASSES = 4  # up to here every class direction is differentiated; beyond, one random combination a row
+
+Vectors = dict[str, torch.Tensor]  # (q, n_out, n_in) for each block
+
+
+def dot(a: Vectors, b: Vectors) -> torch.Tensor:
+    """<a, b> of each query over all blocks, ``(q,)`` float64, multiplied and summed in float64."""
+    parts = [(a[name].double() * b[name].double()).sum(dim=(1, 2)) for name in a]
+    return torch.stack(parts).sum(dim=0)
+
+
+def curvature_seeds(n_classes: int, n_rows: int, seed: int) -> tuple[SeedOf, ...]:
+    """Class directions u whose u u^T sum, exactly or in expectation, to diag(p) - p p^T at each row.
+
+    Args:
+        n_classes: c; up to 4 there are c - 1 directions, else one: a seeded combination with signs +-1.
+        n_rows: Of the pass that they are for.
+        seed: Of the signs.
+    """
+    rank = n_classes - 1
+
+    def along(weights: np.ndarray) -> SeedOf:
+        """``weights`` (n_rows, rank) combine the columns of a square root of B."""
+
+        def seed_of(at: list[int]) -> Seed:
+            return lambda logits: _combined_roots(softmax(logits), weights[at])
+
+        return seed_of
+
+    if n_classes <= EXACT_CLASSES:
+        return tuple(along(np.broadcast_to(row, (n_rows, rank))) for row in np.eye(rank))
+    signs = np.random.default_rng([seed, 1]).choice([-1.0, 1.0], size=(n_rows, rank))
+    return (along(signs),)
+
+
+def class_square_root(p: np.ndarray) -> np.ndarray:
+    """U with U U^T = diag(p) - p p^T for each row, ``(n, c, c - 1)`` float64; accurate for all but certain rows too."""
+    values, vectors = np.linalg.eigh(class_curvature(p))
+    root = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
+    return np.asarray(np.einsum("kc,nkj->ncj", class_basis(p.shape[1]), root))
+
+
+def _combined_roots(p: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """U w of each row, ``(n, c)``, for weights ``(n, c - 1)``; no more roots are held at once than fit in memory."""
+    parts = [np.einsum("bck,bk->bc", class_square_root(p[at]), weights[at]) for at in row_chunks(len(p), p.shape[1])]
+    return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class EkfacBlock:
+    """One block's eigenbasis and corrected eigenvalues.
+
+    Attributes:
+        block: Which parameters.
+        left: Eigenvectors of D as columns, by falling eigenvalue, ``(n_out, n_out)``.
+        right: Those of A, ``(n_in, n_in)``.
+        eigenvalues: Mean square of each coordinate, ``(n_out, n_in)``.
+    """
+
+    block: Block
+    left: torch.Tensor
+    right: torch.Tensor
+    eigenvalues: torch.Tensor
+
+    def rotate(self, factors: LayerFactors) -> LayerFactors:
+        """The factors of the gradient's coordinates in the eigenbasis."""
+        return LayerFactors(factors.inputs @ self.right, factors.deltas @ self.left)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> EkfacBlock:
+        """The same on a device, in a precision."""
+        moved = (x.to(device, dtype) for x in (self.left, self.right, self.eigenvalues))
+        return EkfacBlock(self.block, *moved)
+
+
+@dataclass(frozen=True)
+class Ekfac:
+    """The curvature of one scope at one checkpoint.
+
+    Attributes:
+        parts: By block name, in the scope's order.
+        n_rows: Training rows that it was fitted on.
+    """
+
+    parts: dict[str, EkfacBlock]
+    n_rows: int
+
+    @cached_property
+    def mean_eigenvalue(self) -> float:
+        """Over all parameters of the scope."""
+        total = sum(float(part.eigenvalues.sum(dtype=torch.float64)) for part in self.parts.values())
+        return total / sum(part.block.size for part in self.parts.values())
+
+    @cached_property
+    def largest_eigenvalue(self) -> float:
+        """Of all blocks of the scope."""
+        return max(float(part.eigenvalues.max()) for part in self.parts.values())
+
+    def solve(self, vectors: Vectors, damping: float) -> Vectors:
+        """(H + damping I)^-1 V, block by block."""
+        return {name: self._solve_block(self.parts[name], v, damping) for name, v in vectors.items()}
+
+    def _solve_block(self, part: EkfacBlock, v: torch.Tensor, damping: float) -> torch.Tensor:
+        rotated = part.left.T @ v @ part.right
+        rotated /= part.eigenvalues + damping
+        return part.left @ rotated @ part.right.T
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Ekfac:
+        """The same on a device, in a precision."""
+        return Ekfac({name: part.to(device, dtype) for name, part in self.parts.items()}, self.n_rows)
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """Sums of a a^T and d d^T of each block over rows and positions; float64, neither centred nor divided.
+
+    Attributes:
+        inputs: A, ``(n_in, n_in)`` by block name.
+        outputs: D, ``(n_out, n_out)`` by block name.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
+
+
+class _Factors(Collector):
+    """Gathers Kronecker factors; positions without an output gradient are left out."""
+
+    def __init__(self, scope: str, blocks: Sequence[Block], device: torch.device) -> None:
+        self.scope, self.blocks = scope, tuple(blocks)
+
+        def zeros(n: int) -> torch.Tensor:
+            return torch.zeros((n, n), dtype=torch.float64, device=device)
+
+        self.found = KroneckerFactors({b.name: zeros(b.n_in) for b in blocks}, {b.name: zeros(b.n_out) for b in blocks})
+        self._batch: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def begin(self, positions: list[int]) -> None:
+        self._batch = {}
+
+    def on_layer(self, name: str, factors: LayerFactors) -> None:
+        live = (factors.deltas != 0).any(dim=-1)
+        a, d = factors.inputs[live], factors.deltas[live]
+        self._batch[name] = (a.T @ a, d.T @ d)
+
+    def keep(self, positions: list[int]) -> None:
+        for name, (a, d) in self._batch.items():
+            self.found.inputs[name] += a
+            self.found.outputs[name] += d
+
+
+class _Eigenvalues(Collector):
+    """Sums of the squared coordinates of the rows' gradients."""
+
+    def __init__(self, scope: str, parts: dict[str, EkfacBlock]) -> None:
+        self.scope, self.blocks = scope, tuple(part.block for part in parts.values())
+        self._parts = parts
+        self.sums = {name: torch.zeros_like(part.eigenvalues, dtype=torch.float64) for name, part in parts.items()}
+        self._batch: Vectors = {}
+
+    def begin(self, positions: list[int]) -> None:
+        self._batch = {}
+
+    def on_layer(self, name: str, factors: LayerFactors) -> None:
+        total = torch.zeros_like(self._parts[name].eigenvalues)
+        for some in self._parts[name].rotate(factors).cache_sized():
+            gradients = some.gradients()
+            total += gradients.square_().sum(dim=0)
+        self._batch[name] = total
+
+    def keep(self, positions: list[int]) -> None:
+        for name, squares in self._batch.items():
+            self.sums[name] += squares
+
+
+def fit_factors(
+    classifier: Classifier,
+    scope: str,
+    blocks: Sequence[Block],
+    texts: Sequence[Sequence[str]],
+    *,
+    seed: int,
+    batch_tokens: int,
+    on_rows: Callable[[int], None] | None = None,
+) -> KroneckerFactors:
+    """Kronecker factors of a scope from rows of text, in one pass a class direction; see :func:`fit_ekfac`."""
+    collector = _Factors(scope, blocks, classifier.device)
+    for seed_of in curvature_seeds(classifier.n_classes, len(texts[0]), seed):
+        run_pass(classifier, texts, seed_of, [collector], batch_tokens=batch_tokens, on_rows=on_rows)
+    return collector.found
+
+
+def fit_ekfac(
+    classifier: Classifier,
+    scope: str,
+    blocks: Sequence[Block],
+    texts: Sequence[Sequence[str]],
+    *,
+    seed: int,
+    batch_tokens: int,
+    factors: KroneckerFactors | None = None,
+    on_rows: Callable[[int], None] | None = None,
+) -> Ekfac:
+    """Fit the curvature of a scope on rows of text (labels play no part), in two passes a class direction.
+
+    Args:
+        classifier: At the checkpoint.
+        scope: Its name.
+        blocks: Its parameters.
+        texts: A sample of the training rows, one list a text column.
+        seed: Of the signs, with more than 4 classes.
+        batch_tokens: Largest number of padded tokens in a batch.
+        factors: From :func:`fit_factors` on the same rows, if they are known already.
+        on_rows: Told the number of rows after each batch.
+
+    Raises:
+        NonFiniteError: A factor is NaN or infinite.
+    """
+    n_rows = len(texts[0])
+    if factors is None:
+        factors = fit_factors(classifier, scope, blocks, texts, seed=seed, batch_tokens=batch_tokens, on_rows=on_rows)
+    dtype = classifier.head.weight.dtype
+    parts = {}
+    for block in blocks:
+        left, right = (eigenvectors(m[block.name], block.name).to(dtype) for m in (factors.outputs, factors.inputs))
+        empty = torch.zeros((block.n_out, block.n_in), dtype=dtype, device=classifier.device)
+        parts[block.name] = EkfacBlock(block, left, right, empty)
+    squares = _Eigenvalues(scope, parts)
+    for seed_of in curvature_seeds(classifier.n_classes, n_rows, seed):
+        run_pass(classifier, texts, seed_of, [squares], batch_tokens=batch_tokens, on_rows=on_rows)
+    return Ekfac(
+        {
+            name: EkfacBlock(part.block, part.left, part.right, (squares.sums[name] / n_rows).to(dtype))
+            for name, part in parts.items()
+        },
+        n_rows,
+    )
+
+
+def eigenvectors(matrix: torch.Tensor, name: str = "") -> torch.Tensor:
+    """Columns by falling eigenvalue.
+
+    Raises:
+        NonFiniteError: The matrix, the factor of layer ``name``, holds NaN or infinity.
+    """
+    if not torch.isfinite(matrix).all():
+        raise NonFiniteError(f"the curvature factor of layer {name} is NaN or infinite. Check the model.")
+    vectors: torch.Tensor = torch.linalg.eigh(matrix).eigenvectors
+    return vectors.flip(1).contiguous()
+
+
+def write_ekfac(path: Path, ekfac: Ekfac) -> None:
+    """Write bases and eigenvalues, float32."""
+    parts = {
+        part.block: {"left": part.left, "right": part.right, "eigenvalues": part.eigenvalues}
+        for part in ekfac.parts.values()
+    }
+    write_blocks(path, parts, {"n_rows": str(ekfac.n_rows)})
+
+
+def read_ekfac(path: Path) -> Ekfac:
+    """Memory-map what :func:`write_ekfac` wrote.
+
+    Raises:
+        CorruptIndexError: It is no such file.
+    """
+    parts, metadata = read_blocks(path)
+    try:
+        return Ekfac(
+            {block.name: EkfacBlock(block, **found) for block, found in parts.items()}, int(metadata["n_rows"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptIndexError(f"{path} is no curvature file ({error}). {MEND}") from error

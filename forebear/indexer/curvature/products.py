@@ -1,0 +1,235 @@
+"""Products of a scope's curvature with vectors, one pass over the rows for q of them; no matrix is formed.
+
+The curvature is that of the mean training loss, in nats, undamped. Two kinds:
+
+- :class:`GaussNewton`: mean over rows n of J_n^T (diag(p) - p p^T) J_n, J_n being the derivative of the logits. Never
+  negative. It needs the factors of the rows' gradients alone: with class directions u as in :mod:`ekfac`,
+  it is the mean over n of the sum over u of <G_n(u), V> G_n(u), and G_n(u) = sum_t d_t a_t^T.
+- :class:`HessianProduct`: the Hessian of the cross-entropy with the gold labels, by double backward. It can have
+  negative eigenvalues. At scope ``head`` the two are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from forebear.errors import NonFiniteError, StorageError
+from forebear.indexer.curvature.ekfac import Vectors, curvature_seeds
+from forebear.indexer.gradients.gradient_pass import Collector, SeedOf, run_pass
+from forebear.indexer.gradients.tape import LayerFactors, only_asking
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.encoding import Encoded, encode, pad_batch, plan_batches
+from forebear.indexer.model.scopes import Block
+
+
+class Product(Protocol):
+    """The product with the curvature of the mean loss over all rows, or over those at some positions."""
+
+    def __call__(self, vectors: Vectors, at: Sequence[int] | None = None) -> Vectors:
+        """H V for each of q vectors V."""
+
+
+class GaussNewton:
+    """The Gauss-Newton matrix of the mean training loss over a scope, as a product."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        scope: str,
+        blocks: Sequence[Block],
+        texts: Sequence[Sequence[str]],
+        *,
+        seed: int,
+        batch_tokens: int,
+    ) -> None:
+        """Encode the rows.
+
+        Args:
+            classifier: At the checkpoint.
+            scope: Its name.
+            blocks: Its parameters.
+            texts: Training rows, one list a text column, ``(columns, n)``.
+            seed: Of the signs, with more than 4 classes: the matrix is then an unbiased estimate, the same in each
+                product.
+            batch_tokens: Largest number of padded tokens in a batch.
+        """
+        self._classifier, self._scope, self._blocks = classifier, scope, tuple(blocks)
+        self._rows, self._batch_tokens = Encoded(encode(classifier, texts)), batch_tokens
+        self._seeds = curvature_seeds(classifier.n_classes, len(self._rows), seed)
+
+    def __call__(self, vectors: Vectors, at: Sequence[int] | None = None) -> Vectors:
+        """H V; a batch's factors are all that is held beside V and H V.
+
+        Args:
+            vectors: V, ``(q, n_out, n_in)`` for each block, of the weights' type and on their device.
+            at: Positions of the rows that the mean is over, repeated ones counting again; default all.
+
+        Returns:
+            ``(q, n_out, n_in)`` for each block.
+
+        Raises:
+            NonFiniteError: A number is NaN or infinite.
+            StorageError: Not even one row fits in memory.
+        """
+        rows, seeds = self._rows, self._seeds
+        if at is not None:
+            chosen = list(at)
+            rows = rows.take(chosen)
+            seeds = tuple(_seed_at(seed_of, chosen) for seed_of in seeds)
+        collector = _Outer(self._scope, self._blocks, vectors)
+        for seed_of in seeds:
+            run_pass(self._classifier, rows, seed_of, [collector], batch_tokens=self._batch_tokens)
+        for total in collector.sums.values():
+            total /= len(rows)
+        _refuse_non_finite(self._classifier.name, collector.sums)
+        return collector.sums
+
+
+def _seed_at(seed_of: SeedOf, chosen: list[int]) -> SeedOf:
+    """The seeds of a pass over chosen rows: each row keeps its own signs."""
+    return lambda at: seed_of([chosen[i] for i in at])
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A block's factors at the ``m`` positions of a batch with an output gradient: no padding, often only [CLS]."""
+
+    rows: torch.Tensor  # (m,): of the batch
+    inputs: torch.Tensor  # a, (m, n_in)
+    deltas: torch.Tensor  # d, (m, n_out)
+    live: torch.Tensor  # (b, t)
+
+    def dots(self, v: torch.Tensor) -> torch.Tensor:
+        """<G_n, V> = sum over t of d_t . (V a_t) of each row, V ``(n_out, n_in)``: ``(b,)`` float64."""
+        spread = self.deltas.new_zeros(self.live.shape, dtype=torch.float64)
+        spread[self.live] = ((self.inputs @ v.T) * self.deltas).sum(dim=1, dtype=torch.float64)
+        return spread.sum(dim=1)
+
+
+class _Outer(Collector):
+    """Sums over rows of <G_n, V> G_n."""
+
+    def __init__(self, scope: str, blocks: tuple[Block, ...], vectors: Vectors) -> None:
+        self.scope, self.blocks, self._vectors = scope, blocks, vectors
+        self.sums = {block.name: torch.zeros_like(vectors[block.name]) for block in blocks}
+        self._batch: dict[str, _Tokens] = {}
+
+    def begin(self, positions: list[int]) -> None:
+        self._batch = {}
+
+    def on_layer(self, name: str, factors: LayerFactors) -> None:
+        live = (factors.deltas != 0).any(dim=-1)
+        self._batch[name] = _Tokens(live.nonzero()[:, 0], factors.inputs[live], factors.deltas[live], live)
+
+    def end(self, positions: list[int]) -> None:
+        batch = self._batch
+        if not batch:
+            return
+        dots = torch.stack(
+            [torch.stack([tokens.dots(v) for v in self._vectors[name]]) for name, tokens in batch.items()]
+        ).sum(dim=0)  # (q, b)
+        self._weights = {name: dots[:, x.rows, None].to(x.deltas.dtype) for name, x in batch.items()}
+        first = next(iter(batch.values())).deltas
+        self._room = first.new_empty(max(tokens.deltas.numel() for tokens in batch.values()))
+
+    def keep(self, positions: list[int]) -> None:
+        batch, self._batch = self._batch, {}
+        for name, tokens in batch.items():
+            weighted = self._room[: tokens.deltas.numel()].view_as(tokens.deltas)
+            for total, weight in zip(self.sums[name], self._weights[name], strict=True):
+                torch.mul(tokens.deltas, weight, out=weighted)
+                total.addmm_(weighted.T, tokens.inputs)
+
+
+class HessianProduct:
+    """The Hessian of the mean cross-entropy with gold labels over a scope, as a product; always in full precision."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        scope: str,
+        blocks: Sequence[Block],
+        texts: Sequence[Sequence[str]],
+        labels: np.ndarray,
+        *,
+        batch_tokens: int,
+    ) -> None:
+        """Encode the rows.
+
+        Args:
+            classifier: At the checkpoint.
+            scope: Its name, for messages.
+            blocks: Its parameters.
+            texts: Training rows, one list a text column, ``(columns, n)``.
+            labels: Gold class ids, ``(n,)``.
+            batch_tokens: Largest number of padded tokens in a batch.
+        """
+        self._classifier, self._scope, self._blocks = classifier, scope, tuple(blocks)
+        self._rows, self._batch_tokens = encode(classifier, texts), batch_tokens
+        self._labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+
+    def __call__(self, vectors: Vectors, at: Sequence[int] | None = None) -> Vectors:
+        """H V; see :meth:`GaussNewton.__call__`.
+
+        Raises:
+            NonFiniteError: A number is NaN or infinite.
+            StorageError: A batch does not fit in the device's memory.
+        """
+        parts: Vectors = {}
+        for block in self._blocks:
+            parts |= block.split(vectors[block.name])
+        model = self._classifier.model
+        parameters = {name: model.get_parameter(name) for name in parts}
+        sums = {name: torch.zeros_like(v) for name, v in parts.items()}
+        chosen = range(len(self._rows)) if at is None else list(at)
+        lengths = [len(self._rows[i]["input_ids"]) for i in chosen]
+        with only_asking(model, parameters.values()), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            equal_lengths = self._classifier.equal_lengths
+            for batch in plan_batches(lengths, self._batch_tokens, equal_lengths=equal_lengths):
+                self._add([chosen[i] for i in batch], parameters, parts, sums)
+        for total in sums.values():
+            total /= len(chosen)
+        _refuse_non_finite(self._classifier.name, sums)
+        return {block.name: block.join(sums) for block in self._blocks}
+
+    def _add(self, at: list[int], parameters: dict[str, nn.Parameter], parts: Vectors, sums: Vectors) -> None:
+        """Add the products with the Hessian of the summed loss of one batch; one backward a vector."""
+        classifier = self._classifier
+        wanted = list(parameters.values())
+        try:
+            batch = pad_batch(classifier.tokenizer, [self._rows[i] for i in at], classifier.device)
+            labels = self._labels[at].to(classifier.device)
+            # In float64 p - y and its derivative stay exact for confident rows too.
+            loss = nn.functional.cross_entropy(classifier.model(**batch).logits.double(), labels, reduction="sum")
+            gradients = torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True)
+            n_queries = len(next(iter(parts.values())))
+            for q in range(n_queries):
+                along = [v[q] for v in parts.values()]
+                found = torch.autograd.grad(
+                    gradients, wanted, along, retain_graph=q + 1 < n_queries, materialize_grads=True
+                )
+                for total, h in zip(sums.values(), found, strict=True):
+                    total[q] += h
+        except torch.OutOfMemoryError as error:
+            raise StorageError(
+                f"the Hessian product over scope {self._scope} of {len(at)} rows does not fit in the memory of "
+                f"{classifier.device}. Take smaller batches, or the Gauss-Newton matrix, which needs less."
+            ) from error
+
+
+def _refuse_non_finite(name: str, products: Vectors) -> None:
+    """Stop at the first layer with a NaN or infinity.
+
+    Raises:
+        NonFiniteError: The layer is named.
+    """
+    for key, values in products.items():
+        if not torch.isfinite(values).all():
+            raise NonFiniteError(f"{name}: the curvature product of {key} is NaN or infinite. Check model and vectors.")

@@ -1,0 +1,370 @@
+"""Inverse curvature products (H + damping I)^-1 v from products H v alone (METHODS.md, section 4).
+
+``conjugate_gradients`` solves to a tolerance and is the reference for scopes larger than ``head``; ``lissa`` is the
+recursion of the papers. Both take q right-hand sides at once, scale each to unit length first (so that tiny
+gradients keep their precision), and say how well each was solved: nothing that failed is returned as if it had not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+from forebear.errors import InputError, NonFiniteError
+from forebear.indexer.curvature.damping import round_up
+from forebear.indexer.curvature.ekfac import Vectors, dot
+from forebear.indexer.curvature.products import Product
+
+Multiply = Callable[[Vectors], Vectors]
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """Solutions x of (H + damping I) x = v for ``q`` right-hand sides.
+
+    Attributes:
+        vectors: x, ``(q, n_out, n_in)`` for each block.
+        damping: What was added to H in effect.
+        residual: ||v - (H + damping I) x|| / ||v||, ``(q,)`` float64, from a product with x itself; 0 where v = 0.
+            None: not computed.
+        iterations: Steps that each took, ``(q,)`` int64.
+        converged: Whether the residual is within the tolerance, ``(q,)``; False where that is not known.
+    """
+
+    vectors: Vectors
+    damping: float
+    residual: np.ndarray | None
+    iterations: np.ndarray
+    converged: np.ndarray
+
+
+def norm(a: Vectors) -> torch.Tensor:
+    """||a|| of each query, ``(q,)`` float64."""
+    return dot(a, a).sqrt()
+
+
+def axpy(alpha: torch.Tensor | float, x: Vectors, y: Vectors) -> Vectors:
+    """alpha x + y, alpha one number or one a query, ``(q,)``."""
+    return {name: torch.addcmul(y[name], _factor(alpha, x[name]), x[name]) for name in x}
+
+
+def scale_by(alpha: torch.Tensor | float, x: Vectors) -> Vectors:
+    """Alpha x, alpha as in :func:`axpy`."""
+    return {name: _factor(alpha, v) * v for name, v in x.items()}
+
+
+def take(x: Vectors, which: np.ndarray) -> Vectors:
+    """Some of the queries, by position."""
+    return {name: v[torch.from_numpy(which).to(v.device)] for name, v in x.items()}
+
+
+def put(x: Vectors, which: np.ndarray, values: Vectors) -> None:
+    """Overwrite some of the queries of ``x``."""
+    for name, v in x.items():
+        v[torch.from_numpy(which).to(v.device)] = values[name]
+
+
+def _factor(alpha: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(alpha, dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
+
+
+def _zeros(like: Vectors) -> Vectors:
+    return {name: torch.zeros_like(v) for name, v in like.items()}
+
+
+def _unit(vectors: Vectors) -> tuple[torch.Tensor, Vectors]:
+    """Lengths ``(q,)`` and directions; a zero vector stays zero."""
+    lengths = _finite(norm(vectors), "a vector to be solved for")
+    return lengths, scale_by(torch.where(lengths > 0, 1.0 / lengths, 0.0), vectors)
+
+
+def _finite(numbers: torch.Tensor, what: str) -> torch.Tensor:
+    if not torch.isfinite(numbers).all():
+        raise NonFiniteError(f"{what} is NaN or infinite: no solution would mean anything. Check the model.")
+    return numbers
+
+
+def conjugate_gradients(
+    product: Multiply,
+    vectors: Vectors,
+    damping: float,
+    *,
+    precondition: Multiply | None = None,
+    tolerance: float = 1e-4,
+    max_iterations: int = 200,
+    on_iteration: Callable[[int, np.ndarray], None] | None = None,
+) -> Solved:
+    """Solve (H + damping I) x = v by preconditioned conjugate gradients (Hestenes & Stiefel 1952), q at once.
+
+    A query is done, and left out of further products, when the residual that the recursion carries is within the
+    tolerance; the residual is then computed afresh, and what rounding had hidden is solved for again. A query stops
+    without convergence after ``max_iterations``, when rounding lets it get no further, and at a direction p with
+    p^T (H + damping I) p <= 0 (an indefinite Hessian): it then keeps the x before that step, which minimises
+    x^T (H + damping I) x / 2 - v^T x over the directions so far.
+
+    Args:
+        product: V to H V, symmetric.
+        vectors: v, ``(q, n_out, n_in)`` for each block.
+        damping: Absolute, >= 0.
+        precondition: V to M^-1 V, M positive definite and near to H + damping I.
+        tolerance: Of the relative residual.
+        max_iterations: Of each query.
+        on_iteration: Told the number of iterations and the relative residuals ``(q,)`` after each.
+
+    Raises:
+        InputError: The damping, tolerance or number of iterations is out of range.
+        NonFiniteError: A vector or a product is NaN or infinite.
+    """
+    if not (np.isfinite(damping) and damping >= 0 and tolerance > 0 and max_iterations >= 1):
+        raise InputError(
+            f"cg with damping {damping:g}, tolerance {tolerance:g} and {max_iterations} iterations: expected a finite "
+            "damping >= 0, a tolerance > 0 and at least 1 iteration."
+        )
+
+    def multiply(v: Vectors) -> Vectors:
+        return axpy(damping, v, product(v))
+
+    lengths, b = _unit(vectors)
+    x = _zeros(b)
+    residual = (lengths > 0).double().cpu().numpy()
+    progress = _Progress(residual.copy(), np.zeros(len(residual), np.int64), tolerance, max_iterations, on_iteration)
+    at = np.flatnonzero(residual > tolerance)
+    remaining = take(b, at)
+    while len(at):
+        step, failed = _descend(multiply, remaining, precondition or _same, progress, at)
+        better = axpy(1.0, step, take(x, at))
+        put(x, at, better)
+        remaining = axpy(-1.0, multiply(better), take(b, at))
+        found = _finite(norm(remaining), "a residual").cpu().numpy()
+        stuck = failed | (found > residual[at] / 2)  # the second: rounding has the upper hand
+        residual[at] = found
+        again = (found > tolerance) & ~stuck & (progress.iterations[at] < max_iterations)
+        at, remaining = at[again], take(remaining, np.flatnonzero(again))
+    return Solved(scale_by(lengths, x), damping, residual, progress.iterations, residual <= tolerance)
+
+
+def _same(v: Vectors) -> Vectors:
+    return v
+
+
+@dataclass
+class _Progress:
+    """Where each of the q queries stands, over all runs."""
+
+    residual: np.ndarray  # relative, carried by the recursion
+    iterations: np.ndarray
+    tolerance: float
+    max_iterations: int
+    on_iteration: Callable[[int, np.ndarray], None] | None
+
+    def advance(self, at: np.ndarray, taken: np.ndarray, residual: np.ndarray) -> np.ndarray:
+        """Count a step of the queries ``at``; whether each goes on."""
+        self.iterations[at] += taken
+        self.residual[at] = residual
+        if self.on_iteration is not None:
+            self.on_iteration(int(self.iterations.max()), self.residual.copy())
+        going = taken & (residual > self.tolerance) & (self.iterations[at] < self.max_iterations)
+        return np.asarray(going)
+
+
+def _descend(
+    multiply: Multiply, b: Vectors, precondition: Multiply, progress: _Progress, which: np.ndarray
+) -> tuple[Vectors, np.ndarray]:
+    """One run of conjugate gradients from zero towards A x = b, of the queries ``which`` ``(m,)``.
+
+    Returns:
+        x of each, and whether it stopped at a direction without positive curvature, ``(m,)``.
+    """
+    out, failed = _zeros(b), np.zeros(len(which), bool)
+    at = np.arange(len(which))  # of those that still run
+    x, r = _zeros(b), b
+    p = z = precondition(r)
+    rz = _finite(dot(r, z), "a preconditioned vector")
+    while len(at):
+        ap = multiply(p)
+        curvature = _finite(dot(p, ap), "a curvature product")
+        good = (curvature > 0) & (rz > 0)
+        alpha = torch.where(good, rz / curvature, 0.0)
+        x, r = axpy(alpha, p, x), axpy(-alpha, ap, r)
+        z = precondition(r)
+        new_rz = _finite(dot(r, z), "a preconditioned vector")
+        p = axpy(torch.where(good, new_rz / rz, 0.0), p, z)
+        rz = new_rz
+        taken = good.cpu().numpy()
+        going = progress.advance(which[at], taken, norm(r).cpu().numpy())
+        failed[at] = ~taken
+        if not going.all():
+            put(out, at[~going], take(x, np.flatnonzero(~going)))
+            kept = np.flatnonzero(going)
+            at, rz = at[kept], rz[torch.from_numpy(kept).to(rz.device)]
+            x, r, p = take(x, kept), take(r, kept), take(p, kept)
+    return out, failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class LissaSettings:
+    """Choices of :func:`lissa`.
+
+    Attributes:
+        damping: Of the recursion, 0 <= damping < 1; ``effective_damping`` is what is added to H.
+        scale: Divides H; more than half the largest eigenvalue of any batch's H, or the recursion diverges.
+        batch_rows: Training rows a step.
+        depth: Steps a run; None: one epoch, rows / batch_rows.
+        repeats: r, runs that are averaged.
+    """
+
+    damping: float
+    scale: float
+    batch_rows: int
+    depth: int | None = None
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        whole = min(self.batch_rows, self.repeats, 1 if self.depth is None else self.depth)
+        if not (0 <= self.damping < 1 and np.isfinite(self.scale) and self.scale > 0 and whole >= 1):
+            raise InputError(
+                f"lissa with {self}: expected 0 <= damping < 1, scale > 0, and depth, batch_rows and repeats >= 1."
+            )
+
+    @property
+    def effective_damping(self) -> float:
+        """Damping x scale."""
+        return self.damping * self.scale
+
+    def refuse_lost_damping(self, dtype: torch.dtype) -> None:
+        """Refuse a damping d for which 1 - d is 1 in the numbers that the recursion runs in.
+
+        Raises:
+            InputError: It is; the smallest that is not is named.
+        """
+        smallest = torch.finfo(dtype).eps
+        if self.damping < smallest:
+            raise InputError(
+                f"lissa with damping {self.damping:g}: nothing would be left of it beside 1 in "
+                f"{str(dtype).removeprefix('torch.')}. Give --lissa damping={round_up(smallest)} or more "
+                f"(effective damping: {round_up(smallest * self.scale)})."
+            )
+
+    def steps(self, n_rows: int) -> int:
+        """Steps a run over ``n_rows`` training rows."""
+        return max(1, n_rows // self.batch_rows) if self.depth is None else self.depth
+
+    @classmethod
+    def parse(cls, given: str) -> LissaSettings:
+        """``han20``, ``pez21``, ``han20,depth=5000``, or ``damping=0.01,scale=25,batch_rows=5``.
+
+        Raises:
+            InputError: A name is not known, a number cannot be read or is out of range, or one is missing.
+        """
+        first, *rest = [part.strip() for part in given.split(",")]
+        preset = PRESETS.get(first.lower())
+        values: dict[str, float | int] = {}
+        for part in rest if preset else [first, *rest]:
+            key, _, number = part.partition("=")
+            try:
+                if key not in _READERS:
+                    raise ValueError
+                values[key] = _READERS[key](number)
+            except ValueError as error:
+                raise InputError(
+                    f"lissa settings {given!r}: {part!r} is not understood. Give {' or '.join(PRESETS)}, numbers for "
+                    f"{', '.join(_READERS)}, or both, as in han20,depth=5000."
+                ) from error
+        if preset:
+            return replace(preset, **values)  # type: ignore[arg-type]  # each read by its field's type
+        missing = [key for key in ("damping", "scale", "batch_rows") if key not in values]
+        if missing:
+            raise InputError(f"lissa settings {given!r}: {', '.join(missing)} is missing.")
+        return cls(**values)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """As :meth:`parse` reads it."""
+        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return ",".join(f"{name}={value}" for name, value in pairs if value is not None)
+
+
+_READERS: dict[str, Callable[[str], float | int]] = {
+    "damping": float, "scale": float, "batch_rows": int, "depth": int, "repeats": int,
+}  # fmt: skip
+HAN20 = LissaSettings(damping=3e-3, scale=1e4, depth=2500, batch_rows=8)
+PEZ21 = LissaSettings(damping=0.01, scale=25.0, batch_rows=5)  # depth: rows / 5
+PRESETS = {"han20": HAN20, "pez21": PEZ21}
+_BLOW_UP = 10.0
+
+
+def lissa(
+    product: Product,
+    vectors: Vectors,
+    *,
+    damping: float,
+    scale: float,
+    depth: int | None,
+    batch_rows: int,
+    n_rows: int,
+    repeats: int = 1,
+    seed: int = 0,
+    with_residual: bool = True,
+    tolerance: float = 0.1,
+    on_step: Callable[[int], None] | None = None,
+) -> Solved:
+    """Estimate (H + damping x scale I)^-1 v by the recursion of Agarwal et al. (2017), as Han20 and Pez21 run it.
+
+    From h = v: h <- v + (1 - damping) h - (H_batch h) / scale, ``depth`` times. The result is h / scale, averaged over
+    ``repeats`` runs. Where H is never negative, the distance to the solution shrinks by 1 - damping or better a step,
+    but for the noise of small batches, which stays: the residual seldom gets small.
+
+    Args:
+        product: V and positions of rows to H_batch V.
+        vectors: v, ``(q, n_out, n_in)`` for each block; the queries share the batches.
+        damping: See :class:`LissaSettings`, as for ``scale``, ``depth``, ``batch_rows`` and ``repeats``.
+        scale: Divides H.
+        depth: Steps a run.
+        batch_rows: Distinct rows a step; all rows, where there are not more.
+        n_rows: Training rows of the product.
+        repeats: Runs.
+        seed: Of the batches.
+        with_residual: Whether to compute the residual, by one product over all rows.
+        tolerance: Of the residual; without one no query counts as converged.
+        on_step: Told the number of steps after each, over all runs.
+
+    Raises:
+        InputError: A setting is out of range, or the recursion diverges.
+        NonFiniteError: A vector or a product is NaN or infinite.
+    """
+    settings = LissaSettings(damping=damping, scale=scale, depth=depth, batch_rows=batch_rows, repeats=repeats)
+    settings.refuse_lost_damping(next(iter(vectors.values())).dtype)
+    lengths, v = _unit(vectors)
+    steps = settings.steps(n_rows)
+    total = _zeros(v)
+    for run in range(repeats):
+        rng = np.random.default_rng([seed, run])
+        h = v
+        for step in range(1, steps + 1):
+            at = None if batch_rows >= n_rows else rng.choice(n_rows, batch_rows, replace=False).tolist()
+            h = axpy(1.0 - damping, h, axpy(-1.0 / scale, product(h, at), v))
+            _refuse_divergence(h, step, steps, settings)
+            if on_step is not None:
+                on_step(run * steps + step)
+        total = axpy(1.0 / (repeats * scale), h, total)
+    residual = None
+    converged = np.zeros(len(lengths), bool)
+    if with_residual:
+        applied = axpy(settings.effective_damping, total, product(total))
+        residual = _finite(norm(axpy(-1.0, applied, v)), "a residual").cpu().numpy()
+        converged = residual <= tolerance
+    taken = np.full(len(lengths), repeats * steps)
+    return Solved(scale_by(lengths, total), settings.effective_damping, residual, taken, converged)
+
+
+def _refuse_divergence(h: Vectors, step: int, steps: int, settings: LissaSettings) -> None:
+    """Where no step lengthens anything, the sum of step + 1 unit vectors is no longer than step + 1."""
+    longest = float(norm(h).max())
+    if not longest <= _BLOW_UP * (step + 1):
+        raise InputError(
+            f"lissa diverged at step {step} of {steps}: scale {settings.scale:g} is too small for this curvature. Give "
+            f"a larger one, such as {10 * settings.scale:g} (the effective damping is damping x scale)."
+        )

@@ -1,0 +1,1 @@
+"""Gradients of single rows from one backward pass over a batch."""

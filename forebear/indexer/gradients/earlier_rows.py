@@ -1,0 +1,161 @@
+"""Equal rows in different shards: what is stored of the first is stored of the others.
+
+A model's last bits depend on the other rows of a batch, so the same row in two shards would get two numbers, and a tie
+would be broken by rounding instead of by row number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.encoding import encode, read_digests
+from forebear.indexer.storage.arrow import column, read_batches
+
+DIGEST = "digest"  # the column of a shard that keeps what its model reads of each row
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+def combined(read: np.ndarray, *others: np.ndarray) -> np.ndarray:
+    """Digests ``(n, 2)`` of what is read and of more: of other digests, or of whole numbers such as labels ``(n,)``."""
+    for other in others:
+        read = read * _MIX + (other if other.ndim == 2 else other.astype(np.int64).astype(np.uint64)[:, None])
+    return read
+
+
+def stored_digests(
+    batch: pa.RecordBatch, encode: Callable[[list[list[str]]], Sequence[dict[str, list[int]]]], texts: pa.RecordBatch
+) -> np.ndarray:
+    """What is read of a shard's rows; encoded again from their texts where an older version did not keep it.
+
+    Args:
+        batch: Of the shard.
+        encode: Texts, one list a column, as word pieces.
+        texts: The shard of rows that holds the texts.
+    """
+    if DIGEST in batch.schema.names:
+        return column(batch, DIGEST)
+    names = [name for name in texts.schema.names if name.startswith("text_")]
+    return read_digests(encode([texts.column(name).to_pylist() for name in names]))
+
+
+class EarlierRows:
+    """The distinct rows of the shards so far, 32 bytes each."""
+
+    def __init__(self) -> None:
+        self._digests = np.empty((0, 2), np.uint64)  # ascending by the first half
+        self._places = np.empty((0, 2), np.int64)  # shard, and position in it
+        self._repeats: list[tuple[np.ndarray, np.ndarray]] = []  # of each shard
+
+    @property
+    def n_shards(self) -> int:
+        """Shards that have been added."""
+        return len(self._repeats)
+
+    def add(self, digests: np.ndarray) -> None:
+        """Add the next shard's rows, by their digests ``(n, 2)``."""
+        places = self._find(digests)
+        known = places[:, 0] >= 0
+        self._repeats.append((np.flatnonzero(known), places[known]))
+        _, first = np.unique(digests, axis=0, return_index=True)
+        new = first[~known[first]]
+        every = np.concatenate([self._digests, digests[new]])
+        order = np.argsort(every[:, 0], kind="stable")
+        here = np.stack([np.full(len(new), self.n_shards - 1), new], axis=1)
+        self._digests, self._places = every[order], np.concatenate([self._places, here])[order]
+
+    def repeats(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in a shard of rows that an earlier one has, ``(m,)``, and where: shard and position, ``(m, 2)``."""
+        return self._repeats[shard]
+
+    def _find(self, digests: np.ndarray) -> np.ndarray:
+        """Shard and position of the equal row, ``(n, 2)``; -1 where there is none."""
+        out = np.full((len(digests), 2), -1, np.int64)
+        if len(self._digests):
+            at = np.searchsorted(self._digests[:, 0], digests[:, 0]).clip(max=len(self._digests) - 1)
+            same = (self._digests[at] == digests).all(axis=1)
+            out[same] = self._places[at[same]]
+        return out
+
+
+class LabelledRows:
+    """Rows of the shards so far, by what is read of them, and by that and their label.
+
+    Attributes:
+        read: What does not depend on the label is equal for these.
+        labelled: What does is for these.
+    """
+
+    def __init__(self) -> None:
+        self.read, self.labelled = EarlierRows(), EarlierRows()
+
+    @property
+    def n_shards(self) -> int:
+        """Shards that have been added."""
+        return self.read.n_shards
+
+    def add(self, read: np.ndarray, labels: np.ndarray) -> None:
+        """Add the next shard: digests ``(n, 2)`` of what is read, and labels ``(n,)``."""
+        self.read.add(read)
+        self.labelled.add(combined(read, labels))
+
+
+def note_rows(earlier: LabelledRows, folder: Path, shard: int, classifier: Classifier) -> None:
+    """Add the stored rows of the next shard to those of the shards before it.
+
+    Args:
+        earlier: Rows of the shards before it.
+        folder: The index.
+        shard: Its number.
+        classifier: Whose tokenizer reads them, where an older version kept no digests.
+    """
+    rows = read_batches(folder / "rows" / f"{shard:05d}.arrow")[0]
+    earlier.add(stored_digests(rows, partial(encode, classifier), rows), column(rows, "label"))
+
+
+class EarlierSpans:
+    """Spans of the shards so far.
+
+    Attributes:
+        masked: By what is read of the row with the span masked.
+        labelled: By that and the label.
+        differences: By these and what is read of the whole row.
+    """
+
+    def __init__(self) -> None:
+        self.masked, self.labelled, self.differences = EarlierRows(), EarlierRows(), EarlierRows()
+
+    @property
+    def n_shards(self) -> int:
+        """Shards that have been added."""
+        return self.masked.n_shards
+
+    def add(self, read: np.ndarray, masked: np.ndarray, labels: np.ndarray) -> None:
+        """Add the next shard: digests ``(e, 2)`` of whole and masked rows, and labels ``(e,)``."""
+        self.masked.add(masked)
+        self.labelled.add(combined(masked, labels))
+        self.differences.add(combined(masked, read, labels))
+
+
+def copy_repeats(
+    folder: Path, columns: Mapping[str, pa.Array | np.ndarray], positions: np.ndarray, places: np.ndarray
+) -> None:
+    """Replace the numbers of rows that an earlier shard has by those stored there.
+
+    Args:
+        folder: Of the shards of one kind.
+        columns: Of the new shard; changed in place. Texts and the like (Arrow arrays) are left as they are.
+        positions: Rows of the new shard, ``(m,)``.
+        places: Shard and position of the equal row, ``(m, 2)``.
+    """
+    for shard in np.unique(places[:, 0]):
+        of_shard = places[:, 0] == shard
+        stored = read_batches(folder / f"{shard:05d}.arrow")[0]
+        for name, values in columns.items():
+            if isinstance(values, np.ndarray) and name != "row":
+                values[positions[of_shard]] = column(stored, name)[places[of_shard, 1]]

@@ -1,0 +1,217 @@
+"""Whole gradients of a few rows, and exact dots of many rows' gradients with them; none is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from forebear.indexer.curvature.ekfac import Vectors
+from forebear.indexer.gradients.gradient_pass import Collector, RowCollector, labels_seed, run_pass
+from forebear.indexer.gradients.tape import LayerFactors
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.encoding import Texts, as_encoded, distinct_rows
+from forebear.indexer.model.scopes import Block
+
+BATCH_TOKENS = 2048
+_PRODUCT_LENGTH = 8192
+
+
+class _Gradients(RowCollector):
+    """Gathers whole gradients."""
+
+    def __init__(self, scope: str, blocks: Sequence[Block], n_rows: int, weight: torch.Tensor) -> None:
+        self.scope, self.blocks = scope, tuple(blocks)
+
+        def zeros(block: Block) -> torch.Tensor:
+            return torch.zeros((n_rows, block.n_out, block.n_in), dtype=weight.dtype, device=weight.device)
+
+        self.out = {block.name: zeros(block) for block in blocks}
+        self._batch: Vectors = {}
+
+    def begin(self, positions: list[int]) -> None:
+        self._batch = {}
+
+    def on_layer(self, name: str, factors: LayerFactors) -> None:
+        self._batch[name] = factors.gradients()
+
+    def keep(self, positions: list[int]) -> None:
+        for name, gradients in self._batch.items():
+            self.out[name][positions] = gradients
+
+    def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
+        for gradients in self.out.values():
+            gradients[copies] = gradients[sources]
+
+
+def whole_gradients(
+    classifier: Classifier,
+    scope: str,
+    blocks: Sequence[Block],
+    texts: Texts,
+    labels: np.ndarray,
+) -> Vectors:
+    """Loss gradients of a few rows, ``(q, n_out, n_in)`` for each block of the scope."""
+    collector = _Gradients(scope, blocks, len(labels), classifier.head.weight)
+    run_pass(classifier, texts, labels_seed(labels), [collector], batch_tokens=BATCH_TOKENS)
+    return collector.out
+
+
+class _Sums(Collector):
+    """Gathers sums of gradients by group; no row's gradient is formed."""
+
+    def __init__(self, scope: str, blocks: Sequence[Block], groups: np.ndarray, weight: torch.Tensor) -> None:
+        self.scope, self.blocks = scope, tuple(blocks)
+        self._groups = groups
+        n_groups = int(groups.max()) + 1
+
+        def zeros(block: Block) -> torch.Tensor:
+            return torch.zeros((n_groups, block.n_out, block.n_in), dtype=weight.dtype, device=weight.device)
+
+        self.out = {block.name: zeros(block) for block in blocks}
+        self._batch: dict[str, list[torch.Tensor]] = {}
+
+    def begin(self, positions: list[int]) -> None:
+        self._batch = {}
+        mine = self._groups[positions]
+        self._members = [(int(g), torch.from_numpy(np.flatnonzero(mine == g))) for g in np.unique(mine)]
+
+    def on_layer(self, name: str, factors: LayerFactors) -> None:
+        self._batch[name] = []
+        for _, members in self._members:
+            at = members.to(factors.inputs.device)
+            d, a = factors.deltas[at].flatten(0, 1), factors.inputs[at].flatten(0, 1)
+            self._batch[name].append(d.T @ a)
+
+    def keep(self, positions: list[int]) -> None:
+        for name, sums in self._batch.items():
+            for (group, _), total in zip(self._members, sums, strict=True):
+                self.out[name][group] += total
+        self._batch = {}
+
+
+def summed_gradients(
+    classifier: Classifier,
+    scope: str,
+    blocks: Sequence[Block],
+    texts: Texts,
+    labels: np.ndarray,
+    groups: np.ndarray,
+) -> Vectors:
+    """Sums of the loss gradients of the rows of each group, ``(g, n_out, n_in)`` for each block of the scope.
+
+    Args:
+        classifier: Whose gradients.
+        scope: Its name.
+        blocks: The scope's parameters.
+        texts: Rows, ``q`` of them, one list a text column; or encoded.
+        labels: Their classes, ``(q,)``.
+        groups: Number of each row's group, from 0, ``(q,)``.
+    """
+    collector = _Sums(scope, blocks, groups, classifier.head.weight)
+    run_pass(classifier, texts, labels_seed(labels), [collector], batch_tokens=BATCH_TOKENS)
+    return collector.out
+
+
+class _Dots(RowCollector):
+    """Gathers dots with query vectors."""
+
+    def __init__(
+        self, scope: str, blocks: Sequence[Block], vectors: Vectors, n_rows: int, wanted: np.ndarray | None
+    ) -> None:
+        self.scope, self.blocks = scope, tuple(blocks)
+        self._vectors, self._wanted = vectors, wanted
+        first = next(iter(vectors.values()))
+        self._device = first.device
+        self.out = np.zeros((len(first), n_rows))
+
+    def begin(self, positions: list[int]) -> None:
+        self._total = torch.zeros((len(self.out), len(positions)), dtype=torch.float64, device=self._device)
+        self._rows_of = None
+        if self._wanted is not None:
+            asked = self._wanted[:, positions]
+            self._rows_of = [torch.from_numpy(np.flatnonzero(some)).to(self._device) for some in asked]
+            self._share = float(asked.sum()) / len(positions)
+
+    def on_layer(self, name: str, factors: LayerFactors) -> None:
+        v, a, d = self._vectors[name], factors.inputs, factors.deltas
+        tokens, n_queries = a.shape[1], len(v)
+        share = n_queries if self._rows_of is None else self._share
+        if share * tokens >= 2 * (tokens + n_queries):
+            self._total += _products(v, factors.gradients())
+            return
+        for q in range(n_queries):
+            at = slice(None) if self._rows_of is None else self._rows_of[q]
+            self._total[q, at] += ((a[at] @ v[q].T) * d[at]).sum(dim=(1, 2))
+
+    def end(self, positions: list[int]) -> None:
+        self._found = self._total.cpu().numpy()
+
+    def keep(self, positions: list[int]) -> None:
+        self.out[:, positions] = self._found
+
+    def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
+        self.out[:, copies] = self.out[:, sources]
+
+
+def _products(v: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """<V_q, G_b>, ``(q, b)`` float64: products of some rows of the matrices at a time, summed in float64.
+
+    One product over all entries (590,000 in a feed-forward layer) would lose the fifth digit in float32.
+    """
+    n_out, n_in = v.shape[1:]
+    size = max(1, _PRODUCT_LENGTH // n_in)
+    while n_out % size:
+        size -= 1
+    a, b = (x.reshape(len(x), n_out // size, size * n_in).transpose(0, 1) for x in (v, gradients))
+    return torch.bmm(a, b.transpose(1, 2)).sum(dim=0, dtype=torch.float64)
+
+
+def exact_dots(
+    classifier: Classifier,
+    scope: str,
+    vectors: Vectors,
+    blocks: Sequence[Block],
+    texts: Texts,
+    labels: np.ndarray,
+    *,
+    wanted: np.ndarray | None = None,
+    on_rows: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """<V_q, G_n> over a scope, from the factors of the rows' gradients.
+
+    For few queries a row, sum over t of d_t . (V a_t), no gradient being formed; for many, a batch's gradients are
+    formed block by block and multiplied.
+
+    Rows of the same word pieces and label are run once: they get the same number, to the last bit.
+
+    Args:
+        classifier: Whose gradients.
+        scope: Its name.
+        vectors: V, ``(q, n_out, n_in)`` for each block.
+        blocks: The scope's parameters.
+        texts: Training rows, ``n`` of them, one list a text column; or encoded.
+        labels: Their classes, ``(n,)``.
+        wanted: Which pairs are asked for, ``(q, n)`` bool; others may come out as 0. None: all.
+        on_rows: Told the number of rows after each batch.
+
+    Returns:
+        ``(q, n)`` float64.
+    """
+    encoded = as_encoded(classifier, texts)
+    if wanted is not None:  # of the rows that are run: by any of their kind
+        first, kinds = distinct_rows(encoded, labels)
+        some = np.zeros((len(first), len(wanted)), bool)
+        np.logical_or.at(some, kinds, wanted.T)
+        wanted = some.T[:, kinds]
+    collector = _Dots(scope, blocks, vectors, len(labels), wanted)
+    run_pass(classifier, encoded, labels_seed(labels), [collector], batch_tokens=BATCH_TOKENS, on_rows=on_rows)
+    return collector.out
+
+
+def live_sample(live: np.ndarray, n_rows: int, seed: int) -> np.ndarray:
+    """A seeded sample of row numbers, ascending; all of them for 0 or more than there are."""
+    if not n_rows or n_rows >= len(live):
+        return live
+    return np.asarray(np.sort(np.random.default_rng([seed, 5]).permutation(live)[:n_rows]))

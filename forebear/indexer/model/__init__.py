@@ -1,0 +1,1 @@
+"""The classifier: its tokenizer, its head, its layers, and its forward pass."""

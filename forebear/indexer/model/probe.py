@@ -1,0 +1,153 @@
+"""What is found out about a model by running it on an encoded text: its head, and whether padding changes what it says.
+
+A table of names would know some families; a run knows any, and refuses those that cannot be explained by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from forebear.errors import ModelError
+from forebear.indexer.model.encoding import pad_batch, tokenize
+
+TEXT = "This film tells a good story, and the actor in it is not bad."
+SHORT_TEXT = "Good"
+PIECES = 16  # of the text, at most
+TOLERANCE = 1e-4  # of the largest number: float32 rounding stays below 1e-6, padding that matters is above 1e-3
+
+Encoding = dict[str, list[int]]
+
+
+def encoded_text(tokenizer: Any, max_length: int, name: str, text: str = TEXT) -> Encoding:
+    """A text as the tokenizer of a model encodes it.
+
+    Raises:
+        ModelError: It takes no plain text, or makes nothing of it.
+    """
+    try:
+        (row,) = tokenize(tokenizer, [[text]], min(PIECES, max_length))
+    except Exception as error:  # tokenizers of tables or pictures raise what they like
+        raise ModelError(f"{name}: {type(tokenizer).__name__} does not encode a text ({_reason(error)}).") from error
+    if not row["input_ids"]:
+        raise ModelError(f"{name}: {type(tokenizer).__name__} makes no word pieces of {text!r}.")
+    return row
+
+
+def find_head(model: Any, tokenizer: Any, name: str, max_length: int = PIECES) -> str:
+    """Dotted name of the linear layer whose output is the logits.
+
+    Args:
+        model: A transformers sequence classifier in ``eval()`` mode.
+        tokenizer: Its tokenizer.
+        name: For messages.
+        max_length: Longest input in word pieces.
+
+    Raises:
+        ModelError: The model does not run on a text, or its logits are not the output of exactly one linear layer on
+            one vector a row.
+    """
+    outputs: dict[str, torch.Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda _m, _args, out, key=key: outputs.__setitem__(key, out))
+        for key, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    row = encoded_text(tokenizer, max_length, name)
+    try:
+        logits = _run(model, pad_batch(tokenizer, [row], next(model.parameters()).device), name).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    heads = [key for key, out in outputs.items() if out is logits and out.dim() == 2 and len(out) == 1]
+    if len(heads) == 1:
+        return heads[0]
+    named = f"{name} ({type(model).__name__})"
+    n_pieces = len(row["input_ids"])
+    if any(out.shape == (1, n_pieces, model.config.num_labels) for out in outputs.values()):
+        raise ModelError(
+            f"{named} computes logits at every word piece and picks or averages them after its head, as decoders do. "
+            "Such models are not supported yet. Give an encoder (BERT, RoBERTa, DistilBERT, ELECTRA, ModernBERT, ...)."
+        )
+    raise ModelError(
+        f"{named}: its logits are not the output of one linear layer on one vector a row. "
+        "forebear needs such a head (BERT, RoBERTa, DistilBERT, ELECTRA, DeBERTa, MPNet, ALBERT, ... have it)."
+    )
+
+
+def head_inputs(model: Any, head_name: str, name: str) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
+    """The feature of each row of a batch, ``(b, h)``, as a function of the batch."""
+
+    def run(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        caught: list[torch.Tensor] = []
+        hook = model.get_submodule(head_name).register_forward_pre_hook(lambda _module, args: caught.append(args[0]))
+        try:
+            _run(model, batch, name)
+        finally:
+            hook.remove()
+        return caught[0]
+
+    return run
+
+
+def padding_matters(
+    run: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
+    tokenizer: Any,
+    max_length: int,
+    device: torch.device,
+    name: str,
+) -> bool:
+    """Whether a short row gets other numbers when a longer row is in its batch, so that it is padded.
+
+    Convolutions (ConvBERT), Fourier transforms (FNet) and some approximations of attention read the padding.
+
+    Args:
+        run: What is compared, ``(b, ...)`` of a batch.
+        tokenizer: Of the model.
+        max_length: Longest input in word pieces.
+        device: Where the model is.
+        name: For messages.
+
+    Raises:
+        ModelError: A row gets other numbers also beside an equal row, or in a second run.
+    """
+    row, long = (encoded_text(tokenizer, max_length, name, text) for text in (SHORT_TEXT, TEXT))
+    alone = run(pad_batch(tokenizer, [row], device))[0]
+
+    def differs(rows: list[Encoding]) -> bool:
+        beside = run(pad_batch(tokenizer, rows, device))[0]
+        beside = beside[tuple(slice(n) for n in alone.shape)]
+        return bool((beside - alone).abs().max() > TOLERANCE * alone.abs().max())
+
+    if differs([row, row]):
+        raise ModelError(
+            f"{name}: a row's predictions change with the other rows of its batch, or from run to run, so they "
+            "cannot be attributed. Give another model."
+        )
+    return differs([row, long])
+
+
+def _run(model: nn.Module, batch: Mapping[str, torch.Tensor], name: str) -> Any:
+    """One forward pass.
+
+    Raises:
+        ModelError: The model raises anything.
+    """
+    try:
+        with torch.no_grad():
+            return model(**batch)
+    except Exception as error:  # a model may raise anything: a missing picture, an unknown language, a wrong shape
+        n_pieces = batch["input_ids"].shape[1]
+        raise ModelError(
+            f"{name} ({type(model).__name__}) does not run on a text of {n_pieces} word pieces ({_reason(error)}), so "
+            "it is not supported."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an exception, without its full stop."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

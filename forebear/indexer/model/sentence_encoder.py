@@ -1,0 +1,116 @@
+"""Un-tuned sentence embeddings, the baseline of Pez21: mean over tokens of the last layer, pairs encoded together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from forebear.errors import ModelError, NonFiniteError
+from forebear.indexer.model.classifier import (
+    check_finite_weights,
+    load_tokenizer,
+    pick_device,
+    resolve_model_name,
+    weights_sha256,
+)
+from forebear.indexer.model.encoding import Encoded, Texts, distinct, pad_batch, plan_batches, tokenize
+from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
+from forebear.indexer.model.pretrained import load_pretrained
+from forebear.indexer.model.probe import padding_matters
+from forebear.indexer.model.tokenizer import input_limit, tokenizer_sha256
+
+
+@dataclass(frozen=True)
+class SentenceEncoder:
+    """A transformers encoder used as it is.
+
+    Attributes:
+        name: Folder or hub name.
+        model: The network, in ``eval()`` mode.
+        tokenizer: Its tokenizer.
+        max_length: Longest input in word pieces.
+        sha256: Digest of weights and tokenizer.
+        equal_lengths: Whether embeddings depend on padding, so that only rows of one length share a batch.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    max_length: int
+    sha256: str
+    equal_lengths: bool
+
+    def encode(self, texts: Sequence[Sequence[str]]) -> list[dict[str, list[int]]]:
+        """Word pieces of rows of one or two texts, one list a text column."""
+        return tokenize(self.tokenizer, texts, self.max_length)
+
+    def embed(
+        self,
+        texts: Texts,
+        *,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        on_rows: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Embeddings of rows of one or two texts, ``(n, s)`` float32, not normalised.
+
+        Rows of the same word pieces are run once and get equal numbers.
+
+        Raises:
+            NonFiniteError: An embedding is NaN or infinite.
+        """
+        encoded = texts if isinstance(texts, Encoded) else Encoded(self.encode(texts))
+        rows = encoded.rows
+        device = next(self.model.parameters()).device
+        out = np.empty((len(rows), int(self.model.config.hidden_size)), np.float32)  # type: ignore[union-attr, arg-type]
+        first, kinds = distinct(encoded.digests)
+        lengths = [len(rows[i]["input_ids"]) for i in first]
+        for batch in plan_batches(lengths, batch_tokens, equal_lengths=self.equal_lengths):
+            at = first[batch]
+            inputs = pad_batch(self.tokenizer, [rows[i] for i in at], device)
+            with torch.no_grad():
+                states = self.model(**inputs).last_hidden_state
+            mask = inputs["attention_mask"][:, :, None].to(states.dtype)
+            out[at] = ((states * mask).sum(dim=1) / mask.sum(dim=1)).cpu().numpy()
+            if on_rows is not None:
+                on_rows(len(batch))
+        out = np.asarray(out[first[kinds]])
+        if on_rows is not None and len(first) < len(rows):
+            on_rows(len(rows) - len(first))
+        if not np.isfinite(out).all():
+            raise NonFiniteError(f"{self.name}: a sentence embedding is NaN or infinite. Check the sentence model.")
+        return out
+
+
+def load_sentence_encoder(name: str, *, device: str = "auto") -> SentenceEncoder:
+    """Load an encoder from a folder or hub name (``minilm``: the packaged all-MiniLM-L6-v2)."""
+    from transformers import AutoModel
+
+    path = resolve_model_name(name)
+    model, info = load_pretrained(AutoModel, path, output_loading_info=True, dtype=torch.float32)
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # mean pooling needs none
+    if missing:
+        raise ModelError(
+            f"{path} stores no weights for {missing[0]}: its embeddings would be random. Give another model."
+        )
+    model = model.eval().to(pick_device(device))
+    check_finite_weights(model, path)
+    tokenizer = load_tokenizer(path, model)
+    digest = hashlib.sha256(
+        (weights_sha256(model, leave_out=("pooler.",)) + tokenizer_sha256(tokenizer)).encode()
+    ).hexdigest()
+    limit = input_limit(model, tokenizer, None, path)
+    where = next(model.parameters()).device
+
+    def states(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model(**batch).last_hidden_state
+        return found
+
+    equal_lengths = padding_matters(states, tokenizer, limit, where, path)
+    return SentenceEncoder(path, model, tokenizer, limit, digest, equal_lengths)

@@ -1,0 +1,364 @@
+"""Text rows from any source, streamed in blocks: Parquet, JSON Lines, CSV, TSV, saved and hub data sets.
+
+A row is named by its number, from 0 in the order of the source; equal rows stay separate. Text is never
+interpreted: "NA", "None" and "007" stay as they are, and only a true null is an error.
+
+Labels are integers or names; what counts as a row without a label, and what becomes of such a row, is said in
+``label_column``. A label column in which no row has a label counts as absent unless labels are needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from forebear.errors import DataError
+from forebear.indexer.rows.arrow_text import chunks_of, column_bytes, strings_of
+from forebear.indexer.rows.columns import PAIRS, find_label_column, find_text_columns
+from forebear.indexer.rows.file_formats import CHUNK_ROWS, Reader, listed, memory_reader, reading, table_reader
+from forebear.indexer.rows.json_rows import LONGEST_ROW
+from forebear.indexer.rows.label_column import (
+    MAX_CLASSES,
+    NO_LABEL_NAMES,
+    Label,
+    LabelColumn,
+    check_labels,
+    labelled_rows,
+    scan_labels,
+)
+from forebear.indexer.rows.source_names import open_reader, read_beside
+
+__all__ = ["MAX_CLASSES", "RowBlock", "RowSource", "open_rows", "rows_from_texts"]
+SHOWN_ROWS = 3  # of the rows that a remark is about
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Consecutive rows of a source."""
+
+    start: int  # row number of the first row
+    texts: tuple[list[str], ...]  # one list a text column, in order of encoding
+    labels: Sequence[Label | None] | None  # as the source has them, None for a row without one; None without a column
+    table: pa.Table  # the rows with every column of the source
+
+    def __len__(self) -> int:
+        return len(self.texts[0])
+
+
+def _rechunk(tables: Iterable[pa.Table], n_rows: int) -> Iterator[pa.Table]:
+    held: list[pa.Table] = []
+    missing = n_rows
+    for table in tables:
+        while table.num_rows:
+            held.append(table.slice(0, missing))
+            table = table.slice(held[-1].num_rows)
+            missing -= held[-1].num_rows
+            if missing == 0:
+                yield pa.concat_tables(held)
+                held, missing = [], n_rows
+    if held:
+        yield pa.concat_tables(held)
+
+
+def _are_blank(column: pa.ChunkedArray) -> np.ndarray:
+    """Which texts have no character that is no white space, ``(n,)`` bool; a null has none."""
+    found = np.ones(len(column), bool)
+    for start, chunk in chunks_of(column):
+        held = chunk.dictionary if pa.types.is_dictionary(chunk.type) else chunk
+        trimmed = pc.utf8_trim_whitespace(held.cast(pa.large_string()))
+        blank = pc.equal(pc.binary_length(trimmed), 0)
+        if held is not chunk:
+            blank = blank.take(chunk.indices)
+        found[start : start + len(chunk)] = blank.fill_null(True).to_numpy(zero_copy_only=False)
+    return found
+
+
+class RowSource:
+    """Text rows that can be streamed any number of times, in bounded memory.
+
+    Made by ``open_rows`` and ``rows_from_texts``, which have checked the columns and every label.
+
+    Attributes:
+        name: What the user gave.
+        text_columns: One or two names, in order of encoding.
+        label_column: Name of the label column, or None.
+        label_names: The names that integer labels index, where known.
+        label_values: The distinct labels, sorted, as the source has them; empty without labels.
+        n_rows: Number of rows, without those that were left out.
+        n_dropped: Number of rows that were left out since they have no label (``unlabelled="drop"``).
+        marks: Values of the label column that were taken for "no label", as they are spelled.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        text_columns: tuple[str, ...],
+        labels: LabelColumn,
+        label_names: tuple[str, ...] | None,
+        kept: np.ndarray | None = None,
+    ) -> None:
+        self._reader = reader
+        self._label_scan = labels
+        self._kept = kept  # numbers of the rows that are kept, where some are left out
+        self.name: str = reader.name
+        self.text_columns = text_columns
+        self.label_column: str | None = labels.column
+        self.label_names = label_names
+        self.label_values: tuple[int, ...] | tuple[str, ...] = tuple(sorted(labels.first_rows))  # type: ignore[assignment]
+        self.marks: tuple[Label, ...] = tuple(labels.marks)
+        self.n_dropped = 0 if kept is None else labels.n_rows - len(kept)
+        self.n_rows: int = labels.n_rows - self.n_dropped
+
+    def blocks(self, block_rows: int = 4096, start: int = 0) -> Iterator[RowBlock]:
+        """Stream the rows from number ``start`` on, in blocks of exactly ``block_rows`` but for the last.
+
+        Raises:
+            DataError: A text is null, the file is broken further on, or it changed since it was opened.
+        """
+        if block_rows < 1 or start < 0:
+            raise ValueError(f"block_rows={block_rows} and start={start}: expected at least 1 and 0")
+        return self._blocks(block_rows, start, None)
+
+    def sha256(self) -> str:
+        """Digest of texts and labels in order, whatever the file format and the names of the columns."""
+        digest = hashlib.sha256(f"rows of {len(self.text_columns)} texts".encode())
+        for block in self._blocks(CHUNK_ROWS, 0, self._columns()):
+            for row in zip(*block.texts, block.labels or [None] * len(block), strict=True):
+                digest.update(json.dumps(row).encode() + b"\n")
+        return digest.hexdigest()
+
+    def file_row(self, row: int) -> int:
+        """The number of a row in the file, from 0, of which some rows may have been left out."""
+        return row if self._kept is None else int(self._kept[row])
+
+    def first_row_of(self, label: Label) -> int:
+        """The number in the file of the first row with a label, from 0."""
+        return self._label_scan.first_rows[label]
+
+    def n_rows_with(self, label: Label) -> int:
+        """In how many rows a label occurs."""
+        scan = self._label_scan
+        return sum(n for value, n in scan.n_rows_with.items() if scan.labels[value] == label)
+
+    def remarks(self) -> list[str]:
+        """What the user should know of rows that were left out, have no label or no words: a line each, with a count.
+
+        Passes over the texts once.
+        """
+        scan, lines = self._label_scan, []
+        if self.n_dropped:
+            lines.append(
+                f"{self.name}: {self.n_dropped:,} of {scan.n_rows:,} rows have no label and are left out, first row "
+                f"{scan.first_unlabelled} (from 0) of the file; row numbers count the {self.n_rows:,} rows kept"
+            )
+        elif self.label_column is not None and scan.n_unlabelled:
+            lines.append(
+                f"{self.name}: {scan.n_unlabelled:,} of {scan.n_rows:,} rows have no label, first row "
+                f"{scan.first_unlabelled} (from 0); theirs stays empty"
+            )
+        n_empty, first_rows = self._empty_texts()
+        if n_empty:
+            shown = ", ".join(map(str, first_rows)) + (" ..." if n_empty > len(first_rows) else "")
+            lines.append(
+                f"{self.name}: {n_empty:,} of {self.n_rows:,} rows have a text that is empty or white space alone "
+                f"(rows {shown}, from 0); they are kept"
+            )
+        return lines
+
+    def _empty_texts(self) -> tuple[int, list[int]]:
+        """How many rows have a text without a character that is no white space, and the first of them."""
+        n_empty, first_rows, start = 0, list[int](), 0
+        for table in self._tables(0, list(self.text_columns)):
+            empty = np.zeros(len(table), bool)
+            with reading(self.name, "text"):
+                for column in table.columns:
+                    empty |= _are_blank(column)
+            found = np.flatnonzero(empty)
+            n_empty += len(found)
+            first_rows += (start + found[: SHOWN_ROWS - len(first_rows)]).tolist()
+            start += len(table)
+        return n_empty, first_rows
+
+    def _columns(self) -> list[str]:
+        return [*self.text_columns, *([self.label_column] if self.label_column else [])]
+
+    def _tables(self, start: int, columns: list[str] | None) -> Iterator[pa.Table]:
+        """The reader's tables from a row on, without the rows that are left out."""
+        if self._kept is None:
+            yield from self._reader.tables(start, columns)
+            return
+        if start >= len(self._kept):
+            return
+        first = int(self._kept[start])
+        for table in self._reader.tables(first, columns):
+            inside = self._kept[np.searchsorted(self._kept, first) : np.searchsorted(self._kept, first + len(table))]
+            yield table.take(pa.array(inside - first))
+            first += len(table)
+
+    def _blocks(self, block_rows: int, start: int, columns: list[str] | None) -> Iterator[RowBlock]:
+        for table in _rechunk(self._tables(start, columns), block_rows):
+            end = start + len(table)
+            if end > self.n_rows:
+                raise DataError(f"{self.name} has more than the {self.n_rows} rows it had when opened; open it again.")
+            yield RowBlock(start, self._texts(table, start), self._labels(table), table)
+            start = end
+        if start < self.n_rows:
+            raise DataError(f"{self.name} has {start} of the {self.n_rows} rows it had when opened; open it again.")
+
+    def _texts(self, table: pa.Table, start: int) -> tuple[list[str], ...]:
+        for name in self.text_columns:
+            if table.column(name).null_count:
+                row = self.file_row(start + pc.index(pc.is_null(table.column(name)), True).as_py())
+                raise DataError(
+                    f"{self.name}: row {row} (from 0) has no text, its {name!r} is null; expected a string, which may "
+                    "be empty. Drop the row or fill it."
+                )
+            longest = int(column_bytes(table.column(name)).max(initial=0))
+            if longest > LONGEST_ROW:
+                raise DataError(
+                    f"{self.name}: of the rows from {self.file_row(start)} (from 0) on, one has a text of {longest:,} "
+                    f"bytes in {name!r}; expected at most {LONGEST_ROW:,}. Cut it; a model reads its beginning."
+                )
+        with reading(self.name, "text"):
+            return tuple(strings_of(table.column(name)) for name in self.text_columns)
+
+    def _labels(self, table: pa.Table) -> list[Label | None] | None:
+        if self.label_column is None:
+            return None
+        try:
+            with reading(self.name, "labelled text"):
+                return self._label_scan.of(table.column(self.label_column))
+        except KeyError as error:
+            raise DataError(f"{self.name} has the label {error} that it had not when opened; open it again.") from error
+
+
+def open_rows(
+    source: Any,
+    *,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+    label_names: Sequence[str] | None = None,
+    need_labels: bool = False,
+    unlabelled: str = "refuse",
+    classes: Sequence[str] = (),
+) -> RowSource:
+    """Open a file, a folder of ``datasets.save_to_disk``, a hub data set or a table, and check its labels.
+
+    Args:
+        source: A path, ``FOLDER:SPLIT`` for a saved DatasetDict, or a hub name with its split:
+            ``NAME:SPLIT``, ``OWNER/REPO:SPLIT``, ``DATASET/CONFIG:SPLIT`` (tried in this order, as in
+            ``glue/sst2:train``) or ``OWNER/REPO/CONFIG:SPLIT``. A path that exists wins over a hub name.
+            Or a table in memory: a ``datasets.Dataset``, a pyarrow Table, a DataFrame of pandas or polars.
+        text_columns: One or two names, in order of encoding. Default: ``text_columns`` of a
+            ``dataset.json`` beside the file, else found by name.
+        label_column: Default: found by name.
+        label_names: The names that integer labels index. Default: those of the ClassLabel feature, else
+            ``label_names`` of a ``dataset.json`` beside the file.
+        need_labels: Refuse a source in which any row has no label, as ``unlabelled`` says.
+        unlabelled: ``refuse``, ``drop`` or ``keep``; see :mod:`forebear.indexer.rows.label_column`.
+        classes: The model's class names, as ``Retriever.label_names``: ``-`` or -1 among them is a class here too.
+
+    Raises:
+        DataError: The source cannot be read as (labelled) text.
+    """
+    if isinstance(source, (str, Path)):
+        reader, folder = open_reader(str(source))
+    else:
+        reader, folder = table_reader(source), None
+    return _make_source(reader, folder, text_columns, label_column, label_names, need_labels, unlabelled, classes)
+
+
+def rows_from_texts(
+    texts: Sequence[str] | Sequence[tuple[str, str]],
+    labels: Sequence[int] | Sequence[str] | None = None,
+    *,
+    text_columns: Sequence[str] | None = None,
+    label_names: Sequence[str] | None = None,
+    classes: Sequence[str] = (),
+) -> RowSource:
+    """Make a source of rows in memory; columns are ``text`` or ``premise, hypothesis``, and ``label``.
+
+    ``classes`` as in ``open_rows``.
+
+    Raises:
+        DataError: Texts are not all strings or all pairs, or labels not all integers or all names.
+    """
+    name = "the rows given"
+    if isinstance(texts, (str, bytes)) or hasattr(texts, "columns"):
+        raise DataError(
+            f"{name} are one {type(texts).__name__}; expected a list of texts or of pairs. open_rows takes tables."
+        )
+    rows = [tuple(text) if isinstance(text, (tuple, list)) else (text,) for text in texts]
+    columns = tuple(text_columns or (PAIRS[0] if rows and len(rows[0]) == 2 else ("text",)))
+    if labels is not None and len(labels) != len(rows):
+        raise DataError(f"{name}: {len(rows)} texts but {len(labels)} labels; give one label a text.")
+
+    def checked() -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(rows):
+            if len(row) != len(columns) or not all(isinstance(text, str) for text in row):
+                raise DataError(f"{name}: row {number} (from 0) is not {len(columns)} strings ({listed(columns)}).")
+            named: dict[str, Any] = dict(zip(columns, row, strict=True))
+            if labels is not None:
+                label: Any = labels[number]
+                named["label"] = label.item() if isinstance(label, np.generic) else label
+            yield named
+
+    label_column = None if labels is None else "label"
+    return _make_source(
+        memory_reader(name, checked()), None, columns, label_column, label_names, False, "refuse", classes
+    )
+
+
+def _make_source(
+    reader: Reader,
+    folder: Path | None,
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
+    label_names: Sequence[str] | None,
+    need_labels: bool,
+    unlabelled: str,
+    classes: Sequence[str],
+) -> RowSource:
+    if reader.n_rows == 0:
+        raise DataError(f"{reader.name} has no rows; expected at least one row of text.")
+    columns = reader.schema.names
+    if repeated := [column for column, count in Counter(columns).items() if count > 1]:
+        raise DataError(f"{reader.name} has more than one column {repeated[0]!r}; rename all but one.")
+    beside = read_beside(folder)
+    texts = find_text_columns(reader, text_columns, beside.get("text_columns"))
+    column = find_label_column(reader, label_column, texts)
+    if column is None:
+        if need_labels:
+            raise DataError(
+                f"{reader.name} has no label column among its columns {listed(columns)}; name it with --label-column."
+            )
+        labels = LabelColumn(None, reader.n_rows or sum(len(table) for table in reader.tables(0, [texts[0]])))
+    else:
+        labels = scan_labels(reader, column)
+    if labels.n_rows == 0:
+        raise DataError(f"{reader.name} has no rows below its header; expected at least one row of text.")
+    names = label_names if label_names is not None else _class_label_names(reader.schema, column)
+    if names is None and (names := beside.get("label_names")) and labels.kind == "a name":
+        names = names if {str(label).strip() for label in labels.first_rows} <= {*names, *NO_LABEL_NAMES} else None
+    check_labels(reader.name, labels, names, need_labels, unlabelled, classes)
+    drops = unlabelled == "drop" and labels.column is not None and labels.n_unlabelled > 0
+    kept = labelled_rows(reader, labels) if drops else None
+    return RowSource(reader, texts, labels, tuple(names) if names else None, kept)
+
+
+def _class_label_names(schema: pa.Schema, column: str | None) -> Sequence[str] | None:
+    """Read the names that ``datasets`` keeps in a schema's metadata."""
+    try:
+        feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
+        return list(feature["names"]) if feature["_type"] == "ClassLabel" else None
+    except (KeyError, TypeError, ValueError):
+        return None

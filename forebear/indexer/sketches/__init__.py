@@ -1,0 +1,1 @@
+"""Short codes of long gradients, and the candidates that they propose."""

@@ -1,0 +1,205 @@
+"""What a build does for each scope beyond the head: curvature, bases and reductions, fitted on a sample of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from forebear.indexer.curvature.damping import refuse_lost_damping
+from forebear.indexer.curvature.ekfac import Ekfac, KroneckerFactors, fit_ekfac, fit_factors, read_ekfac, write_ekfac
+from forebear.indexer.curvature.head import absolute_damping
+from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.scopes import Block, scope_blocks
+from forebear.indexer.sketches.projector import (
+    Projector,
+    WhiteProjector,
+    draw_bases,
+    read_plain_projector,
+    write_bases,
+)
+from forebear.indexer.sketches.sketch import (
+    MAP_NAME,
+    RawSketches,
+    Sketcher,
+    fit_reduction,
+    gradient_folder,
+    read_reduction,
+    write_reduction,
+)
+from forebear.indexer.storage.manifest import IndexSpec
+
+FIT_ROWS = 2048  # rows on which curvature and reductions are fitted
+BASIS_ROWS = 512  # rows for the leading directions, where no curvature is fitted
+BASES_NAME = "bases.arrow"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A seeded sample of training rows.
+
+    Attributes:
+        texts: One list a text column.
+        labels: Gold classes, ``(n,)``.
+    """
+
+    texts: list[list[str]]
+    labels: np.ndarray
+
+    def first(self, n: int) -> list[list[str]]:
+        """Texts of ``n`` of them."""
+        return [column[:n] for column in self.texts]
+
+
+def sample_rows(n_rows: int, seed: int) -> np.ndarray:
+    """Which of ``n_rows`` rows what is fitted is fitted on, ascending."""
+    return np.asarray(np.sort(np.random.default_rng(seed).permutation(n_rows)[:FIT_ROWS]))
+
+
+def curvature_name(scope: str) -> str:
+    """The file of a scope's EK-FAC."""
+    return f"curvature/{scope}/ekfac.arrow"
+
+
+def gradient_files(spec: IndexSpec, scope: str, checkpoint: str, *, last: bool) -> tuple[str, ...]:
+    """Files of a scope at a checkpoint that are not shards."""
+    names = [f"{gradient_folder(scope, checkpoint)}/{name}" for name in (BASES_NAME, MAP_NAME)]
+    if last and spec.whitened:
+        names.append(curvature_name(scope))
+        names += [f"{gradient_folder(scope, checkpoint, i)}/{MAP_NAME}" for i in range(len(spec.dampings))]
+    return tuple(names)
+
+
+def sketch_folders(spec: IndexSpec, scope: str, checkpoint: str, *, last: bool) -> dict[int | None, str]:
+    """Folders of a scope's shards at a checkpoint, by the number of the damping; None for plain gradients."""
+    numbers = (None, *(range(len(spec.dampings)) if last and spec.whitened else ()))
+    return {number: gradient_folder(scope, checkpoint, number) for number in numbers}
+
+
+def open_sketchers(
+    folder: Path, classifier: Classifier, spec: IndexSpec, scope: str, checkpoint: str, *, last: bool
+) -> dict[str, Sketcher]:
+    """Sketchers of a scope whose files are written, by the folder of their shards."""
+    return {
+        kind: open_sketcher(folder, classifier, spec, scope, checkpoint, number)
+        for number, kind in sketch_folders(spec, scope, checkpoint, last=last).items()
+    }
+
+
+def open_sketcher(
+    folder: Path, classifier: Classifier, spec: IndexSpec, scope: str, checkpoint: str, damping: int | None = None
+) -> Sketcher:
+    """The sketcher of gradients at a checkpoint, or of those whitened with the damping of this number."""
+    kind = gradient_folder(scope, checkpoint, damping)
+    projector = _open_projector(folder, classifier, spec, scope, checkpoint, damping)
+    return Sketcher(projector, read_reduction(folder / kind / MAP_NAME))
+
+
+def _open_projector(
+    folder: Path, classifier: Classifier, spec: IndexSpec, scope: str, checkpoint: str, damping: int | None
+) -> Projector:
+    """What makes raw sketches, of gradients or of whitened ones, once its file is written."""
+    dtype, device = classifier.head.weight.dtype, classifier.device
+    if damping is None:
+        bases = folder / gradient_folder(scope, checkpoint) / BASES_NAME
+        return read_plain_projector(bases, scope, device, dtype)
+    ekfac = read_ekfac(folder / curvature_name(scope)).to(device, dtype)
+    return WhiteProjector(scope, ekfac, absolute_damping(spec.dampings[damping], ekfac.mean_eigenvalue), spec.seed)
+
+
+def check_dampings(ekfac: Ekfac, classifier: Classifier, spec: IndexSpec, scope: str) -> None:
+    """Refuse dampings that are lost in rounding beside the scope's eigenvalues, before anything is made with them.
+
+    Raises:
+        InputError: One is.
+    """
+    for given in spec.dampings:
+        damping = absolute_damping(given, ekfac.mean_eigenvalue)
+        refuse_lost_damping(damping, ekfac.largest_eigenvalue, classifier.head.weight.dtype, scope)
+
+
+def fit_scope(
+    folder: Path,
+    classifier: Classifier,
+    spec: IndexSpec,
+    scope: str,
+    checkpoint: str,
+    sample: Callable[[], Sample],
+    *,
+    last: bool,
+    batch_tokens: int,
+    stage: Callable[[str, int], Callable[[int], None]],
+) -> None:
+    """Write what is missing of a scope's curvature, bases and reductions at a checkpoint.
+
+    Args:
+        folder: The index.
+        classifier: At the checkpoint.
+        spec: The index's choices.
+        scope: A sketched one.
+        checkpoint: Its name.
+        sample: Reads the sample of training rows.
+        last: Whether the checkpoint is the model that is explained: only it has curvature.
+        batch_tokens: Largest number of padded tokens in a batch.
+        stage: Announces a stage and its number of rows; what it returns is told how many more are done.
+    """
+    if all((folder / name).is_file() for name in gradient_files(spec, scope, checkpoint, last=last)):
+        return
+    rows = sample()
+    blocks = scope_blocks(classifier.model, classifier.head_name, scope, classifier.name, with_bias=spec.with_bias)
+    factors: KroneckerFactors | None = None
+
+    def fitted_factors(texts: Sequence[Sequence[str]]) -> KroneckerFactors:
+        on_rows = stage(f"directions {scope} {checkpoint}", len(texts[0]))
+        return fit_factors(classifier, scope, blocks, texts, seed=spec.seed, batch_tokens=batch_tokens, on_rows=on_rows)
+
+    if last and spec.whitened and not (folder / curvature_name(scope)).is_file():
+        factors = fitted_factors(rows.texts)
+        ekfac = fit_ekfac(
+            classifier, scope, blocks, rows.texts, seed=spec.seed, batch_tokens=batch_tokens, factors=factors,
+            on_rows=stage(f"curvature {scope}", len(rows.labels)),
+        )  # fmt: skip
+        write_ekfac(folder / curvature_name(scope), ekfac)
+    if last and spec.whitened:
+        check_dampings(read_ekfac(folder / curvature_name(scope)), classifier, spec, scope)
+    kind = gradient_folder(scope, checkpoint)
+    if not (folder / kind / BASES_NAME).is_file():
+        if factors is None and spec.sketch_basis != "random":  # a build resumed here takes the rows it would have taken
+            factors = fitted_factors(rows.texts if last and spec.whitened else rows.first(BASIS_ROWS))
+        bases = draw_bases(classifier, blocks, factors, spec.seed, spec.sketch_basis)
+        write_bases(folder / kind / BASES_NAME, blocks, bases)
+    _fit_reductions(folder, classifier, spec, scope, checkpoint, blocks, rows, batch_tokens, stage, last=last)
+
+
+def _fit_reductions(
+    folder: Path,
+    classifier: Classifier,
+    spec: IndexSpec,
+    scope: str,
+    checkpoint: str,
+    blocks: Sequence[Block],
+    rows: Sample,
+    batch_tokens: int,
+    stage: Callable[[str, int], Callable[[int], None]],
+    *,
+    last: bool,
+) -> None:
+    """Fit the second reduction of every representation of a scope, one pass for all of them."""
+    projectors = {
+        kind: _open_projector(folder, classifier, spec, scope, checkpoint, number)
+        for number, kind in sketch_folders(spec, scope, checkpoint, last=last).items()
+    }
+    n_rows = len(rows.labels)
+    collectors = {kind: RawSketches(p, n_rows, classifier.device) for kind, p in projectors.items()}
+    run_pass(
+        classifier, rows.texts, labels_seed(rows.labels), list(collectors.values()),
+        batch_tokens=batch_tokens, on_rows=stage(f"reduction {scope} {checkpoint}", n_rows),
+    )  # fmt: skip
+    for kind, projector in projectors.items():
+        bits = spec.white_bits if isinstance(projector, WhiteProjector) else spec.sketch_bits
+        raw = collectors.pop(kind).out
+        reduction = fit_reduction(raw, projector, width=spec.sketch_dim, bits=bits, seed=spec.seed)
+        write_reduction(folder / kind / MAP_NAME, reduction)

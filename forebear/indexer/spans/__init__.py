@@ -1,0 +1,1 @@
+"""Spans of a text: found, masked, and stored with their rows' gradients."""

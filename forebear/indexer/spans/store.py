@@ -1,0 +1,210 @@
+"""The store of spans: what each span of each training row adds to its gradient, one entry a span.
+
+    spans/00000.arrow                        row, text column, start and end of a shard's spans
+    spans/<checkpoint>/00000.arrow           feature and p - y of the row with the span masked
+    gradients/<scope>/<checkpoint>/spans/    sketches of g - g', like those of rows beside it; whitened likewise
+
+At the last checkpoint alone: the variants that ``tracin+`` and ``tracin++`` sum over are one small step away from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from forebear.errors import NonFiniteError
+from forebear.indexer.gradients.earlier_rows import DIGEST, EarlierSpans, copy_repeats, stored_digests
+from forebear.indexer.gradients.gradient_pass import MemoryWarning
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.encoding import Encoded, encode
+from forebear.indexer.model.forward import forward_of_features, residual_and_loss, run_forward
+from forebear.indexer.sketches.sketch import Sketcher, SketchRows, sketch_rows
+from forebear.indexer.spans.finders import MaskedSpans, Span, mask_spans
+from forebear.indexer.storage.arrow import RowMatrix, column, read_batches, record_batch, write_columns, write_table
+
+SPANS = "spans"
+_CUT = b"cut"
+
+
+def masked_folder(checkpoint: str) -> str:
+    """Where features and residuals of masked rows are kept."""
+    return f"{SPANS}/{checkpoint}"
+
+
+def span_gradients(kind: str) -> str:
+    """Where the sketches of spans are kept, beside those of whole rows in ``kind``."""
+    return f"{kind}/{SPANS}"
+
+
+@dataclass(frozen=True)
+class SpanStore:
+    """Every stored span, in the order of rows and places.
+
+    Attributes:
+        rows: Training row of each entry, ascending, ``(e,)`` int64.
+        columns: Text column of each.
+        starts: First character.
+        ends: One past the last.
+        features: f of the row with the span masked, ``(e, h)`` float32.
+        residuals: p - y of it, ``(e, c)`` float32.
+        n_cut: Spans that truncation cuts away, which have no entry.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    features: RowMatrix
+    residuals: RowMatrix
+    n_cut: int
+
+    def spans(self, entries: np.ndarray) -> list[Span]:
+        """Some of them."""
+        parts = (values[entries].tolist() for values in (self.columns, self.starts, self.ends))
+        return [Span(*ends) for ends in zip(*parts, strict=True)]
+
+    def entries_of(self, rows: np.ndarray) -> np.ndarray:
+        """Entries of some training rows, ascending."""
+        return np.flatnonzero(np.isin(self.rows, rows))
+
+
+def write_spans(
+    folder: Path,
+    fit_folder: Path,
+    name: str,
+    checkpoint: str,
+    classifier: Classifier,
+    sketchers: dict[str, Sketcher],
+    masked: MaskedSpans,
+    labels: np.ndarray,
+    earlier: EarlierSpans,
+    *,
+    first_row: int,
+    batch_tokens: int,
+    warn: MemoryWarning,
+) -> None:
+    """Write the entries of one shard's rows: sketches first, what lists the spans last.
+
+    Args:
+        folder: The index.
+        fit_folder: Below which sketches lie.
+        name: Of the shard's files.
+        checkpoint: The last one.
+        classifier: At it.
+        sketchers: By the folder of the rows' sketches.
+        masked: The spans.
+        labels: Gold classes of the rows, ``(n,)``.
+        earlier: Spans of the shards before it.
+        first_row: Number of the first of them.
+        batch_tokens: Largest number of padded tokens in a batch.
+        warn: Told when memory does not suffice for a batch.
+    """
+    gold = labels[masked.owners]
+    try:
+        features, logits, sketches = masked_pass(classifier, sketchers, masked.encoded, gold, batch_tokens, warn)
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"{classifier.name}: with a span masked, a gradient of a row between {first_row} and "
+            f"{first_row + len(labels) - 1} is NaN or infinite. Check the model."
+        ) from error
+    shard, encoded = int(Path(name).stem), masked.encoded
+    earlier.add(encoded.digests, encoded.others.digests, gold)
+    write_span_sketches(fit_folder, name, sketches, sketchers, earlier.differences.repeats(shard))
+    where = folder / masked_folder(checkpoint)
+    positions, places = earlier.masked.repeats(shard)
+    if len(positions):
+        copy_repeats(where, {"feature": features}, positions, places)
+        logits[positions] = forward_of_features(classifier, features[positions]).logits
+    residuals = residual_and_loss(logits, gold)[0].astype(np.float32)
+    copy_repeats(where, {"residual": residuals}, *earlier.labelled.repeats(shard))
+    write_columns(where / name, {"feature": features, "residual": residuals})
+    ends = np.array([(s.column, s.start, s.end) for s in masked.spans], np.int32).reshape(-1, 3)
+    columns = {"row": first_row + masked.owners.astype(np.int64)}
+    columns |= {part: np.ascontiguousarray(ends[:, i]) for i, part in enumerate(("column", "start", "end"))}
+    columns[DIGEST] = encoded.others.digests
+    batch = record_batch(columns).replace_schema_metadata({_CUT: str(len(masked.cut)).encode()})
+    write_table(folder / SPANS / name, [batch], batch.schema)
+
+
+def write_span_sketches(
+    fit_folder: Path,
+    name: str,
+    sketches: dict[str, SketchRows],
+    sketchers: dict[str, Sketcher],
+    repeats: tuple[np.ndarray, np.ndarray] | None = None,
+) -> None:
+    """Write the sketches of one shard's spans, beside those of its rows; ``repeats`` of an earlier shard's are its."""
+    for kind, found in sketches.items():
+        columns = found.columns(sketchers[kind].reduction)
+        if repeats is not None:
+            copy_repeats(fit_folder / span_gradients(kind), columns, *repeats)
+        write_columns(fit_folder / span_gradients(kind) / name, columns)
+
+
+def note_spans(earlier: EarlierSpans, folder: Path, shard: int, classifier: Classifier) -> None:
+    """Add the stored spans of the next shard to those of the shards before it.
+
+    Args:
+        earlier: Spans of the shards before it.
+        folder: The index.
+        shard: Its number.
+        classifier: At the last checkpoint.
+    """
+    listed, rows = (read_batches(folder / kind / f"{shard:05d}.arrow")[0] for kind in (SPANS, "rows"))
+    of = column(listed, "row") - column(rows, "row")[0]
+    read = stored_digests(rows, partial(encode, classifier), rows)
+    earlier.add(read[of], masked_digests(listed, rows, classifier), column(rows, "label")[of])
+
+
+def masked_digests(listed: pa.RecordBatch, rows: pa.RecordBatch, classifier: Classifier) -> np.ndarray:
+    """What the model reads of a shard's masked rows, ``(e, 2)``; masked again where an older version did not keep it.
+
+    Args:
+        listed: The shard's spans.
+        rows: The shard's rows.
+        classifier: At the last checkpoint.
+    """
+    if DIGEST in listed.schema.names:
+        return column(listed, DIGEST)
+    at = (column(listed, "row") - column(rows, "row")[0]).tolist()
+    names = [name for name in rows.schema.names if name.startswith("text_")]
+    texts = [[texts[i] for i in at] for texts in (rows.column(name).to_pylist() for name in names)]
+    ends = (column(listed, part).tolist() for part in ("column", "start", "end"))
+    encoded, _ = mask_spans(classifier, texts, [Span(*of) for of in zip(*ends, strict=True)])
+    return encoded.others.digests
+
+
+def masked_pass(
+    classifier: Classifier,
+    sketchers: dict[str, Sketcher],
+    encoded: Encoded,
+    gold: np.ndarray,
+    batch_tokens: int,
+    warn: MemoryWarning | None = None,
+) -> tuple[np.ndarray, np.ndarray, dict[str, SketchRows]]:
+    """Features and logits of the masked rows; sketches of the differences, by the folder of the rows' sketches."""
+    if not sketchers:
+        forward = run_forward(classifier, encoded.others, batch_tokens=batch_tokens)
+        return forward.features, forward.logits, {}
+    sketches, both = sketch_rows(
+        classifier, list(sketchers.values()), encoded, gold, batch_tokens=batch_tokens, warn=warn
+    )
+    n = len(encoded)
+    return both.features[n:], both.logits[n:], dict(zip(sketchers, sketches, strict=True))
+
+
+def read_spans(listed: list[pa.RecordBatch], masked: list[pa.RecordBatch]) -> SpanStore:
+    """Memory-map what :func:`write_spans` wrote, of all shards."""
+    row, of, start, end = (
+        np.concatenate([column(b, part) for b in listed]) for part in ("row", "column", "start", "end")
+    )
+    return SpanStore(
+        rows=row, columns=of, starts=start, ends=end,
+        features=RowMatrix([column(b, "feature") for b in masked]),
+        residuals=RowMatrix([column(b, "residual") for b in masked]),
+        n_cut=sum(int(b.schema.metadata[_CUT]) for b in listed),
+    )  # fmt: skip

@@ -1,0 +1,255 @@
+"""An index folder under change: what may be replaced, what an interrupted change left, how it is resumed.
+
+The journal (``build.json``) says what the files that are not in the manifest yet belong to.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forebear.errors import CorruptIndexError, MismatchError, OutputExistsError, StorageError
+from forebear.indexer.sketches.fitting import BASES_NAME, curvature_name
+from forebear.indexer.sketches.sketch import gradient_folder
+from forebear.indexer.storage.arrow import TEMPORARY_SUFFIX, write_bytes
+from forebear.indexer.storage.locks import LOCK_NAME
+from forebear.indexer.storage.manifest import JOURNAL_NAME, MANIFEST_NAME, IndexSpec, Manifest, canonical_json
+
+SUBFOLDERS = (
+    "rows", "features", "gradients", "sentence", "words", "tokens", "spans", "curvature", "refit", "ann", "retired"
+)  # fmt: skip
+
+
+def check_target(folder: Path, *, resume: bool, force: bool) -> None:
+    """Refuse to overwrite; a folder that is no index is never cleared, not even by force."""
+    has_index = _mentions(folder / MANIFEST_NAME, b'"spec_digest"')
+    unfinished = _mentions(folder / JOURNAL_NAME, b'"checkpoint_sha256"')
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(f"{folder} is a file. Give a folder for the index.")
+    if has_index or unfinished:
+        if not (resume or force):
+            what = "an index" if has_index else "an unfinished build"
+            raise OutputExistsError(f"{folder} holds {what}. Use --resume to go on with it, or --force to replace it.")
+    elif folder.is_dir() and any(
+        path.suffix != TEMPORARY_SUFFIX and path.name != LOCK_NAME for path in folder.iterdir()
+    ):
+        raise OutputExistsError(f"{folder} holds other files and no index: it is left alone. Give another --out.")
+
+
+def _mentions(path: Path, key: bytes) -> bool:
+    """Whether a file is ours, be it damaged: others have a manifest.json too."""
+    return path.is_file() and key in path.read_bytes()
+
+
+def clear(folder: Path) -> None:
+    """Remove an index's own files but for the journal, the manifest first.
+
+    Raises:
+        StorageError: One of them cannot be removed.
+    """
+    try:
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        for name in SUBFOLDERS:
+            if (folder / name).exists():
+                shutil.rmtree(folder / name)
+    except OSError as error:
+        raise StorageError(
+            f"cannot remove {error.filename or folder} of the index that is replaced: {error.strerror or error}. "
+            "Make it writable and go on with the same command and --resume."
+        ) from error
+
+
+def tidy(folder: Path, manifest: Manifest) -> None:
+    """Remove what the manifest does not list from the index's own subfolders, then the journal."""
+    for sub in SUBFOLDERS:
+        for path in sorted((folder / sub).rglob("*"), reverse=True):  # what is in a folder comes before it
+            if path.is_dir():
+                with suppress(OSError):  # not empty
+                    path.rmdir()
+            elif path.relative_to(folder).as_posix() not in manifest.files:
+                path.unlink()
+        with suppress(OSError):
+            (folder / sub).rmdir()
+    for name in (MANIFEST_NAME, JOURNAL_NAME):
+        (folder / (name + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
+    (folder / JOURNAL_NAME).unlink(missing_ok=True)
+
+
+def later_choices(folder: Path, begun: dict[str, Any], checkpoints: list[str] | None) -> tuple[str, ...]:
+    """Choices of stages that an interrupted build has not come to yet, which it may change when it is resumed.
+
+    Beyond the head dampings decide what is fitted and sketched: they may change until the first basis is drawn.
+    """
+    later = ("rep_refit", "ann", "dampings")
+    if begun["curvature"] == "none" or not checkpoints:
+        return later
+    folders = [folder / gradient_folder(scope, checkpoints[-1]) for scope in begun["scopes"]]
+    drawn = any((path / BASES_NAME).is_file() for path in folders)
+    return later[:2] if drawn else (*later, "curvature", "white_bits")
+
+
+def comparable(spec: dict[str, Any], but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A spec without the thread count, which a resumed build takes over from the journal, and without ``but``."""
+    return {key: value for key, value in spec.items() if key not in ("n_threads", *but)}
+
+
+@contextmanager
+def as_begun(n_threads: int) -> Iterator[None]:
+    """Run with the thread count that the change was begun with: last bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def same_or_refuse(found: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
+    """Refuse to resume with another choice, naming the first that differs with both values."""
+    for key, value in json.loads(canonical_json(asked)).items():
+        before = json.loads(canonical_json(found)).get(key)
+        if before != value:
+            raise MismatchError(
+                f"{folder} was begun with {key}={before}; this command asks for {key}={value}. "
+                "Resume with the same choices, or start over with --force."
+            )
+
+
+def read_journal(folder: Path) -> dict[str, Any] | None:
+    """What change is under way; None: none is.
+
+    Raises:
+        CorruptIndexError: The journal is damaged.
+    """
+    path = folder / JOURNAL_NAME
+    try:
+        found = json.loads(path.read_bytes())
+        if not {"kind", "spec"} <= found.keys():
+            raise ValueError("it names no change")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise CorruptIndexError(f"{path} is damaged ({error}). Start over with --force.") from error
+    return dict(found)
+
+
+def is_in_force(journal: dict[str, Any], manifest: Manifest) -> bool:
+    """Whether the change of a journal was killed when its manifest was already written."""
+    if journal["kind"] == "build":
+        return not journal.get("replaces")
+    return bool(journal.get("onto") != manifest.digest())
+
+
+def was_done(folder: Path, manifest: Manifest, change: dict[str, Any]) -> bool:
+    """Whether this very change was killed when its manifest was already written; what it left is tidied up then.
+
+    Args:
+        folder: The index.
+        manifest: In force.
+        change: Its ``kind`` and what decides it.
+    """
+    try:
+        journal = read_journal(folder)
+    except CorruptIndexError:  # for who goes on, or discards it
+        return False
+    if journal is None or not is_in_force(journal, manifest):
+        return False
+    try:
+        check_change(folder, journal, change, goes_on=True)
+    except (OutputExistsError, MismatchError):
+        return False
+    tidy(folder, manifest)
+    return True
+
+
+def unfinished(folder: Path, manifest: Manifest | None, *, discard: bool = False) -> dict[str, Any] | None:
+    """What change is under way, after one that is in force but left its journal was tidied up.
+
+    Args:
+        folder: The index.
+        manifest: In force; None before the first one.
+        discard: Remove what an unfinished change left, too.
+
+    Raises:
+        CorruptIndexError: The journal is damaged, and not to be discarded.
+    """
+    try:
+        journal = read_journal(folder)
+    except CorruptIndexError:
+        if not discard:
+            raise
+    if manifest is not None and (discard or (journal is not None and is_in_force(journal, manifest))):
+        tidy(folder, manifest)
+        return None
+    return journal
+
+
+def check_change(folder: Path, journal: dict[str, Any] | None, change: dict[str, Any], *, goes_on: bool) -> None:
+    """Refuse a change while another is unfinished, or while the same is and it is not to go on.
+
+    Args:
+        folder: The index.
+        journal: Of the unfinished change.
+        change: Its ``kind`` and what decides it.
+        goes_on: Whether a change like the journal's is taken up where it was.
+
+    Raises:
+        OutputExistsError: Another change, or the same, is unfinished.
+        MismatchError: It was begun with other rows.
+    """
+    if journal is None:
+        return
+    if journal["kind"] != change["kind"] or not goes_on:
+        kind = journal["kind"]
+        raise OutputExistsError(
+            f"{folder} has an unfinished {kind}. Go on with it by the same command and --resume, or discard what it "
+            "left with --force."
+        )
+    for key, value in change.items():
+        if isinstance(value, dict):
+            same_or_refuse(journal.get(key) or {}, value, folder)
+        else:
+            same_or_refuse({key: journal.get(key)}, {key: value}, folder)
+
+
+def begin_change(folder: Path, manifest: Manifest, change: dict[str, Any], journal: dict[str, Any] | None) -> None:
+    """Write the journal of a change to an index, unless the change goes on."""
+    if journal is None:
+        tidy(folder, manifest)
+        _write_journal(folder, change | {"onto": manifest.digest()}, manifest.spec)
+
+
+def begin_build(folder: Path, build: dict[str, Any], spec: IndexSpec, *, replaces: bool) -> IndexSpec:
+    """Write the journal of a build, or check that the one there is the same; returns the spec to go on with.
+
+    Args:
+        folder: The index.
+        build: Its ``kind`` and what decides it, but for the spec.
+        spec: Of the build.
+        replaces: Whether an index or a build that is there gives way. The journal says so until it has, so that a build
+            that was killed before is resumed as well.
+    """
+    journal = None if replaces else read_journal(folder)
+    if journal is not None:
+        check_change(folder, journal, build, goes_on=True)
+        later = later_choices(folder, journal["spec"], journal.get("checkpoints"))
+        same_or_refuse(comparable(journal["spec"], later), comparable(asdict(spec), later), folder)
+        spec = replace(spec, n_threads=journal["spec"]["n_threads"])
+        for scope in () if spec.whitened else spec.sketched_scopes:
+            (folder / curvature_name(scope)).unlink(missing_ok=True)
+    if replaces or (journal is not None and journal.get("replaces")):
+        _write_journal(folder, build | {"replaces": True}, spec)
+        clear(folder)
+    _write_journal(folder, build, spec)  # of a build that goes on: later choices may be others
+    return spec
+
+
+def _write_journal(folder: Path, change: dict[str, Any], spec: IndexSpec) -> None:
+    write_bytes(folder / JOURNAL_NAME, canonical_json(change | {"spec": asdict(spec)}))

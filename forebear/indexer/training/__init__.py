@@ -1,0 +1,1 @@
+"""Fine-tuning a classifier, and the folder that a training run leaves."""

@@ -1,0 +1,258 @@
+"""Training runs on disk (``run.json``), and which checkpoints of what to index."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from forebear.errors import DataError, InputError
+from forebear.indexer.model.pretrained import stored_class_names, trainer_checkpoints, trainer_rates
+from forebear.indexer.rows.row_source import RowSource
+from forebear.indexer.storage.arrow import write_bytes
+from forebear.indexer.storage.manifest import Checkpoint
+
+RUN_NAME = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCheckpoint:
+    """One saved checkpoint.
+
+    Attributes:
+        name: For example ``epoch-1``.
+        path: Folder, relative to the run's.
+        step: Optimiser steps taken.
+        eta: Mean learning rate over the steps since the previous checkpoint (METHODS.md, section 2).
+        train_loss: Mean training loss since the previous checkpoint.
+        accuracy: On the development rows, if any were given.
+    """
+
+    name: str
+    path: str
+    step: int
+    eta: float
+    train_loss: float
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What ``forebear train`` did, enough to index it and to do it again."""
+
+    base_model: str
+    data: str
+    data_sha256: str
+    text_columns: tuple[str, ...]
+    label_names: tuple[str, ...]
+    label_mode: str | None
+    max_length: int
+    settings: dict[str, Any]
+    checkpoints: tuple[RunCheckpoint, ...]
+    libraries: dict[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write ``run.json`` atomically."""
+        write_bytes(
+            folder / RUN_NAME, json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        )
+
+
+def read_run(folder: Path) -> Run | None:
+    """The run in a folder; None when there is none.
+
+    Raises:
+        DataError: ``run.json`` is damaged.
+    """
+    path = folder / RUN_NAME
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["checkpoints"] = tuple(RunCheckpoint(**c) for c in content["checkpoints"])
+        for name in ("text_columns", "label_names"):
+            content[name] = tuple(content[name])
+        return Run(**content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is damaged ({error}). Train again, or give the checkpoints by --checkpoints."
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPath:
+    """A checkpoint to index: its name, where it lies, its eta."""
+
+    name: str
+    path: str
+    eta: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice:
+    """Checkpoints in training order (the last one is explained), and what the run recorded about its data.
+
+    Attributes:
+        checkpoints: In training order.
+        label_mode: The run's; None without a run, as the rest.
+        text_columns: Names of the run's columns of text.
+        max_length: Longest input in word pieces.
+        run: What ``run.json`` says.
+        remark: One line for the user on where eta comes from, if neither he nor a run gives it; else None.
+    """
+
+    checkpoints: tuple[CheckpointPath, ...]
+    label_mode: str | None = None
+    text_columns: tuple[str, ...] | None = None
+    max_length: int | None = None
+    run: Run | None = None
+    remark: str | None = None
+
+    def class_names(self) -> tuple[str, ...]:
+        """The model's class names, as the run or its own files say; none where they cannot be read."""
+        return self.run.label_names if self.run is not None else stored_class_names(self.checkpoints[-1].path)
+
+    def data_remark(self, source: RowSource) -> str | None:
+        """One line if rows are not those that the run was trained on, by their digest; None if they are, or no run is.
+
+        Passes over the rows once.
+        """
+        if self.run is None:
+            return None
+        n_rows = self.run.settings.get("n_rows")
+        sha256 = source.sha256()
+        if sha256 == self.run.data_sha256:
+            return None
+        trained_on = f"{self.run.data} ({n_rows:,} rows, " if isinstance(n_rows, int) else f"{self.run.data} ("
+        return (
+            f"{source.name} ({source.n_rows:,} rows, sha256 {sha256[:12]}) is not what the run was trained on, "
+            f"{trained_on}sha256 {self.run.data_sha256[:12]}); the model may not have seen these rows"
+        )
+
+
+def choose_model(model: str | None, checkpoints: Sequence[str] = (), etas: Sequence[float] = ()) -> ModelChoice:
+    """Resolve ``--model``, ``--checkpoints`` and ``--eta``.
+
+    Args:
+        model: A run folder, a model folder or a hub name; may be None when checkpoints are paths.
+        checkpoints: Empty (last one only), ``all`` (of a run, or of a Trainer's output folder), names of the run's
+            checkpoints, or model folders.
+        etas: One weight a checkpoint; default the run's record, else the mean rates that a Trainer logged, else 1.
+
+    Raises:
+        InputError: They do not fit together.
+    """
+    run = read_run(Path(model)) if model is not None else None
+    if run is not None:
+        assert model is not None
+        found = _of_run(run, Path(model), list(checkpoints))
+    elif not checkpoints:
+        if model is None:
+            raise InputError("no model given. Name one by --model, or its checkpoints by --checkpoints.")
+        found = [CheckpointPath(name="final", path=model, eta=1.0)]
+    elif list(checkpoints) == ["all"] and model is not None and (folders := trainer_checkpoints(Path(model))):
+        found = [CheckpointPath(name=path.name, path=str(path), eta=1.0) for path in folders]
+    elif list(checkpoints) == ["all"]:
+        raise InputError(
+            f"--checkpoints all needs a run folder (with {RUN_NAME}) or the output folder of a Trainer (with "
+            f"checkpoint-N folders); {model} is none. List the checkpoint folders."
+        )
+    else:
+        if model is not None and (missing := [path for path in checkpoints if not Path(path).exists()]):
+            raise InputError(
+                f"there is no checkpoint folder {missing[0]}; names of checkpoints need a run folder as --model (with "
+                f"{RUN_NAME}), and {model} is none. Give the folders themselves."
+            )
+        found = [CheckpointPath(name=f"checkpoint-{i + 1}", path=path, eta=1.0) for i, path in enumerate(checkpoints)]
+        if model is not None and Path(model).resolve() != Path(checkpoints[-1]).resolve():
+            found.append(CheckpointPath(name="final", path=model, eta=1.0))
+    remark = None
+    if run is None and len(found) > 1 and not etas:
+        found, remark = _with_logged_rates(found)
+    if etas:
+        if len(etas) != len(found):
+            raise InputError(
+                f"--eta has {len(etas)} value(s) for {len(found)} checkpoint(s): give one each, in the same order."
+            )
+        if not all(0 < eta < float("inf") for eta in etas):
+            raise InputError(f"--eta {' '.join(map(str, etas))}: expected positive numbers.")
+        found = [CheckpointPath(name=c.name, path=c.path, eta=eta) for c, eta in zip(found, etas, strict=True)]
+    if run is None:
+        return ModelChoice(checkpoints=tuple(found), remark=remark)
+    return ModelChoice(
+        checkpoints=tuple(found),
+        label_mode=run.label_mode,
+        text_columns=run.text_columns,
+        max_length=run.max_length,
+        run=run,
+    )
+
+
+def _with_logged_rates(checkpoints: list[CheckpointPath]) -> tuple[list[CheckpointPath], str]:
+    """Eta as transformers' Trainer logged its learning rates, else 1; and a line that says which."""
+    rates = trainer_rates([Path(c.path) for c in checkpoints])
+    if rates is None:
+        return checkpoints, (
+            f"the learning rates of the {len(checkpoints)} checkpoints are not known: each gets eta 1, so that TracIn "
+            "weighs them alike. Give the mean rate up to each by --eta"
+        )
+    listed = " ".join(f"{rate:.3g}" for rate in rates)
+    remark = f"eta {listed}: the mean learning rates that trainer_state.json logs; to choose others, give --eta"
+    return [replace(c, eta=rate) for c, rate in zip(checkpoints, rates, strict=True)], remark
+
+
+def _of_run(run: Run, folder: Path, wanted: list[str]) -> list[CheckpointPath]:
+    """Checkpoints of a run: the last, all, or those named (by name or path)."""
+    known = [CheckpointPath(name=c.name, path=str(folder / c.path), eta=c.eta) for c in run.checkpoints]
+    if not wanted:
+        return known[-1:]
+    if wanted == ["all"]:
+        return known
+    picked = []
+    for name in wanted:
+        match = [c for c in known if name == c.name or Path(name).resolve() == Path(c.path).resolve()]
+        if not match:
+            raise InputError(
+                f"checkpoint {name} is not in {folder / RUN_NAME}, which has {', '.join(c.name for c in known)}."
+            )
+        picked += match
+    return picked
+
+
+def path_from(folder: Path, name: str) -> str:
+    """How an index in ``folder`` remembers a model: a path given as relative becomes relative to the index."""
+    if Path(name).is_absolute() or not Path(name).exists():  # the latter is a hub name
+        return name
+    return os.path.relpath(Path(name).resolve(), folder.resolve())
+
+
+def path_to(folder: Path, remembered: str) -> str:
+    """Where a model is that an index in ``folder`` remembers, from any working folder."""
+    beside = folder / remembered
+    return str(beside) if beside.exists() else remembered
+
+
+def moved_paths(model: str | None, checkpoints: Sequence[Checkpoint], folder: Path) -> list[str]:
+    """Where the checkpoints of an index are now.
+
+    Args:
+        model: A run folder (its checkpoints are matched by name), or the last checkpoint's folder; None: not moved.
+        checkpoints: As the index lists them.
+        folder: The index.
+
+    Raises:
+        InputError: The run lacks one of the checkpoints.
+    """
+    paths = [path_to(folder, c.path) for c in checkpoints]
+    run = None if model is None else read_run(Path(model))
+    if run is None:
+        return paths if model is None else [*paths[:-1], model]
+    assert model is not None
+    found = {c.name: str(Path(model) / c.path) for c in run.checkpoints}
+    missing = [c.name for c in checkpoints if c.name not in found]
+    if missing:
+        raise InputError(f"{model} has no checkpoint {missing[0]}, which the index holds; it has {', '.join(found)}.")
+    return [found[c.name] for c in checkpoints]

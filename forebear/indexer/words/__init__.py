@@ -1,0 +1,1 @@
+"""Gradients with respect to word embeddings, and the store that lists them by word."""

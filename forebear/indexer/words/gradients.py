@@ -1,0 +1,263 @@
+"""Word gradients: dL/dE_w of a row for each token id w in it, the sum of the gradients at the positions that hold w.
+
+They are caught at the output of the word embeddings in the same pass as everything else. Either all positions count
+(Yeh22, eq. 4), or for each row the k whose gradients are longest (eq. 6); kept positions of one token are summed after
+that. Token ids, not strings, tell words apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from forebear.indexer.gradients.gradient_pass import RowCollector, labels_seed, refuse_non_finite, run_pass
+from forebear.indexer.gradients.tape import EmbeddingFactors, LayerFactors
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.encoding import encode
+from forebear.indexer.model.forward import Forward
+from forebear.indexer.model.scopes import Block, embedding_block
+
+PRECISIONS = ("fp16", "int8", "fp32")
+_CODES = {"fp16": np.float16, "int8": np.int8, "fp32": np.float32}
+_INT8_STEPS = 127
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Vectors as they are stored: what is read back is ``codes * scales[:, None]``, whose length is ``norms``.
+
+    Attributes:
+        codes: Directions, ``(m, e)``: rounded unit vectors in fp16 or fp32, or int8 steps of their largest entry.
+        scales: ``(m,)`` float32.
+        norms: Exact lengths, ``(m,)`` float32.
+        errors: Length of what rounding changes, as a share of ``norms``, ``(m,)`` float32.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    norms: np.ndarray
+    errors: np.ndarray
+
+
+def encode_vectors(vectors: np.ndarray, precision: str) -> Coded:
+    """Store vectors ``(m, e)`` as directions and lengths; rounding never changes a length."""
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    positive = norms > 0
+    unit = np.divide(vectors, norms[:, None], out=np.zeros(vectors.shape), where=positive[:, None])
+    if precision == "int8":
+        largest = np.abs(unit).max(axis=1, initial=0.0, keepdims=True)
+        steps = np.divide(unit * _INT8_STEPS, largest, out=np.zeros_like(unit), where=largest > 0)
+        codes = np.rint(steps).astype(np.int8)
+    else:
+        codes = unit.astype(_CODES[precision])
+    lengths = np.linalg.norm(codes.astype(np.float64), axis=1)
+    back = np.divide(1.0, lengths, out=np.zeros_like(norms), where=lengths > 0)
+    errors = np.linalg.norm(codes * back[:, None] - unit, axis=1)
+    return Coded(codes, *(values.astype(np.float32) for values in (norms * back, norms, errors)))
+
+
+@dataclass(frozen=True)
+class WordRows:
+    """Word gradients of ``n`` rows, row by row; tokens ascend within a row.
+
+    Attributes:
+        starts: Where each row's words begin, and one past the last, ``(n + 1,)`` int64.
+        tokens: Token ids, ``(m,)`` int64.
+        vectors: dL/dE_w, ``(m, e)``, or None where they were encoded.
+        coded: The same as stored, or None.
+    """
+
+    starts: np.ndarray
+    tokens: np.ndarray
+    vectors: np.ndarray | None = None
+    coded: Coded | None = None
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Row of each word, ``(m,)`` int64, from 0."""
+        return np.repeat(np.arange(len(self)), np.diff(self.starts))
+
+    def only(self, keep: np.ndarray) -> WordRows:
+        """The same with some of the words, by a mask ``(m,)``; needs ``vectors``."""
+        assert self.vectors is not None
+        counts = np.bincount(self.rows[keep], minlength=len(self))
+        return WordRows(offsets(counts), self.tokens[keep], self.vectors[keep])
+
+    def take(self, which: np.ndarray) -> WordRows:
+        """Some of the rows, in the order given; needs ``vectors``."""
+        assert self.vectors is not None
+        starts, at = stretches(self.starts, which)
+        return WordRows(starts, self.tokens[at], self.vectors[at])
+
+
+def offsets(counts: np.ndarray) -> np.ndarray:
+    """Where each of some consecutive stretches begins, and one past the last, ``(n + 1,)`` int64."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def stretches(starts: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Some of the stretches that begin at ``starts``, side by side: where each begins now, and its members."""
+    counts = starts[which + 1] - starts[which]
+    now = offsets(counts)
+    return now, np.arange(now[-1]) + np.repeat(starts[which] - now[:-1], counts)
+
+
+class WordGradients(RowCollector):
+    """Gathers word gradients: of all positions (``top`` 0), or of each row's ``top`` longest."""
+
+    def __init__(self, classifier: Classifier, top: int, n_rows: int, precision: str | None) -> None:
+        """Prepare.
+
+        Args:
+            classifier: Whose gradients.
+            top: Positions kept a row; 0 for all.
+            n_rows: Rows of the pass.
+            precision: As they are to be stored; None keeps the vectors themselves.
+        """
+        self.scope = "embedding"
+        self.blocks: tuple[Block, ...] = (embedding_block(classifier.model, classifier.name),)
+        self._name, self._top, self._precision = classifier.name, top, precision
+        self._n_tokens = self.blocks[0].n_in
+        self._counts = np.zeros(n_rows, np.int64)
+        self._squares = np.zeros(n_rows)
+        self._places: list[tuple[list[int], np.ndarray]] = []  # rows of a batch, and how many words each has
+        self._tokens: list[np.ndarray] = []
+        self._vectors: list[np.ndarray] = []
+        self._coded: list[Coded] = []
+        self._copies: list[tuple[int, int]] = []  # rows that share another's words, after it
+        self._batch: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._encoded: Coded | None = None  # of the batch
+
+    def begin(self, positions: list[int]) -> None:
+        """See :class:`~forebear.indexer.gradients.gradient_pass.Collector`."""
+        self._batch = None
+
+    def on_layer(self, name: str, factors: LayerFactors) -> None:
+        """See :class:`~forebear.indexer.gradients.gradient_pass.Collector`."""
+        assert isinstance(factors, EmbeddingFactors)
+        kept = factors.ids >= 0
+        if self._top:
+            kept &= longest(factors.deltas, kept, self._top)
+        row, _ = kept.nonzero(as_tuple=True)
+        keys, inverse = torch.unique(row * self._n_tokens + factors.ids[kept], return_inverse=True)
+        vectors = factors.deltas.new_zeros((len(keys), factors.deltas.shape[2]))
+        vectors.index_add_(0, inverse, factors.deltas[kept])
+        rows, tokens = np.divmod(keys.cpu().numpy(), self._n_tokens)
+        self._batch = (rows, tokens, vectors.cpu().numpy())
+
+    def end(self, positions: list[int]) -> None:
+        """See :class:`~forebear.indexer.gradients.gradient_pass.Collector`."""
+        assert self._batch is not None
+        rows, _, vectors = self._batch
+        self._sizes = np.bincount(rows, minlength=len(positions))
+        self._lengths = np.bincount(rows, (vectors.astype(np.float64) ** 2).sum(axis=1), minlength=len(positions))
+        self._encoded = None if self._precision is None else encode_vectors(vectors, self._precision)
+
+    def keep(self, positions: list[int]) -> None:
+        """See :class:`~forebear.indexer.gradients.gradient_pass.Collector`."""
+        assert self._batch is not None
+        _, tokens, vectors = self._batch
+        self._counts[positions], self._squares[positions] = self._sizes, self._lengths
+        self._places.append((positions, self._sizes))
+        self._tokens.append(tokens)
+        if self._encoded is None:
+            self._vectors.append(vectors)
+        else:
+            self._coded.append(self._encoded)
+        self._batch = self._encoded = None
+
+    def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
+        """See :class:`~forebear.indexer.gradients.gradient_pass.RowCollector`."""
+        self._counts[copies], self._squares[copies] = self._counts[sources], self._squares[sources]
+        self._copies = list(zip(sources.tolist(), copies.tolist(), strict=True))
+
+    def rows(self, first_row: int = 0) -> WordRows:
+        """All of them, after the pass.
+
+        Raises:
+            NonFiniteError: A gradient is NaN or infinite; the row is named.
+        """
+        refuse_non_finite(self._name, first_row, self._squares)
+        starts = offsets(self._counts)
+        order = np.empty(starts[-1], np.int64)  # where each word of the result stands among those gathered
+        at = 0
+        for positions, counts in self._places:
+            for position, count in zip(positions, counts, strict=True):
+                order[starts[position] : starts[position] + count] = np.arange(at, at + count)
+                at += count
+        for source, copy in self._copies:
+            order[starts[copy] : starts[copy + 1]] = order[starts[source] : starts[source + 1]]
+        tokens = np.concatenate(self._tokens)[order]
+        if self._precision is None:
+            return WordRows(starts, tokens, vectors=np.concatenate(self._vectors)[order])
+        names = ("codes", "scales", "norms", "errors")
+        coded = Coded(*(np.concatenate([getattr(part, name) for part in self._coded])[order] for name in names))
+        return WordRows(starts, tokens, coded=coded)
+
+
+def longest(deltas: torch.Tensor, kept: torch.Tensor, top: int) -> torch.Tensor:
+    """Mask ``(b, t)`` of the ``top`` kept positions of each row with the longest gradients; ties go to the first."""
+    norms = torch.linalg.vector_norm(deltas, dim=2).masked_fill(~kept, -1.0)
+    best = torch.sort(norms, dim=1, descending=True, stable=True).indices[:, :top]
+    chosen: torch.Tensor = torch.zeros_like(kept).scatter_(1, best, True) & kept
+    return chosen
+
+
+def word_gradients(
+    classifier: Classifier,
+    texts: Sequence[Sequence[str]],
+    labels: np.ndarray,
+    tops: Iterable[int],
+    *,
+    batch_tokens: int,
+    first_row: int = 0,
+    on_rows: Callable[[int], None] | None = None,
+) -> tuple[dict[int, WordRows], Forward]:
+    """Word gradients of the losses of rows of text, as vectors; one pass for all of ``tops``.
+
+    Args:
+        classifier: Whose gradients.
+        texts: One list a text column.
+        labels: Class whose loss is differentiated, ``(n,)``.
+        tops: Positions kept a row; 0 for all.
+        batch_tokens: Largest number of padded tokens in a batch.
+        first_row: Row number of the first text, for messages.
+        on_rows: Told the number of rows after each batch.
+
+    Returns:
+        Words by ``top``; features and logits from the same pass.
+
+    Raises:
+        NonFiniteError: A gradient is NaN or infinite; the row is named.
+    """
+    collectors = {top: WordGradients(classifier, top, len(labels), None) for top in tops}
+    forward = run_pass(
+        classifier, texts, labels_seed(labels), list(collectors.values()),
+        batch_tokens=batch_tokens, first_row=first_row, on_rows=on_rows,
+    )  # fmt: skip
+    return {top: collector.rows(first_row) for top, collector in collectors.items()}, forward
+
+
+def count_tokens(classifier: Classifier, texts: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How often each token occurs in each row, special tokens left out.
+
+    Args:
+        classifier: Whose tokenizer.
+        texts: One list a text column.
+
+    Returns:
+        ``(starts, tokens, counts)``, row by row: ``(n + 1,)``, ``(m,)`` and ``(m,)``; tokens ascend within a row.
+    """
+    special = np.array(sorted(classifier.tokenizer.all_special_ids))
+    found = []
+    for row in encode(classifier, texts):
+        ids = np.array(row["input_ids"], dtype=np.int64)
+        found.append(np.unique(ids[~np.isin(ids, special)], return_counts=True))
+    tokens, counts = (np.concatenate([np.empty(0, np.int64), *(f[i] for f in found)]) for i in (0, 1))
+    return offsets(np.array([len(f[0]) for f in found], dtype=np.int64)), tokens, counts

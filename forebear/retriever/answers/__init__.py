@@ -1,0 +1,1 @@
+"""What comes back: tables of results, the file they are written to, score matrices, signs."""

@@ -1,0 +1,144 @@
+"""Proving a top k from stored residual lengths: no row left out can be in it.
+
+The stored coordinates are a linear image of the gradient. Along orthonormal directions they are y = T x, and with r the
+length of what is outside of those directions,
+
+    |<g_q, g_n> - <y_q, y_n>| <= r_q r_n + (rounding of the stored vector),
+
+for cosines divided by both norms. Rows are scored exactly by falling upper bound until the k-th score clears all
+bounds that are left. The proof holds for the scores that the model computes in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from forebear.errors import InputError
+from forebear.indexer.sketches.candidates import BLOCK_ROWS, Part
+from forebear.retriever.deep.query_gradients import Asked
+from forebear.retriever.deep.search import GradientSearch
+from forebear.retriever.head.scoring import rank
+from forebear.retriever.head.search import Ranking
+from forebear.retriever.question.methods import Method
+
+_ROUND_ROWS = 256  # rows scored in a round, at least
+_FLOAT32 = 1e-5  # relative rounding of an exact score, with a margin
+_CANCELLED = 1e-3  # of a norm: what float32 leaves of sqrt(norm^2 - held^2) where nothing should be left
+_FLOAT16 = 1e-3  # of a unit vector's direction
+
+
+def check_certifiable(search: GradientSearch, methods: Sequence[Method]) -> None:
+    """Refuse what no stored residual bounds.
+
+    Raises:
+        InputError: The index is not in fp32, or H^-1 is not the stored one.
+    """
+    if search.index.manifest.spec.precision != "fp32":
+        raise InputError("--certify needs an index built with --precision fp32.")
+    solver = search.curvature.at(search.scope)
+    if any(m.query == "preconditioned" for m in methods) and solver not in ("ekfac", "identity"):
+        raise InputError(f"--certify bounds scores under --curvature ekfac or identity, not {solver}.")
+
+
+def certify(
+    search: GradientSearch, method: Method, asked: Asked, found: tuple[Ranking, Ranking], *, max_rows: int
+) -> tuple[Ranking, Ranking]:
+    """Prove both ends of a ranking, scoring as many more rows as it takes.
+
+    Args:
+        search: Of the scope.
+        method: Whose ranking.
+        asked: Test rows.
+        found: From candidates, ``k`` at each end.
+        max_rows: Rows to score exactly for a block of queries; where a proof needs more, there is none.
+
+    Returns:
+        The ends, with ``proven`` and the number of rows scored.
+    """
+    live = search.index.live
+    k = found[0].rows.shape[1]
+    centre, slack = bounds(search.candidates.parts([method], asked)[method.name], live, cosine=method.metric == "cos")
+    scores = np.full(centre.shape, np.nan)
+    column = {int(row): i for i, row in enumerate(live)}
+
+    def score(columns: np.ndarray) -> None:
+        exact, _ = search.score([method], asked, {method.name: live[columns]})
+        scores[:, columns] = exact[method.name]
+
+    score(np.unique([column[int(row)] for end in found for row in end.rows.reshape(-1)]))
+    while True:
+        wanted, open_queries = _to_score(scores, centre, slack, k)
+        known = int((~np.isnan(scores[0])).sum())
+        if not len(wanted) or known >= max_rows:
+            break
+        score(wanted[: max(1, max_rows - known)])
+    n_scored = np.full(len(scores), known)
+    ends = []
+    for side, largest in enumerate((True, False)):
+        filled = np.where(np.isnan(scores), -np.inf if largest else np.inf, scores)
+        rows, values = rank(filled, live, k, largest=largest)
+        ends.append(Ranking(rows, values, True, n_scored, proven=~open_queries[side]))
+    return ends[0], ends[1]
+
+
+def _to_score(scores: np.ndarray, centre: np.ndarray, slack: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Columns to score next, those of largest bounds first, and which queries are not proven yet, ``(2, q)``."""
+    unknown = np.isnan(scores)
+    wanted: dict[int, float] = {}
+    is_open = np.zeros((2, len(scores)), bool)
+    for side, sign in enumerate((1.0, -1.0)):
+        for q in range(len(scores)):
+            known = np.sort(sign * scores[q, ~unknown[q]])
+            edge = known[-k] if len(known) >= k else -np.inf
+            upper = sign * centre[q] + slack[q]
+            left = np.flatnonzero(
+                unknown[q] & (upper >= edge - _FLOAT32 * abs(edge) if np.isfinite(edge) else unknown[q])
+            )
+            is_open[side, q] = len(left) > 0
+            best = left[np.argsort(-upper[left], kind="stable")[: max(_ROUND_ROWS, len(left) // 4)]]
+            for c in best:
+                wanted[int(c)] = max(wanted.get(int(c), -np.inf), float(upper[c] - edge))
+    order = sorted(wanted, key=lambda c: -wanted[c])
+    return np.array(order, np.int64), is_open
+
+
+def bounds(parts: Sequence[Part], live: np.ndarray, *, cosine: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Centre and half-width of the interval that holds each exact score.
+
+    Args:
+        parts: One a checkpoint.
+        live: Row numbers, ``(n,)``.
+        cosine: Cosines; else dots.
+
+    Returns:
+        ``(q, n)`` float64 each.
+    """
+    q = len(parts[0].asked.lengths)
+    centre, slack = np.zeros((q, len(live))), np.zeros((q, len(live)))
+    for part in parts:
+        store, asked = part.store, part.asked
+        t = store.reduction.orthonormaliser
+        stretch = float(np.linalg.norm(t, 2))
+        own = (asked.coordinates.astype(np.float64) @ t.T) * asked.lengths[:, None]
+        own_residual = asked.residual_lengths(store.reduction)
+        own_length = np.linalg.norm(own, axis=1)
+        for start in range(0, len(live), BLOCK_ROWS):
+            rows = live[start : start + BLOCK_ROWS]
+            lengths = store.lengths[rows].astype(np.float64)
+            y = (store.coordinates(rows).astype(np.float64) @ t.T) * lengths[:, None]
+            rounding = _FLOAT16 * stretch * store.shares[rows].astype(np.float64) * lengths
+            middle = own @ y.T
+            width = np.outer(
+                np.hypot(own_residual, _CANCELLED * asked.norms),
+                np.hypot(store.residual_lengths[rows].astype(np.float64), _CANCELLED * store.norms[rows]),
+            )
+            width += np.outer(own_length, rounding)
+            if cosine:
+                below = asked.norms[:, None] * store.norms[rows].astype(np.float64)
+                middle, width = (np.divide(x, below, out=np.zeros_like(x), where=below > 0) for x in (middle, width))
+            at = slice(start, start + len(rows))
+            centre[:, at] += part.weight * middle
+            slack[:, at] += part.weight * width
+    return centre, slack

@@ -1,0 +1,253 @@
+"""Gradients of scopes beyond the head: candidates from the stored sketches, exact scores from the model.
+
+<V, G_n> over all layers of the scope is computed from the factors of the candidates' gradients, in one forward and one
+backward of activations for each candidate and checkpoint, for all methods together; no gradient is stored. Which rows
+become candidates is decided by the sketches (:mod:`forebear.retriever.deep.candidates`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from forebear.indexer.curvature.ekfac import Vectors, dot
+from forebear.indexer.gradients.whole import exact_dots, whole_gradients
+from forebear.indexer.index import Index
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.encoding import Texts, as_encoded, distinct_rows
+from forebear.indexer.sketches.candidates import propose
+from forebear.retriever.deep.candidates import Candidates
+from forebear.retriever.deep.query_gradients import Asked, QueryGradients
+from forebear.retriever.head.queries import Models
+from forebear.retriever.head.scoring import rank
+from forebear.retriever.head.search import Ranking, join
+from forebear.retriever.question.inverse import CurvatureSpec
+from forebear.retriever.question.methods import Method
+
+VECTOR_BYTES = 1 << 30  # whole query vectors held at once; with solutions, a pass takes as much again for their copy
+SELF_ROWS = 8  # candidates whose self-influence is solved for at once
+
+
+class Rows(Protocol):
+    """What is scored, by number."""
+
+    def texts(self, at: np.ndarray) -> Texts:
+        """Texts of some of them."""
+
+    def labels(self, at: np.ndarray) -> np.ndarray:
+        """Gold classes, ``(n,)`` int64."""
+
+
+class IndexRows:
+    """The training rows of an index."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def texts(self, at: np.ndarray) -> Texts:
+        """See :class:`Rows`."""
+        return self._index.text_lists(at)
+
+    def labels(self, at: np.ndarray) -> np.ndarray:
+        """See :class:`Rows`."""
+        return np.asarray(self._index.labels[at].astype(np.int64))
+
+
+class GradientSearch:
+    """Scores training rows by gradients over one scope beyond the head, for blocks of test rows."""
+
+    def __init__(self, index: Index, models: Models, scope: str, curvature: CurvatureSpec) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            index: With the scope's sketches.
+            models: Its models.
+            scope: ``top-K``, ``all`` or ``layer:NAME``; at ``head`` rows can be scored, but nothing proposes any.
+            curvature: For ``if`` and ``rif``.
+        """
+        if scope != "head":
+            index.check_scope(scope)
+        self.index, self.models, self.scope, self.curvature = index, models, scope, curvature
+        self.queries = QueryGradients(index, models, scope, curvature)
+        self.candidates = Candidates(self.queries)
+        self.rows: Rows = IndexRows(index)
+
+    def over(self, rows: Rows) -> GradientSearch:
+        """The same question's search, which scores other rows; what is held of the test rows is shared."""
+        other = copy.copy(self)
+        other.rows = rows
+        return other
+
+    def search(
+        self, methods: Sequence[Method], asked: Asked, k: int, *, exact: str, n_candidates: dict[str, int]
+    ) -> dict[str, tuple[Ranking, Ranking]]:
+        """Both ends of each method's ranking, (proponents, opponents).
+
+        Args:
+            methods: That compare gradients.
+            asked: Test rows.
+            k: Results at each end.
+            exact: ``none``, ``rerank`` or ``full``.
+            n_candidates: Rows at each end that the sketches propose, by method name.
+        """
+        chunks = self._chunks(methods, len(asked))
+        if len(chunks) > 1:
+            found = [
+                self.search(methods, asked.take(which), k, exact=exact, n_candidates=n_candidates) for which in chunks
+            ]
+            return {m.name: (join([f[m.name][0] for f in found]), join([f[m.name][1] for f in found])) for m in methods}
+        if exact == "full":
+            return self._full(methods, asked, k)
+        live = self.index.live
+        if exact == "none":
+            nothing = np.zeros(len(asked), np.int64)
+            estimated = {
+                name: propose(
+                    parts,
+                    live,
+                    min(len(live), k),
+                    replace(self.candidates.proposal(_method(methods, name)), margin=0.0),
+                )
+                for name, parts in self.candidates.parts(methods, asked).items()
+            }
+            return {
+                name: tuple(Ranking(rows, scores.astype(np.float64), False, nothing) for rows, scores in ends)  # type: ignore[misc]
+                for name, ends in estimated.items()
+            }
+        widths = {method.name: max(k, n_candidates[method.name]) for method in methods}
+        rows = {
+            name: np.concatenate(ends, axis=1) for name, ends in self.candidates.propose(methods, asked, widths).items()
+        }
+        scores, residuals = self.score(methods, asked, rows)
+        return {name: _both_ends(rows[name], scores[name], k, residuals.get(name)) for name in rows}
+
+    def _full(self, methods: Sequence[Method], asked: Asked, k: int) -> dict[str, tuple[Ranking, Ranking]]:
+        live = self.index.live
+        scores, residuals = self.score(methods, asked, {method.name: live for method in methods})
+        n_scored = np.full(len(asked), len(live))
+        return {
+            name: tuple(  # type: ignore[misc]
+                Ranking(*rank(found, live, k, largest=largest), True, n_scored, residual=residuals.get(name))
+                for largest in (True, False)
+            )
+            for name, found in scores.items()
+        }
+
+    def score(
+        self, methods: Sequence[Method], asked: Asked, rows: dict[str, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Exact scores of rows, and relative residuals of H^-1 where it was iterated.
+
+        Args:
+            methods: That compare gradients.
+            asked: Test rows.
+            rows: Row numbers by method name: ``(q, m)``, or ``(n,)`` for all queries.
+
+        Returns:
+            By method name: scores ``(q, m)`` or ``(q, n)`` float64, and residuals ``(q,)``.
+        """
+        q = len(asked)
+        scores = {name: np.empty((q, at.shape[-1])) for name, at in rows.items()}
+        residuals: dict[str, np.ndarray] = {}
+        chunks = self._chunks(methods, q)
+        for which in chunks:
+            mine = {name: at if at.ndim == 1 else at[which] for name, at in rows.items()}
+            found, left = self._score_chunk(methods, asked if len(chunks) == 1 else asked.take(which), mine)
+            for name in scores:
+                scores[name][which] = found[name]
+                if left is not None and _method(methods, name).query == "preconditioned":
+                    residuals.setdefault(name, np.zeros(q))[which] = left
+        return scores, residuals
+
+    def _chunks(self, methods: Sequence[Method], n_queries: int) -> list[np.ndarray]:
+        """Queries whose whole vectors fit in memory together."""
+        kinds = 2 if any(m.query == "preconditioned" for m in methods) else 1
+        size = max(1, VECTOR_BYTES // (4 * kinds * sum(block.size for block in self.queries.blocks)))
+        return [np.arange(i, min(i + size, n_queries)) for i in range(0, n_queries, size)]
+
+    def _score_chunk(
+        self, methods: Sequence[Method], asked: Asked, rows: dict[str, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        distinct = np.unique(np.concatenate([at.reshape(-1) for at in rows.values()]))
+        texts, labels = self.rows.texts(distinct), self.rows.labels(distinct)
+        where = {name: np.searchsorted(distinct, at) for name, at in rows.items()}
+        scores = {name: np.zeros((len(asked), at.shape[-1])) for name, at in rows.items()}
+        residual: np.ndarray | None = None
+        for number in sorted({n for method in methods for n, _ in self.queries.checkpoints(method)}):
+            classifier = self.models.classifier(number)
+            mine = [m for m in methods if number in dict(self.queries.checkpoints(m))]
+            g = self.queries.at_checkpoint(number, asked)
+            vectors: list[Vectors] = [g]
+            if any(m.query == "preconditioned" for m in mine):
+                solved, residual = self.queries.solutions(asked)
+                vectors.append(solved)
+            stacked = vectors[0] if len(vectors) == 1 else {n: torch.cat([v[n] for v in vectors]) for n in g}
+            q = len(asked)
+            wanted = np.zeros((len(vectors) * q, len(distinct)), bool)
+            for method in mine:
+                half = wanted[q:] if method.query == "preconditioned" else wanted[:q]
+                if where[method.name].ndim == 1:
+                    half[:, where[method.name]] = True
+                else:
+                    np.put_along_axis(half, where[method.name], True, axis=1)
+            dots = exact_dots(classifier, self.scope, stacked, self.queries.blocks, texts, labels, wanted=wanted)
+            for method in mine:
+                preconditioned = method.query == "preconditioned"
+                found = _pick(dots[q:] if preconditioned else dots[:q], where[method.name])
+                if method.metric == "cos":
+                    own = _own_lengths(vectors[-1] if preconditioned else g, g)
+                    lengths = self._row_lengths(method, classifier, distinct)
+                    below = own[:, None] * _pick(np.broadcast_to(lengths, (q, len(distinct))), where[method.name])
+                    found = np.divide(found, below, out=np.zeros_like(found), where=below > 0)
+                scores[method.name] += dict(self.queries.checkpoints(method))[number] * found
+        return scores, residual
+
+    def _row_lengths(self, method: Method, classifier: Classifier, rows: np.ndarray) -> np.ndarray:
+        """What cosines of rows are divided by: ||G_n||, or sqrt(<H^-1 G_n, G_n>), ``(n,)`` float64."""
+        if method.query != "preconditioned" or self.curvature.at(self.scope) == "identity":
+            return np.asarray(self.index.gradients(self.scope).norms[rows].astype(np.float64))
+        if self.curvature.at(self.scope) == "ekfac":
+            white = self.candidates.white_number()
+            return np.asarray(self.index.gradients(self.scope, damping=white).norms[rows].astype(np.float64))
+        # Not stored for solvers that iterate: one right-hand side for each candidate of its kind.
+        encoded, labels = as_encoded(classifier, self.rows.texts(rows)), self.rows.labels(rows)
+        first, kinds = distinct_rows(encoded, labels)
+        found = np.empty(len(first))
+        for start in range(0, len(first), SELF_ROWS):
+            some = first[start : start + SELF_ROWS]
+            g = whole_gradients(classifier, self.scope, self.queries.blocks, encoded.take(some), labels[some])
+            found[start : start + SELF_ROWS] = dot(self.queries.solve(g)[0], g).cpu().numpy()
+        return np.asarray(np.sqrt(np.maximum(found, 0.0))[kinds])
+
+
+def _own_lengths(solved: Vectors, g: Vectors) -> np.ndarray:
+    """sqrt(<H^-1 g, g>) of the queries, ``(q,)`` float64."""
+    return np.asarray(dot(solved, g).clamp_min(0).sqrt().cpu().numpy())
+
+
+def _method(methods: Sequence[Method], name: str) -> Method:
+    return next(m for m in methods if m.name == name)
+
+
+def _pick(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Columns of ``values`` ``(q, distinct)``: the same for all queries ``(n,)``, or each query's own ``(q, m)``."""
+    return np.asarray(values[:, where] if where.ndim == 1 else np.take_along_axis(values, where, axis=1))
+
+
+def _both_ends(rows: np.ndarray, scores: np.ndarray, k: int, residual: np.ndarray | None) -> tuple[Ranking, Ranking]:
+    """Rank the candidates of both ends together; a row that was proposed at both counts once."""
+    order = np.argsort(rows, axis=1, kind="stable")
+    rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    again = np.zeros(rows.shape, bool)
+    again[:, 1:] = rows[:, 1:] == rows[:, :-1]
+    n_scored = (~again).sum(axis=1)
+    ends = []
+    for largest in (True, False):
+        once = np.where(again, -np.inf if largest else np.inf, scores)
+        ends.append(Ranking(*rank(once, rows, k, largest=largest), True, n_scored, residual=residual))
+    return ends[0], ends[1]

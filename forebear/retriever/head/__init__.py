@@ -1,0 +1,1 @@
+"""Scores from features and residuals of the final layer, which factorise exactly."""

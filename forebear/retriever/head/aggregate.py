@@ -1,0 +1,106 @@
+"""One query for many test rows: their query vectors summed by group, for methods that are linear in the query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from forebear.errors import InputError
+from forebear.indexer.index import Index
+from forebear.indexer.rows.labels import LabelMap
+from forebear.indexer.rows.row_source import RowSource
+from forebear.retriever.head.queries import Models, ask, make_query
+from forebear.retriever.head.scoring import Query, added, summed
+from forebear.retriever.question.inverse import CurvatureSpec
+from forebear.retriever.question.methods import Method
+
+BLOCK_ROWS = 512
+NONE = -1  # class id of a group whose rows do not share one
+
+
+@dataclass(frozen=True)
+class Summed:
+    """Test rows after the models have seen them.
+
+    Attributes:
+        queries: One a group by method name, of the methods that are answered from what is stored exactly.
+        predictions: Class ids of the rows, ``(q,)``.
+        targets: Classes whose loss is explained, ``(q,)``.
+    """
+
+    queries: dict[str, Query]
+    predictions: np.ndarray
+    targets: np.ndarray
+
+
+def check_linear(index: Index, methods: Sequence[Method]) -> None:
+    """Refuse the refitted representer, whose kernel has an offset: its sum is no query vector.
+
+    Raises:
+        InputError: It is asked for.
+    """
+    if any(m.query == "representer" for m in methods) and index.manifest.curvature["head"]["representer"]["refit"]:
+        raise InputError(
+            "--aggregate: rep of an index built with --rep-refit is not linear in the query. Give gd or if."
+        )
+
+
+def sum_queries(
+    models: Models,
+    index: Index,
+    methods: Sequence[Method],
+    texts: Sequence[Sequence[str]],
+    labels: np.ndarray | None,
+    groups: np.ndarray,
+    target: str,
+    curvature: CurvatureSpec,
+) -> Summed:
+    """Run the models over test rows and sum the query vectors of each group, block by block.
+
+    Args:
+        models: Of the index.
+        index: Whose curvature, eta and N are used.
+        methods: That are answered from what is stored exactly; with none, the rows are predicted all the same.
+        texts: Test rows, one list a text column.
+        labels: Class ids, ``(q,)``, or None.
+        groups: Number of each row's group, from 0, ``(q,)``.
+        target: ``predicted``, ``gold`` or a label's name.
+        curvature: For ``if``.
+    """
+    n_groups = int(groups.max()) + 1
+    queries: dict[str, Query] = {}
+    predictions, targets = np.empty(len(groups), np.int64), np.empty(len(groups), np.int64)
+    for start in range(0, len(groups), BLOCK_ROWS):
+        at = slice(start, start + BLOCK_ROWS)
+        gold = None if labels is None else labels[at]
+        block = [column[at] for column in texts]
+        asked = ask(models, methods, block, gold, target, len(index.manifest.checkpoints), first_row=start)
+        predictions[at], targets[at] = asked.forward.predictions, asked.targets
+        for method in methods:
+            part = summed(make_query(method, asked, index, curvature), groups[at], n_groups)
+            queries[method.name] = added(queries[method.name], part) if method.name in queries else part
+    return Summed(queries, predictions, targets)
+
+
+def read_rows(source: RowSource, label_ids: LabelMap | None) -> tuple[list[list[str]], np.ndarray | None]:
+    """All texts of a source, one list a text column, and the class ids of its rows, ``(q,)``."""
+    texts: list[list[str]] = [[] for _ in source.text_columns]
+    found = []
+    for block in source.blocks():
+        for column, part in zip(texts, block.texts, strict=True):
+            column += part
+        if label_ids is not None and block.labels is not None:
+            found.append(label_ids(block.labels, block.start))
+    return texts, np.concatenate(found) if found else None
+
+
+def common_class(classes: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The class that all rows of a group share, ``(g,)``; -1 where they differ."""
+    out = np.full(int(groups.max()) + 1, NONE, np.int64)
+    for group in range(len(out)):
+        found = np.unique(classes[groups == group])
+        if len(found) == 1:
+            out[group] = found[0]
+    return out

@@ -1,0 +1,220 @@
+"""The formulas: scores of factored rows against factored queries.
+
+A head gradient is the outer product of p - y and f and is never formed: <a outer x, r outer f> = <a, r> <x, f>.
+Rows come either as a block shared by all queries, ``(n, h)``, giving scores ``(q, n)``, or as candidates of
+each query, ``(q, k, h)``, giving ``(q, k)``; the formulas are the same. All functions keep the precision of
+their inputs: float64 in, float64 out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from forebear.indexer.curvature.head import class_basis
+from forebear.indexer.storage.arrow import as_tensor
+from forebear.retriever.question.methods import Method
+
+
+@dataclass(frozen=True)
+class Term:
+    """A query's part at one checkpoint: ``weight`` times one of three forms.
+
+    Attributes:
+        weight: eta of the checkpoint, else 1.
+        right: x, ``(q, h)``: <x, f_n>.
+        left: a, ``(q, c)``, or None: <a, r_n> <x, f_n> with r = p - y.
+        matrix: V, ``(q, c - 1, h)`` in the reduced class basis B, instead of both: sum over a of (B r_n)_a <V_a, f_n>.
+        offset: Added to <x, f_n> (the representer kernel's bias).
+    """
+
+    weight: float
+    right: np.ndarray | None
+    left: np.ndarray | None = None
+    matrix: np.ndarray | None = None
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Query:
+    """Query vectors of one method for ``q`` test rows.
+
+    Attributes:
+        method: Whose.
+        terms: One a checkpoint.
+        norms: Length of each query vector in the method's inner product, ``(q,)``; cosines are divided by it.
+        self_influence: <H^-1 g_n, g_n> of every training row, ``(N,)``, for preconditioned cosines; else None.
+        residual: Relative residual of H^-1, ``(q,)``, where a solver iterated; else None.
+    """
+
+    method: Method
+    terms: tuple[Term, ...]
+    norms: np.ndarray
+    self_influence: np.ndarray | None = None
+    residual: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.norms)
+
+    def take(self, which: np.ndarray) -> Query:
+        """The same for some of the test rows."""
+
+        def pick(values: np.ndarray | None) -> np.ndarray | None:
+            return None if values is None else values[which]
+
+        terms = tuple(replace(t, right=pick(t.right), left=pick(t.left), matrix=pick(t.matrix)) for t in self.terms)
+        return replace(self, terms=terms, norms=self.norms[which], residual=pick(self.residual))
+
+
+def summed(query: Query, groups: np.ndarray, n_groups: int) -> Query:
+    """Query vectors added up by group, in float64; the scores of a sum are the sums of the scores.
+
+    Args:
+        query: Of ``q`` test rows, for a method that is linear in the query, without an offset.
+        groups: Number of each test row's group, ``(q,)``.
+        n_groups: g; a group without rows gets the zero vector.
+
+    Returns:
+        ``g`` queries; their relative residual is the largest of the rows', and their norms, which dots do not
+        need, are 1.
+    """
+    member = (groups == np.arange(n_groups)[:, None]).astype(np.float64)
+    terms = []
+    for term in query.terms:
+        assert term.offset == 0
+        if term.matrix is not None:
+            matrix: np.ndarray | None = np.einsum("gq,qah->gah", member, term.matrix)
+        elif term.left is not None:
+            assert term.right is not None
+            reduced = term.left @ class_basis(term.left.shape[1]).T
+            matrix = np.einsum("gq,qa,qh->gah", member, reduced, term.right, optimize=True)
+        else:
+            matrix = None
+        right = None if matrix is not None or term.right is None else member @ term.right
+        terms.append(Term(term.weight, right, matrix=matrix))
+    residual = None
+    if query.residual is not None:
+        residual = np.where(member > 0, query.residual, 0.0).max(axis=1)
+    return Query(query.method, tuple(terms), np.ones(n_groups), residual=residual)
+
+
+def added(first: Query, second: Query) -> Query:
+    """Sum of the query vectors of one method, query by query; relative residuals are the larger ones."""
+
+    def plus(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
+        return None if a is None or b is None else a + b
+
+    terms = tuple(
+        replace(a, right=plus(a.right, b.right), matrix=plus(a.matrix, b.matrix))
+        for a, b in zip(first.terms, second.terms, strict=True)
+    )
+    residual = None
+    if first.residual is not None and second.residual is not None:
+        residual = np.maximum(first.residual, second.residual)
+    return replace(first, terms=terms, residual=residual)
+
+
+def dots(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """<x_q, f_n>: rows ``(n, h)`` give ``(q, n)``, candidates ``(q, k, h)`` give ``(q, k)``.
+
+    A block goes through torch, like every other parallel step of a search (two pools of threads would wait for each
+    other's cores). Candidates are summed pair by pair, so that equal rows get the same bits wherever they stand.
+    """
+    if rows.ndim == 3:
+        return np.asarray(np.einsum("qh,qkh->qk", queries, rows))
+    return np.asarray((as_tensor(queries) @ as_tensor(rows).T).numpy())
+
+
+def term_scores(term: Term, features: np.ndarray, residuals: np.ndarray | None) -> np.ndarray:
+    """One checkpoint's part of the dot product <v_q, r_n>, before its weight.
+
+    Args:
+        term: The queries' part, for q test rows.
+        features: f, ``(n, h)`` or ``(q, k, h)``.
+        residuals: p - y, ``(n, c)`` or ``(q, k, c)``; None for representations without residuals.
+
+    Returns:
+        ``(q, n)`` or ``(q, k)``.
+    """
+    if term.matrix is not None:
+        assert residuals is not None
+        reduced = residuals @ class_basis(residuals.shape[-1]).T.astype(residuals.dtype)
+        parts = (dots(term.matrix[:, a], features) * reduced[..., a] for a in range(reduced.shape[-1]))
+        return np.asarray(sum(parts))
+    assert term.right is not None
+    scores = dots(term.right, features)
+    if term.offset:
+        scores = scores + term.offset
+    if term.left is not None:
+        assert residuals is not None
+        scores = scores * dots(term.left, residuals)
+    return scores
+
+
+def exact_scores(
+    query: Query,
+    features: tuple[np.ndarray, ...],
+    residuals: tuple[np.ndarray, ...],
+    rows: np.ndarray,
+) -> np.ndarray:
+    """Final scores in float64, larger = proponent (METHODS.md, sections 2 and 3).
+
+    A cosine with a zero vector is 0.
+
+    Args:
+        query: Query vectors of one method.
+        features: f at each checkpoint of the method, ``(n, h)`` or ``(q, k, h)``.
+        residuals: p - y likewise; empty for representations without residuals.
+        rows: Row numbers, ``(n,)`` or ``(q, k)``.
+
+    Returns:
+        ``(q, n)`` or ``(q, k)`` float64.
+    """
+    wide = [f.astype(np.float64) for f in features]
+    left: list[np.ndarray | None] = [r.astype(np.float64) for r in residuals] or [None] * len(wide)
+    if query.method.metric == "euc":
+        x = query.terms[0].right
+        assert x is not None
+        return -_distances(x.astype(np.float64), wide[0])
+    parts = (t.weight * term_scores(t, f, r) for t, f, r in zip(query.terms, wide, left, strict=True))
+    scores = np.asarray(sum(parts))
+    if query.method.metric == "dot":
+        return scores
+    if query.self_influence is not None:
+        norms = np.sqrt(query.self_influence[rows])
+    else:
+        norms = _lengths(wide[0])
+        if left[0] is not None:
+            norms = norms * _lengths(left[0])
+    below = query.norms[:, None] * norms
+    return np.asarray(np.divide(scores, below, out=np.zeros_like(scores), where=below > 0))
+
+
+def _lengths(values: np.ndarray) -> np.ndarray:
+    """Euclidean norm along the last axis."""
+    return np.asarray(np.sqrt(np.einsum("...h,...h->...", values, values)))
+
+
+def _distances(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Euclidean distances by subtraction, which keeps near-duplicates apart; ``(q, n)`` or ``(q, k)``."""
+    if rows.ndim == 3:
+        return _lengths(rows - queries[:, None, :])
+    return np.stack([_lengths(rows - x) for x in queries])
+
+
+def rank(scores: np.ndarray, rows: np.ndarray, k: int, *, largest: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The ``k`` best of each query in order; ties go to the lower row number.
+
+    Args:
+        scores: ``(q, m)``.
+        rows: Row numbers, ``(q, m)`` or ``(m,)``.
+        k: At most m.
+        largest: Proponents; else opponents, smallest first.
+
+    Returns:
+        Row numbers and scores, ``(q, k)`` each.
+    """
+    rows = np.broadcast_to(rows, scores.shape)
+    order = np.lexsort((rows, -scores if largest else scores), axis=-1)[:, :k]
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)

@@ -1,0 +1,358 @@
+"""Finding the rows worth scoring exactly, and proving that none was missed.
+
+Three searches, by representation and metric:
+
+* the *scan*: float32 scores of the factored rows, block by block in order of falling norm; for dot products it
+  stops as soon as Cauchy-Schwarz shows that no later row can enter either end of the ranking;
+* the *direction index*: FAISS over unit vectors (cosine) or vectors (Euclidean), opponents of v being the
+  proponents of -v;
+* the *full* score of every row in float64: the yardstick, and the fallback.
+
+The first two yield candidates, which are scored again in float64. A candidate list is accepted when its k-th
+exact score clears the best approximate score of a row left out by more than float32's rounding; otherwise it is
+made longer. Quantised FAISS indexes carry no such guarantee, only their calibrated recall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from forebear.errors import InputError
+from forebear.indexer.spans.finders import Span
+from forebear.indexer.storage.ann import AnnIndex, unit_rows
+from forebear.indexer.storage.arrow import RowMatrix
+from forebear.indexer.storage.scan_table import ScanTable
+from forebear.retriever.head.scan import SCAN_TOLERANCE, Scan
+from forebear.retriever.head.scoring import Query, dots, exact_scores, rank
+
+_PRODUCT_QUERIES = 64  # queries whose candidates are multiplied together
+_PRODUCT_ROUNDING = 1e-12  # of a float64 product, relative to the largest, with a wide margin
+SPARE = 8  # candidates beyond k that are scored pair by pair
+MAX_SCORES = 1 << 26  # entries of a (queries, rows) block held at once
+_MAX_CANDIDATE_NUMBERS = 1 << 25  # entries of a (queries, candidates, width) block held at once
+
+
+@dataclass(frozen=True)
+class RowFactors:
+    """Stored factors of every training row in row order, one matrix a checkpoint of the method.
+
+    Scores come in two kinds, equal to the last few bits of float64. *Products* are matrix products, fast; where a
+    row stands in one decides its last bit. *Scores* are summed pair by pair: equal rows get equal scores, so that ties
+    can be broken by row number.
+    """
+
+    features: tuple[RowMatrix, ...]
+    residuals: tuple[RowMatrix, ...]
+    live: np.ndarray
+
+    def scores(self, query: Query, rows: np.ndarray) -> np.ndarray:
+        """Scores of rows ``(q, k)`` of each query."""
+        return self._exact(query, rows)
+
+    def products(self, query: Query, rows: np.ndarray) -> np.ndarray:
+        """The same by products of all queries with the distinct rows: queries share candidates."""
+        out = np.empty(rows.shape)
+        for which in _chunks(np.arange(len(query)), _PRODUCT_QUERIES):
+            distinct, inverse = np.unique(rows[which], return_inverse=True)
+            found = self._exact(query.take(which), distinct)
+            out[which] = np.take_along_axis(found, inverse.reshape(len(which), -1), axis=1)
+        return out
+
+    def all_products(self, query: Query) -> np.ndarray:
+        """Products of every live row, ``(q, n_live)``, columns in the order of ``live``."""
+        out = np.empty((len(query), len(self.live)))
+        width = sum(m.width for m in self.features)
+        step = max(256, _MAX_CANDIDATE_NUMBERS // width)
+        for start in range(0, len(self.live), step):
+            rows = self.live[start : start + step]
+            out[:, start : start + len(rows)] = self._exact(query, rows)
+        return out
+
+    def _exact(self, query: Query, rows: np.ndarray) -> np.ndarray:
+        features = tuple(m.take(rows) for m in self.features)
+        return exact_scores(query, features, tuple(m.take(rows) for m in self.residuals), rows)
+
+
+# Shared words of each result of a test row: token ids and what each contributes to the score, (m,) each.
+Words = list[tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The ends of the ranking for ``q`` test rows.
+
+    Attributes:
+        rows: Row numbers, best first, ``(q, k)``.
+        scores: Their scores, ``(q, k)`` float64.
+        exact: Whether the scores are exact, and not those of a quantised index.
+        n_scored: Rows scored exactly for each query, ``(q,)``.
+        residual: Relative residual of H^-1 for each query where a solver iterated, ``(q,)``; else None.
+        proven: Whether no row left out can be among them, ``(q,)``, where that was asked for; else None.
+        spans: The span of each row that is meant, ``q`` lists of ``k``, where spans are ranked; else None.
+        query_spans: The span of each test row that is meant, where one is; else None.
+        n_cut: Spans of what was searched that the model does not read, left out, ``(q,)``; None without spans.
+        words: Contributions of shared words, ``q`` lists of ``k``, where scores are sums over words; else None.
+    """
+
+    rows: np.ndarray
+    scores: np.ndarray
+    exact: bool
+    n_scored: np.ndarray
+    residual: np.ndarray | None = None
+    proven: np.ndarray | None = None
+    words: list[Words] | None = None
+    spans: list[list[Span]] | None = None
+    query_spans: list[Span] | None = None
+    n_cut: np.ndarray | None = None
+
+
+# Candidates of queries `which`, `width` of each: row numbers (q, width) and, where the search bounds it, the largest
+# score that a row left out can have (q,), in the units of the exact score, signed so that larger is better.
+Candidates = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+
+
+def settle(
+    query: Query, factors: RowFactors, candidates: Candidates, k: int, *, largest: bool, first_width: int
+) -> Ranking:
+    """Score candidates exactly and widen the lists until no row left out can enter the top ``k``."""
+    n_live = len(factors.live)
+    rows = np.empty((len(query), k), np.int64)
+    scores = np.empty((len(query), k))
+    n_scored = np.zeros(len(query), np.int64)
+    pending = np.arange(len(query))
+    width = min(n_live, first_width)
+    dim = sum(m.width for m in factors.features)
+    while len(pending) and width < n_live and width * dim <= _MAX_CANDIDATE_NUMBERS:
+        unsettled = []
+        for chunk in _chunks(pending, max(1, _MAX_CANDIDATE_NUMBERS // (width * dim))):
+            part = query.take(chunk)
+            listed, ceiling = candidates(chunk, width)
+            listed, ceiling = _narrow(part, factors, listed, ceiling, k + SPARE, largest=largest)
+            rows[chunk], scores[chunk] = rank(factors.scores(part, listed), listed, k, largest=largest)
+            n_scored[chunk] = width
+            worst = scores[chunk, -1] if largest else -scores[chunk, -1]
+            unsettled.append(chunk[~(worst > ceiling)])
+        pending = np.concatenate(unsettled)
+        width = min(n_live, 4 * width)
+    if len(pending):
+        rest = search_all(query.take(pending), factors, k, largest=largest)
+        rows[pending], scores[pending], n_scored[pending] = rest.rows, rest.scores, rest.n_scored
+    return Ranking(rows, scores, True, n_scored, query.residual)
+
+
+def _narrow(
+    query: Query, factors: RowFactors, listed: np.ndarray, ceiling: np.ndarray, keep: int, *, largest: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keep the best candidates by products; the ceiling then covers the others too."""
+    if listed.shape[1] <= keep:
+        return listed, ceiling
+    products = factors.products(query, listed)
+    if not largest:
+        products = -products
+    order = np.argpartition(-products, keep, axis=1)[:, : keep + 1]
+    kept = np.take_along_axis(listed, order[:, :keep], axis=1)
+    edge = np.take_along_axis(products, order[:, keep:], axis=1)[:, 0] + _PRODUCT_ROUNDING * np.abs(products).max(
+        axis=1
+    )
+    return kept, np.maximum(ceiling, edge)
+
+
+def search_all(query: Query, factors: RowFactors, k: int, *, largest: bool) -> Ranking:
+    """One end of the ranking from every live row: products of all, then scores of those that could be in it."""
+    rows = np.empty((len(query), k), np.int64)
+    scores = np.empty((len(query), k))
+    n_live = len(factors.live)
+    for chunk in _chunks(np.arange(len(query)), max(1, MAX_SCORES // (2 * n_live))):
+        products = factors.all_products(query.take(chunk))
+        rows[chunk], scores[chunk] = best_of(products, query.take(chunk), factors, k, largest=largest)
+    return Ranking(rows, scores, True, np.full(len(query), n_live), query.residual)
+
+
+class Scored(Protocol):
+    """What is scored pair by pair: rows, or spans of rows."""
+
+    @property
+    def live(self) -> np.ndarray:
+        """Their numbers, ascending, ``(n,)``."""
+
+    def scores(self, query: Query, rows: np.ndarray) -> np.ndarray:
+        """Scores of numbers ``(q, k)`` of each query."""
+
+
+def best_of(
+    products: np.ndarray, query: Query, scored: Scored, k: int, *, largest: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """One end of the ranking: of all products ``(q, n)``, scores of those that could be in it.
+
+    Returns:
+        Numbers and scores, best first, ``(q, k)`` each; ties go to the lower number.
+    """
+    signed, n_live = products if largest else -products, len(scored.live)
+    edges = np.partition(signed, n_live - k, axis=1)[:, n_live - k]
+    edges = edges - _PRODUCT_ROUNDING * np.abs(products).max(axis=1)
+    rows, scores = np.empty((len(query), k), np.int64), np.empty((len(query), k))
+    for i in range(len(query)):
+        near = scored.live[signed[i] >= edges[i]][None, :]
+        found = scored.scores(query.take(np.array([i])), near)
+        rows[i], scores[i] = (part[0] for part in rank(found, near, k, largest=largest))
+    return rows, scores
+
+
+def _chunks(which: np.ndarray, size: int) -> list[np.ndarray]:
+    return [which[i : i + size] for i in range(0, len(which), size)]
+
+
+def search_scan(
+    query: Query, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool
+) -> tuple[Ranking, Ranking]:
+    """Both ends of the ranking by the scan, exactly; returns (proponents, opponents).
+
+    Without ``rerank`` the float32 scores of the scan are returned as they are.
+    """
+    chunks = _chunks(np.arange(len(query)), max(1, MAX_SCORES // len(table)))
+    outcome = [_scan_chunk(query.take(which), table, factors, k, rerank=rerank) for which in chunks]
+    return join([a for a, _ in outcome]), join([b for _, b in outcome])
+
+
+def _scan_chunk(
+    query: Query, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool
+) -> tuple[Ranking, Ranking]:
+    scan = Scan(query, table)
+    scores, unvisited = scan.run(k)
+    at_position = table.rows[: scores.shape[1]]
+    tensor = torch.from_numpy(scores)
+    ends = []
+    for largest in (True, False):
+
+        def candidates(which: np.ndarray, width: int, largest: bool = largest) -> tuple[np.ndarray, np.ndarray]:
+            width = min(width, scores.shape[1])
+            part = tensor if len(which) == len(query) else tensor[torch.from_numpy(which)]
+            found = part.topk(width, dim=1, largest=largest)
+            last = found.values[:, -1].numpy().astype(np.float64)
+            everything = width == scores.shape[1]
+            ceiling = (
+                np.full(len(which), unvisited) if everything else np.maximum(last if largest else -last, unvisited)
+            )
+            ceiling = (ceiling + scan.rounding[which]) * scan.scale[which]
+            return at_position[found.indices.numpy()], ceiling
+
+        if rerank:
+            ends.append(settle(query, factors, candidates, k, largest=largest, first_width=2 * k + 16))
+        else:
+            found = tensor.topk(k, dim=1, largest=largest)
+            values = found.values.numpy().astype(np.float64) * scan.scale[:, None]
+            rows, values = rank(values, at_position[found.indices.numpy()], k, largest=largest)
+            ends.append(Ranking(rows, values, False, np.zeros(len(query), np.int64)))
+    return ends[0], ends[1]
+
+
+def join(parts: list[Ranking]) -> Ranking:
+    """Rankings of one block of test rows after another; every field that holds something for each query is joined."""
+
+    def together(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        if isinstance(values[0], np.ndarray):
+            return np.concatenate(values)
+        return [one for some in values for one in some] if isinstance(values[0], list) else values[0]
+
+    joined = {field.name: together(field.name) for field in fields(Ranking) if field.name != "exact"}
+    return Ranking(**joined, exact=all(part.exact for part in parts))
+
+
+def search_ann(
+    query: Query, ann: AnnIndex, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool
+) -> tuple[Ranking, Ranking]:
+    """Both ends of the ranking by the direction index; farthest rows (Euclidean opponents) by the scan.
+
+    ``table`` is the scan table of the same representation.
+    """
+    right = query.terms[0].right
+    assert right is not None
+    unit = unit_rows(right) if ann.metric == "cos" else right.astype(np.float32)
+    size = 1.0
+    if ann.metric == "euc":  # a squared distance by matrix products is rounded at the size of ||q||^2 + ||f||^2
+        longest = max(float(block.feature_norms[0].max()) for block in table.blocks)
+        size = 2 * (float(query.norms.max()) ** 2 + longest**2)
+    near = _ann_end(query, ann, unit, size, factors, k, largest=True, rerank=rerank)
+    if ann.metric == "cos":
+        return near, _ann_end(query, ann, -unit, size, factors, k, largest=False, rerank=rerank)
+    return near, _farthest(query, table, factors, k)
+
+
+def _ann_end(
+    query: Query,
+    ann: AnnIndex,
+    vectors: np.ndarray,
+    size: float,
+    factors: RowFactors,
+    k: int,
+    *,
+    largest: bool,
+    rerank: bool,
+) -> Ranking:
+    """One end of the ranking; ``size`` is what the rounding of FAISS' scores is relative to."""
+    n_live = len(factors.live)
+
+    def candidates(which: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+        scores, positions = ann.search(vectors[which], width)
+        short = (positions < 0).any(axis=1)
+        if short.any():  # an inverted file found too few in the lists it visited
+            positions[short] = np.arange(width)
+        rows = factors.live[positions]
+        if not ann.exact:
+            return rows, np.where(short, np.inf, -np.inf)
+        edge = scores[:, -1].astype(np.float64) + SCAN_TOLERANCE * size
+        return rows, edge if ann.metric == "cos" else -np.sqrt(np.maximum(-edge, 0.0))
+
+    if not rerank:
+        return _unranked(ann, vectors, factors, k, largest=largest)
+    width = min(n_live, max(ann.widen * k, k + 16))
+    return settle(query, factors, candidates, k, largest=largest, first_width=width)
+
+
+def _unranked(ann: AnnIndex, vectors: np.ndarray, factors: RowFactors, k: int, *, largest: bool) -> Ranking:
+    """What FAISS itself says, signed as the method is."""
+    scores, positions = ann.search(vectors, k)
+    if (positions < 0).any():
+        raise InputError(f"the FAISS index found fewer than {k} rows in the lists it visits. Use --exact rerank.")
+    values = scores.astype(np.float64) if ann.metric == "cos" else -np.sqrt(np.maximum(-scores.astype(np.float64), 0.0))
+    rows, values = rank(values if largest else -values, factors.live[positions], k, largest=largest)
+    return Ranking(rows, values, False, np.zeros(len(vectors), np.int64))
+
+
+def _farthest(query: Query, table: ScanTable, factors: RowFactors, k: int) -> Ranking:
+    """Rows of largest distance: the largest <[-2 f_q, 1], [f_n, ||f_n||^2]>, in float32, then exact."""
+    x = query.terms[0].right
+    assert x is not None
+    own = (x.astype(np.float64) ** 2).sum(axis=1)
+    scores = np.empty((len(query), len(table)), np.float32)
+    largest_square = 0.0
+    start = 0
+    for block in table.blocks:
+        squares = block.feature_norms[0].astype(np.float64) ** 2
+        largest_square = max(largest_square, float(squares.max()))
+        scores[:, start : start + len(squares)] = squares - 2 * dots(x.astype(np.float32), block.features[0])
+        start += len(squares)
+    tensor = torch.from_numpy(scores)
+    at_position = table.rows
+
+    def candidates(which: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+        found = tensor[torch.from_numpy(which)].topk(width, dim=1)
+        edge = (
+            found.values[:, -1].numpy().astype(np.float64)
+            + own[which]
+            + 2 * SCAN_TOLERANCE * (largest_square + own[which])
+        )
+        return at_position[found.indices.numpy()], np.sqrt(np.maximum(edge, 0.0))
+
+    return settle(query, factors, candidates, k, largest=False, first_width=2 * k + 16)
+
+
+def search_full(query: Query, factors: RowFactors, k: int) -> tuple[Ranking, Ranking]:
+    """Both ends of the ranking from the exact score of every live row."""
+    return search_all(query, factors, k, largest=True), search_all(query, factors, k, largest=False)

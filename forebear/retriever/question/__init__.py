@@ -1,0 +1,1 @@
+"""What is asked: the table of methods, the choices of a question, the models and the inverse curvature."""

@@ -1,0 +1,332 @@
+"""H^-1 applied to query gradients: which solver, at which scope, with which damping (METHODS.md, section 4).
+
+``exact`` is the head's Cholesky factor, ``ekfac`` the Kronecker-factored eigenbasis stored in the index, ``cg`` and
+``lissa`` iterate on products with the curvature of a sample of the training rows, ``identity`` does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from forebear.errors import InputError
+from forebear.indexer.curvature.damping import refuse_lost_damping, refuse_nil_damping
+from forebear.indexer.curvature.ekfac import Vectors, dot
+from forebear.indexer.curvature.head import (
+    absolute_damping,
+    class_basis,
+    class_curvature,
+    class_products,
+    fits_dense,
+    head_hessian,
+    probabilities_from_residuals,
+)
+from forebear.indexer.curvature.products import GaussNewton, HessianProduct, Product
+from forebear.indexer.curvature.solvers import HAN20, LissaSettings, Multiply, Solved, conjugate_gradients, lissa
+from forebear.indexer.gradients.whole import live_sample
+from forebear.indexer.index import Index
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.encoding import distinct
+from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
+from forebear.indexer.model.scopes import Block
+
+MAX_WEIGHTS = 1 << 25  # numbers in the class matrices, or in the gradients, of the rows that are held at once
+SELF_ROWS = 2048  # whose self-influence is solved for at once, at most
+EIGEN_ROWS = 256  # whose class matrices, or products with all class directions, are held at once
+PRODUCT_ROWS = 2048  # whose products with the head's curvature are computed at once
+SOLVERS = ("exact", "ekfac", "cg", "cg-hessian", "lissa", "identity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureSpec:
+    """Which H^-1 a question asks for.
+
+    Attributes:
+        solver: One of ``exact`` (head only), ``ekfac``, ``cg`` (on the Gauss-Newton matrix), ``cg-hessian``, ``lissa``
+            (on the Hessian) and ``identity``; None: ``exact`` at the head, ``ekfac`` at other scopes.
+        damping: As given; None: the index's first. ``lissa`` has its own.
+        rows: Training rows on which ``cg`` and ``lissa`` compute products; 0: all. The head always takes all.
+        lissa: Settings, as :meth:`LissaSettings.parse` reads them.
+        tolerance: Of the relative residual of ``cg``.
+    """
+
+    solver: str | None = None
+    damping: str | None = None
+    rows: int = 1024
+    lissa: str = str(HAN20)
+    tolerance: float = 1e-3
+
+    def check(self) -> None:
+        """Refuse values that mean nothing."""
+        if self.solver is not None and self.solver not in SOLVERS:
+            raise InputError(f"--curvature {self.solver!r}: expected {', '.join(SOLVERS[:-1])} or {SOLVERS[-1]}.")
+        if self.rows < 0:
+            raise InputError(f"--curvature-rows {self.rows}: expected 0 (all) or more.")
+        if not 0 < self.tolerance < float("inf"):
+            raise InputError(f"--tolerance {self.tolerance}: expected a number above 0.")
+        if self.damping is not None:
+            absolute_damping(self.damping, 1.0)
+        LissaSettings.parse(self.lissa)
+
+    def at(self, scope: str) -> str:
+        """The solver at a scope.
+
+        Raises:
+            InputError: ``exact`` beyond the head.
+        """
+        if self.solver == "exact" and scope != "head":
+            raise InputError(f"--curvature exact is for scope head. At scope {scope}: ekfac, cg, lissa or identity.")
+        return self.solver or ("exact" if scope == "head" else "ekfac")
+
+    def iterates(self, scope: str) -> bool:
+        """Whether the solver at a scope leaves a residual."""
+        return self.at(scope) in ("cg", "cg-hessian", "lissa")
+
+    def facts(self, index: Index, scope: str) -> dict[str, Any]:
+        """What a result must say of the curvature at a scope: solver, matrix, effective damping, rows."""
+        solver = self.at(scope)
+        found: dict[str, Any] = {"curvature": solver}
+        if solver == "identity":
+            return found
+        if solver == "exact":
+            # A Cholesky solve in float64: no iteration, hence no residual to speak of.
+            return found | {"damping": index.head_damping(self.damping)["damping"], "residual": 0.0}
+        hessian = solver in ("cg-hessian", "lissa")
+        found["matrix"] = "Hessian" if hessian and scope != "head" else "Gauss-Newton"
+        if solver == "lissa":
+            settings = LissaSettings.parse(self.lissa)
+            found |= {"damping": settings.effective_damping, "lissa": str(settings)}
+        else:
+            found["damping"] = self.absolute(index, scope)
+        if solver != "ekfac":
+            n_live = index.manifest.n_live
+            found["curvature_rows"] = n_live if scope == "head" or not self.rows else min(self.rows, n_live)
+        return found
+
+    def absolute(self, index: Index, scope: str) -> float:
+        """Size of the damping at a scope, for solvers other than ``lissa``."""
+        if scope == "head":
+            chosen = self.damping or (*index.manifest.spec.dampings, "0.1x")[0]
+            return absolute_damping(chosen, index.head_mean_eigenvalue)
+        stored = index.manifest.curvature.get(scope, {}).get("ekfac")
+        if stored is None:
+            given = self.damping
+            if given is None or given.endswith("x"):
+                raise InputError(
+                    f"the damping {given or '(none given)'} is relative to the mean eigenvalue of scope {scope}, which "
+                    f"{index.folder} does not hold. Give an absolute --damping, such as 1e-5."
+                )
+            return absolute_damping(given, 1.0)
+        if self.damping is None:
+            return float(stored["damping"])
+        return absolute_damping(self.damping, stored["mean_eigenvalue"])
+
+    def refuse_lost_damping(self, index: Index, scope: str) -> None:
+        """Refuse a damping that the solver's arithmetic at a scope does not carry, as far as the index tells.
+
+        Where it stores no eigenvalues, the first product with the curvature tells the rest.
+
+        Raises:
+            InputError: It is lost in rounding beside the eigenvalues.
+        """
+        solver = self.at(scope)
+        if solver in ("exact", "identity"):  # the exact factor was refused at the build, if at all
+            return
+        dtype = torch.float64 if scope == "head" else torch.float32
+        if solver == "lissa":
+            LissaSettings.parse(self.lissa).refuse_lost_damping(dtype)
+            return
+        if scope != "head" and solver == "ekfac":
+            index.ekfac_damping(scope, self.damping)  # it must be one of those stored
+        elif self.damping is not None:
+            refuse_nil_damping(self.damping, dtype, scope)
+        if scope == "head":
+            largest = index.head_mean_eigenvalue
+        else:
+            largest = index.ekfac(scope).largest_eigenvalue if index.manifest.spec.whitened else 0.0
+        refuse_lost_damping(self.absolute(index, scope), largest, dtype, scope)
+
+
+class Solve(Protocol):
+    """H^-1 applied to whole gradients."""
+
+    def __call__(self, vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
+        """Solutions, and relative residuals ``(q,)`` where the solver iterates."""
+
+
+def deep_solver(
+    spec: CurvatureSpec, index: Index, classifier: Classifier, scope: str, blocks: Sequence[Block]
+) -> Solve:
+    """H^-1 applied to whole gradients at any scope; at the head by its stored Cholesky factor alone."""
+    solver = spec.at(scope)
+    if solver == "identity":
+        return lambda vectors: (vectors, None)
+    device, dtype = classifier.device, classifier.head.weight.dtype
+    spec.refuse_lost_damping(index, scope)
+    if scope == "head":
+        if solver != "exact":
+            raise InputError(f"--curvature {solver} of whole gradients is for scopes beyond the head.")
+        return _exact_head(index, classifier, spec.damping)
+    if solver == "ekfac":
+        _, damping = index.ekfac_damping(scope, spec.damping)
+        ekfac = index.ekfac(scope).to(device, dtype)
+        return lambda vectors: (ekfac.solve(vectors, damping), None)
+    rows = live_sample(index.live, spec.rows, index.manifest.spec.seed)
+    texts = index.text_lists(rows)
+    product: Product
+    if solver == "cg":
+        seed = index.manifest.spec.seed
+        product = GaussNewton(classifier, scope, blocks, texts, seed=seed, batch_tokens=DEFAULT_BATCH_TOKENS)
+    else:
+        labels = index.labels[rows].astype(np.int64)
+        product = HessianProduct(classifier, scope, blocks, texts, labels, batch_tokens=DEFAULT_BATCH_TOKENS)
+    return _iterative(spec, solver, product, len(rows), lambda: spec.absolute(index, scope), scope)
+
+
+def _exact_head(index: Index, classifier: Classifier, damping: str | None) -> Solve:
+    """H^-1 of whole gradients of the head weight, ``(q, c, h)``; their columns sum to 0 over the classes."""
+    stored = index.head_curvature(damping)
+    basis = class_basis(classifier.n_classes)
+
+    def solve(vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
+        ((name, g),) = vectors.items()
+        solved = stored.solve_matrix(np.einsum("ac,qch->qah", basis, g.double().cpu().numpy()))
+        return {name: torch.from_numpy(np.einsum("ac,qah->qch", basis, solved)).to(g)}, None
+
+    return solve
+
+
+def _iterative(
+    spec: CurvatureSpec, solver: str, product: Product, n_rows: int, damping: Callable[[], float], scope: str
+) -> Solve:
+    """``cg`` or ``lissa`` on a product."""
+
+    def solve(vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
+        found: Solved
+        if solver == "lissa":
+            settings = LissaSettings.parse(spec.lissa)
+            found = lissa(
+                product, vectors, damping=settings.damping, scale=settings.scale, depth=settings.depth,
+                batch_rows=settings.batch_rows, repeats=settings.repeats, n_rows=n_rows,
+            )  # fmt: skip
+        else:
+            size = damping()
+            found = conjugate_gradients(_watched(product, size, scope), vectors, size, tolerance=spec.tolerance)
+        return found.vectors, found.residual
+
+    return solve
+
+
+def _watched(product: Product, damping: float, scope: str) -> Multiply:
+    """The product, refusing a damping that is lost beside <v, H v> / <v, v>, which the largest eigenvalue reaches."""
+
+    def multiply(vectors: Vectors) -> Vectors:
+        found = product(vectors)
+        lengths = dot(vectors, vectors)
+        quotients = torch.where(lengths > 0, dot(vectors, found) / lengths, 0.0)
+        refuse_lost_damping(damping, float(quotients.max()), next(iter(vectors.values())).dtype, scope)
+        return found
+
+    return multiply
+
+
+class HeadSolver:
+    """``ekfac``, ``cg`` and ``lissa`` at the head, from the stored factors alone, in float64.
+
+    Works in the reduced class basis and has the methods of :class:`~forebear.indexer.curvature.head.HeadCurvature`.
+    Where the curvature is too large for one matrix, or the class matrices of all rows are, products are computed row by
+    row from the probabilities.
+    """
+
+    def __init__(self, spec: CurvatureSpec, index: Index) -> None:
+        """Take the factors of the live rows."""
+        self._spec, self._index, self._solver = spec, index, spec.at("head")
+        live, labels = index.live, index.labels
+        self._features = torch.from_numpy(index.features().take(live).astype(np.float64))
+        p = probabilities_from_residuals(index.residuals().take(live), labels[live])
+        self.n_classes = p.shape[1]
+        self._p = p
+        self._by_row = p.size * p.shape[1] > MAX_WEIGHTS
+        spec.refuse_lost_damping(index, "head")
+
+    @cached_property
+    def _weights(self) -> torch.Tensor:
+        """Class matrices of all rows, ``(n, c - 1, c - 1)``."""
+        return torch.from_numpy(class_curvature(self._p))
+
+    @cached_property
+    def damping(self) -> float:
+        """What is added to the diagonal."""
+        if self._solver == "lissa":
+            return LissaSettings.parse(self._spec.lissa).effective_damping
+        return self._spec.absolute(self._index, "head")
+
+    def solve(self, residuals: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """(H + damping I)^-1 g in the reduced class basis, ``(q, c - 1, h)``, and relative residuals."""
+        reduced = residuals.astype(np.float64) @ class_basis(self.n_classes).T
+        g = torch.from_numpy(reduced[:, :, None] * features.astype(np.float64)[:, None, :])
+        if self._solver == "ekfac":
+            left, right, eigenvalues = self._ekfac
+            return (left @ ((left.T @ g @ right) / (eigenvalues + self.damping)) @ right.T).numpy(), None
+        found, residual = _iterative(
+            self._spec, self._solver, self._product, len(self._features), lambda: self.damping, "head"
+        )({"head": g})
+        return found["head"].numpy(), residual
+
+    def self_influence(self, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """<H^-1 g, g> of each row, ``(n,)`` float64; rows of the same factors are solved for once."""
+        first, kinds = distinct(np.concatenate([residuals, features.astype(residuals.dtype)], axis=1))
+        residuals, features = residuals[first], features[first]
+        out = []
+        size = max(1, min(SELF_ROWS, MAX_WEIGHTS // (self.n_classes * features.shape[1])))
+        for start in range(0, len(residuals), size):
+            r, f = residuals[start : start + size], features[start : start + size].astype(np.float64)
+            reduced = r.astype(np.float64) @ class_basis(self.n_classes).T
+            out.append(np.einsum("nah,na,nh->n", self.solve(r, f)[0], reduced, f, optimize=True))
+        return np.asarray(np.maximum(np.concatenate(out), 0.0)[kinds])
+
+    @cached_property
+    def _ekfac(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        right = torch.linalg.eigh(self._features.T @ self._features).eigenvectors
+        if self._by_row:
+            blocks = torch.split(torch.from_numpy(self._p), EIGEN_ROWS)
+            total = np.sum([class_curvature(p.numpy()).sum(axis=0) for p in blocks], axis=0)
+            left = torch.linalg.eigh(torch.from_numpy(total)).eigenvectors
+            u = left.T  # eigenvectors as rows; every row of the index gets all of them
+            parts = [
+                torch.einsum("ia,ian->ni", u, class_products(p, u[:, :, None].expand(-1, -1, len(p)))) for p in blocks
+            ]
+            out = torch.cat(parts)
+        else:
+            left = torch.linalg.eigh(self._weights.sum(dim=0)).eigenvectors
+            out = torch.einsum("ai,nab,bi->ni", left, self._weights, left)
+        eigenvalues = out.T @ (self._features @ right) ** 2 / len(self._features)
+        refuse_lost_damping(self.damping, float(eigenvalues.max()), eigenvalues.dtype, "head")
+        return left, right, eigenvalues
+
+    @cached_property
+    def _hessian(self) -> torch.Tensor:
+        return torch.from_numpy(
+            head_hessian([(self._features.numpy(), self._p)], self._features.shape[1], self.n_classes)
+        )
+
+    def _product(self, vectors: Vectors, at: Sequence[int] | None = None) -> Vectors:
+        v = vectors["head"]
+        if at is None and fits_dense(self.n_classes, self._features.shape[1]):
+            return {"head": (v.flatten(1) @ self._hessian).view_as(v)}
+        rows = np.arange(len(self._p)) if at is None else np.asarray(at)
+        total = torch.zeros_like(v)
+        for start in range(0, len(rows), PRODUCT_ROWS):
+            some = rows[start : start + PRODUCT_ROWS]
+            f = self._features[some]
+            if self._by_row:
+                weighted = class_products(torch.from_numpy(self._p[some]), v @ f.T)
+            else:
+                weighted = torch.einsum("nab,qbn->qan", self._weights[some], v @ f.T)
+            total += weighted @ f
+        return {"head": total / len(rows)}

@@ -1,0 +1,39 @@
+"""Whether test rows are such as an index can be asked about: their texts, and their labels."""
+
+from __future__ import annotations
+
+from forebear.errors import DataError, MismatchError
+from forebear.indexer.index import Index
+from forebear.indexer.rows.labels import LabelMap, label_map
+from forebear.indexer.rows.row_source import RowSource
+
+
+def check_texts(index: Index, source: RowSource) -> None:
+    """Refuse single texts for an index of pairs, the other way round, and the same columns in another order."""
+    wanted = index.manifest.spec.text_columns
+    if len(source.text_columns) != len(wanted):
+        raise MismatchError(
+            f"{source.name} gives {len(source.text_columns)} text(s) a row ({', '.join(source.text_columns)}); the "
+            f"index was built from {len(wanted)} ({', '.join(wanted)}). Choose them by --text-columns or --pair."
+        )
+    if source.text_columns != wanted and sorted(source.text_columns) == sorted(wanted):
+        raise MismatchError(
+            f"{source.name} is read as {', '.join(source.text_columns)}, the index was built from "
+            f"{', '.join(wanted)}, in this order. Give --text-columns {','.join(wanted)}."
+        )
+
+
+def query_labels(index: Index, source: RowSource, *, required: bool) -> LabelMap | None:
+    """How the test rows' labels map onto the model's; None when there are none or, unless required, none fit.
+
+    Unless required, a row without a label, or with one that the model does not know, gets ``labels.UNKNOWN``.
+    """
+    if source.label_column is None and not required:
+        return None
+    try:
+        spec = index.manifest.spec
+        return label_map(source, spec.label_names, spec.label_mode, partial=not required)
+    except DataError:
+        if required:
+            raise
+        return None

@@ -1,0 +1,204 @@
+"""How many candidates a question takes, and what may be said of the recall that they buy.
+
+A recall is stated only where it was measured for just that case. Calibration
+(:mod:`forebear.indexer.building.calibrate`) measures it for a method at a scope, under EK-FAC at the index's first
+damping, for single rows and the class that the model predicts for them, among the rows that the index had, for the
+top k that its sample stands for. The recall is 1 where all rows are scored or the search proves its answer.
+Everywhere else it is None, and a note says why.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from forebear.indexer.index import Index
+from forebear.indexer.storage.ann import CALIBRATION_TOP, expected_recall
+from forebear.retriever.head.stored import ann_name
+from forebear.retriever.question.inverse import CurvatureSpec
+from forebear.retriever.question.methods import Method
+from forebear.retriever.question.spec import QuerySpec
+
+DEFAULT_CANDIDATES = 100  # where no calibration says how many a recall takes
+# By a method that compares whitened sketches, the method that compares the plain sketches in the same way.
+UNWHITENED = {"if": "gd", "rif": "gc", "if+": "tracin+", "if++": "tracin++"}
+_ROUNDING = 1e-9
+Stated = tuple[float | None, str | None]  # a recall, and what must be said beside it
+PROVEN: Stated = (1.0, None)
+NOT_RERANKED: Stated = (None, "recall not measured for --exact none")
+
+
+def stores_spans(index: Index, spec: QuerySpec) -> bool:
+    """Whether an index holds the spans that a settled question is about."""
+    stored = index.manifest.spec
+    return stored.spans is not None and (spec.spans, spec.span_column) == (stored.spans, stored.span_column)
+
+
+def candidates_for(shares: dict[str, float], recall: float, n_live: int) -> int:
+    """Candidates at each end that a recall takes, from the shares of all rows that calibration found for some recalls.
+
+    A recall between two of those takes the candidates of the larger. One beyond the largest, which is what the sample
+    supports, takes the candidates of the largest: more would cost time and promise nothing. A recall of 1 takes all.
+    """
+    if recall >= 1 or not shares:
+        return n_live
+    by_recall = {float(calibrated): share for calibrated, share in shares.items()}
+    # The order of the manifest's keys says nothing; a larger recall never takes fewer candidates.
+    enough = [share for calibrated, share in by_recall.items() if calibrated >= recall - _ROUNDING]
+    return min(n_live, math.ceil(min(enough or [max(by_recall.values())]) * n_live - _ROUNDING))
+
+
+def recall_of(shares: dict[str, float], n_candidates: int, n_live: int, *, at_most: float = 1.0) -> float | None:
+    """The largest calibrated recall that a number of candidates suffices for; None if for none.
+
+    Args:
+        shares: As :func:`candidates_for` takes them.
+        n_candidates: At each end.
+        n_live: All rows; so many candidates leave none out.
+        at_most: The recall that was asked for. Candidates that were chosen for it may by chance suffice for a larger
+            one; stated is the one that they were chosen for.
+    """
+    if n_candidates >= n_live:
+        return 1.0
+    reached = [float(n) for n, share in shares.items() if math.ceil(share * n_live - _ROUNDING) <= n_candidates]
+    return min(at_most, max(reached)) if reached else None
+
+
+def same_as(index: Index, scope: str, method: Method, curvature: CurvatureSpec) -> str:
+    """The method by whose calibration candidates are proposed, where two methods are the same but for a factor.
+
+    With H = I, ``if`` is ``gd`` and ``rif`` is ``gc``; with one checkpoint ``tracin`` is ``gd`` times eta.
+    """
+    if method.query == "preconditioned" and curvature.at(scope) == "identity":
+        return UNWHITENED.get(method.name, method.name)
+    checkpoints = index.manifest.checkpoints
+    if method.all_checkpoints and len(checkpoints) == 1 and checkpoints[0].eta > 0:
+        return "gd"
+    return method.name
+
+
+def _searched(index: Index, scope: str, method: Method, spec: QuerySpec) -> tuple[str, int]:
+    """The method whose calibration says how many candidates it takes, and the number of what is searched."""
+    if method.ranks_spans and stores_spans(index, spec):
+        return method.name, len(index.live_spans)
+    if method.by_model:
+        return method.calibrated_as, index.manifest.n_live
+    return same_as(index, scope, method, spec.solver), index.manifest.n_live
+
+
+def n_candidates(index: Index, scope: str, method: Method, spec: QuerySpec) -> int:
+    """Rows, or stored spans, at each end that are scored exactly for a method at a scope beyond the head.
+
+    Where candidates come from two sketches, so many come from each. Where the sample does not support the recall that
+    is asked for, they are those of the largest that it supports, and at least as many as without calibration.
+    """
+    if spec.candidates is not None:
+        return spec.candidates
+    name, total = _searched(index, scope, method, settled(index, spec))
+    calibration = index.calibrated(scope, name)
+    if calibration is None:
+        return max(spec.top, DEFAULT_CANDIDATES)
+    n = max(spec.top, candidates_for(calibration["candidates"], spec.recall, total))
+    unsupported = spec.recall > calibration.get("supported", 1.0)
+    return max(n, min(total, DEFAULT_CANDIDATES)) if unsupported else n
+
+
+def deep_recall(index: Index, scope: str, method: Method, n: int, spec: QuerySpec) -> Stated:
+    """What ``n`` candidates at each end buy beyond the head; None, and why, where that was not measured."""
+    name, total = _searched(index, scope, method, spec)
+    words_of_rows = method.saliency and method.spans is not None  # scored are the words of a few rows, never of all
+    if n >= total and not words_of_rows:
+        return PROVEN
+    reasons = _not_measured(index, scope, method, name, spec)
+    if reasons:
+        return None, f"recall not measured for {'; '.join(reasons)}"
+    calibration = index.calibrated(scope, name)
+    assert calibration is not None
+    at_most = spec.recall if spec.candidates is None else 1.0
+    recall = recall_of(calibration["candidates"], n, total, at_most=at_most)
+    if recall is None:
+        return None, f"recall not measured for so few candidates as {n:,}"
+    if spec.candidates is None and recall < spec.recall:
+        return recall, (
+            f"--recall {spec.recall:g} was asked for; calibration by {calibration['n_stating']} queries supports at "
+            f"most {calibration['supported']:.3g}. Build the index with more --calibrate, or ask with --exact full"
+        )
+    return recall, None
+
+
+def _not_measured(index: Index, scope: str, method: Method, name: str, spec: QuerySpec) -> list[str]:
+    """What a question asks for that the index's calibration did not."""
+    manifest = index.manifest
+    calibration = index.calibrated(scope, name)
+    if method.variants:
+        return [f"{method.name}: calibration asks the last checkpoint, not its variants"]
+    if method.by_model and name != method.name:
+        return [f"{method.name}: rows are proposed as for {name}" + (", not its spans" if method.spans else "")]
+    if calibration is None:
+        if method.all_checkpoints:
+            return [f"{method.name}: sums over checkpoints are not calibrated"]
+        return [f"{method.name} at scope {scope}: the index holds no calibration of it (--calibrate)"]
+    if "supported" not in calibration:
+        return [
+            "an index whose calibration stated recalls by the queries that it had chosen its settings by (an earlier "
+            "forebear): build it again"
+        ]
+    reasons = []
+    if method.query == "preconditioned" and spec.solver.at(scope) != "identity":
+        stored = manifest.spec.dampings
+        if spec.solver.at(scope) != "ekfac":
+            reasons.append(f"--curvature {spec.solver.at(scope)}: calibrated under ekfac")
+        elif index.ekfac_damping(scope, spec.damping)[0] != 0:
+            reasons.append(f"--damping {spec.damping}: calibrated at {stored[0]}")
+    if spec.aggregate:
+        reasons.append("--aggregate: calibrated for single rows")
+    if spec.target != "predicted":
+        reasons.append(f"--target {spec.target}: calibrated for the predicted label")
+    if method.spans == "both" and spec.query_spans not in (None, spec.spans):
+        reasons.append(f"--query-spans {spec.query_spans}: calibrated for {spec.spans}")
+    if spec.top > calibration["top"]:
+        reasons.append(f"--top {spec.top}: calibrated for the top {calibration['top']}")
+    age = manifest.fit_age
+    if not age.is_current:
+        reasons.append(f"rows that have changed since calibration ({age.appended:,} appended, {age.retired:,} retired)")
+    return reasons
+
+
+def stored_recall(index: Index, method: Method, spec: QuerySpec) -> Stated:
+    """Recall where every row's vector is stored: 1 where all rows are compared, or what was measured for FAISS."""
+    if spec.exact == "none":
+        return NOT_RERANKED
+    name = ann_name(method)
+    if spec.exact == "full" or name is None:
+        return PROVEN
+    facts = index.manifest.derived[name]
+    if facts["factory"] == "Flat":
+        return PROVEN
+    faiss = f"FAISS {facts['factory']}"
+    if "n_stating" not in facts:
+        return None, (
+            f"recall not measured for {faiss} of this index but by the queries that its settings were chosen by (an "
+            "earlier forebear): --rebuild-ann measures it"
+        )
+    if spec.top > CALIBRATION_TOP:
+        return None, f"recall not measured for {faiss} at --top {spec.top}, but for the top {CALIBRATION_TOP}"
+    expected, n_stating = expected_recall(facts), facts["n_stating"]
+    if expected is None:
+        return None, f"recall not measured for {faiss} of a single row"
+    rows = "row" if n_stating == 1 else "rows"
+    return expected, f"measured on {n_stating} {rows} (training rows, {faiss}), not proven"
+
+
+def with_note(stated: Stated) -> dict[str, Any]:
+    """Facts of an answer: ``recall``, and ``recall_note`` where something must be said beside it."""
+    recall, note = stated
+    return {"recall": recall} | ({} if note is None else {"recall_note": note})
+
+
+def settled(index: Index, spec: QuerySpec) -> QuerySpec:
+    """The question with what it leaves to the index: which spans, and in which text column."""
+    stored = index.manifest.spec
+    how = spec.spans or stored.spans or "clauses"
+    column = stored.span_column if how == stored.spans else 0
+    return replace(spec, spans=how, span_column=column if spec.span_column is None else spec.span_column)

@@ -1,0 +1,1 @@
+"""Which words of the query a prediction rests on, and gradients of that saliency."""

@@ -1,0 +1,131 @@
+"""d s / d theta of a word's saliency: why does the model look at this word? (Joint, eqs. 4 and 5)
+
+s is the summed-gradient saliency of one word of a row: the sum, over its word pieces and over dimensions, of the
+gradient of the target's probability at what enters the encoder (see :mod:`forebear.retriever.saliency.maps`). Its
+gradient takes a second backward pass, for which fused attention has no derivative: the math kernel runs instead.
+All of it is in full precision, like saliency itself, whatever the precision of the index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from forebear.errors import InputError, NonFiniteError
+from forebear.indexer.curvature.ekfac import Vectors
+from forebear.indexer.gradients.tape import only_asking
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.encoding import encode_with_places, pad_batch
+from forebear.indexer.model.scopes import Block, encoder_layers
+from forebear.indexer.spans.finders import Span, pieces_of
+from forebear.retriever.saliency.maps import SUMMED_GRADIENT, saliency
+
+
+def salient_words(
+    classifier: Classifier,
+    texts: Sequence[Sequence[str]],
+    targets: np.ndarray,
+    word: str | None,
+    numbers: Sequence[int] | None = None,
+) -> list[Span]:
+    """The word of each row whose saliency is explained: the most salient one, or the first that reads ``word``.
+
+    Punctuation is chosen only where it is named, or there is nothing else.
+
+    Args:
+        classifier: The model.
+        texts: Test rows, one list a text column.
+        targets: Class whose probability counts, ``(q,)``.
+        word: As it stands in the text, in any case; None: the word of largest summed-gradient saliency.
+        numbers: Of the rows, for messages; None: from 0.
+
+    Raises:
+        InputError: A row has no word, or not this one.
+    """
+    out = []
+    for i, found in enumerate(saliency(classifier, texts, targets, form=SUMMED_GRADIENT)):
+        words = [w for w in found.words if word is None or w.text.casefold() == word.casefold()]
+        if word is None:
+            words = [w for w in words if any(c.isalnum() for c in w.text)] or words
+        if not words:
+            what = "no word that the model reads"
+            if word is not None:
+                listed = ", ".join(dict.fromkeys(w.text for w in found.words)) or "none"
+                what = f"no word {word!r} (its words, as the tokenizer divides them: {listed})"
+            number = i if numbers is None else numbers[i]
+            raise InputError(f"test row {number} has {what}, so there is no saliency to explain.")
+        best = max(words, key=lambda w: w.value) if word is None else words[0]
+        out.append(Span(best.column, best.start, best.end))
+    return out
+
+
+def saliency_gradients(
+    classifier: Classifier,
+    blocks: Sequence[Block],
+    texts: Sequence[Sequence[str]],
+    targets: np.ndarray,
+    words: Sequence[Span],
+    numbers: Sequence[int] | None = None,
+) -> Vectors:
+    """-d s / d theta of one word of each row.
+
+    Its dot with a loss gradient g_n is positive where a training step on row n raises the word's saliency.
+
+    Args:
+        classifier: The model.
+        blocks: The scope's parameters.
+        texts: Test rows, one list a text column.
+        targets: Class whose probability counts, ``(q,)``.
+        words: One a row.
+        numbers: Of the rows, for messages; None: from 0.
+
+    Returns:
+        ``(q, n_out, n_in)`` for each block.
+
+    Raises:
+        NonFiniteError: A gradient is NaN or infinite; the row is named.
+    """
+    model = classifier.model
+    like = classifier.head.weight
+    out = {b.name: torch.zeros((len(words), b.n_out, b.n_in), dtype=like.dtype, device=like.device) for b in blocks}
+    names = [name for block in blocks for name in block.split(out[block.name])]
+    parameters = [model.get_parameter(name) for name in names]
+    prefix, _ = encoder_layers(model, classifier.name)
+    first_layer = model.get_submodule(f"{prefix}.0")
+    rows, places = encode_with_places(classifier, texts)
+    for i, span in enumerate(words):
+        inside = pieces_of(places, i, span)
+        leaf: list[torch.Tensor] = []
+
+        def grow(_module: torch.nn.Module, args: tuple, kwargs: dict, leaf: list[torch.Tensor] = leaf) -> tuple:  # type: ignore[type-arg]
+            values = args[0] if args else kwargs["hidden_states"]
+            # Below it only the embeddings' LayerNorm can be of the scope (--with-bias): it then takes part.
+            leaf.append(values if values.requires_grad else values.detach().requires_grad_(True))
+            return ((leaf[0], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": leaf[0]})
+
+        hook = first_layer.register_forward_pre_hook(grow, with_kwargs=True)
+        try:
+            with only_asking(model, parameters), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+                logits = model(**pad_batch(classifier.tokenizer, [rows[i]], classifier.device)).logits
+                probability = logits.double().softmax(dim=1)[0, int(targets[i])]
+                (at_input,) = torch.autograd.grad(probability, leaf[0], create_graph=True)
+                s = at_input[0, torch.tensor(inside, device=at_input.device)].sum()
+                found = torch.autograd.grad(s, parameters, materialize_grads=True)
+        finally:
+            hook.remove()
+        gradients = dict(zip(names, found, strict=True))
+        for block in blocks:
+            out[block.name][i] = -block.join({name: gradients[name] for name in block.split(out[block.name])})
+    for name, values in out.items():
+        finite = torch.isfinite(values).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            at = int(torch.argmin(finite.int()))
+            row = at if numbers is None else numbers[at]
+            raise NonFiniteError(
+                f"{classifier.name}: the saliency gradient of test row {row} is NaN or infinite in {name}. Check the "
+                "model."
+            )
+    return out

@@ -1,0 +1,1 @@
+"""Scores of spans of a row: what changes when the span is masked."""

@@ -1,0 +1,90 @@
+"""Spans of the index's store at the head of the last checkpoint: scored from stored factors, without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from forebear.indexer.curvature.head import class_basis
+from forebear.indexer.index import Index
+from forebear.retriever.deep.query_gradients import Asked
+from forebear.retriever.deep.search import GradientSearch
+from forebear.retriever.head.scoring import Query, Term
+from forebear.retriever.head.search import MAX_SCORES, RowFactors, best_of
+from forebear.retriever.question.methods import METHODS, Method
+
+
+def head_query(search: GradientSearch, method: Method, asked: Asked) -> Query:
+    """What is asked at the head of the last checkpoint, in the class directions of :func:`class_basis`."""
+    g = search.queries.at_checkpoint(search.queries.last, asked)
+    if method.query == "preconditioned":
+        g = search.queries.solutions(asked)[0]
+    (whole,) = g.values()
+    reduced = np.einsum("ac,qch->qah", class_basis(whole.shape[1]), whole.double().cpu().numpy())
+    return Query(METHODS["gd"], (Term(1.0, None, matrix=reduced),), np.ones(len(reduced)))
+
+
+def stored_ends(
+    search: GradientSearch, method: Method, asked: Asked, k: int
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Both ends of all live stored spans at the head of the last checkpoint, from stored factors.
+
+    Returns:
+        (entries, scores) of proponents, best first, and of opponents, ``(q, k)`` each.
+    """
+    query, stored = head_query(search, method, asked), _StoredAtHead(search.index)
+    ends = [(np.empty((len(query), k), np.int64), np.empty((len(query), k))) for _ in range(2)]
+    for at in stored.chunks(len(query)):
+        products = stored.products(query.take(at))
+        for (entries, scores), largest in zip(ends, (True, False), strict=True):
+            entries[at], scores[at] = best_of(products, query.take(at), stored, k, largest=largest)
+    return ends[0], ends[1]
+
+
+def stored_row_scores(search: GradientSearch, method: Method, asked: Asked) -> np.ndarray:
+    """The best stored span of each live row at the head of the last checkpoint, from stored factors.
+
+    Returns:
+        ``(q, n_live)`` float64, columns in the order of ``index.live``; -inf for a row without a stored span.
+    """
+    query, stored = head_query(search, method, asked), _StoredAtHead(search.index)
+    out = np.full((len(query), len(search.index.live)), -np.inf)
+    rows, starts = np.unique(stored.rows, return_index=True)  # entries stand by row
+    columns = np.searchsorted(search.index.live, rows)
+    for at in stored.chunks(len(query)):
+        out[np.ix_(at, columns)] = np.maximum.reduceat(stored.products(query.take(at)), starts, axis=1)
+    return out
+
+
+class _StoredAtHead:
+    """<V, g_n - g_n(-ij)> of all live stored spans: <V, r_n f_n^T> less that of the masked row, both in float64.
+
+    Attributes:
+        live: Their numbers in the store, ``(m,)``.
+        rows: Training row of each, ``(m,)``, ascending.
+    """
+
+    def __init__(self, index: Index) -> None:
+        store = index.spans()
+        self.live = index.live_spans
+        self.rows = store.rows[self.live]
+        self._all_rows = store.rows
+        self._whole = RowFactors((index.features(),), (index.residuals(),), np.unique(self.rows))
+        self._masked = RowFactors((store.features,), (store.residuals,), self.live)
+
+    def chunks(self, n_queries: int) -> Iterator[np.ndarray]:
+        """Queries whose scores of all spans fit in memory together."""
+        size = max(1, MAX_SCORES // max(1, len(self.live)))
+        for start in range(0, n_queries, size):
+            yield np.arange(start, min(start + size, n_queries))
+
+    def products(self, query: Query) -> np.ndarray:
+        """Of all of them by matrix products, ``(q, m)``."""
+        owner = np.searchsorted(self._whole.live, self.rows)
+        return np.asarray(self._whole.all_products(query)[:, owner] - self._masked.all_products(query))
+
+    def scores(self, query: Query, entries: np.ndarray) -> np.ndarray:
+        """Of some of them, ``(q, k)`` numbers, pair by pair."""
+        whole = self._whole.scores(query, self._all_rows[entries])
+        return np.asarray(whole - self._masked.scores(query, entries))

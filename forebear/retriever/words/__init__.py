@@ -1,0 +1,1 @@
+"""Scores from words: gradients of word embeddings, and tf-idf."""

@@ -1,0 +1,112 @@
+"""``tracin-tfidf``: cosine of tf-idf vectors times the dot of logit gradients (Yeh22, eq. 7).
+
+Terms are the model's own word pieces without special tokens; tf-idf is scikit-learn's (smooth idf over the live
+training rows, unit length). Every row is scored exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from forebear.indexer.index import Index
+from forebear.indexer.model.forward import residual_and_loss
+from forebear.indexer.words.gradients import count_tokens
+from forebear.retriever.head.queries import Asked, Models
+from forebear.retriever.head.scoring import rank
+from forebear.retriever.head.search import Ranking, Words
+
+_MAX_SCORES = 1 << 25  # entries of a (queries, rows) block held at once
+
+
+class TfidfSearch:
+    """Ranks training rows by tf-idf similarity times the similarity of errors."""
+
+    def __init__(self, index: Index, models: Models) -> None:
+        self._index, self._models = index, models
+
+    @cached_property
+    def _fitted(self) -> tuple[Any, sparse.csr_array]:
+        """The weighting, and tf-idf vectors of the live rows ``(n_live, vocabulary)``."""
+        from sklearn.feature_extraction.text import TfidfTransformer
+
+        counts = self._wide(self._index.token_counts())[self._index.live]
+        transformer = TfidfTransformer()
+        return transformer, sparse.csr_array(transformer.fit_transform(counts))
+
+    def _wide(self, counts: sparse.csr_array) -> sparse.csr_array:
+        """The same with a column for every token id."""
+        n_tokens = self._models.classifier().model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        return sparse.csr_array((counts.data, counts.indices, counts.indptr), shape=(counts.shape[0], n_tokens))
+
+    def _of_texts(self, texts: Sequence[Sequence[str]]) -> sparse.csr_array:
+        starts, tokens, counts = count_tokens(self._models.classifier(), texts)
+        vectors = self._wide(
+            sparse.csr_array((counts, tokens, starts), shape=(len(starts) - 1, 1 + tokens.max(initial=0)))
+        )
+        return sparse.csr_array(self._fitted[0].transform(vectors))
+
+    def cosines(self, texts: Sequence[Sequence[str]]) -> np.ndarray:
+        """Cosine of tf-idf vectors of every live row, ``(q, n_live)`` float64: how much the texts overlap."""
+        return np.asarray((self._of_texts(texts) @ self._fitted[1].T).toarray())
+
+    def scores(self, texts: Sequence[Sequence[str]], asked: Asked, *, normalise: bool) -> np.ndarray:
+        """Scores of every live row, ``(q, n_live)`` float64; divided by sqrt(self x self) if ``normalise``."""
+        found = self.cosines(texts) * self._errors(asked, self._index.live, normalise=normalise)
+        return np.asarray(found + 0.0)  # no -0.0
+
+    def _errors(self, asked: Asked, rows: np.ndarray, *, normalise: bool) -> np.ndarray:
+        """sum over checkpoints of eta <p_q - y_q, p_n - y_n>, ``(q, len(rows))`` float64."""
+        q = len(asked.targets)
+        dots, own_q, own_n = np.zeros((q, len(rows))), np.zeros(q), np.zeros(len(rows))
+        for c, checkpoint in enumerate(self._index.manifest.checkpoints):
+            left, _ = residual_and_loss(asked.forwards[c].logits, asked.targets)
+            right = self._index.residuals(c).take(rows).astype(np.float64)
+            dots += checkpoint.eta * (left @ right.T)
+            own_q += checkpoint.eta * (left**2).sum(axis=1)
+            own_n += checkpoint.eta * (right**2).sum(axis=1)
+        if not normalise:
+            return dots
+        below = np.sqrt(own_q)[:, None] * np.sqrt(own_n)
+        return np.asarray(np.divide(dots, below, out=np.zeros_like(dots), where=below > 0))
+
+    def search(
+        self, texts: Sequence[Sequence[str]], asked: Asked, k: int, *, normalise: bool
+    ) -> tuple[Ranking, Ranking]:
+        """Both ends of the ranking, (proponents, opponents), with contributions."""
+        live = self._index.live
+        step = max(1, _MAX_SCORES // len(live))
+        q = len(asked.targets)
+        rows, scores = np.empty((2, q, k), np.int64), np.empty((2, q, k))
+        for start in range(0, q, step):
+            at = np.arange(start, min(start + step, q))
+            some = [list(column[start : start + step]) for column in texts]
+            found = self.scores(some, asked.take(at), normalise=normalise)
+            for side in (0, 1):
+                rows[side, at], scores[side, at] = rank(found, live, k, largest=side == 0)
+        n_scored = np.full(q, len(live))
+        own = self._of_texts(texts)
+        words = [self._contributions(own, rows[side], scores[side]) for side in (0, 1)]
+        return tuple(  # type: ignore[return-value]
+            Ranking(rows[side], scores[side], True, n_scored, words=words[side]) for side in (0, 1)
+        )
+
+    def _contributions(self, own: sparse.csr_array, rows: np.ndarray, scores: np.ndarray) -> list[Words]:
+        """Each shared token's part of a score: its part of the cosine."""
+        out: list[Words] = []
+        for i, (mine, values) in enumerate(zip(rows, scores, strict=True)):
+            theirs = self._fitted[1][np.searchsorted(self._index.live, mine)]
+            products = sparse.csr_array(theirs.multiply(own[[i]]))
+            found: Words = []
+            for j, score in enumerate(values):
+                at = slice(products.indptr[j], products.indptr[j + 1])
+                tokens, parts = products.indices[at].astype(np.int64), products.data[at]
+                share = score * parts / parts.sum() if parts.sum() > 0 else np.zeros(len(parts))
+                order = np.lexsort((tokens, -np.abs(share)))
+                found.append((tokens[order], share[order]))
+            out.append(found)
+        return out
