@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
 
 from faults import Ended, Fault, ended, run, start, warm_up  # noqa: E402
 from tiny import WORDS, labels, make_tiny_model, sentences, write_jsonl  # noqa: E402
@@ -180,7 +180,7 @@ class World:
             *report,
         )
         yield Case("evaluate removal", self.built, removal, removal, self.index, (0, 2))
-        from test_wordnet import write_wordnet
+        from tiny_wordnet import write_wordnet
 
         if not (self.scratch / "wordnet").exists():
             pairs = [(f"{a}-{b}", [a, b], []) for a, b in zip(WORDS[::2], WORDS[1::2], strict=False)]

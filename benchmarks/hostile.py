@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import torch
 from common import write_result
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 MEMORY_BYTES = 4 << 30
 SECONDS = 120
 TEXT = "a good film"

@@ -27,7 +27,7 @@ METHODS = ("nn-euc", "nn-cos", "nn-dot", "gd", "gc", "if", "rif", "rep", "tracin
 def main() -> None:
     """Write ``model/``, ``index/`` and ``scores.json`` beside this file."""
     os.chdir(HERE)
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(HERE.parent / "support"))
     import torch
     import transformers
     from tiny import make_tiny_model

@@ -21,9 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_index import Interrupted, hashes, interrupt_at
-from test_wordnet import write_wordnet
+from interruptions import Interrupted, hashes, interrupt_at
+from places import ROOT
 from tiny import WORDS, labels, sentences, write_jsonl
+from tiny_wordnet import write_wordnet
 
 from forebear import (
     CorruptIndexError,
@@ -679,7 +680,7 @@ def test_what_was_fitted_on_other_rows_is_said_everywhere(
 
 def test_a_small_campaign_of_kills_full_disks_and_flips_is_stood() -> None:
     """In a process of its own: it forks, which this one with its threads must not."""
-    script = Path(__file__).parent.parent / "benchmarks" / "campaign.py"
+    script = ROOT / "benchmarks" / "campaign.py"
     done = subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     tried = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines() if " tried, " in line}

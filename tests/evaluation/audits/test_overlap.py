@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import DATA, NO_DATA
 
 from forebear.errors import DataError, InputError, NonFiniteError
 from forebear.evaluation.audits.artifacts.lexical_overlap import bootstrap_interval, lexical_overlap, mean_and_error
 
-MNLI = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnli10k" / "train.parquet"
+MNLI = DATA / "mnli10k" / "train.parquet"
 
 
 def test_overlap_is_the_share_of_hypothesis_word_types_found_in_the_premise() -> None:
@@ -43,7 +43,7 @@ def test_overlap_refuses_a_missing_text_and_names_the_row() -> None:
         lexical_overlap(["a", "b"], ["a", None])  # type: ignore[list-item]
 
 
-@pytest.mark.skipif(not MNLI.exists(), reason=f"needs the shared MNLI sample at {MNLI}")
+@pytest.mark.skipif(not MNLI.exists(), reason=NO_DATA)
 def test_mean_overlap_of_the_papers_mnli_rows_is_the_published_one() -> None:
     import pyarrow.parquet as pq
 

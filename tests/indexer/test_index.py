@@ -19,6 +19,8 @@ import pytest
 import torch
 import transformers
 from conftest import ROW_METHODS, World, error
+from interruptions import Interrupted, hashes, interrupt_at
+from places import GOLDEN, ROOT
 from tiny import labels as make_labels
 from tiny import make_tiny_model, sentences
 
@@ -43,7 +45,6 @@ from forebear.indexer.training.run import CheckpointPath, Run, RunCheckpoint, ch
 from forebear.indexer.words.store import PARTS
 from forebear.retriever.retriever import Retriever
 
-GOLDEN = Path(__file__).parent / "golden"
 TEXTS, LABELS = sentences(40, seed=21), make_labels(40, seed=22)
 QUERIES = sentences(4, seed=23)
 TOLERANCE = 1e-5
@@ -86,15 +87,6 @@ def partial(short: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(short, tmp_path / "partial"))
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file by path."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 def scores(folder: Path) -> dict[str, np.ndarray]:
     retriever = Retriever(Index.open(folder))
     return {name: retriever.scores(QUERIES, name) for name in ROW_METHODS}
@@ -109,23 +101,6 @@ def answers(folder: Path) -> list[dict[str, Any]]:
     retriever = Retriever(Index.open(folder))
     table = retriever.retrieve(QUERIES, methods=list(ROW_METHODS), top=5)
     return table.select(["query", "method", "side", "rank", "row", "label", "prediction", "text"]).to_pylist()
-
-
-class Interrupted(BaseException):
-    """As if the process had died: nothing in the package catches it."""
-
-
-def interrupt_at(number: int) -> Callable[[str, int, int], None]:
-    """A progress callback that dies at its n-th call."""
-    calls = 0
-
-    def progress(_stage: str, _done: int, _total: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            raise Interrupted
-
-    return progress
 
 
 def one_line(caught: pytest.ExceptionInfo[BaseException]) -> str:
@@ -186,7 +161,7 @@ def test_a_killed_build_is_resumed_to_the_same_bytes(pristine: Path, choices: di
         "threads": torch.get_num_threads(), "options": vars(choices["options"]), "texts": TEXTS, "labels": LABELS,
         "out": str(out), "checkpoints": [vars(c) for c in choices["checkpoints"]],
     }  # fmt: skip
-    child = subprocess.Popen([sys.executable, "-c", CHILD, json.dumps(task)], cwd=Path(__file__).parents[1])
+    child = subprocess.Popen([sys.executable, "-c", CHILD, json.dumps(task)], cwd=ROOT)
     try:
         second_shard = out / "features/checkpoint-2/00001.arrow"
         deadline = time.monotonic() + 120

@@ -7,12 +7,12 @@ import gzip
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from places import ROOT
 
 from forebear.cli.screen.console import shortened
 from forebear.errors import DataError
@@ -21,7 +21,7 @@ from forebear.indexer.rows import text_file
 from forebear.indexer.rows.arrow_text import column_bytes
 from forebear.indexer.rows.row_source import open_rows
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 from hostile import bad_bytes, nested, tables, typed
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import error
-from test_words import ALL, ETAS, GRADIENTS, MODES, TOP, World, ask, assert_ends, build, ends_of, kept, make_world
+from words_oracle import ALL, ETAS, GRADIENTS, MODES, TOP, World, ask, assert_ends, build, ends_of, kept, make_world
 
 from forebear import BuildOptions, InputError, MissingStoreError, Retriever, append_rows
 from forebear.errors import CorruptIndexError, MismatchError, StorageError

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import DATA, NO_DATA
 
 from forebear.errors import DataError
 from forebear.indexer.rows.labels import classes_for, collapse_to_binary_nli, label_map
@@ -19,10 +20,9 @@ GENERIC = ("LABEL_0", "LABEL_1", "LABEL_2")
 
 @pytest.fixture(scope="module")
 def real_data() -> Path:
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no real data at {folder}")
-    return folder
+    if not DATA.is_dir():
+        pytest.skip(NO_DATA)
+    return DATA
 
 
 def rows(labels: Sequence[Any], names: Sequence[str] | None = None) -> RowSource:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from places import DATA, NO_DATA
 
 from forebear.errors import DataError
 from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
@@ -26,10 +27,9 @@ NUMBERS = [0, 1, 1, 0, 1, 0, 0, 1]
 
 @pytest.fixture(scope="module")
 def real_data() -> Path:
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no real data at {folder}")
-    return folder
+    if not DATA.is_dir():
+        pytest.skip(NO_DATA)
+    return DATA
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+from places import GOLDEN
 from tiny import labels, make_tiny_model, sentences
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -250,8 +251,7 @@ def test_an_append_reads_the_digests_of_the_rows_before_it(tmp_path, monkeypatch
 
 def test_an_index_of_an_older_version_is_appended_to_and_its_rows_tie(tmp_path):
     """Its shards keep no digests: its rows are encoded once more."""
-    golden = Path(__file__).parent / "golden"
-    shutil.copytree(golden / "index", tmp_path / "i")
+    shutil.copytree(GOLDEN / "index", tmp_path / "i")
     old = Index.open(tmp_path / "i")
     (texts,) = old.text_lists(np.arange(old.manifest.n_rows))
     names = old.manifest.spec.label_names
@@ -259,7 +259,7 @@ def test_an_index_of_an_older_version_is_appended_to_and_its_rows_tie(tmp_path):
     index = old
     for row in (3, 5):
         rows = rows_from_texts([texts[row], "a text that is new"], [gold[row], names[0]])
-        index = append_rows(tmp_path / "i", rows, model=str(golden / "model"), device="cpu")
+        index = append_rows(tmp_path / "i", rows, model=str(GOLDEN / "model"), device="cpu")
         for values in (index.features(), index.residuals()):
             found = values.take(np.array([row, index.manifest.n_rows - 2]))
             assert (found[0] == found[1]).all()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_families import without_tokenizer
-from tiny import WORDS, labels, make_tiny_model, sentences, write_jsonl
+from places import GOLDEN
+from tiny import WORDS, labels, make_tiny_model, sentences, without_tokenizer, write_jsonl
 from transformers import AutoTokenizer
 
 from forebear.errors import ModelError
@@ -185,7 +185,7 @@ def test_counts_add_up_over_shards_appends_and_pairs(tmp_path):
 
 
 def test_an_index_of_an_older_version_tells_what_is_known():
-    golden = Path(__file__).parent / "golden" / "index"
+    golden = GOLDEN / "index"
     facts = row_facts(Index.open(golden))
     assert facts.reading is None
     index = Index.open(golden)

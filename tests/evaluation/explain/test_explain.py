@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 import transformers
-from test_report import Outline, outline
+from page_outline import Outline, outline
 from tiny import labels, make_tiny_model, sentences
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 

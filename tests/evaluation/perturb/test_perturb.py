@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_wordnet import write_wordnet
 from tiny import labels, make_tiny_model, sentences, write_jsonl
+from tiny_wordnet import write_wordnet
 
 from forebear import BuildOptions, InputError, Retriever, build_index, rows_from_texts
 from forebear.cli.main import run

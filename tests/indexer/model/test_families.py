@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pytest
 import torch
 import transformers
-from tiny import labels, make_tiny_model, sentences
+from tiny import labels, make_tiny_model, sentences, without_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from forebear.errors import InputError, ModelError
@@ -312,13 +312,6 @@ def test_a_model_that_states_no_limit_takes_what_is_asked_for(kind, family):
 
 
 # Tokenizers
-
-
-def without_tokenizer(folder: Path) -> Path:
-    for path in folder.iterdir():
-        if path.name not in ("config.json", "model.safetensors"):
-            path.unlink()
-    return folder
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "albert", "mbart", "xlm-roberta", "t5"])

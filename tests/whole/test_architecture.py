@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import forebear
 
-ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("indexer", "retriever", "evaluation", "cli")
 
 
