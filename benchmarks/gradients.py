@@ -20,9 +20,10 @@ import torch
 from common import DATA, ROOT, run, seconds, write_result
 
 from forebear import BuildOptions, Index, Retriever, build_index
-from forebear.indexer.model.classifier import Classifier, load_classifier
+from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode, pad_batch, plan_batches
 from forebear.indexer.model.forward import run_forward
+from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.row_source import open_rows, rows_from_texts
 from forebear.indexer.sketches.candidates import propose
 from forebear.indexer.sketches.fitting import open_sketchers
@@ -30,9 +31,9 @@ from forebear.indexer.sketches.sketch import sketch_rows
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.deep.query_gradients import Asked
 from forebear.retriever.deep.search import GradientSearch
-from forebear.retriever.head.queries import Models
 from forebear.retriever.question.inverse import CurvatureSpec
 from forebear.retriever.question.methods import METHODS
+from forebear.retriever.question.models import Models
 from forebear.retriever.question.recall import n_candidates
 from forebear.retriever.question.spec import QuerySpec
 

@@ -103,8 +103,8 @@ def forebear_exact(texts: list[str], labels: np.ndarray, queries: list[str], n_g
     queries.
     """
     from forebear.indexer.gradients.whole import exact_dots, whole_gradients
-    from forebear.indexer.model.classifier import load_classifier
     from forebear.indexer.model.forward import run_forward
+    from forebear.indexer.model.loading import load_classifier
     from forebear.indexer.model.scopes import scope_blocks
 
     classifier = load_classifier(MODEL)
@@ -200,8 +200,8 @@ def captum_case(texts: list[str], labels: np.ndarray, queries: list[str], exact:
         return {"skipped": "captum is not installed in this environment (it is one of the dev dependencies)"}
     import captum
 
-    from forebear.indexer.model.classifier import load_classifier
     from forebear.indexer.model.encoding import encode
+    from forebear.indexer.model.loading import load_classifier
 
     classifier = load_classifier(MODEL)
     for name in exact["layers"]:
@@ -269,8 +269,8 @@ def bergson_case(texts: list[str], labels: np.ndarray, queries: list[str], exact
     there = subprocess.run([PEERS_PYTHON, "-c", "import bergson"], capture_output=True, text=True, check=False)
     if there.returncode:
         return {"skipped": f"bergson cannot be imported: {there.stderr.strip().splitlines()[-1]}"}
-    from forebear.indexer.model.classifier import load_classifier
     from forebear.indexer.model.encoding import encode
+    from forebear.indexer.model.loading import load_classifier
 
     classifier = load_classifier(MODEL)
     sets = {"rows": (texts, labels), "queries": (queries, exact["targets"])}

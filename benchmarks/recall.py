@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from common import DATA, ROOT, run, write_result
 
 from forebear import Index, QuerySpec, Retriever
-from forebear.evaluation.common.comparisons import sample_queries
+from forebear.evaluation.common.queries import sample_queries
 from forebear.evaluation.measures.recall import ENDS, RetrievalRecall, retrieval_recall
 from forebear.indexer.rows.row_source import open_rows
 from forebear.retriever.coverage import question_facts

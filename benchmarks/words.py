@@ -20,13 +20,13 @@ from common import DATA, ROOT, run, seconds, write_result
 
 from forebear import BuildOptions, Index, Retriever, build_index
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
-from forebear.indexer.model.classifier import load_classifier
 from forebear.indexer.model.forward import run_forward
+from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.row_source import open_rows
 from forebear.indexer.sketches.fitting import open_sketchers
+from forebear.indexer.storage.layout import words_folder
 from forebear.indexer.training.run import choose_model
 from forebear.indexer.words.gradients import WordGradients, encode_vectors
-from forebear.indexer.words.store import words_folder
 from forebear.retriever.question.methods import METHODS
 from forebear.retriever.words.search import Question, WordSearch
 

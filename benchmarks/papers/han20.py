@@ -16,7 +16,7 @@ from forebear import QuerySpec, Retriever
 from forebear.evaluation.audits.artifacts.features import has_negation
 from forebear.evaluation.audits.artifacts.hans import training_overlap
 from forebear.evaluation.audits.artifacts.regression import regress_artifact
-from forebear.evaluation.common.comparisons import Queries
+from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.measures.saliency_consistency import (
     INFLUENCE_SHARES,
     OVERLAP_SHARES,
@@ -24,7 +24,8 @@ from forebear.evaluation.measures.saliency_consistency import (
     pooled_mean,
     saliency_consistency,
 )
-from forebear.evaluation.retraining.removal import measure_removal, over_seeds, seeds_of
+from forebear.evaluation.retraining.changes import over_seeds, seeds_of
+from forebear.evaluation.retraining.removal import measure_removal
 from forebear.evaluation.retraining.row_choice import SIDES, amounts_of, row_scores
 
 DAMPINGS = (PAPER_DAMPING, "0.1x")

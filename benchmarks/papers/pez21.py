@@ -19,7 +19,8 @@ from forebear.evaluation.audits.artifacts.hans import audit_hans
 from forebear.evaluation.measures.correlation import correlations
 from forebear.evaluation.measures.near_duplicates import near_duplicates
 from forebear.evaluation.measures.randomized import mean_over_seeds, randomized_correlations
-from forebear.evaluation.retraining.removal import measure_removal, over_seeds, seeds_of
+from forebear.evaluation.retraining.changes import over_seeds, seeds_of
+from forebear.evaluation.retraining.removal import measure_removal
 from forebear.evaluation.retraining.row_choice import row_scores
 from forebear.indexer.rows.row_source import open_rows
 

@@ -24,7 +24,7 @@ from common import DATA, ROOT, run, write_result
 from tables import Table
 
 from forebear import Retriever
-from forebear.evaluation.common.comparisons import Queries, sample_queries
+from forebear.evaluation.common.queries import Queries, sample_queries
 from forebear.evaluation.retraining.jobs import Retrainer
 from forebear.evaluation.retraining.recipes import open_retrainer
 from forebear.indexer.rows.row_source import open_rows

@@ -14,8 +14,8 @@ from tables import cell, table
 
 from forebear import QuerySpec, Retriever
 from forebear.evaluation.measures.cancellation import cancellation as measure_cancellation
+from forebear.evaluation.retraining.changes import seeds_of
 from forebear.evaluation.retraining.deletion_curve import measure_deletion
-from forebear.evaluation.retraining.removal import seeds_of
 from forebear.evaluation.retraining.row_choice import least_overlap, row_scores
 
 # AUC-DEL+ and AUC-DEL- on AG News (BERT-small), and on Toxicity (RoBERTa) where the rows share no words.

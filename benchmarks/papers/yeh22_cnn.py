@@ -22,8 +22,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from forebear import BuildOptions, Index, QuerySpec, Retriever, TrainOptions, build_index, train
 from forebear.evaluation.measures.cancellation import cancellation as measure_cancellation
+from forebear.evaluation.retraining.changes import seeds_of
 from forebear.evaluation.retraining.deletion_curve import measure_deletion
-from forebear.evaluation.retraining.removal import seeds_of
 from forebear.evaluation.retraining.row_choice import row_scores
 from forebear.indexer.rows.row_source import open_rows
 from forebear.indexer.training.run import choose_model

@@ -17,16 +17,27 @@ from forebear.errors import CorruptIndexError, InputError, MissingStoreError
 from forebear.indexer.curvature.ekfac import Ekfac, read_ekfac
 from forebear.indexer.curvature.head import HeadCurvature, head_trace
 from forebear.indexer.sketches.candidates import GradientStore, Proposal
-from forebear.indexer.sketches.fitting import curvature_name
-from forebear.indexer.sketches.sketch import MAP_NAME, gradient_folder, read_reduction
-from forebear.indexer.spans.store import SPANS, SpanStore, masked_folder, read_spans, span_gradients
+from forebear.indexer.sketches.sketch import read_reduction
+from forebear.indexer.spans.store import SpanStore, read_spans
 from forebear.indexer.storage.ann import AnnIndex, read_ann
 from forebear.indexer.storage.arrow import MEND, RowMatrix, column, file_sha256, read_batches
-from forebear.indexer.storage.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
+from forebear.indexer.storage.layout import (
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    MAP_NAME,
+    PARTS,
+    SPANS,
+    curvature_name,
+    gradient_folder,
+    masked_folder,
+    span_gradients,
+    words_folder,
+)
+from forebear.indexer.storage.manifest import Manifest, read_manifest
+from forebear.indexer.storage.ragged import offsets
 from forebear.indexer.storage.row_texts import RowTexts, text_list
 from forebear.indexer.storage.scan_table import ScanTable, read_scan_table
-from forebear.indexer.words.gradients import offsets
-from forebear.indexer.words.store import PARTS, WordStore, read_word_store, words_folder
+from forebear.indexer.words.store import WordStore, read_word_store
 
 
 class Index:

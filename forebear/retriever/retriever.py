@@ -18,7 +18,8 @@ from forebear.indexer.model.encoding import Encoded, Texts
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.rows.labels import LabelMap
 from forebear.indexer.rows.row_source import RowSource, rows_from_texts
-from forebear.indexer.spans.finders import Span, span_finder
+from forebear.indexer.spans.finders import span_finder
+from forebear.indexer.spans.text import Span
 from forebear.retriever.answers.results import Answers, answer_tables, queries_together
 from forebear.retriever.answers.scores import Scores
 from forebear.retriever.coverage import (
@@ -31,14 +32,16 @@ from forebear.retriever.deep.certify import certify, check_certifiable
 from forebear.retriever.deep.query_gradients import Asked as DeepAsked
 from forebear.retriever.deep.search import GradientSearch
 from forebear.retriever.head.aggregate import common_class, read_rows, sum_queries
-from forebear.retriever.head.queries import Models, ask, make_query
-from forebear.retriever.head.search import Ranking
+from forebear.retriever.head.queries import make_query
 from forebear.retriever.head.stored import row_factors, search_query, search_stored
+from forebear.retriever.question.asked import ask
 from forebear.retriever.question.inverse import CurvatureSpec
 from forebear.retriever.question.methods import METHODS, Method
+from forebear.retriever.question.models import Models
 from forebear.retriever.question.query_rows import check_texts, query_labels
 from forebear.retriever.question.recall import n_candidates, settled, stores_spans
 from forebear.retriever.question.spec import DEFAULT_METHODS, Exactness, QuerySpec
+from forebear.retriever.ranking import Ranking
 from forebear.retriever.spans.search import SpanSearch, word_influence
 from forebear.retriever.words.search import WordSearch
 from forebear.retriever.words.tfidf import TfidfSearch

@@ -176,7 +176,7 @@ def test_one_text_or_a_table_are_no_list_of_texts():
 
 
 def test_a_file_in_place_of_a_model_is_refused(tmp_path, tiny_model):
-    from forebear.indexer.model.classifier import load_classifier
+    from forebear.indexer.model.loading import load_classifier
 
     with pytest.raises(ModelError, match="is a file"):
         load_classifier(tiny_model() + "/config.json")

@@ -40,9 +40,9 @@ from forebear.indexer.building.verify import verify_index
 from forebear.indexer.index import Index
 from forebear.indexer.model.sentence_encoder import load_sentence_encoder
 from forebear.indexer.rows.row_source import RowSource, rows_from_texts
+from forebear.indexer.storage.layout import PARTS
 from forebear.indexer.storage.manifest import read_manifest
 from forebear.indexer.training.run import CheckpointPath, Run, RunCheckpoint, choose_model
-from forebear.indexer.words.store import PARTS
 from forebear.retriever.retriever import Retriever
 
 TEXTS, LABELS = sentences(40, seed=21), make_labels(40, seed=22)

@@ -19,11 +19,11 @@ from forebear.indexer.building import refit, shards
 from forebear.indexer.building.build import BuildOptions, append_rows, build_index, refit_index
 from forebear.indexer.gradients import earlier_rows
 from forebear.indexer.index import Index
-from forebear.indexer.model import classifier as model_module
 from forebear.indexer.model import encoding
-from forebear.indexer.model.classifier import load_classifier
+from forebear.indexer.model import loading as model_module
 from forebear.indexer.model.encoding import Encoded, distinct_rows
 from forebear.indexer.model.forward import run_forward
+from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.sentence_encoder import SentenceEncoder
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.sketches.fitting import sketch_folders

@@ -15,9 +15,9 @@ from forebear.cli.screen.console import Variadic, listed, progress_bar, say, siz
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
-    from forebear.indexer.building.options import Progress
     from forebear.indexer.index import Index
     from forebear.indexer.rows.row_source import RowSource
+    from forebear.progress import Progress
 
 # What a change takes besides its own name; everything else was decided by the build.
 OPTIONS_OF_EVERY_CHANGE = ("out", "resume", "force", "quiet")

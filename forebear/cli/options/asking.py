@@ -33,7 +33,7 @@ from forebear.cli.screen.tables import show_report
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
-    from forebear.evaluation.common.comparisons import Queries
+    from forebear.evaluation.common.queries import Queries
     from forebear.evaluation.reports.report import Report
     from forebear.indexer.rows.row_source import RowSource
     from forebear.retriever.question.spec import QuerySpec
@@ -253,7 +253,7 @@ def say_what_was_fitted(retriever: Retriever, spec: QuerySpec, *, quiet: bool) -
 
 def open_queries(retriever: Retriever, tested: TestOptions, sample: SampleOptions, spec: QuerySpec) -> Queries:
     """The test rows that are asked about."""
-    from forebear.evaluation.common.comparisons import sample_queries
+    from forebear.evaluation.common.queries import sample_queries
 
     gold = spec.target == "gold"
     source = tested.open(tested.test, retriever, need_labels=gold)

@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 
 from forebear.errors import DataError
-from forebear.evaluation.common.comparisons import Queries, sample_queries
+from forebear.evaluation.common.queries import Queries, sample_queries
 from forebear.indexer.rows.row_source import RowSource
-from forebear.indexer.spans.finders import find_spans, mask_found, span_finder
+from forebear.indexer.spans.finders import find_spans, span_finder
+from forebear.indexer.spans.masking import mask_found
 from forebear.retriever.question.recall import stores_spans
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever

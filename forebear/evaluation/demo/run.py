@@ -11,7 +11,7 @@ import numpy as np
 
 from forebear.errors import OutputExistsError
 from forebear.evaluation.audits.artifacts.hans import HansAudit, audit_hans, hans_report
-from forebear.evaluation.audits.artifacts.lexical_overlap import bootstrap_interval
+from forebear.evaluation.common.statistics import bootstrap_interval
 from forebear.evaluation.demo.corpus import make_corpus, write_corpus
 from forebear.evaluation.reports.report import Cell, Group, Passage, Report, Table, write_report
 from forebear.indexer.building.build import build_index

@@ -18,12 +18,12 @@ from forebear.evaluation.explain.marks import MarkedText, Places, Word, list_wor
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.row_source import rows_from_texts
-from forebear.indexer.spans.finders import Span
+from forebear.indexer.spans.text import Span
 from forebear.indexer.storage.manifest import library_versions
 from forebear.retriever.answers.results import SIDES
 from forebear.retriever.answers.signs import note_of
 from forebear.retriever.coverage import fit_lines
-from forebear.retriever.head.queries import choose_targets
+from forebear.retriever.question.asked import choose_targets
 from forebear.retriever.question.methods import METHODS, pick_methods
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever

@@ -18,19 +18,21 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError, ModelError, NonFiniteError
-from forebear.evaluation.common.comparisons import Queries
+from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.common.span_queries import training_spans
-from forebear.indexer.gradients.whole import live_sample
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts, encoded_rows, pad_batch, plan_batches
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, run_forward
-from forebear.indexer.spans.finders import Span, mask_spans, span_finder
+from forebear.indexer.spans.finders import span_finder
+from forebear.indexer.spans.masking import mask_spans
+from forebear.indexer.spans.text import Span
 from forebear.retriever.answers.results import Answers
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.recall import stores_spans
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.spans.search import query_spans
+from forebear.sampling import live_sample
 
 Measure = Literal["semantic", "label"]
 PAPER_METHODS = ("if", "if+", "if++", "tracin-f", "tracin+", "tracin++")

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from forebear.evaluation.common.comparisons import Queries, provenance, question
+from forebear.evaluation.common.comparisons import provenance, question
+from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.common.statistics import difference_table, mean_of
 from forebear.evaluation.measures.agreement import POOL_ROWS, RANDOM_ROWS, RANDOM_SPANS, Agreement, Shown
-from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table, bar_chart
+from forebear.evaluation.reports.charts import bar_chart
+from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
 from forebear.retriever.answers.results import SIDES
 from forebear.retriever.answers.signs import note_of
 from forebear.retriever.question.spec import QuerySpec

@@ -23,14 +23,15 @@ from torch import nn
 
 from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values
-from forebear.evaluation.reports.report import Cell, Figure, Report, Table, bar_chart
-from forebear.indexer.building.options import Progress, counted, no_progress
-from forebear.indexer.gradients.whole import live_sample
+from forebear.evaluation.reports.charts import bar_chart
+from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode, pad_batch
 from forebear.indexer.model.forward import residual_and_loss
 from forebear.indexer.model.scopes import encoder_layers
+from forebear.progress import Progress, counted, no_progress
 from forebear.retriever.retriever import Retriever
+from forebear.sampling import live_sample
 
 KINDS = ("embedding", "weight", "bias", "norm")
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import (
-    Queries,
     listed_values,
     matrix_figure,
     matrix_of,
@@ -18,14 +17,14 @@ from forebear.evaluation.common.comparisons import (
     pair_table,
     provenance,
     question,
-    score_queries,
     standardised_ranks,
 )
+from forebear.evaluation.common.queries import Queries, score_queries
 from forebear.evaluation.reports.report import Report
-from forebear.indexer.gradients.whole import live_sample
 from forebear.retriever.answers.scores import residuals_of
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
+from forebear.sampling import live_sample
 
 
 @dataclass(frozen=True, kw_only=True)

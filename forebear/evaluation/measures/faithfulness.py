@@ -15,26 +15,22 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.common.comparisons import (
-    Queries,
-    interval_cells,
-    listed_values,
-    provenance,
-    question,
-    spearman,
-)
+from forebear.evaluation.common.comparisons import interval_cells, listed_values, provenance, question, spearman
+from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.common.span_queries import training_spans
 from forebear.evaluation.common.statistics import difference_table
-from forebear.evaluation.reports.report import Cell, Figure, Report, Table, bar_chart
-from forebear.indexer.gradients.whole import live_sample
+from forebear.evaluation.reports.charts import bar_chart
+from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.spans.finders import span_finder
 from forebear.retriever.deep.query_gradients import Asked
-from forebear.retriever.head.queries import N_VARIANTS, choose_targets, one_step_away
+from forebear.retriever.question.asked import choose_targets
+from forebear.retriever.question.models import N_VARIANTS, one_step_away
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.spans.scores import SpanScores
 from forebear.retriever.spans.search import query_spans
+from forebear.sampling import live_sample
 
 METHODS = ("tracin++", "if++")
 CONTROL, RANDOM = "(last checkpoints)", "(random)"

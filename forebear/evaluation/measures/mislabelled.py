@@ -20,7 +20,8 @@ import torch
 
 from forebear.errors import DataError, InputError, MismatchError
 from forebear.evaluation.common.comparisons import listed_values, provenance
-from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table, bar_chart
+from forebear.evaluation.reports.charts import bar_chart
+from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource

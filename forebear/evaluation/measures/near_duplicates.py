@@ -18,21 +18,16 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.common.comparisons import (
-    INTERVAL_COLUMNS,
-    Queries,
-    interval_cells,
-    listed_values,
-    provenance,
-    question,
-)
-from forebear.evaluation.reports.report import Cell, Figure, Report, Table, bar_chart
-from forebear.indexer.building.options import Progress, no_progress
-from forebear.indexer.gradients.whole import live_sample
+from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, provenance, question
+from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.reports.charts import bar_chart
+from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.index import Index
+from forebear.progress import Progress, no_progress
 from forebear.retriever.question.methods import pick_methods
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
+from forebear.sampling import live_sample
 
 EDITS = ("same", "add", "remove", "replace")
 TOPS = (1, 10)

@@ -25,29 +25,30 @@ import torch
 from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import (
     INTERVAL_COLUMNS,
-    Queries,
     defined_mean,
     interval_cells,
     listed_values,
     provenance,
     question,
-    score_queries,
     spearman,
 )
-from forebear.evaluation.reports.report import Cell, Figure, Report, Table, bar_chart
+from forebear.evaluation.common.queries import Queries, score_queries
+from forebear.evaluation.reports.charts import bar_chart
+from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.building.build import build_index
-from forebear.indexer.building.options import BuildOptions, Progress, no_progress
-from forebear.indexer.gradients.whole import live_sample
+from forebear.indexer.building.options import BuildOptions
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.training.fine_tuning import quiet_transformers
 from forebear.indexer.training.run import CheckpointPath
+from forebear.progress import Progress, no_progress
 from forebear.retriever.answers.scores import residuals_of
-from forebear.retriever.head.queries import choose_targets
+from forebear.retriever.question.asked import choose_targets
 from forebear.retriever.question.methods import pick_methods
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
+from forebear.sampling import live_sample
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,17 +13,12 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.common.comparisons import (
-    INTERVAL_COLUMNS,
-    Queries,
-    interval_cells,
-    listed_values,
-    provenance,
-    question,
-)
-from forebear.evaluation.measures.top_overlap import common_share
-from forebear.evaluation.reports.report import Cell, Figure, Report, Table, bar_chart
-from forebear.indexer.building.options import Progress, no_progress
+from forebear.evaluation.common.amounts import common_share
+from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, provenance, question
+from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.reports.charts import bar_chart
+from forebear.evaluation.reports.report import Cell, Figure, Report, Table
+from forebear.progress import Progress, no_progress
 from forebear.retriever.question.methods import pick_methods
 from forebear.retriever.question.spec import Exactness, QuerySpec
 from forebear.retriever.retriever import Retriever

@@ -21,25 +21,20 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import DataError, InputError
-from forebear.evaluation.common.comparisons import (
-    Queries,
-    defined_mean,
-    interval_cells,
-    listed_values,
-    provenance,
-    question,
-)
-from forebear.evaluation.measures.top_overlap import common_share, rows_of_share
-from forebear.evaluation.reports.report import Cell, Figure, Report, Table, bar_chart
-from forebear.indexer.building.options import Progress, no_progress
+from forebear.evaluation.common.amounts import common_share, rows_of_share
+from forebear.evaluation.common.comparisons import defined_mean, interval_cells, listed_values, provenance, question
+from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.reports.charts import bar_chart
+from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode, encode_with_places
 from forebear.indexer.model.forward import run_forward
+from forebear.progress import Progress, no_progress
 from forebear.retriever.answers.scores import Scores
-from forebear.retriever.head.scoring import rank
 from forebear.retriever.question.methods import pick_methods
 from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.ranking import rank
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.saliency.maps import saliency
 

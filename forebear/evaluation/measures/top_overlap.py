@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from forebear.errors import InputError
+from forebear.evaluation.common.amounts import common_share, rows_of_share
 from forebear.evaluation.common.comparisons import (
-    Queries,
     listed_values,
     matrix_figure,
     matrix_of,
@@ -24,8 +23,9 @@ from forebear.evaluation.common.comparisons import (
     provenance,
     question,
 )
+from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.reports.report import Report
-from forebear.indexer.building.options import Progress, no_progress
+from forebear.progress import Progress, no_progress
 from forebear.retriever.question.methods import pick_methods
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
@@ -46,21 +46,6 @@ class TopOverlap:
     values: np.ndarray
 
 
-def rows_of_share(share: str, n_rows: int) -> int:
-    """floor(share x n_rows), exact in decimals: 0.29 of 100 rows are 29.
-
-    Raises:
-        InputError: It is no share above 0 and at most 1.
-    """
-    try:
-        value = Fraction(share)
-    except (ValueError, ZeroDivisionError):
-        value = Fraction(0)
-    if not 0 < value <= 1:
-        raise InputError(f"share {share!r}: expected a number above 0, at most 1, such as 0.1.")
-    return int(value * n_rows)
-
-
 def depths_of(tops: Sequence[int], shares: Sequence[str], n_rows: int) -> tuple[int, ...]:
     """Numbers of rows, ascending, each once.
 
@@ -73,11 +58,6 @@ def depths_of(tops: Sequence[int], shares: Sequence[str], n_rows: int) -> tuple[
         found = ", ".join(map(str, [*tops, *shares])) or "none"
         raise InputError(f"tops of {found} (--top, --share): expected 1 to {n_rows} of the {n_rows} live rows.")
     return tuple(sorted(depths))
-
-
-def common_share(first: np.ndarray, second: np.ndarray) -> float:
-    """|A and B| / k of two lists of ``k`` different rows."""
-    return len(np.intersect1d(first, second)) / len(first)
 
 
 def top_overlaps(

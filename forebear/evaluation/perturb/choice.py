@@ -19,13 +19,14 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.evaluation.perturb.spec import RANDOM, SALIENCY_IF, STRATEGIES, Aim, Change, PerturbSpec, Queries
 from forebear.evaluation.perturb.wordnet import WordNet
-from forebear.indexer.curvature.ekfac import Vectors
+from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.encoding import Encoded, Texts, encode, encode_with_places
-from forebear.indexer.spans.finders import Span, mask_spans, pieces_of, split_text
+from forebear.indexer.spans.masking import mask_spans, pieces_of
+from forebear.indexer.spans.text import Span, split_text
 from forebear.retriever.deep.query_gradients import Asked
 from forebear.retriever.deep.search import VECTOR_BYTES, GradientSearch
-from forebear.retriever.head.queries import Models
 from forebear.retriever.question.methods import METHODS
+from forebear.retriever.question.models import Models
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.saliency.gradients import saliency_gradients, salient_words
 

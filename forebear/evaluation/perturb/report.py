@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import OutputExistsError
-from forebear.evaluation.audits.artifacts.lexical_overlap import mean_and_error
+from forebear.evaluation.common.statistics import mean_and_error
 from forebear.evaluation.perturb.experiment import Measured, Perturbation, Turns
 from forebear.evaluation.perturb.spec import RANDOM, STRATEGIES, Change
-from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table, check_folder, line_chart
-from forebear.indexer.spans.finders import Span
+from forebear.evaluation.reports.charts import line_chart
+from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table, check_folder
+from forebear.indexer.spans.text import Span
 from forebear.indexer.storage.arrow import write_bytes
 from forebear.retriever.coverage import fit_lines
 from forebear.retriever.retriever import Retriever

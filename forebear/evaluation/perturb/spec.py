@@ -15,7 +15,7 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.indexer.model.forward import run_forward
-from forebear.indexer.spans.finders import Span
+from forebear.indexer.spans.text import Span
 from forebear.retriever.question.spec import RECALL, QuerySpec
 from forebear.retriever.retriever import Retriever
 

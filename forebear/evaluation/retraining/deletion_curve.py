@@ -13,17 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, Queries, interval_cells, listed_values, question
+from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, question
+from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.common.statistics import difference_table
-from forebear.evaluation.reports.report import Cell, Figure, Report, Table, line_chart
-from forebear.evaluation.retraining.jobs import Progress, Retrainer
-from forebear.evaluation.retraining.removal import (
+from forebear.evaluation.reports.charts import line_chart
+from forebear.evaluation.reports.report import Cell, Figure, Report, Table
+from forebear.evaluation.retraining.changes import (
     IN_PLACE,
     defined,
     over_seeds,
     probability_changes,
     retraining_provenance,
 )
+from forebear.evaluation.retraining.jobs import Progress, Retrainer
 from forebear.evaluation.retraining.row_choice import Side, rows_at
 from forebear.retriever.answers.scores import residuals_of
 from forebear.retriever.question.spec import QuerySpec

@@ -15,18 +15,13 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.common.comparisons import (
-    INTERVAL_COLUMNS,
-    Queries,
-    interval_cells,
-    listed_values,
-    question,
-    spearman,
-)
+from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, question, spearman
+from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.common.statistics import difference_table
-from forebear.evaluation.reports.report import Cell, Figure, Report, Table, bar_chart
+from forebear.evaluation.reports.charts import bar_chart
+from forebear.evaluation.reports.report import Cell, Figure, Report, Table
+from forebear.evaluation.retraining.changes import defined, retraining_provenance
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
-from forebear.evaluation.retraining.removal import defined, retraining_provenance
 from forebear.evaluation.retraining.row_choice import random_rows
 from forebear.retriever.answers.scores import residuals_of
 from forebear.retriever.question.spec import QuerySpec

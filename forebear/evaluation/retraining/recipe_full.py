@@ -13,9 +13,10 @@ import torch
 from forebear.errors import MismatchError
 from forebear.evaluation.retraining.jobs import LIBRARIES, Job, TrainingRows
 from forebear.indexer.index import Index
-from forebear.indexer.model.classifier import Classifier, dropout_settings, pick_device
+from forebear.indexer.model.classifier import Classifier, pick_device
 from forebear.indexer.model.encoding import Encoded, encode
 from forebear.indexer.model.forward import run_forward
+from forebear.indexer.model.loading import dropout_settings
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.storage.manifest import library_versions
 from forebear.indexer.training.fine_tuning import RANDOM_NUMBERS, TrainOptions, fine_tune

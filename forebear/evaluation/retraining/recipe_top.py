@@ -22,9 +22,9 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode, pad_batch, plan_batches
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, run_forward
 from forebear.indexer.model.scopes import encoder_layers
+from forebear.indexer.storage.ragged import offsets
 from forebear.indexer.training.fine_tuning import MAX_GRAD_NORM, TrainOptions, mean_loss, seed_step
 from forebear.indexer.training.start import freeze_below
-from forebear.indexer.words.gradients import offsets
 
 FULL_PRECISION_BYTES = 2 << 30  # hidden states of more are kept in fp16
 

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, Queries, interval_cells, listed_values, question
+from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, question
+from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.common.statistics import paired_difference
-from forebear.evaluation.reports.report import MAX_SERIES, Cell, Figure, Report, Table, bar_chart
+from forebear.evaluation.reports.charts import MAX_SERIES, bar_chart
+from forebear.evaluation.reports.report import Cell, Figure, Report, Table
+from forebear.evaluation.retraining.changes import RANDOM, defined, retraining_provenance
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
-from forebear.evaluation.retraining.removal import RANDOM, defined, retraining_provenance
 from forebear.evaluation.retraining.row_choice import random_rows, rows_at
 from forebear.retriever.answers.scores import residuals_of
 from forebear.retriever.question.spec import QuerySpec

@@ -9,16 +9,17 @@ from typing import Literal
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.common.comparisons import Queries, score_queries
+from forebear.evaluation.common.amounts import rows_of_share
+from forebear.evaluation.common.queries import Queries, score_queries
 from forebear.evaluation.common.span_queries import training_spans
-from forebear.evaluation.measures.top_overlap import rows_of_share
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.spans.finders import span_finder
 from forebear.retriever.answers.scores import Scores
 from forebear.retriever.deep.query_gradients import Asked
 from forebear.retriever.deep.search import GradientSearch
-from forebear.retriever.head.queries import N_VARIANTS, Models, choose_targets
+from forebear.retriever.question.asked import choose_targets
 from forebear.retriever.question.methods import Method, pick_methods
+from forebear.retriever.question.models import N_VARIANTS, Models
 from forebear.retriever.question.recall import stores_spans
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever

@@ -17,13 +17,13 @@ import numpy as np
 from forebear.errors import MismatchError
 from forebear.indexer.building.change import append_rows, rebuild_ann, retire_rows
 from forebear.indexer.building.finish import calibration_by, finish
-from forebear.indexer.building.options import BuildOptions, Progress, Tell, ignore_warning, no_progress, say_nothing
+from forebear.indexer.building.options import BuildOptions
 from forebear.indexer.building.preflight import check_feasible
 from forebear.indexer.building.refit import refit_index
 from forebear.indexer.building.shards import ShardWriter, split_rows
 from forebear.indexer.building.spec import make_spec
 from forebear.indexer.index import Index
-from forebear.indexer.model.classifier import load_classifier
+from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.labels import label_map, names_of_classes
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.storage.journal import (
@@ -35,9 +35,11 @@ from forebear.indexer.storage.journal import (
     same_or_refuse,
     unfinished,
 )
-from forebear.indexer.storage.locks import LOCK_NAME, check_free, exclusive
-from forebear.indexer.storage.manifest import MANIFEST_NAME, Manifest, Segment, library_versions
+from forebear.indexer.storage.layout import LOCK_NAME, MANIFEST_NAME
+from forebear.indexer.storage.locks import check_free, exclusive
+from forebear.indexer.storage.manifest import Manifest, Segment, library_versions
 from forebear.indexer.training.run import CheckpointPath, path_from
+from forebear.progress import Progress, Tell, ignore_warning, no_progress, say_nothing
 
 __all__ = ["BuildOptions", "append_rows", "build_index", "rebuild_ann", "refit_index", "retire_rows"]
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from forebear.conformal import least_share, supported_recall
-from forebear.indexer.curvature.ekfac import dot
-from forebear.indexer.gradients.whole import exact_dots, live_sample, whole_gradients
+from forebear.indexer.gradients.vectors import dot
+from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts, take_texts
@@ -30,9 +30,11 @@ from forebear.indexer.model.forward import residual_and_loss
 from forebear.indexer.model.scopes import scope_blocks
 from forebear.indexer.sketches.candidates import BLOCK_ROWS, Part, Proposal, candidates_needed, estimate
 from forebear.indexer.sketches.fitting import open_sketchers
-from forebear.indexer.sketches.sketch import gradient_folder, sketch_rows
-from forebear.indexer.spans.finders import mask_spans
+from forebear.indexer.sketches.sketch import sketch_rows
+from forebear.indexer.spans.masking import mask_spans
+from forebear.indexer.storage.layout import gradient_folder
 from forebear.indexer.storage.manifest import IndexSpec
+from forebear.sampling import live_sample
 
 SAMPLE_ROWS = 768
 # Gradients of queries and as many solutions, held at once; each sampled row's gradient is formed once for them. The

@@ -17,16 +17,18 @@ import numpy as np
 
 from forebear.errors import CorruptIndexError, InputError, MismatchError, OutputExistsError
 from forebear.indexer.building.finish import finish
-from forebear.indexer.building.options import BuildOptions, Progress, Tell, ignore_warning, no_progress, say_nothing
+from forebear.indexer.building.options import BuildOptions
 from forebear.indexer.building.shards import ShardWriter, load_checked, split_rows
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.spans.finders import check_same_finder
 from forebear.indexer.storage.journal import as_begun, begin_change, check_change, unfinished, was_done
-from forebear.indexer.storage.locks import LOCK_NAME, exclusive
+from forebear.indexer.storage.layout import LOCK_NAME
+from forebear.indexer.storage.locks import exclusive
 from forebear.indexer.storage.manifest import Manifest, Segment, digest_of, read_manifest
 from forebear.indexer.training.run import moved_paths
+from forebear.progress import Progress, Tell, ignore_warning, no_progress, say_nothing
 
 
 def append_rows(

@@ -12,7 +12,6 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.indexer.building.calibrate import SAMPLE_ROWS, calibrate_scope, calibrate_spans, queries_at_once
-from forebear.indexer.building.options import Progress, counted
 from forebear.indexer.curvature.ekfac import Ekfac
 from forebear.indexer.curvature.head import (
     REFIT_L2,
@@ -29,12 +28,13 @@ from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.forward import softmax
 from forebear.indexer.sketches.fitting import gradient_files, sketch_folders
-from forebear.indexer.spans.store import SPANS, masked_folder, span_gradients
 from forebear.indexer.storage.arrow import RowMatrix, file_sha256, write_columns
 from forebear.indexer.storage.journal import tidy
+from forebear.indexer.storage.layout import SPANS, masked_folder, runs_folder, span_gradients, words_folder
 from forebear.indexer.storage.manifest import Manifest
 from forebear.indexer.storage.scan_table import build_derived
-from forebear.indexer.words.store import merge_runs, runs_folder, words_folder
+from forebear.indexer.words.store import merge_runs
+from forebear.progress import Progress, counted
 
 
 def finish(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,34 +17,6 @@ from forebear.indexer.words.gradients import PRECISIONS
 
 STORES = ("features", "sbert", "words", "spans")
 DEFAULT_SHARD_ROWS = 4096
-
-Progress = Callable[[str, int, int], None]  # stage, rows done, rows in all
-Tell = Callable[[str], None]  # a line for the user
-
-
-def no_progress(_stage: str, _done: int, _total: int) -> None:
-    """Say nothing."""
-
-
-def counted(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
-    """Announce a stage of ``total`` rows; what is returned is told how many more are done."""
-    done = 0
-
-    def on_rows(n: int) -> None:
-        nonlocal done
-        done = min(total, done + n)
-        progress(stage, done, total)
-
-    progress(stage, 0, total)
-    return on_rows
-
-
-def ignore_warning(_message: str | None) -> None:
-    """Say nothing."""
-
-
-def say_nothing(_line: str) -> None:
-    """Leave a line out."""
 
 
 @dataclass(frozen=True, kw_only=True)

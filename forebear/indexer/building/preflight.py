@@ -7,7 +7,8 @@ from forebear.indexer.building.options import BuildOptions
 from forebear.indexer.curvature.head import check_head_size
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.scopes import scope_blocks
-from forebear.indexer.spans.finders import Span, mask_spans
+from forebear.indexer.spans.masking import mask_spans
+from forebear.indexer.spans.text import Span
 
 MAX_SIDE = 20_000  # of a layer; its Kronecker factor and what decomposing it takes would not fit an ordinary machine
 

@@ -17,15 +17,7 @@ import pyarrow as pa
 
 from forebear.errors import CorruptIndexError, InputError
 from forebear.indexer.building.finish import calibration_by, finish
-from forebear.indexer.building.options import (
-    BuildOptions,
-    Progress,
-    Tell,
-    counted,
-    ignore_warning,
-    no_progress,
-    say_nothing,
-)
+from forebear.indexer.building.options import BuildOptions
 from forebear.indexer.building.shards import load_checked
 from forebear.indexer.gradients.earlier_rows import EarlierSpans, LabelledRows, copy_repeats, note_rows
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
@@ -34,13 +26,15 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode
 from forebear.indexer.sketches.fitting import Sample, fit_scope, open_sketchers, sample_rows, sketch_folders
 from forebear.indexer.sketches.sketch import Sketcher
-from forebear.indexer.spans.finders import mask_spans
-from forebear.indexer.spans.store import masked_pass, note_spans, span_gradients, write_span_sketches
+from forebear.indexer.spans.masking import mask_spans
+from forebear.indexer.spans.store import masked_pass, note_spans, write_span_sketches
 from forebear.indexer.storage.arrow import write_columns
 from forebear.indexer.storage.journal import as_begun, begin_change, check_change, unfinished, was_done
-from forebear.indexer.storage.locks import LOCK_NAME, exclusive
+from forebear.indexer.storage.layout import LOCK_NAME, span_gradients
+from forebear.indexer.storage.locks import exclusive
 from forebear.indexer.storage.manifest import Checkpoint, Manifest
 from forebear.indexer.training.run import moved_paths
+from forebear.progress import Progress, Tell, counted, ignore_warning, no_progress, say_nothing
 
 
 def refit_index(

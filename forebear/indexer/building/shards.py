@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from forebear.errors import InputError, MismatchError
-from forebear.indexer.building.options import BuildOptions, Progress, counted, ignore_warning
-from forebear.indexer.building.row_facts import count_reading, reading_metadata
+from forebear.indexer.building.options import BuildOptions
+from forebear.indexer.building.row_facts import reading_metadata
 from forebear.indexer.gradients.earlier_rows import (
     DIGEST,
     EarlierRows,
@@ -24,27 +24,25 @@ from forebear.indexer.gradients.earlier_rows import (
 )
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
 from forebear.indexer.index import Index
-from forebear.indexer.model.classifier import Classifier, load_classifier
+from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode
 from forebear.indexer.model.forward import Forward, forward_of_features, residual_and_loss, run_forward
+from forebear.indexer.model.loading import check_same_model, load_classifier
+from forebear.indexer.model.reading import count_reading
 from forebear.indexer.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.rows.labels import LabelMap
 from forebear.indexer.rows.row_source import RowBlock, RowSource
 from forebear.indexer.sketches.fitting import Sample, fit_scope, open_sketchers, sample_rows
 from forebear.indexer.sketches.sketch import Sketcher
-from forebear.indexer.spans.finders import find_spans, mask_found, span_finder
-from forebear.indexer.spans.store import SPANS, note_spans, write_spans
+from forebear.indexer.spans.finders import find_spans, span_finder
+from forebear.indexer.spans.masking import mask_found
+from forebear.indexer.spans.store import note_spans, write_spans
 from forebear.indexer.storage.arrow import read_batches, write_columns
+from forebear.indexer.storage.layout import SPANS, runs_folder, words_folder
 from forebear.indexer.storage.manifest import Checkpoint, IndexSpec, read_manifest
 from forebear.indexer.words.gradients import WordGradients, count_tokens
-from forebear.indexer.words.store import (
-    Postings,
-    read_word_store,
-    repeated_words,
-    runs_folder,
-    words_folder,
-    write_run,
-)
+from forebear.indexer.words.store import Postings, read_word_store, repeated_words, write_run
+from forebear.progress import Progress, counted, ignore_warning
 
 
 def split_rows(start: int, n_rows: int, shard_rows: int) -> tuple[tuple[int, int], ...]:
@@ -60,23 +58,6 @@ def load_checked(checkpoint: Checkpoint, spec: IndexSpec, options: BuildOptions)
     )
     check_same_model(classifier, checkpoint.sha256, spec.tokenizer_sha256)
     return replace(classifier, label_names=spec.label_names)  # the model's own may say nothing: LABEL_0
-
-
-def check_same_model(classifier: Classifier, sha256: str, tokenizer_sha256: str) -> None:
-    """Refuse a model or tokenizer that is not the index's.
-
-    Raises:
-        MismatchError: With both fingerprints.
-    """
-    for what, found, wanted in (
-        ("model", classifier.sha256, sha256),
-        ("tokenizer", classifier.tokenizer_sha256, tokenizer_sha256),
-    ):
-        if found != wanted:
-            raise MismatchError(
-                f"{classifier.name}: {what} sha256 {found[:12]} is not the one of the index, {wanted[:12]}. Scores "
-                "across them mean nothing. Give the model that was indexed (--model), or build an index of this one."
-            )
 
 
 OnRows = Callable[[int], None]

@@ -10,7 +10,8 @@ import torch
 from forebear.errors import InputError, MismatchError
 from forebear.indexer.building.options import BuildOptions
 from forebear.indexer.gradients.scope_probe import check_gradients
-from forebear.indexer.model.classifier import Classifier, load_classifier
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.sentence_encoder import load_sentence_encoder
 from forebear.indexer.rows.labels import names_of_classes
 from forebear.indexer.rows.row_source import RowSource

@@ -9,19 +9,20 @@ from pathlib import Path
 import numpy as np
 
 from forebear.errors import CorruptIndexError, InputError
-from forebear.indexer.building.shards import check_same_model
 from forebear.indexer.index import Index
-from forebear.indexer.model.classifier import Classifier, load_classifier
+from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.forward import residual_and_loss, run_forward
+from forebear.indexer.model.loading import check_same_model, load_classifier
 from forebear.indexer.model.sentence_encoder import load_sentence_encoder
 from forebear.indexer.sketches.fitting import open_sketchers
 from forebear.indexer.sketches.sketch import Sketcher, sketch_rows
-from forebear.indexer.spans.finders import mask_spans
+from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.store import masked_pass
 from forebear.indexer.storage.arrow import TEMPORARY_SUFFIX, file_sha256
 from forebear.indexer.storage.journal import SUBFOLDERS, is_in_force, read_journal
-from forebear.indexer.storage.locks import LOCK_NAME, owner_of
-from forebear.indexer.storage.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
+from forebear.indexer.storage.layout import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
+from forebear.indexer.storage.locks import owner_of
+from forebear.indexer.storage.manifest import Manifest, read_manifest
 from forebear.indexer.training.run import moved_paths
 from forebear.indexer.words.gradients import WordRows, word_gradients
 

@@ -22,20 +22,13 @@ from forebear.indexer.curvature.head import class_basis, class_curvature, row_ch
 from forebear.indexer.gradients.block_file import read_blocks, write_blocks
 from forebear.indexer.gradients.gradient_pass import Collector, SeedOf, run_pass
 from forebear.indexer.gradients.tape import LayerFactors, Seed
+from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.forward import softmax
 from forebear.indexer.model.scopes import Block
 from forebear.indexer.storage.arrow import MEND
 
 EXACT_CLASSES = 4  # up to here every class direction is differentiated; beyond, one random combination a row
-
-Vectors = dict[str, torch.Tensor]  # (q, n_out, n_in) for each block
-
-
-def dot(a: Vectors, b: Vectors) -> torch.Tensor:
-    """<a, b> of each query over all blocks, ``(q,)`` float64, multiplied and summed in float64."""
-    parts = [(a[name].double() * b[name].double()).sum(dim=(1, 2)) for name in a]
-    return torch.stack(parts).sum(dim=0)
 
 
 def curvature_seeds(n_classes: int, n_rows: int, seed: int) -> tuple[SeedOf, ...]:

@@ -21,9 +21,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forebear.errors import NonFiniteError, StorageError
-from forebear.indexer.curvature.ekfac import Vectors, curvature_seeds
+from forebear.indexer.curvature.ekfac import curvature_seeds
 from forebear.indexer.gradients.gradient_pass import Collector, SeedOf, run_pass
 from forebear.indexer.gradients.tape import LayerFactors, only_asking
+from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode, pad_batch, plan_batches
 from forebear.indexer.model.scopes import Block

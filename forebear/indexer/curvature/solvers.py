@@ -15,8 +15,8 @@ import torch
 
 from forebear.errors import InputError, NonFiniteError
 from forebear.indexer.curvature.damping import round_up
-from forebear.indexer.curvature.ekfac import Vectors, dot
 from forebear.indexer.curvature.products import Product
+from forebear.indexer.gradients.vectors import Vectors, dot
 
 Multiply = Callable[[Vectors], Vectors]
 

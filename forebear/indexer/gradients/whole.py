@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from forebear.indexer.curvature.ekfac import Vectors
 from forebear.indexer.gradients.gradient_pass import Collector, RowCollector, labels_seed, run_pass
 from forebear.indexer.gradients.tape import LayerFactors
+from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Texts, as_encoded, distinct_rows
 from forebear.indexer.model.scopes import Block
@@ -208,10 +208,3 @@ def exact_dots(
     collector = _Dots(scope, blocks, vectors, len(labels), wanted)
     run_pass(classifier, encoded, labels_seed(labels), [collector], batch_tokens=BATCH_TOKENS, on_rows=on_rows)
     return collector.out
-
-
-def live_sample(live: np.ndarray, n_rows: int, seed: int) -> np.ndarray:
-    """A seeded sample of row numbers, ascending; all of them for 0 or more than there are."""
-    if not n_rows or n_rows >= len(live):
-        return live
-    return np.asarray(np.sort(np.random.default_rng([seed, 5]).permutation(live)[:n_rows]))

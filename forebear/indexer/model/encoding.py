@@ -6,15 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
 
 from forebear.errors import ModelError
-
-if TYPE_CHECKING:
-    from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.classifier import Classifier
 
 
 class MaskedRows(Sequence[dict[str, list[int]]]):

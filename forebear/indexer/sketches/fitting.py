@@ -21,20 +21,12 @@ from forebear.indexer.sketches.projector import (
     read_plain_projector,
     write_bases,
 )
-from forebear.indexer.sketches.sketch import (
-    MAP_NAME,
-    RawSketches,
-    Sketcher,
-    fit_reduction,
-    gradient_folder,
-    read_reduction,
-    write_reduction,
-)
+from forebear.indexer.sketches.sketch import RawSketches, Sketcher, fit_reduction, read_reduction, write_reduction
+from forebear.indexer.storage.layout import BASES_NAME, MAP_NAME, curvature_name, gradient_folder
 from forebear.indexer.storage.manifest import IndexSpec
 
 FIT_ROWS = 2048  # rows on which curvature and reductions are fitted
 BASIS_ROWS = 512  # rows for the leading directions, where no curvature is fitted
-BASES_NAME = "bases.arrow"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,26 +49,6 @@ class Sample:
 def sample_rows(n_rows: int, seed: int) -> np.ndarray:
     """Which of ``n_rows`` rows what is fitted is fitted on, ascending."""
     return np.asarray(np.sort(np.random.default_rng(seed).permutation(n_rows)[:FIT_ROWS]))
-
-
-def curvature_name(scope: str) -> str:
-    """The file of a scope's EK-FAC."""
-    return f"curvature/{scope}/ekfac.arrow"
-
-
-def gradient_files(spec: IndexSpec, scope: str, checkpoint: str, *, last: bool) -> tuple[str, ...]:
-    """Files of a scope at a checkpoint that are not shards."""
-    names = [f"{gradient_folder(scope, checkpoint)}/{name}" for name in (BASES_NAME, MAP_NAME)]
-    if last and spec.whitened:
-        names.append(curvature_name(scope))
-        names += [f"{gradient_folder(scope, checkpoint, i)}/{MAP_NAME}" for i in range(len(spec.dampings))]
-    return tuple(names)
-
-
-def sketch_folders(spec: IndexSpec, scope: str, checkpoint: str, *, last: bool) -> dict[int | None, str]:
-    """Folders of a scope's shards at a checkpoint, by the number of the damping; None for plain gradients."""
-    numbers = (None, *(range(len(spec.dampings)) if last and spec.whitened else ()))
-    return {number: gradient_folder(scope, checkpoint, number) for number in numbers}
 
 
 def open_sketchers(
@@ -203,3 +175,18 @@ def _fit_reductions(
         raw = collectors.pop(kind).out
         reduction = fit_reduction(raw, projector, width=spec.sketch_dim, bits=bits, seed=spec.seed)
         write_reduction(folder / kind / MAP_NAME, reduction)
+
+
+def gradient_files(spec: IndexSpec, scope: str, checkpoint: str, *, last: bool) -> tuple[str, ...]:
+    """Files of a scope at a checkpoint that are not shards."""
+    names = [f"{gradient_folder(scope, checkpoint)}/{name}" for name in (BASES_NAME, MAP_NAME)]
+    if last and spec.whitened:
+        names.append(curvature_name(scope))
+        names += [f"{gradient_folder(scope, checkpoint, i)}/{MAP_NAME}" for i in range(len(spec.dampings))]
+    return tuple(names)
+
+
+def sketch_folders(spec: IndexSpec, scope: str, checkpoint: str, *, last: bool) -> dict[int | None, str]:
+    """Folders of a scope's shards at a checkpoint, by the number of the damping; None for plain gradients."""
+    numbers = (None, *(range(len(spec.dampings)) if last and spec.whitened else ()))
+    return {number: gradient_folder(scope, checkpoint, number) for number in numbers}

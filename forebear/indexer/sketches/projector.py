@@ -20,9 +20,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from forebear.indexer.curvature.ekfac import Ekfac, KroneckerFactors, Vectors, eigenvectors
+from forebear.indexer.curvature.ekfac import Ekfac, KroneckerFactors, eigenvectors
 from forebear.indexer.gradients.block_file import read_blocks, write_blocks
 from forebear.indexer.gradients.tape import LayerFactors
+from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.scopes import Block
 

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 
 from forebear.errors import CorruptIndexError
-from forebear.indexer.curvature.ekfac import Vectors, dot
 from forebear.indexer.gradients.gradient_pass import (
     MemoryWarning,
     RowCollector,
@@ -32,19 +31,14 @@ from forebear.indexer.gradients.gradient_pass import (
     run_pass,
 )
 from forebear.indexer.gradients.tape import LayerFactors
+from forebear.indexer.gradients.vectors import Vectors, dot
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Texts, n_rows_of
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.sketches.projector import Projector, row_lengths
 from forebear.indexer.storage.arrow import MEND, as_tensor, column, read_batches, record_batch, write_table
 
-MAP_NAME = "map.arrow"
 _FIT_COLUMNS = 16_384
-
-
-def gradient_folder(scope: str, checkpoint: str, damping: int | None = None) -> str:
-    """Where an index keeps the sketches of a scope at a checkpoint; whitened ones by the damping's number."""
-    return f"gradients/{scope}/{checkpoint}" if damping is None else f"gradients/{scope}/whitened-{damping}"
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError, ModelError, NonFiniteError
-from forebear.indexer.model.classifier import load_tokenizer, pick_device, resolve_model_name
+from forebear.indexer.model.classifier import pick_device
 from forebear.indexer.model.encoding import pad_batch, plan_batches
+from forebear.indexer.model.loading import load_tokenizer, resolve_model_name
 from forebear.indexer.model.pretrained import load_pretrained
 from forebear.indexer.model.probe import padding_matters
 from forebear.indexer.model.tokenizer import input_limit
-from forebear.indexer.spans.finders import Finder, Span, covering, place_of_term, split_text, trimmed
+from forebear.indexer.spans.text import Finder, Span, covering, place_of_term, split_text, trimmed
 
 QUESTIONS = (
     "How is the {}?",

@@ -23,21 +23,12 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode
 from forebear.indexer.model.forward import forward_of_features, residual_and_loss, run_forward
 from forebear.indexer.sketches.sketch import Sketcher, SketchRows, sketch_rows
-from forebear.indexer.spans.finders import MaskedSpans, Span, mask_spans
+from forebear.indexer.spans.masking import MaskedSpans, mask_spans
+from forebear.indexer.spans.text import Span
 from forebear.indexer.storage.arrow import RowMatrix, column, read_batches, record_batch, write_columns, write_table
+from forebear.indexer.storage.layout import SPANS, masked_folder, span_gradients
 
-SPANS = "spans"
 _CUT = b"cut"
-
-
-def masked_folder(checkpoint: str) -> str:
-    """Where features and residuals of masked rows are kept."""
-    return f"{SPANS}/{checkpoint}"
-
-
-def span_gradients(kind: str) -> str:
-    """Where the sketches of spans are kept, beside those of whole rows in ``kind``."""
-    return f"{kind}/{SPANS}"
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,16 @@ from typing import Any
 import torch
 
 from forebear.errors import CorruptIndexError, MismatchError, OutputExistsError, StorageError
-from forebear.indexer.sketches.fitting import BASES_NAME, curvature_name
-from forebear.indexer.sketches.sketch import gradient_folder
 from forebear.indexer.storage.arrow import TEMPORARY_SUFFIX, write_bytes
-from forebear.indexer.storage.locks import LOCK_NAME
-from forebear.indexer.storage.manifest import JOURNAL_NAME, MANIFEST_NAME, IndexSpec, Manifest, canonical_json
+from forebear.indexer.storage.layout import (
+    BASES_NAME,
+    JOURNAL_NAME,
+    LOCK_NAME,
+    MANIFEST_NAME,
+    curvature_name,
+    gradient_folder,
+)
+from forebear.indexer.storage.manifest import IndexSpec, Manifest, canonical_json
 
 SUBFOLDERS = (
     "rows", "features", "gradients", "sentence", "words", "tokens", "spans", "curvature", "refit", "ann", "retired"

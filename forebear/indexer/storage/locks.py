@@ -18,7 +18,6 @@ from typing import IO
 
 from forebear.errors import InUseError, StorageError
 
-LOCK_NAME = "forebear.lock"  # in a folder that is being changed
 _TRIES = 4  # whoever asks whether a lock is held holds it for a moment
 _PAUSE_SECONDS = 0.05
 _RACES = 1000  # lost to other owners one after the other

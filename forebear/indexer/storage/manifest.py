@@ -12,10 +12,9 @@ from typing import Any
 
 from forebear.errors import CorruptIndexError
 from forebear.indexer.storage.arrow import MEND, write_bytes
+from forebear.indexer.storage.layout import MANIFEST_NAME
 
 FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
-JOURNAL_NAME = "build.json"
 
 
 # What computes the stored numbers.

@@ -24,18 +24,20 @@ import torch
 from torch import nn
 
 from forebear.errors import DataError, InputError, NonFiniteError
-from forebear.indexer.building.options import Progress, ignore_warning, no_progress
-from forebear.indexer.building.row_facts import Reading, count_reading
-from forebear.indexer.model.classifier import Classifier, check_finite_weights, dropout_settings, pick_device
+from forebear.indexer.model.classifier import Classifier, pick_device
 from forebear.indexer.model.encoding import pad_batch, tokenize
 from forebear.indexer.model.forward import run_forward
+from forebear.indexer.model.loading import check_finite_weights, dropout_settings
+from forebear.indexer.model.reading import Reading, count_reading
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource
-from forebear.indexer.storage.locks import LOCK_NAME, check_free, exclusive
+from forebear.indexer.storage.layout import LOCK_NAME
+from forebear.indexer.storage.locks import check_free, exclusive
 from forebear.indexer.storage.manifest import library_versions
 from forebear.indexer.training.run import Run, RunCheckpoint
 from forebear.indexer.training.run_folder import CHECKPOINTS, check_out, clear_out, save_checkpoint
 from forebear.indexer.training.start import freeze_below, load_start
+from forebear.progress import Progress, ignore_warning, no_progress
 
 MAX_GRAD_NORM = 1.0
 IGNORED = -100  # in the place of a class id: the row weighs nothing

@@ -8,12 +8,8 @@ from typing import Any
 import torch
 
 from forebear.errors import DataError, InputError, ModelError
-from forebear.indexer.model.classifier import (
-    Classifier,
-    load_tokenizer,
-    make_classifier,
-    resolve_model_name,
-)
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.loading import load_tokenizer, make_classifier, resolve_model_name
 from forebear.indexer.model.pretrained import load_pretrained
 from forebear.indexer.model.probe import find_head
 from forebear.indexer.model.scopes import encoder_layers

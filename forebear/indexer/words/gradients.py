@@ -19,6 +19,7 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.model.scopes import Block, embedding_block
+from forebear.indexer.storage.ragged import offsets, stretches
 
 PRECISIONS = ("fp16", "int8", "fp32")
 _CODES = {"fp16": np.float16, "int8": np.int8, "fp32": np.float32}
@@ -94,18 +95,6 @@ class WordRows:
         assert self.vectors is not None
         starts, at = stretches(self.starts, which)
         return WordRows(starts, self.tokens[at], self.vectors[at])
-
-
-def offsets(counts: np.ndarray) -> np.ndarray:
-    """Where each of some consecutive stretches begins, and one past the last, ``(n + 1,)`` int64."""
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-
-def stretches(starts: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Some of the stretches that begin at ``starts``, side by side: where each begins now, and its members."""
-    counts = starts[which + 1] - starts[which]
-    now = offsets(counts)
-    return now, np.arange(now[-1]) + np.repeat(starts[which] - now[:-1], counts)
 
 
 class WordGradients(RowCollector):

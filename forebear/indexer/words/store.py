@@ -20,25 +20,11 @@ from scipy import sparse
 
 from forebear.errors import StorageError
 from forebear.indexer.storage.arrow import TEMPORARY_SUFFIX, column, read_batches, write_columns
-from forebear.indexer.words.gradients import WordRows, offsets, stretches
+from forebear.indexer.storage.layout import word_files
+from forebear.indexer.storage.ragged import offsets, stretches
+from forebear.indexer.words.gradients import WordRows
 
-PARTS = ("tokens", "postings", "rows", "entries")
 _SLICE = 1 << 16  # postings of an older store that are copied at once
-
-
-def words_folder(checkpoint: str, top: int) -> str:
-    """Where an index keeps the words of a checkpoint: of all positions (``top`` 0), or of the longest gradients."""
-    return f"words/{checkpoint}/{f'top-{top}' if top else 'all'}"
-
-
-def runs_folder(kind: str) -> str:
-    """Where the pass leaves its runs until they are merged."""
-    return f"{kind}/runs"
-
-
-def word_files(kind: str, generation: int) -> tuple[str, ...]:
-    """Files of a store."""
-    return tuple(f"{kind}/{part}-{generation:04d}.arrow" for part in PARTS)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from forebear.indexer.index import Index
-from forebear.indexer.words.gradients import offsets
-from forebear.retriever.head.search import Ranking
+from forebear.indexer.storage.ragged import offsets
 from forebear.retriever.question.methods import Method
+from forebear.retriever.ranking import Ranking
 from forebear.retriever.words.vocabulary import token_texts
 
 SIDES = ("proponent", "opponent")

@@ -17,8 +17,8 @@ from forebear.indexer.sketches.candidates import Part, Proposal, propose
 from forebear.indexer.sketches.fitting import gradient_files, open_sketcher
 from forebear.indexer.sketches.sketch import Sketcher, SketchRows, sketch_rows
 from forebear.retriever.deep.query_gradients import Asked, QueryGradients
-from forebear.retriever.head.queries import N_VARIANTS
 from forebear.retriever.question.methods import Method
+from forebear.retriever.question.models import N_VARIANTS
 from forebear.retriever.question.recall import UNWHITENED, same_as
 
 

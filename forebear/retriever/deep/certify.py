@@ -19,9 +19,8 @@ from forebear.errors import InputError
 from forebear.indexer.sketches.candidates import BLOCK_ROWS, Part
 from forebear.retriever.deep.query_gradients import Asked
 from forebear.retriever.deep.search import GradientSearch
-from forebear.retriever.head.scoring import rank
-from forebear.retriever.head.search import Ranking
 from forebear.retriever.question.methods import Method
+from forebear.retriever.ranking import Ranking, rank
 
 _ROUND_ROWS = 256  # rows scored in a round, at least
 _FLOAT32 = 1e-5  # relative rounding of an exact score, with a margin

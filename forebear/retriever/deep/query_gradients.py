@@ -8,14 +8,14 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from forebear.indexer.curvature.ekfac import Vectors
+from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.gradients.whole import summed_gradients, whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model.encoding import Texts, take_texts
 from forebear.indexer.model.scopes import Block, scope_blocks
-from forebear.retriever.head.queries import N_VARIANTS, Models
 from forebear.retriever.question.inverse import CurvatureSpec, Solve, deep_solver
 from forebear.retriever.question.methods import Method
+from forebear.retriever.question.models import N_VARIANTS, Models
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from forebear.indexer.curvature.ekfac import Vectors, dot
+from forebear.indexer.gradients.vectors import Vectors, dot
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
@@ -23,11 +23,10 @@ from forebear.indexer.model.encoding import Texts, as_encoded, distinct_rows
 from forebear.indexer.sketches.candidates import propose
 from forebear.retriever.deep.candidates import Candidates
 from forebear.retriever.deep.query_gradients import Asked, QueryGradients
-from forebear.retriever.head.queries import Models
-from forebear.retriever.head.scoring import rank
-from forebear.retriever.head.search import Ranking, join
 from forebear.retriever.question.inverse import CurvatureSpec
 from forebear.retriever.question.methods import Method
+from forebear.retriever.question.models import Models
+from forebear.retriever.ranking import Ranking, join, rank
 
 VECTOR_BYTES = 1 << 30  # whole query vectors held at once; with solutions, a pass takes as much again for their copy
 SELF_ROWS = 8  # candidates whose self-influence is solved for at once

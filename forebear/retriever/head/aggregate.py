@@ -11,10 +11,12 @@ from forebear.errors import InputError
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import LabelMap
 from forebear.indexer.rows.row_source import RowSource
-from forebear.retriever.head.queries import Models, ask, make_query
+from forebear.retriever.head.queries import make_query
 from forebear.retriever.head.scoring import Query, added, summed
+from forebear.retriever.question.asked import ask
 from forebear.retriever.question.inverse import CurvatureSpec
 from forebear.retriever.question.methods import Method
+from forebear.retriever.question.models import Models
 
 BLOCK_ROWS = 512
 NONE = -1  # class id of a group whose rows do not share one

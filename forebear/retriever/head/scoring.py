@@ -201,20 +201,3 @@ def _distances(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
     if rows.ndim == 3:
         return _lengths(rows - queries[:, None, :])
     return np.stack([_lengths(rows - x) for x in queries])
-
-
-def rank(scores: np.ndarray, rows: np.ndarray, k: int, *, largest: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The ``k`` best of each query in order; ties go to the lower row number.
-
-    Args:
-        scores: ``(q, m)``.
-        rows: Row numbers, ``(q, m)`` or ``(m,)``.
-        k: At most m.
-        largest: Proponents; else opponents, smallest first.
-
-    Returns:
-        Row numbers and scores, ``(q, k)`` each.
-    """
-    rows = np.broadcast_to(rows, scores.shape)
-    order = np.lexsort((rows, -scores if largest else scores), axis=-1)[:, :k]
-    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)

@@ -16,19 +16,19 @@ made longer. Quantised FAISS indexes carry no such guarantee, only their calibra
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from forebear.errors import InputError
-from forebear.indexer.spans.finders import Span
 from forebear.indexer.storage.ann import AnnIndex, unit_rows
 from forebear.indexer.storage.arrow import RowMatrix
 from forebear.indexer.storage.scan_table import ScanTable
 from forebear.retriever.head.scan import SCAN_TOLERANCE, Scan
-from forebear.retriever.head.scoring import Query, dots, exact_scores, rank
+from forebear.retriever.head.scoring import Query, dots, exact_scores
+from forebear.retriever.ranking import Ranking, join, rank
 
 _PRODUCT_QUERIES = 64  # queries whose candidates are multiplied together
 _PRODUCT_ROUNDING = 1e-12  # of a float64 product, relative to the largest, with a wide margin
@@ -76,39 +76,6 @@ class RowFactors:
     def _exact(self, query: Query, rows: np.ndarray) -> np.ndarray:
         features = tuple(m.take(rows) for m in self.features)
         return exact_scores(query, features, tuple(m.take(rows) for m in self.residuals), rows)
-
-
-# Shared words of each result of a test row: token ids and what each contributes to the score, (m,) each.
-Words = list[tuple[np.ndarray, np.ndarray]]
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """The ends of the ranking for ``q`` test rows.
-
-    Attributes:
-        rows: Row numbers, best first, ``(q, k)``.
-        scores: Their scores, ``(q, k)`` float64.
-        exact: Whether the scores are exact, and not those of a quantised index.
-        n_scored: Rows scored exactly for each query, ``(q,)``.
-        residual: Relative residual of H^-1 for each query where a solver iterated, ``(q,)``; else None.
-        proven: Whether no row left out can be among them, ``(q,)``, where that was asked for; else None.
-        spans: The span of each row that is meant, ``q`` lists of ``k``, where spans are ranked; else None.
-        query_spans: The span of each test row that is meant, where one is; else None.
-        n_cut: Spans of what was searched that the model does not read, left out, ``(q,)``; None without spans.
-        words: Contributions of shared words, ``q`` lists of ``k``, where scores are sums over words; else None.
-    """
-
-    rows: np.ndarray
-    scores: np.ndarray
-    exact: bool
-    n_scored: np.ndarray
-    residual: np.ndarray | None = None
-    proven: np.ndarray | None = None
-    words: list[Words] | None = None
-    spans: list[list[Span]] | None = None
-    query_spans: list[Span] | None = None
-    n_cut: np.ndarray | None = None
 
 
 # Candidates of queries `which`, `width` of each: row numbers (q, width) and, where the search bounds it, the largest
@@ -249,19 +216,6 @@ def _scan_chunk(
             rows, values = rank(values, at_position[found.indices.numpy()], k, largest=largest)
             ends.append(Ranking(rows, values, False, np.zeros(len(query), np.int64)))
     return ends[0], ends[1]
-
-
-def join(parts: list[Ranking]) -> Ranking:
-    """Rankings of one block of test rows after another; every field that holds something for each query is joined."""
-
-    def together(name: str) -> Any:
-        values = [getattr(part, name) for part in parts]
-        if isinstance(values[0], np.ndarray):
-            return np.concatenate(values)
-        return [one for some in values for one in some] if isinstance(values[0], list) else values[0]
-
-    joined = {field.name: together(field.name) for field in fields(Ranking) if field.name != "exact"}
-    return Ranking(**joined, exact=all(part.exact for part in parts))
 
 
 def search_ann(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from forebear.indexer.index import Index
 from forebear.indexer.storage.scan_table import ScanBlock, ScanTable, norms_of
-from forebear.retriever.head.queries import Asked, make_query
+from forebear.retriever.head.queries import make_query
 from forebear.retriever.head.scoring import Query
-from forebear.retriever.head.search import Ranking, RowFactors, search_ann, search_full, search_scan
+from forebear.retriever.head.search import RowFactors, search_ann, search_full, search_scan
+from forebear.retriever.question.asked import Asked
 from forebear.retriever.question.inverse import CurvatureSpec
-from forebear.retriever.question.methods import Method
+from forebear.retriever.question.methods import Method, ann_name
+from forebear.retriever.ranking import Ranking
 
 
 def search_stored(
@@ -64,10 +66,3 @@ def _scan_table(index: Index, method: Method, query: Query) -> ScanTable:
 
         return ScanTable(tuple(swap(b) for b in table.blocks))
     return table
-
-
-def ann_name(method: Method) -> str | None:
-    """The FAISS index that serves a method, if one does."""
-    if method.representation == "head" or method.metric == "dot":
-        return None
-    return f"{method.representation}-{method.metric}"

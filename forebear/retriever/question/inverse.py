@@ -16,7 +16,6 @@ import torch
 
 from forebear.errors import InputError
 from forebear.indexer.curvature.damping import refuse_lost_damping, refuse_nil_damping
-from forebear.indexer.curvature.ekfac import Vectors, dot
 from forebear.indexer.curvature.head import (
     absolute_damping,
     class_basis,
@@ -28,12 +27,13 @@ from forebear.indexer.curvature.head import (
 )
 from forebear.indexer.curvature.products import GaussNewton, HessianProduct, Product
 from forebear.indexer.curvature.solvers import HAN20, LissaSettings, Multiply, Solved, conjugate_gradients, lissa
-from forebear.indexer.gradients.whole import live_sample
+from forebear.indexer.gradients.vectors import Vectors, dot
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import distinct
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.model.scopes import Block
+from forebear.sampling import live_sample
 
 MAX_WEIGHTS = 1 << 25  # numbers in the class matrices, or in the gradients, of the rows that are held at once
 SELF_ROWS = 2048  # whose self-influence is solved for at once, at most

@@ -214,3 +214,10 @@ def _layer_method(name: str) -> Method:
         scope=layer if is_scope else f"layer:{layer}",
         formula=f"sum_c eta_c <g_q, g_n> over {layer}", source="Yeh22",
     )  # fmt: skip
+
+
+def ann_name(method: Method) -> str | None:
+    """The FAISS index that serves a method, if one does."""
+    if method.representation == "head" or method.metric == "dot":
+        return None
+    return f"{method.representation}-{method.metric}"

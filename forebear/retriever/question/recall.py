@@ -15,9 +15,8 @@ from typing import Any
 
 from forebear.indexer.index import Index
 from forebear.indexer.storage.ann import CALIBRATION_TOP, expected_recall
-from forebear.retriever.head.stored import ann_name
 from forebear.retriever.question.inverse import CurvatureSpec
-from forebear.retriever.question.methods import Method
+from forebear.retriever.question.methods import Method, ann_name
 from forebear.retriever.question.spec import QuerySpec
 
 DEFAULT_CANDIDATES = 100  # where no calibration says how many a recall takes

@@ -15,12 +15,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forebear.errors import InputError, NonFiniteError
-from forebear.indexer.curvature.ekfac import Vectors
 from forebear.indexer.gradients.tape import only_asking
+from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode_with_places, pad_batch
 from forebear.indexer.model.scopes import Block, encoder_layers
-from forebear.indexer.spans.finders import Span, pieces_of
+from forebear.indexer.spans.masking import pieces_of
+from forebear.indexer.spans.text import Span
 from forebear.retriever.saliency.maps import SUMMED_GRADIENT, saliency
 
 

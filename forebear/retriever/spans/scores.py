@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from forebear.indexer.curvature.ekfac import Vectors
+from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier

@@ -25,13 +25,15 @@ from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts
 from forebear.indexer.model.forward import residual_and_loss, run_forward
-from forebear.indexer.spans.finders import Finder, Span, find_spans, mask_found, mask_spans, span_finder
+from forebear.indexer.spans.finders import find_spans, span_finder
+from forebear.indexer.spans.masking import mask_found, mask_spans
+from forebear.indexer.spans.text import Finder, Span
 from forebear.retriever.deep.query_gradients import Asked
 from forebear.retriever.deep.search import GradientSearch
-from forebear.retriever.head.queries import Asked as AskedModels
-from forebear.retriever.head.search import Ranking
 from forebear.retriever.head.stored import search_query
+from forebear.retriever.question.asked import Asked as AskedModels
 from forebear.retriever.question.methods import METHODS, Method
+from forebear.retriever.ranking import Ranking
 from forebear.retriever.saliency.gradients import saliency_gradients, salient_words
 from forebear.retriever.spans.stored import head_query, stored_ends
 

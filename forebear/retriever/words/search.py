@@ -19,10 +19,9 @@ from forebear.indexer.index import Index
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.words.gradients import WordRows, word_gradients
 from forebear.indexer.words.store import WordStore
-from forebear.retriever.head.queries import Models
-from forebear.retriever.head.scoring import rank
-from forebear.retriever.head.search import Ranking, Words, join
 from forebear.retriever.question.methods import Method
+from forebear.retriever.question.models import Models
+from forebear.retriever.ranking import Ranking, Words, join, rank
 from forebear.retriever.words.scores import QueryWords, Shared, query_words, shared_words, squares
 from forebear.retriever.words.vocabulary import boundary_tokens, frequent_tokens, token_mask
 

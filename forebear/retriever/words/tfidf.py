@@ -16,9 +16,9 @@ from scipy import sparse
 from forebear.indexer.index import Index
 from forebear.indexer.model.forward import residual_and_loss
 from forebear.indexer.words.gradients import count_tokens
-from forebear.retriever.head.queries import Asked, Models
-from forebear.retriever.head.scoring import rank
-from forebear.retriever.head.search import Ranking, Words
+from forebear.retriever.question.asked import Asked
+from forebear.retriever.question.models import Models
+from forebear.retriever.ranking import Ranking, Words, rank
 
 _MAX_SCORES = 1 << 25  # entries of a (queries, rows) block held at once
 

@@ -30,7 +30,7 @@ from forebear.evaluation.audits.artifacts.regression import (
     z_normalised,
 )
 from forebear.evaluation.audits.artifacts.regression_report import MeanCoefficient, mean_coefficient
-from forebear.evaluation.common.comparisons import sample_queries
+from forebear.evaluation.common.queries import sample_queries
 from forebear.retriever.question.spec import QuerySpec
 
 

@@ -23,7 +23,7 @@ from forebear.evaluation.audits.rows.hubs import hubs, skewness, training_querie
 from forebear.evaluation.audits.rows.near_words import near_pairs, word_sets, words_of
 from forebear.evaluation.audits.rows.neighbours import nearest_rows
 from forebear.evaluation.audits.rows.suspects import majority_label, opponents_of, own_places, suspects
-from forebear.evaluation.common.comparisons import sample_queries
+from forebear.evaluation.common.queries import sample_queries
 
 
 def jaccard(a, b):

@@ -7,7 +7,8 @@ import pytest
 from places import DATA, NO_DATA
 
 from forebear.errors import DataError, InputError, NonFiniteError
-from forebear.evaluation.audits.artifacts.lexical_overlap import bootstrap_interval, lexical_overlap, mean_and_error
+from forebear.evaluation.audits.artifacts.lexical_overlap import lexical_overlap
+from forebear.evaluation.common.statistics import bootstrap_interval, mean_and_error
 
 MNLI = DATA / "mnli10k" / "train.parquet"
 

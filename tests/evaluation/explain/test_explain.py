@@ -43,7 +43,8 @@ from forebear.evaluation.explain.explanation import (
 )
 from forebear.evaluation.explain.marks import Piece, list_words, locate, mark, shorten, write_alike
 from forebear.evaluation.explain.page import check_page, render_page, write_page
-from forebear.indexer.model.classifier import Classifier, make_classifier
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.loading import make_classifier
 from forebear.retriever.saliency.maps import FORMS, saliency
 
 HOSTILE = '<script>alert("x")</script> & <b onclick=go()> the good </style> film'

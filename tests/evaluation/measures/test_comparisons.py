@@ -16,22 +16,17 @@ from tiny import make_tiny_model, write_jsonl
 from forebear import BuildOptions, InputError, Retriever, build_index, choose_model, rows_from_texts
 from forebear.cli.main import run
 from forebear.errors import MismatchError, NonFiniteError
-from forebear.evaluation.common.comparisons import (
-    interval_cells,
-    listed_values,
-    matrix_of,
-    sample_queries,
-    score_queries,
-    spearman,
-)
+from forebear.evaluation.common.amounts import common_share, rows_of_share
+from forebear.evaluation.common.comparisons import interval_cells, listed_values, matrix_of, spearman
+from forebear.evaluation.common.queries import sample_queries, score_queries
 from forebear.evaluation.measures.correlation import correlations
 from forebear.evaluation.measures.near_duplicates import EDITS, edited, near_duplicates, vocabulary
 from forebear.evaluation.measures.randomized import mean_over_seeds, random_retriever, randomized_correlations
 from forebear.evaluation.measures.recall import retrieval_recall
-from forebear.evaluation.measures.top_overlap import common_share, depths_of, rows_of_share, top_overlaps
-from forebear.evaluation.reports.report import heat_map
-from forebear.retriever.head.search import Ranking
+from forebear.evaluation.measures.top_overlap import depths_of, top_overlaps
+from forebear.evaluation.reports.charts import heat_map
 from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.ranking import Ranking
 
 METHODS = ("nn-cos", "gd", "gc", "if")
 

@@ -15,7 +15,7 @@ from tiny import labels, make_tiny_model, sentences, write_jsonl
 
 from forebear import BuildOptions, DataError, InputError, MismatchError, Retriever, build_index, choose_model, open_rows
 from forebear.cli.main import run
-from forebear.evaluation.common.comparisons import sample_queries
+from forebear.evaluation.common.queries import sample_queries
 from forebear.evaluation.measures.cancellation import cancellation, parameter_groups, row_gradient_norms
 from forebear.evaluation.measures.mislabelled import (
     auc_and_interval,
@@ -39,8 +39,8 @@ from forebear.evaluation.measures.saliency_consistency import (
     word_starts,
 )
 from forebear.indexer.gradients.whole import whole_gradients
-from forebear.indexer.model.classifier import load_classifier
 from forebear.indexer.model.encoding import encode_with_places
+from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scopes import scope_blocks
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.retriever.question.spec import QuerySpec

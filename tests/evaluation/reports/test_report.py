@@ -16,6 +16,7 @@ from rich.console import Console
 from forebear.cli.screen import tables
 from forebear.errors import InputError, NonFiniteError, OutputExistsError, StorageError
 from forebear.evaluation.reports import report as module
+from forebear.evaluation.reports.charts import bar_chart, line_chart
 from forebear.evaluation.reports.report import (
     REPORT_FILES,
     Figure,
@@ -23,10 +24,8 @@ from forebear.evaluation.reports.report import (
     Passage,
     Report,
     Table,
-    bar_chart,
     check_folder,
     format_cell,
-    line_chart,
     render_csv,
     render_html,
     write_report,

@@ -10,7 +10,8 @@ import pytest
 
 from forebear.cli.main import run
 from forebear.errors import CorruptIndexError, InputError
-from forebear.evaluation.reports.report import Figure, Passage, Report, Table, bar_chart, report_from_json, write_report
+from forebear.evaluation.reports.charts import bar_chart
+from forebear.evaluation.reports.report import Figure, Passage, Report, Table, report_from_json, write_report
 from forebear.evaluation.reports.report import Group as ReportGroup
 from forebear.evaluation.reports.side_by_side import join_tables, read_folders, side_by_side
 

@@ -19,12 +19,13 @@ from tiny import labels, sentences, write_jsonl
 
 from forebear.cli.main import run
 from forebear.errors import InputError
-from forebear.evaluation.common.comparisons import Queries, sample_queries
+from forebear.evaluation.common.queries import Queries, sample_queries
+from forebear.evaluation.retraining.changes import seeds_of
 from forebear.evaluation.retraining.deletion_curve import measure_deletion
 from forebear.evaluation.retraining.jobs import Job, Retrainer, TrainingRows
 from forebear.evaluation.retraining.lds import Lds, lds_report, measure_lds
 from forebear.evaluation.retraining.recipes import open_retrainer
-from forebear.evaluation.retraining.removal import Removal, _removal_tables, measure_removal, seeds_of
+from forebear.evaluation.retraining.removal import Removal, _removal_tables, measure_removal
 from forebear.evaluation.retraining.retraining_loss import measure_retraining_loss
 from forebear.evaluation.retraining.row_choice import amounts_of, least_overlap, row_scores, rows_at, sides_of
 from forebear.indexer.model.forward import run_forward

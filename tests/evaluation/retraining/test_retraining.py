@@ -22,8 +22,8 @@ from forebear.evaluation.retraining.recipe_full import Start
 from forebear.evaluation.retraining.recipe_top import epoch_batches
 from forebear.evaluation.retraining.recipes import find_run, open_retrainer
 from forebear.indexer.building.build import BuildOptions, build_index, retire_rows
-from forebear.indexer.model.classifier import load_classifier
 from forebear.indexer.model.forward import run_forward
+from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.training.fine_tuning import TrainOptions, train
 from forebear.indexer.training.run import choose_model

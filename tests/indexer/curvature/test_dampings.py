@@ -24,8 +24,8 @@ from forebear.indexer.curvature.head import (
     head_trace,
 )
 from forebear.indexer.curvature.solvers import LissaSettings
-from forebear.indexer.model.classifier import load_classifier
 from forebear.indexer.model.forward import run_forward
+from forebear.indexer.model.loading import load_classifier
 from forebear.retriever.question import inverse as solving
 from forebear.retriever.question.inverse import CurvatureSpec
 

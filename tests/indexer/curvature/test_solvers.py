@@ -20,7 +20,8 @@ from forebear.errors import CorruptIndexError, InputError, NonFiniteError
 from forebear.indexer.curvature.ekfac import Ekfac, class_square_root, fit_ekfac, read_ekfac, write_ekfac
 from forebear.indexer.curvature.products import GaussNewton, HessianProduct
 from forebear.indexer.curvature.solvers import HAN20, PEZ21, LissaSettings, conjugate_gradients, lissa
-from forebear.indexer.model.classifier import Classifier, make_classifier
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.loading import make_classifier
 from forebear.indexer.model.scopes import Block, scope_blocks
 from forebear.indexer.storage.arrow import write_columns
 

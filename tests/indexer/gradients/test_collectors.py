@@ -18,8 +18,9 @@ from forebear.indexer.curvature import ekfac, products
 from forebear.indexer.gradients import whole as gradients
 from forebear.indexer.gradients.gradient_pass import Collector, RowCollector, labels_seed, run_pass
 from forebear.indexer.gradients.tape import LayerFactors
-from forebear.indexer.model.classifier import Classifier, load_classifier
+from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode_with_places
+from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scopes import scope_blocks
 from forebear.indexer.sketches import sketch
 from forebear.indexer.sketches.projector import PlainProjector, draw_bases

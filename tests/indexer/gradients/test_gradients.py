@@ -18,7 +18,8 @@ from forebear import BuildOptions, InputError, MissingStoreError, ModelError, Re
 from forebear.errors import MismatchError
 from forebear.indexer.gradients.tape import _windows
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
-from forebear.indexer.model.classifier import Classifier, load_classifier, make_classifier
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.loading import load_classifier, make_classifier
 from forebear.indexer.model.scopes import embedding_block, scope_blocks
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.training.run import choose_model

@@ -17,9 +17,10 @@ from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.gradients.scope_probe import check_gradients
 from forebear.indexer.gradients.whole import whole_gradients
 from forebear.indexer.index import Index
-from forebear.indexer.model.classifier import Classifier, load_classifier
+from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.forward import residual_and_loss, run_forward
+from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scopes import scope_blocks
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.training.run import choose_model

@@ -20,7 +20,7 @@ from forebear.errors import NonFiniteError, StorageError
 from forebear.indexer.curvature.ekfac import Ekfac, EkfacBlock, KroneckerFactors, fit_factors
 from forebear.indexer.gradients.gradient_pass import Collector, labels_seed, run_pass
 from forebear.indexer.gradients.tape import LayerFactors, Tape
-from forebear.indexer.model.classifier import load_classifier
+from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scopes import Block, scope_blocks
 from forebear.indexer.sketches import candidates as estimating
 from forebear.indexer.sketches import projector as projecting

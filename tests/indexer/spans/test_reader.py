@@ -12,7 +12,8 @@ from tiny import make_tiny_model
 
 from forebear import InputError, ModelError, NonFiniteError
 from forebear.indexer.spans.aspect_reader import QUESTIONS, Reader, best_answer, load_reader, read_aspect
-from forebear.indexer.spans.finders import Span, span_finder
+from forebear.indexer.spans.finders import span_finder
+from forebear.indexer.spans.text import Span
 
 TEXT = "the music is very good. the film is dull and slow. the actor saw a bright red doctor"
 

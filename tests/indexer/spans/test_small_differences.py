@@ -15,10 +15,12 @@ import torch
 from tiny import labels, make_tiny_model, sentences
 from torch import nn
 
-from forebear.indexer.curvature.ekfac import Ekfac, dot, fit_ekfac
+from forebear.indexer.curvature.ekfac import Ekfac, fit_ekfac
+from forebear.indexer.gradients.vectors import dot
 from forebear.indexer.gradients.whole import exact_dots, summed_gradients, whole_gradients
-from forebear.indexer.model.classifier import Classifier, load_classifier
+from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode
+from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scopes import Block, scope_blocks
 from forebear.indexer.sketches.projector import PlainProjector, Projector, WhiteProjector, draw_bases
 from forebear.indexer.sketches.sketch import Reduction, Sketcher, sketch_rows

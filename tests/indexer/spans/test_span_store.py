@@ -29,7 +29,7 @@ from forebear import (
 )
 from forebear.cli.main import run
 from forebear.errors import CorruptIndexError, DataError, MismatchError, NonFiniteError
-from forebear.evaluation.common.comparisons import Queries
+from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.retraining.row_choice import row_scores
 from forebear.indexer.building import shards
 from forebear.indexer.building.verify import verify_index

@@ -21,8 +21,8 @@ from forebear.errors import (
     OutputExistsError,
     StorageError,
 )
-from forebear.indexer.model.classifier import load_classifier
 from forebear.indexer.model.forward import run_forward
+from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.row_source import RowSource, rows_from_texts
 from forebear.indexer.training import fine_tuning as training
 from forebear.indexer.training.fine_tuning import IGNORED, TrainOptions, mean_loss, train

@@ -20,10 +20,11 @@ from forebear.indexer.building.verify import verify_index
 from forebear.indexer.index import Index
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.storage.arrow import column, read_batches, write_columns
+from forebear.indexer.storage.layout import PARTS
 from forebear.indexer.storage.manifest import digest_of
 from forebear.indexer.words import store as module
 from forebear.indexer.words.gradients import PRECISIONS, WordRows, encode_vectors
-from forebear.indexer.words.store import PARTS, merge_runs, read_word_store, write_run
+from forebear.indexer.words.store import merge_runs, read_word_store, write_run
 
 ROUNDING = {"fp32": 1e-6, "fp16": 1e-3, "int8": 3e-2}  # of a vector of 16 numbers, as a share of its length
 FULL = ROUNDING | {"fp32": 1e-5}  # of scores; the models' own rounding included

@@ -16,7 +16,8 @@ from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.model.encoding import MaskedRows, tokenize
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.spans import finders as spans
-from forebear.indexer.spans.finders import find_spans, mask_found, span_finder
+from forebear.indexer.spans.finders import find_spans, span_finder
+from forebear.indexer.spans.masking import mask_found
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.answers.results import queries_together
 from forebear.retriever.answers.signs import SignCounts, is_crossed, note_of

@@ -20,15 +20,9 @@ from forebear.indexer.storage.ann import Vectors, build_ann, read_ann, write_ann
 from forebear.indexer.storage.arrow import RowMatrix
 from forebear.indexer.storage.scan_table import ScanTable, by_falling, read_scan_table, row_norms, write_scan_table
 from forebear.retriever.head.scoring import Query, Term
-from forebear.retriever.head.search import (
-    Ranking,
-    RowFactors,
-    Scan,
-    search_ann,
-    search_full,
-    search_scan,
-)
+from forebear.retriever.head.search import RowFactors, Scan, search_ann, search_full, search_scan
 from forebear.retriever.question.methods import METHODS
+from forebear.retriever.ranking import Ranking
 
 N, H, C, Q, K = 1500, 12, 3, 24, 7
 BLOCK_ROWS = 128

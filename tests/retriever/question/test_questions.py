@@ -13,10 +13,11 @@ from tiny import sentences, write_jsonl
 
 from forebear import Index, QuerySpec, Retriever
 from forebear.cli.main import run
-from forebear.evaluation.common.comparisons import Queries, provenance, question, score_queries
+from forebear.evaluation.common.comparisons import provenance, question
+from forebear.evaluation.common.queries import Queries, score_queries
 from forebear.indexer.curvature.solvers import HAN20
-from forebear.indexer.spans.finders import Span
-from forebear.retriever.head.search import Ranking, join
+from forebear.indexer.spans.text import Span
+from forebear.retriever.ranking import Ranking, join
 
 
 def digest(retriever: Retriever, **choices: object) -> str:

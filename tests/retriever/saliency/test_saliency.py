@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from forebear.errors import InputError, ModelError, NonFiniteError
 from forebear.indexer.model import encoding as module
-from forebear.indexer.model.classifier import Classifier, make_classifier, resolve_model_name
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.loading import make_classifier, resolve_model_name
 from forebear.indexer.model.pretrained import load_pretrained
 from forebear.retriever.saliency.maps import FORMS, saliency
 

@@ -11,9 +11,10 @@ import transformers
 from tiny import KINDS, labels, make_tiny_model, sentences
 
 from forebear import BuildOptions, InputError, Retriever, build_index, rows_from_texts
-from forebear.indexer.model.classifier import Classifier, load_classifier, make_classifier
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.loading import load_classifier, make_classifier
 from forebear.indexer.model.scopes import scope_blocks
-from forebear.indexer.spans.finders import Span
+from forebear.indexer.spans.text import Span
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.saliency.gradients import saliency_gradients, salient_words
 from forebear.retriever.saliency.maps import saliency

@@ -28,13 +28,16 @@ from forebear.cli.main import run
 from forebear.indexer.gradients import whole as module
 from forebear.indexer.gradients.tape import Tape
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
-from forebear.indexer.model.classifier import Classifier, load_classifier, make_classifier
+from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded
+from forebear.indexer.model.loading import load_classifier, make_classifier
 from forebear.indexer.model.scopes import scope_blocks
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.sketches.projector import PlainProjector, draw_bases
 from forebear.indexer.sketches.sketch import Reduction, Sketcher, sketch_rows
-from forebear.indexer.spans.finders import Span, find_spans, mask_spans, span_finder, split_text
+from forebear.indexer.spans.finders import find_spans, span_finder
+from forebear.indexer.spans.masking import mask_spans
+from forebear.indexer.spans.text import Span, split_text
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.deep.search import GradientSearch
 from forebear.retriever.spans.search import span_rows

@@ -129,7 +129,7 @@ def duplicates(
     """See DUPLICATES_HELP."""
     from forebear.evaluation.audits.rows.duplicates import Thresholds, duplicates_report, leaks
     from forebear.evaluation.audits.rows.duplicates import duplicates as find
-    from forebear.evaluation.common.comparisons import sample_queries
+    from forebear.evaluation.common.queries import sample_queries
 
     thresholds = Thresholds(jaccard=jaccard, cosine=cosine, cosine_jaccard=cosine_jaccard, neighbours=neighbours)
     thresholds.check()

@@ -27,7 +27,7 @@ from forebear.cli.screen.console import Variadic, listed, warn
 from forebear.cli.workers import Workers, start_workers
 
 if TYPE_CHECKING:
-    from forebear.evaluation.common.comparisons import Queries
+    from forebear.evaluation.common.queries import Queries
     from forebear.evaluation.reports.report import Report
     from forebear.evaluation.retraining.jobs import Retrainer
     from forebear.retriever.answers.scores import Scores
@@ -134,7 +134,7 @@ class AskOptions:
 
     def open(self, *, need_labels: bool = False) -> _Opened:
         """Open everything, after seeing that the report can be written."""
-        from forebear.evaluation.common.comparisons import sample_queries
+        from forebear.evaluation.common.queries import sample_queries
         from forebear.evaluation.common.span_queries import sample_span_queries
         from forebear.evaluation.retraining.row_choice import removal_methods
         from forebear.retriever.question.spec import QuerySpec
@@ -203,7 +203,7 @@ class _Opened:
 
     def seeds(self, retrainer: Retrainer) -> tuple[int, ...]:
         """Of the retrainings."""
-        from forebear.evaluation.retraining.removal import seeds_of
+        from forebear.evaluation.retraining.changes import seeds_of
 
         return seeds_of(retrainer, self.given.how.seeds, self.given.sample.seed)
 

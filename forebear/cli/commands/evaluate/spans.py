@@ -28,7 +28,7 @@ from forebear.cli.screen.console import Variadic, listed
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
-    from forebear.evaluation.common.comparisons import Queries
+    from forebear.evaluation.common.queries import Queries
     from forebear.evaluation.measures.agreement import Measure
     from forebear.retriever.question.spec import QuerySpec
     from forebear.retriever.retriever import Retriever

@@ -15,9 +15,10 @@ import numpy as np
 
 from forebear.errors import DataError, InputError
 from forebear.evaluation.audits.artifacts.hans_kinds import KINDS, Breakdown, kind_numbers, kind_table
-from forebear.evaluation.audits.artifacts.lexical_overlap import lexical_overlap, mean_and_error, premise_first
-from forebear.evaluation.common.statistics import INTERVALS, mean_of
-from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table, bar_chart
+from forebear.evaluation.audits.artifacts.lexical_overlap import lexical_overlap, premise_first
+from forebear.evaluation.common.statistics import INTERVALS, mean_and_error, mean_of
+from forebear.evaluation.reports.charts import bar_chart
+from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.labels import collapse_to_binary_nli, nli_id
 from forebear.indexer.rows.row_source import RowBlock, RowSource

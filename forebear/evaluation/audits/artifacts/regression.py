@@ -23,10 +23,10 @@ from typing import NamedTuple
 import numpy as np
 
 from forebear.errors import DataError, NonFiniteError
-from forebear.evaluation.common.comparisons import Queries
-from forebear.indexer.building.options import Progress, no_progress
+from forebear.evaluation.common.queries import Queries
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.labels import UNKNOWN
+from forebear.progress import Progress, no_progress
 from forebear.retriever.answers.scores import Scores
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever

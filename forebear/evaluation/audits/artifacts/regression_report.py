@@ -9,9 +9,11 @@ import numpy as np
 
 from forebear.evaluation.audits.artifacts.features import Feature
 from forebear.evaluation.audits.artifacts.regression import EVERY_QUERY, ArtifactRegression
-from forebear.evaluation.common.comparisons import Queries, listed_values, provenance, question
+from forebear.evaluation.common.comparisons import listed_values, provenance, question
+from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.common.statistics import mean_of
-from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table, line_chart
+from forebear.evaluation.reports.charts import line_chart
+from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 

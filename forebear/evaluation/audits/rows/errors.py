@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import DataError, InputError
-from forebear.evaluation.audits.rows.suspects import row_passage
 from forebear.evaluation.common.comparisons import provenance, question
+from forebear.evaluation.common.passages import row_passage
 from forebear.evaluation.reports.report import Cell, Group, Passage, Report, Table
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.row_source import RowSource

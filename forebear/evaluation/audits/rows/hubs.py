@@ -14,14 +14,17 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.audits.rows.suspects import own_places, row_passage
-from forebear.evaluation.common.comparisons import Queries, provenance, question
-from forebear.evaluation.reports.report import Cell, Figure, Group, Report, Table, bar_chart
-from forebear.indexer.gradients.whole import live_sample
+from forebear.evaluation.audits.rows.suspects import own_places
+from forebear.evaluation.common.comparisons import provenance, question
+from forebear.evaluation.common.passages import row_passage
+from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.reports.charts import bar_chart
+from forebear.evaluation.reports.report import Cell, Figure, Group, Report, Table
 from forebear.retriever.answers.results import SIDES
 from forebear.retriever.answers.signs import SignCounts
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
+from forebear.sampling import live_sample
 
 CHANCE = 0.05  # that any row at all comes up as often as a hub, where no row is preferred
 SHOWN_HUBS = 3

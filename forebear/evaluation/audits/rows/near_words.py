@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from forebear.indexer.words.gradients import offsets
+from forebear.indexer.storage.ragged import offsets
 
 _WORD = re.compile(r"\w+")
 _BLOCK_ROWS = 256  # rows that are joined with all others at once

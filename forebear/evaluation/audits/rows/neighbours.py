@@ -7,7 +7,7 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.indexer.index import Index
 from forebear.indexer.storage.ann import unit_rows
-from forebear.retriever.head.scoring import rank
+from forebear.retriever.ranking import rank
 
 _NUMBERS = 1 << 25  # entries of the vectors held at once
 

@@ -15,8 +15,9 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.evaluation.audits.rows.neighbours import nearest_rows
 from forebear.evaluation.common.comparisons import listed_values, matrix_figure, provenance, question, spearman
+from forebear.evaluation.common.passages import NO_LABEL, row_passage
 from forebear.evaluation.measures.mislabelled import LOSS, NEIGHBOURS, self_influence
-from forebear.evaluation.reports.report import Cell, Group, Passage, Report, Table
+from forebear.evaluation.reports.report import Cell, Group, Report, Table
 from forebear.indexer.index import Index
 from forebear.retriever.answers.results import SIDES
 from forebear.retriever.answers.signs import note_of
@@ -25,7 +26,6 @@ from forebear.retriever.retriever import Retriever
 
 SHOWN_ROWS = 10
 CONTRADICTING = 3  # neighbours and opponents named for each suspect
-NO_LABEL = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,15 +216,3 @@ def _group(found: Suspects, retriever: Retriever, position: int, opponents: np.n
     passages += [row_passage(retriever, int(r), "opponent") for r in opponents]
     query = row_passage(retriever, row, f"mean rank {found.combined[position]:.1f}", hint)
     return Group(f"{rank + 1}. Row {row}, labelled {names[index.labels[row]]}", passages, query=query)
-
-
-def row_passage(retriever: Retriever, row: int, what: str, note: str = "") -> Passage:
-    """A training row with its label, prediction and loss."""
-    index, names = retriever.index, retriever.label_names
-    texts = {name: column[0].as_py() for name, column in index.texts(np.array([row])).items()}
-    facts: dict[str, Cell] = {
-        "label": names[index.labels[row]],
-        "prediction": names[index.predictions[row]],
-        "loss": float(index.losses[row]),
-    }
-    return Passage(f"{what} · row {row}", texts, facts=facts, note=note)

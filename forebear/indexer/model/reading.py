@@ -1,0 +1,96 @@
+"""How much of some rows a model reads: word pieces unknown to its tokenizer, rows cut at its length limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# Shares from which a user is warned.
+MANY_UNKNOWN = 0.05  # of word pieces; English under its own tokenizer has .001
+MANY_CUT = 0.1  # of rows
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How much of some rows a model reads; sums over rows, so that those of shards add up.
+
+    Attributes:
+        n_rows: Rows.
+        n_pieces: Word pieces read, without those that the tokenizer adds.
+        n_unknown: Of these, the unknown token ([UNK]).
+        n_cut: Rows of which the length limit cuts the end.
+    """
+
+    n_rows: int = 0
+    n_pieces: int = 0
+    n_unknown: int = 0
+    n_cut: int = 0
+
+    def __add__(self, other: Reading) -> Reading:
+        """Of both together."""
+        return Reading(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+
+    @property
+    def share_unknown(self) -> float:
+        """Of word pieces."""
+        return self.n_unknown / max(1, self.n_pieces)
+
+    @property
+    def share_cut(self) -> float:
+        """Of rows."""
+        return self.n_cut / max(1, self.n_rows)
+
+    def describe(self, max_length: int) -> str:
+        """One line."""
+        return (
+            f"{share(self.share_unknown)} of word pieces unknown to the tokenizer, {share(self.share_cut)} of rows cut "
+            f"at {max_length} word pieces"
+        )
+
+    def warnings(self, max_length: int, rows: str) -> list[str]:
+        """What is wrong with it; ``rows`` says which rows these are."""
+        found = []
+        if self.share_unknown > MANY_UNKNOWN:
+            found.append(
+                f"{share(self.share_unknown)} of the word pieces of {rows} are unknown to the tokenizer: the model "
+                "does not see these words. Is it the model's own tokenizer, and the language that it was made for?"
+            )
+        if self.share_cut > MANY_CUT:
+            found.append(
+                f"{share(self.share_cut)} of {rows} are longer than {max_length} word pieces, and the model does not "
+                "see the rest. If it takes more, train and index with a larger --max-length."
+            )
+        return found
+
+
+def count_reading(
+    tokenizer: Any, texts: Sequence[Sequence[str]], rows: Sequence[dict[str, list[int]]], max_length: int
+) -> Reading:
+    """How much of rows of text the model reads.
+
+    Args:
+        tokenizer: Of the model.
+        texts: One list a text column.
+        rows: The same, encoded.
+        max_length: Longest row in word pieces.
+    """
+    others = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    unknown = None if tokenizer.unk_token_id in others else tokenizer.unk_token_id  # GPT-2 has one token for all
+    added = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)
+    full = [i for i, row in enumerate(rows) if len(row["input_ids"]) >= max_length]
+    whole: list[list[int]] = []
+    if full:  # only these can be cut: they are encoded again, in full
+        columns = [[column[i] for i in full] for column in texts]
+        whole = tokenizer(*columns, truncation=False, padding=False, verbose=False)["input_ids"]
+    return Reading(
+        n_rows=len(rows),
+        n_pieces=sum(max(0, len(row["input_ids"]) - added) for row in rows),
+        n_unknown=0 if unknown is None else sum(row["input_ids"].count(unknown) for row in rows),
+        n_cut=sum(len(ids) > max_length for ids in whole),
+    )
+
+
+def share(value: float) -> str:
+    """A share in percent; a small one is not rounded to nothing."""
+    return f"{value:.1%}" if value == 0 or value >= 0.0005 else "under 0.1%"

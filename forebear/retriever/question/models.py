@@ -1,0 +1,98 @@
+"""The models that a question runs: checkpoints of the index, its sentence encoder, variants one step away."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from forebear.errors import MismatchError, MissingStoreError
+from forebear.indexer.index import Index
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.encoding import encode, pad_batch, plan_batches
+from forebear.indexer.model.loading import check_same_model, load_classifier, weights_sha256
+from forebear.indexer.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
+from forebear.indexer.training.run import moved_paths
+
+N_VARIANTS = 3  # of the Span paper's TracInF
+VARIANT_ROWS = 32
+VARIANT_LEARNING_RATE = 1e-4
+
+
+def one_step_away(classifier: Classifier, index: Index, number: int) -> Classifier:
+    """A variant of a model: one SGD step on the mean loss of a seeded mini-batch of training rows (Span, TracInF).
+
+    All weights move; dropout is off. The classifier itself stays as it is.
+    """
+    seed = index.manifest.spec.seed
+    rows = np.random.default_rng([seed, 7, number]).permutation(index.live)[:VARIANT_ROWS]
+    model = copy.deepcopy(classifier.model).requires_grad_(True)
+    encoded = encode(classifier, index.text_lists(rows))
+    lengths = [len(row["input_ids"]) for row in encoded]
+    labels = torch.from_numpy(index.labels[rows].astype(np.int64)).to(classifier.device)
+    losses = []
+    for batch in plan_batches(lengths, len(rows) * max(lengths), equal_lengths=classifier.equal_lengths):
+        at = sorted(batch)
+        with classifier.autocast():
+            logits = model(**pad_batch(classifier.tokenizer, [encoded[i] for i in at], classifier.device)).logits
+        losses.append(torch.nn.functional.cross_entropy(logits.float(), labels[at]) * (len(at) / len(rows)))
+    gradients = torch.autograd.grad(sum(losses[1:], losses[0]), list(model.parameters()), allow_unused=True)
+    with torch.no_grad():
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            if gradient is not None:
+                parameter.sub_(VARIANT_LEARNING_RATE * gradient)
+    name = f"{classifier.name} (variant {number})"
+    return replace(classifier, name=name, model=model.requires_grad_(False), sha256=weights_sha256(model))
+
+
+class Models:
+    """The models of an index, loaded when first asked for and checked against its fingerprints."""
+
+    def __init__(self, index: Index, *, model: str | Classifier | None, device: str) -> None:
+        self._index = index
+        self._override = model if isinstance(model, Classifier) else None
+        self._paths = moved_paths(model if isinstance(model, str) else None, index.manifest.checkpoints, index.folder)
+        self._device = device
+        self._loaded: dict[int, Classifier] = {}
+
+    def classifier(self, checkpoint: int = -1) -> Classifier:
+        """The classifier at a checkpoint of the index; the last by default. Numbers past it are its variants."""
+        checkpoints = self._index.manifest.checkpoints
+        number = checkpoint if checkpoint >= 0 else checkpoint % len(checkpoints)
+        if number not in self._loaded:
+            if number < len(checkpoints):
+                self._loaded[number] = self._load(number, last=number == len(checkpoints) - 1)
+            else:
+                self._loaded[number] = one_step_away(self.classifier(), self._index, number - len(checkpoints))
+        return self._loaded[number]
+
+    def _load(self, number: int, *, last: bool) -> Classifier:
+        manifest = self._index.manifest
+        spec, listed = manifest.spec, manifest.checkpoints[number]
+        if last and self._override is not None:
+            classifier = self._override
+        else:
+            classifier = load_classifier(
+                self._paths[number], device=self._device, precision=spec.precision, max_length=spec.max_length
+            )
+        check_same_model(classifier, listed.sha256, spec.tokenizer_sha256)
+        return replace(classifier, label_names=spec.label_names)  # the model's own may say nothing: LABEL_0
+
+    @cached_property
+    def sentence_encoder(self) -> SentenceEncoder:
+        """The un-tuned encoder of the index."""
+        manifest = self._index.manifest
+        if manifest.sentence_model is None:
+            raise MissingStoreError(
+                f"{self._index.folder} holds no sentence embeddings. Build it with --store features,sbert."
+            )
+        encoder = load_sentence_encoder(manifest.sentence_model, device=self._device)
+        if encoder.sha256 != manifest.spec.sentence_sha256:
+            raise MismatchError(
+                f"{encoder.name} is not the sentence model of the index: sha256 {encoder.sha256[:12]}, expected "
+                f"{(manifest.spec.sentence_sha256 or '')[:12]}."
+            )
+        return encoder

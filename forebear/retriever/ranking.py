@@ -1,0 +1,72 @@
+"""The best rows of each query, and how two halves of a ranking are joined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from forebear.indexer.spans.text import Span
+
+# Shared words of each result of a test row: token ids and what each contributes to the score, (m,) each.
+Words = list[tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The ends of the ranking for ``q`` test rows.
+
+    Attributes:
+        rows: Row numbers, best first, ``(q, k)``.
+        scores: Their scores, ``(q, k)`` float64.
+        exact: Whether the scores are exact, and not those of a quantised index.
+        n_scored: Rows scored exactly for each query, ``(q,)``.
+        residual: Relative residual of H^-1 for each query where a solver iterated, ``(q,)``; else None.
+        proven: Whether no row left out can be among them, ``(q,)``, where that was asked for; else None.
+        spans: The span of each row that is meant, ``q`` lists of ``k``, where spans are ranked; else None.
+        query_spans: The span of each test row that is meant, where one is; else None.
+        n_cut: Spans of what was searched that the model does not read, left out, ``(q,)``; None without spans.
+        words: Contributions of shared words, ``q`` lists of ``k``, where scores are sums over words; else None.
+    """
+
+    rows: np.ndarray
+    scores: np.ndarray
+    exact: bool
+    n_scored: np.ndarray
+    residual: np.ndarray | None = None
+    proven: np.ndarray | None = None
+    words: list[Words] | None = None
+    spans: list[list[Span]] | None = None
+    query_spans: list[Span] | None = None
+    n_cut: np.ndarray | None = None
+
+
+def join(parts: list[Ranking]) -> Ranking:
+    """Rankings of one block of test rows after another; every field that holds something for each query is joined."""
+
+    def together(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        if isinstance(values[0], np.ndarray):
+            return np.concatenate(values)
+        return [one for some in values for one in some] if isinstance(values[0], list) else values[0]
+
+    joined = {field.name: together(field.name) for field in fields(Ranking) if field.name != "exact"}
+    return Ranking(**joined, exact=all(part.exact for part in parts))
+
+
+def rank(scores: np.ndarray, rows: np.ndarray, k: int, *, largest: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The ``k`` best of each query in order; ties go to the lower row number.
+
+    Args:
+        scores: ``(q, m)``.
+        rows: Row numbers, ``(q, m)`` or ``(m,)``.
+        k: At most m.
+        largest: Proponents; else opponents, smallest first.
+
+    Returns:
+        Row numbers and scores, ``(q, k)`` each.
+    """
+    rows = np.broadcast_to(rows, scores.shape)
+    order = np.lexsort((rows, -scores if largest else scores), axis=-1)[:, :k]
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
