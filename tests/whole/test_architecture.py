@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +14,37 @@ from places import ROOT
 import forebear
 
 LAYERS = ("indexer", "retriever", "evaluation", "cli")
+ROOMS = {  # of a layer, in their order: a room imports from those before it, never from those after it
+    "indexer": (
+        "rows", "model", "storage", "training", "gradients", "curvature", "words", "sketches", "spans", "index",
+        "building",
+    ),
+    "retriever": (
+        "question", "ranking", "head", "deep", "words", "saliency", "spans", "answers", "coverage", "retriever",
+    ),
+    "evaluation": ("reports", "common", "explain", "measures", "retraining", "audits", "perturb", "demo"),
+    "cli": ("screen", "options", "workers", "commands", "main"),
+}  # fmt: skip
+MOST_ENTRIES = 12
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "forebear").rglob("*.py"))
+}
 
 
 def imports_of(path: Path) -> set[str]:
+    """Modules and names that a file imports, dotted; also those imported within functions or for types alone."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
     return found
+
+
+IMPORTS = {name: {other for other in imports_of(path) if other in MODULES} for name, path in MODULES.items()}
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -32,6 +54,37 @@ def test_dependencies_run_one_way(layer):
         for name in imports_of(path):
             assert not any(name == f"forebear.{a}" or name.startswith(f"forebear.{a}.") for a in above), (path, name)
             assert name.split(".")[0] not in LAYERS, f"{path} imports {name} through the top-level link"
+
+
+def test_what_lies_beside_the_layers_imports_none_of_them():
+    for name, others in IMPORTS.items():
+        if name.count(".") == 1 and name.split(".")[1] not in LAYERS:
+            assert not any(other.split(".")[1] in LAYERS for other in others if "." in other), name
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_rooms_import_from_those_before_them(layer):
+    rooms, inside = ROOMS[layer], f"forebear.{layer}."
+    assert {name[len(inside) :].split(".")[0] for name in MODULES if name.startswith(inside)} == set(rooms)
+    for name in MODULES:
+        if name.startswith(inside):
+            place = rooms.index(name[len(inside) :].split(".")[0])
+            for other in IMPORTS[name]:
+                if other.startswith(inside):
+                    assert rooms.index(other[len(inside) :].split(".")[0]) <= place, f"{name} imports {other}"
+
+
+def test_no_modules_import_each_other():
+    within = {name: IMPORTS[name] - {name, "forebear"} for name in MODULES if name != "forebear"}
+    assert len(list(graphlib.TopologicalSorter(within).static_order())) == len(within)  # a CycleError names a circle
+
+
+@pytest.mark.parametrize("top", ["forebear", "tests"])
+def test_a_folder_has_at_most_twelve_entries(top):
+    for folder in [ROOT / top, *(path for path in (ROOT / top).rglob("*") if path.is_dir())]:
+        if folder.name != "__pycache__" and not folder.is_relative_to(ROOT / "tests" / "golden"):
+            entries = [path.name for path in folder.iterdir() if path.name not in ("__init__.py", "__pycache__")]
+            assert len(entries) <= MOST_ENTRIES, f"{folder}: {sorted(entries)}"
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -681,7 +681,7 @@ def test_mistakes_get_one_line_and_exit_code_2(world, capsys, monkeypatch, more,
     def load(*_args: object, **_kwargs: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("forebear.retriever.head.queries.load_classifier", load)
+    monkeypatch.setattr("forebear.retriever.question.models.load_classifier", load)
     assert run(args(world, *more)) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
