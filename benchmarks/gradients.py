@@ -29,11 +29,10 @@ from forebear.indexer.sketches.candidates import propose
 from forebear.indexer.sketches.fitting import open_sketchers
 from forebear.indexer.sketches.sketch import sketch_rows
 from forebear.indexer.training.run import choose_model
-from forebear.retriever.deep.query_gradients import Asked
+from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch
 from forebear.retriever.question.inverse import CurvatureSpec
 from forebear.retriever.question.methods import METHODS
-from forebear.retriever.question.models import Models
 from forebear.retriever.question.recall import n_candidates
 from forebear.retriever.question.spec import QuerySpec
 
@@ -177,14 +176,14 @@ def recall_and_time(index: Index, data: str, n_queries: int, methods: tuple[str,
     }
     full_batch = (time.perf_counter() - started) / n_queries
     truth[10] = truth[100][truth[100]["rank"] <= 10]
-    models = Models(index, model=None, device="auto")
-    search = GradientSearch(index, models, SCOPE, CurvatureSpec())
+    models = retriever.models
+    search = GradientSearch.kept(models, SCOPE, CurvatureSpec())
     targets = run_forward(models.classifier(), columns).predictions
-    parts = search.candidates.parts([METHODS[m] for m in methods], Asked(columns, targets))
+    parts = search.candidates.parts([METHODS[m] for m in methods], Queries(columns, targets))
     found: dict[str, Any] = {}
     for method in methods:
         spec = QuerySpec(methods=(method,), scope=SCOPE)
-        default = n_candidates(retriever.index, SCOPE, METHODS[method], spec)
+        default = n_candidates(retriever.resolve(spec), METHODS[method])
         how = index.proposal(SCOPE, method, cosine=METHODS[method].metric == "cos")
         by_candidates = {}
         for n in sorted({100, 200, 400, 800, default}):
@@ -201,7 +200,7 @@ def recall_and_time(index: Index, data: str, n_queries: int, methods: tuple[str,
         found[method] = {"default_candidates": default, "recall": by_candidates, "one_query_seconds": one}
     sample = index.live[np.random.default_rng(2).permutation(len(index.live))[:FULL_SAMPLE]]
     started = time.perf_counter()
-    search.score([METHODS["gd"]], Asked([c[:1] for c in columns], targets[:1]), {"gd": sample})
+    search.score([METHODS["gd"]], Queries([c[:1] for c in columns], targets[:1]), {"gd": sample})
     full_one = (time.perf_counter() - started) * len(index.live) / len(sample)
     files = index.manifest.files
     size = {

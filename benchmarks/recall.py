@@ -68,7 +68,7 @@ def measure(retriever: Retriever, dev: Path, n_queries: int, spec: QuerySpec) ->
     """Lines of the table for the methods of one question."""
     queries = sample_queries(retriever, open_rows(dev), n_queries, 1)
     found: RetrievalRecall = retrieval_recall(retriever, queries, spec)
-    facts = question_facts(retriever.index, spec)["methods"]
+    facts = question_facts(spec.resolve(retriever.index))["methods"]
     solver, damping = ("", "") if not set(spec.methods) & set(WITH_CURVATURE) else (spec.curvature, spec.damping or "")
     return [
         [

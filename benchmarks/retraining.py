@@ -52,7 +52,7 @@ def main() -> None:
     retriever = asked("sst2_1k")
     queries = test_rows(retriever, "sst2/dev.parquet", options.queries)
     assert queries.labels is not None
-    spec = retriever.settled(QuerySpec(methods=("if",), target="gold"))
+    spec = retriever.resolve(QuerySpec(methods=("if",), target="gold"))
     scores = row_scores(retriever, queries, spec)["if"]
     trainer = retrainer(retriever, options.retrain, queries.texts)
     live, seeds = trainer.rows.live, range(options.seeds)

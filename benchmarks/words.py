@@ -28,7 +28,8 @@ from forebear.indexer.storage.layout import words_folder
 from forebear.indexer.training.run import choose_model
 from forebear.indexer.words.gradients import WordGradients, encode_vectors
 from forebear.retriever.question.methods import METHODS
-from forebear.retriever.words.search import Question, WordSearch
+from forebear.retriever.question.spec import words_top
+from forebear.retriever.words.search import WordQueries, WordSearcher
 
 RUNS = ROOT / "runs" / "bench"
 DEV = {"sst2": "dev.parquet", "agnews": "test.parquet"}
@@ -89,7 +90,7 @@ def added_to_the_pass(data: str, n_rows: int = 384) -> None:
     write_result(f"words_pass_{data}", rows=n_rows, ratio_to_the_pass_with_sketches=ratios)
 
 
-def row_by_row(search: WordSearch, question: Question, i: int) -> tuple[dict[str, float], np.ndarray]:
+def row_by_row(search: WordSearcher, question: WordQueries, i: int) -> tuple[dict[str, float], np.ndarray]:
     """Training row by training row in Python; seconds of two ways, and the scores of both.
 
     ``torch``: gradients as torch tensors, a loop over the words of both rows, a dot where they are the same (how a
@@ -103,7 +104,7 @@ def row_by_row(search: WordSearch, question: Question, i: int) -> tuple[dict[str
     tokens, vectors, tensors = words.tokens.tolist(), words.vectors, torch.from_numpy(words.vectors)
     as_dicts = [{tokens[j]: vectors[j] for j in range(a, b)} for a, b in spans]
     as_lists = [[(tokens[j], tensors[j]) for j in range(a, b)] for a, b in spans]
-    query = question.queries[i]
+    query = question.words[i]
     mine = dict(zip(query.tokens[0].tolist(), query.vectors[0], strict=True))
     mine_torch = [(token, torch.from_numpy(vector)) for token, vector in mine.items()]
     seconds_of = {}
@@ -161,19 +162,19 @@ def queries(data: str, name: str, index: Index, truth: Any, n_queries: int, *, r
     retriever = Retriever(index)
     chosen = some_queries(data, n_queries)
     targets = run_forward(retriever.classifier(), [chosen]).predictions
-    search = retriever._words
+    search = retriever.searcher("words")
     found: dict[str, Any] = {}
     for method in WORD_METHODS:
-        if search.top_of(METHODS[method]) not in index.manifest.spec.words_tops or (
+        if words_top(index, METHODS[method]) not in index.manifest.spec.words_tops or (
             name == "int8" and method == "tracin-we"
         ):
             continue
-        (question,) = search.questions([METHODS[method]], [chosen], targets, normalise=False)
+        (question,) = search.queries([METHODS[method]], [chosen], targets, normalise=False)
 
-        def answer(some: Question, search: WordSearch = search) -> Any:
+        def answer(some: WordQueries, search: WordSearcher = search) -> Any:
             return search._rank(some, search.candidates(some, K, "none"), K, None, exact=False)
 
-        ones = [Question(question.method, question.top, None, [q], False) for q in question.queries]
+        ones = [WordQueries(question.method, question.top, None, [q], False) for q in question.words]
         answer(question)
         one, dense = [], []
         for single in ones:

@@ -57,7 +57,7 @@ ARTIFACTS = {
 
 
 def question(retriever: Retriever, damping: str) -> QuerySpec:
-    return retriever.settled(QuerySpec(methods=("if",), damping=damping))
+    return retriever.resolve(QuerySpec(methods=("if",), damping=damping))
 
 
 def removal(name: str, retriever: Retriever, queries: Queries, sizes: argparse.Namespace) -> None:

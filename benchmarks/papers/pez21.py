@@ -174,7 +174,7 @@ def main() -> None:
     )  # fmt: skip
     for name in sizes.data:
         retriever = asked(name)
-        spec = retriever.settled(QuerySpec(methods=METHODS))
+        spec = retriever.resolve(QuerySpec(methods=METHODS))
         for part in (correlation, removal, randomized, duplicates):
             if part.__name__ in sizes.parts:
                 part(name, retriever, spec, sizes)

@@ -83,7 +83,7 @@ def main() -> None:
     asked = parser.parse_args()
     retriever = Remembering(Index.open(built(asked.scope, asked.rows)))
     source = open_rows(DATA / "mams" / "test.parquet", text_columns=["text", "term"])
-    spec = retriever.settled(QuerySpec(methods=METHODS, top=AT[-1], scope=asked.scope, recall=asked.recall))
+    spec = retriever.resolve(QuerySpec(methods=METHODS, top=AT[-1], scope=asked.scope, recall=asked.recall))
     queries = sample_span_queries(retriever, source, spec, asked.queries, 0)
     found = {m: measure_agreement(retriever, queries, spec, AT, m) for m in ("semantic", "label")}
     ours = {

@@ -39,7 +39,7 @@ def deletion(name: str, retriever: Retriever, sizes: argparse.Namespace, *, no_o
     paper = NO_OVERLAP if no_overlap else DELETION
     queries = test_rows(retriever, dev_rows(name), sizes.queries)
     assert queries.labels is not None
-    spec = retriever.settled(QuerySpec(methods=tuple(paper), target="gold"))
+    spec = retriever.resolve(QuerySpec(methods=tuple(paper), target="gold"))
     n_candidates = len(retriever.index.live) // 10
     trainer = retrainer(retriever, sizes.retrain, queries.texts)
     found = measure_deletion(

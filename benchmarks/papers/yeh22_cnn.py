@@ -159,7 +159,7 @@ def deletion(retriever: Retriever, with_bias: Retriever, sizes: argparse.Namespa
     assert queries.labels is not None
 
     def scores(of: Retriever, method: str, **choices: str) -> Any:
-        return row_scores(of, queries, of.settled(QuerySpec(methods=(method,), target="gold", **choices)))[method]
+        return row_scores(of, queries, of.resolve(QuerySpec(methods=(method,), target="gold", **choices)))[method]
 
     words, everything = scores(retriever, "tracin-we"), scores(retriever, "tracin", scope="all")
     by_layer = {

@@ -42,6 +42,9 @@ class Ranking:
     n_cut: np.ndarray | None = None
 
 
+Ends = tuple[Ranking, Ranking]  # proponents, best first; opponents, lowest score first
+
+
 def join(parts: list[Ranking]) -> Ranking:
     """Rankings of one block of test rows after another; every field that holds something for each query is joined."""
 
@@ -53,6 +56,11 @@ def join(parts: list[Ranking]) -> Ranking:
 
     joined = {field.name: together(field.name) for field in fields(Ranking) if field.name != "exact"}
     return Ranking(**joined, exact=all(part.exact for part in parts))
+
+
+def join_ends(parts: list[dict[str, Ends]]) -> dict[str, Ends]:
+    """Both ends, by method name, of one block of test rows after another."""
+    return {name: (join([p[name][0] for p in parts]), join([p[name][1] for p in parts])) for name in parts[0]}
 
 
 def rank(scores: np.ndarray, rows: np.ndarray, k: int, *, largest: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -14,37 +14,28 @@ import pyarrow as pa
 from forebear.errors import InputError
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.encoding import Encoded, Texts
+from forebear.indexer.model.encoding import Encoded, Texts, n_rows_of
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.rows.labels import LabelMap
 from forebear.indexer.rows.row_source import RowSource, rows_from_texts
-from forebear.indexer.spans.finders import span_finder
 from forebear.indexer.spans.text import Span
 from forebear.retriever.answers.results import Answers, answer_tables, queries_together
-from forebear.retriever.answers.scores import Scores
-from forebear.retriever.coverage import (
-    available_methods,
-    check_stores,
-    is_deep,
-    question_facts,
-)
-from forebear.retriever.deep.certify import certify, check_certifiable
-from forebear.retriever.deep.query_gradients import Asked as DeepAsked
+from forebear.retriever.coverage import available_methods, question_facts
+from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch
+from forebear.retriever.deep.searcher import GradientSearcher
 from forebear.retriever.head.aggregate import common_class, read_rows, sum_queries
-from forebear.retriever.head.queries import make_query
-from forebear.retriever.head.stored import row_factors, search_query, search_stored
-from forebear.retriever.question.asked import ask
-from forebear.retriever.question.inverse import CurvatureSpec
-from forebear.retriever.question.methods import METHODS, Method
+from forebear.retriever.head.stored import search_query
+from forebear.retriever.question.batch import make_batch
+from forebear.retriever.question.methods import METHODS, Searched
 from forebear.retriever.question.models import Models
 from forebear.retriever.question.query_rows import check_texts, query_labels
-from forebear.retriever.question.recall import n_candidates, settled, stores_spans
-from forebear.retriever.question.spec import DEFAULT_METHODS, Exactness, QuerySpec
-from forebear.retriever.ranking import Ranking
-from forebear.retriever.spans.search import SpanSearch, word_influence
-from forebear.retriever.words.search import WordSearch
-from forebear.retriever.words.tfidf import TfidfSearch
+from forebear.retriever.question.searcher import Searcher
+from forebear.retriever.question.spec import DEFAULT_METHODS, Exactness, QuerySpec, Question
+from forebear.retriever.ranking import Ends
+from forebear.retriever.scores import Scores
+from forebear.retriever.searchers import SEARCHERS
+from forebear.retriever.spans.search import word_influence
 
 QUERY_BLOCK_ROWS = 512
 
@@ -54,6 +45,7 @@ class Retriever:
 
     Attributes:
         index: The index.
+        models: Its models, loaded at the first question.
 
     Example:
         >>> from forebear import Index, Retriever
@@ -77,10 +69,8 @@ class Retriever:
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         """
         self.index = index if isinstance(index, Index) else Index.open(index)
-        self._models = Models(self.index, model=model, device=device)
-        self._searches: dict[tuple[str, CurvatureSpec], GradientSearch] = {}
-        self._words = WordSearch(self.index, self._models)
-        self._tfidf = TfidfSearch(self.index, self._models)
+        self.models = Models(self.index, model=model, device=device)
+        self._searchers: dict[str, Searcher] = {}
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -89,7 +79,7 @@ class Retriever:
 
     def classifier(self, checkpoint: int = -1) -> Classifier:
         """The model that is explained, or another checkpoint of the index by its number."""
-        return self._models.classifier(checkpoint)
+        return self.models.classifier(checkpoint)
 
     def retrieve(
         self,
@@ -124,11 +114,40 @@ class Retriever:
             CorruptIndexError: A stored file was altered.
         """
         spec = QuerySpec(methods=tuple(methods), top=top, target=target, exact=exact, scope=scope, **choices)
+        question = self.resolve(spec)
         source = queries if isinstance(queries, RowSource) else rows_from_texts(queries)
-        tables = [table for answers in self.answers(source, spec) for table in self.tables(answers)]
-        return pa.concat_tables(tables).replace_schema_metadata(self.metadata(spec))
+        tables = [table for answers in self.answers(source, question) for table in self.tables(answers)]
+        return pa.concat_tables(tables).replace_schema_metadata(self.metadata(question))
 
-    def answers(self, source: RowSource, spec: QuerySpec, *, block_rows: int = QUERY_BLOCK_ROWS) -> Iterator[Answers]:
+    def resolve(self, spec: QuerySpec | Question, **changes: Any) -> Question:
+        """The question that a spec is for this index, with some choices changed.
+
+        A question that is resolved already, and in which nothing is changed, stays as it is.
+
+        Raises:
+            InputError: A choice that means nothing.
+            MissingStoreError: The index does not hold what a method compares.
+        """
+        if isinstance(spec, Question):
+            if not changes and spec.index is self.index:
+                return spec
+            spec = spec.spec
+        return replace(spec, **changes).resolve(self.index)
+
+    def searcher(self, name: Searched) -> Searcher:
+        """One of :data:`~forebear.retriever.searchers.SEARCHERS`, made once."""
+        if name not in self._searchers:
+            self._searchers[name] = SEARCHERS[name](self.models)
+        return self._searchers[name]
+
+    def _by_searcher(self, question: Question) -> dict[Searched, Question]:
+        """The question's methods by the searcher that answers for them."""
+        names = dict.fromkeys(question.searched_by(m) for m in question.methods)
+        return {name: question.of(m for m in question.methods if question.searched_by(m) == name) for name in names}
+
+    def answers(
+        self, source: RowSource, spec: QuerySpec | Question, *, block_rows: int = QUERY_BLOCK_ROWS
+    ) -> Iterator[Answers]:
         """Stream answers in bounded memory; of an aggregate, the one answer.
 
         Args:
@@ -136,19 +155,17 @@ class Retriever:
             spec: The question.
             block_rows: Queries that are asked together, at most: fewer where their rankings are long.
         """
-        spec = self.settled(spec)
-        methods = spec.check()
-        self.check_stores(methods, spec)
+        question = self.resolve(spec)
         self.check_texts(source)
-        labels = self.query_labels(source, required=spec.target == "gold")
-        if spec.aggregate:
+        labels = self.query_labels(source, required=question.spec.target == "gold")
+        if question.spec.aggregate:
             texts, gold = read_rows(source, labels)
-            yield self.aggregate(texts, gold, np.zeros(source.n_rows, np.int64), spec)
+            yield self.aggregate(texts, gold, np.zeros(source.n_rows, np.int64), question)
             return
-        top = spec.top if any(m.spans for m in methods) else min(spec.top, self.index.manifest.n_live)
-        for block in source.blocks(min(block_rows, queries_together(methods, top))):
+        top = question.spec.top if any(m.spans for m in question.methods) else question.top
+        for block in source.blocks(min(block_rows, queries_together(question.methods, top))):
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
-            yield self.answer_block(block.start, block.texts, gold, spec, table=block.table)
+            yield self.answer_block(block.start, block.texts, gold, question, table=block.table)
 
     def tables(self, answers: Answers) -> Iterator[pa.Table]:
         """Answers as tables, one row a result, a bounded number of results each."""
@@ -159,7 +176,7 @@ class Retriever:
         start: int,
         texts: Sequence[Sequence[str]],
         labels: np.ndarray | None,
-        spec: QuerySpec,
+        spec: QuerySpec | Question,
         *,
         forward: Forward | None = None,
         table: pa.Table | None = None,
@@ -176,38 +193,21 @@ class Retriever:
             table: The rows with all their columns, where spans are given by columns.
             numbers: Of the test rows, for messages; None: from ``start`` on.
         """
-        spec = self.settled(spec)
+        question = self.resolve(spec)
         numbers = range(start, start + len(texts[0])) if numbers is None else numbers
-        methods = spec.check()
-        n_checkpoints = len(self.index.manifest.checkpoints)
-        asked = ask(self._models, methods, texts, labels, spec.target, n_checkpoints, first_row=start, forward=forward)
-        top = min(spec.top, self.index.manifest.n_live)
-        found: dict[str, tuple[Ranking, Ranking]] = {}
-        by_words = [m for m in methods if m.representation == "words"]
-        if by_words:
-            found |= self._words.search(by_words, texts, asked.targets, top, exact=spec.exact, normalise=spec.normalise)
-        for method in methods:
-            if method.representation == "tfidf":
-                found[method.name] = self._tfidf.search(texts, asked, top, normalise=spec.normalise)
-        by_spans = [m for m in methods if m.by_model]
-        if by_spans:  # none of them fixes its scope
-            found |= self._span_search(spec).search(
-                by_spans, texts, table, asked, spec.top if all(m.spans for m in methods) else top,
-                full=spec.exact == "full",
-                n_candidates={m.name: n_candidates(self.index, spec.scope, m, spec) for m in by_spans}, word=spec.word,
-                numbers=numbers,
-            )  # fmt: skip
-        others = [m for m in methods if not (m.by_words or m.by_model)]
-        for scope, some in self._by_scope(others, spec).items():
-            if scope is None:
-                found |= {m.name: search_stored(self.index, m, asked, spec.solver, top, exact=spec.exact) for m in some}
-            else:
-                found |= self._deep(scope, some, DeepAsked([list(t) for t in texts], asked.targets), spec, top)
-        found = {method.name: found[method.name] for method in methods}
-        return Answers(start, labels, asked.forward.predictions, asked.targets, found)
+        batch = make_batch(question, self.models, texts, labels, numbers=numbers, forward=forward, table=table)
+        found: dict[str, Ends] = {}
+        for name, part in self._by_searcher(question).items():
+            found |= self.searcher(name).search(part, batch)
+        found = {method.name: found[method.name] for method in question.methods}
+        return Answers(start, labels, batch.forward.predictions, batch.targets, found)
 
     def aggregate(
-        self, texts: Sequence[Sequence[str]], labels: np.ndarray | None, groups: np.ndarray, spec: QuerySpec
+        self,
+        texts: Sequence[Sequence[str]],
+        labels: np.ndarray | None,
+        groups: np.ndarray,
+        spec: QuerySpec | Question,
     ) -> Answers:
         """One answer for each group of test rows: their query vectors are summed, and searched once.
 
@@ -219,53 +219,18 @@ class Retriever:
             groups: Number of each row's group, ``(q,)``; every number from 0 on has rows.
             spec: The question, with ``aggregate``.
         """
-        spec = self.settled(replace(spec, aggregate=True))
-        methods = spec.check()
-        self.check_stores(methods, spec)
-        top = min(spec.top, self.index.manifest.n_live)
-        by_scope = self._by_scope(methods, spec)
-        stored = by_scope.pop(None, [])
-        seen = sum_queries(self._models, self.index, stored, texts, labels, groups, spec.target, spec.solver)
-        found = {m.name: search_query(self.index, m, seen.queries[m.name], top, exact=spec.exact) for m in stored}
-        for scope, some in by_scope.items():
-            assert scope is not None
-            found |= self._deep(
-                scope, some, DeepAsked([list(t) for t in texts], seen.targets, groups=groups), spec, top
-            )
-        found = {method.name: found[method.name] for method in methods}
+        question = self.resolve(spec, aggregate=True)
+        seen = sum_queries(question, self.models, texts, labels, groups)
+        exact, top = question.spec.exact, question.top
+        methods = {method.name: method for method in question.methods}
+        found = {n: search_query(self.index, methods[n], q, top, exact=exact) for n, q in seen.queries.items()}
+        beyond = question.of(m for m in question.methods if m.name not in found)
+        if beyond.methods:
+            queries = Queries([list(column) for column in texts], seen.targets, groups=groups)
+            found |= GradientSearcher(self.models).search_queries(beyond, queries)
+        found = {name: found[name] for name in methods}
         gold = None if labels is None else common_class(labels, groups)
         return Answers(0, gold, common_class(seen.predictions, groups), common_class(seen.targets, groups), found)
-
-    def _by_scope(self, methods: Sequence[Method], spec: QuerySpec) -> dict[str | None, list[Method]]:
-        """Methods by the scope beyond the head at which they compare gradients; None: the others."""
-        out: dict[str | None, list[Method]] = {}
-        for method in methods:
-            out.setdefault(spec.scope_of(method) if is_deep(method, spec) else None, []).append(method)
-        return out
-
-    def _gradient_search(self, scope: str, spec: QuerySpec) -> GradientSearch:
-        key = (scope, spec.solver)
-        if key not in self._searches:
-            self._searches[key] = GradientSearch(self.index, self._models, scope, spec.solver)
-        return self._searches[key]
-
-    def _span_search(self, spec: QuerySpec) -> SpanSearch:
-        assert spec.spans is not None  # settled
-        finders = [span_finder(how, spec.span_column or 0) for how in (spec.spans, spec.query_spans or spec.spans)]
-        return SpanSearch(self._gradient_search(spec.scope, spec), *finders, stored=stores_spans(self.index, spec))
-
-    def _deep(
-        self, scope: str, methods: Sequence[Method], asked: DeepAsked, spec: QuerySpec, top: int
-    ) -> dict[str, tuple[Ranking, Ranking]]:
-        search = self._gradient_search(scope, spec)
-        if spec.certify:
-            check_certifiable(search, methods)
-        candidates = {m.name: n_candidates(self.index, scope, m, spec) for m in methods}
-        found = search.search(methods, asked, top, exact=spec.exact, n_candidates=candidates)
-        if spec.certify:
-            n_live = self.index.manifest.n_live
-            found = {m.name: certify(search, m, asked, found[m.name], max_rows=n_live) for m in methods}
-        return found
 
     def scores(
         self,
@@ -282,16 +247,15 @@ class Retriever:
 
         For small sets, and as the yardstick: memory is q x n x 8 bytes.
         """
-        spec = self.settled(QuerySpec(methods=(method,), target=target, exact="full", scope=scope, **choices))
-        (chosen,) = spec.check()
-        self.check_stores((chosen,), spec)
+        spec = QuerySpec(methods=(method,), target=target, exact="full", scope=scope, **choices)
+        question = self.resolve(spec)
         source = queries if isinstance(queries, RowSource) else rows_from_texts(queries)
         self.check_texts(source)
         labels = self.query_labels(source, required=target == "gold")
         parts = []
         for block in source.blocks(QUERY_BLOCK_ROWS):
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
-            parts.append(self.score_block(block.texts, gold, spec, first_row=block.start)[chosen.name])
+            parts.append(self.score_block(block.texts, gold, question, first_row=block.start)[method])
         scores = np.concatenate(parts)
         return scores.sum(axis=0, keepdims=True) if spec.aggregate else scores
 
@@ -299,7 +263,7 @@ class Retriever:
         self,
         texts: Texts,
         labels: np.ndarray | None,
-        spec: QuerySpec,
+        spec: QuerySpec | Question,
         *,
         rows: np.ndarray | None = None,
         first_row: int = 0,
@@ -319,45 +283,25 @@ class Retriever:
         Raises:
             InputError: A method scores no rows, or reads the texts of test rows that are encoded.
         """
-        methods = spec.check()
-        live = self.index.live
-        wanted = live if rows is None else rows
-        for method in methods:
-            if method.spans or method.saliency:
+        question = self.resolve(spec)
+        for method in question.methods:
+            if not method.scores_rows:
                 raise InputError(f"{method.name} scores spans or asks of a word, not a row: ask for it by retrieve.")
-            if isinstance(texts, Encoded) and (method.by_words or method.representation == "sentence"):
+            if isinstance(texts, Encoded) and method.reads_texts:
                 raise InputError(f"{method.name} compares texts; it cannot be asked of rows with word pieces masked.")
-        asked = ask(
-            self._models, methods, texts, labels, spec.target, len(self.index.manifest.checkpoints), first_row=first_row
-        )
-        deep = [m for m in methods if not m.by_words and (m.variants or is_deep(m, spec))]
+        n_queries = n_rows_of(texts)
+        numbers = range(first_row, first_row + n_queries)
+        batch = make_batch(question, self.models, texts, labels, numbers=numbers)
+        rows = self.index.live if rows is None else rows
         found = Scores()
-        for scope in dict.fromkeys(spec.scope_of(m) for m in deep):
-            some = [m for m in deep if spec.scope_of(m) == scope]
-            at = DeepAsked(texts, asked.targets)
-            values, residuals = self._gradient_search(scope, spec).score(some, at, {m.name: wanted for m in some})
-            found.update(values)
-            for name, residual in residuals.items():
-                found.note_residual(name, residual)
-        by_words = [m for m in methods if m.representation == "words"]
-        if by_words:
-            assert not isinstance(texts, Encoded)
-            questions = self._words.questions(by_words, texts, asked.targets, normalise=spec.normalise)
-            scored = self._words.score(questions, wanted)
-            found.update({m.name: scores for m, scores in zip(by_words, scored, strict=True)})
-        for method in methods:
-            if method.representation == "tfidf":
-                assert not isinstance(texts, Encoded)
-                whole = self._tfidf.scores(texts, asked, normalise=spec.normalise)
-                found[method.name] = whole[:, np.searchsorted(live, wanted)]
-            elif method.name not in found:
-                query = make_query(method, asked, self.index, spec.solver)
-                found.note_residual(method.name, query.residual)
-                found[method.name] = replace(row_factors(self.index, method), live=wanted).all_products(query)
-        return found.of(method.name for method in methods)
+        for name, part in self._by_searcher(question).items():
+            scores = self.searcher(name).score(part, batch, rows)
+            found.update(scores)
+            found.note_residuals([scores])
+        return found.of(method.name for method in question.methods)
 
     def word_influence(
-        self, query: Sequence[str], target: int, rows: np.ndarray, spec: QuerySpec
+        self, query: Sequence[str], target: int, rows: np.ndarray, spec: QuerySpec | Question
     ) -> tuple[Span, list[tuple[int, Span, float]]]:
         """How much each word of some training rows made the model look at a word of a test row (Joint eq. 8).
 
@@ -370,18 +314,11 @@ class Retriever:
         Returns:
             The test row's word; and (row, word, ``saliency-if-token``) of each word that the model reads.
         """
-        search = self._gradient_search(spec.scope, spec)
+        question = self.resolve(spec)
+        search = GradientSearch.kept(self.models, question.spec.scope, question.curvature)
         columns = [[text] for text in query]
-        salient, words, scores = word_influence(search, columns, target, spec.word, np.unique(rows))
+        salient, words, scores = word_influence(search, columns, target, question.spec.word, np.unique(rows))
         return salient, list(zip(words.rows.tolist(), words.spans, scores.tolist(), strict=True))
-
-    def settled(self, spec: QuerySpec) -> QuerySpec:
-        """The question with what it leaves to the index: which spans, and in which text column."""
-        return settled(self.index, spec)
-
-    def check_stores(self, methods: Sequence[Method], spec: QuerySpec) -> None:
-        """Refuse methods whose representation the index does not hold, naming the option that builds it."""
-        check_stores(self.index, methods, spec)
 
     def available_methods(self) -> tuple[str, ...]:
         """Names of the methods that this index can answer."""
@@ -391,9 +328,13 @@ class Retriever:
         """Names of those that score every training row from what is stored, without passes of the model over rows."""
         return tuple(name for name in self.available_methods() if not METHODS[name].by_model)
 
-    def metadata(self, spec: QuerySpec) -> dict[str, str]:
-        """Provenance of an answer, for the Parquet schema's metadata, under the key ``forebear``."""
-        return {"forebear": json.dumps(question_facts(self.index, spec), sort_keys=True, allow_nan=False)}
+    def facts(self, spec: QuerySpec | Question) -> dict[str, Any]:
+        """Everything that decides an answer, and what is known of its recall; see ``docs/``."""
+        return question_facts(self.resolve(spec))
+
+    def metadata(self, spec: QuerySpec | Question) -> dict[str, str]:
+        """The same for the Parquet schema's metadata, as JSON under the key ``forebear``."""
+        return {"forebear": json.dumps(self.facts(spec), sort_keys=True, allow_nan=False)}
 
     def check_texts(self, source: RowSource) -> None:
         """Refuse single texts for an index of pairs, the other way round, and the same columns in another order."""

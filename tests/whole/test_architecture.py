@@ -20,7 +20,8 @@ ROOMS = {  # of a layer, in their order: a room imports from those before it, ne
         "building",
     ),
     "retriever": (
-        "question", "ranking", "head", "deep", "words", "saliency", "spans", "answers", "coverage", "retriever",
+        "ranking", "scores", "question", "head", "deep", "words", "saliency", "spans", "searchers", "answers", "coverage",
+        "retriever",
     ),
     "evaluation": ("reports", "common", "explain", "measures", "retraining", "audits", "perturb", "demo"),
     "cli": ("screen", "options", "workers", "commands", "main"),

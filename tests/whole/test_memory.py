@@ -82,7 +82,7 @@ def test_labels_of_all_spans_take_memory_that_does_not_grow_with_rows_but_for_th
     n_spans = {}
     for n in (FEW, MANY):
         retriever = Retriever(build(tmp_path / str(n), n))
-        settled = retriever.settled(spec)
+        settled = retriever.resolve(spec)
         agreement._labels_of_all(retriever, settled, by_spans=True)  # the model is loaded
         for at_once in (20, MANY):
             monkeypatch.setattr(agreement, "LABELLED_ROWS", at_once)

@@ -116,7 +116,7 @@ def explain(
         curvature=curvature,
         damping=damping,
     )
-    say_what_was_fitted(retriever, spec, quiet=quiet)
+    say_what_was_fitted(retriever.resolve(spec), quiet=quiet)
     query = text if pair is None else (text, pair)
     command = command_line()
     explanation = put_together(retriever, query, spec, form=saliency, command=command)

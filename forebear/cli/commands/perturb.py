@@ -221,7 +221,7 @@ def _run(
 
     if how.seeds < 1:
         raise InputError(f"--seeds {how.seeds}: expected 1 or more.")
-    say_what_was_fitted(retriever, spec.question, quiet=how.quiet)
+    say_what_was_fitted(retriever.resolve(spec.question), quiet=how.quiet)
     words, out = WordNet(change.wordnet), Path(how.out)
     folder = Path(how.cache or out / RETRAINED_NAME)
     start_workers(how.workers, folder)

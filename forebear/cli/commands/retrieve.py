@@ -214,29 +214,29 @@ def retrieve(
         source = columns.open(test, retriever, need_labels=target == "gold")
     warn_of_labels(retriever, source, required=target == "gold")
 
-    say_what_was_fitted(retriever, spec, quiet=quiet)
-    retriever.check_stores(methods, retriever.settled(spec))
+    question = retriever.resolve(spec)
+    say_what_was_fitted(question, quiet=quiet)
     retriever.check_texts(source)
     _warn_of_reading(retriever, source)
-    shares = None if hubs is None else read_hub_shares(Path(hubs), retriever, retriever.settled(spec))
+    shares = None if hubs is None else read_hub_shares(Path(hubs), retriever, question)
 
     def tables_of(answers: Answers) -> Iterator[pa.Table]:
         for table in retriever.tables(answers):
             yield table if shares is None else with_hub_share(table, shares)
 
     if out is None:
-        found = retriever.answers(source, spec, block_rows=SHOWN_QUERIES)
+        found = retriever.answers(source, question, block_rows=SHOWN_QUERIES)
         show_answers(found, tables_of, source, methods, aggregate=aggregate, quiet=quiet)
-        say_recall(retriever, spec, quiet=quiet)
+        say_recall(question, quiet=quiet)
         return
     signs = SignCounts(methods)
     with (
         progress_bar(quiet=quiet) as progress,
-        result_writer(Path(out), retriever.metadata(spec), force=force) as write,
+        result_writer(Path(out), retriever.metadata(question), force=force) as write,
     ):
         progress("queries", 0, source.n_rows)
         n_results = 0
-        for answers in retriever.answers(source, spec):
+        for answers in retriever.answers(source, question):
             signs.add(answers)
             for table in tables_of(answers):
                 write(table)
@@ -246,7 +246,7 @@ def retrieve(
     together = " asked together" if aggregate else ""
     say(f"{out}: {source.n_rows:,} queries{together}, {n_results:,} results", quiet=quiet)
     say_signs(signs, quiet=quiet)
-    say_recall(retriever, spec, quiet=quiet)
+    say_recall(question, quiet=quiet)
 
 
 def _warn_of_reading(retriever: Retriever, source: RowSource) -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from forebear.evaluation.common.queries import Queries
     from forebear.evaluation.reports.report import Report
     from forebear.indexer.rows.row_source import RowSource
-    from forebear.retriever.question.spec import QuerySpec
+    from forebear.retriever.question.spec import Question
     from forebear.retriever.retriever import Retriever
 
 Methods = Annotated[
@@ -205,18 +205,17 @@ def open_retriever(options: IndexOptions, report: ReportOptions) -> Retriever:
     return options.open()
 
 
-def make_spec(
+def make_question(
     retriever: Retriever, method: Sequence[str] | None, asked: ScopeOptions, *, quiet: bool, **choices: Any
-) -> QuerySpec:
+) -> Question:
     """The question, checked."""
     from forebear.retriever.question.methods import pick_methods
     from forebear.retriever.question.spec import QuerySpec
 
     names = tuple(m.name for m in pick_methods(listed(method))) if method else retriever.row_methods()
-    spec = QuerySpec(methods=names, **asdict(asked), **choices)
-    retriever.check_stores(spec.check(), spec)
-    say_what_was_fitted(retriever, spec, quiet=quiet)
-    return spec
+    question = retriever.resolve(QuerySpec(methods=names, **asdict(asked), **choices))
+    say_what_was_fitted(question, quiet=quiet)
+    return question
 
 
 def default_methods(retriever: Retriever, names: Sequence[str], asked: ScopeOptions) -> list[str]:
@@ -240,22 +239,22 @@ def default_methods(retriever: Retriever, names: Sequence[str], asked: ScopeOpti
     return kept
 
 
-def say_what_was_fitted(retriever: Retriever, spec: QuerySpec, *, quiet: bool) -> None:
+def say_what_was_fitted(question: Question, *, quiet: bool) -> None:
     """Say of a question beyond the head on how many rows its index was fitted, where others came or went since."""
     from forebear.retriever.coverage import fit_age
 
-    age = fit_age(retriever.index, retriever.settled(spec))
+    age = fit_age(question)
     if age is not None and age.is_stale:
-        warn(f"{retriever.index.folder}: {age}.")
+        warn(f"{question.index.folder}: {age}.")
     elif age is not None and not age.is_current:
-        note(str(retriever.index.folder), f"{age}.", quiet=quiet)
+        note(str(question.index.folder), f"{age}.", quiet=quiet)
 
 
-def open_queries(retriever: Retriever, tested: TestOptions, sample: SampleOptions, spec: QuerySpec) -> Queries:
+def open_queries(retriever: Retriever, tested: TestOptions, sample: SampleOptions, question: Question) -> Queries:
     """The test rows that are asked about."""
     from forebear.evaluation.common.queries import sample_queries
 
-    gold = spec.target == "gold"
+    gold = question.spec.target == "gold"
     source = tested.open(tested.test, retriever, need_labels=gold)
     warn_of_labels(retriever, source, required=gold)
     return sample_queries(retriever, source, sample.queries, sample.seed, need_labels=gold)

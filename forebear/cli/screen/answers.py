@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from forebear.retriever.answers.results import Answers
     from forebear.retriever.answers.signs import SignCounts
     from forebear.retriever.question.methods import Method
-    from forebear.retriever.question.spec import QuerySpec
-    from forebear.retriever.retriever import Retriever
+    from forebear.retriever.question.spec import Question
 
 SHOWN_QUERIES = 5
 SHOWN_WORDS = 4
@@ -178,15 +177,15 @@ def say_signs(counts: SignCounts, *, quiet: bool) -> None:
         note(name, sentence, quiet=quiet)
 
 
-def say_recall(retriever: Retriever, spec: QuerySpec, *, quiet: bool) -> None:
+def say_recall(question: Question, *, quiet: bool) -> None:
     """A note for each method whose recall is not proven: what calibration states, or why it was not measured."""
     from forebear.retriever.coverage import question_facts
 
-    for name, facts in question_facts(retriever.index, spec)["methods"].items():
+    for name, facts in question_facts(question)["methods"].items():
         recall, reason, n = facts["recall"], facts.get("recall_note"), facts.get("candidates")
         lines = [] if reason is None else [reason]
         if recall is not None and recall < 1:
             by = "" if n is None else f" ({n:,} candidates at each end)"
-            lines.insert(0, f"recall {recall:.3g} expected of the exact top {spec.top}{by}")
+            lines.insert(0, f"recall {recall:.3g} expected of the exact top {question.spec.top}{by}")
         if lines:
             note(name, "; ".join(lines), quiet=quiet)

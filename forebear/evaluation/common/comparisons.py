@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +12,7 @@ from forebear.evaluation.common.statistics import INTERVALS, mean_of
 from forebear.evaluation.reports.charts import heat_map
 from forebear.evaluation.reports.report import Cell, Figure, Table
 from forebear.retriever.coverage import fit_lines
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
 
@@ -95,20 +94,21 @@ def matrix_figure(
 
 def provenance(
     retriever: Retriever,
-    spec: QuerySpec,
+    spec: QuerySpec | Question,
     command: str,
     *,
     residuals: Mapping[str, float] | None = None,
     **facts: object,
 ) -> dict[str, str]:
     """What a report says of where its numbers come from; ``residuals`` of H^-1 by method, where a solver iterated."""
+    question = retriever.resolve(spec)
     return {
         "index": str(retriever.index.folder),
         "index digest": retriever.index.manifest.digest(),
-        **fit_lines(retriever.index, spec),
-        "question digest": retriever.settled(spec).digest(retriever.index),
-        "scope": spec.scope,
-        "target": spec.target,
+        **fit_lines(question),
+        "question digest": question.digest,
+        "scope": question.spec.scope,
+        "target": question.spec.target,
         **{name.replace("_", " "): str(value) for name, value in facts.items()},
         **{f"H^-1 of {name}": f"relative residual {r:.1e}" for name, r in (residuals or {}).items()},
         "95% intervals": INTERVALS,
@@ -116,7 +116,13 @@ def provenance(
     }
 
 
-def question(retriever: Retriever, spec: QuerySpec, residuals: Mapping[str, float] | None = None) -> dict[str, Any]:
+def question_record(
+    retriever: Retriever, spec: QuerySpec | Question, residuals: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """The same for programs: the question with every choice, and what it means for each method."""
-    facts = json.loads(retriever.metadata(spec)["forebear"])
-    return {"spec": asdict(spec), **facts, **({"residuals": dict(residuals)} if residuals else {})}
+    question = retriever.resolve(spec)
+    return {
+        "spec": asdict(question.spec),
+        **retriever.facts(question),
+        **({"residuals": dict(residuals)} if residuals else {}),
+    }

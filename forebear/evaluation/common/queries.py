@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from forebear.errors import InputError, NonFiniteError
 from forebear.indexer.rows.row_source import RowSource
-from forebear.retriever.answers.scores import Scores
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
+from forebear.retriever.scores import Scores
 from forebear.sampling import live_sample
 
 
@@ -86,10 +86,14 @@ def sample_queries(
     )  # fmt: skip
 
 
-def score_queries(retriever: Retriever, queries: Queries, spec: QuerySpec, rows: np.ndarray | None = None) -> Scores:
+def score_queries(
+    retriever: Retriever, queries: Queries, spec: QuerySpec | Question, rows: np.ndarray | None = None
+) -> Scores:
     """Exact scores of training rows (None: all live ones), ``(q, n)`` float64 by method name."""
-    retriever.check_stores(spec.check(), spec)
-    found = Scores.join([retriever.score_block(part.texts, part.labels, spec, rows=rows) for part in queries.blocks()])
+    question = retriever.resolve(spec)
+    found = Scores.join(
+        [retriever.score_block(part.texts, part.labels, question, rows=rows) for part in queries.blocks()]
+    )
     bad = [name for name, scores in found.items() if np.isnan(scores).any()]
     if bad:
         raise NonFiniteError(f"{bad[0]} gives NaN as a score. Check the model and the index (forebear verify).")

@@ -9,16 +9,23 @@ import numpy as np
 from forebear.errors import DataError
 from forebear.evaluation.common.queries import Queries, sample_queries
 from forebear.indexer.rows.row_source import RowSource
-from forebear.indexer.spans.finders import find_spans, span_finder
+from forebear.indexer.spans.finders import find_spans
 from forebear.indexer.spans.masking import mask_found
-from forebear.retriever.question.recall import stores_spans
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.deep.query_gradients import Queries as GradientQueries
+from forebear.retriever.question.batch import make_batch
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
-from forebear.retriever.spans.search import SpanRows, span_rows, stored_span_rows
+from forebear.retriever.spans.search import SpanRows, gradient_queries, span_rows, stored_span_rows
 
 
 def sample_span_queries(
-    retriever: Retriever, source: RowSource, spec: QuerySpec, n_queries: int, seed: int, *, need_labels: bool = False
+    retriever: Retriever,
+    source: RowSource,
+    spec: QuerySpec | Question,
+    n_queries: int,
+    seed: int,
+    *,
+    need_labels: bool = False,
 ) -> Queries:
     """A seeded sample of test rows, in their order; all of them for 0 or more than there are.
 
@@ -27,7 +34,7 @@ def sample_span_queries(
     Args:
         retriever: Over the index.
         source: The test rows.
-        spec: The question, settled: methods, target, how spans of test rows are found.
+        spec: The question: methods, target, how spans of test rows are found.
         n_queries: Size of the sample.
         seed: Of the sample.
         need_labels: Whether labels are needed also where the target is not the gold one.
@@ -37,14 +44,13 @@ def sample_span_queries(
         DataError: Labels are needed and missing, or are not the model's; or no row has a span.
         InputError: The number is negative.
     """
-    methods = spec.check()
-    retriever.check_stores(methods, spec)
-    queries = sample_queries(retriever, source, n_queries, seed, need_labels=need_labels or spec.target == "gold")
-    if not any(method.ranks_spans for method in methods):
+    question = retriever.resolve(spec)
+    queries = sample_queries(
+        retriever, source, n_queries, seed, need_labels=need_labels or question.spec.target == "gold"
+    )
+    if not any(method.ranks_spans for method in question.methods):
         return queries
-    assert spec.spans is not None
-    find = span_finder(spec.query_spans or spec.spans, spec.span_column or 0)
-    spans = find_spans(find, queries.texts, queries.table, queries.rows.tolist(), "test row")
+    spans = find_spans(question.query_finder, queries.texts, queries.table, queries.rows.tolist(), "test row")
     kept = np.unique(mask_found(retriever.classifier(), queries.texts, spans).owners)
     if not len(kept):
         raise DataError(
@@ -54,11 +60,20 @@ def sample_span_queries(
     return replace(queries.take(kept), left_out=np.delete(queries.rows, kept))
 
 
-def training_spans(retriever: Retriever, spec: QuerySpec, rows: np.ndarray) -> SpanRows:
-    """All spans of some live training rows (ascending), stored or found as a settled question says."""
+def gradients_compared(
+    retriever: Retriever, queries: Queries, question: Question
+) -> tuple[GradientQueries, GradientQueries]:
+    """The test rows, and the rows less themselves with their most important span masked, as gradients are compared."""
+    numbers = queries.rows.tolist()
+    batch = make_batch(question, retriever.models, queries.texts, queries.labels, numbers=numbers, table=queries.table)
+    by_row, by_span, _ = gradient_queries(question, retriever.classifier(), batch)
+    return by_row, by_span
+
+
+def training_spans(retriever: Retriever, question: Question, rows: np.ndarray) -> SpanRows:
+    """All spans of some live training rows (ascending), stored or found as a question says."""
     index = retriever.index
-    if stores_spans(index, spec):
+    if question.spans_are_stored:
         entries = index.live_spans
         return stored_span_rows(index, retriever.classifier(), entries[np.isin(index.spans().rows[entries], rows)])
-    assert spec.spans is not None
-    return span_rows(index, retriever.classifier(), rows, span_finder(spec.spans, spec.span_column or 0))
+    return span_rows(index, retriever.classifier(), rows, question.row_finder)

@@ -23,7 +23,7 @@ from forebear.indexer.storage.manifest import library_versions
 from forebear.retriever.answers.results import SIDES
 from forebear.retriever.answers.signs import note_of
 from forebear.retriever.coverage import fit_lines
-from forebear.retriever.question.asked import choose_targets
+from forebear.retriever.question.batch import choose_targets
 from forebear.retriever.question.methods import METHODS, pick_methods
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
@@ -239,7 +239,7 @@ def _check_choices(retriever: Retriever, spec: QuerySpec, form: str) -> None:
             f"{', '.join(retriever.label_names)}."
         )
     choose_targets(spec.target, np.zeros(1, np.int64), None, retriever.label_names)
-    retriever.check_stores(spec.check(), spec)
+    retriever.resolve(spec)
 
 
 @dataclass(frozen=True)
@@ -418,7 +418,7 @@ def _provenance(
     lines = {
         "index": facts["index"],
         "index digest": facts["index_digest"],
-        **fit_lines(retriever.index, spec),
+        **fit_lines(retriever.resolve(spec)),
         "query digest": facts["query_digest"],
         "training rows": f"{manifest.n_live:,} ({', '.join(segment.source for segment in manifest.segments)})",
         "sign": facts["sign"],

@@ -23,13 +23,11 @@ from forebear.evaluation.common.span_queries import training_spans
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts, encoded_rows, pad_batch, plan_batches
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, run_forward
-from forebear.indexer.spans.finders import span_finder
 from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.text import Span
 from forebear.retriever.answers.results import Answers
 from forebear.retriever.question.methods import Method
-from forebear.retriever.question.recall import stores_spans
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.spans.search import query_spans
 from forebear.sampling import live_sample
@@ -109,7 +107,7 @@ def depths(at: Sequence[int]) -> tuple[int, ...]:
 def measure_agreement(
     retriever: Retriever,
     queries: Queries,
-    spec: QuerySpec,
+    spec: QuerySpec | Question,
     at: Sequence[int],
     measure: Measure,
     *,
@@ -121,7 +119,7 @@ def measure_agreement(
     Args:
         retriever: Over the index.
         queries: Test rows, from :func:`~forebear.evaluation.common.span_queries.sample_span_queries`.
-        spec: The question, settled, with ``top`` the largest K.
+        spec: The question, with ``top`` the largest K.
         at: K, ascending.
         measure: ``semantic`` or ``label``.
         seed: Of the random rows and spans.
@@ -132,7 +130,8 @@ def measure_agreement(
             word, which has no meaning of its own.
         ModelError: The model does not give its last states.
     """
-    methods = spec.check()
+    question = retriever.resolve(spec)
+    methods = question.methods
     n_live = retriever.index.manifest.n_live
     if at[-1] > n_live:
         raise InputError(f"--at {at[-1]}: {retriever.index.folder} has {n_live:,} live rows. Give a smaller K.")
@@ -142,9 +141,9 @@ def measure_agreement(
     pools: dict[str, np.ndarray] = {}
     labels: dict[str, np.ndarray] = {}
     if measure == "semantic":
-        pools = {k: _random_states(retriever, spec, at[-1], seed, by_spans=k == RANDOM_SPANS) for k in kinds}
+        pools = {k: _random_states(retriever, question, at[-1], seed, by_spans=k == RANDOM_SPANS) for k in kinds}
     else:
-        labels = {k: _labels_of_all(retriever, spec, by_spans=k == RANDOM_SPANS) for k in kinds}
+        labels = {k: _labels_of_all(retriever, question, by_spans=k == RANDOM_SPANS) for k in kinds}
     values: list[np.ndarray] = []
     controls: list[dict[str, np.ndarray]] = []
     targets: list[np.ndarray] = []
@@ -155,7 +154,7 @@ def measure_agreement(
     for block in queries.blocks(BLOCK_ROWS):
         forward = run_forward(retriever.classifier(), block.texts)
         answers = retriever.answer_block(
-            0, block.texts, block.labels, spec, forward=forward, table=block.table,
+            0, block.texts, block.labels, question, forward=forward, table=block.table,
             numbers=block.rows.tolist(),
         )  # fmt: skip
         targets.append(answers.targets)
@@ -165,7 +164,7 @@ def measure_agreement(
             shares = {name: (some == answers.targets[:, None]).mean(axis=1) for name, some in labels.items()}
             controls.append({name: 100.0 * np.stack([share] * len(at), axis=1) for name, share in shares.items()})
         else:
-            asked = _query_states(retriever, block, answers.targets, forward.logits, spec)
+            asked = _query_states(retriever, block, answers.targets, forward.logits, question)
             found = np.stack(_cosines(retriever, answers, methods, asked), axis=1)
             controls.append({
                 name: _at(_random_cosines(pool, asked[name == RANDOM_SPANS], block.rows, at[-1], seed), at)
@@ -243,15 +242,15 @@ def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _query_states(
-    retriever: Retriever, block: Queries, targets: np.ndarray, logits: np.ndarray, spec: QuerySpec
+    retriever: Retriever, block: Queries, targets: np.ndarray, logits: np.ndarray, question: Question
 ) -> dict[bool, np.ndarray]:
     """e_q of test rows, ``(q, h)``: of the whole row (False), and of its span (True) where a method compares spans."""
     classifier = retriever.classifier()
     states = {False: start_states(classifier, block.texts)}
-    if any(m.spans for m in spec.check()):
-        assert spec.spans is not None
-        find = span_finder(spec.query_spans or spec.spans, spec.span_column or 0)
-        _, encoded = query_spans(classifier, block.texts, block.table, targets, logits, find, block.rows.tolist())
+    if any(m.spans for m in question.methods):
+        _, encoded = query_spans(
+            classifier, block.texts, block.table, targets, logits, question.query_finder, block.rows.tolist()
+        )
         states[True] = differences(classifier, encoded)
     return states
 
@@ -291,7 +290,7 @@ def _keys(rows: np.ndarray, spans: list[list[Span]] | None) -> list[tuple[int, S
     return [key for numbers, mine in pairs for key in zip(numbers, mine, strict=True)]
 
 
-def _random_states(retriever: Retriever, spec: QuerySpec, k: int, seed: int, *, by_spans: bool) -> np.ndarray:
+def _random_states(retriever: Retriever, question: Question, k: int, seed: int, *, by_spans: bool) -> np.ndarray:
     """e of random live rows, or of random spans of such rows, ``(pool, h)``; each query draws K of them.
 
     Raises:
@@ -301,22 +300,22 @@ def _random_states(retriever: Retriever, spec: QuerySpec, k: int, seed: int, *, 
     size = max(k, POOL_ROWS)
     if not by_spans:
         return start_states(classifier, index.text_lists(live_sample(index.live, size, seed)))
-    entries = training_spans(retriever, spec, live_sample(index.live, size, seed))
+    entries = training_spans(retriever, question, live_sample(index.live, size, seed))
     chosen = live_sample(np.arange(len(entries.rows)), size, seed)
     if len(chosen) < k:
         raise InputError(f"--at {k}: {len(chosen)} spans were found in the training rows. Give a smaller K.")
     return differences(classifier, entries.encoded.take(chosen))
 
 
-def _labels_of_all(retriever: Retriever, spec: QuerySpec, *, by_spans: bool) -> np.ndarray:
+def _labels_of_all(retriever: Retriever, question: Question, *, by_spans: bool) -> np.ndarray:
     """Labels of all live rows, or of the rows of all their spans."""
     index = retriever.index
     if not by_spans:
         return np.asarray(index.labels[index.live])
-    if stores_spans(index, spec):
+    if question.spans_are_stored:
         return np.asarray(index.labels[index.spans().rows[index.live_spans]])
     blocks = [index.live[start : start + LABELLED_ROWS] for start in range(0, len(index.live), LABELLED_ROWS)]
-    return np.concatenate([index.labels[training_spans(retriever, spec, rows).rows] for rows in blocks])
+    return np.concatenate([index.labels[training_spans(retriever, question, rows).rows] for rows in blocks])
 
 
 def _random_cosines(pool: np.ndarray, asked: np.ndarray, rows: np.ndarray, k: int, seed: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from forebear.evaluation.common.comparisons import provenance, question
+from forebear.evaluation.common.comparisons import provenance, question_record
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.common.statistics import difference_table, mean_of
 from forebear.evaluation.measures.agreement import POOL_ROWS, RANDOM_ROWS, RANDOM_SPANS, Agreement, Shown
@@ -14,14 +14,15 @@ from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
 from forebear.retriever.answers.results import SIDES
 from forebear.retriever.answers.signs import note_of
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
 
 def agreement_report(
-    found: Agreement, retriever: Retriever, queries: Queries, spec: QuerySpec, seed: int, command: str
+    found: Agreement, retriever: Retriever, queries: Queries, spec: QuerySpec | Question, seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
+    question = retriever.resolve(spec)
     tables: list[Table] = []
     series: dict[str, list[float]] = {}
     errors: dict[str, list[float | None]] = {}
@@ -31,7 +32,10 @@ def agreement_report(
         rows: list[list[Cell]] = [[name, m.mean, m.error, m.low, m.high] for name, m in found_means.items()]
         tables.append(
             Table(
-                f"{found.name}@{top}", ["method", "mean", "±", "95% low", "95% high"], rows, _note(found, queries, spec)
+                f"{found.name}@{top}",
+                ["method", "mean", "±", "95% low", "95% high"],
+                rows,
+                _note(found, queries, question),
             )
         )
         if len(found.methods) > 1:
@@ -42,7 +46,7 @@ def agreement_report(
     means = {name: float(values.mean()) for name, values in found.columns(0).items()}
     best = max(found.methods, key=means.__getitem__)
     title = "Semantic agreement" if found.measure == "semantic" else "Label agreement"
-    by_spans = any(method.name == best and method.spans for method in spec.check())
+    by_spans = any(method.name == best and method.spans for method in question.methods)
     control = RANDOM_SPANS if by_spans and RANDOM_SPANS in means else RANDOM_ROWS
     report = Report(
         f"{title} of the top rows",
@@ -70,16 +74,16 @@ def agreement_report(
         "largest_residuals": found.residuals,
         "targets": [names[y] for y in found.targets],
         "seed": seed,
-        "question": question(retriever, spec),
+        "question": question_record(retriever, spec),
     }
     return report, result
 
 
-def _note(found: Agreement, queries: Queries, spec: QuerySpec) -> str:
+def _note(found: Agreement, queries: Queries, question: Question) -> str:
     kind = (
         "Mean cosine of what the top K rows and the query (or their spans) say, times 100"
         if found.measure == "semantic"
-        else f"Share of the top K rows that bear the query's label (its target: {spec.target}), in percent"
+        else f"Share of the top K rows that bear the query's label (its target: {question.spec.target}), in percent"
     )
     control = (
         f"(random …): at most {POOL_ROWS:,} random rows or spans, of which each query draws K"

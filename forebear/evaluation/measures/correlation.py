@@ -16,14 +16,14 @@ from forebear.evaluation.common.comparisons import (
     matrix_table,
     pair_table,
     provenance,
-    question,
+    question_record,
     standardised_ranks,
 )
 from forebear.evaluation.common.queries import Queries, score_queries
 from forebear.evaluation.reports.report import Report
-from forebear.retriever.answers.scores import residuals_of
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.scores import residuals_of
 from forebear.sampling import live_sample
 
 
@@ -35,7 +35,7 @@ class Correlation:
         methods: Names, ``m``.
         values: For each query and pair of methods, ``(q, m, m)``; NaN where a method gives all rows one score.
         rows: Training rows that were scored, ``(n,)``.
-        residuals: Of H^-1; see :class:`~forebear.retriever.answers.scores.Scores`.
+        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -45,7 +45,7 @@ class Correlation:
 
 
 def correlations(
-    retriever: Retriever, queries: Queries, spec: QuerySpec, *, n_rows: int = 500, seed: int = 0
+    retriever: Retriever, queries: Queries, spec: QuerySpec | Question, *, n_rows: int = 500, seed: int = 0
 ) -> Correlation:
     """Spearman's correlation between the scores of every pair of methods, for each query.
 
@@ -59,21 +59,23 @@ def correlations(
     Raises:
         InputError: Fewer than two methods or two rows, which have no order to compare.
     """
-    if len(spec.methods) < 2:
-        raise InputError(f"correlation compares methods; found {', '.join(spec.methods)}. Give two or more (--method).")
+    question = retriever.resolve(spec)
+    names = question.spec.methods
+    if len(names) < 2:
+        raise InputError(f"correlation compares methods; found {', '.join(names)}. Give two or more (--method).")
     if n_rows < 0 or n_rows == 1:
         raise InputError(f"--rows {n_rows}: expected 2 or more training rows, or 0 for all of them.")
     rows = live_sample(retriever.index.live, n_rows, seed)
     if len(rows) < 2:
         raise InputError(f"{retriever.index.folder} has {len(rows)} live row(s); a rank correlation takes 2 or more.")
-    scores = score_queries(retriever, queries, spec, rows)
-    ranks = np.stack([standardised_ranks(scores[name]) for name in spec.methods], axis=1)
+    scores = score_queries(retriever, queries, question, rows)
+    ranks = np.stack([standardised_ranks(scores[name]) for name in names], axis=1)
     values = np.clip(np.einsum("qin,qjn->qij", ranks, ranks) / len(rows), -1.0, 1.0)
-    return Correlation(methods=spec.methods, values=values, rows=rows, residuals=residuals_of(scores))
+    return Correlation(methods=names, values=values, rows=rows, residuals=residuals_of(scores))
 
 
 def correlation_report(
-    found: Correlation, retriever: Retriever, queries: Queries, spec: QuerySpec, seed: int, command: str
+    found: Correlation, retriever: Retriever, queries: Queries, spec: QuerySpec | Question, seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     matrix = matrix_of(found.values)
@@ -128,6 +130,6 @@ def correlation_report(
         "query_rows": queries.rows,
         "training_rows": found.rows,
         "seed": seed,
-        "question": question(retriever, spec, found.residuals),
+        "question": question_record(retriever, spec, found.residuals),
     }
     return report, result

@@ -15,21 +15,16 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.common.comparisons import interval_cells, listed_values, provenance, question, spearman
+from forebear.evaluation.common.comparisons import interval_cells, listed_values, provenance, question_record, spearman
 from forebear.evaluation.common.queries import Queries
-from forebear.evaluation.common.span_queries import training_spans
+from forebear.evaluation.common.span_queries import gradients_compared, training_spans
 from forebear.evaluation.common.statistics import difference_table
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
-from forebear.indexer.model.forward import run_forward
-from forebear.indexer.spans.finders import span_finder
-from forebear.retriever.deep.query_gradients import Asked
-from forebear.retriever.question.asked import choose_targets
 from forebear.retriever.question.models import N_VARIANTS, one_step_away
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.spans.scores import SpanScores
-from forebear.retriever.spans.search import query_spans
 from forebear.sampling import live_sample
 
 METHODS = ("tracin++", "if++")
@@ -68,7 +63,7 @@ class Faithfulness:
 def measure_faithfulness(
     retriever: Retriever,
     queries: Queries,
-    spec: QuerySpec,
+    spec: QuerySpec | Question,
     *,
     n_rows: int = 200,
     n_runs: int = RUNS,
@@ -80,7 +75,7 @@ def measure_faithfulness(
     Args:
         retriever: Over the index.
         queries: Test rows with spans, from :func:`~forebear.evaluation.common.span_queries.sample_span_queries`.
-        spec: Scope, target, curvature and spans; settled, its methods are :data:`METHODS`.
+        spec: Scope, target, curvature and spans; its methods are :data:`METHODS`.
         n_rows: Training rows a run, a seeded sample; 0 for all.
         n_runs: Runs, each with other rows and other variants of the model.
         seed: Of the samples and of the random scores.
@@ -94,23 +89,24 @@ def measure_faithfulness(
     if n_rows < 0:
         raise InputError(f"--rows {n_rows}: expected a number of training rows, or 0 for all of them.")
     index, classifier = retriever.index, retriever.classifier()
-    asked = _asked(retriever, queries, spec)
+    question = retriever.resolve(spec)
+    _, compared = gradients_compared(retriever, queries, question)
     n_checkpoints = len(index.manifest.checkpoints)
     control = range(max(0, n_checkpoints - CONTROL_CHECKPOINTS), n_checkpoints)
     names = (*METHODS, *([CONTROL] if len(control) > 1 else []), RANDOM)
     values, n_spans, residuals = [], [], []
     progress("runs", 0, n_runs)
     for run in range(n_runs):
-        entries = training_spans(retriever, spec, live_sample(index.live, n_rows, seed + run))
+        entries = training_spans(retriever, question, live_sample(index.live, n_rows, seed + run))
         if len(entries.rows) < 2:
             raise InputError(
                 f"{len(entries.rows)} span(s) in the sampled training rows; a rank correlation takes 2 or more. Give "
                 "more --rows, or find spans otherwise (--spans)."
             )
-        spans = SpanScores(index, classifier, spec.scope, asked, entries)
+        spans = SpanScores(index, classifier, question.spec.scope, compared, entries)
         truth = spans.summed([classifier])
         variants = (one_step_away(classifier, index, (seed + run) * N_VARIANTS + m) for m in range(N_VARIANTS))
-        solved, residual = spans.preconditioned(spec.solver)
+        solved, residual = spans.preconditioned(question.curvature)
         found = {METHODS[0]: spans.summed(variants), METHODS[1]: solved}
         if CONTROL in names:
             found[CONTROL] = spans.summed(retriever.classifier(number) for number in control)
@@ -128,21 +124,8 @@ def measure_faithfulness(
     )
 
 
-def _asked(retriever: Retriever, queries: Queries, spec: QuerySpec) -> Asked:
-    """Test rows with their most important span masked."""
-    assert spec.spans is not None
-    classifier = retriever.classifier()
-    forward = run_forward(classifier, queries.texts)
-    targets = choose_targets(spec.target, forward.predictions, queries.labels, classifier.label_names)
-    find = span_finder(spec.query_spans or spec.spans, spec.span_column or 0)
-    _, encoded = query_spans(
-        classifier, queries.texts, queries.table, targets, forward.logits, find, queries.rows.tolist()
-    )
-    return Asked(encoded, targets)
-
-
 def faithfulness_report(
-    found: Faithfulness, retriever: Retriever, queries: Queries, spec: QuerySpec, seed: int, command: str
+    found: Faithfulness, retriever: Retriever, queries: Queries, spec: QuerySpec | Question, seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``; correlations times 100, as in the paper."""
     scaled = replace(found, values=100.0 * found.values)
@@ -203,7 +186,7 @@ def faithfulness_report(
         "query_rows": queries.rows,
         "query_rows_left_out": queries.left_out,
         "seed": seed,
-        "question": question(retriever, spec),
+        "question": question_record(retriever, spec),
     }
     return report, result
 

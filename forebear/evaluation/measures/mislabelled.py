@@ -27,8 +27,7 @@ from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.storage.ann import unit_rows
 from forebear.indexer.storage.arrow import as_tensor
-from forebear.retriever.question.methods import pick_methods
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
 LOSS, NEIGHBOURS = "loss", "neighbours"  # the baselines' names
@@ -56,15 +55,15 @@ class Mislabelled:
     true_labels: np.ndarray | None
 
 
-def self_influence(index: Index, spec: QuerySpec) -> dict[str, np.ndarray]:
+def self_influence(question: Question) -> dict[str, np.ndarray]:
     """A row's score with itself, for every row ``(N,)`` float64 by method, from what is stored.
 
     Raises:
         InputError: A method whose self-influence is not stored, or says nothing (a cosine with itself is 1).
     """
-    found = {}
-    for method in pick_methods(spec.methods):
-        scope = spec.scope_of(method)
+    index, found = question.index, {}
+    for method in question.methods:
+        scope = question.scope_of(method)
         if (
             method.representation != "head"
             or method.metric != "dot"
@@ -74,11 +73,11 @@ def self_influence(index: Index, spec: QuerySpec) -> dict[str, np.ndarray]:
             raise InputError(f"{method.name}: its self-influence is not stored. Give gd, if or tracin (--method).")
         index.check_scope(scope)
         if method.query == "preconditioned":
-            solver = spec.solver.at(scope)
+            solver = question.curvature.at(scope)
             if solver == "exact":
-                found[method.name] = index.head_self_influence(spec.damping)
+                found[method.name] = index.head_self_influence(question.curvature.damping)
             elif solver == "ekfac":
-                number, _ = index.ekfac_damping(scope, spec.damping)
+                number, _ = index.ekfac_damping(scope, question.curvature.damping)
                 found[method.name] = index.gradients(scope, damping=number).norms.astype(np.float64) ** 2
             else:
                 raise InputError(f"{method.name}: its self-influence is stored for --curvature exact or ekfac alone.")
@@ -173,7 +172,7 @@ def wrong_rows_of(path: Path, n_rows: int) -> np.ndarray:
 
 def mislabelled(
     retriever: Retriever,
-    spec: QuerySpec,
+    spec: QuerySpec | Question,
     wrong: np.ndarray,
     *,
     true_labels: np.ndarray | None = None,
@@ -192,7 +191,7 @@ def mislabelled(
         DataError: No row is labelled wrongly, or all are: there is nothing to tell apart.
         InputError: A method's self-influence is not stored, or there are not as many neighbours.
     """
-    spec.check()
+    question = retriever.resolve(spec)
     index = retriever.index
     live = index.live
     if not 1 <= n_neighbours < len(live):
@@ -202,7 +201,7 @@ def mislabelled(
             f"{int(wrong[live].sum())} of {len(live)} rows are labelled wrongly; expected some, not all. If the column "
             "of true labels is the one that the model was trained on, name the other."
         )
-    values = {name: found[live] for name, found in self_influence(index, spec).items()}
+    values = {name: found[live] for name, found in self_influence(question).items()}
     values[LOSS] = index.losses[live].astype(np.float64)
     features = index.features().take(live)
     values[NEIGHBOURS] = neighbour_disagreement(features, index.labels[live], n_neighbours)
@@ -245,7 +244,7 @@ def precision_at(values: np.ndarray, wrong: np.ndarray, k: int) -> float:
 
 
 def mislabelled_report(
-    found: Mislabelled, retriever: Retriever, spec: QuerySpec, tops: Sequence[int], seed: int, command: str
+    found: Mislabelled, retriever: Retriever, spec: QuerySpec | Question, tops: Sequence[int], seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``; precision@k for each of ``tops`` and the number of wrong rows.
 

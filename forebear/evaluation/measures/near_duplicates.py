@@ -12,20 +12,25 @@ apart. Retrieval itself is asked, so that what it misses counts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, provenance, question
+from forebear.evaluation.common.comparisons import (
+    INTERVAL_COLUMNS,
+    interval_cells,
+    listed_values,
+    provenance,
+    question_record,
+)
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.index import Index
 from forebear.progress import Progress, no_progress
-from forebear.retriever.question.methods import pick_methods
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 from forebear.sampling import live_sample
 
@@ -94,7 +99,7 @@ def edited(text: str, edit: str, words: Sequence[str], rng: np.random.Generator)
 
 def near_duplicates(
     retriever: Retriever,
-    spec: QuerySpec,
+    spec: QuerySpec | Question,
     *,
     n_queries: int = 200,
     edits: Sequence[str] = EDITS,
@@ -121,20 +126,19 @@ def near_duplicates(
         raise InputError(f"--edits {', '.join(edits) or 'none'}: expected some of {', '.join(EDITS)}.")
     if n_queries < 0:
         raise InputError(f"--queries {n_queries}: expected a number of training rows, or 0 for all of them.")
-    for method in pick_methods(spec.methods):
+    question = retriever.resolve(spec, top=max(tops))
+    for method in question.methods:
         if method.spans:
             raise InputError(f"{method.name} ranks spans, not rows. Leave it out of --method.")
     index = retriever.index
     n_live = index.manifest.n_live
     if not tops or not 1 <= min(tops) <= max(tops) <= n_live:
         raise InputError(f"tops {', '.join(map(str, tops)) or 'none'}: expected 1 to {n_live}, the live rows.")
-    spec = replace(spec, top=max(tops))
-    retriever.check_stores(spec.check(), spec)
     rows = live_sample(index.live, n_queries, seed)
     sources = list(zip(*index.text_lists(rows), strict=True))
     words = vocabulary(index) if {"add", "replace"} & set(edits) else []
     labels = index.labels[rows].astype(np.int64)
-    hits = np.zeros((len(edits), len(spec.methods), len(rows), len(tops)), bool)
+    hits = np.zeros((len(edits), len(question.methods), len(rows), len(tops)), bool)
     progress("questions", 0, len(edits) * len(rows))
     for e, edit in enumerate(edits):
         texts = [
@@ -147,8 +151,8 @@ def near_duplicates(
         asked = Queries(source="training rows", rows=rows, texts=tuple(texts), labels=labels)
         done = 0
         for part in asked.blocks():
-            found = retriever.answer_block(0, part.texts, part.labels, spec).found
-            for m, name in enumerate(spec.methods):
+            found = retriever.answer_block(0, part.texts, part.labels, question).found
+            for m, name in enumerate(question.spec.methods):
                 top = found[name][0].rows
                 texts_found = list(zip(*index.text_lists(top), strict=True))
                 for q in range(len(part)):
@@ -158,7 +162,7 @@ def near_duplicates(
             done += len(part)
             progress("questions", e * len(rows) + done, len(edits) * len(rows))
     return NearDuplicates(
-        methods=spec.methods, edits=tuple(edits), tops=tuple(tops), hits=hits, rows=rows,
+        methods=question.spec.methods, edits=tuple(edits), tops=tuple(tops), hits=hits, rows=rows,
         n_duplicated=_count_duplicated(index, sources),
     )  # fmt: skip
 
@@ -174,9 +178,10 @@ def _count_duplicated(index: Index, sources: Sequence[tuple[str, ...]]) -> int:
 
 
 def near_duplicates_report(
-    found: NearDuplicates, retriever: Retriever, spec: QuerySpec, seed: int, command: str
+    found: NearDuplicates, retriever: Retriever, spec: QuerySpec | Question, seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
+    question = retriever.resolve(spec)
     rows: list[list[Cell]] = []
     for m, name in enumerate(found.methods):
         for e, edit in enumerate(found.edits):
@@ -203,7 +208,9 @@ def near_duplicates_report(
         f"{share[best]:.0%} of the rows, {found.methods[int(share.argmin())]} for {share.min():.0%}.",
         (table,),
         (Figure(f"Source row among the top {found.tops[0]}", drawing),),
-        provenance=provenance(retriever, spec, command, queries=len(found.rows), exact=spec.exact, seed=seed),
+        provenance=provenance(
+            retriever, spec, command, queries=len(found.rows), exact=retriever.resolve(spec).spec.exact, seed=seed
+        ),
     )
     result = {
         "methods": list(found.methods),
@@ -214,6 +221,6 @@ def near_duplicates_report(
         "training_rows": found.rows,
         "n_duplicated": found.n_duplicated,
         "seed": seed,
-        "question": question(retriever, replace(spec, top=max(found.tops))),
+        "question": question_record(retriever, retriever.resolve(question, top=max(found.tops))),
     }
     return report, result

@@ -29,7 +29,7 @@ from forebear.evaluation.common.comparisons import (
     interval_cells,
     listed_values,
     provenance,
-    question,
+    question_record,
     spearman,
 )
 from forebear.evaluation.common.queries import Queries, score_queries
@@ -43,11 +43,11 @@ from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.training.fine_tuning import quiet_transformers
 from forebear.indexer.training.run import CheckpointPath
 from forebear.progress import Progress, no_progress
-from forebear.retriever.answers.scores import residuals_of
-from forebear.retriever.question.asked import choose_targets
+from forebear.retriever.question.batch import choose_targets
 from forebear.retriever.question.methods import pick_methods
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.scores import residuals_of
 from forebear.sampling import live_sample
 
 
@@ -62,7 +62,7 @@ class Randomized:
             all rows the same score.
         seeds: Of the random models, ``s``.
         rows: Training rows that were scored, ``(n,)``.
-        residuals: Of H^-1; see :class:`~forebear.retriever.answers.scores.Scores`.
+        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -118,7 +118,7 @@ def random_retriever(retriever: Retriever, spec: QuerySpec, rows: np.ndarray, se
 def randomized_correlations(
     retriever: Retriever,
     queries: Queries,
-    spec: QuerySpec,
+    spec: QuerySpec | Question,
     *,
     n_rows: int = 500,
     seed: int = 0,
@@ -139,7 +139,8 @@ def randomized_correlations(
     Raises:
         InputError: A method does not depend on the model, or there are fewer than two rows or no seeds.
     """
-    for method in spec.check():
+    spec = retriever.resolve(spec).spec
+    for method in pick_methods(spec.methods):
         if method.representation == "sentence":
             raise InputError(
                 f"{method.name} does not depend on the model that is explained: its correlation would be 1. Leave it "
@@ -182,7 +183,7 @@ def mean_over_seeds(values: np.ndarray) -> np.ndarray:
 
 
 def randomized_report(
-    found: Randomized, retriever: Retriever, queries: Queries, spec: QuerySpec, seed: int, command: str
+    found: Randomized, retriever: Retriever, queries: Queries, spec: QuerySpec | Question, seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     rows: list[list[Cell]] = []
@@ -229,6 +230,6 @@ def randomized_report(
         "query_rows": queries.rows,
         "training_rows": found.rows,
         "seed": seed,
-        "question": question(retriever, spec, found.residuals),
+        "question": question_record(retriever, spec, found.residuals),
     }
     return report, result

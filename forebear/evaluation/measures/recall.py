@@ -14,13 +14,18 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.evaluation.common.amounts import common_share
-from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, provenance, question
+from forebear.evaluation.common.comparisons import (
+    INTERVAL_COLUMNS,
+    interval_cells,
+    listed_values,
+    provenance,
+    question_record,
+)
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.progress import Progress, no_progress
-from forebear.retriever.question.methods import pick_methods
-from forebear.retriever.question.spec import Exactness, QuerySpec
+from forebear.retriever.question.spec import Exactness, QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
 ENDS = ("proponents", "opponents")
@@ -45,7 +50,7 @@ class RetrievalRecall:
 
 
 def retrieval_recall(
-    retriever: Retriever, queries: Queries, spec: QuerySpec, *, progress: Progress = no_progress
+    retriever: Retriever, queries: Queries, spec: QuerySpec | Question, *, progress: Progress = no_progress
 ) -> RetrievalRecall:
     """Ask every query twice, by candidates and by scoring every row, one method at a time.
 
@@ -60,10 +65,11 @@ def retrieval_recall(
     Raises:
         InputError: A method ranks spans.
     """
-    for method in pick_methods(spec.methods):
+    asked = retriever.resolve(spec)
+    for method in asked.methods:
         if method.spans:
             raise InputError(f"{method.name} ranks spans, of which a row has several. Leave it out of --method.")
-    n_methods = len(spec.methods)
+    n_methods = len(asked.methods)
     values, seconds = np.zeros((n_methods, 2, len(queries))), np.zeros((n_methods, 2))
     first = replace(
         queries,
@@ -72,11 +78,10 @@ def retrieval_recall(
         labels=None if queries.labels is None else queries.labels[:1],
     )
     progress("methods", 0, n_methods)
-    for m, name in enumerate(spec.methods):
+    for m, name in enumerate(asked.spec.methods):
         found = []
         for way, exact in enumerate(WAYS):
-            one = replace(spec, methods=(name,), exact=exact)
-            retriever.check_stores(one.check(), one)
+            one = retriever.resolve(asked, methods=(name,), exact=exact)
             if exact == "rerank":
                 _ends(retriever, first, one)
             start = time.perf_counter()
@@ -85,22 +90,23 @@ def retrieval_recall(
         for end, (candidates, every) in enumerate(zip(*found, strict=True)):
             values[m, end] = [common_share(every[q], candidates[q]) for q in range(len(queries))]
         progress("methods", m + 1, n_methods)
-    return RetrievalRecall(methods=spec.methods, top=spec.top, values=values, seconds=seconds)
+    return RetrievalRecall(methods=asked.spec.methods, top=asked.spec.top, values=values, seconds=seconds)
 
 
-def _ends(retriever: Retriever, queries: Queries, spec: QuerySpec) -> tuple[np.ndarray, np.ndarray]:
-    """Rows at both ends of each query's ranking by the spec's only method, ``(q, k)`` each."""
-    (name,) = spec.methods
-    found = [retriever.answer_block(0, part.texts, part.labels, spec).found[name] for part in queries.blocks()]
+def _ends(retriever: Retriever, queries: Queries, question: Question) -> tuple[np.ndarray, np.ndarray]:
+    """Rows at both ends of each query's ranking by the question's only method, ``(q, k)`` each."""
+    (name,) = question.spec.methods
+    found = [retriever.answer_block(0, part.texts, part.labels, question).found[name] for part in queries.blocks()]
     return np.concatenate([ends[0].rows for ends in found]), np.concatenate([ends[1].rows for ends in found])
 
 
 def retrieval_recall_report(
-    found: RetrievalRecall, retriever: Retriever, queries: Queries, spec: QuerySpec, seed: int, command: str
+    found: RetrievalRecall, retriever: Retriever, queries: Queries, spec: QuerySpec | Question, seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     q = len(queries)
-    facts = question(retriever, replace(spec, exact="rerank"))["methods"]
+    asked = retriever.resolve(spec, exact="rerank")
+    facts = question_record(retriever, asked)["methods"]
     lines: list[list[Cell]] = []
     for m, name in enumerate(found.methods):
         by_candidates, every = (float(value) for value in found.seconds[m] / q)
@@ -127,7 +133,7 @@ def retrieval_recall_report(
         (table,),
         (Figure(f"Recall@{found.top}", bar_chart(found.methods, means, xlabel=f"recall@{found.top}", digits=3)),),
         provenance=provenance(
-            retriever, spec, command, test_rows=queries.source, queries=q, recall_asked_for=spec.recall, seed=seed
+            retriever, spec, command, test_rows=queries.source, queries=q, recall_asked_for=asked.spec.recall, seed=seed
         ),
     )
     result = {
@@ -139,6 +145,6 @@ def retrieval_recall_report(
         "seconds": {"rerank": found.seconds[:, 0], "full": found.seconds[:, 1]},
         "query_rows": queries.rows,
         "seed": seed,
-        "question": question(retriever, replace(spec, exact="rerank")),
+        "question": question_record(retriever, asked),
     }
     return report, result

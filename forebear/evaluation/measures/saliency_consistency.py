@@ -15,14 +15,20 @@ and the tops before and after are compared: share of common rows among floor(p N
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from forebear.errors import DataError, InputError
 from forebear.evaluation.common.amounts import common_share, rows_of_share
-from forebear.evaluation.common.comparisons import defined_mean, interval_cells, listed_values, provenance, question
+from forebear.evaluation.common.comparisons import (
+    defined_mean,
+    interval_cells,
+    listed_values,
+    provenance,
+    question_record,
+)
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
@@ -31,12 +37,11 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode, encode_with_places
 from forebear.indexer.model.forward import run_forward
 from forebear.progress import Progress, no_progress
-from forebear.retriever.answers.scores import Scores
-from forebear.retriever.question.methods import pick_methods
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.ranking import rank
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.saliency.maps import saliency
+from forebear.retriever.scores import Scores
 
 ROLES = ("most negative", "median", "most positive")
 INFLUENCE_SHARES = ("0.1", "0.2", "0.5", "1")
@@ -60,7 +65,7 @@ class SaliencyConsistency:
         n_constant: Queries by method that give all rows one score and are left out, ``(m,)``.
         query_rows: Numbers of the test rows, ``(q,)``.
         n_skipped: Test rows without a word piece that could be chosen.
-        residuals: Of H^-1; see :class:`~forebear.retriever.answers.scores.Scores`.
+        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -110,7 +115,7 @@ def rows_with_pieces(index: Index, classifier: Classifier, ids: Sequence[int]) -
 
 
 def saliency_consistency(
-    retriever: Retriever, queries: Queries, spec: QuerySpec, *, progress: Progress = no_progress
+    retriever: Retriever, queries: Queries, spec: QuerySpec | Question, *, progress: Progress = no_progress
 ) -> SaliencyConsistency:
     """Measure influence by salient word pieces, and how far removing one changes the tops.
 
@@ -124,9 +129,9 @@ def saliency_consistency(
         InputError: A method compares texts or spans.
         DataError: No test row has a word piece that could be chosen.
     """
-    spec = replace(spec, target="predicted")
-    retriever.check_stores(spec.check(), spec)
-    for method in pick_methods(spec.methods):
+    question = retriever.resolve(spec, target="predicted")
+    names = question.spec.methods
+    for method in question.methods:
         if method.by_words or method.representation == "sentence" or method.spans or method.saliency:
             raise InputError(
                 f"{method.name} cannot be asked of rows with a word piece masked. Leave it out of --method."
@@ -141,7 +146,7 @@ def saliency_consistency(
         raise DataError(f"{queries.source}: none of the {len(queries)} test rows has a word piece to choose.")
     chosen = [[rows[i]["input_ids"][t] for t in positions] for i, positions in kept]
     held = rows_with_pieces(index, classifier, [piece for row in chosen for piece in row])
-    m, q = len(spec.methods), len(kept)
+    m, q = len(names), len(kept)
     sums, counts = (np.zeros((m, len(ROLES), len(INFLUENCE_SHARES), q)) for _ in range(2))
     overlaps = np.full((m, len(ROLES), len(OVERLAP_SHARES), q), np.nan)
     n_constant = np.zeros(m, np.int64)
@@ -149,15 +154,15 @@ def saliency_consistency(
     progress("queries", 0, q)
     for start in range(0, q, _TOGETHER):
         some = range(start, min(start + _TOGETHER, q))
-        before = retriever.score_block(Encoded([rows[kept[i][0]] for i in some]), None, spec)
+        before = retriever.score_block(Encoded([rows[kept[i][0]] for i in some]), None, question)
         after = [
             retriever.score_block(
-                Encoded([without_piece(rows[kept[i][0]], kept[i][1][role]) for i in some]), None, spec
+                Encoded([without_piece(rows[kept[i][0]], kept[i][1][role]) for i in some]), None, question
             )
             for role in range(len(ROLES))
         ]
         scored.note_residuals([before, *after])
-        for j, name in enumerate(spec.methods):
+        for j, name in enumerate(names):
             for number, i in enumerate(some):
                 scores = before[name][number]
                 if np.ptp(scores) == 0:
@@ -170,7 +175,7 @@ def saliency_consistency(
                     overlaps[j, role, :, i] = overlap_of(scores, after[role][name][number])
         progress("queries", some.stop, q)
     return SaliencyConsistency(
-        methods=spec.methods,
+        methods=names,
         pieces=[tuple(classifier.tokenizer.convert_ids_to_tokens(row)) for row in chosen],
         sums=sums,
         counts=counts.astype(np.int64),
@@ -230,9 +235,15 @@ def pooled_mean(sums: np.ndarray, counts: np.ndarray, seed: int) -> list[Cell]:
 
 
 def saliency_consistency_report(
-    found: SaliencyConsistency, retriever: Retriever, queries: Queries, spec: QuerySpec, seed: int, command: str
+    found: SaliencyConsistency,
+    retriever: Retriever,
+    queries: Queries,
+    spec: QuerySpec | Question,
+    seed: int,
+    command: str,
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
+    question = retriever.resolve(spec, target="predicted")
     influence: list[list[Cell]] = []
     removal: list[list[Cell]] = []
     figures = []
@@ -278,7 +289,7 @@ def saliency_consistency_report(
     report = Report(
         "Saliency consistency", " ".join(said), tables, figures,
         provenance=provenance(
-            retriever, replace(spec, target="predicted"), command, residuals=found.residuals, test_rows=queries.source,
+            retriever, question, command, residuals=found.residuals, test_rows=queries.source,
             queries=len(found.query_rows), test_rows_without_a_word_piece=found.n_skipped,
             queries_without_order=dict(zip(found.methods, found.n_constant.tolist(), strict=True)), seed=seed,
         ),
@@ -296,6 +307,6 @@ def saliency_consistency_report(
         "n_skipped": found.n_skipped,
         "n_constant": found.n_constant,
         "seed": seed,
-        "question": question(retriever, replace(spec, target="predicted"), found.residuals),
+        "question": question_record(retriever, question, found.residuals),
     }
     return report, result

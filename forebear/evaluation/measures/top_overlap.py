@@ -7,7 +7,7 @@ for k = floor(p N).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,12 @@ from forebear.evaluation.common.comparisons import (
     matrix_table,
     pair_table,
     provenance,
-    question,
+    question_record,
 )
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.reports.report import Report
 from forebear.progress import Progress, no_progress
-from forebear.retriever.question.methods import pick_methods
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
 
@@ -63,7 +62,7 @@ def depths_of(tops: Sequence[int], shares: Sequence[str], n_rows: int) -> tuple[
 def top_overlaps(
     retriever: Retriever,
     queries: Queries,
-    spec: QuerySpec,
+    spec: QuerySpec | Question,
     depths: Sequence[int],
     *,
     progress: Progress = no_progress,
@@ -80,21 +79,21 @@ def top_overlaps(
     Raises:
         InputError: Fewer than two methods, or one that ranks spans.
     """
-    if len(spec.methods) < 2:
-        raise InputError(f"overlap compares methods; found {', '.join(spec.methods)}. Give two or more (--method).")
-    for method in pick_methods(spec.methods):
+    question = retriever.resolve(spec, top=max(depths))
+    names = question.spec.methods
+    if len(names) < 2:
+        raise InputError(f"overlap compares methods; found {', '.join(names)}. Give two or more (--method).")
+    for method in question.methods:
         if method.spans:
             raise InputError(f"{method.name} ranks spans, of which a row has several: its tops are no sets of rows.")
-    spec = replace(spec, top=max(depths))
-    retriever.check_stores(spec.check(), spec)
-    m = len(spec.methods)
+    m = len(names)
     values = np.ones((len(depths), len(queries), m, m))
     done = 0
     progress("queries", 0, len(queries))
     for part in queries.blocks():
-        found = retriever.answer_block(0, part.texts, part.labels, spec).found
+        found = retriever.answer_block(0, part.texts, part.labels, question).found
         for q in range(len(part)):
-            tops = [found[name][0].rows[q] for name in spec.methods]
+            tops = [found[name][0].rows[q] for name in names]
             for d, depth in enumerate(depths):
                 for i in range(m):
                     for j in range(i + 1, m):
@@ -102,13 +101,14 @@ def top_overlaps(
                         values[d, done + q, i, j] = values[d, done + q, j, i] = share
         done += len(part)
         progress("queries", done, len(queries))
-    return TopOverlap(methods=spec.methods, depths=tuple(depths), values=values)
+    return TopOverlap(methods=names, depths=tuple(depths), values=values)
 
 
 def top_overlap_report(
-    found: TopOverlap, retriever: Retriever, queries: Queries, spec: QuerySpec, seed: int, command: str
+    found: TopOverlap, retriever: Retriever, queries: Queries, spec: QuerySpec | Question, seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
+    question = retriever.resolve(spec)
     n_live = retriever.index.manifest.n_live
     tables, figures, by_depth = [], [], {}
     for depth, values in zip(found.depths, found.values, strict=True):
@@ -138,7 +138,13 @@ def top_overlap_report(
         tables,
         figures,
         provenance=provenance(
-            retriever, spec, command, test_rows=queries.source, queries=len(queries), exact=spec.exact, seed=seed
+            retriever,
+            spec,
+            command,
+            test_rows=queries.source,
+            queries=len(queries),
+            exact=question.spec.exact,
+            seed=seed,
         ),
     )
     result = {
@@ -147,6 +153,6 @@ def top_overlap_report(
         "tops": by_depth,
         "query_rows": queries.rows,
         "seed": seed,
-        "question": question(retriever, replace(spec, top=max(found.depths))),
+        "question": question_record(retriever, retriever.resolve(question, top=max(found.depths))),
     }
     return report, result

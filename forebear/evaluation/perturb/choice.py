@@ -23,10 +23,9 @@ from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.encoding import Encoded, Texts, encode, encode_with_places
 from forebear.indexer.spans.masking import mask_spans, pieces_of
 from forebear.indexer.spans.text import Span, split_text
-from forebear.retriever.deep.query_gradients import Asked
+from forebear.retriever.deep.query_gradients import Queries as GradientQueries
 from forebear.retriever.deep.search import VECTOR_BYTES, GradientSearch
 from forebear.retriever.question.methods import METHODS
-from forebear.retriever.question.models import Models
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.saliency.gradients import saliency_gradients, salient_words
 
@@ -92,11 +91,10 @@ class Chooser:
         for number, texts in zip(queries.numbers, zip(*queries.texts, strict=True), strict=True):
             if not "".join(texts).strip():
                 raise InputError(f"test row {number} is empty: it has no word to be salient. Leave it out.")
-        retriever.check_stores(spec.question.check(), spec.question)
+        question = retriever.resolve(spec.question)
         self._retriever, self._spec, self._queries, self._wordnet = retriever, spec, queries, wordnet
         self._index, self._classifier = retriever.index, retriever.classifier()
-        models = Models(self._index, model=self._classifier, device="auto")
-        self._search = GradientSearch(self._index, models, spec.scope, spec.question.solver)
+        self._search = GradientSearch.kept(retriever.models, spec.scope, question.curvature)
         self._progress, self._stop_words = progress, ENGLISH_STOP_WORDS
         self._places: dict[int, tuple[Place, ...]] = {}
         self._ranked: dict[tuple[Aim, int], np.ndarray] = {}
@@ -209,7 +207,7 @@ class Chooser:
 
     def _chunks(self, at: np.ndarray) -> list[np.ndarray]:
         """Positions of test rows whose whole vectors, before and after H^-1, fit in memory together."""
-        in_memory = VECTOR_BYTES // (8 * sum(block.size for block in self._search.queries.blocks))
+        in_memory = VECTOR_BYTES // (8 * sum(block.size for block in self._search.gradients.blocks))
         size = max(1, min(CHUNK_QUERIES, in_memory))
         return [at[i : i + size] for i in range(0, len(at), size)]
 
@@ -231,7 +229,7 @@ class Chooser:
         numbers = queries.numbers.tolist()
         salient = salient_words(self._classifier, queries.texts, targets, None, numbers)
         vectors = saliency_gradients(
-            self._classifier, self._search.queries.blocks, queries.texts, targets, salient, numbers
+            self._classifier, self._search.gradients.blocks, queries.texts, targets, salient, numbers
         )
         asked = self._solved(queries, targets, vectors)
         texts = [self.texts(row) for row in rows]
@@ -273,14 +271,16 @@ class Chooser:
             )  # fmt: skip
         return out
 
-    def _solved(self, queries: Queries, targets: np.ndarray, vectors: Vectors) -> Asked:
+    def _solved(self, queries: Queries, targets: np.ndarray, vectors: Vectors) -> GradientQueries:
         """The queries, asking with v = H^-1 of their vectors."""
-        solved, residual = self._search.queries.solve(vectors)
+        solved, residual = self._search.gradients.solve(vectors)
         if residual is not None:
             self.residual = max(self.residual or 0.0, float(residual.max()))
-        return Asked(queries.texts, targets, solved)
+        return GradientQueries(queries.texts, targets, solved)
 
-    def _score(self, asked: Asked, rows: Sequence[EncodedRow], labels: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    def _score(
+        self, asked: GradientQueries, rows: Sequence[EncodedRow], labels: np.ndarray, owners: np.ndarray
+    ) -> np.ndarray:
         """v . g of versions of training rows, each by its own query, ``(m,)`` float64."""
         order = np.argsort(owners, kind="stable")
         counts = np.bincount(owners, minlength=len(asked.targets))

@@ -46,7 +46,7 @@ def perturb_report(
     """
     index = retriever.index
     facts = {"index": str(index.folder), "index digest": index.manifest.digest()}
-    facts |= fit_lines(index, found.spec.question) | provenance
+    facts |= fit_lines(retriever.resolve(found.spec.question)) | provenance
     facts |= {"retraining": f"{retraining['retrain']}. {retraining['note']}", "seeds": _listed(found.seeds)}
     attack = found.spec.what == "attack"
     report = Report(

@@ -10,7 +10,7 @@ from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import provenance
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
 RANDOM = "(random rows)"
@@ -93,7 +93,7 @@ def defined(values: np.ndarray) -> np.ndarray:
 
 def retraining_provenance(
     retriever: Retriever,
-    spec: QuerySpec,
+    spec: QuerySpec | Question,
     residuals: Mapping[str, float],
     retrainer: Retrainer,
     seeds: Sequence[int],

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, question
+from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, question_record
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.common.statistics import difference_table
 from forebear.evaluation.reports.charts import line_chart
@@ -27,9 +27,9 @@ from forebear.evaluation.retraining.changes import (
 )
 from forebear.evaluation.retraining.jobs import Progress, Retrainer
 from forebear.evaluation.retraining.row_choice import Side, rows_at
-from forebear.retriever.answers.scores import residuals_of
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.scores import residuals_of
 
 MAX_LINES = 6  # of one chart
 
@@ -46,7 +46,7 @@ class DeletionCurve:
             ``(m, 2, k, seeds, q)``; NaN where not sampled.
         n_candidates: Rows of each query that might be removed; None: all.
         sampled: What was retrained, in a line.
-        residuals: Of H^-1; see :class:`~forebear.retriever.answers.scores.Scores`.
+        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -119,7 +119,7 @@ def deletion_report(
     found: DeletionCurve,
     retriever: Retriever,
     queries: Queries,
-    spec: QuerySpec,
+    spec: QuerySpec | Question,
     retrainer: Retrainer,
     seed: int,
     command: str,
@@ -166,7 +166,7 @@ def deletion_report(
         ),
     )
     result = {
-        **question(retriever, spec, found.residuals),
+        **question_record(retriever, spec, found.residuals),
         **retrainer.facts(),
         "seeds": found.seeds,
         "sampled": sampled,

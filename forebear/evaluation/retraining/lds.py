@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, question, spearman
+from forebear.evaluation.common.comparisons import (
+    INTERVAL_COLUMNS,
+    interval_cells,
+    listed_values,
+    question_record,
+    spearman,
+)
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.common.statistics import difference_table
 from forebear.evaluation.reports.charts import bar_chart
@@ -23,9 +29,9 @@ from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.evaluation.retraining.changes import defined, retraining_provenance
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
 from forebear.evaluation.retraining.row_choice import random_rows
-from forebear.retriever.answers.scores import residuals_of
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.scores import residuals_of
 
 MIN_SUBSETS = 3
 
@@ -42,7 +48,7 @@ class Lds:
         subsets: Numbers of the random halves that were sampled.
         seeds: Of the retrainings; outputs are averaged over them.
         sampled: What was retrained, in a line.
-        residuals: Of H^-1; see :class:`~forebear.retriever.answers.scores.Scores`.
+        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -131,7 +137,7 @@ def lds_report(
     found: Lds,
     retriever: Retriever,
     queries: Queries,
-    spec: QuerySpec,
+    spec: QuerySpec | Question,
     retrainer: Retrainer,
     seed: int,
     command: str,
@@ -182,7 +188,7 @@ def lds_report(
         ),
     )
     result = {
-        **question(retriever, spec, found.residuals),
+        **question_record(retriever, spec, found.residuals),
         **retrainer.facts(),
         "seeds": found.seeds,
         "sampled": found.sampled,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, question
+from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, question_record
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.common.statistics import difference_table, paired_difference
 from forebear.evaluation.reports.charts import bar_chart
@@ -27,9 +27,9 @@ from forebear.evaluation.retraining.changes import (
 )
 from forebear.evaluation.retraining.jobs import Progress, Retrainer
 from forebear.evaluation.retraining.row_choice import SIDES, Side, random_rows, rows_at
-from forebear.retriever.answers.scores import residuals_of
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.scores import residuals_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Removal:
         changes: ``(m, s, a, seeds, q)``; NaN where not sampled.
         random: Of random rows, drawn for each query, seed and amount, ``(a, seeds, q)``.
         sampled: What was retrained, in a line.
-        residuals: Of H^-1; see :class:`~forebear.retriever.answers.scores.Scores`.
+        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -107,7 +107,7 @@ def removal_report(
     found: Removal,
     retriever: Retriever,
     queries: Queries,
-    spec: QuerySpec,
+    spec: QuerySpec | Question,
     retrainer: Retrainer,
     seed: int,
     command: str,
@@ -135,7 +135,7 @@ def removal_report(
         ),
     )
     result = {
-        **question(retriever, spec, found.residuals),
+        **question_record(retriever, spec, found.residuals),
         **retrainer.facts(),
         "seeds": found.seeds,
         "sampled": found.sampled,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, question
+from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, question_record
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.common.statistics import paired_difference
 from forebear.evaluation.reports.charts import MAX_SERIES, bar_chart
@@ -21,9 +21,9 @@ from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.evaluation.retraining.changes import RANDOM, defined, retraining_provenance
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
 from forebear.evaluation.retraining.row_choice import random_rows, rows_at
-from forebear.retriever.answers.scores import residuals_of
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.scores import residuals_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class RetrainingLoss:
         accuracy: After removing rows, ``(m + 1, a, s)``.
         n_rows: Rows that accuracy is measured on.
         sampled: What was retrained, in a line.
-        residuals: Of H^-1; see :class:`~forebear.retriever.answers.scores.Scores`.
+        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -105,7 +105,7 @@ def retraining_loss_report(
     found: RetrainingLoss,
     retriever: Retriever,
     queries: Queries,
-    spec: QuerySpec,
+    spec: QuerySpec | Question,
     retrainer: Retrainer,
     seed: int,
     command: str,
@@ -144,7 +144,7 @@ def retraining_loss_report(
         ),
     )
     result = {
-        **question(retriever, spec, found.residuals),
+        **question_record(retriever, spec, found.residuals),
         **retrainer.facts(),
         "seeds": found.seeds,
         "sampled": found.sampled,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -11,22 +10,18 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.evaluation.common.amounts import rows_of_share
 from forebear.evaluation.common.queries import Queries, score_queries
-from forebear.evaluation.common.span_queries import training_spans
+from forebear.evaluation.common.span_queries import gradients_compared, training_spans
 from forebear.indexer.model.forward import run_forward
-from forebear.indexer.spans.finders import span_finder
-from forebear.retriever.answers.scores import Scores
-from forebear.retriever.deep.query_gradients import Asked
 from forebear.retriever.deep.search import GradientSearch
-from forebear.retriever.question.asked import choose_targets
-from forebear.retriever.question.methods import Method, pick_methods
-from forebear.retriever.question.models import N_VARIANTS, Models
-from forebear.retriever.question.recall import stores_spans
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.batch import choose_targets
+from forebear.retriever.question.methods import pick_methods
+from forebear.retriever.question.models import N_VARIANTS
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
+from forebear.retriever.scores import Scores
 from forebear.retriever.spans.scores import SpanScores
-from forebear.retriever.spans.search import query_spans
 from forebear.retriever.spans.stored import stored_row_scores
-from forebear.retriever.words.tfidf import TfidfSearch
+from forebear.retriever.words.tfidf import TfidfSearcher
 
 Side = Literal["top", "bottom", "least"]
 SIDES: dict[str, str] = {"top": "most positive", "bottom": "most negative", "least": "least influential"}
@@ -121,14 +116,14 @@ def least_overlap(retriever: Retriever, queries: Queries, n_candidates: int) -> 
     if not 3 <= n_candidates <= len(live):
         raise InputError(f"--no-overlap {n_candidates}: expected 3 to {len(live)}, the number of live rows.")
     retriever.index.check_words()
-    tfidf = TfidfSearch(retriever.index, Models(retriever.index, model=retriever.classifier(), device="auto"))
+    tfidf = TfidfSearcher(retriever.models)
     found = [
         np.argsort(tfidf.cosines(part.texts), axis=1, kind="stable")[:, :n_candidates] for part in queries.blocks()
     ]
     return np.sort(np.concatenate(found), axis=1)
 
 
-def row_scores(retriever: Retriever, queries: Queries, spec: QuerySpec) -> Scores:
+def row_scores(retriever: Retriever, queries: Queries, spec: QuerySpec | Question) -> Scores:
     """Exact scores of all live rows, ``(q, n)`` float64 by method name.
 
     Of a method by spans a row's score is that of its best span; -inf if it has none that the model reads.
@@ -136,59 +131,52 @@ def row_scores(retriever: Retriever, queries: Queries, spec: QuerySpec) -> Score
     Args:
         retriever: Over the index.
         queries: Test rows.
-        spec: The question, settled.
+        spec: The question.
 
     Raises:
         InputError: A method explains saliency, not a prediction; or a test row has no span.
     """
-    methods = spec.check()
+    question = retriever.resolve(spec)
+    methods = question.methods
     by_spans = [m for m in methods if m.ranks_spans]
-    others = tuple(m.name for m in methods if m not in by_spans)
-    found = score_queries(retriever, queries, replace(spec, methods=others)) if others else Scores()
+    others = question.of(m for m in methods if m not in by_spans)
+    found = score_queries(retriever, queries, others) if others.methods else Scores()
     if by_spans:
-        retriever.check_stores(tuple(by_spans), spec)
-        best = _best_spans(retriever, queries, spec, by_spans)
+        best = _best_spans(retriever, queries, question.of(by_spans))
         found.update(best)
         found.note_residuals([best])
     return found.of(method.name for method in methods)
 
 
-def _best_spans(retriever: Retriever, queries: Queries, spec: QuerySpec, methods: Sequence[Method]) -> Scores:
-    index, classifier = retriever.index, retriever.classifier()
-    forward = run_forward(classifier, queries.texts)
-    targets = choose_targets(spec.target, forward.predictions, queries.labels, classifier.label_names)
-    whole = masked = Asked([list(column) for column in queries.texts], targets)
-    if any(m.spans == "both" for m in methods):
-        assert spec.spans is not None
-        find = span_finder(spec.query_spans or spec.spans, spec.span_column or 0)
-        _, encoded = query_spans(
-            classifier, queries.texts, queries.table, targets, forward.logits, find, queries.rows.tolist()
-        )
-        masked = Asked(encoded, targets)
-    from_store = [m for m in methods if spec.scope == "head" and not m.variants and stores_spans(index, spec)]
+def _best_spans(retriever: Retriever, queries: Queries, question: Question) -> Scores:
+    """Each live row's best span, by methods that rank spans."""
+    index, models, methods = retriever.index, retriever.models, question.methods
+    by_row, by_span = gradients_compared(retriever, queries, question)
+    stored = question.spec.scope == "head" and question.spans_are_stored
+    from_store = [m for m in methods if stored and not m.variants]
     by_model = [m for m in methods if m not in from_store]
     out = Scores()
     no_span = "no training row has a span that the model reads. Find spans otherwise (--spans)."
     if from_store:
         if not len(index.live_spans):
             raise InputError(no_span)
-        models = Models(index, model=classifier, device="auto")
-        search = GradientSearch(index, models, "head", spec.solver)
+        search = GradientSearch.kept(models, "head", question.curvature)
         for method in from_store:
-            out[method.name] = stored_row_scores(search, method, masked if method.spans == "both" else whole)
+            out[method.name] = stored_row_scores(search, method, by_span if method.spans == "both" else by_row)
     if by_model:
-        entries = training_spans(retriever, spec, index.live)
+        entries = training_spans(retriever, question, index.live)
         if not len(entries.rows):
             raise InputError(no_span)
         rows, starts = np.unique(entries.rows, return_index=True)
         at = np.searchsorted(index.live, rows)
         n_checkpoints = len(index.manifest.checkpoints)
         for method in by_model:
-            scores = SpanScores(index, classifier, spec.scope, masked if method.spans == "both" else whole, entries)
+            compared = by_span if method.spans == "both" else by_row
+            scores = SpanScores(index, models.classifier(), question.spec.scope, compared, entries)
             if method.variants:
-                values = scores.summed(retriever.classifier(n_checkpoints + m) for m in range(N_VARIANTS))
+                values = scores.summed(models.classifier(n_checkpoints + m) for m in range(N_VARIANTS))
             else:
-                values, residual = scores.preconditioned(spec.solver)
+                values, residual = scores.preconditioned(question.curvature)
                 out.note_residual(method.name, residual)
             out[method.name] = np.full((len(queries), len(index.live)), -np.inf)
             out[method.name][:, at] = np.maximum.reduceat(values, starts, axis=1)

@@ -23,7 +23,7 @@ import torch
 from forebear.indexer.curvature.ekfac import Ekfac, KroneckerFactors, eigenvectors
 from forebear.indexer.gradients.block_file import read_blocks, write_blocks
 from forebear.indexer.gradients.tape import LayerFactors
-from forebear.indexer.gradients.vectors import Vectors
+from forebear.indexer.gradients.vectors import Vectors, dot
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.scopes import Block
 
@@ -51,8 +51,8 @@ class Projector(Protocol):
     def project(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor, torch.Tensor]:
         """One block's place in the sketch, its numbers ``(b, w)``, and its squared norms ``(b,)`` float64."""
 
-    def project_matrix(self, vectors: Vectors) -> torch.Tensor:
-        """The sketch of whole vectors, ``(q, D)``."""
+    def project_matrix(self, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sketch of whole gradients, ``(q, D)``, and their squared norms as :meth:`project` has them, ``(q,)``."""
 
 
 def squared_norms(factors: LayerFactors) -> torch.Tensor:
@@ -111,9 +111,10 @@ class PlainProjector:
         u, v = factors.deltas @ basis.left.T, factors.inputs @ basis.right.T
         return self._places[name], torch.bmm(u.transpose(1, 2), v).flatten(1), squared_norms(factors)
 
-    def project_matrix(self, vectors: Vectors) -> torch.Tensor:
+    def project_matrix(self, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Projector`."""
-        return torch.cat([(b.left @ vectors[name] @ b.right.T).flatten(1) for name, b in self.bases.items()], dim=1)
+        parts = [(b.left @ vectors[name] @ b.right.T).flatten(1) for name, b in self.bases.items()]
+        return torch.cat(parts, dim=1), dot(vectors, vectors)
 
 
 class WhiteProjector:
@@ -156,13 +157,14 @@ class WhiteProjector:
             pooled.append(_pool(white, *self._sizes[name]).flatten(1))
         return self._places[name], torch.cat(pooled), torch.cat(norms)
 
-    def project_matrix(self, vectors: Vectors) -> torch.Tensor:
+    def project_matrix(self, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Projector`; ``vectors`` are gradients, not yet whitened."""
-        parts = []
-        for name, v in vectors.items():
-            white = (self._left[name].T @ v @ self._right[name]) * self._weights[name]
-            parts.append(_pool(white, *self._sizes[name]).flatten(1))
-        return torch.cat(parts, dim=1)
+        parts, squares = [], []
+        for name, sizes in self._sizes.items():  # the blocks in the order of the sketch, not of the vectors
+            white = (self._left[name].T @ vectors[name] @ self._right[name]) * self._weights[name]
+            parts.append(_pool(white, *sizes).flatten(1))
+            squares.append(row_lengths(white.flatten(1)).square())
+        return torch.cat(parts, dim=1), torch.stack(squares).sum(dim=0)
 
 
 def _places(sizes: dict[str, tuple[int, int]]) -> tuple[dict[str, slice], int]:

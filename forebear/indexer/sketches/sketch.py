@@ -31,7 +31,7 @@ from forebear.indexer.gradients.gradient_pass import (
     run_pass,
 )
 from forebear.indexer.gradients.tape import LayerFactors
-from forebear.indexer.gradients.vectors import Vectors, dot
+from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Texts, n_rows_of
 from forebear.indexer.model.forward import Forward
@@ -298,11 +298,10 @@ class Sketcher:
     def of_matrix(self, vectors: Vectors, device: torch.device) -> SketchRows:
         """Sketches of whole vectors ``(q, n_out, n_in)`` by block."""
         reduce = self.reduction.on(device)
-        raw = self.projector.project_matrix(vectors)
+        raw, squares = self.projector.project_matrix(vectors)
         raw = torch.nn.functional.pad(raw, (0, reduce.width - raw.shape[1]))
         lengths, x, codes = reduce(raw)
-        norms = dot(vectors, vectors).sqrt()
-        return SketchRows(*(values.cpu().numpy() for values in (x, codes, lengths.double(), norms)))
+        return SketchRows(*(values.cpu().numpy() for values in (x, codes, lengths.double(), squares.sqrt())))
 
     def collector(self, n_rows: int, device: torch.device) -> Sketches:
         """To be shown a pass over ``n_rows`` rows."""

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.sketches.candidates import Part, Proposal, propose
 from forebear.indexer.sketches.fitting import gradient_files, open_sketcher
-from forebear.indexer.sketches.sketch import Sketcher, SketchRows, sketch_rows
-from forebear.retriever.deep.query_gradients import Asked, QueryGradients
+from forebear.indexer.sketches.sketch import Sketcher, SketchRows
+from forebear.retriever.deep.query_gradients import Queries, QueryGradients
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.models import N_VARIANTS
 from forebear.retriever.question.recall import UNWHITENED, same_as
@@ -25,22 +24,22 @@ from forebear.retriever.question.recall import UNWHITENED, same_as
 class Candidates:
     """Proposes rows, or stored spans, of one index at one scope."""
 
-    def __init__(self, queries: QueryGradients) -> None:
+    def __init__(self, gradients: QueryGradients) -> None:
         """No sketcher is opened yet.
 
         Args:
-            queries: Gradients of test rows over the scope, with the curvature that is asked for.
+            gradients: Gradients of test rows over the scope, with the curvature that is asked for.
         """
-        self._queries, self._index, self._scope = queries, queries.index, queries.scope
+        self._gradients, self._index, self._scope = gradients, gradients.index, gradients.scope
         self._sketchers: dict[tuple[int, int | None], Sketcher] = {}
 
     @property
     def _solver(self) -> str:
-        return self._queries.curvature.at(self._scope)
+        return self._gradients.curvature.at(self._scope)
 
     def sketched(self, method: Method) -> list[tuple[int, float]]:
         """Numbers and weights of the checkpoints whose sketches propose candidates: variants have none of their own."""
-        return [(self._queries.last, float(N_VARIANTS))] if method.variants else self._queries.checkpoints(method)
+        return [(self._gradients.last, float(N_VARIANTS))] if method.variants else self._gradients.checkpoints(method)
 
     def white_number(self) -> int | None:
         """Number of the damping whose whitened sketches propose candidates for ``if`` and ``rif``; None: none do.
@@ -52,35 +51,29 @@ class Candidates:
             return None
         if self._solver != "ekfac":
             return 0
-        return self._index.ekfac_damping(self._scope, self._queries.curvature.damping)[0]
+        return self._index.ekfac_damping(self._scope, self._gradients.curvature.damping)[0]
 
-    def parts(self, methods: Sequence[Method], asked: Asked, *, spans: bool = False) -> dict[str, list[Part]]:
-        """Sketches of the test rows beside those of the training rows, for each method; one pass a checkpoint.
+    def parts(self, methods: Sequence[Method], queries: Queries, *, spans: bool = False) -> dict[str, list[Part]]:
+        """Sketches of the test rows beside those of the training rows, for each method.
 
         Args:
             methods: That compare gradients.
-            asked: Test rows.
+            queries: Test rows whose whole gradients fit in memory together.
             spans: Beside those of all stored spans instead, at the last checkpoint.
         """
         sketches: dict[tuple[int, int | None], SketchRows] = {}
         for number in sorted({number for method in methods for number, _ in self.sketched(method)}):
             wanted = sorted({kind for m in methods for kind in self._kinds(m) if kind[0] == number}, key=str)
             sketchers = [self._sketcher(*kind) for kind in wanted]
-            if sketchers and (asked.vectors is not None or asked.groups is not None):
-                vectors = self._queries.at_checkpoint(number, asked)
-                device = self._queries.models.classifier(number).device
+            if sketchers:
+                vectors = self._gradients.at_checkpoint(number, queries)
+                device = self._gradients.models.classifier(number).device
                 sketches |= {k: s.of_matrix(vectors, device) for k, s in zip(wanted, sketchers, strict=True)}
-            elif sketchers:
-                classifier = self._queries.models.classifier(number)
-                rows, _ = sketch_rows(
-                    classifier, sketchers, asked.texts, asked.targets, batch_tokens=DEFAULT_BATCH_TOKENS
-                )
-                sketches |= dict(zip(wanted, rows, strict=True))
         out = {}
         for method in methods:
             kinds = self._kinds(method)
             if not kinds:
-                out[method.name] = [self._solution_part(asked, spans=spans)]
+                out[method.name] = [self._solution_part(queries, spans=spans)]
                 continue
             weights = dict(self.sketched(method))
             out[method.name] = [
@@ -93,39 +86,41 @@ class Candidates:
             ]
         return out
 
-    def _solution_part(self, asked: Asked, *, spans: bool) -> Part:
+    def _solution_part(self, queries: Queries, *, spans: bool) -> Part:
         """A sketch of H^-1 g of each test row beside the plain sketches of the training rows."""
-        solved = {name: v.float() for name, v in self._queries.solutions(asked)[0].items()}
-        sketched = self._sketcher(self._queries.last, None).of_matrix(solved, self._queries.models.classifier().device)
+        solved = {name: v.float() for name, v in self._gradients.solutions(queries)[0].items()}
+        sketched = self._sketcher(self._gradients.last, None).of_matrix(
+            solved, self._gradients.models.classifier().device
+        )
         return Part(1.0, sketched, self._index.gradients(self._scope, spans=spans))
 
     def propose(
-        self, methods: Sequence[Method], asked: Asked, widths: dict[str, int], *, spans: bool = False
+        self, methods: Sequence[Method], queries: Queries, widths: dict[str, int], *, spans: bool = False
     ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Candidates at the proponents' end and at the opponents', ``(q, m)`` row numbers each, by method name.
 
         Args:
             methods: That compare gradients.
-            asked: Test rows.
+            queries: Test rows whose whole gradients fit in memory together.
             widths: Candidates at each end from each sketch, by method name; at most the number of what is searched.
             spans: Entries of the index's store of spans, instead of rows.
         """
         live = self._index.live_spans if spans else self._index.live
         out = {}
-        parts = self.parts(methods, asked, spans=spans)
+        parts = self.parts(methods, queries, spans=spans)
         for method in methods:
             name, width = method.name, min(len(live), widths[method.name])
             ends = [propose(parts[name], live, width, self.proposal(method))]
             if self._from_solutions(method) and self._kinds(method):
                 how = self._index.proposal(self._scope, UNWHITENED[name], cosine=method.metric == "cos")
-                ends.append(propose([self._solution_part(asked, spans=spans)], live, width, how))
+                ends.append(propose([self._solution_part(queries, spans=spans)], live, width, how))
             high, low = (np.concatenate([both[end][0] for both in ends], axis=1) for end in (0, 1))
             out[name] = high, low
         return out
 
     def proposal(self, method: Method) -> Proposal:
         """How a method's candidates are chosen from its :meth:`parts`: as calibrated for those sketches."""
-        name = same_as(self._index, self._scope, method, self._queries.curvature)
+        name = same_as(self._index, self._scope, method, self._gradients.curvature)
         if method.query == "preconditioned" and not self._kinds(method):
             name = UNWHITENED[method.name]
         return self._index.proposal(self._scope, name, cosine=method.metric == "cos")
@@ -135,9 +130,9 @@ class Candidates:
         key = (number, white)
         if key not in self._sketchers:
             name, spec = self._index.manifest.checkpoints[number].name, self._index.manifest.spec
-            files = gradient_files(spec, self._scope, name, last=number == self._queries.last)
+            files = gradient_files(spec, self._scope, name, last=number == self._gradients.last)
             self._index.checked(*map(self._index.manifest.fitted_name, files))
-            classifier = self._queries.models.classifier(number)
+            classifier = self._gradients.models.classifier(number)
             self._sketchers[key] = open_sketcher(self._index.fit_folder, classifier, spec, self._scope, name, white)
         return self._sketchers[key]
 

@@ -15,12 +15,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from forebear.errors import InputError
 from forebear.indexer.sketches.candidates import BLOCK_ROWS, Part
-from forebear.retriever.deep.query_gradients import Asked
+from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch
 from forebear.retriever.question.methods import Method
-from forebear.retriever.ranking import Ranking, rank
+from forebear.retriever.ranking import Ends, Ranking, rank
 
 _ROUND_ROWS = 256  # rows scored in a round, at least
 _FLOAT32 = 1e-5  # relative rounding of an exact score, with a margin
@@ -28,28 +27,13 @@ _CANCELLED = 1e-3  # of a norm: what float32 leaves of sqrt(norm^2 - held^2) whe
 _FLOAT16 = 1e-3  # of a unit vector's direction
 
 
-def check_certifiable(search: GradientSearch, methods: Sequence[Method]) -> None:
-    """Refuse what no stored residual bounds.
-
-    Raises:
-        InputError: The index is not in fp32, or H^-1 is not the stored one.
-    """
-    if search.index.manifest.spec.precision != "fp32":
-        raise InputError("--certify needs an index built with --precision fp32.")
-    solver = search.curvature.at(search.scope)
-    if any(m.query == "preconditioned" for m in methods) and solver not in ("ekfac", "identity"):
-        raise InputError(f"--certify bounds scores under --curvature ekfac or identity, not {solver}.")
-
-
-def certify(
-    search: GradientSearch, method: Method, asked: Asked, found: tuple[Ranking, Ranking], *, max_rows: int
-) -> tuple[Ranking, Ranking]:
+def certify(search: GradientSearch, method: Method, queries: Queries, found: Ends, *, max_rows: int) -> Ends:
     """Prove both ends of a ranking, scoring as many more rows as it takes.
 
     Args:
         search: Of the scope.
         method: Whose ranking.
-        asked: Test rows.
+        queries: Test rows whose whole gradients fit in memory together.
         found: From candidates, ``k`` at each end.
         max_rows: Rows to score exactly for a block of queries; where a proof needs more, there is none.
 
@@ -58,12 +42,12 @@ def certify(
     """
     live = search.index.live
     k = found[0].rows.shape[1]
-    centre, slack = bounds(search.candidates.parts([method], asked)[method.name], live, cosine=method.metric == "cos")
+    centre, slack = bounds(search.candidates.parts([method], queries)[method.name], live, cosine=method.metric == "cos")
     scores = np.full(centre.shape, np.nan)
     column = {int(row): i for i, row in enumerate(live)}
 
     def score(columns: np.ndarray) -> None:
-        exact, _ = search.score([method], asked, {method.name: live[columns]})
+        exact, _ = search.score([method], queries, {method.name: live[columns]})
         scores[:, columns] = exact[method.name]
 
     score(np.unique([column[int(row)] for end in found for row in end.rows.reshape(-1)]))

@@ -10,7 +10,6 @@ import torch
 
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.gradients.whole import summed_gradients, whole_gradients
-from forebear.indexer.index import Index
 from forebear.indexer.model.encoding import Texts, take_texts
 from forebear.indexer.model.scopes import Block, scope_blocks
 from forebear.retriever.question.inverse import CurvatureSpec, Solve, deep_solver
@@ -19,8 +18,8 @@ from forebear.retriever.question.models import N_VARIANTS, Models
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Test rows of a block, at one scope: a query each, or one for each group of them.
+class Queries:
+    """Test rows whose gradients over one scope are compared: a query each, or one for each group of them.
 
     Attributes:
         texts: One list a text column, or encoded; with another version of each row, its gradient is subtracted.
@@ -37,33 +36,32 @@ class Asked:
     def __len__(self) -> int:
         return len(self.targets) if self.groups is None else int(self.groups.max()) + 1
 
-    def take(self, which: np.ndarray) -> Asked:
+    def take(self, which: np.ndarray) -> Queries:
         """Some of the queries, by ascending number."""
         if self.groups is not None:
             rows = np.flatnonzero(np.isin(self.groups, which))
             numbers = np.searchsorted(which, self.groups[rows])
-            return Asked(take_texts(self.texts, rows), self.targets[rows], groups=numbers)
+            return Queries(take_texts(self.texts, rows), self.targets[rows], groups=numbers)
         at = torch.from_numpy(np.asarray(which))
         vectors = None if self.vectors is None else {n: v[at.to(v.device)] for n, v in self.vectors.items()}
-        return Asked(take_texts(self.texts, which), self.targets[which], vectors)
+        return Queries(take_texts(self.texts, which), self.targets[which], vectors)
 
 
 class QueryGradients:
     """Query vectors over one scope, at every checkpoint that a method sums over."""
 
-    def __init__(self, index: Index, models: Models, scope: str, curvature: CurvatureSpec) -> None:
+    def __init__(self, models: Models, scope: str, curvature: CurvatureSpec) -> None:
         """Nothing is loaded yet.
 
         Args:
-            index: Whose checkpoints are asked.
-            models: Its models.
+            models: Of the index whose checkpoints are asked.
             scope: ``head``, ``top-K``, ``all`` or ``layer:NAME``.
             curvature: H, whose inverse is applied.
         """
-        self.index, self.models, self.scope, self.curvature = index, models, scope, curvature
+        self.index, self.models, self.scope, self.curvature = models.index, models, scope, curvature
         self._solve: Solve | None = None
-        self._held: dict[int, tuple[Asked, Vectors]] = {}  # of the last block asked, by checkpoint
-        self._held_solution: tuple[Asked, Vectors, np.ndarray | None] | None = None
+        self._held: dict[int, tuple[Queries, Vectors]] = {}  # of the last block asked, by checkpoint
+        self._held_solution: tuple[Queries, Vectors, np.ndarray | None] | None = None
 
     @cached_property
     def last(self) -> int:
@@ -92,20 +90,20 @@ class QueryGradients:
             self._solve = deep_solver(self.curvature, self.index, classifier, self.scope, self.blocks)
         return self._solve(vectors)
 
-    def at_checkpoint(self, number: int, asked: Asked) -> Vectors:
+    def at_checkpoint(self, number: int, queries: Queries) -> Vectors:
         """Whole gradients of the queries at a checkpoint; those of the last block asked are held."""
-        if asked.vectors is not None:
-            return asked.vectors
+        if queries.vectors is not None:
+            return queries.vectors
         held = self._held.get(number)
-        if held is None or held[0] is not asked:
+        if held is None or held[0] is not queries:
             classifier = self.models.classifier(number)
-            where = (classifier, self.scope, self.blocks, asked.texts, asked.targets)
-            found = whole_gradients(*where) if asked.groups is None else summed_gradients(*where, asked.groups)
-            self._held[number] = held = (asked, found)
+            where = (classifier, self.scope, self.blocks, queries.texts, queries.targets)
+            found = whole_gradients(*where) if queries.groups is None else summed_gradients(*where, queries.groups)
+            self._held[number] = held = (queries, found)
         return held[1]
 
-    def solutions(self, asked: Asked) -> tuple[Vectors, np.ndarray | None]:
+    def solutions(self, queries: Queries) -> tuple[Vectors, np.ndarray | None]:
         """H^-1 of them at the last checkpoint, and relative residuals where a solver iterated; held likewise."""
-        if self._held_solution is None or self._held_solution[0] is not asked:
-            self._held_solution = (asked, *self.solve(self.at_checkpoint(self.last, asked)))
+        if self._held_solution is None or self._held_solution[0] is not queries:
+            self._held_solution = (queries, *self.solve(self.at_checkpoint(self.last, queries)))
         return self._held_solution[1:]

@@ -22,11 +22,11 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Texts, as_encoded, distinct_rows
 from forebear.indexer.sketches.candidates import propose
 from forebear.retriever.deep.candidates import Candidates
-from forebear.retriever.deep.query_gradients import Asked, QueryGradients
+from forebear.retriever.deep.query_gradients import Queries, QueryGradients
 from forebear.retriever.question.inverse import CurvatureSpec
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.models import Models
-from forebear.retriever.ranking import Ranking, join, rank
+from forebear.retriever.ranking import Ends, Ranking, rank
 
 VECTOR_BYTES = 1 << 30  # whole query vectors held at once; with solutions, a pass takes as much again for their copy
 SELF_ROWS = 8  # candidates whose self-influence is solved for at once
@@ -60,21 +60,26 @@ class IndexRows:
 class GradientSearch:
     """Scores training rows by gradients over one scope beyond the head, for blocks of test rows."""
 
-    def __init__(self, index: Index, models: Models, scope: str, curvature: CurvatureSpec) -> None:
+    def __init__(self, models: Models, scope: str, curvature: CurvatureSpec) -> None:
         """Nothing is loaded yet.
 
         Args:
-            index: With the scope's sketches.
-            models: Its models.
+            models: Of an index with the scope's sketches.
             scope: ``top-K``, ``all`` or ``layer:NAME``; at ``head`` rows can be scored, but nothing proposes any.
             curvature: For ``if`` and ``rif``.
         """
+        index = models.index
         if scope != "head":
             index.check_scope(scope)
         self.index, self.models, self.scope, self.curvature = index, models, scope, curvature
-        self.queries = QueryGradients(index, models, scope, curvature)
-        self.candidates = Candidates(self.queries)
+        self.gradients = QueryGradients(models, scope, curvature)
+        self.candidates = Candidates(self.gradients)
         self.rows: Rows = IndexRows(index)
+
+    @classmethod
+    def kept(cls, models: Models, scope: str, curvature: CurvatureSpec) -> GradientSearch:
+        """The search over a scope under a curvature, made once: what it loads serves all questions."""
+        return models.keep((cls, scope, curvature), lambda: cls(models, scope, curvature))
 
     def over(self, rows: Rows) -> GradientSearch:
         """The same question's search, which scores other rows; what is held of the test rows is shared."""
@@ -83,110 +88,102 @@ class GradientSearch:
         return other
 
     def search(
-        self, methods: Sequence[Method], asked: Asked, k: int, *, exact: str, n_candidates: dict[str, int]
-    ) -> dict[str, tuple[Ranking, Ranking]]:
-        """Both ends of each method's ranking, (proponents, opponents).
+        self, methods: Sequence[Method], queries: Queries, k: int, *, exact: str, n_candidates: dict[str, int]
+    ) -> dict[str, Ends]:
+        """Both ends of each method's ranking.
 
         Args:
             methods: That compare gradients.
-            asked: Test rows.
+            queries: Test rows whose whole gradients fit in memory together; see :meth:`chunks`.
             k: Results at each end.
             exact: ``none``, ``rerank`` or ``full``.
             n_candidates: Rows at each end that the sketches propose, by method name.
         """
-        chunks = self._chunks(methods, len(asked))
-        if len(chunks) > 1:
-            found = [
-                self.search(methods, asked.take(which), k, exact=exact, n_candidates=n_candidates) for which in chunks
-            ]
-            return {m.name: (join([f[m.name][0] for f in found]), join([f[m.name][1] for f in found])) for m in methods}
-        if exact == "full":
-            return self._full(methods, asked, k)
         live = self.index.live
         if exact == "none":
-            nothing = np.zeros(len(asked), np.int64)
-            estimated = {
-                name: propose(
-                    parts,
-                    live,
-                    min(len(live), k),
-                    replace(self.candidates.proposal(_method(methods, name)), margin=0.0),
-                )
-                for name, parts in self.candidates.parts(methods, asked).items()
-            }
-            return {
-                name: tuple(Ranking(rows, scores.astype(np.float64), False, nothing) for rows, scores in ends)  # type: ignore[misc]
-                for name, ends in estimated.items()
-            }
+            return self._estimated(methods, queries, min(len(live), k))
+        if exact == "full":
+            scores, residuals = self.score_together(methods, queries, {method.name: live for method in methods})
+            n_scored = np.full(len(queries), len(live))
+            return {m.name: _ends(scores[m.name], live, k, n_scored, _of_method(residuals, m)) for m in methods}
         widths = {method.name: max(k, n_candidates[method.name]) for method in methods}
-        rows = {
-            name: np.concatenate(ends, axis=1) for name, ends in self.candidates.propose(methods, asked, widths).items()
-        }
-        scores, residuals = self.score(methods, asked, rows)
-        return {name: _both_ends(rows[name], scores[name], k, residuals.get(name)) for name in rows}
+        proposed = self.candidates.propose(methods, queries, widths)
+        rows = {name: np.concatenate(ends, axis=1) for name, ends in proposed.items()}
+        scores, residuals = self.score_together(methods, queries, rows)
+        return {m.name: _both_ends(rows[m.name], scores[m.name], k, _of_method(residuals, m)) for m in methods}
 
-    def _full(self, methods: Sequence[Method], asked: Asked, k: int) -> dict[str, tuple[Ranking, Ranking]]:
-        live = self.index.live
-        scores, residuals = self.score(methods, asked, {method.name: live for method in methods})
-        n_scored = np.full(len(asked), len(live))
-        return {
-            name: tuple(  # type: ignore[misc]
-                Ranking(*rank(found, live, k, largest=largest), True, n_scored, residual=residuals.get(name))
-                for largest in (True, False)
+    def _estimated(self, methods: Sequence[Method], queries: Queries, k: int) -> dict[str, Ends]:
+        """Both ends by the sketches' estimates alone."""
+        parts, live, none_scored = (
+            self.candidates.parts(methods, queries),
+            self.index.live,
+            np.zeros(len(queries), np.int64),
+        )
+        found: dict[str, Ends] = {}
+        for method in methods:
+            proposal = replace(self.candidates.proposal(method), margin=0.0)
+            first, last = (
+                Ranking(rows, scores.astype(np.float64), False, none_scored)
+                for rows, scores in propose(parts[method.name], live, k, proposal)
             )
-            for name, found in scores.items()
-        }
+            found[method.name] = (first, last)
+        return found
 
     def score(
-        self, methods: Sequence[Method], asked: Asked, rows: dict[str, np.ndarray]
+        self, methods: Sequence[Method], queries: Queries, rows: dict[str, np.ndarray]
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Exact scores of rows, and relative residuals of H^-1 where it was iterated.
 
         Args:
             methods: That compare gradients.
-            asked: Test rows.
+            queries: Test rows.
             rows: Row numbers by method name: ``(q, m)``, or ``(n,)`` for all queries.
 
         Returns:
             By method name: scores ``(q, m)`` or ``(q, n)`` float64, and residuals ``(q,)``.
         """
-        q = len(asked)
+        q = len(queries)
         scores = {name: np.empty((q, at.shape[-1])) for name, at in rows.items()}
         residuals: dict[str, np.ndarray] = {}
-        chunks = self._chunks(methods, q)
+        chunks = self.chunks(methods, q)
         for which in chunks:
             mine = {name: at if at.ndim == 1 else at[which] for name, at in rows.items()}
-            found, left = self._score_chunk(methods, asked if len(chunks) == 1 else asked.take(which), mine)
-            for name in scores:
-                scores[name][which] = found[name]
-                if left is not None and _method(methods, name).query == "preconditioned":
-                    residuals.setdefault(name, np.zeros(q))[which] = left
+            found, left = self.score_together(methods, queries if len(chunks) == 1 else queries.take(which), mine)
+            for method in methods:
+                scores[method.name][which] = found[method.name]
+                if (residual := _of_method(left, method)) is not None:
+                    residuals.setdefault(method.name, np.zeros(q))[which] = residual
         return scores, residuals
 
-    def _chunks(self, methods: Sequence[Method], n_queries: int) -> list[np.ndarray]:
+    def chunks(self, methods: Sequence[Method], n_queries: int) -> list[np.ndarray]:
         """Queries whose whole vectors fit in memory together."""
         kinds = 2 if any(m.query == "preconditioned" for m in methods) else 1
-        size = max(1, VECTOR_BYTES // (4 * kinds * sum(block.size for block in self.queries.blocks)))
+        size = max(1, VECTOR_BYTES // (4 * kinds * sum(block.size for block in self.gradients.blocks)))
         return [np.arange(i, min(i + size, n_queries)) for i in range(0, n_queries, size)]
 
-    def _score_chunk(
-        self, methods: Sequence[Method], asked: Asked, rows: dict[str, np.ndarray]
+    def score_together(
+        self, methods: Sequence[Method], queries: Queries, rows: dict[str, np.ndarray]
     ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """:meth:`score` for test rows whose whole gradients fit in memory together: one pass over the rows.
+
+        Returns:
+            Scores by method name, and relative residuals of H^-1 ``(q,)`` where it was iterated.
+        """
         distinct = np.unique(np.concatenate([at.reshape(-1) for at in rows.values()]))
         texts, labels = self.rows.texts(distinct), self.rows.labels(distinct)
         where = {name: np.searchsorted(distinct, at) for name, at in rows.items()}
-        scores = {name: np.zeros((len(asked), at.shape[-1])) for name, at in rows.items()}
+        scores = {name: np.zeros((len(queries), at.shape[-1])) for name, at in rows.items()}
         residual: np.ndarray | None = None
-        for number in sorted({n for method in methods for n, _ in self.queries.checkpoints(method)}):
+        for number in sorted({n for method in methods for n, _ in self.gradients.checkpoints(method)}):
             classifier = self.models.classifier(number)
-            mine = [m for m in methods if number in dict(self.queries.checkpoints(m))]
-            g = self.queries.at_checkpoint(number, asked)
+            mine = [m for m in methods if number in dict(self.gradients.checkpoints(m))]
+            g = self.gradients.at_checkpoint(number, queries)
             vectors: list[Vectors] = [g]
             if any(m.query == "preconditioned" for m in mine):
-                solved, residual = self.queries.solutions(asked)
+                solved, residual = self.gradients.solutions(queries)
                 vectors.append(solved)
             stacked = vectors[0] if len(vectors) == 1 else {n: torch.cat([v[n] for v in vectors]) for n in g}
-            q = len(asked)
+            q = len(queries)
             wanted = np.zeros((len(vectors) * q, len(distinct)), bool)
             for method in mine:
                 half = wanted[q:] if method.query == "preconditioned" else wanted[:q]
@@ -194,7 +191,7 @@ class GradientSearch:
                     half[:, where[method.name]] = True
                 else:
                     np.put_along_axis(half, where[method.name], True, axis=1)
-            dots = exact_dots(classifier, self.scope, stacked, self.queries.blocks, texts, labels, wanted=wanted)
+            dots = exact_dots(classifier, self.scope, stacked, self.gradients.blocks, texts, labels, wanted=wanted)
             for method in mine:
                 preconditioned = method.query == "preconditioned"
                 found = _pick(dots[q:] if preconditioned else dots[:q], where[method.name])
@@ -203,7 +200,7 @@ class GradientSearch:
                     lengths = self._row_lengths(method, classifier, distinct)
                     below = own[:, None] * _pick(np.broadcast_to(lengths, (q, len(distinct))), where[method.name])
                     found = np.divide(found, below, out=np.zeros_like(found), where=below > 0)
-                scores[method.name] += dict(self.queries.checkpoints(method))[number] * found
+                scores[method.name] += dict(self.gradients.checkpoints(method))[number] * found
         return scores, residual
 
     def _row_lengths(self, method: Method, classifier: Classifier, rows: np.ndarray) -> np.ndarray:
@@ -219,8 +216,8 @@ class GradientSearch:
         found = np.empty(len(first))
         for start in range(0, len(first), SELF_ROWS):
             some = first[start : start + SELF_ROWS]
-            g = whole_gradients(classifier, self.scope, self.queries.blocks, encoded.take(some), labels[some])
-            found[start : start + SELF_ROWS] = dot(self.queries.solve(g)[0], g).cpu().numpy()
+            g = whole_gradients(classifier, self.scope, self.gradients.blocks, encoded.take(some), labels[some])
+            found[start : start + SELF_ROWS] = dot(self.gradients.solve(g)[0], g).cpu().numpy()
         return np.asarray(np.sqrt(np.maximum(found, 0.0))[kinds])
 
 
@@ -229,8 +226,9 @@ def _own_lengths(solved: Vectors, g: Vectors) -> np.ndarray:
     return np.asarray(dot(solved, g).clamp_min(0).sqrt().cpu().numpy())
 
 
-def _method(methods: Sequence[Method], name: str) -> Method:
-    return next(m for m in methods if m.name == name)
+def _of_method(residual: np.ndarray | None, method: Method) -> np.ndarray | None:
+    """Relative residuals of H^-1, for a method that applies it."""
+    return residual if method.query == "preconditioned" else None
 
 
 def _pick(values: np.ndarray, where: np.ndarray) -> np.ndarray:
@@ -238,7 +236,7 @@ def _pick(values: np.ndarray, where: np.ndarray) -> np.ndarray:
     return np.asarray(values[:, where] if where.ndim == 1 else np.take_along_axis(values, where, axis=1))
 
 
-def _both_ends(rows: np.ndarray, scores: np.ndarray, k: int, residual: np.ndarray | None) -> tuple[Ranking, Ranking]:
+def _both_ends(rows: np.ndarray, scores: np.ndarray, k: int, residual: np.ndarray | None) -> Ends:
     """Rank the candidates of both ends together; a row that was proposed at both counts once."""
     order = np.argsort(rows, axis=1, kind="stable")
     rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
@@ -250,3 +248,11 @@ def _both_ends(rows: np.ndarray, scores: np.ndarray, k: int, residual: np.ndarra
         once = np.where(again, -np.inf if largest else np.inf, scores)
         ends.append(Ranking(*rank(once, rows, k, largest=largest), True, n_scored, residual=residual))
     return ends[0], ends[1]
+
+
+def _ends(scores: np.ndarray, rows: np.ndarray, k: int, n_scored: np.ndarray, residual: np.ndarray | None) -> Ends:
+    """Both ends of scores ``(q, n)`` of rows ``(n,)``."""
+    first, last = (
+        Ranking(*rank(scores, rows, k, largest=largest), True, n_scored, residual=residual) for largest in (True, False)
+    )
+    return first, last

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from forebear.errors import InputError
-from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import LabelMap
 from forebear.indexer.rows.row_source import RowSource
 from forebear.retriever.head.queries import make_query
 from forebear.retriever.head.scoring import Query, added, summed
-from forebear.retriever.question.asked import ask
-from forebear.retriever.question.inverse import CurvatureSpec
-from forebear.retriever.question.methods import Method
+from forebear.retriever.question.batch import make_batch
 from forebear.retriever.question.models import Models
+from forebear.retriever.question.spec import Question
 
 BLOCK_ROWS = 512
 NONE = -1  # class id of a group whose rows do not share one
@@ -37,51 +34,31 @@ class Summed:
     targets: np.ndarray
 
 
-def check_linear(index: Index, methods: Sequence[Method]) -> None:
-    """Refuse the refitted representer, whose kernel has an offset: its sum is no query vector.
-
-    Raises:
-        InputError: It is asked for.
-    """
-    if any(m.query == "representer" for m in methods) and index.manifest.curvature["head"]["representer"]["refit"]:
-        raise InputError(
-            "--aggregate: rep of an index built with --rep-refit is not linear in the query. Give gd or if."
-        )
-
-
 def sum_queries(
-    models: Models,
-    index: Index,
-    methods: Sequence[Method],
-    texts: Sequence[Sequence[str]],
-    labels: np.ndarray | None,
-    groups: np.ndarray,
-    target: str,
-    curvature: CurvatureSpec,
+    question: Question, models: Models, texts: Sequence[Sequence[str]], labels: np.ndarray | None, groups: np.ndarray
 ) -> Summed:
     """Run the models over test rows and sum the query vectors of each group, block by block.
 
     Args:
+        question: Of its methods, those that are answered from what is stored exactly are summed; with none, the rows
+            are predicted all the same.
         models: Of the index.
-        index: Whose curvature, eta and N are used.
-        methods: That are answered from what is stored exactly; with none, the rows are predicted all the same.
         texts: Test rows, one list a text column.
         labels: Class ids, ``(q,)``, or None.
         groups: Number of each row's group, from 0, ``(q,)``.
-        target: ``predicted``, ``gold`` or a label's name.
-        curvature: For ``if``.
     """
     n_groups = int(groups.max()) + 1
+    stored = [method for method in question.methods if question.searched_by(method) == "stored"]
     queries: dict[str, Query] = {}
     predictions, targets = np.empty(len(groups), np.int64), np.empty(len(groups), np.int64)
     for start in range(0, len(groups), BLOCK_ROWS):
         at = slice(start, start + BLOCK_ROWS)
         gold = None if labels is None else labels[at]
-        block = [column[at] for column in texts]
-        asked = ask(models, methods, block, gold, target, len(index.manifest.checkpoints), first_row=start)
-        predictions[at], targets[at] = asked.forward.predictions, asked.targets
-        for method in methods:
-            part = summed(make_query(method, asked, index, curvature), groups[at], n_groups)
+        numbers = range(start, min(start + BLOCK_ROWS, len(groups)))
+        batch = make_batch(question.of(stored), models, [column[at] for column in texts], gold, numbers=numbers)
+        predictions[at], targets[at] = batch.forward.predictions, batch.targets
+        for method in stored:
+            part = summed(make_query(method, batch, question.index, question.curvature), groups[at], n_groups)
             queries[method.name] = added(queries[method.name], part) if method.name in queries else part
     return Summed(queries, predictions, targets)
 

@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from typing_extensions import override
+
 from forebear.indexer.index import Index
 from forebear.indexer.storage.scan_table import ScanBlock, ScanTable, norms_of
 from forebear.retriever.head.queries import make_query
 from forebear.retriever.head.scoring import Query
 from forebear.retriever.head.search import RowFactors, search_ann, search_full, search_scan
-from forebear.retriever.question.asked import Asked
-from forebear.retriever.question.inverse import CurvatureSpec
+from forebear.retriever.head.vectors import VECTORS
+from forebear.retriever.question.batch import Batch
 from forebear.retriever.question.methods import Method, ann_name
-from forebear.retriever.ranking import Ranking
+from forebear.retriever.question.recall import stored_recall, with_note
+from forebear.retriever.question.searcher import Searcher
+from forebear.retriever.question.spec import Question
+from forebear.retriever.ranking import Ends
+from forebear.retriever.scores import Scores
 
 
-def search_stored(
-    index: Index, method: Method, asked: Asked, curvature: CurvatureSpec, top: int, *, exact: str
-) -> tuple[Ranking, Ranking]:
-    """Both ends of a method's ranking, (proponents, opponents); see :class:`QuerySpec` for ``exact``."""
-    return search_query(index, method, make_query(method, asked, index, curvature), top, exact=exact)
+class StoredSearcher(Searcher):
+    """Features, sentence embeddings and gradients of the head: stored exactly for every row."""
+
+    @override
+    def search(self, question: Question, batch: Batch) -> dict[str, Ends]:
+        found = {}
+        for method in question.methods:
+            query = make_query(method, batch, self.index, question.curvature)
+            found[method.name] = search_query(self.index, method, query, question.top, exact=question.spec.exact)
+        return found
+
+    @override
+    def score(self, question: Question, batch: Batch, rows: np.ndarray) -> Scores:
+        found = Scores()
+        for method in question.methods:
+            query = make_query(method, batch, self.index, question.curvature)
+            found.note_residual(method.name, query.residual)
+            found[method.name] = replace(row_factors(self.index, method), live=rows).all_products(query)
+        return found
+
+    @override
+    @staticmethod
+    def facts(question: Question, method: Method) -> dict[str, Any]:
+        return with_note(stored_recall(question, method))
 
 
-def search_query(index: Index, method: Method, query: Query, top: int, *, exact: str) -> tuple[Ranking, Ranking]:
-    """The same for query vectors that are made already."""
+def search_query(index: Index, method: Method, query: Query, top: int, *, exact: str) -> Ends:
+    """Both ends of the ranking of query vectors; see :class:`QuerySpec` for ``exact``."""
     factors = row_factors(index, method)
-    if exact == "full":
+    table = None if exact == "full" else _scan_table(index, method, query)
+    if table is None:
         return search_full(query, factors, top)
-    rerank = exact == "rerank"
-    table = _scan_table(index, method, query)
-    name = ann_name(method)
+    rerank, name = exact == "rerank", ann_name(method)
     if name is not None:
         return search_ann(query, index.ann(name), table, factors, top, rerank=rerank)
     return search_scan(query, table, factors, top, rerank=rerank)
@@ -35,10 +63,8 @@ def search_query(index: Index, method: Method, query: Query, top: int, *, exact:
 
 def row_factors(index: Index, method: Method) -> RowFactors:
     """What a method compares, for every training row."""
-    if method.representation == "sentence":
-        return RowFactors((index.sentence(),), (), index.live)
-    if method.representation == "feature":
-        return RowFactors((index.features(),), (), index.live)
+    if method.representation in VECTORS:
+        return RowFactors((VECTORS[method.representation].of_rows(index),), (), index.live)
     if method.all_checkpoints:
         numbers = range(len(index.manifest.checkpoints))
         features = tuple(index.features(c) for c in numbers)
@@ -49,14 +75,14 @@ def row_factors(index: Index, method: Method) -> RowFactors:
     return RowFactors((index.features(),), (residuals,), index.live)
 
 
-def _scan_table(index: Index, method: Method, query: Query) -> ScanTable:
-    if method.representation == "sentence":
-        return index.scan_table("sentence")
+def _scan_table(index: Index, method: Method, query: Query) -> ScanTable | None:
+    """Rows by falling norm of what a method compares; None where the index keeps none."""
+    if method.representation in VECTORS:
+        table_of = VECTORS[method.representation].scan_table
+        return None if table_of is None else table_of(index)
     if method.all_checkpoints and len(index.manifest.checkpoints) > 1:
         return index.scan_table("head-tracin")
     table = index.scan_table("head")
-    if method.representation == "feature":
-        return ScanTable(tuple(ScanBlock(b.rows, b.features, (), b.feature_norms, ()) for b in table.blocks))
     if method.query == "representer" and query.terms[0].offset:
         refitted = index.representer_residuals()
 

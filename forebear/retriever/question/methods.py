@@ -13,6 +13,7 @@ Representation = Literal["feature", "sentence", "head", "words", "tfidf"]
 Words = Literal["all", "topk", "common", "nocommon"]
 QueryVector = Literal["same", "preconditioned", "representer"]
 Metric = Literal["dot", "cos", "euc"]
+Searched = Literal["stored", "gradients", "words", "tfidf", "spans"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,28 @@ class Method:
     def store(self) -> str:
         """The ``--store`` of the index that it needs."""
         return {"sentence": "sbert", "words": "words", "tfidf": "words"}.get(self.representation, "features")
+
+    def searched_by(self, scope: str) -> Searched:
+        """Name of the searcher (:data:`~forebear.retriever.searchers.SEARCHERS`) that answers for it at a scope.
+
+        What is stored exactly answers for features, sentence embeddings and gradients of the head; sketches and the
+        model for gradients beyond the head, and for what only the model scores: spans, saliency and variants.
+        """
+        if self.by_model:
+            return "spans"
+        if self.representation in ("words", "tfidf"):
+            return self.representation
+        return "gradients" if self.representation == "head" and scope != "head" else "stored"
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether it compares texts, so that it cannot be asked of rows with word pieces masked."""
+        return self.by_words or self.representation == "sentence"
+
+    @property
+    def scores_rows(self) -> bool:
+        """Whether it gives each training row one score for a prediction: neither spans nor a word's saliency."""
+        return self.spans is None and not self.saliency
 
     @property
     def calibrated_as(self) -> str:
@@ -218,6 +241,6 @@ def _layer_method(name: str) -> Method:
 
 def ann_name(method: Method) -> str | None:
     """The FAISS index that serves a method, if one does."""
-    if method.representation == "head" or method.metric == "dot":
+    if method.representation not in ("feature", "sentence") or method.metric == "dot":
         return None
     return f"{method.representation}-{method.metric}"

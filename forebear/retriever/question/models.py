@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from forebear.indexer.model.encoding import encode, pad_batch, plan_batches
 from forebear.indexer.model.loading import check_same_model, load_classifier, weights_sha256
 from forebear.indexer.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.training.run import moved_paths
+
+T = TypeVar("T")
 
 N_VARIANTS = 3  # of the Span paper's TracInF
 VARIANT_ROWS = 32
@@ -49,28 +53,47 @@ def one_step_away(classifier: Classifier, index: Index, number: int) -> Classifi
 
 
 class Models:
-    """The models of an index, loaded when first asked for and checked against its fingerprints."""
+    """The models of an index, loaded when first asked for and checked against its fingerprints.
 
-    def __init__(self, index: Index, *, model: str | Classifier | None, device: str) -> None:
-        self._index = index
+    Attributes:
+        index: The index.
+    """
+
+    def __init__(self, index: Index, *, model: str | Classifier | None = None, device: str = "auto") -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            index: The index.
+            model: Where the last checkpoint's model is now, or the model itself; None: where it was.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        """
+        self.index = index
         self._override = model if isinstance(model, Classifier) else None
         self._paths = moved_paths(model if isinstance(model, str) else None, index.manifest.checkpoints, index.folder)
         self._device = device
         self._loaded: dict[int, Classifier] = {}
+        self._kept: dict[Hashable, Any] = {}
+
+    def keep(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What is made from these models once, when it is first asked for, and kept for later questions."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        found: T = self._kept[key]
+        return found
 
     def classifier(self, checkpoint: int = -1) -> Classifier:
         """The classifier at a checkpoint of the index; the last by default. Numbers past it are its variants."""
-        checkpoints = self._index.manifest.checkpoints
+        checkpoints = self.index.manifest.checkpoints
         number = checkpoint if checkpoint >= 0 else checkpoint % len(checkpoints)
         if number not in self._loaded:
             if number < len(checkpoints):
                 self._loaded[number] = self._load(number, last=number == len(checkpoints) - 1)
             else:
-                self._loaded[number] = one_step_away(self.classifier(), self._index, number - len(checkpoints))
+                self._loaded[number] = one_step_away(self.classifier(), self.index, number - len(checkpoints))
         return self._loaded[number]
 
     def _load(self, number: int, *, last: bool) -> Classifier:
-        manifest = self._index.manifest
+        manifest = self.index.manifest
         spec, listed = manifest.spec, manifest.checkpoints[number]
         if last and self._override is not None:
             classifier = self._override
@@ -84,10 +107,10 @@ class Models:
     @cached_property
     def sentence_encoder(self) -> SentenceEncoder:
         """The un-tuned encoder of the index."""
-        manifest = self._index.manifest
+        manifest = self.index.manifest
         if manifest.sentence_model is None:
             raise MissingStoreError(
-                f"{self._index.folder} holds no sentence embeddings. Build it with --store features,sbert."
+                f"{self.index.folder} holds no sentence embeddings. Build it with --store features,sbert."
             )
         encoder = load_sentence_encoder(manifest.sentence_model, device=self._device)
         if encoder.sha256 != manifest.spec.sentence_sha256:

@@ -10,14 +10,13 @@ Everywhere else it is None, and a note says why.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from forebear.indexer.index import Index
 from forebear.indexer.storage.ann import CALIBRATION_TOP, expected_recall
 from forebear.retriever.question.inverse import CurvatureSpec
 from forebear.retriever.question.methods import Method, ann_name
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import Question
 
 DEFAULT_CANDIDATES = 100  # where no calibration says how many a recall takes
 # By a method that compares whitened sketches, the method that compares the plain sketches in the same way.
@@ -26,12 +25,6 @@ _ROUNDING = 1e-9
 Stated = tuple[float | None, str | None]  # a recall, and what must be said beside it
 PROVEN: Stated = (1.0, None)
 NOT_RERANKED: Stated = (None, "recall not measured for --exact none")
-
-
-def stores_spans(index: Index, spec: QuerySpec) -> bool:
-    """Whether an index holds the spans that a settled question is about."""
-    stored = index.manifest.spec
-    return stored.spans is not None and (spec.spans, spec.span_column) == (stored.spans, stored.span_column)
 
 
 def candidates_for(shares: dict[str, float], recall: float, n_live: int) -> int:
@@ -77,25 +70,27 @@ def same_as(index: Index, scope: str, method: Method, curvature: CurvatureSpec) 
     return method.name
 
 
-def _searched(index: Index, scope: str, method: Method, spec: QuerySpec) -> tuple[str, int]:
+def _searched(question: Question, method: Method) -> tuple[str, int]:
     """The method whose calibration says how many candidates it takes, and the number of what is searched."""
-    if method.ranks_spans and stores_spans(index, spec):
+    index = question.index
+    if method.ranks_spans and question.spans_are_stored:
         return method.name, len(index.live_spans)
     if method.by_model:
         return method.calibrated_as, index.manifest.n_live
-    return same_as(index, scope, method, spec.solver), index.manifest.n_live
+    return same_as(index, question.scope_of(method), method, question.curvature), index.manifest.n_live
 
 
-def n_candidates(index: Index, scope: str, method: Method, spec: QuerySpec) -> int:
+def n_candidates(question: Question, method: Method) -> int:
     """Rows, or stored spans, at each end that are scored exactly for a method at a scope beyond the head.
 
     Where candidates come from two sketches, so many come from each. Where the sample does not support the recall that
     is asked for, they are those of the largest that it supports, and at least as many as without calibration.
     """
+    spec = question.spec
     if spec.candidates is not None:
         return spec.candidates
-    name, total = _searched(index, scope, method, settled(index, spec))
-    calibration = index.calibrated(scope, name)
+    name, total = _searched(question, method)
+    calibration = question.index.calibrated(question.scope_of(method), name)
     if calibration is None:
         return max(spec.top, DEFAULT_CANDIDATES)
     n = max(spec.top, candidates_for(calibration["candidates"], spec.recall, total))
@@ -103,16 +98,17 @@ def n_candidates(index: Index, scope: str, method: Method, spec: QuerySpec) -> i
     return max(n, min(total, DEFAULT_CANDIDATES)) if unsupported else n
 
 
-def deep_recall(index: Index, scope: str, method: Method, n: int, spec: QuerySpec) -> Stated:
+def deep_recall(question: Question, method: Method, n: int) -> Stated:
     """What ``n`` candidates at each end buy beyond the head; None, and why, where that was not measured."""
-    name, total = _searched(index, scope, method, spec)
+    spec = question.spec
+    name, total = _searched(question, method)
     words_of_rows = method.saliency and method.spans is not None  # scored are the words of a few rows, never of all
     if n >= total and not words_of_rows:
         return PROVEN
-    reasons = _not_measured(index, scope, method, name, spec)
+    reasons = _not_measured(question, method, name)
     if reasons:
         return None, f"recall not measured for {'; '.join(reasons)}"
-    calibration = index.calibrated(scope, name)
+    calibration = question.index.calibrated(question.scope_of(method), name)
     assert calibration is not None
     at_most = spec.recall if spec.candidates is None else 1.0
     recall = recall_of(calibration["candidates"], n, total, at_most=at_most)
@@ -126,8 +122,9 @@ def deep_recall(index: Index, scope: str, method: Method, n: int, spec: QuerySpe
     return recall, None
 
 
-def _not_measured(index: Index, scope: str, method: Method, name: str, spec: QuerySpec) -> list[str]:
+def _not_measured(question: Question, method: Method, name: str) -> list[str]:
     """What a question asks for that the index's calibration did not."""
+    index, spec, scope = question.index, question.spec, question.scope_of(method)
     manifest = index.manifest
     calibration = index.calibrated(scope, name)
     if method.variants:
@@ -144,18 +141,18 @@ def _not_measured(index: Index, scope: str, method: Method, name: str, spec: Que
             "forebear): build it again"
         ]
     reasons = []
-    if method.query == "preconditioned" and spec.solver.at(scope) != "identity":
+    if method.query == "preconditioned" and question.curvature.at(scope) != "identity":
         stored = manifest.spec.dampings
-        if spec.solver.at(scope) != "ekfac":
-            reasons.append(f"--curvature {spec.solver.at(scope)}: calibrated under ekfac")
+        if question.curvature.at(scope) != "ekfac":
+            reasons.append(f"--curvature {question.curvature.at(scope)}: calibrated under ekfac")
         elif index.ekfac_damping(scope, spec.damping)[0] != 0:
             reasons.append(f"--damping {spec.damping}: calibrated at {stored[0]}")
     if spec.aggregate:
         reasons.append("--aggregate: calibrated for single rows")
     if spec.target != "predicted":
         reasons.append(f"--target {spec.target}: calibrated for the predicted label")
-    if method.spans == "both" and spec.query_spans not in (None, spec.spans):
-        reasons.append(f"--query-spans {spec.query_spans}: calibrated for {spec.spans}")
+    if method.spans == "both" and question.query_spans != spec.spans:
+        reasons.append(f"--query-spans {question.query_spans}: calibrated for {spec.spans}")
     if spec.top > calibration["top"]:
         reasons.append(f"--top {spec.top}: calibrated for the top {calibration['top']}")
     age = manifest.fit_age
@@ -164,8 +161,9 @@ def _not_measured(index: Index, scope: str, method: Method, name: str, spec: Que
     return reasons
 
 
-def stored_recall(index: Index, method: Method, spec: QuerySpec) -> Stated:
+def stored_recall(question: Question, method: Method) -> Stated:
     """Recall where every row's vector is stored: 1 where all rows are compared, or what was measured for FAISS."""
+    index, spec = question.index, question.spec
     if spec.exact == "none":
         return NOT_RERANKED
     name = ann_name(method)
@@ -193,11 +191,3 @@ def with_note(stated: Stated) -> dict[str, Any]:
     """Facts of an answer: ``recall``, and ``recall_note`` where something must be said beside it."""
     recall, note = stated
     return {"recall": recall} | ({} if note is None else {"recall_note": note})
-
-
-def settled(index: Index, spec: QuerySpec) -> QuerySpec:
-    """The question with what it leaves to the index: which spans, and in which text column."""
-    stored = index.manifest.spec
-    how = spec.spans or stored.spans or "clauses"
-    column = stored.span_column if how == stored.spans else 0
-    return replace(spec, spans=how, span_column=column if spec.span_column is None else spec.span_column)

@@ -11,7 +11,7 @@ from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.scopes import scope_blocks
-from forebear.retriever.deep.query_gradients import Asked
+from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import VECTOR_BYTES
 from forebear.retriever.question.inverse import CurvatureSpec, deep_solver
 from forebear.retriever.spans.search import SpanRows
@@ -20,18 +20,18 @@ from forebear.retriever.spans.search import SpanRows
 class SpanScores:
     """What spans of training rows and of test rows add to their gradients, compared over one scope."""
 
-    def __init__(self, index: Index, classifier: Classifier, scope: str, asked: Asked, entries: SpanRows) -> None:
+    def __init__(self, index: Index, classifier: Classifier, scope: str, queries: Queries, entries: SpanRows) -> None:
         """Prepare.
 
         Args:
             index: Whose curvature is used.
             classifier: The model that is explained.
             scope: Of the index.
-            asked: Test rows with their masked versions, ``q`` of them.
+            queries: Test rows with their masked versions, ``q`` of them.
             entries: Spans of training rows, ``m`` of them.
         """
         self._index, self._classifier, self._scope = index, classifier, scope
-        self._asked, self._entries = asked, entries
+        self._queries, self._entries = queries, entries
         with_bias = index.manifest.spec.with_bias and scope != "head"
         self._blocks = scope_blocks(classifier.model, classifier.head_name, scope, classifier.name, with_bias=with_bias)
 
@@ -40,7 +40,7 @@ class SpanScores:
 
         The Span paper's TracIn++ with its sign flipped: larger = proponent. The models have the classifier's layers.
         """
-        out = np.zeros((len(self._asked.targets), len(self._entries.rows)))
+        out = np.zeros((len(self._queries.targets), len(self._entries.rows)))
         for model in models:
             for which in self._chunks(1):
                 out[which] += self._dots(model, self._gradients(model, which))
@@ -63,12 +63,12 @@ class SpanScores:
     def _chunks(self, kinds: int) -> list[np.ndarray]:
         """Test rows whose whole vectors, ``kinds`` of each, fit in memory together."""
         size = max(1, VECTOR_BYTES // (4 * kinds * sum(block.size for block in self._blocks)))
-        q = len(self._asked.targets)
+        q = len(self._queries.targets)
         return [np.arange(i, min(i + size, q)) for i in range(0, q, size)]
 
     def _gradients(self, model: Classifier, which: np.ndarray) -> Vectors:
-        asked = self._asked.take(which)
-        return whole_gradients(model, self._scope, self._blocks, asked.texts, asked.targets)
+        some = self._queries.take(which)
+        return whole_gradients(model, self._scope, self._blocks, some.texts, some.targets)
 
     def _dots(self, model: Classifier, vectors: Vectors) -> np.ndarray:
         return exact_dots(model, self._scope, vectors, self._blocks, self._entries.encoded, self._entries.gold)

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from typing_extensions import override
 
 from forebear.errors import InputError
 from forebear.indexer.index import Index
@@ -28,13 +30,18 @@ from forebear.indexer.model.forward import residual_and_loss, run_forward
 from forebear.indexer.spans.finders import find_spans, span_finder
 from forebear.indexer.spans.masking import mask_found, mask_spans
 from forebear.indexer.spans.text import Finder, Span
-from forebear.retriever.deep.query_gradients import Asked
+from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch
 from forebear.retriever.head.stored import search_query
-from forebear.retriever.question.asked import Asked as AskedModels
+from forebear.retriever.question.batch import Batch
 from forebear.retriever.question.methods import METHODS, Method
-from forebear.retriever.ranking import Ranking
+from forebear.retriever.question.models import Models
+from forebear.retriever.question.recall import deep_recall, n_candidates, with_note
+from forebear.retriever.question.searcher import Searcher
+from forebear.retriever.question.spec import Question
+from forebear.retriever.ranking import Ends, Ranking
 from forebear.retriever.saliency.gradients import saliency_gradients, salient_words
+from forebear.retriever.scores import Scores
 from forebear.retriever.spans.stored import head_query, stored_ends
 
 WORD_ROWS = 10  # rows at each end of saliency-if whose words are scored for saliency-if-token
@@ -135,92 +142,113 @@ def query_spans(
     return [spans[i] for i in first], encoded.take(first)
 
 
+def gradient_queries(
+    question: Question, classifier: Classifier, batch: Batch
+) -> tuple[Queries, Queries, list[Span] | None]:
+    """Test rows as what gradients are compared of.
+
+    Returns:
+        The rows; the rows less themselves with their most important span masked; and these spans. The last two only
+        where a method compares spans of both rows; else the rows again, and None.
+    """
+    by_row = Queries(batch.columns, batch.targets)
+    if not any(method.spans == "both" for method in question.methods):
+        return by_row, by_row, None
+    spans, encoded = query_spans(
+        classifier, batch.columns, batch.table, batch.targets, batch.forward.logits, question.query_finder,
+        batch.numbers,
+    )  # fmt: skip
+    return by_row, Queries(encoded, batch.targets), spans
+
+
+class SpanSearcher(Searcher):
+    """Spans of training rows, influence on saliency, and sums over variants: only the model scores them."""
+
+    @override
+    def search(self, question: Question, batch: Batch) -> dict[str, Ends]:
+        return SpanSearch(question, self.models).search(batch)
+
+    @override
+    def score(self, question: Question, batch: Batch, rows: np.ndarray) -> Scores:
+        """Of variants alone (``tracin-f``); :attr:`Method.scores_rows` says so of a method."""
+        search = GradientSearch.kept(self.models, question.spec.scope, question.curvature)
+        wanted = {method.name: rows for method in question.methods}
+        return Scores(search.score(question.methods, Queries(batch.texts, batch.targets), wanted)[0])
+
+    @override
+    @staticmethod
+    def facts(question: Question, method: Method) -> dict[str, Any]:
+        spec = question.spec
+        facts: dict[str, Any] = {}
+        if method.saliency:  # spans are words then, whatever --spans says
+            facts = {"word": spec.word}
+        elif method.spans:
+            facts = {
+                "spans": spec.spans, "query_spans": question.query_spans, "span_column": spec.span_column,
+                "stored_spans": question.spans_are_stored,
+            }  # fmt: skip
+        all_stored = question.spans_are_stored if method.ranks_spans else method.saliency and not method.spans
+        if spec.exact == "full" or (all_stored and question.scope_of(method) == "head" and not method.variants):
+            return facts | {"recall": 1.0, "candidates": None}
+        n = n_candidates(question, method)
+        return facts | with_note(deep_recall(question, method, n)) | {"candidates": n}
+
+
 class SpanSearch:
-    """Ranks spans of training rows, or rows summed over variants of the model."""
+    """Answers one question about spans, saliency or variants."""
 
-    def __init__(self, search: GradientSearch, find: Finder, find_in_queries: Finder, *, stored: bool) -> None:
-        """Prepare.
+    def __init__(self, question: Question, models: Models) -> None:
+        """Nothing is loaded yet."""
+        self._question, self._stored = question, question.spans_are_stored
+        self._search = GradientSearch.kept(models, question.spec.scope, question.curvature)
 
-        Args:
-            search: Of the scope and curvature that the question asks for.
-            find: Finds the spans of a training row, from its texts.
-            find_in_queries: Finds those of a test row.
-            stored: Whether the index's store of spans holds what ``find`` finds.
-        """
-        self._search, self._find, self._find_in_queries, self._stored = search, find, find_in_queries, stored
-
-    def search(
-        self,
-        methods: Sequence[Method],
-        texts: Sequence[Sequence[str]],
-        table: pa.Table | None,
-        asked: AskedModels,
-        k: int,
-        *,
-        full: bool,
-        n_candidates: dict[str, int],
-        word: str | None = None,
-        numbers: Sequence[int] | None = None,
-    ) -> dict[str, tuple[Ranking, Ranking]]:
-        """Both ends of each method's ranking, (proponents, opponents).
-
-        Args:
-            methods: With spans or variants, or of saliency.
-            texts: Test rows, one list a text column.
-            table: The same rows with all their columns.
-            asked: What the models say of them.
-            k: Results at each end.
-            full: Score every row by the model, instead of candidates.
-            n_candidates: Rows at each end that are proposed, by method name; spans, where they are stored.
-            word: Whose saliency is meant; None: that of the most salient word of each test row.
-            numbers: Of the test rows, for messages; None: from 0.
+    def search(self, batch: Batch) -> dict[str, Ends]:
+        """Both ends of each method's ranking.
 
         Raises:
-            InputError: A test row has no span, or the candidates have fewer than ``k`` spans.
+            InputError: A test row has no span, or the candidates have fewer than ``top`` spans.
         """
-        search, index = self._search, self._search.index
-        plain = Asked([list(column) for column in texts], asked.targets)
-        own: list[Span] | None = None
-        different = plain
-        if any(m.spans == "both" for m in methods):
-            own, encoded = query_spans(
-                search.models.classifier(), texts, table, asked.targets, asked.forward.logits, self._find_in_queries,
-                numbers,
-            )  # fmt: skip
-            different = Asked(encoded, asked.targets)
+        question, search = self._question, self._search
+        spec, methods = question.spec, question.methods
+        classifier, numbers = search.models.classifier(), batch.numbers
+        k = spec.top if all(m.spans for m in methods) else question.top
+        by_row, by_span, own = gradient_queries(question, classifier, batch)
         salient: list[Span] | None = None
-        of_saliency = plain
+        of_saliency = by_row
         if any(m.saliency for m in methods):
-            salient = salient_words(search.models.classifier(), texts, asked.targets, word, numbers)
+            salient = salient_words(classifier, batch.columns, batch.targets, spec.word, numbers)
             vectors = saliency_gradients(
-                search.models.classifier(), search.queries.blocks, texts, asked.targets, salient, numbers
+                classifier, search.gradients.blocks, batch.columns, batch.targets, salient, numbers
             )
-            of_saliency = Asked(plain.texts, asked.targets, vectors)
+            of_saliency = Queries(by_row.texts, batch.targets, vectors)
         out = {}
         for method in methods:
             if method.saliency:
-                mine, owned = of_saliency, salient
+                queries, query_span = of_saliency, salient
             else:
-                mine, owned = (different, own) if method.spans == "both" else (plain, None)
-            by_entries = self._stored and method.ranks_spans
-            live = index.live_spans if by_entries else index.live
-            width = min(len(live), n_candidates[method.name])
-            if full:
-                proposed = np.broadcast_to(live, (len(asked.targets), len(live)))
-            elif by_entries and search.scope == "head" and not method.variants:
-                out[method.name] = self._rank_stored(method, mine, k, owned)
-                continue
-            elif method.saliency and not method.spans and search.scope == "head":
-                out[method.name] = self._rank_rows_at_head(method, mine, k, owned)
-                continue
-            elif method.saliency and method.spans:  # the words of the rows that saliency-if finds
-                proposed = self._rows_of_saliency(mine, min(WORD_ROWS, len(live)), width, owned)
-            else:
-                proposed = self._propose(method, mine, width, by_entries=by_entries)
-            out[method.name] = self._rank(method, mine, proposed, k, owned, by_entries=by_entries)
+                queries, query_span = (by_span, own) if method.spans == "both" else (by_row, None)
+            out[method.name] = self._search_method(method, queries, k, query_span)
         return out
 
-    def _propose(self, method: Method, asked: Asked, width: int, *, by_entries: bool) -> np.ndarray:
+    def _search_method(self, method: Method, queries: Queries, k: int, query_span: list[Span] | None) -> Ends:
+        """Both ends of one method's ranking; ``query_span`` is the span of each test row that is meant."""
+        search = self._search
+        by_entries = self._stored and method.ranks_spans
+        live = search.index.live_spans if by_entries else search.index.live
+        width = min(len(live), n_candidates(self._question, method))
+        if self._question.spec.exact == "full":
+            proposed = np.broadcast_to(live, (len(queries), len(live)))
+        elif by_entries and search.scope == "head" and not method.variants:
+            return self._rank_stored(method, queries, k, query_span)
+        elif method.saliency and not method.spans and search.scope == "head":
+            return self._rank_rows_at_head(method, queries, k, query_span)
+        elif method.saliency and method.spans:  # the words of the rows that saliency-if finds
+            proposed = self._rows_of_saliency(queries, min(WORD_ROWS, len(live)), width, query_span)
+        else:
+            proposed = self._propose(method, queries, width, by_entries=by_entries)
+        return self._rank(method, queries, proposed, k, query_span, by_entries=by_entries)
+
+    def _propose(self, method: Method, queries: Queries, width: int, *, by_entries: bool) -> np.ndarray:
         """Candidates, ``(q, 2 width)``, each once or twice: rows whose whole gradients score highest and lowest.
 
         Entries of the span store, if ``by_entries``.
@@ -229,24 +257,24 @@ class SpanSearch:
         base = METHODS["if" if method.query == "preconditioned" else "gd"]
         if search.scope != "head":
             as_calibrated = replace(base, name=method.name) if by_entries else base
-            ends = search.candidates.propose([as_calibrated], asked, {as_calibrated.name: width}, spans=by_entries)
+            ends = search.candidates.propose([as_calibrated], queries, {as_calibrated.name: width}, spans=by_entries)
             return np.concatenate(ends[as_calibrated.name], axis=1)
         if by_entries:
-            return np.concatenate([entries for entries, _ in stored_ends(search, method, asked, width)], axis=1)
-        query = head_query(search, method, asked)
+            return np.concatenate([entries for entries, _ in stored_ends(search, method, queries, width)], axis=1)
+        query = head_query(search, method, queries)
         ends_at_head = search_query(search.index, query.method, query, width, exact="none")
         return np.concatenate([end.rows for end in ends_at_head], axis=1)
 
     def _rank(
         self,
         method: Method,
-        asked: Asked,
+        queries: Queries,
         numbers: np.ndarray,
         k: int,
         own: list[Span] | None,
         *,
         by_entries: bool = False,
-    ) -> tuple[Ranking, Ranking]:
+    ) -> Ends:
         """Rank candidates ``(q, m)`` by the model: rows, all spans of rows, or entries of the span store."""
         search = self._search
         distinct = np.unique(numbers)
@@ -256,7 +284,7 @@ class SpanSearch:
             if by_entries:
                 entries = stored_span_rows(search.index, classifier, distinct)
             else:
-                find = span_finder("words") if method.saliency else self._find
+                find = span_finder("words") if method.saliency else self._question.row_finder
                 entries = span_rows(search.index, classifier, distinct, find, unknown=method.saliency)
             search = search.over(entries)
         # What is scored for each query: positions among the entries, or row numbers.
@@ -271,7 +299,7 @@ class SpanSearch:
         fewest, most = min(map(len, listed)), max(map(len, listed))
         _refuse_too_few(method, fewest, k)
         padded = np.stack([np.pad(mine, (0, most - len(mine)), mode="edge") for mine in listed])
-        scores, residuals = search.score([method], asked, {method.name: padded})
+        scores, residuals = search.score([method], queries, {method.name: padded})
         ends: list[Ranking] = []
         for largest in (True, False):
             found, found_scores = np.empty((len(listed), k), np.int64), np.empty((len(listed), k))
@@ -289,38 +317,36 @@ class SpanSearch:
             )  # fmt: skip
         return ends[0], ends[1]
 
-    def _rows_of_saliency(self, asked: Asked, k: int, width: int, own: list[Span] | None) -> np.ndarray:
+    def _rows_of_saliency(self, queries: Queries, k: int, width: int, own: list[Span] | None) -> np.ndarray:
         """The rows at both ends of ``saliency-if``, ``(q, 2 k)``."""
         method = METHODS["saliency-if"]
         if self._search.scope == "head":
-            found = self._rank_rows_at_head(method, asked, k, own)
+            found = self._rank_rows_at_head(method, queries, k, own)
         else:
-            found = self._rank(method, asked, self._propose(method, asked, width, by_entries=False), k, own)
+            found = self._rank(method, queries, self._propose(method, queries, width, by_entries=False), k, own)
         return np.concatenate([end.rows for end in found], axis=1)
 
-    def _rank_rows_at_head(
-        self, method: Method, asked: Asked, k: int, own: list[Span] | None
-    ) -> tuple[Ranking, Ranking]:
+    def _rank_rows_at_head(self, method: Method, queries: Queries, k: int, own: list[Span] | None) -> Ends:
         """Rank all rows at the head from stored factors, without the model; proven, as for other methods there."""
         search = self._search
-        residual = search.queries.solutions(asked)[1] if method.query == "preconditioned" else None
-        query = head_query(search, method, asked)
+        residual = search.gradients.solutions(queries)[1] if method.query == "preconditioned" else None
+        query = head_query(search, method, queries)
         first, last = search_query(search.index, query.method, query, k, exact="rerank")
         return replace(first, residual=residual, query_spans=own), replace(last, residual=residual, query_spans=own)
 
-    def _rank_stored(self, method: Method, asked: Asked, k: int, own: list[Span] | None) -> tuple[Ranking, Ranking]:
+    def _rank_stored(self, method: Method, queries: Queries, k: int, own: list[Span] | None) -> Ends:
         """Rank all stored spans at the head, without the model."""
         search, store = self._search, self._search.index.spans()
         n_live = len(search.index.live_spans)
         _refuse_too_few(method, n_live, k)
-        residual = search.queries.solutions(asked)[1] if method.query == "preconditioned" else None
+        residual = search.gradients.solutions(queries)[1] if method.query == "preconditioned" else None
         ends = [
             Ranking(
                 store.rows[entries], scores, True, np.full(len(entries), n_live), residual=residual,
                 spans=[store.spans(mine) for mine in entries], query_spans=own,
                 n_cut=np.full(len(entries), store.n_cut),
             )
-            for entries, scores in stored_ends(search, method, asked, k)
+            for entries, scores in stored_ends(search, method, queries, k)
         ]  # fmt: skip
         return ends[0], ends[1]
 
@@ -352,11 +378,11 @@ def word_influence(
     """
     classifier, targets = search.models.classifier(), np.array([target])
     salient = salient_words(classifier, texts, targets, word)
-    vectors = saliency_gradients(classifier, search.queries.blocks, texts, targets, salient)
+    vectors = saliency_gradients(classifier, search.gradients.blocks, texts, targets, salient)
     entries = span_rows(search.index, classifier, rows, span_finder("words"), unknown=True)
     if not len(entries.rows):
         return salient[0], entries, np.zeros(0)
     method = METHODS["saliency-if-token"]
-    asked = Asked(texts, targets, vectors)
-    scores, _ = search.over(entries).score([method], asked, {method.name: np.arange(len(entries.rows))})
+    queries = Queries(texts, targets, vectors)
+    scores, _ = search.over(entries).score([method], queries, {method.name: np.arange(len(entries.rows))})
     return salient[0], entries, scores[method.name][0]

@@ -8,32 +8,32 @@ import numpy as np
 
 from forebear.indexer.curvature.head import class_basis
 from forebear.indexer.index import Index
-from forebear.retriever.deep.query_gradients import Asked
+from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch
 from forebear.retriever.head.scoring import Query, Term
 from forebear.retriever.head.search import MAX_SCORES, RowFactors, best_of
 from forebear.retriever.question.methods import METHODS, Method
 
 
-def head_query(search: GradientSearch, method: Method, asked: Asked) -> Query:
+def head_query(search: GradientSearch, method: Method, queries: Queries) -> Query:
     """What is asked at the head of the last checkpoint, in the class directions of :func:`class_basis`."""
-    g = search.queries.at_checkpoint(search.queries.last, asked)
+    g = search.gradients.at_checkpoint(search.gradients.last, queries)
     if method.query == "preconditioned":
-        g = search.queries.solutions(asked)[0]
+        g = search.gradients.solutions(queries)[0]
     (whole,) = g.values()
     reduced = np.einsum("ac,qch->qah", class_basis(whole.shape[1]), whole.double().cpu().numpy())
     return Query(METHODS["gd"], (Term(1.0, None, matrix=reduced),), np.ones(len(reduced)))
 
 
 def stored_ends(
-    search: GradientSearch, method: Method, asked: Asked, k: int
+    search: GradientSearch, method: Method, queries: Queries, k: int
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Both ends of all live stored spans at the head of the last checkpoint, from stored factors.
 
     Returns:
         (entries, scores) of proponents, best first, and of opponents, ``(q, k)`` each.
     """
-    query, stored = head_query(search, method, asked), _StoredAtHead(search.index)
+    query, stored = head_query(search, method, queries), _StoredAtHead(search.index)
     ends = [(np.empty((len(query), k), np.int64), np.empty((len(query), k))) for _ in range(2)]
     for at in stored.chunks(len(query)):
         products = stored.products(query.take(at))
@@ -42,13 +42,13 @@ def stored_ends(
     return ends[0], ends[1]
 
 
-def stored_row_scores(search: GradientSearch, method: Method, asked: Asked) -> np.ndarray:
+def stored_row_scores(search: GradientSearch, method: Method, queries: Queries) -> np.ndarray:
     """The best stored span of each live row at the head of the last checkpoint, from stored factors.
 
     Returns:
         ``(q, n_live)`` float64, columns in the order of ``index.live``; -inf for a row without a stored span.
     """
-    query, stored = head_query(search, method, asked), _StoredAtHead(search.index)
+    query, stored = head_query(search, method, queries), _StoredAtHead(search.index)
     out = np.full((len(query), len(search.index.live)), -np.inf)
     rows, starts = np.unique(stored.rows, return_index=True)  # entries stand by row
     columns = np.searchsorted(search.index.live, rows)

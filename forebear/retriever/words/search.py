@@ -9,19 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import override
 
-from forebear.indexer.index import Index
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.words.gradients import WordRows, word_gradients
 from forebear.indexer.words.store import WordStore
+from forebear.retriever.question.batch import Batch
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.models import Models
-from forebear.retriever.ranking import Ranking, Words, join, rank
+from forebear.retriever.question.recall import NOT_RERANKED, PROVEN, with_note
+from forebear.retriever.question.searcher import Searcher
+from forebear.retriever.question.spec import Question, words_top
+from forebear.retriever.ranking import Ends, Ranking, Words, join_ends, rank
+from forebear.retriever.scores import Scores
 from forebear.retriever.words.scores import QueryWords, Shared, query_words, shared_words, squares
 from forebear.retriever.words.vocabulary import boundary_tokens, frequent_tokens, token_mask
 
@@ -33,26 +39,26 @@ _FLOAT32 = 1e-5  # rounding of the fast scores, as a share of U
 
 
 @dataclass(frozen=True)
-class Question:
-    """One word method's side of a block of test rows.
+class WordQueries:
+    """The test rows of a batch as one method by words compares them.
 
     Attributes:
-        method: Which.
-        top: Its store.
+        method: The method.
+        top: Positions kept a row in its store; 0: all.
         allowed: Mask by token id of the words that take part; None: all.
-        queries: Words of each test row.
+        words: Words of each test row.
         normalise: Whether scores are divided by sqrt(self x self).
     """
 
     method: Method
     top: int
     allowed: np.ndarray | None
-    queries: list[QueryWords]
+    words: list[QueryWords]
     normalise: bool
 
-    def take(self, first: int, last: int) -> Question:
+    def take(self, first: int, last: int) -> WordQueries:
         """The same of some of the test rows."""
-        return replace(self, queries=self.queries[first:last])
+        return replace(self, words=self.words[first:last])
 
 
 @dataclass(frozen=True)
@@ -70,26 +76,18 @@ class _Bounds:
     factors: np.ndarray | None
 
 
-def words_top(index: Index, method: Method) -> int:
-    """Positions kept a row in the store that a method needs; 0: all."""
-    tops = index.manifest.spec.words_tops
-    return next((top for top in tops if top), 10) if method.words == "topk" else 0
-
-
-@dataclass
-class WordSearch:
+class WordSearcher(Searcher):
     """Ranks training rows by shared words.
 
     Attributes:
-        index: With a words store.
-        models: Its models.
         prune: Off: every posting of the test row's words is read. The answer is the same.
     """
 
-    index: Index
-    models: Models
-    prune: bool = True
-    _lengths: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)
+    def __init__(self, models: Models) -> None:
+        """Nothing is loaded yet; the index holds a store of words."""
+        super().__init__(models)
+        self.prune = True
+        self._lengths: dict[tuple[int, str], np.ndarray] = {}
 
     @property
     def etas(self) -> tuple[float, ...]:
@@ -116,9 +114,9 @@ class WordSearch:
     def _frequent(self) -> np.ndarray:
         return frequent_tokens(self.models.classifier().tokenizer)
 
-    def questions(
+    def queries(
         self, methods: Sequence[Method], texts: Sequence[Sequence[str]], targets: np.ndarray, *, normalise: bool
-    ) -> list[Question]:
+    ) -> list[WordQueries]:
         """Words of a block of test rows for each method; one pass a checkpoint."""
         tops = sorted({words_top(self.index, method) for method in methods})
         found = self._from_models(texts, targets, tops)
@@ -126,7 +124,7 @@ class WordSearch:
         for method in methods:
             top, allowed = words_top(self.index, method), self.allowed(method)
             queries = query_words([words[top] for words in found], self.etas, allowed)
-            out.append(Question(method, top, allowed, queries, normalise))
+            out.append(WordQueries(method, top, allowed, queries, normalise))
         return out
 
     def _from_models(
@@ -143,63 +141,59 @@ class WordSearch:
         found = self._from_models(texts, self.index.labels[rows].astype(np.int64), tops)
         return {top: [words[top] for words in found] for top in tops}
 
-    def search(
-        self,
-        methods: Sequence[Method],
-        texts: Sequence[Sequence[str]],
-        targets: np.ndarray,
-        k: int,
-        *,
-        exact: str,
-        normalise: bool,
-    ) -> dict[str, tuple[Ranking, Ranking]]:
-        """Both ends of each method's ranking, (proponents, opponents), with contributions.
+    @override
+    def search(self, question: Question, batch: Batch) -> dict[str, Ends]:
+        """Both ends of the ranking for each test row, with contributions, by method name.
 
-        Args:
-            methods: Word methods.
-            texts: Test rows, one list a text column.
-            targets: Class whose loss is explained, ``(q,)``.
-            k: Results at each end.
-            exact: ``none`` (the stored vectors' scores), ``rerank`` or ``full`` (the model's).
-            normalise: Divide scores by sqrt(self x self).
+        The scores are those of the stored vectors (``none``), or the model's.
         """
-        questions = self.questions(methods, texts, targets, normalise=normalise)
+        k, exact = question.top, question.spec.exact
+        asked = self.queries(question.methods, batch.columns, batch.targets, normalise=question.spec.normalise)
         if exact == "full":
-            listed = [self._ends_of(scores, k) for scores in self.score(questions)]
+            listed = [self._ends_of(scores, k) for scores in self.scores(asked, self.index.live)]
         else:
-            listed = [self.candidates(question, k, exact) for question in questions]
+            listed = [self.candidates(queries, k, exact) for queries in asked]
         if exact == "none":
-            return {
-                q.method.name: self._rank(q, rows, k, None, exact=False)
-                for q, rows in zip(questions, listed, strict=True)
-            }
-        parts: list[dict[str, tuple[Ranking, Ranking]]] = []
-        for first, last in _few_rows(listed, len(targets)):
-            some = [rows[first:last] for rows in listed]
-            distinct = np.unique(np.concatenate([rows for of_method in some for rows in of_method]))
-            fresh = self._words_of(distinct, sorted({q.top for q in questions}))
-            parts.append(
-                {
-                    q.method.name: self._rank(q.take(first, last), rows, k, (distinct, fresh[q.top]), exact=True)
-                    for q, rows in zip(questions, some, strict=True)
-                }
-            )
-        return {name: (join([p[name][0] for p in parts]), join([p[name][1] for p in parts])) for name in parts[0]}
+            pairs = zip(asked, listed, strict=True)
+            return {queries.method.name: self._rank(queries, rows, k, None, exact=False) for queries, rows in pairs}
+        tops = sorted({queries.top for queries in asked})
+        parts: list[dict[str, Ends]] = []
+        for first, last in _few_rows(listed, len(batch)):
+            candidates = [rows[first:last] for rows in listed]
+            distinct = np.unique(np.concatenate([rows for of_method in candidates for rows in of_method]))
+            fresh = self._words_of(distinct, tops)
+            ends = {}
+            for queries, rows in zip(asked, candidates, strict=True):
+                words = (distinct, fresh[queries.top])
+                ends[queries.method.name] = self._rank(queries.take(first, last), rows, k, words, exact=True)
+            parts.append(ends)
+        return join_ends(parts)
 
-    def score(self, questions: Sequence[Question], wanted: np.ndarray | None = None) -> list[np.ndarray]:
-        """Exact scores of training rows (None: all live ones) from the models, ``(q, n)`` float64, for each question.
+    @override
+    def score(self, question: Question, batch: Batch, rows: np.ndarray) -> Scores:
+        asked = self.queries(question.methods, batch.columns, batch.targets, normalise=question.spec.normalise)
+        found = self.scores(asked, rows)
+        return Scores({queries.method.name: scores for queries, scores in zip(asked, found, strict=True)})
 
-        One pass over the rows serves all questions.
+    @override
+    @staticmethod
+    def facts(question: Question, method: Method) -> dict[str, Any]:
+        stated = PROVEN if question.spec.exact != "none" else NOT_RERANKED
+        return with_note(stated) | {"normalise": question.spec.normalise}
+
+    def scores(self, asked: Sequence[WordQueries], wanted: np.ndarray) -> list[np.ndarray]:
+        """Exact scores of training rows ``(n,)`` from the models, ``(q, n)`` float64, for each method's queries.
+
+        One pass over the rows serves all methods.
         """
-        wanted = self.index.live if wanted is None else wanted
-        out = [np.zeros((len(q.queries), len(wanted))) for q in questions]
+        out = [np.zeros((len(q.words), len(wanted))) for q in asked]
         for start in range(0, len(wanted), FULL_ROWS):
             rows = wanted[start : start + FULL_ROWS]
-            fresh = self._words_of(rows, sorted({q.top for q in questions}))
-            for question, scores in zip(questions, out, strict=True):
-                words = fresh[question.top]
-                lengths = np.sqrt(squares(words, self.etas, question.allowed)) if question.normalise else None
-                for i, query in enumerate(question.queries):
+            fresh = self._words_of(rows, sorted({q.top for q in asked}))
+            for queries, scores in zip(asked, out, strict=True):
+                words = fresh[queries.top]
+                lengths = np.sqrt(squares(words, self.etas, queries.allowed)) if queries.normalise else None
+                for i, query in enumerate(queries.words):
                     found = shared_words(query, words).scores(len(rows))
                     scores[i, start : start + len(rows)] = _normalised(found, query, lengths)
         return out
@@ -216,44 +210,44 @@ class WordSearch:
             out.append(self.index.live[near])
         return out
 
-    def bounds(self, question: Question, query: QueryWords) -> _Bounds:
+    def bounds(self, queries: WordQueries, query: QueryWords) -> _Bounds:
         """Upper bounds of every row's score against a test row, from the stored lengths."""
         upper = np.zeros(self.index.manifest.n_rows)
         error = 0.0
-        for store, tokens, vectors, eta in self._stores(question, query):
+        for store, tokens, vectors, eta in self._stores(queries, query):
             lengths = eta * np.linalg.norm(vectors.astype(np.float64), axis=1)
             upper += store.weighted_norms(tokens, lengths)
             error = max(error, store.error(tokens))
         factors = None
-        if question.normalise:
+        if queries.normalise:
             own = np.sqrt(query.square())
-            below = own * self._row_lengths(question)
+            below = own * self._row_lengths(queries)
             factors = np.divide(1.0, below, out=np.zeros_like(below), where=below > 0)
             upper *= factors
         upper[self.index.retired] = -1.0
         return _Bounds(upper, error, factors)
 
-    def _stores(self, question: Question, query: QueryWords) -> list[tuple[WordStore, np.ndarray, np.ndarray, float]]:
+    def _stores(self, queries: WordQueries, query: QueryWords) -> list[tuple[WordStore, np.ndarray, np.ndarray, float]]:
         parts = zip(query.tokens, query.vectors, query.etas, strict=True)
-        return [(self.index.words(question.top, c), *part) for c, part in enumerate(parts)]
+        return [(self.index.words(queries.top, c), *part) for c, part in enumerate(parts)]
 
-    def _row_lengths(self, question: Question) -> np.ndarray:
+    def _row_lengths(self, queries: WordQueries) -> np.ndarray:
         """sqrt(self x self) of every row over the method's words, ``(n,)`` float64."""
-        key = (question.top, question.method.name)
+        key = (queries.top, queries.method.name)
         if key not in self._lengths:
             total = np.zeros(self.index.manifest.n_rows)
             everything = np.ones(self._n_tokens, bool)
             for c, eta in enumerate(self.etas):
-                allowed = everything if question.allowed is None else question.allowed
-                total += eta * self.index.words(question.top, c).squares(allowed)
+                allowed = everything if queries.allowed is None else queries.allowed
+                total += eta * self.index.words(queries.top, c).squares(allowed)
             self._lengths[key] = np.sqrt(total)
         return self._lengths[key]
 
-    def stored_scores(self, question: Question, query: QueryWords, rows: np.ndarray) -> np.ndarray:
+    def stored_scores(self, queries: WordQueries, query: QueryWords, rows: np.ndarray) -> np.ndarray:
         """Scores of rows from the stored vectors, ``(m,)``, not normalised; float32 products."""
         out = np.zeros(len(rows))
         number = np.full(self._n_tokens, -1, np.int32)  # of each token among the test row's
-        for store, tokens, vectors, eta in self._stores(question, query):
+        for store, tokens, vectors, eta in self._stores(queries, query):
             number[tokens] = np.arange(len(tokens))
             directions = vectors.astype(np.float32)
             for start in range(0, len(rows), _ROWS_AT_ONCE):
@@ -271,22 +265,22 @@ class WordSearch:
             number[tokens] = -1
         return out
 
-    def candidates(self, question: Question, k: int, exact: str) -> list[np.ndarray]:
+    def candidates(self, queries: WordQueries, k: int, exact: str) -> list[np.ndarray]:
         """Rows, ascending, among which both ends of each test row's ranking are; see :meth:`_candidates`."""
-        first = [self._candidates(question, i, k, exact) for i in range(min(1, len(question.queries)))]
-        rest = range(1, len(question.queries))  # in threads, now that what is made once has been made
+        first = [self._candidates(queries, i, k, exact) for i in range(min(1, len(queries.words)))]
+        rest = range(1, len(queries.words))  # in threads, now that what is made once has been made
         if not rest:
             return first
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            return first + list(pool.map(lambda i: self._candidates(question, i, k, exact), rest))
+            return first + list(pool.map(lambda i: self._candidates(queries, i, k, exact), rest))
 
-    def _candidates(self, question: Question, i: int, k: int, exact: str) -> np.ndarray:
+    def _candidates(self, queries: WordQueries, i: int, k: int, exact: str) -> np.ndarray:
         """Rows, ascending, among which both ends of a test row's exact ranking are.
 
         With ``none`` the stored vectors' ranking is meant; else the models', which differs by their rounding.
         """
-        query = question.queries[i]
-        bounds = self.bounds(question, query)
+        query = queries.words[i]
+        bounds = self.bounds(queries, query)
         upper = bounds.upper
         share = _FLOAT32 + (bounds.error if exact != "none" else 0.0)
         scores = np.full(len(upper), np.nan)
@@ -298,7 +292,7 @@ class WordSearch:
             now = todo
             if len(todo) > n_next:
                 now = np.sort(todo[np.argpartition(-upper[todo], n_next - 1)[:n_next]])
-            found = self.stored_scores(question, query, now)
+            found = self.stored_scores(queries, query, now)
             scores[now] = found if bounds.factors is None else found * bounds.factors[now]
             pending[now] = False
             done = np.flatnonzero(~np.isnan(scores))
@@ -316,7 +310,7 @@ class WordSearch:
 
     def _rank(
         self,
-        question: Question,
+        queries: WordQueries,
         listed: Sequence[np.ndarray],
         k: int,
         fresh: tuple[np.ndarray, list[WordRows]] | None,
@@ -326,7 +320,7 @@ class WordSearch:
         """Both ends of the ranking among the rows listed for each test row.
 
         Args:
-            question: Whose test rows.
+            queries: The test rows.
             listed: Rows, ascending, for each test row.
             k: Results at each end.
             fresh: Row numbers, ascending, and their words from the models; None takes the stored ones.
@@ -335,14 +329,14 @@ class WordSearch:
         q = len(listed)
         rows, scores = np.empty((2, q, k), np.int64), np.empty((2, q, k))
         words: tuple[list[Words], list[Words]] = ([], [])
-        for i, (query, mine) in enumerate(zip(question.queries, listed, strict=True)):
+        for i, (query, mine) in enumerate(zip(queries.words, listed, strict=True)):
             if fresh is None:
-                found = [self.index.words(question.top, c).take(mine) for c in range(len(self.etas))]
+                found = [self.index.words(queries.top, c).take(mine) for c in range(len(self.etas))]
             else:
                 at = np.searchsorted(fresh[0], mine)
                 found = [w.take(at) for w in fresh[1]]
             shared = shared_words(query, found)
-            lengths = np.sqrt(squares(found, self.etas, question.allowed)) if question.normalise else None
+            lengths = np.sqrt(squares(found, self.etas, queries.allowed)) if queries.normalise else None
             all_scores = _normalised(shared.scores(len(mine)), query, lengths)
             for side in (0, 1):
                 best, value = rank(all_scores[None], mine, k, largest=side == 0)

@@ -12,39 +12,40 @@ from typing import Any
 
 import numpy as np
 from scipy import sparse
+from typing_extensions import override
 
-from forebear.indexer.index import Index
 from forebear.indexer.model.forward import residual_and_loss
 from forebear.indexer.words.gradients import count_tokens
-from forebear.retriever.question.asked import Asked
-from forebear.retriever.question.models import Models
-from forebear.retriever.ranking import Ranking, Words, rank
+from forebear.retriever.question.batch import Batch
+from forebear.retriever.question.methods import Method
+from forebear.retriever.question.recall import PROVEN, with_note
+from forebear.retriever.question.searcher import Searcher
+from forebear.retriever.question.spec import Question
+from forebear.retriever.ranking import Ends, Ranking, Words, rank
+from forebear.retriever.scores import Scores
 
 _MAX_SCORES = 1 << 25  # entries of a (queries, rows) block held at once
 
 
-class TfidfSearch:
+class TfidfSearcher(Searcher):
     """Ranks training rows by tf-idf similarity times the similarity of errors."""
-
-    def __init__(self, index: Index, models: Models) -> None:
-        self._index, self._models = index, models
 
     @cached_property
     def _fitted(self) -> tuple[Any, sparse.csr_array]:
         """The weighting, and tf-idf vectors of the live rows ``(n_live, vocabulary)``."""
         from sklearn.feature_extraction.text import TfidfTransformer
 
-        counts = self._wide(self._index.token_counts())[self._index.live]
+        counts = self._wide(self.index.token_counts())[self.index.live]
         transformer = TfidfTransformer()
         return transformer, sparse.csr_array(transformer.fit_transform(counts))
 
     def _wide(self, counts: sparse.csr_array) -> sparse.csr_array:
         """The same with a column for every token id."""
-        n_tokens = self._models.classifier().model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        n_tokens = self.models.classifier().model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         return sparse.csr_array((counts.data, counts.indices, counts.indptr), shape=(counts.shape[0], n_tokens))
 
     def _of_texts(self, texts: Sequence[Sequence[str]]) -> sparse.csr_array:
-        starts, tokens, counts = count_tokens(self._models.classifier(), texts)
+        starts, tokens, counts = count_tokens(self.models.classifier(), texts)
         vectors = self._wide(
             sparse.csr_array((counts, tokens, starts), shape=(len(starts) - 1, 1 + tokens.max(initial=0)))
         )
@@ -54,18 +55,28 @@ class TfidfSearch:
         """Cosine of tf-idf vectors of every live row, ``(q, n_live)`` float64: how much the texts overlap."""
         return np.asarray((self._of_texts(texts) @ self._fitted[1].T).toarray())
 
-    def scores(self, texts: Sequence[Sequence[str]], asked: Asked, *, normalise: bool) -> np.ndarray:
+    @override
+    def score(self, question: Question, batch: Batch, rows: np.ndarray) -> Scores:
+        found = self._scores(batch, normalise=question.spec.normalise)
+        return Scores({m.name: found[:, np.searchsorted(self.index.live, rows)] for m in question.methods})
+
+    @override
+    @staticmethod
+    def facts(question: Question, method: Method) -> dict[str, Any]:
+        return with_note(PROVEN) | {"normalise": question.spec.normalise}
+
+    def _scores(self, batch: Batch, *, normalise: bool) -> np.ndarray:
         """Scores of every live row, ``(q, n_live)`` float64; divided by sqrt(self x self) if ``normalise``."""
-        found = self.cosines(texts) * self._errors(asked, self._index.live, normalise=normalise)
+        found = self.cosines(batch.columns) * self._errors(batch, self.index.live, normalise=normalise)
         return np.asarray(found + 0.0)  # no -0.0
 
-    def _errors(self, asked: Asked, rows: np.ndarray, *, normalise: bool) -> np.ndarray:
+    def _errors(self, batch: Batch, rows: np.ndarray, *, normalise: bool) -> np.ndarray:
         """sum over checkpoints of eta <p_q - y_q, p_n - y_n>, ``(q, len(rows))`` float64."""
-        q = len(asked.targets)
+        q = len(batch.targets)
         dots, own_q, own_n = np.zeros((q, len(rows))), np.zeros(q), np.zeros(len(rows))
-        for c, checkpoint in enumerate(self._index.manifest.checkpoints):
-            left, _ = residual_and_loss(asked.forwards[c].logits, asked.targets)
-            right = self._index.residuals(c).take(rows).astype(np.float64)
+        for c, checkpoint in enumerate(self.index.manifest.checkpoints):
+            left, _ = residual_and_loss(batch.forwards[c].logits, batch.targets)
+            right = self.index.residuals(c).take(rows).astype(np.float64)
             dots += checkpoint.eta * (left @ right.T)
             own_q += checkpoint.eta * (left**2).sum(axis=1)
             own_n += checkpoint.eta * (right**2).sum(axis=1)
@@ -74,32 +85,30 @@ class TfidfSearch:
         below = np.sqrt(own_q)[:, None] * np.sqrt(own_n)
         return np.asarray(np.divide(dots, below, out=np.zeros_like(dots), where=below > 0))
 
-    def search(
-        self, texts: Sequence[Sequence[str]], asked: Asked, k: int, *, normalise: bool
-    ) -> tuple[Ranking, Ranking]:
-        """Both ends of the ranking, (proponents, opponents), with contributions."""
-        live = self._index.live
+    @override
+    def search(self, question: Question, batch: Batch) -> dict[str, Ends]:
+        """Both ends of the ranking for each test row, with contributions, by method name."""
+        live, k = self.index.live, question.top
         step = max(1, _MAX_SCORES // len(live))
-        q = len(asked.targets)
+        q = len(batch)
         rows, scores = np.empty((2, q, k), np.int64), np.empty((2, q, k))
         for start in range(0, q, step):
             at = np.arange(start, min(start + step, q))
-            some = [list(column[start : start + step]) for column in texts]
-            found = self.scores(some, asked.take(at), normalise=normalise)
+            found = self._scores(batch.take(at), normalise=question.spec.normalise)
             for side in (0, 1):
                 rows[side, at], scores[side, at] = rank(found, live, k, largest=side == 0)
-        n_scored = np.full(q, len(live))
-        own = self._of_texts(texts)
-        words = [self._contributions(own, rows[side], scores[side]) for side in (0, 1)]
-        return tuple(  # type: ignore[return-value]
-            Ranking(rows[side], scores[side], True, n_scored, words=words[side]) for side in (0, 1)
+        n_scored, own = np.full(q, len(live)), self._of_texts(batch.columns)
+        first, last = (
+            Ranking(rows[side], scores[side], True, n_scored, words=self._contributions(own, rows[side], scores[side]))
+            for side in (0, 1)
         )
+        return {method.name: (first, last) for method in question.methods}
 
     def _contributions(self, own: sparse.csr_array, rows: np.ndarray, scores: np.ndarray) -> list[Words]:
         """Each shared token's part of a score: its part of the cosine."""
         out: list[Words] = []
         for i, (mine, values) in enumerate(zip(rows, scores, strict=True)):
-            theirs = self._fitted[1][np.searchsorted(self._index.live, mine)]
+            theirs = self._fitted[1][np.searchsorted(self.index.live, mine)]
             products = sparse.csr_array(theirs.multiply(own[[i]]))
             found: Words = []
             for j, score in enumerate(values):

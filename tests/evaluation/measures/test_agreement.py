@@ -61,7 +61,7 @@ def plain(bert_world):
 
 def question(world, **choices):
     spec = {"methods": PAPER_METHODS, "top": K[-1], "spans": "words"} | choices
-    return world.retriever.settled(QuerySpec(**spec))
+    return world.retriever.resolve(QuerySpec(**spec))
 
 
 def measured(world, measure, at=K, queries=None, gold=None, n_queries=0, seed=0, **choices):

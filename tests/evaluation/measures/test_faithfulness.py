@@ -14,19 +14,18 @@ from scipy.stats import spearmanr
 
 from forebear import InputError, QuerySpec
 from forebear.cli.main import run
-from forebear.evaluation.common.span_queries import sample_span_queries, training_spans
+from forebear.evaluation.common.span_queries import gradients_compared, sample_span_queries, training_spans
 from forebear.evaluation.measures import faithfulness
 from forebear.evaluation.measures.faithfulness import (
     CONTROL,
     METHODS,
     RANDOM,
-    _asked,
     faithfulness_report,
     measure_faithfulness,
     variances,
 )
 from forebear.indexer.rows.row_source import rows_from_texts
-from forebear.retriever.head import queries as models
+from forebear.retriever.question import models
 from forebear.retriever.spans.scores import SpanScores
 
 DAMPING = "0.003"
@@ -36,7 +35,7 @@ RATE = 0.05  # of the variants in some tests: far enough from the model to tell 
 
 def question(world, **choices):
     spec = {"methods": METHODS, "spans": "words", "damping": DAMPING} | choices
-    return world.retriever.settled(QuerySpec(**spec))
+    return world.retriever.resolve(QuerySpec(**spec))
 
 
 def sampled(world, spec, queries=None):
@@ -116,7 +115,7 @@ def plain(bert_world):
 def scores(bert_world):
     """SpanScores of some rows at the head, and the targets."""
     spec = question(bert_world)
-    asked = _asked(bert_world.retriever, sampled(bert_world, spec), spec)
+    _, asked = gradients_compared(bert_world.retriever, sampled(bert_world, spec), spec)
     entries = training_spans(bert_world.retriever, spec, ROWS)
     return SpanScores(bert_world.index, bert_world.retriever.classifier(), "head", asked, entries), asked.targets
 
@@ -145,7 +144,7 @@ def test_sums_over_variants_are_those_of_models_stepped_by_hand(bert_world, plai
 
 def test_preconditioned_scores_are_those_of_a_dense_hessian(bert_world, plain, scores):
     spans, targets = scores
-    found, residual = spans.preconditioned(question(bert_world).solver)
+    found, residual = spans.preconditioned(question(bert_world).curvature)
     asked, rows = plain.differences(plain.checkpoints[-1], targets)
     close(found, asked @ plain.inverse() @ rows.T)
     assert residual is None
@@ -155,7 +154,7 @@ def test_chunks_of_queries_change_nothing(bert_world, scores, monkeypatch):
     from forebear.retriever.spans import scores as span_scores
 
     spans, _ = scores
-    last, solver = bert_world.retriever.classifier(), question(bert_world).solver
+    last, solver = bert_world.retriever.classifier(), question(bert_world).curvature
     whole = spans.summed([last]), spans.preconditioned(solver)[0]
     monkeypatch.setattr(span_scores, "VECTOR_BYTES", 1)
     close(spans.summed([last]), whole[0])
@@ -174,11 +173,11 @@ def test_correlations_are_scipys(bert_world, monkeypatch):
     for run_number, mine in enumerate(rows):
         entries = training_spans(retriever, spec, mine)
         assert found.n_spans[run_number] == sum(len(bert_world.texts[n].split()) for n in mine)
-        spans = SpanScores(bert_world.index, last, "head", _asked(retriever, asked, spec), entries)
+        spans = SpanScores(bert_world.index, last, "head", gradients_compared(retriever, asked, spec)[1], entries)
         truth = spans.summed([last])
         variants = [models.one_step_away(last, bert_world.index, 3 * run_number + m) for m in range(3)]
         control = spans.summed(retriever.classifier(i) for i in range(2))
-        compared = [spans.summed(variants), spans.preconditioned(spec.solver)[0], control]
+        compared = [spans.summed(variants), spans.preconditioned(spec.curvature)[0], control]
         for i, values in enumerate(compared):
             wanted = [spearmanr(a, b).statistic for a, b in zip(values, truth, strict=True)]
             assert found.values[run_number, :, i] == pytest.approx(wanted, abs=1e-6)
@@ -212,7 +211,7 @@ def test_variances_done_by_hand():
 
 def test_constant_scores_have_no_order_and_are_left_out(bert_world, monkeypatch):
     def constant(self, _models):
-        return np.zeros((len(self._asked.targets), len(self._entries.rows)))
+        return np.zeros((len(self._queries.targets), len(self._entries.rows)))
 
     monkeypatch.setattr(SpanScores, "summed", constant)
     found, asked, spec = measured(bert_world)

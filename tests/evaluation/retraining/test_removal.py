@@ -264,7 +264,7 @@ def test_bad_amounts_sides_seeds_and_subsets_are_refused(make, weights):
 def test_a_rows_score_by_spans_is_that_of_its_best_span_among_all(bert_world, method):
     retriever = bert_world.retriever
     texts = texts_of(3, 50, False)
-    spec = retriever.settled(QuerySpec(methods=(method, "gd"), spans="words", damping="0.1x"))
+    spec = retriever.resolve(QuerySpec(methods=(method, "gd"), spans="words", damping="0.1x"))
     queries = Queries(source="q", rows=np.arange(3), texts=(texts,), labels=None)
     found = row_scores(retriever, queries, spec)
     np.testing.assert_allclose(found["gd"], retriever.scores(texts, "gd"))
@@ -286,7 +286,7 @@ def test_spans_of_test_rows_may_be_given_by_columns(bert_world, tmp_path):
     path = write_jsonl(tmp_path / "test.jsonl", text=texts, **{"from": [0] * 5, "to": ends})
     choices = {"spans": "words", "query_spans": "columns:from,to", "damping": "0.1x"}
     queries = sample_queries(retriever, open_rows(path), 3, 0)
-    found = row_scores(retriever, queries, retriever.settled(QuerySpec(methods=("if++",), **choices)))["if++"]
+    found = row_scores(retriever, queries, retriever.resolve(QuerySpec(methods=("if++",), **choices)))["if++"]
     top = retriever.retrieve(open_rows(path), methods=["if++"], top=1, exact="full", **choices).to_pylist()
     best = {row["query"]: row for row in top if row["side"] == "proponent"}
     for i, number in enumerate(queries.rows):

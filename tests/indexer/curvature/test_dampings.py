@@ -203,7 +203,7 @@ def test_if_by_cg_at_the_head_is_answered_without_stored_curvature(indexes, tmp_
 
 
 def test_a_question_that_has_no_damping_is_refused_before_the_model_runs(indexes, capsys, monkeypatch):
-    monkeypatch.setattr("forebear.retriever.question.asked.run_forward", lambda *a, **k: pytest.fail("the model ran"))
+    monkeypatch.setattr("forebear.retriever.question.batch.run_forward", lambda *a, **k: pytest.fail("the model ran"))
     said = refused(capsys, ask(indexes["none"], "--scope", "top-1", "--curvature", "cg"))
     assert "absolute --damping" in said
 

@@ -235,14 +235,14 @@ def test_plain_sketches_are_two_sided_projections_of_autograd_gradients(model, b
         assert (np.abs(found.out - wanted).max(axis=1) <= 1e-5 * norms).all()
         np.testing.assert_allclose(np.sqrt(found.squares), norms, rtol=1e-5)
     whole = {b.name: torch.from_numpy(np.stack([row[b.name] for row in rows])).float() for b in projector.blocks}
-    assert (np.abs(projector.project_matrix(whole).numpy() - wanted).max(axis=1) <= 1e-5 * norms).all()
+    assert (np.abs(projector.project_matrix(whole)[0].numpy() - wanted).max(axis=1) <= 1e-5 * norms).all()
 
 
 @pytest.mark.parametrize("basis", ["mixed", "principal", "random"])
 def test_rows_of_the_plain_map_are_orthogonal_and_squares_are_their_squared_lengths(bert, basis):
     projector = plain_projector(bert, "top-1", True, basis)
     units = {name: unit.float() for name, unit in unit_gradients(projector.blocks).items()}
-    matrix = projector.project_matrix(units).double().numpy().T
+    matrix = projector.project_matrix(units)[0].double().numpy().T
     gram = matrix @ matrix.T
     assert projector.squares.dtype == np.float32
     np.testing.assert_allclose(np.diag(gram), projector.squares, rtol=1e-5)
@@ -340,8 +340,12 @@ def test_squared_norms_of_white_sketches_are_inverse_curvature_products(model, d
         wanted += (np.linalg.solve(damped(ekfac.parts[block.name], damping), g.T).T * g).sum(axis=1)
     np.testing.assert_allclose(found.squares, wanted, rtol=1e-4)
     whole = {b.name: torch.from_numpy(np.stack([row[b.name] for row in rows])).float() for b in blocks}
-    difference = np.abs(projector.project_matrix(whole).numpy() - found.out).max(axis=1)
-    assert (difference <= 1e-4 * np.sqrt(wanted)).all()
+    turned = dict(reversed(whole.items()))  # whoever made the vectors may list the blocks otherwise
+    for vectors in (whole, turned):
+        sketch, squares = projector.project_matrix(vectors)
+        difference = np.abs(sketch.numpy() - found.out).max(axis=1)
+        assert (difference <= 1e-4 * np.sqrt(wanted)).all()
+        np.testing.assert_allclose(squares, wanted, rtol=1e-4)
 
 
 def test_dots_of_white_sketches_are_unbiased_over_seeds():
@@ -362,7 +366,7 @@ def test_rows_of_the_white_map_are_orthogonal_and_squares_are_their_squared_leng
     for name, e in unit_gradients(SHAPES).items():
         part = ekfac.parts[name]
         units[name] = part.left @ (e * (part.eigenvalues + damping).sqrt()) @ part.right.T
-    matrix = projector.project_matrix(units).numpy().T
+    matrix = projector.project_matrix(units)[0].numpy().T
     assert matrix.shape == (projector.width, sum(b.size for b in SHAPES))
     np.testing.assert_allclose(matrix @ matrix.T, np.diag(projector.squares), atol=1e-9)
     assert (np.abs(matrix) > 0.5).sum() == matrix.shape[1]  # every entry is in one group
@@ -432,7 +436,7 @@ def reduce_raw(reduction: Reduction, raw: np.ndarray) -> list[np.ndarray]:
 def explicit_map(projector, reduction) -> np.ndarray:
     """M, (d, P): from whole gradients to coordinates times length."""
     units = {name: unit.float() for name, unit in unit_gradients(SHAPES).items()}
-    return reduction.basis.astype(np.float64) @ projector.project_matrix(units).double().numpy().T
+    return reduction.basis.astype(np.float64) @ projector.project_matrix(units)[0].double().numpy().T
 
 
 def test_coordinates_are_the_explicit_map_of_the_gradient(reduced):
@@ -479,7 +483,7 @@ def test_the_code_is_what_the_coordinates_leave_summed_with_signs(reduced):
     """Any query's code product is linear in the left-over part: 24 sums of disjoint groups with signs +-1."""
     projector, reduction, g, rows = reduced
     units = {name: unit.float() for name, unit in unit_gradients(SHAPES).items()}
-    raw = g @ projector.project_matrix(units).double().numpy()
+    raw = g @ projector.project_matrix(units)[0].double().numpy()
     unit = raw / np.linalg.norm(raw, axis=1, keepdims=True)
     basis = reduction.basis.astype(np.float64)
     left = unit - (unit @ basis.T) @ basis

@@ -182,7 +182,7 @@ def test_calibration_says_how_many_spans_are_proposed(index):
 
 def test_where_spans_of_test_rows_are_found_otherwise_no_recall_is_stated(index):
     spec = QuerySpec(methods=("if+", "if++"), scope="all", recall=0.9, query_spans="words", top=5)
-    facts = question_facts(index, spec)["methods"]
+    facts = question_facts(spec.resolve(index))["methods"]
     assert facts["if+"]["recall"] == 0.9  # it asks with the whole row
     assert facts["if++"]["recall"] is None
     assert "--query-spans words: calibrated for clauses" in facts["if++"]["recall_note"]
@@ -197,7 +197,7 @@ def test_other_spans_than_the_stored_ones_are_searched_without_the_store(index, 
         facts = json.loads(found.schema.metadata[b"forebear"])["methods"]["if+"]
         assert (facts["stored_spans"], facts["recall"]) == (False, 1.0)  # all rows are candidates
         spec = QuerySpec(methods=("if+",), scope="all", candidates=20, top=5, spans=spans)
-        facts = question_facts(index, spec)["methods"]["if+"]
+        facts = question_facts(spec.resolve(index))["methods"]["if+"]
         assert facts["recall"] is None
         assert "rows are proposed as for if, not its spans" in facts["recall_note"]
 
@@ -275,7 +275,7 @@ def test_rows_without_any_span(model, tmp_path):
     queries = Queries(source="q", rows=np.arange(1), texts=(["a film"],), labels=None)
     for method in ("if+", "tracin+"):  # from the store, and by the model
         with pytest.raises(InputError, match="no training row has a span"):
-            row_scores(Retriever(built), queries, Retriever(built).settled(QuerySpec(methods=(method,))))
+            row_scores(Retriever(built), queries, Retriever(built).resolve(QuerySpec(methods=(method,))))
     assert not verify_index(built.folder).problems
 
 
@@ -283,7 +283,7 @@ def test_a_rows_best_span_is_the_same_from_the_store_as_from_the_model(index, wi
     asked = sentences(5, 61)
     queries = Queries(source="q", rows=np.arange(5), texts=(asked,), labels=None)
     found, wanted = (
-        row_scores(retriever, queries, retriever.settled(QuerySpec(methods=(*BY_SPANS, "gd"), damping="0.1x")))
+        row_scores(retriever, queries, retriever.resolve(QuerySpec(methods=(*BY_SPANS, "gd"), damping="0.1x")))
         for retriever in (Retriever(index), Retriever(without))
     )
     for name in BY_SPANS:

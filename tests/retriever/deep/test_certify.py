@@ -22,7 +22,7 @@ from forebear.indexer.storage.arrow import RowMatrix
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.deep import certify as certifying
 from forebear.retriever.deep.certify import bounds, certify
-from forebear.retriever.deep.query_gradients import Asked
+from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch
 from forebear.retriever.question.methods import METHODS
 from forebear.retriever.question.recall import candidates_for, n_candidates, recall_of
@@ -51,11 +51,11 @@ class World:
         self.retriever = Retriever(self.index, device="cpu")
 
     def search(self, scope: str, **choices) -> GradientSearch:
-        return GradientSearch(self.index, self.retriever._models, scope, QuerySpec(**choices).solver)
+        return GradientSearch(self.retriever.models, scope, QuerySpec(**choices).curvature_spec)
 
-    def asked(self) -> Asked:
+    def asked(self) -> Queries:
         """The queries, label 1."""
-        return Asked([QUERIES], np.ones(len(QUERIES), np.int64))
+        return Queries([QUERIES], np.ones(len(QUERIES), np.int64))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -333,7 +333,7 @@ def test_a_question_takes_as_many_candidates_as_its_recall(world, method):
     chosen = METHODS[method]
 
     def n(**choices) -> int:
-        return n_candidates(world.retriever.index, "all", chosen, QuerySpec(methods=(method,), scope="all", **choices))
+        return n_candidates(world.retriever.resolve(QuerySpec(methods=(method,), scope="all", **choices)), chosen)
 
     for recall in RECALLS[:-1]:
         assert n(recall=recall, top=1) == round(found[str(recall)] * N_ROWS)
@@ -348,7 +348,7 @@ def test_a_question_takes_as_many_candidates_as_its_recall(world, method):
 
 def test_without_calibration_there_is_a_default(world):
     spec = QuerySpec(methods=("tracin",), scope="all")
-    assert n_candidates(world.retriever.index, "all", METHODS["tracin"], spec) == 100
+    assert n_candidates(world.retriever.resolve(spec), METHODS["tracin"]) == 100
 
 
 @pytest.mark.parametrize("method", ["gd", "gc", "if", "rif"])
@@ -356,7 +356,8 @@ def test_without_calibration_there_is_a_default(world):
 def test_calibrated_candidates_hold_that_share_of_the_exact_top_ten(world, method, recall):
     """All training rows were the queries and all were sampled: of those that stated the recall it holds, and of nearly
     as many of all. Own rows do not count."""
-    n = n_candidates(world.retriever.index, "all", METHODS[method], QuerySpec(methods=(method,), recall=recall, top=1))
+    spec = QuerySpec(methods=(method,), scope="all", recall=recall, top=1)
+    n = n_candidates(world.retriever.resolve(spec), METHODS[method])
     exact = world.retriever.scores(TEXTS, method, scope="all")
     # Every row that is a candidate, with its exact score: as many results as candidates, one more for the own row.
     table = world.retriever.retrieve(TEXTS, methods=[method], scope="all", exact="none", top=n + 1)
@@ -380,7 +381,7 @@ def test_results_state_the_calibrated_recall(world):
     found = facts(recall=0.9)
     assert found["recall"] == 0.9
     assert found["candidates"] == n_candidates(
-        world.retriever.index, "all", METHODS["gd"], QuerySpec(recall=0.9, top=1)
+        world.retriever.resolve(QuerySpec(methods=("gd",), scope="all", recall=0.9, top=1)), METHODS["gd"]
     )
     assert facts(recall=1.0)["recall"] == 1.0
     assert facts(candidates=1)["recall"] is None

@@ -14,6 +14,8 @@ from forebear import BuildOptions, InputError, QuerySpec, Retriever, build_index
 from forebear.cli.main import run
 from forebear.indexer.gradients.whole import summed_gradients, whole_gradients
 from forebear.retriever.deep import search as gradients
+from forebear.retriever.deep.search import GradientSearch
+from forebear.retriever.question.inverse import CurvatureSpec
 from forebear.retriever.question.methods import METHODS
 
 AT_HEAD = ("nn-dot", "sbert-dot", "gd", "if", "rep", "tracin", "tracin-last")
@@ -109,8 +111,14 @@ def test_candidates_and_certified_answers_are_those_of_the_full_search(deep, ber
 
 
 def test_summed_gradients_are_sums_of_whole_ones(deep, bert_world):
-    search = deep._gradient_search("top-1", QuerySpec())
-    where = (deep.classifier(), "top-1", search.queries.blocks, [bert_world.queries], np.array(bert_world.query_labels))
+    search = GradientSearch.kept(deep.models, "top-1", CurvatureSpec())
+    where = (
+        deep.classifier(),
+        "top-1",
+        search.gradients.blocks,
+        [bert_world.queries],
+        np.array(bert_world.query_labels),
+    )
     whole, found = whole_gradients(*where), summed_gradients(*where, GROUPS)
     assert set(found) == set(whole)
     for name, values in whole.items():

@@ -13,7 +13,7 @@ from tiny import sentences, write_jsonl
 
 from forebear import Index, QuerySpec, Retriever
 from forebear.cli.main import run
-from forebear.evaluation.common.comparisons import provenance, question
+from forebear.evaluation.common.comparisons import provenance, question_record
 from forebear.evaluation.common.queries import Queries, score_queries
 from forebear.indexer.curvature.solvers import HAN20
 from forebear.indexer.spans.text import Span
@@ -21,7 +21,7 @@ from forebear.retriever.ranking import Ranking, join
 
 
 def digest(retriever: Retriever, **choices: object) -> str:
-    return retriever.settled(QuerySpec(**choices)).digest(retriever.index)  # type: ignore[arg-type]
+    return retriever.resolve(QuerySpec(**choices)).digest  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- digests
@@ -86,7 +86,8 @@ OTHER = {
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(QuerySpec)])
-def test_every_choice_that_matters_changes_the_digest(bert_world, field):
+def test_every_choice_that_matters_changes_the_digest(bert_world, field, monkeypatch):
+    monkeypatch.setattr("forebear.retriever.question.spec.check_question", lambda question: None)  # no sketches here
     asked, value = OTHER[field]
     assert digest(bert_world.retriever, **asked) != digest(bert_world.retriever, **{**asked, field: value})
 
@@ -122,7 +123,7 @@ def test_a_report_states_the_residuals_of_its_own_scores_alone(bert_world):
     assert plain.residuals == {}
     stated = provenance(retriever, tight, "", residuals=second.residuals)
     assert stated["H^-1 of if"] == f"relative residual {second.residuals['if']:.1e}"
-    assert "residuals" not in question(retriever, QuerySpec(methods=("gd",)), plain.residuals)
+    assert "residuals" not in question_record(retriever, QuerySpec(methods=("gd",)), plain.residuals)
     assert not hasattr(retriever, "residuals")
 
 

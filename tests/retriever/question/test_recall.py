@@ -24,7 +24,8 @@ from forebear.indexer.sketches.candidates import Part
 from forebear.indexer.storage.manifest import read_manifest
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.coverage import question_facts
-from forebear.retriever.deep.query_gradients import Asked
+from forebear.retriever.deep.query_gradients import Queries
+from forebear.retriever.deep.search import GradientSearch
 from forebear.retriever.question.methods import METHODS
 
 SCOPE = "all"
@@ -67,7 +68,7 @@ def many_rows(_narrow, tmp_path_factory) -> Retriever:
 
 def facts_of(retriever: Retriever, method: str, **choices) -> dict:
     spec = QuerySpec(**{"methods": (method,), "scope": SCOPE} | choices)
-    return question_facts(retriever.index, spec)["methods"][method]
+    return question_facts(spec.resolve(retriever.index))["methods"][method]
 
 
 def measured(retriever: Retriever, method: str, queries: list[str], **choices) -> np.ndarray:
@@ -379,8 +380,9 @@ def test_candidates_for_rif_under_another_solver_come_from_both_sketches(few_row
     queries = HELD_OUT[:6]
     found = measured(few_rows, "rif", queries, recall=0.8, **how)
     assert found.mean() >= 0.9
-    search = few_rows._gradient_search(SCOPE, QuerySpec(methods=("rif",), scope=SCOPE, **how))
-    asked = Asked([queries], np.zeros(6, np.int64))
+    question = few_rows.resolve(QuerySpec(methods=("rif",), scope=SCOPE, **how))
+    search = GradientSearch.kept(few_rows.models, SCOPE, question.curvature)
+    asked = Queries([queries], np.zeros(6, np.int64))
     width = {"rif": 20}
     (high, low) = search.candidates.propose([METHODS["rif"]], asked, width)["rif"]
     assert high.shape == low.shape == (6, 40)

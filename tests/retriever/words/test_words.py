@@ -191,9 +191,9 @@ def test_one_pass_over_the_rows_asked_for_serves_all_word_methods(plain, monkeyp
     spec = QuerySpec(methods=("tracin-we", "tracin-we-topk", "tracin-tfidf", "gd"))
     whole = retriever.score_block([["a film", "the plot"]], None, spec)
     read = []
-    words_of = module.WordSearch._words_of
+    words_of = module.WordSearcher._words_of
     monkeypatch.setattr(
-        module.WordSearch, "_words_of", lambda self, rows, tops: read.append(rows) or words_of(self, rows, tops)
+        module.WordSearcher, "_words_of", lambda self, rows, tops: read.append(rows) or words_of(self, rows, tops)
     )
     some = retriever.index.live[1::3]
     found = retriever.score_block([["a film", "the plot"]], None, spec, rows=some)
@@ -290,17 +290,17 @@ def tail(request, folder) -> World:
 @pytest.mark.parametrize("normalise", [False, True], ids=["", "normalised"])
 def test_pruning_reads_fewer_rows_and_changes_no_answer(tail, exact, normalise, monkeypatch):
     monkeypatch.setattr(module, "FIRST_ROWS", 4)
-    n_read, read = [], module.WordSearch.stored_scores
+    n_read, read = [], module.WordSearcher.stored_scores
 
     def counted(self, question, query, rows):
         n_read.append(len(rows))
         return read(self, question, query, rows)
 
-    monkeypatch.setattr(module.WordSearch, "stored_scores", counted)
+    monkeypatch.setattr(module.WordSearcher, "stored_scores", counted)
     for top, share in ((1, 0.7 if normalise else 0.3), (5, 0.95 if normalise else 0.5), (50, 1.0), (800, 1.0)):
         found, totals_read, queries = [], [], tail.queries[: 1 if top > 5 else None]
         for prune in (True, False):
-            monkeypatch.setattr(tail.retriever._words, "prune", prune)
+            monkeypatch.setattr(tail.retriever.searcher("words"), "prune", prune)
             n_read.clear()
             found.append(ask(tail.retriever, queries, GRADIENTS, top=top, exact=exact, normalise=normalise))
             totals_read.append(sum(n_read))

@@ -15,7 +15,7 @@ from forebear.cli.options.asking import (
     TestOptions,
     command_line,
     default_methods,
-    make_spec,
+    make_question,
     open_queries,
     open_retriever,
 )
@@ -138,9 +138,9 @@ def _audit(
     from forebear.evaluation.audits.artifacts.regression import regress_artifact
     from forebear.evaluation.audits.artifacts.regression_report import artifact_report
 
-    spec = make_spec(retriever, method or default_methods(retriever, ["if"], asked), asked, quiet=report.quiet)
+    question = make_question(retriever, method or default_methods(retriever, ["if"], asked), asked, quiet=report.quiet)
     values = measure(retriever.index, feature)
-    queries = open_queries(retriever, tested, sample, spec)
+    queries = open_queries(retriever, tested, sample, question)
     with report.progress() as progress:
-        found = regress_artifact(retriever, queries, spec, values, progress=progress)
-    report.finish(*artifact_report(found, feature, values, retriever, queries, spec, sample.seed, command_line()))
+        found = regress_artifact(retriever, queries, question, values, progress=progress)
+    report.finish(*artifact_report(found, feature, values, retriever, queries, question, sample.seed, command_line()))

@@ -20,7 +20,7 @@ from forebear.cli.options.asking import (
     TestOptions,
     command_line,
     default_methods,
-    make_spec,
+    make_question,
     open_queries,
     open_retriever,
     warn_of_labels,
@@ -102,11 +102,11 @@ def mislabelled(
     from forebear.evaluation.audits.rows.suspects import suspects, suspects_report
 
     retriever = open_retriever(at, report)
-    spec = make_spec(
+    question = make_question(
         retriever, method or default_methods(retriever, ["gd", "if"], asked), asked, target="gold", quiet=report.quiet
     )
-    found = suspects(retriever, spec, n_neighbours=neighbours)
-    page, result = suspects_report(found, retriever, spec, top, command_line())
+    found = suspects(retriever, question, n_neighbours=neighbours)
+    page, result = suspects_report(found, retriever, question, top, command_line())
     report.finish(page, result, _for_screen(page, ("row", "mean rank", "label", "suggested")))
 
 
@@ -163,7 +163,7 @@ def errors(
     from forebear.evaluation.audits.rows.errors import errors_report, explain_groups, group_mistakes, mistakes_of
 
     retriever = open_retriever(at, report)
-    spec = make_spec(
+    question = make_question(
         retriever,
         method or default_methods(retriever, ["if"], asked),
         asked,
@@ -177,8 +177,8 @@ def errors(
     with report.progress() as progress:
         found = mistakes_of(retriever, source, progress=progress)
     groups = group_mistakes(found, retriever.label_names, clusters, seed)
-    answers = explain_groups(retriever, found, groups, spec)
-    page, result = errors_report(found, groups, answers, retriever, spec, seed, command_line())
+    answers = explain_groups(retriever, found, groups, question)
+    page, result = errors_report(found, groups, answers, retriever, question, seed, command_line())
     report.finish(page, result, _for_screen(page, ("group", "side", "row", "score", "label")))
 
 
@@ -201,14 +201,14 @@ def hubs(
     from forebear.evaluation.audits.rows.hubs import hubs_report, training_queries
 
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method, asked, top=top, quiet=report.quiet)
+    question = make_question(retriever, method, asked, top=top, quiet=report.quiet)
     if test is None:
         queries = training_queries(retriever, sample.queries, sample.seed)
     else:
-        queries = open_queries(retriever, TestOptions(test=test, **asdict(columns)), sample, spec)
+        queries = open_queries(retriever, TestOptions(test=test, **asdict(columns)), sample, question)
     with report.progress() as progress:
-        found = count(retriever, queries, spec, progress=progress)
-    page, result = hubs_report(found, retriever, queries, spec, sample.seed, n_listed, command_line())
+        found = count(retriever, queries, question, progress=progress)
+    page, result = hubs_report(found, retriever, queries, question, sample.seed, n_listed, command_line())
     report.finish(page, result, _for_screen(page, ("method", "row", "share", "label")))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +22,7 @@ from forebear.cli.options.asking import (
     command_line,
     default_methods,
     integers,
-    make_spec,
+    make_question,
     open_queries,
     open_retriever,
 )
@@ -137,10 +136,10 @@ def correlation(
     from forebear.evaluation.measures.correlation import correlation_report, correlations
 
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method, asked, quiet=report.quiet)
-    queries = open_queries(retriever, tested, sample, spec)
-    found = correlations(retriever, queries, spec, n_rows=rows, seed=sample.seed)
-    report.finish(*correlation_report(found, retriever, queries, spec, sample.seed, command_line()))
+    question = make_question(retriever, method, asked, quiet=report.quiet)
+    queries = open_queries(retriever, tested, sample, question)
+    found = correlations(retriever, queries, question, n_rows=rows, seed=sample.seed)
+    report.finish(*correlation_report(found, retriever, queries, question, sample.seed, command_line()))
 
 
 @grouped(queries=100)
@@ -163,13 +162,13 @@ def overlap(
     from forebear.evaluation.measures.top_overlap import depths_of, top_overlap_report, top_overlaps
 
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method, asked, quiet=report.quiet)
+    question = make_question(retriever, method, asked, quiet=report.quiet)
     tops = integers("--top", top) or ([] if share else [10, 50])
     depths = depths_of(tops, listed(share), retriever.index.manifest.n_live)
-    queries = open_queries(retriever, tested, sample, spec)
+    queries = open_queries(retriever, tested, sample, question)
     with report.progress() as progress:
-        found = top_overlaps(retriever, queries, spec, depths, progress=progress)
-    report.finish(*top_overlap_report(found, retriever, queries, spec, sample.seed, command_line()))
+        found = top_overlaps(retriever, queries, question, depths, progress=progress)
+    report.finish(*top_overlap_report(found, retriever, queries, question, sample.seed, command_line()))
 
 
 @grouped(queries=100)
@@ -191,17 +190,17 @@ def randomized(
     from forebear.retriever.question.methods import METHODS
 
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method, asked, quiet=report.quiet)
+    question = make_question(retriever, method, asked, quiet=report.quiet)
     if method is None:  # what does not depend on the model is refused
-        kept = tuple(name for name in spec.methods if METHODS[name].representation != "sentence")
-        spec = replace(spec, methods=kept)
+        kept = tuple(name for name in question.spec.methods if METHODS[name].representation != "sentence")
+        question = retriever.resolve(question, methods=kept)
     seed, seeds = sample.seed, integers("--random-seeds", random_seeds) or [0, 1, 2]
-    queries = open_queries(retriever, tested, sample, spec)
+    queries = open_queries(retriever, tested, sample, question)
     with report.progress() as progress:
         found = randomized_correlations(
-            retriever, queries, spec, n_rows=rows, seed=seed, seeds=seeds, progress=progress
+            retriever, queries, question, n_rows=rows, seed=seed, seeds=seeds, progress=progress
         )  # fmt: skip
-    report.finish(*randomized_report(found, retriever, queries, spec, seed, command_line()))
+    report.finish(*randomized_report(found, retriever, queries, question, seed, command_line()))
 
 
 @grouped(queries=200)
@@ -224,19 +223,19 @@ def near_duplicates(
     from forebear.evaluation.measures.near_duplicates import near_duplicates as ask
 
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method, asked, quiet=report.quiet)
+    question = make_question(retriever, method, asked, quiet=report.quiet)
     tops = sorted(set(integers("--top", top))) or TOPS
     with report.progress() as progress:
         found = ask(
             retriever,
-            spec,
+            question,
             n_queries=sample.queries,
             edits=tuple(dict.fromkeys(listed(edits))) or EDITS,
             tops=tops,
             seed=sample.seed,
             progress=progress,
         )
-    report.finish(*near_duplicates_report(found, retriever, spec, sample.seed, command_line()))
+    report.finish(*near_duplicates_report(found, retriever, question, sample.seed, command_line()))
 
 
 @grouped(queries=50)
@@ -256,11 +255,11 @@ def saliency_consistency(
     from forebear.evaluation.measures.saliency_consistency import saliency_consistency_report
 
     retriever = open_retriever(at, report)
-    spec = make_spec(retriever, method or default_methods(retriever, ["if"], asked), asked, quiet=report.quiet)
-    queries = open_queries(retriever, TestOptions(test=test, text_columns=text_columns), sample, spec)
+    question = make_question(retriever, method or default_methods(retriever, ["if"], asked), asked, quiet=report.quiet)
+    queries = open_queries(retriever, TestOptions(test=test, text_columns=text_columns), sample, question)
     with report.progress() as progress:
-        found = measure(retriever, queries, spec, progress=progress)
-    report.finish(*saliency_consistency_report(found, retriever, queries, spec, sample.seed, command_line()))
+        found = measure(retriever, queries, question, progress=progress)
+    report.finish(*saliency_consistency_report(found, retriever, queries, question, sample.seed, command_line()))
 
 
 @grouped()
@@ -297,11 +296,13 @@ def recall(
     n_live = retriever.index.manifest.n_live
     if not 1 <= top <= n_live:
         raise InputError(f"--top {top}: expected 1 to {n_live}, the live rows.")
-    spec = make_spec(retriever, method, asked, recall=recall, top=top, candidates=candidates, quiet=report.quiet)
-    queries = open_queries(retriever, tested, sample, spec)
+    question = make_question(
+        retriever, method, asked, recall=recall, top=top, candidates=candidates, quiet=report.quiet
+    )
+    queries = open_queries(retriever, tested, sample, question)
     with report.progress() as progress:
-        found = retrieval_recall(retriever, queries, spec, progress=progress)
-    report.finish(*retrieval_recall_report(found, retriever, queries, spec, sample.seed, command_line()))
+        found = retrieval_recall(retriever, queries, question, progress=progress)
+    report.finish(*retrieval_recall_report(found, retriever, queries, question, sample.seed, command_line()))
 
 
 @grouped()
@@ -344,7 +345,7 @@ def mislabelled(
     if (true_label is None) == (wrong_rows is None):
         raise InputError("give either --true-label COLUMN or --wrong-rows FILE.")
     retriever = open_retriever(at, report)
-    spec = make_spec(
+    question = make_question(
         retriever, method or default_methods(retriever, ["gd", "if"], asked), asked, target="gold", quiet=report.quiet
     )
     opened = retriever.index
@@ -366,6 +367,6 @@ def mislabelled(
         )
         truth = true_labels_of(opened, source)
         wrong = truth != opened.labels
-    found = measure(retriever, spec, wrong, true_labels=truth, n_neighbours=neighbours)
+    found = measure(retriever, question, wrong, true_labels=truth, n_neighbours=neighbours)
     tops = integers("--top", top)
-    report.finish(*mislabelled_report(found, retriever, spec, tops, seed, command_line()))
+    report.finish(*mislabelled_report(found, retriever, question, tops, seed, command_line()))

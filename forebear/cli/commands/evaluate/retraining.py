@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from forebear.evaluation.common.queries import Queries
     from forebear.evaluation.reports.report import Report
     from forebear.evaluation.retraining.jobs import Retrainer
-    from forebear.retriever.answers.scores import Scores
-    from forebear.retriever.question.spec import QuerySpec
+    from forebear.retriever.question.spec import Question
     from forebear.retriever.retriever import Retriever
+    from forebear.retriever.scores import Scores
 
 _HOW = """--retrain full fine-tunes as the run did. Stand-ins: top-K trains the last K layers from stored states, at K
 layers' share of the cost; head fits the last layer to stored features, in about a second. Finished retrainings are
@@ -141,17 +141,17 @@ class AskOptions:
 
         retriever, seed = open_retriever(self.at, self.report), self.sample.seed
         methods = removal_methods(retriever, listed(self.method))
-        spec = retriever.settled(QuerySpec(methods=methods, **asdict(self.asked), **self.spans.choices(retriever)))
-        retriever.check_stores(spec.check(), spec)
-        say_what_was_fitted(retriever, spec, quiet=self.report.quiet)
+        spec = QuerySpec(methods=methods, **asdict(self.asked), **self.spans.choices(retriever))
+        question = retriever.resolve(spec)
+        say_what_was_fitted(question, quiet=self.report.quiet)
         labelled = need_labels or self.asked.target == "gold"
         source = self.tested.open(self.tested.test, retriever, need_labels=labelled)
         start_workers(self.how.workers, self.cache)
         return _Opened(
             given=self,
             retriever=retriever,
-            spec=spec,
-            queries=sample_span_queries(retriever, source, spec, self.sample.queries, seed, need_labels=labelled),
+            question=question,
+            queries=sample_span_queries(retriever, source, question, self.sample.queries, seed, need_labels=labelled),
             every=sample_queries(retriever, source, 0, seed, need_labels=labelled),
         )
 
@@ -170,14 +170,14 @@ class _Opened:
     Attributes:
         given: The options.
         retriever: Over the index.
-        spec: The question.
+        question: What is asked.
         queries: Test rows that scores are computed for.
         every: All test rows.
     """
 
     given: AskOptions
     retriever: Retriever
-    spec: QuerySpec
+    question: Question
     queries: Queries
     every: Queries
 
@@ -190,7 +190,7 @@ class _Opened:
         """Of all live rows, by method."""
         from forebear.evaluation.retraining.row_choice import row_scores
 
-        return row_scores(self.retriever, self.queries, self.spec)
+        return row_scores(self.retriever, self.queries, self.question)
 
     def open_retrainer(self, rows: Queries) -> Retrainer:
         """A retrainer whose models are asked about some test rows."""
@@ -214,7 +214,7 @@ class _Opened:
         for line in retrainer.warnings:
             warn(line)
         seed = self.given.sample.seed
-        page = make_report(found, self.retriever, self.queries, self.spec, retrainer, seed, command_line())
+        page = make_report(found, self.retriever, self.queries, self.question, retrainer, seed, command_line())
         self.given.report.finish(*page)
 
 

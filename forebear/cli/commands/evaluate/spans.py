@@ -30,7 +30,7 @@ from forebear.errors import InputError
 if TYPE_CHECKING:
     from forebear.evaluation.common.queries import Queries
     from forebear.evaluation.measures.agreement import Measure
-    from forebear.retriever.question.spec import QuerySpec
+    from forebear.retriever.question.spec import Question
     from forebear.retriever.retriever import Retriever
 
 SEMANTIC_HELP = """Do the rows and spans at the top mean what the query means? Sag@K of several methods.
@@ -101,11 +101,11 @@ def _agreement(measure: Measure) -> Callable[..., None]:
         tops = depths(integers("--at", depth) or [10])
         retriever = open_retriever(at, report)
         methods = listed(method) or default_methods(retriever, PAPER_METHODS, asked)
-        spec = _spec(retriever, tuple(methods), asked, spans, report.quiet, top=tops[-1])
-        queries = _queries(retriever, tested, sample, spec)
+        question = _question(retriever, tuple(methods), asked, spans, report.quiet, top=tops[-1])
+        queries = _queries(retriever, tested, sample, question)
         with report.progress() as progress:
-            found = measure_agreement(retriever, queries, spec, tops, measure, seed=sample.seed, progress=progress)
-        report.finish(*agreement_report(found, retriever, queries, spec, sample.seed, command_line()))
+            found = measure_agreement(retriever, queries, question, tops, measure, seed=sample.seed, progress=progress)
+        report.finish(*agreement_report(found, retriever, queries, question, sample.seed, command_line()))
 
     return agreement
 
@@ -125,37 +125,37 @@ def faithfulness(
     from forebear.evaluation.measures.faithfulness import METHODS, faithfulness_report, measure_faithfulness
 
     retriever = open_retriever(at, report)
-    spec = _spec(retriever, METHODS, asked, spans, report.quiet)
-    queries = _queries(retriever, tested, sample, spec)
+    question = _question(retriever, METHODS, asked, spans, report.quiet)
+    queries = _queries(retriever, tested, sample, question)
     with report.progress() as progress:
         found = measure_faithfulness(
-            retriever, queries, spec, n_rows=rows, n_runs=runs, seed=sample.seed, progress=progress
+            retriever, queries, question, n_rows=rows, n_runs=runs, seed=sample.seed, progress=progress
         )
-    report.finish(*faithfulness_report(found, retriever, queries, spec, sample.seed, command_line()))
+    report.finish(*faithfulness_report(found, retriever, queries, question, sample.seed, command_line()))
 
 
-def _spec(
+def _question(
     retriever: Retriever,
     methods: tuple[str, ...],
     asked: QuestionOptions,
     spans: SpanOptions,
     quiet: bool,
     **choices: Any,
-) -> QuerySpec:
-    """The question, settled and checked."""
+) -> Question:
+    """The question, checked."""
     from forebear.retriever.question.spec import QuerySpec
 
     spec = QuerySpec(methods=methods, **asdict(asked), **spans.choices(retriever), **choices)
-    spec = retriever.settled(spec)
+    question = retriever.resolve(spec)
     if spec.exact == "none":
         raise InputError("--exact none ranks by sketches alone; give rerank or full.")
-    say_what_was_fitted(retriever, spec, quiet=quiet)
-    return spec
+    say_what_was_fitted(question, quiet=quiet)
+    return question
 
 
-def _queries(retriever: Retriever, tested: TestOptions, sample: SampleOptions, spec: QuerySpec) -> Queries:
+def _queries(retriever: Retriever, tested: TestOptions, sample: SampleOptions, question: Question) -> Queries:
     """The test rows that are asked about."""
     from forebear.evaluation.common.span_queries import sample_span_queries
 
-    source = tested.open(tested.test, retriever, need_labels=spec.target == "gold")
-    return sample_span_queries(retriever, source, spec, sample.queries, sample.seed)
+    source = tested.open(tested.test, retriever, need_labels=question.spec.target == "gold")
+    return sample_span_queries(retriever, source, question, sample.queries, sample.seed)

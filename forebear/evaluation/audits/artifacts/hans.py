@@ -99,8 +99,7 @@ def audit_hans(
         InputError: The model or the rows have no NLI labels.
         DataError: No row is mispredicted as entailment.
     """
-    spec = QuerySpec(methods=tuple(methods or retriever.row_methods()), top=top)
-    retriever.check_stores(spec.check(), spec)
+    question = retriever.resolve(QuerySpec(methods=tuple(methods or retriever.row_methods()), top=top))
     retriever.check_texts(source)
     if len(source.text_columns) != 2:
         raise InputError(f"audit hans needs pairs of texts; {source.name} has {', '.join(source.text_columns)}.")
@@ -131,8 +130,8 @@ def audit_hans(
         wrong = np.flatnonzero(asked)
         if len(wrong):
             texts = [[column[i] for i in wrong] for column in block.texts]
-            answers = retriever.answer_block(block.start, texts, None, spec, forward=forward.take(wrong))
-            rows = np.stack([answers.found[name][0].rows for name in spec.methods], axis=1)
+            answers = retriever.answer_block(block.start, texts, None, question, forward=forward.take(wrong))
+            rows = np.stack([answers.found[name][0].rows for name in question.spec.methods], axis=1)
             found.append(row_overlap[rows].astype(np.float32))
             first_rows.append(rows[:, :, 0])
             for j, i in enumerate(wrong):
@@ -145,7 +144,7 @@ def audit_hans(
             "There is nothing to explain: the model does not take this shortcut here."
         )
     return HansAudit(
-        methods=spec.methods,
+        methods=question.spec.methods,
         overlap=np.concatenate(found),
         hub_share=np.array([np.bincount(rows).max() / len(rows) for rows in np.concatenate(first_rows).T]),
         all_rows_overlap=float(row_overlap[retriever.index.live].mean()),

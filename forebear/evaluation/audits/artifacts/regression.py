@@ -27,9 +27,9 @@ from forebear.evaluation.common.queries import Queries
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.labels import UNKNOWN
 from forebear.progress import Progress, no_progress
-from forebear.retriever.answers.scores import Scores
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
+from forebear.retriever.scores import Scores
 
 N_BINS = 20
 N_ENDS = 5  # rows shown at each end
@@ -148,7 +148,7 @@ class ArtifactRegression:
             the lowest up, over the queries of a group, ``(m, g, 3, bins)``; NaN without queries.
         ends: The rows at the top and at the bottom by the first method, ``(q, 2, k)``, outermost first.
         predictions: Predicted class, ``(q,)``.
-        residuals: Of H^-1; see :class:`~forebear.retriever.answers.scores.Scores`.
+        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -178,7 +178,7 @@ class ArtifactRegression:
 def regress_artifact(
     retriever: Retriever,
     queries: Queries,
-    spec: QuerySpec,
+    spec: QuerySpec | Question,
     artifact: np.ndarray,
     *,
     progress: Progress = no_progress,
@@ -197,8 +197,8 @@ def regress_artifact(
         InputError: A method that scores no rows.
         NonFiniteError: A score is NaN or infinite.
     """
-    methods = tuple(method.name for method in spec.check())
-    retriever.check_stores(spec.check(), spec)
+    question = retriever.resolve(spec)
+    methods = question.spec.methods
     n, n_queries = len(retriever.index.live), len(queries)
     if n < MIN_ROWS:
         raise DataError(f"{retriever.index.folder} has {n} live training rows; a regression takes {MIN_ROWS} or more.")
@@ -215,7 +215,7 @@ def regress_artifact(
     for start in range(0, n_queries, size):
         at = slice(start, start + size)
         labels = None if queries.labels is None else queries.labels[at]
-        found = retriever.score_block([column[at] for column in queries.texts], labels, spec, first_row=start)
+        found = retriever.score_block([column[at] for column in queries.texts], labels, question, first_row=start)
         scored.note_residuals([found])
         for m, name in enumerate(methods):
             for q, scores in enumerate(found[name], start):

@@ -9,12 +9,12 @@ import numpy as np
 
 from forebear.evaluation.audits.artifacts.features import Feature
 from forebear.evaluation.audits.artifacts.regression import EVERY_QUERY, ArtifactRegression
-from forebear.evaluation.common.comparisons import listed_values, provenance, question
+from forebear.evaluation.common.comparisons import listed_values, provenance, question_record
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.common.statistics import mean_of
 from forebear.evaluation.reports.charts import line_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
 N_SHOWN = 3
@@ -80,7 +80,7 @@ def artifact_report(
     artifact: np.ndarray,
     retriever: Retriever,
     queries: Queries,
-    spec: QuerySpec,
+    spec: QuerySpec | Question,
     seed: int,
     command: str,
 ) -> tuple[Report, dict[str, Any]]:
@@ -116,7 +116,7 @@ def artifact_report(
         "query_rows": queries.rows,
         "predictions": [retriever.label_names[i] for i in found.predictions],
         "seed": seed,
-        "question": question(retriever, spec, found.residuals),
+        "question": question_record(retriever, spec, found.residuals),
     }
     return report, result
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import DataError, InputError
-from forebear.evaluation.common.comparisons import provenance, question
+from forebear.evaluation.common.comparisons import provenance, question_record
 from forebear.evaluation.common.passages import row_passage
 from forebear.evaluation.reports.report import Cell, Group, Passage, Report, Table
 from forebear.indexer.model.forward import run_forward
@@ -22,7 +22,7 @@ from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.storage.ann import unit_rows
 from forebear.retriever.answers.results import SIDES, Answers
 from forebear.retriever.answers.signs import SignCounts, note_of
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
 
 SHOWN_GROUPS = 6
@@ -137,7 +137,9 @@ def _clusters(features: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
     return np.asarray(np.argsort(by_size)[numbers])
 
 
-def explain_groups(retriever: Retriever, found: Mistakes, groups: list[ErrorGroup], spec: QuerySpec) -> Answers:
+def explain_groups(
+    retriever: Retriever, found: Mistakes, groups: list[ErrorGroup], spec: QuerySpec | Question
+) -> Answers:
     """The rows at both ends of each group's ranking; the groups are the queries, in their order.
 
     Raises:
@@ -154,7 +156,7 @@ def errors_report(
     groups: list[ErrorGroup],
     answers: Answers,
     retriever: Retriever,
-    spec: QuerySpec,
+    spec: QuerySpec | Question,
     seed: int,
     command: str,
 ) -> tuple[Report, dict[str, Any]]:
@@ -175,9 +177,10 @@ def errors_report(
                     cells: list[Cell] = [group.name, method, side, j + 1, int(row), float(score), each]
                     cells += [names[index.labels[row]], names[index.predictions[row]]]
                     lines.append([*cells, *(column[j] for column in columns.values())])
-    signs = SignCounts(spec.check())
+    question = retriever.resolve(spec)
+    signs = SignCounts(question.methods)
     signs.add(answers)
-    target = "predicted, wrong" if spec.target == "predicted" else spec.target
+    target = "predicted, wrong" if question.spec.target == "predicted" else question.spec.target
     ranked = Table(
         "Training rows behind the mistakes",
         ["group", "method", "side", "rank", "row", "score", "score a mistake", "label", "prediction"]
@@ -197,7 +200,7 @@ def errors_report(
         provenance(retriever, spec, command, test_rows=found.source, mistakes=n_wrong, seed=seed),
     )
     result = {
-        "question": question(retriever, spec),
+        "question": question_record(retriever, spec),
         "n_rows": found.n_rows,
         "n_mistakes": n_wrong,
         "groups": [

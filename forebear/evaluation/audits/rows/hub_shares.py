@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from forebear.errors import InputError, MismatchError
 from forebear.retriever.answers.results import SIDES
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import Question
 from forebear.retriever.retriever import Retriever
 
 COLUMN = "hub_share"
@@ -21,7 +21,7 @@ _HOW_FOUND = ("recall", "recall_note", "candidates", "certify", "sign")  # facts
 Shares = dict[str, dict[int, float]]
 
 
-def read_hub_shares(folder: Path, retriever: Retriever, spec: QuerySpec) -> Shares:
+def read_hub_shares(folder: Path, retriever: Retriever, question: Question) -> Shares:
     """Shares of rows by method, from the folder that ``audit hubs --out`` wrote; rows that never came up are left out.
 
     Raises:
@@ -37,14 +37,16 @@ def read_hub_shares(folder: Path, retriever: Retriever, spec: QuerySpec) -> Shar
         raise MismatchError(
             f"{folder} is an audit of another index, {audited['index']}, or of this one before a change."
         )
-    asked = json.loads(retriever.metadata(spec)["forebear"])["methods"]
-    for name in spec.methods:
+    asked = retriever.facts(question)["methods"]
+    for name in question.spec.methods:
         if name not in counts or _facts(audited["methods"][name]) != _facts(asked[name]):
             raise MismatchError(
                 f"{folder} audits {', '.join(counts)} at scope {audited['spec']['scope']}; {name} is asked for at "
-                f"scope {spec.scope}, or with another curvature. Audit it likewise."
+                f"scope {question.spec.scope}, or with another curvature. Audit it likewise."
             )
-    return {name: {int(row): count / n_queries for row, count in counts[name].items()} for name in spec.methods}
+    return {
+        name: {int(row): count / n_queries for row, count in counts[name].items()} for name in question.spec.methods
+    }
 
 
 def _facts(facts: dict[str, Any]) -> dict[str, Any]:

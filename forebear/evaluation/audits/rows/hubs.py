@@ -8,21 +8,21 @@ Nanopoulos and Ivanovic 2010, eq. 1). A hub explains none of the queries that it
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from forebear.errors import InputError
 from forebear.evaluation.audits.rows.suspects import own_places
-from forebear.evaluation.common.comparisons import provenance, question
+from forebear.evaluation.common.comparisons import provenance, question_record
 from forebear.evaluation.common.passages import row_passage
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Report, Table
 from forebear.retriever.answers.results import SIDES
 from forebear.retriever.answers.signs import SignCounts
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 from forebear.sampling import live_sample
 
@@ -88,7 +88,7 @@ def training_queries(retriever: Retriever, n_queries: int, seed: int) -> Queries
 def hubs(
     retriever: Retriever,
     queries: Queries,
-    spec: QuerySpec,
+    spec: QuerySpec | Question,
     *,
     progress: Callable[[str, int, int], None] = lambda _stage, _done, _total: None,
 ) -> Hubs:
@@ -103,15 +103,16 @@ def hubs(
     Raises:
         InputError: A method ranks spans or words, or k is out of range.
     """
-    methods = spec.check()
+    question = retriever.resolve(spec)
+    methods, top = question.methods, question.spec.top
     refused = [m.name for m in methods if m.spans or m.saliency]
     if refused:
         raise InputError(f"audit hubs counts rows; {refused[0]} ranks spans, or asks of a word.")
     live = retriever.index.live
     own = queries.source == TRAINING_ROWS
-    if spec.top > len(live) - own:
-        raise InputError(f"--top {spec.top}: expected 1 to {len(live) - own}, the rows that a query can find.")
-    asked = replace(spec, top=spec.top + own)
+    if top > len(live) - own:
+        raise InputError(f"--top {top}: expected 1 to {len(live) - own}, the rows that a query can find.")
+    asked = retriever.resolve(question, top=top + own)
     counts = np.zeros((len(methods), len(live)), np.int64)
     signs, done = SignCounts(methods), 0
     for part in queries.blocks():
@@ -127,7 +128,12 @@ def hubs(
         done += len(part)
         progress("queries", done, len(queries))
     return Hubs(
-        methods=spec.methods, rows=live, counts=counts, top=spec.top, n_queries=len(queries), signs=tuple(signs.notes())
+        methods=question.spec.methods,
+        rows=live,
+        counts=counts,
+        top=top,
+        n_queries=len(queries),
+        signs=tuple(signs.notes()),
     )
 
 
@@ -139,7 +145,13 @@ def skewness(counts: np.ndarray) -> float | None:
 
 
 def hubs_report(
-    found: Hubs, retriever: Retriever, queries: Queries, spec: QuerySpec, seed: int, n_listed: int, command: str
+    found: Hubs,
+    retriever: Retriever,
+    queries: Queries,
+    spec: QuerySpec | Question,
+    seed: int,
+    n_listed: int,
+    command: str,
 ) -> tuple[Report, dict[str, Any]]:
     """The report, with the ``n_listed`` most frequent rows of each method, and the numbers for ``result.json``.
 
@@ -204,7 +216,7 @@ def hubs_report(
         provenance(retriever, spec, command, queries=f"{len(queries)} of {queries.source}", top=found.top, seed=seed),
     )
     result = {
-        "question": question(retriever, spec),
+        "question": question_record(retriever, spec),
         "methods": {
             row[0]: dict(
                 zip(("largest_share", "expected", "skewness", "hubs", "of_places", "never"), row[1:], strict=True)

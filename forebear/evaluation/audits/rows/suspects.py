@@ -14,14 +14,14 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.evaluation.audits.rows.neighbours import nearest_rows
-from forebear.evaluation.common.comparisons import listed_values, matrix_figure, provenance, question, spearman
+from forebear.evaluation.common.comparisons import listed_values, matrix_figure, provenance, question_record, spearman
 from forebear.evaluation.common.passages import NO_LABEL, row_passage
 from forebear.evaluation.measures.mislabelled import LOSS, NEIGHBOURS, self_influence
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
 from forebear.indexer.index import Index
 from forebear.retriever.answers.results import SIDES
 from forebear.retriever.answers.signs import note_of
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
 SHOWN_ROWS = 10
@@ -61,7 +61,7 @@ class Suspects:
         return np.argsort(self.combined, kind="stable")
 
 
-def suspects(retriever: Retriever, spec: QuerySpec, *, n_neighbours: int = 10) -> Suspects:
+def suspects(retriever: Retriever, spec: QuerySpec | Question, *, n_neighbours: int = 10) -> Suspects:
     """Rank every live row by each measure.
 
     Args:
@@ -74,10 +74,10 @@ def suspects(retriever: Retriever, spec: QuerySpec, *, n_neighbours: int = 10) -
     """
     from scipy.stats import rankdata
 
-    spec.check()
+    question = retriever.resolve(spec)
     index = retriever.index
     live, labels = index.live, index.labels
-    values = {name: found[live] for name, found in self_influence(index, spec).items()}
+    values = {name: found[live] for name, found in self_influence(question).items()}
     neighbours, _ = nearest_rows(index, live, n_neighbours)
     values[LOSS] = index.losses[live].astype(np.float64)
     values[NEIGHBOURS] = (labels[neighbours] != labels[live][:, None]).mean(axis=1)
@@ -129,18 +129,19 @@ def own_places(found: np.ndarray, own: np.ndarray) -> np.ndarray:
 
 
 def suspects_report(
-    found: Suspects, retriever: Retriever, spec: QuerySpec, top: int, command: str
+    found: Suspects, retriever: Retriever, spec: QuerySpec | Question, top: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report of the ``top`` most suspicious rows, and the numbers of all for ``result.json``.
 
     Raises:
         InputError: ``top`` is less than 1.
     """
+    question = retriever.resolve(spec)
     if top < 1:
         raise InputError(f"--top {top}: expected at least 1.")
     n = len(found.rows)
     at = found.order[:top]
-    opponents, signs = opponents_of(retriever, spec, found.rows[at])
+    opponents, signs = opponents_of(retriever, question.spec, found.rows[at])
     texts = retriever.index.texts(found.rows[at])
     lines = [_line(found, retriever.index, int(p), opponents[i]) for i, p in enumerate(at)]
     measures = [f"rank by {name}" for name in found.names]
@@ -152,7 +153,7 @@ def suspects_report(
         f"The first {len(at):,} of {n:,} rows by the mean of their ranks by {len(found.names)} measures (1: the most "
         "suspicious), all counting the same. Suggested: the prediction where it is another label, else that of most "
         f"neighbours. Contradicting: the nearest of the {found.neighbours.shape[1]} neighbours with another label. "
-        f"Opponents: by {spec.methods[0]}, against the row's own label. {signs}".rstrip(),
+        f"Opponents: by {question.spec.methods[0]}, against the row's own label. {signs}".rstrip(),
     )
     wrong = int((found.suggested[at] != NO_LABEL).sum())
     agreement = [[float(spearman(a[None], b[None])[0]) for b in found.values] for a in found.values]
@@ -171,7 +172,7 @@ def suspects_report(
         provenance(retriever, spec, command, rows=n, neighbours=found.neighbours.shape[1]),
     )
     result = {
-        "question": question(retriever, spec),
+        "question": question_record(retriever, spec),
         "rows": found.rows,
         "mean_rank": found.combined,
         "values": {name: listed_values(values) for name, values in zip(found.names, found.values, strict=True)},

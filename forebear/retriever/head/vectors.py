@@ -1,0 +1,50 @@
+"""Representations that are one stored vector a row, compared as they are: features, sentence embeddings.
+
+Another one is one more entry of :data:`VECTORS`, and rows of the method table that name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from forebear.indexer.index import Index
+from forebear.indexer.storage.arrow import RowMatrix
+from forebear.indexer.storage.scan_table import ScanBlock, ScanTable
+from forebear.retriever.question.batch import Batch
+
+
+@dataclass(frozen=True)
+class StoredVector:
+    """Where the vectors of a representation are.
+
+    Attributes:
+        of_rows: Of every training row, ``(N, w)``.
+        of_queries: Of the test rows, ``(q, w)``.
+        scan_table: The rows by falling norm, if the index keeps them so; without, every row is compared.
+    """
+
+    of_rows: Callable[[Index], RowMatrix]
+    of_queries: Callable[[Batch], np.ndarray]
+    scan_table: Callable[[Index], ScanTable] | None = None
+
+
+def _features_by_norm(index: Index) -> ScanTable:
+    """The head's scan table without its residuals."""
+    blocks = index.scan_table("head").blocks
+    return ScanTable(tuple(ScanBlock(b.rows, b.features, (), b.feature_norms, ()) for b in blocks))
+
+
+def _sentence_embeddings(batch: Batch) -> np.ndarray:
+    assert batch.sentence is not None
+    return batch.sentence
+
+
+VECTORS: dict[str, StoredVector] = {
+    "feature": StoredVector(lambda index: index.features(), lambda batch: batch.forward.features, _features_by_norm),
+    "sentence": StoredVector(
+        lambda index: index.sentence(), _sentence_embeddings, lambda index: index.scan_table("sentence")
+    ),
+}

@@ -1,0 +1,119 @@
+"""A batch of test rows: what the models say of them, and the class that is explained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+
+from forebear.errors import InputError
+from forebear.indexer.model.encoding import Encoded, Texts, take_texts
+from forebear.indexer.model.forward import Forward, run_forward
+from forebear.retriever.question.models import Models
+from forebear.retriever.question.spec import Question
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Test rows that are asked about together, after the models have seen them.
+
+    Attributes:
+        texts: One list a text column; or encoded, for methods that read word pieces alone.
+        forwards: Forward pass of each checkpoint that the question needs, by checkpoint number.
+        targets: Class whose loss is explained, ``(q,)``.
+        last: Number of the checkpoint that is explained.
+        sentence: Sentence embeddings ``(q, s)``, or None.
+        labels: Gold class ids ``(q,)``, or None.
+        numbers: Of the test rows in their source, for messages.
+        table: The rows with all their columns, where spans are given by columns; else None.
+    """
+
+    texts: Texts
+    forwards: dict[int, Forward]
+    targets: np.ndarray
+    last: int
+    numbers: Sequence[int]
+    sentence: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    table: pa.Table | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def forward(self) -> Forward:
+        """Of the last checkpoint, the model that is explained."""
+        return self.forwards[self.last]
+
+    @property
+    def columns(self) -> list[list[str]]:
+        """The texts, one list a text column; only where they were not given encoded."""
+        assert not isinstance(self.texts, Encoded)
+        return [list(column) for column in self.texts]
+
+    def take(self, which: np.ndarray) -> Batch:
+        """Some of the test rows."""
+        return replace(
+            self,
+            texts=take_texts(self.texts, which),
+            forwards={c: f.take(which) for c, f in self.forwards.items()},
+            targets=self.targets[which],
+            numbers=[self.numbers[i] for i in which.tolist()],
+            sentence=None if self.sentence is None else self.sentence[which],
+            labels=None if self.labels is None else self.labels[which],
+            table=None if self.table is None else self.table.take(which),
+        )
+
+
+def make_batch(
+    question: Question,
+    models: Models,
+    texts: Texts,
+    labels: np.ndarray | None,
+    *,
+    numbers: Sequence[int],
+    forward: Forward | None = None,
+    table: pa.Table | None = None,
+) -> Batch:
+    """Run every model that a question needs over a batch of test rows, once.
+
+    Args:
+        question: Its methods say which checkpoints are needed, and whether sentence embeddings are.
+        models: Of the index.
+        texts: One list a text column; or encoded, but for methods that compare sentence embeddings.
+        labels: Gold class ids ``(q,)``, or None.
+        numbers: Of the test rows, for messages.
+        forward: The last checkpoint's pass over them, if already run.
+        table: The rows with all their columns, where spans are given by columns.
+    """
+    n_checkpoints = len(question.index.manifest.checkpoints)
+    last = n_checkpoints - 1
+    sums = any(m.all_checkpoints and m.representation != "words" for m in question.methods)
+    forwards = {} if forward is None else {last: forward}
+    for c in range(n_checkpoints) if sums else [last]:
+        if c not in forwards:
+            forwards[c] = run_forward(models.classifier(c), texts, first_row=numbers[0] if len(numbers) else 0)
+    sentence = None
+    if any(m.representation == "sentence" for m in question.methods):
+        assert not isinstance(texts, Encoded)
+        sentence = models.sentence_encoder.embed(texts)
+    names = models.classifier().label_names
+    targets = choose_targets(question.spec.target, forwards[last].predictions, labels, names)
+    return Batch(texts, forwards, targets, last, numbers, sentence, labels, table)
+
+
+def choose_targets(target: str, predictions: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> np.ndarray:
+    """The class whose loss is explained, for each test row: ``predicted``, ``gold`` or a label's name."""
+    if target == "predicted":
+        return predictions
+    if target == "gold":
+        if labels is None:
+            raise InputError("--target gold needs labels in the test file. Name their column by --label-column.")
+        return labels
+    fitting = [i for i, name in enumerate(names) if name == target]
+    fitting = fitting or [i for i, name in enumerate(names) if name.casefold() == target.casefold()]
+    if len(fitting) != 1:
+        raise InputError(f"--target {target!r}: expected predicted, gold, or one of {', '.join(names)}.")
+    return np.full(len(predictions), fitting[0])
