@@ -14,7 +14,7 @@ release = version = version_of("forebear")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated_pages"]
 exclude_patterns = ["build"]
-myst_enable_extensions = ["deflist", "dollarmath", "attrs_inline"]
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 4
 
 # References between pages, to headings and to files are checked. Those of docstrings to the package's inner modules
