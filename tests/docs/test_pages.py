@@ -135,8 +135,9 @@ def test_the_example_reads_what_forebear_reads(monkeypatch):
     monkeypatch.chdir(GOLDEN)
     retriever = Retriever(index, device="cpu")
     texts = rows["text_0"].to_pylist()
-    for row in (0, 3, 9):  # predicted as labelled, so that the target is the gold label
-        assert rows["label"][row] == rows["prediction"][row]
+    right = [n for n, row in enumerate(rows.to_pylist()) if row["label"] == row["prediction"]]
+    assert len(right) >= 3
+    for row in right:  # predicted as labelled, so that the target is the gold label
         for name, scores in reader.head_scores(feature, residual, row).items():
             (truth,) = retriever.scores([texts[row]], name)
             np.testing.assert_allclose(scores, truth, rtol=0, atol=1e-6 * np.abs(truth).max())
