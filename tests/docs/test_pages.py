@@ -114,6 +114,23 @@ def test_citations_name_the_five_papers_once_each():
             assert identifier in page
 
 
+def test_the_architecture_page_names_every_room():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = [path for path in (ROOT / "forebear").glob("*/*/") if (path / "__init__.py").is_file()]
+    assert len(rooms) > 20
+    for room in rooms:
+        assert f"`{room.relative_to(ROOT / 'forebear')}`" in page, f"{room} is not on the page"
+    for named in re.findall(r"`((?:indexer|retriever|evaluation|cli)/[\w./]+)`", page):
+        assert (ROOT / "forebear" / named).exists(), f"the page names {named}"
+
+
+def test_the_picture_is_what_its_script_draws():
+    spec = importlib.util.spec_from_file_location("draw", ROOT / "docs" / "images" / "draw_architecture.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.drawing() == (ROOT / "docs" / "images" / "architecture.svg").read_text(encoding="utf-8")
+
+
 def read_index_example():
     """docs/examples/read_index.py as a module."""
     spec = importlib.util.spec_from_file_location("read_index", ROOT / "docs" / "examples" / "read_index.py")
