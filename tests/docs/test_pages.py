@@ -184,6 +184,22 @@ def test_the_example_refuses_what_is_not_whole(index_copy, change):
         reader.read_manifest(index_copy)
 
 
+def test_the_answers_page_describes_every_column_and_fact(bert_world):
+    page = (ROOT / "docs" / "answers.md").read_text(encoding="utf-8")
+    retriever, queries = bert_world.retriever, bert_world.queries[:1]
+    asked = [
+        {"methods": ["tracin-we", "if"], "curvature": "cg"},
+        {"methods": ["tracin++"], "spans": "words"},
+    ]
+    for choices in asked:
+        answers = retriever.retrieve(queries, top=2, **choices)
+        for name in answers.schema.names:
+            assert f"`{name}`" in page or name == "text", f"the page does not describe the column {name}"
+        facts = json.loads(answers.schema.metadata[b"forebear"])
+        assert {"index_digest", "query_digest", "methods"} <= facts.keys()
+        assert all("recall" in of_method for of_method in facts["methods"].values())
+
+
 def test_the_index_format_page_lists_every_column_and_key(bert_world):
     import pyarrow as pa
 
