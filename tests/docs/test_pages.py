@@ -70,7 +70,9 @@ def test_the_docs_build_without_a_warning(tmp_path):
 
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
 def test_links_lead_to_files_and_headings_that_are_there(path):
-    for target in LINK.findall("\n".join(prose(path))):
+    text = "\n".join(prose(path))
+    assert "[](" not in text, "a link without text is nothing to click on where Sphinx does not build the page"
+    for target in LINK.findall(text):
         if re.match(r"(https?|mailto):", target):
             continue
         name, _, anchor = target.partition("#")
