@@ -20,7 +20,7 @@ from scipy import sparse
 
 from forebear.errors import InputError
 from forebear.evaluation.audits.rows.near_words import WordSets, near_pairs, stacked, word_sets, words_of
-from forebear.evaluation.audits.rows.neighbours import nearest_rows
+from forebear.evaluation.common.neighbours import nearest_rows
 from forebear.evaluation.common.passages import row_passage
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.reports.report import Cell, Group, Report, Table

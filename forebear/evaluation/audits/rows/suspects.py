@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.audits.rows.neighbours import nearest_rows
 from forebear.evaluation.common.comparisons import listed_values, matrix_figure, provenance, question, spearman
+from forebear.evaluation.common.neighbours import label_disagreement, nearest_rows
 from forebear.evaluation.common.passages import NO_LABEL, row_passage
 from forebear.evaluation.measures.mislabelled import LOSS, NEIGHBOURS, self_influence
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
@@ -80,7 +80,7 @@ def suspects(retriever: Retriever, spec: QuerySpec, *, n_neighbours: int = 10) -
     values = {name: found[live] for name, found in self_influence(index, spec).items()}
     neighbours, _ = nearest_rows(index, live, n_neighbours)
     values[LOSS] = index.losses[live].astype(np.float64)
-    values[NEIGHBOURS] = (labels[neighbours] != labels[live][:, None]).mean(axis=1)
+    values[NEIGHBOURS] = label_disagreement(labels, live, neighbours)
     stacked = np.stack(list(values.values()))
     majority = majority_label(labels[neighbours], labels[live], len(retriever.label_names))
     predictions = index.predictions[live]
