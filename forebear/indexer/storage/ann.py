@@ -16,7 +16,8 @@ import numpy as np
 
 from forebear.conformal import supported_recall
 from forebear.errors import CorruptIndexError, InputError, StorageError
-from forebear.indexer.storage.arrow import MEND, RowMatrix, atomic_file
+from forebear.indexer.storage.arrow import MEND, RowMatrix
+from forebear.indexer.storage.atomic import atomic_file
 
 FLAT_ROWS = 200_000  # exact float32 up to here
 QUANTISED_ROWS = 5_000_000  # quantised flat with exact re-ranking up to here, IVF beyond
