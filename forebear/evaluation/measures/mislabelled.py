@@ -20,8 +20,9 @@ import numpy as np
 from forebear.errors import DataError, InputError, MismatchError
 from forebear.evaluation.common.comparisons import listed_values, provenance
 from forebear.evaluation.common.neighbours import label_disagreement, nearest_rows
+from forebear.evaluation.common.passages import row_passages
 from forebear.evaluation.reports.charts import bar_chart
-from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
+from forebear.evaluation.reports.report import Cell, Figure, Group, Report, Table
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource
@@ -283,21 +284,17 @@ def mislabelled_report(
 
 def _suspects(found: Mislabelled, retriever: Retriever, measure: int) -> Group:
     """The rows of largest value, with both labels where the true ones are known."""
-    index, names = retriever.index, retriever.label_names
     order = np.argsort(-found.values[measure], kind="stable")[:SHOWN_ROWS]
     rows = found.rows[order]
-    columns = {name: column.to_pylist() for name, column in index.texts(rows).items()}
-    passages = []
-    for i, (at, row) in enumerate(zip(order, rows, strict=True)):
-        facts: dict[str, Cell] = {"label": names[index.labels[row]], "prediction": names[index.predictions[row]]}
-        if found.true_labels is not None:
-            facts["true label"] = names[found.true_labels[at]]
-        passages.append(
-            Passage(
-                f"rank {i + 1} · row {row} · {found.values[measure][at]:.4g}",
-                {name: texts[i] for name, texts in columns.items()},
-                facts=facts,
-                note="wrong label" if found.wrong[at] else "",
-            )
-        )
+    truth = found.true_labels
+    passages = row_passages(
+        retriever,
+        rows,
+        [
+            f"rank {i} · row {row} · {found.values[measure][at]:.4g}"
+            for i, (at, row) in enumerate(zip(order, rows, strict=True), 1)
+        ],
+        facts=None if truth is None else [{"true label": retriever.label_names[truth[at]]} for at in order],
+        notes=["wrong label" if found.wrong[at] else "" for at in order],
+    )
     return Group(f"The most suspicious rows by {found.names[measure]}", passages)
