@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from places import NO_SMALL_DISK
 from tiny import labels, make_tiny_model, sentences
 
 from forebear.indexer.building.build import BuildOptions, build_index
@@ -149,7 +150,7 @@ def index_copy(bert_world: World, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mount a file system of so many KiB; skipped where that is not allowed."""
+    """Mount a file system of so many KiB; tests that ask for it skip where that is not allowed."""
     mounted: list[Path] = []
 
     def mount(size_kib: int) -> Path:
@@ -159,9 +160,9 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
-            pytest.skip(f"cannot mount a small tmpfs: {error}")
+            pytest.skip(f"{NO_SMALL_DISK} ({error})")
         if done.returncode:
-            pytest.skip(f"cannot mount a small tmpfs: {done.stderr.strip()}")
+            pytest.skip(f"{NO_SMALL_DISK} ({done.stderr.strip()})")
         mounted.append(folder)
         return folder
 
