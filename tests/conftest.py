@@ -1,6 +1,12 @@
-"""Tiny models, and indexes of them built once a session."""
+"""Tiny models, and indexes of them built once a session: by pytest-xdist, once a worker."""
 
 from __future__ import annotations
+
+import os
+
+# Tiny models are no work for two threads, which only wait for each other; the workers of pytest-xdist use the other
+# cores. Before torch is imported, and for the commands that tests start.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import shutil
 import subprocess
@@ -82,7 +88,7 @@ class World:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Tiny models are no work for two threads, which only wait for each other on a busy machine."""
+    """In this process too where torch was imported before."""
     torch.set_num_threads(1)
 
 
