@@ -7,7 +7,7 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.indexer.index import Index
 from forebear.indexer.storage.ann import unit_rows
-from forebear.numbers import divide
+from forebear.ratio import ratio
 from forebear.retriever.ranking import rank
 
 _NUMBERS = 1 << 25  # entries of the vectors held at once
@@ -68,4 +68,4 @@ def label_disagreement(labels: np.ndarray, rows: np.ndarray, neighbours: np.ndar
 def _wide_units(vectors: np.ndarray) -> np.ndarray:
     """Vectors of length 1 along the last axis, float64; zero stays zero."""
     wide = vectors.astype(np.float64)
-    return divide(wide, np.linalg.norm(wide, axis=-1, keepdims=True))
+    return ratio(wide, np.linalg.norm(wide, axis=-1, keepdims=True))

@@ -1,11 +1,11 @@
-"""Files that appear complete or not at all: written under a temporary name, synced, renamed."""
+"""Files that appear whole or not at all: written under a temporary name, synced, renamed."""
 
 from __future__ import annotations
 
 import errno
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -31,11 +31,12 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         temporary.replace(path)
         sync(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder that it would lie in may be a file
+            temporary.unlink(missing_ok=True)
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}. Nothing that was there has changed. "
             + (
-                "Free some space and go on (forebear index with --resume), or choose another place."
+                "Free some space and run this again (forebear index goes on by --resume), or choose another place."
                 if error.errno == errno.ENOSPC
                 else "Choose a place that you may write to."
             )
@@ -95,5 +96,5 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
         ) from error
     finally:
         for temporary in written.values():
-            if folder.is_dir():
+            with suppress(OSError):  # the folder that it would lie in may be a file
                 temporary.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.words.gradients import WordRows, word_gradients
 from forebear.indexer.words.store import WordStore
+from forebear.ratio import ratio
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.models import Models
 from forebear.retriever.ranking import Ranking, Words, join, rank
@@ -228,7 +229,7 @@ class WordSearch:
         if question.normalise:
             own = np.sqrt(query.square())
             below = own * self._row_lengths(question)
-            factors = np.divide(1.0, below, out=np.zeros_like(below), where=below > 0)
+            factors = ratio(1.0, below)
             upper *= factors
         upper[self.index.retired] = -1.0
         return _Bounds(upper, error, factors)
@@ -372,7 +373,7 @@ def _normalised(scores: np.ndarray, query: QueryWords, lengths: np.ndarray | Non
     if lengths is None:
         return scores
     below = np.sqrt(query.square()) * lengths
-    return np.asarray(np.divide(scores, below, out=np.zeros_like(scores), where=below > 0))
+    return ratio(scores, below)
 
 
 def _contributions(

@@ -16,6 +16,7 @@ from scipy import sparse
 from forebear.indexer.index import Index
 from forebear.indexer.model.forward import residual_and_loss
 from forebear.indexer.words.gradients import count_tokens
+from forebear.ratio import ratio
 from forebear.retriever.question.asked import Asked
 from forebear.retriever.question.models import Models
 from forebear.retriever.ranking import Ranking, Words, rank
@@ -72,7 +73,7 @@ class TfidfSearch:
         if not normalise:
             return dots
         below = np.sqrt(own_q)[:, None] * np.sqrt(own_n)
-        return np.asarray(np.divide(dots, below, out=np.zeros_like(dots), where=below > 0))
+        return ratio(dots, below)
 
     def search(
         self, texts: Sequence[Sequence[str]], asked: Asked, k: int, *, normalise: bool

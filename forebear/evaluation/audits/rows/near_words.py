@@ -16,7 +16,7 @@ import numpy as np
 from scipy import sparse
 
 from forebear.indexer.storage.ragged import offsets
-from forebear.numbers import divide
+from forebear.ratio import ratio
 
 _WORD = re.compile(r"\w+")
 _BLOCK_ROWS = 256  # rows that are joined with all others at once
@@ -57,7 +57,7 @@ class WordSets:
                 left, right = _widened(a, width)[at[part]], _widened(b, width)[other_at[part]]
                 common = np.asarray(left.multiply(right).sum(axis=1)).reshape(-1)
                 union = np.diff(left.indptr) + np.diff(right.indptr) - common
-                found = divide(common, union, 1.0)
+                found = ratio(common, union, 1.0)
                 out[part] = np.minimum(out[part], found)
         return out
 
