@@ -28,6 +28,8 @@ from forebear.indexer.training.run import choose_model
 from forebear.retriever.question.methods import METHODS
 from forebear.retriever.retriever import Retriever
 
+pytest_plugins = ["untouched"]  # the option --untouched
+
 N_ROWS = 60
 N_QUERIES = 7
 DAMPINGS = ("0.1x", "0.003", "2x")
