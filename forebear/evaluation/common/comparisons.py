@@ -11,6 +11,7 @@ import numpy as np
 from forebear.evaluation.common.statistics import INTERVALS, mean_of
 from forebear.evaluation.reports.charts import heat_map
 from forebear.evaluation.reports.report import Cell, Figure, Table
+from forebear.ratio import ratio
 from forebear.retriever.coverage import fit_lines
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
@@ -30,7 +31,7 @@ def standardised_ranks(scores: np.ndarray) -> np.ndarray:
     ranks = rankdata(scores, axis=1)
     ranks -= ranks.mean(axis=1, keepdims=True)
     spread = np.sqrt((ranks**2).mean(axis=1, keepdims=True))
-    return np.asarray(np.divide(ranks, spread, out=np.full_like(ranks, np.nan), where=spread > 0))
+    return ratio(ranks, spread, np.nan)
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from forebear.errors import InputError, NonFiniteError
 from forebear.evaluation.reports.report import Cell, Table
 
 FloatArray = npt.NDArray[np.float64]
+_BATCH_NUMBERS = 1 << 22  # resampled values that are held at once
 _ROUNDING = 1e-14  # of numbers computed in float64, relative to the largest
 
 FEW_VALUES = 10
@@ -65,16 +66,14 @@ def mean_of(values: npt.ArrayLike, seed: int = 0) -> Mean:
     n = len(np.asarray(values))
     if error is None:
         return Mean(mean, None, None, None, n)
-    if n < FEW_VALUES:
-        half = error * _quantile_of_t(n - 1)
-        return Mean(mean, error, mean - half, mean + half, n)
-    return Mean(mean, error, *bootstrap_interval(values, seed), n)
-
-
-def _quantile_of_t(freedom: int) -> float:
+    if n >= FEW_VALUES:
+        return Mean(mean, error, *bootstrap_interval(values, seed), n)
+    if error == 0.0:
+        return Mean(mean, error, mean, mean, n)
     from scipy.stats import t
 
-    return float(t.ppf(0.975, freedom))
+    low, high = t.interval(0.95, n - 1, loc=mean, scale=error)
+    return Mean(mean, error, float(low), float(high), n)
 
 
 def paired_difference(first: npt.ArrayLike, second: npt.ArrayLike, seed: int = 0) -> Difference:
@@ -180,10 +179,13 @@ def bootstrap_interval(
         raise InputError(f"n_resamples={n_resamples}; expected at least 1, usually 2000.")
     if np.ptp(array) == 0.0:
         return float(array[0]), float(array[0])
-    rng = np.random.default_rng(seed)
-    n = len(array)
-    means = np.array([array[rng.integers(0, n, size=n)].mean() for _ in range(n_resamples)])
-    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    from scipy.stats import bootstrap
+
+    resampled = bootstrap(
+        (array,), np.mean, n_resamples=n_resamples, batch=max(1, _BATCH_NUMBERS // len(array)), method="percentile",
+        random_state=np.random.default_rng(seed),
+    )  # fmt: skip
+    low, high = np.quantile(resampled.bootstrap_distribution, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return float(low), float(high)
 
 

@@ -14,6 +14,7 @@ word lists below. What is planted, for attribution to find again:
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import random
 import re
@@ -24,7 +25,8 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from forebear.errors import InputError, OutputExistsError, StorageError
+from forebear.errors import InputError, OutputExistsError
+from forebear.indexer.storage.atomic import write_together
 
 ENTAILMENT: Final = 0
 LABEL_NAMES: Final = ("entailment", "non-entailment")
@@ -379,21 +381,18 @@ def write_corpus(corpus: Corpus, folder: Path, *, force: bool = False) -> Path:
         "planted": corpus.planted,
         "seed": corpus.seed,
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for split, table in corpus.splits().items():
-            pq.write_table(table, folder / f".{files[split]}.tmp")
-            data = (folder / f".{files[split]}.tmp").read_bytes()
-            (folder / f".{files[split]}.tmp").replace(folder / files[split])
-            labels = table["label"].to_pylist()
-            about["splits"][split] = {
-                "file": files[split],
-                "rows": table.num_rows,
-                "labels": {name: labels.count(i) for i, name in enumerate(LABEL_NAMES)},
-                "sha256": hashlib.sha256(data).hexdigest(),
-            }
-        (folder / ".dataset.json.tmp").write_text(json.dumps(about, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        (folder / ".dataset.json.tmp").replace(folder / "dataset.json")
-    except OSError as error:
-        raise StorageError(f"cannot write the corpus to {folder}: {error}. Name a folder you may write.") from error
+    contents: dict[str, bytes] = {}
+    for split, table in corpus.splits().items():
+        parquet = io.BytesIO()
+        pq.write_table(table, parquet)
+        contents[files[split]] = parquet.getvalue()
+        labels = table["label"].to_pylist()
+        about["splits"][split] = {
+            "file": files[split],
+            "rows": table.num_rows,
+            "labels": {name: labels.count(i) for i, name in enumerate(LABEL_NAMES)},
+            "sha256": hashlib.sha256(contents[files[split]]).hexdigest(),
+        }
+    contents["dataset.json"] = (json.dumps(about, indent=1, allow_nan=False) + "\n").encode()
+    write_together(folder, contents)
     return folder

@@ -11,6 +11,7 @@ import numpy as np
 
 from forebear.errors import OutputExistsError
 from forebear.evaluation.audits.artifacts.hans import HansAudit, audit_hans, hans_report
+from forebear.evaluation.common.passages import rank_headings, row_passages
 from forebear.evaluation.common.statistics import bootstrap_interval
 from forebear.evaluation.demo.corpus import make_corpus, write_corpus
 from forebear.evaluation.reports.report import Cell, Group, Passage, Report, Table, write_report
@@ -163,19 +164,9 @@ def find_wrong_labels(retriever: Retriever, folder: Path) -> WrongLabels:
     for i in spoilt[:N_SHOWN]:
         ranking = answers.found[JUDGE][0]
         top = ranking.rows[i, :5]
-        texts = {name: column.to_pylist() for name, column in index.texts(top).items()}
-        passages = [
-            Passage(
-                f"rank {j + 1} · row {row} · score {ranking.scores[i, j]:.4g}",
-                {name: texts[name][j] for name in names},
-                facts={
-                    "label": retriever.label_names[index.labels[row]],
-                    "prediction": retriever.label_names[index.predictions[row]],
-                },
-                note="planted wrong label" if planted[row] else "",
-            )
-            for j, row in enumerate(top)
-        ]
+        scores = ranking.scores[i, : len(top)]
+        notes = ["planted wrong label" if planted[row] else "" for row in top]
+        passages = row_passages(retriever, top, rank_headings(top, scores), notes=notes)
         query = Passage(
             f"probe row {i}",
             {name: column[i] for name, column in zip(names, block.texts, strict=True)},
@@ -184,7 +175,7 @@ def find_wrong_labels(retriever: Retriever, folder: Path) -> WrongLabels:
                 "predicted": retriever.label_names[answers.predictions[i]],
             },
         )
-        intro = note_of(JUDGE, SIDES[0], ranking.scores[i, : len(top)])
+        intro = note_of(JUDGE, SIDES[0], scores)
         groups.append(Group(f"Why is probe row {i} answered wrongly? By {JUDGE}", passages, intro, query))
     return WrongLabels(
         n_queries=len(spoilt),

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from forebear.evaluation.common.comparisons import provenance, question_record
+from forebear.evaluation.common.passages import rank_headings, row_passages
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.common.statistics import difference_table, mean_of
 from forebear.evaluation.measures.agreement import POOL_ROWS, RANDOM_ROWS, RANDOM_SPANS, Agreement, Shown
@@ -112,17 +113,16 @@ def _group(one: Shown, method: str, retriever: Retriever) -> Group:
     names = index.manifest.spec.text_columns
     rows = np.array([row for row, _, _ in one.found[method]])
     columns = index.text_lists(rows)
-    passages = []
-    for i, (row, span, score) in enumerate(one.found[method]):
-        facts: dict[str, Cell] = {"label": retriever.label_names[index.labels[row]]}
-        if span is not None:
-            facts["span"] = columns[span.column][i][span.start : span.end]
-        texts = {name: column[i] for name, column in zip(names, columns, strict=True)}
-        passages.append(Passage(f"rank {i + 1} · row {row} · score {score:.4g}", texts, facts=facts))
+    scores = [score for _, _, score in one.found[method]]
+    facts: list[dict[str, Cell]] = [
+        {} if span is None else {"span": columns[span.column][i][span.start : span.end]}
+        for i, (_, span, _) in enumerate(one.found[method])
+    ]
+    passages = row_passages(retriever, rows, rank_headings(rows, scores), facts=facts)
     asked = dict(zip(names, one.texts, strict=True))
     own: dict[str, Cell] = (
         {} if one.span is None else {"span": one.texts[one.span.column][one.span.start : one.span.end]}
     )
     query = Passage(f"test row {one.row}", asked, facts=own)
-    intro = note_of(method, SIDES[0], [score for _, _, score in one.found[method]])
+    intro = note_of(method, SIDES[0], scores)
     return Group(f"What {method} finds for test row {one.row}", passages, intro, query)

@@ -21,6 +21,7 @@ from forebear.evaluation.common.span_queries import gradients_compared, training
 from forebear.evaluation.common.statistics import difference_table
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
+from forebear.ratio import ratio
 from forebear.retriever.question.models import N_VARIANTS, one_step_away
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
@@ -57,7 +58,7 @@ class Faithfulness:
         defined = ~np.isnan(self.values)
         n = defined.sum(axis=0)
         total = np.where(defined, self.values, 0.0).sum(axis=0)
-        return np.asarray(np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0))
+        return ratio(total, n, np.nan)
 
 
 def measure_faithfulness(

@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from forebear.errors import DataError, InputError, MismatchError
 from forebear.evaluation.common.comparisons import listed_values, provenance
+from forebear.evaluation.common.neighbours import label_disagreement, nearest_rows
+from forebear.evaluation.common.passages import row_passages
 from forebear.evaluation.reports.charts import bar_chart
-from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
+from forebear.evaluation.reports.report import Cell, Figure, Group, Report, Table
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource
-from forebear.indexer.storage.ann import unit_rows
-from forebear.indexer.storage.arrow import as_tensor
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
@@ -103,26 +102,6 @@ def _squared_norms(index: Index, scope: str, checkpoint: int) -> np.ndarray:
         f, r = (m.take(at).astype(np.float64) for m in (index.features(checkpoint), index.residuals(checkpoint)))
         out[at] = (f**2).sum(axis=1) * (r**2).sum(axis=1)
     return out
-
-
-def neighbour_disagreement(features: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
-    """Share of the k nearest other rows, by cosine, that have another label, ``(n,)``.
-
-    Args:
-        features: ``(n, h)``.
-        labels: ``(n,)``.
-        k: Fewer than n.
-    """
-    unit = as_tensor(unit_rows(features))
-    found = np.empty(len(unit))
-    for start in range(0, len(unit), _BLOCK_ROWS):
-        cosines = unit[start : start + _BLOCK_ROWS] @ unit.T
-        cosines[torch.arange(len(cosines)), torch.arange(start, start + len(cosines))] = -torch.inf  # the row itself
-        nearest = cosines.topk(k, dim=1).indices.numpy()
-        found[start : start + len(nearest)] = (labels[nearest] != labels[start : start + len(nearest), None]).mean(
-            axis=1
-        )
-    return found
 
 
 def true_labels_of(index: Index, source: RowSource) -> np.ndarray:
@@ -203,8 +182,8 @@ def mislabelled(
         )
     values = {name: found[live] for name, found in self_influence(question).items()}
     values[LOSS] = index.losses[live].astype(np.float64)
-    features = index.features().take(live)
-    values[NEIGHBOURS] = neighbour_disagreement(features, index.labels[live], n_neighbours)
+    neighbours, _ = nearest_rows(index, live, n_neighbours)
+    values[NEIGHBOURS] = label_disagreement(index.labels, live, neighbours)
     return Mislabelled(
         names=tuple(values),
         values=np.stack(list(values.values())),
@@ -219,23 +198,25 @@ def auc_and_interval(values: np.ndarray, wrong: np.ndarray, seed: int) -> list[C
 
     No interval with one row of a kind: resampled, it is always itself.
     """
-    from scipy.stats import rankdata
-
     above, below = values[wrong], values[~wrong]
-
-    def area(first: np.ndarray, second: np.ndarray) -> float:
-        ranks = rankdata(np.concatenate([first, second]))[: len(first)]
-        return float((ranks.sum() - len(first) * (len(first) + 1) / 2) / (len(first) * len(second)))
-
+    found = _area(above, below)
     if min(len(above), len(below)) < 2:
-        return [area(above, below), None, None]
+        return [found, None, None]
     rng = np.random.default_rng(seed)
     drawn = [
-        area(above[rng.integers(0, len(above), len(above))], below[rng.integers(0, len(below), len(below))])
+        _area(above[rng.integers(0, len(above), len(above))], below[rng.integers(0, len(below), len(below))])
         for _ in range(_RESAMPLES)
     ]
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return [area(above, below), float(low), float(high)]
+    return [found, float(low), float(high)]
+
+
+def _area(above: np.ndarray, below: np.ndarray) -> float:
+    """Area under the ROC curve: U of Mann and Whitney, as a share of all pairs."""
+    from scipy.stats import mannwhitneyu
+
+    # The asymptotic p is the cheapest one; it is not used.
+    return float(mannwhitneyu(above, below, method="asymptotic").statistic / (len(above) * len(below)))
 
 
 def precision_at(values: np.ndarray, wrong: np.ndarray, k: int) -> float:
@@ -302,21 +283,17 @@ def mislabelled_report(
 
 def _suspects(found: Mislabelled, retriever: Retriever, measure: int) -> Group:
     """The rows of largest value, with both labels where the true ones are known."""
-    index, names = retriever.index, retriever.label_names
     order = np.argsort(-found.values[measure], kind="stable")[:SHOWN_ROWS]
     rows = found.rows[order]
-    columns = {name: column.to_pylist() for name, column in index.texts(rows).items()}
-    passages = []
-    for i, (at, row) in enumerate(zip(order, rows, strict=True)):
-        facts: dict[str, Cell] = {"label": names[index.labels[row]], "prediction": names[index.predictions[row]]}
-        if found.true_labels is not None:
-            facts["true label"] = names[found.true_labels[at]]
-        passages.append(
-            Passage(
-                f"rank {i + 1} · row {row} · {found.values[measure][at]:.4g}",
-                {name: texts[i] for name, texts in columns.items()},
-                facts=facts,
-                note="wrong label" if found.wrong[at] else "",
-            )
-        )
+    truth = found.true_labels
+    passages = row_passages(
+        retriever,
+        rows,
+        [
+            f"rank {i} · row {row} · {found.values[measure][at]:.4g}"
+            for i, (at, row) in enumerate(zip(order, rows, strict=True), 1)
+        ],
+        facts=None if truth is None else [{"true label": retriever.label_names[truth[at]]} for at in order],
+        notes=["wrong label" if found.wrong[at] else "" for at in order],
+    )
     return Group(f"The most suspicious rows by {found.names[measure]}", passages)

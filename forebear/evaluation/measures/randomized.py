@@ -43,6 +43,7 @@ from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.training.fine_tuning import quiet_transformers
 from forebear.indexer.training.run import CheckpointPath
 from forebear.progress import Progress, no_progress
+from forebear.ratio import ratio
 from forebear.retriever.question.batch import choose_targets
 from forebear.retriever.question.methods import pick_methods
 from forebear.retriever.question.spec import QuerySpec, Question
@@ -179,7 +180,7 @@ def mean_over_seeds(values: np.ndarray) -> np.ndarray:
     defined = ~np.isnan(values)
     count = defined.sum(axis=0)
     total = np.where(defined, values, 0.0).sum(axis=0)
-    return np.asarray(np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0))
+    return ratio(total, count, np.nan)
 
 
 def randomized_report(

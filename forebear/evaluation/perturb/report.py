@@ -17,7 +17,6 @@ from forebear.evaluation.perturb.spec import RANDOM, STRATEGIES, Change
 from forebear.evaluation.reports.charts import line_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table, check_folder
 from forebear.indexer.spans.text import Span
-from forebear.indexer.storage.arrow import write_bytes
 from forebear.retriever.coverage import fit_lines
 from forebear.retriever.retriever import Retriever
 
@@ -75,8 +74,8 @@ def perturb_report(
     return report, result
 
 
-def write_changed(found: Perturbation, retriever: Retriever, folder: Path) -> Path:
-    """Write every change as one JSON object a line, random ones with their seed; return the file's path."""
+def changed_lines(found: Perturbation, retriever: Retriever) -> str:
+    """Every change as one JSON object a line, random ones with their seed: the text of ``changed.jsonl``."""
     names = retriever.label_names
     sources: list[tuple[str, int | None, Turns]] = [(name, None, turns) for name, turns in found.changes.items()]
     sources += [(RANDOM, seed, turns) for seed, turns in found.random.items()]
@@ -95,9 +94,7 @@ def write_changed(found: Perturbation, retriever: Retriever, folder: Path) -> Pa
         for turn, changes in enumerate(turns, 1)
         for change in changes
     ]  # fmt: skip
-    path = folder / CHANGED_NAME
-    write_bytes(path, "".join(line + "\n" for line in lines).encode())
-    return path
+    return "".join(line + "\n" for line in lines)
 
 
 def _column_name(retriever: Retriever, span: Span) -> str:

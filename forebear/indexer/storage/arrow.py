@@ -2,69 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from forebear.errors import CorruptIndexError, StorageError
+from forebear.errors import CorruptIndexError
+from forebear.indexer.storage.atomic import atomic_file
 
-TEMPORARY_SUFFIX = ".partial"
 _HASH_CHUNK_BYTES = 1 << 22
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that appears under ``path`` complete and synced, or not at all.
-
-    Raises:
-        StorageError: The disk is full or the path cannot be written; nothing is left behind.
-    """
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}. Nothing that was there has changed. "
-            + (
-                "Free some space and go on (forebear index with --resume), or choose another place."
-                if error.errno == errno.ENOSPC
-                else "Choose a place that you may write to."
-            )
-        ) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync(path: Path) -> None:
-    """Make a file, or the renames in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` atomically."""
-    with atomic_file(path) as handle:
-        handle.write(content)
 
 
 def write_table(path: Path, batches: Sequence[pa.RecordBatch] | Iterator[pa.RecordBatch], schema: pa.Schema) -> None:

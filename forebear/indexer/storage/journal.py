@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from forebear.errors import CorruptIndexError, MismatchError, OutputExistsError, StorageError
-from forebear.indexer.storage.arrow import TEMPORARY_SUFFIX, write_bytes
+from forebear.indexer.storage.atomic import TEMPORARY_SUFFIX, write_bytes
 from forebear.indexer.storage.layout import (
     BASES_NAME,
     JOURNAL_NAME,

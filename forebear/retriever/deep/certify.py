@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from forebear.indexer.sketches.candidates import BLOCK_ROWS, Part
+from forebear.ratio import ratio
 from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch
 from forebear.retriever.question.methods import Method
@@ -120,7 +121,7 @@ def bounds(parts: Sequence[Part], live: np.ndarray, *, cosine: bool) -> tuple[np
             width += np.outer(own_length, rounding)
             if cosine:
                 below = asked.norms[:, None] * store.norms[rows].astype(np.float64)
-                middle, width = (np.divide(x, below, out=np.zeros_like(x), where=below > 0) for x in (middle, width))
+                middle, width = (ratio(x, below) for x in (middle, width))
             at = slice(start, start + len(rows))
             centre[:, at] += part.weight * middle
             slack[:, at] += part.weight * width

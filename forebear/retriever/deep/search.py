@@ -21,6 +21,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Texts, as_encoded, distinct_rows
 from forebear.indexer.sketches.candidates import propose
+from forebear.ratio import ratio
 from forebear.retriever.deep.candidates import Candidates
 from forebear.retriever.deep.query_gradients import Queries, QueryGradients
 from forebear.retriever.question.inverse import CurvatureSpec
@@ -199,7 +200,7 @@ class GradientSearch:
                     own = _own_lengths(vectors[-1] if preconditioned else g, g)
                     lengths = self._row_lengths(method, classifier, distinct)
                     below = own[:, None] * _pick(np.broadcast_to(lengths, (q, len(distinct))), where[method.name])
-                    found = np.divide(found, below, out=np.zeros_like(found), where=below > 0)
+                    found = ratio(found, below)
                 scores[method.name] += dict(self.gradients.checkpoints(method))[number] * found
         return scores, residual
 

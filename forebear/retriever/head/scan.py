@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from forebear.indexer.storage.scan_table import ScanBlock, ScanTable
+from forebear.ratio import ratio
 from forebear.retriever.head.scoring import Query, Term, term_scores
 
 # Rounding of a float32 dot product of two unit vectors, with a margin: 4e-6 is over 60 units in the last place.
@@ -79,12 +80,7 @@ class Scan:
             factor = np.full(len(block.rows), term.weight)
             if block.residuals:
                 norms = block.residual_norms[i].astype(np.float64)
-                residuals = np.divide(
-                    block.residuals[i],
-                    norms[:, None],
-                    out=np.zeros_like(block.residuals[i]),
-                    where=norms[:, None] > 0,
-                )
+                residuals = ratio(block.residuals[i], norms[:, None])
                 factor = factor * norms
             part = term_scores(term, block.features[i], residuals)
             if self.query.method.metric == "cos":

@@ -14,6 +14,7 @@ import numpy as np
 
 from forebear.indexer.curvature.head import class_basis
 from forebear.indexer.storage.arrow import as_tensor
+from forebear.ratio import ratio
 from forebear.retriever.question.methods import Method
 
 
@@ -188,7 +189,7 @@ def exact_scores(
         if left[0] is not None:
             norms = norms * _lengths(left[0])
     below = query.norms[:, None] * norms
-    return np.asarray(np.divide(scores, below, out=np.zeros_like(scores), where=below > 0))
+    return ratio(scores, below)
 
 
 def _lengths(values: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode_with_places
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, softmax
 from forebear.indexer.model.scopes import Block, embedding_block, encoder_input_block
+from forebear.ratio import ratio
 
 GRADIENT_X_INPUT = "gradient-x-input"
 SUMMED_GRADIENT = "summed-gradient"
@@ -164,7 +165,7 @@ def _seeds(form: str, targets: np.ndarray) -> SeedByKey:
                 return -softmax(logits)[np.arange(len(at)), targets[at], None] * residual
             # Largest entry 1: in fp32 the gradient of a very confident row would underflow.
             largest = np.abs(residual).max(axis=1, keepdims=True)
-            return np.asarray(np.divide(residual, largest, out=np.zeros_like(residual), where=largest > 0))
+            return ratio(residual, largest)
 
         return seed
 
@@ -174,7 +175,7 @@ def _seeds(form: str, targets: np.ndarray) -> SeedByKey:
 def _normalised(values: np.ndarray) -> np.ndarray:
     """Over their L1 norm, ``(t,)``; 0 where that is 0."""
     norm = np.abs(values).sum()
-    return np.asarray(np.divide(values, norm, out=np.zeros_like(values), where=norm > 0))
+    return ratio(values, norm)
 
 
 def _check_targets(classifier: Classifier, texts: Sequence[Sequence[str]], targets: np.ndarray) -> None:

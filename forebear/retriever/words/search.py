@@ -20,6 +20,7 @@ from typing_extensions import override
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.words.gradients import WordRows, word_gradients
 from forebear.indexer.words.store import WordStore
+from forebear.ratio import ratio
 from forebear.retriever.question.batch import Batch
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.models import Models
@@ -221,8 +222,7 @@ class WordSearcher(Searcher):
         factors = None
         if queries.normalise:
             own = np.sqrt(query.square())
-            below = own * self._row_lengths(queries)
-            factors = np.divide(1.0, below, out=np.zeros_like(below), where=below > 0)
+            factors = ratio(1.0, own * self._row_lengths(queries))
             upper *= factors
         upper[self.index.retired] = -1.0
         return _Bounds(upper, error, factors)
@@ -366,7 +366,7 @@ def _normalised(scores: np.ndarray, query: QueryWords, lengths: np.ndarray | Non
     if lengths is None:
         return scores
     below = np.sqrt(query.square()) * lengths
-    return np.asarray(np.divide(scores, below, out=np.zeros_like(scores), where=below > 0))
+    return ratio(scores, below)
 
 
 def _contributions(

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from forebear.indexer.model.forward import residual_and_loss
 from forebear.indexer.words.gradients import count_tokens
+from forebear.ratio import ratio
 from forebear.retriever.question.batch import Batch
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.recall import PROVEN, with_note
@@ -83,7 +84,7 @@ class TfidfSearcher(Searcher):
         if not normalise:
             return dots
         below = np.sqrt(own_q)[:, None] * np.sqrt(own_n)
-        return np.asarray(np.divide(dots, below, out=np.zeros_like(dots), where=below > 0))
+        return ratio(dots, below)
 
     @override
     def search(self, question: Question, batch: Batch) -> dict[str, Ends]:

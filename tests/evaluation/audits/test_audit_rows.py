@@ -21,8 +21,8 @@ from forebear.evaluation.audits.rows.duplicates import Thresholds, duplicates, l
 from forebear.evaluation.audits.rows.errors import explain_groups, group_mistakes, mistakes_of
 from forebear.evaluation.audits.rows.hubs import hubs, skewness, training_queries
 from forebear.evaluation.audits.rows.near_words import near_pairs, word_sets, words_of
-from forebear.evaluation.audits.rows.neighbours import nearest_rows
 from forebear.evaluation.audits.rows.suspects import majority_label, opponents_of, own_places, suspects
+from forebear.evaluation.common.neighbours import label_disagreement, nearest_rows
 from forebear.evaluation.common.queries import sample_queries
 
 
@@ -60,6 +60,13 @@ def test_nearest_rows_are_scikit_learns(bert_world, representation):
     np.testing.assert_allclose(np.einsum("nh,nkh->nk", unit, unit[rows]), cosines, atol=1e-12)
     with pytest.raises(InputError, match=f"--neighbours {N_ROWS}"):
         nearest_rows(index, index.live, N_ROWS)
+
+
+def test_disagreement_counts_the_neighbours_of_another_label():
+    labels = np.array([0, 1, 1, 2, 0])
+    near = np.array([[1, 4, 2], [2, 0, 4]])
+    assert label_disagreement(labels, np.array([0, 1]), near).tolist() == [2 / 3, 2 / 3]
+    assert label_disagreement(labels, np.array([4]), near[:1, :2]).tolist() == [0.5]
 
 
 def test_majority_prefers_the_rows_own_label_then_the_lower_id():
@@ -292,7 +299,9 @@ def test_counts_of_hubs_are_those_of_complete_rankings(bert_world, of_training):
                 mine[row] = -np.inf
             counts[np.argsort(-mine, kind="stable")[:3]] += 1
         np.testing.assert_array_equal(found.counts[i], counts)
-        assert skewness(found.counts[i]) == pytest.approx(stats.skew(counts))
+        centred = [c - sum(counts) / N_ROWS for c in counts]
+        second, third = (sum(c**power for c in centred) / N_ROWS for power in (2, 3))
+        assert skewness(found.counts[i]) == pytest.approx(third / second**1.5)
     assert found.counts.sum(axis=1).tolist() == [3 * len(queries)] * 3
     np.testing.assert_allclose(found.shares, found.counts / len(queries))
     assert found.expected == pytest.approx(3 / N_ROWS)

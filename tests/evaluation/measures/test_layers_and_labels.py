@@ -20,7 +20,6 @@ from forebear.evaluation.measures.cancellation import cancellation, parameter_gr
 from forebear.evaluation.measures.mislabelled import (
     auc_and_interval,
     mislabelled,
-    neighbour_disagreement,
     precision_at,
     self_influence,
     true_labels_of,
@@ -366,17 +365,6 @@ def test_precision_orders_ties_by_row():
     assert [precision_at(values, wrong, k) for k in (1, 2, 3, 4, 5)] == [1, 1 / 2, 2 / 3, 2 / 4, 3 / 5]
 
 
-def test_disagreement_is_scikit_learns():
-    rng = np.random.default_rng(2)
-    features, gold = rng.normal(size=(1500, 8)).astype(np.float32), rng.integers(0, 3, 1500)
-    found = neighbour_disagreement(features, gold, 7)
-    near = NearestNeighbors(n_neighbors=8, metric="cosine", algorithm="brute").fit(features.astype(np.float64))
-    for n, neighbours in enumerate(near.kneighbors(features.astype(np.float64), return_distance=False)):
-        others = [i for i in neighbours if i != n]
-        assert len(others) == 7
-        assert found[n] == pytest.approx(np.mean(gold[others] != gold[n]))
-
-
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """Training rows with a column of clean labels, an index of the noisy ones, and which rows differ."""
@@ -430,6 +418,10 @@ def test_the_command_measures_planted_flips(planted, tmp_path, capsys):
     for name in wanted:
         assert result["measures"][name]["auc"] == pytest.approx(roc_auc_score(wrong, result["values"][name]))
     np.testing.assert_allclose(result["values"]["loss"], index.losses)
+    features = index.features().take(index.live).astype(np.float64)
+    near = NearestNeighbors(n_neighbors=10, metric="cosine", algorithm="brute").fit(features)
+    others = index.labels[near.kneighbors(return_distance=False)] != index.labels[:, None]
+    np.testing.assert_allclose(result["values"]["neighbours"], others.mean(axis=1))
     assert result["measures"]["gd"]["precision"]["5"] * 5 == pytest.approx(
         sum(n in flipped for n in np.argsort(-np.array(result["values"]["gd"]), kind="stable")[:5])
     )

@@ -61,9 +61,33 @@ def test_altered_files_are_refused(tmp_path):
         WordNet(index.parent)
 
 
-@pytest.mark.skipif(not Path(DEBIAN_FOLDER, "index.noun").is_file(), reason="no WordNet (Debian: wordnet-base)")
-def test_the_installed_wordnet_is_read():
-    wordnet = WordNet()
+# Of the real WordNet, what the next test asks for.
+REAL_SYNSETS = {
+    "noun": [
+        ("movie", ["movie", "film", "picture", "moving_picture", "flick"], []),
+        ("acting", ["acting", "playing"], []),
+        ("child", ["child", "kid"], []),
+    ],
+    "verb": [("act", ["act", "play"], []), ("go", ["go", "travel", "move"], []), ("go away", ["depart", "go"], [])],
+    "adj": [
+        ("good", ["good(p)"], [(1, "bad", 1)]),
+        ("bad", ["bad"], []),
+        ("happy", ["happy"], [(1, "unhappy", 1)]),
+        ("unhappy", ["unhappy"], []),
+        ("terrible", ["awful", "terrible", "abominable"], []),
+        ("hot", ["hot"], [(1, "cold", 1)]),
+        ("cold", ["cold"], []),
+    ],
+    "adv": [("beautifully", ["attractively", "beautifully"], [(2, "badly", 1)]), ("badly", ["unattractively"], [])],
+}
+INSTALLED = [Path(DEBIAN_FOLDER)] if Path(DEBIAN_FOLDER, "index.noun").is_file() else []
+
+
+@pytest.mark.parametrize("folder", ["written here", *INSTALLED])
+def test_the_real_wordnet_is_read(folder, tmp_path):
+    """A part of it, written here; and the whole one, where it is installed."""
+    exceptions = {"noun": "children child\n", "adj": "happier happy\n"}
+    wordnet = WordNet(folder if folder in INSTALLED else write_wordnet(tmp_path, REAL_SYNSETS, exceptions))
     assert {"movie", "picture", "flick"} <= set(wordnet.synonyms("films"))
     assert "bad" in wordnet.substitutes("good", antonyms=True)
     assert "bad" not in wordnet.synonyms("good")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -170,6 +171,54 @@ def test_a_failed_write_leaves_the_old_report_and_no_temporary_file(
         write_report(Report("second", "s"), tmp_path, result={}, force=True)
     assert "first" in (tmp_path / "report.html").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(REPORT_FILES)
+
+
+def test_a_report_written_over_another_is_never_a_mixture_of_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at each step that touches the disk, until a run gets through."""
+
+    class Killed(BaseException):
+        pass
+
+    def dies_at(number: int) -> None:
+        """Let the number-th of all calls that sync, remove or rename a file raise."""
+        calls = iter(range(1, 1000))
+
+        def counted(function):
+            def call(*args, **kwargs):
+                if next(calls) == number:
+                    raise Killed
+                return function(*args, **kwargs)
+
+            return call
+
+        for owner, name in ((os, "fsync"), (Path, "unlink"), (Path, "replace")):
+            patched.setattr(owner, name, counted(getattr(owner, name)))
+
+    reports = {title: Report(title, title, (Table(title, ["n"], [[title]]),)) for title in ("first", "second")}
+    found = set()
+    for number in range(1, 100):
+        folder = tmp_path / str(number)
+        write_report(reports["first"], folder, result={"of": "first"}, beside={"rows.txt": "first"})
+        with monkeypatch.context() as patched:
+            dies_at(number)
+            try:
+                write_report(
+                    reports["second"], folder, result={"of": "second"}, force=True, beside={"rows.txt": "second"}
+                )
+            except Killed:
+                killed = True
+            else:
+                killed = False
+        present = [folder / name for name in (*REPORT_FILES, "rows.txt") if (folder / name).exists()]
+        of = {title for title in reports for path in present if title in path.read_text()}
+        assert len(of) <= 1, f"killed at step {number}: {sorted(path.name for path in present)} are of both"
+        found.add((*of, len(present)))
+        if not killed:
+            break
+    assert {("first", 5), ("second", 5), ("first", 2), ("second", 2)} <= found  # it was killed at each kind of step
+    assert not killed
 
 
 def test_result_is_strict_json_with_plain_numbers_and_provenance(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,8 +19,6 @@ from places import DATA, NO_DATA
 
 from forebear.errors import DataError
 from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
-
-datasets = pytest.importorskip("datasets")
 
 TEXTS = ["NA", "None", "", "007", 'she said "no"', "two\nlines, one row", "naïve 💡", "NA"]
 NUMBERS = [0, 1, 1, 0, 1, 0, 0, 1]

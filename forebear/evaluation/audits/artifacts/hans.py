@@ -16,6 +16,7 @@ import numpy as np
 from forebear.errors import DataError, InputError
 from forebear.evaluation.audits.artifacts.hans_kinds import KINDS, Breakdown, kind_numbers, kind_table
 from forebear.evaluation.audits.artifacts.lexical_overlap import lexical_overlap, premise_first
+from forebear.evaluation.common.passages import rank_headings, row_passages
 from forebear.evaluation.common.statistics import INTERVALS, mean_and_error, mean_of
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
@@ -322,23 +323,16 @@ def _group(example: Example, method: str, retriever: Retriever) -> Group:
     shared = set(example.texts[0].lower().split()) & set(example.texts[1].lower().split())
     query = Passage(f"test row {example.row}", dict(zip(names, example.texts, strict=True)), shared)
     rows = np.array([row for row, _ in example.top[method]])
-    columns = {name: column.to_pylist() for name, column in index.texts(rows).items()}
-    passages = []
-    for i, (row, score) in enumerate(example.top[method]):
-        texts = {name: columns[name][i] for name in names}
-        premise, hypothesis = premise_first(list(texts.values()), names)
-        passages.append(
-            Passage(
-                f"rank {i + 1} · row {row} · score {score:.4g}",
-                texts,
-                set(premise.lower().split()) & set(hypothesis.lower().split()),
-                {
-                    "label": retriever.label_names[index.labels[row]],
-                    "prediction": retriever.label_names[index.predictions[row]],
-                    "overlap": float(lexical_overlap([premise], [hypothesis])[0]),
-                    "loss": float(index.losses[row]),
-                },
-            )
-        )
-    intro = note_of(method, SIDES[0], [score for _, score in example.top[method]])
+    scores = [score for _, score in example.top[method]]
+    premises, hypotheses = premise_first(index.text_lists(rows), names)
+    passages = row_passages(
+        retriever,
+        rows,
+        rank_headings(rows, scores),
+        facts=[{"overlap": float(overlap)} for overlap in lexical_overlap(premises, hypotheses)],
+        highlighted=[
+            set(p.lower().split()) & set(h.lower().split()) for p, h in zip(premises, hypotheses, strict=True)
+        ],
+    )
+    intro = note_of(method, SIDES[0], scores)
     return Group(f"Why “entailment” for test row {example.row}? By {method}", passages, intro, query)

@@ -10,10 +10,12 @@ import numpy as np
 from forebear.evaluation.audits.artifacts.features import Feature
 from forebear.evaluation.audits.artifacts.regression import EVERY_QUERY, ArtifactRegression
 from forebear.evaluation.common.comparisons import listed_values, provenance, question_record
+from forebear.evaluation.common.passages import row_passages
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.common.statistics import mean_of
 from forebear.evaluation.reports.charts import line_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
+from forebear.ratio import ratio
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
@@ -197,7 +199,7 @@ def _groups(found: ArtifactRegression, feature: Feature, retriever: Retriever, q
     """The rows at both ends for the queries whose a is surest to differ from 0, by the first method."""
     a, errors = found.coefficients[0, :, 0], found.errors[0]
     defined = np.flatnonzero(found.defined(0, 0))
-    sure = np.divide(np.abs(a[defined]), errors[defined], out=np.zeros(len(defined)), where=errors[defined] > 0)
+    sure = ratio(np.abs(a[defined]), errors[defined])
     names = retriever.index.manifest.spec.text_columns
     groups = []
     for q in defined[np.argsort(-sure, kind="stable")][:N_SHOWN]:
@@ -209,9 +211,9 @@ def _groups(found: ArtifactRegression, feature: Feature, retriever: Retriever, q
             {"predicted": retriever.label_names[found.predictions[q]]},
         )
         passages = [
-            _passage(retriever, feature, int(row), f"{side} {i + 1}")
+            passage
             for side, rows in zip(("top", "bottom"), found.ends[q], strict=True)
-            for i, row in enumerate(rows)
+            for passage in _passages(retriever, feature, rows, side)
         ]
         intro = f"a = {a[q]:.3g} ± {errors[q]:.2g} (standard error)."
         groups.append(
@@ -220,17 +222,13 @@ def _groups(found: ArtifactRegression, feature: Feature, retriever: Retriever, q
     return groups
 
 
-def _passage(retriever: Retriever, feature: Feature, row: int, place: str) -> Passage:
-    index = retriever.index
-    columns = index.text_lists(np.array([row]))
-    texts = [column[0] for column in columns]
-    return Passage(
-        f"{place} · row {row}",
-        dict(zip(index.manifest.spec.text_columns, texts, strict=True)),
-        feature.words(texts),
-        {
-            feature.name: float(feature.of_rows(columns, np.array([row]))[0]),
-            "label": retriever.label_names[index.labels[row]],
-            "loss": float(index.losses[row]),
-        },
+def _passages(retriever: Retriever, feature: Feature, rows: np.ndarray, side: str) -> list[Passage]:
+    """The rows at one end of a ranking, with their values of the feature and its words."""
+    columns = retriever.index.text_lists(rows)
+    return row_passages(
+        retriever,
+        rows,
+        [f"{side} {place} · row {row}" for place, row in enumerate(rows, start=1)],
+        facts=[{feature.name: float(value)} for value in feature.of_rows(columns, rows)],
+        highlighted=[feature.words(texts) for texts in zip(*columns, strict=True)],
     )

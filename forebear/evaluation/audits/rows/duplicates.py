@@ -20,8 +20,8 @@ from scipy import sparse
 
 from forebear.errors import InputError
 from forebear.evaluation.audits.rows.near_words import WordSets, near_pairs, stacked, word_sets, words_of
-from forebear.evaluation.audits.rows.neighbours import nearest_rows
-from forebear.evaluation.common.passages import row_passage
+from forebear.evaluation.common.neighbours import nearest_rows
+from forebear.evaluation.common.passages import row_passages
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
 from forebear.indexer.index import Index
@@ -30,6 +30,7 @@ from forebear.retriever.retriever import Retriever
 
 KINDS: Final = ("same texts", "same words", "similar")
 SHOWN_GROUPS = 8
+SHOWN_ROWS = 20  # of a group
 SHOWN_LEAKS = 100
 _BLOCK_ROWS = 65_536
 Texts = Sequence[Sequence[str]]
@@ -302,7 +303,11 @@ def duplicates_report(
     shown = tuple(
         Group(
             f"Group {i}: {len(group.rows)} rows, {group.kind}" + (", different labels" if group.conflict else ""),
-            [row_passage(retriever, int(row), f"{k} of {len(group.rows)}") for k, row in enumerate(group.rows[:20], 1)],
+            row_passages(
+                retriever,
+                group.rows[:SHOWN_ROWS],
+                [f"{k} of {len(group.rows)} · row {row}" for k, row in enumerate(group.rows[:SHOWN_ROWS], start=1)],
+            ),
         )
         for i, group in enumerate(groups[:SHOWN_GROUPS], start=1)
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from forebear.errors import DataError, InputError
 from forebear.evaluation.common.comparisons import provenance, question_record
-from forebear.evaluation.common.passages import row_passage
+from forebear.evaluation.common.passages import row_passages
 from forebear.evaluation.reports.report import Cell, Group, Passage, Report, Table
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.row_source import RowSource
@@ -232,8 +232,9 @@ def _group(found: Mistakes, group: ErrorGroup, answers: Answers, number: int, re
     method, ends = next(iter(answers.found.items()))
     notes = []
     for side, ranking in zip(SIDES, ends, strict=True):
-        notes.append(note_of(method, side, ranking.scores[number][:SHOWN_ROWS]))
-        for row, score in zip(ranking.rows[number][:SHOWN_ROWS], ranking.scores[number], strict=False):
-            passages.append(row_passage(retriever, int(row), side, f"score {score:.4g}"))
+        rows, scores = ranking.rows[number][:SHOWN_ROWS], ranking.scores[number][:SHOWN_ROWS]
+        notes.append(note_of(method, side, scores))
+        headings = [f"{side} · row {row}" for row in rows]
+        passages += row_passages(retriever, rows, headings, notes=[f"score {score:.4g}" for score in scores])
     intro = " ".join(note for note in notes if note)
     return Group(f"{group.name}: {len(group.members):,} mistakes, by {method}", passages, intro)

@@ -16,7 +16,7 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.evaluation.audits.rows.suspects import own_places
 from forebear.evaluation.common.comparisons import provenance, question_record
-from forebear.evaluation.common.passages import row_passage
+from forebear.evaluation.common.passages import row_passages
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Report, Table
@@ -139,9 +139,9 @@ def hubs(
 
 def skewness(counts: np.ndarray) -> float | None:
     """E[(N - mean)^3] / std^3, population moments; None where all counts are equal."""
-    centred = counts - counts.mean()
-    spread = np.sqrt((centred**2).mean())
-    return float((centred**3).mean() / spread**3) if spread > 0 else None
+    from scipy.stats import skew
+
+    return float(skew(counts)) if np.ptp(counts) else None
 
 
 def hubs_report(
@@ -180,10 +180,13 @@ def hubs_report(
             hub = bool(counts[p] >= least)
             cells: list[Cell] = [name, int(row), float(shares[p]), int(counts[p]), hub, label]
             listed_rows.append([*cells, *(column[i] for column in columns.values())])
-        passages = [
-            row_passage(retriever, int(row), f"{shares[p]:.1%} of the queries", "hub" if counts[p] >= least else "")
-            for p, row in zip(order[:SHOWN_HUBS], rows[:SHOWN_HUBS], strict=True)
-        ]
+        shown = list(zip(order[:SHOWN_HUBS], rows[:SHOWN_HUBS], strict=True))
+        passages = row_passages(
+            retriever,
+            rows[:SHOWN_HUBS],
+            [f"{shares[p]:.1%} of the queries · row {row}" for p, row in shown],
+            notes=["hub" if counts[p] >= least else "" for p, _ in shown],
+        )
         groups.append(Group(f"Most frequent rows by {name}", passages))
     overview = Table(
         "Hubs by method",

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.audits.rows.neighbours import nearest_rows
 from forebear.evaluation.common.comparisons import listed_values, matrix_figure, provenance, question_record, spearman
-from forebear.evaluation.common.passages import NO_LABEL, row_passage
+from forebear.evaluation.common.neighbours import label_disagreement, nearest_rows
+from forebear.evaluation.common.passages import NO_LABEL, row_passages
 from forebear.evaluation.measures.mislabelled import LOSS, NEIGHBOURS, self_influence
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
 from forebear.indexer.index import Index
@@ -80,7 +80,7 @@ def suspects(retriever: Retriever, spec: QuerySpec | Question, *, n_neighbours: 
     values = {name: found[live] for name, found in self_influence(question).items()}
     neighbours, _ = nearest_rows(index, live, n_neighbours)
     values[LOSS] = index.losses[live].astype(np.float64)
-    values[NEIGHBOURS] = (labels[neighbours] != labels[live][:, None]).mean(axis=1)
+    values[NEIGHBOURS] = label_disagreement(labels, live, neighbours)
     stacked = np.stack(list(values.values()))
     majority = majority_label(labels[neighbours], labels[live], len(retriever.label_names))
     predictions = index.predictions[live]
@@ -213,7 +213,11 @@ def _group(found: Suspects, retriever: Retriever, position: int, opponents: np.n
     index, names = retriever.index, retriever.label_names
     row, suggested = int(found.rows[position]), int(found.suggested[position])
     hint = "" if suggested == NO_LABEL else f"suggested: {names[suggested]}"
-    passages = [row_passage(retriever, int(r), "neighbour") for r in _contradicting(found, index, position)]
-    passages += [row_passage(retriever, int(r), "opponent") for r in opponents]
-    query = row_passage(retriever, row, f"mean rank {found.combined[position]:.1f}", hint)
+    rows = {"neighbour": _contradicting(found, index, position), "opponent": opponents}
+    numbered = [(kind, int(number)) for kind, numbers in rows.items() for number in numbers]
+    passages = row_passages(
+        retriever, [number for _, number in numbered], [f"{kind} · row {number}" for kind, number in numbered]
+    )
+    heading = f"mean rank {found.combined[position]:.1f} · row {row}"
+    (query,) = row_passages(retriever, [row], [heading], notes=[hint])
     return Group(f"{rank + 1}. Row {row}, labelled {names[index.labels[row]]}", passages, query=query)

@@ -7,6 +7,7 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.indexer.index import Index
 from forebear.indexer.storage.ann import unit_rows
+from forebear.ratio import ratio
 from forebear.retriever.ranking import rank
 
 _NUMBERS = 1 << 25  # entries of the vectors held at once
@@ -53,8 +54,18 @@ def nearest_rows(
     return found, cosines
 
 
+def label_disagreement(labels: np.ndarray, rows: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+    """Share of each row's neighbours that have another label than the row, ``(m,)``.
+
+    Args:
+        labels: Class id of every row of the index, ``(N,)``.
+        rows: Row numbers, ``(m,)``.
+        neighbours: Row numbers of their neighbours, ``(m, k)``.
+    """
+    return np.asarray((labels[neighbours] != labels[rows][:, None]).mean(axis=1))
+
+
 def _wide_units(vectors: np.ndarray) -> np.ndarray:
     """Vectors of length 1 along the last axis, float64; zero stays zero."""
     wide = vectors.astype(np.float64)
-    norms = np.linalg.norm(wide, axis=-1, keepdims=True)
-    return np.asarray(np.divide(wide, norms, out=np.zeros_like(wide), where=norms > 0))
+    return ratio(wide, np.linalg.norm(wide, axis=-1, keepdims=True))
