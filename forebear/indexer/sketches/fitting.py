@@ -93,7 +93,38 @@ def check_dampings(ekfac: Ekfac, classifier: Classifier, spec: IndexSpec, scope:
         refuse_lost_damping(damping, ekfac.largest_eigenvalue, classifier.head.weight.dtype, scope)
 
 
-def fit_scope(
+def fit_sketchers(
+    folder: Path,
+    classifier: Classifier,
+    spec: IndexSpec,
+    checkpoint: str,
+    sample: Callable[[], Sample],
+    *,
+    last: bool,
+    stage: Callable[[str, int], Callable[[int], None]],
+) -> dict[str, Sketcher]:
+    """Sketchers of every sketched scope at a checkpoint, fitted first where they have not been yet.
+
+    Args:
+        folder: Below which what is fitted lies.
+        classifier: At the checkpoint.
+        spec: The index's choices.
+        checkpoint: Its name.
+        sample: Reads the sample of training rows.
+        last: Whether the checkpoint is the model that is explained: only it has curvature.
+        stage: Announces a stage and its number of rows; what it returns is told how many more are done.
+
+    Returns:
+        By the folder of their shards.
+    """
+    found: dict[str, Sketcher] = {}
+    for scope in spec.sketched_scopes:
+        _fit_scope(folder, classifier, spec, scope, checkpoint, sample, last=last, stage=stage)
+        found |= open_sketchers(folder, classifier, spec, scope, checkpoint, last=last)
+    return found
+
+
+def _fit_scope(
     folder: Path,
     classifier: Classifier,
     spec: IndexSpec,
@@ -102,22 +133,9 @@ def fit_scope(
     sample: Callable[[], Sample],
     *,
     last: bool,
-    batch_tokens: int,
     stage: Callable[[str, int], Callable[[int], None]],
 ) -> None:
-    """Write what is missing of a scope's curvature, bases and reductions at a checkpoint.
-
-    Args:
-        folder: The index.
-        classifier: At the checkpoint.
-        spec: The index's choices.
-        scope: A sketched one.
-        checkpoint: Its name.
-        sample: Reads the sample of training rows.
-        last: Whether the checkpoint is the model that is explained: only it has curvature.
-        batch_tokens: Largest number of padded tokens in a batch.
-        stage: Announces a stage and its number of rows; what it returns is told how many more are done.
-    """
+    """Write what is missing of a scope's curvature, bases and reductions at a checkpoint."""
     if all((folder / name).is_file() for name in gradient_files(spec, scope, checkpoint, last=last)):
         return
     rows = sample()
@@ -126,12 +144,14 @@ def fit_scope(
 
     def fitted_factors(texts: Sequence[Sequence[str]]) -> KroneckerFactors:
         on_rows = stage(f"directions {scope} {checkpoint}", len(texts[0]))
-        return fit_factors(classifier, scope, blocks, texts, seed=spec.seed, batch_tokens=batch_tokens, on_rows=on_rows)
+        return fit_factors(
+            classifier, scope, blocks, texts, seed=spec.seed, batch_tokens=spec.batch_tokens, on_rows=on_rows
+        )
 
     if last and spec.whitened and not (folder / curvature_name(scope)).is_file():
         factors = fitted_factors(rows.texts)
         ekfac = fit_ekfac(
-            classifier, scope, blocks, rows.texts, seed=spec.seed, batch_tokens=batch_tokens, factors=factors,
+            classifier, scope, blocks, rows.texts, seed=spec.seed, batch_tokens=spec.batch_tokens, factors=factors,
             on_rows=stage(f"curvature {scope}", len(rows.labels)),
         )  # fmt: skip
         write_ekfac(folder / curvature_name(scope), ekfac)
@@ -143,7 +163,7 @@ def fit_scope(
             factors = fitted_factors(rows.texts if last and spec.whitened else rows.first(BASIS_ROWS))
         bases = draw_bases(classifier, blocks, factors, spec.seed, spec.sketch_basis)
         write_bases(folder / kind / BASES_NAME, blocks, bases)
-    _fit_reductions(folder, classifier, spec, scope, checkpoint, blocks, rows, batch_tokens, stage, last=last)
+    _fit_reductions(folder, classifier, spec, scope, checkpoint, blocks, rows, stage, last=last)
 
 
 def _fit_reductions(
@@ -154,7 +174,6 @@ def _fit_reductions(
     checkpoint: str,
     blocks: Sequence[Block],
     rows: Sample,
-    batch_tokens: int,
     stage: Callable[[str, int], Callable[[int], None]],
     *,
     last: bool,
@@ -168,7 +187,7 @@ def _fit_reductions(
     collectors = {kind: RawSketches(p, n_rows, classifier.device) for kind, p in projectors.items()}
     run_pass(
         classifier, rows.texts, labels_seed(rows.labels), list(collectors.values()),
-        batch_tokens=batch_tokens, on_rows=stage(f"reduction {scope} {checkpoint}", n_rows),
+        batch_tokens=spec.batch_tokens, on_rows=stage(f"reduction {scope} {checkpoint}", n_rows),
     )  # fmt: skip
     for kind, projector in projectors.items():
         bits = spec.white_bits if isinstance(projector, WhiteProjector) else spec.sketch_bits

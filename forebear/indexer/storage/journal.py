@@ -25,7 +25,7 @@ from forebear.indexer.storage.layout import (
     curvature_name,
     gradient_folder,
 )
-from forebear.indexer.storage.manifest import IndexSpec, Manifest, canonical_json
+from forebear.indexer.storage.manifest import IndexSpec, Manifest, canonical_json, plain
 
 SUBFOLDERS = (
     "rows", "features", "gradients", "sentence", "words", "tokens", "spans", "curvature", "refit", "ann", "retired"
@@ -118,8 +118,8 @@ def as_begun(n_threads: int) -> Iterator[None]:
 
 def same_or_refuse(found: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
     """Refuse to resume with another choice, naming the first that differs with both values."""
-    for key, value in json.loads(canonical_json(asked)).items():
-        before = json.loads(canonical_json(found)).get(key)
+    for key, value in sorted(plain(asked).items()):
+        before = plain(found.get(key))
         if before != value:
             raise MismatchError(
                 f"{folder} was begun with {key}={before}; this command asks for {key}={value}. "
