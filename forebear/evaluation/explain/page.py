@@ -13,7 +13,7 @@ from forebear.errors import InputError, OutputExistsError
 from forebear.evaluation.explain.explanation import Explanation
 from forebear.evaluation.explain.marks import Piece
 from forebear.evaluation.reports.report import page_template
-from forebear.indexer.storage.arrow import write_bytes
+from forebear.indexer.storage.atomic import write_bytes
 
 _LONGEST_UNBROKEN = 30  # characters of a word that is kept on one line with the number beside it
 

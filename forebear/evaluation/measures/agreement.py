@@ -26,6 +26,7 @@ from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, run_forward
 from forebear.indexer.spans.finders import span_finder
 from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.text import Span
+from forebear.ratio import ratio
 from forebear.retriever.answers.results import Answers
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.recall import stores_spans
@@ -239,7 +240,7 @@ def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """cos of vectors along the last axis, broadcast over the others; 0 where one of them is zero."""
     lengths = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
     dots = (first * second).sum(axis=-1)
-    return np.asarray(np.divide(dots, lengths, out=np.zeros_like(dots), where=lengths > 0))
+    return ratio(dots, lengths)
 
 
 def _query_states(

@@ -30,6 +30,7 @@ from forebear.indexer.model.encoding import encode, pad_batch
 from forebear.indexer.model.forward import residual_and_loss
 from forebear.indexer.model.scopes import encoder_layers
 from forebear.progress import Progress, counted, no_progress
+from forebear.ratio import ratio
 from forebear.retriever.retriever import Retriever
 from forebear.sampling import live_sample
 
@@ -204,7 +205,7 @@ def cancellation(
         cosines.append(cosine)
         before, after = (dict(retriever.classifier(number).model.named_parameters()) for number in (c, c + 1))
         moved += distance_moved(before, after, groups)
-    values = len(index.live) * np.divide(pulled, moved, out=np.full_like(pulled, np.nan), where=moved > 0)
+    values = len(index.live) * ratio(pulled, moved, np.nan)
     return Cancellation(
         groups=groups, values=values, moved=moved, cosines=np.array(cosines), rows=rows,
         checkpoints=tuple(c.name for c in first), etas=tuple(c.eta for c in first),

@@ -23,6 +23,7 @@ from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.spans.finders import span_finder
+from forebear.ratio import ratio
 from forebear.retriever.deep.query_gradients import Asked
 from forebear.retriever.question.asked import choose_targets
 from forebear.retriever.question.models import N_VARIANTS, one_step_away
@@ -62,7 +63,7 @@ class Faithfulness:
         defined = ~np.isnan(self.values)
         n = defined.sum(axis=0)
         total = np.where(defined, self.values, 0.0).sum(axis=0)
-        return np.asarray(np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0))
+        return ratio(total, n, np.nan)
 
 
 def measure_faithfulness(

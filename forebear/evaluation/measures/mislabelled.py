@@ -22,11 +22,11 @@ from forebear.errors import DataError, InputError, MismatchError
 from forebear.evaluation.common.comparisons import listed_values, provenance
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
+from forebear.indexer.gradients.vectors import as_tensor
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.storage.ann import unit_rows
-from forebear.indexer.storage.arrow import as_tensor
 from forebear.retriever.question.methods import pick_methods
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever

@@ -39,10 +39,11 @@ from forebear.indexer.building.build import build_index
 from forebear.indexer.building.options import BuildOptions
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.forward import run_forward
+from forebear.indexer.model.pretrained import quiet_transformers
 from forebear.indexer.rows.row_source import rows_from_texts
-from forebear.indexer.training.fine_tuning import quiet_transformers
 from forebear.indexer.training.run import CheckpointPath
 from forebear.progress import Progress, no_progress
+from forebear.ratio import ratio
 from forebear.retriever.answers.scores import residuals_of
 from forebear.retriever.question.asked import choose_targets
 from forebear.retriever.question.methods import pick_methods
@@ -175,7 +176,7 @@ def mean_over_seeds(values: np.ndarray) -> np.ndarray:
     defined = ~np.isnan(values)
     count = defined.sum(axis=0)
     total = np.where(defined, values, 0.0).sum(axis=0)
-    return np.asarray(np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0))
+    return ratio(total, count, np.nan)
 
 
 def randomized_report(

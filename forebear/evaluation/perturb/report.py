@@ -17,7 +17,7 @@ from forebear.evaluation.perturb.spec import RANDOM, STRATEGIES, Change
 from forebear.evaluation.reports.charts import line_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table, check_folder
 from forebear.indexer.spans.text import Span
-from forebear.indexer.storage.arrow import write_bytes
+from forebear.indexer.storage.atomic import write_bytes
 from forebear.retriever.coverage import fit_lines
 from forebear.retriever.retriever import Retriever
 

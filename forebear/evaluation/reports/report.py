@@ -11,7 +11,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import numpy as np
 
 from forebear.errors import InputError, NonFiniteError, OutputExistsError, StorageError
 from forebear.evaluation.reports.charts import inline_svg
+from forebear.indexer.storage.atomic import write_bytes
 
 REPORT_FILES: Final = ("report.html", "table.csv", "result.json", "report.json")
 Cell = str | float | int | bool | None
@@ -106,7 +106,7 @@ def write_report(report: Report, folder: Path, *, result: Mapping[str, Any], for
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in contents.items():
-            _write_whole(folder / name, text)
+            write_bytes(folder / name, text.encode())
     except OSError as error:
         raise StorageError(f"cannot write the report to {folder}: {error}. Name a folder you may write.") from error
     return folder / "report.html"
@@ -257,16 +257,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path | Set):
         return sorted(value) if isinstance(value, Set) else str(value)
     raise TypeError(f"a result of type {type(value).__name__} cannot be written as JSON")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write beside the target, flush to disk, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

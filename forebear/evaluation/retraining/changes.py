@@ -10,6 +10,7 @@ from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import provenance
 from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
+from forebear.ratio import ratio
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 
@@ -83,7 +84,7 @@ def over_seeds(values: np.ndarray) -> np.ndarray:
     defined = ~np.isnan(values)
     n = defined.sum(axis=-2)
     total = np.where(defined, values, 0.0).sum(axis=-2)
-    return np.asarray(np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0))
+    return ratio(total, n, np.nan)
 
 
 def defined(values: np.ndarray) -> np.ndarray:

@@ -21,14 +21,13 @@ from forebear.indexer.building.finish import calibration_by, finish
 from forebear.indexer.building.options import BuildOptions, Work, WorkKeywords
 from forebear.indexer.building.preflight import check_feasible
 from forebear.indexer.building.refit import refit_index
-from forebear.indexer.building.shards import ShardWriter, split_rows
+from forebear.indexer.building.shards import ShardWriter, as_begun, split_rows
 from forebear.indexer.building.spec import make_spec
 from forebear.indexer.index import Index
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.labels import label_map, names_of_classes
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.storage.journal import (
-    as_begun,
     begin_build,
     check_target,
     comparable,

@@ -34,6 +34,7 @@ from forebear.indexer.sketches.sketch import sketch_rows
 from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.storage.layout import gradient_folder
 from forebear.indexer.storage.manifest import IndexSpec
+from forebear.ratio import ratio
 from forebear.sampling import live_sample
 
 SAMPLE_ROWS = 768
@@ -374,9 +375,7 @@ def _exact_scores(
             squares = dot({name: v[of_kind] for name, v in vectors.items()}, plain)
             products = squares.clamp_min(0).sqrt().cpu().numpy()[:, None] * lengths[kind]
             exact[kind][0][group] = dots_of_kind
-            exact[kind][1][group] = np.divide(
-                dots_of_kind, products, out=np.zeros_like(dots_of_kind), where=products > 0
-            )
+            exact[kind][1][group] = ratio(dots_of_kind, products)
     return exact
 
 

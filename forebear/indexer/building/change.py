@@ -18,12 +18,12 @@ import numpy as np
 from forebear.errors import CorruptIndexError, InputError, MismatchError, OutputExistsError
 from forebear.indexer.building.finish import finish
 from forebear.indexer.building.options import Work, WorkKeywords
-from forebear.indexer.building.shards import ShardWriter, checkpoints_now, load_checked, split_rows
+from forebear.indexer.building.shards import ShardWriter, as_begun, checkpoints_now, load_checked, split_rows
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.spans.finders import check_same_finder
-from forebear.indexer.storage.journal import as_begun, begin_change, check_change, unfinished, was_done
+from forebear.indexer.storage.journal import begin_change, check_change, unfinished, was_done
 from forebear.indexer.storage.layout import LOCK_NAME
 from forebear.indexer.storage.locks import exclusive
 from forebear.indexer.storage.manifest import Segment, digest_of, read_manifest

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from forebear.errors import InputError, MismatchError
 from forebear.indexer.building.options import Work
@@ -44,6 +46,17 @@ from forebear.indexer.training.run import moved_paths
 from forebear.indexer.words.gradients import WordGradients, count_tokens
 from forebear.indexer.words.store import Postings, read_word_store, repeated_words, write_run
 from forebear.progress import counted
+
+
+@contextmanager
+def as_begun(n_threads: int) -> Iterator[None]:
+    """Run with the thread count that the change was begun with: last bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def split_rows(start: int, n_rows: int, shard_rows: int) -> tuple[tuple[int, int], ...]:

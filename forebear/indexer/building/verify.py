@@ -18,7 +18,8 @@ from forebear.indexer.sketches.fitting import open_sketchers
 from forebear.indexer.sketches.sketch import Sketcher, sketch_rows
 from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.store import masked_pass
-from forebear.indexer.storage.arrow import TEMPORARY_SUFFIX, file_sha256
+from forebear.indexer.storage.arrow import file_sha256
+from forebear.indexer.storage.atomic import TEMPORARY_SUFFIX
 from forebear.indexer.storage.journal import SUBFOLDERS, is_in_force, read_journal
 from forebear.indexer.storage.layout import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
 from forebear.indexer.storage.locks import owner_of

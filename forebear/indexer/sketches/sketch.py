@@ -31,12 +31,13 @@ from forebear.indexer.gradients.gradient_pass import (
     run_pass,
 )
 from forebear.indexer.gradients.tape import LayerFactors
-from forebear.indexer.gradients.vectors import Vectors, dot
+from forebear.indexer.gradients.vectors import Vectors, as_tensor, dot
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Texts, n_rows_of
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.sketches.projector import Projector, row_lengths
-from forebear.indexer.storage.arrow import MEND, as_tensor, column, read_batches, record_batch, write_table
+from forebear.indexer.storage.arrow import MEND, column, read_batches, record_batch, write_table
+from forebear.ratio import ratio
 
 _FIT_COLUMNS = 16_384
 
@@ -194,15 +195,13 @@ class SketchRows:
         rows differ by less than what fp16 does to the length of a vector with one large component.
         """
         share = np.linalg.norm(self.coordinates.astype(np.float64), axis=1)
-        unit = np.divide(
-            self.coordinates, share[:, None], out=np.zeros_like(self.coordinates), where=share[:, None] > 0
-        )
-        out = {"sketch": unit.astype(np.float16)}
+        unit = ratio(self.coordinates, share[:, None])
+        out: dict[str, np.ndarray] = {"sketch": unit.astype(np.float16)}
         if reduction.bits:
             absolute = np.abs(self.codes).sum(axis=1, dtype=np.float64)
             squares = (self.codes.astype(np.float64) ** 2).sum(axis=1)
             out["code"] = np.packbits(self.codes > 0, axis=1)
-            out["code_factor"] = np.divide(squares, absolute, out=np.zeros_like(squares), where=absolute > 0)
+            out["code_factor"] = ratio(squares, absolute)
         numbers = {
             "share": share, "length": self.lengths, "norm": self.norms,
             "residual_length": self.residual_lengths(reduction),

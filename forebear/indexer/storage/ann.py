@@ -16,7 +16,9 @@ import numpy as np
 
 from forebear.conformal import supported_recall
 from forebear.errors import CorruptIndexError, InputError, StorageError
-from forebear.indexer.storage.arrow import MEND, RowMatrix, atomic_file
+from forebear.indexer.storage.arrow import MEND, RowMatrix
+from forebear.indexer.storage.atomic import atomic_file
+from forebear.ratio import ratio
 
 FLAT_ROWS = 200_000  # exact float32 up to here
 QUANTISED_ROWS = 5_000_000  # quantised flat with exact re-ranking up to here, IVF beyond
@@ -146,7 +148,7 @@ def unit_rows(values: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1 in float32; a zero row stays zero."""
     wide = values.astype(np.float64)
     norms = np.linalg.norm(wide, axis=1, keepdims=True)
-    return np.asarray(np.divide(wide, norms, out=np.zeros_like(wide), where=norms > 0), dtype=np.float32)
+    return ratio(wide, norms).astype(np.float32)
 
 
 def build_ann(vectors: Vectors, metric: str, factory: str | None, seed: int) -> tuple[AnnIndex, dict[str, Any]]:

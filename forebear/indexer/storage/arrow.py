@@ -1,70 +1,19 @@
-"""Files of an index: Arrow tables written atomically, memory-mapped back, hashed by their raw bytes."""
+"""Arrow files of an index: written whole, memory-mapped back, hashed by their raw bytes."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from forebear.errors import CorruptIndexError, StorageError
+from forebear.errors import CorruptIndexError
+from forebear.indexer.storage.atomic import atomic_file
 
-TEMPORARY_SUFFIX = ".partial"
 _HASH_CHUNK_BYTES = 1 << 22
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that appears under ``path`` complete and synced, or not at all.
-
-    Raises:
-        StorageError: The disk is full or the path cannot be written; nothing is left behind.
-    """
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}. Nothing that was there has changed. "
-            + (
-                "Free some space and go on (forebear index with --resume), or choose another place."
-                if error.errno == errno.ENOSPC
-                else "Choose a place that you may write to."
-            )
-        ) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync(path: Path) -> None:
-    """Make a file, or the renames in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` atomically."""
-    with atomic_file(path) as handle:
-        handle.write(content)
 
 
 def write_table(path: Path, batches: Sequence[pa.RecordBatch] | Iterator[pa.RecordBatch], schema: pa.Schema) -> None:
@@ -122,13 +71,6 @@ def column(batch: pa.RecordBatch, name: str) -> np.ndarray:
         width = values.type.list_size
         return np.asarray(values.flatten().to_numpy(zero_copy_only=True).reshape(-1, width))
     return np.asarray(values.to_numpy(zero_copy_only=True))
-
-
-def as_tensor(values: np.ndarray) -> torch.Tensor:
-    """Zero-copy tensor of an array that may be read-only (memory-mapped): never write to it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns of read-only arrays
-        return torch.from_numpy(values)
 
 
 def file_sha256(path: Path) -> str:

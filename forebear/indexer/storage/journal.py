@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from forebear.errors import CorruptIndexError, MismatchError, OutputExistsError, StorageError
-from forebear.indexer.storage.arrow import TEMPORARY_SUFFIX, write_bytes
+from forebear.indexer.storage.atomic import TEMPORARY_SUFFIX, write_bytes
 from forebear.indexer.storage.layout import (
     BASES_NAME,
     JOURNAL_NAME,
@@ -103,17 +100,6 @@ def later_choices(folder: Path, begun: dict[str, Any], checkpoints: list[str] | 
 def comparable(spec: dict[str, Any], but: tuple[str, ...] = ()) -> dict[str, Any]:
     """A spec without the thread count, which a resumed build takes over from the journal, and without ``but``."""
     return {key: value for key, value in spec.items() if key not in ("n_threads", *but)}
-
-
-@contextmanager
-def as_begun(n_threads: int) -> Iterator[None]:
-    """Run with the thread count that the change was begun with: last bits depend on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def same_or_refuse(found: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:

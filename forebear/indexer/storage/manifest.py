@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from forebear.errors import CorruptIndexError
-from forebear.indexer.storage.arrow import MEND, write_bytes
+from forebear.indexer.storage.arrow import MEND
+from forebear.indexer.storage.atomic import write_bytes
 from forebear.indexer.storage.choices import LATER_CHOICES, Choices
 from forebear.indexer.storage.layout import MANIFEST_NAME
 

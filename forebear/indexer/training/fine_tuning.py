@@ -12,8 +12,7 @@ same weights, with development rows or without; a GPU may sum in another order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +27,7 @@ from forebear.indexer.model.classifier import Classifier, pick_device
 from forebear.indexer.model.encoding import pad_batch, tokenize
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import check_finite_weights, dropout_settings
+from forebear.indexer.model.pretrained import quiet_transformers
 from forebear.indexer.model.reading import Reading, count_reading
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource
@@ -257,22 +257,6 @@ def _pick_precision(precision: str, device: torch.device) -> str:
     except OSError:
         return "fp32"
     return "bf16" if flags & {"amx_bf16", "avx512_bf16", "bf16"} else "fp32"
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Turn transformers' log lines and progress bars off for a while."""
-    from transformers import logging
-
-    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bars:
-            logging.enable_progress_bar()
 
 
 def _encode_labelled(

@@ -12,7 +12,7 @@ from typing import Any
 from forebear.errors import DataError, InputError
 from forebear.indexer.model.pretrained import stored_class_names, trainer_checkpoints, trainer_rates
 from forebear.indexer.rows.row_source import RowSource
-from forebear.indexer.storage.arrow import write_bytes
+from forebear.indexer.storage.atomic import write_bytes
 from forebear.indexer.storage.manifest import Checkpoint
 
 RUN_NAME = "run.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from forebear.errors import DataError, OutputExistsError, StorageError
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.storage.arrow import TEMPORARY_SUFFIX, sync
+from forebear.indexer.storage.atomic import TEMPORARY_SUFFIX, sync
 from forebear.indexer.storage.layout import LOCK_NAME
 from forebear.indexer.training.run import RUN_NAME, read_run
 

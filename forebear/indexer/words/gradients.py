@@ -20,6 +20,7 @@ from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.model.scopes import Block, embedding_block
 from forebear.indexer.storage.ragged import offsets, stretches
+from forebear.ratio import ratio
 
 PRECISIONS = ("fp16", "int8", "fp32")
 _CODES = {"fp16": np.float16, "int8": np.int8, "fp32": np.float32}
@@ -46,16 +47,15 @@ class Coded:
 def encode_vectors(vectors: np.ndarray, precision: str) -> Coded:
     """Store vectors ``(m, e)`` as directions and lengths; rounding never changes a length."""
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
-    positive = norms > 0
-    unit = np.divide(vectors, norms[:, None], out=np.zeros(vectors.shape), where=positive[:, None])
+    unit = ratio(vectors.astype(np.float64), norms[:, None])
     if precision == "int8":
         largest = np.abs(unit).max(axis=1, initial=0.0, keepdims=True)
-        steps = np.divide(unit * _INT8_STEPS, largest, out=np.zeros_like(unit), where=largest > 0)
+        steps = ratio(unit * _INT8_STEPS, largest)
         codes = np.rint(steps).astype(np.int8)
     else:
         codes = unit.astype(_CODES[precision])
     lengths = np.linalg.norm(codes.astype(np.float64), axis=1)
-    back = np.divide(1.0, lengths, out=np.zeros_like(norms), where=lengths > 0)
+    back = ratio(1.0, lengths)
     errors = np.linalg.norm(codes * back[:, None] - unit, axis=1)
     return Coded(codes, *(values.astype(np.float32) for values in (norms * back, norms, errors)))
 

@@ -19,7 +19,8 @@ import numpy as np
 from scipy import sparse
 
 from forebear.errors import StorageError
-from forebear.indexer.storage.arrow import TEMPORARY_SUFFIX, column, read_batches, write_columns
+from forebear.indexer.storage.arrow import column, read_batches, write_columns
+from forebear.indexer.storage.atomic import TEMPORARY_SUFFIX
 from forebear.indexer.storage.layout import word_files
 from forebear.indexer.storage.ragged import offsets, stretches
 from forebear.indexer.words.gradients import WordRows

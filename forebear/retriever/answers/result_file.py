@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from forebear.errors import InputError, OutputExistsError
-from forebear.indexer.storage.arrow import atomic_file
+from forebear.indexer.storage.atomic import atomic_file
 from forebear.indexer.storage.locks import claimed, exclusive
 
 _LINES = 1024  # results that are turned into JSON together

@@ -14,6 +14,7 @@ from forebear.evaluation.common.queries import Queries
 from forebear.evaluation.common.statistics import mean_of
 from forebear.evaluation.reports.charts import line_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
+from forebear.ratio import ratio
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 
@@ -197,7 +198,7 @@ def _groups(found: ArtifactRegression, feature: Feature, retriever: Retriever, q
     """The rows at both ends for the queries whose a is surest to differ from 0, by the first method."""
     a, errors = found.coefficients[0, :, 0], found.errors[0]
     defined = np.flatnonzero(found.defined(0, 0))
-    sure = np.divide(np.abs(a[defined]), errors[defined], out=np.zeros(len(defined)), where=errors[defined] > 0)
+    sure = ratio(np.abs(a[defined]), errors[defined])
     names = retriever.index.manifest.spec.text_columns
     groups = []
     for q in defined[np.argsort(-sure, kind="stable")][:N_SHOWN]:

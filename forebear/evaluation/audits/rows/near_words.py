@@ -16,6 +16,7 @@ import numpy as np
 from scipy import sparse
 
 from forebear.indexer.storage.ragged import offsets
+from forebear.ratio import ratio
 
 _WORD = re.compile(r"\w+")
 _BLOCK_ROWS = 256  # rows that are joined with all others at once
@@ -56,7 +57,7 @@ class WordSets:
                 left, right = _widened(a, width)[at[part]], _widened(b, width)[other_at[part]]
                 common = np.asarray(left.multiply(right).sum(axis=1)).reshape(-1)
                 union = np.diff(left.indptr) + np.diff(right.indptr) - common
-                found = np.divide(common, union, out=np.ones(len(common)), where=union > 0)
+                found = ratio(common, union, 1.0)
                 out[part] = np.minimum(out[part], found)
         return out
 

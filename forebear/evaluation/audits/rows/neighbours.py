@@ -7,6 +7,7 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.indexer.index import Index
 from forebear.indexer.storage.ann import unit_rows
+from forebear.ratio import ratio
 from forebear.retriever.ranking import rank
 
 _NUMBERS = 1 << 25  # entries of the vectors held at once
@@ -57,4 +58,4 @@ def _wide_units(vectors: np.ndarray) -> np.ndarray:
     """Vectors of length 1 along the last axis, float64; zero stays zero."""
     wide = vectors.astype(np.float64)
     norms = np.linalg.norm(wide, axis=-1, keepdims=True)
-    return np.asarray(np.divide(wide, norms, out=np.zeros_like(wide), where=norms > 0))
+    return ratio(wide, norms)

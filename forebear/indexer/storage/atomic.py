@@ -1,0 +1,61 @@
+"""Files that appear whole or not at all: written under a temporary name, synced, renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from forebear.errors import StorageError
+
+TEMPORARY_SUFFIX = ".partial"
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that appears under ``path`` complete and synced, or not at all.
+
+    Raises:
+        StorageError: The disk is full or the path cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        with suppress(OSError):  # the folder that it would lie in may be a file
+            temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}. Nothing that was there has changed. "
+            + (
+                "Free some space and run this again (forebear index goes on by --resume), or choose another place."
+                if error.errno == errno.ENOSPC
+                else "Choose a place that you may write to."
+            )
+        ) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the renames in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` atomically."""
+    with atomic_file(path) as handle:
+        handle.write(content)
