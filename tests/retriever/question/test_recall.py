@@ -185,7 +185,7 @@ def test_calibration_reads_the_codes_once_for_each_set_of_queries(few_rows, monk
     assert asked == [(24, 200), (50, 200)] * 2  # of plain and of whitened sketches, for dots and cosines together
     assert found["methods"] == index.manifest.calibration[SCOPE]["methods"]
     asked.clear()
-    monkeypatch.setattr(calibrating, "ESTIMATED_QUERIES", 20)
+    monkeypatch.setattr("forebear.indexer.building.needed_candidates.ESTIMATED_QUERIES", 20)
     assert calibrate_scope(index, few_rows.classifier(), SCOPE, **calibration)["methods"] == found["methods"]
     assert asked == [(24, 200), (20, 200), (20, 200), (10, 200)] * 2
 
