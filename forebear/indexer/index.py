@@ -16,6 +16,9 @@ from scipy import sparse
 from forebear.errors import CorruptIndexError, InputError, MissingStoreError
 from forebear.indexer.curvature.ekfac import Ekfac, read_ekfac
 from forebear.indexer.curvature.head import HeadCurvature, head_trace
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.scope_names import HEAD
+from forebear.indexer.model.scopes import Scope, scope_of
 from forebear.indexer.sketches.candidates import GradientStore, Proposal
 from forebear.indexer.sketches.sketch import read_reduction
 from forebear.indexer.spans.store import SpanStore, read_spans
@@ -157,6 +160,10 @@ class Index:
                 f"{self.folder} holds the scope(s) {', '.join(self.manifest.spec.scopes)}, not {scope!r}. "
                 f"Build it with --scope head,{scope}."
             )
+
+    def scope(self, classifier: Classifier, name: str) -> Scope:
+        """The parameters of a scope of a checkpoint, as the index takes them: beyond the head perhaps with biases."""
+        return scope_of(classifier, name, with_bias=self.manifest.spec.with_bias and name != HEAD)
 
     def gradients(
         self, scope: str, checkpoint: int = -1, damping: int | None = None, *, spans: bool = False

@@ -27,7 +27,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts, take_texts
 from forebear.indexer.model.forward import residual_and_loss
-from forebear.indexer.model.scopes import scope_blocks
+from forebear.indexer.model.scopes import Scope
 from forebear.indexer.sketches.candidates import Part
 from forebear.indexer.sketches.fitting import open_sketchers
 from forebear.indexer.sketches.sketch import sketch_rows
@@ -44,17 +44,16 @@ VECTOR_BYTES = 2 << 30
 LEAST_QUERIES = 12  # held at once, however large they are
 
 
-def queries_at_once(classifier: Classifier, spec: IndexSpec, scope: str) -> int:
+def queries_at_once(spec: IndexSpec, scope: Scope) -> int:
     """Queries whose whole vectors are held together."""
-    blocks = scope_blocks(classifier.model, classifier.head_name, scope, classifier.name, with_bias=spec.with_bias)
     kinds = 2 if spec.whitened else 1
-    return max(LEAST_QUERIES, VECTOR_BYTES // (4 * kinds * sum(block.size for block in blocks)))
+    return max(LEAST_QUERIES, VECTOR_BYTES // (4 * kinds * scope.size))
 
 
 def calibrate_scope(
     index: Index,
     classifier: Classifier,
-    scope: str,
+    scope: Scope,
     *,
     n_queries: int,
     on_rows: Callable[[int], None],
@@ -92,7 +91,7 @@ def calibrate_scope(
 def calibrate_spans(
     index: Index,
     classifier: Classifier,
-    scope: str,
+    scope: Scope,
     *,
     n_queries: int,
     on_rows: Callable[[int], None],
@@ -162,25 +161,27 @@ class _Scored:
     numbers: np.ndarray
 
 
-def _parts(index: Index, classifier: Classifier, scope: str, asked: _Asked, *, spans: bool) -> dict[str, Part]:
+def _parts(index: Index, classifier: Classifier, scope: Scope, asked: _Asked, *, spans: bool) -> dict[str, Part]:
     """Sketches of the queries beside the stored ones: ``plain``, and ``white`` where there is curvature."""
     spec, checkpoint = index.manifest.spec, index.manifest.checkpoints[-1].name
-    sketchers = open_sketchers(index.fit_folder, classifier, spec, scope, checkpoint, last=True)
+    sketchers = open_sketchers(index.fit_folder, classifier, spec, scope.name, checkpoint, last=True)
     sketches, _ = sketch_rows(
         classifier, list(sketchers.values()), asked.texts, asked.targets, batch_tokens=spec.batch_tokens
     )
     rows = dict(zip(sketchers, sketches, strict=True))
-    parts = {"plain": Part(1.0, rows[gradient_folder(scope, checkpoint)], index.gradients(scope, spans=spans))}
+    parts = {
+        "plain": Part(1.0, rows[gradient_folder(scope.name, checkpoint)], index.gradients(scope.name, spans=spans))
+    }
     if spec.whitened:
-        white = index.gradients(scope, damping=0, spans=spans)
-        parts["white"] = Part(1.0, rows[gradient_folder(scope, checkpoint, 0)], white)
+        white = index.gradients(scope.name, damping=0, spans=spans)
+        parts["white"] = Part(1.0, rows[gradient_folder(scope.name, checkpoint, 0)], white)
     return parts
 
 
 def _exact_scores(
     index: Index,
     classifier: Classifier,
-    scope: str,
+    scope: Scope,
     asked: _Asked,
     scored: _Scored,
     *,
@@ -189,22 +190,21 @@ def _exact_scores(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Exact dots and cosines of the sample with each query, ``(q, m)``, by kind as :func:`_parts` has them."""
     spec = index.manifest.spec
-    blocks = scope_blocks(classifier.model, classifier.head_name, scope, classifier.name, with_bias=spec.with_bias)
-    lengths = {"plain": index.gradients(scope, spans=spans).norms[scored.numbers].astype(np.float64)}
+    lengths = {"plain": index.gradients(scope.name, spans=spans).norms[scored.numbers].astype(np.float64)}
     if spec.whitened:
-        ekfac = index.ekfac(scope).to(classifier.device, classifier.head.weight.dtype)
-        damping = index.ekfac_damping(scope)[1]
-        lengths["white"] = index.gradients(scope, damping=0, spans=spans).norms[scored.numbers].astype(np.float64)
+        ekfac = index.ekfac(scope.name).to(classifier.device, classifier.head.weight.dtype)
+        damping = index.ekfac_damping(scope.name)[1]
+        lengths["white"] = index.gradients(scope.name, damping=0, spans=spans).norms[scored.numbers].astype(np.float64)
     n_queries, n_sampled = len(asked.targets), len(scored.numbers)
     exact = {kind: (np.empty((n_queries, n_sampled)), np.empty((n_queries, n_sampled))) for kind in lengths}
-    size = queries_at_once(classifier, spec, scope)
+    size = queries_at_once(spec, scope)
     for start in range(0, n_queries, size):
         group = np.arange(start, min(start + size, n_queries))
-        vectors = whole_gradients(classifier, scope, blocks, take_texts(asked.texts, group), asked.targets[group])
+        vectors = whole_gradients(classifier, scope, take_texts(asked.texts, group), asked.targets[group])
         if spec.whitened:
             for name, g in vectors.items():  # layer by layer, so that only one layer's gradients are held twice
                 vectors[name] = torch.cat([g, ekfac.solve({name: g}, damping)[name]])
-        dots = exact_dots(classifier, scope, vectors, blocks, scored.texts, scored.labels, on_rows=on_rows)
+        dots = exact_dots(classifier, scope, vectors, scored.texts, scored.labels, on_rows=on_rows)
         plain = {name: v[: len(group)] for name, v in vectors.items()}
         for number, kind in enumerate(exact):
             of_kind = slice(number * len(group), (number + 1) * len(group))

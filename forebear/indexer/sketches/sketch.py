@@ -213,7 +213,7 @@ class RawSketches(RowCollector):
     """Gathers raw sketches, scaled to length 1, to fit a reduction on."""
 
     def __init__(self, projector: Projector, n_rows: int, device: torch.device) -> None:
-        self.scope, self.blocks = projector.scope, projector.blocks
+        self.scope = projector.scope
         self._projector, self._device = projector, device
         self.out = np.empty((n_rows, projector.width), np.float16)
 
@@ -245,7 +245,7 @@ class Sketches(RowCollector):
     """Gathers stored sketches and exact norms."""
 
     def __init__(self, projector: Projector, reduction: Reduction, n_rows: int, device: torch.device) -> None:
-        self.scope, self.blocks = projector.scope, projector.blocks
+        self.scope = projector.scope
         self._projector, self._device, self._reduce = projector, device, reduction.on(device)
         self._coordinates = np.empty((n_rows, len(reduction.basis)), np.float32)
         self._codes = np.empty((n_rows, reduction.bits), np.float32)

@@ -12,7 +12,7 @@ from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.gradients.whole import summed_gradients, whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model.encoding import Texts, take_texts
-from forebear.indexer.model.scopes import Block, scope_blocks
+from forebear.indexer.model.scopes import Scope
 from forebear.retriever.question.inverse import CurvatureSpec, Solve, deep_solver
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.models import N_VARIANTS, Models
@@ -71,11 +71,9 @@ class QueryGradients:
         return len(self.index.manifest.checkpoints) - 1
 
     @cached_property
-    def blocks(self) -> tuple[Block, ...]:
+    def parameters(self) -> Scope:
         """The scope's parameters."""
-        classifier = self.models.classifier()
-        with_bias = self.index.manifest.spec.with_bias and self.scope != "head"
-        return scope_blocks(classifier.model, classifier.head_name, self.scope, classifier.name, with_bias=with_bias)
+        return self.index.scope(self.models.classifier(), self.scope)
 
     def checkpoints(self, method: Method) -> list[tuple[int, float]]:
         """Numbers and weights of the checkpoints that a method sums over; numbers past the last are variants of it."""
@@ -89,7 +87,7 @@ class QueryGradients:
         """H^-1 of query gradients at the last checkpoint."""
         if self._solve is None:
             classifier = self.models.classifier()
-            self._solve = deep_solver(self.curvature, self.index, classifier, self.scope, self.blocks)
+            self._solve = deep_solver(self.curvature, self.index, classifier, self.parameters)
         return self._solve(vectors)
 
     def at_checkpoint(self, number: int, asked: Asked) -> Vectors:
@@ -99,7 +97,7 @@ class QueryGradients:
         held = self._held.get(number)
         if held is None or held[0] is not asked:
             classifier = self.models.classifier(number)
-            where = (classifier, self.scope, self.blocks, asked.texts, asked.targets)
+            where = (classifier, self.parameters, asked.texts, asked.targets)
             found = whole_gradients(*where) if asked.groups is None else summed_gradients(*where, asked.groups)
             self._held[number] = held = (asked, found)
         return held[1]

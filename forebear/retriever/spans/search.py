@@ -193,7 +193,7 @@ class SpanSearch:
         if any(m.saliency for m in methods):
             salient = salient_words(search.models.classifier(), texts, asked.targets, word, numbers)
             vectors = saliency_gradients(
-                search.models.classifier(), search.queries.blocks, texts, asked.targets, salient, numbers
+                search.models.classifier(), search.queries.parameters, texts, asked.targets, salient, numbers
             )
             of_saliency = Asked(plain.texts, asked.targets, vectors)
         out = {}
@@ -352,7 +352,7 @@ def word_influence(
     """
     classifier, targets = search.models.classifier(), np.array([target])
     salient = salient_words(classifier, texts, targets, word)
-    vectors = saliency_gradients(classifier, search.queries.blocks, texts, targets, salient)
+    vectors = saliency_gradients(classifier, search.queries.parameters, texts, targets, salient)
     entries = span_rows(search.index, classifier, rows, span_finder("words"), unknown=True)
     if not len(entries.rows):
         return salient[0], entries, np.zeros(0)

@@ -110,7 +110,7 @@ def test_candidates_and_certified_answers_are_those_of_the_full_search(deep, ber
 
 def test_summed_gradients_are_sums_of_whole_ones(deep, bert_world):
     search = deep._gradient_search("top-1", QuerySpec())
-    where = (deep.classifier(), "top-1", search.queries.blocks, [bert_world.queries], np.array(bert_world.query_labels))
+    where = (deep.classifier(), search.queries.parameters, [bert_world.queries], np.array(bert_world.query_labels))
     whole, found = whole_gradients(*where), summed_gradients(*where, GROUPS)
     assert set(found) == set(whole)
     for name, values in whole.items():
