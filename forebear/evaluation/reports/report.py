@@ -15,13 +15,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
 
-from forebear.errors import InputError, NonFiniteError, OutputExistsError, StorageError
+from forebear.errors import InputError, NonFiniteError, OutputExistsError
 from forebear.evaluation.reports.charts import inline_svg
-from forebear.indexer.storage.atomic import write_bytes
+from forebear.indexer.storage.atomic import write_together
 
 REPORT_FILES: Final = ("report.html", "table.csv", "result.json", "report.json")
 Cell = str | float | int | bool | None
@@ -81,14 +82,22 @@ class Report:
     provenance: Mapping[str, str] = field(default_factory=dict)  # index digest, methods, the command to repeat it
 
 
-def write_report(report: Report, folder: Path, *, result: Mapping[str, Any], force: bool = False) -> Path:
-    """Write the four files, each under a temporary name that is then renamed; return the page's path.
+def write_report(
+    report: Report,
+    folder: Path,
+    *,
+    result: Mapping[str, Any],
+    force: bool = False,
+    beside: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """Write the four files, of one report at all times even if the process is killed; return the page's path.
 
     Args:
         report: What the page and the table show.
         folder: Made if missing; other files in it are left alone.
         result: The numbers, for programs. The report's provenance is added unless it has its own.
-        force: Overwrite the four files.
+        force: Overwrite the files.
+        beside: Texts of further files that belong to this report, by name.
 
     Raises:
         OutputExistsError: The folder holds a report and ``force`` is not given.
@@ -103,12 +112,7 @@ def write_report(report: Report, folder: Path, *, result: Mapping[str, Any], for
         "result.json": render_json({"provenance": dict(report.provenance), **result}),
         "report.json": render_json(_shown(report)),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in contents.items():
-            write_bytes(folder / name, text.encode())
-    except OSError as error:
-        raise StorageError(f"cannot write the report to {folder}: {error}. Name a folder you may write.") from error
+    write_together(folder, {name: text.encode() for name, text in (contents | dict(beside)).items()})
     return folder / "report.html"
 
 

@@ -116,8 +116,10 @@ def embedding_scope(classifier: Classifier) -> Scope:
 
 
 def encoder_input_scope(classifier: Classifier) -> Scope:
-    """What enters the first encoder layer."""
-    return Scope(ENCODER_INPUT, (encoder_input_block(classifier.model, classifier.name),))
+    """What enters the first encoder layer: words, positions and types together, after their LayerNorm."""
+    model: Any = classifier.model
+    prefix, _ = encoder_layers(model, classifier.name)
+    return Scope(ENCODER_INPUT, (Block(f"{prefix}.0", "embedding", model.config.hidden_size, 0),))
 
 
 def root_modules(classifier: Classifier, scope: Scope) -> tuple[list[nn.Module], bool] | None:
@@ -169,12 +171,6 @@ def embedding_block(model: Any, name: str) -> Block:
         raise ModelError(f"{name} ({type(model).__name__}) has no word embeddings, so no word gradients.")
     key = next(key for key, found in model.named_modules() if found is module)
     return Block(key, "embedding", module.embedding_dim, module.num_embeddings)
-
-
-def encoder_input_block(model: Any, name: str) -> Block:
-    """What enters the first encoder layer: words, positions and types together, after their LayerNorm."""
-    prefix, _ = encoder_layers(model, name)
-    return Block(f"{prefix}.0", "embedding", model.config.hidden_size, 0)
 
 
 def encoder_layers(model: Any, name: str) -> tuple[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -59,3 +59,42 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` atomically."""
     with atomic_file(path) as handle:
         handle.write(content)
+
+
+def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files that belong together, such as a page and its numbers: never are old ones found beside new ones.
+
+    All are complete and synced under temporary names before the first takes its place. Then the old files go, and the
+    new ones get their names: a process that is killed in between leaves fewer files than belong together, never a
+    mixture of two sets.
+
+    Args:
+        folder: Made if missing; other files in it are left alone.
+        contents: What each file holds, by its name.
+
+    Raises:
+        StorageError: The disk is full or the folder cannot be written.
+    """
+    written = {name: folder / (name + TEMPORARY_SUFFIX) for name in contents}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            with written[name].open("wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+        for name in contents:
+            (folder / name).unlink(missing_ok=True)
+        for name, temporary in written.items():
+            temporary.replace(folder / name)
+        sync(folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(
+            f"cannot write {', '.join(contents)} to {folder}: {reason}. Name a folder that you may write to, on a disk "
+            "that has space."
+        ) from error
+    finally:
+        for temporary in written.values():
+            with suppress(OSError):  # the folder that it would lie in may be a file
+                temporary.unlink(missing_ok=True)
