@@ -21,7 +21,7 @@ from forebear.indexer.building.finish import calibration_by, finish
 from forebear.indexer.building.options import BuildOptions, Work, WorkKeywords
 from forebear.indexer.building.preflight import check_feasible
 from forebear.indexer.building.refit import refit_index
-from forebear.indexer.building.shards import ShardWriter, as_begun, split_rows
+from forebear.indexer.building.shards import ShardWriter, as_begun, segment_of, split_rows
 from forebear.indexer.building.spec import make_spec
 from forebear.indexer.index import Index
 from forebear.indexer.model.loading import load_classifier
@@ -37,7 +37,7 @@ from forebear.indexer.storage.journal import (
 )
 from forebear.indexer.storage.layout import LOCK_NAME, MANIFEST_NAME
 from forebear.indexer.storage.locks import check_free, exclusive
-from forebear.indexer.storage.manifest import Manifest, Segment, library_versions
+from forebear.indexer.storage.manifest import Manifest, library_versions
 from forebear.indexer.training.run import CheckpointPath, path_from
 
 if TYPE_CHECKING:
@@ -99,9 +99,7 @@ def _build(
     work.warn(labels.warning)
     classifier = replace(classifier, label_names=names_of_classes(classifier.label_names, source))
     spec, listed, loaded = make_spec(source, checkpoints, classifier, options)
-    segment = Segment(
-        source=source.name, rows_sha256=source.sha256(), start=0, n_rows=source.n_rows, n_left_out=source.n_dropped
-    )
+    segment = segment_of(source, 0)
     replaces = work.force and not work.resume and any(path.name != LOCK_NAME for path in folder.iterdir())
     journal = None if replaces else read_journal(folder)
     if work.resume and (folder / MANIFEST_NAME).is_file() and not (journal is not None and journal.get("replaces")):

@@ -18,7 +18,14 @@ import numpy as np
 from forebear.errors import CorruptIndexError, InputError, MismatchError, OutputExistsError
 from forebear.indexer.building.finish import finish
 from forebear.indexer.building.options import Work, WorkKeywords
-from forebear.indexer.building.shards import ShardWriter, as_begun, checkpoints_now, load_checked, split_rows
+from forebear.indexer.building.shards import (
+    ShardWriter,
+    as_begun,
+    checkpoints_now,
+    load_checked,
+    segment_of,
+    split_rows,
+)
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource
@@ -71,13 +78,7 @@ def append_rows(
                 f"{source.name} has {len(source.text_columns)} text column(s), the index {len(old.spec.text_columns)} "
                 f"({', '.join(old.spec.text_columns)}). Choose them by --text-columns."
             )
-        segment = Segment(
-            source=source.name,
-            rows_sha256=source.sha256(),
-            start=old.n_rows,
-            n_rows=source.n_rows,
-            n_left_out=source.n_dropped,
-        )
+        segment = segment_of(source, old.n_rows)
         change = {"kind": "append", "segment": segment.rows}
         if was_done(folder, old, change):
             work.tell(f"the rows of {source.name} are in {folder} already: nothing is left to do.")

@@ -41,7 +41,7 @@ from forebear.indexer.spans.masking import mask_found
 from forebear.indexer.spans.store import note_spans, write_spans
 from forebear.indexer.storage.arrow import read_batches, write_columns
 from forebear.indexer.storage.layout import SPANS, runs_folder, words_folder
-from forebear.indexer.storage.manifest import Checkpoint, IndexSpec, Manifest, read_manifest
+from forebear.indexer.storage.manifest import Checkpoint, IndexSpec, Manifest, Segment, read_manifest
 from forebear.indexer.training.run import moved_paths
 from forebear.indexer.words.gradients import WordGradients, count_tokens
 from forebear.indexer.words.store import Postings, read_word_store, repeated_words, write_run
@@ -57,6 +57,13 @@ def as_begun(n_threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def segment_of(source: RowSource, start: int) -> Segment:
+    """The rows of a source as a segment of an index, numbered from ``start``; passes over them once."""
+    return Segment(
+        source=source.name, rows_sha256=source.sha256(), start=start, n_rows=source.n_rows, n_left_out=source.n_dropped
+    )
 
 
 def split_rows(start: int, n_rows: int, shard_rows: int) -> tuple[tuple[int, int], ...]:
