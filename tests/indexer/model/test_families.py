@@ -20,7 +20,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.forward import residual_and_loss, run_forward
-from forebear.indexer.model.loading import load_classifier
+from forebear.indexer.model.loading import Fingerprint, load_classifier, stored_fingerprint
 from forebear.indexer.model.scopes import scope_of
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.training.run import choose_model
@@ -67,6 +67,10 @@ ENCODERS = {
     "squeezebert": "only linear layers, and convolutions of one dimension and one group",
     "xlnet": "XLNet",
 }  # fmt: skip
+# Their files name tensors in another way, or those that are shared once: only loading tells their fingerprint.
+LOADED_ANEW = (
+    "esm", "gte", "jina_embeddings_v3", "nomic_bert", "bart", "mbart", "mvp", "plbart", "bigbird_pegasus", "t5", "umt5"
+)  # fmt: skip
 EQUAL_LENGTHS = ("canine", "convbert", "fnet", "nystromformer", "xlnet", "yoso")  # their predictions depend on padding
 DECODERS = ("gpt2", "opt", "llama", "qwen2", "gemma", "bloom", "ctrl", "openai-gpt", "falcon", "mistral", "biogpt")
 REFUSED = {
@@ -329,3 +333,14 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     with pytest.raises(ModelError, match="belongs to another model"):
         load_classifier(folder)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_stored_fingerprint_is_that_of_the_loaded_model_or_is_none(kind, family):
+    """A build trusts it: whatever loading does to a family's tensors or configuration, no other digest may come out."""
+    classifier = load_classifier(family(kind))
+    found = stored_fingerprint(family(kind), classifier)
+    assert found is None or found == Fingerprint(
+        classifier.feature_dim, classifier.label_names, classifier.sha256, classifier.tokenizer_sha256
+    )
+    assert (found is None) == (kind in LOADED_ANEW)
