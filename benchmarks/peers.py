@@ -105,23 +105,23 @@ def forebear_exact(texts: list[str], labels: np.ndarray, queries: list[str], n_g
     from forebear.indexer.gradients.whole import exact_dots, whole_gradients
     from forebear.indexer.model.forward import run_forward
     from forebear.indexer.model.loading import load_classifier
-    from forebear.indexer.model.scopes import scope_blocks
+    from forebear.indexer.model.scopes import scope_of
 
     classifier = load_classifier(MODEL)
-    blocks = scope_blocks(classifier.model, classifier.head_name, SCOPE)
+    scope = scope_of(classifier, SCOPE)
     targets = run_forward(classifier, [queries]).predictions
 
-    vectors = whole_gradients(classifier, SCOPE, blocks, [queries], targets)
+    vectors = whole_gradients(classifier, scope, [queries], targets)
     some, gold = texts[:n_gram], labels[:n_gram]
-    whole = whole_gradients(classifier, SCOPE, blocks, [some], gold)
+    whole = whole_gradients(classifier, scope, [some], gold)
     gram = sum((g.flatten(1).double() @ g.flatten(1).double().T).numpy() for g in whole.values())
     return {
-        "layers": [block.name for block in blocks],
-        "weights": sum(block.size for block in blocks),
+        "layers": [block.name for block in scope.blocks],
+        "weights": scope.size,
         "targets": targets,
-        "dots": exact_dots(classifier, SCOPE, vectors, blocks, [texts], labels),
+        "dots": exact_dots(classifier, scope, vectors, [texts], labels),
         "gram": gram,
-        "gram_by_exact_dots": exact_dots(classifier, SCOPE, whole, blocks, [some], gold),
+        "gram_by_exact_dots": exact_dots(classifier, scope, whole, [some], gold),
     }
 
 

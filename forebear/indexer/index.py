@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,17 +10,19 @@ import numpy as np
 import pyarrow as pa
 from scipy import sparse
 
-from forebear.errors import CorruptIndexError, InputError, MissingStoreError
+from forebear.errors import InputError, MissingStoreError
 from forebear.indexer.curvature.ekfac import Ekfac, read_ekfac
 from forebear.indexer.curvature.head import HeadCurvature, head_trace
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.scope_names import HEAD
+from forebear.indexer.model.scopes import Scope, scope_of
 from forebear.indexer.sketches.candidates import GradientStore, Proposal
 from forebear.indexer.sketches.sketch import read_reduction
 from forebear.indexer.spans.store import SpanStore, read_spans
 from forebear.indexer.storage.ann import AnnIndex, read_ann
-from forebear.indexer.storage.arrow import MEND, RowMatrix, column, file_sha256, read_batches
+from forebear.indexer.storage.arrow import RowMatrix, column, read_batches
+from forebear.indexer.storage.files import IndexFiles
 from forebear.indexer.storage.layout import (
-    JOURNAL_NAME,
-    MANIFEST_NAME,
     MAP_NAME,
     PARTS,
     SPANS,
@@ -33,102 +32,19 @@ from forebear.indexer.storage.layout import (
     span_gradients,
     words_folder,
 )
-from forebear.indexer.storage.manifest import Manifest, read_manifest
 from forebear.indexer.storage.ragged import offsets
 from forebear.indexer.storage.row_texts import RowTexts, text_list
 from forebear.indexer.storage.scan_table import ScanTable, read_scan_table
 from forebear.indexer.words.store import WordStore, read_word_store
 
 
-class Index:
-    """An index folder, open for reading.
-
-    Every file is checked against the manifest before its first use: its size when the index is opened, its sha256
-    when it is mapped. Nothing is ever written.
+class Index(IndexFiles):
+    """An index folder, open for reading; see :class:`IndexFiles` for how its files are checked.
 
     Attributes:
         folder: Where it is.
         manifest: What it holds.
     """
-
-    def __init__(self, folder: Path, manifest: Manifest, *, check: bool = True) -> None:
-        self.folder = folder
-        self.manifest = manifest
-        self._check = check
-        self._checked: set[str] = set()
-        self._cache: dict[Any, Any] = {}
-
-    @classmethod
-    def open(cls, folder: str | Path, *, check: bool = True) -> Index:
-        """Open an index.
-
-        Args:
-            folder: Written by ``forebear index``.
-            check: Hash files before use. Off saves a read of each file, and trusts the disk.
-
-        Raises:
-            InputError: No index there, or a build that was interrupted.
-            CorruptIndexError: The manifest or a file is missing, truncated or altered.
-        """
-        folder = Path(folder)
-        if not (folder / MANIFEST_NAME).is_file():
-            if (folder / JOURNAL_NAME).is_file():
-                raise InputError(f"{folder} is an unfinished build. Run the same `forebear index` again with --resume.")
-            raise InputError(f"{folder} is no index (no {MANIFEST_NAME} in it). Build one with `forebear index`.")
-        manifest = read_manifest(folder)
-        for name, facts in manifest.files.items():
-            _check_size(folder, name, facts["bytes"])
-        return cls(folder, manifest, check=check)
-
-    @classmethod
-    def open_without_derived(cls, folder: str | Path) -> Index:
-        """Open an index whose ``ann/`` files may be missing or damaged; they are left out of its manifest."""
-        folder = Path(folder)
-        manifest = read_manifest(folder)
-        derived = {facts["file"] for facts in manifest.derived.values()}
-        kept = {name: facts for name, facts in manifest.files.items() if name not in derived}
-        for name, facts in kept.items():
-            _check_size(folder, name, facts["bytes"])
-        return cls(folder, replace(manifest, derived={}).with_files(kept))
-
-    def checked(self, *names: str) -> list[Path]:
-        """Paths of listed files, hashed first if they have not been yet.
-
-        Raises:
-            CorruptIndexError: A file is not listed, or its bytes have changed.
-        """
-        for name in names:
-            if name not in self.manifest.files:
-                raise CorruptIndexError(f"{self.folder / name} is not listed in the manifest. {MEND}")
-        fresh = [name for name in names if name not in self._checked] if self._check else []
-        try:
-            with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
-                found = list(pool.map(lambda name: file_sha256(self.folder / name), fresh))
-        except OSError as error:
-            raise CorruptIndexError(
-                f"{error.filename} cannot be read ({error.strerror}). If the index was changed since it was opened, "
-                f"open it again. {MEND}"
-            ) from error
-        for name, digest in zip(fresh, found, strict=True):
-            if digest != self.manifest.files[name]["sha256"]:
-                raise CorruptIndexError(f"{self.folder / name} was altered: its sha256 is not the manifest's. {MEND}")
-        self._checked.update(fresh)
-        return [self.folder / name for name in names]
-
-    @property
-    def fit_folder(self) -> Path:
-        """Below which the files lie that follow from what is fitted beyond the head."""
-        return self.folder / self.manifest.fitted_name("")
-
-    def _shards(self, kind: str) -> list[pa.RecordBatch]:
-        """The record batch of each shard of ``rows``, ``features/<checkpoint>`` or ``sentence``."""
-        if kind not in self._cache:
-            paths = self.checked(*(f"{kind}/{i:05d}.arrow" for i in range(len(self.manifest.shards))))
-            self._cache[kind] = [read_batches(path)[0] for path in paths]
-        return list(self._cache[kind])
-
-    def _matrix(self, kind: str, name: str) -> RowMatrix:
-        return RowMatrix([column(batch, name) for batch in self._shards(kind)])
 
     def features(self, checkpoint: int = -1) -> RowMatrix:
         """f of every row at a checkpoint (the last by default), ``(n, h)`` float32."""
@@ -157,6 +73,10 @@ class Index:
                 f"{self.folder} holds the scope(s) {', '.join(self.manifest.spec.scopes)}, not {scope!r}. "
                 f"Build it with --scope head,{scope}."
             )
+
+    def scope(self, classifier: Classifier, name: str) -> Scope:
+        """The parameters of a scope of a checkpoint, as the index takes them: beyond the head perhaps with biases."""
+        return scope_of(classifier, name, with_bias=self.manifest.spec.with_bias and name != HEAD)
 
     def gradients(
         self, scope: str, checkpoint: int = -1, damping: int | None = None, *, spans: bool = False
@@ -458,15 +378,3 @@ def _same_number(given: str, stored: float) -> bool:
         return bool(np.isclose(float(given), stored, rtol=1e-6, atol=0))
     except ValueError:
         return False
-
-
-def _check_size(folder: Path, name: str, size_bytes: int) -> None:
-    """Refuse a listed file that is missing or has another size."""
-    try:
-        found = (folder / name).stat().st_size
-    except OSError as error:
-        raise CorruptIndexError(f"{folder / name} is missing. {MEND}") from error
-    if found != size_bytes:
-        raise CorruptIndexError(
-            f"{folder / name} has {found} bytes, the manifest says {size_bytes}: it was truncated or altered. {MEND}"
-        )

@@ -39,8 +39,8 @@ from forebear.indexer.building.build import build_index
 from forebear.indexer.building.options import BuildOptions
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.forward import run_forward
+from forebear.indexer.model.pretrained import quiet_transformers
 from forebear.indexer.rows.row_source import rows_from_texts
-from forebear.indexer.training.fine_tuning import quiet_transformers
 from forebear.indexer.training.run import CheckpointPath
 from forebear.progress import Progress, no_progress
 from forebear.ratio import ratio
@@ -92,19 +92,16 @@ def random_retriever(retriever: Retriever, spec: QuerySpec, rows: np.ndarray, se
     save_random_model(classifier, folder / "model", seed)
     methods = pick_methods(spec.methods)
     scopes = {spec.scope_of(method) for method in methods if method.representation == "head"} - {"head"}
-    options = BuildOptions(
-        stores=("features", *(("words",) if any(method.by_words for method in methods) else ())),
+    by_words = any(method.by_words for method in methods)
+    options = BuildOptions.of(
+        index.manifest,
+        stores=("features", "words") if by_words else ("features",),
         scopes=("head", *sorted(scopes)),
-        with_bias=stored.with_bias,
-        curvature=stored.curvature,
         calibration_queries=0,
-        words_tops=stored.words_tops or BuildOptions.words_tops,
-        words_precision=stored.words_precision,
-        dampings=stored.dampings,
-        rep_refit=stored.rep_refit,
-        seed=stored.seed,
-        precision=stored.precision,
-        max_length=stored.max_length,
+        label_mode=None,  # labels are classes already
+        ann=None,
+        batch_tokens=BuildOptions.batch_tokens,
+        shard_rows=BuildOptions.shard_rows,
         device=str(classifier.device),
     )
     columns = index.text_lists(rows)

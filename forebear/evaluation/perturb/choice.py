@@ -207,7 +207,7 @@ class Chooser:
 
     def _chunks(self, at: np.ndarray) -> list[np.ndarray]:
         """Positions of test rows whose whole vectors, before and after H^-1, fit in memory together."""
-        in_memory = VECTOR_BYTES // (8 * sum(block.size for block in self._search.gradients.blocks))
+        in_memory = VECTOR_BYTES // (8 * self._search.gradients.parameters.size)
         size = max(1, min(CHUNK_QUERIES, in_memory))
         return [at[i : i + size] for i in range(0, len(at), size)]
 
@@ -229,7 +229,7 @@ class Chooser:
         numbers = queries.numbers.tolist()
         salient = salient_words(self._classifier, queries.texts, targets, None, numbers)
         vectors = saliency_gradients(
-            self._classifier, self._search.gradients.blocks, queries.texts, targets, salient, numbers
+            self._classifier, self._search.gradients.parameters, queries.texts, targets, salient, numbers
         )
         asked = self._solved(queries, targets, vectors)
         texts = [self.texts(row) for row in rows]

@@ -32,7 +32,7 @@ from forebear.indexer.model.forward import softmax
 from forebear.indexer.storage.arrow import column, read_batches, record_batch, write_table
 from forebear.indexer.storage.locks import claimed
 from forebear.indexer.storage.manifest import canonical_json, digest_of
-from forebear.indexer.training.fine_tuning import IGNORED
+from forebear.indexer.training.course import IGNORED
 
 LIBRARIES = ("forebear", "torch", "transformers", "tokenizers", "accelerate", "numpy", "scipy")  # decide last bits
 POLL_SECONDS = 0.2  # between looks at the jobs of other processes

@@ -19,7 +19,9 @@ from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import dropout_settings
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.storage.manifest import library_versions
-from forebear.indexer.training.fine_tuning import RANDOM_NUMBERS, TrainOptions, fine_tune
+from forebear.indexer.training.course import RANDOM_NUMBERS
+from forebear.indexer.training.fine_tuning import fine_tune
+from forebear.indexer.training.options import TrainOptions
 from forebear.indexer.training.run import Run
 from forebear.indexer.training.start import freeze_below, load_start
 

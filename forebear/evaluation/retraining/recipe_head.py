@@ -17,7 +17,7 @@ from forebear.errors import InputError
 from forebear.evaluation.retraining.jobs import LIBRARIES, Job, TrainingRows
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.storage.manifest import digest_of, library_versions
-from forebear.indexer.training.fine_tuning import IGNORED
+from forebear.indexer.training.course import IGNORED
 from forebear.retriever.retriever import Retriever
 
 DEFAULT_L2 = 0.01  # of Pez21's head

@@ -23,7 +23,8 @@ from forebear.indexer.model.encoding import encode, pad_batch, plan_batches
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, run_forward
 from forebear.indexer.model.scopes import encoder_layers
 from forebear.indexer.storage.ragged import offsets
-from forebear.indexer.training.fine_tuning import MAX_GRAD_NORM, TrainOptions, mean_loss, seed_step
+from forebear.indexer.training.course import MAX_GRAD_NORM, mean_loss, seed_step
+from forebear.indexer.training.options import TrainOptions
 from forebear.indexer.training.start import freeze_below
 
 FULL_PRECISION_BYTES = 2 << 30  # hidden states of more are kept in fp16

@@ -8,26 +8,26 @@ What changes an index afterwards is in :mod:`~forebear.indexer.building.change` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from forebear.errors import MismatchError
 from forebear.indexer.building.change import append_rows, rebuild_ann, retire_rows
 from forebear.indexer.building.finish import calibration_by, finish
-from forebear.indexer.building.options import BuildOptions
+from forebear.indexer.building.options import BuildOptions, Work, WorkKeywords
 from forebear.indexer.building.preflight import check_feasible
 from forebear.indexer.building.refit import refit_index
-from forebear.indexer.building.shards import ShardWriter, split_rows
+from forebear.indexer.building.shards import ShardWriter, as_begun, segment_of, split_rows
 from forebear.indexer.building.spec import make_spec
 from forebear.indexer.index import Index
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.labels import label_map, names_of_classes
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.storage.journal import (
-    as_begun,
     begin_build,
     check_target,
     comparable,
@@ -37,9 +37,11 @@ from forebear.indexer.storage.journal import (
 )
 from forebear.indexer.storage.layout import LOCK_NAME, MANIFEST_NAME
 from forebear.indexer.storage.locks import check_free, exclusive
-from forebear.indexer.storage.manifest import Manifest, Segment, library_versions
+from forebear.indexer.storage.manifest import Manifest, library_versions
 from forebear.indexer.training.run import CheckpointPath, path_from
-from forebear.progress import Progress, Tell, ignore_warning, no_progress, say_nothing
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["BuildOptions", "append_rows", "build_index", "rebuild_ann", "refit_index", "retire_rows"]
 
@@ -49,12 +51,7 @@ def build_index(
     out: str | Path,
     checkpoints: Sequence[CheckpointPath],
     options: BuildOptions | None = None,
-    *,
-    resume: bool = False,
-    force: bool = False,
-    warn: Callable[[str | None], None] = ignore_warning,
-    tell: Tell = say_nothing,
-    progress: Progress = no_progress,
+    **how: Unpack[WorkKeywords],
 ) -> Index:
     """Build an index of labelled rows under one or more checkpoints of a classifier.
 
@@ -63,11 +60,9 @@ def build_index(
         out: Folder to write; must not exist, unless ``resume`` or ``force``.
         checkpoints: In training order; the last one is the model that is explained.
         options: Everything else that changes stored numbers.
-        resume: Go on with an interrupted build of the same spec and rows; the bytes are the same.
-        force: Replace an index that is there.
-        warn: Told what the user should know, such as labels taken as the model's own ids.
-        tell: Told, in a line, when nothing is left to do.
-        progress: Told the stage, rows done and rows in all.
+        **how: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
+            :class:`~forebear.indexer.building.options.Work`. A resumed build of the same spec and rows has the same
+            bytes; ``force`` replaces an index that is there.
 
     Returns:
         The finished index, open.
@@ -81,27 +76,16 @@ def build_index(
     """
     options = options or BuildOptions()
     options.check()
-    folder = Path(out)
+    folder, work = Path(out), Work(**how, device=options.device)
     check_free(folder / LOCK_NAME, str(folder))
-    check_target(folder, resume=resume, force=force)
+    check_target(folder, resume=work.resume, force=work.force)
     with exclusive(folder / LOCK_NAME, str(folder)):
-        check_target(folder, resume=resume, force=force)
-        return _build(
-            source, folder, checkpoints, options, resume=resume, force=force, warn=warn, tell=tell, progress=progress
-        )
+        check_target(folder, resume=work.resume, force=work.force)
+        return _build(source, folder, checkpoints, options, work)
 
 
 def _build(
-    source: RowSource,
-    folder: Path,
-    checkpoints: Sequence[CheckpointPath],
-    options: BuildOptions,
-    *,
-    resume: bool,
-    force: bool,
-    warn: Callable[[str | None], None],
-    tell: Tell,
-    progress: Progress,
+    source: RowSource, folder: Path, checkpoints: Sequence[CheckpointPath], options: BuildOptions, work: Work
 ) -> Index:
     classifier = load_classifier(
         checkpoints[-1].path,
@@ -109,42 +93,40 @@ def _build(
         precision=options.precision,
         max_length=options.max_length,
     )
-    warn(classifier.remark)
+    work.warn(classifier.remark)
     check_feasible(classifier, options, len(source.text_columns))
     labels = label_map(source, classifier.label_names, options.label_mode)
-    warn(labels.warning)
+    work.warn(labels.warning)
     classifier = replace(classifier, label_names=names_of_classes(classifier.label_names, source))
-    spec, listed = make_spec(source, checkpoints, classifier, options)
-    segment = Segment(
-        source=source.name, rows_sha256=source.sha256(), start=0, n_rows=source.n_rows, n_left_out=source.n_dropped
-    )
-    replaces = force and not resume and any(path.name != LOCK_NAME for path in folder.iterdir())
+    spec, listed, loaded = make_spec(source, checkpoints, classifier, options)
+    segment = segment_of(source, 0)
+    replaces = work.force and not work.resume and any(path.name != LOCK_NAME for path in folder.iterdir())
     journal = None if replaces else read_journal(folder)
-    if resume and (folder / MANIFEST_NAME).is_file() and not (journal is not None and journal.get("replaces")):
+    if work.resume and (folder / MANIFEST_NAME).is_file() and not (journal is not None and journal.get("replaces")):
         index = Index.open(folder)
         try:
             same_or_refuse(index.manifest.segments[0].rows, segment.rows, folder)
             same_or_refuse(comparable(asdict(index.manifest.spec)), comparable(asdict(spec)), folder)
-            replaces = force and index.manifest.generation > 0  # what was to be replaced: it has been changed since
+            replaces = (
+                work.force and index.manifest.generation > 0
+            )  # what was to be replaced: it has been changed since
         except MismatchError:
-            if not force:
+            if not work.force:
                 raise
             replaces = True
         if not replaces:
             unfinished(folder, index.manifest)  # a kill between the manifest and the end leaves the journal
-            tell(f"{folder} was built from these rows before: nothing is left to do.")
+            work.tell(f"{folder} was built from these rows before: nothing is left to do.")
             return index
     build = {"kind": "build", "segment": segment.rows, "checkpoints": [c.name for c in listed]}
     spec = begin_build(folder, build, spec, replaces=replaces)
-    shards = split_rows(0, source.n_rows, spec.shard_rows)
     n_queries = options.calibration_queries if spec.sketched_scopes else None
-    remembered = tuple(replace(c, path=path_from(folder, c.path)) for c in listed)
     manifest = Manifest(
         spec=spec,
-        checkpoints=remembered,
+        checkpoints=tuple(replace(c, path=path_from(folder, c.path)) for c in listed),
         sentence_model=options.sentence_model if "sbert" in spec.stores else None,
         segments=(segment,),
-        shards=shards,
+        shards=split_rows(0, source.n_rows, spec.shard_rows),
         n_retired=0,
         generation=0,
         feature_dim=classifier.feature_dim,
@@ -152,18 +134,9 @@ def _build(
         libraries=library_versions(),
     )
     with as_begun(spec.n_threads):
-        ShardWriter(
-            folder=folder,
-            fit_folder=folder,
-            source=source,
-            labels=labels,
-            spec=spec,
-            checkpoints=listed,
-            shards=shards,
-            first_shard=0,
-            options=replace(options, max_length=spec.max_length),
-            progress=progress,
-            warn=warn,
-        ).write(classifier)
-        calibrate = calibration_by(classifier, n_queries or 0, progress)
-        return finish(folder, manifest, np.empty(0, np.int64), progress, calibrate)
+        writer = ShardWriter(
+            folder=folder, manifest=manifest, checkpoints=listed, source=source, labels=labels, first_shard=0, work=work
+        )
+        writer.write(loaded)
+        calibrate = calibration_by(classifier, n_queries or 0, work.progress)
+        return finish(folder, manifest, np.empty(0, np.int64), work.progress, calibrate)

@@ -13,22 +13,22 @@ Where a row of the sample stands among *all* rows by its estimate says how many 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from forebear.conformal import least_share, supported_recall
+from forebear.indexer.building.needed_candidates import RankCalibration, Ranking
 from forebear.indexer.gradients.vectors import dot
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts, take_texts
 from forebear.indexer.model.forward import residual_and_loss
-from forebear.indexer.model.scopes import scope_blocks
-from forebear.indexer.sketches.candidates import BLOCK_ROWS, Part, Proposal, candidates_needed, estimate
+from forebear.indexer.model.scopes import Scope
+from forebear.indexer.sketches.candidates import Part
 from forebear.indexer.sketches.fitting import open_sketchers
 from forebear.indexer.sketches.sketch import sketch_rows
 from forebear.indexer.spans.masking import mask_spans
@@ -42,26 +42,18 @@ SAMPLE_ROWS = 768
 # peak is higher by some copies of the largest layer's gradients, while that layer is solved or its lengths are summed.
 VECTOR_BYTES = 2 << 30
 LEAST_QUERIES = 12  # held at once, however large they are
-RECALLS = (0.8, 0.9, 0.95, 0.98, 0.99)  # what the manifest says the candidates of; and the largest that is supported
-TOP = 10
-AIM = 0.95  # recall whose candidates the choice of weight and margin keeps few
-CODE_WEIGHTS = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
-MARGINS = (0.0, 0.5, 1.0)  # in units of the usual error of a cosine
-ESTIMATED_QUERIES = 64  # whose estimates of all rows are held at once: 8 bytes a query and row
-CHOOSING_SHARE = 1 / 3  # of the queries, which choose weight and margin; the others state the recall
 
 
-def queries_at_once(classifier: Classifier, spec: IndexSpec, scope: str) -> int:
+def queries_at_once(spec: IndexSpec, scope: Scope) -> int:
     """Queries whose whole vectors are held together."""
-    blocks = scope_blocks(classifier.model, classifier.head_name, scope, classifier.name, with_bias=spec.with_bias)
     kinds = 2 if spec.whitened else 1
-    return max(LEAST_QUERIES, VECTOR_BYTES // (4 * kinds * sum(block.size for block in blocks)))
+    return max(LEAST_QUERIES, VECTOR_BYTES // (4 * kinds * scope.size))
 
 
 def calibrate_scope(
     index: Index,
     classifier: Classifier,
-    scope: str,
+    scope: Scope,
     *,
     n_queries: int,
     on_rows: Callable[[int], None],
@@ -90,8 +82,8 @@ def calibrate_scope(
         exact = _exact_scores(index, classifier, scope, asked, scored, spans=False, on_rows=on_rows)
         for kind, (dots, cosines) in exact.items():
             of_dots, of_cosines = ("gd", "gc") if kind == "plain" else ("if", "rif")
-            rankings = {of_dots: _Ranking(dots, False), of_cosines: _Ranking(cosines, True)}
-            calibration = _Calibration(parts[kind], live, sample, asked.excluded, spec.seed + 3)
+            rankings = {of_dots: Ranking(dots, False), of_cosines: Ranking(cosines, True)}
+            calibration = RankCalibration(parts[kind], live, sample, asked.excluded, spec.seed + 3)
             methods |= calibration.calibrate(rankings, cosines)
     return {"n_queries": len(queries), "n_rows": len(sample), "methods": methods}
 
@@ -99,7 +91,7 @@ def calibrate_scope(
 def calibrate_spans(
     index: Index,
     classifier: Classifier,
-    scope: str,
+    scope: Scope,
     *,
     n_queries: int,
     on_rows: Callable[[int], None],
@@ -131,8 +123,8 @@ def calibrate_spans(
         exact = _exact_scores(index, classifier, scope, asked, scored, spans=True, on_rows=on_rows)
         for kind, (dots, cosines) in exact.items():
             name = ("tracin" if kind == "plain" else "if") + plus
-            calibration = _Calibration(parts[kind], live, sample, excluded, spec.seed + 3)
-            methods |= calibration.calibrate({name: _Ranking(dots, False)}, cosines)
+            calibration = RankCalibration(parts[kind], live, sample, excluded, spec.seed + 3)
+            methods |= calibration.calibrate({name: Ranking(dots, False)}, cosines)
     return methods
 
 
@@ -169,181 +161,27 @@ class _Scored:
     numbers: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Ranking:
-    """How one method ranks: exact scores of the sample, ``(q, m)``, and whether they are cosines; else dots."""
-
-    scores: np.ndarray
-    by_cosine: bool
-
-
-@dataclass(frozen=True)
-class _Estimates:
-    """Estimated cosines of all rows in two terms, so that each weight of the code takes a sum and no second pass.
-
-    Attributes:
-        by_coordinates: From the coordinates alone, ``(q, n)`` float32.
-        by_code: What the code adds at weight 1, ``(q, n)`` float32; None without codes.
-    """
-
-    by_coordinates: np.ndarray
-    by_code: np.ndarray | None
-
-    def weighted(self, code_weight: float) -> np.ndarray:
-        """The estimates with the code counted at a weight, ``(q, n)``."""
-        if not code_weight or self.by_code is None:
-            return self.by_coordinates
-        return np.asarray(self.by_coordinates + np.float32(code_weight) * self.by_code)
-
-    def take(self, queries: slice, rows: np.ndarray | slice = slice(None)) -> _Estimates:
-        """The estimates of some queries and rows."""
-        by_code = None if self.by_code is None else self.by_code[queries, rows]
-        return _Estimates(self.by_coordinates[queries, rows], by_code)
-
-
-@dataclass(frozen=True)
-class _Calibration:
-    """Where the sample's best rows stand among all rows by their estimates.
-
-    Attributes:
-        part: Sketches of the queries beside the stored ones.
-        live: Numbers of all rows that take part, ``(n,)``, ascending.
-        sample: Those that are scored exactly, ``(m,)``.
-        excluded: Which of all rows are a query's own, ``(q, n)``.
-        seed: Of the split into queries that choose and queries that state.
-    """
-
-    part: Part
-    live: np.ndarray
-    sample: np.ndarray
-    excluded: np.ndarray
-    seed: int
-
-    def calibrate(self, rankings: Mapping[str, _Ranking], cosines: np.ndarray) -> dict[str, dict[str, Any]]:
-        """Choose the code's weight and the margin by a third of the queries, and state recalls by the others.
-
-        Args:
-            rankings: By method name.
-            cosines: Exact cosines of the sample, ``(q, m)``.
-
-        Returns:
-            What the manifest keeps of each method.
-        """
-        n_queries, n = self.excluded.shape
-        order = np.random.default_rng(self.seed).permutation(n_queries)
-        n_choosing = int(n_queries * CHOOSING_SHARE)
-        choosing, stating = np.sort(order[:n_choosing]), np.sort(order[n_choosing:])
-        n_others = n - int(self.excluded.sum(axis=1).max())
-        n_sampled = min(len(self.sample), n_others)
-        n_best = min(n_sampled, -(-TOP * n_sampled // n_others))
-        settings = self._choose(choosing, rankings, cosines, n_best)
-        needed = self._needed_when_stating(stating, rankings, settings, n_best)
-        supported = supported_recall(len(stating))
-        recalls = sorted({*(recall for recall in RECALLS if recall < supported), supported})
-        return {
-            name: {
-                "code_weight": settings[name].code_weight,
-                "margin": settings[name].margin,
-                "candidates": {
-                    str(recall): max(share for end in ends if (share := least_share(end, recall)) is not None)
-                    for recall in recalls
-                },
-                "supported": supported,
-                "top": n_best * n_others // n_sampled,
-                "n_choosing": n_choosing,
-                "n_stating": len(stating),
-            }
-            for name, ends in needed.items()
-        }
-
-    def _choose(
-        self, queries: np.ndarray, rankings: Mapping[str, _Ranking], cosines: np.ndarray, n_best: int
-    ) -> dict[str, Proposal]:
-        """Weight and margin by which each method's best rows stand highest; as uncalibrated where no query chooses."""
-        if not len(queries):
-            return {n: Proposal(r.by_cosine, 1.0 if r.by_cosine else 0.0) for n, r in rankings.items()}
-        estimates = self._estimates(queries)
-        columns = np.searchsorted(self.live, self.sample)
-        counted = ~self.excluded[np.ix_(queries, columns)]
-        of_sample = estimates.take(slice(None), columns)
-        costs: dict[str, list[tuple[float, Proposal]]] = {name: [] for name in rankings}
-        for weight in CODE_WEIGHTS if estimates.by_code is not None else (0.0,):
-            error = float(np.sqrt(np.mean((of_sample.weighted(weight) - cosines[queries])[counted] ** 2)))
-            for name, ranking in rankings.items():
-                for share in (0.0,) if ranking.by_cosine else MARGINS:
-                    setting = Proposal(ranking.by_cosine, weight, share * error)
-                    ends = self._needed(queries, estimates, ranking, setting, n_best)
-                    cost = float(np.mean(np.log(np.concatenate(ends)))) + max(
-                        float(np.log(np.quantile(end, AIM, method="higher"))) for end in ends
-                    )
-                    costs[name].append((cost, setting))
-        return {name: min(tried, key=lambda cost_and_setting: cost_and_setting[0])[1] for name, tried in costs.items()}
-
-    def _needed_when_stating(
-        self, queries: np.ndarray, rankings: Mapping[str, _Ranking], settings: dict[str, Proposal], n_best: int
-    ) -> dict[str, list[np.ndarray]]:
-        """Shares at both ends by method, ``(q, n_best)`` each; estimates of few queries are held at once."""
-        groups = [queries[start : start + ESTIMATED_QUERIES] for start in range(0, len(queries), ESTIMATED_QUERIES)]
-        needed: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in rankings}
-        for group in groups:
-            estimates = self._estimates(group)
-            for name, ranking in rankings.items():
-                needed[name].append(self._needed(group, estimates, ranking, settings[name], n_best))
-        return {name: [np.concatenate(end) for end in zip(*ends, strict=True)] for name, ends in needed.items()}
-
-    def _estimates(self, queries: np.ndarray) -> _Estimates:
-        """Of all rows for some queries, in one pass over the stored sketches."""
-        part = replace(self.part, asked=self.part.asked.take(queries))
-        numbers = np.arange(len(queries))
-        by_coordinates = np.empty((len(queries), len(self.live)), np.float32)
-        by_code = None if part.store.codes is None else np.empty_like(by_coordinates)
-        for start in range(0, len(self.live), BLOCK_ROWS):
-            columns = slice(start, start + BLOCK_ROWS)
-            by_coordinates[:, columns] = estimate([part], self.live[columns], cosine=True)
-            if by_code is not None:
-                by_code[:, columns] = part.code_products(numbers, self.live[columns])
-        return _Estimates(by_coordinates, by_code)
-
-    def _needed(
-        self, queries: np.ndarray, estimates: _Estimates, ranking: _Ranking, setting: Proposal, n_best: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Share of all rows that must be candidates for each of the sample's best rows, at both ends ``(q, n_best)``.
-
-        One query at a time: what is made on the way is of one query's rows.
-        """
-        columns = np.searchsorted(self.live, self.sample)
-        lengths = 1.0 if ranking.by_cosine else self.part.store.lengths[self.live]
-        ends = np.empty((2, len(queries), n_best))
-        for i, query in enumerate(queries):
-            excluded = self.excluded[query : query + 1]
-            scores = np.where(excluded[:, columns], np.nan, ranking.scores[query])
-            of_query = estimates.take(slice(i, i + 1))
-            steps = [of_query.weighted(weight) for weight in sorted({0.0, setting.code_weight})]
-            for end, sign in zip(ends, (1.0, -1.0), strict=True):
-                ranked = [(sign * step + np.float32(setting.margin)) * lengths for step in steps]
-                end[i] = _needed_shares(sign * scores, ranked[0], ranked[-1], columns, excluded, n_best)[0]
-        return ends[0], ends[1]
-
-
-def _parts(index: Index, classifier: Classifier, scope: str, asked: _Asked, *, spans: bool) -> dict[str, Part]:
+def _parts(index: Index, classifier: Classifier, scope: Scope, asked: _Asked, *, spans: bool) -> dict[str, Part]:
     """Sketches of the queries beside the stored ones: ``plain``, and ``white`` where there is curvature."""
     spec, checkpoint = index.manifest.spec, index.manifest.checkpoints[-1].name
-    sketchers = open_sketchers(index.fit_folder, classifier, spec, scope, checkpoint, last=True)
+    sketchers = open_sketchers(index.fit_folder, classifier, spec, scope.name, checkpoint, last=True)
     sketches, _ = sketch_rows(
         classifier, list(sketchers.values()), asked.texts, asked.targets, batch_tokens=spec.batch_tokens
     )
     rows = dict(zip(sketchers, sketches, strict=True))
-    parts = {"plain": Part(1.0, rows[gradient_folder(scope, checkpoint)], index.gradients(scope, spans=spans))}
+    parts = {
+        "plain": Part(1.0, rows[gradient_folder(scope.name, checkpoint)], index.gradients(scope.name, spans=spans))
+    }
     if spec.whitened:
-        white = index.gradients(scope, damping=0, spans=spans)
-        parts["white"] = Part(1.0, rows[gradient_folder(scope, checkpoint, 0)], white)
+        white = index.gradients(scope.name, damping=0, spans=spans)
+        parts["white"] = Part(1.0, rows[gradient_folder(scope.name, checkpoint, 0)], white)
     return parts
 
 
 def _exact_scores(
     index: Index,
     classifier: Classifier,
-    scope: str,
+    scope: Scope,
     asked: _Asked,
     scored: _Scored,
     *,
@@ -352,22 +190,21 @@ def _exact_scores(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Exact dots and cosines of the sample with each query, ``(q, m)``, by kind as :func:`_parts` has them."""
     spec = index.manifest.spec
-    blocks = scope_blocks(classifier.model, classifier.head_name, scope, classifier.name, with_bias=spec.with_bias)
-    lengths = {"plain": index.gradients(scope, spans=spans).norms[scored.numbers].astype(np.float64)}
+    lengths = {"plain": index.gradients(scope.name, spans=spans).norms[scored.numbers].astype(np.float64)}
     if spec.whitened:
-        ekfac = index.ekfac(scope).to(classifier.device, classifier.head.weight.dtype)
-        damping = index.ekfac_damping(scope)[1]
-        lengths["white"] = index.gradients(scope, damping=0, spans=spans).norms[scored.numbers].astype(np.float64)
+        ekfac = index.ekfac(scope.name).to(classifier.device, classifier.head.weight.dtype)
+        damping = index.ekfac_damping(scope.name)[1]
+        lengths["white"] = index.gradients(scope.name, damping=0, spans=spans).norms[scored.numbers].astype(np.float64)
     n_queries, n_sampled = len(asked.targets), len(scored.numbers)
     exact = {kind: (np.empty((n_queries, n_sampled)), np.empty((n_queries, n_sampled))) for kind in lengths}
-    size = queries_at_once(classifier, spec, scope)
+    size = queries_at_once(spec, scope)
     for start in range(0, n_queries, size):
         group = np.arange(start, min(start + size, n_queries))
-        vectors = whole_gradients(classifier, scope, blocks, take_texts(asked.texts, group), asked.targets[group])
+        vectors = whole_gradients(classifier, scope, take_texts(asked.texts, group), asked.targets[group])
         if spec.whitened:
             for name, g in vectors.items():  # layer by layer, so that only one layer's gradients are held twice
                 vectors[name] = torch.cat([g, ekfac.solve({name: g}, damping)[name]])
-        dots = exact_dots(classifier, scope, vectors, blocks, scored.texts, scored.labels, on_rows=on_rows)
+        dots = exact_dots(classifier, scope, vectors, scored.texts, scored.labels, on_rows=on_rows)
         plain = {name: v[: len(group)] for name, v in vectors.items()}
         for number, kind in enumerate(exact):
             of_kind = slice(number * len(group), (number + 1) * len(group))
@@ -377,37 +214,3 @@ def _exact_scores(
             exact[kind][0][group] = dots_of_kind
             exact[kind][1][group] = ratio(dots_of_kind, products)
     return exact
-
-
-def _needed_shares(
-    scores: np.ndarray,
-    scanned: np.ndarray,
-    estimates: np.ndarray,
-    sample: np.ndarray,
-    excluded: np.ndarray,
-    n_best: int,
-) -> np.ndarray:
-    """For each of the sample's best rows, the share of all rows that must be candidates for it to be among them.
-
-    Of equal estimates every row counts as standing before it.
-
-    Args:
-        scores: Exact ones of the sample, NaN where excluded, ``(q, m)``.
-        scanned: Estimates of all live rows by which the scan ranks, ``(q, n)``.
-        estimates: Those by which candidates are ranked in the end, ``(q, n)``.
-        sample: Its positions among them.
-        excluded: Rows that take no part, ``(q, n)``.
-        n_best: Of the sample.
-
-    Returns:
-        ``(q, n_best)``.
-    """
-    out = np.empty((len(scores), n_best))
-    for q, of_query in enumerate(scores):
-        best = sample[np.argsort(np.where(np.isnan(of_query), np.inf, -of_query), kind="stable")[:n_best]]
-        ranks = [
-            (others >= others[best, None]).sum(axis=1)
-            for others in (np.where(excluded[q], -np.inf, ranked[q]) for ranked in (scanned, estimates))
-        ]
-        out[q] = candidates_needed(*ranks) / len(excluded[q])
-    return out

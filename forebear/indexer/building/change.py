@@ -8,27 +8,35 @@ not done twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from forebear.errors import CorruptIndexError, InputError, MismatchError, OutputExistsError
 from forebear.indexer.building.finish import finish
-from forebear.indexer.building.options import BuildOptions
-from forebear.indexer.building.shards import ShardWriter, load_checked, split_rows
+from forebear.indexer.building.options import Work, WorkKeywords
+from forebear.indexer.building.shards import (
+    ShardWriter,
+    as_begun,
+    checkpoints_now,
+    load_checked,
+    segment_of,
+    split_rows,
+)
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.spans.finders import check_same_finder
-from forebear.indexer.storage.journal import as_begun, begin_change, check_change, unfinished, was_done
+from forebear.indexer.storage.journal import begin_change, check_change, unfinished, was_done
 from forebear.indexer.storage.layout import LOCK_NAME
 from forebear.indexer.storage.locks import exclusive
-from forebear.indexer.storage.manifest import Manifest, Segment, digest_of, read_manifest
-from forebear.indexer.training.run import moved_paths
-from forebear.progress import Progress, Tell, ignore_warning, no_progress, say_nothing
+from forebear.indexer.storage.manifest import Segment, digest_of, read_manifest
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def append_rows(
@@ -36,12 +44,8 @@ def append_rows(
     source: RowSource,
     *,
     model: str | None = None,
-    resume: bool = False,
-    force: bool = False,
     device: str = "auto",
-    tell: Tell = say_nothing,
-    warn: Callable[[str | None], None] = ignore_warning,
-    progress: Progress = no_progress,
+    **how: Unpack[WorkKeywords],
 ) -> Index:
     """Add rows to a finished index; they get the next row numbers.
 
@@ -54,19 +58,17 @@ def append_rows(
         folder: The index.
         source: Labelled rows with the same number of text columns.
         model: Where the run, or the last checkpoint, is now, if it has moved.
-        resume: Go on with an interrupted append of the same rows; rows that are there already are not added again.
-        force: Discard what an interrupted change left; add rows also if they are there already.
-        device: Where the model runs.
-        tell: Told, in a line, when nothing is left to do.
-        warn: Told of labels that are taken as the model's own ids, and when memory does not suffice for a batch.
-        progress: Told the stage, rows done and rows in all.
+        device: Where models run.
+        **how: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
+            :class:`~forebear.indexer.building.options.Work`. By ``resume`` rows that are there
+            already are not added again; by ``force`` they are, and what an interrupted change left is discarded.
 
     Raises:
         MismatchError: The models are not those of the index, or ``resume`` with other rows.
         OutputExistsError: The rows are there already, or another change is unfinished.
         InUseError: Another process is writing there.
     """
-    folder = Path(folder)
+    folder, work = Path(folder), Work(**how, device=device)
     Index.open(folder)  # no lock is left where no index is
     with exclusive(folder / LOCK_NAME, str(folder)):
         index = Index.open(folder)
@@ -76,95 +78,43 @@ def append_rows(
                 f"{source.name} has {len(source.text_columns)} text column(s), the index {len(old.spec.text_columns)} "
                 f"({', '.join(old.spec.text_columns)}). Choose them by --text-columns."
             )
-        segment = Segment(
-            source=source.name,
-            rows_sha256=source.sha256(),
-            start=old.n_rows,
-            n_rows=source.n_rows,
-            n_left_out=source.n_dropped,
-        )
+        segment = segment_of(source, old.n_rows)
         change = {"kind": "append", "segment": segment.rows}
         if was_done(folder, old, change):
-            tell(f"the rows of {source.name} are in {folder} already: nothing is left to do.")
+            work.tell(f"the rows of {source.name} are in {folder} already: nothing is left to do.")
             return index
-        journal = unfinished(folder, old, discard=force and not resume)
+        journal = unfinished(folder, old, discard=work.force and not work.resume)
         there = None if journal is not None else _segment_there(index, segment.rows_sha256)
         if there is not None:
             rows = f"the rows of {source.name} are in {folder} already, as rows {there.start} to "
             rows += f"{there.start + there.n_rows - 1}"
-            if resume:
+            if work.resume:
                 again = "nothing is added by --resume. To add them once more, give --force without it."
-                tell(f"{rows}: " + (again if force else "nothing is left to do."))
+                work.tell(f"{rows}: " + (again if work.force else "nothing is left to do."))
                 return index
-            if not force:
+            if not work.force:
                 raise OutputExistsError(
                     f"{rows}. Give --resume if that is what an interrupted append was about, or --force to add them "
                     "once more."
                 )
-        check_change(folder, journal, change, goes_on=resume)
-        return _append(index, source, segment, change, journal, model, device, warn, progress)
-
-
-def _append(
-    index: Index,
-    source: RowSource,
-    segment: Segment,
-    change: dict[str, Any],
-    journal: dict[str, Any] | None,
-    model: str | None,
-    device: str,
-    warn: Callable[[str | None], None],
-    progress: Progress,
-) -> Index:
-    folder, old = index.folder, index.manifest
-    options = _options_of(old, device)
-    paths = moved_paths(model, old.checkpoints, folder)
-    moved = [replace(c, path=path) for c, path in zip(old.checkpoints, paths, strict=True)]
-    classifier = load_checked(moved[-1], old.spec, options)
-    check_same_finder(old.spec.spans, old.spec.spans_sha256, folder)
-    labels = label_map(source, classifier.label_names, options.label_mode)
-    warn(labels.warning)
-    begin_change(folder, old, change, journal)
-    new = split_rows(old.n_rows, source.n_rows, old.spec.shard_rows)
-    manifest = replace(
-        old, segments=(*old.segments, segment), shards=(*old.shards, *new), generation=old.generation + 1
-    )
-    with as_begun(old.spec.n_threads):
-        ShardWriter(
-            folder=folder,
-            fit_folder=index.fit_folder,
-            source=source,
-            labels=labels,
-            spec=old.spec,
-            checkpoints=tuple(moved),
-            shards=new,
-            first_shard=len(old.shards),
-            options=options,
-            progress=progress,
-            warn=warn,
-        ).write(classifier)
-        return finish(folder, manifest, index.retired, progress)
-
-
-def _options_of(manifest: Manifest, device: str) -> BuildOptions:
-    """The options that rows of an index were indexed with."""
-    spec = manifest.spec
-    return BuildOptions(
-        stores=spec.stores,
-        scopes=spec.scopes,
-        sketch_dim=spec.sketch_dim or BuildOptions.sketch_dim,
-        dampings=spec.dampings,
-        sentence_model=manifest.sentence_model or "minilm",
-        words_tops=spec.words_tops or BuildOptions.words_tops,
-        spans=spec.spans or BuildOptions.spans,
-        span_column=spec.span_column,
-        precision=spec.precision,
-        max_length=spec.max_length,
-        label_mode=spec.label_mode,
-        batch_tokens=spec.batch_tokens,
-        shard_rows=spec.shard_rows,
-        device=device,
-    )
+        check_change(folder, journal, change, goes_on=work.resume)
+        checkpoints = checkpoints_now(index, model)
+        classifier = load_checked(checkpoints[-1], old.spec, device)
+        check_same_finder(old.spec.spans, old.spec.spans_sha256, folder)
+        labels = label_map(source, classifier.label_names, old.spec.label_mode)
+        work.warn(labels.warning)
+        begin_change(folder, old, change, journal)
+        new = split_rows(old.n_rows, source.n_rows, old.spec.shard_rows)
+        manifest = replace(
+            old, segments=(*old.segments, segment), shards=(*old.shards, *new), generation=old.generation + 1
+        )
+        with as_begun(old.spec.n_threads):
+            writer = ShardWriter(
+                folder=folder, manifest=manifest, checkpoints=checkpoints, source=source, labels=labels,
+                first_shard=len(old.shards), work=work,
+            )  # fmt: skip
+            writer.write({checkpoints[-1].name: classifier})
+            return finish(folder, manifest, index.retired, work.progress)
 
 
 def _segment_there(index: Index, rows_sha256: str) -> Segment | None:
@@ -179,11 +129,7 @@ def _segment_there(index: Index, rows_sha256: str) -> Segment | None:
 def retire_rows(
     folder: str | Path,
     rows: Sequence[int],
-    *,
-    resume: bool = False,
-    force: bool = False,
-    tell: Tell = say_nothing,
-    progress: Progress = no_progress,
+    **how: Unpack[WorkKeywords],
 ) -> Index:
     """Take rows out of all answers; their numbers stay taken.
 
@@ -193,17 +139,16 @@ def retire_rows(
     Args:
         folder: The index.
         rows: Row numbers.
-        resume: Rows that were all retired before are no mistake: then nothing is done.
-        force: Discard what another interrupted change left.
-        tell: Told, in a line, when nothing is left to do.
-        progress: Told the stage, rows done and rows in all.
+        **how: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
+            :class:`~forebear.indexer.building.options.Work`. By ``resume`` rows that were all
+            retired before are no mistake: then nothing is done.
 
     Raises:
         InputError: A row number is out of range or was retired before, or no row would be left.
         OutputExistsError: Another change is unfinished.
         InUseError: Another process is writing there.
     """
-    folder = Path(folder)
+    folder, work = Path(folder), Work(**how)
     Index.open(folder)
     with exclusive(folder / LOCK_NAME, str(folder)):
         index = Index.open(folder)
@@ -214,10 +159,10 @@ def retire_rows(
             raise InputError(f"row {outside[0]} is not in {folder}, which has rows 0 to {old.n_rows - 1}.")
         change = {"kind": "retire", "rows": {"n_rows": len(wanted), "sha256": digest_of(wanted.tolist())}}
         done = was_done(folder, old, change)
-        journal = unfinished(folder, old, discard=force)
+        journal = unfinished(folder, old, discard=work.force)
         again = np.intersect1d(wanted, index.retired)
-        if done or (resume and len(again) == len(wanted)):
-            tell(f"these {len(wanted)} rows of {folder} were retired before: nothing is left to do.")
+        if done or (work.resume and len(again) == len(wanted)):
+            work.tell(f"these {len(wanted)} rows of {folder} were retired before: nothing is left to do.")
             return index
         if len(again):
             raise InputError(f"row {again[0]} of {folder} was retired before.")
@@ -228,17 +173,13 @@ def retire_rows(
         begin_change(folder, old, change, journal)
         manifest = replace(old, n_retired=len(retired), generation=old.generation + 1)
         with as_begun(old.spec.n_threads):
-            return finish(folder, manifest, retired, progress)
+            return finish(folder, manifest, retired, work.progress)
 
 
 def rebuild_ann(
     folder: str | Path,
     ann: str | None,
-    *,
-    resume: bool = False,
-    force: bool = False,
-    tell: Tell = say_nothing,
-    progress: Progress = no_progress,
+    **how: Unpack[WorkKeywords],
 ) -> Index:
     """Make the search structures again from the Arrow files, with another FAISS type if ``ann`` names one.
 
@@ -247,32 +188,31 @@ def rebuild_ann(
     Args:
         folder: The index.
         ann: FAISS factory string; None: chosen by size.
-        resume: Whole structures of this type are left as they are.
-        force: Discard what another interrupted change left.
-        tell: Told, in a line, when nothing is left to do.
-        progress: Told the stage, rows done and rows in all.
+        **how: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
+            :class:`~forebear.indexer.building.options.Work`. By ``resume`` whole structures of
+            this type are left as they are.
 
     Raises:
         OutputExistsError: Another change is unfinished.
         InUseError: Another process is writing there.
     """
-    folder = Path(folder)
+    folder, work = Path(folder), Work(**how)
     Index.open_without_derived(folder)
     with exclusive(folder / LOCK_NAME, str(folder)):
         old = Index.open_without_derived(folder)
         in_force = read_manifest(folder)
         change = {"kind": "rebuild", "ann": ann}
         done = was_done(folder, in_force, change)
-        journal = unfinished(folder, in_force, discard=force)
-        if (done or (resume and journal is None and in_force.spec.ann == ann)) and _has_whole_structures(folder):
-            tell(f"the search structures of {folder} are whole and of this type: nothing is left to do.")
+        journal = unfinished(folder, in_force, discard=work.force)
+        if (done or (work.resume and journal is None and in_force.spec.ann == ann)) and _has_whole_structures(folder):
+            work.tell(f"the search structures of {folder} are whole and of this type: nothing is left to do.")
             return Index.open(folder)
         check_change(folder, journal, change, goes_on=True)
         begin_change(folder, in_force, change, journal)
         spec = replace(old.manifest.spec, ann=ann)
         manifest = replace(old.manifest, spec=spec, generation=old.manifest.generation + 1)
         with as_begun(spec.n_threads):
-            return finish(folder, manifest, old.retired, progress)
+            return finish(folder, manifest, old.retired, work.progress)
 
 
 def _has_whole_structures(folder: Path) -> bool:

@@ -105,16 +105,17 @@ def calibration_by(
     def calibrate(index: Index) -> dict[str, Any]:
         found = {}
         by_spans = "spans" in index.manifest.spec.stores
-        for scope in index.manifest.spec.sketched_scopes:
+        for name in index.manifest.spec.sketched_scopes:
+            scope = index.scope(classifier, name)
             n_sampled = min(SAMPLE_ROWS, index.manifest.n_live)
             if by_spans:
                 n_sampled += 2 * min(SAMPLE_ROWS, len(index.live_spans))
-            groups = -(-n_queries // queries_at_once(classifier, index.manifest.spec, scope))
-            on_rows = counted(progress, f"calibration {scope}", n_sampled * groups)
-            found[scope] = calibrate_scope(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)
+            groups = -(-n_queries // queries_at_once(index.manifest.spec, scope))
+            on_rows = counted(progress, f"calibration {name}", n_sampled * groups)
+            found[name] = calibrate_scope(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)
             if by_spans:
                 of_spans = calibrate_spans(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)
-                found[scope]["methods"] |= of_spans
+                found[name]["methods"] |= of_spans
         return found
 
     return calibrate

@@ -1,52 +1,57 @@
-"""Choices of a build that change stored numbers, and how a build tells of its progress."""
+"""What a user decides of a build: the choices that change stored numbers, and how the work is done."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
 from forebear.errors import InputError
 from forebear.indexer.curvature.damping import refuse_nil_damping
 from forebear.indexer.curvature.head import absolute_damping
-from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.sketches.projector import BASES
 from forebear.indexer.spans.finders import span_finder
 from forebear.indexer.storage.ann import check_factory
+from forebear.indexer.storage.choices import Choices
+from forebear.indexer.storage.manifest import Manifest
 from forebear.indexer.words.gradients import PRECISIONS
+from forebear.progress import Progress, Tell, ignore_warning, no_progress, say_nothing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 STORES = ("features", "sbert", "words", "spans")
-DEFAULT_SHARD_ROWS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    """Choices of ``forebear index`` that change stored numbers; see :class:`IndexSpec` for the rest."""
+class BuildOptions(Choices):
+    """Choices of ``forebear index``: those of :class:`Choices`, which the spec keeps, and some that it does not.
 
-    stores: tuple[str, ...] = ("features",)
-    scopes: tuple[str, ...] = ("head",)
-    sketch_dim: int = 128
-    sketch_bits: int = 4096
-    white_bits: int = 5888  # with 128 coordinates: 1,012 bytes a row
-    sketch_basis: str = "mixed"
-    with_bias: bool = False
-    curvature: str = "ekfac"  # of the scopes beyond the head
-    calibration_queries: int = 74  # 0: candidates are not calibrated
+    Attributes:
+        calibration_queries: Rows asked about to calibrate candidates beyond the head; 0: none.
+        sentence_model: The un-tuned encoder of ``sbert``; the spec keeps the digest of its weights.
+        device: Where models run.
+    """
+
+    calibration_queries: int = 74
     sentence_model: str = "minilm"
-    words_tops: tuple[int, ...] = (10,)  # positions kept a row; 0: all of them
-    words_precision: str = "fp16"
-    spans: str = "clauses"
-    span_column: int = 0
-    dampings: tuple[str, ...] = ("0.1x",)  # empty: no curvature
-    rep_refit: bool = False
-    ann: str | None = None
-    seed: int = 0
-    precision: str = "fp32"
-    max_length: int | None = None
-    label_mode: str | None = None
-    batch_tokens: int = DEFAULT_BATCH_TOKENS
-    shard_rows: int = DEFAULT_SHARD_ROWS
     device: str = "auto"
+
+    @classmethod
+    def of(cls, manifest: Manifest, **changes: Any) -> Self:
+        """The options by which an index was built, from its manifest.
+
+        Args:
+            manifest: Of the index. Choices of parts that it has not are the defaults.
+            **changes: Fields with another value.
+        """
+        chosen = manifest.spec.in_use()
+        for name in ("calibration_queries", "sentence_model"):
+            if (value := getattr(manifest, name)) is not None:
+                chosen[name] = value
+        return cls(**chosen | changes)
 
     def check(self) -> None:
         """Refuse what can be refused before anything is loaded."""
@@ -81,5 +86,38 @@ class BuildOptions:
         if self.batch_tokens < 1 or self.shard_rows < 1:
             raise InputError("--batch-tokens and --shard-rows must be at least 1.")
         if "spans" in self.stores:
+            if self.spans is None:
+                raise InputError("--store spans: say by --spans how they are found.")
             span_finder(self.spans, self.span_column)
         check_factory(self.ann)
+
+
+class WorkKeywords(TypedDict, total=False):
+    """Keywords of everything that writes an index; see :class:`Work`."""
+
+    resume: bool
+    force: bool
+    warn: Callable[[str | None], None]
+    tell: Tell
+    progress: Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How a build or a change is done, whatever it is.
+
+    Attributes:
+        resume: Go on with what was interrupted; what is done already is not done twice.
+        force: Replace or discard what is in the way.
+        warn: Told what the user should know, such as labels taken as the model's own ids.
+        tell: Told, in a line, when nothing is left to do.
+        progress: Told the stage, rows done and rows in all.
+        device: Where models run.
+    """
+
+    resume: bool = False
+    force: bool = False
+    warn: Callable[[str | None], None] = ignore_warning
+    tell: Tell = say_nothing
+    progress: Progress = no_progress
+    device: str = "auto"

@@ -6,7 +6,7 @@ from forebear.errors import InputError
 from forebear.indexer.building.options import BuildOptions
 from forebear.indexer.curvature.head import check_head_size
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.scopes import scope_blocks
+from forebear.indexer.model.scopes import Scope, scope_of
 from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.text import Span
 
@@ -22,22 +22,20 @@ def check_feasible(classifier: Classifier, options: BuildOptions, n_text_columns
     """
     if options.dampings:
         check_head_size(classifier.n_classes, classifier.feature_dim)
-    whitened = options.curvature == "ekfac" and bool(options.dampings)
-    for scope in options.scopes:
-        if scope != "head" and (whitened or options.sketch_basis != "random"):
-            _check_sides(classifier, scope, with_bias=options.with_bias)
+    if options.whitened or options.sketch_basis != "random":
+        for name in options.sketched_scopes:
+            _check_sides(classifier, scope_of(classifier, name, with_bias=options.with_bias))
     if "spans" in options.stores and 0 <= options.span_column < n_text_columns:
         mask_spans(classifier, [["a"]] * n_text_columns, [Span(options.span_column, 0, 1)])
 
 
-def _check_sides(classifier: Classifier, scope: str, *, with_bias: bool) -> None:
-    model, head = classifier.model, classifier.head_name
-    for block in scope_blocks(model, head, scope, classifier.name, with_bias=with_bias):
+def _check_sides(classifier: Classifier, scope: Scope) -> None:
+    for block in scope.blocks:
         side = max(block.n_out, block.n_in)
         if side > MAX_SIDE:
             raise InputError(
-                f"{classifier.name}: layer {block.name} of scope {scope} is {side:,} wide; its Kronecker factor would "
-                f"take {8e-9 * side**2:.1f} GB (limit {8e-9 * MAX_SIDE**2:.1f}). Give a scope without it, or "
+                f"{classifier.name}: layer {block.name} of scope {scope.name} is {side:,} wide; its Kronecker factor "
+                f"would take {8e-9 * side**2:.1f} GB (limit {8e-9 * MAX_SIDE**2:.1f}). Give a scope without it, or "
                 "--curvature none with --sketch-basis random, which take no factors; `if` at this scope is then asked "
                 "with --curvature cg."
             )

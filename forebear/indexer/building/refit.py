@@ -11,42 +11,41 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from forebear.errors import CorruptIndexError, InputError
 from forebear.indexer.building.finish import calibration_by, finish
-from forebear.indexer.building.options import BuildOptions
-from forebear.indexer.building.shards import load_checked
+from forebear.indexer.building.options import BuildOptions, Work, WorkKeywords
+from forebear.indexer.building.shards import OnRows, as_begun, checkpoints_now, load_checked
 from forebear.indexer.gradients.earlier_rows import EarlierSpans, LabelledRows, copy_repeats, note_rows
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode
-from forebear.indexer.sketches.fitting import Sample, fit_scope, open_sketchers, sample_rows, sketch_folders
+from forebear.indexer.sketches.fitting import Sample, fit_sketchers, sample_rows, sketch_folders
 from forebear.indexer.sketches.sketch import Sketcher
 from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.store import masked_pass, note_spans, write_span_sketches
 from forebear.indexer.storage.arrow import write_columns
-from forebear.indexer.storage.journal import as_begun, begin_change, check_change, unfinished, was_done
+from forebear.indexer.storage.journal import begin_change, check_change, unfinished, was_done
 from forebear.indexer.storage.layout import LOCK_NAME, span_gradients
 from forebear.indexer.storage.locks import exclusive
 from forebear.indexer.storage.manifest import Checkpoint, Manifest
-from forebear.indexer.training.run import moved_paths
-from forebear.progress import Progress, Tell, counted, ignore_warning, no_progress, say_nothing
+from forebear.progress import counted
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def refit_index(
     folder: str | Path,
     *,
     model: str | None = None,
-    resume: bool = False,
-    force: bool = False,
     device: str = "auto",
-    tell: Tell = say_nothing,
-    warn: Callable[[str | None], None] = ignore_warning,
-    progress: Progress = no_progress,
+    **how: Unpack[WorkKeywords],
 ) -> Index:
     """Fit bases, reductions, EK-FAC and calibration beyond the head to the live rows, and sketch all rows again.
 
@@ -56,12 +55,10 @@ def refit_index(
     Args:
         folder: The index.
         model: Where the run, or the last checkpoint, is now, if it has moved.
-        resume: Go on with an interrupted refit.
-        force: Discard what an interrupted change left; fit again also if no row came or went.
-        device: Where the models run.
-        tell: Told, in a line, when nothing is left to do.
-        warn: Told when memory does not suffice for a batch.
-        progress: Told the stage, rows done and rows in all.
+        device: Where models run.
+        **how: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
+            :class:`~forebear.indexer.building.options.Work`. ``force`` discards what an interrupted
+            change left, and fits again also if no row came or went.
 
     Raises:
         InputError: The index holds nothing that is fitted.
@@ -69,7 +66,7 @@ def refit_index(
         OutputExistsError: Another change is unfinished, or this one without ``resume``.
         InUseError: Another process is writing there.
     """
-    folder = Path(folder)
+    folder, work = Path(folder), Work(**how, device=device)
     Index.open(folder)
     with exclusive(folder / LOCK_NAME, str(folder)):
         index = Index.open(folder)
@@ -78,28 +75,26 @@ def refit_index(
             raise InputError(f"{folder} holds the head alone, which is exact: there is nothing to fit again.")
         change = {"kind": "refit"}
         done = was_done(folder, old, change)
-        journal = unfinished(folder, old, discard=force and not resume)
-        if done or (journal is None and old.fit_age.is_current and (resume or not force)):
-            tell(f"{folder} is fitted to its {old.n_live:,} live rows: nothing is left to do.")
+        journal = unfinished(folder, old, discard=work.force and not work.resume)
+        if done or (journal is None and old.fit_age.is_current and (work.resume or not work.force)):
+            work.tell(f"{folder} is fitted to its {old.n_live:,} live rows: nothing is left to do.")
             return index
-        check_change(folder, journal, change, goes_on=resume)
-        options = BuildOptions(device=device, precision=old.spec.precision, max_length=old.spec.max_length)
-        paths = moved_paths(model, old.checkpoints, folder)
-        moved = tuple(replace(c, path=path) for c, path in zip(old.checkpoints, paths, strict=True))
-        last = load_checked(moved[-1], old.spec, options)
+        check_change(folder, journal, change, goes_on=work.resume)
+        checkpoints = checkpoints_now(index, model)
+        last = load_checked(checkpoints[-1], old.spec, device)
         begin_change(folder, old, change, journal)
         generation = old.generation + 1
         fit = {"generation": generation, "n_rows": old.n_rows, "n_retired": old.n_retired}
         manifest = replace(old, generation=generation, fit=fit, calibration={})
         with as_begun(old.spec.n_threads):
-            writer = _SketchWriter(index, folder / manifest.fitted_name(""), progress, warn)
-            for checkpoint in moved:
-                is_last = checkpoint is moved[-1]
+            writer = _SketchWriter(index, folder / manifest.fitted_name(""), work)
+            for checkpoint in checkpoints:
+                is_last = checkpoint is checkpoints[-1]
                 if not writer.is_written(checkpoint, last=is_last):
-                    classifier = last if is_last else load_checked(checkpoint, old.spec, options)
+                    classifier = last if is_last else load_checked(checkpoint, old.spec, device)
                     writer.write(checkpoint, classifier, last=is_last)
-            calibrate = calibration_by(last, _calibration_queries(old), progress)
-            return finish(folder, manifest, index.retired, progress, calibrate)
+            calibrate = calibration_by(last, _calibration_queries(old), work.progress)
+            return finish(folder, manifest, index.retired, work.progress, calibrate)
 
 
 def _calibration_queries(manifest: Manifest) -> int:
@@ -117,14 +112,12 @@ class _SketchWriter:
     Attributes:
         index: Whose rows.
         folder: Below which files are written.
-        progress: Told the stage, rows done and rows in all.
-        warn: Told when memory does not suffice for a batch.
+        work: Who is told what.
     """
 
     index: Index
     folder: Path
-    progress: Progress
-    warn: Callable[[str | None], None]
+    work: Work
     _earlier: LabelledRows = field(default_factory=LabelledRows)
     _earlier_spans: EarlierSpans = field(default_factory=EarlierSpans)
 
@@ -139,28 +132,23 @@ class _SketchWriter:
 
     def write(self, checkpoint: Checkpoint, classifier: Classifier, *, last: bool) -> None:
         """Fit what is missing at a checkpoint, and write the shards that are missing."""
-        spec, n_rows = self.index.manifest.spec, self.index.manifest.n_rows
-        sketchers: dict[str, Sketcher] = {}
-        for scope in spec.sketched_scopes:
-            fit_scope(
-                self.folder, classifier, spec, scope, checkpoint.name, self._sample,
-                last=last, batch_tokens=spec.batch_tokens, stage=partial(counted, self.progress),
-            )  # fmt: skip
-            sketchers |= open_sketchers(self.folder, classifier, spec, scope, checkpoint.name, last=last)
-        shards = list(enumerate(self.index.manifest.shards))
-        on_rows = counted(self.progress, f"sketches {checkpoint.name}", n_rows)
-        for i, (start, stop) in shards:
-            if self._missing(i, list(sketchers)):
-                self._write_rows(i, classifier, sketchers, on_rows)
+        sketchers = fit_sketchers(
+            self.folder, classifier, self.index.manifest.spec, checkpoint.name, self._sample,
+            last=last, stage=partial(counted, self.work.progress),
+        )  # fmt: skip
+        self._stage(f"sketches {checkpoint.name}", list(sketchers), partial(self._write_rows, classifier, sketchers))
+        if last and self._has_spans:
+            kinds = [span_gradients(kind) for kind in sketchers]
+            self._stage("sketches of spans", kinds, partial(self._write_spans, classifier, sketchers))
+
+    def _stage(self, name: str, kinds: Sequence[str], write: Callable[[int, OnRows], None]) -> None:
+        """Call ``write`` for every shard that is missing, by its number."""
+        on_rows = counted(self.work.progress, name, self.index.manifest.n_rows)
+        for number, (start, stop) in enumerate(self.index.manifest.shards):
+            if self._missing(number, kinds):
+                write(number, on_rows)
             else:
                 on_rows(stop - start)
-        if not (last and self._has_spans):
-            return
-        on_rows = counted(self.progress, "sketches of spans", n_rows)
-        for i, (start, stop) in shards:
-            if self._missing(i, [span_gradients(kind) for kind in sketchers]):
-                self._write_spans(i, classifier, sketchers)
-            on_rows(stop - start)
 
     def _kinds(self, checkpoint: Checkpoint, last: bool) -> list[str]:
         spec = self.index.manifest.spec
@@ -180,9 +168,7 @@ class _SketchWriter:
         chosen = live[sample_rows(len(live), self.index.manifest.spec.seed)]
         return Sample(texts=self.index.text_lists(chosen), labels=self.index.labels[chosen].astype(np.int64))
 
-    def _write_rows(
-        self, shard: int, classifier: Classifier, sketchers: dict[str, Sketcher], on_rows: Callable[[int], None]
-    ) -> None:
+    def _write_rows(self, classifier: Classifier, sketchers: dict[str, Sketcher], shard: int, on_rows: OnRows) -> None:
         start, stop = self.index.manifest.shards[shard]
         rows = np.arange(start, stop)
         encoded = Encoded(encode(classifier, self.index.text_lists(rows)))
@@ -190,7 +176,7 @@ class _SketchWriter:
         run_pass(
             classifier, encoded, labels_seed(self.index.labels[rows].astype(np.int64)),
             list(collectors.values()), batch_tokens=self.index.manifest.spec.batch_tokens, first_row=start,
-            on_rows=on_rows, warn=self.warn,
+            on_rows=on_rows, warn=self.work.warn,
         )  # fmt: skip
         for number in range(self._earlier.n_shards, shard + 1):
             note_rows(self._earlier, self.index.folder, number, classifier)
@@ -199,7 +185,7 @@ class _SketchWriter:
             copy_repeats(self.folder / kind, columns, *self._earlier.labelled.repeats(shard))
             write_columns(self.folder / kind / _file(shard), columns)
 
-    def _write_spans(self, shard: int, classifier: Classifier, sketchers: dict[str, Sketcher]) -> None:
+    def _write_spans(self, classifier: Classifier, sketchers: dict[str, Sketcher], shard: int, on_rows: OnRows) -> None:
         start, stop = self.index.manifest.shards[shard]
         store = self.index.spans()
         entries = store.entries_of(np.arange(start, stop))
@@ -209,12 +195,13 @@ class _SketchWriter:
             raise CorruptIndexError(f"{self.index.folder}: a stored span of row {of[~read][0]} is not in its text.")
         _, _, sketches = masked_pass(
             classifier, sketchers, replace(encoded, owners=of - start), self.index.labels[of].astype(np.int64),
-            self.index.manifest.spec.batch_tokens, self.warn,
+            self.index.manifest.spec.batch_tokens, self.work.warn,
         )  # fmt: skip
         for number in range(self._earlier_spans.n_shards, shard + 1):
             note_spans(self._earlier_spans, self.index.folder, number, classifier)
         repeats = self._earlier_spans.differences.repeats(shard)
         write_span_sketches(self.folder, _file(shard), sketches, sketchers, repeats)
+        on_rows(stop - start)
 
 
 def _file(shard: int) -> str:

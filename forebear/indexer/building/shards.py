@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from forebear.errors import InputError, MismatchError
-from forebear.indexer.building.options import BuildOptions
+from forebear.indexer.building.options import Work
 from forebear.indexer.building.row_facts import reading_metadata
 from forebear.indexer.gradients.earlier_rows import (
     DIGEST,
@@ -32,17 +34,36 @@ from forebear.indexer.model.reading import count_reading
 from forebear.indexer.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.rows.labels import LabelMap
 from forebear.indexer.rows.row_source import RowBlock, RowSource
-from forebear.indexer.sketches.fitting import Sample, fit_scope, open_sketchers, sample_rows
+from forebear.indexer.sketches.fitting import Sample, fit_sketchers, sample_rows
 from forebear.indexer.sketches.sketch import Sketcher
 from forebear.indexer.spans.finders import find_spans, span_finder
 from forebear.indexer.spans.masking import mask_found
 from forebear.indexer.spans.store import note_spans, write_spans
 from forebear.indexer.storage.arrow import read_batches, write_columns
 from forebear.indexer.storage.layout import SPANS, runs_folder, words_folder
-from forebear.indexer.storage.manifest import Checkpoint, IndexSpec, read_manifest
+from forebear.indexer.storage.manifest import Checkpoint, IndexSpec, Manifest, Segment, read_manifest
+from forebear.indexer.training.run import moved_paths
 from forebear.indexer.words.gradients import WordGradients, count_tokens
 from forebear.indexer.words.store import Postings, read_word_store, repeated_words, write_run
-from forebear.progress import Progress, counted, ignore_warning
+from forebear.progress import counted
+
+
+@contextmanager
+def as_begun(n_threads: int) -> Iterator[None]:
+    """Run with the thread count that the change was begun with: last bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def segment_of(source: RowSource, start: int) -> Segment:
+    """The rows of a source as a segment of an index, numbered from ``start``; passes over them once."""
+    return Segment(
+        source=source.name, rows_sha256=source.sha256(), start=start, n_rows=source.n_rows, n_left_out=source.n_dropped
+    )
 
 
 def split_rows(start: int, n_rows: int, shard_rows: int) -> tuple[tuple[int, int], ...]:
@@ -51,11 +72,16 @@ def split_rows(start: int, n_rows: int, shard_rows: int) -> tuple[tuple[int, int
     return tuple((i, min(i + shard_rows, stop)) for i in range(start, stop, shard_rows))
 
 
-def load_checked(checkpoint: Checkpoint, spec: IndexSpec, options: BuildOptions) -> Classifier:
+def checkpoints_now(index: Index, model: str | None) -> tuple[Checkpoint, ...]:
+    """The checkpoints of an index with the paths where they are now; see :func:`moved_paths`."""
+    checkpoints = index.manifest.checkpoints
+    paths = moved_paths(model, checkpoints, index.folder)
+    return tuple(replace(c, path=path) for c, path in zip(checkpoints, paths, strict=True))
+
+
+def load_checked(checkpoint: Checkpoint, spec: IndexSpec, device: str) -> Classifier:
     """A checkpoint of an index, refused if it is not the one that was indexed."""
-    classifier = load_classifier(
-        checkpoint.path, device=options.device, precision=options.precision, max_length=options.max_length
-    )
+    classifier = load_classifier(checkpoint.path, device=device, precision=spec.precision, max_length=spec.max_length)
     check_same_model(classifier, checkpoint.sha256, spec.tokenizer_sha256)
     return replace(classifier, label_names=spec.label_names)  # the model's own may say nothing: LABEL_0
 
@@ -69,48 +95,58 @@ class ShardWriter:
 
     Attributes:
         folder: The index.
-        fit_folder: Below which the files lie that follow from what is fitted beyond the head; the same at first.
+        manifest: As it will be, with the segment's shards at the end.
+        checkpoints: In training order, with the paths where they are now.
         source: The segment's rows.
         labels: Onto the model's ids.
-        spec: The index's choices.
-        checkpoints: In training order.
-        shards: Row ranges of the segment's shards.
-        first_shard: Number of the first of them.
-        options: Where and how models run.
-        progress: Told the stage, rows done and rows in all.
-        warn: Told when memory does not suffice for a batch.
+        first_shard: Number of the segment's first shard.
+        work: Where models run, and who is told what.
     """
 
     folder: Path
-    fit_folder: Path
+    manifest: Manifest
+    checkpoints: tuple[Checkpoint, ...]
     source: RowSource
     labels: LabelMap
-    spec: IndexSpec
-    checkpoints: tuple[Checkpoint, ...]
-    shards: tuple[tuple[int, int], ...]
     first_shard: int
-    options: BuildOptions
-    progress: Progress
-    warn: Callable[[str | None], None] = ignore_warning
+    work: Work
     _rows: LabelledRows = field(default_factory=LabelledRows)
     _sentences: EarlierRows = field(default_factory=EarlierRows)
     _spans: EarlierSpans = field(default_factory=EarlierSpans)
 
-    def write(self, last: Classifier) -> None:
-        """Write what is missing; ``last`` is the model of the last checkpoint."""
+    @property
+    def spec(self) -> IndexSpec:
+        """The index's choices."""
+        return self.manifest.spec
+
+    @property
+    def shards(self) -> tuple[tuple[int, int], ...]:
+        """Row ranges of the segment's shards."""
+        return self.manifest.shards[self.first_shard :]
+
+    @property
+    def fit_folder(self) -> Path:
+        """Below which the files lie that follow from what is fitted beyond the head."""
+        return self.folder / self.manifest.fitted_name("")
+
+    def write(self, loaded: dict[str, Classifier]) -> None:
+        """Write what is missing.
+
+        Args:
+            loaded: Models that are in memory, by the name of their checkpoint: the last one, and perhaps the first. It
+                is dropped from here when its pass is done.
+        """
+        last = loaded[self.checkpoints[-1].name]
         for checkpoint in self.checkpoints:
-            if self._is_written(f"features/{checkpoint.name}"):
-                continue
-            is_last = checkpoint is self.checkpoints[-1]
-            classifier = last if is_last else load_checked(checkpoint, self.spec, self.options)
-            sketchers = self._sketchers(classifier, checkpoint)
-            self._stage(
-                f"features {checkpoint.name}",
-                f"features/{checkpoint.name}",
-                partial(self._write_features, checkpoint, classifier, sketchers),
-            )
+            if not self._is_written(f"features/{checkpoint.name}"):
+                self._write_checkpoint(
+                    checkpoint, loaded.get(checkpoint.name) or load_checked(checkpoint, self.spec, self.work.device)
+                )
+            if checkpoint is not self.checkpoints[-1]:
+                loaded.pop(checkpoint.name, None)
         if "sbert" in self.spec.stores and not self._is_written("sentence"):
-            encoder = load_sentence_encoder(self.options.sentence_model, device=self.options.device)
+            assert self.manifest.sentence_model is not None
+            encoder = load_sentence_encoder(self.manifest.sentence_model, device=self.work.device)
             if encoder.sha256 != self.spec.sentence_sha256:
                 raise MismatchError(
                     f"{encoder.name} is not the sentence model of the index: sha256 {encoder.sha256[:12]}, expected "
@@ -121,6 +157,14 @@ class ShardWriter:
             sketchers = self._sketchers(last, self.checkpoints[-1])
             self._stage("spans", SPANS, partial(self._write_spans, last, sketchers, self.spec.spans))
 
+    def _write_checkpoint(self, checkpoint: Checkpoint, classifier: Classifier) -> None:
+        sketchers = self._sketchers(classifier, checkpoint)
+        self._stage(
+            f"features {checkpoint.name}",
+            f"features/{checkpoint.name}",
+            partial(self._write_features, checkpoint, classifier, sketchers),
+        )
+
     def _paths(self, kind: str) -> list[Path]:
         return [self.folder / kind / f"{self.first_shard + i:05d}.arrow" for i in range(len(self.shards))]
 
@@ -130,7 +174,7 @@ class ShardWriter:
     def _stage(self, name: str, kind: str, write: Callable[[Path, RowBlock, int, OnRows], None]) -> None:
         """Call ``write`` for every block of rows whose shard is missing."""
         paths = self._paths(kind)
-        on_rows = counted(self.progress, name, self.source.n_rows)
+        on_rows = counted(self.work.progress, name, self.source.n_rows)
         first = next(i for i, path in enumerate(paths) if not path.is_file())
         skipped = self.shards[first][0] - self.shards[0][0]
         on_rows(skipped)
@@ -165,7 +209,7 @@ class ShardWriter:
         if sketches or words:
             forward = run_pass(
                 classifier, encoded, labels_seed(gold), [*sketches.values(), *words.values()],
-                batch_tokens=batch_tokens, first_row=row, on_rows=on_rows, warn=self.warn,
+                batch_tokens=batch_tokens, first_row=row, on_rows=on_rows, warn=self.work.warn,
             )  # fmt: skip
             for kind, sketch in sketches.items():
                 found = sketch.rows(row).columns(sketchers[kind].reduction)
@@ -270,21 +314,16 @@ class ShardWriter:
         write_spans(
             self.folder, self.fit_folder, path.name, self.checkpoints[-1].name, classifier, sketchers,
             mask_found(classifier, block.texts, found), _labels_of(block, self.labels), self._spans,
-            first_row=row, batch_tokens=self.spec.batch_tokens, warn=self.warn,
+            first_row=row, batch_tokens=self.spec.batch_tokens, warn=self.work.warn,
         )  # fmt: skip
         on_rows(len(block))
 
     def _sketchers(self, classifier: Classifier, checkpoint: Checkpoint) -> dict[str, Sketcher]:
         """Sketchers of every scope by the folder of their shards, fitted first if they have not been yet."""
-        last = checkpoint is self.checkpoints[-1]
-        found: dict[str, Sketcher] = {}
-        for scope in self.spec.sketched_scopes:
-            fit_scope(
-                self.fit_folder, classifier, self.spec, scope, checkpoint.name, self._sample,
-                last=last, batch_tokens=self.spec.batch_tokens, stage=partial(counted, self.progress),
-            )  # fmt: skip
-            found |= open_sketchers(self.fit_folder, classifier, self.spec, scope, checkpoint.name, last=last)
-        return found
+        return fit_sketchers(
+            self.fit_folder, classifier, self.spec, checkpoint.name, self._sample,
+            last=checkpoint is self.checkpoints[-1], stage=partial(counted, self.work.progress),
+        )  # fmt: skip
 
     def _sample(self) -> Sample:
         """A seeded sample of the segment's rows."""

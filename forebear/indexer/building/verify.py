@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from forebear.errors import CorruptIndexError, InputError
+from forebear.indexer.building.shards import checkpoints_now, load_checked
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.forward import residual_and_loss, run_forward
-from forebear.indexer.model.loading import check_same_model, load_classifier
 from forebear.indexer.model.sentence_encoder import load_sentence_encoder
 from forebear.indexer.sketches.fitting import open_sketchers
 from forebear.indexer.sketches.sketch import Sketcher, sketch_rows
@@ -24,7 +24,6 @@ from forebear.indexer.storage.journal import SUBFOLDERS, is_in_force, read_journ
 from forebear.indexer.storage.layout import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
 from forebear.indexer.storage.locks import owner_of
 from forebear.indexer.storage.manifest import Manifest, read_manifest
-from forebear.indexer.training.run import moved_paths
 from forebear.indexer.words.gradients import WordRows, word_gradients
 
 FLOAT16_ROUNDING = 1e-3  # of stored coordinates, scaled back to length 1
@@ -143,19 +142,18 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
     rows = np.sort(rng.choice(manifest.n_rows, size=min(n_rows, manifest.n_rows), replace=False))
     texts = index.text_lists(rows)
     errors = []
-    paths = moved_paths(model, manifest.checkpoints, index.folder)
 
     def compare(stored: np.ndarray, found: np.ndarray, rounding: float = 0.0) -> None:
         scale = max(float(np.abs(stored).max()), 1e-30)
         difference = float(np.abs(stored.astype(np.float64) - found).max()) / scale
         errors.append(max(difference - rounding, 0.0) if np.isfinite(difference) else difference)
 
-    for number, checkpoint in enumerate(manifest.checkpoints):
-        classifier = load_classifier(paths[number], device=device, precision=spec.precision, max_length=spec.max_length)
-        check_same_model(classifier, checkpoint.sha256, spec.tokenizer_sha256)
+    checkpoints = checkpoints_now(index, model)
+    for number, checkpoint in enumerate(checkpoints):
+        last = checkpoint is checkpoints[-1]
+        classifier = load_checked(checkpoint, spec, device)
         kinds: dict[str, Sketcher] = {}
         for scope in spec.sketched_scopes:
-            last = checkpoint is manifest.checkpoints[-1]
             kinds |= open_sketchers(index.fit_folder, classifier, spec, scope, checkpoint.name, last=last)
         gold = index.labels[rows].astype(np.int64)
         if kinds:
@@ -181,7 +179,7 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
         residuals, _ = residual_and_loss(forward.logits, gold)
         compare(index.features(number).take(rows), forward.features)
         compare(index.residuals(number).take(rows), residuals)
-        if spec.spans is not None and checkpoint is manifest.checkpoints[-1]:
+        if spec.spans is not None and last:
             _compare_spans(index, classifier, kinds, rows, compare)
     if "sbert" in spec.stores:
         assert manifest.sentence_model is not None

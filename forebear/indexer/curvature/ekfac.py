@@ -25,7 +25,7 @@ from forebear.indexer.gradients.tape import LayerFactors, Seed
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.forward import softmax
-from forebear.indexer.model.scopes import Block
+from forebear.indexer.model.scopes import Block, Scope
 from forebear.indexer.storage.arrow import MEND
 
 EXACT_CLASSES = 4  # up to here every class direction is differentiated; beyond, one random combination a row
@@ -147,8 +147,8 @@ class KroneckerFactors:
 class _Factors(Collector):
     """Gathers Kronecker factors; positions without an output gradient are left out."""
 
-    def __init__(self, scope: str, blocks: Sequence[Block], device: torch.device) -> None:
-        self.scope, self.blocks = scope, tuple(blocks)
+    def __init__(self, scope: Scope, device: torch.device) -> None:
+        self.scope, blocks = scope, scope.blocks
 
         def zeros(n: int) -> torch.Tensor:
             return torch.zeros((n, n), dtype=torch.float64, device=device)
@@ -173,9 +173,8 @@ class _Factors(Collector):
 class _Eigenvalues(Collector):
     """Sums of the squared coordinates of the rows' gradients."""
 
-    def __init__(self, scope: str, parts: dict[str, EkfacBlock]) -> None:
-        self.scope, self.blocks = scope, tuple(part.block for part in parts.values())
-        self._parts = parts
+    def __init__(self, scope: Scope, parts: dict[str, EkfacBlock]) -> None:
+        self.scope, self._parts = scope, parts
         self.sums = {name: torch.zeros_like(part.eigenvalues, dtype=torch.float64) for name, part in parts.items()}
         self._batch: Vectors = {}
 
@@ -196,8 +195,7 @@ class _Eigenvalues(Collector):
 
 def fit_factors(
     classifier: Classifier,
-    scope: str,
-    blocks: Sequence[Block],
+    scope: Scope,
     texts: Sequence[Sequence[str]],
     *,
     seed: int,
@@ -205,7 +203,7 @@ def fit_factors(
     on_rows: Callable[[int], None] | None = None,
 ) -> KroneckerFactors:
     """Kronecker factors of a scope from rows of text, in one pass a class direction; see :func:`fit_ekfac`."""
-    collector = _Factors(scope, blocks, classifier.device)
+    collector = _Factors(scope, classifier.device)
     for seed_of in curvature_seeds(classifier.n_classes, len(texts[0]), seed):
         run_pass(classifier, texts, seed_of, [collector], batch_tokens=batch_tokens, on_rows=on_rows)
     return collector.found
@@ -213,8 +211,7 @@ def fit_factors(
 
 def fit_ekfac(
     classifier: Classifier,
-    scope: str,
-    blocks: Sequence[Block],
+    scope: Scope,
     texts: Sequence[Sequence[str]],
     *,
     seed: int,
@@ -226,8 +223,7 @@ def fit_ekfac(
 
     Args:
         classifier: At the checkpoint.
-        scope: Its name.
-        blocks: Its parameters.
+        scope: Whose curvature.
         texts: A sample of the training rows, one list a text column.
         seed: Of the signs, with more than 4 classes.
         batch_tokens: Largest number of padded tokens in a batch.
@@ -239,10 +235,10 @@ def fit_ekfac(
     """
     n_rows = len(texts[0])
     if factors is None:
-        factors = fit_factors(classifier, scope, blocks, texts, seed=seed, batch_tokens=batch_tokens, on_rows=on_rows)
+        factors = fit_factors(classifier, scope, texts, seed=seed, batch_tokens=batch_tokens, on_rows=on_rows)
     dtype = classifier.head.weight.dtype
     parts = {}
-    for block in blocks:
+    for block in scope.blocks:
         left, right = (eigenvectors(m[block.name], block.name).to(dtype) for m in (factors.outputs, factors.inputs))
         empty = torch.zeros((block.n_out, block.n_in), dtype=dtype, device=classifier.device)
         parts[block.name] = EkfacBlock(block, left, right, empty)

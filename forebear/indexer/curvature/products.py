@@ -27,7 +27,7 @@ from forebear.indexer.gradients.tape import LayerFactors, only_asking
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode, pad_batch, plan_batches
-from forebear.indexer.model.scopes import Block
+from forebear.indexer.model.scopes import Scope
 
 
 class Product(Protocol):
@@ -43,8 +43,7 @@ class GaussNewton:
     def __init__(
         self,
         classifier: Classifier,
-        scope: str,
-        blocks: Sequence[Block],
+        scope: Scope,
         texts: Sequence[Sequence[str]],
         *,
         seed: int,
@@ -54,14 +53,13 @@ class GaussNewton:
 
         Args:
             classifier: At the checkpoint.
-            scope: Its name.
-            blocks: Its parameters.
+            scope: Over which.
             texts: Training rows, one list a text column, ``(columns, n)``.
             seed: Of the signs, with more than 4 classes: the matrix is then an unbiased estimate, the same in each
                 product.
             batch_tokens: Largest number of padded tokens in a batch.
         """
-        self._classifier, self._scope, self._blocks = classifier, scope, tuple(blocks)
+        self._classifier, self._scope = classifier, scope
         self._rows, self._batch_tokens = Encoded(encode(classifier, texts)), batch_tokens
         self._seeds = curvature_seeds(classifier.n_classes, len(self._rows), seed)
 
@@ -84,7 +82,7 @@ class GaussNewton:
             chosen = list(at)
             rows = rows.take(chosen)
             seeds = tuple(_seed_at(seed_of, chosen) for seed_of in seeds)
-        collector = _Outer(self._scope, self._blocks, vectors)
+        collector = _Outer(self._scope, vectors)
         for seed_of in seeds:
             run_pass(self._classifier, rows, seed_of, [collector], batch_tokens=self._batch_tokens)
         for total in collector.sums.values():
@@ -117,9 +115,9 @@ class _Tokens:
 class _Outer(Collector):
     """Sums over rows of <G_n, V> G_n."""
 
-    def __init__(self, scope: str, blocks: tuple[Block, ...], vectors: Vectors) -> None:
-        self.scope, self.blocks, self._vectors = scope, blocks, vectors
-        self.sums = {block.name: torch.zeros_like(vectors[block.name]) for block in blocks}
+    def __init__(self, scope: Scope, vectors: Vectors) -> None:
+        self.scope, self._vectors = scope, vectors
+        self.sums = {block.name: torch.zeros_like(vectors[block.name]) for block in scope.blocks}
         self._batch: dict[str, _Tokens] = {}
 
     def begin(self, positions: list[int]) -> None:
@@ -155,8 +153,7 @@ class HessianProduct:
     def __init__(
         self,
         classifier: Classifier,
-        scope: str,
-        blocks: Sequence[Block],
+        scope: Scope,
         texts: Sequence[Sequence[str]],
         labels: np.ndarray,
         *,
@@ -166,13 +163,12 @@ class HessianProduct:
 
         Args:
             classifier: At the checkpoint.
-            scope: Its name, for messages.
-            blocks: Its parameters.
+            scope: Over which.
             texts: Training rows, one list a text column, ``(columns, n)``.
             labels: Gold class ids, ``(n,)``.
             batch_tokens: Largest number of padded tokens in a batch.
         """
-        self._classifier, self._scope, self._blocks = classifier, scope, tuple(blocks)
+        self._classifier, self._scope = classifier, scope
         self._rows, self._batch_tokens = encode(classifier, texts), batch_tokens
         self._labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
 
@@ -184,7 +180,7 @@ class HessianProduct:
             StorageError: A batch does not fit in the device's memory.
         """
         parts: Vectors = {}
-        for block in self._blocks:
+        for block in self._scope.blocks:
             parts |= block.split(vectors[block.name])
         model = self._classifier.model
         parameters = {name: model.get_parameter(name) for name in parts}
@@ -198,7 +194,7 @@ class HessianProduct:
         for total in sums.values():
             total /= len(chosen)
         _refuse_non_finite(self._classifier.name, sums)
-        return {block.name: block.join(sums) for block in self._blocks}
+        return {block.name: block.join(sums) for block in self._scope.blocks}
 
     def _add(self, at: list[int], parameters: dict[str, nn.Parameter], parts: Vectors, sums: Vectors) -> None:
         """Add the products with the Hessian of the summed loss of one batch; one backward a vector."""
@@ -220,7 +216,7 @@ class HessianProduct:
                     total[q] += h
         except torch.OutOfMemoryError as error:
             raise StorageError(
-                f"the Hessian product over scope {self._scope} of {len(at)} rows does not fit in the memory of "
+                f"the Hessian product over scope {self._scope.name} of {len(at)} rows does not fit in the memory of "
                 f"{classifier.device}. Take smaller batches, or the Gauss-Newton matrix, which needs less."
             ) from error
 

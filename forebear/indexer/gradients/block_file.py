@@ -9,8 +9,9 @@ import pyarrow as pa
 import torch
 
 from forebear.errors import CorruptIndexError
+from forebear.indexer.gradients.vectors import as_tensor
 from forebear.indexer.model.scopes import Block
-from forebear.indexer.storage.arrow import MEND, as_tensor, read_batches, write_table
+from forebear.indexer.storage.arrow import MEND, read_batches, write_table
 
 BlockTensors = dict[str, torch.Tensor]  # by field name
 

@@ -19,7 +19,7 @@ from forebear.indexer.gradients.tape import LayerFactors, Seed, Tape, loss_of
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts, as_encoded, distinct, distinct_rows, plan_batches
 from forebear.indexer.model.forward import Forward, softmax
-from forebear.indexer.model.scopes import Block
+from forebear.indexer.model.scopes import Scope
 
 
 class Collector(ABC):
@@ -30,12 +30,10 @@ class Collector(ABC):
     again with fewer rows. So only :meth:`keep` may change the result; all else works on what belongs to the batch.
 
     Attributes:
-        scope: Name of the scope.
-        blocks: Parameters whose gradients are gathered.
+        scope: Parameters whose gradients are gathered.
     """
 
-    scope: str
-    blocks: tuple[Block, ...]
+    scope: Scope
 
     @abstractmethod
     def begin(self, positions: list[int]) -> None:
@@ -128,9 +126,8 @@ def run_pass(
     sizes = [versions * len(row["input_ids"]) for row in rows]
     features = np.empty((versions * len(rows), classifier.feature_dim), np.float32)
     logits = np.empty((versions * len(rows), classifier.n_classes))
-    blocks = {block.name: block for collector in collectors for block in collector.blocks}
-    tape = Tape(classifier, tuple(blocks.values()), widest([collector.scope for collector in collectors]))
-    wanted = [(collector, frozenset(block.name for block in collector.blocks)) for collector in collectors]
+    tape = Tape(classifier, [collector.scope for collector in collectors])
+    wanted = [(collector, frozenset(block.name for block in collector.scope.blocks)) for collector in collectors]
 
     whole_of = torch.empty(0, dtype=torch.long)  # of the batch: which of its rows each version belongs to
 
@@ -250,17 +247,6 @@ def refuse_non_finite(name: str, first_row: int, *numbers: np.ndarray) -> None:
     if not finite.all():
         row = first_row + int(np.argmin(finite))
         raise NonFiniteError(f"{name}: the gradient of row {row} is NaN or infinite. Check the model.")
-
-
-def widest(scopes: Sequence[str]) -> str:
-    """The scope whose backward reaches deepest."""
-
-    def depth(scope: str) -> float:
-        if scope == "head":
-            return 0.0
-        return float(scope[4:]) if scope.startswith("top-") else np.inf
-
-    return max(scopes, key=depth)
 
 
 def _halves(at: list[int]) -> tuple[list[int], list[int]]:

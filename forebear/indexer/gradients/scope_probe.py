@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from forebear.indexer.gradients.tape import Tape, loss_of
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.probe import encoded_text
-from forebear.indexer.model.scopes import embedding_block, scope_blocks
+from forebear.indexer.model.scope_names import HEAD
+from forebear.indexer.model.scopes import embedding_scope, scope_of
 
 
 def check_gradients(
@@ -26,14 +27,9 @@ def check_gradients(
         ModelError: A layer of a scope is not supported, or is used in a way that is not; it is named.
     """
     row = encoded_text(classifier.tokenizer, classifier.max_length, classifier.name)
-    model = classifier.model
-    wanted = {
-        scope: scope_blocks(model, classifier.head_name, scope, classifier.name, with_bias=with_bias)
-        for scope in scopes
-        if scope != "head"
-    }
+    probed = [scope_of(classifier, name, with_bias=with_bias) for name in scopes if name != HEAD]
     if words:
-        wanted["embedding"] = (embedding_block(model, classifier.name),)
-    for scope, blocks in wanted.items():
+        probed.append(embedding_scope(classifier))
+    for scope in probed:
         # Two rows: an input without an entry for each row then shows by its shape.
-        Tape(classifier, blocks, scope).record([row, row], loss_of(None), lambda _name, _factors: None)
+        Tape(classifier, [scope]).record([row, row], loss_of(None), lambda _name, _factors: None)

@@ -20,7 +20,7 @@ from forebear.errors import ModelError
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import pad_batch
 from forebear.indexer.model.forward import residual_and_loss
-from forebear.indexer.model.scopes import Block, encoder_layers, word_embeddings
+from forebear.indexer.model.scopes import Block, Scope, root_modules
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,6 @@ def _side_by_side(values: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
     return torch.cat([values[:-n][owners], values[-n:]], dim=1)
 
 
-ENCODER_INPUT = "encoder-input"  # a scope of its own: no parameters, the gradient at what enters the first layer
 OnLayer = Callable[[str, LayerFactors], None]
 # From logits (b, c) float64 to what is differentiated: the gradient at the logits, (b, c) float64.
 Seed = Callable[[np.ndarray], np.ndarray]
@@ -100,20 +99,19 @@ def loss_of(labels: np.ndarray | None) -> Seed:
 
 
 class Tape:
-    """One classifier's blocks of a scope, ready to be recorded batch by batch."""
+    """One classifier's blocks of some scopes, ready to be recorded batch by batch."""
 
-    def __init__(self, classifier: Classifier, blocks: Sequence[Block], scope: str) -> None:
+    def __init__(self, classifier: Classifier, scopes: Sequence[Scope]) -> None:
         """Prepare the hooks.
 
         Args:
             classifier: In ``eval()`` mode; its weights' ``requires_grad`` is off while the tape runs.
-            blocks: Of one scope or several.
-            scope: The widest of them: where the backward may stop.
+            scopes: One or several; the backward stops below the deepest.
         """
         self.classifier = classifier
-        self.blocks = tuple(blocks)
-        self._embedding = next((block for block in blocks if block.kind == "embedding"), None)
-        self._root = _root_modules(classifier, scope)
+        self.blocks = tuple({block.name: block for scope in scopes for block in scope.blocks}.values())
+        self._embedding = next((block for block in self.blocks if block.kind == "embedding"), None)
+        self._root = root_modules(classifier, max(scopes, key=lambda scope: scope.depth))
 
     def record(
         self, rows: Sequence[dict[str, list[int]]], seed: Seed, on_layer: OnLayer
@@ -347,26 +345,3 @@ def only_asking(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> It
     finally:
         for p, wanted in before:
             p.requires_grad_(wanted)
-
-
-def _root_modules(classifier: Classifier, scope: str) -> tuple[list[nn.Module], bool] | None:
-    """Where differentiation starts: the embeddings (True: at their output), a layer (False: at its input), nowhere.
-
-    Raises:
-        ModelError: The scope starts at the word embeddings, and the model has none.
-    """
-    model: Any = classifier.model
-    if scope == "head":
-        return None
-    if not scope.startswith("top-") and scope != ENCODER_INPUT:
-        words = word_embeddings(model)
-        if words is None:
-            raise ModelError(
-                f"{classifier.name} ({type(model).__name__}) has no word embeddings, where gradients of scope "
-                f"{scope!r} start. Use --scope head, or top-K."
-            )
-        # An encoder and a decoder (BART) have a module each, of one weight.
-        return [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is words.weight], True
-    prefix, n_layers = encoder_layers(model, classifier.name)
-    first = 0 if scope == ENCODER_INPUT else n_layers - int(scope[4:])
-    return [model.get_submodule(f"{prefix}.{first}")], False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from forebear.indexer.gradients.tape import LayerFactors
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Texts, as_encoded, distinct_rows
-from forebear.indexer.model.scopes import Block
+from forebear.indexer.model.scopes import Scope
 
 BATCH_TOKENS = 2048
 _PRODUCT_LENGTH = 8192
@@ -21,13 +21,8 @@ _PRODUCT_LENGTH = 8192
 class _Gradients(RowCollector):
     """Gathers whole gradients."""
 
-    def __init__(self, scope: str, blocks: Sequence[Block], n_rows: int, weight: torch.Tensor) -> None:
-        self.scope, self.blocks = scope, tuple(blocks)
-
-        def zeros(block: Block) -> torch.Tensor:
-            return torch.zeros((n_rows, block.n_out, block.n_in), dtype=weight.dtype, device=weight.device)
-
-        self.out = {block.name: zeros(block) for block in blocks}
+    def __init__(self, scope: Scope, n_rows: int, weight: torch.Tensor) -> None:
+        self.scope, self.out = scope, scope.zeros(n_rows, weight)
         self._batch: Vectors = {}
 
     def begin(self, positions: list[int]) -> None:
@@ -47,13 +42,12 @@ class _Gradients(RowCollector):
 
 def whole_gradients(
     classifier: Classifier,
-    scope: str,
-    blocks: Sequence[Block],
+    scope: Scope,
     texts: Texts,
     labels: np.ndarray,
 ) -> Vectors:
     """Loss gradients of a few rows, ``(q, n_out, n_in)`` for each block of the scope."""
-    collector = _Gradients(scope, blocks, len(labels), classifier.head.weight)
+    collector = _Gradients(scope, len(labels), classifier.head.weight)
     run_pass(classifier, texts, labels_seed(labels), [collector], batch_tokens=BATCH_TOKENS)
     return collector.out
 
@@ -61,15 +55,9 @@ def whole_gradients(
 class _Sums(Collector):
     """Gathers sums of gradients by group; no row's gradient is formed."""
 
-    def __init__(self, scope: str, blocks: Sequence[Block], groups: np.ndarray, weight: torch.Tensor) -> None:
-        self.scope, self.blocks = scope, tuple(blocks)
+    def __init__(self, scope: Scope, groups: np.ndarray, weight: torch.Tensor) -> None:
+        self.scope, self.out = scope, scope.zeros(int(groups.max()) + 1, weight)
         self._groups = groups
-        n_groups = int(groups.max()) + 1
-
-        def zeros(block: Block) -> torch.Tensor:
-            return torch.zeros((n_groups, block.n_out, block.n_in), dtype=weight.dtype, device=weight.device)
-
-        self.out = {block.name: zeros(block) for block in blocks}
         self._batch: dict[str, list[torch.Tensor]] = {}
 
     def begin(self, positions: list[int]) -> None:
@@ -93,8 +81,7 @@ class _Sums(Collector):
 
 def summed_gradients(
     classifier: Classifier,
-    scope: str,
-    blocks: Sequence[Block],
+    scope: Scope,
     texts: Texts,
     labels: np.ndarray,
     groups: np.ndarray,
@@ -103,13 +90,12 @@ def summed_gradients(
 
     Args:
         classifier: Whose gradients.
-        scope: Its name.
-        blocks: The scope's parameters.
+        scope: Over which.
         texts: Rows, ``q`` of them, one list a text column; or encoded.
         labels: Their classes, ``(q,)``.
         groups: Number of each row's group, from 0, ``(q,)``.
     """
-    collector = _Sums(scope, blocks, groups, classifier.head.weight)
+    collector = _Sums(scope, groups, classifier.head.weight)
     run_pass(classifier, texts, labels_seed(labels), [collector], batch_tokens=BATCH_TOKENS)
     return collector.out
 
@@ -117,10 +103,8 @@ def summed_gradients(
 class _Dots(RowCollector):
     """Gathers dots with query vectors."""
 
-    def __init__(
-        self, scope: str, blocks: Sequence[Block], vectors: Vectors, n_rows: int, wanted: np.ndarray | None
-    ) -> None:
-        self.scope, self.blocks = scope, tuple(blocks)
+    def __init__(self, scope: Scope, vectors: Vectors, n_rows: int, wanted: np.ndarray | None) -> None:
+        self.scope = scope
         self._vectors, self._wanted = vectors, wanted
         first = next(iter(vectors.values()))
         self._device = first.device
@@ -170,9 +154,8 @@ def _products(v: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
 
 def exact_dots(
     classifier: Classifier,
-    scope: str,
+    scope: Scope,
     vectors: Vectors,
-    blocks: Sequence[Block],
     texts: Texts,
     labels: np.ndarray,
     *,
@@ -188,9 +171,8 @@ def exact_dots(
 
     Args:
         classifier: Whose gradients.
-        scope: Its name.
+        scope: Over which.
         vectors: V, ``(q, n_out, n_in)`` for each block.
-        blocks: The scope's parameters.
         texts: Training rows, ``n`` of them, one list a text column; or encoded.
         labels: Their classes, ``(n,)``.
         wanted: Which pairs are asked for, ``(q, n)`` bool; others may come out as 0. None: all.
@@ -205,6 +187,6 @@ def exact_dots(
         some = np.zeros((len(first), len(wanted)), bool)
         np.logical_or.at(some, kinds, wanted.T)
         wanted = some.T[:, kinds]
-    collector = _Dots(scope, blocks, vectors, len(labels), wanted)
+    collector = _Dots(scope, vectors, len(labels), wanted)
     run_pass(classifier, encoded, labels_seed(labels), [collector], batch_tokens=BATCH_TOKENS, on_rows=on_rows)
     return collector.out

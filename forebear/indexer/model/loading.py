@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +140,14 @@ def make_classifier(
 def check_finite_weights(model: nn.Module, name: str) -> None:
     """Refuse a model with NaN or infinite weights, naming the first such tensor."""
     for key, value in model.state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise NonFiniteError(
-                f"{name}: tensor {key} holds NaN or infinity. Every score would be NaN; restore or retrain the model."
-            )
+        _check_finite(key, value, name)
+
+
+def _check_finite(key: str, value: torch.Tensor, name: str) -> None:
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        raise NonFiniteError(
+            f"{name}: tensor {key} holds NaN or infinity. Every score would be NaN; restore or retrain the model."
+        )
 
 
 def weights_sha256(model: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
@@ -151,19 +157,89 @@ def weights_sha256(model: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
         model: A transformers model.
         leave_out: Beginnings of tensor names that take no part.
     """
+    tensors = ((key, value) for key, value in sorted(model.state_dict().items()) if not key.startswith(leave_out))
+    return _sha256_of(type(model).__name__, model.config, tensors)
+
+
+def _sha256_of(kind: str, config: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
-    config: Any = model.config
     # Only what differs from the defaults: a new transformers may add settings.
     stored = config.to_diff_dict() | {"id2label": config.id2label}
     settings = {k: v for k, v in stored.items() if k not in _SETTINGS_WITHOUT_EFFECT and "drop" not in k}
-    digest.update(json.dumps([type(model).__name__, settings], sort_keys=True, default=str, allow_nan=False).encode())
-    for key, value in sorted(model.state_dict().items()):
-        if key.startswith(leave_out):
-            continue
+    digest.update(json.dumps([kind, settings], sort_keys=True, default=str, allow_nan=False).encode())
+    for key, value in tensors:
         tensor = value.detach().cpu().contiguous()
+        numbers: Any = tensor.reshape(-1).view(torch.uint8).numpy()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(memoryview(numbers))
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells the checkpoints of a run from those of others; a :class:`Classifier` has the same attributes.
+
+    Attributes:
+        feature_dim: h, the width of the feature.
+        label_names: Names of the classes, by id.
+        sha256: Digest of weights and of what the configuration changes.
+        tokenizer_sha256: Digest of the tokenizer's rules and vocabulary.
+    """
+
+    feature_dim: int
+    label_names: tuple[str, ...]
+    sha256: str
+    tokenizer_sha256: str
+
+
+def stored_fingerprint(name: str, like: Classifier) -> Fingerprint | None:
+    """The fingerprint of a checkpoint that differs from a loaded one by its numbers alone, without loading it.
+
+    Its tensors are read from its file one at a time, and are never all in memory. The digest is the one that the loaded
+    classifier would have: class, names, shapes and types of all tensors are those of ``like``.
+
+    Args:
+        name: Of the checkpoint.
+        like: A classifier of the same run.
+
+    Returns:
+        None where only loading it can tell: it is no folder with all of its weights in one safetensors file, or
+        another network.
+
+    Raises:
+        ModelError: It has no tokenizer of its own.
+        NonFiniteError: A weight is NaN or infinite.
+    """
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig
+
+    folder, network = Path(name), like.model
+    file = folder / "model.safetensors"
+    if not file.is_file() or (folder / "adapter_config.json").exists():
+        return None
+    own: Any = network.config
+    config = load_pretrained(AutoConfig, name)
+    if type(config) is not type(own) or config.architectures != [type(network).__name__]:
+        return None
+    expected = network.state_dict()
+    try:
+        opened: Any = safe_open(file, framework="pt")
+    except SafetensorError:  # damaged: loading it says so
+        return None
+    with opened as tensors:
+        shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+        if shapes != {key: tuple(value.shape) for key, value in expected.items()}:
+            return None
+
+        def numbers() -> Iterator[tuple[str, torch.Tensor]]:
+            for key in sorted(shapes):
+                value = tensors.get_tensor(key).to(expected[key].dtype)
+                _check_finite(key, value, name)
+                yield key, value
+
+        sha256 = _sha256_of(type(network).__name__, config, numbers())
+    labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    return Fingerprint(like.feature_dim, labels, sha256, tokenizer_sha256(load_tokenizer(name, network)))
 
 
 def dropout_settings(model: nn.Module) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,22 @@ from forebear.indexer.rows.source_names import similar_names
 TRAINER_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 WEIGHTS = ("model", "pytorch_model")  # beginnings of the names of files of weights
 SHOWN_NAMES = 5
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Turn transformers' log lines and progress bars off for a while."""
+    from transformers import logging
+
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
@@ -28,8 +46,6 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
     Raises:
         ModelError: There is no such folder or name, or what is there cannot be loaded.
     """
-    import transformers
-
     is_there = Path(name).exists()
     if is_there:
         _check_folder(Path(name))
@@ -37,12 +53,9 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
         raise ModelError(
             f"{name}: no such model folder.{similar_names(name)} If it has moved, say where it is by --model."
         )
-    verbosity = transformers.logging.get_verbosity()
-    progress = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     try:
-        return auto_class.from_pretrained(name, **kwargs)
+        with quiet_transformers():
+            return auto_class.from_pretrained(name, **kwargs)
     except Exception as error:  # transformers raises a dozen types here; all mean "cannot load this"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if is_there or not isinstance(error, OSError):
@@ -52,10 +65,6 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
             f"{name}: no such model folder, and no model of that name is found {where}.{similar_names(name)} Give a "
             "folder that save_pretrained wrote, or a hub name such as distilbert-base-uncased."
         ) from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if progress:
-            transformers.logging.enable_progress_bar()
 
 
 def stored_class_names(name: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Parameter scopes: over which weights a gradient is taken (METHODS.md, section 2).
+"""Parameter scopes: over which weights a gradient is taken.
 
 ``head`` is the final linear layer; ``top-K`` adds the pooler and the linear layers of the last K encoder layers;
 ``all`` is every linear layer; ``layer:NAME`` is one of them. A one-dimensional convolution counts as a linear layer of
@@ -7,7 +7,7 @@ windows. Word embeddings are left out, and so are biases and LayerNorm, unless t
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from forebear.errors import InputError, ModelError
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.scope_names import ALL, EMBEDDING, ENCODER_INPUT, HEAD, LAYER_PREFIX, n_top_layers
 
 _PASSIVE = (nn.Linear, nn.Embedding, nn.LayerNorm)
 
@@ -71,6 +73,79 @@ class Block:
         return weight
 
 
+@dataclass(frozen=True)
+class Scope:
+    """The parameters of one classifier over which gradients are taken; the same at all checkpoints of a run.
+
+    Attributes:
+        name: ``head``, ``top-K``, ``all`` or ``layer:NAME``; or ``embedding``, or ``encoder-input``.
+        blocks: The parameters, module by module in the model's order.
+    """
+
+    name: str
+    blocks: tuple[Block, ...]
+
+    @property
+    def size(self) -> int:
+        """Numbers in a gradient."""
+        return sum(block.size for block in self.blocks)
+
+    @property
+    def depth(self) -> float:
+        """Encoder layers that the backward goes through: 0, K of ``top-K``, or infinity, down to the embeddings."""
+        return 0 if self.name == HEAD else n_top_layers(self.name) or math.inf
+
+    def zeros(self, n: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``n`` gradients of zeros, ``(n, n_out, n_in)`` for each block, of the type and on the device of ``like``."""
+        return {block.name: like.new_zeros((n, block.n_out, block.n_in)) for block in self.blocks}
+
+
+def scope_of(classifier: Classifier, name: str, *, with_bias: bool = False) -> Scope:
+    """A scope of a classifier; see :func:`scope_blocks` for what is refused."""
+    blocks = scope_blocks(classifier.model, classifier.head_name, name, classifier.name, with_bias=with_bias)
+    return Scope(name, blocks)
+
+
+def embedding_scope(classifier: Classifier) -> Scope:
+    """The word embeddings.
+
+    Raises:
+        ModelError: The model has none.
+    """
+    return Scope(EMBEDDING, (embedding_block(classifier.model, classifier.name),))
+
+
+def encoder_input_scope(classifier: Classifier) -> Scope:
+    """What enters the first encoder layer: words, positions and types together, after their LayerNorm."""
+    model: Any = classifier.model
+    prefix, _ = encoder_layers(model, classifier.name)
+    return Scope(ENCODER_INPUT, (Block(f"{prefix}.0", "embedding", model.config.hidden_size, 0),))
+
+
+def root_modules(classifier: Classifier, scope: Scope) -> tuple[list[nn.Module], bool] | None:
+    """Where differentiation starts: the embeddings (True: at their output), a layer (False: at its input), nowhere.
+
+    Raises:
+        ModelError: The scope starts at the word embeddings, and the model has none.
+    """
+    model: Any = classifier.model
+    if scope.name == HEAD:
+        return None
+    n_top = n_top_layers(scope.name)
+    if n_top is None and scope.name != ENCODER_INPUT:
+        words = word_embeddings(model)
+        if words is None:
+            raise ModelError(
+                f"{classifier.name} ({type(model).__name__}) has no word embeddings, where gradients of scope "
+                f"{scope.name!r} start. Use --scope head, or top-K."
+            )
+        # An encoder and a decoder (BART) have a module each, of one weight.
+        return [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is words.weight], True
+    prefix, n_layers = encoder_layers(model, classifier.name)
+    first = 0 if n_top is None else n_layers - n_top
+    return [model.get_submodule(f"{prefix}.{first}")], False
+
+
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv1d]:
     """Whether a module's gradient at a row is a sum of outer products, one a position."""
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d) and module.groups == 1)
@@ -96,12 +171,6 @@ def embedding_block(model: Any, name: str) -> Block:
         raise ModelError(f"{name} ({type(model).__name__}) has no word embeddings, so no word gradients.")
     key = next(key for key, found in model.named_modules() if found is module)
     return Block(key, "embedding", module.embedding_dim, module.num_embeddings)
-
-
-def encoder_input_block(model: Any, name: str) -> Block:
-    """What enters the first encoder layer: words, positions and types together, after their LayerNorm."""
-    prefix, _ = encoder_layers(model, name)
-    return Block(f"{prefix}.0", "embedding", model.config.hidden_size, 0)
 
 
 def encoder_layers(model: Any, name: str) -> tuple[str, int]:
@@ -168,22 +237,21 @@ def scope_blocks(
 
 def _coverage(model: Any, head_name: str, scope: str, name: str) -> Callable[[str], bool]:
     """Whether a module, by its name, belongs to a scope."""
-    if scope == "head":
+    if scope == HEAD:
         return lambda key: key == head_name
-    if scope == "all":
+    if scope == ALL:
         return lambda _key: True
-    if scope.startswith("layer:"):
-        wanted = scope.removeprefix("layer:")
+    if scope.startswith(LAYER_PREFIX):
+        wanted = scope.removeprefix(LAYER_PREFIX)
         known = [key for key, module in model.named_modules() if is_linear(module)]
         if wanted not in known:
             raise InputError(f"scope {scope!r}: {name} has no linear layer of that name. It has {', '.join(known)}.")
         return lambda key: key == wanted
-    match = re.fullmatch(r"top-(\d+)", scope)
-    if match is None:
+    k = n_top_layers(scope)
+    if k is None:
         raise InputError(f"scope {scope!r}: expected head, top-K (such as top-5), all, or layer:NAME.")
     prefix, n_layers = encoder_layers(model, name)
     expected = getattr(model.config, "num_hidden_layers", n_layers)
-    k = int(match[1])
     if n_layers != expected:
         raise ModelError(
             f"{name} runs {expected} layers with the weights of {n_layers} (shared): top-K has no meaning. Use all."

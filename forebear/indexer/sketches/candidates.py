@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from forebear.indexer.gradients.vectors import as_tensor
 from forebear.indexer.sketches.sketch import Reduction, SketchRows
 from forebear.indexer.storage.ann import unit_rows
-from forebear.indexer.storage.arrow import RowMatrix, as_tensor
+from forebear.indexer.storage.arrow import RowMatrix
 
 BLOCK_ROWS = 16_384
 CODE_ROWS = 4096  # whose codes are unpacked at once

@@ -13,7 +13,7 @@ from forebear.indexer.curvature.ekfac import Ekfac, KroneckerFactors, fit_ekfac,
 from forebear.indexer.curvature.head import absolute_damping
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.scopes import Block, scope_blocks
+from forebear.indexer.model.scopes import scope_of
 from forebear.indexer.sketches.projector import (
     Projector,
     WhiteProjector,
@@ -93,82 +93,97 @@ def check_dampings(ekfac: Ekfac, classifier: Classifier, spec: IndexSpec, scope:
         refuse_lost_damping(damping, ekfac.largest_eigenvalue, classifier.head.weight.dtype, scope)
 
 
-def fit_scope(
+def fit_sketchers(
     folder: Path,
     classifier: Classifier,
     spec: IndexSpec,
-    scope: str,
     checkpoint: str,
     sample: Callable[[], Sample],
     *,
     last: bool,
-    batch_tokens: int,
     stage: Callable[[str, int], Callable[[int], None]],
-) -> None:
-    """Write what is missing of a scope's curvature, bases and reductions at a checkpoint.
+) -> dict[str, Sketcher]:
+    """Sketchers of every sketched scope at a checkpoint, fitted first where they have not been yet.
 
     Args:
-        folder: The index.
+        folder: Below which what is fitted lies.
         classifier: At the checkpoint.
         spec: The index's choices.
-        scope: A sketched one.
         checkpoint: Its name.
         sample: Reads the sample of training rows.
         last: Whether the checkpoint is the model that is explained: only it has curvature.
-        batch_tokens: Largest number of padded tokens in a batch.
         stage: Announces a stage and its number of rows; what it returns is told how many more are done.
+
+    Returns:
+        By the folder of their shards.
     """
-    if all((folder / name).is_file() for name in gradient_files(spec, scope, checkpoint, last=last)):
+    found: dict[str, Sketcher] = {}
+    for scope in spec.sketched_scopes:
+        _fit_scope(folder, classifier, spec, scope, checkpoint, sample, last=last, stage=stage)
+        found |= open_sketchers(folder, classifier, spec, scope, checkpoint, last=last)
+    return found
+
+
+def _fit_scope(
+    folder: Path,
+    classifier: Classifier,
+    spec: IndexSpec,
+    name: str,
+    checkpoint: str,
+    sample: Callable[[], Sample],
+    *,
+    last: bool,
+    stage: Callable[[str, int], Callable[[int], None]],
+) -> None:
+    """Write what is missing of a scope's curvature, bases and reductions at a checkpoint."""
+    if all((folder / file).is_file() for file in gradient_files(spec, name, checkpoint, last=last)):
         return
     rows = sample()
-    blocks = scope_blocks(classifier.model, classifier.head_name, scope, classifier.name, with_bias=spec.with_bias)
+    scope = scope_of(classifier, name, with_bias=spec.with_bias)
     factors: KroneckerFactors | None = None
 
     def fitted_factors(texts: Sequence[Sequence[str]]) -> KroneckerFactors:
-        on_rows = stage(f"directions {scope} {checkpoint}", len(texts[0]))
-        return fit_factors(classifier, scope, blocks, texts, seed=spec.seed, batch_tokens=batch_tokens, on_rows=on_rows)
+        on_rows = stage(f"directions {name} {checkpoint}", len(texts[0]))
+        return fit_factors(classifier, scope, texts, seed=spec.seed, batch_tokens=spec.batch_tokens, on_rows=on_rows)
 
-    if last and spec.whitened and not (folder / curvature_name(scope)).is_file():
+    if last and spec.whitened and not (folder / curvature_name(name)).is_file():
         factors = fitted_factors(rows.texts)
         ekfac = fit_ekfac(
-            classifier, scope, blocks, rows.texts, seed=spec.seed, batch_tokens=batch_tokens, factors=factors,
-            on_rows=stage(f"curvature {scope}", len(rows.labels)),
+            classifier, scope, rows.texts, seed=spec.seed, batch_tokens=spec.batch_tokens, factors=factors,
+            on_rows=stage(f"curvature {name}", len(rows.labels)),
         )  # fmt: skip
-        write_ekfac(folder / curvature_name(scope), ekfac)
+        write_ekfac(folder / curvature_name(name), ekfac)
     if last and spec.whitened:
-        check_dampings(read_ekfac(folder / curvature_name(scope)), classifier, spec, scope)
-    kind = gradient_folder(scope, checkpoint)
-    if not (folder / kind / BASES_NAME).is_file():
+        check_dampings(read_ekfac(folder / curvature_name(name)), classifier, spec, name)
+    bases_file = folder / gradient_folder(name, checkpoint) / BASES_NAME
+    if not bases_file.is_file():
         if factors is None and spec.sketch_basis != "random":  # a build resumed here takes the rows it would have taken
             factors = fitted_factors(rows.texts if last and spec.whitened else rows.first(BASIS_ROWS))
-        bases = draw_bases(classifier, blocks, factors, spec.seed, spec.sketch_basis)
-        write_bases(folder / kind / BASES_NAME, blocks, bases)
-    _fit_reductions(folder, classifier, spec, scope, checkpoint, blocks, rows, batch_tokens, stage, last=last)
+        write_bases(bases_file, scope, draw_bases(classifier, scope, factors, spec.seed, spec.sketch_basis))
+    _fit_reductions(folder, classifier, spec, name, checkpoint, rows, stage, last=last)
 
 
 def _fit_reductions(
     folder: Path,
     classifier: Classifier,
     spec: IndexSpec,
-    scope: str,
+    name: str,
     checkpoint: str,
-    blocks: Sequence[Block],
     rows: Sample,
-    batch_tokens: int,
     stage: Callable[[str, int], Callable[[int], None]],
     *,
     last: bool,
 ) -> None:
     """Fit the second reduction of every representation of a scope, one pass for all of them."""
     projectors = {
-        kind: _open_projector(folder, classifier, spec, scope, checkpoint, number)
-        for number, kind in sketch_folders(spec, scope, checkpoint, last=last).items()
+        kind: _open_projector(folder, classifier, spec, name, checkpoint, number)
+        for number, kind in sketch_folders(spec, name, checkpoint, last=last).items()
     }
     n_rows = len(rows.labels)
     collectors = {kind: RawSketches(p, n_rows, classifier.device) for kind, p in projectors.items()}
     run_pass(
         classifier, rows.texts, labels_seed(rows.labels), list(collectors.values()),
-        batch_tokens=batch_tokens, on_rows=stage(f"reduction {scope} {checkpoint}", n_rows),
+        batch_tokens=spec.batch_tokens, on_rows=stage(f"reduction {name} {checkpoint}", n_rows),
     )  # fmt: skip
     for kind, projector in projectors.items():
         bits = spec.white_bits if isinstance(projector, WhiteProjector) else spec.sketch_bits

@@ -12,7 +12,6 @@ sqrt(eigenvalue + damping) entry by entry, and summed over groups of entries wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +24,7 @@ from forebear.indexer.gradients.block_file import read_blocks, write_blocks
 from forebear.indexer.gradients.tape import LayerFactors
 from forebear.indexer.gradients.vectors import Vectors, dot
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.scopes import Block
+from forebear.indexer.model.scopes import Scope
 
 PRINCIPAL = 32  # leading eigenvectors on each side of a block
 RANDOM = 32  # random directions on each side, orthogonal to them
@@ -37,14 +36,12 @@ class Projector(Protocol):
     """A linear map from the gradients of a scope to D numbers with orthogonal rows.
 
     Attributes:
-        scope: Its name.
-        blocks: Its parameters.
+        scope: Over which the gradients are.
         width: D.
         squares: Squared length of each row of the map, ``(D,)`` float32.
     """
 
-    scope: str
-    blocks: tuple[Block, ...]
+    scope: Scope
     width: int
     squares: np.ndarray
 
@@ -96,8 +93,8 @@ class SideBases:
 class PlainProjector:
     """The sketch of G itself."""
 
-    def __init__(self, scope: str, blocks: Sequence[Block], bases: dict[str, SideBases]) -> None:
-        self.scope, self.blocks, self.bases = scope, tuple(blocks), bases
+    def __init__(self, scope: Scope, bases: dict[str, SideBases]) -> None:
+        self.scope, self.bases = scope, bases
         self._places, self.width = _places({name: (len(b.left), len(b.right)) for name, b in bases.items()})
         parts = [
             torch.outer(b.left.double().square().sum(dim=1), b.right.double().square().sum(dim=1)).flatten()
@@ -129,7 +126,7 @@ class WhiteProjector:
             damping: Added to every eigenvalue.
             seed: Of groups and signs.
         """
-        self.scope, self.blocks = scope, tuple(part.block for part in ekfac.parts.values())
+        self.scope = Scope(scope, tuple(part.block for part in ekfac.parts.values()))
         self._left, self._right, self._weights = {}, {}, {}
         sizes: dict[str, tuple[int, int]] = {}
         squares = []
@@ -200,13 +197,13 @@ def _pool(matrix: torch.Tensor, k_out: int, k_in: int) -> torch.Tensor:
 
 
 def draw_bases(
-    classifier: Classifier, blocks: Sequence[Block], factors: KroneckerFactors | None, seed: int, basis: str
+    classifier: Classifier, scope: Scope, factors: KroneckerFactors | None, seed: int, basis: str
 ) -> dict[str, SideBases]:
     """Bases of every block.
 
     Args:
         classifier: Where they will be used.
-        blocks: Of the scope.
+        scope: Whose blocks.
         factors: Kronecker factors, which ``mixed`` and ``principal`` need.
         seed: Of the random directions.
         basis: ``mixed`` (32 leading and 32 random ones), ``principal`` (64 leading ones) or ``random`` (64).
@@ -218,7 +215,7 @@ def draw_bases(
     n_random = PRINCIPAL + RANDOM - n_principal
     dtype, device = classifier.head.weight.dtype, classifier.device
     out = {}
-    for number, block in enumerate(blocks):
+    for number, block in enumerate(scope.blocks):
         rng = np.random.default_rng([seed, number])
 
         def side(n: int, factor: torch.Tensor | None, rng: np.random.Generator = rng) -> torch.Tensor:
@@ -239,9 +236,9 @@ def draw_bases(
     return out
 
 
-def write_bases(path: Path, blocks: Sequence[Block], bases: dict[str, SideBases]) -> None:
+def write_bases(path: Path, scope: Scope, bases: dict[str, SideBases]) -> None:
     """Write the bases of a :class:`PlainProjector`."""
-    write_blocks(path, {b: {"left": bases[b.name].left, "right": bases[b.name].right} for b in blocks}, {})
+    write_blocks(path, {b: {"left": bases[b.name].left, "right": bases[b.name].right} for b in scope.blocks}, {})
 
 
 def read_plain_projector(path: Path, scope: str, device: torch.device, dtype: torch.dtype) -> PlainProjector:
@@ -251,4 +248,4 @@ def read_plain_projector(path: Path, scope: str, device: torch.device, dtype: to
         block.name: SideBases(found["left"].to(device, dtype), found["right"].to(device, dtype))
         for block, found in parts.items()
     }
-    return PlainProjector(scope, tuple(parts), bases)
+    return PlainProjector(Scope(scope, tuple(parts)), bases)

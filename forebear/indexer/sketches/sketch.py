@@ -31,12 +31,12 @@ from forebear.indexer.gradients.gradient_pass import (
     run_pass,
 )
 from forebear.indexer.gradients.tape import LayerFactors
-from forebear.indexer.gradients.vectors import Vectors
+from forebear.indexer.gradients.vectors import Vectors, as_tensor
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Texts, n_rows_of
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.sketches.projector import Projector, row_lengths
-from forebear.indexer.storage.arrow import MEND, as_tensor, column, read_batches, record_batch, write_table
+from forebear.indexer.storage.arrow import MEND, column, read_batches, record_batch, write_table
 from forebear.ratio import ratio
 
 _FIT_COLUMNS = 16_384
@@ -213,7 +213,7 @@ class RawSketches(RowCollector):
     """Gathers raw sketches, scaled to length 1, to fit a reduction on."""
 
     def __init__(self, projector: Projector, n_rows: int, device: torch.device) -> None:
-        self.scope, self.blocks = projector.scope, projector.blocks
+        self.scope = projector.scope
         self._projector, self._device = projector, device
         self.out = np.empty((n_rows, projector.width), np.float16)
 
@@ -245,7 +245,7 @@ class Sketches(RowCollector):
     """Gathers stored sketches and exact norms."""
 
     def __init__(self, projector: Projector, reduction: Reduction, n_rows: int, device: torch.device) -> None:
-        self.scope, self.blocks = projector.scope, projector.blocks
+        self.scope = projector.scope
         self._projector, self._device, self._reduce = projector, device, reduction.on(device)
         self._coordinates = np.empty((n_rows, len(reduction.basis)), np.float32)
         self._codes = np.empty((n_rows, reduction.bits), np.float32)

@@ -1,16 +1,14 @@
-"""Files of an index: Arrow tables written atomically, memory-mapped back, hashed by their raw bytes."""
+"""Arrow files of an index: written whole, memory-mapped back, hashed by their raw bytes."""
 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from forebear.errors import CorruptIndexError
 from forebear.indexer.storage.atomic import atomic_file
@@ -73,13 +71,6 @@ def column(batch: pa.RecordBatch, name: str) -> np.ndarray:
         width = values.type.list_size
         return np.asarray(values.flatten().to_numpy(zero_copy_only=True).reshape(-1, width))
     return np.asarray(values.to_numpy(zero_copy_only=True))
-
-
-def as_tensor(values: np.ndarray) -> torch.Tensor:
-    """Zero-copy tensor of an array that may be read-only (memory-mapped): never write to it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns of read-only arrays
-        return torch.from_numpy(values)
 
 
 def file_sha256(path: Path) -> str:

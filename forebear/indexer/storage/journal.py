@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from forebear.errors import CorruptIndexError, MismatchError, OutputExistsError, StorageError
 from forebear.indexer.storage.atomic import TEMPORARY_SUFFIX, write_bytes
@@ -25,7 +22,7 @@ from forebear.indexer.storage.layout import (
     curvature_name,
     gradient_folder,
 )
-from forebear.indexer.storage.manifest import IndexSpec, Manifest, canonical_json
+from forebear.indexer.storage.manifest import IndexSpec, Manifest, canonical_json, plain
 
 SUBFOLDERS = (
     "rows", "features", "gradients", "sentence", "words", "tokens", "spans", "curvature", "refit", "ann", "retired"
@@ -105,21 +102,10 @@ def comparable(spec: dict[str, Any], but: tuple[str, ...] = ()) -> dict[str, Any
     return {key: value for key, value in spec.items() if key not in ("n_threads", *but)}
 
 
-@contextmanager
-def as_begun(n_threads: int) -> Iterator[None]:
-    """Run with the thread count that the change was begun with: last bits depend on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def same_or_refuse(found: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
     """Refuse to resume with another choice, naming the first that differs with both values."""
-    for key, value in json.loads(canonical_json(asked)).items():
-        before = json.loads(canonical_json(found)).get(key)
+    for key, value in sorted(plain(asked).items()):
+        before = plain(found.get(key))
         if before != value:
             raise MismatchError(
                 f"{folder} was begun with {key}={before}; this command asks for {key}={value}. "

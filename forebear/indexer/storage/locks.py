@@ -2,6 +2,9 @@
 
 A lock is the operating system's (flock) on a small file that names its owner, so it ends with the process that holds
 it, however that ends; the file of a process that was killed stays, and stands in nobody's way. Reading takes no lock.
+
+The ``filelock`` package does not name the owner of such a lock, cannot ask for it without taking it, and leaves its
+file and the folder made for it behind.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any
 from forebear.errors import CorruptIndexError
 from forebear.indexer.storage.arrow import MEND
 from forebear.indexer.storage.atomic import write_bytes
+from forebear.indexer.storage.choices import LATER_CHOICES, Choices
 from forebear.indexer.storage.layout import MANIFEST_NAME
 
 FORMAT_VERSION = 1
@@ -39,6 +40,13 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
+def plain(value: Any) -> Any:
+    """A value as it comes back from JSON: tuples as lists."""
+    if isinstance(value, dict):
+        return {name: plain(inner) for name, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def digest_of(value: Any) -> str:
     """sha256 of the canonical JSON of ``value``."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
@@ -46,62 +54,43 @@ def digest_of(value: Any) -> str:
 
 # Fields that came after the first indexes were written. One that holds the value given here, which is what it was
 # before there was the field, is left out of the manifest: so the digests of the first indexes still hold.
-_LATER: dict[str, Any] = {
-    "sketch_bits": 0, "white_bits": 0, "sketch_basis": "mixed", "with_bias": False, "curvature": "none",
-    "calibration": {}, "words_tops": (), "words_precision": "fp16", "spans": None, "span_column": 0,
-    "spans_sha256": None, "fit": {}, "calibration_queries": None,
-    "n_left_out": 0,
+_LATER: dict[str, Any] = LATER_CHOICES | {
+    "calibration": {}, "spans_sha256": None, "fit": {}, "calibration_queries": None, "n_left_out": 0,
 }  # fmt: skip
+# Before which choice the manifest's text has what is found of it; an index has the same bytes as under older versions.
+_PLACES = {"text_columns": "max_length", "spans_sha256": "scopes", "sentence_sha256": "dampings"}
 
 
 def stated(value: IndexSpec | Manifest | Segment) -> dict[str, Any]:
     """A dataclass as a dictionary, as it is written and digested."""
-    return {name: v for name, v in asdict(value).items() if name not in _LATER or v != _LATER[name]}
+    values = asdict(value)
+    return {name: values[name] for name in _ordered(value) if name not in _LATER or values[name] != _LATER[name]}
+
+
+def _ordered(value: IndexSpec | Manifest | Segment) -> list[str]:
+    names = [f.name for f in fields(value)]
+    if isinstance(value, IndexSpec):
+        choices = {f.name for f in fields(Choices)}
+        first = [name for name in names if name not in (*choices, *_PLACES, "n_threads")]
+        before = {choice: [found] for found, choice in _PLACES.items()}
+        placed = [name for choice in names if choice in choices for name in (*before.get(choice, ()), choice)]
+        return [*first, *placed, "n_threads"]
+    return names
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexSpec:
-    """Every choice that changes a stored number. Same spec and rows, same index."""
+class IndexSpec(Choices):
+    """Everything that changes a stored number: the choices, and what they were applied to. Same spec, same numbers."""
 
     checkpoint_sha256: tuple[str, ...]  # weights, in training order; the last one is the model that is explained
     etas: tuple[float, ...]  # TracIn's weight of each checkpoint
     tokenizer_sha256: str
     label_names: tuple[str, ...]
-    label_mode: str | None  # None or "binary-nli"
     text_columns: tuple[str, ...]  # order of encoding
-    max_length: int
-    precision: str
-    stores: tuple[str, ...]  # "features", "sbert", "words", "spans"
-    words_tops: tuple[int, ...] = ()  # positions kept a row, 0 for all: a word store each
-    words_precision: str = "fp16"
-    spans: str | None = None  # how the stored spans were found
-    span_column: int = 0  # the text column that they are in
-    spans_sha256: str | None = None  # of the file or the weights that found them, where a function or a reader did
-    scopes: tuple[str, ...]  # "head", which is exact, and those that are sketched: "top-K", "all", "layer:NAME"
-    sketch_dim: int  # d, coordinates a row, representation and checkpoint; 0 without a sketched scope
-    sketch_bits: int = 0  # length of the code of what the coordinates leave over
-    white_bits: int = 0  # the same for whitened sketches
-    sketch_basis: str = "mixed"
-    with_bias: bool = False  # whether the sketched scopes hold biases and LayerNorm
-    curvature: str = "none"  # of the sketched scopes: "ekfac" or "none"
+    max_length: int = field()
+    spans_sha256: str | None = None  # of the file or the weights that found spans, where a function or a reader did
     sentence_sha256: str | None  # weights and tokenizer of the un-tuned sentence encoder
-    dampings: tuple[str, ...]  # as given: "0.1x" is relative to the mean eigenvalue, "0.003" absolute
-    rep_refit: bool
-    ann: str | None  # FAISS factory string; None: chosen by size
-    seed: int
-    batch_tokens: int
-    shard_rows: int
     n_threads: int  # last bits of a float depend on it
-
-    @property
-    def sketched_scopes(self) -> tuple[str, ...]:
-        """The scopes beyond the head, which needs no sketch."""
-        return tuple(scope for scope in self.scopes if scope != "head")
-
-    @property
-    def whitened(self) -> bool:
-        """Whether sketched scopes have curvature, and sketches whitened by it, at each damping."""
-        return self.curvature == "ekfac" and bool(self.dampings)
 
     def digest(self) -> str:
         """Name this spec in the manifest and in results."""
@@ -215,11 +204,8 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without the digest."""
         parts = {"spec": stated(self.spec), "segments": [stated(segment) for segment in self.segments]}
-        return {
-            "format": FORMAT_VERSION,
-            "spec_digest": self.spec.digest(),
-            **json.loads(json.dumps(stated(self) | parts, allow_nan=False)),
-        }
+        content: dict[str, Any] = plain(stated(self) | parts)
+        return {"format": FORMAT_VERSION, "spec_digest": self.spec.digest(), **content}
 
     def digest(self) -> str:
         """The index's digest: it covers the sha256 of every file."""
@@ -227,10 +213,10 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` atomically, with its own digest in it."""
-        content = self.to_dict() | {"digest": self.digest()}
-        write_bytes(
-            folder / MANIFEST_NAME, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        )
+        content = self.to_dict()
+        content["digest"] = digest_of(content)
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        write_bytes(folder / MANIFEST_NAME, text.encode() + b"\n")
 
     def with_files(self, files: dict[str, dict[str, Any]]) -> Manifest:
         """The same manifest, listing ``files``."""
@@ -259,7 +245,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CorruptIndexError(f"{path} was altered: its digest no longer matches its content. {MEND}")
     try:
         values = {f.name: content[f.name] for f in fields(Manifest) if f.name not in _LATER or f.name in content}
-        values["spec"] = IndexSpec(**{k: _tuples(v) for k, v in content["spec"].items()})
+        values["spec"] = _read_spec(content["spec"])
         values["checkpoints"] = tuple(Checkpoint(**c) for c in content["checkpoints"])
         values["segments"] = tuple(Segment(**s) for s in content["segments"])
         values["shards"] = _tuples(content["shards"])
@@ -271,6 +257,13 @@ def read_manifest(folder: Path) -> Manifest:
     if not written.endswith(b"\n"):  # without its last byte it is still JSON
         raise CorruptIndexError(f"{path} was altered: its last byte is missing. {MEND}")
     return manifest
+
+
+def _read_spec(content: dict[str, Any]) -> IndexSpec:
+    """A spec; a field that came later may be missing in it, no other."""
+    names = [f.name for f in fields(IndexSpec) if f.name not in _LATER or f.name in content]
+    values = {name: content[name] for name in names} | content  # others are of another version: a TypeError
+    return IndexSpec(**LATER_CHOICES | {name: _tuples(value) for name, value in values.items()})
 
 
 def _refuse_constant(name: str) -> None:

@@ -18,7 +18,7 @@ from forebear.indexer.gradients.tape import EmbeddingFactors, LayerFactors
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.forward import Forward
-from forebear.indexer.model.scopes import Block, embedding_block
+from forebear.indexer.model.scopes import embedding_scope
 from forebear.indexer.storage.ragged import offsets, stretches
 from forebear.ratio import ratio
 
@@ -109,10 +109,9 @@ class WordGradients(RowCollector):
             n_rows: Rows of the pass.
             precision: As they are to be stored; None keeps the vectors themselves.
         """
-        self.scope = "embedding"
-        self.blocks: tuple[Block, ...] = (embedding_block(classifier.model, classifier.name),)
+        self.scope = embedding_scope(classifier)
         self._name, self._top, self._precision = classifier.name, top, precision
-        self._n_tokens = self.blocks[0].n_in
+        self._n_tokens = self.scope.blocks[0].n_in
         self._counts = np.zeros(n_rows, np.int64)
         self._squares = np.zeros(n_rows)
         self._places: list[tuple[list[int], np.ndarray]] = []  # rows of a batch, and how many words each has

@@ -11,7 +11,7 @@ import torch
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.gradients.whole import summed_gradients, whole_gradients
 from forebear.indexer.model.encoding import Texts, take_texts
-from forebear.indexer.model.scopes import Block, scope_blocks
+from forebear.indexer.model.scopes import Scope
 from forebear.retriever.question.inverse import CurvatureSpec, Solve, deep_solver
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.models import N_VARIANTS, Models
@@ -69,11 +69,9 @@ class QueryGradients:
         return len(self.index.manifest.checkpoints) - 1
 
     @cached_property
-    def blocks(self) -> tuple[Block, ...]:
+    def parameters(self) -> Scope:
         """The scope's parameters."""
-        classifier = self.models.classifier()
-        with_bias = self.index.manifest.spec.with_bias and self.scope != "head"
-        return scope_blocks(classifier.model, classifier.head_name, self.scope, classifier.name, with_bias=with_bias)
+        return self.index.scope(self.models.classifier(), self.scope)
 
     def checkpoints(self, method: Method) -> list[tuple[int, float]]:
         """Numbers and weights of the checkpoints that a method sums over; numbers past the last are variants of it."""
@@ -87,7 +85,7 @@ class QueryGradients:
         """H^-1 of query gradients at the last checkpoint."""
         if self._solve is None:
             classifier = self.models.classifier()
-            self._solve = deep_solver(self.curvature, self.index, classifier, self.scope, self.blocks)
+            self._solve = deep_solver(self.curvature, self.index, classifier, self.parameters)
         return self._solve(vectors)
 
     def at_checkpoint(self, number: int, queries: Queries) -> Vectors:
@@ -97,7 +95,7 @@ class QueryGradients:
         held = self._held.get(number)
         if held is None or held[0] is not queries:
             classifier = self.models.classifier(number)
-            where = (classifier, self.scope, self.blocks, queries.texts, queries.targets)
+            where = (classifier, self.parameters, queries.texts, queries.targets)
             found = whole_gradients(*where) if queries.groups is None else summed_gradients(*where, queries.groups)
             self._held[number] = held = (queries, found)
         return held[1]

@@ -159,7 +159,7 @@ class GradientSearch:
     def chunks(self, methods: Sequence[Method], n_queries: int) -> list[np.ndarray]:
         """Queries whose whole vectors fit in memory together."""
         kinds = 2 if any(m.query == "preconditioned" for m in methods) else 1
-        size = max(1, VECTOR_BYTES // (4 * kinds * sum(block.size for block in self.gradients.blocks)))
+        size = max(1, VECTOR_BYTES // (4 * kinds * self.gradients.parameters.size))
         return [np.arange(i, min(i + size, n_queries)) for i in range(0, n_queries, size)]
 
     def score_together(
@@ -192,7 +192,7 @@ class GradientSearch:
                     half[:, where[method.name]] = True
                 else:
                     np.put_along_axis(half, where[method.name], True, axis=1)
-            dots = exact_dots(classifier, self.scope, stacked, self.gradients.blocks, texts, labels, wanted=wanted)
+            dots = exact_dots(classifier, self.gradients.parameters, stacked, texts, labels, wanted=wanted)
             for method in mine:
                 preconditioned = method.query == "preconditioned"
                 found = _pick(dots[q:] if preconditioned else dots[:q], where[method.name])
@@ -217,7 +217,7 @@ class GradientSearch:
         found = np.empty(len(first))
         for start in range(0, len(first), SELF_ROWS):
             some = first[start : start + SELF_ROWS]
-            g = whole_gradients(classifier, self.scope, self.gradients.blocks, encoded.take(some), labels[some])
+            g = whole_gradients(classifier, self.gradients.parameters, encoded.take(some), labels[some])
             found[start : start + SELF_ROWS] = dot(self.gradients.solve(g)[0], g).cpu().numpy()
         return np.asarray(np.sqrt(np.maximum(found, 0.0))[kinds])
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from forebear.indexer.curvature.head import class_basis
-from forebear.indexer.storage.arrow import as_tensor
+from forebear.indexer.gradients.vectors import as_tensor
 from forebear.ratio import ratio
 from forebear.retriever.question.methods import Method
 

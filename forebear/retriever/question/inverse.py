@@ -32,7 +32,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import distinct
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
-from forebear.indexer.model.scopes import Block
+from forebear.indexer.model.scopes import Scope
 from forebear.sampling import live_sample
 
 MAX_WEIGHTS = 1 << 25  # numbers in the class matrices, or in the gradients, of the rows that are held at once
@@ -159,10 +159,9 @@ class Solve(Protocol):
         """Solutions, and relative residuals ``(q,)`` where the solver iterates."""
 
 
-def deep_solver(
-    spec: CurvatureSpec, index: Index, classifier: Classifier, scope: str, blocks: Sequence[Block]
-) -> Solve:
+def deep_solver(spec: CurvatureSpec, index: Index, classifier: Classifier, parameters: Scope) -> Solve:
     """H^-1 applied to whole gradients at any scope; at the head by its stored Cholesky factor alone."""
+    scope = parameters.name
     solver = spec.at(scope)
     if solver == "identity":
         return lambda vectors: (vectors, None)
@@ -181,10 +180,10 @@ def deep_solver(
     product: Product
     if solver == "cg":
         seed = index.manifest.spec.seed
-        product = GaussNewton(classifier, scope, blocks, texts, seed=seed, batch_tokens=DEFAULT_BATCH_TOKENS)
+        product = GaussNewton(classifier, parameters, texts, seed=seed, batch_tokens=DEFAULT_BATCH_TOKENS)
     else:
         labels = index.labels[rows].astype(np.int64)
-        product = HessianProduct(classifier, scope, blocks, texts, labels, batch_tokens=DEFAULT_BATCH_TOKENS)
+        product = HessianProduct(classifier, parameters, texts, labels, batch_tokens=DEFAULT_BATCH_TOKENS)
     return _iterative(spec, solver, product, len(rows), lambda: spec.absolute(index, scope), scope)
 
 

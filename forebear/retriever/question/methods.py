@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from forebear.errors import InputError
+from forebear.indexer.model.scope_names import EMBEDDING, scope_named
 
 Representation = Literal["feature", "sentence", "head", "words", "tfidf"]
 Words = Literal["all", "topk", "common", "nocommon"]
@@ -227,14 +227,13 @@ def pick_methods(names: Sequence[str]) -> tuple[Method, ...]:
 def _layer_method(name: str) -> Method:
     """``tracin-layer:NAME``: TracIn over one layer, a whole scope (``head``, ``top-K``, ``all``), or ``embedding``."""
     layer = name.removeprefix(LAYER_PREFIX)
-    if layer == "embedding":  # another name of tracin-we
+    if layer == EMBEDDING:  # another name of tracin-we
         return replace(METHODS["tracin-we"], name=name)
-    is_scope = layer in ("head", "all") or re.fullmatch(r"top-\d+", layer)
     if not layer:
         raise InputError(f"{name!r} names no layer. Give one, such as {LAYER_PREFIX}bert.encoder.layer.0.output.dense.")
     return Method(
         name=name, representation="head", metric="dot", all_checkpoints=True,
-        scope=layer if is_scope else f"layer:{layer}",
+        scope=scope_named(layer),
         formula=f"sum_c eta_c <g_q, g_n> over {layer}", source="Yeh22",
     )  # fmt: skip
 

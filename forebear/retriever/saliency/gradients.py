@@ -19,7 +19,7 @@ from forebear.indexer.gradients.tape import only_asking
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode_with_places, pad_batch
-from forebear.indexer.model.scopes import Block, encoder_layers
+from forebear.indexer.model.scopes import Scope, encoder_layers
 from forebear.indexer.spans.masking import pieces_of
 from forebear.indexer.spans.text import Span
 from forebear.retriever.saliency.maps import SUMMED_GRADIENT, saliency
@@ -65,7 +65,7 @@ def salient_words(
 
 def saliency_gradients(
     classifier: Classifier,
-    blocks: Sequence[Block],
+    scope: Scope,
     texts: Sequence[Sequence[str]],
     targets: np.ndarray,
     words: Sequence[Span],
@@ -77,7 +77,7 @@ def saliency_gradients(
 
     Args:
         classifier: The model.
-        blocks: The scope's parameters.
+        scope: Over which.
         texts: Test rows, one list a text column.
         targets: Class whose probability counts, ``(q,)``.
         words: One a row.
@@ -90,9 +90,8 @@ def saliency_gradients(
         NonFiniteError: A gradient is NaN or infinite; the row is named.
     """
     model = classifier.model
-    like = classifier.head.weight
-    out = {b.name: torch.zeros((len(words), b.n_out, b.n_in), dtype=like.dtype, device=like.device) for b in blocks}
-    names = [name for block in blocks for name in block.split(out[block.name])]
+    out = scope.zeros(len(words), classifier.head.weight)
+    names = [name for block in scope.blocks for name in block.split(out[block.name])]
     parameters = [model.get_parameter(name) for name in names]
     prefix, _ = encoder_layers(model, classifier.name)
     first_layer = model.get_submodule(f"{prefix}.0")
@@ -118,7 +117,7 @@ def saliency_gradients(
         finally:
             hook.remove()
         gradients = dict(zip(names, found, strict=True))
-        for block in blocks:
+        for block in scope.blocks:
             out[block.name][i] = -block.join({name: gradients[name] for name in block.split(out[block.name])})
     for name, values in out.items():
         finite = torch.isfinite(values).flatten(1).all(dim=1)

@@ -17,11 +17,14 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.indexer.gradients.gradient_pass import RowCollector, SeedByKey, refuse_non_finite, run_pass
-from forebear.indexer.gradients.tape import ENCODER_INPUT, EmbeddingFactors, LayerFactors, Seed, loss_of
+from forebear.indexer.gradients.tape import EmbeddingFactors, LayerFactors, Seed, loss_of
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode_with_places
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, softmax
-from forebear.indexer.model.scopes import Block, embedding_block, encoder_input_block
+from forebear.indexer.model.scopes import (
+    embedding_scope,
+    encoder_input_scope,
+)
 from forebear.ratio import ratio
 
 GRADIENT_X_INPUT = "gradient-x-input"
@@ -123,9 +126,7 @@ class _Saliencies(RowCollector):
     """
 
     def __init__(self, classifier: Classifier, form: str, lengths: Sequence[int]) -> None:
-        self.scope = "embedding" if form == GRADIENT_X_INPUT else ENCODER_INPUT
-        block = embedding_block if form == GRADIENT_X_INPUT else encoder_input_block
-        self.blocks: tuple[Block, ...] = (block(classifier.model, classifier.name),)
+        self.scope = embedding_scope(classifier) if form == GRADIENT_X_INPUT else encoder_input_scope(classifier)
         self.values = [np.empty(0)] * len(lengths)
         self.sizes = np.zeros(len(lengths))
         self._form, self._lengths = form, lengths

@@ -10,7 +10,6 @@ from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.scopes import scope_blocks
 from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import VECTOR_BYTES
 from forebear.retriever.question.inverse import CurvatureSpec, deep_solver
@@ -30,10 +29,9 @@ class SpanScores:
             queries: Test rows with their masked versions, ``q`` of them.
             entries: Spans of training rows, ``m`` of them.
         """
-        self._index, self._classifier, self._scope = index, classifier, scope
+        self._index, self._classifier = index, classifier
         self._queries, self._entries = queries, entries
-        with_bias = index.manifest.spec.with_bias and scope != "head"
-        self._blocks = scope_blocks(classifier.model, classifier.head_name, scope, classifier.name, with_bias=with_bias)
+        self._scope = index.scope(classifier, scope)
 
     def summed(self, models: Iterable[Classifier]) -> np.ndarray:
         """Sum over models of <g_q - g_q(-kl), g_n - g_n(-ij)>, unweighted, ``(q, m)`` float64.
@@ -52,7 +50,7 @@ class SpanScores:
         Returns:
             Scores ``(q, m)`` float64, and relative residuals ``(q,)`` where a solver iterated.
         """
-        solve = deep_solver(curvature, self._index, self._classifier, self._scope, self._blocks)
+        solve = deep_solver(curvature, self._index, self._classifier, self._scope)
         scores, residuals = [], []
         for which in self._chunks(2):
             solved, residual = solve(self._gradients(self._classifier, which))
@@ -62,13 +60,13 @@ class SpanScores:
 
     def _chunks(self, kinds: int) -> list[np.ndarray]:
         """Test rows whose whole vectors, ``kinds`` of each, fit in memory together."""
-        size = max(1, VECTOR_BYTES // (4 * kinds * sum(block.size for block in self._blocks)))
+        size = max(1, VECTOR_BYTES // (4 * kinds * self._scope.size))
         q = len(self._queries.targets)
         return [np.arange(i, min(i + size, q)) for i in range(0, q, size)]
 
     def _gradients(self, model: Classifier, which: np.ndarray) -> Vectors:
         some = self._queries.take(which)
-        return whole_gradients(model, self._scope, self._blocks, some.texts, some.targets)
+        return whole_gradients(model, self._scope, some.texts, some.targets)
 
     def _dots(self, model: Classifier, vectors: Vectors) -> np.ndarray:
-        return exact_dots(model, self._scope, vectors, self._blocks, self._entries.encoded, self._entries.gold)
+        return exact_dots(model, self._scope, vectors, self._entries.encoded, self._entries.gold)

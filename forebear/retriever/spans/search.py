@@ -218,7 +218,7 @@ class SpanSearch:
         if any(m.saliency for m in methods):
             salient = salient_words(classifier, batch.columns, batch.targets, spec.word, numbers)
             vectors = saliency_gradients(
-                classifier, search.gradients.blocks, batch.columns, batch.targets, salient, numbers
+                classifier, search.gradients.parameters, batch.columns, batch.targets, salient, numbers
             )
             of_saliency = Queries(by_row.texts, batch.targets, vectors)
         out = {}
@@ -378,7 +378,7 @@ def word_influence(
     """
     classifier, targets = search.models.classifier(), np.array([target])
     salient = salient_words(classifier, texts, targets, word)
-    vectors = saliency_gradients(classifier, search.gradients.blocks, texts, targets, salient)
+    vectors = saliency_gradients(classifier, search.gradients.parameters, texts, targets, salient)
     entries = span_rows(search.index, classifier, rows, span_finder("words"), unknown=True)
     if not len(entries.rows):
         return salient[0], entries, np.zeros(0)

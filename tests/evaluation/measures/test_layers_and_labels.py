@@ -40,7 +40,7 @@ from forebear.evaluation.measures.saliency_consistency import (
 from forebear.indexer.gradients.whole import whole_gradients
 from forebear.indexer.model.encoding import encode_with_places
 from forebear.indexer.model.loading import load_classifier
-from forebear.indexer.model.scopes import scope_blocks
+from forebear.indexer.model.scopes import scope_of
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.saliency.maps import saliency
@@ -236,10 +236,10 @@ def test_row_gradients_are_those_of_the_hooks(tiny_model, kind):
     texts, gold = [sentences(6, seed=4)], np.array(labels(6))
     groups = parameter_groups(classifier)
     norms, cosines = row_gradient_norms(classifier, texts, gold, groups)
-    blocks = scope_blocks(classifier.model, classifier.head_name, "all", with_bias=True)
-    whole = whole_gradients(classifier, "all", blocks, texts, gold)
+    scope = scope_of(classifier, "all", with_bias=True)
+    whole = whole_gradients(classifier, scope, texts, gold)
     by_name = {}
-    for block in blocks:
+    for block in scope.blocks:
         by_name |= {n: g.double().flatten(1) for n, g in block.split(whole[block.name]).items()}
     checked = 0
     for g, group in enumerate(groups):

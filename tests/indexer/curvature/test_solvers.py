@@ -22,7 +22,7 @@ from forebear.indexer.curvature.products import GaussNewton, HessianProduct
 from forebear.indexer.curvature.solvers import HAN20, PEZ21, LissaSettings, conjugate_gradients, lissa
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.loading import make_classifier
-from forebear.indexer.model.scopes import Block, scope_blocks
+from forebear.indexer.model.scopes import Block, Scope, scope_of
 from forebear.indexer.storage.arrow import write_columns
 
 TEXTS = sentences(9, seed=4, low=2, high=8)
@@ -63,7 +63,7 @@ class World:
     gold: np.ndarray
 
     def blocks(self, scope: str, with_bias: bool) -> tuple[Block, ...]:
-        return scope_blocks(self.classifier.model, "classifier", scope, with_bias=with_bias)
+        return scope_of(self.classifier, scope, with_bias=with_bias).blocks
 
     def parameters(self, blocks) -> dict[str, torch.Tensor]:
         """Copies of the blocks' parameters, weight before bias."""
@@ -152,11 +152,11 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def gauss_newton(world: World, scope: str, blocks, batch_tokens: int = 30, texts=TEXTS) -> GaussNewton:
-    return GaussNewton(world.classifier, scope, blocks, [texts], seed=0, batch_tokens=batch_tokens)
+    return GaussNewton(world.classifier, Scope(scope, blocks), [texts], seed=0, batch_tokens=batch_tokens)
 
 
 def hessian(world: World, scope: str, blocks, batch_tokens: int = 30) -> HessianProduct:
-    return HessianProduct(world.classifier, scope, blocks, [TEXTS], world.gold, batch_tokens=batch_tokens)
+    return HessianProduct(world.classifier, Scope(scope, blocks), [TEXTS], world.gold, batch_tokens=batch_tokens)
 
 
 # ---------------------------------------------------------------- products
@@ -225,7 +225,7 @@ def test_with_five_classes_every_row_keeps_its_signs(tmp_path_factory):
     exact = flatten(vectors, blocks) @ world.gauss_newton(blocks).mean(axis=0)
     drawn = []
     for seed in range(60):
-        estimate = GaussNewton(world.classifier, "top-1", blocks, [TEXTS], seed=seed, batch_tokens=1000)
+        estimate = GaussNewton(world.classifier, Scope("top-1", blocks), [TEXTS], seed=seed, batch_tokens=1000)
         drawn.append(flatten(estimate(vectors), blocks))
     spread = np.std(drawn, axis=0) / np.sqrt(len(drawn))
     assert np.mean(np.abs(np.mean(drawn, axis=0) - exact) <= 3 * spread + 1e-12) > 0.95
@@ -237,7 +237,7 @@ def test_products_leave_weights_and_their_requires_grad_as_they_were(three):
     model = three.classifier.model
     model.get_parameter("bert.pooler.dense.weight").requires_grad_(False)
     before = {name: (p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
-    wrong = HessianProduct(three.classifier, "top-1", blocks, [TEXTS], three.gold + 1, batch_tokens=30)
+    wrong = HessianProduct(three.classifier, Scope("top-1", blocks), [TEXTS], three.gold + 1, batch_tokens=30)
     gauss_newton(three, "top-1", blocks)(vectors)
     hessian(three, "top-1", blocks)(vectors)
     with pytest.raises(IndexError):
@@ -622,7 +622,7 @@ def dense_ekfac(world: World, blocks) -> dict[str, np.ndarray]:
 
 
 def fit(world: World, scope: str, blocks) -> Ekfac:
-    return fit_ekfac(world.classifier, scope, blocks, [TEXTS], seed=0, batch_tokens=30)
+    return fit_ekfac(world.classifier, Scope(scope, blocks), [TEXTS], seed=0, batch_tokens=30)
 
 
 @pytest.mark.parametrize(("scope", "with_bias"), [("top-1", False), ("top-1", True), ("all", True), ("head", False)])

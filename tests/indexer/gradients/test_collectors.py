@@ -21,7 +21,7 @@ from forebear.indexer.gradients.tape import LayerFactors
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode_with_places
 from forebear.indexer.model.loading import load_classifier
-from forebear.indexer.model.scopes import scope_blocks
+from forebear.indexer.model.scopes import scope_of
 from forebear.indexer.sketches import sketch
 from forebear.indexer.sketches.projector import PlainProjector, draw_bases
 from forebear.indexer.words import gradients as words
@@ -50,26 +50,24 @@ class Maker:
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
-        self.blocks = scope_blocks(classifier.model, classifier.head_name, "all", classifier.name, with_bias=False)
-        factors = ekfac.fit_factors(classifier, "all", self.blocks, [TEXTS], seed=0, batch_tokens=1000)
-        self.ekfac = ekfac.fit_ekfac(
-            classifier, "all", self.blocks, [TEXTS], seed=0, batch_tokens=1000, factors=factors
-        )
-        self.projector = PlainProjector("all", self.blocks, draw_bases(classifier, self.blocks, None, 0, "random"))
+        self.scope = scope_of(classifier, "all")
+        factors = ekfac.fit_factors(classifier, self.scope, [TEXTS], seed=0, batch_tokens=1000)
+        self.ekfac = ekfac.fit_ekfac(classifier, self.scope, [TEXTS], seed=0, batch_tokens=1000, factors=factors)
+        self.projector = PlainProjector(self.scope, draw_bases(classifier, self.scope, None, 0, "random"))
         raw = sketch.RawSketches(self.projector, N_ROWS, CPU)
         run_pass(classifier, [TEXTS], labels_seed(LABELS), [raw], batch_tokens=1000)
         self.reduction = sketch.fit_reduction(raw.out, self.projector, width=4, bits=16, seed=0)
-        self.vectors = gradients.whole_gradients(classifier, "all", self.blocks, [TEXTS[:2]], LABELS[:2])
+        self.vectors = gradients.whole_gradients(classifier, self.scope, [TEXTS[:2]], LABELS[:2])
 
     def __call__(self, kind: type[Collector]) -> Collector:
-        scope, weight = ("all", self.blocks), self.classifier.head.weight
+        scope, weight = self.scope, self.classifier.head.weight
         makers = {
-            gradients._Gradients: lambda: gradients._Gradients(*scope, N_ROWS, weight),
-            gradients._Sums: lambda: gradients._Sums(*scope, np.arange(N_ROWS) % 2, weight),
-            gradients._Dots: lambda: gradients._Dots(*scope, self.vectors, N_ROWS, None),
-            ekfac._Factors: lambda: ekfac._Factors(*scope, CPU),
-            ekfac._Eigenvalues: lambda: ekfac._Eigenvalues("all", self.ekfac.parts),
-            products._Outer: lambda: products._Outer(*scope, self.vectors),
+            gradients._Gradients: lambda: gradients._Gradients(scope, N_ROWS, weight),
+            gradients._Sums: lambda: gradients._Sums(scope, np.arange(N_ROWS) % 2, weight),
+            gradients._Dots: lambda: gradients._Dots(scope, self.vectors, N_ROWS, None),
+            ekfac._Factors: lambda: ekfac._Factors(scope, CPU),
+            ekfac._Eigenvalues: lambda: ekfac._Eigenvalues(scope, self.ekfac.parts),
+            products._Outer: lambda: products._Outer(scope, self.vectors),
             sketch.RawSketches: lambda: sketch.RawSketches(self.projector, N_ROWS, CPU),
             sketch.Sketches: lambda: sketch.Sketches(self.projector, self.reduction, N_ROWS, CPU),
             words.WordGradients: lambda: words.WordGradients(self.classifier, 0, N_ROWS, "fp16"),
@@ -108,7 +106,7 @@ def result_of(collector: Collector) -> list[np.ndarray]:
     """What a collector gathered: by ``rows`` where it has that, else its public attributes."""
     if hasattr(collector, "rows"):
         return numbers_of(collector.rows())
-    public = {k: v for k, v in vars(collector).items() if not k.startswith("_") and k not in ("scope", "blocks")}
+    public = {k: v for k, v in vars(collector).items() if not k.startswith("_") and k != "scope"}
     return numbers_of(public)
 
 
@@ -121,7 +119,7 @@ class Failing(Collector):
     """A second collector of the pass, which runs out of memory once: at its nth layer, or at the batch's end."""
 
     def __init__(self, like: Collector, at: int | str) -> None:
-        self.scope, self.blocks, self._at, self.n_failures = like.scope, like.blocks, at, 0
+        self.scope, self._at, self.n_failures = like.scope, at, 0
 
     def _fail(self) -> None:
         self.n_failures += 1
@@ -162,7 +160,7 @@ def test_whatever_looks_like_a_collector_is_one():
 @pytest.mark.parametrize("first", [False, True], ids=["fails-before", "fails-after"])
 def test_a_lack_of_memory_at_any_layer_or_at_the_end_changes_no_result(make, kind, first):
     wanted = gather(make, [make(kind)])
-    n_layers = len(make(kind).blocks)
+    n_layers = len(make(kind).scope.blocks)
     for at in [*range(n_layers), "end"]:
         collector = make(kind)
         failing = Failing(collector, at)

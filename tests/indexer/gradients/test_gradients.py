@@ -20,7 +20,7 @@ from forebear.indexer.gradients.tape import _windows
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.loading import load_classifier, make_classifier
-from forebear.indexer.model.scopes import embedding_block, scope_blocks
+from forebear.indexer.model.scopes import Scope, embedding_block, scope_blocks, scope_of
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.question.spec import QuerySpec
@@ -71,7 +71,7 @@ def names_of(blocks) -> tuple[str, ...]:
 
 
 def blocks_of(classifier: Classifier, scope: str, *, with_bias: bool = False):
-    return scope_blocks(classifier.model, classifier.head_name, scope, with_bias=with_bias)
+    return scope_of(classifier, scope, with_bias=with_bias).blocks
 
 
 def parameters_of(blocks) -> tuple[str, ...]:
@@ -108,14 +108,14 @@ def test_exact_dots_equal_those_of_autograd_gradients(classifier, n_queries, wit
     for scope in scopes_of(classifier):
         blocks = blocks_of(classifier, scope, with_bias=with_bias)
         asked, targets = sentences(n_queries, seed=5), np.array(labels(n_queries, 3, seed=2))
-        vectors = whole_gradients(classifier, scope, blocks, [asked], targets)
-        found = exact_dots(classifier, scope, vectors, blocks, [TEXTS], LABELS)
+        vectors = whole_gradients(classifier, Scope(scope, blocks), [asked], targets)
+        found = exact_dots(classifier, Scope(scope, blocks), vectors, [TEXTS], LABELS)
         queries = autograd(classifier, blocks, asked, targets)
         rows = autograd(classifier, blocks, TEXTS, LABELS)
         wanted = np.array([[dot(q, r) for r in rows] for q in queries])
         assert (np.abs(found - wanted).max(axis=1) <= 1e-5 * np.abs(wanted).max(axis=1)).all()
         some = np.random.default_rng(0).random(wanted.shape) < 0.3
-        chosen = exact_dots(classifier, scope, vectors, blocks, [TEXTS], LABELS, wanted=some)
+        chosen = exact_dots(classifier, Scope(scope, blocks), vectors, [TEXTS], LABELS, wanted=some)
         np.testing.assert_allclose(chosen[some], found[some], rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
 
@@ -123,7 +123,7 @@ def test_exact_dots_equal_those_of_autograd_gradients(classifier, n_queries, wit
 def test_whole_gradients_are_those_of_autograd(classifier, with_bias):
     for scope in scopes_of(classifier):
         blocks = blocks_of(classifier, scope, with_bias=with_bias)
-        found = whole_gradients(classifier, scope, blocks, [TEXTS], LABELS)
+        found = whole_gradients(classifier, Scope(scope, blocks), [TEXTS], LABELS)
         truth = autograd(classifier, blocks, TEXTS, LABELS)
         for i, row in enumerate(truth):
             mine: dict[str, torch.Tensor] = {}
@@ -141,8 +141,8 @@ def test_in_float64_they_agree_to_ten_digits(folder):
     classifier = make_classifier(model, tokenizer, name="double", device=torch.device("cpu"))
     for with_bias in (False, True):
         blocks = blocks_of(classifier, "all", with_bias=with_bias)
-        vectors = whole_gradients(classifier, "all", blocks, [TEXTS[:2]], LABELS[:2])
-        found = exact_dots(classifier, "all", vectors, blocks, [TEXTS], LABELS)
+        vectors = whole_gradients(classifier, Scope("all", blocks), [TEXTS[:2]], LABELS[:2])
+        found = exact_dots(classifier, Scope("all", blocks), vectors, [TEXTS], LABELS)
         rows = autograd(classifier, blocks, TEXTS, LABELS)
         wanted = np.array([[dot(q, r) for r in rows] for q in rows[:2]])
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-10 * np.abs(wanted).max())
@@ -155,8 +155,8 @@ def test_exact_dots_equal_a_jvp_of_the_loss(folder):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(path, attn_implementation="eager").eval()
     classifier = load_classifier(path)
     blocks = blocks_of(classifier, "all")
-    vectors = whole_gradients(classifier, "all", blocks, [TEXTS[:1]], LABELS[:1])
-    found = exact_dots(classifier, "all", vectors, blocks, [TEXTS], LABELS)[0]
+    vectors = whole_gradients(classifier, Scope("all", blocks), [TEXTS[:1]], LABELS[:1])
+    found = exact_dots(classifier, Scope("all", blocks), vectors, [TEXTS], LABELS)[0]
     parameters = {name: model.get_parameter(name).detach() for name in parameters_of(blocks)}
     tangents = {f"{name}.weight": v[0] for name, v in vectors.items()}
     for i, text in enumerate(TEXTS):
@@ -172,7 +172,7 @@ def test_exact_dots_equal_a_jvp_of_the_loss(folder):
 
 def test_weights_and_their_requires_grad_are_left_as_they_were(classifier):
     before = {name: (p.requires_grad, p.detach().clone()) for name, p in classifier.model.named_parameters()}
-    whole_gradients(classifier, "all", blocks_of(classifier, "all", with_bias=True), [TEXTS], LABELS)
+    whole_gradients(classifier, scope_of(classifier, "all", with_bias=True), [TEXTS], LABELS)
     for name, p in classifier.model.named_parameters():
         assert p.requires_grad == before[name][0]
         assert torch.equal(p, before[name][1])

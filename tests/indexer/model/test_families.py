@@ -20,8 +20,8 @@ from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.forward import residual_and_loss, run_forward
-from forebear.indexer.model.loading import load_classifier
-from forebear.indexer.model.scopes import scope_blocks
+from forebear.indexer.model.loading import Fingerprint, load_classifier, stored_fingerprint
+from forebear.indexer.model.scopes import scope_of
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.training.run import choose_model
 from forebear.indexer.words.gradients import word_gradients
@@ -67,6 +67,10 @@ ENCODERS = {
     "squeezebert": "only linear layers, and convolutions of one dimension and one group",
     "xlnet": "XLNet",
 }  # fmt: skip
+# Their files name tensors in another way, or those that are shared once: only loading tells their fingerprint.
+LOADED_ANEW = (
+    "esm", "gte", "jina_embeddings_v3", "nomic_bert", "bart", "mbart", "mvp", "plbart", "bigbird_pegasus", "t5", "umt5"
+)  # fmt: skip
 EQUAL_LENGTHS = ("canine", "convbert", "fnet", "nystromformer", "xlnet", "yoso")  # their predictions depend on padding
 DECODERS = ("gpt2", "opt", "llama", "qwen2", "gemma", "bloom", "ctrl", "openai-gpt", "falcon", "mistral", "biogpt")
 REFUSED = {
@@ -161,10 +165,10 @@ def test_a_family_beyond_the_head_agrees_with_autograd_or_is_refused_by_name(kin
                 check_gradients(classifier, ["head", scope])
             continue
         check_gradients(classifier, ["head", scope])
-        blocks = scope_blocks(classifier.model, classifier.head_name, scope)
-        found = whole_gradients(classifier, scope, blocks, [TEXTS], LABELS)
-        truth = autograd(classifier, [f"{block.name}.weight" for block in blocks])
-        assert relative_error([found[block.name] for block in blocks], truth) < 2e-5, scope
+        parameters = scope_of(classifier, scope)
+        found = whole_gradients(classifier, parameters, [TEXTS], LABELS)
+        truth = autograd(classifier, [f"{block.name}.weight" for block in parameters.blocks])
+        assert relative_error([found[block.name] for block in parameters.blocks], truth) < 2e-5, scope
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -194,18 +198,18 @@ def test_a_layer_of_relative_positions_is_refused_before_the_pass_and_others_are
     assert not (tmp_path / "index").exists()
     classifier = load_classifier(folder)
     name = "deberta.encoder.layer.1.intermediate.dense"
-    blocks = scope_blocks(classifier.model, classifier.head_name, f"layer:{name}")
+    parameters = scope_of(classifier, f"layer:{name}")
     check_gradients(classifier, [f"layer:{name}"], words=True)
-    found = whole_gradients(classifier, f"layer:{name}", blocks, [TEXTS], LABELS)
+    found = whole_gradients(classifier, parameters, [TEXTS], LABELS)
     assert relative_error([found[name]], autograd(classifier, [f"{name}.weight"])) < 1e-5
 
 
 def test_the_pass_itself_refuses_a_constant_use(family):
     """An index that was built before knows no probe: its queries stop at their first batch."""
     classifier = load_classifier(family("deberta-v3"))
-    blocks = scope_blocks(classifier.model, classifier.head_name, "top-1")
+    parameters = scope_of(classifier, "top-1")
     with pytest.raises(ModelError, match="also used on something"):
-        whole_gradients(classifier, "top-1", blocks, [TEXTS], LABELS)
+        whole_gradients(classifier, parameters, [TEXTS], LABELS)
 
 
 def test_words_of_an_encoder_and_a_decoder_are_refused(family):
@@ -233,11 +237,11 @@ def test_uses_that_the_logits_do_not_depend_on_add_nothing(family):
     classifier = load_classifier(family("bert"))
     pooler = classifier.model.bert.pooler
     pooler.dense = _Twice(pooler.dense)
-    blocks = scope_blocks(classifier.model, classifier.head_name, "top-1")
-    names = [block.name for block in blocks]
+    parameters = scope_of(classifier, "top-1")
+    names = [block.name for block in parameters.blocks]
     assert {"bert.pooler.dense.layer", "bert.pooler.dense.dropped", "bert.pooler.dense.unused"} < set(names)
     check_gradients(classifier, ["top-1"])
-    found = whole_gradients(classifier, "top-1", blocks, [TEXTS], LABELS)
+    found = whole_gradients(classifier, parameters, [TEXTS], LABELS)
     truth = autograd(classifier, [f"{name}.weight" for name in names])
     assert relative_error([found[name] for name in names], truth) < 1e-5
     assert not found["bert.pooler.dense.dropped"].any()
@@ -329,3 +333,14 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     with pytest.raises(ModelError, match="belongs to another model"):
         load_classifier(folder)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_stored_fingerprint_is_that_of_the_loaded_model_or_is_none(kind, family):
+    """A build trusts it: whatever loading does to a family's tensors or configuration, no other digest may come out."""
+    classifier = load_classifier(family(kind))
+    found = stored_fingerprint(family(kind), classifier)
+    assert found is None or found == Fingerprint(
+        classifier.feature_dim, classifier.label_names, classifier.sha256, classifier.tokenizer_sha256
+    )
+    assert (found is None) == (kind in LOADED_ANEW)

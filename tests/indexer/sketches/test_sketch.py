@@ -21,7 +21,7 @@ from forebear.indexer.curvature.ekfac import Ekfac, EkfacBlock, KroneckerFactors
 from forebear.indexer.gradients.gradient_pass import Collector, labels_seed, run_pass
 from forebear.indexer.gradients.tape import LayerFactors, Tape
 from forebear.indexer.model.loading import load_classifier
-from forebear.indexer.model.scopes import Block, scope_blocks
+from forebear.indexer.model.scopes import Block, Scope, scope_of
 from forebear.indexer.sketches import candidates as estimating
 from forebear.indexer.sketches import projector as projecting
 from forebear.indexer.sketches.candidates import GradientStore, Part, Proposal, estimate, propose
@@ -50,6 +50,7 @@ LABELS = np.array(labels(11, 3))
 KINDS = ("bert", "roberta", "distilbert")
 CPU = torch.device("cpu")
 SHAPES = (Block("a", "linear", 18, 13), Block("b", "linear", 9, 15), Block("c", "linear", 3, 9))
+SHAPED = Scope("x", SHAPES)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +75,7 @@ class Model:
         ).eval()
 
     def blocks(self, scope: str, with_bias: bool) -> tuple[Block, ...]:
-        return scope_blocks(self.classifier.model, self.classifier.head_name, scope, with_bias=with_bias)
+        return scope_of(self.classifier, scope, with_bias=with_bias).blocks
 
     def gradients(self, blocks, texts=TEXTS, wanted=LABELS) -> list[dict[str, np.ndarray]]:
         """G of every block, row by row, laid out as Block says."""
@@ -110,7 +111,7 @@ class Raw(Collector):
     """Gathers what a projector says."""
 
     def __init__(self, projector, n_rows: int) -> None:
-        self.scope, self.blocks, self.projector = projector.scope, projector.blocks, projector
+        self.scope, self.projector = projector.scope, projector
         self.out, self.squares = np.full((n_rows, projector.width), np.nan), np.full(n_rows, np.nan)
 
     def begin(self, positions):
@@ -141,11 +142,11 @@ def bert(folder) -> Model:
 
 
 def plain_projector(model: Model, scope: str, with_bias: bool, basis: str, seed: int = 1) -> PlainProjector:
-    blocks = model.blocks(scope, with_bias)
+    parameters = Scope(scope, model.blocks(scope, with_bias))
     factors = None
     if basis != "random":
-        factors = fit_factors(model.classifier, scope, blocks, [TEXTS], seed=0, batch_tokens=100)
-    return PlainProjector(scope, blocks, draw_bases(model.classifier, blocks, factors, seed, basis))
+        factors = fit_factors(model.classifier, parameters, [TEXTS], seed=0, batch_tokens=100)
+    return PlainProjector(parameters, draw_bases(model.classifier, parameters, factors, seed, basis))
 
 
 def synthetic_factors(seed: int, n_rows: int = 4, blocks=SHAPES, tokens: int = 3) -> dict[str, LayerFactors]:
@@ -215,8 +216,8 @@ def damped(part: EkfacBlock, damping: float) -> np.ndarray:
 )
 def test_plain_sketches_are_two_sided_projections_of_autograd_gradients(model, basis, with_bias):
     projector = plain_projector(model, "all", with_bias, basis)
-    assert {b.kind for b in projector.blocks} == ({"linear", "norm"} if with_bias else {"linear"})
-    rows = model.gradients(projector.blocks)
+    assert {b.kind for b in projector.scope.blocks} == ({"linear", "norm"} if with_bias else {"linear"})
+    rows = model.gradients(projector.scope.blocks)
     wanted = np.array(
         [
             np.concatenate(
@@ -234,14 +235,14 @@ def test_plain_sketches_are_two_sided_projections_of_autograd_gradients(model, b
         run_pass(model.classifier, [TEXTS], labels_seed(LABELS), [found], batch_tokens=batch_tokens)
         assert (np.abs(found.out - wanted).max(axis=1) <= 1e-5 * norms).all()
         np.testing.assert_allclose(np.sqrt(found.squares), norms, rtol=1e-5)
-    whole = {b.name: torch.from_numpy(np.stack([row[b.name] for row in rows])).float() for b in projector.blocks}
+    whole = {b.name: torch.from_numpy(np.stack([row[b.name] for row in rows])).float() for b in projector.scope.blocks}
     assert (np.abs(projector.project_matrix(whole)[0].numpy() - wanted).max(axis=1) <= 1e-5 * norms).all()
 
 
 @pytest.mark.parametrize("basis", ["mixed", "principal", "random"])
 def test_rows_of_the_plain_map_are_orthogonal_and_squares_are_their_squared_lengths(bert, basis):
     projector = plain_projector(bert, "top-1", True, basis)
-    units = {name: unit.float() for name, unit in unit_gradients(projector.blocks).items()}
+    units = {name: unit.float() for name, unit in unit_gradients(projector.scope.blocks).items()}
     matrix = projector.project_matrix(units)[0].double().numpy().T
     gram = matrix @ matrix.T
     assert projector.squares.dtype == np.float32
@@ -254,9 +255,10 @@ def test_rows_of_the_plain_map_are_orthogonal_and_squares_are_their_squared_leng
 
 def test_leading_directions_are_eigenvectors_of_the_kronecker_factors(bert):
     blocks = bert.blocks("top-1", False)
-    factors = fit_factors(bert.classifier, "top-1", blocks, [TEXTS], seed=0, batch_tokens=100)
+    scope = Scope("top-1", blocks)
+    factors = fit_factors(bert.classifier, scope, [TEXTS], seed=0, batch_tokens=100)
     for basis, n_leading in (("mixed", 3), ("principal", 7)):
-        bases = draw_bases(bert.classifier, blocks, factors, 0, basis)
+        bases = draw_bases(bert.classifier, scope, factors, 0, basis)
         for block in blocks:
             for side, factor in (
                 (bases[block.name].left, factors.outputs[block.name]),
@@ -274,9 +276,9 @@ def test_leading_directions_are_eigenvectors_of_the_kronecker_factors(bert):
 
 def test_bases_survive_a_file(bert, tmp_path):
     projector = plain_projector(bert, "top-1", True, "mixed")
-    write_bases(tmp_path / "bases.arrow", projector.blocks, projector.bases)
+    write_bases(tmp_path / "bases.arrow", projector.scope, projector.bases)
     again = read_plain_projector(tmp_path / "bases.arrow", "top-1", CPU, torch.float32)
-    assert again.blocks == projector.blocks
+    assert again.scope == projector.scope
     assert (again.squares == projector.squares).all()
     for name, basis in projector.bases.items():
         assert torch.equal(again.bases[name].left, basis.left)
@@ -312,14 +314,14 @@ def test_dots_of_plain_sketches_are_unbiased_over_seeds(basis):
     )
 
     def make(seed: int) -> PlainProjector:
-        return PlainProjector("x", SHAPES, draw_bases(stand_in, SHAPES, kronecker, seed, basis))
+        return PlainProjector(SHAPED, draw_bases(stand_in, SHAPED, kronecker, seed, basis))
 
     assert_unbiased(dots_over_seeds(make, factors, 600), g @ g.T)
 
 
 def test_blocks_of_one_shape_have_different_random_directions(bert):
     blocks = bert.blocks("all", False)
-    bases = draw_bases(bert.classifier, blocks, None, 0, "random")
+    bases = draw_bases(bert.classifier, Scope("all", blocks), None, 0, "random")
     square = [bases[b.name].left for b in blocks if (b.n_out, b.n_in) == (16, 16)]
     assert len(square) > 2
     assert all(not torch.allclose(a, b) for a, b in pairwise(square))
@@ -330,7 +332,7 @@ def test_squared_norms_of_white_sketches_are_inverse_curvature_products(model, d
     blocks = model.blocks("top-1", True)
     ekfac = synthetic_ekfac(blocks, dtype=torch.float32)
     projector = WhiteProjector("top-1", ekfac, damping, seed=3)
-    assert projector.blocks == blocks
+    assert projector.scope.blocks == blocks
     found = Raw(projector, len(TEXTS))
     run_pass(model.classifier, [TEXTS], labels_seed(LABELS), [found], batch_tokens=60)
     rows = model.gradients(blocks)
@@ -398,7 +400,7 @@ def test_confident_rows_keep_their_norms(folder):
 def reduced():
     """A projector, a reduction fitted on 40 of 60 synthetic rows, their whole gradients and their stored form."""
     stand_in = SimpleNamespace(head=torch.nn.Linear(1, 1), device=CPU)
-    projector = PlainProjector("x", SHAPES, draw_bases(stand_in, SHAPES, None, 0, "random"))
+    projector = PlainProjector(SHAPED, draw_bases(stand_in, SHAPED, None, 0, "random"))
     return projector, *reduce_rows(projector, bits=24)
 
 

@@ -21,7 +21,7 @@ from forebear.indexer.gradients.whole import exact_dots, summed_gradients, whole
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode
 from forebear.indexer.model.loading import load_classifier
-from forebear.indexer.model.scopes import Block, scope_blocks
+from forebear.indexer.model.scopes import Scope, scope_of
 from forebear.indexer.sketches.projector import PlainProjector, Projector, WhiteProjector, draw_bases
 from forebear.indexer.sketches.sketch import Reduction, Sketcher, sketch_rows
 
@@ -40,7 +40,7 @@ class Differences:
     """
 
     classifier: Classifier
-    blocks: tuple[Block, ...]
+    scope: Scope
     encoded: Encoded
     truth: dict[str, torch.Tensor]
     share: np.ndarray
@@ -73,10 +73,9 @@ def small(request, folder) -> Differences:
         [row | {"input_ids": [*row["input_ids"][:2], new, *row["input_ids"][3:]]} for row in rows]
         for new in (token, mask)
     )
-    name = classifier.head_name
-    blocks = scope_blocks(classifier.model, name, "all", classifier.name, with_bias=False)
+    scope = scope_of(classifier, "all")
     model = copy.deepcopy(classifier.model).double()
-    parameters = {block.name: model.get_parameter(f"{block.name}.weight") for block in blocks}
+    parameters = {block.name: model.get_parameter(f"{block.name}.weight") for block in scope.blocks}
 
     def gradients(row: dict[str, list[int]], label: int) -> dict[str, torch.Tensor]:
         logits = model(**{key: torch.tensor([value]) for key, value in row.items()}).logits
@@ -87,12 +86,12 @@ def small(request, folder) -> Differences:
     g, others = ({n: torch.stack([row[n] for row in some]) for n in parameters} for some in both)
     truth = {n: g[n] - others[n] for n in parameters}
     share = (dot(truth, truth) / dot(g, g)).sqrt().numpy()
-    return Differences(classifier, blocks, Encoded(whole, masked), truth, share)
+    return Differences(classifier, scope, Encoded(whole, masked), truth, share)
 
 
 @pytest.fixture(scope="module")
 def curvature(small) -> tuple[Ekfac, float]:
-    found = fit_ekfac(small.classifier, "all", small.blocks, [TEXTS], seed=0, batch_tokens=1000)
+    found = fit_ekfac(small.classifier, small.scope, [TEXTS], seed=0, batch_tokens=1000)
     return found, 0.1 * found.mean_eigenvalue
 
 
@@ -110,8 +109,8 @@ def test_the_sizes_go_down_to_a_hundred_thousandth(folder, small):
 
 
 def test_norms_and_sketches_are_those_of_the_difference(small):
-    bases = draw_bases(small.classifier, small.blocks, None, 0, "random")
-    projector = PlainProjector("all", small.blocks, bases)
+    bases = draw_bases(small.classifier, small.scope, None, 0, "random")
+    projector = PlainProjector(small.scope, bases)
     raw, norms = sketched(small, projector)
     assert (np.abs(norms / small.norms - 1) < small.limit).all()
     truth = projector.project_matrix({name: v.float() for name, v in small.truth.items()})[0].numpy()
@@ -127,7 +126,7 @@ def test_whitened_norms_are_those_of_the_difference(small, curvature):
 
 
 def test_whole_and_summed_gradients_are_those_of_the_difference(small):
-    where = (small.classifier, "all", small.blocks, small.encoded, LABELS)
+    where = (small.classifier, small.scope, small.encoded, LABELS)
     found = whole_gradients(*where)
     apart = {name: found[name].double() - v for name, v in small.truth.items()}
     assert (dot(apart, apart).sqrt().numpy() / small.norms < 3 * small.limit).all()
@@ -138,8 +137,8 @@ def test_whole_and_summed_gradients_are_those_of_the_difference(small):
 
 
 def test_dots_are_those_of_the_difference(small):
-    vectors = whole_gradients(small.classifier, "all", small.blocks, [TEXTS[:N_QUERIES]], LABELS[:N_QUERIES])
-    found = exact_dots(small.classifier, "all", vectors, small.blocks, small.encoded, LABELS)
+    vectors = whole_gradients(small.classifier, small.scope, [TEXTS[:N_QUERIES]], LABELS[:N_QUERIES])
+    found = exact_dots(small.classifier, small.scope, vectors, small.encoded, LABELS)
     wide = {name: v.double() for name, v in vectors.items()}
     truth = sum(torch.einsum("qij,nij->qn", wide[name], v) for name, v in small.truth.items())
     below = dot(wide, wide).sqrt()[:, None].numpy() * small.norms

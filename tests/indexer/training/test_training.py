@@ -25,7 +25,8 @@ from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.row_source import RowSource, rows_from_texts
 from forebear.indexer.training import fine_tuning as training
-from forebear.indexer.training.fine_tuning import IGNORED, TrainOptions, mean_loss, train
+from forebear.indexer.training.course import IGNORED, Course, mean_loss
+from forebear.indexer.training.fine_tuning import TrainOptions, train
 from forebear.indexer.training.run import Run, choose_model, read_run
 from forebear.indexer.training.start import freeze_below
 
@@ -418,13 +419,13 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(model: Path, tmp_path: Pa
 def test_weights_that_are_not_finite_are_not_saved(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoil(course: training._Course) -> None:
+    def spoil(course: Course) -> None:
         if course._step == 5:  # the last of the epoch: no later loss would show it
             course.classifier.head.weight.data[0, 0] = float("nan")
         after_step(course)
 
-    after_step = training._Course.end_step
-    monkeypatch.setattr(training._Course, "end_step", spoil)
+    after_step = Course.end_step
+    monkeypatch.setattr(Course, "end_step", spoil)
     with pytest.raises(NonFiniteError, match=r"after step 6: tensor classifier\.weight"):
         train(tiny_rows(), str(model), tmp_path / "run", tiny_options())
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []

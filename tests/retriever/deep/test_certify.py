@@ -12,7 +12,7 @@ from tiny import labels, make_tiny_model, sentences
 
 from forebear import BuildOptions, InputError, QuerySpec, Retriever, build_index
 from forebear.conformal import supported_recall
-from forebear.indexer.building.calibrate import RECALLS, _needed_shares
+from forebear.indexer.building.needed_candidates import RECALLS, needed_shares
 from forebear.indexer.model.scopes import scope_blocks
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.sketches import projector as projecting
@@ -400,9 +400,9 @@ def test_shares_are_the_ranks_of_the_sample_best_rows_among_all_live_rows():
         ]
     )
     at, own = np.searchsorted(live, sample), live == queries[:, None]
-    np.testing.assert_allclose(_needed_shares(scores, estimates, estimates, at, own, 1), [[3 / 5], [4 / 5]])
+    np.testing.assert_allclose(needed_shares(scores, estimates, estimates, at, own, 1), [[3 / 5], [4 / 5]])
     # Second best: row 11 (behind row 2), and row 5, which ties with row 3 behind row 2.
-    two = _needed_shares(scores, estimates, estimates, at, own, 2)
+    two = needed_shares(scores, estimates, estimates, at, own, 2)
     np.testing.assert_allclose(two, [[3 / 5, 2 / 5], [4 / 5, 3 / 5]])
 
 

@@ -111,14 +111,8 @@ def test_candidates_and_certified_answers_are_those_of_the_full_search(deep, ber
 
 
 def test_summed_gradients_are_sums_of_whole_ones(deep, bert_world):
-    search = GradientSearch.kept(deep.models, "top-1", CurvatureSpec())
-    where = (
-        deep.classifier(),
-        "top-1",
-        search.gradients.blocks,
-        [bert_world.queries],
-        np.array(bert_world.query_labels),
-    )
+    parameters = GradientSearch.kept(deep.models, "top-1", CurvatureSpec()).gradients.parameters
+    where = (deep.classifier(), parameters, [bert_world.queries], np.array(bert_world.query_labels))
     whole, found = whole_gradients(*where), summed_gradients(*where, GROUPS)
     assert set(found) == set(whole)
     for name, values in whole.items():

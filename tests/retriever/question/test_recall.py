@@ -182,12 +182,13 @@ def test_calibration_reads_the_codes_once_for_each_set_of_queries(few_rows, monk
 
     monkeypatch.setattr(Part, "code_products", counted)
     calibration = {"n_queries": 74, "on_rows": lambda n: None}
-    found = calibrate_scope(index, few_rows.classifier(), SCOPE, **calibration)
+    scope = index.scope(few_rows.classifier(), SCOPE)
+    found = calibrate_scope(index, few_rows.classifier(), scope, **calibration)
     assert asked == [(24, 200), (50, 200)] * 2  # of plain and of whitened sketches, for dots and cosines together
     assert found["methods"] == index.manifest.calibration[SCOPE]["methods"]
     asked.clear()
-    monkeypatch.setattr(calibrating, "ESTIMATED_QUERIES", 20)
-    assert calibrate_scope(index, few_rows.classifier(), SCOPE, **calibration)["methods"] == found["methods"]
+    monkeypatch.setattr("forebear.indexer.building.needed_candidates.ESTIMATED_QUERIES", 20)
+    assert calibrate_scope(index, few_rows.classifier(), scope, **calibration)["methods"] == found["methods"]
     assert asked == [(24, 200), (20, 200), (20, 200), (10, 200)] * 2
 
 
@@ -209,7 +210,8 @@ def test_calibration_holds_gradients_and_solutions_once(few_rows, monkeypatch):
 
     monkeypatch.setattr(calibrating, "whole_gradients", formed)
     monkeypatch.setattr(calibrating, "exact_dots", scored)
-    calibrate_scope(few_rows.index, few_rows.classifier(), SCOPE, n_queries=20, on_rows=lambda n: None)
+    scope = few_rows.index.scope(few_rows.classifier(), SCOPE)
+    calibrate_scope(few_rows.index, few_rows.classifier(), scope, n_queries=20, on_rows=lambda n: None)
     assert len(gradients) > 1
     assert max(n_held) <= 1  # the loop's own name for the last layer
 

@@ -13,7 +13,7 @@ from tiny import KINDS, labels, make_tiny_model, sentences
 from forebear import BuildOptions, InputError, Retriever, build_index, rows_from_texts
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.loading import load_classifier, make_classifier
-from forebear.indexer.model.scopes import scope_blocks
+from forebear.indexer.model.scopes import scope_of
 from forebear.indexer.spans.text import Span
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.saliency.gradients import saliency_gradients, salient_words
@@ -51,16 +51,16 @@ def double(path) -> Classifier:
 def test_the_gradient_of_a_saliency_is_a_finite_difference(folder, kind, with_bias):
     """Along a random direction of all weights; the saliency itself is tested against autograd elsewhere."""
     classifier = double(make_tiny_model(folder / kind, kind))
-    blocks = scope_blocks(classifier.model, classifier.head_name, "all", with_bias=with_bias)
+    scope = scope_of(classifier, "all", with_bias=with_bias)
     targets = np.array([0, 1])
     words = salient_words(classifier, [QUERIES], targets, None)
-    found = saliency_gradients(classifier, blocks, [QUERIES], targets, words)
+    found = saliency_gradients(classifier, scope, [QUERIES], targets, words)
     generator = torch.Generator().manual_seed(1)
     along = {n: torch.randn(v.shape[1:], generator=generator, dtype=torch.float64) for n, v in found.items()}
 
     @torch.no_grad()
     def moved(step: float) -> np.ndarray:
-        pieces = {n: v for b in blocks for n, v in b.split(along[b.name]).items()}
+        pieces = {n: v for b in scope.blocks for n, v in b.split(along[b.name]).items()}
         for name, v in pieces.items():
             classifier.model.get_parameter(name).add_(step * v)
         maps = saliency(classifier, [QUERIES], targets, form="summed-gradient")

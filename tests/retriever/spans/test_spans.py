@@ -31,7 +31,7 @@ from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded
 from forebear.indexer.model.loading import load_classifier, make_classifier
-from forebear.indexer.model.scopes import scope_blocks
+from forebear.indexer.model.scopes import scope_of
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.sketches.projector import PlainProjector, draw_bases
 from forebear.indexer.sketches.sketch import Reduction, Sketcher, sketch_rows
@@ -114,15 +114,17 @@ def versions(request, folder) -> Versions:
     return Versions(make_tiny_model(folder / request.param, request.param, n_classes=3))
 
 
-def blocks_of(classifier: Classifier, with_bias: bool = False):
-    """All blocks, and the names of the parameters that they hold."""
-    blocks = scope_blocks(classifier.model, classifier.head_name, "all", with_bias=with_bias)
-    return blocks, [f"{b.name}.{p}" for b in blocks for p in ("weight", "bias")[: 1 + (b.bias or b.kind == "norm")]]
+def everything_of(classifier: Classifier, with_bias: bool = False):
+    """The scope of all blocks, and the names of the parameters that they hold."""
+    scope = scope_of(classifier, "all", with_bias=with_bias)
+    return scope, [
+        f"{b.name}.{p}" for b in scope.blocks for p in ("weight", "bias")[: 1 + (b.bias or b.kind == "norm")]
+    ]
 
 
-def flat(blocks, vectors: dict[str, torch.Tensor], names) -> torch.Tensor:
+def flat(scope, vectors: dict[str, torch.Tensor], names) -> torch.Tensor:
     """Whole gradients ``(q, p)``, laid out as the parameters."""
-    parts = {name: part for block in blocks for name, part in block.split(vectors[block.name]).items()}
+    parts = {name: part for block in scope.blocks for name, part in block.split(vectors[block.name]).items()}
     return torch.cat([parts[name].flatten(1) for name in names], dim=1).double()
 
 
@@ -130,15 +132,15 @@ def flat(blocks, vectors: dict[str, torch.Tensor], names) -> torch.Tensor:
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_gradients_and_dots_of_two_versions_are_those_of_autograd(versions, with_bias, double, limit, monkeypatch):
     classifier, encoded, gold = load(versions.path, double=double), versions.encoded, versions.gold
-    blocks, names = blocks_of(classifier, with_bias)
+    scope, names = everything_of(classifier, with_bias)
     truth, largest = versions.truth(names)
     for batch_tokens in (1, 4096):
         monkeypatch.setattr(module, "BATCH_TOKENS", batch_tokens)
-        found = flat(blocks, whole_gradients(classifier, "all", blocks, encoded, gold), names)
+        found = flat(scope, whole_gradients(classifier, scope, encoded, gold), names)
         assert ((found - truth).abs().amax(dim=1).numpy() <= limit * largest).all()
         for n in (1, 8):  # few queries a row and many take different ways
-            vectors = whole_gradients(classifier, "all", blocks, [sentences(n, seed=5)], np.array(labels(n, 3)))
-            dots, v = exact_dots(classifier, "all", vectors, blocks, encoded, gold), flat(blocks, vectors, names)
+            vectors = whole_gradients(classifier, scope, [sentences(n, seed=5)], np.array(labels(n, 3)))
+            dots, v = exact_dots(classifier, scope, vectors, encoded, gold), flat(scope, vectors, names)
             sizes = np.outer(v.norm(dim=1), largest) * truth.shape[1] ** 0.5
             assert (np.abs(dots - (v @ truth.T).numpy()) <= limit * sizes).all()
 
@@ -158,10 +160,10 @@ def test_sketches_of_two_versions_also_from_halved_batches(versions, fail, doubl
 
     monkeypatch.setattr(Tape, "record", recorded)
     classifier, encoded, gold = load(versions.path, double=double), versions.encoded, versions.gold
-    blocks, names = blocks_of(classifier)
+    scope, names = everything_of(classifier)
     truth, largest = versions.truth(names)
     norms = truth.norm(dim=1).numpy()
-    projector = PlainProjector("all", blocks, draw_bases(classifier, blocks, None, 1, "random"))
+    projector = PlainProjector(scope, draw_bases(classifier, scope, None, 1, "random"))
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(projector.width, 6)))[0].T.astype(np.float16)
     sketcher = Sketcher(projector, Reduction(basis, projector.squares, 16, 0))
     (found,), forward = sketch_rows(classifier, [sketcher], encoded, gold, batch_tokens=4096)
@@ -171,7 +173,7 @@ def test_sketches_of_two_versions_also_from_halved_batches(versions, fail, doubl
     wanted = truth.numpy() / norms[:, None] @ basis.astype(np.float64).T
     assert (np.abs(found.coordinates - wanted).max(axis=1) <= 1e-5 * largest / truth.abs().amax(dim=1).numpy()).all()
     np.testing.assert_allclose(forward.logits, versions.logits, rtol=0, atol=limit * np.abs(versions.logits).max())
-    whole = flat(blocks, whole_gradients(classifier, "all", blocks, encoded, gold), names)
+    whole = flat(scope, whole_gradients(classifier, scope, encoded, gold), names)
     assert ((whole - truth).abs().amax(dim=1).numpy() <= limit * largest).all()
 
 

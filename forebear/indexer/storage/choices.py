@@ -1,0 +1,88 @@
+"""What a user chooses of an index: every choice is one field here, wherever it is given, stored or compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+def _of_part(part: str, default: Any, *, unused: Any, since_first: bool = False) -> Any:
+    """A choice that counts only where an index has a part.
+
+    Args:
+        part: See :attr:`Choices.parts`.
+        default: What is taken where the user says nothing.
+        unused: What the spec of an index without that part says.
+        since_first: Whether the manifests of the first version have the field. A later one is left out of a manifest
+            where it is unused, so that the digests of older indexes still hold.
+    """
+    return field(default=default, metadata={"part": part, "unused": unused, "later": not since_first})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """The choices of a build that change stored numbers.
+
+    :class:`~forebear.indexer.building.options.BuildOptions` are these as a user gives them, an
+    :class:`~forebear.indexer.storage.manifest.IndexSpec` as an index keeps them. A new choice is one field here, and
+    its use.
+    """
+
+    label_mode: str | None = None  # None or "binary-nli"
+    max_length: int | None = None  # None: the model's limit, at most 512
+    precision: str = "fp32"
+    stores: tuple[str, ...] = ("features",)  # and "sbert", "words", "spans"
+    words_tops: tuple[int, ...] = _of_part("words", (10,), unused=())  # positions kept a row, 0 for all: a store each
+    words_precision: str = _of_part("words", "fp16", unused="fp16")
+    spans: str | None = _of_part("spans", "clauses", unused=None)  # how the stored spans are found
+    span_column: int = _of_part("spans", 0, unused=0)  # the text column that they are in
+    scopes: tuple[str, ...] = ("head",)  # which is exact, and those that are sketched: "top-K", "all", "layer:NAME"
+    # d, coordinates a row, representation and checkpoint
+    sketch_dim: int = _of_part("sketches", 128, unused=0, since_first=True)
+    sketch_bits: int = _of_part("sketches", 4096, unused=0)  # length of the code of what the coordinates leave over
+    white_bits: int = _of_part("whitened", 5888, unused=0)  # the same for whitened sketches; in all 1,012 bytes a row
+    sketch_basis: str = _of_part("sketches", "mixed", unused="mixed")
+    with_bias: bool = _of_part("sketches", False, unused=False)  # whether sketched scopes hold biases and LayerNorm
+    curvature: str = _of_part("sketches", "ekfac", unused="none")  # of the sketched scopes: "ekfac" or "none"
+    dampings: tuple[str, ...] = ("0.1x",)  # "0.1x" of the mean eigenvalue, "0.003" absolute; empty: no curvature
+    rep_refit: bool = False
+    ann: str | None = None  # FAISS factory string; None: chosen by size
+    seed: int = 0
+    batch_tokens: int = 4096
+    shard_rows: int = 4096
+
+    @property
+    def sketched_scopes(self) -> tuple[str, ...]:
+        """The scopes beyond the head, which needs no sketch."""
+        return tuple(scope for scope in self.scopes if scope != "head")
+
+    @property
+    def whitened(self) -> bool:
+        """Whether sketched scopes have curvature, and sketches whitened by it, at each damping."""
+        return bool(self.sketched_scopes and self.dampings) and self.curvature == "ekfac"
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """What an index of these choices has: some of ``words``, ``spans``, ``sketches`` and ``whitened`` ones."""
+        has = {
+            "words": "words" in self.stores,
+            "spans": "spans" in self.stores,
+            "sketches": bool(self.sketched_scopes),
+            "whitened": self.whitened,
+        }
+        return frozenset(part for part, is_there in has.items() if is_there)
+
+    def in_use(self) -> dict[str, Any]:
+        """The choices that count, by name: not those of parts that the index has not."""
+        parts = self.parts
+        return {f.name: getattr(self, f.name) for f in fields(Choices) if f.metadata.get("part") in (None, *parts)}
+
+    def settled(self) -> dict[str, Any]:
+        """Every choice, by name, as a spec keeps it: choices that come to the same numbers are the same here."""
+        values = {f.name: f.metadata["unused"] for f in fields(Choices) if "part" in f.metadata} | self.in_use()
+        curvature = "ekfac" if self.whitened else "none"
+        return values | {"words_tops": tuple(sorted(values["words_tops"])), "curvature": curvature}
+
+
+# What a manifest without the field means, of those that came after the first indexes were written.
+LATER_CHOICES = {f.name: f.metadata["unused"] for f in fields(Choices) if f.metadata.get("later")}

@@ -1,0 +1,122 @@
+"""An index folder as checked files: every file is held against the manifest before its first use."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from forebear.errors import CorruptIndexError, InputError
+from forebear.indexer.storage.arrow import MEND, RowMatrix, column, file_sha256, read_batches
+from forebear.indexer.storage.layout import JOURNAL_NAME, MANIFEST_NAME
+from forebear.indexer.storage.manifest import Manifest, read_manifest
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class IndexFiles:
+    """The files of an index folder, open for reading.
+
+    Every file is checked against the manifest before its first use: its size when the index is opened, its sha256
+    when it is mapped. Nothing is ever written.
+
+    Attributes:
+        folder: Where it is.
+        manifest: What it holds.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, *, check: bool = True) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._check = check
+        self._checked: set[str] = set()
+        self._cache: dict[Any, Any] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path, *, check: bool = True) -> Self:
+        """Open an index.
+
+        Args:
+            folder: Written by ``forebear index``.
+            check: Hash files before use. Off saves a read of each file, and trusts the disk.
+
+        Raises:
+            InputError: No index there, or a build that was interrupted.
+            CorruptIndexError: The manifest or a file is missing, truncated or altered.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST_NAME).is_file():
+            if (folder / JOURNAL_NAME).is_file():
+                raise InputError(f"{folder} is an unfinished build. Run the same `forebear index` again with --resume.")
+            raise InputError(f"{folder} is no index (no {MANIFEST_NAME} in it). Build one with `forebear index`.")
+        manifest = read_manifest(folder)
+        for name, facts in manifest.files.items():
+            _check_size(folder, name, facts["bytes"])
+        return cls(folder, manifest, check=check)
+
+    @classmethod
+    def open_without_derived(cls, folder: str | Path) -> Self:
+        """Open an index whose ``ann/`` files may be missing or damaged; they are left out of its manifest."""
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        derived = {facts["file"] for facts in manifest.derived.values()}
+        kept = {name: facts for name, facts in manifest.files.items() if name not in derived}
+        for name, facts in kept.items():
+            _check_size(folder, name, facts["bytes"])
+        return cls(folder, replace(manifest, derived={}).with_files(kept))
+
+    def checked(self, *names: str) -> list[Path]:
+        """Paths of listed files, hashed first if they have not been yet.
+
+        Raises:
+            CorruptIndexError: A file is not listed, or its bytes have changed.
+        """
+        for name in names:
+            if name not in self.manifest.files:
+                raise CorruptIndexError(f"{self.folder / name} is not listed in the manifest. {MEND}")
+        fresh = [name for name in names if name not in self._checked] if self._check else []
+        try:
+            with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
+                found = list(pool.map(lambda name: file_sha256(self.folder / name), fresh))
+        except OSError as error:
+            raise CorruptIndexError(
+                f"{error.filename} cannot be read ({error.strerror}). If the index was changed since it was opened, "
+                f"open it again. {MEND}"
+            ) from error
+        for name, digest in zip(fresh, found, strict=True):
+            if digest != self.manifest.files[name]["sha256"]:
+                raise CorruptIndexError(f"{self.folder / name} was altered: its sha256 is not the manifest's. {MEND}")
+        self._checked.update(fresh)
+        return [self.folder / name for name in names]
+
+    @property
+    def fit_folder(self) -> Path:
+        """Below which the files lie that follow from what is fitted beyond the head."""
+        return self.folder / self.manifest.fitted_name("")
+
+    def _shards(self, kind: str) -> list[pa.RecordBatch]:
+        """The record batch of each shard of ``rows``, ``features/<checkpoint>`` or ``sentence``."""
+        if kind not in self._cache:
+            paths = self.checked(*(f"{kind}/{i:05d}.arrow" for i in range(len(self.manifest.shards))))
+            self._cache[kind] = [read_batches(path)[0] for path in paths]
+        return list(self._cache[kind])
+
+    def _matrix(self, kind: str, name: str) -> RowMatrix:
+        return RowMatrix([column(batch, name) for batch in self._shards(kind)])
+
+
+def _check_size(folder: Path, name: str, size_bytes: int) -> None:
+    """Refuse a listed file that is missing or has another size."""
+    try:
+        found = (folder / name).stat().st_size
+    except OSError as error:
+        raise CorruptIndexError(f"{folder / name} is missing. {MEND}") from error
+    if found != size_bytes:
+        raise CorruptIndexError(
+            f"{folder / name} has {found} bytes, the manifest says {size_bytes}: it was truncated or altered. {MEND}"
+        )

@@ -1,0 +1,181 @@
+"""One course of training by transformers' Trainer: a step's loss, and the record of rates, losses and checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from forebear.errors import NonFiniteError
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.encoding import pad_batch
+from forebear.indexer.model.loading import check_finite_weights
+from forebear.indexer.training.options import TrainOptions
+from forebear.indexer.training.run import RunCheckpoint
+from forebear.indexer.training.run_folder import CHECKPOINTS, save_checkpoint
+from forebear.progress import Progress
+
+MAX_GRAD_NORM = 1.0
+IGNORED = -100  # in the place of a class id: the row weighs nothing
+RANDOM_NUMBERS = "by seed and step"  # of dropout; before, in one stream
+FIXED = {
+    "optimizer": "adamw_torch_fused", "scheduler": "linear", "max_grad_norm": MAX_GRAD_NORM,
+    "random_numbers": RANDOM_NUMBERS,
+}  # fmt: skip
+
+
+class Evaluation(Protocol):
+    """Development rows, on which every checkpoint is evaluated."""
+
+    def accuracy(self) -> float:
+        """Share of rows whose most probable class is their label."""
+
+
+def mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of a batch ``(b, c)`` in nats, over the rows that are not ``IGNORED``; 0 if all are."""
+    total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Let the random numbers of a training step follow from the seed and the step alone."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]))
+
+
+class Course:
+    """The loss of a step, and the record of rates, losses and checkpoints."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        rows: list[dict[str, Any]],
+        folder: Path,
+        options: TrainOptions,
+        evaluation: Evaluation | None,
+        progress: Progress,
+        *,
+        lengths: Sequence[int] | None = None,
+        saves: bool = True,
+    ) -> None:
+        self.lengths = list(lengths) if lengths is not None else [len(row["input_ids"]) for row in rows]
+        self.classifier, self.rows, self.folder, self.options = classifier, rows, folder, options
+        self.evaluation, self._progress, self._saves = evaluation, progress, saves
+        n_steps = options.epochs * math.ceil(len(rows) / options.batch_size)
+        self.plan = {"n_steps": n_steps, "warmup_steps": int(n_steps * options.warmup_ratio)}
+        self.checkpoints: list[RunCheckpoint] = []
+        self._step = 0
+        self._rates: list[float] = []  # since the previous checkpoint, one a step
+        self._losses: list[tuple[float, int]] = []  # likewise: mean over the batch, rows in it
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """One padded batch, on the CPU."""
+        inputs = [{key: row[key] for key in row if key != "labels"} for row in rows]
+        batch = pad_batch(self.classifier.tokenizer, inputs, torch.device("cpu"))
+        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+
+    def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Mean cross-entropy of a batch, in nats; refuses NaN and infinity."""
+        labels = batch["labels"]
+        seed_step(self.options.seed, self._step)
+        with self.classifier.autocast():
+            logits = model(**{key: batch[key] for key in batch if key != "labels"}).logits
+        loss = mean_loss(logits, labels)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the training loss is {value} at step {self._step + 1} of {self.plan['n_steps']}; nothing of this "
+                f"epoch was saved. Lower --learning-rate (now {self.options.learning_rate:g}), or try --precision fp32."
+            )
+        self._losses.append((value, int((labels != IGNORED).sum())))
+        return loss
+
+    def note_rate(self, rate: float) -> None:
+        """Before each step: the learning rate that it is taken with."""
+        self._rates.append(rate)
+
+    def end_step(self) -> None:
+        """After each step."""
+        self._step += 1
+        self._progress("training", self._step, self.plan["n_steps"])
+
+    def end_epoch(self) -> None:
+        """Check, evaluate and save the model."""
+        name = f"epoch-{len(self.checkpoints) + 1}"
+        check_finite_weights(self.classifier.model, f"the model after step {self._step}")
+        accuracy = None if self.evaluation is None else self.evaluation.accuracy()
+        path = f"{CHECKPOINTS}/{name}"
+        if self._saves:
+            save_checkpoint(self.classifier, self.folder / path)
+        n_rows = sum(n for _loss, n in self._losses)
+        checkpoint = RunCheckpoint(
+            name=name,
+            path=path,
+            step=self._step,
+            eta=math.fsum(self._rates) / len(self._rates),
+            train_loss=math.fsum(loss * n for loss, n in self._losses) / n_rows,
+            accuracy=accuracy,
+        )
+        self.checkpoints.append(checkpoint)
+        self._rates, self._losses = [], []
+
+
+def run_trainer(course: Course) -> None:
+    """Hand the loop to transformers' Trainer, without its log, its bars and its checkpoints."""
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    class CourseTrainer(Trainer):  # type: ignore[misc]
+        def compute_loss(self, model: nn.Module, inputs: Any, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+            return course.loss(model, inputs)
+
+        def _get_train_sampler(self, *_args: Any, **_kwargs: Any) -> Any:
+            order = torch.Generator().manual_seed(course.options.seed)
+            return LengthGroupedSampler(course.options.batch_size, lengths=course.lengths, generator=order)
+
+    class CourseCallback(TrainerCallback):  # type: ignore[misc]
+        def on_pre_optimizer_step(self, *_args: Any, optimizer: Any, **_kwargs: Any) -> None:
+            course.note_rate(float(optimizer.param_groups[0]["lr"]))
+
+        def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
+            course.end_step()
+
+        def on_epoch_end(self, *_args: Any, **_kwargs: Any) -> None:
+            course.end_epoch()
+
+    options = course.options
+    arguments = TrainingArguments(
+        output_dir=str(course.folder / CHECKPOINTS),
+        num_train_epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=options.batch_size,
+        weight_decay=options.weight_decay,
+        warmup_steps=course.plan["warmup_steps"],
+        optim=FIXED["optimizer"],
+        lr_scheduler_type=FIXED["scheduler"],
+        max_grad_norm=MAX_GRAD_NORM,
+        remove_unused_columns=False,
+        seed=options.seed,
+        use_cpu=course.classifier.device.type == "cpu",
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs would multiply the batch
+    trainer = CourseTrainer(
+        model=course.classifier.model,
+        args=arguments,
+        train_dataset=course.rows,
+        data_collator=course.collate,
+        callbacks=[CourseCallback()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    assert course.checkpoints[-1].step == course.plan["n_steps"]
