@@ -6,13 +6,14 @@ import errno
 import logging
 import os
 import sys
+from typing import Annotated
 
 import typer
 
 from forebear.cli.commands import demo, explain, index, inspect, perturb, report, retrieve, train
 from forebear.cli.commands.audit import hans as audit
 from forebear.cli.commands.evaluate import group as evaluate
-from forebear.cli.screen.console import ERR
+from forebear.cli.screen.console import ERR, OUT
 from forebear.cli.workers import end_with_parent, stop_workers
 from forebear.errors import ForebearError
 
@@ -29,6 +30,25 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        OUT.print(f"forebear {version('forebear')}")
+        raise typer.Exit
+
+
+@app.callback()
+def forebear(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What may stand before a command."""
+
+
 for module in (demo, train, index, retrieve, explain, audit, evaluate, perturb, report, inspect):
     module.register(app)
 
