@@ -16,6 +16,7 @@ from forebear.cli.commands.evaluate import group as evaluate
 from forebear.cli.screen.console import ERR, OUT
 from forebear.cli.workers import end_with_parent, stop_workers
 from forebear.errors import ForebearError
+from forebear.wording import at_command_line
 
 INTERRUPTED = 130
 INTERRUPTED_LINE = (
@@ -64,7 +65,8 @@ def main() -> None:
 def run(args: list[str]) -> int:
     """Run one command and return its exit code; every error becomes one line on stderr."""
     try:
-        return _run(args)
+        with at_command_line():
+            return _run(args)
     finally:
         stop_workers()
 

@@ -29,6 +29,7 @@ from forebear.indexer.storage.locks import exclusive
 from forebear.indexer.storage.manifest import Manifest, Segment, digest_of, read_manifest
 from forebear.indexer.training.run import moved_paths
 from forebear.progress import Progress, Tell, ignore_warning, no_progress, say_nothing
+from forebear.wording import worded
 
 
 def append_rows(
@@ -94,7 +95,7 @@ def append_rows(
             rows += f"{there.start + there.n_rows - 1}"
             if resume:
                 again = "nothing is added by --resume. To add them once more, give --force without it."
-                tell(f"{rows}: " + (again if force else "nothing is left to do."))
+                tell(f"{rows}: " + (worded(again) if force else "nothing is left to do."))
                 return index
             if not force:
                 raise OutputExistsError(

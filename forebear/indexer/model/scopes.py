@@ -161,7 +161,8 @@ def scope_blocks(
         elif not isinstance(module, _PASSIVE) and any(p.dim() >= 2 for p in module.parameters(recurse=False)):
             raise ModelError(
                 f"{name}: layer {key} ({type(module).__name__}) holds weights that scope {scope!r} covers, and only "
-                "linear layers, and convolutions of one dimension and one group, are supported. Use --scope head."
+                "linear layers, and convolutions of one dimension and one group, are supported. Use --scope head.",
+                of="index",
             )
     return tuple(blocks)
 

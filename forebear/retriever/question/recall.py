@@ -18,6 +18,7 @@ from forebear.indexer.storage.ann import CALIBRATION_TOP, expected_recall
 from forebear.retriever.question.inverse import CurvatureSpec
 from forebear.retriever.question.methods import Method, ann_name
 from forebear.retriever.question.spec import QuerySpec
+from forebear.wording import worded
 
 DEFAULT_CANDIDATES = 100  # where no calibration says how many a recall takes
 # By a method that compares whitened sketches, the method that compares the plain sketches in the same way.
@@ -192,7 +193,7 @@ def stored_recall(index: Index, method: Method, spec: QuerySpec) -> Stated:
 def with_note(stated: Stated) -> dict[str, Any]:
     """Facts of an answer: ``recall``, and ``recall_note`` where something must be said beside it."""
     recall, note = stated
-    return {"recall": recall} | ({} if note is None else {"recall_note": note})
+    return {"recall": recall} | ({} if note is None else {"recall_note": worded(note)})
 
 
 def settled(index: Index, spec: QuerySpec) -> QuerySpec:
