@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, get_type_hints
 
 import pytest
-from commands import COMMANDS, misread, written_commands
+from commands import COMMANDS, misread, named_commands, unknown_in, written_commands
 from places import ROOT
 
 from forebear.cli.commands import train
@@ -20,6 +20,7 @@ from forebear.indexer.building.options import BuildOptions
 from forebear.indexer.training.fine_tuning import TrainOptions
 from forebear.retriever.question.spec import QuerySpec
 
+PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
 PINNED = ROOT / "tests" / "cli" / "options.txt"
 DECLARED_MORE_THAN_ONCE = {  # one name, several meanings: what each declaration is of
     "--model": ("of an index, if it has moved", "to index", "to start training from"),
@@ -85,12 +86,15 @@ def test_every_command_has_help_with_examples_that_it_takes(name: str, capsys: p
     assert all(option.opts[0] in shown for option in COMMANDS[name].params if option.opts[0].startswith("-"))
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+@pytest.mark.parametrize("page", PAGES)
 def test_every_command_in_the_documents_is_one_that_forebear_takes(page: str) -> None:
-    found = written_commands((ROOT / page).read_text(encoding="utf-8"))
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = written_commands(text)
     assert found or page != "README.md"
     for arguments in found:
         assert misread(arguments) is None, shlex.join(["forebear", *arguments])
+    for words in named_commands(text):
+        assert unknown_in(words) is None, words
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,9 @@ def test_every_command_in_the_documents_is_one_that_forebear_takes(page: str) ->
     ],
 )
 def test_documents_with_a_wrong_command_would_be_found_out(line: str, problem: str | None) -> None:
+    assert unknown_in(["index", "--apend"]) == "--apend"
+    assert unknown_in(["audit", "hams"]) == "forebear audit hams"
+    assert unknown_in(["index", "--append", "F"]) is None
     (arguments,) = written_commands(f"Text\n\n```console\n$ forebear {line}   # why\nits output\n```\n")
     said = misread(arguments)
     assert said is None if problem is None else problem in str(said)

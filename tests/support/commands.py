@@ -59,3 +59,21 @@ def written_commands(markdown: str) -> list[list[str]]:
             if match:
                 found.append(shlex.split(match[1], comments=True))
     return found
+
+
+def named_commands(markdown: str) -> list[list[str]]:
+    """Words of every ``forebear`` command that a Markdown text names in code marks, with the options it names."""
+    text = re.sub(r"^ *```.*?^ *```", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    return [one.split() for one in re.findall(r"`forebear ([^`]*)`", text)]
+
+
+def unknown_in(words: list[str]) -> str | None:
+    """What of a command and its options that a text names, perhaps not in full, there is not; None: all is there."""
+    command, path = APP, ["forebear"]
+    while getattr(command, "commands", None) and words and not words[0].startswith("-") and words[0] != "COMMAND":
+        if words[0] not in command.commands:
+            return f"{' '.join(path)} {words[0]}"
+        path.append(words[0])
+        command, words = command.commands[words[0]], words[1:]
+    known = {"--help", "--version"}.union(*(option.opts for option in command.params))
+    return next((word for word in words if word.startswith("--") and word.split("=")[0] not in known), None)
