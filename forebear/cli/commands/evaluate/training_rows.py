@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from forebear.cli.options.asking import command_line, default_methods, integers, make_spec, open_retriever
-from forebear.cli.options.groups import Shown, grouped
+from forebear.cli.options.groups import Options, Shown, grouped
 from forebear.cli.options.model import IndexOptions
 from forebear.cli.options.question import (
     Depths,
@@ -24,6 +25,11 @@ from forebear.cli.options.report import ReportOptions
 from forebear.cli.options.rows import ColumnOptions, LabelNames, TextColumns, Train, Unlabelled
 from forebear.cli.screen.console import Command, listed
 from forebear.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from forebear.retriever.retriever import Retriever
 
 NEAR_DUPLICATES_HELP = """Is a training row found when it is asked about, as it is or with one word changed?
 
@@ -54,6 +60,55 @@ Examples:
 
     forebear evaluate mislabelled --index I --wrong-rows flipped.txt --method if --damping 0.1x
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruthOptions(Options, panel="Rows"):
+    """Which training rows are labelled wrongly."""
+
+    true_label: Annotated[
+        str | None,
+        typer.Option(
+            "--true-label", help="Column of the training file that holds the true labels.", show_default=False
+        ),
+    ] = None
+    wrong_rows: Annotated[
+        str | None,
+        typer.Option(
+            "--wrong-rows", help="Instead: a text file of numbers of wrongly labelled rows.", show_default=False
+        ),
+    ] = None
+    train: Train = None
+    text_columns: TextColumns = None
+    label_names: LabelNames = None
+    unlabelled: Unlabelled = "refuse"
+
+    def check(self) -> None:
+        """Refuse both or neither, before anything is opened."""
+        if (self.true_label is None) == (self.wrong_rows is None):
+            raise InputError("give either --true-label COLUMN or --wrong-rows FILE.")
+
+    def read(self, retriever: Retriever) -> tuple[np.ndarray, np.ndarray | None]:
+        """The wrong rows, and the true class ids of all rows where they are known."""
+        from forebear.evaluation.measures.mislabelled import true_labels_of, wrong_rows_of
+
+        opened = retriever.index
+        if self.wrong_rows is not None:
+            return wrong_rows_of(Path(self.wrong_rows), opened.manifest.n_rows), None
+        segments = opened.manifest.segments
+        if self.train is None and len(segments) > 1:
+            raise InputError(f"{opened.folder} was built from {len(segments)} files. Give them as one by --train.")
+        columns = ColumnOptions(
+            text_columns=self.text_columns,
+            label_column=self.true_label,
+            label_names=self.label_names,
+            unlabelled=self.unlabelled,
+        )
+        source = columns.open_for(
+            self.train or segments[0].source, retriever.label_names, text_columns=opened.manifest.spec.text_columns
+        )
+        truth = true_labels_of(opened, source)
+        return truth != opened.labels, truth
 
 
 def register(evaluations: typer.Typer) -> None:
@@ -116,53 +171,22 @@ def mislabelled(
     at: IndexOptions,
     asked: ScopeOptions,
     report: ReportOptions,
-    true_label: Annotated[
-        str | None,
-        typer.Option(
-            "--true-label", help="Column of the training file that holds the true labels.", show_default=False
-        ),
-    ] = None,
-    train: Train = None,
-    wrong_rows: Annotated[
-        str | None,
-        typer.Option(
-            "--wrong-rows", help="Instead: a text file of numbers of wrongly labelled rows.", show_default=False
-        ),
-    ] = None,
+    truth: TruthOptions,
     method: Methods = None,
     top: Depths = None,
     neighbours: Neighbours = 10,
-    text_columns: TextColumns = None,
-    label_names: LabelNames = None,
-    unlabelled: Unlabelled = "refuse",
     seed: SampleSeed = 0,
 ) -> None:
     """See MISLABELLED_HELP."""
     from forebear.evaluation.measures.mislabelled import mislabelled as measure
-    from forebear.evaluation.measures.mislabelled import mislabelled_report, true_labels_of, wrong_rows_of
+    from forebear.evaluation.measures.mislabelled import mislabelled_report
 
-    if (true_label is None) == (wrong_rows is None):
-        raise InputError("give either --true-label COLUMN or --wrong-rows FILE.")
+    truth.check()
     retriever = open_retriever(at, report)
     spec = make_spec(
         retriever, method or default_methods(retriever, ["gd", "if"], asked), asked, target="gold", quiet=report.quiet
     )
-    opened = retriever.index
-    truth = None
-    if wrong_rows is not None:
-        wrong = wrong_rows_of(Path(wrong_rows), opened.manifest.n_rows)
-    else:
-        segments = opened.manifest.segments
-        if train is None and len(segments) > 1:
-            raise InputError(f"{opened.folder} was built from {len(segments)} files. Give them as one by --train.")
-        columns = ColumnOptions(
-            text_columns=text_columns, label_column=true_label, label_names=label_names, unlabelled=unlabelled
-        )
-        source = columns.open_for(
-            train or segments[0].source, retriever.label_names, text_columns=opened.manifest.spec.text_columns
-        )
-        truth = true_labels_of(opened, source)
-        wrong = truth != opened.labels
-    found = measure(retriever, spec, wrong, true_labels=truth, n_neighbours=neighbours)
+    wrong, true_labels = truth.read(retriever)
+    found = measure(retriever, spec, wrong, true_labels=true_labels, n_neighbours=neighbours)
     tops = integers("--top", top)
     report.finish(*mislabelled_report(found, retriever, spec, tops, seed, command_line()))
