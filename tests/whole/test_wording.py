@@ -24,7 +24,7 @@ OF_PYTHON_ALONE = {"--warmup-ratio", "--weight-decay"}  # fields of TrainOptions
 VALUES = {  # words that messages give as values; what else follows a flag must be of GOING_ON
     "all", "aspect", "binary-nli", "cg", "cpu", "drop", "ekfac", "exact", "features", "features,sbert",
     "features,spans", "features,words", "fp32", "full", "gold", "head", "head,", "keep", "none",
-    "random", "rerank", "reader:", "entailment,non-entailment", "damping=",
+    "random", "rerank", "spans", "reader:", "entailment,non-entailment", "damping=",
 }  # fmt: skip
 
 
@@ -86,6 +86,7 @@ def test_flags_with_names_of_their_own_are_flags_of_that_command() -> None:
 def taken_in_python() -> dict[str, set[str]]:
     """Parameters of every function, and fields and parameters of every class, in the package."""
     found: dict[str, set[str]] = {}
+    parents: dict[str, list[str]] = {}
     for path in LIBRARY:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = found.setdefault(getattr(node, "name", "") or "", set())
@@ -93,10 +94,15 @@ def taken_in_python() -> dict[str, set[str]]:
             if isinstance(node, ast.ClassDef):
                 names.update(ast.unparse(one.target) for one in node.body if isinstance(one, ast.AnnAssign))
                 functions = [one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"]
-                names.update(*(found.get(ast.unparse(base), set()) for base in node.bases))
+                parents[node.name] = [ast.unparse(base) for base in node.bases]
             for function in functions:
                 arguments = function.args
                 names.update(one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs))
+    for name in found:
+        above = list(parents.get(name, ()))
+        while above:
+            found[name] |= found.get(above[0], set())
+            above += parents.get(above.pop(0), ())
     return found
 
 

@@ -512,7 +512,7 @@ def test_what_the_index_does_not_hold_is_refused_with_the_option_that_builds_it(
     _, retriever, models, _, _ = world
     with pytest.raises(MissingStoreError, match=r'scopes=\("head", "top-2"\)'):
         retriever.retrieve(["a film"], methods=["gd"], scope="top-2")
-    with pytest.raises(MissingStoreError, match=r'scopes=\("head", "layer:bert"\)'):
+    with pytest.raises(MissingStoreError, match=r'scopes=\("head", "layer:bert'):
         retriever.retrieve(["a film"], methods=["tracin-layer:bert.pooler.dense"])
     with pytest.raises(MissingStoreError, match=r"damping 0\.1x .*, not 7"):
         retriever.retrieve(["a film"], methods=["if"], scope="all", damping="7")

@@ -504,7 +504,7 @@ def test_what_means_nothing_is_refused(world, tmp_path, capsys):
     for spans in ("chunks", f"{mine}:common"):
         with pytest.raises(InputError, match="spans="):
             ask(["a film"], methods=["gc"], spans=spans)
-    with pytest.raises(InputError, match="aspect is of pairs"):
+    with pytest.raises(InputError, match='spans="aspect" is of pairs'):
         ask(["a film"], methods=["if+"], spans="aspect")
     args = ["retrieve", "--index", str(world.index.folder), "--text", "a film", "--method", "if+", "--top", "3"]
     assert run([*args, "--spans", f"{mine}:rare"]) == 2
