@@ -12,16 +12,32 @@
         ├── OutputExistsError   writing would overwrite something that exists
         └── InUseError          another process is writing there
 
-A message is one line: what was found, what was expected, what to do.
+A message is one line: what was found, what was expected, what to do. It names options by their flags, ``--top``; in
+Python it reads as Python writes them, ``top=``.
 """
 
 from __future__ import annotations
 
+from forebear.wording import worded
+
 
 class ForebearError(Exception):
-    """Base of every error raised on purpose; ``exit_code`` is what the command line returns."""
+    """Base of every error raised on purpose; ``exit_code`` is what the command line returns.
+
+    Args:
+        message: One line, with options named by their flags.
+        of: The command whose options are meant, such as ``index``, where a flag is several things.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, *, of: str | None = None) -> None:
+        super().__init__(message)
+        self._of = of
+
+    def __str__(self) -> str:
+        """The message, for whoever is spoken to."""
+        return worded(super().__str__(), of=self._of)
 
 
 class CorruptIndexError(ForebearError):

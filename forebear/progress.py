@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from typing import Any
 
 Progress = Callable[[str, int, int], None]  # stage, rows done, rows in all
 Tell = Callable[[str], None]  # a line for the user
@@ -31,3 +33,35 @@ def ignore_warning(_message: str | None) -> None:
 
 def say_nothing(_line: str) -> None:
     """Leave a line out."""
+
+
+class ProgressBar:
+    """The usual bar (tqdm), one a stage, as ``build_index(..., progress=ProgressBar())``.
+
+    It is drawn in a terminal and in a notebook; where a program's errors go to a file or a pipe, nothing is.
+    """
+
+    def __init__(self) -> None:
+        self._bars: dict[str, Any] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Draw how far a stage is: rows done, and rows in all."""
+        if not (sys.stderr.isatty() or _in_notebook()):
+            return
+        if stage not in self._bars:
+            from tqdm.auto import tqdm
+
+            self._bars[stage] = tqdm(desc=stage, total=total, unit=" rows", leave=True)
+        bar = self._bars[stage]
+        bar.total = total
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+            del self._bars[stage]
+
+
+def _in_notebook() -> bool:
+    """Whether this runs in the kernel of a notebook."""
+    shell = sys.modules.get("IPython")
+    running = None if shell is None else shell.get_ipython()
+    return running is not None and "IPKernelApp" in running.config

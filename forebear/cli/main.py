@@ -6,15 +6,17 @@ import errno
 import logging
 import os
 import sys
+from typing import Annotated
 
 import typer
 
 from forebear.cli.commands import demo, explain, index, inspect, perturb, report, retrieve, train
 from forebear.cli.commands.audit import hans as audit
 from forebear.cli.commands.evaluate import group as evaluate
-from forebear.cli.screen.console import ERR
+from forebear.cli.screen.console import ERR, OUT
 from forebear.cli.workers import end_with_parent, stop_workers
 from forebear.errors import ForebearError
+from forebear.wording import at_command_line
 
 INTERRUPTED = 130
 INTERRUPTED_LINE = (
@@ -29,6 +31,25 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        OUT.print(f"forebear {version('forebear')}")
+        raise typer.Exit
+
+
+@app.callback()
+def forebear(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What may stand before a command."""
+
+
 for module in (demo, train, index, retrieve, explain, audit, evaluate, perturb, report, inspect):
     module.register(app)
 
@@ -44,7 +65,8 @@ def main() -> None:
 def run(args: list[str]) -> int:
     """Run one command and return its exit code; every error becomes one line on stderr."""
     try:
-        return _run(args)
+        with at_command_line():
+            return _run(args)
     finally:
         stop_workers()
 

@@ -11,9 +11,6 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from forebear.cli.screen.console import warn
 from forebear.errors import InputError
@@ -22,16 +19,6 @@ PARENT = "FOREBEAR_WORKER_OF"  # environment variable: process id of the command
 TERMINATED = 128 + signal.SIGTERM
 _PR_SET_PDEATHSIG = 1
 _stops: list[Callable[[], None]] = []  # of the command that runs
-
-Workers = Annotated[
-    int,
-    typer.Option(
-        "--workers",
-        help="Processes that retrain at a time; they share the cores. To go on after a kill, give the same number: "
-        "threads decide last bits.",
-        show_default=True,
-    ),
-]
 
 
 def start_workers(workers: int, cache: Path) -> None:

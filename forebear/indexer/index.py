@@ -71,7 +71,8 @@ class Index(IndexFiles):
         if scope not in self.manifest.spec.scopes:
             raise MissingStoreError(
                 f"{self.folder} holds the scope(s) {', '.join(self.manifest.spec.scopes)}, not {scope!r}. "
-                f"Build it with --scope head,{scope}."
+                f"Build it with --scope head,{scope}.",
+                of="index",
             )
 
     def scope(self, classifier: Classifier, name: str) -> Scope:
@@ -143,7 +144,8 @@ class Index(IndexFiles):
         if not self.manifest.spec.whitened:
             raise MissingStoreError(
                 f"{self.folder} holds no curvature of scope {scope}: it was built with --curvature none or --damping "
-                "none. Build it without them, or ask with --curvature cg, lissa or identity."
+                "none. Build it without them, or ask with --curvature cg, lissa or identity.",
+                of="index",
             )
         key = ("ekfac", scope)
         if key not in self._cache:
@@ -333,7 +335,8 @@ class Index(IndexFiles):
         if not facts:
             raise MissingStoreError(
                 f"{self.folder} was built with --damping none: it holds no curvature of the head. Ask with --curvature "
-                "cg, or build it with a --damping."
+                "cg, or build it with a --damping.",
+                of="index",
             )
         number = _damping_number(facts["dampings"], given, f"{self.folder} holds the head's curvature")
         return dict(facts["dampings"][number])
@@ -369,7 +372,8 @@ def _damping_number(stored: list[dict[str, Any]], given: str | None, holder: str
     names = ", ".join(f"{one['given']} (= {one['damping']:.6g})" for one in stored)
     raise MissingStoreError(
         f"{holder} at damping {names}, not {given}. "
-        "Query with a stored one, or build the index with --damping naming both."
+        "Query with a stored one, or build the index with --damping naming both.",
+        of="index",
     )
 
 

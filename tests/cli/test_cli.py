@@ -184,14 +184,6 @@ def test_methods_lists_the_table(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "index", "retrieve", "explain", "audit hans", "demo", "info", "verify", "methods"]
-)
-def test_every_command_has_help_with_an_example(command, capsys):
-    assert run([*command.split(), "--help"]) == 0
-    assert "Example" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
     ("args", "parts"),
     [
         (["retrieve", "--index", "INDEX"], ["--test", "--text"]),

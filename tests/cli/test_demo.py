@@ -81,18 +81,3 @@ def test_the_index_of_the_demo_verifies(world):
     )
     assert done.returncode == 0, done.stderr
     assert "whole" in done.stdout
-
-
-def test_every_command_in_readme_exists():
-    from forebear.cli.main import run
-
-    for command, options in re.findall(r"forebear ((?:audit )?[a-z]+)((?: --?[a-z-]+[^`\n|]*)?)", README):
-        name = command.strip().split()
-        if name[0] not in ("demo", "train", "index", "retrieve", "audit", "methods", "info", "verify"):
-            continue
-        done = subprocess.run([FOREBEAR, *name, "--help"], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, command
-        plain = re.sub(r"\s+", " ", done.stdout)
-        for option in re.findall(r"--[a-z-]+", options):
-            assert option in plain, f"README names {option} of {command}"
-    assert run(["methods", "--json"]) == 0

@@ -9,11 +9,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from forebear.cli.options.groups import grouped
+from forebear.cli.options.groups import Options, Shown, flag_of, grouped, values_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Place(Options, panel="Places"):
     """Two options."""
 
     folder: Annotated[str, typer.Option("--folder", help="Where.")]
@@ -21,7 +21,7 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Names:
+class Names(Options):
     """An option that takes several values."""
 
     names: Annotated[list[str] | None, typer.Option("--names")] = None
@@ -54,15 +54,15 @@ def test_a_command_has_its_own_defaults() -> None:
     assert [place.depth for place, *_ in seen] == [9, 1]  # type: ignore[misc]
 
 
-def test_what_must_be_given_comes_first_in_the_help_and_is_asked_for() -> None:
+def test_what_must_be_given_comes_first_under_its_heading_and_is_asked_for() -> None:
     app = app_of([])
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"}).output
-    assert shown.index("--folder") < shown.index("--loud") < shown.index("--depth") < shown.index("--n")
+    assert shown.index("--folder") < shown.index("--depth") < shown.index("--loud") < shown.index("--n")
     assert CliRunner().invoke(app, ["--loud"]).exit_code == 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Both:
+class Both(Options):
     """A group of groups, and an option of its own."""
 
     place: Place
@@ -83,6 +83,32 @@ def test_a_group_may_hold_groups() -> None:
     assert seen == [Both(place=Place(folder="F", depth=9), names=Names(names=["a"]), n=7)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Deeper(Place):
+    """What a place has besides."""
+
+    wide: Annotated[bool, typer.Option("--wide")] = False
+
+
+def test_options_stand_under_the_heading_of_their_group_and_defaults_are_said_in_words() -> None:
+    app = typer.Typer()
+
+    @app.command()
+    @grouped(names=Shown("all of them"))
+    def command(both: Deeper, names: Names) -> None: ...
+
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"}).output
+    assert shown.index("─ Places ─") < shown.index("--folder") < shown.index("─ Of this command ─")
+    assert shown.index("--wide") < shown.index("─ Of this command ─") < shown.index("--names")
+    assert "[default: (all of them)]" in shown
+
+
+def test_groups_give_their_values_and_flags_by_name() -> None:
+    both = Both(place=Place(folder="F"), names=Names())
+    assert values_of(both) == {"folder": "F", "depth": 3, "names": None, "n": 1}
+    assert flag_of(Place, "depth") == "--depth"
+
+
 def test_an_option_in_two_groups_or_a_default_for_none_is_refused() -> None:
     with pytest.raises(AssertionError, match="in two groups"):
 
@@ -91,3 +117,19 @@ def test_an_option_in_two_groups_or_a_default_for_none_is_refused() -> None:
 
     with pytest.raises(AssertionError, match="that it has not"):
         app_of([], width=2)
+
+
+def test_a_dataclass_that_is_no_group_is_refused() -> None:
+    @dataclass
+    class Plain:
+        depth: int = 1
+
+    with pytest.raises(AssertionError, match="does not extend Options"):
+        grouped()(_taking(Plain))
+
+
+def _taking(kind: type) -> object:
+    def command(given: object) -> None: ...
+
+    command.__annotations__ = {"given": kind, "return": None}
+    return command

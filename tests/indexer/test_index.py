@@ -174,9 +174,9 @@ def test_a_killed_build_is_resumed_to_the_same_bytes(pristine: Path, choices: di
     assert not (out / "manifest.json").exists()
     assert not (out / "features/checkpoint-2/00003.arrow").exists()
     (out / "features/checkpoint-2/00002.arrow.partial").write_bytes(b"half a shard")
-    with pytest.raises(InputError, match=r"unfinished build.*--resume"):
+    with pytest.raises(InputError, match=r"unfinished build.*resume=True"):
         Index.open(out)
-    with pytest.raises(OutputExistsError, match=r"unfinished build.*--resume"):
+    with pytest.raises(OutputExistsError, match=r"unfinished build.*resume=True"):
         build_index(rows(), out, **choices)
     before = (out / "features/checkpoint-2/00000.arrow").stat().st_mtime_ns
     build_index(rows(), out, resume=True, **choices)
@@ -310,7 +310,7 @@ def test_an_interrupted_append_leaves_the_index_in_force_and_is_resumed_to_the_s
         append_rows(partial, rows(30, 40), progress=interrupt_at(number))
     assert before.items() <= hashes(partial).items()
     assert Index.open(partial).manifest.n_rows == 30
-    with pytest.raises(OutputExistsError, match=r"unfinished append.*--resume.*--force"):
+    with pytest.raises(OutputExistsError, match=r"unfinished append.*resume=True.*force=True"):
         append_rows(partial, rows(30, 40))
     with pytest.raises(InputError, match="unfinished append"):
         retire_rows(partial, [0])
@@ -699,7 +699,7 @@ def test_identity_curvature_needs_no_stored_curvature(tiny_model: Callable[..., 
     chosen = choose_model(tiny_model("bert", 2, 0)).checkpoints
     retriever = Retriever(build_index(rows(), tmp_path / "index", chosen, BuildOptions(dampings=())))
     for name in ("if", "rif"):
-        with pytest.raises(MissingStoreError, match="--damping none"):
+        with pytest.raises(MissingStoreError, match=r"dampings=\(\)"):
             retriever.scores(QUERIES, name)
     np.testing.assert_allclose(
         retriever.scores(QUERIES, "if", curvature="identity"), retriever.scores(QUERIES, "gd"), rtol=1e-12

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.options.shared import Device, Force, Quiet
-from forebear.cli.screen.console import OUT, progress_bar, say
+from forebear.cli.options.groups import grouped
+from forebear.cli.options.model import Device, Seed
+from forebear.cli.options.report import OutputOptions
+from forebear.cli.screen.console import OUT, Command, say
 from forebear.cli.screen.tables import show_table
 
 if TYPE_CHECKING:
@@ -24,22 +26,30 @@ Example: forebear demo --out runs/demo
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("demo", help=HELP)(demo)
+    app.command("demo", help=HELP, cls=Command)(demo)
 
 
+@grouped()
 def demo(
-    out: Annotated[str, typer.Option("--out", help="Folder for data, run, index and report.")] = "runs/demo",
-    seed: Annotated[int, typer.Option("--seed", help="Of the corpus and the training.")] = 0,
+    output: OutputOptions,
+    out: Annotated[
+        str, typer.Option("--out", help="Folder for data, run, index and report.", rich_help_panel="Output")
+    ] = "runs/demo",
+    seed: Seed = 0,
     device: Device = "auto",
-    force: Force = False,
-    quiet: Quiet = False,
 ) -> None:
     """See HELP."""
     from forebear.evaluation.demo.run import run_demo
 
-    with progress_bar(quiet=quiet) as progress:
+    quiet = output.quiet
+    with output.progress() as progress:
         outcome = run_demo(
-            out, seed=seed, device=device, force=force, progress=progress, say=lambda line: say(line, quiet=quiet)
+            out,
+            seed=seed,
+            device=device,
+            force=output.force,
+            progress=progress,
+            say=lambda line: say(line, quiet=quiet),
         )
     report = outcome.report
     for group in report.groups[:1]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from forebear.cli.options.asking import command_line, say_what_was_fitted
-from forebear.cli.options.shared import Damping, Device, Force, IndexFolder, MovedModel, Pair, Quiet, Recall, Scope
-from forebear.cli.screen.console import OUT, Variadic, listed, say
+from forebear.cli.options.groups import Options, Shown, grouped, values_of
+from forebear.cli.options.model import IndexOptions
+from forebear.cli.options.question import Methods, QuestionOptions, Recall, Spans, Top, Word
+from forebear.cli.options.report import OutputOptions
+from forebear.cli.options.rows import TEXT, Pair
+from forebear.cli.screen.console import OUT, Command, listed, say
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -33,98 +38,80 @@ Examples:
 SHOWN_WORDS = 8
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("explain", help=HELP, cls=Variadic)(explain)
+@dataclass(frozen=True, kw_only=True)
+class SaliencyOptions(Options, panel="Saliency"):
+    """What is asked about the saliency of the text's words."""
 
-
-def explain(
-    index: IndexFolder,
-    text: Annotated[
-        str, typer.Option("--text", help="The text to explain (with --pair: the first).", show_default=False)
-    ],
-    pair: Pair = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--method",
-            help="Methods; see `forebear methods`. Default: tracin-we-topk where the index holds words, and gc.",
-            show_default=False,
-        ),
-    ] = None,
-    top: Annotated[int, typer.Option("--top", help="Rows at each end of the ranking.")] = 5,
-    target: Annotated[str, typer.Option("--target", help="Whose loss: predicted, or a label's name.")] = "predicted",
-    saliency: Annotated[
-        str, typer.Option("--saliency", help="gradient-x-input or summed-gradient.")
-    ] = "gradient-x-input",
-    spans: Annotated[
-        str | None,
-        typer.Option(
-            "--spans",
-            help="Also rank spans of rows: clauses, sentences, words, aspect, reader:MODEL or FILE.py:function.",
-            show_default=False,
-        ),
-    ] = None,
+    saliency: Annotated[str, typer.Option("--saliency", help="Of each word: gradient-x-input or summed-gradient.")] = (
+        "gradient-x-input"
+    )
     saliency_influence: Annotated[
         bool,
         typer.Option(
             "--saliency-influence",
             help="Also ask which rows and words made the model look at its word of largest summed-gradient saliency.",
         ),
-    ] = False,
-    word: Annotated[
-        str | None, typer.Option("--word", help="That word, if not the most salient.", show_default=False)
-    ] = None,
-    scope: Scope = "head",
-    recall: Recall = 0.98,
-    curvature: Annotated[
-        str | None,
-        typer.Option("--curvature", help="Of methods with H^-1; see `forebear retrieve --help`.", show_default=False),
-    ] = None,
-    damping: Damping = None,
+    ] = False
+    word: Word = None
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether rows behind a word's saliency are asked for."""
+        return self.saliency_influence or self.word is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageOptions(OutputOptions):
+    """Where the explanation goes."""
+
     html: Annotated[
         str | None, typer.Option("--html", help="Write a page, NAME.html, instead of printing.", show_default=False)
-    ] = None,
-    model: MovedModel = None,
-    device: Device = "auto",
-    force: Force = False,
-    quiet: Quiet = False,
+    ] = None
+
+    def check(self) -> None:
+        """See that the page can be written, before any work."""
+        from forebear.evaluation.explain.page import check_page
+
+        if self.html is not None:
+            check_page(Path(self.html), force=self.force)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("explain", help=HELP, cls=Command)(explain)
+
+
+@grouped(method=Shown("tracin-we-topk where the index holds words, and gc"), top=5, spans=Shown("spans are not ranked"))
+def explain(
+    at: IndexOptions,
+    text: Annotated[str, TEXT],
+    asked: QuestionOptions,
+    about: SaliencyOptions,
+    output: PageOptions,
+    pair: Pair = None,
+    method: Methods = None,
+    top: Top = 5,
+    spans: Spans = None,
+    recall: Recall = 0.98,
 ) -> None:
     """See HELP."""
     from forebear.evaluation.explain.explanation import chosen_methods
     from forebear.evaluation.explain.explanation import explain as put_together
-    from forebear.evaluation.explain.page import check_page, write_page
+    from forebear.evaluation.explain.page import write_page
     from forebear.retriever.question.spec import QuerySpec
-    from forebear.retriever.retriever import Retriever
 
-    if html is not None:
-        check_page(Path(html), force=force)
-    retriever = Retriever(index, model=model, device=device)
-    spec = QuerySpec(
-        methods=chosen_methods(
-            retriever,
-            listed(method),
-            spans=spans is not None,
-            saliency_influence=saliency_influence or word is not None,
-        ),
-        top=top,
-        target=target,
-        spans=spans,
-        word=word,
-        scope=scope,
-        recall=recall,
-        curvature=curvature,
-        damping=damping,
-    )
-    say_what_was_fitted(retriever.resolve(spec), quiet=quiet)
+    output.check()
+    retriever = at.open()
+    methods = chosen_methods(retriever, listed(method), spans=spans is not None, saliency_influence=about.is_asked)
+    spec = QuerySpec(methods=methods, top=top, spans=spans, word=about.word, recall=recall, **values_of(asked))
+    say_what_was_fitted(retriever.resolve(spec), quiet=output.quiet)
     query = text if pair is None else (text, pair)
-    command = command_line()
-    explanation = put_together(retriever, query, spec, form=saliency, command=command)
-    if html is None:
+    explanation = put_together(retriever, query, spec, form=about.saliency, command=command_line())
+    if output.html is None:
         show_explanation(explanation)
     else:
-        write_page(explanation, Path(html), force=force)
-        say(f"wrote {html}", quiet=quiet)
+        write_page(explanation, Path(output.html), force=output.force)
+        say(f"wrote {output.html}", quiet=output.quiet)
 
 
 def show_explanation(explanation: Explanation) -> None:

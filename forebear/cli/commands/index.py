@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forebear.cli.options.rows import open_rows_aloud
-from forebear.cli.options.shared import Device, LabelColumn, LabelNames, Quiet, TextColumns, Unlabelled
-from forebear.cli.screen.console import Variadic, listed, progress_bar, say, size, warn
+from forebear.cli.options.building import ChangeOptions, CheckpointOptions, ChoiceOptions, row_numbers
+from forebear.cli.options.groups import Options, grouped
+from forebear.cli.options.report import Quiet
+from forebear.cli.options.rows import ColumnOptions, Train
+from forebear.cli.screen.console import Command, listed, progress_bar, say, size, warn
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
     from forebear.indexer.index import Index
     from forebear.indexer.rows.row_source import RowSource
-    from forebear.progress import Progress
 
 # What a change takes besides its own name; everything else was decided by the build.
 OPTIONS_OF_EVERY_CHANGE = ("out", "resume", "force", "quiet")
@@ -52,136 +54,25 @@ Examples:
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("index", help=HELP, cls=Variadic)(index)
+@dataclass(frozen=True, kw_only=True)
+class TrainingRows(ColumnOptions):
+    """The rows that are indexed."""
+
+    train: Train = None
+
+    def open_all(self, run_columns: Sequence[str] | None, classes: Sequence[str]) -> RowSource:
+        """All rows, by the columns that the run read where they are there; warnings are said."""
+        if self.train is None:
+            raise InputError("no training rows given. Name their file by --train.")
+        found = None if listed(self.text_columns) else _if_there(run_columns, self.train)
+        return self.open_for(self.train, classes, text_columns=found)
 
 
-def index(
-    ctx: typer.Context,
-    out: Annotated[str, typer.Option("--out", help="Index folder to write, or to change.")],
-    train: Annotated[str | None, typer.Option("--train", help="The rows the model was trained on, labelled.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Run folder, model folder or hub name.")] = None,
-    checkpoints: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--checkpoints",
-            help="'all' of a run or of a Trainer's output folder, or some of a run by name, or folders in training "
-            "order.",
-            show_default=False,
-        ),
-    ] = None,
-    eta: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--eta",
-            help="TracIn weight of each checkpoint. Default: the run's, else the mean rates that a Trainer logged, "
-            "else 1.",
-            show_default=False,
-        ),
-    ] = None,
-    scope: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--scope",
-            help="Gradients to index: head; top-K, all or layer:NAME, sketched.  [default: head]",
-            show_default=False,
-        ),
-    ] = None,
-    sketch_dim: Annotated[int, typer.Option("--sketch-dim", help="Coordinates a row of a sketched scope.")] = 128,
-    sketch_bits: Annotated[
-        int, typer.Option("--sketch-bits", help="One-bit code a row of what the coordinates leave over.")
-    ] = 4096,
-    white_bits: Annotated[int, typer.Option("--white-bits", help="The same for the sketches of if and rif.")] = 5888,
-    sketch_basis: Annotated[str, typer.Option("--sketch-basis", help="mixed, principal or random.")] = "mixed",
-    with_bias: Annotated[
-        bool, typer.Option("--with-bias", help="Biases and LayerNorm take part in the sketched scopes.")
-    ] = False,
-    curvature: Annotated[
-        str, typer.Option("--curvature", help="Of the sketched scopes, for if and rif: ekfac or none.")
-    ] = "ekfac",
-    calibrate: Annotated[
-        int,
-        typer.Option(
-            "--calibrate",
-            help="Rows asked about to find how many candidates a recall takes; 0: none. Two thirds of them state it: "
-            "n support a recall of n / (n + 1).",
-        ),
-    ] = 74,
-    store: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--store", help="features, and sbert, words, spans as wanted.  [default: features]", show_default=False
-        ),
-    ] = None,
-    sentence_model: Annotated[str, typer.Option("--sentence-model", help="Un-tuned encoder for sbert.")] = "minilm",
-    words_top: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--words-top",
-            help="Positions of longest gradient whose words are kept a row; 0: all; or both, as 0,10.  [default: 10]",
-            show_default=False,
-        ),
-    ] = None,
-    words_precision: Annotated[
-        str, typer.Option("--words-precision", help="Of stored word vectors: fp16, int8 or fp32.")
-    ] = "fp16",
-    spans: Annotated[
-        str,
-        typer.Option(
-            "--spans",
-            help="What --store spans stores: clauses, sentences, words, aspect, columns:FROM,TO, clause-of:FROM,TO, or "
-            "FILE.py:function.",
-        ),
-    ] = "clauses",
-    span_column: Annotated[
-        str | None,
-        typer.Option(
-            "--span-column", help="The text column that spans are in. Default: the first.", show_default=False
-        ),
-    ] = None,
-    damping: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--damping",
-            help="Of the curvature: 0.1x of the mean eigenvalue, or absolute; several; none.  [default: 0.1x]",
-            show_default=False,
-        ),
-    ] = None,
-    rep_refit: Annotated[bool, typer.Option("--rep-refit", help="Refit the head for `rep`, as Pez21 does.")] = False,
-    ann: Annotated[str | None, typer.Option("--ann", help="FAISS factory string. Default: chosen by size.")] = None,
-    labels: Annotated[str | None, typer.Option("--labels", help="binary-nli. Default: the run's.")] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            "--max-length",
-            help="Longest row in word pieces; the rest is cut, in test rows too. Default: the run's, else the model's "
-            "limit, at most 512.",
-            show_default=False,
-        ),
-    ] = None,
-    precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16.")] = "fp32",
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    batch_tokens: Annotated[int, typer.Option("--batch-tokens", help="Padded tokens in a batch.")] = 4096,
-    shard_rows: Annotated[int, typer.Option("--shard-rows", help="Rows in a file; a build resumes at a file.")] = 4096,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on with an interrupted build or change; one that is done is not done twice."),
-    ] = False,
-    append: Annotated[bool, typer.Option("--append", help="Add the --train rows to the index in --out.")] = False,
-    retire: Annotated[
-        list[str] | None, typer.Option("--retire", help="Row numbers to take out: 17,230-240.", show_default=False)
-    ] = None,
-    rebuild_ann: Annotated[bool, typer.Option("--rebuild-ann", help="Make ann/ again, as --ann says.")] = False,
-    refit: Annotated[
-        bool,
-        typer.Option("--refit", help="Fit sketches, EK-FAC and calibration beyond the head to the rows there are now."),
-    ] = False,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    unlabelled: Unlabelled = "refuse",
-    device: Device = "auto",
+@dataclass(frozen=True, kw_only=True)
+class OutOptions(Options, panel="Output"):
+    """The index folder."""
+
+    out: Annotated[str, typer.Option("--out", help="Index folder to write, or to change.", show_default=False)]
     force: Annotated[
         bool,
         typer.Option(
@@ -189,96 +80,86 @@ def index(
             help="Replace the index in --out. Of a change: discard what an unfinished one left; add rows also if they "
             "are there already.",
         ),
-    ] = False,
-    quiet: Quiet = False,
+    ] = False
+    quiet: Quiet = False
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("index", help=HELP, cls=Command)(index)
+
+
+@grouped()
+def index(
+    ctx: typer.Context,
+    place: OutOptions,
+    rows: TrainingRows,
+    chosen: CheckpointOptions,
+    choices: ChoiceOptions,
+    change: ChangeOptions,
 ) -> None:
     """See HELP."""
+    change.check()
+    _refuse_what_a_build_takes(ctx)
+    unchanged: list[str] = []  # says that nothing was left to do
+    started = time.perf_counter()
+    with progress_bar(quiet=place.quiet) as progress:
+        how = {"resume": change.resume, "force": place.force, "tell": unchanged.append, "progress": progress}
+        built = _build_or_change(place.out, rows, chosen, choices, change, how)
+    if unchanged:
+        say(unchanged[0], quiet=place.quiet)
+        return
+    _say_what_was_built(built, place, of_rows=rows.train is not None, seconds=time.perf_counter() - started)
+
+
+def _build_or_change(
+    out: str,
+    rows: TrainingRows,
+    chosen: CheckpointOptions,
+    choices: ChoiceOptions,
+    change: ChangeOptions,
+    how: dict[str, Any],
+) -> Index:
+    """The index after what was asked for; ``how`` is what a build and every change take."""
     from forebear.indexer.building import build
-    from forebear.indexer.building.options import BuildOptions
-    from forebear.indexer.building.row_facts import row_facts
     from forebear.indexer.index import Index
     from forebear.indexer.training.run import choose_model
 
-    if sum((append, bool(retire), rebuild_ann, refit)) > 1:
-        raise InputError("--append, --retire, --refit and --rebuild-ann are separate changes: give one of them.")
-    _refuse_what_a_build_takes(ctx)
-    done: list[str] = []  # says that nothing was left to do
+    device = choices.computing.device
+    if change.retire:
+        return build.retire_rows(out, row_numbers(listed(change.retire)), **how)
+    if change.rebuild_ann:
+        return build.rebuild_ann(out, choices.storing.ann, **how)
+    if change.refit:
+        return build.refit_index(out, model=chosen.model, device=device, warn=warn, **how)
+    if change.append:
+        source = rows.open_all(None, Index.open(Path(out)).manifest.spec.label_names)
+        return build.append_rows(out, source, model=chosen.model, device=device, warn=warn, **how)
+    run = choose_model(chosen.model, chosen.checkpoints or (), chosen.eta or ())
+    warn(run.remark)
+    source = rows.open_all(run.text_columns, run.class_names())
+    warn(run.data_remark(source))
+    options = choices.build_options(source.text_columns, {"max_length": run.max_length, "label_mode": run.label_mode})
+    return build.build_index(source, out, run.checkpoints, options, warn=warn, **how)
 
-    def rows(columns: list[str] | None, classes: Sequence[str]) -> RowSource:
-        if train is None:
-            raise InputError("no training rows given. Name their file by --train.")
-        return open_rows_aloud(
-            train,
-            text_columns=columns,
-            label_column=label_column,
-            label_names=label_names,
-            unlabelled=unlabelled,
-            need_labels=True,
-            classes=classes,
-        )
 
-    def change(progress: Progress) -> Index:
-        how: dict[str, Any] = {"resume": resume, "force": force, "tell": done.append}
-        if retire:
-            return build.retire_rows(out, row_numbers(listed(retire)), **how, progress=progress)
-        if rebuild_ann:
-            return build.rebuild_ann(out, ann, **how, progress=progress)
-        if refit:
-            return build.refit_index(out, model=model, device=device, warn=warn, **how, progress=progress)
-        if append:
-            source = rows(listed(text_columns) or None, Index.open(Path(out)).manifest.spec.label_names)
-            return build.append_rows(out, source, model=model, device=device, warn=warn, **how, progress=progress)
-        chosen = choose_model(model, checkpoints or (), eta or ())
-        warn(chosen.remark)
-        source = rows(listed(text_columns) or _if_there(chosen.text_columns, train), chosen.class_names())
-        warn(chosen.data_remark(source))
-        options = BuildOptions(
-            stores=tuple(listed(store)) or ("features",),
-            scopes=tuple(dict.fromkeys(["head", *listed(scope)])),
-            sketch_dim=sketch_dim,
-            sketch_bits=sketch_bits,
-            white_bits=white_bits,
-            sketch_basis=sketch_basis,
-            with_bias=with_bias,
-            curvature=curvature,
-            calibration_queries=calibrate,
-            sentence_model=sentence_model,
-            words_tops=tuple(counts("--words-top", listed(words_top))) or (10,),
-            words_precision=words_precision,
-            spans=spans,
-            span_column=0 if span_column is None else _column(span_column, source.text_columns),
-            dampings=() if listed(damping) == ["none"] else tuple(listed(damping)) or ("0.1x",),
-            rep_refit=rep_refit,
-            ann=ann,
-            seed=seed,
-            precision=precision,
-            max_length=chosen.max_length if max_length is None else max_length,
-            label_mode=labels or chosen.label_mode,
-            batch_tokens=batch_tokens,
-            shard_rows=shard_rows,
-            device=device,
-        )
-        return build.build_index(source, out, chosen.checkpoints, options, warn=warn, **how, progress=progress)
+def _say_what_was_built(built: Index, place: OutOptions, *, of_rows: bool, seconds: float) -> None:
+    """Say what the index holds now, and of new rows what is odd about them."""
+    from forebear.indexer.building.row_facts import row_facts
 
-    started = time.perf_counter()
-    with progress_bar(quiet=quiet) as progress:
-        built = change(progress)
-    if done:
-        say(done[0], quiet=quiet)
-        return
-    manifest = built.manifest
+    manifest, out, quiet = built.manifest, place.out, place.quiet
     if manifest.spec.sketched_scopes and manifest.fit_age.is_stale:
         warn(f"{out}: {manifest.fit_age}.")
-    if train is not None:
-        facts_of_rows = row_facts(built)
-        for line in facts_of_rows.describe():
+    if of_rows:
+        facts = row_facts(built)
+        for line in facts.describe():
             say(line, quiet=quiet)
-        for line in facts_of_rows.warnings():
+        for line in facts.warnings():
             warn(line)
     total = sum(facts["bytes"] for facts in manifest.files.values())
     say(
         f"{out}: {manifest.n_live:,} rows, {len(manifest.checkpoints)} checkpoint(s), {size(total)} "
-        f"({total / manifest.n_rows:,.0f} bytes a row), {time.perf_counter() - started:.1f} s. "
+        f"({total / manifest.n_rows:,.0f} bytes a row), {seconds:.1f} s. "
         f"Next: forebear retrieve --index {out} --text '...'",
         quiet=quiet,
     )
@@ -301,45 +182,15 @@ def _refuse_what_a_build_takes(ctx: typer.Context) -> None:
             )
 
 
-def _if_there(columns: tuple[str, ...] | None, train: str | None) -> list[str] | None:
+def _if_there(columns: Sequence[str] | None, train: str) -> list[str] | None:
     """The run's text columns, where the training file has them; else they are found by name."""
     from forebear.errors import DataError
     from forebear.indexer.rows.row_source import open_rows
 
-    if columns is None or train is None:
+    if columns is None:
         return None
     try:
         open_rows(train, text_columns=list(columns))
     except DataError:
         return None
     return list(columns)
-
-
-def _column(name: str, names: tuple[str, ...]) -> int:
-    if name not in names:
-        raise InputError(f"--span-column {name}: the text columns are {', '.join(names)}.")
-    return names.index(name)
-
-
-def counts(option: str, parts: list[str]) -> list[int]:
-    """Numbers from 0 up."""
-    for part in parts:
-        if not part.isdigit():
-            raise InputError(f"{option} {part}: expected a whole number from 0 up.")
-    return [int(part) for part in parts]
-
-
-def row_numbers(parts: list[str]) -> list[int]:
-    """``17,230-240`` as numbers; a file name stands for the numbers in it, one a line."""
-    numbers: list[int] = []
-    for part in parts:
-        if Path(part).is_file():
-            numbers += row_numbers(Path(part).read_text(encoding="utf-8").split())
-            continue
-        first, _, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
-            raise InputError(f"--retire {part}: expected row numbers such as 17 or 230-240, or a file of them.")
-        if int(last or first) < int(first):
-            raise InputError(f"--retire {part}: the range ends before it begins.")
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers

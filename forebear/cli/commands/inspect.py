@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from forebear.cli.options.shared import Device, JsonOut, MovedModel
-from forebear.cli.screen.console import OUT, size
+from forebear.cli.options.groups import grouped
+from forebear.cli.options.model import Device, MovedModel
+from forebear.cli.options.report import JsonOut
+from forebear.cli.screen.console import OUT, Command, size
 from forebear.errors import CorruptIndexError
 
 Folder = Annotated[str, typer.Argument(metavar="INDEX", help="The index folder.")]
@@ -17,11 +19,12 @@ Folder = Annotated[str, typer.Argument(metavar="INDEX", help="The index folder."
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command("methods")(methods)
-    app.command("info")(info)
-    app.command("verify")(verify)
+    app.command("methods", cls=Command)(methods)
+    app.command("info", cls=Command)(info)
+    app.command("verify", cls=Command)(verify)
 
 
+@grouped()
 def methods(as_json: JsonOut = False) -> None:
     """List the methods: what is stored, the score, the paper.
 
@@ -55,6 +58,7 @@ def methods(as_json: JsonOut = False) -> None:
     OUT.print(grid)
 
 
+@grouped()
 def info(index: Folder, as_json: JsonOut = False) -> None:
     """Say what an index holds.
 
@@ -218,6 +222,7 @@ def _search_line(search: dict[str, Any]) -> str:
     return f"FAISS {search['factory']}, {stated}"
 
 
+@grouped()
 def verify(
     index: Folder,
     model: MovedModel = None,

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.options.asking import ColumnOptions, IndexOptions, command_line, integers, say_what_was_fitted
-from forebear.cli.options.groups import grouped
-from forebear.cli.options.shared import Damping, Force, Quiet, Recall, Scope
-from forebear.cli.screen.console import Variadic, listed, progress_bar, say, warn
+from forebear.cli.options.asking import command_line, integers, say_what_was_fitted
+from forebear.cli.options.groups import Options, Shown, grouped, values_of
+from forebear.cli.options.model import IndexOptions, Seed
+from forebear.cli.options.question import Recall, ScopeOptions
+from forebear.cli.options.report import FolderOptions, say_written
+from forebear.cli.options.retraining import RetrainOptions
+from forebear.cli.options.rows import TestOptions
+from forebear.cli.screen.console import Command, listed, warn
 from forebear.cli.screen.tables import show_report
-from forebear.cli.workers import Workers, start_workers
+from forebear.cli.workers import start_workers
 from forebear.errors import DataError, InputError
 
 if TYPE_CHECKING:
@@ -29,8 +33,8 @@ ATTACK_HELP = """Replace words of training rows so that a retrained model fails 
 For each attacked test row: the training rows that influence the saliency of its most salient word most, one word of
 each replaced by a WordNet synonym so that the saliency of the right label's word falls (lower-right), that of the wrong
 label's rises (raise-wrong), or both in turn (combined). The rows of all test rows are replaced at once, the model is
-retrained, and tested beside one with as many random changes. Writes report.html, table.csv, result.json and
-changed.jsonl. Started again after a kill, it goes on where it was.
+retrained, and tested beside one with as many random changes. Writes report.html, table.csv, result.json, report.json
+and changed.jsonl. Started again after a kill, it goes on where it was.
 
 Examples:
 
@@ -44,7 +48,7 @@ For each dev row that the model gets wrong: the training rows that influence the
 one word of each replaced by a WordNet synonym or antonym so that the saliency of the right label's word rises
 (raise-right), that of the wrong label's falls (lower-wrong), or both in turn (combined). The changed rows are added,
 with the labels of the old ones; the model is retrained and tested, beside one with as many random rows added. Writes
-report.html, table.csv, result.json and changed.jsonl. Started again after a kill, it goes on where it was.
+report.html, table.csv, result.json, report.json and changed.jsonl. Started again after a kill, it goes on where it was.
 
 Examples:
 
@@ -55,30 +59,26 @@ RETRAINED_NAME = "retrained"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChangeOptions:
+class ChangeOptions(Options, panel="Changes"):
     """Which words of which rows are changed."""
 
     rows: Annotated[
         list[str] | None,
         typer.Option(
-            "--rows", help="Training rows changed for each row. Default: 1,2,6; of fix 1,2,4,8.", show_default=False
+            "--rows",
+            help="Training rows changed for each row that is asked about; several numbers.",
+            show_default=False,
         ),
     ] = None
     random_words: Annotated[
         int, typer.Option("--random-words", help="Words tried in a row beside the one that matters most.")
     ] = 5
-    scope: Scope = "head"
-    curvature: Annotated[
-        str | None, typer.Option("--curvature", help="exact, ekfac, cg, lissa or identity.", show_default=False)
-    ] = None
-    damping: Damping = None
+    asked: ScopeOptions
     recall: Recall = 0.98
-    seed: Annotated[int, typer.Option("--seed", help="Of the samples, and of the first retraining.")] = 0
+    seed: Seed = 0
     wordnet: Annotated[
         str | None,
-        typer.Option(
-            "--wordnet", help="Folder of WordNet's files. Default: Debian's wordnet-base.", show_default=False
-        ),
+        typer.Option("--wordnet", help="Folder of WordNet's files.", show_default="Debian's wordnet-base"),
     ] = None
 
     def spec(self, what: What, strategies: tuple[str, ...], rows: tuple[int, ...]) -> PerturbSpec:
@@ -87,55 +87,52 @@ class ChangeOptions:
 
         spec = PerturbSpec(
             what=what, strategies=strategies, rows=tuple(integers("--rows", self.rows)) or rows,
-            random_words=self.random_words, seed=self.seed, scope=self.scope, curvature=self.curvature,
-            damping=self.damping, recall=self.recall,
+            random_words=self.random_words, seed=self.seed, recall=self.recall, **values_of(self.asked),
         )  # fmt: skip
         spec.check()
         return spec
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """How the model is retrained, and where the report goes."""
+class WhichOptions(Options, panel="Changes"):
+    """Which rows are asked about, and how words are chosen."""
 
-    out: Annotated[str, typer.Option("--out", help="Folder for the report.")]
-    retrain: Annotated[str, typer.Option("--retrain", help="full, top-K (the last K layers) or head.")] = "full"
-    seeds: Annotated[int, typer.Option("--seeds", help="Retrainings of each kind, with seeds from --seed up.")] = 3
-    run: Annotated[
-        str | None,
-        typer.Option("--run", help="Run folder of the model. Default: the one that it lies in.", show_default=False),
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--strategy",
+            help="Of attack: lower-right, raise-wrong, combined; of fix: raise-right, lower-wrong, combined.",
+            show_default=False,
+        ),
     ] = None
-    cache: Annotated[
-        str | None,
-        typer.Option("--cache", help="Folder of what retrained models said. Default: in --out.", show_default=False),
+    queries: Annotated[
+        int | None,
+        typer.Option(
+            "--queries",
+            help="Rows that are attacked, or wrong dev rows that are mended for: a seeded sample.",
+            show_default="all",
+        ),
     ] = None
-    workers: Workers = 1
-    force: Force = False
-    quiet: Quiet = False
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(help="Change training rows so that a model fails, or does better.", no_args_is_help=True)
-    group.command("attack", help=ATTACK_HELP, cls=Variadic)(attack)
-    group.command("fix", help=FIX_HELP, cls=Variadic)(fix)
+    group.command("attack", help=ATTACK_HELP, cls=Command)(attack)
+    group.command("fix", help=FIX_HELP, cls=Command)(fix)
     app.add_typer(group, name="perturb")
 
 
-@grouped()
+@grouped(
+    retrain="full", seeds=3, cache=Shown("in --out"), strategy=Shown("lower-right"), rows=Shown("1,2,6"), queries=50
+)
 def attack(
     at: IndexOptions,
-    columns: ColumnOptions,
+    tested: TestOptions,
+    which: WhichOptions,
     change: ChangeOptions,
-    how: RunOptions,
-    test: Annotated[str, typer.Option("--test", help="Labelled rows: --queries of them are attacked, all are tested.")],
-    strategy: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--strategy", help="lower-right, raise-wrong, combined.  [default: lower-right]", show_default=False
-        ),
-    ] = None,
-    queries: Annotated[int, typer.Option("--queries", help="Rows that are attacked, a seeded sample.")] = 50,
+    how: RetrainOptions,
+    output: FolderOptions,
 ) -> None:
     """See ATTACK_HELP."""
     import numpy as np
@@ -144,37 +141,29 @@ def attack(
     from forebear.evaluation.perturb.report import check_out
     from forebear.evaluation.perturb.spec import make_queries
 
-    check_out(Path(how.out), force=how.force)
-    spec = change.spec("attack", tuple(listed(strategy)) or ("lower-right",), (1, 2, 6))
+    check_out(output.folder, force=output.force)
+    spec = change.spec("attack", tuple(listed(which.strategy)) or ("lower-right",), (1, 2, 6))
     retriever = at.open()
-    source = columns.open(test, retriever, need_labels=True)
+    source = tested.open(tested.test, retriever, need_labels=True)
     texts, gold = _labelled(retriever, source)
-    attacked = _sample(np.arange(len(gold)), queries, change.seed)
+    assert which.queries is not None  # it has a default
+    attacked = _sample(np.arange(len(gold)), which.queries, change.seed)
     sets = {ATTACKED: attacked}
     if len(attacked) < len(gold):
         sets[TEST] = np.arange(len(gold))
     chosen = make_queries(retriever, texts, gold).take(attacked)
-    _run(retriever, spec, chosen, Evaluation(texts, gold, sets), at, change, how, {"test rows": test})
+    _run(retriever, spec, chosen, Evaluation(texts, gold, sets), at, change, how, output, {"test rows": tested.test})
 
 
-@grouped()
+@grouped(retrain="full", seeds=3, cache=Shown("in --out"), strategy=Shown("raise-right"), rows=Shown("1,2,4,8"))
 def fix(
     at: IndexOptions,
-    columns: ColumnOptions,
+    tested: TestOptions,
+    which: WhichOptions,
     change: ChangeOptions,
-    how: RunOptions,
+    how: RetrainOptions,
+    output: FolderOptions,
     dev: Annotated[str, typer.Option("--dev", help="Labelled rows: rows are added for those that are wrong.")],
-    test: Annotated[str, typer.Option("--test", help="Labelled rows that the retrained model is tested on.")],
-    strategy: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--strategy", help="raise-right, lower-wrong, combined.  [default: raise-right]", show_default=False
-        ),
-    ] = None,
-    queries: Annotated[
-        int | None,
-        typer.Option("--queries", help="So many wrong dev rows, a seeded sample. Default: all.", show_default=False),
-    ] = None,
 ) -> None:
     """See FIX_HELP."""
     import numpy as np
@@ -183,22 +172,32 @@ def fix(
     from forebear.evaluation.perturb.report import check_out
     from forebear.evaluation.perturb.spec import make_queries
 
-    check_out(Path(how.out), force=how.force)
-    spec = change.spec("fix", tuple(listed(strategy)) or ("raise-right",), (1, 2, 4, 8))
+    check_out(output.folder, force=output.force)
+    spec = change.spec("fix", tuple(listed(which.strategy)) or ("raise-right",), (1, 2, 4, 8))
     retriever = at.open()
-    dev_source, test_source = (columns.open(path, retriever, need_labels=True) for path in (dev, test))
+    dev_source, test_source = (tested.open(path, retriever, need_labels=True) for path in (dev, tested.test))
     texts, gold = _labelled(retriever, dev_source)
     asked = make_queries(retriever, texts, gold)
     wrong = np.flatnonzero(asked.predictions != asked.right)
     if not len(wrong):
         raise DataError(f"{dev}: the model gets all {len(gold)} rows right. There is nothing to fix.")
-    chosen = _sample(wrong, len(wrong) if queries is None else queries, change.seed)
+    chosen = _sample(wrong, len(wrong) if which.queries is None else which.queries, change.seed)
     test_texts, test_gold = _labelled(retriever, test_source)
     n, every = len(gold), np.concatenate([gold, test_gold])
     sets = {TEST: np.arange(n, len(every)), DEV: np.arange(n), WRONG: chosen}
     both = [[*first, *second] for first, second in zip(texts, test_texts, strict=True)]
     evaluation = Evaluation(both, every, sets)
-    _run(retriever, spec, asked.take(chosen), evaluation, at, change, how, {"dev rows": dev, "test rows": test})
+    _run(
+        retriever,
+        spec,
+        asked.take(chosen),
+        evaluation,
+        at,
+        change,
+        how,
+        output,
+        {"dev rows": dev, "test rows": tested.test},
+    )
 
 
 def _run(
@@ -208,7 +207,8 @@ def _run(
     evaluation: Evaluation,
     at: IndexOptions,
     change: ChangeOptions,
-    how: RunOptions,
+    how: RetrainOptions,
+    output: FolderOptions,
     sources: dict[str, str],
 ) -> None:
     """Choose, retrain, write and show."""
@@ -221,12 +221,12 @@ def _run(
 
     if how.seeds < 1:
         raise InputError(f"--seeds {how.seeds}: expected 1 or more.")
-    say_what_was_fitted(retriever.resolve(spec.question), quiet=how.quiet)
-    words, out = WordNet(change.wordnet), Path(how.out)
+    say_what_was_fitted(retriever.resolve(spec.question), quiet=output.quiet)
+    words, out = WordNet(change.wordnet), output.folder
     folder = Path(how.cache or out / RETRAINED_NAME)
     start_workers(how.workers, folder)
     retrainer = open_retrainer(retriever, how.retrain, evaluation.texts, folder, run=how.run, device=at.device)
-    with progress_bar(quiet=how.quiet) as progress:
+    with output.progress() as progress:
         chooser = Chooser(retriever, spec, queries, words, progress)
         numbers = range(spec.seed, spec.seed + how.seeds)
         found = perturb(retriever, chooser, spec, queries, evaluation, retrainer, numbers, progress)
@@ -235,9 +235,9 @@ def _run(
     provenance = {**sources, "WordNet": str(words.folder), "command": command_line()}
     report, result = perturb_report(found, retriever, retrainer.facts(), provenance)
     changed = {CHANGED_NAME: changed_lines(found, retriever)}
-    page = write_report(report, out, result=result, force=how.force, beside=changed)
+    page = write_report(report, out, result=result, force=output.force, beside=changed)
     show_report(report)
-    say(f"wrote {page}, table.csv, result.json and changed.jsonl", quiet=how.quiet)
+    say_written(page, CHANGED_NAME, quiet=output.quiet)
 
 
 def _labelled(retriever: Retriever, source: RowSource) -> tuple[list[list[str]], np.ndarray]:

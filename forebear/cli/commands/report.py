@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from forebear.cli.options.asking import command_line
-from forebear.cli.options.shared import Force, Quiet
-from forebear.cli.screen.console import OUT, say
+from forebear.cli.options.groups import grouped
+from forebear.cli.options.report import FolderOptions, say_written
+from forebear.cli.screen.console import OUT, Command
 from forebear.cli.screen.tables import show_table
 from forebear.errors import InputError
 
@@ -25,26 +26,25 @@ Example:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("report", help=HELP)(report)
+    app.command("report", help=HELP, cls=Command)(report)
 
 
+@grouped()
 def report(
     folders: Annotated[list[str], typer.Argument(help="Folders written by --out.", show_default=False)],
-    out: Annotated[str, typer.Option("--out", help="Folder for the page.", show_default=False)],
-    force: Force = False,
-    quiet: Quiet = False,
+    output: FolderOptions,
 ) -> None:
     """See HELP."""
     from forebear.evaluation.reports.report import check_folder, write_report
     from forebear.evaluation.reports.side_by_side import read_folders, side_by_side
 
-    if Path(out).resolve() in [Path(folder).resolve() for folder in folders]:
-        raise InputError(f"--out {out} is one of the reports that are read. Name another folder.")
-    check_folder(Path(out), force=force)
+    if output.folder.resolve() in [Path(folder).resolve() for folder in folders]:
+        raise InputError(f"--out {output.out} is one of the reports that are read. Name another folder.")
+    check_folder(output.folder, force=output.force)
     page, result = side_by_side(read_folders(folders), command_line())
-    written = write_report(page, Path(out), result=result, force=force)
+    written = write_report(page, output.folder, result=result, force=output.force)
     OUT.print(page.title, style="bold", markup=False)
     for table in page.tables:
         if not any(column.startswith("text: ") for column in table.columns):  # lists of rows are for the page
             show_table(table)
-    say(f"wrote {written}, table.csv and result.json", quiet=quiet)
+    say_written(written, quiet=output.quiet)

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.options.asking import ColumnOptions, QuerySpans, say_what_was_fitted, warn_of_labels
-from forebear.cli.options.shared import (
-    Damping,
-    Device,
-    Force,
-    IndexFolder,
-    LabelColumn,
-    LabelNames,
-    MovedModel,
-    Pair,
-    Quiet,
-    Recall,
-    Scope,
-    TextColumns,
-    Unlabelled,
-)
+from forebear.cli.options.asking import say_what_was_fitted, warn_of_labels
+from forebear.cli.options.groups import Options, Shown, flag_of, grouped, values_of
+from forebear.cli.options.model import IndexOptions
+from forebear.cli.options.question import Candidates, Methods, SearchOptions, SolverOptions, SpanOptions, Top, Word
+from forebear.cli.options.report import OutputOptions
+from forebear.cli.options.rows import TEXT, MaybeTestOptions, Pair
 from forebear.cli.screen.answers import SHOWN_QUERIES, say_recall, say_signs, show_answers
-from forebear.cli.screen.console import Variadic, listed, progress_bar, say, warn
+from forebear.cli.screen.console import Command, listed, say, warn
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,6 +24,8 @@ if TYPE_CHECKING:
 
     from forebear.indexer.rows.row_source import RowSource
     from forebear.retriever.answers.results import Answers
+    from forebear.retriever.question.methods import Method
+    from forebear.retriever.question.spec import QuerySpec, Question
     from forebear.retriever.retriever import Retriever
 
 HELP = """Rank the training rows behind each prediction: proponents and opponents, by one or more methods.
@@ -56,86 +48,64 @@ Examples:
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("retrieve", help=HELP, cls=Variadic)(retrieve)
+@dataclass(frozen=True, kw_only=True)
+class QueryOptions(MaybeTestOptions):
+    """What is explained: rows of a file, or one text."""
+
+    text: Annotated[str | None, TEXT] = None
+    pair: Pair = None
+
+    def check(self, target: str) -> None:
+        """Refuse what does not go together, before anything is opened."""
+        if (self.test is None) == (self.text is None):
+            raise InputError("give either --test FILE or --text '...' (with --pair for pairs).")
+        if self.text is not None and target == "gold":
+            raise InputError("--target gold needs labels: give labelled rows by --test, or name a label by --target.")
+        if self.pair is not None and self.text is None:
+            raise InputError("--pair is the second text of --text; give both.")
+
+    def rows(self, retriever: Retriever, *, need_labels: bool) -> RowSource:
+        """The rows that are asked about."""
+        from forebear.indexer.rows.row_source import rows_from_texts
+
+        if self.text is not None:
+            return rows_from_texts([self.text] if self.pair is None else [(self.text, self.pair)])
+        assert self.test is not None
+        return self.open(self.test, retriever, need_labels=need_labels)
 
 
-def retrieve(
-    index: IndexFolder,
-    test: Annotated[
-        str | None,
-        typer.Option("--test", help="Rows to explain: a file, folder or hub name. Cut at the index's --max-length."),
-    ] = None,
-    text: Annotated[str | None, typer.Option("--text", help="One text to explain (with --pair: the first).")] = None,
-    pair: Pair = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option("--method", help="Methods; see `forebear methods`.  [default: gc]", show_default=False),
-    ] = None,
-    top: Annotated[int, typer.Option("--top", help="Rows at each end of the ranking.")] = 10,
-    target: Annotated[
-        str, typer.Option("--target", help="Whose loss: predicted, gold, or a label's name.")
-    ] = "predicted",
-    exact: Annotated[str, typer.Option("--exact", help="none, rerank or full.")] = "rerank",
-    scope: Scope = "head",
-    recall: Recall = 0.98,
-    candidates: Annotated[
-        int | None,
-        typer.Option(
-            "--candidates", help="Rows (or stored spans) at each end that sketches propose.", show_default=False
-        ),
-    ] = None,
+@dataclass(frozen=True, kw_only=True)
+class RankingOptions(Options, panel="Question"):
+    """Which ranking of which rows."""
+
+    methods: Methods = None
+    top: Top = 10
     normalise: Annotated[
-        bool, typer.Option("--normalise", help="Scores of word methods over sqrt(self x self).")
-    ] = False,
-    spans: Annotated[
-        str | None,
-        typer.Option(
-            "--spans",
-            help="For if+, if++, tracin+, tracin++: clauses, sentences, words, aspect, reader:MODEL or "
-            "FILE.py:function. Default: "
-            "those that the index stores, else clauses.",
-            show_default=False,
-        ),
-    ] = None,
-    query_spans: QuerySpans = None,
-    word: Annotated[
-        str | None,
-        typer.Option(
-            "--word", help="For saliency-if: whose saliency. Default: each row's most salient word.", show_default=False
-        ),
-    ] = None,
-    span_column: Annotated[
-        str | None,
-        typer.Option(
-            "--span-column",
-            help="The text column that spans are in. Default: the index's, or the first.",
-            show_default=False,
-        ),
-    ] = None,
+        bool, typer.Option("--normalise", help="Divide scores of methods by words by sqrt(self x self).")
+    ] = False
+    word: Word = None
     aggregate: Annotated[
         bool,
         typer.Option("--aggregate", help="One answer to all test rows together: their query vectors are summed."),
-    ] = False,
+    ] = False
+    candidates: Candidates = None
     certify: Annotated[
-        bool, typer.Option("--certify", help="Prove each top k at a deeper scope, however many rows it takes.")
-    ] = False,
-    curvature: Annotated[
-        str | None,
+        bool,
         typer.Option(
-            "--curvature",
-            help="For if and rif: exact, ekfac, cg, cg-hessian, lissa or identity. Default: exact at the head, ekfac "
-            "beyond it.",
-            show_default=False,
+            "--certify",
+            help="Prove each top k of a scope beyond the head, however many rows it takes.",
+            rich_help_panel="Search",
         ),
-    ] = None,
-    damping: Damping = None,
-    curvature_rows: Annotated[
-        int, typer.Option("--curvature-rows", help="Training rows that cg and lissa take at deeper scopes; 0: all.")
-    ] = 1024,
-    lissa: Annotated[str, typer.Option("--lissa", help="Settings: han20, pez21, or as in han20,depth=5000.")] = "han20",
-    tolerance: Annotated[float, typer.Option("--tolerance", help="Relative residual at which cg stops.")] = 1e-3,
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(OutputOptions):
+    """Where answers go, and what is added to them."""
+
+    out: Annotated[
+        str | None, typer.Option("--out", help="File to write: NAME.parquet or NAME.jsonl.", show_default=False)
+    ] = None
     hubs: Annotated[
         str | None,
         typer.Option(
@@ -143,96 +113,94 @@ def retrieve(
             help="Folder of `forebear audit hubs`: adds each proponent's share of its queries.",
             show_default=False,
         ),
-    ] = None,
-    out: Annotated[str | None, typer.Option("--out", help="Write to NAME.parquet or NAME.jsonl.")] = None,
-    model: MovedModel = None,
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = None,
-    label_names: LabelNames = None,
-    unlabelled: Unlabelled = "refuse",
-    device: Device = "auto",
-    force: Force = False,
-    quiet: Quiet = False,
+    ] = None
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("retrieve", help=HELP, cls=Command)(retrieve)
+
+
+@grouped(methods=Shown("gc"))
+def retrieve(
+    at: IndexOptions,
+    rows: QueryOptions,
+    ranking: RankingOptions,
+    asked: SearchOptions,
+    spans: SpanOptions,
+    solver: SolverOptions,
+    output: AnswerOptions,
 ) -> None:
     """See HELP."""
     from forebear.evaluation.audits.rows.hub_shares import read_hub_shares, with_hub_share
     from forebear.indexer.index import Index
-    from forebear.indexer.rows.row_source import rows_from_texts
-    from forebear.retriever.answers.result_file import check_output, result_writer
-    from forebear.retriever.answers.signs import SignCounts
+    from forebear.retriever.answers.result_file import check_output
     from forebear.retriever.question.spec import QuerySpec
     from forebear.retriever.retriever import Retriever
 
-    if (test is None) == (text is None):
-        raise InputError("give either --test FILE or --text '...' (with --pair for pairs).")
-    if text is not None and target == "gold":
-        raise InputError("--target gold needs labels: give labelled rows by --test, or name a label by --target.")
-    if pair is not None and text is None:
-        raise InputError("--pair is the second text of --text; give both.")
-    spec = QuerySpec(
-        methods=tuple(listed(method)) or ("gc",),
-        top=top,
-        target=target,
-        exact=exact,  # type: ignore[arg-type]  # checked by spec.check
-        scope=scope,
-        recall=recall,
-        candidates=candidates,
-        normalise=normalise,
-        spans=spans,
-        query_spans=query_spans,
-        word=word,
-        aggregate=aggregate,
-        certify=certify,
-        curvature=curvature,
-        damping=damping,
-        curvature_rows=curvature_rows,
-        lissa=lissa,
-        tolerance=tolerance,
-    )
+    gold, quiet = asked.target == "gold", output.quiet
+    rows.check(asked.target)
+    choices = values_of(asked, ranking, spans, solver)
+    choices |= {"methods": tuple(listed(ranking.methods)) or ("gc",), "span_column": None}
+    spec = QuerySpec(**choices)
     methods = spec.check()
-    by_spans = any(m.ranks_spans for m in methods)
-    for option, value in (("--spans", spans), ("--query-spans", query_spans), ("--span-column", span_column)):
-        if value is not None and not by_spans:
-            raise InputError(
-                f"{option} is for if+, if++, tracin+ and tracin++; {', '.join(spec.methods)} compare rows."
-            )
-    if word is not None and not any(m.saliency for m in methods):
-        raise InputError(f"--word is for saliency-if and saliency-if-token, not {', '.join(spec.methods)}.")
-    if out is not None:
-        check_output(Path(out), force=force)
-    opened = Index.open(index)
-    if span_column is not None:
-        spec = replace(spec, span_column=opened.text_column(span_column))
-    retriever = Retriever(opened, model=model, device=device)
-    if text is not None:
-        source = rows_from_texts([text] if pair is None else [(text, pair)])
-    else:
-        assert test is not None
-        columns = ColumnOptions(
-            text_columns=text_columns, label_column=label_column, label_names=label_names, unlabelled=unlabelled
-        )
-        source = columns.open(test, retriever, need_labels=target == "gold")
-    warn_of_labels(retriever, source, required=target == "gold")
+    _refuse_what_no_method_takes(spec, methods, spans)
+    if output.out is not None:
+        check_output(Path(output.out), force=output.force)
+    opened = Index.open(at.index)
+    if spans.span_column is not None:
+        spec = replace(spec, span_column=opened.text_column(spans.span_column))
+    retriever = Retriever(opened, model=at.model, device=at.device)
+    source = rows.rows(retriever, need_labels=gold)
+    warn_of_labels(retriever, source, required=gold)
 
     question = retriever.resolve(spec)
     say_what_was_fitted(question, quiet=quiet)
     retriever.check_texts(source)
     _warn_of_reading(retriever, source)
-    shares = None if hubs is None else read_hub_shares(Path(hubs), retriever, question)
+    shares = None if output.hubs is None else read_hub_shares(Path(output.hubs), retriever, question)
 
     def tables_of(answers: Answers) -> Iterator[pa.Table]:
         for table in retriever.tables(answers):
             yield table if shares is None else with_hub_share(table, shares)
 
-    if out is None:
+    if output.out is None:
         found = retriever.answers(source, question, block_rows=SHOWN_QUERIES)
-        show_answers(found, tables_of, source, methods, aggregate=aggregate, quiet=quiet)
-        say_recall(question, quiet=quiet)
-        return
-    signs = SignCounts(methods)
+        show_answers(found, tables_of, source, methods, aggregate=spec.aggregate, quiet=quiet)
+    else:
+        _write_answers(retriever, source, question, tables_of, output)
+    say_recall(question, quiet=quiet)
+
+
+def _refuse_what_no_method_takes(spec: QuerySpec, methods: Sequence[Method], spans: SpanOptions) -> None:
+    """Refuse options of methods that are not asked."""
+    if not any(m.ranks_spans for m in methods):
+        for name, value in values_of(spans).items():
+            if value is not None:
+                raise InputError(
+                    f"{flag_of(SpanOptions, name)} is for if+, if++, tracin+ and tracin++; "
+                    f"{', '.join(spec.methods)} compare rows."
+                )
+    if spec.word is not None and not any(m.saliency for m in methods):
+        raise InputError(f"--word is for saliency-if and saliency-if-token, not {', '.join(spec.methods)}.")
+
+
+def _write_answers(
+    retriever: Retriever,
+    source: RowSource,
+    question: Question,
+    tables_of: Callable[[Answers], Iterator[pa.Table]],
+    output: AnswerOptions,
+) -> None:
+    """Write the answers to all test rows, block by block."""
+    from forebear.retriever.answers.result_file import result_writer
+    from forebear.retriever.answers.signs import SignCounts
+
+    assert output.out is not None
+    signs = SignCounts(question.methods)
     with (
-        progress_bar(quiet=quiet) as progress,
-        result_writer(Path(out), retriever.metadata(question), force=force) as write,
+        output.progress() as progress,
+        result_writer(Path(output.out), retriever.metadata(question), force=output.force) as write,
     ):
         progress("queries", 0, source.n_rows)
         n_results = 0
@@ -241,12 +209,11 @@ def retrieve(
             for table in tables_of(answers):
                 write(table)
                 n_results += table.num_rows
-            done = source.n_rows if aggregate else answers.start + len(answers.predictions)
+            done = source.n_rows if question.spec.aggregate else answers.start + len(answers.predictions)
             progress("queries", done, source.n_rows)
-    together = " asked together" if aggregate else ""
-    say(f"{out}: {source.n_rows:,} queries{together}, {n_results:,} results", quiet=quiet)
-    say_signs(signs, quiet=quiet)
-    say_recall(question, quiet=quiet)
+    together = " asked together" if question.spec.aggregate else ""
+    say(f"{output.out}: {source.n_rows:,} queries{together}, {n_results:,} results", quiet=output.quiet)
+    say_signs(signs, quiet=output.quiet)
 
 
 def _warn_of_reading(retriever: Retriever, source: RowSource) -> None:

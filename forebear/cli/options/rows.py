@@ -1,48 +1,116 @@
-"""Opening rows for a command: the user is told what the source says of itself."""
+"""Options that say which rows are meant, and how files of rows are read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from forebear.cli.options.groups import Options
 from forebear.cli.screen.console import listed, warn
 
 if TYPE_CHECKING:
     from forebear.indexer.rows.row_source import RowSource
+    from forebear.retriever.retriever import Retriever
+
+TEST = typer.Option("--test", help="Test rows: a file, a save_to_disk folder or a hub name.", show_default=False)
+LabelNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--label-names", help="Names that integer labels stand for, in the order of the numbers.", show_default=False
+    ),
+]
+TextColumns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text-columns", help="Text columns, one or two, in order of encoding.", show_default="found by name"
+    ),
+]
+Unlabelled = Annotated[
+    str,
+    typer.Option(
+        "--unlabelled",
+        help="Rows without a gold label (null, '-', -1), where labels are needed: refuse; drop, and number the rows "
+        "that are kept; keep '-' or -1 as a class. What the model has as a class is one.",
+    ),
+]
+Train = Annotated[
+    str | None,
+    typer.Option(
+        "--train", help="The rows that the model was trained on, labelled.", show_default=False, rich_help_panel="Rows"
+    ),
+]
+TEXT = typer.Option(
+    "--text",
+    help="One text to explain (with --pair: the first of two).",
+    show_default=False,
+    rich_help_panel="Rows",
+)
+Pair = Annotated[
+    str | None,
+    typer.Option("--pair", help="The second text, where rows are pairs.", show_default=False, rich_help_panel="Rows"),
+]
 
 
-def open_rows_aloud(
-    path: str,
-    *,
-    text_columns: Sequence[str] | None,
-    label_column: str | None,
-    label_names: Sequence[str] | None,
-    unlabelled: str,
-    need_labels: bool,
-    classes: Sequence[str] = (),
-) -> RowSource:
-    """Open rows, and warn of those that were left out, have no label or no words.
+@dataclass(frozen=True, kw_only=True)
+class ColumnOptions(Options, panel="Rows"):
+    """Which columns of files of rows are meant, and what an unlabelled row is."""
 
-    Args:
-        path: A file, folder or hub name.
-        text_columns: As the list option gives them.
-        label_column: Its name, or None.
-        label_names: As the list option gives them.
-        unlabelled: refuse, drop or keep.
-        need_labels: Whether rows without a label are refused, or left out.
-        classes: The model's class names, where it is known.
-    """
-    from forebear.indexer.rows.row_source import open_rows
+    text_columns: TextColumns = None
+    label_column: Annotated[
+        str | None,
+        typer.Option("--label-column", help="The column of gold labels.", show_default="found by name"),
+    ] = None
+    label_names: LabelNames = None
+    unlabelled: Unlabelled = "refuse"
 
-    source = open_rows(
-        path,
-        text_columns=listed(text_columns) or None,
-        label_column=label_column,
-        label_names=listed(label_names) or None,
-        need_labels=need_labels,
-        unlabelled=unlabelled,
-        classes=classes,
-    )
-    for remark in source.remarks():
-        warn(remark)
-    return source
+    def open(self, path: str, retriever: Retriever, *, need_labels: bool = False) -> RowSource:
+        """The rows of a file, folder or hub name; what the index's model has as a class is one."""
+        return self.open_for(path, retriever.label_names, need_labels=need_labels)
+
+    def open_for(
+        self,
+        path: str,
+        classes: Sequence[str] = (),
+        *,
+        need_labels: bool = True,
+        text_columns: Sequence[str] | None = None,
+    ) -> RowSource:
+        """Open rows, and warn of those that were left out, have no label or no words.
+
+        Args:
+            path: A file, folder or hub name.
+            classes: The model's class names, where it is known.
+            need_labels: Whether rows without a label are refused, or left out.
+            text_columns: Where none are given as an option.
+        """
+        from forebear.indexer.rows.row_source import open_rows
+
+        source = open_rows(
+            path,
+            text_columns=listed(self.text_columns) or text_columns,
+            label_column=self.label_column,
+            label_names=listed(self.label_names) or None,
+            need_labels=need_labels,
+            unlabelled=self.unlabelled,
+            classes=classes,
+        )
+        for remark in source.remarks():
+            warn(remark)
+        return source
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestOptions(ColumnOptions):
+    """Test rows."""
+
+    test: Annotated[str, TEST]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaybeTestOptions(ColumnOptions):
+    """Test rows, which may be left out."""
+
+    test: Annotated[str | None, TEST] = None

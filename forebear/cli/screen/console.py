@@ -66,8 +66,15 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], N
         yield update
 
 
-class Variadic(TyperCommand):
+class Command(TyperCommand):
     """A command whose list options take several values after one flag: ``--checkpoints A B C``."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """``--help``, under the heading of what a command says."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.rich_help_panel = "Output"
+        return option
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the flag before each further value, which is what the parser understands."""

@@ -235,7 +235,7 @@ def mislabelled_report(
     n, n_wrong = len(found.rows), int(found.wrong.sum())
     bad = [k for k in tops if not 1 <= k <= n]
     if bad:
-        raise InputError(f"--top {bad[0]}: expected 1 to {n}, the live rows.")
+        raise InputError(f"--top {bad[0]}: expected 1 to {n}, the live rows.", of="evaluate mislabelled")
     depths = sorted({*tops, n_wrong})
     rows: list[list[Cell]] = []
     areas: dict[str, float] = {}

@@ -55,7 +55,10 @@ def depths_of(tops: Sequence[int], shares: Sequence[str], n_rows: int) -> tuple[
     bad = sorted(depth for depth in depths if not 1 <= depth <= n_rows)
     if bad or not depths:
         found = ", ".join(map(str, [*tops, *shares])) or "none"
-        raise InputError(f"tops of {found} (--top, --share): expected 1 to {n_rows} of the {n_rows} live rows.")
+        raise InputError(
+            f"tops of {found} (--top, --share): expected 1 to {n_rows} of the {n_rows} live rows.",
+            of="evaluate overlap",
+        )
     return tuple(sorted(depths))
 
 

@@ -143,7 +143,8 @@ class Chooser:
             if width >= self._index.manifest.n_live:
                 raise InputError(
                     f"{q} test rows with {most} rows each take {q * most} training rows; the index has fewer in which "
-                    "a word can be replaced. Give smaller --rows, or fewer --queries."
+                    "a word can be replaced. Give smaller --rows, or fewer --queries.",
+                    of="perturb attack",
                 )
             width *= 2
         out: list[list[Change]] = [[] for _ in turns]
@@ -170,7 +171,8 @@ class Chooser:
         if len(found) < n_queries * most:
             raise InputError(
                 f"{n_queries * most} random changes: only {len(found)} training rows have a word that can be replaced. "
-                "Give smaller --rows, or fewer --queries."
+                "Give smaller --rows, or fewer --queries.",
+                of="perturb attack",
             )
         return [found[j * n_queries : (j + 1) * n_queries] for j in range(most)]
 

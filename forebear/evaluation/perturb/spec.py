@@ -100,7 +100,9 @@ class PerturbSpec:
         if unknown or not self.strategies:
             raise InputError(f"--strategy {' '.join(unknown)}: expected one or more of {', '.join(known)}.")
         if not self.rows or self.rows[0] < 1 or list(self.rows) != sorted(set(self.rows)):
-            raise InputError(f"--rows {','.join(map(str, self.rows))}: expected numbers from 1 up, ascending.")
+            raise InputError(
+                f"--rows {','.join(map(str, self.rows))}: expected numbers from 1 up, ascending.", of="perturb attack"
+            )
         if self.random_words < 0:
             raise InputError(f"--random-words {self.random_words}: expected 0 or more.")
         if self.seed < 0:

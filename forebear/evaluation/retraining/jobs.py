@@ -33,6 +33,7 @@ from forebear.indexer.storage.arrow import column, read_batches, record_batch, w
 from forebear.indexer.storage.locks import claimed
 from forebear.indexer.storage.manifest import canonical_json, digest_of
 from forebear.indexer.training.course import IGNORED
+from forebear.wording import worded
 
 LIBRARIES = ("forebear", "torch", "transformers", "tokenizers", "accelerate", "numpy", "scipy")  # decide last bits
 POLL_SECONDS = 0.2  # between looks at the jobs of other processes
@@ -372,4 +373,4 @@ def within_budget(
             "methods or amounts."
         )
     what = f"{len(taken):,} of {total:,} retrainings (--budget {budget}): {len(kept):,} of {len(units):,} comparisons"
-    return np.sort(kept), f"{what}, sampled with seed {seed}"
+    return np.sort(kept), worded(f"{what}, sampled with seed {seed}")

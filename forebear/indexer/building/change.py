@@ -34,6 +34,7 @@ from forebear.indexer.storage.journal import begin_change, check_change, unfinis
 from forebear.indexer.storage.layout import LOCK_NAME
 from forebear.indexer.storage.locks import exclusive
 from forebear.indexer.storage.manifest import Segment, digest_of, read_manifest
+from forebear.wording import worded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -90,7 +91,7 @@ def append_rows(
             rows += f"{there.start + there.n_rows - 1}"
             if work.resume:
                 again = "nothing is added by --resume. To add them once more, give --force without it."
-                work.tell(f"{rows}: " + (again if work.force else "nothing is left to do."))
+                work.tell(f"{rows}: " + (worded(again) if work.force else "nothing is left to do."))
                 return index
             if not work.force:
                 raise OutputExistsError(

@@ -189,7 +189,8 @@ def _factorised(hessian: np.ndarray, damping: float, manifest: Manifest) -> np.n
             raise
         raise InputError(
             f"{error} The pass over the rows is kept: the same command with --resume and another --damping goes on. "
-            "With --damping none no curvature is stored for `if` and `rif`; `if` is then asked with --curvature cg."
+            "With --damping none no curvature is stored for `if` and `rif`; `if` is then asked with --curvature cg.",
+            of="index",
         ) from error
 
 

@@ -59,7 +59,9 @@ class BuildOptions(Choices):
         if unknown or "features" not in self.stores:
             raise InputError(f"--store {','.join(self.stores)}: expected features, and sbert, words, spans as wanted.")
         if "head" not in self.scopes or len(set(self.scopes)) != len(self.scopes):
-            raise InputError(f"--scope {','.join(self.scopes)}: expected head, and others once each, such as head,all.")
+            raise InputError(
+                f"--scope {','.join(self.scopes)}: expected head, and others once each, such as head,all.", of="index"
+            )
         if not 8 <= self.sketch_dim <= 4096:
             raise InputError(f"--sketch-dim {self.sketch_dim}: expected 8 to 4096.")
         for name, bits in (("--sketch-bits", self.sketch_bits), ("--white-bits", self.white_bits)):

@@ -18,6 +18,7 @@ from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.reading import Reading, count_reading, share
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.training.run import RunCheckpoint, path_to, read_run
+from forebear.wording import worded
 
 READING_KEY = b"forebear.reading"  # of a shard of rows, in its schema's metadata
 SAMPLED_ROWS = 1024  # test rows that are looked at before they are asked about
@@ -82,7 +83,7 @@ class RowFacts:
 
 
 def _low_accuracy(accuracy: float, beside: str) -> str:
-    return (
+    return worded(
         f"the model predicts the label of {share(accuracy)} of the indexed rows ({beside}). Are these the rows that it "
         "was trained on, and their labels in the model's order (--label-names)?"
     )

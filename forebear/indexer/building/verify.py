@@ -25,6 +25,7 @@ from forebear.indexer.storage.layout import JOURNAL_NAME, LOCK_NAME, MANIFEST_NA
 from forebear.indexer.storage.locks import owner_of
 from forebear.indexer.storage.manifest import Manifest, read_manifest
 from forebear.indexer.words.gradients import WordRows, word_gradients
+from forebear.wording import worded
 
 FLOAT16_ROUNDING = 1e-3  # of stored coordinates, scaled back to length 1
 WORDS_ROUNDING = {"fp16": 1e-3, "int8": 2e-2, "fp32": 0.0}  # of stored word vectors
@@ -131,8 +132,12 @@ def _left_line(folder: Path, manifest: Manifest) -> str | None:
         return None
     kind = journal["kind"]
     if is_in_force(journal, manifest):
-        return f"the {kind} is done but for files that it replaced: the next change, or the same command, removes them"
-    return f"an unfinished {kind}: go on with the same command and --resume, or discard what it left with --force"
+        return worded(
+            f"the {kind} is done but for files that it replaced: the next change, or the same command, removes them"
+        )
+    return worded(
+        f"an unfinished {kind}: go on with the same command and --resume, or discard what it left with --force"
+    )
 
 
 def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: str) -> float:

@@ -91,7 +91,8 @@ def check_head_size(n_classes: int, feature_dim: int) -> None:
             f"the head has {n_classes} classes x {feature_dim} features: its exact curvature would take "
             f"{size_gb:.1f} GB (limit {limit_gb:.1f}). Give --damping none (with --resume if this build was begun "
             "before). What is lost: curvature stored for `if` and `rif`, at all scopes; `if` is then asked with "
-            "--curvature cg, which solves for each query."
+            "--curvature cg, which solves for each query.",
+            of="index",
         )
 
 
@@ -194,7 +195,8 @@ def factorise(hessian: np.ndarray, damping: float) -> np.ndarray:
         enough = 2 * MIN_RECIPROCAL_CONDITION * float(np.linalg.norm(hessian, 1)) * len(hessian) ** 0.5
         raise InputError(
             f"H + {damping:g} I, the curvature of scope head, is singular in float64: the damping is too small. "
-            f"Give --damping {round_up(enough) if enough > 0 else '1e-5'} or more, or a relative one such as 0.1x."
+            f"Give --damping {round_up(enough) if enough > 0 else '1e-5'} or more, or a relative one such as 0.1x.",
+            of="index",
         )
     return factor
 

@@ -240,13 +240,15 @@ class _Arrivals:
                 raise ModelError(
                     f"{self._model_name}: layer {name} is also used on something that does not come from the words of "
                     "the row (such as relative positions, or a decoder's start), and that part of its gradient is not "
-                    "supported yet. Use --scope head for this model."
+                    "supported yet. Use --scope head for this model.",
+                    of="index",
                 )
             a = args[0].detach()
             if a.shape[0] != self._n_rows or a.dim() not in (2, 3):
                 raise ModelError(
                     f"{self._model_name}: layer {name} gets inputs of shape {tuple(a.shape)} for {self._n_rows} rows; "
-                    "its gradient cannot be told apart by row. Use --scope head for this model."
+                    "its gradient cannot be told apart by row. Use --scope head for this model.",
+                    of="index",
                 )
             uses = self._inputs.setdefault(name, [])
             number = len(uses)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from forebear.wording import worded
+
 # Shares from which a user is warned.
 MANY_UNKNOWN = 0.05  # of word pieces; English under its own tokenizer has .001
 MANY_CUT = 0.1  # of rows
@@ -57,10 +59,11 @@ class Reading:
                 "does not see these words. Is it the model's own tokenizer, and the language that it was made for?"
             )
         if self.share_cut > MANY_CUT:
-            found.append(
+            line = (
                 f"{share(self.share_cut)} of {rows} are longer than {max_length} word pieces, and the model does not "
                 "see the rest. If it takes more, train and index with a larger --max-length."
             )
+            found.append(worded(line))
         return found
 
 

@@ -137,7 +137,8 @@ def root_modules(classifier: Classifier, scope: Scope) -> tuple[list[nn.Module],
         if words is None:
             raise ModelError(
                 f"{classifier.name} ({type(model).__name__}) has no word embeddings, where gradients of scope "
-                f"{scope.name!r} start. Use --scope head, or top-K."
+                f"{scope.name!r} start. Use --scope head, or top-K.",
+                of="index",
             )
         # An encoder and a decoder (BART) have a module each, of one weight.
         return [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is words.weight], True
@@ -230,7 +231,8 @@ def scope_blocks(
         elif not isinstance(module, _PASSIVE) and any(p.dim() >= 2 for p in module.parameters(recurse=False)):
             raise ModelError(
                 f"{name}: layer {key} ({type(module).__name__}) holds weights that scope {scope!r} covers, and only "
-                "linear layers, and convolutions of one dimension and one group, are supported. Use --scope head."
+                "linear layers, and convolutions of one dimension and one group, are supported. Use --scope head.",
+                of="index",
             )
     return tuple(blocks)
 

@@ -21,6 +21,7 @@ from forebear.errors import DataError, InputError
 from forebear.indexer.rows.file_formats import listed
 from forebear.indexer.rows.label_column import Label
 from forebear.indexer.rows.row_source import MAX_CLASSES, RowSource
+from forebear.wording import worded
 
 BINARY_NLI = "binary-nli"
 NUMBER = re.compile(r"-?[0-9]+")  # as a class name: its sign is no separator
@@ -183,7 +184,7 @@ def _match(
         return {label: by_key[_key(name)] for label, name in enumerate(names) if _key(name) in by_key}, None
     if all(re.fullmatch(NUMBER, key) for key in model):
         return {int(key): class_id for key, class_id in model.items()}, None
-    return own_ids, (
+    return own_ids, worded(
         f"the labels of {source.name} are numbers without names, taken as the model's own ids: {as_listed}. "
         f"If that is wrong, give --label-names"
     )

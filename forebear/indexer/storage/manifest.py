@@ -15,6 +15,7 @@ from forebear.indexer.storage.arrow import MEND
 from forebear.indexer.storage.atomic import write_bytes
 from forebear.indexer.storage.choices import LATER_CHOICES, Choices
 from forebear.indexer.storage.layout import MANIFEST_NAME
+from forebear.wording import worded
 
 FORMAT_VERSION = 1
 
@@ -154,7 +155,7 @@ class FitAge:
         fitted = f"sketches, EK-FAC and calibration beyond the head were fitted on {self.n_rows:,} rows"
         if self.is_current:
             return f"{fitted}, those of the index"
-        return (
+        return worded(
             f"{fitted}; {self.appended:,} appended and {self.retired:,} retired since. Answers there, most of if and "
             "rif, are not quite those of a build from scratch: forebear index --refit fits them again"
         )

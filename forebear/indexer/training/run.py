@@ -14,6 +14,7 @@ from forebear.indexer.model.pretrained import stored_class_names, trainer_checkp
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.storage.atomic import write_bytes
 from forebear.indexer.storage.manifest import Checkpoint
+from forebear.wording import worded
 
 RUN_NAME = "run.json"
 
@@ -195,13 +196,13 @@ def _with_logged_rates(checkpoints: list[CheckpointPath]) -> tuple[list[Checkpoi
     """Eta as transformers' Trainer logged its learning rates, else 1; and a line that says which."""
     rates = trainer_rates([Path(c.path) for c in checkpoints])
     if rates is None:
-        return checkpoints, (
+        return checkpoints, worded(
             f"the learning rates of the {len(checkpoints)} checkpoints are not known: each gets eta 1, so that TracIn "
             "weighs them alike. Give the mean rate up to each by --eta"
         )
     listed = " ".join(f"{rate:.3g}" for rate in rates)
     remark = f"eta {listed}: the mean learning rates that trainer_state.json logs; to choose others, give --eta"
-    return [replace(c, eta=rate) for c, rate in zip(checkpoints, rates, strict=True)], remark
+    return [replace(c, eta=rate) for c, rate in zip(checkpoints, rates, strict=True)], worded(remark)
 
 
 def _of_run(run: Run, folder: Path, wanted: list[str]) -> list[CheckpointPath]:

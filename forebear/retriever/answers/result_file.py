@@ -75,12 +75,12 @@ def _whole(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
 def check_output(path: Path, *, force: bool) -> None:
     """Refuse an output of an unknown kind, or one that exists; before any work is done."""
     if path.suffix not in (".parquet", ".jsonl"):
-        raise InputError(f"--out {path}: expected a name ending in .parquet or .jsonl.")
+        raise InputError(f"--out {path}: expected a name ending in .parquet or .jsonl.", of="retrieve")
     if path.is_dir():
-        raise InputError(f"--out {path} is a folder. Give a file name.")
+        raise InputError(f"--out {path} is a folder. Give a file name.", of="retrieve")
     if path.exists() and not force:
         lock = path.with_name(path.name + ".lock")
         if lock.exists():  # of a process that was killed when the file was done: taken, it goes
             with claimed(lock):
                 pass
-        raise OutputExistsError(f"{path} exists. Give another --out, or --force to replace it.")
+        raise OutputExistsError(f"{path} exists. Give another --out, or --force to replace it.", of="retrieve")

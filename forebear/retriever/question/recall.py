@@ -17,6 +17,7 @@ from forebear.indexer.storage.ann import CALIBRATION_TOP, expected_recall
 from forebear.retriever.question.inverse import CurvatureSpec
 from forebear.retriever.question.methods import Method, ann_name
 from forebear.retriever.question.spec import Question
+from forebear.wording import worded
 
 DEFAULT_CANDIDATES = 100  # where no calibration says how many a recall takes
 # By a method that compares whitened sketches, the method that compares the plain sketches in the same way.
@@ -190,4 +191,4 @@ def stored_recall(question: Question, method: Method) -> Stated:
 def with_note(stated: Stated) -> dict[str, Any]:
     """Facts of an answer: ``recall``, and ``recall_note`` where something must be said beside it."""
     recall, note = stated
-    return {"recall": recall} | ({} if note is None else {"recall_note": note})
+    return {"recall": recall} | ({} if note is None else {"recall_note": worded(note)})

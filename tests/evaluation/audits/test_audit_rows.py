@@ -58,7 +58,7 @@ def test_nearest_rows_are_scikit_learns(bert_world, representation):
     assert not (rows == index.live[:, None]).any()
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     np.testing.assert_allclose(np.einsum("nh,nkh->nk", unit, unit[rows]), cosines, atol=1e-12)
-    with pytest.raises(InputError, match=f"--neighbours {N_ROWS}"):
+    with pytest.raises(InputError, match=f"n_neighbours={N_ROWS}"):
         nearest_rows(index, index.live, N_ROWS)
 
 
@@ -267,7 +267,7 @@ def test_clusters_part_mistakes_of_one_kind(bert_world):
             assert (((unit[members, None] - centres) ** 2).sum(axis=2).argmin(axis=1) == k).all()
     same = group_mistakes(found, ("a", "b"), N_ROWS * 2, 0)
     assert sum(len(g.members) for g in same) == N_ROWS
-    with pytest.raises(InputError, match="--clusters 0"):
+    with pytest.raises(InputError, match="n_clusters=0"):
         group_mistakes(found, ("a", "b"), 0, 0)
 
 
@@ -322,9 +322,9 @@ def test_questions_that_count_no_rows_are_refused(bert_world):
     queries = training_queries(bert_world.retriever, 5, 0)
     with pytest.raises(InputError, match="ranks spans"):
         hubs(bert_world.retriever, queries, QuerySpec(methods=("if++",)))
-    with pytest.raises(InputError, match=f"--top {N_ROWS}: expected 1 to {N_ROWS - 1}"):
+    with pytest.raises(InputError, match=f"top={N_ROWS}: expected 1 to {N_ROWS - 1}"):
         hubs(bert_world.retriever, queries, QuerySpec(methods=("gd",), top=N_ROWS))
-    with pytest.raises(InputError, match="--queries -1"):
+    with pytest.raises(InputError, match="n_queries=-1"):
         training_queries(bert_world.retriever, -1, 0)
 
 

@@ -110,14 +110,14 @@ def test_an_index_that_encodes_the_hypothesis_first_has_the_same_overlap(world, 
     assert feature.description == plain.description
     np.testing.assert_array_equal(measure(turned.index, feature), measure(retriever.index, plain))
     assert "'hypothesis'" in negation_feature(order).description
-    with pytest.raises(MismatchError, match=r"in this order\. Give --text-columns hypothesis,premise"):
+    with pytest.raises(MismatchError, match=r'in this order\. Give text_columns=\("hypothesis", "premise"\)'):
         audit_hans(turned, source, ["gc"])
 
 
 def test_one_query_has_no_interval_and_more_is_said_only_where_it_is_sure(world, tmp_path):
     folder, retriever, source = world
     n_live = retriever.index.manifest.n_live
-    with pytest.raises(InputError, match=rf"--top {n_live + 1}: .* has {n_live} live rows"):
+    with pytest.raises(InputError, match=rf"top={n_live + 1}: .* has {n_live} live rows"):
         audit_hans(retriever, source, ["gc"], top=n_live + 1)
     every = audit_hans(retriever, source, ["gc"], top=n_live)  # the top rows are all rows
     report, _ = hans_report(every, retriever, source, "")

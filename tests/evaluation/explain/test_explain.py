@@ -467,12 +467,12 @@ def test_provenance_names_index_methods_checkpoints_and_command(world):
 @pytest.mark.parametrize(
     ("query", "choices", "form", "message"),
     [
-        (QUERY, {}, "loudness", "--saliency 'loudness': expected gradient-x-input or summed-gradient"),
+        (QUERY, {}, "loudness", "form='loudness': expected gradient-x-input or summed-gradient"),
         (QUERY, {"target": "gold"}, FORMS[0], "no label"),
         (QUERY, {"target": "sideways"}, FORMS[0], "'sideways'"),
-        (QUERY, {"top": 0}, FORMS[0], "--top 0"),
-        (QUERY, {"methods": ("sbert-cos",)}, FORMS[0], "--store features,sbert"),
-        (QUERY, {"scope": "all"}, FORMS[0], "--scope head,all"),
+        (QUERY, {"top": 0}, FORMS[0], "top=0"),
+        (QUERY, {"methods": ("sbert-cos",)}, FORMS[0], r'stores=\("features", "sbert"\)'),
+        (QUERY, {"scope": "all"}, FORMS[0], r'scopes=\("head", "all"\)'),
         (PAIR, {}, FORMS[0], r"2 text\(s\)"),
     ],
 )
@@ -566,7 +566,7 @@ def test_a_page_is_written_whole_or_not_at_all(world, tmp_path, monkeypatch):
     path = tmp_path / "new" / "page.html"
     write_page(explanation, path)
     assert path.read_text(encoding="utf-8") == render_page(explanation)
-    with pytest.raises(OutputExistsError, match=r"page\.html exists.*--force"):
+    with pytest.raises(OutputExistsError, match=r"page\.html exists.*force=True"):
         write_page(explanation, path)
     path.write_text("precious")
 
@@ -673,7 +673,7 @@ def test_choices_reach_the_answer(world, tmp_path):
         (["--text", "a", "--pair", "b"], "2 text(s)"),
         (["--text", "a", "--method", "if", "--damping", "9"], "9"),
         (["--text", "a", "--recall", "0"], "--recall 0"),
-        (["--text", "a", "--scope", "all"], "--scope head,all"),
+        (["--text", "a", "--scope", "all"], r'scopes=\("head", "all"\)'),
         (["--pair", "b"], "--text"),
     ],
 )

@@ -219,14 +219,14 @@ def test_what_has_no_meaning_is_refused(bert_world):
         with pytest.raises(InputError, match="one to six numbers"):
             depths(at)
     assert depths([10, 1, 10]) == (1, 10)
-    with pytest.raises(InputError, match="--queries -1"):
+    with pytest.raises(InputError, match="n_queries=-1"):
         measured(bert_world, "label", n_queries=-1)
 
 
 def test_fewer_spans_than_k_are_refused(bert_world, monkeypatch):
     retriever = bert_world.retriever
     monkeypatch.setattr(agreement, "training_spans", lambda r, s, rows: span_queries.training_spans(r, s, rows[:3]))
-    with pytest.raises(InputError, match="--at 5: 3 spans were found"):
+    with pytest.raises(InputError, match=r"at=\(5,\): 3 spans were found"):
         agreement._random_states(retriever, question(bert_world, spans="clauses"), 5, 0, by_spans=True)
 
 

@@ -74,7 +74,7 @@ def test_queries_are_a_seeded_sample_in_their_order(retriever, bert_world):
     np.testing.assert_array_equal(some.rows, sample_queries(retriever, source, 4, 1).rows)
     assert any(sample_queries(retriever, source, 4, seed).rows.tolist() != some.rows.tolist() for seed in (2, 3, 4))
     assert len(sample_queries(retriever, source, 100, 0)) == N_QUERIES
-    with pytest.raises(InputError, match="--queries -1"):
+    with pytest.raises(InputError, match="n_queries=-1"):
         sample_queries(retriever, source, -1, 0)
     with pytest.raises(MismatchError):
         sample_queries(retriever, rows_from_texts([("a", "b")]), 1, 0)
@@ -228,7 +228,7 @@ def test_randomized_refuses_what_means_nothing(retriever, queries):
         randomized_correlations(retriever, queries, QuerySpec(methods=("sbert-cos",)))
     with pytest.raises(InputError, match="each once"):
         randomized_correlations(retriever, queries, QuerySpec(methods=("gd",)), seeds=(1, 1))
-    with pytest.raises(InputError, match="--rows 1"):
+    with pytest.raises(InputError, match="n_rows=1"):
         randomized_correlations(retriever, queries, QuerySpec(methods=("gd",)), n_rows=1)
 
 
@@ -307,7 +307,7 @@ def test_pairs_change_in_both_texts_and_duplicates_are_hits(tmp_path, monkeypatc
     for edit, columns in zip(EDITS[1:], asked[1:], strict=True):
         for column in (0, 1):
             assert all(new != old[column] for new, old in zip(columns[column], texts, strict=True)), edit
-    for choices, message in (({"edits": ("swap",)}, "--edits swap"), ({"tops": (7,)}, "expected 1 to 6")):
+    for choices, message in (({"edits": ("swap",)}, r'edits=\("swap",\)'), ({"tops": (7,)}, "expected 1 to 6")):
         with pytest.raises(InputError, match=message):
             near_duplicates(retriever, QuerySpec(methods=("nn-cos",)), **choices)
 

@@ -241,9 +241,9 @@ def test_the_chart_shows_the_means_of_the_table(bert_world):
 def test_too_little_to_compare_is_refused(bert_world):
     with pytest.raises(InputError, match=r"1 span\(s\) in the sampled"):
         measured(bert_world, n_rows=1, spans="clauses")
-    with pytest.raises(InputError, match="--runs 0"):
+    with pytest.raises(InputError, match="n_runs=0"):
         measured(bert_world, n_runs=0)
-    with pytest.raises(InputError, match="--rows -1"):
+    with pytest.raises(InputError, match="n_rows=-1"):
         measured(bert_world, n_rows=-1)
 
 

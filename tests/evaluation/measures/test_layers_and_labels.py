@@ -312,7 +312,7 @@ def test_cancellation_is_gradients_over_distance(make_world):
 def test_cancellation_needs_checkpoints_and_rows(bert_world, make_world):
     with pytest.raises(InputError, match="two or more"):
         cancellation(make_world("roberta", 2, False, 1).retriever)
-    with pytest.raises(InputError, match="--rows 1"):
+    with pytest.raises(InputError, match="n_rows=1"):
         cancellation(bert_world.retriever, n_rows=1)
 
 
@@ -402,7 +402,7 @@ def test_all_or_no_wrong_labels_are_refused(planted):
     for wrong in (np.zeros(40, bool), np.ones(40, bool)):
         with pytest.raises(DataError, match="expected some, not all"):
             mislabelled(Retriever(index), spec, wrong)
-    with pytest.raises(InputError, match="--neighbours 40"):
+    with pytest.raises(InputError, match="n_neighbours=40"):
         mislabelled(Retriever(index), spec, np.arange(40) < 5, n_neighbours=40)
 
 

@@ -291,14 +291,16 @@ def test_what_means_nothing_is_refused(retriever, queries, wordnet):
             retriever, PerturbSpec(**{"what": "attack", "strategies": ("lower-right",), **choices}), asked, wordnet
         )
 
-    with pytest.raises(InputError, match="--strategy raise-right: expected one or more of lower-right, raise-wrong"):
+    with pytest.raises(
+        InputError, match=r'strategies=\("raise-right",\): expected one or more of lower-right, raise-wrong'
+    ):
         chooser(strategies=("raise-right",))
     for rows in ((), (0,), (2, 1), (1, 1)):
-        with pytest.raises(InputError, match=r"--rows .*: expected numbers from 1 up, ascending"):
+        with pytest.raises(InputError, match=r"rows=\(.*,\): expected numbers from 1 up, ascending"):
             chooser(rows=rows)
-    with pytest.raises(InputError, match="--seed -1: expected 0 or more"):
+    with pytest.raises(InputError, match="seed=-1: expected 0 or more"):
         chooser(seed=-1)
-    with pytest.raises(InputError, match="--random-words -1"):
+    with pytest.raises(InputError, match="random_words=-1"):
         chooser(random_words=-1)
     with pytest.raises(InputError, match="top-1"):
         chooser(scope="top-1")

@@ -42,7 +42,7 @@ def test_substitutes_are_those_of_the_words_senses(wordnet, word, synonyms, anto
 
 
 def test_a_missing_wordnet_says_how_to_get_it(tmp_path):
-    with pytest.raises(InputError, match=r"index\.noun is missing.*apt-get install wordnet-base.*--wordnet"):
+    with pytest.raises(InputError, match=r"index\.noun is missing.*apt-get install wordnet-base.*folder="):
         WordNet(tmp_path)
     (write_wordnet(tmp_path / "part") / "data.adv").unlink()
     with pytest.raises(InputError, match=r"data\.adv is missing"):

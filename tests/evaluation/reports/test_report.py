@@ -133,7 +133,7 @@ def test_report_without_parts_is_a_page() -> None:
 def test_existing_report_is_kept_unless_forced(tmp_path: Path) -> None:
     write_report(Report("first", "s"), tmp_path, result={})
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(OutputExistsError, match=r"already holds report\.html, table\.csv, result\.json.*--force"):
+    with pytest.raises(OutputExistsError, match=r"already holds report\.html, table\.csv, result\.json.*force=True"):
         write_report(Report("second", "s"), tmp_path, result={})
     with pytest.raises(OutputExistsError):
         check_folder(tmp_path)

@@ -123,7 +123,7 @@ def test_a_budget_leaves_whole_comparisons_out(make, weights):
     assert 3 <= known.sum() < 2 * Q
     np.testing.assert_array_equal(np.isnan(found.changes[:, 0, 0]), np.broadcast_to(~known, (2, 2, Q)))
     np.testing.assert_array_equal(found.changes[:, 0, 0, known], whole.changes[:, 0, 0, known])
-    assert "--budget 14" in found.sampled
+    assert "budget=14" in found.sampled
 
 
 def test_one_query_and_constant_scores_are_defined(make, weights):
@@ -176,7 +176,7 @@ def test_candidates_of_the_no_overlap_test_are_those_of_scikit_learns_least_tf_i
     for mine, truth in zip(found, cosines, strict=True):
         assert len(set(mine.tolist())) == 12
         np.testing.assert_allclose(np.sort(truth[mine]), np.sort(truth)[:12], atol=1e-9)
-    with pytest.raises(InputError, match="--no-overlap 61: expected 3 to 60"):
+    with pytest.raises(InputError, match="n_candidates=61: expected 3 to 60"):
         least_overlap(bert_world.retriever, queries, 61)
 
 
@@ -249,12 +249,12 @@ def test_bad_amounts_sides_seeds_and_subsets_are_refused(make, weights):
         with pytest.raises(InputError, match="expected 1 to 58"):
             amounts_of(remove, shares, 60, [])
     assert sides_of([]) == ("top", "bottom", "least")
-    with pytest.raises(InputError, match="--sides middle: expected top, bottom, least"):
+    with pytest.raises(InputError, match=r'names=\("middle",\): expected top, bottom, least'):
         sides_of(["top", "middle"])
-    with pytest.raises(InputError, match="--seeds 0"):
+    with pytest.raises(InputError, match="n_seeds=0"):
         seeds_of(make(), 0, 0)
     assert seeds_of(make(), 3, 7) == (7, 8, 9)
-    with pytest.raises(InputError, match="--subsets 2"):
+    with pytest.raises(InputError, match="n_subsets=2"):
         measure_lds(make(), {"a": weights}, np.ones(Q, np.int64), (0,), n_subsets=2)
     with pytest.raises(InputError, match="a correlation takes 3"):
         measure_lds(make(), {"a": weights}, np.ones(Q, np.int64), (0,), n_subsets=9, budget=2)

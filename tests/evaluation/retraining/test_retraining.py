@@ -525,7 +525,7 @@ def test_a_budget_keeps_whole_units_and_counts_shared_jobs_once(retriever, tmp_p
     assert line == "all 11 retrainings"
     kept, line = within_budget(retrainer, units, 8, 0)
     assert len(kept) == 3
-    assert line.startswith("7 of 11 retrainings (--budget 8): 3 of 5 comparisons")
+    assert line.startswith("7 of 11 retrainings (budget=8): 3 of 5 comparisons")
     assert within_budget(retrainer, units, 8, 0)[0].tolist() == kept.tolist()
     assert len({tuple(within_budget(retrainer, units, 8, seed)[0]) for seed in range(8)}) > 1
     with pytest.raises(InputError, match="one comparison takes 3 or more"):
@@ -539,7 +539,7 @@ def test_recipes_refuse_what_is_not_there(retriever, bert_world, run_folder, tin
         open_retrainer(retriever, "top-3", QUERIES, tmp_path)
     with pytest.raises(InputError, match="is no training run"):
         open_retrainer(bert_world.retriever, "full", QUERIES, tmp_path)
-    with pytest.raises(InputError, match="--l2 0"):
+    with pytest.raises(InputError, match="l2=0"):
         open_retrainer(retriever, "head", QUERIES, tmp_path, l2=0.0)
     with pytest.raises(MismatchError, match="trained on the labels"):
         open_retrainer(bert_world.retriever, "full", QUERIES, tmp_path, run=run_folder)

@@ -206,7 +206,7 @@ def test_resume_comes_before_force_and_says_what_is_true(grown: Path, tmp_path: 
     append_rows(folder, rows(24, 40), resume=True, force=True, tell=told.append)  # as after a kill before it began
     assert hashes(folder) == before
     assert "nothing is left to do" in told[0]
-    assert "nothing is added by --resume. To add them once more, give --force without it." in told[1]
+    assert "nothing is added by resume=True. To add them once more, give force=True without it." in told[1]
 
 
 def test_rows_are_known_by_their_digest_however_their_file_is_called(
@@ -232,7 +232,10 @@ def test_what_cannot_be_removed_ends_a_build_that_replaces_it(
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     chosen = choose_model(None, [model]).checkpoints
-    with monkeypatch.context() as patch, pytest.raises(StorageError, match=r"cannot remove .*/rows.*denied.*--resume"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(StorageError, match=r"cannot remove .*/rows.*denied.*resume=True"),
+    ):
         patch.setattr(journal_module.shutil, "rmtree", refuse)
         build_index(rows(0, 9), index, chosen, BuildOptions(), force=True)
     resumed = build_index(rows(0, 9), index, chosen, BuildOptions(), resume=True)
@@ -248,7 +251,7 @@ def test_an_unfinished_change_is_named_and_resumed_or_discarded(kind: str, grown
     with pytest.raises(Interrupted):
         change(killed, progress=interrupt_at(2))
     assert Index.open(killed).manifest.digest() == Index.open(grown).manifest.digest()
-    with pytest.raises(OutputExistsError, match=f"unfinished {kind}.*--resume.*--force"):
+    with pytest.raises(OutputExistsError, match=f"unfinished {kind}.*resume=True.*force=True"):
         append_rows(killed, rows(0, 5))
     assert f"an unfinished {kind}" in verify_index(killed, n_rows=0).problems[-1]
     if kind == "retire":
@@ -560,7 +563,7 @@ def test_an_interrupted_refit_leaves_the_old_fit_in_force_and_is_resumed_to_the_
     with pytest.raises(Interrupted):
         refit_index(folder, progress=interrupt_at(number))
     assert hashes(grown).items() <= hashes(folder).items()
-    with pytest.raises(OutputExistsError, match=r"unfinished refit.*--resume.*--force"):
+    with pytest.raises(OutputExistsError, match=r"unfinished refit.*resume=True.*force=True"):
         refit_index(folder)
     refit_index(folder, resume=True)
     assert hashes(folder) == hashes(undisturbed)

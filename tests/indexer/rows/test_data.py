@@ -190,7 +190,7 @@ def test_text_columns_are_found_by_name(tmp_path: Path, columns: list[str], expe
 def test_absent_or_ambiguous_text_columns_are_listed(tmp_path: Path, columns: list[str]) -> None:
     message = refusal(write_csv(tmp_path / "a.csv", [columns, ["x"] * len(columns)]))
     assert ", ".join(columns) in message
-    assert "--text-columns" in message
+    assert "text_columns=" in message
 
 
 def test_text_columns_given_keep_their_order(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_a_source_without_labels_opens_unless_they_are_needed(tmp_path: Path) ->
     assert (source.label_column, source.label_values, next(source.blocks()).labels) == (None, (), None)
     message = refusal(path, need_labels=True)
     assert "text, other" in message
-    assert "--label-column" in message
+    assert "label_column=" in message
 
 
 def test_csv_labels_are_integers_only_if_all_are(tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_labels_outside_the_names_are_refused_by_row(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", [["text", "label"], ["a", "1"], ["b", "2"]])
     message = refusal(path, label_names=["no", "yes"])
     assert "2 in row 1" in message
-    assert "--label-names" in message
+    assert "label_names=" in message
     assert "repeat" in refusal(path, label_names=["no", "no"])
 
 

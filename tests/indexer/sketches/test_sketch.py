@@ -870,7 +870,7 @@ def test_a_row_that_does_not_fit_is_named(bert, monkeypatch):
         return record(self, rows, seed, on_layer)
 
     monkeypatch.setattr(Tape, "record", failing)
-    expected = r"row 1005 \(22 word pieces\) does not fit in the memory of cpu\. .*--max-length"
+    expected = r"row 1005 \(22 word pieces\) does not fit in the memory of cpu\. .*max_length="
     with pytest.raises(StorageError, match=expected):
         sketch_rows(bert.classifier, [sketcher], [texts], np.zeros(12, np.int64), batch_tokens=1000, first_row=1000)
 

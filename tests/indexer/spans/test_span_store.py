@@ -185,7 +185,7 @@ def test_where_spans_of_test_rows_are_found_otherwise_no_recall_is_stated(index)
     facts = question_facts(spec.resolve(index))["methods"]
     assert facts["if+"]["recall"] == 0.9  # it asks with the whole row
     assert facts["if++"]["recall"] is None
-    assert "--query-spans words: calibrated for clauses" in facts["if++"]["recall_note"]
+    assert 'query_spans="words": calibrated for clauses' in facts["if++"]["recall_note"]
 
 
 def test_other_spans_than_the_stored_ones_are_searched_without_the_store(index, without):
@@ -249,14 +249,14 @@ def test_a_wrong_span_of_a_training_row_is_named(model, tmp_path, capsys):
 
 
 def test_what_means_nothing_is_refused(model, index, without, tmp_path, capsys):
-    with pytest.raises(InputError, match="--store features,spans --spans columns:a,b"):
+    with pytest.raises(InputError, match=r'stores=\("features", "spans"\), spans="columns:a,b"'):
         Retriever(without).retrieve(["a film"], methods=["if+"], spans="columns:a,b")
-    with pytest.raises(InputError, match="--spans 'verses'"):
+    with pytest.raises(InputError, match="spans='verses'"):
         build(model, tmp_path / "i", spans="verses")
     with pytest.raises(InputError, match="span column 1: "):
         build(model, tmp_path / "i", span_column=1)
     n = len(index.live_spans)
-    with pytest.raises(InputError, match=f"have {n} span\\(s\\), --top asks for {n + 1}"):
+    with pytest.raises(InputError, match=rf"have {n} span\(s\), top= asks for {n + 1}"):
         Retriever(index).retrieve(["a film"], methods=["if+"], top=n + 1)
     train = write_jsonl(tmp_path / "t.jsonl", text=["a film", "a plot"], label=[0, 1])
     args = ["index", "--checkpoints", str(model), "--train", str(train), "--out", str(tmp_path / "i")]

@@ -212,7 +212,7 @@ def test_shared_layers_cannot_be_frozen() -> None:
 
 @pytest.mark.parametrize("k", [-1, 3])
 def test_freezing_out_of_range_is_refused(model: Path, tmp_path: Path, k: int) -> None:
-    with pytest.raises(InputError, match=rf"--freeze-below {k}: .* has 2 encoder layers; expected 0 to 2"):
+    with pytest.raises(InputError, match=rf"freeze_below={k}: .* has 2 encoder layers; expected 0 to 2"):
         train(tiny_rows(), str(model), tmp_path / "run", tiny_options(freeze_below=k))
     assert not (tmp_path / "run").exists()
 
@@ -328,7 +328,7 @@ def test_options_out_of_range_are_refused(changes: dict[str, object]) -> None:
 
 
 def test_inputs_longer_than_the_model_takes_are_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--max-length 41 is out of range"):
+    with pytest.raises(InputError, match=r"max_length=41 is out of range"):
         train(tiny_rows(), str(model), tmp_path / "run", tiny_options(max_length=41))
     assert train(tiny_rows(), str(model), tmp_path / "run", tiny_options(epochs=1, max_length=5)).max_length == 5
 
@@ -347,7 +347,7 @@ def test_an_output_is_replaced_only_by_force_and_only_if_it_is_a_run(model: Path
     (out / "notes.txt").write_text("mine")
     (out / "checkpoints" / "best").mkdir()
     before = (out / "run.json").read_bytes()
-    with pytest.raises(OutputExistsError, match=r"holds a training run.*--force"):
+    with pytest.raises(OutputExistsError, match=r"holds a training run.*force=True"):
         train(tiny_rows(), str(model), out, options)
     assert (out / "run.json").read_bytes() == before
     train(tiny_rows(), str(model), out, tiny_options(epochs=1), force=True)
@@ -410,7 +410,7 @@ def test_an_interrupted_run_leaves_no_record_and_force_starts_afresh(
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(model: Path, tmp_path: Path) -> None:
     options = tiny_options(epochs=3, learning_rate=1e38, warmup_ratio=0.0, weight_decay=0.0)
-    with pytest.raises(NonFiniteError, match=r"training loss is (nan|inf) at step \d+ of 18.*Lower --learning-rate"):
+    with pytest.raises(NonFiniteError, match=r"training loss is (nan|inf) at step \d+ of 18.*Lower learning_rate="):
         train(tiny_rows(), str(model), tmp_path / "run", options)
     assert not (tmp_path / "run" / "run.json").exists()
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []

@@ -401,18 +401,18 @@ def test_verify_computes_word_gradients_again(folder, tmp_path, precision):
 
 @pytest.mark.parametrize("tops", [(), (-1,), (0, 0), (10, 10), (5, 10), (0, 5, 10)])
 def test_word_positions_that_mean_nothing_are_refused(tops):
-    with pytest.raises(InputError, match="--words-top"):
+    with pytest.raises(InputError, match="words_tops="):
         BuildOptions(stores=("features", "words"), words_tops=tops).check()
-    with pytest.raises(InputError, match="--words-precision 'fp8': expected fp16, int8 or fp32"):
+    with pytest.raises(InputError, match="words_precision='fp8': expected fp16, int8 or fp32"):
         BuildOptions(words_precision="fp8").check()
 
 
 @pytest.mark.parametrize(
     ("changes", "available", "message"),
     [
-        ({"stores": ("features",)}, [], "--store features,words"),
-        ({"words_tops": (10,)}, [ALL[1], ALL[4]], "--store features,words --words-top 0,10"),
-        ({"words_tops": (0,)}, [ALL[0], *ALL[2:]], "--store features,words --words-top 0,10"),
+        ({"stores": ("features",)}, [], r'stores=\("features", "words"\)'),
+        ({"words_tops": (10,)}, [ALL[1], ALL[4]], r'stores=\("features", "words"\), words_tops=\(0, 10\)'),
+        ({"words_tops": (0,)}, [ALL[0], *ALL[2:]], r'stores=\("features", "words"\), words_tops=\(0, 10\)'),
     ],
     ids=["none", "top", "all"],
 )
@@ -433,7 +433,7 @@ def test_an_index_without_words_says_that_a_method_needs_all_positions(world, tm
     """The default of --words-top would be refused next."""
     options = {"stores": ("features",)}
     retriever = build(tmp_path / "index", world.models[:1], world.texts[:9], world.labels[:9], **options)
-    with pytest.raises(MissingStoreError, match="--store features,words --words-top 0"):
+    with pytest.raises(MissingStoreError, match=r'stores=\("features", "words"\), words_tops=\(0,\)'):
         retriever.scores(["a"], "tracin-we")
 
 

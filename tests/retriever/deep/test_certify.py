@@ -278,7 +278,9 @@ def test_a_wrong_list_of_candidates_is_put_right(world, _small_rounds):
 @pytest.mark.parametrize("solver", ["cg", "cg-hessian", "lissa"])
 def test_proofs_are_refused_under_solvers_that_iterate_before_any_work(world, solver, monkeypatch):
     ask = {"scope": "all", "certify": True, "curvature": solver, "top": 2}
-    with pytest.raises(InputError, match=f"--certify bounds scores under --curvature ekfac or identity, not {solver}"):
+    with pytest.raises(
+        InputError, match=f'certify=True bounds scores under curvature="ekfac" or identity, not {solver}'
+    ):
         # The others need no curvature, and are refused with it.
         world.retriever.retrieve(QUERIES[:1], methods=["gd", "if"], curvature_rows=8, lissa="han20,depth=2", **ask)
     assert all(world.retriever.retrieve(QUERIES[:1], methods=["gd"], **ask)["proven"].to_pylist())
@@ -287,20 +289,20 @@ def test_proofs_are_refused_under_solvers_that_iterate_before_any_work(world, so
         raise AssertionError("rows were scored before the refusal")
 
     monkeypatch.setattr(GradientSearch, "search", no_work)
-    with pytest.raises(InputError, match="--certify"):
+    with pytest.raises(InputError, match="certify=True"):
         world.retriever.retrieve(QUERIES[:1], methods=["rif"], **ask)
 
 
 def test_proofs_are_refused_for_an_index_in_bf16(tmp_path):
     rough = World(tmp_path, precision="bf16", scopes=("head", "top-1"), curvature="none", calibration_queries=0)
     assert rough.index.manifest.spec.precision == "bf16"
-    with pytest.raises(InputError, match=r"^--certify needs an index built with --precision fp32\.$"):
+    with pytest.raises(InputError, match=r'^certify=True needs an index built with precision="fp32"\.$'):
         rough.retriever.retrieve(QUERIES[:1], methods=["gd"], scope="top-1", certify=True, top=2)
 
 
 @pytest.mark.parametrize("exact", ["none", "full"])
 def test_proofs_are_refused_where_nothing_is_re_ranked(world, exact):
-    with pytest.raises(InputError, match=f"--certify proves what --exact rerank finds.* {exact}"):
+    with pytest.raises(InputError, match=f'certify=True proves what exact="rerank" finds.* {exact}'):
         world.retriever.retrieve(QUERIES[:1], methods=["gd"], scope="all", certify=True, exact=exact)
 
 

@@ -145,7 +145,7 @@ def test_many_rows_give_one_answer_that_names_only_what_they_share(bert_world):
 
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if not m.linear])
 def test_methods_that_are_not_linear_are_refused(name):
-    with pytest.raises(InputError, match=f"--aggregate .* says nothing of {name.replace('+', '.')}"):
+    with pytest.raises(InputError, match=f"aggregate=True .* says nothing of {name.replace('+', '.')}"):
         QuerySpec(methods=(name,), aggregate=True).check()
 
 
@@ -153,7 +153,7 @@ def test_the_refitted_representer_is_refused(bert_world, tmp_path):
     source = rows_from_texts(bert_world.texts, bert_world.labels)
     chosen = choose_model(None, bert_world.models[-1:]).checkpoints
     index = build_index(source, tmp_path / "index", chosen, BuildOptions(rep_refit=True))
-    with pytest.raises(InputError, match="--rep-refit"):
+    with pytest.raises(InputError, match="rep_refit=True"):
         Retriever(index).retrieve(bert_world.queries, methods=["rep"], aggregate=True)
 
 

@@ -492,7 +492,7 @@ def test_faiss_alone_gives_its_own_scores_or_refuses(metric: str, clustered: np.
 
 def test_an_unknown_factory_is_refused_by_name(clustered: np.ndarray) -> None:
     vectors = Vectors(RowMatrix([clustered]), np.arange(len(clustered)), "cos")
-    with pytest.raises(Exception, match=f"--ann 'Nonsense7' does not work for {N_VECTORS} vectors of width 16"):
+    with pytest.raises(Exception, match=f"ann='Nonsense7' does not work for {N_VECTORS} vectors of width 16"):
         build_ann(vectors, "cos", "Nonsense7", 0)
 
 

@@ -161,7 +161,7 @@ def test_no_more_is_stated_than_was_asked_for_nor_than_the_sample_supports(few_r
     small = Retriever(built(tmp_path, 150, calibration_queries=12), device="cpu")
     facts = facts_of(small, "gd")
     assert facts["recall"] == pytest.approx(8 / 9)
-    assert "--recall 0.98 was asked for" in facts["recall_note"]
+    assert "recall=0.98 was asked for" in facts["recall_note"]
 
 
 def test_calibration_chooses_by_other_queries_than_it_states_by(few_rows):
@@ -222,13 +222,13 @@ def test_calibration_holds_gradients_and_solutions_once(few_rows, monkeypatch):
 @pytest.mark.parametrize(
     ("choices", "words"),
     [
-        ({"curvature": "lissa"}, "--curvature lissa: calibrated under ekfac"),
-        ({"curvature": "cg", "damping": "10x"}, "--curvature cg: calibrated under ekfac"),
-        ({"curvature": "cg-hessian"}, "--curvature cg-hessian: calibrated under ekfac"),
-        ({"damping": "3x"}, "--damping 3x: calibrated at 0.1x"),
-        ({"target": "gold"}, "--target gold: calibrated for the predicted label"),
-        ({"target": "LABEL_1"}, "--target LABEL_1: calibrated for the predicted label"),
-        ({"top": 200, "candidates": 201}, "--top 200: calibrated for the top 11"),
+        ({"curvature": "lissa"}, 'curvature="lissa": calibrated under ekfac'),
+        ({"curvature": "cg", "damping": "10x"}, 'curvature="cg": calibrated under ekfac'),
+        ({"curvature": "cg-hessian"}, 'curvature="cg-hessian": calibrated under ekfac'),
+        ({"damping": "3x"}, 'damping="3x": calibrated at 0.1x'),
+        ({"target": "gold"}, 'target="gold": calibrated for the predicted label'),
+        ({"target": "LABEL_1"}, 'target="LABEL_1": calibrated for the predicted label'),
+        ({"top": 200, "candidates": 201}, "top=200: calibrated for the top 11"),
         ({"candidates": 10}, "so few candidates as 10"),
     ],
 )
@@ -246,7 +246,7 @@ def test_a_recall_that_was_not_measured_is_not_stated(many_rows, choices, words)
 def test_of_an_aggregate_no_recall_is_stated(many_rows):
     facts = facts_of(many_rows, "if", aggregate=True)
     assert facts["recall"] is None
-    assert "--aggregate: calibrated for single rows" in facts["recall_note"]
+    assert "aggregate=True: calibrated for single rows" in facts["recall_note"]
 
 
 def test_what_is_proven_has_a_recall_of_one(many_rows):
@@ -322,7 +322,7 @@ def test_at_the_head_only_a_quantised_faiss_index_has_a_recall_below_one(tmp_pat
     for method in ("gc", "gd", "nn-dot", "if"):
         assert facts_of(Retriever(index), method, scope="head")["recall"] == 1.0
         facts = facts_of(Retriever(index), method, scope="head", exact="none")
-        assert (facts["recall"], facts["recall_note"]) == (None, "recall not measured for --exact none")
+        assert (facts["recall"], facts["recall_note"]) == (None, 'recall not measured for exact="none"')
     for method, name in (("nn-cos", "feature-cos"), ("nn-euc", "feature-euc")):
         facts = facts_of(Retriever(index), method, scope="head")
         measured_recall, n_stating = (index.manifest.derived[name][key] for key in ("recall", "n_stating"))
@@ -333,12 +333,12 @@ def test_at_the_head_only_a_quantised_faiss_index_has_a_recall_below_one(tmp_pat
         )
     facts = facts_of(Retriever(index), "nn-cos", scope="head", top=11)
     assert facts["recall"] is None
-    assert "FAISS SQ8 at --top 11, but for the top 10" in facts["recall_note"]
+    assert "FAISS SQ8 at top=11, but for the top 10" in facts["recall_note"]
     old = {name: {k: v for k, v in found.items() if k != "n_stating"} for name, found in index.manifest.derived.items()}
     replace(index.manifest, derived=old).write(index.folder)
     facts = facts_of(Retriever(index.folder), "nn-cos", scope="head")
     assert facts["recall"] is None
-    assert "--rebuild-ann measures it" in facts["recall_note"]
+    assert "rebuild_ann() measures it" in facts["recall_note"]
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 200])
@@ -443,7 +443,7 @@ def test_a_manifest_with_nan_of_an_earlier_version_is_refused_in_a_line(tmp_path
 
 @pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), 0.0, -1.0])
 def test_a_tolerance_that_is_no_number_is_refused_before_it_is_written(tolerance):
-    with pytest.raises(InputError, match=r"--tolerance .*: expected a number above 0"):
+    with pytest.raises(InputError, match=r"tolerance=.*: expected a number above 0"):
         QuerySpec(methods=("if",), tolerance=tolerance).check()
 
 

@@ -207,7 +207,7 @@ def test_results_state_the_word_and_no_spans_that_were_not_used(retriever):
 
 
 def test_what_means_nothing_is_refused(retriever):
-    with pytest.raises(InputError, match="--exact none is not of saliency-if"):
+    with pytest.raises(InputError, match='exact="none" is not of saliency-if'):
         retriever.retrieve(QUERIES, methods=["saliency-if"], exact="none")
     with pytest.raises(InputError, match="saliency-if scores spans or asks of a word"):
         retriever.scores(QUERIES, "saliency-if")

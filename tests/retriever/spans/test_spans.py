@@ -494,9 +494,9 @@ def test_what_means_nothing_is_refused(world, tmp_path, capsys):
     ask, mine = world.retriever.retrieve, tmp_path / "mine.py"
     mine.write_text("def rare(row): return [(0, 1)] if len(row['text']) > 150 else []\ndef none(row): return []\n")
     for method in ALL:
-        with pytest.raises(InputError, match=f"--exact none is not of {re.escape(method)}"):
+        with pytest.raises(InputError, match=f'exact="none" is not of {re.escape(method)}'):
             ask(["a film"], methods=["gc", method], exact="none")
-        with pytest.raises(InputError, match=f"--certify is not of {re.escape(method)}"):
+        with pytest.raises(InputError, match=f"certify=True is not of {re.escape(method)}"):
             ask(["a film"], methods=[method], certify=True, scope="all")
     for method in BY_SPANS:
         with pytest.raises(InputError, match="scores spans or asks of a word, not a row"):
@@ -504,9 +504,9 @@ def test_what_means_nothing_is_refused(world, tmp_path, capsys):
     with pytest.raises(InputError, match="the candidate rows have no span"):
         ask(["a film"], methods=["tracin+"], top=1, spans=f"{mine}:none")
     for spans in ("chunks", f"{mine}:common"):
-        with pytest.raises(InputError, match="--spans"):
+        with pytest.raises(InputError, match="spans="):
             ask(["a film"], methods=["gc"], spans=spans)
-    with pytest.raises(InputError, match="aspect is of pairs"):
+    with pytest.raises(InputError, match='spans="aspect" is of pairs'):
         ask(["a film"], methods=["if+"], spans="aspect")
     args = ["retrieve", "--index", str(world.index.folder), "--text", "a film", "--method", "if+", "--top", "3"]
     assert run([*args, "--spans", f"{mine}:rare"]) == 2

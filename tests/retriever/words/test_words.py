@@ -376,5 +376,5 @@ def test_bytes_of_a_character_are_no_punctuation(byte_level):
 
 def test_normalise_is_refused_for_other_methods(bert):
     for methods in (["gc"], ["tracin-we", "gc"]):
-        with pytest.raises(InputError, match="--normalise is of methods by words, not of gc"):
+        with pytest.raises(InputError, match="normalise=True is of methods by words, not of gc"):
             bert.retriever.retrieve(bert.queries, methods=methods, normalise=True)

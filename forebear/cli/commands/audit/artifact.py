@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from forebear.cli.options.asking import (
-    IndexOptions,
-    QuestionOptions,
-    ReportOptions,
-    SampleOptions,
-    TestOptions,
     command_line,
     default_methods,
     make_question,
     open_queries,
     open_retriever,
 )
-from forebear.cli.options.groups import grouped
-from forebear.cli.screen.console import Variadic
+from forebear.cli.options.groups import Shown, grouped
+from forebear.cli.options.model import IndexOptions
+from forebear.cli.options.question import Methods, QuestionOptions, SampleOptions
+from forebear.cli.options.report import ReportOptions
+from forebear.cli.options.rows import TestOptions
+from forebear.cli.screen.console import Command
 
 if TYPE_CHECKING:
     from forebear.evaluation.audits.artifacts.features import Feature
@@ -55,30 +54,30 @@ Example:
 
     forebear audit artifact --feature length.py:n_words --index I --test dev.csv --out A
 """
-Method = Annotated[
-    list[str] | None, typer.Option("--method", help="Methods that score rows.  [default: if]", show_default=False)
-]
 NegationColumn = Annotated[
-    str | None, typer.Option("--column", help="The text that is looked at. Default: the last.", show_default=False)
+    str | None, typer.Option("--column", help="The text column that is looked at.", show_default="the last")
 ]
-FeatureOption = Annotated[str, typer.Option("--feature", help="FILE.py:function.", show_default=False)]
+FeatureOption = Annotated[
+    str, typer.Option("--feature", help="FILE.py:function, from a row's texts to a number.", show_default=False)
+]
+BY_INFLUENCE = Shown("if")
 
 
 def register(audits: typer.Typer) -> None:
     """Add the commands to the group."""
-    audits.command("overlap", help=OVERLAP_HELP, cls=Variadic)(overlap)
-    audits.command("negation", help=NEGATION_HELP, cls=Variadic)(negation)
-    audits.command("artifact", help=ARTIFACT_HELP, cls=Variadic)(artifact)
+    audits.command("overlap", help=OVERLAP_HELP, cls=Command)(overlap)
+    audits.command("negation", help=NEGATION_HELP, cls=Command)(negation)
+    audits.command("artifact", help=ARTIFACT_HELP, cls=Command)(artifact)
 
 
-@grouped(queries=100)
+@grouped(queries=100, method=BY_INFLUENCE)
 def overlap(
     at: IndexOptions,
     tested: TestOptions,
     asked: QuestionOptions,
     sample: SampleOptions,
     report: ReportOptions,
-    method: Method = None,
+    method: Methods = None,
 ) -> None:
     """See OVERLAP_HELP."""
     from forebear.evaluation.audits.artifacts.features import overlap_feature
@@ -88,7 +87,7 @@ def overlap(
     _audit(retriever, feature, method, asked, tested, sample, report)
 
 
-@grouped(queries=100)
+@grouped(queries=100, method=BY_INFLUENCE)
 def negation(
     at: IndexOptions,
     tested: TestOptions,
@@ -96,7 +95,7 @@ def negation(
     sample: SampleOptions,
     report: ReportOptions,
     column: NegationColumn = None,
-    method: Method = None,
+    method: Methods = None,
 ) -> None:
     """See NEGATION_HELP."""
     from forebear.evaluation.audits.artifacts.features import negation_feature
@@ -106,7 +105,7 @@ def negation(
     _audit(retriever, feature, method, asked, tested, sample, report)
 
 
-@grouped(queries=100)
+@grouped(queries=100, method=BY_INFLUENCE)
 def artifact(
     at: IndexOptions,
     tested: TestOptions,
@@ -114,7 +113,7 @@ def artifact(
     asked: QuestionOptions,
     sample: SampleOptions,
     report: ReportOptions,
-    method: Method = None,
+    method: Methods = None,
 ) -> None:
     """See ARTIFACT_HELP."""
     from forebear.evaluation.audits.artifacts.features import user_feature

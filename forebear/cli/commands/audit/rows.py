@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from forebear.cli.options.asking import (
-    ColumnOptions,
-    IndexOptions,
-    Methods,
-    ReportOptions,
-    SampleOptions,
-    ScopeOptions,
-    SearchOptions,
-    Seed,
-    TestOptions,
     command_line,
     default_methods,
     make_question,
@@ -25,8 +16,21 @@ from forebear.cli.options.asking import (
     open_retriever,
     warn_of_labels,
 )
-from forebear.cli.options.groups import grouped
-from forebear.cli.screen.console import Variadic
+from forebear.cli.options.groups import Shown, grouped
+from forebear.cli.options.model import IndexOptions
+from forebear.cli.options.question import (
+    Listed,
+    Methods,
+    Neighbours,
+    SampleOptions,
+    SampleSeed,
+    ScopeOptions,
+    SearchOptions,
+    Top,
+)
+from forebear.cli.options.report import ReportOptions
+from forebear.cli.options.rows import MaybeTestOptions, TestOptions
+from forebear.cli.screen.console import Command
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,7 +76,6 @@ Examples:
     forebear retrieve --index I --text "a gripping film" --method gd --hubs runs/hubs
 """
 SCREEN_ROWS, SCREEN_TEXT = 20, 120  # of a list of rows on a screen: how many, and characters of each text
-Neighbours = Annotated[int, typer.Option("--neighbours", help="Nearest rows that are looked at.")]
 
 
 def register(audits: typer.Typer) -> None:
@@ -83,19 +86,16 @@ def register(audits: typer.Typer) -> None:
         ("errors", ERRORS_HELP, errors),
         ("hubs", HUBS_HELP, hubs),
     ):
-        audits.command(name, help=help_text, cls=Variadic)(command)
+        audits.command(name, help=help_text, cls=Command)(command)
 
 
-@grouped()
+@grouped(method=Shown("gd,if"))
 def mislabelled(
     at: IndexOptions,
     asked: ScopeOptions,
     report: ReportOptions,
-    method: Annotated[
-        list[str] | None,
-        typer.Option("--method", help="gd, if, tracin and the like.  [default: gd,if]", show_default=False),
-    ] = None,
-    top: Annotated[int, typer.Option("--top", help="Rows listed.")] = 100,
+    method: Methods = None,
+    top: Listed = 100,
     neighbours: Neighbours = 10,
 ) -> None:
     """See MISLABELLED_HELP."""
@@ -110,19 +110,18 @@ def mislabelled(
     report.finish(page, result, _for_screen(page, ("row", "mean rank", "label", "suggested")))
 
 
-@grouped()
+@grouped(test=Shown("only training rows are looked at"))
 def duplicates(
     at: IndexOptions,
-    columns: ColumnOptions,
+    tested: MaybeTestOptions,
     report: ReportOptions,
-    test: Annotated[
-        str | None, typer.Option("--test", help="Test rows that are looked for as well.", show_default=False)
-    ] = None,
-    top: Annotated[int, typer.Option("--top", help="Groups listed.")] = 100,
-    jaccard: Annotated[float, typer.Option("--jaccard", help="Least similarity of word sets.")] = 0.8,
-    cosine: Annotated[float, typer.Option("--cosine", help="Least cosine of neighbours.")] = 0.95,
+    top: Listed = 100,
+    jaccard: Annotated[float, typer.Option("--jaccard", help="Least similarity of word sets, 0 to 1.")] = 0.8,
+    cosine: Annotated[
+        float, typer.Option("--cosine", help="Least cosine of the features of neighbours, -1 to 1.")
+    ] = 0.95,
     cosine_jaccard: Annotated[
-        float, typer.Option("--cosine-jaccard", help="Least similarity of the word sets of those.")
+        float, typer.Option("--cosine-jaccard", help="Least similarity of the word sets of such neighbours, 0 to 1.")
     ] = 0.5,
     neighbours: Neighbours = 10,
 ) -> None:
@@ -134,30 +133,29 @@ def duplicates(
     thresholds = Thresholds(jaccard=jaccard, cosine=cosine, cosine_jaccard=cosine_jaccard, neighbours=neighbours)
     thresholds.check()
     retriever = open_retriever(at, report)
-    tested = None
-    if test is not None:
-        source = columns.open(test, retriever)
+    queries = None
+    if tested.test is not None:
+        source = tested.open(tested.test, retriever)
         warn_of_labels(retriever, source, required=False)
-        tested = sample_queries(retriever, source, 0, 0)
+        queries = sample_queries(retriever, source, 0, 0)
     groups = find(retriever.index, thresholds)
-    leaked = [] if tested is None else leaks(retriever.index, tested, thresholds)
-    page, result = duplicates_report(groups, retriever, thresholds, top, command_line(), tested, leaked)
+    leaked = [] if queries is None else leaks(retriever.index, queries, thresholds)
+    page, result = duplicates_report(groups, retriever, thresholds, top, command_line(), queries, leaked)
     report.finish(page, result, _for_screen(page, ("group", "test row", "row", "label", "test label", "kind")))
 
 
-@grouped()
+@grouped(method=Shown("if"))
 def errors(
     at: IndexOptions,
     tested: TestOptions,
     asked: SearchOptions,
     report: ReportOptions,
-    method: Annotated[
-        list[str] | None,
-        typer.Option("--method", help="gd, if, tracin, rep, nn-dot.  [default: if]", show_default=False),
-    ] = None,
-    top: Annotated[int, typer.Option("--top", help="Rows at each end of a group's ranking.")] = 10,
-    clusters: Annotated[int, typer.Option("--clusters", help="Of each kind of mistake, by features; 1: none.")] = 1,
-    seed: Seed = 0,
+    method: Methods = None,
+    top: Top = 10,
+    clusters: Annotated[
+        int, typer.Option("--clusters", help="Groups that each kind of mistake is parted into, by features; 1: none.")
+    ] = 1,
+    seed: SampleSeed = 0,
 ) -> None:
     """See ERRORS_HELP."""
     from forebear.evaluation.audits.rows.errors import errors_report, explain_groups, group_mistakes, mistakes_of
@@ -182,18 +180,15 @@ def errors(
     report.finish(page, result, _for_screen(page, ("group", "side", "row", "score", "label")))
 
 
-@grouped(queries=500)
+@grouped(queries=500, test=Shown("the training rows"))
 def hubs(
     at: IndexOptions,
-    columns: ColumnOptions,
+    tested: MaybeTestOptions,
     asked: SearchOptions,
     sample: SampleOptions,
     report: ReportOptions,
-    test: Annotated[
-        str | None, typer.Option("--test", help="Reference rows. Default: the training rows.", show_default=False)
-    ] = None,
     method: Methods = None,
-    top: Annotated[int, typer.Option("--top", help="k: places looked at in each ranking.")] = 10,
+    top: Top = 10,
     n_listed: Annotated[int, typer.Option("--listed", help="Rows listed for each method.")] = 20,
 ) -> None:
     """See HUBS_HELP."""
@@ -202,10 +197,10 @@ def hubs(
 
     retriever = open_retriever(at, report)
     question = make_question(retriever, method, asked, top=top, quiet=report.quiet)
-    if test is None:
+    if tested.test is None:
         queries = training_queries(retriever, sample.queries, sample.seed)
     else:
-        queries = open_queries(retriever, TestOptions(test=test, **asdict(columns)), sample, question)
+        queries = open_queries(retriever, tested, sample, question)
     with report.progress() as progress:
         found = count(retriever, queries, question, progress=progress)
     page, result = hubs_report(found, retriever, queries, question, sample.seed, n_listed, command_line())

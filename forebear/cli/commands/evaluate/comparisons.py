@@ -1,24 +1,12 @@
-"""``forebear evaluate``: the evaluations that compare methods without retraining."""
+"""``forebear evaluate``: the evaluations that ask about test rows, without retraining."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from forebear.cli.options.asking import (
-    IndexOptions,
-    Methods,
-    NRows,
-    QuestionOptions,
-    ReportOptions,
-    SampleOptions,
-    ScopeOptions,
-    SearchOptions,
-    Seed,
-    Test,
-    TestOptions,
     command_line,
     default_methods,
     integers,
@@ -26,10 +14,24 @@ from forebear.cli.options.asking import (
     open_queries,
     open_retriever,
 )
-from forebear.cli.options.groups import grouped
-from forebear.cli.options.rows import open_rows_aloud
-from forebear.cli.options.shared import LabelNames, Recall, TextColumns, Unlabelled
-from forebear.cli.screen.console import Variadic, listed
+from forebear.cli.options.groups import Shown, grouped
+from forebear.cli.options.model import IndexOptions
+from forebear.cli.options.question import (
+    Candidates,
+    Depths,
+    Methods,
+    QuestionOptions,
+    Recall,
+    SampledRows,
+    SampleOptions,
+    ScopeOptions,
+    SearchOptions,
+    Shares,
+    Top,
+)
+from forebear.cli.options.report import ReportOptions
+from forebear.cli.options.rows import TEST, TestOptions, TextColumns
+from forebear.cli.screen.console import Command, listed
 from forebear.errors import InputError
 
 CORRELATION_HELP = """Do two methods order the training rows alike? Mean Spearman correlation of every pair.
@@ -59,15 +61,6 @@ Example:
 
     forebear evaluate randomized --index I --test dev.csv --method gd,if,gc,rif --random-seeds 0,1,2
 """
-NEAR_DUPLICATES_HELP = """Is a training row found when it is asked about, as it is or with one word changed?
-
-hit@1 and hit@10. One word of each text is added, removed or replaced at a seeded random place; words are parted by
-white space. Rows with the same texts as the source count as hits.
-
-Example:
-
-    forebear evaluate near-duplicates --index I --method nn-cos,gc,gd,if --queries 500
-"""
 SALIENCY_HELP = """Do influence and saliency agree? Influence of rows holding salient word pieces; tops without one.
 
 For each test row's most negative, median and most positive word piece: the mean z-normalised influence of rows at the
@@ -77,15 +70,6 @@ Example:
 
     forebear evaluate saliency-consistency --index I --test dev.csv --method if --queries 50
 """
-CANCELLATION_HELP = """Do the training rows' gradients cancel out? By layer, biases against weights.
-
-The sum of eta ||dL/dW|| over training rows, over how far W moved between the index's checkpoints; and the mean cosine
-of two rows' gradients. Needs an index of two or more checkpoints.
-
-Example:
-
-    forebear evaluate cancellation --index I --rows 100
-"""
 RECALL_HELP = """How much of the exact top k does retrieval find, and how much faster? By method, at both ends.
 
 Compares --exact rerank at --recall with scoring every row.
@@ -93,17 +77,6 @@ Compares --exact rerank at --recall with scoring every row.
 Example:
 
     forebear evaluate recall --index I --test dev.csv --scope all --method gd,gc,if --recall 0.95 --queries 30
-"""
-MISLABELLED_HELP = """Does a row's influence on itself tell wrong labels? AUC and precision, beside two baselines.
-
-Wrong are the rows whose label in the index differs from the one in another column of the training file, or those
-whose numbers are given.
-
-Examples:
-
-    forebear evaluate mislabelled --index I --true-label clean_label --method gd,if
-
-    forebear evaluate mislabelled --index I --wrong-rows flipped.txt --method if --damping 0.1x
 """
 
 
@@ -113,13 +86,10 @@ def register(evaluations: typer.Typer) -> None:
         ("correlation", CORRELATION_HELP, correlation),
         ("overlap", OVERLAP_HELP, overlap),
         ("randomized", RANDOMIZED_HELP, randomized),
-        ("near-duplicates", NEAR_DUPLICATES_HELP, near_duplicates),
         ("saliency-consistency", SALIENCY_HELP, saliency_consistency),
-        ("cancellation", CANCELLATION_HELP, cancellation),
         ("recall", RECALL_HELP, recall),
-        ("mislabelled", MISLABELLED_HELP, mislabelled),
     ):
-        evaluations.command(name, help=help_text, cls=Variadic)(command)
+        evaluations.command(name, help=help_text, cls=Command)(command)
 
 
 @grouped(queries=100)
@@ -130,7 +100,7 @@ def correlation(
     sample: SampleOptions,
     report: ReportOptions,
     method: Methods = None,
-    rows: NRows = 500,
+    rows: SampledRows = 500,
 ) -> None:
     """See CORRELATION_HELP."""
     from forebear.evaluation.measures.correlation import correlation_report, correlations
@@ -142,7 +112,7 @@ def correlation(
     report.finish(*correlation_report(found, retriever, queries, question, sample.seed, command_line()))
 
 
-@grouped(queries=100)
+@grouped(queries=100, top=Shown("10,50, unless --share is given"))
 def overlap(
     at: IndexOptions,
     tested: TestOptions,
@@ -150,13 +120,8 @@ def overlap(
     sample: SampleOptions,
     report: ReportOptions,
     method: Methods = None,
-    top: Annotated[
-        list[str] | None,
-        typer.Option("--top", help="Rows in the tops. Default: 10, 50, unless --share is given.", show_default=False),
-    ] = None,
-    share: Annotated[
-        list[str] | None, typer.Option("--share", help="Shares of all rows, such as 0.1.", show_default=False)
-    ] = None,
+    top: Depths = None,
+    share: Shares = None,
 ) -> None:
     """See OVERLAP_HELP."""
     from forebear.evaluation.measures.top_overlap import depths_of, top_overlap_report, top_overlaps
@@ -181,9 +146,9 @@ def randomized(
     method: Methods = None,
     random_seeds: Annotated[
         list[str] | None,
-        typer.Option("--random-seeds", help="One for each random model. Default: 0,1,2.", show_default=False),
+        typer.Option("--random-seeds", help="One for each random model, whole numbers.", show_default="0,1,2"),
     ] = None,
-    rows: NRows = 500,
+    rows: SampledRows = 500,
 ) -> None:
     """See RANDOMIZED_HELP."""
     from forebear.evaluation.measures.randomized import randomized_correlations, randomized_report
@@ -203,51 +168,14 @@ def randomized(
     report.finish(*randomized_report(found, retriever, queries, question, seed, command_line()))
 
 
-@grouped(queries=200)
-def near_duplicates(
-    at: IndexOptions,
-    asked: SearchOptions,
-    sample: SampleOptions,
-    report: ReportOptions,
-    method: Methods = None,
-    edits: Annotated[
-        list[str] | None,
-        typer.Option("--edits", help="same, add, remove, replace. Default: all four.", show_default=False),
-    ] = None,
-    top: Annotated[
-        list[str] | None, typer.Option("--top", help="Depths of hit@k. Default: 1, 10.", show_default=False)
-    ] = None,
-) -> None:
-    """See NEAR_DUPLICATES_HELP."""
-    from forebear.evaluation.measures.near_duplicates import EDITS, TOPS, near_duplicates_report
-    from forebear.evaluation.measures.near_duplicates import near_duplicates as ask
-
-    retriever = open_retriever(at, report)
-    question = make_question(retriever, method, asked, quiet=report.quiet)
-    tops = sorted(set(integers("--top", top))) or TOPS
-    with report.progress() as progress:
-        found = ask(
-            retriever,
-            question,
-            n_queries=sample.queries,
-            edits=tuple(dict.fromkeys(listed(edits))) or EDITS,
-            tops=tops,
-            seed=sample.seed,
-            progress=progress,
-        )
-    report.finish(*near_duplicates_report(found, retriever, question, sample.seed, command_line()))
-
-
-@grouped(queries=50)
+@grouped(queries=50, method=Shown("if"))
 def saliency_consistency(
     at: IndexOptions,
-    test: Test,
+    test: Annotated[str, TEST],
     asked: ScopeOptions,
     sample: SampleOptions,
     report: ReportOptions,
-    method: Annotated[
-        list[str] | None, typer.Option("--method", help="Methods.  [default: if]", show_default=False)
-    ] = None,
+    method: Methods = None,
     text_columns: TextColumns = None,
 ) -> None:
     """See SALIENCY_HELP."""
@@ -262,18 +190,6 @@ def saliency_consistency(
     report.finish(*saliency_consistency_report(found, retriever, queries, question, sample.seed, command_line()))
 
 
-@grouped()
-def cancellation(at: IndexOptions, report: ReportOptions, rows: NRows = 100, seed: Seed = 0) -> None:
-    """See CANCELLATION_HELP."""
-    from forebear.evaluation.measures.cancellation import cancellation as measure
-    from forebear.evaluation.measures.cancellation import cancellation_report
-
-    retriever = open_retriever(at, report)
-    with report.progress() as progress:
-        found = measure(retriever, n_rows=rows, seed=seed, progress=progress)
-    report.finish(*cancellation_report(found, retriever, seed, command_line()))
-
-
 @grouped(queries=50)
 def recall(
     at: IndexOptions,
@@ -282,12 +198,9 @@ def recall(
     sample: SampleOptions,
     report: ReportOptions,
     method: Methods = None,
-    top: Annotated[int, typer.Option("--top", help="k, rows at each end.")] = 10,
+    top: Top = 10,
     recall: Recall = 0.98,
-    candidates: Annotated[
-        int | None,
-        typer.Option("--candidates", help="Rows at each end that a deeper scope proposes.", show_default=False),
-    ] = None,
+    candidates: Candidates = None,
 ) -> None:
     """See RECALL_HELP."""
     from forebear.evaluation.measures.recall import retrieval_recall, retrieval_recall_report
@@ -303,70 +216,3 @@ def recall(
     with report.progress() as progress:
         found = retrieval_recall(retriever, queries, question, progress=progress)
     report.finish(*retrieval_recall_report(found, retriever, queries, question, sample.seed, command_line()))
-
-
-@grouped()
-def mislabelled(
-    at: IndexOptions,
-    asked: ScopeOptions,
-    report: ReportOptions,
-    true_label: Annotated[
-        str | None,
-        typer.Option("--true-label", help="Column of the training file with the true labels.", show_default=False),
-    ] = None,
-    train: Annotated[
-        str | None,
-        typer.Option("--train", help="The training file. Default: the one that the index names.", show_default=False),
-    ] = None,
-    wrong_rows: Annotated[
-        str | None,
-        typer.Option(
-            "--wrong-rows", help="Instead: a text file of numbers of wrongly labelled rows.", show_default=False
-        ),
-    ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option("--method", help="gd, if, tracin and the like.  [default: gd,if]", show_default=False),
-    ] = None,
-    top: Annotated[
-        list[str] | None,
-        typer.Option("--top", help="Depths of precision@k, beside the number of wrong rows.", show_default=False),
-    ] = None,
-    neighbours: Annotated[int, typer.Option("--neighbours", help="Nearest rows whose labels are compared.")] = 10,
-    text_columns: TextColumns = None,
-    label_names: LabelNames = None,
-    unlabelled: Unlabelled = "refuse",
-    seed: Seed = 0,
-) -> None:
-    """See MISLABELLED_HELP."""
-    from forebear.evaluation.measures.mislabelled import mislabelled as measure
-    from forebear.evaluation.measures.mislabelled import mislabelled_report, true_labels_of, wrong_rows_of
-
-    if (true_label is None) == (wrong_rows is None):
-        raise InputError("give either --true-label COLUMN or --wrong-rows FILE.")
-    retriever = open_retriever(at, report)
-    question = make_question(
-        retriever, method or default_methods(retriever, ["gd", "if"], asked), asked, target="gold", quiet=report.quiet
-    )
-    opened = retriever.index
-    truth = None
-    if wrong_rows is not None:
-        wrong = wrong_rows_of(Path(wrong_rows), opened.manifest.n_rows)
-    else:
-        segments = opened.manifest.segments
-        if train is None and len(segments) > 1:
-            raise InputError(f"{opened.folder} was built from {len(segments)} files. Give them as one by --train.")
-        source = open_rows_aloud(
-            train or segments[0].source,
-            text_columns=text_columns or opened.manifest.spec.text_columns,
-            label_column=true_label,
-            label_names=label_names,
-            unlabelled=unlabelled,
-            need_labels=True,
-            classes=retriever.label_names,
-        )
-        truth = true_labels_of(opened, source)
-        wrong = truth != opened.labels
-    found = measure(retriever, question, wrong, true_labels=truth, n_neighbours=neighbours)
-    tops = integers("--top", top)
-    report.finish(*mislabelled_report(found, retriever, question, tops, seed, command_line()))

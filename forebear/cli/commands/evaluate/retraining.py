@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forebear.cli.options.asking import (
-    IndexOptions,
-    Methods,
-    QuestionOptions,
-    ReportOptions,
-    SampleOptions,
-    SpanOptions,
-    TestOptions,
-    command_line,
-    integers,
-    open_retriever,
-    say_what_was_fitted,
-)
-from forebear.cli.options.groups import grouped
-from forebear.cli.screen.console import Variadic, listed, warn
-from forebear.cli.workers import Workers, start_workers
+from forebear.cli.options.asking import command_line, open_retriever, say_what_was_fitted
+from forebear.cli.options.groups import Options, grouped
+from forebear.cli.options.model import IndexOptions
+from forebear.cli.options.question import Methods, QuestionOptions, SampleOptions, SpanOptions
+from forebear.cli.options.report import ReportOptions
+from forebear.cli.options.retraining import AmountOptions, BudgetOptions
+from forebear.cli.options.rows import TestOptions
+from forebear.cli.screen.console import Command, listed, warn
+from forebear.cli.workers import start_workers
 
 if TYPE_CHECKING:
     from forebear.evaluation.common.queries import Queries
@@ -78,49 +71,7 @@ Example:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AmountOptions:
-    """How many rows are removed."""
-
-    remove: Annotated[
-        list[str] | None, typer.Option("--remove", help="Numbers of rows to remove.", show_default=False)
-    ] = None
-    share: Annotated[
-        list[str] | None, typer.Option("--share", help="Shares of all rows to remove, such as 0.1.", show_default=False)
-    ] = None
-
-    def of(self, n_rows: int, default: Sequence[str]) -> tuple[int, ...]:
-        """Numbers of rows to remove of ``n_rows``."""
-        from forebear.evaluation.retraining.row_choice import amounts_of
-
-        return amounts_of(integers("--remove", self.remove), listed(self.share), n_rows, default)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrainOptions:
-    """How the model is retrained, and how often."""
-
-    retrain: Annotated[str, typer.Option("--retrain", help="full, top-K (such as top-2), or head.")] = "head"
-    seeds: Annotated[int, typer.Option("--seeds", help="Retrainings of each kind; for head one is enough.")] = 5
-    l2: Annotated[float, typer.Option("--l2", help="For --retrain head: weight of half the squared norm.")] = 0.01
-    budget: Annotated[
-        int | None,
-        typer.Option(
-            "--budget", help="Models to train at most: what is compared is sampled.", show_default=False, min=1
-        ),
-    ] = None
-    cache: Annotated[
-        str | None,
-        typer.Option("--cache", help="Folder of finished retrainings. Default: INDEX-retraining.", show_default=False),
-    ] = None
-    workers: Workers = 1
-    run: Annotated[
-        str | None,
-        typer.Option("--run", help="The training run. Default: where the index's model lies.", show_default=False),
-    ] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class AskOptions:
+class AskOptions(Options):
     """What all four commands are given."""
 
     at: IndexOptions
@@ -128,7 +79,7 @@ class AskOptions:
     method: Methods = None
     asked: QuestionOptions
     spans: SpanOptions
-    how: RetrainOptions
+    how: BudgetOptions
     sample: SampleOptions
     report: ReportOptions
 
@@ -226,7 +177,7 @@ def register(evaluations: typer.Typer) -> None:
         ("retraining-loss", LOSS_HELP, retraining_loss),
         ("lds", LDS_HELP, lds),
     ):
-        evaluations.command(name, help=help_text, cls=Variadic)(command)
+        evaluations.command(name, help=help_text, cls=Command)(command)
 
 
 @grouped(queries=50)
@@ -235,7 +186,7 @@ def removal(
     amounts: AmountOptions,
     sides: Annotated[
         list[str] | None,
-        typer.Option("--sides", help="top, bottom, least. Default: all three.", show_default=False),
+        typer.Option("--sides", help="Which rows are removed: top, bottom, least.", show_default="all three"),
     ] = None,
 ) -> None:
     """See REMOVAL_HELP."""
@@ -322,7 +273,10 @@ def retraining_loss(given: AskOptions, amounts: AmountOptions) -> None:
 
 @grouped(queries=100)
 def lds(
-    given: AskOptions, subsets: Annotated[int, typer.Option("--subsets", help="Random halves of the rows.")] = 100
+    given: AskOptions,
+    subsets: Annotated[
+        int, typer.Option("--subsets", help="Random halves of the training rows; a model is trained on each.")
+    ] = 100,
 ) -> None:
     """See LDS_HELP."""
     from forebear.evaluation.retraining.lds import lds_report, measure_lds

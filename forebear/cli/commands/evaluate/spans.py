@@ -8,23 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forebear.cli.options.asking import (
-    IndexOptions,
-    NRows,
+from forebear.cli.options.asking import command_line, default_methods, integers, open_retriever, say_what_was_fitted
+from forebear.cli.options.groups import Shown, grouped
+from forebear.cli.options.model import IndexOptions
+from forebear.cli.options.question import (
+    Methods,
     QuestionOptions,
-    ReportOptions,
+    SampledRows,
     SampleOptions,
     SearchOptions,
     SpanOptions,
-    TestOptions,
-    command_line,
-    default_methods,
-    integers,
-    open_retriever,
-    say_what_was_fitted,
 )
-from forebear.cli.options.groups import grouped
-from forebear.cli.screen.console import Variadic, listed
+from forebear.cli.options.report import ReportOptions
+from forebear.cli.options.rows import TestOptions
+from forebear.cli.screen.console import Command, listed
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,15 +65,15 @@ Example:
 
 def register(evaluations: typer.Typer) -> None:
     """Add the commands to the group."""
-    evaluations.command("semantic-agreement", help=SEMANTIC_HELP, cls=Variadic)(_agreement("semantic"))
-    evaluations.command("label-agreement", help=LABEL_HELP, cls=Variadic)(_agreement("label"))
-    evaluations.command("faithfulness", help=FAITHFULNESS_HELP, cls=Variadic)(faithfulness)
+    evaluations.command("semantic-agreement", help=SEMANTIC_HELP, cls=Command)(_agreement("semantic"))
+    evaluations.command("label-agreement", help=LABEL_HELP, cls=Command)(_agreement("label"))
+    evaluations.command("faithfulness", help=FAITHFULNESS_HELP, cls=Command)(faithfulness)
 
 
 def _agreement(measure: Measure) -> Callable[..., None]:
     """The command of one measure; both take the same options."""
 
-    @grouped(queries=200)
+    @grouped(queries=200, method=Shown("if, if+, if++, tracin-f, tracin+, tracin++"))
     def agreement(
         at: IndexOptions,
         tested: TestOptions,
@@ -84,14 +81,9 @@ def _agreement(measure: Measure) -> Callable[..., None]:
         asked: SearchOptions,
         sample: SampleOptions,
         report: ReportOptions,
-        method: Annotated[
-            list[str] | None,
-            typer.Option(
-                "--method", help="Methods. Default: if, if+, if++, tracin-f, tracin+, tracin++.", show_default=False
-            ),
-        ] = None,
+        method: Methods = None,
         depth: Annotated[
-            list[str] | None, typer.Option("--at", help="K, up to six. Default: 10.", show_default=False)
+            list[str] | None, typer.Option("--at", help="K, up to six: the top K are looked at.", show_default="10")
         ] = None,
     ) -> None:
         """See SEMANTIC_HELP and LABEL_HELP."""
@@ -118,7 +110,7 @@ def faithfulness(
     asked: QuestionOptions,
     sample: SampleOptions,
     report: ReportOptions,
-    rows: NRows = 200,
+    rows: SampledRows = 200,
     runs: Annotated[int, typer.Option("--runs", help="Each with other training rows and other variants.")] = 5,
 ) -> None:
     """See FAITHFULNESS_HELP."""

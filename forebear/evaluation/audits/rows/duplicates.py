@@ -59,7 +59,9 @@ class Thresholds:
                 option = name.replace("_", "-")
                 raise InputError(f"--{option} {getattr(self, name)}: expected a similarity above 0, at most 1.")
         if self.neighbours < 0:
-            raise InputError(f"--neighbours {self.neighbours}: expected a number of rows, or 0 for none.")
+            raise InputError(
+                f"--neighbours {self.neighbours}: expected a number of rows, or 0 for none.", of="audit duplicates"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

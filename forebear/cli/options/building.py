@@ -1,0 +1,246 @@
+"""Options of ``forebear index``: what a build chooses, and what changes an index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from forebear.cli.options.groups import Options, flag_of, values_of
+from forebear.cli.options.model import Device, Labels, MaxLength, Precision, Seed
+from forebear.cli.options.question import SpanColumn
+from forebear.cli.screen.console import listed
+from forebear.errors import InputError
+
+if TYPE_CHECKING:
+    from forebear.indexer.building.options import BuildOptions
+
+NO_CURVATURE = ("none",)  # as --damping says it
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(Options, panel="Model"):
+    """The model, its checkpoints and their weights."""
+
+    model: Annotated[
+        str | None, typer.Option("--model", help="Run folder, model folder or hub name.", show_default=False)
+    ] = None
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--checkpoints",
+            help="'all' of a run or of a Trainer's output folder, or some of a run by name, or folders in training "
+            "order.",
+            show_default="the model alone",
+        ),
+    ] = None
+    eta: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--eta",
+            help="Weight of each checkpoint in TracIn's sum: the learning rate up to it.",
+            show_default="the run's, else the mean rates that a Trainer logged, else 1",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreChoices(Options, panel="What is stored"):
+    """Representations, and the vectors of sentences, words and spans."""
+
+    stores: Annotated[
+        list[str] | None,
+        typer.Option("--store", help="features, and sbert, words, spans as wanted.", show_default="features"),
+    ] = None
+    sentence_model: Annotated[
+        str,
+        typer.Option("--sentence-model", help="Of sbert: an encoder that was not fine-tuned, a folder or hub name."),
+    ] = "minilm"
+    words_tops: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--words-top",
+            help="Of words: positions of longest gradient whose words are kept a row; 0: all; or both, as 0,10.",
+            show_default="10",
+        ),
+    ] = None
+    words_precision: Annotated[
+        str, typer.Option("--words-precision", help="Of stored word vectors: fp16, int8 or fp32.")
+    ] = "fp16"
+    spans: Annotated[
+        str,
+        typer.Option(
+            "--spans",
+            help="Of spans: clauses, sentences, words, aspect, columns:FROM,TO, clause-of:FROM,TO, or "
+            "FILE.py:function.",
+        ),
+    ] = "clauses"
+    span_column: SpanColumn = None
+    ann: Annotated[
+        str | None,
+        typer.Option(
+            "--ann", help="FAISS factory string of the search by features.", show_default="chosen by the number of rows"
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientChoices(Options, panel="Gradients and curvature"):
+    """Scopes, their sketches, and H."""
+
+    scopes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scope", help="Gradients to index: head; and top-K, all or layer:NAME, sketched.", show_default="head"
+        ),
+    ] = None
+    sketch_dim: Annotated[
+        int, typer.Option("--sketch-dim", help="Coordinates a row of a sketched scope, 8 to 4096.")
+    ] = 128
+    sketch_bits: Annotated[
+        int,
+        typer.Option(
+            "--sketch-bits", help="Bits a row, of a code of what the coordinates leave over; a multiple of 8, 0: none."
+        ),
+    ] = 4096
+    white_bits: Annotated[
+        int, typer.Option("--white-bits", help="The same for the whitened sketches, those of if and rif.")
+    ] = 5888
+    sketch_basis: Annotated[
+        str, typer.Option("--sketch-basis", help="What the coordinates are of: mixed, principal or random.")
+    ] = "mixed"
+    with_bias: Annotated[
+        bool, typer.Option("--with-bias", help="Biases and LayerNorm take part in the sketched scopes.")
+    ] = False
+    curvature: Annotated[
+        str, typer.Option("--curvature", help="Of the sketched scopes, for if and rif: ekfac or none.")
+    ] = "ekfac"
+    dampings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--damping",
+            help="Added to the curvature's eigenvalues: 0.1x of their mean, or absolute; several; none: no curvature.",
+            show_default="0.1x",
+        ),
+    ] = None
+    rep_refit: Annotated[bool, typer.Option("--rep-refit", help="Refit the head for `rep`, as Pez21 does.")] = False
+    calibration_queries: Annotated[
+        int,
+        typer.Option(
+            "--calibrate",
+            help="Rows asked about to find how many candidates a recall takes; 0: none. Two thirds of them state it: "
+            "n support a recall of n / (n + 1).",
+        ),
+    ] = 74
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputingChoices(Options, panel="Model"):
+    """How rows are read and computed."""
+
+    label_mode: Labels = None
+    max_length: MaxLength = None
+    precision: Precision = "fp32"
+    device: Device = "auto"
+    batch_tokens: Annotated[int, typer.Option("--batch-tokens", help="Word pieces in a batch, padding included.")] = (
+        4096
+    )
+    shard_rows: Annotated[
+        int, typer.Option("--shard-rows", help="Rows in a file; an interrupted build goes on at a file.")
+    ] = 4096
+    seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceOptions(Options):
+    """Choices of a build: each option is the field of the same name of :class:`BuildOptions`, and has its default."""
+
+    computing: ComputingChoices
+    storing: StoreChoices
+    gradients: GradientChoices
+
+    def build_options(self, text_columns: Sequence[str], run: Mapping[str, Any]) -> BuildOptions:
+        """The choices of a build, as the library takes them.
+
+        Args:
+            text_columns: Of the training rows; ``--span-column`` names one.
+            run: What the model's training run says, for options that are not given.
+        """
+        from forebear.indexer.building.options import BuildOptions
+
+        kinds = get_type_hints(BuildOptions)
+        given: dict[str, Any] = {}
+        for name, value in values_of(self).items():
+            if isinstance(value, list):
+                parts = listed(value)
+                given[name] = counts(self._flag(name), parts) if kinds[name] == tuple[int, ...] else parts
+            else:
+                given[name] = value
+        if given["span_column"] is not None:
+            given["span_column"] = _column(given["span_column"], text_columns)
+        choices = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v not in (None, [])}
+        choices["scopes"] = tuple(dict.fromkeys(["head", *choices.get("scopes", ())]))
+        if choices.get("dampings") == NO_CURVATURE:
+            choices["dampings"] = ()
+        return BuildOptions(**{**run, **choices})
+
+    def _flag(self, name: str) -> str:
+        groups = (getattr(self, field.name) for field in fields(self))
+        return next(flag_of(type(group), name) for group in groups if hasattr(group, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangeOptions(Options, panel="Changes of an index that is there"):
+    """A change instead of a build, and what an interrupted one left."""
+
+    append: Annotated[bool, typer.Option("--append", help="Add the --train rows to the index in --out.")] = False
+    retire: Annotated[
+        list[str] | None, typer.Option("--retire", help="Row numbers to take out: 17,230-240.", show_default=False)
+    ] = None
+    rebuild_ann: Annotated[bool, typer.Option("--rebuild-ann", help="Make ann/ again, as --ann says.")] = False
+    refit: Annotated[
+        bool,
+        typer.Option("--refit", help="Fit sketches, EK-FAC and calibration beyond the head to the rows there are now."),
+    ] = False
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with an interrupted build or change; one that is done is not done twice."),
+    ] = False
+
+    def check(self) -> None:
+        """Refuse several at once."""
+        if sum((self.append, bool(self.retire), self.rebuild_ann, self.refit)) > 1:
+            raise InputError("--append, --retire, --refit and --rebuild-ann are separate changes: give one of them.")
+
+
+def _column(name: str, names: Sequence[str]) -> int:
+    if name not in names:
+        raise InputError(f"--span-column {name}: the text columns are {', '.join(names)}.")
+    return names.index(name)
+
+
+def counts(option: str, parts: Sequence[str]) -> list[int]:
+    """Numbers from 0 up."""
+    for part in parts:
+        if not part.isdigit():
+            raise InputError(f"{option} {part}: expected a whole number from 0 up.")
+    return [int(part) for part in parts]
+
+
+def row_numbers(parts: Sequence[str]) -> list[int]:
+    """``17,230-240`` as numbers; a file name stands for the numbers in it, one a line."""
+    numbers: list[int] = []
+    for part in parts:
+        if Path(part).is_file():
+            numbers += row_numbers(Path(part).read_text(encoding="utf-8").split())
+            continue
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise InputError(f"--retire {part}: expected row numbers such as 17 or 230-240, or a file of them.")
+        if int(last or first) < int(first):
+            raise InputError(f"--retire {part}: the range ends before it begins.")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers

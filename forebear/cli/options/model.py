@@ -1,0 +1,58 @@
+"""Options that name an index, its model and where it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from forebear.cli.options.groups import Options
+
+if TYPE_CHECKING:
+    from forebear.retriever.retriever import Retriever
+
+MovedModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="The model, if it has moved since the index was built; it must be the one that was indexed.",
+        show_default="where it lay then",
+    ),
+]
+Device = Annotated[
+    str, typer.Option("--device", help="Where the model runs: auto, cpu, cuda or cuda:N (the N-th GPU, from 0).")
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        "--labels",
+        help="binary-nli: neutral and contradiction are one class, non-entailment, here and later.",
+        show_default=False,
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option("--max-length", help="Longest row in word pieces; the rest is cut, in test rows too."),
+]
+Precision = Annotated[
+    str, typer.Option("--precision", help="Numbers that the model computes in: fp32 or bf16; train has auto, too.")
+]
+Seed = Annotated[
+    int, typer.Option("--seed", help="Random seed, a whole number: of training, of sketches, of samples of rows.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions(Options, panel="Index and model"):
+    """The index, and its model."""
+
+    index: Annotated[str, typer.Option("--index", help="The index folder.", show_default=False)]
+    model: MovedModel = None
+    device: Device = "auto"
+
+    def open(self) -> Retriever:
+        """The index's retriever."""
+        from forebear.retriever.retriever import Retriever
+
+        return Retriever(self.index, model=self.model, device=self.device)

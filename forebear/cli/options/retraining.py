@@ -1,0 +1,81 @@
+"""Options of commands that retrain the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from forebear.cli.options.asking import integers
+from forebear.cli.options.groups import Options
+from forebear.cli.options.question import Shares
+from forebear.cli.screen.console import listed
+
+Workers = Annotated[
+    int,
+    typer.Option(
+        "--workers",
+        help="Processes that retrain at a time; they share the cores. To go on after a kill, give the same number: "
+        "threads decide last bits.",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainOptions(Options, panel="Retraining"):
+    """How the model is retrained, how often, and where what retrained models said is kept."""
+
+    retrain: Annotated[
+        str, typer.Option("--retrain", help="What is trained again: full, top-K (the last K layers, as top-2) or head.")
+    ] = "head"
+    seeds: Annotated[
+        int,
+        typer.Option("--seeds", help="Retrainings of each kind, with seeds from --seed up; for head one is enough."),
+    ] = 5
+    run: Annotated[
+        str | None,
+        typer.Option(
+            "--run", help="Run folder of the training.", show_default="the one that the index's model lies in"
+        ),
+    ] = None
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", help="Folder of finished retrainings.", show_default="INDEX-retraining"),
+    ] = None
+    workers: Workers = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions(RetrainOptions):
+    """What a measure that retrains often is given besides."""
+
+    l2: Annotated[float, typer.Option("--l2", help="Of --retrain head: weight of half the squared norm, above 0.")] = (
+        0.01
+    )
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            "--budget",
+            help="Models to train at most; what is compared is then sampled.",
+            show_default="as many as it takes",
+            min=1,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmountOptions(Options, panel="Retraining"):
+    """How many rows are removed."""
+
+    remove: Annotated[
+        list[str] | None, typer.Option("--remove", help="Numbers of rows to remove.", show_default=False)
+    ] = None
+    share: Shares = None
+
+    def of(self, n_rows: int, default: Sequence[str]) -> tuple[int, ...]:
+        """Numbers of rows to remove of ``n_rows``."""
+        from forebear.evaluation.retraining.row_choice import amounts_of
+
+        return amounts_of(integers("--remove", self.remove), listed(self.share), n_rows, default)

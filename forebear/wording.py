@@ -1,0 +1,201 @@
+"""What an option is called by who is spoken to: ``--top 5`` on the command line, ``top=5`` in Python.
+
+Messages of the library name options as the command line does. Where no command is running, :func:`worded` turns them
+into the keywords of the functions that take them; every :class:`ForebearError` does so with its own message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal
+
+_at_command_line: ContextVar[bool] = ContextVar("at_command_line", default=False)
+Kind = Literal["text", "texts", "number", "numbers", "switch", "phrase"]
+
+
+@dataclass(frozen=True)
+class Keyword:
+    """What an option is in Python.
+
+    Attributes:
+        name: Of the parameter or field; of a ``phrase``, the words that stand for the option.
+        of: The function or class that takes it; of a ``phrase``, the function that does the same.
+        kind: What its values are: one text or number, a tuple of them, or True.
+    """
+
+    name: str
+    of: str
+    kind: Kind = "text"
+
+
+# By flag. Where one flag is several things, the others stand under the command that is spoken of, "index --scope".
+KEYWORDS = {
+    "--aggregate": Keyword("aggregate", "QuerySpec", "switch"),
+    "--ann": Keyword("ann", "BuildOptions"),
+    "--at": Keyword("at", "measure_agreement", "numbers"),
+    "--batch-size": Keyword("batch_size", "TrainOptions", "number"),
+    "--batch-tokens": Keyword("batch_tokens", "BuildOptions", "number"),
+    "--budget": Keyword("budget", "measure_lds", "number"),
+    "--calibrate": Keyword("calibration_queries", "BuildOptions", "number"),
+    "--candidates": Keyword("candidates", "QuerySpec", "number"),
+    "--certify": Keyword("certify", "QuerySpec", "switch"),
+    "--checkpoints": Keyword("checkpoints", "choose_model", "texts"),
+    "--clusters": Keyword("n_clusters", "group_mistakes", "number"),
+    "--column": Keyword("column", "negation_feature"),
+    "--cosine": Keyword("cosine", "Thresholds", "number"),
+    "--cosine-jaccard": Keyword("cosine_jaccard", "Thresholds", "number"),
+    "--curvature": Keyword("curvature", "QuerySpec"),
+    "--curvature-rows": Keyword("curvature_rows", "QuerySpec", "number"),
+    "--damping": Keyword("damping", "QuerySpec"),
+    "index --damping": Keyword("dampings", "BuildOptions", "texts"),
+    "--device": Keyword("device", "Retriever"),
+    "--edits": Keyword("edits", "near_duplicates", "texts"),
+    "--epochs": Keyword("epochs", "TrainOptions", "number"),
+    "--eta": Keyword("etas", "choose_model", "numbers"),
+    "--exact": Keyword("exact", "QuerySpec"),
+    "--feature": Keyword("given", "user_feature"),
+    "--force": Keyword("force", "build_index", "switch"),
+    "--freeze-below": Keyword("freeze_below", "TrainOptions", "number"),
+    "--html": Keyword("path", "write_page"),
+    "--jaccard": Keyword("jaccard", "Thresholds", "number"),
+    "--l2": Keyword("l2", "open_retrainer", "number"),
+    "--label-column": Keyword("label_column", "open_rows"),
+    "--label-names": Keyword("label_names", "open_rows", "texts"),
+    "--labels": Keyword("label_mode", "BuildOptions"),
+    "--learning-rate": Keyword("learning_rate", "TrainOptions", "number"),
+    "--lissa": Keyword("lissa", "QuerySpec"),
+    "--listed": Keyword("n_listed", "hubs_report", "number"),
+    "--max-length": Keyword("max_length", "BuildOptions", "number"),
+    "--method": Keyword("methods", "QuerySpec", "texts"),
+    "--model": Keyword("model", "Retriever"),
+    "--neighbours": Keyword("n_neighbours", "suspects", "number"),
+    "audit duplicates --neighbours": Keyword("neighbours", "Thresholds", "number"),
+    "--no-overlap": Keyword("n_candidates", "least_overlap", "number"),
+    "--normalise": Keyword("normalise", "QuerySpec", "switch"),
+    "--out": Keyword("out", "build_index"),
+    "retrieve --out": Keyword("path", "result_writer"),
+    "--pair": Keyword("pairs of texts", "rows_from_texts", "phrase"),
+    "--precision": Keyword("precision", "BuildOptions"),
+    "--queries": Keyword("n_queries", "sample_queries", "number"),
+    "perturb attack --queries": Keyword("test rows", "make_queries", "phrase"),
+    "--query-spans": Keyword("query_spans", "QuerySpec"),
+    "--random-words": Keyword("random_words", "PerturbSpec", "number"),
+    "--rebuild-ann": Keyword("rebuild_ann()", "rebuild_ann", "phrase"),
+    "--recall": Keyword("recall", "QuerySpec", "number"),
+    "--refit": Keyword("refit_index()", "refit_index", "phrase"),
+    "--remove": Keyword("remove", "amounts_of", "numbers"),
+    "--rep-refit": Keyword("rep_refit", "BuildOptions", "switch"),
+    "--resume": Keyword("resume", "build_index", "switch"),
+    "--retrain": Keyword("name", "open_retrainer"),
+    "--rows": Keyword("n_rows", "correlations", "number"),
+    "perturb attack --rows": Keyword("rows", "PerturbSpec", "numbers"),
+    "--run": Keyword("run", "open_retrainer"),
+    "--runs": Keyword("n_runs", "measure_faithfulness", "number"),
+    "--saliency": Keyword("form", "explain"),
+    "--scope": Keyword("scope", "QuerySpec"),
+    "index --scope": Keyword("scopes", "BuildOptions", "texts"),
+    "--seed": Keyword("seed", "PerturbSpec", "number"),
+    "--seeds": Keyword("n_seeds", "seeds_of", "number"),
+    "--shard-rows": Keyword("shard_rows", "BuildOptions", "number"),
+    "--share": Keyword("shares", "amounts_of", "texts"),
+    "--sides": Keyword("names", "sides_of", "texts"),
+    "--sketch-basis": Keyword("sketch_basis", "BuildOptions"),
+    "--sketch-bits": Keyword("sketch_bits", "BuildOptions", "number"),
+    "--sketch-dim": Keyword("sketch_dim", "BuildOptions", "number"),
+    "--spans": Keyword("spans", "QuerySpec"),
+    "--store": Keyword("stores", "BuildOptions", "texts"),
+    "--strategy": Keyword("strategies", "PerturbSpec", "texts"),
+    "--subsets": Keyword("n_subsets", "measure_lds", "number"),
+    "--target": Keyword("target", "QuerySpec"),
+    "--text-columns": Keyword("text_columns", "open_rows", "texts"),
+    "--tolerance": Keyword("tolerance", "QuerySpec", "number"),
+    "--top": Keyword("top", "QuerySpec", "number"),
+    "evaluate overlap --top": Keyword("tops", "depths_of", "numbers"),
+    "evaluate mislabelled --top": Keyword("tops", "mislabelled_report", "numbers"),
+    "--train": Keyword("the training rows", "build_index", "phrase"),
+    "--unlabelled": Keyword("unlabelled", "open_rows"),
+    "--warmup-ratio": Keyword("warmup_ratio", "TrainOptions", "number"),
+    "--weight-decay": Keyword("weight_decay", "TrainOptions", "number"),
+    "--white-bits": Keyword("white_bits", "BuildOptions", "number"),
+    "--wordnet": Keyword("folder", "WordNet"),
+    "--words-precision": Keyword("words_precision", "BuildOptions"),
+    "--words-top": Keyword("words_tops", "BuildOptions", "numbers"),
+}
+COMMANDS = {  # what messages say of commands, and of the functions that do the same
+    "`forebear index`": "build_index()",
+    "forebear index --refit": "refit_index()",
+    "forebear index": "build_index()",
+    "forebear verify": "verify_index()",
+    "`forebear train`": "train()",
+    "forebear audit hans": "audit_hans()",
+    "the same command": "the same call",
+    "this command": "this call",
+}
+# A word after a flag is its value, unless it goes on with the sentence:
+GOING_ON = frozenset({
+    "a", "and", "asks", "bounds", "fits", "goes", "has", "if", "in", "is", "measures", "must", "names", "naming",
+    "needs", "or", "out", "proves", "sums", "takes", "that", "to", "with", "without",
+})  # fmt: skip
+_COMMAND = re.compile("|".join(re.escape(words) for words in COMMANDS))
+_LEFT_ALONE = r"`forebear [^`]*`"  # a whole command line in code marks is one that someone has run
+_NUMBERS = r"\d[\d.e+-]*(?: \d[\d.e+-]*)+"  # several values of one flag, as in --eta 0.1 0.2
+_OPTION = re.compile(rf"{_LEFT_ALONE}|(?<![\w-])(--[a-z][a-z0-9-]*)(?: ('[^']*'|\"[^\"]*\"|{_NUMBERS}|[^\s(]\S*))?")
+
+
+@contextmanager
+def at_command_line() -> Iterator[None]:
+    """While this lasts, options are called as the command line calls them."""
+    token = _at_command_line.set(True)
+    try:
+        yield
+    finally:
+        _at_command_line.reset(token)
+
+
+def worded(message: str, *, of: str | None = None) -> str:
+    """A message with its options named as whoever is spoken to wrote them.
+
+    Args:
+        message: Options in it are named by their flags, with or without a value: ``Give --top 5``, ``by --model``.
+        of: The command whose options are meant, such as ``index``, where a flag is several things.
+    """
+    if _at_command_line.get():
+        return message
+    return _OPTION.sub(lambda found: _in_python(found, of), _COMMAND.sub(lambda found: COMMANDS[found[0]], message))
+
+
+def _in_python(found: re.Match[str], of: str | None) -> str:
+    """An option, and its value if it has one, as a keyword argument."""
+    flag, after = found[1], found[2] or ""
+    if flag is None:
+        return found[0]
+    keyword = KEYWORDS.get(f"{of} {flag}") or KEYWORDS.get(flag)
+    if keyword is None:
+        return found[0]
+    parts = re.fullmatch(r"('[^']*'|\"[^\"]*\"|.*?)([.,:;)?]*)", after)
+    assert parts is not None  # the pattern takes any text
+    value, end = parts.groups()
+    rest = f" {after}" if after else ""
+    if keyword.kind == "phrase":
+        return f"{keyword.name}{rest}"
+    if keyword.kind == "switch":
+        return f"{keyword.name}=True{rest}"
+    if not value or value in GOING_ON:
+        colon = found.string[found.end(1) : found.end(1) + 1] == ":"
+        return f"{keyword.name}{'' if colon else '='}{rest}"
+    comma = "," if not end and found.string.startswith(" --", found.end()) else ""  # between two options
+    return f"{keyword.name}={_literal(value, keyword.kind)}{end}{comma}"
+
+
+def _literal(value: str, kind: Kind) -> str:
+    """A value as Python writes it."""
+    if kind in ("number", "text"):
+        return value if kind == "number" or value[0] in "'\"" else f'"{value}"'
+    if value == "none":
+        return "()"
+    parts = [_literal(part, "number" if kind == "numbers" else "text") for part in re.split("[, ]", value)]
+    return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
