@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from forebear.indexer.building.verify import verify_index
     from forebear.indexer.index import Index
     from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
-    from forebear.indexer.training.fine_tuning import TrainOptions, train
+    from forebear.indexer.training.fine_tuning import train
+    from forebear.indexer.training.options import TrainOptions
     from forebear.indexer.training.run import choose_model
     from forebear.retriever.question.methods import METHODS, Method
     from forebear.retriever.question.spec import QuerySpec
@@ -63,7 +64,8 @@ _HOMES = {  # the module that defines each public name; the imports above say th
     "forebear.indexer.index": ("Index",),
     "forebear.indexer.building.options": ("BuildOptions",),
     "forebear.indexer.training.run": ("choose_model",),
-    "forebear.indexer.training.fine_tuning": ("TrainOptions", "train"),
+    "forebear.indexer.training.fine_tuning": ("train",),
+    "forebear.indexer.training.options": ("TrainOptions",),
     "forebear.indexer.building.verify": ("verify_index",),
     "forebear.retriever.question.methods": ("METHODS", "Method"),
     "forebear.retriever.question.spec": ("QuerySpec",),
