@@ -15,7 +15,7 @@ from forebear.retriever.deep.query_gradients import Queries as GradientQueries
 from forebear.retriever.question.batch import make_batch
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
-from forebear.retriever.spans.search import SpanRows, gradient_queries, span_rows, stored_span_rows
+from forebear.retriever.spans.rows import SpanRows, gradient_queries, span_rows, stored_span_rows
 
 
 def sample_span_queries(

@@ -30,7 +30,7 @@ from forebear.retriever.answers.results import Answers
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
-from forebear.retriever.spans.search import query_spans
+from forebear.retriever.spans.rows import query_spans
 from forebear.sampling import live_sample
 
 Measure = Literal["semantic", "label"]

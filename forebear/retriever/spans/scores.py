@@ -13,7 +13,7 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import VECTOR_BYTES
 from forebear.retriever.question.inverse import CurvatureSpec, deep_solver
-from forebear.retriever.spans.search import SpanRows
+from forebear.retriever.spans.rows import SpanRows
 
 
 class SpanScores:

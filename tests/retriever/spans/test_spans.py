@@ -40,7 +40,7 @@ from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.text import Span, split_text
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.deep.search import GradientSearch
-from forebear.retriever.spans.search import span_rows
+from forebear.retriever.spans.rows import span_rows
 
 DAMPING = "0.05"
 BY_SPANS = ["if+", "if++", "tracin+", "tracin++"]
