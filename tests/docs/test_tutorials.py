@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from places import ROOT
+from places import HAS_MINILM, NO_MINILM, ROOT
 
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 BLOCK = re.compile(r"^```(python|console|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -42,6 +42,7 @@ def must_hold(printed: str, shown: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not HAS_MINILM, reason=NO_MINILM)
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_a_tutorial_runs_as_it_stands(path, tmp_path):
     blocks = BLOCK.findall(path.read_text(encoding="utf-8"))
