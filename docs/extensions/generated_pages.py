@@ -105,10 +105,9 @@ def _row(parameter: Any) -> str | None:
     is_argument = parameter.param_type_name == "argument"
     names = parameter.name.upper() if is_argument else ", ".join(parameter.opts)
     meaning = _escaped(" ".join((parameter.help or "").split()))
-    stated = re.search(r"\s*\\?\[default: (.*?)\\?\]", meaning)
     default = "required" if parameter.required else ""
-    if stated:
-        meaning, default = meaning.replace(stated[0], ""), f"`{stated[1]}`"
+    if isinstance(in_words := getattr(parameter, "show_default", None), str):
+        default = _escaped(in_words)
     elif parameter.default not in (None, False, (), []) and not parameter.required:
         value = parameter.default
         default = f"`{shlex.quote(str(value)) if isinstance(value, str) else value}`"

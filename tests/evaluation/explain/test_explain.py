@@ -673,7 +673,7 @@ def test_choices_reach_the_answer(world, tmp_path):
         (["--text", "a", "--pair", "b"], "2 text(s)"),
         (["--text", "a", "--method", "if", "--damping", "9"], "9"),
         (["--text", "a", "--recall", "0"], "--recall 0"),
-        (["--text", "a", "--scope", "all"], r'scopes=\("head", "all"\)'),
+        (["--text", "a", "--scope", "all"], "--scope head,all"),
         (["--pair", "b"], "--text"),
     ],
 )
