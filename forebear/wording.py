@@ -58,7 +58,7 @@ KEYWORDS = {
     "--eta": Keyword("etas", "choose_model", "numbers"),
     "--exact": Keyword("exact", "QuerySpec"),
     "--feature": Keyword("given", "user_feature"),
-    "--force": Keyword("force", "build_index", "switch"),
+    "--force": Keyword("force", "Work", "switch"),
     "--freeze-below": Keyword("freeze_below", "TrainOptions", "number"),
     "--html": Keyword("path", "write_page"),
     "--jaccard": Keyword("jaccard", "Thresholds", "number"),
@@ -89,7 +89,7 @@ KEYWORDS = {
     "--refit": Keyword("refit_index()", "refit_index", "phrase"),
     "--remove": Keyword("remove", "amounts_of", "numbers"),
     "--rep-refit": Keyword("rep_refit", "BuildOptions", "switch"),
-    "--resume": Keyword("resume", "build_index", "switch"),
+    "--resume": Keyword("resume", "Work", "switch"),
     "--retrain": Keyword("name", "open_retrainer"),
     "--rows": Keyword("n_rows", "correlations", "number"),
     "perturb attack --rows": Keyword("rows", "PerturbSpec", "numbers"),
@@ -137,7 +137,7 @@ COMMANDS = {  # what messages say of commands, and of the functions that do the 
 }
 # A word after a flag is its value, unless it goes on with the sentence:
 GOING_ON = frozenset({
-    "a", "and", "asks", "bounds", "fits", "goes", "has", "if", "in", "is", "measures", "must", "names", "naming",
+    "a", "and", "asks", "bounds", "fits", "goes", "has", "how", "if", "in", "is", "measures", "must", "names", "naming",
     "needs", "or", "out", "proves", "sums", "takes", "that", "to", "with", "without",
 })  # fmt: skip
 _COMMAND = re.compile("|".join(re.escape(words) for words in COMMANDS))
@@ -184,6 +184,8 @@ def _in_python(found: re.Match[str], of: str | None) -> str:
         return f"{keyword.name}{rest}"
     if keyword.kind == "switch":
         return f"{keyword.name}=True{rest}"
+    if found[2] and not value:  # an empty one: --rows : expected numbers
+        return f"{keyword.name}={'()' if keyword.kind in ('texts', 'numbers') else repr('')}{end}"
     if not value or value in GOING_ON:
         colon = found.string[found.end(1) : found.end(1) + 1] == ":"
         return f"{keyword.name}{'' if colon else '='}{rest}"

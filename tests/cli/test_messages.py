@@ -66,7 +66,7 @@ def test_eta_that_nobody_knows_is_said_to_be_one(trainer_output, tmp_path):
     chosen = choose_model(None, [str(path) for path in copies])
     assert [c.eta for c in chosen.checkpoints] == [1.0, 1.0]
     assert "each gets eta 1" in chosen.remark
-    assert "--eta" in chosen.remark
+    assert "etas=" in chosen.remark
     assert choose_model(None, [str(path) for path in copies], [0.1, 0.2]).remark is None
     assert choose_model(str(copies[0])).remark is None
 

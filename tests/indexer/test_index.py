@@ -888,4 +888,4 @@ def test_a_manifest_of_another_version_is_refused_in_one_line(whole: Path) -> No
     path.write_text(json.dumps(content | {"digest": digest_of(content)}))
     with pytest.raises(CorruptIndexError, match="another version of forebear") as caught:
         Index.open(whole)
-    assert "--force" in one_line(caught)
+    assert "force=True" in one_line(caught)

@@ -133,6 +133,8 @@ def test_what_an_option_is_called_in_python_is_a_parameter_there() -> None:
         ("(forebear index --refit fits them again)", "(refit_index() fits them again)"),
         ("Give a folder of `forebear audit hubs --out`.", "Give a folder of `forebear audit hubs --out`."),
         ("apt-get install --reinstall wordnet-base", "apt-get install --reinstall wordnet-base"),
+        ("--rows : expected numbers.", "n_rows='': expected numbers."),
+        ("--sides : expected top.", "names=(): expected top."),
         ("Give a larger --l2 (now 0.1).", "Give a larger l2= (now 0.1)."),
     ],
 )
@@ -239,8 +241,8 @@ def test_both_doors_name_what_the_caller_wrote(case: str, place: SimpleNamespace
 
 
 def test_notes_and_remarks_are_worded_too(place: SimpleNamespace) -> None:
-    index, spec = Index.open(place.index), QuerySpec(methods=("gc",), exact="none")
-    assert question_facts(index, spec)["methods"]["gc"]["recall_note"] == 'recall not measured for exact="none"'
+    question = Retriever(Index.open(place.index)).resolve(QuerySpec(methods=("gc",), exact="none"))
+    assert question_facts(question)["methods"]["gc"]["recall_note"] == 'recall not measured for exact="none"'
     remark = choose_model(None, [place.model, place.model]).remark
     assert remark is not None and "by etas" in remark and "--" not in remark
     with at_command_line():

@@ -211,7 +211,7 @@ def test_a_cosine_with_a_zero_vector_is_zero():
 
 
 def test_what_has_no_meaning_is_refused(bert_world):
-    with pytest.raises(InputError, match=r"61: .* has 60 live rows"):
+    with pytest.raises(InputError, match=r"at=\(61,\): .* has 60 live rows"):
         measured(bert_world, "label", (61,), methods=("gd",))
     with pytest.raises(InputError, match="saliency-if explains a word"):
         measured(bert_world, "semantic", methods=("gd", "saliency-if"))

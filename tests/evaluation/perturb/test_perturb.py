@@ -296,7 +296,7 @@ def test_what_means_nothing_is_refused(retriever, queries, wordnet):
     ):
         chooser(strategies=("raise-right",))
     for rows in ((), (0,), (2, 1), (1, 1)):
-        with pytest.raises(InputError, match=r"rows=\(.*,\): expected numbers from 1 up, ascending"):
+        with pytest.raises(InputError, match=r"rows=\(.*\): expected numbers from 1 up, ascending"):
             chooser(rows=rows)
     with pytest.raises(InputError, match="seed=-1: expected 0 or more"):
         chooser(seed=-1)

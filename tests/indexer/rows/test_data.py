@@ -697,4 +697,4 @@ def test_real_files_open_as_their_readme_says(
 
 
 def test_real_labels_beyond_the_recorded_names_are_refused(real_data: Path) -> None:
-    assert "--label-names" in refusal(real_data / "sst2" / "dev.parquet", label_column="label5")
+    assert "label_names=" in refusal(real_data / "sst2" / "dev.parquet", label_column="label5")

@@ -91,7 +91,7 @@ def test_generic_models_take_names_by_the_order_given() -> None:
     source = rows(["good", "bad"], ("bad", "good"))
     assert mapped(source, GENERIC[:2]) == [1, 0]
     assert "bad, good" in str(label_map(source, GENERIC[:2]).warning)
-    assert "--label-names" in refusal(rows(["good", "bad"]), GENERIC)
+    assert "label_names=" in refusal(rows(["good", "bad"]), GENERIC)
     assert mapped(rows(["LABEL_1", "label 0"]), GENERIC) == [1, 0]
     assert label_map(rows(["LABEL_1"]), GENERIC).warning is None
 
@@ -101,7 +101,7 @@ def test_numbers_without_names_are_the_models_ids_with_a_warning() -> None:
     assert mapped(source, ("negative", "positive")) == [1, 0]
     warning = str(label_map(source, ("negative", "positive")).warning)
     assert "1 = positive" in warning
-    assert "--label-names" in warning
+    assert "label_names=" in warning
     message = refusal(rows([0, 1, 3]), ("negative", "positive"))
     assert "row 2 " in message
     assert "label 3" in message
@@ -122,7 +122,7 @@ def test_binary_nli_lets_the_labels_of_mnli_and_hans_meet() -> None:
 def test_binary_nli_is_refused_for_other_models_and_labels() -> None:
     assert "entailment, neutral, contradiction" in refusal(rows([0, 1], HANS), MNLI, "binary-nli")
     assert "LABEL_0" in refusal(rows([0, 1], HANS), GENERIC[:2], "binary-nli")
-    assert "--label-names" in refusal(rows(["good", "bad"]), HANS, "binary-nli")
+    assert "label_names=" in refusal(rows(["good", "bad"]), HANS, "binary-nli")
     assert "row 2 " in refusal(rows([0, 1, 2]), HANS, "binary-nli")
     for call in (lambda: label_map(rows(["a"]), ["a"], "binary"), lambda: classes_for(["a"], "binary")):
         with pytest.raises(DataError, match="expected binary-nli"):
@@ -150,7 +150,7 @@ def test_rows_marked_minus_one_are_refused_when_met(tmp_path: Path) -> None:
 
 
 def test_sources_without_labels_and_models_with_twin_names_are_refused() -> None:
-    assert "--label-column" in refusal(rows_from_texts(["x"]), MNLI)
+    assert "label_column=" in refusal(rows_from_texts(["x"]), MNLI)
     assert "repeat" in refusal(rows([0]), ("a b", "A_B"))
 
 

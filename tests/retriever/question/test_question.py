@@ -61,9 +61,9 @@ def test_choices_that_name_spans_are_filled_in_for_methods_by_spans_alone(bert_w
 @pytest.mark.parametrize(
     ("choices", "error_type", "said"),
     [
-        ({"top": 0}, InputError, "--top 0"),
+        ({"top": 0}, InputError, "top=0"),
         ({"methods": ("no-such",)}, InputError, "'no-such' is not known"),
-        ({"scope": "top-1"}, MissingStoreError, "--scope"),
+        ({"scope": "top-1"}, MissingStoreError, "scopes="),
         ({"methods": ("if++",), "span_column": 7}, InputError, "span column 7"),
     ],
 )
