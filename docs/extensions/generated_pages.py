@@ -18,6 +18,7 @@ OTHER_NAMES = "<!-- generated: other public names -->"
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
     app.connect("source-read", fill)
+    app.connect("env-get-outdated", lambda *_: [f"reference/{page}" for page in ("commands", "api")])
     app.connect("autodoc-process-docstring", escape_bars)
     return {"parallel_read_safe": True}
 
@@ -91,8 +92,16 @@ def _help(text: str) -> Iterator[str]:
 
 
 def _parameters(command: Any) -> Iterator[str]:
-    rows = [row for parameter in command.params if (row := _row(parameter)) is not None]
-    if rows:
+    """A table for each group of options that the help shows."""
+    panels: dict[str, list[str]] = {}
+    for parameter in command.params:
+        row = _row(parameter)
+        if row is not None:
+            panels.setdefault(getattr(parameter, "rich_help_panel", None) or "", []).append(row)
+    for panel, rows in panels.items():
+        if panel:
+            yield f"*{_escaped(panel)}*"
+            yield ""
         yield "| argument or option | default | meaning |"
         yield "| --- | --- | --- |"
         yield from rows
@@ -105,9 +114,12 @@ def _row(parameter: Any) -> str | None:
     is_argument = parameter.param_type_name == "argument"
     names = parameter.name.upper() if is_argument else ", ".join(parameter.opts)
     meaning = _escaped(" ".join((parameter.help or "").split()))
+    stated = re.search(r"\s*\\?\[default: (.*?)\\?\]", meaning)
     default = "required" if parameter.required else ""
-    if isinstance(in_words := getattr(parameter, "show_default", None), str):
-        default = _escaped(in_words)
+    if isinstance(getattr(parameter, "show_default", None), str):
+        default = _escaped(parameter.show_default)
+    elif stated:
+        meaning, default = meaning.replace(stated[0], ""), f"`{stated[1]}`"
     elif parameter.default not in (None, False, (), []) and not parameter.required:
         value = parameter.default
         default = f"`{shlex.quote(str(value)) if isinstance(value, str) else value}`"
