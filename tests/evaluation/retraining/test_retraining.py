@@ -412,12 +412,12 @@ def test_paired_retrainings_differ_less_by_chance_than_fresh_ones(tmp_path, name
     retrainer = open_retrainer(retriever, name, QUERIES, tmp_path / "cache")
     whole, *found = retrainer.run(
         [Job(rows, 0)]
-        + [Job(rows, 0, without=rows[i : i + 1]) for i in range(6)]
-        + [Job(np.delete(rows, i), 0) for i in range(6)]
-        + [Job(rows, 0, edits={i: (TEXTS[i] + " near",)}) for i in range(6)]
-        + [Job(rows, 0, extra=[((" ".join(["near"] * i),), 0)]) for i in range(1, 7)]
+        + [Job(rows, 0, without=rows[i : i + 1]) for i in range(4)]
+        + [Job(np.delete(rows, i), 0) for i in range(4)]
+        + [Job(rows, 0, edits={i: (TEXTS[i] + " near",)}) for i in range(4)]
+        + [Job(rows, 0, extra=[((" ".join(["near"] * i),), 0)]) for i in range(1, 5)]
     )
-    changes = np.array([outcome.logits - whole.logits for outcome in found]).reshape(4, 6, -1)
+    changes = np.array([outcome.logits - whole.logits for outcome in found]).reshape(4, 4, -1)
     paired, fresh, edited, added = np.sqrt((changes**2).mean(axis=(1, 2)))
     between = np.sqrt(((changes[3] - changes[3].mean(axis=0)) ** 2).mean())
     assert 0 < paired < fresh / 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import weakref
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -71,10 +72,16 @@ def facts_of(retriever: Retriever, method: str, **choices) -> dict:
     return question_facts(spec.resolve(retriever.index))["methods"][method]
 
 
+@cache
+def exact_scores(retriever: Retriever, method: str, queries: tuple[str, ...], **choices) -> np.ndarray:
+    """Of all rows; the same whatever recall is asked for."""
+    return retriever.scores(list(queries), method, scope=SCOPE, **choices)
+
+
 def measured(retriever: Retriever, method: str, queries: list[str], **choices) -> np.ndarray:
     """Share of the exact top 10 that is found, for each end and query, ``(2, q)``; all rows are scored to know it."""
     how = {name: value for name, value in choices.items() if name not in ("recall", "candidates")}
-    exact = retriever.scores(queries, method, scope=SCOPE, **how)
+    exact = exact_scores(retriever, method, tuple(queries), **how)
     table = retriever.retrieve(queries, methods=[method], scope=SCOPE, **choices)
     rows = table["row"].to_numpy().reshape(len(queries), 2, 10)
     out = np.empty((2, len(queries)))
