@@ -53,6 +53,7 @@ def fails(capsys, args, code, *parts):
         assert part in lines[0]
 
 
+@pytest.mark.slow
 def test_retrieve_writes_the_documented_columns_with_provenance(world, tmp_path):
     out = tmp_path / "a.parquet"
     methods = ",".join(METHODS)
@@ -145,6 +146,7 @@ def test_verify_names_a_flipped_byte_and_an_unlisted_file(world, tmp_path, capsy
     fails(capsys, ["retrieve", "--index", copy, "--text", "a film"], 1, "00001.arrow was altered", "--force")
 
 
+@pytest.mark.slow
 def test_append_retire_and_rebuild_by_command(world, tmp_path, capsys):
     import shutil
 
@@ -183,6 +185,7 @@ def test_methods_lists_the_table(capsys):
     assert "sbert-dot are similarities" in " ".join(shown.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "parts"),
     [

@@ -112,6 +112,7 @@ def one_line(caught: pytest.ExceptionInfo[BaseException]) -> str:
 # --- same input, same bytes ---
 
 
+@pytest.mark.slow
 def test_two_builds_have_the_same_bytes(pristine: Path, choices: dict[str, Any], tmp_path: Path) -> None:
     again = build_index(rows(), tmp_path / "again", **choices)
     assert hashes(again.folder) == hashes(pristine)
@@ -155,6 +156,7 @@ build_index(
 """
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_resumed_to_the_same_bytes(pristine: Path, choices: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "killed"
     task = {
@@ -184,6 +186,7 @@ def test_a_killed_build_is_resumed_to_the_same_bytes(pristine: Path, choices: di
     assert hashes(out) == hashes(pristine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 15, 25, 31, 34])
 def test_a_build_interrupted_anywhere_is_resumed_to_the_same_bytes(
     number: int, pristine: Path, choices: dict[str, Any], tmp_path: Path
@@ -283,6 +286,7 @@ def test_the_same_append_again_after_a_kill_never_adds_its_rows_twice(
 # --- append and retire ---
 
 
+@pytest.mark.slow
 def test_append_equals_a_build_from_scratch(pristine: Path, partial: Path) -> None:
     index = append_rows(partial, rows(30, 40))
     assert (index.manifest.n_rows, index.manifest.generation, len(index.manifest.segments)) == (40, 1, 2)
@@ -291,6 +295,7 @@ def test_append_equals_a_build_from_scratch(pristine: Path, partial: Path) -> No
     assert set(hashes(partial)) == {"manifest.json", *index.manifest.files}
 
 
+@pytest.mark.slow
 def test_append_twice_equals_a_build_from_scratch(pristine: Path, partial: Path) -> None:
     append_rows(partial, rows(30, 31))
     index = append_rows(partial, rows(31, 40))
@@ -299,6 +304,7 @@ def test_append_twice_equals_a_build_from_scratch(pristine: Path, partial: Path)
     assert answers(partial) == answers(pristine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 6, 13, 14, 16])
 def test_an_interrupted_append_leaves_the_index_in_force_and_is_resumed_to_the_same_bytes(
     number: int, partial: Path, short: Path, tmp_path: Path
@@ -351,6 +357,7 @@ def test_a_resumed_build_may_take_another_damping(
     assert index.head_damping("0.01")["damping"] == 0.01
 
 
+@pytest.mark.slow
 def test_a_run_that_has_moved_is_found_by_its_checkpoints_names(choices: dict[str, Any], tmp_path: Path) -> None:
     names = ("epoch-1", "epoch-2")
     old, new = tmp_path / "run", tmp_path / "moved"
@@ -396,6 +403,7 @@ def test_a_failed_append_leaves_every_byte_as_it_was(
     assert hashes(partial) == before
 
 
+@pytest.mark.slow
 def test_retire_equals_a_build_from_scratch_without_those_rows(
     whole: Path, choices: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -415,6 +423,7 @@ def test_retire_equals_a_build_from_scratch_without_those_rows(
     assert set(hashes(whole)) == {"manifest.json", *index.manifest.files}
 
 
+@pytest.mark.slow
 def test_rows_appended_after_retiring_get_the_next_numbers(
     partial: Path, choices: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -440,6 +449,7 @@ def test_retiring_what_is_not_there_is_refused(whole: Path) -> None:
     assert hashes(whole) == before
 
 
+@pytest.mark.slow
 def test_search_structures_can_be_made_again_after_damage(whole: Path, pristine: Path) -> None:
     for path in (whole / "ann").iterdir():
         path.unlink()
@@ -501,6 +511,7 @@ def test_the_kinds_of_files_below_are_all_there_are(pristine: Path) -> None:
     assert {stem(name) for name in hashes(pristine)} - {"manifest.json"} == {stem(name) for name in KINDS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_a_damaged_file_is_named_before_it_is_used(name: str, whole: Path) -> None:
     path = whole / name
@@ -793,6 +804,7 @@ def test_a_build_on_a_full_disk_stops_with_one_line_and_resumes_when_there_is_sp
     assert hashes(disk / "index") == hashes(pristine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free_kib", [0, 40, 160, 640])
 def test_an_append_on_a_full_disk_leaves_the_index_in_force(
     free_kib: int, short: Path, small_disk: Callable[[int], Path]

@@ -137,6 +137,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 # --- whole methods ---
 
 
+@pytest.mark.slow
 def test_gd_and_gc_equal_a_per_row_autograd_loop_for_every_target(world: World) -> None:
     rows, predicted = row_gradients(world), predictions(world)
     asked = rows_from_texts(world.queries, world.query_labels)
@@ -153,6 +154,7 @@ def test_gd_and_gc_equal_a_per_row_autograd_loop_for_every_target(world: World) 
         assert error(world.retriever.scores(asked, "gc", target=target), cosines(g, rows)) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_tracin_sums_the_checkpoints_by_eta(world: World) -> None:
     truth = sum(eta * query_gradients(world, c) @ row_gradients(world, c).T for c, eta in enumerate(world.etas))
     for method in ("tracin", "tracin-last"):
@@ -602,6 +604,7 @@ def test_a_damping_too_small_for_float64_is_refused_not_answered_wrongly() -> No
 # --- what influence means ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("c", [2, 3])
 def test_if_predicts_the_change_of_loss_when_a_row_is_left_out(c: int) -> None:
     """Regression with (l2 / 2) ||W||^2, retrained to convergence without each row; damping = that term's Hessian."""

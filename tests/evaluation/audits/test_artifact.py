@@ -364,6 +364,7 @@ def test_an_index_of_three_rows_is_too_small(tmp_path):
         regress_artifact(retriever, asked, QuerySpec(methods=("gd",)), np.arange(3.0))
 
 
+@pytest.mark.slow
 def test_the_commands_write_reports(pairs, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(USER)
     premises, hypotheses = zip(*pairs.queries, strict=True)

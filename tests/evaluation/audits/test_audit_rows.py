@@ -337,6 +337,7 @@ def queries_file(bert_world, tmp_path_factory):
     return str(write_jsonl(path, text=bert_world.queries, label=bert_world.query_labels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["mislabelled", "duplicates", "errors", "hubs"])
 def test_each_command_writes_its_folder_and_can_be_repeated(bert_world, queries_file, tmp_path, capsys, command):
     asked = {
@@ -414,6 +415,7 @@ def test_results_show_the_share_of_reference_queries(bert_world, queries_file, t
     assert f"{largest:.1%}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_audit_of_something_else_is_refused(bert_world, make_world, queries_file, tmp_path, capsys):
     folder, out = str(bert_world.index.folder), str(tmp_path / "hubs")
     audit = ["audit", "hubs", "--index", folder, "--test", queries_file, "--method", "if", "--quiet", "--out", out]

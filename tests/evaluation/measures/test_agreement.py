@@ -79,6 +79,7 @@ def cos(a, b):
     return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
 
+@pytest.mark.slow
 def test_semantic_agreement_is_that_of_a_slow_loop(bert_world, plain):
     found, _, spec = measured(bert_world, "semantic")
     table = bert_world.retriever.retrieve(bert_world.queries, methods=PAPER_METHODS, top=K[-1], spans="words")
@@ -101,6 +102,7 @@ def test_semantic_agreement_is_that_of_a_slow_loop(bert_world, plain):
             assert found.values[q, i] == pytest.approx(wanted, abs=2e-2), (q, method)
 
 
+@pytest.mark.slow
 def test_label_agreement_counts_labels_of_the_target(bert_world):
     for target in ("predicted", "gold"):
         found, _, spec = measured(bert_world, "label", target=target)
@@ -132,6 +134,7 @@ def test_a_training_row_asked_about_agrees_with_itself(bert_world):
     assert found.values == pytest.approx(np.full((9, 1, 1), 100.0))
 
 
+@pytest.mark.slow
 def test_random_rows_and_spans_are_those_of_the_index(bert_world, plain):
     """At K = all rows nothing is left to chance; word salads are one clause each."""
     n = len(bert_world.texts)
@@ -238,6 +241,7 @@ def test_a_model_without_last_states_is_refused(bert_world, monkeypatch):
         agreement.start_states(classifier, [["good film"]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["semantic-agreement", "label-agreement"])
 def test_command_writes_a_report_and_refuses_to_replace_it(bert_world, tmp_path, capsys, command):
     test = tmp_path / "test.csv"

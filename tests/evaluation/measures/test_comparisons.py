@@ -80,6 +80,7 @@ def test_queries_are_a_seeded_sample_in_their_order(retriever, bert_world):
         sample_queries(retriever, rows_from_texts([("a", "b")]), 1, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["head", "top-1"])
 def test_scores_of_chosen_rows_are_those_of_all_rows(bert_world, tmp_path, scope):
     retriever = bert_world.retriever
@@ -201,6 +202,7 @@ def test_random_models_scores_are_those_of_that_model(retriever, queries, bert_w
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 def test_randomized_correlations_are_scipys_for_every_method(retriever, queries, bert_world, tmp_path):
     methods = tuple(name for name in retriever.row_methods() if not name.startswith("sbert"))
     spec = QuerySpec(methods=methods)
@@ -337,6 +339,7 @@ def test_recall_is_the_share_of_the_exact_top(retriever, queries, monkeypatch):
         retrieval_recall(retriever, queries, QuerySpec(methods=("tracin++",)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["correlation", "overlap", "randomized", "near-duplicates", "recall"])
 def test_the_commands_write_reports(bert_world, files, name, tmp_path, capsys):
     args = ["evaluate", name, "--index", str(bert_world.index.folder), "--method", "gd,nn-cos", "--out", "OUT"]

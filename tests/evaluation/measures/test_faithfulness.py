@@ -125,6 +125,7 @@ def close(found, wanted):
     assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
+@pytest.mark.slow
 def test_sums_over_checkpoints_are_those_of_autograd(bert_world, plain, scores):
     spans, targets = scores
     wanted = [a @ n.T for a, n in (plain.differences(model, targets) for model in plain.checkpoints)]
@@ -195,6 +196,7 @@ def test_what_is_the_yardstick_itself_correlates_fully(bert_world, monkeypatch):
     assert "one checkpoint" in report.tables[0].note
 
 
+@pytest.mark.slow
 def test_random_scores_correlate_with_nothing(bert_world):
     found, *_ = measured(bert_world, n_rows=0)
     n = found.n_spans[0]

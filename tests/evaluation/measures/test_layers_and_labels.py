@@ -284,6 +284,7 @@ def test_groups_hold_every_parameter_once_a_level(tiny_model):
         assert {"word embeddings", "layer 0", "layer 1"} <= set(layers)
 
 
+@pytest.mark.slow
 def test_cancellation_is_gradients_over_distance(make_world):
     """Three checkpoints, all rows, tensor by tensor; nothing but the row norms is shared with the module."""
     world = make_world("bert", 2, False, 3)
@@ -331,6 +332,7 @@ def test_opposed_gradients_have_a_negative_cosine(tiny_model):
 # Wrong labels
 
 
+@pytest.mark.slow
 def test_self_influence_is_the_score_with_oneself(bert_world, tmp_path):
     options = BuildOptions(scopes=("head", "top-1"), calibration_queries=0)
     source = rows_from_texts(bert_world.texts, bert_world.labels)
@@ -432,6 +434,7 @@ def test_the_command_measures_planted_flips(planted, tmp_path, capsys):
     assert "expected 1 to 40" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["saliency-consistency", "cancellation"])
 def test_the_commands_write_reports(bert_world, name, tmp_path, capsys):
     test = write_jsonl(tmp_path / "one.jsonl", text=bert_world.queries[:1])

@@ -140,6 +140,7 @@ def slow_choice(slow, queries, wordnet, strategy, what, most):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "strategy", "scope"),
     [
@@ -184,6 +185,7 @@ def test_without_random_words_only_the_most_responsible_one_is_replaced(retrieve
     assert [len(c.old[0][: c.span.start].split()) for c in turn] == [first for *_, first in truth]
 
 
+@pytest.mark.slow
 def test_a_change_moves_the_saliency_as_predicted_by_retraining(folder, wordnet):
     """The head, trained to its minimum with L2 = the damping, is trained again on the changed rows."""
     l2 = 0.05
@@ -404,6 +406,7 @@ def test_fix_adds_changed_rows_for_dev_rows_that_are_wrong(retriever, folder, fi
         assert measured["probability"] == [pytest.approx(p.mean(), abs=1e-6)]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_and_gives_the_same(folder, files, tmp_path, monkeypatch):
     from forebear.evaluation.retraining.recipe_head import HeadRecipe
 

@@ -260,6 +260,7 @@ def test_bad_amounts_sides_seeds_and_subsets_are_refused(make, weights):
         measure_lds(make(), {"a": weights}, np.ones(Q, np.int64), (0,), n_subsets=9, budget=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["if+", "if++", "tracin+", "tracin++"])
 def test_a_rows_score_by_spans_is_that_of_its_best_span_among_all(bert_world, method):
     retriever = bert_world.retriever
@@ -340,6 +341,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_writes_a_report_and_repeats_it_from_its_cache(
     bert_world, test_rows, command, tmp_path, capsys, monkeypatch
@@ -371,6 +373,7 @@ def test_each_command_writes_a_report_and_repeats_it_from_its_cache(
     assert "--force" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_workers_give_the_report_of_one_process(bert_world, test_rows, tmp_path):
     args = ["evaluate", "removal", "--index", str(bert_world.index.folder), "--test", str(test_rows), "--method", "gd"]
     args += ["--queries", "4", "--remove", "5", "-q"]

@@ -54,6 +54,7 @@ def all_rows(retriever) -> np.ndarray:
     return retriever.index.live
 
 
+@pytest.mark.slow
 def test_full_retraining_on_all_rows_with_the_seed_of_the_run_gives_the_model_of_the_run(retriever, tmp_path):
     retrainer = open_retrainer(retriever, "full", QUERIES, tmp_path)
     same, other = retrainer.run([Job(all_rows(retriever), 3), Job(all_rows(retriever), 4)])
@@ -62,6 +63,7 @@ def test_full_retraining_on_all_rows_with_the_seed_of_the_run_gives_the_model_of
     assert np.abs(other.logits - truth).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_full_retraining_trains_on_edited_and_added_rows(retriever, tiny_model, tmp_path):
     rows = np.setdiff1d(all_rows(retriever), [5, 11])
     edited = " ".join(reversed(TEXTS[7].split()))  # as long, so in the batch that a new training puts it into
@@ -180,6 +182,7 @@ def test_top_layers_from_stored_states_train_as_in_the_whole_model(retriever, k,
     np.testing.assert_allclose(found.logits, truth, atol=2e-3 * np.abs(truth - untrained).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["roberta", "distilbert", "electra"])
 def test_top_layers_of_other_encoders_start_from_the_logits_of_the_whole_model(kind, tiny_model, tmp_path):
     source = rows_from_texts(TEXTS, LABELS, label_names=("down", "up"))
@@ -369,6 +372,7 @@ def test_all_that_decides_an_outcome_changes_its_digest(retriever, run_folder, t
     assert retrainers[3].digest(left_out) != retrainers[3].digest(Job(rows, 0, without=rows[1:2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "top-1", "head"])
 def test_rows_left_out_weigh_nothing(retriever, name, tmp_path):
     rows, out = all_rows(retriever), np.array([0, 7, 30])
@@ -387,6 +391,7 @@ def test_rows_left_out_weigh_nothing(retriever, name, tmp_path):
         np.testing.assert_allclose(found.logits, fresh.logits, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "top-1"])
 def test_steps_without_a_row_are_taken(run_folder, name, tmp_path):
     start = json.loads((run_folder / "run.json").read_text())["base_model"]
@@ -400,6 +405,7 @@ def test_steps_without_a_row_are_taken(run_folder, name, tmp_path):
     assert np.isfinite(found.logits).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "top-1"])
 def test_paired_retrainings_differ_less_by_chance_than_fresh_ones(tmp_path, name):
     """One of 48 rows hardly matters at a gentle rate: what remains is the noise of order and dropout."""
@@ -445,6 +451,7 @@ def test_a_job_that_no_model_can_be_trained_on_is_refused_by_name(retriever, job
         counting(retriever, tmp_path).run([job])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["head", "top-1", "full"])
 def test_rows_of_one_class_are_trained_on_and_said(retriever, name, tmp_path):
     retrainer = open_retrainer(retriever, name, QUERIES, tmp_path)
@@ -455,6 +462,7 @@ def test_rows_of_one_class_are_trained_on_and_said(retriever, name, tmp_path):
     assert "1 of 2 retrainings had no row left of some class" in retrainer.warnings[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "top-1"])
 def test_another_dropout_or_tokenizer_is_another_retraining(tmp_path, name):
     """The start model's configuration changes, its weights do not; the run is made again at the same place."""

@@ -173,6 +173,7 @@ CHANGES: dict[str, Change] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CHANGES)
 def test_a_change_that_died_with_its_manifest_in_force_is_told_and_not_done_twice(
     kind: str, first: Path, grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -243,6 +244,7 @@ def test_what_cannot_be_removed_ends_a_build_that_replaces_it(
     assert resumed.manifest.n_rows == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["retire", "rebuild", "refit"])
 def test_an_unfinished_change_is_named_and_resumed_or_discarded(kind: str, grown: Path, tmp_path: Path) -> None:
     change = CHANGES[kind]
@@ -500,6 +502,7 @@ def without_folder(folder: Path) -> dict[str, str]:
     return {n: sha for n, sha in found.items() if n.startswith(("gradients/", "curvature/top-1"))}
 
 
+@pytest.mark.slow
 def test_a_refit_gives_the_bytes_of_a_build_from_scratch(grown: Path, model: str, tmp_path: Path) -> None:
     whole = build_index(rows(0, 40), tmp_path / "whole", choose_model(None, [model]).checkpoints, OPTIONS)
     folder = copied(grown, tmp_path / "grown")
@@ -520,6 +523,7 @@ def test_a_refit_gives_the_bytes_of_a_build_from_scratch(grown: Path, model: str
     assert found == wanted
 
 
+@pytest.mark.slow
 def test_a_refit_after_a_retire_fits_the_live_rows_and_keeps_the_numbers(
     grown: Path, model: str, tmp_path: Path
 ) -> None:
@@ -540,6 +544,7 @@ def test_a_refit_after_a_retire_fits_the_live_rows_and_keeps_the_numbers(
     )
 
 
+@pytest.mark.slow
 def test_rows_appended_after_a_refit_are_sketched_by_it(grown: Path, first: Path, tmp_path: Path) -> None:
     folder = copied(first, tmp_path / "index")
     append_rows(folder, rows(24, 32))
@@ -554,6 +559,7 @@ def test_rows_appended_after_a_refit_are_sketched_by_it(grown: Path, first: Path
     assert not (folder / "gradients").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [3, 8, 14])
 def test_an_interrupted_refit_leaves_the_old_fit_in_force_and_is_resumed_to_the_same_bytes(
     number: int, grown: Path, tmp_path: Path
@@ -605,6 +611,7 @@ def test_options_that_mean_nothing_for_a_change_are_refused_by_name(
     assert hashes(index) == before
 
 
+@pytest.mark.slow
 def test_a_refit_asks_about_as_many_rows_as_the_build_was_to(model: str, tmp_path: Path) -> None:
     chosen, options = choose_model(None, [model]).checkpoints, replace(OPTIONS, stores=("features",))
     for asked in (0, 30):

@@ -96,6 +96,7 @@ def test_a_damping_below_the_rounding_of_the_eigenvalues_is_refused_before_the_r
     assert run(["verify", str(out)]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damping", ["none", "0.1x"])
 def test_a_resumed_build_with_another_damping_gives_the_bytes_of_a_new_one(
     tiny_model, train, tmp_path, capsys, damping
@@ -158,6 +159,7 @@ def ask(index: Path, *more: str) -> list[str]:
     return ["retrieve", "--index", str(index), "--text", "a good film", "--method", "if", "--quiet", *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["0.1x", "none"])
 @pytest.mark.parametrize("damping", ["0", "0x", "1e-30", "1e-20x"])
 @pytest.mark.parametrize(("scope", "solver"), [("head", "cg"), ("head", "ekfac"), ("top-1", "cg")])
@@ -190,6 +192,7 @@ def test_what_is_refused_is_what_rounds_away():
         LissaSettings(damping=0.0, scale=1.0, batch_rows=1).refuse_lost_damping(torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--damping", "0.1x"), ("--damping", "0.01"), ("--curvature", "ekfac")])
 def test_if_by_cg_at_the_head_is_answered_without_stored_curvature(indexes, tmp_path, more):
     solver = () if "--curvature" in more else ("--curvature", "cg")
@@ -219,6 +222,7 @@ def test_the_mean_eigenvalue_without_a_matrix_is_that_of_the_matrix(bert_world):
     assert trace / len(live) / (features.width * residuals.width) == pytest.approx(stored, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_classes", [2, 5, 77])
 def test_products_with_class_matrices_are_those_of_the_matrices(n_classes):
     rng = np.random.default_rng(1)
@@ -237,6 +241,7 @@ def test_products_with_class_matrices_are_those_of_the_matrices(n_classes):
     assert (np.abs(matrices - truth) <= 1e-10 * size).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("solver", ["cg", "ekfac", "lissa"])
 def test_a_head_too_large_for_one_matrix_is_solved_alike(make_world, monkeypatch, by_row, solver):
@@ -274,6 +279,7 @@ def test_a_head_too_large_is_refused_before_the_pass_and_resumed_without_curvatu
     assert run(command(model, train, tmp_path / "new", "--damping", "none")) == 0
 
 
+@pytest.mark.slow
 def test_audits_take_gd_where_the_index_holds_no_curvature_and_say_so(indexes, train, tmp_path, capsys):
     test = write_jsonl(tmp_path / "t.jsonl", text=sentences(12, seed=9), label=labels(12, seed=4))
     asked = [["audit", "mislabelled"], ["audit", "errors", "--test", str(test)]]

@@ -162,6 +162,7 @@ def hessian(world: World, scope: str, blocks, batch_tokens: int = 30) -> Hessian
 # ---------------------------------------------------------------- products
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scope", "with_bias"), [*SCOPES, ("all", True)])
 def test_gauss_newton_products_equal_those_of_the_dense_matrix(world, scope, with_bias):
     blocks = world.blocks(scope, with_bias)
@@ -176,6 +177,7 @@ def test_gauss_newton_products_equal_those_of_the_dense_matrix(world, scope, wit
     assert error(flatten(found, blocks), flatten(vectors, blocks) @ rows[at].mean(axis=0)) <= 1e-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scope", "with_bias"), SCOPES)
 def test_hessian_products_equal_those_of_the_dense_matrix(world, scope, with_bias):
     blocks = world.blocks(scope, with_bias)
@@ -339,6 +341,7 @@ def test_cg_equals_a_dense_solve():
     assert [i for i, _ in seen] == list(range(1, len(seen) + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [gauss_newton, hessian])
 def test_cg_over_a_scope_equals_a_dense_solve(world, make):
     blocks = world.blocks("top-1", True)
@@ -391,6 +394,7 @@ def test_preconditioned_cg_is_right_and_needs_fewer_iterations():
     assert error(as_flat(better.vectors)[2:], wanted[2:]) <= 1e-2  # the condition number is 1e12
 
 
+@pytest.mark.slow
 def test_cg_preconditioned_by_ekfac_gives_the_same_solution(world):
     """Not always in fewer steps: a matrix of nearly low rank is easy for plain cg, and EK-FAC spreads its spectrum."""
     blocks = world.blocks("top-1", True)
@@ -438,6 +442,7 @@ def test_negative_curvature_stops_a_query_and_no_other():
     assert found.residual[2] == pytest.approx(np.linalg.norm(b[2] - damped @ x) / np.linalg.norm(b[2]))
 
 
+@pytest.mark.slow
 def test_negative_curvature_of_a_hessian_is_reported(world):
     blocks = world.blocks("top-1", False)
     values, directions = np.linalg.eigh(world.hessian(blocks).mean(axis=0))
@@ -464,6 +469,7 @@ def test_cg_refuses_what_has_no_meaning():
 # ---------------------------------------------------------------- LiSSA
 
 
+@pytest.mark.slow
 def test_lissa_over_all_rows_reaches_its_fixed_point(world):
     blocks = world.blocks("top-1", False)
     h = world.gauss_newton(blocks).mean(axis=0)
@@ -625,6 +631,7 @@ def fit(world: World, scope: str, blocks) -> Ekfac:
     return fit_ekfac(world.classifier, Scope(scope, blocks), [TEXTS], seed=0, batch_tokens=30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scope", "with_bias"), [("top-1", False), ("top-1", True), ("all", True), ("head", False)])
 def test_ekfac_equals_its_definition(world, scope, with_bias):
     blocks = world.blocks(scope, with_bias)

@@ -101,6 +101,7 @@ def scopes_of(classifier: Classifier) -> list[str]:
     return ["all"] if classifier.model.config.model_type == "albert" else ["all", "top-1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("n_queries", [1, 8])
 def test_exact_dots_equal_those_of_autograd_gradients(classifier, n_queries, with_bias):
@@ -119,6 +120,7 @@ def test_exact_dots_equal_those_of_autograd_gradients(classifier, n_queries, wit
         np.testing.assert_allclose(chosen[some], found[some], rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_whole_gradients_are_those_of_autograd(classifier, with_bias):
     for scope in scopes_of(classifier):
@@ -301,6 +303,7 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
     return float((np.abs(found - wanted).max(axis=1) / np.abs(wanted).max(axis=1)).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["all", "top-1", f"layer:{LAYER}"])
 def test_gd_gc_and_tracin_equal_autograd_and_captum(world, scope):
     _, retriever, models, _, _ = world
@@ -318,6 +321,7 @@ def test_gd_gc_and_tracin_equal_autograd_and_captum(world, scope):
 DEEP = ["gd", "gc", "tracin", "if", "rif"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["all", "top-1"])
 def test_candidates_are_scored_exactly_and_enough_of_them_give_the_full_answer(world, scope):
     index, retriever, _, _, _ = world
@@ -360,6 +364,7 @@ def flat(gradients: list[torch.Tensor]) -> np.ndarray:
     return torch.cat([g.flatten() for g in gradients]).double().numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["head", f"layer:{LAYER}"])
 def test_if_and_rif_by_cg_equal_a_dense_solve(world, scope):
     """<H^-1 g_q, g_n> and its cosine, H the dense Gauss-Newton matrix of all rows plus damping."""
@@ -412,6 +417,7 @@ def test_if_and_rif_by_ekfac_use_the_stored_curvature(world):
         )
 
 
+@pytest.mark.slow
 def test_an_index_of_a_convolutional_network(folder):
     """Its stored curvature is read back with the windows' shapes; words, dots and a dense solve by cg are right."""
     path = str(make_tiny_cnn(folder / "cnn0", make_tiny_model(folder / "words0", n_classes=3)))
@@ -464,6 +470,7 @@ def test_identity_curvature_makes_if_gd_and_rif_gc(world, scope):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["ekfac", "cg", "lissa"])
 def test_every_solver_answers_at_the_head_as_the_exact_one_does_at_its_damping(world, solver):
     """At the head Gauss-Newton is the Hessian; EK-FAC is another matrix, only correlated."""
@@ -485,6 +492,7 @@ def test_every_solver_answers_at_the_head_as_the_exact_one_does_at_its_damping(w
     assert facts["damping"] == pytest.approx(0.02)
 
 
+@pytest.mark.slow
 def test_solvers_that_iterate_report_their_residual_beyond_the_head(world):
     _, retriever, _, _, _ = world
     ask = {"methods": ["if", "rif", "gd"], "scope": "top-1", "top": 3, "candidates": 5, "curvature_rows": 20}
@@ -563,6 +571,7 @@ def test_checkpoints_of_different_shapes_are_refused(world, folder, tmp_path):
         build_index(rows_from_texts(sentences(9), labels(9, 3)), tmp_path / "x", chosen, BuildOptions())
 
 
+@pytest.mark.slow
 def test_appended_rows_are_sketched_as_the_first_ones_were(world, tmp_path):
     _, _, _, chosen, options = world
     source = rows_from_texts(sentences(90), labels(90, 3))
@@ -578,6 +587,7 @@ def test_appended_rows_are_sketched_as_the_first_ones_were(world, tmp_path):
     np.testing.assert_allclose(grown.gradients("all").norms, whole.gradients("all").norms, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_resumes_to_the_same_bytes_but_not_with_another_damping(world, tmp_path, monkeypatch):
     """The dampings decide the whitened sketches of the pass: with curvature they are no later choice."""
     index, _, _, chosen, options = world

@@ -143,6 +143,7 @@ def relative_error(found: list[torch.Tensor], truth: list[torch.Tensor]) -> floa
     return max(float((f.reshape(t.shape) - t).abs().max()) for f, t in zip(found, truth, strict=True)) / largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_a_family_agrees_with_autograd_at_the_head(kind, family):
     classifier = load_classifier(family(kind))
@@ -155,6 +156,7 @@ def test_a_family_agrees_with_autograd_at_the_head(kind, family):
     run_forward(classifier, [["good film " * 300]])  # as long as it may be
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_a_family_beyond_the_head_agrees_with_autograd_or_is_refused_by_name(kind, family):
     """Never a layer that is left out: all parameters of the scope, in models that mix rows or positions too."""
@@ -171,6 +173,7 @@ def test_a_family_beyond_the_head_agrees_with_autograd_or_is_refused_by_name(kin
         assert relative_error([found[block.name] for block in parameters.blocks], truth) < 2e-5, scope
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_family_that_is_not_supported_is_refused_by_name(kind, family):
     with pytest.raises(ModelError, match=REFUSED[kind]) as caught:
@@ -260,6 +263,7 @@ def _scores(index: Index, methods: list[str], scope: str) -> dict[str, np.ndarra
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fnet", "convbert"])
 def test_scores_do_not_depend_on_the_batch_where_predictions_depend_on_padding(kind, family, tmp_path):
     texts, gold = sentences(30), labels(30, N_CLASSES)

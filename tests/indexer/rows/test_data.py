@@ -147,6 +147,7 @@ def test_equal_rows_stay_separate() -> None:
     assert (source.n_rows, texts_of(source)) == (5, ["a"] * 5)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     line = json.dumps({"text": "word " * 200, "label": 0}) + "\n"

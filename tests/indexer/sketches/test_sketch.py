@@ -211,6 +211,7 @@ def damped(part: EkfacBlock, damping: float) -> np.ndarray:
 # ---------------------------------------------------------------- projectors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("basis", "with_bias"), [("mixed", False), ("mixed", True), ("principal", True), ("random", True)]
 )
@@ -303,6 +304,7 @@ def assert_unbiased(drawn: np.ndarray, exact: np.ndarray) -> None:
     assert (np.abs(drawn.mean(axis=0) - exact) <= 4 * spread).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["random", "mixed"])
 def test_dots_of_plain_sketches_are_unbiased_over_seeds(basis):
     factors = synthetic_factors(0)
@@ -350,6 +352,7 @@ def test_squared_norms_of_white_sketches_are_inverse_curvature_products(model, d
         np.testing.assert_allclose(squares, wanted, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_dots_of_white_sketches_are_unbiased_over_seeds():
     factors, ekfac, damping = synthetic_factors(1), synthetic_ekfac(SHAPES, seed=2), 0.3
     exact = 0.0

@@ -99,6 +99,7 @@ def test_checkpoints_load_and_give_the_recorded_accuracy(reference: tuple[Path, 
         assert checkpoint.accuracy == np.mean(predictions == np.array(dev.labels))
 
 
+@pytest.mark.slow
 def test_training_learns_what_can_be_learned(model: Path, tmp_path: Path) -> None:
     texts = [f"{word} film" for word in ("good", "bad", "happy", "sad")] * 8
     source = rows_from_texts(texts, ["positive", "negative"] * 16)
@@ -161,6 +162,7 @@ def test_another_seed_other_weights(reference: tuple[Path, Run], model: Path, tm
     assert not any(torch.equal(ours[key], theirs[key]) for key in ours if key.endswith("weight"))
 
 
+@pytest.mark.slow
 def test_bf16_and_fp32_follow_each_other_in_one_process(model: Path, tmp_path: Path) -> None:
     for precision in ("bf16", "fp32", "bf16"):
         run = train(tiny_rows(), str(model), tmp_path / "run", tiny_options(epochs=1, precision=precision), force=True)

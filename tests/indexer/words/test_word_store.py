@@ -71,6 +71,7 @@ def assert_tidy(folder: Path) -> None:
 # --- what is stored ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("method", ["tracin-we", "tracin-we-topk"])
 def test_postings_are_the_rows_tokens_and_vectors_of_a_slow_loop(folder, method, precision):
@@ -145,6 +146,7 @@ def test_rounding_keeps_lengths_and_tells_its_error(precision):
     assert coded.norms[7] == coded.errors[7] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_stored_scores_are_the_models_within_the_stores_rounding(folder, precision):
     world = make_world(folder, "bert", False, precision)
@@ -234,6 +236,7 @@ def dies_at(stage: str, done: int, number: int):
     return progress
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "done", "number"),
     [
@@ -284,6 +287,7 @@ def fill(disk: Path, but_kib: int) -> Path:
     return disk / "filler"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free_kib", [0, 12, 40])
 def test_a_merge_on_a_full_disk_says_so_and_goes_on_when_there_is_space(world, small_disk, free_kib):
     disk, rows = small_disk(4096), (world.models, world.texts, world.labels)
@@ -300,6 +304,7 @@ def test_a_merge_on_a_full_disk_says_so_and_goes_on_when_there_is_space(world, s
     assert hashes(disk / "index") == hashes(folder_of(world))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free_kib", [60, 100])
 def test_an_append_on_a_full_disk_leaves_the_words_in_force(world, short, small_disk, free_kib):
     disk = small_disk(4096)
@@ -335,6 +340,7 @@ def test_append_replaces_the_store_and_retire_keeps_it(world, short, tmp_path):
     assert not verify_index(out).problems
 
 
+@pytest.mark.slow
 def test_append_and_retire_give_the_answers_of_a_build_from_scratch(world, short, tmp_path):
     out, gone = Path(shutil.copytree(short, tmp_path / "index")), [0, 7, 13, 20]
     live = [n for n in range(21) if n not in gone]

@@ -107,6 +107,7 @@ def autograd_scores(world: World, scope: str, method: str) -> np.ndarray:
 # ---------------------------------------------------------------- bounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("method", DEEP)
 def test_bounds_contain_the_exact_score_of_every_pair(world, scope, method):
@@ -126,6 +127,7 @@ def test_bounds_contain_the_exact_score_of_every_pair(world, scope, method):
         assert np.median(parts[-1].store.residual_lengths / parts[-1].store.norms) > 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("method", ["gd", "gc", "tracin"])
 def test_bounds_contain_the_scores_of_float64_autograd(world, scope, method):
@@ -220,6 +222,7 @@ def test_bounds_of_rows_without_a_gradient_are_zero():
 # ---------------------------------------------------------------- proofs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("candidates", [4, 40])
 def test_proven_answers_are_the_full_ones(world, scope, candidates, _small_rounds):
@@ -243,6 +246,7 @@ def test_without_a_request_nothing_is_said_of_proofs(world):
     assert not {"proven", "rows_scored"} & set(table.column_names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gd", "gc", "rif"])
 def test_where_rows_may_not_be_scored_there_is_no_proof_and_every_proof_is_right(world, method, _small_rounds):
     search, asked, k = world.search("all"), world.asked(), 4
@@ -353,6 +357,7 @@ def test_without_calibration_there_is_a_default(world):
     assert n_candidates(world.retriever.resolve(spec), METHODS["tracin"]) == 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gd", "gc", "if", "rif"])
 @pytest.mark.parametrize("recall", [0.8, 0.95])
 def test_calibrated_candidates_hold_that_share_of_the_exact_top_ten(world, method, recall):

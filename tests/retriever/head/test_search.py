@@ -207,6 +207,7 @@ def check(found: tuple[Ranking, Ranking], truth: np.ndarray, live: np.ndarray, k
         assert (np.abs(ranking.scores - wanted) <= 1e-9 * scale).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCANNED)
 @pytest.mark.parametrize("kind", SCENARIOS)
 def test_rerank_equals_full_equals_a_sort(kind: str, name: str, tmp_path: Path) -> None:
@@ -218,6 +219,7 @@ def test_rerank_equals_full_equals_a_sort(kind: str, name: str, tmp_path: Path) 
     check(search_scan(query, table_of(factors, tmp_path), factors, k, rerank=True), truth, rows.live, k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEIGHBOURS)
 @pytest.mark.parametrize("kind", SCENARIOS)
 def test_neighbours_by_flat_faiss_equal_full_equal_a_sort(kind: str, name: str, tmp_path: Path) -> None:
@@ -418,6 +420,7 @@ def neighbours(vectors: np.ndarray, metric: str, n_queries: int = 30) -> tuple[Q
     return Query(METHODS[f"nn-{metric}"], (Term(1.0, x),), np.linalg.norm(x, axis=1)), factors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["cos", "euc"])
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_faiss_gives_real_rows_exact_scores_and_its_measured_recall(

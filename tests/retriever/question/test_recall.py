@@ -123,6 +123,7 @@ def test_the_least_share_is_the_smallest_that_the_bound_allows():
     assert least_share(needed, 1.0) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gd", "gc", "tracin", "if", "rif"])
 def test_held_out_queries_find_the_recall_that_is_stated(few_rows, method):
     """The issue's case among them: 200 rows, .98 asked for, .956 measured over 160 results."""
@@ -134,6 +135,7 @@ def test_held_out_queries_find_the_recall_that_is_stated(few_rows, method):
             assert end.mean() >= stated - 2 * end.std() / np.sqrt(len(end))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_over_several_indexes_the_recall_is_kept_on_average(seed, tmp_path):
     retriever = Retriever(built(tmp_path, 300, seed=seed), device="cpu")
@@ -144,6 +146,7 @@ def test_over_several_indexes_the_recall_is_kept_on_average(seed, tmp_path):
             assert (found.mean(axis=1) >= recall - 2 * found.std(axis=1) / np.sqrt(len(HELD_OUT))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gd", "gc", "if", "rif"])
 def test_of_a_sample_of_the_rows_the_recall_is_kept_too(many_rows, method):
     for recall in (0.9, 0.98):
@@ -153,6 +156,7 @@ def test_of_a_sample_of_the_rows_the_recall_is_kept_too(many_rows, method):
         assert (found.mean(axis=1) >= stated - 2 * found.std(axis=1) / np.sqrt(30)).all()
 
 
+@pytest.mark.slow
 def test_no_more_is_stated_than_was_asked_for_nor_than_the_sample_supports(few_rows, tmp_path):
     for method in ("gd", "gc", "if", "rif"):
         assert facts_of(few_rows, method, recall=0.9)["recall"] == 0.9
@@ -178,6 +182,7 @@ def test_calibration_chooses_by_other_queries_than_it_states_by(few_rows):
         assert max(map(float, found["candidates"])) == found["supported"]
 
 
+@pytest.mark.slow
 def test_calibration_reads_the_codes_once_for_each_set_of_queries(few_rows, monkeypatch):
     """Not once for each weight and margin: of many rows that takes most of a build."""
     index, asked = few_rows.index, []
@@ -279,6 +284,7 @@ def test_without_a_curvature_methods_are_what_they_are_but_for_a_factor(many_row
         assert tables[1]["row"].to_pylist() == tables[3]["row"].to_pylist()
 
 
+@pytest.mark.slow
 def test_sums_over_checkpoints_are_not_calibrated(tmp_path):
     two = Retriever(built(tmp_path, 120, n_checkpoints=2), device="cpu")
     facts = facts_of(two, "tracin")
@@ -287,6 +293,7 @@ def test_sums_over_checkpoints_are_not_calibrated(tmp_path):
     assert facts_of(two, "gd")["recall"] == 0.98
 
 
+@pytest.mark.slow
 def test_rows_that_changed_since_calibration_void_it(tmp_path):
     index = built(tmp_path, 120)
     before = facts_of(Retriever(index), "gd")
@@ -298,6 +305,7 @@ def test_rows_that_changed_since_calibration_void_it(tmp_path):
     assert "rows that have changed since calibration (7 appended, 2 retired)" in facts["recall_note"]
 
 
+@pytest.mark.slow
 def test_a_calibration_of_an_earlier_version_is_not_stated(tmp_path):
     """It had chosen weight and margin by the queries that it stated its recall by."""
     from dataclasses import replace
@@ -348,6 +356,7 @@ def test_at_the_head_only_a_quantised_faiss_index_has_a_recall_below_one(tmp_pat
     assert "rebuild_ann() measures it" in facts["recall_note"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 200])
 def test_a_quantised_faiss_index_never_states_a_recall_of_one(n_rows, tmp_path, capsys):
     """Where every row that was asked about found its neighbours, the next one need not."""
@@ -374,6 +383,7 @@ def test_a_quantised_faiss_index_never_states_a_recall_of_one(n_rows, tmp_path, 
 OTHERS = ({"curvature": "lissa"}, {"curvature": "cg", "damping": "10x"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choices", OTHERS)
 def test_candidates_for_if_under_another_solver_come_from_its_solutions(many_rows, choices):
     """Whitened sketches at EK-FAC's damping found .09 (lissa) and .62 (cg) of the top 10, with .9 claimed."""
@@ -381,6 +391,7 @@ def test_candidates_for_if_under_another_solver_come_from_its_solutions(many_row
     assert found.mean() >= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choices", OTHERS)
 def test_candidates_for_rif_under_another_solver_come_from_both_sketches(few_rows, choices, monkeypatch):
     """From whitened sketches alone .69 (lissa) and .84 (cg) of the top 10, from solutions alone 1.0 and .53."""
@@ -425,6 +436,7 @@ def test_an_index_command_says_what_its_calibration_supports(few_rows, capsys):
     assert "50 queries, which support at most 0.98" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_rows", [1, 2, 3])
 def test_an_index_of_one_row_beyond_the_head_is_an_index_like_others(n_rows, tmp_path):
     """It wrote NaN into its manifest, and ``gc`` ended in an IndexError."""
@@ -454,6 +466,7 @@ def test_a_tolerance_that_is_no_number_is_refused_before_it_is_written(tolerance
         QuerySpec(methods=("if",), tolerance=tolerance).check()
 
 
+@pytest.mark.slow
 def test_json_that_is_written_holds_no_nan():
     """``json.dumps`` writes NaN, which is not JSON, unless it is told not to."""
     found, n_calls = [], 0

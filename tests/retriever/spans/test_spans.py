@@ -128,6 +128,7 @@ def flat(scope, vectors: dict[str, torch.Tensor], names) -> torch.Tensor:
     return torch.cat([parts[name].flatten(1) for name in names], dim=1).double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("double", "limit"), [(True, 1e-10), (False, 1e-5)], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_gradients_and_dots_of_two_versions_are_those_of_autograd(versions, with_bias, double, limit, monkeypatch):
@@ -145,6 +146,7 @@ def test_gradients_and_dots_of_two_versions_are_those_of_autograd(versions, with
             assert (np.abs(dots - (v @ truth.T).numpy()) <= limit * sizes).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("double", "limit"), [(True, 1e-10), (False, 1e-5)], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("fail", [False, True], ids=["", "out-of-memory"])
 def test_sketches_of_two_versions_also_from_halved_batches(versions, fail, double, limit, monkeypatch):
@@ -328,6 +330,7 @@ def assert_ends(table: pa.Table, method: str, entries, scores: np.ndarray, top: 
 CASES = ["head exact", "head identity", "all ekfac", "all identity", "top-1 ekfac", "top-1 cg"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_both_ends_equal_a_slow_loop(world, case):
     scope, solver = case.split()
@@ -347,6 +350,7 @@ def test_both_ends_equal_a_slow_loop(world, case):
         np.testing.assert_allclose(found, truth[1], rtol=0, atol=1e-8 * np.abs(truth[1]).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0, 1])
 def test_pairs_with_spans_in_their_second_text(pairs, target):
     methods, targets = ["if++", "tracin++"], [target] * len(pairs.asked)
@@ -359,6 +363,7 @@ def test_pairs_with_spans_in_their_second_text(pairs, target):
         assert r["span"] == r["hypothesis"][r["span_start"] : r["span_end"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["head", "all"])
 def test_candidates_of_every_row_give_the_full_answer(world, scope):
     ask = {"methods": ALL, "scope": scope, "top": 6}
@@ -380,6 +385,7 @@ def test_rows_are_proposed_by_their_whole_gradients_and_all_their_spans_scored(w
             assert_ends(few, method, [entries[i] for i in at], scores[[q]][:, at], 6, 2e-4, [q])
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_block_of_queries(world):
     source, keys = rows_from_texts(world.asked), ["query", "method", "side", "rank", "row", "span", "query_span_start"]
     for scope in ("head", "top-1"):
@@ -431,6 +437,7 @@ def test_the_model_in_memory_and_on_disk_stays_as_it_is(world):
 # ---------------------------------------------------------------- results, and what is refused
 
 
+@pytest.mark.slow
 def test_columns_metadata_and_files(world, tmp_path):
     methods = ["gc", "if+", "if++", "tracin++", "tracin-f"]
     table = world.retriever.retrieve(world.asked, methods=methods, top=3)
@@ -475,6 +482,7 @@ def test_the_span_column_is_named_on_the_command_line(pairs, tmp_path, capsys):
 UNREAD = "?! " * 40 + "good film"  # one clause, which truncation cuts off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["... !", "", UNREAD])
 def test_a_query_without_a_span_is_named(world, text, tmp_path, capsys):
     texts, message = ["a good film", "dull plot, slow", "the", text], "test row 3 has no span that the model reads"

@@ -101,6 +101,7 @@ def captum_scores(world: World) -> np.ndarray:
     return tracin.influence(batches(queries, [predicted(path, text) for text in queries])).numpy()
 
 
+@pytest.mark.slow
 def test_tracin_we_equals_captum_and_the_gradients_of_the_embedding_matrix(world):
     found = world.retriever.scores(world.queries, "tracin-we")
     wanted = np.zeros_like(found)
@@ -113,6 +114,7 @@ def test_tracin_we_equals_captum_and_the_gradients_of_the_embedding_matrix(world
     np.testing.assert_array_equal(world.retriever.scores(world.queries, "tracin-layer:embedding"), found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalise", [False, True], ids=["", "normalised"])
 def test_scores_rankings_and_contributions_equal_a_slow_loop(world, normalise):
     n = len(world.texts)
@@ -159,6 +161,7 @@ def test_gold_and_named_labels_are_the_queries_targets(bert, target):
         assert_ends(found, totals(truth_of(bert, method, targets=targets)), method, 4)
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_other_queries_and_methods(bert, monkeypatch):
     whole = ask(bert.retriever, bert.queries, top=5)
     scale = {method: max(abs(r["score"]) for r in whole if r["method"] == method) for method in ALL}
@@ -203,6 +206,7 @@ def test_one_pass_over_the_rows_asked_for_serves_all_word_methods(plain, monkeyp
         np.testing.assert_allclose(scores, whole[name][:, at], rtol=1e-5, atol=1e-12, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", MODES)
 @pytest.mark.parametrize("normalise", [False, True], ids=["", "normalised"])
 def test_rows_that_share_no_word_fill_up_in_order_at_score_0(plain, exact, normalise):
@@ -243,6 +247,7 @@ def test_a_query_of_unknown_words_or_none_shares_start_and_end_alone(plain):
             assert_ends(found, totals(truth_of(asked, method)), method, 20)
 
 
+@pytest.mark.slow
 def test_padding_in_the_text_and_words_beyond_the_limit_take_no_part(world):
     path, tokenizer = world.models[-1], load(world.models[-1])[1]
     assert ids_of(path, world.queries[-1]).count(tokenizer.pad_token_id) == 2
@@ -286,6 +291,7 @@ def tail(request, folder) -> World:
     return World(paths, texts, labels(800), ["good green film story", "warm doctor", "red red blue"], retriever)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", ["none", "rerank"])
 @pytest.mark.parametrize("normalise", [False, True], ids=["", "normalised"])
 def test_pruning_reads_fewer_rows_and_changes_no_answer(tail, exact, normalise, monkeypatch):
