@@ -472,7 +472,7 @@ def test_workers_end_with_a_command_that_is_terminated(bert_world, test_rows, tm
         running.kill()
 
 
-def wait_for(condition, seconds: float = 120.0) -> None:
+def wait_for(condition, seconds: float = 600.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
