@@ -256,7 +256,7 @@ def test_a_killed_process_repeats_no_finished_job(retriever, tmp_path):
     cache = tmp_path / "cache"
     code = f"""
 import numpy as np, os, signal, sys
-from forebear.evaluation.retraining import Job, Retrainer, TrainingRows
+from forebear.evaluation.retraining.jobs import Job, Retrainer, TrainingRows
 from forebear.indexer.index import Index
 class Recipe:
     name, seeded, note, facts, n = "counting", True, "", {{}}, 0
