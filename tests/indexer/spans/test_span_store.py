@@ -325,9 +325,9 @@ def test_a_function_that_changed_is_refused(model, tmp_path, monkeypatch):
     built = build(model, tmp_path / "i", rows=slice(0, 4), spans=how, scopes=("head",))
     Retriever(built).retrieve(["a film"], methods=["if++"], top=1)
     (tmp_path / "mine.py").write_text("def first(row): return [(0, 2)]\n")
-    with pytest.raises(MismatchError, match=r"mine\.py:first has changed since"):
+    with pytest.raises(MismatchError, match=r'mine\.py:first" has changed since'):
         Retriever(built).retrieve(["a film"], methods=["if++"], top=1)
-    with pytest.raises(MismatchError, match=r"mine\.py:first has changed since"):
+    with pytest.raises(MismatchError, match=r'mine\.py:first" has changed since'):
         append_rows(tmp_path / "i", rows_from_texts(texts()[4:6], [0, 1]))
     Retriever(built).retrieve(["a film"], methods=["if++"], top=1, query_spans="words")
     (tmp_path / "mine.py").unlink()
