@@ -318,9 +318,9 @@ def test_recall_is_the_share_of_the_exact_top(retriever, queries, monkeypatch):
     """Of answers made up here: one of three proponents and all opponents are found."""
     answer = retriever.answer_block
 
-    def broken(start, texts, labels, spec):
-        answers = answer(start, texts, labels, spec)
-        if spec.exact == "rerank":
+    def broken(start, texts, labels, question):
+        answers = answer(start, texts, labels, question)
+        if question.spec.exact == "rerank":
             for name, (near, far) in answers.found.items():
                 wrong = near.rows.copy()
                 wrong[:, 1:] = -1
