@@ -214,11 +214,11 @@ class Scorer:
         self.index, self.scores = world.index, scores
         self.classifier, self.label_names = world.retriever.classifier, world.retriever.label_names
 
-    def check_stores(self, methods, spec):
-        """All is there."""
+    def resolve(self, spec):
+        return spec.resolve(self.index)
 
-    def score_block(self, texts, labels, spec, first_row=0):
-        return {name: self.scores[first_row : first_row + len(texts[0])] for name in spec.methods}
+    def score_block(self, texts, labels, question, first_row=0):
+        return {method.name: self.scores[first_row : first_row + len(texts[0])] for method in question.methods}
 
 
 def test_a_planted_artifact_is_found_and_chance_is_not_however_many_queries_share_the_rows(pairs, queries):

@@ -217,4 +217,4 @@ def test_real_mnli_and_hans_meet_in_binary_nli(real_data: Path) -> None:
     assert sum(mapped(hans, names, "binary-nli")) == 15_000
     by_name = open_rows(real_data / "hans" / "test.parquet", label_column="gold_label")
     assert mapped(by_name, names, "binary-nli") == mapped(hans, names, "binary-nli")
-    assert "audit hans" in refusal(hans, classes_for(mnli))
+    assert "audit_hans()" in refusal(hans, classes_for(mnli))
