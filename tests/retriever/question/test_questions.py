@@ -163,7 +163,7 @@ def test_mypy_takes_what_is_right_and_refuses_a_misspelt_keyword(tmp_path):
     done = subprocess.run(
         [*command, *map(str, map(tmp_path.joinpath, lines))], capture_output=True, text=True, cwd=ROOT, check=False
     )
-    errors = [line for line in done.stdout.splitlines() if "error:" in line]
+    errors = sorted(line for line in done.stdout.splitlines() if "error:" in line)
     assert [Path(line.split(":")[0]).name for line in errors] == ["bad.py", "worse.py", "worse.py"], done.stdout
     assert "methdos" in errors[0]
     assert "max_lenght" in errors[1]
