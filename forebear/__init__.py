@@ -8,6 +8,9 @@ The same in five lines as on the command line:
     >>> answers = retriever.retrieve([("The cat sat .", "A cat sat .")], methods=["gc", "if"], top=5)
     >>> answers.to_pandas()
 
+An index of one's own is built by ``Index.build(model, rows, out)``; ``explain`` says why one prediction was made,
+``audits`` and ``evaluations`` are what ``forebear audit`` and ``forebear evaluate`` measure, as functions.
+
 Names are loaded when first used, so that ``import forebear`` is quick.
 """
 
@@ -15,6 +18,8 @@ from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+__version__: str
 
 if TYPE_CHECKING:
     from forebear.errors import (
@@ -30,6 +35,8 @@ if TYPE_CHECKING:
         OutputExistsError,
         StorageError,
     )
+    from forebear.evaluation.python import audits, evaluations
+    from forebear.evaluation.python.explaining import explain, saliency
     from forebear.indexer.building.build import build_index
     from forebear.indexer.building.change import append_rows, rebuild_ann, retire_rows
     from forebear.indexer.building.options import BuildOptions
@@ -39,10 +46,10 @@ if TYPE_CHECKING:
     from forebear.indexer.training.fine_tuning import train
     from forebear.indexer.training.options import TrainOptions
     from forebear.indexer.training.run import choose_model
+    from forebear.retriever.answers.show import show
     from forebear.retriever.question.methods import METHODS, Method
     from forebear.retriever.question.spec import QuerySpec
     from forebear.retriever.retriever import Retriever
-    from forebear.retriever.saliency.maps import saliency
 
 _HOMES = {  # the module that defines each public name; the imports above say the same to type checkers
     "forebear.errors": (
@@ -70,7 +77,9 @@ _HOMES = {  # the module that defines each public name; the imports above say th
     "forebear.retriever.question.methods": ("METHODS", "Method"),
     "forebear.retriever.question.spec": ("QuerySpec",),
     "forebear.retriever.retriever": ("Retriever",),
-    "forebear.retriever.saliency.maps": ("saliency",),
+    "forebear.retriever.answers.show": ("show",),
+    "forebear.evaluation.python": ("audits", "evaluations"),
+    "forebear.evaluation.python.explaining": ("explain", "saliency"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -95,22 +104,31 @@ __all__ = [
     "StorageError",
     "TrainOptions",
     "append_rows",
+    "audits",
     "build_index",
     "choose_model",
+    "evaluations",
+    "explain",
     "open_rows",
     "rebuild_ann",
     "retire_rows",
     "rows_from_texts",
     "saliency",
+    "show",
     "train",
     "verify_index",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("forebear")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'forebear' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME_OF[name]), name)
+    home = importlib.import_module(_HOME_OF[name])
+    return getattr(home, name) if hasattr(home, name) else importlib.import_module(f"{home.__name__}.{name}")
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,13 @@ Tell = Callable[[str], None]  # a line for the user
 
 def no_progress(_stage: str, _done: int, _total: int) -> None:
     """Say nothing."""
+
+
+def progress_of(progress: Progress | bool) -> Progress:
+    """What is told how far work is: True stands for the usual bar, False for nothing."""
+    if isinstance(progress, bool):
+        return ProgressBar() if progress else no_progress
+    return progress
 
 
 def counted(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
@@ -27,6 +35,12 @@ def counted(progress: Progress, stage: str, total: int) -> Callable[[int], None]
     return on_rows
 
 
+def python_warning(message: str | None) -> None:
+    """Warn as Python does; None is no warning."""
+    if message is not None:
+        warnings.warn(message, stacklevel=3)
+
+
 def ignore_warning(_message: str | None) -> None:
     """Say nothing."""
 
@@ -36,7 +50,7 @@ def say_nothing(_line: str) -> None:
 
 
 class ProgressBar:
-    """The usual bar (tqdm), one a stage, as ``build_index(..., progress=ProgressBar())``.
+    """The usual bar (tqdm), one a stage, as ``build_index(..., progress=True)``.
 
     It is drawn in a terminal and in a notebook; where a program's errors go to a file or a pipe, nothing is.
     """

@@ -35,9 +35,9 @@ app = typer.Typer(
 
 def _say_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from forebear import __version__
 
-        OUT.print(f"forebear {version('forebear')}")
+        OUT.print(f"forebear {__version__}")
         raise typer.Exit
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +39,12 @@ from forebear.indexer.storage.row_texts import RowTexts, text_list
 from forebear.indexer.storage.scan_table import ScanTable, read_scan_table
 from forebear.indexer.words.store import WordStore, read_word_store
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from forebear.indexer.storage.choices import BuildKeywords
+    from forebear.indexer.training.run import ModelChoice
+
 
 class Index(IndexFiles):
     """An index folder, open for reading; see :class:`IndexFiles` for how its files are checked.
@@ -45,6 +53,55 @@ class Index(IndexFiles):
         folder: Where it is.
         manifest: What it holds.
     """
+
+    @classmethod
+    def build(
+        cls,
+        model: str | Path | ModelChoice | None,
+        rows: Any,
+        out: str | Path,
+        labels: Sequence[Any] | None = None,
+        *,
+        checkpoints: Sequence[str] = (),
+        etas: Sequence[float] = (),
+        text_columns: Sequence[str] | None = None,
+        label_column: str | None = None,
+        label_names: Sequence[str] | None = None,
+        unlabelled: str = "refuse",
+        **choices: Unpack[BuildKeywords],
+    ) -> Index:
+        """Build the index of a classifier's training rows, as ``forebear index`` does.
+
+        Args:
+            model: A run folder of ``forebear train``, a model folder or a hub name; or what ``choose_model`` chose. A
+                run says ``max_length``, ``label_mode`` and the text columns, where nothing else is given here.
+            rows: A path, hub name or table, as ``open_rows`` takes; texts or pairs of texts; or a RowSource.
+            out: Folder to write; must not exist, unless ``resume`` or ``force``.
+            labels: Of texts and pairs: one each.
+            checkpoints: ``("all",)``, or some by name or folder; see ``choose_model``.
+            etas: One weight a checkpoint; see ``choose_model``.
+            text_columns: See ``open_rows``, for this and the next three.
+            label_column: See there.
+            label_names: See there.
+            unlabelled: See there.
+            **choices: The fields of :class:`BuildOptions`, such as ``scopes=("head", "all")``; and ``resume``,
+                ``force``, ``warn`` (default: Python's warnings), ``tell`` and ``progress`` (True: the usual bar).
+
+        Raises:
+            ForebearError: As ``build_index`` and ``open_rows``.
+        """
+        # Named, not imported: building is written in terms of this module, which only opens what is built.
+        building = importlib.import_module("forebear.indexer.building.build")
+        columns = {
+            "text_columns": text_columns,
+            "label_column": label_column,
+            "label_names": label_names,
+            "unlabelled": unlabelled,
+        }
+        index: Index = building.build_from_model(
+            model, rows, out, labels, checkpoints=checkpoints, etas=etas, columns=columns, **choices
+        )
+        return index
 
     def features(self, checkpoint: int = -1) -> RowMatrix:
         """f of every row at a checkpoint (the last by default), ``(n, h)`` float32."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,11 +31,14 @@ from forebear.retriever.question.methods import METHODS, Searched
 from forebear.retriever.question.models import Models
 from forebear.retriever.question.query_rows import check_texts, query_labels
 from forebear.retriever.question.searcher import Searcher
-from forebear.retriever.question.spec import DEFAULT_METHODS, Exactness, QuerySpec, Question
+from forebear.retriever.question.spec import QueryChoices, QuerySpec, Question
 from forebear.retriever.ranking import Ends
 from forebear.retriever.scores import Scores
 from forebear.retriever.searchers import SEARCHERS
 from forebear.retriever.spans.search import word_influence
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 QUERY_BLOCK_ROWS = 512
 
@@ -85,25 +88,16 @@ class Retriever:
         self,
         queries: Sequence[str] | Sequence[tuple[str, str]] | RowSource,
         *,
-        methods: Sequence[str] = DEFAULT_METHODS,
-        top: int = 10,
-        target: str = "predicted",
-        exact: Exactness = "rerank",
-        scope: str = "head",
-        **choices: Any,
+        spec: QuerySpec | None = None,
+        **choices: Unpack[QueryChoices],
     ) -> pa.Table:
         """The training rows at both ends of each query's ranking.
 
         Args:
             queries: Texts, pairs of texts, or rows opened by ``open_rows``.
-            methods: Names from the method table.
-            top: Rows at each end.
-            target: ``predicted``, ``gold`` (queries need labels) or a label's name.
-            exact: See :class:`QuerySpec`.
-            scope: See :class:`QuerySpec`.
-            **choices: ``recall``, ``candidates``, ``aggregate``, ``certify``, ``normalise``, ``spans``,
-                ``query_spans``, ``span_column``, ``word``, ``curvature``, ``damping``, ``curvature_rows``, ``lissa``,
-                ``tolerance``; see :class:`QuerySpec`.
+            spec: The question; None: the default one.
+            **choices: Fields of :class:`QuerySpec` that are otherwise than in ``spec``, such as
+                ``methods=["gc", "if"]``, ``top=5``, ``target="gold"``, ``scope="all"``.
 
         Returns:
             One row a result; columns as DESIGN.md's section 5 lists them, provenance in the schema's metadata. Texts
@@ -113,13 +107,12 @@ class Retriever:
             InputError: A choice that means nothing, or texts that do not fit the index.
             CorruptIndexError: A stored file was altered.
         """
-        spec = QuerySpec(methods=tuple(methods), top=top, target=target, exact=exact, scope=scope, **choices)
-        question = self.resolve(spec)
+        question = self.resolve(QuerySpec.of(spec, **choices))
         source = queries if isinstance(queries, RowSource) else rows_from_texts(queries)
         tables = [table for answers in self.answers(source, question) for table in self.tables(answers)]
         return pa.concat_tables(tables).replace_schema_metadata(self.metadata(question))
 
-    def resolve(self, spec: QuerySpec | Question, **changes: Any) -> Question:
+    def resolve(self, spec: QuerySpec | Question, **changes: Unpack[QueryChoices]) -> Question:
         """The question that a spec is for this index, with some choices changed.
 
         A question that is resolved already, and in which nothing is changed, stays as it is.
@@ -132,7 +125,7 @@ class Retriever:
             if not changes and spec.index is self.index:
                 return spec
             spec = spec.spec
-        return replace(spec, **changes).resolve(self.index)
+        return QuerySpec.of(spec, **changes).resolve(self.index)
 
     def searcher(self, name: Searched) -> Searcher:
         """One of :data:`~forebear.retriever.searchers.SEARCHERS`, made once."""
@@ -235,29 +228,40 @@ class Retriever:
     def scores(
         self,
         queries: Sequence[str] | Sequence[tuple[str, str]] | RowSource,
-        method: str,
+        method: str | None = None,
         *,
-        target: str = "predicted",
-        scope: str = "head",
-        **choices: Any,
+        spec: QuerySpec | None = None,
+        **choices: Unpack[QueryChoices],
     ) -> np.ndarray:
         """Exact scores of every live training row, ``(q, n)`` float64, columns in the order of ``index.live``.
 
         Of an aggregate ``(1, n)``, summed over the test rows.
 
         For small sets, and as the yardstick: memory is q x n x 8 bytes.
+
+        Args:
+            queries: As of :meth:`retrieve`.
+            method: One name from the method table; None: the one of ``spec`` or of ``methods``.
+            spec: The question; None: the default one. Every row is scored, whatever it says of ``exact``.
+            **choices: Fields of :class:`QuerySpec` that are otherwise than in ``spec``.
+
+        Raises:
+            InputError: A choice that means nothing, or not one method.
         """
-        spec = QuerySpec(methods=(method,), target=target, exact="full", scope=scope, **choices)
-        question = self.resolve(spec)
+        if method is not None:
+            choices["methods"] = (method,)
+        question = self.resolve(replace(QuerySpec.of(spec, **choices), exact="full"))
+        if len(question.methods) != 1:
+            raise InputError(f"scores are of one method, not of {len(question.methods)}: ask for them one by one.")
         source = queries if isinstance(queries, RowSource) else rows_from_texts(queries)
         self.check_texts(source)
-        labels = self.query_labels(source, required=target == "gold")
+        labels = self.query_labels(source, required=question.spec.target == "gold")
         parts = []
         for block in source.blocks(QUERY_BLOCK_ROWS):
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
-            parts.append(self.score_block(block.texts, gold, question, first_row=block.start)[method])
+            parts.append(self.score_block(block.texts, gold, question, first_row=block.start)[question.methods[0].name])
         scores = np.concatenate(parts)
-        return scores.sum(axis=0, keepdims=True) if spec.aggregate else scores
+        return scores.sum(axis=0, keepdims=True) if question.spec.aggregate else scores
 
     def score_block(
         self,

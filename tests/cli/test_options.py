@@ -145,15 +145,16 @@ def test_every_choice_of_a_build_is_an_option() -> None:
 
 
 def test_lists_become_what_the_library_takes() -> None:
-    options = building.ChoiceOptions(
+    given = building.ChoiceOptions(
         computing=building.ComputingChoices(max_length=40),
         storing=building.StoreChoices(stores=["features,words"], words_tops=["0", "3"], span_column="b"),
         gradients=building.GradientChoices(scopes=["all"], dampings=["none"]),
-    ).build_options(("a", "b"), {"max_length": 128, "label_mode": "binary-nli"})
+    ).given(("a", "b"))
     wanted = {
         "stores": ("features", "words"), "words_tops": (0, 3), "span_column": 1, "scopes": ("head", "all"),
-        "dampings": (), "max_length": 40, "label_mode": "binary-nli",
+        "dampings": (), "max_length": 40,
     }  # fmt: skip
+    options = BuildOptions(**given)
     assert options == BuildOptions(**wanted)  # type: ignore[arg-type]
     kinds = get_type_hints(BuildOptions)
     for field in fields(options):

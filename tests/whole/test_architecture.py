@@ -23,15 +23,15 @@ ROOMS = {  # of a layer, in their order: a room imports from those before it, ne
         "ranking", "scores", "question", "head", "deep", "words", "saliency", "spans", "searchers",
         "answers", "coverage", "retriever",
     ),
-    "evaluation": ("reports", "common", "explain", "measures", "retraining", "audits", "perturb", "demo"),
+    "evaluation": ("reports", "common", "explain", "measures", "retraining", "audits", "perturb", "demo", "python"),
     "cli": ("screen", "options", "workers", "commands", "main"),
 }  # fmt: skip
 MOST_ENTRIES = 12
 PUBLIC_NAMES = """
     BuildOptions CorruptIndexError DataError ForebearError InUseError Index InputError METHODS Method MismatchError
     MissingStoreError ModelError NonFiniteError OutputExistsError QuerySpec Retriever RowSource StorageError
-    TrainOptions append_rows build_index choose_model open_rows rebuild_ann retire_rows rows_from_texts saliency train
-    verify_index
+    TrainOptions append_rows audits build_index choose_model evaluations explain open_rows rebuild_ann retire_rows
+    rows_from_texts saliency show train verify_index
 """
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -95,8 +95,8 @@ def explain(
     recall: Recall = 0.98,
 ) -> None:
     """See HELP."""
-    from forebear.evaluation.explain.explanation import chosen_methods
-    from forebear.evaluation.explain.explanation import explain as put_together
+    from forebear.evaluation.explain.explaining import chosen_methods
+    from forebear.evaluation.explain.explaining import explain as put_together
     from forebear.evaluation.explain.page import write_page
     from forebear.retriever.question.spec import QuerySpec
 

@@ -20,6 +20,7 @@ from forebear.errors import InputError
 if TYPE_CHECKING:
     from forebear.indexer.index import Index
     from forebear.indexer.rows.row_source import RowSource
+    from forebear.indexer.training.run import ModelChoice
 
 # What a change takes besides its own name; everything else was decided by the build.
 OPTIONS_OF_EVERY_CHANGE = ("out", "resume", "force", "quiet")
@@ -60,11 +61,11 @@ class TrainingRows(ColumnOptions):
 
     train: Train = None
 
-    def open_all(self, run_columns: Sequence[str] | None, classes: Sequence[str]) -> RowSource:
+    def open_all(self, classes: Sequence[str], run: ModelChoice | None = None) -> RowSource:
         """All rows, by the columns that the run read where they are there; warnings are said."""
         if self.train is None:
             raise InputError("no training rows given. Name their file by --train.")
-        found = None if listed(self.text_columns) else _if_there(run_columns, self.train)
+        found = None if run is None or listed(self.text_columns) else run.columns_in(self.train)
         return self.open_for(self.train, classes, text_columns=found)
 
 
@@ -133,14 +134,11 @@ def _build_or_change(
     if change.refit:
         return build.refit_index(out, model=chosen.model, device=device, warn=warn, **how)
     if change.append:
-        source = rows.open_all(None, Index.open(Path(out)).manifest.spec.label_names)
+        source = rows.open_all(Index.open(Path(out)).manifest.spec.label_names)
         return build.append_rows(out, source, model=chosen.model, device=device, warn=warn, **how)
     run = choose_model(chosen.model, chosen.checkpoints or (), chosen.eta or ())
-    warn(run.remark)
-    source = rows.open_all(run.text_columns, run.class_names())
-    warn(run.data_remark(source))
-    options = choices.build_options(source.text_columns, {"max_length": run.max_length, "label_mode": run.label_mode})
-    return build.build_index(source, out, run.checkpoints, options, warn=warn, **how)
+    source = rows.open_all(run.class_names(), run)
+    return Index.build(run, source, out, **choices.given(source.text_columns), warn=warn, **how)
 
 
 def _say_what_was_built(built: Index, place: OutOptions, *, of_rows: bool, seconds: float) -> None:
@@ -180,17 +178,3 @@ def _refuse_what_a_build_takes(ctx: typer.Context) -> None:
                 f"{option[change]} takes no {', '.join(foreign)}: the index keeps what it was built with. Leave that "
                 f"out (it takes {also}), or build the index again."
             )
-
-
-def _if_there(columns: Sequence[str] | None, train: str) -> list[str] | None:
-    """The run's text columns, where the training file has them; else they are found by name."""
-    from forebear.errors import DataError
-    from forebear.indexer.rows.row_source import open_rows
-
-    if columns is None:
-        return None
-    try:
-        open_rows(train, text_columns=list(columns))
-    except DataError:
-        return None
-    return list(columns)

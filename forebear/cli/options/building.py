@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -16,7 +16,7 @@ from forebear.cli.screen.console import listed
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
-    from forebear.indexer.building.options import BuildOptions
+    pass
 
 NO_CURVATURE = ("none",)  # as --damping says it
 
@@ -162,12 +162,11 @@ class ChoiceOptions(Options):
     storing: StoreChoices
     gradients: GradientChoices
 
-    def build_options(self, text_columns: Sequence[str], run: Mapping[str, Any]) -> BuildOptions:
-        """The choices of a build, as the library takes them.
+    def given(self, text_columns: Sequence[str]) -> dict[str, Any]:
+        """The choices of a build that are made, as :meth:`Index.build` takes them.
 
         Args:
             text_columns: Of the training rows; ``--span-column`` names one.
-            run: What the model's training run says, for options that are not given.
         """
         from forebear.indexer.building.options import BuildOptions
 
@@ -185,7 +184,7 @@ class ChoiceOptions(Options):
         choices["scopes"] = tuple(dict.fromkeys(["head", *choices.get("scopes", ())]))
         if choices.get("dampings") == NO_CURVATURE:
             choices["dampings"] = ()
-        return BuildOptions(**{**run, **choices})
+        return choices
 
     def _flag(self, name: str) -> str:
         groups = (getattr(self, field.name) for field in fields(self))

@@ -1,42 +1,19 @@
-"""One prediction explained: the words that speak for it, and the training rows behind it with the words they share.
-
-What the page and the terminal show is put together here, down to the numbers as they are written, so that both say the
-same.
-"""
+"""What an explanation says: the words that speak for a prediction, and the training rows behind it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
-
-from forebear.errors import InputError
-from forebear.evaluation.explain.marks import MarkedText, Places, Word, list_words, locate, mark, point_at, write_alike
-from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.forward import run_forward
-from forebear.indexer.rows.row_source import rows_from_texts
-from forebear.indexer.spans.text import Span
-from forebear.indexer.storage.manifest import library_versions
-from forebear.retriever.answers.results import SIDES
-from forebear.retriever.answers.signs import note_of
-from forebear.retriever.coverage import fit_lines
-from forebear.retriever.question.batch import choose_targets
-from forebear.retriever.question.methods import METHODS, pick_methods
-from forebear.retriever.question.spec import QuerySpec
-from forebear.retriever.retriever import Retriever
-from forebear.retriever.saliency.maps import FORMS, GRADIENT_X_INPUT, SUMMED_GRADIENT, Saliency, saliency
+from forebear.display import framed
+from forebear.evaluation.explain.marks import MarkedText, Word
+from forebear.evaluation.explain.rendering import render_page
+from forebear.retriever.question.methods import METHODS
+from forebear.retriever.saliency.maps import GRADIENT_X_INPUT, SUMMED_GRADIENT
 
 FORMULAS = {
     GRADIENT_X_INPUT: "-<dL/de_t, e_t> over its L1 norm in the row; summed over the pieces of a word",
     SUMMED_GRADIENT: "sum over dimensions of dS_y/de_t, S_y the target's probability; summed over the pieces of a word",
 }
-WORD_METHOD, PLAIN_METHOD = "tracin-we-topk", "gc"
-SALIENCY_METHOD = "saliency-if"
-NUMBERED_WORDS = 6  # words of the query that carry their number in the text; the others carry their sign
-NUMBERED_SPANS = 3  # the same in a training row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +87,7 @@ class Answer:
         return self.method in METHODS and METHODS[self.method].saliency
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Explanation:
     """All that is said of one prediction.
 
@@ -155,293 +132,8 @@ class Explanation:
             return said
         return f"{said} Explained here is “{self.target}”, with probability {shown[self.target]}."
 
+    def __repr__(self) -> str:
+        return f"<Explanation {self.title!r}: {self.summary}>"
 
-def default_methods(retriever: Retriever) -> tuple[str, ...]:
-    """``tracin-we-topk`` where the index can answer it, and ``gc``."""
-    return (WORD_METHOD, PLAIN_METHOD) if WORD_METHOD in retriever.available_methods() else (PLAIN_METHOD,)
-
-
-def chosen_methods(
-    retriever: Retriever, names: Sequence[str], *, spans: bool, saliency_influence: bool
-) -> tuple[str, ...]:
-    """The methods given, or the default ones, and what answers for spans or for influence on saliency beside them."""
-    chosen = [method.name for method in pick_methods(names)] if names else list(default_methods(retriever))
-    if spans and not any(METHODS[name].spans for name in chosen if name in METHODS):
-        chosen.append("if++" if "if" in retriever.available_methods() else "tracin++")
-    if saliency_influence and SALIENCY_METHOD not in chosen:
-        chosen.append(SALIENCY_METHOD)
-    return tuple(chosen)
-
-
-def explain(
-    retriever: Retriever,
-    query: str | tuple[str, str],
-    spec: QuerySpec,
-    *,
-    form: str = GRADIENT_X_INPUT,
-    command: str = "",
-) -> Explanation:
-    """Explain the prediction for one text or pair of texts.
-
-    Args:
-        retriever: Over the index of the training rows.
-        query: A text, or two for an index of pairs.
-        spec: Methods, rows at each end, target and the other choices.
-        form: Of the saliency, one of ``FORMS``.
-        command: How to repeat this, for the provenance.
-
-    Raises:
-        InputError: A choice that means nothing or does not fit the index; found before a model is loaded.
-        ModelError: The model's tokenizer does not tell where words stand.
-    """
-    rows: Any = [query]
-    source = rows_from_texts(rows)
-    retriever.check_texts(source)
-    _check_choices(retriever, spec, form)
-    classifier, names = retriever.classifier(), retriever.label_names
-    texts = (query,) if isinstance(query, str) else query
-    columns = [[text] for text in texts]
-    forward = run_forward(classifier, columns)
-    targets = choose_targets(spec.target, forward.predictions, None, names)
-    salient = saliency(classifier, columns, targets, form=form)[0]
-    table = retriever.retrieve(source, **asdict(spec))
-    facts = json.loads(table.schema.metadata[b"forebear"])
-    (places,) = locate(classifier, columns)
-    found = table.to_pylist()
-    passages = _read_passages(retriever, classifier, texts, places, found)
-    influence: dict[int, list[tuple[Span, float]]] = {}
-    if listed := [result["row"] for result in found if result["method"] == SALIENCY_METHOD]:
-        word, entries = retriever.word_influence(texts, int(targets[0]), np.array(listed), spec)
-        for row, span, value in entries:
-            influence.setdefault(row, []).append((span, value))
-        passages = replace(passages, salient=word, influence=influence)
-    marked, words, ends = _mark_salient(passages, salient)
-    return Explanation(
-        texts=marked,
-        words=words,
-        ends=ends,
-        form=form,
-        probabilities=_probabilities(names, forward.probabilities[0]),
-        prediction=names[forward.predictions[0]],
-        target=names[targets[0]],
-        answers=_answers(passages, found, facts["methods"]),
-        provenance=_provenance(retriever, spec, facts, form, command),
-    )
-
-
-def _check_choices(retriever: Retriever, spec: QuerySpec, form: str) -> None:
-    """Refuse what can be seen to be wrong without a model."""
-    if form not in FORMS:
-        raise InputError(f"--saliency {form!r}: expected {' or '.join(FORMS)}.")
-    if spec.target == "gold":
-        raise InputError(
-            f"--target gold: a text given here has no label. Give predicted, or one of "
-            f"{', '.join(retriever.label_names)}."
-        )
-    choose_targets(spec.target, np.zeros(1, np.int64), None, retriever.label_names)
-    retriever.resolve(spec)
-
-
-@dataclass(frozen=True)
-class _Passages:
-    """The texts to be marked: the query's, and those of the rows that were found, by row number.
-
-    With influence on saliency: the query's salient word, and what each word of the rows does to its saliency.
-    """
-
-    columns: tuple[str, ...]
-    query: tuple[str, ...]
-    query_places: Places
-    texts: dict[int, tuple[str, ...]]
-    places: dict[int, Places]
-    losses: dict[int, float]
-    salient: Span | None = None
-    influence: Mapping[int, Sequence[tuple[Span, float]]] = field(default_factory=dict)
-
-    def mark_query(self, values: Mapping[int, float]) -> tuple[MarkedText, ...]:
-        """The query with values at its tokens, by token id."""
-        return self._mark(self.query, self.query_places, values)
-
-    def mark_row(self, row: int, values: Mapping[int, float]) -> tuple[MarkedText, ...]:
-        """A training row likewise."""
-        return self._mark(self.texts[row], self.places[row], values)
-
-    def mark_spans(self, row: int, spans: Sequence[Span], values: Sequence[float]) -> tuple[MarkedText, ...]:
-        """A training row with values at spans; the strongest carry their number."""
-        keyed = dict(enumerate(values))
-        strongest = sorted(keyed, key=lambda i: -abs(keyed[i]))[:NUMBERED_SPANS]
-        notes = dict(zip(strongest, write_alike([keyed[i] for i in strongest], digits=2), strict=True))
-        marked = []
-        for c, (name, text) in enumerate(zip(self.columns, self.texts[row], strict=True)):
-            held = [(span.start, span.end, i) for i, span in enumerate(spans) if span.column == c]
-            marked.append(MarkedText(name, mark(text, held, keyed, self.places[row].read[c], notes)))
-        return tuple(marked)
-
-    def point_at(self, span: Span) -> tuple[MarkedText, ...]:
-        """The query with one stretch pointed at."""
-        parts = zip(self.columns, self.query, self.query_places.read, strict=True)
-        return tuple(
-            MarkedText(name, point_at(text, *((span.start, span.end) if c == span.column else (0, 0)), read))
-            for c, (name, text, read) in enumerate(parts)
-        )
-
-    def _mark(self, texts: Sequence[str], places: Places, values: Mapping[int, float]) -> tuple[MarkedText, ...]:
-        parts = zip(self.columns, texts, places.pieces, places.read, strict=True)
-        return tuple(MarkedText(name, mark(text, spans, values, read)) for name, text, spans, read in parts)
-
-
-def _read_passages(
-    retriever: Retriever,
-    classifier: Classifier,
-    query: Sequence[str],
-    places: Places,
-    found: Sequence[Mapping[str, Any]],
-) -> _Passages:
-    index = retriever.index
-    rows = np.unique([result["row"] for result in found])
-    columns = {name: values.to_pylist() for name, values in index.texts(rows).items()}
-    return _Passages(
-        tuple(columns),
-        tuple(query),
-        places,
-        dict(zip(rows.tolist(), zip(*columns.values(), strict=True), strict=True)),
-        dict(zip(rows.tolist(), locate(classifier, list(columns.values())), strict=True)),
-        dict(zip(rows.tolist(), index.losses[rows].tolist(), strict=True)),
-    )
-
-
-def _mark_salient(passages: _Passages, salient: Saliency) -> tuple[tuple[MarkedText, ...], tuple[Word, ...], str]:
-    """The query's texts marked by saliency; its words, strongest first; and what its start and end tokens have."""
-    values = {i: word.value for i, word in enumerate(salient.words)}
-    strongest = sorted(values, key=lambda i: -abs(values[i]))[:NUMBERED_WORDS]
-    notes = dict(zip(strongest, write_alike([values[i] for i in strongest], digits=2), strict=True))
-    marked = []
-    for c, (name, text) in enumerate(zip(passages.columns, passages.query, strict=True)):
-        spans = [(word.start, word.end, i) for i, word in enumerate(salient.words) if word.column == c]
-        marked.append(MarkedText(name, mark(text, spans, values, passages.query_places.read[c], notes)))
-    wheres = [passages.columns[word.column] for word in salient.words]
-    words, _ = list_words([word.text for word in salient.words], list(values.values()), wheres)
-    ends = float(salient.values[salient.special].sum())
-    return tuple(marked), words, write_alike([*values.values(), ends])[-1]
-
-
-def _probabilities(names: Sequence[str], probabilities: np.ndarray) -> tuple[tuple[str, float, str], ...]:
-    """Classes by falling probability; one that rounds to 0 or 1 is written as a bound."""
-    order = np.argsort(-probabilities, kind="stable")
-    bounds = {"1.0000": "> 0.9999", "0.0000": "< 0.0001"}
-    return tuple(
-        (names[i], float(probabilities[i]), bounds.get(shown := f"{probabilities[i]:.4f}", shown)) for i in order
-    )
-
-
-def _answers(
-    passages: _Passages, found: Sequence[Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]]
-) -> tuple[Answer, ...]:
-    """What each method finds, in the order asked for; ``facts`` by method, from the table's provenance."""
-    return tuple(
-        Answer(
-            method=method,
-            formula=str(facts[method]["formula"]),
-            asked=_asked(next(r for r in found if r["method"] == method), passages),
-            sides=tuple(
-                _side(side, [r for r in found if (r["method"], r["side"]) == (method, side)], passages)
-                for side in SIDES
-            ),
-        )
-        for method in dict.fromkeys(result["method"] for result in found)
-    )
-
-
-def _asked(result: Mapping[str, Any], passages: _Passages) -> tuple[MarkedText, ...]:
-    """The query with the word or span that a method asks about."""
-    if result["method"] == SALIENCY_METHOD:
-        assert passages.salient is not None
-        return passages.point_at(passages.salient)
-    if result.get("query_span_start") is None:
-        return ()
-    return passages.point_at(Span(*(result[f"query_span_{part}"] for part in ("column", "start", "end"))))
-
-
-def _side(name: str, results: Sequence[Mapping[str, Any]], passages: _Passages) -> Side:
-    scores = write_alike([result["score"] for result in results])
-    rows = tuple(_found_row(result, score, passages) for result, score in zip(results, scores, strict=True))
-    return Side(name=name, rows=rows, notes=tuple(_side_notes(name, results)))
-
-
-def _found_row(result: Mapping[str, Any], score: str, passages: _Passages) -> FoundRow:
-    row, contributions = result["row"], result.get("contributions")
-    values: dict[int, float] = {}
-    words: tuple[Word, ...] = ()
-    total = ""
-    if contributions is not None:
-        values = dict(zip(result["word_ids"], contributions, strict=True))
-        words, total = list_words([word.strip() or word for word in result["words"]], contributions)
-    if result.get("span") is not None:
-        span = Span(*(result[f"span_{part}"] for part in ("column", "start", "end")))
-        marked = passages.mark_spans(row, [span], [result["score"]])
-    elif result["method"] == SALIENCY_METHOD and row in passages.influence:
-        marked = passages.mark_spans(row, *zip(*passages.influence[row], strict=True))
-    else:
-        marked = passages.mark_row(row, values)
-    return FoundRow(
-        rank=result["rank"],
-        row=row,
-        score=score,
-        label=result["label"],
-        prediction=result["prediction"],
-        loss=passages.losses[row],
-        texts=marked,
-        query_texts=passages.mark_query(values) if total else (),
-        words=words,
-        total=total,
-    )
-
-
-def _side_notes(name: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader would not expect of one end of a ranking."""
-    signs = note_of(results[0]["method"], name, [result["score"] for result in results])
-    notes = [signs] if signs else []
-    if not all(result["exact"] for result in results):
-        notes.append("The scores are approximate.")
-    if (residual := results[0].get("residual")) is not None:
-        notes.append(f"H^-1 was solved to a relative residual of {residual:.1e}.")
-    if n_cut := results[0].get("spans_cut"):
-        notes.append(f"{n_cut:,} spans that the model does not read (cut by truncation, or blank) are left out.")
-    return notes
-
-
-def _provenance(
-    retriever: Retriever, spec: QuerySpec, facts: Mapping[str, Any], form: str, command: str
-) -> dict[str, str]:
-    """Where the numbers come from, line by line."""
-    manifest = retriever.index.manifest
-    lines = {
-        "index": facts["index"],
-        "index digest": facts["index_digest"],
-        **fit_lines(retriever.resolve(spec)),
-        "query digest": facts["query_digest"],
-        "training rows": f"{manifest.n_live:,} ({', '.join(segment.source for segment in manifest.segments)})",
-        "sign": facts["sign"],
-        "saliency": f"{form}: {FORMULAS[form]}",
-    }
-    for method, known in facts["methods"].items():
-        rest = {k: v for k, v in known.items() if v is not None and k not in ("formula", "sign")}
-        note = rest.pop("recall_note", None)
-        said = [f"{k.replace('_', ' ')} {_plain(v)}" for k, v in rest.items()]
-        lines[method] = "; ".join([known["formula"], *said, *([] if note is None else [note])])
-    for checkpoint in manifest.checkpoints:
-        lines[f"checkpoint {checkpoint.name}"] = (
-            f"{checkpoint.path}; eta {checkpoint.eta:.4g}; sha256 {checkpoint.sha256[:16]}"
-        )
-    versions = library_versions(("forebear", "torch", "transformers"))
-    lines["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return lines | ({"command": command} if command else {})
-
-
-def _plain(value: Any) -> str:
-    """A fact as a reader sees it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
+    def _repr_html_(self) -> str:
+        return framed(render_page(self), self.title)

@@ -1,21 +1,13 @@
-"""An explanation as one HTML file, which stands alone: no script, no network, no other file.
-
-Sign and strength of every mark are in its underline, its weight and the sign beside it, so that the page reads in black
-and white; colour repeats them.
-"""
+"""An explanation as one HTML file, which stands alone: no script, no network, no other file."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from forebear.errors import InputError, OutputExistsError
 from forebear.evaluation.explain.explanation import Explanation
-from forebear.evaluation.explain.marks import Piece
-from forebear.evaluation.reports.report import page_template
+from forebear.evaluation.explain.rendering import render_page
 from forebear.indexer.storage.atomic import write_bytes
-
-_LONGEST_UNBROKEN = 30  # characters of a word that is kept on one line with the number beside it
 
 
 def check_page(path: Path, *, force: bool) -> None:
@@ -43,22 +35,3 @@ def write_page(explanation: Explanation, path: Path, *, force: bool = False) -> 
     """
     check_page(path, force=force)
     write_bytes(path, render_page(explanation).encode())
-
-
-def render_page(explanation: Explanation) -> str:
-    """The whole page, as one self-contained HTML document."""
-    page: str = page_template("explain.html.j2", number=_minus, hover=_hover).render(explanation=explanation)
-    return page
-
-
-def _minus(number: str) -> str:
-    """A number with a true minus sign."""
-    return number.replace("-", "\u2212")
-
-
-def _hover(piece: Piece) -> dict[str, Any]:
-    """Attributes of a marked piece: its looks, and its value for whoever points at it."""
-    assert piece.value is not None
-    side = "supports" if piece.value > 0 else "opposes" if piece.value < 0 else "zero"
-    short = " short" if len(piece.text) <= _LONGEST_UNBROKEN else ""
-    return {"class": f"{side} s{piece.level}{short}", "title": f"{_minus(f'{piece.value:+.4g}')}, {side}"}

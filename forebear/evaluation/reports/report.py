@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from forebear.display import framed
 from forebear.errors import InputError, NonFiniteError, OutputExistsError
 from forebear.evaluation.reports.charts import inline_svg
 from forebear.indexer.storage.atomic import write_together
@@ -70,7 +71,7 @@ class Group:
     query: Passage | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """All that a report says: figures first, then tables, then data rows."""
 
@@ -80,6 +81,12 @@ class Report:
     figures: Sequence[Figure] = ()
     groups: Sequence[Group] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)  # index digest, methods, the command to repeat it
+
+    def __repr__(self) -> str:
+        return f"<Report {self.title!r}: {self.summary}>"
+
+    def _repr_html_(self) -> str:
+        return framed(render_html(self), self.title)
 
 
 def write_report(

@@ -9,16 +9,16 @@ What changes an index afterwards is in :mod:`~forebear.indexer.building.change` 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from forebear.errors import MismatchError
+from forebear.errors import InputError, MismatchError
 from forebear.indexer.building.change import append_rows, rebuild_ann, retire_rows
 from forebear.indexer.building.finish import calibration_by, finish
-from forebear.indexer.building.options import BuildOptions, Work, WorkKeywords
+from forebear.indexer.building.options import BuildOptions, Work
 from forebear.indexer.building.preflight import check_feasible
 from forebear.indexer.building.refit import refit_index
 from forebear.indexer.building.shards import ShardWriter, as_begun, segment_of, split_rows
@@ -27,6 +27,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.labels import label_map, names_of_classes
 from forebear.indexer.rows.row_source import RowSource
+from forebear.indexer.storage.choices import BuildKeywords, WorkKeywords
 from forebear.indexer.storage.journal import (
     begin_build,
     check_target,
@@ -38,7 +39,8 @@ from forebear.indexer.storage.journal import (
 from forebear.indexer.storage.layout import LOCK_NAME, MANIFEST_NAME
 from forebear.indexer.storage.locks import check_free, exclusive
 from forebear.indexer.storage.manifest import Manifest, library_versions
-from forebear.indexer.training.run import CheckpointPath, path_from
+from forebear.indexer.training.run import CheckpointPath, ColumnKeywords, ModelChoice, choose_model, path_from
+from forebear.progress import python_warning
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -76,12 +78,48 @@ def build_index(
     """
     options = options or BuildOptions()
     options.check()
-    folder, work = Path(out), Work(**how, device=options.device)
+    folder, work = Path(out), Work.of(how, options.device)
     check_free(folder / LOCK_NAME, str(folder))
     check_target(folder, resume=work.resume, force=work.force)
     with exclusive(folder / LOCK_NAME, str(folder)):
         check_target(folder, resume=work.resume, force=work.force)
         return _build(source, folder, checkpoints, options, work)
+
+
+def build_from_model(
+    model: str | Path | ModelChoice | None,
+    rows: Any,
+    out: str | Path,
+    labels: Sequence[Any] | None = None,
+    *,
+    checkpoints: Sequence[str] = (),
+    etas: Sequence[float] = (),
+    columns: ColumnKeywords | None = None,
+    **choices: Unpack[BuildKeywords],
+) -> Index:
+    """See :meth:`~forebear.indexer.index.Index.build`; ``columns`` are its keywords that name columns of the rows."""
+    if not isinstance(model, ModelChoice):
+        model = choose_model(None if model is None else str(model), checkpoints, etas)
+    elif checkpoints or etas:
+        raise InputError("checkpoints or etas are given beside a model that choose_model has chosen. Give them to it.")
+    warn = choices.setdefault("warn", python_warning)
+    warn(model.remark)
+    source = model.open_rows(rows, labels, **(columns or {}))
+    if source is not rows:
+        for remark in source.remarks():
+            warn(remark)
+    warn(model.data_remark(source))
+    how: Any = {name: value for name, value in choices.items() if name in WorkKeywords.__annotations__}
+    given = {name: _tuple_of(value) for name, value in choices.items() if name not in how}
+    if unknown := sorted(set(given) - {field.name for field in fields(BuildOptions)}):
+        raise TypeError(f"Index.build() got an unexpected keyword argument {unknown[0]!r}")
+    run = {"max_length": model.max_length, "label_mode": model.label_mode}
+    options = BuildOptions(**run | given)
+    return build_index(source, out, model.checkpoints, options, **how)
+
+
+def _tuple_of(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _build(

@@ -17,7 +17,7 @@ import numpy as np
 
 from forebear.errors import CorruptIndexError, InputError, MismatchError, OutputExistsError
 from forebear.indexer.building.finish import finish
-from forebear.indexer.building.options import Work, WorkKeywords
+from forebear.indexer.building.options import Work
 from forebear.indexer.building.shards import (
     ShardWriter,
     as_begun,
@@ -30,6 +30,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.spans.finders import check_same_finder
+from forebear.indexer.storage.choices import WorkKeywords
 from forebear.indexer.storage.journal import begin_change, check_change, unfinished, was_done
 from forebear.indexer.storage.layout import LOCK_NAME
 from forebear.indexer.storage.locks import exclusive
@@ -69,7 +70,7 @@ def append_rows(
         OutputExistsError: The rows are there already, or another change is unfinished.
         InUseError: Another process is writing there.
     """
-    folder, work = Path(folder), Work(**how, device=device)
+    folder, work = Path(folder), Work.of(how, device)
     Index.open(folder)  # no lock is left where no index is
     with exclusive(folder / LOCK_NAME, str(folder)):
         index = Index.open(folder)
@@ -149,7 +150,7 @@ def retire_rows(
         OutputExistsError: Another change is unfinished.
         InUseError: Another process is writing there.
     """
-    folder, work = Path(folder), Work(**how)
+    folder, work = Path(folder), Work.of(how)
     Index.open(folder)
     with exclusive(folder / LOCK_NAME, str(folder)):
         index = Index.open(folder)
@@ -197,7 +198,7 @@ def rebuild_ann(
         OutputExistsError: Another change is unfinished.
         InUseError: Another process is writing there.
     """
-    folder, work = Path(folder), Work(**how)
+    folder, work = Path(folder), Work.of(how)
     Index.open_without_derived(folder)
     with exclusive(folder / LOCK_NAME, str(folder)):
         old = Index.open_without_derived(folder)

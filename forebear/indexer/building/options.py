@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,10 +14,10 @@ from forebear.indexer.curvature.head import absolute_damping
 from forebear.indexer.sketches.projector import BASES
 from forebear.indexer.spans.finders import span_finder
 from forebear.indexer.storage.ann import check_factory
-from forebear.indexer.storage.choices import Choices
+from forebear.indexer.storage.choices import Choices, WorkKeywords
 from forebear.indexer.storage.manifest import Manifest
 from forebear.indexer.words.gradients import PRECISIONS
-from forebear.progress import Progress, Tell, ignore_warning, no_progress, say_nothing
+from forebear.progress import Progress, Tell, ignore_warning, no_progress, progress_of, say_nothing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -94,16 +94,6 @@ class BuildOptions(Choices):
         check_factory(self.ann)
 
 
-class WorkKeywords(TypedDict, total=False):
-    """Keywords of everything that writes an index; see :class:`Work`."""
-
-    resume: bool
-    force: bool
-    warn: Callable[[str | None], None]
-    tell: Tell
-    progress: Progress
-
-
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """How a build or a change is done, whatever it is.
@@ -123,3 +113,9 @@ class Work:
     tell: Tell = say_nothing
     progress: Progress = no_progress
     device: str = "auto"
+
+    @classmethod
+    def of(cls, how: WorkKeywords, device: str = "auto") -> Self:
+        """From the keywords of a function; ``progress=True`` is the usual bar."""
+        given: dict[str, Any] = {**how, "progress": progress_of(how.get("progress", False)), "device": device}
+        return cls(**given)

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from forebear.errors import CorruptIndexError, InputError
 from forebear.indexer.building.finish import calibration_by, finish
-from forebear.indexer.building.options import BuildOptions, Work, WorkKeywords
+from forebear.indexer.building.options import BuildOptions, Work
 from forebear.indexer.building.shards import OnRows, as_begun, checkpoints_now, load_checked
 from forebear.indexer.gradients.earlier_rows import EarlierSpans, LabelledRows, copy_repeats, note_rows
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
@@ -30,6 +30,7 @@ from forebear.indexer.sketches.sketch import Sketcher
 from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.store import masked_pass, note_spans, write_span_sketches
 from forebear.indexer.storage.arrow import write_columns
+from forebear.indexer.storage.choices import WorkKeywords
 from forebear.indexer.storage.journal import begin_change, check_change, unfinished, was_done
 from forebear.indexer.storage.layout import LOCK_NAME, span_gradients
 from forebear.indexer.storage.locks import exclusive
@@ -66,7 +67,7 @@ def refit_index(
         OutputExistsError: Another change is unfinished, or this one without ``resume``.
         InUseError: Another process is writing there.
     """
-    folder, work = Path(folder), Work(**how, device=device)
+    folder, work = Path(folder), Work.of(how, device)
     Index.open(folder)
     with exclusive(folder / LOCK_NAME, str(folder)):
         index = Index.open(folder)

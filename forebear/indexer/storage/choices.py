@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypedDict
+
+from forebear.progress import Progress, Tell
 
 
 def _of_part(part: str, default: Any, *, unused: Any, since_first: bool = False) -> Any:
@@ -82,6 +85,48 @@ class Choices:
         values = {f.name: f.metadata["unused"] for f in fields(Choices) if "part" in f.metadata} | self.in_use()
         curvature = "ekfac" if self.whitened else "none"
         return values | {"words_tops": tuple(sorted(values["words_tops"])), "curvature": curvature}
+
+
+class WorkKeywords(TypedDict, total=False):
+    """Keywords of everything that writes an index; see :class:`~forebear.indexer.building.options.Work`."""
+
+    resume: bool
+    force: bool
+    warn: Callable[[str | None], None]
+    tell: Tell
+    progress: Progress | bool
+
+
+class BuildKeywords(WorkKeywords, total=False):
+    """The fields of :class:`~forebear.indexer.building.options.BuildOptions`, and those of a build's work, as keywords.
+
+    What :meth:`Index.build` takes, for type checkers.
+    """
+
+    label_mode: str | None
+    max_length: int | None
+    precision: str
+    stores: Sequence[str]
+    words_tops: Sequence[int]
+    words_precision: str
+    spans: str | None
+    span_column: int
+    scopes: Sequence[str]
+    sketch_dim: int
+    sketch_bits: int
+    white_bits: int
+    sketch_basis: str
+    with_bias: bool
+    curvature: str
+    dampings: Sequence[str]
+    rep_refit: bool
+    ann: str | None
+    seed: int
+    batch_tokens: int
+    shard_rows: int
+    calibration_queries: int
+    sentence_model: str
+    device: str
 
 
 # What a manifest without the field means, of those that came after the first indexes were written.

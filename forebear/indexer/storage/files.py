@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from forebear.display import facts_table
 from forebear.errors import CorruptIndexError, InputError
 from forebear.indexer.storage.arrow import MEND, RowMatrix, column, file_sha256, read_batches
 from forebear.indexer.storage.layout import JOURNAL_NAME, MANIFEST_NAME
@@ -36,6 +37,26 @@ class IndexFiles:
         self._check = check
         self._checked: set[str] = set()
         self._cache: dict[Any, Any] = {}
+
+    def _facts(self) -> dict[str, object]:
+        """What is said of the index where it is shown."""
+        spec = self.manifest.spec
+        return {
+            "rows": f"{self.manifest.n_live:,}"
+            + (f" ({self.manifest.n_retired:,} more are retired)" if self.manifest.n_retired else ""),
+            "text columns": ", ".join(spec.text_columns),
+            "classes": ", ".join(spec.label_names),
+            "checkpoints": ", ".join(c.name for c in self.manifest.checkpoints),
+            "stores": ", ".join(spec.stores),
+            "scopes": ", ".join(spec.scopes),
+        }
+
+    def __repr__(self) -> str:
+        facts = "; ".join(f"{name}: {value}" for name, value in self._facts().items())
+        return f"<{type(self).__name__} {str(self.folder)!r}: {facts}>"
+
+    def _repr_html_(self) -> str:
+        return facts_table(f"{type(self).__name__} {self.folder}", self._facts())
 
     @classmethod
     def open(cls, folder: str | Path, *, check: bool = True) -> Self:

@@ -37,7 +37,7 @@ from forebear.indexer.training.options import TrainOptions
 from forebear.indexer.training.run import Run
 from forebear.indexer.training.run_folder import check_out, clear_out
 from forebear.indexer.training.start import freeze_below, load_start
-from forebear.progress import Progress, ignore_warning, no_progress
+from forebear.progress import Progress, ignore_warning, no_progress, progress_of
 
 __all__ = ["TrainOptions", "fine_tune", "train"]
 
@@ -53,7 +53,7 @@ def train(
     *,
     dev: RowSource | None = None,
     force: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress | bool = no_progress,
     warn: Callable[[str | None], None] = ignore_warning,
 ) -> Run:
     """Fine-tune a classifier on labelled rows and write the run folder.
@@ -68,7 +68,7 @@ def train(
         options: Default :class:`TrainOptions`.
         dev: Rows on which each checkpoint's accuracy is recorded, in the precision of the training.
         force: Replace an earlier run in ``out``; only files of such a run are removed.
-        progress: Told of each stage (``reading rows``, ``training``, ``evaluating``).
+        progress: Told of each stage (``reading rows``, ``training``, ``evaluating``); True: the usual bar.
         warn: Told before the first step where many words are unknown to the tokenizer, or many rows are cut.
 
     Returns:
@@ -88,7 +88,7 @@ def train(
     check_out(folder, force)
     with exclusive(folder / LOCK_NAME, str(folder)):
         check_out(folder, force)
-        return _train(source, model, folder, options, dev, progress, warn)
+        return _train(source, model, folder, options, dev, progress_of(progress), warn)
 
 
 def _train(

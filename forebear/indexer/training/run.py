@@ -7,16 +7,28 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from forebear.errors import DataError, InputError
 from forebear.indexer.model.pretrained import stored_class_names, trainer_checkpoints, trainer_rates
-from forebear.indexer.rows.row_source import RowSource
+from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
 from forebear.indexer.storage.atomic import write_bytes
 from forebear.indexer.storage.manifest import Checkpoint
 from forebear.wording import worded
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 RUN_NAME = "run.json"
+
+
+class ColumnKeywords(TypedDict, total=False):
+    """Which columns of rows are meant; see :func:`~forebear.indexer.rows.row_source.open_rows`."""
+
+    text_columns: Sequence[str] | None
+    label_column: str | None
+    label_names: Sequence[str] | None
+    unlabelled: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +127,41 @@ class ModelChoice:
     def class_names(self) -> tuple[str, ...]:
         """The model's class names, as the run or its own files say; none where they cannot be read."""
         return self.run.label_names if self.run is not None else stored_class_names(self.checkpoints[-1].path)
+
+    def open_rows(self, rows: Any, labels: Sequence[Any] | None = None, **columns: Unpack[ColumnKeywords]) -> RowSource:
+        """The training rows: opened by the columns that the run read, where they are there and no others are named.
+
+        Args:
+            rows: A path, hub name or table, as :func:`~forebear.indexer.rows.row_source.open_rows` takes; or texts, or
+                pairs of texts; or rows that are open already, which stay as they are.
+            labels: Of texts and pairs: one each.
+            **columns: As of :func:`~forebear.indexer.rows.row_source.open_rows`.
+
+        Raises:
+            InputError: Texts without labels, or labels for rows that have their own.
+            DataError: The rows cannot be read as labelled text.
+        """
+        if isinstance(rows, (list, tuple)):
+            if labels is None:
+                raise InputError("the training rows are texts without labels. Give labels, one a text.")
+            names = {key: columns.get(key) for key in ("text_columns", "label_names")}
+            return rows_from_texts(rows, labels, classes=self.class_names(), **names)  # type: ignore[arg-type]
+        if labels is not None:
+            raise InputError("labels are given for rows that have their own. Give labels for a list of texts alone.")
+        if isinstance(rows, RowSource):
+            return rows
+        columns["text_columns"] = columns.get("text_columns") or self.columns_in(rows)
+        return open_rows(rows, need_labels=True, classes=self.class_names(), **columns)
+
+    def columns_in(self, rows: Any) -> tuple[str, ...] | None:
+        """The run's text columns, where some rows have them; else they are found by name."""
+        if self.text_columns is None:
+            return None
+        try:
+            open_rows(rows, text_columns=self.text_columns)
+        except DataError:
+            return None
+        return self.text_columns
 
     def data_remark(self, source: RowSource) -> str | None:
         """One line if rows are not those that the run was trained on, by their digest; None if they are, or no run is.

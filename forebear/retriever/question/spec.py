@@ -7,11 +7,12 @@ what means nothing or what the index cannot answer. All that is below takes the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from forebear.display import facts_table
 from forebear.errors import InputError
 from forebear.indexer.index import Index
 from forebear.indexer.spans.finders import GIVEN, check_same_finder, span_finder
@@ -20,9 +21,36 @@ from forebear.indexer.storage.manifest import canonical_json
 from forebear.retriever.question.inverse import CurvatureSpec
 from forebear.retriever.question.methods import Method, Searched, pick_methods
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Exactness = Literal["none", "rerank", "full"]
 DEFAULT_METHODS = ("gc",)
 RECALL = 0.98
+
+
+class QueryChoices(TypedDict, total=False):
+    """The fields of :class:`QuerySpec` as keywords: what :meth:`Retriever.retrieve` takes, for type checkers."""
+
+    methods: Sequence[str]
+    top: int
+    target: str
+    exact: Exactness
+    scope: str
+    recall: float
+    candidates: int | None
+    normalise: bool
+    spans: str | None
+    query_spans: str | None
+    word: str | None
+    span_column: int | None
+    aggregate: bool
+    certify: bool
+    curvature: str | None
+    damping: str | None
+    curvature_rows: int
+    lissa: str
+    tolerance: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +104,14 @@ class QuerySpec:
     curvature_rows: int = CurvatureSpec.rows
     lissa: str = CurvatureSpec.lissa
     tolerance: float = CurvatureSpec.tolerance
+
+    @classmethod
+    def of(cls, spec: QuerySpec | None = None, **choices: Unpack[QueryChoices]) -> QuerySpec:
+        """A spec with some choices made otherwise; None: the default one. One method may be given by its name alone."""
+        if "methods" in choices:
+            methods = choices["methods"]
+            choices["methods"] = (methods,) if isinstance(methods, str) else tuple(methods)
+        return replace(spec or cls(), **choices)  # type: ignore[arg-type]  # methods are a tuple by now
 
     def resolve(self, index: Index) -> Question:
         """This question of an index.
@@ -142,7 +178,7 @@ class QuerySpec:
         return methods
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Question:
     """A spec resolved against an index: every choice is made, and the index can answer it.
 
@@ -157,6 +193,24 @@ class Question:
     spec: QuerySpec
     methods: tuple[Method, ...]
     curvature: CurvatureSpec
+
+    def _shown(self) -> dict[str, object]:
+        """What is said of the question where it is shown: its choices, but for those that nobody made."""
+        default = QuerySpec()
+        chosen = {f.name: getattr(self.spec, f.name) for f in fields(QuerySpec)}
+        always = ("methods", "top", "target", "scope")
+        return {
+            name: ", ".join(value) if isinstance(value, tuple) else value
+            for name, value in chosen.items()
+            if name in always or value != getattr(default, name)
+        }
+
+    def __repr__(self) -> str:
+        choices = ", ".join(f"{name}={value!r}" for name, value in self._shown().items())
+        return f"<Question of {str(self.index.folder)!r}: {choices}>"
+
+    def _repr_html_(self) -> str:
+        return facts_table(f"Question of {self.index.folder}", {**self._shown(), "digest": self.digest})
 
     def of(self, methods: Iterable[Method]) -> Question:
         """The same question of some of its methods."""

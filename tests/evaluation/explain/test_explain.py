@@ -33,14 +33,8 @@ from forebear import (
 )
 from forebear.cli.main import run
 from forebear.cli.screen import console
-from forebear.evaluation.explain.explanation import (
-    FORMULAS,
-    Explanation,
-    FoundRow,
-    chosen_methods,
-    default_methods,
-    explain,
-)
+from forebear.evaluation.explain.explaining import chosen_methods, default_methods, explain
+from forebear.evaluation.explain.explanation import FORMULAS, Explanation, FoundRow
 from forebear.evaluation.explain.marks import Piece, list_words, locate, mark, shorten, write_alike
 from forebear.evaluation.explain.page import check_page, render_page, write_page
 from forebear.indexer.model.classifier import Classifier

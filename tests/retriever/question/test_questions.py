@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import labels
+from places import ROOT
 from tiny import sentences, write_jsonl
 
 from forebear import Index, QuerySpec, Retriever
 from forebear.cli.main import run
+from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import provenance, question_record
 from forebear.evaluation.common.queries import Queries, score_queries
 from forebear.indexer.curvature.solvers import HAN20
 from forebear.indexer.spans.text import Span
+from forebear.retriever.question.spec import QueryChoices
 from forebear.retriever.ranking import Ranking, join
 
 
@@ -103,6 +111,63 @@ def test_the_command_line_and_python_give_one_question_one_digest(bert_world, tm
     table = bert_world.retriever.retrieve(bert_world.queries, methods=("if",), top=4, **choices)
     in_python = json.loads(table.schema.metadata[b"forebear"])
     assert by_command["query_digest"] == in_python["query_digest"]
+
+
+# ---------------------------------------------------------------- typed keywords
+
+
+def test_keywords_of_a_question_are_the_fields_of_its_spec():
+    """Of the same types; but methods may be any sequence."""
+    keywords, spec = get_type_hints(QueryChoices), get_type_hints(QuerySpec)
+    assert list(keywords) == [field.name for field in fields(QuerySpec)]
+    assert keywords.pop("methods") == Sequence[str]
+    assert all(keywords[name] == spec[name] for name in keywords)
+
+
+def test_a_spec_and_keywords_make_one_question(bert_world):
+    retriever, queries = bert_world.retriever, bert_world.queries[:2]
+    spec = QuerySpec(methods=("gd", "gc"), top=3)
+    assert retriever.retrieve(queries, spec=spec).equals(retriever.retrieve(queries, methods=["gd", "gc"], top=3))
+    assert retriever.retrieve(queries, spec=spec, methods="gd").equals(
+        retriever.retrieve(queries, methods=("gd",), top=3)
+    )
+    np.testing.assert_array_equal(
+        retriever.scores(queries, spec=QuerySpec(methods=("if",), damping="2x")),
+        retriever.scores(queries, "if", damping="2x"),
+    )
+    with pytest.raises(InputError, match="scores are of one method, not of 2"):
+        retriever.scores(queries, spec=spec)
+    with pytest.raises(TypeError, match="methdos"):
+        retriever.retrieve(queries, methdos=["gd"])
+
+
+SNIPPET = """
+from forebear import Index, QuerySpec, Retriever
+index = Index.build("model", "train.csv", "out", stores=["features"], max_length=40, progress=True)
+retriever = Retriever(index)
+answers = retriever.retrieve([("a", "b")], methods=["gc", "if"], top=5)
+print(answers.select(["method", "side"]).to_pandas().to_string())
+scores = retriever.scores(["a"], "gd", damping="0.1x")
+retriever.retrieve(["a"], spec=QuerySpec(methods=("gd",)), scope="all")
+"""
+
+
+@pytest.mark.slow
+def test_mypy_takes_what_is_right_and_refuses_a_misspelt_keyword(tmp_path):
+    """By its strict rules, as a user's program is checked."""
+    lines = {"good.py": SNIPPET, "bad.py": SNIPPET + "retriever.retrieve(['a'], methdos=['gd'])\n"}
+    lines["worse.py"] = SNIPPET + "Index.build('m', 'r', 'o', max_lenght=3)\nretriever.scores(['a'], 'gd', top='3')\n"
+    for name, text in lines.items():
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "--strict"]
+    done = subprocess.run(
+        [*command, *map(str, map(tmp_path.joinpath, lines))], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    errors = sorted(line for line in done.stdout.splitlines() if "error:" in line)
+    assert [Path(line.split(":")[0]).name for line in errors] == ["bad.py", "worse.py", "worse.py"], done.stdout
+    assert "methdos" in errors[0]
+    assert any("max_lenght" in line for line in errors)
+    assert any('"top" to "scores"' in line for line in errors)
 
 
 # ---------------------------------------------------------------- residuals

@@ -84,17 +84,18 @@ def has_negation(text: str) -> bool:
     return _NEGATION.search(text) is not None
 
 
-def user_feature(given: str, text_columns: Sequence[str]) -> Feature:
+def user_feature(given: str | Callable[[dict[str, str]], float], text_columns: Sequence[str]) -> Feature:
     """A user's function from a row, a dictionary of its texts by column, to a number.
 
     Args:
-        given: ``FILE.py:function``.
+        given: The function, or ``FILE.py:function``.
         text_columns: Those of the index, the dictionary's keys.
 
     Raises:
         InputError: It cannot be loaded; later on, it fails on a row or returns no finite number.
     """
-    function = load_function(given, "--feature")
+    function = load_function(given, "--feature") if isinstance(given, str) else given
+    given = given if isinstance(given, str) else getattr(given, "__name__", repr(given))
 
     def values(texts: Sequence[Sequence[str]], rows: np.ndarray) -> np.ndarray:
         out = np.empty(len(rows))

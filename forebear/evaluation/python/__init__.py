@@ -1,0 +1,1 @@
+"""What Python callers import: explanations, saliency, audits and evaluations as functions."""

@@ -1,0 +1,302 @@
+"""Audits of a model's training rows; each asks what a command of ``forebear audit`` asks.
+
+Every function takes a :class:`~forebear.Retriever` (or an index, or its folder) first, and gives a
+:class:`~forebear.evaluation.python.opening.Finding`: ``.found`` the numbers, ``.report`` the page, ``.result`` the
+numbers as plain values, ``.write(folder)``. Test rows are a RowSource, a path, or a list of texts or of pairs.
+``progress=True`` draws the usual bar. ``spec`` and further keywords are the choices of a :class:`~forebear.QuerySpec`.
+
+    >>> from forebear import Retriever, audits
+    >>> retriever = Retriever("runs/demo/index")
+    >>> audits.suspects(retriever, n_listed=20).write("runs/suspects")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from forebear.errors import InputError
+from forebear.evaluation.audits.artifacts import hans as of_hans
+from forebear.evaluation.audits.artifacts.features import (
+    Feature,
+    measure,
+    negation_feature,
+    overlap_feature,
+    user_feature,
+)
+from forebear.evaluation.audits.artifacts.regression import ArtifactRegression, regress_artifact
+from forebear.evaluation.audits.artifacts.regression_report import artifact_report
+from forebear.evaluation.audits.rows import duplicates as of_duplicates
+from forebear.evaluation.audits.rows import errors as of_errors
+from forebear.evaluation.audits.rows import hubs as of_hubs
+from forebear.evaluation.audits.rows import suspects as of_suspects
+from forebear.evaluation.common.queries import sample_queries
+from forebear.evaluation.python.opening import (
+    Asked,
+    Finding,
+    Rows,
+    finding,
+    question_of,
+    retriever_of,
+    sampled,
+    tested_rows,
+)
+from forebear.progress import Progress, progress_of
+from forebear.retriever.question.spec import QueryChoices, QuerySpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["artifact", "duplicates", "errors", "hans", "hubs", "negation", "overlap", "suspects"]
+COMMAND = "forebear.audits.{}(...) in Python"
+
+
+def hans(
+    retriever: Asked,
+    rows: Rows,
+    methods: Sequence[str] | None = None,
+    *,
+    top: int = 10,
+    progress: Progress | bool = False,
+) -> Finding[of_hans.HansAudit]:
+    """Do the training rows behind a wrong "entailment" share the lexical-overlap shortcut?
+
+    Args:
+        retriever: Over an index of pairs.
+        rows: Test pairs labelled entailment or non-entailment.
+        methods: None: all that score rows.
+        top: Rows whose overlap is averaged.
+        progress: True, or a function.
+
+    Raises:
+        InputError: The rows or methods do not fit the index.
+        DataError: The rows are not labelled so.
+    """
+    retriever = retriever_of(retriever)
+    source = tested_rows(retriever, rows, need_labels=True)
+    found = of_hans.audit_hans(retriever, source, methods, top=top, progress=progress_of(progress))
+    return finding(found, of_hans.hans_report(found, retriever, source, COMMAND.format("hans")))
+
+
+def overlap(
+    retriever: Asked,
+    rows: Rows,
+    *,
+    n_queries: int = 100,
+    seed: int = 0,
+    progress: Progress | bool = False,
+    spec: QuerySpec | None = None,
+    **choices: Unpack[QueryChoices],
+) -> Finding[ArtifactRegression]:
+    """Are the most influential training rows those of high lexical overlap? See :func:`artifact`; of pairs alone."""
+    retriever = retriever_of(retriever)
+    feature = overlap_feature(retriever.index.manifest.spec.text_columns)
+    return _regress(retriever, rows, feature, n_queries, seed, progress, spec, choices, "overlap")
+
+
+def negation(
+    retriever: Asked,
+    rows: Rows,
+    *,
+    column: str | None = None,
+    n_queries: int = 100,
+    seed: int = 0,
+    progress: Progress | bool = False,
+    spec: QuerySpec | None = None,
+    **choices: Unpack[QueryChoices],
+) -> Finding[ArtifactRegression]:
+    """Are the most influential training rows those with a negation in a text column (None: the last)?
+
+    See :func:`artifact`.
+    """
+    retriever = retriever_of(retriever)
+    feature = negation_feature(retriever.index.manifest.spec.text_columns, column)
+    return _regress(retriever, rows, feature, n_queries, seed, progress, spec, choices, "negation")
+
+
+def artifact(
+    retriever: Asked,
+    rows: Rows,
+    feature: str | Callable[[dict[str, str]], float],
+    *,
+    n_queries: int = 100,
+    seed: int = 0,
+    progress: Progress | bool = False,
+    spec: QuerySpec | None = None,
+    **choices: Unpack[QueryChoices],
+) -> Finding[ArtifactRegression]:
+    """Are the most influential training rows those on which a function is high?
+
+    For each test row, over all training rows: artifact = a z^2 + b z + c, z the z-normalised influence. a above 0: rows
+    of large influence hold more of it than the rest.
+
+    Args:
+        retriever: Over the index.
+        rows: Test rows.
+        feature: From a dictionary of a row's texts, by column, to a number; or ``FILE.py:function``.
+        n_queries: Test rows in the sample; 0: all.
+        seed: Of the sample.
+        progress: True, or a function.
+        spec: The question; ``if`` by default.
+        **choices: Fields of QuerySpec.
+
+    Raises:
+        InputError: A choice that means nothing, or rows that do not fit the index.
+    """
+    retriever = retriever_of(retriever)
+    measured = user_feature(feature, retriever.index.manifest.spec.text_columns)
+    return _regress(retriever, rows, measured, n_queries, seed, progress, spec, choices, "artifact")
+
+
+def suspects(
+    retriever: Asked,
+    *,
+    n_listed: int = 100,
+    n_neighbours: int = 10,
+    spec: QuerySpec | None = None,
+    **choices: Unpack[QueryChoices],
+) -> Finding[of_suspects.Suspects]:
+    """Which training rows may be labelled wrongly? As ``forebear audit mislabelled``; no true label is needed.
+
+    Args:
+        retriever: Over the index.
+        n_listed: Rows in the report.
+        n_neighbours: Of a row, whose labels are compared with its own.
+        spec: The question; ``gd`` and ``if`` by default, and always about the gold label.
+        **choices: Fields of QuerySpec.
+    """
+    retriever = retriever_of(retriever)
+    question = question_of(retriever, spec, choices, ("gd", "if"), target="gold")
+    found = of_suspects.suspects(retriever, question, n_neighbours=n_neighbours)
+    page = of_suspects.suspects_report(found, retriever, question, n_listed, COMMAND.format("suspects"))
+    return finding(found, page)
+
+
+def duplicates(
+    retriever: Asked,
+    rows: Rows | None = None,
+    *,
+    n_listed: int = 100,
+    jaccard: float = 0.8,
+    cosine: float = 0.95,
+    cosine_jaccard: float = 0.5,
+    neighbours: int = 10,
+) -> Finding[list[of_duplicates.DuplicateGroup]]:
+    """Which training rows say the same, and with different labels? Which test rows are among them?
+
+    Args:
+        retriever: Over the index.
+        rows: Test rows that should not be among the training rows; None: none are looked at.
+        n_listed: Groups in the report.
+        jaccard: Least similarity of word sets, 0 to 1.
+        cosine: Least cosine of the features of neighbours, -1 to 1.
+        cosine_jaccard: Least similarity of the word sets of such neighbours, 0 to 1.
+        neighbours: Of a row, by features, that are looked at.
+
+    Raises:
+        InputError: A threshold is out of range.
+    """
+    thresholds = of_duplicates.Thresholds(
+        jaccard=jaccard, cosine=cosine, cosine_jaccard=cosine_jaccard, neighbours=neighbours
+    )
+    thresholds.check()
+    retriever = retriever_of(retriever)
+    queries = None if rows is None else sample_queries(retriever, tested_rows(retriever, rows), 0, 0)
+    found = of_duplicates.duplicates(retriever.index, thresholds)
+    leaked = [] if queries is None else of_duplicates.leaks(retriever.index, queries, thresholds)
+    page = of_duplicates.duplicates_report(
+        found, retriever, thresholds, n_listed, COMMAND.format("duplicates"), queries, leaked
+    )
+    return finding(found, page)
+
+
+def errors(
+    retriever: Asked,
+    rows: Rows,
+    *,
+    n_clusters: int = 1,
+    seed: int = 0,
+    progress: Progress | bool = False,
+    spec: QuerySpec | None = None,
+    **choices: Unpack[QueryChoices],
+) -> Finding[of_errors.Mistakes]:
+    """Which training rows are behind a group of mistakes? One search for each kind of mistake.
+
+    Args:
+        retriever: Over the index.
+        rows: Labelled test rows.
+        n_clusters: Groups that each kind of mistake is parted into, by features; 1: none.
+        seed: Of the clusters.
+        progress: True, or a function.
+        spec: The question, of methods that are linear in the query; ``if`` by default.
+        **choices: Fields of QuerySpec.
+
+    Raises:
+        InputError: A choice that means nothing.
+        DataError: The rows have no labels of the model.
+    """
+    if n_clusters < 1:
+        raise InputError(f"--clusters {n_clusters}: expected at least 1.")
+    retriever = retriever_of(retriever)
+    question = question_of(retriever, spec, choices, ("if",), aggregate=True)
+    source = tested_rows(retriever, rows, need_labels=True)
+    found = of_errors.mistakes_of(retriever, source, progress=progress_of(progress))
+    groups = of_errors.group_mistakes(found, retriever.label_names, n_clusters, seed)
+    answers = of_errors.explain_groups(retriever, found, groups, question)
+    page = of_errors.errors_report(found, groups, answers, retriever, question, seed, COMMAND.format("errors"))
+    return finding(found, page)
+
+
+def hubs(
+    retriever: Asked,
+    rows: Rows | None = None,
+    *,
+    n_queries: int = 500,
+    n_listed: int = 20,
+    seed: int = 0,
+    progress: Progress | bool = False,
+    spec: QuerySpec | None = None,
+    **choices: Unpack[QueryChoices],
+) -> Finding[of_hubs.Hubs]:
+    """Which training rows come up whatever is asked? Share of reference queries by row, and hubness.
+
+    Args:
+        retriever: Over the index.
+        rows: Test rows; None: the training rows themselves, each without its own place.
+        n_queries: Rows in the sample; 0: all.
+        n_listed: Rows in the report, for each method.
+        seed: Of the sample.
+        progress: True, or a function.
+        spec: The question; by default of all methods that score rows.
+        **choices: Fields of QuerySpec.
+    """
+    retriever = retriever_of(retriever)
+    question = question_of(retriever, spec, choices)
+    if rows is None:
+        queries = of_hubs.training_queries(retriever, n_queries, seed)
+    else:
+        queries = sampled(retriever, rows, question, n_queries, seed)
+    found = of_hubs.hubs(retriever, queries, question, progress=progress_of(progress))
+    page = of_hubs.hubs_report(found, retriever, queries, question, seed, n_listed, COMMAND.format("hubs"))
+    return finding(found, page)
+
+
+def _regress(
+    retriever: Asked,
+    rows: Rows,
+    feature: Feature,
+    n_queries: int,
+    seed: int,
+    progress: Progress | bool,
+    spec: QuerySpec | None,
+    choices: QueryChoices,
+    name: str,
+) -> Finding[ArtifactRegression]:
+    """Regress a feature of training rows on their influence."""
+    retriever = retriever_of(retriever)
+    question = question_of(retriever, spec, choices, ("if",))
+    values = measure(retriever.index, feature)
+    queries = sampled(retriever, rows, question, n_queries, seed)
+    found = regress_artifact(retriever, queries, question, values, progress=progress_of(progress))
+    page = artifact_report(found, feature, values, retriever, queries, question, seed, COMMAND.format(name))
+    return finding(found, page)
