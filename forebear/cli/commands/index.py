@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from forebear.cli.options.building import ChangeOptions, CheckpointOptions, ChoiceOptions, row_numbers
-from forebear.cli.options.groups import Options, grouped
+from forebear.cli.options.groups import Options, Shown, grouped
 from forebear.cli.options.report import Quiet
 from forebear.cli.options.rows import ColumnOptions, Train
 from forebear.cli.screen.console import Command, listed, progress_bar, say, size, warn
@@ -90,7 +90,7 @@ def register(app: typer.Typer) -> None:
     app.command("index", help=HELP, cls=Command)(index)
 
 
-@grouped()
+@grouped(max_length=Shown("the run's, else the model's limit, at most 512"))
 def index(
     ctx: typer.Context,
     place: OutOptions,

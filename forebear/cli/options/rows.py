@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from forebear.indexer.rows.row_source import RowSource
     from forebear.retriever.retriever import Retriever
 
-TEST = typer.Option("--test", help="Test rows: a file, a save_to_disk folder or a hub name.", show_default=False)
+TEST = typer.Option(
+    "--test",
+    help="Test rows: a file, a save_to_disk folder or a hub name. Cut at the index's --max-length.",
+    show_default=False,
+)
 LabelNames = Annotated[
     list[str] | None,
     typer.Option(

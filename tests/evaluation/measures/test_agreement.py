@@ -88,7 +88,7 @@ def test_semantic_agreement_is_that_of_a_slow_loop(bert_world, plain):
     for q, text in enumerate(bert_world.queries):
         label = bert_world.retriever.label_names.index(predicted[q])
         whole, part = plain.e(text), plain.e(text, plain.own_word(text, label))
-        for i, method in enumerate(spec.methods):
+        for i, method in enumerate(spec.spec.methods):
             mine = [r for r in results if (r["query"], r["method"]) == (q, method)]
             assert [r["rank"] for r in mine] == [1, 2, 3, 4, 5]
             each = []
@@ -107,10 +107,10 @@ def test_label_agreement_counts_labels_of_the_target(bert_world):
     for target in ("predicted", "gold"):
         found, _, spec = measured(bert_world, "label", target=target)
         source = rows_from_texts(bert_world.queries, bert_world.query_labels)
-        ask = {"methods": spec.methods, "top": K[-1], "spans": "words", "target": target}
+        ask = {"methods": spec.spec.methods, "top": K[-1], "spans": "words", "target": target}
         results = [r for r in bert_world.retriever.retrieve(source, **ask).to_pylist() if r["side"] == "proponent"]
         for q in range(len(bert_world.queries)):
-            for i, method in enumerate(spec.methods):
+            for i, method in enumerate(spec.spec.methods):
                 mine = [r["label"] == r["target"] for r in results if (r["query"], r["method"]) == (q, method)]
                 assert found.values[q, i].tolist() == [100 * sum(mine[:k]) / k for k in K]
             y = bert_world.query_labels[q] if target == "gold" else int(found.targets[q])

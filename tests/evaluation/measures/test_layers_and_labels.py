@@ -339,7 +339,7 @@ def test_self_influence_is_the_score_with_oneself(bert_world, tmp_path):
     chosen = choose_model(None, bert_world.models, bert_world.etas).checkpoints
     retriever = Retriever(build_index(source, tmp_path / "i", chosen, options))
     for scope in ("head", "top-1"):
-        found = self_influence(retriever.index, QuerySpec(methods=("gd", "if", "tracin"), scope=scope))
+        found = self_influence(retriever.resolve(QuerySpec(methods=("gd", "if", "tracin"), scope=scope)))
         for name, values in found.items():
             for c in (0, 1):
                 asked = [n for n in range(N_ROWS) if bert_world.labels[n] == c]
@@ -348,7 +348,7 @@ def test_self_influence_is_the_score_with_oneself(bert_world, tmp_path):
                 np.testing.assert_allclose(values[asked], scores[np.arange(len(asked)), asked], rtol=2e-3, atol=1e-6)
     for name in ("gc", "rif", "nn-dot", "rep", "tracin-we", "if++"):
         with pytest.raises(InputError, match="not stored"):
-            self_influence(retriever.index, QuerySpec(methods=(name,)))
+            self_influence(retriever.resolve(QuerySpec(methods=(name,))))
 
 
 def test_auc_is_scikit_learns_with_ties():

@@ -524,7 +524,7 @@ def test_what_the_index_does_not_hold_is_refused_with_the_option_that_builds_it(
         retriever.retrieve(["a film"], methods=["tracin-layer:bert.pooler.dense"])
     with pytest.raises(MissingStoreError, match=r"damping 0\.1x .*, not 7"):
         retriever.retrieve(["a film"], methods=["if"], scope="all", damping="7")
-    with pytest.raises(InputError, match="curvature="exact" is for scope head"):
+    with pytest.raises(InputError, match='curvature="exact" is for scope head'):
         retriever.retrieve(["a film"], methods=["if"], scope="all", curvature="exact")
     with pytest.raises(InputError, match="curvature='kfac'"):
         retriever.retrieve(["a film"], methods=["if"], curvature="kfac")
