@@ -347,7 +347,7 @@ def test_self_influence_is_the_score_with_oneself(bert_world, tmp_path):
                 scores = retriever.scores(texts, name, target=retriever.label_names[c], scope=scope)
                 np.testing.assert_allclose(values[asked], scores[np.arange(len(asked)), asked], rtol=2e-3, atol=1e-6)
     for name in ("gc", "rif", "nn-dot", "rep", "tracin-we", "if++"):
-        with pytest.raises(InputError, match="not stored|holds no words"):
+        with pytest.raises(InputError, match=r"not stored|holds no words"):
             self_influence(retriever.resolve(QuerySpec(methods=(name,))))
 
 
