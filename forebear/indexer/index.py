@@ -50,8 +50,8 @@ class Index(IndexFiles):
     """An index folder, open for reading; see :class:`IndexFiles` for how its files are checked.
 
     Attributes:
-        folder: Where it is.
-        manifest: What it holds.
+        folder: The index folder.
+        manifest: The manifest that is in force.
     """
 
     @classmethod
@@ -133,7 +133,7 @@ class Index(IndexFiles):
             )
 
     def scope(self, classifier: Classifier, name: str) -> Scope:
-        """The parameters of a scope of a checkpoint, as the index takes them: beyond the head perhaps with biases."""
+        """The parameters of a scope at a checkpoint; a scope beyond the head has biases if the spec says so."""
         return scope_of(classifier, name, with_bias=self.manifest.spec.with_bias and name != HEAD)
 
     def gradients(
@@ -142,10 +142,11 @@ class Index(IndexFiles):
         """Sketches and exact norms of every row over a sketched scope.
 
         Args:
-            scope: Beyond the head.
-            checkpoint: The last by default.
-            damping: Number of a stored damping: the sketches of gradients whitened with it, at the last checkpoint.
-            spans: Of what every span adds to its row's gradient, at the last checkpoint.
+            scope: Name of a scope beyond the head.
+            checkpoint: Position of the checkpoint, the last by default.
+            damping: Number of a stored damping; the sketches are then those of gradients whitened with it, at the last
+                checkpoint. None: gradients as they are.
+            spans: Whether the sketches are those of what every span adds to its row's gradient, at the last checkpoint.
         """
         self.check_scope(scope)
         kind = gradient_folder(scope, self.manifest.checkpoints[checkpoint].name, damping)
@@ -172,7 +173,7 @@ class Index(IndexFiles):
         return self.spans().entries_of(self.live)
 
     def gradient_store(self, kind: str, *, spans: bool = False) -> GradientStore:
-        """Sketches in the folder of one representation: those of rows, or of what their spans add."""
+        """Sketches of one representation, by its folder: of the rows' gradients, or of what spans add to them."""
         key = ("gradients", kind, spans)
         if key not in self._cache:
             shards = self._shards(self.manifest.fitted_name(span_gradients(kind) if spans else kind))
@@ -222,20 +223,21 @@ class Index(IndexFiles):
         return number, float(stored[number]["damping"])
 
     def calibrated(self, scope: str, method: str) -> dict[str, Any] | None:
-        """What calibration found for a method at a scope beyond the head; None: it was not calibrated."""
-        found = self.manifest.calibration.get(scope, {}).get("methods", {}).get(method)
-        return None if found is None else dict(found)
+        """The facts of a method's calibration at a scope beyond the head; None if it was not calibrated."""
+        facts = self.manifest.calibration.get(scope, {}).get("methods", {}).get(method)
+        return None if facts is None else dict(facts)
 
     def proposal(self, scope: str, method: str, *, cosine: bool) -> Proposal:
         """How a method's candidates are chosen at a scope.
 
-        Calibrated; or else with all of the code's estimate for cosines and none for dots, whose largest rows lie well
-        along the coordinates, and without a margin.
+        A calibrated method has the code weight and the margin that calibration chose. Without calibration there is no
+        margin; cosines count the code's estimate in full and dot products do not count it, because the rows with the
+        largest dot products lie well along the coordinates.
         """
-        found = self.calibrated(scope, method)
-        if found is None:
+        calibrated = self.calibrated(scope, method)
+        if calibrated is None:
             return Proposal(cosine, 1.0 if cosine else 0.0)
-        return Proposal(cosine, float(found["code_weight"]), float(found["margin"]))
+        return Proposal(cosine, float(calibrated["code_weight"]), float(calibrated["margin"]))
 
     def text_column(self, name: str) -> int:
         """Number of a text column.
@@ -249,9 +251,9 @@ class Index(IndexFiles):
         return names.index(name)
 
     def word_files(self, kind: str) -> list[str]:
-        """Files of one word store, in the order of its parts; none before it is merged."""
-        found = [name for name in self.manifest.files if name.startswith(f"{kind}/")]
-        return sorted(found, key=lambda name: PARTS.index(Path(name).name.split("-")[0]))
+        """Files of one word store, in the order of :data:`PARTS`; an empty list before the store is merged."""
+        names = [name for name in self.manifest.files if name.startswith(f"{kind}/")]
+        return sorted(names, key=lambda name: PARTS.index(Path(name).name.split("-")[0]))
 
     def words(self, top: int, checkpoint: int = -1) -> WordStore:
         """Words of every row at a checkpoint, of all positions (``top`` 0) or of the longest gradients.
@@ -299,7 +301,7 @@ class Index(IndexFiles):
         return self._cache["token counts"]
 
     def row_metadata(self) -> list[dict[bytes, bytes]]:
-        """What each shard of rows says beside its columns."""
+        """Schema metadata of each shard of ``rows/``."""
         return [batch.schema.metadata or {} for batch in self._shards("rows")]
 
     def _row_column(self, name: str) -> np.ndarray:
@@ -334,7 +336,7 @@ class Index(IndexFiles):
         return self.row_texts.columns(rows)
 
     def text_lists(self, rows: np.ndarray) -> list[list[str]]:
-        """The same as lists, in the order of encoding: what the pass takes."""
+        """Texts of the given rows: one list a text column, in the order of encoding, as the pass takes them."""
         return [text_list(column) for column in self.texts(rows).values()]
 
     @cached_property
@@ -422,11 +424,11 @@ class Index(IndexFiles):
 
 
 def _damping_number(stored: list[dict[str, Any]], given: str | None, holder: str) -> int:
-    """Position of the damping that was asked for; 0 by default."""
-    for i, one in enumerate(stored):
-        if given is None or given == one["given"] or _same_number(given, one["damping"]):
+    """Position of the stored damping that ``given`` names, such as ``0.1x``; 0 by default."""
+    for i, facts in enumerate(stored):
+        if given is None or given == facts["given"] or _same_number(given, facts["damping"]):
             return i
-    names = ", ".join(f"{one['given']} (= {one['damping']:.6g})" for one in stored)
+    names = ", ".join(f"{facts['given']} (= {facts['damping']:.6g})" for facts in stored)
     raise MissingStoreError(
         f"{holder} at damping {names}, not {given}. "
         "Query with a stored one, or build the index with --damping naming both.",

@@ -1,4 +1,4 @@
-"""FAISS behind one door: which build is there, which index type fits, how it is written and read.
+"""All use of FAISS: which build is installed, which index type fits, how an index is written and read.
 
 ``faiss-cpu`` and ``faiss-gpu`` are two builds of one package that exclude each other (``forebear[cpu]`` and
 ``forebear[gpu]``); nothing outside this module knows which one is installed.
@@ -55,7 +55,7 @@ def check_factory(factory: str | None) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """What FAISS says, without its C++ call."""
+    """FAISS' message, without the C++ function and line that it begins with."""
     return re.sub(r"^Error in .* at \S+:\d+: ", "", str(error).strip().splitlines()[-1])
 
 
@@ -79,7 +79,7 @@ def choose_factory(n_rows: int, dim: int) -> str:
 
 
 def _divisor_near(number: int, wanted: int) -> int:
-    """The even-sized split of ``number`` closest to ``wanted`` parts (PQ needs a divisor)."""
+    """The divisor of ``number`` closest to ``wanted`` (PQ cuts a vector into parts of equal size)."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     return min(divisors, key=lambda d: abs(d - wanted))
 
@@ -130,7 +130,7 @@ class Vectors:
 
     @property
     def width(self) -> int:
-        """d."""
+        """Width d of the vectors."""
         return self._matrix.width
 
     def take(self, positions: np.ndarray) -> np.ndarray:
@@ -198,14 +198,14 @@ def build_ann(vectors: Vectors, metric: str, factory: str | None, seed: int) -> 
 def _calibrate(
     built: Any, vectors: Vectors, metric: str, name: str, rng: np.random.Generator
 ) -> tuple[AnnIndex, float, int]:
-    """The cheapest settings that reach the recall target, the recall that they give for other rows, and how many."""
+    """The cheapest settings that reach the recall target, their recall for other queries, and the number of these."""
     if name == "Flat":
         return AnnIndex(built, metric, True, 0, 2), 1.0, 0
     n_lists = int(import_faiss().extract_index_ivf(built).nlist) if "IVF" in name else 0
     if len(vectors) == 1:
         return AnnIndex(built, metric, False, n_lists, 4), 1.0, 0
     positions = rng.permutation(len(vectors))[:_CALIBRATION_QUERIES]
-    choosing, stating = (np.sort(some) for some in np.array_split(positions, 2))
+    choosing, stating = (np.sort(half) for half in np.array_split(positions, 2))
     top = min(CALIBRATION_TOP, len(vectors) - 1)
 
     def recall_over(positions: np.ndarray, sign: int = 1) -> Callable[[AnnIndex], float]:
@@ -213,8 +213,9 @@ def _calibrate(
         truth = _nearest(vectors, queries, positions, metric, top)
 
         def recall(ann: AnnIndex) -> float:
-            _, found = ann.search(queries, min(len(vectors), ann.widen * top + 1))
-            return float(np.mean([len(np.intersect1d(t, f)) / top for t, f in zip(truth, found, strict=True)]))
+            _, retrieved = ann.search(queries, min(len(vectors), ann.widen * top + 1))
+            shares = [len(np.intersect1d(t, r)) / top for t, r in zip(truth, retrieved, strict=True)]
+            return float(np.mean(shares))
 
         return recall
 
@@ -231,39 +232,39 @@ def _choose(built: Any, metric: str, n_lists: int, recall: Callable[[AnnIndex], 
     for n_probe in probes:
         for widen in (4, 10, 20, 40, 70, 100):
             ann = AnnIndex(built, metric, False, n_probe, widen)
-            found = recall(ann)
-            if best is None or found > best[0]:
-                best = (found, ann)
-            if found >= RECALL_TARGET:
+            reached = recall(ann)
+            if best is None or reached > best[0]:
+                best = (reached, ann)
+            if reached >= RECALL_TARGET:
                 return ann
     assert best is not None
     return best[1]
 
 
-def _nearest(vectors: Vectors, queries: np.ndarray, own: np.ndarray, metric: str, top: int) -> np.ndarray:
-    """Exact nearest positions of each query, its own excluded, ``(q, top)``, by brute force in blocks."""
+def _nearest(vectors: Vectors, queries: np.ndarray, own_positions: np.ndarray, metric: str, top: int) -> np.ndarray:
+    """Exact nearest positions of each query, ``(q, top)``, by brute force in blocks; its own position is excluded."""
     scores = np.empty((len(queries), len(vectors)), np.float32)
     for start, block in vectors.blocks():
         products = queries @ block.T
         if metric == "euc":
             products = 2 * products - (block**2).sum(axis=1)
         scores[:, start : start + len(block)] = products
-    scores[np.arange(len(queries)), own] = -np.inf
+    scores[np.arange(len(queries)), own_positions] = -np.inf
     return np.asarray(np.argpartition(-scores, top - 1, axis=1)[:, :top])
 
 
 def expected_recall(facts: dict[str, Any]) -> float | None:
-    """The recall that may be stated of the next query of a quantised or inverted index: below 1 whatever was measured.
+    """The recall to expect of the next query of a quantised or inverted index; below 1 even if all were found.
 
-    As :mod:`forebear.conformal` has it for settings that are given: the sum of the recalls of the G rows that
-    were asked about over G + 1, so at most 64/65.
+    By :mod:`forebear.conformal` for fixed settings: the recalls of the G calibration queries summed, divided by
+    G + 1, so at most 64/65.
 
     Args:
-        facts: What the manifest keeps of the index.
+        facts: The manifest's facts about the index, from :func:`build_ann`.
 
     Returns:
-        The recall of the exact top 10; None where no row was asked about, or an earlier version asked no others than
-        those that chose the settings.
+        The recall of the exact top 10. None where no queries measured it apart from those that chose the settings: an
+        exact index, or one of an earlier version.
     """
     n_stating = facts.get("n_stating", 0)
     return float(facts["recall"]) * supported_recall(n_stating) if n_stating else None
@@ -272,7 +273,7 @@ def expected_recall(facts: dict[str, Any]) -> float | None:
 def write_ann(ann: AnnIndex, path: Path) -> None:
     """Write the FAISS index atomically.
 
-    FAISS' own file writer does not notice a disk that fills up as it closes; ours, which it calls, does.
+    FAISS' own file writer does not notice a disk that fills up while the file is closed; the handle used here does.
     """
     faiss = import_faiss()
     with atomic_file(path) as handle:
@@ -285,7 +286,7 @@ def write_ann(ann: AnnIndex, path: Path) -> None:
 
 
 def read_ann(path: Path, facts: dict[str, Any]) -> AnnIndex:
-    """Read an index written by :func:`write_ann` with the facts that the manifest keeps of it."""
+    """Read an index written by :func:`write_ann` with the facts that the manifest has of it."""
     try:
         built = import_faiss().read_index(str(path))
     except RuntimeError as error:

@@ -26,7 +26,7 @@ def write_table(path: Path, batches: Sequence[pa.RecordBatch] | Iterator[pa.Reco
 def write_columns(
     path: Path, columns: Mapping[str, pa.Array | np.ndarray], metadata: dict[bytes, bytes] | None = None
 ) -> None:
-    """Write one record batch; 2-D arrays become fixed-size lists, ``metadata`` is the schema's."""
+    """Write one record batch, with ``metadata`` in its schema; 2-D arrays become fixed-size lists."""
     batch = record_batch(columns).replace_schema_metadata(metadata)
     write_table(path, [batch], batch.schema)
 
@@ -94,7 +94,7 @@ class RowMatrix:
 
     @property
     def width(self) -> int:
-        """d."""
+        """Width d of the rows."""
         return int(self.shards[0].shape[1])
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -106,7 +106,7 @@ class RowMatrix:
         """Copy of the given rows, ``(..., d)``, in the order given."""
         flat = np.asarray(rows, dtype=np.int64).reshape(-1)
         out = np.empty((len(flat), *self.shards[0].shape[1:]), self.shards[0].dtype)
-        for_each_shard(self.starts, flat, lambda i, at, local: out.__setitem__(at, self.shards[i][local]))
+        for_each_shard(self.starts, flat, lambda i, positions, local: out.__setitem__(positions, self.shards[i][local]))
         return out.reshape(*np.shape(rows), *out.shape[1:])
 
 
@@ -115,6 +115,6 @@ def for_each_shard(starts: np.ndarray, rows: np.ndarray, visit: Callable[[int, n
     order = np.argsort(rows, kind="stable")
     cuts = np.searchsorted(rows[order], starts)
     for i in range(len(starts) - 1):
-        at = order[cuts[i] : cuts[i + 1]]
-        if len(at):
-            visit(i, at, rows[at] - starts[i])
+        positions = order[cuts[i] : cuts[i + 1]]
+        if len(positions):
+            visit(i, positions, rows[positions] - starts[i])

@@ -31,7 +31,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         temporary.replace(path)
         sync(path.parent)
     except OSError as error:
-        with suppress(OSError):  # the folder that it would lie in may be a file
+        with suppress(OSError):  # its parent may be a file, not a folder
             temporary.unlink(missing_ok=True)
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}. Nothing that was there has changed. "
@@ -62,7 +62,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files that belong together, such as a page and its numbers: never are old ones found beside new ones.
+    """Write files that belong together, such as a page and its numbers: old ones never lie beside new ones.
 
     All are complete and synced under temporary names before the first takes its place. Then the old files go, and the
     new ones get their names: a process that is killed in between leaves fewer files than belong together, never a
@@ -75,17 +75,17 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
     Raises:
         StorageError: The disk is full or the folder cannot be written.
     """
-    written = {name: folder / (name + TEMPORARY_SUFFIX) for name in contents}
+    temporaries = {name: folder / (name + TEMPORARY_SUFFIX) for name in contents}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            with written[name].open("wb") as handle:
+            with temporaries[name].open("wb") as handle:
                 handle.write(content)
                 handle.flush()
                 os.fsync(handle.fileno())
         for name in contents:
             (folder / name).unlink(missing_ok=True)
-        for name, temporary in written.items():
+        for name, temporary in temporaries.items():
             temporary.replace(folder / name)
         sync(folder)
     except OSError as error:
@@ -95,6 +95,6 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
             "that has space."
         ) from error
     finally:
-        for temporary in written.values():
-            with suppress(OSError):  # the folder that it would lie in may be a file
+        for temporary in temporaries.values():
+            with suppress(OSError):  # its parent may be a file, not a folder
                 temporary.unlink(missing_ok=True)

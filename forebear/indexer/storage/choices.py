@@ -1,4 +1,4 @@
-"""What a user chooses of an index: every choice is one field here, wherever it is given, stored or compared."""
+"""The choices of an index: each is one field here, whether a user gives it or a manifest stores or compares it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def _of_part(part: str, default: Any, *, unused: Any, since_first: bool = False)
     """A choice that counts only where an index has a part.
 
     Args:
-        part: See :attr:`Choices.parts`.
-        default: What is taken where the user says nothing.
-        unused: What the spec of an index without that part says.
+        part: One of the names of :attr:`Choices.parts`.
+        default: The value where the user gives none.
+        unused: The value in the spec of an index without that part.
         since_first: Whether the manifests of the first version have the field. A later one is left out of a manifest
             where it is unused, so that the digests of older indexes still hold.
     """
@@ -26,9 +26,9 @@ def _of_part(part: str, default: Any, *, unused: Any, since_first: bool = False)
 class Choices:
     """The choices of a build that change stored numbers.
 
-    :class:`~forebear.indexer.building.options.BuildOptions` are these as a user gives them, an
-    :class:`~forebear.indexer.storage.manifest.IndexSpec` as an index keeps them. A new choice is one field here, and
-    its use.
+    :class:`~forebear.indexer.building.options.BuildOptions` are these choices as a user gives them, an
+    :class:`~forebear.indexer.storage.manifest.IndexSpec` as an index stores them. A new choice needs one field here,
+    and the code that uses it.
     """
 
     label_mode: str | None = None  # None or "binary-nli"
@@ -40,10 +40,10 @@ class Choices:
     spans: str | None = _of_part("spans", "clauses", unused=None)  # how the stored spans are found
     span_column: int = _of_part("spans", 0, unused=0)  # the text column that they are in
     scopes: tuple[str, ...] = ("head",)  # which is exact, and those that are sketched: "top-K", "all", "layer:NAME"
-    # d, coordinates a row, representation and checkpoint
+    # d, the number of coordinates of a row, in each representation and at each checkpoint
     sketch_dim: int = _of_part("sketches", 128, unused=0, since_first=True)
-    sketch_bits: int = _of_part("sketches", 4096, unused=0)  # length of the code of what the coordinates leave over
-    white_bits: int = _of_part("whitened", 5888, unused=0)  # the same for whitened sketches; in all 1,012 bytes a row
+    sketch_bits: int = _of_part("sketches", 4096, unused=0)  # of the code of what the coordinates do not hold
+    white_bits: int = _of_part("whitened", 5888, unused=0)  # code length of whitened sketches, 1,012 bytes a row in all
     sketch_basis: str = _of_part("sketches", "mixed", unused="mixed")
     with_bias: bool = _of_part("sketches", False, unused=False)  # whether sketched scopes hold biases and LayerNorm
     curvature: str = _of_part("sketches", "ekfac", unused="none")  # of the sketched scopes: "ekfac" or "none"
@@ -66,29 +66,32 @@ class Choices:
 
     @property
     def parts(self) -> frozenset[str]:
-        """What an index of these choices has: some of ``words``, ``spans``, ``sketches`` and ``whitened`` ones."""
-        has = {
+        """The parts of an index of these choices, out of ``words``, ``spans``, ``sketches`` and ``whitened``."""
+        presence = {
             "words": "words" in self.stores,
             "spans": "spans" in self.stores,
             "sketches": bool(self.sketched_scopes),
             "whitened": self.whitened,
         }
-        return frozenset(part for part, is_there in has.items() if is_there)
+        return frozenset(part for part, is_there in presence.items() if is_there)
 
     def in_use(self) -> dict[str, Any]:
-        """The choices that count, by name: not those of parts that the index has not."""
+        """The choices that change a number of this index, by name: without those of parts that the index lacks."""
         parts = self.parts
         return {f.name: getattr(self, f.name) for f in fields(Choices) if f.metadata.get("part") in (None, *parts)}
 
     def settled(self) -> dict[str, Any]:
-        """Every choice, by name, as a spec keeps it: choices that come to the same numbers are the same here."""
+        """Every choice, by name, as a spec stores it: choices that lead to the same numbers get the same values.
+
+        The order of ``words_tops`` does not matter, for example, and choices of absent parts have their unused values.
+        """
         values = {f.name: f.metadata["unused"] for f in fields(Choices) if "part" in f.metadata} | self.in_use()
         curvature = "ekfac" if self.whitened else "none"
         return values | {"words_tops": tuple(sorted(values["words_tops"])), "curvature": curvature}
 
 
 class WorkKeywords(TypedDict, total=False):
-    """Keywords of everything that writes an index; see :class:`~forebear.indexer.building.options.Work`."""
+    """Keyword arguments of every function that writes an index: :class:`~forebear.indexer.building.options.Work`."""
 
     resume: bool
     force: bool
@@ -129,5 +132,5 @@ class BuildKeywords(WorkKeywords, total=False):
     device: str
 
 
-# What a manifest without the field means, of those that came after the first indexes were written.
+# Values of the fields that are newer than the first indexes, for a manifest that does not have them.
 LATER_CHOICES = {f.name: f.metadata["unused"] for f in fields(Choices) if f.metadata.get("later")}

@@ -1,4 +1,4 @@
-"""An index folder as checked files: every file is held against the manifest before its first use."""
+"""An index folder as checked files: every file is compared with the manifest before its first use."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class IndexFiles:
     when it is mapped. Nothing is ever written.
 
     Attributes:
-        folder: Where it is.
-        manifest: What it holds.
+        folder: The index folder.
+        manifest: The manifest that is in force.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, *, check: bool = True) -> None:
@@ -100,24 +100,24 @@ class IndexFiles:
         for name in names:
             if name not in self.manifest.files:
                 raise CorruptIndexError(f"{self.folder / name} is not listed in the manifest. {MEND}")
-        fresh = [name for name in names if name not in self._checked] if self._check else []
+        unchecked = [name for name in names if name not in self._checked] if self._check else []
         try:
             with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
-                found = list(pool.map(lambda name: file_sha256(self.folder / name), fresh))
+                digests = list(pool.map(lambda name: file_sha256(self.folder / name), unchecked))
         except OSError as error:
             raise CorruptIndexError(
                 f"{error.filename} cannot be read ({error.strerror}). If the index was changed since it was opened, "
                 f"open it again. {MEND}"
             ) from error
-        for name, digest in zip(fresh, found, strict=True):
+        for name, digest in zip(unchecked, digests, strict=True):
             if digest != self.manifest.files[name]["sha256"]:
                 raise CorruptIndexError(f"{self.folder / name} was altered: its sha256 is not the manifest's. {MEND}")
-        self._checked.update(fresh)
+        self._checked.update(unchecked)
         return [self.folder / name for name in names]
 
     @property
     def fit_folder(self) -> Path:
-        """Below which the files lie that follow from what is fitted beyond the head."""
+        """Folder of all files that depend on fits beyond the head (bases, EK-FAC, sketches); a refit has its own."""
         return self.folder / self.manifest.fitted_name("")
 
     def _shards(self, kind: str) -> list[pa.RecordBatch]:
@@ -134,10 +134,10 @@ class IndexFiles:
 def _check_size(folder: Path, name: str, size_bytes: int) -> None:
     """Refuse a listed file that is missing or has another size."""
     try:
-        found = (folder / name).stat().st_size
+        n_bytes = (folder / name).stat().st_size
     except OSError as error:
         raise CorruptIndexError(f"{folder / name} is missing. {MEND}") from error
-    if found != size_bytes:
+    if n_bytes != size_bytes:
         raise CorruptIndexError(
-            f"{folder / name} has {found} bytes, the manifest says {size_bytes}: it was truncated or altered. {MEND}"
+            f"{folder / name} has {n_bytes} bytes, the manifest says {size_bytes}: it was truncated or altered. {MEND}"
         )

@@ -1,6 +1,6 @@
 """An index folder under change: what may be replaced, what an interrupted change left, how it is resumed.
 
-The journal (``build.json``) says what the files that are not in the manifest yet belong to.
+The journal (``build.json``) names the change that is under way: files that are not in the manifest belong to it.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ SUBFOLDERS = (
 
 
 def check_target(folder: Path, *, resume: bool, force: bool) -> None:
-    """Refuse to overwrite; a folder that is no index is never cleared, not even by force."""
+    """Refuse a folder that holds an index or a build, unless resumed or forced; other content is never removed."""
     has_index = _mentions(folder / MANIFEST_NAME, b'"spec_digest"')
     unfinished = _mentions(folder / JOURNAL_NAME, b'"checkpoint_sha256"')
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder} is a file. Give a folder for the index.")
     if has_index or unfinished:
         if not (resume or force):
-            what = "an index" if has_index else "an unfinished build"
-            raise OutputExistsError(f"{folder} holds {what}. Use --resume to go on with it, or --force to replace it.")
+            content = "an index" if has_index else "an unfinished build"
+            raise OutputExistsError(
+                f"{folder} holds {content}. Use --resume to go on with it, or --force to replace it."
+            )
     elif folder.is_dir() and any(
         path.suffix != TEMPORARY_SUFFIX and path.name != LOCK_NAME for path in folder.iterdir()
     ):
@@ -46,7 +48,10 @@ def check_target(folder: Path, *, resume: bool, force: bool) -> None:
 
 
 def _mentions(path: Path, key: bytes) -> bool:
-    """Whether a file is ours, be it damaged: others have a manifest.json too."""
+    """Whether a file contains a key that only forebear writes; other programs also have a ``manifest.json``.
+
+    The file is not parsed, so that a damaged one is recognised as well.
+    """
     return path.is_file() and key in path.read_bytes()
 
 
@@ -71,7 +76,7 @@ def clear(folder: Path) -> None:
 def tidy(folder: Path, manifest: Manifest) -> None:
     """Remove what the manifest does not list from the index's own subfolders, then the journal."""
     for sub in SUBFOLDERS:
-        for path in sorted((folder / sub).rglob("*"), reverse=True):  # what is in a folder comes before it
+        for path in sorted((folder / sub).rglob("*"), reverse=True):  # the content of a folder comes before the folder
             if path.is_dir():
                 with suppress(OSError):  # not empty
                     path.rmdir()
@@ -85,9 +90,9 @@ def tidy(folder: Path, manifest: Manifest) -> None:
 
 
 def later_choices(folder: Path, begun: dict[str, Any], checkpoints: list[str] | None) -> tuple[str, ...]:
-    """Choices of stages that an interrupted build has not come to yet, which it may change when it is resumed.
+    """Names of the choices that a resumed build may still change, because no stage has used them yet.
 
-    Beyond the head dampings decide what is fitted and sketched: they may change until the first basis is drawn.
+    Beyond the head, dampings decide what is fitted and sketched, so they may change until the first basis is written.
     """
     later = ("rep_refit", "ann", "dampings")
     if begun["curvature"] == "none" or not checkpoints:
@@ -97,58 +102,70 @@ def later_choices(folder: Path, begun: dict[str, Any], checkpoints: list[str] | 
     return later[:2] if drawn else (*later, "curvature", "white_bits")
 
 
-def comparable(spec: dict[str, Any], but: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A spec without the thread count, which a resumed build takes over from the journal, and without ``but``."""
-    return {key: value for key, value in spec.items() if key not in ("n_threads", *but)}
+def comparable(spec: dict[str, Any], left_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A spec as a dictionary, without the choices ``left_out``, and without the thread count.
+
+    A resumed build takes the thread count from the journal.
+    """
+    return {key: value for key, value in spec.items() if key not in ("n_threads", *left_out)}
 
 
-def same_or_refuse(found: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
-    """Refuse to resume with another choice, naming the first that differs with both values."""
-    for key, value in sorted(plain(asked).items()):
-        before = plain(found.get(key))
-        if before != value:
+def same_or_refuse(begun: dict[str, Any], requested: dict[str, Any], folder: Path) -> None:
+    """Refuse to resume with another choice, naming the first that differs with both values.
+
+    Args:
+        begun: Choices that the change was begun with.
+        requested: Choices of this command.
+        folder: The index, for the message.
+
+    Raises:
+        MismatchError: A requested choice differs from the one begun with.
+    """
+    for key, value in sorted(plain(requested).items()):
+        begun_value = plain(begun.get(key))
+        if begun_value != value:
             raise MismatchError(
-                f"{folder} was begun with {key}={before}; this command asks for {key}={value}. "
+                f"{folder} was begun with {key}={begun_value}; this command asks for {key}={value}. "
                 "Resume with the same choices, or start over with --force."
             )
 
 
 def read_journal(folder: Path) -> dict[str, Any] | None:
-    """What change is under way; None: none is.
+    """The journal of the change that is under way; None if there is none.
 
     Raises:
         CorruptIndexError: The journal is damaged.
     """
     path = folder / JOURNAL_NAME
     try:
-        found = json.loads(path.read_bytes())
-        if not {"kind", "spec"} <= found.keys():
+        journal = json.loads(path.read_bytes())
+        if not {"kind", "spec"} <= journal.keys():
             raise ValueError("it names no change")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError) as error:
         raise CorruptIndexError(f"{path} is damaged ({error}). Start over with --force.") from error
-    return dict(found)
+    return dict(journal)
 
 
 def is_in_force(journal: dict[str, Any], manifest: Manifest) -> bool:
-    """Whether the change of a journal was killed when its manifest was already written."""
+    """Whether the manifest of a journal's change was already written, so that only tidying up was interrupted."""
     if journal["kind"] == "build":
         return not journal.get("replaces")
     return bool(journal.get("onto") != manifest.digest())
 
 
 def was_done(folder: Path, manifest: Manifest, change: dict[str, Any]) -> bool:
-    """Whether this very change was killed when its manifest was already written; what it left is tidied up then.
+    """Whether this same change was interrupted after its manifest was written; its old files are removed then.
 
     Args:
         folder: The index.
-        manifest: In force.
-        change: Its ``kind`` and what decides it.
+        manifest: The one in force.
+        change: The change's ``kind``, and the inputs that tell it from others, such as the rows of an append.
     """
     try:
         journal = read_journal(folder)
-    except CorruptIndexError:  # for who goes on, or discards it
+    except CorruptIndexError:  # reported when the change goes on, or discarded by --force
         return False
     if journal is None or not is_in_force(journal, manifest):
         return False
@@ -161,15 +178,17 @@ def was_done(folder: Path, manifest: Manifest, change: dict[str, Any]) -> bool:
 
 
 def unfinished(folder: Path, manifest: Manifest | None, *, discard: bool = False) -> dict[str, Any] | None:
-    """What change is under way, after one that is in force but left its journal was tidied up.
+    """The journal of the unfinished change, or None.
+
+    A change whose manifest is in force but whose journal is still there is finished by tidying up first.
 
     Args:
         folder: The index.
-        manifest: In force; None before the first one.
-        discard: Remove what an unfinished change left, too.
+        manifest: The one in force; None before the first one.
+        discard: Whether the files of an unfinished change are removed as well.
 
     Raises:
-        CorruptIndexError: The journal is damaged, and not to be discarded.
+        CorruptIndexError: The journal is damaged, and ``discard`` is not set.
     """
     try:
         journal = read_journal(folder)
@@ -183,13 +202,13 @@ def unfinished(folder: Path, manifest: Manifest | None, *, discard: bool = False
 
 
 def check_change(folder: Path, journal: dict[str, Any] | None, change: dict[str, Any], *, goes_on: bool) -> None:
-    """Refuse a change while another is unfinished, or while the same is and it is not to go on.
+    """Refuse a change while another is unfinished, or while the same change is unfinished and is not resumed.
 
     Args:
         folder: The index.
-        journal: Of the unfinished change.
-        change: Its ``kind`` and what decides it.
-        goes_on: Whether a change like the journal's is taken up where it was.
+        journal: The journal of the unfinished change, or None.
+        change: The new change's ``kind``, and the inputs that tell it from others.
+        goes_on: Whether an unfinished change of the same kind may be resumed.
 
     Raises:
         OutputExistsError: Another change, or the same, is unfinished.
@@ -211,21 +230,24 @@ def check_change(folder: Path, journal: dict[str, Any] | None, change: dict[str,
 
 
 def begin_change(folder: Path, manifest: Manifest, change: dict[str, Any], journal: dict[str, Any] | None) -> None:
-    """Write the journal of a change to an index, unless the change goes on."""
+    """Write the journal of a change to an index; a resumed change keeps the ``journal`` that it has."""
     if journal is None:
         tidy(folder, manifest)
         _write_journal(folder, change | {"onto": manifest.digest()}, manifest.spec)
 
 
 def begin_build(folder: Path, build: dict[str, Any], spec: IndexSpec, *, replaces: bool) -> IndexSpec:
-    """Write the journal of a build, or check that the one there is the same; returns the spec to go on with.
+    """Write the journal of a build, or check that the journal in the folder is of the same build.
 
     Args:
         folder: The index.
-        build: Its ``kind`` and what decides it, but for the spec.
-        spec: Of the build.
-        replaces: Whether an index or a build that is there gives way. The journal says so until it has, so that a build
-            that was killed before is resumed as well.
+        build: The build's ``kind``, and the inputs that tell it from others, without the spec.
+        spec: The spec of the build.
+        replaces: Whether the index or build in the folder is removed. The journal says so until it is removed, so that
+            a build that is killed before that can be resumed.
+
+    Returns:
+        The spec of the build, with the thread count that it was begun with.
     """
     journal = None if replaces else read_journal(folder)
     if journal is not None:
@@ -238,7 +260,7 @@ def begin_build(folder: Path, build: dict[str, Any], spec: IndexSpec, *, replace
     if replaces or (journal is not None and journal.get("replaces")):
         _write_journal(folder, build | {"replaces": True}, spec)
         clear(folder)
-    _write_journal(folder, build, spec)  # of a build that goes on: later choices may be others
+    _write_journal(folder, build, spec)  # also of a resumed build, whose later choices may have changed
     return spec
 
 

@@ -12,7 +12,7 @@ PARTS = ("tokens", "postings", "rows", "entries")  # of a store of words
 
 
 def gradient_folder(scope: str, checkpoint: str, damping: int | None = None) -> str:
-    """Where an index keeps the sketches of a scope at a checkpoint; whitened ones by the damping's number."""
+    """Folder of the sketches of a scope at a checkpoint; with the number of a damping, of its whitened sketches."""
     return f"gradients/{scope}/{checkpoint}" if damping is None else f"gradients/{scope}/whitened-{damping}"
 
 
@@ -22,25 +22,25 @@ def curvature_name(scope: str) -> str:
 
 
 def words_folder(checkpoint: str, top: int) -> str:
-    """Where an index keeps the words of a checkpoint: of all positions (``top`` 0), or of the longest gradients."""
+    """Folder of the words of a checkpoint: of all positions (``top`` 0), or of each row's ``top`` longest gradients."""
     return f"words/{checkpoint}/{f'top-{top}' if top else 'all'}"
 
 
 def runs_folder(kind: str) -> str:
-    """Where the pass leaves its runs until they are merged."""
+    """Folder of the sorted runs that the pass writes for a word store, one a shard, until they are merged."""
     return f"{kind}/runs"
 
 
 def word_files(kind: str, generation: int) -> tuple[str, ...]:
-    """Files of a store."""
+    """Files of the word store ``kind`` at a generation, in the order of :data:`PARTS`."""
     return tuple(f"{kind}/{part}-{generation:04d}.arrow" for part in PARTS)
 
 
 def masked_folder(checkpoint: str) -> str:
-    """Where features and residuals of masked rows are kept."""
+    """Folder of the features and residuals of rows with a span masked."""
     return f"{SPANS}/{checkpoint}"
 
 
 def span_gradients(kind: str) -> str:
-    """Where the sketches of spans are kept, beside those of whole rows in ``kind``."""
+    """Folder of the sketches of spans, within the folder ``kind`` of the sketches of whole rows."""
     return f"{kind}/{SPANS}"

@@ -1,4 +1,4 @@
-"""What an index says of itself: the spec that decides every stored number, and the manifest around it."""
+"""The manifest of an index, and in it the spec: everything that decides a stored number."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from forebear.wording import worded
 FORMAT_VERSION = 1
 
 
-# What computes the stored numbers.
+# The packages that compute the stored numbers.
 LIBRARIES = ("forebear", "torch", "transformers", "pyarrow", "numpy", "scipy", "scikit-learn", "faiss-cpu", "faiss-gpu")
 
 
 def library_versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
-    """Versions of those that are installed."""
+    """Versions of the named packages, without those that are not installed."""
 
     def find(name: str) -> str | None:
         try:
@@ -53,12 +53,13 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-# Fields that came after the first indexes were written. One that holds the value given here, which is what it was
-# before there was the field, is left out of the manifest: so the digests of the first indexes still hold.
+# Fields that are newer than the first indexes, with the value that says what forebear did before the field existed. A
+# field with this value is left out of the manifest, so that the digests of the first indexes still match.
 _LATER: dict[str, Any] = LATER_CHOICES | {
     "calibration": {}, "spans_sha256": None, "fit": {}, "calibration_queries": None, "n_left_out": 0,
 }  # fmt: skip
-# Before which choice the manifest's text has what is found of it; an index has the same bytes as under older versions.
+# Fields that are written before a certain choice, and that choice: the order of older versions, so that a manifest
+# has the same bytes.
 _PLACES = {"text_columns": "max_length", "spans_sha256": "scopes", "sentence_sha256": "dampings"}
 
 
@@ -73,8 +74,8 @@ def _ordered(value: IndexSpec | Manifest | Segment) -> list[str]:
     if isinstance(value, IndexSpec):
         choices = {f.name for f in fields(Choices)}
         first = [name for name in names if name not in (*choices, *_PLACES, "n_threads")]
-        before = {choice: [found] for found, choice in _PLACES.items()}
-        placed = [name for choice in names if choice in choices for name in (*before.get(choice, ()), choice)]
+        placed_before = {choice: [name_found] for name_found, choice in _PLACES.items()}
+        placed = [name for choice in names if choice in choices for name in (*placed_before.get(choice, ()), choice)]
         return [*first, *placed, "n_threads"]
     return names
 
@@ -120,21 +121,21 @@ class Segment:
 
     @property
     def rows(self) -> dict[str, Any]:
-        """What tells its rows from others, however their file is called."""
+        """Identity of the segment's rows: their number and their digest, whatever name their file has."""
         return {"n_rows": self.n_rows, "rows_sha256": self.rows_sha256}
 
 
-STALE_SHARE = 0.1  # of the rows that something was fitted to: with more changes since, it is warned of
+STALE_SHARE = 0.1  # of the fitted rows: if more rows were appended or retired since, users are warned
 
 
 @dataclass(frozen=True)
 class FitAge:
-    """How far bases, reductions, EK-FAC and calibration beyond the head are from the rows that are there now.
+    """How far the fits beyond the head (bases, reductions, EK-FAC, calibration) are from the rows that are live now.
 
     Attributes:
-        n_rows: Live rows when they were fitted (on a sample of these).
-        appended: Rows that came since.
-        retired: Rows that went since.
+        n_rows: Live rows at the time of the fit, which took a sample of them.
+        appended: Number of rows appended since.
+        retired: Number of rows retired since.
     """
 
     n_rows: int
@@ -143,12 +144,12 @@ class FitAge:
 
     @property
     def is_current(self) -> bool:
-        """Whether they are those of a build from scratch over the live rows."""
+        """Whether the fits are those of a build from scratch over the live rows."""
         return not self.appended and not self.retired
 
     @property
     def is_stale(self) -> bool:
-        """Whether so much has changed that it is warned of."""
+        """Whether so many rows came or went that users are warned."""
         return self.appended + self.retired > STALE_SHARE * self.n_rows
 
     def __str__(self) -> str:
@@ -175,7 +176,9 @@ class Manifest:
     feature_dim: int
     fit: dict[str, int] = field(default_factory=dict)  # of the last refit: generation, n_rows, n_retired
     curvature: dict[str, Any] = field(default_factory=dict)  # scope -> solver -> facts
-    calibration_queries: int | None = None  # rows asked for by --calibrate; None: no scope needs it, or not known
+    calibration_queries: int | None = (
+        None  # --calibrate; None: no scope needs it, or an older version wrote the manifest
+    )
     calibration: dict[str, Any] = field(default_factory=dict)  # scope -> method -> candidates by recall
     derived: dict[str, Any] = field(default_factory=dict)  # representation -> facts of its search structure
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # relative path -> sha256, bytes
@@ -193,13 +196,13 @@ class Manifest:
 
     @property
     def fit_age(self) -> FitAge:
-        """Which rows what is fitted beyond the head was fitted to, and what has changed since."""
+        """How many rows the fits beyond the head were made on, and how many rows came or went since."""
         n_rows = self.fit.get("n_rows", self.segments[0].n_rows)
         n_retired = self.fit.get("n_retired", 0)
         return FitAge(n_rows - n_retired, self.n_rows - n_rows, self.n_retired - n_retired)
 
     def fitted_name(self, name: str) -> str:
-        """Where a file is that follows from what is fitted beyond the head; a refit writes all of them anew."""
+        """Path of a file that depends on fits beyond the head; each refit has a folder of its own for all of them."""
         return f"refit/{self.fit['generation']:04d}/{name}" if self.fit else name
 
     def to_dict(self) -> dict[str, Any]:
@@ -220,7 +223,7 @@ class Manifest:
         write_bytes(folder / MANIFEST_NAME, text.encode() + b"\n")
 
     def with_files(self, files: dict[str, dict[str, Any]]) -> Manifest:
-        """The same manifest, listing ``files``."""
+        """A copy of the manifest that lists ``files``."""
         return replace(self, files=dict(sorted(files.items())))
 
 
@@ -236,13 +239,13 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(written, parse_constant=_refuse_constant)
     except (OSError, ValueError) as error:
         raise CorruptIndexError(f"{path} cannot be read as a manifest ({error}). {MEND}") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT_VERSION:
+    number = content.get("format") if isinstance(content, dict) else None
+    if number != FORMAT_VERSION:
         raise CorruptIndexError(
-            f"{path} has index format {found}; this forebear reads format {FORMAT_VERSION}. Build the index again."
+            f"{path} has index format {number}; this forebear reads format {FORMAT_VERSION}. Build the index again."
         )
-    stated = content.pop("digest", None)
-    if digest_of(content) != stated:
+    stated_digest = content.pop("digest", None)
+    if digest_of(content) != stated_digest:
         raise CorruptIndexError(f"{path} was altered: its digest no longer matches its content. {MEND}")
     try:
         values = {f.name: content[f.name] for f in fields(Manifest) if f.name not in _LATER or f.name in content}
@@ -255,15 +258,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise CorruptIndexError(
             f"{path} was written by another version of forebear ({error}). Build the index again with --force."
         ) from error
-    if not written.endswith(b"\n"):  # without its last byte it is still JSON
+    if not written.endswith(b"\n"):  # JSON that lacks its last byte still parses
         raise CorruptIndexError(f"{path} was altered: its last byte is missing. {MEND}")
     return manifest
 
 
 def _read_spec(content: dict[str, Any]) -> IndexSpec:
-    """A spec; a field that came later may be missing in it, no other."""
+    """A spec from its JSON; only fields of :data:`_LATER` may be missing."""
     names = [f.name for f in fields(IndexSpec) if f.name not in _LATER or f.name in content]
-    values = {name: content[name] for name in names} | content  # others are of another version: a TypeError
+    values = {name: content[name] for name in names} | content  # an unknown field, of another version, raises TypeError
     return IndexSpec(**LATER_CHOICES | {name: _tuples(value) for name, value in values.items()})
 
 

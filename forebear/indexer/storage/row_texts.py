@@ -16,10 +16,10 @@ class RowTexts:
     """The text columns of an index, spread over memory-mapped shards in row order."""
 
     def __init__(self, shards: Sequence[pa.RecordBatch], starts: np.ndarray, names: Sequence[str]) -> None:
-        """Nothing is read yet.
+        """Keep the shards; no text is read before it is asked for.
 
         Args:
-            shards: With columns ``text_0``, ``text_1``.
+            shards: Record batches with the columns ``text_0`` and perhaps ``text_1``.
             starts: First row of each shard, and one past the last, ``(shards + 1,)``.
             names: The columns' names in the training file.
         """
@@ -32,13 +32,13 @@ class RowTexts:
 
     def _column(self, name: str, distinct: np.ndarray, places: np.ndarray) -> pa.DictionaryArray:
         """A text column of the rows ``distinct[places]``, taken shard by shard (a take over all would copy them)."""
-        found = [pa.array([], pa.large_string())]
+        parts = [pa.array([], pa.large_string())]
 
-        def visit(shard: int, _at: np.ndarray, local: np.ndarray) -> None:
-            found.append(self._shards[shard].column(name).take(pa.array(local)).cast(pa.large_string()))
+        def visit(shard: int, _positions: np.ndarray, local: np.ndarray) -> None:
+            parts.append(self._shards[shard].column(name).take(pa.array(local)).cast(pa.large_string()))
 
         for_each_shard(self._starts, distinct, visit)
-        texts = pa.concat_arrays(found).dictionary_encode()
+        texts = pa.concat_arrays(parts).dictionary_encode()
         return pa.DictionaryArray.from_arrays(texts.indices.take(pa.array(places)), texts.dictionary)
 
     @cached_property

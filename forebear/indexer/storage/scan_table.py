@@ -30,7 +30,7 @@ class ScanBlock:
         features: One ``(n, h)`` float32 array a checkpoint.
         residuals: One ``(n, c)`` float32 array a checkpoint; empty for representations without residuals.
         feature_norms: ||f||, one ``(n,)`` float32 array a checkpoint.
-        residual_norms: ||p - y||, likewise.
+        residual_norms: ||p - y||, one ``(n,)`` float32 array a checkpoint.
     """
 
     rows: np.ndarray
@@ -123,7 +123,7 @@ def build_derived(
         etas: TracIn's checkpoint weights.
         sentence: Un-tuned sentence embeddings, if stored.
         factory: FAISS factory string, or None to choose by size.
-        seed: For training and calibration.
+        seed: Random seed of FAISS' training and calibration.
     """
     facts: dict[str, Any] = {}
 
@@ -143,8 +143,8 @@ def build_derived(
     named = {"feature": features[-1]} | ({"sentence": sentence} if sentence is not None else {})
     for name, matrix in named.items():
         for metric in ("cos", "euc"):
-            ann, found = build_ann(Vectors(matrix, live, metric), metric, factory, seed)
+            ann, ann_facts = build_ann(Vectors(matrix, live, metric), metric, factory, seed)
             file = f"ann/{name}-{metric}-{generation:04d}.faiss"
             write_ann(ann, folder / file)
-            facts[f"{name}-{metric}"] = {"file": file, "kind": "faiss"} | found
+            facts[f"{name}-{metric}"] = {"file": file, "kind": "faiss"} | ann_facts
     return facts
