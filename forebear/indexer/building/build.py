@@ -1,8 +1,8 @@
 """Building an index: shards in one pass, curvature and search structures after it, the manifest last.
 
-A build is a list of shard files with fixed names, each written whole or not at all, and a journal
-(``build.json``) that says what they belong to. An interrupted build is resumed at its first missing shard.
-What changes an index afterwards is in :mod:`~forebear.indexer.building.change` (rows added and retired) and
+A build is a list of shard files with fixed names, each written whole or not at all, and a journal (``build.json``)
+that names the rows and choices of the build. An interrupted build is resumed at its first missing shard. Later changes
+of an index are in :mod:`~forebear.indexer.building.change` (rows added and retired) and
 :mod:`~forebear.indexer.building.refit` (fits made again).
 """
 
@@ -53,7 +53,7 @@ def build_index(
     out: str | Path,
     checkpoints: Sequence[CheckpointPath],
     options: BuildOptions | None = None,
-    **how: Unpack[WorkKeywords],
+    **work_keywords: Unpack[WorkKeywords],
 ) -> Index:
     """Build an index of labelled rows under one or more checkpoints of a classifier.
 
@@ -61,16 +61,16 @@ def build_index(
         source: The training rows, with labels.
         out: Folder to write; must not exist, unless ``resume`` or ``force``.
         checkpoints: In training order; the last one is the model that is explained.
-        options: Everything else that changes stored numbers.
-        **how: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
+        options: All other choices that change stored numbers.
+        **work_keywords: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
             :class:`~forebear.indexer.building.options.Work`. A resumed build of the same spec and rows has the same
-            bytes; ``force`` replaces an index that is there.
+            bytes; ``force`` replaces an index in the folder.
 
     Returns:
         The finished index, open.
 
     Raises:
-        OutputExistsError: Something is there already.
+        OutputExistsError: The folder holds an index, a build or other files already.
         InUseError: Another process is writing there.
         MismatchError: ``resume`` with other rows or choices, or checkpoints that do not belong together.
         NonFiniteError: NaN or infinity in weights or features; the row is named.
@@ -78,7 +78,7 @@ def build_index(
     """
     options = options or BuildOptions()
     options.check()
-    folder, work = Path(out), Work.of(how, options.device)
+    folder, work = Path(out), Work.of(work_keywords, options.device)
     check_free(folder / LOCK_NAME, str(folder))
     check_target(folder, resume=work.resume, force=work.force)
     with exclusive(folder / LOCK_NAME, str(folder)):
@@ -145,15 +145,14 @@ def _build(
         try:
             same_or_refuse(index.manifest.segments[0].rows, segment.rows, folder)
             same_or_refuse(comparable(asdict(index.manifest.spec)), comparable(asdict(spec)), folder)
-            replaces = (
-                work.force and index.manifest.generation > 0
-            )  # what was to be replaced: it has been changed since
+            # an index that was changed since it was built is the one that --force is to replace
+            replaces = work.force and index.manifest.generation > 0
         except MismatchError:
             if not work.force:
                 raise
             replaces = True
         if not replaces:
-            unfinished(folder, index.manifest)  # a kill between the manifest and the end leaves the journal
+            unfinished(folder, index.manifest)  # removes the journal of a build killed after its manifest was written
             work.tell(f"{folder} was built from these rows before: nothing is left to do.")
             return index
     build = {"kind": "build", "segment": segment.rows, "checkpoints": [c.name for c in listed]}

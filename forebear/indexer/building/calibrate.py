@@ -1,14 +1,15 @@
-"""How many candidates a recall takes: sketches against exact scores, for some training rows as queries.
+"""How many candidates a recall takes: sketches are compared with exact scores, with training rows as queries.
 
-The queries are split in two. The first part chooses how much of the code's estimate to count, and the margin of dots:
-what puts its best rows highest among all. The second part, which chose nothing, says how many candidates find its best
-rows; from that :mod:`forebear.conformal` states a recall, at most the largest that so many queries support.
+The queries are split in two. The first part chooses two settings, the weight of the code's estimate and the margin of
+dot products, so that the estimates of its best rows stand highest among all rows. The second part measures how many
+candidates are needed to find its best rows; from that :mod:`forebear.conformal` states a recall, at most the largest
+that so many queries support.
 
-Exact scores are computed for a sample of the rows only. Its best rows stand for the best of all: of m rows sampled from
-N, the best j stand no higher among all rows than the best floor(j N / m) of all do (the chance that one of those is
-among the first r is at most r m / (j N)). So a recall of the former holds for the top k of all, k up to that number,
-unless rows further down the exact ranking are easier to find than those above them. j is the least for which k is 10.
-Where a row of the sample stands among *all* rows by its estimate says how many candidates find it.
+Exact scores are computed for a sample of the rows only, whose best rows stand for the best of all. Of m rows sampled
+from N, the best j rank no higher among all rows than the best floor(j N / m) of all do (the chance that one of them is
+among the first r is at most r m / (j N)). So a recall of the sample's best j holds for the top k of all rows, for k up
+to floor(j N / m), unless rows lower in the exact ranking are easier to find than rows above them. j is the least number
+for which k is 10. A sampled row is found by r candidates if its estimate ranks at most r-th among *all* rows.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ from forebear.ratio import ratio
 from forebear.sampling import live_sample
 
 SAMPLE_ROWS = 768
-# Gradients of queries and as many solutions, held at once; each sampled row's gradient is formed once for them. The
-# peak is higher by some copies of the largest layer's gradients, while that layer is solved or its lengths are summed.
+# Of the queries' gradients that are held at once, with as many inverse-curvature solutions. Each sampled row's gradient
+# is formed once for all of them. The peak is higher by a few copies of the largest layer's gradients.
 VECTOR_BYTES = 2 << 30
-LEAST_QUERIES = 12  # held at once, however large they are
+LEAST_QUERIES = 12  # held at once, also where they take more than VECTOR_BYTES
 
 
 def queries_at_once(spec: IndexSpec, scope: Scope) -> int:
-    """Queries whose whole vectors are held together."""
+    """How many queries' whole gradients (and solutions) are held at once."""
     kinds = 2 if spec.whitened else 1
     return max(LEAST_QUERIES, VECTOR_BYTES // (4 * kinds * scope.size))
 
@@ -61,29 +62,31 @@ def calibrate_scope(
     """Calibrate ``gd`` and ``gc``, and ``if`` and ``rif`` at the first damping where there is curvature.
 
     Args:
-        index: Complete but for its manifest.
-        classifier: Its last checkpoint.
-        scope: Beyond the head.
-        n_queries: Live training rows that are asked about, each itself excluded.
-        on_rows: Told the number of sampled rows after each batch, over all groups of queries.
+        index: The index, all of whose files are written except for the manifest.
+        classifier: The last checkpoint of the index.
+        scope: A scope beyond the head.
+        n_queries: Number of live training rows to take as queries; each is excluded from its own ranking.
+        on_rows: Called with the number of sampled rows after each batch, over all groups of queries.
 
     Returns:
         Facts for the manifest: for each method the share of all live rows that must be candidates at each end for some
-        recalls of the exact top 10, the weight of the code and the margin.
+        recalls of the exact top 10, the weight of the code, and the margin.
     """
     spec, live = index.manifest.spec, index.live
     queries = live_sample(live, n_queries, spec.seed + 1)
     sample = live_sample(live, SAMPLE_ROWS, spec.seed + 2)
     methods: dict[str, Any] = {}
     if len(live) > 1:  # a single row leaves none to rank
-        asked = _Asked(index.text_lists(queries), index.predictions[queries].astype(np.int64), live == queries[:, None])
-        scored = _Scored(index.text_lists(sample), index.labels[sample].astype(np.int64), sample)
-        parts = _parts(index, classifier, scope, asked, spans=False)
-        exact = _exact_scores(index, classifier, scope, asked, scored, spans=False, on_rows=on_rows)
+        calibration_queries = _CalibrationQueries(
+            index.text_lists(queries), index.predictions[queries].astype(np.int64), live == queries[:, None]
+        )
+        exact_sample = _ExactSample(index.text_lists(sample), index.labels[sample].astype(np.int64), sample)
+        parts = _parts(index, classifier, scope, calibration_queries, spans=False)
+        exact = _exact_scores(index, classifier, scope, calibration_queries, exact_sample, spans=False, on_rows=on_rows)
         for kind, (dots, cosines) in exact.items():
             of_dots, of_cosines = ("gd", "gc") if kind == "plain" else ("if", "rif")
             rankings = {of_dots: Ranking(dots, False), of_cosines: Ranking(cosines, True)}
-            calibration = RankCalibration(parts[kind], live, sample, asked.excluded, spec.seed + 3)
+            calibration = RankCalibration(parts[kind], live, sample, calibration_queries.excluded, spec.seed + 3)
             methods |= calibration.calibrate(rankings, cosines)
     return {"n_queries": len(queries), "n_rows": len(sample), "methods": methods}
 
@@ -96,13 +99,13 @@ def calibrate_spans(
     n_queries: int,
     on_rows: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Calibrate what ranks spans, at the last checkpoint: ``tracin+``, ``tracin++``, ``if+`` and ``if++``.
+    """Calibrate the methods that rank spans, at the last checkpoint: ``tracin+``, ``tracin++``, ``if+`` and ``if++``.
 
     Queries are training rows with stored spans, each row's own spans excluded: the whole row for the methods with one
     plus, what its most important span adds for those with two.
 
     Returns:
-        By method; shares are of all live spans. None of them where fewer than two rows have spans.
+        Facts by method, whose shares are of all live spans; empty where fewer than two rows have spans.
     """
     spec, live, store = index.manifest.spec, index.live_spans, index.spans()
     if len(np.unique(store.rows[live])) < 2:
@@ -115,12 +118,12 @@ def calibrate_spans(
     )
     targets = index.predictions[store.rows[queries]].astype(np.int64)
     excluded = store.rows[live] == store.rows[queries][:, None]
-    scored = _Scored(spans_of_sample, index.labels[store.rows[sample]].astype(np.int64), sample)
+    exact_sample = _ExactSample(spans_of_sample, index.labels[store.rows[sample]].astype(np.int64), sample)
     methods: dict[str, Any] = {}
     for plus, texts in (("+", Encoded(differences.rows)), ("++", differences)):
-        asked = _Asked(texts, targets, excluded)
-        parts = _parts(index, classifier, scope, asked, spans=True)
-        exact = _exact_scores(index, classifier, scope, asked, scored, spans=True, on_rows=on_rows)
+        calibration_queries = _CalibrationQueries(texts, targets, excluded)
+        parts = _parts(index, classifier, scope, calibration_queries, spans=True)
+        exact = _exact_scores(index, classifier, scope, calibration_queries, exact_sample, spans=True, on_rows=on_rows)
         for kind, (dots, cosines) in exact.items():
             name = ("tracin" if kind == "plain" else "if") + plus
             calibration = RankCalibration(parts[kind], live, sample, excluded, spec.seed + 3)
@@ -144,8 +147,8 @@ def _most_important(index: Index, classifier: Classifier) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """Queries: texts, the class whose loss is explained ``(q,)``, and which live rows are their own ``(q, n)``."""
+class _CalibrationQueries:
+    """Queries: texts, classes whose losses are explained ``(q,)``, and the live rows each one excludes ``(q, n)``."""
 
     texts: Texts
     targets: np.ndarray
@@ -153,20 +156,22 @@ class _Asked:
 
 
 @dataclass(frozen=True)
-class _Scored:
-    """The sample that is scored exactly: texts, gold classes ``(m,)``, and its numbers ``(m,)``, ascending."""
+class _ExactSample:
+    """The rows or spans that are scored exactly: texts, gold classes ``(m,)``, and numbers ``(m,)``, ascending."""
 
     texts: Texts
     labels: np.ndarray
     numbers: np.ndarray
 
 
-def _parts(index: Index, classifier: Classifier, scope: Scope, asked: _Asked, *, spans: bool) -> dict[str, Part]:
+def _parts(
+    index: Index, classifier: Classifier, scope: Scope, queries: _CalibrationQueries, *, spans: bool
+) -> dict[str, Part]:
     """Sketches of the queries beside the stored ones: ``plain``, and ``white`` where there is curvature."""
     spec, checkpoint = index.manifest.spec, index.manifest.checkpoints[-1].name
     sketchers = open_sketchers(index.fit_folder, classifier, spec, scope.name, checkpoint, last=True)
     sketches, _ = sketch_rows(
-        classifier, list(sketchers.values()), asked.texts, asked.targets, batch_tokens=spec.batch_tokens
+        classifier, list(sketchers.values()), queries.texts, queries.targets, batch_tokens=spec.batch_tokens
     )
     rows = dict(zip(sketchers, sketches, strict=True))
     parts = {
@@ -182,34 +187,34 @@ def _exact_scores(
     index: Index,
     classifier: Classifier,
     scope: Scope,
-    asked: _Asked,
-    scored: _Scored,
+    queries: _CalibrationQueries,
+    sample: _ExactSample,
     *,
     spans: bool,
     on_rows: Callable[[int], None],
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Exact dots and cosines of the sample with each query, ``(q, m)``, by kind as :func:`_parts` has them."""
+    """Exact dot products and cosines of the sample with each query, ``(q, m)``, by the kinds of :func:`_parts`."""
     spec = index.manifest.spec
-    lengths = {"plain": index.gradients(scope.name, spans=spans).norms[scored.numbers].astype(np.float64)}
+    lengths = {"plain": index.gradients(scope.name, spans=spans).norms[sample.numbers].astype(np.float64)}
     if spec.whitened:
         ekfac = index.ekfac(scope.name).to(classifier.device, classifier.head.weight.dtype)
         damping = index.ekfac_damping(scope.name)[1]
-        lengths["white"] = index.gradients(scope.name, damping=0, spans=spans).norms[scored.numbers].astype(np.float64)
-    n_queries, n_sampled = len(asked.targets), len(scored.numbers)
+        lengths["white"] = index.gradients(scope.name, damping=0, spans=spans).norms[sample.numbers].astype(np.float64)
+    n_queries, n_sampled = len(queries.targets), len(sample.numbers)
     exact = {kind: (np.empty((n_queries, n_sampled)), np.empty((n_queries, n_sampled))) for kind in lengths}
     size = queries_at_once(spec, scope)
     for start in range(0, n_queries, size):
         group = np.arange(start, min(start + size, n_queries))
-        vectors = whole_gradients(classifier, scope, take_texts(asked.texts, group), asked.targets[group])
+        vectors = whole_gradients(classifier, scope, take_texts(queries.texts, group), queries.targets[group])
         if spec.whitened:
             for name, g in vectors.items():  # layer by layer, so that only one layer's gradients are held twice
                 vectors[name] = torch.cat([g, ekfac.solve({name: g}, damping)[name]])
-        dots = exact_dots(classifier, scope, vectors, scored.texts, scored.labels, on_rows=on_rows)
+        dots = exact_dots(classifier, scope, vectors, sample.texts, sample.labels, on_rows=on_rows)
         plain = {name: v[: len(group)] for name, v in vectors.items()}
         for number, kind in enumerate(exact):
-            of_kind = slice(number * len(group), (number + 1) * len(group))
-            dots_of_kind = dots[of_kind]
-            squares = dot({name: v[of_kind] for name, v in vectors.items()}, plain)
+            rows_of_kind = slice(number * len(group), (number + 1) * len(group))
+            dots_of_kind = dots[rows_of_kind]
+            squares = dot({name: v[rows_of_kind] for name, v in vectors.items()}, plain)
             products = squares.clamp_min(0).sqrt().cpu().numpy()[:, None] * lengths[kind]
             exact[kind][0][group] = dots_of_kind
             exact[kind][1][group] = ratio(dots_of_kind, products)

@@ -1,9 +1,9 @@
 """Changes to a finished index: rows appended, rows retired, search structures made again.
 
 A change writes files of a new *generation* beside the old ones and replaces the manifest at the end, so that until then
-the old index stays in force, also for whoever reads it meanwhile. Its journal (``build.json``) says what the new files
-belong to. Started again, a change that was killed goes on; one that is in force already is told from the manifest and
-not done twice.
+the old index stays in force, also for processes that read it meanwhile. The journal (``build.json``) names the change
+that the new files belong to. Run again, a killed change goes on; if its manifest is in force already, that is noticed,
+and the change is not made twice.
 """
 
 from __future__ import annotations
@@ -47,31 +47,32 @@ def append_rows(
     *,
     model: str | None = None,
     device: str = "auto",
-    **how: Unpack[WorkKeywords],
+    **work_keywords: Unpack[WorkKeywords],
 ) -> Index:
     """Add rows to a finished index; they get the next row numbers.
 
     At the head, and for stored words, answers are then those of a build from scratch over all rows. Beyond the head
-    bases, EK-FAC and calibration stay those of the rows that they were fitted on: scores of ``if`` and ``rif`` there
-    differ from a build's, and recall was measured without the new rows. ``manifest.fit_age`` counts the rows since;
+    bases, EK-FAC and calibration stay as they were fitted on the earlier rows: scores of ``if`` and ``rif`` there
+    differ from those of a build, and recall was measured without the new rows. ``manifest.fit_age`` counts these;
     :func:`~forebear.indexer.building.refit.refit_index` fits again. The old index stays in force until the end.
 
     Args:
         folder: The index.
         source: Labelled rows with the same number of text columns.
-        model: Where the run, or the last checkpoint, is now, if it has moved.
+        model: Path of the run, or of the last checkpoint, if it has moved.
         device: Where models run.
-        **how: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
-            :class:`~forebear.indexer.building.options.Work`. By ``resume`` rows that are there
-            already are not added again; by ``force`` they are, and what an interrupted change left is discarded.
+        **work_keywords: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
+            :class:`~forebear.indexer.building.options.Work`. With ``resume``, rows that the
+            index has already are not added again. With ``force`` they are, and files of an interrupted change are
+            removed.
 
     Raises:
         MismatchError: The models are not those of the index, or ``resume`` with other rows.
-        OutputExistsError: The rows are there already, or another change is unfinished.
+        OutputExistsError: The index has these rows already, or another change is unfinished.
         InUseError: Another process is writing there.
     """
-    folder, work = Path(folder), Work.of(how, device)
-    Index.open(folder)  # no lock is left where no index is
+    folder, work = Path(folder), Work.of(work_keywords, device)
+    Index.open(folder)  # refuses a folder without an index before a lock file is made in it
     with exclusive(folder / LOCK_NAME, str(folder)):
         index = Index.open(folder)
         old = index.manifest
@@ -86,13 +87,13 @@ def append_rows(
             work.tell(f"the rows of {source.name} are in {folder} already: nothing is left to do.")
             return index
         journal = unfinished(folder, old, discard=work.force and not work.resume)
-        there = None if journal is not None else _segment_there(index, segment.rows_sha256)
-        if there is not None:
-            rows = f"the rows of {source.name} are in {folder} already, as rows {there.start} to "
-            rows += f"{there.start + there.n_rows - 1}"
+        existing = None if journal is not None else _segment_there(index, segment.rows_sha256)
+        if existing is not None:
+            rows = f"the rows of {source.name} are in {folder} already, as rows {existing.start} to "
+            rows += f"{existing.start + existing.n_rows - 1}"
             if work.resume:
-                again = "nothing is added by --resume. To add them once more, give --force without it."
-                work.tell(f"{rows}: " + (worded(again) if work.force else "nothing is left to do."))
+                hint = "nothing is added by --resume. To add them once more, give --force without it."
+                work.tell(f"{rows}: " + (worded(hint) if work.force else "nothing is left to do."))
                 return index
             if not work.force:
                 raise OutputExistsError(
@@ -106,9 +107,9 @@ def append_rows(
         labels = label_map(source, classifier.label_names, old.spec.label_mode)
         work.warn(labels.warning)
         begin_change(folder, old, change, journal)
-        new = split_rows(old.n_rows, source.n_rows, old.spec.shard_rows)
+        new_shards = split_rows(old.n_rows, source.n_rows, old.spec.shard_rows)
         manifest = replace(
-            old, segments=(*old.segments, segment), shards=(*old.shards, *new), generation=old.generation + 1
+            old, segments=(*old.segments, segment), shards=(*old.shards, *new_shards), generation=old.generation + 1
         )
         with as_begun(old.spec.n_threads):
             writer = ShardWriter(
@@ -120,7 +121,7 @@ def append_rows(
 
 
 def _segment_there(index: Index, rows_sha256: str) -> Segment | None:
-    """The last segment of the same rows of which some are still live: rows that all went may be added again."""
+    """The last segment with the same rows, if some of them are live: rows that were all retired may be added again."""
     for segment in reversed(index.manifest.segments):
         stop = segment.start + segment.n_rows
         if segment.rows_sha256 == rows_sha256 and ((index.live >= segment.start) & (index.live < stop)).any():
@@ -131,26 +132,26 @@ def _segment_there(index: Index, rows_sha256: str) -> Segment | None:
 def retire_rows(
     folder: str | Path,
     rows: Sequence[int],
-    **how: Unpack[WorkKeywords],
+    **work_keywords: Unpack[WorkKeywords],
 ) -> Index:
     """Take rows out of all answers; their numbers stay taken.
 
-    Curvature of the head and search structures are made again without them; no model is needed. Beyond the head what
-    was fitted stays as it is, as after :func:`append_rows`. An interrupted retire of the same rows goes on unasked.
+    Curvature of the head and search structures are made again without them; no model is needed. Fits beyond the
+    head stay as they are, as after :func:`append_rows`. An interrupted retire of the same rows goes on by itself.
 
     Args:
         folder: The index.
-        rows: Row numbers.
-        **how: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
-            :class:`~forebear.indexer.building.options.Work`. By ``resume`` rows that were all
-            retired before are no mistake: then nothing is done.
+        rows: Numbers of the rows to retire.
+        **work_keywords: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
+            :class:`~forebear.indexer.building.options.Work`. With ``resume`` it is no error that
+            all rows were retired before: nothing is done then.
 
     Raises:
         InputError: A row number is out of range or was retired before, or no row would be left.
         OutputExistsError: Another change is unfinished.
         InUseError: Another process is writing there.
     """
-    folder, work = Path(folder), Work.of(how)
+    folder, work = Path(folder), Work.of(work_keywords)
     Index.open(folder)
     with exclusive(folder / LOCK_NAME, str(folder)):
         index = Index.open(folder)
@@ -160,14 +161,14 @@ def retire_rows(
         if len(outside):
             raise InputError(f"row {outside[0]} is not in {folder}, which has rows 0 to {old.n_rows - 1}.")
         change = {"kind": "retire", "rows": {"n_rows": len(wanted), "sha256": digest_of(wanted.tolist())}}
-        done = was_done(folder, old, change)
+        was_done_before = was_done(folder, old, change)
         journal = unfinished(folder, old, discard=work.force)
-        again = np.intersect1d(wanted, index.retired)
-        if done or (work.resume and len(again) == len(wanted)):
+        retired_before = np.intersect1d(wanted, index.retired)
+        if was_done_before or (work.resume and len(retired_before) == len(wanted)):
             work.tell(f"these {len(wanted)} rows of {folder} were retired before: nothing is left to do.")
             return index
-        if len(again):
-            raise InputError(f"row {again[0]} of {folder} was retired before.")
+        if len(retired_before):
+            raise InputError(f"row {retired_before[0]} of {folder} was retired before.")
         retired = np.union1d(wanted, index.retired)
         if len(retired) >= old.n_rows:
             raise InputError(f"retiring {len(wanted)} rows would leave none of {old.n_rows} in {folder}.")
@@ -181,24 +182,25 @@ def retire_rows(
 def rebuild_ann(
     folder: str | Path,
     ann: str | None,
-    **how: Unpack[WorkKeywords],
+    **work_keywords: Unpack[WorkKeywords],
 ) -> Index:
     """Make the search structures again from the Arrow files, with another FAISS type if ``ann`` names one.
 
-    The files in ``ann/`` may be missing or damaged; everything else is checked. An interrupted rebuild goes on unasked.
+    The files in ``ann/`` may be missing or damaged; everything else is checked. An interrupted rebuild goes on by
+    itself.
 
     Args:
         folder: The index.
         ann: FAISS factory string; None: chosen by size.
-        **how: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
-            :class:`~forebear.indexer.building.options.Work`. By ``resume`` whole structures of
-            this type are left as they are.
+        **work_keywords: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
+            :class:`~forebear.indexer.building.options.Work`. With ``resume``, undamaged structures
+            of this type are left as they are.
 
     Raises:
         OutputExistsError: Another change is unfinished.
         InUseError: Another process is writing there.
     """
-    folder, work = Path(folder), Work.of(how)
+    folder, work = Path(folder), Work.of(work_keywords)
     Index.open_without_derived(folder)
     with exclusive(folder / LOCK_NAME, str(folder)):
         old = Index.open_without_derived(folder)

@@ -47,12 +47,13 @@ def finish(
     """Compute what follows from the shards and put the new manifest in force.
 
     Args:
-        folder: The index; every shard that ``manifest`` names is written.
-        manifest: With new segments, shards and generation; its curvature, derived and files are made here.
+        folder: The index; every shard that ``manifest`` names is written already.
+        manifest: The new manifest, with its segments, shards and generation. ``curvature``, ``derived`` and ``files``
+            are filled in here.
         retired: Retired row numbers, ascending.
-        progress: Told the stage.
-        calibrate: Measures the manifest's calibration on the new index, all of whose files are written by then; None:
-            that of ``manifest`` is kept.
+        progress: Called with the stage.
+        calibrate: Measures the calibration of the new index once all its other files are written; None keeps the
+            calibration of ``manifest``.
 
     Returns:
         The index under its new manifest.
@@ -98,12 +99,12 @@ def finish(
 def calibration_by(
     classifier: Classifier, n_queries: int, progress: Progress
 ) -> Callable[[Index], dict[str, Any]] | None:
-    """What calibrates every scope beyond the head by so many queries; None for none."""
+    """A function that calibrates every scope beyond the head with ``n_queries`` queries; None for 0 queries."""
     if not n_queries:
         return None
 
     def calibrate(index: Index) -> dict[str, Any]:
-        found = {}
+        calibration = {}
         by_spans = "spans" in index.manifest.spec.stores
         for name in index.manifest.spec.sketched_scopes:
             scope = index.scope(classifier, name)
@@ -112,11 +113,11 @@ def calibration_by(
                 n_sampled += 2 * min(SAMPLE_ROWS, len(index.live_spans))
             groups = -(-n_queries // queries_at_once(index.manifest.spec, scope))
             on_rows = counted(progress, f"calibration {name}", n_sampled * groups)
-            found[name] = calibrate_scope(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)
+            calibration[name] = calibrate_scope(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)
             if by_spans:
-                of_spans = calibrate_spans(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)
-                found[name]["methods"] |= of_spans
-        return found
+                span_methods = calibrate_spans(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)
+                calibration[name]["methods"] |= span_methods
+        return calibration
 
     return calibrate
 
@@ -128,7 +129,7 @@ def describe_file(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _shard_files(manifest: Manifest) -> list[str]:
-    """Files of the pass: shards of what the models say of each row, and of what is fitted to the rows."""
+    """Files that the pass writes: the shards of every kind, and the files of the fits beyond the head."""
     spec, last = manifest.spec, manifest.checkpoints[-1]
     kinds = ["rows", *(f"features/{c.name}" for c in manifest.checkpoints)]
     if "sbert" in spec.stores:
@@ -149,7 +150,7 @@ def _shard_files(manifest: Manifest) -> list[str]:
 
 
 def _merge_words(folder: Path, manifest: Manifest, progress: Progress) -> list[str]:
-    """Merge the runs of rows that are new since the manifest's word stores were written; the files in force."""
+    """Merge the runs of rows that are newer than the word stores; returns the files of all stores."""
     names: list[str] = []
     index = Index(folder, manifest, check=False)
     n_rows = manifest.n_rows
@@ -174,14 +175,14 @@ def _merge_words(folder: Path, manifest: Manifest, progress: Progress) -> list[s
 
 
 def ekfac_facts(ekfac: Ekfac, dampings: tuple[str, ...]) -> dict[str, Any]:
-    """What the manifest says of a deeper scope's curvature; the first damping is the default."""
+    """Facts for the manifest about the curvature of a scope beyond the head; the first damping is the default."""
     mean = ekfac.mean_eigenvalue
     stored = [{"given": given, "damping": absolute_damping(given, mean)} for given in dampings]
     return {"damping": stored[0]["damping"], "mean_eigenvalue": mean, "n_rows": ekfac.n_rows, "dampings": stored}
 
 
 def _factorised(hessian: np.ndarray, damping: float, manifest: Manifest) -> np.ndarray:
-    """The factor of H + damping I; of a new index the refusal says that the pass is not lost."""
+    """The Cholesky factor of H + damping I; in a new build the error says how to go on without a new pass."""
     try:
         return factorise(hessian, damping)
     except InputError as error:
@@ -195,9 +196,10 @@ def _factorised(hessian: np.ndarray, damping: float, manifest: Manifest) -> np.n
 
 
 def _first_equal_rows(features: RowMatrix, residuals: RowMatrix) -> np.ndarray:
-    """For each row the first one with the same feature and residual, ``(n,)``.
+    """For each row the number of the first row with the same feature and residual, ``(n,)``.
 
-    A product over a block of rows rounds each by its place in the block; equal rows take the number of the first.
+    A product over a block of rows rounds each row by its place in the block, so equal rows would get different last
+    bits; they all take the number of the first instead.
     """
     numbers: dict[bytes, int] = {}
     first = np.empty(len(features), np.int64)
@@ -241,7 +243,7 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
         for i, given in enumerate(spec.dampings):
             damping = absolute_damping(given, mean)
             curvature = HeadCurvature(_factorised(hessian, damping, manifest), n_classes, damping)
-            own = np.concatenate(
+            self_influence = np.concatenate(
                 [
                     curvature.self_influence(r, f)
                     for (_, f), (_, r) in zip(features.blocks(), residuals.blocks(), strict=True)
@@ -252,7 +254,7 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
                     "given": given,
                     "damping": damping,
                     "cholesky": save(f"cholesky-{i}", {"factor": curvature.factor}),
-                    "self_influence": save(f"self-influence-{i}", {"self_influence": own}),
+                    "self_influence": save(f"self-influence-{i}", {"self_influence": self_influence}),
                 }
             )
         facts["exact"] = {

@@ -1,6 +1,6 @@
 """Where the best rows of a sample stand among all rows by their estimates: how many candidates find them.
 
-See :mod:`forebear.indexer.building.calibrate` for what is asked, and what the numbers mean.
+:mod:`forebear.indexer.building.calibrate` describes the queries and the sample, and what the numbers mean.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import numpy as np
 from forebear.conformal import least_share, supported_recall
 from forebear.indexer.sketches.candidates import BLOCK_ROWS, Part, Proposal, candidates_needed, estimate
 
-RECALLS = (0.8, 0.9, 0.95, 0.98, 0.99)  # what the manifest says the candidates of; and the largest that is supported
+RECALLS = (0.8, 0.9, 0.95, 0.98, 0.99)  # the manifest states candidates for these, and for the largest supported recall
 TOP = 10
-AIM = 0.95  # recall whose candidates the choice of weight and margin keeps few
+AIM = 0.95  # weight and margin are chosen so that few candidates give this recall
 CODE_WEIGHTS = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
 MARGINS = (0.0, 0.5, 1.0)  # in units of the usual error of a cosine
-ESTIMATED_QUERIES = 64  # whose estimates of all rows are held at once: 8 bytes a query and row
-CHOOSING_SHARE = 1 / 3  # of the queries, which choose weight and margin; the others state the recall
+ESTIMATED_QUERIES = 64  # queries whose estimates of all rows are held at once, 8 bytes for each query and row
+CHOOSING_SHARE = 1 / 3  # of the queries; they choose weight and margin, the others state the recall
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """How one method ranks: exact scores of the sample, ``(q, m)``, and whether they are cosines; else dots."""
+    """Exact scores of the sample by one method, ``(q, m)``, and whether they are cosines or dot products."""
 
     scores: np.ndarray
     by_cosine: bool
@@ -33,11 +33,11 @@ class Ranking:
 
 @dataclass(frozen=True)
 class _Estimates:
-    """Estimated cosines of all rows in two terms, so that each weight of the code takes a sum and no second pass.
+    """Estimated cosines of all rows in two terms, so that another weight of the code takes no second pass.
 
     Attributes:
         by_coordinates: From the coordinates alone, ``(q, n)`` float32.
-        by_code: What the code adds at weight 1, ``(q, n)`` float32; None without codes.
+        by_code: The code's term at weight 1, ``(q, n)`` float32; None without codes.
     """
 
     by_coordinates: np.ndarray
@@ -61,10 +61,10 @@ class RankCalibration:
 
     Attributes:
         part: Sketches of the queries beside the stored ones.
-        live: Numbers of all rows that take part, ``(n,)``, ascending.
-        sample: Those that are scored exactly, ``(m,)``.
-        excluded: Which of all rows are a query's own, ``(q, n)``.
-        seed: Of the split into queries that choose and queries that state.
+        live: Numbers of all live rows (or spans), ``(n,)``, ascending.
+        sample: Numbers of the rows that are scored exactly, ``(m,)``.
+        excluded: Which of the live rows are a query itself, and so not ranked for it, ``(q, n)``.
+        seed: Random seed of the split into queries that choose and queries that state.
     """
 
     part: Part
@@ -81,7 +81,7 @@ class RankCalibration:
             cosines: Exact cosines of the sample, ``(q, m)``.
 
         Returns:
-            What the manifest keeps of each method.
+            Facts of each method for the manifest.
         """
         n_queries, n = self.excluded.shape
         order = np.random.default_rng(self.seed).permutation(n_queries)
@@ -113,16 +113,16 @@ class RankCalibration:
     def _choose(
         self, queries: np.ndarray, rankings: Mapping[str, Ranking], cosines: np.ndarray, n_best: int
     ) -> dict[str, Proposal]:
-        """Weight and margin by which each method's best rows stand highest; as uncalibrated where no query chooses."""
+        """Weight and margin that put each method's best rows highest; without queries, uncalibrated ones."""
         if not len(queries):
             return {n: Proposal(r.by_cosine, 1.0 if r.by_cosine else 0.0) for n, r in rankings.items()}
         estimates = self._estimates(queries)
         columns = np.searchsorted(self.live, self.sample)
         counted = ~self.excluded[np.ix_(queries, columns)]
-        of_sample = estimates.take(slice(None), columns)
+        sample_estimates = estimates.take(slice(None), columns)
         costs: dict[str, list[tuple[float, Proposal]]] = {name: [] for name in rankings}
         for weight in CODE_WEIGHTS if estimates.by_code is not None else (0.0,):
-            error = float(np.sqrt(np.mean((of_sample.weighted(weight) - cosines[queries])[counted] ** 2)))
+            error = float(np.sqrt(np.mean((sample_estimates.weighted(weight) - cosines[queries])[counted] ** 2)))
             for name, ranking in rankings.items():
                 for share in (0.0,) if ranking.by_cosine else MARGINS:
                     setting = Proposal(ranking.by_cosine, weight, share * error)
@@ -136,7 +136,7 @@ class RankCalibration:
     def _needed_when_stating(
         self, queries: np.ndarray, rankings: Mapping[str, Ranking], settings: dict[str, Proposal], n_best: int
     ) -> dict[str, list[np.ndarray]]:
-        """Shares at both ends by method, ``(q, n_best)`` each; estimates of few queries are held at once."""
+        """Shares of rows needed at both ends, by method, ``(q, n_best)`` each; computed for a few queries at a time."""
         groups = [queries[start : start + ESTIMATED_QUERIES] for start in range(0, len(queries), ESTIMATED_QUERIES)]
         needed: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in rankings}
         for group in groups:
@@ -146,7 +146,7 @@ class RankCalibration:
         return {name: [np.concatenate(end) for end in zip(*ends, strict=True)] for name, ends in needed.items()}
 
     def _estimates(self, queries: np.ndarray) -> _Estimates:
-        """Of all rows for some queries, in one pass over the stored sketches."""
+        """Estimated cosines of all live rows with some queries, in one pass over the stored sketches."""
         part = replace(self.part, asked=self.part.asked.take(queries))
         numbers = np.arange(len(queries))
         by_coordinates = np.empty((len(queries), len(self.live)), np.float32)
@@ -163,7 +163,7 @@ class RankCalibration:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Share of all rows that must be candidates for each of the sample's best rows, at both ends ``(q, n_best)``.
 
-        One query at a time: what is made on the way is of one query's rows.
+        Goes query by query, so that intermediate arrays have the size of one query's rows.
         """
         columns = np.searchsorted(self.live, self.sample)
         lengths = 1.0 if ranking.by_cosine else self.part.store.lengths[self.live]
@@ -171,8 +171,8 @@ class RankCalibration:
         for i, query in enumerate(queries):
             excluded = self.excluded[query : query + 1]
             scores = np.where(excluded[:, columns], np.nan, ranking.scores[query])
-            of_query = estimates.take(slice(i, i + 1))
-            steps = [of_query.weighted(weight) for weight in sorted({0.0, setting.code_weight})]
+            query_estimates = estimates.take(slice(i, i + 1))
+            steps = [query_estimates.weighted(weight) for weight in sorted({0.0, setting.code_weight})]
             for end, sign in zip(ends, (1.0, -1.0), strict=True):
                 ranked = [(sign * step + np.float32(setting.margin)) * lengths for step in steps]
                 end[i] = needed_shares(sign * scores, ranked[0], ranked[-1], columns, excluded, n_best)[0]
@@ -189,25 +189,25 @@ def needed_shares(
 ) -> np.ndarray:
     """For each of the sample's best rows, the share of all rows that must be candidates for it to be among them.
 
-    Of equal estimates every row counts as standing before it.
+    Rows with an equal estimate count as ranked before it.
 
     Args:
-        scores: Exact ones of the sample, NaN where excluded, ``(q, m)``.
+        scores: Exact scores of the sample, NaN where excluded, ``(q, m)``.
         scanned: Estimates of all live rows by which the scan ranks, ``(q, n)``.
-        estimates: Those by which candidates are ranked in the end, ``(q, n)``.
-        sample: Its positions among them.
-        excluded: Rows that take no part, ``(q, n)``.
-        n_best: Of the sample.
+        estimates: Estimates of all live rows by which candidates are ranked after the scan, ``(q, n)``.
+        sample: Positions of the sampled rows among all live rows, ``(m,)``.
+        excluded: Rows that are not ranked for a query, ``(q, n)`` bool.
+        n_best: Number of best rows of the sample that are looked for.
 
     Returns:
-        ``(q, n_best)``.
+        Shares of all live rows, ``(q, n_best)``, the best row first.
     """
     out = np.empty((len(scores), n_best))
-    for q, of_query in enumerate(scores):
-        best = sample[np.argsort(np.where(np.isnan(of_query), np.inf, -of_query), kind="stable")[:n_best]]
+    for q, query_scores in enumerate(scores):
+        best = sample[np.argsort(np.where(np.isnan(query_scores), np.inf, -query_scores), kind="stable")[:n_best]]
         ranks = [
-            (others >= others[best, None]).sum(axis=1)
-            for others in (np.where(excluded[q], -np.inf, ranked[q]) for ranked in (scanned, estimates))
+            (estimates_of_all >= estimates_of_all[best, None]).sum(axis=1)
+            for estimates_of_all in (np.where(excluded[q], -np.inf, ranked[q]) for ranked in (scanned, estimates))
         ]
         out[q] = candidates_needed(*ranks) / len(excluded[q])
     return out

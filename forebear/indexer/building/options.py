@@ -27,12 +27,12 @@ STORES = ("features", "sbert", "words", "spans")
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions(Choices):
-    """Choices of ``forebear index``: those of :class:`Choices`, which the spec keeps, and some that it does not.
+    """Choices of ``forebear index``: those of :class:`Choices`, which the spec stores, and three that it does not.
 
     Attributes:
-        calibration_queries: Rows asked about to calibrate candidates beyond the head; 0: none.
-        sentence_model: The un-tuned encoder of ``sbert``; the spec keeps the digest of its weights.
-        device: Where models run.
+        calibration_queries: Number of queries that calibrate candidates beyond the head; 0: no calibration.
+        sentence_model: The un-tuned encoder of the store ``sbert``; the spec has the digest of its weights.
+        device: Device that models run on.
     """
 
     calibration_queries: int = 74
@@ -44,7 +44,7 @@ class BuildOptions(Choices):
         """The options by which an index was built, from its manifest.
 
         Args:
-            manifest: Of the index. Choices of parts that it has not are the defaults.
+            manifest: The manifest of the index. Choices of parts that the index lacks get their defaults.
             **changes: Fields with another value.
         """
         chosen = manifest.spec.in_use()
@@ -54,7 +54,11 @@ class BuildOptions(Choices):
         return cls(**chosen | changes)
 
     def check(self) -> None:
-        """Refuse what can be refused before anything is loaded."""
+        """Refuse invalid choices, as far as that takes neither model nor rows.
+
+        Raises:
+            InputError: A choice is invalid; its option and the expected values are named.
+        """
         unknown = sorted(set(self.stores) - set(STORES))
         if unknown or "features" not in self.stores:
             raise InputError(f"--store {','.join(self.stores)}: expected features, and sbert, words, spans as wanted.")
@@ -96,15 +100,15 @@ class BuildOptions(Choices):
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """How a build or a change is done, whatever it is.
+    """Settings of a build or of a change of an index that no stored number depends on.
 
     Attributes:
-        resume: Go on with what was interrupted; what is done already is not done twice.
-        force: Replace or discard what is in the way.
-        warn: Told what the user should know, such as labels taken as the model's own ids.
-        tell: Told, in a line, when nothing is left to do.
-        progress: Told the stage, rows done and rows in all.
-        device: Where models run.
+        resume: Go on with an interrupted build or change; finished files are kept.
+        force: Replace an existing index, or discard an unfinished change.
+        warn: Called with what the user should know, such as that labels are taken as the model's own ids.
+        tell: Called with one line when nothing is left to do.
+        progress: Called with the stage, the rows done and the rows in all.
+        device: Device that models run on.
     """
 
     resume: bool = False

@@ -1,4 +1,4 @@
-"""What a build would otherwise find out only after its pass over the rows: sizes, and what masking spans takes."""
+"""Checks that would otherwise fail only after the pass over the rows: sizes of factors, and a token to mask with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from forebear.indexer.model.scopes import Scope, scope_of
 from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.text import Span
 
-MAX_SIDE = 20_000  # of a layer; its Kronecker factor and what decomposing it takes would not fit an ordinary machine
+MAX_SIDE = (
+    20_000  # width of a layer; a larger Kronecker factor, and its decomposition, would not fit an ordinary machine
+)
 
 
 def check_feasible(classifier: Classifier, options: BuildOptions, n_text_columns: int) -> None:

@@ -1,8 +1,8 @@
 """Fitting again what an index fitted when it was built: bases, reductions, EK-FAC and calibration beyond the head.
 
-They are fitted on a sample of the rows that were there. After an append or a retire they are an earlier sample's; a
-refit takes the same sample that a build of the live rows would take, and sketches all rows anew. Rows, labels and spans
-are read from the index. The new files lie in ``refit/<generation>/``, so that the old ones stay in force until the end.
+They are fitted on a sample of the rows. After an append or a retire that sample is out of date. A refit takes the
+sample that a build of the live rows would take, and sketches all rows anew. Rows, labels and spans are read from the
+index. The new files lie in ``refit/<generation>/``, so that the old ones stay in force until the end.
 """
 
 from __future__ import annotations
@@ -46,28 +46,28 @@ def refit_index(
     *,
     model: str | None = None,
     device: str = "auto",
-    **how: Unpack[WorkKeywords],
+    **work_keywords: Unpack[WorkKeywords],
 ) -> Index:
     """Fit bases, reductions, EK-FAC and calibration beyond the head to the live rows, and sketch all rows again.
 
-    Where no row was retired the sketches are those of a build from scratch over all rows, to the byte if its shards
-    hold the same rows. Where rows were, the fit is to the live ones, and row numbers stay. The head needs no fit.
+    If no row was retired, the sketches are those of a build from scratch over all rows, to the byte if its shards hold
+    the same rows. If rows were retired, the fit is to the live rows, and row numbers stay. The head needs no fit.
 
     Args:
         folder: The index.
-        model: Where the run, or the last checkpoint, is now, if it has moved.
+        model: Path of the run, or of the last checkpoint, if it has moved.
         device: Where models run.
-        **how: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
-            :class:`~forebear.indexer.building.options.Work`. ``force`` discards what an interrupted
-            change left, and fits again also if no row came or went.
+        **work_keywords: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
+            :class:`~forebear.indexer.building.options.Work`. ``force`` removes the files of an
+            interrupted change, and fits again even if no row was appended or retired.
 
     Raises:
-        InputError: The index holds nothing that is fitted.
+        InputError: The index has no scope beyond the head.
         MismatchError: The models are not those of the index.
-        OutputExistsError: Another change is unfinished, or this one without ``resume``.
+        OutputExistsError: Another change is unfinished, or a refit is, and ``resume`` is not set.
         InUseError: Another process is writing there.
     """
-    folder, work = Path(folder), Work.of(how, device)
+    folder, work = Path(folder), Work.of(work_keywords, device)
     Index.open(folder)
     with exclusive(folder / LOCK_NAME, str(folder)):
         index = Index.open(folder)
@@ -99,21 +99,25 @@ def refit_index(
 
 
 def _calibration_queries(manifest: Manifest) -> int:
-    """How many rows the build was to ask about; of an index that does not say, as many as it asked, or all."""
+    """How many queries the build was told to calibrate with.
+
+    The manifest of an older version has only the number that was used, which the number of rows may have limited. Then
+    the default is taken if it is larger.
+    """
     if manifest.calibration_queries is not None:
         return manifest.calibration_queries
-    asked = max((int(facts.get("n_queries", 0)) for facts in manifest.calibration.values()), default=0)
-    return max(asked, BuildOptions.calibration_queries) if asked >= manifest.fit_age.n_rows else asked
+    n_used = max((int(facts.get("n_queries", 0)) for facts in manifest.calibration.values()), default=0)
+    return max(n_used, BuildOptions.calibration_queries) if n_used >= manifest.fit_age.n_rows else n_used
 
 
 @dataclass(frozen=True)
 class _SketchWriter:
-    """Sketches all rows and spans of an index by what it fits to the live ones; files that are there stay.
+    """Fits to the live rows of an index, then sketches all its rows and spans; files that exist are kept.
 
     Attributes:
-        index: Whose rows.
-        folder: Below which files are written.
-        work: Who is told what.
+        index: The index whose rows are sketched.
+        folder: The folder of the refit, under which files are written.
+        work: Receives warnings and progress.
     """
 
     index: Index
@@ -127,12 +131,12 @@ class _SketchWriter:
         return self.index.manifest.spec.spans is not None
 
     def is_written(self, checkpoint: Checkpoint, *, last: bool) -> bool:
-        """Whether nothing is left to write at a checkpoint."""
+        """Whether all files of a checkpoint are written."""
         kinds = self._kinds(checkpoint, last)
         return not any(self._missing(i, kinds) for i in range(len(self.index.manifest.shards)))
 
     def write(self, checkpoint: Checkpoint, classifier: Classifier, *, last: bool) -> None:
-        """Fit what is missing at a checkpoint, and write the shards that are missing."""
+        """Make the fits of a checkpoint that are missing, and write its missing shards."""
         sketchers = fit_sketchers(
             self.folder, classifier, self.index.manifest.spec, checkpoint.name, self._sample,
             last=last, stage=partial(counted, self.work.progress),
@@ -143,7 +147,7 @@ class _SketchWriter:
             self._stage("sketches of spans", kinds, partial(self._write_spans, classifier, sketchers))
 
     def _stage(self, name: str, kinds: Sequence[str], write: Callable[[int, OnRows], None]) -> None:
-        """Call ``write`` for every shard that is missing, by its number."""
+        """Call ``write`` with the number of every shard that is missing."""
         on_rows = counted(self.work.progress, name, self.index.manifest.n_rows)
         for number, (start, stop) in enumerate(self.index.manifest.shards):
             if self._missing(number, kinds):
@@ -181,8 +185,8 @@ class _SketchWriter:
         )  # fmt: skip
         for number in range(self._earlier.n_shards, shard + 1):
             note_rows(self._earlier, self.index.folder, number, classifier)
-        for kind, found in collectors.items():
-            columns: dict[str, pa.Array | np.ndarray] = dict(found.rows(start).columns(sketchers[kind].reduction))
+        for kind, collector in collectors.items():
+            columns: dict[str, pa.Array | np.ndarray] = dict(collector.rows(start).columns(sketchers[kind].reduction))
             copy_repeats(self.folder / kind, columns, *self._earlier.labelled.repeats(shard))
             write_columns(self.folder / kind / _file(shard), columns)
 
@@ -190,12 +194,12 @@ class _SketchWriter:
         start, stop = self.index.manifest.shards[shard]
         store = self.index.spans()
         entries = store.entries_of(np.arange(start, stop))
-        of = store.rows[entries]
-        encoded, read = mask_spans(classifier, self.index.text_lists(of), store.spans(entries))
+        owners = store.rows[entries]
+        encoded, read = mask_spans(classifier, self.index.text_lists(owners), store.spans(entries))
         if not read.all():
-            raise CorruptIndexError(f"{self.index.folder}: a stored span of row {of[~read][0]} is not in its text.")
+            raise CorruptIndexError(f"{self.index.folder}: a stored span of row {owners[~read][0]} is not in its text.")
         _, _, sketches = masked_pass(
-            classifier, sketchers, replace(encoded, owners=of - start), self.index.labels[of].astype(np.int64),
+            classifier, sketchers, replace(encoded, owners=owners - start), self.index.labels[owners].astype(np.int64),
             self.index.manifest.spec.batch_tokens, self.work.warn,
         )  # fmt: skip
         for number in range(self._earlier_spans.n_shards, shard + 1):

@@ -1,6 +1,6 @@
-"""What is told of an index's rows after a build: whether the model predicts them, and how much of them it reads.
+"""Facts about an index's rows, shown after a build: the model's accuracy on them, and how much of them it reads.
 
-A wrong file, another order of labels or a wrong tokenizer give answers that look right; these numbers show them.
+With a wrong file, another order of labels or a wrong tokenizer answers still look right; these numbers show the fault.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.training.run import RunCheckpoint, path_to, read_run
 from forebear.wording import worded
 
-READING_KEY = b"forebear.reading"  # of a shard of rows, in its schema's metadata
-SAMPLED_ROWS = 1024  # test rows that are looked at before they are asked about
-FAR_BELOW_DEV = 0.15  # below the accuracy on the run's development rows, which training rows exceed
-HARDLY_ABOVE_CHANCE = 0.1  # of the way from naming the most frequent label to all right; where dev rows say nothing
+READING_KEY = b"forebear.reading"  # in the schema metadata of a shard of rows
+SAMPLED_ROWS = 1024  # rows that are read for a warning before a long pass over all of them
+FAR_BELOW_DEV = 0.15  # less than the accuracy on the run's development rows; on training rows it should be higher
+HARDLY_ABOVE_CHANCE = 0.1  # of the way from the most frequent label's share to 1; used without dev rows
 
 
 def reading_of_first_rows(classifier: Classifier, source: RowSource) -> Reading:
@@ -34,16 +34,16 @@ def reading_of_first_rows(classifier: Classifier, source: RowSource) -> Reading:
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What is told of an index's live rows.
+    """Facts about an index's live rows.
 
     Attributes:
         accuracy: Share of rows whose label the model predicts.
-        mean_loss: In nats.
+        mean_loss: Mean loss of the rows, in nats.
         most_frequent: Share of the most frequent label.
-        dev_accuracy: On the development rows of the run that the model comes from; None where there is none.
+        dev_accuracy: Accuracy on the development rows of the model's run; None without a run or without such rows.
         train_loss: Mean training loss over the run's last epoch; None where there is no run.
         max_length: Longest row in word pieces.
-        reading: Of all rows given out; None in an index of an older version.
+        reading: How much of the rows, retired ones included, the model reads; None in an index of an older version.
     """
 
     accuracy: float
@@ -55,7 +55,7 @@ class RowFacts:
     reading: Reading | None
 
     def describe(self) -> list[str]:
-        """Lines for the user."""
+        """Lines that state the facts for the user."""
         beside = []
         if self.dev_accuracy is not None:
             beside.append(f"{share(self.dev_accuracy)} on the run's development rows")
@@ -69,17 +69,19 @@ class RowFacts:
         return lines
 
     def warnings(self) -> list[str]:
-        """What is wrong with the rows."""
-        found = []
+        """Warnings: an accuracy far too low, or texts that the model hardly reads; empty where all is well."""
+        warnings = []
         floor = self.most_frequent + HARDLY_ABOVE_CHANCE * (1 - self.most_frequent)
         if self.dev_accuracy is not None and self.accuracy < self.dev_accuracy - FAR_BELOW_DEV:
             beside = f"it had {share(self.dev_accuracy)} on its run's development rows"
-            found.append(_low_accuracy(self.accuracy, beside))
+            warnings.append(_low_accuracy(self.accuracy, beside))
         elif self.dev_accuracy is None and self.most_frequent < 1 and self.accuracy < floor:
-            found.append(_low_accuracy(self.accuracy, f"the most frequent label alone has {share(self.most_frequent)}"))
+            warnings.append(
+                _low_accuracy(self.accuracy, f"the most frequent label alone has {share(self.most_frequent)}")
+            )
         if self.reading is not None:
-            found += self.reading.warnings(self.max_length, "the indexed rows")
-        return found
+            warnings += self.reading.warnings(self.max_length, "the indexed rows")
+        return warnings
 
 
 def _low_accuracy(accuracy: float, beside: str) -> str:
@@ -90,7 +92,7 @@ def _low_accuracy(accuracy: float, beside: str) -> str:
 
 
 def row_facts(index: Index) -> RowFacts:
-    """What is told of an index's rows; read from its rows and from the run that its model comes from."""
+    """The facts about an index's rows, from the index and from the run of its model."""
     live = index.live
     labels = index.labels[live]
     last = index.manifest.checkpoints[-1]
@@ -107,12 +109,12 @@ def row_facts(index: Index) -> RowFacts:
 
 
 def reading_metadata(reading: Reading) -> dict[bytes, bytes]:
-    """As a shard of rows keeps it."""
+    """A reading as schema metadata of a shard of rows."""
     return {READING_KEY: json.dumps(asdict(reading), allow_nan=False).encode()}
 
 
 def _stored_reading(index: Index) -> Reading | None:
-    """Over all shards; None where a shard of an older version says nothing of it."""
+    """The reading summed over all shards; None if a shard of an older version has none."""
     total = Reading()
     for metadata in index.row_metadata():
         if READING_KEY not in metadata:
@@ -122,11 +124,11 @@ def _stored_reading(index: Index) -> Reading | None:
 
 
 def run_checkpoint(path: str) -> RunCheckpoint | None:
-    """What ``run.json`` says of a checkpoint folder of a run; None for any other model."""
+    """The entry of ``run.json`` for a checkpoint folder of a run; None for any other model."""
     folder = Path(path).resolve()
     try:
         run = read_run(folder.parent.parent)
-    except DataError:  # its checkpoints can be indexed all the same
+    except DataError:  # a checkpoint can be indexed without a readable run.json
         return None
     if run is None:
         return None

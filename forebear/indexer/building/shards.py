@@ -1,4 +1,4 @@
-"""The pass over the training rows: every shard file of every checkpoint, written once."""
+"""The pass over the training rows, which writes every shard file of every checkpoint."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from forebear.progress import counted
 
 @contextmanager
 def as_begun(n_threads: int) -> Iterator[None]:
-    """Run with the thread count that the change was begun with: last bits depend on it."""
+    """Run with the thread count that the change was begun with; last bits of a float depend on it."""
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
@@ -95,12 +95,12 @@ class ShardWriter:
 
     Attributes:
         folder: The index.
-        manifest: As it will be, with the segment's shards at the end.
-        checkpoints: In training order, with the paths where they are now.
+        manifest: The manifest that the change will write; the segment's shards are its last ones.
+        checkpoints: The checkpoints in training order, with their present paths.
         source: The segment's rows.
-        labels: Onto the model's ids.
+        labels: Maps the source's labels to the model's class ids.
         first_shard: Number of the segment's first shard.
-        work: Where models run, and who is told what.
+        work: Device of the models, and receiver of warnings and progress.
     """
 
     folder: Path
@@ -126,15 +126,15 @@ class ShardWriter:
 
     @property
     def fit_folder(self) -> Path:
-        """Below which the files lie that follow from what is fitted beyond the head."""
+        """Folder of all files that depend on fits beyond the head."""
         return self.folder / self.manifest.fitted_name("")
 
     def write(self, loaded: dict[str, Classifier]) -> None:
-        """Write what is missing.
+        """Write the shard files that are missing.
 
         Args:
-            loaded: Models that are in memory, by the name of their checkpoint: the last one, and perhaps the first. It
-                is dropped from here when its pass is done.
+            loaded: Models in memory, by the name of their checkpoint: the last one, and perhaps the first. All but the
+                last are removed from the dictionary after their pass, to free memory.
         """
         last = loaded[self.checkpoints[-1].name]
         for checkpoint in self.checkpoints:
@@ -212,16 +212,16 @@ class ShardWriter:
                 batch_tokens=batch_tokens, first_row=row, on_rows=on_rows, warn=self.work.warn,
             )  # fmt: skip
             for kind, sketch in sketches.items():
-                found = sketch.rows(row).columns(sketchers[kind].reduction)
-                copy_repeats(self.fit_folder / kind, found, *self._rows.labelled.repeats(shard))
-                write_columns(self.fit_folder / kind / path.name, found)
+                sketch_columns = sketch.rows(row).columns(sketchers[kind].reduction)
+                copy_repeats(self.fit_folder / kind, sketch_columns, *self._rows.labelled.repeats(shard))
+                write_columns(self.fit_folder / kind / path.name, sketch_columns)
             for kind, gathered in words.items():
                 runs = self.folder / runs_folder(kind)
                 write_run(runs / path.name, gathered.rows(row), row, self._repeated_words(kind, shard))
         else:
             forward = run_forward(classifier, encoded, batch_tokens=batch_tokens, first_row=row, on_rows=on_rows)
         forward = self._as_first_stored(path.parent, classifier, forward, shard)
-        residuals, losses = (found.astype(np.float32) for found in residual_and_loss(forward.logits, gold))
+        residuals, losses = (values.astype(np.float32) for values in residual_and_loss(forward.logits, gold))
         copy_repeats(path.parent, {"residual": residuals}, *self._rows.labelled.repeats(shard))
         if checkpoint is self.checkpoints[-1]:
             columns: dict[str, pa.Array | np.ndarray] = {"row": np.arange(row, row + len(block))}
@@ -230,8 +230,8 @@ class ShardWriter:
             columns |= {"probabilities": forward.probabilities.astype(np.float32), "loss": losses}
             columns |= {DIGEST: encoded.digests}
             reading = count_reading(classifier.tokenizer, block.texts, encoded.rows, classifier.max_length)
-            of_model = {name: columns[name] for name in ("prediction", "probabilities")}
-            copy_repeats(self.folder / "rows", of_model, *self._rows.read.repeats(shard))
+            of_text = {name: columns[name] for name in ("prediction", "probabilities")}
+            copy_repeats(self.folder / "rows", of_text, *self._rows.read.repeats(shard))
             copy_repeats(self.folder / "rows", {"loss": losses}, *self._rows.labelled.repeats(shard))
             write_columns(self.folder / "rows" / path.name, columns, reading_metadata(reading))
             if words:
@@ -247,11 +247,11 @@ class ShardWriter:
         return read_batches(self.folder / kind / f"{shard:05d}.arrow")[0]
 
     def _note_rows(self, classifier: Classifier, shard: int, encoded: Encoded, gold: np.ndarray) -> None:
-        """Find the rows of a shard that an earlier one has; those of shards that were written before are read."""
+        """Note the rows of a shard, to find those that an earlier shard has too; earlier shards are read if need be."""
         known = self._rows
         while known.n_shards < shard and (self.folder / "rows" / f"{known.n_shards:05d}.arrow").is_file():
             note_rows(known, self.folder, known.n_shards, classifier)
-        if known.n_shards < shard:  # of a build that is resumed before its last checkpoint
+        if known.n_shards < shard:  # a resumed build has no shards of rows before its last checkpoint
             for block in self.source.blocks(self.spec.shard_rows):
                 number = self.first_shard + block.start // self.spec.shard_rows
                 if known.n_shards <= number < shard:
@@ -260,7 +260,7 @@ class ShardWriter:
             known.add(encoded.digests, gold)
 
     def _as_first_stored(self, folder: Path, classifier: Classifier, forward: Forward, shard: int) -> Forward:
-        """A shard's pass with the features of rows that an earlier shard has, and what the head makes of these."""
+        """A shard's forward pass; rows that an earlier shard has too get the stored features, and their logits."""
         positions, places = self._rows.read.repeats(shard)
         if not len(positions):
             return forward
@@ -270,7 +270,7 @@ class ShardWriter:
         return forward
 
     def _repeated_words(self, kind: str, shard: int) -> Postings | None:
-        """Words of a shard's rows that an earlier shard has, from its run or from the store before an append."""
+        """Stored words of the rows that an earlier shard has too, from its run or from the store before an append."""
         positions, places = self._rows.labelled.repeats(shard)
         if not len(positions):
             return None
@@ -300,26 +300,26 @@ class ShardWriter:
         self,
         classifier: Classifier,
         sketchers: dict[str, Sketcher],
-        how: str,
+        finder: str,
         path: Path,
         block: RowBlock,
         row: int,
         on_rows: OnRows,
     ) -> None:
-        """What every span of a block of rows adds to its gradient; rows are told when their spans are written."""
+        """Write what every span of a block of rows adds to its row's gradient."""
         for shard in range(self._spans.n_shards, int(path.stem)):
             note_spans(self._spans, self.folder, shard, classifier)
         rows = range(row, row + len(block))
-        found = find_spans(span_finder(how, self.spec.span_column), block.texts, block.table, rows, "training row")
+        spans = find_spans(span_finder(finder, self.spec.span_column), block.texts, block.table, rows, "training row")
         write_spans(
             self.folder, self.fit_folder, path.name, self.checkpoints[-1].name, classifier, sketchers,
-            mask_found(classifier, block.texts, found), _labels_of(block, self.labels), self._spans,
+            mask_found(classifier, block.texts, spans), _labels_of(block, self.labels), self._spans,
             first_row=row, batch_tokens=self.spec.batch_tokens, warn=self.work.warn,
         )  # fmt: skip
         on_rows(len(block))
 
     def _sketchers(self, classifier: Classifier, checkpoint: Checkpoint) -> dict[str, Sketcher]:
-        """Sketchers of every scope by the folder of their shards, fitted first if they have not been yet."""
+        """Sketchers of every scope, by the folder of their shards; fitted now if they were not before."""
         return fit_sketchers(
             self.fit_folder, classifier, self.spec, checkpoint.name, self._sample,
             last=checkpoint is self.checkpoints[-1], stage=partial(counted, self.work.progress),

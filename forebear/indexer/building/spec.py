@@ -1,4 +1,4 @@
-"""The spec of a new index: its checkpoints fingerprinted and seen to belong together."""
+"""The spec of a new index: its checkpoints are fingerprinted, and refused if they come from different runs."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from forebear.indexer.training.run import CheckpointPath
 def make_spec(
     source: RowSource, checkpoints: Sequence[CheckpointPath], last: Classifier, options: BuildOptions
 ) -> tuple[IndexSpec, tuple[Checkpoint, ...], dict[str, Classifier]]:
-    """The spec of a build; fingerprints every checkpoint, and sees that they belong together.
+    """The spec of a build; fingerprints every checkpoint, and checks that all come from one run.
 
     Returns:
-        The spec; the checkpoints; and those that are in memory afterwards, by name: the last one, and the first one if
-        only loading it could tell its fingerprint. So at most two are, and the pass, which begins with the first one,
-        need not load it again.
+        The spec; the checkpoints; and the models in memory, by checkpoint name: the last one, and the first one if its
+        fingerprint could only be had by loading it. So at most two models are in memory, and the pass, which begins
+        with the first checkpoint, need not load that again.
     """
     names = [c.name for c in checkpoints]
     if len(set(names)) != len(names):
         raise InputError(f"checkpoints {', '.join(names)}: each may be given once.")
     loaded = {names[-1]: last}
     check_gradients(last, options.scopes, with_bias=options.with_bias, words="words" in options.stores)
-    listed = [_listed(checkpoints[-1], last.sha256)]
+    records = [_listed(checkpoints[-1], last.sha256)]
     for checkpoint in reversed(checkpoints[:-1]):
-        loaded = {names[-1]: last}  # not the one before, while the next is loaded
+        loaded = {names[-1]: last}  # lets go of the model loaded before, ahead of loading the next
         model: Classifier | Fingerprint | None = stored_fingerprint(checkpoint.path, last)
         if model is None:
             model = load_classifier(
                 checkpoint.path, device=options.device, precision=options.precision, max_length=options.max_length
             )
         label_names = names_of_classes(model.label_names, source)
-        found = (model.feature_dim, label_names, model.tokenizer_sha256)
-        if found != (last.feature_dim, last.label_names, last.tokenizer_sha256):
+        parts = (model.feature_dim, label_names, model.tokenizer_sha256)
+        if parts != (last.feature_dim, last.label_names, last.tokenizer_sha256):
             raise MismatchError(
                 f"checkpoint {checkpoint.path} has {model.feature_dim} features, labels {list(label_names)} and "
                 f"tokenizer {model.tokenizer_sha256[:8]}; the last one has {last.feature_dim}, "
@@ -55,7 +55,7 @@ def make_spec(
             check_gradients(model, options.scopes, with_bias=options.with_bias, words="words" in options.stores)
             if model.max_length == last.max_length:
                 loaded[checkpoint.name] = replace(model, label_names=label_names)
-        listed.insert(0, _listed(checkpoint, model.sha256))
+        records.insert(0, _listed(checkpoint, model.sha256))
     spans = "spans" in options.stores
     if spans and not 0 <= options.span_column < len(source.text_columns):
         raise InputError(
@@ -65,8 +65,8 @@ def make_spec(
     by_sentence = "sbert" in options.stores
     spec = IndexSpec(
         **settled,
-        checkpoint_sha256=tuple(c.sha256 for c in listed),
-        etas=tuple(c.eta for c in listed),
+        checkpoint_sha256=tuple(c.sha256 for c in records),
+        etas=tuple(c.eta for c in records),
         tokenizer_sha256=last.tokenizer_sha256,
         label_names=last.label_names,
         text_columns=source.text_columns,
@@ -74,7 +74,7 @@ def make_spec(
         sentence_sha256=load_sentence_encoder(options.sentence_model, device="cpu").sha256 if by_sentence else None,
         n_threads=torch.get_num_threads(),
     )
-    return spec, tuple(listed), loaded
+    return spec, tuple(records), loaded
 
 
 def _listed(checkpoint: CheckpointPath, sha256: str) -> Checkpoint:

@@ -29,19 +29,19 @@ from forebear.wording import worded
 
 FLOAT16_ROUNDING = 1e-3  # of stored coordinates, scaled back to length 1
 WORDS_ROUNDING = {"fp16": 1e-3, "int8": 2e-2, "fp32": 0.0}  # of stored word vectors
-Compare = Callable[[np.ndarray, np.ndarray], None]  # stored and found again
+Compare = Callable[[np.ndarray, np.ndarray], None]  # stored and recomputed numbers
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # max|difference| / max|value|: other batches, other threads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was checked, and what was found wrong.
+    """What was checked, and the problems that were found.
 
     Attributes:
         n_files: Files re-hashed.
-        size_bytes: Their size.
+        size_bytes: Size of these files together.
         n_rows_recomputed: Training rows run through the model again.
-        max_error: Largest max|difference| / max|value| of what was recomputed; None if nothing was.
+        max_error: Largest max|difference| / max|value| of recomputed arrays; None if no row was recomputed.
         problems: One line each; empty when the index is whole.
     """
 
@@ -59,10 +59,10 @@ def verify_index(
 
     Args:
         folder: The index.
-        model: Where the last checkpoint is now, if it has moved.
+        model: Path of the last checkpoint, if it has moved.
         n_rows: Rows to recompute; 0 checks the bytes alone, without a model.
-        seed: Which rows.
-        device: Where the model runs.
+        seed: Random seed of the sample of rows.
+        device: Device that the model runs on.
 
     Raises:
         CorruptIndexError: The manifest itself is damaged.
@@ -123,7 +123,7 @@ def _byte_problems(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _left_line(folder: Path, manifest: Manifest) -> str | None:
-    """What a journal that is there says of a change that was interrupted; None: none is there."""
+    """A line about the interrupted change of the journal; None without a journal."""
     try:
         journal = read_journal(folder)
     except CorruptIndexError as error:
@@ -148,9 +148,9 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
     texts = index.text_lists(rows)
     errors = []
 
-    def compare(stored: np.ndarray, found: np.ndarray, rounding: float = 0.0) -> None:
+    def compare(stored: np.ndarray, recomputed: np.ndarray, rounding: float = 0.0) -> None:
         scale = max(float(np.abs(stored).max()), 1e-30)
-        difference = float(np.abs(stored.astype(np.float64) - found).max()) / scale
+        difference = float(np.abs(stored.astype(np.float64) - recomputed).max()) / scale
         errors.append(max(difference - rounding, 0.0) if np.isfinite(difference) else difference)
 
     checkpoints = checkpoints_now(index, model)
@@ -165,22 +165,24 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
             sketches, forward = sketch_rows(
                 classifier, list(kinds.values()), texts, gold, batch_tokens=spec.batch_tokens
             )
-            for kind, found in zip(kinds, sketches, strict=True):
+            for kind, recomputed in zip(kinds, sketches, strict=True):
                 store = index.gradient_store(kind)
-                compare(store.norms[rows], found.norms)
-                compare(store.lengths[rows], found.lengths)
-                compare(store.coordinates(rows), found.coordinates, rounding=FLOAT16_ROUNDING)
+                compare(store.norms[rows], recomputed.norms)
+                compare(store.lengths[rows], recomputed.lengths)
+                compare(store.coordinates(rows), recomputed.coordinates, rounding=FLOAT16_ROUNDING)
         else:
             forward = run_forward(classifier, texts, batch_tokens=spec.batch_tokens)
         if spec.words_tops:
             words, _ = word_gradients(classifier, texts, gold, spec.words_tops, batch_tokens=spec.batch_tokens)
-            for top, of_rows in words.items():
+            for top, words_of_top in words.items():
                 stored_words = index.words(top, number).take(rows)
-                at, fresh_at = _same_words(stored_words, of_rows)
-                stored_vectors, fresh = stored_words.vectors, of_rows.vectors
+                positions, fresh_positions = _same_words(stored_words, words_of_top)
+                stored_vectors, fresh = stored_words.vectors, words_of_top.vectors
                 assert stored_vectors is not None
                 assert fresh is not None
-                compare(stored_vectors[at], fresh[fresh_at], rounding=WORDS_ROUNDING[spec.words_precision])
+                compare(
+                    stored_vectors[positions], fresh[fresh_positions], rounding=WORDS_ROUNDING[spec.words_precision]
+                )
         residuals, _ = residual_and_loss(forward.logits, gold)
         compare(index.features(number).take(rows), forward.features)
         compare(index.residuals(number).take(rows), residuals)
@@ -198,40 +200,42 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
 def _compare_spans(
     index: Index, classifier: Classifier, sketchers: dict[str, Sketcher], rows: np.ndarray, compare: Compare
 ) -> None:
-    """Compare the stored spans of some rows with those spans masked again.
+    """Compare the stored numbers of some rows' spans with those of the same spans masked again.
 
     Raises:
-        CorruptIndexError: The model does not read one of them.
+        CorruptIndexError: A stored span is not in what the model reads of its row.
     """
     store = index.spans()
     entries = store.entries_of(rows)
     if not len(entries):
         return
-    of = store.rows[entries]
-    encoded, read = mask_spans(classifier, index.text_lists(of), store.spans(entries))
+    owners = store.rows[entries]
+    encoded, read = mask_spans(classifier, index.text_lists(owners), store.spans(entries))
     if not read.all():
-        raise CorruptIndexError(f"{index.folder}: a stored span of row {of[~read][0]} is not in its text.")
-    gold = index.labels[of].astype(np.int64)
+        raise CorruptIndexError(f"{index.folder}: a stored span of row {owners[~read][0]} is not in its text.")
+    gold = index.labels[owners].astype(np.int64)
     features, logits, sketches = masked_pass(classifier, sketchers, encoded, gold, index.manifest.spec.batch_tokens)
-    for kind, found in sketches.items():
+    for kind, recomputed in sketches.items():
         stored = index.gradient_store(kind, spans=True)
-        compare(stored.norms[entries], found.norms)
-        compare(stored.lengths[entries], found.lengths)
+        compare(stored.norms[entries], recomputed.norms)
+        compare(stored.lengths[entries], recomputed.lengths)
     compare(store.features.take(entries), features)
     compare(store.residuals.take(entries), residual_and_loss(logits, gold)[0])
 
 
 def _same_words(stored: WordRows, fresh: WordRows) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the words that both hold; of those kept for their long gradients a few may be near ties.
+    """Positions of the words that both hold, in each of the two.
+
+    A few may differ where only a row's longest gradients are kept, because two lengths may be nearly equal.
 
     Raises:
-        CorruptIndexError: They hold other words.
+        CorruptIndexError: More than a tenth of the words differ.
     """
     keys, fresh_keys = (w.rows << 32 | w.tokens for w in (stored, fresh))
-    _, at, fresh_at = np.intersect1d(keys, fresh_keys, assume_unique=True, return_indices=True)
-    if len(at) < 0.9 * max(len(keys), len(fresh_keys)):
+    _, positions, fresh_positions = np.intersect1d(keys, fresh_keys, assume_unique=True, return_indices=True)
+    if len(positions) < 0.9 * max(len(keys), len(fresh_keys)):
         raise CorruptIndexError(
-            f"the words stored for a sample of rows are not those of their texts: {len(at)} of {len(keys)} are the "
-            "same. Build the index again."
+            f"the words stored for a sample of rows are not those of their texts: {len(positions)} of {len(keys)} are "
+            "the same. Build the index again."
         )
-    return at, fresh_at
+    return positions, fresh_positions
