@@ -1,9 +1,9 @@
 """Spans of aspects by a question-answering reader (Span paper): the answer to "How is the X?" in the row's text.
 
-Any SQuAD-2 reader of transformers. The question is asked in eleven ways. An answer counts if its score, start and end
-logits summed, exceeds the one of "no answer" (both at the start token), and it is not the whole text; the one that
-exceeds it most is the span. Without any, the span is the term grown both ways to the sentence boundary. Of a text
-beyond the reader's longest input, the beginning is read.
+Any SQuAD-2 reader of transformers. The question is asked in eleven ways. An answer counts if its score, the
+sum of its start and end logits, exceeds the score of "no answer" (both logits at the start token), and if it is not the
+whole text; the answer that exceeds it most is the span. Without such an answer, the span is the sentences around the
+term's first occurrence. Of a text beyond the reader's longest input, the beginning is read.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ CACHED_ROWS = 1 << 17
 
 @dataclass(frozen=True)
 class Reader:
-    """A reader in ``eval()`` mode.
+    """A question-answering model, in ``eval()`` mode.
 
     Attributes:
-        name: The folder or hub name it was loaded from.
+        name: The folder or hub name that the model was loaded from.
         model: The network.
-        tokenizer: Its tokenizer, a fast one.
+        tokenizer: The tokenizer of the model, a fast one.
         max_length: Longest question and text together, in word pieces.
         equal_lengths: Whether answers depend on padding, so that only rows of one length share a batch.
     """
@@ -90,11 +90,11 @@ class Reader:
         lengths = [len(row["input_ids"]) for row in rows]
         out = [np.empty(0)] * len(rows)
         for batch in plan_batches(lengths, len(rows) * max(lengths), equal_lengths=self.equal_lengths):
-            at = sorted(batch)
+            positions = sorted(batch)
             with torch.no_grad():
-                found = self.model(**pad_batch(self.tokenizer, [rows[i] for i in at], self.model.device))
-            both = torch.stack([found.start_logits, found.end_logits], dim=1).double().cpu().numpy()
-            for i, values in zip(at, both, strict=True):
+                output = self.model(**pad_batch(self.tokenizer, [rows[i] for i in positions], self.model.device))
+            both = torch.stack([output.start_logits, output.end_logits], dim=1).double().cpu().numpy()
+            for i, values in zip(positions, both, strict=True):
                 out[i] = values[:, : lengths[i]]
         return out
 
@@ -105,10 +105,10 @@ def best_answer(start: np.ndarray, end: np.ndarray, pieces: np.ndarray) -> tuple
     Args:
         start: Logits ``(t,)``.
         end: Logits ``(t,)``.
-        pieces: Which positions are of the text, ``(t,)`` bool; of none, the score is -inf.
+        pieces: Whether each position is a word piece of the text, ``(t,)`` bool; if none is, the score is -inf.
     """
-    at = np.arange(len(start))
-    length = at[None, :] - at[:, None]
+    places = np.arange(len(start))
+    length = places[None, :] - places[:, None]
     allowed = pieces[:, None] & pieces[None, :] & (length >= 0) & (length < MAX_ANSWER_PIECES)
     scores = np.where(allowed, start[:, None] + end[None, :], -np.inf)
     a, b = np.unravel_index(int(scores.argmax()), scores.shape)
@@ -119,7 +119,7 @@ def load_reader(name: str) -> Reader:
     """Load a question-answering model from a folder or hub name.
 
     Raises:
-        ModelError: No such model, weights that were not stored, or a tokenizer that knows no places.
+        ModelError: There is no such model, it lacks weights, or its tokenizer does not give the places of word pieces.
     """
     from transformers import AutoModelForQuestionAnswering
 
@@ -143,38 +143,38 @@ def load_reader(name: str) -> Reader:
 
     def starts(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
-            found: torch.Tensor = model(**batch).start_logits
-        return found
+            logits: torch.Tensor = model(**batch).start_logits
+        return logits
 
     equal_lengths = padding_matters(starts, tokenizer, limit, model.device, path)
     return Reader(path, model.to(pick_device()), tokenizer, limit, equal_lengths)
 
 
 def read_aspect(reader: Reader, text: str, term: str) -> tuple[int, int] | None:
-    """Characters of what a text says of a term; None for an empty one, or where neither reader nor search finds any."""
+    """Start and end of what a text says of a term; None if either is empty, or if the text does not have the term."""
     term, whole = term.strip(), trimmed(text, 0, len(text))
     if not term or whole is None:
         return None
-    found = [
+    answers = [
         (margin, place)
         for margin, a, b in reader.answers([question.format(term) for question in QUESTIONS], text)
         if margin > 0 and (place := trimmed(text, a, b)) not in (None, whole)
     ]
-    if found:
-        return max(found, key=lambda answer: answer[0])[1]  # of equal ones the first question's
+    if answers:
+        return max(answers, key=lambda answer: answer[0])[1]  # of equal ones the first question's
     place = place_of_term(text, term)
     return None if place is None else covering(split_text(text, "sentences"), *place)
 
 
 def reader_finder(name: str) -> Finder:
-    """Finds the span of an aspect pair (text, term); the reader is loaded at the first row, answers are kept."""
+    """A finder of the span of an aspect pair (text, term); loads the reader at the first row, and caches answers."""
     loaded = lru_cache(maxsize=1)(lambda: load_reader(name))
     place = lru_cache(maxsize=CACHED_ROWS)(lambda text, term: read_aspect(loaded(), text, term))
 
-    def find(texts: Sequence[str], _row: dict[str, Any], _called: str) -> list[Span]:
+    def find(texts: Sequence[str], _row: dict[str, Any], _row_name: str) -> list[Span]:
         if len(texts) != 2:
             raise InputError(f"--spans reader:{name} is of pairs: what the first text says of the second one.")
-        found = place(texts[0], texts[1])
-        return [] if found is None else [Span(0, *found)]
+        span = place(texts[0], texts[1])
+        return [] if span is None else [Span(0, *span)]
 
     return find

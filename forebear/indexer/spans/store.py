@@ -2,7 +2,7 @@
 
     spans/00000.arrow                        row, text column, start and end of a shard's spans
     spans/<checkpoint>/00000.arrow           feature and p - y of the row with the span masked
-    gradients/<scope>/<checkpoint>/spans/    sketches of g - g', like those of rows beside it; whitened likewise
+    gradients/<scope>/<checkpoint>/spans/    sketches of g - g', in the format of the rows' sketches; also whitened
 
 At the last checkpoint alone: the variants that ``tracin+`` and ``tracin++`` sum over are one small step away from it.
 """
@@ -37,11 +37,11 @@ class SpanStore:
 
     Attributes:
         rows: Training row of each entry, ascending, ``(e,)`` int64.
-        columns: Text column of each.
-        starts: First character.
-        ends: One past the last.
+        columns: Text column of each entry, ``(e,)``.
+        starts: First character of each span, ``(e,)``.
+        ends: One past the last character, ``(e,)``.
         features: f of the row with the span masked, ``(e, h)`` float32.
-        residuals: p - y of it, ``(e, c)`` float32.
+        residuals: p - y of that masked row, ``(e, c)`` float32.
         n_cut: Spans that truncation cuts away, which have no entry.
     """
 
@@ -54,7 +54,7 @@ class SpanStore:
     n_cut: int
 
     def spans(self, entries: np.ndarray) -> list[Span]:
-        """Some of them."""
+        """The spans of the given entries."""
         parts = (values[entries].tolist() for values in (self.columns, self.starts, self.ends))
         return [Span(*ends) for ends in zip(*parts, strict=True)]
 
@@ -78,21 +78,21 @@ def write_spans(
     batch_tokens: int,
     warn: MemoryWarning,
 ) -> None:
-    """Write the entries of one shard's rows: sketches first, what lists the spans last.
+    """Write the spans of one shard's rows: sketches first, the list of spans last, which marks the shard as written.
 
     Args:
         folder: The index.
-        fit_folder: Below which sketches lie.
-        name: Of the shard's files.
-        checkpoint: The last one.
-        classifier: At it.
-        sketchers: By the folder of the rows' sketches.
-        masked: The spans.
-        labels: Gold classes of the rows, ``(n,)``.
-        earlier: Spans of the shards before it.
-        first_row: Number of the first of them.
+        fit_folder: Folder of the fits, which the sketches are written under.
+        name: Name of the shard's files.
+        checkpoint: Name of the last checkpoint.
+        classifier: The model at that checkpoint.
+        sketchers: Sketchers, by the folder of the rows' sketches.
+        masked: The spans of the shard.
+        labels: Gold classes of the shard's rows, ``(n,)``.
+        earlier: Spans of the shards before this one, to which these are added.
+        first_row: Number of the shard's first row.
         batch_tokens: Largest number of padded tokens in a batch.
-        warn: Told when memory does not suffice for a batch.
+        warn: Called when memory does not suffice for a batch.
     """
     gold = labels[masked.owners]
     try:
@@ -105,14 +105,14 @@ def write_spans(
     shard, encoded = int(Path(name).stem), masked.encoded
     earlier.add(encoded.digests, encoded.others.digests, gold)
     write_span_sketches(fit_folder, name, sketches, sketchers, earlier.differences.repeats(shard))
-    where = folder / masked_folder(checkpoint)
+    masked_rows_folder = folder / masked_folder(checkpoint)
     positions, places = earlier.masked.repeats(shard)
     if len(positions):
-        copy_repeats(where, {"feature": features}, positions, places)
+        copy_repeats(masked_rows_folder, {"feature": features}, positions, places)
         logits[positions] = forward_of_features(classifier, features[positions]).logits
     residuals = residual_and_loss(logits, gold)[0].astype(np.float32)
-    copy_repeats(where, {"residual": residuals}, *earlier.labelled.repeats(shard))
-    write_columns(where / name, {"feature": features, "residual": residuals})
+    copy_repeats(masked_rows_folder, {"residual": residuals}, *earlier.labelled.repeats(shard))
+    write_columns(masked_rows_folder / name, {"feature": features, "residual": residuals})
     ends = np.array([(s.column, s.start, s.end) for s in masked.spans], np.int32).reshape(-1, 3)
     columns = {"row": first_row + masked.owners.astype(np.int64)}
     columns |= {part: np.ascontiguousarray(ends[:, i]) for i, part in enumerate(("column", "start", "end"))}
@@ -128,9 +128,9 @@ def write_span_sketches(
     sketchers: dict[str, Sketcher],
     repeats: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> None:
-    """Write the sketches of one shard's spans, beside those of its rows; ``repeats`` of an earlier shard's are its."""
-    for kind, found in sketches.items():
-        columns = found.columns(sketchers[kind].reduction)
+    """Write the sketches of one shard's spans, beside those of its rows; ``repeats`` get stored numbers."""
+    for kind, span_sketches in sketches.items():
+        columns = span_sketches.columns(sketchers[kind].reduction)
         if repeats is not None:
             copy_repeats(fit_folder / span_gradients(kind), columns, *repeats)
         write_columns(fit_folder / span_gradients(kind) / name, columns)
@@ -140,32 +140,32 @@ def note_spans(earlier: EarlierSpans, folder: Path, shard: int, classifier: Clas
     """Add the stored spans of the next shard to those of the shards before it.
 
     Args:
-        earlier: Spans of the shards before it.
+        earlier: Spans of the shards before this one.
         folder: The index.
-        shard: Its number.
-        classifier: At the last checkpoint.
+        shard: Number of the shard to add.
+        classifier: The model at the last checkpoint.
     """
     listed, rows = (read_batches(folder / kind / f"{shard:05d}.arrow")[0] for kind in (SPANS, "rows"))
-    of = column(listed, "row") - column(rows, "row")[0]
+    row_positions = column(listed, "row") - column(rows, "row")[0]
     read = stored_digests(rows, partial(encode, classifier), rows)
-    earlier.add(read[of], masked_digests(listed, rows, classifier), column(rows, "label")[of])
+    earlier.add(read[row_positions], masked_digests(listed, rows, classifier), column(rows, "label")[row_positions])
 
 
 def masked_digests(listed: pa.RecordBatch, rows: pa.RecordBatch, classifier: Classifier) -> np.ndarray:
-    """What the model reads of a shard's masked rows, ``(e, 2)``; masked again where an older version did not keep it.
+    """Digests of the word pieces of a shard's masked rows, ``(e, 2)``; masked again where an older version kept none.
 
     Args:
         listed: The shard's spans.
         rows: The shard's rows.
-        classifier: At the last checkpoint.
+        classifier: The model at the last checkpoint.
     """
     if DIGEST in listed.schema.names:
         return column(listed, DIGEST)
-    at = (column(listed, "row") - column(rows, "row")[0]).tolist()
+    row_positions = (column(listed, "row") - column(rows, "row")[0]).tolist()
     names = [name for name in rows.schema.names if name.startswith("text_")]
-    texts = [[texts[i] for i in at] for texts in (rows.column(name).to_pylist() for name in names)]
+    texts = [[texts[i] for i in row_positions] for texts in (rows.column(name).to_pylist() for name in names)]
     ends = (column(listed, part).tolist() for part in ("column", "start", "end"))
-    encoded, _ = mask_spans(classifier, texts, [Span(*of) for of in zip(*ends, strict=True)])
+    encoded, _ = mask_spans(classifier, texts, [Span(*span_ends) for span_ends in zip(*ends, strict=True)])
     return encoded.others.digests
 
 
@@ -190,11 +190,11 @@ def masked_pass(
 
 def read_spans(listed: list[pa.RecordBatch], masked: list[pa.RecordBatch]) -> SpanStore:
     """Memory-map what :func:`write_spans` wrote, of all shards."""
-    row, of, start, end = (
+    row, text_column, start, end = (
         np.concatenate([column(b, part) for b in listed]) for part in ("row", "column", "start", "end")
     )
     return SpanStore(
-        rows=row, columns=of, starts=start, ends=end,
+        rows=row, columns=text_column, starts=start, ends=end,
         features=RowMatrix([column(b, "feature") for b in masked]),
         residuals=RowMatrix([column(b, "residual") for b in masked]),
         n_cut=sum(int(b.schema.metadata[_CUT]) for b in listed),

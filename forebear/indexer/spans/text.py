@@ -29,23 +29,30 @@ class Span:
     end: int
 
 
-def split_text(text: str, how: str) -> list[tuple[int, int]]:
+def split_text(text: str, unit: str) -> list[tuple[int, int]]:
     """Clauses, sentences or words of a text, in order, without white space and closing punctuation at their ends.
 
     Clauses end at punctuation and before a conjunction that contrasts or gives a reason (but, although, because, ...).
-    What holds no letter and no digit is left out.
+    Pieces without a letter or a digit are left out.
+
+    Args:
+        text: The text.
+        unit: ``clauses``, ``sentences`` or ``words``.
+
+    Returns:
+        Start and end of each piece, in characters.
     """
-    if how == "words":
+    if unit == "words":
         pieces = [match.span() for match in _WORD.finditer(text)]
     else:
-        boundary = {"clauses": _CLAUSE_END, "sentences": _SENTENCE_END}[how]
+        boundary = {"clauses": _CLAUSE_END, "sentences": _SENTENCE_END}[unit]
         cuts = [0, *(edge for match in boundary.finditer(text) for edge in match.span()), len(text)]
         pieces = list(zip(cuts[::2], cuts[1::2], strict=True))
-    return [found for start, end in pieces if (found := trimmed(text, start, end)) is not None]
+    return [stretch for start, end in pieces if (stretch := trimmed(text, start, end)) is not None]
 
 
 def trimmed(text: str, start: int, end: int) -> tuple[int, int] | None:
-    """Without white space and brackets or quotes at the ends; None without a letter or digit."""
+    """A stretch without white space, brackets or quotes at its ends; None if it has no letter and no digit."""
     while start < end and unicodedata.category(text[start])[0] in "PSZC" and text[start] not in "$£€#@":
         start += 1
     while start < end and unicodedata.category(text[end - 1])[0] in "PSZC" and text[end - 1] not in "%$£€":
@@ -54,19 +61,19 @@ def trimmed(text: str, start: int, end: int) -> tuple[int, int] | None:
 
 
 def covering(pieces: Iterable[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """From the first to the last of the pieces that share a character with a stretch; without any, the stretch."""
+    """Start of the first and end of the last piece that overlaps a stretch; the stretch itself if no piece does."""
     touched = [(a, b) for a, b in pieces if a < end and start < b]
     return (min(a for a, _ in touched), max(b for _, b in touched)) if touched else (start, end)
 
 
-# Texts of a row, all its columns, and what it is called in messages.
+# Finds the spans of a row, from its texts, all its columns by name, and its name in messages such as "test row 3".
 Finder = Callable[[Sequence[str], "dict[str, Any]", str], list[Span]]
 
 
 def place_of_term(text: str, term: str) -> tuple[int, int] | None:
-    """Characters of a term's first occurrence in any case, as whole words if it occurs so; None without one."""
-    wanted = re.escape(term)
-    if not wanted:
+    """Start and end of a term's first occurrence, in any case, as whole words where there is such; None without one."""
+    pattern = re.escape(term)
+    if not pattern:
         return None
-    found = re.search(rf"(?<!\w){wanted}(?!\w)", text, re.IGNORECASE) or re.search(wanted, text, re.IGNORECASE)
-    return None if found is None else found.span()
+    match = re.search(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE) or re.search(pattern, text, re.IGNORECASE)
+    return None if match is None else match.span()
