@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from forebear.indexer.gradients.gradient_pass import RowCollector, labels_seed, refuse_non_finite, run_pass
 from forebear.indexer.gradients.tape import EmbeddingFactors, LayerFactors
@@ -68,7 +69,7 @@ class WordRows:
         starts: Where each row's words begin, and one past the last, ``(n + 1,)`` int64.
         tokens: Token ids, ``(m,)`` int64.
         vectors: dL/dE_w, ``(m, e)``, or None where they were encoded.
-        coded: The same as stored, or None.
+        coded: The vectors as they are stored, or None.
     """
 
     starts: np.ndarray
@@ -85,29 +86,29 @@ class WordRows:
         return np.repeat(np.arange(len(self)), np.diff(self.starts))
 
     def only(self, keep: np.ndarray) -> WordRows:
-        """The same with some of the words, by a mask ``(m,)``; needs ``vectors``."""
+        """All rows with only the words that the mask ``keep`` ``(m,)`` selects; needs ``vectors``."""
         assert self.vectors is not None
         counts = np.bincount(self.rows[keep], minlength=len(self))
         return WordRows(offsets(counts), self.tokens[keep], self.vectors[keep])
 
-    def take(self, which: np.ndarray) -> WordRows:
-        """Some of the rows, in the order given; needs ``vectors``."""
+    def take(self, positions: np.ndarray) -> WordRows:
+        """The rows at some positions, in the order given; needs ``vectors``."""
         assert self.vectors is not None
-        starts, at = stretches(self.starts, which)
-        return WordRows(starts, self.tokens[at], self.vectors[at])
+        starts, words = stretches(self.starts, positions)
+        return WordRows(starts, self.tokens[words], self.vectors[words])
 
 
 class WordGradients(RowCollector):
     """Gathers word gradients: of all positions (``top`` 0), or of each row's ``top`` longest."""
 
     def __init__(self, classifier: Classifier, top: int, n_rows: int, precision: str | None) -> None:
-        """Prepare.
+        """Make an empty collector.
 
         Args:
-            classifier: Whose gradients.
-            top: Positions kept a row; 0 for all.
-            n_rows: Rows of the pass.
-            precision: As they are to be stored; None keeps the vectors themselves.
+            classifier: The model whose gradients are gathered.
+            top: Number of positions kept in each row; 0 for all.
+            n_rows: Number of rows of the pass.
+            precision: How the vectors are encoded for storage; None keeps the vectors themselves.
         """
         self.scope = embedding_scope(classifier)
         self._name, self._top, self._precision = classifier.name, top, precision
@@ -118,16 +119,16 @@ class WordGradients(RowCollector):
         self._tokens: list[np.ndarray] = []
         self._vectors: list[np.ndarray] = []
         self._coded: list[Coded] = []
-        self._copies: list[tuple[int, int]] = []  # rows that share another's words, after it
+        self._copies: list[tuple[int, int]] = []  # (row, equal row that was not run and gets its words)
         self._batch: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         self._encoded: Coded | None = None  # of the batch
 
+    @override
     def begin(self, positions: list[int]) -> None:
-        """See :class:`~forebear.indexer.gradients.gradient_pass.Collector`."""
         self._batch = None
 
+    @override
     def on_layer(self, name: str, factors: LayerFactors) -> None:
-        """See :class:`~forebear.indexer.gradients.gradient_pass.Collector`."""
         assert isinstance(factors, EmbeddingFactors)
         kept = factors.ids >= 0
         if self._top:
@@ -139,16 +140,16 @@ class WordGradients(RowCollector):
         rows, tokens = np.divmod(keys.cpu().numpy(), self._n_tokens)
         self._batch = (rows, tokens, vectors.cpu().numpy())
 
+    @override
     def end(self, positions: list[int]) -> None:
-        """See :class:`~forebear.indexer.gradients.gradient_pass.Collector`."""
         assert self._batch is not None
         rows, _, vectors = self._batch
         self._sizes = np.bincount(rows, minlength=len(positions))
         self._lengths = np.bincount(rows, (vectors.astype(np.float64) ** 2).sum(axis=1), minlength=len(positions))
         self._encoded = None if self._precision is None else encode_vectors(vectors, self._precision)
 
+    @override
     def keep(self, positions: list[int]) -> None:
-        """See :class:`~forebear.indexer.gradients.gradient_pass.Collector`."""
         assert self._batch is not None
         _, tokens, vectors = self._batch
         self._counts[positions], self._squares[positions] = self._sizes, self._lengths
@@ -160,13 +161,13 @@ class WordGradients(RowCollector):
             self._coded.append(self._encoded)
         self._batch = self._encoded = None
 
+    @override
     def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
-        """See :class:`~forebear.indexer.gradients.gradient_pass.RowCollector`."""
         self._counts[copies], self._squares[copies] = self._counts[sources], self._squares[sources]
         self._copies = list(zip(sources.tolist(), copies.tolist(), strict=True))
 
     def rows(self, first_row: int = 0) -> WordRows:
-        """All of them, after the pass.
+        """The word gradients of all rows, after the pass.
 
         Raises:
             NonFiniteError: A gradient is NaN or infinite; the row is named.
@@ -174,11 +175,11 @@ class WordGradients(RowCollector):
         refuse_non_finite(self._name, first_row, self._squares)
         starts = offsets(self._counts)
         order = np.empty(starts[-1], np.int64)  # where each word of the result stands among those gathered
-        at = 0
+        n_gathered = 0
         for positions, counts in self._places:
             for position, count in zip(positions, counts, strict=True):
-                order[starts[position] : starts[position] + count] = np.arange(at, at + count)
-                at += count
+                order[starts[position] : starts[position] + count] = np.arange(n_gathered, n_gathered + count)
+                n_gathered += count
         for source, copy in self._copies:
             order[starts[copy] : starts[copy + 1]] = order[starts[source] : starts[source + 1]]
         tokens = np.concatenate(self._tokens)[order]
@@ -210,16 +211,16 @@ def word_gradients(
     """Word gradients of the losses of rows of text, as vectors; one pass for all of ``tops``.
 
     Args:
-        classifier: Whose gradients.
+        classifier: The model whose gradients are computed.
         texts: One list a text column.
         labels: Class whose loss is differentiated, ``(n,)``.
-        tops: Positions kept a row; 0 for all.
+        tops: Numbers of positions kept in each row; 0 for all.
         batch_tokens: Largest number of padded tokens in a batch.
         first_row: Row number of the first text, for messages.
-        on_rows: Told the number of rows after each batch.
+        on_rows: Called with the number of rows after each batch.
 
     Returns:
-        Words by ``top``; features and logits from the same pass.
+        Word gradients by ``top``; features and logits from the same pass.
 
     Raises:
         NonFiniteError: A gradient is NaN or infinite; the row is named.
@@ -243,9 +244,9 @@ def count_tokens(classifier: Classifier, texts: Sequence[Sequence[str]]) -> tupl
         ``(starts, tokens, counts)``, row by row: ``(n + 1,)``, ``(m,)`` and ``(m,)``; tokens ascend within a row.
     """
     special = np.array(sorted(classifier.tokenizer.all_special_ids))
-    found = []
+    counted = []
     for row in encode(classifier, texts):
         ids = np.array(row["input_ids"], dtype=np.int64)
-        found.append(np.unique(ids[~np.isin(ids, special)], return_counts=True))
-    tokens, counts = (np.concatenate([np.empty(0, np.int64), *(f[i] for f in found)]) for i in (0, 1))
-    return offsets(np.array([len(f[0]) for f in found], dtype=np.int64)), tokens, counts
+        counted.append(np.unique(ids[~np.isin(ids, special)], return_counts=True))
+    tokens, counts = (np.concatenate([np.empty(0, np.int64), *(pair[i] for pair in counted)]) for i in (0, 1))
+    return offsets(np.array([len(pair[0]) for pair in counted], dtype=np.int64)), tokens, counts

@@ -1,8 +1,8 @@
 """The word store: for each token id its rows and vectors, contiguous and memory-mapped, and each row's words.
 
-The pass leaves one *run* a shard, sorted by token and row. The runs, and on an append the store that is there, are then
-merged: counts first, so that the place of every posting is known, then each run's postings are copied there. Nothing
-larger than a run is ever held. A token that every row holds ([CLS], [SEP]) has one posting a row, in row order.
+The pass leaves one *run* a shard, sorted by token and row. The runs, and on an append the existing store, are then
+merged: postings are counted first, so that the place of each one is known, and then copied there run by run. No more
+than one run is in memory at a time. A token that every row holds ([CLS], [SEP]) has one posting a row, in row order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SLICE = 1 << 16  # postings of an older store that are copied at once
 
 @dataclass(frozen=True)
 class Postings:
-    """Some postings, by token and row.
+    """Postings, each the vector of one token in one row; sorted by token and row, or as said.
 
     Attributes:
         rows: Row numbers, ``(m,)`` int32.
@@ -48,24 +48,24 @@ class Postings:
     norms: np.ndarray
     errors: np.ndarray
 
-    def take(self, which: np.ndarray) -> Postings:
-        """Some of them, in the order given."""
-        return Postings(*(getattr(self, f.name)[which] for f in fields(Postings)))
+    def take(self, positions: np.ndarray) -> Postings:
+        """The postings at some positions, in the order given."""
+        return Postings(*(getattr(self, f.name)[positions] for f in fields(Postings)))
 
 
 def write_run(path: Path, words: WordRows, first_row: int, repeated: Postings | None = None) -> None:
-    """Write one shard's words, sorted by token and row; ``repeated`` are those that some of its rows have instead."""
+    """Write one shard's words, sorted by token and row; rows that occur in ``repeated`` get those words instead."""
     coded = words.coded
     assert coded is not None
     rows = (first_row + words.rows).astype(np.int32)
-    found = Postings(rows, words.tokens.astype(np.int32), coded.codes, coded.scales, coded.norms, coded.errors)
+    postings = Postings(rows, words.tokens.astype(np.int32), coded.codes, coded.scales, coded.norms, coded.errors)
     if repeated is not None:
-        kept = found.take(~np.isin(rows, repeated.rows))
+        kept = postings.take(~np.isin(rows, repeated.rows))
         pairs = ((getattr(part, f.name) for part in (kept, repeated)) for f in fields(Postings))
-        found = Postings(*map(np.concatenate, map(tuple, pairs)))
-    found = found.take(np.lexsort((found.rows, found.tokens)))
+        postings = Postings(*map(np.concatenate, map(tuple, pairs)))
+    postings = postings.take(np.lexsort((postings.rows, postings.tokens)))
     names = ("row", "token", "code", "scale", "norm", "error")
-    write_columns(path, {name: getattr(found, f.name) for name, f in zip(names, fields(Postings), strict=True)})
+    write_columns(path, {name: getattr(postings, f.name) for name, f in zip(names, fields(Postings), strict=True)})
 
 
 def _read_run(path: Path) -> Postings:
@@ -79,15 +79,15 @@ class WordStore:
 
     Attributes:
         tokens: Token ids that occur, ascending, ``(T,)``.
-        errors: Largest share of a vector's length that rounding changed, of each token's postings, ``(T,)`` float32.
-        starts: Where the postings of each begin, and one past the last, ``(T + 1,)`` int64.
+        errors: Largest share of a vector's length that rounding changed, over each token's postings, ``(T,)`` float32.
+        starts: Where the postings of each token begin, and one past the last, ``(T + 1,)`` int64.
         rows: Row number of each posting, ascending within a token, ``(P,)`` int32.
         codes: See :class:`~forebear.indexer.words.gradients.Coded`, ``(P, e)``.
         scales: ``(P,)`` float32.
         norms: Length of each vector, ``(P,)`` float32.
         row_starts: Where the words of each row begin among the entries, ``(n + 1,)`` int64.
         entry_tokens: Token ids row by row, ascending within a row, ``(P,)`` int32.
-        entry_places: Their postings, ``(P,)`` uint32.
+        entry_places: Position of each entry's posting, ``(P,)`` uint32.
     """
 
     tokens: np.ndarray
@@ -103,7 +103,7 @@ class WordStore:
 
     @property
     def n_rows(self) -> int:
-        """n, retired rows included."""
+        """Number of rows n, retired rows included."""
         return len(self.row_starts) - 1
 
     @cached_property
@@ -115,29 +115,29 @@ class WordStore:
 
     def weighted_norms(self, tokens: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Sum over tokens of weight times the norm of their vector in each row, ``(n,)`` float64."""
-        at = np.minimum(np.searchsorted(self.tokens, tokens), len(self.tokens) - 1)
-        held = self.tokens[at] == tokens
-        return np.asarray(self._lengths[at[held]].T @ weights[held])
+        positions = np.minimum(np.searchsorted(self.tokens, tokens), len(self.tokens) - 1)
+        is_stored = self.tokens[positions] == tokens
+        return np.asarray(self._lengths[positions[is_stored]].T @ weights[is_stored])
 
     def error(self, tokens: np.ndarray) -> float:
         """Largest share of a vector's length that rounding changed, over the postings of some tokens."""
-        at = np.searchsorted(self.tokens, tokens)
-        held = at < len(self.tokens)
-        at = at[held]
-        return float(self.errors[at[self.tokens[at] == tokens[held]]].max(initial=0.0))
+        positions = np.searchsorted(self.tokens, tokens)
+        is_inside = positions < len(self.tokens)
+        positions = positions[is_inside]
+        return float(self.errors[positions[self.tokens[positions] == tokens[is_inside]]].max(initial=0.0))
 
     def vectors(self, places: np.ndarray, kind: type = np.float32) -> np.ndarray:
         """dL/dE_w of some postings, ``(m, e)``, their lengths exact to rounding."""
         return np.asarray(self.codes[places].astype(kind) * self.scales[places, None].astype(kind))
 
     def entries(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where some rows' words are among the entries: where each row's begin ``(m + 1,)``, and the entries."""
+        """Entries of some rows' words, row by row: where each row's begin ``(m + 1,)``, and the entries' numbers."""
         return stretches(self.row_starts, rows)
 
     def take(self, rows: np.ndarray) -> WordRows:
-        """All words of some rows, in the order given, as vectors."""
-        starts, at = self.entries(rows)
-        return WordRows(starts, self.entry_tokens[at].astype(np.int64), self.vectors(self.entry_places[at]))
+        """All words of the given rows, in the order given, as vectors."""
+        starts, entries = self.entries(rows)
+        return WordRows(starts, self.entry_tokens[entries].astype(np.int64), self.vectors(self.entry_places[entries]))
 
     def squares(self, allowed: np.ndarray) -> np.ndarray:
         """Sum of ||dL/dE_w||^2 over a row's allowed tokens (a mask by token id), ``(n,)`` float64."""
@@ -164,35 +164,35 @@ def read_word_store(paths: Sequence[Path]) -> WordStore:
 
 
 def repeated_words(rows: np.ndarray, earlier: np.ndarray, runs: Sequence[Path], old: WordStore | None) -> Postings:
-    """Words of earlier rows as those of rows that are equal to them, so that both have the same bits.
+    """The stored words of earlier rows, renumbered as those of later, equal rows, so that both have the same bits.
 
     Args:
-        rows: Numbers of the rows that get them, ``(m,)``.
-        earlier: Numbers of the equal rows, ``(m,)``.
-        runs: Files of :func:`write_run` that hold some of these.
-        old: The store that holds the others, on an append.
+        rows: Numbers of the later rows, ``(m,)``.
+        earlier: Number of the earlier row that each of them is equal to, ``(m,)``.
+        runs: Files of :func:`write_run` that may hold words of the earlier rows.
+        old: On an append, the store that holds words of rows before it.
     """
     parts = [] if old is None else [_postings_of(old, earlier)]
     for path in runs:
         run = _read_run(path)
         order = np.argsort(run.rows, kind="stable")
         parts.append(run.take(order[np.isin(run.rows[order], earlier)]))
-    found = []
+    repeated = []
     for part in parts:  # sorted by row
         first, last = (np.searchsorted(part.rows, earlier, side=side) for side in ("left", "right"))
         counts = last - first
-        at = np.arange(counts.sum()) + np.repeat(first - offsets(counts)[:-1], counts)
-        found.append(replace(part.take(at), rows=np.repeat(rows, counts).astype(np.int32)))
-    return Postings(*(np.concatenate([getattr(part, f.name) for part in found]) for f in fields(Postings)))
+        positions = np.arange(counts.sum()) + np.repeat(first - offsets(counts)[:-1], counts)
+        repeated.append(replace(part.take(positions), rows=np.repeat(rows, counts).astype(np.int32)))
+    return Postings(*(np.concatenate([getattr(part, f.name) for part in repeated]) for f in fields(Postings)))
 
 
 def _postings_of(store: WordStore, rows: np.ndarray) -> Postings:
-    """Postings of those of the rows that a store has, by row; of the errors it keeps the largest of each token."""
-    mine = np.unique(rows[rows < store.n_rows])
-    starts, at = store.entries(mine)
-    tokens, places = store.entry_tokens[at], store.entry_places[at]
+    """Postings of the given rows, as far as a store has them, sorted by row; each error is the largest of its token."""
+    stored_rows = np.unique(rows[rows < store.n_rows])
+    starts, entries = store.entries(stored_rows)
+    tokens, places = store.entry_tokens[entries], store.entry_places[entries]
     errors = store.errors[np.searchsorted(store.tokens, tokens)]
-    owners = np.repeat(mine, np.diff(starts)).astype(np.int32)
+    owners = np.repeat(stored_rows, np.diff(starts)).astype(np.int32)
     return Postings(owners, tokens, store.codes[places], store.scales[places], store.norms[places], errors)
 
 
@@ -203,11 +203,11 @@ def merge_runs(
 
     Args:
         folder: The index.
-        kind: Its words folder.
-        generation: Goes into the file names.
+        kind: The folder of the word store, relative to the index.
+        generation: Generation of the index, a part of the file names.
         runs: Files of :func:`write_run`, in row order.
         old: The store of the earlier rows, on an append.
-        n_rows: Rows in all.
+        n_rows: Number of rows in all.
 
     Returns:
         The files written.
@@ -215,8 +215,10 @@ def merge_runs(
     Raises:
         StorageError: The disk is full; nothing that was there has changed.
     """
-    found = [] if old is None else [old.tokens]
-    n_tokens = 1 + max(int(tokens.max(initial=0)) for tokens in (*found, *(_read_run(path).tokens for path in runs)))
+    old_tokens = [] if old is None else [old.tokens]
+    n_tokens = 1 + max(
+        int(tokens.max(initial=0)) for tokens in (*old_tokens, *(_read_run(path).tokens for path in runs))
+    )
     counts = np.zeros(n_tokens, np.int64)
     errors = np.zeros(n_tokens, np.float32)
     row_counts = np.zeros(n_rows, np.int32)
@@ -233,11 +235,11 @@ def merge_runs(
     total = int(counts.sum())
     starts = offsets(counts)
     like = old if old is not None else _read_run(runs[0])
-    with ExitStack() as held:
+    with ExitStack() as arrays:
 
         def array(name: str, dtype: np.dtype, *width: int) -> np.ndarray:
             path = folder / kind / f"{name}-{generation:04d}{TEMPORARY_SUFFIX}"
-            return held.enter_context(_reserved(path, (total, *width), dtype))
+            return arrays.enter_context(_reserved(path, (total, *width), dtype))
 
         rows, codes = array("row", np.dtype(np.int32)), array("code", like.codes.dtype, like.codes.shape[1])
         scales, norms = array("scale", np.dtype(np.float32)), array("norm", np.dtype(np.float32))
@@ -258,8 +260,8 @@ def merge_runs(
         for part in map(_read_run, runs):
             places = copy(part)
             order = np.argsort(part.rows, kind="stable")
-            at = slice(next_entry, next_entry + len(order))
-            entry_tokens[at], entry_places[at] = part.tokens[order], places[order]
+            new_entries = slice(next_entry, next_entry + len(order))
+            entry_tokens[new_entries], entry_places[new_entries] = part.tokens[order], places[order]
             next_entry += len(order)
         present = np.flatnonzero(counts)
         files = word_files(kind, generation)
@@ -272,28 +274,28 @@ def merge_runs(
 
 
 def _places(tokens: np.ndarray, next_place: np.ndarray) -> np.ndarray:
-    """Where postings sorted by token go; ``next_place`` of every token moves on."""
-    found, first, counts = np.unique(tokens, return_index=True, return_counts=True)
-    places: np.ndarray = np.arange(len(tokens)) + np.repeat(next_place[found] - first, counts)
-    next_place[found] += counts
+    """Places of postings sorted by token in the new store; ``next_place`` of their tokens is moved on."""
+    distinct, first, counts = np.unique(tokens, return_index=True, return_counts=True)
+    places: np.ndarray = np.arange(len(tokens)) + np.repeat(next_place[distinct] - first, counts)
+    next_place[distinct] += counts
     return places
 
 
 def _slices(old: WordStore) -> Iterator[Postings]:
     tokens = np.repeat(old.tokens, np.diff(old.starts))
     for start in range(0, len(tokens), _SLICE):
-        at = slice(start, start + _SLICE)
-        yield Postings(old.rows[at], tokens[at], old.codes[at], old.scales[at], old.norms[at], np.empty(0))
+        part = slice(start, start + _SLICE)
+        yield Postings(old.rows[part], tokens[part], old.codes[part], old.scales[part], old.norms[part], np.empty(0))
 
 
 def _move_entries(old: WordStore, starts: np.ndarray, tokens: np.ndarray, places: np.ndarray) -> int:
-    """Entries of an older store with their places in the new one; returns how many there are."""
+    """Write the entries of an older store with their places in the new one; returns how many there are."""
     moved = np.zeros(len(starts) - 1, np.int64)
     moved[old.tokens] = starts[old.tokens] - old.starts[:-1]
     for start in range(0, len(old.entry_tokens), _SLICE):
-        at = slice(start, min(start + _SLICE, len(old.entry_tokens)))
-        tokens[at] = old.entry_tokens[at]
-        places[at] = old.entry_places[at] + moved[old.entry_tokens[at]]
+        part = slice(start, min(start + _SLICE, len(old.entry_tokens)))
+        tokens[part] = old.entry_tokens[part]
+        places[part] = old.entry_places[part] + moved[old.entry_tokens[part]]
     return len(old.entry_tokens)
 
 
