@@ -147,7 +147,7 @@ class RankCalibration:
 
     def _estimates(self, queries: np.ndarray) -> _Estimates:
         """Estimated cosines of all live rows with some queries, in one pass over the stored sketches."""
-        part = replace(self.part, asked=self.part.asked.take(queries))
+        part = replace(self.part, queries=self.part.queries.take(queries))
         numbers = np.arange(len(queries))
         by_coordinates = np.empty((len(queries), len(self.live)), np.float32)
         by_code = None if part.store.codes is None else np.empty_like(by_coordinates)

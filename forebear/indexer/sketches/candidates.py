@@ -1,13 +1,13 @@
-"""Cosines and dots of gradients estimated from stored sketches, and the rows that they propose.
+"""Cosines and dot products of gradients estimated from stored sketches, and the candidates that they propose.
 
 Every row is estimated from its coordinates alone: for dot products by falling length, stopping where Cauchy-Schwarz
-shows that no later row's estimate can be among those wanted; for cosines all of them. The best at each end are then
-estimated again with the one-bit code of what the coordinates leave over.
+shows that no later row's estimate can be among those wanted; for cosines all rows. The best at each end are then
+estimated again with the one-bit code of the part of a gradient that the coordinates do not hold.
 
-Dot products are proposed by the estimate *plus a margin*, a share of the usual error of a cosine times both lengths: of
-a row that is very long even a cosine near zero, which no sketch can tell the sign of, makes a large score. Norms are
-heavy-tailed, so few rows are let in so: on SST-2 the margin takes the recall of ``if`` with 400 candidates from .955 to
-.997.
+Dot products are proposed by the estimate *plus a margin*, a share of the usual error of a cosine times both lengths.
+The score of a very long row is large even if its cosine is near zero, and no sketch can tell the sign of such a cosine.
+Norms are heavy-tailed, so the margin adds few rows: on SST-2 it takes the recall of ``if`` with 400 candidates from
+.955 to .997.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from forebear.indexer.storage.ann import unit_rows
 from forebear.indexer.storage.arrow import RowMatrix
 
 BLOCK_ROWS = 16_384
-CODE_ROWS = 4096  # whose codes are unpacked at once
+CODE_ROWS = 4096  # rows whose codes are unpacked at once
 WIDEN = 16  # rows estimated with the code for each one proposed
 LEAST_WIDE = 1024
 
@@ -38,10 +38,10 @@ class GradientStore:
         codes: Packed signs, ``(n, bits / 8)`` uint8, or None.
         code_factors: f, ``(n,)`` float32.
         shares: Length of the coordinates of the raw sketch scaled to length 1, ``(n,)`` float32.
-        lengths: Of the raw sketch, ``(n,)`` float32.
+        lengths: Lengths of the raw sketches, ``(n,)`` float32.
         norms: Exact norm of the (whitened) gradient, ``(n,)`` float32.
-        residual_lengths: Of what the coordinates do not hold of it, ``(n,)`` float32.
-        reduction: How they were made.
+        residual_lengths: Length of the part of that gradient that the coordinates do not hold, ``(n,)`` float32.
+        reduction: The map that made coordinates and codes.
     """
 
     sketches: RowMatrix
@@ -55,45 +55,45 @@ class GradientStore:
 
     def coordinates(self, rows: np.ndarray) -> np.ndarray:
         """x of the given rows, ``(..., d)`` float32."""
-        found = unit_rows(self.sketches.take(rows).reshape(-1, self.sketches.width))
-        found *= self.shares[np.asarray(rows).reshape(-1), None]
-        return np.asarray(found.reshape(*np.shape(rows), -1))
+        vectors = unit_rows(self.sketches.take(rows).reshape(-1, self.sketches.width))
+        vectors *= self.shares[np.asarray(rows).reshape(-1), None]
+        return np.asarray(vectors.reshape(*np.shape(rows), -1))
 
 
 @dataclass(frozen=True)
 class Part:
-    """One checkpoint's share of a question: query sketches against a store, weighted.
+    """One checkpoint's part of the scores: sketches of the queries and of the training rows, and a weight.
 
     Attributes:
-        weight: eta, or 1.
-        asked: Sketches of the queries' vectors.
-        store: Of the training rows.
+        weight: eta of the checkpoint, or 1.
+        queries: Sketches of the queries' vectors, ``q`` of them.
+        store: Stored sketches of the training rows.
     """
 
     weight: float
-    asked: SketchRows
+    queries: SketchRows
     store: GradientStore
 
-    def query_coordinates(self, which: np.ndarray) -> np.ndarray:
+    def query_coordinates(self, positions: np.ndarray) -> np.ndarray:
         """Coordinates of some queries, ``(q, d)`` float32."""
-        return np.asarray(self.asked.coordinates[which])
+        return np.asarray(self.queries.coordinates[positions])
 
-    def code_products(self, which: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """f_n <c_q, signs_n>: what the coordinates leave over, as the code sees it, ``(q, n)`` float32."""
+    def code_products(self, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """f_n <c_q, signs_n>, the code's estimate of what the coordinates leave out, ``(q, n)`` float32."""
         store = self.store
         if store.codes is None:
-            return np.zeros((len(which), len(rows)), np.float32)
-        c = as_tensor(self.asked.codes[which])
-        out = np.empty((len(which), len(rows)), np.float32)
+            return np.zeros((len(positions), len(rows)), np.float32)
+        c = as_tensor(self.queries.codes[positions])
+        out = np.empty((len(positions), len(rows)), np.float32)
         for start in range(0, len(rows), CODE_ROWS):
-            some = rows[start : start + CODE_ROWS]
-            signs = as_tensor(np.unpackbits(store.codes.take(some), axis=1, count=store.reduction.bits)).float()
-            out[:, start : start + len(some)] = (2 * (c @ signs.T) - c.sum(dim=1, keepdim=True)).numpy()
+            block = rows[start : start + CODE_ROWS]
+            signs = as_tensor(np.unpackbits(store.codes.take(block), axis=1, count=store.reduction.bits)).float()
+            out[:, start : start + len(block)] = (2 * (c @ signs.T) - c.sum(dim=1, keepdim=True)).numpy()
         return np.asarray(out * store.code_factors[rows])
 
 
 def factors_of(parts: Sequence[Part], rows: np.ndarray, *, cosine: bool) -> list[np.ndarray]:
-    """What each part's estimated cosines are multiplied by at some rows: their lengths, or 1 for a cosine, ``(n,)``."""
+    """For each part, the factor from estimated cosines to scores at some rows, ``(n,)``: lengths, or 1 for cosines."""
     if cosine:
         return [np.ones(len(rows), np.float32) for _ in parts]
     return [part.weight * part.store.lengths[rows] for part in parts]
@@ -104,9 +104,9 @@ class Proposal:
     """How candidates of one method are chosen.
 
     Attributes:
-        cosine: Cosines; else dots.
+        cosine: Whether scores are cosines; otherwise dot products.
         code_weight: Share of the code's estimate that is counted, 0 to 1.
-        margin: Of a dot, in units of the product of both lengths.
+        margin: Margin of a dot product, in units of the product of both lengths.
     """
 
     cosine: bool
@@ -114,91 +114,97 @@ class Proposal:
     margin: float = 0.0
 
     def margins(self, parts: Sequence[Part], rows: np.ndarray) -> np.ndarray:
-        """What is added to each row's estimate for the sake of its uncertainty, ``(q, n)`` or 0."""
+        """The margin that each row's estimate gets for its uncertainty, ``(q, n)``, or one 0."""
         if self.cosine or not self.margin:
             return np.zeros((1, 1), np.float32)
         factors = factors_of(parts, rows, cosine=False)
-        products = (np.outer(part.asked.lengths, factor) for part, factor in zip(parts, factors, strict=True))
+        products = (np.outer(part.queries.lengths, factor) for part, factor in zip(parts, factors, strict=True))
         return np.asarray(self.margin * sum(products), dtype=np.float32)
 
 
 def estimate(parts: Sequence[Part], rows: np.ndarray, *, cosine: bool, code_weight: float = 0.0) -> np.ndarray:
-    """Estimated scores of some rows for every query, ``(q, n)`` float32: cosines, or dots in units of exact ones."""
+    """Estimated scores of some rows for every query, ``(q, n)`` float32: cosines, or dot products."""
     out: np.ndarray | None = None
-    everyone = np.arange(len(parts[0].asked.lengths))
+    positions = np.arange(len(parts[0].queries.lengths))
     for part, factor in zip(parts, factors_of(parts, rows, cosine=cosine), strict=True):
-        scores = (as_tensor(part.query_coordinates(everyone)) @ as_tensor(part.store.coordinates(rows)).T).numpy()
+        scores = (as_tensor(part.query_coordinates(positions)) @ as_tensor(part.store.coordinates(rows)).T).numpy()
         if code_weight:
-            scores += np.float32(code_weight) * part.code_products(everyone, rows)
+            scores += np.float32(code_weight) * part.code_products(positions, rows)
         scores *= factor
         if not cosine:
-            scores *= part.asked.lengths[:, None].astype(np.float32)
+            scores *= part.queries.lengths[:, None].astype(np.float32)
         out = scores if out is None else out + scores
     assert out is not None
     return out
 
 
 def propose(
-    parts: Sequence[Part], live: np.ndarray, n_candidates: int, how: Proposal
+    parts: Sequence[Part], live: np.ndarray, n_candidates: int, proposal: Proposal
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """The rows most likely to have the largest and the smallest scores, with their estimates.
 
     Args:
-        parts: One a checkpoint.
-        live: Rows that take part.
-        n_candidates: At each end; at most the number of live rows.
-        how: Method, code and margin.
+        parts: One part for each checkpoint.
+        live: Numbers of the live rows.
+        n_candidates: Number of candidates at each end; at most the number of live rows.
+        proposal: Kind of score, weight of the code, and margin.
 
     Returns:
         (rows, estimates) of the proponents' end, best first by estimate and margin, and of the opponents',
         ``(q, n_candidates)`` each.
     """
-    # :func:`candidates_needed` counts on these widths.
-    width = min(len(live), max(LEAST_WIDE, WIDEN * n_candidates)) if how.code_weight else n_candidates
-    high, low = _scan(parts, live, width, how)
-    return _refine(parts, high, n_candidates, how, largest=True), _refine(parts, low, n_candidates, how, largest=False)
+    # :func:`candidates_needed` relies on these widths.
+    width = min(len(live), max(LEAST_WIDE, WIDEN * n_candidates)) if proposal.code_weight else n_candidates
+    high, low = _scan(parts, live, width, proposal)
+    return _refine(parts, high, n_candidates, proposal, largest=True), _refine(
+        parts, low, n_candidates, proposal, largest=False
+    )
 
 
 def candidates_needed(by_coordinates: np.ndarray, by_all: np.ndarray) -> np.ndarray:
     """How many candidates :func:`propose` must be asked for so that a row is among them.
 
-    The row must be among those that the scan keeps for the code, and then among the best of these.
+    The row must be among the rows that the scan keeps for the code, and then among the best of these.
 
     Args:
         by_coordinates: The row's rank among all rows by coordinates and margin, from 1.
-        by_all: Its rank with the code's estimate added, from 1; the same one where no code is counted.
+        by_all: The row's rank with the code's estimate added, from 1; the same rank where no code is counted.
     """
     to_be_kept = np.where(by_coordinates > LEAST_WIDE, -(-by_coordinates // WIDEN), 1)
     return np.asarray(np.maximum(by_all, to_be_kept))
 
 
 def _scan(
-    parts: Sequence[Part], live: np.ndarray, width: int, how: Proposal
+    parts: Sequence[Part], live: np.ndarray, width: int, proposal: Proposal
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Both ends by coordinates and margin alone, ``(q, width)`` rows and sums each."""
     order = live
-    reach = None
-    if not how.cosine:
+    query_reach = None
+    if not proposal.cosine:
         # |<x_q, x_n>| <= share_q share_n, and the margin is a multiple of the lengths: both fall with one order.
         shares = [part.store.shares[live].astype(np.float64) for part in parts]
-        held = [
-            part.store.lengths[live].astype(np.float64) * np.hypot(share, how.margin)
+        row_reaches = [
+            part.store.lengths[live].astype(np.float64) * np.hypot(share, proposal.margin)
             for part, share in zip(parts, shares, strict=True)
         ]
-        squares = sum(part.weight * length**2 for part, length in zip(parts, held, strict=True))
+        squares = sum(part.weight * length**2 for part, length in zip(parts, row_reaches, strict=True))
         assert isinstance(squares, np.ndarray)
         order = live[np.argsort(-squares, kind="stable")]
         lengths = np.sqrt(np.sort(squares)[::-1])
-        own = [np.hypot(np.linalg.norm(p.asked.coordinates, axis=1), 1.0 if how.margin else 0.0) for p in parts]
-        reach = np.sqrt(sum(p.weight * (x * p.asked.lengths) ** 2 for p, x in zip(parts, own, strict=True)))
+        query_reaches = [
+            np.hypot(np.linalg.norm(p.queries.coordinates, axis=1), 1.0 if proposal.margin else 0.0) for p in parts
+        ]
+        query_reach = np.sqrt(
+            sum(p.weight * (x * p.queries.lengths) ** 2 for p, x in zip(parts, query_reaches, strict=True))
+        )
     ends: list[tuple[torch.Tensor, torch.Tensor]] = []
     for start in range(0, len(order), BLOCK_ROWS):
-        if ends and reach is not None and ends[0][0].shape[1] == width:
-            limit = torch.from_numpy(reach * lengths[start] * (1 + 1e-5))
+        if ends and query_reach is not None and ends[0][0].shape[1] == width:
+            limit = torch.from_numpy(query_reach * lengths[start] * (1 + 1e-5))
             if bool((ends[0][0][:, -1] > limit).all()) and bool((ends[1][0][:, -1] < -limit).all()):
                 break
         rows = order[start : start + BLOCK_ROWS]
-        scores, margins = estimate(parts, rows, cosine=how.cosine), how.margins(parts, rows)
+        scores, margins = estimate(parts, rows, cosine=proposal.cosine), proposal.margins(parts, rows)
         numbers = as_tensor(rows).expand(len(scores), -1)
         ends = [
             _merge(
@@ -218,33 +224,35 @@ def _merge(
     *,
     largest: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best of what was kept and what is new; of equal scores at the cut the lower row numbers stay."""
+    """The best of the rows kept so far and of new rows; of equal scores at the cut, lower row numbers are kept."""
     if kept is not None:
         scores, rows = torch.cat([kept[0], scores], dim=1), torch.cat([kept[1], rows], dim=1)
     width = min(width, scores.shape[1])
-    values, at = scores.topk(width, dim=1, largest=largest)
+    values, positions = scores.topk(width, dim=1, largest=largest)
     equal = scores == values[:, -1:]
     for q in torch.nonzero(equal.sum(dim=1) > (values == values[:, -1:]).sum(dim=1)).flatten().tolist():
         better = torch.nonzero(values[q] != values[q, -1]).flatten()
         tied = torch.nonzero(equal[q]).flatten()
-        at[q] = torch.cat([at[q, better], tied[rows[q, tied].argsort()[: width - len(better)]]])
-    return values, rows.gather(1, at)
+        positions[q] = torch.cat([positions[q, better], tied[rows[q, tied].argsort()[: width - len(better)]]])
+    return values, rows.gather(1, positions)
 
 
 def _refine(
-    parts: Sequence[Part], end: tuple[np.ndarray, np.ndarray], n_candidates: int, how: Proposal, *, largest: bool
+    parts: Sequence[Part], end: tuple[np.ndarray, np.ndarray], n_candidates: int, proposal: Proposal, *, largest: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Add the code to one end and keep the best, in order; ties go to the lower row number."""
     rows, scores = end
     scores = scores.copy()
     margins = np.zeros_like(scores)
     for query, listed in enumerate(rows):
-        if how.code_weight:
-            for part, factor in zip(parts, factors_of(parts, listed, cosine=how.cosine), strict=True):
-                own = 1.0 if how.cosine else part.asked.lengths[query]
-                scores[query] += how.code_weight * own * factor * part.code_products(np.array([query]), listed)[0]
-        if how.margin:
-            margins[query] = how.margins(parts, listed)[query]
+        if proposal.code_weight:
+            for part, factor in zip(parts, factors_of(parts, listed, cosine=proposal.cosine), strict=True):
+                query_length = 1.0 if proposal.cosine else part.queries.lengths[query]
+                scores[query] += (
+                    proposal.code_weight * query_length * factor * part.code_products(np.array([query]), listed)[0]
+                )
+        if proposal.margin:
+            margins[query] = proposal.margins(parts, listed)[query]
     order = np.lexsort((rows, -scores if largest else scores), axis=-1)[:, :n_candidates]
     estimates = scores - margins if largest else scores + margins
     return np.take_along_axis(rows, order, axis=1), np.take_along_axis(estimates, order, axis=1)

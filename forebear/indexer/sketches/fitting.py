@@ -64,7 +64,7 @@ def open_sketchers(
 def open_sketcher(
     folder: Path, classifier: Classifier, spec: IndexSpec, scope: str, checkpoint: str, damping: int | None = None
 ) -> Sketcher:
-    """The sketcher of gradients at a checkpoint, or of those whitened with the damping of this number."""
+    """The sketcher of gradients at a checkpoint, or, with a damping's number, of gradients whitened with it."""
     kind = gradient_folder(scope, checkpoint, damping)
     projector = _open_projector(folder, classifier, spec, scope, checkpoint, damping)
     return Sketcher(projector, read_reduction(folder / kind / MAP_NAME))
@@ -73,7 +73,7 @@ def open_sketcher(
 def _open_projector(
     folder: Path, classifier: Classifier, spec: IndexSpec, scope: str, checkpoint: str, damping: int | None
 ) -> Projector:
-    """What makes raw sketches, of gradients or of whitened ones, once its file is written."""
+    """The map to raw sketches of gradients, or of whitened gradients, from its written file."""
     dtype, device = classifier.head.weight.dtype, classifier.device
     if damping is None:
         bases = folder / gradient_folder(scope, checkpoint) / BASES_NAME
@@ -83,10 +83,10 @@ def _open_projector(
 
 
 def check_dampings(ekfac: Ekfac, classifier: Classifier, spec: IndexSpec, scope: str) -> None:
-    """Refuse dampings that are lost in rounding beside the scope's eigenvalues, before anything is made with them.
+    """Refuse dampings that are lost in rounding beside the scope's eigenvalues, before they are used.
 
     Raises:
-        InputError: One is.
+        InputError: A damping is too small beside the largest eigenvalue.
     """
     for given in spec.dampings:
         damping = absolute_damping(given, ekfac.mean_eigenvalue)
@@ -103,25 +103,26 @@ def fit_sketchers(
     last: bool,
     stage: Callable[[str, int], Callable[[int], None]],
 ) -> dict[str, Sketcher]:
-    """Sketchers of every sketched scope at a checkpoint, fitted first where they have not been yet.
+    """Sketchers of every sketched scope at a checkpoint; those that are not in the folder yet are fitted.
 
     Args:
-        folder: Below which what is fitted lies.
-        classifier: At the checkpoint.
+        folder: Folder of all fits of the index.
+        classifier: The model at the checkpoint.
         spec: The index's choices.
-        checkpoint: Its name.
+        checkpoint: Name of the checkpoint.
         sample: Reads the sample of training rows.
         last: Whether the checkpoint is the model that is explained: only it has curvature.
-        stage: Announces a stage and its number of rows; what it returns is told how many more are done.
+        stage: Announces a stage and its number of rows; returns a function that is called with the number of rows done
+            since its last call.
 
     Returns:
-        By the folder of their shards.
+        The sketchers, by the folder of their shards.
     """
-    found: dict[str, Sketcher] = {}
+    sketchers: dict[str, Sketcher] = {}
     for scope in spec.sketched_scopes:
         _fit_scope(folder, classifier, spec, scope, checkpoint, sample, last=last, stage=stage)
-        found |= open_sketchers(folder, classifier, spec, scope, checkpoint, last=last)
-    return found
+        sketchers |= open_sketchers(folder, classifier, spec, scope, checkpoint, last=last)
+    return sketchers
 
 
 def _fit_scope(
@@ -135,7 +136,7 @@ def _fit_scope(
     last: bool,
     stage: Callable[[str, int], Callable[[int], None]],
 ) -> None:
-    """Write what is missing of a scope's curvature, bases and reductions at a checkpoint."""
+    """Fit and write the curvature, bases and reductions of a scope at a checkpoint, as far as they are missing."""
     if all((folder / file).is_file() for file in gradient_files(spec, name, checkpoint, last=last)):
         return
     rows = sample()
@@ -157,7 +158,7 @@ def _fit_scope(
         check_dampings(read_ekfac(folder / curvature_name(name)), classifier, spec, name)
     bases_file = folder / gradient_folder(name, checkpoint) / BASES_NAME
     if not bases_file.is_file():
-        if factors is None and spec.sketch_basis != "random":  # a build resumed here takes the rows it would have taken
+        if factors is None and spec.sketch_basis != "random":  # the same rows as without an interruption
             factors = fitted_factors(rows.texts if last and spec.whitened else rows.first(BASIS_ROWS))
         write_bases(bases_file, scope, draw_bases(classifier, scope, factors, spec.seed, spec.sketch_basis))
     _fit_reductions(folder, classifier, spec, name, checkpoint, rows, stage, last=last)
@@ -193,7 +194,7 @@ def _fit_reductions(
 
 
 def gradient_files(spec: IndexSpec, scope: str, checkpoint: str, *, last: bool) -> tuple[str, ...]:
-    """Files of a scope at a checkpoint that are not shards."""
+    """Files of the fits of a scope at a checkpoint: bases, reductions and curvature."""
     names = [f"{gradient_folder(scope, checkpoint)}/{name}" for name in (BASES_NAME, MAP_NAME)]
     if last and spec.whitened:
         names.append(curvature_name(scope))

@@ -121,10 +121,10 @@ class WhiteProjector:
         """Draw the groups and signs.
 
         Args:
-            scope: Its name.
-            ekfac: Its curvature, on the device where it will run.
+            scope: Name of the scope.
+            ekfac: Curvature of the scope, on the device where the projector will run.
             damping: Added to every eigenvalue.
-            seed: Of groups and signs.
+            seed: Random seed of groups and signs.
         """
         self.scope = Scope(scope, tuple(part.block for part in ekfac.parts.values()))
         self._left, self._right, self._weights = {}, {}, {}
@@ -147,15 +147,15 @@ class WhiteProjector:
         """See :class:`Projector`."""
         turned = LayerFactors(factors.inputs @ self._right[name], factors.deltas @ self._left[name])
         pooled, norms = [], []
-        for some in turned.cache_sized():
-            white = some.gradients().mul_(self._weights[name])
+        for part in turned.cache_sized():
+            white = part.gradients().mul_(self._weights[name])
             lengths = row_lengths(white.flatten(1))
             norms.append(lengths.square())
             pooled.append(_pool(white, *self._sizes[name]).flatten(1))
         return self._places[name], torch.cat(pooled), torch.cat(norms)
 
     def project_matrix(self, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :class:`Projector`; ``vectors`` are gradients, not yet whitened."""
+        """Sketches and squared norms of whole gradients ``vectors``, which are whitened here."""
         parts, squares = [], []
         for name, sizes in self._sizes.items():  # the blocks in the order of the sketch, not of the vectors
             white = (self._left[name].T @ vectors[name] @ self._right[name]) * self._weights[name]
@@ -165,7 +165,7 @@ class WhiteProjector:
 
 
 def _places(sizes: dict[str, tuple[int, int]]) -> tuple[dict[str, slice], int]:
-    """Where each block's numbers stand, and how many there are in all."""
+    """The slice of a sketch that each block's numbers take, and the sketch's width."""
     places, start = {}, 0
     for name, (k_out, k_in) in sizes.items():
         places[name] = slice(start, start + k_out * k_in)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from forebear.errors import CorruptIndexError
 from forebear.indexer.gradients.gradient_pass import (
@@ -44,13 +45,13 @@ _FIT_COLUMNS = 16_384
 
 @dataclass(frozen=True)
 class Reduction:
-    """From a raw sketch of unit length to what is stored.
+    """The map from a raw sketch of unit length to stored coordinates and code.
 
     Attributes:
         basis: PCA directions as rows, orthonormal but for rounding, ``(d, D)`` float16.
         squares: Squared length of each row of the raw map, ``(D,)`` float32.
         bits: Length of the code; 0 for none.
-        seed: Of the code's groups and signs.
+        seed: Random seed of the code's groups and signs.
     """
 
     basis: np.ndarray
@@ -73,7 +74,7 @@ class Reduction:
         return np.asarray(np.linalg.inv(np.linalg.cholesky(gram)))
 
     def on(self, device: torch.device) -> Reducer:
-        """Ready to run there."""
+        """The reduction as tensors on a device."""
         basis = as_tensor(self.basis.astype(np.float32)).to(device)
         signs = as_tensor(self._signs).to(device)
         if not self.bits:
@@ -94,13 +95,13 @@ class Reducer:
 
     @property
     def width(self) -> int:
-        """D, and zeros up to a multiple of the code's length."""
+        """Width D of raw sketches, padded with zeros to a multiple of the code's length."""
         return len(self.signs)
 
     def __call__(self, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Lengths ``(b,)`` of raw sketches; coordinates ``(b, d)``, code ``(b, bits)`` of them scaled to length 1.
 
-        ``raw`` ``(b, width)`` float32 is overwritten: it is large, and this is where the pass would wait for memory.
+        ``raw`` ``(b, width)`` float32 is overwritten: it is so large that a copy would slow the pass down.
         """
         lengths = row_lengths(raw)
         scale = (1 / torch.where(lengths > 0, lengths, 1.0))[:, None].float()
@@ -120,10 +121,10 @@ def fit_reduction(unit: np.ndarray, projector: Projector, *, width: int, bits: i
 
     Args:
         unit: Raw sketches scaled to length 1, ``(n, D)`` float16.
-        projector: Which made them.
-        width: d; at most min(n, D) is used.
-        bits: Of the code.
-        seed: Of the code.
+        projector: The map that made the raw sketches.
+        width: Number of coordinates d; at most min(n, D) are used.
+        bits: Length of the code; 0 for none.
+        seed: Random seed of the code.
 
     Raises:
         NonFiniteError: A sketch is NaN or infinite.
@@ -145,7 +146,7 @@ def fit_reduction(unit: np.ndarray, projector: Projector, *, width: int, bits: i
 
 
 def write_reduction(path: Path, reduction: Reduction) -> None:
-    """Directions of the basis side by side, the squares, and what the code is made of."""
+    """Write a reduction: the basis, one direction a column, the squares, and the code's length and seed."""
     columns = {"basis": np.ascontiguousarray(reduction.basis.T), "squares": reduction.squares}
     settings = {"bits": str(reduction.bits), "seed": str(reduction.seed)}
     batch = record_batch(columns).replace_schema_metadata(settings)
@@ -153,7 +154,11 @@ def write_reduction(path: Path, reduction: Reduction) -> None:
 
 
 def read_reduction(path: Path) -> Reduction:
-    """Memory-map what :func:`write_reduction` wrote."""
+    """Memory-map the reduction that :func:`write_reduction` wrote.
+
+    Raises:
+        CorruptIndexError: The file holds no reduction.
+    """
     batch = read_batches(path)[0]
     try:
         bits, seed = (int(batch.schema.metadata[key]) for key in (b"bits", b"seed"))
@@ -169,7 +174,7 @@ class SketchRows:
     Attributes:
         coordinates: x, of the raw sketch scaled to length 1, ``(n, d)`` float32.
         codes: c, ``(n, bits)`` float32.
-        lengths: Of the raw sketch, ``(n,)`` float64.
+        lengths: Lengths of the raw sketches, ``(n,)`` float64.
         norms: ||G||, or that of the whitened gradient, exact, ``(n,)`` float64.
     """
 
@@ -178,9 +183,11 @@ class SketchRows:
     lengths: np.ndarray
     norms: np.ndarray
 
-    def take(self, which: np.ndarray) -> SketchRows:
-        """Some of them, by position."""
-        return SketchRows(self.coordinates[which], self.codes[which], self.lengths[which], self.norms[which])
+    def take(self, positions: np.ndarray) -> SketchRows:
+        """The sketches at some positions."""
+        return SketchRows(
+            self.coordinates[positions], self.codes[positions], self.lengths[positions], self.norms[positions]
+        )
 
     def residual_lengths(self, reduction: Reduction) -> np.ndarray:
         """Length of the part of G that the coordinates do not hold, ``(n,)`` float64."""
@@ -217,27 +224,27 @@ class RawSketches(RowCollector):
         self._projector, self._device = projector, device
         self.out = np.empty((n_rows, projector.width), np.float16)
 
+    @override
     def begin(self, positions: list[int]) -> None:
-        """See :class:`~forebear.indexer.gradients.gradient_pass.Collector`."""
         self._raw = torch.zeros((len(positions), self._projector.width), device=self._device)
 
+    @override
     def on_layer(self, name: str, factors: LayerFactors) -> None:
-        """See :class:`~forebear.indexer.gradients.gradient_pass.Collector`."""
         place, numbers, _ = self._projector.project(name, factors)
         self._raw[:, place] = numbers.float()
 
+    @override
     def end(self, positions: list[int]) -> None:
-        """See :class:`~forebear.indexer.gradients.gradient_pass.Collector`."""
         lengths = row_lengths(self._raw)[:, None]
         unit = self._raw * (1 / torch.where(lengths > 0, lengths, 1.0)).float()
         self._unit = unit.half().cpu().numpy()
 
+    @override
     def keep(self, positions: list[int]) -> None:
-        """See :class:`~forebear.indexer.gradients.gradient_pass.Collector`."""
         self.out[positions] = self._unit
 
+    @override
     def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
-        """See :class:`~forebear.indexer.gradients.gradient_pass.RowCollector`."""
         self.out[copies] = self.out[sources]
 
 
@@ -251,34 +258,34 @@ class Sketches(RowCollector):
         self._codes = np.empty((n_rows, reduction.bits), np.float32)
         self._lengths, self._norms = np.empty(n_rows), np.empty(n_rows)
 
+    @override
     def begin(self, positions: list[int]) -> None:
-        """See :class:`~forebear.indexer.gradients.gradient_pass.Collector`."""
         self._raw = torch.zeros((len(positions), self._reduce.width), device=self._device)
         self._squares = torch.zeros(len(positions), dtype=torch.float64, device=self._device)
 
+    @override
     def on_layer(self, name: str, factors: LayerFactors) -> None:
-        """See :class:`~forebear.indexer.gradients.gradient_pass.Collector`."""
         place, numbers, squares = self._projector.project(name, factors)
         self._raw[:, place] = numbers
         self._squares += squares
 
+    @override
     def end(self, positions: list[int]) -> None:
-        """See :class:`~forebear.indexer.gradients.gradient_pass.Collector`."""
         lengths, x, codes = self._reduce(self._raw)
         self._batch = [values.cpu().numpy() for values in (x, codes, lengths, self._squares.sqrt())]
 
+    @override
     def keep(self, positions: list[int]) -> None:
-        """See :class:`~forebear.indexer.gradients.gradient_pass.Collector`."""
         self._coordinates[positions], self._codes[positions], *numbers = self._batch
         self._lengths[positions], self._norms[positions] = numbers
 
+    @override
     def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
-        """See :class:`~forebear.indexer.gradients.gradient_pass.RowCollector`."""
         for values in (self._coordinates, self._codes, self._lengths, self._norms):
             values[copies] = values[sources]
 
     def rows(self, first_row: int = 0) -> SketchRows:
-        """All of them, after the pass.
+        """The sketches of all rows, after the pass.
 
         Raises:
             NonFiniteError: A gradient is NaN or infinite; the row is named.
@@ -289,7 +296,7 @@ class Sketches(RowCollector):
 
 @dataclass(frozen=True)
 class Sketcher:
-    """One representation's way from gradients to stored sketches."""
+    """The maps from gradients to the stored sketches of one representation."""
 
     projector: Projector
     reduction: Reduction
@@ -303,7 +310,7 @@ class Sketcher:
         return SketchRows(*(values.cpu().numpy() for values in (x, codes, lengths.double(), squares.sqrt())))
 
     def collector(self, n_rows: int, device: torch.device) -> Sketches:
-        """To be shown a pass over ``n_rows`` rows."""
+        """A collector of sketches for a pass over ``n_rows`` rows."""
         return Sketches(self.projector, self.reduction, n_rows, device)
 
 
@@ -321,14 +328,14 @@ def sketch_rows(
     """Sketch the loss gradients of rows of text, for all representations in one pass.
 
     Args:
-        classifier: Whose gradients.
+        classifier: The model whose gradients are sketched.
         sketchers: The representations.
         texts: One list a text column.
         labels: Class whose loss is differentiated, ``(n,)``; None: the predicted one.
         batch_tokens: Largest number of padded tokens in a batch.
         first_row: Row number of the first text, for messages.
-        on_rows: Told the number of rows after each batch.
-        warn: Told when memory does not suffice for a batch.
+        on_rows: Called with the number of rows after each batch.
+        warn: Called when memory does not suffice for a batch.
 
     Returns:
         One :class:`SketchRows` a sketcher; features and logits from the same pass.

@@ -99,10 +99,10 @@ def bounds(parts: Sequence[Part], live: np.ndarray, *, cosine: bool) -> tuple[np
     Returns:
         ``(q, n)`` float64 each.
     """
-    q = len(parts[0].asked.lengths)
+    q = len(parts[0].queries.lengths)
     centre, slack = np.zeros((q, len(live))), np.zeros((q, len(live)))
     for part in parts:
-        store, asked = part.store, part.asked
+        store, asked = part.store, part.queries
         t = store.reduction.orthonormaliser
         stretch = float(np.linalg.norm(t, 2))
         own = (asked.coordinates.astype(np.float64) @ t.T) * asked.lengths[:, None]

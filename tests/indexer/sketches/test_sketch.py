@@ -675,12 +675,12 @@ def oracle_estimates(parts: list[Part], *, cosine: bool, code_weight: float) -> 
     for part in parts:
         sketches = np.concatenate(part.store.sketches.shards).astype(np.float64)
         sketches /= np.linalg.norm(sketches, axis=1, keepdims=True)
-        scores = part.asked.coordinates.astype(np.float64) @ (sketches * part.store.shares[:, None]).T
+        scores = part.queries.coordinates.astype(np.float64) @ (sketches * part.store.shares[:, None]).T
         if code_weight:
             signs = 2.0 * np.unpackbits(np.concatenate(part.store.codes.shards), axis=1) - 1
-            scores += code_weight * (part.asked.codes.astype(np.float64) @ signs.T) * part.store.code_factors
+            scores += code_weight * (part.queries.codes.astype(np.float64) @ signs.T) * part.store.code_factors
         if not cosine:
-            scores *= part.weight * np.outer(part.asked.lengths, part.store.lengths)
+            scores *= part.weight * np.outer(part.queries.lengths, part.store.lengths)
         total = total + scores
     return total
 
@@ -939,7 +939,7 @@ def test_a_margin_lets_long_rows_in_at_both_ends_and_leaves_estimates_alone(code
     monkeypatch.setattr(estimating, "BLOCK_ROWS", 64)
     parts, live = parts_of(900, n_parts, sigma=2.5), np.arange(1, 900)
     values = oracle_estimates(parts, cosine=False, code_weight=code_weight)
-    margins = sum(0.2 * p.weight * np.outer(p.asked.lengths, p.store.lengths) for p in parts)
+    margins = sum(0.2 * p.weight * np.outer(p.queries.lengths, p.store.lengths) for p in parts)
     for sign, (rows, found) in zip((1, -1), propose(parts, live, 7, Proposal(False, code_weight, 0.2)), strict=True):
         for q in range(len(values)):
             wanted = live[np.argsort(-(sign * values[q] + margins[q])[live], kind="stable")[:7]]

@@ -122,7 +122,7 @@ def test_bounds_contain_the_exact_score_of_every_pair(world, scope, method):
         # Lossy, yet they say more than Cauchy and Schwarz do.
         trivial = np.ones_like(slack)
         if not cosine:
-            trivial = sum(p.weight * np.outer(p.asked.norms, p.store.norms) for p in parts)
+            trivial = sum(p.weight * np.outer(p.queries.norms, p.store.norms) for p in parts)
         assert np.median(slack / trivial) < 0.97
         assert np.median(parts[-1].store.residual_lengths / parts[-1].store.norms) > 0.02
 
