@@ -1,4 +1,4 @@
-"""Equal rows in different shards: what is stored of the first is stored of the others.
+"""Equal rows in different shards: the numbers stored for the first are stored for the others too.
 
 A model's last bits depend on the other rows of a batch, so the same row in two shards would get two numbers, and a tie
 would be broken by rounding instead of by row number.
@@ -17,26 +17,26 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode, read_digests
 from forebear.indexer.storage.arrow import column, read_batches
 
-DIGEST = "digest"  # the column of a shard that keeps what its model reads of each row
+DIGEST = "digest"  # column of a shard with the digest of each row's word pieces
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
-def combined(read: np.ndarray, *others: np.ndarray) -> np.ndarray:
-    """Digests ``(n, 2)`` of what is read and of more: of other digests, or of whole numbers such as labels ``(n,)``."""
-    for other in others:
-        read = read * _MIX + (other if other.ndim == 2 else other.astype(np.int64).astype(np.uint64)[:, None])
-    return read
+def combined(digests: np.ndarray, *keys: np.ndarray) -> np.ndarray:
+    """Mix digests ``(n, 2)`` with other digests, or with whole numbers such as labels ``(n,)``; returns ``(n, 2)``."""
+    for key in keys:
+        digests = digests * _MIX + (key if key.ndim == 2 else key.astype(np.int64).astype(np.uint64)[:, None])
+    return digests
 
 
 def stored_digests(
     batch: pa.RecordBatch, encode: Callable[[list[list[str]]], Sequence[dict[str, list[int]]]], texts: pa.RecordBatch
 ) -> np.ndarray:
-    """What is read of a shard's rows; encoded again from their texts where an older version did not keep it.
+    """Digests of the word pieces of a shard's rows; where an older version kept none, the texts are encoded again.
 
     Args:
-        batch: Of the shard.
-        encode: Texts, one list a column, as word pieces.
-        texts: The shard of rows that holds the texts.
+        batch: The shard that may have a column of digests.
+        encode: Encodes texts, one list a column, as word pieces.
+        texts: The shard of ``rows/`` that holds the texts.
     """
     if DIGEST in batch.schema.names:
         return column(batch, DIGEST)
@@ -50,7 +50,9 @@ class EarlierRows:
     def __init__(self) -> None:
         self._digests = np.empty((0, 2), np.uint64)  # ascending by the first half
         self._places = np.empty((0, 2), np.int64)  # shard, and position in it
-        self._repeats: list[tuple[np.ndarray, np.ndarray]] = []  # of each shard
+        self._repeats: list[
+            tuple[np.ndarray, np.ndarray]
+        ] = []  # by shard: positions of its repeated rows, and their places
 
     @property
     def n_shards(self) -> int:
@@ -64,31 +66,31 @@ class EarlierRows:
         self._repeats.append((np.flatnonzero(known), places[known]))
         _, first = np.unique(digests, axis=0, return_index=True)
         new = first[~known[first]]
-        every = np.concatenate([self._digests, digests[new]])
-        order = np.argsort(every[:, 0], kind="stable")
-        here = np.stack([np.full(len(new), self.n_shards - 1), new], axis=1)
-        self._digests, self._places = every[order], np.concatenate([self._places, here])[order]
+        all_digests = np.concatenate([self._digests, digests[new]])
+        order = np.argsort(all_digests[:, 0], kind="stable")
+        new_places = np.stack([np.full(len(new), self.n_shards - 1), new], axis=1)
+        self._digests, self._places = all_digests[order], np.concatenate([self._places, new_places])[order]
 
     def repeats(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions in a shard of rows that an earlier one has, ``(m,)``, and where: shard and position, ``(m, 2)``."""
+        """Positions of a shard's rows that an earlier shard has, ``(m,)``; shard and position of those, ``(m, 2)``."""
         return self._repeats[shard]
 
     def _find(self, digests: np.ndarray) -> np.ndarray:
-        """Shard and position of the equal row, ``(n, 2)``; -1 where there is none."""
+        """Shard and position of the earlier row with each digest, ``(n, 2)``; -1 where there is none."""
         out = np.full((len(digests), 2), -1, np.int64)
         if len(self._digests):
-            at = np.searchsorted(self._digests[:, 0], digests[:, 0]).clip(max=len(self._digests) - 1)
-            same = (self._digests[at] == digests).all(axis=1)
-            out[same] = self._places[at[same]]
+            nearest = np.searchsorted(self._digests[:, 0], digests[:, 0]).clip(max=len(self._digests) - 1)
+            same = (self._digests[nearest] == digests).all(axis=1)
+            out[same] = self._places[nearest[same]]
         return out
 
 
 class LabelledRows:
-    """Rows of the shards so far, by what is read of them, and by that and their label.
+    """Rows of the shards so far: with equal word pieces, and with equal word pieces and labels.
 
     Attributes:
-        read: What does not depend on the label is equal for these.
-        labelled: What does is for these.
+        read: Rows by word pieces. Equal rows share features, predictions and all that does not depend on the label.
+        labelled: Rows by word pieces and label. Equal rows share residuals, losses and gradients too.
     """
 
     def __init__(self) -> None:
@@ -100,7 +102,7 @@ class LabelledRows:
         return self.read.n_shards
 
     def add(self, read: np.ndarray, labels: np.ndarray) -> None:
-        """Add the next shard: digests ``(n, 2)`` of what is read, and labels ``(n,)``."""
+        """Add the next shard: digests ``(n, 2)`` of word pieces, and labels ``(n,)``."""
         self.read.add(read)
         self.labelled.add(combined(read, labels))
 
@@ -109,10 +111,10 @@ def note_rows(earlier: LabelledRows, folder: Path, shard: int, classifier: Class
     """Add the stored rows of the next shard to those of the shards before it.
 
     Args:
-        earlier: Rows of the shards before it.
+        earlier: Rows of the shards before this one.
         folder: The index.
-        shard: Its number.
-        classifier: Whose tokenizer reads them, where an older version kept no digests.
+        shard: Number of the shard to add.
+        classifier: Its tokenizer encodes the texts where an older version kept no digests.
     """
     rows = read_batches(folder / "rows" / f"{shard:05d}.arrow")[0]
     earlier.add(stored_digests(rows, partial(encode, classifier), rows), column(rows, "label"))
@@ -122,9 +124,9 @@ class EarlierSpans:
     """Spans of the shards so far.
 
     Attributes:
-        masked: By what is read of the row with the span masked.
-        labelled: By that and the label.
-        differences: By these and what is read of the whole row.
+        masked: Spans by the word pieces of the row with the span masked.
+        labelled: Spans by these and the label.
+        differences: Spans by these and the word pieces of the whole row, which decide the difference of gradients.
     """
 
     def __init__(self) -> None:
@@ -148,8 +150,8 @@ def copy_repeats(
     """Replace the numbers of rows that an earlier shard has by those stored there.
 
     Args:
-        folder: Of the shards of one kind.
-        columns: Of the new shard; changed in place. Texts and the like (Arrow arrays) are left as they are.
+        folder: Folder of the shards of one kind.
+        columns: Columns of the new shard, changed in place. Arrow arrays, such as texts, are left as they are.
         positions: Rows of the new shard, ``(m,)``.
         places: Shard and position of the equal row, ``(m, 2)``.
     """

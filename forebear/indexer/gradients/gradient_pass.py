@@ -1,7 +1,7 @@
 """The gradient pass: one forward and one backward of activations a batch, seen by any number of collectors.
 
-What is gathered (sketches, norms, curvature factors, dots with a query) is a collector's business; batches, memory
-and bad numbers are handled here, once.
+A collector decides what is gathered from the gradients (sketches, norms, curvature factors, dot products with queries);
+batches, lack of memory and numbers that are NaN or infinite are handled here for all collectors.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from forebear.indexer.model.scopes import Scope
 class Collector(ABC):
     """Gathers something from the gradients of one scope, batch by batch.
 
-    A batch is a transaction. It is begun, each block's factors arrive in any order, it is ended, and then kept. Until
-    it is kept it may fail for want of memory at any point, also in another collector of the same pass: it is then begun
-    again with fewer rows. So only :meth:`keep` may change the result; all else works on what belongs to the batch.
+    A batch is a transaction: :meth:`begin`, then :meth:`on_layer` for each block in any order, :meth:`end`, and
+    :meth:`keep`. Before ``keep`` memory may run out at any point, also in another collector of the same pass; the batch
+    is then begun again with fewer rows. So only ``keep`` may change the result; the other methods change only the state
+    of the batch.
 
     Attributes:
         scope: Parameters whose gradients are gathered.
@@ -37,29 +38,29 @@ class Collector(ABC):
 
     @abstractmethod
     def begin(self, positions: list[int]) -> None:
-        """A batch starts, its rows at ``positions`` of the texts; what is left of one that failed is dropped."""
+        """Start a batch of the rows at ``positions`` of the texts, and drop the state of a batch that failed."""
 
     @abstractmethod
     def on_layer(self, name: str, factors: LayerFactors) -> None:
-        """A block's factors."""
+        """Take the factors of one block, ``name``, at the rows of the batch."""
 
     def end(self, positions: list[int]) -> None:  # noqa: B027  # most collectors have nothing left to compute
-        """All factors have arrived: whatever still takes memory is computed here."""
+        """Compute what the batch adds, after all factors have arrived; the last step that may run out of memory."""
 
     @abstractmethod
     def keep(self, positions: list[int]) -> None:
-        """The batch becomes part of the result; never repeated, so a lack of memory here ends the pass."""
+        """Add the batch to the result; never repeated, so a lack of memory here ends the pass."""
 
 
 class RowCollector(Collector):
-    """A collector of something for each row, which equal rows can share."""
+    """A collector whose result has one entry for each row, so that equal rows can share one."""
 
     @abstractmethod
     def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
-        """After the last batch: rows at ``copies`` ``(m,)`` were not run, and get what those at ``sources`` have."""
+        """Give rows at ``copies`` ``(m,)``, which were not run, the entries of ``sources``, after the last batch."""
 
 
-SeedOf = Callable[[list[int]], Seed]  # what is differentiated at the rows of these positions
+SeedOf = Callable[[list[int]], Seed]  # from positions of rows to the seed that is differentiated there
 MemoryWarning = Callable[[str], None]
 
 
@@ -68,21 +69,21 @@ class SeedByKey:
     """A :data:`SeedOf` that is the same for rows of the same word pieces and the same key.
 
     Attributes:
-        keys: Of each row, ``(n,)``; None: one for all.
-        seed_of: What is differentiated.
+        keys: Key of each row, ``(n,)``; None: all rows have the same key.
+        seed_of: The seeds, by positions of rows.
     """
 
     keys: np.ndarray | None
     seed_of: SeedOf
 
-    def __call__(self, at: list[int]) -> Seed:
-        """What is differentiated at the rows of these positions."""
-        return self.seed_of(at)
+    def __call__(self, positions: list[int]) -> Seed:
+        """The seed at the rows of these positions."""
+        return self.seed_of(positions)
 
 
 def labels_seed(labels: np.ndarray | None) -> SeedByKey:
-    """The loss of ``labels`` ``(n,)``; None: of the predicted classes."""
-    return SeedByKey(labels, lambda at: loss_of(None if labels is None else labels[at]))
+    """Seeds of the loss of ``labels`` ``(n,)``; None: of the loss of the predicted classes."""
+    return SeedByKey(labels, lambda positions: loss_of(None if labels is None else labels[positions]))
 
 
 def run_pass(
@@ -98,7 +99,7 @@ def run_pass(
 ) -> Forward:
     """Run rows of text through the model and back, and show every layer's factors to the collectors.
 
-    A batch for which memory does not suffice is halved, and so are the larger ones after it.
+    A batch that does not fit in memory is halved, and so are later batches that are as large.
 
     Equal rows (the same word pieces, and the same key of a :class:`SeedByKey`) are run once and get equal numbers,
     where all collectors gather something for each row.
@@ -106,15 +107,15 @@ def run_pass(
     Args:
         classifier: The model.
         texts: One list a text column, or encoded rows.
-        seed_of: What is differentiated, the same for both versions of a row.
-        collectors: Of one scope or several; scopes share the pass.
+        seed_of: The seeds to differentiate, the same for both versions of a row.
+        collectors: Collectors of one scope or several; all share the pass.
         batch_tokens: Largest number of padded tokens in a batch.
         first_row: Row number of the first text, for messages.
-        on_rows: Told the number of rows after each batch.
-        warn: Told when batches are halved.
+        on_rows: Called with the number of rows after each batch.
+        warn: Called when batches are halved.
 
     Returns:
-        Features and logits, from the same pass; of rows with another version those of all rows, then of all versions.
+        Features and logits of the pass. Where rows have another version (``minus``): of all rows, then of all versions.
 
     Raises:
         NonFiniteError: A feature or logit is NaN or infinite; the row is named.
@@ -127,13 +128,13 @@ def run_pass(
     features = np.empty((versions * len(rows), classifier.feature_dim), np.float32)
     logits = np.empty((versions * len(rows), classifier.n_classes))
     tape = Tape(classifier, [collector.scope for collector in collectors])
-    wanted = [(collector, frozenset(block.name for block in collector.scope.blocks)) for collector in collectors]
+    block_names = [(collector, frozenset(block.name for block in collector.scope.blocks)) for collector in collectors]
 
-    whole_of = torch.empty(0, dtype=torch.long)  # of the batch: which of its rows each version belongs to
+    row_of_version = torch.empty(0, dtype=torch.long)  # row of the batch that each version belongs to
 
     def on_layer(name: str, factors: LayerFactors) -> None:
-        shown = factors if minus is None else factors.differences(whole_of.to(factors.inputs.device))
-        for collector, names in wanted:
+        shown = factors if minus is None else factors.differences(row_of_version.to(factors.inputs.device))
+        for collector, names in block_names:
             if name in names:
                 collector.on_layer(name, shown)
 
@@ -142,61 +143,65 @@ def run_pass(
     waiting = deque(first[batch].tolist() for batch in plan)
     limit = batch_tokens
     while waiting:
-        at = waiting.popleft()
-        longest = max(sizes[i] for i in at)
-        if len(at) > 1 and len(at) * longest > limit:
-            waiting.extendleft(_halves(at))
+        positions = waiting.popleft()
+        longest = max(sizes[i] for i in positions)
+        if len(positions) > 1 and len(positions) * longest > limit:
+            waiting.extendleft(_halves(positions))
             continue
         try:
             for collector in collectors:
-                collector.begin(at)
-            wholes, which = _run_once(encoded, at)
-            whole_of = torch.from_numpy(which)
-            together = [rows[i] for i in wholes] + ([] if minus is None else [minus[i] for i in at])
-            f, z = tape.record(together, _seed_of_versions(seed_of, wholes, at, versions), on_layer)
+                collector.begin(positions)
+            wholes, run_of_row = _run_once(encoded, positions)
+            row_of_version = torch.from_numpy(run_of_row)
+            together = [rows[i] for i in wholes] + ([] if minus is None else [minus[i] for i in positions])
+            f, z = tape.record(together, _seed_of_versions(seed_of, wholes, positions, versions), on_layer)
             for collector in collectors:
-                collector.end(at)
+                collector.end(positions)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-            if len(at) == 1:
+            if len(positions) == 1:
                 raise StorageError(
-                    f"row {first_row + at[0]} ({longest} word pieces) does not fit in the memory of "
+                    f"row {first_row + positions[0]} ({longest} word pieces) does not fit in the memory of "
                     f"{classifier.device}. Give --max-length a smaller value, or use --device cpu."
                 ) from error
-            limit = len(at) * longest // 2
+            limit = len(positions) * longest // 2
             if classifier.device.type == "cuda":
                 torch.cuda.empty_cache()
             if warn is not None:
-                warn(f"{len(at)} rows of {longest} word pieces do not fit in memory; going on with {len(at) // 2}.")
-            waiting.extendleft(_halves(at))
+                n = len(positions)
+                warn(f"{n} rows of {longest} word pieces do not fit in memory; going on with {n // 2}.")
+            waiting.extendleft(_halves(positions))
             continue
-        _keep(collectors, at, classifier)
-        features[at], logits[at] = f[which], z[which]
+        _keep(collectors, positions, classifier)
+        features[positions], logits[positions] = f[run_of_row], z[run_of_row]
         if minus is not None:
-            to = [len(rows) + i for i in at]
-            features[to], logits[to] = f[len(wholes) :], z[len(wholes) :]
+            version_positions = [len(rows) + i for i in positions]
+            features[version_positions], logits[version_positions] = f[len(wholes) :], z[len(wholes) :]
         if on_rows is not None:
-            on_rows(len(at))
+            on_rows(len(positions))
     if len(first) < len(rows):
         _repeat(collectors, first, kinds)
         for start, digests in enumerate(
             [encoded.digests] if minus is None else [encoded.digests, encoded.others.digests]
         ):
-            own = slice(start * len(rows), (start + 1) * len(rows))
-            run, read = distinct(digests)  # features are equal also where labels are not
-            features[own], logits[own] = features[own][run[read]], logits[own][run[read]]
+            of_version = slice(start * len(rows), (start + 1) * len(rows))
+            first_read, kinds_read = distinct(digests)  # features are equal also where labels are not
+            features[of_version], logits[of_version] = (
+                features[of_version][first_read[kinds_read]],
+                logits[of_version][first_read[kinds_read]],
+            )
         if on_rows is not None:
             on_rows(len(rows) - len(first))
     refuse_non_finite(classifier.name, first_row, *np.split(logits, versions), *np.split(features, versions))
     return Forward(features, softmax(logits), logits)
 
 
-def _keep(collectors: Sequence[Collector], at: list[int], classifier: Classifier) -> None:
-    """Add a batch to the results; a lack of memory ends the pass, for a batch that was kept must not run again."""
+def _keep(collectors: Sequence[Collector], positions: list[int], classifier: Classifier) -> None:
+    """Add a batch to the results; a lack of memory ends the pass, because a batch that was kept must not run again."""
     try:
         for collector in collectors:
-            collector.keep(at)
+            collector.keep(positions)
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -207,41 +212,41 @@ def _keep(collectors: Sequence[Collector], at: list[int], classifier: Classifier
 
 
 def _rows_to_run(encoded: Encoded, seed_of: SeedOf, collectors: Sequence[Collector]) -> tuple[np.ndarray, np.ndarray]:
-    """The first row of each kind, and every row's kind; all rows are of a kind of their own where they are summed."""
+    """The first row of each kind of equal rows, and every row's kind; for collectors of sums every row is a kind."""
     if isinstance(seed_of, SeedByKey) and all(isinstance(collector, RowCollector) for collector in collectors):
         return distinct_rows(encoded, seed_of.keys)
     return np.arange(len(encoded)), np.arange(len(encoded))
 
 
 def _repeat(collectors: Sequence[Collector], first: np.ndarray, kinds: np.ndarray) -> None:
-    """Let rows that were not run share what the first of their kind has."""
+    """Give rows that were not run the entries of the first row of their kind."""
     copies = np.setdiff1d(np.arange(len(kinds)), first)
     for collector in collectors:
         assert isinstance(collector, RowCollector)
         collector.repeat(first[kinds[copies]], copies)
 
 
-def _run_once(encoded: Encoded, at: list[int]) -> tuple[list[int], np.ndarray]:
-    """Of a batch: positions of the rows that are run, and which of these each entry stands for, ``(len(at),)``."""
+def _run_once(encoded: Encoded, positions: list[int]) -> tuple[list[int], np.ndarray]:
+    """Positions of the rows of a batch that are run, and for each entry of the batch which of these it is, ``(b,)``."""
     if encoded.owners is None:
-        return at, np.arange(len(at))
-    _, first, which = np.unique(encoded.owners[at], return_index=True, return_inverse=True)
-    return [at[i] for i in first], which
+        return positions, np.arange(len(positions))
+    _, first, run_of_entry = np.unique(encoded.owners[positions], return_index=True, return_inverse=True)
+    return [positions[i] for i in first], run_of_entry
 
 
-def _seed_of_versions(seed_of: SeedOf, wholes: list[int], at: list[int], versions: int) -> Seed:
-    """What is differentiated at the rows of a batch, and at the other versions after them."""
+def _seed_of_versions(seed_of: SeedOf, wholes: list[int], positions: list[int], versions: int) -> Seed:
+    """The seed at the rows of a batch, followed by the seed at their other versions."""
     if versions == 1:
         return seed_of(wholes)
     n = len(wholes)
-    return lambda logits: np.concatenate([seed_of(wholes)(logits[:n]), seed_of(at)(logits[n:])])
+    return lambda logits: np.concatenate([seed_of(wholes)(logits[:n]), seed_of(positions)(logits[n:])])
 
 
 def refuse_non_finite(name: str, first_row: int, *numbers: np.ndarray) -> None:
     """Stop at the first row that has a NaN or infinity in any of ``numbers`` ``(n, ...)``.
 
     Raises:
-        NonFiniteError: The row is named.
+        NonFiniteError: There is such a row; it is named.
     """
     finite = np.logical_and.reduce([np.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in numbers])
     if not finite.all():
@@ -249,10 +254,10 @@ def refuse_non_finite(name: str, first_row: int, *numbers: np.ndarray) -> None:
         raise NonFiniteError(f"{name}: the gradient of row {row} is NaN or infinite. Check the model.")
 
 
-def _halves(at: list[int]) -> tuple[list[int], list[int]]:
+def _halves(positions: list[int]) -> tuple[list[int], list[int]]:
     """Later half first: ``extendleft`` turns them around."""
-    middle = len(at) // 2
-    return at[middle:], at[:middle]
+    middle = len(positions) // 2
+    return positions[middle:], positions[:middle]
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -102,11 +102,11 @@ class Tape:
     """One classifier's blocks of some scopes, ready to be recorded batch by batch."""
 
     def __init__(self, classifier: Classifier, scopes: Sequence[Scope]) -> None:
-        """Prepare the hooks.
+        """Find the blocks and where the backward starts.
 
         Args:
-            classifier: In ``eval()`` mode; its weights' ``requires_grad`` is off while the tape runs.
-            scopes: One or several; the backward stops below the deepest.
+            classifier: The model, in ``eval()`` mode; its weights' ``requires_grad`` is off while the tape runs.
+            scopes: One or several scopes; the backward stops below the deepest.
         """
         self.classifier = classifier
         self.blocks = tuple({block.name: block for scope in scopes for block in scope.blocks}.values())

@@ -114,9 +114,9 @@ class _Dots(RowCollector):
         self._total = torch.zeros((len(self.out), len(positions)), dtype=torch.float64, device=self._device)
         self._rows_of = None
         if self._wanted is not None:
-            asked = self._wanted[:, positions]
-            self._rows_of = [torch.from_numpy(np.flatnonzero(some)).to(self._device) for some in asked]
-            self._share = float(asked.sum()) / len(positions)
+            wanted = self._wanted[:, positions]
+            self._rows_of = [torch.from_numpy(np.flatnonzero(row_mask)).to(self._device) for row_mask in wanted]
+            self._share = float(wanted.sum()) / len(positions)
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:
         v, a, d = self._vectors[name], factors.inputs, factors.deltas
@@ -126,14 +126,14 @@ class _Dots(RowCollector):
             self._total += _products(v, factors.gradients())
             return
         for q in range(n_queries):
-            at = slice(None) if self._rows_of is None else self._rows_of[q]
-            self._total[q, at] += ((a[at] @ v[q].T) * d[at]).sum(dim=(1, 2))
+            rows = slice(None) if self._rows_of is None else self._rows_of[q]
+            self._total[q, rows] += ((a[rows] @ v[q].T) * d[rows]).sum(dim=(1, 2))
 
     def end(self, positions: list[int]) -> None:
-        self._found = self._total.cpu().numpy()
+        self._batch_dots = self._total.cpu().numpy()
 
     def keep(self, positions: list[int]) -> None:
-        self.out[:, positions] = self._found
+        self.out[:, positions] = self._batch_dots
 
     def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
         self.out[:, copies] = self.out[:, sources]
