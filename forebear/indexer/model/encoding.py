@@ -16,15 +16,15 @@ from forebear.indexer.model.classifier import Classifier
 
 
 class MaskedRows(Sequence[dict[str, list[int]]]):
-    """Rows with some word pieces replaced, each made when it is read: only the places of the pieces are held."""
+    """Rows with some word pieces replaced, each made when it is accessed; only places of pieces are in memory."""
 
     def __init__(self, rows: Sequence[dict[str, list[int]]], pieces: Sequence[np.ndarray], mask: int) -> None:
-        """Nothing is copied.
+        """Keep references to the rows; nothing is copied.
 
         Args:
-            rows: As they are, ``n`` of them.
-            pieces: Which word pieces of each are replaced, positions.
-            mask: The token that takes their place.
+            rows: The ``n`` unmasked rows.
+            pieces: Positions of the word pieces to replace in each row.
+            mask: Id of the token that replaces them.
         """
         self._rows, self._pieces, self._mask = rows, pieces, mask
 
@@ -45,9 +45,9 @@ class MaskedRows(Sequence[dict[str, list[int]]]):
             ids[place] = self._mask
         return self._rows[i] | {"input_ids": ids}
 
-    def take(self, at: Sequence[int]) -> MaskedRows:
-        """Some of the rows, in the order given."""
-        return MaskedRows([self._rows[i] for i in at], [self._pieces[i] for i in at], self._mask)
+    def take(self, positions: Sequence[int]) -> MaskedRows:
+        """The rows at some positions, in the order given."""
+        return MaskedRows([self._rows[i] for i in positions], [self._pieces[i] for i in positions], self._mask)
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ class Encoded:
     """Rows of text after the tokenizer, or with some word pieces replaced.
 
     Attributes:
-        rows: As :func:`encode` makes them, ``n`` of them.
-        minus: Other versions of the same rows, whose gradients are subtracted: collectors then see g - g'.
-        owners: Where several entries are versions of one row: a number for each, ``(n,)``, the same for those whose
-            row and label are the same, which is then run once in a batch. None: nothing is known of that.
+        rows: The ``n`` rows, as :func:`encode` makes them.
+        minus: Another version of each row, such as one with a span masked, whose gradient g' is subtracted:
+            collectors then see g - g'.
+        owners: A number for each entry, ``(n,)``, equal for entries with the same row and label (a row occurs once for
+            each of its spans, for example): such a row is run once in a batch. None: every entry is run.
     """
 
     rows: Sequence[dict[str, list[int]]]
@@ -70,42 +71,42 @@ class Encoded:
 
     @cached_property
     def digests(self) -> np.ndarray:
-        """128 bits of what the model reads of each row, ``(n, 2)`` uint64."""
+        """128-bit digest of each row's word pieces, ``(n, 2)`` uint64."""
         return read_digests(self.rows)
 
     @cached_property
     def others(self) -> Encoded:
-        """The other versions alone."""
+        """The versions ``minus`` as rows of their own."""
         return Encoded(self.minus or [])
 
-    def take(self, which: Iterable[int]) -> Encoded:
-        """Some of the rows, in the order given."""
-        at = list(which)
+    def take(self, positions: Iterable[int]) -> Encoded:
+        """The rows at some positions, in the order given."""
+        indices = list(positions)
         return Encoded(
-            _take_rows(self.rows, at),
-            None if self.minus is None else _take_rows(self.minus, at),
-            None if self.owners is None else self.owners[at],
+            _take_rows(self.rows, indices),
+            None if self.minus is None else _take_rows(self.minus, indices),
+            None if self.owners is None else self.owners[indices],
         )
 
 
-def _take_rows(rows: Sequence[dict[str, list[int]]], at: Sequence[int]) -> Sequence[dict[str, list[int]]]:
-    return rows.take(at) if isinstance(rows, MaskedRows) else [rows[i] for i in at]
+def _take_rows(rows: Sequence[dict[str, list[int]]], positions: Sequence[int]) -> Sequence[dict[str, list[int]]]:
+    return rows.take(positions) if isinstance(rows, MaskedRows) else [rows[i] for i in positions]
 
 
 Texts = Sequence[Sequence[str]] | Encoded  # one list a text column, or encoded rows
 
 
 def n_rows_of(texts: Texts) -> int:
-    """n."""
+    """Number of rows n."""
     return len(texts) if isinstance(texts, Encoded) else len(texts[0])
 
 
-def take_texts(texts: Texts, which: Iterable[int]) -> Texts:
-    """Some of the rows, in the order given."""
+def take_texts(texts: Texts, positions: Iterable[int]) -> Texts:
+    """The rows at some positions, in the order given."""
     if isinstance(texts, Encoded):
-        return texts.take(which)
-    at = list(which)
-    return [[column[i] for i in at] for column in texts]
+        return texts.take(positions)
+    indices = list(positions)
+    return [[column[i] for i in indices] for column in texts]
 
 
 def encode(classifier: Classifier, texts: Sequence[Sequence[str]]) -> list[dict[str, list[int]]]:
@@ -119,12 +120,12 @@ def encode(classifier: Classifier, texts: Sequence[Sequence[str]]) -> list[dict[
 
 
 def as_encoded(classifier: Classifier, texts: Texts) -> Encoded:
-    """Rows of text, encoded now or already."""
+    """Rows of text as :class:`Encoded`; rows that are encoded already are returned as they are."""
     return texts if isinstance(texts, Encoded) else Encoded(encode(classifier, texts))
 
 
 def encoded_rows(classifier: Classifier, texts: Texts) -> Sequence[dict[str, list[int]]]:
-    """The same, without other versions."""
+    """Word pieces of rows of text, encoded if they are not yet, without the versions ``minus``."""
     return as_encoded(classifier, texts).rows
 
 
@@ -139,12 +140,12 @@ def tokenize(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int) ->
 
 
 def read_digests(rows: Sequence[dict[str, list[int]]]) -> np.ndarray:
-    """128 bits of what a model reads of each row, ``(n, 2)`` uint64: compared instead of the word pieces."""
+    """128-bit digest of each row's word pieces, ``(n, 2)`` uint64, to compare rows by."""
     out = np.empty((len(rows), 2), np.uint64)
     for i, row in enumerate(rows):
-        read = np.array(list(row.values()), np.int32)
+        pieces = np.array(list(row.values()), np.int32)
         out[i] = np.frombuffer(
-            blake2b(read.tobytes(), digest_size=16, salt=str(len(read)).encode()).digest(), np.uint64
+            blake2b(pieces.tobytes(), digest_size=16, salt=str(len(pieces)).encode()).digest(), np.uint64
         )
     return out
 
@@ -159,7 +160,7 @@ def encode_with_places(
         ``word_ids``.
 
     Raises:
-        ModelError: The tokenizer knows no places, or does not encode twice alike.
+        ModelError: The tokenizer does not give places, or gives other word pieces when asked for places.
     """
     tokenizer = classifier.tokenizer
     if not getattr(tokenizer, "is_fast", False):
@@ -181,13 +182,13 @@ def encode_with_places(
 
 
 def distinct_rows(encoded: Encoded, keys: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that differ in what the model reads, in what it reads of their other version, or in ``keys``.
+    """Rows that differ in their word pieces, in those of their version ``minus``, or in ``keys``.
 
     A model's last bits depend on the other rows of a batch: rows that must get equal numbers are run once.
 
     Args:
         encoded: ``n`` rows.
-        keys: What else tells rows apart, such as their labels, whole numbers ``(n,)``.
+        keys: Whole numbers that tell rows apart too, such as labels, ``(n,)``.
 
     Returns:
         The first row of each kind, ``(kinds,)``, ascending; the kind of every row, ``(n,)``.
@@ -199,7 +200,7 @@ def distinct_rows(encoded: Encoded, keys: np.ndarray | None = None) -> tuple[np.
 
 
 def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first of each kind of rows of the same bits of a matrix ``(n, k)``, ascending, and every row's kind."""
+    """Group rows of a matrix ``(n, k)`` by their bits: the first row of each kind, ascending, and every row's kind."""
     flat = np.ascontiguousarray(values).view(np.dtype((np.void, values.shape[1] * values.itemsize))).reshape(-1)
     _, first, kinds = np.unique(flat, return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -212,7 +213,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, *, equal_lengths: bo
     """Positions grouped into batches of similar length, at most ``batch_tokens`` padded tokens each.
 
     Longest rows come first, so that a batch that does not fit in memory shows at once. The plan depends
-    on nothing but what is given; ties keep their order.
+    on the arguments alone; ties keep their order.
 
     Args:
         lengths: Word pieces of each row, ``(n,)``.

@@ -2,7 +2,7 @@
 
 Numbers that later meet a cosine or a logarithm are computed in float64 from the logits and stored in
 float32; the residual's entry at the label is minus the sum of the other probabilities, never a
-difference of numbers near 1 (METHODS.md, section 2, numerics).
+difference of numbers near 1 (docs/methods.md, "Conventions").
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEFAULT_BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Forward:
-    """What one forward pass says about ``n`` rows, in the order they were given.
+    """Results of one forward pass over ``n`` rows, in the order they were given.
 
     Attributes:
         features: f, input of the head, ``(n, h)`` float32.
@@ -40,9 +40,9 @@ class Forward:
         """Most probable class of each row, ``(n,)`` int64; ties go to the lower id."""
         return np.asarray(self.logits.argmax(axis=1), dtype=np.int64)
 
-    def take(self, which: np.ndarray) -> Forward:
-        """The same for some of the rows."""
-        return Forward(self.features[which], self.probabilities[which], self.logits[which])
+    def take(self, positions: np.ndarray) -> Forward:
+        """The results of the rows at some positions."""
+        return Forward(self.features[positions], self.probabilities[positions], self.logits[positions])
 
 
 def run_forward(

@@ -1,6 +1,6 @@
-"""What is found out about a model by running it on an encoded text: its head, and whether padding changes what it says.
+"""Facts about a model that are found by running it on a text: its head, and whether padding changes its predictions.
 
-A table of names would know some families; a run knows any, and refuses those that cannot be explained by name.
+A table of architectures would cover some model families; a run covers any, and its errors name the model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from forebear.indexer.model.encoding import pad_batch, tokenize
 
 TEXT = "This film tells a good story, and the actor in it is not bad."
 SHORT_TEXT = "Good"
-PIECES = 16  # of the text, at most
+PIECES = 16  # most word pieces of the text
 TOLERANCE = 1e-4  # of the largest number: float32 rounding stays below 1e-6, padding that matters is above 1e-3
 
 Encoding = dict[str, list[int]]
@@ -26,7 +26,7 @@ def encoded_text(tokenizer: Any, max_length: int, name: str, text: str = TEXT) -
     """A text as the tokenizer of a model encodes it.
 
     Raises:
-        ModelError: It takes no plain text, or makes nothing of it.
+        ModelError: The tokenizer takes no plain text, or makes no word pieces of it.
     """
     try:
         (row,) = tokenize(tokenizer, [[text]], min(PIECES, max_length))
@@ -42,8 +42,8 @@ def find_head(model: Any, tokenizer: Any, name: str, max_length: int = PIECES) -
 
     Args:
         model: A transformers sequence classifier in ``eval()`` mode.
-        tokenizer: Its tokenizer.
-        name: For messages.
+        tokenizer: The model's tokenizer.
+        name: Name of the model, for messages.
         max_length: Longest input in word pieces.
 
     Raises:
@@ -105,11 +105,11 @@ def padding_matters(
     Convolutions (ConvBERT), Fourier transforms (FNet) and some approximations of attention read the padding.
 
     Args:
-        run: What is compared, ``(b, ...)`` of a batch.
-        tokenizer: Of the model.
+        run: The numbers that are compared, ``(b, ...)``, from a batch.
+        tokenizer: The model's tokenizer.
         max_length: Longest input in word pieces.
-        device: Where the model is.
-        name: For messages.
+        device: Device of the model.
+        name: Name of the model, for messages.
 
     Raises:
         ModelError: A row gets other numbers also beside an equal row, or in a second run.

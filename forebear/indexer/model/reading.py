@@ -8,7 +8,7 @@ from typing import Any
 
 from forebear.wording import worded
 
-# Shares from which a user is warned.
+# Above these shares users are warned.
 MANY_UNKNOWN = 0.05  # of word pieces; English under its own tokenizer has .001
 MANY_CUT = 0.1  # of rows
 
@@ -30,31 +30,31 @@ class Reading:
     n_cut: int = 0
 
     def __add__(self, other: Reading) -> Reading:
-        """Of both together."""
+        """The sums over the rows of both."""
         return Reading(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 
     @property
     def share_unknown(self) -> float:
-        """Of word pieces."""
+        """Share of the word pieces that are unknown."""
         return self.n_unknown / max(1, self.n_pieces)
 
     @property
     def share_cut(self) -> float:
-        """Of rows."""
+        """Share of the rows that are cut."""
         return self.n_cut / max(1, self.n_rows)
 
     def describe(self, max_length: int) -> str:
-        """One line."""
+        """One line that states both shares."""
         return (
             f"{share(self.share_unknown)} of word pieces unknown to the tokenizer, {share(self.share_cut)} of rows cut "
             f"at {max_length} word pieces"
         )
 
     def warnings(self, max_length: int, rows: str) -> list[str]:
-        """What is wrong with it; ``rows`` says which rows these are."""
-        found = []
+        """Warnings for the user, empty where all is well; ``rows`` names the rows, such as 'the indexed rows'."""
+        warnings = []
         if self.share_unknown > MANY_UNKNOWN:
-            found.append(
+            warnings.append(
                 f"{share(self.share_unknown)} of the word pieces of {rows} are unknown to the tokenizer: the model "
                 "does not see these words. Is it the model's own tokenizer, and the language that it was made for?"
             )
@@ -63,8 +63,8 @@ class Reading:
                 f"{share(self.share_cut)} of {rows} are longer than {max_length} word pieces, and the model does not "
                 "see the rest. If it takes more, train and index with a larger --max-length."
             )
-            found.append(worded(line))
-        return found
+            warnings.append(worded(line))
+        return warnings
 
 
 def count_reading(
@@ -73,24 +73,24 @@ def count_reading(
     """How much of rows of text the model reads.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         texts: One list a text column.
-        rows: The same, encoded.
+        rows: The same rows, encoded.
         max_length: Longest row in word pieces.
     """
-    others = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
-    unknown = None if tokenizer.unk_token_id in others else tokenizer.unk_token_id  # GPT-2 has one token for all
+    special = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    unknown = None if tokenizer.unk_token_id in special else tokenizer.unk_token_id  # GPT-2 has one token for all
     added = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)
-    full = [i for i, row in enumerate(rows) if len(row["input_ids"]) >= max_length]
-    whole: list[list[int]] = []
-    if full:  # only these can be cut: they are encoded again, in full
-        columns = [[column[i] for i in full] for column in texts]
-        whole = tokenizer(*columns, truncation=False, padding=False, verbose=False)["input_ids"]
+    full_rows = [i for i, row in enumerate(rows) if len(row["input_ids"]) >= max_length]
+    uncut: list[list[int]] = []
+    if full_rows:  # only these can be cut: they are encoded again, in full
+        columns = [[column[i] for i in full_rows] for column in texts]
+        uncut = tokenizer(*columns, truncation=False, padding=False, verbose=False)["input_ids"]
     return Reading(
         n_rows=len(rows),
         n_pieces=sum(max(0, len(row["input_ids"]) - added) for row in rows),
         n_unknown=0 if unknown is None else sum(row["input_ids"].count(unknown) for row in rows),
-        n_cut=sum(len(ids) > max_length for ids in whole),
+        n_cut=sum(len(ids) > max_length for ids in uncut),
     )
 
 

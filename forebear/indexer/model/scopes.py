@@ -29,7 +29,7 @@ class Block:
     Attributes:
         name: Dotted name of the module.
         kind: ``linear``: its weight, with the bias as a last column (a_t then ends in 1) if ``bias``.
-            ``conv``: the same of a Conv1d; a_t is a window of its input, channel by channel.
+            ``conv``: a Conv1d's weight and bias likewise; a_t is a window of its input, channel by channel.
             ``norm``: a LayerNorm's weight and bias, one above the other, ``(2 h, 1)``.
             ``embedding``: the word embeddings, transposed; a_t is the one-hot vector of a token id. Or what enters the
             first encoder layer, which has no parameters (``n_in`` 0).
@@ -155,22 +155,22 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv1d]:
 def word_embeddings(model: Any) -> nn.Embedding | None:
     """The word embeddings of a transformers model; None where it has none, or none of torch's kind."""
     try:
-        found = model.get_input_embeddings()
+        module = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # CANINE hashes characters
         return None
-    return found if isinstance(found, nn.Embedding) else None
+    return module if isinstance(module, nn.Embedding) else None
 
 
 def embedding_block(model: Any, name: str) -> Block:
     """The word embeddings of a transformers model.
 
     Raises:
-        ModelError: It has none.
+        ModelError: The model has none.
     """
     module = word_embeddings(model)
     if module is None:
         raise ModelError(f"{name} ({type(model).__name__}) has no word embeddings, so no word gradients.")
-    key = next(key for key, found in model.named_modules() if found is module)
+    key = next(key for key, candidate in model.named_modules() if candidate is module)
     return Block(key, "embedding", module.embedding_dim, module.num_embeddings)
 
 
@@ -186,11 +186,11 @@ def encoder_layers(model: Any, name: str) -> tuple[str, int]:
         for key, module in model.base_model.named_modules()
         if isinstance(module, nn.ModuleList) and len({type(layer) for layer in module}) == 1
     }
-    outer = {key: found for key, found in lists.items() if not any(key.startswith(f"{o}.") for o in lists)}
+    outer = {key: layers for key, layers in lists.items() if not any(key.startswith(f"{o}.") for o in lists)}
     if not outer:
         raise ModelError(f"{name} ({type(model).__name__}) has no list of encoder layers.")
-    found = max(outer, key=lambda key: len(outer[key]))
-    return prefix + found, len(outer[found])
+    longest = max(outer, key=lambda key: len(outer[key]))
+    return prefix + longest, len(outer[longest])
 
 
 def scope_blocks(
@@ -200,9 +200,9 @@ def scope_blocks(
 
     Args:
         model: A transformers sequence classifier.
-        head_name: Its head.
+        head_name: Dotted name of its head.
         scope: ``head``, ``top-K``, ``all`` or ``layer:NAME``.
-        name: For messages.
+        name: Name of the model, for messages.
         with_bias: Whether biases and LayerNorm parameters take part.
 
     Raises:
