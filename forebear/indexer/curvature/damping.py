@@ -1,9 +1,9 @@
-"""Which dampings the arithmetic carries.
+"""Which dampings floating-point numbers can represent beside the eigenvalues.
 
 A damping counts where it is not smaller than what rounding makes of an eigenvalue that is 0. At the head, whose matrix
 is formed in float64, that is 2.2e-16 of the largest. Beyond it EK-FAC's eigenvalues are means of squared coordinates of
 gradients: a coordinate in float32 carries 1.2e-7 of the gradient's length, its square 1.4e-14 of the largest
-eigenvalue. With a smaller damping what is solved is noise.
+eigenvalue. With a smaller damping the solution is noise.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def refuse_nil_damping(given: str, dtype: torch.dtype, scope: str) -> None:
 
     Args:
         given: Absolute, or relative to the mean eigenvalue, as ``0.1x``.
-        dtype: What the curvature of the scope is computed in.
-        scope: For the message.
+        dtype: Number type that the curvature of the scope is computed in.
+        scope: Name of the scope, for the message.
 
     Raises:
-        InputError: It is 0, or relative and below the rounding of the largest eigenvalue, which no mean exceeds.
+        InputError: The damping is 0, or relative and below the rounding of the largest eigenvalue.
     """
     relative = given.endswith("x")
     value = float(given.removesuffix("x"))
@@ -40,13 +40,13 @@ def refuse_lost_damping(damping: float, largest: float, dtype: torch.dtype, scop
     """Refuse a damping that is lost in rounding beside an eigenvalue.
 
     Args:
-        damping: Absolute.
+        damping: An absolute damping.
         largest: The largest eigenvalue of the scope's curvature, or a number that is not larger.
-        dtype: What the curvature is computed in.
-        scope: For the message.
+        dtype: Number type that the curvature is computed in.
+        scope: Name of the scope, for the message.
 
     Raises:
-        InputError: It is lost; the smallest that is not is named.
+        InputError: The damping is lost; the smallest that is not is named.
     """
     smallest = carried(dtype) * largest
     if damping < smallest:

@@ -36,16 +36,16 @@ def curvature_seeds(n_classes: int, n_rows: int, seed: int) -> tuple[SeedOf, ...
 
     Args:
         n_classes: c; up to 4 there are c - 1 directions, else one: a seeded combination with signs +-1.
-        n_rows: Of the pass that they are for.
-        seed: Of the signs.
+        n_rows: Number of rows of the pass.
+        seed: Random seed of the signs.
     """
     rank = n_classes - 1
 
     def along(weights: np.ndarray) -> SeedOf:
         """``weights`` (n_rows, rank) combine the columns of a square root of B."""
 
-        def seed_of(at: list[int]) -> Seed:
-            return lambda logits: _combined_roots(softmax(logits), weights[at])
+        def seed_of(positions: list[int]) -> Seed:
+            return lambda logits: _combined_roots(softmax(logits), weights[positions])
 
         return seed_of
 
@@ -64,7 +64,9 @@ def class_square_root(p: np.ndarray) -> np.ndarray:
 
 def _combined_roots(p: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """U w of each row, ``(n, c)``, for weights ``(n, c - 1)``; no more roots are held at once than fit in memory."""
-    parts = [np.einsum("bck,bk->bc", class_square_root(p[at]), weights[at]) for at in row_chunks(len(p), p.shape[1])]
+    parts = [
+        np.einsum("bck,bk->bc", class_square_root(p[chunk]), weights[chunk]) for chunk in row_chunks(len(p), p.shape[1])
+    ]
     return np.concatenate(parts)
 
 
@@ -73,7 +75,7 @@ class EkfacBlock:
     """One block's eigenbasis and corrected eigenvalues.
 
     Attributes:
-        block: Which parameters.
+        block: The parameters.
         left: Eigenvectors of D as columns, by falling eigenvalue, ``(n_out, n_out)``.
         right: Those of A, ``(n_in, n_in)``.
         eigenvalues: Mean square of each coordinate, ``(n_out, n_in)``.
@@ -89,7 +91,7 @@ class EkfacBlock:
         return LayerFactors(factors.inputs @ self.right, factors.deltas @ self.left)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> EkfacBlock:
-        """The same on a device, in a precision."""
+        """The block on a device, in a precision."""
         moved = (x.to(device, dtype) for x in (self.left, self.right, self.eigenvalues))
         return EkfacBlock(self.block, *moved)
 
@@ -108,13 +110,13 @@ class Ekfac:
 
     @cached_property
     def mean_eigenvalue(self) -> float:
-        """Over all parameters of the scope."""
+        """Mean eigenvalue over all parameters of the scope."""
         total = sum(float(part.eigenvalues.sum(dtype=torch.float64)) for part in self.parts.values())
         return total / sum(part.block.size for part in self.parts.values())
 
     @cached_property
     def largest_eigenvalue(self) -> float:
-        """Of all blocks of the scope."""
+        """Largest eigenvalue of all blocks of the scope."""
         return max(float(part.eigenvalues.max()) for part in self.parts.values())
 
     def solve(self, vectors: Vectors, damping: float) -> Vectors:
@@ -127,7 +129,7 @@ class Ekfac:
         return part.left @ rotated @ part.right.T
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Ekfac:
-        """The same on a device, in a precision."""
+        """The curvature on a device, in a precision."""
         return Ekfac({name: part.to(device, dtype) for name, part in self.parts.items()}, self.n_rows)
 
 
@@ -183,8 +185,8 @@ class _Eigenvalues(Collector):
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:
         total = torch.zeros_like(self._parts[name].eigenvalues)
-        for some in self._parts[name].rotate(factors).cache_sized():
-            gradients = some.gradients()
+        for part in self._parts[name].rotate(factors).cache_sized():
+            gradients = part.gradients()
             total += gradients.square_().sum(dim=0)
         self._batch[name] = total
 

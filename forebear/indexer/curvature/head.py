@@ -234,7 +234,7 @@ class HeadCurvature:
         return self.solve_matrix(self._gradients(residuals, features).reshape(len(features), self.n_classes - 1, -1))
 
     def solve_matrix(self, gradients: np.ndarray) -> np.ndarray:
-        """The same of gradients ``(q, c - 1, h)`` that are in the reduced class basis already."""
+        """(H + damping I)^-1 g of gradients in the reduced class basis, ``(q, c - 1, h)``; same shape."""
         solved = cho_solve((self.factor, True), gradients.reshape(len(gradients), -1).T).T
         return np.asarray(solved.reshape(gradients.shape))
 

@@ -33,7 +33,7 @@ from forebear.indexer.model.scopes import Scope
 class Product(Protocol):
     """The product with the curvature of the mean loss over all rows, or over those at some positions."""
 
-    def __call__(self, vectors: Vectors, at: Sequence[int] | None = None) -> Vectors:
+    def __call__(self, vectors: Vectors, positions: Sequence[int] | None = None, /) -> Vectors:
         """H V for each of q vectors V."""
 
 
@@ -52,23 +52,23 @@ class GaussNewton:
         """Encode the rows.
 
         Args:
-            classifier: At the checkpoint.
-            scope: Over which.
+            classifier: The model at the checkpoint.
+            scope: The parameters that the curvature is over.
             texts: Training rows, one list a text column, ``(columns, n)``.
-            seed: Of the signs, with more than 4 classes: the matrix is then an unbiased estimate, the same in each
-                product.
+            seed: Random seed of the signs that more than 4 classes take: the matrix is then an unbiased estimate, the
+                same in each product.
             batch_tokens: Largest number of padded tokens in a batch.
         """
         self._classifier, self._scope = classifier, scope
         self._rows, self._batch_tokens = Encoded(encode(classifier, texts)), batch_tokens
         self._seeds = curvature_seeds(classifier.n_classes, len(self._rows), seed)
 
-    def __call__(self, vectors: Vectors, at: Sequence[int] | None = None) -> Vectors:
+    def __call__(self, vectors: Vectors, positions: Sequence[int] | None = None) -> Vectors:
         """H V; a batch's factors are all that is held beside V and H V.
 
         Args:
             vectors: V, ``(q, n_out, n_in)`` for each block, of the weights' type and on their device.
-            at: Positions of the rows that the mean is over, repeated ones counting again; default all.
+            positions: Positions of the rows that the mean is over, repeated ones counting again; default all.
 
         Returns:
             ``(q, n_out, n_in)`` for each block.
@@ -78,8 +78,8 @@ class GaussNewton:
             StorageError: Not even one row fits in memory.
         """
         rows, seeds = self._rows, self._seeds
-        if at is not None:
-            chosen = list(at)
+        if positions is not None:
+            chosen = list(positions)
             rows = rows.take(chosen)
             seeds = tuple(_seed_at(seed_of, chosen) for seed_of in seeds)
         collector = _Outer(self._scope, vectors)
@@ -93,7 +93,7 @@ class GaussNewton:
 
 def _seed_at(seed_of: SeedOf, chosen: list[int]) -> SeedOf:
     """The seeds of a pass over chosen rows: each row keeps its own signs."""
-    return lambda at: seed_of([chosen[i] for i in at])
+    return lambda positions: seed_of([chosen[i] for i in positions])
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ class HessianProduct:
         """Encode the rows.
 
         Args:
-            classifier: At the checkpoint.
-            scope: Over which.
+            classifier: The model at the checkpoint.
+            scope: The parameters that the curvature is over.
             texts: Training rows, one list a text column, ``(columns, n)``.
             labels: Gold class ids, ``(n,)``.
             batch_tokens: Largest number of padded tokens in a batch.
@@ -172,8 +172,8 @@ class HessianProduct:
         self._rows, self._batch_tokens = encode(classifier, texts), batch_tokens
         self._labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
 
-    def __call__(self, vectors: Vectors, at: Sequence[int] | None = None) -> Vectors:
-        """H V; see :meth:`GaussNewton.__call__`.
+    def __call__(self, vectors: Vectors, positions: Sequence[int] | None = None) -> Vectors:
+        """H V, with arguments and result as of :meth:`GaussNewton.__call__`.
 
         Raises:
             NonFiniteError: A number is NaN or infinite.
@@ -185,7 +185,7 @@ class HessianProduct:
         model = self._classifier.model
         parameters = {name: model.get_parameter(name) for name in parts}
         sums = {name: torch.zeros_like(v) for name, v in parts.items()}
-        chosen = range(len(self._rows)) if at is None else list(at)
+        chosen = range(len(self._rows)) if positions is None else list(positions)
         lengths = [len(self._rows[i]["input_ids"]) for i in chosen]
         with only_asking(model, parameters.values()), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             equal_lengths = self._classifier.equal_lengths
@@ -196,28 +196,28 @@ class HessianProduct:
         _refuse_non_finite(self._classifier.name, sums)
         return {block.name: block.join(sums) for block in self._scope.blocks}
 
-    def _add(self, at: list[int], parameters: dict[str, nn.Parameter], parts: Vectors, sums: Vectors) -> None:
+    def _add(self, positions: list[int], parameters: dict[str, nn.Parameter], parts: Vectors, sums: Vectors) -> None:
         """Add the products with the Hessian of the summed loss of one batch; one backward a vector."""
         classifier = self._classifier
-        wanted = list(parameters.values())
+        weights = list(parameters.values())
         try:
-            batch = pad_batch(classifier.tokenizer, [self._rows[i] for i in at], classifier.device)
-            labels = self._labels[at].to(classifier.device)
+            batch = pad_batch(classifier.tokenizer, [self._rows[i] for i in positions], classifier.device)
+            labels = self._labels[positions].to(classifier.device)
             # In float64 p - y and its derivative stay exact for confident rows too.
             loss = nn.functional.cross_entropy(classifier.model(**batch).logits.double(), labels, reduction="sum")
-            gradients = torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True)
+            gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
             n_queries = len(next(iter(parts.values())))
             for q in range(n_queries):
-                along = [v[q] for v in parts.values()]
-                found = torch.autograd.grad(
-                    gradients, wanted, along, retain_graph=q + 1 < n_queries, materialize_grads=True
+                vector = [v[q] for v in parts.values()]
+                products = torch.autograd.grad(
+                    gradients, weights, vector, retain_graph=q + 1 < n_queries, materialize_grads=True
                 )
-                for total, h in zip(sums.values(), found, strict=True):
+                for total, h in zip(sums.values(), products, strict=True):
                     total[q] += h
         except torch.OutOfMemoryError as error:
             raise StorageError(
-                f"the Hessian product over scope {self._scope.name} of {len(at)} rows does not fit in the memory of "
-                f"{classifier.device}. Take smaller batches, or the Gauss-Newton matrix, which needs less."
+                f"the Hessian product over scope {self._scope.name} of {len(positions)} rows does not fit in the "
+                f"memory of {classifier.device}. Take smaller batches, or the Gauss-Newton matrix, which needs less."
             ) from error
 
 

@@ -1,8 +1,8 @@
-"""Inverse curvature products (H + damping I)^-1 v from products H v alone (METHODS.md, section 4).
+"""Inverse curvature products (H + damping I)^-1 v from products H v alone (docs/methods.md, "Curvature").
 
 ``conjugate_gradients`` solves to a tolerance and is the reference for scopes larger than ``head``; ``lissa`` is the
 recursion of the papers. Both take q right-hand sides at once, scale each to unit length first (so that tiny
-gradients keep their precision), and say how well each was solved: nothing that failed is returned as if it had not.
+gradients keep their precision), and state the residual of each solution, so that a failed one can be told.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Solved:
 
     Attributes:
         vectors: x, ``(q, n_out, n_in)`` for each block.
-        damping: What was added to H in effect.
+        damping: The multiple of I that was added to H in effect.
         residual: ||v - (H + damping I) x|| / ||v||, ``(q,)`` float64, from a product with x itself; 0 where v = 0.
             None: not computed.
-        iterations: Steps that each took, ``(q,)`` int64.
-        converged: Whether the residual is within the tolerance, ``(q,)``; False where that is not known.
+        iterations: Number of steps for each right-hand side, ``(q,)`` int64.
+        converged: Whether the residual is within the tolerance, ``(q,)``; False without a residual.
     """
 
     vectors: Vectors
@@ -56,15 +56,15 @@ def scale_by(alpha: torch.Tensor | float, x: Vectors) -> Vectors:
     return {name: _factor(alpha, v) * v for name, v in x.items()}
 
 
-def take(x: Vectors, which: np.ndarray) -> Vectors:
-    """Some of the queries, by position."""
-    return {name: v[torch.from_numpy(which).to(v.device)] for name, v in x.items()}
+def take(x: Vectors, positions: np.ndarray) -> Vectors:
+    """The vectors of the queries at some positions."""
+    return {name: v[torch.from_numpy(positions).to(v.device)] for name, v in x.items()}
 
 
-def put(x: Vectors, which: np.ndarray, values: Vectors) -> None:
-    """Overwrite some of the queries of ``x``."""
+def put(x: Vectors, positions: np.ndarray, values: Vectors) -> None:
+    """Overwrite the vectors of ``x`` at some positions by ``values``."""
     for name, v in x.items():
-        v[torch.from_numpy(which).to(v.device)] = values[name]
+        v[torch.from_numpy(positions).to(v.device)] = values[name]
 
 
 def _factor(alpha: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
@@ -81,9 +81,9 @@ def _unit(vectors: Vectors) -> tuple[torch.Tensor, Vectors]:
     return lengths, scale_by(torch.where(lengths > 0, 1.0 / lengths, 0.0), vectors)
 
 
-def _finite(numbers: torch.Tensor, what: str) -> torch.Tensor:
+def _finite(numbers: torch.Tensor, quantity: str) -> torch.Tensor:
     if not torch.isfinite(numbers).all():
-        raise NonFiniteError(f"{what} is NaN or infinite: no solution would mean anything. Check the model.")
+        raise NonFiniteError(f"{quantity} is NaN or infinite: no solution would mean anything. Check the model.")
     return numbers
 
 
@@ -100,19 +100,19 @@ def conjugate_gradients(
     """Solve (H + damping I) x = v by preconditioned conjugate gradients (Hestenes & Stiefel 1952), q at once.
 
     A query is done, and left out of further products, when the residual that the recursion carries is within the
-    tolerance; the residual is then computed afresh, and what rounding had hidden is solved for again. A query stops
-    without convergence after ``max_iterations``, when rounding lets it get no further, and at a direction p with
-    p^T (H + damping I) p <= 0 (an indefinite Hessian): it then keeps the x before that step, which minimises
-    x^T (H + damping I) x / 2 - v^T x over the directions so far.
+    tolerance. The residual is then computed afresh; if rounding had hidden that it is too large, the rest is solved for
+    again. A query stops without convergence after ``max_iterations``, when rounding stops its progress, and at a
+    direction p with p^T (H + damping I) p <= 0 (an indefinite Hessian): it then keeps the x before that step, which
+    minimises x^T (H + damping I) x / 2 - v^T x over the directions so far.
 
     Args:
         product: V to H V, symmetric.
         vectors: v, ``(q, n_out, n_in)`` for each block.
         damping: Absolute, >= 0.
         precondition: V to M^-1 V, M positive definite and near to H + damping I.
-        tolerance: Of the relative residual.
-        max_iterations: Of each query.
-        on_iteration: Told the number of iterations and the relative residuals ``(q,)`` after each.
+        tolerance: Largest relative residual of a converged query.
+        max_iterations: Most iterations of each query.
+        on_iteration: Called with the number of iterations and the relative residuals ``(q,)`` after each.
 
     Raises:
         InputError: The damping, tolerance or number of iterations is out of range.
@@ -131,18 +131,18 @@ def conjugate_gradients(
     x = _zeros(b)
     residual = (lengths > 0).double().cpu().numpy()
     progress = _Progress(residual.copy(), np.zeros(len(residual), np.int64), tolerance, max_iterations, on_iteration)
-    at = np.flatnonzero(residual > tolerance)
-    remaining = take(b, at)
-    while len(at):
-        step, failed = _descend(multiply, remaining, precondition or _same, progress, at)
-        better = axpy(1.0, step, take(x, at))
-        put(x, at, better)
-        remaining = axpy(-1.0, multiply(better), take(b, at))
-        found = _finite(norm(remaining), "a residual").cpu().numpy()
-        stuck = failed | (found > residual[at] / 2)  # the second: rounding has the upper hand
-        residual[at] = found
-        again = (found > tolerance) & ~stuck & (progress.iterations[at] < max_iterations)
-        at, remaining = at[again], take(remaining, np.flatnonzero(again))
+    positions = np.flatnonzero(residual > tolerance)
+    remaining = take(b, positions)
+    while len(positions):
+        step, failed = _descend(multiply, remaining, precondition or _same, progress, positions)
+        better = axpy(1.0, step, take(x, positions))
+        put(x, positions, better)
+        remaining = axpy(-1.0, multiply(better), take(b, positions))
+        new_residual = _finite(norm(remaining), "a residual").cpu().numpy()
+        stuck = failed | (new_residual > residual[positions] / 2)  # little progress in a whole run: rounding dominates
+        residual[positions] = new_residual
+        goes_on = (new_residual > tolerance) & ~stuck & (progress.iterations[positions] < max_iterations)
+        positions, remaining = positions[goes_on], take(remaining, np.flatnonzero(goes_on))
     return Solved(scale_by(lengths, x), damping, residual, progress.iterations, residual <= tolerance)
 
 
@@ -152,7 +152,7 @@ def _same(v: Vectors) -> Vectors:
 
 @dataclass
 class _Progress:
-    """Where each of the q queries stands, over all runs."""
+    """Residuals and numbers of steps of the q queries, over all descents."""
 
     residual: np.ndarray  # relative, carried by the recursion
     iterations: np.ndarray
@@ -160,46 +160,46 @@ class _Progress:
     max_iterations: int
     on_iteration: Callable[[int, np.ndarray], None] | None
 
-    def advance(self, at: np.ndarray, taken: np.ndarray, residual: np.ndarray) -> np.ndarray:
-        """Count a step of the queries ``at``; whether each goes on."""
-        self.iterations[at] += taken
-        self.residual[at] = residual
+    def advance(self, positions: np.ndarray, taken: np.ndarray, residual: np.ndarray) -> np.ndarray:
+        """Count a step of the queries at ``positions``; returns whether each goes on, ``(m,)`` bool."""
+        self.iterations[positions] += taken
+        self.residual[positions] = residual
         if self.on_iteration is not None:
             self.on_iteration(int(self.iterations.max()), self.residual.copy())
-        going = taken & (residual > self.tolerance) & (self.iterations[at] < self.max_iterations)
-        return np.asarray(going)
+        goes_on = taken & (residual > self.tolerance) & (self.iterations[positions] < self.max_iterations)
+        return np.asarray(goes_on)
 
 
 def _descend(
-    multiply: Multiply, b: Vectors, precondition: Multiply, progress: _Progress, which: np.ndarray
+    multiply: Multiply, b: Vectors, precondition: Multiply, progress: _Progress, queries: np.ndarray
 ) -> tuple[Vectors, np.ndarray]:
-    """One run of conjugate gradients from zero towards A x = b, of the queries ``which`` ``(m,)``.
+    """One descent of conjugate gradients from zero towards A x = b, for the queries at positions ``queries`` ``(m,)``.
 
     Returns:
         x of each, and whether it stopped at a direction without positive curvature, ``(m,)``.
     """
-    out, failed = _zeros(b), np.zeros(len(which), bool)
-    at = np.arange(len(which))  # of those that still run
+    out, failed = _zeros(b), np.zeros(len(queries), bool)
+    active = np.arange(len(queries))  # positions in b of the queries that still run
     x, r = _zeros(b), b
     p = z = precondition(r)
     rz = _finite(dot(r, z), "a preconditioned vector")
-    while len(at):
+    while len(active):
         ap = multiply(p)
         curvature = _finite(dot(p, ap), "a curvature product")
-        good = (curvature > 0) & (rz > 0)
-        alpha = torch.where(good, rz / curvature, 0.0)
+        is_positive = (curvature > 0) & (rz > 0)
+        alpha = torch.where(is_positive, rz / curvature, 0.0)
         x, r = axpy(alpha, p, x), axpy(-alpha, ap, r)
         z = precondition(r)
         new_rz = _finite(dot(r, z), "a preconditioned vector")
-        p = axpy(torch.where(good, new_rz / rz, 0.0), p, z)
+        p = axpy(torch.where(is_positive, new_rz / rz, 0.0), p, z)
         rz = new_rz
-        taken = good.cpu().numpy()
-        going = progress.advance(which[at], taken, norm(r).cpu().numpy())
-        failed[at] = ~taken
-        if not going.all():
-            put(out, at[~going], take(x, np.flatnonzero(~going)))
-            kept = np.flatnonzero(going)
-            at, rz = at[kept], rz[torch.from_numpy(kept).to(rz.device)]
+        taken = is_positive.cpu().numpy()
+        goes_on = progress.advance(queries[active], taken, norm(r).cpu().numpy())
+        failed[active] = ~taken
+        if not goes_on.all():
+            put(out, active[~goes_on], take(x, np.flatnonzero(~goes_on)))
+            kept = np.flatnonzero(goes_on)
+            active, rz = active[kept], rz[torch.from_numpy(kept).to(rz.device)]
             x, r, p = take(x, kept), take(r, kept), take(p, kept)
     return out, failed
 
@@ -209,7 +209,7 @@ class LissaSettings:
     """Choices of :func:`lissa`.
 
     Attributes:
-        damping: Of the recursion, 0 <= damping < 1; ``effective_damping`` is what is added to H.
+        damping: Damping of the recursion, 0 <= damping < 1; ``effective_damping`` is added to H.
         scale: Divides H; more than half the largest eigenvalue of any batch's H, or the recursion diverges.
         batch_rows: Training rows a step.
         depth: Steps a run; None: one epoch, rows / batch_rows.
@@ -223,7 +223,7 @@ class LissaSettings:
     repeats: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Refuse settings out of range."""
         whole = min(self.batch_rows, self.repeats, 1 if self.depth is None else self.depth)
         if not (0 <= self.damping < 1 and np.isfinite(self.scale) and self.scale > 0 and whole >= 1):
             raise InputError(
@@ -239,7 +239,7 @@ class LissaSettings:
         """Refuse a damping d for which 1 - d is 1 in the numbers that the recursion runs in.
 
         Raises:
-            InputError: It is; the smallest that is not is named.
+            InputError: The damping is lost; the smallest that is not is named.
         """
         smallest = torch.finfo(dtype).eps
         if self.damping < smallest:
@@ -282,7 +282,7 @@ class LissaSettings:
         return cls(**values)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        """As :meth:`parse` reads it."""
+        """The settings in the form that :meth:`parse` reads."""
         pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
         return ",".join(f"{name}={value}" for name, value in pairs if value is not None)
 
@@ -320,16 +320,16 @@ def lissa(
     Args:
         product: V and positions of rows to H_batch V.
         vectors: v, ``(q, n_out, n_in)`` for each block; the queries share the batches.
-        damping: See :class:`LissaSettings`, as for ``scale``, ``depth``, ``batch_rows`` and ``repeats``.
+        damping: Damping of the recursion; :class:`LissaSettings` has this and the next settings.
         scale: Divides H.
         depth: Steps a run.
         batch_rows: Distinct rows a step; all rows, where there are not more.
-        n_rows: Training rows of the product.
-        repeats: Runs.
-        seed: Of the batches.
+        n_rows: Number of training rows of the product.
+        repeats: Number of runs that are averaged.
+        seed: Random seed of the batches.
         with_residual: Whether to compute the residual, by one product over all rows.
-        tolerance: Of the residual; without one no query counts as converged.
-        on_step: Told the number of steps after each, over all runs.
+        tolerance: Largest residual of a converged query; without a residual none counts as converged.
+        on_step: Called with the number of steps after each, over all runs.
 
     Raises:
         InputError: A setting is out of range, or the recursion diverges.
@@ -344,8 +344,8 @@ def lissa(
         rng = np.random.default_rng([seed, run])
         h = v
         for step in range(1, steps + 1):
-            at = None if batch_rows >= n_rows else rng.choice(n_rows, batch_rows, replace=False).tolist()
-            h = axpy(1.0 - damping, h, axpy(-1.0 / scale, product(h, at), v))
+            positions = None if batch_rows >= n_rows else rng.choice(n_rows, batch_rows, replace=False).tolist()
+            h = axpy(1.0 - damping, h, axpy(-1.0 / scale, product(h, positions), v))
             _refuse_divergence(h, step, steps, settings)
             if on_step is not None:
                 on_step(run * steps + step)
@@ -361,7 +361,10 @@ def lissa(
 
 
 def _refuse_divergence(h: Vectors, step: int, steps: int, settings: LissaSettings) -> None:
-    """Where no step lengthens anything, the sum of step + 1 unit vectors is no longer than step + 1."""
+    """Refuse a length far above step + 1.
+
+    If no step lengthens a vector, h is a sum of step + 1 vectors of at most unit length.
+    """
     longest = float(norm(h).max())
     if not longest <= _BLOW_UP * (step + 1):
         raise InputError(
