@@ -21,8 +21,8 @@ from forebear.indexer.training.run_folder import CHECKPOINTS, save_checkpoint
 from forebear.progress import Progress
 
 MAX_GRAD_NORM = 1.0
-IGNORED = -100  # in the place of a class id: the row weighs nothing
-RANDOM_NUMBERS = "by seed and step"  # of dropout; before, in one stream
+IGNORED = -100  # instead of a class id, for a row that takes no part in the loss
+RANDOM_NUMBERS = "by seed and step"  # of dropout; older versions drew them from one stream
 FIXED = {
     "optimizer": "adamw_torch_fused", "scheduler": "linear", "max_grad_norm": MAX_GRAD_NORM,
     "random_numbers": RANDOM_NUMBERS,
@@ -69,8 +69,8 @@ class Course:
         self.plan = {"n_steps": n_steps, "warmup_steps": int(n_steps * options.warmup_ratio)}
         self.checkpoints: list[RunCheckpoint] = []
         self._step = 0
-        self._rates: list[float] = []  # since the previous checkpoint, one a step
-        self._losses: list[tuple[float, int]] = []  # likewise: mean over the batch, rows in it
+        self._rates: list[float] = []  # learning rate of each step since the previous checkpoint
+        self._losses: list[tuple[float, int]] = []  # of each of these steps: mean loss of the batch, and its rows
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """One padded batch, on the CPU."""
@@ -95,11 +95,11 @@ class Course:
         return loss
 
     def note_rate(self, rate: float) -> None:
-        """Before each step: the learning rate that it is taken with."""
+        """Record the learning rate of a step, before it is taken."""
         self._rates.append(rate)
 
     def end_step(self) -> None:
-        """After each step."""
+        """Count a step that was taken."""
         self._step += 1
         self._progress("training", self._step, self.plan["n_steps"])
 

@@ -22,7 +22,7 @@ class TrainOptions:
         label_mode: ``binary-nli`` merges neutral and contradiction.
         max_length: Longest input in word pieces; default 128, or the model's limit if that is shorter.
         precision: ``bf16``, ``fp32``, or ``auto``: bf16 where the device computes in it natively.
-        seed: Of the new head, the order of the rows and dropout.
+        seed: Random seed of the new head, the order of the rows and dropout.
         device: ``auto``, ``cpu`` or ``cuda``.
     """
 

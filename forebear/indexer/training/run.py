@@ -1,4 +1,4 @@
-"""Training runs on disk (``run.json``), and which checkpoints of what to index."""
+"""Training runs on disk (``run.json``), and the choice of the checkpoints to index."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class RunCheckpoint:
         name: For example ``epoch-1``.
         path: Folder, relative to the run's.
         step: Optimiser steps taken.
-        eta: Mean learning rate over the steps since the previous checkpoint (METHODS.md, section 2).
+        eta: Mean learning rate over the steps since the previous checkpoint (docs/methods.md, "Conventions").
         train_loss: Mean training loss since the previous checkpoint.
-        accuracy: On the development rows, if any were given.
+        accuracy: Accuracy on the development rows, if any were given.
     """
 
     name: str
@@ -54,7 +54,7 @@ class RunCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What ``forebear train`` did, enough to index it and to do it again."""
+    """The record of one ``forebear train``: enough to index the run, and to repeat it."""
 
     base_model: str
     data: str
@@ -97,7 +97,7 @@ def read_run(folder: Path) -> Run | None:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointPath:
-    """A checkpoint to index: its name, where it lies, its eta."""
+    """A checkpoint to index: its name, its path, and its weight eta in TracIn."""
 
     name: str
     path: str
@@ -110,11 +110,11 @@ class ModelChoice:
 
     Attributes:
         checkpoints: In training order.
-        label_mode: The run's; None without a run, as the rest.
+        label_mode: The run's label mode; None without a run, as are the attributes below.
         text_columns: Names of the run's columns of text.
         max_length: Longest input in word pieces.
-        run: What ``run.json`` says.
-        remark: One line for the user on where eta comes from, if neither he nor a run gives it; else None.
+        run: The content of ``run.json``.
+        remark: One line for the user on where eta comes from, if neither the user nor a run gives it; else None.
     """
 
     checkpoints: tuple[CheckpointPath, ...]
@@ -125,7 +125,7 @@ class ModelChoice:
     remark: str | None = None
 
     def class_names(self) -> tuple[str, ...]:
-        """The model's class names, as the run or its own files say; none where they cannot be read."""
+        """The model's class names, from the run or from the model's files; empty where they cannot be read."""
         return self.run.label_names if self.run is not None else stored_class_names(self.checkpoints[-1].path)
 
     def open_rows(self, rows: Any, labels: Sequence[Any] | None = None, **columns: Unpack[ColumnKeywords]) -> RowSource:
@@ -164,7 +164,7 @@ class ModelChoice:
         return self.text_columns
 
     def data_remark(self, source: RowSource) -> str | None:
-        """One line if rows are not those that the run was trained on, by their digest; None if they are, or no run is.
+        """One line if the source's digest says that the run was trained on other rows; None if not, or without a run.
 
         Passes over the rows once.
         """
@@ -191,18 +191,18 @@ def choose_model(model: str | None, checkpoints: Sequence[str] = (), etas: Seque
         etas: One weight a checkpoint; default the run's record, else the mean rates that a Trainer logged, else 1.
 
     Raises:
-        InputError: They do not fit together.
+        InputError: The three do not fit together, or a checkpoint does not exist.
     """
     run = read_run(Path(model)) if model is not None else None
     if run is not None:
         assert model is not None
-        found = _of_run(run, Path(model), list(checkpoints))
+        chosen = _of_run(run, Path(model), list(checkpoints))
     elif not checkpoints:
         if model is None:
             raise InputError("no model given. Name one by --model, or its checkpoints by --checkpoints.")
-        found = [CheckpointPath(name="final", path=model, eta=1.0)]
+        chosen = [CheckpointPath(name="final", path=model, eta=1.0)]
     elif list(checkpoints) == ["all"] and model is not None and (folders := trainer_checkpoints(Path(model))):
-        found = [CheckpointPath(name=path.name, path=str(path), eta=1.0) for path in folders]
+        chosen = [CheckpointPath(name=path.name, path=str(path), eta=1.0) for path in folders]
     elif list(checkpoints) == ["all"]:
         raise InputError(
             f"--checkpoints all needs a run folder (with {RUN_NAME}) or the output folder of a Trainer (with "
@@ -214,24 +214,24 @@ def choose_model(model: str | None, checkpoints: Sequence[str] = (), etas: Seque
                 f"there is no checkpoint folder {missing[0]}; names of checkpoints need a run folder as --model (with "
                 f"{RUN_NAME}), and {model} is none. Give the folders themselves."
             )
-        found = [CheckpointPath(name=f"checkpoint-{i + 1}", path=path, eta=1.0) for i, path in enumerate(checkpoints)]
+        chosen = [CheckpointPath(name=f"checkpoint-{i + 1}", path=path, eta=1.0) for i, path in enumerate(checkpoints)]
         if model is not None and Path(model).resolve() != Path(checkpoints[-1]).resolve():
-            found.append(CheckpointPath(name="final", path=model, eta=1.0))
+            chosen.append(CheckpointPath(name="final", path=model, eta=1.0))
     remark = None
-    if run is None and len(found) > 1 and not etas:
-        found, remark = _with_logged_rates(found)
+    if run is None and len(chosen) > 1 and not etas:
+        chosen, remark = _with_logged_rates(chosen)
     if etas:
-        if len(etas) != len(found):
+        if len(etas) != len(chosen):
             raise InputError(
-                f"--eta has {len(etas)} value(s) for {len(found)} checkpoint(s): give one each, in the same order."
+                f"--eta has {len(etas)} value(s) for {len(chosen)} checkpoint(s): give one each, in the same order."
             )
         if not all(0 < eta < float("inf") for eta in etas):
             raise InputError(f"--eta {' '.join(map(str, etas))}: expected positive numbers.")
-        found = [CheckpointPath(name=c.name, path=c.path, eta=eta) for c, eta in zip(found, etas, strict=True)]
+        chosen = [CheckpointPath(name=c.name, path=c.path, eta=eta) for c, eta in zip(chosen, etas, strict=True)]
     if run is None:
-        return ModelChoice(checkpoints=tuple(found), remark=remark)
+        return ModelChoice(checkpoints=tuple(chosen), remark=remark)
     return ModelChoice(
-        checkpoints=tuple(found),
+        checkpoints=tuple(chosen),
         label_mode=run.label_mode,
         text_columns=run.text_columns,
         max_length=run.max_length,
@@ -271,20 +271,20 @@ def _of_run(run: Run, folder: Path, wanted: list[str]) -> list[CheckpointPath]:
 
 
 def path_from(folder: Path, name: str) -> str:
-    """How an index in ``folder`` remembers a model: a path given as relative becomes relative to the index."""
+    """The path by which an index in ``folder`` stores a model: relative to the index, if it was given as relative."""
     if Path(name).is_absolute() or not Path(name).exists():  # the latter is a hub name
         return name
     return os.path.relpath(Path(name).resolve(), folder.resolve())
 
 
 def path_to(folder: Path, remembered: str) -> str:
-    """Where a model is that an index in ``folder`` remembers, from any working folder."""
-    beside = folder / remembered
-    return str(beside) if beside.exists() else remembered
+    """The path of a model that an index in ``folder`` stores as ``remembered``, valid in any working folder."""
+    from_index = folder / remembered
+    return str(from_index) if from_index.exists() else remembered
 
 
 def moved_paths(model: str | None, checkpoints: Sequence[Checkpoint], folder: Path) -> list[str]:
-    """Where the checkpoints of an index are now.
+    """The present paths of the checkpoints of an index.
 
     Args:
         model: A run folder (its checkpoints are matched by name), or the last checkpoint's folder; None: not moved.
@@ -299,8 +299,10 @@ def moved_paths(model: str | None, checkpoints: Sequence[Checkpoint], folder: Pa
     if run is None:
         return paths if model is None else [*paths[:-1], model]
     assert model is not None
-    found = {c.name: str(Path(model) / c.path) for c in run.checkpoints}
-    missing = [c.name for c in checkpoints if c.name not in found]
+    paths_by_name = {c.name: str(Path(model) / c.path) for c in run.checkpoints}
+    missing = [c.name for c in checkpoints if c.name not in paths_by_name]
     if missing:
-        raise InputError(f"{model} has no checkpoint {missing[0]}, which the index holds; it has {', '.join(found)}.")
-    return [found[c.name] for c in checkpoints]
+        raise InputError(
+            f"{model} has no checkpoint {missing[0]}, which the index holds; it has {', '.join(paths_by_name)}."
+        )
+    return [paths_by_name[c.name] for c in checkpoints]

@@ -1,4 +1,4 @@
-"""Writing a run folder: only over an earlier run, and each checkpoint complete or not there."""
+"""Writing a run folder: only an earlier run is replaced, and each checkpoint is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ CHECKPOINT_NAME = re.compile(rf"epoch-\d+({re.escape(TEMPORARY_SUFFIX)})?")
 
 
 def check_out(folder: Path, force: bool) -> None:
-    """Refuse a folder that is in use; with ``force``, one that holds anything but a run of ours.
+    """Refuse a folder that is in use; with ``force``, only one that holds anything else than a forebear run.
 
     Raises:
-        OutputExistsError: It is refused, or is a file.
+        OutputExistsError: The folder is refused, or is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder} is a file; --out names a folder to be written. Choose another.")
-    found = sorted(path.name for path in folder.iterdir() if path.name != LOCK_NAME) if folder.is_dir() else []
-    if not found:
+    names = sorted(path.name for path in folder.iterdir() if path.name != LOCK_NAME) if folder.is_dir() else []
+    if not names:
         return
-    held = ", ".join(found[:3]) + (" ..." if len(found) > 3 else "")
-    if not _is_run(folder, found):
+    held = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    if not _is_run(folder, names):
         raise OutputExistsError(
             f"{folder} holds {held} and is no training run; nothing of it is ever removed. Choose another --out."
         )
     if not force:
-        state = "a training run" if RUN_NAME in found else "an unfinished training run"
+        state = "a training run" if RUN_NAME in names else "an unfinished training run"
         raise OutputExistsError(f"{folder} holds {state}. Choose another --out, or give --force to replace it.")
 
 
-def _is_run(folder: Path, found: list[str]) -> bool:
-    """Whether a folder holds a run, finished or not (then it holds nothing else)."""
-    if RUN_NAME in found:
+def _is_run(folder: Path, names: list[str]) -> bool:
+    """Whether a folder holds a finished run, or nothing but an unfinished one."""
+    if RUN_NAME in names:
         try:
             return read_run(folder) is not None
         except DataError:
             return False
     checkpoints = folder / CHECKPOINTS
     inside = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    return set(found) <= {CHECKPOINTS, RUN_NAME + TEMPORARY_SUFFIX} and all(map(CHECKPOINT_NAME.fullmatch, inside))
+    return set(names) <= {CHECKPOINTS, RUN_NAME + TEMPORARY_SUFFIX} and all(map(CHECKPOINT_NAME.fullmatch, inside))
 
 
 def clear_out(folder: Path) -> None:
@@ -67,7 +67,7 @@ def clear_out(folder: Path) -> None:
 
 
 def save_checkpoint(classifier: Classifier, folder: Path) -> None:
-    """Write model and tokenizer under a temporary name, sync, rename: the folder is complete or not there.
+    """Write model and tokenizer under a temporary name, sync, rename: the folder is complete or absent.
 
     Raises:
         StorageError: The disk is full, or the folder cannot be written.
@@ -87,7 +87,7 @@ def save_checkpoint(classifier: Classifier, folder: Path) -> None:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turn what a failed write raises into one line."""
+    """Turn the errors of a failed write into a StorageError of one line."""
     from safetensors import SafetensorError
 
     try:

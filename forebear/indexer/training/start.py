@@ -1,4 +1,4 @@
-"""What training starts from: the pretrained model, its head kept or new, and the layers that stay fixed."""
+"""The start of a training: a pretrained model, its head kept or new, and the layers that stay fixed."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def load_start(
         label_mode: ``binary-nli`` merges neutral and contradiction.
         max_length: Longest input in word pieces; default 128, or the model's limit if that is shorter.
         precision: ``bf16`` or ``fp32``.
-        seed: Of a new head.
-        device: Where it is trained.
+        seed: Random seed of a new head.
+        device: Device of the training.
 
     Raises:
         DataError: There are fewer than two classes.
-        ModelError: It is no pretrained text classifier or encoder with a linear head.
+        ModelError: The model is no pretrained text classifier or encoder with a linear head.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -82,7 +82,7 @@ def load_start(
 
 
 def _refuse_random_encoder(model: Any, missing: Sequence[str], name: str) -> None:
-    """A pooler may start at random weights, an encoder may not."""
+    """Refuse a model without stored weights for its encoder; a pooler may start at random weights."""
     prefix = f"{model.base_model_prefix}."
     encoder = sorted(key for key in missing if key.startswith(prefix) and "pooler" not in key)
     if encoder:
@@ -107,10 +107,10 @@ def freeze_below(model: Any, k: int, name: str = "the model") -> None:
     Args:
         model: A transformers sequence classifier.
         k: First layer that is trained, 0 to the number of layers (which trains pooler and head only).
-        name: For messages.
+        name: Name of the model, for messages.
 
     Raises:
-        ModelError: It has no list of encoder layers, or its layers share their weights.
+        ModelError: The model has no list of encoder layers, or its layers share their weights.
         InputError: ``k`` is out of range.
     """
     prefix, n_layers = encoder_layers(model, name)
