@@ -35,18 +35,18 @@ def chunks_of(column: pa.ChunkedArray) -> Iterator[tuple[int, pa.Array]]:
 
 def column_bytes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
     """How many bytes of text each row of a column takes, spelled out: ``(n,)``, 0 for null."""
-    found = np.zeros(len(column), np.int64)
+    sizes = np.zeros(len(column), np.int64)
     for start, chunk in chunks_of(column):
-        found[start : start + len(chunk)] = _row_bytes(chunk)
-    return found
+        sizes[start : start + len(chunk)] = _row_bytes(chunk)
+    return sizes
 
 
 def _row_bytes(array: pa.Array) -> Any:
-    """The same of one array; lists, maps and structs take what is in them, numbers count as nothing."""
+    """Bytes of text of each entry of one array; lists, maps and structs count the texts in them, numbers count 0."""
     kind = array.type
     if pa.types.is_dictionary(kind):
-        own = np.append(_row_bytes(array.dictionary), 0)  # the last is for null
-        return own[array.indices.cast(pa.int64()).fill_null(len(own) - 1).to_numpy(zero_copy_only=False)]
+        sizes = np.append(_row_bytes(array.dictionary), 0)  # the last is for null
+        return sizes[array.indices.cast(pa.int64()).fill_null(len(sizes) - 1).to_numpy(zero_copy_only=False)]
     if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
         array = array.cast(pa.large_string() if pa.types.is_string_view(kind) else pa.large_binary())
         kind = array.type
@@ -57,8 +57,8 @@ def _row_bytes(array: pa.Array) -> Any:
         return np.diff(ends[array.offsets.to_numpy(zero_copy_only=False)])
     if pa.types.is_fixed_size_list(kind):
         size = kind.list_size
-        held = array.values.slice(array.offset * size, len(array) * size)
-        return _row_bytes(held).reshape(len(array), size).sum(axis=1)
+        values = array.values.slice(array.offset * size, len(array) * size)
+        return _row_bytes(values).reshape(len(array), size).sum(axis=1)
     if pa.types.is_struct(kind):
         return np.sum([_row_bytes(part) for part in array.flatten()] or [np.zeros(len(array), np.int64)], axis=0)
     return np.zeros(len(array), np.int64)
@@ -66,11 +66,11 @@ def _row_bytes(array: pa.Array) -> Any:
 
 def strings_of(column: pa.ChunkedArray) -> list[Any]:
     """The strings of a column, of a dictionary each held once; None for a null."""
-    found: list[Any] = []
+    strings: list[Any] = []
     for chunk in column.chunks:
         if pa.types.is_dictionary(chunk.type):
-            held = chunk.dictionary.to_pylist()
-            found += [None if code is None else held[code] for code in chunk.indices.to_pylist()]
+            texts = chunk.dictionary.to_pylist()
+            strings += [None if code is None else texts[code] for code in chunk.indices.to_pylist()]
         else:
-            found += chunk.to_pylist()
-    return found
+            strings += chunk.to_pylist()
+    return strings

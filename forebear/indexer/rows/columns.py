@@ -37,11 +37,11 @@ def find_text_columns(reader: Reader, wanted: Sequence[str] | None, recorded: Se
     columns = reader.schema.names
     if wanted is not None:
         chosen = [wanted] if isinstance(wanted, str) else list(wanted)
-        found = [_named(reader, column, "--text-columns") for column in chosen]
-        if len(found) not in (1, 2) or len(set(found)) < len(found):
+        texts = [_named(reader, column, "--text-columns") for column in chosen]
+        if len(texts) not in (1, 2) or len(set(texts)) < len(texts):
             raise DataError(f"--text-columns names {listed(chosen)}; expected one or two different columns.")
     elif recorded and set(recorded) <= set(columns):
-        found = list(recorded)
+        texts = list(recorded)
     else:
         ranks = (PAIRS, *(tuple((name,) for name in rank) for rank in SINGLES))
         folded = {_folded(column) for column in columns}
@@ -52,8 +52,8 @@ def find_text_columns(reader: Reader, wanted: Sequence[str] | None, recorded: Se
                 f"{reader.name} {problem}; its columns are {listed(columns)}. Name one, or two for a "
                 f"pair, with --text-columns.{_delimiter_hint(reader)}"
             )
-        found = [_named(reader, column, "--text-columns") for column in fits[0]]
-    for column in found:
+        texts = [_named(reader, column, "--text-columns") for column in fits[0]]
+    for column in texts:
         kind = reader.schema.field(column).type
         other = {k: row for k, row in reader.kinds.get(column, {}).items() if k not in ("null", "a name")}
         if other or not (is_text(kind) or pa.types.is_null(kind)):
@@ -62,7 +62,7 @@ def find_text_columns(reader: Reader, wanted: Sequence[str] | None, recorded: Se
                 f"{reader.name}: text column {column!r} holds {held}; expected strings. "
                 f"Mend it, or name another with --text-columns."
             )
-    return tuple(found)
+    return tuple(texts)
 
 
 def find_label_column(reader: Reader, wanted: str | None, texts: tuple[str, ...]) -> str | None:
@@ -76,10 +76,10 @@ def find_label_column(reader: Reader, wanted: str | None, texts: tuple[str, ...]
         wanted = next((name for name in LABELS if name in folded), None)
         if wanted is None:
             return None
-    found = _named(reader, wanted, "--label-column")
-    if found in texts:
-        raise DataError(f"{reader.name}: column {found!r} is named both as text and as label; name two columns.")
-    return found
+    column = _named(reader, wanted, "--label-column")
+    if column in texts:
+        raise DataError(f"{reader.name}: column {column!r} is named both as text and as label; name two columns.")
+    return column
 
 
 def _folded(column: str) -> str:
@@ -89,20 +89,22 @@ def _folded(column: str) -> str:
 def _named(reader: Reader, wanted: str, option: str) -> str:
     """Find a column by its exact name, else ignoring case and white space around it."""
     columns = reader.schema.names
-    found = [column for column in columns if column == wanted] or [
+    matches = [column for column in columns if column == wanted] or [
         column for column in columns if _folded(column) == _folded(wanted)
     ]
-    if len(found) != 1:
-        problem = f"more than one column {wanted!r} but for case" if found else f"no column {wanted!r}"
+    if len(matches) != 1:
+        problem = f"more than one column {wanted!r} but for case" if matches else f"no column {wanted!r}"
         raise DataError(f"{reader.name} has {problem}; its columns are {listed(columns)}. Name one with {option}.")
-    return str(found[0])
+    return str(matches[0])
 
 
 def _delimiter_hint(reader: Reader) -> str:
-    """What to say of a CSV or TSV file whose whole header is one column: another character may separate its values."""
+    """A hint if the whole header of a CSV or TSV file is one column: another character may separate its values."""
     names = reader.schema.names
     if reader.typed or len(names) != 1:
         return ""
     signs = {";": "semicolons", "\t": "tabs", ",": "commas", "|": "bars"}
-    found = next((text for sign, text in signs.items() if sign in names[0]), None)
-    return "" if found is None else f" Are its values separated by {found}? A .csv file takes commas, a .tsv file tabs."
+    separator = next((text for sign, text in signs.items() if sign in names[0]), None)
+    if separator is None:
+        return ""
+    return f" Are its values separated by {separator}? A .csv file takes commas, a .tsv file tabs."

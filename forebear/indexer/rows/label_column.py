@@ -42,8 +42,8 @@ class LabelColumn:
     """What one pass over the label column found; ``column`` is None for an unlabelled source.
 
     Attributes:
-        column: Its name.
-        n_rows: Rows of the file.
+        column: Name of the column.
+        n_rows: Number of rows of the file.
         first_rows: Each label that occurs, and the first row with it.
         kinds: First row of each kind of value, "null" included.
         labels: Each value that occurs, as it is stored, and the label that it stands for; None: no label.
@@ -63,7 +63,7 @@ class LabelColumn:
 
     @property
     def kind(self) -> str | None:
-        """Of the labels; None where there are none."""
+        """Kind of the labels, such as "a name"; None where there are no labels."""
         return next((kind for kind in self.kinds if kind != "null"), None)
 
     @property
@@ -112,35 +112,33 @@ def scan_labels(reader: Reader, column: str) -> LabelColumn:
     readable = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
     if not (is_text(kind) or any(is_kind(value_kind) for is_kind in readable)):
         return LabelColumn(column, reader.n_rows or 0, kinds={str(kind): 0})
-    found = LabelColumn(column, 0)
+    scan = LabelColumn(column, 0)
     if pa.types.is_string(kind) and reader.kinds.get(column, {}).keys() - {"null", "a name"}:
-        found.kinds = dict(
-            reader.kinds[column]
-        )  # JSON values of unlike kinds are kept as text, which hides their kinds
-    is_known = bool(found.kinds)
+        scan.kinds = dict(reader.kinds[column])  # JSON values of unlike kinds are kept as text, which hides their kinds
+    is_known = bool(scan.kinds)
     with reading(reader.name, "labelled text"):
         for table in reader.tables(0, [column]):
             values = plain_values(table.column(0))
             for pair in pc.value_counts(values).to_pylist():
                 value = pair["values"]
-                if value not in found.labels:
+                if value not in scan.labels:
                     position = pc.index(pc.is_null(values), True) if value is None else pc.index(values, value)
-                    row = found.n_rows + position.as_py()
-                    label_kind, found.labels[value] = _label_of(value, reader.typed)
+                    row = scan.n_rows + position.as_py()
+                    label_kind, scan.labels[value] = _label_of(value, reader.typed)
                     if label_kind == "null":
-                        found.note_unlabelled(row)
+                        scan.note_unlabelled(row)
                     if not is_known or label_kind == "null":
-                        found.kinds.setdefault(label_kind, row)
-                    if (label := found.labels[value]) is not None:
-                        found.first_rows.setdefault(label, row)
-                found.n_rows_with[value] = found.n_rows_with.get(value, 0) + pair["counts"]
-            found.n_rows += len(table)
-            if len(found.labels) > MAX_CLASSES:
+                        scan.kinds.setdefault(label_kind, row)
+                    if (label := scan.labels[value]) is not None:
+                        scan.first_rows.setdefault(label, row)
+                scan.n_rows_with[value] = scan.n_rows_with.get(value, 0) + pair["counts"]
+            scan.n_rows += len(table)
+            if len(scan.labels) > MAX_CLASSES:
                 raise DataError(
                     f"{reader.name}: label column {column!r} holds more than {MAX_CLASSES} different values; "
                     f"expected classes. Name another with --label-column."
                 )
-    return found
+    return scan
 
 
 def _label_of(value: Any, typed: bool) -> tuple[str, Label | None]:
@@ -170,8 +168,8 @@ def check_labels(
     """Refuse labels that are no classes, find the rows without one; drop the column where no row has one.
 
     Args:
-        name: Of the source.
-        labels: What it holds; changed in place.
+        name: Name of the source.
+        labels: The scanned label column; changed in place.
         names: The names that integer labels index.
         need_labels: Whether rows without a label are refused.
         unlabelled: One of ``UNLABELLED``.
@@ -230,10 +228,10 @@ def _marks(labels: LabelColumn, names: Sequence[str] | None, unlabelled: str, cl
 def _refusal(where: str, labels: LabelColumn, names: Sequence[str] | None) -> str:
     """Say which rows have no label, and the ways out."""
     shown = " and ".join(repr(label) for label in labels.marks)
-    what = f"{shown}, which data sets write where there is no gold label" if shown else "null or empty"
+    cause = f"{shown}, which data sets write where there is no gold label" if shown else "null or empty"
     problem = (
         f"{where} gives no label in {labels.n_unlabelled:,} of {labels.n_rows:,} rows, first in row "
-        f"{labels.first_unlabelled} (from 0): {what}."
+        f"{labels.first_unlabelled} (from 0): {cause}."
     )
     if not labels.first_rows:
         return f"{problem} Name another column with --label-column, or label the rows."

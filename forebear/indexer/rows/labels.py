@@ -29,7 +29,7 @@ BINARY_NLI_NAMES = ("entailment", "non-entailment")
 NLI_IDS = {"entailment": 0, "neutral": 1, "contradiction": 1, "non entailment": 1}  # in BINARY_NLI_NAMES
 
 
-UNKNOWN = -1  # in the place of a class id: the row has no label, or one that the model does not know
+UNKNOWN = -1  # instead of a class id, for a row without a label, or with one that the model does not know
 
 
 class LabelMap:
@@ -59,8 +59,8 @@ class LabelMap:
 
     def unknown_labels(self) -> list[Label]:
         """Labels that occur in the source and have no class, by the first row with each."""
-        found = [label for label in self._source.label_values if _own_key(label) not in self._ids]
-        return sorted(found, key=self._source.first_row_of)
+        unknown = [label for label in self._source.label_values if _own_key(label) not in self._ids]
+        return sorted(unknown, key=self._source.first_row_of)
 
     def refuse_unknown(self) -> None:
         """Refuse a source in which some label has no class.
@@ -93,8 +93,8 @@ class LabelMap:
         """Map consecutive rows' labels.
 
         Args:
-            labels: As the source has them.
-            start: Row number of the first.
+            labels: Labels as the source has them.
+            start: Row number of the first one.
 
         Returns:
             The model's class ids, ``(n,)``; of a partial map ``UNKNOWN`` where there is none.
@@ -109,8 +109,8 @@ class LabelMap:
                     raise DataError(
                         f"{self._source.name}: row {self._source.file_row(row)} (from 0) has {self._reason(label)}"
                     )
-        found = [ids[label] for label in labels]
-        return np.array([UNKNOWN if class_id is None else class_id for class_id in found], dtype=np.int64)
+        class_ids = [ids[label] for label in labels]
+        return np.array([UNKNOWN if class_id is None else class_id for class_id in class_ids], dtype=np.int64)
 
 
 def label_map(
@@ -159,7 +159,7 @@ def label_map(
 def _match(
     source: RowSource, model_names: Sequence[str], model: dict[str, int], mode: str | None
 ) -> tuple[dict[int | str, int], str | None]:
-    """Find the class ids by label, for integers, or by key, for names; and what to warn of."""
+    """Class ids by label (for integers) or by key (for names), and a warning where the match is a guess."""
     by_key: dict[int | str, int] = {_key(name): class_id for class_id, name in enumerate(model_names)}
     if mode == BINARY_NLI:
         by_key |= {key: model[_key(BINARY_NLI_NAMES[merged])] for key, merged in NLI_IDS.items()}
@@ -218,11 +218,11 @@ def are_unnamed(model_names: Sequence[str]) -> bool:
 
 
 def names_of_classes(model_names: Sequence[str], source: RowSource) -> tuple[str, ...]:
-    """What a model's classes are called in results.
+    """The names of a model's classes in results.
 
     Args:
         model_names: The model's own names, by id.
-        source: Its training rows.
+        source: The model's training rows.
 
     Returns:
         The model's names, by id; of an unnamed model the source's label names, if there is one for each class.

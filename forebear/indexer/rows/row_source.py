@@ -38,7 +38,7 @@ from forebear.indexer.rows.label_column import (
 from forebear.indexer.rows.source_names import open_reader, read_beside
 
 __all__ = ["MAX_CLASSES", "RowBlock", "RowSource", "open_rows", "rows_from_texts"]
-SHOWN_ROWS = 3  # of the rows that a remark is about
+SHOWN_ROWS = 3  # row numbers that a remark gives as examples
 
 
 @dataclass(frozen=True)
@@ -55,31 +55,31 @@ class RowBlock:
 
 
 def _rechunk(tables: Iterable[pa.Table], n_rows: int) -> Iterator[pa.Table]:
-    held: list[pa.Table] = []
+    pieces: list[pa.Table] = []
     missing = n_rows
     for table in tables:
         while table.num_rows:
-            held.append(table.slice(0, missing))
-            table = table.slice(held[-1].num_rows)
-            missing -= held[-1].num_rows
+            pieces.append(table.slice(0, missing))
+            table = table.slice(pieces[-1].num_rows)
+            missing -= pieces[-1].num_rows
             if missing == 0:
-                yield pa.concat_tables(held)
-                held, missing = [], n_rows
-    if held:
-        yield pa.concat_tables(held)
+                yield pa.concat_tables(pieces)
+                pieces, missing = [], n_rows
+    if pieces:
+        yield pa.concat_tables(pieces)
 
 
 def _are_blank(column: pa.ChunkedArray) -> np.ndarray:
-    """Which texts have no character that is no white space, ``(n,)`` bool; a null has none."""
-    found = np.ones(len(column), bool)
+    """Whether each text is null, empty or white space alone, ``(n,)`` bool."""
+    is_blank = np.ones(len(column), bool)
     for start, chunk in chunks_of(column):
-        held = chunk.dictionary if pa.types.is_dictionary(chunk.type) else chunk
-        trimmed = pc.utf8_trim_whitespace(held.cast(pa.large_string()))
+        texts = chunk.dictionary if pa.types.is_dictionary(chunk.type) else chunk
+        trimmed = pc.utf8_trim_whitespace(texts.cast(pa.large_string()))
         blank = pc.equal(pc.binary_length(trimmed), 0)
-        if held is not chunk:
+        if texts is not chunk:
             blank = blank.take(chunk.indices)
-        found[start : start + len(chunk)] = blank.fill_null(True).to_numpy(zero_copy_only=False)
-    return found
+        is_blank[start : start + len(chunk)] = blank.fill_null(True).to_numpy(zero_copy_only=False)
+    return is_blank
 
 
 class RowSource:
@@ -88,14 +88,14 @@ class RowSource:
     Made by ``open_rows`` and ``rows_from_texts``, which have checked the columns and every label.
 
     Attributes:
-        name: What the user gave.
+        name: The source's name, as the user gave it.
         text_columns: One or two names, in order of encoding.
         label_column: Name of the label column, or None.
         label_names: The names that integer labels index, where known.
         label_values: The distinct labels, sorted, as the source has them; empty without labels.
         n_rows: Number of rows, without those that were left out.
         n_dropped: Number of rows that were left out since they have no label (``unlabelled="drop"``).
-        marks: Values of the label column that were taken for "no label", as they are spelled.
+        marks: Values of the label column that mean "no label", such as ``-``, as they are spelled there.
     """
 
     def __init__(
@@ -175,16 +175,16 @@ class RowSource:
         return lines
 
     def _empty_texts(self) -> tuple[int, list[int]]:
-        """How many rows have a text without a character that is no white space, and the first of them."""
+        """How many rows have a text that is empty or white space alone, and the first few of these rows."""
         n_empty, first_rows, start = 0, list[int](), 0
         for table in self._tables(0, list(self.text_columns)):
             empty = np.zeros(len(table), bool)
             with reading(self.name, "text"):
                 for column in table.columns:
                     empty |= _are_blank(column)
-            found = np.flatnonzero(empty)
-            n_empty += len(found)
-            first_rows += (start + found[: SHOWN_ROWS - len(first_rows)]).tolist()
+            empty_rows = np.flatnonzero(empty)
+            n_empty += len(empty_rows)
+            first_rows += (start + empty_rows[: SHOWN_ROWS - len(first_rows)]).tolist()
             start += len(table)
         return n_empty, first_rows
 

@@ -1,4 +1,4 @@
-"""What the name of a source stands for: a file by its ending, a folder of ``save_to_disk``, a hub data set."""
+"""Opening a source by its name: a file by its ending, a folder of ``save_to_disk``, or a hub data set."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ FORMATS_TEXT = "a file named .parquet, .jsonl, .json, .csv or .tsv (the last fou
 
 
 def open_reader(source: str) -> tuple[Reader, Path | None]:
-    """Open what ``source`` names, and say where a ``dataset.json`` may lie.
+    """Open the source of a name, and find the folder where a ``dataset.json`` may lie.
 
     Args:
-        source: As in ``open_rows``.
+        source: A path or a hub name, as in ``open_rows``.
 
     Returns:
         The reader, and the folder for ``read_beside``; None for a hub data set.
@@ -42,8 +42,8 @@ def open_reader(source: str) -> tuple[Reader, Path | None]:
     Raises:
         DataError: There is no such source, or it cannot be read.
     """
-    named = re.fullmatch(r"(.+?):(\w[\w.-]*(?:\[.*\])?)", source)
-    head, split = named.groups() if named else (source, None)
+    match = re.fullmatch(r"(.+?):(\w[\w.-]*(?:\[.*\])?)", source)
+    head, split = match.groups() if match else (source, None)
     if source.strip() and _exists(source):
         head, split = source, None
     path = Path(head)
@@ -82,18 +82,18 @@ def _exists(path: str) -> bool:
 
 
 def similar_names(missing: str) -> str:
-    """What is spelled like a path that does not exist, in its folder, as a sentence; empty if nothing is."""
+    """A sentence that suggests names in the folder of a missing path that are spelled like it; empty without any."""
     path = Path(missing).expanduser()
     try:
-        beside = [entry.name for entry in path.parent.iterdir()]
+        names = [entry.name for entry in path.parent.iterdir()]
     except (OSError, ValueError):
         return ""
-    found = difflib.get_close_matches(path.name, beside, n=3, cutoff=0.7)
-    return f" Did you mean {' or '.join(str(path.parent / match) for match in found)}?" if found else ""
+    matches = difflib.get_close_matches(path.name, names, n=3, cutoff=0.7)
+    return f" Did you mean {' or '.join(str(path.parent / match) for match in matches)}?" if matches else ""
 
 
 def _dangling_link(path: str) -> str | None:
-    """Where a link leads whose end does not exist; None for anything else."""
+    """The target of a link; None for a path that is no link."""
     try:
         return str(Path(path).readlink())
     except (OSError, ValueError):
@@ -117,9 +117,9 @@ def _load_saved(folder: Path, split: str | None) -> Any:
         loaded = datasets.load_from_disk(str(folder))
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            found = f"no split {split!r}" if split else "several splits"
+            problem = f"no split {split!r}" if split else "several splits"
             raise DataError(
-                f"{folder} has {found}; name one of {listed(loaded)}, as in {folder}:{next(iter(loaded), 'train')}."
+                f"{folder} has {problem}; name one of {listed(loaded)}, as in {folder}:{next(iter(loaded), 'train')}."
             )
         return loaded[split]
     if split is not None:

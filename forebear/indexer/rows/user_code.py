@@ -19,7 +19,7 @@ def load_function(given: str, option: str) -> Callable[..., Any]:
         option: The option that it was given to, for messages.
 
     Raises:
-        InputError: It is not of this form, the file is not there or fails, or it defines no such function.
+        InputError: ``given`` is not of this form, the file is missing or fails, or it defines no such function.
     """
     file, _, name = given.rpartition(":")
     path = Path(file)
