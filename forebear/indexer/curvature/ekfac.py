@@ -204,7 +204,7 @@ def fit_factors(
     batch_tokens: int,
     on_rows: Callable[[int], None] | None = None,
 ) -> KroneckerFactors:
-    """Kronecker factors of a scope from rows of text, in one pass a class direction; see :func:`fit_ekfac`."""
+    """Kronecker factors of a scope from rows of text, in one pass a class direction; arguments as in ``fit_ekfac``."""
     collector = _Factors(scope, classifier.device)
     for seed_of in curvature_seeds(classifier.n_classes, len(texts[0]), seed):
         run_pass(classifier, texts, seed_of, [collector], batch_tokens=batch_tokens, on_rows=on_rows)

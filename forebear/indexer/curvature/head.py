@@ -113,7 +113,7 @@ def class_curvature(p: np.ndarray) -> np.ndarray:
 
 
 def _class_covariance(p: np.ndarray) -> np.ndarray:
-    """diag(p) - p p^T of each row, ``(n, c, c)``; what stands on the diagonal is the sum of p_i p_j over the others."""
+    """diag(p) - p p^T of each row, ``(n, c, c)``; diagonal entry i is computed as the sum of p_i p_j over j != i."""
     products = p[:, :, None] * p[:, None, :]
     i = np.arange(p.shape[1])
     products[:, i, i] = 0.0

@@ -1,4 +1,4 @@
-"""Whether a model's gradients can be had over the scopes of an index: found out before the pass, on one short text."""
+"""Checks on one short text, before the pass, that a model's gradients over the scopes of an index can be computed."""
 
 from __future__ import annotations
 

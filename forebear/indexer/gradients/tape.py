@@ -40,7 +40,7 @@ class LayerFactors:
         return torch.bmm(self.deltas.transpose(1, 2), self.inputs)
 
     def differences(self, owners: torch.Tensor) -> LayerFactors:
-        """Of some rows and then ``n`` other versions of them: factors of G - G', tokens side by side.
+        """Factors of G - G' for rows followed by ``n`` other versions of them, tokens side by side.
 
         As the sum over t of (d_t - d'_t) a_t^T + d'_t (a_t - a'_t)^T, both small where G - G' is: were the factors of
         G and of -G' put side by side, the square of a small difference would be lost in float32.
@@ -61,7 +61,7 @@ class LayerFactors:
 
 @dataclass(frozen=True)
 class EmbeddingFactors(LayerFactors):
-    """Of the word embeddings (or what enters the encoder): ``inputs`` are their outputs e_t, ``deltas`` the gradients.
+    """Factors of the word embeddings (or of the encoder's input): ``inputs`` are outputs e_t, ``deltas`` gradients.
 
     Both are ``(b, t, e)``.
 
@@ -99,7 +99,7 @@ def loss_of(labels: np.ndarray | None) -> Seed:
 
 
 class Tape:
-    """One classifier's blocks of some scopes, ready to be recorded batch by batch."""
+    """Records the factors of a classifier's blocks of some scopes, batch by batch."""
 
     def __init__(self, classifier: Classifier, scopes: Sequence[Scope]) -> None:
         """Find the blocks and where the backward starts.
@@ -264,7 +264,7 @@ class _Arrivals:
             self._deliver(block)
 
     def finish(self) -> None:
-        """After the backward: show the layers that still wait for output gradients of some of their uses.
+        """After the backward, show the layers whose uses have not all had an output gradient.
 
         These uses are such that the logits do not depend on them: their gradient is zero, so they add nothing, and the
         layer's gradient is whole without them. A layer of which no use matters is not shown, its gradient being zero.
@@ -296,7 +296,7 @@ def _with_one(inputs: torch.Tensor, bias: bool) -> torch.Tensor:
 
 
 def _normalised(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """What a LayerNorm multiplies with its weight."""
+    """The normalised input of a LayerNorm, which its weight multiplies."""
     assert isinstance(module, nn.LayerNorm)
     return nn.functional.layer_norm(
         inputs.float() if inputs.dtype == torch.bfloat16 else inputs, module.normalized_shape, eps=module.eps
@@ -304,7 +304,7 @@ def _normalised(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _windows(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """What a convolution multiplies with its weight at each position: ``(b, c, t)`` to ``(b, t', c * window)``."""
+    """Windows of the input that a convolution multiplies with its weight: ``(b, c, t)`` to ``(b, t', c * window)``."""
     assert isinstance(module, nn.Conv1d)
     (window,), (stride,), (dilation,) = module.kernel_size, module.stride, module.dilation
     if isinstance(module.padding, str):
@@ -337,7 +337,7 @@ def _rows_tokens(values: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def only_asking(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-    """Only these parameters ask for a gradient; what was asked for before is put back."""
+    """Set ``requires_grad`` for these parameters alone, and restore all flags at the end."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
         model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Whole gradients of a few rows, and exact dots of many rows' gradients with them; none is stored."""
+"""Whole gradients of a few rows, and exact dot products of many rows' gradients with them; no gradient is stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A text classifier as everything else uses it: network, tokenizer, head, labels, device and precision.
+"""A text classifier as the rest of the package uses it: network, tokenizer, head, labels, device and precision.
 
 The head is the linear layer whose output *is* the logits; the feature is that layer's input.
 """
@@ -17,7 +17,7 @@ from forebear.errors import InputError
 
 @dataclass(frozen=True)
 class Classifier:
-    """A transformers sequence classifier in ``eval()`` mode, ready to be asked.
+    """A transformers sequence classifier in ``eval()`` mode, with all that is needed to run it.
 
     Attributes:
         name: The folder or hub name it was loaded from.
@@ -45,29 +45,29 @@ class Classifier:
 
     @property
     def head(self) -> nn.Linear:
-        """The head itself."""
+        """The head, a linear layer."""
         module = self.model.get_submodule(self.head_name)
         assert isinstance(module, nn.Linear)
         return module
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.head.weight.device
 
     @property
     def feature_dim(self) -> int:
-        """h, the width of the feature."""
+        """Width h of the feature."""
         return self.head.in_features
 
     @property
     def n_classes(self) -> int:
-        """c, the number of classes."""
+        """Number of classes c."""
         return self.head.out_features
 
     @property
     def remark(self) -> str | None:
-        """What a user should know of the model before its numbers; None is nothing."""
+        """A line on the model that users should read before its numbers; None where there is nothing to say."""
         if not self.equal_lengths:
             return None
         return (

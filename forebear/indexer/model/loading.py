@@ -19,7 +19,7 @@ from forebear.indexer.model.pretrained import load_pretrained
 from forebear.indexer.model.probe import find_head, head_inputs, padding_matters
 from forebear.indexer.model.tokenizer import check_vocabulary, input_limit, tokenizer_sha256
 
-# Where a model was saved and by what, and what it prints: none of it changes a number.
+# Settings that change no number: where and by which version a model was saved, and what it prints.
 _SETTINGS_WITHOUT_EFFECT = frozenset(
     [
         "_name_or_path",
@@ -177,7 +177,7 @@ def _sha256_of(kind: str, config: Any, tensors: Iterable[tuple[str, torch.Tensor
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells the checkpoints of a run from those of others; a :class:`Classifier` has the same attributes.
+    """Facts that checkpoints of one run share, and a digest; a :class:`Classifier` has the same attributes.
 
     Attributes:
         feature_dim: h, the width of the feature.
@@ -207,7 +207,7 @@ def stored_fingerprint(name: str, like: Classifier) -> Fingerprint | None:
         another network.
 
     Raises:
-        ModelError: It has no tokenizer of its own.
+        ModelError: The checkpoint has no tokenizer of its own.
         NonFiniteError: A weight is NaN or infinite.
     """
     from safetensors import SafetensorError, safe_open
@@ -217,14 +217,14 @@ def stored_fingerprint(name: str, like: Classifier) -> Fingerprint | None:
     file = folder / "model.safetensors"
     if not file.is_file() or (folder / "adapter_config.json").exists():
         return None
-    own: Any = network.config
+    last_config: Any = network.config
     config = load_pretrained(AutoConfig, name)
-    if type(config) is not type(own) or config.architectures != [type(network).__name__]:
+    if type(config) is not type(last_config) or config.architectures != [type(network).__name__]:
         return None
     expected = network.state_dict()
     try:
         opened: Any = safe_open(file, framework="pt")
-    except SafetensorError:  # damaged: loading it says so
+    except SafetensorError:  # a damaged file: the error comes when the checkpoint is loaded
         return None
     with opened as tensors:
         shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
@@ -243,7 +243,7 @@ def stored_fingerprint(name: str, like: Classifier) -> Fingerprint | None:
 
 
 def dropout_settings(model: nn.Module) -> dict[str, Any]:
-    """What the configuration says of dropout, which decides how a model is trained and not what it says."""
+    """Dropout settings of the configuration, which change how a model is trained, but not its predictions."""
     config: Any = model.config
     return {name: value for name, value in sorted(config.to_dict().items()) if "drop" in name}
 
@@ -254,12 +254,12 @@ def check_same_model(classifier: Classifier, sha256: str, tokenizer_sha256: str)
     Raises:
         MismatchError: With both fingerprints.
     """
-    for what, found, wanted in (
+    for part, digest, expected in (
         ("model", classifier.sha256, sha256),
         ("tokenizer", classifier.tokenizer_sha256, tokenizer_sha256),
     ):
-        if found != wanted:
+        if digest != expected:
             raise MismatchError(
-                f"{classifier.name}: {what} sha256 {found[:12]} is not the one of the index, {wanted[:12]}. Scores "
+                f"{classifier.name}: {part} sha256 {digest[:12]} is not the one of the index, {expected[:12]}. Scores "
                 "across them mean nothing. Give the model that was indexed (--model), or build an index of this one."
             )

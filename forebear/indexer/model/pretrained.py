@@ -56,7 +56,9 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
     try:
         with quiet_transformers():
             return auto_class.from_pretrained(name, **kwargs)
-    except Exception as error:  # transformers raises a dozen types here; all mean "cannot load this"
+    except (
+        Exception
+    ) as error:  # transformers raises a dozen types here, all of which mean that the model cannot be loaded
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if is_there or not isinstance(error, OSError):
             raise ModelError(f"cannot load {name} with {auto_class.__name__}: {reason}") from error
@@ -82,8 +84,8 @@ def trainer_checkpoints(folder: Path) -> list[Path]:
     """The ``checkpoint-N`` folders that transformers' Trainer left in a folder, by N."""
     if not folder.is_dir():
         return []
-    found = [(TRAINER_CHECKPOINT.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
-    return [path for _step, path in sorted((int(match[1]), path) for match, path in found if match)]
+    matches = [(TRAINER_CHECKPOINT.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
+    return [path for _step, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
 def trainer_rates(checkpoints: list[Path]) -> list[float] | None:
@@ -144,7 +146,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _answer(reason: str) -> str:
-    """What the hub answered, in short; transformers' own line on a lack of network is long and names hosts."""
+    """The hub's answer in short, because transformers' own line on a lack of network is long and names hosts."""
     return "it cannot be reached" if "connect" in reason else reason[:200]
 
 

@@ -104,8 +104,8 @@ def load_sentence_encoder(name: str, *, device: str = "auto") -> SentenceEncoder
 
     def states(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
-            found: torch.Tensor = model(**batch).last_hidden_state
-        return found
+            output: torch.Tensor = model(**batch).last_hidden_state
+        return output
 
     equal_lengths = padding_matters(states, tokenizer, limit, where, path)
     return SentenceEncoder(path, model, tokenizer, limit, digest, equal_lengths)

@@ -11,7 +11,7 @@ from torch import nn
 from forebear.errors import InputError, ModelError
 from forebear.indexer.model.scopes import word_embeddings
 
-DEFAULT_LENGTH_CAP = 512  # of the default; --max-length may ask for as many word pieces as the model takes
+DEFAULT_LENGTH_CAP = 512  # longest default; --max-length may be as long as the model takes
 SHORTEST = 4
 _NO_LIMIT = 10**9  # transformers writes a tokenizer without a limit as 1e30
 
@@ -45,9 +45,9 @@ def check_vocabulary(tokenizer: Any, model: Any, name: str) -> None:
 
 
 def input_limit(model: Any, tokenizer: Any, max_length: int | None, name: str) -> int:
-    """The longest row in word pieces: what was asked for, else what model and tokenizer take, at most 512.
+    """The longest row in word pieces: the given length, else the limit of model and tokenizer, at most 512.
 
-    Where neither says what it takes (relative positions), as many may be asked for as memory holds.
+    Without a limit in either (relative positions, for example) any length may be given that fits in memory.
 
     Raises:
         InputError: Model or tokenizer take fewer than ``max_length``, or it is below 4.

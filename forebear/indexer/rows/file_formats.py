@@ -219,7 +219,7 @@ def csv_reader(name: str, delimiter: str) -> Reader:
 
 @contextmanager
 def _reading_csv(name: str, expected: str) -> Iterator[None]:
-    """As ``reading``; a row that does not end within ``CHUNK_BYTES`` is said to be that, not a "straddling object"."""
+    """Like ``reading``, with a clear message for a row longer than ``CHUNK_BYTES``, Arrow's "straddling object"."""
     try:
         with reading(name, expected):
             yield
@@ -279,17 +279,17 @@ def check_width(name: str, n_columns: int) -> None:
 def memory_reader(name: str, rows: Iterable[dict[str, Any]]) -> Reader:
     """Read rows held in memory; columns are typed as in JSON Lines."""
     kinds: Kinds = {}
-    held: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
     for row in rows:
         with reading(name, "text"):
-            _note_kinds(row, len(held), kinds)
-        held.append(row)
-    table = _json_table(held, list(_json_schema(kinds)), kinds)
+            _note_kinds(row, len(kept), kinds)
+        kept.append(row)
+    table = _json_table(kept, list(_json_schema(kinds)), kinds)
 
     def tables(start: int, columns: list[str] | None) -> Iterator[pa.Table]:
         yield (table if columns is None else table.select(columns)).slice(start)
 
-    return Reader(name, table.schema, len(held), tables, kinds=kinds)
+    return Reader(name, table.schema, len(kept), tables, kinds=kinds)
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

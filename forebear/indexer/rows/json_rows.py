@@ -22,7 +22,7 @@ PairsHook = Callable[[list[tuple[str, Any]]], dict[str, Any]]
 
 
 def json_kind(value: Any) -> str:
-    """What a JSON value is, for messages."""
+    """The kind of a JSON value, for messages."""
     if isinstance(value, str):
         return "a name"
     if type(value) is int:
@@ -70,45 +70,45 @@ def _lines(name: str, file: io.BufferedReader, hook: PairsHook | None) -> Iterat
 
 
 def _array_elements(name: str, file: io.BufferedReader, hook: PairsHook | None) -> Iterator[tuple[str, Any, int]]:
-    """Decode element by element; what is held of the file is at most twice the longest element."""
+    """Decode an array element by element, with at most twice the longest element in memory."""
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     decoder = json.JSONDecoder(object_pairs_hook=hook)
-    held, place, number = text.read(READ_CHARACTERS), 0, 0
-    place = held.index("[") + 1
+    buffer, place, number = text.read(READ_CHARACTERS), 0, 0
+    place = buffer.index("[") + 1
     expects_comma = False
 
     def read_more() -> bool:
-        nonlocal held, place
-        part = text.read(max(READ_CHARACTERS, len(held) - place))  # twice as much each time: never quadratic
-        held, place = held[place:] + part, 0
+        nonlocal buffer, place
+        part = text.read(max(READ_CHARACTERS, len(buffer) - place))  # twice as much each time: never quadratic
+        buffer, place = buffer[place:] + part, 0
         return bool(part)
 
     def broken(reason: str) -> DataError:
         return DataError(f"{name}: its array is broken after {number} elements ({reason}); {EXPECTED}. Mend it.")
 
     while True:
-        match = WHITE_SPACE.match(held, place)
+        match = WHITE_SPACE.match(buffer, place)
         assert match is not None
         place = match.end()
-        if place == len(held):
+        if place == len(buffer):
             if read_more():
                 continue
             raise broken("it ends before its bracket is closed")
-        if held[place] == "]" and (expects_comma or not number):
-            if held[place + 1 :].strip() or text.read(READ_CHARACTERS).strip():
+        if buffer[place] == "]" and (expects_comma or not number):
+            if buffer[place + 1 :].strip() or text.read(READ_CHARACTERS).strip():
                 raise broken("something follows its closing bracket")
             return
         if expects_comma:
-            if held[place] != ",":
+            if buffer[place] != ",":
                 raise broken("a comma is missing")
             place, expects_comma = place + 1, False
             continue
         try:
-            row, end = decoder.raw_decode(held, place)
+            row, end = decoder.raw_decode(buffer, place)
         except json.JSONDecodeError as error:
-            if len(held) - place <= LONGEST_ROW and read_more():
+            if len(buffer) - place <= LONGEST_ROW and read_more():
                 continue
-            if len(held) - place > LONGEST_ROW:
+            if len(buffer) - place > LONGEST_ROW:
                 size = f"{LONGEST_ROW >> 20} MiB"
                 raise DataError(
                     f"{name}: element {number + 1} (from 1) is longer than {size}, or broken ({_reason(error)}); "

@@ -29,7 +29,7 @@ ENCODINGS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-UNPACKERS = {".gz": "gzip -dc", ".bz2": "bzip2 -dc"}  # what is packed by its name
+UNPACKERS = {".gz": "gzip -dc", ".bz2": "bzip2 -dc"}  # commands that unpack a file, by its ending
 FORMATS_BY_FIRST_BYTES = {
     b"\x1f\x8b": "a gzip file; end its name in .gz",
     b"BZh": "a bzip2 file; end its name in .bz2",

@@ -1,4 +1,4 @@
-"""Fine-tuning a text classifier into a run folder: a checkpoint an epoch, and what the index must know of each.
+"""Fine-tuning a text classifier into a run folder: a checkpoint an epoch, and the facts that the index needs of each.
 
     OUT/
       run.json                what was trained on what, and each checkpoint's eta; written last
@@ -142,8 +142,8 @@ def fine_tune(
         classifier: As :func:`~forebear.indexer.training.start.load_start` makes it; left trained, in ``eval()`` mode.
         rows: Word pieces by name, and the class id (or ``IGNORED``) under ``labels``, one dictionary a row.
         options: Epochs, rates, batch size and seed are taken from here; what is frozen, from the model.
-        lengths: By which rows are grouped into batches; None: their numbers of word pieces.
-        progress: Told of the steps.
+        lengths: Lengths by which rows are grouped into batches; None: their numbers of word pieces.
+        progress: Called with the stage, and the steps done and in all.
 
     Raises:
         NonFiniteError: The loss or a weight became NaN or infinite.
@@ -157,7 +157,7 @@ def fine_tune(
 def _describe_run(
     course: Course, evaluation: _Evaluation | None, source: RowSource, model: str | Path, data_sha256: str, head: str
 ) -> Run:
-    """What ``run.json`` says of a finished course."""
+    """The content of ``run.json`` for a finished course."""
     classifier, options = course.classifier, course.options
     settings = {**asdict(options), **FIXED, **course.plan, "head": head, "start_sha256": classifier.sha256}
     settings |= {"n_rows": source.n_rows, "threads": torch.get_num_threads()}
@@ -219,9 +219,9 @@ def _encode_labelled(
             pieces = {key: np.asarray(values, dtype=np.int32) for key, values in row.items()}
             rows.append({**pieces, "labels": int(label)})
         progress("reading rows", len(rows), source.n_rows)
-    found = {row["labels"] for row in rows}
-    if len(found) < 2:
-        only = classifier.label_names[found.pop()]
+    classes = {row["labels"] for row in rows}
+    if len(classes) < 2:
+        only = classifier.label_names[classes.pop()]
         raise DataError(f"every row of {source.name} is {only}; a classifier needs rows of two classes or more.")
     return rows, reading
 
@@ -253,6 +253,6 @@ class _Evaluation:
         return n_right / self._dev.n_rows
 
     def record(self) -> dict[str, Any]:
-        """What ``run.json`` says of the rows."""
+        """The facts about the development rows for ``run.json``."""
         dev = self._dev
         return {"data": dev.name, "sha256": dev.sha256(), "n_rows": dev.n_rows, "warning": self._warning}
