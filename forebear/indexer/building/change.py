@@ -60,7 +60,7 @@ def append_rows(
         folder: The index.
         source: Labelled rows with the same number of text columns.
         model: Path of the run, or of the last checkpoint, if it has moved.
-        device: Where models run.
+        device: Device that models run on.
         **work_keywords: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
             :class:`~forebear.indexer.building.options.Work`. With ``resume``, rows that the
             index has already are not added again. With ``force`` they are, and files of an interrupted change are

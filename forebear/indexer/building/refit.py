@@ -56,7 +56,7 @@ def refit_index(
     Args:
         folder: The index.
         model: Path of the run, or of the last checkpoint, if it has moved.
-        device: Where models run.
+        device: Device that models run on.
         **work_keywords: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
             :class:`~forebear.indexer.building.options.Work`. ``force`` removes the files of an
             interrupted change, and fits again even if no row was appended or retired.

@@ -224,13 +224,13 @@ def fit_ekfac(
     """Fit the curvature of a scope on rows of text (labels play no part), in two passes a class direction.
 
     Args:
-        classifier: At the checkpoint.
+        classifier: The model at the checkpoint.
         scope: Whose curvature.
         texts: A sample of the training rows, one list a text column.
-        seed: Of the signs, with more than 4 classes.
+        seed: Random seed of the signs, with more than 4 classes.
         batch_tokens: Largest number of padded tokens in a batch.
         factors: From :func:`fit_factors` on the same rows, if they are known already.
-        on_rows: Told the number of rows after each batch.
+        on_rows: Called with the number of rows after each batch.
 
     Raises:
         NonFiniteError: A factor is NaN or infinite.

@@ -176,7 +176,7 @@ def exact_dots(
         texts: Training rows, ``n`` of them, one list a text column; or encoded.
         labels: Their classes, ``(n,)``.
         wanted: Which pairs are asked for, ``(q, n)`` bool; others may come out as 0. None: all.
-        on_rows: Told the number of rows after each batch.
+        on_rows: Called with the number of rows after each batch.
 
     Returns:
         ``(q, n)`` float64.

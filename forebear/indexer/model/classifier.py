@@ -22,7 +22,7 @@ class Classifier:
     Attributes:
         name: The folder or hub name it was loaded from.
         model: The network, on ``device``.
-        tokenizer: Its tokenizer.
+        tokenizer: The network's tokenizer.
         head_name: Dotted name of the head, a linear layer ``(c, h)``.
         label_names: Names of the ``c`` classes, by id.
         max_length: Longest input in word pieces; longer rows are truncated.

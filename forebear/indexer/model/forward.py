@@ -60,7 +60,7 @@ def run_forward(
         texts: One list a text column, ``(columns, n)``; or encoded rows.
         batch_tokens: Largest number of padded tokens in a batch. Scores do not depend on it (to 1e-5).
         first_row: Row number of the first text, for messages.
-        on_rows: Told the number of rows after each batch (progress).
+        on_rows: Called with the number of rows after each batch (progress).
 
     Raises:
         NonFiniteError: A feature or logit is NaN or infinite; the message names the row.

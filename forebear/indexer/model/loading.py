@@ -199,7 +199,7 @@ def stored_fingerprint(name: str, like: Classifier) -> Fingerprint | None:
     classifier would have: class, names, shapes and types of all tensors are those of ``like``.
 
     Args:
-        name: Of the checkpoint.
+        name: Folder or hub name of the checkpoint.
         like: A classifier of the same run.
 
     Returns:

@@ -28,7 +28,7 @@ class SentenceEncoder:
     Attributes:
         name: Folder or hub name.
         model: The network, in ``eval()`` mode.
-        tokenizer: Its tokenizer.
+        tokenizer: The network's tokenizer.
         max_length: Longest input in word pieces.
         sha256: Digest of weights and tokenizer.
         equal_lengths: Whether embeddings depend on padding, so that only rows of one length share a batch.

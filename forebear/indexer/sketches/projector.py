@@ -103,13 +103,13 @@ class PlainProjector:
         self.squares = torch.cat(parts).float().cpu().numpy()
 
     def project(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor, torch.Tensor]:
-        """See :class:`Projector`."""
+        """The place in the sketch, numbers and squared norms of one block, as :class:`Projector` says."""
         basis = self.bases[name]
         u, v = factors.deltas @ basis.left.T, factors.inputs @ basis.right.T
         return self._places[name], torch.bmm(u.transpose(1, 2), v).flatten(1), squared_norms(factors)
 
     def project_matrix(self, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :class:`Projector`."""
+        """Sketches and squared norms of whole gradients, as :class:`Projector` says."""
         parts = [(b.left @ vectors[name] @ b.right.T).flatten(1) for name, b in self.bases.items()]
         return torch.cat(parts, dim=1), dot(vectors, vectors)
 
@@ -144,7 +144,7 @@ class WhiteProjector:
         self.squares = np.concatenate(squares).astype(np.float32)
 
     def project(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor, torch.Tensor]:
-        """See :class:`Projector`."""
+        """The place in the sketch, numbers and squared norms of one block, as :class:`Projector` says."""
         turned = LayerFactors(factors.inputs @ self._right[name], factors.deltas @ self._left[name])
         pooled, norms = [], []
         for part in turned.cache_sized():
@@ -202,10 +202,10 @@ def draw_bases(
     """Bases of every block.
 
     Args:
-        classifier: Where they will be used.
-        scope: Whose blocks.
+        classifier: The model at the checkpoint, on whose device the bases are made.
+        scope: The scope, one of whose blocks each basis is for.
         factors: Kronecker factors, which ``mixed`` and ``principal`` need.
-        seed: Of the random directions.
+        seed: Random seed of the random directions.
         basis: ``mixed`` (32 leading and 32 random ones), ``principal`` (64 leading ones) or ``random`` (64).
 
     Returns:

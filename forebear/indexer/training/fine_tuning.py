@@ -68,8 +68,8 @@ def train(
         options: Default :class:`TrainOptions`.
         dev: Rows on which each checkpoint's accuracy is recorded, in the precision of the training.
         force: Replace an earlier run in ``out``; only files of such a run are removed.
-        progress: Told of each stage (``reading rows``, ``training``, ``evaluating``); True: the usual bar.
-        warn: Told before the first step where many words are unknown to the tokenizer, or many rows are cut.
+        progress: Called with the stage (``reading rows``, ``training``, ``evaluating``); True: the usual bar.
+        warn: Called before the first step if many words are unknown to the tokenizer, or many rows are cut.
 
     Returns:
         What was written to ``run.json``.
