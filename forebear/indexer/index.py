@@ -77,13 +77,13 @@ class Index(IndexFiles):
                 run says ``max_length``, ``label_mode`` and the text columns, where nothing else is given here.
             rows: A path, hub name or table, as ``open_rows`` takes; texts or pairs of texts; or a RowSource.
             out: Folder to write; must not exist, unless ``resume`` or ``force``.
-            labels: Of texts and pairs: one each.
-            checkpoints: ``("all",)``, or some by name or folder; see ``choose_model``.
-            etas: One weight a checkpoint; see ``choose_model``.
-            text_columns: See ``open_rows``, for this and the next three.
-            label_column: See there.
-            label_names: See there.
-            unlabelled: See there.
+            labels: Where ``rows`` are texts or pairs of texts: one label for each.
+            checkpoints: ``("all",)``, or names or folders of checkpoints, as ``choose_model`` takes them.
+            etas: TracIn's weight of each checkpoint, as ``choose_model`` takes them.
+            text_columns: One or two columns of text, in order of encoding; default as in ``open_rows``.
+            label_column: The column of labels; default as in ``open_rows``.
+            label_names: The names that integer labels index; default as in ``open_rows``.
+            unlabelled: ``refuse``, ``drop`` or ``keep`` rows without a label.
             **choices: The fields of :class:`BuildOptions`, such as ``scopes=("head", "all")``; and ``resume``,
                 ``force``, ``warn`` (default: Python's warnings), ``tell`` and ``progress`` (True: the usual bar).
 

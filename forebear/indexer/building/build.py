@@ -109,13 +109,13 @@ def build_from_model(
         for remark in source.remarks():
             warn(remark)
     warn(model.data_remark(source))
-    how: Any = {name: value for name, value in choices.items() if name in WorkKeywords.__annotations__}
-    given = {name: _tuple_of(value) for name, value in choices.items() if name not in how}
-    if unknown := sorted(set(given) - {field.name for field in fields(BuildOptions)}):
+    work_keywords: Any = {name: value for name, value in choices.items() if name in WorkKeywords.__annotations__}
+    options_given = {name: _tuple_of(value) for name, value in choices.items() if name not in work_keywords}
+    if unknown := sorted(set(options_given) - {field.name for field in fields(BuildOptions)}):
         raise TypeError(f"Index.build() got an unexpected keyword argument {unknown[0]!r}")
     run = {"max_length": model.max_length, "label_mode": model.label_mode}
-    options = BuildOptions(**run | given)
-    return build_index(source, out, model.checkpoints, options, **how)
+    options = BuildOptions(**run | options_given)
+    return build_index(source, out, model.checkpoints, options, **work_keywords)
 
 
 def _tuple_of(value: Any) -> Any:

@@ -119,7 +119,11 @@ class Work:
     device: str = "auto"
 
     @classmethod
-    def of(cls, how: WorkKeywords, device: str = "auto") -> Self:
-        """From the keywords of a function; ``progress=True`` is the usual bar."""
-        given: dict[str, Any] = {**how, "progress": progress_of(how.get("progress", False)), "device": device}
-        return cls(**given)
+    def of(cls, keywords: WorkKeywords, device: str = "auto") -> Self:
+        """The work that keyword arguments ask for; ``progress=True`` is the usual bar."""
+        values: dict[str, Any] = {
+            **keywords,
+            "progress": progress_of(keywords.get("progress", False)),
+            "device": device,
+        }
+        return cls(**values)

@@ -39,7 +39,7 @@ class IndexFiles:
         self._cache: dict[Any, Any] = {}
 
     def _facts(self) -> dict[str, object]:
-        """What is said of the index where it is shown."""
+        """The facts that ``repr`` and a notebook show of the index, by name."""
         spec = self.manifest.spec
         return {
             "rows": f"{self.manifest.n_live:,}"

@@ -134,8 +134,8 @@ class ModelChoice:
         Args:
             rows: A path, hub name or table, as :func:`~forebear.indexer.rows.row_source.open_rows` takes; or texts, or
                 pairs of texts; or rows that are open already, which stay as they are.
-            labels: Of texts and pairs: one each.
-            **columns: As of :func:`~forebear.indexer.rows.row_source.open_rows`.
+            labels: Where ``rows`` are texts or pairs of texts: one label for each.
+            **columns: Keyword arguments of :func:`~forebear.indexer.rows.row_source.open_rows`.
 
         Raises:
             InputError: Texts without labels, or labels for rows that have their own.
