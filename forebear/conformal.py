@@ -7,16 +7,16 @@ with the next one, take the smallest s for which
     (1 / (G + 1)) * sum over the queries g of recall_g(s)  >=  r.
 
 Then the next query's recall is at least r in expectation, over the G queries and the next one. The "+ 1" stands for
-the next query, of which nothing is known: G queries support a recall of at most G / (G + 1).
+the next query, whose recall may be 0: so G queries support a recall of at most G / (G + 1).
 
-A query's best rows are found or missed together, so a query counts once, however many of its rows were looked at.
+A query's best rows tend to be found or missed together, so a query counts once, however many of its rows are looked at.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-_ROUNDING = 1e-9  # of a sum of shares
+_ROUNDING = 1e-9  # rounding error of a sum of shares
 
 
 def supported_recall(n_queries: int) -> float:
@@ -30,7 +30,7 @@ def least_share(needed: np.ndarray, recall: float) -> float | None:
     Args:
         needed: For each query and each of its best rows, the share of all rows that must be candidates for that row to
             be among them, ``(g, k)``.
-        recall: Wanted in expectation, in (0, 1].
+        recall: Recall that the next query should have in expectation, in (0, 1].
 
     Returns:
         The share; None where the queries do not support the recall, whatever the share.

@@ -26,7 +26,7 @@ class ForebearError(Exception):
 
     Args:
         message: One line, with options named by their flags.
-        of: The command whose options are meant, such as ``index``, where a flag is several things.
+        of: The command whose options the flags are, such as ``index``, where commands share a flag.
     """
 
     exit_code = 1
@@ -36,7 +36,7 @@ class ForebearError(Exception):
         self._of = of
 
     def __str__(self) -> str:
-        """The message, for whoever is spoken to."""
+        """The message, with options named as the command line or as Python names them."""
         return worded(super().__str__(), of=self._of)
 
 

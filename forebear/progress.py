@@ -1,4 +1,4 @@
-"""How long work tells its caller how far it is."""
+"""Callbacks by which long work reports its progress."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Tell = Callable[[str], None]  # a line for the user
 
 
 def no_progress(_stage: str, _done: int, _total: int) -> None:
-    """Say nothing."""
+    """Ignore progress: the default of functions that report it."""
 
 
 def progress_of(progress: Progress | bool) -> Progress:
@@ -23,7 +23,11 @@ def progress_of(progress: Progress | bool) -> Progress:
 
 
 def counted(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
-    """Announce a stage of ``total`` rows; what is returned is told how many more are done."""
+    """Announce a stage of ``total`` rows.
+
+    Returns:
+        A function that is called with the number of rows newly done, and reports their sum.
+    """
     done = 0
 
     def on_rows(n: int) -> None:
@@ -42,11 +46,11 @@ def python_warning(message: str | None) -> None:
 
 
 def ignore_warning(_message: str | None) -> None:
-    """Say nothing."""
+    """Ignore a warning: the default of functions that warn."""
 
 
 def say_nothing(_line: str) -> None:
-    """Leave a line out."""
+    """Ignore a line for the user: the default of functions that print some."""
 
 
 class ProgressBar:

@@ -10,11 +10,11 @@ def ratio(numerator: ArrayLike, denominator: ArrayLike, otherwise: float = 0.0) 
     """``numerator / denominator`` where the denominator is above zero, and ``otherwise`` elsewhere.
 
     Args:
-        numerator: Its type is that of the result; of whole numbers the result is float64.
-        denominator: Broadcast against it.
-        otherwise: Where the denominator is zero, negative or NaN.
+        numerator: Dividend. The result has its floating type; for whole numbers it is float64.
+        denominator: Divisor, broadcast against the numerator.
+        otherwise: Result where the denominator is zero, negative or NaN.
     """
-    above, below = np.asarray(numerator), np.asarray(denominator)
-    dtype = above.dtype if np.issubdtype(above.dtype, np.floating) else np.float64
-    out = np.full(np.broadcast_shapes(above.shape, below.shape), otherwise, dtype)
-    return np.asarray(np.divide(above, below, out=out, where=below > 0))
+    dividend, divisor = np.asarray(numerator), np.asarray(denominator)
+    dtype = dividend.dtype if np.issubdtype(dividend.dtype, np.floating) else np.float64
+    out = np.full(np.broadcast_shapes(dividend.shape, divisor.shape), otherwise, dtype)
+    return np.asarray(np.divide(dividend, divisor, out=out, where=divisor > 0))

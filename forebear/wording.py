@@ -1,4 +1,4 @@
-"""What an option is called by who is spoken to: ``--top 5`` on the command line, ``top=5`` in Python.
+"""Names of options in messages: ``--top 5`` on the command line, ``top=5`` in Python.
 
 Messages of the library name options as the command line does. Where no command is running, :func:`worded` turns them
 into the keywords of the functions that take them; every :class:`ForebearError` does so with its own message.
@@ -19,12 +19,12 @@ Kind = Literal["text", "texts", "number", "numbers", "switch", "phrase"]
 
 @dataclass(frozen=True)
 class Keyword:
-    """What an option is in Python.
+    """The Python counterpart of an option of the command line.
 
     Attributes:
-        name: Of the parameter or field; of a ``phrase``, the words that stand for the option.
-        of: The function or class that takes it; of a ``phrase``, the function that does the same.
-        kind: What its values are: one text or number, a tuple of them, or True.
+        name: Name of the parameter or field; for a ``phrase``, the words that stand for the option.
+        of: The function or class that takes the parameter; for a ``phrase``, the function that does the same.
+        kind: Kind of the values: one text or number, a tuple of them, or True.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Keyword:
     kind: Kind = "text"
 
 
-# By flag. Where one flag is several things, the others stand under the command that is spoken of, "index --scope".
+# By flag. Where commands give one flag different meanings, the rarer ones stand with their command: "index --scope".
 KEYWORDS = {
     "--aggregate": Keyword("aggregate", "QuerySpec", "switch"),
     "--ann": Keyword("ann", "BuildOptions"),
@@ -125,7 +125,7 @@ KEYWORDS = {
     "--words-precision": Keyword("words_precision", "BuildOptions"),
     "--words-top": Keyword("words_tops", "BuildOptions", "numbers"),
 }
-COMMANDS = {  # what messages say of commands, and of the functions that do the same
+COMMANDS = {  # phrases of messages that name a command, and the Python functions that do the same
     "`forebear index`": "build_index()",
     "forebear index --refit": "refit_index()",
     "forebear index": "build_index()",
@@ -135,20 +135,20 @@ COMMANDS = {  # what messages say of commands, and of the functions that do the 
     "the same command": "the same call",
     "this command": "this call",
 }
-# A word after a flag is its value, unless it goes on with the sentence:
+# A word after a flag is its value, unless it is one of these, which continue the sentence:
 GOING_ON = frozenset({
     "a", "and", "asks", "bounds", "fits", "goes", "has", "how", "if", "in", "is", "measures", "must", "names", "naming",
     "needs", "or", "out", "proves", "sums", "takes", "that", "to", "with", "without",
 })  # fmt: skip
 _COMMAND = re.compile("|".join(re.escape(words) for words in COMMANDS))
-_LEFT_ALONE = r"`forebear [^`]*`"  # a whole command line in code marks is one that someone has run
+_LEFT_ALONE = r"`forebear [^`]*`"  # a whole command line in code marks stays: it can be run as it is
 _NUMBERS = r"\d[\d.e+-]*(?: \d[\d.e+-]*)+"  # several values of one flag, as in --eta 0.1 0.2
 _OPTION = re.compile(rf"{_LEFT_ALONE}|(?<![\w-])(--[a-z][a-z0-9-]*)(?: ('[^']*'|\"[^\"]*\"|{_NUMBERS}|[^\s(]\S*))?")
 
 
 @contextmanager
 def at_command_line() -> Iterator[None]:
-    """While this lasts, options are called as the command line calls them."""
+    """Within this context, messages name options as the command line does."""
     token = _at_command_line.set(True)
     try:
         yield
@@ -157,11 +157,11 @@ def at_command_line() -> Iterator[None]:
 
 
 def worded(message: str, *, of: str | None = None) -> str:
-    """A message with its options named as whoever is spoken to wrote them.
+    """A message with its options named as the reader writes them: by flag, or as Python keywords.
 
     Args:
         message: Options in it are named by their flags, with or without a value: ``Give --top 5``, ``by --model``.
-        of: The command whose options are meant, such as ``index``, where a flag is several things.
+        of: The command whose options the flags are, such as ``index``, where commands share a flag.
     """
     if _at_command_line.get():
         return message

@@ -72,7 +72,7 @@ def run(args: list[str]) -> int:
 
 
 def _run(args: list[str]) -> int:
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not news; the outcome is
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries need no mention, only the outcome
     try:
         code = app(args=args, prog_name="forebear", standalone_mode=False)
     except ForebearError as error:
@@ -82,7 +82,7 @@ def _run(args: list[str]) -> int:
     except MemoryError:
         return _fail("out of memory. Use smaller batches (--batch-tokens) or a machine with more.", 1)
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # the reader of a pipe has gone; say nothing more
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # the reader of the pipe has ended: print nothing more
         return 0
     except OSError as error:
         full = error.errno == errno.ENOSPC
@@ -101,7 +101,7 @@ def _run(args: list[str]) -> int:
 
 
 def _usage_line(error: Exception) -> str:
-    """What the parser says is wrong, how the command is used, and where its help is."""
+    """One line: the parser's message, the usage of the command, and how to get its help."""
     message = error.format_message().strip()  # type: ignore[attr-defined]
     context = getattr(error, "ctx", None)
     if context is None:

@@ -18,7 +18,7 @@ from forebear.errors import InputError
 PARENT = "FOREBEAR_WORKER_OF"  # environment variable: process id of the command that started a worker
 TERMINATED = 128 + signal.SIGTERM
 _PR_SET_PDEATHSIG = 1
-_stops: list[Callable[[], None]] = []  # of the command that runs
+_stops: list[Callable[[], None]] = []  # each stops the workers of the running command
 
 
 def start_workers(workers: int, cache: Path) -> None:
@@ -26,10 +26,10 @@ def start_workers(workers: int, cache: Path) -> None:
 
     Args:
         workers: Processes in all, this one included.
-        cache: Of retrainings.
+        cache: Folder of finished retrainings.
 
     Raises:
-        InputError: There is no such number.
+        InputError: The number is below 1.
     """
     if workers < 1:
         raise InputError(f"--workers {workers}: expected 1 or more.")
@@ -38,28 +38,30 @@ def start_workers(workers: int, cache: Path) -> None:
     import torch
 
     threads = max(1, torch.get_num_threads() // workers)
-    torch.set_num_threads(threads)  # part of what decides an outcome: the same in all of them
+    torch.set_num_threads(
+        threads
+    )  # the number of threads decides last bits of an outcome: it is the same in all workers
     folder = tempfile.TemporaryDirectory(prefix="forebear-workers-")
-    again = [sys.executable, "-m", "forebear.cli.main", *sys.argv[1:], "--workers", "1", "--cache", str(cache)]
+    base_command = [sys.executable, "-m", "forebear.cli.main", *sys.argv[1:], "--workers", "1", "--cache", str(cache)]
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     environment[PARENT] = str(os.getpid())
-    with suppress(ValueError):  # of a command that does not run in the main thread
+    with suppress(ValueError):  # raised where the command does not run in the main thread
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     running: list[tuple[subprocess.Popen[bytes], Path]] = []
     for number in range(1, workers):
-        said = Path(folder.name) / f"{number}.txt"
-        with said.open("wb") as file:
-            command = [*again, "--out", f"{folder.name}/{number}", "--quiet"]
+        messages = Path(folder.name) / f"{number}.txt"
+        with messages.open("wb") as file:
+            command = [*base_command, "--out", f"{folder.name}/{number}", "--quiet"]
             process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=file)
-        running.append((process, said))
+        running.append((process, messages))
 
     def stop() -> None:
-        for process, said in running:
+        for process, messages in running:
             ended = process.poll()
             process.terminate()
             process.wait()
             if ended:
-                lines = said.read_text(errors="replace").strip().splitlines()
+                lines = messages.read_text(errors="replace").strip().splitlines()
                 warn(f"a worker ended before its work was done: {lines[-1] if lines else f'exit code {ended}'}")
         folder.cleanup()
 
@@ -72,11 +74,11 @@ def end_with_parent() -> None:
     if parent is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(parent):  # it had ended before
+    if os.getppid() != int(parent):  # the parent had ended before
         sys.exit(TERMINATED)
 
 
 def stop_workers() -> None:
-    """End the processes that were started; to be called when a command has ended."""
+    """End the started workers; to be called when a command has ended."""
     while _stops:
         _stops.pop()()

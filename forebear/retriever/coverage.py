@@ -1,4 +1,4 @@
-"""What an index can answer, and what is said of an answer; no model is loaded."""
+"""Which methods an index can answer, and the facts of an answer; no model is loaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def available_methods(index: Index) -> tuple[str, ...]:
 
 
 def question_facts(question: Question) -> dict[str, Any]:
-    """Everything that decides an answer, and what is known of its recall."""
+    """Everything that decides an answer, and the recall of each method as far as it was measured."""
     index, spec, age = question.index, question.spec, fit_age(question)
     return {
         **({} if age is None else {"fitted_beyond_the_head": asdict(age)}),
@@ -48,7 +48,7 @@ def question_facts(question: Question) -> dict[str, Any]:
 
 
 def method_facts(question: Question, method: Method) -> dict[str, Any]:
-    """What a result must say of a method's number: scope, metric, curvature, effective damping."""
+    """Facts of a method that decide its scores: scope, metric, curvature, effective damping."""
     index, scope = question.index, question.scope_of(method)
     facts: dict[str, Any] = {
         "scope": scope if method.representation == "head" else None,
@@ -75,13 +75,13 @@ def method_facts(question: Question, method: Method) -> dict[str, Any]:
 
 
 def fit_age(question: Question) -> FitAge | None:
-    """Which rows what the index fits beyond the head was fitted to; None if the question asks nothing beyond it."""
+    """Rows that came or went since the index's fit beyond the head; None if the question needs no such fit."""
     beyond = any(m.representation == "head" and question.scope_of(m) != "head" for m in question.methods)
     manifest = question.index.manifest
     return manifest.fit_age if beyond and manifest.spec.sketched_scopes else None
 
 
 def fit_lines(question: Question) -> dict[str, str]:
-    """The same as a line of a report; none where the question needs no fit, or the fit is to the rows of the index."""
+    """The fit's age as a line of a report; empty where the question needs no fit, or the fit is current."""
     age = fit_age(question)
     return {} if age is None or age.is_current else {"fitted beyond the head": f"{age}."}

@@ -1,4 +1,4 @@
-"""The best rows of each query, and how two halves of a ranking are joined."""
+"""Rankings: the best rows of each query, and how the rankings of blocks of queries are joined."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ class Ranking:
     Attributes:
         rows: Row numbers, best first, ``(q, k)``.
         scores: Their scores, ``(q, k)`` float64.
-        exact: Whether the scores are exact, and not those of a quantised index.
+        exact: Whether the scores are exact rather than those of sketches, stored vectors or a quantised index.
         n_scored: Rows scored exactly for each query, ``(q,)``.
         residual: Relative residual of H^-1 for each query where a solver iterated, ``(q,)``; else None.
-        proven: Whether no row left out can be among them, ``(q,)``, where that was asked for; else None.
-        spans: The span of each row that is meant, ``q`` lists of ``k``, where spans are ranked; else None.
-        query_spans: The span of each test row that is meant, where one is; else None.
-        n_cut: Spans of what was searched that the model does not read, left out, ``(q,)``; None without spans.
+        proven: Whether no row left out can be among ``rows``, ``(q,)``, where a proof was asked for; else None.
+        spans: The span of each row that is ranked, ``q`` lists of ``k``; None where rows are ranked.
+        query_spans: The span of each test row, where the method compares one; else None.
+        n_cut: Number of spans that were left out of the search because the model does not read them, ``(q,)``; None
+            where rows are ranked.
         words: Contributions of shared words, ``q`` lists of ``k``, where scores are sums over words; else None.
     """
 
@@ -52,7 +53,7 @@ def join(parts: list[Ranking]) -> Ranking:
         values = [getattr(part, name) for part in parts]
         if isinstance(values[0], np.ndarray):
             return np.concatenate(values)
-        return [one for some in values for one in some] if isinstance(values[0], list) else values[0]
+        return [value for block in values for value in block] if isinstance(values[0], list) else values[0]
 
     joined = {field.name: together(field.name) for field in fields(Ranking) if field.name != "exact"}
     return Ranking(**joined, exact=all(part.exact for part in parts))
@@ -67,10 +68,10 @@ def rank(scores: np.ndarray, rows: np.ndarray, k: int, *, largest: bool) -> tupl
     """The ``k`` best of each query in order; ties go to the lower row number.
 
     Args:
-        scores: ``(q, m)``.
+        scores: Scores, ``(q, m)``.
         rows: Row numbers, ``(q, m)`` or ``(m,)``.
-        k: At most m.
-        largest: Proponents; else opponents, smallest first.
+        k: Number of results, at most m.
+        largest: Whether to rank proponents, largest first; else opponents, smallest first.
 
     Returns:
         Row numbers and scores, ``(q, k)`` each.

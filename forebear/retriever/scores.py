@@ -11,7 +11,7 @@ class Scores(dict[str, np.ndarray]):
     """Scores ``(q, n)`` float64 by method name, larger = proponent.
 
     Attributes:
-        residuals: Largest relative residual of H^-1 over the queries, by name, of methods for which a solver iterated.
+        residuals: Largest relative residual of H^-1 over the queries, by name of the methods whose solver iterates.
     """
 
     def __init__(self, scores: Mapping[str, np.ndarray] | None = None) -> None:
@@ -24,25 +24,25 @@ class Scores(dict[str, np.ndarray]):
             self.residuals[method] = max(self.residuals.get(method, 0.0), float(np.max(residual)))
 
     def note_residuals(self, others: Iterable[Mapping[str, np.ndarray]]) -> None:
-        """Remember those of other scores."""
+        """Remember the relative residuals of other scores."""
         for other in others:
             for method, residual in residuals_of(other).items():
                 self.note_residual(method, residual)
 
     def of(self, methods: Iterable[str]) -> Scores:
-        """The same with the methods in this order."""
-        found = Scores({name: self[name] for name in methods})
-        found.note_residuals([self])
-        return found
+        """The scores of these methods, in this order, with all residuals."""
+        scores = Scores({name: self[name] for name in methods})
+        scores.note_residuals([self])
+        return scores
 
     @classmethod
     def join(cls, blocks: list[Scores]) -> Scores:
         """Scores of one block of queries after another."""
-        found = cls({name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]})
-        found.note_residuals(blocks)
-        return found
+        joined = cls({name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]})
+        joined.note_residuals(blocks)
+        return joined
 
 
 def residuals_of(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Those that came with the scores; none with a plain mapping."""
+    """Relative residuals that came with the scores; empty for a plain mapping."""
     return dict(scores.residuals) if isinstance(scores, Scores) else {}

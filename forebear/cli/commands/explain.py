@@ -40,7 +40,7 @@ SHOWN_WORDS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class SaliencyOptions(Options, panel="Saliency"):
-    """What is asked about the saliency of the text's words."""
+    """Which saliency is shown, and whether rows behind a word's saliency are searched."""
 
     saliency: Annotated[str, typer.Option("--saliency", help="Of each word: gradient-x-input or summed-gradient.")] = (
         "gradient-x-input"
@@ -69,7 +69,7 @@ class PageOptions(OutputOptions):
     ] = None
 
     def check(self) -> None:
-        """See that the page can be written, before any work."""
+        """Refuse a page that cannot be written, before any work."""
         from forebear.evaluation.explain.page import check_page
 
         if self.html is not None:
@@ -83,10 +83,10 @@ def register(app: typer.Typer) -> None:
 
 @grouped(method=Shown("tracin-we-topk where the index holds words, and gc"), top=5, spans=Shown("spans are not ranked"))
 def explain(
-    at: IndexOptions,
+    index_options: IndexOptions,
     text: Annotated[str, TEXT],
-    asked: QuestionOptions,
-    about: SaliencyOptions,
+    question_options: QuestionOptions,
+    saliency_options: SaliencyOptions,
     output: PageOptions,
     pair: Pair = None,
     method: Methods = None,
@@ -94,19 +94,23 @@ def explain(
     spans: Spans = None,
     recall: Recall = 0.98,
 ) -> None:
-    """See HELP."""
+    """Explain one prediction, on the screen or as a page."""
     from forebear.evaluation.explain.explaining import chosen_methods
     from forebear.evaluation.explain.explaining import explain as put_together
     from forebear.evaluation.explain.page import write_page
     from forebear.retriever.question.spec import QuerySpec
 
     output.check()
-    retriever = at.open()
-    methods = chosen_methods(retriever, listed(method), spans=spans is not None, saliency_influence=about.is_asked)
-    spec = QuerySpec(methods=methods, top=top, spans=spans, word=about.word, recall=recall, **values_of(asked))
+    retriever = index_options.open()
+    methods = chosen_methods(
+        retriever, listed(method), spans=spans is not None, saliency_influence=saliency_options.is_asked
+    )
+    spec = QuerySpec(
+        methods=methods, top=top, spans=spans, word=saliency_options.word, recall=recall, **values_of(question_options)
+    )
     say_what_was_fitted(retriever.resolve(spec), quiet=output.quiet)
     query = text if pair is None else (text, pair)
-    explanation = put_together(retriever, query, spec, form=about.saliency, command=command_line())
+    explanation = put_together(retriever, query, spec, form=saliency_options.saliency, command=command_line())
     if output.html is None:
         show_explanation(explanation)
     else:
@@ -131,8 +135,8 @@ def show_explanation(explanation: Explanation) -> None:
         OUT.print(f"\n{answer.method}: score = {answer.formula}", markup=False)
         for column in answer.asked:
             if any(piece.asked for piece in column.pieces):
-                what = "word (by summed-gradient saliency)" if answer.of_saliency else "span"
-                OUT.print(Text(f"asked about, a {what} of {column.name}: ").append_text(marked_text(column.pieces)))
+                kind = "word (by summed-gradient saliency)" if answer.of_saliency else "span"
+                OUT.print(Text(f"asked about, a {kind} of {column.name}: ").append_text(marked_text(column.pieces)))
         for side in answer.sides:
             show_side(answer.method, side, "the word's saliency" if answer.of_saliency else explanation.target)
 
@@ -185,11 +189,11 @@ def marked_text(pieces: Iterable[Piece]) -> Text:
         if piece.asked:
             out.append(f"[{piece.text}]", style="bold magenta")
             continue
-        looks = ""
+        style = ""
         if piece.value is not None and piece.level:
-            looks = ("green" if piece.value > 0 else "red") + (" bold" if piece.level > 1 else "")
-        phrase = piece.note and " " in piece.text.strip()  # where it begins must be seen without colour too
-        out.append(f"‹{piece.text}›" if phrase else piece.text, style=looks)
+            style = ("green" if piece.value > 0 else "red") + (" bold" if piece.level > 1 else "")
+        phrase = piece.note and " " in piece.text.strip()  # its beginning must be visible without colour too
+        out.append(f"‹{piece.text}›" if phrase else piece.text, style=style)
         if piece.note:
-            out.append(f"({piece.note})", style=looks)
+            out.append(f"({piece.note})", style=style)
     return out if out.plain.strip() else Text("(empty)", style="dim italic")

@@ -45,11 +45,11 @@ def methods(as_json: JsonOut = False) -> None:
     stored |= {"words": "gradient of each word", "tfidf": "word counts, logit gradient"}
     options = {"all": " --words-top 0", "common": " --words-top 0", "nocommon": " --words-top 0"}
     for method in METHODS.values():
-        what = stored[method.representation] + (", all checkpoints" if method.all_checkpoints else "")
+        representation = stored[method.representation] + (", all checkpoints" if method.all_checkpoints else "")
         grid.add_row(
             method.name,
             method.formula,
-            what,
+            representation,
             f"--store {method.store}{options.get(method.words or '', '')}",
             method.source,
         )
@@ -79,13 +79,13 @@ def info(index: Folder, as_json: JsonOut = False) -> None:
 
 
 def index_facts(index: Any) -> dict[str, Any]:
-    """What ``forebear info --json`` prints."""
+    """Facts of an index, as ``forebear info --json`` prints them."""
     from forebear.indexer.building.row_facts import row_facts
     from forebear.indexer.storage.ann import backend
 
     manifest = index.manifest
     spec = manifest.spec
-    told = row_facts(index)
+    rows = row_facts(index)
     by_kind: dict[str, int] = {}
     fitted = manifest.fitted_name("")
     for name, facts in manifest.files.items():
@@ -97,7 +97,7 @@ def index_facts(index: Any) -> dict[str, Any]:
         "digest": manifest.digest(),
         "spec_digest": spec.digest(),
         "rows": {"live": manifest.n_live, "retired": manifest.n_retired, "given_out": manifest.n_rows},
-        "row_facts": asdict(told) | {"lines": told.describe(), "warnings": told.warnings()},
+        "row_facts": asdict(rows) | {"lines": rows.describe(), "warnings": rows.warnings()},
         "segments": [asdict(segment) for segment in manifest.segments],
         "text_columns": list(spec.text_columns),
         "label_names": list(spec.label_names),

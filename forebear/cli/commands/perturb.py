@@ -82,7 +82,7 @@ class ChangeOptions(Options, panel="Changes"):
     ] = None
 
     def spec(self, what: What, strategies: tuple[str, ...], rows: tuple[int, ...]) -> PerturbSpec:
-        """The choices, checked; ``rows`` where none are given."""
+        """The checked choices; ``rows`` are the numbers of rows where ``--rows`` is not given."""
         from forebear.evaluation.perturb.spec import PerturbSpec
 
         spec = PerturbSpec(
@@ -94,8 +94,8 @@ class ChangeOptions(Options, panel="Changes"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WhichOptions(Options, panel="Changes"):
-    """Which rows are asked about, and how words are chosen."""
+class SelectionOptions(Options, panel="Changes"):
+    """Which rows are the queries, and the strategies by which words are chosen."""
 
     strategy: Annotated[
         list[str] | None,
@@ -127,14 +127,14 @@ def register(app: typer.Typer) -> None:
     retrain="full", seeds=3, cache=Shown("in --out"), strategy=Shown("lower-right"), rows=Shown("1,2,6"), queries=50
 )
 def attack(
-    at: IndexOptions,
-    tested: TestOptions,
-    which: WhichOptions,
+    index_options: IndexOptions,
+    test_options: TestOptions,
+    selection: SelectionOptions,
     change: ChangeOptions,
-    how: RetrainOptions,
+    retraining: RetrainOptions,
     output: FolderOptions,
 ) -> None:
-    """See ATTACK_HELP."""
+    """Change training rows so that a retrained model fails, and report it."""
     import numpy as np
 
     from forebear.evaluation.perturb.experiment import Evaluation
@@ -142,30 +142,40 @@ def attack(
     from forebear.evaluation.perturb.spec import make_queries
 
     check_out(output.folder, force=output.force)
-    spec = change.spec("attack", tuple(listed(which.strategy)) or ("lower-right",), (1, 2, 6))
-    retriever = at.open()
-    source = tested.open(tested.test, retriever, need_labels=True)
+    spec = change.spec("attack", tuple(listed(selection.strategy)) or ("lower-right",), (1, 2, 6))
+    retriever = index_options.open()
+    source = test_options.open(test_options.test, retriever, need_labels=True)
     texts, gold = _labelled(retriever, source)
-    assert which.queries is not None  # it has a default
-    attacked = _sample(np.arange(len(gold)), which.queries, change.seed)
+    assert selection.queries is not None  # it has a default
+    attacked = _sample(np.arange(len(gold)), selection.queries, change.seed)
     sets = {ATTACKED: attacked}
     if len(attacked) < len(gold):
         sets[TEST] = np.arange(len(gold))
     chosen = make_queries(retriever, texts, gold).take(attacked)
-    _run(retriever, spec, chosen, Evaluation(texts, gold, sets), at, change, how, output, {"test rows": tested.test})
+    _run(
+        retriever,
+        spec,
+        chosen,
+        Evaluation(texts, gold, sets),
+        index_options,
+        change,
+        retraining,
+        output,
+        {"test rows": test_options.test},
+    )
 
 
 @grouped(retrain="full", seeds=3, cache=Shown("in --out"), strategy=Shown("raise-right"), rows=Shown("1,2,4,8"))
 def fix(
-    at: IndexOptions,
-    tested: TestOptions,
-    which: WhichOptions,
+    index_options: IndexOptions,
+    test_options: TestOptions,
+    selection: SelectionOptions,
     change: ChangeOptions,
-    how: RetrainOptions,
+    retraining: RetrainOptions,
     output: FolderOptions,
     dev: Annotated[str, typer.Option("--dev", help="Labelled rows: rows are added for those that are wrong.")],
 ) -> None:
-    """See FIX_HELP."""
+    """Add changed training rows so that a retrained model does better, and report it."""
     import numpy as np
 
     from forebear.evaluation.perturb.experiment import Evaluation
@@ -173,30 +183,32 @@ def fix(
     from forebear.evaluation.perturb.spec import make_queries
 
     check_out(output.folder, force=output.force)
-    spec = change.spec("fix", tuple(listed(which.strategy)) or ("raise-right",), (1, 2, 4, 8))
-    retriever = at.open()
-    dev_source, test_source = (tested.open(path, retriever, need_labels=True) for path in (dev, tested.test))
+    spec = change.spec("fix", tuple(listed(selection.strategy)) or ("raise-right",), (1, 2, 4, 8))
+    retriever = index_options.open()
+    dev_source, test_source = (
+        test_options.open(path, retriever, need_labels=True) for path in (dev, test_options.test)
+    )
     texts, gold = _labelled(retriever, dev_source)
-    asked = make_queries(retriever, texts, gold)
-    wrong = np.flatnonzero(asked.predictions != asked.right)
+    dev_queries = make_queries(retriever, texts, gold)
+    wrong = np.flatnonzero(dev_queries.predictions != dev_queries.right)
     if not len(wrong):
         raise DataError(f"{dev}: the model gets all {len(gold)} rows right. There is nothing to fix.")
-    chosen = _sample(wrong, len(wrong) if which.queries is None else which.queries, change.seed)
+    chosen = _sample(wrong, len(wrong) if selection.queries is None else selection.queries, change.seed)
     test_texts, test_gold = _labelled(retriever, test_source)
-    n, every = len(gold), np.concatenate([gold, test_gold])
-    sets = {TEST: np.arange(n, len(every)), DEV: np.arange(n), WRONG: chosen}
-    both = [[*first, *second] for first, second in zip(texts, test_texts, strict=True)]
-    evaluation = Evaluation(both, every, sets)
+    n, all_gold = len(gold), np.concatenate([gold, test_gold])
+    sets = {TEST: np.arange(n, len(all_gold)), DEV: np.arange(n), WRONG: chosen}
+    all_texts = [[*first, *second] for first, second in zip(texts, test_texts, strict=True)]
+    evaluation = Evaluation(all_texts, all_gold, sets)
     _run(
         retriever,
         spec,
-        asked.take(chosen),
+        dev_queries.take(chosen),
         evaluation,
-        at,
+        index_options,
         change,
-        how,
+        retraining,
         output,
-        {"dev rows": dev, "test rows": tested.test},
+        {"dev rows": dev, "test rows": test_options.test},
     )
 
 
@@ -205,13 +217,13 @@ def _run(
     spec: PerturbSpec,
     queries: Queries,
     evaluation: Evaluation,
-    at: IndexOptions,
+    index_options: IndexOptions,
     change: ChangeOptions,
-    how: RetrainOptions,
+    retraining: RetrainOptions,
     output: FolderOptions,
     sources: dict[str, str],
 ) -> None:
-    """Choose, retrain, write and show."""
+    """Choose the changes, retrain, and write and show the report."""
     from forebear.evaluation.perturb.choice import Chooser
     from forebear.evaluation.perturb.experiment import perturb
     from forebear.evaluation.perturb.report import CHANGED_NAME, changed_lines, perturb_report
@@ -219,20 +231,22 @@ def _run(
     from forebear.evaluation.reports.report import write_report
     from forebear.evaluation.retraining.recipes import open_retrainer
 
-    if how.seeds < 1:
-        raise InputError(f"--seeds {how.seeds}: expected 1 or more.")
+    if retraining.seeds < 1:
+        raise InputError(f"--seeds {retraining.seeds}: expected 1 or more.")
     say_what_was_fitted(retriever.resolve(spec.question), quiet=output.quiet)
-    words, out = WordNet(change.wordnet), output.folder
-    folder = Path(how.cache or out / RETRAINED_NAME)
-    start_workers(how.workers, folder)
-    retrainer = open_retrainer(retriever, how.retrain, evaluation.texts, folder, run=how.run, device=at.device)
+    wordnet, out = WordNet(change.wordnet), output.folder
+    folder = Path(retraining.cache or out / RETRAINED_NAME)
+    start_workers(retraining.workers, folder)
+    retrainer = open_retrainer(
+        retriever, retraining.retrain, evaluation.texts, folder, run=retraining.run, device=index_options.device
+    )
     with output.progress() as progress:
-        chooser = Chooser(retriever, spec, queries, words, progress)
-        numbers = range(spec.seed, spec.seed + how.seeds)
+        chooser = Chooser(retriever, spec, queries, wordnet, progress)
+        numbers = range(spec.seed, spec.seed + retraining.seeds)
         found = perturb(retriever, chooser, spec, queries, evaluation, retrainer, numbers, progress)
     for line in retrainer.warnings:
         warn(line)
-    provenance = {**sources, "WordNet": str(words.folder), "command": command_line()}
+    provenance = {**sources, "WordNet": str(wordnet.folder), "command": command_line()}
     report, result = perturb_report(found, retriever, retrainer.facts(), provenance)
     changed = {CHANGED_NAME: changed_lines(found, retriever)}
     page = write_report(report, out, result=result, force=output.force, beside=changed)
@@ -255,10 +269,10 @@ def _labelled(retriever: Retriever, source: RowSource) -> tuple[list[list[str]],
     return texts, np.concatenate([labels(block.labels or [], block.start) for block in blocks])
 
 
-def _sample(at: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """At most ``n`` of some row numbers, ascending."""
+def _sample(rows: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """A seeded sample of at most ``n`` of these row numbers, ascending."""
     import numpy as np
 
     if n < 1:
         raise InputError(f"--queries {n}: expected 1 or more.")
-    return np.sort(np.random.default_rng([seed, 23]).permutation(at)[:n])
+    return np.sort(np.random.default_rng([seed, 23]).permutation(rows)[:n])

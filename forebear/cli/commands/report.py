@@ -34,7 +34,7 @@ def report(
     folders: Annotated[list[str], typer.Argument(help="Folders written by --out.", show_default=False)],
     output: FolderOptions,
 ) -> None:
-    """See HELP."""
+    """Join several reports on one page."""
     from forebear.evaluation.reports.report import check_folder, write_report
     from forebear.evaluation.reports.side_by_side import read_folders, side_by_side
 
@@ -45,6 +45,8 @@ def report(
     written = write_report(page, output.folder, result=result, force=output.force)
     OUT.print(page.title, style="bold", markup=False)
     for table in page.tables:
-        if not any(column.startswith("text: ") for column in table.columns):  # lists of rows are for the page
+        if not any(
+            column.startswith("text: ") for column in table.columns
+        ):  # lists of rows are shown on the page alone
             show_table(table)
     say_written(written, quiet=output.quiet)

@@ -56,7 +56,7 @@ class QueryOptions(MaybeTestOptions):
     pair: Pair = None
 
     def check(self, target: str) -> None:
-        """Refuse what does not go together, before anything is opened."""
+        """Refuse options that contradict each other, before anything is opened."""
         if (self.test is None) == (self.text is None):
             raise InputError("give either --test FILE or --text '...' (with --pair for pairs).")
         if self.text is not None and target == "gold":
@@ -65,7 +65,7 @@ class QueryOptions(MaybeTestOptions):
             raise InputError("--pair is the second text of --text; give both.")
 
     def rows(self, retriever: Retriever, *, need_labels: bool) -> RowSource:
-        """The rows that are asked about."""
+        """The test rows: those of the file, or the one text."""
         from forebear.indexer.rows.row_source import rows_from_texts
 
         if self.text is not None:
@@ -76,7 +76,7 @@ class QueryOptions(MaybeTestOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RankingOptions(Options, panel="Question"):
-    """Which ranking of which rows."""
+    """Which methods rank the rows, and how many rows are listed."""
 
     methods: Methods = None
     top: Top = 10
@@ -123,35 +123,35 @@ def register(app: typer.Typer) -> None:
 
 @grouped(methods=Shown("gc"))
 def retrieve(
-    at: IndexOptions,
-    rows: QueryOptions,
+    index_options: IndexOptions,
+    query_options: QueryOptions,
     ranking: RankingOptions,
-    asked: SearchOptions,
+    question_options: SearchOptions,
     spans: SpanOptions,
     solver: SolverOptions,
     output: AnswerOptions,
 ) -> None:
-    """See HELP."""
+    """Rank the training rows behind predictions, on the screen or to a file."""
     from forebear.evaluation.audits.rows.hub_shares import read_hub_shares, with_hub_share
     from forebear.indexer.index import Index
     from forebear.retriever.answers.result_file import check_output
     from forebear.retriever.question.spec import QuerySpec
     from forebear.retriever.retriever import Retriever
 
-    gold, quiet = asked.target == "gold", output.quiet
-    rows.check(asked.target)
-    choices = values_of(asked, ranking, spans, solver)
+    gold, quiet = question_options.target == "gold", output.quiet
+    query_options.check(question_options.target)
+    choices = values_of(question_options, ranking, spans, solver)
     choices |= {"methods": tuple(listed(ranking.methods)) or ("gc",), "span_column": None}
     spec = QuerySpec(**choices)
     methods = spec.check()
     _refuse_what_no_method_takes(spec, methods, spans)
     if output.out is not None:
         check_output(Path(output.out), force=output.force)
-    opened = Index.open(at.index)
+    index = Index.open(index_options.index)
     if spans.span_column is not None:
-        spec = replace(spec, span_column=opened.text_column(spans.span_column))
-    retriever = Retriever(opened, model=at.model, device=at.device)
-    source = rows.rows(retriever, need_labels=gold)
+        spec = replace(spec, span_column=index.text_column(spans.span_column))
+    retriever = Retriever(index, model=index_options.model, device=index_options.device)
+    source = query_options.rows(retriever, need_labels=gold)
     warn_of_labels(retriever, source, required=gold)
 
     question = retriever.resolve(spec)
@@ -165,15 +165,15 @@ def retrieve(
             yield table if shares is None else with_hub_share(table, shares)
 
     if output.out is None:
-        found = retriever.answers(source, question, block_rows=SHOWN_QUERIES)
-        show_answers(found, tables_of, source, methods, aggregate=spec.aggregate, quiet=quiet)
+        answers = retriever.answers(source, question, block_rows=SHOWN_QUERIES)
+        show_answers(answers, tables_of, source, methods, aggregate=spec.aggregate, quiet=quiet)
     else:
         _write_answers(retriever, source, question, tables_of, output)
     say_recall(question, quiet=quiet)
 
 
 def _refuse_what_no_method_takes(spec: QuerySpec, methods: Sequence[Method], spans: SpanOptions) -> None:
-    """Refuse options of methods that are not asked."""
+    """Refuse options that only methods outside the question have."""
     if not any(m.ranks_spans for m in methods):
         for name, value in values_of(spans).items():
             if value is not None:
@@ -217,7 +217,7 @@ def _write_answers(
 
 
 def _warn_of_reading(retriever: Retriever, source: RowSource) -> None:
-    """Say, before the work, where the model does not see much of the test rows, or of the first of many."""
+    """Warn, before the work, if the model reads little of the test rows; of many rows, the first are checked."""
     from forebear.indexer.building.row_facts import reading_of_first_rows
 
     classifier = retriever.classifier()

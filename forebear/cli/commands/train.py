@@ -55,7 +55,7 @@ class TrainingChoices(Options, panel="Training"):
     device: Device = "auto"
 
     def train_options(self) -> TrainOptions:
-        """As the library takes them."""
+        """The options as the library's :class:`TrainOptions`."""
         from forebear.indexer.training.fine_tuning import TrainOptions
 
         return TrainOptions(**values_of(self))
@@ -94,7 +94,7 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """See HELP."""
+    """Fine-tune a model and keep its checkpoints."""
     from forebear.indexer.training.fine_tuning import train as run_training
 
     with output.progress() as progress:

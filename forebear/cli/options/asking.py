@@ -1,4 +1,4 @@
-"""What the commands of ``evaluate``, ``audit`` and ``perturb`` share beside options: opening, and the question."""
+"""Steps that ``evaluate``, ``audit`` and ``perturb`` share: opening the index, the question and the test rows."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ if TYPE_CHECKING:
 
 
 def open_retriever(options: IndexOptions, report: ReportOptions) -> Retriever:
-    """The index's retriever, after seeing that the report can be written."""
+    """The index's retriever, after a check that the report can be written."""
     report.check()
     return options.open()
 
 
 def make_question(
-    retriever: Retriever, method: Sequence[str] | None, asked: ScopeOptions, *, quiet: bool, **choices: Any
+    retriever: Retriever, method: Sequence[str] | None, options: ScopeOptions, *, quiet: bool, **choices: Any
 ) -> Question:
-    """The question, checked."""
+    """The question, resolved against the index, with a note on the age of its fit."""
     from forebear.retriever.question.methods import pick_methods
     from forebear.retriever.question.spec import QuerySpec
 
     names = tuple(m.name for m in pick_methods(listed(method))) if method else retriever.row_methods()
-    question = retriever.resolve(QuerySpec(methods=names, **asdict(asked), **choices))
+    question = retriever.resolve(QuerySpec(methods=names, **asdict(options), **choices))
     say_what_was_fitted(question, quiet=quiet)
     return question
 
 
-def default_methods(retriever: Retriever, names: Sequence[str], asked: ScopeOptions) -> list[str]:
-    """A command's own methods without those that take H^-1 where the index holds no curvature, and that is said.
+def default_methods(retriever: Retriever, names: Sequence[str], options: ScopeOptions) -> list[str]:
+    """A command's default methods, without those that need a curvature that the index does not hold.
 
-    Where none is left, ``gd``.
+    A warning names the methods left out. Where none is left, the default is ``gd``.
     """
     from forebear.retriever.question.methods import METHODS
 
-    index, scope = retriever.index, asked.scope
-    held = index.manifest.spec.whitened if scope != "head" else "exact" in index.manifest.curvature["head"]
-    if held or asked.curvature not in (None, "exact", "ekfac"):
+    index, scope = retriever.index, options.scope
+    has_curvature = index.manifest.spec.whitened if scope != "head" else "exact" in index.manifest.curvature["head"]
+    if has_curvature or options.curvature not in (None, "exact", "ekfac"):
         return list(names)
     lacking = [name for name in names if METHODS[name].query == "preconditioned"]
     kept = [name for name in names if name not in lacking] or ["gd"]
@@ -63,7 +63,7 @@ def default_methods(retriever: Retriever, names: Sequence[str], asked: ScopeOpti
 
 
 def say_what_was_fitted(question: Question, *, quiet: bool) -> None:
-    """Say of a question beyond the head on how many rows its index was fitted, where others came or went since."""
+    """Note how many rows came or went since the index was fitted, for a question beyond the head."""
     from forebear.retriever.coverage import fit_age
 
     age = fit_age(question)
@@ -74,20 +74,20 @@ def say_what_was_fitted(question: Question, *, quiet: bool) -> None:
 
 
 def open_queries(
-    retriever: Retriever, tested: TestOptions | MaybeTestOptions, sample: SampleOptions, question: Question
+    retriever: Retriever, test_options: TestOptions | MaybeTestOptions, sample: SampleOptions, question: Question
 ) -> Queries:
-    """The test rows that are asked about; they are given."""
+    """A sample of the test rows; ``--test`` must be given."""
     from forebear.evaluation.common.queries import sample_queries
 
-    assert tested.test is not None
-    gold = question.spec.target == "gold"
-    source = tested.open(tested.test, retriever, need_labels=gold)
-    warn_of_labels(retriever, source, required=gold)
-    return sample_queries(retriever, source, sample.queries, sample.seed, need_labels=gold)
+    assert test_options.test is not None
+    by_gold = question.spec.target == "gold"
+    source = test_options.open(test_options.test, retriever, need_labels=by_gold)
+    warn_of_labels(retriever, source, required=by_gold)
+    return sample_queries(retriever, source, sample.queries, sample.seed, need_labels=by_gold)
 
 
 def warn_of_labels(retriever: Retriever, source: RowSource, *, required: bool) -> None:
-    """Say which test rows have a label that is not the model's."""
+    """Warn of test rows whose label is not one of the model's."""
     if source.label_column is None:
         return
     labels = retriever.query_labels(source, required=required)
@@ -107,5 +107,5 @@ def integers(option: str, values: Sequence[str] | None) -> list[int]:
 
 
 def command_line() -> str:
-    """What repeats the report."""
+    """The command line of this process, which repeats the report."""
     return shlex.join(["forebear", *sys.argv[1:]])

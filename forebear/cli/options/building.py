@@ -18,7 +18,7 @@ from forebear.errors import InputError
 if TYPE_CHECKING:
     pass
 
-NO_CURVATURE = ("none",)  # as --damping says it
+NO_CURVATURE = ("none",)  # the value of --damping that stands for no curvature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +166,7 @@ class ChoiceOptions(Options):
         """The choices of a build that are made, as :meth:`Index.build` takes them.
 
         Args:
-            text_columns: Of the training rows; ``--span-column`` names one.
+            text_columns: Text columns of the training rows, one of which ``--span-column`` may name.
         """
         from forebear.indexer.building.options import BuildOptions
 
@@ -193,7 +193,7 @@ class ChoiceOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ChangeOptions(Options, panel="Changes of an index that is there"):
-    """A change instead of a build, and what an interrupted one left."""
+    """A change of an index instead of a build; ``--resume`` goes on with an interrupted one."""
 
     append: Annotated[bool, typer.Option("--append", help="Add the --train rows to the index in --out.")] = False
     retire: Annotated[
@@ -210,7 +210,7 @@ class ChangeOptions(Options, panel="Changes of an index that is there"):
     ] = False
 
     def check(self) -> None:
-        """Refuse several at once."""
+        """Refuse several changes at once."""
         if sum((self.append, bool(self.retire), self.rebuild_ann, self.refit)) > 1:
             raise InputError("--append, --retire, --refit and --rebuild-ann are separate changes: give one of them.")
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 from typer.models import OptionInfo, ParameterInfo
 
 Command = Callable[..., None]
-OWN_PANEL = "Of this command"  # heading, in the help, of options that a command declares itself
+OWN_PANEL = "Of this command"  # heading in the help for options that a command declares itself
 
 
 class Options:
@@ -25,18 +25,18 @@ class Options:
     panel: ClassVar[str] = OWN_PANEL
 
     def __init_subclass__(cls, *, panel: str | None = None) -> None:
-        """Keep the heading; a subclass without one adds to its parent's."""
+        """Keep the heading; a subclass without one has its parent's."""
         if panel is not None:
             cls.panel = panel
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A command's default that its help says in words, as None stands for what is found out when the command runs.
+    """A default that the help describes in words, because its value is decided when the command runs.
 
     Attributes:
         words: What the help shows as the default.
-        value: The default.
+        value: The value that the command gets by default.
     """
 
     words: str
@@ -47,11 +47,11 @@ def grouped(**defaults: Any) -> Callable[[Command], Command]:
     """Let typer see the fields of option groups as a command's own options.
 
     Each parameter of the command whose type is a group stands for the group's fields; the command gets the object.
-    Other parameters are options as ever. In the help, options stand under the headings of their groups; those that
-    must be given come first, then the others, each in the order of the parameters.
+    Other parameters are options as in any typer command. In the help, options stand under the headings of their
+    groups: required options first, then the others, both in the order of the parameters.
 
     Args:
-        defaults: Of this command, by name of the field or parameter; :class:`Shown` where words say them.
+        defaults: Defaults of this command, by name of the field or parameter; a :class:`Shown` is described in words.
     """
 
     def decorate(command: Command) -> Command:
@@ -81,25 +81,29 @@ def grouped(**defaults: Any) -> Callable[[Command], Command]:
 
 def flag_of(group: type[Options], field: str) -> str:
     """The flag of a group's field, such as ``--words-top``."""
-    (info,) = (one for one in get_args(get_type_hints(group, include_extras=True)[field]) if _is_option(one))
+    (info,) = (
+        annotation
+        for annotation in get_args(get_type_hints(group, include_extras=True)[field])
+        if _is_option(annotation)
+    )
     flags = [info.default, *(info.param_decls or [])]  # typer takes an Annotated option's first flag for its default
     return next(flag for flag in flags if isinstance(flag, str))
 
 
 def values_of(*groups: Options) -> dict[str, Any]:
     """The options of groups by name, those of groups within them too."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for group in groups:
         for field in fields(group):  # type: ignore[arg-type]  # every group is a dataclass
             value = getattr(group, field.name)
-            found |= values_of(value) if isinstance(value, Options) else {field.name: value}
-    return found
+            values |= values_of(value) if isinstance(value, Options) else {field.name: value}
+    return values
 
 
 def _is_group(kind: Any) -> bool:
-    found = isclass(kind) and issubclass(kind, Options)
-    assert found or not is_dataclass(kind), f"{kind} is no group of options: it does not extend Options"
-    return found
+    is_group = isclass(kind) and issubclass(kind, Options)
+    assert is_group or not is_dataclass(kind), f"{kind} is no group of options: it does not extend Options"
+    return is_group
 
 
 def _is_option(annotation: Any) -> bool:

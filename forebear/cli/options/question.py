@@ -1,4 +1,4 @@
-"""Options of a question: methods, target, gradients, curvature, search, spans, and how many rows are asked about."""
+"""Options of a question: methods, target, gradients, curvature, search, spans, and the sample of test rows."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ Neighbours = Annotated[int, typer.Option("--neighbours", help="Nearest rows that
 
 @dataclass(frozen=True, kw_only=True)
 class ScopeOptions(Options, panel="Question"):
-    """Whose gradients, and their curvature."""
+    """The scope whose gradients are compared, and the curvature of H^-1."""
 
     scope: Annotated[
         str,
@@ -119,7 +119,7 @@ class ScopeOptions(Options, panel="Question"):
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionOptions(ScopeOptions):
-    """What is asked, beside the methods."""
+    """The target, besides the scope."""
 
     target: Annotated[
         str,
@@ -132,7 +132,7 @@ class QuestionOptions(ScopeOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(QuestionOptions):
-    """What is asked of a search for the top rows."""
+    """How exact a search for the top rows is, besides the question."""
 
     exact: Annotated[
         str,
@@ -148,7 +148,7 @@ class SearchOptions(QuestionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SolverOptions(Options, panel="Curvature"):
-    """How H^-1 is solved for, where that takes steps."""
+    """Settings of the solvers of H^-1 that iterate."""
 
     curvature_rows: Annotated[
         int,
@@ -178,14 +178,14 @@ class SpanOptions(Options, panel="Spans"):
     span_column: SpanColumn = None
 
     def choices(self, retriever: Retriever) -> dict[str, Any]:
-        """As a question takes them."""
+        """The options as choices of a :class:`QuerySpec`."""
         column = None if self.span_column is None else retriever.index.text_column(self.span_column)
         return {"spans": self.spans, "query_spans": self.query_spans, "span_column": column}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(Options, panel="Sample"):
-    """How many test rows are asked about."""
+    """How many test rows are sampled, and the random seed."""
 
     queries: Annotated[int, typer.Option("--queries", help="Rows asked about, a seeded sample; 0: all.")] = 100
     seed: SampleSeed = 0

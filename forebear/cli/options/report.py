@@ -1,4 +1,4 @@
-"""Options of what a command writes and says."""
+"""Options for what a command writes and prints."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ JsonOut = Annotated[bool, typer.Option("--json", help="Print JSON instead of tab
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions(Options, panel="Output"):
-    """What is said, and what may be replaced."""
+    """Whether messages are printed, and whether files may be replaced."""
 
     force: Force = False
     quiet: Quiet = False
 
     def progress(self) -> AbstractContextManager[Callable[[str, int, int], None]]:
-        """A bar on the screen, if it is wanted."""
+        """A progress bar on the screen, unless ``--quiet`` is given."""
         return progress_bar(quiet=self.quiet)
 
 
@@ -48,26 +48,26 @@ class FolderOptions(OutputOptions):
 
     @property
     def folder(self) -> Path:
-        """The same, as a path."""
+        """The folder ``--out`` as a path."""
         return Path(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(OutputOptions):
-    """Where the report goes."""
+    """Where the report is written, and how it is printed."""
 
     out: Annotated[str | None, FOLDER] = None
     json_out: JsonOut = False
 
     def check(self) -> None:
-        """See that the report can be written, before any work."""
+        """Refuse a folder that the report cannot be written to, before any work."""
         from forebear.evaluation.reports.report import check_folder
 
         if self.out is not None:
             check_folder(Path(self.out), force=self.force)
 
     def finish(self, report: Report, result: dict[str, Any], shown: Report | None = None) -> None:
-        """Write the report where it is asked for, and show it, or what is shown of it on a screen."""
+        """Write the report to ``--out``, if given, and print it; ``shown`` is a shorter version for the screen."""
         from forebear.evaluation.reports.report import render_json, write_report
 
         if self.out is not None:
@@ -81,7 +81,7 @@ class ReportOptions(OutputOptions):
 
 
 def say_written(page: Path, *more: str, quiet: bool) -> None:
-    """Name the files of a report that was written, and what lies beside it."""
+    """Print the names of the files of a report that was written, and of ``more`` files beside it."""
     from forebear.evaluation.reports.report import REPORT_FILES
 
     *names, last = [str(page), *REPORT_FILES[1:], *more]

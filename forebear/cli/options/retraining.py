@@ -25,7 +25,7 @@ Workers = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class RetrainOptions(Options, panel="Retraining"):
-    """How the model is retrained, how often, and where what retrained models said is kept."""
+    """How the model is retrained, how often, and where the outcomes are kept."""
 
     retrain: Annotated[
         str, typer.Option("--retrain", help="What is trained again: full, top-K (the last K layers, as top-2) or head.")
@@ -49,7 +49,7 @@ class RetrainOptions(Options, panel="Retraining"):
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions(RetrainOptions):
-    """What a measure that retrains often is given besides."""
+    """Options of evaluations that train many models, besides those of retraining."""
 
     l2: Annotated[float, typer.Option("--l2", help="Of --retrain head: weight of half the squared norm, above 0.")] = (
         0.01

@@ -1,4 +1,4 @@
-"""Options that say which rows are meant, and how files of rows are read."""
+"""Options that name files of rows and their columns."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ Pair = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnOptions(Options, panel="Rows"):
-    """Which columns of files of rows are meant, and what an unlabelled row is."""
+    """Names of the columns of files of rows, and the treatment of unlabelled rows."""
 
     text_columns: TextColumns = None
     label_column: Annotated[
@@ -82,13 +82,13 @@ class ColumnOptions(Options, panel="Rows"):
         need_labels: bool = True,
         text_columns: Sequence[str] | None = None,
     ) -> RowSource:
-        """Open rows, and warn of those that were left out, have no label or no words.
+        """Open rows, and warn of rows that were left out or that have no label or no words.
 
         Args:
             path: A file, folder or hub name.
-            classes: The model's class names, where it is known.
+            classes: The model's class names, where the model is known.
             need_labels: Whether rows without a label are refused, or left out.
-            text_columns: Where none are given as an option.
+            text_columns: Text columns where ``--text-columns`` is not given.
         """
         from forebear.indexer.rows.row_source import open_rows
 

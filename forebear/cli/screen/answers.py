@@ -23,7 +23,7 @@ SHOWN_WORDS = 4
 
 
 def show_answers(
-    found: Iterator[Answers],
+    answers_in_order: Iterator[Answers],
     tables_of: Callable[[Answers], Iterator[pa.Table]],
     source: RowSource,
     methods: Sequence[Method],
@@ -34,17 +34,17 @@ def show_answers(
     """Print the answers to the first few queries, or the one answer to all.
 
     Args:
-        found: Answers, in the order of the test rows.
-        tables_of: Answers as tables.
+        answers_in_order: Answers, in the order of the test rows.
+        tables_of: Turns answers into tables.
         source: The test rows.
-        methods: That were asked.
-        aggregate: All test rows were asked together.
-        quiet: Say no notes.
+        methods: Methods of the question.
+        aggregate: Whether there is one answer to all test rows together.
+        quiet: Whether to print no notes.
     """
     import pyarrow as pa
 
     if aggregate:
-        table = pa.concat_tables(tables_of(next(found)))
+        table = pa.concat_tables(tables_of(next(answers_in_order)))
         OUT.print(f"[bold]{source.n_rows:,} queries together[/bold]")
         _print_rankings(rows := table.to_pylist(), methods, _text_names(table), [])
         _say_signs(rows, methods, quiet=quiet)
@@ -52,7 +52,7 @@ def show_answers(
     block = next(iter(source.blocks(SHOWN_QUERIES)))
     n_shown = 0
     while n_shown < len(block):
-        answers = next(found)
+        answers = next(answers_in_order)
         table = pa.concat_tables(tables_of(answers))
         rows = table.to_pylist()
         for number in range(answers.start, min(answers.start + len(answers.predictions), len(block))):
@@ -67,7 +67,7 @@ def show_answers(
 def _print_answer(
     results: list[dict[str, Any]], methods: Sequence[Method], text_names: list[str], texts: list[str]
 ) -> None:
-    """Print a query and all its rankings; ``texts`` are its own."""
+    """Print a query, whose texts are ``texts``, and all its rankings."""
     from rich.markup import escape
 
     first = results[0]
@@ -99,13 +99,13 @@ def _text_names(table: pa.Table) -> list[str]:
 def _print_rankings(
     results: list[dict[str, Any]], methods: Sequence[Method], text_names: list[str], texts: list[str]
 ) -> None:
-    """Print both ends of each method's ranking for one query; ``texts`` are the query's own."""
+    """Print both ends of each method's ranking for one query, whose texts are ``texts``."""
     from rich.markup import escape
     from rich.table import Table
 
     from forebear.retriever.answers.results import SIDES
 
-    target = results[0]["target"] or "each row's target"  # of an aggregate they may differ
+    target = results[0]["target"] or "each row's target"  # the rows of an aggregate may have different targets
     for method in methods:
         for side in SIDES:
             grid = Table(title=f"{method.name}: {side}s of {escape(target)}", title_justify="left", expand=True)
@@ -140,8 +140,8 @@ def _print_rankings(
 
 def _shared(row: dict[str, Any]) -> str:
     """The words that contribute most, with their share of the score."""
-    found = zip(row["words"], row["contributions"], strict=True)
-    shown = [f"{word.strip()} {value:+.2g}" for word, value in list(found)[:SHOWN_WORDS]]
+    contributions = zip(row["words"], row["contributions"], strict=True)
+    shown = [f"{word.strip()} {value:+.2g}" for word, value in list(contributions)[:SHOWN_WORDS]]
     more = len(row["words"]) - len(shown)
     return ", ".join(shown) + (f", {more} more" if more > 0 else "") or "none"
 
@@ -162,7 +162,7 @@ def _caption(rows: list[dict[str, Any]], texts: list[str]) -> str:
 
 
 def _say_signs(results: list[dict[str, Any]], methods: Sequence[Method], *, quiet: bool) -> None:
-    """A note for each side of a method whose scores, of one query, have the sign of the other side."""
+    """Print a note for each side of a method where scores of one query have the sign of the other side."""
     from forebear.retriever.answers.signs import SignCounts
 
     counts = SignCounts(methods)
@@ -172,20 +172,20 @@ def _say_signs(results: list[dict[str, Any]], methods: Sequence[Method], *, quie
 
 
 def say_signs(counts: SignCounts, *, quiet: bool) -> None:
-    """A note for each side of a method that has scores of the other side's sign."""
+    """Print a note for each side of a method that has scores of the other side's sign."""
     for name, sentence in counts.by_method():
         note(name, sentence, quiet=quiet)
 
 
 def say_recall(question: Question, *, quiet: bool) -> None:
-    """A note for each method whose recall is not proven: what calibration states, or why it was not measured."""
+    """Print a note for each method whose recall is not proven: the calibrated recall, or why there is none."""
     from forebear.retriever.coverage import question_facts
 
     for name, facts in question_facts(question)["methods"].items():
         recall, reason, n = facts["recall"], facts.get("recall_note"), facts.get("candidates")
         lines = [] if reason is None else [reason]
         if recall is not None and recall < 1:
-            by = "" if n is None else f" ({n:,} candidates at each end)"
-            lines.insert(0, f"recall {recall:.3g} expected of the exact top {question.spec.top}{by}")
+            candidates = "" if n is None else f" ({n:,} candidates at each end)"
+            lines.insert(0, f"recall {recall:.3g} expected of the exact top {question.spec.top}{candidates}")
         if lines:
             note(name, "; ".join(lines), quiet=quiet)

@@ -1,4 +1,4 @@
-"""What the screen shows: progress and messages on stderr, answers on stdout."""
+"""The terminal: progress and messages on stderr, answers on stdout."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from typer.core import TyperCommand
 
 
 class _Console(Console):
-    """One that leaves a reader who has gone to the command."""
+    """A console that leaves it to the command to handle a broken pipe."""
 
     def on_broken_pipe(self) -> None:
-        """Rich would end with exit code 1."""
+        """Raise the error again; rich would end the process with exit code 1."""
         raise BrokenPipeError
 
 
-SHOWN_CHARACTERS = 2000  # of a text
+SHOWN_CHARACTERS = 2000  # of a text, at most
 OUT = _Console(highlight=False, soft_wrap=False)
 ERR = Console(stderr=True, highlight=False)
 
 
 def say(message: str, *, quiet: bool = False) -> None:
-    """One line of news on stderr."""
+    """Print one line of news on stderr."""
     if not quiet:
         ERR.print(message, markup=False, soft_wrap=True)
 
 
 def note(subject: str, message: str, *, quiet: bool = False) -> None:
-    """What must be said beside the results of a method (or of several, or an index), in one form for all of it."""
+    """Print a note on the results of a method, of several methods or of an index, ``subject``, in one form for all."""
     say(f"note: {subject}: {message}", quiet=quiet)
 
 
 def warn(message: str | None) -> None:
-    """A warning on stderr, shown also when quiet; None is no warning."""
+    """Print a warning on stderr, also with ``--quiet``; None prints nothing."""
     if message:
         ERR.print(f"warning: {message}", markup=False, soft_wrap=True)
 
@@ -70,14 +70,14 @@ class Command(TyperCommand):
     """A command whose list options take several values after one flag: ``--checkpoints A B C``."""
 
     def get_help_option(self, ctx: Any) -> Any:
-        """``--help``, under the heading of what a command says."""
+        """``--help``, under the heading of the output options."""
         option = super().get_help_option(ctx)
         if option is not None:
             option.rich_help_panel = "Output"
         return option
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the flag before each further value, which is what the parser understands."""
+        """Repeat the flag before each further value, since the parser takes one value a flag."""
         many = {o for p in self.params if getattr(p, "multiple", False) for o in p.opts}
         return super().parse_args(ctx, _repeat_flags(args, many))
 
@@ -107,12 +107,12 @@ def shortened(text: str) -> str:
 
 
 def is_terminal() -> bool:
-    """Whether answers go to a person."""
+    """Whether answers are printed to a terminal."""
     return sys.stdout.isatty()
 
 
 def size(n_bytes: float) -> str:
-    """Bytes for people: 1.5 MiB."""
+    """A number of bytes as people read it, such as 1.5 MiB."""
     for unit in ("B", "KiB", "MiB"):
         if n_bytes < 1024:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"

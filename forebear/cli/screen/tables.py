@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from forebear.evaluation.reports.report import Table as ReportTable
 
 _GAP = 3  # between two columns of a table on the screen
-_TEXT_WIDTH = 24  # of a column of texts at least
+_TEXT_WIDTH = 24  # least width of a column of texts
 
 
 def show_report(report: Report) -> None:

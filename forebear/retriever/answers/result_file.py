@@ -15,7 +15,7 @@ from forebear.errors import InputError, OutputExistsError
 from forebear.indexer.storage.atomic import atomic_file
 from forebear.indexer.storage.locks import claimed, exclusive
 
-_LINES = 1024  # results that are turned into JSON together
+_LINES = 1024  # results turned into JSON at once
 
 
 @contextmanager
@@ -26,9 +26,9 @@ def result_writer(path: Path, metadata: dict[str, str], *, force: bool) -> Itera
     provenance in a file ``NAME.meta.json`` beside it.
 
     Raises:
-        OutputExistsError: The file is there, and ``force`` is not given.
-        InUseError: Another process is writing it.
-        InputError: Another suffix.
+        OutputExistsError: The file exists, and ``force`` is not given.
+        InUseError: Another process is writing the file.
+        InputError: The name has another suffix.
     """
     check_output(path, force=force)
     with exclusive(path.with_name(path.name + ".lock"), str(path)), _whole(path, force=force) as handle:
@@ -56,8 +56,8 @@ def result_writer(path: Path, metadata: dict[str, str], *, force: bool) -> Itera
             yield write_lines
             handle.flush()  # a full disk is found before anything is replaced
             content = json.dumps(json.loads(metadata["forebear"]), indent=1, allow_nan=False)
-            # Old results go before, and new ones get their name after: a process that is killed leaves none beside
-            # provenance that is not theirs.
+            # Old results are deleted before the new provenance gets its name, and new results get theirs after it: a
+            # process that is killed in between leaves no results beside provenance of other results.
             with atomic_file(path.with_name(path.name + ".meta.json")) as facts:
                 facts.write(content.encode() + b"\n")
                 facts.flush()
@@ -66,7 +66,7 @@ def result_writer(path: Path, metadata: dict[str, str], *, force: bool) -> Itera
 
 @contextmanager
 def _whole(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
-    """The file under its lock, after another look: whoever held the lock may have written it."""
+    """Open the file under its lock, after a second check: the lock's last holder may have written it."""
     check_output(path, force=force)
     with atomic_file(path) as handle:
         yield handle
@@ -80,7 +80,7 @@ def check_output(path: Path, *, force: bool) -> None:
         raise InputError(f"--out {path} is a folder. Give a file name.", of="retrieve")
     if path.exists() and not force:
         lock = path.with_name(path.name + ".lock")
-        if lock.exists():  # of a process that was killed when the file was done: taken, it goes
+        if lock.exists():  # left by a process that was killed after writing: claiming removes it
             with claimed(lock):
                 pass
         raise OutputExistsError(f"{path} exists. Give another --out, or --force to replace it.", of="retrieve")

@@ -18,9 +18,9 @@ from forebear.retriever.words.vocabulary import token_texts
 
 SIDES = ("proponent", "opponent")
 TABLE_RESULTS = 1 << 17  # results of one table, at most
-TABLE_TEXT_BYTES = 1 << 27  # of the texts that one table holds, unless a single one is longer
-ANSWER_BYTES = 1 << 26  # what the rankings of the test rows that are asked together may take
-_RESULT_BYTES, _SPAN_BYTES, _WORDS_BYTES = 16, 128, 1024  # of a result in a ranking: row and score; its span; its words
+TABLE_TEXT_BYTES = 1 << 27  # bytes of the texts that one table holds, unless a single text is longer
+ANSWER_BYTES = 1 << 26  # bytes that the rankings of the test rows of one block may take
+_RESULT_BYTES, _SPAN_BYTES, _WORDS_BYTES = 16, 128, 1024  # for each result: row and score; span; words
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Answers:
     """Answers to a block of ``q`` test rows.
 
     Attributes:
-        start: Row number of the first of them in the test file.
+        start: Row number of the first test row in its file.
         labels: Gold class ids ``(q,)``, or None.
         predictions: Predicted class ids, ``(q,)``.
-        targets: Class ids whose loss was explained, ``(q,)``. Of an aggregate, labels, predictions and targets are
-            those that all its test rows share, else -1.
+        targets: Class ids whose loss was explained, ``(q,)``. In the answer of an aggregate, labels, predictions and
+            targets are the classes that all its test rows share, else -1.
         found: (proponents, opponents) by method name.
     """
 
@@ -44,7 +44,7 @@ class Answers:
 
 
 def queries_together(methods: Sequence[Method], top: int) -> int:
-    """Test rows whose rankings fit in memory together; at least one."""
+    """Number of test rows whose rankings fit in memory together; at least one."""
     sizes = [
         _RESULT_BYTES + (_SPAN_BYTES if m.spans else 0) + (_WORDS_BYTES if m.representation == "words" else 0)
         for m in methods
@@ -53,31 +53,32 @@ def queries_together(methods: Sequence[Method], top: int) -> int:
 
 
 def answer_tables(index: Index, answers: Answers, tokenizer: Any) -> Iterator[pa.Table]:
-    """The columns of DESIGN.md's section 5, ordered by query, method, side and rank.
+    """Tables of results with the columns that ``docs/answers.md`` lists, by query, method, side and rank.
 
-    No table grows with the number of queries, methods or results: each holds a stretch of them, and a text once.
+    No table grows with the number of queries, methods or results: each holds a range of the results, and every text
+    of these once.
 
     Args:
-        index: That was asked.
-        answers: To its questions.
-        tokenizer: Names the shared words.
+        index: The index that gave the answers.
+        answers: Answers to a block of test rows.
+        tokenizer: The model's tokenizer, which turns ids of shared words into text.
     """
     first = next(iter(answers.found.values()))[0]
     shape = (len(answers.predictions), len(answers.found), len(SIDES), first.rows.shape[1])
     n_results, start = int(np.prod(shape)), 0
     while start < n_results:
         stop = min(start + TABLE_RESULTS, n_results)
-        some = _Results(answers, *np.unravel_index(np.arange(start, stop), shape))
-        while stop - start > 1 and index.row_texts.sizes[np.unique(some.rows)].sum() > TABLE_TEXT_BYTES:
+        results = _Results(answers, *np.unravel_index(np.arange(start, stop), shape))
+        while stop - start > 1 and index.row_texts.sizes[np.unique(results.rows)].sum() > TABLE_TEXT_BYTES:
             stop = start + (stop - start) // 2
-            some = _Results(answers, *np.unravel_index(np.arange(start, stop), shape))
-        yield _table(index, some, tokenizer)
+            results = _Results(answers, *np.unravel_index(np.arange(start, stop), shape))
+        yield _table(index, results, tokenizer)
         start = stop
 
 
 @dataclass(frozen=True)
 class _Results:
-    """Some results, ``(n,)``: query, method and side of each by position, and its rank from 0."""
+    """A range of ``n`` results: position of each one's query, method and side, and its rank from 0, ``(n,)`` each."""
 
     answers: Answers
     query: np.ndarray
@@ -87,60 +88,62 @@ class _Results:
 
     @cached_property
     def rankings(self) -> list[tuple[Ranking, np.ndarray]]:
-        """Each ranking that results stand in, and which of the results these are."""
+        """Each ranking that holds results of the range, with the positions of these results."""
         ends = [end for pair in self.answers.found.values() for end in pair]
         number = len(SIDES) * self.method + self.side
         return [(ends[i], np.flatnonzero(number == i)) for i in np.unique(number)]
 
     def numbers(self, value: Callable[[Ranking, np.ndarray, np.ndarray], Any], kind: Any) -> np.ndarray:
-        """A number of each result, from its ranking, query and rank."""
+        """``value(ranking, query, rank)`` of each result, as an array of type ``kind``, ``(n,)``."""
         out = np.empty(len(self.query), kind)
-        for ranking, at in self.rankings:
-            out[at] = value(ranking, self.query[at], self.rank[at])
+        for ranking, positions in self.rankings:
+            out[positions] = value(ranking, self.query[positions], self.rank[positions])
         return out
 
     def objects(self, value: Callable[[Ranking, int, int], Any]) -> list[Any]:
-        """The same of anything."""
+        """``value(ranking, query, rank)`` of each result, as a list of objects."""
         out: list[Any] = [None] * len(self.query)
-        for ranking, at in self.rankings:
-            for n, i, j in zip(at.tolist(), self.query[at].tolist(), self.rank[at].tolist(), strict=True):
-                out[n] = value(ranking, i, j)
+        for ranking, positions in self.rankings:
+            for position, i, j in zip(
+                positions.tolist(), self.query[positions].tolist(), self.rank[positions].tolist(), strict=True
+            ):
+                out[position] = value(ranking, i, j)
         return out
 
-    def some_have(self, name: str) -> bool:
-        """Whether any ranking of the question has this part; then all its tables have the column."""
+    def any_has(self, name: str) -> bool:
+        """Whether any ranking has the attribute ``name``; all tables of the answer then have its column."""
         return any(getattr(end, name) is not None for pair in self.answers.found.values() for end in pair)
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """Training row of each."""
+        """Training row of each result, ``(n,)``."""
         return self.numbers(lambda ranking, query, rank: ranking.rows[query, rank], np.int64)
 
 
-def _table(index: Index, some: _Results, tokenizer: Any) -> pa.Table:
-    answers, rows, names = some.answers, some.rows, index.manifest.spec.label_names
+def _table(index: Index, results: _Results, tokenizer: Any) -> pa.Table:
+    answers, rows, names = results.answers, results.rows, index.manifest.spec.label_names
     columns: dict[str, pa.Array] = {
-        "query": pa.array(answers.start + some.query),
+        "query": pa.array(answers.start + results.query),
         "query_label": pa.nulls(len(rows), pa.string())
         if answers.labels is None
-        else _named(names, answers.labels[some.query]),
-        "query_prediction": _named(names, answers.predictions[some.query]),
-        "target": _named(names, answers.targets[some.query]),
-        "method": _named(list(answers.found), some.method),
-        "side": _named(SIDES, some.side),
-        "rank": pa.array((some.rank + 1).astype(np.int32)),
+        else _named(names, answers.labels[results.query]),
+        "query_prediction": _named(names, answers.predictions[results.query]),
+        "target": _named(names, answers.targets[results.query]),
+        "method": _named(list(answers.found), results.method),
+        "side": _named(SIDES, results.side),
+        "rank": pa.array((results.rank + 1).astype(np.int32)),
         "row": pa.array(rows),
-        "score": pa.array(some.numbers(lambda ranking, query, rank: ranking.scores[query, rank], np.float64)),
-        "exact": pa.array(some.numbers(lambda ranking, _query, _rank: ranking.exact, bool)),
+        "score": pa.array(results.numbers(lambda ranking, query, rank: ranking.scores[query, rank], np.float64)),
+        "exact": pa.array(results.numbers(lambda ranking, _query, _rank: ranking.exact, bool)),
         "label": _named(names, index.labels[rows]),
         "prediction": _named(names, index.predictions[rows]),
     }
     texts = index.texts(rows)
-    columns |= _search_columns(some)
-    if some.some_have("spans"):
-        columns |= _span_columns(some, list(texts.values()))
-    if some.some_have("words"):
-        columns |= _word_columns(some, tokenizer)
+    columns |= _search_columns(results)
+    if results.any_has("spans"):
+        columns |= _span_columns(results, list(texts.values()))
+    if results.any_has("words"):
+        columns |= _word_columns(results, tokenizer)
     for name, values in texts.items():
         columns[name if name not in columns else f"row_{name}"] = values
     return pa.table(columns)
@@ -151,51 +154,51 @@ def _named(names: Sequence[str], ids: np.ndarray) -> pa.Array:
     return pa.array(names, pa.string()).take(pa.array(ids, mask=ids < 0))
 
 
-def _search_columns(some: _Results) -> dict[str, pa.Array]:
+def _search_columns(results: _Results) -> dict[str, pa.Array]:
     """``residual`` where a solver iterated; ``proven`` and ``rows_scored`` where proofs were asked for."""
     columns = {}
-    if some.some_have("residual"):
-        found = some.numbers(lambda r, query, _: np.nan if r.residual is None else r.residual[query], np.float64)
-        columns["residual"] = pa.array(found, from_pandas=True)
-    if some.some_have("proven"):
-        found = some.numbers(lambda r, query, _: True if r.proven is None else r.proven[query], bool)
-        columns["proven"] = pa.array(found)
-        columns["rows_scored"] = pa.array(some.numbers(lambda r, query, _: r.n_scored[query], np.int64))
+    if results.any_has("residual"):
+        values = results.numbers(lambda r, query, _: np.nan if r.residual is None else r.residual[query], np.float64)
+        columns["residual"] = pa.array(values, from_pandas=True)
+    if results.any_has("proven"):
+        values = results.numbers(lambda r, query, _: True if r.proven is None else r.proven[query], bool)
+        columns["proven"] = pa.array(values)
+        columns["rows_scored"] = pa.array(results.numbers(lambda r, query, _: r.n_scored[query], np.int64))
     return columns
 
 
-def _span_columns(some: _Results, texts: Sequence[pa.DictionaryArray]) -> dict[str, pa.Array]:
-    """Span of each result and of its test row: text column and ends, and the text of the former; null where none is.
+def _span_columns(results: _Results, texts: Sequence[pa.DictionaryArray]) -> dict[str, pa.Array]:
+    """Span of each result and of its test row (text column, start, end), and the text of the result's span.
 
-    ``spans_cut``: how many spans of what was searched the model does not read (they lie beyond its longest input, or
-    hold nothing but white space), and were left out.
+    They are null where a result has no span. ``spans_cut`` counts the spans of the searched rows that were left out
+    because the model does not read them: they lie beyond its longest input, or hold nothing but white space.
     """
-    spans = some.objects(lambda r, i, j: None if r.spans is None else r.spans[i][j])
-    own = some.objects(lambda r, i, _: None if r.query_spans is None else r.query_spans[i])
-    cut = some.objects(lambda r, i, _: None if r.n_cut is None else int(r.n_cut[i]))
-    held = [(column.indices.to_pylist(), column.dictionary.to_pylist()) for column in texts]
-    found: list[str | None] = []
-    for n, span in enumerate(spans):
+    spans = results.objects(lambda r, i, j: None if r.spans is None else r.spans[i][j])
+    query_spans = results.objects(lambda r, i, _: None if r.query_spans is None else r.query_spans[i])
+    n_cut = results.objects(lambda r, i, _: None if r.n_cut is None else int(r.n_cut[i]))
+    columns = [(column.indices.to_pylist(), column.dictionary.to_pylist()) for column in texts]
+    span_texts: list[str | None] = []
+    for position, span in enumerate(spans):
         if span is None:
-            found.append(None)
+            span_texts.append(None)
             continue
-        indices, distinct = held[span.column]
-        found.append(distinct[indices[n]][span.start : span.end])
-    out = {"span": pa.array(found, pa.large_string()).dictionary_encode()}
-    for prefix, listed in (("span", spans), ("query_span", own)):
+        indices, distinct = columns[span.column]
+        span_texts.append(distinct[indices[position]][span.start : span.end])
+    out = {"span": pa.array(span_texts, pa.large_string()).dictionary_encode()}
+    for prefix, listed in (("span", spans), ("query_span", query_spans)):
         for part in ("column", "start", "end"):
             values = [None if span is None else getattr(span, part) for span in listed]
             out[f"{prefix}_{part}"] = pa.array(values, pa.int32())
-    out["spans_cut"] = pa.array(cut, pa.int64())
+    out["spans_cut"] = pa.array(n_cut, pa.int64())
     return out
 
 
-def _word_columns(some: _Results, tokenizer: Any) -> dict[str, pa.Array]:
+def _word_columns(results: _Results, tokenizer: Any) -> dict[str, pa.Array]:
     """Shared words of each result and what each contributes to the score; null where scores are no sums of words."""
-    found = some.objects(lambda r, i, j: None if r.words is None else r.words[i][j])
-    starts = pa.array(offsets(np.array([0 if one is None else len(one[0]) for one in found])).astype(np.int32))
-    missing = pa.array([one is None for one in found])
-    shared = [one for one in found if one is not None]
+    words = results.objects(lambda r, i, j: None if r.words is None else r.words[i][j])
+    starts = pa.array(offsets(np.array([0 if pair is None else len(pair[0]) for pair in words])).astype(np.int32))
+    missing = pa.array([pair is None for pair in words])
+    shared = [pair for pair in words if pair is not None]
     ids = np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in shared)]).astype(np.int32)
     contributions = np.concatenate([np.empty(0), *(values for _, values in shared)])
     distinct, places = np.unique(ids, return_inverse=True)

@@ -1,4 +1,4 @@
-"""What is said of scores whose sign is not that of their side: proponents below 0, opponents above 0.
+"""Notes on scores whose sign is not that of their side: proponents below 0, opponents above 0.
 
 Both sides are ends of one ranking: where few rows support a prediction, its proponents include rows that oppose it.
 """
@@ -14,19 +14,19 @@ from forebear.retriever.question.methods import Method, pick_methods
 
 
 def is_crossed(method: Method, side: str, scores: np.ndarray | Sequence[float]) -> np.ndarray:
-    """Which scores of one side have the sign of the other, bool; none where the method's sign says nothing."""
-    below = np.asarray(scores) < 0 if side == SIDES[0] else np.asarray(scores) > 0
-    return below & method.signed
+    """Mask of one side's scores that have the sign of the other; all False where the method's sign means nothing."""
+    crossed = np.asarray(scores) < 0 if side == SIDES[0] else np.asarray(scores) > 0
+    return crossed & method.signed
 
 
 def sign_note(method: Method, side: str, n_crossed: int, n: int, *, named: bool = True) -> str:
-    """What the scores of one side do not say of themselves; empty where they have the side's sign.
+    """A sentence on the scores of one side that have the other side's sign; empty where there are none.
 
     Args:
-        method: By which they are.
+        method: Method of the scores.
         side: ``proponent`` or ``opponent``.
-        n_crossed: How many of them :func:`is_crossed`.
-        n: How many they are, of one test row or of many.
+        n_crossed: Number of scores that :func:`is_crossed` marks.
+        n: Number of scores, of one test row or of many.
         named: Whether the sentence names the method.
     """
     if not n_crossed:
@@ -57,13 +57,13 @@ class SignCounts:
         self._crossed = {(name, side): [0, 0] for name in self._methods for side in SIDES}
 
     def add(self, answers: Answers) -> None:
-        """Count those of one block of test rows."""
+        """Count the results of one block of test rows."""
         for name, ends in answers.found.items():
             for side, ranking in zip(SIDES, ends, strict=True):
                 self.count(name, side, ranking.scores)
 
     def count(self, name: str, side: str, scores: np.ndarray) -> None:
-        """Count those of some scores of one method and side."""
+        """Count scores of one method and side."""
         count = self._crossed[name, side]
         count[0] += int(is_crossed(self._methods[name], side, scores).sum())
         count[1] += scores.size
@@ -73,7 +73,7 @@ class SignCounts:
         return [sentence for _, sentence in self._sentences(named=True)]
 
     def by_method(self) -> list[tuple[str, str]]:
-        """The same as method and sentence."""
+        """The sentences of :meth:`notes` without the method's name, as pairs of name and sentence."""
         return self._sentences(named=False)
 
     def _sentences(self, *, named: bool) -> list[tuple[str, str]]:

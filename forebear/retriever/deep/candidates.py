@@ -1,4 +1,4 @@
-"""Which training rows may score highest and lowest beyond the head, by sketches: those that are then scored exactly.
+"""Proposes the training rows that may score highest and lowest beyond the head; the model then scores these exactly.
 
 Sketches of the gradients themselves propose candidates for ``gd``, ``gc`` and ``tracin``; sketches of the gradients
 whitened by the index's curvature propose them for ``if`` and ``rif``. Under another H^-1 than the whitened sketches'
@@ -25,10 +25,10 @@ class Candidates:
     """Proposes rows, or stored spans, of one index at one scope."""
 
     def __init__(self, gradients: QueryGradients) -> None:
-        """No sketcher is opened yet.
+        """Set up without opening a sketcher; each is opened when a question first needs it.
 
         Args:
-            gradients: Gradients of test rows over the scope, with the curvature that is asked for.
+            gradients: Gradients of test rows over the scope, with the curvature that the question asks for.
         """
         self._gradients, self._index, self._scope = gradients, gradients.index, gradients.scope
         self._sketchers: dict[tuple[int, int | None], Sketcher] = {}
@@ -38,11 +38,16 @@ class Candidates:
         return self._gradients.curvature.at(self._scope)
 
     def sketched(self, method: Method) -> list[tuple[int, float]]:
-        """Numbers and weights of the checkpoints whose sketches propose candidates: variants have none of their own."""
+        """Numbers and weights of the checkpoints whose sketches propose candidates.
+
+        A method over variants of the last checkpoint takes that checkpoint's sketches: variants have none stored.
+        """
         return [(self._gradients.last, float(N_VARIANTS))] if method.variants else self._gradients.checkpoints(method)
 
     def white_number(self) -> int | None:
-        """Number of the damping whose whitened sketches propose candidates for ``if`` and ``rif``; None: none do.
+        """Number of the damping whose whitened sketches propose candidates for ``if`` and ``rif``.
+
+        None where no whitened sketches do: the index has none, or H is the identity.
 
         Raises:
             InputError: EK-FAC is asked for at a damping that the index has no whitened sketches of.
@@ -57,9 +62,10 @@ class Candidates:
         """Sketches of the test rows beside those of the training rows, for each method.
 
         Args:
-            methods: That compare gradients.
+            methods: Methods that compare gradients.
             queries: Test rows whose whole gradients fit in memory together.
-            spans: Beside those of all stored spans instead, at the last checkpoint.
+            spans: Whether the other side is the sketches of all stored spans, at the last checkpoint, instead of
+                those of the training rows.
         """
         sketches: dict[tuple[int, int | None], SketchRows] = {}
         for number in sorted({number for method in methods for number, _ in self.sketched(method)}):
@@ -87,7 +93,7 @@ class Candidates:
         return out
 
     def _solution_part(self, queries: Queries, *, spans: bool) -> Part:
-        """A sketch of H^-1 g of each test row beside the plain sketches of the training rows."""
+        """Sketches of the solution H^-1 g of each test row, beside the plain sketches of the training rows."""
         solved = {name: v.float() for name, v in self._gradients.solutions(queries)[0].items()}
         sketched = self._sketcher(self._gradients.last, None).of_matrix(
             solved, self._gradients.models.classifier().device
@@ -100,10 +106,11 @@ class Candidates:
         """Candidates at the proponents' end and at the opponents', ``(q, m)`` row numbers each, by method name.
 
         Args:
-            methods: That compare gradients.
+            methods: Methods that compare gradients.
             queries: Test rows whose whole gradients fit in memory together.
-            widths: Candidates at each end from each sketch, by method name; at most the number of what is searched.
-            spans: Entries of the index's store of spans, instead of rows.
+            widths: Number of candidates at each end from each sketch, by method name; more than there are live rows
+                (or spans) means all of them.
+            spans: Whether to propose entries of the index's store of spans instead of rows.
         """
         live = self._index.live_spans if spans else self._index.live
         out = {}
@@ -112,21 +119,21 @@ class Candidates:
             name, width = method.name, min(len(live), widths[method.name])
             ends = [propose(parts[name], live, width, self.proposal(method))]
             if self._from_solutions(method) and self._kinds(method):
-                how = self._index.proposal(self._scope, UNWHITENED[name], cosine=method.metric == "cos")
-                ends.append(propose([self._solution_part(queries, spans=spans)], live, width, how))
+                proposal = self._index.proposal(self._scope, UNWHITENED[name], cosine=method.metric == "cos")
+                ends.append(propose([self._solution_part(queries, spans=spans)], live, width, proposal))
             high, low = (np.concatenate([both[end][0] for both in ends], axis=1) for end in (0, 1))
             out[name] = high, low
         return out
 
     def proposal(self, method: Method) -> Proposal:
-        """How a method's candidates are chosen from its :meth:`parts`: as calibrated for those sketches."""
+        """The calibrated rule by which a method's candidates are chosen from its :meth:`parts`."""
         name = same_as(self._index, self._scope, method, self._gradients.curvature)
         if method.query == "preconditioned" and not self._kinds(method):
             name = UNWHITENED[method.name]
         return self._index.proposal(self._scope, name, cosine=method.metric == "cos")
 
     def _sketcher(self, number: int, white: int | None) -> Sketcher:
-        """Of a checkpoint's gradients, or of those whitened with a damping; opened once."""
+        """The sketcher of a checkpoint's gradients, plain (None) or whitened with the damping of number ``white``."""
         key = (number, white)
         if key not in self._sketchers:
             name, spec = self._index.manifest.checkpoints[number].name, self._index.manifest.spec
@@ -137,13 +144,16 @@ class Candidates:
         return self._sketchers[key]
 
     def _from_solutions(self, method: Method) -> bool:
-        """Whether a sketch of H^-1 g proposes candidates: no whitened sketches are of the H^-1 that is asked for."""
+        """Whether sketches of H^-1 g propose candidates, because the whitened sketches are of another H^-1."""
         if method.query != "preconditioned" or self._solver == "identity":
             return False
         return self._solver != "ekfac" or self.white_number() is None
 
     def _kinds(self, method: Method) -> list[tuple[int, int | None]]:
-        """Checkpoint and damping of the sketches that a method compares; none where that of H^-1 g stands alone."""
+        """Numbers of the checkpoint and of the damping (None: plain) of each kind of sketches that a method compares.
+
+        Empty where the sketches of H^-1 g alone propose the method's candidates.
+        """
         white = self.white_number() if method.query == "preconditioned" else None
         if self._from_solutions(method) and (method.metric == "dot" or white is None):
             return []

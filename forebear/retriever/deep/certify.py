@@ -1,4 +1,4 @@
-"""Proving a top k from stored residual lengths: no row left out can be in it.
+"""Proving a top k from stored residual lengths: no row that was not scored can be in it.
 
 The stored coordinates are a linear image of the gradient. Along orthonormal directions they are y = T x, and with r the
 length of what is outside of those directions,
@@ -24,25 +24,26 @@ from forebear.retriever.ranking import Ends, Ranking, rank
 
 _ROUND_ROWS = 256  # rows scored in a round, at least
 _FLOAT32 = 1e-5  # relative rounding of an exact score, with a margin
-_CANCELLED = 1e-3  # of a norm: what float32 leaves of sqrt(norm^2 - held^2) where nothing should be left
-_FLOAT16 = 1e-3  # of a unit vector's direction
+_CANCELLED = 1e-3  # as a share of the norm: what float32 leaves of sqrt(norm^2 - held^2) where the result should be 0
+_FLOAT16 = 1e-3  # rounding of a stored unit vector's direction
 
 
-def certify(search: GradientSearch, method: Method, queries: Queries, found: Ends, *, max_rows: int) -> Ends:
+def certify(search: GradientSearch, method: Method, queries: Queries, candidate_ends: Ends, *, max_rows: int) -> Ends:
     """Prove both ends of a ranking, scoring as many more rows as it takes.
 
     Args:
-        search: Of the scope.
-        method: Whose ranking.
+        search: Search over the scope.
+        method: Method whose ranking is proven.
         queries: Test rows whose whole gradients fit in memory together.
-        found: From candidates, ``k`` at each end.
-        max_rows: Rows to score exactly for a block of queries; where a proof needs more, there is none.
+        candidate_ends: Both ends as the candidates give them, ``k`` results each.
+        max_rows: Largest number of rows to score exactly for a block of queries. Queries whose proof needs more stay
+            unproven.
 
     Returns:
-        The ends, with ``proven`` and the number of rows scored.
+        Both ends, with ``proven`` and the number of rows scored.
     """
     live = search.index.live
-    k = found[0].rows.shape[1]
+    k = candidate_ends[0].rows.shape[1]
     centre, slack = bounds(search.candidates.parts([method], queries)[method.name], live, cosine=method.metric == "cos")
     scores = np.full(centre.shape, np.nan)
     column = {int(row): i for i, row in enumerate(live)}
@@ -51,14 +52,14 @@ def certify(search: GradientSearch, method: Method, queries: Queries, found: End
         exact, _ = search.score([method], queries, {method.name: live[columns]})
         scores[:, columns] = exact[method.name]
 
-    score(np.unique([column[int(row)] for end in found for row in end.rows.reshape(-1)]))
+    score(np.unique([column[int(row)] for end in candidate_ends for row in end.rows.reshape(-1)]))
     while True:
         wanted, open_queries = _to_score(scores, centre, slack, k)
-        known = int((~np.isnan(scores[0])).sum())
-        if not len(wanted) or known >= max_rows:
+        n_known = int((~np.isnan(scores[0])).sum())
+        if not len(wanted) or n_known >= max_rows:
             break
-        score(wanted[: max(1, max_rows - known)])
-    n_scored = np.full(len(scores), known)
+        score(wanted[: max(1, max_rows - n_known)])
+    n_scored = np.full(len(scores), n_known)
     ends = []
     for side, largest in enumerate((True, False)):
         filled = np.where(np.isnan(scores), -np.inf if largest else np.inf, scores)
@@ -68,7 +69,7 @@ def certify(search: GradientSearch, method: Method, queries: Queries, found: End
 
 
 def _to_score(scores: np.ndarray, centre: np.ndarray, slack: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Columns to score next, those of largest bounds first, and which queries are not proven yet, ``(2, q)``."""
+    """Columns to score next, largest bounds first, and a mask of the unproven queries at each end, ``(2, q)`` bool."""
     unknown = np.isnan(scores)
     wanted: dict[int, float] = {}
     is_open = np.zeros((2, len(scores)), bool)
@@ -92,37 +93,37 @@ def bounds(parts: Sequence[Part], live: np.ndarray, *, cosine: bool) -> tuple[np
     """Centre and half-width of the interval that holds each exact score.
 
     Args:
-        parts: One a checkpoint.
+        parts: Sketches of the queries and of the rows, one part a checkpoint.
         live: Row numbers, ``(n,)``.
-        cosine: Cosines; else dots.
+        cosine: Whether the scores are cosines rather than dots.
 
     Returns:
-        ``(q, n)`` float64 each.
+        Centres and half-widths, ``(q, n)`` float64 each.
     """
     q = len(parts[0].queries.lengths)
     centre, slack = np.zeros((q, len(live))), np.zeros((q, len(live)))
     for part in parts:
-        store, asked = part.store, part.queries
+        store, query_sketches = part.store, part.queries
         t = store.reduction.orthonormaliser
         stretch = float(np.linalg.norm(t, 2))
-        own = (asked.coordinates.astype(np.float64) @ t.T) * asked.lengths[:, None]
-        own_residual = asked.residual_lengths(store.reduction)
-        own_length = np.linalg.norm(own, axis=1)
+        query_vectors = (query_sketches.coordinates.astype(np.float64) @ t.T) * query_sketches.lengths[:, None]
+        query_residuals = query_sketches.residual_lengths(store.reduction)
+        query_lengths = np.linalg.norm(query_vectors, axis=1)
         for start in range(0, len(live), BLOCK_ROWS):
             rows = live[start : start + BLOCK_ROWS]
             lengths = store.lengths[rows].astype(np.float64)
             y = (store.coordinates(rows).astype(np.float64) @ t.T) * lengths[:, None]
             rounding = _FLOAT16 * stretch * store.shares[rows].astype(np.float64) * lengths
-            middle = own @ y.T
+            middle = query_vectors @ y.T
             width = np.outer(
-                np.hypot(own_residual, _CANCELLED * asked.norms),
+                np.hypot(query_residuals, _CANCELLED * query_sketches.norms),
                 np.hypot(store.residual_lengths[rows].astype(np.float64), _CANCELLED * store.norms[rows]),
             )
-            width += np.outer(own_length, rounding)
+            width += np.outer(query_lengths, rounding)
             if cosine:
-                below = asked.norms[:, None] * store.norms[rows].astype(np.float64)
-                middle, width = (ratio(x, below) for x in (middle, width))
-            at = slice(start, start + len(rows))
-            centre[:, at] += part.weight * middle
-            slack[:, at] += part.weight * width
+                norms = query_sketches.norms[:, None] * store.norms[rows].astype(np.float64)
+                middle, width = (ratio(x, norms) for x in (middle, width))
+            columns = slice(start, start + len(rows))
+            centre[:, columns] += part.weight * middle
+            slack[:, columns] += part.weight * width
     return centre, slack

@@ -1,4 +1,4 @@
-"""Gradients of test rows over one scope, and H^-1 of them; those of the block that was asked last are held."""
+"""Gradients of test rows over one scope, and H^-1 of them; those of the latest block of test rows stay in memory."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ class Queries:
     """Test rows whose gradients over one scope are compared: a query each, or one for each group of them.
 
     Attributes:
-        texts: One list a text column, or encoded; with another version of each row, its gradient is subtracted.
-        targets: Class whose loss is explained, of each row.
-        vectors: What is asked instead of loss gradients, at the last checkpoint; None: those.
-        groups: Number of each row's group, from 0: the gradients of a group are summed. None: a query a row.
+        texts: One list a text column, or encoded. Where the encoding holds a masked version of each row, a row's
+            vector is its gradient minus that of its masked version.
+        targets: Class whose loss is explained, one for each row.
+        vectors: Vectors at the last checkpoint that take the place of loss gradients, such as those of a saliency;
+            None: loss gradients.
+        groups: Number of each row's group, from 0: the gradients of a group are summed. None: each row is a query.
     """
 
     texts: Texts
@@ -36,31 +38,31 @@ class Queries:
     def __len__(self) -> int:
         return len(self.targets) if self.groups is None else int(self.groups.max()) + 1
 
-    def take(self, which: np.ndarray) -> Queries:
-        """Some of the queries, by ascending number."""
+    def take(self, indices: np.ndarray) -> Queries:
+        """The queries at some indices, which ascend."""
         if self.groups is not None:
-            rows = np.flatnonzero(np.isin(self.groups, which))
-            numbers = np.searchsorted(which, self.groups[rows])
+            rows = np.flatnonzero(np.isin(self.groups, indices))
+            numbers = np.searchsorted(indices, self.groups[rows])
             return Queries(take_texts(self.texts, rows), self.targets[rows], groups=numbers)
-        at = torch.from_numpy(np.asarray(which))
-        vectors = None if self.vectors is None else {n: v[at.to(v.device)] for n, v in self.vectors.items()}
-        return Queries(take_texts(self.texts, which), self.targets[which], vectors)
+        tensor_indices = torch.from_numpy(np.asarray(indices))
+        vectors = None if self.vectors is None else {n: v[tensor_indices.to(v.device)] for n, v in self.vectors.items()}
+        return Queries(take_texts(self.texts, indices), self.targets[indices], vectors)
 
 
 class QueryGradients:
     """Query vectors over one scope, at every checkpoint that a method sums over."""
 
     def __init__(self, models: Models, scope: str, curvature: CurvatureSpec) -> None:
-        """Nothing is loaded yet.
+        """Set up without loading a model; each is loaded when its gradients are first needed.
 
         Args:
-            models: Of the index whose checkpoints are asked.
+            models: Models of the index.
             scope: ``head``, ``top-K``, ``all`` or ``layer:NAME``.
-            curvature: H, whose inverse is applied.
+            curvature: The matrix H whose inverse is applied, and how it is solved for.
         """
         self.index, self.models, self.scope, self.curvature = models.index, models, scope, curvature
         self._solve: Solve | None = None
-        self._held: dict[int, tuple[Queries, Vectors]] = {}  # of the last block asked, by checkpoint
+        self._held: dict[int, tuple[Queries, Vectors]] = {}  # of the latest block, by checkpoint
         self._held_solution: tuple[Queries, Vectors, np.ndarray | None] | None = None
 
     @cached_property
@@ -82,26 +84,31 @@ class QueryGradients:
         return [(i, c.eta) for i, c in enumerate(self.index.manifest.checkpoints)]
 
     def solve(self, vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
-        """H^-1 of query gradients at the last checkpoint."""
+        """H^-1 of query gradients at the last checkpoint, and relative residuals ``(q,)`` where a solver iterated."""
         if self._solve is None:
             classifier = self.models.classifier()
             self._solve = deep_solver(self.curvature, self.index, classifier, self.parameters)
         return self._solve(vectors)
 
     def at_checkpoint(self, number: int, queries: Queries) -> Vectors:
-        """Whole gradients of the queries at a checkpoint; those of the last block asked are held."""
+        """Whole gradients of the queries at a checkpoint; the same ``queries`` object asked again costs no pass."""
         if queries.vectors is not None:
             return queries.vectors
         held = self._held.get(number)
         if held is None or held[0] is not queries:
             classifier = self.models.classifier(number)
-            where = (classifier, self.parameters, queries.texts, queries.targets)
-            found = whole_gradients(*where) if queries.groups is None else summed_gradients(*where, queries.groups)
-            self._held[number] = held = (queries, found)
+            arguments = (classifier, self.parameters, queries.texts, queries.targets)
+            vectors = (
+                whole_gradients(*arguments) if queries.groups is None else summed_gradients(*arguments, queries.groups)
+            )
+            self._held[number] = held = (queries, vectors)
         return held[1]
 
     def solutions(self, queries: Queries) -> tuple[Vectors, np.ndarray | None]:
-        """H^-1 of them at the last checkpoint, and relative residuals where a solver iterated; held likewise."""
+        """H^-1 of the queries' gradients at the last checkpoint, as :meth:`solve` gives it.
+
+        Like the gradients, the solutions of the latest block stay in memory.
+        """
         if self._held_solution is None or self._held_solution[0] is not queries:
             self._held_solution = (queries, *self.solve(self.at_checkpoint(self.last, queries)))
         return self._held_solution[1:]

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from forebear.indexer.gradients.vectors import Vectors, dot
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
@@ -29,45 +30,48 @@ from forebear.retriever.question.methods import Method
 from forebear.retriever.question.models import Models
 from forebear.retriever.ranking import Ends, Ranking, rank
 
-VECTOR_BYTES = 1 << 30  # whole query vectors held at once; with solutions, a pass takes as much again for their copy
+VECTOR_BYTES = (
+    1 << 30
+)  # of whole query vectors held at once; a pass with solutions copies both, and so takes as much again
 SELF_ROWS = 8  # candidates whose self-influence is solved for at once
 
 
 class Rows(Protocol):
-    """What is scored, by number."""
+    """The entries that a search scores, each with a number: training rows, or spans of training rows."""
 
-    def texts(self, at: np.ndarray) -> Texts:
-        """Texts of some of them."""
+    def texts(self, numbers: np.ndarray) -> Texts:
+        """Texts of the entries with these numbers, ``(n,)``."""
 
-    def labels(self, at: np.ndarray) -> np.ndarray:
-        """Gold classes, ``(n,)`` int64."""
+    def labels(self, numbers: np.ndarray) -> np.ndarray:
+        """Gold classes of the entries with these numbers, ``(n,)`` int64."""
 
 
-class IndexRows:
+class IndexRows(Rows):
     """The training rows of an index."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
 
-    def texts(self, at: np.ndarray) -> Texts:
-        """See :class:`Rows`."""
-        return self._index.text_lists(at)
+    @override
+    def texts(self, numbers: np.ndarray) -> Texts:
+        return self._index.text_lists(numbers)
 
-    def labels(self, at: np.ndarray) -> np.ndarray:
-        """See :class:`Rows`."""
-        return np.asarray(self._index.labels[at].astype(np.int64))
+    @override
+    def labels(self, numbers: np.ndarray) -> np.ndarray:
+        return np.asarray(self._index.labels[numbers].astype(np.int64))
 
 
 class GradientSearch:
     """Scores training rows by gradients over one scope beyond the head, for blocks of test rows."""
 
     def __init__(self, models: Models, scope: str, curvature: CurvatureSpec) -> None:
-        """Nothing is loaded yet.
+        """Set up without loading a model.
 
         Args:
-            models: Of an index with the scope's sketches.
-            scope: ``top-K``, ``all`` or ``layer:NAME``; at ``head`` rows can be scored, but nothing proposes any.
-            curvature: For ``if`` and ``rif``.
+            models: Models of an index with the scope's sketches.
+            scope: ``top-K``, ``all`` or ``layer:NAME``. At ``head`` rows can be scored, but not searched: the index
+                has no sketches there.
+            curvature: The H^-1 of ``if`` and ``rif``.
         """
         index = models.index
         if scope != "head":
@@ -79,11 +83,11 @@ class GradientSearch:
 
     @classmethod
     def kept(cls, models: Models, scope: str, curvature: CurvatureSpec) -> GradientSearch:
-        """The search over a scope under a curvature, made once: what it loads serves all questions."""
+        """The search over a scope under a curvature, kept with the models: what it loads serves all questions."""
         return models.keep((cls, scope, curvature), lambda: cls(models, scope, curvature))
 
     def over(self, rows: Rows) -> GradientSearch:
-        """The same question's search, which scores other rows; what is held of the test rows is shared."""
+        """A search that scores other entries; it shares the gradients of the test rows with this one."""
         other = copy.copy(self)
         other.rows = rows
         return other
@@ -94,7 +98,7 @@ class GradientSearch:
         """Both ends of each method's ranking.
 
         Args:
-            methods: That compare gradients.
+            methods: Methods that compare gradients.
             queries: Test rows whose whole gradients fit in memory together; see :meth:`chunks`.
             k: Results at each end.
             exact: ``none``, ``rerank`` or ``full``.
@@ -115,20 +119,20 @@ class GradientSearch:
 
     def _estimated(self, methods: Sequence[Method], queries: Queries, k: int) -> dict[str, Ends]:
         """Both ends by the sketches' estimates alone."""
-        parts, live, none_scored = (
+        parts, live, n_scored = (
             self.candidates.parts(methods, queries),
             self.index.live,
             np.zeros(len(queries), np.int64),
         )
-        found: dict[str, Ends] = {}
+        ends: dict[str, Ends] = {}
         for method in methods:
             proposal = replace(self.candidates.proposal(method), margin=0.0)
             first, last = (
-                Ranking(rows, scores.astype(np.float64), False, none_scored)
+                Ranking(rows, scores.astype(np.float64), False, n_scored)
                 for rows, scores in propose(parts[method.name], live, k, proposal)
             )
-            found[method.name] = (first, last)
-        return found
+            ends[method.name] = (first, last)
+        return ends
 
     def score(
         self, methods: Sequence[Method], queries: Queries, rows: dict[str, np.ndarray]
@@ -136,7 +140,7 @@ class GradientSearch:
         """Exact scores of rows, and relative residuals of H^-1 where it was iterated.
 
         Args:
-            methods: That compare gradients.
+            methods: Methods that compare gradients.
             queries: Test rows.
             rows: Row numbers by method name: ``(q, m)``, or ``(n,)`` for all queries.
 
@@ -144,20 +148,22 @@ class GradientSearch:
             By method name: scores ``(q, m)`` or ``(q, n)`` float64, and residuals ``(q,)``.
         """
         q = len(queries)
-        scores = {name: np.empty((q, at.shape[-1])) for name, at in rows.items()}
+        scores = {name: np.empty((q, numbers.shape[-1])) for name, numbers in rows.items()}
         residuals: dict[str, np.ndarray] = {}
         chunks = self.chunks(methods, q)
-        for which in chunks:
-            mine = {name: at if at.ndim == 1 else at[which] for name, at in rows.items()}
-            found, left = self.score_together(methods, queries if len(chunks) == 1 else queries.take(which), mine)
+        for indices in chunks:
+            chunk_rows = {name: numbers if numbers.ndim == 1 else numbers[indices] for name, numbers in rows.items()}
+            chunk_scores, chunk_residual = self.score_together(
+                methods, queries if len(chunks) == 1 else queries.take(indices), chunk_rows
+            )
             for method in methods:
-                scores[method.name][which] = found[method.name]
-                if (residual := _of_method(left, method)) is not None:
-                    residuals.setdefault(method.name, np.zeros(q))[which] = residual
+                scores[method.name][indices] = chunk_scores[method.name]
+                if (residual := _of_method(chunk_residual, method)) is not None:
+                    residuals.setdefault(method.name, np.zeros(q))[indices] = residual
         return scores, residuals
 
     def chunks(self, methods: Sequence[Method], n_queries: int) -> list[np.ndarray]:
-        """Queries whose whole vectors fit in memory together."""
+        """Indices of the queries, divided so that the whole vectors of each chunk fit in memory together."""
         kinds = 2 if any(m.query == "preconditioned" for m in methods) else 1
         size = max(1, VECTOR_BYTES // (4 * kinds * self.gradients.parameters.size))
         return [np.arange(i, min(i + size, n_queries)) for i in range(0, n_queries, size)]
@@ -170,61 +176,63 @@ class GradientSearch:
         Returns:
             Scores by method name, and relative residuals of H^-1 ``(q,)`` where it was iterated.
         """
-        distinct = np.unique(np.concatenate([at.reshape(-1) for at in rows.values()]))
+        distinct = np.unique(np.concatenate([numbers.reshape(-1) for numbers in rows.values()]))
         texts, labels = self.rows.texts(distinct), self.rows.labels(distinct)
-        where = {name: np.searchsorted(distinct, at) for name, at in rows.items()}
-        scores = {name: np.zeros((len(queries), at.shape[-1])) for name, at in rows.items()}
+        columns = {name: np.searchsorted(distinct, numbers) for name, numbers in rows.items()}
+        scores = {name: np.zeros((len(queries), numbers.shape[-1])) for name, numbers in rows.items()}
         residual: np.ndarray | None = None
         for number in sorted({n for method in methods for n, _ in self.gradients.checkpoints(method)}):
             classifier = self.models.classifier(number)
-            mine = [m for m in methods if number in dict(self.gradients.checkpoints(m))]
-            g = self.gradients.at_checkpoint(number, queries)
-            vectors: list[Vectors] = [g]
-            if any(m.query == "preconditioned" for m in mine):
+            at_checkpoint = [m for m in methods if number in dict(self.gradients.checkpoints(m))]
+            gradients = self.gradients.at_checkpoint(number, queries)
+            vectors: list[Vectors] = [gradients]
+            if any(m.query == "preconditioned" for m in at_checkpoint):
                 solved, residual = self.gradients.solutions(queries)
                 vectors.append(solved)
-            stacked = vectors[0] if len(vectors) == 1 else {n: torch.cat([v[n] for v in vectors]) for n in g}
+            stacked = vectors[0] if len(vectors) == 1 else {n: torch.cat([v[n] for v in vectors]) for n in gradients}
             q = len(queries)
             wanted = np.zeros((len(vectors) * q, len(distinct)), bool)
-            for method in mine:
+            for method in at_checkpoint:
                 half = wanted[q:] if method.query == "preconditioned" else wanted[:q]
-                if where[method.name].ndim == 1:
-                    half[:, where[method.name]] = True
+                if columns[method.name].ndim == 1:
+                    half[:, columns[method.name]] = True
                 else:
-                    np.put_along_axis(half, where[method.name], True, axis=1)
+                    np.put_along_axis(half, columns[method.name], True, axis=1)
             dots = exact_dots(classifier, self.gradients.parameters, stacked, texts, labels, wanted=wanted)
-            for method in mine:
+            for method in at_checkpoint:
                 preconditioned = method.query == "preconditioned"
-                found = _pick(dots[q:] if preconditioned else dots[:q], where[method.name])
+                products = _pick(dots[q:] if preconditioned else dots[:q], columns[method.name])
                 if method.metric == "cos":
-                    own = _own_lengths(vectors[-1] if preconditioned else g, g)
+                    query_lengths = _query_lengths(vectors[-1] if preconditioned else gradients, gradients)
                     lengths = self._row_lengths(method, classifier, distinct)
-                    below = own[:, None] * _pick(np.broadcast_to(lengths, (q, len(distinct))), where[method.name])
-                    found = ratio(found, below)
-                scores[method.name] += dict(self.gradients.checkpoints(method))[number] * found
+                    norms = query_lengths[:, None] * _pick(
+                        np.broadcast_to(lengths, (q, len(distinct))), columns[method.name]
+                    )
+                    products = ratio(products, norms)
+                scores[method.name] += dict(self.gradients.checkpoints(method))[number] * products
         return scores, residual
 
     def _row_lengths(self, method: Method, classifier: Classifier, rows: np.ndarray) -> np.ndarray:
-        """What cosines of rows are divided by: ||G_n||, or sqrt(<H^-1 G_n, G_n>), ``(n,)`` float64."""
+        """Lengths of rows that cosines are divided by: ||G_n||, or sqrt(<H^-1 G_n, G_n>), ``(n,)`` float64."""
         if method.query != "preconditioned" or self.curvature.at(self.scope) == "identity":
             return np.asarray(self.index.gradients(self.scope).norms[rows].astype(np.float64))
         if self.curvature.at(self.scope) == "ekfac":
             white = self.candidates.white_number()
             return np.asarray(self.index.gradients(self.scope, damping=white).norms[rows].astype(np.float64))
-        # Not stored for solvers that iterate: one right-hand side for each candidate of its kind.
+        # No lengths are stored for solvers that iterate: each distinct candidate is a right-hand side of its own.
         encoded, labels = as_encoded(classifier, self.rows.texts(rows)), self.rows.labels(rows)
-        first, kinds = distinct_rows(encoded, labels)
-        found = np.empty(len(first))
-        for start in range(0, len(first), SELF_ROWS):
-            some = first[start : start + SELF_ROWS]
-            g = whole_gradients(classifier, self.gradients.parameters, encoded.take(some), labels[some])
-            found[start : start + SELF_ROWS] = dot(self.gradients.solve(g)[0], g).cpu().numpy()
-        return np.asarray(np.sqrt(np.maximum(found, 0.0))[kinds])
+        distinct, inverse = distinct_rows(encoded, labels)
+        squares = np.empty(len(distinct))
+        for start in range(0, len(distinct), SELF_ROWS):
+            block = distinct[start : start + SELF_ROWS]
+            gradients = whole_gradients(classifier, self.gradients.parameters, encoded.take(block), labels[block])
+            squares[start : start + SELF_ROWS] = dot(self.gradients.solve(gradients)[0], gradients).cpu().numpy()
+        return np.asarray(np.sqrt(np.maximum(squares, 0.0))[inverse])
 
 
-def _own_lengths(solved: Vectors, g: Vectors) -> np.ndarray:
-    """sqrt(<H^-1 g, g>) of the queries, ``(q,)`` float64."""
-    return np.asarray(dot(solved, g).clamp_min(0).sqrt().cpu().numpy())
+def _query_lengths(solved: Vectors, gradients: Vectors) -> np.ndarray:
+    """sqrt(<H^-1 g, g>) of each query's gradient g, ``(q,)`` float64."""
+    return np.asarray(dot(solved, gradients).clamp_min(0).sqrt().cpu().numpy())
 
 
 def _of_method(residual: np.ndarray | None, method: Method) -> np.ndarray | None:
@@ -232,22 +240,22 @@ def _of_method(residual: np.ndarray | None, method: Method) -> np.ndarray | None
     return residual if method.query == "preconditioned" else None
 
 
-def _pick(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+def _pick(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Columns of ``values`` ``(q, distinct)``: the same for all queries ``(n,)``, or each query's own ``(q, m)``."""
-    return np.asarray(values[:, where] if where.ndim == 1 else np.take_along_axis(values, where, axis=1))
+    return np.asarray(values[:, columns] if columns.ndim == 1 else np.take_along_axis(values, columns, axis=1))
 
 
 def _both_ends(rows: np.ndarray, scores: np.ndarray, k: int, residual: np.ndarray | None) -> Ends:
     """Rank the candidates of both ends together; a row that was proposed at both counts once."""
     order = np.argsort(rows, axis=1, kind="stable")
     rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
-    again = np.zeros(rows.shape, bool)
-    again[:, 1:] = rows[:, 1:] == rows[:, :-1]
-    n_scored = (~again).sum(axis=1)
+    repeated = np.zeros(rows.shape, bool)
+    repeated[:, 1:] = rows[:, 1:] == rows[:, :-1]
+    n_scored = (~repeated).sum(axis=1)
     ends = []
     for largest in (True, False):
-        once = np.where(again, -np.inf if largest else np.inf, scores)
-        ends.append(Ranking(*rank(once, rows, k, largest=largest), True, n_scored, residual=residual))
+        distinct_scores = np.where(repeated, -np.inf if largest else np.inf, scores)
+        ends.append(Ranking(*rank(distinct_scores, rows, k, largest=largest), True, n_scored, residual=residual))
     return ends[0], ends[1]
 
 

@@ -27,33 +27,33 @@ class GradientSearcher(Searcher):
         return self.search_queries(question, Queries(batch.texts, batch.targets))
 
     def search_queries(self, question: Question, queries: Queries) -> dict[str, Ends]:
-        """The same for queries, each of one test row or of a group of them."""
-        found: dict[str, Ends] = {}
+        """Both ends of each method's ranking, for queries of one test row each or of a group of them."""
+        joined: dict[str, Ends] = {}
         for scope, methods in question.by_scope().items():
             search = GradientSearch.kept(self.models, scope, question.curvature)
             candidates = {m.name: n_candidates(question, m) for m in methods}
-            chunks, parts = search.chunks(methods, len(queries)), []
-            for which in chunks:
-                some = queries if len(chunks) == 1 else queries.take(which)
-                ends = search.search(methods, some, question.top, exact=question.spec.exact, n_candidates=candidates)
+            chunks, chunk_ends = search.chunks(methods, len(queries)), []
+            for indices in chunks:
+                chunk = queries if len(chunks) == 1 else queries.take(indices)
+                ends = search.search(methods, chunk, question.top, exact=question.spec.exact, n_candidates=candidates)
                 if question.spec.certify:
                     n_live = question.index.manifest.n_live
-                    ends = {m.name: certify(search, m, some, ends[m.name], max_rows=n_live) for m in methods}
-                parts.append(ends)
-            found |= join_ends(parts)
-        return found
+                    ends = {m.name: certify(search, m, chunk, ends[m.name], max_rows=n_live) for m in methods}
+                chunk_ends.append(ends)
+            joined |= join_ends(chunk_ends)
+        return joined
 
     @override
     def score(self, question: Question, batch: Batch, rows: np.ndarray) -> Scores:
-        found = Scores()
+        scores = Scores()
         for scope, methods in question.by_scope().items():
             search = GradientSearch.kept(self.models, scope, question.curvature)
             queries = Queries(batch.texts, batch.targets)
             values, residuals = search.score(methods, queries, {m.name: rows for m in methods})
-            found.update(values)
+            scores.update(values)
             for name, residual in residuals.items():
-                found.note_residual(name, residual)
-        return found
+                scores.note_residual(name, residual)
+        return scores
 
     @override
     @staticmethod
@@ -61,6 +61,6 @@ class GradientSearcher(Searcher):
         spec = question.spec
         if spec.exact != "rerank":
             return with_note(PROVEN if spec.exact == "full" else NOT_RERANKED) | {"candidates": None}
-        n = n_candidates(question, method)
-        stated = PROVEN if spec.certify else deep_recall(question, method, n)
-        return with_note(stated) | {"candidates": n, "certify": spec.certify}
+        n_rows = n_candidates(question, method)
+        recall = PROVEN if spec.certify else deep_recall(question, method, n_rows)
+        return with_note(recall) | {"candidates": n_rows, "certify": spec.certify}

@@ -21,10 +21,10 @@ NONE = -1  # class id of a group whose rows do not share one
 
 @dataclass(frozen=True)
 class Summed:
-    """Test rows after the models have seen them.
+    """What the models say of test rows, and their query vectors summed by group.
 
     Attributes:
-        queries: One a group by method name, of the methods that are answered from what is stored exactly.
+        queries: By method name, one query a group; only of methods that the ``stored`` searcher answers.
         predictions: Class ids of the rows, ``(q,)``.
         targets: Classes whose loss is explained, ``(q,)``.
     """
@@ -40,9 +40,9 @@ def sum_queries(
     """Run the models over test rows and sum the query vectors of each group, block by block.
 
     Args:
-        question: Of its methods, those that are answered from what is stored exactly are summed; with none, the rows
-            are predicted all the same.
-        models: Of the index.
+        question: Its methods that the ``stored`` searcher answers are summed. Where there is none, the rows are
+            predicted all the same.
+        models: Models of the index.
         texts: Test rows, one list a text column.
         labels: Class ids, ``(q,)``, or None.
         groups: Number of each row's group, from 0, ``(q,)``.
@@ -52,13 +52,13 @@ def sum_queries(
     queries: dict[str, Query] = {}
     predictions, targets = np.empty(len(groups), np.int64), np.empty(len(groups), np.int64)
     for start in range(0, len(groups), BLOCK_ROWS):
-        at = slice(start, start + BLOCK_ROWS)
-        gold = None if labels is None else labels[at]
+        block = slice(start, start + BLOCK_ROWS)
+        gold = None if labels is None else labels[block]
         numbers = range(start, min(start + BLOCK_ROWS, len(groups)))
-        batch = make_batch(question.of(stored), models, [column[at] for column in texts], gold, numbers=numbers)
-        predictions[at], targets[at] = batch.forward.predictions, batch.targets
+        batch = make_batch(question.of(stored), models, [column[block] for column in texts], gold, numbers=numbers)
+        predictions[block], targets[block] = batch.forward.predictions, batch.targets
         for method in stored:
-            part = summed(make_query(method, batch, question.index, question.curvature), groups[at], n_groups)
+            part = summed(make_query(method, batch, question.index, question.curvature), groups[block], n_groups)
             queries[method.name] = added(queries[method.name], part) if method.name in queries else part
     return Summed(queries, predictions, targets)
 
@@ -66,20 +66,20 @@ def sum_queries(
 def read_rows(source: RowSource, label_ids: LabelMap | None) -> tuple[list[list[str]], np.ndarray | None]:
     """All texts of a source, one list a text column, and the class ids of its rows, ``(q,)``."""
     texts: list[list[str]] = [[] for _ in source.text_columns]
-    found = []
+    classes = []
     for block in source.blocks():
         for column, part in zip(texts, block.texts, strict=True):
             column += part
         if label_ids is not None and block.labels is not None:
-            found.append(label_ids(block.labels, block.start))
-    return texts, np.concatenate(found) if found else None
+            classes.append(label_ids(block.labels, block.start))
+    return texts, np.concatenate(classes) if classes else None
 
 
 def common_class(classes: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """The class that all rows of a group share, ``(g,)``; -1 where they differ."""
-    out = np.full(int(groups.max()) + 1, NONE, np.int64)
-    for group in range(len(out)):
-        found = np.unique(classes[groups == group])
-        if len(found) == 1:
-            out[group] = found[0]
-    return out
+    shared = np.full(int(groups.max()) + 1, NONE, np.int64)
+    for group in range(len(shared)):
+        distinct = np.unique(classes[groups == group])
+        if len(distinct) == 1:
+            shared[group] = distinct[0]
+    return shared

@@ -19,8 +19,8 @@ def make_query(method: Method, batch: Batch, index: Index, curvature: CurvatureS
     Args:
         method: Row of the method table.
         batch: The test rows.
-        index: Whose curvature, eta and N are used.
-        curvature: For ``if`` and ``rif``.
+        index: The index whose curvature, eta and N are used.
+        curvature: The H^-1 of ``if`` and ``rif``.
     """
     if method.representation in VECTORS:
         vectors = VECTORS[method.representation].of_queries(batch).astype(np.float64)
@@ -50,12 +50,12 @@ def make_query(method: Method, batch: Batch, index: Index, curvature: CurvatureS
     if method.metric == "cos":
         norms = np.sqrt(iterated.self_influence(term.left, term.right))
         self_influence = iterated.self_influence(
-            index.residuals().take(_every(index)), index.features().take(_every(index))
+            index.residuals().take(_all_rows(index)), index.features().take(_all_rows(index))
         )
     return Query(method, (Term(1.0, None, matrix=matrix),), norms, self_influence, residual)
 
 
-def _every(index: Index) -> np.ndarray:
+def _all_rows(index: Index) -> np.ndarray:
     return np.arange(index.manifest.n_rows)
 
 

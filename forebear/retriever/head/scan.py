@@ -63,7 +63,7 @@ class Scan:
         return bound
 
     def _sizes(self, block: ScanBlock) -> np.ndarray:
-        """Euclidean length of each row as it is scored: its gradient's, or that over what a cosine divides by."""
+        """Euclidean length of each row as it is scored: that of its gradient, over the row's norm for cosines."""
         squares = np.zeros(len(block.rows))
         for i, term in enumerate(self.terms):
             norm = block.feature_norms[i].astype(np.float64) + abs(term.offset)
@@ -91,7 +91,7 @@ class Scan:
         return total
 
     def _row_norms(self, block: ScanBlock, i: int) -> np.ndarray:
-        """What a cosine divides by; 1 for zero rows, whose products are 0 anyway."""
+        """Lengths of the rows that a cosine divides by; 1 for zero rows, whose products are 0 anyway."""
         if self.query.self_influence is not None:
             norms = np.sqrt(self.query.self_influence[block.rows])
         else:
@@ -110,7 +110,7 @@ class _Ends:
         self._low: torch.Tensor | None = None
 
     def beyond(self, scores: np.ndarray, limit: float) -> bool:
-        """Take in more scores ``(q, m)``; whether every query's k-th at both ends is now past ``limit``."""
+        """Take in more scores ``(q, m)``; True once every query's k-th score at both ends is beyond ``limit``."""
         part = torch.from_numpy(scores)
         self._high = self._merge(self._high, part, largest=True)
         self._low = self._merge(self._low, part, largest=False)
@@ -142,15 +142,15 @@ def _lengths(terms: Sequence[Term]) -> np.ndarray:
 
 
 def _unit_terms(query: Query) -> tuple[np.ndarray, list[Term]]:
-    """The query in float32 terms of length 1, and what their scores must be multiplied by to be the exact ones."""
+    """Factors ``(q,)`` that turn scores of unit terms into exact scores, and the query's unit terms in float32."""
     cosine = query.method.metric == "cos"
     scale = query.norms if cosine else _lengths(query.terms)
     scale = np.where(scale > 0, scale, 1.0)
 
-    def small(values: np.ndarray | None, by: np.ndarray | None = None) -> np.ndarray | None:
-        if values is None or by is None:
+    def small(values: np.ndarray | None, divisor: np.ndarray | None = None) -> np.ndarray | None:
+        if values is None or divisor is None:
             return None if values is None else values.astype(np.float32)
-        return np.asarray(values / by.reshape(-1, *[1] * (values.ndim - 1)), dtype=np.float32)
+        return np.asarray(values / divisor.reshape(-1, *[1] * (values.ndim - 1)), dtype=np.float32)
 
     # One factor of each term takes the scale: the matrix, else the left one, else the right one.
     terms = [

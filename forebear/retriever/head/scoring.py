@@ -26,7 +26,8 @@ class Term:
         weight: eta of the checkpoint, else 1.
         right: x, ``(q, h)``: <x, f_n>.
         left: a, ``(q, c)``, or None: <a, r_n> <x, f_n> with r = p - y.
-        matrix: V, ``(q, c - 1, h)`` in the reduced class basis B, instead of both: sum over a of (B r_n)_a <V_a, f_n>.
+        matrix: V, ``(q, c - 1, h)`` in the reduced class basis B, in place of ``left`` and ``right``: sum over a of
+            (B r_n)_a <V_a, f_n>.
         offset: Added to <x, f_n> (the representer kernel's bias).
     """
 
@@ -42,8 +43,8 @@ class Query:
     """Query vectors of one method for ``q`` test rows.
 
     Attributes:
-        method: Whose.
-        terms: One a checkpoint.
+        method: The method.
+        terms: One term a checkpoint.
         norms: Length of each query vector in the method's inner product, ``(q,)``; cosines are divided by it.
         self_influence: <H^-1 g_n, g_n> of every training row, ``(N,)``, for preconditioned cosines; else None.
         residual: Relative residual of H^-1, ``(q,)``, where a solver iterated; else None.
@@ -58,45 +59,45 @@ class Query:
     def __len__(self) -> int:
         return len(self.norms)
 
-    def take(self, which: np.ndarray) -> Query:
-        """The same for some of the test rows."""
+    def take(self, indices: np.ndarray) -> Query:
+        """The query vectors of the test rows at some indices."""
 
         def pick(values: np.ndarray | None) -> np.ndarray | None:
-            return None if values is None else values[which]
+            return None if values is None else values[indices]
 
         terms = tuple(replace(t, right=pick(t.right), left=pick(t.left), matrix=pick(t.matrix)) for t in self.terms)
-        return replace(self, terms=terms, norms=self.norms[which], residual=pick(self.residual))
+        return replace(self, terms=terms, norms=self.norms[indices], residual=pick(self.residual))
 
 
 def summed(query: Query, groups: np.ndarray, n_groups: int) -> Query:
     """Query vectors added up by group, in float64; the scores of a sum are the sums of the scores.
 
     Args:
-        query: Of ``q`` test rows, for a method that is linear in the query, without an offset.
+        query: Query vectors of ``q`` test rows, for a method that is linear in the query, without an offset.
         groups: Number of each test row's group, ``(q,)``.
-        n_groups: g; a group without rows gets the zero vector.
+        n_groups: Number of groups, g; a group without rows gets the zero vector.
 
     Returns:
         ``g`` queries; their relative residual is the largest of the rows', and their norms, which dots do not
         need, are 1.
     """
-    member = (groups == np.arange(n_groups)[:, None]).astype(np.float64)
+    membership = (groups == np.arange(n_groups)[:, None]).astype(np.float64)
     terms = []
     for term in query.terms:
         assert term.offset == 0
         if term.matrix is not None:
-            matrix: np.ndarray | None = np.einsum("gq,qah->gah", member, term.matrix)
+            matrix: np.ndarray | None = np.einsum("gq,qah->gah", membership, term.matrix)
         elif term.left is not None:
             assert term.right is not None
             reduced = term.left @ class_basis(term.left.shape[1]).T
-            matrix = np.einsum("gq,qa,qh->gah", member, reduced, term.right, optimize=True)
+            matrix = np.einsum("gq,qa,qh->gah", membership, reduced, term.right, optimize=True)
         else:
             matrix = None
-        right = None if matrix is not None or term.right is None else member @ term.right
+        right = None if matrix is not None or term.right is None else membership @ term.right
         terms.append(Term(term.weight, right, matrix=matrix))
     residual = None
     if query.residual is not None:
-        residual = np.where(member > 0, query.residual, 0.0).max(axis=1)
+        residual = np.where(membership > 0, query.residual, 0.0).max(axis=1)
     return Query(query.method, tuple(terms), np.ones(n_groups), residual=residual)
 
 
@@ -159,37 +160,39 @@ def exact_scores(
     residuals: tuple[np.ndarray, ...],
     rows: np.ndarray,
 ) -> np.ndarray:
-    """Final scores in float64, larger = proponent (METHODS.md, sections 2 and 3).
+    """Final scores in float64, larger = proponent (``docs/methods.md``, "Conventions" and "The methods").
 
     A cosine with a zero vector is 0.
 
     Args:
         query: Query vectors of one method.
         features: f at each checkpoint of the method, ``(n, h)`` or ``(q, k, h)``.
-        residuals: p - y likewise; empty for representations without residuals.
+        residuals: p - y at each checkpoint, ``(n, c)`` or ``(q, k, c)``; empty for representations without residuals.
         rows: Row numbers, ``(n,)`` or ``(q, k)``.
 
     Returns:
         ``(q, n)`` or ``(q, k)`` float64.
     """
-    wide = [f.astype(np.float64) for f in features]
-    left: list[np.ndarray | None] = [r.astype(np.float64) for r in residuals] or [None] * len(wide)
+    wide_features = [f.astype(np.float64) for f in features]
+    wide_residuals: list[np.ndarray | None] = [r.astype(np.float64) for r in residuals] or [None] * len(wide_features)
     if query.method.metric == "euc":
         x = query.terms[0].right
         assert x is not None
-        return -_distances(x.astype(np.float64), wide[0])
-    parts = (t.weight * term_scores(t, f, r) for t, f, r in zip(query.terms, wide, left, strict=True))
+        return -_distances(x.astype(np.float64), wide_features[0])
+    parts = (
+        t.weight * term_scores(t, f, r) for t, f, r in zip(query.terms, wide_features, wide_residuals, strict=True)
+    )
     scores = np.asarray(sum(parts))
     if query.method.metric == "dot":
         return scores
     if query.self_influence is not None:
         norms = np.sqrt(query.self_influence[rows])
     else:
-        norms = _lengths(wide[0])
-        if left[0] is not None:
-            norms = norms * _lengths(left[0])
-    below = query.norms[:, None] * norms
-    return ratio(scores, below)
+        norms = _lengths(wide_features[0])
+        if wide_residuals[0] is not None:
+            norms = norms * _lengths(wide_residuals[0])
+    divisors = query.norms[:, None] * norms
+    return ratio(scores, divisors)
 
 
 def _lengths(values: np.ndarray) -> np.ndarray:

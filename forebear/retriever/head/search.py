@@ -41,9 +41,14 @@ _MAX_CANDIDATE_NUMBERS = 1 << 25  # entries of a (queries, candidates, width) bl
 class RowFactors:
     """Stored factors of every training row in row order, one matrix a checkpoint of the method.
 
-    Scores come in two kinds, equal to the last few bits of float64. *Products* are matrix products, fast; where a
-    row stands in one decides its last bit. *Scores* are summed pair by pair: equal rows get equal scores, so that ties
-    can be broken by row number.
+    Scores come in two kinds, which differ in the last few bits of float64 alone. *Products* are matrix products: fast,
+    but the place of a row in the matrix decides its last bit. *Scores* are summed pair by pair: equal rows get equal
+    scores, so that ties can be broken by row number.
+
+    Attributes:
+        features: f at each checkpoint.
+        residuals: p - y at each checkpoint; empty for representations without residuals.
+        live: Numbers of the live rows, ascending, ``(n_live,)``.
     """
 
     features: tuple[RowMatrix, ...]
@@ -51,16 +56,19 @@ class RowFactors:
     live: np.ndarray
 
     def scores(self, query: Query, rows: np.ndarray) -> np.ndarray:
-        """Scores of rows ``(q, k)`` of each query."""
+        """Scores ``(q, k)`` of each query's own rows ``(q, k)``."""
         return self._exact(query, rows)
 
     def products(self, query: Query, rows: np.ndarray) -> np.ndarray:
-        """The same by products of all queries with the distinct rows: queries share candidates."""
+        """Products ``(q, k)`` of each query's own rows ``(q, k)``.
+
+        All queries are multiplied with all distinct rows, because queries share many candidates.
+        """
         out = np.empty(rows.shape)
-        for which in _chunks(np.arange(len(query)), _PRODUCT_QUERIES):
-            distinct, inverse = np.unique(rows[which], return_inverse=True)
-            found = self._exact(query.take(which), distinct)
-            out[which] = np.take_along_axis(found, inverse.reshape(len(which), -1), axis=1)
+        for indices in _chunks(np.arange(len(query)), _PRODUCT_QUERIES):
+            distinct, inverse = np.unique(rows[indices], return_inverse=True)
+            products = self._exact(query.take(indices), distinct)
+            out[indices] = np.take_along_axis(products, inverse.reshape(len(indices), -1), axis=1)
         return out
 
     def all_products(self, query: Query) -> np.ndarray:
@@ -78,8 +86,8 @@ class RowFactors:
         return exact_scores(query, features, tuple(m.take(rows) for m in self.residuals), rows)
 
 
-# Candidates of queries `which`, `width` of each: row numbers (q, width) and, where the search bounds it, the largest
-# score that a row left out can have (q,), in the units of the exact score, signed so that larger is better.
+# Candidates of the queries at some indices, `width` of each: row numbers (q, width) and, where the search bounds it,
+# the largest score that a row left out can have (q,), in the units of the exact score, signed so that larger is better.
 Candidates = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
 
@@ -115,7 +123,7 @@ def settle(
 def _narrow(
     query: Query, factors: RowFactors, listed: np.ndarray, ceiling: np.ndarray, keep: int, *, largest: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Keep the best candidates by products; the ceiling then covers the others too."""
+    """Keep the best candidates by products, and raise the ceiling so that it bounds the dropped ones too."""
     if listed.shape[1] <= keep:
         return listed, ceiling
     products = factors.products(query, listed)
@@ -141,20 +149,20 @@ def search_all(query: Query, factors: RowFactors, k: int, *, largest: bool) -> R
 
 
 class Scored(Protocol):
-    """What is scored pair by pair: rows, or spans of rows."""
+    """Numbered entries, rows or spans of rows, that can be scored pair by pair."""
 
     @property
     def live(self) -> np.ndarray:
-        """Their numbers, ascending, ``(n,)``."""
+        """Numbers of the live entries, ascending, ``(n,)``."""
 
     def scores(self, query: Query, rows: np.ndarray) -> np.ndarray:
-        """Scores of numbers ``(q, k)`` of each query."""
+        """Scores ``(q, k)`` of each query's own entries ``(q, k)``."""
 
 
 def best_of(
     products: np.ndarray, query: Query, scored: Scored, k: int, *, largest: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One end of the ranking: of all products ``(q, n)``, scores of those that could be in it.
+    """One end of the ranking: scores of the live entries whose products ``(q, n)`` could place them in it.
 
     Returns:
         Numbers and scores, best first, ``(q, k)`` each; ties go to the lower number.
@@ -165,25 +173,25 @@ def best_of(
     rows, scores = np.empty((len(query), k), np.int64), np.empty((len(query), k))
     for i in range(len(query)):
         near = scored.live[signed[i] >= edges[i]][None, :]
-        found = scored.scores(query.take(np.array([i])), near)
-        rows[i], scores[i] = (part[0] for part in rank(found, near, k, largest=largest))
+        near_scores = scored.scores(query.take(np.array([i])), near)
+        rows[i], scores[i] = (part[0] for part in rank(near_scores, near, k, largest=largest))
     return rows, scores
 
 
-def _chunks(which: np.ndarray, size: int) -> list[np.ndarray]:
-    return [which[i : i + size] for i in range(0, len(which), size)]
+def _chunks(indices: np.ndarray, size: int) -> list[np.ndarray]:
+    return [indices[i : i + size] for i in range(0, len(indices), size)]
 
 
 def search_scan(
     query: Query, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool
 ) -> tuple[Ranking, Ranking]:
-    """Both ends of the ranking by the scan, exactly; returns (proponents, opponents).
+    """Both ends of the ranking by the scan, as (proponents, opponents).
 
-    Without ``rerank`` the float32 scores of the scan are returned as they are.
+    With ``rerank`` the scores are exact; without, the float32 scores of the scan are returned as they are.
     """
     chunks = _chunks(np.arange(len(query)), max(1, MAX_SCORES // len(table)))
-    outcome = [_scan_chunk(query.take(which), table, factors, k, rerank=rerank) for which in chunks]
-    return join([a for a, _ in outcome]), join([b for _, b in outcome])
+    chunk_ends = [_scan_chunk(query.take(chunk), table, factors, k, rerank=rerank) for chunk in chunks]
+    return join([a for a, _ in chunk_ends]), join([b for _, b in chunk_ends])
 
 
 def _scan_chunk(
@@ -196,24 +204,24 @@ def _scan_chunk(
     ends = []
     for largest in (True, False):
 
-        def candidates(which: np.ndarray, width: int, largest: bool = largest) -> tuple[np.ndarray, np.ndarray]:
+        def candidates(indices: np.ndarray, width: int, largest: bool = largest) -> tuple[np.ndarray, np.ndarray]:
             width = min(width, scores.shape[1])
-            part = tensor if len(which) == len(query) else tensor[torch.from_numpy(which)]
-            found = part.topk(width, dim=1, largest=largest)
-            last = found.values[:, -1].numpy().astype(np.float64)
-            everything = width == scores.shape[1]
+            part = tensor if len(indices) == len(query) else tensor[torch.from_numpy(indices)]
+            best = part.topk(width, dim=1, largest=largest)
+            last = best.values[:, -1].numpy().astype(np.float64)
+            takes_all = width == scores.shape[1]
             ceiling = (
-                np.full(len(which), unvisited) if everything else np.maximum(last if largest else -last, unvisited)
+                np.full(len(indices), unvisited) if takes_all else np.maximum(last if largest else -last, unvisited)
             )
-            ceiling = (ceiling + scan.rounding[which]) * scan.scale[which]
-            return at_position[found.indices.numpy()], ceiling
+            ceiling = (ceiling + scan.rounding[indices]) * scan.scale[indices]
+            return at_position[best.indices.numpy()], ceiling
 
         if rerank:
             ends.append(settle(query, factors, candidates, k, largest=largest, first_width=2 * k + 16))
         else:
-            found = tensor.topk(k, dim=1, largest=largest)
-            values = found.values.numpy().astype(np.float64) * scan.scale[:, None]
-            rows, values = rank(values, at_position[found.indices.numpy()], k, largest=largest)
+            best = tensor.topk(k, dim=1, largest=largest)
+            values = best.values.numpy().astype(np.float64) * scan.scale[:, None]
+            rows, values = rank(values, at_position[best.indices.numpy()], k, largest=largest)
             ends.append(Ranking(rows, values, False, np.zeros(len(query), np.int64)))
     return ends[0], ends[1]
 
@@ -249,11 +257,11 @@ def _ann_end(
     largest: bool,
     rerank: bool,
 ) -> Ranking:
-    """One end of the ranking; ``size`` is what the rounding of FAISS' scores is relative to."""
+    """One end of the ranking; the rounding of FAISS' scores is relative to ``size``."""
     n_live = len(factors.live)
 
-    def candidates(which: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-        scores, positions = ann.search(vectors[which], width)
+    def candidates(indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+        scores, positions = ann.search(vectors[indices], width)
         short = (positions < 0).any(axis=1)
         if short.any():  # an inverted file found too few in the lists it visited
             positions[short] = np.arange(width)
@@ -270,7 +278,7 @@ def _ann_end(
 
 
 def _unranked(ann: AnnIndex, vectors: np.ndarray, factors: RowFactors, k: int, *, largest: bool) -> Ranking:
-    """What FAISS itself says, signed as the method is."""
+    """One end of the ranking by the scores of FAISS alone, with the method's sign."""
     scores, positions = ann.search(vectors, k)
     if (positions < 0).any():
         raise InputError(f"the FAISS index found fewer than {k} rows in the lists it visits. Use --exact rerank.")
@@ -283,7 +291,7 @@ def _farthest(query: Query, table: ScanTable, factors: RowFactors, k: int) -> Ra
     """Rows of largest distance: the largest <[-2 f_q, 1], [f_n, ||f_n||^2]>, in float32, then exact."""
     x = query.terms[0].right
     assert x is not None
-    own = (x.astype(np.float64) ** 2).sum(axis=1)
+    query_squares = (x.astype(np.float64) ** 2).sum(axis=1)
     scores = np.empty((len(query), len(table)), np.float32)
     largest_square = 0.0
     start = 0
@@ -295,14 +303,14 @@ def _farthest(query: Query, table: ScanTable, factors: RowFactors, k: int) -> Ra
     tensor = torch.from_numpy(scores)
     at_position = table.rows
 
-    def candidates(which: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-        found = tensor[torch.from_numpy(which)].topk(width, dim=1)
+    def candidates(indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+        best = tensor[torch.from_numpy(indices)].topk(width, dim=1)
         edge = (
-            found.values[:, -1].numpy().astype(np.float64)
-            + own[which]
-            + 2 * SCAN_TOLERANCE * (largest_square + own[which])
+            best.values[:, -1].numpy().astype(np.float64)
+            + query_squares[indices]
+            + 2 * SCAN_TOLERANCE * (largest_square + query_squares[indices])
         )
-        return at_position[found.indices.numpy()], np.sqrt(np.maximum(edge, 0.0))
+        return at_position[best.indices.numpy()], np.sqrt(np.maximum(edge, 0.0))
 
     return settle(query, factors, candidates, k, largest=False, first_width=2 * k + 16)
 

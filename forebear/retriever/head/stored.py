@@ -1,4 +1,4 @@
-"""Search over what is stored exactly: features, sentence embeddings and head gradients as their two factors."""
+"""Search over exactly stored vectors: features, sentence embeddings and head gradients as their two factors."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class StoredSearcher(Searcher):
 
     @override
     def search(self, question: Question, batch: Batch) -> dict[str, Ends]:
-        found = {}
+        ends = {}
         for method in question.methods:
             query = make_query(method, batch, self.index, question.curvature)
-            found[method.name] = search_query(self.index, method, query, question.top, exact=question.spec.exact)
-        return found
+            ends[method.name] = search_query(self.index, method, query, question.top, exact=question.spec.exact)
+        return ends
 
     @override
     def score(self, question: Question, batch: Batch, rows: np.ndarray) -> Scores:
-        found = Scores()
+        scores = Scores()
         for method in question.methods:
             query = make_query(method, batch, self.index, question.curvature)
-            found.note_residual(method.name, query.residual)
-            found[method.name] = replace(row_factors(self.index, method), live=rows).all_products(query)
-        return found
+            scores.note_residual(method.name, query.residual)
+            scores[method.name] = replace(row_factors(self.index, method), live=rows).all_products(query)
+        return scores
 
     @override
     @staticmethod
@@ -62,7 +62,7 @@ def search_query(index: Index, method: Method, query: Query, top: int, *, exact:
 
 
 def row_factors(index: Index, method: Method) -> RowFactors:
-    """What a method compares, for every training row."""
+    """The stored factors of every training row that a method compares."""
     if method.representation in VECTORS:
         return RowFactors((VECTORS[method.representation].of_rows(index),), (), index.live)
     if method.all_checkpoints:
@@ -76,7 +76,7 @@ def row_factors(index: Index, method: Method) -> RowFactors:
 
 
 def _scan_table(index: Index, method: Method, query: Query) -> ScanTable | None:
-    """Rows by falling norm of what a method compares; None where the index keeps none."""
+    """Rows by falling norm of the vectors that a method compares; None where the index has no such table."""
     if method.representation in VECTORS:
         table_of = VECTORS[method.representation].scan_table
         return None if table_of is None else table_of(index)

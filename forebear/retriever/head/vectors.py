@@ -18,12 +18,12 @@ from forebear.retriever.question.batch import Batch
 
 @dataclass(frozen=True)
 class StoredVector:
-    """Where the vectors of a representation are.
+    """How to get the vectors of a representation.
 
     Attributes:
-        of_rows: Of every training row, ``(N, w)``.
-        of_queries: Of the test rows, ``(q, w)``.
-        scan_table: The rows by falling norm, if the index keeps them so; without, every row is compared.
+        of_rows: Gives the vectors of every training row, ``(N, w)``.
+        of_queries: Gives the vectors of the test rows, ``(q, w)``.
+        scan_table: Gives the rows by falling norm. None: the index has no such table, and every row is compared.
     """
 
     of_rows: Callable[[Index], RowMatrix]

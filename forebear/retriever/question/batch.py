@@ -1,4 +1,4 @@
-"""A batch of test rows: what the models say of them, and the class that is explained."""
+"""A batch of test rows, with the outputs of the models and the class that is explained."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Batch:
         last: Number of the checkpoint that is explained.
         sentence: Sentence embeddings ``(q, s)``, or None.
         labels: Gold class ids ``(q,)``, or None.
-        numbers: Of the test rows in their source, for messages.
+        numbers: Numbers of the test rows in their source, for messages.
         table: The rows with all their columns, where spans are given by columns; else None.
     """
 
@@ -44,7 +44,7 @@ class Batch:
 
     @property
     def forward(self) -> Forward:
-        """Of the last checkpoint, the model that is explained."""
+        """The forward pass of the last checkpoint, the model that is explained."""
         return self.forwards[self.last]
 
     @property
@@ -53,17 +53,17 @@ class Batch:
         assert not isinstance(self.texts, Encoded)
         return [list(column) for column in self.texts]
 
-    def take(self, which: np.ndarray) -> Batch:
-        """Some of the test rows."""
+    def take(self, indices: np.ndarray) -> Batch:
+        """The test rows at some indices."""
         return replace(
             self,
-            texts=take_texts(self.texts, which),
-            forwards={c: f.take(which) for c, f in self.forwards.items()},
-            targets=self.targets[which],
-            numbers=[self.numbers[i] for i in which.tolist()],
-            sentence=None if self.sentence is None else self.sentence[which],
-            labels=None if self.labels is None else self.labels[which],
-            table=None if self.table is None else self.table.take(which),
+            texts=take_texts(self.texts, indices),
+            forwards={c: f.take(indices) for c, f in self.forwards.items()},
+            targets=self.targets[indices],
+            numbers=[self.numbers[i] for i in indices.tolist()],
+            sentence=None if self.sentence is None else self.sentence[indices],
+            labels=None if self.labels is None else self.labels[indices],
+            table=None if self.table is None else self.table.take(indices),
         )
 
 
@@ -81,18 +81,18 @@ def make_batch(
 
     Args:
         question: Its methods say which checkpoints are needed, and whether sentence embeddings are.
-        models: Of the index.
-        texts: One list a text column; or encoded, but for methods that compare sentence embeddings.
+        models: Models of the index.
+        texts: One list a text column; or encoded, unless a method compares sentence embeddings.
         labels: Gold class ids ``(q,)``, or None.
-        numbers: Of the test rows, for messages.
-        forward: The last checkpoint's pass over them, if already run.
+        numbers: Numbers of the test rows in their source, for messages.
+        forward: The last checkpoint's pass over the test rows, if already run.
         table: The rows with all their columns, where spans are given by columns.
     """
     n_checkpoints = len(question.index.manifest.checkpoints)
     last = n_checkpoints - 1
-    sums = any(m.all_checkpoints and m.representation != "words" for m in question.methods)
+    needs_all = any(m.all_checkpoints and m.representation != "words" for m in question.methods)
     forwards = {} if forward is None else {last: forward}
-    for c in range(n_checkpoints) if sums else [last]:
+    for c in range(n_checkpoints) if needs_all else [last]:
         if c not in forwards:
             forwards[c] = run_forward(models.classifier(c), texts, first_row=numbers[0] if len(numbers) else 0)
     sentence = None
@@ -112,8 +112,8 @@ def choose_targets(target: str, predictions: np.ndarray, labels: np.ndarray | No
         if labels is None:
             raise InputError("--target gold needs labels in the test file. Name their column by --label-column.")
         return labels
-    fitting = [i for i, name in enumerate(names) if name == target]
-    fitting = fitting or [i for i, name in enumerate(names) if name.casefold() == target.casefold()]
-    if len(fitting) != 1:
+    matches = [i for i, name in enumerate(names) if name == target]
+    matches = matches or [i for i, name in enumerate(names) if name.casefold() == target.casefold()]
+    if len(matches) != 1:
         raise InputError(f"--target {target!r}: expected predicted, gold, or one of {', '.join(names)}.")
-    return np.full(len(predictions), fitting[0])
+    return np.full(len(predictions), matches[0])

@@ -1,7 +1,7 @@
-"""H^-1 applied to query gradients: which solver, at which scope, with which damping (METHODS.md, section 4).
+"""H^-1 applied to query gradients: which solver, at which scope, with which damping (``docs/methods.md``, "Curvature").
 
 ``exact`` is the head's Cholesky factor, ``ekfac`` the Kronecker-factored eigenbasis stored in the index, ``cg`` and
-``lissa`` iterate on products with the curvature of a sample of the training rows, ``identity`` does nothing.
+``lissa`` iterate on products with the curvature of a sample of the training rows, ``identity`` takes H = I.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from forebear.indexer.model.scopes import Scope
 from forebear.sampling import live_sample
 
 MAX_WEIGHTS = 1 << 25  # numbers in the class matrices, or in the gradients, of the rows that are held at once
-SELF_ROWS = 2048  # whose self-influence is solved for at once, at most
-EIGEN_ROWS = 256  # whose class matrices, or products with all class directions, are held at once
-PRODUCT_ROWS = 2048  # whose products with the head's curvature are computed at once
+SELF_ROWS = 2048  # rows whose self-influence is solved for at once, at most
+EIGEN_ROWS = 256  # rows whose class matrices, or products with all class directions, are held at once
+PRODUCT_ROWS = 2048  # rows whose products with the head's curvature are computed at once
 SOLVERS = ("exact", "ekfac", "cg", "cg-hessian", "lissa", "identity")
 
 
@@ -49,10 +49,10 @@ class CurvatureSpec:
     Attributes:
         solver: One of ``exact`` (head only), ``ekfac``, ``cg`` (on the Gauss-Newton matrix), ``cg-hessian``, ``lissa``
             (on the Hessian) and ``identity``; None: ``exact`` at the head, ``ekfac`` at other scopes.
-        damping: As given; None: the index's first. ``lissa`` has its own.
+        damping: As the user writes it (``1e-5``, ``0.1x``); None: the index's first. ``lissa`` has its own.
         rows: Training rows on which ``cg`` and ``lissa`` compute products; 0: all. The head always takes all.
         lissa: Settings, as :meth:`LissaSettings.parse` reads them.
-        tolerance: Of the relative residual of ``cg``.
+        tolerance: Relative residual at which ``cg`` stops.
     """
 
     solver: str | None = None
@@ -88,7 +88,7 @@ class CurvatureSpec:
         return self.at(scope) in ("cg", "cg-hessian", "lissa")
 
     def facts(self, index: Index, scope: str) -> dict[str, Any]:
-        """What a result must say of the curvature at a scope: solver, matrix, effective damping, rows."""
+        """Facts of the curvature at a scope that stand in a result: solver, matrix, effective damping, rows."""
         solver = self.at(scope)
         found: dict[str, Any] = {"curvature": solver}
         if solver == "identity":
@@ -127,12 +127,13 @@ class CurvatureSpec:
         return absolute_damping(self.damping, stored["mean_eigenvalue"])
 
     def refuse_lost_damping(self, index: Index, scope: str) -> None:
-        """Refuse a damping that the solver's arithmetic at a scope does not carry, as far as the index tells.
+        """Refuse a damping that rounding would lose beside the eigenvalues of the curvature at a scope.
 
-        Where it stores no eigenvalues, the first product with the curvature tells the rest.
+        Where the index stores no eigenvalues, only a damping that is lost for any of them is refused here; the first
+        product with the curvature shows the rest.
 
         Raises:
-            InputError: It is lost in rounding beside the eigenvalues.
+            InputError: The damping is lost in rounding.
         """
         solver = self.at(scope)
         if solver in ("exact", "identity"):  # the exact factor was refused at the build, if at all
@@ -225,11 +226,11 @@ def _watched(product: Product, damping: float, scope: str) -> Multiply:
     """The product, refusing a damping that is lost beside <v, H v> / <v, v>, which the largest eigenvalue reaches."""
 
     def multiply(vectors: Vectors) -> Vectors:
-        found = product(vectors)
+        products = product(vectors)
         lengths = dot(vectors, vectors)
-        quotients = torch.where(lengths > 0, dot(vectors, found) / lengths, 0.0)
+        quotients = torch.where(lengths > 0, dot(vectors, products) / lengths, 0.0)
         refuse_lost_damping(damping, float(quotients.max()), next(iter(vectors.values())).dtype, scope)
-        return found
+        return products
 
     return multiply
 
@@ -260,34 +261,34 @@ class HeadSolver:
 
     @cached_property
     def damping(self) -> float:
-        """What is added to the diagonal."""
+        """The number that is added to the diagonal of H."""
         if self._solver == "lissa":
             return LissaSettings.parse(self._spec.lissa).effective_damping
         return self._spec.absolute(self._index, "head")
 
     def solve(self, residuals: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """(H + damping I)^-1 g in the reduced class basis, ``(q, c - 1, h)``, and relative residuals."""
+        """(H + damping I)^-1 g in the reduced class basis, ``(q, c - 1, h)``, and relative residuals or None."""
         reduced = residuals.astype(np.float64) @ class_basis(self.n_classes).T
-        g = torch.from_numpy(reduced[:, :, None] * features.astype(np.float64)[:, None, :])
+        gradients = torch.from_numpy(reduced[:, :, None] * features.astype(np.float64)[:, None, :])
         if self._solver == "ekfac":
             left, right, eigenvalues = self._ekfac
-            return (left @ ((left.T @ g @ right) / (eigenvalues + self.damping)) @ right.T).numpy(), None
-        found, residual = _iterative(
+            return (left @ ((left.T @ gradients @ right) / (eigenvalues + self.damping)) @ right.T).numpy(), None
+        solved, residual = _iterative(
             self._spec, self._solver, self._product, len(self._features), lambda: self.damping, "head"
-        )({"head": g})
-        return found["head"].numpy(), residual
+        )({"head": gradients})
+        return solved["head"].numpy(), residual
 
     def self_influence(self, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
         """<H^-1 g, g> of each row, ``(n,)`` float64; rows of the same factors are solved for once."""
-        first, kinds = distinct(np.concatenate([residuals, features.astype(residuals.dtype)], axis=1))
-        residuals, features = residuals[first], features[first]
+        unique, inverse = distinct(np.concatenate([residuals, features.astype(residuals.dtype)], axis=1))
+        residuals, features = residuals[unique], features[unique]
         out = []
         size = max(1, min(SELF_ROWS, MAX_WEIGHTS // (self.n_classes * features.shape[1])))
         for start in range(0, len(residuals), size):
             r, f = residuals[start : start + size], features[start : start + size].astype(np.float64)
             reduced = r.astype(np.float64) @ class_basis(self.n_classes).T
             out.append(np.einsum("nah,na,nh->n", self.solve(r, f)[0], reduced, f, optimize=True))
-        return np.asarray(np.maximum(np.concatenate(out), 0.0)[kinds])
+        return np.asarray(np.maximum(np.concatenate(out), 0.0)[inverse])
 
     @cached_property
     def _ekfac(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -321,11 +322,11 @@ class HeadSolver:
         rows = np.arange(len(self._p)) if at is None else np.asarray(at)
         total = torch.zeros_like(v)
         for start in range(0, len(rows), PRODUCT_ROWS):
-            some = rows[start : start + PRODUCT_ROWS]
-            f = self._features[some]
+            block = rows[start : start + PRODUCT_ROWS]
+            f = self._features[block]
             if self._by_row:
-                weighted = class_products(torch.from_numpy(self._p[some]), v @ f.T)
+                weighted = class_products(torch.from_numpy(self._p[block]), v @ f.T)
             else:
-                weighted = torch.einsum("nab,qbn->qan", self._weights[some], v @ f.T)
+                weighted = torch.einsum("nab,qbn->qan", self._weights[block], v @ f.T)
             total += weighted @ f
         return {"head": total / len(rows)}

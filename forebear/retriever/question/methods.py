@@ -21,21 +21,23 @@ class Method:
     """One row of the table.
 
     Attributes:
-        name: As given to ``--method``.
+        name: The name that ``--method`` takes.
         representation: What is stored for each training row: the head's input f, an un-tuned sentence embedding, or
             the head gradient (p - y) outer f, kept as its two factors; gradients of its words, by token; tf-idf.
         query: The query vector: the same representation of the test row, its gradient preconditioned by H^-1, or
             the target's row of the representer kernel.
-        metric: ``dot``, ``cos`` or ``euc`` (minus the Euclidean distance). Of a preconditioned query, ``cos`` is
-            the cosine in H^-1's inner product.
-        all_checkpoints: Summed over all checkpoints, weighted by eta, instead of the last one alone.
-        words: Which words take part, of a method that compares words.
-        spans: Whether it compares what a span adds to the gradient: of the training ``row``, or of ``both`` rows.
-        saliency: The query vector is -d s / d theta of the saliency of a word, not a loss gradient.
-        variants: Summed over models one training step away from the last checkpoint.
-        scope: The scope that the name itself fixes; None: the question's.
-        formula: The score, in the notation of METHODS.md.
-        source: Paper.
+        metric: ``dot``, ``cos`` or ``euc`` (minus the Euclidean distance). With a preconditioned query, ``cos`` is the
+            cosine in H^-1's inner product.
+        all_checkpoints: Whether the score is summed over all checkpoints, weighted by eta, instead of taken at the
+            last one alone.
+        words: Which words take part, in a method that compares words.
+        spans: Whether the method compares what a span adds to the gradient: of the training ``row``, or of ``both``
+            rows.
+        saliency: Whether the query vector is -d s / d theta of the saliency of a word instead of a loss gradient.
+        variants: Whether the score is summed over models one training step away from the last checkpoint.
+        scope: The scope that the method's name fixes (``rep``: the head); None: the question's.
+        formula: The score, in the notation of ``docs/methods.md``.
+        source: The paper, by its short name in ``docs/methods.md``.
     """
 
     name: str
@@ -53,14 +55,15 @@ class Method:
 
     @property
     def store(self) -> str:
-        """The ``--store`` of the index that it needs."""
+        """The ``--store`` of the index that the method needs."""
         return {"sentence": "sbert", "words": "words", "tfidf": "words"}.get(self.representation, "features")
 
     def searched_by(self, scope: str) -> Searched:
-        """Name of the searcher (:data:`~forebear.retriever.searchers.SEARCHERS`) that answers for it at a scope.
+        """Name of the searcher (:data:`~forebear.retriever.searchers.SEARCHERS`) that answers for the method.
 
-        What is stored exactly answers for features, sentence embeddings and gradients of the head; sketches and the
-        model for gradients beyond the head, and for what only the model scores: spans, saliency and variants.
+        ``stored`` answers for features, sentence embeddings and gradients of the head, which are stored exactly;
+        ``gradients`` (sketches, then the model) for gradients beyond the head; ``spans`` for spans, saliency and
+        variants, which only the model scores.
         """
         if self.by_model:
             return "spans"
@@ -70,12 +73,12 @@ class Method:
 
     @property
     def reads_texts(self) -> bool:
-        """Whether it compares texts, so that it cannot be asked of rows with word pieces masked."""
+        """Whether the method compares texts, so that it cannot be asked about rows with word pieces masked."""
         return self.by_words or self.representation == "sentence"
 
     @property
     def scores_rows(self) -> bool:
-        """Whether it gives each training row one score for a prediction: neither spans nor a word's saliency."""
+        """Whether each training row has one score for a prediction: not one a span, and not for a word's saliency."""
         return self.spans is None and not self.saliency
 
     @property
@@ -87,14 +90,14 @@ class Method:
 
     @property
     def by_model(self) -> bool:
-        """Whether candidates come from the sketches (or the head) of other vectors, and scores from the model alone."""
+        """Whether the model alone gives the scores, of candidates that other vectors propose (``if``'s or ``gd``'s)."""
         return self.saliency or self.variants or self.spans is not None
 
     @property
     def ranks_spans(self) -> bool:
         """Whether spans of training rows are ranked for a prediction.
 
-        Not by ``saliency-if-token``: it compares words of training rows, for the saliency of a word of the query.
+        False of ``saliency-if-token``: it ranks words of training rows for the saliency of a word of the query.
         """
         return self.spans is not None and not self.saliency
 
@@ -102,13 +105,13 @@ class Method:
     def signed(self) -> bool:
         """Whether a score above 0 supports the target and one below 0 opposes it.
 
-        Not of features and sentence embeddings: the score is then a similarity (a distance is always below 0).
+        False of features and sentence embeddings: their score is a similarity (a distance is always below 0).
         """
         return self.representation not in ("feature", "sentence")
 
     @property
     def sign(self) -> str:
-        """What a score above or below 0 says, on whichever side of a ranking its row is listed."""
+        """The meaning of a score's sign, which is the same at both ends of a ranking."""
         if not self.signed:
             return "a similarity, whose sign says neither support nor opposition"
         if self.saliency:
@@ -117,12 +120,12 @@ class Method:
 
     @property
     def linear(self) -> bool:
-        """Whether the scores of a sum of query vectors are the sums of the scores: then one search serves many rows."""
+        """Whether scores of a sum of query vectors are the sums of the scores, so that one search serves many rows."""
         return self.metric == "dot" and not (self.by_model or self.by_words)
 
     @property
     def by_words(self) -> bool:
-        """Whether its scores are sums over shared words."""
+        """Whether the method's scores are sums over shared words."""
         return self.store == "words"
 
 

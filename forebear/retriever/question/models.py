@@ -21,7 +21,7 @@ from forebear.indexer.training.run import moved_paths
 
 T = TypeVar("T")
 
-N_VARIANTS = 3  # of the Span paper's TracInF
+N_VARIANTS = 3  # models one step away, as in the Span paper's TracInF
 VARIANT_ROWS = 32
 VARIANT_LEARNING_RATE = 1e-4
 
@@ -39,10 +39,12 @@ def one_step_away(classifier: Classifier, index: Index, number: int) -> Classifi
     labels = torch.from_numpy(index.labels[rows].astype(np.int64)).to(classifier.device)
     losses = []
     for batch in plan_batches(lengths, len(rows) * max(lengths), equal_lengths=classifier.equal_lengths):
-        at = sorted(batch)
+        positions = sorted(batch)
         with classifier.autocast():
-            logits = model(**pad_batch(classifier.tokenizer, [encoded[i] for i in at], classifier.device)).logits
-        losses.append(torch.nn.functional.cross_entropy(logits.float(), labels[at]) * (len(at) / len(rows)))
+            logits = model(**pad_batch(classifier.tokenizer, [encoded[i] for i in positions], classifier.device)).logits
+        losses.append(
+            torch.nn.functional.cross_entropy(logits.float(), labels[positions]) * (len(positions) / len(rows))
+        )
     gradients = torch.autograd.grad(sum(losses[1:], losses[0]), list(model.parameters()), allow_unused=True)
     with torch.no_grad():
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -60,7 +62,7 @@ class Models:
     """
 
     def __init__(self, index: Index, *, model: str | Classifier | None = None, device: str = "auto") -> None:
-        """Nothing is loaded yet.
+        """Set up without loading a model.
 
         Args:
             index: The index.
@@ -75,11 +77,14 @@ class Models:
         self._kept: dict[Hashable, Any] = {}
 
     def keep(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What is made from these models once, when it is first asked for, and kept for later questions."""
+        """The object kept under ``key``, which ``make`` makes when it is first asked for.
+
+        Searches of a scope are kept so, with what they have loaded, for later questions.
+        """
         if key not in self._kept:
             self._kept[key] = make()
-        found: T = self._kept[key]
-        return found
+        kept: T = self._kept[key]
+        return kept
 
     def classifier(self, checkpoint: int = -1) -> Classifier:
         """The classifier at a checkpoint of the index; the last by default. Numbers past it are its variants."""
@@ -102,11 +107,13 @@ class Models:
                 self._paths[number], device=self._device, precision=spec.precision, max_length=spec.max_length
             )
         check_same_model(classifier, listed.sha256, spec.tokenizer_sha256)
-        return replace(classifier, label_names=spec.label_names)  # the model's own may say nothing: LABEL_0
+        return replace(
+            classifier, label_names=spec.label_names
+        )  # the model's own names may be empty ones, such as LABEL_0
 
     @cached_property
     def sentence_encoder(self) -> SentenceEncoder:
-        """The un-tuned encoder of the index."""
+        """The encoder, not fine-tuned, of the index's sentence embeddings."""
         manifest = self.index.manifest
         if manifest.sentence_model is None:
             raise MissingStoreError(

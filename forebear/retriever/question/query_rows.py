@@ -1,4 +1,4 @@
-"""Whether test rows are such as an index can be asked about: their texts, and their labels."""
+"""Checks that test rows fit an index: their text columns, and their labels."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from forebear.indexer.rows.row_source import RowSource
 
 def check_texts(index: Index, source: RowSource) -> None:
     """Refuse single texts for an index of pairs, the other way round, and the same columns in another order."""
-    wanted = index.manifest.spec.text_columns
-    if len(source.text_columns) != len(wanted):
+    expected = index.manifest.spec.text_columns
+    if len(source.text_columns) != len(expected):
         raise MismatchError(
             f"{source.name} gives {len(source.text_columns)} text(s) a row ({', '.join(source.text_columns)}); the "
-            f"index was built from {len(wanted)} ({', '.join(wanted)}). Choose them by --text-columns or --pair."
+            f"index was built from {len(expected)} ({', '.join(expected)}). Choose them by --text-columns or --pair."
         )
-    if source.text_columns != wanted and sorted(source.text_columns) == sorted(wanted):
+    if source.text_columns != expected and sorted(source.text_columns) == sorted(expected):
         raise MismatchError(
             f"{source.name} is read as {', '.join(source.text_columns)}, the index was built from "
-            f"{', '.join(wanted)}, in this order. Give --text-columns {','.join(wanted)}."
+            f"{', '.join(expected)}, in this order. Give --text-columns {','.join(expected)}."
         )
 
 

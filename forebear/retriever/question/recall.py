@@ -20,10 +20,10 @@ from forebear.retriever.question.spec import Question
 from forebear.wording import worded
 
 DEFAULT_CANDIDATES = 100  # where no calibration says how many a recall takes
-# By a method that compares whitened sketches, the method that compares the plain sketches in the same way.
+# For each method that compares whitened sketches, the method that compares the plain sketches in the same way.
 UNWHITENED = {"if": "gd", "rif": "gc", "if+": "tracin+", "if++": "tracin++"}
 _ROUNDING = 1e-9
-Stated = tuple[float | None, str | None]  # a recall, and what must be said beside it
+Stated = tuple[float | None, str | None]  # a recall (None: not measured), and the note that stands beside it
 PROVEN: Stated = (1.0, None)
 NOT_RERANKED: Stated = (None, "recall not measured for --exact none")
 
@@ -47,10 +47,10 @@ def recall_of(shares: dict[str, float], n_candidates: int, n_live: int, *, at_mo
 
     Args:
         shares: As :func:`candidates_for` takes them.
-        n_candidates: At each end.
-        n_live: All rows; so many candidates leave none out.
-        at_most: The recall that was asked for. Candidates that were chosen for it may by chance suffice for a larger
-            one; stated is the one that they were chosen for.
+        n_candidates: Number of candidates at each end.
+        n_live: Number of all rows; so many candidates leave none out.
+        at_most: The recall that the candidates were chosen for. By chance they may suffice for a larger one, which
+            must not be stated.
     """
     if n_candidates >= n_live:
         return 1.0
@@ -72,7 +72,7 @@ def same_as(index: Index, scope: str, method: Method, curvature: CurvatureSpec) 
 
 
 def _searched(question: Question, method: Method) -> tuple[str, int]:
-    """The method whose calibration says how many candidates it takes, and the number of what is searched."""
+    """Name of the method whose calibration gives the candidates, and the number of rows or spans that are searched."""
     index = question.index
     if method.ranks_spans and question.spans_are_stored:
         return method.name, len(index.live_spans)
@@ -84,8 +84,9 @@ def _searched(question: Question, method: Method) -> tuple[str, int]:
 def n_candidates(question: Question, method: Method) -> int:
     """Rows, or stored spans, at each end that are scored exactly for a method at a scope beyond the head.
 
-    Where candidates come from two sketches, so many come from each. Where the sample does not support the recall that
-    is asked for, they are those of the largest that it supports, and at least as many as without calibration.
+    Where candidates come from two sketches, this is the number from each. Where the calibration's sample does not
+    support the recall of the question, it is the number for the largest recall that the sample supports, and at least
+    the number taken without calibration.
     """
     spec = question.spec
     if spec.candidates is not None:
@@ -100,10 +101,12 @@ def n_candidates(question: Question, method: Method) -> int:
 
 
 def deep_recall(question: Question, method: Method, n: int) -> Stated:
-    """What ``n`` candidates at each end buy beyond the head; None, and why, where that was not measured."""
+    """The recall of ``n`` candidates at each end beyond the head; where it was not measured, None and why."""
     spec = question.spec
     name, total = _searched(question, method)
-    words_of_rows = method.saliency and method.spans is not None  # scored are the words of a few rows, never of all
+    words_of_rows = (
+        method.saliency and method.spans is not None
+    )  # the words of a few rows are scored, never those of all rows
     if n >= total and not words_of_rows:
         return PROVEN
     reasons = _not_measured(question, method, name)
@@ -124,7 +127,7 @@ def deep_recall(question: Question, method: Method, n: int) -> Stated:
 
 
 def _not_measured(question: Question, method: Method, name: str) -> list[str]:
-    """What a question asks for that the index's calibration did not."""
+    """The respects in which a question differs from the index's calibration, each as a phrase of the note."""
     index, spec, scope = question.index, question.spec, question.scope_of(method)
     manifest = index.manifest
     calibration = index.calibrated(scope, name)
@@ -189,6 +192,6 @@ def stored_recall(question: Question, method: Method) -> Stated:
 
 
 def with_note(stated: Stated) -> dict[str, Any]:
-    """Facts of an answer: ``recall``, and ``recall_note`` where something must be said beside it."""
+    """Facts of an answer: ``recall``, and ``recall_note`` where it has one."""
     recall, note = stated
     return {"recall": recall} | ({} if note is None else {"recall_note": worded(note)})

@@ -1,4 +1,4 @@
-"""What a searcher does: the same three verbs for every representation of the training rows."""
+"""The interface of searchers: search, score and facts, for every representation of the training rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Searcher(ABC):
     """
 
     def __init__(self, models: Models) -> None:
-        """Nothing is loaded yet; what is made once is kept for all questions."""
+        """Set up without loading a model; a searcher serves all questions of an index."""
         self.models, self.index = models, models.index
 
     @abstractmethod
@@ -30,7 +30,7 @@ class Searcher(ABC):
         """Both ends of the ranking of training rows for each test row, by method name.
 
         Args:
-            question: With only methods that this searcher answers for.
+            question: A question with only methods that this searcher answers for.
             batch: Test rows.
         """
 
@@ -39,7 +39,7 @@ class Searcher(ABC):
         """Exact scores of training rows, ``(q, n)`` float64, larger = proponent.
 
         Args:
-            question: With only methods that this searcher answers for.
+            question: A question with only methods that this searcher answers for.
             batch: Test rows.
             rows: Live training rows, ascending, ``(n,)``.
         """
@@ -47,4 +47,4 @@ class Searcher(ABC):
     @staticmethod
     @abstractmethod
     def facts(question: Question, method: Method) -> dict[str, Any]:
-        """What an answer says of its search: ``recall`` (None where it was not measured), candidates, choices."""
+        """Facts of the search for an answer: ``recall`` (None where it was not measured), candidates, choices."""

@@ -34,30 +34,30 @@ def salient_words(
 ) -> list[Span]:
     """The word of each row whose saliency is explained: the most salient one, or the first that reads ``word``.
 
-    Punctuation is chosen only where it is named, or there is nothing else.
+    Punctuation is chosen only where it is named, or a row has no other word.
 
     Args:
         classifier: The model.
         texts: Test rows, one list a text column.
         targets: Class whose probability counts, ``(q,)``.
         word: As it stands in the text, in any case; None: the word of largest summed-gradient saliency.
-        numbers: Of the rows, for messages; None: from 0.
+        numbers: Numbers of the rows in their source, for messages; None: from 0.
 
     Raises:
         InputError: A row has no word, or not this one.
     """
     out = []
-    for i, found in enumerate(saliency(classifier, texts, targets, form=SUMMED_GRADIENT)):
-        words = [w for w in found.words if word is None or w.text.casefold() == word.casefold()]
+    for i, row_saliency in enumerate(saliency(classifier, texts, targets, form=SUMMED_GRADIENT)):
+        words = [w for w in row_saliency.words if word is None or w.text.casefold() == word.casefold()]
         if word is None:
             words = [w for w in words if any(c.isalnum() for c in w.text)] or words
         if not words:
-            what = "no word that the model reads"
+            missing = "no word that the model reads"
             if word is not None:
-                listed = ", ".join(dict.fromkeys(w.text for w in found.words)) or "none"
-                what = f"no word {word!r} (its words, as the tokenizer divides them: {listed})"
+                listed = ", ".join(dict.fromkeys(w.text for w in row_saliency.words)) or "none"
+                missing = f"no word {word!r} (its words, as the tokenizer divides them: {listed})"
             number = i if numbers is None else numbers[i]
-            raise InputError(f"test row {number} has {what}, so there is no saliency to explain.")
+            raise InputError(f"test row {number} has {missing}, so there is no saliency to explain.")
         best = max(words, key=lambda w: w.value) if word is None else words[0]
         out.append(Span(best.column, best.start, best.end))
     return out
@@ -77,11 +77,11 @@ def saliency_gradients(
 
     Args:
         classifier: The model.
-        scope: Over which.
+        scope: Parameters of the gradients.
         texts: Test rows, one list a text column.
         targets: Class whose probability counts, ``(q,)``.
-        words: One a row.
-        numbers: Of the rows, for messages; None: from 0.
+        words: One word a row.
+        numbers: Numbers of the rows in their source, for messages; None: from 0.
 
     Returns:
         ``(q, n_out, n_in)`` for each block.
@@ -102,7 +102,7 @@ def saliency_gradients(
 
         def grow(_module: torch.nn.Module, args: tuple, kwargs: dict, leaf: list[torch.Tensor] = leaf) -> tuple:  # type: ignore[type-arg]
             values = args[0] if args else kwargs["hidden_states"]
-            # Below it only the embeddings' LayerNorm can be of the scope (--with-bias): it then takes part.
+            # Below this layer only the embeddings' LayerNorm can be in the scope (--with-bias): it then takes part.
             leaf.append(values if values.requires_grad else values.detach().requires_grad_(True))
             return ((leaf[0], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": leaf[0]})
 
@@ -113,17 +113,17 @@ def saliency_gradients(
                 probability = logits.double().softmax(dim=1)[0, int(targets[i])]
                 (at_input,) = torch.autograd.grad(probability, leaf[0], create_graph=True)
                 s = at_input[0, torch.tensor(inside, device=at_input.device)].sum()
-                found = torch.autograd.grad(s, parameters, materialize_grads=True)
+                row_gradients = torch.autograd.grad(s, parameters, materialize_grads=True)
         finally:
             hook.remove()
-        gradients = dict(zip(names, found, strict=True))
+        gradients = dict(zip(names, row_gradients, strict=True))
         for block in scope.blocks:
             out[block.name][i] = -block.join({name: gradients[name] for name in block.split(out[block.name])})
     for name, values in out.items():
         finite = torch.isfinite(values).flatten(1).all(dim=1)
         if not bool(finite.all()):
-            at = int(torch.argmin(finite.int()))
-            row = at if numbers is None else numbers[at]
+            position = int(torch.argmin(finite.int()))
+            row = position if numbers is None else numbers[position]
             raise NonFiniteError(
                 f"{classifier.name}: the saliency gradient of test row {row} is NaN or infinite in {name}. Check the "
                 "model."

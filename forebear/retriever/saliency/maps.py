@@ -1,4 +1,4 @@
-"""Saliency maps: how much each word piece of a row, and each word, speaks for a label (METHODS.md, section 3).
+"""Saliency maps: how much each word piece of a row, and each word, speaks for a label.
 
 For ``gradient-x-input`` e_t is the output of the word embeddings at position t, before positions, types and LayerNorm.
 For ``summed-gradient`` it is what enters the first encoder layer: the LayerNorm between the two does not see a constant
@@ -57,7 +57,7 @@ class Saliency:
 
     Attributes:
         pieces: Vocabulary strings of its ``t`` word pieces, start and end tokens included.
-        values: One a piece, ``(t,)`` float64.
+        values: Value of each piece, ``(t,)`` float64.
         special: Whether the tokenizer added the piece ([CLS], [SEP]; <s>, </s>), ``(t,)`` bool.
         words: In reading order. Added pieces and bare white space are no words; a "[MASK]" in the text is one.
     """
@@ -121,7 +121,7 @@ class _Saliencies(RowCollector):
     """Gathers values before normalisation; see :class:`~forebear.indexer.gradients.gradient_pass.Collector`.
 
     Attributes:
-        values: Of each row, ``(t,)`` float64.
+        values: Values of the pieces of each row, ``(t,)`` float64.
         sizes: Sum of the absolute terms of a row's values, over pieces and dimensions, ``(n,)``.
     """
 
@@ -155,15 +155,15 @@ class _Saliencies(RowCollector):
 
 
 def _seeds(form: str, targets: np.ndarray) -> SeedByKey:
-    """What is differentiated: S_y, or any multiple of the loss, which its norm takes away again."""
+    """The scalar that is differentiated for a row: S_y, or a multiple of the loss, whose factor the norm cancels."""
 
-    def seed_of(at: list[int]) -> Seed:
-        loss = loss_of(targets[at])
+    def seed_of(positions: list[int]) -> Seed:
+        loss = loss_of(targets[positions])
 
         def seed(logits: np.ndarray) -> np.ndarray:
             residual = loss(logits)  # p - y
             if form == SUMMED_GRADIENT:
-                return -softmax(logits)[np.arange(len(at)), targets[at], None] * residual
+                return -softmax(logits)[np.arange(len(positions)), targets[positions], None] * residual
             # Largest entry 1: in fp32 the gradient of a very confident row would underflow.
             largest = np.abs(residual).max(axis=1, keepdims=True)
             return ratio(residual, largest)
@@ -174,7 +174,7 @@ def _seeds(form: str, targets: np.ndarray) -> SeedByKey:
 
 
 def _normalised(values: np.ndarray) -> np.ndarray:
-    """Over their L1 norm, ``(t,)``; 0 where that is 0."""
+    """Values ``(t,)`` divided by their L1 norm; 0 where the norm is 0."""
     norm = np.abs(values).sum()
     return ratio(values, norm)
 

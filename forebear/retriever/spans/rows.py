@@ -1,4 +1,4 @@
-"""Spans of training rows and of test rows, as what gradients are compared of."""
+"""Spans of training rows and of test rows, encoded with their masked versions so that gradients can be compared."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
+from typing_extensions import override
 
 from forebear.errors import InputError
 from forebear.indexer.index import Index
@@ -17,20 +18,21 @@ from forebear.indexer.spans.finders import find_spans
 from forebear.indexer.spans.masking import mask_found, mask_spans
 from forebear.indexer.spans.text import Finder, Span
 from forebear.retriever.deep.query_gradients import Queries
+from forebear.retriever.deep.search import Rows
 from forebear.retriever.question.batch import Batch
 from forebear.retriever.question.spec import Question
 
 
 @dataclass(frozen=True)
-class SpanRows:
-    """Spans of training rows, as what :class:`GradientSearch` scores: g - g' each.
+class SpanRows(Rows):
+    """Spans of training rows as entries that :class:`GradientSearch` scores: g - g' each, g' with the span masked.
 
     Attributes:
-        rows: Training row of each, ``(m,)``.
+        rows: Training row of each span, ``(m,)``.
         spans: The spans, by row and then by place.
-        encoded: Rows and their masked versions.
+        encoded: The rows and their masked versions.
         gold: Labels of the rows, ``(m,)`` int64.
-        cut: Training row of each span that the model does not read, which is left out, ``(n,)``.
+        cut: Training rows of the spans that were left out because truncation hides them from the model, ``(n,)``.
     """
 
     rows: np.ndarray
@@ -39,30 +41,33 @@ class SpanRows:
     gold: np.ndarray
     cut: np.ndarray
 
-    def texts(self, at: np.ndarray) -> Texts:
-        """See :class:`~forebear.retriever.deep.search.Rows`."""
-        return self.encoded.take(at)
+    @override
+    def texts(self, numbers: np.ndarray) -> Texts:
+        return self.encoded.take(numbers)
 
-    def labels(self, at: np.ndarray) -> np.ndarray:
-        """See :class:`~forebear.retriever.deep.search.Rows`."""
-        return np.asarray(self.gold[at])
+    @override
+    def labels(self, numbers: np.ndarray) -> np.ndarray:
+        return np.asarray(self.gold[numbers])
 
 
 def span_rows(
     index: Index, classifier: Classifier, rows: np.ndarray, find: Finder, *, unknown: bool = False
 ) -> SpanRows:
-    """All spans of some training rows (ascending); ``unknown``: masked by [UNK]."""
+    """All spans of training rows, which ascend.
+
+    ``find`` finds the spans of a row. With ``unknown`` a span is masked by [UNK] instead of the mask token.
+    """
     texts = index.text_lists(rows)
     table = pa.table(dict(zip(index.manifest.spec.text_columns, texts, strict=True)))
-    found = mask_found(
+    masked = mask_found(
         classifier, texts, find_spans(find, texts, table, rows.tolist(), "training row"), unknown=unknown
     )
-    of = rows[found.owners]
-    return SpanRows(of, found.spans, found.encoded, index.labels[of].astype(np.int64), rows[found.cut])
+    owners = rows[masked.owners]
+    return SpanRows(owners, masked.spans, masked.encoded, index.labels[owners].astype(np.int64), rows[masked.cut])
 
 
 def stored_span_rows(index: Index, classifier: Classifier, entries: np.ndarray) -> SpanRows:
-    """Some entries of the index's span store."""
+    """The spans of the index's span store with the numbers ``entries``, ``(m,)``."""
     store = index.spans()
     rows, spans = store.rows[entries], store.spans(entries)
     encoded, read = mask_spans(classifier, index.text_lists(rows), spans)
@@ -85,45 +90,45 @@ def query_spans(
     Args:
         classifier: The model.
         texts: Test rows, one list a text column.
-        table: The same rows with all their columns.
+        table: The test rows with all their columns.
         targets: Class whose loss is explained, ``(q,)``.
-        logits: Of the rows as they are, ``(q, c)``.
+        logits: Logits of the unmasked rows, ``(q, c)``.
         find: Finds the spans of a row.
-        numbers: Of the rows, for messages; None: from 0.
+        numbers: Numbers of the rows in their source, for messages; None: from 0.
 
     Returns:
         One span a row; the rows and their masked versions.
 
     Raises:
-        InputError: A row has no span, or none that the model reads.
+        InputError: A row has no span, or truncation hides all its spans from the model.
     """
     numbers = range(len(texts[0])) if numbers is None else numbers
-    found = find_spans(find, texts, table, numbers, "test row")
-    read = mask_found(classifier, texts, found)
-    owners, spans, encoded = read.owners, read.spans, read.encoded
-    missing = np.setdiff1d(np.arange(len(found)), owners)
+    spans_by_row = find_spans(find, texts, table, numbers, "test row")
+    readable = mask_found(classifier, texts, spans_by_row)
+    owners, spans, encoded = readable.owners, readable.spans, readable.encoded
+    missing = np.setdiff1d(np.arange(len(spans_by_row)), owners)
     if len(missing):
         raise InputError(
             f"test row {numbers[missing[0]]} has no span that the model reads. Find spans otherwise (--spans), or "
             "leave the row out."
         )
     assert encoded.minus is not None
-    _, whole = residual_and_loss(logits, targets)
-    _, masked = residual_and_loss(run_forward(classifier, Encoded(encoded.minus)).logits, targets[owners])
-    importance = masked - whole[owners]
-    best = np.lexsort((np.arange(len(owners)), -importance, owners))
-    first = best[np.unique(owners[best], return_index=True)[1]]
+    _, whole_losses = residual_and_loss(logits, targets)
+    _, masked_losses = residual_and_loss(run_forward(classifier, Encoded(encoded.minus)).logits, targets[owners])
+    importance = masked_losses - whole_losses[owners]
+    order = np.lexsort((np.arange(len(owners)), -importance, owners))
+    first = order[np.unique(owners[order], return_index=True)[1]]
     return [spans[i] for i in first], encoded.take(first)
 
 
 def gradient_queries(
     question: Question, classifier: Classifier, batch: Batch
 ) -> tuple[Queries, Queries, list[Span] | None]:
-    """Test rows as what gradients are compared of.
+    """Test rows as the queries of methods by whole rows and of methods by spans.
 
     Returns:
-        The rows; the rows less themselves with their most important span masked; and these spans. The last two only
-        where a method compares spans of both rows; else the rows again, and None.
+        Queries of the whole rows; queries of each row minus its version with the most important span masked; and
+        these spans. Where no method compares spans of both rows, the last two are the first again and None.
     """
     by_row = Queries(batch.columns, batch.targets)
     if not any(method.spans == "both" for method in question.methods):

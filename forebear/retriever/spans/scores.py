@@ -1,4 +1,4 @@
-"""Scores of all of some training spans, for some test rows, at any models: what evaluations of the methods compare."""
+"""Scores of given training spans for given test rows, at any models; evaluations compare the methods by them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from forebear.retriever.spans.rows import SpanRows
 
 
 class SpanScores:
-    """What spans of training rows and of test rows add to their gradients, compared over one scope."""
+    """Compares, over one scope, what spans of training rows and of test rows add to the gradients of their rows."""
 
     def __init__(self, index: Index, classifier: Classifier, scope: str, queries: Queries, entries: SpanRows) -> None:
-        """Prepare.
+        """Hold the rows and spans; no gradient is computed yet.
 
         Args:
-            index: Whose curvature is used.
+            index: The index whose curvature is used.
             classifier: The model that is explained.
-            scope: Of the index.
+            scope: A scope of the index.
             queries: Test rows with their masked versions, ``q`` of them.
             entries: Spans of training rows, ``m`` of them.
         """
@@ -40,8 +40,8 @@ class SpanScores:
         """
         out = np.zeros((len(self._queries.targets), len(self._entries.rows)))
         for model in models:
-            for which in self._chunks(1):
-                out[which] += self._dots(model, self._gradients(model, which))
+            for indices in self._chunks(1):
+                out[indices] += self._dots(model, self._gradients(model, indices))
         return out
 
     def preconditioned(self, curvature: CurvatureSpec) -> tuple[np.ndarray, np.ndarray | None]:
@@ -52,21 +52,21 @@ class SpanScores:
         """
         solve = deep_solver(curvature, self._index, self._classifier, self._scope)
         scores, residuals = [], []
-        for which in self._chunks(2):
-            solved, residual = solve(self._gradients(self._classifier, which))
+        for indices in self._chunks(2):
+            solved, residual = solve(self._gradients(self._classifier, indices))
             scores.append(self._dots(self._classifier, solved))
             residuals += [] if residual is None else [residual]
         return np.concatenate(scores), np.concatenate(residuals) if residuals else None
 
     def _chunks(self, kinds: int) -> list[np.ndarray]:
-        """Test rows whose whole vectors, ``kinds`` of each, fit in memory together."""
+        """Indices of the test rows, in chunks whose whole vectors (``kinds`` for each row) fit in memory together."""
         size = max(1, VECTOR_BYTES // (4 * kinds * self._scope.size))
         q = len(self._queries.targets)
         return [np.arange(i, min(i + size, q)) for i in range(0, q, size)]
 
-    def _gradients(self, model: Classifier, which: np.ndarray) -> Vectors:
-        some = self._queries.take(which)
-        return whole_gradients(model, self._scope, some.texts, some.targets)
+    def _gradients(self, model: Classifier, indices: np.ndarray) -> Vectors:
+        chunk = self._queries.take(indices)
+        return whole_gradients(model, self._scope, chunk.texts, chunk.targets)
 
     def _dots(self, model: Classifier, vectors: Vectors) -> np.ndarray:
         return exact_dots(model, self._scope, vectors, self._entries.encoded, self._entries.gold)

@@ -5,8 +5,8 @@ other gradient (both rows' tokens side by side), so the dot of a query's vector 
 Where the index stores spans, these are searched: at the head exactly, from stored factors; beyond it by sketches, with
 the model's scores for the candidates. Elsewhere rows are proposed as for ``if`` and ``gd``, and all their spans scored.
 
-Influence on saliency asks with -d s / d theta of a word's saliency instead of a loss gradient. What a word of a row
-that it finds contributes is a span with [UNK] for a mask.
+Influence on saliency (``saliency-if``) replaces the query's loss gradient by -d s / d theta, s being the saliency of a
+word of the test row. ``saliency-if-token`` scores the words of the rows that it finds, as spans that [UNK] masks.
 
 Sign: larger = proponent. The paper prints the opposite sign for the methods with ++; here a span's influence on itself
 is a squared length, so positive.
@@ -51,7 +51,7 @@ class SpanSearcher(Searcher):
 
     @override
     def score(self, question: Question, batch: Batch, rows: np.ndarray) -> Scores:
-        """Of variants alone (``tracin-f``); :attr:`Method.scores_rows` says so of a method."""
+        """Scores of rows, which only ``tracin-f`` of these methods has; see :attr:`Method.scores_rows`."""
         search = GradientSearch.kept(self.models, question.spec.scope, question.curvature)
         wanted = {method.name: rows for method in question.methods}
         return Scores(search.score(question.methods, Queries(batch.texts, batch.targets), wanted)[0])
@@ -61,7 +61,7 @@ class SpanSearcher(Searcher):
     def facts(question: Question, method: Method) -> dict[str, Any]:
         spec = question.spec
         facts: dict[str, Any] = {}
-        if method.saliency:  # spans are words then, whatever --spans says
+        if method.saliency:  # its spans are words, whatever --spans says
             facts = {"word": spec.word}
         elif method.spans:
             facts = {
@@ -79,7 +79,7 @@ class SpanSearch:
     """Answers one question about spans, saliency or variants."""
 
     def __init__(self, question: Question, models: Models) -> None:
-        """Nothing is loaded yet."""
+        """Set up without loading a model."""
         self._question, self._stored = question, question.spans_are_stored
         self._search = GradientSearch.kept(models, question.spec.scope, question.curvature)
 
@@ -93,26 +93,26 @@ class SpanSearch:
         spec, methods = question.spec, question.methods
         classifier, numbers = search.models.classifier(), batch.numbers
         k = spec.top if all(m.spans for m in methods) else question.top
-        by_row, by_span, own = gradient_queries(question, classifier, batch)
+        by_row, by_span, query_spans = gradient_queries(question, classifier, batch)
         salient: list[Span] | None = None
-        of_saliency = by_row
+        by_saliency = by_row
         if any(m.saliency for m in methods):
             salient = salient_words(classifier, batch.columns, batch.targets, spec.word, numbers)
             vectors = saliency_gradients(
                 classifier, search.gradients.parameters, batch.columns, batch.targets, salient, numbers
             )
-            of_saliency = Queries(by_row.texts, batch.targets, vectors)
+            by_saliency = Queries(by_row.texts, batch.targets, vectors)
         out = {}
         for method in methods:
             if method.saliency:
-                queries, query_span = of_saliency, salient
+                queries, method_spans = by_saliency, salient
             else:
-                queries, query_span = (by_span, own) if method.spans == "both" else (by_row, None)
-            out[method.name] = self._search_method(method, queries, k, query_span)
+                queries, method_spans = (by_span, query_spans) if method.spans == "both" else (by_row, None)
+            out[method.name] = self._search_method(method, queries, k, method_spans)
         return out
 
-    def _search_method(self, method: Method, queries: Queries, k: int, query_span: list[Span] | None) -> Ends:
-        """Both ends of one method's ranking; ``query_span`` is the span of each test row that is meant."""
+    def _search_method(self, method: Method, queries: Queries, k: int, query_spans: list[Span] | None) -> Ends:
+        """Both ends of one method's ranking; ``query_spans`` holds the span of each test row, where one is compared."""
         search = self._search
         by_entries = self._stored and method.ranks_spans
         live = search.index.live_spans if by_entries else search.index.live
@@ -120,19 +120,19 @@ class SpanSearch:
         if self._question.spec.exact == "full":
             proposed = np.broadcast_to(live, (len(queries), len(live)))
         elif by_entries and search.scope == "head" and not method.variants:
-            return self._rank_stored(method, queries, k, query_span)
+            return self._rank_stored(method, queries, k, query_spans)
         elif method.saliency and not method.spans and search.scope == "head":
-            return self._rank_rows_at_head(method, queries, k, query_span)
+            return self._rank_rows_at_head(method, queries, k, query_spans)
         elif method.saliency and method.spans:  # the words of the rows that saliency-if finds
-            proposed = self._rows_of_saliency(queries, min(WORD_ROWS, len(live)), width, query_span)
+            proposed = self._rows_of_saliency(queries, min(WORD_ROWS, len(live)), width, query_spans)
         else:
             proposed = self._propose(method, queries, width, by_entries=by_entries)
-        return self._rank(method, queries, proposed, k, query_span, by_entries=by_entries)
+        return self._rank(method, queries, proposed, k, query_spans, by_entries=by_entries)
 
     def _propose(self, method: Method, queries: Queries, width: int, *, by_entries: bool) -> np.ndarray:
-        """Candidates, ``(q, 2 width)``, each once or twice: rows whose whole gradients score highest and lowest.
+        """Candidates ``(q, 2 width)``: rows whose whole gradients score highest and lowest.
 
-        Entries of the span store, if ``by_entries``.
+        With ``by_entries``, entries of the span store instead. A candidate of both ends appears twice.
         """
         search = self._search
         base = METHODS["if" if method.query == "preconditioned" else "gd"]
@@ -152,7 +152,7 @@ class SpanSearch:
         queries: Queries,
         numbers: np.ndarray,
         k: int,
-        own: list[Span] | None,
+        query_spans: list[Span] | None,
         *,
         by_entries: bool = False,
     ) -> Ends:
@@ -168,54 +168,56 @@ class SpanSearch:
                 find = span_finder("words") if method.saliency else self._question.row_finder
                 entries = span_rows(search.index, classifier, distinct, find, unknown=method.saliency)
             search = search.over(entries)
-        # What is scored for each query: positions among the entries, or row numbers.
-        listed = [np.unique(mine) for mine in numbers]
+        # For each query, what the search scores: positions among the entries of spans, or row numbers.
+        positions = [np.unique(candidates) for candidates in numbers]
         if by_entries:
-            listed = [np.searchsorted(distinct, mine) for mine in listed]
+            positions = [np.searchsorted(distinct, candidates) for candidates in positions]
         elif entries is not None:
-            listed = [np.flatnonzero(np.isin(entries.rows, mine)) for mine in listed]
-        n_cut = None if entries is None else np.array([np.isin(entries.cut, mine).sum() for mine in numbers])
+            positions = [np.flatnonzero(np.isin(entries.rows, rows)) for rows in positions]
+        n_cut = None if entries is None else np.array([np.isin(entries.cut, rows).sum() for rows in numbers])
         if by_entries:
-            n_cut = np.full(len(listed), search.index.spans().n_cut)
-        fewest, most = min(map(len, listed)), max(map(len, listed))
+            n_cut = np.full(len(positions), search.index.spans().n_cut)
+        fewest, most = min(map(len, positions)), max(map(len, positions))
         _refuse_too_few(method, fewest, k)
-        padded = np.stack([np.pad(mine, (0, most - len(mine)), mode="edge") for mine in listed])
+        padded = np.stack([np.pad(listed, (0, most - len(listed)), mode="edge") for listed in positions])
         scores, residuals = search.score([method], queries, {method.name: padded})
         ends: list[Ranking] = []
         for largest in (True, False):
-            found, found_scores = np.empty((len(listed), k), np.int64), np.empty((len(listed), k))
-            for i, mine in enumerate(listed):
-                values = scores[method.name][i, : len(mine)]
-                order = np.lexsort((mine, -values if largest else values))[:k]
-                found[i], found_scores[i] = mine[order], values[order]
+            best, best_scores = np.empty((len(positions), k), np.int64), np.empty((len(positions), k))
+            for i, listed in enumerate(positions):
+                values = scores[method.name][i, : len(listed)]
+                order = np.lexsort((listed, -values if largest else values))[:k]
+                best[i], best_scores[i] = listed[order], values[order]
             ends.append(
                 Ranking(
-                    found if entries is None else entries.rows[found], found_scores, True,
-                    np.array([len(mine) for mine in listed]), residual=residuals.get(method.name),
-                    spans=None if entries is None else [[entries.spans[j] for j in mine] for mine in found],
-                    query_spans=own, n_cut=n_cut,
+                    best if entries is None else entries.rows[best], best_scores, True,
+                    np.array([len(listed) for listed in positions]), residual=residuals.get(method.name),
+                    spans=None if entries is None else [[entries.spans[j] for j in query_best] for query_best in best],
+                    query_spans=query_spans, n_cut=n_cut,
                 )
             )  # fmt: skip
         return ends[0], ends[1]
 
-    def _rows_of_saliency(self, queries: Queries, k: int, width: int, own: list[Span] | None) -> np.ndarray:
+    def _rows_of_saliency(self, queries: Queries, k: int, width: int, query_spans: list[Span] | None) -> np.ndarray:
         """The rows at both ends of ``saliency-if``, ``(q, 2 k)``."""
         method = METHODS["saliency-if"]
         if self._search.scope == "head":
-            found = self._rank_rows_at_head(method, queries, k, own)
+            ends = self._rank_rows_at_head(method, queries, k, query_spans)
         else:
-            found = self._rank(method, queries, self._propose(method, queries, width, by_entries=False), k, own)
-        return np.concatenate([end.rows for end in found], axis=1)
+            ends = self._rank(method, queries, self._propose(method, queries, width, by_entries=False), k, query_spans)
+        return np.concatenate([end.rows for end in ends], axis=1)
 
-    def _rank_rows_at_head(self, method: Method, queries: Queries, k: int, own: list[Span] | None) -> Ends:
+    def _rank_rows_at_head(self, method: Method, queries: Queries, k: int, query_spans: list[Span] | None) -> Ends:
         """Rank all rows at the head from stored factors, without the model; proven, as for other methods there."""
         search = self._search
         residual = search.gradients.solutions(queries)[1] if method.query == "preconditioned" else None
         query = head_query(search, method, queries)
         first, last = search_query(search.index, query.method, query, k, exact="rerank")
-        return replace(first, residual=residual, query_spans=own), replace(last, residual=residual, query_spans=own)
+        return replace(first, residual=residual, query_spans=query_spans), replace(
+            last, residual=residual, query_spans=query_spans
+        )
 
-    def _rank_stored(self, method: Method, queries: Queries, k: int, own: list[Span] | None) -> Ends:
+    def _rank_stored(self, method: Method, queries: Queries, k: int, query_spans: list[Span] | None) -> Ends:
         """Rank all stored spans at the head, without the model."""
         search, store = self._search, self._search.index.spans()
         n_live = len(search.index.live_spans)
@@ -224,7 +226,7 @@ class SpanSearch:
         ends = [
             Ranking(
                 store.rows[entries], scores, True, np.full(len(entries), n_live), residual=residual,
-                spans=[store.spans(mine) for mine in entries], query_spans=own,
+                spans=[store.spans(query_entries) for query_entries in entries], query_spans=query_spans,
                 n_cut=np.full(len(entries), store.n_cut),
             )
             for entries, scores in stored_ends(search, method, queries, k)
@@ -248,10 +250,10 @@ def word_influence(
     """``saliency-if-token`` of every word of some training rows, for one test row.
 
     Args:
-        search: Of the scope and curvature that the question asks for.
+        search: The search over the scope and curvature that the question asks for.
         texts: The test row, one list a text column.
         target: Class whose probability counts.
-        word: Whose saliency is meant; None: that of its most salient word.
+        word: The word of the test row whose saliency is explained; None: its most salient word.
         rows: Training rows, ascending.
 
     Returns:

@@ -16,11 +16,11 @@ from forebear.retriever.question.methods import METHODS, Method
 
 
 def head_query(search: GradientSearch, method: Method, queries: Queries) -> Query:
-    """What is asked at the head of the last checkpoint, in the class directions of :func:`class_basis`."""
-    g = search.gradients.at_checkpoint(search.gradients.last, queries)
+    """Query vectors at the head of the last checkpoint, in the class directions of :func:`class_basis`."""
+    gradients = search.gradients.at_checkpoint(search.gradients.last, queries)
     if method.query == "preconditioned":
-        g = search.gradients.solutions(queries)[0]
-    (whole,) = g.values()
+        gradients = search.gradients.solutions(queries)[0]
+    (whole,) = gradients.values()
     reduced = np.einsum("ac,qch->qah", class_basis(whole.shape[1]), whole.double().cpu().numpy())
     return Query(METHODS["gd"], (Term(1.0, None, matrix=reduced),), np.ones(len(reduced)))
 
@@ -35,10 +35,10 @@ def stored_ends(
     """
     query, stored = head_query(search, method, queries), _StoredAtHead(search.index)
     ends = [(np.empty((len(query), k), np.int64), np.empty((len(query), k))) for _ in range(2)]
-    for at in stored.chunks(len(query)):
-        products = stored.products(query.take(at))
+    for indices in stored.chunks(len(query)):
+        products = stored.products(query.take(indices))
         for (entries, scores), largest in zip(ends, (True, False), strict=True):
-            entries[at], scores[at] = best_of(products, query.take(at), stored, k, largest=largest)
+            entries[indices], scores[indices] = best_of(products, query.take(indices), stored, k, largest=largest)
     return ends[0], ends[1]
 
 
@@ -50,10 +50,10 @@ def stored_row_scores(search: GradientSearch, method: Method, queries: Queries) 
     """
     query, stored = head_query(search, method, queries), _StoredAtHead(search.index)
     out = np.full((len(query), len(search.index.live)), -np.inf)
-    rows, starts = np.unique(stored.rows, return_index=True)  # entries stand by row
+    rows, starts = np.unique(stored.rows, return_index=True)  # entries are stored in row order
     columns = np.searchsorted(search.index.live, rows)
-    for at in stored.chunks(len(query)):
-        out[np.ix_(at, columns)] = np.maximum.reduceat(stored.products(query.take(at)), starts, axis=1)
+    for indices in stored.chunks(len(query)):
+        out[np.ix_(indices, columns)] = np.maximum.reduceat(stored.products(query.take(indices)), starts, axis=1)
     return out
 
 
@@ -61,8 +61,8 @@ class _StoredAtHead:
     """<V, g_n - g_n(-ij)> of all live stored spans: <V, r_n f_n^T> less that of the masked row, both in float64.
 
     Attributes:
-        live: Their numbers in the store, ``(m,)``.
-        rows: Training row of each, ``(m,)``, ascending.
+        live: Numbers of the live spans in the store, ``(m,)``.
+        rows: Training row of each live span, ``(m,)``, ascending.
     """
 
     def __init__(self, index: Index) -> None:
@@ -74,17 +74,17 @@ class _StoredAtHead:
         self._masked = RowFactors((store.features,), (store.residuals,), self.live)
 
     def chunks(self, n_queries: int) -> Iterator[np.ndarray]:
-        """Queries whose scores of all spans fit in memory together."""
+        """Indices of the queries, in chunks whose scores of all spans fit in memory together."""
         size = max(1, MAX_SCORES // max(1, len(self.live)))
         for start in range(0, n_queries, size):
             yield np.arange(start, min(start + size, n_queries))
 
     def products(self, query: Query) -> np.ndarray:
-        """Of all of them by matrix products, ``(q, m)``."""
+        """Scores of all live spans by matrix products, ``(q, m)``."""
         owner = np.searchsorted(self._whole.live, self.rows)
         return np.asarray(self._whole.all_products(query)[:, owner] - self._masked.all_products(query))
 
     def scores(self, query: Query, entries: np.ndarray) -> np.ndarray:
-        """Of some of them, ``(q, k)`` numbers, pair by pair."""
+        """Scores of entries ``(q, k)`` of each query, summed pair by pair."""
         whole = self._whole.scores(query, self._all_rows[entries])
         return np.asarray(whole - self._masked.scores(query, entries))

@@ -15,11 +15,11 @@ from forebear.indexer.words.gradients import WordRows
 
 @dataclass(frozen=True)
 class QueryWords:
-    """Words of one test row at every checkpoint that counts.
+    """Words of one test row at every checkpoint of the index.
 
     Attributes:
         tokens: Token ids, ascending, one array a checkpoint.
-        vectors: dL_q/dE_w, ``(s, e)`` likewise.
+        vectors: dL_q/dE_w of these tokens, ``(s, e)``, one array a checkpoint.
         etas: Weight of each checkpoint.
     """
 
@@ -34,19 +34,19 @@ class QueryWords:
 
 
 def query_words(words: Sequence[WordRows], etas: Sequence[float], allowed: np.ndarray | None) -> list[QueryWords]:
-    """Each test row's words, some left out.
+    """Each test row's words, without those that do not take part.
 
     Args:
-        words: Of all test rows, one entry a checkpoint.
+        words: Words of all test rows, one entry a checkpoint.
         etas: Weight of each checkpoint.
-        allowed: Mask by token id of those that take part; None: all.
+        allowed: Mask by token id of the words that take part; None: all.
     """
     kept = [w if allowed is None else w.only(allowed[w.tokens]) for w in words]
     out = []
     for i in range(len(words[0])):
         spans = [slice(w.starts[i], w.starts[i + 1]) for w in kept]
-        tokens = tuple(w.tokens[at] for w, at in zip(kept, spans, strict=True))
-        vectors = tuple(_vectors(w)[at] for w, at in zip(kept, spans, strict=True))
+        tokens = tuple(w.tokens[span] for w, span in zip(kept, spans, strict=True))
+        vectors = tuple(_vectors(w)[span] for w, span in zip(kept, spans, strict=True))
         out.append(QueryWords(tokens, vectors, tuple(etas)))
     return out
 
@@ -72,7 +72,9 @@ class Shared:
 
     def scores(self, n_rows: int) -> np.ndarray:
         """Sums over the words of each row, ``(n_rows,)`` float64; 0 for a row that shares none."""
-        return np.bincount(self.rows, self.values, minlength=n_rows).astype(np.float64)  # of nothing: integers
+        return np.bincount(self.rows, self.values, minlength=n_rows).astype(
+            np.float64
+        )  # bincount of nothing gives integers
 
     def of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and contributions of one row, largest in absolute value first; ties by token id."""
@@ -91,14 +93,14 @@ def shared_words(query: QueryWords, rows: Sequence[WordRows]) -> Shared:
     """
     keys, values = [], []
     width = 1 + max((int(t.max(initial=0)) for t in (*query.tokens, *(r.tokens for r in rows))), default=0)
-    for tokens, vectors, eta, found in zip(query.tokens, query.vectors, query.etas, rows, strict=True):
+    for tokens, vectors, eta, row_words in zip(query.tokens, query.vectors, query.etas, rows, strict=True):
         if not len(tokens):
             continue
-        at = np.minimum(np.searchsorted(tokens, found.tokens), len(tokens) - 1)
-        hit = np.flatnonzero(tokens[at] == found.tokens)
-        left, right = vectors[at[hit]].astype(np.float64), _vectors(found)[hit].astype(np.float64)
+        positions = np.minimum(np.searchsorted(tokens, row_words.tokens), len(tokens) - 1)
+        hit = np.flatnonzero(tokens[positions] == row_words.tokens)
+        left, right = vectors[positions[hit]].astype(np.float64), _vectors(row_words)[hit].astype(np.float64)
         values.append(eta * np.einsum("ij,ij->i", left, right))
-        keys.append(found.rows[hit] * width + found.tokens[hit])
+        keys.append(row_words.rows[hit] * width + row_words.tokens[hit])
     if not keys:
         return Shared(*(np.empty(0, kind) for kind in (np.int64, np.int64, np.float64)))
     distinct, inverse = np.unique(np.concatenate(keys), return_inverse=True)
@@ -109,9 +111,9 @@ def shared_words(query: QueryWords, rows: Sequence[WordRows]) -> Shared:
 def squares(rows: Sequence[WordRows], etas: Sequence[float], allowed: np.ndarray | None) -> np.ndarray:
     """Score of each row with itself over its allowed words, ``(n,)`` float64."""
     total = np.zeros(len(rows[0]))
-    for found, eta in zip(rows, etas, strict=True):
-        own = (_vectors(found).astype(np.float64) ** 2).sum(axis=1)
+    for row_words, eta in zip(rows, etas, strict=True):
+        lengths = (_vectors(row_words).astype(np.float64) ** 2).sum(axis=1)
         if allowed is not None:
-            own[~allowed[found.tokens]] = 0.0
-        total += eta * np.bincount(found.rows, own, minlength=len(found))
+            lengths[~allowed[row_words.tokens]] = 0.0
+        total += eta * np.bincount(row_words.rows, lengths, minlength=len(row_words))
     return total

@@ -41,7 +41,7 @@ class TfidfSearcher(Searcher):
         return transformer, sparse.csr_array(transformer.fit_transform(counts))
 
     def _wide(self, counts: sparse.csr_array) -> sparse.csr_array:
-        """The same with a column for every token id."""
+        """Token counts ``(n, m)`` widened to one column for every token id of the model."""
         n_tokens = self.models.classifier().model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         return sparse.csr_array((counts.data, counts.indices, counts.indptr), shape=(counts.shape[0], n_tokens))
 
@@ -58,8 +58,8 @@ class TfidfSearcher(Searcher):
 
     @override
     def score(self, question: Question, batch: Batch, rows: np.ndarray) -> Scores:
-        found = self._scores(batch, normalise=question.spec.normalise)
-        return Scores({m.name: found[:, np.searchsorted(self.index.live, rows)] for m in question.methods})
+        scores = self._scores(batch, normalise=question.spec.normalise)
+        return Scores({m.name: scores[:, np.searchsorted(self.index.live, rows)] for m in question.methods})
 
     @override
     @staticmethod
@@ -68,23 +68,23 @@ class TfidfSearcher(Searcher):
 
     def _scores(self, batch: Batch, *, normalise: bool) -> np.ndarray:
         """Scores of every live row, ``(q, n_live)`` float64; divided by sqrt(self x self) if ``normalise``."""
-        found = self.cosines(batch.columns) * self._errors(batch, self.index.live, normalise=normalise)
-        return np.asarray(found + 0.0)  # no -0.0
+        products = self.cosines(batch.columns) * self._errors(batch, self.index.live, normalise=normalise)
+        return np.asarray(products + 0.0)  # no -0.0
 
     def _errors(self, batch: Batch, rows: np.ndarray, *, normalise: bool) -> np.ndarray:
         """sum over checkpoints of eta <p_q - y_q, p_n - y_n>, ``(q, len(rows))`` float64."""
         q = len(batch.targets)
-        dots, own_q, own_n = np.zeros((q, len(rows))), np.zeros(q), np.zeros(len(rows))
+        dots, query_squares, row_squares = np.zeros((q, len(rows))), np.zeros(q), np.zeros(len(rows))
         for c, checkpoint in enumerate(self.index.manifest.checkpoints):
             left, _ = residual_and_loss(batch.forwards[c].logits, batch.targets)
             right = self.index.residuals(c).take(rows).astype(np.float64)
             dots += checkpoint.eta * (left @ right.T)
-            own_q += checkpoint.eta * (left**2).sum(axis=1)
-            own_n += checkpoint.eta * (right**2).sum(axis=1)
+            query_squares += checkpoint.eta * (left**2).sum(axis=1)
+            row_squares += checkpoint.eta * (right**2).sum(axis=1)
         if not normalise:
             return dots
-        below = np.sqrt(own_q)[:, None] * np.sqrt(own_n)
-        return ratio(dots, below)
+        norms = np.sqrt(query_squares)[:, None] * np.sqrt(row_squares)
+        return ratio(dots, norms)
 
     @override
     def search(self, question: Question, batch: Batch) -> dict[str, Ends]:
@@ -94,29 +94,35 @@ class TfidfSearcher(Searcher):
         q = len(batch)
         rows, scores = np.empty((2, q, k), np.int64), np.empty((2, q, k))
         for start in range(0, q, step):
-            at = np.arange(start, min(start + step, q))
-            found = self._scores(batch.take(at), normalise=question.spec.normalise)
+            indices = np.arange(start, min(start + step, q))
+            block_scores = self._scores(batch.take(indices), normalise=question.spec.normalise)
             for side in (0, 1):
-                rows[side, at], scores[side, at] = rank(found, live, k, largest=side == 0)
-        n_scored, own = np.full(q, len(live)), self._of_texts(batch.columns)
+                rows[side, indices], scores[side, indices] = rank(block_scores, live, k, largest=side == 0)
+        n_scored, query_vectors = np.full(q, len(live)), self._of_texts(batch.columns)
         first, last = (
-            Ranking(rows[side], scores[side], True, n_scored, words=self._contributions(own, rows[side], scores[side]))
+            Ranking(
+                rows[side],
+                scores[side],
+                True,
+                n_scored,
+                words=self._contributions(query_vectors, rows[side], scores[side]),
+            )
             for side in (0, 1)
         )
         return {method.name: (first, last) for method in question.methods}
 
-    def _contributions(self, own: sparse.csr_array, rows: np.ndarray, scores: np.ndarray) -> list[Words]:
-        """Each shared token's part of a score: its part of the cosine."""
+    def _contributions(self, query_vectors: sparse.csr_array, rows: np.ndarray, scores: np.ndarray) -> list[Words]:
+        """What each shared token contributes to a score, in proportion to what it contributes to the cosine."""
         out: list[Words] = []
-        for i, (mine, values) in enumerate(zip(rows, scores, strict=True)):
-            theirs = self._fitted[1][np.searchsorted(self.index.live, mine)]
-            products = sparse.csr_array(theirs.multiply(own[[i]]))
-            found: Words = []
+        for i, (query_rows, values) in enumerate(zip(rows, scores, strict=True)):
+            row_vectors = self._fitted[1][np.searchsorted(self.index.live, query_rows)]
+            products = sparse.csr_array(row_vectors.multiply(query_vectors[[i]]))
+            words: Words = []
             for j, score in enumerate(values):
-                at = slice(products.indptr[j], products.indptr[j + 1])
-                tokens, parts = products.indices[at].astype(np.int64), products.data[at]
+                entries = slice(products.indptr[j], products.indptr[j + 1])
+                tokens, parts = products.indices[entries].astype(np.int64), products.data[entries]
                 share = score * parts / parts.sum() if parts.sum() > 0 else np.zeros(len(parts))
                 order = np.lexsort((tokens, -np.abs(share)))
-                found.append((tokens[order], share[order]))
-            out.append(found)
+                words.append((tokens[order], share[order]))
+            out.append(words)
         return out

@@ -1,4 +1,4 @@
-"""Which tokens are start and end, which are frequent words, and how a token is shown."""
+"""Which tokens are start and end tokens, which are frequent words, and how a token is shown."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ def frequent_tokens(tokenizer: Any) -> np.ndarray:
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     special = set(tokenizer.all_special_ids)
-    found = []
+    frequent = []
     for piece, number in tokenizer.get_vocab().items():
         text = piece.removeprefix("##").removeprefix("Ġ").removeprefix("▁")
-        if not text.isascii():  # of a byte-level vocabulary, bytes
+        if not text.isascii():  # an entry of a byte-level vocabulary, which stands for bytes
             text = tokenizer.decode([number], clean_up_tokenization_spaces=False).removeprefix("##").strip()
         if number in special or not text or "\ufffd" in text:
             continue
-        whole = not piece.startswith("##")  # of byte-level tokens within a word nothing can be told
+        whole = not piece.startswith(
+            "##"
+        )  # a byte-level token inside a word is not marked as such, and counts as whole
         if (whole and text.casefold() in ENGLISH_STOP_WORDS) or all(map(_is_punctuation, text)):
-            found.append(number)
-    return np.array(sorted(found), dtype=np.int64)
+            frequent.append(number)
+    return np.array(sorted(frequent), dtype=np.int64)
 
 
 def _is_punctuation(character: str) -> bool:
@@ -38,7 +40,7 @@ def _is_punctuation(character: str) -> bool:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Each token as text; one that is no whole text (a byte of a character) as its vocabulary entry."""
+    """Each token as text. A token that is only part of a character has none: it is shown as its vocabulary entry."""
     pieces = tokenizer.convert_ids_to_tokens([int(i) for i in ids])
     out = []
     for number, piece in zip(ids, pieces, strict=True):
@@ -48,7 +50,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def token_mask(size: int, ids: np.ndarray, *, keep: bool) -> np.ndarray:
-    """Mask by token id ``(size,)``: these alone, or all but these."""
+    """Mask by token id, ``(size,)`` bool: the tokens ``ids`` alone, or (without ``keep``) all but these."""
     mask = np.full(size, not keep)
     mask[ids] = keep
     return mask

@@ -72,63 +72,63 @@ def register(audits: typer.Typer) -> None:
 
 @grouped(queries=100, method=BY_INFLUENCE)
 def overlap(
-    at: IndexOptions,
-    tested: TestOptions,
-    asked: QuestionOptions,
+    index_options: IndexOptions,
+    test_options: TestOptions,
+    question_options: QuestionOptions,
     sample: SampleOptions,
     report: ReportOptions,
     method: Methods = None,
 ) -> None:
-    """See OVERLAP_HELP."""
+    """Regress lexical overlap on the influence of training rows."""
     from forebear.evaluation.audits.artifacts.features import overlap_feature
 
-    retriever = open_retriever(at, report)
+    retriever = open_retriever(index_options, report)
     feature = overlap_feature(retriever.index.manifest.spec.text_columns)
-    _audit(retriever, feature, method, asked, tested, sample, report)
+    _audit(retriever, feature, method, question_options, test_options, sample, report)
 
 
 @grouped(queries=100, method=BY_INFLUENCE)
 def negation(
-    at: IndexOptions,
-    tested: TestOptions,
-    asked: QuestionOptions,
+    index_options: IndexOptions,
+    test_options: TestOptions,
+    question_options: QuestionOptions,
     sample: SampleOptions,
     report: ReportOptions,
     column: NegationColumn = None,
     method: Methods = None,
 ) -> None:
-    """See NEGATION_HELP."""
+    """Regress the presence of a negation on the influence of training rows."""
     from forebear.evaluation.audits.artifacts.features import negation_feature
 
-    retriever = open_retriever(at, report)
+    retriever = open_retriever(index_options, report)
     feature = negation_feature(retriever.index.manifest.spec.text_columns, column)
-    _audit(retriever, feature, method, asked, tested, sample, report)
+    _audit(retriever, feature, method, question_options, test_options, sample, report)
 
 
 @grouped(queries=100, method=BY_INFLUENCE)
 def artifact(
-    at: IndexOptions,
-    tested: TestOptions,
+    index_options: IndexOptions,
+    test_options: TestOptions,
     feature: FeatureOption,
-    asked: QuestionOptions,
+    question_options: QuestionOptions,
     sample: SampleOptions,
     report: ReportOptions,
     method: Methods = None,
 ) -> None:
-    """See ARTIFACT_HELP."""
+    """Regress a feature of the user's on the influence of training rows."""
     from forebear.evaluation.audits.artifacts.features import user_feature
 
-    retriever = open_retriever(at, report)
+    retriever = open_retriever(index_options, report)
     measured = user_feature(feature, retriever.index.manifest.spec.text_columns)
-    _audit(retriever, measured, method, asked, tested, sample, report)
+    _audit(retriever, measured, method, question_options, test_options, sample, report)
 
 
 def _audit(
     retriever: Retriever,
     feature: Feature,
     method: Sequence[str] | None,
-    asked: QuestionOptions,
-    tested: TestOptions,
+    question_options: QuestionOptions,
+    test_options: TestOptions,
     sample: SampleOptions,
     report: ReportOptions,
 ) -> None:
@@ -137,9 +137,11 @@ def _audit(
     from forebear.evaluation.audits.artifacts.regression import regress_artifact
     from forebear.evaluation.audits.artifacts.regression_report import artifact_report
 
-    question = make_question(retriever, method or default_methods(retriever, ["if"], asked), asked, quiet=report.quiet)
+    question = make_question(
+        retriever, method or default_methods(retriever, ["if"], question_options), question_options, quiet=report.quiet
+    )
     values = measure(retriever.index, feature)
-    queries = open_queries(retriever, tested, sample, question)
+    queries = open_queries(retriever, test_options, sample, question)
     with report.progress() as progress:
         found = regress_artifact(retriever, queries, question, values, progress=progress)
     report.finish(*artifact_report(found, feature, values, retriever, queries, question, sample.seed, command_line()))

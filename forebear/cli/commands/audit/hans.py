@@ -45,19 +45,19 @@ def register(app: typer.Typer) -> None:
 
 @grouped(method=Shown("all that score rows"))
 def hans(
-    at: IndexOptions,
-    tested: TestOptions,
+    index_options: IndexOptions,
+    test_options: TestOptions,
     output: FolderOptions,
     method: Methods = None,
     top: Top = 10,
 ) -> None:
-    """See HANS_HELP."""
+    """Audit wrong "entailment" answers for the lexical-overlap shortcut."""
     from forebear.evaluation.audits.artifacts.hans import audit_hans, hans_report
     from forebear.evaluation.reports.report import check_folder, write_report
 
     check_folder(output.folder, force=output.force)
-    retriever = at.open()
-    source = tested.open(tested.test, retriever, need_labels=True)
+    retriever = index_options.open()
+    source = test_options.open(test_options.test, retriever, need_labels=True)
     with output.progress() as progress:
         audit = audit_hans(retriever, source, listed(method) or None, top=top, progress=progress)
     report, result = hans_report(audit, retriever, source, command_line())

@@ -1,4 +1,4 @@
-"""``forebear audit``: the audits of training rows, which need no question from outside."""
+"""``forebear audit``: the audits of training rows: wrong labels, duplicates, mistakes and hubs."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ Examples:
 
     forebear retrieve --index I --text "a gripping film" --method gd --hubs runs/hubs
 """
-SCREEN_ROWS, SCREEN_TEXT = 20, 120  # of a list of rows on a screen: how many, and characters of each text
+SCREEN_ROWS, SCREEN_TEXT = 20, 120  # rows of a list on the screen, and characters of each text
 
 
 def register(audits: typer.Typer) -> None:
@@ -91,19 +91,23 @@ def register(audits: typer.Typer) -> None:
 
 @grouped(method=Shown("gd,if"))
 def mislabelled(
-    at: IndexOptions,
-    asked: ScopeOptions,
+    index_options: IndexOptions,
+    question_options: ScopeOptions,
     report: ReportOptions,
     method: Methods = None,
     top: Listed = 100,
     neighbours: Neighbours = 10,
 ) -> None:
-    """See MISLABELLED_HELP."""
+    """List the training rows that may be labelled wrongly."""
     from forebear.evaluation.audits.rows.suspects import suspects, suspects_report
 
-    retriever = open_retriever(at, report)
+    retriever = open_retriever(index_options, report)
     question = make_question(
-        retriever, method or default_methods(retriever, ["gd", "if"], asked), asked, target="gold", quiet=report.quiet
+        retriever,
+        method or default_methods(retriever, ["gd", "if"], question_options),
+        question_options,
+        target="gold",
+        quiet=report.quiet,
     )
     found = suspects(retriever, question, n_neighbours=neighbours)
     page, result = suspects_report(found, retriever, question, top, command_line())
@@ -112,8 +116,8 @@ def mislabelled(
 
 @grouped(test=Shown("only training rows are looked at"))
 def duplicates(
-    at: IndexOptions,
-    tested: MaybeTestOptions,
+    index_options: IndexOptions,
+    test_options: MaybeTestOptions,
     report: ReportOptions,
     top: Listed = 100,
     jaccard: Annotated[float, typer.Option("--jaccard", help="Least similarity of word sets, 0 to 1.")] = 0.8,
@@ -125,17 +129,17 @@ def duplicates(
     ] = 0.5,
     neighbours: Neighbours = 10,
 ) -> None:
-    """See DUPLICATES_HELP."""
+    """List training rows that say the same, and test rows among them."""
     from forebear.evaluation.audits.rows.duplicates import Thresholds, duplicates_report, leaks
     from forebear.evaluation.audits.rows.duplicates import duplicates as find
     from forebear.evaluation.common.queries import sample_queries
 
     thresholds = Thresholds(jaccard=jaccard, cosine=cosine, cosine_jaccard=cosine_jaccard, neighbours=neighbours)
     thresholds.check()
-    retriever = open_retriever(at, report)
+    retriever = open_retriever(index_options, report)
     queries = None
-    if tested.test is not None:
-        source = tested.open(tested.test, retriever)
+    if test_options.test is not None:
+        source = test_options.open(test_options.test, retriever)
         warn_of_labels(retriever, source, required=False)
         queries = sample_queries(retriever, source, 0, 0)
     groups = find(retriever.index, thresholds)
@@ -146,9 +150,9 @@ def duplicates(
 
 @grouped(method=Shown("if"))
 def errors(
-    at: IndexOptions,
-    tested: TestOptions,
-    asked: SearchOptions,
+    index_options: IndexOptions,
+    test_options: TestOptions,
+    question_options: SearchOptions,
     report: ReportOptions,
     method: Methods = None,
     top: Top = 10,
@@ -157,19 +161,19 @@ def errors(
     ] = 1,
     seed: SampleSeed = 0,
 ) -> None:
-    """See ERRORS_HELP."""
+    """List the training rows behind each kind of mistake."""
     from forebear.evaluation.audits.rows.errors import errors_report, explain_groups, group_mistakes, mistakes_of
 
-    retriever = open_retriever(at, report)
+    retriever = open_retriever(index_options, report)
     question = make_question(
         retriever,
-        method or default_methods(retriever, ["if"], asked),
-        asked,
+        method or default_methods(retriever, ["if"], question_options),
+        question_options,
         top=top,
         aggregate=True,
         quiet=report.quiet,
     )
-    source = tested.open(tested.test, retriever, need_labels=True)
+    source = test_options.open(test_options.test, retriever, need_labels=True)
     if clusters < 1:
         raise InputError(f"--clusters {clusters}: expected at least 1.")
     with report.progress() as progress:
@@ -182,25 +186,25 @@ def errors(
 
 @grouped(queries=500, test=Shown("the training rows"))
 def hubs(
-    at: IndexOptions,
-    tested: MaybeTestOptions,
-    asked: SearchOptions,
+    index_options: IndexOptions,
+    test_options: MaybeTestOptions,
+    question_options: SearchOptions,
     sample: SampleOptions,
     report: ReportOptions,
     method: Methods = None,
     top: Top = 10,
     n_listed: Annotated[int, typer.Option("--listed", help="Rows listed for each method.")] = 20,
 ) -> None:
-    """See HUBS_HELP."""
+    """List the training rows that come up for many queries."""
     from forebear.evaluation.audits.rows.hubs import hubs as count
     from forebear.evaluation.audits.rows.hubs import hubs_report, training_queries
 
-    retriever = open_retriever(at, report)
-    question = make_question(retriever, method, asked, top=top, quiet=report.quiet)
-    if tested.test is None:
+    retriever = open_retriever(index_options, report)
+    question = make_question(retriever, method, question_options, top=top, quiet=report.quiet)
+    if test_options.test is None:
         queries = training_queries(retriever, sample.queries, sample.seed)
     else:
-        queries = open_queries(retriever, tested, sample, question)
+        queries = open_queries(retriever, test_options, sample, question)
     with report.progress() as progress:
         found = count(retriever, queries, question, progress=progress)
     page, result = hubs_report(found, retriever, queries, question, sample.seed, n_listed, command_line())
@@ -208,7 +212,7 @@ def hubs(
 
 
 def _for_screen(report: Report, columns: Sequence[str]) -> Report:
-    """The report with its lists of rows cut to the columns named, the texts and as many rows as a screen bears."""
+    """The report, its lists of rows cut to these columns, the texts, and ``SCREEN_ROWS`` rows."""
     return replace(report, tables=[_cut(table, columns) for table in report.tables])
 
 

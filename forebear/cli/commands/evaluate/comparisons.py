@@ -94,43 +94,43 @@ def register(evaluations: typer.Typer) -> None:
 
 @grouped(queries=100)
 def correlation(
-    at: IndexOptions,
-    tested: TestOptions,
-    asked: QuestionOptions,
+    index_options: IndexOptions,
+    test_options: TestOptions,
+    question_options: QuestionOptions,
     sample: SampleOptions,
     report: ReportOptions,
     method: Methods = None,
     rows: SampledRows = 500,
 ) -> None:
-    """See CORRELATION_HELP."""
+    """Report the rank correlations of several methods' scores."""
     from forebear.evaluation.measures.correlation import correlation_report, correlations
 
-    retriever = open_retriever(at, report)
-    question = make_question(retriever, method, asked, quiet=report.quiet)
-    queries = open_queries(retriever, tested, sample, question)
+    retriever = open_retriever(index_options, report)
+    question = make_question(retriever, method, question_options, quiet=report.quiet)
+    queries = open_queries(retriever, test_options, sample, question)
     found = correlations(retriever, queries, question, n_rows=rows, seed=sample.seed)
     report.finish(*correlation_report(found, retriever, queries, question, sample.seed, command_line()))
 
 
 @grouped(queries=100, top=Shown("10,50, unless --share is given"))
 def overlap(
-    at: IndexOptions,
-    tested: TestOptions,
-    asked: SearchOptions,
+    index_options: IndexOptions,
+    test_options: TestOptions,
+    question_options: SearchOptions,
     sample: SampleOptions,
     report: ReportOptions,
     method: Methods = None,
     top: Depths = None,
     share: Shares = None,
 ) -> None:
-    """See OVERLAP_HELP."""
+    """Report how many rows the tops of several methods share."""
     from forebear.evaluation.measures.top_overlap import depths_of, top_overlap_report, top_overlaps
 
-    retriever = open_retriever(at, report)
-    question = make_question(retriever, method, asked, quiet=report.quiet)
+    retriever = open_retriever(index_options, report)
+    question = make_question(retriever, method, question_options, quiet=report.quiet)
     tops = integers("--top", top) or ([] if share else [10, 50])
     depths = depths_of(tops, listed(share), retriever.index.manifest.n_live)
-    queries = open_queries(retriever, tested, sample, question)
+    queries = open_queries(retriever, test_options, sample, question)
     with report.progress() as progress:
         found = top_overlaps(retriever, queries, question, depths, progress=progress)
     report.finish(*top_overlap_report(found, retriever, queries, question, sample.seed, command_line()))
@@ -138,9 +138,9 @@ def overlap(
 
 @grouped(queries=100)
 def randomized(
-    at: IndexOptions,
-    tested: TestOptions,
-    asked: QuestionOptions,
+    index_options: IndexOptions,
+    test_options: TestOptions,
+    question_options: QuestionOptions,
     sample: SampleOptions,
     report: ReportOptions,
     method: Methods = None,
@@ -150,17 +150,17 @@ def randomized(
     ] = None,
     rows: SampledRows = 500,
 ) -> None:
-    """See RANDOMIZED_HELP."""
+    """Report rank correlations with scores under randomly initialised models."""
     from forebear.evaluation.measures.randomized import randomized_correlations, randomized_report
     from forebear.retriever.question.methods import METHODS
 
-    retriever = open_retriever(at, report)
-    question = make_question(retriever, method, asked, quiet=report.quiet)
-    if method is None:  # what does not depend on the model is refused
+    retriever = open_retriever(index_options, report)
+    question = make_question(retriever, method, question_options, quiet=report.quiet)
+    if method is None:  # sentence embeddings do not depend on the model: asked for by name, they are refused
         kept = tuple(name for name in question.spec.methods if METHODS[name].representation != "sentence")
         question = retriever.resolve(question, methods=kept)
     seed, seeds = sample.seed, integers("--random-seeds", random_seeds) or [0, 1, 2]
-    queries = open_queries(retriever, tested, sample, question)
+    queries = open_queries(retriever, test_options, sample, question)
     with report.progress() as progress:
         found = randomized_correlations(
             retriever, queries, question, n_rows=rows, seed=seed, seeds=seeds, progress=progress
@@ -170,20 +170,22 @@ def randomized(
 
 @grouped(queries=50, method=Shown("if"))
 def saliency_consistency(
-    at: IndexOptions,
+    index_options: IndexOptions,
     test: Annotated[str, TEST],
-    asked: ScopeOptions,
+    question_options: ScopeOptions,
     sample: SampleOptions,
     report: ReportOptions,
     method: Methods = None,
     text_columns: TextColumns = None,
 ) -> None:
-    """See SALIENCY_HELP."""
+    """Report how far influence and saliency of word pieces agree."""
     from forebear.evaluation.measures.saliency_consistency import saliency_consistency as measure
     from forebear.evaluation.measures.saliency_consistency import saliency_consistency_report
 
-    retriever = open_retriever(at, report)
-    question = make_question(retriever, method or default_methods(retriever, ["if"], asked), asked, quiet=report.quiet)
+    retriever = open_retriever(index_options, report)
+    question = make_question(
+        retriever, method or default_methods(retriever, ["if"], question_options), question_options, quiet=report.quiet
+    )
     queries = open_queries(retriever, TestOptions(test=test, text_columns=text_columns), sample, question)
     with report.progress() as progress:
         found = measure(retriever, queries, question, progress=progress)
@@ -192,9 +194,9 @@ def saliency_consistency(
 
 @grouped(queries=50)
 def recall(
-    at: IndexOptions,
-    tested: TestOptions,
-    asked: QuestionOptions,
+    index_options: IndexOptions,
+    test_options: TestOptions,
+    question_options: QuestionOptions,
     sample: SampleOptions,
     report: ReportOptions,
     method: Methods = None,
@@ -202,17 +204,17 @@ def recall(
     recall: Recall = 0.98,
     candidates: Candidates = None,
 ) -> None:
-    """See RECALL_HELP."""
+    """Report the recall and speed of retrieval against scoring every row."""
     from forebear.evaluation.measures.recall import retrieval_recall, retrieval_recall_report
 
-    retriever = open_retriever(at, report)
+    retriever = open_retriever(index_options, report)
     n_live = retriever.index.manifest.n_live
     if not 1 <= top <= n_live:
         raise InputError(f"--top {top}: expected 1 to {n_live}, the live rows.")
     question = make_question(
-        retriever, method, asked, recall=recall, top=top, candidates=candidates, quiet=report.quiet
+        retriever, method, question_options, recall=recall, top=top, candidates=candidates, quiet=report.quiet
     )
-    queries = open_queries(retriever, tested, sample, question)
+    queries = open_queries(retriever, test_options, sample, question)
     with report.progress() as progress:
         found = retrieval_recall(retriever, queries, question, progress=progress)
     report.finish(*retrieval_recall_report(found, retriever, queries, question, sample.seed, command_line()))

@@ -72,65 +72,67 @@ Example:
 
 @dataclass(frozen=True, kw_only=True)
 class AskOptions(Options):
-    """What all four commands are given."""
+    """The options that all four commands have."""
 
-    at: IndexOptions
-    tested: TestOptions
+    index: IndexOptions
+    test_rows: TestOptions
     method: Methods = None
-    asked: QuestionOptions
+    question: QuestionOptions
     spans: SpanOptions
-    how: BudgetOptions
+    retraining: BudgetOptions
     sample: SampleOptions
     report: ReportOptions
 
     def open(self, *, need_labels: bool = False) -> _Opened:
-        """Open everything, after seeing that the report can be written."""
+        """Open index, question and test rows, after a check that the report can be written."""
         from forebear.evaluation.common.queries import sample_queries
         from forebear.evaluation.common.span_queries import sample_span_queries
         from forebear.evaluation.retraining.row_choice import removal_methods
         from forebear.retriever.question.spec import QuerySpec
 
-        retriever, seed = open_retriever(self.at, self.report), self.sample.seed
+        retriever, seed = open_retriever(self.index, self.report), self.sample.seed
         methods = removal_methods(retriever, listed(self.method))
-        spec = QuerySpec(methods=methods, **asdict(self.asked), **self.spans.choices(retriever))
+        spec = QuerySpec(methods=methods, **asdict(self.question), **self.spans.choices(retriever))
         question = retriever.resolve(spec)
         say_what_was_fitted(question, quiet=self.report.quiet)
-        labelled = need_labels or self.asked.target == "gold"
-        source = self.tested.open(self.tested.test, retriever, need_labels=labelled)
-        start_workers(self.how.workers, self.cache)
+        labelled = need_labels or self.question.target == "gold"
+        source = self.test_rows.open(self.test_rows.test, retriever, need_labels=labelled)
+        start_workers(self.retraining.workers, self.cache)
         return _Opened(
-            given=self,
+            options=self,
             retriever=retriever,
             question=question,
             queries=sample_span_queries(retriever, source, question, self.sample.queries, seed, need_labels=labelled),
-            every=sample_queries(retriever, source, 0, seed, need_labels=labelled),
+            all_rows=sample_queries(retriever, source, 0, seed, need_labels=labelled),
         )
 
     @property
     def cache(self) -> Path:
         """Folder of finished retrainings."""
         return (
-            Path(self.how.cache) if self.how.cache is not None else Path(f"{Path(self.at.index).resolve()}-retraining")
+            Path(self.retraining.cache)
+            if self.retraining.cache is not None
+            else Path(f"{Path(self.index.index).resolve()}-retraining")
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """The same, opened.
+    """Index, question and test rows that a command's options name.
 
     Attributes:
-        given: The options.
-        retriever: Over the index.
-        question: What is asked.
-        queries: Test rows that scores are computed for.
-        every: All test rows.
+        options: The options.
+        retriever: The retriever of the index.
+        question: The question, resolved against the index.
+        queries: Sampled test rows, for which scores are computed.
+        all_rows: All test rows.
     """
 
-    given: AskOptions
+    options: AskOptions
     retriever: Retriever
     question: Question
     queries: Queries
-    every: Queries
+    all_rows: Queries
 
     @property
     def n_live(self) -> int:
@@ -138,7 +140,7 @@ class _Opened:
         return len(self.retriever.index.live)
 
     def scores(self) -> Scores:
-        """Of all live rows, by method."""
+        """Scores of all live rows, by method."""
         from forebear.evaluation.retraining.row_choice import row_scores
 
         return row_scores(self.retriever, self.queries, self.question)
@@ -147,26 +149,32 @@ class _Opened:
         """A retrainer whose models are asked about some test rows."""
         from forebear.evaluation.retraining.recipes import open_retrainer
 
-        how, device = self.given.how, self.given.at.device
+        retraining, device = self.options.retraining, self.options.index.device
         return open_retrainer(
-            self.retriever, how.retrain, rows.texts, self.given.cache, run=how.run, l2=how.l2, device=device
+            self.retriever,
+            retraining.retrain,
+            rows.texts,
+            self.options.cache,
+            run=retraining.run,
+            l2=retraining.l2,
+            device=device,
         )
 
     def seeds(self, retrainer: Retrainer) -> tuple[int, ...]:
-        """Of the retrainings."""
+        """Random seeds of the retrainings."""
         from forebear.evaluation.retraining.changes import seeds_of
 
-        return seeds_of(retrainer, self.given.how.seeds, self.given.sample.seed)
+        return seeds_of(retrainer, self.options.retraining.seeds, self.options.sample.seed)
 
     def finish(
         self, make_report: Callable[..., tuple[Report, dict[str, Any]]], found: Any, retrainer: Retrainer
     ) -> None:
-        """Say which files of the cache were damaged; write and show the report."""
+        """Warn of damaged files of the cache; write and show the report."""
         for line in retrainer.warnings:
             warn(line)
-        seed = self.given.sample.seed
+        seed = self.options.sample.seed
         page = make_report(found, self.retriever, self.queries, self.question, retrainer, seed, command_line())
-        self.given.report.finish(*page)
+        self.options.report.finish(*page)
 
 
 def register(evaluations: typer.Typer) -> None:
@@ -182,29 +190,29 @@ def register(evaluations: typer.Typer) -> None:
 
 @grouped(queries=50)
 def removal(
-    given: AskOptions,
+    options: AskOptions,
     amounts: AmountOptions,
     sides: Annotated[
         list[str] | None,
         typer.Option("--sides", help="Which rows are removed: top, bottom, least.", show_default="all three"),
     ] = None,
 ) -> None:
-    """See REMOVAL_HELP."""
+    """Report how predictions change when the rows of a ranking are removed."""
     from forebear.evaluation.retraining.removal import measure_removal, removal_report
     from forebear.evaluation.retraining.row_choice import sides_of
 
-    opened = given.open()
+    opened = options.open()
     remove, chosen_sides = amounts.of(opened.n_live, ["0.1"]), sides_of(listed(sides))
     retrainer = opened.open_retrainer(opened.queries)
-    with given.report.progress() as progress:
+    with options.report.progress() as progress:
         found = measure_removal(
             retrainer,
             opened.scores(),
             remove,
             opened.seeds(retrainer),
             sides=chosen_sides,
-            budget=given.how.budget,
-            seed=given.sample.seed,
+            budget=options.retraining.budget,
+            seed=options.sample.seed,
             progress=progress,
         )
     opened.finish(removal_report, found, retrainer)
@@ -212,7 +220,7 @@ def removal(
 
 @grouped(queries=30, target="gold")
 def deletion_curve(
-    given: AskOptions,
+    options: AskOptions,
     amounts: AmountOptions,
     no_overlap: Annotated[
         int | None,
@@ -223,17 +231,17 @@ def deletion_curve(
         ),
     ] = None,
 ) -> None:
-    """See DELETION_HELP."""
+    """Report the gold class's probability as more of the top rows are removed."""
     from forebear.evaluation.retraining.deletion_curve import deletion_report, measure_deletion
     from forebear.evaluation.retraining.row_choice import least_overlap
 
-    opened = given.open(need_labels=True)
+    opened = options.open(need_labels=True)
     assert opened.queries.labels is not None
     candidates = None if no_overlap is None else least_overlap(opened.retriever, opened.queries, no_overlap)
     n_rows = opened.n_live if no_overlap is None else no_overlap
     remove = amounts.of(n_rows, [str(k) for k in range(10, 101, 10)])
     retrainer = opened.open_retrainer(opened.queries)
-    with given.report.progress() as progress:
+    with options.report.progress() as progress:
         found = measure_deletion(
             retrainer,
             opened.scores(),
@@ -241,31 +249,31 @@ def deletion_curve(
             remove,
             opened.seeds(retrainer),
             candidates=candidates,
-            budget=given.how.budget,
-            seed=given.sample.seed,
+            budget=options.retraining.budget,
+            seed=options.sample.seed,
             progress=progress,
         )
     opened.finish(deletion_report, found, retrainer)
 
 
 @grouped(queries=200)
-def retraining_loss(given: AskOptions, amounts: AmountOptions) -> None:
-    """See LOSS_HELP."""
+def retraining_loss(options: AskOptions, amounts: AmountOptions) -> None:
+    """Report the accuracy that is lost without the rows of largest summed score."""
     from forebear.evaluation.retraining.retraining_loss import measure_retraining_loss, retraining_loss_report
 
-    opened = given.open(need_labels=True)
-    assert opened.every.labels is not None
+    opened = options.open(need_labels=True)
+    assert opened.all_rows.labels is not None
     remove = amounts.of(opened.n_live, ["0.2", "0.5"])
-    retrainer = opened.open_retrainer(opened.every)
-    with given.report.progress() as progress:
+    retrainer = opened.open_retrainer(opened.all_rows)
+    with options.report.progress() as progress:
         found = measure_retraining_loss(
             retrainer,
             opened.scores(),
-            opened.every.labels,
+            opened.all_rows.labels,
             remove,
             opened.seeds(retrainer),
-            budget=given.how.budget,
-            seed=given.sample.seed,
+            budget=options.retraining.budget,
+            seed=options.sample.seed,
             progress=progress,
         )
     opened.finish(retraining_loss_report, found, retrainer)
@@ -273,27 +281,27 @@ def retraining_loss(given: AskOptions, amounts: AmountOptions) -> None:
 
 @grouped(queries=100)
 def lds(
-    given: AskOptions,
+    options: AskOptions,
     subsets: Annotated[
         int, typer.Option("--subsets", help="Random halves of the training rows; a model is trained on each.")
     ] = 100,
 ) -> None:
-    """See LDS_HELP."""
+    """Report how well summed scores foretell models trained on random halves."""
     from forebear.evaluation.retraining.lds import lds_report, measure_lds
     from forebear.evaluation.retraining.row_choice import targets_of
 
-    opened = given.open()
-    targets = targets_of(opened.retriever, opened.queries, given.asked.target)
+    opened = options.open()
+    targets = targets_of(opened.retriever, opened.queries, options.question.target)
     retrainer = opened.open_retrainer(opened.queries)
-    with given.report.progress() as progress:
+    with options.report.progress() as progress:
         found = measure_lds(
             retrainer,
             opened.scores(),
             targets,
             opened.seeds(retrainer),
             n_subsets=subsets,
-            budget=given.how.budget,
-            seed=given.sample.seed,
+            budget=options.retraining.budget,
+            seed=options.sample.seed,
             progress=progress,
         )
     opened.finish(lds_report, found, retrainer)

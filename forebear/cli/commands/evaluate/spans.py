@@ -75,10 +75,10 @@ def _agreement(measure: Measure) -> Callable[..., None]:
 
     @grouped(queries=200, method=Shown("if, if+, if++, tracin-f, tracin+, tracin++"))
     def agreement(
-        at: IndexOptions,
-        tested: TestOptions,
+        index_options: IndexOptions,
+        test_options: TestOptions,
         spans: SpanOptions,
-        asked: SearchOptions,
+        question_options: SearchOptions,
         sample: SampleOptions,
         report: ReportOptions,
         method: Methods = None,
@@ -86,15 +86,15 @@ def _agreement(measure: Measure) -> Callable[..., None]:
             list[str] | None, typer.Option("--at", help="K, up to six: the top K are looked at.", show_default="10")
         ] = None,
     ) -> None:
-        """See SEMANTIC_HELP and LABEL_HELP."""
+        """Report how far the top rows and spans agree with the query in meaning, or in label."""
         from forebear.evaluation.measures.agreement import PAPER_METHODS, depths, measure_agreement
         from forebear.evaluation.measures.agreement_report import agreement_report
 
         tops = depths(integers("--at", depth) or [10])
-        retriever = open_retriever(at, report)
-        methods = listed(method) or default_methods(retriever, PAPER_METHODS, asked)
-        question = _question(retriever, tuple(methods), asked, spans, report.quiet, top=tops[-1])
-        queries = _queries(retriever, tested, sample, question)
+        retriever = open_retriever(index_options, report)
+        methods = listed(method) or default_methods(retriever, PAPER_METHODS, question_options)
+        question = _question(retriever, tuple(methods), question_options, spans, report.quiet, top=tops[-1])
+        queries = _queries(retriever, test_options, sample, question)
         with report.progress() as progress:
             found = measure_agreement(retriever, queries, question, tops, measure, seed=sample.seed, progress=progress)
         report.finish(*agreement_report(found, retriever, queries, question, sample.seed, command_line()))
@@ -104,21 +104,21 @@ def _agreement(measure: Measure) -> Callable[..., None]:
 
 @grouped(queries=50)
 def faithfulness(
-    at: IndexOptions,
-    tested: TestOptions,
+    index_options: IndexOptions,
+    test_options: TestOptions,
     spans: SpanOptions,
-    asked: QuestionOptions,
+    question_options: QuestionOptions,
     sample: SampleOptions,
     report: ReportOptions,
     rows: SampledRows = 200,
     runs: Annotated[int, typer.Option("--runs", help="Each with other training rows and other variants.")] = 5,
 ) -> None:
-    """See FAITHFULNESS_HELP."""
+    """Report how far span methods rank spans as the final model does."""
     from forebear.evaluation.measures.faithfulness import METHODS, faithfulness_report, measure_faithfulness
 
-    retriever = open_retriever(at, report)
-    question = _question(retriever, METHODS, asked, spans, report.quiet)
-    queries = _queries(retriever, tested, sample, question)
+    retriever = open_retriever(index_options, report)
+    question = _question(retriever, METHODS, question_options, spans, report.quiet)
+    queries = _queries(retriever, test_options, sample, question)
     with report.progress() as progress:
         found = measure_faithfulness(
             retriever, queries, question, n_rows=rows, n_runs=runs, seed=sample.seed, progress=progress
@@ -129,15 +129,15 @@ def faithfulness(
 def _question(
     retriever: Retriever,
     methods: tuple[str, ...],
-    asked: QuestionOptions,
+    question_options: QuestionOptions,
     spans: SpanOptions,
     quiet: bool,
     **choices: Any,
 ) -> Question:
-    """The question, checked."""
+    """Resolve the question against the index, and refuse rankings by sketches alone."""
     from forebear.retriever.question.spec import QuerySpec
 
-    spec = QuerySpec(methods=methods, **asdict(asked), **spans.choices(retriever), **choices)
+    spec = QuerySpec(methods=methods, **asdict(question_options), **spans.choices(retriever), **choices)
     question = retriever.resolve(spec)
     if spec.exact == "none":
         raise InputError("--exact none ranks by sketches alone; give rerank or full.")
@@ -145,9 +145,9 @@ def _question(
     return question
 
 
-def _queries(retriever: Retriever, tested: TestOptions, sample: SampleOptions, question: Question) -> Queries:
-    """The test rows that are asked about."""
+def _queries(retriever: Retriever, test_options: TestOptions, sample: SampleOptions, question: Question) -> Queries:
+    """Sample the test rows that are the queries."""
     from forebear.evaluation.common.span_queries import sample_span_queries
 
-    source = tested.open(tested.test, retriever, need_labels=question.spec.target == "gold")
+    source = test_options.open(test_options.test, retriever, need_labels=question.spec.target == "gold")
     return sample_span_queries(retriever, source, question, sample.queries, sample.seed)

@@ -92,12 +92,12 @@ class TruthOptions(Options, panel="Rows"):
         """The wrong rows, and the true class ids of all rows where they are known."""
         from forebear.evaluation.measures.mislabelled import true_labels_of, wrong_rows_of
 
-        opened = retriever.index
+        index = retriever.index
         if self.wrong_rows is not None:
-            return wrong_rows_of(Path(self.wrong_rows), opened.manifest.n_rows), None
-        segments = opened.manifest.segments
+            return wrong_rows_of(Path(self.wrong_rows), index.manifest.n_rows), None
+        segments = index.manifest.segments
         if self.train is None and len(segments) > 1:
-            raise InputError(f"{opened.folder} was built from {len(segments)} files. Give them as one by --train.")
+            raise InputError(f"{index.folder} was built from {len(segments)} files. Give them as one by --train.")
         columns = ColumnOptions(
             text_columns=self.text_columns,
             label_column=self.true_label,
@@ -105,10 +105,10 @@ class TruthOptions(Options, panel="Rows"):
             unlabelled=self.unlabelled,
         )
         source = columns.open_for(
-            self.train or segments[0].source, retriever.label_names, text_columns=opened.manifest.spec.text_columns
+            self.train or segments[0].source, retriever.label_names, text_columns=index.manifest.spec.text_columns
         )
-        truth = true_labels_of(opened, source)
-        return truth != opened.labels, truth
+        truth = true_labels_of(index, source)
+        return truth != index.labels, truth
 
 
 def register(evaluations: typer.Typer) -> None:
@@ -123,8 +123,8 @@ def register(evaluations: typer.Typer) -> None:
 
 @grouped(queries=200, top=Shown("1,10"))
 def near_duplicates(
-    at: IndexOptions,
-    asked: SearchOptions,
+    index_options: IndexOptions,
+    question_options: SearchOptions,
     sample: SampleOptions,
     report: ReportOptions,
     method: Methods = None,
@@ -134,12 +134,12 @@ def near_duplicates(
     ] = None,
     top: Depths = None,
 ) -> None:
-    """See NEAR_DUPLICATES_HELP."""
+    """Report how often a training row is found by its own text, as it is or edited."""
     from forebear.evaluation.measures.near_duplicates import EDITS, TOPS, near_duplicates_report
     from forebear.evaluation.measures.near_duplicates import near_duplicates as ask
 
-    retriever = open_retriever(at, report)
-    question = make_question(retriever, method, asked, quiet=report.quiet)
+    retriever = open_retriever(index_options, report)
+    question = make_question(retriever, method, question_options, quiet=report.quiet)
     tops = sorted(set(integers("--top", top))) or TOPS
     with report.progress() as progress:
         found = ask(
@@ -155,12 +155,14 @@ def near_duplicates(
 
 
 @grouped()
-def cancellation(at: IndexOptions, report: ReportOptions, rows: SampledRows = 100, seed: SampleSeed = 0) -> None:
-    """See CANCELLATION_HELP."""
+def cancellation(
+    index_options: IndexOptions, report: ReportOptions, rows: SampledRows = 100, seed: SampleSeed = 0
+) -> None:
+    """Report how far the gradients of training rows cancel out, by layer."""
     from forebear.evaluation.measures.cancellation import cancellation as measure
     from forebear.evaluation.measures.cancellation import cancellation_report
 
-    retriever = open_retriever(at, report)
+    retriever = open_retriever(index_options, report)
     with report.progress() as progress:
         found = measure(retriever, n_rows=rows, seed=seed, progress=progress)
     report.finish(*cancellation_report(found, retriever, seed, command_line()))
@@ -168,8 +170,8 @@ def cancellation(at: IndexOptions, report: ReportOptions, rows: SampledRows = 10
 
 @grouped(method=Shown("gd,if"), top=Shown("the number of wrong rows"), train=Shown("the file that the index names"))
 def mislabelled(
-    at: IndexOptions,
-    asked: ScopeOptions,
+    index_options: IndexOptions,
+    question_options: ScopeOptions,
     report: ReportOptions,
     truth: TruthOptions,
     method: Methods = None,
@@ -177,14 +179,18 @@ def mislabelled(
     neighbours: Neighbours = 10,
     seed: SampleSeed = 0,
 ) -> None:
-    """See MISLABELLED_HELP."""
+    """Report how well self-influence finds wrong labels."""
     from forebear.evaluation.measures.mislabelled import mislabelled as measure
     from forebear.evaluation.measures.mislabelled import mislabelled_report
 
     truth.check()
-    retriever = open_retriever(at, report)
+    retriever = open_retriever(index_options, report)
     question = make_question(
-        retriever, method or default_methods(retriever, ["gd", "if"], asked), asked, target="gold", quiet=report.quiet
+        retriever,
+        method or default_methods(retriever, ["gd", "if"], question_options),
+        question_options,
+        target="gold",
+        quiet=report.quiet,
     )
     wrong, true_labels = truth.read(retriever)
     found = measure(retriever, question, wrong, true_labels=true_labels, n_neighbours=neighbours)
