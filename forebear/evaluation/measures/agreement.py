@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError, ModelError, NonFiniteError
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.span_queries import training_spans
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts, encoded_rows, pad_batch, plan_batches
@@ -107,7 +107,7 @@ def depths(at: Sequence[int]) -> tuple[int, ...]:
 
 def measure_agreement(
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     at: Sequence[int],
     measure: Measure,
@@ -243,7 +243,7 @@ def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _query_states(
-    retriever: Retriever, block: Queries, targets: np.ndarray, logits: np.ndarray, question: Question
+    retriever: Retriever, block: QueryRows, targets: np.ndarray, logits: np.ndarray, question: Question
 ) -> dict[bool, np.ndarray]:
     """e_q of test rows, ``(q, h)``: of the whole row (False), and of its span (True) where a method compares spans."""
     classifier = retriever.classifier()
@@ -325,7 +325,7 @@ def _random_cosines(pool: np.ndarray, asked: np.ndarray, rows: np.ndarray, k: in
     return cosines(pool[drawn], asked[:, None, :])
 
 
-def _shown(block: Queries, answers: Answers, i: int) -> Shown:
+def _shown(block: QueryRows, answers: Answers, i: int) -> Shown:
     found: dict[str, list[tuple[int, Span | None, float]]] = {}
     own = None
     for name, (top, _) in answers.found.items():

@@ -8,7 +8,7 @@ import numpy as np
 
 from forebear.evaluation.common.comparisons import provenance, question_record
 from forebear.evaluation.common.passages import rank_headings, row_passages
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import difference_table, mean_of
 from forebear.evaluation.measures.agreement import POOL_ROWS, RANDOM_ROWS, RANDOM_SPANS, Agreement, Shown
 from forebear.evaluation.reports.charts import bar_chart
@@ -20,7 +20,7 @@ from forebear.retriever.retriever import Retriever
 
 
 def agreement_report(
-    found: Agreement, retriever: Retriever, queries: Queries, spec: QuerySpec | Question, seed: int, command: str
+    found: Agreement, retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question, seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     question = retriever.resolve(spec)
@@ -80,7 +80,7 @@ def agreement_report(
     return report, result
 
 
-def _note(found: Agreement, queries: Queries, question: Question) -> str:
+def _note(found: Agreement, queries: QueryRows, question: Question) -> str:
     kind = (
         "Mean cosine of what the top K rows and the query (or their spans) say, times 100"
         if found.measure == "semantic"

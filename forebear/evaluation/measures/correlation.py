@@ -19,7 +19,7 @@ from forebear.evaluation.common.comparisons import (
     question_record,
     standardised_ranks,
 )
-from forebear.evaluation.common.queries import Queries, score_queries
+from forebear.evaluation.common.queries import QueryRows, score_queries
 from forebear.evaluation.reports.report import Report
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
@@ -45,7 +45,7 @@ class Correlation:
 
 
 def correlations(
-    retriever: Retriever, queries: Queries, spec: QuerySpec | Question, *, n_rows: int = 500, seed: int = 0
+    retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question, *, n_rows: int = 500, seed: int = 0
 ) -> Correlation:
     """Spearman's correlation between the scores of every pair of methods, for each query.
 
@@ -75,7 +75,7 @@ def correlations(
 
 
 def correlation_report(
-    found: Correlation, retriever: Retriever, queries: Queries, spec: QuerySpec | Question, seed: int, command: str
+    found: Correlation, retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question, seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     matrix = matrix_of(found.values)

@@ -15,13 +15,19 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.common.comparisons import interval_cells, listed_values, provenance, question_record, spearman
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.comparisons import (
+    defined_means,
+    interval_cells,
+    listed_values,
+    provenance,
+    question_record,
+    spearman,
+)
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.span_queries import gradients_compared, training_spans
 from forebear.evaluation.common.statistics import difference_table
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
-from forebear.ratio import ratio
 from forebear.retriever.question.models import N_VARIANTS, one_step_away
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
@@ -55,15 +61,12 @@ class Faithfulness:
     @property
     def by_query(self) -> np.ndarray:
         """Mean over the runs, ``(q, m)``; NaN where no run defines it."""
-        defined = ~np.isnan(self.values)
-        n = defined.sum(axis=0)
-        total = np.where(defined, self.values, 0.0).sum(axis=0)
-        return ratio(total, n, np.nan)
+        return defined_means(self.values, axis=0)
 
 
 def measure_faithfulness(
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     *,
     n_rows: int = 200,
@@ -126,7 +129,7 @@ def measure_faithfulness(
 
 
 def faithfulness_report(
-    found: Faithfulness, retriever: Retriever, queries: Queries, spec: QuerySpec | Question, seed: int, command: str
+    found: Faithfulness, retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question, seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``; correlations times 100, as in the paper."""
     scaled = replace(found, values=100.0 * found.values)

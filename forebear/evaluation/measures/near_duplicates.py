@@ -25,7 +25,7 @@ from forebear.evaluation.common.comparisons import (
     provenance,
     question_record,
 )
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.index import Index
@@ -148,7 +148,7 @@ def near_duplicates(
             ]
             for column, texts_of_column in enumerate(zip(*sources, strict=True))
         ]
-        asked = Queries(source="training rows", rows=rows, texts=tuple(texts), labels=labels)
+        asked = QueryRows(source="training rows", rows=rows, texts=tuple(texts), labels=labels)
         done = 0
         for part in asked.blocks():
             found = retriever.answer_block(0, part.texts, part.labels, question).found

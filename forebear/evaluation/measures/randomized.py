@@ -26,13 +26,14 @@ from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import (
     INTERVAL_COLUMNS,
     defined_mean,
+    defined_means,
     interval_cells,
     listed_values,
     provenance,
     question_record,
     spearman,
 )
-from forebear.evaluation.common.queries import Queries, score_queries
+from forebear.evaluation.common.queries import QueryRows, score_queries
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.building.build import build_index
@@ -43,7 +44,6 @@ from forebear.indexer.model.pretrained import quiet_transformers
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.training.run import CheckpointPath
 from forebear.progress import Progress, no_progress
-from forebear.ratio import ratio
 from forebear.retriever.question.batch import choose_targets
 from forebear.retriever.question.methods import pick_methods
 from forebear.retriever.question.spec import QuerySpec, Question
@@ -115,7 +115,7 @@ def random_retriever(retriever: Retriever, spec: QuerySpec, rows: np.ndarray, se
 
 def randomized_correlations(
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     *,
     n_rows: int = 500,
@@ -172,16 +172,8 @@ def randomized_correlations(
     )  # fmt: skip
 
 
-def mean_over_seeds(values: np.ndarray) -> np.ndarray:
-    """Each query's mean over the random models for which it is defined, ``(s, q)`` to ``(q,)``; NaN if for none."""
-    defined = ~np.isnan(values)
-    count = defined.sum(axis=0)
-    total = np.where(defined, values, 0.0).sum(axis=0)
-    return ratio(total, count, np.nan)
-
-
 def randomized_report(
-    found: Randomized, retriever: Retriever, queries: Queries, spec: QuerySpec | Question, seed: int, command: str
+    found: Randomized, retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question, seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     rows: list[list[Cell]] = []
@@ -190,9 +182,10 @@ def randomized_report(
     for m, name in enumerate(found.methods):
         for t, target in enumerate(found.targets):
             mine = found.values[t, :, :, m]
-            cells = interval_cells(mean_over_seeds(mine), seed)
+            by_query = defined_means(mine, axis=0)
+            cells = interval_cells(by_query, seed)
             rows.append([name, target, *cells, *(defined_mean(one) for one in mine), int(np.isnan(mine).sum())])
-            mean = defined_mean(mean_over_seeds(mine))
+            mean = defined_mean(by_query)
             means[target].append(mean or 0.0)
             if mean is not None and (worst is None or abs(mean) > abs(worst[0])):
                 worst = (mean, name, target)

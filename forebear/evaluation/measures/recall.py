@@ -21,7 +21,7 @@ from forebear.evaluation.common.comparisons import (
     provenance,
     question_record,
 )
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.progress import Progress, no_progress
@@ -50,7 +50,7 @@ class RetrievalRecall:
 
 
 def retrieval_recall(
-    retriever: Retriever, queries: Queries, spec: QuerySpec | Question, *, progress: Progress = no_progress
+    retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question, *, progress: Progress = no_progress
 ) -> RetrievalRecall:
     """Ask every query twice, by candidates and by scoring every row, one method at a time.
 
@@ -93,7 +93,7 @@ def retrieval_recall(
     return RetrievalRecall(methods=asked.spec.methods, top=asked.spec.top, values=values, seconds=seconds)
 
 
-def _ends(retriever: Retriever, queries: Queries, question: Question) -> tuple[np.ndarray, np.ndarray]:
+def _ends(retriever: Retriever, queries: QueryRows, question: Question) -> tuple[np.ndarray, np.ndarray]:
     """Rows at both ends of each query's ranking by the question's only method, ``(q, k)`` each."""
     (name,) = question.spec.methods
     found = [retriever.answer_block(0, part.texts, part.labels, question).found[name] for part in queries.blocks()]
@@ -101,7 +101,12 @@ def _ends(retriever: Retriever, queries: Queries, question: Question) -> tuple[n
 
 
 def retrieval_recall_report(
-    found: RetrievalRecall, retriever: Retriever, queries: Queries, spec: QuerySpec | Question, seed: int, command: str
+    found: RetrievalRecall,
+    retriever: Retriever,
+    queries: QueryRows,
+    spec: QuerySpec | Question,
+    seed: int,
+    command: str,
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     q = len(queries)

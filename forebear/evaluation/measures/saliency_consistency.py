@@ -29,7 +29,7 @@ from forebear.evaluation.common.comparisons import (
     provenance,
     question_record,
 )
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.index import Index
@@ -115,7 +115,7 @@ def rows_with_pieces(index: Index, classifier: Classifier, ids: Sequence[int]) -
 
 
 def saliency_consistency(
-    retriever: Retriever, queries: Queries, spec: QuerySpec | Question, *, progress: Progress = no_progress
+    retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question, *, progress: Progress = no_progress
 ) -> SaliencyConsistency:
     """Measure influence by salient word pieces, and how far removing one changes the tops.
 
@@ -237,7 +237,7 @@ def pooled_mean(sums: np.ndarray, counts: np.ndarray, seed: int) -> list[Cell]:
 def saliency_consistency_report(
     found: SaliencyConsistency,
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     seed: int,
     command: str,

@@ -23,7 +23,7 @@ from forebear.evaluation.common.comparisons import (
     provenance,
     question_record,
 )
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.reports.report import Report
 from forebear.progress import Progress, no_progress
 from forebear.retriever.question.spec import QuerySpec, Question
@@ -64,7 +64,7 @@ def depths_of(tops: Sequence[int], shares: Sequence[str], n_rows: int) -> tuple[
 
 def top_overlaps(
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     depths: Sequence[int],
     *,
@@ -108,7 +108,7 @@ def top_overlaps(
 
 
 def top_overlap_report(
-    found: TopOverlap, retriever: Retriever, queries: Queries, spec: QuerySpec | Question, seed: int, command: str
+    found: TopOverlap, retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question, seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     question = retriever.resolve(spec)

@@ -17,7 +17,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.perturb.spec import RANDOM, SALIENCY_IF, STRATEGIES, Aim, Change, PerturbSpec, Queries
+from forebear.evaluation.perturb.spec import (
+    RANDOM,
+    SALIENCY_IF,
+    STRATEGIES,
+    Aim,
+    Change,
+    PerturbationQueries,
+    PerturbSpec,
+)
 from forebear.evaluation.perturb.wordnet import WordNet
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.encoding import Encoded, Texts, encode, encode_with_places
@@ -69,7 +77,7 @@ class Chooser:
         self,
         retriever: Retriever,
         spec: PerturbSpec,
-        queries: Queries,
+        queries: PerturbationQueries,
         wordnet: WordNet,
         progress: Progress = lambda _stage, _done, _total: None,
     ) -> None:
@@ -224,7 +232,7 @@ class Chooser:
             self._progress(f"{aim.name}: words", int(at[-1]) + 1, q)
         return out
 
-    def _change_some(self, queries: Queries, aim: Aim, rows: list[int]) -> list[Change]:
+    def _change_some(self, queries: PerturbationQueries, aim: Aim, rows: list[int]) -> list[Change]:
         """The best change of each of some rows; they belong to the queries in turn."""
         n, targets = len(rows), queries.targets(aim)
         owners = np.arange(n) % len(targets)
@@ -273,7 +281,7 @@ class Chooser:
             )  # fmt: skip
         return out
 
-    def _solved(self, queries: Queries, targets: np.ndarray, vectors: Vectors) -> GradientQueries:
+    def _solved(self, queries: PerturbationQueries, targets: np.ndarray, vectors: Vectors) -> GradientQueries:
         """The queries, asking with v = H^-1 of their vectors."""
         solved, residual = self._search.gradients.solve(vectors)
         if residual is not None:

@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 
 from forebear.evaluation.perturb.choice import Chooser
-from forebear.evaluation.perturb.spec import RANDOM, Change, PerturbSpec, Queries, What
+from forebear.evaluation.perturb.spec import RANDOM, Change, PerturbationQueries, PerturbSpec, What
 from forebear.evaluation.retraining.jobs import Job, Outcome, Retrainer
 from forebear.indexer.model.forward import run_forward
 from forebear.retriever.retriever import Retriever
@@ -70,7 +70,7 @@ class Perturbation:
 
     spec: PerturbSpec
     seeds: tuple[int, ...]
-    queries: Queries
+    queries: PerturbationQueries
     changes: dict[str, Turns]
     random: dict[int, Turns]
     sets: dict[str, int]
@@ -85,7 +85,7 @@ def perturb(
     retriever: Retriever,
     chooser: Chooser,
     spec: PerturbSpec,
-    queries: Queries,
+    queries: PerturbationQueries,
     evaluation: Evaluation,
     retrainer: Retrainer,
     seeds: Sequence[int],

@@ -111,7 +111,7 @@ class PerturbSpec:
 
 
 @dataclass(frozen=True)
-class Queries:
+class PerturbationQueries:
     """Test rows whose prediction is to be changed.
 
     Attributes:
@@ -132,13 +132,13 @@ class Queries:
         """The class whose salient word is meant, ``(q,)``."""
         return self.right if aim.of == "right" else self.wrong
 
-    def take(self, at: np.ndarray) -> Queries:
+    def take(self, at: np.ndarray) -> PerturbationQueries:
         """Some of them."""
         texts = [[column[i] for i in at] for column in self.texts]
-        return Queries(self.numbers[at], texts, self.right[at], self.wrong[at], self.predictions[at])
+        return PerturbationQueries(self.numbers[at], texts, self.right[at], self.wrong[at], self.predictions[at])
 
 
-def make_queries(retriever: Retriever, texts: Sequence[Sequence[str]], gold: np.ndarray) -> Queries:
+def make_queries(retriever: Retriever, texts: Sequence[Sequence[str]], gold: np.ndarray) -> PerturbationQueries:
     """All rows of a test set as queries.
 
     Args:
@@ -150,7 +150,7 @@ def make_queries(retriever: Retriever, texts: Sequence[Sequence[str]], gold: np.
     others = forward.logits.copy()
     others[np.arange(len(gold)), gold] = -np.inf
     columns = [list(column) for column in texts]
-    return Queries(np.arange(len(gold)), columns, gold, others.argmax(axis=1), forward.predictions)
+    return PerturbationQueries(np.arange(len(gold)), columns, gold, others.argmax(axis=1), forward.predictions)
 
 
 @dataclass(frozen=True, kw_only=True)

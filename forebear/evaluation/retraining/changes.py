@@ -8,9 +8,8 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import provenance
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
-from forebear.ratio import ratio
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
@@ -79,19 +78,6 @@ def probability_changes(
     return changes, sampled
 
 
-def over_seeds(values: np.ndarray) -> np.ndarray:
-    """Mean of ``(..., seeds, q)`` over the sampled seeds, ``(..., q)``; NaN for a query that was not sampled."""
-    defined = ~np.isnan(values)
-    n = defined.sum(axis=-2)
-    total = np.where(defined, values, 0.0).sum(axis=-2)
-    return ratio(total, n, np.nan)
-
-
-def defined(values: np.ndarray) -> np.ndarray:
-    """The values that are not NaN."""
-    return np.asarray(values[~np.isnan(values)])
-
-
 def retraining_provenance(
     retriever: Retriever,
     spec: QuerySpec | Question,
@@ -99,7 +85,7 @@ def retraining_provenance(
     retrainer: Retrainer,
     seeds: Sequence[int],
     sampled: str,
-    queries: Queries,
+    queries: QueryRows,
     command: str,
 ) -> dict[str, str]:
     """What a report says of where its numbers come from."""

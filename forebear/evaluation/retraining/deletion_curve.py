@@ -13,15 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, question_record
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.comparisons import (
+    INTERVAL_COLUMNS,
+    defined,
+    defined_means,
+    interval_cells,
+    listed_values,
+    question_record,
+)
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import difference_table
 from forebear.evaluation.reports.charts import line_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.evaluation.retraining.changes import (
     IN_PLACE,
-    defined,
-    over_seeds,
     probability_changes,
     retraining_provenance,
 )
@@ -60,7 +65,7 @@ class DeletionCurve:
     @property
     def curves(self) -> np.ndarray:
         """DEL+(k) and DEL-(k) of each query, ``(m, 2, k, q)``; NaN for queries that were not sampled."""
-        return over_seeds(self.changes)
+        return defined_means(self.changes, axis=-2)
 
     @property
     def auc(self) -> np.ndarray:
@@ -118,7 +123,7 @@ def measure_deletion(
 def deletion_report(
     found: DeletionCurve,
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     retrainer: Retrainer,
     seed: int,

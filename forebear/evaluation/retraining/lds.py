@@ -17,16 +17,17 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import (
     INTERVAL_COLUMNS,
+    defined,
     interval_cells,
     listed_values,
     question_record,
     spearman,
 )
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import difference_table
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
-from forebear.evaluation.retraining.changes import defined, retraining_provenance
+from forebear.evaluation.retraining.changes import retraining_provenance
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
 from forebear.evaluation.retraining.row_choice import random_rows
 from forebear.retriever.question.spec import QuerySpec, Question
@@ -136,7 +137,7 @@ def _sums(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
 def lds_report(
     found: Lds,
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     retrainer: Retrainer,
     seed: int,

@@ -12,16 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, question_record
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.comparisons import (
+    INTERVAL_COLUMNS,
+    defined,
+    defined_means,
+    interval_cells,
+    listed_values,
+    question_record,
+)
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import difference_table, paired_difference
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.evaluation.retraining.changes import (
     IN_PLACE,
     RANDOM,
-    defined,
-    over_seeds,
     probability_changes,
     retraining_provenance,
 )
@@ -106,7 +111,7 @@ def measure_removal(
 def removal_report(
     found: Removal,
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     retrainer: Retrainer,
     seed: int,
@@ -118,7 +123,10 @@ def removal_report(
         tables += [
             difference_table(
                 f"Methods compared, {SIDES[side]}, {k:,} rows removed",
-                {name: defined(over_seeds(100 * found.changes[i, j, a])) for i, name in enumerate(found.methods)},
+                {
+                    name: defined(defined_means(100 * found.changes[i, j, a], axis=0))
+                    for i, name in enumerate(found.methods)
+                },
                 seed,
             )
             for j, side in enumerate(found.sides)
@@ -160,7 +168,9 @@ def _removal_tables(found: Removal, seed: int, *, paired: bool) -> list[Table]:
             for j, side in enumerate(found.sides):
                 values = 100 * found.changes[i, j, a]
                 rows.append([name, SIDES[side], k, *_change_cells(values, seed)])
-                d = paired_difference(defined(over_seeds(values)), defined(over_seeds(random)), seed)
+                d = paired_difference(
+                    defined(defined_means(values, axis=0)), defined(defined_means(random, axis=0)), seed
+                )
                 compared.append([name, SIDES[side], k, d.mean, d.low, d.high, d.p])
     return [
         Table(
@@ -185,7 +195,7 @@ def _removal_tables(found: Removal, seed: int, *, paired: bool) -> list[Table]:
 
 def _change_cells(values: np.ndarray, seed: int) -> list[Cell]:
     """Mean, standard error over all of ``(seeds, q)``, interval over queries, and the number of values."""
-    mean, _, low, high = interval_cells(over_seeds(values), seed)
+    mean, _, low, high = interval_cells(defined_means(values, axis=0), seed)
     every = defined(values)
     return [mean, interval_cells(every, seed)[1], low, high, len(every)]
 

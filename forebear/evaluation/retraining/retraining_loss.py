@@ -13,12 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, question_record
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.comparisons import (
+    INTERVAL_COLUMNS,
+    defined,
+    interval_cells,
+    listed_values,
+    question_record,
+)
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import paired_difference
 from forebear.evaluation.reports.charts import MAX_SERIES, bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
-from forebear.evaluation.retraining.changes import RANDOM, defined, retraining_provenance
+from forebear.evaluation.retraining.changes import RANDOM, retraining_provenance
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
 from forebear.evaluation.retraining.row_choice import random_rows, rows_at
 from forebear.retriever.question.spec import QuerySpec, Question
@@ -104,7 +110,7 @@ def measure_retraining_loss(
 def retraining_loss_report(
     found: RetrainingLoss,
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     retrainer: Retrainer,
     seed: int,

@@ -9,7 +9,7 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.evaluation.common.amounts import rows_of_share
-from forebear.evaluation.common.queries import Queries, score_queries
+from forebear.evaluation.common.queries import QueryRows, score_queries
 from forebear.evaluation.common.span_queries import gradients_compared, training_spans
 from forebear.indexer.model.forward import run_forward
 from forebear.retriever.deep.search import GradientSearch
@@ -92,13 +92,13 @@ def amounts_of(remove: Sequence[int], shares: Sequence[str], n_rows: int, defaul
     return tuple(sorted(amounts))
 
 
-def targets_of(retriever: Retriever, queries: Queries, target: str) -> np.ndarray:
+def targets_of(retriever: Retriever, queries: QueryRows, target: str) -> np.ndarray:
     """The class whose loss is explained, ``(q,)``: see :class:`~forebear.retriever.question.spec.QuerySpec`."""
     predictions = run_forward(retriever.classifier(), queries.texts).predictions
     return choose_targets(target, predictions, queries.labels, retriever.label_names)
 
 
-def least_overlap(retriever: Retriever, queries: Queries, n_candidates: int) -> np.ndarray:
+def least_overlap(retriever: Retriever, queries: QueryRows, n_candidates: int) -> np.ndarray:
     """The live rows whose tf-idf vectors have the smallest cosine with each query's (Yeh22's no-overlap test).
 
     Args:
@@ -123,7 +123,7 @@ def least_overlap(retriever: Retriever, queries: Queries, n_candidates: int) -> 
     return np.sort(np.concatenate(found), axis=1)
 
 
-def row_scores(retriever: Retriever, queries: Queries, spec: QuerySpec | Question) -> Scores:
+def row_scores(retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question) -> Scores:
     """Exact scores of all live rows, ``(q, n)`` float64 by method name.
 
     Of a method by spans a row's score is that of its best span; -inf if it has none that the model reads.
@@ -148,7 +148,7 @@ def row_scores(retriever: Retriever, queries: Queries, spec: QuerySpec | Questio
     return found.of(method.name for method in methods)
 
 
-def _best_spans(retriever: Retriever, queries: Queries, question: Question) -> Scores:
+def _best_spans(retriever: Retriever, queries: QueryRows, question: Question) -> Scores:
     """Each live row's best span, by methods that rank spans."""
     index, models, methods = retriever.index, retriever.models, question.methods
     by_row, by_span = gradients_compared(retriever, queries, question)

@@ -15,7 +15,7 @@ from tiny_wordnet import write_wordnet
 from forebear import BuildOptions, InputError, Retriever, build_index, rows_from_texts
 from forebear.cli.main import run
 from forebear.evaluation.perturb.choice import Chooser
-from forebear.evaluation.perturb.spec import STRATEGIES, PerturbSpec, Queries, make_queries
+from forebear.evaluation.perturb.spec import STRATEGIES, PerturbationQueries, PerturbSpec, make_queries
 from forebear.evaluation.perturb.wordnet import WordNet
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.training.run import choose_model
@@ -62,7 +62,7 @@ def retriever(folder) -> Retriever:
 
 
 @pytest.fixture(scope="module")
-def queries(retriever) -> Queries:
+def queries(retriever) -> PerturbationQueries:
     return make_queries(retriever, [TESTS], GOLD)
 
 

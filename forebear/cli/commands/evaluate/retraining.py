@@ -20,7 +20,7 @@ from forebear.cli.screen.console import Command, listed, warn
 from forebear.cli.workers import start_workers
 
 if TYPE_CHECKING:
-    from forebear.evaluation.common.queries import Queries
+    from forebear.evaluation.common.queries import QueryRows
     from forebear.evaluation.reports.report import Report
     from forebear.evaluation.retraining.jobs import Retrainer
     from forebear.retriever.question.spec import Question
@@ -129,8 +129,8 @@ class _Opened:
     given: AskOptions
     retriever: Retriever
     question: Question
-    queries: Queries
-    every: Queries
+    queries: QueryRows
+    every: QueryRows
 
     @property
     def n_live(self) -> int:
@@ -143,7 +143,7 @@ class _Opened:
 
         return row_scores(self.retriever, self.queries, self.question)
 
-    def open_retrainer(self, rows: Queries) -> Retrainer:
+    def open_retrainer(self, rows: QueryRows) -> Retrainer:
         """A retrainer whose models are asked about some test rows."""
         from forebear.evaluation.retraining.recipes import open_retrainer
 

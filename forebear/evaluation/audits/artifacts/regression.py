@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from forebear.errors import DataError, NonFiniteError
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.labels import UNKNOWN
 from forebear.progress import Progress, no_progress
@@ -177,7 +177,7 @@ class ArtifactRegression:
 
 def regress_artifact(
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     artifact: np.ndarray,
     *,

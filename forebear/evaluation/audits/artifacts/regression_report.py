@@ -11,7 +11,7 @@ from forebear.evaluation.audits.artifacts.features import Feature
 from forebear.evaluation.audits.artifacts.regression import EVERY_QUERY, ArtifactRegression
 from forebear.evaluation.common.comparisons import listed_values, provenance, question_record
 from forebear.evaluation.common.passages import row_passages
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import mean_of
 from forebear.evaluation.reports.charts import line_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
@@ -81,7 +81,7 @@ def artifact_report(
     feature: Feature,
     artifact: np.ndarray,
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     seed: int,
     command: str,
@@ -195,7 +195,7 @@ def _figure(found: ArtifactRegression, method: int, feature: Feature) -> Figure:
     )
 
 
-def _groups(found: ArtifactRegression, feature: Feature, retriever: Retriever, queries: Queries) -> list[Group]:
+def _groups(found: ArtifactRegression, feature: Feature, retriever: Retriever, queries: QueryRows) -> list[Group]:
     """The rows at both ends for the queries whose a is surest to differ from 0, by the first method."""
     a, errors = found.coefficients[0, :, 0], found.errors[0]
     defined = np.flatnonzero(found.defined(0, 0))

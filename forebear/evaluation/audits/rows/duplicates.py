@@ -22,7 +22,7 @@ from forebear.errors import InputError
 from forebear.evaluation.audits.rows.near_words import WordSets, near_pairs, stacked, word_sets, words_of
 from forebear.evaluation.common.neighbours import nearest_rows
 from forebear.evaluation.common.passages import row_passages
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import UNKNOWN
@@ -208,7 +208,7 @@ def _kind_of(seen: _Seen, members: np.ndarray) -> str:
     return KINDS[2]
 
 
-def leaks(index: Index, test: Queries, thresholds: Thresholds) -> list[Leak]:
+def leaks(index: Index, test: QueryRows, thresholds: Thresholds) -> list[Leak]:
     """Test rows that are equal to a live training row, hold the same words, or similar ones; by test row.
 
     By texts and words alone. Of several training rows the most similar is named, then the lowest.
@@ -240,7 +240,7 @@ def duplicates_report(
     thresholds: Thresholds,
     top: int,
     command: str,
-    test: Queries | None = None,
+    test: QueryRows | None = None,
     leaked: Sequence[Leak] = (),
 ) -> tuple[Report, dict[str, Any]]:
     """The report, with the rows of the first ``top`` groups, and the numbers for ``result.json``.
@@ -316,7 +316,7 @@ def duplicates_report(
     return Report("Duplicates", summary, tables, (), shown, {**provenance, "command": command}), result
 
 
-def _leak_tables(test: Queries, leaked: Sequence[Leak], retriever: Retriever) -> list[Table]:
+def _leak_tables(test: QueryRows, leaked: Sequence[Leak], retriever: Retriever) -> list[Table]:
     """How many test rows of each kind are found, and the first of them."""
     index, names = retriever.index, retriever.label_names
     n = len(test.texts[0])

@@ -17,7 +17,7 @@ from forebear.errors import InputError
 from forebear.evaluation.audits.rows.suspects import own_places
 from forebear.evaluation.common.comparisons import provenance, question_record
 from forebear.evaluation.common.passages import row_passages
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Report, Table
 from forebear.retriever.answers.results import SIDES
@@ -71,7 +71,7 @@ class Hubs:
         return int(counts[len(self.rows) * chance < CHANCE][0])
 
 
-def training_queries(retriever: Retriever, n_queries: int, seed: int) -> Queries:
+def training_queries(retriever: Retriever, n_queries: int, seed: int) -> QueryRows:
     """A seeded sample of live training rows, with their gold labels; all of them for 0.
 
     Raises:
@@ -82,12 +82,12 @@ def training_queries(retriever: Retriever, n_queries: int, seed: int) -> Queries
     index = retriever.index
     rows = live_sample(index.live, n_queries, seed)
     labels = index.labels[rows].astype(np.int64)
-    return Queries(source=TRAINING_ROWS, rows=rows, texts=tuple(index.text_lists(rows)), labels=labels)
+    return QueryRows(source=TRAINING_ROWS, rows=rows, texts=tuple(index.text_lists(rows)), labels=labels)
 
 
 def hubs(
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     *,
     progress: Callable[[str, int, int], None] = lambda _stage, _done, _total: None,
@@ -147,7 +147,7 @@ def skewness(counts: np.ndarray) -> float | None:
 def hubs_report(
     found: Hubs,
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     seed: int,
     n_listed: int,
