@@ -57,13 +57,13 @@ class Randomized:
     """Correlations of the trained model's scores with random models'.
 
     Attributes:
-        methods: Names, ``m``.
+        methods: Names of the methods, ``m``.
         targets: ``same`` and ``own``, ``t``; ``same`` alone where the target is not the prediction.
         values: For each target, random model, query and method, ``(t, s, q, m)``; NaN where one of the two models gives
             all rows the same score.
-        seeds: Of the random models, ``s``.
+        seeds: Random seeds of the random models, ``s``.
         rows: Training rows that were scored, ``(n,)``.
-        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
+        residuals: Relative residuals of H^-1 by method; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -130,8 +130,8 @@ def randomized_correlations(
         queries: Test rows.
         spec: Methods, scope, target, curvature.
         n_rows: Training rows, a seeded sample; 0 for all.
-        seed: Of the sample.
-        seeds: One for each random model.
+        seed: Random seed of the sample.
+        seeds: Random seed of each random model.
         progress: Told the random models done.
 
     Raises:
@@ -153,16 +153,16 @@ def randomized_correlations(
         raise InputError(f"{retriever.index.folder} has {len(rows)} live row(s); a rank correlation takes 2 or more.")
     predictions = run_forward(retriever.classifier(), queries.texts).predictions
     targets = choose_targets(spec.target, predictions, queries.labels, retriever.label_names)
-    asked, same_target = replace(queries, labels=targets), replace(spec, target="gold")
-    trained = score_queries(retriever, asked, same_target, rows)
+    relabelled, same_target = replace(queries, labels=targets), replace(spec, target="gold")
+    trained = score_queries(retriever, relabelled, same_target, rows)
     specs = {"same": same_target} | ({"own": spec} if spec.target == "predicted" else {})
     values = np.empty((len(specs), len(seeds), len(queries), len(spec.methods)))
     progress("random models", 0, len(seeds))
-    for s, number in enumerate(seeds):
+    for s, random_seed in enumerate(seeds):
         with tempfile.TemporaryDirectory(prefix="forebear-random-") as folder:
-            other = random_retriever(retriever, same_target, rows, number, Path(folder))
-            for t, each in enumerate(specs.values()):
-                untrained = score_queries(other, asked, each)
+            random_model = random_retriever(retriever, same_target, rows, random_seed, Path(folder))
+            for t, question in enumerate(specs.values()):
+                untrained = score_queries(random_model, relabelled, question)
                 for m, name in enumerate(spec.methods):
                     values[t, s, :, m] = spearman(trained[name], untrained[name])
         progress("random models", s + 1, len(seeds))
@@ -173,54 +173,67 @@ def randomized_correlations(
 
 
 def randomized_report(
-    found: Randomized, retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question, seed: int, command: str
+    randomized: Randomized,
+    retriever: Retriever,
+    queries: QueryRows,
+    spec: QuerySpec | Question,
+    seed: int,
+    command: str,
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     rows: list[list[Cell]] = []
-    means: dict[str, list[float]] = {target: [] for target in found.targets}
+    means: dict[str, list[float]] = {target: [] for target in randomized.targets}
     worst: tuple[float, str, str] | None = None
-    for m, name in enumerate(found.methods):
-        for t, target in enumerate(found.targets):
-            mine = found.values[t, :, :, m]
-            by_query = defined_means(mine, axis=0)
+    for m, name in enumerate(randomized.methods):
+        for t, target in enumerate(randomized.targets):
+            correlations = randomized.values[t, :, :, m]
+            by_query = defined_means(correlations, axis=0)
             cells = interval_cells(by_query, seed)
-            rows.append([name, target, *cells, *(defined_mean(one) for one in mine), int(np.isnan(mine).sum())])
+            rows.append(
+                [
+                    name,
+                    target,
+                    *cells,
+                    *(defined_mean(of_model) for of_model in correlations),
+                    int(np.isnan(correlations).sum()),
+                ]
+            )
             mean = defined_mean(by_query)
             means[target].append(mean or 0.0)
             if mean is not None and (worst is None or abs(mean) > abs(worst[0])):
                 worst = (mean, name, target)
     table = Table(
         "Spearman correlation of trained and random models' scores",
-        ["method", "target", *INTERVAL_COLUMNS, *(f"seed {number}" for number in found.seeds), "undefined"],
+        ["method", "target", *INTERVAL_COLUMNS, *(f"seed {number}" for number in randomized.seeds), "undefined"],
         rows,
-        f"Near 0 is good. Mean over {len(queries):,} queries (of each the mean over {len(found.seeds)} random models), "
-        f"± its standard error, 95% interval over the queries; over {len(found.rows):,} training rows. "
+        f"Near 0 is good. Mean over {len(queries):,} queries (of each the mean over {len(randomized.seeds)} random "
+        f"models), ± its standard error, 95% interval over the queries; over {len(randomized.rows):,} training rows. "
         "Target same: the trained model's prediction for both; own: each model's own. "
         "Undefined: queries x models where a method gives all rows one score, which has no order.",
     )
-    said = "No method has a correlation: each gives all rows one score."
+    summary = "No method has a correlation: each gives all rows one score."
     if worst is not None:
         mean, name, target = worst
-        said = f"Farthest from 0 is {name}: {mean:.2f} with random models' scores, when the target is the {target}."
-    drawing = bar_chart(found.methods, means, xlabel="mean Spearman correlation")
+        summary = f"Farthest from 0 is {name}: {mean:.2f} with random models' scores, when the target is the {target}."
+    drawing = bar_chart(randomized.methods, means, xlabel="mean Spearman correlation")
     report = Report(
         "Randomized models",
-        said,
+        summary,
         (table,),
         (Figure("Trained against random models", drawing, "0 where it is undefined."),),
         provenance=provenance(
-            retriever, spec, command, residuals=found.residuals, test_rows=queries.source, queries=len(queries),
-            rows=len(found.rows), seed=seed, random_models=", ".join(map(str, found.seeds)),
+            retriever, spec, command, residuals=randomized.residuals, test_rows=queries.source, queries=len(queries),
+            rows=len(randomized.rows), seed=seed, random_models=", ".join(map(str, randomized.seeds)),
         ),
     )  # fmt: skip
     result = {
-        "methods": list(found.methods),
-        "seeds": list(found.seeds),
-        "targets": list(found.targets),
-        "per_query": listed_values(found.values),
+        "methods": list(randomized.methods),
+        "seeds": list(randomized.seeds),
+        "targets": list(randomized.targets),
+        "per_query": listed_values(randomized.values),
         "query_rows": queries.rows,
-        "training_rows": found.rows,
+        "training_rows": randomized.rows,
         "seed": seed,
-        "question": question_record(retriever, spec, found.residuals),
+        "question": question_record(retriever, spec, randomized.residuals),
     }
     return report, result
