@@ -205,7 +205,8 @@ def near_duplicates_report(
     report = Report(
         "Near duplicates",
         f"Asked about a training row ({measured.edits[0]}), {measured.methods[best]} has it in the top "
-        f"{measured.tops[0]} for {share[best]:.0%} of the rows, {measured.methods[int(share.argmin())]} for {share.min():.0%}.",
+        f"{measured.tops[0]} for {share[best]:.0%} of the rows, "
+        f"{measured.methods[int(share.argmin())]} for {share.min():.0%}.",
         (table,),
         (Figure(f"Source row among the top {measured.tops[0]}", drawing),),
         provenance=provenance(

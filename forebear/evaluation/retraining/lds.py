@@ -63,7 +63,7 @@ class Lds:
 
     @property
     def ceiling(self) -> np.ndarray | None:
-        """The value that scores without error would reach, ``(q,)``, by Spearman and Brown's formula; None with one seed.
+        """Value that scores without error would reach, ``(q,)``, by Spearman and Brown's formula; None with one seed.
 
         sqrt(s r / (1 + (s - 1) r)) for s seeds that agree by r; 0 where r is not positive.
         """

@@ -227,7 +227,7 @@ def _removal_summary(removal: Removal, retrainer: Retrainer) -> str:
     means = [float(np.nanmean(method_changes[j, a])) for method_changes in removal.changes]
     best = int(np.argmin(means) if removal.sides[j] != "bottom" else np.argmax(means))
     return (
-        f"Without the {removal.amounts[a]:,} {SIDES[removal.sides[j]]} rows by {removal.methods[best]} the probability of "
-        f"the original prediction changes by {100 * means[best]:+.2f} points, without as many random rows by "
+        f"Without the {removal.amounts[a]:,} {SIDES[removal.sides[j]]} rows by {removal.methods[best]} the probability "
+        f"of the original prediction changes by {100 * means[best]:+.2f} points, without as many random rows by "
         f"{100 * float(np.nanmean(removal.random[a])):+.2f}. {retrainer.recipe.note}"
     )

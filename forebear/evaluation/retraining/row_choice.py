@@ -96,7 +96,13 @@ def amounts_of(remove: Sequence[int], shares: Sequence[str], n_rows: int, defaul
 
 
 def targets_of(retriever: Retriever, queries: QueryRows, target: str) -> np.ndarray:
-    """The class of each query whose loss is explained, ``(q,)``; ``target`` is as in :class:`~forebear.retriever.question.spec.QuerySpec`."""
+    """The class of each query whose loss is explained, ``(q,)``.
+
+    Args:
+        retriever: Over the index.
+        queries: Test rows, with labels where ``target`` is ``gold``.
+        target: See :class:`~forebear.retriever.question.spec.QuerySpec`.
+    """
     predictions = run_forward(retriever.classifier(), queries.texts).predictions
     return choose_targets(target, predictions, queries.labels, retriever.label_names)
 
@@ -187,7 +193,7 @@ def _best_spans(retriever: Retriever, queries: QueryRows, question: Question) ->
 
 
 def removal_methods(retriever: Retriever, names: Sequence[str]) -> tuple[str, ...]:
-    """Methods that give training rows a score for a prediction; without names, all row methods that the index can answer.
+    """Methods that give training rows a score for a prediction; if no name is given, all that the index can answer.
 
     Raises:
         InputError: A name is not known, or explains saliency.
