@@ -129,8 +129,8 @@ def retraining_loss_report(
         ["method", "removed", *INTERVAL_COLUMNS, "− random", "− random low", "− random high", "seeds"],
         rows,
         f"Accuracy of the model retrained on all rows (mean {100 * measured.whole.mean():.2f}%) minus that after "
-        f"removing the rows of largest score summed over {len(queries):,} queries, on {measured.n_rows:,} test rows; mean over "
-        "seeds, ± its standard error, 95% interval; paired difference to random rows. Of a method by spans a "
+        f"removing the rows of largest score summed over {len(queries):,} queries, on {measured.n_rows:,} test rows; "
+        "mean over seeds, ± its standard error, 95% interval; paired difference to random rows. Of a method by spans a "
         "row's score is that of its best span.",
     )
     drawn = list(enumerate(measured.amounts))[-MAX_SERIES:]
