@@ -178,8 +178,8 @@ class Chooser:
                 changes.append(self._changed(row, place, substitute))
         if len(changes) < n_queries * most:
             raise InputError(
-                f"{n_queries * most} random changes: only {len(changes)} training rows have a word that can be replaced. "
-                "Give smaller --rows, or fewer --queries.",
+                f"{n_queries * most} random changes: only {len(changes)} training rows have a word that can be "
+                "replaced. Give smaller --rows, or fewer --queries.",
                 of="perturb attack",
             )
         return [changes[j * n_queries : (j + 1) * n_queries] for j in range(most)]
@@ -200,7 +200,7 @@ class Chooser:
         return turns
 
     def _rankings(self, aim: Aim, width: int) -> np.ndarray:
-        """Training rows by influence on the saliency of each test row's salient word, ``(q, width)``; kept for reuse."""
+        """Training rows by influence on the saliency of each query's salient word, ``(q, width)``; kept for reuse."""
         if (aim, width) not in self._ranked:
             targets = self._queries.targets(aim)
             question = replace(self._spec.question, top=width, target="gold")  # the target stands in as the gold label

@@ -149,9 +149,10 @@ def _summary(perturbation: Perturbation) -> str:
     done = "replaced" if attack else "added"
     certain = "" if error is None else f" ± {error:.3f}"
     return (
-        f"With {most} changed rows {done} for each of {len(perturbation.queries.numbers):,} {_rows_name(perturbation)}, the "
-        f"accuracy on the {name} goes from {before:.3f} to {ends[best]:.3f} ({best}). With as many random changes it "
-        f"is {ends[RANDOM]:.3f}: a difference of {mean:+.3f}{certain} over {len(perturbation.seeds)} seed(s)."
+        f"With {most} changed rows {done} for each of {len(perturbation.queries.numbers):,} "
+        f"{_rows_name(perturbation)}, the accuracy on the {name} goes from {before:.3f} to {ends[best]:.3f} ({best}). "
+        f"With as many random changes it is {ends[RANDOM]:.3f}: a difference of {mean:+.3f}{certain} over "
+        f"{len(perturbation.seeds)} seed(s)."
     )
 
 
@@ -180,8 +181,9 @@ def _accuracy_table(perturbation: Perturbation, name: str) -> Table:
         f"Retrained, on the {name} ({perturbation.sets[name]:,})",
         ["strategy", "rows", "accuracy", "± acc.", "p(gold)", "± p", "− random", "± diff."],
         rows,
-        f"Rows: training rows {done} for each of {q:,} {_rows_name(perturbation)}. Mean over {len(perturbation.seeds)} seed(s) of "
-        "the retraining, ± its standard error; the difference to as many random changes is paired by seed. "
+        f"Rows: training rows {done} for each of {q:,} {_rows_name(perturbation)}. Mean over "
+        f"{len(perturbation.seeds)} seed(s) of the retraining, ± its standard error; the difference to as many random "
+        "changes is paired by seed. "
         + (
             ""
             if perturbation.seeded

@@ -63,7 +63,7 @@ class PerturbSpec:
         what: ``attack`` replaces rows by changed ones, with synonyms; ``fix`` adds changed rows, antonyms too.
         strategies: Names from :data:`STRATEGIES`.
         rows: Rows changed for each test row, ascending.
-        random_words: Number of words tried in each row beside the word of largest ``saliency-if-token`` (the paper's T).
+        random_words: Words tried in each row beside the word of largest ``saliency-if-token`` (T in the paper).
         seed: Random seed of these words.
         scope: Scope of the gradients of ``saliency-if``; curvature, damping and recall are of that method too.
         curvature: See :class:`~forebear.retriever.question.inverse.CurvatureSpec`.

@@ -36,8 +36,8 @@ class _Synset:
 
     Attributes:
         words: Its lemmas, underscores for spaces, in WordNet's order.
-        antonyms: For the word at a place (from 1): its place, part of speech and offset of the antonym's synset, and the
-            place of the antonym there.
+        antonyms: For the word at a place (from 1): its place, part of speech and offset of the antonym's synset,
+            and the place of the antonym in that synset.
     """
 
     words: tuple[str, ...]

@@ -115,7 +115,7 @@ def slow_choice(slow, queries, wordnet, strategy, what, most):
     for turn in range(most):
         aim = aims[turn % len(aims)]
         for i in range(len(queries.numbers)):
-            target = int((queries.right if aim.of == "right" else queries.wrong)[i])
+            target = int((queries.right if aim.label == "right" else queries.wrong)[i])
             v = slow.vector(TESTS[queries.numbers[i]], target)
             old = [float(v @ slow.gradient(t, y)) for t, y in zip(TEXTS, LABELS, strict=True)]
             order = sorted(range(len(TEXTS)), key=lambda n, old=old: -old[n] if aim.proponents else old[n])

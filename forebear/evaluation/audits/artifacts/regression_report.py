@@ -163,9 +163,9 @@ def _tables(
             title,
             ["method", "test rows", "number", "a", "95% low", "95% high"],
             rows,
-            f"Of artifact = a z² + b z + c over {regression.n_rows:,} training rows, z their z-normalised influence on "
-            f"a test row; mean over test rows. Artifact: {feature.description}; mean {artifact.mean():.3f}. The interval "
-            "is for the choice of training rows, which all test rows share.",
+            f"Of artifact = a z² + b z + c over {regression.n_rows:,} training rows, z their z-normalised influence "
+            f"on a test row; mean over test rows. Artifact: {feature.description}; mean {artifact.mean():.3f}. The "
+            "interval is for the choice of training rows, which all test rows share.",
         ),
         Table(
             f"{title}: between test rows",

@@ -201,9 +201,9 @@ def hubs_report(
         ["method", "largest share", "expected", "skewness", "hubs", "of all places", "never found"],
         summary_rows,
         f"{counted.n_queries:,} queries, top {counted.top}, {len(counted.rows):,} rows. Largest share: of the queries "
-        "that have one and the same row in their top. Expected: of each row where none is preferred. Hubs: rows that come "
-        f"up for at least {least} queries; by chance, less than one such audit in {1 / CHANCE:.0f} finds any. Of all "
-        "places: share of the places in all tops that hubs take. Never found: share of the rows."
+        "that have one and the same row in their top. Expected: of each row where none is preferred. Hubs: rows that "
+        f"come up for at least {least} queries; by chance, less than one such audit in {1 / CHANCE:.0f} finds any. Of "
+        "all places: share of the places in all tops that hubs take. Never found: share of the rows."
         + "".join(f" {note}" for note in counted.signs),
     )
     listing = Table(

@@ -152,9 +152,9 @@ def suspects_report(
         [*head, "contradicting neighbours", "strongest opponents", *(f"text: {name}" for name in texts)],
         [[*line, *(column[i].as_py() for column in texts.values())] for i, line in enumerate(lines)],
         f"The first {len(positions):,} of {n:,} rows by the mean of their ranks by {len(suspected.names)} measures (1: "
-        "the most suspicious), all counting the same. Suggested: the prediction where it is another label, else that of most "
-        f"neighbours. Contradicting: the nearest of the {suspected.neighbours.shape[1]} neighbours with another label. "
-        f"Opponents: by {question.spec.methods[0]}, against the row's own label. {signs}".rstrip(),
+        "the most suspicious), all counting the same. Suggested: the prediction where it is another label, else that "
+        f"of most neighbours. Contradicting: the nearest of the {suspected.neighbours.shape[1]} neighbours with "
+        f"another label. Opponents: by {question.spec.methods[0]}, against the row's own label. {signs}".rstrip(),
     )
     wrong = int((suspected.suggested[positions] != NO_LABEL).sum())
     agreement = [[float(spearman(a[None], b[None])[0]) for b in suspected.values] for a in suspected.values]
@@ -165,8 +165,8 @@ def suspects_report(
     )  # fmt: skip
     report = Report(
         "Suspected wrong labels",
-        f"Row {suspected.rows[positions[0]]} is the most suspicious of {n:,}. Of the first {len(positions):,}, {wrong:,} "
-        "have another label by the model or by most of their neighbours.",
+        f"Row {suspected.rows[positions[0]]} is the most suspicious of {n:,}. Of the first {len(positions):,}, "
+        f"{wrong:,} have another label by the model or by most of their neighbours.",
         (table,),
         (figure,),
         tuple(_group(suspected, retriever, int(p), opponents[i], i) for i, p in enumerate(positions[:SHOWN_ROWS])),
