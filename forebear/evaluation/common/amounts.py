@@ -1,4 +1,4 @@
-"""How many rows a share of them is, and what two sets of rows have in common."""
+"""Numbers of rows from shares of rows, and the share of rows that two sets have in common."""
 
 from __future__ import annotations
 

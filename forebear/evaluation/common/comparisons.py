@@ -1,4 +1,4 @@
-"""What evaluations that compare methods without retraining share: queries, scores, rank correlations, matrices."""
+"""Parts shared by evaluations: rank correlations, means of defined values, tables of method pairs, provenance."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ INTERVAL_COLUMNS = ("mean", "±", "95% low", "95% high")
 
 
 def listed_values(values: np.ndarray) -> Any:
-    """An array as nested lists for ``result.json``, None where it is NaN."""
+    """An array as nested lists for ``result.json``, with None for NaN."""
     if values.ndim == 0:
         return None if np.isnan(values) else values.item()
     return [listed_values(part) for part in values]

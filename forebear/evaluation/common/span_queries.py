@@ -33,10 +33,10 @@ def sample_span_queries(
 
     Args:
         retriever: Over the index.
-        source: The test rows.
+        source: Source of the test rows.
         spec: The question: methods, target, how spans of test rows are found.
         n_queries: Size of the sample.
-        seed: Of the sample.
+        seed: Random seed of the sample.
         need_labels: Whether labels are needed also where the target is not the gold one.
 
     Raises:

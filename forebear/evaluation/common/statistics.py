@@ -1,4 +1,4 @@
-"""How sure a mean over queries is, and whether two methods differ on the queries that they share."""
+"""Intervals of a mean over queries, and tests whether two methods differ on the queries that they share."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from forebear.evaluation.reports.report import Cell, Table
 
 FloatArray = npt.NDArray[np.float64]
 _BATCH_NUMBERS = 1 << 22  # resampled values that are held at once
-_ROUNDING = 1e-14  # of numbers computed in float64, relative to the largest
+_ROUNDING = 1e-14  # rounding error of float64 sums, relative to the largest number
 
 FEW_VALUES = 10
-INTERVALS = f"percentile bootstrap; Student's t of fewer than {FEW_VALUES} values"  # for what a report says of itself
+INTERVALS = f"percentile bootstrap; Student's t of fewer than {FEW_VALUES} values"  # a provenance line of reports
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Difference(Mean):
 
     Attributes:
         p: Two-sided p of Wilcoxon's signed-rank test that the differences are symmetric about 0. Queries without a
-            difference are left out of it; 1 where all are; None for a single query, which tests nothing.
+            difference are left out; 1 where no query has a difference; None for a single query, which tests nothing.
     """
 
     p: float | None
@@ -162,7 +162,7 @@ def bootstrap_interval(
     Args:
         values: At least one finite number, ``(n,)``.
         seed: Seed of the resampling; the same seed gives the same interval.
-        n_resamples: How many resamples of ``n`` values are drawn, with replacement.
+        n_resamples: Number of resamples of ``n`` values that are drawn, with replacement.
         level: Share of the resampled means inside the interval, in (0, 1).
 
     Returns:

@@ -87,7 +87,7 @@ def locate(classifier: Classifier, texts: Sequence[Sequence[str]]) -> list[Place
 
     Args:
         classifier: The model; its tokenizer (a fast one) and its maximal length are used.
-        texts: One list a text column, ``(columns, n)``.
+        texts: Texts of the rows, one list a text column, ``(columns, n)``.
     """
     _, encoded = encode_with_places(classifier, texts)
     out = []

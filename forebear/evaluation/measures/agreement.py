@@ -59,13 +59,13 @@ class Agreement:
 
     Attributes:
         measure: ``semantic`` (Sag) or ``label`` (Lag).
-        methods: Names, ``m``.
+        methods: Names of the methods, ``m``.
         at: The depths K, ascending.
         values: Sag@K or Lag@K in percent, ``(q, m, len(at))``.
-        controls: The same of random rows where rows are ranked, of random spans where spans are, ``(q, len(at))`` by
-            name. Of labels, this is the label's share among all live rows, or among all spans of live rows.
+        controls: What random rows (where a method ranks rows) and random spans (where a method ranks spans) reach,
+            ``(q, len(at))`` by control. For labels it is the share of the label among all live rows, or their spans.
         rows: Numbers of the test rows, ``(q,)``.
-        targets: Class id of each, y_q, ``(q,)``.
+        targets: Class ids y_q of the test rows, ``(q,)``.
         residuals: Largest relative residual of H^-1 by method, where a solver iterated.
         shown: The first queries, with what each method finds for them.
         n_unread: Number of training spans that the model does not read; the largest such number of any query.
@@ -124,7 +124,7 @@ def measure_agreement(
         at: The depths K, ascending.
         measure: ``semantic`` or ``label``.
         seed: Random seed of the rows and spans that the methods are compared with.
-        progress: Told the stage, queries done and queries in all.
+        progress: Called with the stage, queries done and queries in all.
 
     Raises:
         InputError: K is larger than the number of live rows or of spans found, or a method explains the saliency of a

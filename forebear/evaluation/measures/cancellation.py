@@ -128,7 +128,7 @@ def row_gradient_norms(
 
     Args:
         classifier: The model whose gradients are taken; it is not changed.
-        texts: One list a text column, ``n`` rows, two or more.
+        texts: Texts of the rows, one list a text column, each of ``n`` texts, two or more.
         labels: Gold classes, ``(n,)``.
         groups: Groups of parameters, ``g`` of them.
         on_rows: Called with the number of rows just done.
@@ -177,7 +177,7 @@ def cancellation(
         retriever: Over an index of two or more checkpoints.
         n_rows: Training rows, a seeded sample; 0 for all.
         seed: Random seed of the sample.
-        progress: Told the rows done.
+        progress: Called with the rows done.
 
     Raises:
         InputError: The index has one checkpoint, or there are fewer than two rows.

@@ -45,7 +45,7 @@ class Faithfulness:
     """Spearman's correlations with the yardstick.
 
     Attributes:
-        names: What is compared with it, ``m``: methods, control, random scores.
+        names: Scores that are compared with the yardstick, ``m``: methods, control, random scores.
         values: For each run and query, ``(runs, q, m)``; NaN where all spans have one score.
         n_spans: Spans that were ranked in each run.
         n_control: Checkpoints that the control sums over; with 1 it is the yardstick itself, and left out.
@@ -83,7 +83,7 @@ def measure_faithfulness(
         n_rows: Training rows a run, a seeded sample; 0 for all.
         n_runs: Runs, each with other rows and other variants of the model.
         seed: Random seed of the samples and of the random scores.
-        progress: Told the stage, runs done and runs in all.
+        progress: Called with the stage, runs done and runs in all.
 
     Raises:
         InputError: No run, or fewer than two spans in one, which have no order to compare.

@@ -42,8 +42,8 @@ class Mislabelled:
     Attributes:
         names: Methods, then the baselines, ``m``.
         values: The measure of each live row, ``(m, n)``; larger: more suspicious.
-        wrong: Which rows are labelled wrongly, ``(n,)`` bool.
-        rows: Their row numbers, ``(n,)``.
+        wrong: Whether a live row is labelled wrongly, ``(n,)`` bool.
+        rows: Row numbers of the live rows, ``(n,)``.
         true_labels: Class ids of the rows, ``(n,)``, where a column gives them.
     """
 
@@ -132,10 +132,10 @@ def true_labels_of(index: Index, source: RowSource) -> np.ndarray:
 
 
 def wrong_rows_of(path: Path, n_rows: int) -> np.ndarray:
-    """Which rows are labelled wrongly, ``(N,)`` bool, from a text file of row numbers, one a line.
+    """Whether each row is labelled wrongly, ``(N,)`` bool, from a text file of row numbers, one a line.
 
     Raises:
-        DataError: It cannot be read, or holds something else.
+        DataError: The file cannot be read, or holds something else than row numbers.
     """
     wrong = np.zeros(n_rows, bool)
     try:
@@ -162,8 +162,8 @@ def mislabelled(
     Args:
         retriever: Over the index.
         spec: Methods (``gd``, ``if``, ``tracin`` and the like), scope, damping.
-        wrong: Which rows are labelled wrongly, ``(N,)`` bool.
-        true_labels: Class ids of all rows, ``(N,)``, where they are known: they are shown.
+        wrong: Whether a row is labelled wrongly, ``(N,)`` bool.
+        true_labels: Class ids of all rows, ``(N,)``, where they are known; the report shows them.
         n_neighbours: k of the disagreement of neighbours.
 
     Raises:

@@ -6,7 +6,7 @@ place; new words are drawn from the words of the training rows, each word as lik
 single spaces between its words. A text without words can only have one added, and else stays as it is.
 
 A hit is a row with the source row's texts: the source itself, or an exact duplicate of it, which no method can tell
-apart. Retrieval itself is asked, so that what it misses counts.
+apart. The top rows are retrieved, not picked from scores of all rows, so that what retrieval misses counts.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class NearDuplicates:
         edits: Names of the edits, ``e``.
         tops: Depths k, ``d``.
         hits: Whether a row of the source's texts is in the top k, ``(e, m, q, d)`` bool.
-        rows: The training rows asked about, ``(q,)``.
-        n_duplicated: How many of them have an exact duplicate in the index.
+        rows: Numbers of the training rows that are the queries, ``(q,)``.
+        n_duplicated: Number of these rows that have an exact duplicate in the index.
     """
 
     methods: tuple[str, ...]
@@ -116,7 +116,7 @@ def near_duplicates(
         edits: Names from ``EDITS``.
         tops: Depths k of hit@k, ascending.
         seed: Random seed of the sample, the places and the words.
-        progress: Told the questions answered.
+        progress: Called with the questions answered.
 
     Raises:
         InputError: An unknown edit, a method that ranks spans, or a number of queries or a depth out of range.

@@ -132,7 +132,7 @@ def randomized_correlations(
         n_rows: Training rows, a seeded sample; 0 for all.
         seed: Random seed of the sample.
         seeds: Random seed of each random model.
-        progress: Told the random models done.
+        progress: Called with the random models done.
 
     Raises:
         InputError: A method does not depend on the model, or there are fewer than two rows or no seeds.

@@ -34,10 +34,10 @@ WAYS: tuple[Exactness, ...] = ("rerank", "full")
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalRecall:
-    """Recall and time.
+    """Recall and wall time of each method.
 
     Attributes:
-        methods: Names, ``m``.
+        methods: Names of the methods, ``m``.
         top: k.
         values: recall@k of each end and query, ``(m, 2, q)``.
         seconds: Wall time of all queries by candidates and by scoring every row, ``(m, 2)``.
@@ -60,7 +60,7 @@ def retrieval_recall(
         retriever: Over the index.
         queries: Test rows.
         spec: Methods, top, scope, recall or candidates; its ``exact`` is not used.
-        progress: Told the methods done.
+        progress: Called with the methods done.
 
     Raises:
         InputError: A method ranks spans.

@@ -123,7 +123,7 @@ def saliency_consistency(
         retriever: Over the index.
         queries: Test rows; their predicted labels are explained.
         spec: Methods that read word pieces alone, scope, curvature. All rows are scored exactly.
-        progress: Told the queries done.
+        progress: Called with the queries done.
 
     Raises:
         InputError: A method compares texts or spans.
@@ -189,11 +189,12 @@ def saliency_consistency(
 
 
 def influence_of(scores: np.ndarray, counted_rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Sums and numbers of the z-normalised scores of rows that count, in the top shares of the ranking.
+    """Sums and numbers of the z-normalised scores of the counted rows, in the top shares of the ranking.
 
     Args:
-        scores: Of one query, ``(n,)``, not all equal.
-        counted_rows: For each role, which rows count, ``(n,)`` bool.
+        scores: Scores of all rows for one query, ``(n,)``, not all equal.
+        counted_rows: For each role, whether a row counts, ``(n,)`` bool: it has the predicted label and holds the word
+            piece.
 
     Returns:
         ``(roles, shares)`` each.

@@ -77,7 +77,7 @@ def top_overlaps(
         queries: Test rows.
         spec: Methods, scope, target, exactness; its ``top`` is not used.
         depths: Rows in each top, ascending.
-        progress: Told the queries done.
+        progress: Called with the queries done.
 
     Raises:
         InputError: Fewer than two methods, or one that ranks spans.

@@ -88,7 +88,7 @@ class Chooser:
             spec: Strategies, numbers of rows and words, scope and curvature.
             queries: The test rows.
             wordnet: The source of substitutes.
-            progress: Told the stage, queries done and queries in all.
+            progress: Called with the stage, queries done and queries in all.
 
         Raises:
             InputError: A choice is out of range, the index cannot answer it, or a test row has no text.

@@ -101,7 +101,7 @@ def perturb(
         evaluation: Rows on which the retrained models are evaluated.
         retrainer: Over the index's rows and the same evaluation rows.
         seeds: Seeds of the retrainings; every strategy and amount is retrained once with each.
-        progress: Told the stage of the retraining, jobs done and jobs in all.
+        progress: Called with the stage of the retraining, jobs done and jobs in all.
 
     Raises:
         InputError: There are too few rows in which a word can be replaced.

@@ -35,7 +35,7 @@ class _Synset:
     """One line of a data file.
 
     Attributes:
-        words: Its lemmas, underscores for spaces, in WordNet's order.
+        words: Lemmas of the synset, underscores for spaces, in WordNet's order.
         antonyms: For the word at a place (from 1): its place, part of speech and offset of the antonym's synset,
             and the place of the antonym in that synset.
     """

@@ -46,7 +46,7 @@ def bar_chart(
     Args:
         labels: One per group, ``g`` of them, drawn from top to bottom.
         series: Values by series name, ``(g,)`` each; at most six series.
-        xlabel: What the axis measures, with its unit.
+        xlabel: The quantity on the axis, with its unit.
         errors: Half-widths of the error bars by series name, ``(g,)`` each; None draws no bar.
         reference: A labelled vertical line, such as ("all rows", 0.44).
         digits: Decimals of the written values.

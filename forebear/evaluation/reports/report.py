@@ -102,7 +102,7 @@ def write_report(
     The folder holds the files of one report even if the process is killed: the old ones, or all of the new ones.
 
     Args:
-        report: What the page and the table show.
+        report: The report that the page and the table show.
         folder: Folder of the report, made if missing; other files in it are left alone.
         result: The numbers, for programs. The report's provenance is added unless ``result`` has a provenance.
         force: Overwrite the files.

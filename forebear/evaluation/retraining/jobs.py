@@ -169,7 +169,7 @@ class TrainingRows:
     Attributes:
         live: Numbers of the rows that are not retired, ascending: what a model is retrained on when nothing is removed.
         labels: Class ids, ``(n,)``.
-        label_names: By class id.
+        label_names: Names of the classes, by class id.
         texts: One list a text column.
     """
 
@@ -240,8 +240,8 @@ class Retrainer:
         the start model of a seed is then loaded once.
 
         Args:
-            jobs: What to train.
-            progress: Told of ``retraining``, jobs done and jobs in all, those in the cache counted as done.
+            jobs: The trainings.
+            progress: Called with ``retraining``, jobs done and jobs in all; jobs in the cache count as done.
 
         Raises:
             InputError: No model can be trained on a job; it is raised before any job is begun.

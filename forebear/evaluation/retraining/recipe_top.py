@@ -108,7 +108,11 @@ class TopRecipe:
         return _Hidden(states, starts)
 
     def _check(self, texts: Sequence[Sequence[str]]) -> None:
-        """See that the cut model gives the whole model's logits."""
+        """Check that the cut model gives the logits of the whole model.
+
+        Raises:
+            ModelError: It does not.
+        """
         few = [list(column[:4]) for column in texts]
         whole = run_forward(self._below, few).logits
         cut = self._logits(self._start.at(self._start.options.seed), self._hidden(few))

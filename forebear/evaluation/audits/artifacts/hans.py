@@ -94,7 +94,7 @@ def audit_hans(
         source: HANS, or rows like it, labelled entailment and non-entailment (or with three NLI labels).
         methods: Names from the method table; by default all methods that score rows from what the index stores.
         top: k, the number of training rows at the top of each query's ranking.
-        progress: Told the stage, rows done and rows in all.
+        progress: Called with the stage, rows done and rows in all.
 
     Raises:
         InputError: The model or the rows have no NLI labels.

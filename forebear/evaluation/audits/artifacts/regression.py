@@ -190,7 +190,7 @@ def regress_artifact(
         queries: Test rows.
         spec: Methods that score rows, scope, target, curvature. All rows are scored exactly.
         artifact: A number for each live training row, ``(n,)``.
-        progress: Told the queries done.
+        progress: Called with the queries done.
 
     Raises:
         DataError: Fewer than four live training rows.

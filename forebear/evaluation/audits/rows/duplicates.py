@@ -38,7 +38,7 @@ Texts = Sequence[Sequence[str]]
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """What counts as similar.
+    """Least similarities of linked rows.
 
     Attributes:
         jaccard: Least Jaccard similarity of the word sets of two rows; where rows have two texts, of each text.

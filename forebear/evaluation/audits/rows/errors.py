@@ -105,7 +105,7 @@ def group_mistakes(mistakes: Mistakes, label_names: tuple[str, ...], n_clusters:
 
     Args:
         mistakes: The mistakes.
-        label_names: By class id.
+        label_names: Names of the classes, by class id.
         n_clusters: Clusters of each pair of labels, at most as many as different features; 1: no clusters.
         seed: Random seed of k-means.
 

@@ -98,7 +98,7 @@ def hubs(
         retriever: Over the index.
         queries: Reference queries; a training row's own place is left out.
         spec: The question; ``top`` is k.
-        progress: Told the stage, queries done and queries in all.
+        progress: Called with the stage, queries done and queries in all.
 
     Raises:
         InputError: A method ranks spans or words, or k is out of range.

@@ -1,4 +1,4 @@
-"""All pairs of rows whose word sets are similar, without comparing every pair.
+"""All pairs of rows whose word sets are similar, found without comparing every pair.
 
 Two sets with a Jaccard similarity of at least t share one of the first |x| - ceil(t |x|) + 1 words of both, all sets
 being sorted by one order of the words, here from rare to frequent (prefix filtering: Chaudhuri, Ganti and Kaushik
@@ -65,14 +65,14 @@ class WordSets:
 def word_sets(texts: Sequence[Sequence[str]], vocabulary: dict[tuple[int, str], int] | None = None) -> WordSets:
     """Word sets of rows, one list a text column; words are numbered in ``vocabulary``, which grows."""
     vocabulary = {} if vocabulary is None else vocabulary
-    found = []
+    matrices = []
     for number, column in enumerate(texts):
         ids = [sorted({vocabulary.setdefault((number, w), len(vocabulary)) for w in words_of(t)}) for t in column]
         starts = offsets(np.array([len(row) for row in ids], np.int64))
         flat = np.array([i for row in ids for i in row], np.int64)
-        found.append((np.ones(len(flat), np.int32), flat, starts))
+        matrices.append((np.ones(len(flat), np.int32), flat, starts))
     shape = (len(texts[0]), len(vocabulary))
-    return WordSets(tuple(sparse.csr_array(parts, shape=shape) for parts in found))
+    return WordSets(tuple(sparse.csr_array(arrays, shape=shape) for arrays in matrices))
 
 
 def stacked(parts: Sequence[WordSets]) -> WordSets:
