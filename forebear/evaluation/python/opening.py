@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from forebear.errors import InputError
-from forebear.evaluation.common.queries import Queries, sample_queries
+from forebear.evaluation.common.queries import QueryRows, sample_queries
 from forebear.evaluation.reports.report import Report, write_report
 from forebear.indexer.index import Index
 from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
@@ -94,7 +94,7 @@ def tested_rows(retriever: Retriever, rows: Rows, *, need_labels: bool = False) 
 
 def sampled(
     retriever: Retriever, rows: Rows, question: Question, n_queries: int, seed: int, *, need_labels: bool = False
-) -> Queries:
+) -> QueryRows:
     """The test rows that are asked about."""
     labelled = need_labels or question.spec.target == "gold"
     return sample_queries(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from forebear.evaluation.common.queries import Queries, sample_queries
+from forebear.evaluation.common.queries import QueryRows, sample_queries
 from forebear.evaluation.common.span_queries import sample_span_queries
 from forebear.evaluation.python.opening import Asked, Finding, Rows, finding, retriever_of, tested_rows
 from forebear.evaluation.retraining import deletion_curve as of_deletion
@@ -77,10 +77,10 @@ class _Opened:
 
     retriever: Retriever
     question: Question
-    queries: Queries
+    queries: QueryRows
     retrainer: Retrainer
     seeds: tuple[int, ...]
-    asked: Queries
+    asked: QueryRows
 
     def scores(self) -> Scores:
         """Of all live rows, by method."""
