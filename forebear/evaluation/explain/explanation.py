@@ -1,4 +1,4 @@
-"""What an explanation says: the words that speak for a prediction, and the training rows behind it."""
+"""The explanation of a prediction: the words that speak for it, and the training rows behind it."""
 
 from __future__ import annotations
 
@@ -89,18 +89,18 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Explanation:
-    """All that is said of one prediction.
+    """The explanation of one prediction.
 
     Attributes:
         texts: The query's texts, marked by saliency.
-        words: Its words by falling |saliency|.
+        words: Words of the query by falling |saliency|.
         ends: Saliency of the start and end tokens together, as it is written; they are no words.
-        form: Of the saliency.
+        form: Form of the saliency.
         probabilities: Class, probability, and the probability as it is written; falling.
         prediction: The most probable class.
         target: The class whose loss is explained.
-        answers: One a method.
-        provenance: Where all this comes from, and the command to repeat it.
+        answers: One answer for each method.
+        provenance: Lines on index, question, methods and versions, and the command to repeat the explanation.
     """
 
     texts: tuple[MarkedText, ...]
@@ -115,7 +115,7 @@ class Explanation:
 
     @property
     def formula(self) -> str:
-        """The saliency's."""
+        """Formula of the saliency."""
         return FORMULAS[self.form]
 
     @property
