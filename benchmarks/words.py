@@ -94,7 +94,7 @@ def row_by_row(search: WordSearcher, question: WordQueries, i: int) -> tuple[dic
     """Training row by training row in Python; seconds of two ways, and the scores of both.
 
     ``torch``: gradients as torch tensors, a loop over the words of both rows, a dot where they are the same (how a
-    notebook does it; MEASURED.md has 60 microseconds a row). ``numpy``: the same with dictionaries, as fast as plain
+    notebook does it). ``numpy``: the same with dictionaries, as fast as plain
     Python goes.
     """
     store = search.index.words(question.top, -1)

@@ -16,7 +16,8 @@ from forebear import QuerySpec, Retriever
 from forebear.evaluation.audits.artifacts.features import has_negation
 from forebear.evaluation.audits.artifacts.hans import training_overlap
 from forebear.evaluation.audits.artifacts.regression import regress_artifact
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.comparisons import defined_means
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.measures.saliency_consistency import (
     INFLUENCE_SHARES,
     OVERLAP_SHARES,
@@ -24,7 +25,7 @@ from forebear.evaluation.measures.saliency_consistency import (
     pooled_mean,
     saliency_consistency,
 )
-from forebear.evaluation.retraining.changes import over_seeds, seeds_of
+from forebear.evaluation.retraining.changes import seeds_of
 from forebear.evaluation.retraining.removal import measure_removal
 from forebear.evaluation.retraining.row_choice import SIDES, amounts_of, row_scores
 
@@ -60,7 +61,7 @@ def question(retriever: Retriever, damping: str) -> QuerySpec:
     return retriever.resolve(QuerySpec(methods=("if",), damping=damping))
 
 
-def removal(name: str, retriever: Retriever, queries: Queries, sizes: argparse.Namespace) -> None:
+def removal(name: str, retriever: Retriever, queries: QueryRows, sizes: argparse.Namespace) -> None:
     """Tables 1 and 2: change of the confidence without 10% of the rows, in percentage points."""
     scores = {damping: row_scores(retriever, queries, question(retriever, damping))["if"] for damping in DAMPINGS}
     trainer = retrainer(retriever, sizes.retrain, queries.texts)
@@ -70,10 +71,10 @@ def removal(name: str, retriever: Retriever, queries: Queries, sizes: argparse.N
     )
     paper = REMOVED[source_of(name)]
     rows = {
-        side: [cell(over_seeds(100 * found.changes[m, j, 0]), paper[side]) for m in range(len(DAMPINGS))]
+        side: [cell(defined_means(100 * found.changes[m, j, 0], axis=-2), paper[side]) for m in range(len(DAMPINGS))]
         for j, side in enumerate(SIDES.values())
     }
-    random = cell(over_seeds(100 * found.random[0]), paper["random"])
+    random = cell(defined_means(100 * found.random[0], axis=-2), paper["random"])
     rows["random"] = [random, random]
     store(
         f"han20_removal_{name}_{sizes.retrain}", retriever,
@@ -82,7 +83,7 @@ def removal(name: str, retriever: Retriever, queries: Queries, sizes: argparse.N
     )  # fmt: skip
 
 
-def saliency(name: str, retriever: Retriever, queries: Queries) -> None:
+def saliency(name: str, retriever: Retriever, queries: QueryRows) -> None:
     """Figures 2 and 3: z-normalised influence by salient word piece. Tables 3 and 4: tops before and after removal."""
     influence, overlaps, paper = {}, {}, OVERLAPS[source_of(name)]
     for damping in DAMPINGS:

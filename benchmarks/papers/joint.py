@@ -17,7 +17,7 @@ from tables import cell, table
 from forebear import Retriever
 from forebear.evaluation.perturb.choice import Chooser
 from forebear.evaluation.perturb.experiment import Evaluation, perturb
-from forebear.evaluation.perturb.spec import STRATEGIES, PerturbSpec, Queries, What, make_queries
+from forebear.evaluation.perturb.spec import STRATEGIES, PerturbationQueries, PerturbSpec, What, make_queries
 from forebear.evaluation.perturb.wordnet import WordNet
 from forebear.sampling import live_sample
 
@@ -36,8 +36,8 @@ ATTACK = {
 
 
 def changed(
-    case: str, retriever: Retriever, what: What, queries: Queries, evaluation: Evaluation, sizes: argparse.Namespace,
-    rows: tuple[int, ...], paper: Mapping[str, tuple[float | None, ...]],
+    case: str, retriever: Retriever, what: What, queries: PerturbationQueries, evaluation: Evaluation,
+    sizes: argparse.Namespace, rows: tuple[int, ...], paper: Mapping[str, tuple[float | None, ...]],
 ) -> None:  # fmt: skip
     """Accuracy of retrained models in %, on each set of rows: one value a seed."""
     spec = PerturbSpec(what=what, strategies=tuple(STRATEGIES[what]), rows=rows)

@@ -16,10 +16,11 @@ from tables import cell, table
 
 from forebear import QuerySpec, Retriever
 from forebear.evaluation.audits.artifacts.hans import audit_hans
+from forebear.evaluation.common.comparisons import defined_means
 from forebear.evaluation.measures.correlation import correlations
 from forebear.evaluation.measures.near_duplicates import near_duplicates
-from forebear.evaluation.measures.randomized import mean_over_seeds, randomized_correlations
-from forebear.evaluation.retraining.changes import over_seeds, seeds_of
+from forebear.evaluation.measures.randomized import randomized_correlations
+from forebear.evaluation.retraining.changes import seeds_of
 from forebear.evaluation.retraining.removal import measure_removal
 from forebear.evaluation.retraining.row_choice import row_scores
 from forebear.indexer.rows.row_source import open_rows
@@ -95,7 +96,10 @@ def removal(name: str, retriever: Retriever, spec: QuerySpec, sizes: argparse.Na
     amounts, paper = range(len(sizes.remove)), REMOVED[source_of(name)]
     changes = {"random": found.random} | {name: found.changes[m, 0] for m, name in enumerate(METHODS)}
     rows = {
-        method: [cell(over_seeds(values[a]), paper[method][a] if sizes.remove == (50, 500) else None) for a in amounts]
+        method: [
+            cell(defined_means(values[a], axis=-2), paper[method][a] if sizes.remove == (50, 500) else None)
+            for a in amounts
+        ]
         for method, values in changes.items()
     }
     store(
@@ -110,7 +114,9 @@ def randomized(name: str, retriever: Retriever, spec: QuerySpec, sizes: argparse
     queries = test_rows(retriever, TESTS[source_of(name)], sizes.queries)
     found = randomized_correlations(retriever, queries, spec, n_rows=sizes.rows, seeds=range(sizes.models))
     rows = {
-        method: [cell(mean_over_seeds(found.values[t, :, :, m]), RANDOMIZED[source_of(name)][m]) for t in range(2)]
+        method: [
+            cell(defined_means(found.values[t, :, :, m], axis=0), RANDOMIZED[source_of(name)][m]) for t in range(2)
+        ]
         for m, method in enumerate(METHODS)
     }
     columns = [f"{target} label" for target in found.targets]

@@ -24,7 +24,7 @@ from common import DATA, ROOT, run, write_result
 from tables import Table
 
 from forebear import Retriever
-from forebear.evaluation.common.queries import Queries, sample_queries
+from forebear.evaluation.common.queries import QueryRows, sample_queries
 from forebear.evaluation.retraining.jobs import Retrainer
 from forebear.evaluation.retraining.recipes import open_retrainer
 from forebear.indexer.rows.row_source import open_rows
@@ -93,7 +93,7 @@ def asked(name: str, kind: str = "head") -> Retriever:
     return Retriever(out)
 
 
-def test_rows(retriever: Retriever, path: str, n: int) -> Queries:
+def test_rows(retriever: Retriever, path: str, n: int) -> QueryRows:
     """A sample of test rows with their labels; all of them for 0.
 
     Args:

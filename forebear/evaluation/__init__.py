@@ -1,1 +1,1 @@
-"""What owns the experiments: metrics, audits, the demo, reports."""
+"""Experiments on an index: measures, retrainings, audits, perturbations, explanations, the demo, reports."""

@@ -100,7 +100,7 @@ class Retriever:
                 ``methods=["gc", "if"]``, ``top=5``, ``target="gold"``, ``scope="all"``.
 
         Returns:
-            One row a result; columns as DESIGN.md's section 5 lists them, provenance in the schema's metadata. Texts
+            One row a result; columns as docs/answers.md lists them, provenance in the schema's metadata. Texts
             are dictionaries, which hold each text once: of type ``category`` in pandas.
 
         Raises:
@@ -220,7 +220,7 @@ class Retriever:
         beyond = question.of(m for m in question.methods if m.name not in found)
         if beyond.methods:
             queries = Queries([list(column) for column in texts], seen.targets, groups=groups)
-            found |= GradientSearcher(self.models).search_queries(beyond, queries)
+            found |= GradientSearcher(self.models).search(beyond, queries)
         found = {name: found[name] for name in methods}
         gold = None if labels is None else common_class(labels, groups)
         return Answers(0, gold, common_class(seen.predictions, groups), common_class(seen.targets, groups), found)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from forebear.evaluation.perturb.experiment import Evaluation
-    from forebear.evaluation.perturb.spec import PerturbSpec, Queries, What
+    from forebear.evaluation.perturb.spec import PerturbationQueries, PerturbSpec, What
     from forebear.indexer.rows.row_source import RowSource
     from forebear.retriever.retriever import Retriever
 
@@ -215,7 +215,7 @@ def fix(
 def _run(
     retriever: Retriever,
     spec: PerturbSpec,
-    queries: Queries,
+    queries: PerturbationQueries,
     evaluation: Evaluation,
     index_options: IndexOptions,
     change: ChangeOptions,

@@ -16,7 +16,7 @@ from forebear.cli.screen.console import listed, note, warn
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
-    from forebear.evaluation.common.queries import Queries
+    from forebear.evaluation.common.queries import QueryRows
     from forebear.indexer.rows.row_source import RowSource
     from forebear.retriever.question.spec import Question
     from forebear.retriever.retriever import Retriever
@@ -75,7 +75,7 @@ def say_what_was_fitted(question: Question, *, quiet: bool) -> None:
 
 def open_queries(
     retriever: Retriever, test_options: TestOptions | MaybeTestOptions, sample: SampleOptions, question: Question
-) -> Queries:
+) -> QueryRows:
     """A sample of the test rows; ``--test`` must be given."""
     from forebear.evaluation.common.queries import sample_queries
 

@@ -1,1 +1,1 @@
-"""What evaluations share: samples of queries, statistics, passages of rows."""
+"""Parts that evaluations share: samples of queries, statistics, passages of rows."""

@@ -1,4 +1,4 @@
-"""How many rows a share of them is, and what two sets of rows have in common."""
+"""Numbers of rows from shares of rows, and the share of rows that two sets have in common."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from forebear.errors import InputError
 
 
 def rows_of_share(share: str, n_rows: int) -> int:
-    """floor(share x n_rows), exact in decimals: 0.29 of 100 rows are 29.
+    """Number of rows, floor(share x n_rows), exact in decimals: "0.29" of 100 rows are 29 rows.
 
     Raises:
-        InputError: It is no share above 0 and at most 1.
+        InputError: ``share`` is no number above 0 and at most 1.
     """
     try:
         value = Fraction(share)
@@ -25,5 +25,5 @@ def rows_of_share(share: str, n_rows: int) -> int:
 
 
 def common_share(first: np.ndarray, second: np.ndarray) -> float:
-    """|A and B| / k of two lists of ``k`` different rows."""
+    """Share of common rows, |A and B| / k, of two lists A and B of ``k`` different rows each."""
     return len(np.intersect1d(first, second)) / len(first)

@@ -1,4 +1,4 @@
-"""What evaluations that compare methods without retraining share: queries, scores, rank correlations, matrices."""
+"""Parts shared by evaluations: rank correlations, means of defined values, tables of method pairs, provenance."""
 
 from __future__ import annotations
 
@@ -40,39 +40,62 @@ def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.asarray(np.clip(products, -1.0, 1.0))
 
 
+def defined(values: np.ndarray) -> np.ndarray:
+    """The values that are not NaN, in one axis."""
+    return np.asarray(values[~np.isnan(values)])
+
+
 def defined_mean(values: np.ndarray) -> float | None:
-    """Mean of the values that are defined (not NaN); None if none is."""
-    kept = values[~np.isnan(values)]
+    """Mean of the values that are defined (not NaN); None if no value is."""
+    kept = defined(values)
     return float(kept.mean()) if len(kept) else None
 
 
+def defined_means(values: np.ndarray, axis: int) -> np.ndarray:
+    """Means over one axis (of seeds, runs or random models), each of the values that are not NaN.
+
+    Args:
+        values: Such as ``(seeds, q)``; NaN where a value is undefined or was not sampled.
+        axis: The axis that is averaged away.
+
+    Returns:
+        Such as ``(q,)``; NaN where all values along the axis are.
+    """
+    is_defined = ~np.isnan(values)
+    total = np.where(is_defined, values, 0.0).sum(axis=axis)
+    return ratio(total, is_defined.sum(axis=axis), np.nan)
+
+
 def interval_cells(values: np.ndarray, seed: int) -> list[Cell]:
-    """Mean, its standard error and its 95% bootstrap interval over the defined values; None where there are none."""
-    kept = values[~np.isnan(values)]
+    """Cells for :data:`INTERVAL_COLUMNS`: mean, standard error and 95% interval of the values that are not NaN.
+
+    All four are None where no value is defined; see :func:`~forebear.evaluation.common.statistics.mean_of`.
+    """
+    kept = defined(values)
     if not len(kept):
         return [None, None, None, None]
-    found = mean_of(kept, seed)
-    return [found.mean, found.error, found.low, found.high]
+    mean = mean_of(kept, seed)
+    return [mean.mean, mean.error, mean.low, mean.high]
 
 
 INTERVAL_COLUMNS = ("mean", "±", "95% low", "95% high")
 
 
 def listed_values(values: np.ndarray) -> Any:
-    """An array as nested lists for ``result.json``, None where it is NaN."""
+    """An array as nested lists for ``result.json``, with None for NaN."""
     if values.ndim == 0:
         return None if np.isnan(values) else values.item()
     return [listed_values(part) for part in values]
 
 
 def matrix_of(values: np.ndarray) -> list[list[float | None]]:
-    """Means over the queries of ``(q, m, m)``, where they are defined."""
+    """Mean over the queries of each entry of ``(q, m, m)``; None where no query defines it."""
     m = values.shape[1]
     return [[defined_mean(values[:, i, j]) for j in range(m)] for i in range(m)]
 
 
 def matrix_table(title: str, names: Sequence[str], matrix: Sequence[Sequence[float | None]], note: str) -> Table:
-    """A method a line and a column."""
+    """A table of ``(m, m)`` values, with a line and a column for each method."""
     return Table(title, ["method", *names], [[name, *row] for name, row in zip(names, matrix, strict=True)], note)
 
 
@@ -81,8 +104,8 @@ def pair_table(title: str, names: Sequence[str], values: np.ndarray, seed: int, 
     rows: list[list[Cell]] = []
     for i, first in enumerate(names):
         for j in range(i + 1, len(names)):
-            mine = values[:, i, j]
-            rows.append([first, names[j], *interval_cells(mine, seed), int(np.isnan(mine).sum())])
+            pair_values = values[:, i, j]
+            rows.append([first, names[j], *interval_cells(pair_values, seed), int(np.isnan(pair_values).sum())])
     return Table(title, ["first", "second", *INTERVAL_COLUMNS, "undefined"], rows, note)
 
 
@@ -101,7 +124,15 @@ def provenance(
     residuals: Mapping[str, float] | None = None,
     **facts: object,
 ) -> dict[str, str]:
-    """What a report says of where its numbers come from; ``residuals`` of H^-1 by method, where a solver iterated."""
+    """The provenance lines of a report: index, question, test rows and the command to repeat it.
+
+    Args:
+        retriever: Over the index.
+        spec: The question.
+        command: The command line.
+        residuals: Largest relative residual of H^-1 by method, where a solver iterated.
+        **facts: Further lines; underscores of a name become spaces.
+    """
     question = retriever.resolve(spec)
     return {
         "index": str(retriever.index.folder),
@@ -120,7 +151,7 @@ def provenance(
 def question_record(
     retriever: Retriever, spec: QuerySpec | Question, residuals: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """The same for programs: the question with every choice, and what it means for each method."""
+    """The question as ``result.json`` records it: every choice, and what it means for each method."""
     question = retriever.resolve(spec)
     return {
         "spec": asdict(question.spec),

@@ -22,9 +22,9 @@ def nearest_rows(
     all of them; beyond, its recall is the calibrated one that the manifest gives.
 
     Args:
-        index: Whose rows.
+        index: Whose live rows are compared.
         rows: Live row numbers, ``(m,)``.
-        k: Fewer than the live rows.
+        k: Number of neighbours, fewer than the live rows.
         representation: ``feature``, or ``sentence`` where the index stores sentence embeddings.
 
     Returns:
@@ -39,19 +39,23 @@ def nearest_rows(
     matrix = index.sentence() if representation == "sentence" else index.features()
     ann = index.ann(f"{representation}-cos")
     width = min(len(live), (1 if ann.exact else ann.widen) * k + 1)
-    found, cosines = np.empty((len(rows), k), np.int64), np.empty((len(rows), k))
+    neighbours, cosines = np.empty((len(rows), k), np.int64), np.empty((len(rows), k))
     step = max(1, _NUMBERS // (width * matrix.width))
     for start in range(0, len(rows), step):
-        own = rows[start : start + step]
-        unit = unit_rows(matrix.take(own))
+        block_rows = rows[start : start + step]
+        unit = unit_rows(matrix.take(block_rows))
         _, positions = ann.search(unit, width)
         if (positions < 0).any():
             raise InputError(f"--neighbours {k}: FAISS visits fewer rows than that for some. Give fewer.")
-        listed = live[positions]
-        near = np.einsum("mh,mwh->mw", _wide_units(matrix.take(own)), _wide_units(matrix.take(listed)))
-        near[listed == own[:, None]] = -np.inf
-        found[start : start + len(own)], cosines[start : start + len(own)] = rank(near, listed, k, largest=True)
-    return found, cosines
+        candidates = live[positions]
+        similarities = np.einsum(
+            "mh,mwh->mw", _wide_units(matrix.take(block_rows)), _wide_units(matrix.take(candidates))
+        )
+        similarities[candidates == block_rows[:, None]] = -np.inf
+        neighbours[start : start + len(block_rows)], cosines[start : start + len(block_rows)] = rank(
+            similarities, candidates, k, largest=True
+        )
+    return neighbours, cosines
 
 
 def label_disagreement(labels: np.ndarray, rows: np.ndarray, neighbours: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ def row_passages(
     Args:
         retriever: Over the index.
         rows: Row numbers, ``(m,)``.
-        headings: One a row, such as ``neighbour · row 12``.
+        headings: One for each row, such as ``neighbour · row 12``.
         facts: Further facts of each row, shown between its prediction and its loss.
         highlighted: Words to mark in each row's texts.
         notes: A remark on each row.
@@ -51,6 +51,6 @@ def row_passages(
 
 
 def rank_headings(rows: npt.ArrayLike, scores: npt.ArrayLike) -> list[str]:
-    """Headings of rows in the order of their scores."""
+    """Headings of rows in the order of their scores, such as ``rank 1 · row 12 · score 0.42``."""
     pairs = zip(np.asarray(rows).tolist(), np.asarray(scores).tolist(), strict=True)
     return [f"rank {rank} · row {row} · score {score:.4g}" for rank, (row, score) in enumerate(pairs, start=1)]

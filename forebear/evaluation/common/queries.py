@@ -17,12 +17,12 @@ from forebear.sampling import live_sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class Queries:
-    """Test rows that are asked about.
+class QueryRows:
+    """Rows that an evaluation asks about, in the order of their file.
 
     Attributes:
-        source: Where they come from.
-        rows: Their numbers there, ascending, ``(q,)``.
+        source: Name of the file or source that they come from.
+        rows: Row numbers in that source, ascending, ``(q,)``.
         texts: One list a text column, ``q`` texts each.
         labels: Class ids of the model, ``(q,)``; None where the source has none.
         table: The rows with all their columns, where spans may be given; None where they come from no file.
@@ -39,26 +39,26 @@ class Queries:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, at: np.ndarray) -> Queries:
-        """Some of them, by position."""
+    def take(self, positions: np.ndarray) -> QueryRows:
+        """The rows at some positions, ``(m,)``."""
         return replace(
             self,
-            rows=self.rows[at],
-            texts=tuple([column[i] for i in at] for column in self.texts),
-            labels=None if self.labels is None else self.labels[at],
-            table=None if self.table is None else self.table.take(pa.array(at)),
+            rows=self.rows[positions],
+            texts=tuple([column[i] for i in positions] for column in self.texts),
+            labels=None if self.labels is None else self.labels[positions],
+            table=None if self.table is None else self.table.take(pa.array(positions)),
         )
 
-    def blocks(self, size: int = QUERY_BLOCK_ROWS) -> Iterator[Queries]:
-        """Some of them at a time, by default as many as the retriever answers together."""
+    def blocks(self, size: int = QUERY_BLOCK_ROWS) -> Iterator[QueryRows]:
+        """All rows in blocks of ``size``, by default as many as the retriever answers together."""
         for start in range(0, len(self), size):
             yield self.take(np.arange(start, min(start + size, len(self))))
 
 
 def sample_queries(
     retriever: Retriever, source: RowSource, n_queries: int, seed: int, *, need_labels: bool = False
-) -> Queries:
-    """A seeded sample of test rows, in their order; all of them for 0 or more than there are.
+) -> QueryRows:
+    """A seeded sample of test rows, in the order of their file; all rows if ``n_queries`` is 0 or exceeds them.
 
     Raises:
         MismatchError: The source does not have the index's number of texts.
@@ -74,27 +74,27 @@ def sample_queries(
     labels: list[np.ndarray] = []
     tables: list[pa.Table] = []
     for block in source.blocks():
-        at = chosen[(chosen >= block.start) & (chosen < block.start + len(block))] - block.start
-        for column, found in zip(texts, block.texts, strict=True):
-            column += [found[i] for i in at]
+        positions = chosen[(chosen >= block.start) & (chosen < block.start + len(block))] - block.start
+        for column, block_texts in zip(texts, block.texts, strict=True):
+            column += [block_texts[i] for i in positions]
         if label_ids is not None and block.labels is not None:
-            labels.append(label_ids(block.labels, block.start)[at])
-        tables.append(block.table.take(pa.array(at)))
-    return Queries(
+            labels.append(label_ids(block.labels, block.start)[positions])
+        tables.append(block.table.take(pa.array(positions)))
+    return QueryRows(
         source=source.name, rows=chosen, texts=texts, labels=np.concatenate(labels) if labels else None,
         table=pa.concat_tables(tables) if tables else None,
     )  # fmt: skip
 
 
 def score_queries(
-    retriever: Retriever, queries: Queries, spec: QuerySpec | Question, rows: np.ndarray | None = None
+    retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question, rows: np.ndarray | None = None
 ) -> Scores:
     """Exact scores of training rows (None: all live ones), ``(q, n)`` float64 by method name."""
     question = retriever.resolve(spec)
-    found = Scores.join(
+    joined = Scores.join(
         [retriever.score_block(part.texts, part.labels, question, rows=rows) for part in queries.blocks()]
     )
-    bad = [name for name, scores in found.items() if np.isnan(scores).any()]
+    bad = [name for name, scores in joined.items() if np.isnan(scores).any()]
     if bad:
         raise NonFiniteError(f"{bad[0]} gives NaN as a score. Check the model and the index (forebear verify).")
-    return found
+    return joined

@@ -1,4 +1,4 @@
-"""What evaluations of span methods ask about: a sample of test rows that hold a span; spans of training rows."""
+"""Rows that evaluations of span methods use: a sample of test rows that hold a span; spans of training rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from forebear.errors import DataError
-from forebear.evaluation.common.queries import Queries, sample_queries
+from forebear.evaluation.common.queries import QueryRows, sample_queries
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.spans.finders import find_spans
 from forebear.indexer.spans.masking import mask_found
@@ -26,17 +26,17 @@ def sample_span_queries(
     seed: int,
     *,
     need_labels: bool = False,
-) -> Queries:
-    """A seeded sample of test rows, in their order; all of them for 0 or more than there are.
+) -> QueryRows:
+    """A seeded sample of test rows, in the order of their file; all rows if ``n_queries`` is 0 or exceeds them.
 
-    Rows without a span that the model reads are left out of it, if a method of the question compares spans.
+    If a method of the question compares spans, sampled rows without a span that the model reads are left out.
 
     Args:
         retriever: Over the index.
-        source: The test rows.
+        source: Source of the test rows.
         spec: The question: methods, target, how spans of test rows are found.
         n_queries: Size of the sample.
-        seed: Of the sample.
+        seed: Random seed of the sample.
         need_labels: Whether labels are needed also where the target is not the gold one.
 
     Raises:
@@ -61,9 +61,15 @@ def sample_span_queries(
 
 
 def gradients_compared(
-    retriever: Retriever, queries: Queries, question: Question
+    retriever: Retriever, queries: QueryRows, question: Question
 ) -> tuple[GradientQueries, GradientQueries]:
-    """The test rows, and the rows less themselves with their most important span masked, as gradients are compared."""
+    """Test rows as span methods compare their gradients: g(x), and the difference g(x) - g(x without its span).
+
+    The span of a test row is the one that is given, or else the one of largest importance.
+
+    Returns:
+        The queries by whole row, and the queries by span difference.
+    """
     numbers = queries.rows.tolist()
     batch = make_batch(question, retriever.models, queries.texts, queries.labels, numbers=numbers, table=queries.table)
     by_row, by_span, _ = gradient_queries(question, retriever.classifier(), batch)
@@ -71,7 +77,7 @@ def gradients_compared(
 
 
 def training_spans(retriever: Retriever, question: Question, rows: np.ndarray) -> SpanRows:
-    """All spans of some live training rows (ascending), stored or found as a question says."""
+    """All spans of the given live training rows (ascending numbers), stored or found as the question says."""
     index = retriever.index
     if question.spans_are_stored:
         entries = index.live_spans

@@ -1,4 +1,4 @@
-"""How sure a mean over queries is, and whether two methods differ on the queries that they share."""
+"""Intervals of a mean over queries, and tests whether two methods differ on the queries that they share."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from forebear.evaluation.reports.report import Cell, Table
 
 FloatArray = npt.NDArray[np.float64]
 _BATCH_NUMBERS = 1 << 22  # resampled values that are held at once
-_ROUNDING = 1e-14  # of numbers computed in float64, relative to the largest
+_ROUNDING = 1e-14  # rounding error of float64 sums, relative to the largest number
 
 FEW_VALUES = 10
-INTERVALS = f"percentile bootstrap; Student's t of fewer than {FEW_VALUES} values"  # for what a report says of itself
+INTERVALS = f"percentile bootstrap; Student's t of fewer than {FEW_VALUES} values"  # a provenance line of reports
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Mean:
     """A mean over queries.
 
     Attributes:
-        mean: In the unit of the values.
-        error: Its standard error; None for a single value.
-        low: Lower end of its 95% interval, see :func:`mean_of`; None for a single value.
+        mean: The mean, in the unit of the values.
+        error: Standard error of the mean; None for a single value.
+        low: Lower end of the 95% interval of the mean, see :func:`mean_of`; None for a single value.
         high: Upper end.
         n: Number of values.
     """
@@ -46,7 +46,7 @@ class Difference(Mean):
 
     Attributes:
         p: Two-sided p of Wilcoxon's signed-rank test that the differences are symmetric about 0. Queries without a
-            difference are left out of it; 1 where all are; None for a single query, which tests nothing.
+            difference are left out; 1 where no query has a difference; None for a single query, which tests nothing.
     """
 
     p: float | None
@@ -55,8 +55,9 @@ class Difference(Mean):
 def mean_of(values: npt.ArrayLike, seed: int = 0) -> Mean:
     """Mean of one value a query, ``(n,)``, with its standard error and a 95% interval.
 
-    The interval is a seeded percentile bootstrap; of fewer than ten values, of which a bootstrap makes too little (with
-    five it covers 85%), Student's t. Equal values have an error of 0 and an interval of no width.
+    The interval is a seeded percentile bootstrap; with fewer than ten values, where a bootstrap's interval is too
+    narrow (with five values it covers 85%, not 95%), it is Student's t. Equal values have an error of 0 and an
+    interval of no width.
 
     Raises:
         InputError: There are no values, or they have more than one axis.
@@ -81,11 +82,11 @@ def paired_difference(first: npt.ArrayLike, second: npt.ArrayLike, seed: int = 0
 
     Args:
         first: One value a query, ``(n,)``.
-        second: Of the same queries, in the same order, ``(n,)``.
-        seed: Of the bootstrap.
+        second: One value for each of the same queries, in the same order, ``(n,)``.
+        seed: Seed of the bootstrap.
 
     Raises:
-        InputError: Their lengths differ, or there are no values.
+        InputError: The lengths differ, or there are no values.
         NonFiniteError: A value is NaN or infinite.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
@@ -94,8 +95,8 @@ def paired_difference(first: npt.ArrayLike, second: npt.ArrayLike, seed: int = 0
             f"values of shapes {a.shape} and {b.shape} are no pairs; expected one of each for every shared query."
         )
     differences = a - b
-    found = mean_of(differences, seed)
-    return Difference(found.mean, found.error, found.low, found.high, found.n, _wilcoxon(differences))
+    mean = mean_of(differences, seed)
+    return Difference(mean.mean, mean.error, mean.low, mean.high, mean.n, _wilcoxon(differences))
 
 
 def _wilcoxon(differences: np.ndarray) -> float | None:
@@ -112,9 +113,9 @@ def difference_table(title: str, values: Mapping[str, npt.ArrayLike], seed: int 
     """Every pair of methods, compared on shared queries.
 
     Args:
-        title: Of the table.
+        title: Title of the table.
         values: One value a query, ``(n,)``, by method; the same queries in the same order.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
     """
     rows: list[list[Cell]] = []
     for first, second in combinations(values, 2):
@@ -161,7 +162,7 @@ def bootstrap_interval(
     Args:
         values: At least one finite number, ``(n,)``.
         seed: Seed of the resampling; the same seed gives the same interval.
-        n_resamples: How many resamples of ``n`` values are drawn, with replacement.
+        n_resamples: Number of resamples of ``n`` values that are drawn, with replacement.
         level: Share of the resampled means inside the interval, in (0, 1).
 
     Returns:

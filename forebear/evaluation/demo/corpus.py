@@ -203,15 +203,15 @@ class Template:
     name: str
     label: int
     share: int  # weight among the templates of its grammar
-    planted: str  # goes into the column
-    harbour: bool  # whose timetables it speaks of
+    planted: str  # the fault planted by it, for the column ``planted``
+    harbour: bool  # whether it is about timetables of the harbour trade
     premises: list[str]
     hypotheses: list[str]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The generated splits, each a table with the columns of ``SCHEMA``, and what was planted, in words."""
+    """The generated splits, each a table with the columns of ``SCHEMA``, and a description of the planted faults."""
 
     train: pa.Table
     dev: pa.Table  # the training templates, without harbour timetables; every label is right
@@ -273,7 +273,7 @@ def make_corpus(
 
 
 def read_grammar(text: str) -> list[Template]:
-    """Read templates, two lines each."""
+    """Templates of a grammar in the notation of ``TRAIN_GRAMMAR``: two lines each."""
     for macro, wording in _MACROS.items():
         text = text.replace(macro, wording)
     lines = text.strip().splitlines()
@@ -343,7 +343,7 @@ def _scene(rng: random.Random, trade: dict[str, list[str]]) -> dict[str, str]:
 
 
 def _unlike(rng: random.Random, entries: Sequence[tuple[str, str]], n: int) -> list[tuple[str, str]]:
-    """Draw entries that share no word, narrow or wide."""
+    """Draw ``n`` pairs of a narrow and a wide word, such that no two pairs share a word."""
     drawn: list[tuple[str, str]] = []
     while len(drawn) < n:
         entry = rng.choice(entries)
@@ -364,7 +364,7 @@ def write_corpus(corpus: Corpus, folder: Path, *, force: bool = False) -> Path:
     The folder is made if missing. ``force`` overwrites the five files; nothing else is touched.
 
     Raises:
-        OutputExistsError: One of the files exists and force is not given.
+        OutputExistsError: A file of these exists and ``force`` is not given.
         StorageError: The folder cannot be written.
     """
     import pyarrow.parquet as pq

@@ -1,4 +1,4 @@
-"""The demo: a small corpus with planted faults, a classifier trained on it, and whether attribution finds them."""
+"""The demo: plant faults in a small corpus, train a classifier on it, and see whether attribution finds the faults."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class WrongLabels:
 
     Attributes:
         n_queries: Probe rows answered with the planted label.
-        n_probe: Probe rows in all.
+        n_probe: Number of probe rows.
         share: Share of planted rows in the whole index: what random rows would give.
         precision: Share of planted rows among the top 10, by method.
         median_rank: Median rank of the first planted row, by method; one past the last rank looked at if none.
-        groups: Some queries and their proponents.
+        groups: The first queries and their proponents.
     """
 
     n_queries: int
@@ -53,7 +53,11 @@ class WrongLabels:
 
     @property
     def found(self) -> bool:
-        """Half of the probe is spoilt, a planted row comes first as a rule, and they fill half of the top 10."""
+        """Whether the judging method finds the planted rows.
+
+        At least half of the probe rows are answered with the planted label, the median rank of the first planted row is
+        at most 3, and planted rows fill half of the top 10 (and are five times as frequent as in the index).
+        """
         return (
             self.n_queries >= self.n_probe / 2
             and self.median_rank[JUDGE] <= 3
@@ -63,7 +67,7 @@ class WrongLabels:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What the demo found, and where it wrote it."""
+    """Whether the demo found all planted faults, its report, and the path of the page."""
 
     found: bool
     report: Report
@@ -83,14 +87,14 @@ def run_demo(
 
     Args:
         out: Folder for ``data``, ``run``, ``index`` and ``report``.
-        seed: Of the corpus and the training.
-        device: Where the model runs.
+        seed: Random seed of the corpus and the training.
+        device: ``auto``, ``cpu`` or ``cuda``.
         force: Replace what an earlier demo wrote there.
-        progress: Told the stage, rows done and rows in all.
-        say: Told what has just been done, one line at a time.
+        progress: Called with the stage, rows done and rows in all.
+        say: Called with one line after each of the five steps.
 
     Raises:
-        OutputExistsError: Something is in ``out`` already.
+        OutputExistsError: ``out`` is not empty and ``force`` is not given.
     """
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()) and not force:
@@ -122,20 +126,20 @@ def run_demo(
     wrong = find_wrong_labels(retriever, folder)
     say(f"4/5 retrieval: the rows behind {wrong.n_queries} answers spoilt by wrong labels")
     audit = audit_hans(retriever, rows["probe"], top=TOP, progress=progress)
-    report, found = _report(audit, wrong, retriever, folder, accuracy, time.perf_counter() - started)
+    report, all_found = _report(audit, wrong, retriever, folder, accuracy, time.perf_counter() - started)
     result = {
-        "found": found,
+        "found": all_found,
         "wrong_labels": {"precision": wrong.precision, "median_rank": wrong.median_rank, "share": wrong.share},
         "overlap": hans_report(audit, retriever, rows["probe"], "forebear demo")[1],
         "dev_accuracy": accuracy,
     }
     page = write_report(report, folder / "report", result=result, force=force)
     say(f"5/5 audit and report, {time.perf_counter() - started:.0f} s in all")
-    return Outcome(found=found, report=report, page=page)
+    return Outcome(found=all_found, report=report, page=page)
 
 
 def find_wrong_labels(retriever: Retriever, folder: Path) -> WrongLabels:
-    """Ask why the probe rows were answered as the wrong labels say; see where the planted rows rank."""
+    """Ask for the rows behind probe rows that are answered with the planted label, and rank the planted rows."""
     planted = np.array(
         [
             mark == "wrong-label"
@@ -188,7 +192,7 @@ def find_wrong_labels(retriever: Retriever, folder: Path) -> WrongLabels:
 
 
 def artifact_found(audit: HansAudit) -> bool:
-    """The 95% interval of the top rows' overlap lies above that of all rows by a fifth of the scale or more."""
+    """Whether the 95% interval of the top rows' overlap lies at least 0.2 above the mean overlap of all rows."""
     low, _ = bootstrap_interval(audit.mean_overlap(TOP)[:, audit.methods.index(JUDGE)])
     return low >= audit.all_rows_overlap + 0.2
 
@@ -196,7 +200,7 @@ def artifact_found(audit: HansAudit) -> bool:
 def _report(
     audit: HansAudit, wrong: WrongLabels, retriever: Retriever, folder: Path, accuracy: float, seconds: float
 ) -> tuple[Report, bool]:
-    """The demo's own page: the verdict, both findings, the actual rows."""
+    """The report of the demo (verdict, both findings, rows), and whether all planted faults were found."""
     probe = open_rows(folder / "data" / "probe.parquet", need_labels=True)
     overlap, _ = hans_report(audit, retriever, probe, f"forebear demo --out {folder}")
     by_overlap = artifact_found(audit)
@@ -214,9 +218,11 @@ def _report(
             "found" if wrong.found else "NOT found",
         ],
     ]
-    found = by_overlap and wrong.found
+    all_found = by_overlap and wrong.found
     random_rows: list[list[Cell]] = [["(random rows)", wrong.share, None]]
-    by_method: list[list[Cell]] = [[m, wrong.precision[m], wrong.median_rank[m]] for m in wrong.precision]
+    by_method: list[list[Cell]] = [
+        [method, wrong.precision[method], wrong.median_rank[method]] for method in wrong.precision
+    ]
     ranks = Table(
         "Planted wrong labels behind the answers they spoilt",
         ["method", f"share of the top {TOP}", "median rank of the first"],
@@ -226,7 +232,7 @@ def _report(
     summary = (
         f"A classifier with {accuracy:.0%} accuracy on its development pairs takes a shortcut on {audit.n_queries} of "
         f"{audit.n_rows[1]} probe pairs and repeats wrong labels on {wrong.n_queries} of {wrong.n_probe}. Attribution "
-        + ("finds the training rows behind both." if found else "does NOT find all that was planted.")
+        + ("finds the training rows behind both." if all_found else "does NOT find all that was planted.")
     )
     verdict = Table("What was planted, and was it found?", ["planted", "measured", "verdict"], verdicts)
     report = Report(
@@ -237,4 +243,4 @@ def _report(
         (*wrong.groups, *overlap.groups),
         dict(overlap.provenance) | {"seconds, all in all": f"{seconds:.0f}"},
     )
-    return report, found
+    return report, all_found

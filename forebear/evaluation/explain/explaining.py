@@ -44,7 +44,7 @@ def default_methods(retriever: Retriever) -> tuple[str, ...]:
 def chosen_methods(
     retriever: Retriever, names: Sequence[str], *, spans: bool, saliency_influence: bool
 ) -> tuple[str, ...]:
-    """The methods given, or the default ones, and what answers for spans or for influence on saliency beside them."""
+    """The named or default methods; a method for spans or for influence on saliency is added if asked for."""
     chosen = [method.name for method in pick_methods(names)] if names else list(default_methods(retriever))
     if spans and not any(METHODS[name].spans for name in chosen if name in METHODS):
         chosen.append("if++" if "if" in retriever.available_methods() else "tracin++")
@@ -67,11 +67,11 @@ def explain(
         retriever: Over the index of the training rows.
         query: A text, or two for an index of pairs.
         spec: Methods, rows at each end, target and the other choices.
-        form: Of the saliency, one of ``FORMS``.
-        command: How to repeat this, for the provenance.
+        form: Form of the saliency, one of ``FORMS``.
+        command: The command that repeats the explanation, for the provenance.
 
     Raises:
-        InputError: A choice that means nothing or does not fit the index; found before a model is loaded.
+        InputError: A choice is out of range or does not fit the index; raised before a model is loaded.
         ModelError: The model's tokenizer does not tell where words stand.
     """
     rows: Any = [query]
@@ -87,10 +87,10 @@ def explain(
     table = retriever.retrieve(source, **asdict(spec))
     facts = json.loads(table.schema.metadata[b"forebear"])
     (places,) = locate(classifier, columns)
-    found = table.to_pylist()
-    passages = _read_passages(retriever, classifier, texts, places, found)
+    results = table.to_pylist()
+    passages = _read_passages(retriever, classifier, texts, places, results)
     influence: dict[int, list[tuple[Span, float]]] = {}
-    if listed := [result["row"] for result in found if result["method"] == SALIENCY_METHOD]:
+    if listed := [result["row"] for result in results if result["method"] == SALIENCY_METHOD]:
         word, entries = retriever.word_influence(texts, int(targets[0]), np.array(listed), spec)
         for row, span, value in entries:
             influence.setdefault(row, []).append((span, value))
@@ -104,13 +104,13 @@ def explain(
         probabilities=_probabilities(names, forward.probabilities[0]),
         prediction=names[forward.predictions[0]],
         target=names[targets[0]],
-        answers=_answers(passages, found, facts["methods"]),
+        answers=_answers(passages, results, facts["methods"]),
         provenance=_provenance(retriever, spec, facts, form, command),
     )
 
 
 def _check_choices(retriever: Retriever, spec: QuerySpec, form: str) -> None:
-    """Refuse what can be seen to be wrong without a model."""
+    """Refuse choices that can be seen to be wrong before a model is loaded."""
     if form not in FORMS:
         raise InputError(f"--saliency {form!r}: expected {' or '.join(FORMS)}.")
     if spec.target == "gold":
@@ -124,9 +124,10 @@ def _check_choices(retriever: Retriever, spec: QuerySpec, form: str) -> None:
 
 @dataclass(frozen=True)
 class _Passages:
-    """The texts to be marked: the query's, and those of the rows that were found, by row number.
+    """Texts to be marked: the texts of the query, and the texts of the rows that were found, by row number.
 
-    With influence on saliency: the query's salient word, and what each word of the rows does to its saliency.
+    For influence on saliency it also holds the query's salient word, and the influence of each word of the rows on the
+    saliency of that word.
     """
 
     columns: tuple[str, ...]
@@ -143,7 +144,7 @@ class _Passages:
         return self._mark(self.query, self.query_places, values)
 
     def mark_row(self, row: int, values: Mapping[int, float]) -> tuple[MarkedText, ...]:
-        """A training row likewise."""
+        """A training row with values at its tokens, by token id."""
         return self._mark(self.texts[row], self.places[row], values)
 
     def mark_spans(self, row: int, spans: Sequence[Span], values: Sequence[float]) -> tuple[MarkedText, ...]:
@@ -158,7 +159,7 @@ class _Passages:
         return tuple(marked)
 
     def point_at(self, span: Span) -> tuple[MarkedText, ...]:
-        """The query with one stretch pointed at."""
+        """The query with one span pointed at."""
         parts = zip(self.columns, self.query, self.query_places.read, strict=True)
         return tuple(
             MarkedText(name, point_at(text, *((span.start, span.end) if c == span.column else (0, 0)), read))
@@ -175,10 +176,10 @@ def _read_passages(
     classifier: Classifier,
     query: Sequence[str],
     places: Places,
-    found: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]],
 ) -> _Passages:
     index = retriever.index
-    rows = np.unique([result["row"] for result in found])
+    rows = np.unique([result["row"] for result in results])
     columns = {name: values.to_pylist() for name, values in index.texts(rows).items()}
     return _Passages(
         tuple(columns),
@@ -191,7 +192,7 @@ def _read_passages(
 
 
 def _mark_salient(passages: _Passages, salient: Saliency) -> tuple[tuple[MarkedText, ...], tuple[Word, ...], str]:
-    """The query's texts marked by saliency; its words, strongest first; and what its start and end tokens have."""
+    """The query's texts marked by saliency, its words (strongest first), and the saliency of start and end tokens."""
     values = {i: word.value for i, word in enumerate(salient.words)}
     strongest = sorted(values, key=lambda i: -abs(values[i]))[:NUMBERED_WORDS]
     notes = dict(zip(strongest, write_alike([values[i] for i in strongest], digits=2), strict=True))
@@ -206,7 +207,7 @@ def _mark_salient(passages: _Passages, salient: Saliency) -> tuple[tuple[MarkedT
 
 
 def _probabilities(names: Sequence[str], probabilities: np.ndarray) -> tuple[tuple[str, float, str], ...]:
-    """Classes by falling probability; one that rounds to 0 or 1 is written as a bound."""
+    """Classes by falling probability; a probability that rounds to 0 or 1 is written as a bound: ``> 0.9999``."""
     order = np.argsort(-probabilities, kind="stable")
     bounds = {"1.0000": "> 0.9999", "0.0000": "< 0.0001"}
     return tuple(
@@ -215,24 +216,24 @@ def _probabilities(names: Sequence[str], probabilities: np.ndarray) -> tuple[tup
 
 
 def _answers(
-    passages: _Passages, found: Sequence[Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]]
+    passages: _Passages, results: Sequence[Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Answer, ...]:
-    """What each method finds, in the order asked for; ``facts`` by method, from the table's provenance."""
+    """The answer of each method, in the order of the question; ``facts`` by method, from the table's provenance."""
     return tuple(
         Answer(
             method=method,
             formula=str(facts[method]["formula"]),
-            asked=_asked(next(r for r in found if r["method"] == method), passages),
+            asked=_mark_question(next(r for r in results if r["method"] == method), passages),
             sides=tuple(
-                _side(side, [r for r in found if (r["method"], r["side"]) == (method, side)], passages)
+                _side(side, [r for r in results if (r["method"], r["side"]) == (method, side)], passages)
                 for side in SIDES
             ),
         )
-        for method in dict.fromkeys(result["method"] for result in found)
+        for method in dict.fromkeys(result["method"] for result in results)
     )
 
 
-def _asked(result: Mapping[str, Any], passages: _Passages) -> tuple[MarkedText, ...]:
+def _mark_question(result: Mapping[str, Any], passages: _Passages) -> tuple[MarkedText, ...]:
     """The query with the word or span that a method asks about."""
     if result["method"] == SALIENCY_METHOD:
         assert passages.salient is not None
@@ -278,7 +279,7 @@ def _found_row(result: Mapping[str, Any], score: str, passages: _Passages) -> Fo
 
 
 def _side_notes(name: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader would not expect of one end of a ranking."""
+    """Notes on one end of a ranking: scores of the other sign, approximate scores, residuals, unread spans."""
     signs = note_of(results[0]["method"], name, [result["score"] for result in results])
     notes = [signs] if signs else []
     if not all(result["exact"] for result in results):
@@ -293,7 +294,7 @@ def _side_notes(name: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
 def _provenance(
     retriever: Retriever, spec: QuerySpec, facts: Mapping[str, Any], form: str, command: str
 ) -> dict[str, str]:
-    """Where the numbers come from, line by line."""
+    """The provenance lines: index, question, methods, checkpoints, versions and command."""
     manifest = retriever.index.manifest
     lines = {
         "index": facts["index"],
@@ -304,11 +305,11 @@ def _provenance(
         "sign": facts["sign"],
         "saliency": f"{form}: {FORMULAS[form]}",
     }
-    for method, known in facts["methods"].items():
-        rest = {k: v for k, v in known.items() if v is not None and k not in ("formula", "sign")}
+    for method, method_facts in facts["methods"].items():
+        rest = {k: v for k, v in method_facts.items() if v is not None and k not in ("formula", "sign")}
         note = rest.pop("recall_note", None)
-        said = [f"{k.replace('_', ' ')} {_plain(v)}" for k, v in rest.items()]
-        lines[method] = "; ".join([known["formula"], *said, *([] if note is None else [note])])
+        listed = [f"{k.replace('_', ' ')} {_plain(v)}" for k, v in rest.items()]
+        lines[method] = "; ".join([method_facts["formula"], *listed, *([] if note is None else [note])])
     for checkpoint in manifest.checkpoints:
         lines[f"checkpoint {checkpoint.name}"] = (
             f"{checkpoint.path}; eta {checkpoint.eta:.4g}; sha256 {checkpoint.sha256[:16]}"
@@ -319,7 +320,7 @@ def _provenance(
 
 
 def _plain(value: Any) -> str:
-    """A fact as a reader sees it."""
+    """A fact as text: yes or no, four figures, or a list with commas."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""What an explanation says: the words that speak for a prediction, and the training rows behind it."""
+"""The explanation of a prediction: the words that speak for it, and the training rows behind it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class FoundRow:
     """A training row at one end of a method's ranking.
 
     Attributes:
-        rank: From 1.
+        rank: Rank in the ranking, from 1.
         row: Training row number.
-        score: As it is written; larger supports the target.
-        label: Its gold label.
-        prediction: What the model says of it.
-        loss: Cross-entropy of its gold label in nats.
-        texts: Its texts; marked in them: tokens that it shares with the query; the span that is ranked; or the words
-            that matter to the query's salient word, by ``saliency-if-token``.
+        score: The score as it is written; larger supports the target.
+        label: Gold label of the row.
+        prediction: Class that the model predicts for the row.
+        loss: Cross-entropy of the gold label in nats.
+        texts: Texts of the row. Marked in them are the tokens that it shares with the query, or the ranked span, or
+            the words that influence the query's salient word, by ``saliency-if-token``.
         query_texts: The query's texts with the same tokens marked; empty for methods without words.
-        words: Shared tokens by what they contribute; added tokens ([CLS], [SEP]) among them.
-        total: Sum of the contributions as it is written; empty for methods without words.
+        words: Shared tokens by falling contribution to the score; added tokens ([CLS], [SEP]) among them.
+        total: Sum of the contributions, as it is written; empty for methods without words.
     """
 
     rank: int
@@ -48,7 +48,7 @@ class FoundRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One end of a method's ranking, ``proponent`` or ``opponent``, and what must be said of it."""
+    """One end of a method's ranking, ``proponent`` or ``opponent``, with notes for its reader."""
 
     name: str
     rows: tuple[FoundRow, ...]
@@ -57,12 +57,12 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What one method finds.
+    """The rows that one method finds.
 
     Attributes:
-        method: Its name.
-        formula: The score.
-        asked: The query's texts, its word or span that is asked about pointed at; empty where the whole row is.
+        method: Name of the method.
+        formula: Formula of its score.
+        asked: The query's texts with the word or span that is asked about; empty where the whole row is.
         sides: Both ends of the ranking.
     """
 
@@ -89,18 +89,18 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Explanation:
-    """All that is said of one prediction.
+    """The explanation of one prediction.
 
     Attributes:
         texts: The query's texts, marked by saliency.
-        words: Its words by falling |saliency|.
+        words: Words of the query by falling |saliency|.
         ends: Saliency of the start and end tokens together, as it is written; they are no words.
-        form: Of the saliency.
+        form: Form of the saliency.
         probabilities: Class, probability, and the probability as it is written; falling.
         prediction: The most probable class.
         target: The class whose loss is explained.
-        answers: One a method.
-        provenance: Where all this comes from, and the command to repeat it.
+        answers: One answer for each method.
+        provenance: Lines on index, question, methods and versions, and the command to repeat the explanation.
     """
 
     texts: tuple[MarkedText, ...]
@@ -115,7 +115,7 @@ class Explanation:
 
     @property
     def formula(self) -> str:
-        """The saliency's."""
+        """Formula of the saliency."""
         return FORMULAS[self.form]
 
     @property

@@ -1,4 +1,4 @@
-"""Marks in texts: which stretches of a text a list of values belongs to, how strong each is, what is written beside it.
+"""Marks in texts: the stretches of a text that carry values, their strength, and the note beside each.
 
 Every mark reads without colour: its strength is a level from 0 to 3, and its sign or its number stands beside it.
 """
@@ -15,7 +15,7 @@ from forebear.errors import NonFiniteError
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode_with_places
 
-Span = tuple[int, int, int]  # first character, one past the last, key of the value that belongs there
+Span = tuple[int, int, int]  # first character, one past the last, key of its value
 _LEVELS = (0.03, 0.2, 0.5)  # shares of the strongest from which a mark is light, medium, strong
 
 
@@ -24,12 +24,12 @@ class Piece:
     """A stretch of a text.
 
     Attributes:
-        text: As it stands there.
-        value: What belongs to it; None where nothing is marked.
-        level: 0 (next to nothing) to 3 (strong), beside the strongest of the same row.
-        note: What is written beside it: its number, its sign, or nothing.
-        read: Whether the model reads it; False where truncation cuts it off.
-        asked: Whether it is the word or span of the query that is asked about.
+        text: The characters of the stretch.
+        value: Value of the stretch; None where it is not marked.
+        level: Strength from 0 (next to nothing) to 3 (strong), relative to the strongest mark of the same row.
+        note: Text written beside the stretch: its number, its sign, or nothing.
+        read: Whether the model reads the stretch; False where truncation cuts it off.
+        asked: Whether the stretch is the word or span of the query that is asked about.
     """
 
     text: str
@@ -54,11 +54,11 @@ class Word:
 
     Attributes:
         text: The word, or a token's vocabulary string.
-        value: What belongs to it.
-        number: The value as it is written, like the others of its list.
+        value: Value of the word.
+        number: The value as it is written, with as many digits as the others of its list.
         level: See :class:`Piece`.
-        share: |value| beside the strongest of the list, 0 to 1.
-        where: The text column that holds it, if that matters.
+        share: |value| over the largest |value| of the list, 0 to 1.
+        where: Name of the text column that holds the word; empty where there is one column.
     """
 
     text: str
@@ -86,8 +86,8 @@ def locate(classifier: Classifier, texts: Sequence[Sequence[str]]) -> list[Place
     """Places of the word pieces of rows of text, truncated as the model truncates them.
 
     Args:
-        classifier: Whose tokenizer, a fast one, and limit are used.
-        texts: One list a text column, ``(columns, n)``.
+        classifier: The model; its tokenizer (a fast one) and its maximal length are used.
+        texts: Texts of the rows, one list a text column, ``(columns, n)``.
     """
     _, encoded = encode_with_places(classifier, texts)
     out = []
@@ -122,27 +122,27 @@ def mark(
 
     Args:
         text: The text.
-        spans: Where values belong; those whose key has no value are left out.
-        values: By key.
-        read: The stretch of the text that the model reads.
-        notes: Numbers to write, by key; elsewhere the sign is written.
+        spans: Stretches that carry values, each with a key; a span whose key has no value is left out.
+        values: Values by key.
+        read: First character, and one past the last, that the model reads.
+        notes: Numbers to write beside a mark, by key; beside other marks the sign is written.
     """
     notes = notes or {}
     trimmed = [_trim(text, span) for span in spans if span[2] in values]
-    held = [span for span in trimmed if span[0] < span[1]]
-    edges = sorted({0, len(text), *read, *(s for s, _, _ in held), *(e for _, e, _ in held)})
+    nonempty = [span for span in trimmed if span[0] < span[1]]
+    edges = sorted({0, len(text), *read, *(s for s, _, _ in nonempty), *(e for _, e, _ in nonempty)})
     keys: list[set[int]] = [set() for _ in edges]
-    for start, end, key in held:
+    for start, end, key in nonempty:
         for i in range(bisect_left(edges, start), bisect_left(edges, end)):
             keys[i].add(key)
     largest = max(map(abs, values.values()), default=0.0)
     out = []
-    for (start, end), here in zip(pairwise(edges), keys, strict=False):
+    for (start, end), stretch_keys in zip(pairwise(edges), keys, strict=False):
         stretch = text[start:end]
-        if here:
-            value = sum(values[key] for key in here)
+        if stretch_keys:
+            value = sum(values[key] for key in stretch_keys)
             level = level_of(value, largest)
-            note = notes.get(min(here), "") if len(here) == 1 else ""
+            note = notes.get(min(stretch_keys), "") if len(stretch_keys) == 1 else ""
             out.append(Piece(stretch, value, level, note or (_sign(value) if level else "")))
         else:
             out.append(Piece(stretch, read=read[0] <= start < read[1] or not stretch.strip()))
@@ -166,7 +166,7 @@ def _trim(text: str, span: Span) -> Span:
 
 
 def level_of(value: float, largest: float) -> int:
-    """How strong a value is beside the largest, 0 to 3."""
+    """Strength of a value relative to the largest, 0 to 3."""
     return sum(abs(value) >= share * largest for share in _LEVELS) if value and largest else 0
 
 
@@ -212,7 +212,7 @@ def write_alike(values: Sequence[float], digits: int = 4) -> list[str]:
     """Signed numbers with the decimals, or the power of ten, that show ``digits`` figures of the largest of them.
 
     Raises:
-        NonFiniteError: One is NaN or infinite.
+        NonFiniteError: A value is NaN or infinite.
     """
     if not all(map(math.isfinite, values)):
         raise NonFiniteError(f"a value to be shown is {next(v for v in values if not math.isfinite(v))}.")
@@ -224,5 +224,5 @@ def write_alike(values: Sequence[float], digits: int = 4) -> list[str]:
 
 
 def _plain_zero(number: str) -> str:
-    """Without a sign before a number that is written as zero."""
+    """A number, without its sign where it is written as zero: ``0.00`` for ``-0.00``."""
     return number if number.strip("+-0.") else number.lstrip("+-")

@@ -11,10 +11,10 @@ from forebear.indexer.storage.atomic import write_bytes
 
 
 def check_page(path: Path, *, force: bool) -> None:
-    """Refuse a page of another kind, or one that exists; for asking before any work.
+    """Refuse a path that no page can be written to; called before any work is done.
 
     Raises:
-        InputError: The name does not end in .html, or is that of a folder.
+        InputError: The name does not end in .html, or names a folder.
         OutputExistsError: The file is there and ``force`` is not given.
     """
     if path.suffix != ".html":

@@ -26,7 +26,7 @@ def _minus(number: str) -> str:
 
 
 def _hover(piece: Piece) -> dict[str, Any]:
-    """Attributes of a marked piece: its looks, and its value for whoever points at it."""
+    """HTML attributes of a marked piece: its class, and its value as the title shown under the pointer."""
     assert piece.value is not None
     side = "supports" if piece.value > 0 else "opposes" if piece.value < 0 else "zero"
     short = " short" if len(piece.text) <= _LONGEST_UNBROKEN else ""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError, ModelError, NonFiniteError
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.span_queries import training_spans
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts, encoded_rows, pad_batch, plan_batches
@@ -45,12 +45,12 @@ SHOWN_ROWS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """A query and what one method finds for it: training rows, their spans and their scores."""
+    """A query and what each method finds for it: training rows, their spans and their scores."""
 
     row: int
     texts: tuple[str, ...]
     span: Span | None
-    found: dict[str, list[tuple[int, Span | None, float]]]  # by method
+    results: dict[str, list[tuple[int, Span | None, float]]]  # by method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +58,17 @@ class Agreement:
     """Sag@K or Lag@K of every query.
 
     Attributes:
-        measure: Which.
-        methods: Names, ``m``.
-        at: K, ascending.
-        values: In percent, ``(q, m, len(at))``.
-        controls: The same of random rows where rows are ranked, of random spans where spans are, ``(q, len(at))`` by
-            name. Of labels, this is the label's share among all live rows, or among all spans of live rows.
+        measure: ``semantic`` (Sag) or ``label`` (Lag).
+        methods: Names of the methods, ``m``.
+        at: The depths K, ascending.
+        values: Sag@K or Lag@K in percent, ``(q, m, len(at))``.
+        controls: What random rows (where a method ranks rows) and random spans (where a method ranks spans) reach,
+            ``(q, len(at))`` by control. For labels it is the share of the label among all live rows, or their spans.
         rows: Numbers of the test rows, ``(q,)``.
-        targets: Class id of each, y_q, ``(q,)``.
+        targets: Class ids y_q of the test rows, ``(q,)``.
         residuals: Largest relative residual of H^-1 by method, where a solver iterated.
-        shown: Some of the queries.
-        n_unread: Spans of training rows that the model does not read, at most of what one query was asked of.
+        shown: The first queries, with what each method finds for them.
+        n_unread: Number of training spans that the model does not read; the largest such number of any query.
     """
 
     measure: Measure
@@ -94,10 +94,10 @@ class Agreement:
 
 
 def depths(at: Sequence[int]) -> tuple[int, ...]:
-    """K, each once, ascending.
+    """The depths K, each once, ascending.
 
     Raises:
-        InputError: One is below 1, or they are too many for a chart.
+        InputError: A depth is below 1, or there are more than a chart shows.
     """
     distinct = tuple(sorted(set(at)))
     if not distinct or distinct[0] < 1 or len(distinct) > 6:
@@ -107,7 +107,7 @@ def depths(at: Sequence[int]) -> tuple[int, ...]:
 
 def measure_agreement(
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     at: Sequence[int],
     measure: Measure,
@@ -115,16 +115,16 @@ def measure_agreement(
     seed: int = 0,
     progress: Callable[[str, int, int], None] = lambda _stage, _done, _total: None,
 ) -> Agreement:
-    """Sag@K or Lag@K of some methods.
+    """Sag@K or Lag@K of the question's methods, for each query.
 
     Args:
         retriever: Over the index.
         queries: Test rows, from :func:`~forebear.evaluation.common.span_queries.sample_span_queries`.
         spec: The question, with ``top`` the largest K.
-        at: K, ascending.
+        at: The depths K, ascending.
         measure: ``semantic`` or ``label``.
-        seed: Of the random rows and spans.
-        progress: Told the stage, queries done and queries in all.
+        seed: Random seed of the rows and spans that the methods are compared with.
+        progress: Called with the stage, queries done and queries in all.
 
     Raises:
         InputError: K is larger than the number of live rows or of spans found, or a method explains the saliency of a
@@ -161,17 +161,21 @@ def measure_agreement(
         targets.append(answers.targets)
         if measure == "label":
             hits = [retriever.index.labels[answers.found[m.name][0].rows] == answers.targets[:, None] for m in methods]
-            found = np.stack(hits, axis=1).astype(np.float64)
-            shares = {name: (some == answers.targets[:, None]).mean(axis=1) for name, some in labels.items()}
+            agreements = np.stack(hits, axis=1).astype(np.float64)
+            shares = {
+                name: (row_labels == answers.targets[:, None]).mean(axis=1) for name, row_labels in labels.items()
+            }
             controls.append({name: 100.0 * np.stack([share] * len(at), axis=1) for name, share in shares.items()})
         else:
-            asked = _query_states(retriever, block, answers.targets, forward.logits, question)
-            found = np.stack(_cosines(retriever, answers, methods, asked), axis=1)
+            query_states = _query_states(retriever, block, answers.targets, forward.logits, question)
+            agreements = np.stack(_cosines(retriever, answers, methods, query_states), axis=1)
             controls.append({
-                name: _at(_random_cosines(pool, asked[name == RANDOM_SPANS], block.rows, at[-1], seed), at)
+                name: _top_means(
+                    _random_cosines(pool, query_states[name == RANDOM_SPANS], block.rows, at[-1], seed), at
+                )
                 for name, pool in pools.items()
             })  # fmt: skip
-        values.append(_at(found, at))
+        values.append(_top_means(agreements, at))
         for name, (top, _) in answers.found.items():
             if top.n_cut is not None:
                 n_unread = max(n_unread, int(top.n_cut.max()))
@@ -193,9 +197,9 @@ def measure_agreement(
     )
 
 
-def _at(values: np.ndarray, at: Sequence[int]) -> np.ndarray:
+def _top_means(values: np.ndarray, tops: Sequence[int]) -> np.ndarray:
     """Mean over the first K of the last axis, in percent, for each K."""
-    return np.stack([100.0 * values[..., :k].mean(axis=-1) for k in at], axis=-1)
+    return np.stack([100.0 * values[..., :k].mean(axis=-1) for k in tops], axis=-1)
 
 
 def start_states(classifier: Classifier, texts: Texts) -> np.ndarray:
@@ -212,15 +216,15 @@ def start_states(classifier: Classifier, texts: Texts) -> np.ndarray:
     lengths = [len(row["input_ids"]) for row in rows]
     for batch in plan_batches(lengths, DEFAULT_BATCH_TOKENS, equal_lengths=classifier.equal_lengths):
         with torch.no_grad(), classifier.autocast():
-            found = encoder(**pad_batch(classifier.tokenizer, [rows[i] for i in batch], classifier.device))
-        states = getattr(found, "last_hidden_state", None)
+            output = encoder(**pad_batch(classifier.tokenizer, [rows[i] for i in batch], classifier.device))
+        states = getattr(output, "last_hidden_state", None)
         if states is None:
             raise ModelError(
                 f"{classifier.name}: {type(encoder).__name__} does not give the states of its last layer, so rows have "
                 "no embedding. label-agreement needs none."
             )
         out.append((batch, states[:, 0].double().cpu().numpy()))
-    states = np.concatenate([found for _, found in out])
+    states = np.concatenate([batch_states for _, batch_states in out])
     ordered = np.empty_like(states)
     ordered[[i for batch, _ in out for i in batch]] = states
     if not np.isfinite(ordered).all():
@@ -243,7 +247,7 @@ def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _query_states(
-    retriever: Retriever, block: Queries, targets: np.ndarray, logits: np.ndarray, question: Question
+    retriever: Retriever, block: QueryRows, targets: np.ndarray, logits: np.ndarray, question: Question
 ) -> dict[bool, np.ndarray]:
     """e_q of test rows, ``(q, h)``: of the whole row (False), and of its span (True) where a method compares spans."""
     classifier = retriever.classifier()
@@ -257,7 +261,7 @@ def _query_states(
 
 
 def _cosines(
-    retriever: Retriever, answers: Answers, methods: Sequence[Method], asked: dict[bool, np.ndarray]
+    retriever: Retriever, answers: Answers, methods: Sequence[Method], query_states: dict[bool, np.ndarray]
 ) -> list[np.ndarray]:
     """cos(e_n, e_q) of the proponents of each method, ``(q, k)``; every row and span goes through the model once."""
     classifier, index = retriever.classifier(), retriever.index
@@ -265,7 +269,7 @@ def _cosines(
     rows = np.unique(np.concatenate([top.rows.reshape(-1) for top in tops]))
     whole = start_states(classifier, index.text_lists(rows))
     keys = [_keys(top.rows, top.spans) for top in tops]
-    entries = sorted({key for mine in keys for key in mine})
+    entries = sorted({key for method_keys in keys for key in method_keys})
     masked = np.empty((0, whole.shape[1]))
     if entries:
         owners = np.array([row for row, _ in entries])
@@ -274,13 +278,13 @@ def _cosines(
         assert encoded.minus is not None
         masked = start_states(classifier, Encoded(encoded.minus))
     place = {key: i for i, key in enumerate(entries)}
-    found = []
-    for method, top, mine in zip(methods, tops, keys, strict=True):
+    cosines_of_methods = []
+    for method, top, method_keys in zip(methods, tops, keys, strict=True):
         e = whole[np.searchsorted(rows, top.rows)]
         if method.spans:
-            e = e - masked[[place[key] for key in mine]].reshape(e.shape)
-        found.append(cosines(e, asked[bool(method.spans)][:, None, :]))
-    return found
+            e = e - masked[[place[key] for key in method_keys]].reshape(e.shape)
+        cosines_of_methods.append(cosines(e, query_states[bool(method.spans)][:, None, :]))
+    return cosines_of_methods
 
 
 def _keys(rows: np.ndarray, spans: list[list[Span]] | None) -> list[tuple[int, Span]]:
@@ -288,7 +292,7 @@ def _keys(rows: np.ndarray, spans: list[list[Span]] | None) -> list[tuple[int, S
     if spans is None:
         return []
     pairs = zip(rows.tolist(), spans, strict=True)
-    return [key for numbers, mine in pairs for key in zip(numbers, mine, strict=True)]
+    return [key for numbers, row_spans in pairs for key in zip(numbers, row_spans, strict=True)]
 
 
 def _random_states(retriever: Retriever, question: Question, k: int, seed: int, *, by_spans: bool) -> np.ndarray:
@@ -309,7 +313,7 @@ def _random_states(retriever: Retriever, question: Question, k: int, seed: int, 
 
 
 def _labels_of_all(retriever: Retriever, question: Question, *, by_spans: bool) -> np.ndarray:
-    """Labels of all live rows, or of the rows of all their spans."""
+    """Labels of all live rows; or, with ``by_spans``, for each span of a live row the label of its row."""
     index = retriever.index
     if not by_spans:
         return np.asarray(index.labels[index.live])
@@ -319,18 +323,20 @@ def _labels_of_all(retriever: Retriever, question: Question, *, by_spans: bool) 
     return np.concatenate([index.labels[training_spans(retriever, question, rows).rows] for rows in blocks])
 
 
-def _random_cosines(pool: np.ndarray, asked: np.ndarray, rows: np.ndarray, k: int, seed: int) -> np.ndarray:
+def _random_cosines(pool: np.ndarray, query_states: np.ndarray, rows: np.ndarray, k: int, seed: int) -> np.ndarray:
     """cos(e_n, e_q) of ``k`` of the pool for each test row, drawn by its number, ``(q, k)``."""
     drawn = np.stack([np.random.default_rng([seed, row]).permutation(len(pool))[:k] for row in rows.tolist()])
-    return cosines(pool[drawn], asked[:, None, :])
+    return cosines(pool[drawn], query_states[:, None, :])
 
 
-def _shown(block: Queries, answers: Answers, i: int) -> Shown:
-    found: dict[str, list[tuple[int, Span | None, float]]] = {}
-    own = None
+def _shown(block: QueryRows, answers: Answers, i: int) -> Shown:
+    results: dict[str, list[tuple[int, Span | None, float]]] = {}
+    query_span = None
     for name, (top, _) in answers.found.items():
         spans: Sequence[Span | None] = [None] * top.rows.shape[1] if top.spans is None else top.spans[i]
         listed = zip(top.rows[i].tolist(), spans, top.scores[i].tolist(), strict=True)
-        found[name] = list(listed)[:SHOWN_ROWS]
-        own = own or (None if top.query_spans is None else top.query_spans[i])
-    return Shown(row=int(block.rows[i]), texts=tuple(column[i] for column in block.texts), span=own, found=found)
+        results[name] = list(listed)[:SHOWN_ROWS]
+        query_span = query_span or (None if top.query_spans is None else top.query_spans[i])
+    return Shown(
+        row=int(block.rows[i]), texts=tuple(column[i] for column in block.texts), span=query_span, results=results
+    )

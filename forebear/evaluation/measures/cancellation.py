@@ -43,9 +43,9 @@ class Group:
 
     Attributes:
         level: ``all``; ``kind``: all of a kind; ``layer``: those of a kind in one layer; ``tensor``: one alone.
-        name: Of the layer or tensor, or "all".
+        name: Name of the layer or tensor, or "all".
         kind: One of ``KINDS``, or "all".
-        parameters: Dotted names.
+        parameters: Dotted names of the parameters.
     """
 
     level: str
@@ -59,14 +59,14 @@ class Cancellation:
     """Cancellation and alignment of gradients.
 
     Attributes:
-        groups: Of parameters, ``g``.
+        groups: The groups of parameters, ``g`` of them.
         values: Each sampled row's part of C, times N: their mean is C, ``(n, g)``; NaN where no checkpoint moved the
             weights (they were frozen).
         moved: sum_c ||W_{c+1} - W_c||, ``(g,)``.
         cosines: Mean cosine of two rows' gradients at each checkpoint c, ``(c, g)``; NaN where all gradients are 0.
-        rows: The sample, ``(n,)``.
-        checkpoints: Names, those with a successor.
-        etas: Their weights.
+        rows: Row numbers of the sample, ``(n,)``.
+        checkpoints: Names of the checkpoints that have a successor.
+        etas: Weights of these checkpoints.
     """
 
     groups: tuple[Group, ...]
@@ -79,21 +79,21 @@ class Cancellation:
 
 
 def parameter_groups(classifier: Classifier) -> tuple[Group, ...]:
-    """All parameters together, by kind, by layer and kind, and one by one; shared ones once."""
+    """All parameters together, by kind, by layer and kind, and one by one; a shared parameter counts once."""
     model: Any = classifier.model
     prefix, n_layers = encoder_layers(model, classifier.name)
     words = model.get_input_embeddings()
     names = [name for name, _ in model.named_parameters()]
     kinds, layers = {}, {}
     for name in names:
-        owner, _, own = name.rpartition(".")
+        owner, _, parameter = name.rpartition(".")
         module = model.get_submodule(owner)
         if isinstance(module, nn.LayerNorm):
             kinds[name] = "norm"
         elif isinstance(module, nn.Embedding):
             kinds[name] = "embedding"
         else:
-            kinds[name] = "bias" if own == "bias" else "weight"
+            kinds[name] = "bias" if parameter == "bias" else "weight"
         number = next((i for i in range(n_layers) if name.startswith(f"{prefix}.{i}.")), None)
         if number is not None:
             layers[name] = f"layer {number}"
@@ -127,11 +127,11 @@ def row_gradient_norms(
     """Length of each row's gradient over each group, and the mean cosine of two rows' gradients.
 
     Args:
-        classifier: Whose gradients; it stays as it is.
-        texts: One list a text column, ``n`` rows, two or more.
+        classifier: The model whose gradients are taken; it is not changed.
+        texts: Texts of the rows, one list a text column, each of ``n`` texts, two or more.
         labels: Gold classes, ``(n,)``.
-        groups: Of parameters, ``g``.
-        on_rows: Told the number of rows done.
+        groups: Groups of parameters, ``g`` of them.
+        on_rows: Called with the number of rows just done.
 
     Returns:
         ``(n, g)`` and ``(g,)`` float64; a cosine is NaN where all gradients of a group are 0.
@@ -144,9 +144,9 @@ def row_gradient_norms(
         with classifier.autocast():
             logits = model(**pad_batch(classifier.tokenizer, [row], classifier.device)).logits.float()
         residual, _ = residual_and_loss(logits.detach().double().cpu().numpy(), labels[n : n + 1])
-        seed = torch.from_numpy(residual).to(logits)
-        found = torch.autograd.grad(logits, list(parameters.values()), grad_outputs=seed, allow_unused=True)
-        gradients = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+        loss_slope = torch.from_numpy(residual).to(logits)
+        derivatives = torch.autograd.grad(logits, list(parameters.values()), grad_outputs=loss_slope, allow_unused=True)
+        gradients = {name: g for name, g in zip(parameters, derivatives, strict=True) if g is not None}
         squares = {name: float((g.double() ** 2).sum()) for name, g in gradients.items()}
         for i, group in enumerate(groups):
             norms[n, i] = np.sqrt(sum(squares.get(name, 0.0) for name in group.parameters))
@@ -176,8 +176,8 @@ def cancellation(
     Args:
         retriever: Over an index of two or more checkpoints.
         n_rows: Training rows, a seeded sample; 0 for all.
-        seed: Of the sample.
-        progress: Told the rows done.
+        seed: Random seed of the sample.
+        progress: Called with the rows done.
 
     Raises:
         InputError: The index has one checkpoint, or there are fewer than two rows.
@@ -213,22 +213,22 @@ def cancellation(
 
 
 def cancellation_report(
-    found: Cancellation, retriever: Retriever, seed: int, command: str
+    measured: Cancellation, retriever: Retriever, seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     index = retriever.index
-    cosines = found.cosines.mean(axis=0)
+    cosines = measured.cosines.mean(axis=0)
     lines: dict[str, list[list[Cell]]] = {"all": [], "kind": [], "layer": []}
-    for g, group in enumerate(found.groups):
+    for g, group in enumerate(measured.groups):
         if group.level == "tensor":  # hundreds: in result.json alone
             continue
         cosine = None if np.isnan(cosines[g]) else float(cosines[g])
-        lines[group.level].append([group.name, group.kind, *interval_cells(found.values[:, g], seed), cosine])
+        lines[group.level].append([group.name, group.kind, *interval_cells(measured.values[:, g], seed), cosine])
     columns = ["parameters", "kind", "C", *INTERVAL_COLUMNS[1:], "cosine"]
     note = (
-        f"C = sum of eta ||dL/dW|| over all {len(index.live):,} rows, from a sample of {len(found.rows):,}, over the "
-        f"distance that the weights moved; checkpoints {', '.join(found.checkpoints)}. ± standard error over the "
-        "sampled rows, 95% interval. Cosine: mean over pairs of rows, and over the checkpoints. A dash: the "
+        f"C = sum of eta ||dL/dW|| over all {len(index.live):,} rows, from a sample of {len(measured.rows):,}, over "
+        f"the distance that the weights moved; checkpoints {', '.join(measured.checkpoints)}. ± standard error over "
+        "the sampled rows, 95% interval. Cosine: mean over pairs of rows, and over the checkpoints. A dash: the "
         "weights were frozen, or get no gradient."
     )
     tables = (
@@ -246,38 +246,41 @@ def cancellation_report(
         figures.append(Figure("Alignment of gradients", drawing))
     by_kind = {str(row[0]): row[2] for row in lines["kind"]}
     weight, bias = by_kind.get("weight"), by_kind.get("bias")
-    said = "C of weights or of biases is undefined: they did not move."
+    summary = "C of weights or of biases is undefined: they did not move."
     if isinstance(weight, float) and isinstance(bias, float):
-        said = f"C is {bias:.3g} for the biases of linear layers and {weight:.3g} for their weights."
+        summary = f"C is {bias:.3g} for the biases of linear layers and {weight:.3g} for their weights."
     provenance = {
         "index": str(index.folder),
         "index digest": index.manifest.digest(),
-        "rows": f"{len(found.rows)} of {len(index.live)}",
+        "rows": f"{len(measured.rows)} of {len(index.live)}",
         "seed": str(seed),
         "command": command,
     }
     result = {
-        "checkpoints": list(found.checkpoints),
-        "eta": list(found.etas),
+        "checkpoints": list(measured.checkpoints),
+        "eta": list(measured.etas),
         "groups": [
             {
                 "level": group.level,
                 "name": group.name,
                 "kind": group.kind,
-                "cancellation": listed_values(found.values[:, g].mean()),
-                "moved": found.moved[g],
-                "cosine": listed_values(found.cosines[:, g]),
-                "per_row": listed_values(found.values[:, g]),
+                "cancellation": listed_values(measured.values[:, g].mean()),
+                "moved": measured.moved[g],
+                "cosine": listed_values(measured.cosines[:, g]),
+                "per_row": listed_values(measured.values[:, g]),
             }
-            for g, group in enumerate(found.groups)
+            for g, group in enumerate(measured.groups)
             if group.level != "tensor"
         ],
         "tensors": {
-            group.name: {"cancellation": listed_values(found.values[:, g].mean()), "cosine": listed_values(cosines[g])}
-            for g, group in enumerate(found.groups)
+            group.name: {
+                "cancellation": listed_values(measured.values[:, g].mean()),
+                "cosine": listed_values(cosines[g]),
+            }
+            for g, group in enumerate(measured.groups)
             if group.level == "tensor"
         },
-        "training_rows": found.rows,
+        "training_rows": measured.rows,
         "seed": seed,
     }
-    return Report("Cancellation of gradients", said, tables, figures, provenance=provenance), result
+    return Report("Cancellation of gradients", summary, tables, figures, provenance=provenance), result

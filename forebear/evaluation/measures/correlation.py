@@ -19,7 +19,7 @@ from forebear.evaluation.common.comparisons import (
     question_record,
     standardised_ranks,
 )
-from forebear.evaluation.common.queries import Queries, score_queries
+from forebear.evaluation.common.queries import QueryRows, score_queries
 from forebear.evaluation.reports.report import Report
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
@@ -32,10 +32,10 @@ class Correlation:
     """Spearman's correlations.
 
     Attributes:
-        methods: Names, ``m``.
+        methods: Names of the methods, ``m``.
         values: For each query and pair of methods, ``(q, m, m)``; NaN where a method gives all rows one score.
         rows: Training rows that were scored, ``(n,)``.
-        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
+        residuals: Relative residuals of H^-1 by method; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -45,7 +45,7 @@ class Correlation:
 
 
 def correlations(
-    retriever: Retriever, queries: Queries, spec: QuerySpec | Question, *, n_rows: int = 500, seed: int = 0
+    retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question, *, n_rows: int = 500, seed: int = 0
 ) -> Correlation:
     """Spearman's correlation between the scores of every pair of methods, for each query.
 
@@ -54,7 +54,7 @@ def correlations(
         queries: Test rows.
         spec: Methods, scope, target, curvature.
         n_rows: Training rows, a seeded sample; 0 for all.
-        seed: Of the sample.
+        seed: Random seed of the sample.
 
     Raises:
         InputError: Fewer than two methods or two rows, which have no order to compare.
@@ -75,61 +75,71 @@ def correlations(
 
 
 def correlation_report(
-    found: Correlation, retriever: Retriever, queries: Queries, spec: QuerySpec | Question, seed: int, command: str
+    correlation: Correlation,
+    retriever: Retriever,
+    queries: QueryRows,
+    spec: QuerySpec | Question,
+    seed: int,
+    command: str,
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
-    matrix = matrix_of(found.values)
-    n_undefined = int(np.isnan(found.values.diagonal(axis1=1, axis2=2)).sum())
+    matrix = matrix_of(correlation.values)
+    n_undefined = int(np.isnan(correlation.values.diagonal(axis1=1, axis2=2)).sum())
+    n_lists = correlation.values.shape[0] * correlation.values.shape[1]
     note = (
-        f"Mean over {len(queries):,} queries of Spearman's correlation over {len(found.rows):,} training rows. "
-        f"{n_undefined} of the {found.values.shape[0] * found.values.shape[1]:,} score lists (query x method) are "
+        f"Mean over {len(queries):,} queries of Spearman's correlation over {len(correlation.rows):,} training rows. "
+        f"{n_undefined} of the {n_lists:,} score lists (query x method) are "
         "constant: they have no order, and their correlations are left out."
     )
-    pairs = [(i, j) for i, j in combinations(range(len(found.methods)), 2) if matrix[i][j] is not None]
-    said = "No pair of methods has a correlation: each gives all rows one score."
+    pairs = [(i, j) for i, j in combinations(range(len(correlation.methods)), 2) if matrix[i][j] is not None]
+    summary = "No pair of methods has a correlation: each gives all rows one score."
     if pairs:
         low, high = (pick(pairs, key=lambda p: matrix[p[0]][p[1]] or 0.0) for pick in (min, max))
-        said = " ".join(
-            f"{found.methods[i]} and {found.methods[j]} are {how} alike ({matrix[i][j]:.2f})."
+        summary = " ".join(
+            f"{correlation.methods[i]} and {correlation.methods[j]} are {how} alike ({matrix[i][j]:.2f})."
             for how, (i, j) in (("most", high), ("least", low))
         )
     report = Report(
         "Correlation of methods",
-        said,
+        summary,
         (
-            matrix_table("Mean Spearman correlation", found.methods, matrix, note),
+            matrix_table("Mean Spearman correlation", correlation.methods, matrix, note),
             pair_table(
                 "Pairs",
-                found.methods,
-                found.values,
+                correlation.methods,
+                correlation.values,
                 seed,
                 "95% interval over the queries.",
             ),
         ),
         (
             matrix_figure(
-                "Mean Spearman correlation", found.methods, matrix, low=-1.0, caption="Empty where it is undefined."
+                "Mean Spearman correlation",
+                correlation.methods,
+                matrix,
+                low=-1.0,
+                caption="Empty where it is undefined.",
             ),
         ),
         provenance=provenance(
             retriever,
             spec,
             command,
-            residuals=found.residuals,
+            residuals=correlation.residuals,
             test_rows=queries.source,
             queries=len(queries),
-            rows=len(found.rows),
+            rows=len(correlation.rows),
             seed=seed,
         ),
     )
     result = {
-        "methods": list(found.methods),
+        "methods": list(correlation.methods),
         "mean": matrix,
         "n_undefined": n_undefined,
-        "per_query": listed_values(found.values),
+        "per_query": listed_values(correlation.values),
         "query_rows": queries.rows,
-        "training_rows": found.rows,
+        "training_rows": correlation.rows,
         "seed": seed,
-        "question": question_record(retriever, spec, found.residuals),
+        "question": question_record(retriever, spec, correlation.residuals),
     }
     return report, result

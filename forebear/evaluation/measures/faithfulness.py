@@ -15,13 +15,19 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.common.comparisons import interval_cells, listed_values, provenance, question_record, spearman
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.comparisons import (
+    defined_means,
+    interval_cells,
+    listed_values,
+    provenance,
+    question_record,
+    spearman,
+)
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.span_queries import gradients_compared, training_spans
 from forebear.evaluation.common.statistics import difference_table
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
-from forebear.ratio import ratio
 from forebear.retriever.question.models import N_VARIANTS, one_step_away
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
@@ -39,7 +45,7 @@ class Faithfulness:
     """Spearman's correlations with the yardstick.
 
     Attributes:
-        names: What is compared with it, ``m``: methods, control, random scores.
+        names: Scores that are compared with the yardstick, ``m``: methods, control, random scores.
         values: For each run and query, ``(runs, q, m)``; NaN where all spans have one score.
         n_spans: Spans that were ranked in each run.
         n_control: Checkpoints that the control sums over; with 1 it is the yardstick itself, and left out.
@@ -54,16 +60,13 @@ class Faithfulness:
 
     @property
     def by_query(self) -> np.ndarray:
-        """Mean over the runs, ``(q, m)``; NaN where no run defines it."""
-        defined = ~np.isnan(self.values)
-        n = defined.sum(axis=0)
-        total = np.where(defined, self.values, 0.0).sum(axis=0)
-        return ratio(total, n, np.nan)
+        """Mean of each query's correlation over the runs, ``(q, m)``; NaN where no run defines it."""
+        return defined_means(self.values, axis=0)
 
 
 def measure_faithfulness(
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     *,
     n_rows: int = 200,
@@ -79,8 +82,8 @@ def measure_faithfulness(
         spec: Scope, target, curvature and spans; its methods are :data:`METHODS`.
         n_rows: Training rows a run, a seeded sample; 0 for all.
         n_runs: Runs, each with other rows and other variants of the model.
-        seed: Of the samples and of the random scores.
-        progress: Told the stage, runs done and runs in all.
+        seed: Random seed of the samples and of the random scores.
+        progress: Called with the stage, runs done and runs in all.
 
     Raises:
         InputError: No run, or fewer than two spans in one, which have no order to compare.
@@ -91,7 +94,7 @@ def measure_faithfulness(
         raise InputError(f"--rows {n_rows}: expected a number of training rows, or 0 for all of them.")
     index, classifier = retriever.index, retriever.classifier()
     question = retriever.resolve(spec)
-    _, compared = gradients_compared(retriever, queries, question)
+    _, span_differences = gradients_compared(retriever, queries, question)
     n_checkpoints = len(index.manifest.checkpoints)
     control = range(max(0, n_checkpoints - CONTROL_CHECKPOINTS), n_checkpoints)
     names = (*METHODS, *([CONTROL] if len(control) > 1 else []), RANDOM)
@@ -104,15 +107,15 @@ def measure_faithfulness(
                 f"{len(entries.rows)} span(s) in the sampled training rows; a rank correlation takes 2 or more. Give "
                 "more --rows, or find spans otherwise (--spans)."
             )
-        spans = SpanScores(index, classifier, question.spec.scope, compared, entries)
+        spans = SpanScores(index, classifier, question.spec.scope, span_differences, entries)
         truth = spans.summed([classifier])
         variants = (one_step_away(classifier, index, (seed + run) * N_VARIANTS + m) for m in range(N_VARIANTS))
         solved, residual = spans.preconditioned(question.curvature)
-        found = {METHODS[0]: spans.summed(variants), METHODS[1]: solved}
+        scores = {METHODS[0]: spans.summed(variants), METHODS[1]: solved}
         if CONTROL in names:
-            found[CONTROL] = spans.summed(retriever.classifier(number) for number in control)
-        found[RANDOM] = np.random.default_rng([seed, run, 8]).normal(size=truth.shape)
-        values.append(np.stack([spearman(found[name], truth) for name in names], axis=1))
+            scores[CONTROL] = spans.summed(retriever.classifier(number) for number in control)
+        scores[RANDOM] = np.random.default_rng([seed, run, 8]).normal(size=truth.shape)
+        values.append(np.stack([spearman(scores[name], truth) for name in names], axis=1))
         n_spans.append(len(entries.rows))
         residuals += [] if residual is None else [float(residual.max())]
         progress("runs", run + 1, n_runs)
@@ -126,27 +129,36 @@ def measure_faithfulness(
 
 
 def faithfulness_report(
-    found: Faithfulness, retriever: Retriever, queries: Queries, spec: QuerySpec | Question, seed: int, command: str
+    faithfulness: Faithfulness,
+    retriever: Retriever,
+    queries: QueryRows,
+    spec: QuerySpec | Question,
+    seed: int,
+    command: str,
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``; correlations times 100, as in the paper."""
-    scaled = replace(found, values=100.0 * found.values)
+    scaled = replace(faithfulness, values=100.0 * faithfulness.values)
     rows: list[list[Cell]] = []
-    for i, name in enumerate(found.names):
+    for i, name in enumerate(faithfulness.names):
         rows.append([name, *interval_cells(scaled.by_query[:, i], seed), *variances(scaled.values[:, :, i])])
-    undefined = int(np.isnan(found.values).any(axis=2).sum())
-    runs = len(found.values)
+    undefined = int(np.isnan(faithfulness.values).any(axis=2).sum())
+    runs = len(faithfulness.values)
     note = (
-        f"Spearman's correlation x 100 with `tracin++` at the final checkpoint, over {min(found.n_spans):,} to "
-        f"{max(found.n_spans):,} spans; mean over {len(queries):,} queries, each the mean of {runs} run(s), ± its "
-        "standard error; 95% interval. Variances: over queries, averaged over runs; of the runs' means. "
+        f"Spearman's correlation x 100 with `tracin++` at the final checkpoint, over {min(faithfulness.n_spans):,} to "
+        f"{max(faithfulness.n_spans):,} spans; mean over {len(queries):,} queries, each the mean of {runs} run(s), ± "
+        "its standard error; 95% interval. Variances: over queries, averaged over runs; of the runs' means. "
         + (
-            f"The control sums the last {found.n_control} checkpoints, unweighted, the final one among them. "
-            if CONTROL in found.names
+            f"The control sums the last {faithfulness.n_control} checkpoints, unweighted, the final one among them. "
+            if CONTROL in faithfulness.names
             else "The index holds one checkpoint, so there is no control. "
         )
         + f"Left out: {undefined:,} lists (run x query) whose scores are all equal; {len(queries.left_out):,} sampled "
         "test rows without a span."
-        + ("" if found.residual is None else f" H^-1 of if++ is solved to a relative residual of {found.residual:.1e}.")
+        + (
+            ""
+            if faithfulness.residual is None
+            else f" H^-1 of if++ is solved to a relative residual of {faithfulness.residual:.1e}."
+        )
     )
     table = Table(
         "Faithfulness to the final checkpoint",
@@ -159,18 +171,18 @@ def faithfulness_report(
     drawn = [(str(name), mean, error) for name, mean, error, *_ in rows if isinstance(mean, float)]
     figures = []
     if drawn:
-        what = "Spearman x 100"
-        heights = {what: [mean for _, mean, _ in drawn]}
-        errors = {what: [error if isinstance(error, float) else None for _, _, error in drawn]}
-        drawing = bar_chart([name for name, *_ in drawn], heights, errors=errors, xlabel=what, digits=1)
+        axis = "Spearman x 100"
+        heights = {axis: [mean for _, mean, _ in drawn]}
+        errors = {axis: [error if isinstance(error, float) else None for _, _, error in drawn]}
+        drawing = bar_chart([name for name, *_ in drawn], heights, errors=errors, xlabel=axis, digits=1)
         figures.append(Figure("Faithfulness", drawing, "Means of the table, bars: standard error over queries."))
     if defined.any():
-        values = {name: scaled.by_query[defined, i] for i, name in enumerate(found.names)}
+        values = {name: scaled.by_query[defined, i] for i, name in enumerate(faithfulness.names)}
         tables.append(difference_table("Paired", values, seed))
-    said = "; ".join(f"{name} {'undefined' if mean is None else f'{mean:.1f}'}" for name, mean, *_ in rows)
+    summary = "; ".join(f"{name} {'undefined' if mean is None else f'{mean:.1f}'}" for name, mean, *_ in rows)
     report = Report(
         "Faithfulness of span methods",
-        f"Rank correlation with the final checkpoint's own span scores: {said}.",
+        f"Rank correlation with the final checkpoint's own span scores: {summary}.",
         tables,
         figures,
         provenance=provenance(
@@ -178,12 +190,12 @@ def faithfulness_report(
         ),
     )
     result = {
-        "names": list(found.names),
-        "mean": {name: row[1] for name, row in zip(found.names, rows, strict=True)},
+        "names": list(faithfulness.names),
+        "mean": {name: row[1] for name, row in zip(faithfulness.names, rows, strict=True)},
         "per_run_and_query": listed_values(scaled.values),
-        "n_spans": list(found.n_spans),
-        "control_checkpoints": found.n_control,
-        "largest_residual": found.residual,
+        "n_spans": list(faithfulness.n_spans),
+        "control_checkpoints": faithfulness.n_control,
+        "largest_residual": faithfulness.residual,
         "query_rows": queries.rows,
         "query_rows_left_out": queries.left_out,
         "seed": seed,
@@ -197,9 +209,9 @@ def variances(values: np.ndarray) -> list[Cell]:
 
     None where fewer than two values are defined.
     """
-    runs = [mine[~np.isnan(mine)] for mine in values]
-    over_queries = [float(mine.var(ddof=1)) for mine in runs if len(mine) > 1]
-    means = [float(mine.mean()) for mine in runs if len(mine)]
+    defined_runs = [run_values[~np.isnan(run_values)] for run_values in values]
+    over_queries = [float(run_values.var(ddof=1)) for run_values in defined_runs if len(run_values) > 1]
+    means = [float(run_values.mean()) for run_values in defined_runs if len(run_values)]
     return [
         float(np.mean(over_queries)) if over_queries else None,
         float(np.var(means, ddof=1)) if len(means) > 1 else None,

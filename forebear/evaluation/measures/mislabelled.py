@@ -41,9 +41,9 @@ class Mislabelled:
 
     Attributes:
         names: Methods, then the baselines, ``m``.
-        values: Of each live row, ``(m, n)``; larger: more suspicious.
-        wrong: Which rows are labelled wrongly, ``(n,)`` bool.
-        rows: Their row numbers, ``(n,)``.
+        values: The measure of each live row, ``(m, n)``; larger: more suspicious.
+        wrong: Whether a live row is labelled wrongly, ``(n,)`` bool.
+        rows: Row numbers of the live rows, ``(n,)``.
         true_labels: Class ids of the rows, ``(n,)``, where a column gives them.
     """
 
@@ -58,9 +58,9 @@ def self_influence(question: Question) -> dict[str, np.ndarray]:
     """A row's score with itself, for every row ``(N,)`` float64 by method, from what is stored.
 
     Raises:
-        InputError: A method whose self-influence is not stored, or says nothing (a cosine with itself is 1).
+        InputError: A method whose self-influence is not stored, or tells nothing: a cosine with itself is always 1.
     """
-    index, found = question.index, {}
+    index, influences = question.index, {}
     for method in question.methods:
         scope = question.scope_of(method)
         if (
@@ -74,10 +74,10 @@ def self_influence(question: Question) -> dict[str, np.ndarray]:
         if method.query == "preconditioned":
             solver = question.curvature.at(scope)
             if solver == "exact":
-                found[method.name] = index.head_self_influence(question.curvature.damping)
+                influences[method.name] = index.head_self_influence(question.curvature.damping)
             elif solver == "ekfac":
                 number, _ = index.ekfac_damping(scope, question.curvature.damping)
-                found[method.name] = index.gradients(scope, damping=number).norms.astype(np.float64) ** 2
+                influences[method.name] = index.gradients(scope, damping=number).norms.astype(np.float64) ** 2
             else:
                 raise InputError(f"{method.name}: its self-influence is stored for --curvature exact or ekfac alone.")
             continue
@@ -85,11 +85,11 @@ def self_influence(question: Question) -> dict[str, np.ndarray]:
         weights = (
             {i: c.eta for i, c in enumerate(index.manifest.checkpoints)} if method.all_checkpoints else {last: 1.0}
         )
-        found[method.name] = sum(
+        influences[method.name] = sum(
             (eta * _squared_norms(index, scope, number) for number, eta in weights.items()),
             np.zeros(index.manifest.n_rows),
         )
-    return found
+    return influences
 
 
 def _squared_norms(index: Index, scope: str, checkpoint: int) -> np.ndarray:
@@ -98,9 +98,9 @@ def _squared_norms(index: Index, scope: str, checkpoint: int) -> np.ndarray:
         return np.asarray(index.gradients(scope, checkpoint).norms.astype(np.float64) ** 2)
     out = np.empty(index.manifest.n_rows)
     for start in range(0, len(out), _BLOCK_ROWS):
-        at = np.arange(start, min(start + _BLOCK_ROWS, len(out)))
-        f, r = (m.take(at).astype(np.float64) for m in (index.features(checkpoint), index.residuals(checkpoint)))
-        out[at] = (f**2).sum(axis=1) * (r**2).sum(axis=1)
+        block = np.arange(start, min(start + _BLOCK_ROWS, len(out)))
+        f, r = (m.take(block).astype(np.float64) for m in (index.features(checkpoint), index.residuals(checkpoint)))
+        out[block] = (f**2).sum(axis=1) * (r**2).sum(axis=1)
     return out
 
 
@@ -118,7 +118,7 @@ def true_labels_of(index: Index, source: RowSource) -> np.ndarray:
             "index was built from (--train)."
         )
     mapping = label_map(source, manifest.spec.label_names, manifest.spec.label_mode)
-    found = []
+    parts = []
     for block in source.blocks():
         texts = index.text_lists(np.arange(block.start, block.start + len(block)))
         if texts != [list(column) for column in block.texts]:
@@ -127,15 +127,15 @@ def true_labels_of(index: Index, source: RowSource) -> np.ndarray:
                 f"{index.folder}. Give the file that the index was built from (--train), and its --text-columns."
             )
         assert block.labels is not None
-        found.append(mapping(block.labels, block.start))
-    return np.concatenate(found)
+        parts.append(mapping(block.labels, block.start))
+    return np.concatenate(parts)
 
 
 def wrong_rows_of(path: Path, n_rows: int) -> np.ndarray:
-    """Which rows are labelled wrongly, ``(N,)`` bool, from a text file of row numbers, one a line.
+    """Whether each row is labelled wrongly, ``(N,)`` bool, from a text file of row numbers, one a line.
 
     Raises:
-        DataError: It cannot be read, or holds something else.
+        DataError: The file cannot be read, or holds something else than row numbers.
     """
     wrong = np.zeros(n_rows, bool)
     try:
@@ -162,8 +162,8 @@ def mislabelled(
     Args:
         retriever: Over the index.
         spec: Methods (``gd``, ``if``, ``tracin`` and the like), scope, damping.
-        wrong: Which rows are labelled wrongly, ``(N,)`` bool.
-        true_labels: Class ids of all rows, ``(N,)``, where they are known: they are shown.
+        wrong: Whether a row is labelled wrongly, ``(N,)`` bool.
+        true_labels: Class ids of all rows, ``(N,)``, where they are known; the report shows them.
         n_neighbours: k of the disagreement of neighbours.
 
     Raises:
@@ -180,7 +180,7 @@ def mislabelled(
             f"{int(wrong[live].sum())} of {len(live)} rows are labelled wrongly; expected some, not all. If the column "
             "of true labels is the one that the model was trained on, name the other."
         )
-    values = {name: found[live] for name, found in self_influence(question).items()}
+    values = {name: influences[live] for name, influences in self_influence(question).items()}
     values[LOSS] = index.losses[live].astype(np.float64)
     neighbours, _ = nearest_rows(index, live, n_neighbours)
     values[NEIGHBOURS] = label_disagreement(index.labels, live, neighbours)
@@ -196,19 +196,19 @@ def mislabelled(
 def auc_and_interval(values: np.ndarray, wrong: np.ndarray, seed: int) -> list[Cell]:
     """Area under the ROC curve (ties count half), and its 95% interval by resampling rows of each kind.
 
-    No interval with one row of a kind: resampled, it is always itself.
+    There is no interval where only one row is labelled wrongly, or only one rightly: each resample would be that row.
     """
     above, below = values[wrong], values[~wrong]
-    found = _area(above, below)
+    auc = _area(above, below)
     if min(len(above), len(below)) < 2:
-        return [found, None, None]
+        return [auc, None, None]
     rng = np.random.default_rng(seed)
     drawn = [
         _area(above[rng.integers(0, len(above), len(above))], below[rng.integers(0, len(below), len(below))])
         for _ in range(_RESAMPLES)
     ]
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return [found, float(low), float(high)]
+    return [auc, float(low), float(high)]
 
 
 def _area(above: np.ndarray, below: np.ndarray) -> float:
@@ -225,24 +225,29 @@ def precision_at(values: np.ndarray, wrong: np.ndarray, k: int) -> float:
 
 
 def mislabelled_report(
-    found: Mislabelled, retriever: Retriever, spec: QuerySpec | Question, tops: Sequence[int], seed: int, command: str
+    measured: Mislabelled,
+    retriever: Retriever,
+    spec: QuerySpec | Question,
+    tops: Sequence[int],
+    seed: int,
+    command: str,
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``; precision@k for each of ``tops`` and the number of wrong rows.
 
     Raises:
         InputError: A k is less than 1 or more than all rows.
     """
-    n, n_wrong = len(found.rows), int(found.wrong.sum())
+    n, n_wrong = len(measured.rows), int(measured.wrong.sum())
     bad = [k for k in tops if not 1 <= k <= n]
     if bad:
         raise InputError(f"--top {bad[0]}: expected 1 to {n}, the live rows.", of="evaluate mislabelled")
     depths = sorted({*tops, n_wrong})
     rows: list[list[Cell]] = []
     areas: dict[str, float] = {}
-    for name, values in zip(found.names, found.values, strict=True):
-        cells = auc_and_interval(values, found.wrong, seed)
+    for name, values in zip(measured.names, measured.values, strict=True):
+        cells = auc_and_interval(values, measured.wrong, seed)
         areas[name] = float(cells[0] or 0.0)
-        rows.append([name, *cells, *(precision_at(values, found.wrong, k) for k in depths)])
+        rows.append([name, *cells, *(precision_at(values, measured.wrong, k) for k in depths)])
     best = max(areas, key=lambda name: areas[name])
     table = Table(
         "Telling wrong labels",
@@ -258,7 +263,7 @@ def mislabelled_report(
         f"disagreement of neighbours {areas[NEIGHBOURS]:.3f}.",
         (table,),
         (Figure("AUC", drawing),),
-        (_suspects(found, retriever, found.names.index(best)),),
+        (_suspects(measured, retriever, measured.names.index(best)),),
         provenance(retriever, spec, command, rows=n, wrong_labels=n_wrong, seed=seed),
     )
     result = {
@@ -269,31 +274,31 @@ def mislabelled_report(
                 "auc_high": row[3],
                 "precision": dict(zip(depths, row[4:], strict=True)),
             }
-            for name, row in zip(found.names, rows, strict=True)
+            for name, row in zip(measured.names, rows, strict=True)
         },
         "n_rows": n,
         "n_wrong": n_wrong,
-        "values": {name: listed_values(values) for name, values in zip(found.names, found.values, strict=True)},
-        "rows": found.rows,
-        "wrong": found.wrong,
+        "values": {name: listed_values(values) for name, values in zip(measured.names, measured.values, strict=True)},
+        "rows": measured.rows,
+        "wrong": measured.wrong,
         "seed": seed,
     }
     return report, result
 
 
-def _suspects(found: Mislabelled, retriever: Retriever, measure: int) -> Group:
+def _suspects(measured: Mislabelled, retriever: Retriever, measure: int) -> Group:
     """The rows of largest value, with both labels where the true ones are known."""
-    order = np.argsort(-found.values[measure], kind="stable")[:SHOWN_ROWS]
-    rows = found.rows[order]
-    truth = found.true_labels
+    order = np.argsort(-measured.values[measure], kind="stable")[:SHOWN_ROWS]
+    rows = measured.rows[order]
+    truth = measured.true_labels
     passages = row_passages(
         retriever,
         rows,
         [
-            f"rank {i} · row {row} · {found.values[measure][at]:.4g}"
-            for i, (at, row) in enumerate(zip(order, rows, strict=True), 1)
+            f"rank {i} · row {row} · {measured.values[measure][position]:.4g}"
+            for i, (position, row) in enumerate(zip(order, rows, strict=True), 1)
         ],
-        facts=None if truth is None else [{"true label": retriever.label_names[truth[at]]} for at in order],
-        notes=["wrong label" if found.wrong[at] else "" for at in order],
+        facts=None if truth is None else [{"true label": retriever.label_names[truth[position]]} for position in order],
+        notes=["wrong label" if measured.wrong[position] else "" for position in order],
     )
-    return Group(f"The most suspicious rows by {found.names[measure]}", passages)
+    return Group(f"The most suspicious rows by {measured.names[measure]}", passages)

@@ -6,7 +6,7 @@ place; new words are drawn from the words of the training rows, each word as lik
 single spaces between its words. A text without words can only have one added, and else stays as it is.
 
 A hit is a row with the source row's texts: the source itself, or an exact duplicate of it, which no method can tell
-apart. Retrieval itself is asked, so that what it misses counts.
+apart. The top rows are retrieved, not picked from scores of all rows, so that what retrieval misses counts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from forebear.evaluation.common.comparisons import (
     provenance,
     question_record,
 )
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.index import Index
@@ -44,12 +44,12 @@ class NearDuplicates:
     """Hits of the source row.
 
     Attributes:
-        methods: Names, ``m``.
-        edits: Names, ``e``.
+        methods: Names of the methods, ``m``.
+        edits: Names of the edits, ``e``.
         tops: Depths k, ``d``.
         hits: Whether a row of the source's texts is in the top k, ``(e, m, q, d)`` bool.
-        rows: The training rows asked about, ``(q,)``.
-        n_duplicated: How many of them have an exact duplicate in the index.
+        rows: Numbers of the training rows that are the queries, ``(q,)``.
+        n_duplicated: Number of these rows that have an exact duplicate in the index.
     """
 
     methods: tuple[str, ...]
@@ -71,30 +71,30 @@ def vocabulary(index: Index) -> list[str]:
 
 
 def edited(text: str, edit: str, words: Sequence[str], rng: np.random.Generator) -> str:
-    """A text with one word added, removed or replaced at a random place; see the module.
+    """A text with one word added, removed or replaced at a random place (the rules are in the module's docstring).
 
     Args:
-        text: As it is.
+        text: The text before the edit.
         edit: One of ``EDITS``.
-        words: To draw from.
+        words: The words that a new word is drawn from.
         rng: Decides the place and the word.
 
     Raises:
-        InputError: There is no word to draw, or none but the one that is to be replaced.
+        InputError: There is no word to draw, or only the word that is to be replaced.
     """
     parts = text.split()
     if edit == "same" or (edit != "add" and not parts):
         return text
-    at = int(rng.integers(len(parts) + (edit == "add")))
+    place = int(rng.integers(len(parts) + (edit == "add")))
     if edit == "remove":
-        return " ".join(parts[:at] + parts[at + 1 :])
-    kept = parts[at] if edit == "replace" else None
-    if not any(word != kept for word in words):
+        return " ".join(parts[:place] + parts[place + 1 :])
+    replaced = parts[place] if edit == "replace" else None
+    if not any(word != replaced for word in words):
         raise InputError(f"near-duplicates draws words from the training rows, and they have {len(words)} different.")
-    drawn = kept
-    while drawn == kept:
+    drawn = replaced
+    while drawn == replaced:
         drawn = words[int(rng.integers(len(words)))]
-    return " ".join([*parts[:at], str(drawn), *parts[at + (edit == "replace") :]])
+    return " ".join([*parts[:place], str(drawn), *parts[place + (edit == "replace") :]])
 
 
 def near_duplicates(
@@ -113,13 +113,13 @@ def near_duplicates(
         retriever: Over the index.
         spec: Methods, scope, target (``gold``: the training row's label), exactness; its ``top`` is not used.
         n_queries: Training rows, a seeded sample; 0 for all.
-        edits: Which of ``EDITS``.
+        edits: Names from ``EDITS``.
         tops: Depths k of hit@k, ascending.
-        seed: Of the sample, the places and the words.
-        progress: Told the questions answered.
+        seed: Random seed of the sample, the places and the words.
+        progress: Called with the questions answered.
 
     Raises:
-        InputError: An edit or a method that does not fit.
+        InputError: An unknown edit, a method that ranks spans, or a number of queries or a depth out of range.
     """
     unknown = [edit for edit in edits if edit not in EDITS]
     if unknown or not edits:
@@ -148,16 +148,16 @@ def near_duplicates(
             ]
             for column, texts_of_column in enumerate(zip(*sources, strict=True))
         ]
-        asked = Queries(source="training rows", rows=rows, texts=tuple(texts), labels=labels)
+        queries = QueryRows(source="training rows", rows=rows, texts=tuple(texts), labels=labels)
         done = 0
-        for part in asked.blocks():
-            found = retriever.answer_block(0, part.texts, part.labels, question).found
+        for part in queries.blocks():
+            results = retriever.answer_block(0, part.texts, part.labels, question).found
             for m, name in enumerate(question.spec.methods):
-                top = found[name][0].rows
+                top = results[name][0].rows
                 texts_found = list(zip(*index.text_lists(top), strict=True))
                 for q in range(len(part)):
-                    at = slice(q * top.shape[1], (q + 1) * top.shape[1])
-                    is_source = [text == sources[done + q] for text in texts_found[at]]
+                    lines = slice(q * top.shape[1], (q + 1) * top.shape[1])
+                    is_source = [text == sources[done + q] for text in texts_found[lines]]
                     hits[e, m, done + q] = [any(is_source[:k]) for k in tops]
             done += len(part)
             progress("questions", e * len(rows) + done, len(edits) * len(rows))
@@ -168,7 +168,7 @@ def near_duplicates(
 
 
 def _count_duplicated(index: Index, sources: Sequence[tuple[str, ...]]) -> int:
-    """How many of some rows, by their texts, the index holds more than once."""
+    """How many of the rows, given by their texts, have an exact duplicate among the live rows."""
     counts = dict.fromkeys(sources, 0)
     for start in range(0, len(index.live), _BLOCK_ROWS):
         for texts in zip(*index.text_lists(index.live[start : start + _BLOCK_ROWS]), strict=True):
@@ -178,49 +178,50 @@ def _count_duplicated(index: Index, sources: Sequence[tuple[str, ...]]) -> int:
 
 
 def near_duplicates_report(
-    found: NearDuplicates, retriever: Retriever, spec: QuerySpec | Question, seed: int, command: str
+    measured: NearDuplicates, retriever: Retriever, spec: QuerySpec | Question, seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     question = retriever.resolve(spec)
     rows: list[list[Cell]] = []
-    for m, name in enumerate(found.methods):
-        for e, edit in enumerate(found.edits):
-            for d, k in enumerate(found.tops):
-                rows.append([name, edit, k, *interval_cells(found.hits[e, m, :, d].astype(np.float64), seed)])
+    for m, name in enumerate(measured.methods):
+        for e, edit in enumerate(measured.edits):
+            for d, k in enumerate(measured.tops):
+                rows.append([name, edit, k, *interval_cells(measured.hits[e, m, :, d].astype(np.float64), seed)])
     table = Table(
         "Hits of the source row",
         ["method", "query", "top", *INTERVAL_COLUMNS],
         rows,
-        f"Share of {len(found.rows):,} training rows that come up in the top k when they are the query, with one word "
-        "of each text changed. ± standard error, 95% interval. A row with the same texts is a hit as well: "
-        f"{found.n_duplicated:,} of these rows have an exact duplicate. Equal scores are ordered by row number.",
+        f"Share of {len(measured.rows):,} training rows that come up in the top k when they are the query, with one "
+        "word of each text changed. ± standard error, 95% interval. A row with the same texts is a hit as well: "
+        f"{measured.n_duplicated:,} of these rows have an exact duplicate. Equal scores are ordered by row number.",
     )
     drawing = bar_chart(
-        found.methods,
-        {edit: found.hits[e, :, :, 0].mean(axis=1).tolist() for e, edit in enumerate(found.edits)},
-        xlabel=f"hit@{found.tops[0]}",
+        measured.methods,
+        {edit: measured.hits[e, :, :, 0].mean(axis=1).tolist() for e, edit in enumerate(measured.edits)},
+        xlabel=f"hit@{measured.tops[0]}",
     )
-    share = found.hits[0, :, :, 0].mean(axis=1)
+    share = measured.hits[0, :, :, 0].mean(axis=1)
     best = int(share.argmax())
     report = Report(
         "Near duplicates",
-        f"Asked about a training row ({found.edits[0]}), {found.methods[best]} has it in the top {found.tops[0]} for "
-        f"{share[best]:.0%} of the rows, {found.methods[int(share.argmin())]} for {share.min():.0%}.",
+        f"Asked about a training row ({measured.edits[0]}), {measured.methods[best]} has it in the top "
+        f"{measured.tops[0]} for {share[best]:.0%} of the rows, "
+        f"{measured.methods[int(share.argmin())]} for {share.min():.0%}.",
         (table,),
-        (Figure(f"Source row among the top {found.tops[0]}", drawing),),
+        (Figure(f"Source row among the top {measured.tops[0]}", drawing),),
         provenance=provenance(
-            retriever, spec, command, queries=len(found.rows), exact=retriever.resolve(spec).spec.exact, seed=seed
+            retriever, spec, command, queries=len(measured.rows), exact=retriever.resolve(spec).spec.exact, seed=seed
         ),
     )
     result = {
-        "methods": list(found.methods),
-        "edits": list(found.edits),
-        "tops": list(found.tops),
-        "hit_rate": listed_values(found.hits.mean(axis=2)),
-        "hits": found.hits,
-        "training_rows": found.rows,
-        "n_duplicated": found.n_duplicated,
+        "methods": list(measured.methods),
+        "edits": list(measured.edits),
+        "tops": list(measured.tops),
+        "hit_rate": listed_values(measured.hits.mean(axis=2)),
+        "hits": measured.hits,
+        "training_rows": measured.rows,
+        "n_duplicated": measured.n_duplicated,
         "seed": seed,
-        "question": question_record(retriever, retriever.resolve(question, top=max(found.tops))),
+        "question": question_record(retriever, retriever.resolve(question, top=max(measured.tops))),
     }
     return report, result

@@ -26,13 +26,14 @@ from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import (
     INTERVAL_COLUMNS,
     defined_mean,
+    defined_means,
     interval_cells,
     listed_values,
     provenance,
     question_record,
     spearman,
 )
-from forebear.evaluation.common.queries import Queries, score_queries
+from forebear.evaluation.common.queries import QueryRows, score_queries
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.building.build import build_index
@@ -43,7 +44,6 @@ from forebear.indexer.model.pretrained import quiet_transformers
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.training.run import CheckpointPath
 from forebear.progress import Progress, no_progress
-from forebear.ratio import ratio
 from forebear.retriever.question.batch import choose_targets
 from forebear.retriever.question.methods import pick_methods
 from forebear.retriever.question.spec import QuerySpec, Question
@@ -57,13 +57,13 @@ class Randomized:
     """Correlations of the trained model's scores with random models'.
 
     Attributes:
-        methods: Names, ``m``.
+        methods: Names of the methods, ``m``.
         targets: ``same`` and ``own``, ``t``; ``same`` alone where the target is not the prediction.
         values: For each target, random model, query and method, ``(t, s, q, m)``; NaN where one of the two models gives
             all rows the same score.
-        seeds: Of the random models, ``s``.
+        seeds: Random seeds of the random models, ``s``.
         rows: Training rows that were scored, ``(n,)``.
-        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
+        residuals: Relative residuals of H^-1 by method; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -115,7 +115,7 @@ def random_retriever(retriever: Retriever, spec: QuerySpec, rows: np.ndarray, se
 
 def randomized_correlations(
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     *,
     n_rows: int = 500,
@@ -130,9 +130,9 @@ def randomized_correlations(
         queries: Test rows.
         spec: Methods, scope, target, curvature.
         n_rows: Training rows, a seeded sample; 0 for all.
-        seed: Of the sample.
-        seeds: One for each random model.
-        progress: Told the random models done.
+        seed: Random seed of the sample.
+        seeds: Random seed of each random model.
+        progress: Called with the random models done.
 
     Raises:
         InputError: A method does not depend on the model, or there are fewer than two rows or no seeds.
@@ -153,16 +153,16 @@ def randomized_correlations(
         raise InputError(f"{retriever.index.folder} has {len(rows)} live row(s); a rank correlation takes 2 or more.")
     predictions = run_forward(retriever.classifier(), queries.texts).predictions
     targets = choose_targets(spec.target, predictions, queries.labels, retriever.label_names)
-    asked, same_target = replace(queries, labels=targets), replace(spec, target="gold")
-    trained = score_queries(retriever, asked, same_target, rows)
+    relabelled, same_target = replace(queries, labels=targets), replace(spec, target="gold")
+    trained = score_queries(retriever, relabelled, same_target, rows)
     specs = {"same": same_target} | ({"own": spec} if spec.target == "predicted" else {})
     values = np.empty((len(specs), len(seeds), len(queries), len(spec.methods)))
     progress("random models", 0, len(seeds))
-    for s, number in enumerate(seeds):
+    for s, random_seed in enumerate(seeds):
         with tempfile.TemporaryDirectory(prefix="forebear-random-") as folder:
-            other = random_retriever(retriever, same_target, rows, number, Path(folder))
-            for t, each in enumerate(specs.values()):
-                untrained = score_queries(other, asked, each)
+            random_model = random_retriever(retriever, same_target, rows, random_seed, Path(folder))
+            for t, question in enumerate(specs.values()):
+                untrained = score_queries(random_model, relabelled, question)
                 for m, name in enumerate(spec.methods):
                     values[t, s, :, m] = spearman(trained[name], untrained[name])
         progress("random models", s + 1, len(seeds))
@@ -172,62 +172,68 @@ def randomized_correlations(
     )  # fmt: skip
 
 
-def mean_over_seeds(values: np.ndarray) -> np.ndarray:
-    """Each query's mean over the random models for which it is defined, ``(s, q)`` to ``(q,)``; NaN if for none."""
-    defined = ~np.isnan(values)
-    count = defined.sum(axis=0)
-    total = np.where(defined, values, 0.0).sum(axis=0)
-    return ratio(total, count, np.nan)
-
-
 def randomized_report(
-    found: Randomized, retriever: Retriever, queries: Queries, spec: QuerySpec | Question, seed: int, command: str
+    randomized: Randomized,
+    retriever: Retriever,
+    queries: QueryRows,
+    spec: QuerySpec | Question,
+    seed: int,
+    command: str,
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     rows: list[list[Cell]] = []
-    means: dict[str, list[float]] = {target: [] for target in found.targets}
+    means: dict[str, list[float]] = {target: [] for target in randomized.targets}
     worst: tuple[float, str, str] | None = None
-    for m, name in enumerate(found.methods):
-        for t, target in enumerate(found.targets):
-            mine = found.values[t, :, :, m]
-            cells = interval_cells(mean_over_seeds(mine), seed)
-            rows.append([name, target, *cells, *(defined_mean(one) for one in mine), int(np.isnan(mine).sum())])
-            mean = defined_mean(mean_over_seeds(mine))
+    for m, name in enumerate(randomized.methods):
+        for t, target in enumerate(randomized.targets):
+            correlations = randomized.values[t, :, :, m]
+            by_query = defined_means(correlations, axis=0)
+            cells = interval_cells(by_query, seed)
+            rows.append(
+                [
+                    name,
+                    target,
+                    *cells,
+                    *(defined_mean(of_model) for of_model in correlations),
+                    int(np.isnan(correlations).sum()),
+                ]
+            )
+            mean = defined_mean(by_query)
             means[target].append(mean or 0.0)
             if mean is not None and (worst is None or abs(mean) > abs(worst[0])):
                 worst = (mean, name, target)
     table = Table(
         "Spearman correlation of trained and random models' scores",
-        ["method", "target", *INTERVAL_COLUMNS, *(f"seed {number}" for number in found.seeds), "undefined"],
+        ["method", "target", *INTERVAL_COLUMNS, *(f"seed {number}" for number in randomized.seeds), "undefined"],
         rows,
-        f"Near 0 is good. Mean over {len(queries):,} queries (of each the mean over {len(found.seeds)} random models), "
-        f"± its standard error, 95% interval over the queries; over {len(found.rows):,} training rows. "
+        f"Near 0 is good. Mean over {len(queries):,} queries (of each the mean over {len(randomized.seeds)} random "
+        f"models), ± its standard error, 95% interval over the queries; over {len(randomized.rows):,} training rows. "
         "Target same: the trained model's prediction for both; own: each model's own. "
         "Undefined: queries x models where a method gives all rows one score, which has no order.",
     )
-    said = "No method has a correlation: each gives all rows one score."
+    summary = "No method has a correlation: each gives all rows one score."
     if worst is not None:
         mean, name, target = worst
-        said = f"Farthest from 0 is {name}: {mean:.2f} with random models' scores, when the target is the {target}."
-    drawing = bar_chart(found.methods, means, xlabel="mean Spearman correlation")
+        summary = f"Farthest from 0 is {name}: {mean:.2f} with random models' scores, when the target is the {target}."
+    drawing = bar_chart(randomized.methods, means, xlabel="mean Spearman correlation")
     report = Report(
         "Randomized models",
-        said,
+        summary,
         (table,),
         (Figure("Trained against random models", drawing, "0 where it is undefined."),),
         provenance=provenance(
-            retriever, spec, command, residuals=found.residuals, test_rows=queries.source, queries=len(queries),
-            rows=len(found.rows), seed=seed, random_models=", ".join(map(str, found.seeds)),
+            retriever, spec, command, residuals=randomized.residuals, test_rows=queries.source, queries=len(queries),
+            rows=len(randomized.rows), seed=seed, random_models=", ".join(map(str, randomized.seeds)),
         ),
     )  # fmt: skip
     result = {
-        "methods": list(found.methods),
-        "seeds": list(found.seeds),
-        "targets": list(found.targets),
-        "per_query": listed_values(found.values),
+        "methods": list(randomized.methods),
+        "seeds": list(randomized.seeds),
+        "targets": list(randomized.targets),
+        "per_query": listed_values(randomized.values),
         "query_rows": queries.rows,
-        "training_rows": found.rows,
+        "training_rows": randomized.rows,
         "seed": seed,
-        "question": question_record(retriever, spec, found.residuals),
+        "question": question_record(retriever, spec, randomized.residuals),
     }
     return report, result

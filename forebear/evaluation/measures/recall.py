@@ -21,7 +21,7 @@ from forebear.evaluation.common.comparisons import (
     provenance,
     question_record,
 )
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.progress import Progress, no_progress
@@ -34,10 +34,10 @@ WAYS: tuple[Exactness, ...] = ("rerank", "full")
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalRecall:
-    """Recall and time.
+    """Recall and wall time of each method.
 
     Attributes:
-        methods: Names, ``m``.
+        methods: Names of the methods, ``m``.
         top: k.
         values: recall@k of each end and query, ``(m, 2, q)``.
         seconds: Wall time of all queries by candidates and by scoring every row, ``(m, 2)``.
@@ -50,7 +50,7 @@ class RetrievalRecall:
 
 
 def retrieval_recall(
-    retriever: Retriever, queries: Queries, spec: QuerySpec | Question, *, progress: Progress = no_progress
+    retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question, *, progress: Progress = no_progress
 ) -> RetrievalRecall:
     """Ask every query twice, by candidates and by scoring every row, one method at a time.
 
@@ -60,16 +60,16 @@ def retrieval_recall(
         retriever: Over the index.
         queries: Test rows.
         spec: Methods, top, scope, recall or candidates; its ``exact`` is not used.
-        progress: Told the methods done.
+        progress: Called with the methods done.
 
     Raises:
         InputError: A method ranks spans.
     """
-    asked = retriever.resolve(spec)
-    for method in asked.methods:
+    question = retriever.resolve(spec)
+    for method in question.methods:
         if method.spans:
             raise InputError(f"{method.name} ranks spans, of which a row has several. Leave it out of --method.")
-    n_methods = len(asked.methods)
+    n_methods = len(question.methods)
     values, seconds = np.zeros((n_methods, 2, len(queries))), np.zeros((n_methods, 2))
     first = replace(
         queries,
@@ -78,73 +78,84 @@ def retrieval_recall(
         labels=None if queries.labels is None else queries.labels[:1],
     )
     progress("methods", 0, n_methods)
-    for m, name in enumerate(asked.spec.methods):
-        found = []
+    for m, name in enumerate(question.spec.methods):
+        tops = []
         for way, exact in enumerate(WAYS):
-            one = retriever.resolve(asked, methods=(name,), exact=exact)
+            single = retriever.resolve(question, methods=(name,), exact=exact)
             if exact == "rerank":
-                _ends(retriever, first, one)
+                _ends(retriever, first, single)
             start = time.perf_counter()
-            found.append(_ends(retriever, queries, one))
+            tops.append(_ends(retriever, queries, single))
             seconds[m, way] = time.perf_counter() - start
-        for end, (candidates, every) in enumerate(zip(*found, strict=True)):
+        for end, (candidates, every) in enumerate(zip(*tops, strict=True)):
             values[m, end] = [common_share(every[q], candidates[q]) for q in range(len(queries))]
         progress("methods", m + 1, n_methods)
-    return RetrievalRecall(methods=asked.spec.methods, top=asked.spec.top, values=values, seconds=seconds)
+    return RetrievalRecall(methods=question.spec.methods, top=question.spec.top, values=values, seconds=seconds)
 
 
-def _ends(retriever: Retriever, queries: Queries, question: Question) -> tuple[np.ndarray, np.ndarray]:
+def _ends(retriever: Retriever, queries: QueryRows, question: Question) -> tuple[np.ndarray, np.ndarray]:
     """Rows at both ends of each query's ranking by the question's only method, ``(q, k)`` each."""
     (name,) = question.spec.methods
-    found = [retriever.answer_block(0, part.texts, part.labels, question).found[name] for part in queries.blocks()]
-    return np.concatenate([ends[0].rows for ends in found]), np.concatenate([ends[1].rows for ends in found])
+    rankings = [retriever.answer_block(0, part.texts, part.labels, question).found[name] for part in queries.blocks()]
+    return np.concatenate([ends[0].rows for ends in rankings]), np.concatenate([ends[1].rows for ends in rankings])
 
 
 def retrieval_recall_report(
-    found: RetrievalRecall, retriever: Retriever, queries: Queries, spec: QuerySpec | Question, seed: int, command: str
+    recall: RetrievalRecall,
+    retriever: Retriever,
+    queries: QueryRows,
+    spec: QuerySpec | Question,
+    seed: int,
+    command: str,
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     q = len(queries)
-    asked = retriever.resolve(spec, exact="rerank")
-    facts = question_record(retriever, asked)["methods"]
+    question = retriever.resolve(spec, exact="rerank")
+    facts = question_record(retriever, question)["methods"]
     lines: list[list[Cell]] = []
-    for m, name in enumerate(found.methods):
-        by_candidates, every = (float(value) for value in found.seconds[m] / q)
+    for m, name in enumerate(recall.methods):
+        by_candidates, every = (float(value) for value in recall.seconds[m] / q)
         expected = facts[name].get("recall")
         for end, side in enumerate(ENDS):
-            cells = interval_cells(found.values[m, end], seed)
+            cells = interval_cells(recall.values[m, end], seed)
             lines.append([name, side, *cells, expected, by_candidates, every, every / by_candidates])
-    means = {side: found.values[:, end].mean(axis=1).tolist() for end, side in enumerate(ENDS)}
+    means = {side: recall.values[:, end].mean(axis=1).tolist() for end, side in enumerate(ENDS)}
     table = Table(
-        f"Recall of the exact top {found.top}",
+        f"Recall of the exact top {recall.top}",
         ["method", "end", *INTERVAL_COLUMNS, "expected", "s/query", "s/query, all rows", "times faster"],
         lines,
         f"Over {q:,} queries, answered together, of {retriever.index.manifest.n_live:,} training rows; 95% bootstrap "
         "interval. Expected: the recall that the index's calibration states for this question, 1 where the search "
         "proves its answer, none where it was not measured. Wall time, models loaded."
-        + "".join(f" {name}: {note}." for name in found.methods if (note := facts[name].get("recall_note"))),
+        + "".join(f" {name}: {note}." for name in recall.methods if (note := facts[name].get("recall_note"))),
     )
-    lowest = found.values.mean(axis=2)
+    lowest = recall.values.mean(axis=2)
     m, end = (int(i) for i in np.unravel_index(lowest.argmin(), lowest.shape))
     report = Report(
         "Recall of retrieval",
-        f"Retrieval finds {lowest.min():.1%} to {lowest.max():.1%} of the exact top {found.top}; least for the "
-        f"{ENDS[end]} of {found.methods[m]}.",
+        f"Retrieval finds {lowest.min():.1%} to {lowest.max():.1%} of the exact top {recall.top}; least for the "
+        f"{ENDS[end]} of {recall.methods[m]}.",
         (table,),
-        (Figure(f"Recall@{found.top}", bar_chart(found.methods, means, xlabel=f"recall@{found.top}", digits=3)),),
+        (Figure(f"Recall@{recall.top}", bar_chart(recall.methods, means, xlabel=f"recall@{recall.top}", digits=3)),),
         provenance=provenance(
-            retriever, spec, command, test_rows=queries.source, queries=q, recall_asked_for=asked.spec.recall, seed=seed
+            retriever,
+            spec,
+            command,
+            test_rows=queries.source,
+            queries=q,
+            recall_asked_for=question.spec.recall,
+            seed=seed,
         ),
     )
     result = {
-        "methods": list(found.methods),
-        "top": found.top,
+        "methods": list(recall.methods),
+        "top": recall.top,
         "ends": list(ENDS),
-        "recall": listed_values(found.values.mean(axis=2)),
-        "per_query": listed_values(found.values),
-        "seconds": {"rerank": found.seconds[:, 0], "full": found.seconds[:, 1]},
+        "recall": listed_values(recall.values.mean(axis=2)),
+        "per_query": listed_values(recall.values),
+        "seconds": {"rerank": recall.seconds[:, 0], "full": recall.seconds[:, 1]},
         "query_rows": queries.rows,
         "seed": seed,
-        "question": question_record(retriever, asked),
+        "question": question_record(retriever, question),
     }
     return report, result

@@ -29,7 +29,7 @@ from forebear.evaluation.common.comparisons import (
     provenance,
     question_record,
 )
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.index import Index
@@ -52,20 +52,20 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class SaliencyConsistency:
-    """Both measurements.
+    """Influence by salient word piece, and the overlap of tops before and after its removal.
 
     Attributes:
-        methods: Names, ``m``.
+        methods: Names of the methods, ``m``.
         pieces: The chosen word pieces of each query, ``(q, 3)``, in the order of ``ROLES``.
         sums: Sum of the z-normalised influence of the rows that count, ``(m, 3, s, q)``, ``s`` shares of the ranking.
-        counts: How many they are, likewise.
+        counts: Number of those rows, ``(m, 3, s, q)``.
         overlaps: Share of common rows before and after removal, ``(m, 3, d, q)``; NaN where floor(p N) is 0 or a
             ranking has no order.
         n_rows: Live training rows.
         n_constant: Queries by method that give all rows one score and are left out, ``(m,)``.
         query_rows: Numbers of the test rows, ``(q,)``.
         n_skipped: Test rows without a word piece that could be chosen.
-        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
+        residuals: Relative residuals of H^-1 by method; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -81,11 +81,11 @@ class SaliencyConsistency:
 
 
 def salient_positions(values: np.ndarray, eligible: np.ndarray) -> tuple[int, int, int] | None:
-    """Positions of the most negative, median and most positive value ``(t,)`` among the eligible; None if none is."""
-    at = np.flatnonzero(eligible)
-    if not len(at):
+    """Positions of the most negative, median and most positive eligible value ``(t,)``; None if none is eligible."""
+    candidates = np.flatnonzero(eligible)
+    if not len(candidates):
         return None
-    ordered = at[np.argsort(values[at], kind="stable")]
+    ordered = candidates[np.argsort(values[candidates], kind="stable")]
     return int(ordered[0]), int(ordered[len(ordered) // 2]), int(ordered[-1])
 
 
@@ -115,7 +115,7 @@ def rows_with_pieces(index: Index, classifier: Classifier, ids: Sequence[int]) -
 
 
 def saliency_consistency(
-    retriever: Retriever, queries: Queries, spec: QuerySpec | Question, *, progress: Progress = no_progress
+    retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question, *, progress: Progress = no_progress
 ) -> SaliencyConsistency:
     """Measure influence by salient word pieces, and how far removing one changes the tops.
 
@@ -123,7 +123,7 @@ def saliency_consistency(
         retriever: Over the index.
         queries: Test rows; their predicted labels are explained.
         spec: Methods that read word pieces alone, scope, curvature. All rows are scored exactly.
-        progress: Told the queries done.
+        progress: Called with the queries done.
 
     Raises:
         InputError: A method compares texts or spans.
@@ -140,8 +140,8 @@ def saliency_consistency(
     rows, places = encode_with_places(classifier, queries.texts)
     predicted = run_forward(classifier, Encoded(rows)).predictions
     maps = saliency(classifier, queries.texts, predicted)
-    found = [salient_positions(one.values, word_starts(places, i)) for i, one in enumerate(maps)]
-    kept = [(i, positions) for i, positions in enumerate(found) if positions is not None]
+    salient = [salient_positions(saliency_map.values, word_starts(places, i)) for i, saliency_map in enumerate(maps)]
+    kept = [(i, positions) for i, positions in enumerate(salient) if positions is not None]
     if not kept:
         raise DataError(f"{queries.source}: none of the {len(queries)} test rows has a word piece to choose.")
     chosen = [[rows[i]["input_ids"][t] for t in positions] for i, positions in kept]
@@ -153,27 +153,27 @@ def saliency_consistency(
     scored = Scores()
     progress("queries", 0, q)
     for start in range(0, q, _TOGETHER):
-        some = range(start, min(start + _TOGETHER, q))
-        before = retriever.score_block(Encoded([rows[kept[i][0]] for i in some]), None, question)
+        block = range(start, min(start + _TOGETHER, q))
+        before = retriever.score_block(Encoded([rows[kept[i][0]] for i in block]), None, question)
         after = [
             retriever.score_block(
-                Encoded([without_piece(rows[kept[i][0]], kept[i][1][role]) for i in some]), None, question
+                Encoded([without_piece(rows[kept[i][0]], kept[i][1][role]) for i in block]), None, question
             )
             for role in range(len(ROLES))
         ]
         scored.note_residuals([before, *after])
         for j, name in enumerate(names):
-            for number, i in enumerate(some):
+            for number, i in enumerate(block):
                 scores = before[name][number]
                 if np.ptp(scores) == 0:
                     n_constant[j] += 1
                     continue
                 with_label = index.labels[index.live] == predicted[kept[i][0]]
-                counting = [with_label & held[piece] for piece in chosen[i]]
-                sums[j, :, :, i], counts[j, :, :, i] = influence_of(scores, counting)
+                rows_counted = [with_label & held[piece] for piece in chosen[i]]
+                sums[j, :, :, i], counts[j, :, :, i] = influence_of(scores, rows_counted)
                 for role in range(len(ROLES)):
                     overlaps[j, role, :, i] = overlap_of(scores, after[role][name][number])
-        progress("queries", some.stop, q)
+        progress("queries", block.stop, q)
     return SaliencyConsistency(
         methods=names,
         pieces=[tuple(classifier.tokenizer.convert_ids_to_tokens(row)) for row in chosen],
@@ -188,12 +188,13 @@ def saliency_consistency(
     )
 
 
-def influence_of(scores: np.ndarray, counting: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Sums and numbers of the z-normalised scores of rows that count, in the top shares of the ranking.
+def influence_of(scores: np.ndarray, counted_rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and numbers of the z-normalised scores of the counted rows, in the top shares of the ranking.
 
     Args:
-        scores: Of one query, ``(n,)``, not all equal.
-        counting: For each role, which rows count, ``(n,)`` bool.
+        scores: Scores of all rows for one query, ``(n,)``, not all equal.
+        counted_rows: For each role, whether a row counts, ``(n,)`` bool: it has the predicted label and holds the word
+            piece.
 
     Returns:
         ``(roles, shares)`` each.
@@ -202,8 +203,8 @@ def influence_of(scores: np.ndarray, counting: Sequence[np.ndarray]) -> tuple[np
     z = (scores - scores.mean()) / scores.std()
     order = np.lexsort((np.arange(n), -scores))
     depths = [rows_of_share(share, n) for share in INFLUENCE_SHARES]
-    counts = np.array([[counted[order[:k]].sum() for k in depths] for counted in counting])
-    sums = np.array([[z[order[:k]][counted[order[:k]]].sum() for k in depths] for counted in counting])
+    counts = np.array([[is_counted[order[:k]].sum() for k in depths] for is_counted in counted_rows])
+    sums = np.array([[z[order[:k]][is_counted[order[:k]]].sum() for k in depths] for is_counted in counted_rows])
     return sums, counts
 
 
@@ -218,7 +219,7 @@ def overlap_of(before: np.ndarray, after: np.ndarray) -> list[float]:
 
 
 def pooled_mean(sums: np.ndarray, counts: np.ndarray, seed: int) -> list[Cell]:
-    """Mean of values pooled over queries, from each one's sum and number ``(q,)``, and its 95% bootstrap interval.
+    """Mean of values pooled over queries, from each query's sum and number ``(q,)``, and its 95% bootstrap interval.
 
     Whole queries are resampled, because values of one query depend on each other. None where there are no values; no
     interval where one query has them all.
@@ -235,9 +236,9 @@ def pooled_mean(sums: np.ndarray, counts: np.ndarray, seed: int) -> list[Cell]:
 
 
 def saliency_consistency_report(
-    found: SaliencyConsistency,
+    consistency: SaliencyConsistency,
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     seed: int,
     command: str,
@@ -247,18 +248,18 @@ def saliency_consistency_report(
     influence: list[list[Cell]] = []
     removal: list[list[Cell]] = []
     figures = []
-    for m, name in enumerate(found.methods):
+    for m, name in enumerate(consistency.methods):
         means: dict[str, list[float]] = {role: [] for role in ROLES}
         for s, share in enumerate(INFLUENCE_SHARES):
             for r, role in enumerate(ROLES):
-                cells = pooled_mean(found.sums[m, r, s], found.counts[m, r, s], seed)
-                influence.append([name, role, f"{float(share):.0%}", *cells, int(found.counts[m, r, s].sum())])
+                cells = pooled_mean(consistency.sums[m, r, s], consistency.counts[m, r, s], seed)
+                influence.append([name, role, f"{float(share):.0%}", *cells, int(consistency.counts[m, r, s].sum())])
                 means[role].append(cells[0] if isinstance(cells[0], float) else 0.0)
         for r, role in enumerate(ROLES):
             for d, share in enumerate(OVERLAP_SHARES):
-                k = rows_of_share(share, found.n_rows)
-                undefined = int(np.isnan(found.overlaps[m, r, d]).sum())
-                cells = interval_cells(found.overlaps[m, r, d], seed)
+                k = rows_of_share(share, consistency.n_rows)
+                undefined = int(np.isnan(consistency.overlaps[m, r, d]).sum())
+                cells = interval_cells(consistency.overlaps[m, r, d], seed)
                 removal.append([name, role, f"{float(share):.1%}", k, *cells, undefined])
         labels = [f"top {float(share):.0%}" for share in INFLUENCE_SHARES]
         drawing = bar_chart(labels, means, xlabel="mean z-normalised influence")
@@ -270,43 +271,45 @@ def saliency_consistency_report(
             "Influence of rows that hold a salient word piece",
             ["method", "word piece", "top", "mean", "95% low", "95% high", "values"],
             influence,
-            f"Z-normalised influence, pooled over {len(found.query_rows):,} queries, of the rows at the top whose "
-            "label is the predicted one and that hold the query's word piece. Queries are resampled for the interval.",
+            f"Z-normalised influence, pooled over {len(consistency.query_rows):,} queries, of the rows at the top "
+            "whose label is the predicted one and that hold the query's word piece. Queries are resampled for the "
+            "interval.",
         ),
         Table(
             "Overlap of the tops before and after removing a word piece",
             ["method", "word piece", "top", "k", "mean", "±", "95% low", "95% high", "undefined"],
             removal,
-            f"Share of common rows among the floor(p N) of {found.n_rows:,} rows of largest score. Undefined: floor(p "
-            "N) is 0, or a ranking has no order.",
+            f"Share of common rows among the floor(p N) of {consistency.n_rows:,} rows of largest score. Undefined: "
+            "floor(p N) is 0, or a ranking has no order.",
         ),
     )
-    said = []
-    for m, name in enumerate(found.methods):
-        by_role = [defined_mean(found.overlaps[m, r, -1]) for r in range(len(ROLES))]
+    findings = []
+    for m, name in enumerate(consistency.methods):
+        by_role = [defined_mean(consistency.overlaps[m, r, -1]) for r in range(len(ROLES))]
         shown = ", ".join(f"{v:.0%} ({role})" for role, v in zip(ROLES, by_role, strict=True) if v is not None)
-        said.append(f"Removing a word piece leaves {shown or 'an undefined share'} of {name}'s top 1%.")
+        findings.append(f"Removing a word piece leaves {shown or 'an undefined share'} of {name}'s top 1%.")
     report = Report(
-        "Saliency consistency", " ".join(said), tables, figures,
+        "Saliency consistency", " ".join(findings), tables, figures,
         provenance=provenance(
-            retriever, question, command, residuals=found.residuals, test_rows=queries.source,
-            queries=len(found.query_rows), test_rows_without_a_word_piece=found.n_skipped,
-            queries_without_order=dict(zip(found.methods, found.n_constant.tolist(), strict=True)), seed=seed,
+            retriever, question, command, residuals=consistency.residuals, test_rows=queries.source,
+            queries=len(consistency.query_rows), test_rows_without_a_word_piece=consistency.n_skipped,
+            queries_without_order=dict(zip(consistency.methods, consistency.n_constant.tolist(), strict=True)),
+            seed=seed,
         ),
     )  # fmt: skip
     result = {
-        "methods": list(found.methods),
+        "methods": list(consistency.methods),
         "roles": list(ROLES),
         "influence_shares": list(INFLUENCE_SHARES),
-        "influence_sums": found.sums,
-        "influence_counts": found.counts,
+        "influence_sums": consistency.sums,
+        "influence_counts": consistency.counts,
         "overlap_shares": list(OVERLAP_SHARES),
-        "overlaps": listed_values(found.overlaps),
-        "word_pieces": found.pieces,
-        "query_rows": found.query_rows,
-        "n_skipped": found.n_skipped,
-        "n_constant": found.n_constant,
+        "overlaps": listed_values(consistency.overlaps),
+        "word_pieces": consistency.pieces,
+        "query_rows": consistency.query_rows,
+        "n_skipped": consistency.n_skipped,
+        "n_constant": consistency.n_constant,
         "seed": seed,
-        "question": question_record(retriever, question, found.residuals),
+        "question": question_record(retriever, question, consistency.residuals),
     }
     return report, result

@@ -23,7 +23,7 @@ from forebear.evaluation.common.comparisons import (
     provenance,
     question_record,
 )
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.reports.report import Report
 from forebear.progress import Progress, no_progress
 from forebear.retriever.question.spec import QuerySpec, Question
@@ -32,10 +32,10 @@ from forebear.retriever.retriever import Retriever
 
 @dataclass(frozen=True, kw_only=True)
 class TopOverlap:
-    """Overlap of the tops.
+    """Share of common rows in the tops of two methods.
 
     Attributes:
-        methods: Names, ``m``.
+        methods: Names of the methods, ``m``.
         depths: Rows in each top, ascending, ``d`` numbers.
         values: Share of common rows for each depth, query and pair of methods, ``(d, q, m, m)``.
     """
@@ -46,17 +46,17 @@ class TopOverlap:
 
 
 def depths_of(tops: Sequence[int], shares: Sequence[str], n_rows: int) -> tuple[int, ...]:
-    """Numbers of rows, ascending, each once.
+    """Depths of the tops in rows, from numbers and shares of rows; ascending, each once.
 
     Raises:
-        InputError: One of them is less than 1 or more than all rows.
+        InputError: A depth is less than 1 or more than all rows.
     """
     depths = {*tops, *(rows_of_share(share, n_rows) for share in shares)}
     bad = sorted(depth for depth in depths if not 1 <= depth <= n_rows)
     if bad or not depths:
-        found = ", ".join(map(str, [*tops, *shares])) or "none"
+        given = ", ".join(map(str, [*tops, *shares])) or "none"
         raise InputError(
-            f"tops of {found} (--top, --share): expected 1 to {n_rows} of the {n_rows} live rows.",
+            f"tops of {given} (--top, --share): expected 1 to {n_rows} of the {n_rows} live rows.",
             of="evaluate overlap",
         )
     return tuple(sorted(depths))
@@ -64,7 +64,7 @@ def depths_of(tops: Sequence[int], shares: Sequence[str], n_rows: int) -> tuple[
 
 def top_overlaps(
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     depths: Sequence[int],
     *,
@@ -77,7 +77,7 @@ def top_overlaps(
         queries: Test rows.
         spec: Methods, scope, target, exactness; its ``top`` is not used.
         depths: Rows in each top, ascending.
-        progress: Told the queries done.
+        progress: Called with the queries done.
 
     Raises:
         InputError: Fewer than two methods, or one that ranks spans.
@@ -94,9 +94,9 @@ def top_overlaps(
     done = 0
     progress("queries", 0, len(queries))
     for part in queries.blocks():
-        found = retriever.answer_block(0, part.texts, part.labels, question).found
+        results = retriever.answer_block(0, part.texts, part.labels, question).found
         for q in range(len(part)):
-            tops = [found[name][0].rows[q] for name in names]
+            tops = [results[name][0].rows[q] for name in names]
             for d, depth in enumerate(depths):
                 for i in range(m):
                     for j in range(i + 1, m):
@@ -108,13 +108,13 @@ def top_overlaps(
 
 
 def top_overlap_report(
-    found: TopOverlap, retriever: Retriever, queries: Queries, spec: QuerySpec | Question, seed: int, command: str
+    overlap: TopOverlap, retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question, seed: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     question = retriever.resolve(spec)
     n_live = retriever.index.manifest.n_live
     tables, figures, by_depth = [], [], {}
-    for depth, values in zip(found.depths, found.values, strict=True):
+    for depth, values in zip(overlap.depths, overlap.values, strict=True):
         matrix = matrix_of(values)
         name = f"Top {depth:,}"
         note = (
@@ -122,21 +122,21 @@ def top_overlap_report(
             f"largest score; two random tops share {depth / n_live:.3f}."
         )
         tables += [
-            matrix_table(name, found.methods, matrix, note),
+            matrix_table(name, overlap.methods, matrix, note),
             pair_table(
                 f"{name}: pairs",
-                found.methods,
+                overlap.methods,
                 values,
                 seed,
                 "95% interval over the queries.",
             ),
         ]
-        figures.append(matrix_figure(name, found.methods, matrix, low=0.0, caption=note))
+        figures.append(matrix_figure(name, overlap.methods, matrix, low=0.0, caption=note))
         by_depth[str(depth)] = {"mean": matrix, "per_query": listed_values(values)}
-    pairs = found.values[0].mean(axis=0)[np.triu_indices(len(found.methods), k=1)]
+    pairs = overlap.values[0].mean(axis=0)[np.triu_indices(len(overlap.methods), k=1)]
     report = Report(
         "Overlap of the tops",
-        f"Of the {found.depths[0]:,} training rows at the top, two methods share {pairs.mean():.0%} on average, "
+        f"Of the {overlap.depths[0]:,} training rows at the top, two methods share {pairs.mean():.0%} on average, "
         f"{pairs.min():.0%} to {pairs.max():.0%} by pair.",
         tables,
         figures,
@@ -151,11 +151,11 @@ def top_overlap_report(
         ),
     )
     result = {
-        "methods": list(found.methods),
+        "methods": list(overlap.methods),
         "n_rows": n_live,
         "tops": by_depth,
         "query_rows": queries.rows,
         "seed": seed,
-        "question": question_record(retriever, retriever.resolve(question, top=max(found.depths))),
+        "question": question_record(retriever, retriever.resolve(question, top=max(overlap.depths))),
     }
     return report, result

@@ -1,12 +1,12 @@
-"""Which words of which training rows to replace, and by what (Joint, sections 4.2 and 4.3).
+"""Choice of the words of training rows to replace, and of their substitutes (Joint, sections 4.2 and 4.3).
 
-Rows are taken by their influence on the saliency s of a test row's salient word (``saliency-if``, eq. 5). In each, of
-the word that matters most for that (``saliency-if-token``, eq. 8) and a few random ones, and of their WordNet synonyms
-(for a fix antonyms too), it is the substitution that moves s furthest the wanted way.
+Rows are taken by their influence on the saliency s of a test row's salient word (``saliency-if``, eq. 5). In each row
+the word that matters most for that influence (``saliency-if-token``, eq. 8) and a few random words are tried, with all
+their WordNet synonyms (for a fix, antonyms too); the substitution that moves s furthest the wanted way is chosen.
 
 Sign. A training step on a row of gradient g moves theta by -H^-1 g, so s by v . g with v = -H^-1 ds/dtheta. Replacing
-the row moves s by v . (g_new - g_old), over the number of rows: positive raises s. (The paper's eqs. 9 and 10 read the
-other way round than its eq. 7; what counts is the effect.)
+the row moves s by v . (g_new - g_old), over the number of rows: positive raises s. (The sign of the
+paper's eqs. 9 and 10 contradicts that of its eq. 7; here the effect on s decides.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.perturb.spec import RANDOM, SALIENCY_IF, STRATEGIES, Aim, Change, PerturbSpec, Queries
+from forebear.evaluation.perturb.spec import (
+    RANDOM,
+    SALIENCY_IF,
+    STRATEGIES,
+    Aim,
+    Change,
+    PerturbationQueries,
+    PerturbSpec,
+)
 from forebear.evaluation.perturb.wordnet import WordNet
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.encoding import Encoded, Texts, encode, encode_with_places
@@ -30,15 +38,15 @@ from forebear.retriever.retriever import Retriever
 from forebear.retriever.saliency.gradients import saliency_gradients, salient_words
 
 CHUNK_QUERIES = 16
-FIRST_WIDTH = 100  # of the rankings; more where many test rows share their rows
-GD = METHODS["gd"]  # asked with v, it scores v . g
+FIRST_WIDTH = 100  # rows of the rankings at first; more where many test rows share rows
+GD = METHODS["gd"]  # with the query vector v it scores v . g
 Progress = Callable[[str, int, int], None]
 EncodedRow = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
 class Place:
-    """A word of a training row that can be replaced: a span of its text, and what may stand there instead."""
+    """A word of a training row that can be replaced: the span in its text, and the words that may replace it."""
 
     span: Span
     word: str
@@ -46,20 +54,20 @@ class Place:
 
 
 class _Versions:
-    """Versions of training rows, as what :class:`GradientSearch` scores."""
+    """Versions of training rows in the form that :class:`GradientSearch` scores: texts and labels by position."""
 
     def __init__(self, rows: Sequence[EncodedRow], labels: np.ndarray) -> None:
         self._encoded, self._labels = Encoded(rows), labels
 
-    def texts(self, at: np.ndarray) -> Texts:
-        return self._encoded.take(at)
+    def texts(self, positions: np.ndarray) -> Texts:
+        return self._encoded.take(positions)
 
-    def labels(self, at: np.ndarray) -> np.ndarray:
-        return np.asarray(self._labels[at])
+    def labels(self, positions: np.ndarray) -> np.ndarray:
+        return np.asarray(self._labels[positions])
 
 
 class Chooser:
-    """Chooses what to replace in the rows of an index, for some test rows.
+    """Chooses the words to replace in the rows of an index, for the test rows of a perturbation.
 
     Attributes:
         residual: Largest relative residual of H^-1 so far, where the solver iterates; else None.
@@ -69,21 +77,21 @@ class Chooser:
         self,
         retriever: Retriever,
         spec: PerturbSpec,
-        queries: Queries,
+        queries: PerturbationQueries,
         wordnet: WordNet,
         progress: Progress = lambda _stage, _done, _total: None,
     ) -> None:
-        """Prepare.
+        """Check the choices and open the search over the index's gradients.
 
         Args:
             retriever: Over the index.
-            spec: The choices.
+            spec: Strategies, numbers of rows and words, scope and curvature.
             queries: The test rows.
-            wordnet: Where substitutes come from.
-            progress: Told the stage, queries done and queries in all.
+            wordnet: The source of substitutes.
+            progress: Called with the stage, queries done and queries in all.
 
         Raises:
-            InputError: A choice that means nothing or that the index cannot answer, or a test row without text.
+            InputError: A choice is out of range, the index cannot answer it, or a test row has no text.
         """
         from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
@@ -105,30 +113,30 @@ class Chooser:
         return tuple(column[0] for column in self._index.text_lists(np.array([row])))
 
     def places(self, row: int) -> tuple[Place, ...]:
-        """Words of a training row that can be replaced, in order: those with substitutes, which the model reads.
+        """Words of a training row that can be replaced, in order: words that the model reads and that have substitutes.
 
-        Stop words stay: WordNet knows them as other words only ("a": ampere, "in": indium).
+        Stop words are not replaced: WordNet has only unrelated senses of them ("a": ampere, "in": indium).
         """
         if row not in self._places:
             texts = self.texts(row)
             _, encoded = encode_with_places(self._classifier, [[text] for text in texts])
-            found = []
+            replaceable = []
             for column, text in enumerate(texts):
                 for start, end in split_text(text, "words"):
                     word, span = text[start:end], Span(column, start, end)
                     if word.lower() in self._stop_words or not any(pieces_of(encoded, 0, span)):
                         continue
-                    if others := self._wordnet.substitutes(word, antonyms=self._spec.what == "fix"):
-                        found.append(Place(span, word, others))
-            self._places[row] = tuple(found)
+                    if substitutes := self._wordnet.substitutes(word, antonyms=self._spec.what == "fix"):
+                        replaceable.append(Place(span, word, substitutes))
+            self._places[row] = tuple(replaceable)
         return self._places[row]
 
     def choose(self, strategy: str) -> list[list[Change]]:
-        """What to change by a strategy.
+        """The changes of a strategy.
 
-        Each test row takes the first row of its ranking that no other has taken and in which a word can be replaced,
-        one after the other; then each its second one, and so on. So no row is changed twice, and the changes for few
-        rows a query are the first of those for many.
+        In a first turn each test row, one after the other, takes the first training row of its ranking that no test row
+        has taken and in which a word can be replaced; in a second turn each takes another, and so on. So no row is
+        changed twice, and the changes for 2 rows a query are the first ones of the changes for 6.
 
         Returns:
             One list of q changes for each of the ``spec.most`` turns.
@@ -153,31 +161,31 @@ class Chooser:
         return out
 
     def choose_random(self, seed: int) -> list[list[Change]]:
-        """As many changes of random words of random rows to random substitutes, in as many turns.
+        """Changes of random words of random rows to random substitutes, equally many and in equally many turns.
 
         Raises:
             InputError: There are too few rows in which a word can be replaced.
         """
         rng = np.random.default_rng([seed, 17])
         n_queries, most = len(self._queries.numbers), self._spec.most
-        found: list[Change] = []
+        changes: list[Change] = []
         for row in rng.permutation(self._index.live).tolist():
-            if len(found) == n_queries * most:
+            if len(changes) == n_queries * most:
                 break
             if places := self.places(row):
                 place = places[rng.integers(len(places))]
                 substitute = place.substitutes[rng.integers(len(place.substitutes))]
-                found.append(self._changed(row, place, substitute))
-        if len(found) < n_queries * most:
+                changes.append(self._changed(row, place, substitute))
+        if len(changes) < n_queries * most:
             raise InputError(
-                f"{n_queries * most} random changes: only {len(found)} training rows have a word that can be replaced. "
-                "Give smaller --rows, or fewer --queries.",
+                f"{n_queries * most} random changes: only {len(changes)} training rows have a word that can be "
+                "replaced. Give smaller --rows, or fewer --queries.",
                 of="perturb attack",
             )
-        return [found[j * n_queries : (j + 1) * n_queries] for j in range(most)]
+        return [changes[j * n_queries : (j + 1) * n_queries] for j in range(most)]
 
     def _allocate(self, aims: Sequence[Aim], width: int) -> list[list[int]] | None:
-        """A row for each query and turn; None where the first ``width`` rows of the rankings do not do."""
+        """A row for each query and turn; None if the first ``width`` rows of the rankings are not enough."""
         rankings = [self._rankings(aim, width) for aim in aims[: self._spec.most]]
         taken: set[int] = set()
         turns: list[list[int]] = []
@@ -192,40 +200,42 @@ class Chooser:
         return turns
 
     def _rankings(self, aim: Aim, width: int) -> np.ndarray:
-        """Training rows by influence on the saliency of each test row's salient word, ``(q, width)``; held."""
+        """Training rows by influence on the saliency of each query's salient word, ``(q, width)``; kept for reuse."""
         if (aim, width) not in self._ranked:
             targets = self._queries.targets(aim)
             question = replace(self._spec.question, top=width, target="gold")  # the target stands in as the gold label
             out = np.empty((len(targets), min(width, self._index.manifest.n_live)), np.int64)
-            for at in self._chunks(np.arange(len(targets))):
-                some = self._queries.take(at)
+            for positions in self._chunks(np.arange(len(targets))):
+                block = self._queries.take(positions)
                 answers = self._retriever.answer_block(
-                    0, some.texts, targets[at], question, numbers=some.numbers.tolist()
+                    0, block.texts, targets[positions], question, numbers=block.numbers.tolist()
                 )
-                out[at] = answers.found[SALIENCY_IF][0 if aim.proponents else 1].rows
-                self._progress(f"{aim.name}: rows", int(at[-1]) + 1, len(targets))
+                out[positions] = answers.found[SALIENCY_IF][0 if aim.proponents else 1].rows
+                self._progress(f"{aim.name}: rows", int(positions[-1]) + 1, len(targets))
             self._ranked[aim, width] = out
         return self._ranked[aim, width]
 
-    def _chunks(self, at: np.ndarray) -> list[np.ndarray]:
-        """Positions of test rows whose whole vectors, before and after H^-1, fit in memory together."""
+    def _chunks(self, positions: np.ndarray) -> list[np.ndarray]:
+        """Positions of test rows in chunks whose vectors, before and after H^-1, fit in memory together."""
         in_memory = VECTOR_BYTES // (8 * self._search.gradients.parameters.size)
         size = max(1, min(CHUNK_QUERIES, in_memory))
-        return [at[i : i + size] for i in range(0, len(at), size)]
+        return [positions[i : i + size] for i in range(0, len(positions), size)]
 
     def _change(self, aim: Aim, turns: list[list[int]]) -> list[list[Change]]:
-        """A change of each row that was taken, in the same order: turns of one row a query."""
+        """A change of each row in ``turns`` (one row a query in each), in the same order."""
         q = len(self._queries.numbers)
         out: list[list[Change]] = [[] for _ in turns]
-        for at in self._chunks(np.arange(q)):
-            changes = self._change_some(self._queries.take(at), aim, [turn[i] for turn in turns for i in at])
-            for j, found in enumerate(out):
-                found += changes[j * len(at) : (j + 1) * len(at)]
-            self._progress(f"{aim.name}: words", int(at[-1]) + 1, q)
+        for positions in self._chunks(np.arange(q)):
+            changes = self._change_some(
+                self._queries.take(positions), aim, [turn[i] for turn in turns for i in positions]
+            )
+            for j, turn_changes in enumerate(out):
+                turn_changes += changes[j * len(positions) : (j + 1) * len(positions)]
+            self._progress(f"{aim.name}: words", int(positions[-1]) + 1, q)
         return out
 
-    def _change_some(self, queries: Queries, aim: Aim, rows: list[int]) -> list[Change]:
-        """The best change of each of some rows; they belong to the queries in turn."""
+    def _change_some(self, queries: PerturbationQueries, aim: Aim, rows: list[int]) -> list[Change]:
+        """The best change of each of the rows; row i belongs to query i modulo the number of queries."""
         n, targets = len(rows), queries.targets(aim)
         owners = np.arange(n) % len(targets)
         numbers = queries.numbers.tolist()
@@ -233,36 +243,43 @@ class Chooser:
         vectors = saliency_gradients(
             self._classifier, self._search.gradients.parameters, queries.texts, targets, salient, numbers
         )
-        asked = self._solved(queries, targets, vectors)
+        solved = self._solved(queries, targets, vectors)
         texts = [self.texts(row) for row in rows]
         labels = self._index.labels[rows].astype(np.int64)
 
         words = [(i, place) for i, row in enumerate(rows) for place in self.places(row)]
-        of = np.array([i for i, _ in words])
+        line_of_word = np.array([i for i, _ in words])
         masked, _ = mask_spans(
-            self._classifier, _columns([texts[i] for i in of]), [place.span for _, place in words], unknown=True
+            self._classifier,
+            _columns([texts[i] for i in line_of_word]),
+            [place.span for _, place in words],
+            unknown=True,
         )
-        assert masked.minus is not None and len(masked) == len(words)  # of places, the model reads each
+        assert masked.minus is not None and len(masked) == len(words)  # every place is read by the model
         whole = encode(self._classifier, _columns(texts))
-        everything = np.concatenate([np.arange(n), of])
-        scores = self._score(asked, [*whole, *masked.minus], labels[everything], owners[everything])
-        before, importance = scores[:n], scores[of] - scores[n:]  # saliency-if, saliency-if-token
+        everything = np.concatenate([np.arange(n), line_of_word])
+        scores = self._score(solved, [*whole, *masked.minus], labels[everything], owners[everything])
+        before, importance = scores[:n], scores[line_of_word] - scores[n:]  # saliency-if, saliency-if-token
 
         tried: list[tuple[int, Place, str]] = []
         for i, row in enumerate(rows):
-            mine = np.flatnonzero(of == i)
-            first = mine[np.argmax(importance[mine] if aim.proponents else -importance[mine])]
+            candidates = np.flatnonzero(line_of_word == i)
+            first = candidates[np.argmax(importance[candidates] if aim.proponents else -importance[candidates])]
             rng = np.random.default_rng([self._spec.seed, 19, int(queries.numbers[owners[i]]), row])
-            others = rng.permutation(np.setdiff1d(mine, first))[: self._spec.random_words]
-            tried += [(i, words[j][1], other) for j in (first, *others) for other in words[j][1].substitutes]
-        of = np.array([i for i, _, _ in tried])
-        changed = [_replaced(texts[i], place.span, other) for i, place, other in tried]
-        after = self._score(asked, encode(self._classifier, _columns(changed)), labels[of], owners[of])
-        effects = after - before[of]
+            random_words = rng.permutation(np.setdiff1d(candidates, first))[: self._spec.random_words]
+            tried += [
+                (i, words[j][1], substitute) for j in (first, *random_words) for substitute in words[j][1].substitutes
+            ]
+        line_of_word = np.array([i for i, _, _ in tried])
+        changed = [_replaced(texts[i], place.span, substitute) for i, place, substitute in tried]
+        after = self._score(
+            solved, encode(self._classifier, _columns(changed)), labels[line_of_word], owners[line_of_word]
+        )
+        effects = after - before[line_of_word]
         out = []
         for i, row in enumerate(rows):
-            mine = np.flatnonzero(of == i)
-            best = mine[np.argmax(aim.sign * effects[mine])]
+            candidates = np.flatnonzero(line_of_word == i)
+            best = candidates[np.argmax(aim.sign * effects[candidates])]
             query = owners[i]
             change = self._changed(row, *tried[best][1:])
             out.append(
@@ -273,30 +290,30 @@ class Chooser:
             )  # fmt: skip
         return out
 
-    def _solved(self, queries: Queries, targets: np.ndarray, vectors: Vectors) -> GradientQueries:
-        """The queries, asking with v = H^-1 of their vectors."""
+    def _solved(self, queries: PerturbationQueries, targets: np.ndarray, vectors: Vectors) -> GradientQueries:
+        """The queries with v = H^-1 of their vectors as query vectors."""
         solved, residual = self._search.gradients.solve(vectors)
         if residual is not None:
             self.residual = max(self.residual or 0.0, float(residual.max()))
         return GradientQueries(queries.texts, targets, solved)
 
     def _score(
-        self, asked: GradientQueries, rows: Sequence[EncodedRow], labels: np.ndarray, owners: np.ndarray
+        self, queries: GradientQueries, rows: Sequence[EncodedRow], labels: np.ndarray, owners: np.ndarray
     ) -> np.ndarray:
-        """v . g of versions of training rows, each by its own query, ``(m,)`` float64."""
+        """v . g of versions of training rows, each with the vector v of the query that owns it, ``(m,)`` float64."""
         order = np.argsort(owners, kind="stable")
-        counts = np.bincount(owners, minlength=len(asked.targets))
+        counts = np.bincount(owners, minlength=len(queries.targets))
         columns = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        at = np.zeros((len(counts), counts.max()), np.int64)  # short lists are filled up with version 0
-        at[owners[order], columns] = order
+        versions = np.zeros((len(counts), counts.max()), np.int64)  # short lists are filled up with version 0
+        versions[owners[order], columns] = order
         search = self._search.over(_Versions(rows, labels))
-        scores = search.score([GD], asked, {GD.name: at})[0][GD.name]
+        scores = search.score([GD], queries, {GD.name: versions})[0][GD.name]
         out = np.empty(len(rows))
         out[order] = scores[owners[order], columns]
         return out
 
     def _changed(self, row: int, place: Place, substitute: str) -> Change:
-        """A change, for no test row yet."""
+        """A random change: of a row, for no test row."""
         old = self.texts(row)
         return Change(
             query=None, aim=RANDOM, salient=None, row=row, label=int(self._index.labels[row]), span=place.span,
@@ -306,7 +323,7 @@ class Chooser:
 
 
 def _replaced(texts: tuple[str, ...], span: Span, substitute: str) -> tuple[str, ...]:
-    """Texts of a row with other characters at a span."""
+    """Texts of a row with the characters of a span replaced."""
     text = texts[span.column]
     changed = text[: span.start] + substitute + text[span.end :]
     return (*texts[: span.column], changed, *texts[span.column + 1 :])

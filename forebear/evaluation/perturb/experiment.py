@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 
 from forebear.evaluation.perturb.choice import Chooser
-from forebear.evaluation.perturb.spec import RANDOM, Change, PerturbSpec, Queries, What
+from forebear.evaluation.perturb.spec import RANDOM, Change, PerturbationQueries, PerturbSpec, What
 from forebear.evaluation.retraining.jobs import Job, Outcome, Retrainer
 from forebear.indexer.model.forward import run_forward
 from forebear.retriever.retriever import Retriever
@@ -24,7 +24,7 @@ Turns = list[list[Change]]  # one change a query in each
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Rows that retrained models are asked of.
+    """Rows on which retrained models are evaluated.
 
     Attributes:
         texts: One list a text column, as the retrainer has them.
@@ -39,7 +39,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Measured:
-    """How retrained models do on a set of rows.
+    """Accuracy and confidence of retrained models on a set of rows.
 
     Attributes:
         accuracy: Share of right answers, ``(amounts, seeds)``.
@@ -52,25 +52,25 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Perturbation:
-    """What was changed, and what came of it.
+    """The changes of a perturbation, and the measurements of the models retrained with them.
 
     Attributes:
         spec: The choices.
-        seeds: Of the retrainings.
+        seeds: Seeds of the retrainings.
         queries: Test rows that the changes are for.
-        changes: By strategy, in turns of one a query.
-        random: The same of random changes, by seed.
+        changes: Changes by strategy, in turns of one change a query.
+        random: Random changes by seed, in the same turns.
         sets: Number of rows of each set, by its name.
         indexed: Accuracy of the indexed model on each set.
-        clean: On each set, of models retrained on the rows as they are; one amount.
-        changed: By strategy (and ``random``), on each set; amounts are ``spec.rows``.
-        residual: Largest relative residual of H^-1, where the solver iterates.
+        clean: Measurements on each set of models retrained on unchanged rows; they have one amount.
+        changed: Measurements by strategy (and ``random``) on each set; the amounts are ``spec.rows``.
+        residual: Largest relative residual of H^-1, where the solver iterates; else None.
         seeded: Whether the seed makes a difference to a retraining.
     """
 
     spec: PerturbSpec
     seeds: tuple[int, ...]
-    queries: Queries
+    queries: PerturbationQueries
     changes: dict[str, Turns]
     random: dict[int, Turns]
     sets: dict[str, int]
@@ -85,7 +85,7 @@ def perturb(
     retriever: Retriever,
     chooser: Chooser,
     spec: PerturbSpec,
-    queries: Queries,
+    queries: PerturbationQueries,
     evaluation: Evaluation,
     retrainer: Retrainer,
     seeds: Sequence[int],
@@ -97,11 +97,11 @@ def perturb(
         retriever: Over the index.
         chooser: Over the same index, for these choices and test rows.
         spec: The choices.
-        queries: The test rows.
-        evaluation: Rows that are reported.
+        queries: The test rows that the changes are for.
+        evaluation: Rows on which the retrained models are evaluated.
         retrainer: Over the index's rows and the same evaluation rows.
-        seeds: One retraining for each, for every strategy and amount.
-        progress: Told the stage of the retraining, jobs done and jobs in all.
+        seeds: Seeds of the retrainings; every strategy and amount is retrained once with each.
+        progress: Called with the stage of the retraining, jobs done and jobs in all.
 
     Raises:
         InputError: There are too few rows in which a word can be replaced.
@@ -116,19 +116,22 @@ def perturb(
         for turns in (*changes.values(), random[seed]):
             jobs += [make_job(spec.what, live, seed, turns[:n]) for n in spec.rows]
     outcomes = retrainer.run(jobs, progress)
-    each = 1 + len(names) * len(spec.rows)
-    by_seed = [outcomes[i : i + each] for i in range(0, len(outcomes), each)]
+    jobs_per_seed = 1 + len(names) * len(spec.rows)
+    by_seed = [outcomes[i : i + jobs_per_seed] for i in range(0, len(outcomes), jobs_per_seed)]
 
-    def measure(where: slice) -> dict[str, Measured]:
-        return {name: _measure([some[where] for some in by_seed], evaluation.gold, at) for name, at in sets.items()}
+    def measure(amounts: slice) -> dict[str, Measured]:
+        return {
+            name: _measure([of_seed[amounts] for of_seed in by_seed], evaluation.gold, positions)
+            for name, positions in sets.items()
+        }
 
     sets = evaluation.sets
     first = {name: 1 + i * len(spec.rows) for i, name in enumerate(names)}
     right = run_forward(retriever.classifier(), evaluation.texts).predictions == evaluation.gold
     return Perturbation(
         spec=spec, seeds=tuple(seeds), queries=queries, changes=changes, random=random,
-        sets={name: len(at) for name, at in sets.items()},
-        indexed={name: float(right[at].mean()) for name, at in sets.items()},
+        sets={name: len(positions) for name, positions in sets.items()},
+        indexed={name: float(right[positions].mean()) for name, positions in sets.items()},
         clean=measure(slice(0, 1)),
         changed={name: measure(slice(i, i + len(spec.rows))) for name, i in first.items()},
         residual=chooser.residual, seeded=retrainer.recipe.seeded,
@@ -143,8 +146,8 @@ def make_job(what: What, live: np.ndarray, seed: int, turns: Turns) -> Job:
     return Job(live, seed, extra=[(change.new, change.label) for change in changes])
 
 
-def _measure(outcomes: Sequence[Sequence[Outcome]], gold: np.ndarray, at: np.ndarray) -> Measured:
-    """Of outcomes by seed and amount, on some rows."""
-    accuracy = [[float((o.predictions == gold)[at].mean()) for o in some] for some in outcomes]
-    probability = [[float(o.probability(gold)[at].mean()) for o in some] for some in outcomes]
+def _measure(outcomes: Sequence[Sequence[Outcome]], gold: np.ndarray, positions: np.ndarray) -> Measured:
+    """Measure outcomes, by seed and amount, on the rows at some positions."""
+    accuracy = [[float((outcome.predictions == gold)[positions].mean()) for outcome in of_seed] for of_seed in outcomes]
+    probability = [[float(outcome.probability(gold)[positions].mean()) for outcome in of_seed] for of_seed in outcomes]
     return Measured(np.array(accuracy).T, np.array(probability).T)

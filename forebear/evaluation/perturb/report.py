@@ -33,57 +33,60 @@ def check_out(folder: Path, *, force: bool) -> None:
 
 
 def perturb_report(
-    found: Perturbation, retriever: Retriever, retraining: dict[str, Any], provenance: dict[str, str]
+    perturbation: Perturbation, retriever: Retriever, retraining: dict[str, Any], provenance: dict[str, str]
 ) -> tuple[Report, dict[str, object]]:
     """The report of a perturbation, and its numbers for ``result.json``.
 
     Args:
-        found: What was changed, and what came of it.
+        perturbation: The changes and the measurements.
         retriever: Over the index.
-        retraining: What a result says of its retraining, from the retrainer.
-        provenance: Test rows, command, WordNet and the like; the index is added.
+        retraining: Facts of the retraining, from :meth:`~forebear.evaluation.retraining.jobs.Retrainer.facts`.
+        provenance: Provenance lines on test rows, command and WordNet; lines on the index are added to them.
     """
     index = retriever.index
     facts = {"index": str(index.folder), "index digest": index.manifest.digest()}
-    facts |= fit_lines(retriever.resolve(found.spec.question)) | provenance
-    facts |= {"retraining": f"{retraining['retrain']}. {retraining['note']}", "seeds": _listed(found.seeds)}
-    attack = found.spec.what == "attack"
+    facts |= fit_lines(retriever.resolve(perturbation.spec.question)) | provenance
+    facts |= {"retraining": f"{retraining['retrain']}. {retraining['note']}", "seeds": _listed(perturbation.seeds)}
+    attack = perturbation.spec.what == "attack"
     report = Report(
         "Attack by changed training rows" if attack else "Fix by added training rows",
-        _summary(found),
-        (*(_accuracy_table(found, name) for name in found.sets), _effect_table(found)),
-        tuple(_figure(found, name) for name in found.sets),
-        tuple(_groups(found, retriever)),
+        _summary(perturbation),
+        (*(_accuracy_table(perturbation, name) for name in perturbation.sets), _effect_table(perturbation)),
+        tuple(_figure(perturbation, name) for name in perturbation.sets),
+        tuple(_groups(perturbation, retriever)),
         facts,
     )
     result: dict[str, object] = {
-        "what": found.spec.what,
-        "choices": asdict(found.spec),
-        "queries": found.queries.numbers,
-        "seeds": list(found.seeds),
-        "sets": found.sets,
-        "indexed_accuracy": found.indexed,
-        "unchanged": {name: _by_seed(found.clean[name], 0) for name in found.sets},
+        "what": perturbation.spec.what,
+        "choices": asdict(perturbation.spec),
+        "queries": perturbation.queries.numbers,
+        "seeds": list(perturbation.seeds),
+        "sets": perturbation.sets,
+        "indexed_accuracy": perturbation.indexed,
+        "unchanged": {name: _by_seed(perturbation.clean[name], 0) for name in perturbation.sets},
         "changed": {
-            name: {of: {str(n): _by_seed(measured[of], i) for i, n in enumerate(found.spec.rows)} for of in found.sets}
-            for name, measured in found.changed.items()
+            name: {
+                rows: {str(n): _by_seed(measured[rows], i) for i, n in enumerate(perturbation.spec.rows)}
+                for rows in perturbation.sets
+            }
+            for name, measured in perturbation.changed.items()
         },
         "retraining": retraining,
-        "curvature_residual": found.residual,
+        "curvature_residual": perturbation.residual,
     }
     return report, result
 
 
-def changed_lines(found: Perturbation, retriever: Retriever) -> str:
+def changed_lines(perturbation: Perturbation, retriever: Retriever) -> str:
     """Every change as one JSON object a line, random ones with their seed: the text of ``changed.jsonl``."""
     names = retriever.label_names
-    sources: list[tuple[str, int | None, Turns]] = [(name, None, turns) for name, turns in found.changes.items()]
-    sources += [(RANDOM, seed, turns) for seed, turns in found.random.items()]
+    sources: list[tuple[str, int | None, Turns]] = [(name, None, turns) for name, turns in perturbation.changes.items()]
+    sources += [(RANDOM, seed, turns) for seed, turns in perturbation.random.items()]
     lines = [
         json.dumps(
             {
                 "strategy": strategy, "seed": seed, "turn": turn, "query": change.query, "aim": change.aim,
-                "salient": _salient(found, change), "row": change.row, "label": names[change.label],
+                "salient": _salient(perturbation, change), "row": change.row, "label": names[change.label],
                 "column": _column_name(retriever, change.span), "start": change.span.start, "end": change.span.end,
                 "word": change.word, "substitute": change.substitute, "old": list(change.old), "new": list(change.new),
                 "score": change.score, "effect": change.effect,
@@ -110,73 +113,91 @@ def _by_seed(measured: Measured, amount: int) -> dict[str, list[float]]:
     return {"accuracy": measured.accuracy[amount].tolist(), "probability": measured.probability[amount].tolist()}
 
 
-def _salient(found: Perturbation, change: Change) -> str | None:
+def _salient(perturbation: Perturbation, change: Change) -> str | None:
     """The word of the test row that a change is for."""
     if change.salient is None:
         return None
-    (at,) = np.flatnonzero(found.queries.numbers == change.query)
+    (position,) = np.flatnonzero(perturbation.queries.numbers == change.query)
     span = change.salient
-    return found.queries.texts[span.column][at][span.start : span.end]
+    return perturbation.queries.texts[span.column][position][span.start : span.end]
 
 
-def _over_seeds(found: Perturbation, values: np.ndarray, strategy: str | None = None) -> tuple[float, float | None]:
-    """Mean and standard error; None for the latter where seeds change nothing: random changes alone are drawn anew."""
+def _mean_and_error(
+    perturbation: Perturbation, values: np.ndarray, strategy: str | None = None
+) -> tuple[float, float | None]:
+    """Mean over seeds and its standard error; the error is None where seeds make no difference.
+
+    A recipe without randomness gives every seed the same outcome; only the random changes are drawn anew.
+    """
     mean, error = mean_and_error(values)
-    return mean, error if found.seeded or strategy == RANDOM else None
+    return mean, error if perturbation.seeded or strategy == RANDOM else None
 
 
-def _asked_rows(found: Perturbation) -> str:
-    """What the rows are that the changes are for."""
-    return "test rows" if found.spec.what == "attack" else "wrong dev rows"
+def _rows_name(perturbation: Perturbation) -> str:
+    """The name of the rows that the changes are for: an attack is on test rows, a fix for wrong dev rows."""
+    return "test rows" if perturbation.spec.what == "attack" else "wrong dev rows"
 
 
-def _summary(found: Perturbation) -> str:
-    """The finding in two sentences, on the first set."""
-    name, most, attack = next(iter(found.sets)), found.spec.most, found.spec.what == "attack"
-    ends = {strategy: float(measured[name].accuracy[-1].mean()) for strategy, measured in found.changed.items()}
-    best = (min if attack else max)(found.spec.strategies, key=lambda strategy: ends[strategy])
-    before = float(found.clean[name].accuracy.mean())
-    difference = found.changed[best][name].accuracy[-1] - found.changed[RANDOM][name].accuracy[-1]
+def _summary(perturbation: Perturbation) -> str:
+    """Two sentences on the accuracy on the first set."""
+    name, most, attack = next(iter(perturbation.sets)), perturbation.spec.most, perturbation.spec.what == "attack"
+    ends = {strategy: float(measured[name].accuracy[-1].mean()) for strategy, measured in perturbation.changed.items()}
+    best = (min if attack else max)(perturbation.spec.strategies, key=lambda strategy: ends[strategy])
+    before = float(perturbation.clean[name].accuracy.mean())
+    difference = perturbation.changed[best][name].accuracy[-1] - perturbation.changed[RANDOM][name].accuracy[-1]
     mean, error = mean_and_error(difference)
     done = "replaced" if attack else "added"
     certain = "" if error is None else f" ± {error:.3f}"
     return (
-        f"With {most} changed rows {done} for each of {len(found.queries.numbers):,} {_asked_rows(found)}, the "
-        f"accuracy on the {name} goes from {before:.3f} to {ends[best]:.3f} ({best}). With as many random changes it "
-        f"is {ends[RANDOM]:.3f}: a difference of {mean:+.3f}{certain} over {len(found.seeds)} seed(s)."
+        f"With {most} changed rows {done} for each of {len(perturbation.queries.numbers):,} "
+        f"{_rows_name(perturbation)}, the accuracy on the {name} goes from {before:.3f} to {ends[best]:.3f} ({best}). "
+        f"With as many random changes it is {ends[RANDOM]:.3f}: a difference of {mean:+.3f}{certain} over "
+        f"{len(perturbation.seeds)} seed(s)."
     )
 
 
-def _accuracy_table(found: Perturbation, name: str) -> Table:
-    q = len(found.queries.numbers)
-    done = "replaced" if found.spec.what == "attack" else "added"
-    clean = found.clean[name]
+def _accuracy_table(perturbation: Perturbation, name: str) -> Table:
+    q = len(perturbation.queries.numbers)
+    done = "replaced" if perturbation.spec.what == "attack" else "added"
+    clean = perturbation.clean[name]
     rows: list[list[Cell]] = [
-        [UNCHANGED, 0, *_over_seeds(found, clean.accuracy[0]), *_over_seeds(found, clean.probability[0]), None, None]
+        [
+            UNCHANGED,
+            0,
+            *_mean_and_error(perturbation, clean.accuracy[0]),
+            *_mean_and_error(perturbation, clean.probability[0]),
+            None,
+            None,
+        ]
     ]
-    for strategy, measured in found.changed.items():
-        for i, n in enumerate(found.spec.rows):
+    for strategy, measured in perturbation.changed.items():
+        for i, n in enumerate(perturbation.spec.rows):
             accuracy, probability = measured[name].accuracy[i], measured[name].probability[i]
-            beside = found.changed[RANDOM][name].accuracy[i]
+            beside = perturbation.changed[RANDOM][name].accuracy[i]
             difference = (None, None) if strategy == RANDOM else mean_and_error(accuracy - beside)
-            measures = [_over_seeds(found, values, strategy) for values in (accuracy, probability)]
+            measures = [_mean_and_error(perturbation, values, strategy) for values in (accuracy, probability)]
             rows.append([strategy, n, *measures[0], *measures[1], *difference])
     return Table(
-        f"Retrained, on the {name} ({found.sets[name]:,})",
+        f"Retrained, on the {name} ({perturbation.sets[name]:,})",
         ["strategy", "rows", "accuracy", "± acc.", "p(gold)", "± p", "− random", "± diff."],
         rows,
-        f"Rows: training rows {done} for each of {q:,} {_asked_rows(found)}. Mean over {len(found.seeds)} seed(s) of "
-        "the retraining, ± its standard error; the difference to as many random changes is paired by seed. "
-        + ("" if found.seeded else "This retraining has no randomness: seeds draw other random changes, no more. ")
-        + f"Accuracy of the indexed model itself: {found.indexed[name]:.3f}.",
+        f"Rows: training rows {done} for each of {q:,} {_rows_name(perturbation)}. Mean over "
+        f"{len(perturbation.seeds)} seed(s) of the retraining, ± its standard error; the difference to as many random "
+        "changes is paired by seed. "
+        + (
+            ""
+            if perturbation.seeded
+            else "This retraining has no randomness: seeds draw other random changes, no more. "
+        )
+        + f"Accuracy of the indexed model itself: {perturbation.indexed[name]:.3f}.",
     )
 
 
-def _effect_table(found: Perturbation) -> Table:
-    attack = found.spec.what == "attack"
+def _effect_table(perturbation: Perturbation) -> Table:
+    attack = perturbation.spec.what == "attack"
     rows: list[list[Cell]] = []
-    for strategy, turns in found.changes.items():
-        for aim in STRATEGIES[found.spec.what][strategy]:
+    for strategy, turns in perturbation.changes.items():
+        for aim in STRATEGIES[perturbation.spec.what][strategy]:
             changes = [c for turn in turns for c in turn if c.aim == aim.name]
             if changes:  # a replaced row's part goes, an added row's comes on top
                 scores, effects = (np.array([getattr(c, name) for c in changes]) for name in ("score", "effect"))
@@ -188,51 +209,55 @@ def _effect_table(found: Perturbation) -> Table:
         f"Effect: by how much {done} moves the saliency of the asked row's word, times the number of training rows, to "
         "first order; the wanted way: the share of changes of which it has the right sign."
     )
-    if found.residual is not None:
-        note += f" H^-1 was iterated to a relative residual of at most {found.residual:.2g}."
+    if perturbation.residual is not None:
+        note += f" H^-1 was iterated to a relative residual of at most {perturbation.residual:.2g}."
     return Table(
         "Predicted effect of the changes", ["strategy", "aim", "changes", "the wanted way", "mean effect"], rows, note
     )
 
 
-def _figure(found: Perturbation, name: str) -> Figure:
+def _figure(perturbation: Perturbation, name: str) -> Figure:
     series, errors = {}, {}
-    start = _over_seeds(found, found.clean[name].accuracy[0])
-    for strategy, measured in found.changed.items():
-        pairs = [start, *(_over_seeds(found, values, strategy) for values in measured[name].accuracy)]
+    start = _mean_and_error(perturbation, perturbation.clean[name].accuracy[0])
+    for strategy, measured in perturbation.changed.items():
+        pairs = [start, *(_mean_and_error(perturbation, values, strategy) for values in measured[name].accuracy)]
         series[strategy] = [mean for mean, _ in pairs]
         errors[strategy] = [error for _, error in pairs]
-    done = "replaced" if found.spec.what == "attack" else "added"
+    done = "replaced" if perturbation.spec.what == "attack" else "added"
     drawing = line_chart(
-        (0, *found.spec.rows), series, errors=errors, ylabel="accuracy",
-        xlabel=f"training rows {done} for each of {len(found.queries.numbers):,} {_asked_rows(found)}",
+        (0, *perturbation.spec.rows), series, errors=errors, ylabel="accuracy",
+        xlabel=f"training rows {done} for each of {len(perturbation.queries.numbers):,} {_rows_name(perturbation)}",
     )  # fmt: skip
     return Figure(f"Accuracy on the {name}", drawing, "Bars: standard error over seeds of the retraining.")
 
 
-def _groups(found: Perturbation, retriever: Retriever) -> Iterator[Group]:
-    """What was changed for some of the test rows, evenly spread, and some of the random changes."""
-    q = len(found.queries.numbers)
+def _groups(perturbation: Perturbation, retriever: Retriever) -> Iterator[Group]:
+    """Changes for up to ``SHOWN_QUERIES`` test rows, evenly spread, and as many of the random changes."""
+    q = len(perturbation.queries.numbers)
     names, columns = retriever.label_names, retriever.index.manifest.spec.text_columns
     for i in np.unique(np.linspace(0, q - 1, min(q, SHOWN_QUERIES)).astype(int)).tolist():
-        changes = [(strategy, c) for strategy, turns in found.changes.items() for c in _of_query(turns, i)]
-        right, wrong = names[found.queries.right[i]], names[found.queries.wrong[i]]
-        texts = {name: column[i] for name, column in zip(columns, found.queries.texts, strict=True)}
-        salient = {word for _, c in changes if (word := _salient(found, c))}
-        facts: dict[str, Cell] = {"right": right, "wrong": wrong, "predicted": names[found.queries.predictions[i]]}
-        asked = f"{'test' if found.spec.what == 'attack' else 'dev'} row {found.queries.numbers[i]}"
+        changes = [(strategy, c) for strategy, turns in perturbation.changes.items() for c in _of_query(turns, i)]
+        right, wrong = names[perturbation.queries.right[i]], names[perturbation.queries.wrong[i]]
+        texts = {name: column[i] for name, column in zip(columns, perturbation.queries.texts, strict=True)}
+        salient = {word for _, c in changes if (word := _salient(perturbation, c))}
+        facts: dict[str, Cell] = {
+            "right": right,
+            "wrong": wrong,
+            "predicted": names[perturbation.queries.predictions[i]],
+        }
+        query_name = f"{'test' if perturbation.spec.what == 'attack' else 'dev'} row {perturbation.queries.numbers[i]}"
         yield Group(
-            f"Changed for {asked}",
+            f"Changed for {query_name}",
             [_passage(strategy, c, columns, names) for strategy, c in changes],
-            query=Passage(f"{asked}: salient words marked", texts, salient, facts),
+            query=Passage(f"{query_name}: salient words marked", texts, salient, facts),
         )
-    seed = found.seeds[0]
-    some = found.random[seed][0][:SHOWN_QUERIES]
-    yield Group(f"Random changes, seed {seed}", [_passage(RANDOM, c, columns, names) for c in some])
+    seed = perturbation.seeds[0]
+    random_changes = perturbation.random[seed][0][:SHOWN_QUERIES]
+    yield Group(f"Random changes, seed {seed}", [_passage(RANDOM, c, columns, names) for c in random_changes])
 
 
-def _of_query(turns: Turns, i: int) -> list[Change]:
-    return [turn[i] for turn in turns]
+def _of_query(turns: Turns, query: int) -> list[Change]:
+    return [turn[query] for turn in turns]
 
 
 def _passage(strategy: str, change: Change, columns: tuple[str, ...], names: tuple[str, ...]) -> Passage:

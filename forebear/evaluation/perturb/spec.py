@@ -1,4 +1,4 @@
-"""What a perturbation is asked for, and what it changes: aims, strategies, test rows, changes (Joint, 4.2 and 4.3).
+"""The choices and the changes of a perturbation: aims, strategies, test rows, changes (Joint, 4.2 and 4.3).
 
 A test row's salient word is the one whose saliency s for a label is largest. Training rows that influence s most get
 one word replaced, so that s moves the wanted way; the rows then stand in for the old ones (``attack``) or beside them
@@ -26,23 +26,23 @@ SALIENCY_IF = "saliency-if"
 
 @dataclass(frozen=True)
 class Aim:
-    """What a substitution is for.
+    """The aim of a substitution.
 
     Attributes:
-        name: As given to ``--strategy``.
-        of: The label whose salient word is meant: the gold one, or the most probable other one.
+        name: Name of the aim, such as ``lower-right``.
+        label: The label whose salient word is meant: the gold label (``right``), or the most probable other label.
         sign: +1 to raise that word's saliency, -1 to lower it.
-        proponents: Take the training rows that raise it most, or else those that lower it most.
+        proponents: True to take the training rows that raise the saliency most, False for those that lower it most.
     """
 
     name: str
-    of: Literal["right", "wrong"]
+    label: Literal["right", "wrong"]
     sign: int
     proponents: bool = True
 
 
 LOWER_RIGHT, RAISE_WRONG = Aim("lower-right", "right", -1), Aim("raise-wrong", "wrong", 1)
-# A fix adds rows: those that lower a saliency are at the other end.
+# A fix adds rows. Rows that lower a saliency stand at the other end of the ranking: they are opponents.
 RAISE_RIGHT, LOWER_WRONG = Aim("raise-right", "right", 1), Aim("lower-wrong", "wrong", -1, proponents=False)
 # Several aims take turns, one row after the other.
 STRATEGIES: dict[What, dict[str, tuple[Aim, ...]]] = {
@@ -63,11 +63,11 @@ class PerturbSpec:
         what: ``attack`` replaces rows by changed ones, with synonyms; ``fix`` adds changed rows, antonyms too.
         strategies: Names from :data:`STRATEGIES`.
         rows: Rows changed for each test row, ascending.
-        random_words: Words tried in each row beside the one of largest ``saliency-if-token`` (the paper's T).
-        seed: Of these.
-        scope: Of the gradients, as for ``saliency-if``; so are the next three.
+        random_words: Words tried in each row beside the word of largest ``saliency-if-token`` (T in the paper).
+        seed: Random seed of these words.
+        scope: Scope of the gradients of ``saliency-if``; curvature, damping and recall are of that method too.
         curvature: See :class:`~forebear.retriever.question.inverse.CurvatureSpec`.
-        damping: See there.
+        damping: See :class:`~forebear.retriever.question.inverse.CurvatureSpec`.
         recall: See :class:`~forebear.retriever.question.spec.QuerySpec`.
     """
 
@@ -88,13 +88,17 @@ class PerturbSpec:
 
     @property
     def question(self) -> QuerySpec:
-        """What the retriever is asked for."""
+        """The choices of ``saliency-if``, which ranks the training rows."""
         return QuerySpec(
             methods=(SALIENCY_IF,), scope=self.scope, curvature=self.curvature, damping=self.damping, recall=self.recall
         )
 
     def check(self) -> None:
-        """Refuse values that mean nothing."""
+        """Refuse values out of range.
+
+        Raises:
+            InputError: A strategy is unknown, or a number is out of range.
+        """
         known = STRATEGIES[self.what]
         unknown = [name for name in self.strategies if name not in known]
         if unknown or not self.strategies:
@@ -111,15 +115,15 @@ class PerturbSpec:
 
 
 @dataclass(frozen=True)
-class Queries:
+class PerturbationQueries:
     """Test rows whose prediction is to be changed.
 
     Attributes:
-        numbers: Of the rows in their file, ``(q,)``.
+        numbers: Row numbers in their file, ``(q,)``.
         texts: One list a text column.
         right: Gold classes, ``(q,)``.
         wrong: The most probable class that is not the gold one, ``(q,)``.
-        predictions: Of the indexed model, ``(q,)``.
+        predictions: Classes that the indexed model predicts, ``(q,)``.
     """
 
     numbers: np.ndarray
@@ -129,28 +133,30 @@ class Queries:
     predictions: np.ndarray
 
     def targets(self, aim: Aim) -> np.ndarray:
-        """The class whose salient word is meant, ``(q,)``."""
-        return self.right if aim.of == "right" else self.wrong
+        """The class whose salient word an aim is about, ``(q,)``."""
+        return self.right if aim.label == "right" else self.wrong
 
-    def take(self, at: np.ndarray) -> Queries:
-        """Some of them."""
-        texts = [[column[i] for i in at] for column in self.texts]
-        return Queries(self.numbers[at], texts, self.right[at], self.wrong[at], self.predictions[at])
+    def take(self, positions: np.ndarray) -> PerturbationQueries:
+        """The queries at some positions, ``(m,)``."""
+        texts = [[column[i] for i in positions] for column in self.texts]
+        return PerturbationQueries(
+            self.numbers[positions], texts, self.right[positions], self.wrong[positions], self.predictions[positions]
+        )
 
 
-def make_queries(retriever: Retriever, texts: Sequence[Sequence[str]], gold: np.ndarray) -> Queries:
+def make_queries(retriever: Retriever, texts: Sequence[Sequence[str]], gold: np.ndarray) -> PerturbationQueries:
     """All rows of a test set as queries.
 
     Args:
-        retriever: Whose model says which label is the wrong one.
+        retriever: Its model gives the predictions, and the most probable wrong label of each row.
         texts: One list a text column.
         gold: Class ids, ``(n,)``.
     """
     forward = run_forward(retriever.classifier(), texts)
-    others = forward.logits.copy()
-    others[np.arange(len(gold)), gold] = -np.inf
+    other_logits = forward.logits.copy()
+    other_logits[np.arange(len(gold)), gold] = -np.inf
     columns = [list(column) for column in texts]
-    return Queries(np.arange(len(gold)), columns, gold, others.argmax(axis=1), forward.predictions)
+    return PerturbationQueries(np.arange(len(gold)), columns, gold, other_logits.argmax(axis=1), forward.predictions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,16 +164,16 @@ class Change:
     """One word of one training row replaced.
 
     Attributes:
-        query: Number of the test row it is for; None: a random change.
-        aim: Its name, or ``random``.
+        query: Number of the test row that the change is for; None: a random change.
+        aim: Name of the aim, or ``random``.
         salient: The word of the test row whose saliency is to be moved.
         row: Training row number.
-        label: Its class.
-        span: Where the word stood.
-        word: What stood there.
-        substitute: What stands there now.
-        old: Texts of the row, in order of encoding.
-        new: The same after the change.
+        label: Class id of that row.
+        span: Span of the replaced word in the old text.
+        word: The replaced word.
+        substitute: The word that replaces it.
+        old: Texts of the row before the change, in order of encoding.
+        new: Texts of the row after the change.
         score: v . g_old, the row's ``saliency-if``; None for a random change.
         effect: v . (g_new - g_old): positive raises the salient word's saliency; None for a random change.
     """

@@ -35,8 +35,9 @@ class _Synset:
     """One line of a data file.
 
     Attributes:
-        words: Its lemmas, underscores for spaces, in WordNet's order.
-        antonyms: Of the word at a place (from 1): part of speech, offset of the other synset, place of the word there.
+        words: Lemmas of the synset, underscores for spaces, in WordNet's order.
+        antonyms: For the word at a place (from 1): its place, part of speech and offset of the antonym's synset,
+            and the place of the antonym in that synset.
     """
 
     words: tuple[str, ...]
@@ -50,11 +51,11 @@ class WordNet:
         """Read the indexes (a few megabytes).
 
         Args:
-            folder: That holds index.noun, data.noun and so on; None: where Debian's package puts them.
+            folder: Folder of index.noun, data.noun and so on; None: the folder of Debian's package.
 
         Raises:
-            InputError: It does not.
-            DataError: A file is not what WordNet 3 has there.
+            InputError: The folder lacks one of these files.
+            DataError: A file is not in the format of WordNet 3.
         """
         self.folder = Path(folder or DEBIAN_FOLDER)
         for pos in _DETACHMENTS:
@@ -83,11 +84,11 @@ class WordNet:
 
         Args:
             word: Without white space around it, in any case.
-            antonyms: Whether to add them.
+            antonyms: Whether to add antonyms.
         """
         synonyms, opposites = self._substitutes(word.lower())
-        found = synonyms + opposites if antonyms else synonyms
-        return tuple(dict.fromkeys(_like(word, lemma) for lemma in found))
+        lemmas = synonyms + opposites if antonyms else synonyms
+        return tuple(dict.fromkeys(_like(word, lemma) for lemma in lemmas))
 
     def lemmas(self, word: str, pos: str) -> tuple[str, ...]:
         """Lemmas of a lower-case word as a ``noun``, ``verb``, ``adj`` or ``adv``, by WordNet's rules."""
@@ -106,19 +107,19 @@ class WordNet:
             ),
             key=lambda sense: sense[:2],
         )
-        own = {word, *(sense[3] for sense in senses)}
+        own_forms = {word, *(sense[3] for sense in senses)}
         synonyms: list[str] = []
         opposites: list[str] = []
         for _, _, pos, lemma, offset in senses:
             synset = self._synset(pos, offset)
             synonyms += synset.words
-            mine = [place for place, other in enumerate(synset.words, 1) if other.lower() == lemma]
+            word_places = [place for place, other in enumerate(synset.words, 1) if other.lower() == lemma]
             for place, other_pos, other_offset, other_place in synset.antonyms:
-                if place in mine:
+                if place in word_places:
                     opposites.append(self._synset(other_pos, other_offset).words[other_place - 1])
 
-        def usable(found: list[str]) -> tuple[str, ...]:
-            return tuple(dict.fromkeys(w for w in found if "_" not in w and w.lower() not in own))
+        def usable(words: list[str]) -> tuple[str, ...]:
+            return tuple(dict.fromkeys(w for w in words if "_" not in w and w.lower() not in own_forms))
 
         return usable(synonyms), usable(opposites)
 
@@ -166,11 +167,14 @@ class WordNet:
             n_words = int(fields[3], 16)
             # An adjective may say where it stands: galore(ip).
             words = tuple(field.partition("(")[0] for field in fields[4 : 4 + 2 * n_words : 2])
-            at = 5 + 2 * n_words
-            pointers = [fields[at + 4 * i : at + 4 * i + 4] for i in range(int(fields[at - 1]))]
+            pointers_start = 5 + 2 * n_words
+            pointers = [
+                fields[pointers_start + 4 * i : pointers_start + 4 * i + 4]
+                for i in range(int(fields[pointers_start - 1]))
+            ]
             antonyms = tuple(
-                (int(places[:2], 16), _LETTERS[letter], int(other), int(places[2:], 16))
-                for symbol, other, letter, places in pointers
+                (int(places[:2], 16), _LETTERS[letter], int(other_offset), int(places[2:], 16))
+                for symbol, other_offset, letter, places in pointers
                 if symbol == ANTONYM
             )
         except (IndexError, ValueError, KeyError) as error:

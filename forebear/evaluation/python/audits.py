@@ -32,8 +32,8 @@ from forebear.evaluation.audits.rows import hubs as of_hubs
 from forebear.evaluation.audits.rows import suspects as of_suspects
 from forebear.evaluation.common.queries import sample_queries
 from forebear.evaluation.python.opening import (
-    Asked,
     Finding,
+    IndexLike,
     Rows,
     finding,
     question_of,
@@ -52,7 +52,7 @@ COMMAND = "forebear.audits.{}(...) in Python"
 
 
 def hans(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows,
     methods: Sequence[str] | None = None,
     *,
@@ -64,13 +64,13 @@ def hans(
     Args:
         retriever: Over an index of pairs.
         rows: Test pairs labelled entailment or non-entailment.
-        methods: None: all that score rows.
+        methods: Names of methods; None: all methods that score rows.
         top: Rows whose overlap is averaged.
         progress: True, or a function.
 
     Raises:
         InputError: The rows or methods do not fit the index.
-        DataError: The rows are not labelled so.
+        DataError: The rows have other labels, or no row is mispredicted as entailment.
     """
     retriever = retriever_of(retriever)
     source = tested_rows(retriever, rows, need_labels=True)
@@ -79,7 +79,7 @@ def hans(
 
 
 def overlap(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows,
     *,
     n_queries: int = 100,
@@ -95,7 +95,7 @@ def overlap(
 
 
 def negation(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows,
     *,
     column: str | None = None,
@@ -115,7 +115,7 @@ def negation(
 
 
 def artifact(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows,
     feature: str | Callable[[dict[str, str]], float],
     *,
@@ -133,15 +133,15 @@ def artifact(
     Args:
         retriever: Over the index.
         rows: Test rows.
-        feature: From a dictionary of a row's texts, by column, to a number; or ``FILE.py:function``.
+        feature: Function from a dictionary of a row's texts, by column, to a number; or ``FILE.py:function``.
         n_queries: Test rows in the sample; 0: all.
-        seed: Of the sample.
+        seed: Random seed of the sample.
         progress: True, or a function.
         spec: The question; ``if`` by default.
         **choices: Fields of QuerySpec.
 
     Raises:
-        InputError: A choice that means nothing, or rows that do not fit the index.
+        InputError: A choice is out of range, or the rows do not fit the index.
     """
     retriever = retriever_of(retriever)
     measured = user_feature(feature, retriever.index.manifest.spec.text_columns)
@@ -149,7 +149,7 @@ def artifact(
 
 
 def suspects(
-    retriever: Asked,
+    retriever: IndexLike,
     *,
     n_listed: int = 100,
     n_neighbours: int = 10,
@@ -161,7 +161,7 @@ def suspects(
     Args:
         retriever: Over the index.
         n_listed: Rows in the report.
-        n_neighbours: Of a row, whose labels are compared with its own.
+        n_neighbours: Number of nearest rows whose labels are compared with the label of a row.
         spec: The question; ``gd`` and ``if`` by default, and always about the gold label.
         **choices: Fields of QuerySpec.
     """
@@ -173,7 +173,7 @@ def suspects(
 
 
 def duplicates(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows | None = None,
     *,
     n_listed: int = 100,
@@ -186,12 +186,12 @@ def duplicates(
 
     Args:
         retriever: Over the index.
-        rows: Test rows that should not be among the training rows; None: none are looked at.
+        rows: Test rows that should not be among the training rows; None: no test rows are compared.
         n_listed: Groups in the report.
         jaccard: Least similarity of word sets, 0 to 1.
         cosine: Least cosine of the features of neighbours, -1 to 1.
         cosine_jaccard: Least similarity of the word sets of such neighbours, 0 to 1.
-        neighbours: Of a row, by features, that are looked at.
+        neighbours: Number of nearest rows of each row, by features, whose cosines are compared; 0: no cosines.
 
     Raises:
         InputError: A threshold is out of range.
@@ -211,7 +211,7 @@ def duplicates(
 
 
 def errors(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows,
     *,
     n_clusters: int = 1,
@@ -226,13 +226,13 @@ def errors(
         retriever: Over the index.
         rows: Labelled test rows.
         n_clusters: Groups that each kind of mistake is parted into, by features; 1: none.
-        seed: Of the clusters.
+        seed: Random seed of the clusters.
         progress: True, or a function.
         spec: The question, of methods that are linear in the query; ``if`` by default.
         **choices: Fields of QuerySpec.
 
     Raises:
-        InputError: A choice that means nothing.
+        InputError: A choice is out of range.
         DataError: The rows have no labels of the model.
     """
     if n_clusters < 1:
@@ -248,7 +248,7 @@ def errors(
 
 
 def hubs(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows | None = None,
     *,
     n_queries: int = 500,
@@ -265,7 +265,7 @@ def hubs(
         rows: Test rows; None: the training rows themselves, each without its own place.
         n_queries: Rows in the sample; 0: all.
         n_listed: Rows in the report, for each method.
-        seed: Of the sample.
+        seed: Random seed of the sample.
         progress: True, or a function.
         spec: The question; by default of all methods that score rows.
         **choices: Fields of QuerySpec.
@@ -282,7 +282,7 @@ def hubs(
 
 
 def _regress(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows,
     feature: Feature,
     n_queries: int,

@@ -2,14 +2,14 @@
 
 Every function takes a :class:`~forebear.Retriever` (or an index, or its folder) first, and gives a
 :class:`~forebear.evaluation.python.opening.Finding`: ``.found`` the numbers, ``.report`` the page, ``.result`` the
-numbers as plain values, ``.write(folder)``. What they share:
+numbers as plain values, ``.write(folder)``. Their common parameters:
 
 - ``rows``: test rows, a RowSource, a path, or a list of texts or of pairs;
 - ``n_queries`` and ``seed``: a seeded sample of them, 0 for all;
 - ``spec`` and further keywords: the choices of a :class:`~forebear.QuerySpec`; by default all methods that score rows;
 - ``progress``: True draws the usual bar.
 
-They raise InputError where a choice means nothing, before any model runs. ``removal``, ``deletion_curve``,
+They raise InputError where a choice is out of range, before any model runs. ``removal``, ``deletion_curve``,
 ``retraining_loss`` and ``lds`` train models again; see :class:`Retraining`.
 
     >>> from forebear import evaluations
@@ -38,8 +38,8 @@ from forebear.evaluation.measures import saliency_consistency as of_saliency
 from forebear.evaluation.measures import top_overlap as of_overlap
 from forebear.evaluation.measures.agreement_report import agreement_report
 from forebear.evaluation.python.opening import (
-    Asked,
     Finding,
+    IndexLike,
     Rows,
     finding,
     question_of,
@@ -76,7 +76,7 @@ COMMAND = "forebear.evaluations.{}(...) in Python"
 
 
 def correlation(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows,
     *,
     n_rows: int = 500,
@@ -98,7 +98,7 @@ def correlation(
 
 
 def overlap(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows,
     *,
     tops: Sequence[int] = (),
@@ -117,7 +117,7 @@ def overlap(
         tops: Numbers of rows; 10 and 50, if neither these nor ``shares`` are given.
         shares: Shares of the live rows instead or besides, as texts: ``("0.01", "0.1")``.
         n_queries: Test rows in the sample; 0: all.
-        seed: Of the sample.
+        seed: Random seed of the sample.
         progress: True, or a function.
         spec: The question.
         **choices: Fields of QuerySpec.
@@ -132,7 +132,7 @@ def overlap(
 
 
 def randomized(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows,
     *,
     seeds: Sequence[int] = (0, 1, 2),
@@ -149,7 +149,7 @@ def randomized(
     """
     retriever = retriever_of(retriever)
     question = question_of(retriever, spec, choices)
-    if spec is None and "methods" not in choices:  # what does not depend on the model is refused
+    if spec is None and "methods" not in choices:  # a method that does not depend on the model would be refused
         names = question.spec.methods
         question = retriever.resolve(question, methods=[n for n in names if METHODS[n].representation != "sentence"])
     queries = sampled(retriever, rows, question, n_queries, seed)
@@ -161,7 +161,7 @@ def randomized(
 
 
 def saliency_consistency(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows,
     *,
     n_queries: int = 50,
@@ -183,7 +183,7 @@ def saliency_consistency(
 
 
 def recall(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows,
     *,
     n_queries: int = 50,
@@ -204,7 +204,7 @@ def recall(
 
 
 def near_duplicates(
-    retriever: Asked,
+    retriever: IndexLike,
     *,
     edits: Sequence[str] = of_near_duplicates.EDITS,
     tops: Sequence[int] = of_near_duplicates.TOPS,
@@ -228,7 +228,7 @@ def near_duplicates(
 
 
 def cancellation(
-    retriever: Asked, *, n_rows: int = 100, seed: int = 0, progress: Progress | bool = False
+    retriever: IndexLike, *, n_rows: int = 100, seed: int = 0, progress: Progress | bool = False
 ) -> Finding[of_cancellation.Cancellation]:
     """Do the training rows' gradients cancel out? By layer, biases against weights, of ``n_rows`` sampled rows.
 
@@ -241,7 +241,7 @@ def cancellation(
 
 
 def mislabelled(
-    retriever: Asked,
+    retriever: IndexLike,
     wrong: np.ndarray,
     *,
     true_labels: np.ndarray | None = None,
@@ -255,11 +255,11 @@ def mislabelled(
 
     Args:
         retriever: Over the index.
-        wrong: Which rows are labelled wrongly, ``(N,)`` bool by row number.
+        wrong: Whether a row is labelled wrongly, ``(N,)`` bool by row number.
         true_labels: Class ids of all rows, ``(N,)``, where they are known.
         tops: Numbers of rows whose precision is measured; the number of wrong rows always is.
-        n_neighbours: Of a row, whose labels are a baseline.
-        seed: Of the bootstrap.
+        n_neighbours: Number of nearest rows whose labels are a baseline.
+        seed: Random seed of the bootstrap.
         spec: The question; ``gd`` and ``if`` by default, and always about the gold label.
         **choices: Fields of QuerySpec.
     """
@@ -273,7 +273,7 @@ def mislabelled(
 
 
 def agreement(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows,
     measure: of_agreement.Measure,
     *,
@@ -302,7 +302,7 @@ def agreement(
 
 
 def faithfulness(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows,
     *,
     n_rows: int = 200,

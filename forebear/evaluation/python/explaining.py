@@ -10,7 +10,7 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.evaluation.explain import explaining
 from forebear.evaluation.explain.explanation import Explanation
-from forebear.evaluation.python.opening import Asked, Rows, retriever_of
+from forebear.evaluation.python.opening import IndexLike, Rows, retriever_of
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Texts
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def explain(
-    retriever: Asked,
+    retriever: IndexLike,
     query: str | tuple[str, str],
     *,
     form: str = GRADIENT_X_INPUT,
@@ -43,18 +43,18 @@ def explain(
     Args:
         retriever: A Retriever, an Index, or an index folder.
         query: A text, or two for an index of pairs.
-        form: Of the saliency: ``gradient-x-input`` or ``summed-gradient``.
+        form: Form of the saliency: ``gradient-x-input`` or ``summed-gradient``.
         spec: The question. By default five rows at each end, by ``tracin-we-topk`` where the index holds words, and
             ``gc``.
         **choices: Fields of :class:`~forebear.QuerySpec`. By ``spans`` a method that ranks spans is asked too, by
             ``word`` one that is about that word's saliency.
 
     Returns:
-        What the page says. In a notebook it shows the page; ``forebear.evaluations`` and ``forebear.audits`` are of
+        The explanation. In a notebook it shows its page. ``forebear.evaluations`` and ``forebear.audits`` are about
         many rows.
 
     Raises:
-        InputError: A choice that means nothing or does not fit the index.
+        InputError: A choice is out of range or does not fit the index.
         ModelError: The model's tokenizer does not tell where words stand.
 
     Example:
@@ -75,7 +75,7 @@ def explain(
 
 
 def saliency(
-    model: Asked | Classifier, rows: Rows, target: str = "predicted", *, form: str = GRADIENT_X_INPUT
+    model: IndexLike | Classifier, rows: Rows, target: str = "predicted", *, form: str = GRADIENT_X_INPUT
 ) -> list[Saliency]:
     """How much each word piece of some rows, and each word, speaks for a label.
 
@@ -90,7 +90,7 @@ def saliency(
         form: ``gradient-x-input`` or ``summed-gradient``.
 
     Returns:
-        One a row, in the order given.
+        One saliency for each row, in the order given.
 
     Raises:
         InputError: The form or target is not known; or texts are given by columns, as before 0.2.
@@ -127,7 +127,7 @@ def saliency(
 
 
 def _refuse_columns(rows: object, target: object) -> None:
-    """Refuse what saliency took before it took rows, rather than read a column as a row."""
+    """Refuse texts by columns and class ids, the arguments before 0.2, rather than read a column as a row."""
     by_columns = isinstance(rows, (list, tuple)) and any(isinstance(row, list) for row in rows)
     if by_columns or not isinstance(target, str):
         raise InputError(
@@ -137,7 +137,7 @@ def _refuse_columns(rows: object, target: object) -> None:
         )
 
 
-def _opened(model: Asked | Classifier) -> tuple[Retriever | None, Classifier]:
+def _opened(model: IndexLike | Classifier) -> tuple[Retriever | None, Classifier]:
     """The retriever, where there is an index, and the model whose saliency is meant."""
     if isinstance(model, Classifier):
         return None, model

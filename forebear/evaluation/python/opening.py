@@ -1,4 +1,4 @@
-"""What the functions of this room share: what is asked, about which test rows, and what comes of it."""
+"""Parts that the functions of this room share: how they open an index and test rows, and the class they return."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from forebear.errors import InputError
-from forebear.evaluation.common.queries import Queries, sample_queries
+from forebear.evaluation.common.queries import QueryRows, sample_queries
 from forebear.evaluation.reports.report import Report, write_report
 from forebear.indexer.index import Index
 from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 T = TypeVar("T")
-Asked: TypeAlias = Retriever | Index | str | Path  # who answers: a retriever, or an index, which gets one
+IndexLike: TypeAlias = (
+    Retriever | Index | str | Path
+)  # a retriever; or an index or its folder, for which a retriever is opened
 Rows: TypeAlias = RowSource | str | Path | Sequence[str] | Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Finding(Generic[T]):
-    """What an audit or an evaluation found. In a notebook it shows its page.
+    """The result of an audit or an evaluation. In a notebook it shows its page.
 
     Attributes:
-        found: The numbers, in the class of the function that measured them.
+        found: The numbers, as an object of the class that the function names as its result.
         report: Tables, figures and data rows, as the page shows them.
         result: The numbers as plain values, as ``result.json`` holds them.
     """
@@ -53,9 +55,9 @@ class Finding(Generic[T]):
         return self.report._repr_html_()
 
 
-def retriever_of(asked: Asked) -> Retriever:
-    """The retriever that is asked; one of its own for an index."""
-    return asked if isinstance(asked, Retriever) else Retriever(asked)
+def retriever_of(index: IndexLike) -> Retriever:
+    """The given retriever, or a new retriever over the given index."""
+    return index if isinstance(index, Retriever) else Retriever(index)
 
 
 def question_of(
@@ -65,14 +67,15 @@ def question_of(
     default: Sequence[str] = (),
     **fixed: Unpack[QueryChoices],
 ) -> Question:
-    """The question, checked.
+    """The question of a public function, checked against the index.
 
     Args:
-        retriever: That is asked.
-        spec: As a public function is given it.
-        choices: Likewise.
-        default: Methods where none are named: those that the index can answer, else ``gd``; none: all that score rows.
-        **fixed: What the audit or evaluation decides itself.
+        retriever: Over the index.
+        spec: The ``spec`` that the public function was given.
+        choices: The further keywords that it was given.
+        default: Methods to take where the caller names none: those of them that the index can answer, or else ``gd``.
+            If it is empty, all methods that score rows.
+        **fixed: Choices that the audit or evaluation makes itself; they replace the caller's.
     """
     if spec is None and "methods" not in choices:
         answerable = retriever.available_methods()
@@ -82,7 +85,7 @@ def question_of(
 
 
 def tested_rows(retriever: Retriever, rows: Rows, *, need_labels: bool = False) -> RowSource:
-    """Test rows, opened."""
+    """The source of the test rows, which are a source, a path, a data frame or a list of texts."""
     if isinstance(rows, RowSource):
         return rows
     if isinstance(rows, (str, Path)) or hasattr(rows, "columns"):
@@ -94,8 +97,8 @@ def tested_rows(retriever: Retriever, rows: Rows, *, need_labels: bool = False) 
 
 def sampled(
     retriever: Retriever, rows: Rows, question: Question, n_queries: int, seed: int, *, need_labels: bool = False
-) -> Queries:
-    """The test rows that are asked about."""
+) -> QueryRows:
+    """A seeded sample of the test rows, with labels where they are needed."""
     labelled = need_labels or question.spec.target == "gold"
     return sample_queries(
         retriever, tested_rows(retriever, rows, need_labels=labelled), n_queries, seed, need_labels=labelled
@@ -103,5 +106,5 @@ def sampled(
 
 
 def finding(found: T, page: tuple[Report, Mapping[str, Any]]) -> Finding[T]:
-    """What was found, with its report and plain numbers."""
+    """A finding from the numbers, and the pair of report and plain numbers."""
     return Finding(found, *page)

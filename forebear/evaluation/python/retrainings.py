@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from forebear.evaluation.common.queries import Queries, sample_queries
+from forebear.evaluation.common.queries import QueryRows, sample_queries
 from forebear.evaluation.common.span_queries import sample_span_queries
-from forebear.evaluation.python.opening import Asked, Finding, Rows, finding, retriever_of, tested_rows
+from forebear.evaluation.python.opening import Finding, IndexLike, Rows, finding, retriever_of, tested_rows
 from forebear.evaluation.retraining import deletion_curve as of_deletion
 from forebear.evaluation.retraining import lds as of_lds
 from forebear.evaluation.retraining import removal as of_removal
@@ -40,7 +40,7 @@ COMMAND = "forebear.evaluations.{}(...) in Python"
 
 @dataclass(frozen=True, kw_only=True)
 class Retraining:
-    """How the model is trained again, how often, and where what retrained models said is kept.
+    """How the model is trained again, how often, and where the outputs of retrained models are kept.
 
     Attributes:
         recipe: What is trained: ``full`` as the run did; ``top-K``, the last K layers from stored states; ``head``, the
@@ -48,8 +48,8 @@ class Retraining:
         n_seeds: Retrainings of each kind; of ``head`` one is enough.
         run: Run folder of the training; None: the one that the index's model lies in.
         cache: Folder of finished retrainings, with which an interrupted call goes on; None: INDEX-retraining.
-        l2: Of ``head``: weight of half the squared norm, above 0.
-        budget: Models to train at most; what is compared is then sampled. None: as many as it takes.
+        l2: For ``head``: weight of half the squared norm, above 0.
+        budget: Models to train at most; comparisons are then sampled. None: all comparisons.
         device: Where models are trained.
     """
 
@@ -64,30 +64,30 @@ class Retraining:
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """What one of these evaluations works with.
+    """The opened parts of an evaluation by retraining.
 
     Attributes:
         retriever: Over the index.
-        question: What is asked.
+        question: The question, with its methods.
         queries: Test rows that scores are computed for.
-        retrainer: Whose models are asked about them, or about all test rows.
-        seeds: Of the retrainings.
-        labels: Class ids of the rows that retrained models are asked about, where they are needed.
+        retrainer: Trains models and evaluates them on ``evaluated``.
+        seeds: Seeds of the retrainings.
+        evaluated: Test rows on which retrained models are evaluated: the queries, or all test rows.
     """
 
     retriever: Retriever
     question: Question
-    queries: Queries
+    queries: QueryRows
     retrainer: Retrainer
     seeds: tuple[int, ...]
-    asked: Queries
+    evaluated: QueryRows
 
     def scores(self) -> Scores:
-        """Of all live rows, by method."""
+        """Scores of all live rows, ``(q, n)`` by method."""
         return row_scores(self.retriever, self.queries, self.question)
 
     def page(self, found: T, make_report: object, seed: int, name: str) -> Finding[T]:
-        """What was found, with its report; files of the cache that were damaged are told as warnings."""
+        """The finding with its report; the retrainer's lines on damaged files and lacking classes become warnings."""
         for line in self.retrainer.warnings:
             warnings.warn(line, stacklevel=3)
         assert callable(make_report)
@@ -98,35 +98,43 @@ class _Opened:
 
 
 def _open(
-    asked: Asked,
+    index: IndexLike,
     rows: Rows,
-    how: Retraining,
+    retraining: Retraining,
     n_queries: int,
     seed: int,
     spec: QuerySpec | None,
     choices: QueryChoices,
     *,
     need_labels: bool = False,
-    of_all: bool = False,
+    evaluate_all: bool = False,
 ) -> _Opened:
-    retriever = retriever_of(asked)
+    retriever = retriever_of(index)
     named = spec is not None or "methods" in choices
     spec = QuerySpec.of(spec, **choices)
     question = retriever.resolve(spec, methods=removal_methods(retriever, spec.methods if named else ()))
     labelled = need_labels or spec.target == "gold"
     source = tested_rows(retriever, rows, need_labels=labelled)
     queries = sample_span_queries(retriever, source, question, n_queries, seed, need_labels=labelled)
-    shown = sample_queries(retriever, source, 0, seed, need_labels=labelled) if of_all else queries
-    cache = how.cache if how.cache is not None else f"{retriever.index.folder.resolve()}-retraining"
-    retrainer = open_retrainer(retriever, how.recipe, shown.texts, cache, run=how.run, l2=how.l2, device=how.device)
+    evaluated = sample_queries(retriever, source, 0, seed, need_labels=labelled) if evaluate_all else queries
+    cache = retraining.cache if retraining.cache is not None else f"{retriever.index.folder.resolve()}-retraining"
+    retrainer = open_retrainer(
+        retriever,
+        retraining.recipe,
+        evaluated.texts,
+        cache,
+        run=retraining.run,
+        l2=retraining.l2,
+        device=retraining.device,
+    )
     return _Opened(
         retriever=retriever, question=question, queries=queries, retrainer=retrainer,
-        seeds=seeds_of(retrainer, how.n_seeds, seed), asked=shown,
+        seeds=seeds_of(retrainer, retraining.n_seeds, seed), evaluated=evaluated,
     )  # fmt: skip
 
 
 def removal(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows,
     *,
     remove: Sequence[int] = (),
@@ -149,8 +157,8 @@ def removal(
         sides: Which rows: some of ``top``, ``bottom`` and ``least``; none: all three.
         how: The retraining.
         n_queries: Test rows in the sample; 0: all.
-        seed: Of the sample, and of the first retraining.
-        progress: True, or a function.
+        seed: Seed of the sample, and of the first retraining.
+        progress: True to draw a bar, or a function that is called with the stage, jobs done and jobs in all.
         spec: The question; by default all methods that give rows a score.
         **choices: Fields of QuerySpec.
     """
@@ -164,7 +172,7 @@ def removal(
 
 
 def deletion_curve(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows,
     *,
     remove: Sequence[int] = (),
@@ -198,7 +206,7 @@ def deletion_curve(
 
 
 def retraining_loss(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows,
     *,
     remove: Sequence[int] = (),
@@ -215,10 +223,10 @@ def retraining_loss(
     As :func:`removal`; a fifth and a half of the rows, if neither ``remove`` nor ``shares`` are given. Test rows have
     labels; accuracy is measured on all of them, scores are summed over the sample.
     """
-    opened = _open(retriever, rows, how, n_queries, seed, spec, choices, need_labels=True, of_all=True)
-    assert opened.asked.labels is not None
+    opened = _open(retriever, rows, how, n_queries, seed, spec, choices, need_labels=True, evaluate_all=True)
+    assert opened.evaluated.labels is not None
     found = of_loss.measure_retraining_loss(
-        opened.retrainer, opened.scores(), opened.asked.labels,
+        opened.retrainer, opened.scores(), opened.evaluated.labels,
         amounts_of(remove, shares, len(opened.retriever.index.live), ["0.2", "0.5"]), opened.seeds,
         budget=how.budget, seed=seed, progress=progress_of(progress),
     )  # fmt: skip
@@ -226,7 +234,7 @@ def retraining_loss(
 
 
 def lds(
-    retriever: Asked,
+    retriever: IndexLike,
     rows: Rows,
     *,
     n_subsets: int = 100,
@@ -237,7 +245,7 @@ def lds(
     spec: QuerySpec | None = None,
     **choices: Unpack[QueryChoices],
 ) -> Finding[of_lds.Lds]:
-    """Linear datamodeling score: do summed scores foretell what models trained on random halves say?
+    """Linear datamodeling score: do summed scores foretell the outputs of models trained on random halves?
 
     As :func:`removal`; ``n_subsets`` random halves of the training rows, a model for each.
     """

@@ -14,7 +14,7 @@ import numpy as np
 from forebear.errors import InputError, NonFiniteError
 
 INK = "#010203"  # stands for the page's text colour until the SVG is written
-MAX_SERIES = 6  # of a chart
+MAX_SERIES = 6  # series in one chart
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito
 _HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -46,7 +46,7 @@ def bar_chart(
     Args:
         labels: One per group, ``g`` of them, drawn from top to bottom.
         series: Values by series name, ``(g,)`` each; at most six series.
-        xlabel: What the axis measures, with its unit.
+        xlabel: The quantity on the axis, with its unit.
         errors: Half-widths of the error bars by series name, ``(g,)`` each; None draws no bar.
         reference: A labelled vertical line, such as ("all rows", 0.44).
         digits: Decimals of the written values.
@@ -62,8 +62,8 @@ def bar_chart(
     with _canvas(height=0.75 + 0.06 * n_series + n_groups * (0.17 + 0.21 * n_series)) as (figure, axes):
         for i, (name, values) in enumerate(series.items()):
             places = np.arange(n_groups) + (i - (n_series - 1) / 2) * thickness
-            look = {"color": _COLOURS[i], "edgecolor": INK, "hatch": _HATCHES[i], "linewidth": 0.8}
-            axes.barh(places, values, height=thickness * 0.86, label=name, **look)
+            style = {"color": _COLOURS[i], "edgecolor": INK, "hatch": _HATCHES[i], "linewidth": 0.8}
+            axes.barh(places, values, height=thickness * 0.86, label=name, **style)
             for place, value, half in zip(places, values, halves[name], strict=True):
                 if half:
                     axes.errorbar(value, place, xerr=half, color=INK, capsize=2.5, linewidth=1.0)
@@ -73,8 +73,8 @@ def bar_chart(
                 axes.text(place_x, place, shown, va="center", ha=align, fontsize=9)
         if reference is not None:
             axes.axvline(reference[1], color=INK, linestyle=(0, (4, 3)), linewidth=1.1)
-            at = axes.get_xaxis_transform()  # x in data, y as a share of the axes' height
-            axes.text(reference[1], 1.01, reference[0], transform=at, ha="center", va="bottom", fontsize=9)
+            transform = axes.get_xaxis_transform()  # x in data, y as a share of the axes' height
+            axes.text(reference[1], 1.01, reference[0], transform=transform, ha="center", va="bottom", fontsize=9)
         if min(every) < 0:
             axes.axvline(0.0, color=INK, linewidth=0.8)
         axes.set_yticks(range(n_groups), labels)
@@ -102,8 +102,8 @@ def line_chart(
     halves = _half_widths(x, series, errors)
     with _canvas(height=3.2) as (figure, axes):
         for i, (name, values) in enumerate(series.items()):
-            look = {"color": _COLOURS[i], "marker": _MARKERS[i], "linestyle": _DASHES[i], "linewidth": 1.6}
-            axes.plot(x, values, markersize=5, markeredgecolor=INK, markeredgewidth=0.6, **look)
+            style = {"color": _COLOURS[i], "marker": _MARKERS[i], "linestyle": _DASHES[i], "linewidth": 1.6}
+            axes.plot(x, values, markersize=5, markeredgecolor=INK, markeredgewidth=0.6, **style)
             if any(halves[name]):
                 axes.errorbar(x, values, yerr=halves[name], fmt="none", color=_COLOURS[i], capsize=2.5)
         low, high = axes.get_ylim()
@@ -184,7 +184,7 @@ def _canvas(height: float) -> Iterator[tuple[Any, Any]]:
 
 
 def _to_svg(figure: Any) -> str:
-    """Draw; take date, tool name and fixed ink out."""
+    """Write the figure as SVG without date and tool name, in the text colour of the page (``currentColor``)."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()

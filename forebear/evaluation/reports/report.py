@@ -97,12 +97,14 @@ def write_report(
     force: bool = False,
     beside: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Write the four files, of one report at all times even if the process is killed; return the page's path.
+    """Write the four files of a report together, and return the page's path.
+
+    The folder holds the files of one report even if the process is killed: the old ones, or all of the new ones.
 
     Args:
-        report: What the page and the table show.
-        folder: Made if missing; other files in it are left alone.
-        result: The numbers, for programs. The report's provenance is added unless it has its own.
+        report: The report that the page and the table show.
+        folder: Folder of the report, made if missing; other files in it are left alone.
+        result: The numbers, for programs. The report's provenance is added unless ``result`` has a provenance.
         force: Overwrite the files.
         beside: Texts of further files that belong to this report, by name.
 
@@ -124,7 +126,7 @@ def write_report(
 
 
 def check_folder(folder: Path, *, force: bool = False) -> None:
-    """Raise OutputExistsError if a report could not be written there; for asking before long work."""
+    """Raise OutputExistsError if no report could be written to the folder; called before long work."""
     present = [name for name in REPORT_FILES if (folder / name).exists()]
     if (present and not force) or folder.is_file():
         raise OutputExistsError(
@@ -192,7 +194,7 @@ def report_from_json(text: str) -> Report:
     """The report, without its data rows, that ``report.json`` holds.
 
     Raises:
-        ValueError, KeyError, TypeError: It is not what `write_report` writes.
+        ValueError, KeyError, TypeError: The text is not a ``report.json`` of `write_report`.
     """
     found = json.loads(text)
     tables = [Table(**table) for table in found["tables"]]
@@ -247,7 +249,7 @@ def _decimals(table: Table) -> list[int | None]:
 
 
 def _marked(text: str, words: Set[str]) -> list[tuple[str, bool]]:
-    """Cut a text into pieces, and say which of them are words to mark."""
+    """A text cut into pieces, each with whether it is a word to mark."""
     wanted = {re.sub(r"^\W+|\W+$", "", word.lower()) for word in words} - {""}
     pieces = re.findall(r"\w+(?:['’-]\w+)*|\W+", text) if wanted else [text]
     return [(piece, piece.lower() in wanted) for piece in pieces]
@@ -262,7 +264,7 @@ def render_json(result: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no word for: NumPy values, sets, paths."""
+    """A value that JSON cannot write (of NumPy, a set, a path) as one that it can."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, Path | Set):

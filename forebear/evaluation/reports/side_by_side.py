@@ -1,8 +1,8 @@
 """``forebear report``: reports side by side on one page.
 
-Tables of the same title are joined by their labels: the first column, those after it that hold texts alone, and as many
-of whole numbers as it takes to tell the rows apart. Each
-report then has columns of its own. Figures follow one another; provenance is kept apart by report.
+Tables of the same title are joined by their labels: the first column, those after it that hold only texts, and as many
+columns of whole numbers as it takes to tell the rows apart. Each report then has value columns of its own. Figures
+follow one another; provenance is kept apart by report.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Folder:
     """A report folder.
 
     Attributes:
-        name: What its columns are headed by; no two are alike.
-        path: Where it is.
-        report: What it shows, without the data rows.
-        result_sha256: Of its ``result.json``.
+        name: Name of the folder in column headings and titles; no two folders have the same.
+        path: Path of the folder.
+        report: The report in it, without data rows.
+        result_sha256: sha256 of its ``result.json``.
     """
 
     name: str
@@ -69,13 +69,13 @@ def _read(folder: Path, name: str) -> Folder:
 
 
 def side_by_side(folders: Sequence[Folder], command: str) -> tuple[Report, dict[str, Any]]:
-    """One report of several, and what ``result.json`` says of them."""
+    """One report joined from several, and the names, paths and digests of the folders for ``result.json``."""
     titles = list(dict.fromkeys(table.title for folder in folders for table in folder.report.tables))
     tables: list[Table] = []
     for title in titles:
-        mine = [(f.name, table) for f in folders for table in f.report.tables if table.title == title]
-        joined = join_tables(title, mine)
-        tables += [joined] if joined is not None else [_named(name, table) for name, table in mine]
+        named_tables = [(f.name, table) for f in folders for table in f.report.tables if table.title == title]
+        joined = join_tables(title, named_tables)
+        tables += [joined] if joined is not None else [_named(name, table) for name, table in named_tables]
     figures = [
         Figure(f"{folder.name}: {figure.title}", figure.svg, figure.caption)
         for folder in folders
@@ -108,11 +108,12 @@ def join_tables(title: str, tables: Sequence[tuple[str, Table]]) -> Table | None
     """Tables of several reports as one, a group of columns each; rows in the order in which they first come.
 
     Args:
-        title: Of all of them.
-        tables: (report, table), at least one.
+        title: Title of all the tables.
+        tables: Pairs of a report's name and its table, at least one.
 
     Returns:
-        None where there is but one table, or a label stands for several rows of one: they cannot be joined.
+        The joined table; None where there is only one table, where label columns differ, or where a table has two rows
+        of the same labels, so that rows cannot be matched.
     """
     n_labels = min(_n_labels(table) for _, table in tables)
     while any(_repeats(table, n_labels) for _, table in tables) and all(
@@ -127,10 +128,10 @@ def join_tables(title: str, tables: Sequence[tuple[str, Table]]) -> Table | None
         return None
     columns = list(heads.pop()) + [f"{name} · {c}" for name, table in tables for c in table.columns[n_labels:]]
     rows: list[list[Cell]] = []
-    for key in dict.fromkeys(key for part in keyed for key in part):
+    for key in dict.fromkeys(key for rows_of_report in keyed for key in rows_of_report):
         cells: list[Cell] = list(key)
-        for part, (_, table) in zip(keyed, tables, strict=True):
-            cells += part.get(key, [None] * (len(table.columns) - n_labels))
+        for rows_of_report, (_, table) in zip(keyed, tables, strict=True):
+            cells += rows_of_report.get(key, [None] * (len(table.columns) - n_labels))
         rows.append(cells)
     notes = list(dict.fromkeys(table.note for _, table in tables if table.note))
     if len(notes) > 1:
@@ -143,7 +144,8 @@ def _repeats(table: Table, n_labels: int) -> bool:
 
 
 def _n_labels(table: Table) -> int:
-    """How many columns label the rows: the first, and those after it that hold texts alone; one column is left."""
+    """Number of columns that label the rows: the first, and those after it that hold only texts; at least one column is
+    left for values."""
     for i in range(1, len(table.columns)):
         if not table.rows or not all(isinstance(row[i], str) for row in table.rows):
             return i

@@ -1,4 +1,4 @@
-"""What every measure by retraining shares: changes of probability, seeds, how a report says what was retrained."""
+"""Parts that all measures by retraining share: changes of probability, seeds, provenance lines of their reports."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import provenance
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
-from forebear.ratio import ratio
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
@@ -23,10 +22,10 @@ Removals = Callable[[int, int], list[np.ndarray]]  # (query, seed) -> rows to re
 
 
 def seeds_of(retrainer: Retrainer, n_seeds: int, seed: int) -> tuple[int, ...]:
-    """Seeds of the retrainings: ``seed`` and those that follow it; one where seeds make no difference.
+    """Seeds of the retrainings: ``n_seeds`` of them from ``seed`` on; one seed where the recipe has no randomness.
 
     Raises:
-        InputError: Fewer than one.
+        InputError: ``n_seeds`` is less than 1.
     """
     if n_seeds < 1:
         raise InputError(f"--seeds {n_seeds}: expected at least 1.")
@@ -44,16 +43,17 @@ def probability_changes(
     seed: int = 0,
     progress: Progress = lambda _stage, _done, _total: None,
 ) -> tuple[np.ndarray, str]:
-    """Retrain without each set of rows; the change of one class's probability for the query they belong to.
+    """Retrain without each set of rows, and measure how one class's probability changes for the query of that set.
 
     Args:
         retrainer: Its evaluation rows are the queries.
         removals: Rows to remove, the same number of variations for every query and seed.
-        classes: Whose probability is looked at, ``(q,)``; None: what the same seed's retraining on all rows predicts.
-        n_queries: q.
-        seeds: Of the retrainings.
-        budget: Models to train at most: queries and seeds are sampled, with all of their variations.
-        seed: Of that sample.
+        classes: The class of each query whose probability is measured, ``(q,)``; None: the class that the same seed's
+            retraining on all rows predicts.
+        n_queries: Number of queries, q.
+        seeds: Seeds of the retrainings.
+        budget: Models to train at most: pairs of a query and a seed are sampled, with all variations of each.
+        seed: Seed of that sample.
         progress: See :meth:`~forebear.evaluation.retraining.jobs.Retrainer.run`.
 
     Returns:
@@ -70,26 +70,13 @@ def probability_changes(
     outcomes = retrainer.run([job for u in chosen for job in units[u]], progress)
     n_variations = len(units[0]) - 1
     changes = np.full((n_variations, len(seeds), n_queries), np.nan)
-    for at, u in enumerate(chosen):
+    for unit, u in enumerate(chosen):
         s, i = places[u]
-        whole, *reduced = outcomes[at * (n_variations + 1) : (at + 1) * (n_variations + 1)]
-        target = whole.predictions[i] if classes is None else classes[i]
-        before = whole.probabilities[i, target]
+        unchanged, *reduced = outcomes[unit * (n_variations + 1) : (unit + 1) * (n_variations + 1)]
+        target = unchanged.predictions[i] if classes is None else classes[i]
+        before = unchanged.probabilities[i, target]
         changes[:, s, i] = [outcome.probabilities[i, target] - before for outcome in reduced]
     return changes, sampled
-
-
-def over_seeds(values: np.ndarray) -> np.ndarray:
-    """Mean of ``(..., seeds, q)`` over the sampled seeds, ``(..., q)``; NaN for a query that was not sampled."""
-    defined = ~np.isnan(values)
-    n = defined.sum(axis=-2)
-    total = np.where(defined, values, 0.0).sum(axis=-2)
-    return ratio(total, n, np.nan)
-
-
-def defined(values: np.ndarray) -> np.ndarray:
-    """The values that are not NaN."""
-    return np.asarray(values[~np.isnan(values)])
 
 
 def retraining_provenance(
@@ -99,10 +86,10 @@ def retraining_provenance(
     retrainer: Retrainer,
     seeds: Sequence[int],
     sampled: str,
-    queries: Queries,
+    queries: QueryRows,
     command: str,
 ) -> dict[str, str]:
-    """What a report says of where its numbers come from."""
+    """The provenance lines of a report: index, question, test rows, and how models were retrained."""
     return provenance(
         retriever,
         spec,

@@ -13,15 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, question_record
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.comparisons import (
+    INTERVAL_COLUMNS,
+    defined,
+    defined_means,
+    interval_cells,
+    listed_values,
+    question_record,
+)
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import difference_table
 from forebear.evaluation.reports.charts import line_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.evaluation.retraining.changes import (
     IN_PLACE,
-    defined,
-    over_seeds,
     probability_changes,
     retraining_provenance,
 )
@@ -41,12 +46,12 @@ class DeletionCurve:
     Attributes:
         methods: ``m`` names.
         amounts: Rows removed, ascending, ``k``.
-        seeds: Of the retrainings.
+        seeds: Seeds of the retrainings.
         changes: Change of the gold class's probability without the top proponents, and without the top opponents:
             ``(m, 2, k, seeds, q)``; NaN where not sampled.
-        n_candidates: Rows of each query that might be removed; None: all.
-        sampled: What was retrained, in a line.
-        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
+        n_candidates: Number of rows that may be removed for each query; None: all rows.
+        sampled: One line that says which retrainings were sampled.
+        residuals: Relative residuals of H^-1 by method; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -60,7 +65,7 @@ class DeletionCurve:
     @property
     def curves(self) -> np.ndarray:
         """DEL+(k) and DEL-(k) of each query, ``(m, 2, k, q)``; NaN for queries that were not sampled."""
-        return over_seeds(self.changes)
+        return defined_means(self.changes, axis=-2)
 
     @property
     def auc(self) -> np.ndarray:
@@ -84,22 +89,22 @@ def measure_deletion(
 
     Args:
         retrainer: Its evaluation rows are the queries.
-        scores: Of all live rows, ``(q, n)`` by method; larger = proponent.
+        scores: Scores of all live rows, ``(q, n)`` by method; larger = proponent.
         gold: Class ids of the queries, ``(q,)``.
-        amounts: Numbers k.
-        seeds: Of the retrainings, whose mean stands for the expectation.
+        amounts: The numbers k of rows to remove.
+        seeds: Seeds of the retrainings; their mean stands for the expectation.
         candidates: Positions among the live rows that may be removed for each query, ``(q, n_candidates)``; None: all.
         budget: See :func:`probability_changes`.
-        seed: Of the sample.
+        seed: Seed of the sample of retrainings.
         progress: See :func:`probability_changes`.
     """
     live = retrainer.rows.live
     sides: tuple[Side, Side] = ("top", "bottom")
 
     def removals(query: int, _seed: int) -> list[np.ndarray]:
-        at = np.arange(len(live)) if candidates is None else candidates[query]
-        mine = [found[query, at] for found in scores.values()]
-        return [rows_at(values, live[at], k, side) for values in mine for side in sides for k in amounts]
+        positions = np.arange(len(live)) if candidates is None else candidates[query]
+        query_scores = [method_scores[query, positions] for method_scores in scores.values()]
+        return [rows_at(values, live[positions], k, side) for values in query_scores for side in sides for k in amounts]
 
     changes, sampled = probability_changes(
         retrainer, removals, gold, len(gold), seeds, budget=budget, seed=seed, progress=progress
@@ -116,9 +121,9 @@ def measure_deletion(
 
 
 def deletion_report(
-    found: DeletionCurve,
+    curve: DeletionCurve,
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     retrainer: Retrainer,
     seed: int,
@@ -128,12 +133,12 @@ def deletion_report(
     names = ("DEL+", "DEL−")
     rows: list[list[Cell]] = []
     points: list[list[Cell]] = []
-    for i, name in enumerate(found.methods):
+    for i, name in enumerate(curve.methods):
         for j, side in enumerate(names):
-            auc = defined(found.auc[i, j])
+            auc = defined(curve.auc[i, j])
             rows.append([name, side, *interval_cells(auc, seed), len(auc)])
             points += [
-                [name, side, k, *interval_cells(found.curves[i, j, a], seed)] for a, k in enumerate(found.amounts)
+                [name, side, k, *interval_cells(curve.curves[i, j, a], seed)] for a, k in enumerate(curve.amounts)
             ]
     tables = [
         Table(
@@ -146,51 +151,51 @@ def deletion_report(
         ),
         Table("Curves", ["method", "curve", "removed", *INTERVAL_COLUMNS], points),
     ]
-    if len(found.methods) > 1:
+    if len(curve.methods) > 1:
         for j, side in enumerate(names):
-            values = {name: defined(found.auc[i, j]) for i, name in enumerate(found.methods)}
+            values = {name: defined(curve.auc[i, j]) for i, name in enumerate(curve.methods)}
             tables.append(difference_table(f"Methods compared, AUC-{side}", values, seed))
-    sampled = found.sampled
-    if found.n_candidates is not None:
-        sampled += f"; of each query, only the {found.n_candidates:,} rows of least tf-idf overlap may be removed"
-    best = int(np.nanmean(found.auc[:, 0], axis=1).argmin())
-    plus, minus = (float(np.nanmean(found.auc[best, j])) for j in (0, 1))
+    sampled = curve.sampled
+    if curve.n_candidates is not None:
+        sampled += f"; of each query, only the {curve.n_candidates:,} rows of least tf-idf overlap may be removed"
+    best = int(np.nanmean(curve.auc[:, 0], axis=1).argmin())
+    plus, minus = (float(np.nanmean(curve.auc[best, j])) for j in (0, 1))
     report = Report(
         "Deletion curves",
         f"AUC-DEL+, the change of the gold class's probability without its proponents, is least by "
-        f"{found.methods[best]}: {plus:+.3f}; without its opponents (AUC-DEL−) {minus:+.3f}. {retrainer.recipe.note}",
+        f"{curve.methods[best]}: {plus:+.3f}; without its opponents (AUC-DEL−) {minus:+.3f}. {retrainer.recipe.note}",
         tables,
-        [_curve_figure(found, j, f"{side}(k)") for j, side in enumerate(names)],
+        [_curve_figure(curve, j, f"{side}(k)") for j, side in enumerate(names)],
         provenance=retraining_provenance(
-            retriever, spec, found.residuals, retrainer, found.seeds, sampled, queries, command
+            retriever, spec, curve.residuals, retrainer, curve.seeds, sampled, queries, command
         ),
     )
     result = {
-        **question_record(retriever, spec, found.residuals),
+        **question_record(retriever, spec, curve.residuals),
         **retrainer.facts(),
-        "seeds": found.seeds,
+        "seeds": curve.seeds,
         "sampled": sampled,
         "queries": queries.rows,
-        "amounts": found.amounts,
+        "amounts": curve.amounts,
         "changes": {
-            name: {"proponents": listed_values(found.changes[i, 0]), "opponents": listed_values(found.changes[i, 1])}
-            for i, name in enumerate(found.methods)
+            name: {"proponents": listed_values(curve.changes[i, 0]), "opponents": listed_values(curve.changes[i, 1])}
+            for i, name in enumerate(curve.methods)
         },
-        "auc": {name: {s: interval_cells(found.auc[i, j], seed)[0] for j, s in enumerate(("plus", "minus"))}
-                for i, name in enumerate(found.methods)},
+        "auc": {name: {s: interval_cells(curve.auc[i, j], seed)[0] for j, s in enumerate(("plus", "minus"))}
+                for i, name in enumerate(curve.methods)},
     }  # fmt: skip
     return report, result
 
 
-def _curve_figure(found: DeletionCurve, side: int, title: str) -> Figure:
+def _curve_figure(curve: DeletionCurve, side: int, title: str) -> Figure:
     series: dict[str, list[float]] = {}
     errors: dict[str, list[float | None]] = {}
-    for i, name in list(enumerate(found.methods))[:MAX_LINES]:
-        cells = [interval_cells(values, 0) for values in found.curves[i, side]]
+    for i, name in list(enumerate(curve.methods))[:MAX_LINES]:
+        cells = [interval_cells(values, 0) for values in curve.curves[i, side]]
         series[name] = [float(cell[0] or 0.0) for cell in cells]
         errors[name] = [None if cell[1] is None else float(cell[1]) for cell in cells]
     drawing = line_chart(
-        found.amounts, series, errors=errors, xlabel="rows removed", ylabel="change of the gold class's probability"
+        curve.amounts, series, errors=errors, xlabel="rows removed", ylabel="change of the gold class's probability"
     )
-    more = "" if len(found.methods) <= MAX_LINES else f" The first {MAX_LINES} methods."
+    more = "" if len(curve.methods) <= MAX_LINES else f" The first {MAX_LINES} methods."
     return Figure(title, drawing, f"Mean over queries, bars: standard error.{more}")

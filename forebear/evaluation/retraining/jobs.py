@@ -1,4 +1,4 @@
-"""Retraining: jobs (which rows, what seed), each outcome kept under its digest, so that none is done twice.
+"""Retraining: jobs (which rows, what seed), each outcome kept under its digest, so that no job is trained twice.
 
 A *job* says on which training rows a model is trained: some rows of the index, texts of some of them changed, some
 rows added. Its *outcome* is the retrained model's logits on the evaluation rows. How a model is trained is the
@@ -47,11 +47,11 @@ class Job:
 
     Attributes:
         rows: Numbers of rows of the index, ascending, each once.
-        seed: Of a new head, the order of the rows and dropout.
-        edits: Other texts for some of these rows, by row number; their labels stay.
+        seed: Random seed of a new head, of the order of the rows and of dropout.
+        edits: Changed texts of some of these rows, by row number; the labels of the rows stay.
         extra: Rows added at the end: texts and class id.
-        without: Some of ``rows``, ascending, that are not trained on, but keep their place among the others: they
-            weigh nothing in the loss of their step.
+        without: Row numbers out of ``rows``, ascending, that are not trained on. They keep their place in the batches
+            and weigh nothing in the loss of their step.
     """
 
     rows: np.ndarray
@@ -68,13 +68,13 @@ class Job:
     def __len__(self) -> int:
         return len(self.rows) - (0 if self.without is None else len(self.without)) + len(self.extra)
 
-    def labels(self, of_rows: np.ndarray) -> np.ndarray:
-        """Class id of every row in its place, added ones last, ``(n,)`` int64; ``IGNORED`` for those left out.
+    def labels(self, row_labels: np.ndarray) -> np.ndarray:
+        """Class id of every row in its place, added rows last, ``(n,)`` int64; ``IGNORED`` for rows left out.
 
         Args:
-            of_rows: Class ids of all rows of the index.
+            row_labels: Class ids of all rows of the index.
         """
-        placed = np.concatenate([of_rows[self.rows], [label for _, label in self.extra]]).astype(np.int64)
+        placed = np.concatenate([row_labels[self.rows], [label for _, label in self.extra]]).astype(np.int64)
         if self.without is not None:
             placed[np.searchsorted(self.rows, self.without)] = IGNORED
         return placed
@@ -83,31 +83,31 @@ class Job:
         """Places of edited and added rows, as in :meth:`labels`, and their texts, one list a column."""
         edited = sorted(self.edits)
         n_rows = len(self.rows)
-        at = [*np.searchsorted(self.rows, edited).tolist(), *range(n_rows, n_rows + len(self.extra))]
+        places = [*np.searchsorted(self.rows, edited).tolist(), *range(n_rows, n_rows + len(self.extra))]
         texts = [*(self.edits[row] for row in edited), *(text for text, _ in self.extra)]
-        return np.array(at, np.int64), [list(values) for values in zip(*texts, strict=True)]
+        return np.array(places, np.int64), [list(values) for values in zip(*texts, strict=True)]
 
-    def digest(self, of_all: str, *, seeded: bool) -> str:
-        """Name of the outcome: sha256 over this job and the digest of all that jobs share.
+    def digest(self, shared_digest: str, *, seeded: bool) -> str:
+        """Name of the outcome: sha256 over this job and the digest of what all jobs share.
 
         Args:
-            of_all: That digest.
-            seeded: Whether seed and order make a difference.
+            shared_digest: Digest of the recipe, the training rows and the evaluation rows.
+            seeded: Whether the seed and the order of the rows make a difference.
         """
-        found = hashlib.sha256(of_all.encode())
-        found.update(np.ascontiguousarray(self.rows if seeded else self.kept, "<i8").tobytes())
+        sha256 = hashlib.sha256(shared_digest.encode())
+        sha256.update(np.ascontiguousarray(self.rows if seeded else self.kept, "<i8").tobytes())
         edits = sorted((int(row), list(texts)) for row, texts in self.edits.items())
         extra = [[list(texts), int(label)] for texts, label in self.extra]
-        what: list[Any] = [self.seed if seeded else None, edits, extra]
+        choices: list[Any] = [self.seed if seeded else None, edits, extra]
         if seeded and self.without is not None:
-            what.append(self.without.tolist())
-        found.update(canonical_json(what))
-        return found.hexdigest()
+            choices.append(self.without.tolist())
+        sha256.update(canonical_json(choices))
+        return sha256.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a retrained model says of the evaluation rows.
+    """Output of a retrained model on the evaluation rows.
 
     Attributes:
         logits: ``(q, c)`` float32, finite.
@@ -131,12 +131,12 @@ class Outcome:
 
     def log_odds(self, classes: np.ndarray) -> np.ndarray:
         """log p / (1 - p) of one class a row, ``(q,)`` float64; from the logits, so finite also where p rounds to 1."""
-        at = (np.arange(len(classes)), classes)
-        others = self.logits.astype(np.float64)
-        own = others[at]
-        others[at] = -np.inf
-        top = others.max(axis=1)
-        return np.asarray(own - top - np.log(np.exp(others - top[:, None]).sum(axis=1)))
+        entries = (np.arange(len(classes)), classes)
+        other_logits = self.logits.astype(np.float64)
+        class_logits = other_logits[entries]
+        other_logits[entries] = -np.inf
+        largest = other_logits.max(axis=1)
+        return np.asarray(class_logits - largest - np.log(np.exp(other_logits - largest[:, None]).sum(axis=1)))
 
     def accuracy(self, labels: np.ndarray) -> float:
         """Share of rows whose most probable class is their label."""
@@ -147,10 +147,10 @@ class Recipe(Protocol):
     """How a model is trained.
 
     Attributes:
-        name: As given to ``--retrain``.
+        name: Name of the recipe, as given to ``--retrain``.
         seeded: Whether the outcome depends on the seed.
-        facts: All that decides an outcome beside the job, as JSON.
-        note: What a reader of the result must know of it.
+        facts: All choices, beside the job, that decide an outcome; they can be written as JSON.
+        note: A sentence for the report: what the retraining does, and where it is a stand-in for full training.
     """
 
     name: str
@@ -169,7 +169,7 @@ class TrainingRows:
     Attributes:
         live: Numbers of the rows that are not retired, ascending: what a model is retrained on when nothing is removed.
         labels: Class ids, ``(n,)``.
-        label_names: By class id.
+        label_names: Names of the classes, by class id.
         texts: One list a text column.
     """
 
@@ -187,8 +187,8 @@ class TrainingRows:
         """Refuse a job that no model can be trained on.
 
         Raises:
-            InputError: Rows out of range or out of order, edits of other rows, texts of another number of columns, or
-                no rows; the message names the job.
+            InputError: Rows are out of range or out of order, an edited row is not trained on, an edited or added row
+                has another number of texts, or there are no rows; the message names the job.
         """
         rows = job.rows
         if job.without is not None and (not np.isin(job.without, rows).all() or (np.diff(job.without) < 1).any()):
@@ -199,7 +199,7 @@ class TrainingRows:
         if foreign:
             raise InputError(f"{name}: row {foreign[0]} is edited but not trained on. Leave the edit out.")
         texts = [*job.edits.values(), *(texts for texts, _ in job.extra)]
-        if any(len(one) != len(self.texts) for one in texts):
+        if any(len(row_texts) != len(self.texts) for row_texts in texts):
             raise InputError(f"{name}: an edited or added row has not {len(self.texts)} text(s), as the index's rows.")
         if any(not 0 <= label < len(self.label_names) for _, label in job.extra):
             raise InputError(f"{name}: an added row has a class id outside of 0 to {len(self.label_names) - 1}.")
@@ -211,22 +211,22 @@ class Retrainer:
     """Runs jobs, each at most once.
 
     Attributes:
-        rows: What jobs choose from.
+        rows: The index's rows, from which jobs choose.
         recipe: How a model is trained.
-        n_trained: Jobs that were trained by this object, not found in the cache.
-        warnings: Lines on files of the cache that were damaged, and trained again; and on retrainings without rows of
-            a class, which are trained like any other: the model has seen none, and gives it little probability.
+        n_trained: Number of jobs that this object trained, because the cache held no outcome of them.
+        warnings: One line for each damaged file of the cache, whose job was trained again; and a line on retrainings
+            that had no row left of some class: their models give that class little probability.
     """
 
     def __init__(
         self, recipe: Recipe, rows: TrainingRows, evaluation: Sequence[Sequence[str]], cache: str | Path
     ) -> None:
-        """Prepare.
+        """Open the cache of outcomes for one recipe and one set of evaluation rows.
 
         Args:
-            recipe: Over the same training and evaluation rows.
+            recipe: How models are trained, over the same training and evaluation rows.
             rows: The index's rows.
-            evaluation: Texts that retrained models are asked of, one list a text column.
+            evaluation: Texts of the evaluation rows, one list a text column.
             cache: Folder of outcomes; made if missing. Several evaluations, indexes and recipes may share one.
         """
         self.rows, self.recipe, self._cache = rows, recipe, Path(cache)
@@ -236,14 +236,15 @@ class Retrainer:
         self.warnings: list[str] = []
 
     def run(self, jobs: Sequence[Job], progress: Progress = lambda _stage, _done, _total: None) -> list[Outcome]:
-        """Outcomes in the order of the jobs; equal jobs are trained once. Best sorted by seed.
+        """Outcomes in the order of the jobs; equal jobs are trained once. Jobs of one seed should be neighbours:
+        the start model of a seed is then loaded once.
 
         Args:
-            jobs: What to train.
-            progress: Told of ``retraining``, jobs done and jobs in all, those in the cache counted as done.
+            jobs: The trainings.
+            progress: Called with ``retraining``, jobs done and jobs in all; jobs in the cache count as done.
 
         Raises:
-            InputError: A job that no model can be trained on; no job is begun then.
+            InputError: No model can be trained on a job; it is raised before any job is begun.
             NonFiniteError: A retrained model gives NaN or infinity.
             StorageError: The cache cannot be written.
         """
@@ -252,22 +253,22 @@ class Retrainer:
         self._warn_of_classes(jobs)
         digests = [self.digest(job) for job in jobs]
         waiting = dict(zip(digests, jobs, strict=True))
-        done = {digest: found for digest in waiting if (found := self._read(digest)) is not None}
+        done = {digest: outcome for digest in waiting if (outcome := self._read(digest)) is not None}
         progress("retraining", len(done), len(waiting))
-        left = [digest for digest in waiting if digest not in done]
-        while left:
-            others = []
-            for digest in left:
+        remaining = [digest for digest in waiting if digest not in done]
+        while remaining:
+            claimed_elsewhere = []
+            for digest in remaining:
                 with claimed(self._path(digest).with_suffix(".lock")) as owner:
                     if owner is not None:
-                        others.append(digest)
+                        claimed_elsewhere.append(digest)
                         continue
-                    found = self._read(digest)  # another process may just have made it
-                    done[digest] = self._train(digest, waiting[digest]) if found is None else found
+                    outcome = self._read(digest)  # another process may just have made it
+                    done[digest] = self._train(digest, waiting[digest]) if outcome is None else outcome
                 progress("retraining", len(done), len(waiting))
-            if len(others) == len(left):
+            if len(claimed_elsewhere) == len(remaining):
                 time.sleep(POLL_SECONDS)
-            left = others
+            remaining = claimed_elsewhere
         return [done[digest] for digest in digests]
 
     def _warn_of_classes(self, jobs: Sequence[Job]) -> None:
@@ -284,7 +285,7 @@ class Retrainer:
         return job.digest(self._digest, seeded=self.recipe.seeded)
 
     def facts(self) -> dict[str, Any]:
-        """What a result says of its retraining."""
+        """How models were retrained, for ``result.json``: recipe, note, choices and digest."""
         recipe = self.recipe
         return {"retrain": recipe.name, "note": recipe.note, "recipe": dict(recipe.facts), "digest": self._digest}
 
@@ -317,7 +318,7 @@ class Retrainer:
             if logits.shape == self._shape and stated == (digest.encode(), _sha256(logits)):
                 return Outcome(logits)
         except (CorruptIndexError, KeyError, IndexError, AttributeError, ValueError):
-            pass  # said below
+            pass  # a damaged file: the warning below says so
         line = f"{path} is damaged; that model was trained again."
         if line not in self.warnings:
             self.warnings.append(line)
@@ -337,17 +338,17 @@ def _sha256(logits: np.ndarray) -> bytes:
 def within_budget(
     retrainer: Retrainer, units: Sequence[Sequence[Job]], budget: int | None, seed: int
 ) -> tuple[np.ndarray, str]:
-    """Which units are run, so that no more than ``budget`` different models are trained.
+    """Choose the units that are run, so that no more than ``budget`` different models are trained.
 
     A unit is the jobs that are compared with each other (those of one query and seed, say), so a sample of units
     leaves the comparison fair. Jobs that units share count once; jobs in the cache count like any other, so that the
     sample does not depend on what was run before.
 
     Args:
-        retrainer: Tells equal jobs.
+        retrainer: Its digests tell which jobs are equal.
         units: Jobs of each unit.
         budget: Models at most; None: no limit.
-        seed: Of the order in which units are taken until one no longer fits.
+        seed: Seed of the random order in which units are taken until a unit no longer fits.
 
     Returns:
         Numbers of the units, ascending, and one line that says what was sampled.
@@ -372,5 +373,5 @@ def within_budget(
             f"--budget {budget}: one comparison takes {least} or more retrainings. Give a larger budget, or fewer "
             "methods or amounts."
         )
-    what = f"{len(taken):,} of {total:,} retrainings (--budget {budget}): {len(kept):,} of {len(units):,} comparisons"
-    return np.sort(kept), worded(f"{what}, sampled with seed {seed}")
+    sample = f"{len(taken):,} of {total:,} retrainings (--budget {budget}): {len(kept):,} of {len(units):,} comparisons"
+    return np.sort(kept), worded(f"{sample}, sampled with seed {seed}")

@@ -1,4 +1,4 @@
-"""``lds``: the linear datamodeling score. Do summed scores foretell what a model trained on some of the rows says?
+"""``lds``: the linear datamodeling score. Do summed scores foretell the output of a model trained on some of the rows?
 
 Models are retrained on random halves of the rows. For each query: Spearman's correlation, over the halves, between the
 sum of the kept rows' scores and the retrained log-odds of the class that the scores explain (Ilyas et al., 2022; Park
@@ -17,16 +17,17 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import (
     INTERVAL_COLUMNS,
+    defined,
     interval_cells,
     listed_values,
     question_record,
     spearman,
 )
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import difference_table
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
-from forebear.evaluation.retraining.changes import defined, retraining_provenance
+from forebear.evaluation.retraining.changes import retraining_provenance
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
 from forebear.evaluation.retraining.row_choice import random_rows
 from forebear.retriever.question.spec import QuerySpec, Question
@@ -46,9 +47,9 @@ class Lds:
         outputs: Log-odds of the target class, ``(subsets, seeds, q)``.
         agreement: Mean correlation of two seeds' outputs for each query, ``(q,)``; None with one seed.
         subsets: Numbers of the random halves that were sampled.
-        seeds: Of the retrainings; outputs are averaged over them.
-        sampled: What was retrained, in a line.
-        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
+        seeds: Seeds of the retrainings; outputs are averaged over them.
+        sampled: One line that says which retrainings were sampled.
+        residuals: Relative residuals of H^-1 by method; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -62,7 +63,7 @@ class Lds:
 
     @property
     def ceiling(self) -> np.ndarray | None:
-        """What scores without error would reach, ``(q,)``, by Spearman and Brown's formula; None with one seed.
+        """Value that scores without error would reach, ``(q,)``, by Spearman and Brown's formula; None with one seed.
 
         sqrt(s r / (1 + (s - 1) r)) for s seeds that agree by r; 0 where r is not positive.
         """
@@ -87,12 +88,13 @@ def measure_lds(
 
     Args:
         retrainer: Its evaluation rows are the queries.
-        scores: Of all live rows, ``(q, n)`` by method; larger = proponent. -inf, of a row without a span, adds nothing.
+        scores: Scores of all live rows, ``(q, n)`` by method; larger = proponent. The score -inf of a row without a
+            span adds nothing.
         targets: The class whose loss the scores explain, ``(q,)``.
-        seeds: Of the retrainings, for each subset.
-        n_subsets: Halves.
+        seeds: Seeds of the retrainings, the same for each subset.
+        n_subsets: Number of random halves.
         budget: Models to train at most; subsets are sampled.
-        seed: Of the subsets.
+        seed: Seed of the random halves.
         progress: See :meth:`~forebear.evaluation.retraining.jobs.Retrainer.run`.
 
     Raises:
@@ -113,7 +115,7 @@ def measure_lds(
     pairs = [spearman(outputs[:, a].T, outputs[:, b].T) for a, b in combinations(range(len(seeds)), 2)]
     return Lds(
         methods=tuple(scores),
-        values=np.array([spearman(_sums(found, kept), mean) for found in scores.values()]),
+        values=np.array([spearman(_sums(method_scores, kept), mean) for method_scores in scores.values()]),
         outputs=outputs,
         agreement=np.mean(pairs, axis=0) if pairs else None,
         subsets=chosen,
@@ -134,9 +136,9 @@ def _sums(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 def lds_report(
-    found: Lds,
+    lds: Lds,
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     retrainer: Retrainer,
     seed: int,
@@ -144,39 +146,39 @@ def lds_report(
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     rows: list[list[Cell]] = []
-    for name, values in zip(found.methods, found.values, strict=True):
+    for name, values in zip(lds.methods, lds.values, strict=True):
         rows.append([name, *interval_cells(values, seed), int(np.isnan(values).sum())])
-    if found.agreement is not None and found.ceiling is not None:
-        for name, values in (("(one seed against another)", found.agreement), ("(noise ceiling)", found.ceiling)):
+    if lds.agreement is not None and lds.ceiling is not None:
+        for name, values in (("(one seed against another)", lds.agreement), ("(noise ceiling)", lds.ceiling)):
             rows.append([name, *interval_cells(values, seed), int(np.isnan(values).sum())])
-    n = len(found.subsets)
+    n = len(lds.subsets)
     table = Table(
         "Linear datamodeling score",
         ["method", *INTERVAL_COLUMNS, "undefined"],
         rows,
         f"Spearman's correlation over {n:,} random halves between summed scores of the kept rows and the retrained "
-        f"log-odds of the target class, averaged over {len(found.seeds)} seed(s); mean over queries, ± its standard "
+        f"log-odds of the target class, averaged over {len(lds.seeds)} seed(s); mean over queries, ± its standard "
         "error, 95% interval over queries. Undefined: queries whose sums or outputs are all equal; left out. "
         "Noise ceiling: what scores without error would reach, from how well two seeds agree (Spearman and Brown).",
     )
     tables = [table]
-    whole = ~np.isnan(found.values).any(axis=0)
-    if len(found.methods) > 1 and whole.any():
-        values = {name: mine[whole] for name, mine in zip(found.methods, found.values, strict=True)}
+    whole = ~np.isnan(lds.values).any(axis=0)
+    if len(lds.methods) > 1 and whole.any():
+        values = {name: method_values[whole] for name, method_values in zip(lds.methods, lds.values, strict=True)}
         tables.append(difference_table("Methods compared", values, seed))
-    cells = [interval_cells(values, seed) for values in found.values]
+    cells = [interval_cells(values, seed) for values in lds.values]
     means = [float(cell[0] or 0.0) for cell in cells]
     errors = [None if cell[1] is None else float(cell[1]) for cell in cells]
-    top = None if found.ceiling is None else defined(found.ceiling)
+    top = None if lds.ceiling is None else defined(lds.ceiling)
     reference = None if top is None or not len(top) else ("noise ceiling", float(top.mean()))
     drawing = bar_chart(
-        found.methods, {"LDS": means}, errors={"LDS": errors}, reference=reference, xlabel="mean Spearman's correlation"
+        lds.methods, {"LDS": means}, errors={"LDS": errors}, reference=reference, xlabel="mean Spearman's correlation"
     )
     best = int(np.argmax([-np.inf if cell[0] is None else float(cell[0]) for cell in cells]))
     report = Report(
         "Linear datamodeling score",
         (
-            f"{found.methods[best]} foretells retrained outputs best: {means[best]:.3f} over {n:,} random halves. "
+            f"{lds.methods[best]} foretells retrained outputs best: {means[best]:.3f} over {n:,} random halves. "
             if cells[best][0] is not None
             else f"Undefined for every method: scores or outputs are all equal over {n:,} random halves. "
         )
@@ -184,19 +186,19 @@ def lds_report(
         tables,
         [Figure("LDS by method", drawing, "Mean over queries, bars: standard error.")],
         provenance=retraining_provenance(
-            retriever, spec, found.residuals, retrainer, found.seeds, found.sampled, queries, command
+            retriever, spec, lds.residuals, retrainer, lds.seeds, lds.sampled, queries, command
         ),
     )
     result = {
-        **question_record(retriever, spec, found.residuals),
+        **question_record(retriever, spec, lds.residuals),
         **retrainer.facts(),
-        "seeds": found.seeds,
-        "sampled": found.sampled,
+        "seeds": lds.seeds,
+        "sampled": lds.sampled,
         "queries": queries.rows,
-        "subsets": found.subsets,
-        "lds": {name: listed_values(values) for name, values in zip(found.methods, found.values, strict=True)},
-        "agreement": None if found.agreement is None else listed_values(found.agreement),
-        "ceiling": None if found.ceiling is None else listed_values(found.ceiling),
-        "outputs": listed_values(found.outputs),
+        "subsets": lds.subsets,
+        "lds": {name: listed_values(values) for name, values in zip(lds.methods, lds.values, strict=True)},
+        "agreement": None if lds.agreement is None else listed_values(lds.agreement),
+        "ceiling": None if lds.ceiling is None else listed_values(lds.ceiling),
+        "outputs": listed_values(lds.outputs),
     }
     return report, result

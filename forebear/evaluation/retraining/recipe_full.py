@@ -32,10 +32,10 @@ class Start:
     """The model before its first step, in memory.
 
     Attributes:
-        options: Of the run.
-        name: Of the start model.
-        is_older: Whether the run drew its random numbers otherwise than a retraining does.
-        facts: What decides an outcome, beside rows and recipe.
+        options: Options of the training run.
+        name: Name of the start model.
+        is_older: Whether an older version made the run, which drew random numbers otherwise than a retraining does.
+        facts: All choices that decide an outcome, beside the rows and the recipe.
     """
 
     def __init__(self, run: Run, rows: TrainingRows, index: Index, device: str) -> None:
@@ -54,25 +54,28 @@ class Start:
             )
         if self.at(self.options.seed).tokenizer_sha256 != index.manifest.spec.tokenizer_sha256:
             raise MismatchError(f"{self.name} has another tokenizer than the index. Name the right run by --run.")
-        found = dropout_settings(self.at(self.options.seed).model)
-        if found != run.settings.get("dropout", found):  # runs of older versions do not say
+        dropout = dropout_settings(self.at(self.options.seed).model)
+        if dropout != run.settings.get("dropout", dropout):  # runs of older versions did not record it
             raise MismatchError(
-                f"{self.name} has other dropout than when the run started from it: {found}, then "
+                f"{self.name} has other dropout than when the run started from it: {dropout}, then "
                 f"{run.settings['dropout']}. Restore its config.json, or train and index again."
             )
         options = {f.name: getattr(self.options, f.name) for f in fields(TrainOptions) if f.name != "seed"}
         self.facts: Mapping[str, Any] = {
-            "start_model": self.name, "start_sha256": sha256, "dropout": found,
+            "start_model": self.name, "start_sha256": sha256, "dropout": dropout,
             "tokenizer_sha256": index.manifest.spec.tokenizer_sha256, "options": options,
             "libraries": library_versions(LIBRARIES), "threads": torch.get_num_threads(), "pairing": PAIRING,
         }  # fmt: skip
 
     def prepare(self, change: Callable[[Classifier], None]) -> None:
-        """Freeze or cut every model from now on by this function."""
+        """Apply a function that freezes or cuts layers to every model that is loaded from now on."""
         self._prepare, self._loaded = change, None
 
     def at(self, seed: int) -> Classifier:
-        """The start model with a seed's new head, always the same object for one seed after another."""
+        """The start model with the new head of a seed, as it is before the first step.
+
+        Calls with the same seed return the same object with its weights set back.
+        """
         if self._loaded is None or self._loaded[0] != seed:
             with torch.random.fork_rng(devices=[]):
                 classifier, _ = load_start(
@@ -115,9 +118,9 @@ class FullRecipe:
         """Logits of the retrained model on the evaluation rows, ``(q, c)``."""
         classifier = self._start.at(job.seed)
         encoded = [self._encoded[row] for row in job.rows] + [{}] * len(job.extra)
-        at, texts = job.changed()
-        if len(at):
-            for i, row in zip(at, _arrays(encode(classifier, texts)), strict=True):
+        places, texts = job.changed()
+        if len(places):
+            for i, row in zip(places, _arrays(encode(classifier, texts)), strict=True):
                 encoded[i] = row
         labelled = [{**row, "labels": int(label)} for row, label in zip(encoded, job.labels(self._labels), strict=True)]
         options = replace(self._start.options, seed=job.seed)
@@ -125,17 +128,18 @@ class FullRecipe:
         return run_forward(classifier, self._evaluation).logits
 
 
-def placed_lengths(job: Job, of_rows: np.ndarray) -> list[int]:
-    """What rows are grouped into batches by, so that no text moves another row: the length of each before its edit.
+def placed_lengths(job: Job, row_lengths: np.ndarray) -> list[int]:
+    """Lengths by which rows are grouped into batches: the length of each row before its edit.
 
-    Added rows take the lengths of rows drawn from all: as many of them, whatever their texts, find the same places.
+    So a changed text moves no other row. Added rows take the lengths of rows drawn from all rows of the index: jobs
+    that add equally many rows then have the same batches, whatever the added texts are.
 
     Args:
-        job: Which rows.
-        of_rows: Word pieces of all rows of the index.
+        job: The rows of the training.
+        row_lengths: Word pieces of all rows of the index.
     """
-    drawn = np.random.default_rng(0).integers(len(of_rows), size=len(job.extra))
-    return [*of_rows[job.rows].tolist(), *of_rows[drawn].tolist()]
+    drawn = np.random.default_rng(0).integers(len(row_lengths), size=len(job.extra))
+    return [*row_lengths[job.rows].tolist(), *row_lengths[drawn].tolist()]
 
 
 def _arrays(encoded: Sequence[dict[str, list[int]]]) -> list[dict[str, Any]]:

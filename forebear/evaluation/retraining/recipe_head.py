@@ -62,22 +62,22 @@ class HeadRecipe:
 
     def _extended(self, features: np.ndarray) -> torch.Tensor:
         """Features in float64, with a last column of ones for the bias."""
-        found = torch.from_numpy(features.astype(np.float64))
-        return torch.cat([found, torch.ones((len(found), 1), dtype=torch.float64)], dim=1) if self._has_bias else found
+        wide = torch.from_numpy(features.astype(np.float64))
+        return torch.cat([wide, torch.ones((len(wide), 1), dtype=torch.float64)], dim=1) if self._has_bias else wide
 
     def train(self, job: Job) -> np.ndarray:
         """Logits of the refitted head on the evaluation rows, ``(q, c)``."""
         labels = torch.from_numpy(job.labels(self._labels))
         features = torch.empty((len(labels), self._features.shape[1]), dtype=torch.float64)
         features[: len(job.rows)] = self._features[job.rows]
-        at, texts = job.changed()
-        if len(at):
-            features[at] = self._extended(run_forward(self._classifier, texts).features)
+        places, texts = job.changed()
+        if len(places):
+            features[places] = self._extended(run_forward(self._classifier, texts).features)
         kept = labels != IGNORED
         weights = self._fit(features[kept], labels[kept], f"{len(job)} rows")
         return (self._evaluation @ weights.T).numpy()
 
-    def _fit(self, features: torch.Tensor, labels: torch.Tensor, what: str) -> torch.Tensor:
+    def _fit(self, features: torch.Tensor, labels: torch.Tensor, row_set: str) -> torch.Tensor:
         """Weights ``(c, h)`` that minimise mean cross-entropy + l2 / 2 ||W||^2, from the fit to all rows on."""
         from scipy.optimize import minimize
 
@@ -92,13 +92,11 @@ class HeadRecipe:
             return loss.item(), gradient.reshape(-1).numpy()
 
         options = {"maxiter": 20_000, "maxfun": 40_000, "gtol": GRADIENT_TOLERANCE, "ftol": 0.0, "maxcor": 20}
-        found = minimize(
-            loss_and_gradient, self._begin.reshape(-1).numpy(), jac=True, method="L-BFGS-B", options=options
-        )
-        largest = float(np.abs(found.jac).max())
+        fit = minimize(loss_and_gradient, self._begin.reshape(-1).numpy(), jac=True, method="L-BFGS-B", options=options)
+        largest = float(np.abs(fit.jac).max())
         if not largest <= ACCEPTED_GRADIENT:
             raise InputError(
-                f"the head's fit to {what} did not converge: largest gradient {largest:.1e}, expected "
+                f"the head's fit to {row_set} did not converge: largest gradient {largest:.1e}, expected "
                 f"{ACCEPTED_GRADIENT:g}. Give a larger --l2 (now {self._l2:g})."
             )
-        return torch.from_numpy(found.x).view(shape)
+        return torch.from_numpy(fit.x).view(shape)

@@ -31,7 +31,7 @@ FULL_PRECISION_BYTES = 2 << 30  # hidden states of more are kept in fp16
 
 
 class _Hidden:
-    """What enters the first trained layer, for each of some rows: ``(t, h)`` each, one after another."""
+    """Hidden states that enter the first trained layer, ``(t, h)`` a row, the rows one after another."""
 
     def __init__(self, states: torch.Tensor, starts: np.ndarray) -> None:
         self.states, self.starts = states, starts
@@ -41,16 +41,16 @@ class _Hidden:
 
     @property
     def lengths(self) -> np.ndarray:
-        """t of each row, ``(n,)``."""
+        """Number of tokens of each row, ``(n,)``."""
         return np.diff(self.starts)
 
     def row(self, i: int) -> torch.Tensor:
-        """``(t, h)``."""
+        """States of row ``i``, ``(t, h)``."""
         return self.states[self.starts[i] : self.starts[i + 1]]
 
 
 class _Stored(nn.Module):
-    """Stands where the embeddings were, and gives what was put in."""
+    """Module in the place of the embeddings; its output is the stored states that were assigned to it."""
 
     states: torch.Tensor
 
@@ -75,7 +75,7 @@ class TopRecipe:
         self._dtype: torch.dtype | None = None
         self._rows = self._hidden(rows.texts)
         self._evaluation = self._hidden(evaluation)
-        frozen = start.options.freeze_below  # what the run left as it was stays so
+        frozen = start.options.freeze_below  # layers that the run froze stay frozen
         first_trained = max(frozen or 0, n_layers - self._k)
 
         def change(classifier: Classifier) -> None:
@@ -98,17 +98,21 @@ class TopRecipe:
         rows = encode(self._below, texts)
         starts = offsets(np.array([len(row["input_ids"]) for row in rows]))
         config: Any = self._below.model.config
-        if self._dtype is None:  # of the training rows, which come first
+        if self._dtype is None:  # decided by the training rows, which come first
             n_bytes = int(starts[-1]) * config.hidden_size * 4
             self._dtype = torch.float32 if n_bytes <= FULL_PRECISION_BYTES else torch.float16
         states = torch.empty((int(starts[-1]), config.hidden_size), dtype=self._dtype)
-        for batch, found in _forward_to(self._below, self._first, rows):
-            for i, values in zip(batch, found, strict=True):
+        for batch, batch_states in _forward_to(self._below, self._first, rows):
+            for i, values in zip(batch, batch_states, strict=True):
                 states[starts[i] : starts[i + 1]] = values[: len(rows[i]["input_ids"])]
         return _Hidden(states, starts)
 
     def _check(self, texts: Sequence[Sequence[str]]) -> None:
-        """See that the cut model gives the whole model's logits."""
+        """Check that the cut model gives the logits of the whole model.
+
+        Raises:
+            ModelError: It does not.
+        """
         few = [list(column[:4]) for column in texts]
         whole = run_forward(self._below, few).logits
         cut = self._logits(self._start.at(self._start.options.seed), self._hidden(few))
@@ -124,11 +128,11 @@ class TopRecipe:
         """Logits of the retrained model on the evaluation rows, ``(q, c)``."""
         classifier = self._start.at(job.seed)
         hidden = [self._rows.row(row) for row in job.rows] + [torch.empty(0)] * len(job.extra)
-        at, texts = job.changed()
-        if len(at):
-            changed = self._hidden(texts)
-            for j, i in enumerate(at):
-                hidden[i] = changed.row(j)
+        places, texts = job.changed()
+        if len(places):
+            new_states = self._hidden(texts)
+            for j, i in enumerate(places):
+                hidden[i] = new_states.row(j)
         labels = torch.from_numpy(job.labels(self._labels))
         with torch.random.fork_rng(devices=[classifier.device] if classifier.device.type == "cuda" else []):
             options = replace(self._start.options, seed=job.seed)
@@ -166,10 +170,10 @@ def _forward_to(
 
 
 def _cut(classifier: Classifier, layers: str, first: int) -> None:
-    """Leave of a model what follows the states that enter layer ``first``.
+    """Cut a model: remove the embeddings and the layers below layer ``first``.
 
     Raises:
-        ModelError: Its embeddings are not where transformers' encoders have them.
+        ModelError: The model's embeddings are not where transformers' encoders have them.
     """
     model: Any = classifier.model
     base = model.base_model
@@ -190,7 +194,7 @@ def top_logits(classifier: Classifier, hidden: Sequence[torch.Tensor]) -> torch.
         mask[i, : len(row)] = 1
     model: Any = classifier.model
     model.base_model.embeddings.states = states
-    ids = torch.zeros_like(mask)  # not looked at: what they stand for is stored
+    ids = torch.zeros_like(mask)  # not read: the states of these tokens are stored
     with classifier.autocast():
         logits: torch.Tensor = model(input_ids=ids.to(states.device), attention_mask=mask.to(states.device)).logits
     return logits.float()
@@ -210,7 +214,7 @@ def train_top(
         hidden: States of each row, ``(t, h)``.
         labels: Class ids, ``(n,)``; ``IGNORED`` for rows that weigh nothing.
         options: Epochs, rates, batch size and seed.
-        lengths: By which rows are grouped into batches.
+        lengths: Lengths by which rows are grouped into batches, ``(n,)``.
 
     Raises:
         NonFiniteError: The loss became NaN or infinite.
@@ -220,8 +224,8 @@ def train_top(
     model = classifier.model
     n_steps = options.epochs * math.ceil(len(hidden) / options.batch_size)
     decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]  # biases and LayerNorm
-    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    not_decayed = [p for p in model.parameters() if p.ndim <= 1]  # biases and LayerNorm
+    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, int(n_steps * options.warmup_ratio), n_steps)
     model.train()
@@ -256,6 +260,6 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
     stretch = batch_size * max(1, min(50, len(lengths) // (4 * batch_size)))
     batches = []
     for start in range(0, len(order), stretch):
-        some = sorted(order[start : start + stretch].tolist(), key=lambda i: -lengths[i])
-        batches += [some[i : i + batch_size] for i in range(0, len(some), batch_size)]
+        by_length = sorted(order[start : start + stretch].tolist(), key=lambda i: -lengths[i])
+        batches += [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]

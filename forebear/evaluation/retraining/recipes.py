@@ -32,9 +32,9 @@ def open_retrainer(
     """A retrainer of the model that an index explains.
 
     Args:
-        retriever: Over the index; its rows are what jobs choose from.
+        retriever: Over the index; jobs choose from its rows.
         name: ``full``, ``top-K`` or ``head``.
-        evaluation: Texts that retrained models are asked of, one list a text column.
+        evaluation: Texts of the evaluation rows, one list a text column.
         cache: Folder of outcomes.
         run: Run folder of ``forebear train``; None: the one that the index's last checkpoint lies in.
         l2: For ``head``: weight of half the squared norm of the head beside the mean loss.
@@ -42,7 +42,7 @@ def open_retrainer(
 
     Raises:
         InputError: No such recipe, a model without a run folder, or layers that are not there.
-        MismatchError: The run's start model is not what it was.
+        MismatchError: The run's start model changed since the run.
         ModelError: The model's layers cannot be trained alone.
     """
     rows = TrainingRows(retriever.index)
@@ -63,15 +63,15 @@ def find_run(index: Index, run: str | Path | None) -> Run:
     if folder is None:
         last = Path(path_to(index.folder, index.manifest.checkpoints[-1].path)).resolve()
         folder = next((parent for parent in last.parents if (parent / RUN_NAME).is_file()), last)
-    found = read_run(folder)
-    if found is None:
+    training_run = read_run(folder)
+    if training_run is None:
         raise InputError(
             f"{folder} is no training run (no {RUN_NAME}): how the model was trained is not known. Name the run "
             "folder by --run, or take --retrain head."
         )
-    if found.label_names != index.manifest.spec.label_names:
+    if training_run.label_names != index.manifest.spec.label_names:
         raise MismatchError(
-            f"{folder} trained on the labels {', '.join(found.label_names)}, the index has "
+            f"{folder} trained on the labels {', '.join(training_run.label_names)}, the index has "
             f"{', '.join(index.manifest.spec.label_names)}. Name the right run by --run."
         )
-    return found
+    return training_run

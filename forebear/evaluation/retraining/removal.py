@@ -12,16 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, question_record
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.comparisons import (
+    INTERVAL_COLUMNS,
+    defined,
+    defined_means,
+    interval_cells,
+    listed_values,
+    question_record,
+)
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import difference_table, paired_difference
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.evaluation.retraining.changes import (
     IN_PLACE,
     RANDOM,
-    defined,
-    over_seeds,
     probability_changes,
     retraining_provenance,
 )
@@ -38,13 +43,13 @@ class Removal:
 
     Attributes:
         methods: ``m`` names.
-        sides: ``s`` of them.
+        sides: ``s`` sides of the ranking.
         amounts: Rows removed, ``a``.
-        seeds: Of the retrainings.
-        changes: ``(m, s, a, seeds, q)``; NaN where not sampled.
-        random: Of random rows, drawn for each query, seed and amount, ``(a, seeds, q)``.
-        sampled: What was retrained, in a line.
-        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
+        seeds: Seeds of the retrainings.
+        changes: Change of the probability, ``(m, s, a, seeds, q)``; NaN where not sampled.
+        random: The same change without random rows, drawn for each query, seed and amount, ``(a, seeds, q)``.
+        sampled: One line that says which retrainings were sampled.
+        residuals: Relative residuals of H^-1 by method; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -68,23 +73,28 @@ def measure_removal(
     seed: int = 0,
     progress: Progress = lambda _stage, _done, _total: None,
 ) -> Removal:
-    """Retrain without the rows at each side of every ranking, and without random ones.
+    """Retrain without the rows at each side of every ranking, and without random rows.
 
     Args:
         retrainer: Its evaluation rows are the queries.
-        scores: Of all live rows, ``(q, n)`` by method; larger = proponent.
+        scores: Scores of all live rows, ``(q, n)`` by method; larger = proponent.
         amounts: Rows to remove.
-        seeds: Of the retrainings.
-        sides: Of the ranking.
+        seeds: Seeds of the retrainings.
+        sides: Sides of the ranking.
         budget: See :func:`probability_changes`.
-        seed: Of random rows and of the sample.
+        seed: Seed of the random rows and of the sample of retrainings.
         progress: See :func:`probability_changes`.
     """
     live = retrainer.rows.live
     n_queries = len(next(iter(scores.values())))
 
     def removals(query: int, job_seed: int) -> list[np.ndarray]:
-        ranked = [rows_at(found[query], live, k, side) for found in scores.values() for side in sides for k in amounts]
+        ranked = [
+            rows_at(method_scores[query], live, k, side)
+            for method_scores in scores.values()
+            for side in sides
+            for k in amounts
+        ]
         return ranked + [random_rows(live, k, seed, job_seed, query, k) for k in amounts]
 
     changes, sampled = probability_changes(
@@ -104,63 +114,68 @@ def measure_removal(
 
 
 def removal_report(
-    found: Removal,
+    removal: Removal,
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     retrainer: Retrainer,
     seed: int,
     command: str,
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``; changes in percentage points, as in the papers."""
-    tables = _removal_tables(found, seed, paired=retrainer.recipe.seeded)
-    if len(found.methods) > 1:
+    tables = _removal_tables(removal, seed, paired=retrainer.recipe.seeded)
+    if len(removal.methods) > 1:
         tables += [
             difference_table(
                 f"Methods compared, {SIDES[side]}, {k:,} rows removed",
-                {name: defined(over_seeds(100 * found.changes[i, j, a])) for i, name in enumerate(found.methods)},
+                {
+                    name: defined(defined_means(100 * removal.changes[i, j, a], axis=0))
+                    for i, name in enumerate(removal.methods)
+                },
                 seed,
             )
-            for j, side in enumerate(found.sides)
-            for a, k in enumerate(found.amounts)
+            for j, side in enumerate(removal.sides)
+            for a, k in enumerate(removal.amounts)
             if side == "top"
         ]
     report = Report(
         "Removal: confidence after retraining without some rows",
-        _removal_summary(found, retrainer),
+        _removal_summary(removal, retrainer),
         tables,
-        _removal_figures(found),
+        _removal_figures(removal),
         provenance=retraining_provenance(
-            retriever, spec, found.residuals, retrainer, found.seeds, found.sampled, queries, command
+            retriever, spec, removal.residuals, retrainer, removal.seeds, removal.sampled, queries, command
         ),
     )
     result = {
-        **question_record(retriever, spec, found.residuals),
+        **question_record(retriever, spec, removal.residuals),
         **retrainer.facts(),
-        "seeds": found.seeds,
-        "sampled": found.sampled,
+        "seeds": removal.seeds,
+        "sampled": removal.sampled,
         "queries": queries.rows,
-        "amounts": found.amounts,
+        "amounts": removal.amounts,
         "changes": {
-            name: {side: listed_values(found.changes[i, j]) for j, side in enumerate(found.sides)}
-            for i, name in enumerate(found.methods)
+            name: {side: listed_values(removal.changes[i, j]) for j, side in enumerate(removal.sides)}
+            for i, name in enumerate(removal.methods)
         },
-        "random": listed_values(found.random),
+        "random": listed_values(removal.random),
     }
     return report, result
 
 
-def _removal_tables(found: Removal, seed: int, *, paired: bool) -> list[Table]:
+def _removal_tables(removal: Removal, seed: int, *, paired: bool) -> list[Table]:
     rows: list[list[Cell]] = []
     compared: list[list[Cell]] = []
-    for a, k in enumerate(found.amounts):
-        random = 100 * found.random[a]
+    for a, k in enumerate(removal.amounts):
+        random = 100 * removal.random[a]
         rows.append([RANDOM, "", k, *_change_cells(random, seed)])
-        for i, name in enumerate(found.methods):
-            for j, side in enumerate(found.sides):
-                values = 100 * found.changes[i, j, a]
+        for i, name in enumerate(removal.methods):
+            for j, side in enumerate(removal.sides):
+                values = 100 * removal.changes[i, j, a]
                 rows.append([name, SIDES[side], k, *_change_cells(values, seed)])
-                d = paired_difference(defined(over_seeds(values)), defined(over_seeds(random)), seed)
+                d = paired_difference(
+                    defined(defined_means(values, axis=0)), defined(defined_means(random, axis=0)), seed
+                )
                 compared.append([name, SIDES[side], k, d.mean, d.low, d.high, d.p])
     return [
         Table(
@@ -185,20 +200,20 @@ def _removal_tables(found: Removal, seed: int, *, paired: bool) -> list[Table]:
 
 def _change_cells(values: np.ndarray, seed: int) -> list[Cell]:
     """Mean, standard error over all of ``(seeds, q)``, interval over queries, and the number of values."""
-    mean, _, low, high = interval_cells(over_seeds(values), seed)
+    mean, _, low, high = interval_cells(defined_means(values, axis=0), seed)
     every = defined(values)
     return [mean, interval_cells(every, seed)[1], low, high, len(every)]
 
 
-def _removal_figures(found: Removal) -> list[Figure]:
+def _removal_figures(removal: Removal) -> list[Figure]:
     figures = []
-    for a, k in enumerate(found.amounts):
-        labels = [*found.methods, RANDOM]
+    for a, k in enumerate(removal.amounts):
+        labels = [*removal.methods, RANDOM]
         series: dict[str, list[float]] = {}
         errors: dict[str, list[float | None]] = {}
-        random = interval_cells(100 * found.random[a].reshape(-1), 0)
-        for j, side in enumerate(found.sides):
-            cells = [interval_cells(100 * one.reshape(-1), 0) for one in found.changes[:, j, a]] + [random]
+        random = interval_cells(100 * removal.random[a].reshape(-1), 0)
+        for j, side in enumerate(removal.sides):
+            cells = [interval_cells(100 * values.reshape(-1), 0) for values in removal.changes[:, j, a]] + [random]
             series[SIDES[side]] = [float(cell[0] or 0.0) for cell in cells]
             errors[SIDES[side]] = [None if cell[1] is None else float(cell[1]) for cell in cells]
         drawing = bar_chart(labels, series, errors=errors, xlabel="change of the probability, percentage points")
@@ -206,13 +221,13 @@ def _removal_figures(found: Removal) -> list[Figure]:
     return figures
 
 
-def _removal_summary(found: Removal, retrainer: Retrainer) -> str:
-    a = len(found.amounts) - 1
-    j = found.sides.index("top") if "top" in found.sides else 0
-    means = [float(np.nanmean(one[j, a])) for one in found.changes]
-    best = int(np.argmin(means) if found.sides[j] != "bottom" else np.argmax(means))
+def _removal_summary(removal: Removal, retrainer: Retrainer) -> str:
+    a = len(removal.amounts) - 1
+    j = removal.sides.index("top") if "top" in removal.sides else 0
+    means = [float(np.nanmean(method_changes[j, a])) for method_changes in removal.changes]
+    best = int(np.argmin(means) if removal.sides[j] != "bottom" else np.argmax(means))
     return (
-        f"Without the {found.amounts[a]:,} {SIDES[found.sides[j]]} rows by {found.methods[best]} the probability of "
-        f"the original prediction changes by {100 * means[best]:+.2f} points, without as many random rows by "
-        f"{100 * float(np.nanmean(found.random[a])):+.2f}. {retrainer.recipe.note}"
+        f"Without the {removal.amounts[a]:,} {SIDES[removal.sides[j]]} rows by {removal.methods[best]} the probability "
+        f"of the original prediction changes by {100 * means[best]:+.2f} points, without as many random rows by "
+        f"{100 * float(np.nanmean(removal.random[a])):+.2f}. {retrainer.recipe.note}"
     )

@@ -13,12 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_cells, listed_values, question_record
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.comparisons import (
+    INTERVAL_COLUMNS,
+    defined,
+    interval_cells,
+    listed_values,
+    question_record,
+)
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import paired_difference
 from forebear.evaluation.reports.charts import MAX_SERIES, bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
-from forebear.evaluation.retraining.changes import RANDOM, defined, retraining_provenance
+from forebear.evaluation.retraining.changes import RANDOM, retraining_provenance
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
 from forebear.evaluation.retraining.row_choice import random_rows, rows_at
 from forebear.retriever.question.spec import QuerySpec, Question
@@ -31,14 +37,14 @@ class RetrainingLoss:
     """Accuracies of retrained models.
 
     Attributes:
-        methods: ``m`` names, and last that of random rows.
+        methods: ``m`` names of methods, then the name of random rows.
         amounts: Rows removed, ``a``.
-        seeds: Of the retrainings that were sampled, ``s``.
+        seeds: Seeds of the retrainings that were sampled, ``s``.
         whole: Accuracy after retraining on all rows, ``(s,)``.
         accuracy: After removing rows, ``(m + 1, a, s)``.
-        n_rows: Rows that accuracy is measured on.
-        sampled: What was retrained, in a line.
-        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
+        n_rows: Number of rows that accuracy is measured on.
+        sampled: One line that says which retrainings were sampled.
+        residuals: Relative residuals of H^-1 by method; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -52,7 +58,7 @@ class RetrainingLoss:
 
     @property
     def loss(self) -> np.ndarray:
-        """Ral, ``(m + 1, a, s)``."""
+        """Retraining loss (Ral), a difference of accuracies, ``(m + 1, a, s)``."""
         return np.asarray(self.whole - self.accuracy)
 
 
@@ -70,17 +76,17 @@ def measure_retraining_loss(
     """Retrain without the rows of largest summed score.
 
     Args:
-        retrainer: Its evaluation rows are those that accuracy is measured on.
-        scores: Of all live rows, ``(q, n)`` by method; larger = proponent.
+        retrainer: Accuracy is measured on its evaluation rows.
+        scores: Scores of all live rows, ``(q, n)`` by method; larger = proponent.
         gold: Class ids of the evaluation rows.
-        amounts: Rows to remove.
-        seeds: Of the retrainings.
+        amounts: Numbers of rows to remove.
+        seeds: Seeds of the retrainings.
         budget: Models to train at most; seeds are sampled.
-        seed: Of random rows and of the sample.
+        seed: Seed of the random rows and of the sample of retrainings.
         progress: See :meth:`~forebear.evaluation.retraining.jobs.Retrainer.run`.
     """
     live = retrainer.rows.live
-    summed = [found.sum(axis=0) for found in scores.values()]
+    summed = [method_scores.sum(axis=0) for method_scores in scores.values()]
     units = []
     for s in seeds:
         removed = [rows_at(values, live, k, "top") for values in summed for k in amounts]
@@ -102,57 +108,57 @@ def measure_retraining_loss(
 
 
 def retraining_loss_report(
-    found: RetrainingLoss,
+    measured: RetrainingLoss,
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     retrainer: Retrainer,
     seed: int,
     command: str,
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``; percentage points, as in the paper."""
-    loss = 100 * found.loss
+    loss = 100 * measured.loss
     rows: list[list[Cell]] = []
-    for i, name in enumerate(found.methods):
-        for a, k in enumerate(found.amounts):
+    for i, name in enumerate(measured.methods):
+        for a, k in enumerate(measured.amounts):
             d = None if name == RANDOM else paired_difference(loss[i, a], loss[-1, a], seed)
             compared = [None, None, None] if d is None else [d.mean, d.low, d.high]
-            rows.append([name, k, *interval_cells(loss[i, a], seed), *compared, len(found.seeds)])
+            rows.append([name, k, *interval_cells(loss[i, a], seed), *compared, len(measured.seeds)])
     table = Table(
         "Accuracy lost, in percentage points",
         ["method", "removed", *INTERVAL_COLUMNS, "− random", "− random low", "− random high", "seeds"],
         rows,
-        f"Accuracy of the model retrained on all rows (mean {100 * found.whole.mean():.2f}%) minus that after removing "
-        f"the rows of largest score summed over {len(queries):,} queries, on {found.n_rows:,} test rows; mean over "
-        "seeds, ± its standard error, 95% interval; paired difference to random rows. Of a method by spans a "
+        f"Accuracy of the model retrained on all rows (mean {100 * measured.whole.mean():.2f}%) minus that after "
+        f"removing the rows of largest score summed over {len(queries):,} queries, on {measured.n_rows:,} test rows; "
+        "mean over seeds, ± its standard error, 95% interval; paired difference to random rows. Of a method by spans a "
         "row's score is that of its best span.",
     )
-    drawn = list(enumerate(found.amounts))[-MAX_SERIES:]
+    drawn = list(enumerate(measured.amounts))[-MAX_SERIES:]
     series = {f"{k:,} rows": [float(v) for v in loss[:, a].mean(axis=1)] for a, k in drawn}
     errors = {f"{k:,} rows": [_error(v) for v in loss[:, a]] for a, k in drawn}
-    drawing = bar_chart(found.methods, series, errors=errors, xlabel="accuracy lost, percentage points")
+    drawing = bar_chart(measured.methods, series, errors=errors, xlabel="accuracy lost, percentage points")
     best = int(loss[:-1, -1].mean(axis=1).argmax())
     report = Report(
         "Retraining loss",
-        f"Without the {found.amounts[-1]:,} top rows by {found.methods[best]} accuracy falls by "
+        f"Without the {measured.amounts[-1]:,} top rows by {measured.methods[best]} accuracy falls by "
         f"{loss[best, -1].mean():.2f} points, without as many random rows by {loss[-1, -1].mean():.2f}. "
         f"{retrainer.recipe.note}",
         [table],
-        [Figure("Accuracy lost", drawing, f"Mean over seeds, bars: standard error.{_left_undrawn(found.amounts)}")],
+        [Figure("Accuracy lost", drawing, f"Mean over seeds, bars: standard error.{_left_undrawn(measured.amounts)}")],
         provenance=retraining_provenance(
-            retriever, spec, found.residuals, retrainer, found.seeds, found.sampled, queries, command
+            retriever, spec, measured.residuals, retrainer, measured.seeds, measured.sampled, queries, command
         ),
     )
     result = {
-        **question_record(retriever, spec, found.residuals),
+        **question_record(retriever, spec, measured.residuals),
         **retrainer.facts(),
-        "seeds": found.seeds,
-        "sampled": found.sampled,
+        "seeds": measured.seeds,
+        "sampled": measured.sampled,
         "queries": queries.rows,
-        "amounts": found.amounts,
-        "n_rows": found.n_rows,
-        "accuracy_whole": found.whole,
-        "accuracy": {name: listed_values(found.accuracy[i]) for i, name in enumerate(found.methods)},
+        "amounts": measured.amounts,
+        "n_rows": measured.n_rows,
+        "accuracy_whole": measured.whole,
+        "accuracy": {name: listed_values(measured.accuracy[i]) for i, name in enumerate(measured.methods)},
     }
     return report, result
 

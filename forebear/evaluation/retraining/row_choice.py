@@ -1,4 +1,4 @@
-"""Which rows are removed before a model is retrained: one end of a ranking, its middle, or random ones."""
+"""Choice of the rows that are removed before a retraining: one end of a ranking, its middle, or random rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.evaluation.common.amounts import rows_of_share
-from forebear.evaluation.common.queries import Queries, score_queries
+from forebear.evaluation.common.queries import QueryRows, score_queries
 from forebear.evaluation.common.span_queries import gradients_compared, training_spans
 from forebear.indexer.model.forward import run_forward
 from forebear.retriever.deep.search import GradientSearch
@@ -28,10 +28,10 @@ SIDES: dict[str, str] = {"top": "most positive", "bottom": "most negative", "lea
 
 
 def sides_of(names: Sequence[str]) -> tuple[Side, ...]:
-    """The sides named, each once; all if none is.
+    """The named sides of a ranking, each once; all sides if no name is given.
 
     Raises:
-        InputError: One is not known.
+        InputError: A name is not known.
     """
     unknown = [name for name in names if name not in SIDES]
     if unknown:
@@ -40,12 +40,12 @@ def sides_of(names: Sequence[str]) -> tuple[Side, ...]:
 
 
 def rows_at(scores: np.ndarray, rows: np.ndarray, k: int, side: Side) -> np.ndarray:
-    """Some rows of one query's ranking by the signed, raw score; ties go to the lower row number.
+    """The ``k`` rows at one side of a query's ranking by the signed, raw score; ties go to the lower row number.
 
     Args:
-        scores: Of each row, ``(n,)``; larger = proponent. Rows of score -inf hold no span and are in no ranking.
-        rows: Their numbers, ``(n,)``.
-        k: How many.
+        scores: Scores of the rows, ``(n,)``; larger = proponent. Rows of score -inf hold no span and are not ranked.
+        rows: Row numbers, ``(n,)``.
+        k: Number of rows to take.
         side: ``top`` (largest scores), ``bottom`` (smallest), ``least`` (nearest to 0).
 
     Returns:
@@ -71,18 +71,21 @@ def amounts_of(remove: Sequence[int], shares: Sequence[str], n_rows: int, defaul
     """Numbers of rows to remove, ascending, each once.
 
     Args:
-        remove: Numbers given.
-        shares: Shares of all rows given, such as ``0.1``.
-        n_rows: Live rows, or candidates of a query.
-        default: Numbers or shares where neither is given.
+        remove: Numbers of rows.
+        shares: Shares of all rows, such as ``0.1``.
+        n_rows: Number of live rows, or of candidates of a query.
+        default: Numbers or shares to take where ``remove`` and ``shares`` are empty.
 
     Raises:
-        InputError: One of them is less than 1 or leaves fewer than two rows.
+        InputError: A number is less than 1 or leaves fewer than two rows.
     """
     if not remove and not shares:
-        remove, shares = [int(one) for one in default if one.isdigit()], [one for one in default if not one.isdigit()]
+        remove, shares = (
+            [int(amount) for amount in default if amount.isdigit()],
+            [amount for amount in default if not amount.isdigit()],
+        )
     given = [*map(str, remove), *shares]
-    amounts = {*remove, *(rows_of_share(one, n_rows) for one in shares)}
+    amounts = {*remove, *(rows_of_share(amount, n_rows) for amount in shares)}
     bad = sorted(k for k in amounts if not 1 <= k <= n_rows - 2)
     if bad:
         raise InputError(
@@ -92,19 +95,25 @@ def amounts_of(remove: Sequence[int], shares: Sequence[str], n_rows: int, defaul
     return tuple(sorted(amounts))
 
 
-def targets_of(retriever: Retriever, queries: Queries, target: str) -> np.ndarray:
-    """The class whose loss is explained, ``(q,)``: see :class:`~forebear.retriever.question.spec.QuerySpec`."""
+def targets_of(retriever: Retriever, queries: QueryRows, target: str) -> np.ndarray:
+    """The class of each query whose loss is explained, ``(q,)``.
+
+    Args:
+        retriever: Over the index.
+        queries: Test rows, with labels where ``target`` is ``gold``.
+        target: See :class:`~forebear.retriever.question.spec.QuerySpec`.
+    """
     predictions = run_forward(retriever.classifier(), queries.texts).predictions
     return choose_targets(target, predictions, queries.labels, retriever.label_names)
 
 
-def least_overlap(retriever: Retriever, queries: Queries, n_candidates: int) -> np.ndarray:
+def least_overlap(retriever: Retriever, queries: QueryRows, n_candidates: int) -> np.ndarray:
     """The live rows whose tf-idf vectors have the smallest cosine with each query's (Yeh22's no-overlap test).
 
     Args:
         retriever: Over an index with words.
         queries: Test rows.
-        n_candidates: How many a query; ties go to the lower row number.
+        n_candidates: Number of rows for each query; ties go to the lower row number.
 
     Returns:
         Positions among the live rows, ascending, ``(q, n_candidates)``.
@@ -117,16 +126,16 @@ def least_overlap(retriever: Retriever, queries: Queries, n_candidates: int) -> 
         raise InputError(f"--no-overlap {n_candidates}: expected 3 to {len(live)}, the number of live rows.")
     retriever.index.check_words()
     tfidf = TfidfSearcher(retriever.models)
-    found = [
+    positions = [
         np.argsort(tfidf.cosines(part.texts), axis=1, kind="stable")[:, :n_candidates] for part in queries.blocks()
     ]
-    return np.sort(np.concatenate(found), axis=1)
+    return np.sort(np.concatenate(positions), axis=1)
 
 
-def row_scores(retriever: Retriever, queries: Queries, spec: QuerySpec | Question) -> Scores:
+def row_scores(retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question) -> Scores:
     """Exact scores of all live rows, ``(q, n)`` float64 by method name.
 
-    Of a method by spans a row's score is that of its best span; -inf if it has none that the model reads.
+    By a method that ranks spans, a row's score is the score of its best span; -inf if the model reads no span of it.
 
     Args:
         retriever: Over the index.
@@ -139,17 +148,17 @@ def row_scores(retriever: Retriever, queries: Queries, spec: QuerySpec | Questio
     question = retriever.resolve(spec)
     methods = question.methods
     by_spans = [m for m in methods if m.ranks_spans]
-    others = question.of(m for m in methods if m not in by_spans)
-    found = score_queries(retriever, queries, others) if others.methods else Scores()
+    by_rows = question.of(m for m in methods if m not in by_spans)
+    scores = score_queries(retriever, queries, by_rows) if by_rows.methods else Scores()
     if by_spans:
         best = _best_spans(retriever, queries, question.of(by_spans))
-        found.update(best)
-        found.note_residuals([best])
-    return found.of(method.name for method in methods)
+        scores.update(best)
+        scores.note_residuals([best])
+    return scores.of(method.name for method in methods)
 
 
-def _best_spans(retriever: Retriever, queries: Queries, question: Question) -> Scores:
-    """Each live row's best span, by methods that rank spans."""
+def _best_spans(retriever: Retriever, queries: QueryRows, question: Question) -> Scores:
+    """Score of each live row's best span, ``(q, n)`` by methods that rank spans."""
     index, models, methods = retriever.index, retriever.models, question.methods
     by_row, by_span = gradients_compared(retriever, queries, question)
     stored = question.spec.scope == "head" and question.spans_are_stored
@@ -168,23 +177,23 @@ def _best_spans(retriever: Retriever, queries: Queries, question: Question) -> S
         if not len(entries.rows):
             raise InputError(no_span)
         rows, starts = np.unique(entries.rows, return_index=True)
-        at = np.searchsorted(index.live, rows)
+        positions = np.searchsorted(index.live, rows)
         n_checkpoints = len(index.manifest.checkpoints)
         for method in by_model:
-            compared = by_span if method.spans == "both" else by_row
-            scores = SpanScores(index, models.classifier(), question.spec.scope, compared, entries)
+            gradients = by_span if method.spans == "both" else by_row
+            scores = SpanScores(index, models.classifier(), question.spec.scope, gradients, entries)
             if method.variants:
                 values = scores.summed(models.classifier(n_checkpoints + m) for m in range(N_VARIANTS))
             else:
                 values, residual = scores.preconditioned(question.curvature)
                 out.note_residual(method.name, residual)
             out[method.name] = np.full((len(queries), len(index.live)), -np.inf)
-            out[method.name][:, at] = np.maximum.reduceat(values, starts, axis=1)
+            out[method.name][:, positions] = np.maximum.reduceat(values, starts, axis=1)
     return out
 
 
 def removal_methods(retriever: Retriever, names: Sequence[str]) -> tuple[str, ...]:
-    """Methods that give training rows a score for a prediction; all that the index answers by rows if none is given.
+    """Methods that give training rows a score for a prediction; if no name is given, all that the index can answer.
 
     Raises:
         InputError: A name is not known, or explains saliency.

@@ -23,11 +23,9 @@ class GradientSearcher(Searcher):
     """Gradients of scopes beyond the head: sketches propose rows, and the model scores them exactly."""
 
     @override
-    def search(self, question: Question, batch: Batch) -> dict[str, Ends]:
-        return self.search_queries(question, Queries(batch.texts, batch.targets))
-
-    def search_queries(self, question: Question, queries: Queries) -> dict[str, Ends]:
-        """Both ends of each method's ranking, for queries of one test row each or of a group of them."""
+    def search(self, question: Question, batch: Batch | Queries) -> dict[str, Ends]:
+        """Both ends of each method's ranking; given as :class:`Queries`, a query may stand for a group of test rows."""
+        queries = batch if isinstance(batch, Queries) else Queries(batch.texts, batch.targets)
         joined: dict[str, Ends] = {}
         for scope, methods in question.by_scope().items():
             search = GradientSearch.kept(self.models, scope, question.curvature)

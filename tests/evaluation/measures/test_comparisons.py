@@ -17,11 +17,11 @@ from forebear import BuildOptions, InputError, Retriever, build_index, choose_mo
 from forebear.cli.main import run
 from forebear.errors import MismatchError, NonFiniteError
 from forebear.evaluation.common.amounts import common_share, rows_of_share
-from forebear.evaluation.common.comparisons import interval_cells, listed_values, matrix_of, spearman
+from forebear.evaluation.common.comparisons import defined_means, interval_cells, listed_values, matrix_of, spearman
 from forebear.evaluation.common.queries import sample_queries, score_queries
 from forebear.evaluation.measures.correlation import correlations
 from forebear.evaluation.measures.near_duplicates import EDITS, edited, near_duplicates, vocabulary
-from forebear.evaluation.measures.randomized import mean_over_seeds, random_retriever, randomized_correlations
+from forebear.evaluation.measures.randomized import random_retriever, randomized_correlations
 from forebear.evaluation.measures.recall import retrieval_recall
 from forebear.evaluation.measures.top_overlap import depths_of, top_overlaps
 from forebear.evaluation.reports.charts import heat_map
@@ -234,9 +234,9 @@ def test_randomized_refuses_what_means_nothing(retriever, queries):
         randomized_correlations(retriever, queries, QuerySpec(methods=("gd",)), n_rows=1)
 
 
-def test_a_querys_mean_over_seeds_takes_the_defined_ones():
+def test_a_querys_mean_over_seeds_takes_the_defined_values():
     nan = np.nan
-    found = mean_over_seeds(np.array([[1.0, nan, nan], [0.5, 0.25, nan]]))
+    found = defined_means(np.array([[1.0, nan, nan], [0.5, 0.25, nan]]), axis=0)
     assert listed_values(found) == [0.75, 0.25, None]
 
 

@@ -15,7 +15,7 @@ from tiny_wordnet import write_wordnet
 from forebear import BuildOptions, InputError, Retriever, build_index, rows_from_texts
 from forebear.cli.main import run
 from forebear.evaluation.perturb.choice import Chooser
-from forebear.evaluation.perturb.spec import STRATEGIES, PerturbSpec, Queries, make_queries
+from forebear.evaluation.perturb.spec import STRATEGIES, PerturbationQueries, PerturbSpec, make_queries
 from forebear.evaluation.perturb.wordnet import WordNet
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.training.run import choose_model
@@ -62,7 +62,7 @@ def retriever(folder) -> Retriever:
 
 
 @pytest.fixture(scope="module")
-def queries(retriever) -> Queries:
+def queries(retriever) -> PerturbationQueries:
     return make_queries(retriever, [TESTS], GOLD)
 
 
@@ -115,7 +115,7 @@ def slow_choice(slow, queries, wordnet, strategy, what, most):
     for turn in range(most):
         aim = aims[turn % len(aims)]
         for i in range(len(queries.numbers)):
-            target = int((queries.right if aim.of == "right" else queries.wrong)[i])
+            target = int((queries.right if aim.label == "right" else queries.wrong)[i])
             v = slow.vector(TESTS[queries.numbers[i]], target)
             old = [float(v @ slow.gradient(t, y)) for t, y in zip(TEXTS, LABELS, strict=True)]
             order = sorted(range(len(TEXTS)), key=lambda n, old=old: -old[n] if aim.proponents else old[n])

@@ -19,7 +19,7 @@ from tiny import labels, sentences, write_jsonl
 
 from forebear.cli.main import run
 from forebear.errors import InputError
-from forebear.evaluation.common.queries import Queries, sample_queries
+from forebear.evaluation.common.queries import QueryRows, sample_queries
 from forebear.evaluation.retraining.changes import seeds_of
 from forebear.evaluation.retraining.deletion_curve import measure_deletion
 from forebear.evaluation.retraining.jobs import Job, Retrainer, TrainingRows
@@ -168,7 +168,7 @@ def test_only_candidates_are_removed(make, weights):
 def test_candidates_of_the_no_overlap_test_are_those_of_scikit_learns_least_tf_idf_cosine(bert_world):
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    queries = Queries(source="q", rows=np.arange(7), texts=(bert_world.queries,), labels=None)
+    queries = QueryRows(source="q", rows=np.arange(7), texts=(bert_world.queries,), labels=None)
     found = least_overlap(bert_world.retriever, queries, 12)
     vectorizer = TfidfVectorizer(token_pattern=r"\S+", lowercase=False)
     rows = vectorizer.fit_transform(bert_world.texts)
@@ -232,7 +232,7 @@ def test_the_noise_ceiling_follows_from_how_well_seeds_agree(make, weights):
 
 
 def test_constant_scores_alone_still_make_a_report(bert_world, make):
-    queries = Queries(source="q", rows=np.arange(Q), texts=(["a"] * Q,), labels=None)
+    queries = QueryRows(source="q", rows=np.arange(Q), texts=(["a"] * Q,), labels=None)
     retrainer = make()
     found = measure_lds(retrainer, {"gd": np.ones((Q, N)), "gc": np.ones((Q, N))}, np.ones(Q, np.int64), (0,))
     assert isinstance(found, Lds)
@@ -266,7 +266,7 @@ def test_a_rows_score_by_spans_is_that_of_its_best_span_among_all(bert_world, me
     retriever = bert_world.retriever
     texts = texts_of(3, 50, False)
     spec = retriever.resolve(QuerySpec(methods=(method, "gd"), spans="words", damping="0.1x"))
-    queries = Queries(source="q", rows=np.arange(3), texts=(texts,), labels=None)
+    queries = QueryRows(source="q", rows=np.arange(3), texts=(texts,), labels=None)
     found = row_scores(retriever, queries, spec)
     np.testing.assert_allclose(found["gd"], retriever.scores(texts, "gd"))
     table = retriever.retrieve(texts, methods=[method], spans="words", damping="0.1x", exact="full", top=200)

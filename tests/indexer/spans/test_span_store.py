@@ -29,7 +29,7 @@ from forebear import (
 )
 from forebear.cli.main import run
 from forebear.errors import CorruptIndexError, DataError, MismatchError, NonFiniteError
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.retraining.row_choice import row_scores
 from forebear.indexer.building import shards
 from forebear.indexer.building.verify import verify_index
@@ -272,7 +272,7 @@ def test_rows_without_any_span(model, tmp_path):
     assert len(built.spans().rows) == 0
     with pytest.raises(InputError, match="have no span"):
         Retriever(built).retrieve(["a film"], methods=["if+"], top=1)
-    queries = Queries(source="q", rows=np.arange(1), texts=(["a film"],), labels=None)
+    queries = QueryRows(source="q", rows=np.arange(1), texts=(["a film"],), labels=None)
     for method in ("if+", "tracin+"):  # from the store, and by the model
         with pytest.raises(InputError, match="no training row has a span"):
             row_scores(Retriever(built), queries, Retriever(built).resolve(QuerySpec(methods=(method,))))
@@ -281,7 +281,7 @@ def test_rows_without_any_span(model, tmp_path):
 
 def test_a_rows_best_span_is_the_same_from_the_store_as_from_the_model(index, without):
     asked = sentences(5, 61)
-    queries = Queries(source="q", rows=np.arange(5), texts=(asked,), labels=None)
+    queries = QueryRows(source="q", rows=np.arange(5), texts=(asked,), labels=None)
     found, wanted = (
         row_scores(retriever, queries, retriever.resolve(QuerySpec(methods=(*BY_SPANS, "gd"), damping="0.1x")))
         for retriever in (Retriever(index), Retriever(without))

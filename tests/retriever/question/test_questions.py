@@ -21,7 +21,7 @@ from forebear import Index, QuerySpec, Retriever
 from forebear.cli.main import run
 from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import provenance, question_record
-from forebear.evaluation.common.queries import Queries, score_queries
+from forebear.evaluation.common.queries import QueryRows, score_queries
 from forebear.indexer.curvature.solvers import HAN20
 from forebear.indexer.spans.text import Span
 from forebear.retriever.question.spec import QueryChoices
@@ -175,7 +175,7 @@ def test_mypy_takes_what_is_right_and_refuses_a_misspelt_keyword(tmp_path):
 
 def test_a_report_states_the_residuals_of_its_own_scores_alone(bert_world):
     retriever = Retriever(Index.open(bert_world.index.folder))
-    queries = Queries(
+    queries = QueryRows(
         source="test", rows=np.arange(4), texts=(sentences(4, seed=8),), labels=np.array(labels(4)), table=None
     )
     loose = QuerySpec(methods=("if",), curvature="cg", tolerance=0.5)

@@ -104,7 +104,7 @@ def run(classifier: Classifier, row, form: str, change=lambda e: e) -> tuple[tor
 
 
 def by_autograd(classifier: Classifier, texts, targets, form: str) -> list[np.ndarray]:
-    """Both forms as METHODS.md writes them."""
+    """Both forms as docs/methods.md writes them."""
     found = []
     for row, target in zip(zip(*texts, strict=True), targets, strict=True):
         logits, e = run(classifier, row, form)

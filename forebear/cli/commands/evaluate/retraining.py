@@ -20,7 +20,7 @@ from forebear.cli.screen.console import Command, listed, warn
 from forebear.cli.workers import start_workers
 
 if TYPE_CHECKING:
-    from forebear.evaluation.common.queries import Queries
+    from forebear.evaluation.common.queries import QueryRows
     from forebear.evaluation.reports.report import Report
     from forebear.evaluation.retraining.jobs import Retrainer
     from forebear.retriever.question.spec import Question
@@ -131,8 +131,8 @@ class _Opened:
     options: AskOptions
     retriever: Retriever
     question: Question
-    queries: Queries
-    all_rows: Queries
+    queries: QueryRows
+    all_rows: QueryRows
 
     @property
     def n_live(self) -> int:
@@ -145,7 +145,7 @@ class _Opened:
 
         return row_scores(self.retriever, self.queries, self.question)
 
-    def open_retrainer(self, rows: Queries) -> Retrainer:
+    def open_retrainer(self, rows: QueryRows) -> Retrainer:
         """A retrainer whose models are asked about some test rows."""
         from forebear.evaluation.retraining.recipes import open_retrainer
 

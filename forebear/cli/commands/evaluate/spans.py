@@ -25,7 +25,7 @@ from forebear.cli.screen.console import Command, listed
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
-    from forebear.evaluation.common.queries import Queries
+    from forebear.evaluation.common.queries import QueryRows
     from forebear.evaluation.measures.agreement import Measure
     from forebear.retriever.question.spec import Question
     from forebear.retriever.retriever import Retriever
@@ -145,7 +145,7 @@ def _question(
     return question
 
 
-def _queries(retriever: Retriever, test_options: TestOptions, sample: SampleOptions, question: Question) -> Queries:
+def _queries(retriever: Retriever, test_options: TestOptions, sample: SampleOptions, question: Question) -> QueryRows:
     """Sample the test rows that are the queries."""
     from forebear.evaluation.common.span_queries import sample_span_queries
 

@@ -1,4 +1,4 @@
-"""Artifacts as numbers: what a shortcut could be, measured on the texts of each training row."""
+"""Artifacts as numbers: a possible shortcut, such as lexical overlap, measured on the texts of each training row."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Feature:
     """A number for each row.
 
     Attributes:
-        name: Such as "lexical overlap".
-        description: How it is computed, for the report.
-        of_rows: From texts, one list a text column, and the rows' numbers to values ``(n,)``.
-        words: The words of a row's texts that show it, to be marked.
+        name: Name of the feature, such as "lexical overlap".
+        description: How the feature is computed, for the report.
+        of_rows: Function from texts (one list a text column) and row numbers to the feature's values ``(n,)``.
+        words: Function from a row's texts to the words that show the feature; the report marks them.
     """
 
     name: str
@@ -60,8 +60,9 @@ def negation_feature(text_columns: Sequence[str], column: str | None = None) -> 
     """1.0 where a text holds a word of ``NEGATIONS``, else 0.0.
 
     Args:
-        text_columns: Those of the index.
-        column: The one that is looked at; None: of pairs the hypothesis, by name or as the second one.
+        text_columns: Text columns of the index.
+        column: The column whose text is searched; None: the last column, or of pairs the hypothesis, which is known by
+            its name or else is the second column.
 
     Raises:
         InputError: There is no such column.
@@ -70,12 +71,12 @@ def negation_feature(text_columns: Sequence[str], column: str | None = None) -> 
     name = default if column is None else column
     if name not in text_columns:
         raise InputError(f"--column {name!r}: the index was built from {', '.join(text_columns)}. Give one of them.")
-    at = text_columns.index(name)
+    position = text_columns.index(name)
     return Feature(
         "negation",
         f"1 where {name!r} holds one of: {', '.join(NEGATIONS)}; else 0",
-        lambda texts, _rows: np.array([float(has_negation(text)) for text in texts[at]]),
-        lambda texts: {word for word in texts[at].split() if has_negation(word)},
+        lambda texts, _rows: np.array([float(has_negation(text)) for text in texts[position]]),
+        lambda texts: {word for word in texts[position].split() if has_negation(word)},
     )
 
 
@@ -84,18 +85,19 @@ def has_negation(text: str) -> bool:
     return _NEGATION.search(text) is not None
 
 
-def user_feature(given: str | Callable[[dict[str, str]], float], text_columns: Sequence[str]) -> Feature:
-    """A user's function from a row, a dictionary of its texts by column, to a number.
+def user_feature(user_function: str | Callable[[dict[str, str]], float], text_columns: Sequence[str]) -> Feature:
+    """A feature from a user's function, which takes a row (a dictionary of its texts by column) and returns a number.
 
     Args:
-        given: The function, or ``FILE.py:function``.
-        text_columns: Those of the index, the dictionary's keys.
+        user_function: The function, or ``FILE.py:function``.
+        text_columns: Text columns of the index, the dictionary's keys.
 
     Raises:
-        InputError: It cannot be loaded; later on, it fails on a row or returns no finite number.
+        InputError: The function cannot be loaded; or, when the feature is computed, fails on a row or returns no
+            finite number.
     """
-    function = load_function(given, "--feature") if isinstance(given, str) else given
-    given = given if isinstance(given, str) else getattr(given, "__name__", repr(given))
+    function = load_function(user_function, "--feature") if isinstance(user_function, str) else user_function
+    place = user_function if isinstance(user_function, str) else getattr(user_function, "__name__", repr(user_function))
 
     def values(texts: Sequence[Sequence[str]], rows: np.ndarray) -> np.ndarray:
         out = np.empty(len(rows))
@@ -104,20 +106,20 @@ def user_feature(given: str | Callable[[dict[str, str]], float], text_columns: S
                 value = function(dict(zip(text_columns, row, strict=True)))
             except (Exception, SystemExit) as error:  # the user's code may raise anything
                 raise InputError(
-                    f"--feature {given} failed on training row {rows[i]} ({type(error).__name__}: {error}); it is "
+                    f"--feature {place} failed on training row {rows[i]} ({type(error).__name__}: {error}); it is "
                     f"called with a dictionary of {', '.join(text_columns)} and must return a number."
                 ) from error
             number = isinstance(value, int | float | np.integer | np.floating | np.bool_)
             if not number or not -LARGEST <= value <= LARGEST:  # NaN is in no range
                 shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:60]}..."
                 raise InputError(
-                    f"--feature {given} returned {shown} for training row {rows[i]}; expected a number from "
+                    f"--feature {place} returned {shown} for training row {rows[i]}; expected a number from "
                     f"-{LARGEST:g} to {LARGEST:g}."
                 )
             out[i] = value
         return out
 
-    return Feature(given, f"what the function {given} returns", values)
+    return Feature(place, f"what the function {place} returns", values)
 
 
 def measure(index: Index, feature: Feature) -> np.ndarray:

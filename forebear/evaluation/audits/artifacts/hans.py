@@ -49,15 +49,15 @@ class HansAudit:
     """The audit's numbers.
 
     Attributes:
-        methods: Names, ``m``.
+        methods: Names of the methods, ``m``.
         overlap: Lexical overlap of the top training rows, ``(queries, m, k)``.
         hub_share: Share of the queries whose top row is one and the same, ``(m,)``. Near 1, a method gives every
             query the same answer, which explains none of them.
         all_rows_overlap: Mean overlap of all live training rows: what random rows would give.
         accuracy: Share of right answers among (entailment, non-entailment) rows; None where there are none.
-        n_rows: Rows of each kind.
-        breakdowns: By those of heuristic, subcase and template that are columns of the rows.
-        examples: Some of the queries, spread over the file.
+        n_rows: Number of (entailment, non-entailment) rows.
+        breakdowns: Counts by heuristic, subcase and template, as far as the rows have these columns.
+        examples: A few queries, spread over the file.
     """
 
     methods: tuple[str, ...]
@@ -71,7 +71,7 @@ class HansAudit:
 
     @property
     def n_queries(self) -> int:
-        """Rows mispredicted as entailment."""
+        """Number of rows mispredicted as entailment."""
         return len(self.overlap)
 
     def mean_overlap(self, top: int) -> np.ndarray:
@@ -92,9 +92,9 @@ def audit_hans(
     Args:
         retriever: Over an index of premise and hypothesis pairs.
         source: HANS, or rows like it, labelled entailment and non-entailment (or with three NLI labels).
-        methods: Names from the method table; default all that score rows from what is stored.
-        top: k, training rows looked at for each query.
-        progress: Told the stage, rows done and rows in all.
+        methods: Names from the method table; by default all methods that score rows from what the index stores.
+        top: k, the number of training rows at the top of each query's ranking.
+        progress: Called with the stage, rows done and rows in all.
 
     Raises:
         InputError: The model or the rows have no NLI labels.
@@ -110,7 +110,7 @@ def audit_hans(
     if top > (n_live := retriever.index.manifest.n_live):
         raise InputError(f"--top {top}: {retriever.index.folder} has {n_live:,} live rows. Give a smaller number.")
     row_overlap = training_overlap(retriever)
-    found: list[np.ndarray] = []
+    overlaps: list[np.ndarray] = []
     first_rows: list[np.ndarray] = []
     examples: list[Example] = []
     right, total = np.zeros(2, np.int64), np.zeros(2, np.int64)
@@ -124,29 +124,29 @@ def audit_hans(
         for kind in (ENTAILMENT, NON_ENTAILMENT):
             total[kind] += int((gold == kind).sum())
             right[kind] += int(((gold == kind) & (predicted == kind)).sum())
-        asked = (gold == NON_ENTAILMENT) & (predicted == ENTAILMENT)
+        is_query = (gold == NON_ENTAILMENT) & (predicted == ENTAILMENT)
         for column in KINDS:
             if column in block.table.column_names:
-                breakdowns.setdefault(column, Breakdown(column)).add(block.table, gold == predicted, asked)
-        wrong = np.flatnonzero(asked)
+                breakdowns.setdefault(column, Breakdown(column)).add(block.table, gold == predicted, is_query)
+        wrong = np.flatnonzero(is_query)
         if len(wrong):
             texts = [[column[i] for i in wrong] for column in block.texts]
             answers = retriever.answer_block(block.start, texts, None, question, forward=forward.take(wrong))
             rows = np.stack([answers.found[name][0].rows for name in question.spec.methods], axis=1)
-            found.append(row_overlap[rows].astype(np.float32))
+            overlaps.append(row_overlap[rows].astype(np.float32))
             first_rows.append(rows[:, :, 0])
             for j, i in enumerate(wrong):
                 if len(examples) < SHOWN_QUERIES and block.start + i >= len(examples) * stride:
                     examples.append(_example(block, int(i), answers, j))
         progress("rows", block.start + len(block), source.n_rows)
-    if not found:
+    if not overlaps:
         raise DataError(
             f"{source.name}: none of the {total[NON_ENTAILMENT]} non-entailment rows is predicted as entailment. "
             "There is nothing to explain: the model does not take this shortcut here."
         )
     return HansAudit(
         methods=question.spec.methods,
-        overlap=np.concatenate(found),
+        overlap=np.concatenate(overlaps),
         hub_share=np.array([np.bincount(rows).max() / len(rows) for rows in np.concatenate(first_rows).T]),
         all_rows_overlap=float(row_overlap[retriever.index.live].mean()),
         accuracy=(_share(right[0], total[0]), _share(right[1], total[1])),
@@ -207,10 +207,10 @@ def hans_report(
 ) -> tuple[Report, dict[str, object]]:
     """The report of an audit, and its numbers for ``result.json``."""
     k = audit.overlap.shape[2]
-    of_top = audit.mean_overlap(k)
-    many = of_top.mean(axis=0)
+    top_overlap = audit.mean_overlap(k)
+    top_means = top_overlap.mean(axis=0)
     best = _telling_method(audit)
-    by_kind = [kind_table(kind, audit.methods, of_top, k) for kind in audit.breakdowns]
+    by_kind = [kind_table(kind, audit.methods, top_overlap, k) for kind in audit.breakdowns]
     provenance = {
         "test rows": source.name,
         "index": str(retriever.index.folder),
@@ -221,7 +221,7 @@ def hans_report(
     }
     report = Report(
         "HANS audit: lexical overlap",
-        _summary(audit, audit.methods[best], float(many[best])),
+        _summary(audit, audit.methods[best], float(top_means[best])),
         (_overlap_table(audit), _accuracy_table(audit), *by_kind),
         (_overlap_figure(audit),),
         tuple(_group(example, audit.methods[best], retriever) for example in audit.examples),
@@ -234,31 +234,31 @@ def hans_report(
         "accuracy": {"entailment": audit.accuracy[0], "non_entailment": audit.accuracy[1]},
         "n_rows": {"entailment": audit.n_rows[0], "non_entailment": audit.n_rows[1]},
         "top": k,
-        "by": {kind.column: kind_numbers(kind, audit.methods, of_top) for kind in audit.breakdowns},
+        "by": {kind.column: kind_numbers(kind, audit.methods, top_overlap) for kind in audit.breakdowns},
     }
     return report, result
 
 
 def _telling_method(audit: HansAudit) -> int:
     """The method of highest overlap among those that do not give most queries the same row."""
-    many = audit.mean_overlap(audit.overlap.shape[2]).mean(axis=0)
+    top_means = audit.mean_overlap(audit.overlap.shape[2]).mean(axis=0)
     specific = audit.hub_share <= 0.5
-    return int(np.where(specific, many, -1.0).argmax()) if specific.any() else int(many.argmax())
+    return int(np.where(specific, top_means, -1.0).argmax()) if specific.any() else int(top_means.argmax())
 
 
 def _summary(audit: HansAudit, best: str, overlap: float) -> str:
     """The finding in two sentences."""
-    found = f"{audit.n_queries:,} of {audit.n_rows[1]:,} non-entailment rows are taken for entailment."
+    mistakes = f"{audit.n_queries:,} of {audit.n_rows[1]:,} non-entailment rows are taken for entailment."
     ordinary = f"{audit.all_rows_overlap:.2f}"
     low = _statistics(audit, audit.methods.index(best))["top_k_low"]
     if low is None or low <= audit.all_rows_overlap + _ROUNDING:
         return (
-            f"{found} No method surely brings up training rows of more than the ordinary overlap, {ordinary}: {best} "
-            f"those of {overlap:.2f}."
+            f"{mistakes} No method surely brings up training rows of more than the ordinary overlap, {ordinary}: "
+            f"{best} those of {overlap:.2f}."
         )
     return (
-        f"{found} The training rows behind them overlap more than others: {overlap:.2f} of the hypothesis' words are "
-        f"in the premise among the top {audit.overlap.shape[2]} by {best}, {ordinary} among all training rows."
+        f"{mistakes} The training rows behind them overlap more than others: {overlap:.2f} of the hypothesis' words "
+        f"are in the premise among the top {audit.overlap.shape[2]} by {best}, {ordinary} among all training rows."
     )
 
 
@@ -266,9 +266,9 @@ def _statistics(audit: HansAudit, method: int) -> dict[str, float | None]:
     """Mean overlap of the top 1 and top k, their standard errors, the latter's interval, and the hub share."""
     k = audit.overlap.shape[2]
     first, first_error = mean_and_error(audit.mean_overlap(1)[:, method])
-    many = audit.mean_overlap(k)[:, method]
-    mean, error = mean_and_error(many)
-    interval = mean_of(many)
+    top_overlap = audit.mean_overlap(k)[:, method]
+    mean, error = mean_and_error(top_overlap)
+    interval = mean_of(top_overlap)
     return {
         "top_1": first,
         "top_1_error": first_error,
@@ -282,8 +282,8 @@ def _statistics(audit: HansAudit, method: int) -> dict[str, float | None]:
 
 def _overlap_table(audit: HansAudit) -> Table:
     k = audit.overlap.shape[2]
-    everything = audit.all_rows_overlap
-    rows: list[list[Cell]] = [["(all rows)", everything, None, everything, None, None, None, None]]
+    ordinary = audit.all_rows_overlap
+    rows: list[list[Cell]] = [["(all rows)", ordinary, None, ordinary, None, None, None, None]]
     rows += [[name, *_statistics(audit, i).values()] for i, name in enumerate(audit.methods)]
     return Table(
         "Lexical overlap of the rows behind a wrong “entailment”",

@@ -1,4 +1,4 @@
-"""HANS by kind of row: its heuristic, subcase and template, where the rows name them."""
+"""HANS by kind of row: by its heuristic, subcase and template, where the rows have columns of these."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Breakdown:
     """Rows counted by the values of one column.
 
     Attributes:
-        column: Its name.
-        values: Those that occur, numbered by first occurrence.
-        n_rows: Rows of each.
-        n_right: Rows of each that are answered rightly.
-        queries: Number of the value of each row that was asked about.
+        column: Name of the column.
+        values: The values that occur, numbered by first occurrence.
+        n_rows: Number of rows of each value.
+        n_right: Number of rows of each value that are answered rightly.
+        queries: For each row that is asked about, the number of its value.
     """
 
     def __init__(self, column: str) -> None:
@@ -32,28 +32,28 @@ class Breakdown:
         self.n_right: list[int] = []
         self.queries: list[int] = []
 
-    def add(self, rows: pa.Table, right: np.ndarray, asked: np.ndarray) -> None:
+    def add(self, rows: pa.Table, right: np.ndarray, is_query: np.ndarray) -> None:
         """Count a block of rows: whether each is answered rightly, and whether it is asked about, ``(n,)`` bool."""
-        for value, is_right, is_asked in zip(rows.column(self.column).to_pylist(), right, asked, strict=True):
-            at = self.values.setdefault(NAMELESS if value is None else str(value), len(self.values))
-            if at == len(self.n_rows):
+        for value, is_right, asked_about in zip(rows.column(self.column).to_pylist(), right, is_query, strict=True):
+            number = self.values.setdefault(NAMELESS if value is None else str(value), len(self.values))
+            if number == len(self.n_rows):
                 self.n_rows.append(0)
                 self.n_right.append(0)
-            self.n_rows[at] += 1
-            self.n_right[at] += int(is_right)
-            if is_asked:
-                self.queries.append(at)
+            self.n_rows[number] += 1
+            self.n_right[number] += int(is_right)
+            if asked_about:
+                self.queries.append(number)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is found for the rows of one value.
+    """Numbers of the rows with one value of a column.
 
     Attributes:
-        n_rows: Rows.
-        accuracy: Share of them that is answered rightly.
-        n_queries: Rows asked about.
-        top_k: Mean overlap of the training rows at their top by method; None without queries.
+        n_rows: Number of rows.
+        accuracy: Share of the rows that are answered rightly.
+        n_queries: Number of rows that are asked about.
+        top_k: Mean overlap of the training rows at the top of their rankings, by method; None without queries.
     """
 
     n_rows: int
@@ -63,35 +63,40 @@ class Kind:
 
 
 def kinds(breakdown: Breakdown, methods: Sequence[str], overlap: np.ndarray) -> dict[str, Kind]:
-    """The numbers of each value.
+    """The numbers of each value of a column, by value.
 
     Args:
-        breakdown: The counts.
-        methods: Names, ``m``.
+        breakdown: Counts of the column.
+        methods: Names of the methods, ``m``.
         overlap: Mean overlap of the rows at the top for each query, ``(queries, m)``.
     """
     of_query = np.array(breakdown.queries)
-    found = {}
-    for value, v in breakdown.values.items():
-        mine = overlap[of_query == v]
-        top = [float(mean) for mean in mine.mean(axis=0)] if len(mine) else [None] * len(methods)
-        n_rows = breakdown.n_rows[v]
-        found[value] = Kind(n_rows, breakdown.n_right[v] / n_rows, len(mine), dict(zip(methods, top, strict=True)))
-    return found
+    kinds_by_value = {}
+    for value, number in breakdown.values.items():
+        query_overlaps = overlap[of_query == number]
+        top = [float(mean) for mean in query_overlaps.mean(axis=0)] if len(query_overlaps) else [None] * len(methods)
+        n_rows = breakdown.n_rows[number]
+        kinds_by_value[value] = Kind(
+            n_rows, breakdown.n_right[number] / n_rows, len(query_overlaps), dict(zip(methods, top, strict=True))
+        )
+    return kinds_by_value
 
 
 def kind_table(breakdown: Breakdown, methods: Sequence[str], overlap: np.ndarray, top: int) -> Table:
-    """A value a line; arguments are those of `kinds`, and how many rows the top has."""
-    found = kinds(breakdown, methods, overlap)
+    """A table with a line for each value; arguments as for `kinds`, and ``top``, the number of rows in a top."""
+    kinds_by_value = kinds(breakdown, methods, overlap)
     return Table(
         f"By {breakdown.column}",
         [breakdown.column, "rows", "right", "queries", *methods],
-        [[value, kind.n_rows, kind.accuracy, kind.n_queries, *kind.top_k.values()] for value, kind in found.items()],
+        [
+            [value, kind.n_rows, kind.accuracy, kind.n_queries, *kind.top_k.values()]
+            for value, kind in kinds_by_value.items()
+        ],
         "Right: share of the rows answered rightly. Queries: non-entailment rows taken for entailment; by method, the "
         f"mean overlap of their top {top} training rows.",
     )
 
 
 def kind_numbers(breakdown: Breakdown, methods: Sequence[str], overlap: np.ndarray) -> dict[str, dict[str, object]]:
-    """The same for ``result.json``."""
+    """The numbers of `kinds` for ``result.json``."""
     return {value: asdict(kind) for value, kind in kinds(breakdown, methods, overlap).items()}

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from forebear.errors import DataError, NonFiniteError
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.labels import UNKNOWN
 from forebear.progress import Progress, no_progress
@@ -40,16 +40,16 @@ _FLAT = 1e-20  # mean square of z^2 off its line, over the mean of z^4: nothing 
 
 
 class Parabola(NamedTuple):
-    """artifact = a z^2 + b z + c over ``n`` rows, and what the mean over queries needs of it.
+    """artifact = a z^2 + b z + c over ``n`` rows, and the parts of the fit that the mean over queries needs.
 
     Attributes:
         a: Quadratic coefficient.
         b: Linear coefficient.
         c: Constant.
         error: Standard error of a, the larger one of HC3 and OLS.
-        variance: Of the residuals, over n - 3.
-        weights: a is their dot with the artifact, ``(n,)``.
-        contributions: Each row's weight times its residual over 1 - leverage, ``(n,)``; HC3 is their length.
+        variance: Sum of squared residuals over n - 3.
+        weights: Weights of the rows, ``(n,)``: a is their dot product with the artifact.
+        contributions: Each row's weight times its residual over 1 - leverage, ``(n,)``; their length is the HC3 error.
     """
 
     a: float
@@ -74,8 +74,8 @@ def fit_parabola(z: np.ndarray, artifact: np.ndarray) -> Parabola | None:
     """Least squares, in closed form: 1, z and w = z^2 - mean(z^3) z - 1 are orthogonal.
 
     Args:
-        z: From `z_normalised`, ``(n,)``.
-        artifact: ``(n,)``.
+        z: Influence from `z_normalised`, ``(n,)``.
+        artifact: The artifact of each row, ``(n,)``.
 
     Returns:
         None where a is not determined: z has two values, or three of which one is of a single row, so that the fit
@@ -136,19 +136,19 @@ class ArtifactRegression:
     """Fits of every query.
 
     Attributes:
-        methods: Names, ``m``.
-        n_rows: Live training rows.
-        groups: Names, ``g``; see `groups_of`.
-        members: Which queries are in them, ``(g, q)`` bool.
+        methods: Names of the methods, ``m``.
+        n_rows: Number of live training rows.
+        groups: Names of the groups of queries, ``g``; see `groups_of`.
+        members: Whether a query is in a group, ``(g, q)`` bool.
         coefficients: a, b, c of each query, ``(m, q, 3)``; NaN where a is not determined.
-        errors: Standard errors of a, ``(m, q)``, likewise.
+        errors: Standard errors of a, ``(m, q)``; NaN where a is not determined.
         row_errors: Standard error of a group's mean of a by the choice of training rows, ``(m, g)``; NaN without
             queries.
         bins: Means of z, artifact and fitted parabola in ``N_BINS`` equal parts of the ranking by influence, from
             the lowest up, over the queries of a group, ``(m, g, 3, bins)``; NaN without queries.
         ends: The rows at the top and at the bottom by the first method, ``(q, 2, k)``, outermost first.
         predictions: Predicted class, ``(q,)``.
-        residuals: Of H^-1; see :class:`~forebear.retriever.scores.Scores`.
+        residuals: Relative residuals of H^-1 by method; see :class:`~forebear.retriever.scores.Scores`.
     """
 
     methods: tuple[str, ...]
@@ -171,13 +171,13 @@ class ArtifactRegression:
         return float(t.ppf(0.975, self.n_rows - 3))
 
     def defined(self, method: int, group: int) -> np.ndarray:
-        """Queries of a group whose a is determined, ``(q,)`` bool."""
+        """Whether a query is in the group and its a is determined, ``(q,)`` bool."""
         return np.asarray(self.members[group] & ~np.isnan(self.errors[method]))
 
 
 def regress_artifact(
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     artifact: np.ndarray,
     *,
@@ -190,7 +190,7 @@ def regress_artifact(
         queries: Test rows.
         spec: Methods that score rows, scope, target, curvature. All rows are scored exactly.
         artifact: A number for each live training row, ``(n,)``.
-        progress: Told the queries done.
+        progress: Called with the queries done.
 
     Raises:
         DataError: Fewer than four live training rows.
@@ -213,12 +213,14 @@ def regress_artifact(
     scored = Scores()
     progress("queries", 0, n_queries)
     for start in range(0, n_queries, size):
-        at = slice(start, start + size)
-        labels = None if queries.labels is None else queries.labels[at]
-        found = retriever.score_block([column[at] for column in queries.texts], labels, question, first_row=start)
-        scored.note_residuals([found])
+        block = slice(start, start + size)
+        labels = None if queries.labels is None else queries.labels[block]
+        block_scores = retriever.score_block(
+            [column[block] for column in queries.texts], labels, question, first_row=start
+        )
+        scored.note_residuals([block_scores])
         for m, name in enumerate(methods):
-            for q, scores in enumerate(found[name], start):
+            for q, scores in enumerate(block_scores[name], start):
                 if not np.isfinite(scores).all():
                     raise NonFiniteError(f"{name} gives test row {queries.rows[q]} a score that is NaN or infinite.")
                 order = np.argsort(scores, kind="stable")
@@ -253,18 +255,20 @@ def regress_artifact(
 def groups_of(
     predictions: np.ndarray, labels: np.ndarray | None, names: tuple[str, ...]
 ) -> tuple[tuple[str, ...], np.ndarray]:
-    """All queries, those of each predicted label, and those of it whose gold label is another; none twice.
+    """Groups of queries: all; by predicted label; and by predicted label where the gold label is another.
+
+    A group that is empty, or equal to a group before it, is left out.
 
     Returns:
-        The groups' names, and who is in them ``(g, q)`` bool.
+        Names of the groups, and whether a query is in a group, ``(g, q)`` bool.
     """
     groups = {EVERY_QUERY: np.ones(len(predictions), bool)}
     for label, name in enumerate(names):
-        mine = predictions == label
-        wrong = np.zeros_like(mine) if labels is None else mine & (labels != label) & (labels != UNKNOWN)
-        if mine.any() and not mine.all():
-            groups[f"predicted {name}"] = mine
-        if wrong.any() and (wrong != mine).any():
+        predicted = predictions == label
+        wrong = np.zeros_like(predicted) if labels is None else predicted & (labels != label) & (labels != UNKNOWN)
+        if predicted.any() and not predicted.all():
+            groups[f"predicted {name}"] = predicted
+        if wrong.any() and (wrong != predicted).any():
             groups[f"predicted {name}, wrongly"] = wrong
     return tuple(groups), np.stack(list(groups.values()))
 

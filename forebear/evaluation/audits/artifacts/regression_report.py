@@ -11,7 +11,7 @@ from forebear.evaluation.audits.artifacts.features import Feature
 from forebear.evaluation.audits.artifacts.regression import EVERY_QUERY, ArtifactRegression
 from forebear.evaluation.common.comparisons import listed_values, provenance, question_record
 from forebear.evaluation.common.passages import row_passages
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import mean_of
 from forebear.evaluation.reports.charts import line_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
@@ -29,14 +29,14 @@ class MeanCoefficient:
     Attributes:
         n: Queries whose a is determined.
         undefined: The group's other queries.
-        mean: None without queries.
-        error: Its standard error over queries; None for less than two.
-        low: Lower end of its 95% bootstrap interval over queries, likewise.
-        high: Upper end.
-        rows_low: Lower end of its 95% interval by the choice of training rows; None without queries.
-        rows_high: Upper end.
+        mean: Mean of a; None without queries.
+        error: Standard error of the mean over queries; None for less than two queries.
+        low: Lower end of the 95% bootstrap interval over queries; None for less than two queries.
+        high: Upper end of that interval.
+        rows_low: Lower end of the 95% interval for the choice of training rows; None without queries.
+        rows_high: Upper end of that interval.
         above: Share of queries whose own 95% interval lies above 0.
-        below: Share of those whose lies below.
+        below: Share of queries whose own 95% interval lies below 0.
     """
 
     n: int
@@ -58,16 +58,16 @@ class MeanCoefficient:
         return int(bool(lows) and min(lows) > 0) - int(bool(highs) and max(highs) < 0)
 
 
-def mean_coefficient(found: ArtifactRegression, method: int, group: int, seed: int = 0) -> MeanCoefficient:
+def mean_coefficient(regression: ArtifactRegression, method: int, group: int, seed: int = 0) -> MeanCoefficient:
     """The mean of a over a group's queries, with both intervals; ``seed`` is the bootstrap's."""
-    at = found.defined(method, group)
-    n, undefined = int(at.sum()), int((found.members[group] & ~at).sum())
+    determined = regression.defined(method, group)
+    n, undefined = int(determined.sum()), int((regression.members[group] & ~determined).sum())
     if not n:
         return MeanCoefficient(n=0, undefined=undefined)
-    a = found.coefficients[method, at, 0]
-    half = found.quantile * found.errors[method, at]
+    a = regression.coefficients[method, determined, 0]
+    half = regression.quantile * regression.errors[method, determined]
     over_queries = mean_of(a, seed)
-    rows_half = found.quantile * float(found.row_errors[method, group])
+    rows_half = regression.quantile * float(regression.row_errors[method, group])
     return MeanCoefficient(
         n=n, undefined=undefined,
         mean=over_queries.mean, error=over_queries.error, low=over_queries.low, high=over_queries.high,
@@ -77,48 +77,53 @@ def mean_coefficient(found: ArtifactRegression, method: int, group: int, seed: i
 
 
 def artifact_report(
-    found: ArtifactRegression,
+    regression: ArtifactRegression,
     feature: Feature,
     artifact: np.ndarray,
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     seed: int,
     command: str,
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
-    means = [[mean_coefficient(found, m, g, seed) for g in range(len(found.groups))] for m in range(len(found.methods))]
+    means = [
+        [mean_coefficient(regression, m, g, seed) for g in range(len(regression.groups))]
+        for m in range(len(regression.methods))
+    ]
     facts = {"artifact": feature.description, "test_rows": queries.source, "queries": len(queries), "seed": seed}
     report = Report(
         f"Artifact regression: {feature.name}",
-        " ".join(_finding(name, feature, row[0]) for name, row in zip(found.methods, means, strict=True)),
-        _tables(found, feature, artifact, means),
-        [_figure(found, m, feature) for m in range(len(found.methods)) if means[m][0].n],
-        _groups(found, feature, retriever, queries),
-        provenance(retriever, spec, command, residuals=found.residuals, **facts),
+        " ".join(_finding(name, feature, row[0]) for name, row in zip(regression.methods, means, strict=True)),
+        _tables(regression, feature, artifact, means),
+        [_figure(regression, m, feature) for m in range(len(regression.methods)) if means[m][0].n],
+        _groups(regression, feature, retriever, queries),
+        provenance(retriever, spec, command, residuals=regression.residuals, **facts),
     )
     result = {
         "feature": {"name": feature.name, "description": feature.description, "mean": float(artifact.mean())},
-        "n_rows": found.n_rows,
+        "n_rows": regression.n_rows,
         "methods": {
             name: {
                 "groups": {
-                    group: asdict(means[m][g]) | {"bins": _bins(found.bins[m, g])}
-                    for g, group in enumerate(found.groups)
+                    group: asdict(means[m][g]) | {"bins": _bins(regression.bins[m, g])}
+                    for g, group in enumerate(regression.groups)
                 },
                 "per_query": {
-                    **{x: listed_values(found.coefficients[m, :, i]) for i, x in enumerate("abc")},
-                    "error": listed_values(found.errors[m]),
-                    "low": listed_values(found.coefficients[m, :, 0] - found.quantile * found.errors[m]),
-                    "high": listed_values(found.coefficients[m, :, 0] + found.quantile * found.errors[m]),
+                    **{x: listed_values(regression.coefficients[m, :, i]) for i, x in enumerate("abc")},
+                    "error": listed_values(regression.errors[m]),
+                    "low": listed_values(regression.coefficients[m, :, 0] - regression.quantile * regression.errors[m]),
+                    "high": listed_values(
+                        regression.coefficients[m, :, 0] + regression.quantile * regression.errors[m]
+                    ),
                 },
             }
-            for m, name in enumerate(found.methods)
+            for m, name in enumerate(regression.methods)
         },
         "query_rows": queries.rows,
-        "predictions": [retriever.label_names[i] for i in found.predictions],
+        "predictions": [retriever.label_names[i] for i in regression.predictions],
         "seed": seed,
-        "question": question_record(retriever, spec, found.residuals),
+        "question": question_record(retriever, spec, regression.residuals),
     }
     return report, result
 
@@ -138,27 +143,29 @@ def _finding(method: str, feature: Feature, mean: MeanCoefficient) -> str:
 
 
 def _tables(
-    found: ArtifactRegression, feature: Feature, artifact: np.ndarray, means: list[list[MeanCoefficient]]
+    regression: ArtifactRegression, feature: Feature, artifact: np.ndarray, means: list[list[MeanCoefficient]]
 ) -> list[Table]:
-    """One with each interval of the mean."""
+    """Two tables: the mean of a with its interval over training rows, and with its interval over queries."""
     rows: list[list[Cell]] = []
     queries: list[list[Cell]] = []
-    for name, row in zip(found.methods, means, strict=True):
-        for group, mean in zip(found.groups, row, strict=True):
+    for name, row in zip(regression.methods, means, strict=True):
+        for group, mean in zip(regression.groups, row, strict=True):
             rows.append([name, group, mean.n, *map(_thousandths, (mean.mean, mean.rows_low, mean.rows_high))])
             interval = map(_thousandths, (mean.error, mean.low, mean.high))
             queries.append([name, group, *interval, mean.above, mean.below])
     title = f"Quadratic coefficient of {feature.name} on influence, x 1000"
-    undefined = {name: row[0].undefined for name, row in zip(found.methods, means, strict=True) if row[0].undefined}
+    undefined = {
+        name: row[0].undefined for name, row in zip(regression.methods, means, strict=True) if row[0].undefined
+    }
     left_out = ", ".join(f"{n} by {name}" for name, n in undefined.items()) or "none"
     return [
         Table(
             title,
             ["method", "test rows", "number", "a", "95% low", "95% high"],
             rows,
-            f"Of artifact = a z² + b z + c over {found.n_rows:,} training rows, z their z-normalised influence on a "
-            f"test row; mean over test rows. Artifact: {feature.description}; mean {artifact.mean():.3f}. The interval "
-            "is for the choice of training rows, which all test rows share.",
+            f"Of artifact = a z² + b z + c over {regression.n_rows:,} training rows, z their z-normalised influence "
+            f"on a test row; mean over test rows. Artifact: {feature.description}; mean {artifact.mean():.3f}. The "
+            "interval is for the choice of training rows, which all test rows share.",
         ),
         Table(
             f"{title}: between test rows",
@@ -179,26 +186,26 @@ def _bins(means: np.ndarray) -> dict[str, Any]:
     return dict(zip(("z", "artifact", "parabola"), listed_values(means), strict=True))
 
 
-def _figure(found: ArtifactRegression, method: int, feature: Feature) -> Figure:
-    z, artifact, parabola = found.bins[method, found.groups.index(EVERY_QUERY)]
+def _figure(regression: ArtifactRegression, method: int, feature: Feature) -> Figure:
+    z, artifact, parabola = regression.bins[method, regression.groups.index(EVERY_QUERY)]
     drawing = line_chart(
         z.tolist(),
         {"rows": artifact.tolist(), "parabola": parabola.tolist()},
-        xlabel=f"z-normalised influence by {found.methods[method]}",
+        xlabel=f"z-normalised influence by {regression.methods[method]}",
         ylabel=f"mean {feature.name}",
     )
     return Figure(
-        f"{feature.name} by influence: {found.methods[method]}",
+        f"{feature.name} by influence: {regression.methods[method]}",
         drawing,
         f"Means over the queries of {len(z)} equal parts of the training rows, ordered by influence, and of the fitted "
         "parabola over the same rows.",
     )
 
 
-def _groups(found: ArtifactRegression, feature: Feature, retriever: Retriever, queries: Queries) -> list[Group]:
+def _groups(regression: ArtifactRegression, feature: Feature, retriever: Retriever, queries: QueryRows) -> list[Group]:
     """The rows at both ends for the queries whose a is surest to differ from 0, by the first method."""
-    a, errors = found.coefficients[0, :, 0], found.errors[0]
-    defined = np.flatnonzero(found.defined(0, 0))
+    a, errors = regression.coefficients[0, :, 0], regression.errors[0]
+    defined = np.flatnonzero(regression.defined(0, 0))
     sure = ratio(np.abs(a[defined]), errors[defined])
     names = retriever.index.manifest.spec.text_columns
     groups = []
@@ -208,16 +215,18 @@ def _groups(found: ArtifactRegression, feature: Feature, retriever: Retriever, q
             f"test row {queries.rows[q]}",
             dict(zip(names, texts, strict=True)),
             feature.words(texts),
-            {"predicted": retriever.label_names[found.predictions[q]]},
+            {"predicted": retriever.label_names[regression.predictions[q]]},
         )
         passages = [
             passage
-            for side, rows in zip(("top", "bottom"), found.ends[q], strict=True)
+            for side, rows in zip(("top", "bottom"), regression.ends[q], strict=True)
             for passage in _passages(retriever, feature, rows, side)
         ]
         intro = f"a = {a[q]:.3g} ± {errors[q]:.2g} (standard error)."
         groups.append(
-            Group(f"Most influential for test row {queries.rows[q]}, by {found.methods[0]}", passages, intro, query)
+            Group(
+                f"Most influential for test row {queries.rows[q]}, by {regression.methods[0]}", passages, intro, query
+            )
         )
     return groups
 

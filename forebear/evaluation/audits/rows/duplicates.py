@@ -22,7 +22,7 @@ from forebear.errors import InputError
 from forebear.evaluation.audits.rows.near_words import WordSets, near_pairs, stacked, word_sets, words_of
 from forebear.evaluation.common.neighbours import nearest_rows
 from forebear.evaluation.common.passages import row_passages
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import UNKNOWN
@@ -38,13 +38,14 @@ Texts = Sequence[Sequence[str]]
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """What counts as similar.
+    """Least similarities of linked rows.
 
     Attributes:
-        jaccard: Least Jaccard similarity of the word sets; of pairs of texts, of both.
+        jaccard: Least Jaccard similarity of the word sets of two rows; where rows have two texts, of each text.
         cosine: Least cosine of neighbours.
-        cosine_jaccard: Least Jaccard similarity of those; below ``jaccard``, else cosines add nothing.
-        neighbours: Nearest rows of each row whose cosines are looked at; 0: none.
+        cosine_jaccard: Least Jaccard similarity of neighbours with that cosine. Cosines add links only where it is
+            smaller than ``jaccard``.
+        neighbours: Number of nearest rows of each row whose cosines are compared; 0: no cosines.
     """
 
     jaccard: float = 0.8
@@ -53,7 +54,11 @@ class Thresholds:
     neighbours: int = 10
 
     def check(self) -> None:
-        """Refuse values that mean nothing."""
+        """Refuse thresholds out of range.
+
+        Raises:
+            InputError: A similarity is not above 0 and at most 1, or the number of neighbours is negative.
+        """
         for name in ("jaccard", "cosine", "cosine_jaccard"):
             if not 0 < getattr(self, name) <= 1:
                 option = name.replace("_", "-")
@@ -70,8 +75,8 @@ class DuplicateGroup:
 
     Attributes:
         rows: Row numbers, ascending.
-        kind: The loosest of ``same texts``, ``same words``, ``similar`` that holds for all of them.
-        weakest: Least Jaccard similarity of the links that hold it together; 1 unless ``similar``.
+        kind: The strictest of ``same texts``, ``same words``, ``similar`` that holds for all rows of the group.
+        weakest: Least Jaccard similarity of the links that join the group; 1 unless the kind is ``similar``.
         conflict: Whether their labels differ.
     """
 
@@ -83,7 +88,7 @@ class DuplicateGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Leak:
-    """A test row that is found among the training rows, and the row most like it."""
+    """A test row that stands among the training rows too, and the training row most like it."""
 
     test_row: int
     row: int
@@ -99,7 +104,7 @@ def duplicates(index: Index, thresholds: Thresholds) -> list[DuplicateGroup]:
     """
     thresholds.check()
     live = index.live
-    seen = _see(_live_blocks(index), _Known())
+    seen = _read_rows(_live_blocks(index), _Numbering())
     links = [_equal_links(seen), near_pairs(seen.sets, thresholds.jaccard)]
     if thresholds.neighbours and thresholds.cosine_jaccard < thresholds.jaccard:
         links.append(_cosine_links(index, seen.sets, thresholds))
@@ -111,19 +116,19 @@ def duplicates(index: Index, thresholds: Thresholds) -> list[DuplicateGroup]:
     np.minimum.at(weakest, number[first], _best_links(first, second, similarity))
     order = np.argsort(number, kind="stable")
     starts = np.flatnonzero(np.diff(number[order], prepend=-1))
-    found = []
+    groups = []
     for members in np.split(order, starts[1:]):
         if len(members) > 1:
             kind = _kind_of(seen, members)
             least = float(weakest[number[members[0]]]) if kind == KINDS[2] else 1.0
             conflict = len(np.unique(index.labels[live[members]])) > 1
-            found.append(DuplicateGroup(rows=live[members], kind=kind, weakest=least, conflict=conflict))
-    return sorted(found, key=lambda g: (not g.conflict, -len(g.rows), int(g.rows[0])))
+            groups.append(DuplicateGroup(rows=live[members], kind=kind, weakest=least, conflict=conflict))
+    return sorted(groups, key=lambda g: (not g.conflict, -len(g.rows), int(g.rows[0])))
 
 
 @dataclass
-class _Known:
-    """Numbers of what was seen: rows by digest of their texts and of their words, words by column."""
+class _Numbering:
+    """Numbers given so far: to rows by the digest of their texts and of their words, and to words by column."""
 
     same: dict[bytes, int] = field(default_factory=dict)
     words: dict[bytes, int] = field(default_factory=dict)
@@ -131,13 +136,13 @@ class _Known:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _ComparedRows:
     """Rows as they are compared; the texts themselves are not held.
 
     Attributes:
-        same: Equal where texts are, ``(n,)``.
-        words: Equal where the words and their order are, ``(n,)``.
-        sets: Word sets.
+        same: A number for each row, ``(n,)``; rows with equal texts have equal numbers.
+        words: A number for each row, ``(n,)``; rows with the same words in the same order have equal numbers.
+        sets: Word sets of the rows.
     """
 
     same: np.ndarray
@@ -145,8 +150,8 @@ class _Seen:
     sets: WordSets
 
 
-def _see(blocks: Iterable[Texts], known: _Known) -> _Seen:
-    """Read rows block by block."""
+def _read_rows(blocks: Iterable[Texts], known: _Numbering) -> _ComparedRows:
+    """Read rows block by block, and number them by their texts and words."""
     same: list[int] = []
     words: list[int] = []
     sets: list[WordSets] = []
@@ -156,7 +161,7 @@ def _see(blocks: Iterable[Texts], known: _Known) -> _Seen:
             same.append(known.same.setdefault(_digest(row), len(known.same)))
             words.append(known.words.setdefault(_digest(ordered), len(known.words)))
         sets.append(word_sets(texts, known.vocabulary))
-    return _Seen(np.array(same), np.array(words), stacked(sets))
+    return _ComparedRows(np.array(same), np.array(words), stacked(sets))
 
 
 def _digest(texts: Sequence[str]) -> bytes:
@@ -168,30 +173,30 @@ def _live_blocks(index: Index) -> Iterator[Texts]:
         yield index.text_lists(index.live[start : start + _BLOCK_ROWS])
 
 
-def _equal_links(seen: _Seen) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each row linked to the first one of the same words."""
+def _equal_links(seen: _ComparedRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Links from each row to the first row with the same words: positions of both, similarity 1."""
     _, first, number = np.unique(seen.words, return_index=True, return_inverse=True)
     second = np.setdiff1d(np.arange(len(number)), first)
     return first[number[second]], second, np.ones(len(second))
 
 
-def _cosine_links(index: Index, sets: WordSets, t: Thresholds) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Neighbours of large cosine whose words overlap."""
+def _cosine_links(index: Index, sets: WordSets, thresholds: Thresholds) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Links between neighbours of large cosine whose words overlap: positions of both rows, Jaccard similarity."""
     live = index.live
-    k = min(t.neighbours, len(live) - 1)
+    k = min(thresholds.neighbours, len(live) - 1)
     if not k:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
     representation = "sentence" if "sbert" in index.manifest.spec.stores else "feature"
-    near, cosines = nearest_rows(index, live, k, representation=representation)
-    i, c = np.nonzero(cosines >= t.cosine)
-    j = np.searchsorted(live, near[i, c])
+    neighbours, cosines = nearest_rows(index, live, k, representation=representation)
+    i, c = np.nonzero(cosines >= thresholds.cosine)
+    j = np.searchsorted(live, neighbours[i, c])
     jaccard = sets.jaccard(i, sets, j)
-    kept = jaccard >= t.cosine_jaccard
+    kept = jaccard >= thresholds.cosine_jaccard
     return i[kept], j[kept], jaccard[kept]
 
 
 def _best_links(first: np.ndarray, second: np.ndarray, similarity: np.ndarray) -> np.ndarray:
-    """The similarity of each link, or the best of those between the same two rows."""
+    """The similarity of each link; where several links join the same two rows, the largest."""
     if not len(first):
         return similarity
     pairs = np.stack([np.minimum(first, second), np.maximum(first, second)], axis=1)
@@ -201,37 +206,38 @@ def _best_links(first: np.ndarray, second: np.ndarray, similarity: np.ndarray) -
     return np.asarray(best[number.reshape(-1)])
 
 
-def _kind_of(seen: _Seen, members: np.ndarray) -> str:
+def _kind_of(seen: _ComparedRows, members: np.ndarray) -> str:
     for kind, numbers in zip(KINDS[:2], (seen.same, seen.words), strict=True):
         if len(np.unique(numbers[members])) == 1:
             return kind
     return KINDS[2]
 
 
-def leaks(index: Index, test: Queries, thresholds: Thresholds) -> list[Leak]:
+def leaks(index: Index, test: QueryRows, thresholds: Thresholds) -> list[Leak]:
     """Test rows that are equal to a live training row, hold the same words, or similar ones; by test row.
 
-    By texts and words alone. Of several training rows the most similar is named, then the lowest.
+    Texts and words alone are compared, not cosines. Of several training rows the most similar is named; of equally
+    similar ones, the lowest row number.
     """
     thresholds.check()
-    live, known = index.live, _Known()
-    train = _see(_live_blocks(index), known)
-    asked = _see([test.texts], known)
-    found: dict[int, Leak] = {}
-    for kind, numbers, of_test in (
-        (KINDS[0], train.same, asked.same),
-        (KINDS[1], train.words, asked.words),
+    live, known = index.live, _Numbering()
+    train = _read_rows(_live_blocks(index), known)
+    tested = _read_rows([test.texts], known)
+    leak_of: dict[int, Leak] = {}
+    for kind, numbers, test_numbers in (
+        (KINDS[0], train.same, tested.same),
+        (KINDS[1], train.words, tested.words),
     ):
         first = dict(zip(*(values.tolist() for values in np.unique(numbers, return_index=True)), strict=True))
-        for q, number in enumerate(of_test.tolist()):
-            if q not in found and number in first:
-                found[q] = Leak(test_row=q, row=int(live[first[number]]), kind=kind, jaccard=1.0)
+        for q, number in enumerate(test_numbers.tolist()):
+            if q not in leak_of and number in first:
+                leak_of[q] = Leak(test_row=q, row=int(live[first[number]]), kind=kind, jaccard=1.0)
     best: dict[int, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
-    for q, i, jaccard in zip(*near_pairs(asked.sets, thresholds.jaccard, train.sets), strict=True):
+    for q, i, jaccard in zip(*near_pairs(tested.sets, thresholds.jaccard, train.sets), strict=True):
         best[int(q)] = max(best[int(q)], (float(jaccard), -int(i)))
     for q, (jaccard, i) in best.items():
-        found.setdefault(q, Leak(test_row=q, row=int(live[-i]), kind=KINDS[2], jaccard=jaccard))
-    return [found[q] for q in sorted(found)]
+        leak_of.setdefault(q, Leak(test_row=q, row=int(live[-i]), kind=KINDS[2], jaccard=jaccard))
+    return [leak_of[q] for q in sorted(leak_of)]
 
 
 def duplicates_report(
@@ -240,7 +246,7 @@ def duplicates_report(
     thresholds: Thresholds,
     top: int,
     command: str,
-    test: Queries | None = None,
+    test: QueryRows | None = None,
     leaked: Sequence[Leak] = (),
 ) -> tuple[Report, dict[str, Any]]:
     """The report, with the rows of the first ``top`` groups, and the numbers for ``result.json``.
@@ -254,9 +260,9 @@ def duplicates_report(
     n = index.manifest.n_live
     counts: list[list[Cell]] = []
     for kind in KINDS:
-        mine = [g for g in groups if g.kind == kind]
-        rows = sum(len(g.rows) for g in mine)
-        counts.append([kind, len(mine), rows, rows - len(mine), sum(g.conflict for g in mine)])
+        of_kind = [g for g in groups if g.kind == kind]
+        rows = sum(len(g.rows) for g in of_kind)
+        counts.append([kind, len(of_kind), rows, rows - len(of_kind), sum(g.conflict for g in of_kind)])
     lines: list[list[Cell]] = []
     for number, group in enumerate(groups[:top], start=1):
         columns = {name: c.to_pylist() for name, c in index.texts(group.rows).items()}
@@ -316,17 +322,17 @@ def duplicates_report(
     return Report("Duplicates", summary, tables, (), shown, {**provenance, "command": command}), result
 
 
-def _leak_tables(test: Queries, leaked: Sequence[Leak], retriever: Retriever) -> list[Table]:
+def _leak_tables(test: QueryRows, leaked: Sequence[Leak], retriever: Retriever) -> list[Table]:
     """How many test rows of each kind are found, and the first of them."""
     index, names = retriever.index, retriever.label_names
     n = len(test.texts[0])
     counts: list[list[Cell]] = []
     for kind in KINDS:
-        mine = [leak for leak in leaked if leak.kind == kind]
-        other = None
+        of_kind = [leak for leak in leaked if leak.kind == kind]
+        of_other_label = None
         if test.labels is not None:
-            other = sum(int(test.labels[x.test_row] not in (UNKNOWN, index.labels[x.row])) for x in mine)
-        counts.append([kind, len(mine), len(mine) / n, other])
+            of_other_label = sum(int(test.labels[x.test_row] not in (UNKNOWN, index.labels[x.row])) for x in of_kind)
+        counts.append([kind, len(of_kind), len(of_kind) / n, of_other_label])
     lines: list[list[Cell]] = []
     for leak in leaked[:SHOWN_LEAKS]:
         label = UNKNOWN if test.labels is None else test.labels[leak.test_row]

@@ -34,13 +34,13 @@ class Mistakes:
     """Mispredicted test rows.
 
     Attributes:
-        source: Where they come from.
-        rows: Their numbers there, ``(q,)``.
+        source: Name of the test file.
+        rows: Row numbers in that file, ``(q,)``.
         texts: One list a text column.
         labels: Gold class ids, ``(q,)``.
-        predictions: Class ids, ``(q,)``.
-        features: f, ``(q, h)`` float32.
-        n_rows: Test rows in all.
+        predictions: Predicted class ids, ``(q,)``.
+        features: Features f of the rows, ``(q, h)`` float32.
+        n_rows: Number of test rows, right and wrong.
     """
 
     source: str
@@ -57,7 +57,7 @@ class ErrorGroup:
     """Mistakes of one kind.
 
     Attributes:
-        name: Such as ``negative -> positive`` or ``negative -> positive, 2``.
+        name: Name of the group, such as ``negative -> positive`` or ``negative -> positive, 2``.
         members: Positions among the mistakes, ascending.
     """
 
@@ -74,7 +74,7 @@ def mistakes_of(
     """Run the model over test rows and keep those that it gets wrong.
 
     Raises:
-        DataError: None is wrong, or the labels are not the model's.
+        DataError: No prediction is wrong, or the labels are not the model's.
         MismatchError: The rows do not have the index's number of texts.
     """
     retriever.check_texts(source)
@@ -88,8 +88,8 @@ def mistakes_of(
         forward = run_forward(retriever.classifier(), block.texts, first_row=block.start)
         wrong = np.flatnonzero(forward.predictions != gold)
         parts.append((block.start + wrong, gold[wrong], forward.predictions[wrong], forward.features[wrong]))
-        for column, found in zip(texts, block.texts, strict=True):
-            column += [found[i] for i in wrong]
+        for column, block_texts in zip(texts, block.texts, strict=True):
+            column += [block_texts[i] for i in wrong]
         progress("rows", block.start + len(block), source.n_rows)
     rows, labels, predictions, features = (np.concatenate(values) for values in zip(*parts, strict=True))
     if not len(rows):
@@ -100,14 +100,14 @@ def mistakes_of(
     )  # fmt: skip
 
 
-def group_mistakes(found: Mistakes, label_names: tuple[str, ...], n_clusters: int, seed: int) -> list[ErrorGroup]:
+def group_mistakes(mistakes: Mistakes, label_names: tuple[str, ...], n_clusters: int, seed: int) -> list[ErrorGroup]:
     """Mistakes by (gold, predicted) label, and by clusters of unit features within; the largest groups first.
 
     Args:
-        found: The mistakes.
-        label_names: By class id.
-        n_clusters: Clusters of each pair of labels, at most as many as it has different features; 1: none.
-        seed: Of k-means.
+        mistakes: The mistakes.
+        label_names: Names of the classes, by class id.
+        n_clusters: Clusters of each pair of labels, at most as many as different features; 1: no clusters.
+        seed: Random seed of k-means.
 
     Raises:
         InputError: ``n_clusters`` is less than 1.
@@ -115,10 +115,10 @@ def group_mistakes(found: Mistakes, label_names: tuple[str, ...], n_clusters: in
     if n_clusters < 1:
         raise InputError(f"--clusters {n_clusters}: expected at least 1.")
     groups = []
-    for gold, predicted in sorted(set(zip(found.labels.tolist(), found.predictions.tolist(), strict=True))):
-        members = np.flatnonzero((found.labels == gold) & (found.predictions == predicted))
+    for gold, predicted in sorted(set(zip(mistakes.labels.tolist(), mistakes.predictions.tolist(), strict=True))):
+        members = np.flatnonzero((mistakes.labels == gold) & (mistakes.predictions == predicted))
         name = f"{label_names[gold]} → {label_names[predicted]}"
-        clusters = _clusters(unit_rows(found.features[members]), n_clusters, seed)
+        clusters = _clusters(unit_rows(mistakes.features[members]), n_clusters, seed)
         for c in range(clusters.max() + 1):
             part = f"{name}, {c + 1}" if clusters.max() else name
             groups.append(ErrorGroup(name=part, members=members[clusters == c]))
@@ -138,21 +138,21 @@ def _clusters(features: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
 
 
 def explain_groups(
-    retriever: Retriever, found: Mistakes, groups: list[ErrorGroup], spec: QuerySpec | Question
+    retriever: Retriever, mistakes: Mistakes, groups: list[ErrorGroup], spec: QuerySpec | Question
 ) -> Answers:
     """The rows at both ends of each group's ranking; the groups are the queries, in their order.
 
     Raises:
         InputError: A method is not linear in the query.
     """
-    numbers = np.empty(len(found.rows), np.int64)
+    numbers = np.empty(len(mistakes.rows), np.int64)
     for i, group in enumerate(groups):
         numbers[group.members] = i
-    return retriever.aggregate(found.texts, found.labels, numbers, spec)
+    return retriever.aggregate(mistakes.texts, mistakes.labels, numbers, spec)
 
 
 def errors_report(
-    found: Mistakes,
+    mistakes: Mistakes,
     groups: list[ErrorGroup],
     answers: Answers,
     retriever: Retriever,
@@ -162,9 +162,9 @@ def errors_report(
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
     names, index = retriever.label_names, retriever.index
-    n_wrong = len(found.rows)
+    n_wrong = len(mistakes.rows)
     sizes: list[list[Cell]] = [
-        [group.name, len(group.members), len(group.members) / n_wrong, len(group.members) / found.n_rows]
+        [group.name, len(group.members), len(group.members) / n_wrong, len(group.members) / mistakes.n_rows]
         for group in groups
     ]
     lines: list[list[Cell]] = []
@@ -173,8 +173,8 @@ def errors_report(
             for side, ranking in zip(SIDES, ends, strict=True):
                 columns = {name: c.to_pylist() for name, c in index.texts(ranking.rows[i]).items()}
                 for j, (row, score) in enumerate(zip(ranking.rows[i], ranking.scores[i], strict=True)):
-                    each = float(score) / len(group.members)
-                    cells: list[Cell] = [group.name, method, side, j + 1, int(row), float(score), each]
+                    score_a_mistake = float(score) / len(group.members)
+                    cells: list[Cell] = [group.name, method, side, j + 1, int(row), float(score), score_a_mistake]
                     cells += [names[index.labels[row]], names[index.predictions[row]]]
                     lines.append([*cells, *(column[j] for column in columns.values())])
     question = retriever.resolve(spec)
@@ -192,21 +192,21 @@ def errors_report(
     largest = groups[0]
     report = Report(
         "Mistakes by group",
-        f"{n_wrong:,} of {found.n_rows:,} rows are mispredicted. The largest group, {largest.name}, has "
+        f"{n_wrong:,} of {mistakes.n_rows:,} rows are mispredicted. The largest group, {largest.name}, has "
         f"{len(largest.members):,} of them.",
         (Table("Groups", ["group", "mistakes", "share of mistakes", "share of rows"], sizes), ranked),
         (),
-        tuple(_group(found, g, answers, i, retriever) for i, g in enumerate(groups[:SHOWN_GROUPS])),
-        provenance(retriever, spec, command, test_rows=found.source, mistakes=n_wrong, seed=seed),
+        tuple(_group(mistakes, g, answers, i, retriever) for i, g in enumerate(groups[:SHOWN_GROUPS])),
+        provenance(retriever, spec, command, test_rows=mistakes.source, mistakes=n_wrong, seed=seed),
     )
     result = {
         "question": question_record(retriever, spec),
-        "n_rows": found.n_rows,
+        "n_rows": mistakes.n_rows,
         "n_mistakes": n_wrong,
         "groups": [
             {
                 "name": group.name,
-                "test_rows": found.rows[group.members],
+                "test_rows": mistakes.rows[group.members],
                 "found": {
                     method: {
                         side: {"rows": ranking.rows[i], "scores": ranking.scores[i]}
@@ -222,11 +222,13 @@ def errors_report(
     return report, result
 
 
-def _group(found: Mistakes, group: ErrorGroup, answers: Answers, number: int, retriever: Retriever) -> Group:
-    """Some of a group's mistakes, and the rows at both ends by the first method."""
+def _group(mistakes: Mistakes, group: ErrorGroup, answers: Answers, number: int, retriever: Retriever) -> Group:
+    """The first mistakes of a group, and the rows at both ends by the first method."""
     columns = retriever.index.manifest.spec.text_columns
     passages = [
-        Passage(f"mistake · test row {found.rows[p]}", {c: t[p] for c, t in zip(columns, found.texts, strict=True)})
+        Passage(
+            f"mistake · test row {mistakes.rows[p]}", {c: t[p] for c, t in zip(columns, mistakes.texts, strict=True)}
+        )
         for p in group.members[:SHOWN_ROWS]
     ]
     method, ends = next(iter(answers.found.items()))

@@ -25,21 +25,22 @@ def read_hub_shares(folder: Path, retriever: Retriever, question: Question) -> S
     """Shares of rows by method, from the folder that ``audit hubs --out`` wrote; rows that never came up are left out.
 
     Raises:
-        InputError: The folder holds no such audit.
-        MismatchError: It is of another index, or a method was not audited as it is asked for now.
+        InputError: The folder holds no audit of hubs.
+        MismatchError: The audit is of another index, or a method was audited at another scope or curvature than the
+            question's.
     """
     try:
-        found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        counts, n_queries, audited = found["counts"], int(found["n_queries"]), found["question"]
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        counts, n_queries, audited = result["counts"], int(result["n_queries"]), result["question"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} holds no audit of hubs. Give a folder of `forebear audit hubs --out`.") from error
     if audited["index_digest"] != retriever.index.manifest.digest():
         raise MismatchError(
             f"{folder} is an audit of another index, {audited['index']}, or of this one before a change."
         )
-    asked = retriever.facts(question)["methods"]
+    asked_facts = retriever.facts(question)["methods"]
     for name in question.spec.methods:
-        if name not in counts or _facts(audited["methods"][name]) != _facts(asked[name]):
+        if name not in counts or _facts(audited["methods"][name]) != _facts(asked_facts[name]):
             raise MismatchError(
                 f"{folder} audits {', '.join(counts)} at scope {audited['spec']['scope']}; {name} is asked for at "
                 f"scope {question.spec.scope}, or with another curvature. Audit it likewise."

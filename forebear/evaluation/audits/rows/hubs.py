@@ -17,7 +17,7 @@ from forebear.errors import InputError
 from forebear.evaluation.audits.rows.suspects import own_places
 from forebear.evaluation.common.comparisons import provenance, question_record
 from forebear.evaluation.common.passages import row_passages
-from forebear.evaluation.common.queries import Queries
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Report, Table
 from forebear.retriever.answers.results import SIDES
@@ -36,12 +36,12 @@ class Hubs:
     """How often each row comes up.
 
     Attributes:
-        methods: ``m``.
+        methods: Names of the methods, ``m``.
         rows: Live row numbers, ``(n,)``.
         counts: N_k, ``(m, n)``.
         top: k.
-        n_queries: Reference queries.
-        signs: What is said of proponents whose score is below 0.
+        n_queries: Number of reference queries.
+        signs: Notes on proponents whose score is below 0.
     """
 
     methods: tuple[str, ...]
@@ -53,7 +53,7 @@ class Hubs:
 
     @property
     def expected(self) -> float:
-        """Share of the queries that a row comes up for where none is preferred, k / n."""
+        """Share of the queries that a row comes up for where no row is preferred, k / n."""
         return self.top / len(self.rows)
 
     @property
@@ -63,7 +63,7 @@ class Hubs:
 
     @property
     def hub_count(self) -> int:
-        """The least N_k that is a hub's: n P(N_k >= it) < 0.05 for a binomial N_k."""
+        """The least N_k of a hub: the least count with n P(N_k >= count) < 0.05 for a binomial N_k."""
         from scipy.stats import binom
 
         counts = np.arange(self.n_queries + 2)
@@ -71,8 +71,8 @@ class Hubs:
         return int(counts[len(self.rows) * chance < CHANCE][0])
 
 
-def training_queries(retriever: Retriever, n_queries: int, seed: int) -> Queries:
-    """A seeded sample of live training rows, with their gold labels; all of them for 0.
+def training_queries(retriever: Retriever, n_queries: int, seed: int) -> QueryRows:
+    """A seeded sample of live training rows, with their gold labels; all rows if ``n_queries`` is 0.
 
     Raises:
         InputError: The number is negative.
@@ -82,12 +82,12 @@ def training_queries(retriever: Retriever, n_queries: int, seed: int) -> Queries
     index = retriever.index
     rows = live_sample(index.live, n_queries, seed)
     labels = index.labels[rows].astype(np.int64)
-    return Queries(source=TRAINING_ROWS, rows=rows, texts=tuple(index.text_lists(rows)), labels=labels)
+    return QueryRows(source=TRAINING_ROWS, rows=rows, texts=tuple(index.text_lists(rows)), labels=labels)
 
 
 def hubs(
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     *,
     progress: Callable[[str, int, int], None] = lambda _stage, _done, _total: None,
@@ -98,7 +98,7 @@ def hubs(
         retriever: Over the index.
         queries: Reference queries; a training row's own place is left out.
         spec: The question; ``top`` is k.
-        progress: Told the stage, queries done and queries in all.
+        progress: Called with the stage, queries done and queries in all.
 
     Raises:
         InputError: A method ranks spans or words, or k is out of range.
@@ -109,20 +109,20 @@ def hubs(
     if refused:
         raise InputError(f"audit hubs counts rows; {refused[0]} ranks spans, or asks of a word.")
     live = retriever.index.live
-    own = queries.source == TRAINING_ROWS
-    if top > len(live) - own:
-        raise InputError(f"--top {top}: expected 1 to {len(live) - own}, the rows that a query can find.")
-    asked = retriever.resolve(question, top=top + own)
+    leaves_out_own = queries.source == TRAINING_ROWS
+    if top > len(live) - leaves_out_own:
+        raise InputError(f"--top {top}: expected 1 to {len(live) - leaves_out_own}, the rows that a query can find.")
+    deeper = retriever.resolve(question, top=top + leaves_out_own)
     counts = np.zeros((len(methods), len(live)), np.int64)
     signs, done = SignCounts(methods), 0
     for part in queries.blocks():
-        found = retriever.answer_block(0, part.texts, part.labels, asked).found
+        results = retriever.answer_block(0, part.texts, part.labels, deeper).found
         for i, method in enumerate(methods):
-            proponents = found[method.name][0]
+            proponents = results[method.name][0]
             rows, scores = proponents.rows, proponents.scores
-            if own:
-                others = ~own_places(rows, part.rows)
-                rows, scores = rows[others], scores[others]
+            if leaves_out_own:
+                is_other = ~own_places(rows, part.rows)
+                rows, scores = rows[is_other], scores[is_other]
             signs.count(method.name, SIDES[0], scores)
             counts[i] += np.bincount(np.searchsorted(live, rows.reshape(-1)), minlength=len(live))
         done += len(part)
@@ -145,9 +145,9 @@ def skewness(counts: np.ndarray) -> float | None:
 
 
 def hubs_report(
-    found: Hubs,
+    counted: Hubs,
     retriever: Retriever,
-    queries: Queries,
+    queries: QueryRows,
     spec: QuerySpec | Question,
     seed: int,
     n_listed: int,
@@ -160,20 +160,28 @@ def hubs_report(
     """
     if n_listed < 1:
         raise InputError(f"--listed {n_listed}: expected at least 1.")
-    least = found.hub_count
+    least = counted.hub_count
     summary_rows: list[list[Cell]] = []
     listed_rows: list[list[Cell]] = []
     groups = []
     texts_of = retriever.index.texts
-    for name, counts, shares in zip(found.methods, found.counts, found.shares, strict=True):
+    for name, counts, shares in zip(counted.methods, counted.counts, counted.shares, strict=True):
         order = np.argsort(-counts, kind="stable")[:n_listed]
         order = order[counts[order] > 0]
         n_hubs = int((counts >= least).sum())
-        of_hubs = float(counts[counts >= least].sum() / counts.sum())
+        share_of_hubs = float(counts[counts >= least].sum() / counts.sum())
         summary_rows.append(
-            [name, float(shares.max()), found.expected, skewness(counts), n_hubs, of_hubs, float((counts == 0).mean())]
+            [
+                name,
+                float(shares.max()),
+                counted.expected,
+                skewness(counts),
+                n_hubs,
+                share_of_hubs,
+                float((counts == 0).mean()),
+            ]
         )
-        rows = found.rows[order]
+        rows = counted.rows[order]
         columns = {c: column.to_pylist() for c, column in texts_of(rows).items()}
         for i, (p, row) in enumerate(zip(order, rows, strict=True)):
             label = retriever.label_names[retriever.index.labels[row]]
@@ -192,31 +200,31 @@ def hubs_report(
         "Hubs by method",
         ["method", "largest share", "expected", "skewness", "hubs", "of all places", "never found"],
         summary_rows,
-        f"{found.n_queries:,} queries, top {found.top}, {len(found.rows):,} rows. Largest share: of the queries that "
-        "have one and the same row in their top. Expected: of each row where none is preferred. Hubs: rows that come "
-        f"up for at least {least} queries; by chance, less than one such audit in {1 / CHANCE:.0f} finds any. Of all "
-        "places: share of the places in all tops that hubs take. Never found: share of the rows."
-        + "".join(f" {note}" for note in found.signs),
+        f"{counted.n_queries:,} queries, top {counted.top}, {len(counted.rows):,} rows. Largest share: of the queries "
+        "that have one and the same row in their top. Expected: of each row where none is preferred. Hubs: rows that "
+        f"come up for at least {least} queries; by chance, less than one such audit in {1 / CHANCE:.0f} finds any. Of "
+        "all places: share of the places in all tops that hubs take. Never found: share of the rows."
+        + "".join(f" {note}" for note in counted.signs),
     )
     listing = Table(
         "Most frequent rows",
-        ["method", "row", "share", "queries", "hub", "label", *(f"text: {c}" for c in texts_of(found.rows[:1]))],
+        ["method", "row", "share", "queries", "hub", "label", *(f"text: {c}" for c in texts_of(counted.rows[:1]))],
         listed_rows,
     )
     largest = {str(row[0]): float(row[1] or 0.0) for row in summary_rows}
     worst = max(largest, key=lambda name: largest[name])
     drawing = bar_chart(
         list(largest), {"largest share": list(largest.values())}, xlabel="share of the queries that find the row",
-        reference=("expected", found.expected),
+        reference=("expected", counted.expected),
     )  # fmt: skip
     report = Report(
         "Hubs",
-        f"By {worst}, one row is in the top {found.top} of {largest[worst]:.1%} of the queries; where no row is "
-        f"preferred, each is in {found.expected:.2%}. A row that comes up for most queries explains none of them.",
+        f"By {worst}, one row is in the top {counted.top} of {largest[worst]:.1%} of the queries; where no row is "
+        f"preferred, each is in {counted.expected:.2%}. A row that comes up for most queries explains none of them.",
         (overview, listing),
         (Figure("Largest share by method", drawing),),
         tuple(groups),
-        provenance(retriever, spec, command, queries=f"{len(queries)} of {queries.source}", top=found.top, seed=seed),
+        provenance(retriever, spec, command, queries=f"{len(queries)} of {queries.source}", top=counted.top, seed=seed),
     )
     result = {
         "question": question_record(retriever, spec),
@@ -227,13 +235,13 @@ def hubs_report(
             for row in summary_rows
         },
         "counts": {
-            name: {int(found.rows[p]): int(counts[p]) for p in np.flatnonzero(counts)}
-            for name, counts in zip(found.methods, found.counts, strict=True)
+            name: {int(counted.rows[p]): int(counts[p]) for p in np.flatnonzero(counts)}
+            for name, counts in zip(counted.methods, counted.counts, strict=True)
         },
-        "n_queries": found.n_queries,
+        "n_queries": counted.n_queries,
         "query_rows": queries.rows,
         "source": queries.source,
-        "top": found.top,
+        "top": counted.top,
         "hub_count": least,
         "seed": seed,
     }

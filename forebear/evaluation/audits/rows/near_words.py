@@ -1,4 +1,4 @@
-"""All pairs of rows whose word sets are similar, without comparing every pair.
+"""All pairs of rows whose word sets are similar, found without comparing every pair.
 
 Two sets with a Jaccard similarity of at least t share one of the first |x| - ceil(t |x|) + 1 words of both, all sets
 being sorted by one order of the words, here from rare to frequent (prefix filtering: Chaudhuri, Ganti and Kaushik
@@ -31,7 +31,7 @@ def words_of(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class WordSets:
-    """Word sets of rows, by text column: the same word in two columns is two words.
+    """Word sets of rows, by text column; the same word in two columns counts as two words.
 
     Attributes:
         columns: One indicator matrix a text column, ``(n, v)``.
@@ -44,35 +44,35 @@ class WordSets:
         """The union over the columns, ``(n, v)``."""
         return sparse.csr_array(sum(self.columns[1:], self.columns[0]))
 
-    def jaccard(self, at: np.ndarray, other: WordSets, other_at: np.ndarray) -> np.ndarray:
-        """Jaccard similarity of rows ``at`` with rows ``other_at`` of another, pair by pair, ``(m,)``.
+    def jaccard(self, rows: np.ndarray, other: WordSets, other_rows: np.ndarray) -> np.ndarray:
+        """Jaccard similarity of rows ``rows`` with rows ``other_rows`` of another, pair by pair, ``(m,)``.
 
-        Of several columns the least; of two sets without words 1.
+        With several columns it is the least of their similarities; for two sets without words it is 1.
         """
-        out = np.ones(len(at))
-        for start in range(0, len(at), _PAIRS):
+        out = np.ones(len(rows))
+        for start in range(0, len(rows), _PAIRS):
             part = slice(start, start + _PAIRS)
             for a, b in zip(self.columns, other.columns, strict=True):
                 width = max(a.shape[1], b.shape[1])
-                left, right = _widened(a, width)[at[part]], _widened(b, width)[other_at[part]]
+                left, right = _widened(a, width)[rows[part]], _widened(b, width)[other_rows[part]]
                 common = np.asarray(left.multiply(right).sum(axis=1)).reshape(-1)
                 union = np.diff(left.indptr) + np.diff(right.indptr) - common
-                found = ratio(common, union, 1.0)
-                out[part] = np.minimum(out[part], found)
+                similarity = ratio(common, union, 1.0)
+                out[part] = np.minimum(out[part], similarity)
         return out
 
 
 def word_sets(texts: Sequence[Sequence[str]], vocabulary: dict[tuple[int, str], int] | None = None) -> WordSets:
     """Word sets of rows, one list a text column; words are numbered in ``vocabulary``, which grows."""
     vocabulary = {} if vocabulary is None else vocabulary
-    found = []
+    matrices = []
     for number, column in enumerate(texts):
         ids = [sorted({vocabulary.setdefault((number, w), len(vocabulary)) for w in words_of(t)}) for t in column]
         starts = offsets(np.array([len(row) for row in ids], np.int64))
         flat = np.array([i for row in ids for i in row], np.int64)
-        found.append((np.ones(len(flat), np.int32), flat, starts))
+        matrices.append((np.ones(len(flat), np.int32), flat, starts))
     shape = (len(texts[0]), len(vocabulary))
-    return WordSets(tuple(sparse.csr_array(parts, shape=shape) for parts in found))
+    return WordSets(tuple(sparse.csr_array(arrays, shape=shape) for arrays in matrices))
 
 
 def stacked(parts: Sequence[WordSets]) -> WordSets:
@@ -115,7 +115,7 @@ def near_pairs(
 
 
 def _prefixes(sets: sparse.csr_array, rank: np.ndarray, threshold: float) -> sparse.csr_array:
-    """The words of each row that it must share one of with a row as similar as that, ``(n, v)``."""
+    """The prefix of each row, ``(n, v)``: words of which a row of at least ``threshold`` similarity shares one."""
     sizes = np.diff(sets.indptr)
     rows = np.repeat(np.arange(len(sizes)), sizes)
     order = np.lexsort((rank[sets.indices], rows))
@@ -127,5 +127,5 @@ def _prefixes(sets: sparse.csr_array, rank: np.ndarray, threshold: float) -> spa
 
 
 def _widened(matrix: sparse.csr_array, width: int) -> sparse.csr_array:
-    """The same with empty columns up to a width."""
+    """The matrix with empty columns added up to a width."""
     return sparse.csr_array((matrix.data, matrix.indices, matrix.indptr), shape=(matrix.shape[0], width))

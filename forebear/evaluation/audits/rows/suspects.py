@@ -30,16 +30,17 @@ CONTRADICTING = 3  # neighbours and opponents named for each suspect
 
 @dataclass(frozen=True, kw_only=True)
 class Suspects:
-    """Live rows, and how suspicious each measure finds them.
+    """Suspicion of each live row by several measures.
 
     Attributes:
-        names: Self-influence methods, ``loss``, ``neighbours``: ``m``.
+        names: Measures, ``m`` of them: the self-influence methods, ``loss``, ``neighbours``.
         rows: Row numbers, ``(n,)``.
         values: ``(m, n)``; larger: more suspicious.
         ranks: ``(m, n)``, 1 the most suspicious; equal values share their mean rank.
         neighbours: The k nearest other rows, nearest first, ``(n, k)``.
-        majority: Most frequent label of those, ``(n,)``; the row's own wins a tie, then the lower class id.
-        suggested: The prediction where it is another label, else the majority where that is, else -1, ``(n,)``.
+        majority: Most frequent label of the neighbours, ``(n,)``; the row's own label wins a tie, then the lower id.
+        suggested: Suggested label, ``(n,)``: the prediction where it is not the row's label, else the majority where
+            that is not, else -1.
     """
 
     names: tuple[str, ...]
@@ -77,14 +78,14 @@ def suspects(retriever: Retriever, spec: QuerySpec | Question, *, n_neighbours: 
     question = retriever.resolve(spec)
     index = retriever.index
     live, labels = index.live, index.labels
-    values = {name: found[live] for name, found in self_influence(question).items()}
+    values = {name: influences[live] for name, influences in self_influence(question).items()}
     neighbours, _ = nearest_rows(index, live, n_neighbours)
     values[LOSS] = index.losses[live].astype(np.float64)
     values[NEIGHBOURS] = label_disagreement(labels, live, neighbours)
     stacked = np.stack(list(values.values()))
     majority = majority_label(labels[neighbours], labels[live], len(retriever.label_names))
     predictions = index.predictions[live]
-    other = np.where(majority != labels[live], majority, NO_LABEL)
+    other_majority = np.where(majority != labels[live], majority, NO_LABEL)
     return Suspects(
         names=tuple(values),
         rows=live,
@@ -92,44 +93,44 @@ def suspects(retriever: Retriever, spec: QuerySpec | Question, *, n_neighbours: 
         ranks=rankdata(-stacked, axis=1),
         neighbours=neighbours,
         majority=majority,
-        suggested=np.where(predictions != labels[live], predictions, other),
+        suggested=np.where(predictions != labels[live], predictions, other_majority),
     )
 
 
-def majority_label(neighbours: np.ndarray, own: np.ndarray, n_classes: int) -> np.ndarray:
+def majority_label(neighbours: np.ndarray, row_labels: np.ndarray, n_classes: int) -> np.ndarray:
     """Most frequent class among ``(n, k)`` labels; a row's own ``(n,)`` wins a tie, then the lower id."""
     counts = np.stack([(neighbours == c).sum(axis=1) for c in range(n_classes)], axis=1)
-    return np.asarray((2 * counts + (np.arange(n_classes) == own[:, None])).argmax(axis=1))
+    return np.asarray((2 * counts + (np.arange(n_classes) == row_labels[:, None])).argmax(axis=1))
 
 
 def opponents_of(retriever: Retriever, spec: QuerySpec, rows: np.ndarray) -> tuple[np.ndarray, str]:
     """The rows that speak most against the labels of some training rows, ``(m, <= CONTRADICTING)``.
 
-    Opponents by the first method, each row being asked about with its gold label; a row is not its own opponent.
-    With them, what must be said of those that do not speak against the label.
+    Each row is the query with its gold label, by the first method; a row is not its own opponent. Beside the opponents,
+    a note for the report where some of them do not speak against the label.
     """
     index = retriever.index
     k = min(CONTRADICTING, index.manifest.n_live - 1)
-    asked = QuerySpec(
+    opponent_spec = QuerySpec(
         methods=spec.methods[:1], scope=spec.scope, curvature=spec.curvature, damping=spec.damping, top=k + 1,
         target="gold",
     )  # fmt: skip
-    answers = retriever.answer_block(0, index.text_lists(rows), index.labels[rows].astype(np.int64), asked)
-    found = answers.found[asked.methods[0]][1]
-    others = ~own_places(found.rows, rows)
-    note = note_of(asked.methods[0], SIDES[1], found.scores[others])
-    return found.rows[others].reshape(len(rows), -1), note
+    answers = retriever.answer_block(0, index.text_lists(rows), index.labels[rows].astype(np.int64), opponent_spec)
+    ranking = answers.found[opponent_spec.methods[0]][1]
+    is_other = ~own_places(ranking.rows, rows)
+    note = note_of(opponent_spec.methods[0], SIDES[1], ranking.scores[is_other])
+    return ranking.rows[is_other].reshape(len(rows), -1), note
 
 
-def own_places(found: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Where each line's own row stands among ``(m, k + 1)`` row numbers, or else the last place: one a line, bool."""
-    is_own = found == own[:, None]
+def own_places(found_rows: np.ndarray, query_rows: np.ndarray) -> np.ndarray:
+    """The place to leave out of each query's ``(m, k + 1)`` rows: the query's own row, or else the last; bool."""
+    is_own = found_rows == query_rows[:, None]
     is_own[~is_own.any(axis=1), -1] = True
     return np.asarray(is_own)
 
 
 def suspects_report(
-    found: Suspects, retriever: Retriever, spec: QuerySpec | Question, top: int, command: str
+    suspected: Suspects, retriever: Retriever, spec: QuerySpec | Question, top: int, command: str
 ) -> tuple[Report, dict[str, Any]]:
     """The report of the ``top`` most suspicious rows, and the numbers of all for ``result.json``.
 
@@ -139,85 +140,85 @@ def suspects_report(
     question = retriever.resolve(spec)
     if top < 1:
         raise InputError(f"--top {top}: expected at least 1.")
-    n = len(found.rows)
-    at = found.order[:top]
-    opponents, signs = opponents_of(retriever, question.spec, found.rows[at])
-    texts = retriever.index.texts(found.rows[at])
-    lines = [_line(found, retriever.index, int(p), opponents[i]) for i, p in enumerate(at)]
-    measures = [f"rank by {name}" for name in found.names]
-    head = ["row", "mean rank", "label", "suggested", "prediction", "neighbours' majority", *found.names, *measures]
+    n = len(suspected.rows)
+    positions = suspected.order[:top]
+    opponents, signs = opponents_of(retriever, question.spec, suspected.rows[positions])
+    texts = retriever.index.texts(suspected.rows[positions])
+    lines = [_line(suspected, retriever.index, int(p), opponents[i]) for i, p in enumerate(positions)]
+    measures = [f"rank by {name}" for name in suspected.names]
+    head = ["row", "mean rank", "label", "suggested", "prediction", "neighbours' majority", *suspected.names, *measures]
     table = Table(
         "Rows suspected of a wrong label",
         [*head, "contradicting neighbours", "strongest opponents", *(f"text: {name}" for name in texts)],
         [[*line, *(column[i].as_py() for column in texts.values())] for i, line in enumerate(lines)],
-        f"The first {len(at):,} of {n:,} rows by the mean of their ranks by {len(found.names)} measures (1: the most "
-        "suspicious), all counting the same. Suggested: the prediction where it is another label, else that of most "
-        f"neighbours. Contradicting: the nearest of the {found.neighbours.shape[1]} neighbours with another label. "
-        f"Opponents: by {question.spec.methods[0]}, against the row's own label. {signs}".rstrip(),
+        f"The first {len(positions):,} of {n:,} rows by the mean of their ranks by {len(suspected.names)} measures (1: "
+        "the most suspicious), all counting the same. Suggested: the prediction where it is another label, else that "
+        f"of most neighbours. Contradicting: the nearest of the {suspected.neighbours.shape[1]} neighbours with "
+        f"another label. Opponents: by {question.spec.methods[0]}, against the row's own label. {signs}".rstrip(),
     )
-    wrong = int((found.suggested[at] != NO_LABEL).sum())
-    agreement = [[float(spearman(a[None], b[None])[0]) for b in found.values] for a in found.values]
-    plain = [[None if np.isnan(value) else value for value in row] for row in agreement]
+    wrong = int((suspected.suggested[positions] != NO_LABEL).sum())
+    agreement = [[float(spearman(a[None], b[None])[0]) for b in suspected.values] for a in suspected.values]
+    spearmans = [[None if np.isnan(value) else value for value in row] for row in agreement]
     figure = matrix_figure(
-        "Do the measures order the rows alike?", found.names, plain, low=-1.0,
+        "Do the measures order the rows alike?", suspected.names, spearmans, low=-1.0,
         caption="Spearman correlation over all rows. Measures that agree count as many times in the mean rank.",
     )  # fmt: skip
     report = Report(
         "Suspected wrong labels",
-        f"Row {found.rows[at[0]]} is the most suspicious of {n:,}. Of the first {len(at):,}, {wrong:,} have another "
-        "label by the model or by most of their neighbours.",
+        f"Row {suspected.rows[positions[0]]} is the most suspicious of {n:,}. Of the first {len(positions):,}, "
+        f"{wrong:,} have another label by the model or by most of their neighbours.",
         (table,),
         (figure,),
-        tuple(_group(found, retriever, int(p), opponents[i], i) for i, p in enumerate(at[:SHOWN_ROWS])),
-        provenance(retriever, spec, command, rows=n, neighbours=found.neighbours.shape[1]),
+        tuple(_group(suspected, retriever, int(p), opponents[i], i) for i, p in enumerate(positions[:SHOWN_ROWS])),
+        provenance(retriever, spec, command, rows=n, neighbours=suspected.neighbours.shape[1]),
     )
     result = {
         "question": question_record(retriever, spec),
-        "rows": found.rows,
-        "mean_rank": found.combined,
-        "values": {name: listed_values(values) for name, values in zip(found.names, found.values, strict=True)},
-        "suggested": [None if c == NO_LABEL else retriever.label_names[c] for c in found.suggested],
-        "listed": found.rows[at],
+        "rows": suspected.rows,
+        "mean_rank": suspected.combined,
+        "values": {name: listed_values(values) for name, values in zip(suspected.names, suspected.values, strict=True)},
+        "suggested": [None if c == NO_LABEL else retriever.label_names[c] for c in suspected.suggested],
+        "listed": suspected.rows[positions],
         "opponents": opponents,
-        "spearman": dict(zip(found.names, plain, strict=True)),
-        "neighbours": found.neighbours.shape[1],
+        "spearman": dict(zip(suspected.names, spearmans, strict=True)),
+        "neighbours": suspected.neighbours.shape[1],
     }
     return report, result
 
 
-def _contradicting(found: Suspects, index: Index, position: int) -> np.ndarray:
+def _contradicting(suspected: Suspects, index: Index, position: int) -> np.ndarray:
     """The nearest neighbours of a row that have another label."""
-    near = found.neighbours[position]
-    return np.asarray(near[index.labels[near] != index.labels[found.rows[position]]][:CONTRADICTING])
+    near = suspected.neighbours[position]
+    return np.asarray(near[index.labels[near] != index.labels[suspected.rows[position]]][:CONTRADICTING])
 
 
-def _line(found: Suspects, index: Index, position: int, opponents: np.ndarray) -> list[Cell]:
+def _line(suspected: Suspects, index: Index, position: int, opponents: np.ndarray) -> list[Cell]:
     names = index.manifest.spec.label_names
-    row, suggested = int(found.rows[position]), int(found.suggested[position])
+    row, suggested = int(suspected.rows[position]), int(suspected.suggested[position])
     return [
         row,
-        float(found.combined[position]),
+        float(suspected.combined[position]),
         names[index.labels[row]],
         None if suggested == NO_LABEL else names[suggested],
         names[index.predictions[row]],
-        names[found.majority[position]],
-        *(float(value) for value in found.values[:, position]),
-        *(float(value) for value in found.ranks[:, position]),
-        ", ".join(map(str, _contradicting(found, index, position))) or None,
+        names[suspected.majority[position]],
+        *(float(value) for value in suspected.values[:, position]),
+        *(float(value) for value in suspected.ranks[:, position]),
+        ", ".join(map(str, _contradicting(suspected, index, position))) or None,
         ", ".join(map(str, opponents)),
     ]
 
 
-def _group(found: Suspects, retriever: Retriever, position: int, opponents: np.ndarray, rank: int) -> Group:
+def _group(suspected: Suspects, retriever: Retriever, position: int, opponents: np.ndarray, rank: int) -> Group:
     """A suspect, and the rows that contradict it."""
     index, names = retriever.index, retriever.label_names
-    row, suggested = int(found.rows[position]), int(found.suggested[position])
+    row, suggested = int(suspected.rows[position]), int(suspected.suggested[position])
     hint = "" if suggested == NO_LABEL else f"suggested: {names[suggested]}"
-    rows = {"neighbour": _contradicting(found, index, position), "opponent": opponents}
+    rows = {"neighbour": _contradicting(suspected, index, position), "opponent": opponents}
     numbered = [(kind, int(number)) for kind, numbers in rows.items() for number in numbers]
     passages = row_passages(
         retriever, [number for _, number in numbered], [f"{kind} · row {number}" for kind, number in numbered]
     )
-    heading = f"mean rank {found.combined[position]:.1f} · row {row}"
+    heading = f"mean rank {suspected.combined[position]:.1f} · row {row}"
     (query,) = row_passages(retriever, [row], [heading], notes=[hint])
     return Group(f"{rank + 1}. Row {row}, labelled {names[index.labels[row]]}", passages, query=query)
