@@ -223,3 +223,13 @@ def test_rows_have_the_digest_that_the_page_describes(tmp_path):
     for row in (["a good film", 1], ["dull, slow", 0]):
         digest.update(json.dumps(row).encode() + b"\n")
     assert open_rows(path).sha256() == digest.hexdigest()
+
+
+def test_every_page_that_the_code_cites_is_in_the_repository():
+    cited = {
+        (path.name, name)
+        for path in (ROOT / "forebear").rglob("*.py")
+        for name in re.findall(r"\b[\w/-]+\.md\b", path.read_text(encoding="utf-8"))
+    }
+    assert ("scoring.py", "docs/methods.md") in cited
+    assert not [one for one in cited if not (ROOT / one[1]).is_file()]
