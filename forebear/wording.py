@@ -57,7 +57,7 @@ KEYWORDS = {
     "--epochs": Keyword("epochs", "TrainOptions", "number"),
     "--eta": Keyword("etas", "choose_model", "numbers"),
     "--exact": Keyword("exact", "QuerySpec"),
-    "--feature": Keyword("given", "user_feature"),
+    "--feature": Keyword("user_function", "user_feature"),
     "--force": Keyword("force", "Work", "switch"),
     "--freeze-below": Keyword("freeze_below", "TrainOptions", "number"),
     "--html": Keyword("path", "write_page"),
