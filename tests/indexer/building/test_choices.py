@@ -100,6 +100,6 @@ def test_all_that_writes_an_index_takes_the_same_keywords() -> None:
     assert names | {"device"} == {f.name for f in fields(Work)}
     assert asdict(Work()).keys() == names | {"device"}
     for function in (build_index, append_rows, retire_rows, rebuild_ann, refit_index):
-        assert inspect.signature(function).parameters["how"].kind is inspect.Parameter.VAR_KEYWORD
+        assert inspect.signature(function).parameters["work_keywords"].kind is inspect.Parameter.VAR_KEYWORD
     with pytest.raises(TypeError, match="resumed"):
         retire_rows(GOLDEN / "index", [0], resumed=True)  # type: ignore[call-arg]
