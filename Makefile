@@ -12,7 +12,7 @@ FAISS := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := $(VENV)/.installed-$(FAISS)
 
 # Tests of a file stay together, so that what a file builds is built once; a worker takes about a gigabyte.
-WORKERS := --numprocesses auto --maxprocesses 8 --dist loadfile
+WORKERS := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false

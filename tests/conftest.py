@@ -38,6 +38,15 @@ HEADS = {"bert": "classifier", "roberta": "classifier.out_proj", "distilbert": "
 HEADS |= {"electra": "classifier.out_proj"}
 
 
+# Files of few tests that take minutes: begun first, so that no worker is left with one at the end.
+LONGEST = ("test_demo.py", "test_tutorials.py", "test_extending.py", "test_removal.py", "test_retraining.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; ``make test`` keeps this order."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def texts_of(n: int, seed: int, pairs: bool) -> list[Any]:
     """Single texts, or pairs of texts."""
     single = sentences(n, seed=seed)
