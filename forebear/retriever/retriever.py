@@ -73,7 +73,6 @@ class Retriever:
         """
         self.index = index if isinstance(index, Index) else Index.open(index)
         self.models = Models(self.index, model=model, device=device)
-        self._searchers: dict[str, Searcher] = {}
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -88,7 +87,7 @@ class Retriever:
         self,
         queries: Sequence[str] | Sequence[tuple[str, str]] | RowSource,
         *,
-        spec: QuerySpec | None = None,
+        spec: QuerySpec | Question | None = None,
         **choices: Unpack[QueryChoices],
     ) -> pa.Table:
         """The training rows at both ends of each query's ranking.
@@ -107,7 +106,7 @@ class Retriever:
             InputError: A choice that means nothing, or texts that do not fit the index.
             CorruptIndexError: A stored file was altered.
         """
-        question = self.resolve(QuerySpec.of(spec, **choices))
+        question = self.resolve(QuerySpec() if spec is None else spec, **choices)
         source = queries if isinstance(queries, RowSource) else rows_from_texts(queries)
         tables = [table for answers in self.answers(source, question) for table in self.tables(answers)]
         return pa.concat_tables(tables).replace_schema_metadata(self.metadata(question))
@@ -122,16 +121,13 @@ class Retriever:
             MissingStoreError: The index does not hold what a method compares.
         """
         if isinstance(spec, Question):
-            if not changes and spec.index is self.index:
-                return spec
-            spec = spec.spec
+            changed = QuerySpec.of(spec.spec, **changes)
+            return spec if spec.index is self.index and changed == spec.spec else changed.resolve(self.index)
         return QuerySpec.of(spec, **changes).resolve(self.index)
 
     def searcher(self, name: Searched) -> Searcher:
         """One of :data:`~forebear.retriever.searchers.SEARCHERS`, made once."""
-        if name not in self._searchers:
-            self._searchers[name] = SEARCHERS[name](self.models)
-        return self._searchers[name]
+        return self.models.keep(SEARCHERS[name], lambda: SEARCHERS[name](self.models))
 
     def _by_searcher(self, question: Question) -> dict[Searched, Question]:
         """The question's methods by the searcher that answers for them."""

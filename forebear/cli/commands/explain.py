@@ -108,9 +108,10 @@ def explain(
     spec = QuerySpec(
         methods=methods, top=top, spans=spans, word=saliency_options.word, recall=recall, **values_of(question_options)
     )
-    say_what_was_fitted(retriever.resolve(spec), quiet=output.quiet)
+    question = retriever.resolve(spec)
+    say_what_was_fitted(question, quiet=output.quiet)
     query = text if pair is None else (text, pair)
-    explanation = put_together(retriever, query, spec, form=saliency_options.saliency, command=command_line())
+    explanation = put_together(retriever, query, question, form=saliency_options.saliency, command=command_line())
     if output.html is None:
         show_explanation(explanation)
     else:

@@ -6,9 +6,8 @@ same.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from forebear.retriever.answers.signs import note_of
 from forebear.retriever.coverage import fit_lines
 from forebear.retriever.question.batch import choose_targets
 from forebear.retriever.question.methods import METHODS, pick_methods
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.saliency.maps import FORMS, GRADIENT_X_INPUT, Saliency, saliency
 
@@ -56,7 +55,7 @@ def chosen_methods(
 def explain(
     retriever: Retriever,
     query: str | tuple[str, str],
-    spec: QuerySpec,
+    spec: QuerySpec | Question,
     *,
     form: str = GRADIENT_X_INPUT,
     command: str = "",
@@ -77,21 +76,21 @@ def explain(
     rows: Any = [query]
     source = rows_from_texts(rows)
     retriever.check_texts(source)
-    _check_choices(retriever, spec, form)
+    question = _checked(retriever, spec, form)
     classifier, names = retriever.classifier(), retriever.label_names
     texts = (query,) if isinstance(query, str) else query
     columns = [[text] for text in texts]
     forward = run_forward(classifier, columns)
-    targets = choose_targets(spec.target, forward.predictions, None, names)
+    targets = choose_targets(question.spec.target, forward.predictions, None, names)
     salient = saliency(classifier, columns, targets, form=form)[0]
-    table = retriever.retrieve(source, **asdict(spec))
-    facts = json.loads(table.schema.metadata[b"forebear"])
+    table = retriever.retrieve(source, spec=question)
+    facts = retriever.facts(question)
     (places,) = locate(classifier, columns)
     results = table.to_pylist()
     passages = _read_passages(retriever, classifier, texts, places, results)
     influence: dict[int, list[tuple[Span, float]]] = {}
     if listed := [result["row"] for result in results if result["method"] == SALIENCY_METHOD]:
-        word, entries = retriever.word_influence(texts, int(targets[0]), np.array(listed), spec)
+        word, entries = retriever.word_influence(texts, int(targets[0]), np.array(listed), question)
         for row, span, value in entries:
             influence.setdefault(row, []).append((span, value))
         passages = replace(passages, salient=word, influence=influence)
@@ -105,21 +104,22 @@ def explain(
         prediction=names[forward.predictions[0]],
         target=names[targets[0]],
         answers=_answers(passages, results, facts["methods"]),
-        provenance=_provenance(retriever, spec, facts, form, command),
+        provenance=_provenance(question, facts, form, command),
     )
 
 
-def _check_choices(retriever: Retriever, spec: QuerySpec, form: str) -> None:
-    """Refuse choices that can be seen to be wrong before a model is loaded."""
+def _checked(retriever: Retriever, spec: QuerySpec | Question, form: str) -> Question:
+    """The question, after refusing choices that can be seen to be wrong before a model is loaded."""
+    target = spec.spec.target if isinstance(spec, Question) else spec.target
     if form not in FORMS:
         raise InputError(f"--saliency {form!r}: expected {' or '.join(FORMS)}.")
-    if spec.target == "gold":
+    if target == "gold":
         raise InputError(
             f"--target gold: a text given here has no label. Give predicted, or one of "
             f"{', '.join(retriever.label_names)}."
         )
-    choose_targets(spec.target, np.zeros(1, np.int64), None, retriever.label_names)
-    retriever.resolve(spec)
+    choose_targets(target, np.zeros(1, np.int64), None, retriever.label_names)
+    return retriever.resolve(spec)
 
 
 @dataclass(frozen=True)
@@ -291,22 +291,20 @@ def _side_notes(name: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
     return notes
 
 
-def _provenance(
-    retriever: Retriever, spec: QuerySpec, facts: Mapping[str, Any], form: str, command: str
-) -> dict[str, str]:
+def _provenance(question: Question, facts: Mapping[str, Any], form: str, command: str) -> dict[str, str]:
     """The provenance lines: index, question, methods, checkpoints, versions and command."""
-    manifest = retriever.index.manifest
+    manifest = question.index.manifest
     lines = {
         "index": facts["index"],
         "index digest": facts["index_digest"],
-        **fit_lines(retriever.resolve(spec)),
+        **fit_lines(question),
         "query digest": facts["query_digest"],
         "training rows": f"{manifest.n_live:,} ({', '.join(segment.source for segment in manifest.segments)})",
         "sign": facts["sign"],
         "saliency": f"{form}: {FORMULAS[form]}",
     }
-    for method, method_facts in facts["methods"].items():
-        rest = {k: v for k, v in method_facts.items() if v is not None and k not in ("formula", "sign")}
+    for method, method_facts in sorted(facts["methods"].items()):
+        rest = {k: v for k, v in sorted(method_facts.items()) if v is not None and k not in ("formula", "sign")}
         note = rest.pop("recall_note", None)
         listed = [f"{k.replace('_', ' ')} {_plain(v)}" for k, v in rest.items()]
         lines[method] = "; ".join([method_facts["formula"], *listed, *([] if note is None else [note])])

@@ -210,7 +210,7 @@ def near_duplicates_report(
         (table,),
         (Figure(f"Source row among the top {measured.tops[0]}", drawing),),
         provenance=provenance(
-            retriever, spec, command, queries=len(measured.rows), exact=retriever.resolve(spec).spec.exact, seed=seed
+            retriever, question, command, queries=len(measured.rows), exact=question.spec.exact, seed=seed
         ),
     )
     result = {

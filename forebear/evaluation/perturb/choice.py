@@ -203,7 +203,8 @@ class Chooser:
         """Training rows by influence on the saliency of each query's salient word, ``(q, width)``; kept for reuse."""
         if (aim, width) not in self._ranked:
             targets = self._queries.targets(aim)
-            question = replace(self._spec.question, top=width, target="gold")  # the target stands in as the gold label
+            # The target stands in as the gold label.
+            question = self._retriever.resolve(self._spec.question, top=width, target="gold")
             out = np.empty((len(targets), min(width, self._index.manifest.n_live)), np.int64)
             for positions in self._chunks(np.arange(len(targets))):
                 block = self._queries.take(positions)

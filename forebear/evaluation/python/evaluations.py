@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.common.span_queries import sample_span_queries
+from forebear.evaluation.common.span_queries import refuse_sketches_alone, sample_span_queries
 from forebear.evaluation.measures import agreement as of_agreement
 from forebear.evaluation.measures import cancellation as of_cancellation
 from forebear.evaluation.measures import correlation as of_correlation
@@ -292,7 +292,7 @@ def agreement(
     tops = of_agreement.depths(at)
     retriever = retriever_of(retriever)
     question = question_of(retriever, spec, choices, of_agreement.PAPER_METHODS, top=tops[-1])
-    _refuse_sketches_alone(question.spec)
+    refuse_sketches_alone(question.spec)
     source = tested_rows(retriever, rows, need_labels=question.spec.target == "gold")
     queries = sample_span_queries(retriever, source, question, n_queries, seed)
     found = of_agreement.measure_agreement(
@@ -319,7 +319,7 @@ def faithfulness(
     """
     retriever = retriever_of(retriever)
     question = question_of(retriever, spec, choices, methods=of_faithfulness.METHODS)
-    _refuse_sketches_alone(question.spec)
+    refuse_sketches_alone(question.spec)
     source = tested_rows(retriever, rows, need_labels=question.spec.target == "gold")
     queries = sample_span_queries(retriever, source, question, n_queries, seed)
     found = of_faithfulness.measure_faithfulness(
@@ -327,8 +327,3 @@ def faithfulness(
     )
     command = COMMAND.format("faithfulness")
     return finding(found, of_faithfulness.faithfulness_report(found, retriever, queries, question, seed, command))
-
-
-def _refuse_sketches_alone(spec: QuerySpec) -> None:
-    if spec.exact == "none":
-        raise InputError("--exact none ranks by sketches alone; give rerank or full.")

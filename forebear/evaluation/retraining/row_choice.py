@@ -125,7 +125,8 @@ def least_overlap(retriever: Retriever, queries: QueryRows, n_candidates: int) -
     if not 3 <= n_candidates <= len(live):
         raise InputError(f"--no-overlap {n_candidates}: expected 3 to {len(live)}, the number of live rows.")
     retriever.index.check_words()
-    tfidf = TfidfSearcher(retriever.models)
+    tfidf = retriever.searcher("tfidf")  # fitted once for all that ask it
+    assert isinstance(tfidf, TfidfSearcher)
     positions = [
         np.argsort(tfidf.cosines(part.texts), axis=1, kind="stable")[:, :n_candidates] for part in queries.blocks()
     ]

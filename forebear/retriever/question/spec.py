@@ -217,10 +217,6 @@ class Question:
         some = tuple(methods)
         return replace(self, spec=replace(self.spec, methods=tuple(m.name for m in some)), methods=some)
 
-    def with_top(self, top: int) -> Question:
-        """The same question with another number of rows at each end."""
-        return replace(self, spec=replace(self.spec, top=top))
-
     def scope_of(self, method: Method) -> str:
         """Where a method's gradients are compared."""
         return self.spec.scope_of(method)

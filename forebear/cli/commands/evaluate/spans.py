@@ -22,7 +22,6 @@ from forebear.cli.options.question import (
 from forebear.cli.options.report import ReportOptions
 from forebear.cli.options.rows import TestOptions
 from forebear.cli.screen.console import Command, listed
-from forebear.errors import InputError
 
 if TYPE_CHECKING:
     from forebear.evaluation.common.queries import QueryRows
@@ -135,12 +134,12 @@ def _question(
     **choices: Any,
 ) -> Question:
     """Resolve the question against the index, and refuse rankings by sketches alone."""
+    from forebear.evaluation.common.span_queries import refuse_sketches_alone
     from forebear.retriever.question.spec import QuerySpec
 
     spec = QuerySpec(methods=methods, **asdict(question_options), **spans.choices(retriever), **choices)
     question = retriever.resolve(spec)
-    if spec.exact == "none":
-        raise InputError("--exact none ranks by sketches alone; give rerank or full.")
+    refuse_sketches_alone(spec)
     say_what_was_fitted(question, quiet=quiet)
     return question
 
