@@ -21,9 +21,10 @@ from common import DATA, ROOT, run, seconds, write_result
 
 from forebear import BuildOptions, Index, Retriever, build_index
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.encoding import encode, pad_batch, plan_batches
+from forebear.indexer.model.encoding import encode, plan_batches
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
+from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.rows.row_source import open_rows, rows_from_texts
 from forebear.indexer.sketches.candidates import propose
 from forebear.indexer.sketches.fitting import open_sketchers

@@ -228,7 +228,7 @@ def captum_way(
     """Time and agreement of one setting; rows are sorted by length, so that little of a batch is padding."""
     from captum.influence import TracInCP
 
-    from forebear.indexer.model.encoding import pad_batch
+    from forebear.indexer.model.network.batches import pad_batch
 
     encoded, labels = rows
     order = np.argsort([-len(row["input_ids"]) for row in encoded], kind="stable")

@@ -12,7 +12,7 @@ from tiny import labels, sentences, write_jsonl
 from forebear.cli.main import run
 from forebear.errors import DataError, ModelError
 from forebear.indexer.index import Index
-from forebear.indexer.model.pretrained import trainer_checkpoints, trainer_rates
+from forebear.indexer.model.network.pretrained import trainer_checkpoints, trainer_rates
 from forebear.indexer.rows.row_source import open_rows, rows_from_texts
 from forebear.indexer.training.run import choose_model
 

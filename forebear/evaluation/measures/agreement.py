@@ -21,8 +21,9 @@ from forebear.errors import InputError, ModelError, NonFiniteError
 from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.span_queries import training_spans
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.encoding import Encoded, Texts, encoded_rows, pad_batch, plan_batches
+from forebear.indexer.model.encoding import Encoded, Texts, encoded_rows, plan_batches
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, run_forward
+from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.text import Span
 from forebear.ratio import ratio

@@ -26,9 +26,10 @@ from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_ce
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.encoding import encode, pad_batch
+from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.forward import residual_and_loss
-from forebear.indexer.model.scopes import encoder_layers
+from forebear.indexer.model.network.batches import pad_batch
+from forebear.indexer.model.network.layers import encoder_layers
 from forebear.progress import Progress, counted, no_progress
 from forebear.ratio import ratio
 from forebear.retriever.retriever import Retriever

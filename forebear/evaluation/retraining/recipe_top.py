@@ -19,9 +19,10 @@ from forebear.errors import InputError, ModelError, NonFiniteError
 from forebear.evaluation.retraining.jobs import Job, TrainingRows
 from forebear.evaluation.retraining.recipe_full import Start, placed_lengths
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.encoding import encode, pad_batch, plan_batches
+from forebear.indexer.model.encoding import encode, plan_batches
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, run_forward
-from forebear.indexer.model.scopes import encoder_layers
+from forebear.indexer.model.network.batches import pad_batch
+from forebear.indexer.model.network.layers import encoder_layers
 from forebear.indexer.storage.ragged import offsets
 from forebear.indexer.training.course import MAX_GRAD_NORM, mean_loss, seed_step
 from forebear.indexer.training.options import TrainOptions

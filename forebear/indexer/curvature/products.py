@@ -26,7 +26,8 @@ from forebear.indexer.gradients.gradient_pass import Collector, SeedOf, run_pass
 from forebear.indexer.gradients.tape import LayerFactors, only_asking
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.encoding import Encoded, encode, pad_batch, plan_batches
+from forebear.indexer.model.encoding import Encoded, encode, plan_batches
+from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.scopes import Scope
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from forebear.indexer.gradients.tape import Tape, loss_of
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.probe import encoded_text
+from forebear.indexer.model.network.probe import encoded_text
 from forebear.indexer.model.scope_names import HEAD
 from forebear.indexer.model.scopes import embedding_scope, scope_of
 

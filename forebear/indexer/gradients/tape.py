@@ -18,8 +18,8 @@ from torch import nn
 
 from forebear.errors import ModelError
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.encoding import pad_batch
 from forebear.indexer.model.forward import residual_and_loss
+from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.scopes import Block, Scope, root_modules
 
 

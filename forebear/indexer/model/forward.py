@@ -16,7 +16,8 @@ from torch import nn
 
 from forebear.errors import NonFiniteError
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.encoding import Texts, as_encoded, distinct, pad_batch, plan_batches
+from forebear.indexer.model.encoding import Texts, as_encoded, distinct, plan_batches
+from forebear.indexer.model.network.batches import pad_batch
 
 DEFAULT_BATCH_TOKENS = 4096
 

@@ -15,9 +15,9 @@ from torch import nn
 
 from forebear.errors import MismatchError, ModelError, NonFiniteError
 from forebear.indexer.model.classifier import Classifier, autocast, pick_device
-from forebear.indexer.model.pretrained import load_pretrained
-from forebear.indexer.model.probe import find_head, head_inputs, padding_matters
-from forebear.indexer.model.tokenizer import check_vocabulary, input_limit, tokenizer_sha256
+from forebear.indexer.model.network.pretrained import load_pretrained
+from forebear.indexer.model.network.probe import find_head, head_inputs, padding_matters
+from forebear.indexer.model.network.tokenizer import check_vocabulary, input_limit, tokenizer_sha256
 
 # Settings that change no number: where and by which version a model was saved, and what it prints.
 _SETTINGS_WITHOUT_EFFECT = frozenset(

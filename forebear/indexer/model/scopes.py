@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from forebear.errors import InputError, ModelError
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.network.layers import encoder_layers, is_linear, word_embeddings
 from forebear.indexer.model.scope_names import ALL, EMBEDDING, ENCODER_INPUT, HEAD, LAYER_PREFIX, n_top_layers
 
 _PASSIVE = (nn.Linear, nn.Embedding, nn.LayerNorm)
@@ -147,20 +148,6 @@ def root_modules(classifier: Classifier, scope: Scope) -> tuple[list[nn.Module],
     return [model.get_submodule(f"{prefix}.{first}")], False
 
 
-def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv1d]:
-    """Whether a module's gradient at a row is a sum of outer products, one a position."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d) and module.groups == 1)
-
-
-def word_embeddings(model: Any) -> nn.Embedding | None:
-    """The word embeddings of a transformers model; None where it has none, or none of torch's kind."""
-    try:
-        module = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # CANINE hashes characters
-        return None
-    return module if isinstance(module, nn.Embedding) else None
-
-
 def embedding_block(model: Any, name: str) -> Block:
     """The word embeddings of a transformers model.
 
@@ -172,25 +159,6 @@ def embedding_block(model: Any, name: str) -> Block:
         raise ModelError(f"{name} ({type(model).__name__}) has no word embeddings, so no word gradients.")
     key = next(key for key, candidate in model.named_modules() if candidate is module)
     return Block(key, "embedding", module.embedding_dim, module.num_embeddings)
-
-
-def encoder_layers(model: Any, name: str) -> tuple[str, int]:
-    """Dotted name and length of the encoder's list of layers, found by structure.
-
-    Raises:
-        ModelError: There is no such list.
-    """
-    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
-    lists = {
-        key: module
-        for key, module in model.base_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(layer) for layer in module}) == 1
-    }
-    outer = {key: layers for key, layers in lists.items() if not any(key.startswith(f"{o}.") for o in lists)}
-    if not outer:
-        raise ModelError(f"{name} ({type(model).__name__}) has no list of encoder layers.")
-    longest = max(outer, key=lambda key: len(outer[key]))
-    return prefix + longest, len(outer[longest])
 
 
 def scope_blocks(

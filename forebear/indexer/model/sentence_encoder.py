@@ -13,12 +13,13 @@ from torch import nn
 
 from forebear.errors import ModelError, NonFiniteError
 from forebear.indexer.model.classifier import pick_device
-from forebear.indexer.model.encoding import Encoded, Texts, distinct, pad_batch, plan_batches, tokenize
+from forebear.indexer.model.encoding import Encoded, Texts, distinct, plan_batches
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.model.loading import check_finite_weights, load_tokenizer, resolve_model_name, weights_sha256
-from forebear.indexer.model.pretrained import load_pretrained
-from forebear.indexer.model.probe import padding_matters
-from forebear.indexer.model.tokenizer import input_limit, tokenizer_sha256
+from forebear.indexer.model.network.batches import pad_batch, tokenize
+from forebear.indexer.model.network.pretrained import load_pretrained
+from forebear.indexer.model.network.probe import padding_matters
+from forebear.indexer.model.network.tokenizer import input_limit, tokenizer_sha256
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ import torch
 
 from forebear.errors import InputError, ModelError, NonFiniteError
 from forebear.indexer.model.classifier import pick_device
-from forebear.indexer.model.encoding import pad_batch, plan_batches
+from forebear.indexer.model.encoding import plan_batches
 from forebear.indexer.model.loading import load_tokenizer, resolve_model_name
-from forebear.indexer.model.pretrained import load_pretrained
-from forebear.indexer.model.probe import padding_matters
-from forebear.indexer.model.tokenizer import input_limit
+from forebear.indexer.model.network.batches import pad_batch
+from forebear.indexer.model.network.pretrained import load_pretrained
+from forebear.indexer.model.network.probe import padding_matters
+from forebear.indexer.model.network.tokenizer import input_limit
 from forebear.indexer.spans.text import Finder, Span, covering, place_of_term, split_text, trimmed
 
 QUESTIONS = (

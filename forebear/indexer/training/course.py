@@ -13,8 +13,8 @@ from torch import nn
 
 from forebear.errors import NonFiniteError
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.encoding import pad_batch
 from forebear.indexer.model.loading import check_finite_weights
+from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.training.options import TrainOptions
 from forebear.indexer.training.run import RunCheckpoint
 from forebear.indexer.training.run_folder import CHECKPOINTS, save_checkpoint

@@ -22,10 +22,10 @@ import torch
 
 from forebear.errors import DataError, InputError
 from forebear.indexer.model.classifier import Classifier, pick_device
-from forebear.indexer.model.encoding import tokenize
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import dropout_settings
-from forebear.indexer.model.pretrained import quiet_transformers
+from forebear.indexer.model.network.batches import tokenize
+from forebear.indexer.model.network.pretrained import quiet_transformers
 from forebear.indexer.model.reading import Reading, count_reading
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from forebear.errors import DataError, InputError
-from forebear.indexer.model.pretrained import stored_class_names, trainer_checkpoints, trainer_rates
+from forebear.indexer.model.network.pretrained import stored_class_names, trainer_checkpoints, trainer_rates
 from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
 from forebear.indexer.storage.atomic import write_bytes
 from forebear.indexer.storage.manifest import Checkpoint

@@ -10,10 +10,10 @@ import torch
 from forebear.errors import DataError, InputError, ModelError
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.loading import load_tokenizer, make_classifier, resolve_model_name
-from forebear.indexer.model.pretrained import load_pretrained
-from forebear.indexer.model.probe import find_head
-from forebear.indexer.model.scopes import encoder_layers
-from forebear.indexer.model.tokenizer import input_limit
+from forebear.indexer.model.network.layers import encoder_layers
+from forebear.indexer.model.network.pretrained import load_pretrained
+from forebear.indexer.model.network.probe import find_head
+from forebear.indexer.model.network.tokenizer import input_limit
 from forebear.indexer.rows.labels import classes_for
 from forebear.indexer.rows.row_source import RowSource
 

@@ -14,8 +14,9 @@ import torch
 from forebear.errors import MismatchError, MissingStoreError
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.encoding import encode, pad_batch, plan_batches
+from forebear.indexer.model.encoding import encode, plan_batches
 from forebear.indexer.model.loading import check_same_model, load_classifier, weights_sha256
+from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.training.run import moved_paths
 

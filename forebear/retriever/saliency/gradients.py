@@ -18,8 +18,10 @@ from forebear.errors import InputError, NonFiniteError
 from forebear.indexer.gradients.tape import only_asking
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.encoding import encode_with_places, pad_batch
-from forebear.indexer.model.scopes import Scope, encoder_layers
+from forebear.indexer.model.encoding import encode_with_places
+from forebear.indexer.model.network.batches import pad_batch
+from forebear.indexer.model.network.layers import encoder_layers
+from forebear.indexer.model.scopes import Scope
 from forebear.indexer.spans.masking import pieces_of
 from forebear.indexer.spans.text import Span
 from forebear.retriever.saliency.maps import SUMMED_GRADIENT, saliency

@@ -18,7 +18,7 @@ from forebear.errors import ModelError
 from forebear.indexer.building.build import BuildOptions, append_rows, build_index, retire_rows
 from forebear.indexer.building.row_facts import RowFacts, row_facts
 from forebear.indexer.index import Index
-from forebear.indexer.model.encoding import tokenize
+from forebear.indexer.model.network.batches import tokenize
 from forebear.indexer.model.reading import Reading, count_reading
 from forebear.indexer.rows.row_source import open_rows, rows_from_texts
 from forebear.indexer.training.fine_tuning import TrainOptions, train

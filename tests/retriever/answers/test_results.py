@@ -13,7 +13,8 @@ from conftest import N_QUERIES, N_ROWS
 
 from forebear.cli.main import run
 from forebear.indexer.building.build import BuildOptions, build_index
-from forebear.indexer.model.encoding import MaskedRows, tokenize
+from forebear.indexer.model.encoding import MaskedRows
+from forebear.indexer.model.network.batches import tokenize
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.spans import masking as spans
 from forebear.indexer.spans.finders import find_spans, span_finder

@@ -16,7 +16,7 @@ from forebear.errors import InputError, ModelError, NonFiniteError
 from forebear.indexer.model import encoding as module
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.loading import make_classifier, resolve_model_name
-from forebear.indexer.model.pretrained import load_pretrained
+from forebear.indexer.model.network.pretrained import load_pretrained
 from forebear.retriever.saliency.maps import FORMS, saliency
 
 TIMES, SUMMED = FORMS

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from forebear.errors import ModelError
-from forebear.indexer.model.encoding import pad_batch, tokenize
+from forebear.indexer.model.network.batches import pad_batch, tokenize
 
 TEXT = "This film tells a good story, and the actor in it is not bad."
 SHORT_TEXT = "Good"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from forebear.errors import InputError, ModelError
-from forebear.indexer.model.scopes import word_embeddings
+from forebear.indexer.model.network.layers import word_embeddings
 
 DEFAULT_LENGTH_CAP = 512  # longest default; --max-length may be as long as the model takes
 SHORTEST = 4
