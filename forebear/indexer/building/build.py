@@ -131,7 +131,8 @@ def _build(
         precision=options.precision,
         max_length=options.max_length,
     )
-    work.warn(classifier.remark)
+    for remark in classifier.remarks:
+        work.warn(remark)
     check_feasible(classifier, options, len(source.text_columns))
     labels = label_map(source, classifier.label_names, options.label_mode)
     work.warn(labels.warning)

@@ -20,8 +20,9 @@ import torch
 from forebear.errors import CorruptIndexError, NonFiniteError
 from forebear.indexer.curvature.head import class_basis, class_curvature, row_chunks
 from forebear.indexer.gradients.block_file import read_blocks, write_blocks
+from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.gradient_pass import Collector, SeedOf, run_pass
-from forebear.indexer.gradients.tape import LayerFactors, Seed
+from forebear.indexer.gradients.tape import Seed
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.forward import softmax

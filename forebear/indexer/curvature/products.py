@@ -22,8 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forebear.errors import NonFiniteError, StorageError
 from forebear.indexer.curvature.ekfac import curvature_seeds
+from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.gradient_pass import Collector, SeedOf, run_pass
-from forebear.indexer.gradients.tape import LayerFactors, only_asking
+from forebear.indexer.gradients.tape import only_asking
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode, plan_batches

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from forebear.errors import NonFiniteError, StorageError
-from forebear.indexer.gradients.tape import LayerFactors, Seed, Tape, loss_of
+from forebear.indexer.gradients.factors import LayerFactors
+from forebear.indexer.gradients.tape import Seed, Tape, alone, loss_of
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts, as_encoded, distinct, distinct_rows, plan_batches
 from forebear.indexer.model.forward import Forward, softmax
@@ -139,6 +140,8 @@ def run_pass(
                 collector.on_layer(name, shown)
 
     first, kinds = _rows_to_run(encoded, seed_of, collectors)
+    if alone(classifier, [collector.scope for collector in collectors]):
+        batch_tokens = 1
     plan = plan_batches([sizes[i] for i in first], batch_tokens, equal_lengths=classifier.equal_lengths)
     waiting = deque(first[batch].tolist() for batch in plan)
     limit = batch_tokens

@@ -30,6 +30,9 @@ class Classifier:
         sha256: Digest of weights and of what the configuration changes.
         tokenizer_sha256: Digest of the tokenizer's rules and vocabulary.
         equal_lengths: Whether predictions depend on padding, so that only rows of one length share a batch.
+        shared_layers: Layers with a use that all rows of a batch share, such as projections of relative positions.
+        alone_layers: Of these, the layers whose gradient needs a row to be alone in its batch.
+        padding_remark: A line on a padding token that stands in; None where none does.
     """
 
     name: str
@@ -42,6 +45,9 @@ class Classifier:
     sha256: str
     tokenizer_sha256: str
     equal_lengths: bool
+    shared_layers: frozenset[str] = frozenset()
+    alone_layers: frozenset[str] = frozenset()
+    padding_remark: str | None = None
 
     @property
     def head(self) -> nn.Linear:
@@ -66,14 +72,15 @@ class Classifier:
         return self.head.out_features
 
     @property
-    def remark(self) -> str | None:
-        """A line on the model that users should read before its numbers; None where there is nothing to say."""
-        if not self.equal_lengths:
-            return None
-        return (
-            f"{self.name}: predictions of {type(self.model).__name__} depend on padding, so only rows of one length "
-            "share a batch. Scores then do not depend on the batch; the passes take longer."
-        )
+    def remarks(self) -> tuple[str, ...]:
+        """Lines on the model that users should read before its numbers."""
+        lines = [] if self.padding_remark is None else [self.padding_remark]
+        if self.equal_lengths:
+            lines.append(
+                f"{self.name}: predictions of {type(self.model).__name__} depend on padding, so only rows of one "
+                "length share a batch. Scores then do not depend on the batch; the passes take longer."
+            )
+        return tuple(lines)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of the forward pass, as a context."""

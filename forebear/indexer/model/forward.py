@@ -18,6 +18,7 @@ from forebear.errors import NonFiniteError
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Texts, as_encoded, distinct, plan_batches
 from forebear.indexer.model.network.batches import pad_batch
+from forebear.indexer.model.network.head import watched_head
 
 DEFAULT_BATCH_TOKENS = 4096
 
@@ -74,7 +75,7 @@ def run_forward(
     lengths = [len(rows[i]["input_ids"]) for i in first]
     for batch in plan_batches(lengths, batch_tokens, equal_lengths=classifier.equal_lengths):
         at = first[batch]
-        f, z = _forward_batch(classifier, pad_batch(classifier.tokenizer, [rows[i] for i in at], classifier.device))
+        f, z = forward_batch(classifier, pad_batch(classifier.tokenizer, [rows[i] for i in at], classifier.device))
         features[at], logits[at] = f, z
         if on_rows is not None:
             on_rows(len(batch))
@@ -88,16 +89,12 @@ def run_forward(
     return Forward(features, softmax(logits), logits)
 
 
-def _forward_batch(classifier: Classifier, batch: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """Feature and float64 logits of one batch; the head itself always runs in fp64."""
-    caught: list[torch.Tensor] = []
-    hook = classifier.head.register_forward_pre_hook(lambda _module, args: caught.append(args[0]))
-    try:
-        with torch.no_grad(), classifier.autocast():
-            classifier.model(**batch)
-    finally:
-        hook.remove()
-    features = caught[0].float()
+def forward_batch(classifier: Classifier, batch: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Features ``(b, h)`` float32 and float64 logits of one batch; the head itself always runs in fp64."""
+    with torch.no_grad(), watched_head(classifier.head) as use:
+        with classifier.autocast():
+            output = classifier.model(**batch)
+        features = use.feature(output.logits).detach().float()
     return features.cpu().numpy(), _logits(classifier, features)
 
 

@@ -15,8 +15,11 @@ from torch import nn
 
 from forebear.errors import MismatchError, ModelError, NonFiniteError
 from forebear.indexer.model.classifier import Classifier, autocast, pick_device
+from forebear.indexer.model.network.layers import is_layer
+from forebear.indexer.model.network.padding import settle_padding
 from forebear.indexer.model.network.pretrained import load_pretrained
-from forebear.indexer.model.network.probe import find_head, head_inputs, padding_matters
+from forebear.indexer.model.network.probe import TOLERANCE, features_of, find_head, padding_matters, run_copies
+from forebear.indexer.model.network.shared_layers import find_shared_layers
 from forebear.indexer.model.network.tokenizer import check_vocabulary, input_limit, tokenizer_sha256
 
 # Settings that change no number: where and by which version a model was saved, and what it prints.
@@ -119,9 +122,14 @@ def make_classifier(
     autocast(device, precision)
     model = model.eval()
     limit = input_limit(model, tokenizer, max_length, name)
-    head_name = find_head(model, tokenizer, name, limit)
-    feature = head_inputs(model, head_name, name)
-    equal_lengths = padding_matters(feature, tokenizer, limit, next(model.parameters()).device, name)
+    model.config.use_cache = False  # decoders would keep keys and values of every layer
+    head_name, is_pooled = find_head(model, tokenizer, name, limit)
+    padding_remark = settle_padding(model, tokenizer, name, limit) if is_pooled else None
+    feature = features_of(model, head_name, name)
+    where = next(model.parameters()).device
+    equal_lengths = padding_matters(feature, tokenizer, limit, where, name)
+    run = run_copies(feature, tokenizer, limit, where, name)
+    shared_layers, alone_layers = find_shared_layers(model, is_layer, run, TOLERANCE)
     model = model.to(device)
     return Classifier(
         name=name,
@@ -134,6 +142,9 @@ def make_classifier(
         sha256=weights_sha256(model),
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         equal_lengths=equal_lengths,
+        shared_layers=shared_layers,
+        alone_layers=alone_layers,
+        padding_remark=padding_remark,
     )
 
 

@@ -17,10 +17,15 @@ from torch import nn
 
 from forebear.errors import InputError, ModelError
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.network.layers import encoder_layers, is_linear, word_embeddings
+from forebear.indexer.model.network.layers import (
+    LinearKind,
+    NormKind,
+    encoder_layers,
+    linear_kind,
+    norm_kind,
+    word_embeddings,
+)
 from forebear.indexer.model.scope_names import ALL, EMBEDDING, ENCODER_INPUT, HEAD, LAYER_PREFIX, n_top_layers
-
-_PASSIVE = (nn.Linear, nn.Embedding, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,10 @@ class Block:
     Attributes:
         name: Dotted name of the module.
         kind: ``linear``: its weight, with the bias as a last column (a_t then ends in 1) if ``bias``.
+            ``transposed``: the same, where the module keeps its weight as ``(n_in, n_out)`` (GPT-2).
             ``conv``: a Conv1d's weight and bias likewise; a_t is a window of its input, channel by channel.
             ``norm``: a LayerNorm's weight and bias, one above the other, ``(2 h, 1)``.
+            ``scale``: the weight of a norm without a bias (RMSNorm), ``(h, 1)``.
             ``embedding``: the word embeddings, transposed; a_t is the one-hot vector of a token id. Or what enters the
             first encoder layer, which has no parameters (``n_in`` 0).
         n_out: Rows of G.
@@ -41,7 +48,7 @@ class Block:
     """
 
     name: str
-    kind: Literal["linear", "conv", "norm", "embedding"]
+    kind: LinearKind | NormKind | Literal["embedding"]
     n_out: int
     n_in: int
     bias: bool = False
@@ -57,9 +64,13 @@ class Block:
         if self.kind == "norm":
             half = self.n_out // 2
             return {f"{self.name}.weight": matrix[..., :half, 0], f"{self.name}.bias": matrix[..., half:, 0]}
+        if self.kind == "scale":
+            return {f"{self.name}.weight": matrix[..., 0]}
         weight = matrix[..., :-1] if self.bias else matrix
         if self.kind == "conv":
             weight = weight.reshape(*weight.shape[:-1], -1, self.window)
+        if self.kind == "transposed":
+            weight = weight.transpose(-1, -2)
         return {f"{self.name}.weight": weight} | ({f"{self.name}.bias": matrix[..., -1]} if self.bias else {})
 
     def join(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -67,8 +78,12 @@ class Block:
         weight = parts[f"{self.name}.weight"]
         if self.kind == "norm":
             return torch.cat([weight, parts[f"{self.name}.bias"]], dim=-1)[..., None]
+        if self.kind == "scale":
+            return weight[..., None]
         if self.kind == "conv":
             weight = weight.flatten(-2)
+        if self.kind == "transposed":
+            weight = weight.transpose(-1, -2)
         if self.bias:
             return torch.cat([weight, parts[f"{self.name}.bias"][..., None]], dim=-1)
         return weight
@@ -184,25 +199,36 @@ def scope_blocks(
     for key, module in model.named_modules():
         if not covers(key):
             continue
-        if is_linear(module):
+        if (kind := linear_kind(module)) is not None:
             other = owners.setdefault(id(module.weight), key)
             if other != key:
                 raise ModelError(f"{name}: layers {other} and {key} share one weight, which scope {scope!r} covers.")
-            n_out, *rest = module.weight.shape
-            bias = with_bias and module.bias is not None
-            kind: Literal["linear", "conv"] = "conv" if isinstance(module, nn.Conv1d) else "linear"
-            window = rest[1] if kind == "conv" else 1
-            blocks.append(Block(key, kind, n_out, rest[0] * window + bias, bias, window))
-        elif isinstance(module, nn.LayerNorm):
-            if with_bias and module.elementwise_affine and module.bias is not None:
-                blocks.append(Block(key, "norm", 2 * module.weight.numel(), 1))
-        elif not isinstance(module, _PASSIVE) and any(p.dim() >= 2 for p in module.parameters(recurse=False)):
+            blocks.append(_linear_block(key, module, kind, with_bias=with_bias))
+        elif (norm := norm_kind(module)) is not None:
+            if with_bias:
+                size = sum(p.numel() for p in module.parameters(recurse=False))
+                blocks.append(Block(key, norm, size, 1))
+        elif not isinstance(module, nn.Embedding) and (own := _own_parameters(module, with_bias)):
             raise ModelError(
-                f"{name}: layer {key} ({type(module).__name__}) holds weights that scope {scope!r} covers, and only "
-                "linear layers, and convolutions of one dimension and one group, are supported. Use --scope head.",
+                f"{name}: layer {key} ({type(module).__name__}) holds weights that scope {scope!r} covers "
+                f"({', '.join(own)}), and only linear layers, convolutions of one dimension and one group, and norms "
+                "are supported. Use --scope head.",
                 of="index",
             )
     return tuple(blocks)
+
+
+def _linear_block(key: str, module: Any, kind: LinearKind, *, with_bias: bool) -> Block:
+    """The parameters of one linear layer."""
+    n_out, *rest = module.weight.shape[::-1] if kind == "transposed" else module.weight.shape
+    bias = with_bias and module.bias is not None
+    window = rest[1] if kind == "conv" else 1
+    return Block(key, kind, n_out, rest[0] * window + bias, bias, window)
+
+
+def _own_parameters(module: nn.Module, with_bias: bool) -> list[str]:
+    """Names of parameters that a module holds itself and that a scope covers: weights, and vectors with biases."""
+    return [key for key, p in module.named_parameters(recurse=False) if p.dim() >= 2 or (with_bias and p.dim())]
 
 
 def _coverage(model: Any, head_name: str, scope: str, name: str) -> Callable[[str], bool]:
@@ -213,7 +239,7 @@ def _coverage(model: Any, head_name: str, scope: str, name: str) -> Callable[[st
         return lambda _key: True
     if scope.startswith(LAYER_PREFIX):
         wanted = scope.removeprefix(LAYER_PREFIX)
-        known = [key for key, module in model.named_modules() if is_linear(module)]
+        known = [key for key, module in model.named_modules() if linear_kind(module) is not None]
         if wanted not in known:
             raise InputError(f"scope {scope!r}: {name} has no linear layer of that name. It has {', '.join(known)}.")
         return lambda key: key == wanted

@@ -21,7 +21,7 @@ import torch
 
 from forebear.indexer.curvature.ekfac import Ekfac, KroneckerFactors, eigenvectors
 from forebear.indexer.gradients.block_file import read_blocks, write_blocks
-from forebear.indexer.gradients.tape import LayerFactors
+from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.vectors import Vectors, dot
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.scopes import Scope

@@ -24,6 +24,7 @@ import torch
 from typing_extensions import override
 
 from forebear.errors import CorruptIndexError
+from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.gradient_pass import (
     MemoryWarning,
     RowCollector,
@@ -31,7 +32,6 @@ from forebear.indexer.gradients.gradient_pass import (
     refuse_non_finite,
     run_pass,
 )
-from forebear.indexer.gradients.tape import LayerFactors
 from forebear.indexer.gradients.vectors import Vectors, as_tensor
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Texts, n_rows_of

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from forebear.indexer.gradients.factors import EmbeddingFactors, LayerFactors
 from forebear.indexer.gradients.gradient_pass import RowCollector, labels_seed, refuse_non_finite, run_pass
-from forebear.indexer.gradients.tape import EmbeddingFactors, LayerFactors
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.forward import Forward

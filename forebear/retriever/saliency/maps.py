@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
+from forebear.indexer.gradients.factors import EmbeddingFactors, LayerFactors
 from forebear.indexer.gradients.gradient_pass import RowCollector, SeedByKey, refuse_non_finite, run_pass
-from forebear.indexer.gradients.tape import EmbeddingFactors, LayerFactors, Seed, loss_of
+from forebear.indexer.gradients.tape import Seed, loss_of
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode_with_places
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, softmax
@@ -140,7 +141,9 @@ class _Saliencies(RowCollector):
         terms = factors.deltas.double()
         if self._form == GRADIENT_X_INPUT:
             terms = terms * -factors.inputs.double()
-        self._batch = terms.sum(dim=2).cpu().numpy(), terms.abs().sum(dim=(1, 2)).cpu().numpy()
+        by_piece = terms.new_zeros((len(terms), int(factors.pieces.max()) + 2))  # what is no piece comes last
+        by_piece.scatter_add_(1, factors.pieces % by_piece.shape[1], terms.sum(dim=2))
+        self._batch = by_piece.cpu().numpy(), terms.abs().sum(dim=(1, 2)).cpu().numpy()
 
     def keep(self, positions: list[int]) -> None:
         assert self._batch is not None

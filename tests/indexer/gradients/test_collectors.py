@@ -16,8 +16,8 @@ import forebear
 from forebear.errors import StorageError
 from forebear.indexer.curvature import ekfac, products
 from forebear.indexer.gradients import whole as gradients
+from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.gradient_pass import Collector, RowCollector, labels_seed, run_pass
-from forebear.indexer.gradients.tape import LayerFactors
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode_with_places
 from forebear.indexer.model.loading import load_classifier

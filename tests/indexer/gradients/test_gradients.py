@@ -16,7 +16,7 @@ from tiny import KINDS, labels, make_tiny_model, sentences
 
 from forebear import BuildOptions, InputError, MissingStoreError, ModelError, Retriever, append_rows, build_index
 from forebear.errors import MismatchError
-from forebear.indexer.gradients.tape import _windows
+from forebear.indexer.gradients.layer_uses import _windows
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.loading import load_classifier, make_classifier

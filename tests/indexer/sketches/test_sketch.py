@@ -18,8 +18,9 @@ from tiny import labels, make_tiny_model, sentences
 
 from forebear.errors import NonFiniteError, StorageError
 from forebear.indexer.curvature.ekfac import Ekfac, EkfacBlock, KroneckerFactors, fit_factors
+from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.gradient_pass import Collector, labels_seed, run_pass
-from forebear.indexer.gradients.tape import LayerFactors, Tape
+from forebear.indexer.gradients.tape import Tape
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scopes import Block, Scope, scope_of
 from forebear.indexer.sketches import candidates as estimating

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any, Literal
 
 from torch import nn
 
 from forebear.errors import ModelError
 
+LinearKind = Literal["linear", "transposed", "conv"]
+NormKind = Literal["norm", "scale"]
 
-def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv1d]:
-    """Whether a module's gradient at a row is a sum of outer products, one a position."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d) and module.groups == 1)
+
+def linear_kind(module: nn.Module) -> LinearKind | None:
+    """How a layer's weight is laid out whose gradient at a row is a sum of outer products; None of any other module."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers', of GPT-2: the weight turned round
+        return "transposed"
+    return "conv" if isinstance(module, nn.Conv1d) and module.groups == 1 else None
+
+
+def norm_kind(module: nn.Module) -> NormKind | None:
+    """Whether a module scales each dimension and adds a bias (``norm``), or only scales (``scale``, RMSNorm).
+
+    Told by its own parameters, one number a dimension, and by its name: transformers has an RMSNorm in each family.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    if "norm" not in type(module).__name__.lower() or any(p.dim() != 1 for p in own.values()):
+        return None
+    return {("bias", "weight"): "norm", ("weight",): "scale"}.get(tuple(sorted(own)))  # type: ignore[return-value]
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module's gradient at a row can be taken from its inputs and output gradients."""
+    return linear_kind(module) is not None or norm_kind(module) is not None
 
 
 def word_embeddings(model: Any) -> nn.Embedding | None:
@@ -38,5 +61,7 @@ def encoder_layers(model: Any, name: str) -> tuple[str, int]:
     outer = {key: layers for key, layers in lists.items() if not any(key.startswith(f"{o}.") for o in lists)}
     if not outer:
         raise ModelError(f"{name} ({type(model).__name__}) has no list of encoder layers.")
+    if getattr(model.config, "is_encoder_decoder", False):  # the layers next to the head are the decoder's
+        outer = {key: layers for key, layers in outer.items() if "decoder" in key.split(".")} or outer
     longest = max(outer, key=lambda key: len(outer[key]))
     return prefix + longest, len(outer[longest])

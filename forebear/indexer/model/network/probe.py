@@ -13,6 +13,7 @@ from torch import nn
 
 from forebear.errors import ModelError
 from forebear.indexer.model.network.batches import pad_batch, tokenize
+from forebear.indexer.model.network.head import watched_head
 
 TEXT = "This film tells a good story, and the actor in it is not bad."
 SHORT_TEXT = "Good"
@@ -37,8 +38,8 @@ def encoded_text(tokenizer: Any, max_length: int, name: str, text: str = TEXT) -
     return row
 
 
-def find_head(model: Any, tokenizer: Any, name: str, max_length: int = PIECES) -> str:
-    """Dotted name of the linear layer whose output is the logits.
+def find_head(model: Any, tokenizer: Any, name: str, max_length: int = PIECES) -> tuple[str, bool]:
+    """The linear layer whose output is the logits, or is pooled over word pieces to the logits.
 
     Args:
         model: A transformers sequence classifier in ``eval()`` mode.
@@ -46,51 +47,74 @@ def find_head(model: Any, tokenizer: Any, name: str, max_length: int = PIECES) -
         name: Name of the model, for messages.
         max_length: Longest input in word pieces.
 
+    Returns:
+        Its dotted name, and whether its output is pooled.
+
     Raises:
-        ModelError: The model does not run on a text, or its logits are not the output of exactly one linear layer on
-            one vector a row.
+        ModelError: The model does not run on a text, or its logits are not the output of exactly one linear layer.
     """
-    outputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, list[torch.Tensor]] = {}
     hooks = [
-        module.register_forward_hook(lambda _m, _args, out, key=key: outputs.__setitem__(key, out))
+        module.register_forward_hook(lambda _m, _args, out, key=key: outputs.setdefault(key, []).append(out))
         for key, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]
     row = encoded_text(tokenizer, max_length, name)
+    batch = pad_batch(tokenizer, [row], next(model.parameters()).device)
     try:
-        logits = _run(model, pad_batch(tokenizer, [row], next(model.parameters()).device), name).logits
+        logits = _run(model, batch, name).logits
     finally:
         for hook in hooks:
             hook.remove()
-    heads = [key for key, out in outputs.items() if out is logits and out.dim() == 2 and len(out) == 1]
+    used_once = {key: found[0] for key, found in outputs.items() if len(found) == 1}
+    heads = [key for key, out in used_once.items() if out is logits and out.dim() == 2 and len(out) == 1]
+    is_pooled = not heads
+    if is_pooled:
+        at_pieces = (1, len(row["input_ids"]), model.config.num_labels)
+        heads = [
+            key for key, out in used_once.items() if out.shape == at_pieces and _is_pooled(model, key, batch, name)
+        ]
     if len(heads) == 1:
-        return heads[0]
-    named = f"{name} ({type(model).__name__})"
-    n_pieces = len(row["input_ids"])
-    if any(out.shape == (1, n_pieces, model.config.num_labels) for out in outputs.values()):
-        raise ModelError(
-            f"{named} computes logits at every word piece and picks or averages them after its head, as decoders do. "
-            "Such models are not supported yet. Give an encoder (BERT, RoBERTa, DistilBERT, ELECTRA, ModernBERT, ...)."
-        )
+        return heads[0], is_pooled
     raise ModelError(
-        f"{named}: its logits are not the output of one linear layer on one vector a row. "
-        "forebear needs such a head (BERT, RoBERTa, DistilBERT, ELECTRA, DeBERTa, MPNet, ALBERT, ... have it)."
+        f"{name} ({type(model).__name__}): its logits are not the output of one linear layer on one vector a row, nor "
+        "a weighted sum of such outputs over word pieces. forebear needs such a head (BERT, RoBERTa, DeBERTa, GPT-2, "
+        "Llama, BART, ... have it)."
     )
 
 
-def head_inputs(model: Any, head_name: str, name: str) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
+def _is_pooled(model: Any, key: str, batch: Mapping[str, torch.Tensor], name: str) -> bool:
+    """Whether the logits are the output of a linear layer at a weighted sum of its inputs."""
+    head = model.get_submodule(key)
+    try:
+        with torch.no_grad(), watched_head(head) as use:
+            logits = _run(model, batch, name).logits
+            found = head(use.feature(logits))
+    except RuntimeError:  # the logits do not depend on it
+        return False
+    return bool((found - logits).abs().max() <= TOLERANCE * logits.abs().max())
+
+
+def features_of(model: Any, head_name: str, name: str) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
     """The feature of each row of a batch, ``(b, h)``, as a function of the batch."""
 
     def run(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        caught: list[torch.Tensor] = []
-        hook = model.get_submodule(head_name).register_forward_pre_hook(lambda _module, args: caught.append(args[0]))
-        try:
-            _run(model, batch, name)
-        finally:
-            hook.remove()
-        return caught[0]
+        with torch.no_grad(), watched_head(model.get_submodule(head_name)) as use:
+            return use.feature(_run(model, batch, name).logits).detach()
 
     return run
+
+
+def run_copies(
+    run: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
+    tokenizer: Any,
+    max_length: int,
+    device: torch.device,
+    name: str,
+) -> Callable[[int], torch.Tensor]:
+    """:func:`features_of` a batch of so many copies of one text; arguments as of :func:`padding_matters`."""
+    row = encoded_text(tokenizer, max_length, name)
+    return lambda n_rows: run(pad_batch(tokenizer, [row] * n_rows, device))
 
 
 def padding_matters(
