@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from forebear.errors import InputError, MismatchError
-from forebear.indexer.building.options import BuildOptions
-from forebear.indexer.gradients.scope_probe import check_gradients
+from forebear.indexer.building.options import BuildOptions, Work
+from forebear.indexer.gradients.self_check import check_gradients
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.loading import Fingerprint, load_classifier, stored_fingerprint
 from forebear.indexer.model.sentence_encoder import load_sentence_encoder
 from forebear.indexer.rows.labels import names_of_classes
@@ -19,9 +21,11 @@ from forebear.indexer.spans.finders import finder_sha256
 from forebear.indexer.storage.manifest import Checkpoint, IndexSpec
 from forebear.indexer.training.run import CheckpointPath
 
+CHECKED_AMONG = 256  # first rows, of which a few are compared with autograd
+
 
 def make_spec(
-    source: RowSource, checkpoints: Sequence[CheckpointPath], last: Classifier, options: BuildOptions
+    source: RowSource, checkpoints: Sequence[CheckpointPath], last: Classifier, options: BuildOptions, work: Work
 ) -> tuple[IndexSpec, tuple[Checkpoint, ...], dict[str, Classifier]]:
     """The spec of a build; fingerprints every checkpoint, and checks that all come from one run.
 
@@ -34,7 +38,11 @@ def make_spec(
     if len(set(names)) != len(names):
         raise InputError(f"checkpoints {', '.join(names)}: each may be given once.")
     loaded = {names[-1]: last}
-    check_gradients(last, options.scopes, with_bias=options.with_bias, words="words" in options.stores)
+    rows = encode(last, next(source.blocks(CHECKED_AMONG)).texts)
+    check = partial(
+        check_gradients, scopes=options.scopes, rows=rows, with_bias=options.with_bias, words="words" in options.stores
+    )
+    work.tell(check(last).describe())
     records = [_listed(checkpoints[-1], last.sha256)]
     for checkpoint in reversed(checkpoints[:-1]):
         loaded = {names[-1]: last}  # lets go of the model loaded before, ahead of loading the next
@@ -52,7 +60,7 @@ def make_spec(
                 f"{list(last.label_names)}, {last.tokenizer_sha256[:8]}. Checkpoints must come from one run."
             )
         if isinstance(model, Classifier):
-            check_gradients(model, options.scopes, with_bias=options.with_bias, words="words" in options.stores)
+            check(model)
             if model.max_length == last.max_length:
                 loaded[checkpoint.name] = replace(model, label_names=label_names)
         records.insert(0, _listed(checkpoint, model.sha256))

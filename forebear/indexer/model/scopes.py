@@ -209,6 +209,12 @@ def scope_blocks(
                 size = sum(p.numel() for p in module.parameters(recurse=False))
                 blocks.append(Block(key, norm, size, 1))
         elif not isinstance(module, nn.Embedding) and (own := _own_parameters(module, with_bias)):
+            if n_experts := _n_experts(model):
+                raise ModelError(
+                    f"{name} is a mixture of experts ({n_experts} in a layer), each of which sees some word pieces of "
+                    f"a batch, and scope {scope!r} covers them, which is not supported. Use --scope head.",
+                    of="index",
+                )
             raise ModelError(
                 f"{name}: layer {key} ({type(module).__name__}) holds weights that scope {scope!r} covers "
                 f"({', '.join(own)}), and only linear layers, convolutions of one dimension and one group, and norms "
@@ -224,6 +230,13 @@ def _linear_block(key: str, module: Any, kind: LinearKind, *, with_bias: bool) -
     bias = with_bias and module.bias is not None
     window = rest[1] if kind == "conv" else 1
     return Block(key, kind, n_out, rest[0] * window + bias, bias, window)
+
+
+def _n_experts(model: Any) -> int:
+    """How many experts a layer has, of which a router picks some for each word piece; 0 in ordinary models."""
+    config = model.config.get_text_config()
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    return next((int(n) for name in names if (n := getattr(config, name, None)) and n > 1), 0)
 
 
 def _own_parameters(module: nn.Module, with_bias: bool) -> list[str]:

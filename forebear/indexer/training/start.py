@@ -72,7 +72,8 @@ def load_start(
     _refuse_random_encoder(model, info["missing_keys"], path)
     tokenizer = load_tokenizer(path, model)
     limit = input_limit(model, tokenizer, max_length, path)
-    head = model.get_submodule(find_head(model.eval(), tokenizer, path, limit))
+    head_name, _ = find_head(model.eval(), tokenizer, path, limit)
+    head = model.get_submodule(head_name)
     is_kept = has_names and not info["missing_keys"] and not info["mismatched_keys"]
     if not is_kept:
         _reset_head(head, seed, getattr(config, "initializer_range", 0.02))

@@ -9,106 +9,38 @@ import pyarrow.compute as pc
 import pytest
 import torch
 import transformers
+from families import (
+    EQUAL_LENGTHS,
+    FAMILIES,
+    LABELS,
+    LOADED_ANEW,
+    N_CLASSES,
+    NO_WORDS,
+    REFUSED,
+    RIGHT,
+    TEXTS,
+    autograd,
+    make_family,
+    relative_error,
+)
 from tiny import labels, make_tiny_model, sentences, without_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from forebear.errors import InputError, ModelError
 from forebear.indexer.building.build import BuildOptions, build_index
-from forebear.indexer.gradients.scope_probe import check_gradients
+from forebear.indexer.gradients.self_check import check_gradients
 from forebear.indexer.gradients.whole import whole_gradients
 from forebear.indexer.index import Index
-from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.encoding import encode
+from forebear.indexer.model.encoding import Encoded, encode
 from forebear.indexer.model.forward import residual_and_loss, run_forward
 from forebear.indexer.model.loading import Fingerprint, load_classifier, stored_fingerprint
-from forebear.indexer.model.scopes import scope_of
+from forebear.indexer.model.network.batches import pad_batch
+from forebear.indexer.model.scopes import embedding_block, scope_of
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.training.run import choose_model
 from forebear.indexer.words.gradients import word_gradients
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.saliency.maps import saliency
-
-N_CLASSES = 3
-# Whatever of these a configuration knows, so that one table makes all families tiny.
-TINY = {
-    "vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
-    "max_position_embeddings": 48, "num_key_value_heads": 1, "head_dim": 8, "embedding_size": 16, "d_model": 16,
-    "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "dim": 16,
-    "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "emb_dim": 16, "n_embd": 16, "n_layer": 2, "n_head": 2,
-    "n_inner": 24, "d_inner": 24, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "word_embed_proj_dim": 16,
-    "max_relative_positions": 8, "max_2d_position_embeddings": 16, "num_hash_buckets": 64, "ffn_dim": 24,
-    "num_latents": 4, "d_latents": 16, "attention_window": 8, "input_embedding_size": 16,
-}  # fmt: skip
-DEBERTA_V3 = {
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "position_buckets": 4,
-    "position_biased_input": False,
-}
-RIGHT = "right"
-# What scopes top-1 and all do: right, or a part of the refusal.
-ENCODERS = {
-    "bert": RIGHT, "roberta": RIGHT, "distilbert": RIGHT, "electra": RIGHT, "modernbert": RIGHT, "mpnet": RIGHT,
-    "xlm": RIGHT, "flaubert": RIGHT, "camembert": RIGHT, "xlm-roberta": RIGHT, "xlm-roberta-xl": RIGHT,
-    "data2vec-text": RIGHT, "ernie": RIGHT, "esm": RIGHT, "gte": RIGHT, "jina_embeddings_v3": RIGHT, "layoutlm": RIGHT,
-    "megatron-bert": RIGHT, "mobilebert": RIGHT, "mra": RIGHT, "nomic_bert": RIGHT, "rembert": RIGHT,
-    "roberta-prelayernorm": RIGHT, "roformer": RIGHT, "big_bird": RIGHT, "fnet": RIGHT, "yoso": RIGHT,
-    "bart": RIGHT, "mbart": RIGHT, "mvp": RIGHT, "plbart": RIGHT, "bigbird_pegasus": RIGHT, "t5": RIGHT, "umt5": RIGHT,
-    "albert": "top-K has no meaning",
-    "canine": "has no word embeddings",
-    "convbert": "SeparableConv1D",
-    "deberta": "pos_proj is also used on something that does not come from the words",
-    "deberta-v2": "pos_key_proj is also used on something that does not come from the words",
-    "deberta-v3": "query_proj is also used on something that does not come from the words|key_proj is also used",
-    "ibert": "Quant",
-    "longformer": "cannot be told apart by row",
-    "nystromformer": "Conv2d",
-    "squeezebert": "only linear layers, and convolutions of one dimension and one group",
-    "xlnet": "XLNet",
-}  # fmt: skip
-# Their files name tensors in another way, or those that are shared once: only loading tells their fingerprint.
-LOADED_ANEW = (
-    "esm", "gte", "jina_embeddings_v3", "nomic_bert", "bart", "mbart", "mvp", "plbart", "bigbird_pegasus", "t5", "umt5"
-)  # fmt: skip
-EQUAL_LENGTHS = ("canine", "convbert", "fnet", "nystromformer", "xlnet", "yoso")  # their predictions depend on padding
-DECODERS = ("gpt2", "opt", "llama", "qwen2", "gemma", "bloom", "ctrl", "openai-gpt", "falcon", "mistral", "biogpt")
-REFUSED = {
-    **dict.fromkeys((*DECODERS, "eurobert"), "at every word piece and picks or averages them after its head"),
-    "funnel": "does not run on a text of 3 word pieces",
-    "perceiver": "not the output of one linear layer",
-    "xmod": "Input language unknown",
-}  # fmt: skip
-TEXTS = ["good film", "a bad story and a dull plot", "the actor was very happy near the artist", "good film", "slow"]
-LABELS = np.array([0, 1, 2, 0, 1])
-
-
-def make_family(folder: Path, kind: str, *, pad: bool = True) -> Path:
-    """Save a tiny random classifier of a family, with a tokenizer that leaves the longest row to the model."""
-    make_tiny_model(folder)
-    known = transformers.CONFIG_MAPPING["deberta-v2" if kind == "deberta-v3" else kind]
-    names = set(known().to_dict()) | set(known.attribute_map)
-    choices = {name: value for name, value in TINY.items() if name in names}
-    choices |= DEBERTA_V3 if kind == "deberta-v3" else {}
-    config = known(**choices, num_labels=N_CLASSES, pad_token_id=0, bos_token_id=2, eos_token_id=3)
-    if kind in ("t5", "umt5"):
-        config.decoder_start_token_id = 0
-    if not pad:
-        config.pad_token_id = None
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1 and kind not in ("t5", "umt5"):  # whose attention has no scale of its own
-                parameter.mul_(3.0)
-    model.save_pretrained(folder)
-    tokenizer = transformers.CanineTokenizer() if kind == "canine" else AutoTokenizer.from_pretrained(folder)
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    tokenizer.model_max_length = 10**30
-    if not pad:
-        tokenizer.pad_token = None
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -125,26 +57,8 @@ def family(tmp_path_factory: pytest.TempPathFactory):
     return make
 
 
-def autograd(classifier: Classifier, names: list[str], texts=TEXTS, classes=LABELS) -> list[torch.Tensor]:
-    """Gradients of parameters, one row at a time, no padding: ``(n, ...)`` each."""
-    parameters = [classifier.model.get_parameter(name).requires_grad_(True) for name in names]
-    rows = []
-    for text, label in zip(texts, classes, strict=True):
-        encoded = classifier.tokenizer(text, return_tensors="pt")
-        row = {key: encoded[key] for key in classifier.tokenizer.model_input_names}
-        loss = torch.nn.functional.cross_entropy(classifier.model(**row).logits, torch.tensor([int(label)]))
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)])
-    return [torch.stack(gradients) for gradients in zip(*rows, strict=True)]
-
-
-def relative_error(found: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
-    largest = max(float(t.abs().max()) for t in truth)
-    return max(float((f.reshape(t.shape) - t).abs().max()) for f, t in zip(found, truth, strict=True)) / largest
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_a_family_agrees_with_autograd_at_the_head(kind, family):
     classifier = load_classifier(family(kind))
     forward = run_forward(classifier, [TEXTS])
@@ -157,16 +71,17 @@ def test_a_family_agrees_with_autograd_at_the_head(kind, family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_a_family_beyond_the_head_agrees_with_autograd_or_is_refused_by_name(kind, family):
     """Never a layer that is left out: all parameters of the scope, in models that mix rows or positions too."""
     classifier = load_classifier(family(kind))
     for scope in ("top-1", "all"):
-        if ENCODERS[kind] != RIGHT and (kind, scope) not in (("albert", "all"), ("canine", "top-1")):
-            with pytest.raises(ModelError, match=ENCODERS[kind]):
+        if FAMILIES[kind] != RIGHT and (kind, scope) not in (("albert", "all"), ("canine", "top-1")):
+            with pytest.raises(ModelError, match=FAMILIES[kind]):
                 check_gradients(classifier, ["head", scope])
             continue
-        check_gradients(classifier, ["head", scope])
+        checked = check_gradients(classifier, ["head", scope], encode(classifier, [TEXTS]))
+        assert checked.largest_error < 1e-4
         parameters = scope_of(classifier, scope)
         found = whole_gradients(classifier, parameters, [TEXTS], LABELS)
         truth = autograd(classifier, [f"{block.name}.weight" for block in parameters.blocks])
@@ -182,45 +97,100 @@ def test_a_family_that_is_not_supported_is_refused_by_name(kind, family):
     assert str(family(kind)) in str(caught.value)
 
 
+# Heads at every word piece
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_decoder_without_a_pad_token_is_refused_by_name(kind, tmp_path):
-    with pytest.raises(ModelError, match=r"as decoders do\. Such models are not supported yet"):
-        load_classifier(make_family(tmp_path / kind, kind, pad=False))
-
-
-# Relative positions
-
-
-@pytest.mark.parametrize("kind", ["deberta", "deberta-v2", "deberta-v3"])
-def test_a_layer_of_relative_positions_is_refused_before_the_pass_and_others_are_right(kind, family, tmp_path):
-    folder = family(kind)
-    rows = rows_from_texts(TEXTS, LABELS.tolist())
-    chosen = choose_model(str(folder)).checkpoints
-    with pytest.raises(ModelError, match=r"layer deberta.encoder.layer.0.*relative positions"):
-        build_index(rows, tmp_path / "index", chosen, BuildOptions(scopes=("head", "all")))
-    assert not (tmp_path / "index").exists()
+def test_a_token_stands_in_where_a_decoder_has_no_padding_token(kind, family, tmp_path):
+    """Predictions are those of the row alone, for which no padding token is needed."""
+    folder = make_family(tmp_path / kind, kind, pad=False)
     classifier = load_classifier(folder)
-    name = "deberta.encoder.layer.1.intermediate.dense"
-    parameters = scope_of(classifier, f"layer:{name}")
-    check_gradients(classifier, [f"layer:{name}"], words=True)
-    found = whole_gradients(classifier, parameters, [TEXTS], LABELS)
-    assert relative_error([found[name]], autograd(classifier, [f"{name}.weight"])) < 1e-5
+    assert any("has no padding token" in remark for remark in classifier.remarks)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert model.config.pad_token_id is None
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        alone = [model(**tokenizer(text, return_tensors="pt")).logits[0].numpy() for text in TEXTS]
+    np.testing.assert_allclose(run_forward(classifier, [TEXTS]).logits, alone, atol=1e-5)
 
 
-def test_the_pass_itself_refuses_a_constant_use(family):
-    """An index that was built before knows no probe: its queries stop at their first batch."""
-    classifier = load_classifier(family("deberta-v3"))
+@pytest.mark.parametrize("kind", ["gpt2", "eurobert"])
+def test_the_feature_of_a_pooled_head_gives_the_model_s_own_logits(kind, family):
+    """GPT-2 picks the last word piece; EuroBERT can average its logits over all of them."""
+    classifier = load_classifier(family(kind))
+    if kind == "eurobert":
+        classifier.model.clf_pooling = "late"
+        classifier.model.config.clf_pooling = "late"
+    batch = pad_batch(classifier.tokenizer, encode(classifier, [TEXTS]), torch.device("cpu"))
+    with torch.no_grad():
+        expected = classifier.model(**batch).logits.numpy()
+    np.testing.assert_allclose(run_forward(classifier, [TEXTS]).logits, expected, atol=1e-5)
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+
+
+# Rows that cannot share a batch
+
+
+def test_rows_of_a_layer_that_mixes_them_run_alone_also_with_other_versions(family):
+    """Longformer keeps positions first: what a masked span adds is the difference of two rows run one by one."""
+    classifier = load_classifier(family("longformer"))
+    assert classifier.alone_layers
     parameters = scope_of(classifier, "top-1")
-    with pytest.raises(ModelError, match="also used on something"):
-        whole_gradients(classifier, parameters, [TEXTS], LABELS)
+    rows = encode(classifier, [TEXTS])
+    minus = [row | {"input_ids": [*row["input_ids"][:1], 5, *row["input_ids"][2:]]} for row in rows]
+    found = whole_gradients(classifier, parameters, Encoded(rows, minus=minus), LABELS)
+    whole, other = (whole_gradients(classifier, parameters, Encoded(versions), LABELS) for versions in (rows, minus))
+    for name, difference in found.items():
+        torch.testing.assert_close(difference, whole[name] - other[name], atol=1e-6, rtol=1e-4)
 
 
-def test_words_of_an_encoder_and_a_decoder_are_refused(family):
-    classifier = load_classifier(family("bart"))
-    with pytest.raises(ModelError, match=r"model\.shared is used more than once"):
-        check_gradients(classifier, ["head"], words=True)
-    with pytest.raises(ModelError, match=r"model\.shared is used more than once"):
-        word_gradients(classifier, [TEXTS], LABELS, [0], batch_tokens=100)
+# Words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in NO_WORDS])
+def test_word_gradients_of_a_family_agree_with_autograd(kind, family):
+    """Of embeddings used once or twice (an encoder and a decoder), scaled, or changed in place."""
+    classifier = load_classifier(family(kind))
+    found = word_gradients(classifier, [TEXTS], LABELS, [0], batch_tokens=100)[0][0]
+    block = embedding_block(classifier.model, kind)
+    (truth,) = autograd(classifier, [f"{block.name}.weight"])
+    truth[:, classifier.tokenizer.pad_token_id] = 0.0  # no word, although a decoder may begin with it
+    dense = torch.zeros_like(truth)
+    dense[found.rows, found.tokens] = torch.from_numpy(found.vectors)
+    assert relative_error([dense], [truth]) < 3e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "bart", "deberta-v3", "longformer"])
+def test_saliency_of_a_family_is_the_gradient_at_its_embeddings(kind, family):
+    """At the output of the word embeddings, both of an encoder and of a decoder, by autograd on the row alone."""
+    classifier = load_classifier(family(kind))
+    maps = saliency(classifier, [TEXTS], LABELS)
+    words = embedding_block(classifier.model, kind)
+    weight = classifier.model.get_parameter(f"{words.name}.weight")
+    for n, text in enumerate(TEXTS):
+        row = classifier.tokenizer(text, return_tensors="pt")
+        uses: list[torch.Tensor] = []
+
+        def grow(_module, _args, output, uses=uses):
+            uses.append(output.detach().requires_grad_(True))
+            return uses[-1].clone()
+
+        modules = [m for m in classifier.model.modules() if getattr(m, "weight", None) is weight]
+        hooks = [m.register_forward_hook(grow) for m in modules if isinstance(m, torch.nn.Embedding)]
+        logits = classifier.model(input_ids=row["input_ids"], attention_mask=row["attention_mask"]).logits
+        for hook in hooks:
+            hook.remove()
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([int(LABELS[n])]))
+        gradients = torch.autograd.grad(loss, uses)
+        terms = [-(g * e.detach()).sum(dim=2)[0] for g, e in zip(gradients, uses, strict=True)]
+        n_pieces = row["input_ids"].shape[1]
+        value = terms[0][:n_pieces].clone()
+        if len(terms) == 2:  # the decoder's inputs begin with a token of its own
+            value[: n_pieces - 1] += terms[1][1:n_pieces]
+        np.testing.assert_allclose(maps[n].values, (value / value.abs().sum()).numpy(), atol=2e-5)
 
 
 class _Twice(torch.nn.Module):
@@ -339,7 +309,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
         load_classifier(folder)
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_a_stored_fingerprint_is_that_of_the_loaded_model_or_is_none(kind, family):
     """A build trusts it: whatever loading does to a family's tensors or configuration, no other digest may come out."""
     classifier = load_classifier(family(kind))

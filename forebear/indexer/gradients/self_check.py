@@ -1,0 +1,194 @@
+"""Before a build: are the gradients of this model, from hooks and in batches, those of plain autograd row by row?
+
+Hooks see the uses of a layer, not of a weight: a model may use a weight in another way than by calling its layer, mix
+the rows of a batch, or change what a hook has seen. No table of architectures knows all such models; a few rows show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from forebear.errors import ModelError
+from forebear.indexer.gradients.factors import EmbeddingFactors, LayerFactors
+from forebear.indexer.gradients.tape import Tape, alone, loss_of, only_asking
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.forward import forward_batch
+from forebear.indexer.model.network.batches import pad_batch
+from forebear.indexer.model.network.probe import SHORT_TEXT, TEXT, encoded_text
+from forebear.indexer.model.scopes import Block, Scope, embedding_scope, scope_of
+
+N_ROWS = 4
+MOST_PIECES = 512
+TOLERANCE = 1e-3  # of a block's largest number
+FLOOR = 1e-5  # of the largest number of the scope's gradient: some blocks have none but rounding (biases of keys)
+Row = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class CheckedGradients:
+    """What the check found: all of it within rounding.
+
+    Attributes:
+        n_rows: Rows that were compared.
+        scopes: Names of the scopes, and ``embedding`` where words were compared.
+        largest_error: Largest difference of a gradient's number from autograd's, by its block's largest.
+        largest_logit_error: Largest difference of a logit in a padded batch from the row's alone, by the largest logit.
+    """
+
+    n_rows: int
+    scopes: tuple[str, ...]
+    largest_error: float
+    largest_logit_error: float
+
+    def describe(self) -> str:
+        """One line."""
+        return (
+            f"gradients of {self.n_rows} rows agree with autograd's of each row alone to {self.largest_error:.0e} "
+            f"({', '.join(self.scopes)}), logits in a padded batch with those of the row alone to "
+            f"{self.largest_logit_error:.0e}"
+        )
+
+
+def check_gradients(
+    classifier: Classifier,
+    scopes: Sequence[str],
+    rows: Sequence[Row] = (),
+    *,
+    with_bias: bool = False,
+    words: bool = False,
+) -> CheckedGradients:
+    """Refuse a model whose gradients would be wrong, or whose predictions depend on the batch.
+
+    Args:
+        classifier: At a checkpoint.
+        scopes: As the index names them.
+        rows: Encoded rows to compare at, of which a few of different lengths are taken; none: two texts.
+        with_bias: Whether the scopes hold biases and norms.
+        words: Whether gradients of words are wanted, too.
+
+    Raises:
+        InputError: A scope is not one of this model's.
+        ModelError: A layer of a scope is not supported, or its gradient differs from autograd's: it is named. Or a
+            row's logits differ in a padded batch.
+    """
+    checked = [scope_of(classifier, name, with_bias=with_bias) for name in scopes]
+    if words:
+        checked.append(embedding_scope(classifier))
+    classifier = replace(classifier, precision="fp32")
+    chosen = _rows_of_different_lengths(rows) if rows else _texts(classifier)
+    logit_error = _check_logits(classifier, chosen)
+    error = max(_check_scope(classifier, scope, chosen) for scope in checked)
+    return CheckedGradients(len(chosen), tuple(scope.name for scope in checked), error, logit_error)
+
+
+def _texts(classifier: Classifier) -> list[Row]:
+    return [
+        encoded_text(classifier.tokenizer, classifier.max_length, classifier.name, text) for text in (TEXT, SHORT_TEXT)
+    ]
+
+
+def _rows_of_different_lengths(rows: Sequence[Row]) -> list[Row]:
+    """The shortest row, the longest that takes no long time, and some between."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    order = [i for i in order if len(rows[i]["input_ids"]) <= MOST_PIECES] or order[:1]
+    places = np.unique(np.linspace(0, len(order) - 1, N_ROWS).round().astype(int))
+    return [rows[order[i]] for i in places]
+
+
+def _check_logits(classifier: Classifier, rows: list[Row]) -> float:
+    """Largest difference of a row's logits in a padded batch, by the largest logit; 0 where no row is ever padded.
+
+    Raises:
+        ModelError: It is no rounding.
+    """
+    if classifier.equal_lengths:
+        return 0.0
+    _, together = forward_batch(classifier, pad_batch(classifier.tokenizer, rows, classifier.device))
+    apart = [forward_batch(classifier, pad_batch(classifier.tokenizer, [r], classifier.device))[1][0] for r in rows]
+    error = float(np.abs(together - apart).max() / np.abs(apart).max())
+    if not error <= TOLERANCE:
+        raise ModelError(
+            f"{classifier.name} ({type(classifier.model).__name__}): logits of a row in a padded batch differ by "
+            f"{error:.1%} from those of the row alone, so scores would depend on the batch; it is not supported."
+        )
+    return error
+
+
+def _check_scope(classifier: Classifier, scope: Scope, rows: list[Row]) -> float:
+    """Largest difference of a gradient's number from autograd's, by its block's largest.
+
+    Raises:
+        ModelError: It is no rounding; the block is named.
+    """
+    at_once = 1 if alone(classifier, [scope]) else len(rows)
+    if classifier.equal_lengths:
+        at_once = 1
+    largest = 0.0
+    for start in range(0, len(rows), at_once):
+        some = rows[start : start + at_once]
+        found: dict[str, LayerFactors] = {}
+        _, logits = Tape(classifier, [scope]).record(some, _unlikely, found.__setitem__)
+        for i, row in enumerate(some):
+            truth = _autograd(classifier, scope, row, int(logits[i].argmin()))
+            size = max(float(g.abs().max()) for g in truth.values())
+            for block in scope.blocks:
+                g = truth[block.name]
+                apart = float((_gradient(block, found.get(block.name), i, g) - g).abs().max())
+                allowed = TOLERANCE * float(g.abs().max()) + FLOOR * size
+                if not apart <= allowed:
+                    raise ModelError(
+                        f"{classifier.name} ({type(classifier.model).__name__}): the gradient of {block.name}, from "
+                        f"its inputs and output gradients, differs by {apart / float(g.abs().max()):.1%} from "
+                        "autograd's. "
+                        "The model uses these weights in another way than by calling their layer. Use --scope head, or "
+                        "scopes without this layer.",
+                        of="index",
+                    )
+                largest = max(largest, apart / (float(g.abs().max()) + FLOOR * size))
+    return largest
+
+
+def _unlikely(logits: np.ndarray) -> np.ndarray:
+    """The seed of the least likely class' loss, whose gradient is large."""
+    return loss_of(logits.argmin(axis=1))(logits)
+
+
+def _gradient(block: Block, factors: LayerFactors | None, i: int, like: torch.Tensor) -> torch.Tensor:
+    """G of row ``i`` from a block's factors; without factors the gradient is said to be zero."""
+    if factors is None:
+        return torch.zeros_like(like)
+    if isinstance(factors, EmbeddingFactors):
+        kept = factors.ids[i] >= 0
+        return torch.zeros_like(like).index_add_(1, factors.ids[i][kept], factors.deltas[i][kept].T)
+    return factors.deltas[i].T @ factors.inputs[i]
+
+
+def _autograd(classifier: Classifier, scope: Scope, row: Row, label: int) -> dict[str, torch.Tensor]:
+    """Gradients of the loss of one row, alone in its batch, by autograd through the model's own logits."""
+    model, padding = classifier.model, classifier.tokenizer.pad_token_id
+    parameters = {key: model.get_parameter(key) for block in scope.blocks for key in _parameter_names(block)}
+    with only_asking(model, parameters.values()), torch.enable_grad():
+        logits = model(**pad_batch(classifier.tokenizer, [row], classifier.device)).logits.double()
+        loss = nn.functional.cross_entropy(logits, torch.tensor([label], device=logits.device))
+        found = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+    gradients = dict(zip(parameters, found, strict=True))
+    out = {}
+    for block in scope.blocks:
+        if block.kind == "embedding":
+            out[block.name] = gradients[f"{block.name}.weight"].T
+            if padding is not None:  # no word, although a decoder may begin with it
+                out[block.name][:, padding] = 0.0
+        else:
+            out[block.name] = block.join({key: gradients[key] for key in _parameter_names(block)})
+    return out
+
+
+def _parameter_names(block: Block) -> list[str]:
+    if block.kind == "embedding":
+        return [f"{block.name}.weight"]
+    return list(block.split(torch.empty((block.n_out, block.n_in), device="meta")))
