@@ -31,6 +31,7 @@ DEBERTA_V3 = {
     "position_biased_input": False,
 }
 RIGHT = "right"
+T5 = ("t5", "umt5", "mt5")
 # What scopes top-1 and all do: right, or a part of the refusal.
 FAMILIES = {
     "bert": RIGHT, "roberta": RIGHT, "distilbert": RIGHT, "electra": RIGHT, "modernbert": RIGHT, "mpnet": RIGHT,
@@ -55,7 +56,8 @@ FAMILIES = {
 }  # fmt: skip
 # Their files name tensors in another way, or those that are shared once: only loading tells their fingerprint.
 LOADED_ANEW = (
-    "esm", "gte", "jina_embeddings_v3", "nomic_bert", "bart", "mbart", "mvp", "plbart", "bigbird_pegasus", "t5", "umt5"
+    "esm", "gte", "jina_embeddings_v3", "nomic_bert", "bart", "mbart", "mvp", "plbart", "bigbird_pegasus", "t5", "umt5",
+    "mt5", "mixtral",
 )  # fmt: skip
 EQUAL_LENGTHS = ("canine", "convbert", "fnet", "nystromformer", "xlnet", "yoso")  # their predictions depend on padding
 NO_WORDS = ("canine", "ibert", "xlnet")  # no word embeddings of torch's kind, or looked up with positions first
@@ -76,7 +78,7 @@ def make_family(folder: Path, kind: str, *, pad: bool = True) -> Path:
     choices = {name: value for name, value in TINY.items() if name in names}
     choices |= DEBERTA_V3 if kind == "deberta-v3" else {}
     config = known(**choices, num_labels=N_CLASSES, pad_token_id=0, bos_token_id=2, eos_token_id=3)
-    if kind in ("t5", "umt5"):
+    if kind in T5:
         config.decoder_start_token_id = 0
     if not pad:
         config.pad_token_id = None
@@ -84,7 +86,7 @@ def make_family(folder: Path, kind: str, *, pad: bool = True) -> Path:
     model = AutoModelForSequenceClassification.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1 and kind not in ("t5", "umt5"):  # whose attention has no scale of its own
+            if parameter.dim() > 1 and kind not in T5:  # whose attention has no scale of its own
                 parameter.mul_(3.0)
     model.save_pretrained(folder)
     tokenizer = transformers.CanineTokenizer() if kind == "canine" else AutoTokenizer.from_pretrained(folder)
@@ -111,4 +113,4 @@ def autograd(classifier: Classifier, names: list[str], texts=TEXTS, classes=LABE
 
 def relative_error(found: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
     largest = max(float(t.abs().max()) for t in truth)
-    return max(float((f.reshape(t.shape) - t).abs().max()) for f, t in zip(found, truth, strict=True)) / largest
+    return max(float((f - t).abs().max()) for f, t in zip(found, truth, strict=True)) / largest
