@@ -523,7 +523,7 @@ def main() -> int:
         from common import write_result
 
         facts: dict[str, Any] = {part.name: vars(part) for part in found}
-        write_result("campaign", seed=given.seed, full=given.full, **facts)
+        write_result("campaign", seed=given.seed, scale=scale, parts=facts)
     return 1 if any(part.failures for part in found) else 0
 
 

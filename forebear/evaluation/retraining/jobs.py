@@ -254,12 +254,16 @@ class Retrainer:
         digests = [self.digest(job) for job in jobs]
         waiting = dict(zip(digests, jobs, strict=True))
         done = {digest: outcome for digest in waiting if (outcome := self._read(digest)) is not None}
+        for digest in done:
+            if self._lock(digest).exists():  # of a process that was killed between its outcome and its end
+                with claimed(self._lock(digest)):
+                    pass
         progress("retraining", len(done), len(waiting))
         remaining = [digest for digest in waiting if digest not in done]
         while remaining:
             claimed_elsewhere = []
             for digest in remaining:
-                with claimed(self._path(digest).with_suffix(".lock")) as owner:
+                with claimed(self._lock(digest)) as owner:
                     if owner is not None:
                         claimed_elsewhere.append(digest)
                         continue
@@ -304,6 +308,9 @@ class Retrainer:
 
     def _path(self, digest: str) -> Path:
         return self._cache / digest[:2] / f"{digest}.arrow"
+
+    def _lock(self, digest: str) -> Path:
+        return self._path(digest).with_suffix(".lock")
 
     def _read(self, digest: str) -> Outcome | None:
         """An outcome of the cache; None when there is none, or a damaged one."""

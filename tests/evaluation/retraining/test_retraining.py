@@ -316,6 +316,17 @@ def test_processes_that_share_a_cache_share_the_jobs(retriever, tmp_path):
         np.testing.assert_array_equal(one.logits, other.logits)
 
 
+def test_the_lock_of_a_process_that_was_killed_after_its_outcome_is_removed(retriever, tmp_path):
+    jobs = some_jobs(retriever, 2)
+    counting(retriever, tmp_path).run(jobs)
+    outcome = next(tmp_path.rglob("*.arrow"))
+    outcome.with_suffix(".lock").write_text("process 1 on a machine\n", encoding="utf-8")
+    again = counting(retriever, tmp_path)
+    again.run(jobs)
+    assert again.n_trained == 0
+    assert not list(tmp_path.rglob("*.lock"))
+
+
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty", "another job's"])
 def test_a_damaged_outcome_is_trained_again_with_a_warning(retriever, damage, tmp_path):
     jobs = some_jobs(retriever, 2)
