@@ -137,7 +137,7 @@ def _build(
     labels = label_map(source, classifier.label_names, options.label_mode)
     work.warn(labels.warning)
     classifier = replace(classifier, label_names=names_of_classes(classifier.label_names, source))
-    spec, listed, loaded = make_spec(source, checkpoints, classifier, options, work)
+    spec, listed, loaded = make_spec(source, checkpoints, classifier, options)
     segment = segment_of(source, 0)
     replaces = work.force and not work.resume and any(path.name != LOCK_NAME for path in folder.iterdir())
     journal = None if replaces else read_journal(folder)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from forebear.errors import InputError, MismatchError
-from forebear.indexer.building.options import BuildOptions, Work
+from forebear.indexer.building.options import BuildOptions
 from forebear.indexer.gradients.self_check import check_gradients
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode
@@ -25,7 +25,7 @@ CHECKED_AMONG = 256  # first rows, of which a few are compared with autograd
 
 
 def make_spec(
-    source: RowSource, checkpoints: Sequence[CheckpointPath], last: Classifier, options: BuildOptions, work: Work
+    source: RowSource, checkpoints: Sequence[CheckpointPath], last: Classifier, options: BuildOptions
 ) -> tuple[IndexSpec, tuple[Checkpoint, ...], dict[str, Classifier]]:
     """The spec of a build; fingerprints every checkpoint, and checks that all come from one run.
 
@@ -42,7 +42,7 @@ def make_spec(
     check = partial(
         check_gradients, scopes=options.scopes, rows=rows, with_bias=options.with_bias, words="words" in options.stores
     )
-    work.tell(check(last).describe())
+    check(last)
     records = [_listed(checkpoints[-1], last.sha256)]
     for checkpoint in reversed(checkpoints[:-1]):
         loaded = {names[-1]: last}  # lets go of the model loaded before, ahead of loading the next

@@ -21,12 +21,14 @@ class HeadUse:
     def __init__(self) -> None:
         self._inputs: torch.Tensor | None = None
         self._outputs: torch.Tensor | None = None
+        self.turned_on = False  # tracking of gradients, which a pooled head needs
 
     def note(self, _head: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
         """A forward hook; outputs at word pieces are replaced by a leaf of the graph that the pooling then grows."""
         self._inputs = args[0]
         if output.dim() < 3:
             return None
+        self.turned_on = not torch.is_grad_enabled()
         torch.set_grad_enabled(True)
         self._outputs = output.detach().requires_grad_(True)
         return self._outputs
@@ -53,10 +55,10 @@ class HeadUse:
 def watched_head(head: nn.Module) -> Iterator[HeadUse]:
     """Watch a head during one forward pass; whether gradients are tracked is restored at the end."""
     use = HeadUse()
-    tracked = torch.is_grad_enabled()
     hook = head.register_forward_hook(use.note)
     try:
         yield use
     finally:
         hook.remove()
-        torch.set_grad_enabled(tracked)
+        if use.turned_on:
+            torch.set_grad_enabled(False)
