@@ -10,7 +10,11 @@ import transformers
 from tiny import make_tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from forebear.indexer.gradients.tape import alone
+from forebear.indexer.gradients.whole import whole_gradients
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.loading import load_classifier
+from forebear.indexer.model.scopes import scope_of
 
 N_CLASSES = 3
 # Whatever of these a configuration knows, so that one table makes all families tiny.
@@ -60,6 +64,10 @@ LOADED_ANEW = (
     "mt5", "mixtral",
 )  # fmt: skip
 EQUAL_LENGTHS = ("canine", "convbert", "fnet", "nystromformer", "xlnet", "yoso")  # their predictions depend on padding
+BEYOND = {  # where one of both scopes holds
+    "albert": "`all` exact; its layers share their weights, so there is no `top-K`",
+    "canine": "`top-K` exact; it has no word embeddings, where `all` starts",
+}
 NO_WORDS = ("canine", "ibert", "xlnet")  # no word embeddings of torch's kind, or looked up with positions first
 REFUSED = {
     "funnel": "does not run on a text of 3 word pieces",
@@ -114,3 +122,45 @@ def autograd(classifier: Classifier, names: list[str], texts=TEXTS, classes=LABE
 def relative_error(found: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
     largest = max(float(t.abs().max()) for t in truth)
     return max(float((f - t).abs().max()) for f, t in zip(found, truth, strict=True)) / largest
+
+
+def table_line(kind: str, classifier: Classifier) -> str:
+    """The family's line in docs/models.md: what holds at its head, at scopes beyond it and at its words, with errors."""
+    head = _error(classifier, "head")
+    if FAMILIES[kind] == RIGHT:
+        beyond = f"exact ({max(_error(classifier, scope) for scope in ('top-1', 'all')):.0e})"
+    elif kind in BEYOND:
+        beyond = BEYOND[kind]
+    else:
+        beyond = "refused by name"
+    words = "refused by name" if kind in NO_WORDS else "exact"
+    remarks = ["only rows of one length share a batch"] if classifier.equal_lengths else []
+    remarks += ["beyond the head a row is alone in its batch"] if _runs_alone(kind, classifier) else []
+    return f"| {kind} | exact ({head:.0e}) | {beyond} | {words} | {'; '.join(remarks)} |"
+
+
+def _runs_alone(kind: str, classifier: Classifier) -> bool:
+    return FAMILIES[kind] == RIGHT and alone(classifier, [scope_of(classifier, "all")])
+
+
+def _error(classifier: Classifier, name: str) -> float:
+    """Largest error of a scope's gradients against autograd of single rows, by the largest number."""
+    scope = scope_of(classifier, name)
+    found = whole_gradients(classifier, scope, [TEXTS], LABELS)
+    parts = {key: part for block in scope.blocks for key, part in block.split(found[block.name]).items()}
+    return relative_error(list(parts.values()), autograd(classifier, list(parts)))
+
+
+def write_table(page: Path, folder: Path) -> None:
+    """Write the lines of all families between the table's header and the next empty line of a page."""
+    lines = [table_line(kind, load_classifier(make_family(folder / kind, kind))) for kind in sorted(FAMILIES)]
+    before, header, rest = page.read_text(encoding="utf-8").partition("| --- | --- | --- | --- | --- |\n")
+    page.write_text(before + header + "\n".join(lines) + "\n" + rest[rest.index("\n\n") + 1 :], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    import sys
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        write_table(Path(sys.argv[1]), Path(scratch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,9 @@ from families import (
     autograd,
     make_family,
     relative_error,
+    table_line,
 )
+from places import ROOT
 from tiny import labels, make_tiny_model, sentences, without_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -318,3 +321,28 @@ def test_a_stored_fingerprint_is_that_of_the_loaded_model_or_is_none(kind, famil
         classifier.feature_dim, classifier.label_names, classifier.sha256, classifier.tokenizer_sha256
     )
     assert (found is None) == (kind in LOADED_ANEW)
+
+
+# The page of models
+
+LINES = {
+    line.split("|")[1].strip(): line
+    for line in (ROOT / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("| ") and not line.startswith(("| family", "| ---"))
+}
+
+
+def test_the_page_of_models_lists_every_family():
+    assert list(LINES) == sorted(FAMILIES)
+    assert len(LINES) >= 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_page_of_models_says_of_a_family_what_is_so(kind, family):
+    """All but the errors' digits, which depend on the machine: the tests above bound them."""
+
+    def without_errors(line: str) -> str:
+        return re.sub(r"\(\de-\d+\)", "", line)
+
+    assert without_errors(table_line(kind, load_classifier(family(kind)))) == without_errors(LINES[kind])
