@@ -125,7 +125,7 @@ def relative_error(found: list[torch.Tensor], truth: list[torch.Tensor]) -> floa
 
 
 def table_line(kind: str, classifier: Classifier) -> str:
-    """The family's line in docs/models.md: what holds at its head, at scopes beyond it and at its words, with errors."""
+    """The family's line in docs/models.md: what holds at its head, beyond it and at its words, with errors."""
     head = _error(classifier, "head")
     if FAMILIES[kind] == RIGHT:
         beyond = f"exact ({max(_error(classifier, scope) for scope in ('top-1', 'all')):.0e})"
