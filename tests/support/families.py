@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -124,11 +125,11 @@ def relative_error(found: list[torch.Tensor], truth: list[torch.Tensor]) -> floa
     return max(float((f - t).abs().max()) for f, t in zip(found, truth, strict=True)) / largest
 
 
-def table_line(kind: str, classifier: Classifier) -> str:
+def table_line(kind: str, classifier: Classifier, error: Callable[[Classifier, str], float]) -> str:
     """The family's line in docs/models.md: what holds at its head, beyond it and at its words, with errors."""
-    head = _error(classifier, "head")
+    head = error(classifier, "head")
     if FAMILIES[kind] == RIGHT:
-        beyond = f"exact ({max(_error(classifier, scope) for scope in ('top-1', 'all')):.0e})"
+        beyond = f"exact ({max(error(classifier, scope) for scope in ('top-1', 'all')):.0e})"
     elif kind in BEYOND:
         beyond = BEYOND[kind]
     else:
@@ -143,7 +144,7 @@ def _runs_alone(kind: str, classifier: Classifier) -> bool:
     return FAMILIES[kind] == RIGHT and alone(classifier, [scope_of(classifier, "all")])
 
 
-def _error(classifier: Classifier, name: str) -> float:
+def largest_error(classifier: Classifier, name: str) -> float:
     """Largest error of a scope's gradients against autograd of single rows, by the largest number."""
     scope = scope_of(classifier, name)
     found = whole_gradients(classifier, scope, [TEXTS], LABELS)
@@ -153,7 +154,9 @@ def _error(classifier: Classifier, name: str) -> float:
 
 def write_table(page: Path, folder: Path) -> None:
     """Write the lines of all families between the table's header and the next empty line of a page."""
-    lines = [table_line(kind, load_classifier(make_family(folder / kind, kind))) for kind in sorted(FAMILIES)]
+    lines = [
+        table_line(kind, load_classifier(make_family(folder / kind, kind)), largest_error) for kind in sorted(FAMILIES)
+    ]
     before, header, rest = page.read_text(encoding="utf-8").partition("| --- | --- | --- | --- | --- |\n")
     page.write_text(before + header + "\n".join(lines) + "\n" + rest[rest.index("\n\n") + 1 :], encoding="utf-8")
 
