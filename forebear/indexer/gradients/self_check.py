@@ -21,6 +21,7 @@ from forebear.indexer.model.forward import forward_batch
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.network.probe import SHORT_TEXT, TEXT, encoded_text
 from forebear.indexer.model.scopes import Block, Scope, embedding_scope, scope_of
+from forebear.ratio import ratio
 
 N_ROWS = 4
 MOST_PIECES = 512
@@ -102,7 +103,8 @@ def _check_logits(classifier: Classifier, rows: list[Row]) -> float:
         return 0.0
     _, together = forward_batch(classifier, pad_batch(classifier.tokenizer, rows, classifier.device))
     apart = [forward_batch(classifier, pad_batch(classifier.tokenizer, [r], classifier.device))[1][0] for r in rows]
-    error = float(np.abs(together - apart).max() / np.abs(apart).max())
+    difference = np.abs(together - apart).max()
+    error = float(ratio(difference, np.abs(apart).max(), otherwise=np.inf)) if difference else 0.0
     if not error <= TOLERANCE:
         raise ModelError(
             f"{classifier.name} ({type(classifier.model).__name__}): logits of a row in a padded batch differ by "
@@ -117,10 +119,8 @@ def _check_scope(classifier: Classifier, scope: Scope, rows: list[Row]) -> float
     Raises:
         ModelError: It is no rounding; the block is named.
     """
-    at_once = 1 if alone(classifier, [scope]) else len(rows)
-    if classifier.equal_lengths:
-        at_once = 1
-    largest = 0.0
+    at_once = 1 if classifier.equal_lengths or alone(classifier, [scope]) else len(rows)
+    largest_error = 0.0
     for start in range(0, len(rows), at_once):
         some = rows[start : start + at_once]
         found: dict[str, LayerFactors] = {}
@@ -130,19 +130,18 @@ def _check_scope(classifier: Classifier, scope: Scope, rows: list[Row]) -> float
             size = max(float(g.abs().max()) for g in truth.values())
             for block in scope.blocks:
                 g = truth[block.name]
+                block_size = float(g.abs().max())
                 apart = float((_gradient(block, found.get(block.name), i, g) - g).abs().max())
-                allowed = TOLERANCE * float(g.abs().max()) + FLOOR * size
-                if not apart <= allowed:
+                if not apart <= TOLERANCE * block_size + FLOOR * size:
                     raise ModelError(
                         f"{classifier.name} ({type(classifier.model).__name__}): the gradient of {block.name}, from "
-                        f"its inputs and output gradients, differs by {apart / float(g.abs().max()):.1%} from "
-                        "autograd's. "
-                        "The model uses these weights in another way than by calling their layer. Use --scope head, or "
-                        "scopes without this layer.",
+                        f"its inputs and output gradients, differs by {apart / (block_size or size or apart):.1%} from "
+                        "autograd's. The model uses these weights in another way than by calling their layer. Use "
+                        "--scope head, or scopes without this layer.",
                         of="index",
                     )
-                largest = max(largest, apart / (float(g.abs().max()) + FLOOR * size))
-    return largest
+                largest_error = max(largest_error, float(ratio(apart, block_size + FLOOR * size)))
+    return largest_error
 
 
 def _unlikely(logits: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from families import make_family
 
 from forebear.errors import ModelError
 from forebear.indexer.building.build import BuildOptions, build_index
+from forebear.indexer.gradients import self_check
 from forebear.indexer.gradients.embedding_uses import EmbeddingUses
 from forebear.indexer.gradients.layer_uses import LayerUses
 from forebear.indexer.gradients.self_check import check_gradients
@@ -35,6 +36,23 @@ def test_rows_of_different_lengths_agree_with_autograd(folder):
     assert checked.scopes == ("head", "top-1", "all", "embedding")
     assert 0 < checked.largest_error < 1e-4
     assert 0 < checked.largest_logit_error < 1e-5
+
+
+def test_a_head_of_zeros_has_gradients_and_logits_of_zero_and_passes(folder):
+    """Nothing is divided by them."""
+    classifier = load_classifier(folder)
+    for parameter in classifier.head.parameters():
+        torch.nn.init.zeros_(parameter)
+    checked = check_gradients(classifier, ["head", f"layer:{QUERY}"], encode(classifier, [TEXTS]), words=True)
+    assert (checked.largest_error < 1e-4, checked.largest_logit_error) == (True, 0.0)
+
+
+def test_a_gradient_where_autograd_has_none_is_found_by_name(folder, monkeypatch):
+    classifier = load_classifier(folder)
+    torch.nn.init.zeros_(classifier.head.weight)
+    monkeypatch.setattr(self_check, "_gradient", lambda block, factors, i, like: torch.ones_like(like))
+    with pytest.raises(ModelError, match=rf"the gradient of {QUERY}, .* differs by 100\.0% from autograd's"):
+        check_gradients(classifier, [f"layer:{QUERY}"])
 
 
 def test_a_use_that_is_dropped_is_found_by_name(folder, monkeypatch):
@@ -92,6 +110,13 @@ def test_logits_that_depend_on_the_batch_are_refused(folder):
     classifier.model.bert.embeddings.forward = forward
     with pytest.raises(ModelError, match=r"logits of a row in a padded batch differ by .* from those of the row alone"):
         check_gradients(classifier, ["head"], encode(classifier, [TEXTS]))
+
+
+def test_logits_that_are_no_numbers_are_refused(folder):
+    classifier = load_classifier(folder)
+    classifier.model.bert.pooler.register_forward_hook(lambda _module, _args, output: output * float("nan"))
+    with pytest.raises(ModelError, match="logits of a row in a padded batch differ"):
+        check_gradients(classifier, ["head"])
 
 
 def test_a_build_is_refused_before_anything_is_written(folder, tmp_path, monkeypatch):
