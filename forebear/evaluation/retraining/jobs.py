@@ -20,13 +20,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from forebear.errors import CorruptIndexError, InputError, NonFiniteError
+from forebear.errors import CorruptIndexError, InputError, NonFiniteError, StorageError
 from forebear.indexer.index import Index
 from forebear.indexer.model.forward import softmax
 from forebear.indexer.storage.arrow import column, read_batches, record_batch, write_table
@@ -256,7 +257,7 @@ class Retrainer:
         done = {digest: outcome for digest in waiting if (outcome := self._read(digest)) is not None}
         for digest in done:
             if self._lock(digest).exists():  # of a process that was killed between its outcome and its end
-                with claimed(self._lock(digest)):
+                with suppress(StorageError), claimed(self._lock(digest)):  # a cache that is only read keeps it
                     pass
         progress("retraining", len(done), len(waiting))
         remaining = [digest for digest in waiting if digest not in done]

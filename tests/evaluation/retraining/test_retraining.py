@@ -327,6 +327,15 @@ def test_the_lock_of_a_process_that_was_killed_after_its_outcome_is_removed(retr
     assert not list(tmp_path.rglob("*.lock"))
 
 
+def test_a_lock_that_cannot_be_removed_keeps_nobody_from_outcomes(retriever, tmp_path):
+    jobs = some_jobs(retriever, 2)
+    counting(retriever, tmp_path).run(jobs)
+    next(tmp_path.rglob("*.arrow")).with_suffix(".lock").mkdir()  # cannot be opened, as in a cache that is only read
+    again = counting(retriever, tmp_path)
+    assert len(again.run(jobs)) == len(jobs)
+    assert again.n_trained == 0
+
+
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty", "another job's"])
 def test_a_damaged_outcome_is_trained_again_with_a_warning(retriever, damage, tmp_path):
     jobs = some_jobs(retriever, 2)
