@@ -162,24 +162,14 @@ def _gradient(block: Block, factors: LayerFactors | None, i: int, like: torch.Te
 def _autograd(classifier: Classifier, scope: Scope, row: Row, label: int) -> dict[str, torch.Tensor]:
     """Gradients of the loss of one row, alone in its batch, by autograd through the model's own logits."""
     model, padding = classifier.model, classifier.tokenizer.pad_token_id
-    parameters = {key: model.get_parameter(key) for block in scope.blocks for key in _parameter_names(block)}
+    parameters = {key: model.get_parameter(key) for block in scope.blocks for key in block.parameter_names}
     with only_asking(model, parameters.values()), torch.enable_grad():
         logits = model(**pad_batch(classifier.tokenizer, [row], classifier.device)).logits.double()
         loss = nn.functional.cross_entropy(logits, torch.tensor([label], device=logits.device))
         found = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-    gradients = dict(zip(parameters, found, strict=True))
-    out = {}
+    parts = dict(zip(parameters, found, strict=True))
+    gradients = {block.name: block.join(parts) for block in scope.blocks}
     for block in scope.blocks:
-        if block.kind == "embedding":
-            out[block.name] = gradients[f"{block.name}.weight"].T
-            if padding is not None:  # no word, although a decoder may begin with it
-                out[block.name][:, padding] = 0.0
-        else:
-            out[block.name] = block.join({key: gradients[key] for key in _parameter_names(block)})
-    return out
-
-
-def _parameter_names(block: Block) -> list[str]:
-    if block.kind == "embedding":
-        return [f"{block.name}.weight"]
-    return list(block.split(torch.empty((block.n_out, block.n_in), device="meta")))
+        if block.kind == "embedding" and padding is not None:  # no word, although a decoder may begin with it
+            gradients[block.name][:, padding] = 0.0
+    return gradients

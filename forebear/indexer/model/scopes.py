@@ -59,6 +59,11 @@ class Block:
         """Numbers in G."""
         return self.n_out * self.n_in
 
+    @property
+    def parameter_names(self) -> list[str]:
+        """Dotted names of the parameters that G splits into."""
+        return list(self.split(torch.empty((self.n_out, self.n_in), device="meta")))
+
     def split(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
         """``(..., n_out, n_in)`` as tensors of the shapes of the module's own parameters, by dotted name."""
         if self.kind == "norm":
@@ -69,12 +74,12 @@ class Block:
         weight = matrix[..., :-1] if self.bias else matrix
         if self.kind == "conv":
             weight = weight.reshape(*weight.shape[:-1], -1, self.window)
-        if self.kind == "transposed":
+        if self.kind in ("transposed", "embedding"):
             weight = weight.transpose(-1, -2)
         return {f"{self.name}.weight": weight} | ({f"{self.name}.bias": matrix[..., -1]} if self.bias else {})
 
     def join(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The inverse of :meth:`split`."""
+        """The inverse of :meth:`split`; parts of other blocks are passed over."""
         weight = parts[f"{self.name}.weight"]
         if self.kind == "norm":
             return torch.cat([weight, parts[f"{self.name}.bias"]], dim=-1)[..., None]
@@ -82,7 +87,7 @@ class Block:
             return weight[..., None]
         if self.kind == "conv":
             weight = weight.flatten(-2)
-        if self.kind == "transposed":
+        if self.kind in ("transposed", "embedding"):
             weight = weight.transpose(-1, -2)
         if self.bias:
             return torch.cat([weight, parts[f"{self.name}.bias"][..., None]], dim=-1)

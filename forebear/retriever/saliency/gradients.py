@@ -93,7 +93,7 @@ def saliency_gradients(
     """
     model = classifier.model
     out = scope.zeros(len(words), classifier.head.weight)
-    names = [name for block in scope.blocks for name in block.split(out[block.name])]
+    names = [name for block in scope.blocks for name in block.parameter_names]
     parameters = [model.get_parameter(name) for name in names]
     prefix, _ = encoder_layers(model, classifier.name)
     first_layer = model.get_submodule(f"{prefix}.0")
@@ -120,7 +120,7 @@ def saliency_gradients(
             hook.remove()
         gradients = dict(zip(names, row_gradients, strict=True))
         for block in scope.blocks:
-            out[block.name][i] = -block.join({name: gradients[name] for name in block.split(out[block.name])})
+            out[block.name][i] = -block.join(gradients)
     for name, values in out.items():
         finite = torch.isfinite(values).flatten(1).all(dim=1)
         if not bool(finite.all()):

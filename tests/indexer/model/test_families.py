@@ -21,6 +21,7 @@ from families import (
     RIGHT,
     TEXTS,
     autograd,
+    largest_error,
     make_family,
     relative_error,
     table_line,
@@ -85,10 +86,7 @@ def test_a_family_beyond_the_head_agrees_with_autograd_or_is_refused_by_name(kin
             continue
         checked = check_gradients(classifier, ["head", scope], encode(classifier, [TEXTS]))
         assert checked.largest_error < 1e-4
-        parameters = scope_of(classifier, scope)
-        found = whole_gradients(classifier, parameters, [TEXTS], LABELS)
-        parts = {key: part for block in parameters.blocks for key, part in block.split(found[block.name]).items()}
-        assert relative_error(list(parts.values()), autograd(classifier, list(parts))) < 2e-5, scope
+        assert largest_error(classifier, scope) < 2e-5, scope
 
 
 @pytest.mark.slow
