@@ -71,14 +71,29 @@ def test_eta_that_nobody_knows_is_said_to_be_one(trainer_output, tmp_path):
     assert choose_model(str(copies[0])).remark is None
 
 
-def test_an_adapter_folder_is_said_to_be_one(rows, tmp_path, capsys):
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_an_adapter_is_no_model_to_train_and_a_damaged_one_is_named(rows, tmp_path, capsys):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for name in ("adapter_model.safetensors", "config.json"):
         (tmp_path / "adapter" / name).write_text("{}")
-        message = said(capsys, ["index", "--train", rows, "--out", tmp_path / "I", "--model", tmp_path / "adapter"])
+        message = said(capsys, ["train", "--data", rows, "--out", tmp_path / "R", "--model", tmp_path / "adapter"])
         assert "PEFT adapter" in message
         assert "merge_and_unload" in message
+        message = said(capsys, ["index", "--train", rows, "--out", tmp_path / "I", "--model", tmp_path / "adapter"])
+        assert f"cannot load the adapter {tmp_path / 'adapter'}" in message
+
+
+def test_quantised_weights_are_refused_before_they_are_read(rows, tmp_path, capsys, tiny_model):
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"")  # whoever read it would fail
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    for command in (["index", "--train", rows], ["train", "--data", rows]):
+        message = said(capsys, [*command, "--out", tmp_path / "O", "--model", folder])
+        assert "quantised weights (quantization_config: bitsandbytes)" in message
+        assert "dequantize" in message
 
 
 @pytest.mark.parametrize("name", ["my-modle", "./my-modle", "models/my-modle"])

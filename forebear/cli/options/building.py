@@ -94,7 +94,9 @@ class GradientChoices(Options, panel="Gradients and curvature"):
     scopes: Annotated[
         list[str] | None,
         typer.Option(
-            "--scope", help="Gradients to index: head; and top-K, all or layer:NAME, sketched.", show_default="head"
+            "--scope",
+            help="Gradients to index: head; and top-K, all, adapter or layer:NAME, sketched.",
+            show_default="head",
         ),
     ] = None
     sketch_dim: Annotated[

@@ -94,7 +94,7 @@ class ScopeOptions(Options, panel="Question"):
         str,
         typer.Option(
             "--scope",
-            help="Parameters whose gradients are compared: head; or what else was indexed: all, top-K, layer:NAME.",
+            help="Parameters whose gradients are compared: head; or others that were indexed, such as all or top-2.",
         ),
     ] = "head"
     curvature: Annotated[

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from forebear.errors import InputError
+from forebear.indexer.model.network.adapters import Adapter
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Classifier:
         shared_layers: Layers with a use that all rows of a batch share, such as projections of relative positions.
         alone_layers: Of these, the layers whose gradient needs a row to be alone in its batch.
         padding_remark: A line on a padding token that stands in; None where none does.
+        adapter: What LoRA or DoRA put into the network; None of other networks.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Classifier:
     shared_layers: frozenset[str] = frozenset()
     alone_layers: frozenset[str] = frozenset()
     padding_remark: str | None = None
+    adapter: Adapter | None = None
 
     @property
     def head(self) -> nn.Linear:

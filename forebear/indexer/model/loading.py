@@ -15,9 +15,15 @@ from torch import nn
 
 from forebear.errors import MismatchError, ModelError, NonFiniteError
 from forebear.indexer.model.classifier import Classifier, autocast, pick_device
+from forebear.indexer.model.network.adapters import (
+    Adapter,
+    adapter_settings,
+    is_adapter,
+    load_adapted,
+)
 from forebear.indexer.model.network.layers import is_layer
 from forebear.indexer.model.network.padding import settle_padding
-from forebear.indexer.model.network.pretrained import load_pretrained
+from forebear.indexer.model.network.pretrained import ADAPTER_CONFIG, check_full_precision, load_pretrained
 from forebear.indexer.model.network.probe import TOLERANCE, features_of, find_head, padding_matters, run_copies
 from forebear.indexer.model.network.shared_layers import find_shared_layers
 from forebear.indexer.model.network.tokenizer import check_vocabulary, input_limit, tokenizer_sha256
@@ -62,7 +68,7 @@ def load_classifier(
     """Load a classifier from a folder or hub name and check that it can be indexed.
 
     Args:
-        name: Folder written by ``save_pretrained``, a hub name, or ``minilm``.
+        name: Folder written by ``save_pretrained``, of a model or of an adapter (PEFT), a hub name, or ``minilm``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``fp32`` or ``bf16`` for the forward pass.
         max_length: Longest input in word pieces; default the model's limit, at most 512.
@@ -76,6 +82,10 @@ def load_classifier(
 
     path = resolve_model_name(name)
     where = pick_device(device)
+    asked: Any = {"name": path, "device": where, "precision": precision, "max_length": max_length}
+    if is_adapter(path):
+        model, adapter, tokenizer_name = load_adapted(path, AutoModelForSequenceClassification)
+        return make_classifier(model, load_tokenizer(tokenizer_name, model), adapter=adapter, **asked)
     model, info = load_pretrained(
         AutoModelForSequenceClassification, path, output_loading_info=True, dtype=torch.float32
     )
@@ -85,8 +95,7 @@ def load_classifier(
             f"{path} stores no weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: it would be a "
             "random classifier. Give a fine-tuned AutoModelForSequenceClassification, or run `forebear train` first."
         )
-    tokenizer = load_tokenizer(path, model)
-    return make_classifier(model, tokenizer, name=path, device=where, precision=precision, max_length=max_length)
+    return make_classifier(model, load_tokenizer(path, model), **asked)
 
 
 def load_tokenizer(name: str, model: Any) -> Any:
@@ -110,6 +119,7 @@ def make_classifier(
     device: torch.device,
     precision: str = "fp32",
     max_length: int | None = None,
+    adapter: Adapter | None = None,
 ) -> Classifier:
     """Wrap a transformers model that is already in memory; see :func:`load_classifier`."""
     config = model.config
@@ -118,6 +128,7 @@ def make_classifier(
             f"{name} has problem_type={getattr(config, 'problem_type', None)!r} and {config.num_labels} output(s). "
             "forebear explains single-label classifiers with two or more classes."
         )
+    check_full_precision(config, name)
     check_finite_weights(model, name)
     autocast(device, precision)
     model = model.eval()
@@ -145,6 +156,7 @@ def make_classifier(
         shared_layers=shared_layers,
         alone_layers=alone_layers,
         padding_remark=padding_remark,
+        adapter=adapter,
     )
 
 
@@ -168,16 +180,18 @@ def weights_sha256(model: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
         model: A transformers model.
         leave_out: Beginnings of tensor names that take no part.
     """
-    tensors = ((key, value) for key, value in sorted(model.state_dict().items()) if not key.startswith(leave_out))
-    return _sha256_of(type(model).__name__, model.config, tensors)
+    # The base's own head, beside which an adapter's is trained, does not run, and may be random.
+    stored = ((key, value) for key, value in sorted(model.state_dict().items()) if ".original_module." not in key)
+    tensors = ((key, value) for key, value in stored if not key.startswith(leave_out))
+    return _sha256_of([type(model).__name__, *adapter_settings(model)], model.config, tensors)
 
 
-def _sha256_of(kind: str, config: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+def _sha256_of(kind: list[Any], config: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     # Only what differs from the defaults: a new transformers may add settings.
     stored = config.to_diff_dict() | {"id2label": config.id2label}
     settings = {k: v for k, v in stored.items() if k not in _SETTINGS_WITHOUT_EFFECT and "drop" not in k}
-    digest.update(json.dumps([kind, settings], sort_keys=True, default=str, allow_nan=False).encode())
+    digest.update(json.dumps([*kind, settings], sort_keys=True, default=str, allow_nan=False).encode())
     for key, value in tensors:
         tensor = value.detach().cpu().contiguous()
         numbers: Any = tensor.reshape(-1).view(torch.uint8).numpy()
@@ -226,7 +240,7 @@ def stored_fingerprint(name: str, like: Classifier) -> Fingerprint | None:
 
     folder, network = Path(name), like.model
     file = folder / "model.safetensors"
-    if not file.is_file() or (folder / "adapter_config.json").exists():
+    if not file.is_file() or (folder / ADAPTER_CONFIG).exists():
         return None
     last_config: Any = network.config
     config = load_pretrained(AutoConfig, name)
@@ -248,7 +262,7 @@ def stored_fingerprint(name: str, like: Classifier) -> Fingerprint | None:
                 _check_finite(key, value, name)
                 yield key, value
 
-        sha256 = _sha256_of(type(network).__name__, config, numbers())
+        sha256 = _sha256_of([type(network).__name__], config, numbers())
     labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     return Fingerprint(like.feature_dim, labels, sha256, tokenizer_sha256(load_tokenizer(name, network)))
 

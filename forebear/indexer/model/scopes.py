@@ -1,7 +1,8 @@
 """Parameter scopes: over which weights a gradient is taken.
 
 ``head`` is the final linear layer; ``top-K`` adds the pooler and the linear layers of the last K encoder layers;
-``all`` is every linear layer; ``layer:NAME`` is one of them. A one-dimensional convolution counts as a linear layer of
+``all`` is every linear layer; ``layer:NAME`` is one of them. ``adapter`` is what LoRA or DoRA trained; the other scopes
+are those of the model that it was merged into. A one-dimensional convolution counts as a linear layer of
 windows. Word embeddings are left out, and so are biases and LayerNorm, unless they are asked for.
 """
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from forebear.errors import InputError, ModelError
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.network.adapters import Adapter
 from forebear.indexer.model.network.layers import (
     LinearKind,
     NormKind,
@@ -25,7 +27,7 @@ from forebear.indexer.model.network.layers import (
     norm_kind,
     word_embeddings,
 )
-from forebear.indexer.model.scope_names import ALL, EMBEDDING, ENCODER_INPUT, HEAD, LAYER_PREFIX, n_top_layers
+from forebear.indexer.model.scope_names import ADAPTER, ALL, EMBEDDING, ENCODER_INPUT, HEAD, LAYER_PREFIX, n_top_layers
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Scope:
     """The parameters of one classifier over which gradients are taken; the same at all checkpoints of a run.
 
     Attributes:
-        name: ``head``, ``top-K``, ``all`` or ``layer:NAME``; or ``embedding``, or ``encoder-input``.
+        name: ``head``, ``top-K``, ``all``, ``adapter`` or ``layer:NAME``; or ``embedding``, or ``encoder-input``.
         blocks: The parameters, module by module in the model's order.
     """
 
@@ -123,7 +125,14 @@ class Scope:
 
 def scope_of(classifier: Classifier, name: str, *, with_bias: bool = False) -> Scope:
     """A scope of a classifier; see :func:`scope_blocks` for what is refused."""
-    blocks = scope_blocks(classifier.model, classifier.head_name, name, classifier.name, with_bias=with_bias)
+    blocks = scope_blocks(
+        classifier.model,
+        classifier.head_name,
+        name,
+        classifier.name,
+        with_bias=with_bias,
+        adapter=classifier.adapter,
+    )
     return Scope(name, blocks)
 
 
@@ -182,23 +191,30 @@ def embedding_block(model: Any, name: str) -> Block:
 
 
 def scope_blocks(
-    model: Any, head_name: str, scope: str, name: str = "the model", *, with_bias: bool = False
+    model: Any,
+    head_name: str,
+    scope: str,
+    name: str = "the model",
+    *,
+    with_bias: bool = False,
+    adapter: Adapter | None = None,
 ) -> tuple[Block, ...]:
     """The parameters of a scope, module by module in the model's order.
 
     Args:
         model: A transformers sequence classifier.
         head_name: Dotted name of its head.
-        scope: ``head``, ``top-K``, ``all`` or ``layer:NAME``.
+        scope: ``head``, ``top-K``, ``all``, ``adapter`` or ``layer:NAME``.
         name: Name of the model, for messages.
         with_bias: Whether biases and LayerNorm parameters take part.
+        adapter: What LoRA or DoRA put into the network.
 
     Raises:
-        InputError: The scope is not known, K is out of range, or there is no such layer.
+        InputError: The scope is not known, K is out of range, or there is no such layer or adapter.
         ModelError: The scope holds weights of a layer type that is not supported, or weights that two layers share;
             the layer is named.
     """
-    covers = _coverage(model, head_name, scope, name)
+    covers = _coverage(model, head_name, scope, name, adapter)
     blocks: list[Block] = []
     owners: dict[int, str] = {}
     for key, module in model.named_modules():
@@ -210,7 +226,7 @@ def scope_blocks(
                 raise ModelError(f"{name}: layers {other} and {key} share one weight, which scope {scope!r} covers.")
             blocks.append(_linear_block(key, module, kind, with_bias=with_bias))
         elif (norm := norm_kind(module)) is not None:
-            if with_bias:
+            if with_bias or scope == ADAPTER:
                 size = sum(p.numel() for p in module.parameters(recurse=False))
                 blocks.append(Block(key, norm, size, 1))
         elif not isinstance(module, nn.Embedding) and (own := _own_parameters(module, with_bias)):
@@ -249,10 +265,45 @@ def _own_parameters(module: nn.Module, with_bias: bool) -> list[str]:
     return [key for key, p in module.named_parameters(recurse=False) if p.dim() >= 2 or (with_bias and p.dim())]
 
 
-def _coverage(model: Any, head_name: str, scope: str, name: str) -> Callable[[str], bool]:
+def _coverage(model: Any, head_name: str, scope: str, name: str, adapter: Adapter | None) -> Callable[[str], bool]:
     """Whether a module, by its name, belongs to a scope."""
     if scope == HEAD:
         return lambda key: key == head_name
+    if scope == ADAPTER:
+        return _trained_by(adapter, name).__contains__
+    if adapter is None:
+        return _coverage_of_whole(model, scope, name)
+    if adapter.kind == "DoRA":
+        raise ModelError(
+            f"scope {scope!r}: {name} is a DoRA adapter, which scales the rows of the base's weights. Index it by "
+            "scopes head and adapter; or merge it (model.merge_and_unload().save_pretrained(FOLDER)) and index FOLDER.",
+            of="index",
+        )
+    no_layers = adapter.added | adapter.replaced
+    in_merged = _coverage_of_whole(model, scope, name)
+    return lambda key: key not in no_layers and in_merged(key)
+
+
+def _trained_by(adapter: Adapter | None, name: str) -> frozenset[str]:
+    """Modules of scope ``adapter``.
+
+    Raises:
+        InputError: There is no adapter.
+        ModelError: It trained something that is no whole layer.
+    """
+    if adapter is None:
+        raise InputError(f"scope {ADAPTER!r}: {name} holds no LoRA or DoRA adapter. Use head, top-K, or all.")
+    if adapter.untold is not None:
+        raise ModelError(
+            f"scope {ADAPTER!r}: {name} trained {adapter.untold}, which is no whole linear layer or norm. Use --scope "
+            "head, top-K or all.",
+            of="index",
+        )
+    return adapter.trained
+
+
+def _coverage_of_whole(model: Any, scope: str, name: str) -> Callable[[str], bool]:
+    """Whether a module of a model without an adapter belongs to a scope beyond the head."""
     if scope == ALL:
         return lambda _key: True
     if scope.startswith(LAYER_PREFIX):
@@ -263,7 +314,7 @@ def _coverage(model: Any, head_name: str, scope: str, name: str) -> Callable[[st
         return lambda key: key == wanted
     k = n_top_layers(scope)
     if k is None:
-        raise InputError(f"scope {scope!r}: expected head, top-K (such as top-5), all, or layer:NAME.")
+        raise InputError(f"scope {scope!r}: expected head, top-K (such as top-5), all, adapter, or layer:NAME.")
     prefix, n_layers = encoder_layers(model, name)
     expected = getattr(model.config, "num_hidden_layers", n_layers)
     if n_layers != expected:

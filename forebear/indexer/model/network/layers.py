@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from forebear.errors import ModelError
 
 LinearKind = Literal["linear", "transposed", "conv"]
 NormKind = Literal["norm", "scale"]
+
+
+class Scale(nn.Module):
+    """Multiplication by one number a dimension."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        """The numbers, ``(h,)``."""
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., h)`` times the numbers."""
+        return x * self.weight
 
 
 def linear_kind(module: nn.Module) -> LinearKind | None:
@@ -27,7 +41,8 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     Told by its own parameters, one number a dimension, and by its name: transformers has an RMSNorm in each family.
     """
     own = dict(module.named_parameters(recurse=False))
-    if "norm" not in type(module).__name__.lower() or any(p.dim() != 1 for p in own.values()):
+    is_named = isinstance(module, Scale) or "norm" in type(module).__name__.lower()
+    if not is_named or any(p.dim() != 1 for p in own.values()):
         return None
     return {("bias", "weight"): "norm", ("weight",): "scale"}.get(tuple(sorted(own)))  # type: ignore[return-value]
 

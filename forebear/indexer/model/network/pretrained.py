@@ -16,6 +16,7 @@ from forebear.indexer.rows.source_names import similar_names
 
 TRAINER_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 WEIGHTS = ("model", "pytorch_model")  # beginnings of the names of files of weights
+ADAPTER_CONFIG = "adapter_config.json"
 SHOWN_NAMES = 5
 
 
@@ -46,16 +47,22 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
     Raises:
         ModelError: There is no such folder or name, or what is there cannot be loaded.
     """
+    from transformers import AutoConfig
+
     is_there = Path(name).exists()
     if is_there:
-        _check_folder(Path(name))
+        _check_folder(Path(name), auto_class.__name__)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
             f"{name}: no such model folder.{similar_names(name)} If it has moved, say where it is by --model."
         )
     try:
         with quiet_transformers():
+            if hasattr(auto_class, "_model_mapping"):
+                check_full_precision(AutoConfig.from_pretrained(name), name)
             return auto_class.from_pretrained(name, **kwargs)
+    except ModelError:
+        raise
     except (
         Exception
     ) as error:  # transformers raises a dozen types here, all of which mean that the model cannot be loaded
@@ -67,6 +74,24 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
             f"{name}: no such model folder, and no model of that name is found {where}.{similar_names(name)} Give a "
             "folder that save_pretrained wrote, or a hub name such as distilbert-base-uncased."
         ) from error
+
+
+def check_full_precision(config: Any, name: str) -> None:
+    """Refuse a model whose weights are stored in few bits.
+
+    Raises:
+        ModelError: Its configuration says so: a gradient of such weights, which no training step changes, is not
+            defined, and their layers do not keep them as matrices.
+    """
+    if (settings := getattr(config, "quantization_config", None)) is None:
+        return
+    of_kind = settings if isinstance(settings, dict) else settings.to_dict()
+    raise ModelError(
+        f"{name} has quantised weights (quantization_config: {of_kind.get('quant_method', 'unknown')}), which are not "
+        "supported: a gradient needs weights in full precision. Give the model that it was made from; or dequantise it "
+        "(model.dequantize().save_pretrained(FOLDER)) and give FOLDER.",
+        of="index",
+    )
 
 
 def stored_class_names(name: str) -> tuple[str, ...]:
@@ -117,17 +142,23 @@ def trainer_rates(checkpoints: list[Path]) -> list[float] | None:
     return rates
 
 
-def _check_folder(folder: Path) -> None:
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of PEFT and no weights of a whole model."""
+    is_named = (folder / ADAPTER_CONFIG).is_file()
+    return is_named and not any(path.name.startswith(WEIGHTS) for path in folder.iterdir())
+
+
+def _check_folder(folder: Path, wanted: str) -> None:
     """Refuse a folder that holds no whole model, and say what it holds instead."""
     if not folder.is_dir():
         raise ModelError(
             f"{folder} is a file and no transformers model folder. Give a folder that save_pretrained wrote."
         )
-    if (folder / "adapter_config.json").is_file() and not any(
-        path.name.startswith(WEIGHTS) for path in folder.iterdir()
-    ):
+    if wanted == "AutoTokenizer" and (folder / "tokenizer_config.json").is_file():
+        return
+    if holds_adapter(folder):
         raise ModelError(
-            f"{folder} is a PEFT adapter (adapter_config.json), which forebear does not index. Merge it first: "
+            f"{folder} is a PEFT adapter (adapter_config.json), where a whole model is needed. Merge it first: "
             "model.merge_and_unload().save_pretrained(FOLDER), tokenizer.save_pretrained(FOLDER), and give that folder."
         )
     if (folder / "config.json").is_file():
