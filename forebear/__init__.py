@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from forebear.indexer.building.verify import verify_index
     from forebear.indexer.index import Index
     from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
+    from forebear.indexer.training.callback import ForebearCallback
     from forebear.indexer.training.fine_tuning import train
     from forebear.indexer.training.options import TrainOptions
     from forebear.indexer.training.run import choose_model
@@ -71,6 +72,7 @@ _HOMES = {  # the module that defines each public name; the imports above say th
     "forebear.indexer.index": ("Index",),
     "forebear.indexer.building.options": ("BuildOptions",),
     "forebear.indexer.training.run": ("choose_model",),
+    "forebear.indexer.training.callback": ("ForebearCallback",),
     "forebear.indexer.training.fine_tuning": ("train",),
     "forebear.indexer.training.options": ("TrainOptions",),
     "forebear.indexer.building.verify": ("verify_index",),
@@ -88,6 +90,7 @@ __all__ = [
     "BuildOptions",
     "CorruptIndexError",
     "DataError",
+    "ForebearCallback",
     "ForebearError",
     "InUseError",
     "Index",

@@ -69,6 +69,11 @@ def find_run(index: Index, run: str | Path | None) -> Run:
             f"{folder} is no training run (no {RUN_NAME}): how the model was trained is not known. Name the run "
             "folder by --run, or take --retrain head."
         )
+    if training_run.settings.get("trainer"):
+        raise InputError(
+            f"{folder} was trained by a script of its own, with transformers' Trainer, which cannot be repeated here. "
+            "Take --retrain head, or train by forebear train."
+        )
     if training_run.label_names != index.manifest.spec.label_names:
         raise MismatchError(
             f"{folder} trained on the labels {', '.join(training_run.label_names)}, the index has "

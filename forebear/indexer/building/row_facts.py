@@ -126,10 +126,12 @@ def _stored_reading(index: Index) -> Reading | None:
 def run_checkpoint(path: str) -> RunCheckpoint | None:
     """The entry of ``run.json`` for a checkpoint folder of a run; None for any other model."""
     folder = Path(path).resolve()
-    try:
-        run = read_run(folder.parent.parent)
-    except DataError:  # a checkpoint can be indexed without a readable run.json
-        return None
-    if run is None:
-        return None
-    return next((c for c in run.checkpoints if (folder.parent.parent / c.path).resolve() == folder), None)
+    for parent in (folder.parent, folder.parent.parent):  # of a Trainer's run, of one by forebear train
+        try:
+            run = read_run(parent)
+        except DataError:  # a checkpoint can be indexed without a readable run.json
+            continue
+        for checkpoint in () if run is None else run.checkpoints:
+            if (parent / checkpoint.path).resolve() == folder:
+                return checkpoint
+    return None

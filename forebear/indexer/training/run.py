@@ -40,7 +40,7 @@ class RunCheckpoint:
         path: Folder, relative to the run's.
         step: Optimiser steps taken.
         eta: Mean learning rate over the steps since the previous checkpoint (docs/methods.md, "Conventions").
-        train_loss: Mean training loss since the previous checkpoint.
+        train_loss: Mean training loss since the previous checkpoint; None where a Trainer logged none.
         accuracy: Accuracy on the development rows, if any were given.
     """
 
@@ -48,13 +48,17 @@ class RunCheckpoint:
     path: str
     step: int
     eta: float
-    train_loss: float
+    train_loss: float | None
     accuracy: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The record of one ``forebear train``: enough to index the run, and to repeat it."""
+    """The record of one ``forebear train``: enough to index the run, and to repeat it.
+
+    Or of one course of transformers' Trainer with a ``ForebearCallback``, which can be indexed, but not repeated:
+    ``settings["trainer"]`` then says so.
+    """
 
     base_model: str
     data: str

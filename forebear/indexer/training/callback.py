@@ -1,0 +1,160 @@
+"""A callback of transformers' Trainer, by which its output folder becomes a run that forebear reads.
+
+    from forebear import ForebearCallback
+    trainer = Trainer(..., processing_class=tokenizer, callbacks=[ForebearCallback("train.csv")])
+
+``run.json`` is written beside the ``checkpoint-N`` folders at every save, so that a run that was interrupted can be
+indexed as far as it came. The learning rate is noted at every step: eta does not depend on what Trainer logs.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from forebear.errors import InputError, ModelError
+from forebear.indexer.model.network.pretrained import TRAINER_CHECKPOINT, trainer_checkpoints
+from forebear.indexer.model.network.tokenizer import input_limit
+from forebear.indexer.rows.labels import names_of_classes
+from forebear.indexer.rows.row_source import RowSource, open_rows
+from forebear.indexer.storage.manifest import library_versions
+from forebear.indexer.training.run import ColumnKeywords, Run, RunCheckpoint, read_run
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+SETTINGS = (
+    "num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay",
+    "warmup_steps", "lr_scheduler_type", "optim", "max_grad_norm", "seed", "bf16", "fp16",
+)  # fmt: skip
+
+
+class ForebearCallback(TrainerCallback):  # type: ignore[misc]
+    """Leaves ``run.json`` in the output folder of a Trainer."""
+
+    def __init__(
+        self,
+        rows: Any,
+        *,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+        **columns: Unpack[ColumnKeywords],
+    ) -> None:
+        """Open the training rows.
+
+        Args:
+            rows: The training rows as texts and labels: what ``open_rows`` takes, such as a file, a
+                ``datasets.Dataset`` before it is tokenized, a DataFrame; or opened rows.
+            tokenizer: Default: Trainer's ``processing_class``.
+            max_length: Longest input in word pieces. Default: at what length the tokenizer last cut texts, else the
+                model's limit.
+            **columns: Columns of the rows, as ``open_rows`` takes them.
+
+        Raises:
+            DataError: The rows cannot be read as labelled text.
+        """
+        self._source = rows if isinstance(rows, RowSource) else open_rows(rows, need_labels=True, **columns)
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._rates: list[float] = []  # learning rate of every step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Check that a run folder can be written; take up the rates of a run that is resumed.
+
+        Raises:
+            InputError: There is no tokenizer, or the run was begun without this callback.
+        """
+        self._tokenizer = self._tokenizer or given.get("processing_class")
+        if not hasattr(self._tokenizer, "save_pretrained"):
+            raise InputError(
+                "ForebearCallback has no tokenizer to save with the checkpoints. Give Trainer "
+                "processing_class=tokenizer, or give ForebearCallback tokenizer=tokenizer."
+            )
+        self._rates = []
+        if state.global_step:
+            run = read_run(Path(args.output_dir))
+            steps = {} if run is None else {c.step: c.eta for c in run.checkpoints if c.step <= state.global_step}
+            if state.global_step not in steps:
+                raise InputError(
+                    f"{args.output_dir} is resumed at step {state.global_step}, which ForebearCallback did not see, so "
+                    "the learning rates before it are not known. Train from the start; or leave the callback out, and "
+                    "index by --checkpoints all, with the rates that Trainer logged."
+                )
+            for step, eta in steps.items():
+                self._rates += [eta] * (step - len(self._rates))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, optimizer: Any, **given: Any) -> None:
+        """Note the learning rate of a step before it is taken."""
+        self._rates.append(float(optimizer.param_groups[0]["lr"]))
+
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Give the checkpoint its tokenizer, and write ``run.json``."""
+        if state.is_world_process_zero:
+            self._tokenizer.save_pretrained(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self._write(args, state, given["model"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Save the model as it is at the end, where Trainer did not, and write ``run.json``."""
+        if not state.is_world_process_zero:
+            return
+        last = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not last.is_dir():
+            given["model"].save_pretrained(last)
+            self._tokenizer.save_pretrained(last)
+        self._write(args, state, given["model"])
+
+    def _write(self, args: Any, state: Any, model: Any) -> None:
+        """Write the record of the checkpoints that are there: Trainer removes old ones (``save_total_limit``)."""
+        folder, config = Path(args.output_dir), model.config
+        steps = {int(match[1]): path for path in trainer_checkpoints(folder) if (match := _numbered(path))}
+        checkpoints, before = [], 0
+        for step, path in steps.items():
+            if step > len(self._rates):  # of another run in this folder
+                continue
+            rates = self._rates[before:step]
+            losses = [e["loss"] for e in state.log_history if "loss" in e and before < e["step"] <= step]
+            checkpoints.append(
+                RunCheckpoint(
+                    name=path.name,
+                    path=path.name,
+                    step=step,
+                    eta=math.fsum(rates) / len(rates),
+                    train_loss=math.fsum(losses) / len(losses) if losses else None,
+                )
+            )
+            before = step
+        Run(
+            base_model=str(getattr(config, "_name_or_path", "")),
+            data=self._source.name,
+            data_sha256=self._source.sha256(),
+            text_columns=self._source.text_columns,
+            label_names=names_of_classes(
+                tuple(str(config.id2label[i]) for i in range(config.num_labels)), self._source
+            ),
+            label_mode=None,
+            max_length=self._length(model),
+            settings={"trainer": True, "n_rows": self._source.n_rows}
+            | {name: _plain(getattr(args, name)) for name in SETTINGS if hasattr(args, name)},
+            checkpoints=tuple(checkpoints),
+            libraries=library_versions(),
+        ).write(folder)
+
+    def _length(self, model: Any) -> int:
+        """Longest input in word pieces."""
+        cut = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "truncation", None) or {}
+        asked = self._max_length or cut.get("max_length")
+        try:
+            return input_limit(model, self._tokenizer, asked, "the model")
+        except (InputError, ModelError):  # the tokenizer cuts for something else
+            return input_limit(model, self._tokenizer, None, "the model")
+
+
+def _numbered(path: Path) -> Any:
+    return TRAINER_CHECKPOINT.fullmatch(path.name)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON holds it."""
+    return value if isinstance(value, (bool, int, float, str, type(None))) else getattr(value, "value", str(value))
