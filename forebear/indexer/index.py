@@ -40,6 +40,7 @@ from forebear.indexer.storage.scan_table import ScanTable, read_scan_table
 from forebear.indexer.words.store import WordStore, read_word_store
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
     from typing_extensions import Unpack
 
     from forebear.indexer.storage.choices import BuildKeywords
@@ -57,7 +58,7 @@ class Index(IndexFiles):
     @classmethod
     def build(
         cls,
-        model: str | Path | ModelChoice | None,
+        model: str | Path | ModelChoice | PreTrainedModel | None,
         rows: Any,
         out: str | Path,
         labels: Sequence[Any] | None = None,
@@ -68,14 +69,17 @@ class Index(IndexFiles):
         label_column: str | None = None,
         label_names: Sequence[str] | None = None,
         unlabelled: str = "refuse",
+        tokenizer: Any = None,
         **choices: Unpack[BuildKeywords],
     ) -> Index:
         """Build the index of a classifier's training rows, as ``forebear index`` does.
 
         Args:
-            model: A run folder of ``forebear train``, a model folder or a hub name; or what ``choose_model`` chose. A
-                run says ``max_length``, ``label_mode`` and the text columns, where nothing else is given here.
-            rows: A path, hub name or table, as ``open_rows`` takes; texts or pairs of texts; or a RowSource.
+            model: A run folder of ``forebear train``, a model folder or a hub name; or what ``choose_model`` chose; or
+                a transformers model in memory, which is saved to the folder ``OUT-model`` to be asked later. A run
+                says ``max_length``, ``label_mode`` and the text columns, where nothing else is given here.
+            rows: A path, hub name, table or list of dicts, as ``open_rows`` takes; texts or pairs of texts; or a
+                RowSource.
             out: Folder to write; must not exist, unless ``resume`` or ``force``.
             labels: Where ``rows`` are texts or pairs of texts: one label for each.
             checkpoints: ``("all",)``, or names or folders of checkpoints, as ``choose_model`` takes them.
@@ -84,6 +88,7 @@ class Index(IndexFiles):
             label_column: The column of labels; default as in ``open_rows``.
             label_names: The names that integer labels index; default as in ``open_rows``.
             unlabelled: ``refuse``, ``drop`` or ``keep`` rows without a label.
+            tokenizer: Of a model in memory.
             **choices: The fields of :class:`BuildOptions`, such as ``scopes=("head", "all")``; and ``resume``,
                 ``force``, ``warn`` (default: Python's warnings), ``tell`` and ``progress`` (True: the usual bar).
 
@@ -99,7 +104,15 @@ class Index(IndexFiles):
             "unlabelled": unlabelled,
         }
         index: Index = building.build_from_model(
-            model, rows, out, labels, checkpoints=checkpoints, etas=etas, columns=columns, **choices
+            model,
+            rows,
+            out,
+            labels,
+            checkpoints=checkpoints,
+            etas=etas,
+            columns=columns,
+            tokenizer=tokenizer,
+            **choices,
         )
         return index
 

@@ -39,6 +39,7 @@ from forebear.indexer.storage.journal import (
 from forebear.indexer.storage.layout import LOCK_NAME, MANIFEST_NAME
 from forebear.indexer.storage.locks import check_free, exclusive
 from forebear.indexer.storage.manifest import Manifest, library_versions
+from forebear.indexer.training.in_memory import saved_beside
 from forebear.indexer.training.run import CheckpointPath, ColumnKeywords, ModelChoice, choose_model, path_from
 from forebear.progress import python_warning
 
@@ -87,7 +88,7 @@ def build_index(
 
 
 def build_from_model(
-    model: str | Path | ModelChoice | None,
+    model: Any,
     rows: Any,
     out: str | Path,
     labels: Sequence[Any] | None = None,
@@ -95,9 +96,14 @@ def build_from_model(
     checkpoints: Sequence[str] = (),
     etas: Sequence[float] = (),
     columns: ColumnKeywords | None = None,
+    tokenizer: Any = None,
     **choices: Unpack[BuildKeywords],
 ) -> Index:
     """See :meth:`~forebear.indexer.index.Index.build`; ``columns`` are its keywords that name columns of the rows."""
+    if tokenizer is not None or not isinstance(model, (str, Path, ModelChoice, type(None))):
+        how = {"resume": choices.get("resume", False), "force": choices.get("force", False)}
+        check_target(Path(out), **how)
+        model = saved_beside(Path(out), model, tokenizer, **how)
     if not isinstance(model, ModelChoice):
         model = choose_model(None if model is None else str(model), checkpoints, etas)
     elif checkpoints or etas:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from forebear.errors import DataError, OutputExistsError, StorageError
 from forebear.indexer.model.classifier import Classifier
@@ -72,11 +73,16 @@ def save_checkpoint(classifier: Classifier, folder: Path) -> None:
     Raises:
         StorageError: The disk is full, or the folder cannot be written.
     """
+    save_model(classifier.model, classifier.tokenizer, folder)
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """:func:`save_checkpoint` of a transformers model and its tokenizer."""
     partial = folder.with_name(folder.name + TEMPORARY_SUFFIX)
     try:
         with _writing(folder):
-            classifier.model.save_pretrained(partial)  # type: ignore[operator]
-            classifier.tokenizer.save_pretrained(partial)
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
             for path in [*partial.iterdir(), partial]:
                 sync(path)
             partial.replace(folder)
