@@ -3,8 +3,8 @@
 A table a scope, written as it is measured: what the index states (``-``: nothing, for it was not measured) beside the
 share of the exact top 10 that held-out queries find at both ends, with all rows scored as the yardstick.
 ``rif`` under a solver that iterates takes one solution a training row, and is asked by few queries.
-``python benchmarks/recall.py [--rows 1500] [--queries 20] [--slow-queries 3] [--scopes top-2,all] [--train FILE]
-[--dev FILE] [--model RUN]``
+``python benchmarks/recall.py [--rows 1500] [--queries 20] [--slow-queries 3] [--scopes top-2,all] [--curvature SOLVERS]
+[--train FILE] [--dev FILE] [--model RUN]``
 """
 
 from __future__ import annotations
@@ -106,8 +106,10 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=20)
     parser.add_argument("--slow-queries", type=int, default=3, help="of rif under solvers that iterate; 0: not at all")
     parser.add_argument("--scopes", default="top-2,all")
+    parser.add_argument("--curvature", default="", help="comma-separated solvers; default: every one, and no solver")
     asked = parser.parse_args()
     gradients.SELF_ROWS = SOLUTIONS_AT_ONCE
+    chosen = asked.curvature.split(",")
     tables: dict[str, list[list[Any]]] = {}
     build_seconds: dict[str, float] = {}
     for scope in asked.scopes.split(","):
@@ -116,6 +118,8 @@ def main() -> None:
         build_seconds[scope] = time.perf_counter() - started
         tables[scope] = []
         for spec, n_queries in questions(scope, asked.queries, asked.slow_queries):
+            if asked.curvature and not (set(spec.methods) <= set(WITH_CURVATURE) and spec.curvature in chosen):
+                continue
             tables[scope] += measure(retriever, asked.dev, n_queries, spec)
             text = "\n".join(markdown(name, lines) for name, lines in tables.items() if lines)
             (FOLDER / f"table-{asked.rows}.md").write_text(text, encoding="utf-8")
