@@ -1,10 +1,13 @@
-"""Callbacks by which long work reports its progress."""
+"""Callbacks by which long work reports its progress, and who hears of what a caller should know."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 Progress = Callable[[str, int, int], None]  # stage, rows done, rows in all
@@ -51,6 +54,45 @@ def ignore_warning(_message: str | None) -> None:
 
 def say_nothing(_line: str) -> None:
     """Ignore a line for the user: the default of functions that print some."""
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who hears of what is known before the work is done: that a fit is old, that labels are unknown.
+
+    Attributes:
+        warn: Called with a warning; None is no warning.
+        note: Called with a subject and a note on it, which is less than a warning.
+    """
+
+    warn: Callable[[str | None], None]
+    note: Callable[[str, str], None]
+
+
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def heard_by(listener: Listener) -> Iterator[None]:
+    """Within this context, :func:`tell_warning` and :func:`tell_note` go to a listener."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def tell_warning(message: str | None) -> None:
+    """Warn whoever listens; where nobody does, as Python does. None is no warning."""
+    listener = _listener.get()
+    (python_warning if listener is None else listener.warn)(message)
+
+
+def tell_note(subject: str, message: str) -> None:
+    """Give a note to whoever listens; where nobody does, notes are not given."""
+    listener = _listener.get()
+    if listener is not None:
+        listener.note(subject, message)
 
 
 class ProgressBar:

@@ -7,6 +7,8 @@ into the keywords of the functions that take them; every :class:`ForebearError` 
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -154,6 +156,11 @@ def at_command_line() -> Iterator[None]:
         yield
     finally:
         _at_command_line.reset(token)
+
+
+def caller(call: str) -> str:
+    """What repeats a report: the command line of this process where a command is running, or else the Python call."""
+    return shlex.join(["forebear", *sys.argv[1:]]) if _at_command_line.get() else call
 
 
 def worded(message: str, *, of: str | None = None) -> str:

@@ -13,9 +13,10 @@ import typer
 from forebear.cli.commands import demo, explain, index, inspect, perturb, report, retrieve, train
 from forebear.cli.commands.audit import hans as audit
 from forebear.cli.commands.evaluate import group as evaluate
-from forebear.cli.screen.console import ERR, OUT
+from forebear.cli.screen.console import ERR, OUT, be_quiet, note, warn
 from forebear.cli.workers import end_with_parent, stop_workers
 from forebear.errors import ForebearError
+from forebear.progress import Listener, heard_by
 from forebear.wording import at_command_line
 
 INTERRUPTED = 130
@@ -64,8 +65,9 @@ def main() -> None:
 
 def run(args: list[str]) -> int:
     """Run one command and return its exit code; every error becomes one line on stderr."""
+    be_quiet(False)  # until the command's own options are read
     try:
-        with at_command_line():
+        with at_command_line(), heard_by(Listener(warn, note)):
             return _run(args)
     finally:
         stop_workers()

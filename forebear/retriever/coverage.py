@@ -7,6 +7,7 @@ from typing import Any
 
 from forebear.indexer.index import Index
 from forebear.indexer.storage.manifest import FitAge
+from forebear.progress import tell_note, tell_warning
 from forebear.retriever.question.methods import METHODS, Method
 from forebear.retriever.question.models import N_VARIANTS, VARIANT_LEARNING_RATE, VARIANT_ROWS
 from forebear.retriever.question.spec import Question, words_top
@@ -79,6 +80,17 @@ def fit_age(question: Question) -> FitAge | None:
     beyond = any(m.representation == "head" and question.scope_of(m) != "head" for m in question.methods)
     manifest = question.index.manifest
     return manifest.fit_age if beyond and manifest.spec.sketched_scopes else None
+
+
+def tell_fit_age(question: Question) -> None:
+    """Tell how many rows came or went since the index was fitted, for a question beyond the head."""
+    age = fit_age(question)
+    if age is None or age.is_current:
+        return
+    if age.is_stale:
+        tell_warning(f"{question.index.folder}: {age}.")
+    else:
+        tell_note(str(question.index.folder), f"{age}.")
 
 
 def fit_lines(question: Question) -> dict[str, str]:

@@ -9,7 +9,7 @@ import typer
 from forebear.cli.options.groups import grouped
 from forebear.cli.options.model import Device, Seed
 from forebear.cli.options.report import OutputOptions
-from forebear.cli.screen.console import OUT, Command, say
+from forebear.cli.screen.console import OUT, Command, progress_bar, say
 from forebear.cli.screen.tables import show_table
 
 if TYPE_CHECKING:
@@ -41,23 +41,22 @@ def demo(
     """Run the demo; exit code 1 if attribution did not find the planted faults."""
     from forebear.evaluation.demo.run import run_demo
 
-    quiet = output.quiet
-    with output.progress() as progress:
+    with progress_bar() as progress:
         outcome = run_demo(
             out,
             seed=seed,
             device=device,
             force=output.force,
             progress=progress,
-            say=lambda line: say(line, quiet=quiet),
+            say=say,
         )
     report = outcome.report
     for group in report.groups[:1]:
         show_group(group)
     OUT.print(report.summary, markup=False)
     show_table(report.tables[0])
-    say(f"every method, every table and the rows themselves: {outcome.page}", quiet=quiet)
-    say(f"ask more: forebear retrieve --index {out}/index --test {out}/data/probe.parquet --method gc,if", quiet=quiet)
+    say(f"every method, every table and the rows themselves: {outcome.page}")
+    say(f"ask more: forebear retrieve --index {out}/index --test {out}/data/probe.parquet --method gc,if")
     if not outcome.found:
         raise typer.Exit(1)
 

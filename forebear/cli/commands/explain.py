@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.options.asking import command_line, say_what_was_fitted
 from forebear.cli.options.groups import Options, Shown, grouped, values_of
 from forebear.cli.options.model import IndexOptions
 from forebear.cli.options.question import Methods, QuestionOptions, Recall, Spans, Top, Word
@@ -42,7 +41,7 @@ SHOWN_WORDS = 8
 class SaliencyOptions(Options, panel="Saliency"):
     """Which saliency is shown, and whether rows behind a word's saliency are searched."""
 
-    saliency: Annotated[str, typer.Option("--saliency", help="Of each word: gradient-x-input or summed-gradient.")] = (
+    form: Annotated[str, typer.Option("--saliency", help="Of each word: gradient-x-input or summed-gradient.")] = (
         "gradient-x-input"
     )
     saliency_influence: Annotated[
@@ -53,11 +52,6 @@ class SaliencyOptions(Options, panel="Saliency"):
         ),
     ] = False
     word: Word = None
-
-    @property
-    def is_asked(self) -> bool:
-        """Whether rows behind a word's saliency are asked for."""
-        return self.saliency_influence or self.word is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,42 +75,33 @@ def register(app: typer.Typer) -> None:
     app.command("explain", help=HELP, cls=Command)(explain)
 
 
-@grouped(method=Shown("tracin-we-topk where the index holds words, and gc"), top=5, spans=Shown("spans are not ranked"))
+@grouped(
+    methods=Shown("tracin-we-topk where the index holds words, and gc"), top=5, spans=Shown("spans are not ranked")
+)
 def explain(
-    index_options: IndexOptions,
+    index: IndexOptions,
     text: Annotated[str, TEXT],
-    question_options: QuestionOptions,
-    saliency_options: SaliencyOptions,
+    question: QuestionOptions,
+    saliency: SaliencyOptions,
     output: PageOptions,
     pair: Pair = None,
-    method: Methods = None,
+    methods: Methods = None,
     top: Top = 5,
     spans: Spans = None,
     recall: Recall = 0.98,
 ) -> None:
     """Explain one prediction, on the screen or as a page."""
-    from forebear.evaluation.explain.explaining import chosen_methods
-    from forebear.evaluation.explain.explaining import explain as put_together
     from forebear.evaluation.explain.page import write_page
-    from forebear.retriever.question.spec import QuerySpec
+    from forebear.evaluation.python.explaining import explain
 
     output.check()
-    retriever = index_options.open()
-    methods = chosen_methods(
-        retriever, listed(method), spans=spans is not None, saliency_influence=saliency_options.is_asked
-    )
-    spec = QuerySpec(
-        methods=methods, top=top, spans=spans, word=saliency_options.word, recall=recall, **values_of(question_options)
-    )
-    question = retriever.resolve(spec)
-    say_what_was_fitted(question, quiet=output.quiet)
-    query = text if pair is None else (text, pair)
-    explanation = put_together(retriever, query, question, form=saliency_options.saliency, command=command_line())
+    choices = values_of(question, saliency) | {"methods": listed(methods), "top": top, "spans": spans, "recall": recall}
+    explanation = explain(index.open(), text if pair is None else (text, pair), **choices)
     if output.html is None:
         show_explanation(explanation)
     else:
         write_page(explanation, Path(output.html), force=output.force)
-        say(f"wrote {output.html}", quiet=output.quiet)
+        say(f"wrote {output.html}")
 
 
 def show_explanation(explanation: Explanation) -> None:

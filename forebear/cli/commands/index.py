@@ -66,7 +66,7 @@ class TrainingRows(ColumnOptions):
         if self.train is None:
             raise InputError("no training rows given. Name their file by --train.")
         found = None if run is None or listed(self.text_columns) else run.columns_in(self.train)
-        return self.open_for(self.train, classes, text_columns=found)
+        return self.open(self.train, classes=classes, text_columns=found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +104,11 @@ def index(
     _refuse_what_a_build_takes(ctx)
     unchanged: list[str] = []  # says that nothing was left to do
     started = time.perf_counter()
-    with progress_bar(quiet=place.quiet) as progress:
+    with progress_bar() as progress:
         how = {"resume": change.resume, "force": place.force, "tell": unchanged.append, "progress": progress}
         built = _build_or_change(place.out, rows, chosen, choices, change, how)
     if unchanged:
-        say(unchanged[0], quiet=place.quiet)
+        say(unchanged[0])
         return
     _say_what_was_built(built, place, of_rows=rows.train is not None, seconds=time.perf_counter() - started)
 
@@ -145,13 +145,13 @@ def _say_what_was_built(built: Index, place: OutOptions, *, of_rows: bool, secon
     """Say what the index holds now, and of new rows what is odd about them."""
     from forebear.indexer.building.row_facts import row_facts
 
-    manifest, out, quiet = built.manifest, place.out, place.quiet
+    manifest, out = built.manifest, place.out
     if manifest.spec.sketched_scopes and manifest.fit_age.is_stale:
         warn(f"{out}: {manifest.fit_age}.")
     if of_rows:
         facts = row_facts(built)
         for line in facts.describe():
-            say(line, quiet=quiet)
+            say(line)
         for line in facts.warnings():
             warn(line)
     total = sum(facts["bytes"] for facts in manifest.files.values())
@@ -159,7 +159,6 @@ def _say_what_was_built(built: Index, place: OutOptions, *, of_rows: bool, secon
         f"{out}: {manifest.n_live:,} rows, {len(manifest.checkpoints)} checkpoint(s), {size(total)} "
         f"({total / manifest.n_rows:,.0f} bytes a row), {seconds:.1f} s. "
         f"Next: forebear retrieve --index {out} --text '...'",
-        quiet=quiet,
     )
 
 

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.options.asking import command_line, integers, say_what_was_fitted
 from forebear.cli.options.groups import Options, Shown, grouped, values_of
 from forebear.cli.options.model import IndexOptions, Seed
 from forebear.cli.options.question import Recall, ScopeOptions
 from forebear.cli.options.report import FolderOptions, say_written
 from forebear.cli.options.retraining import RetrainOptions
 from forebear.cli.options.rows import TestOptions
-from forebear.cli.screen.console import Command, listed, warn
+from forebear.cli.screen.console import Command, integers, listed, progress_bar, warn
 from forebear.cli.screen.tables import show_report
 from forebear.cli.workers import start_workers
 from forebear.errors import DataError, InputError
+from forebear.wording import caller
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,7 +124,7 @@ def register(app: typer.Typer) -> None:
 
 
 @grouped(
-    retrain="full", seeds=3, cache=Shown("in --out"), strategy=Shown("lower-right"), rows=Shown("1,2,6"), queries=50
+    recipe="full", n_seeds=3, cache=Shown("in --out"), strategy=Shown("lower-right"), rows=Shown("1,2,6"), queries=50
 )
 def attack(
     index_options: IndexOptions,
@@ -144,7 +144,7 @@ def attack(
     check_out(output.folder, force=output.force)
     spec = change.spec("attack", tuple(listed(selection.strategy)) or ("lower-right",), (1, 2, 6))
     retriever = index_options.open()
-    source = test_options.open(test_options.test, retriever, need_labels=True)
+    source = test_options.open(test_options.test, classes=retriever.label_names)
     texts, gold = _labelled(retriever, source)
     assert selection.queries is not None  # it has a default
     attacked = _sample(np.arange(len(gold)), selection.queries, change.seed)
@@ -165,7 +165,7 @@ def attack(
     )
 
 
-@grouped(retrain="full", seeds=3, cache=Shown("in --out"), strategy=Shown("raise-right"), rows=Shown("1,2,4,8"))
+@grouped(recipe="full", n_seeds=3, cache=Shown("in --out"), strategy=Shown("raise-right"), rows=Shown("1,2,4,8"))
 def fix(
     index_options: IndexOptions,
     test_options: TestOptions,
@@ -186,7 +186,7 @@ def fix(
     spec = change.spec("fix", tuple(listed(selection.strategy)) or ("raise-right",), (1, 2, 4, 8))
     retriever = index_options.open()
     dev_source, test_source = (
-        test_options.open(path, retriever, need_labels=True) for path in (dev, test_options.test)
+        test_options.open(path, classes=retriever.label_names) for path in (dev, test_options.test)
     )
     texts, gold = _labelled(retriever, dev_source)
     dev_queries = make_queries(retriever, texts, gold)
@@ -230,28 +230,29 @@ def _run(
     from forebear.evaluation.perturb.wordnet import WordNet
     from forebear.evaluation.reports.report import write_report
     from forebear.evaluation.retraining.recipes import open_retrainer
+    from forebear.retriever.coverage import tell_fit_age
 
-    if retraining.seeds < 1:
-        raise InputError(f"--seeds {retraining.seeds}: expected 1 or more.")
-    say_what_was_fitted(retriever.resolve(spec.question), quiet=output.quiet)
+    if retraining.n_seeds < 1:
+        raise InputError(f"--seeds {retraining.n_seeds}: expected 1 or more.")
+    tell_fit_age(retriever.resolve(spec.question))
     wordnet, out = WordNet(change.wordnet), output.folder
     folder = Path(retraining.cache or out / RETRAINED_NAME)
     start_workers(retraining.workers, folder)
     retrainer = open_retrainer(
-        retriever, retraining.retrain, evaluation.texts, folder, run=retraining.run, device=index_options.device
+        retriever, retraining.recipe, evaluation.texts, folder, run=retraining.run, device=index_options.device
     )
-    with output.progress() as progress:
+    with progress_bar() as progress:
         chooser = Chooser(retriever, spec, queries, wordnet, progress)
-        numbers = range(spec.seed, spec.seed + retraining.seeds)
+        numbers = range(spec.seed, spec.seed + retraining.n_seeds)
         found = perturb(retriever, chooser, spec, queries, evaluation, retrainer, numbers, progress)
     for line in retrainer.warnings:
         warn(line)
-    provenance = {**sources, "WordNet": str(wordnet.folder), "command": command_line()}
+    provenance = {**sources, "WordNet": str(wordnet.folder), "command": caller("forebear perturb")}
     report, result = perturb_report(found, retriever, retrainer.facts(), provenance)
     changed = {CHANGED_NAME: changed_lines(found, retriever)}
     page = write_report(report, out, result=result, force=output.force, beside=changed)
     show_report(report)
-    say_written(page, CHANGED_NAME, quiet=output.quiet)
+    say_written(page, CHANGED_NAME)
 
 
 def _labelled(retriever: Retriever, source: RowSource) -> tuple[list[list[str]], np.ndarray]:

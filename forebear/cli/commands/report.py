@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from forebear.cli.options.asking import command_line
 from forebear.cli.options.groups import grouped
 from forebear.cli.options.report import FolderOptions, say_written
 from forebear.cli.screen.console import OUT, Command
 from forebear.cli.screen.tables import show_table
 from forebear.errors import InputError
+from forebear.wording import caller
 
 HELP = """Put the reports of several evaluations or audits side by side, on one page.
 
@@ -41,7 +41,7 @@ def report(
     if output.folder.resolve() in [Path(folder).resolve() for folder in folders]:
         raise InputError(f"--out {output.out} is one of the reports that are read. Name another folder.")
     check_folder(output.folder, force=output.force)
-    page, result = side_by_side(read_folders(folders), command_line())
+    page, result = side_by_side(read_folders(folders), caller("forebear report"))
     written = write_report(page, output.folder, result=result, force=output.force)
     OUT.print(page.title, style="bold", markup=False)
     for table in page.tables:
@@ -49,4 +49,4 @@ def report(
             column.startswith("text: ") for column in table.columns
         ):  # lists of rows are shown on the page alone
             show_table(table)
-    say_written(written, quiet=output.quiet)
+    say_written(written)

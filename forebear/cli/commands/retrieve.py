@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.options.asking import say_what_was_fitted, warn_of_labels
 from forebear.cli.options.groups import Options, Shown, flag_of, grouped, values_of
 from forebear.cli.options.model import IndexOptions
 from forebear.cli.options.question import Candidates, Methods, SearchOptions, SolverOptions, SpanOptions, Top, Word
 from forebear.cli.options.report import OutputOptions
 from forebear.cli.options.rows import TEXT, MaybeTestOptions, Pair
 from forebear.cli.screen.answers import SHOWN_QUERIES, say_recall, say_signs, show_answers
-from forebear.cli.screen.console import Command, listed, say, warn
+from forebear.cli.screen.console import Command, listed, progress_bar, say, warn
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,14 +63,14 @@ class QueryOptions(MaybeTestOptions):
         if self.pair is not None and self.text is None:
             raise InputError("--pair is the second text of --text; give both.")
 
-    def rows(self, retriever: Retriever, *, need_labels: bool) -> RowSource:
+    def open_rows(self, retriever: Retriever, *, need_labels: bool) -> RowSource:
         """The test rows: those of the file, or the one text."""
         from forebear.indexer.rows.row_source import rows_from_texts
 
         if self.text is not None:
             return rows_from_texts([self.text] if self.pair is None else [(self.text, self.pair)])
         assert self.test is not None
-        return self.open(self.test, retriever, need_labels=need_labels)
+        return self.open(self.test, classes=retriever.label_names, need_labels=need_labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +134,12 @@ def retrieve(
     from forebear.evaluation.audits.rows.hub_shares import read_hub_shares, with_hub_share
     from forebear.indexer.index import Index
     from forebear.retriever.answers.result_file import check_output
+    from forebear.retriever.coverage import tell_fit_age
+    from forebear.retriever.question.query_rows import tell_label_remark
     from forebear.retriever.question.spec import QuerySpec
     from forebear.retriever.retriever import Retriever
 
-    gold, quiet = question_options.target == "gold", output.quiet
+    gold = question_options.target == "gold"
     query_options.check(question_options.target)
     choices = values_of(question_options, ranking, spans, solver)
     choices |= {"methods": tuple(listed(ranking.methods)) or ("gc",), "span_column": None}
@@ -151,11 +152,11 @@ def retrieve(
     if spans.span_column is not None:
         spec = replace(spec, span_column=index.text_column(spans.span_column))
     retriever = Retriever(index, model=index_options.model, device=index_options.device)
-    source = query_options.rows(retriever, need_labels=gold)
-    warn_of_labels(retriever, source, required=gold)
+    source = query_options.open_rows(retriever, need_labels=gold)
+    tell_label_remark(index, source, required=gold)
 
     question = retriever.resolve(spec)
-    say_what_was_fitted(question, quiet=quiet)
+    tell_fit_age(question)
     retriever.check_texts(source)
     _warn_of_reading(retriever, source)
     shares = None if output.hubs is None else read_hub_shares(Path(output.hubs), retriever, question)
@@ -166,10 +167,10 @@ def retrieve(
 
     if output.out is None:
         answers = retriever.answers(source, question, block_rows=SHOWN_QUERIES)
-        show_answers(answers, tables_of, source, methods, aggregate=spec.aggregate, quiet=quiet)
+        show_answers(answers, tables_of, source, methods, aggregate=spec.aggregate)
     else:
         _write_answers(retriever, source, question, tables_of, output)
-    say_recall(question, quiet=quiet)
+    say_recall(question)
 
 
 def _refuse_what_no_method_takes(spec: QuerySpec, methods: Sequence[Method], spans: SpanOptions) -> None:
@@ -199,7 +200,7 @@ def _write_answers(
     assert output.out is not None
     signs = SignCounts(question.methods)
     with (
-        output.progress() as progress,
+        progress_bar() as progress,
         result_writer(Path(output.out), retriever.metadata(question), force=output.force) as write,
     ):
         progress("queries", 0, source.n_rows)
@@ -212,8 +213,8 @@ def _write_answers(
             done = source.n_rows if question.spec.aggregate else answers.start + len(answers.predictions)
             progress("queries", done, source.n_rows)
     together = " asked together" if question.spec.aggregate else ""
-    say(f"{output.out}: {source.n_rows:,} queries{together}, {n_results:,} results", quiet=output.quiet)
-    say_signs(signs, quiet=output.quiet)
+    say(f"{output.out}: {source.n_rows:,} queries{together}, {n_results:,} results")
+    say_signs(signs)
 
 
 def _warn_of_reading(retriever: Retriever, source: RowSource) -> None:

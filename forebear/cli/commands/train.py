@@ -11,7 +11,7 @@ from forebear.cli.options.groups import Options, Shown, grouped, values_of
 from forebear.cli.options.model import Device, Labels, MaxLength, Precision, Seed
 from forebear.cli.options.report import OutputOptions
 from forebear.cli.options.rows import ColumnOptions
-from forebear.cli.screen.console import Command, say, warn
+from forebear.cli.screen.console import Command, progress_bar, say, warn
 
 if TYPE_CHECKING:
     from forebear.indexer.training.fine_tuning import TrainOptions
@@ -97,13 +97,13 @@ def train(
     """Fine-tune a model and keep its checkpoints."""
     from forebear.indexer.training.fine_tuning import train as run_training
 
-    with output.progress() as progress:
+    with progress_bar() as progress:
         run = run_training(
-            columns.open_for(data),
+            columns.open(data),
             model,
             out,
             choices.train_options(),
-            dev=columns.open_for(dev) if dev else None,
+            dev=columns.open(dev) if dev else None,
             force=output.force,
             progress=progress,
             warn=warn,
@@ -111,5 +111,5 @@ def train(
     for checkpoint in run.checkpoints:
         accuracy = "" if checkpoint.accuracy is None else f", dev accuracy {checkpoint.accuracy:.1%}"
         line = f"{checkpoint.name}: loss {checkpoint.train_loss:.3f}, eta {checkpoint.eta:.2e}{accuracy}"
-        say(line, quiet=output.quiet)
-    say(f"wrote {out}. Next: forebear index --model {out} --train {data} --out {out}-index", quiet=output.quiet)
+        say(line)
+    say(f"wrote {out}. Next: forebear index --model {out} --train {data} --out {out}-index")

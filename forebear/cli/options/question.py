@@ -177,8 +177,8 @@ class SpanOptions(Options, panel="Spans"):
     ] = None
     span_column: SpanColumn = None
 
-    def choices(self, retriever: Retriever) -> dict[str, Any]:
-        """The options as choices of a :class:`QuerySpec`."""
+    def given(self, retriever: Retriever) -> dict[str, Any]:
+        """The options as choices of a :class:`QuerySpec`: the column by its number."""
         column = None if self.span_column is None else retriever.index.text_column(self.span_column)
         return {"spans": self.spans, "query_spans": self.query_spans, "span_column": column}
 
@@ -187,5 +187,5 @@ class SpanOptions(Options, panel="Spans"):
 class SampleOptions(Options, panel="Sample"):
     """How many test rows are sampled, and the random seed."""
 
-    queries: Annotated[int, typer.Option("--queries", help="Rows asked about, a seeded sample; 0: all.")] = 100
+    n_queries: Annotated[int, typer.Option("--queries", help="Rows asked about, a seeded sample; 0: all.")] = 100
     seed: SampleSeed = 0

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forebear.cli.options.groups import Options
-from forebear.cli.screen.console import progress_bar, say
+from forebear.cli.options.groups import Options, values_of
+from forebear.cli.screen.console import be_quiet, listed, progress_bar, say
 from forebear.cli.screen.tables import show_report
 
 if TYPE_CHECKING:
+    from forebear.evaluation.python.opening import Finding
     from forebear.evaluation.reports.report import Report
+    from forebear.retriever.retriever import Retriever
 
 FOLDER = typer.Option(
     "--out",
@@ -24,7 +26,9 @@ FOLDER = typer.Option(
     show_default=False,
 )
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only: no progress, no news.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print results only: no progress, no news.", callback=be_quiet)
+]
 JsonOut = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -34,10 +38,6 @@ class OutputOptions(Options, panel="Output"):
 
     force: Force = False
     quiet: Quiet = False
-
-    def progress(self) -> AbstractContextManager[Callable[[str, int, int], None]]:
-        """A progress bar on the screen, unless ``--quiet`` is given."""
-        return progress_bar(quiet=self.quiet)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,10 @@ class FolderOptions(OutputOptions):
         """The folder ``--out`` as a path."""
         return Path(self.out)
 
+    def call(self, function: Callable[..., Finding[Any]], retriever: Retriever, *groups: Options, **given: Any) -> None:
+        """See :meth:`ReportOptions.call`."""
+        ReportOptions(**values_of(self)).call(function, retriever, *groups, **given)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(OutputOptions):
@@ -59,30 +63,56 @@ class ReportOptions(OutputOptions):
     out: Annotated[str | None, FOLDER] = None
     json_out: JsonOut = False
 
-    def check(self) -> None:
-        """Refuse a folder that the report cannot be written to, before any work."""
-        from forebear.evaluation.reports.report import check_folder
+    def call(
+        self,
+        function: Callable[..., Finding[Any]],
+        retriever: Retriever,
+        *groups: Options,
+        shown: Callable[[Report], Report] | None = None,
+        **given: Any,
+    ) -> None:
+        """Call a function of ``forebear.audits`` or ``forebear.evaluations``; write and print what it finds.
 
-        if self.out is not None:
-            check_folder(Path(self.out), force=self.force)
+        A folder that the report cannot be written to is refused before any work.
 
-    def finish(self, report: Report, result: dict[str, Any], shown: Report | None = None) -> None:
-        """Write the report to ``--out``, if given, and print it; ``shown`` is a shorter version for the screen."""
-        from forebear.evaluation.reports.report import render_json, write_report
+        Args:
+            function: The function.
+            retriever: Over the index.
+            *groups: Groups of options that are keywords of the function by the same names.
+            shown: Shortens the report for the screen.
+            **given: Further keywords of the function. What is None or empty is left to the function's defaults; lists
+                of texts may hold several values in one, separated by commas.
+        """
+        from forebear.evaluation.reports.report import check_folder, render_json
 
-        if self.out is not None:
-            page = write_report(report, Path(self.out), result=result, force=self.force)
+        folder = None if self.out is None else Path(self.out)
+        if folder is not None:
+            check_folder(folder, force=self.force)
+        given = {name: _values(value) for name, value in (values_of(*groups) | given).items()}
+        given = {name: value for name, value in given.items() if value is not None}
+        with progress_bar() as progress:
+            if "progress" in signature(function).parameters:
+                given["progress"] = progress
+            finding = function(retriever, **given)
+        page = None if folder is None else finding.write(folder, force=self.force)
         if self.json_out:
-            sys.stdout.write(render_json({"provenance": dict(report.provenance), **result}))
+            sys.stdout.write(render_json({"provenance": dict(finding.report.provenance), **finding.result}))
         else:
-            show_report(shown or report)
-        if self.out is not None:
-            say_written(page, quiet=self.quiet)
+            show_report(finding.report if shown is None else shown(finding.report))
+        if page is not None:
+            say_written(page)
 
 
-def say_written(page: Path, *more: str, quiet: bool) -> None:
+def _values(value: Any) -> Any:
+    """An option's value: a list of texts as its values one by one; None for an empty list."""
+    if not isinstance(value, list):
+        return value
+    return (listed(value) if all(isinstance(part, str) for part in value) else value) or None
+
+
+def say_written(page: Path, *more: str) -> None:
     """Print the names of the files of a report that was written, and of ``more`` files beside it."""
     from forebear.evaluation.reports.report import REPORT_FILES
 
     *names, last = [str(page), *REPORT_FILES[1:], *more]
-    say(f"wrote {', '.join(names)} and {last}", quiet=quiet)
+    say(f"wrote {', '.join(names)} and {last}")

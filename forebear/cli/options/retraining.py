@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from forebear.cli.options.asking import integers
 from forebear.cli.options.groups import Options
 from forebear.cli.options.question import Shares
-from forebear.cli.screen.console import listed
+from forebear.cli.screen.console import integers
 
 Workers = Annotated[
     int,
@@ -27,10 +25,10 @@ Workers = Annotated[
 class RetrainOptions(Options, panel="Retraining"):
     """How the model is retrained, how often, and where the outcomes are kept."""
 
-    retrain: Annotated[
+    recipe: Annotated[
         str, typer.Option("--retrain", help="What is trained again: full, top-K (the last K layers, as top-2) or head.")
     ] = "head"
-    seeds: Annotated[
+    n_seeds: Annotated[
         int,
         typer.Option("--seeds", help="Retrainings of each kind, with seeds from --seed up; for head one is enough."),
     ] = 5
@@ -72,10 +70,8 @@ class AmountOptions(Options, panel="Retraining"):
     remove: Annotated[
         list[str] | None, typer.Option("--remove", help="Numbers of rows to remove.", show_default=False)
     ] = None
-    share: Shares = None
+    shares: Shares = None
 
-    def of(self, n_rows: int, default: Sequence[str]) -> tuple[int, ...]:
-        """Numbers of rows to remove of ``n_rows``."""
-        from forebear.evaluation.retraining.row_choice import amounts_of
-
-        return amounts_of(integers("--remove", self.remove), listed(self.share), n_rows, default)
+    def given(self) -> dict[str, Any]:
+        """The options as the functions that retrain take them."""
+        return {"remove": integers("--remove", self.remove), "shares": self.shares}

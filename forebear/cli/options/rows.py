@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +14,6 @@ from forebear.cli.screen.console import listed, warn
 
 if TYPE_CHECKING:
     from forebear.indexer.rows.row_source import RowSource
-    from forebear.retriever.retriever import Retriever
 
 TEST = typer.Option(
     "--test",
@@ -70,15 +70,11 @@ class ColumnOptions(Options, panel="Rows"):
     label_names: LabelNames = None
     unlabelled: Unlabelled = "refuse"
 
-    def open(self, path: str, retriever: Retriever, *, need_labels: bool = False) -> RowSource:
-        """The rows of a file, folder or hub name; what the index's model has as a class is one."""
-        return self.open_for(path, retriever.label_names, need_labels=need_labels)
-
-    def open_for(
+    def open(
         self,
         path: str,
-        classes: Sequence[str] = (),
         *,
+        classes: Sequence[str] = (),
         need_labels: bool = True,
         text_columns: Sequence[str] | None = None,
     ) -> RowSource:
@@ -112,9 +108,19 @@ class TestOptions(ColumnOptions):
 
     test: Annotated[str, TEST]
 
+    @property
+    def rows(self) -> Callable[..., RowSource]:
+        """Opens the test rows, for a function that knows the model's classes, and whether it needs labels."""
+        return partial(self.open, self.test)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaybeTestOptions(ColumnOptions):
     """Test rows, which may be left out."""
 
     test: Annotated[str | None, TEST] = None
+
+    @property
+    def rows(self) -> Callable[..., RowSource] | None:
+        """Opens the test rows, if there are any; see :class:`TestOptions`."""
+        return None if self.test is None else partial(self.open, self.test)

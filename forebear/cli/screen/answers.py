@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from forebear.cli.screen.console import OUT, note, shortened, warn
 
 if TYPE_CHECKING:
@@ -29,7 +27,6 @@ def show_answers(
     methods: Sequence[Method],
     *,
     aggregate: bool,
-    quiet: bool,
 ) -> None:
     """Print the answers to the first few queries, or the one answer to all.
 
@@ -39,7 +36,6 @@ def show_answers(
         source: The test rows.
         methods: Methods of the question.
         aggregate: Whether there is one answer to all test rows together.
-        quiet: Whether to print no notes.
     """
     import pyarrow as pa
 
@@ -47,7 +43,7 @@ def show_answers(
         table = pa.concat_tables(tables_of(next(answers_in_order)))
         OUT.print(f"[bold]{source.n_rows:,} queries together[/bold]")
         _print_rankings(rows := table.to_pylist(), methods, _text_names(table), [])
-        _say_signs(rows, methods, quiet=quiet)
+        _say_signs(rows, methods)
         return
     block = next(iter(source.blocks(SHOWN_QUERIES)))
     n_shown = 0
@@ -58,7 +54,7 @@ def show_answers(
         for number in range(answers.start, min(answers.start + len(answers.predictions), len(block))):
             results = [row for row in rows if row["query"] == number]
             _print_answer(results, methods, _text_names(table), [column[number] for column in block.texts])
-            _say_signs(results, methods, quiet=quiet)
+            _say_signs(results, methods)
             n_shown += 1
     if n_shown < source.n_rows:
         warn(f"shown: the first {n_shown} of {source.n_rows:,} queries. Give --out NAME.parquet for all of them.")
@@ -161,23 +157,25 @@ def _caption(rows: list[dict[str, Any]], texts: list[str]) -> str:
     return "; ".join(notes)
 
 
-def _say_signs(results: list[dict[str, Any]], methods: Sequence[Method], *, quiet: bool) -> None:
+def _say_signs(results: list[dict[str, Any]], methods: Sequence[Method]) -> None:
     """Print a note for each side of a method where scores of one query have the sign of the other side."""
+    import numpy as np
+
     from forebear.retriever.answers.signs import SignCounts
 
     counts = SignCounts(methods)
     for row in results:
         counts.count(row["method"], row["side"], np.array([row["score"]]))
-    say_signs(counts, quiet=quiet)
+    say_signs(counts)
 
 
-def say_signs(counts: SignCounts, *, quiet: bool) -> None:
+def say_signs(counts: SignCounts) -> None:
     """Print a note for each side of a method that has scores of the other side's sign."""
     for name, sentence in counts.by_method():
-        note(name, sentence, quiet=quiet)
+        note(name, sentence)
 
 
-def say_recall(question: Question, *, quiet: bool) -> None:
+def say_recall(question: Question) -> None:
     """Print a note for each method whose recall is not proven: the calibrated recall, or why there is none."""
     from forebear.retriever.coverage import question_facts
 
@@ -188,4 +186,4 @@ def say_recall(question: Question, *, quiet: bool) -> None:
             candidates = "" if n is None else f" ({n:,} candidates at each end)"
             lines.insert(0, f"recall {recall:.3g} expected of the exact top {question.spec.top}{candidates}")
         if lines:
-            note(name, "; ".join(lines), quiet=quiet)
+            note(name, "; ".join(lines))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from typer.core import TyperCommand
+
+from forebear.errors import InputError
 
 
 class _Console(Console):
@@ -26,15 +29,24 @@ OUT = _Console(highlight=False, soft_wrap=False)
 ERR = Console(stderr=True, highlight=False)
 
 
-def say(message: str, *, quiet: bool = False) -> None:
-    """Print one line of news on stderr."""
-    if not quiet:
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+def be_quiet(asked: bool) -> bool:
+    """Print neither news nor notes nor progress from now on, if that is asked: what ``--quiet`` means."""
+    _quiet.set(asked)
+    return asked
+
+
+def say(message: str) -> None:
+    """Print one line of news on stderr, unless ``--quiet`` is given."""
+    if not _quiet.get():
         ERR.print(message, markup=False, soft_wrap=True)
 
 
-def note(subject: str, message: str, *, quiet: bool = False) -> None:
+def note(subject: str, message: str) -> None:
     """Print a note on the results of a method, of several methods or of an index, ``subject``, in one form for all."""
-    say(f"note: {subject}: {message}", quiet=quiet)
+    say(f"note: {subject}: {message}")
 
 
 def warn(message: str | None) -> None:
@@ -49,9 +61,9 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A callable (stage, done, total) that draws a bar with rate and time left; silent when not a terminal."""
-    if quiet or not ERR.is_terminal:
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A callable (stage, done, total) that draws a bar with rate and time left, in a terminal, without ``--quiet``."""
+    if _quiet.get() or not ERR.is_terminal:
         yield lambda _stage, _done, _total: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
@@ -97,6 +109,14 @@ def _repeat_flags(args: Sequence[str], many: set[str]) -> list[str]:
 def listed(values: Sequence[str] | None) -> list[str]:
     """Values of a list option: several, or separated by commas."""
     return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def integers(option: str, values: Sequence[str] | None) -> list[int]:
+    """Whole numbers of a list option."""
+    given = listed(values)
+    if not all(value.isascii() and value.isdigit() for value in given):
+        raise InputError(f"{option} {','.join(given)}: expected whole numbers, such as 10,50.")
+    return [int(value) for value in given]
 
 
 def shortened(text: str) -> str:

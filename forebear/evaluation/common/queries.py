@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from forebear.errors import InputError, NonFiniteError
 from forebear.indexer.rows.row_source import RowSource
+from forebear.retriever.question.methods import Method
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
 from forebear.retriever.scores import Scores
@@ -84,6 +85,32 @@ def sample_queries(
         source=source.name, rows=chosen, texts=texts, labels=np.concatenate(labels) if labels else None,
         table=pa.concat_tables(tables) if tables else None,
     )  # fmt: skip
+
+
+def refuse_methods(question: Question, is_refused: Callable[[Method], object], because: str) -> None:
+    """Refuse methods that mean nothing for an evaluation.
+
+    Args:
+        question: Whose methods are looked at.
+        is_refused: Whether a method is refused.
+        because: What such a method does, a sentence whose subject is its name.
+
+    Raises:
+        InputError: A method is refused; the message names the first.
+    """
+    for method in question.methods:
+        if is_refused(method):
+            raise InputError(f"{method.name} {because} Leave it out of --method.")
+
+
+def refuse_spans(question: Question) -> None:
+    """Refuse methods that rank spans, for evaluations that count rows."""
+    refuse_methods(question, lambda method: method.spans, "ranks spans, of which a row has several.")
+
+
+def refuse_saliency(question: Question) -> None:
+    """Refuse methods that are asked of a word's saliency, for evaluations of predictions."""
+    refuse_methods(question, lambda method: method.saliency, "explains the saliency of a word, not a prediction.")
 
 
 def score_queries(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from forebear.errors import DataError, InputError
+from forebear.errors import DataError
 from forebear.evaluation.common.queries import QueryRows, sample_queries
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.spans.finders import find_spans
@@ -58,16 +58,6 @@ def sample_span_queries(
             "otherwise (--query-spans)."
         )
     return replace(queries.take(kept), left_out=np.delete(queries.rows, kept))
-
-
-def refuse_sketches_alone(spec: QuerySpec) -> None:
-    """Refuse ``--exact none`` for measures of what the model itself says.
-
-    Raises:
-        InputError: It is asked for.
-    """
-    if spec.exact == "none":
-        raise InputError("--exact none ranks by sketches alone; give rerank or full.")
 
 
 def gradients_compared(

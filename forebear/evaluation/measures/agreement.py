@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError, ModelError, NonFiniteError
-from forebear.evaluation.common.queries import QueryRows
+from forebear.evaluation.common.queries import QueryRows, refuse_saliency
 from forebear.evaluation.common.span_queries import training_spans
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts, encoded_rows, plan_batches
@@ -137,8 +137,8 @@ def measure_agreement(
     n_live = retriever.index.manifest.n_live
     if at[-1] > n_live:
         raise InputError(f"--at {at[-1]}: {retriever.index.folder} has {n_live:,} live rows. Give a smaller K.")
-    if measure == "semantic" and any(m.saliency for m in methods):
-        raise InputError("semantic-agreement compares rows or spans; saliency-if explains a word. Leave it out.")
+    if measure == "semantic":
+        refuse_saliency(question)
     kinds = sorted({RANDOM_SPANS if m.ranks_spans else RANDOM_ROWS for m in methods})
     pools: dict[str, np.ndarray] = {}
     labels: dict[str, np.ndarray] = {}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from forebear.evaluation.common.comparisons import provenance, question_record
+from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.passages import rank_headings, row_passages
 from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import difference_table, mean_of
@@ -15,15 +15,13 @@ from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
 from forebear.retriever.answers.results import SIDES
 from forebear.retriever.answers.signs import note_of
-from forebear.retriever.question.spec import QuerySpec, Question
+from forebear.retriever.question.spec import Question
 from forebear.retriever.retriever import Retriever
 
 
-def agreement_report(
-    agreement: Agreement, retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question, seed: int, command: str
-) -> tuple[Report, dict[str, Any]]:
+def agreement_report(agreement: Agreement, inputs: Inputs) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
-    question = retriever.resolve(spec)
+    retriever, question, queries, seed = inputs.retriever, inputs.question, inputs.queries, inputs.seed
     tables: list[Table] = []
     series: dict[str, list[float]] = {}
     errors: dict[str, list[float | None]] = {}
@@ -56,10 +54,7 @@ def agreement_report(
         tables,
         [Figure(title, bar_chart(list(means), series, errors=errors, xlabel=f"{agreement.name}, percent", digits=1))],
         [_group(query, best, retriever) for query in agreement.shown],
-        provenance(
-            retriever, spec, command, test_rows=queries.source, queries=len(queries), left_out=len(queries.left_out),
-            seed=seed,
-        ),
+        inputs.provenance(left_out=len(queries.left_out), seed=seed),
     )  # fmt: skip
     names = retriever.label_names
     result = {
@@ -75,7 +70,7 @@ def agreement_report(
         "largest_residuals": agreement.residuals,
         "targets": [names[y] for y in agreement.targets],
         "seed": seed,
-        "question": question_record(retriever, spec),
+        "question": inputs.record(),
     }
     return report, result
 

@@ -15,10 +15,9 @@ from forebear.evaluation.common.comparisons import (
     matrix_of,
     matrix_table,
     pair_table,
-    provenance,
-    question_record,
     standardised_ranks,
 )
+from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.queries import QueryRows, score_queries
 from forebear.evaluation.reports.report import Report
 from forebear.retriever.question.spec import QuerySpec, Question
@@ -74,15 +73,9 @@ def correlations(
     return Correlation(methods=names, values=values, rows=rows, residuals=residuals_of(scores))
 
 
-def correlation_report(
-    correlation: Correlation,
-    retriever: Retriever,
-    queries: QueryRows,
-    spec: QuerySpec | Question,
-    seed: int,
-    command: str,
-) -> tuple[Report, dict[str, Any]]:
+def correlation_report(correlation: Correlation, inputs: Inputs) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
+    queries, seed = inputs.queries, inputs.seed
     matrix = matrix_of(correlation.values)
     n_undefined = int(np.isnan(correlation.values.diagonal(axis1=1, axis2=2)).sum())
     n_lists = correlation.values.shape[0] * correlation.values.shape[1]
@@ -121,16 +114,7 @@ def correlation_report(
                 caption="Empty where it is undefined.",
             ),
         ),
-        provenance=provenance(
-            retriever,
-            spec,
-            command,
-            residuals=correlation.residuals,
-            test_rows=queries.source,
-            queries=len(queries),
-            rows=len(correlation.rows),
-            seed=seed,
-        ),
+        provenance=inputs.provenance(correlation.residuals, rows=len(correlation.rows), seed=seed),
     )
     result = {
         "methods": list(correlation.methods),
@@ -140,6 +124,6 @@ def correlation_report(
         "query_rows": queries.rows,
         "training_rows": correlation.rows,
         "seed": seed,
-        "question": question_record(retriever, spec, correlation.residuals),
+        "question": inputs.record(correlation.residuals),
     }
     return report, result

@@ -19,10 +19,9 @@ from forebear.evaluation.common.comparisons import (
     defined_means,
     interval_cells,
     listed_values,
-    provenance,
-    question_record,
     spearman,
 )
+from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.span_queries import gradients_compared, training_spans
 from forebear.evaluation.common.statistics import difference_table
@@ -128,15 +127,9 @@ def measure_faithfulness(
     )
 
 
-def faithfulness_report(
-    faithfulness: Faithfulness,
-    retriever: Retriever,
-    queries: QueryRows,
-    spec: QuerySpec | Question,
-    seed: int,
-    command: str,
-) -> tuple[Report, dict[str, Any]]:
+def faithfulness_report(faithfulness: Faithfulness, inputs: Inputs) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``; correlations times 100, as in the paper."""
+    queries, seed = inputs.queries, inputs.seed
     scaled = replace(faithfulness, values=100.0 * faithfulness.values)
     rows: list[list[Cell]] = []
     for i, name in enumerate(faithfulness.names):
@@ -185,9 +178,7 @@ def faithfulness_report(
         f"Rank correlation with the final checkpoint's own span scores: {summary}.",
         tables,
         figures,
-        provenance=provenance(
-            retriever, spec, command, test_rows=queries.source, queries=len(queries), runs=runs, seed=seed
-        ),
+        provenance=inputs.provenance(runs=runs, seed=seed),
     )
     result = {
         "names": list(faithfulness.names),
@@ -199,7 +190,7 @@ def faithfulness_report(
         "query_rows": queries.rows,
         "query_rows_left_out": queries.left_out,
         "seed": seed,
-        "question": question_record(retriever, spec),
+        "question": inputs.record(),
     }
     return report, result
 

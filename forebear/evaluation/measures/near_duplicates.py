@@ -25,7 +25,7 @@ from forebear.evaluation.common.comparisons import (
     provenance,
     question_record,
 )
-from forebear.evaluation.common.queries import QueryRows
+from forebear.evaluation.common.queries import QueryRows, refuse_spans
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.index import Index
@@ -127,9 +127,7 @@ def near_duplicates(
     if n_queries < 0:
         raise InputError(f"--queries {n_queries}: expected a number of training rows, or 0 for all of them.")
     question = retriever.resolve(spec, top=max(tops))
-    for method in question.methods:
-        if method.spans:
-            raise InputError(f"{method.name} ranks spans, not rows. Leave it out of --method.")
+    refuse_spans(question)
     index = retriever.index
     n_live = index.manifest.n_live
     if not tops or not 1 <= min(tops) <= max(tops) <= n_live:

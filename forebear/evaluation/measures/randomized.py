@@ -29,11 +29,10 @@ from forebear.evaluation.common.comparisons import (
     defined_means,
     interval_cells,
     listed_values,
-    provenance,
-    question_record,
     spearman,
 )
-from forebear.evaluation.common.queries import QueryRows, score_queries
+from forebear.evaluation.common.inputs import Inputs
+from forebear.evaluation.common.queries import QueryRows, refuse_methods, score_queries
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.building.build import build_index
@@ -137,13 +136,13 @@ def randomized_correlations(
     Raises:
         InputError: A method does not depend on the model, or there are fewer than two rows or no seeds.
     """
-    spec = retriever.resolve(spec).spec
-    for method in pick_methods(spec.methods):
-        if method.representation == "sentence":
-            raise InputError(
-                f"{method.name} does not depend on the model that is explained: its correlation would be 1. Leave it "
-                "out of --method."
-            )
+    trained_question = retriever.resolve(spec)
+    refuse_methods(
+        trained_question,
+        lambda method: method.representation == "sentence",
+        "does not depend on the model that is explained: its correlation would be 1.",
+    )
+    spec = trained_question.spec
     if n_rows < 0 or n_rows == 1:
         raise InputError(f"--rows {n_rows}: expected 2 or more training rows, or 0 for all of them.")
     if not seeds or len(set(seeds)) < len(seeds):
@@ -172,15 +171,9 @@ def randomized_correlations(
     )  # fmt: skip
 
 
-def randomized_report(
-    randomized: Randomized,
-    retriever: Retriever,
-    queries: QueryRows,
-    spec: QuerySpec | Question,
-    seed: int,
-    command: str,
-) -> tuple[Report, dict[str, Any]]:
+def randomized_report(randomized: Randomized, inputs: Inputs) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
+    queries, seed = inputs.queries, inputs.seed
     rows: list[list[Cell]] = []
     means: dict[str, list[float]] = {target: [] for target in randomized.targets}
     worst: tuple[float, str, str] | None = None
@@ -221,9 +214,9 @@ def randomized_report(
         summary,
         (table,),
         (Figure("Trained against random models", drawing, "0 where it is undefined."),),
-        provenance=provenance(
-            retriever, spec, command, residuals=randomized.residuals, test_rows=queries.source, queries=len(queries),
-            rows=len(randomized.rows), seed=seed, random_models=", ".join(map(str, randomized.seeds)),
+        provenance=inputs.provenance(
+            randomized.residuals, rows=len(randomized.rows), seed=seed,
+            random_models=", ".join(map(str, randomized.seeds)),
         ),
     )  # fmt: skip
     result = {
@@ -234,6 +227,6 @@ def randomized_report(
         "query_rows": queries.rows,
         "training_rows": randomized.rows,
         "seed": seed,
-        "question": question_record(retriever, spec, randomized.residuals),
+        "question": inputs.record(randomized.residuals),
     }
     return report, result

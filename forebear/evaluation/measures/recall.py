@@ -18,10 +18,9 @@ from forebear.evaluation.common.comparisons import (
     INTERVAL_COLUMNS,
     interval_cells,
     listed_values,
-    provenance,
-    question_record,
 )
-from forebear.evaluation.common.queries import QueryRows
+from forebear.evaluation.common.inputs import Inputs
+from forebear.evaluation.common.queries import QueryRows, refuse_spans
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.progress import Progress, no_progress
@@ -63,12 +62,12 @@ def retrieval_recall(
         progress: Called with the methods done.
 
     Raises:
-        InputError: A method ranks spans.
+        InputError: A method ranks spans, or k is more than the live rows.
     """
     question = retriever.resolve(spec)
-    for method in question.methods:
-        if method.spans:
-            raise InputError(f"{method.name} ranks spans, of which a row has several. Leave it out of --method.")
+    refuse_spans(question)
+    if question.spec.top > (n_live := retriever.index.manifest.n_live):
+        raise InputError(f"--top {question.spec.top}: expected 1 to {n_live}, the live rows.")
     n_methods = len(question.methods)
     values, seconds = np.zeros((n_methods, 2, len(queries))), np.zeros((n_methods, 2))
     first = replace(
@@ -100,18 +99,12 @@ def _ends(retriever: Retriever, queries: QueryRows, question: Question) -> tuple
     return np.concatenate([ends[0].rows for ends in rankings]), np.concatenate([ends[1].rows for ends in rankings])
 
 
-def retrieval_recall_report(
-    recall: RetrievalRecall,
-    retriever: Retriever,
-    queries: QueryRows,
-    spec: QuerySpec | Question,
-    seed: int,
-    command: str,
-) -> tuple[Report, dict[str, Any]]:
+def retrieval_recall_report(recall: RetrievalRecall, inputs: Inputs) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
+    retriever, queries, seed = inputs.retriever, inputs.queries, inputs.seed
     q = len(queries)
-    question = retriever.resolve(spec, exact="rerank")
-    facts = question_record(retriever, question)["methods"]
+    inputs = replace(inputs, question=inputs.retriever.resolve(inputs.question, exact="rerank"))
+    facts = inputs.record()["methods"]
     lines: list[list[Cell]] = []
     for m, name in enumerate(recall.methods):
         by_candidates, every = (float(value) for value in recall.seconds[m] / q)
@@ -137,15 +130,7 @@ def retrieval_recall_report(
         f"{ENDS[end]} of {recall.methods[m]}.",
         (table,),
         (Figure(f"Recall@{recall.top}", bar_chart(recall.methods, means, xlabel=f"recall@{recall.top}", digits=3)),),
-        provenance=provenance(
-            retriever,
-            spec,
-            command,
-            test_rows=queries.source,
-            queries=q,
-            recall_asked_for=question.spec.recall,
-            seed=seed,
-        ),
+        provenance=inputs.provenance(recall_asked_for=inputs.question.spec.recall, seed=seed),
     )
     result = {
         "methods": list(recall.methods),
@@ -156,6 +141,6 @@ def retrieval_recall_report(
         "seconds": {"rerank": recall.seconds[:, 0], "full": recall.seconds[:, 1]},
         "query_rows": queries.rows,
         "seed": seed,
-        "question": question_record(retriever, question),
+        "question": inputs.record(),
     }
     return report, result

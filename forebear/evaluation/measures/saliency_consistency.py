@@ -15,21 +15,20 @@ and the tops before and after are compared: share of common rows among floor(p N
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from forebear.errors import DataError, InputError
+from forebear.errors import DataError
 from forebear.evaluation.common.amounts import common_share, rows_of_share
 from forebear.evaluation.common.comparisons import (
     defined_mean,
     interval_cells,
     listed_values,
-    provenance,
-    question_record,
 )
-from forebear.evaluation.common.queries import QueryRows
+from forebear.evaluation.common.inputs import Inputs
+from forebear.evaluation.common.queries import QueryRows, refuse_methods
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.index import Index
@@ -131,11 +130,11 @@ def saliency_consistency(
     """
     question = retriever.resolve(spec, target="predicted")
     names = question.spec.methods
-    for method in question.methods:
-        if method.by_words or method.representation == "sentence" or method.spans or method.saliency:
-            raise InputError(
-                f"{method.name} cannot be asked of rows with a word piece masked. Leave it out of --method."
-            )
+    refuse_methods(
+        question,
+        lambda method: method.reads_texts or not method.scores_rows,
+        "cannot be asked of rows with a word piece masked.",
+    )
     index, classifier = retriever.index, retriever.classifier()
     rows, places = encode_with_places(classifier, queries.texts)
     predicted = run_forward(classifier, Encoded(rows)).predictions
@@ -235,16 +234,10 @@ def pooled_mean(sums: np.ndarray, counts: np.ndarray, seed: int) -> list[Cell]:
     return [mean, float(low), float(high)]
 
 
-def saliency_consistency_report(
-    consistency: SaliencyConsistency,
-    retriever: Retriever,
-    queries: QueryRows,
-    spec: QuerySpec | Question,
-    seed: int,
-    command: str,
-) -> tuple[Report, dict[str, Any]]:
+def saliency_consistency_report(consistency: SaliencyConsistency, inputs: Inputs) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
-    question = retriever.resolve(spec, target="predicted")
+    seed = inputs.seed
+    inputs = replace(inputs, question=inputs.retriever.resolve(inputs.question, target="predicted"))
     influence: list[list[Cell]] = []
     removal: list[list[Cell]] = []
     figures = []
@@ -290,9 +283,9 @@ def saliency_consistency_report(
         findings.append(f"Removing a word piece leaves {shown or 'an undefined share'} of {name}'s top 1%.")
     report = Report(
         "Saliency consistency", " ".join(findings), tables, figures,
-        provenance=provenance(
-            retriever, question, command, residuals=consistency.residuals, test_rows=queries.source,
-            queries=len(consistency.query_rows), test_rows_without_a_word_piece=consistency.n_skipped,
+        provenance=inputs.provenance(
+            consistency.residuals, queries=len(consistency.query_rows),
+            test_rows_without_a_word_piece=consistency.n_skipped,
             queries_without_order=dict(zip(consistency.methods, consistency.n_constant.tolist(), strict=True)),
             seed=seed,
         ),
@@ -310,6 +303,6 @@ def saliency_consistency_report(
         "n_skipped": consistency.n_skipped,
         "n_constant": consistency.n_constant,
         "seed": seed,
-        "question": question_record(retriever, question, consistency.residuals),
+        "question": inputs.record(consistency.residuals),
     }
     return report, result

@@ -20,10 +20,10 @@ from forebear.evaluation.common.comparisons import (
     matrix_of,
     matrix_table,
     pair_table,
-    provenance,
     question_record,
 )
-from forebear.evaluation.common.queries import QueryRows
+from forebear.evaluation.common.inputs import Inputs
+from forebear.evaluation.common.queries import QueryRows, refuse_spans
 from forebear.evaluation.reports.report import Report
 from forebear.progress import Progress, no_progress
 from forebear.retriever.question.spec import QuerySpec, Question
@@ -86,9 +86,7 @@ def top_overlaps(
     names = question.spec.methods
     if len(names) < 2:
         raise InputError(f"overlap compares methods; found {', '.join(names)}. Give two or more (--method).")
-    for method in question.methods:
-        if method.spans:
-            raise InputError(f"{method.name} ranks spans, of which a row has several: its tops are no sets of rows.")
+    refuse_spans(question)
     m = len(names)
     values = np.ones((len(depths), len(queries), m, m))
     done = 0
@@ -107,11 +105,9 @@ def top_overlaps(
     return TopOverlap(methods=names, depths=tuple(depths), values=values)
 
 
-def top_overlap_report(
-    overlap: TopOverlap, retriever: Retriever, queries: QueryRows, spec: QuerySpec | Question, seed: int, command: str
-) -> tuple[Report, dict[str, Any]]:
+def top_overlap_report(overlap: TopOverlap, inputs: Inputs) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
-    question = retriever.resolve(spec)
+    retriever, question, queries, seed = inputs.retriever, inputs.question, inputs.queries, inputs.seed
     n_live = retriever.index.manifest.n_live
     tables, figures, by_depth = [], [], {}
     for depth, values in zip(overlap.depths, overlap.values, strict=True):
@@ -140,15 +136,7 @@ def top_overlap_report(
         f"{pairs.min():.0%} to {pairs.max():.0%} by pair.",
         tables,
         figures,
-        provenance=provenance(
-            retriever,
-            spec,
-            command,
-            test_rows=queries.source,
-            queries=len(queries),
-            exact=question.spec.exact,
-            seed=seed,
-        ),
+        provenance=inputs.provenance(exact=question.spec.exact, seed=seed),
     )
     result = {
         "methods": list(overlap.methods),

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from forebear.errors import InputError
 from forebear.evaluation.audits.artifacts import hans as of_hans
 from forebear.evaluation.audits.artifacts.features import (
     Feature,
@@ -30,25 +29,29 @@ from forebear.evaluation.audits.rows import duplicates as of_duplicates
 from forebear.evaluation.audits.rows import errors as of_errors
 from forebear.evaluation.audits.rows import hubs as of_hubs
 from forebear.evaluation.audits.rows import suspects as of_suspects
+from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.queries import sample_queries
 from forebear.evaluation.python.opening import (
     Finding,
     IndexLike,
     Rows,
+    called,
     finding,
+    opened,
     question_of,
     retriever_of,
     sampled,
     tested_rows,
 )
 from forebear.progress import Progress, progress_of
+from forebear.retriever.question.query_rows import tell_label_remark
 from forebear.retriever.question.spec import QueryChoices, QuerySpec
+from forebear.retriever.retriever import Retriever
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["artifact", "duplicates", "errors", "hans", "hubs", "negation", "overlap", "suspects"]
-COMMAND = "forebear.audits.{}(...) in Python"
 
 
 def hans(
@@ -73,9 +76,9 @@ def hans(
         DataError: The rows have other labels, or no row is mispredicted as entailment.
     """
     retriever = retriever_of(retriever)
-    source = tested_rows(retriever, rows, need_labels=True)
+    source = tested_rows(retriever.label_names, rows, need_labels=True)
     found = of_hans.audit_hans(retriever, source, methods, top=top, progress=progress_of(progress))
-    return finding(found, of_hans.hans_report(found, retriever, source, COMMAND.format("hans")))
+    return finding(found, of_hans.hans_report(found, retriever, source, called("audits.hans")))
 
 
 def overlap(
@@ -91,7 +94,7 @@ def overlap(
     """Are the most influential training rows those of high lexical overlap? See :func:`artifact`; of pairs alone."""
     retriever = retriever_of(retriever)
     feature = overlap_feature(retriever.index.manifest.spec.text_columns)
-    return _regress(retriever, rows, feature, n_queries, seed, progress, spec, choices, "overlap")
+    return _regress(retriever, rows, feature, n_queries, seed, progress, spec, choices, "audits.overlap")
 
 
 def negation(
@@ -111,7 +114,7 @@ def negation(
     """
     retriever = retriever_of(retriever)
     feature = negation_feature(retriever.index.manifest.spec.text_columns, column)
-    return _regress(retriever, rows, feature, n_queries, seed, progress, spec, choices, "negation")
+    return _regress(retriever, rows, feature, n_queries, seed, progress, spec, choices, "audits.negation")
 
 
 def artifact(
@@ -145,7 +148,7 @@ def artifact(
     """
     retriever = retriever_of(retriever)
     measured = user_feature(feature, retriever.index.manifest.spec.text_columns)
-    return _regress(retriever, rows, measured, n_queries, seed, progress, spec, choices, "artifact")
+    return _regress(retriever, rows, measured, n_queries, seed, progress, spec, choices, "audits.artifact")
 
 
 def suspects(
@@ -168,7 +171,7 @@ def suspects(
     retriever = retriever_of(retriever)
     question = question_of(retriever, spec, choices, ("gd", "if"), target="gold")
     found = of_suspects.suspects(retriever, question, n_neighbours=n_neighbours)
-    page = of_suspects.suspects_report(found, retriever, question, n_listed, COMMAND.format("suspects"))
+    page = of_suspects.suspects_report(found, retriever, question, n_listed, called("audits.suspects"))
     return finding(found, page)
 
 
@@ -201,11 +204,15 @@ def duplicates(
     )
     thresholds.check()
     retriever = retriever_of(retriever)
-    queries = None if rows is None else sample_queries(retriever, tested_rows(retriever, rows), 0, 0)
+    queries = None
+    if rows is not None:
+        source = tested_rows(retriever.label_names, rows)
+        tell_label_remark(retriever.index, source, required=False)
+        queries = sample_queries(retriever, source, 0, 0)
     found = of_duplicates.duplicates(retriever.index, thresholds)
     leaked = [] if queries is None else of_duplicates.leaks(retriever.index, queries, thresholds)
     page = of_duplicates.duplicates_report(
-        found, retriever, thresholds, n_listed, COMMAND.format("duplicates"), queries, leaked
+        found, retriever, thresholds, n_listed, called("audits.duplicates"), queries, leaked
     )
     return finding(found, page)
 
@@ -235,15 +242,14 @@ def errors(
         InputError: A choice is out of range.
         DataError: The rows have no labels of the model.
     """
-    if n_clusters < 1:
-        raise InputError(f"--clusters {n_clusters}: expected at least 1.")
+    of_errors.check_clusters(n_clusters)
     retriever = retriever_of(retriever)
     question = question_of(retriever, spec, choices, ("if",), aggregate=True)
-    source = tested_rows(retriever, rows, need_labels=True)
+    source = tested_rows(retriever.label_names, rows, need_labels=True)
     found = of_errors.mistakes_of(retriever, source, progress=progress_of(progress))
     groups = of_errors.group_mistakes(found, retriever.label_names, n_clusters, seed)
     answers = of_errors.explain_groups(retriever, found, groups, question)
-    page = of_errors.errors_report(found, groups, answers, retriever, question, seed, COMMAND.format("errors"))
+    page = of_errors.errors_report(found, groups, answers, retriever, question, seed, called("audits.errors"))
     return finding(found, page)
 
 
@@ -277,12 +283,12 @@ def hubs(
     else:
         queries = sampled(retriever, rows, question, n_queries, seed)
     found = of_hubs.hubs(retriever, queries, question, progress=progress_of(progress))
-    page = of_hubs.hubs_report(found, retriever, queries, question, seed, n_listed, COMMAND.format("hubs"))
-    return finding(found, page)
+    asked = Inputs(retriever=retriever, question=question, queries=queries, seed=seed, command=called("audits.hubs"))
+    return finding(found, of_hubs.hubs_report(found, asked, n_listed))
 
 
 def _regress(
-    retriever: IndexLike,
+    retriever: Retriever,
     rows: Rows,
     feature: Feature,
     n_queries: int,
@@ -293,10 +299,7 @@ def _regress(
     name: str,
 ) -> Finding[ArtifactRegression]:
     """Regress a feature of training rows on their influence."""
-    retriever = retriever_of(retriever)
-    question = question_of(retriever, spec, choices, ("if",))
     values = measure(retriever.index, feature)
-    queries = sampled(retriever, rows, question, n_queries, seed)
-    found = regress_artifact(retriever, queries, question, values, progress=progress_of(progress))
-    page = artifact_report(found, feature, values, retriever, queries, question, seed, COMMAND.format(name))
-    return finding(found, page)
+    asked = opened(name, retriever, rows, spec, choices, n_queries, seed, default=("if",))
+    found = regress_artifact(retriever, asked.queries, asked.question, values, progress=progress_of(progress))
+    return finding(found, artifact_report(found, feature, values, asked))

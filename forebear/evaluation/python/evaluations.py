@@ -24,8 +24,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from forebear.errors import InputError
-from forebear.evaluation.common.span_queries import refuse_sketches_alone, sample_span_queries
 from forebear.evaluation.measures import agreement as of_agreement
 from forebear.evaluation.measures import cancellation as of_cancellation
 from forebear.evaluation.measures import correlation as of_correlation
@@ -41,11 +39,11 @@ from forebear.evaluation.python.opening import (
     Finding,
     IndexLike,
     Rows,
+    called,
     finding,
+    opened,
     question_of,
     retriever_of,
-    sampled,
-    tested_rows,
 )
 from forebear.evaluation.python.retrainings import Retraining, deletion_curve, lds, removal, retraining_loss
 from forebear.progress import Progress, progress_of
@@ -72,7 +70,6 @@ __all__ = [
     "retraining_loss",
     "saliency_consistency",
 ]
-COMMAND = "forebear.evaluations.{}(...) in Python"
 
 
 def correlation(
@@ -89,12 +86,9 @@ def correlation(
 
     ``n_rows`` training rows are sampled, ``n_queries`` test rows.
     """
-    retriever = retriever_of(retriever)
-    question = question_of(retriever, spec, choices)
-    queries = sampled(retriever, rows, question, n_queries, seed)
-    found = of_correlation.correlations(retriever, queries, question, n_rows=n_rows, seed=seed)
-    command = COMMAND.format("correlation")
-    return finding(found, of_correlation.correlation_report(found, retriever, queries, question, seed, command))
+    asked = opened("evaluations.correlation", retriever, rows, spec, choices, n_queries, seed)
+    found = of_correlation.correlations(asked.retriever, asked.queries, asked.question, n_rows=n_rows, seed=seed)
+    return finding(found, of_correlation.correlation_report(found, asked))
 
 
 def overlap(
@@ -123,12 +117,10 @@ def overlap(
         **choices: Fields of QuerySpec.
     """
     retriever = retriever_of(retriever)
-    question = question_of(retriever, spec, choices)
     depths = of_overlap.depths_of(tops or (() if shares else (10, 50)), shares, retriever.index.manifest.n_live)
-    queries = sampled(retriever, rows, question, n_queries, seed)
-    found = of_overlap.top_overlaps(retriever, queries, question, depths, progress=progress_of(progress))
-    command = COMMAND.format("overlap")
-    return finding(found, of_overlap.top_overlap_report(found, retriever, queries, question, seed, command))
+    asked = opened("evaluations.overlap", retriever, rows, spec, choices, n_queries, seed)
+    found = of_overlap.top_overlaps(retriever, asked.queries, asked.question, depths, progress=progress_of(progress))
+    return finding(found, of_overlap.top_overlap_report(found, asked))
 
 
 def randomized(
@@ -148,16 +140,13 @@ def randomized(
     One random model for each of ``seeds``; ``n_rows`` sampled training rows are indexed under each.
     """
     retriever = retriever_of(retriever)
-    question = question_of(retriever, spec, choices)
     if spec is None and "methods" not in choices:  # a method that does not depend on the model would be refused
-        names = question.spec.methods
-        question = retriever.resolve(question, methods=[n for n in names if METHODS[n].representation != "sentence"])
-    queries = sampled(retriever, rows, question, n_queries, seed)
+        choices["methods"] = [n for n in retriever.row_methods() if METHODS[n].representation != "sentence"]
+    asked = opened("evaluations.randomized", retriever, rows, spec, choices, n_queries, seed)
     found = of_randomized.randomized_correlations(
-        retriever, queries, question, n_rows=n_rows, seed=seed, seeds=seeds, progress=progress_of(progress)
+        retriever, asked.queries, asked.question, n_rows=n_rows, seed=seed, seeds=seeds, progress=progress_of(progress)
     )
-    command = COMMAND.format("randomized")
-    return finding(found, of_randomized.randomized_report(found, retriever, queries, question, seed, command))
+    return finding(found, of_randomized.randomized_report(found, asked))
 
 
 def saliency_consistency(
@@ -174,12 +163,11 @@ def saliency_consistency(
 
     By default of ``if``.
     """
-    retriever = retriever_of(retriever)
-    question = question_of(retriever, spec, choices, ("if",))
-    queries = sampled(retriever, rows, question, n_queries, seed)
-    found = of_saliency.saliency_consistency(retriever, queries, question, progress=progress_of(progress))
-    command = COMMAND.format("saliency_consistency")
-    return finding(found, of_saliency.saliency_consistency_report(found, retriever, queries, question, seed, command))
+    asked = opened("evaluations.saliency_consistency", retriever, rows, spec, choices, n_queries, seed, default=("if",))
+    found = of_saliency.saliency_consistency(
+        asked.retriever, asked.queries, asked.question, progress=progress_of(progress)
+    )
+    return finding(found, of_saliency.saliency_consistency_report(found, asked))
 
 
 def recall(
@@ -193,14 +181,9 @@ def recall(
     **choices: Unpack[QueryChoices],
 ) -> Finding[of_recall.RetrievalRecall]:
     """How much of the exact top k does retrieval find, and how much faster? By method, at both ends."""
-    retriever = retriever_of(retriever)
-    question = question_of(retriever, spec, choices)
-    if question.spec.top > (n_live := retriever.index.manifest.n_live):
-        raise InputError(f"--top {question.spec.top}: expected 1 to {n_live}, the live rows.")
-    queries = sampled(retriever, rows, question, n_queries, seed)
-    found = of_recall.retrieval_recall(retriever, queries, question, progress=progress_of(progress))
-    command = COMMAND.format("recall")
-    return finding(found, of_recall.retrieval_recall_report(found, retriever, queries, question, seed, command))
+    asked = opened("evaluations.recall", retriever, rows, spec, choices, n_queries, seed)
+    found = of_recall.retrieval_recall(asked.retriever, asked.queries, asked.question, progress=progress_of(progress))
+    return finding(found, of_recall.retrieval_recall_report(found, asked))
 
 
 def near_duplicates(
@@ -221,10 +204,20 @@ def near_duplicates(
     retriever = retriever_of(retriever)
     question = question_of(retriever, spec, choices)
     found = of_near_duplicates.near_duplicates(
-        retriever, question, n_queries=n_queries, edits=edits, tops=tops, seed=seed, progress=progress_of(progress)
+        retriever,
+        question,
+        n_queries=n_queries,
+        edits=tuple(dict.fromkeys(edits)),
+        tops=sorted({*tops}),
+        seed=seed,
+        progress=progress_of(progress),
     )
-    command = COMMAND.format("near_duplicates")
-    return finding(found, of_near_duplicates.near_duplicates_report(found, retriever, question, seed, command))
+    return finding(
+        found,
+        of_near_duplicates.near_duplicates_report(
+            found, retriever, question, seed, called("evaluations.near_duplicates")
+        ),
+    )
 
 
 def cancellation(
@@ -236,7 +229,7 @@ def cancellation(
     """
     retriever = retriever_of(retriever)
     found = of_cancellation.cancellation(retriever, n_rows=n_rows, seed=seed, progress=progress_of(progress))
-    page = of_cancellation.cancellation_report(found, retriever, seed, COMMAND.format("cancellation"))
+    page = of_cancellation.cancellation_report(found, retriever, seed, called("evaluations.cancellation"))
     return finding(found, page)
 
 
@@ -268,8 +261,8 @@ def mislabelled(
     found = of_mislabelled.mislabelled(
         retriever, question, np.asarray(wrong), true_labels=true_labels, n_neighbours=n_neighbours
     )
-    command = COMMAND.format("mislabelled")
-    return finding(found, of_mislabelled.mislabelled_report(found, retriever, question, tops, seed, command))
+    page = of_mislabelled.mislabelled_report(found, retriever, question, tops, seed, called("evaluations.mislabelled"))
+    return finding(found, page)
 
 
 def agreement(
@@ -290,15 +283,23 @@ def agreement(
     ``tracin`` by rows and by spans.
     """
     tops = of_agreement.depths(at)
-    retriever = retriever_of(retriever)
-    question = question_of(retriever, spec, choices, of_agreement.PAPER_METHODS, top=tops[-1])
-    refuse_sketches_alone(question.spec)
-    source = tested_rows(retriever, rows, need_labels=question.spec.target == "gold")
-    queries = sample_span_queries(retriever, source, question, n_queries, seed)
-    found = of_agreement.measure_agreement(
-        retriever, queries, question, tops, measure, seed=seed, progress=progress_of(progress)
+    default = of_agreement.PAPER_METHODS
+    asked = opened(
+        "evaluations.agreement",
+        retriever,
+        rows,
+        spec,
+        choices,
+        n_queries,
+        seed,
+        default=default,
+        by_spans=True,
+        top=tops[-1],
     )
-    return finding(found, agreement_report(found, retriever, queries, question, seed, COMMAND.format("agreement")))
+    found = of_agreement.measure_agreement(
+        asked.retriever, asked.queries, asked.question, tops, measure, seed=seed, progress=progress_of(progress)
+    )
+    return finding(found, agreement_report(found, asked))
 
 
 def faithfulness(
@@ -317,13 +318,12 @@ def faithfulness(
 
     Each of ``n_runs`` draws other training rows (``n_rows``) and other variants of the model.
     """
-    retriever = retriever_of(retriever)
-    question = question_of(retriever, spec, choices, methods=of_faithfulness.METHODS)
-    refuse_sketches_alone(question.spec)
-    source = tested_rows(retriever, rows, need_labels=question.spec.target == "gold")
-    queries = sample_span_queries(retriever, source, question, n_queries, seed)
-    found = of_faithfulness.measure_faithfulness(
-        retriever, queries, question, n_rows=n_rows, n_runs=n_runs, seed=seed, progress=progress_of(progress)
+    methods = of_faithfulness.METHODS
+    asked = opened(
+        "evaluations.faithfulness", retriever, rows, spec, choices, n_queries, seed, by_spans=True, methods=methods
     )
-    command = COMMAND.format("faithfulness")
-    return finding(found, of_faithfulness.faithfulness_report(found, retriever, queries, question, seed, command))
+    found = of_faithfulness.measure_faithfulness(
+        asked.retriever, asked.queries, asked.question, n_rows=n_rows, n_runs=n_runs, seed=seed,
+        progress=progress_of(progress),
+    )  # fmt: skip
+    return finding(found, of_faithfulness.faithfulness_report(found, asked))

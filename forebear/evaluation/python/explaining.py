@@ -10,21 +10,22 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.evaluation.explain import explaining
 from forebear.evaluation.explain.explanation import Explanation
-from forebear.evaluation.python.opening import IndexLike, Rows, retriever_of
+from forebear.evaluation.python.opening import IndexLike, Rows, retriever_of, tested_rows
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Texts
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.labels import label_map
-from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
 from forebear.indexer.storage.layout import MANIFEST_NAME
 from forebear.indexer.training.run import choose_model
+from forebear.retriever.coverage import tell_fit_age
 from forebear.retriever.question.batch import choose_targets
 from forebear.retriever.question.spec import QueryChoices, QuerySpec
 from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
 from forebear.retriever.saliency import maps
 from forebear.retriever.saliency.maps import GRADIENT_X_INPUT, Saliency
+from forebear.wording import caller
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,6 +36,7 @@ def explain(
     query: str | tuple[str, str],
     *,
     form: str = GRADIENT_X_INPUT,
+    saliency_influence: bool = False,
     spec: QuerySpec | None = None,
     **choices: Unpack[QueryChoices],
 ) -> Explanation:
@@ -44,6 +46,8 @@ def explain(
         retriever: A Retriever, an Index, or an index folder.
         query: A text, or two for an index of pairs.
         form: Form of the saliency: ``gradient-x-input`` or ``summed-gradient``.
+        saliency_influence: Whether rows behind the saliency of a word are asked for too: of ``word``, or else of the
+            word of largest summed-gradient saliency.
         spec: The question. By default five rows at each end, by ``tracin-we-topk`` where the index holds words, and
             ``gc``.
         **choices: Fields of :class:`~forebear.QuerySpec`. By ``spans`` a method that ranks spans is asked too, by
@@ -65,13 +69,14 @@ def explain(
     if spec is None:
         given = choices.get("methods", ())
         names = (given,) if isinstance(given, str) else given
+        about_word = saliency_influence or choices.get("word") is not None
         choices["methods"] = explaining.chosen_methods(
-            retriever, names, spans=choices.get("spans") is not None, saliency_influence=choices.get("word") is not None
+            retriever, names, spans=choices.get("spans") is not None, saliency_influence=about_word
         )
         choices.setdefault("top", 5)
-    return explaining.explain(
-        retriever, query, QuerySpec.of(spec, **choices), form=form, command="forebear.explain(...)"
-    )
+    question = retriever.resolve(QuerySpec.of(spec, **choices))
+    tell_fit_age(question)
+    return explaining.explain(retriever, query, question, form=form, command=caller("forebear.explain(...)"))
 
 
 def saliency(
@@ -107,7 +112,7 @@ def saliency(
         raise InputError(f"saliency form {form!r} is not known. Give {' or '.join(maps.FORMS)}.")
     retriever, classifier = _opened(model)
     names = classifier.label_names if retriever is None else retriever.label_names
-    source = _rows(rows, names, need_labels=target == "gold")
+    source = tested_rows(names, rows, need_labels=target == "gold")
     if retriever is not None:
         retriever.check_texts(source)
     labels = None
@@ -146,11 +151,3 @@ def _opened(model: IndexLike | Classifier) -> tuple[Retriever | None, Classifier
         return retriever, retriever.classifier()
     chosen = choose_model(str(model))
     return None, load_classifier(chosen.checkpoints[-1].path, max_length=chosen.max_length)
-
-
-def _rows(rows: Rows, names: tuple[str, ...], *, need_labels: bool) -> RowSource:
-    if isinstance(rows, RowSource):
-        return rows
-    if isinstance(rows, (str, Path)) or hasattr(rows, "columns"):
-        return open_rows(rows, need_labels=need_labels, classes=names)
-    return rows_from_texts(rows)

@@ -1,19 +1,26 @@
-"""Parts that the functions of this room share: how they open an index and test rows, and the class they return."""
+"""Parts that the functions of this room share: how they open and check their inputs, and the class they return."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from forebear.errors import InputError
+from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.queries import QueryRows, sample_queries
+from forebear.evaluation.common.span_queries import sample_span_queries
 from forebear.evaluation.reports.report import Report, write_report
 from forebear.indexer.index import Index
 from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
+from forebear.progress import tell_warning
+from forebear.retriever.coverage import tell_fit_age
+from forebear.retriever.question.methods import METHODS, pick_methods
+from forebear.retriever.question.query_rows import tell_label_remark
 from forebear.retriever.question.spec import QueryChoices, QuerySpec, Question
 from forebear.retriever.retriever import Retriever
+from forebear.wording import caller, worded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -22,7 +29,7 @@ T = TypeVar("T")
 IndexLike: TypeAlias = (
     Retriever | Index | str | Path
 )  # a retriever; or an index or its folder, for which a retriever is opened
-Rows: TypeAlias = RowSource | str | Path | Sequence[str] | Sequence[tuple[str, str]]
+Rows: TypeAlias = RowSource | str | Path | Sequence[str] | Sequence[tuple[str, str]] | Callable[..., RowSource]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,6 +62,31 @@ class Finding(Generic[T]):
         return self.report._repr_html_()
 
 
+def opened(
+    call: str,
+    retriever: IndexLike,
+    rows: Rows,
+    spec: QuerySpec | None,
+    choices: QueryChoices,
+    n_queries: int,
+    seed: int,
+    *,
+    default: Sequence[str] = (),
+    by_spans: bool = False,
+    **fixed: Unpack[QueryChoices],
+) -> Inputs:
+    """Open an index, a question (see :func:`question_of`) and a sample of the test rows.
+
+    ``call`` is the name of the public function. ``by_spans`` says that spans are compared, so that the test rows must
+    hold some; see :func:`sampled_spans`.
+    """
+    retriever = retriever_of(retriever)
+    question = question_of(retriever, spec, choices, default, **fixed)
+    sample = sampled_spans if by_spans else sampled
+    queries = sample(retriever, rows, question, n_queries, seed)
+    return Inputs(retriever=retriever, question=question, queries=queries, seed=seed, command=called(call))
+
+
 def retriever_of(index: IndexLike) -> Retriever:
     """The given retriever, or a new retriever over the given index."""
     return index if isinstance(index, Retriever) else Retriever(index)
@@ -67,42 +99,92 @@ def question_of(
     default: Sequence[str] = (),
     **fixed: Unpack[QueryChoices],
 ) -> Question:
-    """The question of a public function, checked against the index.
+    """The question of a public function, resolved against the index, with a note on the age of the index's fit.
 
     Args:
         retriever: Over the index.
         spec: The ``spec`` that the public function was given.
         choices: The further keywords that it was given.
-        default: Methods to take where the caller names none: those of them that the index can answer, or else ``gd``.
-            If it is empty, all methods that score rows.
+        default: Methods to take where the caller names none; see :func:`_default_methods`. If it is empty, all methods
+            that score rows.
         **fixed: Choices that the audit or evaluation makes itself; they replace the caller's.
     """
-    if spec is None and "methods" not in choices:
-        answerable = retriever.available_methods()
-        kept = [name for name in default if name in answerable] or ["gd"]
-        choices = {**choices, "methods": kept if default else retriever.row_methods()}
-    return retriever.resolve(QuerySpec.of(QuerySpec.of(spec, **choices), **fixed))
+    asked = QuerySpec.of(QuerySpec.of(spec, **choices), **fixed)
+    if spec is None and "methods" not in (choices | fixed):
+        methods = _default_methods(retriever, default, asked) if default else retriever.row_methods()
+    else:
+        methods = [method.name for method in pick_methods(asked.methods)]
+    question = retriever.resolve(QuerySpec.of(asked, methods=methods))
+    tell_fit_age(question)
+    return question
 
 
-def tested_rows(retriever: Retriever, rows: Rows, *, need_labels: bool = False) -> RowSource:
-    """The source of the test rows, which are a source, a path, a data frame or a list of texts."""
+def _default_methods(retriever: Retriever, names: Sequence[str], spec: QuerySpec) -> Sequence[str]:
+    """Default methods, without those that need a curvature that the index does not hold, of which a warning tells.
+
+    Where none is left, the default is ``gd``.
+    """
+    index, scope = retriever.index, spec.scope
+    has_curvature = (
+        index.manifest.spec.whitened if scope != "head" else "exact" in index.manifest.curvature.get("head", {})
+    )
+    if has_curvature or spec.curvature not in (None, "exact", "ekfac"):
+        return names
+    lacking = [name for name in names if METHODS[name].query == "preconditioned"]
+    kept = [name for name in names if name not in lacking] or ["gd"]
+    if lacking:
+        tell_warning(
+            worded(
+                f"{index.folder} holds no curvature of scope {scope}: taken by default is {', '.join(kept)}, without "
+                f"{', '.join(lacking)}. For {lacking[0]} build the index with a --damping.",
+                of="index",
+            )
+        )
+    return kept
+
+
+def tested_rows(classes: Sequence[str], rows: Rows, *, need_labels: bool = False) -> RowSource:
+    """The source of the test rows: a source, a path, a data frame, a list of texts, or a function that opens them.
+
+    Args:
+        classes: The model's class names.
+        rows: The rows; a function is called with the keywords ``classes`` and ``need_labels`` of
+            :func:`~forebear.indexer.rows.row_source.open_rows`.
+        need_labels: Whether rows without labels are refused.
+    """
     if isinstance(rows, RowSource):
         return rows
     if isinstance(rows, (str, Path)) or hasattr(rows, "columns"):
-        return open_rows(rows, need_labels=need_labels, classes=retriever.label_names)
+        return open_rows(rows, need_labels=need_labels, classes=classes)
+    if callable(rows):
+        return rows(need_labels=need_labels, classes=classes)
     if need_labels:
         raise InputError("these test rows need labels. Give rows_from_texts(texts, labels), or a file that has them.")
     return rows_from_texts(rows)
 
 
-def sampled(
-    retriever: Retriever, rows: Rows, question: Question, n_queries: int, seed: int, *, need_labels: bool = False
-) -> QueryRows:
-    """A seeded sample of the test rows, with labels where they are needed."""
-    labelled = need_labels or question.spec.target == "gold"
-    return sample_queries(
-        retriever, tested_rows(retriever, rows, need_labels=labelled), n_queries, seed, need_labels=labelled
-    )
+def sampled(retriever: Retriever, rows: Rows, question: Question, n_queries: int, seed: int) -> QueryRows:
+    """A seeded sample of the test rows, with labels where the target is the gold one."""
+    by_gold = question.spec.target == "gold"
+    source = tested_rows(retriever.label_names, rows, need_labels=by_gold)
+    tell_label_remark(retriever.index, source, required=by_gold)
+    return sample_queries(retriever, source, n_queries, seed, need_labels=by_gold)
+
+
+def sampled_spans(retriever: Retriever, rows: Rows, question: Question, n_queries: int, seed: int) -> QueryRows:
+    """The same for methods that compare spans, which what the model itself says is the measure of.
+
+    Sampled rows without a span are left out, if a method ranks spans.
+    """
+    if question.spec.exact == "none":
+        raise InputError("--exact none ranks by sketches alone; give rerank or full.")
+    source = tested_rows(retriever.label_names, rows, need_labels=question.spec.target == "gold")
+    return sample_span_queries(retriever, source, question, n_queries, seed)
+
+
+def called(function: str) -> str:
+    """What repeats a report: the command line, or the call of a function such as ``audits.hans``."""
+    return caller(f"forebear.{function}(...) in Python")
 
 
 def finding(found: T, page: tuple[Report, Mapping[str, Any]]) -> Finding[T]:

@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from forebear.evaluation.common.queries import QueryRows, sample_queries
+from forebear.evaluation.common.queries import refuse_saliency, sample_queries
 from forebear.evaluation.common.span_queries import sample_span_queries
-from forebear.evaluation.python.opening import Finding, IndexLike, Rows, finding, retriever_of, tested_rows
+from forebear.evaluation.python.opening import (
+    Finding,
+    IndexLike,
+    Rows,
+    called,
+    finding,
+    question_of,
+    retriever_of,
+    tested_rows,
+)
+from forebear.evaluation.reports.report import Report
 from forebear.evaluation.retraining import deletion_curve as of_deletion
 from forebear.evaluation.retraining import lds as of_lds
 from forebear.evaluation.retraining import removal as of_removal
 from forebear.evaluation.retraining import retraining_loss as of_loss
-from forebear.evaluation.retraining.changes import seeds_of
-from forebear.evaluation.retraining.jobs import Retrainer
+from forebear.evaluation.retraining.changes import RetrainingInputs, seeds_of
 from forebear.evaluation.retraining.recipes import open_retrainer
 from forebear.evaluation.retraining.row_choice import (
     amounts_of,
     least_overlap,
-    removal_methods,
     row_scores,
     sides_of,
     targets_of,
 )
-from forebear.progress import Progress, progress_of
-from forebear.retriever.question.spec import QueryChoices, QuerySpec, Question
-from forebear.retriever.retriever import Retriever
+from forebear.progress import Progress, progress_of, tell_warning
+from forebear.retriever.question.spec import QueryChoices, QuerySpec
 from forebear.retriever.scores import Scores
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 T = TypeVar("T")
-COMMAND = "forebear.evaluations.{}(...) in Python"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,7 @@ class Retraining:
         l2: For ``head``: weight of half the squared norm, above 0.
         budget: Models to train at most; comparisons are then sampled. None: all comparisons.
         device: Where models are trained.
+        begin: Called with the cache's folder when the inputs are checked, before the work.
     """
 
     recipe: str = "head"
@@ -60,47 +66,14 @@ class Retraining:
     l2: float = 0.01
     budget: int | None = None
     device: str = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Opened:
-    """The opened parts of an evaluation by retraining.
-
-    Attributes:
-        retriever: Over the index.
-        question: The question, with its methods.
-        queries: Test rows that scores are computed for.
-        retrainer: Trains models and evaluates them on ``evaluated``.
-        seeds: Seeds of the retrainings.
-        evaluated: Test rows on which retrained models are evaluated: the queries, or all test rows.
-    """
-
-    retriever: Retriever
-    question: Question
-    queries: QueryRows
-    retrainer: Retrainer
-    seeds: tuple[int, ...]
-    evaluated: QueryRows
-
-    def scores(self) -> Scores:
-        """Scores of all live rows, ``(q, n)`` by method."""
-        return row_scores(self.retriever, self.queries, self.question)
-
-    def page(self, found: T, make_report: object, seed: int, name: str) -> Finding[T]:
-        """The finding with its report; the retrainer's lines on damaged files and lacking classes become warnings."""
-        for line in self.retrainer.warnings:
-            warnings.warn(line, stacklevel=3)
-        assert callable(make_report)
-        page = make_report(
-            found, self.retriever, self.queries, self.question, self.retrainer, seed, COMMAND.format(name)
-        )
-        return finding(found, page)
+    begin: Callable[[Path], None] = lambda _cache: None
 
 
 def _open(
+    call: str,
     index: IndexLike,
     rows: Rows,
-    retraining: Retraining,
+    how: Retraining,
     n_queries: int,
     seed: int,
     spec: QuerySpec | None,
@@ -108,28 +81,22 @@ def _open(
     *,
     need_labels: bool = False,
     evaluate_all: bool = False,
-) -> _Opened:
+) -> RetrainingInputs:
     retriever = retriever_of(index)
-    named = spec is not None or "methods" in choices
-    spec = QuerySpec.of(spec, **choices)
-    question = retriever.resolve(spec, methods=removal_methods(retriever, spec.methods if named else ()))
-    labelled = need_labels or spec.target == "gold"
-    source = tested_rows(retriever, rows, need_labels=labelled)
+    question = question_of(retriever, spec, choices)
+    refuse_saliency(question)
+    labelled = need_labels or question.spec.target == "gold"
+    source = tested_rows(retriever.label_names, rows, need_labels=labelled)
+    cache = Path(f"{retriever.index.folder.resolve()}-retraining" if how.cache is None else how.cache)
+    how.begin(cache)
     queries = sample_span_queries(retriever, source, question, n_queries, seed, need_labels=labelled)
     evaluated = sample_queries(retriever, source, 0, seed, need_labels=labelled) if evaluate_all else queries
-    cache = retraining.cache if retraining.cache is not None else f"{retriever.index.folder.resolve()}-retraining"
     retrainer = open_retrainer(
-        retriever,
-        retraining.recipe,
-        evaluated.texts,
-        cache,
-        run=retraining.run,
-        l2=retraining.l2,
-        device=retraining.device,
-    )
-    return _Opened(
-        retriever=retriever, question=question, queries=queries, retrainer=retrainer,
-        seeds=seeds_of(retrainer, retraining.n_seeds, seed), evaluated=evaluated,
+        retriever, how.recipe, evaluated.texts, cache, run=how.run, l2=how.l2, device=how.device
+    )  # fmt: skip
+    return RetrainingInputs(
+        retriever=retriever, question=question, queries=queries, seed=seed, retrainer=retrainer,
+        seeds=seeds_of(retrainer, how.n_seeds, seed), evaluated=evaluated, command=called(call),
     )  # fmt: skip
 
 
@@ -162,13 +129,14 @@ def removal(
         spec: The question; by default all methods that give rows a score.
         **choices: Fields of QuerySpec.
     """
-    opened = _open(retriever, rows, how, n_queries, seed, spec, choices)
-    amounts = amounts_of(remove, shares, len(opened.retriever.index.live), ["0.1"])
+    retriever = retriever_of(retriever)
+    amounts, named_sides = amounts_of(remove, shares, len(retriever.index.live), ["0.1"]), sides_of(sides)
+    asked = _open("evaluations.removal", retriever, rows, how, n_queries, seed, spec, choices)
     found = of_removal.measure_removal(
-        opened.retrainer, opened.scores(), amounts, opened.seeds, sides=sides_of(sides), budget=how.budget, seed=seed,
+        asked.retrainer, _scores(asked), amounts, asked.seeds, sides=named_sides, budget=how.budget, seed=seed,
         progress=progress_of(progress),
     )  # fmt: skip
-    return opened.page(found, of_removal.removal_report, seed, "removal")
+    return _finding(found, of_removal.removal_report, asked)
 
 
 def deletion_curve(
@@ -193,16 +161,17 @@ def deletion_curve(
     """
     if spec is None:
         choices.setdefault("target", "gold")
-    opened = _open(retriever, rows, how, n_queries, seed, spec, choices, need_labels=True)
-    assert opened.queries.labels is not None
-    n_rows = len(opened.retriever.index.live) if no_overlap is None else no_overlap
+    retriever = retriever_of(retriever)
+    n_rows = len(retriever.index.live) if no_overlap is None else no_overlap
+    amounts = amounts_of(remove, shares, n_rows, [str(k) for k in range(10, 101, 10)])
+    asked = _open("evaluations.deletion_curve", retriever, rows, how, n_queries, seed, spec, choices, need_labels=True)
+    assert asked.queries.labels is not None
+    candidates = None if no_overlap is None else least_overlap(retriever, asked.queries, no_overlap)
     found = of_deletion.measure_deletion(
-        opened.retrainer, opened.scores(), opened.queries.labels,
-        amounts_of(remove, shares, n_rows, [str(k) for k in range(10, 101, 10)]), opened.seeds,
-        candidates=None if no_overlap is None else least_overlap(opened.retriever, opened.queries, no_overlap),
+        asked.retrainer, _scores(asked), asked.queries.labels, amounts, asked.seeds, candidates=candidates,
         budget=how.budget, seed=seed, progress=progress_of(progress),
     )  # fmt: skip
-    return opened.page(found, of_deletion.deletion_report, seed, "deletion_curve")
+    return _finding(found, of_deletion.deletion_report, asked)
 
 
 def retraining_loss(
@@ -223,14 +192,26 @@ def retraining_loss(
     As :func:`removal`; a fifth and a half of the rows, if neither ``remove`` nor ``shares`` are given. Test rows have
     labels; accuracy is measured on all of them, scores are summed over the sample.
     """
-    opened = _open(retriever, rows, how, n_queries, seed, spec, choices, need_labels=True, evaluate_all=True)
-    assert opened.evaluated.labels is not None
+    retriever = retriever_of(retriever)
+    amounts = amounts_of(remove, shares, len(retriever.index.live), ["0.2", "0.5"])
+    asked = _open(
+        "evaluations.retraining_loss",
+        retriever,
+        rows,
+        how,
+        n_queries,
+        seed,
+        spec,
+        choices,
+        need_labels=True,
+        evaluate_all=True,
+    )
+    assert asked.evaluated.labels is not None
     found = of_loss.measure_retraining_loss(
-        opened.retrainer, opened.scores(), opened.evaluated.labels,
-        amounts_of(remove, shares, len(opened.retriever.index.live), ["0.2", "0.5"]), opened.seeds,
-        budget=how.budget, seed=seed, progress=progress_of(progress),
+        asked.retrainer, _scores(asked), asked.evaluated.labels, amounts, asked.seeds, budget=how.budget, seed=seed,
+        progress=progress_of(progress),
     )  # fmt: skip
-    return opened.page(found, of_loss.retraining_loss_report, seed, "retraining_loss")
+    return _finding(found, of_loss.retraining_loss_report, asked)
 
 
 def lds(
@@ -249,10 +230,26 @@ def lds(
 
     As :func:`removal`; ``n_subsets`` random halves of the training rows, a model for each.
     """
-    opened = _open(retriever, rows, how, n_queries, seed, spec, choices)
-    targets = targets_of(opened.retriever, opened.queries, opened.question.spec.target)
+    asked = _open("evaluations.lds", retriever, rows, how, n_queries, seed, spec, choices)
+    targets = targets_of(asked.retriever, asked.queries, asked.question.spec.target)
     found = of_lds.measure_lds(
-        opened.retrainer, opened.scores(), targets, opened.seeds, n_subsets=n_subsets, budget=how.budget, seed=seed,
+        asked.retrainer, _scores(asked), targets, asked.seeds, n_subsets=n_subsets, budget=how.budget, seed=seed,
         progress=progress_of(progress),
     )  # fmt: skip
-    return opened.page(found, of_lds.lds_report, seed, "lds")
+    return _finding(found, of_lds.lds_report, asked)
+
+
+def _scores(inputs: RetrainingInputs) -> Scores:
+    """Scores of all live rows, ``(q, n)`` by method."""
+    return row_scores(inputs.retriever, inputs.queries, inputs.question)
+
+
+def _finding(
+    found: T,
+    report: Callable[[T, RetrainingInputs], tuple[Report, Mapping[str, Any]]],
+    inputs: RetrainingInputs,
+) -> Finding[T]:
+    """The finding with its report; the retrainer's lines on damaged files and lacking classes become warnings."""
+    for line in inputs.retrainer.warnings:
+        tell_warning(line)
+    return finding(found, report(found, inputs))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import provenance
+from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
-from forebear.retriever.question.spec import QuerySpec, Question
-from forebear.retriever.retriever import Retriever
 
 RANDOM = "(random rows)"
 IN_PLACE = (
@@ -19,6 +20,47 @@ IN_PLACE = (
     "seed's retraining on all rows."
 )
 Removals = Callable[[int, int], list[np.ndarray]]  # (query, seed) -> rows to remove, one array a variation
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainingInputs(Inputs):
+    """What an evaluation by retraining is given.
+
+    Attributes:
+        retrainer: Trains models and evaluates them on ``evaluated``.
+        seeds: Seeds of the retrainings.
+        evaluated: Test rows on which retrained models are evaluated: the queries, or all test rows.
+    """
+
+    retrainer: Retrainer
+    seeds: tuple[int, ...]
+    evaluated: QueryRows
+
+    def retraining_provenance(self, residuals: Mapping[str, float], sampled: str) -> dict[str, str]:
+        """The provenance lines of the report, with how models were retrained."""
+        n_left_out = len(self.queries.left_out)
+        left_out = f"; {n_left_out:,} sampled rows without a span left out" if n_left_out else ""
+        return provenance(
+            self.retriever,
+            self.question,
+            self.command,
+            residuals=residuals,
+            test_rows=f"{self.queries.source}, {len(self.queries):,} of them{left_out}",
+            retraining=f"{self.retrainer.recipe.name}. {self.retrainer.recipe.note}",
+            retrained=sampled,
+            retraining_digest=self.retrainer.facts()["digest"],
+            seeds=", ".join(map(str, self.seeds)),
+        )
+
+    def retraining_record(self, residuals: Mapping[str, float], sampled: str) -> dict[str, Any]:
+        """The question, the retraining and the test rows as ``result.json`` records them."""
+        return {
+            **self.record(residuals),
+            **self.retrainer.facts(),
+            "seeds": self.seeds,
+            "sampled": sampled,
+            "queries": self.queries.rows,
+        }
 
 
 def seeds_of(retrainer: Retrainer, n_seeds: int, seed: int) -> tuple[int, ...]:
@@ -77,28 +119,3 @@ def probability_changes(
         before = unchanged.probabilities[i, target]
         changes[:, s, i] = [outcome.probabilities[i, target] - before for outcome in reduced]
     return changes, sampled
-
-
-def retraining_provenance(
-    retriever: Retriever,
-    spec: QuerySpec | Question,
-    residuals: Mapping[str, float],
-    retrainer: Retrainer,
-    seeds: Sequence[int],
-    sampled: str,
-    queries: QueryRows,
-    command: str,
-) -> dict[str, str]:
-    """The provenance lines of a report: index, question, test rows, and how models were retrained."""
-    return provenance(
-        retriever,
-        spec,
-        command,
-        residuals=residuals,
-        test_rows=f"{queries.source}, {len(queries):,} of them"
-        + (f"; {len(queries.left_out):,} sampled rows without a span left out" if len(queries.left_out) else ""),
-        retraining=f"{retrainer.recipe.name}. {retrainer.recipe.note}",
-        retrained=sampled,
-        retraining_digest=retrainer.facts()["digest"],
-        seeds=", ".join(map(str, seeds)),
-    )

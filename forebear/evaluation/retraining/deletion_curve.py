@@ -19,21 +19,17 @@ from forebear.evaluation.common.comparisons import (
     defined_means,
     interval_cells,
     listed_values,
-    question_record,
 )
-from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import difference_table
 from forebear.evaluation.reports.charts import line_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.evaluation.retraining.changes import (
     IN_PLACE,
+    RetrainingInputs,
     probability_changes,
-    retraining_provenance,
 )
 from forebear.evaluation.retraining.jobs import Progress, Retrainer
 from forebear.evaluation.retraining.row_choice import Side, rows_at
-from forebear.retriever.question.spec import QuerySpec, Question
-from forebear.retriever.retriever import Retriever
 from forebear.retriever.scores import residuals_of
 
 MAX_LINES = 6  # of one chart
@@ -120,16 +116,9 @@ def measure_deletion(
     )
 
 
-def deletion_report(
-    curve: DeletionCurve,
-    retriever: Retriever,
-    queries: QueryRows,
-    spec: QuerySpec | Question,
-    retrainer: Retrainer,
-    seed: int,
-    command: str,
-) -> tuple[Report, dict[str, Any]]:
+def deletion_report(curve: DeletionCurve, inputs: RetrainingInputs) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``; changes as differences of probabilities, as in the paper."""
+    retrainer, seed = inputs.retrainer, inputs.seed
     names = ("DEL+", "DEL−")
     rows: list[list[Cell]] = []
     points: list[list[Cell]] = []
@@ -166,16 +155,10 @@ def deletion_report(
         f"{curve.methods[best]}: {plus:+.3f}; without its opponents (AUC-DEL−) {minus:+.3f}. {retrainer.recipe.note}",
         tables,
         [_curve_figure(curve, j, f"{side}(k)") for j, side in enumerate(names)],
-        provenance=retraining_provenance(
-            retriever, spec, curve.residuals, retrainer, curve.seeds, sampled, queries, command
-        ),
+        provenance=inputs.retraining_provenance(curve.residuals, sampled),
     )
     result = {
-        **question_record(retriever, spec, curve.residuals),
-        **retrainer.facts(),
-        "seeds": curve.seeds,
-        "sampled": sampled,
-        "queries": queries.rows,
+        **inputs.retraining_record(curve.residuals, sampled),
         "amounts": curve.amounts,
         "changes": {
             name: {"proponents": listed_values(curve.changes[i, 0]), "opponents": listed_values(curve.changes[i, 1])}

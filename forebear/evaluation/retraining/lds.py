@@ -20,18 +20,14 @@ from forebear.evaluation.common.comparisons import (
     defined,
     interval_cells,
     listed_values,
-    question_record,
     spearman,
 )
-from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import difference_table
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
-from forebear.evaluation.retraining.changes import retraining_provenance
+from forebear.evaluation.retraining.changes import RetrainingInputs
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
 from forebear.evaluation.retraining.row_choice import random_rows
-from forebear.retriever.question.spec import QuerySpec, Question
-from forebear.retriever.retriever import Retriever
 from forebear.retriever.scores import residuals_of
 
 MIN_SUBSETS = 3
@@ -135,16 +131,9 @@ def _sums(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return np.asarray((finite - finite[:, :1]) @ kept.T)
 
 
-def lds_report(
-    lds: Lds,
-    retriever: Retriever,
-    queries: QueryRows,
-    spec: QuerySpec | Question,
-    retrainer: Retrainer,
-    seed: int,
-    command: str,
-) -> tuple[Report, dict[str, Any]]:
+def lds_report(lds: Lds, inputs: RetrainingInputs) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
+    retrainer, seed = inputs.retrainer, inputs.seed
     rows: list[list[Cell]] = []
     for name, values in zip(lds.methods, lds.values, strict=True):
         rows.append([name, *interval_cells(values, seed), int(np.isnan(values).sum())])
@@ -185,16 +174,10 @@ def lds_report(
         + retrainer.recipe.note,
         tables,
         [Figure("LDS by method", drawing, "Mean over queries, bars: standard error.")],
-        provenance=retraining_provenance(
-            retriever, spec, lds.residuals, retrainer, lds.seeds, lds.sampled, queries, command
-        ),
+        provenance=inputs.retraining_provenance(lds.residuals, lds.sampled),
     )
     result = {
-        **question_record(retriever, spec, lds.residuals),
-        **retrainer.facts(),
-        "seeds": lds.seeds,
-        "sampled": lds.sampled,
-        "queries": queries.rows,
+        **inputs.retraining_record(lds.residuals, lds.sampled),
         "subsets": lds.subsets,
         "lds": {name: listed_values(values) for name, values in zip(lds.methods, lds.values, strict=True)},
         "agreement": None if lds.agreement is None else listed_values(lds.agreement),

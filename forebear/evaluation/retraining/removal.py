@@ -18,22 +18,18 @@ from forebear.evaluation.common.comparisons import (
     defined_means,
     interval_cells,
     listed_values,
-    question_record,
 )
-from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import difference_table, paired_difference
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.evaluation.retraining.changes import (
     IN_PLACE,
     RANDOM,
+    RetrainingInputs,
     probability_changes,
-    retraining_provenance,
 )
 from forebear.evaluation.retraining.jobs import Progress, Retrainer
 from forebear.evaluation.retraining.row_choice import SIDES, Side, random_rows, rows_at
-from forebear.retriever.question.spec import QuerySpec, Question
-from forebear.retriever.retriever import Retriever
 from forebear.retriever.scores import residuals_of
 
 
@@ -113,16 +109,9 @@ def measure_removal(
     )
 
 
-def removal_report(
-    removal: Removal,
-    retriever: Retriever,
-    queries: QueryRows,
-    spec: QuerySpec | Question,
-    retrainer: Retrainer,
-    seed: int,
-    command: str,
-) -> tuple[Report, dict[str, Any]]:
+def removal_report(removal: Removal, inputs: RetrainingInputs) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``; changes in percentage points, as in the papers."""
+    retrainer, seed = inputs.retrainer, inputs.seed
     tables = _removal_tables(removal, seed, paired=retrainer.recipe.seeded)
     if len(removal.methods) > 1:
         tables += [
@@ -143,16 +132,10 @@ def removal_report(
         _removal_summary(removal, retrainer),
         tables,
         _removal_figures(removal),
-        provenance=retraining_provenance(
-            retriever, spec, removal.residuals, retrainer, removal.seeds, removal.sampled, queries, command
-        ),
+        provenance=inputs.retraining_provenance(removal.residuals, removal.sampled),
     )
     result = {
-        **question_record(retriever, spec, removal.residuals),
-        **retrainer.facts(),
-        "seeds": removal.seeds,
-        "sampled": removal.sampled,
-        "queries": queries.rows,
+        **inputs.retraining_record(removal.residuals, removal.sampled),
         "amounts": removal.amounts,
         "changes": {
             name: {side: listed_values(removal.changes[i, j]) for j, side in enumerate(removal.sides)}

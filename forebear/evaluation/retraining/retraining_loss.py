@@ -18,17 +18,13 @@ from forebear.evaluation.common.comparisons import (
     defined,
     interval_cells,
     listed_values,
-    question_record,
 )
-from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import paired_difference
 from forebear.evaluation.reports.charts import MAX_SERIES, bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
-from forebear.evaluation.retraining.changes import RANDOM, retraining_provenance
+from forebear.evaluation.retraining.changes import RANDOM, RetrainingInputs
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
 from forebear.evaluation.retraining.row_choice import random_rows, rows_at
-from forebear.retriever.question.spec import QuerySpec, Question
-from forebear.retriever.retriever import Retriever
 from forebear.retriever.scores import residuals_of
 
 
@@ -107,16 +103,9 @@ def measure_retraining_loss(
     )
 
 
-def retraining_loss_report(
-    measured: RetrainingLoss,
-    retriever: Retriever,
-    queries: QueryRows,
-    spec: QuerySpec | Question,
-    retrainer: Retrainer,
-    seed: int,
-    command: str,
-) -> tuple[Report, dict[str, Any]]:
+def retraining_loss_report(measured: RetrainingLoss, inputs: RetrainingInputs) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``; percentage points, as in the paper."""
+    retrainer, queries, seed = inputs.retrainer, inputs.queries, inputs.seed
     loss = 100 * measured.loss
     rows: list[list[Cell]] = []
     for i, name in enumerate(measured.methods):
@@ -145,16 +134,10 @@ def retraining_loss_report(
         f"{retrainer.recipe.note}",
         [table],
         [Figure("Accuracy lost", drawing, f"Mean over seeds, bars: standard error.{_left_undrawn(measured.amounts)}")],
-        provenance=retraining_provenance(
-            retriever, spec, measured.residuals, retrainer, measured.seeds, measured.sampled, queries, command
-        ),
+        provenance=inputs.retraining_provenance(measured.residuals, measured.sampled),
     )
     result = {
-        **question_record(retriever, spec, measured.residuals),
-        **retrainer.facts(),
-        "seeds": measured.seeds,
-        "sampled": measured.sampled,
-        "queries": queries.rows,
+        **inputs.retraining_record(measured.residuals, measured.sampled),
         "amounts": measured.amounts,
         "n_rows": measured.n_rows,
         "accuracy_whole": measured.whole,

@@ -14,7 +14,6 @@ from forebear.evaluation.common.span_queries import gradients_compared, training
 from forebear.indexer.model.forward import run_forward
 from forebear.retriever.deep.search import GradientSearch
 from forebear.retriever.question.batch import choose_targets
-from forebear.retriever.question.methods import pick_methods
 from forebear.retriever.question.models import N_VARIANTS
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
@@ -191,18 +190,3 @@ def _best_spans(retriever: Retriever, queries: QueryRows, question: Question) ->
             out[method.name] = np.full((len(queries), len(index.live)), -np.inf)
             out[method.name][:, positions] = np.maximum.reduceat(values, starts, axis=1)
     return out
-
-
-def removal_methods(retriever: Retriever, names: Sequence[str]) -> tuple[str, ...]:
-    """Methods that give training rows a score for a prediction; if no name is given, all that the index can answer.
-
-    Raises:
-        InputError: A name is not known, or explains saliency.
-    """
-    if not names:
-        return retriever.row_methods()
-    methods = pick_methods(names)
-    saliency = [m.name for m in methods if m.saliency]
-    if saliency:
-        raise InputError(f"{saliency[0]} explains a word's saliency; removing rows by it says nothing of predictions.")
-    return tuple(m.name for m in methods)

@@ -6,6 +6,7 @@ from forebear.errors import DataError, MismatchError
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import LabelMap, label_map
 from forebear.indexer.rows.row_source import RowSource
+from forebear.progress import tell_warning
 
 
 def check_texts(index: Index, source: RowSource) -> None:
@@ -37,3 +38,12 @@ def query_labels(index: Index, source: RowSource, *, required: bool) -> LabelMap
         if required:
             raise
         return None
+
+
+def tell_label_remark(index: Index, source: RowSource, *, required: bool) -> None:
+    """Warn of test rows whose label is not one of the model's."""
+    if source.label_column is None:
+        return
+    labels = query_labels(index, source, required=required)
+    unknown = f"{source.name}: its labels are not the model's, so query_label stays empty"
+    tell_warning(unknown if labels is None else labels.remark)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from inputs import inputs_of
 
 from forebear import DataError, InputError, QuerySpec, Retriever
 from forebear.cli.main import run
@@ -175,7 +176,7 @@ def test_rows_without_a_span_are_left_out_and_counted(bert_world):
     assert asked.rows.tolist() == found.rows.tolist() == [0, 2]
     assert asked.left_out.tolist() == [1, 3]
     assert asked.texts == (["good film", "bad plot"],)
-    report, result = agreement_report(found, bert_world.retriever, asked, spec, 0, "forebear")
+    report, result = agreement_report(found, inputs_of(bert_world.retriever, asked, spec))
     assert "2 sampled test rows hold no span" in report.tables[0].note
     assert result["query_rows_left_out"].tolist() == [1, 3]
     _, whole, _ = measured(bert_world, "semantic", queries=texts, spans="clauses", methods=("gd",))
@@ -196,7 +197,7 @@ def test_queries_are_a_seeded_sample_with_their_labels(bert_world):
 
 def test_one_query_has_no_interval(bert_world):
     found, asked, spec = measured(bert_world, "label", queries=["good film"], methods=("gd", "if++"))
-    report, _ = agreement_report(found, bert_world.retriever, asked, spec, 0, "forebear")
+    report, _ = agreement_report(found, inputs_of(bert_world.retriever, asked, spec))
     assert all(row[2:] == [None, None, None] for row in report.tables[0].rows)
     assert all(row[3:] == [None, None, None, 1] for row in report.tables[1].rows)
 
@@ -204,7 +205,7 @@ def test_one_query_has_no_interval(bert_world):
 def test_residuals_of_a_solver_that_iterates_are_said(bert_world):
     found, asked, spec = measured(bert_world, "label", methods=("gd", "if"), curvature="cg")
     assert set(found.residuals) == {"if"}
-    report, result = agreement_report(found, bert_world.retriever, asked, spec, 0, "forebear")
+    report, result = agreement_report(found, inputs_of(bert_world.retriever, asked, spec))
     assert 0 < result["largest_residuals"]["if"] <= 1e-3
     assert "relative residual" in report.tables[0].note
 
@@ -216,7 +217,7 @@ def test_a_cosine_with_a_zero_vector_is_zero():
 def test_what_has_no_meaning_is_refused(bert_world):
     with pytest.raises(InputError, match=r"at=\(61,\): .* has 60 live rows"):
         measured(bert_world, "label", (61,), methods=("gd",))
-    with pytest.raises(InputError, match="saliency-if explains a word"):
+    with pytest.raises(InputError, match="saliency-if explains the saliency of a word"):
         measured(bert_world, "semantic", methods=("gd", "saliency-if"))
     for at in ([], [0], [1, 2, 3, 4, 5, 6, 7]):
         with pytest.raises(InputError, match="one to six numbers"):

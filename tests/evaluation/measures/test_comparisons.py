@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import N_QUERIES, N_ROWS
+from inputs import inputs_of
 from scipy import stats
 from tiny import make_tiny_model, write_jsonl
 
@@ -123,7 +124,7 @@ def test_constant_scores_are_left_out_and_counted(retriever, queries, monkeypatc
     found = correlations(retriever, queries, spec)
     assert np.isnan(found.values[1, 0, 1])
     assert matrix_of(found.values)[0][1] == pytest.approx(1.0)
-    _, result = correlation.correlation_report(found, retriever, queries, spec, 0, "x")
+    _, result = correlation.correlation_report(found, inputs_of(retriever, queries, spec))
     assert result["n_undefined"] == 1
     assert result["per_query"][1][0][1] is None
     all_undefined = np.full((3, 2, 2), np.nan)

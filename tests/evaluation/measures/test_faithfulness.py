@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from inputs import inputs_of
 from scipy.stats import spearmanr
 
 from forebear import InputError, QuerySpec
@@ -192,7 +193,7 @@ def test_what_is_the_yardstick_itself_correlates_fully(bert_world, monkeypatch):
     assert found.names == (*METHODS, RANDOM)  # a control of one checkpoint would be the yardstick
     assert found.values[:, :, :2] == pytest.approx(np.ones((2, 7, 2)), abs=1e-3)
     assert np.abs(found.values[:, :, 2]).max() < 0.9
-    report, _ = faithfulness_report(found, bert_world.retriever, asked, spec, 0, "forebear")
+    report, _ = faithfulness_report(found, inputs_of(bert_world.retriever, asked, spec))
     assert "one checkpoint" in report.tables[0].note
 
 
@@ -218,7 +219,7 @@ def test_constant_scores_have_no_order_and_are_left_out(bert_world, monkeypatch)
     monkeypatch.setattr(SpanScores, "summed", constant)
     found, asked, spec = measured(bert_world)
     assert np.isnan(found.values).all()
-    report, result = faithfulness_report(found, bert_world.retriever, asked, spec, 0, "forebear")
+    report, result = faithfulness_report(found, inputs_of(bert_world.retriever, asked, spec))
     assert all(row[1:] == [None] * 6 for row in report.tables[0].rows)
     assert "undefined" in report.summary
     assert "14 lists" in report.tables[0].note
@@ -230,7 +231,7 @@ def test_the_chart_shows_the_means_of_the_table(bert_world):
     values = found.values.copy()
     values[:, 0, 1], values[:, :, 2] = np.nan, np.nan  # if++ has no order for one query, the control for none
     changed = replace(found, values=values)
-    report, _ = faithfulness_report(changed, bert_world.retriever, asked, spec, 0, "forebear")
+    report, _ = faithfulness_report(changed, inputs_of(bert_world.retriever, asked, spec))
     (figure,) = report.figures
     means = {name: mean for name, mean, *_ in report.tables[0].rows}
     assert means[found.names[2]] is None
@@ -251,7 +252,7 @@ def test_too_little_to_compare_is_refused(bert_world):
 
 def test_one_query_and_one_run_have_no_spread(bert_world):
     found, asked, spec = measured(bert_world, queries=["good film plot"], n_runs=1)
-    report, result = faithfulness_report(found, bert_world.retriever, asked, spec, 0, "forebear")
+    report, result = faithfulness_report(found, inputs_of(bert_world.retriever, asked, spec))
     assert all(row[2:] == [None] * 5 for row in report.tables[0].rows)
     assert result["mean"]["if++"] == pytest.approx(100 * found.values[0, 0, 1])
 

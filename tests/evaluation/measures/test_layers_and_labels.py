@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import N_QUERIES, N_ROWS
+from inputs import inputs_of
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 from tiny import labels, make_tiny_model, sentences, write_jsonl
@@ -190,7 +191,7 @@ def test_consistency_is_that_of_a_slow_loop(bert_world, retriever, queries, monk
                     else:
                         assert np.isnan(found.overlaps[m, r, d, q])
     assert (found.overlaps[0, :, 1] < 1).any()
-    report, result = saliency_consistency_report(found, retriever, queries, spec, 0, "x")
+    report, result = saliency_consistency_report(found, inputs_of(retriever, queries, spec))
     assert result["overlaps"][0][0][0] == [None] * N_QUERIES
     pooled = [row[3] for row in report.tables[0].rows if row[:3] == ["gd", "median", "50%"]]
     at = INFLUENCE_SHARES.index("0.5")

@@ -201,30 +201,15 @@ def tested(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CASES: dict[str, tuple[Callable[..., Finding[Any]], str, dict[str, Any]]] = {  # with a command's words; {} is the file
-    "suspects": (forebear.audits.suspects, "audit mislabelled --top 5", {"n_listed": 5}),
-    "duplicates": (forebear.audits.duplicates, "audit duplicates --test {}", {}),
-    "errors": (forebear.audits.errors, "audit errors --method gd --test {}", {"methods": ["gd"]}),
     "hubs": (forebear.audits.hubs, "audit hubs --method gd,gc --top 3 --test {}", {"methods": ["gd", "gc"], "top": 3}),
-    "negation": (forebear.audits.negation, "audit negation --test {}", {}),
-    "correlation": (
-        forebear.evaluations.correlation, "evaluate correlation --method gd,if --test {}", {"methods": ["gd", "if"]},
-    ),
     "overlap": (
         forebear.evaluations.overlap, "evaluate overlap --method gd,if --top 2,5 --test {}",
         {"methods": ["gd", "if"], "tops": [2, 5]},
     ),
     "recall": (forebear.evaluations.recall, "evaluate recall --method gd --test {}", {"methods": ["gd"]}),
-    "near duplicates": (
-        forebear.evaluations.near_duplicates, "evaluate near-duplicates --method gc", {"methods": "gc"},
-    ),
     "removal": (
         forebear.evaluations.removal, "evaluate removal --method gd --remove 3 --queries 2 --seeds 1 --test {}",
         {"methods": ["gd"], "remove": [3], "n_queries": 2, "how": forebear.evaluations.Retraining(n_seeds=1)},
-    ),
-    "retraining loss": (
-        forebear.evaluations.retraining_loss,
-        "evaluate retraining-loss --method gd --remove 3 --seeds 1 --test {}",
-        {"methods": ["gd"], "remove": [3], "how": forebear.evaluations.Retraining(n_seeds=1)},
     ),
 }  # fmt: skip
 

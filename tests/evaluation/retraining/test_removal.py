@@ -20,7 +20,7 @@ from tiny import labels, sentences, write_jsonl
 from forebear.cli.main import run
 from forebear.errors import InputError
 from forebear.evaluation.common.queries import QueryRows, sample_queries
-from forebear.evaluation.retraining.changes import seeds_of
+from forebear.evaluation.retraining.changes import RetrainingInputs, seeds_of
 from forebear.evaluation.retraining.deletion_curve import measure_deletion
 from forebear.evaluation.retraining.jobs import Job, Retrainer, TrainingRows
 from forebear.evaluation.retraining.lds import Lds, lds_report, measure_lds
@@ -237,7 +237,11 @@ def test_constant_scores_alone_still_make_a_report(bert_world, make):
     found = measure_lds(retrainer, {"gd": np.ones((Q, N)), "gc": np.ones((Q, N))}, np.ones(Q, np.int64), (0,))
     assert isinstance(found, Lds)
     spec = QuerySpec(methods=("gd", "gc"))
-    report, result = lds_report(found, bert_world.retriever, queries, spec, retrainer, 0, "command")
+    inputs = RetrainingInputs(
+        retriever=bert_world.retriever, question=bert_world.retriever.resolve(spec), queries=queries, seed=0,
+        command="command", retrainer=retrainer, seeds=(0,), evaluated=queries,
+    )  # fmt: skip
+    report, result = lds_report(found, inputs)
     assert report.tables[0].rows[0] == ["gd", None, None, None, None, Q]
     assert result["lds"]["gd"] == [None] * Q
 

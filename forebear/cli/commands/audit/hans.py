@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import typer
 
 from forebear.cli.commands.audit import artifact as audit_artifact
 from forebear.cli.commands.audit import rows as audit_rows
-from forebear.cli.options.asking import command_line
 from forebear.cli.options.groups import Shown, grouped
 from forebear.cli.options.model import IndexOptions
 from forebear.cli.options.question import Methods, Top
-from forebear.cli.options.report import FolderOptions, say_written
+from forebear.cli.options.report import FolderOptions
 from forebear.cli.options.rows import TestOptions
-from forebear.cli.screen.console import Command, listed
-from forebear.cli.screen.tables import show_report
+from forebear.cli.screen.console import Command
+
+if TYPE_CHECKING:
+    from forebear.evaluation.reports.report import Report
 
 HANS_HELP = """Do the training rows behind a wrong "entailment" share the lexical-overlap shortcut?
 
@@ -43,24 +45,19 @@ def register(app: typer.Typer) -> None:
     app.add_typer(audits, name="audit")
 
 
-@grouped(method=Shown("all that score rows"))
+@grouped(methods=Shown("all that score rows"))
 def hans(
-    index_options: IndexOptions,
-    test_options: TestOptions,
+    index: IndexOptions,
+    test: TestOptions,
     output: FolderOptions,
-    method: Methods = None,
+    methods: Methods = None,
     top: Top = 10,
 ) -> None:
     """Audit wrong "entailment" answers for the lexical-overlap shortcut."""
-    from forebear.evaluation.audits.artifacts.hans import audit_hans, hans_report
-    from forebear.evaluation.reports.report import check_folder, write_report
+    from forebear.evaluation.python.audits import hans
 
-    check_folder(output.folder, force=output.force)
-    retriever = index_options.open()
-    source = test_options.open(test_options.test, retriever, need_labels=True)
-    with output.progress() as progress:
-        audit = audit_hans(retriever, source, listed(method) or None, top=top, progress=progress)
-    report, result = hans_report(audit, retriever, source, command_line())
-    page = write_report(report, output.folder, result=result, force=output.force)
-    show_report(replace(report, tables=report.tables[:SHOWN_TABLES]))
-    say_written(page, quiet=output.quiet)
+    output.call(hans, index.open(), shown=_first_tables, rows=test.rows, methods=methods, top=top)
+
+
+def _first_tables(report: Report) -> Report:
+    return replace(report, tables=report.tables[:SHOWN_TABLES])

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.options.asking import (
-    command_line,
-    default_methods,
-    make_question,
-    open_queries,
-    open_retriever,
-    warn_of_labels,
-)
 from forebear.cli.options.groups import Shown, grouped
 from forebear.cli.options.model import IndexOptions
 from forebear.cli.options.question import (
@@ -31,7 +24,6 @@ from forebear.cli.options.question import (
 from forebear.cli.options.report import ReportOptions
 from forebear.cli.options.rows import MaybeTestOptions, TestOptions
 from forebear.cli.screen.console import Command
-from forebear.errors import InputError
 
 if TYPE_CHECKING:
     from forebear.evaluation.reports.report import Cell, Report, Table
@@ -89,37 +81,29 @@ def register(audits: typer.Typer) -> None:
         audits.command(name, help=help_text, cls=Command)(command)
 
 
-@grouped(method=Shown("gd,if"))
+@grouped(methods=Shown("gd,if"))
 def mislabelled(
-    index_options: IndexOptions,
-    question_options: ScopeOptions,
+    index: IndexOptions,
+    question: ScopeOptions,
     report: ReportOptions,
-    method: Methods = None,
-    top: Listed = 100,
-    neighbours: Neighbours = 10,
+    methods: Methods = None,
+    n_listed: Listed = 100,
+    n_neighbours: Neighbours = 10,
 ) -> None:
     """List the training rows that may be labelled wrongly."""
-    from forebear.evaluation.audits.rows.suspects import suspects, suspects_report
+    from forebear.evaluation.python.audits import suspects
 
-    retriever = open_retriever(index_options, report)
-    question = make_question(
-        retriever,
-        method or default_methods(retriever, ["gd", "if"], question_options),
-        question_options,
-        target="gold",
-        quiet=report.quiet,
-    )
-    found = suspects(retriever, question, n_neighbours=neighbours)
-    page, result = suspects_report(found, retriever, question, top, command_line())
-    report.finish(page, result, _for_screen(page, ("row", "mean rank", "label", "suggested")))
+    shown = partial(_for_screen, ("row", "mean rank", "label", "suggested"))
+    own = {"n_listed": n_listed, "n_neighbours": n_neighbours}
+    report.call(suspects, index.open(), question, shown=shown, methods=methods, **own)
 
 
 @grouped(test=Shown("only training rows are looked at"))
 def duplicates(
-    index_options: IndexOptions,
-    test_options: MaybeTestOptions,
+    index: IndexOptions,
+    test: MaybeTestOptions,
     report: ReportOptions,
-    top: Listed = 100,
+    n_listed: Listed = 100,
     jaccard: Annotated[float, typer.Option("--jaccard", help="Least similarity of word sets, 0 to 1.")] = 0.8,
     cosine: Annotated[
         float, typer.Option("--cosine", help="Least cosine of the features of neighbours, -1 to 1.")
@@ -130,88 +114,54 @@ def duplicates(
     neighbours: Neighbours = 10,
 ) -> None:
     """List training rows that say the same, and test rows among them."""
-    from forebear.evaluation.audits.rows.duplicates import Thresholds, duplicates_report, leaks
-    from forebear.evaluation.audits.rows.duplicates import duplicates as find
-    from forebear.evaluation.common.queries import sample_queries
+    from forebear.evaluation.python.audits import duplicates
 
-    thresholds = Thresholds(jaccard=jaccard, cosine=cosine, cosine_jaccard=cosine_jaccard, neighbours=neighbours)
-    thresholds.check()
-    retriever = open_retriever(index_options, report)
-    queries = None
-    if test_options.test is not None:
-        source = test_options.open(test_options.test, retriever)
-        warn_of_labels(retriever, source, required=False)
-        queries = sample_queries(retriever, source, 0, 0)
-    groups = find(retriever.index, thresholds)
-    leaked = [] if queries is None else leaks(retriever.index, queries, thresholds)
-    page, result = duplicates_report(groups, retriever, thresholds, top, command_line(), queries, leaked)
-    report.finish(page, result, _for_screen(page, ("group", "test row", "row", "label", "test label", "kind")))
+    shown = partial(_for_screen, ("group", "test row", "row", "label", "test label", "kind"))
+    thresholds = {"jaccard": jaccard, "cosine": cosine, "cosine_jaccard": cosine_jaccard, "neighbours": neighbours}
+    report.call(duplicates, index.open(), shown=shown, rows=test.rows, n_listed=n_listed, **thresholds)
 
 
-@grouped(method=Shown("if"))
+@grouped(methods=Shown("if"))
 def errors(
-    index_options: IndexOptions,
-    test_options: TestOptions,
-    question_options: SearchOptions,
+    index: IndexOptions,
+    test: TestOptions,
+    question: SearchOptions,
     report: ReportOptions,
-    method: Methods = None,
+    methods: Methods = None,
     top: Top = 10,
-    clusters: Annotated[
+    n_clusters: Annotated[
         int, typer.Option("--clusters", help="Groups that each kind of mistake is parted into, by features; 1: none.")
     ] = 1,
     seed: SampleSeed = 0,
 ) -> None:
     """List the training rows behind each kind of mistake."""
-    from forebear.evaluation.audits.rows.errors import errors_report, explain_groups, group_mistakes, mistakes_of
+    from forebear.evaluation.python.audits import errors
 
-    retriever = open_retriever(index_options, report)
-    question = make_question(
-        retriever,
-        method or default_methods(retriever, ["if"], question_options),
-        question_options,
-        top=top,
-        aggregate=True,
-        quiet=report.quiet,
-    )
-    source = test_options.open(test_options.test, retriever, need_labels=True)
-    if clusters < 1:
-        raise InputError(f"--clusters {clusters}: expected at least 1.")
-    with report.progress() as progress:
-        found = mistakes_of(retriever, source, progress=progress)
-    groups = group_mistakes(found, retriever.label_names, clusters, seed)
-    answers = explain_groups(retriever, found, groups, question)
-    page, result = errors_report(found, groups, answers, retriever, question, seed, command_line())
-    report.finish(page, result, _for_screen(page, ("group", "side", "row", "score", "label")))
+    shown = partial(_for_screen, ("group", "side", "row", "score", "label"))
+    own = {"top": top, "n_clusters": n_clusters, "seed": seed}
+    report.call(errors, index.open(), question, shown=shown, rows=test.rows, methods=methods, **own)
 
 
-@grouped(queries=500, test=Shown("the training rows"))
+@grouped(n_queries=500, test=Shown("the training rows"))
 def hubs(
-    index_options: IndexOptions,
-    test_options: MaybeTestOptions,
-    question_options: SearchOptions,
+    index: IndexOptions,
+    test: MaybeTestOptions,
+    question: SearchOptions,
     sample: SampleOptions,
     report: ReportOptions,
-    method: Methods = None,
+    methods: Methods = None,
     top: Top = 10,
     n_listed: Annotated[int, typer.Option("--listed", help="Rows listed for each method.")] = 20,
 ) -> None:
     """List the training rows that come up for many queries."""
-    from forebear.evaluation.audits.rows.hubs import hubs as count
-    from forebear.evaluation.audits.rows.hubs import hubs_report, training_queries
+    from forebear.evaluation.python.audits import hubs
 
-    retriever = open_retriever(index_options, report)
-    question = make_question(retriever, method, question_options, top=top, quiet=report.quiet)
-    if test_options.test is None:
-        queries = training_queries(retriever, sample.queries, sample.seed)
-    else:
-        queries = open_queries(retriever, test_options, sample, question)
-    with report.progress() as progress:
-        found = count(retriever, queries, question, progress=progress)
-    page, result = hubs_report(found, retriever, queries, question, sample.seed, n_listed, command_line())
-    report.finish(page, result, _for_screen(page, ("method", "row", "share", "label")))
+    shown = partial(_for_screen, ("method", "row", "share", "label"))
+    own = {"top": top, "n_listed": n_listed}
+    report.call(hubs, index.open(), question, sample, shown=shown, rows=test.rows, methods=methods, **own)
 
 
-def _for_screen(report: Report, columns: Sequence[str]) -> Report:
+def _for_screen(columns: Sequence[str], report: Report) -> Report:
     """The report, its lists of rows cut to these columns, the texts, and ``SCREEN_ROWS`` rows."""
     return replace(report, tables=[_cut(table, columns) for table in report.tables])
 

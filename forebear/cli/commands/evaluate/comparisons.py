@@ -6,14 +6,7 @@ from typing import Annotated
 
 import typer
 
-from forebear.cli.options.asking import (
-    command_line,
-    default_methods,
-    integers,
-    make_question,
-    open_queries,
-    open_retriever,
-)
+from forebear.cli.options.asking import AskOptions
 from forebear.cli.options.groups import Shown, grouped
 from forebear.cli.options.model import IndexOptions
 from forebear.cli.options.question import (
@@ -31,8 +24,7 @@ from forebear.cli.options.question import (
 )
 from forebear.cli.options.report import ReportOptions
 from forebear.cli.options.rows import TEST, TestOptions, TextColumns
-from forebear.cli.screen.console import Command, listed
-from forebear.errors import InputError
+from forebear.cli.screen.console import Command, integers
 
 CORRELATION_HELP = """Do two methods order the training rows alike? Mean Spearman correlation of every pair.
 
@@ -92,129 +84,64 @@ def register(evaluations: typer.Typer) -> None:
         evaluations.command(name, help=help_text, cls=Command)(command)
 
 
-@grouped(queries=100)
-def correlation(
-    index_options: IndexOptions,
-    test_options: TestOptions,
-    question_options: QuestionOptions,
-    sample: SampleOptions,
-    report: ReportOptions,
-    method: Methods = None,
-    rows: SampledRows = 500,
-) -> None:
+@grouped(n_queries=100)
+def correlation(question: QuestionOptions, asked: AskOptions, n_rows: SampledRows = 500) -> None:
     """Report the rank correlations of several methods' scores."""
-    from forebear.evaluation.measures.correlation import correlation_report, correlations
+    from forebear.evaluation.python.evaluations import correlation
 
-    retriever = open_retriever(index_options, report)
-    question = make_question(retriever, method, question_options, quiet=report.quiet)
-    queries = open_queries(retriever, test_options, sample, question)
-    found = correlations(retriever, queries, question, n_rows=rows, seed=sample.seed)
-    report.finish(*correlation_report(found, retriever, queries, question, sample.seed, command_line()))
+    asked.call(correlation, question, n_rows=n_rows)
 
 
-@grouped(queries=100, top=Shown("10,50, unless --share is given"))
-def overlap(
-    index_options: IndexOptions,
-    test_options: TestOptions,
-    question_options: SearchOptions,
-    sample: SampleOptions,
-    report: ReportOptions,
-    method: Methods = None,
-    top: Depths = None,
-    share: Shares = None,
-) -> None:
+@grouped(n_queries=100, tops=Shown("10,50, unless --share is given"))
+def overlap(question: SearchOptions, asked: AskOptions, tops: Depths = None, shares: Shares = None) -> None:
     """Report how many rows the tops of several methods share."""
-    from forebear.evaluation.measures.top_overlap import depths_of, top_overlap_report, top_overlaps
+    from forebear.evaluation.python.evaluations import overlap
 
-    retriever = open_retriever(index_options, report)
-    question = make_question(retriever, method, question_options, quiet=report.quiet)
-    tops = integers("--top", top) or ([] if share else [10, 50])
-    depths = depths_of(tops, listed(share), retriever.index.manifest.n_live)
-    queries = open_queries(retriever, test_options, sample, question)
-    with report.progress() as progress:
-        found = top_overlaps(retriever, queries, question, depths, progress=progress)
-    report.finish(*top_overlap_report(found, retriever, queries, question, sample.seed, command_line()))
+    asked.call(overlap, question, tops=integers("--top", tops), shares=shares)
 
 
-@grouped(queries=100)
+@grouped(n_queries=100)
 def randomized(
-    index_options: IndexOptions,
-    test_options: TestOptions,
-    question_options: QuestionOptions,
-    sample: SampleOptions,
-    report: ReportOptions,
-    method: Methods = None,
-    random_seeds: Annotated[
+    question: QuestionOptions,
+    asked: AskOptions,
+    seeds: Annotated[
         list[str] | None,
         typer.Option("--random-seeds", help="One for each random model, whole numbers.", show_default="0,1,2"),
     ] = None,
-    rows: SampledRows = 500,
+    n_rows: SampledRows = 500,
 ) -> None:
     """Report rank correlations with scores under randomly initialised models."""
-    from forebear.evaluation.measures.randomized import randomized_correlations, randomized_report
-    from forebear.retriever.question.methods import METHODS
+    from forebear.evaluation.python.evaluations import randomized
 
-    retriever = open_retriever(index_options, report)
-    question = make_question(retriever, method, question_options, quiet=report.quiet)
-    if method is None:  # sentence embeddings do not depend on the model: asked for by name, they are refused
-        kept = tuple(name for name in question.spec.methods if METHODS[name].representation != "sentence")
-        question = retriever.resolve(question, methods=kept)
-    seed, seeds = sample.seed, integers("--random-seeds", random_seeds) or [0, 1, 2]
-    queries = open_queries(retriever, test_options, sample, question)
-    with report.progress() as progress:
-        found = randomized_correlations(
-            retriever, queries, question, n_rows=rows, seed=seed, seeds=seeds, progress=progress
-        )  # fmt: skip
-    report.finish(*randomized_report(found, retriever, queries, question, seed, command_line()))
+    asked.call(randomized, question, seeds=integers("--random-seeds", seeds), n_rows=n_rows)
 
 
-@grouped(queries=50, method=Shown("if"))
+@grouped(n_queries=50, methods=Shown("if"))
 def saliency_consistency(
-    index_options: IndexOptions,
+    index: IndexOptions,
     test: Annotated[str, TEST],
-    question_options: ScopeOptions,
+    question: ScopeOptions,
     sample: SampleOptions,
     report: ReportOptions,
-    method: Methods = None,
+    methods: Methods = None,
     text_columns: TextColumns = None,
 ) -> None:
     """Report how far influence and saliency of word pieces agree."""
-    from forebear.evaluation.measures.saliency_consistency import saliency_consistency as measure
-    from forebear.evaluation.measures.saliency_consistency import saliency_consistency_report
+    from forebear.evaluation.python.evaluations import saliency_consistency
 
-    retriever = open_retriever(index_options, report)
-    question = make_question(
-        retriever, method or default_methods(retriever, ["if"], question_options), question_options, quiet=report.quiet
-    )
-    queries = open_queries(retriever, TestOptions(test=test, text_columns=text_columns), sample, question)
-    with report.progress() as progress:
-        found = measure(retriever, queries, question, progress=progress)
-    report.finish(*saliency_consistency_report(found, retriever, queries, question, sample.seed, command_line()))
+    rows = TestOptions(test=test, text_columns=text_columns).rows
+    report.call(saliency_consistency, index.open(), question, sample, rows=rows, methods=methods)
 
 
-@grouped(queries=50)
+@grouped(n_queries=50)
 def recall(
-    index_options: IndexOptions,
-    test_options: TestOptions,
-    question_options: QuestionOptions,
-    sample: SampleOptions,
-    report: ReportOptions,
-    method: Methods = None,
+    question: QuestionOptions,
+    asked: AskOptions,
     top: Top = 10,
     recall: Recall = 0.98,
     candidates: Candidates = None,
 ) -> None:
     """Report the recall and speed of retrieval against scoring every row."""
-    from forebear.evaluation.measures.recall import retrieval_recall, retrieval_recall_report
+    from forebear.evaluation.python import evaluations
 
-    retriever = open_retriever(index_options, report)
-    n_live = retriever.index.manifest.n_live
-    if not 1 <= top <= n_live:
-        raise InputError(f"--top {top}: expected 1 to {n_live}, the live rows.")
-    question = make_question(
-        retriever, method, question_options, recall=recall, top=top, candidates=candidates, quiet=report.quiet
-    )
-    queries = open_queries(retriever, test_options, sample, question)
-    with report.progress() as progress:
-        found = retrieval_recall(retriever, queries, question, progress=progress)
-    report.finish(*retrieval_recall_report(found, retriever, queries, question, sample.seed, command_line()))
+    asked.call(evaluations.recall, question, top=top, recall=recall, candidates=candidates)

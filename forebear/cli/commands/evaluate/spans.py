@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
-from forebear.cli.options.asking import command_line, default_methods, integers, open_retriever, say_what_was_fitted
+from forebear.cli.options.asking import AskOptions
 from forebear.cli.options.groups import Shown, grouped
 from forebear.cli.options.model import IndexOptions
 from forebear.cli.options.question import (
-    Methods,
     QuestionOptions,
     SampledRows,
     SampleOptions,
@@ -21,13 +19,7 @@ from forebear.cli.options.question import (
 )
 from forebear.cli.options.report import ReportOptions
 from forebear.cli.options.rows import TestOptions
-from forebear.cli.screen.console import Command, listed
-
-if TYPE_CHECKING:
-    from forebear.evaluation.common.queries import QueryRows
-    from forebear.evaluation.measures.agreement import Measure
-    from forebear.retriever.question.spec import Question
-    from forebear.retriever.retriever import Retriever
+from forebear.cli.screen.console import Command, integers
 
 SEMANTIC_HELP = """Do the rows and spans at the top mean what the query means? Sag@K of several methods.
 
@@ -69,84 +61,39 @@ def register(evaluations: typer.Typer) -> None:
     evaluations.command("faithfulness", help=FAITHFULNESS_HELP, cls=Command)(faithfulness)
 
 
-def _agreement(measure: Measure) -> Callable[..., None]:
+def _agreement(measure: Literal["semantic", "label"]) -> Callable[..., None]:
     """The command of one measure; both take the same options."""
 
-    @grouped(queries=200, method=Shown("if, if+, if++, tracin-f, tracin+, tracin++"))
+    @grouped(n_queries=200, methods=Shown("if, if+, if++, tracin-f, tracin+, tracin++"))
     def agreement(
-        index_options: IndexOptions,
-        test_options: TestOptions,
         spans: SpanOptions,
-        question_options: SearchOptions,
-        sample: SampleOptions,
-        report: ReportOptions,
-        method: Methods = None,
-        depth: Annotated[
+        question: SearchOptions,
+        asked: AskOptions,
+        at: Annotated[
             list[str] | None, typer.Option("--at", help="K, up to six: the top K are looked at.", show_default="10")
         ] = None,
     ) -> None:
         """Report how far the top rows and spans agree with the query in meaning, or in label."""
-        from forebear.evaluation.measures.agreement import PAPER_METHODS, depths, measure_agreement
-        from forebear.evaluation.measures.agreement_report import agreement_report
+        from forebear.evaluation.python.evaluations import agreement
 
-        tops = depths(integers("--at", depth) or [10])
-        retriever = open_retriever(index_options, report)
-        methods = listed(method) or default_methods(retriever, PAPER_METHODS, question_options)
-        question = _question(retriever, tuple(methods), question_options, spans, report.quiet, top=tops[-1])
-        queries = _queries(retriever, test_options, sample, question)
-        with report.progress() as progress:
-            found = measure_agreement(retriever, queries, question, tops, measure, seed=sample.seed, progress=progress)
-        report.finish(*agreement_report(found, retriever, queries, question, sample.seed, command_line()))
+        asked.call(agreement, question, spans=spans, measure=measure, at=integers("--at", at))
 
     return agreement
 
 
-@grouped(queries=50)
+@grouped(n_queries=50)
 def faithfulness(
-    index_options: IndexOptions,
-    test_options: TestOptions,
+    index: IndexOptions,
+    test: TestOptions,
     spans: SpanOptions,
-    question_options: QuestionOptions,
+    question: QuestionOptions,
     sample: SampleOptions,
     report: ReportOptions,
-    rows: SampledRows = 200,
-    runs: Annotated[int, typer.Option("--runs", help="Each with other training rows and other variants.")] = 5,
+    n_rows: SampledRows = 200,
+    n_runs: Annotated[int, typer.Option("--runs", help="Each with other training rows and other variants.")] = 5,
 ) -> None:
     """Report how far span methods rank spans as the final model does."""
-    from forebear.evaluation.measures.faithfulness import METHODS, faithfulness_report, measure_faithfulness
+    from forebear.evaluation.python.evaluations import faithfulness
 
-    retriever = open_retriever(index_options, report)
-    question = _question(retriever, METHODS, question_options, spans, report.quiet)
-    queries = _queries(retriever, test_options, sample, question)
-    with report.progress() as progress:
-        found = measure_faithfulness(
-            retriever, queries, question, n_rows=rows, n_runs=runs, seed=sample.seed, progress=progress
-        )
-    report.finish(*faithfulness_report(found, retriever, queries, question, sample.seed, command_line()))
-
-
-def _question(
-    retriever: Retriever,
-    methods: tuple[str, ...],
-    question_options: QuestionOptions,
-    spans: SpanOptions,
-    quiet: bool,
-    **choices: Any,
-) -> Question:
-    """Resolve the question against the index, and refuse rankings by sketches alone."""
-    from forebear.evaluation.common.span_queries import refuse_sketches_alone
-    from forebear.retriever.question.spec import QuerySpec
-
-    spec = QuerySpec(methods=methods, **asdict(question_options), **spans.choices(retriever), **choices)
-    question = retriever.resolve(spec)
-    refuse_sketches_alone(spec)
-    say_what_was_fitted(question, quiet=quiet)
-    return question
-
-
-def _queries(retriever: Retriever, test_options: TestOptions, sample: SampleOptions, question: Question) -> QueryRows:
-    """Sample the test rows that are the queries."""
-    from forebear.evaluation.common.span_queries import sample_span_queries
-
-    source = test_options.open(test_options.test, retriever, need_labels=question.spec.target == "gold")
-    return sample_span_queries(retriever, source, question, sample.queries, sample.seed)
+    asked = AskOptions(index=index, test=test, sample=sample, report=report)  # the methods are fixed
+    asked.call(faithfulness, question, spans=spans, n_rows=n_rows, n_runs=n_runs)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.options.asking import command_line, default_methods, integers, make_question, open_retriever
 from forebear.cli.options.groups import Options, Shown, grouped
 from forebear.cli.options.model import IndexOptions
 from forebear.cli.options.question import (
@@ -23,7 +22,7 @@ from forebear.cli.options.question import (
 )
 from forebear.cli.options.report import ReportOptions
 from forebear.cli.options.rows import ColumnOptions, LabelNames, TextColumns, Train, Unlabelled
-from forebear.cli.screen.console import Command, listed
+from forebear.cli.screen.console import Command, integers
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
@@ -104,8 +103,10 @@ class TruthOptions(Options, panel="Rows"):
             label_names=self.label_names,
             unlabelled=self.unlabelled,
         )
-        source = columns.open_for(
-            self.train or segments[0].source, retriever.label_names, text_columns=index.manifest.spec.text_columns
+        source = columns.open(
+            self.train or segments[0].source,
+            classes=retriever.label_names,
+            text_columns=index.manifest.spec.text_columns,
         )
         truth = true_labels_of(index, source)
         return truth != index.labels, truth
@@ -121,78 +122,52 @@ def register(evaluations: typer.Typer) -> None:
         evaluations.command(name, help=help_text, cls=Command)(command)
 
 
-@grouped(queries=200, top=Shown("1,10"))
+@grouped(n_queries=200, tops=Shown("1,10"))
 def near_duplicates(
-    index_options: IndexOptions,
-    question_options: SearchOptions,
+    index: IndexOptions,
+    question: SearchOptions,
     sample: SampleOptions,
     report: ReportOptions,
-    method: Methods = None,
+    methods: Methods = None,
     edits: Annotated[
         list[str] | None,
         typer.Option("--edits", help="What is done to a row: same, add, remove, replace.", show_default="all four"),
     ] = None,
-    top: Depths = None,
+    tops: Depths = None,
 ) -> None:
     """Report how often a training row is found by its own text, as it is or edited."""
-    from forebear.evaluation.measures.near_duplicates import EDITS, TOPS, near_duplicates_report
-    from forebear.evaluation.measures.near_duplicates import near_duplicates as ask
+    from forebear.evaluation.python.evaluations import near_duplicates
 
-    retriever = open_retriever(index_options, report)
-    question = make_question(retriever, method, question_options, quiet=report.quiet)
-    tops = sorted(set(integers("--top", top))) or TOPS
-    with report.progress() as progress:
-        found = ask(
-            retriever,
-            question,
-            n_queries=sample.queries,
-            edits=tuple(dict.fromkeys(listed(edits))) or EDITS,
-            tops=tops,
-            seed=sample.seed,
-            progress=progress,
-        )
-    report.finish(*near_duplicates_report(found, retriever, question, sample.seed, command_line()))
+    depths = integers("--top", tops)
+    report.call(near_duplicates, index.open(), question, sample, methods=methods, edits=edits, tops=depths)
 
 
 @grouped()
-def cancellation(
-    index_options: IndexOptions, report: ReportOptions, rows: SampledRows = 100, seed: SampleSeed = 0
-) -> None:
+def cancellation(index: IndexOptions, report: ReportOptions, n_rows: SampledRows = 100, seed: SampleSeed = 0) -> None:
     """Report how far the gradients of training rows cancel out, by layer."""
-    from forebear.evaluation.measures.cancellation import cancellation as measure
-    from forebear.evaluation.measures.cancellation import cancellation_report
+    from forebear.evaluation.python.evaluations import cancellation
 
-    retriever = open_retriever(index_options, report)
-    with report.progress() as progress:
-        found = measure(retriever, n_rows=rows, seed=seed, progress=progress)
-    report.finish(*cancellation_report(found, retriever, seed, command_line()))
+    report.call(cancellation, index.open(), n_rows=n_rows, seed=seed)
 
 
-@grouped(method=Shown("gd,if"), top=Shown("the number of wrong rows"), train=Shown("the file that the index names"))
+@grouped(methods=Shown("gd,if"), tops=Shown("the number of wrong rows"), train=Shown("the file that the index names"))
 def mislabelled(
-    index_options: IndexOptions,
-    question_options: ScopeOptions,
+    index: IndexOptions,
+    question: ScopeOptions,
     report: ReportOptions,
     truth: TruthOptions,
-    method: Methods = None,
-    top: Depths = None,
-    neighbours: Neighbours = 10,
+    methods: Methods = None,
+    tops: Depths = None,
+    n_neighbours: Neighbours = 10,
     seed: SampleSeed = 0,
 ) -> None:
     """Report how well self-influence finds wrong labels."""
-    from forebear.evaluation.measures.mislabelled import mislabelled as measure
-    from forebear.evaluation.measures.mislabelled import mislabelled_report
+    from forebear.evaluation.python.evaluations import mislabelled
 
     truth.check()
-    retriever = open_retriever(index_options, report)
-    question = make_question(
-        retriever,
-        method or default_methods(retriever, ["gd", "if"], question_options),
-        question_options,
-        target="gold",
-        quiet=report.quiet,
-    )
+    retriever = index.open()
     wrong, true_labels = truth.read(retriever)
-    found = measure(retriever, question, wrong, true_labels=true_labels, n_neighbours=neighbours)
-    tops = integers("--top", top)
-    report.finish(*mislabelled_report(found, retriever, question, tops, seed, command_line()))
+    report.call(
+        mislabelled, retriever, question, methods=methods, wrong=wrong, true_labels=true_labels,
+        tops=integers("--top", tops), n_neighbours=n_neighbours, seed=seed,
+    )  # fmt: skip

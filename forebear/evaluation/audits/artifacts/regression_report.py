@@ -9,14 +9,14 @@ import numpy as np
 
 from forebear.evaluation.audits.artifacts.features import Feature
 from forebear.evaluation.audits.artifacts.regression import EVERY_QUERY, ArtifactRegression
-from forebear.evaluation.common.comparisons import listed_values, provenance, question_record
+from forebear.evaluation.common.comparisons import listed_values, provenance
+from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.passages import row_passages
 from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import mean_of
 from forebear.evaluation.reports.charts import line_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
 from forebear.ratio import ratio
-from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
 N_SHOWN = 3
@@ -77,16 +77,10 @@ def mean_coefficient(regression: ArtifactRegression, method: int, group: int, se
 
 
 def artifact_report(
-    regression: ArtifactRegression,
-    feature: Feature,
-    artifact: np.ndarray,
-    retriever: Retriever,
-    queries: QueryRows,
-    spec: QuerySpec | Question,
-    seed: int,
-    command: str,
+    regression: ArtifactRegression, feature: Feature, artifact: np.ndarray, inputs: Inputs
 ) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``."""
+    retriever, queries, seed = inputs.retriever, inputs.queries, inputs.seed
     means = [
         [mean_coefficient(regression, m, g, seed) for g in range(len(regression.groups))]
         for m in range(len(regression.methods))
@@ -98,7 +92,7 @@ def artifact_report(
         _tables(regression, feature, artifact, means),
         [_figure(regression, m, feature) for m in range(len(regression.methods)) if means[m][0].n],
         _groups(regression, feature, retriever, queries),
-        provenance(retriever, spec, command, residuals=regression.residuals, **facts),
+        provenance(retriever, inputs.question, inputs.command, residuals=regression.residuals, **facts),
     )
     result = {
         "feature": {"name": feature.name, "description": feature.description, "mean": float(artifact.mean())},
@@ -123,7 +117,7 @@ def artifact_report(
         "query_rows": queries.rows,
         "predictions": [retriever.label_names[i] for i in regression.predictions],
         "seed": seed,
-        "question": question_record(retriever, spec, regression.residuals),
+        "question": inputs.record(regression.residuals),
     }
     return report, result
 

@@ -100,6 +100,12 @@ def mistakes_of(
     )  # fmt: skip
 
 
+def check_clusters(n_clusters: int) -> None:
+    """Refuse a number of clusters below 1."""
+    if n_clusters < 1:
+        raise InputError(f"--clusters {n_clusters}: expected at least 1.")
+
+
 def group_mistakes(mistakes: Mistakes, label_names: tuple[str, ...], n_clusters: int, seed: int) -> list[ErrorGroup]:
     """Mistakes by (gold, predicted) label, and by clusters of unit features within; the largest groups first.
 
@@ -112,8 +118,7 @@ def group_mistakes(mistakes: Mistakes, label_names: tuple[str, ...], n_clusters:
     Raises:
         InputError: ``n_clusters`` is less than 1.
     """
-    if n_clusters < 1:
-        raise InputError(f"--clusters {n_clusters}: expected at least 1.")
+    check_clusters(n_clusters)
     groups = []
     for gold, predicted in sorted(set(zip(mistakes.labels.tolist(), mistakes.predictions.tolist(), strict=True))):
         members = np.flatnonzero((mistakes.labels == gold) & (mistakes.predictions == predicted))

@@ -15,9 +15,10 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.evaluation.audits.rows.suspects import own_places
-from forebear.evaluation.common.comparisons import provenance, question_record
+from forebear.evaluation.common.comparisons import provenance
+from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.passages import row_passages
-from forebear.evaluation.common.queries import QueryRows
+from forebear.evaluation.common.queries import QueryRows, refuse_saliency, refuse_spans
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Report, Table
 from forebear.retriever.answers.results import SIDES
@@ -105,9 +106,8 @@ def hubs(
     """
     question = retriever.resolve(spec)
     methods, top = question.methods, question.spec.top
-    refused = [m.name for m in methods if m.spans or m.saliency]
-    if refused:
-        raise InputError(f"audit hubs counts rows; {refused[0]} ranks spans, or asks of a word.")
+    refuse_spans(question)
+    refuse_saliency(question)
     live = retriever.index.live
     leaves_out_own = queries.source == TRAINING_ROWS
     if top > len(live) - leaves_out_own:
@@ -144,20 +144,13 @@ def skewness(counts: np.ndarray) -> float | None:
     return float(skew(counts)) if np.ptp(counts) else None
 
 
-def hubs_report(
-    counted: Hubs,
-    retriever: Retriever,
-    queries: QueryRows,
-    spec: QuerySpec | Question,
-    seed: int,
-    n_listed: int,
-    command: str,
-) -> tuple[Report, dict[str, Any]]:
+def hubs_report(counted: Hubs, inputs: Inputs, n_listed: int) -> tuple[Report, dict[str, Any]]:
     """The report, with the ``n_listed`` most frequent rows of each method, and the numbers for ``result.json``.
 
     Raises:
         InputError: ``n_listed`` is less than 1.
     """
+    retriever, queries, seed = inputs.retriever, inputs.queries, inputs.seed
     if n_listed < 1:
         raise InputError(f"--listed {n_listed}: expected at least 1.")
     least = counted.hub_count
@@ -224,10 +217,17 @@ def hubs_report(
         (overview, listing),
         (Figure("Largest share by method", drawing),),
         tuple(groups),
-        provenance(retriever, spec, command, queries=f"{len(queries)} of {queries.source}", top=counted.top, seed=seed),
+        provenance(
+            retriever,
+            inputs.question,
+            inputs.command,
+            queries=f"{len(queries)} of {queries.source}",
+            top=counted.top,
+            seed=seed,
+        ),
     )
     result = {
-        "question": question_record(retriever, spec),
+        "question": inputs.record(),
         "methods": {
             row[0]: dict(
                 zip(("largest_share", "expected", "skewness", "hubs", "of_places", "never"), row[1:], strict=True)
