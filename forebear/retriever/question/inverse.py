@@ -83,10 +83,6 @@ class CurvatureSpec:
             raise InputError(f"--curvature exact is for scope head. At scope {scope}: ekfac, cg, lissa or identity.")
         return self.solver or ("exact" if scope == "head" else "ekfac")
 
-    def iterates(self, scope: str) -> bool:
-        """Whether the solver at a scope leaves a residual."""
-        return self.at(scope) in ("cg", "cg-hessian", "lissa")
-
     def facts(self, index: Index, scope: str) -> dict[str, Any]:
         """Facts of the curvature at a scope that stand in a result: solver, matrix, effective damping, rows."""
         solver = self.at(scope)
