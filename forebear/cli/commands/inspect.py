@@ -30,7 +30,7 @@ def methods(as_json: JsonOut = False) -> None:
 
     Example: forebear methods
     """
-    from forebear.retriever.question.methods import METHODS
+    from forebear.retriever.question.methods import METHODS, STORED
 
     if as_json:
         found = [asdict(method) | {"sign": method.sign} for method in METHODS.values()]
@@ -41,16 +41,13 @@ def methods(as_json: JsonOut = False) -> None:
     grid = Table()
     for name in ("method", "score(query q, row n)", "stored for each row", "needs", "source"):
         grid.add_column(name)
-    stored = {"feature": "feature f", "sentence": "sentence embedding s", "head": "head gradient g"}
-    stored |= {"words": "gradient of each word", "tfidf": "word counts, logit gradient"}
-    options = {"all": " --words-top 0", "common": " --words-top 0", "nocommon": " --words-top 0"}
     for method in METHODS.values():
-        representation = stored[method.representation] + (", all checkpoints" if method.all_checkpoints else "")
+        stored = STORED[method.representation].words + (", all checkpoints" if method.all_checkpoints else "")
         grid.add_row(
             method.name,
             method.formula,
-            representation,
-            f"--store {method.store}{options.get(method.words or '', '')}",
+            stored,
+            f"--store {method.store}{' --words-top 0' if method.needs_all_words else ''}",
             method.source,
         )
     unsigned = ", ".join(method.name for method in METHODS.values() if not method.signed)

@@ -16,6 +16,28 @@ Metric = Literal["dot", "cos", "euc"]
 Searched = Literal["stored", "gradients", "words", "tfidf", "spans"]
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What an index holds for each training row, in a representation.
+
+    Attributes:
+        store: The ``--store`` that stores it.
+        words: What is stored, for people.
+    """
+
+    store: str
+    words: str
+
+
+STORED: dict[Representation, Stored] = {
+    "feature": Stored("features", "feature f"),
+    "sentence": Stored("sbert", "sentence embedding s"),
+    "head": Stored("features", "head gradient g"),
+    "words": Stored("words", "gradient of each word"),
+    "tfidf": Stored("words", "word counts, logit gradient"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One row of the table.
@@ -56,7 +78,12 @@ class Method:
     @property
     def store(self) -> str:
         """The ``--store`` of the index that the method needs."""
-        return {"sentence": "sbert", "words": "words", "tfidf": "words"}.get(self.representation, "features")
+        return STORED[self.representation].store
+
+    @property
+    def needs_all_words(self) -> bool:
+        """Whether the index must hold the gradients of all words of each row, not of the longest alone."""
+        return self.words not in (None, "topk")
 
     def searched_by(self, scope: str) -> Searched:
         """Name of the searcher (:data:`~forebear.retriever.searchers.SEARCHERS`) that answers for the method.
