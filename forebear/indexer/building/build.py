@@ -25,6 +25,7 @@ from forebear.indexer.building.shards import ShardWriter, as_begun, segment_of, 
 from forebear.indexer.building.spec import make_spec
 from forebear.indexer.index import Index
 from forebear.indexer.model.loading import load_classifier
+from forebear.indexer.model.sentence_encoder import load_sentence_encoder
 from forebear.indexer.rows.labels import label_map, names_of_classes
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.storage.choices import BuildKeywords, WorkKeywords
@@ -143,7 +144,12 @@ def _build(
     labels = label_map(source, classifier.label_names, options.label_mode)
     work.warn(labels.warning)
     classifier = replace(classifier, label_names=names_of_classes(classifier.label_names, source))
-    spec, listed, loaded = make_spec(source, checkpoints, classifier, options)
+    encoder = None
+    if "sbert" in options.stores:
+        encoder = load_sentence_encoder(options.sentence_model, device=options.device)
+    spec, listed, loaded = make_spec(
+        source, checkpoints, classifier, options, None if encoder is None else encoder.sha256
+    )
     segment = segment_of(source, 0)
     replaces = work.force and not work.resume and any(path.name != LOCK_NAME for path in folder.iterdir())
     journal = None if replaces else read_journal(folder)
@@ -181,6 +187,6 @@ def _build(
         writer = ShardWriter(
             folder=folder, manifest=manifest, checkpoints=listed, source=source, labels=labels, first_shard=0, work=work
         )
-        writer.write(loaded)
+        writer.write(loaded, encoder)
         calibrate = calibration_by(classifier, n_queries or 0, work.progress)
         return finish(folder, manifest, np.empty(0, np.int64), work.progress, calibrate)

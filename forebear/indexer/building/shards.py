@@ -129,12 +129,13 @@ class ShardWriter:
         """Folder of all files that depend on fits beyond the head."""
         return self.folder / self.manifest.fitted_name("")
 
-    def write(self, loaded: dict[str, Classifier]) -> None:
+    def write(self, loaded: dict[str, Classifier], encoder: SentenceEncoder | None = None) -> None:
         """Write the shard files that are missing.
 
         Args:
             loaded: Models in memory, by the name of their checkpoint: the last one, and perhaps the first. All but the
                 last are removed from the dictionary after their pass, to free memory.
+            encoder: The sentence encoder, where it is in memory; None: it is loaded when its turn comes.
         """
         last = loaded[self.checkpoints[-1].name]
         for checkpoint in self.checkpoints:
@@ -146,7 +147,7 @@ class ShardWriter:
                 loaded.pop(checkpoint.name, None)
         if "sbert" in self.spec.stores and not self._is_written("sentence"):
             assert self.manifest.sentence_model is not None
-            encoder = load_sentence_encoder(self.manifest.sentence_model, device=self.work.device)
+            encoder = encoder or load_sentence_encoder(self.manifest.sentence_model, device=self.work.device)
             if encoder.sha256 != self.spec.sentence_sha256:
                 raise MismatchError(
                     f"{encoder.name} is not the sentence model of the index: sha256 {encoder.sha256[:12]}, expected "

@@ -14,7 +14,6 @@ from forebear.indexer.gradients.self_check import check_gradients
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.loading import Fingerprint, load_classifier, stored_fingerprint
-from forebear.indexer.model.sentence_encoder import load_sentence_encoder
 from forebear.indexer.rows.labels import names_of_classes
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.spans.finders import finder_sha256
@@ -25,9 +24,20 @@ CHECKED_AMONG = 256  # first rows, of which a few are compared with autograd
 
 
 def make_spec(
-    source: RowSource, checkpoints: Sequence[CheckpointPath], last: Classifier, options: BuildOptions
+    source: RowSource,
+    checkpoints: Sequence[CheckpointPath],
+    last: Classifier,
+    options: BuildOptions,
+    sentence_sha256: str | None,
 ) -> tuple[IndexSpec, tuple[Checkpoint, ...], dict[str, Classifier]]:
     """The spec of a build; fingerprints every checkpoint, and checks that all come from one run.
+
+    Args:
+        source: The training rows.
+        checkpoints: The checkpoints, of which the last is the model that is explained.
+        last: The last one, loaded.
+        options: The choices of the index.
+        sentence_sha256: Digest of the sentence encoder, where sentence embeddings are stored.
 
     Returns:
         The spec; the checkpoints; and the models in memory, by checkpoint name: the last one, and the first one if its
@@ -70,7 +80,6 @@ def make_spec(
             f"span column {options.span_column}: {source.name} has text columns {', '.join(source.text_columns)}."
         )
     settled = options.settled() | {"max_length": last.max_length}
-    by_sentence = "sbert" in options.stores
     spec = IndexSpec(
         **settled,
         checkpoint_sha256=tuple(c.sha256 for c in records),
@@ -79,7 +88,7 @@ def make_spec(
         label_names=last.label_names,
         text_columns=source.text_columns,
         spans_sha256=finder_sha256(settled["spans"]) if spans else None,
-        sentence_sha256=load_sentence_encoder(options.sentence_model, device="cpu").sha256 if by_sentence else None,
+        sentence_sha256=sentence_sha256,
         n_threads=torch.get_num_threads(),
     )
     return spec, tuple(records), loaded

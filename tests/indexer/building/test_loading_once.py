@@ -52,11 +52,12 @@ def altered(folder: str, out: Path, change: Callable[[dict[str, torch.Tensor]], 
 class Loads:
     """How often each folder's network was loaded, and how many networks were in memory afterwards at most."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, loader: Any = None) -> None:
+        loader = loader or transformers.AutoModelForSequenceClassification
         self.counts: Counter[str] = Counter()
         self.most = 0
         self._networks: list[weakref.ref[Any]] = []
-        load = transformers.AutoModelForSequenceClassification.from_pretrained
+        load = loader.from_pretrained
 
         def counted(name: str, *args: Any, **kwargs: Any) -> Any:
             found = load(name, *args, **kwargs)
@@ -66,7 +67,7 @@ class Loads:
             self.most = max(self.most, sum(network() is not None for network in self._networks))
             return found
 
-        monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", counted)
+        monkeypatch.setattr(loader, "from_pretrained", counted)
 
 
 def test_every_checkpoint_is_loaded_once(
@@ -77,6 +78,16 @@ def test_every_checkpoint_is_loaded_once(
     build_index(rows(), tmp_path / "index", choose_model(None, models).checkpoints, CHOICES)
     assert loads.counts == dict.fromkeys(models, 1)
     assert loads.most == 2
+
+
+def test_a_sentence_encoder_is_loaded_once(
+    tiny_model: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = tiny_model("bert", 2, 9)
+    loads = Loads(monkeypatch, transformers.AutoModel)
+    options = BuildOptions(stores=("features", "sbert"), sentence_model=encoder)
+    build_index(rows(), tmp_path / "index", choose_model(None, [tiny_model("bert", 2, 0)]).checkpoints, options)
+    assert loads.counts == {encoder: 1}
 
 
 def test_two_that_only_loading_can_tell_are_loaded_once(
