@@ -63,6 +63,13 @@ class ReportOptions(OutputOptions):
     out: Annotated[str | None, FOLDER] = None
     json_out: JsonOut = False
 
+    def check(self) -> None:
+        """Refuse a folder that the report cannot be written to, before any work."""
+        from forebear.evaluation.reports.report import check_folder
+
+        if self.out is not None:
+            check_folder(Path(self.out), force=self.force)
+
     def call(
         self,
         function: Callable[..., Finding[Any]],
@@ -73,7 +80,7 @@ class ReportOptions(OutputOptions):
     ) -> None:
         """Call a function of ``forebear.audits`` or ``forebear.evaluations``; write and print what it finds.
 
-        A folder that the report cannot be written to is refused before any work.
+        See :meth:`check` of what is refused first.
 
         Args:
             function: The function.
@@ -83,18 +90,16 @@ class ReportOptions(OutputOptions):
             **given: Further keywords of the function. What is None or empty is left to the function's defaults; lists
                 of texts may hold several values in one, separated by commas.
         """
-        from forebear.evaluation.reports.report import check_folder, render_json
+        from forebear.evaluation.reports.report import render_json
 
-        folder = None if self.out is None else Path(self.out)
-        if folder is not None:
-            check_folder(folder, force=self.force)
+        self.check()
         given = {name: _values(value) for name, value in (values_of(*groups) | given).items()}
         given = {name: value for name, value in given.items() if value is not None}
         with progress_bar() as progress:
             if "progress" in signature(function).parameters:
                 given["progress"] = progress
             finding = function(retriever, **given)
-        page = None if folder is None else finding.write(folder, force=self.force)
+        page = None if self.out is None else finding.write(self.out, force=self.force)
         if self.json_out:
             sys.stdout.write(render_json({"provenance": dict(finding.report.provenance), **finding.result}))
         else:

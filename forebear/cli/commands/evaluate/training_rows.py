@@ -165,6 +165,7 @@ def mislabelled(
     from forebear.evaluation.python.evaluations import mislabelled
 
     truth.check()
+    report.check()
     retriever = index.open()
     wrong, true_labels = truth.read(retriever)
     report.call(
