@@ -25,6 +25,7 @@ def show_answers(
     tables_of: Callable[[Answers], Iterator[pa.Table]],
     source: RowSource,
     methods: Sequence[Method],
+    text_names: list[str],
     *,
     aggregate: bool,
 ) -> None:
@@ -35,6 +36,7 @@ def show_answers(
         tables_of: Turns answers into tables.
         source: The test rows.
         methods: Methods of the question.
+        text_names: Columns of the tables that hold the training rows' texts.
         aggregate: Whether there is one answer to all test rows together.
     """
     import pyarrow as pa
@@ -42,7 +44,7 @@ def show_answers(
     if aggregate:
         table = pa.concat_tables(tables_of(next(answers_in_order)))
         OUT.print(f"[bold]{source.n_rows:,} queries together[/bold]")
-        _print_rankings(rows := table.to_pylist(), methods, _text_names(table), [])
+        _print_rankings(rows := table.to_pylist(), methods, text_names, [])
         _say_signs(rows, methods)
         return
     block = next(iter(source.blocks(SHOWN_QUERIES)))
@@ -53,7 +55,7 @@ def show_answers(
         rows = table.to_pylist()
         for number in range(answers.start, min(answers.start + len(answers.predictions), len(block))):
             results = [row for row in rows if row["query"] == number]
-            _print_answer(results, methods, _text_names(table), [column[number] for column in block.texts])
+            _print_answer(results, methods, text_names, [column[number] for column in block.texts])
             _say_signs(results, methods)
             n_shown += 1
     if n_shown < source.n_rows:
@@ -73,23 +75,6 @@ def _print_answer(
     for text in texts:
         OUT.print(f"  {escape(shortened(text))}")
     _print_rankings(results, methods, text_names, texts)
-
-
-def _text_names(table: pa.Table) -> list[str]:
-    """The columns of a result that hold the training row's texts."""
-    extra = {
-        "hub_share",
-        "residual",
-        "proven",
-        "rows_scored",
-        "word_ids",
-        "words",
-        "contributions",
-        "span",
-        "spans_cut",
-    }
-    extra |= {f"{prefix}_{part}" for prefix in ("span", "query_span") for part in ("column", "start", "end")}
-    return [n for n in table.column_names[table.column_names.index("prediction") + 1 :] if n not in extra]
 
 
 def _print_rankings(

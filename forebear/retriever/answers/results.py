@@ -20,6 +20,14 @@ SIDES = ("proponent", "opponent")
 TABLE_RESULTS = 1 << 17  # results of one table, at most
 TABLE_TEXT_BYTES = 1 << 27  # bytes of the texts that one table holds, unless a single text is longer
 ANSWER_BYTES = 1 << 26  # bytes that the rankings of the test rows of one block may take
+RESULT_COLUMNS = frozenset(
+    [
+        *("query", "query_label", "query_prediction", "target", "method", "side", "rank", "row", "score", "exact"),
+        *("label", "prediction", "residual", "proven", "rows_scored", "word_ids", "words", "contributions"),
+        *("span", "span_column", "span_start", "span_end"),
+        *("query_span_column", "query_span_start", "query_span_end", "spans_cut", "hub_share"),
+    ]
+)  # of all tables of results, besides the texts
 _RESULT_BYTES, _SPAN_BYTES, _WORDS_BYTES = 16, 128, 1024  # for each result: row and score; span; words
 
 
@@ -50,6 +58,11 @@ def queries_together(methods: Sequence[Method], top: int) -> int:
         for m in methods
     ]
     return max(1, ANSWER_BYTES // (len(SIDES) * top * sum(sizes)))
+
+
+def text_columns(index: Index) -> list[str]:
+    """Names that the training rows' texts have in a table of results: ``row_NAME`` where a result has a ``NAME``."""
+    return [f"row_{name}" if name in RESULT_COLUMNS else name for name in index.manifest.spec.text_columns]
 
 
 def answer_tables(index: Index, answers: Answers, tokenizer: Any) -> Iterator[pa.Table]:
@@ -144,9 +157,7 @@ def _table(index: Index, results: _Results, tokenizer: Any) -> pa.Table:
         columns |= _span_columns(results, list(texts.values()))
     if results.any_has("words"):
         columns |= _word_columns(results, tokenizer)
-    for name, values in texts.items():
-        columns[name if name not in columns else f"row_{name}"] = values
-    return pa.table(columns)
+    return pa.table(columns | dict(zip(text_columns(index), texts.values(), strict=True)))
 
 
 def _named(names: Sequence[str], ids: np.ndarray) -> pa.Array:

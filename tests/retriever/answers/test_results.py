@@ -15,12 +15,12 @@ from forebear.cli.main import run
 from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.model.encoding import MaskedRows
 from forebear.indexer.model.network.batches import tokenize
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.row_source import open_rows, rows_from_texts
 from forebear.indexer.spans import masking as spans
 from forebear.indexer.spans.finders import find_spans, span_finder
 from forebear.indexer.spans.masking import mask_found
 from forebear.indexer.training.run import choose_model
-from forebear.retriever.answers.results import queries_together
+from forebear.retriever.answers.results import RESULT_COLUMNS, queries_together
 from forebear.retriever.answers.signs import SignCounts, is_crossed, note_of
 from forebear.retriever.question.methods import METHODS, pick_methods
 from forebear.retriever.question.spec import QuerySpec
@@ -67,6 +67,37 @@ def test_equal_rows_share_one_text(bert_world, tmp_path):
     assert listed[0] is listed[1]
     assert index.row_texts.sizes.tolist() == [len(text) for text in texts]
     assert index.text_lists(rows[:0]) == [[]]
+
+
+def test_texts_with_the_name_of_a_result_have_another_in_every_table(bert_world, tmp_path, capsys):
+    rows = pd.DataFrame({"words": bert_world.texts, "hub_share": bert_world.texts, "label": bert_world.labels})
+    source = open_rows(rows, text_columns=["words", "hub_share"])
+    chosen = choose_model(None, bert_world.models[:1], (1.0,)).checkpoints
+    index = build_index(source, tmp_path / "index", chosen, BuildOptions(stores=("features", "words")))
+    for method in ("gd", "tracin-we-topk"):
+        table = Retriever(index).retrieve([("a good film", "a plot")], methods=[method], top=2)
+        assert table["row_words"].to_pylist() == [bert_world.texts[row] for row in table["row"].to_pylist()]
+        assert "row_hub_share" in table.column_names
+        ask = [
+            "retrieve",
+            "--index",
+            str(index.folder),
+            "--text",
+            "a good film",
+            "--pair",
+            "a plot",
+            "--method",
+            method,
+        ]
+        assert run([*ask, "--top", "2"]) == 0
+        assert "row_words" in capsys.readouterr().out
+
+
+def test_every_column_of_a_result_is_listed(bert_world):
+    questions = ({"methods": ["if"], "curvature": "cg"}, {"methods": ["tracin-we", "if++"]})
+    answers = [bert_world.retriever.retrieve(bert_world.queries[:1], top=2, **asked) for asked in questions]
+    columns = {name for table in answers for name in table.column_names} - {"text"}
+    assert columns == RESULT_COLUMNS - {"hub_share", "proven", "rows_scored"}  # of an audit, and of proofs
 
 
 @pytest.mark.parametrize("limit", SMALL)
