@@ -98,8 +98,8 @@ def test_results_come_in_blocks_and_numbers_follow_the_file(world, tmp_path, mon
     assert [b.start for b in blocks] == [0, 2, 4, 6]
     whole = next(iter(retriever.answers(source, spec, block_rows=100)))
     for block in blocks:
-        part = whole.found["gc"][0].rows[block.start : block.start + len(block.predictions)]
-        assert (block.found["gc"][0].rows == part).all()
+        part = whole.rankings["gc"][0].rows[block.start : block.start + len(block.predictions)]
+        assert (block.rankings["gc"][0].rows == part).all()
 
 
 def test_one_text_on_the_terminal(world, capsys):

@@ -120,7 +120,7 @@ def test_answers_do_not_depend_on_the_block_of_queries(world: World) -> None:
         blocks = list(answers)
         assert [b.start for b in blocks] == list(np.cumsum([0, *(len(b.targets) for b in blocks)]))[:-1]
         tables.append(
-            {m: [np.concatenate([b.found[m][e].rows for b in blocks]) for e in (0, 1)] for m in ROW_METHODS}
+            {m: [np.concatenate([b.rankings[m][e].rows for b in blocks]) for e in (0, 1)] for m in ROW_METHODS}
             | {"targets": [np.concatenate([b.targets for b in blocks])]}
         )
     for other in tables[1:]:

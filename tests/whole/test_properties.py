@@ -123,7 +123,7 @@ def check_methods(retriever, corpus, methods, scope, **choices):
         return tuple(pieces[row]), corpus.labels[row], corpus.texts[row] if by_text else ""
 
     asked = {"methods": methods, "top": corpus.top, "scope": scope, **choices}
-    found = {exact: answer(retriever, corpus.queries, exact=exact, **asked).found for exact in ("rerank", "full")}
+    found = {exact: answer(retriever, corpus.queries, exact=exact, **asked).rankings for exact in ("rerank", "full")}
     for name in methods:
         by_text = METHODS[name].representation == "sentence"
         tolerance = 1e-9 if scope == "head" and not METHODS[name].by_words else 2e-4
@@ -161,11 +161,11 @@ def test_queries_together_apart_and_aggregated_get_the_same(build, corpus):
     with tempfile.TemporaryDirectory() as folder:
         retriever = Retriever(build(folder, corpus, corpus.texts, corpus.labels))
         asked = {"methods": ROW_METHODS, "top": corpus.top}
-        together = answer(retriever, corpus.queries, **asked).found
+        together = answer(retriever, corpus.queries, **asked).rankings
         linear = tuple(name for name in ROW_METHODS if METHODS[name].linear)
         for q, query in enumerate(corpus.queries):
-            alone = answer(retriever, [query], **asked).found
-            summed = answer(retriever, [query], methods=linear, top=corpus.top, aggregate=True).found
+            alone = answer(retriever, [query], **asked).rankings
+            summed = answer(retriever, [query], methods=linear, top=corpus.top, aggregate=True).rankings
             for name in ROW_METHODS:
                 for a, b in zip(together[name], alone[name], strict=True):
                     # The model's float32 depends on the rows of a batch; a distance or cosine may be 0 but for that.
@@ -204,7 +204,7 @@ def test_retire_then_append_equals_a_build(build, corpus, data):
         fresh = Retriever(build(second, corpus, texts, labels, batch_tokens=1))
         assert changed.index.live.tolist() == numbers.tolist()
         asked = {"methods": ROW_METHODS, "top": corpus.top}
-        one, other = (answer(retriever, corpus.queries, **asked).found for retriever in (changed, fresh))
+        one, other = (answer(retriever, corpus.queries, **asked).rankings for retriever in (changed, fresh))
         for name in ROW_METHODS:
             for a, b in zip(one[name], other[name], strict=True):
                 if name in BITWISE:

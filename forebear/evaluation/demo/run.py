@@ -158,7 +158,7 @@ def find_wrong_labels(retriever: Retriever, folder: Path) -> WrongLabels:
     spoilt = np.flatnonzero(answers.predictions != answers.labels)
     precision, median_rank = {}, {}
     for name in methods:
-        hits = planted[answers.found[name][0].rows[spoilt]]
+        hits = planted[answers.rankings[name][0].rows[spoilt]]
         precision[name] = float(hits[:, :TOP].mean()) if len(spoilt) else 0.0
         first = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, hits.shape[1] + 1)
         median_rank[name] = float(np.median(first)) if len(spoilt) else float(hits.shape[1] + 1)
@@ -166,7 +166,7 @@ def find_wrong_labels(retriever: Retriever, folder: Path) -> WrongLabels:
     names = index.manifest.spec.text_columns
     groups = []
     for i in spoilt[:N_SHOWN]:
-        ranking = answers.found[JUDGE][0]
+        ranking = answers.rankings[JUDGE][0]
         top = ranking.rows[i, :5]
         scores = ranking.scores[i, : len(top)]
         notes = ["planted wrong label" if planted[row] else "" for row in top]

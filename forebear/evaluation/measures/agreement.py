@@ -161,8 +161,8 @@ def measure_agreement(
         )  # fmt: skip
         targets.append(answers.targets)
         if measure == "label":
-            hits = [retriever.index.labels[answers.found[m.name][0].rows] == answers.targets[:, None] for m in methods]
-            agreements = np.stack(hits, axis=1).astype(np.float64)
+            labels_at_top = [retriever.index.labels[answers.rankings[m.name][0].rows] for m in methods]
+            agreements = (np.stack(labels_at_top, axis=1) == answers.targets[:, None, None]).astype(np.float64)
             shares = {
                 name: (row_labels == answers.targets[:, None]).mean(axis=1) for name, row_labels in labels.items()
             }
@@ -177,7 +177,7 @@ def measure_agreement(
                 for name, pool in pools.items()
             })  # fmt: skip
         values.append(_top_means(agreements, at))
-        for name, (top, _) in answers.found.items():
+        for name, (top, _) in answers.rankings.items():
             if top.n_cut is not None:
                 n_unread = max(n_unread, int(top.n_cut.max()))
             if top.residual is not None:
@@ -266,7 +266,7 @@ def _cosines(
 ) -> list[np.ndarray]:
     """cos(e_n, e_q) of the proponents of each method, ``(q, k)``; every row and span goes through the model once."""
     classifier, index = retriever.classifier(), retriever.index
-    tops = [answers.found[m.name][0] for m in methods]
+    tops = [answers.rankings[m.name][0] for m in methods]
     rows = np.unique(np.concatenate([top.rows.reshape(-1) for top in tops]))
     whole = start_states(classifier, index.text_lists(rows))
     keys = [_keys(top.rows, top.spans) for top in tops]
@@ -333,7 +333,7 @@ def _random_cosines(pool: np.ndarray, query_states: np.ndarray, rows: np.ndarray
 def _shown(block: QueryRows, answers: Answers, i: int) -> Shown:
     results: dict[str, list[tuple[int, Span | None, float]]] = {}
     query_span = None
-    for name, (top, _) in answers.found.items():
+    for name, (top, _) in answers.rankings.items():
         spans: Sequence[Span | None] = [None] * top.rows.shape[1] if top.spans is None else top.spans[i]
         listed = zip(top.rows[i].tolist(), spans, top.scores[i].tolist(), strict=True)
         results[name] = list(listed)[:SHOWN_ROWS]

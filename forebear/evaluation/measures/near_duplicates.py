@@ -149,7 +149,7 @@ def near_duplicates(
         queries = QueryRows(source="training rows", rows=rows, texts=tuple(texts), labels=labels)
         done = 0
         for part in queries.blocks():
-            results = retriever.answer_block(0, part.texts, part.labels, question).found
+            results = retriever.answer_block(0, part.texts, part.labels, question).rankings
             for m, name in enumerate(question.spec.methods):
                 top = results[name][0].rows
                 texts_found = list(zip(*index.text_lists(top), strict=True))

@@ -95,7 +95,8 @@ def retrieval_recall(
 def _ends(retriever: Retriever, queries: QueryRows, question: Question) -> tuple[np.ndarray, np.ndarray]:
     """Rows at both ends of each query's ranking by the question's only method, ``(q, k)`` each."""
     (name,) = question.spec.methods
-    rankings = [retriever.answer_block(0, part.texts, part.labels, question).found[name] for part in queries.blocks()]
+    answers = [retriever.answer_block(0, part.texts, part.labels, question) for part in queries.blocks()]
+    rankings = [part.rankings[name] for part in answers]
     return np.concatenate([ends[0].rows for ends in rankings]), np.concatenate([ends[1].rows for ends in rankings])
 
 

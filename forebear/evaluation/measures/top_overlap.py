@@ -92,7 +92,7 @@ def top_overlaps(
     done = 0
     progress("queries", 0, len(queries))
     for part in queries.blocks():
-        results = retriever.answer_block(0, part.texts, part.labels, question).found
+        results = retriever.answer_block(0, part.texts, part.labels, question).rankings
         for q in range(len(part)):
             tops = [results[name][0].rows[q] for name in names]
             for d, depth in enumerate(depths):

@@ -211,7 +211,7 @@ class Chooser:
                 answers = self._retriever.answer_block(
                     0, block.texts, targets[positions], question, numbers=block.numbers.tolist()
                 )
-                out[positions] = answers.found[SALIENCY_IF][0 if aim.proponents else 1].rows
+                out[positions] = answers.rankings[SALIENCY_IF][0 if aim.proponents else 1].rows
                 self._progress(f"{aim.name}: rows", int(positions[-1]) + 1, len(targets))
             self._ranked[aim, width] = out
         return self._ranked[aim, width]

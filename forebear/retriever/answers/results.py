@@ -41,14 +41,14 @@ class Answers:
         predictions: Predicted class ids, ``(q,)``.
         targets: Class ids whose loss was explained, ``(q,)``. In the answer of an aggregate, labels, predictions and
             targets are the classes that all its test rows share, else -1.
-        found: (proponents, opponents) by method name.
+        rankings: (proponents, opponents) by method name.
     """
 
     start: int
     labels: np.ndarray | None
     predictions: np.ndarray
     targets: np.ndarray
-    found: dict[str, tuple[Ranking, Ranking]]
+    rankings: dict[str, tuple[Ranking, Ranking]]
 
 
 def queries_together(methods: Sequence[Method], top: int) -> int:
@@ -76,8 +76,8 @@ def answer_tables(index: Index, answers: Answers, tokenizer: Any) -> Iterator[pa
         answers: Answers to a block of test rows.
         tokenizer: The model's tokenizer, which turns ids of shared words into text.
     """
-    first = next(iter(answers.found.values()))[0]
-    shape = (len(answers.predictions), len(answers.found), len(SIDES), first.rows.shape[1])
+    first = next(iter(answers.rankings.values()))[0]
+    shape = (len(answers.predictions), len(answers.rankings), len(SIDES), first.rows.shape[1])
     n_results, start = int(np.prod(shape)), 0
     while start < n_results:
         stop = min(start + TABLE_RESULTS, n_results)
@@ -102,7 +102,7 @@ class _Results:
     @cached_property
     def rankings(self) -> list[tuple[Ranking, np.ndarray]]:
         """Each ranking that holds results of the range, with the positions of these results."""
-        ends = [end for pair in self.answers.found.values() for end in pair]
+        ends = [end for pair in self.answers.rankings.values() for end in pair]
         number = len(SIDES) * self.method + self.side
         return [(ends[i], np.flatnonzero(number == i)) for i in np.unique(number)]
 
@@ -125,7 +125,7 @@ class _Results:
 
     def any_has(self, name: str) -> bool:
         """Whether any ranking has the attribute ``name``; all tables of the answer then have its column."""
-        return any(getattr(end, name) is not None for pair in self.answers.found.values() for end in pair)
+        return any(getattr(end, name) is not None for pair in self.answers.rankings.values() for end in pair)
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -142,7 +142,7 @@ def _table(index: Index, results: _Results, tokenizer: Any) -> pa.Table:
         else _named(names, answers.labels[results.query]),
         "query_prediction": _named(names, answers.predictions[results.query]),
         "target": _named(names, answers.targets[results.query]),
-        "method": _named(list(answers.found), results.method),
+        "method": _named(list(answers.rankings), results.method),
         "side": _named(SIDES, results.side),
         "rank": pa.array((results.rank + 1).astype(np.int32)),
         "row": pa.array(rows),

@@ -58,7 +58,7 @@ class SignCounts:
 
     def add(self, answers: Answers) -> None:
         """Count the results of one block of test rows."""
-        for name, ends in answers.found.items():
+        for name, ends in answers.rankings.items():
             for side, ranking in zip(SIDES, ends, strict=True):
                 self.count(name, side, ranking.scores)
 

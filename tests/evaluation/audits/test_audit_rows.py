@@ -244,7 +244,7 @@ def test_mistakes_are_grouped_and_searched_together(bert_world):
         assert len(set(zip(gold[rows], predictions[rows], strict=True))) == 1
         for name in ("if", "tracin"):
             total = retriever.scores([bert_world.queries[r] for r in rows], name).sum(axis=0)
-            near, far = answers.found[name]
+            near, far = answers.rankings[name]
             np.testing.assert_array_equal(near.rows[i], np.argsort(-total, kind="stable")[:4])
             np.testing.assert_array_equal(far.rows[i], np.argsort(total, kind="stable")[:4])
             np.testing.assert_allclose(near.scores[i], np.sort(total)[::-1][:4], rtol=1e-9)

@@ -322,10 +322,10 @@ def test_recall_is_the_share_of_the_exact_top(retriever, queries, monkeypatch):
     def broken(start, texts, labels, question):
         answers = answer(start, texts, labels, question)
         if question.spec.exact == "rerank":
-            for name, (near, far) in answers.found.items():
+            for name, (near, far) in answers.rankings.items():
                 wrong = near.rows.copy()
                 wrong[:, 1:] = -1
-                answers.found[name] = (Ranking(wrong, near.scores, True, near.n_scored), far)
+                answers.rankings[name] = (Ranking(wrong, near.scores, True, near.n_scored), far)
         return answers
 
     spec = QuerySpec(methods=("gd", "nn-cos"), top=3)

@@ -54,9 +54,9 @@ def test_scores_of_a_group_are_the_sums_of_its_rows_scores(bert_world, target, e
     source = rows_from_texts(bert_world.queries, bert_world.query_labels)
     for name in AT_HEAD:
         truth = by_group(retriever.scores(source, name, target=target))
-        assert error(scores_of(answers.found[name][0], live), truth) < 1e-9
+        assert error(scores_of(answers.rankings[name][0], live), truth) < 1e-9
         few = retriever.aggregate([bert_world.queries], gold, GROUPS, QuerySpec(methods=(name,), target=target, top=5))
-        for end, sign in zip(few.found[name], (-1, 1), strict=True):
+        for end, sign in zip(few.rankings[name], (-1, 1), strict=True):
             np.testing.assert_array_equal(end.rows, live[np.argsort(sign * truth, axis=1, kind="stable")[:, :5]])
 
 
@@ -68,7 +68,7 @@ def test_three_classes_and_pairs(make_world):
     answers = world.retriever.aggregate(texts, None, GROUPS, QuerySpec(methods=methods, top=len(live)))
     for name in methods:
         truth = by_group(world.retriever.scores(world.queries, name))
-        assert error(scores_of(answers.found[name][0], live), truth) < 1e-9
+        assert error(scores_of(answers.rankings[name][0], live), truth) < 1e-9
 
 
 @pytest.mark.parametrize("curvature", ["cg", "lissa"])
@@ -76,10 +76,10 @@ def test_iterated_curvature_of_the_head_is_summed_too(bert_world, curvature):
     choices = {"curvature": curvature, "tolerance": 1e-10, "lissa": "han20,depth=50"}
     live = bert_world.index.live
     spec = QuerySpec(methods=("if",), top=len(live), **choices)
-    found = bert_world.retriever.aggregate([bert_world.queries], None, GROUPS, spec).found["if"][0]
+    found = bert_world.retriever.aggregate([bert_world.queries], None, GROUPS, spec).rankings["if"][0]
     truth = by_group(bert_world.retriever.scores(bert_world.queries, "if", **choices))
     assert error(scores_of(found, live), truth) < 1e-7
-    alone = [r.found["if"][0].residual[0] for r in (
+    alone = [r.rankings["if"][0].residual[0] for r in (
         bert_world.retriever.answer_block(0, [[text]], None, spec) for text in bert_world.queries
     )]  # fmt: skip
     np.testing.assert_allclose(found.residual, [max(np.array(alone)[g == GROUPS]) for g in range(3)], rtol=1e-3)
@@ -95,8 +95,8 @@ def test_deeper_scopes_sum_whole_gradients(deep, bert_world, exact, monkeypatch)
     again = deep.aggregate([bert_world.queries], None, GROUPS, spec)
     for name in methods:
         truth = by_group(deep.scores(bert_world.queries, name, scope="top-1"))
-        assert error(scores_of(answers.found[name][0], live), truth) < 2e-5
-        assert error(scores_of(again.found[name][0], live), truth) < 2e-5
+        assert error(scores_of(answers.rankings[name][0], live), truth) < 2e-5
+        assert error(scores_of(again.rankings[name][0], live), truth) < 2e-5
 
 
 def test_candidates_and_certified_answers_are_those_of_the_full_search(deep, bert_world):
@@ -105,7 +105,7 @@ def test_candidates_and_certified_answers_are_those_of_the_full_search(deep, ber
     full = deep.aggregate(*asked, QuerySpec(**spec, exact="full"))
     proven = deep.aggregate(*asked, QuerySpec(**spec, certify=True))
     for name in spec["methods"]:
-        for a, b in zip(full.found[name], proven.found[name], strict=True):
+        for a, b in zip(full.rankings[name], proven.rankings[name], strict=True):
             assert b.proven.all()
             np.testing.assert_allclose(a.scores, b.scores, rtol=1e-4)
 

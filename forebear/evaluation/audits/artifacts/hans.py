@@ -132,7 +132,7 @@ def audit_hans(
         if len(wrong):
             texts = [[column[i] for i in wrong] for column in block.texts]
             answers = retriever.answer_block(block.start, texts, None, question, forward=forward.take(wrong))
-            rows = np.stack([answers.found[name][0].rows for name in question.spec.methods], axis=1)
+            rows = np.stack([answers.rankings[name][0].rows for name in question.spec.methods], axis=1)
             overlaps.append(row_overlap[rows].astype(np.float32))
             first_rows.append(rows[:, :, 0])
             for j, i in enumerate(wrong):
@@ -163,7 +163,7 @@ def _share(part: int, whole: int) -> float | None:
 def _example(block: RowBlock, i: int, answers: Answers, j: int) -> Example:
     top = {
         name: [(int(r), float(s)) for r, s in zip(ends[0].rows[j], ends[0].scores[j], strict=True)][:SHOWN_ROWS]
-        for name, ends in answers.found.items()
+        for name, ends in answers.rankings.items()
     }
     return Example(row=block.start + i, texts=tuple(column[i] for column in block.texts), top=top)
 

@@ -174,7 +174,7 @@ def errors_report(
     ]
     lines: list[list[Cell]] = []
     for i, group in enumerate(groups):
-        for method, ends in answers.found.items():
+        for method, ends in answers.rankings.items():
             for side, ranking in zip(SIDES, ends, strict=True):
                 columns = {name: c.to_pylist() for name, c in index.texts(ranking.rows[i]).items()}
                 for j, (row, score) in enumerate(zip(ranking.rows[i], ranking.scores[i], strict=True)):
@@ -217,7 +217,7 @@ def errors_report(
                         side: {"rows": ranking.rows[i], "scores": ranking.scores[i]}
                         for side, ranking in zip(SIDES, ends, strict=True)
                     }
-                    for method, ends in answers.found.items()
+                    for method, ends in answers.rankings.items()
                 },
             }
             for i, group in enumerate(groups)
@@ -236,7 +236,7 @@ def _group(mistakes: Mistakes, group: ErrorGroup, answers: Answers, number: int,
         )
         for p in group.members[:SHOWN_ROWS]
     ]
-    method, ends = next(iter(answers.found.items()))
+    method, ends = next(iter(answers.rankings.items()))
     notes = []
     for side, ranking in zip(SIDES, ends, strict=True):
         rows, scores = ranking.rows[number][:SHOWN_ROWS], ranking.scores[number][:SHOWN_ROWS]

@@ -116,7 +116,7 @@ def hubs(
     counts = np.zeros((len(methods), len(live)), np.int64)
     signs, done = SignCounts(methods), 0
     for part in queries.blocks():
-        results = retriever.answer_block(0, part.texts, part.labels, deeper).found
+        results = retriever.answer_block(0, part.texts, part.labels, deeper).rankings
         for i, method in enumerate(methods):
             proponents = results[method.name][0]
             rows, scores = proponents.rows, proponents.scores

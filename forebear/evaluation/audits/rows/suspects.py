@@ -116,7 +116,7 @@ def opponents_of(retriever: Retriever, spec: QuerySpec, rows: np.ndarray) -> tup
         target="gold",
     )  # fmt: skip
     answers = retriever.answer_block(0, index.text_lists(rows), index.labels[rows].astype(np.int64), opponent_spec)
-    ranking = answers.found[opponent_spec.methods[0]][1]
+    ranking = answers.rankings[opponent_spec.methods[0]][1]
     is_other = ~own_places(ranking.rows, rows)
     note = note_of(opponent_spec.methods[0], SIDES[1], ranking.scores[is_other])
     return ranking.rows[is_other].reshape(len(rows), -1), note
