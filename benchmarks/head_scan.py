@@ -79,9 +79,9 @@ def main(n_rows: int = 393_000, width: int = 768, n_classes: int = 3) -> None:
                 if t.matrix is None:
                     scores = (t.right.astype(np.float32) @ flat_f.T) * (t.left.astype(np.float32) @ flat_r.T)
                 else:
-                    from forebear.indexer.curvature.head import class_basis
+                    from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 
-                    reduced = (flat_r @ class_basis(n_classes).T).astype(np.float32)
+                    reduced = (flat_r @ CROSS_ENTROPY.basis(n_classes).T).astype(np.float32)
                     scores = sum(
                         (t.matrix[:, a].astype(np.float32) @ flat_f.T) * reduced[:, a] for a in range(n_classes - 1)
                     )

@@ -20,6 +20,7 @@ from common import DATA, ROOT, run, seconds, write_result
 
 from forebear import BuildOptions, Index, Retriever, build_index
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
+from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.row_source import open_rows
@@ -75,7 +76,7 @@ def added_to_the_pass(data: str, n_rows: int = 384) -> None:
         def go() -> None:
             words = [WordGradients(classifier, top, n_rows, precision) for top in tops]
             collectors = [*([plain.collector(n_rows, classifier.device)] if sketch else []), *words]
-            run_pass(classifier, texts, labels_seed(labels), collectors, batch_tokens=4096)
+            run_pass(classifier, texts, labels_seed(CROSS_ENTROPY, labels), collectors, batch_tokens=4096)
             for found in words:
                 found.rows()
 

@@ -14,7 +14,9 @@ from scipy import sparse
 
 from forebear.errors import InputError, MissingStoreError
 from forebear.indexer.curvature.ekfac import Ekfac, read_ekfac
-from forebear.indexer.curvature.head import HeadCurvature, head_trace
+from forebear.indexer.curvature.head import HeadCurvature, HeadInverse, weighted_features
+from forebear.indexer.curvature.head_products import HeadProducts
+from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.scope_names import HEAD
 from forebear.indexer.model.scopes import Scope, scope_of
@@ -324,6 +326,19 @@ class Index(IndexFiles):
         return np.asarray(self._cache[key])
 
     @property
+    def loss(self) -> Loss:
+        """What the model was trained to minimise."""
+        return self.manifest.spec.loss
+
+    def targets(self, rows: np.ndarray) -> np.ndarray:
+        """What the loss compares the logits of some rows with: of a classifier their gold classes, ``(n,)`` int64."""
+        return np.asarray(self.labels[rows].astype(np.int64))
+
+    def predicted(self, rows: np.ndarray) -> np.ndarray:
+        """What the last checkpoint says of some rows, as targets."""
+        return np.asarray(self.predictions[rows].astype(np.int64))
+
+    @property
     def labels(self) -> np.ndarray:
         """Gold class of every row, ``(n,)`` int32."""
         return self._row_column("label")
@@ -335,7 +350,7 @@ class Index(IndexFiles):
 
     @property
     def losses(self) -> np.ndarray:
-        """Cross-entropy of the gold class at the last checkpoint in nats, ``(n,)`` float32."""
+        """Loss of the gold label at the last checkpoint, ``(n,)`` float32; of a classifier in nats."""
         return self._row_column("loss")
 
     @cached_property
@@ -394,8 +409,19 @@ class Index(IndexFiles):
             return float(stored["mean_eigenvalue"])
         features, residuals, trace = self.features(), self.residuals(), 0.0
         for rows in np.array_split(self.live, -(-len(self.live) // 4096)):
-            trace += head_trace(features.take(rows), residuals.take(rows), self.labels[rows])
+            traces = self.loss.curvature_trace(residuals.take(rows), self.targets(rows))
+            trace += float(traces @ (features.take(rows).astype(np.float64) ** 2).sum(axis=1))
         return trace / len(self.live) / (features.width * residuals.width)
+
+    def head_factors(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Weighted features and outputs of some rows at the last checkpoint: what the head's curvature is made of."""
+        targets = self.targets(rows)
+        features = weighted_features(self.features().take(rows), self.loss.row_weights(targets))
+        return features, self.loss.outputs_of_residuals(self.residuals().take(rows), targets)
+
+    def head_products(self) -> HeadProducts:
+        """The head's curvature over the live rows, as a product with vectors."""
+        return HeadProducts(*self.head_factors(self.live), self.loss)
 
     def head_damping(self, given: str | None = None) -> dict[str, Any]:
         """Facts of one stored damping of the head's exact curvature; the first one by default.
@@ -413,14 +439,14 @@ class Index(IndexFiles):
         number = _damping_number(facts["dampings"], given, f"{self.folder} holds the head's curvature")
         return dict(facts["dampings"][number])
 
-    def head_curvature(self, given: str | None = None) -> HeadCurvature:
-        """H + damping I of the head weight, factorised."""
+    def head_curvature(self, given: str | None = None) -> HeadInverse:
+        """(H + damping I)^-1 over the head weight."""
         facts = self.head_damping(given)
         key = ("cholesky", facts["cholesky"])
         if key not in self._cache:
             factor = column(read_batches(self.checked(facts["cholesky"])[0])[0], "factor")
-            self._cache[key] = HeadCurvature(factor, len(self.manifest.spec.label_names), facts["damping"])
-        curvature: HeadCurvature = self._cache[key]
+            self._cache[key] = HeadCurvature(factor, self.residuals().width, facts["damping"], self.loss)
+        curvature: HeadInverse = self._cache[key]
         return curvature
 
     def head_self_influence(self, given: str | None = None) -> np.ndarray:

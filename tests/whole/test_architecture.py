@@ -16,8 +16,8 @@ import forebear
 LAYERS = ("indexer", "retriever", "evaluation", "cli")
 ROOMS = {  # of a layer, in their order: a room imports from those before it, never from those after it
     "indexer": (
-        "rows", "model", "storage", "training", "gradients", "curvature", "words", "sketches", "spans", "index",
-        "building",
+        "rows", "losses", "model", "storage", "training", "gradients", "curvature", "words", "sketches", "spans",
+        "index", "building",
     ),
     "retriever": (
         "ranking", "scores", "question", "head", "deep", "words", "saliency", "spans", "searchers",

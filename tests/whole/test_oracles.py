@@ -23,14 +23,12 @@ from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.curvature.head import (
     HeadCurvature,
     absolute_damping,
-    class_basis,
     factorise,
     head_hessian,
     mean_eigenvalue,
-    probabilities_from_residuals,
     refit_head,
 )
-from forebear.indexer.model.forward import residual_and_loss
+from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.head.scoring import Query, Term, exact_scores, term_scores
@@ -468,7 +466,7 @@ def curvature_of(a: dict[str, np.ndarray], damping: float) -> HeadCurvature:
 
 def lift(matrix: np.ndarray, c: int, h: int) -> np.ndarray:
     """From the basis of class contrasts back to the full head weight."""
-    basis = np.kron(class_basis(c), np.eye(h))
+    basis = np.kron(CROSS_ENTROPY.basis(c), np.eye(h))
     return basis.T @ matrix @ basis
 
 
@@ -483,7 +481,7 @@ def test_head_hessian_equals_double_backward_and_its_mean_eigenvalue(arrays: dic
 
 def test_class_basis_is_orthonormal_and_sums_to_zero() -> None:
     for c in (2, 3, 4, 9):
-        basis = class_basis(c)
+        basis = CROSS_ENTROPY.basis(c)
         np.testing.assert_allclose(basis @ basis.T, np.eye(c - 1), atol=1e-14)
         np.testing.assert_allclose(basis.sum(axis=1), 0, atol=1e-14)
 
@@ -499,7 +497,7 @@ def test_solves_and_self_influence_equal_a_dense_inverse(arrays: dict[str, np.nd
     true_own = np.array([g @ np.linalg.solve(dense, g) for g in a["row_g"]])
     np.testing.assert_allclose(own, true_own, rtol=KERNEL_TOLERANCE)
     matrix = curvature.solve(a["query_r"], a["query_f"])
-    term = Term(1.0, None, matrix=matrix)
+    term = Term(1.0, None, matrix=matrix, basis=CROSS_ENTROPY.basis(c))
     truth = solved @ a["row_g"].T
     assert error(term_scores(term, a["row_f"], a["row_r"]), truth) <= KERNEL_TOLERANCE
     norms = np.sqrt(curvature.self_influence(a["query_r"], a["query_f"]))
@@ -522,7 +520,7 @@ def test_residual_and_loss_keep_their_precision_on_extreme_logits(margin: float)
     """Two classes have closed forms: 1 - p_y = e^-m / (1 + e^-m), loss = log(1 + e^-m)."""
     small = np.exp(np.longdouble(-margin))
     logits = np.array([[margin, 0.0], [0.0, -margin], [-margin, 0.0], [0.0, margin]]) + 3.0
-    residual, loss = residual_and_loss(logits, np.array([0, 0, 0, 0]))
+    residual, loss = CROSS_ENTROPY.residual_and_loss(logits, np.array([0, 0, 0, 0]))
     wrong = small / (1 + small)  # probability of the other class, at the first two rows
     right = 1 / (1 + small)
     truth = np.array([[-wrong, wrong], [-wrong, wrong], [-right, right], [-right, right]])
@@ -547,7 +545,7 @@ def test_residual_and_loss_of_several_classes_equal_long_doubles() -> None:
     others[at] = -np.inf
     margin = np.log(np.exp(others - others.max(axis=1, keepdims=True)).sum(axis=1)) + others.max(axis=1) - wide[at]
     loss = np.where(margin > 0, margin + np.log1p(np.exp(-np.abs(margin))), np.log1p(np.exp(-np.abs(margin))))
-    residual, found = residual_and_loss(logits, labels)
+    residual, found = CROSS_ENTROPY.residual_and_loss(logits, labels)
     np.testing.assert_allclose(residual, truth.astype(float), rtol=1e-13, atol=1e-300)
     np.testing.assert_allclose(found, loss.astype(float), rtol=1e-13, atol=1e-300)
     assert (residual.sum(axis=1) <= 1e-15).all()
@@ -558,7 +556,7 @@ def test_curvature_of_confident_rows_keeps_its_precision() -> None:
     for tail in (1e-3, 1e-9, 1e-14, 1e-17, 1e-20):
         f = np.random.default_rng(0).normal(size=(30, 4))
         residual = np.tile([[-tail, tail]], (30, 1))
-        p = probabilities_from_residuals(residual, np.zeros(30, int))
+        p = CROSS_ENTROPY.outputs_of_residuals(residual, np.zeros(30, int))
         found = head_hessian([(f, p)], 4, 2)
         truth = 2 * tail * (1 - tail) * f.T @ f / 30
         assert np.abs(found - truth).max() <= 1e-6 * np.abs(truth).max(), f"1 - p_y = {tail}"
@@ -593,7 +591,9 @@ def test_a_damping_too_small_for_float64_is_refused_not_answered_wrongly() -> No
         except InputError:
             refused.append(ratio)
             continue
-        found = term_scores(Term(1.0, None, matrix=curvature.solve(query_residual, x)), f, residual)
+        found = term_scores(
+            Term(1.0, None, matrix=curvature.solve(query_residual, x), basis=CROSS_ENTROPY.basis(2)), f, residual
+        )
         solved = wide_solve(hessian + ratio * largest * np.eye(h, dtype=np.longdouble), x.T.astype(np.longdouble)).T
         truth = 2 * 0.3 * (solved @ wide.T) * (p - 1)
         assert error(found, truth.astype(float)) <= TOLERANCE, f"damping = {ratio:g} x the largest eigenvalue"
@@ -641,7 +641,7 @@ def test_if_predicts_the_change_of_loss_when_a_row_is_left_out(c: int) -> None:
     curvature = HeadCurvature(factorise(head_hessian([(f, p)], h, c), l2), c, l2)
     residual, query_residual = p - np.eye(c)[y], query_p - np.eye(c)[query_y]
     matrix = curvature.solve(query_residual, queries)
-    query = Query(METHODS["if"], (Term(1.0, None, matrix=matrix),), np.ones(len(queries)))
+    query = Query(METHODS["if"], (Term(1.0, None, matrix=matrix, basis=CROSS_ENTROPY.basis(c)),), np.ones(len(queries)))
     predicted = exact_scores(query, (f,), (residual,), np.arange(n)) / n
     for q in range(len(queries)):
         assert np.corrcoef(predicted[q], change[q])[0, 1] >= 0.99

@@ -27,7 +27,6 @@ from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode
-from forebear.indexer.model.forward import residual_and_loss
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.network.layers import encoder_layers
 from forebear.progress import Progress, counted, no_progress
@@ -144,7 +143,7 @@ def row_gradient_norms(
     for n, row in enumerate(encode(classifier, texts)):
         with classifier.autocast():
             logits = model(**pad_batch(classifier.tokenizer, [row], classifier.device)).logits.float()
-        residual, _ = residual_and_loss(logits.detach().double().cpu().numpy(), labels[n : n + 1])
+        residual, _ = classifier.loss.residual_and_loss(logits.detach().double().cpu().numpy(), labels[n : n + 1])
         loss_slope = torch.from_numpy(residual).to(logits)
         derivatives = torch.autograd.grad(logits, list(parameters.values()), grad_outputs=loss_slope, allow_unused=True)
         gradients = {name: g for name, g in zip(parameters, derivatives, strict=True) if g is not None}
@@ -196,7 +195,7 @@ def cancellation(
     if len(rows) < 2:
         raise InputError(f"{index.folder} has {len(rows)} live row(s); cancellation compares 2 or more.")
     groups = parameter_groups(retriever.classifier())
-    texts, labels = index.text_lists(rows), index.labels[rows].astype(np.int64)
+    texts, labels = index.text_lists(rows), index.targets(rows)
     first = checkpoints[:-1]
     on_rows = counted(progress, "gradients", len(first) * len(rows))
     pulled, moved, cosines = np.zeros((len(rows), len(groups))), np.zeros(len(groups)), []

@@ -135,7 +135,7 @@ def near_duplicates(
     rows = live_sample(index.live, n_queries, seed)
     sources = list(zip(*index.text_lists(rows), strict=True))
     words = vocabulary(index) if {"add", "replace"} & set(edits) else []
-    labels = index.labels[rows].astype(np.int64)
+    labels = index.targets(rows)
     hits = np.zeros((len(edits), len(question.methods), len(rows), len(tops)), bool)
     progress("questions", 0, len(edits) * len(rows))
     for e, edit in enumerate(edits):

@@ -246,7 +246,7 @@ class Chooser:
         )
         solved = self._solved(queries, targets, vectors)
         texts = [self.texts(row) for row in rows]
-        labels = self._index.labels[rows].astype(np.int64)
+        labels = self._index.targets(np.asarray(rows))
 
         words = [(i, place) for i, row in enumerate(rows) for place in self.places(row)]
         line_of_word = np.array([i for i, _ in words])

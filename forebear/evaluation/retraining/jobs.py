@@ -29,11 +29,10 @@ import numpy as np
 
 from forebear.errors import CorruptIndexError, InputError, NonFiniteError, StorageError
 from forebear.indexer.index import Index
-from forebear.indexer.model.forward import softmax
+from forebear.indexer.losses.cross_entropy import IGNORED, softmax
 from forebear.indexer.storage.arrow import column, read_batches, record_batch, write_table
 from forebear.indexer.storage.locks import claimed
 from forebear.indexer.storage.manifest import canonical_json, digest_of
-from forebear.indexer.training.course import IGNORED
 from forebear.wording import worded
 
 LIBRARIES = ("forebear", "torch", "transformers", "tokenizers", "accelerate", "numpy", "scipy")  # decide last bits

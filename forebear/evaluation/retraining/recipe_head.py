@@ -15,9 +15,9 @@ from torch import nn
 
 from forebear.errors import InputError
 from forebear.evaluation.retraining.jobs import LIBRARIES, Job, TrainingRows
+from forebear.indexer.losses.cross_entropy import IGNORED, CrossEntropy
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.storage.manifest import digest_of, library_versions
-from forebear.indexer.training.course import IGNORED
 from forebear.retriever.retriever import Retriever
 
 DEFAULT_L2 = 0.01  # of Pez21's head
@@ -42,6 +42,8 @@ class HeadRecipe:
         if not 0 < l2 < math.inf:
             raise InputError(f"--l2 {l2}: expected a positive number; without it the head has no best weights.")
         self._classifier, self._labels, self._l2 = retriever.classifier(), rows.labels, l2
+        assert isinstance(retriever.index.loss, CrossEntropy)
+        self._loss = retriever.index.loss
         self._has_bias = self._classifier.head.bias is not None
         index = retriever.index
         self._features = self._extended(index.features().take(np.arange(len(rows.labels))))
@@ -82,13 +84,14 @@ class HeadRecipe:
         from scipy.optimize import minimize
 
         shape = self._begin.shape
-        onehot = nn.functional.one_hot(labels, shape[0]).double()
+        targets = torch.from_numpy(self._loss.coefficients(labels.numpy(), shape[0]))  # onehot, if plain
+        weights_of_rows, total = targets.sum(dim=1, keepdim=True), float(self._loss.total_weight(labels))
 
         def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
             weights = torch.from_numpy(flat).view(shape)
             log_p = nn.functional.log_softmax(features @ weights.T, dim=1)
-            loss = -(log_p * onehot).sum() / len(labels) + self._l2 / 2 * weights.square().sum()
-            gradient = (log_p.exp() - onehot).T @ features / len(labels) + self._l2 * weights
+            loss = -(log_p * targets).sum() / total + self._l2 / 2 * weights.square().sum()
+            gradient = (weights_of_rows * log_p.exp() - targets).T @ features / total + self._l2 * weights
             return loss.item(), gradient.reshape(-1).numpy()
 
         options = {"maxiter": 20_000, "maxfun": 40_000, "gtol": GRADIENT_TOLERANCE, "ftol": 0.0, "maxcor": 20}

@@ -24,7 +24,7 @@ from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, run_forward
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.network.layers import encoder_layers
 from forebear.indexer.storage.ragged import offsets
-from forebear.indexer.training.course import MAX_GRAD_NORM, mean_loss, seed_step
+from forebear.indexer.training.course import MAX_GRAD_NORM, seed_step
 from forebear.indexer.training.options import TrainOptions
 from forebear.indexer.training.start import freeze_below
 
@@ -236,7 +236,7 @@ def train_top(
             seed_step(options.seed, step)
             step += 1
             logits = top_logits(classifier, [hidden[i] for i in batch])
-            loss = mean_loss(logits, labels[batch].to(logits.device))
+            loss = classifier.loss.mean(logits, labels[batch].to(logits.device))
             if not math.isfinite(loss.item()):
                 raise NonFiniteError(
                     f"the training loss is {loss.item()} in epoch {epoch + 1} of a retraining with seed "

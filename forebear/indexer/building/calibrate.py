@@ -27,7 +27,6 @@ from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts, take_texts
-from forebear.indexer.model.forward import residual_and_loss
 from forebear.indexer.model.scopes import Scope
 from forebear.indexer.sketches.candidates import Part
 from forebear.indexer.sketches.fitting import open_sketchers
@@ -78,9 +77,9 @@ def calibrate_scope(
     methods: dict[str, Any] = {}
     if len(live) > 1:  # a single row leaves none to rank
         calibration_queries = _CalibrationQueries(
-            index.text_lists(queries), index.predictions[queries].astype(np.int64), live == queries[:, None]
+            index.text_lists(queries), index.predicted(queries), live == queries[:, None]
         )
-        exact_sample = _ExactSample(index.text_lists(sample), index.labels[sample].astype(np.int64), sample)
+        exact_sample = _ExactSample(index.text_lists(sample), index.targets(sample), sample)
         parts = _parts(index, classifier, scope, calibration_queries, spans=False)
         exact = _exact_scores(index, classifier, scope, calibration_queries, exact_sample, spans=False, on_rows=on_rows)
         for kind, (dots, cosines) in exact.items():
@@ -116,9 +115,9 @@ def calibrate_spans(
         mask_spans(classifier, index.text_lists(store.rows[entries]), store.spans(entries))[0]
         for entries in (queries, sample)
     )
-    targets = index.predictions[store.rows[queries]].astype(np.int64)
+    targets = index.predicted(store.rows[queries])
     excluded = store.rows[live] == store.rows[queries][:, None]
-    exact_sample = _ExactSample(spans_of_sample, index.labels[store.rows[sample]].astype(np.int64), sample)
+    exact_sample = _ExactSample(spans_of_sample, index.targets(store.rows[sample]), sample)
     methods: dict[str, Any] = {}
     for plus, texts in (("+", Encoded(differences.rows)), ("++", differences)):
         calibration_queries = _CalibrationQueries(texts, targets, excluded)
@@ -135,13 +134,13 @@ def _most_important(index: Index, classifier: Classifier) -> np.ndarray:
     """The live span of each row whose masking raises the loss of the row's predicted class most; ascending entries."""
     live, store = index.live_spans, index.spans()
     rows = store.rows[live]
-    targets = index.predictions[rows].astype(np.int64)
+    targets = index.predicted(rows)
     head = classifier.head
     losses = []
     for features in (store.features.take(live), index.features().take(rows)):
         with torch.no_grad():
             logits = head(torch.from_numpy(features).to(head.weight.device, head.weight.dtype))
-        losses.append(residual_and_loss(logits.double().cpu().numpy(), targets)[1])
+        losses.append(index.loss.residual_and_loss(logits.double().cpu().numpy(), targets)[1])
     order = np.lexsort((live, losses[1] - losses[0], rows))  # by row, the largest rise of the loss first
     return np.sort(live[order[np.unique(rows[order], return_index=True)[1]]])
 

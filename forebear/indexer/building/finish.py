@@ -21,12 +21,11 @@ from forebear.indexer.curvature.head import (
     factorise,
     head_hessian,
     mean_eigenvalue,
-    probabilities_from_residuals,
     refit_head,
 )
 from forebear.indexer.index import Index
+from forebear.indexer.losses.cross_entropy import softmax
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.forward import softmax
 from forebear.indexer.sketches.fitting import gradient_files, sketch_folders
 from forebear.indexer.storage.arrow import RowMatrix, file_sha256, write_columns
 from forebear.indexer.storage.journal import tidy
@@ -216,10 +215,8 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
     spec = manifest.spec
     facts: dict[str, Any] = {}
     files: list[str] = []
-    live_mask = np.zeros(manifest.n_rows, bool)
-    live_mask[index.live] = True
     features, residuals = index.features(), index.residuals()
-    n_classes = len(spec.label_names)
+    n_classes, loss = residuals.width, index.loss
     first = _first_equal_rows(features, residuals)
 
     def save(name: str, columns: dict[str, np.ndarray]) -> str:
@@ -229,20 +226,14 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
         return file
 
     if spec.dampings:
-        hessian = head_hessian(
-            (
-                (f[keep], probabilities_from_residuals(r, index.labels[start : start + len(f)])[keep])
-                for (start, f), (_, r) in zip(features.blocks(), residuals.blocks(), strict=True)
-                for keep in [live_mask[start : start + len(f)]]
-            ),
-            features.width,
-            n_classes,
-        )
-        mean = mean_eigenvalue(hessian, n_classes)
+        starts = [start for start, _ in features.blocks()]
+        live = np.split(index.live, np.searchsorted(index.live, starts[1:]))  # of each block of rows
+        hessian = head_hessian((index.head_factors(rows) for rows in live), features.width, n_classes, loss)
+        mean = mean_eigenvalue(hessian, n_classes, loss)
         stored = []
         for i, given in enumerate(spec.dampings):
             damping = absolute_damping(given, mean)
-            curvature = HeadCurvature(_factorised(hessian, damping, manifest), n_classes, damping)
+            curvature = HeadCurvature(_factorised(hessian, damping, manifest), n_classes, damping, loss)
             self_influence = np.concatenate(
                 [
                     curvature.self_influence(r, f)
@@ -265,7 +256,7 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
         }
     if spec.rep_refit:
         f = features.take(index.live)
-        p = probabilities_from_residuals(residuals.take(index.live), index.labels[index.live])
+        p = loss.outputs_of_residuals(residuals.take(index.live), index.targets(index.live))
         weight = refit_head(f, p)
         refitted = []
         for start, block in features.blocks():

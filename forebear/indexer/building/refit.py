@@ -171,7 +171,7 @@ class _SketchWriter:
         """The rows that a build of the live rows would fit on."""
         live = self.index.live
         chosen = live[sample_rows(len(live), self.index.manifest.spec.seed)]
-        return Sample(texts=self.index.text_lists(chosen), labels=self.index.labels[chosen].astype(np.int64))
+        return Sample(texts=self.index.text_lists(chosen), labels=self.index.targets(chosen))
 
     def _write_rows(self, classifier: Classifier, sketchers: dict[str, Sketcher], shard: int, on_rows: OnRows) -> None:
         start, stop = self.index.manifest.shards[shard]
@@ -179,7 +179,7 @@ class _SketchWriter:
         encoded = Encoded(encode(classifier, self.index.text_lists(rows)))
         collectors = {kind: s.collector(len(rows), classifier.device) for kind, s in sketchers.items()}
         run_pass(
-            classifier, encoded, labels_seed(self.index.labels[rows].astype(np.int64)),
+            classifier, encoded, labels_seed(classifier.loss, self.index.targets(rows)),
             list(collectors.values()), batch_tokens=self.index.manifest.spec.batch_tokens, first_row=start,
             on_rows=on_rows, warn=self.work.warn,
         )  # fmt: skip
@@ -199,7 +199,7 @@ class _SketchWriter:
         if not read.all():
             raise CorruptIndexError(f"{self.index.folder}: a stored span of row {owners[~read][0]} is not in its text.")
         _, _, sketches = masked_pass(
-            classifier, sketchers, replace(encoded, owners=owners - start), self.index.labels[owners].astype(np.int64),
+            classifier, sketchers, replace(encoded, owners=owners - start), self.index.targets(owners),
             self.index.manifest.spec.batch_tokens, self.work.warn,
         )  # fmt: skip
         for number in range(self._earlier_spans.n_shards, shard + 1):

@@ -28,7 +28,7 @@ from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode
-from forebear.indexer.model.forward import Forward, forward_of_features, residual_and_loss, run_forward
+from forebear.indexer.model.forward import Forward, forward_of_features, run_forward
 from forebear.indexer.model.loading import check_same_model, load_classifier
 from forebear.indexer.model.reading import count_reading
 from forebear.indexer.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
@@ -83,7 +83,7 @@ def load_checked(checkpoint: Checkpoint, spec: IndexSpec, device: str) -> Classi
     """A checkpoint of an index, refused if it is not the one that was indexed."""
     classifier = load_classifier(checkpoint.path, device=device, precision=spec.precision, max_length=spec.max_length)
     check_same_model(classifier, checkpoint.sha256, spec.tokenizer_sha256)
-    return replace(classifier, label_names=spec.label_names)  # the model's own may say nothing: LABEL_0
+    return replace(classifier, label_names=spec.label_names, loss=spec.loss)  # the model's own may say nothing: LABEL_0
 
 
 OnRows = Callable[[int], None]
@@ -209,7 +209,7 @@ class ShardWriter:
         }
         if sketches or words:
             forward = run_pass(
-                classifier, encoded, labels_seed(gold), [*sketches.values(), *words.values()],
+                classifier, encoded, labels_seed(classifier.loss, gold), [*sketches.values(), *words.values()],
                 batch_tokens=batch_tokens, first_row=row, on_rows=on_rows, warn=self.work.warn,
             )  # fmt: skip
             for kind, sketch in sketches.items():
@@ -222,7 +222,7 @@ class ShardWriter:
         else:
             forward = run_forward(classifier, encoded, batch_tokens=batch_tokens, first_row=row, on_rows=on_rows)
         forward = self._as_first_stored(path.parent, classifier, forward, shard)
-        residuals, losses = (values.astype(np.float32) for values in residual_and_loss(forward.logits, gold))
+        residuals, losses = (values.astype(np.float32) for values in forward.residuals_and_losses(gold))
         copy_repeats(path.parent, {"residual": residuals}, *self._rows.labelled.repeats(shard))
         if checkpoint is self.checkpoints[-1]:
             columns: dict[str, pa.Array | np.ndarray] = {"row": np.arange(row, row + len(block))}
@@ -267,8 +267,8 @@ class ShardWriter:
             return forward
         copy_repeats(folder, {"feature": forward.features}, positions, places)
         again = forward_of_features(classifier, forward.features[positions])
-        forward.logits[positions], forward.probabilities[positions] = again.logits, again.probabilities
-        return forward
+        forward.logits[positions] = again.logits
+        return Forward(forward.features, forward.logits, forward.loss)
 
     def _repeated_words(self, kind: str, shard: int) -> Postings | None:
         """Stored words of the rows that an earlier shard has too, from its run or from the store before an append."""

@@ -12,7 +12,7 @@ from forebear.errors import CorruptIndexError, InputError
 from forebear.indexer.building.shards import checkpoints_now, load_checked
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.forward import residual_and_loss, run_forward
+from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.sentence_encoder import load_sentence_encoder
 from forebear.indexer.sketches.fitting import open_sketchers
 from forebear.indexer.sketches.sketch import Sketcher, sketch_rows
@@ -160,7 +160,7 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
         kinds: dict[str, Sketcher] = {}
         for scope in spec.sketched_scopes:
             kinds |= open_sketchers(index.fit_folder, classifier, spec, scope, checkpoint.name, last=last)
-        gold = index.labels[rows].astype(np.int64)
+        gold = index.targets(rows)
         if kinds:
             sketches, forward = sketch_rows(
                 classifier, list(kinds.values()), texts, gold, batch_tokens=spec.batch_tokens
@@ -183,7 +183,7 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
                 compare(
                     stored_vectors[positions], fresh[fresh_positions], rounding=WORDS_ROUNDING[spec.words_precision]
                 )
-        residuals, _ = residual_and_loss(forward.logits, gold)
+        residuals, _ = forward.residuals_and_losses(gold)
         compare(index.features(number).take(rows), forward.features)
         compare(index.residuals(number).take(rows), residuals)
         if spec.spans is not None and last:
@@ -213,14 +213,14 @@ def _compare_spans(
     encoded, read = mask_spans(classifier, index.text_lists(owners), store.spans(entries))
     if not read.all():
         raise CorruptIndexError(f"{index.folder}: a stored span of row {owners[~read][0]} is not in its text.")
-    gold = index.labels[owners].astype(np.int64)
+    gold = index.targets(owners)
     features, logits, sketches = masked_pass(classifier, sketchers, encoded, gold, index.manifest.spec.batch_tokens)
     for kind, recomputed in sketches.items():
         stored = index.gradient_store(kind, spans=True)
         compare(stored.norms[entries], recomputed.norms)
         compare(stored.lengths[entries], recomputed.lengths)
     compare(store.features.take(entries), features)
-    compare(store.residuals.take(entries), residual_and_loss(logits, gold)[0])
+    compare(store.residuals.take(entries), classifier.loss.residual_and_loss(logits, gold)[0])
 
 
 def _same_words(stored: WordRows, fresh: WordRows) -> tuple[np.ndarray, np.ndarray]:

@@ -2,8 +2,9 @@
 
 For each block, A = mean of a a^T over positions and D = mean of d d^T give the eigenbasis; the eigenvalues are then
 corrected: the mean square of each coordinate of the rows' gradients in that basis. Gradients are those
-of the model's own uncertainty, not of the gold labels: with B = diag(p) - p p^T, the class directions u with
-sum of u u^T = B are differentiated, so the matrix is the Gauss-Newton one; gold labels would give the empirical Fisher.
+of the model's own uncertainty, not of the gold labels: with B the curvature of the loss at the logits (diag(p) - p p^T
+of the cross-entropy), the directions u with sum of u u^T = B are differentiated, so the matrix is the Gauss-Newton one;
+gold labels would give the empirical Fisher.
 Positions whose output gradient is zero (padding; all but [CLS] in the last layer) take no part in A.
 """
 
@@ -18,55 +19,57 @@ import numpy as np
 import torch
 
 from forebear.errors import CorruptIndexError, NonFiniteError
-from forebear.indexer.curvature.head import class_basis, class_curvature, row_chunks
+from forebear.indexer.curvature.head import row_chunks
 from forebear.indexer.gradients.block_file import read_blocks, write_blocks
 from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.gradient_pass import Collector, SeedOf, run_pass
 from forebear.indexer.gradients.tape import Seed
 from forebear.indexer.gradients.vectors import Vectors
+from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.forward import softmax
 from forebear.indexer.model.scopes import Block, Scope
 from forebear.indexer.storage.arrow import MEND
 
 EXACT_CLASSES = 4  # up to here every class direction is differentiated; beyond, one random combination a row
 
 
-def curvature_seeds(n_classes: int, n_rows: int, seed: int) -> tuple[SeedOf, ...]:
-    """Class directions u whose u u^T sum, exactly or in expectation, to diag(p) - p p^T at each row.
+def curvature_seeds(
+    loss: Loss, n_outputs: int, n_rows: int, seed: int, targets: np.ndarray | None = None
+) -> tuple[SeedOf, ...]:
+    """Directions u at the logits whose u u^T sum, exactly or in expectation, to the loss' curvature at each row.
 
     Args:
-        n_classes: c; up to 4 there are c - 1 directions, else one: a seeded combination with signs +-1.
+        loss: Whose curvature: diag(p) - p p^T of the cross-entropy.
+        n_outputs: c; up to 4 there is one direction u for each of the loss' basis (c - 1 of the cross-entropy), else
+            one in all: a seeded combination with signs +-1.
         n_rows: Number of rows of the pass.
         seed: Random seed of the signs.
+        targets: Targets of the rows, where the loss weighs rows by them.
     """
-    rank = n_classes - 1
+    rank = len(loss.basis(n_outputs))
+    row_weights = None if targets is None else loss.row_weights(targets)
 
     def along(weights: np.ndarray) -> SeedOf:
         """``weights`` (n_rows, rank) combine the columns of a square root of B."""
+        if row_weights is not None:
+            weights = weights * np.sqrt(row_weights)[:, None]
 
         def seed_of(positions: list[int]) -> Seed:
-            return lambda logits: _combined_roots(softmax(logits), weights[positions])
+            return lambda logits: _combined_roots(loss, loss.outputs(logits), weights[positions])
 
         return seed_of
 
-    if n_classes <= EXACT_CLASSES:
+    if n_outputs <= EXACT_CLASSES:
         return tuple(along(np.broadcast_to(row, (n_rows, rank))) for row in np.eye(rank))
     signs = np.random.default_rng([seed, 1]).choice([-1.0, 1.0], size=(n_rows, rank))
     return (along(signs),)
 
 
-def class_square_root(p: np.ndarray) -> np.ndarray:
-    """U with U U^T = diag(p) - p p^T for each row, ``(n, c, c - 1)`` float64; accurate for all but certain rows too."""
-    values, vectors = np.linalg.eigh(class_curvature(p))
-    root = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
-    return np.asarray(np.einsum("kc,nkj->ncj", class_basis(p.shape[1]), root))
-
-
-def _combined_roots(p: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """U w of each row, ``(n, c)``, for weights ``(n, c - 1)``; no more roots are held at once than fit in memory."""
+def _combined_roots(loss: Loss, outputs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """U w of each row, ``(n, c)``, for weights ``(n, m)``; no more roots are held at once than fit in memory."""
     parts = [
-        np.einsum("bck,bk->bc", class_square_root(p[chunk]), weights[chunk]) for chunk in row_chunks(len(p), p.shape[1])
+        np.einsum("bck,bk->bc", loss.square_root(outputs[chunk]), weights[chunk])
+        for chunk in row_chunks(len(outputs), outputs.shape[1])
     ]
     return np.concatenate(parts)
 
@@ -203,11 +206,12 @@ def fit_factors(
     *,
     seed: int,
     batch_tokens: int,
+    targets: np.ndarray | None = None,
     on_rows: Callable[[int], None] | None = None,
 ) -> KroneckerFactors:
     """Kronecker factors of a scope from rows of text, in one pass a class direction; arguments as in ``fit_ekfac``."""
     collector = _Factors(scope, classifier.device)
-    for seed_of in curvature_seeds(classifier.n_classes, len(texts[0]), seed):
+    for seed_of in curvature_seeds(classifier.loss, classifier.n_classes, len(texts[0]), seed, targets):
         run_pass(classifier, texts, seed_of, [collector], batch_tokens=batch_tokens, on_rows=on_rows)
     return collector.found
 
@@ -219,10 +223,11 @@ def fit_ekfac(
     *,
     seed: int,
     batch_tokens: int,
+    targets: np.ndarray | None = None,
     factors: KroneckerFactors | None = None,
     on_rows: Callable[[int], None] | None = None,
 ) -> Ekfac:
-    """Fit the curvature of a scope on rows of text (labels play no part), in two passes a class direction.
+    """Fit the curvature of a scope on rows of text, in two passes a direction at the logits.
 
     Args:
         classifier: The model at the checkpoint.
@@ -230,6 +235,7 @@ def fit_ekfac(
         texts: A sample of the training rows, one list a text column.
         seed: Random seed of the signs, with more than 4 classes.
         batch_tokens: Largest number of padded tokens in a batch.
+        targets: Targets of the rows, which play a part only where the loss weighs rows by them.
         factors: From :func:`fit_factors` on the same rows, if they are known already.
         on_rows: Called with the number of rows after each batch.
 
@@ -238,7 +244,9 @@ def fit_ekfac(
     """
     n_rows = len(texts[0])
     if factors is None:
-        factors = fit_factors(classifier, scope, texts, seed=seed, batch_tokens=batch_tokens, on_rows=on_rows)
+        factors = fit_factors(
+            classifier, scope, texts, seed=seed, batch_tokens=batch_tokens, targets=targets, on_rows=on_rows
+        )
     dtype = classifier.head.weight.dtype
     parts = {}
     for block in scope.blocks:
@@ -246,7 +254,7 @@ def fit_ekfac(
         empty = torch.zeros((block.n_out, block.n_in), dtype=dtype, device=classifier.device)
         parts[block.name] = EkfacBlock(block, left, right, empty)
     squares = _Eigenvalues(scope, parts)
-    for seed_of in curvature_seeds(classifier.n_classes, n_rows, seed):
+    for seed_of in curvature_seeds(classifier.loss, classifier.n_classes, n_rows, seed, targets):
         run_pass(classifier, texts, seed_of, [squares], batch_tokens=batch_tokens, on_rows=on_rows)
     return Ekfac(
         {

@@ -1,63 +1,61 @@
-"""Exact curvature of the softmax head, in float64.
+"""Exact curvature of the head, in float64.
 
-H = mean over rows of (diag(p) - p p^T) kron f f^T is the Hessian (and the Gauss-Newton matrix) of the mean
-training loss over the head's weight. Every head gradient (p - y) outer f sums to zero over the classes, and
-so does every row and column of diag(p) - p p^T: along the direction that is constant over classes H is zero and
-no gradient has a part in it. So everything is done, without any loss, in an orthonormal basis of the c - 1
-remaining class directions (Helmert's contrasts): m = (c - 1) h numbers instead of c h.
+H = mean over rows of weight x B kron f f^T is the Hessian (and the Gauss-Newton matrix) of the mean training loss over
+the head's weight, B being the curvature of the loss at the logits: diag(p) - p p^T of the cross-entropy. It is computed
+in the loss' basis, which holds every gradient (:meth:`~forebear.indexer.losses.loss.Loss.basis`): m = (c - 1) h numbers
+instead of c h of the cross-entropy.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from scipy.linalg import LinAlgError, cho_solve, cholesky, helmert, solve_triangular
+from scipy.linalg import LinAlgError, cho_solve, cholesky, solve_triangular
 from scipy.linalg.lapack import dpocon
+from typing_extensions import override
 
 from forebear.errors import InputError
 from forebear.indexer.curvature.damping import round_up
+from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY, MAX_CLASS_NUMBERS
+from forebear.indexer.losses.loss import Loss
 
 MIN_RECIPROCAL_CONDITION = 1e-11  # below, float64 solves lose the fifth digit
 MAX_SIZE = 20_000  # m above which the dense factor would not fit an ordinary machine (3.2 GB)
-MAX_CLASS_NUMBERS = 1 << 27  # in the class matrices of the rows that are taken at once
-MANY_CLASSES = 64  # beyond, a sum over all pairs of classes takes more memory than the matrices it gives
 
 
-def class_basis(n_classes: int) -> np.ndarray:
-    """Orthonormal basis of the class directions that sum to zero, ``(c - 1, c)``."""
-    return np.asarray(helmert(n_classes), dtype=np.float64)
+def weighted_features(features: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Features ``(n, h)`` times the square roots of the rows' curvature weights ``(n,)``: H holds them in pairs."""
+    return features if weights is None else np.asarray(features.astype(np.float64) * np.sqrt(weights)[:, None])
 
 
-def probabilities_from_residuals(residuals: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """p from p - y and y, ``(n, c)`` float64."""
-    p = residuals.astype(np.float64)
-    p[np.arange(len(labels)), labels] += 1.0
-    return p
-
-
-def head_hessian(blocks: Iterable[tuple[np.ndarray, np.ndarray]], feature_dim: int, n_classes: int) -> np.ndarray:
-    """H of the head weight in the reduced class basis, undamped.
+def head_hessian(
+    blocks: Iterable[tuple[np.ndarray, np.ndarray]], feature_dim: int, n_classes: int, loss: Loss = CROSS_ENTROPY
+) -> np.ndarray:
+    """H of the head weight in the loss' basis, undamped.
 
     Args:
-        blocks: (f ``(n, h)``, p ``(n, c)``) of the training rows, in any number of blocks.
+        blocks: (f ``(n, h)``, outputs ``(n, c)``) of the training rows, in any number of blocks; f are weighted, see
+            :func:`weighted_features`.
         feature_dim: h.
         n_classes: c.
+        loss: Whose curvature.
 
     Returns:
-        ``(m, m)`` float64 with m = (c - 1) h; entry (a h + i, b h + j) belongs to contrasts a, b and features i, j.
+        ``(m, m)`` float64 with m = (c - 1) h of the cross-entropy; entry (a h + i, b h + j) belongs to directions a, b
+        of the basis and features i, j.
     """
     check_head_size(n_classes, feature_dim)
-    reduced = n_classes - 1
+    reduced = len(loss.basis(n_classes))
     size = reduced * feature_dim
     total = np.zeros((reduced, reduced, feature_dim, feature_dim))
     n_rows = 0
-    for features, probabilities in blocks:
+    for features, outputs in blocks:
         for at in row_chunks(len(features), n_classes):
             f = features[at].astype(np.float64)
-            weights = class_curvature(probabilities[at])
+            weights = loss.curvature(outputs[at])
             for a in range(reduced):
                 for b in range(a + 1):
                     total[a, b] += f.T @ (weights[:, a, b, None] * f)
@@ -74,9 +72,9 @@ def row_chunks(n_rows: int, n_classes: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n_rows, size)]
 
 
-def fits_dense(n_classes: int, feature_dim: int) -> bool:
+def fits_dense(n_classes: int, feature_dim: int, loss: Loss = CROSS_ENTROPY) -> bool:
     """Whether the head's exact curvature is computed as one matrix."""
-    return (n_classes - 1) * feature_dim <= MAX_SIZE
+    return len(loss.basis(n_classes)) * feature_dim <= MAX_SIZE
 
 
 def check_head_size(n_classes: int, feature_dim: int) -> None:
@@ -94,65 +92,6 @@ def check_head_size(n_classes: int, feature_dim: int) -> None:
             "--curvature cg, which solves for each query.",
             of="index",
         )
-
-
-def class_curvature(p: np.ndarray) -> np.ndarray:
-    """B (diag(p) - p p^T) B^T of each row, ``(n, c - 1, c - 1)``.
-
-    As the sum over i < j of p_i p_j (b_i - b_j)(b_i - b_j)^T, b_i being columns of B: no difference of numbers near 1,
-    so that rows predicted with all but certainty keep their precision. With very many classes the matrix in brackets is
-    formed from the same products.
-    """
-    basis = class_basis(p.shape[1])
-    if p.shape[1] > MANY_CLASSES:
-        return np.asarray(basis @ _class_covariance(p) @ basis.T)
-    i, j = np.triu_indices(p.shape[1], k=1)
-    steps = (basis[:, i] - basis[:, j]).T
-    squares = (steps[:, :, None] * steps[:, None, :]).reshape(len(i), -1)
-    return np.asarray(((p[:, i] * p[:, j]) @ squares).reshape(len(p), len(basis), len(basis)))
-
-
-def _class_covariance(p: np.ndarray) -> np.ndarray:
-    """diag(p) - p p^T of each row, ``(n, c, c)``; diagonal entry i is computed as the sum of p_i p_j over j != i."""
-    products = p[:, :, None] * p[:, None, :]
-    i = np.arange(p.shape[1])
-    products[:, i, i] = 0.0
-    out = -products
-    out[:, i, i] = products.sum(axis=2)
-    return np.asarray(out)
-
-
-def class_products(p: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """B (diag(p) - p p^T) B^T u, no matrix being formed.
-
-    Args:
-        p: Probabilities, ``(n, c)`` float64.
-        vectors: u, ``(q, c - 1, n)``.
-
-    Returns:
-        ``(q, c - 1, n)``. Numbers are taken relative to that of the most probable class, so that rows predicted with
-        all but certainty keep their precision.
-    """
-    basis = torch.from_numpy(class_basis(p.shape[1]))
-    z = vectors.transpose(1, 2) @ basis  # (q, n, c)
-    z -= z.gather(2, p.argmax(dim=1)[None, :, None].expand(len(z), -1, 1))
-    z -= (p * z).sum(dim=2, keepdim=True)
-    return (z.mul_(p) @ basis.T).transpose(1, 2)
-
-
-def head_trace(features: np.ndarray, residuals: np.ndarray, labels: np.ndarray) -> float:
-    """Sum over rows of the trace of (diag(p) - p p^T) kron f f^T; see :func:`head_hessian`.
-
-    Args:
-        features: f, ``(n, h)``.
-        residuals: p - y, ``(n, c)``.
-        labels: y, ``(n,)``.
-    """
-    at = (np.arange(len(labels)), labels)
-    p = probabilities_from_residuals(residuals, labels)
-    others = 1.0 - p
-    others[at] = -residuals[at].astype(np.float64)  # 1 - p, where it would be a difference of numbers near 1
-    return float((p * others).sum(axis=1) @ (features.astype(np.float64) ** 2).sum(axis=1))
 
 
 def absolute_damping(given: str, mean_eigenvalue: float) -> float:
@@ -173,9 +112,9 @@ def absolute_damping(given: str, mean_eigenvalue: float) -> float:
     return value * mean_eigenvalue if relative else value
 
 
-def mean_eigenvalue(hessian: np.ndarray, n_classes: int) -> float:
-    """Mean over all c h eigenvalues of H, the zero ones of the constant class direction included."""
-    return float(np.trace(hessian)) * (n_classes - 1) / n_classes / len(hessian)
+def mean_eigenvalue(hessian: np.ndarray, n_classes: int, loss: Loss = CROSS_ENTROPY) -> float:
+    """Mean over all c h eigenvalues of H, those of 0 outside the loss' basis included."""
+    return float(np.trace(hessian)) * len(loss.basis(n_classes)) / n_classes / len(hessian)
 
 
 def factorise(hessian: np.ndarray, damping: float) -> np.ndarray:
@@ -201,46 +140,67 @@ def factorise(hessian: np.ndarray, damping: float) -> np.ndarray:
     return factor
 
 
+class HeadInverse(ABC):
+    """(H + damping I)^-1 over the head weight, in the loss' basis of a directions.
+
+    Attributes:
+        n_classes: c.
+        damping: What is added to the diagonal.
+        loss: The loss whose curvature H is.
+    """
+
+    n_classes: int
+    damping: float
+    loss: Loss
+
+    def gradients(self, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """Head gradients in the basis, ``(n, a, h)`` float64, from residuals ``(n, c)`` and features ``(n, h)``."""
+        reduced = residuals.astype(np.float64) @ self.loss.basis(self.n_classes).T
+        return np.asarray(reduced[:, :, None] * features.astype(np.float64)[:, None, :])
+
+    def solve(self, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """(H + damping I)^-1 g in the basis.
+
+        Args:
+            residuals: Gradients at the logits, ``(q, c)``.
+            features: f, ``(q, h)``.
+
+        Returns:
+            ``(q, a, h)`` float64; <result, g_n> is its dot with (basis @ residual of n) outer f_n.
+        """
+        return self.solve_matrix(self.gradients(residuals, features))
+
+    @abstractmethod
+    def solve_matrix(self, gradients: np.ndarray) -> np.ndarray:
+        """(H + damping I)^-1 g of gradients in the basis, ``(q, a, h)``; same shape."""
+
+    @abstractmethod
+    def self_influence(self, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """<H^-1 g, g> of each row, ``(n,)`` float64, never negative."""
+
+
 @dataclass(frozen=True)
-class HeadCurvature:
-    """H + damping I over the head weight, factorised.
+class HeadCurvature(HeadInverse):
+    """H + damping I over the head weight, factorised; see :class:`HeadInverse`.
 
     Attributes:
         factor: Lower Cholesky factor L, ``(m, m)`` float64.
-        n_classes: c.
-        damping: What was added to the diagonal.
     """
 
     factor: np.ndarray
     n_classes: int
     damping: float
+    loss: Loss = CROSS_ENTROPY
 
-    def _gradients(self, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
-        """Head gradients in the reduced basis, ``(n, m)`` float64."""
-        reduced = residuals.astype(np.float64) @ class_basis(self.n_classes).T
-        f = features.astype(np.float64)
-        return np.asarray((reduced[:, :, None] * f[:, None, :]).reshape(len(f), -1))
-
-    def solve(self, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
-        """(H + damping I)^-1 g in the reduced class basis.
-
-        Args:
-            residuals: p - y, ``(q, c)``.
-            features: f, ``(q, h)``.
-
-        Returns:
-            ``(q, c - 1, h)`` float64; <result, g_n> is its dot with ``class_basis(c) @ (p_n - y_n)`` outer f_n.
-        """
-        return self.solve_matrix(self._gradients(residuals, features).reshape(len(features), self.n_classes - 1, -1))
-
+    @override
     def solve_matrix(self, gradients: np.ndarray) -> np.ndarray:
-        """(H + damping I)^-1 g of gradients in the reduced class basis, ``(q, c - 1, h)``; same shape."""
         solved = cho_solve((self.factor, True), gradients.reshape(len(gradients), -1).T).T
         return np.asarray(solved.reshape(gradients.shape))
 
+    @override
     def self_influence(self, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
-        """<H^-1 g, g> of each row, ``(n,)`` float64, never negative."""
-        white = solve_triangular(self.factor, self._gradients(residuals, features).T, lower=True)
+        gradients = self.gradients(residuals, features).reshape(len(features), -1)
+        white = solve_triangular(self.factor, gradients.T, lower=True)
         return np.asarray((white**2).sum(axis=0))
 
 

@@ -2,10 +2,11 @@
 
 The curvature is that of the mean training loss, in nats, undamped. Two kinds:
 
-- :class:`GaussNewton`: mean over rows n of J_n^T (diag(p) - p p^T) J_n, J_n being the derivative of the logits. Never
-  negative. It needs the factors of the rows' gradients alone: with class directions u as in :mod:`ekfac`,
+- :class:`GaussNewton`: mean over rows n of J_n^T B J_n, J_n being the derivative of the logits and B the curvature of
+  the loss at the logits: diag(p) - p p^T of the cross-entropy. Never negative. It needs the factors of the rows'
+  gradients alone: with directions u as in :mod:`ekfac`,
   it is the mean over n of the sum over u of <G_n(u), V> G_n(u), and G_n(u) = sum_t d_t a_t^T.
-- :class:`HessianProduct`: the Hessian of the cross-entropy with the gold labels, by double backward. It can have
+- :class:`HessianProduct`: the Hessian of the loss with the gold labels, by double backward. It can have
   negative eigenvalues. At scope ``head`` the two are equal.
 """
 
@@ -50,6 +51,7 @@ class GaussNewton:
         *,
         seed: int,
         batch_tokens: int,
+        targets: np.ndarray | None = None,
     ) -> None:
         """Encode the rows.
 
@@ -60,10 +62,11 @@ class GaussNewton:
             seed: Random seed of the signs that more than 4 classes take: the matrix is then an unbiased estimate, the
                 same in each product.
             batch_tokens: Largest number of padded tokens in a batch.
+            targets: Targets of the rows, which play a part only where the loss weighs rows by them.
         """
         self._classifier, self._scope = classifier, scope
         self._rows, self._batch_tokens = Encoded(encode(classifier, texts)), batch_tokens
-        self._seeds = curvature_seeds(classifier.n_classes, len(self._rows), seed)
+        self._seeds = curvature_seeds(classifier.loss, classifier.n_classes, len(self._rows), seed, targets)
 
     def __call__(self, vectors: Vectors, positions: Sequence[int] | None = None) -> Vectors:
         """H V; a batch's factors are all that is held beside V and H V.
@@ -150,7 +153,7 @@ class _Outer(Collector):
 
 
 class HessianProduct:
-    """The Hessian of the mean cross-entropy with gold labels over a scope, as a product; always in full precision."""
+    """The Hessian of the mean loss with gold labels over a scope, as a product; always in full precision."""
 
     def __init__(
         self,
@@ -167,12 +170,12 @@ class HessianProduct:
             classifier: The model at the checkpoint.
             scope: The parameters that the curvature is over.
             texts: Training rows, one list a text column, ``(columns, n)``.
-            labels: Gold class ids, ``(n,)``.
+            labels: Gold targets of the ``n`` rows.
             batch_tokens: Largest number of padded tokens in a batch.
         """
         self._classifier, self._scope = classifier, scope
         self._rows, self._batch_tokens = encode(classifier, texts), batch_tokens
-        self._labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+        self._labels = torch.as_tensor(np.asarray(labels))
 
     def __call__(self, vectors: Vectors, positions: Sequence[int] | None = None) -> Vectors:
         """H V, with arguments and result as of :meth:`GaussNewton.__call__`.
@@ -206,7 +209,7 @@ class HessianProduct:
             batch = pad_batch(classifier.tokenizer, [self._rows[i] for i in positions], classifier.device)
             labels = self._labels[positions].to(classifier.device)
             # In float64 p - y and its derivative stay exact for confident rows too.
-            loss = nn.functional.cross_entropy(classifier.model(**batch).logits.double(), labels, reduction="sum")
+            loss = classifier.loss.summed(classifier.model(**batch).logits.double(), labels)
             gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
             n_queries = len(next(iter(parts.values())))
             for q in range(n_queries):

@@ -17,9 +17,10 @@ import torch
 from forebear.errors import NonFiniteError, StorageError
 from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.tape import Seed, Tape, alone, loss_of
+from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts, as_encoded, distinct, distinct_rows, plan_batches
-from forebear.indexer.model.forward import Forward, softmax
+from forebear.indexer.model.forward import Forward
 from forebear.indexer.model.scopes import Scope
 
 
@@ -70,7 +71,7 @@ class SeedByKey:
     """A :data:`SeedOf` that is the same for rows of the same word pieces and the same key.
 
     Attributes:
-        keys: Key of each row, ``(n,)``; None: all rows have the same key.
+        keys: Key of each row, ``(n,)`` or ``(n, k)``; None: all rows have the same key.
         seed_of: The seeds, by positions of rows.
     """
 
@@ -82,9 +83,9 @@ class SeedByKey:
         return self.seed_of(positions)
 
 
-def labels_seed(labels: np.ndarray | None) -> SeedByKey:
-    """Seeds of the loss of ``labels`` ``(n,)``; None: of the loss of the predicted classes."""
-    return SeedByKey(labels, lambda positions: loss_of(None if labels is None else labels[positions]))
+def labels_seed(loss: Loss, labels: np.ndarray | None) -> SeedByKey:
+    """Seeds of a loss with ``n`` targets ``labels``; None: with what the model says."""
+    return SeedByKey(labels, lambda positions: loss_of(loss, None if labels is None else labels[positions]))
 
 
 def run_pass(
@@ -197,7 +198,7 @@ def run_pass(
         if on_rows is not None:
             on_rows(len(rows) - len(first))
     refuse_non_finite(classifier.name, first_row, *np.split(logits, versions), *np.split(features, versions))
-    return Forward(features, softmax(logits), logits)
+    return Forward(features, logits, classifier.loss)
 
 
 def _keep(collectors: Sequence[Collector], positions: list[int], classifier: Classifier) -> None:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import nn
 
 from forebear.errors import ModelError
 from forebear.indexer.gradients.factors import EmbeddingFactors, LayerFactors
-from forebear.indexer.gradients.tape import Tape, alone, loss_of, only_asking
+from forebear.indexer.gradients.tape import Seed, Tape, alone, loss_of, only_asking
+from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.forward import forward_batch
 from forebear.indexer.model.network.batches import pad_batch
@@ -124,7 +124,7 @@ def _check_scope(classifier: Classifier, scope: Scope, rows: list[Row]) -> float
     for start in range(0, len(rows), at_once):
         some = rows[start : start + at_once]
         found: dict[str, LayerFactors] = {}
-        _, logits = Tape(classifier, [scope]).record(some, _unlikely, found.__setitem__)
+        _, logits = Tape(classifier, [scope]).record(some, _unlikely(classifier.loss), found.__setitem__)
         for i, row in enumerate(some):
             truth = _autograd(classifier, scope, row, int(logits[i].argmin()))
             size = max(float(g.abs().max()) for g in truth.values())
@@ -144,9 +144,9 @@ def _check_scope(classifier: Classifier, scope: Scope, rows: list[Row]) -> float
     return largest_error
 
 
-def _unlikely(logits: np.ndarray) -> np.ndarray:
+def _unlikely(loss: Loss) -> Seed:
     """The seed of the least likely class' loss, whose gradient is large."""
-    return loss_of(logits.argmin(axis=1))(logits)
+    return lambda logits: loss_of(loss, logits.argmin(axis=1))(logits)
 
 
 def _gradient(block: Block, factors: LayerFactors | None, i: int, like: torch.Tensor) -> torch.Tensor:
@@ -165,7 +165,7 @@ def _autograd(classifier: Classifier, scope: Scope, row: Row, label: int) -> dic
     parameters = {key: model.get_parameter(key) for block in scope.blocks for key in block.parameter_names}
     with only_asking(model, parameters.values()), torch.enable_grad():
         logits = model(**pad_batch(classifier.tokenizer, [row], classifier.device)).logits.double()
-        loss = nn.functional.cross_entropy(logits, torch.tensor([label], device=logits.device))
+        loss = classifier.loss.summed(logits, torch.tensor([label], device=logits.device))
         found = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
     parts = dict(zip(parameters, found, strict=True))
     gradients = {block.name: block.join(parts) for block in scope.blocks}

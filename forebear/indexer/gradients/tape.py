@@ -17,8 +17,9 @@ from torch import nn
 from forebear.indexer.gradients.embedding_uses import EmbeddingUses, Root, input_ids
 from forebear.indexer.gradients.factors import LayerFactors, OnLayer
 from forebear.indexer.gradients.layer_uses import LayerUses, wide, with_one
+from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.forward import forward_batch, residual_and_loss
+from forebear.indexer.model.forward import forward_batch
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.network.head import watched_head
 from forebear.indexer.model.network.shared_layers import SharedUses
@@ -28,11 +29,11 @@ from forebear.indexer.model.scopes import Scope, root_modules
 Seed = Callable[[np.ndarray], np.ndarray]
 
 
-def loss_of(labels: np.ndarray | None) -> Seed:
-    """The seed p - y of the cross-entropy with ``labels`` ``(b,)``; None takes the predicted classes."""
+def loss_of(loss: Loss, labels: np.ndarray | None) -> Seed:
+    """The seed of a loss, its residual, with ``b`` targets ``labels``; None takes what the model says."""
 
     def seed(logits: np.ndarray) -> np.ndarray:
-        return residual_and_loss(logits, logits.argmax(axis=1) if labels is None else labels)[0]
+        return loss.residual_and_loss(logits, loss.predictions(logits) if labels is None else labels)[0]
 
     return seed
 

@@ -48,7 +48,7 @@ def whole_gradients(
 ) -> Vectors:
     """Loss gradients of a few rows, ``(q, n_out, n_in)`` for each block of the scope."""
     collector = _Gradients(scope, len(labels), classifier.head.weight)
-    run_pass(classifier, texts, labels_seed(labels), [collector], batch_tokens=BATCH_TOKENS)
+    run_pass(classifier, texts, labels_seed(classifier.loss, labels), [collector], batch_tokens=BATCH_TOKENS)
     return collector.out
 
 
@@ -96,7 +96,7 @@ def summed_gradients(
         groups: Number of each row's group, from 0, ``(q,)``.
     """
     collector = _Sums(scope, groups, classifier.head.weight)
-    run_pass(classifier, texts, labels_seed(labels), [collector], batch_tokens=BATCH_TOKENS)
+    run_pass(classifier, texts, labels_seed(classifier.loss, labels), [collector], batch_tokens=BATCH_TOKENS)
     return collector.out
 
 
@@ -188,5 +188,12 @@ def exact_dots(
         np.logical_or.at(some, kinds, wanted.T)
         wanted = some.T[:, kinds]
     collector = _Dots(scope, vectors, len(labels), wanted)
-    run_pass(classifier, encoded, labels_seed(labels), [collector], batch_tokens=BATCH_TOKENS, on_rows=on_rows)
+    run_pass(
+        classifier,
+        encoded,
+        labels_seed(classifier.loss, labels),
+        [collector],
+        batch_tokens=BATCH_TOKENS,
+        on_rows=on_rows,
+    )
     return collector.out

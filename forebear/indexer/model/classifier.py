@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from forebear.errors import InputError
+from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
+from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.network.adapters import Adapter
 
 
@@ -35,6 +37,7 @@ class Classifier:
         alone_layers: Of these, the layers whose gradient needs a row to be alone in its batch.
         padding_remark: A line on a padding token that stands in; None where none does.
         adapter: What LoRA or DoRA put into the network; None of other networks.
+        loss: What it was trained to minimise.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Classifier:
     alone_layers: frozenset[str] = frozenset()
     padding_remark: str | None = None
     adapter: Adapter | None = None
+    loss: Loss = CROSS_ENTROPY
 
     @property
     def head(self) -> nn.Linear:

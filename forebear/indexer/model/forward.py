@@ -1,20 +1,21 @@
-"""The forward pass: feature f, residual p - y, probabilities and loss of each row.
+"""The forward pass: the feature f of each row, and what the classifier's loss makes of its logits.
 
-Numbers that later meet a cosine or a logarithm are computed in float64 from the logits and stored in
-float32; the residual's entry at the label is minus the sum of the other probabilities, never a
-difference of numbers near 1 (docs/methods.md, "Conventions").
+Numbers that later meet a cosine or a logarithm are computed in float64 from the logits and stored in float32; see
+:mod:`forebear.indexer.losses` (docs/methods.md, "Conventions").
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import nn
 
 from forebear.errors import NonFiniteError
+from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Texts, as_encoded, distinct, plan_batches
 from forebear.indexer.model.network.batches import pad_batch
@@ -29,22 +30,31 @@ class Forward:
 
     Attributes:
         features: f, input of the head, ``(n, h)`` float32.
-        probabilities: softmax of the logits, ``(n, c)`` float64.
         logits: ``(n, c)`` float64.
+        loss: The loss of the classifier.
     """
 
     features: np.ndarray
-    probabilities: np.ndarray
     logits: np.ndarray
+    loss: Loss
 
-    @property
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """The loss' outputs, ``(n, c)`` float64: of a classifier the probabilities."""
+        return self.loss.outputs(self.logits)
+
+    @cached_property
     def predictions(self) -> np.ndarray:
-        """Most probable class of each row, ``(n,)`` int64; ties go to the lower id."""
-        return np.asarray(self.logits.argmax(axis=1), dtype=np.int64)
+        """What the model says of each row, as targets: of a classifier the most probable class."""
+        return self.loss.predictions(self.logits)
 
     def take(self, positions: np.ndarray) -> Forward:
         """The results of the rows at some positions."""
-        return Forward(self.features[positions], self.probabilities[positions], self.logits[positions])
+        return Forward(self.features[positions], self.logits[positions], self.loss)
+
+    def residuals_and_losses(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Residuals ``(n, c)`` and losses ``(n,)`` of some targets, float64."""
+        return self.loss.residual_and_loss(self.logits, targets)
 
 
 def run_forward(
@@ -86,7 +96,7 @@ def run_forward(
     if not finite.all():
         row = first_row + int(np.argmin(finite))
         raise NonFiniteError(f"{classifier.name}: feature or logits of row {row} are NaN or infinite. Check the model.")
-    return Forward(features, softmax(logits), logits)
+    return Forward(features, logits, classifier.loss)
 
 
 def forward_batch(classifier: Classifier, batch: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
@@ -110,34 +120,4 @@ def forward_of_features(classifier: Classifier, features: np.ndarray) -> Forward
     """What the head makes of features ``(n, h)`` float32; equal features get equal numbers."""
     first, kinds = distinct(features)
     logits = _logits(classifier, torch.from_numpy(features[first]).to(classifier.device))[kinds]
-    return Forward(features, softmax(logits), logits)
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities ``(n, c)`` of float64 logits ``(n, c)``."""
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
-
-
-def residual_and_loss(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Logit gradient p - y and cross-entropy of each row, accurate also where p_y is nearly 1.
-
-    With m = logsumexp of the other logits minus the label's, the loss is softplus(m) and the residual at
-    the label is -sigmoid(m) = -(1 - p_y).
-
-    Args:
-        logits: ``(n, c)`` float64.
-        labels: Class ids, ``(n,)``.
-
-    Returns:
-        ``(p - y, loss)``: ``(n, c)`` and ``(n,)`` float64; each residual sums to 0; loss in nats.
-    """
-    at = (np.arange(len(labels)), labels)
-    residual = softmax(logits)
-    others = logits.copy()
-    others[at] = -np.inf
-    top = others.max(axis=1)
-    margin = top + np.log(np.exp(others - top[:, None]).sum(axis=1)) - logits[at]
-    residual[at] = 0.0
-    residual[at] = -residual.sum(axis=1)
-    return residual, np.logaddexp(0.0, margin)
+    return Forward(features, logits, classifier.loss)

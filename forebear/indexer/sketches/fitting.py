@@ -144,14 +144,16 @@ def _fit_scope(
     factors: KroneckerFactors | None = None
 
     def fitted_factors(texts: Sequence[Sequence[str]]) -> KroneckerFactors:
-        on_rows = stage(f"directions {name} {checkpoint}", len(texts[0]))
-        return fit_factors(classifier, scope, texts, seed=spec.seed, batch_tokens=spec.batch_tokens, on_rows=on_rows)
+        return fit_factors(
+            classifier, scope, texts, seed=spec.seed, batch_tokens=spec.batch_tokens,
+            targets=rows.labels[: len(texts[0])], on_rows=stage(f"directions {name} {checkpoint}", len(texts[0])),
+        )  # fmt: skip
 
     if last and spec.whitened and not (folder / curvature_name(name)).is_file():
         factors = fitted_factors(rows.texts)
         ekfac = fit_ekfac(
-            classifier, scope, rows.texts, seed=spec.seed, batch_tokens=spec.batch_tokens, factors=factors,
-            on_rows=stage(f"curvature {name}", len(rows.labels)),
+            classifier, scope, rows.texts, seed=spec.seed, batch_tokens=spec.batch_tokens, targets=rows.labels,
+            factors=factors, on_rows=stage(f"curvature {name}", len(rows.labels)),
         )  # fmt: skip
         write_ekfac(folder / curvature_name(name), ekfac)
     if last and spec.whitened:
@@ -183,7 +185,7 @@ def _fit_reductions(
     n_rows = len(rows.labels)
     collectors = {kind: RawSketches(p, n_rows, classifier.device) for kind, p in projectors.items()}
     run_pass(
-        classifier, rows.texts, labels_seed(rows.labels), list(collectors.values()),
+        classifier, rows.texts, labels_seed(classifier.loss, rows.labels), list(collectors.values()),
         batch_tokens=spec.batch_tokens, on_rows=stage(f"reduction {name} {checkpoint}", n_rows),
     )  # fmt: skip
     for kind, projector in projectors.items():

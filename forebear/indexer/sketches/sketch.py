@@ -345,7 +345,7 @@ def sketch_rows(
     """
     collectors = [sketcher.collector(n_rows_of(texts), classifier.device) for sketcher in sketchers]
     forward = run_pass(
-        classifier, texts, labels_seed(labels), collectors,
+        classifier, texts, labels_seed(classifier.loss, labels), collectors,
         batch_tokens=batch_tokens, first_row=first_row, on_rows=on_rows, warn=warn,
     )  # fmt: skip
     return [collector.rows(first_row) for collector in collectors], forward

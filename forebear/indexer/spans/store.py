@@ -21,7 +21,7 @@ from forebear.indexer.gradients.earlier_rows import DIGEST, EarlierSpans, copy_r
 from forebear.indexer.gradients.gradient_pass import MemoryWarning
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode
-from forebear.indexer.model.forward import forward_of_features, residual_and_loss, run_forward
+from forebear.indexer.model.forward import forward_of_features, run_forward
 from forebear.indexer.sketches.sketch import Sketcher, SketchRows, sketch_rows
 from forebear.indexer.spans.masking import MaskedSpans, mask_spans
 from forebear.indexer.spans.text import Span
@@ -110,7 +110,7 @@ def write_spans(
     if len(positions):
         copy_repeats(masked_rows_folder, {"feature": features}, positions, places)
         logits[positions] = forward_of_features(classifier, features[positions]).logits
-    residuals = residual_and_loss(logits, gold)[0].astype(np.float32)
+    residuals = classifier.loss.residual_and_loss(logits, gold)[0].astype(np.float32)
     copy_repeats(masked_rows_folder, {"residual": residuals}, *earlier.labelled.repeats(shard))
     write_columns(masked_rows_folder / name, {"feature": features, "residual": residuals})
     ends = np.array([(s.column, s.start, s.end) for s in masked.spans], np.int32).reshape(-1, 3)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forebear.errors import CorruptIndexError
 from forebear.indexer.storage.arrow import MEND
@@ -16,6 +16,9 @@ from forebear.indexer.storage.atomic import write_bytes
 from forebear.indexer.storage.choices import LATER_CHOICES, Choices
 from forebear.indexer.storage.layout import MANIFEST_NAME
 from forebear.wording import worded
+
+if TYPE_CHECKING:
+    from forebear.indexer.losses.loss import Loss
 
 FORMAT_VERSION = 1
 
@@ -93,6 +96,13 @@ class IndexSpec(Choices):
     spans_sha256: str | None = None  # of the file or the weights that found spans, where a function or a reader did
     sentence_sha256: str | None  # weights and tokenizer of the un-tuned sentence encoder
     n_threads: int  # last bits of a float depend on it
+
+    @property
+    def loss(self) -> Loss:
+        """What the checkpoints were trained to minimise."""
+        from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY  # torch: a manifest is read without it
+
+        return CROSS_ENTROPY
 
     def digest(self) -> str:
         """Name this spec in the manifest and in results."""

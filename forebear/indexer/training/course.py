@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from forebear.errors import NonFiniteError
+from forebear.indexer.losses.cross_entropy import IGNORED
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.loading import check_finite_weights
 from forebear.indexer.model.network.batches import pad_batch
@@ -21,7 +22,6 @@ from forebear.indexer.training.run_folder import CHECKPOINTS, save_checkpoint
 from forebear.progress import Progress
 
 MAX_GRAD_NORM = 1.0
-IGNORED = -100  # instead of a class id, for a row that takes no part in the loss
 RANDOM_NUMBERS = "by seed and step"  # of dropout; older versions drew them from one stream
 FIXED = {
     "optimizer": "adamw_torch_fused", "scheduler": "linear", "max_grad_norm": MAX_GRAD_NORM,
@@ -34,12 +34,6 @@ class Evaluation(Protocol):
 
     def accuracy(self) -> float:
         """Share of rows whose most probable class is their label."""
-
-
-def mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of a batch ``(b, c)`` in nats, over the rows that are not ``IGNORED``; 0 if all are."""
-    total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp(min=1)
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -79,12 +73,12 @@ class Course:
         return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Mean cross-entropy of a batch, in nats; refuses NaN and infinity."""
+        """Mean loss of a batch; refuses NaN and infinity."""
         labels = batch["labels"]
         seed_step(self.options.seed, self._step)
         with self.classifier.autocast():
             logits = model(**{key: batch[key] for key in batch if key != "labels"}).logits
-        loss = mean_loss(logits, labels)
+        loss = self.classifier.loss.mean(logits.float(), labels)
         value = loss.item()
         if not math.isfinite(value):
             raise NonFiniteError(

@@ -227,7 +227,7 @@ def word_gradients(
     """
     collectors = {top: WordGradients(classifier, top, len(labels), None) for top in tops}
     forward = run_pass(
-        classifier, texts, labels_seed(labels), list(collectors.values()),
+        classifier, texts, labels_seed(classifier.loss, labels), list(collectors.values()),
         batch_tokens=batch_tokens, first_row=first_row, on_rows=on_rows,
     )  # fmt: skip
     return {top: collector.rows(first_row) for top, collector in collectors.items()}, forward

@@ -58,7 +58,7 @@ class IndexRows(Rows):
 
     @override
     def labels(self, numbers: np.ndarray) -> np.ndarray:
-        return np.asarray(self._index.labels[numbers].astype(np.int64))
+        return self._index.targets(numbers)
 
 
 class GradientSearch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from forebear.indexer.index import Index
-from forebear.indexer.model.forward import Forward, residual_and_loss
+from forebear.indexer.model.forward import Forward
 from forebear.retriever.head.scoring import Query, Term
 from forebear.retriever.head.vectors import VECTORS
 from forebear.retriever.question.batch import Batch
@@ -42,7 +42,7 @@ def make_query(method: Method, batch: Batch, index: Index, curvature: CurvatureS
     if solver == "exact":
         stored = index.head_curvature(curvature.damping)
         norms = np.sqrt(stored.self_influence(term.left, term.right))
-        solved = Term(1.0, None, matrix=stored.solve(term.left, term.right))
+        solved = Term(1.0, None, matrix=stored.solve(term.left, term.right), basis=term.basis)
         return Query(method, (solved,), norms, index.head_self_influence(curvature.damping))
     iterated = HeadSolver(curvature, index)
     matrix, residual = iterated.solve(term.left, term.right)
@@ -52,7 +52,7 @@ def make_query(method: Method, batch: Batch, index: Index, curvature: CurvatureS
         self_influence = iterated.self_influence(
             index.residuals().take(_all_rows(index)), index.features().take(_all_rows(index))
         )
-    return Query(method, (Term(1.0, None, matrix=matrix),), norms, self_influence, residual)
+    return Query(method, (Term(1.0, None, matrix=matrix, basis=term.basis),), norms, self_influence, residual)
 
 
 def _all_rows(index: Index) -> np.ndarray:
@@ -61,8 +61,9 @@ def _all_rows(index: Index) -> np.ndarray:
 
 def _gradient_term(forward: Forward, targets: np.ndarray, eta: float = 1.0) -> Term:
     """The query's head gradient as factors (p - y, f), y being the target."""
-    residuals, _ = residual_and_loss(forward.logits, targets)
-    return Term(eta, forward.features.astype(np.float64), residuals)
+    residuals, _ = forward.residuals_and_losses(targets)
+    basis = forward.loss.basis(residuals.shape[1])
+    return Term(eta, forward.features.astype(np.float64), residuals, basis=basis)
 
 
 def _representer(method: Method, batch: Batch, index: Index) -> Query:
@@ -70,5 +71,6 @@ def _representer(method: Method, batch: Batch, index: Index) -> Query:
     facts = index.manifest.curvature["head"]["representer"]
     left = np.zeros((len(batch.targets), len(index.manifest.spec.label_names)))
     left[np.arange(len(left)), batch.targets] = -1.0 / (2 * facts["lambda"] * index.manifest.n_live)
-    features = batch.forward.features.astype(np.float64)
-    return Query(method, (Term(1.0, features, left, offset=1.0 if facts["refit"] else 0.0),), np.ones(len(left)))
+    features, offset = batch.forward.features.astype(np.float64), 1.0 if facts["refit"] else 0.0
+    term = Term(1.0, features, left, offset=offset, basis=index.loss.basis(left.shape[1]))
+    return Query(method, (term,), np.ones(len(left)))

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from forebear.indexer.curvature.head import class_basis
 from forebear.indexer.gradients.vectors import as_tensor
 from forebear.ratio import ratio
 from forebear.retriever.question.methods import Method
@@ -26,9 +25,10 @@ class Term:
         weight: eta of the checkpoint, else 1.
         right: x, ``(q, h)``: <x, f_n>.
         left: a, ``(q, c)``, or None: <a, r_n> <x, f_n> with r = p - y.
-        matrix: V, ``(q, c - 1, h)`` in the reduced class basis B, in place of ``left`` and ``right``: sum over a of
+        matrix: V, ``(q, m, h)`` in the loss' basis B, in place of ``left`` and ``right``: sum over a of
             (B r_n)_a <V_a, f_n>.
         offset: Added to <x, f_n> (the representer kernel's bias).
+        basis: B, ``(m, c)``, of a term that has a matrix, or whose sum over queries has one.
     """
 
     weight: float
@@ -36,6 +36,7 @@ class Term:
     left: np.ndarray | None = None
     matrix: np.ndarray | None = None
     offset: float = 0.0
+    basis: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,13 @@ def summed(query: Query, groups: np.ndarray, n_groups: int) -> Query:
             matrix: np.ndarray | None = np.einsum("gq,qah->gah", membership, term.matrix)
         elif term.left is not None:
             assert term.right is not None
-            reduced = term.left @ class_basis(term.left.shape[1]).T
+            assert term.basis is not None
+            reduced = term.left @ term.basis.T
             matrix = np.einsum("gq,qa,qh->gah", membership, reduced, term.right, optimize=True)
         else:
             matrix = None
         right = None if matrix is not None or term.right is None else membership @ term.right
-        terms.append(Term(term.weight, right, matrix=matrix))
+        terms.append(Term(term.weight, right, matrix=matrix, basis=term.basis))
     residual = None
     if query.residual is not None:
         residual = np.where(membership > 0, query.residual, 0.0).max(axis=1)
@@ -141,7 +143,8 @@ def term_scores(term: Term, features: np.ndarray, residuals: np.ndarray | None) 
     """
     if term.matrix is not None:
         assert residuals is not None
-        reduced = residuals @ class_basis(residuals.shape[-1]).T.astype(residuals.dtype)
+        assert term.basis is not None
+        reduced = residuals @ term.basis.T.astype(residuals.dtype)
         parts = (dots(term.matrix[:, a], features) * reduced[..., a] for a in range(reduced.shape[-1]))
         return np.asarray(sum(parts))
     assert term.right is not None

@@ -16,15 +16,8 @@ import torch
 
 from forebear.errors import InputError
 from forebear.indexer.curvature.damping import refuse_lost_damping, refuse_nil_damping
-from forebear.indexer.curvature.head import (
-    absolute_damping,
-    class_basis,
-    class_curvature,
-    class_products,
-    fits_dense,
-    head_hessian,
-    probabilities_from_residuals,
-)
+from forebear.indexer.curvature.head import absolute_damping
+from forebear.indexer.curvature.head_products import MAX_WEIGHTS
 from forebear.indexer.curvature.products import GaussNewton, HessianProduct, Product
 from forebear.indexer.curvature.solvers import HAN20, LissaSettings, Multiply, Solved, conjugate_gradients, lissa
 from forebear.indexer.gradients.vectors import Vectors, dot
@@ -35,10 +28,7 @@ from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.model.scopes import Scope
 from forebear.sampling import live_sample
 
-MAX_WEIGHTS = 1 << 25  # numbers in the class matrices, or in the gradients, of the rows that are held at once
 SELF_ROWS = 2048  # rows whose self-influence is solved for at once, at most
-EIGEN_ROWS = 256  # rows whose class matrices, or products with all class directions, are held at once
-PRODUCT_ROWS = 2048  # rows whose products with the head's curvature are computed at once
 SOLVERS = ("exact", "ekfac", "cg", "cg-hessian", "lissa", "identity")
 
 
@@ -174,20 +164,22 @@ def deep_solver(spec: CurvatureSpec, index: Index, classifier: Classifier, param
         return lambda vectors: (ekfac.solve(vectors, damping), None)
     rows = live_sample(index.live, spec.rows, index.manifest.spec.seed)
     texts = index.text_lists(rows)
+    targets = index.targets(rows)
     product: Product
     if solver == "cg":
-        seed = index.manifest.spec.seed
-        product = GaussNewton(classifier, parameters, texts, seed=seed, batch_tokens=DEFAULT_BATCH_TOKENS)
+        product = GaussNewton(
+            classifier, parameters, texts, seed=index.manifest.spec.seed, batch_tokens=DEFAULT_BATCH_TOKENS,
+            targets=targets,
+        )  # fmt: skip
     else:
-        labels = index.labels[rows].astype(np.int64)
-        product = HessianProduct(classifier, parameters, texts, labels, batch_tokens=DEFAULT_BATCH_TOKENS)
+        product = HessianProduct(classifier, parameters, texts, targets, batch_tokens=DEFAULT_BATCH_TOKENS)
     return _iterative(spec, solver, product, len(rows), lambda: spec.absolute(index, scope), scope)
 
 
 def _exact_head(index: Index, classifier: Classifier, damping: str | None) -> Solve:
-    """H^-1 of whole gradients of the head weight, ``(q, c, h)``; their columns sum to 0 over the classes."""
+    """H^-1 of whole gradients of the head weight, ``(q, c, h)``, which lie in the loss' basis."""
     stored = index.head_curvature(damping)
-    basis = class_basis(classifier.n_classes)
+    basis = index.loss.basis(classifier.n_classes)
 
     def solve(vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
         ((name, g),) = vectors.items()
@@ -234,26 +226,15 @@ def _watched(product: Product, damping: float, scope: str) -> Multiply:
 class HeadSolver:
     """``ekfac``, ``cg`` and ``lissa`` at the head, from the stored factors alone, in float64.
 
-    Works in the reduced class basis and has the methods of :class:`~forebear.indexer.curvature.head.HeadCurvature`.
-    Where the curvature is too large for one matrix, or the class matrices of all rows are, products are computed row by
-    row from the probabilities.
+    Works in the loss' basis, as :class:`~forebear.indexer.curvature.head.HeadInverse` does.
     """
 
     def __init__(self, spec: CurvatureSpec, index: Index) -> None:
         """Take the factors of the live rows."""
         self._spec, self._index, self._solver = spec, index, spec.at("head")
-        live, labels = index.live, index.labels
-        self._features = torch.from_numpy(index.features().take(live).astype(np.float64))
-        p = probabilities_from_residuals(index.residuals().take(live), labels[live])
-        self.n_classes = p.shape[1]
-        self._p = p
-        self._by_row = p.size * p.shape[1] > MAX_WEIGHTS
+        self._products = index.head_products()
+        self._basis = index.loss.basis(self._products.outputs.shape[1])
         spec.refuse_lost_damping(index, "head")
-
-    @cached_property
-    def _weights(self) -> torch.Tensor:
-        """Class matrices of all rows, ``(n, c - 1, c - 1)``."""
-        return torch.from_numpy(class_curvature(self._p))
 
     @cached_property
     def damping(self) -> float:
@@ -263,15 +244,19 @@ class HeadSolver:
         return self._spec.absolute(self._index, "head")
 
     def solve(self, residuals: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """(H + damping I)^-1 g in the reduced class basis, ``(q, c - 1, h)``, and relative residuals or None."""
-        reduced = residuals.astype(np.float64) @ class_basis(self.n_classes).T
+        """(H + damping I)^-1 g in the loss' basis, ``(q, a, h)``, and relative residuals or None."""
+        reduced = residuals.astype(np.float64) @ self._basis.T
         gradients = torch.from_numpy(reduced[:, :, None] * features.astype(np.float64)[:, None, :])
         if self._solver == "ekfac":
-            left, right, eigenvalues = self._ekfac
+            left, right, eigenvalues = self._products.eigenbasis
+            refuse_lost_damping(self.damping, float(eigenvalues.max()), eigenvalues.dtype, "head")
             return (left @ ((left.T @ gradients @ right) / (eigenvalues + self.damping)) @ right.T).numpy(), None
-        solved, residual = _iterative(
-            self._spec, self._solver, self._product, len(self._features), lambda: self.damping, "head"
-        )({"head": gradients})
+
+        def product(vectors: Vectors, at: Sequence[int] | None = None) -> Vectors:
+            return {"head": self._products(vectors["head"], at)}
+
+        solve = _iterative(self._spec, self._solver, product, len(self._products), lambda: self.damping, "head")
+        solved, residual = solve({"head": gradients})
         return solved["head"].numpy(), residual
 
     def self_influence(self, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
@@ -279,50 +264,9 @@ class HeadSolver:
         unique, inverse = distinct(np.concatenate([residuals, features.astype(residuals.dtype)], axis=1))
         residuals, features = residuals[unique], features[unique]
         out = []
-        size = max(1, min(SELF_ROWS, MAX_WEIGHTS // (self.n_classes * features.shape[1])))
+        size = max(1, min(SELF_ROWS, MAX_WEIGHTS // (residuals.shape[1] * features.shape[1])))
         for start in range(0, len(residuals), size):
             r, f = residuals[start : start + size], features[start : start + size].astype(np.float64)
-            reduced = r.astype(np.float64) @ class_basis(self.n_classes).T
+            reduced = r.astype(np.float64) @ self._basis.T
             out.append(np.einsum("nah,na,nh->n", self.solve(r, f)[0], reduced, f, optimize=True))
         return np.asarray(np.maximum(np.concatenate(out), 0.0)[inverse])
-
-    @cached_property
-    def _ekfac(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        right = torch.linalg.eigh(self._features.T @ self._features).eigenvectors
-        if self._by_row:
-            blocks = torch.split(torch.from_numpy(self._p), EIGEN_ROWS)
-            total = np.sum([class_curvature(p.numpy()).sum(axis=0) for p in blocks], axis=0)
-            left = torch.linalg.eigh(torch.from_numpy(total)).eigenvectors
-            u = left.T  # eigenvectors as rows; every row of the index gets all of them
-            parts = [
-                torch.einsum("ia,ian->ni", u, class_products(p, u[:, :, None].expand(-1, -1, len(p)))) for p in blocks
-            ]
-            out = torch.cat(parts)
-        else:
-            left = torch.linalg.eigh(self._weights.sum(dim=0)).eigenvectors
-            out = torch.einsum("ai,nab,bi->ni", left, self._weights, left)
-        eigenvalues = out.T @ (self._features @ right) ** 2 / len(self._features)
-        refuse_lost_damping(self.damping, float(eigenvalues.max()), eigenvalues.dtype, "head")
-        return left, right, eigenvalues
-
-    @cached_property
-    def _hessian(self) -> torch.Tensor:
-        return torch.from_numpy(
-            head_hessian([(self._features.numpy(), self._p)], self._features.shape[1], self.n_classes)
-        )
-
-    def _product(self, vectors: Vectors, at: Sequence[int] | None = None) -> Vectors:
-        v = vectors["head"]
-        if at is None and fits_dense(self.n_classes, self._features.shape[1]):
-            return {"head": (v.flatten(1) @ self._hessian).view_as(v)}
-        rows = np.arange(len(self._p)) if at is None else np.asarray(at)
-        total = torch.zeros_like(v)
-        for start in range(0, len(rows), PRODUCT_ROWS):
-            block = rows[start : start + PRODUCT_ROWS]
-            f = self._features[block]
-            if self._by_row:
-                weighted = class_products(torch.from_numpy(self._p[block]), v @ f.T)
-            else:
-                weighted = torch.einsum("nab,qbn->qan", self._weights[block], v @ f.T)
-            total += weighted @ f
-        return {"head": total / len(rows)}

@@ -37,15 +37,14 @@ def one_step_away(classifier: Classifier, index: Index, number: int) -> Classifi
     model = copy.deepcopy(classifier.model).requires_grad_(True)
     encoded = encode(classifier, index.text_lists(rows))
     lengths = [len(row["input_ids"]) for row in encoded]
-    labels = torch.from_numpy(index.labels[rows].astype(np.int64)).to(classifier.device)
+    targets = torch.from_numpy(index.targets(rows)).to(classifier.device)
     losses = []
     for batch in plan_batches(lengths, len(rows) * max(lengths), equal_lengths=classifier.equal_lengths):
         positions = sorted(batch)
         with classifier.autocast():
             logits = model(**pad_batch(classifier.tokenizer, [encoded[i] for i in positions], classifier.device)).logits
-        losses.append(
-            torch.nn.functional.cross_entropy(logits.float(), labels[positions]) * (len(positions) / len(rows))
-        )
+        share = classifier.loss.total_weight(targets[positions]).item() / classifier.loss.total_weight(targets).item()
+        losses.append(classifier.loss.mean(logits.float(), targets[positions]) * share)
     gradients = torch.autograd.grad(sum(losses[1:], losses[0]), list(model.parameters()), allow_unused=True)
     with torch.no_grad():
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -109,7 +108,7 @@ class Models:
             )
         check_same_model(classifier, listed.sha256, spec.tokenizer_sha256)
         return replace(
-            classifier, label_names=spec.label_names
+            classifier, label_names=spec.label_names, loss=spec.loss
         )  # the model's own names may be empty ones, such as LABEL_0
 
     @cached_property

@@ -112,8 +112,9 @@ def saliency_gradients(
         try:
             with only_asking(model, parameters), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
                 logits = model(**pad_batch(classifier.tokenizer, [rows[i]], classifier.device)).logits
-                probability = logits.double().softmax(dim=1)[0, int(targets[i])]
-                (at_input,) = torch.autograd.grad(probability, leaf[0], create_graph=True)
+                target = torch.as_tensor(targets[i : i + 1], device=logits.device)
+                support = classifier.loss.support(logits.double(), target)[0]
+                (at_input,) = torch.autograd.grad(support, leaf[0], create_graph=True)
                 s = at_input[0, torch.tensor(inside, device=at_input.device)].sum()
                 row_gradients = torch.autograd.grad(s, parameters, materialize_grads=True)
         finally:

@@ -18,10 +18,11 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.indexer.gradients.factors import EmbeddingFactors, LayerFactors
 from forebear.indexer.gradients.gradient_pass import RowCollector, SeedByKey, refuse_non_finite, run_pass
-from forebear.indexer.gradients.tape import Seed, loss_of
+from forebear.indexer.gradients.tape import Seed
+from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode_with_places
-from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, softmax
+from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.model.scopes import (
     embedding_scope,
     encoder_input_scope,
@@ -106,7 +107,7 @@ def saliency(
         return []
     rows, encoded = encode_with_places(classifier, texts)
     gathered = _Saliencies(classifier, form, [len(ids) for ids in encoded["input_ids"]])
-    run_pass(classifier, Encoded(rows), _seeds(form, targets), [gathered], batch_tokens=batch_tokens)
+    run_pass(classifier, Encoded(rows), _seeds(classifier.loss, form, targets), [gathered], batch_tokens=batch_tokens)
     refuse_non_finite(classifier.name, 0, gathered.sizes)
     maps = []
     for row, values in enumerate(gathered.values):
@@ -157,16 +158,16 @@ class _Saliencies(RowCollector):
             self.values[copy] = self.values[source].copy()
 
 
-def _seeds(form: str, targets: np.ndarray) -> SeedByKey:
+def _seeds(loss: Loss, form: str, targets: np.ndarray) -> SeedByKey:
     """The scalar that is differentiated for a row: S_y, or a multiple of the loss, whose factor the norm cancels."""
 
     def seed_of(positions: list[int]) -> Seed:
-        loss = loss_of(targets[positions])
+        wanted = targets[positions]
 
         def seed(logits: np.ndarray) -> np.ndarray:
-            residual = loss(logits)  # p - y
             if form == SUMMED_GRADIENT:
-                return -softmax(logits)[np.arange(len(positions)), targets[positions], None] * residual
+                return loss.support_slope(logits, wanted)
+            residual, _ = loss.residual_and_loss(logits, wanted)
             # Largest entry 1: in fp32 the gradient of a very confident row would underflow.
             largest = np.abs(residual).max(axis=1, keepdims=True)
             return ratio(residual, largest)

@@ -13,7 +13,7 @@ from forebear.errors import InputError
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts
-from forebear.indexer.model.forward import residual_and_loss, run_forward
+from forebear.indexer.model.forward import run_forward
 from forebear.indexer.spans.finders import find_spans
 from forebear.indexer.spans.masking import mask_found, mask_spans
 from forebear.indexer.spans.text import Finder, Span
@@ -63,7 +63,7 @@ def span_rows(
         classifier, texts, find_spans(find, texts, table, rows.tolist(), "training row"), unknown=unknown
     )
     owners = rows[masked.owners]
-    return SpanRows(owners, masked.spans, masked.encoded, index.labels[owners].astype(np.int64), rows[masked.cut])
+    return SpanRows(owners, masked.spans, masked.encoded, index.targets(owners), rows[masked.cut])
 
 
 def stored_span_rows(index: Index, classifier: Classifier, entries: np.ndarray) -> SpanRows:
@@ -72,7 +72,7 @@ def stored_span_rows(index: Index, classifier: Classifier, entries: np.ndarray) 
     rows, spans = store.rows[entries], store.spans(entries)
     encoded, read = mask_spans(classifier, index.text_lists(rows), spans)
     assert read.all()
-    labels = index.labels[rows].astype(np.int64)
+    labels = index.targets(rows)
     return SpanRows(rows, spans, replace(encoded, owners=rows), labels, np.empty(0, np.int64))
 
 
@@ -113,8 +113,8 @@ def query_spans(
             "leave the row out."
         )
     assert encoded.minus is not None
-    _, whole_losses = residual_and_loss(logits, targets)
-    _, masked_losses = residual_and_loss(run_forward(classifier, Encoded(encoded.minus)).logits, targets[owners])
+    _, whole_losses = classifier.loss.residual_and_loss(logits, targets)
+    _, masked_losses = run_forward(classifier, Encoded(encoded.minus)).residuals_and_losses(targets[owners])
     importance = masked_losses - whole_losses[owners]
     order = np.lexsort((np.arange(len(owners)), -importance, owners))
     first = order[np.unique(owners[order], return_index=True)[1]]

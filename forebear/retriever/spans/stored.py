@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from forebear.indexer.curvature.head import class_basis
 from forebear.indexer.index import Index
 from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch
@@ -16,13 +15,14 @@ from forebear.retriever.question.methods import METHODS, Method
 
 
 def head_query(search: GradientSearch, method: Method, queries: Queries) -> Query:
-    """Query vectors at the head of the last checkpoint, in the class directions of :func:`class_basis`."""
+    """Query vectors at the head of the last checkpoint, in the loss' basis."""
     gradients = search.gradients.at_checkpoint(search.gradients.last, queries)
     if method.query == "preconditioned":
         gradients = search.gradients.solutions(queries)[0]
     (whole,) = gradients.values()
-    reduced = np.einsum("ac,qch->qah", class_basis(whole.shape[1]), whole.double().cpu().numpy())
-    return Query(METHODS["gd"], (Term(1.0, None, matrix=reduced),), np.ones(len(reduced)))
+    basis = search.index.loss.basis(whole.shape[1])
+    reduced = np.einsum("ac,qch->qah", basis, whole.double().cpu().numpy())
+    return Query(METHODS["gd"], (Term(1.0, None, matrix=reduced, basis=basis),), np.ones(len(reduced)))
 
 
 def stored_ends(

@@ -141,7 +141,7 @@ class WordSearcher(Searcher):
     def _words_of(self, rows: np.ndarray, tops: Sequence[int]) -> dict[int, list[WordRows]]:
         """Words of training rows from the models, by store, one entry a checkpoint."""
         texts = self.index.text_lists(rows)
-        checkpoints = self._from_models(texts, self.index.labels[rows].astype(np.int64), tops)
+        checkpoints = self._from_models(texts, self.index.targets(rows), tops)
         return {top: [words[top] for words in checkpoints] for top in tops}
 
     @override

@@ -14,7 +14,6 @@ import numpy as np
 from scipy import sparse
 from typing_extensions import override
 
-from forebear.indexer.model.forward import residual_and_loss
 from forebear.indexer.words.gradients import count_tokens
 from forebear.ratio import ratio
 from forebear.retriever.question.batch import Batch
@@ -76,7 +75,7 @@ class TfidfSearcher(Searcher):
         q = len(batch.targets)
         dots, query_squares, row_squares = np.zeros((q, len(rows))), np.zeros(q), np.zeros(len(rows))
         for c, checkpoint in enumerate(self.index.manifest.checkpoints):
-            left, _ = residual_and_loss(batch.forwards[c].logits, batch.targets)
+            left, _ = batch.forwards[c].residuals_and_losses(batch.targets)
             right = self.index.residuals(c).take(rows).astype(np.float64)
             dots += checkpoint.eta * (left @ right.T)
             query_squares += checkpoint.eta * (left**2).sum(axis=1)

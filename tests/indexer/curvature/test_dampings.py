@@ -14,19 +14,13 @@ from tiny import labels, sentences, write_jsonl
 from forebear import Index, InputError, QuerySpec, Retriever
 from forebear.cli.main import run
 from forebear.indexer.curvature import head as module
+from forebear.indexer.curvature import head_products as products
 from forebear.indexer.curvature.damping import refuse_lost_damping, round_up
-from forebear.indexer.curvature.head import (
-    class_basis,
-    class_curvature,
-    class_products,
-    factorise,
-    head_hessian,
-    head_trace,
-)
+from forebear.indexer.curvature.head import factorise, head_hessian
 from forebear.indexer.curvature.solvers import LissaSettings
+from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
-from forebear.retriever.question import inverse as solving
 from forebear.retriever.question.inverse import CurvatureSpec
 
 N_ROWS = 40
@@ -218,7 +212,8 @@ def test_the_mean_eigenvalue_without_a_matrix_is_that_of_the_matrix(bert_world):
     index, live = bert_world.index, bert_world.index.live
     stored = index.manifest.curvature["head"]["exact"]["mean_eigenvalue"]
     features, residuals = index.features(), index.residuals()
-    trace = head_trace(features.take(live), residuals.take(live), index.labels[live])
+    traces = index.loss.curvature_trace(residuals.take(live), index.targets(live))
+    trace = traces @ (features.take(live).astype(np.float64) ** 2).sum(axis=1)
     assert trace / len(live) / (features.width * residuals.width) == pytest.approx(stored, rel=1e-12)
 
 
@@ -230,14 +225,14 @@ def test_products_with_class_matrices_are_those_of_the_matrices(n_classes):
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
     u = rng.normal(size=(3, n_classes - 1, 6))
-    wide, basis = p.astype(np.longdouble), class_basis(n_classes).astype(np.longdouble)
+    wide, basis = p.astype(np.longdouble), CROSS_ENTROPY.basis(n_classes).astype(np.longdouble)
     i, j = np.triu_indices(n_classes, k=1)
     steps = (basis[:, i] - basis[:, j]).T
     truth = np.einsum("np,pa,pb,qbn->qan", wide[:, i] * wide[:, j], steps, steps, u.astype(np.longdouble))
     size = np.abs(truth).max(axis=1, keepdims=True)
-    found = class_products(torch.from_numpy(p), torch.from_numpy(u)).numpy()
+    found = CROSS_ENTROPY.curvature_products(torch.from_numpy(p), torch.from_numpy(u)).numpy()
     assert (np.abs(found - truth) <= 1e-10 * size).all()
-    matrices = np.einsum("nab,qbn->qan", class_curvature(p), u)
+    matrices = np.einsum("nab,qbn->qan", CROSS_ENTROPY.curvature(p), u)
     assert (np.abs(matrices - truth) <= 1e-10 * size).all()
 
 
@@ -251,10 +246,10 @@ def test_a_head_too_large_for_one_matrix_is_solved_alike(make_world, monkeypatch
     spec = QuerySpec(**asked)
     whole = Retriever(world.index).score_block([world.queries], None, spec)["if"]
     monkeypatch.setattr(module, "MAX_SIZE", 3)
-    monkeypatch.setattr(solving, "PRODUCT_ROWS", 7)
-    monkeypatch.setattr(solving, "EIGEN_ROWS", 7)
+    monkeypatch.setattr(products, "PRODUCT_ROWS", 7)
+    monkeypatch.setattr(products, "EIGEN_ROWS", 7)
     if by_row:
-        monkeypatch.setattr(solving, "MAX_WEIGHTS", 0)
+        monkeypatch.setattr(products, "MAX_WEIGHTS", 0)
     found = Retriever(world.index).score_block([world.queries], None, spec)["if"]
     np.testing.assert_allclose(found, whole, rtol=0, atol=1e-8 * np.abs(whole).max())
 

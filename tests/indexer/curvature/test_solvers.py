@@ -17,9 +17,10 @@ import transformers
 from tiny import labels, make_tiny_model, sentences
 
 from forebear.errors import CorruptIndexError, InputError, NonFiniteError
-from forebear.indexer.curvature.ekfac import Ekfac, class_square_root, fit_ekfac, read_ekfac, write_ekfac
+from forebear.indexer.curvature.ekfac import Ekfac, fit_ekfac, read_ekfac, write_ekfac
 from forebear.indexer.curvature.products import GaussNewton, HessianProduct
 from forebear.indexer.curvature.solvers import HAN20, PEZ21, LissaSettings, conjugate_gradients, lissa
+from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.loading import make_classifier
 from forebear.indexer.model.scopes import Block, Scope, scope_of
@@ -689,7 +690,7 @@ def test_class_directions_make_up_the_class_curvature(n_classes):
     p = np.random.default_rng(0).dirichlet(np.ones(n_classes), size=6)
     p[0] = 1e-13
     p[0, 1] = 1 - 1e-13 * (n_classes - 1)
-    roots = class_square_root(p)
+    roots = CROSS_ENTROPY.square_root(p)
     assert roots.shape == (6, n_classes, n_classes - 1)
     patterns = np.array(list(all_of([-1.0, 1.0], repeat=n_classes - 1)))
     for root, row in zip(roots, p, strict=True):

@@ -18,6 +18,7 @@ from forebear.indexer.curvature import ekfac, products
 from forebear.indexer.gradients import whole as gradients
 from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.gradient_pass import Collector, RowCollector, labels_seed, run_pass
+from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode_with_places
 from forebear.indexer.model.loading import load_classifier
@@ -55,7 +56,7 @@ class Maker:
         self.ekfac = ekfac.fit_ekfac(classifier, self.scope, [TEXTS], seed=0, batch_tokens=1000, factors=factors)
         self.projector = PlainProjector(self.scope, draw_bases(classifier, self.scope, None, 0, "random"))
         raw = sketch.RawSketches(self.projector, N_ROWS, CPU)
-        run_pass(classifier, [TEXTS], labels_seed(LABELS), [raw], batch_tokens=1000)
+        run_pass(classifier, [TEXTS], labels_seed(CROSS_ENTROPY, LABELS), [raw], batch_tokens=1000)
         self.reduction = sketch.fit_reduction(raw.out, self.projector, width=4, bits=16, seed=0)
         self.vectors = gradients.whole_gradients(classifier, self.scope, [TEXTS[:2]], LABELS[:2])
 
@@ -111,7 +112,7 @@ def result_of(collector: Collector) -> list[np.ndarray]:
 
 
 def gather(make: Maker, collectors: list[Collector]) -> list[np.ndarray]:
-    run_pass(make.classifier, [TEXTS], labels_seed(LABELS), collectors, batch_tokens=1000)
+    run_pass(make.classifier, [TEXTS], labels_seed(CROSS_ENTROPY, LABELS), collectors, batch_tokens=1000)
     return [a for collector in collectors for a in result_of(collector)]
 
 

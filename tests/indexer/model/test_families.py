@@ -36,7 +36,7 @@ from forebear.indexer.gradients.self_check import check_gradients
 from forebear.indexer.gradients.whole import whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model.encoding import Encoded, encode
-from forebear.indexer.model.forward import residual_and_loss, run_forward
+from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import Fingerprint, load_classifier, stored_fingerprint
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.scopes import embedding_block, scope_of
@@ -66,7 +66,7 @@ def family(tmp_path_factory: pytest.TempPathFactory):
 def test_a_family_agrees_with_autograd_at_the_head(kind, family):
     classifier = load_classifier(family(kind))
     forward = run_forward(classifier, [TEXTS])
-    residual, _ = residual_and_loss(forward.logits, LABELS)
+    residual, _ = forward.residuals_and_losses(LABELS)
     found = np.einsum("nc,nh->nch", residual, forward.features)
     (truth,) = autograd(classifier, [f"{classifier.head_name}.weight"])
     assert relative_error([torch.from_numpy(found)], [truth]) < 1e-5

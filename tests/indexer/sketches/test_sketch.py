@@ -21,6 +21,7 @@ from forebear.indexer.curvature.ekfac import Ekfac, EkfacBlock, KroneckerFactors
 from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.gradient_pass import Collector, labels_seed, run_pass
 from forebear.indexer.gradients.tape import Tape
+from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scopes import Block, Scope, scope_of
 from forebear.indexer.sketches import candidates as estimating
@@ -234,7 +235,7 @@ def test_plain_sketches_are_two_sided_projections_of_autograd_gradients(model, b
     norms = np.array([norm_of(row) for row in rows])
     for batch_tokens in (1, 1000):
         found = Raw(projector, len(TEXTS))
-        run_pass(model.classifier, [TEXTS], labels_seed(LABELS), [found], batch_tokens=batch_tokens)
+        run_pass(model.classifier, [TEXTS], labels_seed(CROSS_ENTROPY, LABELS), [found], batch_tokens=batch_tokens)
         assert (np.abs(found.out - wanted).max(axis=1) <= 1e-5 * norms).all()
         np.testing.assert_allclose(np.sqrt(found.squares), norms, rtol=1e-5)
     whole = {b.name: torch.from_numpy(np.stack([row[b.name] for row in rows])).float() for b in projector.scope.blocks}
@@ -337,7 +338,7 @@ def test_squared_norms_of_white_sketches_are_inverse_curvature_products(model, d
     projector = WhiteProjector("top-1", ekfac, damping, seed=3)
     assert projector.scope.blocks == blocks
     found = Raw(projector, len(TEXTS))
-    run_pass(model.classifier, [TEXTS], labels_seed(LABELS), [found], batch_tokens=60)
+    run_pass(model.classifier, [TEXTS], labels_seed(CROSS_ENTROPY, LABELS), [found], batch_tokens=60)
     rows = model.gradients(blocks)
     wanted = np.zeros(len(TEXTS))
     for block in blocks:
@@ -393,7 +394,7 @@ def test_confident_rows_keep_their_norms(folder):
     assert 1e-34 < wanted.min() < 1e-24  # well within float32, its square is not
     projector = plain_projector(confident, "top-1", False, "random")
     found = Raw(projector, len(TEXTS))
-    run_pass(classifier, [TEXTS], labels_seed(predicted), [found], batch_tokens=100)
+    run_pass(classifier, [TEXTS], labels_seed(CROSS_ENTROPY, predicted), [found], batch_tokens=100)
     np.testing.assert_allclose(np.sqrt(found.squares), wanted, rtol=1e-4)
 
 
@@ -794,13 +795,15 @@ def test_where_equal_estimates_are_cut_off_the_lower_row_numbers_stay(cosine, co
 def forward_of(model: Model, texts=TEXTS, **choices):
     """Features and logits of a pass at the head, under the predicted labels."""
     collector = Raw(plain_projector(model, "head", False, "random"), len(texts))
-    return run_pass(model.classifier, [texts], labels_seed(None), [collector], **({"batch_tokens": 1000} | choices))
+    return run_pass(
+        model.classifier, [texts], labels_seed(CROSS_ENTROPY, None), [collector], **({"batch_tokens": 1000} | choices)
+    )
 
 
 def sketcher_of(model: Model) -> Sketcher:
     projector = plain_projector(model, "top-1", False, "random")
     raw = RawSketches(projector, len(TEXTS), CPU)
-    run_pass(model.classifier, [TEXTS], labels_seed(LABELS), [raw], batch_tokens=100)
+    run_pass(model.classifier, [TEXTS], labels_seed(CROSS_ENTROPY, LABELS), [raw], batch_tokens=100)
     return Sketcher(projector, fit_reduction(raw.out, projector, width=8, bits=16, seed=0))
 
 
@@ -929,7 +932,7 @@ def test_a_gradient_that_is_not_finite_stops_the_fit_of_a_reduction(bert, monkey
     poison({TEXTS[4]: np.nan}, bert, monkeypatch)
     raw = RawSketches(projector, len(TEXTS), CPU)
     with pytest.raises(NonFiniteError):
-        run_pass(bert.classifier, [TEXTS], labels_seed(LABELS), [raw], batch_tokens=1000)
+        run_pass(bert.classifier, [TEXTS], labels_seed(CROSS_ENTROPY, LABELS), [raw], batch_tokens=1000)
         fit_reduction(raw.out, projector, width=8, bits=16, seed=0)
 
 

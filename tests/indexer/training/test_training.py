@@ -21,11 +21,12 @@ from forebear.errors import (
     OutputExistsError,
     StorageError,
 )
+from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY, IGNORED
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.row_source import RowSource, rows_from_texts
 from forebear.indexer.training import fine_tuning as training
-from forebear.indexer.training.course import IGNORED, Course, mean_loss
+from forebear.indexer.training.course import Course
 from forebear.indexer.training.fine_tuning import TrainOptions, train
 from forebear.indexer.training.run import Run, choose_model, read_run
 from forebear.indexer.training.start import freeze_below
@@ -457,11 +458,11 @@ def test_an_output_that_cannot_be_made_is_one_line(model: Path, tmp_path: Path) 
 
 def test_ignored_rows_weigh_nothing_in_the_loss_of_a_step() -> None:
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    loss = mean_loss(logits, torch.tensor([2, IGNORED, 0, IGNORED]))
+    loss = CROSS_ENTROPY.mean(logits, torch.tensor([2, IGNORED, 0, IGNORED]))
     kept = logits.detach()[[0, 2]]
     assert loss.item() == pytest.approx((kept.logsumexp(1) - kept[[0, 1], [2, 0]]).mean().item())
     (gradient,) = torch.autograd.grad(loss, logits)
     assert (gradient[[1, 3]] == 0).all()
-    nothing = mean_loss(logits, torch.full((4,), IGNORED))
+    nothing = CROSS_ENTROPY.mean(logits, torch.full((4,), IGNORED))
     assert nothing.item() == 0
     assert (torch.autograd.grad(nothing, logits)[0] == 0).all()

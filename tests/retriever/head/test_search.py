@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from forebear.indexer.curvature.head import HeadCurvature
+from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.storage import ann as ann_module
 from forebear.indexer.storage import scan_table as derived
 from forebear.indexer.storage.ann import Vectors, build_ann, read_ann, write_ann
@@ -160,7 +161,10 @@ def query_and_truth(rows: Rows, name: str) -> tuple[Query, np.ndarray]:
     curvature = HeadCurvature(np.linalg.cholesky(basis @ dense @ basis.T), C, rows.damping)
     own = curvature.self_influence(rows.residuals[-1], rows.features[-1])
     query = Query(
-        method, (Term(1.0, None, matrix=curvature.solve(a, x)),), np.sqrt(curvature.self_influence(a, x)), own
+        method,
+        (Term(1.0, None, matrix=curvature.solve(a, x), basis=helmert_basis()),),
+        np.sqrt(curvature.self_influence(a, x)),
+        own,
     )
     solved = np.linalg.solve(dense, gq.T).T
     dots = products(solved, g[-1])
@@ -344,7 +348,12 @@ def test_ill_conditioned_curvature_misses_nothing(name: str, damping: float, tmp
     x, a = f[:Q] * 1.5, r[:Q].astype(np.float64)
     own = curvature.self_influence(r, f)
     matrix = curvature.solve(a, x)
-    query = Query(METHODS[name], (Term(1.0, None, matrix=matrix),), np.sqrt(curvature.self_influence(a, x)), own)
+    query = Query(
+        METHODS[name],
+        (Term(1.0, None, matrix=matrix, basis=CROSS_ENTROPY.basis(2)),),
+        np.sqrt(curvature.self_influence(a, x)),
+        own,
+    )
     factors = RowFactors((RowMatrix([f]),), (RowMatrix([r]),), np.arange(n))
     table = table_of(factors, tmp_path)
     scan = Scan(query, table)

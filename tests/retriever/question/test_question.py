@@ -9,7 +9,7 @@ import pytest
 from conftest import error
 
 from forebear import InputError, MissingStoreError, QuerySpec
-from forebear.indexer.model.forward import residual_and_loss, run_forward
+from forebear.indexer.model.forward import run_forward
 from forebear.retriever.head.vectors import VECTORS, StoredVector
 from forebear.retriever.question import spec as module
 from forebear.retriever.question.methods import METHODS, Method, Searched
@@ -76,7 +76,7 @@ def test_a_method_over_another_stored_vector_takes_one_entry_and_one_row(bert_wo
     """What ``docs/`` shows: the cosine of the residuals p - y of both rows."""
 
     def residuals(batch):
-        return residual_and_loss(batch.forward.logits, batch.targets)[0]
+        return batch.forward.residuals_and_losses(batch.targets)[0]
 
     monkeypatch.setitem(VECTORS, "residual", StoredVector(lambda index: index.residuals(), residuals))
     method = Method(

@@ -82,7 +82,7 @@ def training_queries(retriever: Retriever, n_queries: int, seed: int) -> QueryRo
         raise InputError(f"--queries {n_queries}: expected a number of rows, or 0 for all of them.")
     index = retriever.index
     rows = live_sample(index.live, n_queries, seed)
-    labels = index.labels[rows].astype(np.int64)
+    labels = index.targets(rows)
     return QueryRows(source=TRAINING_ROWS, rows=rows, texts=tuple(index.text_lists(rows)), labels=labels)
 
 

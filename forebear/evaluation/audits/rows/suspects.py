@@ -115,7 +115,7 @@ def opponents_of(retriever: Retriever, spec: QuerySpec, rows: np.ndarray) -> tup
         methods=spec.methods[:1], scope=spec.scope, curvature=spec.curvature, damping=spec.damping, top=k + 1,
         target="gold",
     )  # fmt: skip
-    answers = retriever.answer_block(0, index.text_lists(rows), index.labels[rows].astype(np.int64), opponent_spec)
+    answers = retriever.answer_block(0, index.text_lists(rows), index.targets(rows), opponent_spec)
     ranking = answers.rankings[opponent_spec.methods[0]][1]
     is_other = ~own_places(ranking.rows, rows)
     note = note_of(opponent_spec.methods[0], SIDES[1], ranking.scores[is_other])

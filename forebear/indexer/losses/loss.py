@@ -1,0 +1,103 @@
+"""What is known of a loss: values and derivatives at the logits of a row, in float64, and names for people.
+
+The *target* of a row is what its loss compares the logits with; what the model *says* is of the same kind. Of a
+classifier both are class ids ``(n,)``. Everything else in the package asks the loss, and knows no formula of it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+
+
+class Loss(ABC):
+    """A loss of one row: a function of its c logits and of its target.
+
+    The *outputs* are what curvature depends on beside the target: the probabilities of a classifier. The curvature at
+    the logits is weight x B(outputs); B is the same for all targets, and the weight of a row depends on its target
+    alone (:meth:`row_weights`).
+    """
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is the unweighted cross-entropy of one label a row."""
+        return False
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The loss in a few words, such as ``cross-entropy, label smoothing 0.1``."""
+
+    @abstractmethod
+    def outputs(self, logits: np.ndarray) -> np.ndarray:
+        """Outputs ``(n, c)`` of float64 logits ``(n, c)``."""
+
+    @abstractmethod
+    def predictions(self, logits: np.ndarray) -> np.ndarray:
+        """What the model says of each row, as targets."""
+
+    @abstractmethod
+    def residual_and_loss(self, logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Gradient at the logits, the *residual*, ``(n, c)``, and loss ``(n,)`` of each row, both float64.
+
+        Args:
+            logits: ``(n, c)`` float64.
+            targets: ``n`` targets.
+        """
+
+    @abstractmethod
+    def outputs_of_residuals(self, residuals: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Outputs ``(n, c)`` float64 of rows whose residuals ``(n, c)`` and targets are known."""
+
+    @abstractmethod
+    def row_weights(self, targets: np.ndarray) -> np.ndarray | None:
+        """Factor of each row's curvature, ``(n,)`` float64; None: all are 1, and targets play no part."""
+
+    @abstractmethod
+    def basis(self, n_outputs: int) -> np.ndarray:
+        """Orthonormal directions ``(m, c)`` that hold every residual and all curvature; the head is solved in them."""
+
+    @abstractmethod
+    def curvature(self, outputs: np.ndarray) -> np.ndarray:
+        """B of each row in the basis, ``(n, m, m)`` float64."""
+
+    @abstractmethod
+    def curvature_trace(self, residuals: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Trace of weight x B of each row ``(n,)``, from its residual ``(n, c)`` and target."""
+
+    @abstractmethod
+    def curvature_products(self, outputs: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """B u in the basis, no matrix being formed.
+
+        Args:
+            outputs: ``(n, c)`` float64.
+            vectors: u, ``(q, m, n)``.
+
+        Returns:
+            ``(q, m, n)``.
+        """
+
+    @abstractmethod
+    def square_root(self, outputs: np.ndarray) -> np.ndarray:
+        """U with U U^T = B for each row, not in the basis: ``(n, c, m)`` float64."""
+
+    @abstractmethod
+    def support_slope(self, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Gradient of :meth:`support` at the logits, ``(n, c)`` float64."""
+
+    @abstractmethod
+    def support(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """How much the outputs speak for the targets, ``(n,)``, differentiable: of a classifier the probability."""
+
+    @abstractmethod
+    def summed(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss summed over rows, differentiable: a scalar of the logits' type."""
+
+    @abstractmethod
+    def total_weight(self, targets: torch.Tensor) -> torch.Tensor:
+        """What training divides the summed loss of a batch by: the number of rows, or their weights; a scalar."""
+
+    def mean(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch that training minimises, differentiable: a scalar of the logits' type."""
+        return self.summed(logits, targets) / self.total_weight(targets)
