@@ -79,7 +79,8 @@ class Index(IndexFiles):
         Args:
             model: A run folder of ``forebear train``, a model folder or a hub name; or what ``choose_model`` chose; or
                 a transformers model in memory, which is saved to the folder ``OUT-model`` to be asked later. A run
-                says ``max_length``, ``label_mode`` and the text columns, where nothing else is given here.
+                says ``max_length``, ``label_mode``, class weights, label smoothing and the text columns, where nothing
+                else is given here.
             rows: A path, hub name, table or list of dicts, as ``open_rows`` takes; texts or pairs of texts; or a
                 RowSource.
             out: Folder to write; must not exist, unless ``resume`` or ``force``.

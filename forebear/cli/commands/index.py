@@ -90,7 +90,11 @@ def register(app: typer.Typer) -> None:
     app.command("index", help=HELP, cls=Command)(index)
 
 
-@grouped(max_length=Shown("the run's, else the model's limit, at most 512"))
+@grouped(
+    max_length=Shown("the run's, else the model's limit, at most 512"),
+    class_weights=Shown("the run's, else none"),
+    label_smoothing=Shown("the run's, else 0"),
+)
 def index(
     ctx: typer.Context,
     place: OutOptions,

@@ -101,6 +101,13 @@ def index_facts(index: Any) -> dict[str, Any]:
         "label_mode": spec.label_mode,
         "max_length": spec.max_length,
         "precision": spec.precision,
+        "loss": {
+            "name": "cross-entropy",
+            "class_weights": dict(zip(spec.label_names, spec.class_weights, strict=True))
+            if spec.class_weights
+            else None,
+            "label_smoothing": spec.label_smoothing,
+        },
         "checkpoints": [asdict(checkpoint) for checkpoint in manifest.checkpoints],
         "tokenizer_sha256": spec.tokenizer_sha256,
         "scopes": {"head": {"classes": len(spec.label_names), "feature_dim": manifest.feature_dim}}
@@ -162,6 +169,10 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("labels", ", ".join(facts["label_names"]) + (f" ({facts['label_mode']})" if facts["label_mode"] else "")),
         ("model", f"max length {facts['max_length']}, {facts['precision']}"),
     ]
+    if weights := facts["loss"]["class_weights"]:
+        lines.append(("loss", "class weights " + ", ".join(f"{name} {weight:.4g}" for name, weight in weights.items())))
+    if smoothing := facts["loss"]["label_smoothing"]:
+        lines.append(("loss", f"label smoothing {smoothing:g}"))
     lines += [("checkpoint", f"{c['name']}  eta {c['eta']:.3g}  {c['path']}") for c in facts["checkpoints"]]
     for scope, shape in facts["scopes"].items():
         head = scope == "head"

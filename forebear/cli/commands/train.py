@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from forebear.cli.options.groups import Options, Shown, grouped, values_of
-from forebear.cli.options.model import Device, Labels, MaxLength, Precision, Seed
+from forebear.cli.options.model import ClassWeights, Device, Labels, LabelSmoothing, MaxLength, Precision, Seed
 from forebear.cli.options.report import OutputOptions
 from forebear.cli.options.rows import ColumnOptions
-from forebear.cli.screen.console import Command, progress_bar, say, warn
+from forebear.cli.screen.console import Command, listed, progress_bar, say, warn
 
 if TYPE_CHECKING:
     from forebear.indexer.training.fine_tuning import TrainOptions
@@ -51,6 +51,8 @@ class TrainingChoices(Options, panel="Training"):
     label_mode: Labels = None
     max_length: MaxLength = None
     precision: Precision = "auto"
+    class_weights: ClassWeights = None
+    label_smoothing: LabelSmoothing = None
     seed: Seed = 0
     device: Device = "auto"
 
@@ -58,7 +60,8 @@ class TrainingChoices(Options, panel="Training"):
         """The options as the library's :class:`TrainOptions`."""
         from forebear.indexer.training.fine_tuning import TrainOptions
 
-        return TrainOptions(**values_of(self))
+        loss = {"class_weights": tuple(listed(self.class_weights)), "label_smoothing": self.label_smoothing or 0.0}
+        return TrainOptions(**values_of(self) | loss)
 
 
 def register(app: typer.Typer) -> None:
@@ -66,7 +69,11 @@ def register(app: typer.Typer) -> None:
     app.command("train", help=HELP, cls=Command)(train)
 
 
-@grouped(max_length=Shown("128, or the model's limit if that is shorter"))
+@grouped(
+    max_length=Shown("128, or the model's limit if that is shorter"),
+    class_weights=Shown("none"),
+    label_smoothing=Shown("0"),
+)
 def train(
     data: Annotated[
         str,

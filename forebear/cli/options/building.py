@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from forebear.cli.options.groups import Options, flag_of, values_of
-from forebear.cli.options.model import Device, Labels, MaxLength, Precision, Seed
+from forebear.cli.options.model import ClassWeights, Device, Labels, LabelSmoothing, MaxLength, Precision, Seed
 from forebear.cli.options.question import SpanColumn
 from forebear.cli.screen.console import listed
 from forebear.errors import InputError
@@ -146,6 +146,8 @@ class ComputingChoices(Options, panel="Model"):
     label_mode: Labels = None
     max_length: MaxLength = None
     precision: Precision = "fp32"
+    class_weights: ClassWeights = None
+    label_smoothing: LabelSmoothing = None
     device: Device = "auto"
     batch_tokens: Annotated[int, typer.Option("--batch-tokens", help="Word pieces in a batch, padding included.")] = (
         4096

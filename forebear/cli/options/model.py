@@ -38,6 +38,18 @@ MaxLength = Annotated[
 Precision = Annotated[
     str, typer.Option("--precision", help="Numbers that the model computes in: fp32 or bf16; train has auto, too.")
 ]
+ClassWeights = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--class-weights",
+        help="Factor of each class' loss: balanced (rows / (classes x rows of the class)), one number a class in the "
+        "order of the model's labels, as 1,2.5, or none.",
+    ),
+]
+LabelSmoothing = Annotated[
+    float | None,
+    typer.Option("--label-smoothing", help="Share of each label that the loss spreads over all classes, from 0 to 1."),
+]
 Seed = Annotated[
     int, typer.Option("--seed", help="Random seed, a whole number: of training, of sketches, of samples of rows.")
 ]

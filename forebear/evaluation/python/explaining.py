@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from forebear.evaluation.explain import explaining
 from forebear.evaluation.explain.explanation import Explanation
 from forebear.evaluation.python.opening import IndexLike, Rows, retriever_of, tested_rows
 from forebear.indexer.index import Index
+from forebear.indexer.losses.cross_entropy import CrossEntropy
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Texts
 from forebear.indexer.model.forward import run_forward
@@ -150,4 +152,5 @@ def _opened(model: IndexLike | Classifier) -> tuple[Retriever | None, Classifier
         retriever = retriever_of(model)
         return retriever, retriever.classifier()
     chosen = choose_model(str(model))
-    return None, load_classifier(chosen.checkpoints[-1].path, max_length=chosen.max_length)
+    classifier = load_classifier(chosen.checkpoints[-1].path, max_length=chosen.max_length)
+    return None, replace(classifier, loss=CrossEntropy(**chosen.loss_choices))

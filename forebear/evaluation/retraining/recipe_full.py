@@ -13,6 +13,7 @@ import torch
 from forebear.errors import MismatchError
 from forebear.evaluation.retraining.jobs import LIBRARIES, Job, TrainingRows
 from forebear.indexer.index import Index
+from forebear.indexer.losses.cross_entropy import CrossEntropy
 from forebear.indexer.model.classifier import Classifier, pick_device
 from forebear.indexer.model.encoding import Encoded, encode
 from forebear.indexer.model.forward import run_forward
@@ -61,6 +62,9 @@ class Start:
                 f"{run.settings['dropout']}. Restore its config.json, or train and index again."
             )
         options = {f.name: getattr(self.options, f.name) for f in fields(TrainOptions) if f.name != "seed"}
+        for name in ("class_weights", "label_smoothing"):  # outcomes of older versions, which had none, stay known
+            if not options[name]:
+                del options[name]
         self.facts: Mapping[str, Any] = {
             "start_model": self.name, "start_sha256": sha256, "dropout": dropout,
             "tokenizer_sha256": index.manifest.spec.tokenizer_sha256, "options": options,
@@ -87,6 +91,8 @@ class Start:
                     seed=seed,
                     device=self._device,
                 )
+            loss = CrossEntropy(tuple(float(w) for w in self.options.class_weights), self.options.label_smoothing)
+            classifier = replace(classifier, loss=loss)
             self._prepare(classifier)
             self._loaded = seed, classifier, copy.deepcopy(classifier.model.state_dict())
         _, classifier, state = self._loaded

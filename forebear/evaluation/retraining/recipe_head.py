@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,8 @@ class HeadRecipe:
             "begin": digest_of(rows.live.tolist()), "libraries": library_versions(LIBRARIES),
             "threads": torch.get_num_threads(),
         }  # fmt: skip
+        if not self._loss.is_plain:
+            self.facts = {**self.facts, "loss": asdict(self._loss)}
         self.note = (
             f"A stand-in for fine-tuning: only the head is fitted again (L2 {l2:g}, to convergence), on features of "
             "the trained encoder, which has seen all rows. Seeds make no difference to it."

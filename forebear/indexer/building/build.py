@@ -24,6 +24,8 @@ from forebear.indexer.building.refit import refit_index
 from forebear.indexer.building.shards import ShardWriter, as_begun, segment_of, split_rows
 from forebear.indexer.building.spec import make_spec
 from forebear.indexer.index import Index
+from forebear.indexer.losses.choices import weights_of_classes
+from forebear.indexer.losses.cross_entropy import CrossEntropy
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.sentence_encoder import load_sentence_encoder
 from forebear.indexer.rows.labels import label_map, names_of_classes
@@ -120,7 +122,7 @@ def build_from_model(
     options_given = {name: _tuple_of(value) for name, value in choices.items() if name not in work_keywords}
     if unknown := sorted(set(options_given) - {field.name for field in fields(BuildOptions)}):
         raise TypeError(f"Index.build() got an unexpected keyword argument {unknown[0]!r}")
-    run = {"max_length": model.max_length, "label_mode": model.label_mode}
+    run: dict[str, Any] = {"max_length": model.max_length, "label_mode": model.label_mode, **model.loss_choices}
     options = BuildOptions(**run | options_given)
     return build_index(source, out, model.checkpoints, options, **work_keywords)
 
@@ -143,7 +145,10 @@ def _build(
     check_feasible(classifier, options, len(source.text_columns))
     labels = label_map(source, classifier.label_names, options.label_mode)
     work.warn(labels.warning)
-    classifier = replace(classifier, label_names=names_of_classes(classifier.label_names, source))
+    names = names_of_classes(classifier.label_names, source)
+    weights = weights_of_classes(options.class_weights, names, labels.n_rows_by_class(len(names)), source.name)
+    options = replace(options, class_weights=weights)
+    classifier = replace(classifier, label_names=names, loss=CrossEntropy(weights, options.label_smoothing))
     encoder = None
     if "sbert" in options.stores:
         encoder = load_sentence_encoder(options.sentence_model, device=options.device)

@@ -24,7 +24,6 @@ from forebear.indexer.curvature.head import (
     refit_head,
 )
 from forebear.indexer.index import Index
-from forebear.indexer.losses.cross_entropy import softmax
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.sketches.fitting import gradient_files, sketch_folders
 from forebear.indexer.storage.arrow import RowMatrix, file_sha256, write_columns
@@ -256,13 +255,15 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
         }
     if spec.rep_refit:
         f = features.take(index.live)
-        p = loss.outputs_of_residuals(residuals.take(index.live), index.targets(index.live))
-        weight = refit_head(f, p)
+        targets = index.targets(index.live)
+        weight = refit_head(
+            f, loss.outputs_of_residuals(residuals.take(index.live), targets), loss.row_weights(targets)
+        )
         refitted = []
         for start, block in features.blocks():
-            q = softmax(block.astype(np.float64) @ weight[:, :-1].T + weight[:, -1])
-            q[np.arange(len(block)), index.labels[start : start + len(block)]] -= 1.0
-            refitted.append(q)
+            logits = block.astype(np.float64) @ weight[:, :-1].T + weight[:, -1]
+            targets = index.targets(np.arange(start, start + len(block)))
+            refitted.append(loss.residuals_of_outputs(loss.outputs(logits), targets))
         file = save("representer", {"residual": np.concatenate(refitted)[first]})
         facts["representer"] = {"lambda": REFIT_L2, "refit": True, "file": file}
     else:

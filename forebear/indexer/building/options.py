@@ -11,6 +11,7 @@ import torch
 from forebear.errors import InputError
 from forebear.indexer.curvature.damping import refuse_nil_damping
 from forebear.indexer.curvature.head import absolute_damping
+from forebear.indexer.losses.choices import check_loss_choices
 from forebear.indexer.sketches.projector import BASES
 from forebear.indexer.spans.finders import span_finder
 from forebear.indexer.storage.ann import check_factory
@@ -96,6 +97,7 @@ class BuildOptions(Choices):
                 raise InputError("--store spans: say by --spans how they are found.")
             span_finder(self.spans, self.span_column)
         check_factory(self.ann)
+        check_loss_choices(self.class_weights, self.label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)

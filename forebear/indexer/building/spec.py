@@ -70,6 +70,7 @@ def make_spec(
                 f"{list(last.label_names)}, {last.tokenizer_sha256[:8]}. Checkpoints must come from one run."
             )
         if isinstance(model, Classifier):
+            model = replace(model, loss=last.loss)
             check(model)
             if model.max_length == last.max_length:
                 loaded[checkpoint.name] = replace(model, label_names=label_names)

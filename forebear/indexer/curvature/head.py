@@ -208,7 +208,9 @@ REPRESENTER_LAMBDA = 1.0  # without a refit: rankings do not depend on it
 REFIT_L2 = 0.1  # Pez21's released code
 
 
-def refit_head(features: np.ndarray, probabilities: np.ndarray, l2: float = REFIT_L2) -> np.ndarray:
+def refit_head(
+    features: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None, l2: float = REFIT_L2
+) -> np.ndarray:
     """Refit the head to the model's soft probabilities, as the representer theorem needs (Pez21, Yeh et al. 2018).
 
     Minimises mean cross-entropy + l2 ||W||^2 over W ``(c, h + 1)``, the last column being the bias, by L-BFGS.
@@ -216,6 +218,7 @@ def refit_head(features: np.ndarray, probabilities: np.ndarray, l2: float = REFI
     Args:
         features: f, ``(n, h)``.
         probabilities: Targets, ``(n, c)``, rows summing to 1.
+        weights: Factor of each row's loss, ``(n,)``; None: 1.
         l2: lambda.
 
     Returns:
@@ -229,13 +232,14 @@ def refit_head(features: np.ndarray, probabilities: np.ndarray, l2: float = REFI
 
     x = np.hstack([features.astype(np.float64), np.ones((len(features), 1))])
     shape = (probabilities.shape[1], x.shape[1])
+    factors = 1.0 if weights is None else weights[:, None]
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
         w = flat.reshape(shape)
         logits = x @ w.T
         log_p = logits - logsumexp(logits, axis=1, keepdims=True)
-        loss = -(probabilities * log_p).sum() / len(x) + l2 * (w**2).sum()
-        gradient = (np.exp(log_p) - probabilities).T @ x / len(x) + 2 * l2 * w
+        loss = -(factors * probabilities * log_p).sum() / len(x) + l2 * (w**2).sum()
+        gradient = (factors * (np.exp(log_p) - probabilities)).T @ x / len(x) + 2 * l2 * w
         return float(loss), gradient.reshape(-1)
 
     result = minimize(

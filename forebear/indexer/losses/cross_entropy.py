@@ -75,7 +75,13 @@ class CrossEntropy(Loss):
             p[np.arange(len(targets)), targets] += 1.0
             return p
         a = self.coefficients(targets, residuals.shape[1])
-        return np.asarray((p + a) / a.sum(axis=1, keepdims=True))
+        # Rounding leaves a probability near 0 below it, and a curvature that is negative along some direction.
+        return np.asarray(np.maximum((p + a) / a.sum(axis=1, keepdims=True), 0.0))
+
+    def residuals_of_outputs(self, outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """S p - a, ``(n, c)`` float64."""
+        a = self.coefficients(targets, outputs.shape[1])
+        return np.asarray(a.sum(axis=1, keepdims=True) * outputs - a)
 
     def row_weights(self, targets: np.ndarray) -> np.ndarray | None:
         """The sum s of a: 1, unless classes are weighted."""

@@ -51,6 +51,13 @@ class Loss(ABC):
         """Outputs ``(n, c)`` float64 of rows whose residuals ``(n, c)`` and targets are known."""
 
     @abstractmethod
+    def residuals_of_outputs(self, outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Residuals ``(n, c)`` float64 of rows whose outputs ``(n, c)`` and targets are known.
+
+        :meth:`residual_and_loss` is more accurate where an output is nearly what its target asks for.
+        """
+
+    @abstractmethod
     def row_weights(self, targets: np.ndarray) -> np.ndarray | None:
         """Factor of each row's curvature, ``(n,)`` float64; None: all are 1, and targets play no part."""
 

@@ -62,6 +62,14 @@ class LabelMap:
         unknown = [label for label in self._source.label_values if _own_key(label) not in self._ids]
         return sorted(unknown, key=self._source.first_row_of)
 
+    def n_rows_by_class(self, n_classes: int) -> npt.NDArray[np.int64]:
+        """In how many rows of the source each class id occurs, ``(c,)``."""
+        counts = np.zeros(n_classes, np.int64)
+        for label in self._source.label_values:
+            if (class_id := self._ids.get(_own_key(label))) is not None:
+                counts[class_id] += self._source.n_rows_with(label)
+        return counts
+
     def refuse_unknown(self) -> None:
         """Refuse a source in which some label has no class.
 

@@ -22,6 +22,11 @@ def _of_part(part: str, default: Any, *, unused: Any, since_first: bool = False)
     return field(default=default, metadata={"part": part, "unused": unused, "later": not since_first})
 
 
+def _added(default: Any) -> Any:
+    """A choice that counts in every index and is newer than the first ones, which were built as by ``default``."""
+    return field(default=default, metadata={"unused": default, "later": True})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choices:
     """The choices of a build that change stored numbers.
@@ -34,6 +39,9 @@ class Choices:
     label_mode: str | None = None  # None or "binary-nli"
     max_length: int | None = None  # None: the model's limit, at most 512
     precision: str = "fp32"
+    # Of the loss that the model was trained with: in a spec one number a class, or none; to a build also "balanced".
+    class_weights: tuple[float | str, ...] = _added(())
+    label_smoothing: float = _added(0.0)
     stores: tuple[str, ...] = ("features",)  # and "sbert", "words", "spans"
     words_tops: tuple[int, ...] = _of_part("words", (10,), unused=())  # positions kept a row, 0 for all: a store each
     words_precision: str = _of_part("words", "fp16", unused="fp16")
@@ -109,6 +117,8 @@ class BuildKeywords(WorkKeywords, total=False):
     label_mode: str | None
     max_length: int | None
     precision: str
+    class_weights: Sequence[float | str]
+    label_smoothing: float
     stores: Sequence[str]
     words_tops: Sequence[int]
     words_precision: str

@@ -100,9 +100,9 @@ class IndexSpec(Choices):
     @property
     def loss(self) -> Loss:
         """What the checkpoints were trained to minimise."""
-        from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY  # torch: a manifest is read without it
+        from forebear.indexer.losses.cross_entropy import CrossEntropy  # torch: a manifest is read without it
 
-        return CROSS_ENTROPY
+        return CrossEntropy(tuple(float(weight) for weight in self.class_weights), self.label_smoothing)
 
     def digest(self) -> str:
         """Name this spec in the manifest and in results."""

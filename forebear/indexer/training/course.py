@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from forebear.errors import NonFiniteError
-from forebear.indexer.losses.cross_entropy import IGNORED
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.loading import check_finite_weights
 from forebear.indexer.model.network.batches import pad_batch
@@ -64,7 +63,7 @@ class Course:
         self.checkpoints: list[RunCheckpoint] = []
         self._step = 0
         self._rates: list[float] = []  # learning rate of each step since the previous checkpoint
-        self._losses: list[tuple[float, int]] = []  # of each of these steps: mean loss of the batch, and its rows
+        self._losses: list[tuple[float, float]] = []  # of each of these steps: mean loss of the batch, and its weight
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """One padded batch, on the CPU."""
@@ -85,7 +84,7 @@ class Course:
                 f"the training loss is {value} at step {self._step + 1} of {self.plan['n_steps']}; nothing of this "
                 f"epoch was saved. Lower --learning-rate (now {self.options.learning_rate:g}), or try --precision fp32."
             )
-        self._losses.append((value, int((labels != IGNORED).sum())))
+        self._losses.append((value, float(self.classifier.loss.total_weight(labels))))
         return loss
 
     def note_rate(self, rate: float) -> None:
@@ -105,13 +104,13 @@ class Course:
         path = f"{CHECKPOINTS}/{name}"
         if self._saves:
             save_checkpoint(self.classifier, self.folder / path)
-        n_rows = sum(n for _loss, n in self._losses)
+        total_weight = math.fsum(weight for _loss, weight in self._losses)
         checkpoint = RunCheckpoint(
             name=name,
             path=path,
             step=self._step,
             eta=math.fsum(self._rates) / len(self._rates),
-            train_loss=math.fsum(loss * n for loss, n in self._losses) / n_rows,
+            train_loss=math.fsum(loss * weight for loss, weight in self._losses) / total_weight,
             accuracy=accuracy,
         )
         self.checkpoints.append(checkpoint)

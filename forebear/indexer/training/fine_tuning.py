@@ -21,13 +21,15 @@ import numpy as np
 import torch
 
 from forebear.errors import DataError, InputError
+from forebear.indexer.losses.choices import weights_of_classes
+from forebear.indexer.losses.cross_entropy import CrossEntropy
 from forebear.indexer.model.classifier import Classifier, pick_device
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import dropout_settings
 from forebear.indexer.model.network.batches import tokenize
 from forebear.indexer.model.network.pretrained import quiet_transformers
 from forebear.indexer.model.reading import Reading, count_reading
-from forebear.indexer.rows.labels import label_map
+from forebear.indexer.rows.labels import LabelMap, label_map
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.storage.layout import LOCK_NAME
 from forebear.indexer.storage.locks import check_free, exclusive
@@ -114,8 +116,12 @@ def _train(
         )
         if options.freeze_below is not None:
             freeze_below(classifier.model, options.freeze_below, classifier.name)
-        options = replace(options, max_length=classifier.max_length)
-        rows, reading = _encode_labelled(source, classifier, options.label_mode, progress)
+        labels = label_map(source, classifier.label_names, options.label_mode)
+        counts = labels.n_rows_by_class(classifier.n_classes)
+        weights = weights_of_classes(options.class_weights, classifier.label_names, counts, source.name)
+        options = replace(options, max_length=classifier.max_length, class_weights=weights)
+        classifier = replace(classifier, loss=CrossEntropy(weights, options.label_smoothing))
+        rows, reading = _encode_labelled(source, classifier, labels, progress)
         for warning in reading.warnings(classifier.max_length, f"the rows of {source.name}"):
             warn(warning)
         data_sha256 = source.sha256()
@@ -161,6 +167,7 @@ def _describe_run(
     classifier, options = course.classifier, course.options
     settings = {**asdict(options), **FIXED, **course.plan, "head": head, "start_sha256": classifier.sha256}
     settings |= {"n_rows": source.n_rows, "threads": torch.get_num_threads()}
+    settings["class_weights"] = list(options.class_weights)
     settings["dropout"] = dropout_settings(classifier.model)
     settings["dev"] = None if evaluation is None else evaluation.record()
     return Run(
@@ -201,14 +208,13 @@ def _pick_precision(precision: str, device: torch.device) -> str:
 
 
 def _encode_labelled(
-    source: RowSource, classifier: Classifier, mode: str | None, progress: Progress
+    source: RowSource, classifier: Classifier, labels: LabelMap, progress: Progress
 ) -> tuple[list[dict[str, Any]], Reading]:
     """Word pieces and class id of every row, and how much of them the model reads.
 
     Raises:
         DataError: Fewer than two classes occur.
     """
-    labels = label_map(source, classifier.label_names, mode)
     rows: list[dict[str, Any]] = []
     reading = Reading()
     for block in source.blocks(BLOCK_ROWS):

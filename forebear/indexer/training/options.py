@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from forebear.errors import InputError
+from forebear.indexer.losses.choices import GivenWeights, check_loss_choices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,9 @@ class TrainOptions:
         batch_size: Rows a step.
         weight_decay: AdamW's, on weights but not on biases and LayerNorm.
         warmup_ratio: Share of the steps, rounded down, in which the rate rises from 0.
+        class_weights: Factor of each class' loss: one number a class, in the order of the model's class ids, or
+            ``balanced``: rows / (classes x rows of the class). Empty: all 1.
+        label_smoothing: Share of each label that is spread over all classes, as torch has it.
         freeze_below: Keep everything in the base model fixed but encoder layers >= this and the pooler.
         label_mode: ``binary-nli`` merges neutral and contradiction.
         max_length: Longest input in word pieces; default 128, or the model's limit if that is shorter.
@@ -31,6 +35,8 @@ class TrainOptions:
     batch_size: int = 32
     weight_decay: float = 0.01
     warmup_ratio: float = 0.1
+    class_weights: GivenWeights = ()
+    label_smoothing: float = 0.0
     freeze_below: int | None = None
     label_mode: str | None = None
     max_length: int | None = None
@@ -51,3 +57,4 @@ class TrainOptions:
         for name, (is_right, expected) in checks.items():
             if not is_right:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {expected}.")
+        check_loss_choices(self.class_weights, self.label_smoothing)

@@ -31,6 +31,13 @@ class ColumnKeywords(TypedDict, total=False):
     unlabelled: str
 
 
+class LossChoices(TypedDict):
+    """What is chosen of the loss; arguments of :class:`~forebear.indexer.losses.cross_entropy.CrossEntropy`."""
+
+    class_weights: tuple[float, ...]
+    label_smoothing: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunCheckpoint:
     """One saved checkpoint.
@@ -127,6 +134,15 @@ class ModelChoice:
     max_length: int | None = None
     run: Run | None = None
     remark: str | None = None
+
+    @property
+    def loss_choices(self) -> LossChoices:
+        """Class weights and label smoothing of the run, as its settings have them; none without a run."""
+        settings = {} if self.run is None else self.run.settings
+        return {
+            "class_weights": tuple(settings.get("class_weights") or ()),
+            "label_smoothing": float(settings.get("label_smoothing") or 0.0),
+        }
 
     def class_names(self) -> tuple[str, ...]:
         """The model's class names, from the run or from the model's files; empty where they cannot be read."""
