@@ -405,8 +405,8 @@ class Index(IndexFiles):
     @cached_property
     def head_mean_eigenvalue(self) -> float:
         """Mean eigenvalue of the head's curvature over the live rows; where it is not stored, from its trace."""
-        stored = self.manifest.curvature.get("head", {}).get("exact")
-        if stored:
+        facts = self.manifest.curvature.get("head", {})
+        if stored := facts.get("exact") or facts.get("cg"):
             return float(stored["mean_eigenvalue"])
         features, residuals, trace = self.features(), self.residuals(), 0.0
         for rows in np.array_split(self.live, -(-len(self.live) // 4096)):
@@ -421,8 +421,22 @@ class Index(IndexFiles):
         return features, self.loss.outputs_of_residuals(self.residuals().take(rows), targets)
 
     def head_products(self) -> HeadProducts:
-        """The head's curvature over the live rows, as a product with vectors."""
-        return HeadProducts(*self.head_factors(self.live), self.loss)
+        """The head's curvature over the live rows, as a product with vectors; kept where there is no other form."""
+        if self.head_solver == "exact":
+            return HeadProducts(*self.head_factors(self.live), self.loss)
+        if "head products" not in self._cache:
+            self._cache["head products"] = HeadProducts(*self.head_factors(self.live), self.loss)
+        products: HeadProducts = self._cache["head products"]
+        return products
+
+    @property
+    def head_solver(self) -> str | None:
+        """How H^-1 at the head is had unless another way is asked for.
+
+        ``exact`` by its stored factor; ``cg`` where the head has too many classes for one; None without a damping.
+        """
+        facts = self.manifest.curvature.get("head", {})
+        return next((solver for solver in ("exact", "cg") if solver in facts), None)
 
     def head_damping(self, given: str | None = None) -> dict[str, Any]:
         """Facts of one stored damping of the head's exact curvature; the first one by default.
@@ -431,6 +445,12 @@ class Index(IndexFiles):
             MissingStoreError: The index has no curvature, or not at this damping.
         """
         facts = self.manifest.curvature.get("head", {}).get("exact")
+        if self.head_solver == "cg":
+            raise MissingStoreError(
+                f"{self.folder}: the head has too many classes for one matrix of its curvature, so that there is no "
+                "exact factor of it. Leave --curvature exact out, or ask with cg.",
+                of="index",
+            )
         if not facts:
             raise MissingStoreError(
                 f"{self.folder} was built with --damping none: it holds no curvature of the head. Ask with --curvature "
@@ -454,6 +474,16 @@ class Index(IndexFiles):
         """<H^-1 g_n, g_n> of every row, ``(n,)`` float64."""
         path = self.checked(self.head_damping(given)["self_influence"])[0]
         return column(read_batches(path)[0], "self_influence")
+
+    def blockwise_self_influence(self, damping: float) -> np.ndarray:
+        """<M^-1 g_n, g_n> of every row, ``(n,)`` float64, M being H + damping I without blocks between two classes."""
+        key = ("blockwise self-influence", damping)
+        if key not in self._cache:
+            blocks, out = self.head_products().class_blocks(damping), np.empty(self.manifest.n_rows)
+            for (start, f), (_, r) in zip(self.features().blocks(), self.residuals().blocks(), strict=True):
+                out[start : start + len(f)] = blocks.self_influence(r, f)
+            self._cache[key] = out
+        return np.asarray(self._cache[key])
 
     def representer_residuals(self) -> RowMatrix:
         """p' - y of the refitted head (``--rep-refit``), ``(n, c)`` float64."""

@@ -17,7 +17,7 @@ from forebear.retriever.searchers import SEARCHERS
 def available_methods(index: Index) -> tuple[str, ...]:
     """Names of the methods that an index can answer."""
     manifest = index.manifest
-    has_curvature = "exact" in manifest.curvature.get("head", {})
+    has_curvature = index.head_solver is not None
     return tuple(
         method.name
         for method in METHODS.values()
@@ -69,6 +69,8 @@ def method_facts(question: Question, method: Method) -> dict[str, Any]:
         facts["precision"] = index.manifest.spec.words_precision
     if method.query == "preconditioned":
         facts |= question.curvature.facts(index, scope)
+        if method.metric == "cos" and scope == "head" and question.curvature.by_class_blocks:
+            facts["self_influence"] = "class blocks"
     if method.query == "representer":
         head = index.manifest.curvature["head"]["representer"]
         facts |= {"lambda": head["lambda"], "refit": head["refit"]}

@@ -193,7 +193,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             ("spans", f"{of['n']:,} ({of['how']} of {of['column']}); {of['cut_by_truncation']:,} cut by truncation")
         )
     for scope, solvers in facts["curvature"].items():
-        for name in ("exact", "ekfac"):
+        for name in ("exact", "cg", "ekfac"):
             if name in solvers:
                 found = solvers[name]
                 given = ", ".join(f"{d['given']} = {d['damping']:.4g}" for d in found["dampings"])

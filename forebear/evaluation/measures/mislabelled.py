@@ -75,6 +75,8 @@ def self_influence(question: Question) -> dict[str, np.ndarray]:
             solver = question.curvature.at(scope)
             if solver == "exact":
                 influences[method.name] = index.head_self_influence(question.curvature.damping)
+            elif scope == "head" and question.curvature.by_class_blocks:
+                influences[method.name] = index.blockwise_self_influence(question.curvature.absolute(index, scope))
             elif solver == "ekfac":
                 number, _ = index.ekfac_damping(scope, question.curvature.damping)
                 influences[method.name] = index.gradients(scope, damping=number).norms.astype(np.float64) ** 2

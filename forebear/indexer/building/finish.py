@@ -19,6 +19,7 @@ from forebear.indexer.curvature.head import (
     HeadCurvature,
     absolute_damping,
     factorise,
+    fits_dense,
     head_hessian,
     mean_eigenvalue,
     refit_head,
@@ -224,7 +225,16 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
         files.append(file)
         return file
 
-    if spec.dampings:
+    if spec.dampings and not fits_dense(n_classes, features.width, loss):
+        mean = index.head_mean_eigenvalue
+        dampings = [{"given": given, "damping": absolute_damping(given, mean)} for given in spec.dampings]
+        facts["cg"] = {
+            "damping": dampings[0]["damping"],
+            "mean_eigenvalue": mean,
+            "n_rows": manifest.n_live,
+            "dampings": dampings,
+        }
+    elif spec.dampings:
         starts = [start for start, _ in features.blocks()]
         live = np.split(index.live, np.searchsorted(index.live, starts[1:]))  # of each block of rows
         hessian = head_hessian((index.head_factors(rows) for rows in live), features.width, n_classes, loss)

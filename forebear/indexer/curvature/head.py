@@ -24,6 +24,7 @@ from forebear.indexer.losses.loss import Loss
 
 MIN_RECIPROCAL_CONDITION = 1e-11  # below, float64 solves lose the fifth digit
 MAX_SIZE = 20_000  # m above which the dense factor would not fit an ordinary machine (3.2 GB)
+MAX_BLOCK_NUMBERS = 20_000**2  # numbers in the blocks of single classes that take over then: as many
 
 
 def weighted_features(features: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
@@ -47,7 +48,7 @@ def head_hessian(
         ``(m, m)`` float64 with m = (c - 1) h of the cross-entropy; entry (a h + i, b h + j) belongs to directions a, b
         of the basis and features i, j.
     """
-    check_head_size(n_classes, feature_dim)
+    assert fits_dense(n_classes, feature_dim, loss)
     reduced = len(loss.basis(n_classes))
     size = reduced * feature_dim
     total = np.zeros((reduced, reduced, feature_dim, feature_dim))
@@ -78,18 +79,18 @@ def fits_dense(n_classes: int, feature_dim: int, loss: Loss = CROSS_ENTROPY) -> 
 
 
 def check_head_size(n_classes: int, feature_dim: int) -> None:
-    """Refuse a head whose exact curvature is too large.
+    """Refuse a head whose curvature is too large, even class by class.
 
     Raises:
         InputError: With both sizes, and the way out.
     """
-    if not fits_dense(n_classes, feature_dim):
-        size_gb, limit_gb = (8e-9 * m**2 for m in ((n_classes - 1) * feature_dim, MAX_SIZE))
+    numbers = n_classes * feature_dim**2
+    if not fits_dense(n_classes, feature_dim) and numbers > MAX_BLOCK_NUMBERS:
         raise InputError(
-            f"the head has {n_classes} classes x {feature_dim} features: its exact curvature would take "
-            f"{size_gb:.1f} GB (limit {limit_gb:.1f}). Give --damping none (with --resume if this build was begun "
-            "before). What is lost: curvature stored for `if` and `rif`, at all scopes; `if` is then asked with "
-            "--curvature cg, which solves for each query.",
+            f"the head has {n_classes} classes x {feature_dim} features: its curvature, a matrix of features for each "
+            f"class, would take {8e-9 * numbers:.1f} GB (limit {8e-9 * MAX_BLOCK_NUMBERS:.1f}). Give --damping none "
+            "(with --resume if this build was begun before). What is lost: curvature for `if` and `rif`, at all "
+            "scopes; `if` is then asked with --curvature cg, which solves for each query.",
             of="index",
         )
 

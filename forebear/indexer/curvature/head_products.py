@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from forebear.indexer.curvature.class_blocks import ClassBlocks
 from forebear.indexer.curvature.head import fits_dense, head_hessian
 from forebear.indexer.losses.loss import Loss
 
@@ -33,7 +34,19 @@ class HeadProducts:
     def __init__(self, features: np.ndarray, outputs: np.ndarray, loss: Loss) -> None:
         self.features = torch.from_numpy(features.astype(np.float64))
         self.outputs, self.loss = outputs, loss
+        self._class_blocks: tuple[float, ClassBlocks] | None = None
         self._by_row = outputs.size * outputs.shape[1] > MAX_WEIGHTS
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether H is small enough for one matrix."""
+        return fits_dense(self.outputs.shape[1], self.features.shape[1], self.loss)
+
+    def class_blocks(self, damping: float) -> ClassBlocks:
+        """The diagonal blocks of H + damping I, one a class, factorised; kept for the last damping."""
+        if self._class_blocks is None or self._class_blocks[0] != damping:
+            self._class_blocks = damping, ClassBlocks(self.features.numpy(), self.outputs, self.loss, damping)
+        return self._class_blocks[1]
 
     def __len__(self) -> int:
         return len(self.outputs)
@@ -51,7 +64,7 @@ class HeadProducts:
     def __call__(self, vectors: torch.Tensor, at: Sequence[int] | None = None) -> torch.Tensor:
         """H V, the mean over all rows, or over those at some positions, repeated ones counting again."""
         v = vectors
-        if at is None and fits_dense(self.outputs.shape[1], self.features.shape[1], self.loss):
+        if at is None and self.is_dense:
             return (v.flatten(1) @ self._hessian).view_as(v)
         rows = np.arange(len(self)) if at is None else np.asarray(at)
         total = torch.zeros_like(v)

@@ -116,6 +116,10 @@ class CrossEntropy(Loss):
         squares = (steps[:, :, None] * steps[:, None, :]).reshape(len(i), -1)
         return np.asarray(((p[:, i] * p[:, j]) @ squares).reshape(len(p), len(basis), len(basis)))
 
+    def curvature_diagonal(self, outputs: np.ndarray) -> np.ndarray:
+        """P (1 - p), ``(n, c)``."""
+        return np.asarray(outputs * (1.0 - outputs))
+
     def curvature_trace(self, residuals: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Sum over classes of s p (1 - p)."""
         p = self.outputs_of_residuals(residuals, targets)

@@ -70,6 +70,10 @@ class Loss(ABC):
         """B of each row in the basis, ``(n, m, m)`` float64."""
 
     @abstractmethod
+    def curvature_diagonal(self, outputs: np.ndarray) -> np.ndarray:
+        """Diagonal of B of each row, not in the basis: ``(n, c)`` float64."""
+
+    @abstractmethod
     def curvature_trace(self, residuals: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Trace of weight x B of each row ``(n,)``, from its residual ``(n, c)`` and target."""
 

@@ -47,7 +47,11 @@ def make_query(method: Method, batch: Batch, index: Index, curvature: CurvatureS
     iterated = HeadSolver(curvature, index)
     matrix, residual = iterated.solve(term.left, term.right)
     self_influence = None
-    if method.metric == "cos":
+    if method.metric == "cos" and curvature.by_class_blocks:
+        blocks = index.head_products().class_blocks(iterated.damping)
+        norms = np.sqrt(blocks.self_influence(term.left, term.right))
+        self_influence = index.blockwise_self_influence(iterated.damping)
+    elif method.metric == "cos":
         norms = np.sqrt(iterated.self_influence(term.left, term.right))
         self_influence = iterated.self_influence(
             index.residuals().take(_all_rows(index)), index.features().take(_all_rows(index))

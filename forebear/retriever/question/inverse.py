@@ -38,11 +38,13 @@ class CurvatureSpec:
 
     Attributes:
         solver: One of ``exact`` (head only), ``ekfac``, ``cg`` (on the Gauss-Newton matrix), ``cg-hessian``, ``lissa``
-            (on the Hessian) and ``identity``; None: ``exact`` at the head, ``ekfac`` at other scopes.
+            (on the Hessian) and ``identity``; None: ``of_head`` at the head, ``ekfac`` at other scopes.
         damping: As the user writes it (``1e-5``, ``0.1x``); None: the index's first. ``lissa`` has its own.
         rows: Training rows on which ``cg`` and ``lissa`` compute products; 0: all. The head always takes all.
         lissa: Settings, as :meth:`LissaSettings.parse` reads them.
         tolerance: Relative residual at which ``cg`` stops.
+        of_head: The solver at the head where ``solver`` is None: ``exact``, or ``cg`` for an index whose head has too
+            many classes for one matrix.
     """
 
     solver: str | None = None
@@ -50,6 +52,12 @@ class CurvatureSpec:
     rows: int = 1024
     lissa: str = str(HAN20)
     tolerance: float = 1e-3
+    of_head: str = "exact"
+
+    @property
+    def by_class_blocks(self) -> bool:
+        """Whether self-influence at the head is that of single classes: H^-1 of all rows is not asked for by name."""
+        return self.solver is None and self.of_head == "cg"
 
     def check(self) -> None:
         """Refuse values that mean nothing."""
@@ -71,7 +79,7 @@ class CurvatureSpec:
         """
         if self.solver == "exact" and scope != "head":
             raise InputError(f"--curvature exact is for scope head. At scope {scope}: ekfac, cg, lissa or identity.")
-        return self.solver or ("exact" if scope == "head" else "ekfac")
+        return self.solver or (self.of_head if scope == "head" else "ekfac")
 
     def facts(self, index: Index, scope: str) -> dict[str, Any]:
         """Facts of the curvature at a scope that stand in a result: solver, matrix, effective damping, rows."""
@@ -155,9 +163,11 @@ def deep_solver(spec: CurvatureSpec, index: Index, classifier: Classifier, param
     device, dtype = classifier.device, classifier.head.weight.dtype
     spec.refuse_lost_damping(index, scope)
     if scope == "head":
-        if solver != "exact":
+        if solver == "exact":
+            return _exact_head(index, classifier, spec.damping)
+        if not spec.by_class_blocks:
             raise InputError(f"--curvature {solver} of whole gradients is for scopes beyond the head.")
-        return _exact_head(index, classifier, spec.damping)
+        return _large_head(HeadSolver(spec, index))
     if solver == "ekfac":
         _, damping = index.ekfac_damping(scope, spec.damping)
         ekfac = index.ekfac(scope).to(device, dtype)
@@ -189,8 +199,26 @@ def _exact_head(index: Index, classifier: Classifier, damping: str | None) -> So
     return solve
 
 
+def _large_head(solver: HeadSolver) -> Solve:
+    """H^-1 of whole gradients of the head weight, ``(q, c, h)``, where it has too many classes for one matrix."""
+
+    def solve(vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
+        ((name, g),) = vectors.items()
+        basis = torch.from_numpy(solver.basis)
+        solved, residual = solver.solve_matrix(torch.einsum("ac,qch->qah", basis, g.double().cpu()))
+        return {name: torch.einsum("ac,qah->qch", basis, torch.from_numpy(solved)).to(g)}, residual
+
+    return solve
+
+
 def _iterative(
-    spec: CurvatureSpec, solver: str, product: Product, n_rows: int, damping: Callable[[], float], scope: str
+    spec: CurvatureSpec,
+    solver: str,
+    product: Product,
+    n_rows: int,
+    damping: Callable[[], float],
+    scope: str,
+    precondition: Multiply | None = None,
 ) -> Solve:
     """``cg`` or ``lissa`` on a product."""
 
@@ -204,7 +232,9 @@ def _iterative(
             )  # fmt: skip
         else:
             size = damping()
-            found = conjugate_gradients(_watched(product, size, scope), vectors, size, tolerance=spec.tolerance)
+            found = conjugate_gradients(
+                _watched(product, size, scope), vectors, size, precondition=precondition, tolerance=spec.tolerance
+            )
         return found.vectors, found.residual
 
     return solve
@@ -233,7 +263,7 @@ class HeadSolver:
         """Take the factors of the live rows."""
         self._spec, self._index, self._solver = spec, index, spec.at("head")
         self._products = index.head_products()
-        self._basis = index.loss.basis(self._products.outputs.shape[1])
+        self.basis = index.loss.basis(self._products.outputs.shape[1])
         spec.refuse_lost_damping(index, "head")
 
     @cached_property
@@ -245,8 +275,11 @@ class HeadSolver:
 
     def solve(self, residuals: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """(H + damping I)^-1 g in the loss' basis, ``(q, a, h)``, and relative residuals or None."""
-        reduced = residuals.astype(np.float64) @ self._basis.T
-        gradients = torch.from_numpy(reduced[:, :, None] * features.astype(np.float64)[:, None, :])
+        reduced = residuals.astype(np.float64) @ self.basis.T
+        return self.solve_matrix(torch.from_numpy(reduced[:, :, None] * features.astype(np.float64)[:, None, :]))
+
+    def solve_matrix(self, gradients: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        """The same of gradients in the basis, ``(q, a, h)`` float64."""
         if self._solver == "ekfac":
             left, right, eigenvalues = self._products.eigenbasis
             refuse_lost_damping(self.damping, float(eigenvalues.max()), eigenvalues.dtype, "head")
@@ -255,9 +288,19 @@ class HeadSolver:
         def product(vectors: Vectors, at: Sequence[int] | None = None) -> Vectors:
             return {"head": self._products(vectors["head"], at)}
 
-        solve = _iterative(self._spec, self._solver, product, len(self._products), lambda: self.damping, "head")
+        solve = _iterative(
+            self._spec, self._solver, product, len(self._products), lambda: self.damping, "head", self._precondition
+        )
         solved, residual = solve({"head": gradients})
         return solved["head"].numpy(), residual
+
+    @property
+    def _precondition(self) -> Multiply | None:
+        """The class blocks, where H is no one matrix and is damped; else products cost little."""
+        if self._products.is_dense or not self._solver.startswith("cg") or self.damping <= 0:
+            return None
+        blocks = self._products.class_blocks(self.damping)
+        return lambda vectors: {"head": blocks.solve(vectors["head"])}
 
     def self_influence(self, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
         """<H^-1 g, g> of each row, ``(n,)`` float64; rows of the same factors are solved for once."""
@@ -267,6 +310,6 @@ class HeadSolver:
         size = max(1, min(SELF_ROWS, MAX_WEIGHTS // (residuals.shape[1] * features.shape[1])))
         for start in range(0, len(residuals), size):
             r, f = residuals[start : start + size], features[start : start + size].astype(np.float64)
-            reduced = r.astype(np.float64) @ self._basis.T
+            reduced = r.astype(np.float64) @ self.basis.T
             out.append(np.einsum("nah,na,nh->n", self.solve(r, f)[0], reduced, f, optimize=True))
         return np.asarray(np.maximum(np.concatenate(out), 0.0)[inverse])

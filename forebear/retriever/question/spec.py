@@ -129,7 +129,7 @@ class QuerySpec:
             spec = replace(
                 self, spans=spans, span_column=stored_column if self.span_column is None else self.span_column
             )
-        question = Question(index, spec, methods, self.curvature_spec)
+        question = Question(index, spec, methods, replace(self.curvature_spec, of_head=index.head_solver or "exact"))
         check_question(question)
         return question
 
@@ -363,7 +363,7 @@ def _check_certifiable(question: Question) -> None:
 def _check_curvature(question: Question, method: Method) -> None:
     index, scope = question.index, question.scope_of(method)
     solver = question.curvature.at(scope)
-    if method.by_model and scope == "head" and solver not in ("exact", "identity"):
+    if method.by_model and scope == "head" and solver not in ("exact", "identity") and question.curvature.solver:
         raise InputError(f"{method.name} at the head: --curvature exact or identity, not {solver}.")
     if solver == "exact":
         index.head_damping(question.curvature.damping)
