@@ -10,12 +10,14 @@ indexed as far as it came. The learning rate is noted at every step: eta does no
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from forebear.errors import InputError, ModelError
+from forebear.indexer.losses.choices import check_loss_choices
 from forebear.indexer.model.network.pretrained import TRAINER_CHECKPOINT, trainer_checkpoints
 from forebear.indexer.model.network.tokenizer import input_limit
 from forebear.indexer.rows.labels import names_of_classes
@@ -41,6 +43,7 @@ class ForebearCallback(TrainerCallback):  # type: ignore[misc]
         *,
         tokenizer: Any = None,
         max_length: int | None = None,
+        class_weights: Sequence[float] = (),
         **columns: Unpack[ColumnKeywords],
     ) -> None:
         """Open the training rows.
@@ -51,13 +54,18 @@ class ForebearCallback(TrainerCallback):  # type: ignore[misc]
             tokenizer: Default: Trainer's ``processing_class``.
             max_length: Longest input in word pieces. Default: at what length the tokenizer last cut texts, else the
                 model's limit.
+            class_weights: One positive number a class, by id, if the script's loss has such factors. (Label smoothing
+                is read from Trainer's arguments.)
             **columns: Columns of the rows, as ``open_rows`` takes them.
 
         Raises:
             DataError: The rows cannot be read as labelled text.
+            InputError: A class weight is not positive.
         """
         self._source = rows if isinstance(rows, RowSource) else open_rows(rows, need_labels=True, **columns)
         self._tokenizer, self._max_length = tokenizer, max_length
+        check_loss_choices(tuple(class_weights), 0.0)
+        self._class_weights = tuple(class_weights)
         self._rates: list[float] = []  # learning rate of every step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -135,7 +143,12 @@ class ForebearCallback(TrainerCallback):  # type: ignore[misc]
             ),
             label_mode=None,
             max_length=self._length(model),
-            settings={"trainer": True, "n_rows": self._source.n_rows}
+            settings={
+                "trainer": True,
+                "n_rows": self._source.n_rows,
+                "class_weights": list(self._class_weights),
+                "label_smoothing": args.label_smoothing_factor,
+            }
             | {name: _plain(getattr(args, name)) for name in SETTINGS if hasattr(args, name)},
             checkpoints=tuple(checkpoints),
             libraries=library_versions(),

@@ -83,6 +83,15 @@ def test_a_trainers_folder_is_a_run(model: Path, tmp_path: Path) -> None:
         find_run(index, None)
 
 
+def test_the_loss_of_the_script_is_the_runs(model: Path, tmp_path: Path) -> None:
+    callback = ForebearCallback(training_rows(), class_weights=(1, 2.5))
+    trainer(model, tmp_path / "run", callback, num_train_epochs=1, label_smoothing_factor=0.1).train()
+    chosen = choose_model(str(tmp_path / "run"))
+    assert chosen.loss_choices == {"class_weights": (1.0, 2.5), "label_smoothing": 0.1}
+    with pytest.raises(InputError, match="class_weights"):
+        ForebearCallback(training_rows(), class_weights=(1, -1))
+
+
 def test_the_length_at_which_the_tokenizer_cut_is_the_runs(model: Path, tmp_path: Path) -> None:
     trainer(model, tmp_path / "run", ForebearCallback(training_rows()), num_train_epochs=1).train()
     assert choose_model(str(tmp_path / "run")).max_length == 20
