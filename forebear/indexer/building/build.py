@@ -163,6 +163,8 @@ def _build(
         try:
             same_or_refuse(index.manifest.segments[0].rows, segment.rows, folder)
             same_or_refuse(comparable(asdict(index.manifest.spec)), comparable(asdict(spec)), folder)
+            if (calibrated := index.manifest.calibration_queries) is not None:
+                same_or_refuse({"calibrate": calibrated}, {"calibrate": options.calibration_queries}, folder)
             # an index that was changed since it was built is the one that --force is to replace
             replaces = work.force and index.manifest.generation > 0
         except MismatchError:

@@ -129,6 +129,13 @@ def test_an_append_that_is_done_is_not_done_again(head: Path, index: Path, capsy
     assert Index.open(index).manifest.n_rows == 24
 
 
+def test_a_finished_build_is_not_taken_for_one_with_more_calibration(first: Path, model: str, tmp_path: Path) -> None:
+    folder = copied(first, tmp_path / "index")
+    more = replace(OPTIONS, calibration_queries=OPTIONS.calibration_queries + 6)
+    with pytest.raises(MismatchError, match=f"calibrate={OPTIONS.calibration_queries}"):
+        build_index(rows(0, 24), folder, choose_model(None, [model]).checkpoints, more, resume=True)
+
+
 def test_rows_that_all_went_may_come_again(index: Path) -> None:
     append_rows(index, rows(12, 18))
     retire_rows(index, range(12, 17))
