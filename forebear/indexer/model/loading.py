@@ -123,11 +123,7 @@ def make_classifier(
 ) -> Classifier:
     """Wrap a transformers model that is already in memory; see :func:`load_classifier`."""
     config = model.config
-    if getattr(config, "problem_type", None) not in (None, "single_label_classification") or config.num_labels < 2:
-        raise ModelError(
-            f"{name} has problem_type={getattr(config, 'problem_type', None)!r} and {config.num_labels} output(s). "
-            "forebear explains single-label classifiers with two or more classes."
-        )
+    _refuse_other_kinds(config, name)
     check_full_precision(config, name)
     check_finite_weights(model, name)
     autocast(device, precision)
@@ -158,6 +154,26 @@ def make_classifier(
         padding_remark=padding_remark,
         adapter=adapter,
     )
+
+
+def _refuse_other_kinds(config: Any, name: str) -> None:
+    """Refuse models that say nothing of the kind that is explained: one class a row, out of two or more.
+
+    Raises:
+        ModelError: What kind the model is, what is expected, and what to do.
+    """
+    kind, n_outputs = getattr(config, "problem_type", None), config.num_labels
+    if kind == "multi_label_classification":
+        raise ModelError(
+            f"{name} is a multi-label classifier (problem_type {kind}, {n_outputs} outputs, each with a sigmoid of its "
+            "own). Expected a classifier of one label a row. To explain one of its labels, train a classifier of two "
+            "classes, rows with that label and rows without it (`forebear train`)."
+        )
+    if kind not in (None, "single_label_classification") or n_outputs < 2:
+        raise ModelError(
+            f"{name} gives {n_outputs} number(s) a row and no class (problem_type {kind}), as a regression does. "
+            "Expected a classifier of two or more classes. Train one on ranges of the numbers (`forebear train`)."
+        )
 
 
 def check_finite_weights(model: nn.Module, name: str) -> None:

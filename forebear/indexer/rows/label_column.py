@@ -190,8 +190,7 @@ def check_labels(
     if len(kinds) > 1 or (kinds and kinds[0][1] not in ("an integer", "a name")):
         held = " and ".join(f"{kind} in row {row}" for row, kind in kinds[:2])
         raise DataError(
-            f"{where} holds {held} (from 0); expected integers throughout or names throughout. "
-            f"Mend it, or name another with --label-column."
+            f"{where} holds {held} (from 0); expected integers throughout or names throughout. {_way_out(kinds[0][1])}"
         )
     labels.take_out(_marks(labels, names, unlabelled, classes))
     if labels.n_unlabelled and need_labels and (unlabelled != "drop" or not labels.first_rows):
@@ -205,6 +204,18 @@ def check_labels(
                     f"{where} holds {label} in row {row} (from 0), but there are {len(names)} label names, "
                     f"{listed(names)}; give one a class, in order, with --label-names."
                 )
+
+
+def _way_out(kind: str) -> str:
+    """What to do about labels of a kind that are no classes."""
+    if "list" in kind:
+        return (
+            "A row has one label here, not several: make a column for each label, of rows with and without it, and "
+            "name one of them with --label-column."
+        )
+    if kind == "a number":
+        return "Numbers that are measured are no classes: make a column of ranges, and name it with --label-column."
+    return "Mend it, or name another with --label-column."
 
 
 def _marks(labels: LabelColumn, names: Sequence[str] | None, unlabelled: str, classes: Sequence[str]) -> list[Label]:
