@@ -177,7 +177,7 @@ def tables(folder: Path) -> Iterator[Case]:
         ("integers and names as labels", b"text,label\na,0\nb,x\n", None, "a name in row 1"),
         ("UTF-8 with a byte order mark", "\ufefftext,label\nä,0\n".encode(), 1, ""),
         ("UTF-16 with a byte order mark", "text,label\nä,0\n".encode("utf-16"), 1, ""),
-        ("UTF-16 without one", "text,label\nä,0\n".encode("utf-16-le"), None, "iconv"),
+        ("UTF-16 without one", "text,label\nä,0\n".encode("utf-16-le"), None, "utf-16-le"),
         ("UTF-32 with a byte order mark", "text,label\nä,0\n".encode("utf-32"), 1, ""),
         ("UTF-16 cut in the middle", "text,label\nä,0\n".encode("utf-16")[:-1], None, ""),
         ("Latin-1", "text,label\ncafé,0\n".encode("latin-1"), None, "byte 14"),

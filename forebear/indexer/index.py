@@ -70,7 +70,9 @@ class Index(IndexFiles):
         text_columns: Sequence[str] | None = None,
         label_column: str | None = None,
         label_names: Sequence[str] | None = None,
-        unlabelled: str = "refuse",
+        unlabelled: str | None = None,
+        delimiter: str | None = None,
+        encoding: str | None = None,
         tokenizer: Any = None,
         **choices: Unpack[BuildKeywords],
     ) -> Index:
@@ -79,7 +81,7 @@ class Index(IndexFiles):
         Args:
             model: A run folder of ``forebear train``, a model folder or a hub name; or what ``choose_model`` chose; or
                 a transformers model in memory, which is saved to the folder ``OUT-model`` to be asked later. A run
-                says ``max_length``, ``label_mode``, class weights, label smoothing and the text columns, where nothing
+                says ``max_length``, ``label_mode``, class weights, label smoothing and how rows are read, where nothing
                 else is given here.
             rows: A path, hub name, table or list of dicts, as ``open_rows`` takes; texts or pairs of texts; or a
                 RowSource.
@@ -90,7 +92,9 @@ class Index(IndexFiles):
             text_columns: One or two columns of text, in order of encoding; default as in ``open_rows``.
             label_column: The column of labels; default as in ``open_rows``.
             label_names: The names that integer labels index; default as in ``open_rows``.
-            unlabelled: ``refuse``, ``drop`` or ``keep`` rows without a label.
+            unlabelled: ``refuse``, ``drop`` or ``keep`` rows without a label; default as the run, else ``refuse``.
+            delimiter: Of a CSV or TSV file; default as in ``open_rows``.
+            encoding: Of a text file; default as in ``open_rows``.
             tokenizer: Of a model in memory.
             **choices: The fields of :class:`BuildOptions`, such as ``scopes=("head", "all")``; and ``resume``,
                 ``force``, ``warn`` (default: Python's warnings), ``tell`` and ``progress`` (True: the usual bar).
@@ -105,6 +109,8 @@ class Index(IndexFiles):
             "label_column": label_column,
             "label_names": label_names,
             "unlabelled": unlabelled,
+            "delimiter": delimiter,
+            "encoding": encoding,
         }
         index: Index = building.build_from_model(
             model,

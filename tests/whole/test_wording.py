@@ -22,7 +22,7 @@ FLAG = re.compile(r"(?<![\w-])(--[a-z][a-z0-9-]*)(?: ([^\s(]\S*))?")
 IN_MESSAGES_OF_OTHERS = {"--reinstall"}  # of apt-get
 OF_PYTHON_ALONE = {"--warmup-ratio", "--weight-decay"}  # fields of TrainOptions that no command sets
 VALUES = {  # words that messages give as values; what else follows a flag must be of GOING_ON
-    "all", "aspect", "binary-nli", "cg", "cpu", "drop", "ekfac", "exact", "features", "features,sbert",
+    "all", "aspect", "binary-nli", "cg", "cp1252", "cpu", "drop", "ekfac", "exact", "features", "features,sbert",
     "features,spans", "features,words", "fp32", "full", "gold", "head", "head,", "keep", "none",
     "random", "rerank", "spans", "reader:", "entailment,non-entailment", "damping=",
 }  # fmt: skip

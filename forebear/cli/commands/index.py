@@ -19,13 +19,23 @@ from forebear.errors import InputError
 
 if TYPE_CHECKING:
     from forebear.indexer.index import Index
+    from forebear.indexer.rows.row_format import RowFormat
     from forebear.indexer.rows.row_source import RowSource
-    from forebear.indexer.training.run import ModelChoice
 
 # What a change takes besides its own name; everything else was decided by the build.
 OPTIONS_OF_EVERY_CHANGE = ("out", "resume", "force", "quiet")
 OPTIONS_OF_CHANGES = {
-    "append": ("train", "model", "text_columns", "label_column", "label_names", "unlabelled", "device"),
+    "append": (
+        "train",
+        "model",
+        "text_columns",
+        "label_column",
+        "label_names",
+        "unlabelled",
+        "delimiter",
+        "encoding",
+        "device",
+    ),
     "retire": (),
     "rebuild_ann": ("ann",),
     "refit": ("model", "device"),
@@ -61,12 +71,11 @@ class TrainingRows(ColumnOptions):
 
     train: Train = None
 
-    def open_all(self, classes: Sequence[str], run: ModelChoice | None = None) -> RowSource:
-        """All rows, by the columns that the run read where they are there; warnings are said."""
+    def open_all(self, classes: Sequence[str], like: RowFormat, unlabelled: str = "refuse") -> RowSource:
+        """All rows, read as ``like`` says where no option does; warnings are said."""
         if self.train is None:
             raise InputError("no training rows given. Name their file by --train.")
-        found = None if run is None or listed(self.text_columns) else run.columns_in(self.train)
-        return self.open(self.train, classes=classes, text_columns=found)
+        return self.open(self.train, classes=classes, like=like, unlabelled=unlabelled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +147,11 @@ def _build_or_change(
     if change.refit:
         return build.refit_index(out, model=chosen.model, device=device, warn=warn, **how)
     if change.append:
-        source = rows.open_all(Index.open(Path(out)).manifest.spec.label_names)
+        manifest = Index.open(Path(out)).manifest
+        source = rows.open_all(manifest.spec.label_names, manifest.row_format)
         return build.append_rows(out, source, model=chosen.model, device=device, warn=warn, **how)
     run = choose_model(chosen.model, chosen.checkpoints or (), chosen.eta or ())
-    source = rows.open_all(run.class_names(), run)
+    source = rows.open_all(run.class_names(), run.row_format, run.unlabelled)
     return Index.build(run, source, out, **choices.given(source.text_columns), warn=warn, **how)
 
 

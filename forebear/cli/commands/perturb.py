@@ -144,7 +144,9 @@ def attack(
     check_out(output.folder, force=output.force)
     spec = change.spec("attack", tuple(listed(selection.strategy)) or ("lower-right",), (1, 2, 6))
     retriever = index_options.open()
-    source = test_options.open(test_options.test, classes=retriever.label_names)
+    source = test_options.open(
+        test_options.test, classes=retriever.label_names, like=retriever.index.manifest.row_format
+    )
     texts, gold = _labelled(retriever, source)
     assert selection.queries is not None  # it has a default
     attacked = _sample(np.arange(len(gold)), selection.queries, change.seed)
@@ -186,7 +188,8 @@ def fix(
     spec = change.spec("fix", tuple(listed(selection.strategy)) or ("raise-right",), (1, 2, 4, 8))
     retriever = index_options.open()
     dev_source, test_source = (
-        test_options.open(path, classes=retriever.label_names) for path in (dev, test_options.test)
+        test_options.open(path, classes=retriever.label_names, like=retriever.index.manifest.row_format)
+        for path in (dev, test_options.test)
     )
     texts, gold = _labelled(retriever, dev_source)
     dev_queries = make_queries(retriever, texts, gold)

@@ -70,7 +70,9 @@ class QueryOptions(MaybeTestOptions):
         if self.text is not None:
             return rows_from_texts([self.text] if self.pair is None else [(self.text, self.pair)])
         assert self.test is not None
-        return self.open(self.test, classes=retriever.label_names, need_labels=need_labels)
+        return self.open(
+            self.test, classes=retriever.label_names, need_labels=need_labels, like=retriever.index.manifest.row_format
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

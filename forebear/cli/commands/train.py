@@ -104,13 +104,15 @@ def train(
     """Fine-tune a model and keep its checkpoints."""
     from forebear.indexer.training.fine_tuning import train as run_training
 
+    source = columns.open(data)
+    dev_source = columns.open(dev, like=source.format("the training rows")) if dev else None
     with progress_bar() as progress:
         run = run_training(
-            columns.open(data),
+            source,
             model,
             out,
             choices.train_options(),
-            dev=columns.open(dev) if dev else None,
+            dev=dev_source,
             force=output.force,
             progress=progress,
             warn=warn,

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from forebear.cli.options.groups import Options
-from forebear.cli.screen.console import listed, warn
+from forebear.cli.screen.console import listed, say, warn
 
 if TYPE_CHECKING:
+    from forebear.indexer.rows.row_format import RowFormat
     from forebear.indexer.rows.row_source import RowSource
 
 TEST = typer.Option(
@@ -29,15 +30,18 @@ LabelNames = Annotated[
 TextColumns = Annotated[
     list[str] | None,
     typer.Option(
-        "--text-columns", help="Text columns, one or two, in order of encoding.", show_default="found by name"
+        "--text-columns",
+        help="Text columns, one or two, in order of encoding.",
+        show_default="the run's or the index's, else found by name",
     ),
 ]
 Unlabelled = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--unlabelled",
         help="Rows without a gold label (null, '-', -1), where labels are needed: refuse; drop, and number the rows "
         "that are kept; keep '-' or -1 as a class. What the model has as a class is one.",
+        show_default="refuse, or as the run did",
     ),
 ]
 Train = Annotated[
@@ -65,10 +69,30 @@ class ColumnOptions(Options, panel="Rows"):
     text_columns: TextColumns = None
     label_column: Annotated[
         str | None,
-        typer.Option("--label-column", help="The column of gold labels.", show_default="found by name"),
+        typer.Option(
+            "--label-column",
+            help="The column of gold labels.",
+            show_default="the run's or the index's, else found by name",
+        ),
     ] = None
     label_names: LabelNames = None
-    unlabelled: Unlabelled = "refuse"
+    unlabelled: Unlabelled = None
+    delimiter: Annotated[
+        str | None,
+        typer.Option(
+            "--delimiter",
+            help="What parts the values of a CSV or TSV file: a character, or tab, semicolon, bar.",
+            show_default="the run's or the index's, else a comma, of .tsv a tab",
+        ),
+    ] = None
+    encoding: Annotated[
+        str | None,
+        typer.Option(
+            "--encoding",
+            help="Encoding of a text file, such as latin-1 or cp1252.",
+            show_default="UTF-8, else the run's or the index's",
+        ),
+    ] = None
 
     def open(
         self,
@@ -76,27 +100,34 @@ class ColumnOptions(Options, panel="Rows"):
         *,
         classes: Sequence[str] = (),
         need_labels: bool = True,
-        text_columns: Sequence[str] | None = None,
+        like: RowFormat | None = None,
+        unlabelled: str = "refuse",
     ) -> RowSource:
-        """Open rows, and warn of rows that were left out or that have no label or no words.
+        """Open rows, say what was taken without an option, and warn of rows left out or without label or words.
 
         Args:
             path: A file, folder or hub name.
             classes: The model's class names, where the model is known.
             need_labels: Whether rows without a label are refused, or left out.
-            text_columns: Text columns where ``--text-columns`` is not given.
+            like: How the run or the index read its rows.
+            unlabelled: What becomes of rows without a label where ``--unlabelled`` is not given.
         """
         from forebear.indexer.rows.row_source import open_rows
 
         source = open_rows(
             path,
-            text_columns=listed(self.text_columns) or text_columns,
+            text_columns=listed(self.text_columns) or None,
             label_column=self.label_column,
             label_names=listed(self.label_names) or None,
             need_labels=need_labels,
-            unlabelled=self.unlabelled,
+            unlabelled=self.unlabelled or unlabelled,
             classes=classes,
+            delimiter=self.delimiter,
+            encoding=self.encoding,
+            like=like,
         )
+        if source.taken is not None:
+            say(f"note: {source.taken}")
         for remark in source.remarks():
             warn(remark)
         return source

@@ -76,7 +76,7 @@ def hans(
         DataError: The rows have other labels, or no row is mispredicted as entailment.
     """
     retriever = retriever_of(retriever)
-    source = tested_rows(retriever.label_names, rows, need_labels=True)
+    source = tested_rows(retriever.label_names, rows, like=retriever.index.manifest.row_format, need_labels=True)
     found = of_hans.audit_hans(retriever, source, methods, top=top, progress=progress_of(progress))
     return finding(found, of_hans.hans_report(found, retriever, source, called("audits.hans")))
 
@@ -206,7 +206,7 @@ def duplicates(
     retriever = retriever_of(retriever)
     queries = None
     if rows is not None:
-        source = tested_rows(retriever.label_names, rows)
+        source = tested_rows(retriever.label_names, rows, like=retriever.index.manifest.row_format)
         tell_label_remark(retriever.index, source, required=False)
         queries = sample_queries(retriever, source, 0, 0)
     found = of_duplicates.duplicates(retriever.index, thresholds)
@@ -245,7 +245,7 @@ def errors(
     of_errors.check_clusters(n_clusters)
     retriever = retriever_of(retriever)
     question = question_of(retriever, spec, choices, ("if",), aggregate=True)
-    source = tested_rows(retriever.label_names, rows, need_labels=True)
+    source = tested_rows(retriever.label_names, rows, like=retriever.index.manifest.row_format, need_labels=True)
     found = of_errors.mistakes_of(retriever, source, progress=progress_of(progress))
     groups = of_errors.group_mistakes(found, retriever.label_names, n_clusters, seed)
     answers = of_errors.explain_groups(retriever, found, groups, question)

@@ -19,6 +19,7 @@ from forebear.indexer.model.encoding import Texts
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.labels import label_map
+from forebear.indexer.rows.row_format import RowFormat
 from forebear.indexer.storage.layout import MANIFEST_NAME
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.coverage import tell_fit_age
@@ -112,9 +113,9 @@ def saliency(
     _refuse_columns(rows, target)
     if form not in maps.FORMS:
         raise InputError(f"saliency form {form!r} is not known. Give {' or '.join(maps.FORMS)}.")
-    retriever, classifier = _opened(model)
+    retriever, classifier, known = _opened(model)
     names = classifier.label_names if retriever is None else retriever.label_names
-    source = tested_rows(names, rows, need_labels=target == "gold")
+    source = tested_rows(names, rows, need_labels=target == "gold", like=known)
     if retriever is not None:
         retriever.check_texts(source)
     labels = None
@@ -144,13 +145,13 @@ def _refuse_columns(rows: object, target: object) -> None:
         )
 
 
-def _opened(model: IndexLike | Classifier) -> tuple[Retriever | None, Classifier]:
-    """The retriever, where there is an index, and the model whose saliency is meant."""
+def _opened(model: IndexLike | Classifier) -> tuple[Retriever | None, Classifier, RowFormat]:
+    """The retriever, where there is an index; the model whose saliency is meant; and how its rows were read."""
     if isinstance(model, Classifier):
-        return None, model
+        return None, model, RowFormat()
     if isinstance(model, (Retriever, Index)) or (Path(model) / MANIFEST_NAME).is_file():
         retriever = retriever_of(model)
-        return retriever, retriever.classifier()
+        return retriever, retriever.classifier(), retriever.index.manifest.row_format
     chosen = choose_model(str(model))
     classifier = load_classifier(chosen.checkpoints[-1].path, max_length=chosen.max_length)
-    return None, replace(classifier, loss=CrossEntropy(**chosen.loss_choices))
+    return None, replace(classifier, loss=CrossEntropy(**chosen.loss_choices)), chosen.row_format

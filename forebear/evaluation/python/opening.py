@@ -13,6 +13,7 @@ from forebear.evaluation.common.queries import QueryRows, sample_queries
 from forebear.evaluation.common.span_queries import sample_span_queries
 from forebear.evaluation.reports.report import Report, write_report
 from forebear.indexer.index import Index
+from forebear.indexer.rows.row_format import RowFormat
 from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
 from forebear.progress import tell_warning
 from forebear.retriever.coverage import tell_fit_age
@@ -141,21 +142,24 @@ def _default_methods(retriever: Retriever, names: Sequence[str], spec: QuerySpec
     return kept
 
 
-def tested_rows(classes: Sequence[str], rows: Rows, *, need_labels: bool = False) -> RowSource:
+def tested_rows(
+    classes: Sequence[str], rows: Rows, *, need_labels: bool = False, like: RowFormat | None = None
+) -> RowSource:
     """The source of the test rows: a source, a path, a data frame, a list of texts, or a function that opens them.
 
     Args:
         classes: The model's class names.
-        rows: The rows; a function is called with the keywords ``classes`` and ``need_labels`` of
+        rows: The rows; a function is called with the keywords ``classes``, ``need_labels`` and ``like`` of
             :func:`~forebear.indexer.rows.row_source.open_rows`.
         need_labels: Whether rows without labels are refused.
+        like: How the run or the index read its rows.
     """
     if isinstance(rows, RowSource):
         return rows
     if isinstance(rows, (str, Path)) or hasattr(rows, "columns"):
-        return open_rows(rows, need_labels=need_labels, classes=classes)
+        return open_rows(rows, need_labels=need_labels, classes=classes, like=like)
     if callable(rows):
-        return rows(need_labels=need_labels, classes=classes)
+        return rows(need_labels=need_labels, classes=classes, like=like)
     if need_labels:
         raise InputError("these test rows need labels. Give rows_from_texts(texts, labels), or a file that has them.")
     return rows_from_texts(rows)
@@ -164,7 +168,7 @@ def tested_rows(classes: Sequence[str], rows: Rows, *, need_labels: bool = False
 def sampled(retriever: Retriever, rows: Rows, question: Question, n_queries: int, seed: int) -> QueryRows:
     """A seeded sample of the test rows, with labels where the target is the gold one."""
     by_gold = question.spec.target == "gold"
-    source = tested_rows(retriever.label_names, rows, need_labels=by_gold)
+    source = tested_rows(retriever.label_names, rows, like=retriever.index.manifest.row_format, need_labels=by_gold)
     tell_label_remark(retriever.index, source, required=by_gold)
     return sample_queries(retriever, source, n_queries, seed, need_labels=by_gold)
 
@@ -176,7 +180,12 @@ def sampled_spans(retriever: Retriever, rows: Rows, question: Question, n_querie
     """
     if question.spec.exact == "none":
         raise InputError("--exact none ranks by sketches alone; give rerank or full.")
-    source = tested_rows(retriever.label_names, rows, need_labels=question.spec.target == "gold")
+    source = tested_rows(
+        retriever.label_names,
+        rows,
+        like=retriever.index.manifest.row_format,
+        need_labels=question.spec.target == "gold",
+    )
     return sample_span_queries(retriever, source, question, n_queries, seed)
 
 

@@ -86,7 +86,7 @@ def _open(
     question = question_of(retriever, spec, choices)
     refuse_saliency(question)
     labelled = need_labels or question.spec.target == "gold"
-    source = tested_rows(retriever.label_names, rows, need_labels=labelled)
+    source = tested_rows(retriever.label_names, rows, like=retriever.index.manifest.row_format, need_labels=labelled)
     cache = Path(f"{retriever.index.folder.resolve()}-retraining" if how.cache is None else how.cache)
     how.begin(cache)
     queries = sample_span_queries(retriever, source, question, n_queries, seed, need_labels=labelled)

@@ -62,7 +62,12 @@ def as_begun(n_threads: int) -> Iterator[None]:
 def segment_of(source: RowSource, start: int) -> Segment:
     """The rows of a source as a segment of an index, numbered from ``start``; passes over them once."""
     return Segment(
-        source=source.name, rows_sha256=source.sha256(), start=start, n_rows=source.n_rows, n_left_out=source.n_dropped
+        source=source.name,
+        rows_sha256=source.sha256(),
+        start=start,
+        n_rows=source.n_rows,
+        n_left_out=source.n_dropped,
+        row_format=source.format("the index").stated(),
     )
 
 

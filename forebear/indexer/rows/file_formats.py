@@ -2,9 +2,10 @@
 
 Values are never interpreted: "NA", "None" and "007" stay as they are. The formats:
 
-- CSV: every column is text; quoted values may hold commas and newlines; blank lines are no rows.
-- TSV: as CSV, but a tab always separates and a quote is an ordinary character, as in the GLUE and HANS
-  files. Values that hold tabs or newlines need CSV or JSON Lines.
+- CSV: every column is text; quoted values may hold commas and newlines; blank lines are no rows. Another delimiter
+  than the comma may be given.
+- TSV: as CSV, but a tab separates and a quote is an ordinary character, as in the GLUE and HANS files. Values that hold
+  tabs or newlines need CSV or JSON Lines.
 - JSON Lines: one object a line, blank lines are no rows; or one array of objects. A column's type is found over the
   whole file, so it is the same in every block; values of unlike types, lists and objects are kept as JSON text.
 - Parquet, and data sets of ``datasets``: as they are typed.
@@ -27,12 +28,13 @@ import pyarrow.parquet as pq
 from forebear.errors import DataError
 from forebear.indexer.rows.arrow_text import column_bytes
 from forebear.indexer.rows.json_rows import json_kind, json_rows
-from forebear.indexer.rows.text_file import ExpansionGuard, check_utf8, open_text
+from forebear.indexer.rows.text_file import ExpansionGuard, check_text, open_text
 
 CHUNK_ROWS = 4096
 CHUNK_BYTES = 16 << 20  # also the longest row that a CSV file may have
 MAX_COLUMNS = 10_000
 SHOWN_NAMES = 30
+SIGNS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # what parts values, in words
 READ_ERRORS = (pa.ArrowException, OSError, EOFError, ValueError, TypeError, OverflowError, RecursionError)
 
 Kinds = dict[str, dict[str, int]]  # by column: each kind of value in it, and the first row of that kind
@@ -71,6 +73,9 @@ class Reader:
         tables: Given a row number and some columns (None: all), the tables from that row on.
         typed: False for CSV, where a label's kind shows in its characters.
         kinds: For JSON values, the first row of each kind in a column; else empty.
+        delimiter: The character that parts the values of a CSV or TSV file; None for other sources.
+        encoding: Encoding of a text file, where one was given; None: UTF-8, or no text file.
+        hint: What else may be wrong where the columns are not as expected; a sentence after a space, or empty.
     """
 
     name: str
@@ -79,9 +84,13 @@ class Reader:
     tables: Callable[[int, list[str] | None], Iterator[pa.Table]]
     typed: bool = True
     kinds: Kinds = field(default_factory=dict)
+    delimiter: str | None = None
+    encoding: str | None = None
+    hint: str = ""
 
 
-def _from_row(start: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+def from_row(start: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """The batches as tables, without their first ``start`` rows."""
     for batch in batches:
         if start < batch.num_rows:
             yield pa.Table.from_batches([batch.slice(start)])
@@ -115,7 +124,7 @@ def parquet_reader(name: str) -> Reader:
                 facts = file.metadata.row_group(group)
                 if start < facts.num_rows:
                     batches = file.iter_batches(_batch_rows(facts, fixed_bytes), row_groups=[group], columns=columns)
-                    for table in _from_row(start, batches):
+                    for table in from_row(start, batches):
                         yield from _spelled_out(table, schema, guard)
                 start = max(0, start - facts.num_rows)
 
@@ -193,10 +202,18 @@ def table_reader(table: Any) -> Reader:
     return Reader(name, table.schema, len(table), tables)
 
 
-def csv_reader(name: str, delimiter: str) -> Reader:
-    """Read a CSV file, or a TSV file where ``delimiter`` is a tab; packed or not. Its bytes are checked now."""
-    quoted = delimiter == ","
-    expected = "CSV (UTF-8, a header line, commas)" if quoted else "TSV (UTF-8, a header line, tabs, no quoting)"
+def csv_reader(name: str, delimiter: str, *, quoted: bool = True, encoding: str | None = None) -> Reader:
+    """Read a CSV file, or a TSV file where nothing is quoted; packed or not. Its bytes are checked now.
+
+    Args:
+        name: The file.
+        delimiter: The character that parts values.
+        quoted: Whether values in double quotes may hold the delimiter and line breaks.
+        encoding: None: UTF-8, or what a byte order mark says.
+    """
+    signs = SIGNS.get(delimiter, repr(delimiter))
+    how = f"{encoding or 'UTF-8'}, a header line, {signs}"
+    expected = f"CSV ({how})" if quoted else f"TSV ({how}, no quoting)"
     read = pa_csv.ReadOptions(use_threads=False, block_size=CHUNK_BYTES)
     parse = pa_csv.ParseOptions(delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted)
 
@@ -205,35 +222,51 @@ def csv_reader(name: str, delimiter: str) -> Reader:
         return pa_csv.open_csv(file, read, parse, convert)
 
     def tables(start: int, columns: list[str] | None) -> Iterator[pa.Table]:
-        with _reading_csv(name, expected), open_text(name) as file:
-            yield from _from_row(start, batches(file, names, columns))
+        with _reading_csv(name, expected, hint), open_text(name, encoding) as file:
+            yield from from_row(start, batches(file, names, columns))
 
     with _reading_csv(name, expected):
-        check_utf8(name)
-        with open_text(name) as file:
-            check_width(name, file.readline(CHUNK_BYTES).count(delimiter.encode()) + 1)
-        with open_text(name) as file:
-            names = batches(file, [], None).schema.names
-    return Reader(name, pa.schema([(column, pa.string()) for column in names]), None, tables, typed=False)
+        check_text(name, encoding)
+        with open_text(name, encoding) as file:
+            header = file.readline(CHUNK_BYTES)
+            check_width(name, header.count(delimiter.encode()) + 1)
+    hint = other_delimiter(header.decode(), delimiter)
+    with _reading_csv(name, expected, hint), open_text(name, encoding) as file:
+        names = batches(file, [], None).schema.names
+    return Reader(
+        name, pa.schema([(column, pa.string()) for column in names]), None, tables,
+        typed=False, delimiter=delimiter, encoding=encoding, hint=hint,
+    )  # fmt: skip
+
+
+def other_delimiter(header: str, delimiter: str) -> str:
+    """A question whether another character parts the values, where the delimiter is not in the header; else empty."""
+    found = next((sign for sign in SIGNS if sign in header and sign != delimiter), None)
+    if delimiter in header or found is None:
+        return ""
+    given = "tab" if found == "\t" else f"'{found}'"
+    return f" Are its values separated by {SIGNS[found]}? If so, give --delimiter {given}."
 
 
 @contextmanager
-def _reading_csv(name: str, expected: str) -> Iterator[None]:
+def _reading_csv(name: str, expected: str, hint: str = "") -> Iterator[None]:
     """Like ``reading``, with a clear message for a row longer than ``CHUNK_BYTES``, Arrow's "straddling object"."""
     try:
         with reading(name, expected):
             yield
     except DataError as error:
+        if hint and "cannot be read as" in str(error):
+            raise DataError(f"{str(error).rstrip('.')}.{hint}") from error
         if "straddling object" not in str(error):
             raise
         raise DataError(
             f"{name} cannot be read as {expected}: a row is longer than {CHUNK_BYTES >> 20} MiB."
-            f"{' Is a quote opened and never closed?' if 'commas' in expected else ' Is a line break lost?'} "
+            f"{' Is a quote opened and never closed?' if expected.startswith('CSV') else ' Is a line break lost?'} "
             "Else cut its text: a model reads the beginning."
         ) from error
 
 
-def json_reader(name: str) -> Reader:
+def json_reader(name: str, encoding: str | None = None) -> Reader:
     """Read a file of JSON Lines or of one JSON array, packed or not; every row is checked now."""
 
     def tables(start: int, columns: list[str] | None) -> Iterator[pa.Table]:
@@ -241,7 +274,7 @@ def json_reader(name: str) -> Reader:
             fields = list(schema) if columns is None else [schema.field(column) for column in columns]
             rows: list[dict[str, Any]] = []
             held_bytes = 0
-            for number, (_where, row, n_bytes) in enumerate(json_rows(name)):
+            for number, (_where, row, n_bytes) in enumerate(json_rows(name, None, encoding)):
                 if number >= start:
                     rows.append(row)
                     held_bytes += n_bytes
@@ -254,13 +287,13 @@ def json_reader(name: str) -> Reader:
     kinds: Kinds = {}
     n_rows = 0
     with reading(name, "JSON"):
-        check_utf8(name)
-        for n_rows, (where, row, _n_bytes) in enumerate(json_rows(name, _unique_pairs), 1):
+        check_text(name, encoding)
+        for n_rows, (where, row, _n_bytes) in enumerate(json_rows(name, _unique_pairs, encoding), 1):
             with reading(f"{name}, {where},", "UTF-8 text"):  # a lone surrogate, \\ud83d say, is no text
                 _note_kinds(row, n_rows - 1, kinds)
             check_width(name, len(kinds))
     schema = _json_schema(kinds)
-    return Reader(name, schema, n_rows, tables, kinds=kinds)
+    return Reader(name, schema, n_rows, tables, kinds=kinds, encoding=encoding)
 
 
 def check_width(name: str, n_columns: int) -> None:
@@ -313,10 +346,11 @@ def _note_kinds(row: dict[str, Any], number: int, kinds: Kinds) -> None:
 
 
 def _json_schema(kinds: Kinds) -> pa.Schema:
-    return pa.schema([(column, _json_type(found.keys() - {"null"})) for column, found in kinds.items()])
+    return pa.schema([(column, json_type(found.keys() - {"null"})) for column, found in kinds.items()])
 
 
-def _json_type(kinds: set[str]) -> pa.DataType:
+def json_type(kinds: set[str]) -> pa.DataType:
+    """The Arrow type of a column that holds these kinds of JSON values, nulls left out."""
     if not kinds:
         return pa.null()
     if kinds == {"an integer"}:

@@ -30,12 +30,15 @@ def json_kind(value: Any) -> str:
     return JSON_KINDS.get(type(value), f"a value of type {type(value).__name__}")
 
 
-def json_rows(name: str, hook: PairsHook | None = None) -> Iterator[tuple[str, dict[str, Any], int]]:
+def json_rows(
+    name: str, hook: PairsHook | None = None, encoding: str | None = None
+) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Stream a file's objects.
 
     Args:
         name: The file.
         hook: As ``object_pairs_hook`` of ``json``.
+        encoding: The file's encoding; None: UTF-8.
 
     Yields:
         Where the object is ("line 3", "element 3 (from 1)"), the object, and about how many bytes it takes.
@@ -43,7 +46,7 @@ def json_rows(name: str, hook: PairsHook | None = None) -> Iterator[tuple[str, d
     Raises:
         DataError: The file is broken, or holds anything but objects; the line says where.
     """
-    with open_text(name) as file:
+    with open_text(name, encoding) as file:
         is_array = file.peek(64).lstrip().startswith(b"[")
         rows = _array_elements(name, file, hook) if is_array else _lines(name, file, hook)
         for where, row, n_bytes in rows:

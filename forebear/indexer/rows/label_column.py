@@ -13,6 +13,7 @@ Rows without a label are refused where labels are needed, or left out, as ``unla
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ import pyarrow.compute as pc
 from forebear.errors import DataError
 from forebear.indexer.rows.arrow_text import is_text
 from forebear.indexer.rows.file_formats import Reader, listed, reading
+from forebear.indexer.rows.row_format import RowFormat
 
 UNLABELLED = ("refuse", "drop", "keep")
 MAX_CLASSES = 10_000  # with more distinct values than this, a column holds no labels
@@ -261,3 +263,32 @@ def labelled_rows(reader: Reader, labels: LabelColumn) -> np.ndarray:
         kept.append(start + np.flatnonzero(has_label))
         start += len(table)
     return np.concatenate(kept)
+
+
+def names_of_numbers(
+    reader: Reader,
+    labels: LabelColumn,
+    given: Sequence[str] | None,
+    recorded: Sequence[str] | None,
+    like: RowFormat,
+) -> tuple[Sequence[str] | None, bool]:
+    """The names that integer labels index, and whether they are remembered rather than the source's own."""
+    names = given if given is not None else _class_label_names(reader.schema, labels.column)
+    if names is not None:
+        return names, False
+    if recorded and labels.kind == "a name":
+        named = {str(label).strip() for label in labels.first_rows}
+        return (recorded if named <= {*recorded, *NO_LABEL_NAMES} else None), False
+    if recorded or not like.label_names or labels.kind != "an integer":
+        return recorded, False
+    in_range = all(NO_LABEL_NUMBER <= int(label) < len(like.label_names) for label in labels.first_rows)
+    return (like.label_names, True) if in_range else (None, False)
+
+
+def _class_label_names(schema: pa.Schema, column: str | None) -> Sequence[str] | None:
+    """Read the names that ``datasets`` keeps in a schema's metadata."""
+    try:
+        feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
+        return list(feature["names"]) if feature["_type"] == "ClassLabel" else None
+    except (KeyError, TypeError, ValueError):
+        return None

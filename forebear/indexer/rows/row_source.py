@@ -23,19 +23,20 @@ import pyarrow.compute as pc
 
 from forebear.errors import DataError
 from forebear.indexer.rows.arrow_text import chunks_of, column_bytes, strings_of
-from forebear.indexer.rows.columns import PAIRS, find_label_column, find_text_columns
+from forebear.indexer.rows.columns import PAIRS, find_label_column, find_text_columns, said
 from forebear.indexer.rows.file_formats import CHUNK_ROWS, Reader, listed, memory_reader, reading, table_reader
 from forebear.indexer.rows.json_rows import LONGEST_ROW
 from forebear.indexer.rows.label_column import (
     MAX_CLASSES,
-    NO_LABEL_NAMES,
     Label,
     LabelColumn,
     check_labels,
     labelled_rows,
+    names_of_numbers,
     scan_labels,
 )
-from forebear.indexer.rows.source_names import open_reader, read_beside
+from forebear.indexer.rows.row_format import RowFormat
+from forebear.indexer.rows.source_names import TextChoices, open_reader, read_beside
 
 __all__ = ["MAX_CLASSES", "RowBlock", "RowSource", "open_rows", "rows_from_texts"]
 SHOWN_ROWS = 3  # row numbers that a remark gives as examples
@@ -95,6 +96,8 @@ class RowSource:
         label_values: The distinct labels, sorted, as the source has them; empty without labels.
         n_rows: Number of rows, without those that were left out.
         n_dropped: Number of rows that were left out since they have no label (``unlabelled="drop"``).
+        unlabelled: What became of rows without a label: ``refuse``, ``drop`` or ``keep``.
+        taken: One line on the columns and label names that were taken without being named; None where all were named.
         marks: Values of the label column that mean "no label", such as ``-``, as they are spelled there.
     """
 
@@ -105,6 +108,9 @@ class RowSource:
         labels: LabelColumn,
         label_names: tuple[str, ...] | None,
         kept: np.ndarray | None = None,
+        *,
+        unlabelled: str = "refuse",
+        taken: str | None = None,
     ) -> None:
         self._reader = reader
         self._label_scan = labels
@@ -117,6 +123,19 @@ class RowSource:
         self.marks: tuple[Label, ...] = tuple(labels.marks)
         self.n_dropped = 0 if kept is None else labels.n_rows - len(kept)
         self.n_rows: int = labels.n_rows - self.n_dropped
+        self.unlabelled = unlabelled
+        self.taken = taken
+
+    def format(self, owner: str) -> RowFormat:
+        """How these rows are read, to be remembered by a run or an index, ``owner``."""
+        return RowFormat(
+            owner=owner,
+            text_columns=self.text_columns,
+            label_column=self.label_column,
+            label_names=self.label_names,
+            delimiter=self._reader.delimiter,
+            encoding=self._reader.encoding,
+        )
 
     def blocks(self, block_rows: int = 4096, start: int = 0) -> Iterator[RowBlock]:
         """Stream the rows from number ``start`` on, in blocks of exactly ``block_rows`` but for the last.
@@ -248,33 +267,55 @@ def open_rows(
     label_column: str | None = None,
     label_names: Sequence[str] | None = None,
     need_labels: bool = False,
-    unlabelled: str = "refuse",
+    unlabelled: str | None = None,
     classes: Sequence[str] = (),
+    delimiter: str | None = None,
+    encoding: str | None = None,
+    like: RowFormat | None = None,
 ) -> RowSource:
-    """Open a file, a folder of ``datasets.save_to_disk``, a hub data set or a table, and check its labels.
+    """Open files, a folder of ``datasets.save_to_disk``, a hub data set or a table, and check the labels.
 
     Args:
-        source: A path, ``FOLDER:SPLIT`` for a saved DatasetDict, or a hub name with its split:
+        source: A path; a folder or a pattern (``data/train-*.parquet``) of files, which are read as one in natural
+            order; ``FOLDER:SPLIT`` for a saved DatasetDict, or for the files whose names begin with the split's; or a
+            hub name with its split:
             ``NAME:SPLIT``, ``OWNER/REPO:SPLIT``, ``DATASET/CONFIG:SPLIT`` (tried in this order, as in
             ``glue/sst2:train``) or ``OWNER/REPO/CONFIG:SPLIT``. A path that exists wins over a hub name.
             Or a table in memory: a ``datasets.Dataset``, a pyarrow Table, a DataFrame of pandas or polars.
-        text_columns: One or two names, in order of encoding. Default: ``text_columns`` of a
+        text_columns: One or two names, in order of encoding. Default: those of ``like``, else ``text_columns`` of a
             ``dataset.json`` beside the file, else found by name.
-        label_column: Default: found by name.
+        label_column: Default: that of ``like``, else found by name.
         label_names: The names that integer labels index. Default: those of the ClassLabel feature, else
-            ``label_names`` of a ``dataset.json`` beside the file.
+            ``label_names`` of a ``dataset.json`` beside the file, else those of ``like``.
         need_labels: Refuse a source in which any row has no label, as ``unlabelled`` says.
-        unlabelled: ``refuse``, ``drop`` or ``keep``; see :mod:`forebear.indexer.rows.label_column`.
+        unlabelled: ``refuse`` (the default), ``drop`` or ``keep``; see :mod:`forebear.indexer.rows.label_column`.
         classes: The model's class names, as ``Retriever.label_names``: ``-`` or -1 among them is a class here too.
+        delimiter: What parts the values of a CSV or TSV file: a character, or its name, such as ``tab``. Default:
+            commas in CSV, tabs in TSV.
+        encoding: Of a text file without a byte order mark. Default: UTF-8.
+        like: How a run or an index read its rows (``ModelChoice.row_format``, ``Index.row_format``): taken where
+            nothing else is given and the source has such columns.
 
     Raises:
         DataError: The source cannot be read as (labelled) text.
     """
+    choices = TextChoices(delimiter=delimiter, encoding=encoding, like=like or RowFormat())
     if isinstance(source, (str, Path)):
-        reader, folder = open_reader(str(source))
+        reader, folder = open_reader(str(source), choices)
     else:
         reader, folder = table_reader(source), None
-    return _make_source(reader, folder, text_columns, label_column, label_names, need_labels, unlabelled, classes)
+        choices.refuse(reader.name)
+    return _make_source(
+        reader,
+        folder,
+        text_columns,
+        label_column,
+        label_names,
+        need_labels,
+        unlabelled or "refuse",
+        classes,
+        choices.like,
+    )
 
 
 def rows_from_texts(
@@ -314,7 +355,7 @@ def rows_from_texts(
 
     label_column = None if labels is None else "label"
     return _make_source(
-        memory_reader(name, checked()), None, columns, label_column, label_names, False, "refuse", classes
+        memory_reader(name, checked()), None, columns, label_column, label_names, False, "refuse", classes, RowFormat()
     )
 
 
@@ -327,6 +368,7 @@ def _make_source(
     need_labels: bool,
     unlabelled: str,
     classes: Sequence[str],
+    like: RowFormat,
 ) -> RowSource:
     if reader.n_rows == 0:
         raise DataError(f"{reader.name} has no rows; expected at least one row of text.")
@@ -334,8 +376,8 @@ def _make_source(
     if repeated := [column for column, count in Counter(columns).items() if count > 1]:
         raise DataError(f"{reader.name} has more than one column {repeated[0]!r}; rename all but one.")
     beside = read_beside(folder)
-    texts = find_text_columns(reader, text_columns, beside.get("text_columns"))
-    column = find_label_column(reader, label_column, texts)
+    texts, text_origin = find_text_columns(reader, text_columns, beside.get("text_columns"), like)
+    column, label_origin = find_label_column(reader, label_column, texts, like, need_labels=need_labels)
     if column is None:
         if need_labels:
             raise DataError(
@@ -346,19 +388,14 @@ def _make_source(
         labels = scan_labels(reader, column)
     if labels.n_rows == 0:
         raise DataError(f"{reader.name} has no rows below its header; expected at least one row of text.")
-    names = label_names if label_names is not None else _class_label_names(reader.schema, column)
-    if names is None and (names := beside.get("label_names")) and labels.kind == "a name":
-        names = names if {str(label).strip() for label in labels.first_rows} <= {*names, *NO_LABEL_NAMES} else None
+    names, are_remembered = names_of_numbers(reader, labels, label_names, beside.get("label_names"), like)
     check_labels(reader.name, labels, names, need_labels, unlabelled, classes)
     drops = unlabelled == "drop" and labels.column is not None and labels.n_unlabelled > 0
     kept = labelled_rows(reader, labels) if drops else None
-    return RowSource(reader, texts, labels, tuple(names) if names else None, kept)
-
-
-def _class_label_names(schema: pa.Schema, column: str | None) -> Sequence[str] | None:
-    """Read the names that ``datasets`` keeps in a schema's metadata."""
-    try:
-        feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
-        return list(feature["names"]) if feature["_type"] == "ClassLabel" else None
-    except (KeyError, TypeError, ValueError):
-        return None
+    taken = [
+        (f"text column{'s' * (len(texts) > 1)} {' and '.join(texts)}", text_origin),
+        (f"label column {column or 'none'}", label_origin),
+        (f"label names {listed(names or ())}", f"as in {like.owner}" if are_remembered else None),
+    ]
+    said_of = said(reader.name, [(what, why) for what, why in taken if why is not None])
+    return RowSource(reader, texts, labels, tuple(names) if names else None, kept, unlabelled=unlabelled, taken=said_of)

@@ -1,16 +1,15 @@
-"""Opening a source by its name: a file by its ending, a folder of ``save_to_disk``, or a hub data set."""
+"""Opening a source by its name: files by their endings, a folder of ``save_to_disk``, or a hub data set."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from forebear.errors import DataError
+from forebear.errors import DataError, InputError
 from forebear.indexer.rows.file_formats import (
     Reader,
     csv_reader,
@@ -21,20 +20,75 @@ from forebear.indexer.rows.file_formats import (
     parquet_reader,
     reading,
 )
+from forebear.indexer.rows.many_files import files_of_folder, joined_reader, matching_files
+from forebear.indexer.rows.row_format import RowFormat, delimiter_of, encoding_of
+from forebear.indexer.rows.text_file import is_utf8, open_text
 
-FORMATS: dict[str, Callable[[str], Reader]] = {".parquet": parquet_reader, ".pq": parquet_reader}
-for _packed in ("", ".gz", ".bz2"):
-    FORMATS |= {f".{end}{_packed}": json_reader for end in ("jsonl", "ndjson", "json")}
-    FORMATS[f".csv{_packed}"] = partial(csv_reader, delimiter=",")
-    FORMATS[f".tsv{_packed}"] = partial(csv_reader, delimiter="\t")
+PACKED = ("", ".gz", ".bz2")
+PARQUET = (".parquet", ".pq")
+JSON, CSV, TSV = (
+    tuple(f".{end}{packed}" for end in ends for packed in PACKED)
+    for ends in (("jsonl", "ndjson", "json"), ("csv",), ("tsv",))
+)
+FORMATS = (*PARQUET, *JSON, *CSV, *TSV)
 FORMATS_TEXT = "a file named .parquet, .jsonl, .json, .csv or .tsv (the last four also .gz or .bz2)"
+SOURCES_TEXT = f"{FORMATS_TEXT}, a folder or pattern of such files, a folder of save_to_disk"
+TEXT_FILE = "a text file: name what parts its values by --delimiter, or end its name in .csv or .tsv"
+# What to do with files that hold rows in a format that is not read here, by their endings.
+WAYS_OUT = {
+    (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods"): "a spreadsheet: save its sheet as CSV (UTF-8)",
+    (".pkl", ".pickle", ".joblib"): "pickled Python, which may run code: load it and write it by to_parquet or to_csv",
+    (".feather", ".arrow", ".ipc"): "an Arrow file: save its rows as Parquet, by pandas.read_feather and to_parquet",
+    (".zip", ".xz", ".zst", ".7z", ".tar", ".tgz"): "packed: unpack it (.gz and .bz2 are read as they are)",
+    (".db", ".sqlite", ".sqlite3", ".h5", ".hdf5", ".orc", ".avro", ".npy", ".npz", ".sav", ".dta", ".rds"): (
+        "a format that pandas or its own program reads: save its rows as Parquet or CSV"
+    ),
+    (".txt", ".dat", ".data", ".tab"): TEXT_FILE,
+}
 
 
-def open_reader(source: str) -> tuple[Reader, Path | None]:
+@dataclass(frozen=True, kw_only=True)
+class TextChoices:
+    """How text files are read, as the user says (``delimiter``, ``encoding``), else as is remembered (``like``)."""
+
+    delimiter: str | None = None
+    encoding: str | None = None
+    like: RowFormat = field(default_factory=RowFormat)
+
+    def refuse(self, name: str) -> None:
+        """Refuse choices for a source that is no text file.
+
+        Raises:
+            InputError: The user made one.
+        """
+        for option, value in (("--delimiter", self.delimiter), ("--encoding", self.encoding)):
+            if value is not None:
+                raise InputError(f"{option} is for text files; {name} is none. Leave it out.")
+
+    def encoding_of(self, name: str) -> str | None:
+        """The encoding of a text file; None: UTF-8."""
+        if self.encoding is not None:
+            return encoding_of(self.encoding)
+        return None if self.like.encoding is None or is_utf8(name) else self.like.encoding
+
+    def delimiter_of(self, name: str, default: str, encoding: str | None) -> str:
+        """What parts the values of a text file: as given, as remembered if the header holds it, else the default."""
+        if self.delimiter is not None:
+            return delimiter_of(self.delimiter)
+        if self.like.delimiter is None:
+            return default
+        with reading(name, "text"), open_text(name, encoding) as file:
+            header = file.readline(1 << 16)
+        signs = [sign for sign in (self.like.delimiter, default) if sign.encode() in header]
+        return signs[0] if signs else default
+
+
+def open_reader(source: str, choices: TextChoices) -> tuple[Reader, Path | None]:
     """Open the source of a name, and find the folder where a ``dataset.json`` may lie.
 
     Args:
-        source: A path or a hub name, as in ``open_rows``.
+        source: A path, a pattern or a hub name, as in ``open_rows``.
+        choices: Delimiter and encoding of text files.
 
     Returns:
         The reader, and the folder for ``read_beside``; None for a hub data set.
@@ -44,37 +98,77 @@ def open_reader(source: str) -> tuple[Reader, Path | None]:
     """
     match = re.fullmatch(r"(.+?):(\w[\w.-]*(?:\[.*\])?)", source)
     head, split = match.groups() if match else (source, None)
-    if source.strip() and _exists(source):
+    if source.strip() and exists(source):
         head, split = source, None
     path = Path(head)
-    if not source.strip() or not _exists(head):
-        if (link := _dangling_link(head)) is not None:
-            raise DataError(
-                f"{head} is a link to {link}, which does not exist. Mend the link, or give the file itself."
-            )
-        if split is None or path.name.lower().endswith(tuple(FORMATS)) or head.startswith((".", "/", "~")):
-            raise DataError(
-                f"no such file or folder: {head or 'an empty name'}.{similar_names(head)} Expected {FORMATS_TEXT}, "
-                f"a folder of save_to_disk, or a hub name with its split, as in glue/sst2:train."
-            )
+    if not source.strip() or not exists(head):
+        if files := matching_files(source):
+            return _open_files(source, files, choices), files[0].parent
+        _refuse_missing(head, split)
+        assert split is not None
+        choices.refuse(source)
         return dataset_reader(source, _load_hub(head, split)), None
     if path.is_dir():
-        return dataset_reader(source, _load_saved(path, split)), path
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            choices.refuse(head)
+            return dataset_reader(source, _load_saved(path, split)), path
+        _refuse_other_folders(path)
+        return _open_files(source, files_of_folder(path, FORMATS, split), choices), path
     if split is not None:
         raise DataError(f"{head} is a file and has no splits; leave out :{split}.")
-    read = next((read for suffix, read in FORMATS.items() if head.lower().endswith(suffix)), None)
+    return _open_file(head, choices), path.parent
+
+
+def _refuse_missing(head: str, split: str | None) -> None:
+    """Refuse a name that is no path, unless it may be a hub name with its split."""
+    if (link := _dangling_link(head)) is not None:
+        raise DataError(f"{head} is a link to {link}, which does not exist. Mend the link, or give the file itself.")
+    is_pattern = matching_files(head) is not None
+    if split is None or is_pattern or Path(head).name.lower().endswith(FORMATS) or head.startswith((".", "/", "~")):
+        missing = f"no file matches {head}" if is_pattern else f"no such file or folder: {head or 'an empty name'}"
+        raise DataError(
+            f"{missing}.{similar_names(head)} Expected {SOURCES_TEXT}, or a hub name with its split, as in "
+            "glue/sst2:train."
+        )
+
+
+def _open_files(name: str, files: list[Path], choices: TextChoices) -> Reader:
+    kinds = {next((k for k in (PARQUET, JSON, CSV, TSV) if file.name.lower().endswith(k)), None) for file in files}
+    if len(kinds) > 1:
+        raise DataError(f"{name}: files of several formats, {listed(file.name for file in files)}; expected one.")
+    readers = [_open_file(str(file), choices) for file in files]
+    return replace(readers[0], name=name) if len(readers) == 1 else joined_reader(name, readers)
+
+
+def _open_file(name: str, choices: TextChoices) -> Reader:
+    """Open one file by its ending."""
+    path, ending = Path(name), name.lower()
     if not path.is_file():
         raise DataError(
-            f"{head} is no plain file but a pipe or a device; rows are read several times over. Save them to a file."
+            f"{name} is no plain file but a pipe or a device; rows are read several times over. Save them to a file."
         )
-    if read is None:
-        raise DataError(f"{head} is no data file that forebear knows; expected {FORMATS_TEXT}.")
+    way_out = next((way for endings, way in WAYS_OUT.items() if ending.endswith(endings)), None)
+    is_said_to_be_text = choices.delimiter is not None and way_out in (None, TEXT_FILE)
+    if not ending.endswith(FORMATS) and not is_said_to_be_text:
+        known = f"{name} is {way_out}" if way_out else f"{name} is no data file that forebear knows"
+        raise DataError(f"{known}; expected {FORMATS_TEXT}.")
     if path.stat().st_size == 0:
-        raise DataError(f"{head} is empty (0 bytes); expected at least one row of text.")
-    return read(head), path.parent
+        raise DataError(f"{name} is empty (0 bytes); expected at least one row of text.")
+    if ending.endswith(PARQUET):
+        choices.refuse(name)
+        return parquet_reader(name)
+    encoding = choices.encoding_of(name)
+    if ending.endswith(JSON):
+        if choices.delimiter is not None:
+            raise InputError(f"--delimiter is for CSV and TSV; {name} is JSON. Leave it out.")
+        return json_reader(name, encoding)
+    is_tsv = ending.endswith(TSV)
+    delimiter = choices.delimiter_of(name, "\t" if is_tsv else ",", encoding)
+    return csv_reader(name, delimiter, quoted=not is_tsv, encoding=encoding)
 
 
-def _exists(path: str) -> bool:
+def exists(path: str) -> bool:
+    """Whether there is a file or folder of that name."""
     try:
         return Path(path).exists()
     except (OSError, ValueError):  # a name too long, a null character
@@ -100,19 +194,16 @@ def _dangling_link(path: str) -> str | None:
         return None
 
 
+def _refuse_other_folders(folder: Path) -> None:
+    """Refuse a model folder or an index in place of rows."""
+    for file, what in (("config.json", "a model folder"), ("manifest.json", "an index"), ("run.json", "a run")):
+        if (folder / file).is_file():
+            raise DataError(f"{folder} is {what} (it holds {file}), no rows. Are two options swapped?")
+
+
 def _load_saved(folder: Path, split: str | None) -> Any:
     import datasets
 
-    if not ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
-        if (folder / "config.json").is_file():
-            raise DataError(f"{folder} is a model folder (it holds config.json), no rows. Are two options swapped?")
-        if (folder / "manifest.json").is_file():
-            raise DataError(f"{folder} is an index (it holds manifest.json), no rows. Are two options swapped?")
-        files = sorted(file.name for file in folder.iterdir() if file.name.lower().endswith(tuple(FORMATS)))
-        raise DataError(
-            f"{folder} is no folder of datasets.save_to_disk; expected one, or a file. Data files in it: "
-            f"{listed(files)}."
-        )
     with reading(str(folder), "a saved data set"):
         loaded = datasets.load_from_disk(str(folder))
     if isinstance(loaded, datasets.DatasetDict):
@@ -149,6 +240,11 @@ def _load_hub(name: str, split: str) -> Any:
                 is_last |= not datasets.config.HF_HUB_OFFLINE  # the next try would only wait as long again
             else:
                 reason, is_last = f"the hub's cannot be loaded: {one_line(error)}", True
+            may_be_path = isinstance(error, (datasets.exceptions.DatasetNotFoundError, ConnectionError))
+            if is_last and may_be_path and (similar_names(name) or ("/" in name and Path(name).parent.is_dir())):
+                raise DataError(
+                    f"no such file or folder: {name}.{similar_names(name)} Expected {SOURCES_TEXT}."
+                ) from error
             if is_last:
                 raise DataError(f"there is no file or folder {name}:{split}, and {reason}.") from error
     raise AssertionError("no name was tried")

@@ -1,15 +1,14 @@
 """Text files as UTF-8 bytes: unpacked in bounded memory, other encodings by their mark, and refused with the way out.
 
-A byte order mark says UTF-8, UTF-16 or UTF-32; without one a file is UTF-8. A file that is not is refused at once, by
-the place of its first wrong byte. A packed file that unpacks to more than ``MAX_EXPANSION`` times its size is refused
-(text packs 3 to 20 times): its rows would never end.
+A byte order mark says UTF-8, UTF-16 or UTF-32; without one a file is UTF-8, unless another encoding is given. A file
+that is not is refused at once, by the place of its first wrong byte. A packed file that unpacks to more than
+``MAX_EXPANSION`` times its size is refused (text packs 3 to 20 times): its rows would never end.
 """
 
 from __future__ import annotations
 
 import codecs
 import io
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +28,6 @@ ENCODINGS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-UNPACKERS = {".gz": "gzip -dc", ".bz2": "bzip2 -dc"}  # commands that unpack a file, by its ending
 FORMATS_BY_FIRST_BYTES = {
     b"\x1f\x8b": "a gzip file; end its name in .gz",
     b"BZh": "a bzip2 file; end its name in .bz2",
@@ -79,34 +77,55 @@ class _Unpacked(io.RawIOBase):
 
 
 @contextmanager
-def open_text(name: str) -> Iterator[io.BufferedReader]:
+def open_text(name: str, encoding: str | None = None) -> Iterator[io.BufferedReader]:
     """A text file as a stream of UTF-8 bytes, unpacked and without a byte order mark.
+
+    Args:
+        name: The file.
+        encoding: Its encoding, where it has no byte order mark; None: UTF-8.
 
     Raises:
         DataError: It unpacks to too much.
     """
     with pa.input_stream(name, compression="detect") as stream:
         mark = stream.read(4)
-    encoding = next((encoding for bom, encoding in ENCODINGS.items() if mark.startswith(bom)), None)
+    encoding = next((of_mark for bom, of_mark in ENCODINGS.items() if mark.startswith(bom)), encoding)
     with pa.input_stream(name, compression="detect") as stream:
-        if encoding == "utf-8":
+        if mark.startswith(codecs.BOM_UTF8):
             stream.read(len(codecs.BOM_UTF8))
         elif encoding is not None:
             stream = pa.transcoding_input_stream(stream, encoding, "utf-8")
         yield io.BufferedReader(_Unpacked(stream, ExpansionGuard(name)), READ_BYTES)
 
 
-def check_utf8(name: str) -> None:
+def is_utf8(name: str) -> bool:
+    """Whether a text file is UTF-8, or another encoding that its byte order mark names."""
+    try:
+        check_text(name)
+    except DataError:
+        return False
+    return True
+
+
+def check_text(name: str, encoding: str | None = None) -> None:
     """Read a text file through once.
 
     Raises:
-        DataError: It is no UTF-8; the line names the first wrong byte and the way out. Or it unpacks to too much.
+        DataError: It is not of the given encoding (None: UTF-8); the line names the first wrong byte and the way out.
+            Or it unpacks to too much.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     n_bytes, n_lines = 0, 0
-    with open_text(name) as file:
+    with open_text(name, encoding) as file:
         while True:
-            part = file.read(READ_BYTES)
+            try:
+                part = file.read(READ_BYTES)
+            except UnicodeDecodeError as error:
+                wrong = error.object[error.start]
+                raise DataError(
+                    f"{name} is not {encoding}: after line {n_lines + 1:,} a byte is 0x{wrong:02x} ({error.reason}). "
+                    "Give its own encoding by --encoding; latin-1 takes any byte."
+                ) from error
             if not n_bytes:
                 _refuse_other_formats(name, part)
             pending = len(decoder.getstate()[0])
@@ -117,7 +136,7 @@ def check_utf8(name: str) -> None:
                 line = n_lines + 1 + error.object[: error.start].count(b"\n")
                 raise DataError(
                     f"{name} is not UTF-8: byte {place:,} (from 0), in line {line:,}, is 0x{wrong:02x}. "
-                    f"If it is Latin-1, as Excel writes it, convert it: {_conversion(name, 'WINDOWS-1252')}"
+                    "If it is Latin-1, as Excel writes it, give --encoding cp1252."
                 ) from error
             if not part:
                 return
@@ -130,17 +149,7 @@ def _refuse_other_formats(name: str, beginning: bytes) -> None:
         if beginning.startswith(first):
             raise DataError(f"{name} is no text: by its first bytes it is {what}.")
     if b"\0" in beginning[:4]:
+        kind = "utf-16-be" if beginning.startswith(bytes(1)) else "utf-16-le"
         raise DataError(
-            f"{name} begins with NUL bytes; it may be UTF-16 without a byte order mark. Convert it: "
-            f"{_conversion(name, 'UTF-16BE' if beginning.startswith(bytes(1)) else 'UTF-16LE')}"
+            f"{name} begins with NUL bytes; it may be UTF-16 without a byte order mark. If so, give --encoding {kind}."
         )
-
-
-def _conversion(name: str, encoding: str) -> str:
-    """The command line that writes a file, unpacked, as UTF-8."""
-    suffix = Path(name).suffix.lower()
-    given = shlex.quote(f"./{name}" if name.startswith("-") else name)
-    converted = shlex.quote(f"utf8-{Path(name).name}")
-    if suffix not in UNPACKERS:
-        return f"iconv -f {encoding} -t UTF-8 {given} > {converted}"
-    return f"{UNPACKERS[suffix]} {given} | iconv -f {encoding} -t UTF-8 > {shlex.quote('utf8-' + Path(name).stem)}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forebear.errors import CorruptIndexError
+from forebear.indexer.rows.row_format import RowFormat
 from forebear.indexer.storage.arrow import MEND
 from forebear.indexer.storage.atomic import write_bytes
 from forebear.indexer.storage.choices import LATER_CHOICES, Choices
@@ -60,6 +61,7 @@ def digest_of(value: Any) -> str:
 # field with this value is left out of the manifest, so that the digests of the first indexes still match.
 _LATER: dict[str, Any] = LATER_CHOICES | {
     "calibration": {}, "spans_sha256": None, "fit": {}, "calibration_queries": None, "n_left_out": 0,
+    "row_format": {},
 }  # fmt: skip
 # Fields that are written before a certain choice, and that choice: the order of older versions, so that a manifest
 # has the same bytes.
@@ -128,6 +130,7 @@ class Segment:
     start: int
     n_rows: int
     n_left_out: int = 0  # rows of the source without a label, which are not in the index
+    row_format: dict[str, Any] = field(default_factory=dict)  # how the source was read, as RowFormat.stated says it
 
     @property
     def rows(self) -> dict[str, Any]:
@@ -203,6 +206,12 @@ class Manifest:
     def n_live(self) -> int:
         """Rows that take part in answers."""
         return self.n_rows - self.n_retired
+
+    @property
+    def row_format(self) -> RowFormat:
+        """How the rows of the build were read; indexes of older versions know the text columns alone."""
+        first = self.segments[0].row_format
+        return RowFormat.of({"text_columns": list(self.spec.text_columns)} | first, "the index")
 
     @property
     def fit_age(self) -> FitAge:

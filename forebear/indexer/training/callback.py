@@ -138,6 +138,7 @@ class ForebearCallback(TrainerCallback):  # type: ignore[misc]
             data=self._source.name,
             data_sha256=self._source.sha256(),
             text_columns=self._source.text_columns,
+            row_format=self._source.format("the run").stated(),
             label_names=names_of_classes(
                 tuple(str(config.id2label[i]) for i in range(config.num_labels)), self._source
             ),

@@ -166,7 +166,7 @@ def _describe_run(
     """The content of ``run.json`` for a finished course."""
     classifier, options = course.classifier, course.options
     settings = {**asdict(options), **FIXED, **course.plan, "head": head, "start_sha256": classifier.sha256}
-    settings |= {"n_rows": source.n_rows, "threads": torch.get_num_threads()}
+    settings |= {"n_rows": source.n_rows, "unlabelled": source.unlabelled, "threads": torch.get_num_threads()}
     settings["class_weights"] = list(options.class_weights)
     settings["dropout"] = dropout_settings(classifier.model)
     settings["dev"] = None if evaluation is None else evaluation.record()
@@ -181,6 +181,7 @@ def _describe_run(
         settings=settings,
         checkpoints=tuple(course.checkpoints),
         libraries=library_versions(LIBRARIES),
+        row_format=source.format("the run").stated(),
     )
 
 

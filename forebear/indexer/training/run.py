@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from forebear.errors import DataError, InputError
 from forebear.indexer.model.network.pretrained import stored_class_names, trainer_checkpoints, trainer_rates
+from forebear.indexer.rows.row_format import RowFormat
 from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
 from forebear.indexer.storage.atomic import write_bytes
 from forebear.indexer.storage.manifest import Checkpoint
@@ -28,7 +29,9 @@ class ColumnKeywords(TypedDict, total=False):
     text_columns: Sequence[str] | None
     label_column: str | None
     label_names: Sequence[str] | None
-    unlabelled: str
+    unlabelled: str | None
+    delimiter: str | None
+    encoding: str | None
 
 
 class LossChoices(TypedDict):
@@ -65,6 +68,10 @@ class Run:
 
     Or of one course of transformers' Trainer with a ``ForebearCallback``, which can be indexed, but not repeated:
     ``settings["trainer"]`` then says so.
+
+    Attributes:
+        row_format: How the training rows were read, as :meth:`RowFormat.stated` says it; empty in runs of older
+            versions, which know ``text_columns`` alone.
     """
 
     base_model: str
@@ -77,6 +84,7 @@ class Run:
     settings: dict[str, Any]
     checkpoints: tuple[RunCheckpoint, ...]
     libraries: dict[str, str] = field(default_factory=dict)
+    row_format: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write ``run.json`` atomically."""
@@ -122,7 +130,6 @@ class ModelChoice:
     Attributes:
         checkpoints: In training order.
         label_mode: The run's label mode; None without a run, as are the attributes below.
-        text_columns: Names of the run's columns of text.
         max_length: Longest input in word pieces.
         run: The content of ``run.json``.
         remark: One line for the user on where eta comes from, if neither the user nor a run gives it; else None.
@@ -130,7 +137,6 @@ class ModelChoice:
 
     checkpoints: tuple[CheckpointPath, ...]
     label_mode: str | None = None
-    text_columns: tuple[str, ...] | None = None
     max_length: int | None = None
     run: Run | None = None
     remark: str | None = None
@@ -148,8 +154,20 @@ class ModelChoice:
         """The model's class names, from the run or from the model's files; empty where they cannot be read."""
         return self.run.label_names if self.run is not None else stored_class_names(self.checkpoints[-1].path)
 
+    @property
+    def row_format(self) -> RowFormat:
+        """How the run read its rows; without a run nothing is known."""
+        if self.run is None:
+            return RowFormat()
+        return RowFormat.of({"text_columns": list(self.run.text_columns)} | self.run.row_format, "the run")
+
+    @property
+    def unlabelled(self) -> str:
+        """What becomes of training rows without a label if the user does not say: the run's choice, or ``refuse``."""
+        return "refuse" if self.run is None else str(self.run.settings.get("unlabelled", "refuse"))
+
     def open_rows(self, rows: Any, labels: Sequence[Any] | None = None, **columns: Unpack[ColumnKeywords]) -> RowSource:
-        """The training rows: opened by the columns that the run read, where they are there and no others are named.
+        """The training rows: read as the run read its own, where nothing else is given.
 
         Args:
             rows: A path, hub name or table, as :func:`~forebear.indexer.rows.row_source.open_rows` takes; or texts, or
@@ -170,18 +188,8 @@ class ModelChoice:
             raise InputError("labels are given for rows that have their own. Give labels for a list of texts alone.")
         if isinstance(rows, RowSource):
             return rows
-        columns["text_columns"] = columns.get("text_columns") or self.columns_in(rows)
-        return open_rows(rows, need_labels=True, classes=self.class_names(), **columns)
-
-    def columns_in(self, rows: Any) -> tuple[str, ...] | None:
-        """The run's text columns, where some rows have them; else they are found by name."""
-        if self.text_columns is None:
-            return None
-        try:
-            open_rows(rows, text_columns=self.text_columns)
-        except DataError:
-            return None
-        return self.text_columns
+        how: Any = {**columns, "unlabelled": columns.get("unlabelled") or self.unlabelled}
+        return open_rows(rows, need_labels=True, classes=self.class_names(), like=self.row_format, **how)
 
     def data_remark(self, source: RowSource) -> str | None:
         """One line if the source's digest says that the run was trained on other rows; None if not, or without a run.
@@ -253,7 +261,6 @@ def choose_model(model: str | None, checkpoints: Sequence[str] = (), etas: Seque
     return ModelChoice(
         checkpoints=tuple(chosen),
         label_mode=run.label_mode,
-        text_columns=run.text_columns,
         max_length=run.max_length,
         run=run,
     )

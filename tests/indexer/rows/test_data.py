@@ -557,7 +557,8 @@ def test_odd_paths_are_refused(tmp_path: Path) -> None:
     assert "leave out :train" in refusal(f"{path}:train")
     assert "no such file" in refusal("a\0b")
     assert "no such file" in refusal("x" * 5000)
-    assert "a.parquet" in refusal(tmp_path)  # a folder: its files are named
+    path.rename(tmp_path / "a.txt")
+    assert "holds no data files" in refusal(tmp_path)
 
 
 def test_saved_dict_needs_a_split(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ class TruthOptions(Options, panel="Rows"):
     train: Train = None
     text_columns: TextColumns = None
     label_names: LabelNames = None
-    unlabelled: Unlabelled = "refuse"
+    unlabelled: Unlabelled = None
 
     def check(self) -> None:
         """Refuse both or neither, before anything is opened."""
@@ -104,9 +104,7 @@ class TruthOptions(Options, panel="Rows"):
             unlabelled=self.unlabelled,
         )
         source = columns.open(
-            self.train or segments[0].source,
-            classes=retriever.label_names,
-            text_columns=index.manifest.spec.text_columns,
+            self.train or segments[0].source, classes=retriever.label_names, like=index.manifest.row_format
         )
         truth = true_labels_of(index, source)
         return truth != index.labels, truth
