@@ -107,3 +107,42 @@ def test_an_option_wins_over_what_is_remembered(world, tmp_path, capsys):
         assert f"note: {path}: {said}\n" in capsys.readouterr().err.replace("\n ", " ")
         answer = json.loads((tmp_path / "answers.jsonl").read_text().splitlines()[0])
         assert answer["target"] == target
+
+
+def test_a_typo_in_a_local_path_says_what_is_missing_and_what_is_meant(world, capsys, monkeypatch):
+    monkeypatch.chdir(world)
+    (world / "plain.csv").write_text("text,label\na good film,good\na bad film,bad\n")
+    test = ["--test", "test.csv", "--method", "gc"]
+    for arguments, missing, meant in (
+        (["retrieve", "--index", "indx", *test], "no such folder: indx.", "Did you mean index?"),
+        (["retrieve", "--index", "index", "--test", "tset.csv"], "no such file or folder: tset.csv.", "test.csv?"),
+        (
+            ["index", "--model", "./modell", "--train", "plain.csv", "--out", "x"],
+            "./modell: no such model folder.",
+            "model?",
+        ),
+        (["index", "--model", "modle", "--train", "plain.csv", "--out", "x"], "modle: no such model folder", "model"),
+    ):
+        assert run(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert missing in line
+        assert meant in line
+
+
+def test_rows_that_are_not_the_runs_are_remarked_on(world, tmp_path, capsys):
+    other = write(tmp_path / "other.csv", 40, 8)
+    assert run(["index", "--model", f"{world}/run", "--train", str(other), "--out", f"{tmp_path}/i", "--quiet"]) == 0
+    assert "is not what the run was trained on" in capsys.readouterr().err
+
+
+def test_unknown_and_empty_labels_leave_their_own_rows_without_one(world, tmp_path, capsys):
+    path = tmp_path / "test.csv"
+    path.write_text("verbatim,mark\na good film,good\na bad film,odd\na dull film,\n a cold film , bad\n")
+    arguments = ["retrieve", "--index", f"{world}/index", "--test", str(path), "--method", "gc", "--top", "1"]
+    assert run([*arguments, "--out", f"{tmp_path}/answers.csv"]) == 0
+    said = capsys.readouterr().err
+    assert "1 of 4 rows have no label" in said
+    assert "has the label 'odd', which the model does not know" in said
+    with (tmp_path / "answers.csv").open(newline="") as file:
+        found = {row["query"]: row["query_label"] for row in csv.DictReader(file)}
+    assert found == {"0": "good", "1": "", "2": "", "3": "bad"}

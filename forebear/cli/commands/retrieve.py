@@ -105,7 +105,8 @@ class AnswerOptions(OutputOptions):
     """Where answers go, and what is added to them."""
 
     out: Annotated[
-        str | None, typer.Option("--out", help="File to write: NAME.parquet or NAME.jsonl.", show_default=False)
+        str | None,
+        typer.Option("--out", help="File to write: NAME.parquet, NAME.jsonl or NAME.csv.", show_default=False),
     ] = None
     hubs: Annotated[
         str | None,

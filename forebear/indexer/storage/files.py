@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from forebear.display import facts_table
 from forebear.errors import CorruptIndexError, InputError
+from forebear.indexer.rows.source_names import similar_names
 from forebear.indexer.storage.arrow import MEND, RowMatrix, column, file_sha256, read_batches
 from forebear.indexer.storage.layout import JOURNAL_NAME, MANIFEST_NAME
 from forebear.indexer.storage.manifest import Manifest, read_manifest
@@ -72,6 +73,9 @@ class IndexFiles:
         """
         folder = Path(folder)
         if not (folder / MANIFEST_NAME).is_file():
+            if not folder.exists():
+                meant = similar_names(str(folder))
+                raise InputError(f"no such folder: {folder}.{meant} Expected an index; `forebear index` builds one.")
             if (folder / JOURNAL_NAME).is_file():
                 raise InputError(f"{folder} is an unfinished build. Run the same `forebear index` again with --resume.")
             raise InputError(f"{folder} is no index (no {MANIFEST_NAME} in it). Build one with `forebear index`.")

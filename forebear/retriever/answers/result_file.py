@@ -1,12 +1,14 @@
-"""Result tables written as they come, to Parquet or JSON Lines."""
+"""Result tables written as they come, to Parquet, JSON Lines or CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,15 +17,16 @@ from forebear.errors import InputError, OutputExistsError
 from forebear.indexer.storage.atomic import atomic_file
 from forebear.indexer.storage.locks import claimed, exclusive
 
-_LINES = 1024  # results turned into JSON at once
+ENDINGS = (".parquet", ".jsonl", ".csv")
+_LINES = 1024  # results turned into text at once
 
 
 @contextmanager
 def result_writer(path: Path, metadata: dict[str, str], *, force: bool) -> Iterator[Callable[[pa.Table], None]]:
     """Write result tables one after another; the file appears complete, or not at all.
 
-    ``.parquet`` keeps provenance in the schema's metadata, and a text once for each table it is in; ``.jsonl`` gets
-    provenance in a file ``NAME.meta.json`` beside it.
+    ``.parquet`` keeps provenance in the schema's metadata, and a text once for each table it is in; ``.jsonl`` and
+    ``.csv`` get provenance in a file ``NAME.meta.json`` beside them. CSV has lists as JSON, and nothing for null.
 
     Raises:
         OutputExistsError: The file exists, and ``force`` is not given.
@@ -47,13 +50,7 @@ def result_writer(path: Path, metadata: dict[str, str], *, force: bool) -> Itera
                 if writer is not None:
                     writer.close()
         else:
-
-            def write_lines(table: pa.Table) -> None:
-                for batch in table.to_batches(max_chunksize=_LINES):
-                    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in batch.to_pylist())
-                    handle.write("".join(f"{line}\n" for line in lines).encode())
-
-            yield write_lines
+            yield _row_writer(handle, is_csv=path.suffix == ".csv")
             handle.flush()  # a full disk is found before anything is replaced
             content = json.dumps(json.loads(metadata["forebear"]), indent=1, allow_nan=False)
             # Old results are deleted before the new provenance gets its name, and new results get theirs after it: a
@@ -62,6 +59,34 @@ def result_writer(path: Path, metadata: dict[str, str], *, force: bool) -> Itera
                 facts.write(content.encode() + b"\n")
                 facts.flush()
                 path.unlink(missing_ok=True)
+
+
+def _row_writer(handle: IO[bytes], *, is_csv: bool) -> Callable[[pa.Table], None]:
+    """A function that writes a table's rows as lines of JSON or CSV, the latter below one header."""
+    has_header = False
+
+    def write(table: pa.Table) -> None:
+        nonlocal has_header
+        text = io.StringIO(newline="")
+        lines = csv.writer(text, lineterminator="\n")
+        if is_csv and not has_header:
+            lines.writerow(table.column_names)
+            has_header = True
+        for batch in table.to_batches(max_chunksize=_LINES):
+            for row in batch.to_pylist():
+                if is_csv:
+                    lines.writerow(_json(value) if isinstance(value, list | dict) else value for value in row.values())
+                else:
+                    text.write(f"{_json(row)}\n")
+            handle.write(text.getvalue().encode())
+            text.seek(0)
+            text.truncate()
+
+    return write
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 @contextmanager
@@ -74,8 +99,8 @@ def _whole(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
 
 def check_output(path: Path, *, force: bool) -> None:
     """Refuse an output of an unknown kind, or one that exists; before any work is done."""
-    if path.suffix not in (".parquet", ".jsonl"):
-        raise InputError(f"--out {path}: expected a name ending in .parquet or .jsonl.", of="retrieve")
+    if path.suffix not in ENDINGS:
+        raise InputError(f"--out {path}: expected a name ending in .parquet, .jsonl or .csv.", of="retrieve")
     if path.is_dir():
         raise InputError(f"--out {path} is a folder. Give a file name.", of="retrieve")
     if path.exists() and not force:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import numpy as np
@@ -242,3 +243,22 @@ def test_each_row_is_encoded_once_and_a_masked_row_is_made_when_it_is_read(bert_
     assert list(masked.encoded.minus[2:4]) == [masked.encoded.minus[2], masked.encoded.minus[3]]
     kept = masked.encoded.take([9, 0]).minus
     assert kept[0] == masked.encoded.minus[9]
+
+
+def test_a_csv_file_holds_the_answers_of_a_jsonl_file(bert_world, tmp_path):
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*bert_world.queries, 'two\nlines, "q"']))
+    arguments = ["retrieve", "--index", bert_world.index.folder, "--test", path, "--method", "gc,tracin-we", "--top", 3]
+    for name in ("a.jsonl", "a.csv"):
+        assert run([*map(str, arguments), "--quiet", "--out", str(tmp_path / name)]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(lines) == 2 * 2 * 3 * (N_QUERIES + 1)
+    for row, line in zip(rows, lines, strict=True):
+        assert row.keys() == line.keys()
+        for name, value in line.items():
+            plain = "" if value is None else json.dumps(value) if isinstance(value, list) else str(value)
+            assert row[name] == plain
+    facts = [json.loads((tmp_path / f"{name}.meta.json").read_text()) for name in ("a.jsonl", "a.csv")]
+    assert facts[0]["query_digest"] == facts[1]["query_digest"]
