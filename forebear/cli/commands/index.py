@@ -100,7 +100,7 @@ def register(app: typer.Typer) -> None:
 
 
 @grouped(
-    max_length=Shown("the run's, else the model's limit, at most 512"),
+    max_length=Shown("the run's, else the model's limit, or 512 if it has none"),
     class_weights=Shown("the run's, else none"),
     label_smoothing=Shown("the run's, else 0"),
 )

@@ -71,7 +71,7 @@ def load_classifier(
         name: Folder written by ``save_pretrained``, of a model or of an adapter (PEFT), a hub name, or ``minilm``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``fp32`` or ``bf16`` for the forward pass.
-        max_length: Longest input in word pieces; default the model's limit, at most 512.
+        max_length: Longest input in word pieces; default the model's limit; 512, if it has none.
 
     Raises:
         ModelError: No such model, no single-label classifier, no linear head, no tokenizer of its own, or weights that

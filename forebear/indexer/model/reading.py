@@ -8,9 +8,8 @@ from typing import Any
 
 from forebear.wording import worded
 
-# Above these shares users are warned.
-MANY_UNKNOWN = 0.05  # of word pieces; English under its own tokenizer has .001
-MANY_CUT = 0.1  # of rows
+MANY_UNKNOWN = 0.05  # of word pieces; above this share users are warned. English under its own tokenizer has .001
+MANY_CUT = 0.1  # of rows; above this share users are told what to do
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,13 @@ class Reading:
                 f"{share(self.share_unknown)} of the word pieces of {rows} are unknown to the tokenizer: the model "
                 "does not see these words. Is it the model's own tokenizer, and the language that it was made for?"
             )
-        if self.share_cut > MANY_CUT:
+        if self.n_cut:
             line = (
-                f"{share(self.share_cut)} of {rows} are longer than {max_length} word pieces, and the model does not "
-                "see the rest. If it takes more, train and index with a larger --max-length."
+                f"{share(self.share_cut)} of {rows} ({self.n_cut:,} of {self.n_rows:,}) are longer than {max_length} "
+                "word pieces, and the model does not see the rest."
             )
+            if self.share_cut > MANY_CUT:
+                line += " If it takes more, train and index with a larger --max-length."
             warnings.append(worded(line))
         return warnings
 

@@ -21,6 +21,8 @@ from forebear.indexer.model.network.pretrained import load_pretrained
 from forebear.indexer.model.network.probe import padding_matters
 from forebear.indexer.model.network.tokenizer import input_limit, tokenizer_sha256
 
+LONGEST = 512  # word pieces of a text: indexes hold embeddings of texts that were cut here
+
 
 @dataclass(frozen=True)
 class SentenceEncoder:
@@ -100,7 +102,7 @@ def load_sentence_encoder(name: str, *, device: str = "auto") -> SentenceEncoder
     digest = hashlib.sha256(
         (weights_sha256(model, leave_out=("pooler.",)) + tokenizer_sha256(tokenizer)).encode()
     ).hexdigest()
-    limit = input_limit(model, tokenizer, None, path)
+    limit = min(input_limit(model, tokenizer, None, path), LONGEST)
     where = next(model.parameters()).device
 
     def states(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -40,6 +40,7 @@ QUESTIONS = (
     "What do you think of the {}?",
 )
 MAX_ANSWER_PIECES = 30
+LONGEST = 512  # word pieces of a question and a text: indexes hold spans that were found with this limit
 CACHED_ROWS = 1 << 17
 
 
@@ -139,7 +140,7 @@ def load_reader(name: str) -> Reader:
             f"{path}: {type(tokenizer).__name__} does not say where word pieces stand, or has no start token. Give a "
             "reader with a fast tokenizer (tokenizer.json)."
         )
-    limit = input_limit(model, tokenizer, None, path)
+    limit = min(input_limit(model, tokenizer, None, path), LONGEST)
     model = model.eval()
 
     def starts(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

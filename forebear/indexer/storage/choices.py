@@ -37,7 +37,7 @@ class Choices:
     """
 
     label_mode: str | None = None  # None or "binary-nli"
-    max_length: int | None = None  # None: the model's limit, at most 512
+    max_length: int | None = None  # None: the model's limit, or 512 if it has none
     precision: str = "fp32"
     # Of the loss that the model was trained with: in a spec one number a class, or none; to a build also "balanced".
     class_weights: tuple[float | str, ...] = _added(())

@@ -116,11 +116,22 @@ def test_unknown_words_and_cut_rows_are_counted_and_remarked_on(tmp_path):
     # 3 + 7 + 1 + 3 word pieces without start and end tokens; "unheard", "unseen", "unheard", "of" are unknown.
     assert row_facts(Index.open(tmp_path / "i")).reading == Reading(n_rows=4, n_pieces=14, n_unknown=4, n_cut=1)
     assert "warning: 28.6% of the word pieces of the indexed rows are unknown to the tokenizer" in done.stderr
-    assert "warning: 25.0% of the indexed rows are longer than 9 word pieces" in done.stderr
+    assert "warning: 25.0% of the indexed rows (1 of 4) are longer than 9 word pieces" in done.stderr
     asked = forebear("retrieve", "--index", tmp_path / "i", "--test", path, "--out", tmp_path / "o.jsonl", "--quiet")
     assert asked.returncode == 0, asked.stderr
     assert "warning: 28.6% of the word pieces of the test rows are unknown" in asked.stderr
-    assert "warning: 25.0% of the test rows are longer than 9 word pieces" in asked.stderr
+    assert "warning: 25.0% of the test rows (1 of 4) are longer than 9 word pieces" in asked.stderr
+
+
+def test_a_few_cut_rows_are_counted_and_many_are_given_advice():
+    few = Reading(n_rows=2000, n_pieces=9000, n_cut=3)
+    assert few.warnings(128, "the rows") == [
+        "0.1% of the rows (3 of 2,000) are longer than 128 word pieces, and the model does not see the rest."
+    ]
+    (many,) = Reading(n_rows=10, n_pieces=900, n_cut=2).warnings(128, "the rows")
+    assert "(2 of 10)" in many
+    assert "larger max_length=" in many
+    assert Reading(n_rows=10, n_pieces=900).warnings(128, "the rows") == []
 
 
 def test_of_many_test_rows_the_first_are_looked_at_once_before_the_work(tmp_path, monkeypatch, capsys):
@@ -141,7 +152,7 @@ def test_of_many_test_rows_the_first_are_looked_at_once_before_the_work(tmp_path
     assert command.run([str(argument) for argument in arguments]) == 0
     assert events == [1024, "asked"]
     told = " ".join(capsys.readouterr().err.split())
-    assert "warning: 100.0% of the first 1,024 test rows are longer than 40 word pieces" in told
+    assert "warning: 100.0% of the first 1,024 test rows (1,024 of 1,024) are longer than 40 word pieces" in told
 
 
 def test_training_tells_of_cut_rows_before_its_first_step(tmp_path):
@@ -218,6 +229,9 @@ def test_the_sentence_model_needs_its_tokenizer_too(tmp_path):
         load_sentence_encoder(str(without_tokenizer(make_tiny_model(tmp_path / "m"))))
 
 
-@pytest.mark.parametrize(("command", "told"), [("index", "at most 512"), ("train", "128"), ("retrieve", "max-length")])
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [("index", "the model's limit, or 512 if it has none"), ("train", "128"), ("retrieve", "max-length")],
+)
 def test_help_names_the_default_length(command, told):
     assert told in " ".join(forebear(command, "--help").stdout.replace("│", " ").split())

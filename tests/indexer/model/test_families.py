@@ -32,11 +32,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from forebear.errors import InputError, ModelError
 from forebear.indexer.building.build import BuildOptions, build_index
+from forebear.indexer.building.row_facts import row_facts
 from forebear.indexer.gradients.self_check import check_gradients
 from forebear.indexer.gradients.whole import whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model.encoding import Encoded, encode
-from forebear.indexer.model.forward import run_forward
+from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, run_forward
 from forebear.indexer.model.loading import Fingerprint, load_classifier, stored_fingerprint
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.scopes import embedding_block, scope_of
@@ -267,17 +268,46 @@ def test_scores_do_not_depend_on_the_batch_where_predictions_depend_on_padding(k
 # Longest rows
 
 
-@pytest.mark.parametrize(("kind", "positions", "longest"), [("modernbert", 2048, 2048), ("bert", 48, 48)])
-def test_the_longest_row_is_the_model_s_own_limit_and_the_default_at_most_512(kind, positions, longest, tmp_path):
+@pytest.mark.parametrize(("kind", "positions", "longest"), [("modernbert", 8192, 8192), ("bert", 48, 48)])
+def test_the_longest_row_is_the_model_s_own_limit_also_by_default(kind, positions, longest, tmp_path):
     folder = make_family(tmp_path / kind, kind)
     config = transformers.AutoConfig.from_pretrained(folder)
     if config.max_position_embeddings != positions:
         config.max_position_embeddings = positions
         config.save_pretrained(folder)
-    assert load_classifier(folder).max_length == min(longest, 512)
+    assert load_classifier(folder).max_length == longest
     assert load_classifier(folder, max_length=longest).max_length == longest
     with pytest.raises(InputError, match=f"takes 4 to {longest} word pieces"):
         load_classifier(folder, max_length=longest + 1)
+
+
+def test_a_long_text_is_read_whole_and_batches_are_bounded_by_word_pieces_not_by_rows(tmp_path, monkeypatch):
+    folder = make_family(tmp_path / "m", "modernbert")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.max_position_embeddings = 8192
+    config.save_pretrained(folder)
+    shapes = []
+    network = transformers.ModernBertForSequenceClassification
+    forward = network.forward
+
+    def noted(model, input_ids=None, **others):
+        shapes.append(tuple(input_ids.shape))
+        return forward(model, input_ids=input_ids, **others)
+
+    monkeypatch.setattr(network, "forward", noted)
+    texts = [*sentences(30), "good film " * 600]  # 1,200 word pieces, and the two that the tokenizer adds
+    options = BuildOptions(
+        stores=("features", "words"), words_tops=(0,), scopes=("head", "all"), batch_tokens=256, dampings=("0.1x",)
+    )
+    rows = rows_from_texts(texts, labels(31), label_names=("LABEL_0", "LABEL_1", "LABEL_2"))
+    index = build_index(rows, tmp_path / "i", choose_model(str(folder)).checkpoints, options)
+    assert row_facts(index).reading.n_cut == 0
+    Retriever(index).retrieve(texts[-1:], methods=["gd", "if", "tracin-we"], scope="head", top=2)
+    Retriever(index).retrieve(texts[-1:], methods=["gd"], scope="all", top=2)
+    longest = max(length for _, length in shapes)
+    assert longest == 1202
+    assert all(n_rows == 1 or n_rows * length <= DEFAULT_BATCH_TOKENS for n_rows, length in shapes)
+    assert any(n_rows > 10 for n_rows, _ in shapes)
 
 
 @pytest.mark.parametrize("kind", ["xlnet", "t5"])

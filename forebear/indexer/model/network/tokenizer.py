@@ -11,7 +11,7 @@ from torch import nn
 from forebear.errors import InputError, ModelError
 from forebear.indexer.model.network.layers import word_embeddings
 
-DEFAULT_LENGTH_CAP = 512  # longest default; --max-length may be as long as the model takes
+LENGTH_WITHOUT_LIMIT = 512  # where neither model nor tokenizer has a limit; --max-length may be longer
 SHORTEST = 4
 _NO_LIMIT = 10**9  # transformers writes a tokenizer without a limit as 1e30
 
@@ -45,9 +45,10 @@ def check_vocabulary(tokenizer: Any, model: Any, name: str) -> None:
 
 
 def input_limit(model: Any, tokenizer: Any, max_length: int | None, name: str) -> int:
-    """The longest row in word pieces: the given length, else the limit of model and tokenizer, at most 512.
+    """The longest row in word pieces: the given length, else the limit of model and tokenizer.
 
-    Without a limit in either (relative positions, for example) any length may be given that fits in memory.
+    Without a limit in either (relative positions, for example) the default is 512, and any length may be given that
+    fits in memory.
 
     Raises:
         InputError: Model or tokenizer take fewer than ``max_length``, or it is below 4.
@@ -59,7 +60,7 @@ def input_limit(model: Any, tokenizer: Any, max_length: int | None, name: str) -
     if positions and positions > 0:  # XLNet says -1: it has no limit
         known.append(int(positions) - _first_position(model))
     if max_length is None:
-        return min(*known, DEFAULT_LENGTH_CAP) if known else DEFAULT_LENGTH_CAP
+        return min(known, default=LENGTH_WITHOUT_LIMIT)
     if max_length < SHORTEST or max_length > min(known, default=max_length):
         takes = f"{SHORTEST} to {min(known)} word pieces" if known else f"{SHORTEST} word pieces or more"
         raise InputError(f"--max-length {max_length} is out of range: {name} takes {takes}.")
