@@ -71,6 +71,25 @@ def test_eta_that_nobody_knows_is_said_to_be_one(trainer_output, tmp_path):
     assert choose_model(str(copies[0])).remark is None
 
 
+def test_a_model_beside_a_trainers_checkpoints_is_remarked_on_where_it_is_not_the_last(
+    trainer_output, tiny_model, tmp_path
+):
+    folder = shutil.copytree(trainer_output, tmp_path / "out")
+    shutil.copytree(folder / "checkpoint-1000", folder, dirs_exist_ok=True)  # as save_model leaves it at the end
+    assert "what is explained" not in choose_model(str(folder), ["all"]).remark
+    shutil.copytree(tiny_model(seed=0), folder, dirs_exist_ok=True)  # as load_best_model_at_end does
+    chosen = choose_model(str(folder), ["all"])
+    assert chosen.remark.startswith("eta 3e-05 2e-05")
+    assert "what is explained is the last one, checkpoint-1000" in chosen.remark
+    assert [c.name for c in chosen.checkpoints] == ["checkpoint-500", "checkpoint-1000"]
+
+
+def test_the_only_checkpoint_of_a_trainer_has_its_logged_rate_too(trainer_output, tmp_path):
+    shutil.copytree(trainer_output / "checkpoint-500", tmp_path / "out" / "checkpoint-500")
+    (chosen,) = choose_model(str(tmp_path / "out"), ["all"]).checkpoints
+    assert chosen.eta == pytest.approx(3e-5)
+
+
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 def test_an_adapter_is_no_model_to_train_and_a_damaged_one_is_named(rows, tmp_path, capsys):
     (tmp_path / "adapter").mkdir()

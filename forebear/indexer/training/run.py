@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 from collections.abc import Sequence
@@ -132,7 +133,8 @@ class ModelChoice:
         label_mode: The run's label mode; None without a run, as are the attributes below.
         max_length: Longest input in word pieces.
         run: The content of ``run.json``.
-        remark: One line for the user on where eta comes from, if neither the user nor a run gives it; else None.
+        remark: One line for the user on where eta comes from, if neither the user nor a run gives it, and on a model
+            beside a Trainer's checkpoints that is none of them; else None.
     """
 
     checkpoints: tuple[CheckpointPath, ...]
@@ -245,9 +247,15 @@ def choose_model(model: str | None, checkpoints: Sequence[str] = (), etas: Seque
         chosen = [CheckpointPath(name=f"checkpoint-{i + 1}", path=path, eta=1.0) for i, path in enumerate(checkpoints)]
         if model is not None and Path(model).resolve() != Path(checkpoints[-1]).resolve():
             chosen.append(CheckpointPath(name="final", path=model, eta=1.0))
-    remark = None
-    if run is None and len(chosen) > 1 and not etas:
+    remarks = []
+    if run is None and not etas and (len(chosen) > 1 or list(checkpoints) == ["all"]):
         chosen, remark = _with_logged_rates(chosen)
+        remarks.append(remark)
+    if run is None and model is not None and list(checkpoints) == ["all"] and _is_another_model(model, chosen[-1].path):
+        remarks.append(
+            f"{model} holds a model of its own beside its checkpoints; what is explained is the last one, "
+            f"{chosen[-1].name}"
+        )
     if etas:
         if len(etas) != len(chosen):
             raise InputError(
@@ -257,13 +265,19 @@ def choose_model(model: str | None, checkpoints: Sequence[str] = (), etas: Seque
             raise InputError(f"--eta {' '.join(map(str, etas))}: expected positive numbers.")
         chosen = [CheckpointPath(name=c.name, path=c.path, eta=eta) for c, eta in zip(chosen, etas, strict=True)]
     if run is None:
-        return ModelChoice(checkpoints=tuple(chosen), remark=remark)
+        return ModelChoice(checkpoints=tuple(chosen), remark="; ".join(remarks) or None)
     return ModelChoice(
         checkpoints=tuple(chosen),
         label_mode=run.label_mode,
         max_length=run.max_length,
         run=run,
     )
+
+
+def _is_another_model(folder: str, checkpoint: str) -> bool:
+    """Whether a Trainer's output folder holds weights that are not those of a checkpoint, such as its best model's."""
+    own, last = (Path(name) / "model.safetensors" for name in (folder, checkpoint))
+    return own.is_file() and last.is_file() and not filecmp.cmp(own, last, shallow=False)
 
 
 def _with_logged_rates(checkpoints: list[CheckpointPath]) -> tuple[list[CheckpointPath], str]:

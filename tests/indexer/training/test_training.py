@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from tiny import labels, make_tiny_model, sentences
 
 from forebear.errors import (
@@ -22,6 +23,7 @@ from forebear.errors import (
     StorageError,
 )
 from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY, IGNORED
+from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.row_source import RowSource, rows_from_texts
@@ -76,6 +78,35 @@ def test_eta_is_the_mean_rate_since_the_previous_checkpoint(reference: tuple[Pat
     expected = [np.mean(rates[at : at + 6]) for at in (0, 6, 12)]
     assert [c.eta for c in reference[1].checkpoints] == pytest.approx(expected, rel=1e-12)
     assert [c.step for c in reference[1].checkpoints] == [6, 12, 18]
+
+
+def test_a_run_of_transformers_own_trainer_has_the_rates_of_the_same_run_here(
+    reference: tuple[Path, Run], model: Path, tmp_path: Path
+) -> None:
+    classifier = load_classifier(model, device="cpu")
+    encoded = [
+        {key: list(values) for key, values in row.items()} | {"labels": label}
+        for row, label in zip(
+            encode(classifier, [sentences(N_ROWS)]), (label % 2 for label in range(N_ROWS)), strict=True
+        )
+    ]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "out"), num_train_epochs=3, per_device_train_batch_size=8, learning_rate=1e-3,
+        warmup_steps=1, logging_steps=1, save_strategy="epoch", use_cpu=True, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    tokenizer = classifier.tokenizer
+    trainer = transformers.Trainer(
+        classifier.model,
+        arguments,
+        data_collator=transformers.DataCollatorWithPadding(tokenizer),
+        train_dataset=encoded,  # type: ignore[arg-type]
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    chosen = choose_model(str(tmp_path / "out"), ["all"])
+    assert [c.name for c in chosen.checkpoints] == ["checkpoint-6", "checkpoint-12", "checkpoint-18"]
+    assert [c.eta for c in chosen.checkpoints] == pytest.approx([c.eta for c in reference[1].checkpoints], rel=1e-6)
+    assert "trainer_state.json" in (chosen.remark or "")
 
 
 def test_eta_without_warmup(model: Path, tmp_path: Path) -> None:
