@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from tiny import labels, make_tiny_model, sentences
 
-from forebear import Index, Retriever, saliency
+from forebear import Index, audits, saliency
 from forebear.cli.main import run
-from forebear.evaluation.python import opening
 
 NAMES = ["bad", "good"]
 
@@ -88,7 +87,7 @@ def test_appended_rows_are_read_as_the_first_ones_and_quietly(world, tmp_path, c
 
 
 def test_python_reads_other_rows_likewise(world):
-    assert opening.tested_rows(Retriever(world / "index"), world / "test.csv").label_names == ("bad", "good")
+    audits.duplicates(world / "index", rows=world / "test.csv")
     assert len(saliency(world / "run", world / "test.csv")) == 6
 
 
