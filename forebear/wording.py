@@ -62,7 +62,7 @@ KEYWORDS = {
     "--epochs": Keyword("epochs", "TrainOptions", "number"),
     "--eta": Keyword("etas", "choose_model", "numbers"),
     "--exact": Keyword("exact", "QuerySpec"),
-    "--feature": Keyword("user_function", "user_feature"),
+    "--feature": Keyword("feature", "user_feature"),
     "--force": Keyword("force", "Work", "switch"),
     "--freeze-below": Keyword("freeze_below", "TrainOptions", "number"),
     "--html": Keyword("path", "write_page"),

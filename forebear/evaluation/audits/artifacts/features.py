@@ -85,19 +85,19 @@ def has_negation(text: str) -> bool:
     return _NEGATION.search(text) is not None
 
 
-def user_feature(user_function: str | Callable[[dict[str, str]], float], text_columns: Sequence[str]) -> Feature:
+def user_feature(feature: str | Callable[[dict[str, str]], float], text_columns: Sequence[str]) -> Feature:
     """A feature from a user's function, which takes a row (a dictionary of its texts by column) and returns a number.
 
     Args:
-        user_function: The function, or ``FILE.py:function``.
+        feature: The function, or ``FILE.py:function``.
         text_columns: Text columns of the index, the dictionary's keys.
 
     Raises:
         InputError: The function cannot be loaded; or, when the feature is computed, fails on a row or returns no
             finite number.
     """
-    function = load_function(user_function, "--feature") if isinstance(user_function, str) else user_function
-    place = user_function if isinstance(user_function, str) else getattr(user_function, "__name__", repr(user_function))
+    function = load_function(feature, "--feature") if isinstance(feature, str) else feature
+    place = feature if isinstance(feature, str) else getattr(feature, "__name__", repr(feature))
 
     def values(texts: Sequence[Sequence[str]], rows: np.ndarray) -> np.ndarray:
         out = np.empty(len(rows))
@@ -107,7 +107,7 @@ def user_feature(user_function: str | Callable[[dict[str, str]], float], text_co
             except (Exception, SystemExit) as error:  # the user's code may raise anything
                 raise InputError(
                     f"--feature {place} failed on training row {rows[i]} ({type(error).__name__}: {error}); it is "
-                    f"called with a dictionary of {', '.join(text_columns)} and must return a number."
+                    f"called with a dictionary of the row's texts ({', '.join(text_columns)}) and must return a number."
                 ) from error
             number = isinstance(value, int | float | np.integer | np.floating | np.bool_)
             if not number or not -LARGEST <= value <= LARGEST:  # NaN is in no range
