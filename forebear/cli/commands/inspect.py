@@ -40,7 +40,7 @@ def methods(as_json: JsonOut = False) -> None:
 
     grid = Table()
     for name in ("method", "score(query q, row n)", "stored for each row", "needs", "source"):
-        grid.add_column(name)
+        grid.add_column(name, no_wrap=name == "method", overflow="fold")  # what is cut cannot be typed
     for method in METHODS.values():
         stored = STORED[method.representation].words + (", all checkpoints" if method.all_checkpoints else "")
         grid.add_row(
