@@ -7,6 +7,7 @@ import shlex
 from collections import defaultdict
 from dataclasses import MISSING, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -39,8 +40,8 @@ DECLARED_MORE_THAN_ONCE = {  # one name, several meanings: what each declaration
 }
 
 
-def test_commands_take_what_they_took() -> None:
-    """To take a change into the file: write what this says the commands take now."""
+def test_commands_take_what_they_took(tmp_path: Path) -> None:
+    """To take a change into the file, copy what this writes, as its message says."""
     lines = []
     for name, command in sorted(COMMANDS.items()):
         lines.append(f"forebear {name}")
@@ -48,7 +49,10 @@ def test_commands_take_what_they_took() -> None:
             default = "required" if option.required else repr(option.default)
             many = ", several" if getattr(option, "multiple", False) or option.nargs != 1 else ""
             lines.append(f"    {', '.join([*option.opts, *option.secondary_opts])} = {default}{many}")
-    assert "\n".join(lines) + "\n" == PINNED.read_text(encoding="utf-8")
+    now = tmp_path / PINNED.name
+    now.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    same = now.read_text(encoding="utf-8") == PINNED.read_text(encoding="utf-8")
+    assert same, f"commands or options changed. If they are meant to: cp {now} {PINNED.relative_to(ROOT)}"
 
 
 @cache
