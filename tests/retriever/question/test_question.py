@@ -12,7 +12,7 @@ from forebear import InputError, MissingStoreError, QuerySpec
 from forebear.indexer.model.forward import run_forward
 from forebear.retriever.head.vectors import VECTORS, StoredVector
 from forebear.retriever.question import spec as module
-from forebear.retriever.question.methods import METHODS, Method, Searched
+from forebear.retriever.question.methods import METHODS, STORED, Method, Searched, Stored
 from forebear.retriever.searchers import SEARCHERS
 
 
@@ -78,6 +78,7 @@ def test_a_method_over_another_stored_vector_takes_one_entry_and_one_row(bert_wo
     def residuals(batch):
         return batch.forward.residuals_and_losses(batch.targets)[0]
 
+    monkeypatch.setitem(STORED, "residual", Stored("features", "residual p - y"))
     monkeypatch.setitem(VECTORS, "residual", StoredVector(lambda index: index.residuals(), residuals))
     method = Method(
         name="residual-cos", representation="residual", metric="cos", formula="cos(r_q, r_n)", source="here"
