@@ -17,7 +17,7 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts, n_rows_of
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.rows.labels import LabelMap
-from forebear.indexer.rows.row_source import RowSource, rows_from_texts
+from forebear.indexer.rows.row_source import RowSource, rows_given
 from forebear.indexer.spans.text import Span
 from forebear.retriever.answers.results import Answers, answer_tables, queries_together
 from forebear.retriever.coverage import available_methods, question_facts
@@ -85,7 +85,7 @@ class Retriever:
 
     def retrieve(
         self,
-        queries: Sequence[str] | Sequence[tuple[str, str]] | RowSource,
+        queries: Any,
         *,
         spec: QuerySpec | Question | None = None,
         **choices: Unpack[QueryChoices],
@@ -93,7 +93,7 @@ class Retriever:
         """The training rows at both ends of each query's ranking.
 
         Args:
-            queries: Texts, pairs of texts, or rows opened by ``open_rows``.
+            queries: Texts, pairs of texts; a path, table or list of dicts, as ``open_rows`` takes; or its result.
             spec: The question; None: the default one.
             **choices: Fields of :class:`QuerySpec` that are otherwise than in ``spec``, such as
                 ``methods=["gc", "if"]``, ``top=5``, ``target="gold"``, ``scope="all"``.
@@ -107,9 +107,13 @@ class Retriever:
             CorruptIndexError: A stored file was altered.
         """
         question = self.resolve(QuerySpec() if spec is None else spec, **choices)
-        source = queries if isinstance(queries, RowSource) else rows_from_texts(queries)
+        source = self._opened(queries)
         tables = [table for answers in self.answers(source, question) for table in self.tables(answers)]
         return pa.concat_tables(tables).replace_schema_metadata(self.metadata(question))
+
+    def _opened(self, queries: Any) -> RowSource:
+        """The test rows, read as the index read its own."""
+        return rows_given(queries, classes=self.label_names, like=self.index.manifest.row_format)
 
     def resolve(self, spec: QuerySpec | Question, **changes: Unpack[QueryChoices]) -> Question:
         """The question that a spec is for this index, with some choices changed.
@@ -223,7 +227,7 @@ class Retriever:
 
     def scores(
         self,
-        queries: Sequence[str] | Sequence[tuple[str, str]] | RowSource,
+        queries: Any,
         method: str | None = None,
         *,
         spec: QuerySpec | None = None,
@@ -249,7 +253,7 @@ class Retriever:
         question = self.resolve(replace(QuerySpec.of(spec, **choices), exact="full"))
         if len(question.methods) != 1:
             raise InputError(f"scores are of one method, not of {len(question.methods)}: ask for them one by one.")
-        source = queries if isinstance(queries, RowSource) else rows_from_texts(queries)
+        source = self._opened(queries)
         self.check_texts(source)
         labels = self.query_labels(source, required=question.spec.target == "gold")
         parts = []

@@ -14,7 +14,7 @@ from forebear.evaluation.common.span_queries import sample_span_queries
 from forebear.evaluation.reports.report import Report, write_report
 from forebear.indexer.index import Index
 from forebear.indexer.rows.row_format import RowFormat
-from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
+from forebear.indexer.rows.row_source import RowSource, rows_given
 from forebear.progress import tell_warning
 from forebear.retriever.coverage import tell_fit_age
 from forebear.retriever.question.methods import METHODS, pick_methods
@@ -145,7 +145,7 @@ def _default_methods(retriever: Retriever, names: Sequence[str], spec: QuerySpec
 def tested_rows(
     classes: Sequence[str], rows: Rows, *, need_labels: bool = False, like: RowFormat | None = None
 ) -> RowSource:
-    """The source of the test rows: a source, a path, a data frame, a list of texts, or a function that opens them.
+    """The source of the test rows: what :func:`rows_given` takes, or a function that opens them.
 
     Args:
         classes: The model's class names.
@@ -154,15 +154,9 @@ def tested_rows(
         need_labels: Whether rows without labels are refused.
         like: How the run or the index read its rows.
     """
-    if isinstance(rows, RowSource):
-        return rows
-    if isinstance(rows, (str, Path)) or hasattr(rows, "columns"):
-        return open_rows(rows, need_labels=need_labels, classes=classes, like=like)
     if callable(rows):
         return rows(need_labels=need_labels, classes=classes, like=like)
-    if need_labels:
-        raise InputError("these test rows need labels. Give rows_from_texts(texts, labels), or a file that has them.")
-    return rows_from_texts(rows)
+    return rows_given(rows, need_labels=need_labels, classes=classes, like=like)
 
 
 def sampled(retriever: Retriever, rows: Rows, question: Question, n_queries: int, seed: int) -> QueryRows:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -169,8 +169,24 @@ def _typed(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     return column.cast(kind)
 
 
+def holds_dicts(rows: Any) -> bool:
+    """Whether rows are a list of dicts, by the first of them."""
+    return isinstance(rows, (list, tuple)) and bool(rows) and isinstance(rows[0], Mapping)
+
+
+def _with_names(row: Any) -> dict[str, Any]:
+    """A row of a list of dicts.
+
+    Raises:
+        DataError: It is no dict, or a key is no string.
+    """
+    if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
+        raise DataError(f"the rows given: {str(row)[:60]} is not a dict of columns, as the first row is.")
+    return {key: value.item() if isinstance(value, np.generic) else value for key, value in row.items()}
+
+
 def table_reader(table: Any) -> Reader:
-    """Read a table in memory: a ``datasets.Dataset``, a pyarrow Table, a DataFrame of pandas or polars.
+    """Read a table in memory: a ``datasets.Dataset``, a pyarrow Table, a DataFrame of pandas or polars, dicts by row.
 
     Raises:
         DataError: It is none of these, or a column holds values of unlike types.
@@ -178,6 +194,8 @@ def table_reader(table: Any) -> Reader:
     kind = type(table).__name__
     name = f"the {kind} given"
     library = type(table).__module__.split(".")[0]
+    if holds_dicts(table):
+        return memory_reader("the rows given", map(_with_names, table))
     if library == "datasets" and kind == "Dataset":
         return dataset_reader(name, table)
     if library == "datasets" and isinstance(table, dict):
@@ -190,7 +208,7 @@ def table_reader(table: Any) -> Reader:
     if not isinstance(table, pa.Table):
         raise DataError(
             f"rows cannot be read from a {kind}; expected the name of a file, a datasets.Dataset, a pyarrow Table, a "
-            "DataFrame of pandas or polars. Lists of texts are opened by rows_from_texts."
+            "DataFrame of pandas or polars, or a list of dicts. Lists of texts are opened by rows_from_texts."
         )
     check_width(name, table.num_columns)
 

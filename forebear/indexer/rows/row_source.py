@@ -24,7 +24,15 @@ import pyarrow.compute as pc
 from forebear.errors import DataError
 from forebear.indexer.rows.arrow_text import chunks_of, column_bytes, strings_of
 from forebear.indexer.rows.columns import PAIRS, find_label_column, find_text_columns, said
-from forebear.indexer.rows.file_formats import CHUNK_ROWS, Reader, listed, memory_reader, reading, table_reader
+from forebear.indexer.rows.file_formats import (
+    CHUNK_ROWS,
+    Reader,
+    holds_dicts,
+    listed,
+    memory_reader,
+    reading,
+    table_reader,
+)
 from forebear.indexer.rows.json_rows import LONGEST_ROW
 from forebear.indexer.rows.label_column import (
     MAX_CLASSES,
@@ -281,7 +289,8 @@ def open_rows(
             hub name with its split:
             ``NAME:SPLIT``, ``OWNER/REPO:SPLIT``, ``DATASET/CONFIG:SPLIT`` (tried in this order, as in
             ``glue/sst2:train``) or ``OWNER/REPO/CONFIG:SPLIT``. A path that exists wins over a hub name.
-            Or a table in memory: a ``datasets.Dataset``, a pyarrow Table, a DataFrame of pandas or polars.
+            Or a table in memory: a ``datasets.Dataset``, a pyarrow Table, a DataFrame of pandas or polars, a list of
+            dicts.
         text_columns: One or two names, in order of encoding. Default: those of ``like``, else ``text_columns`` of a
             ``dataset.json`` beside the file, else found by name.
         label_column: Default: that of ``like``, else found by name.
@@ -316,6 +325,29 @@ def open_rows(
         classes,
         choices.like,
     )
+
+
+def rows_given(
+    rows: Any, *, need_labels: bool = False, classes: Sequence[str] = (), like: RowFormat | None = None
+) -> RowSource:
+    """Test rows as callers of Python have them: a list of texts or pairs, what :func:`open_rows` takes, or its result.
+
+    Args:
+        rows: The rows.
+        need_labels: Whether rows without labels are refused.
+        classes: The model's class names.
+        like: How the run or the index read its rows.
+
+    Raises:
+        DataError: They cannot be read, or have no labels, as :func:`open_rows` says.
+    """
+    if isinstance(rows, RowSource):
+        return rows
+    if isinstance(rows, (list, tuple)) and not holds_dicts(rows):
+        if need_labels:
+            raise DataError("these rows need labels. Give rows_from_texts(texts, labels), or a file that has them.")
+        return rows_from_texts(rows)
+    return open_rows(rows, need_labels=need_labels, classes=classes, like=like)
 
 
 def rows_from_texts(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from forebear.errors import DataError, InputError
 from forebear.indexer.model.network.pretrained import stored_class_names, trainer_checkpoints, trainer_rates
+from forebear.indexer.rows.file_formats import holds_dicts
 from forebear.indexer.rows.row_format import RowFormat
 from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
 from forebear.indexer.storage.atomic import write_bytes
@@ -181,7 +182,7 @@ class ModelChoice:
             InputError: Texts without labels, or labels for rows that have their own.
             DataError: The rows cannot be read as labelled text.
         """
-        if isinstance(rows, (list, tuple)):
+        if isinstance(rows, (list, tuple)) and not holds_dicts(rows):
             if labels is None:
                 raise InputError("the training rows are texts without labels. Give labels, one a text.")
             names = {key: columns.get(key) for key in ("text_columns", "label_names")}
