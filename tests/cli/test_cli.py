@@ -212,7 +212,7 @@ def test_methods_lists_the_table(capsys):
         (["index", "--out", "NEW", "--model", "MODEL", "--train", "TRAIN", "--store", "words"], ["words", "features"]),
         (["index", "--out", "NEW", "--model", "MODEL", "--train", "TRAIN", "--max-length", "999"], ["999", "40"]),
         (["audit", "hans", "--index", "INDEX", "--test", "TEST", "--out", "NEW"], ["pairs"]),
-        (["verify", "nowhere"], ["no index"]),
+        (["verify", "nowhere"], ["no such folder: nowhere", "forebear index"]),
     ],
 )
 def test_bad_input_gets_one_clear_line_and_exit_code_2(world, tmp_path, capsys, args, parts):

@@ -77,6 +77,7 @@ def test_every_option_says_what_it_means(name: str) -> None:
         assert option.help, f"{name} {option.opts[0]}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_examples_that_it_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = COMMANDS[name].help or ""

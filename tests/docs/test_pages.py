@@ -52,6 +52,7 @@ def page_id(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("sphinx") is None,
     reason="the build of the docs is not tested: no sphinx (pip install -e '.[docs]')",

@@ -60,6 +60,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
     assert max(errors.values()) <= TOLERANCE, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_tokens", [1, 4096])
 def test_scores_do_not_depend_on_batch_size_and_padding(
     batch_tokens: int, world: World, expected: dict[str, np.ndarray], tmp_path: Path
@@ -69,6 +70,7 @@ def test_scores_do_not_depend_on_batch_size_and_padding(
     assert_same(all_scores(Retriever(index), world.queries), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_rows", [1, 1000])
 def test_scores_do_not_depend_on_shards(
     shard_rows: int, world: World, expected: dict[str, np.ndarray], tmp_path: Path
@@ -85,6 +87,7 @@ def test_scores_do_not_depend_on_the_order_of_training_rows(
     assert_same(found, {name: scores[:, order] for name, scores in expected.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_scores_do_not_depend_on_the_number_of_threads(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
+import pytest
 from tiny import labels, make_tiny_model, sentences, write_jsonl
 
 from forebear.cli.main import run
@@ -41,6 +42,7 @@ def build(folder: Path, n_rows: int) -> Index:
     return build_index(source, folder / "i", chosen, BuildOptions(dampings=("0.1x",)))
 
 
+@pytest.mark.slow
 def test_results_written_to_a_file_take_memory_that_does_not_grow_with_queries(tmp_path, monkeypatch):
     index = build(tmp_path, 60)
     monkeypatch.setattr(row_facts, "SAMPLED_ROWS", 16)
@@ -76,6 +78,7 @@ def test_results_written_to_a_file_take_memory_that_does_not_grow_with_queries(t
     assert max(held[1 << 16]) < together / 4
 
 
+@pytest.mark.slow
 def test_labels_of_all_spans_take_memory_that_does_not_grow_with_rows_but_for_the_labels(tmp_path, monkeypatch):
     spec = QuerySpec(methods=("if+",), spans="words")
     found: dict[tuple[int, int], int] = {}

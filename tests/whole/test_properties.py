@@ -138,6 +138,7 @@ def check_methods(retriever, corpus, methods, scope, **choices):
                 assert_disjoint(scores[q], live, [rows for rows, _ in ends], tolerance, (scope, name, exact, q))
 
 
+@pytest.mark.slow
 @examples(8)
 @given(corpora())
 def test_rank_lists_are_the_sorted_full_scores(build, corpus):
@@ -146,6 +147,7 @@ def test_rank_lists_are_the_sorted_full_scores(build, corpus):
         check_methods(Retriever(index), corpus, ROW_METHODS, "head")
 
 
+@pytest.mark.slow
 @examples(4)
 @given(corpora(least=2))
 def test_rank_lists_beyond_the_head_are_the_sorted_full_scores(build, corpus):
@@ -154,6 +156,7 @@ def test_rank_lists_beyond_the_head_are_the_sorted_full_scores(build, corpus):
         check_methods(Retriever(index), corpus, DEEP_METHODS, "all", candidates=max(len(corpus.texts), corpus.top))
 
 
+@pytest.mark.slow
 @examples(5)
 @given(corpora())
 def test_queries_together_apart_and_aggregated_get_the_same(build, corpus):
@@ -185,6 +188,7 @@ def test_queries_together_apart_and_aggregated_get_the_same(build, corpus):
                         assert abs(shared[1].sum() - score) <= 1e-9 * max(parts, 1e-300), (name, q)
 
 
+@pytest.mark.slow
 @examples(5)
 @given(corpora(least=2, most=20), st.data())
 def test_retire_then_append_equals_a_build(build, corpus, data):

@@ -62,6 +62,7 @@ def kernel(request, monkeypatch):
         yield request.param
 
 
+@pytest.mark.slow
 def test_equal_rows_come_back_in_row_order_with_one_score(kernel, tmp_path):
     texts, gold = corpus()
     folder = make_tiny_model(tmp_path / "m", n_classes=3)
@@ -140,6 +141,7 @@ def check_stored(index: Index, name: str) -> None:
     assert not differing, (name, differing)
 
 
+@pytest.mark.slow
 def test_equal_rows_of_other_shards_and_of_an_append_tie_too(kernel, tmp_path):
     index = build_and_append(tmp_path, SHORT, batch_tokens=64)
     check_stored(index, kernel)
@@ -162,6 +164,7 @@ def test_a_resumed_build_finds_equal_rows_of_the_shards_that_were_written(tmp_pa
     assert again.manifest.files == whole.manifest.files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_rows", [7, 4096])
 def test_equal_word_pieces_have_equal_features_also_under_other_labels(kernel, shard_rows, tmp_path):
     texts, gold = corpus(SHORT)
@@ -266,6 +269,7 @@ def test_an_index_of_an_older_version_is_appended_to_and_its_rows_tie(tmp_path):
         assert index.losses[row] == index.losses[-2]
 
 
+@pytest.mark.slow
 def test_no_rounding_reaches_what_a_refit_sentences_and_spans_store(tmp_path, monkeypatch):
     """The same stand-in for sketches, sentence embeddings and masked rows: the numbers of every call are others."""
     texts, gold = corpus()

@@ -16,6 +16,7 @@ from forebear.evaluation.reports.report import REPORT_FILES
 SIZES = {"n_train": 120, "n_dev": 12, "n_probe": 12, "n_planted": 8, "n_wrong_probe": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_MINILM, reason=NO_MINILM)
 def test_the_demo_of_a_model_that_learns_nothing_says_that_nothing_is_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "BASE_MODEL", str(make_tiny_model(tmp_path / "model", seed=1)))

@@ -459,6 +459,7 @@ def test_more_amounts_than_a_chart_shows(bert_world, test_rows, tmp_path):
     assert "The 6 largest numbers of rows." in (tmp_path / "a" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_command_that_is_terminated(bert_world, test_rows, tmp_path):
     args = ["--index", bert_world.index.folder, "--test", test_rows, "--method", "gd,if,gc", "--seeds", "1"]
     command = [sys.executable, "-m", "forebear.cli.main", "evaluate", "lds", *map(str, args), "--subsets", "100000"]

@@ -695,6 +695,7 @@ def test_what_was_fitted_on_other_rows_is_said_everywhere(
 # --- the campaign, in small ---
 
 
+@pytest.mark.slow
 def test_a_small_campaign_of_kills_full_disks_and_flips_is_stood() -> None:
     """In a process of its own: it forks, which this one with its threads must not."""
     script = ROOT / "benchmarks" / "campaign.py"

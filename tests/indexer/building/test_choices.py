@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_options_of_a_manifest_build_the_same_index(name: str, tiny_model: Callable[..., str], tmp_path: Path) -> None:
     options = BuildOptions(**CASES[name], sentence_model=tiny_model("bert", 2, 9), device="cpu")

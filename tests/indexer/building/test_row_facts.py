@@ -50,6 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_build_and_info_tell_accuracy_beside_the_run_s_and_what_is_read(run, tmp_path):
     done = forebear("index", "--model", run / "run", "--train", run / "rows.jsonl", "--out", tmp_path / "i")
     assert done.returncode == 0, done.stderr
@@ -67,6 +68,7 @@ def test_a_build_and_info_tell_accuracy_beside_the_run_s_and_what_is_read(run, t
     assert (stated["accuracy"], stated["reading"]["n_rows"], stated["warnings"]) == (1.0, 120, [])
 
 
+@pytest.mark.slow
 def test_labels_in_another_order_are_remarked_on(run, tmp_path):
     texts, gold = learnable(60)
     turned = [{"yes": "no", "no": "yes"}[g] for g in gold]
@@ -107,6 +109,7 @@ def test_what_the_most_frequent_label_says_is_heeded_where_nothing_better_is_kno
     assert bool(facts.warnings()) == warned
 
 
+@pytest.mark.slow
 def test_unknown_words_and_cut_rows_are_counted_and_remarked_on(tmp_path):
     folder = make_tiny_model(tmp_path / "m")
     texts = ["good film unheard", "good " * 50, "actor", "unseen unheard of"]
@@ -155,6 +158,7 @@ def test_of_many_test_rows_the_first_are_looked_at_once_before_the_work(tmp_path
     assert "warning: 100.0% of the first 1,024 test rows (1,024 of 1,024) are longer than 40 word pieces" in told
 
 
+@pytest.mark.slow
 def test_training_tells_of_cut_rows_before_its_first_step(tmp_path):
     texts, gold = learnable(40)
     path = write_jsonl(tmp_path / "rows.jsonl", text=[f"{t} {'film ' * 30}" for t in texts], label=gold)
@@ -205,6 +209,7 @@ def test_an_index_of_an_older_version_tells_what_is_known():
     assert len(facts.describe()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["index", "train"])
 def test_a_model_without_its_tokenizer_files_is_refused_by_the_command(command, tmp_path):
     """It used to be indexed with a tokenizer of five special tokens, under which every word is unknown."""

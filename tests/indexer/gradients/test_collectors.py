@@ -157,6 +157,7 @@ def test_whatever_looks_like_a_collector_is_one():
     assert others == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COLLECTORS, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("first", [False, True], ids=["fails-before", "fails-after"])
 def test_a_lack_of_memory_at_any_layer_or_at_the_end_changes_no_result(make, kind, first):

@@ -340,6 +340,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
         load_classifier(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_stored_fingerprint_is_that_of_the_loaded_model_or_is_none(kind, family):
     """A build trusts it: whatever loading does to a family's tensors or configuration, no other digest may come out."""

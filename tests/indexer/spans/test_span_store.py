@@ -341,6 +341,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", [0, 3, 6])
 def test_an_interrupted_build_resumes_to_the_same_bytes(model, index, tmp_path, monkeypatch, shard):
     calls = []

@@ -133,6 +133,7 @@ def worst(found: list[np.ndarray], truth: list[np.ndarray]) -> float:
     return max(float(np.abs(f - t).max() / np.abs(t).max()) for f, t in zip(found, truth, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("texts", [SINGLE, PAIRS], ids=["single", "pairs"])
 def test_both_forms_are_those_of_autograd_whatever_the_batches(path, texts, form):
