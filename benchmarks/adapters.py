@@ -111,7 +111,7 @@ def main() -> None:
         run("audit", "mislabelled", "--index", FOLDER / name, "--scope", scope, "--out", out, "--force")
         result["found"][scope] = found_in(out, flipped)
     asked_for = ["--scope", "adapter", "--method", "gd,if,rif,tracin", "--top", "3", "--text", texts[0]]
-    run("retrieve", "--index", FOLDER / "adapter", *asked_for, "--out", FOLDER / "answers", "--force")
+    run("retrieve", "--index", FOLDER / "adapter", *asked_for, "--out", FOLDER / "answers.parquet", "--force")
     print(json.dumps(result, indent=1))
     write_result("adapters", **result)
 
