@@ -209,6 +209,16 @@ def _first_equal_rows(features: RowMatrix, residuals: RowMatrix) -> np.ndarray:
     return first
 
 
+def _curvature_facts(mean_eigenvalue: float, n_rows: int, dampings: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the manifest says of the head's curvature, whichever way H^-1 is had; the first damping is the default."""
+    return {
+        "damping": dampings[0]["damping"],
+        "mean_eigenvalue": mean_eigenvalue,
+        "n_rows": n_rows,
+        "dampings": dampings,
+    }
+
+
 def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
     """Exact curvature of the head at the last checkpoint, over the live rows, and each row's self-influence."""
     manifest = index.manifest
@@ -227,13 +237,8 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
 
     if spec.dampings and not fits_dense(n_classes, features.width, loss):
         mean = index.head_mean_eigenvalue
-        dampings = [{"given": given, "damping": absolute_damping(given, mean)} for given in spec.dampings]
-        facts["cg"] = {
-            "damping": dampings[0]["damping"],
-            "mean_eigenvalue": mean,
-            "n_rows": manifest.n_live,
-            "dampings": dampings,
-        }
+        stored = [{"given": given, "damping": absolute_damping(given, mean)} for given in spec.dampings]
+        facts["cg"] = _curvature_facts(mean, manifest.n_live, stored)
     elif spec.dampings:
         starts = [start for start, _ in features.blocks()]
         live = np.split(index.live, np.searchsorted(index.live, starts[1:]))  # of each block of rows
@@ -257,12 +262,7 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
                     "self_influence": save(f"self-influence-{i}", {"self_influence": self_influence}),
                 }
             )
-        facts["exact"] = {
-            "damping": stored[0]["damping"],
-            "mean_eigenvalue": mean,
-            "n_rows": manifest.n_live,
-            "dampings": stored,
-        }
+        facts["exact"] = _curvature_facts(mean, manifest.n_live, stored)
     if spec.rep_refit:
         f = features.take(index.live)
         targets = index.targets(index.live)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,13 @@ from transformers import TrainerCallback
 
 from forebear.errors import InputError, ModelError
 from forebear.indexer.losses.choices import check_loss_choices
-from forebear.indexer.model.network.pretrained import TRAINER_CHECKPOINT, trainer_checkpoints
+from forebear.indexer.model.network.pretrained import trainer_checkpoints
 from forebear.indexer.model.network.tokenizer import input_limit
 from forebear.indexer.rows.labels import names_of_classes
 from forebear.indexer.rows.row_source import RowSource, open_rows
 from forebear.indexer.storage.manifest import library_versions
 from forebear.indexer.training.run import ColumnKeywords, Run, RunCheckpoint, read_run
+from forebear.indexer.training.run_folder import save_model
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -109,16 +111,20 @@ class ForebearCallback(TrainerCallback):  # type: ignore[misc]
             return
         last = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if not last.is_dir():
-            given["model"].save_pretrained(last)
-            self._tokenizer.save_pretrained(last)
+            save_model(given["model"], self._tokenizer, last)
         self._write(args, state, given["model"])
+
+    @cached_property
+    def _rows_sha256(self) -> str:
+        """Digest of the rows, of which one pass is enough for all checkpoints."""
+        return self._source.sha256()
 
     def _write(self, args: Any, state: Any, model: Any) -> None:
         """Write the record of the checkpoints that are there: Trainer removes old ones (``save_total_limit``)."""
         folder, config = Path(args.output_dir), model.config
-        steps = {int(match[1]): path for path in trainer_checkpoints(folder) if (match := _numbered(path))}
         checkpoints, before = [], 0
-        for step, path in steps.items():
+        for path in trainer_checkpoints(folder):
+            step = int(path.name.rpartition("-")[2])
             if step > len(self._rates):  # of another run in this folder
                 continue
             rates = self._rates[before:step]
@@ -136,7 +142,7 @@ class ForebearCallback(TrainerCallback):  # type: ignore[misc]
         Run(
             base_model=str(getattr(config, "_name_or_path", "")),
             data=self._source.name,
-            data_sha256=self._source.sha256(),
+            data_sha256=self._rows_sha256,
             text_columns=self._source.text_columns,
             row_format=self._source.format("the run").stated(),
             label_names=names_of_classes(
@@ -163,10 +169,6 @@ class ForebearCallback(TrainerCallback):  # type: ignore[misc]
             return input_limit(model, self._tokenizer, asked, "the model")
         except (InputError, ModelError):  # the tokenizer cuts for something else
             return input_limit(model, self._tokenizer, None, "the model")
-
-
-def _numbered(path: Path) -> Any:
-    return TRAINER_CHECKPOINT.fullmatch(path.name)
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,13 @@ from torch import nn
 
 from forebear.errors import ModelError
 from forebear.indexer.model.network.layers import Scale, is_layer
-from forebear.indexer.model.network.pretrained import ADAPTER_CONFIG, holds_adapter, load_pretrained, quiet_transformers
+from forebear.indexer.model.network.pretrained import (
+    ADAPTER_CONFIG,
+    first_line,
+    holds_adapter,
+    load_pretrained,
+    quiet_transformers,
+)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -189,9 +195,8 @@ def _loaded(name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)
     except ModelError:
         raise
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"cannot load the adapter {name}: {reason}") from error
+    except Exception as error:  # an adapter's files may be damaged in any way
+        raise ModelError(f"cannot load the adapter {name}: {first_line(error)}") from error
     if lacking := [str(warning.message) for warning in warned if "missing adapter keys" in str(warning.message)]:
         raise ModelError(f"{name} does not store all weights of its adapter ({lacking[0][:200]}). Save it again.")
     return result

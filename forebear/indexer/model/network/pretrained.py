@@ -66,7 +66,7 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
     except (
         Exception
     ) as error:  # transformers raises a dozen types here, all of which mean that the model cannot be loaded
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         if is_there or not isinstance(error, OSError):
             raise ModelError(f"cannot load {name} with {auto_class.__name__}: {reason}") from error
         where = "in the hub's cache (HF_HUB_OFFLINE is set)" if _is_offline() else f"on the hub ({_answer(reason)})"
@@ -74,6 +74,11 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
             f"{name}: no such model folder, and no model of that name is found {where}.{similar_names(name)} Give a "
             "folder that save_pretrained wrote, or a hub name such as distilbert-base-uncased."
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its type's name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def check_full_precision(config: Any, name: str) -> None:
