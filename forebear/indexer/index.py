@@ -13,9 +13,9 @@ import pyarrow as pa
 from scipy import sparse
 
 from forebear.errors import InputError, MissingStoreError
+from forebear.indexer.curvature.damping import stored_damping
 from forebear.indexer.curvature.ekfac import Ekfac, read_ekfac
-from forebear.indexer.curvature.head import HeadCurvature, HeadInverse, weighted_features
-from forebear.indexer.curvature.head_products import HeadProducts
+from forebear.indexer.curvature.stored_head import StoredHead
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.scope_names import HEAD
@@ -241,7 +241,7 @@ class Index(IndexFiles):
         """
         self.ekfac(scope)
         stored = self.manifest.curvature[scope]["ekfac"]["dampings"]
-        number = _damping_number(stored, given, f"{self.folder} holds the curvature of scope {scope}")
+        number = stored_damping(stored, given, f"{self.folder} holds the curvature of scope {scope}")
         return number, float(stored[number]["damping"])
 
     def calibrated(self, scope: str, method: str) -> dict[str, Any] | None:
@@ -409,111 +409,6 @@ class Index(IndexFiles):
         return ann
 
     @cached_property
-    def head_mean_eigenvalue(self) -> float:
-        """Mean eigenvalue of the head's curvature over the live rows; where it is not stored, from its trace."""
-        facts = self.manifest.curvature.get("head", {})
-        if stored := facts.get("exact") or facts.get("cg"):
-            return float(stored["mean_eigenvalue"])
-        features, residuals, trace = self.features(), self.residuals(), 0.0
-        for rows in np.array_split(self.live, -(-len(self.live) // 4096)):
-            traces = self.loss.curvature_trace(residuals.take(rows), self.targets(rows))
-            trace += float(traces @ (features.take(rows).astype(np.float64) ** 2).sum(axis=1))
-        return trace / len(self.live) / (features.width * residuals.width)
-
-    def head_factors(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Weighted features and outputs of some rows at the last checkpoint: what the head's curvature is made of."""
-        targets = self.targets(rows)
-        features = weighted_features(self.features().take(rows), self.loss.row_weights(targets))
-        return features, self.loss.outputs_of_residuals(self.residuals().take(rows), targets)
-
-    def head_products(self) -> HeadProducts:
-        """The head's curvature over the live rows, as a product with vectors; kept where there is no other form."""
-        if self.head_solver == "exact":
-            return HeadProducts(*self.head_factors(self.live), self.loss)
-        if "head products" not in self._cache:
-            self._cache["head products"] = HeadProducts(*self.head_factors(self.live), self.loss)
-        products: HeadProducts = self._cache["head products"]
-        return products
-
-    @property
-    def head_solver(self) -> str | None:
-        """How H^-1 at the head is had unless another way is asked for.
-
-        ``exact`` by its stored factor; ``cg`` where the head has too many classes for one; None without a damping.
-        """
-        facts = self.manifest.curvature.get("head", {})
-        return next((solver for solver in ("exact", "cg") if solver in facts), None)
-
-    def head_damping(self, given: str | None = None) -> dict[str, Any]:
-        """Facts of one stored damping of the head's exact curvature; the first one by default.
-
-        Raises:
-            MissingStoreError: The index has no curvature, or not at this damping.
-        """
-        facts = self.manifest.curvature.get("head", {}).get("exact")
-        if self.head_solver == "cg":
-            raise MissingStoreError(
-                f"{self.folder}: the head has too many classes for one matrix of its curvature, so that there is no "
-                "exact factor of it. Leave --curvature exact out, or ask with cg.",
-                of="index",
-            )
-        if not facts:
-            raise MissingStoreError(
-                f"{self.folder} was built with --damping none: it holds no curvature of the head. Ask with --curvature "
-                "cg, or build it with a --damping.",
-                of="index",
-            )
-        number = _damping_number(facts["dampings"], given, f"{self.folder} holds the head's curvature")
-        return dict(facts["dampings"][number])
-
-    def head_curvature(self, given: str | None = None) -> HeadInverse:
-        """(H + damping I)^-1 over the head weight."""
-        facts = self.head_damping(given)
-        key = ("cholesky", facts["cholesky"])
-        if key not in self._cache:
-            factor = column(read_batches(self.checked(facts["cholesky"])[0])[0], "factor")
-            self._cache[key] = HeadCurvature(factor, self.residuals().width, facts["damping"], self.loss)
-        curvature: HeadInverse = self._cache[key]
-        return curvature
-
-    def head_self_influence(self, given: str | None = None) -> np.ndarray:
-        """<H^-1 g_n, g_n> of every row, ``(n,)`` float64."""
-        path = self.checked(self.head_damping(given)["self_influence"])[0]
-        return column(read_batches(path)[0], "self_influence")
-
-    def blockwise_self_influence(self, damping: float) -> np.ndarray:
-        """<M^-1 g_n, g_n> of every row, ``(n,)`` float64, M being H + damping I without blocks between two classes."""
-        key = ("blockwise self-influence", damping)
-        if key not in self._cache:
-            blocks, out = self.head_products().class_blocks(damping), np.empty(self.manifest.n_rows)
-            for (start, f), (_, r) in zip(self.features().blocks(), self.residuals().blocks(), strict=True):
-                out[start : start + len(f)] = blocks.self_influence(r, f)
-            self._cache[key] = out
-        return np.asarray(self._cache[key])
-
-    def representer_residuals(self) -> RowMatrix:
-        """p' - y of the refitted head (``--rep-refit``), ``(n, c)`` float64."""
-        name = self.manifest.curvature["head"]["representer"].get("file")
-        if name is None:
-            raise MissingStoreError(f"{self.folder} has no refitted head. Build it with --rep-refit.")
-        return RowMatrix([column(read_batches(self.checked(name)[0])[0], "residual")])
-
-
-def _damping_number(stored: list[dict[str, Any]], given: str | None, holder: str) -> int:
-    """Position of the stored damping that ``given`` names, such as ``0.1x``; 0 by default."""
-    for i, facts in enumerate(stored):
-        if given is None or given == facts["given"] or _same_number(given, facts["damping"]):
-            return i
-    names = ", ".join(f"{facts['given']} (= {facts['damping']:.6g})" for facts in stored)
-    raise MissingStoreError(
-        f"{holder} at damping {names}, not {given}. "
-        "Query with a stored one, or build the index with --damping naming both.",
-        of="index",
-    )
-
-
-def _same_number(given: str, stored: float) -> bool:
-    try:
-        return bool(np.isclose(float(given), stored, rtol=1e-6, atol=0))
-    except ValueError:
-        return False
+    def head(self) -> StoredHead:
+        """The curvature of the head at the last checkpoint."""
+        return StoredHead(self, self.features(), self.residuals(), self.targets, self.live, self.loss)

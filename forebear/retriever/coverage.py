@@ -17,7 +17,7 @@ from forebear.retriever.searchers import SEARCHERS
 def available_methods(index: Index) -> tuple[str, ...]:
     """Names of the methods that an index can answer."""
     manifest = index.manifest
-    has_curvature = index.head_solver is not None
+    has_curvature = index.head.solver is not None
     return tuple(
         method.name
         for method in METHODS.values()

@@ -354,7 +354,7 @@ def test_a_resumed_build_may_take_another_damping(
     written = shard.stat().st_mtime_ns
     index = build_index(rows(), tmp_path / "index", resume=True, **choices)
     assert shard.stat().st_mtime_ns == written
-    assert index.head_damping("0.01")["damping"] == 0.01
+    assert index.head.damping("0.01")["damping"] == 0.01
 
 
 @pytest.mark.slow

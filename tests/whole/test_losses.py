@@ -166,7 +166,9 @@ def test_the_refitted_head_is_stationary_for_the_weighted_loss(retriever):
     targets = (1 - SMOOTHING) * np.eye(N_CLASSES)[LABELS] * np.array(WEIGHTS) + SMOOTHING / N_CLASSES * np.array(
         WEIGHTS
     )
-    refitted = (index.representer_residuals().take(rows) + targets) / weights[:, None]  # softmax of the refitted head
+    refitted = (index.head.representer_residuals().take(rows) + targets) / weights[
+        :, None
+    ]  # softmax of the refitted head
     p = index.loss.outputs_of_residuals(index.residuals().take(rows), np.array(LABELS))
     logits = np.log(refitted) - np.log(refitted).mean(axis=1, keepdims=True)
     w = -((weights[:, None] * (refitted - p)).T @ f) / N_ROWS / (2 * 0.1)

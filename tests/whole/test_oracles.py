@@ -171,7 +171,7 @@ def test_if_and_rif_equal_a_dense_hessian_in_float64(world: World, damping: str)
 
 
 def test_a_damping_may_be_named_by_its_value(bert_world: World) -> None:
-    value = bert_world.index.head_damping("2x")["damping"]
+    value = bert_world.index.head.damping("2x")["damping"]
     by_name = bert_world.retriever.scores(bert_world.queries, "if", damping="2x")
     by_value = bert_world.retriever.scores(bert_world.queries, "if", damping=str(value))
     np.testing.assert_array_equal(by_value, by_name)
@@ -370,7 +370,7 @@ def test_if_and_rif_equal_captums_naive_influence_function(world: World, damping
 
     n = len(world.texts)
     stored = torch.tensor(np.asarray(world.index.features().take(np.arange(n)), np.float64))
-    size = world.index.head_damping(damping)["damping"]
+    size = world.index.head.damping(damping)["damping"]
     oracle = NaiveInfluenceFunction(
         Head(*head_of(world)),
         DataLoader(TensorDataset(stored, torch.tensor(world.labels)), batch_size=n),

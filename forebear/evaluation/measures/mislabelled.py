@@ -74,9 +74,9 @@ def self_influence(question: Question) -> dict[str, np.ndarray]:
         if method.query == "preconditioned":
             solver = question.curvature.at(scope)
             if solver == "exact":
-                influences[method.name] = index.head_self_influence(question.curvature.damping)
+                influences[method.name] = index.head.self_influence(question.curvature.damping)
             elif scope == "head" and question.curvature.by_class_blocks:
-                influences[method.name] = index.blockwise_self_influence(question.curvature.absolute(index, scope))
+                influences[method.name] = index.head.blockwise_self_influence(question.curvature.absolute(index, scope))
             elif solver == "ekfac":
                 number, _ = index.ekfac_damping(scope, question.curvature.damping)
                 influences[method.name] = index.gradients(scope, damping=number).norms.astype(np.float64) ** 2

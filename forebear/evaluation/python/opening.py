@@ -126,7 +126,7 @@ def _default_methods(retriever: Retriever, names: Sequence[str], spec: QuerySpec
     Where none is left, the default is ``gd``.
     """
     index, scope = retriever.index, spec.scope
-    has_curvature = index.manifest.spec.whitened if scope != "head" else index.head_solver is not None
+    has_curvature = index.manifest.spec.whitened if scope != "head" else index.head.solver is not None
     if has_curvature or spec.curvature not in (None, "exact", "ekfac"):
         return names
     lacking = [name for name in names if METHODS[name].query == "preconditioned"]

@@ -236,13 +236,13 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
         return file
 
     if spec.dampings and not fits_dense(n_classes, features.width, loss):
-        mean = index.head_mean_eigenvalue
+        mean = index.head.mean_eigenvalue
         stored = [{"given": given, "damping": absolute_damping(given, mean)} for given in spec.dampings]
         facts["cg"] = _curvature_facts(mean, manifest.n_live, stored)
     elif spec.dampings:
         starts = [start for start, _ in features.blocks()]
         live = np.split(index.live, np.searchsorted(index.live, starts[1:]))  # of each block of rows
-        hessian = head_hessian((index.head_factors(rows) for rows in live), features.width, n_classes, loss)
+        hessian = head_hessian((index.head.factors(rows) for rows in live), features.width, n_classes, loss)
         mean = mean_eigenvalue(hessian, n_classes, loss)
         stored = []
         for i, given in enumerate(spec.dampings):

@@ -9,10 +9,12 @@ eigenvalue. With a smaller damping the solution is noise.
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 
-from forebear.errors import InputError
+from forebear.errors import InputError, MissingStoreError
 
 
 def refuse_nil_damping(given: str, dtype: torch.dtype, scope: str) -> None:
@@ -68,5 +70,29 @@ def round_up(number: float) -> str:
     return f"{(math.floor(number / step) + 1) * step:.1e}"
 
 
+def stored_damping(stored: list[dict[str, Any]], given: str | None, holder: str) -> int:
+    """Position of the stored damping that ``given`` names, such as ``0.1x``; 0 by default.
+
+    Raises:
+        MissingStoreError: None is; ``holder`` begins the message.
+    """
+    for i, facts in enumerate(stored):
+        if given is None or given == facts["given"] or _same_number(given, facts["damping"]):
+            return i
+    names = ", ".join(f"{facts['given']} (= {facts['damping']:.6g})" for facts in stored)
+    raise MissingStoreError(
+        f"{holder} at damping {names}, not {given}. "
+        "Query with a stored one, or build the index with --damping naming both.",
+        of="index",
+    )
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _same_number(given: str, stored: float) -> bool:
+    try:
+        return bool(np.isclose(float(given), stored, rtol=1e-6, atol=0))
+    except ValueError:
+        return False

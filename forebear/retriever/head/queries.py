@@ -40,17 +40,17 @@ def make_query(method: Method, batch: Batch, index: Index, curvature: CurvatureS
     if method.query == "same" or solver == "identity":
         return Query(method, (term,), norms)
     if solver == "exact":
-        stored = index.head_curvature(curvature.damping)
+        stored = index.head.inverse(curvature.damping)
         norms = np.sqrt(stored.self_influence(term.left, term.right))
         solved = Term(1.0, None, matrix=stored.solve(term.left, term.right), basis=term.basis)
-        return Query(method, (solved,), norms, index.head_self_influence(curvature.damping))
+        return Query(method, (solved,), norms, index.head.self_influence(curvature.damping))
     iterated = HeadSolver(curvature, index)
     matrix, residual = iterated.solve(term.left, term.right)
     self_influence = None
     if method.metric == "cos" and curvature.by_class_blocks:
-        blocks = index.head_products().class_blocks(iterated.damping)
+        blocks = index.head.products().class_blocks(iterated.damping)
         norms = np.sqrt(blocks.self_influence(term.left, term.right))
-        self_influence = index.blockwise_self_influence(iterated.damping)
+        self_influence = index.head.blockwise_self_influence(iterated.damping)
     elif method.metric == "cos":
         norms = np.sqrt(iterated.self_influence(term.left, term.right))
         self_influence = iterated.self_influence(

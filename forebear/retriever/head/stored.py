@@ -71,7 +71,7 @@ def row_factors(index: Index, method: Method) -> RowFactors:
         return RowFactors(features, tuple(index.residuals(c) for c in numbers), index.live)
     residuals = index.residuals()
     if method.query == "representer" and index.manifest.curvature["head"]["representer"]["refit"]:
-        residuals = index.representer_residuals()
+        residuals = index.head.representer_residuals()
     return RowFactors((index.features(),), (residuals,), index.live)
 
 
@@ -84,7 +84,7 @@ def _scan_table(index: Index, method: Method, query: Query) -> ScanTable | None:
         return index.scan_table("head-tracin")
     table = index.scan_table("head")
     if method.query == "representer" and query.terms[0].offset:
-        refitted = index.representer_residuals()
+        refitted = index.head.representer_residuals()
 
         def swap(block: ScanBlock) -> ScanBlock:
             r = refitted.take(block.rows).astype("float32")

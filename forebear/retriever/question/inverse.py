@@ -89,7 +89,7 @@ class CurvatureSpec:
             return found
         if solver == "exact":
             # A Cholesky solve in float64: no iteration, hence no residual to speak of.
-            return found | {"damping": index.head_damping(self.damping)["damping"], "residual": 0.0}
+            return found | {"damping": index.head.damping(self.damping)["damping"], "residual": 0.0}
         hessian = solver in ("cg-hessian", "lissa")
         found["matrix"] = "Hessian" if hessian and scope != "head" else "Gauss-Newton"
         if solver == "lissa":
@@ -106,7 +106,7 @@ class CurvatureSpec:
         """Size of the damping at a scope, for solvers other than ``lissa``."""
         if scope == "head":
             chosen = self.damping or (*index.manifest.spec.dampings, "0.1x")[0]
-            return absolute_damping(chosen, index.head_mean_eigenvalue)
+            return absolute_damping(chosen, index.head.mean_eigenvalue)
         stored = index.manifest.curvature.get(scope, {}).get("ekfac")
         if stored is None:
             given = self.damping
@@ -141,7 +141,7 @@ class CurvatureSpec:
         elif self.damping is not None:
             refuse_nil_damping(self.damping, dtype, scope)
         if scope == "head":
-            largest = index.head_mean_eigenvalue
+            largest = index.head.mean_eigenvalue
         else:
             largest = index.ekfac(scope).largest_eigenvalue if index.manifest.spec.whitened else 0.0
         refuse_lost_damping(self.absolute(index, scope), largest, dtype, scope)
@@ -188,7 +188,7 @@ def deep_solver(spec: CurvatureSpec, index: Index, classifier: Classifier, param
 
 def _exact_head(index: Index, classifier: Classifier, damping: str | None) -> Solve:
     """H^-1 of whole gradients of the head weight, ``(q, c, h)``, which lie in the loss' basis."""
-    stored = index.head_curvature(damping)
+    stored = index.head.inverse(damping)
     basis = index.loss.basis(classifier.n_classes)
 
     def solve(vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
@@ -262,7 +262,7 @@ class HeadSolver:
     def __init__(self, spec: CurvatureSpec, index: Index) -> None:
         """Take the factors of the live rows."""
         self._spec, self._index, self._solver = spec, index, spec.at("head")
-        self._products = index.head_products()
+        self._products = index.head.products()
         self.basis = index.loss.basis(self._products.outputs.shape[1])
         spec.refuse_lost_damping(index, "head")
 

@@ -129,7 +129,7 @@ class QuerySpec:
             spec = replace(
                 self, spans=spans, span_column=stored_column if self.span_column is None else self.span_column
             )
-        question = Question(index, spec, methods, replace(self.curvature_spec, of_head=index.head_solver or "exact"))
+        question = Question(index, spec, methods, replace(self.curvature_spec, of_head=index.head.solver or "exact"))
         check_question(question)
         return question
 
@@ -366,7 +366,7 @@ def _check_curvature(question: Question, method: Method) -> None:
     if method.by_model and scope == "head" and solver not in ("exact", "identity") and question.curvature.solver:
         raise InputError(f"{method.name} at the head: --curvature exact or identity, not {solver}.")
     if solver == "exact":
-        index.head_damping(question.curvature.damping)
+        index.head.damping(question.curvature.damping)
     elif scope != "head" and solver == "ekfac":
         index.ekfac_damping(scope, question.curvature.damping)
     question.curvature.refuse_lost_damping(index, scope)

@@ -70,8 +70,8 @@ def gradients(index: Index) -> np.ndarray:
 
 def test_influence_is_that_of_the_matrix(indexes):
     dense, large = (Retriever(index) for index in indexes)
-    assert indexes[1].head_solver == "cg"
-    assert indexes[1].head_mean_eigenvalue == pytest.approx(indexes[0].head_mean_eigenvalue, rel=1e-6)
+    assert indexes[1].head.solver == "cg"
+    assert indexes[1].head.mean_eigenvalue == pytest.approx(indexes[0].head.mean_eigenvalue, rel=1e-6)
     for damping in (None, "0.02", "0.5x"):
         found = large.scores(QUERIES, "if", damping=damping, **TIGHT)
         wanted = dense.scores(QUERIES, "if", damping=damping, curvature="cg", **TIGHT)

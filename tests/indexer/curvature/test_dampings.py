@@ -310,7 +310,7 @@ def test_seventy_seven_classes_by_384_features_end_to_end(tmp_path, capsys):
     assert "no curvature" not in capsys.readouterr().err
     assert run([*ask(out), "--out", str(tmp_path / "answers.jsonl")]) == 0
     index = Index.open(out)
-    assert index.head_solver == "cg"
+    assert index.head.solver == "cg"
     found = Retriever(index).score_block([["a good film"]], None, QuerySpec(methods=("if",), tolerance=1e-9))
     assert found.residuals["if"] <= 1e-9
     assert_solved(index, found["if"][0], CurvatureSpec(solver="cg").absolute(index, "head"))

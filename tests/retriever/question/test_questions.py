@@ -63,7 +63,7 @@ def test_two_ways_to_write_a_question_have_one_digest(bert_world, one, other):
 
 
 def test_a_relative_damping_is_the_absolute_one_that_it_comes_to(bert_world):
-    size = bert_world.index.head_damping("2x")["damping"]
+    size = bert_world.index.head.damping("2x")["damping"]
     assert digest(bert_world.retriever, methods=("if",), damping="2x") == digest(
         bert_world.retriever, methods=("if",), damping=repr(size)
     )
