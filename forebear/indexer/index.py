@@ -92,7 +92,8 @@ class Index(IndexFiles):
             text_columns: One or two columns of text, in order of encoding; default as in ``open_rows``.
             label_column: The column of labels; default as in ``open_rows``.
             label_names: The names that integer labels index; default as in ``open_rows``.
-            unlabelled: ``refuse``, ``drop`` or ``keep`` rows without a label; default as the run, else ``refuse``.
+            unlabelled: What becomes of rows without a label, as in ``open_rows``; default as the run, else
+                ``drop-marked``.
             delimiter: Of a CSV or TSV file; default as in ``open_rows``.
             encoding: Of a text file; default as in ``open_rows``.
             tokenizer: Of a model in memory.

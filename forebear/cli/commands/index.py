@@ -71,7 +71,7 @@ class TrainingRows(ColumnOptions):
 
     train: Train = None
 
-    def open_all(self, classes: Sequence[str], like: RowFormat, unlabelled: str = "refuse") -> RowSource:
+    def open_all(self, classes: Sequence[str], like: RowFormat, unlabelled: str) -> RowSource:
         """All rows, read as ``like`` says where no option does; warnings are said."""
         if self.train is None:
             raise InputError("no training rows given. Name their file by --train.")
@@ -137,6 +137,7 @@ def _build_or_change(
     """The index after what was asked for; ``how`` is what a build and every change take."""
     from forebear.indexer.building import build
     from forebear.indexer.index import Index
+    from forebear.indexer.rows.label_column import DROP_MARKED
     from forebear.indexer.training.run import choose_model
 
     device = choices.computing.device
@@ -148,7 +149,7 @@ def _build_or_change(
         return build.refit_index(out, model=chosen.model, device=device, warn=warn, **how)
     if change.append:
         manifest = Index.open(Path(out)).manifest
-        source = rows.open_all(manifest.spec.label_names, manifest.row_format)
+        source = rows.open_all(manifest.spec.label_names, manifest.row_format, DROP_MARKED)
         return build.append_rows(out, source, model=chosen.model, device=device, warn=warn, **how)
     run = choose_model(chosen.model, chosen.checkpoints or (), chosen.eta or ())
     source = rows.open_all(run.class_names(), run.row_format, run.unlabelled)

@@ -102,10 +102,13 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune a model and keep its checkpoints."""
+    from forebear.indexer.rows.label_column import DROP_MARKED
     from forebear.indexer.training.fine_tuning import train as run_training
 
-    source = columns.open(data)
-    dev_source = columns.open(dev, like=source.format("the training rows")) if dev else None
+    source = columns.open(data, unlabelled=DROP_MARKED)
+    dev_source = None
+    if dev is not None:
+        dev_source = columns.open(dev, like=source.format("the training rows"), unlabelled=DROP_MARKED)
     with progress_bar() as progress:
         run = run_training(
             source,

@@ -39,9 +39,10 @@ Unlabelled = Annotated[
     str | None,
     typer.Option(
         "--unlabelled",
-        help="Rows without a gold label (null, '-', -1), where labels are needed: refuse; drop, and number the rows "
-        "that are kept; keep '-' or -1 as a class. What the model has as a class is one.",
-        show_default="refuse, or as the run did",
+        help="Rows without a gold label, where labels are needed: refuse; drop, and number the rows that are kept; "
+        "drop-marked: drop those marked by '-' or -1, refuse null; keep '-' or -1 as a class. What the model has as a "
+        "class is one.",
+        show_default="as the run did, else drop-marked of training rows and refuse of test rows",
     ),
 ]
 Train = Annotated[

@@ -7,7 +7,8 @@ the text "-1" also among labels that are names. A label that the model's classes
 Rows without a label are refused where labels are needed, or left out, as ``unlabelled`` says:
 
 - ``refuse``: the error says how many there are, and what can be done;
-- ``drop``: they are left out of the source, and row numbers count the rows that are kept;
+- ``drop-marked``, of training rows the default: those marked by ``-`` or -1 are left out, null and blank are refused;
+- ``drop``: all of them are left out of the source, and row numbers count the rows that are kept;
 - ``keep``: ``-`` and -1 (without names) are classes as any other; null and blank are refused still.
 """
 
@@ -28,7 +29,8 @@ from forebear.indexer.rows.arrow_text import is_text
 from forebear.indexer.rows.file_formats import Reader, listed, reading
 from forebear.indexer.rows.row_format import RowFormat
 
-UNLABELLED = ("refuse", "drop", "keep")
+DROP_MARKED = "drop-marked"
+UNLABELLED = ("refuse", DROP_MARKED, "drop", "keep")
 MAX_CLASSES = 10_000  # with more distinct values than this, a column holds no labels
 NO_LABEL_NUMBER = -1
 NO_LABEL_NAMES = ("-", str(NO_LABEL_NUMBER))
@@ -179,7 +181,7 @@ def check_labels(
 
     Raises:
         DataError: Labels of unlike kinds, labels that the names do not reach, names that repeat; labels are needed and
-            some row has none, unless ``unlabelled`` is ``drop``.
+            some row has none, unless such rows are left out and two different labels stay.
     """
     if unlabelled not in UNLABELLED:
         raise DataError(f"--unlabelled {unlabelled}: expected {', '.join(UNLABELLED)}.")
@@ -194,9 +196,13 @@ def check_labels(
         raise DataError(
             f"{where} holds {held} (from 0); expected integers throughout or names throughout. {_way_out(kinds[0][1])}"
         )
+    n_missing, n_labels = labels.n_unlabelled, len(labels.first_rows)
     labels.take_out(_marks(labels, names, unlabelled, classes))
-    if labels.n_unlabelled and need_labels and (unlabelled != "drop" or not labels.first_rows):
-        raise DataError(_refusal(where, labels, names))
+    if labels.n_unlabelled and need_labels:
+        is_lost = not labels.first_rows or (unlabelled == DROP_MARKED and len(labels.first_rows) < min(2, n_labels))
+        n_refused = {"drop": 0, DROP_MARKED: n_missing}.get(unlabelled, labels.n_unlabelled)
+        if n_refused or is_lost:
+            raise DataError(_refusal(where, labels, names))
     if not labels.first_rows:
         labels.column = None
     elif names and labels.kind == "an integer":

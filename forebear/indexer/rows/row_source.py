@@ -35,6 +35,7 @@ from forebear.indexer.rows.file_formats import (
 )
 from forebear.indexer.rows.json_rows import LONGEST_ROW
 from forebear.indexer.rows.label_column import (
+    DROP_MARKED,
     MAX_CLASSES,
     Label,
     LabelColumn,
@@ -103,8 +104,8 @@ class RowSource:
         label_names: The names that integer labels index, where known.
         label_values: The distinct labels, sorted, as the source has them; empty without labels.
         n_rows: Number of rows, without those that were left out.
-        n_dropped: Number of rows that were left out since they have no label (``unlabelled="drop"``).
-        unlabelled: What became of rows without a label: ``refuse``, ``drop`` or ``keep``.
+        n_dropped: Number of rows that were left out since they have no label.
+        unlabelled: What became of rows without a label: ``refuse``, ``drop-marked``, ``drop`` or ``keep``.
         taken: One line on the columns and label names that were taken without being named; None where all were named.
         marks: Values of the label column that mean "no label", such as ``-``, as they are spelled there.
     """
@@ -183,9 +184,10 @@ class RowSource:
         """
         scan, lines = self._label_scan, []
         if self.n_dropped:
+            marks = f" ({' and '.join(map(repr, self.marks))})" if self.marks else ""
             lines.append(
-                f"{self.name}: {self.n_dropped:,} of {scan.n_rows:,} rows have no label and are left out, first row "
-                f"{scan.first_unlabelled} (from 0) of the file; row numbers count the {self.n_rows:,} rows kept"
+                f"{self.name}: {self.n_dropped:,} of {scan.n_rows:,} rows have no label{marks} and are left out, first "
+                f"row {scan.first_unlabelled} (from 0) of the file; row numbers count the {self.n_rows:,} rows kept"
             )
         elif self.label_column is not None and scan.n_unlabelled:
             lines.append(
@@ -297,7 +299,8 @@ def open_rows(
         label_names: The names that integer labels index. Default: those of the ClassLabel feature, else
             ``label_names`` of a ``dataset.json`` beside the file, else those of ``like``.
         need_labels: Refuse a source in which any row has no label, as ``unlabelled`` says.
-        unlabelled: ``refuse`` (the default), ``drop`` or ``keep``; see :mod:`forebear.indexer.rows.label_column`.
+        unlabelled: ``refuse`` (the default), ``drop-marked`` (that of training rows), ``drop`` or ``keep``; see
+            :mod:`forebear.indexer.rows.label_column`.
         classes: The model's class names, as ``Retriever.label_names``: ``-`` or -1 among them is a class here too.
         delimiter: What parts the values of a CSV or TSV file: a character, or its name, such as ``tab``. Default:
             commas in CSV, tabs in TSV.
@@ -357,10 +360,11 @@ def rows_from_texts(
     text_columns: Sequence[str] | None = None,
     label_names: Sequence[str] | None = None,
     classes: Sequence[str] = (),
+    unlabelled: str | None = None,
 ) -> RowSource:
     """Make a source of rows in memory; columns are ``text`` or ``premise, hypothesis``, and ``label``.
 
-    ``classes`` as in ``open_rows``.
+    ``classes`` as in ``open_rows``. Where ``unlabelled`` says what becomes of rows without a label, labels are needed.
 
     Raises:
         DataError: Texts are not all strings or all pairs, or labels not all integers or all names.
@@ -387,8 +391,9 @@ def rows_from_texts(
 
     label_column = None if labels is None else "label"
     return _make_source(
-        memory_reader(name, checked()), None, columns, label_column, label_names, False, "refuse", classes, RowFormat()
-    )
+        memory_reader(name, checked()), None, columns, label_column, label_names, unlabelled is not None,
+        unlabelled or "refuse", classes, RowFormat(),
+    )  # fmt: skip
 
 
 def _make_source(
@@ -422,7 +427,8 @@ def _make_source(
         raise DataError(f"{reader.name} has no rows below its header; expected at least one row of text.")
     names, are_remembered = names_of_numbers(reader, labels, label_names, beside.get("label_names"), like)
     check_labels(reader.name, labels, names, need_labels, unlabelled, classes)
-    drops = unlabelled == "drop" and labels.column is not None and labels.n_unlabelled > 0
+    drops = unlabelled == "drop" or (unlabelled == DROP_MARKED and need_labels)
+    drops = drops and labels.column is not None and labels.n_unlabelled > 0
     kept = labelled_rows(reader, labels) if drops else None
     taken = [
         (f"text column{'s' * (len(texts) > 1)} {' and '.join(texts)}", text_origin),

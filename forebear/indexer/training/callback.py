@@ -21,6 +21,7 @@ from forebear.errors import InputError, ModelError
 from forebear.indexer.losses.choices import check_loss_choices
 from forebear.indexer.model.network.pretrained import trainer_checkpoints
 from forebear.indexer.model.network.tokenizer import input_limit
+from forebear.indexer.rows.label_column import DROP_MARKED
 from forebear.indexer.rows.labels import names_of_classes
 from forebear.indexer.rows.row_source import RowSource, open_rows
 from forebear.indexer.storage.manifest import library_versions
@@ -64,7 +65,10 @@ class ForebearCallback(TrainerCallback):  # type: ignore[misc]
             DataError: The rows cannot be read as labelled text.
             InputError: A class weight is not positive.
         """
-        self._source = rows if isinstance(rows, RowSource) else open_rows(rows, need_labels=True, **columns)
+        if not isinstance(rows, RowSource):
+            how: Any = {**columns, "unlabelled": columns.get("unlabelled") or DROP_MARKED}
+            rows = open_rows(rows, need_labels=True, **how)
+        self._source: RowSource = rows
         self._tokenizer, self._max_length = tokenizer, max_length
         check_loss_choices(tuple(class_weights), 0.0)
         self._class_weights = tuple(class_weights)
@@ -153,6 +157,7 @@ class ForebearCallback(TrainerCallback):  # type: ignore[misc]
             settings={
                 "trainer": True,
                 "n_rows": self._source.n_rows,
+                "unlabelled": self._source.unlabelled,
                 "class_weights": list(self._class_weights),
                 "label_smoothing": args.label_smoothing_factor,
             }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from forebear.errors import DataError, InputError
 from forebear.indexer.model.network.pretrained import stored_class_names, trainer_checkpoints, trainer_rates
 from forebear.indexer.rows.file_formats import holds_dicts
+from forebear.indexer.rows.label_column import DROP_MARKED
 from forebear.indexer.rows.row_format import RowFormat
 from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
 from forebear.indexer.storage.atomic import write_bytes
@@ -166,8 +167,13 @@ class ModelChoice:
 
     @property
     def unlabelled(self) -> str:
-        """What becomes of training rows without a label if the user does not say: the run's choice, or ``refuse``."""
-        return "refuse" if self.run is None else str(self.run.settings.get("unlabelled", "refuse"))
+        """What becomes of training rows without a label if the user does not say.
+
+        A run hands on ``drop`` and ``keep``, which decided its rows. One that refused any had no such rows, so that the
+        default, ``drop-marked``, gives the same rows.
+        """
+        recorded = None if self.run is None else self.run.settings.get("unlabelled")
+        return str(recorded) if recorded in ("drop", "keep") else DROP_MARKED
 
     def open_rows(self, rows: Any, labels: Sequence[Any] | None = None, **columns: Unpack[ColumnKeywords]) -> RowSource:
         """The training rows: read as the run read its own, where nothing else is given.
@@ -186,7 +192,8 @@ class ModelChoice:
             if labels is None:
                 raise InputError("the training rows are texts without labels. Give labels, one a text.")
             names = {key: columns.get(key) for key in ("text_columns", "label_names")}
-            return rows_from_texts(rows, labels, classes=self.class_names(), **names)  # type: ignore[arg-type]
+            unlabelled = columns.get("unlabelled") or self.unlabelled
+            return rows_from_texts(rows, labels, classes=self.class_names(), unlabelled=unlabelled, **names)  # type: ignore[arg-type]
         if labels is not None:
             raise InputError("labels are given for rows that have their own. Give labels for a list of texts alone.")
         if isinstance(rows, RowSource):

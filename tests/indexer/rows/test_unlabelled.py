@@ -15,6 +15,7 @@ from forebear.evaluation.audits.artifacts.regression import groups_of
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import UNKNOWN, classes_for, label_map
 from forebear.indexer.rows.row_source import open_rows, rows_from_texts
+from forebear.indexer.training.run import read_run
 
 NLI = ["entailment", "-", "neutral", "contradiction", "-", "neutral"]
 
@@ -42,8 +43,46 @@ def test_a_dash_is_no_class_and_the_refusal_counts_and_says_the_ways_out(snli):
     assert classes_for(source) == ("contradiction", "entailment", "neutral")
     kept = open_rows(snli, need_labels=True, unlabelled="keep")
     assert (kept.n_dropped, classes_for(kept)) == (0, ("-", "contradiction", "entailment", "neutral"))
-    with pytest.raises(DataError, match="expected refuse, drop, keep"):
+    with pytest.raises(DataError, match="expected refuse, drop-marked, drop, keep"):
         open_rows(snli, unlabelled="yes")
+
+
+def test_marked_rows_are_left_out_and_missing_labels_refused(snli, tmp_path):
+    source = open_rows(snli, need_labels=True, unlabelled="drop-marked")
+    assert (source.n_rows, source.n_dropped, source.unlabelled) == (4, 2, "drop-marked")
+    assert source.sha256() == open_rows(snli, need_labels=True, unlabelled="drop").sha256()
+    texts = sentences(4)
+    for missing in (None, "", " "):
+        path = write_jsonl(tmp_path / "missing.jsonl", text=texts, label=["a", "-", missing, "b"])
+        with pytest.raises(DataError, match=r"no label in 2 of 4 rows.*Leave those rows out by unlabelled=\"drop\""):
+            open_rows(path, need_labels=True, unlabelled="drop-marked")
+    only = write_jsonl(tmp_path / "only.jsonl", text=texts, label=["+", "-", "-", "+"])
+    with pytest.raises(DataError, match='unlabelled="keep"'):  # one class would be left: the mark is the other
+        open_rows(only, need_labels=True, unlabelled="drop-marked")
+
+
+def test_a_run_and_its_index_leave_out_the_same_marked_rows_by_default(tiny_model, tmp_path, capsys):
+    given = ["bad", "good", "-", "good", "-1", "bad"]
+    data = write_jsonl(tmp_path / "train.jsonl", text=sentences(6), label=given)
+    run_folder, out = tmp_path / "run", tmp_path / "index"
+    args = ["--model", tiny_model(), "--data", str(data), "--out", str(run_folder), "--epochs", "1"]
+    assert run(["train", *args, "--label-names", "bad,good", "--dev", str(data)]) == 0
+    assert "2 of 6 rows have no label ('-' and '-1') and are left out" in " ".join(capsys.readouterr().err.split())
+    assert read_run(run_folder).settings["unlabelled"] == "drop-marked"
+    for number, train in enumerate((str(data), open_rows(data, unlabelled="drop"), data)):
+        built = Index.build(str(run_folder), train, out / str(number), dampings=(), warn=lambda line: None)
+        assert built.manifest.segments[0].rows_sha256 == read_run(run_folder).data_sha256
+    texts, labels_given = sentences(6), given
+    built = Index.build(str(run_folder), texts, out / "texts", labels_given, dampings=(), warn=lambda line: None)
+    assert built.manifest.segments[0].rows_sha256 == read_run(run_folder).data_sha256
+    more = write_jsonl(tmp_path / "more.jsonl", text=sentences(3, seed=9), label=["bad", "-", "good"])
+    assert run(["index", "--out", str(out / "0"), "--append", "--train", str(more)]) == 0
+    assert [segment.n_left_out for segment in Index.open(out / "0").manifest.segments] == [2, 1]
+    answers = tmp_path / "answers.parquet"
+    asked = ["retrieve", "--index", str(out / "0"), "--test", str(more), "--top", "1", "--out", str(answers)]
+    assert run(asked) == 0
+    found = {row["query"]: row["query_label"] for row in pq.read_table(answers).to_pylist()}
+    assert found == {0: "bad", 1: None, 2: "good"}  # a test row keeps its place
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
@@ -69,7 +108,7 @@ def test_rows_that_are_dropped_leave_consecutive_numbers_and_their_count(tmp_pat
     assert source.sha256() == rows_from_texts([texts[i] for i in left], [NLI[i] for i in left]).sha256()
     assert [source.file_row(row) for row in range(4)] == left
     (remark,) = source.remarks()
-    assert "2 of 6 rows have no label and are left out, first row 1" in remark
+    assert "2 of 6 rows have no label ('-') and are left out, first row 1" in remark
     assert "row numbers count the 4 rows kept" in remark
 
 
@@ -230,12 +269,12 @@ def test_the_index_command_refuses_rows_without_a_label_or_leaves_them_out(tiny_
     train = write_jsonl(tmp_path / "train.jsonl", text=[*texts[:5], " "], gold_label=["0", "1", "-", "1", "-", "0"])
     out = tmp_path / "index"
     args = ["index", "--model", tiny_model(), "--train", str(train), "--out", str(out), "--damping", "none"]
-    assert run([*args, "--label-names", "0,1"]) == 2
+    assert run([*args, "--label-names", "0,1", "--unlabelled", "refuse"]) == 2
     assert "2 of 6 rows" in capsys.readouterr().err
     assert not out.exists()
-    assert run([*args, "--label-names", "0,1", "--unlabelled", "drop"]) == 0
+    assert run([*args, "--label-names", "0,1"]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "2 of 6 rows have no label and are left out" in said
+    assert "2 of 6 rows have no label ('-') and are left out" in said
     assert "1 of 4 rows have a text that is empty or white space alone (rows 3, from 0)" in said
     opened = Index.open(out)
     assert opened.manifest.n_rows == 4

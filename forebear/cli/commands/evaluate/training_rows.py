@@ -90,6 +90,7 @@ class TruthOptions(Options, panel="Rows"):
     def read(self, retriever: Retriever) -> tuple[np.ndarray, np.ndarray | None]:
         """The wrong rows, and the true class ids of all rows where they are known."""
         from forebear.evaluation.measures.mislabelled import true_labels_of, wrong_rows_of
+        from forebear.indexer.rows.label_column import DROP_MARKED
 
         index = retriever.index
         if self.wrong_rows is not None:
@@ -104,7 +105,10 @@ class TruthOptions(Options, panel="Rows"):
             unlabelled=self.unlabelled,
         )
         source = columns.open(
-            self.train or segments[0].source, classes=retriever.label_names, like=index.manifest.row_format
+            self.train or segments[0].source,
+            classes=retriever.label_names,
+            like=index.manifest.row_format,
+            unlabelled=DROP_MARKED,
         )
         truth = true_labels_of(index, source)
         return truth != index.labels, truth
