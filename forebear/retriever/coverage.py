@@ -13,6 +13,8 @@ from forebear.retriever.question.models import N_VARIANTS, VARIANT_LEARNING_RATE
 from forebear.retriever.question.spec import Question, words_top
 from forebear.retriever.searchers import SEARCHERS
 
+CLASS_BLOCKS = "class blocks"  # H without the blocks between two classes, of which self-influence is taken
+
 
 def available_methods(index: Index) -> tuple[str, ...]:
     """Names of the methods that an index can answer."""
@@ -70,7 +72,7 @@ def method_facts(question: Question, method: Method) -> dict[str, Any]:
     if method.query == "preconditioned":
         facts |= question.curvature.facts(index, scope)
         if method.metric == "cos" and scope == "head" and question.curvature.by_class_blocks:
-            facts["self_influence"] = "class blocks"
+            facts["self_influence"] = CLASS_BLOCKS
     if method.query == "representer":
         head = index.manifest.curvature["head"]["representer"]
         facts |= {"lambda": head["lambda"], "refit": head["refit"]}

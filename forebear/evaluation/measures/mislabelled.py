@@ -10,7 +10,7 @@ one, ties counting half. In precision@k, ties are ordered by row number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from forebear.evaluation.reports.report import Cell, Figure, Group, Report, Tabl
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource
+from forebear.retriever.coverage import CLASS_BLOCKS
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
@@ -92,6 +93,26 @@ def self_influence(question: Question) -> dict[str, np.ndarray]:
             np.zeros(index.manifest.n_rows),
         )
     return influences
+
+
+def approximations(question: Question) -> dict[str, str]:
+    """Methods of a question whose self-influence is approximate, and how: heads of many classes have no other."""
+    by_blocks = question.curvature.by_class_blocks
+    return {
+        method.name: CLASS_BLOCKS
+        for method in question.methods
+        if by_blocks and method.query == "preconditioned" and question.scope_of(method) == "head"
+    }
+
+
+def note_on(approximate: Mapping[str, str]) -> str:
+    """A sentence for a report, on what :func:`approximations` found; empty without any."""
+    if not approximate:
+        return ""
+    return (
+        f"Self-influence by {', '.join(approximate)} is an approximation, by class blocks: the head has too many "
+        "classes for one matrix H, so that the blocks of H between two classes are left out."
+    )
 
 
 def _squared_norms(index: Index, scope: str, checkpoint: int) -> np.ndarray:
@@ -251,6 +272,7 @@ def mislabelled_report(
         areas[name] = float(cells[0] or 0.0)
         rows.append([name, *cells, *(precision_at(values, measured.wrong, k) for k in depths)])
     best = max(areas, key=lambda name: areas[name])
+    approximate = approximations(retriever.resolve(spec))
     table = Table(
         "Telling wrong labels",
         ["measure", "AUC", "95% low", "95% high", *(f"precision@{k:,}" for k in depths)],
@@ -262,7 +284,7 @@ def mislabelled_report(
     report = Report(
         "Wrong labels",
         f"{best} tells wrong labels best, with an AUC of {areas[best]:.3f}; the loss reaches {areas[LOSS]:.3f}, the "
-        f"disagreement of neighbours {areas[NEIGHBOURS]:.3f}.",
+        f"disagreement of neighbours {areas[NEIGHBOURS]:.3f}. {note_on(approximate)}".rstrip(),
         (table,),
         (Figure("AUC", drawing),),
         (_suspects(measured, retriever, measured.names.index(best)),),
@@ -281,6 +303,7 @@ def mislabelled_report(
         "n_rows": n,
         "n_wrong": n_wrong,
         "values": {name: listed_values(values) for name, values in zip(measured.names, measured.values, strict=True)},
+        **({"self_influence": approximate} if approximate else {}),
         "rows": measured.rows,
         "wrong": measured.wrong,
         "seed": seed,

@@ -173,7 +173,8 @@ def _match(
         by_key |= {key: model[_key(BINARY_NLI_NAMES[merged])] for key, merged in NLI_IDS.items()}
     is_generic = are_unnamed(model_names)
     own_ids: dict[int | str, int] = {class_id: class_id for class_id in range(len(model_names))}
-    as_listed = ", ".join(f"{class_id} = {name}" for class_id, name in enumerate(model_names))
+    shown = names_of_classes(model_names, source)  # the user's own words, where the model's say nothing
+    as_listed = ", ".join(f"{class_id} = {name}" for class_id, name in enumerate(shown))
     names = source.label_names
     if isinstance(source.label_values[0], str):
         if not (is_generic and names) or any(_key(str(label)) in model for label in source.label_values):

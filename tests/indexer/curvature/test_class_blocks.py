@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -113,8 +114,20 @@ def test_answers_and_audits_work_by_default(indexes, tmp_path: Path, capsys):
     from forebear.cli.main import run
 
     folder = str(indexes[1].folder)
-    assert run(["audit", "mislabelled", "--index", folder, "--quiet"]) == 0
-    assert "no curvature" not in capsys.readouterr().err
+    report = tmp_path / "report"
+    assert run(["audit", "mislabelled", "--index", folder, "--out", str(report)]) == 0
+    said = capsys.readouterr()
+    assert "no curvature" not in said.err
+    approximate = "Self-influence by if is an approximation, by class blocks"
+    assert approximate in " ".join(said.out.split())
+    assert approximate in " ".join((report / "report.html").read_text().split())
+    assert json.loads((report / "result.json").read_text())["self_influence"] == {"if": "class blocks"}
+    wrong = tmp_path / "wrong.txt"
+    wrong.write_text("1 2 3")
+    assert run(["evaluate", "mislabelled", "--index", folder, "--wrong-rows", str(wrong)]) == 0
+    assert approximate in " ".join(capsys.readouterr().out.split())
+    assert run(["audit", "mislabelled", "--index", str(indexes[0].folder)]) == 0
+    assert "class blocks" not in capsys.readouterr().out
     out = tmp_path / "answers.jsonl"
     assert run(["retrieve", "--index", folder, "--text", "a good film", "--method", "if,rif", "--out", str(out)]) == 0
     assert run(["info", folder]) == 0

@@ -16,7 +16,7 @@ from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import listed_values, matrix_figure, provenance, question_record, spearman
 from forebear.evaluation.common.neighbours import label_disagreement, nearest_rows
 from forebear.evaluation.common.passages import NO_LABEL, row_passages
-from forebear.evaluation.measures.mislabelled import LOSS, NEIGHBOURS, self_influence
+from forebear.evaluation.measures.mislabelled import LOSS, NEIGHBOURS, approximations, note_on, self_influence
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
 from forebear.indexer.index import Index
 from forebear.retriever.answers.results import SIDES
@@ -140,7 +140,7 @@ def suspects_report(
     question = retriever.resolve(spec)
     if top < 1:
         raise InputError(f"--top {top}: expected at least 1.")
-    n = len(suspected.rows)
+    n, approximate = len(suspected.rows), approximations(question)
     positions = suspected.order[:top]
     opponents, signs = opponents_of(retriever, question.spec, suspected.rows[positions])
     texts = retriever.index.texts(suspected.rows[positions])
@@ -166,7 +166,7 @@ def suspects_report(
     report = Report(
         "Suspected wrong labels",
         f"Row {suspected.rows[positions[0]]} is the most suspicious of {n:,}. Of the first {len(positions):,}, "
-        f"{wrong:,} have another label by the model or by most of their neighbours.",
+        f"{wrong:,} have another label by the model or by most of their neighbours. {note_on(approximate)}".rstrip(),
         (table,),
         (figure,),
         tuple(_group(suspected, retriever, int(p), opponents[i], i) for i, p in enumerate(positions[:SHOWN_ROWS])),
@@ -177,6 +177,7 @@ def suspects_report(
         "rows": suspected.rows,
         "mean_rank": suspected.combined,
         "values": {name: listed_values(values) for name, values in zip(suspected.names, suspected.values, strict=True)},
+        **({"self_influence": approximate} if approximate else {}),
         "suggested": [None if c == NO_LABEL else retriever.label_names[c] for c in suspected.suggested],
         "listed": suspected.rows[positions],
         "opponents": opponents,
