@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
-from forebear.errors import DataError
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.reading import Reading, count_reading, share
 from forebear.indexer.rows.row_source import RowSource
-from forebear.indexer.training.run import RunCheckpoint, path_to, read_run
+from forebear.indexer.training.run import path_to, run_of_checkpoint
 from forebear.wording import worded
 
 READING_KEY = b"forebear.reading"  # in the schema metadata of a shard of rows
@@ -96,7 +94,8 @@ def row_facts(index: Index) -> RowFacts:
     live = index.live
     labels = index.labels[live]
     last = index.manifest.checkpoints[-1]
-    run = run_checkpoint(path_to(index.folder, last.path))
+    found = run_of_checkpoint(path_to(index.folder, last.path))
+    run = None if found is None else found[2]
     return RowFacts(
         accuracy=float((index.predictions[live] == labels).mean()),
         mean_loss=float(index.losses[live].mean(dtype=np.float64)),
@@ -121,17 +120,3 @@ def _stored_reading(index: Index) -> Reading | None:
             return None
         total += Reading(**json.loads(metadata[READING_KEY]))
     return total
-
-
-def run_checkpoint(path: str) -> RunCheckpoint | None:
-    """The entry of ``run.json`` for a checkpoint folder of a run; None for any other model."""
-    folder = Path(path).resolve()
-    for parent in (folder.parent, folder.parent.parent):  # of a Trainer's run, of one by forebear train
-        try:
-            run = read_run(parent)
-        except DataError:  # a checkpoint can be indexed without a readable run.json
-            continue
-        for checkpoint in () if run is None else run.checkpoints:
-            if (parent / checkpoint.path).resolve() == folder:
-                return checkpoint
-    return None

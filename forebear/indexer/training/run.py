@@ -117,6 +117,24 @@ def read_run(folder: Path) -> Run | None:
         ) from error
 
 
+def run_of_checkpoint(path: str | Path) -> tuple[Path, Run, RunCheckpoint] | None:
+    """The run in whose folder a checkpoint lies: the run's folder, its record, and the checkpoint's entry in it.
+
+    None for a folder of no run, and where ``run.json`` cannot be read: the model can be indexed all the same.
+    """
+    checkpoint_folder = Path(path).resolve()
+    for folder in (checkpoint_folder.parent, checkpoint_folder.parent.parent):  # of a Trainer's run, of forebear train
+        try:
+            run = read_run(folder)
+        except DataError:
+            continue
+        for checkpoint in () if run is None else run.checkpoints:
+            if (folder / checkpoint.path).resolve() == checkpoint_folder:
+                assert run is not None
+                return folder, run, checkpoint
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointPath:
     """A checkpoint to index: its name, its path, and its weight eta in TracIn."""
@@ -135,8 +153,8 @@ class ModelChoice:
         label_mode: The run's label mode; None without a run, as are the attributes below.
         max_length: Longest input in word pieces.
         run: The content of ``run.json``.
-        remark: One line for the user on where eta comes from, if neither the user nor a run gives it, and on a model
-            beside a Trainer's checkpoints that is none of them; else None.
+        remark: One line for the user on where eta comes from, if neither the user nor a run gives it; on a model beside
+            a Trainer's checkpoints that is none of them; on the run that the folders given lie in. Else None.
     """
 
     checkpoints: tuple[CheckpointPath, ...]
@@ -223,7 +241,8 @@ def choose_model(model: str | None, checkpoints: Sequence[str] = (), etas: Seque
     """Resolve ``--model``, ``--checkpoints`` and ``--eta``.
 
     Args:
-        model: A run folder, a model folder or a hub name; may be None when checkpoints are paths.
+        model: A run folder, a model folder or a hub name; may be None when checkpoints are paths. Where all folders
+            given are checkpoints of one run, its record counts as where the run's folder is given.
         checkpoints: Empty (last one only), ``all`` (of a run, or of a Trainer's output folder), names of the run's
             checkpoints, or model folders.
         etas: One weight a checkpoint; default the run's record, else the mean rates that a Trainer logged, else 1.
@@ -232,9 +251,18 @@ def choose_model(model: str | None, checkpoints: Sequence[str] = (), etas: Seque
         InputError: The three do not fit together, or a checkpoint does not exist.
     """
     run = read_run(Path(model)) if model is not None else None
+    within = None if run is not None else _run_around(model, checkpoints)
+    remarks = []
     if run is not None:
         assert model is not None
         chosen = _of_run(run, Path(model), list(checkpoints))
+    elif within is not None:
+        folder, run, chosen = within
+        names = ", ".join(c.name for c in chosen)
+        remarks.append(
+            f"{chosen[-1].path} lies in the run {folder} ({names}): eta, length, loss and columns of rows are those "
+            f"of its {RUN_NAME}, where nothing else is given"
+        )
     elif not checkpoints:
         if model is None:
             raise InputError("no model given. Name one by --model, or its checkpoints by --checkpoints.")
@@ -255,7 +283,6 @@ def choose_model(model: str | None, checkpoints: Sequence[str] = (), etas: Seque
         chosen = [CheckpointPath(name=f"checkpoint-{i + 1}", path=path, eta=1.0) for i, path in enumerate(checkpoints)]
         if model is not None and Path(model).resolve() != Path(checkpoints[-1]).resolve():
             chosen.append(CheckpointPath(name="final", path=model, eta=1.0))
-    remarks = []
     if run is None and not etas and (len(chosen) > 1 or list(checkpoints) == ["all"]):
         chosen, remark = _with_logged_rates(chosen)
         remarks.append(remark)
@@ -279,7 +306,21 @@ def choose_model(model: str | None, checkpoints: Sequence[str] = (), etas: Seque
         label_mode=run.label_mode,
         max_length=run.max_length,
         run=run,
+        remark="; ".join(remarks) or None,
     )
+
+
+def _run_around(model: str | None, checkpoints: Sequence[str]) -> tuple[Path, Run, list[CheckpointPath]] | None:
+    """The run that all folders given are checkpoints of, and these checkpoints, in the order given; None without."""
+    paths = list(checkpoints)
+    if model is not None and (not paths or Path(model).resolve() != Path(paths[-1]).resolve()):
+        paths.append(model)
+    found = [one for path in paths if (one := run_of_checkpoint(path)) is not None]
+    if not paths or len(found) < len(paths) or len({folder for folder, _, _ in found}) > 1:
+        return None
+    folder, run, _ = found[0]
+    chosen = [CheckpointPath(name=c.name, path=path, eta=c.eta) for path, (_, _, c) in zip(paths, found, strict=True)]
+    return folder, run, chosen
 
 
 def _is_another_model(folder: str, checkpoint: str) -> bool:

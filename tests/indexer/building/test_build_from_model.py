@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -17,6 +18,7 @@ import forebear
 from forebear.cli.main import run
 from forebear.indexer.building.options import BuildOptions, Work
 from forebear.indexer.storage.choices import BuildKeywords, WorkKeywords
+from forebear.indexer.training.run import choose_model, read_run
 from forebear.progress import Progress
 
 TEXTS, OTHERS = sentences(30, seed=3), sentences(30, seed=4)
@@ -48,6 +50,30 @@ def test_a_run_says_what_the_command_takes_from_it(trained: tuple[Path, Path], t
     spec = index.manifest.spec
     assert (spec.text_columns, spec.max_length, len(index.manifest.checkpoints)) == (("said", "sentence"), 11, 2)
     assert hashes(tmp_path / "a" / "i") == hashes(tmp_path / "b" / "i")
+
+
+def test_a_checkpoint_of_a_run_is_indexed_as_the_run_says(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """Folder for folder the same as through the run, byte for byte: length, columns of texts, eta."""
+    model, data = trained
+    said: list[str | None] = []
+    folders = [str(model / c.path) for c in read_run(model).checkpoints]  # type: ignore[union-attr]
+    for name, through_run, by_folder in (
+        ("one", {"model": model}, {"model": folders[-1]}),
+        ("first", {"model": model, "checkpoints": ["epoch-1"]}, {"model": folders[0]}),
+        ("both", {"model": model, "checkpoints": ["all"]}, {"model": None, "checkpoints": folders}),
+        ("ended", {"model": model, "checkpoints": ["all"]}, {"model": folders[1], "checkpoints": folders[:1]}),
+    ):
+        indexes = []
+        for number, chosen in enumerate((through_run, by_folder)):
+            (tmp_path / f"{name}{number}").mkdir()
+            out = tmp_path / f"{name}{number}" / "i"
+            indexes.append(forebear.Index.build(rows=data, out=out, dampings=(), warn=said.append, **chosen))  # type: ignore[arg-type]
+        assert hashes(indexes[0].folder) == hashes(indexes[1].folder), name
+        assert indexes[1].manifest.spec.max_length == 11
+    assert sum(f"lies in the run {model}" in (line or "") for line in said) == 4
+    elsewhere = Path(shutil.copytree(folders[-1], tmp_path / "copy"))
+    assert choose_model(str(elsewhere)).run is None
+    assert choose_model(None, [folders[0], str(elsewhere)]).run is None
 
 
 def test_what_is_given_wins_over_the_run(trained: tuple[Path, Path], tmp_path: Path) -> None:

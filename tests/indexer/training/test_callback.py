@@ -92,6 +92,17 @@ def test_the_loss_of_the_script_is_the_runs(model: Path, tmp_path: Path) -> None
         ForebearCallback(training_rows(), class_weights=(1, -1))
 
 
+def test_a_trainers_checkpoint_given_alone_has_the_loss_of_its_run(model: Path, tmp_path: Path) -> None:
+    callback = ForebearCallback(training_rows(), class_weights=(0.5, 1.5))
+    trainer(model, tmp_path / "run", callback, label_smoothing_factor=0.1).train()
+    index = forebear.Index.build(
+        tmp_path / "run" / "checkpoint-12", training_rows(), tmp_path / "index", dampings=(), warn=lambda _line: None
+    )
+    spec = index.manifest.spec
+    assert (spec.class_weights, spec.label_smoothing, spec.max_length) == ((0.5, 1.5), 0.1, 20)
+    assert index.manifest.checkpoints[0].name == "checkpoint-12"
+
+
 def test_the_length_at_which_the_tokenizer_cut_is_the_runs(model: Path, tmp_path: Path) -> None:
     trainer(model, tmp_path / "run", ForebearCallback(training_rows()), num_train_epochs=1).train()
     assert choose_model(str(tmp_path / "run")).max_length == 20
