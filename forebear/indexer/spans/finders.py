@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from forebear.errors import DataError, InputError, MismatchError
 from forebear.indexer.model.loading import weights_sha256
-from forebear.indexer.rows.user_code import load_function
 from forebear.indexer.spans.text import Finder, Span, covering, place_of_term, split_text
+from forebear.indexer.spans.user_code import load_function
 from forebear.indexer.storage.arrow import file_sha256
 
 FOUND = ("clauses", "sentences", "words")

@@ -11,7 +11,7 @@ import numpy as np
 from forebear.errors import DataError, InputError
 from forebear.evaluation.audits.artifacts.lexical_overlap import lexical_overlap, premise_first
 from forebear.indexer.index import Index
-from forebear.indexer.rows.user_code import load_function
+from forebear.indexer.spans.user_code import load_function
 
 NEGATIONS = (
     "no", "not", "n't", "never", "none", "nobody", "nothing", "neither", "nor", "nowhere", "without", "cannot",
