@@ -159,10 +159,13 @@ def _build_or_change(
 def _say_what_was_built(built: Index, place: OutOptions, *, of_rows: bool, seconds: float) -> None:
     """Say what the index holds now, and of new rows what is odd about them."""
     from forebear.indexer.building.row_facts import row_facts
+    from forebear.indexer.gradients.self_check import CheckedGradients
 
     manifest, out = built.manifest, place.out
     if manifest.spec.sketched_scopes and manifest.fit_age.is_stale:
         warn(f"{out}: {manifest.fit_age}.")
+    if manifest.generation == 0 and manifest.self_check:
+        say(CheckedGradients(**manifest.self_check).describe())
     if of_rows:
         facts = row_facts(built)
         for line in facts.describe():

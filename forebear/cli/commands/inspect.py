@@ -94,6 +94,7 @@ def index_facts(index: Any) -> dict[str, Any]:
         "digest": manifest.digest(),
         "spec_digest": spec.digest(),
         "rows": {"live": manifest.n_live, "retired": manifest.n_retired, "given_out": manifest.n_rows},
+        "self_check": manifest.self_check or None,
         "row_facts": asdict(rows) | {"lines": rows.describe(), "warnings": rows.warnings()},
         "segments": [asdict(segment) for segment in manifest.segments],
         "text_columns": list(spec.text_columns),
@@ -150,6 +151,7 @@ def index_facts(index: Any) -> dict[str, Any]:
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    from forebear.indexer.gradients.self_check import CheckedGradients
     from forebear.indexer.storage.manifest import FitAge
 
     rows, stored = facts["rows"], facts["bytes"]
@@ -169,6 +171,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("labels", ", ".join(facts["label_names"]) + (f" ({facts['label_mode']})" if facts["label_mode"] else "")),
         ("model", f"max length {facts['max_length']}, {facts['precision']}"),
     ]
+    if facts["self_check"]:
+        lines.append(("model", CheckedGradients(**facts["self_check"]).describe()))
     if weights := facts["loss"]["class_weights"]:
         lines.append(("loss", "class weights " + ", ".join(f"{name} {weight:.4g}" for name, weight in weights.items())))
     if smoothing := facts["loss"]["label_smoothing"]:

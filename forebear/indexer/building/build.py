@@ -152,7 +152,7 @@ def _build(
     encoder = None
     if "sbert" in options.stores:
         encoder = load_sentence_encoder(options.sentence_model, device=options.device)
-    spec, listed, loaded = make_spec(
+    spec, listed, loaded, checked = make_spec(
         source, checkpoints, classifier, options, None if encoder is None else encoder.sha256
     )
     segment = segment_of(source, 0)
@@ -176,7 +176,7 @@ def _build(
             work.tell(f"{folder} was built from these rows before: nothing is left to do.")
             return index
     build = {"kind": "build", "segment": segment.rows, "checkpoints": [c.name for c in listed]}
-    spec = begin_build(folder, build, spec, replaces=replaces)
+    spec, self_check = begin_build(folder, build, spec, asdict(checked.rounded), replaces=replaces)
     n_queries = options.calibration_queries if spec.sketched_scopes else None
     manifest = Manifest(
         spec=spec,
@@ -187,6 +187,7 @@ def _build(
         n_retired=0,
         generation=0,
         feature_dim=classifier.feature_dim,
+        self_check=self_check,
         calibration_queries=n_queries,
         libraries=library_versions(),
     )

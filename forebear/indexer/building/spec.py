@@ -10,7 +10,7 @@ import torch
 
 from forebear.errors import InputError, MismatchError
 from forebear.indexer.building.options import BuildOptions
-from forebear.indexer.gradients.self_check import check_gradients
+from forebear.indexer.gradients.self_check import CheckedGradients, check_gradients, worst_of
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.loading import Fingerprint, load_classifier, stored_fingerprint
@@ -29,7 +29,7 @@ def make_spec(
     last: Classifier,
     options: BuildOptions,
     sentence_sha256: str | None,
-) -> tuple[IndexSpec, tuple[Checkpoint, ...], dict[str, Classifier]]:
+) -> tuple[IndexSpec, tuple[Checkpoint, ...], dict[str, Classifier], CheckedGradients]:
     """The spec of a build; fingerprints every checkpoint, and checks that all come from one run.
 
     Args:
@@ -42,7 +42,7 @@ def make_spec(
     Returns:
         The spec; the checkpoints; and the models in memory, by checkpoint name: the last one, and the first one if its
         fingerprint could only be had by loading it. So at most two models are in memory, and the pass, which begins
-        with the first checkpoint, need not load that again.
+        with the first checkpoint, need not load that again. And what the check of gradients found.
     """
     names = [c.name for c in checkpoints]
     if len(set(names)) != len(names):
@@ -52,7 +52,7 @@ def make_spec(
     check = partial(
         check_gradients, scopes=options.scopes, rows=rows, with_bias=options.with_bias, words="words" in options.stores
     )
-    check(last)
+    checks = [check(last)]
     records = [_listed(checkpoints[-1], last.sha256)]
     for checkpoint in reversed(checkpoints[:-1]):
         loaded = {names[-1]: last}  # lets go of the model loaded before, ahead of loading the next
@@ -71,7 +71,7 @@ def make_spec(
             )
         if isinstance(model, Classifier):
             model = replace(model, loss=last.loss)
-            check(model)
+            checks.append(check(model))
             if model.max_length == last.max_length:
                 loaded[checkpoint.name] = replace(model, label_names=label_names)
         records.insert(0, _listed(checkpoint, model.sha256))
@@ -92,7 +92,7 @@ def make_spec(
         sentence_sha256=sentence_sha256,
         n_threads=torch.get_num_threads(),
     )
-    return spec, tuple(records), loaded
+    return spec, tuple(records), loaded, worst_of(checks)
 
 
 def _listed(checkpoint: CheckpointPath, sha256: str) -> Checkpoint:

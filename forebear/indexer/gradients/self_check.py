@@ -36,15 +36,43 @@ class CheckedGradients:
 
     Attributes:
         n_rows: Rows that were compared.
-        scopes: Names of the scopes, and ``embedding`` where words were compared.
-        largest_error: Largest difference of a gradient's number from autograd's, by its block's largest.
+        errors: Largest difference of a gradient's number from autograd's, by its block's largest: by the name of the
+            scope, with ``embedding`` where words were compared.
         largest_logit_error: Largest difference of a logit in a padded batch from the row's alone, by the largest logit.
     """
 
     n_rows: int
-    scopes: tuple[str, ...]
-    largest_error: float
+    errors: dict[str, float]
     largest_logit_error: float
+
+    @property
+    def largest_error(self) -> float:
+        """The largest over all scopes."""
+        return max(self.errors.values())
+
+    @property
+    def rounded(self) -> CheckedGradients:
+        """With errors to two figures, as a manifest keeps them."""
+        errors = {scope: _two_figures(error) for scope, error in self.errors.items()}
+        return CheckedGradients(self.n_rows, errors, _two_figures(self.largest_logit_error))
+
+    def describe(self) -> str:
+        """A line that states what was found."""
+        by_scope = ", ".join(f"{scope} {error:.1e}" for scope, error in self.errors.items())
+        return (
+            f"checked on {self.n_rows} rows: gradients differ from plain autograd's by {by_scope} of a block's largest "
+            f"number, logits in a padded batch by {self.largest_logit_error:.1e}"
+        )
+
+
+def worst_of(checks: Sequence[CheckedGradients]) -> CheckedGradients:
+    """The largest errors of several checkpoints, checked at the same rows and scopes."""
+    errors = {scope: max(check.errors[scope] for check in checks) for scope in checks[0].errors}
+    return CheckedGradients(checks[0].n_rows, errors, max(check.largest_logit_error for check in checks))
+
+
+def _two_figures(value: float) -> float:
+    return float(f"{value:.1e}")
 
 
 def check_gradients(
@@ -75,8 +103,8 @@ def check_gradients(
     classifier = replace(classifier, precision="fp32")
     chosen = _rows_of_different_lengths(rows) if rows else _texts(classifier)
     logit_error = _check_logits(classifier, chosen)
-    error = max(_check_scope(classifier, scope, chosen) for scope in checked)
-    return CheckedGradients(len(chosen), tuple(scope.name for scope in checked), error, logit_error)
+    errors = {scope.name: _check_scope(classifier, scope, chosen) for scope in checked}
+    return CheckedGradients(len(chosen), errors, logit_error)
 
 
 def _texts(classifier: Classifier) -> list[Row]:

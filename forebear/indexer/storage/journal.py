@@ -236,18 +236,21 @@ def begin_change(folder: Path, manifest: Manifest, change: dict[str, Any], journ
         _write_journal(folder, change | {"onto": manifest.digest()}, manifest.spec)
 
 
-def begin_build(folder: Path, build: dict[str, Any], spec: IndexSpec, *, replaces: bool) -> IndexSpec:
+def begin_build(
+    folder: Path, build: dict[str, Any], spec: IndexSpec, self_check: dict[str, Any], *, replaces: bool
+) -> tuple[IndexSpec, dict[str, Any]]:
     """Write the journal of a build, or check that the journal in the folder is of the same build.
 
     Args:
         folder: The index.
         build: The build's ``kind``, and the inputs that tell it from others, without the spec.
         spec: The spec of the build.
+        self_check: What was found before the build, whose last figures may differ when it is resumed.
         replaces: Whether the index or build in the folder is removed. The journal says so until it is removed, so that
             a build that is killed before that can be resumed.
 
     Returns:
-        The spec of the build, with the thread count that it was begun with.
+        The spec of the build, with the thread count that it was begun with; and the ``self_check`` of its beginning.
     """
     journal = None if replaces else read_journal(folder)
     if journal is not None:
@@ -255,13 +258,15 @@ def begin_build(folder: Path, build: dict[str, Any], spec: IndexSpec, *, replace
         later = later_choices(folder, journal["spec"], journal.get("checkpoints"))
         same_or_refuse(comparable(journal["spec"], later), comparable(asdict(spec), later), folder)
         spec = replace(spec, n_threads=journal["spec"]["n_threads"])
+        self_check = journal.get("self_check", self_check)
         for scope in () if spec.whitened else spec.sketched_scopes:
             (folder / curvature_name(scope)).unlink(missing_ok=True)
+    build = build | {"self_check": self_check}
     if replaces or (journal is not None and journal.get("replaces")):
         _write_journal(folder, build | {"replaces": True}, spec)
         clear(folder)
     _write_journal(folder, build, spec)  # also of a resumed build, whose later choices may have changed
-    return spec
+    return spec, self_check
 
 
 def _write_journal(folder: Path, change: dict[str, Any], spec: IndexSpec) -> None:

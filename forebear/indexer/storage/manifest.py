@@ -61,7 +61,7 @@ def digest_of(value: Any) -> str:
 # field with this value is left out of the manifest, so that the digests of the first indexes still match.
 _LATER: dict[str, Any] = LATER_CHOICES | {
     "calibration": {}, "spans_sha256": None, "fit": {}, "calibration_queries": None, "n_left_out": 0,
-    "row_format": {},
+    "row_format": {}, "self_check": {},
 }  # fmt: skip
 # Fields that are written before a certain choice, and that choice: the order of older versions, so that a manifest
 # has the same bytes.
@@ -187,6 +187,7 @@ class Manifest:
     n_retired: int
     generation: int  # counts the changes (append, retire) since the first build
     feature_dim: int
+    self_check: dict[str, Any] = field(default_factory=dict)  # before the build: gradients against plain autograd
     fit: dict[str, int] = field(default_factory=dict)  # of the last refit: generation, n_rows, n_retired
     curvature: dict[str, Any] = field(default_factory=dict)  # scope -> solver -> facts
     calibration_queries: int | None = (

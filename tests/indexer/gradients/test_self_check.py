@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from families import make_family
+from tiny import labels, sentences, write_jsonl
 
+from forebear.cli.main import run
 from forebear.errors import ModelError
+from forebear.indexer.building import build
 from forebear.indexer.building.build import BuildOptions, build_index
+from forebear.indexer.building.spec import make_spec
 from forebear.indexer.gradients import self_check
 from forebear.indexer.gradients.embedding_uses import EmbeddingUses
 from forebear.indexer.gradients.layer_uses import LayerUses
 from forebear.indexer.gradients.self_check import check_gradients
+from forebear.indexer.index import Index
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.row_source import rows_from_texts
@@ -33,7 +40,7 @@ def test_rows_of_different_lengths_agree_with_autograd(folder):
         classifier, ["head", "top-1", "all"], encode(classifier, [TEXTS]), with_bias=True, words=True
     )
     assert checked.n_rows == 4
-    assert checked.scopes == ("head", "top-1", "all", "embedding")
+    assert tuple(checked.errors) == ("head", "top-1", "all", "embedding")
     assert 0 < checked.largest_error < 1e-4
     assert 0 < checked.largest_logit_error < 1e-5
 
@@ -126,3 +133,39 @@ def test_a_build_is_refused_before_anything_is_written(folder, tmp_path, monkeyp
     with pytest.raises(ModelError, match="differs"):
         build_index(rows, tmp_path / "index", choose_model(str(folder)).checkpoints, options)
     assert not (tmp_path / "index").exists()
+
+
+def test_what_was_found_is_said_and_kept(folder, tmp_path, capsys, monkeypatch):
+    data = write_jsonl(tmp_path / "rows.jsonl", text=sentences(12), label=labels(12))
+    out = tmp_path / "index"
+    command = ["index", "--model", str(folder), "--train", str(data), "--scope", "head,top-1", "--calibrate", "0"]
+    assert run([*command, "--out", str(out)]) == 0
+    line = "checked on 4 rows: gradients differ from plain autograd's by head "
+    assert line in " ".join(capsys.readouterr().err.split())
+    kept = Index.open(out).manifest.self_check
+    assert (kept["n_rows"], list(kept["errors"])) == (4, ["head", "top-1"])
+    assert all(0 < error < 1e-4 for error in kept["errors"].values())
+    assert run(["info", str(out)]) == 0
+    assert line in " ".join(capsys.readouterr().out.split())
+    bytes_before = (out / "manifest.json").read_bytes()
+
+    def found_otherwise(*given, **choices):
+        *made, checked = make_spec(*given, **choices)
+        return *made, replace(checked, errors=dict.fromkeys(checked.errors, 0.5))
+
+    def die(*_given):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "make_spec", found_otherwise)
+        assert run([*command, "--out", str(out), "--resume"]) == 0
+        assert (out / "manifest.json").read_bytes() == bytes_before
+    begun = tmp_path / "begun"
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "finish", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            Index.build(str(folder), data, begun, scopes=("head", "top-1"), calibration_queries=0, warn=lambda _l: None)
+    with monkeypatch.context() as patched:  # the last figures may differ on another machine
+        patched.setattr(build, "make_spec", found_otherwise)
+        assert run([*command, "--out", str(begun), "--resume"]) == 0
+    assert Index.open(begun).manifest.self_check == kept
