@@ -34,6 +34,7 @@ def world(tmp_path_factory):
     make_tiny_model(folder / "model")
     write(folder / "train.csv", 40, 1)
     write(folder / "test.csv", 6, 2)
+    write(folder / "test.txt", 6, 2)
     lines = (folder / "train.csv").read_text("latin-1").replace(";mark", ";truth").replace(";1\n", ";0\n", 3)
     (folder / "relabelled.csv").write_text(lines, "latin-1")
     named = ["--text-columns", "verbatim", "--label-column", "mark", "--label-names", "bad,good"]
@@ -65,6 +66,7 @@ def test_run_and_index_remember_how_rows_are_read(world):
         "evaluate mislabelled --train {0}/relabelled.csv --true-label truth --method gd",
         "audit errors --test {0}/test.csv --method gd --top 2",
         "audit duplicates --test {0}/test.csv",
+        "audit errors --test {0}/test.txt --method gd --top 2",
     ],
 )
 def test_later_commands_read_other_rows_likewise_without_options(world, tmp_path, capsys, command):

@@ -71,6 +71,13 @@ class TextChoices:
             return encoding_of(self.encoding)
         return None if self.like.encoding is None or is_utf8(name) else self.like.encoding
 
+    def is_remembered(self, name: str) -> bool:
+        """Whether the first line of a text file holds the delimiter that is remembered."""
+        if self.like.delimiter is None:
+            return False
+        with reading(name, "text"), open_text(name, self.encoding_of(name)) as file:
+            return self.like.delimiter.encode() in file.readline(1 << 16)
+
     def delimiter_of(self, name: str, default: str, encoding: str | None) -> str:
         """What parts the values of a text file: as given, as remembered if the header holds it, else the default."""
         if self.delimiter is not None:
@@ -149,6 +156,7 @@ def _open_file(name: str, choices: TextChoices) -> Reader:
         )
     way_out = next((way for endings, way in WAYS_OUT.items() if ending.endswith(endings)), None)
     is_said_to_be_text = choices.delimiter is not None and way_out in (None, TEXT_FILE)
+    is_said_to_be_text |= way_out == TEXT_FILE and choices.is_remembered(name)
     if not ending.endswith(FORMATS) and not is_said_to_be_text:
         known = f"{name} is {way_out}" if way_out else f"{name} is no data file that forebear knows"
         raise DataError(f"{known}; expected {FORMATS_TEXT}.")
