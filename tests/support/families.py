@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ DEBERTA_V3 = {
     "position_biased_input": False,
 }
 RIGHT = "right"
+REFUSED_BY_NAME = "refused by name"
 T5 = ("t5", "umt5", "mt5")
 # What scopes top-1 and all do: right, or a part of the refusal.
 FAMILIES = {
@@ -64,6 +66,12 @@ LOADED_ANEW = (
     "esm", "gte", "jina_embeddings_v3", "nomic_bert", "bart", "mbart", "mvp", "plbart", "bigbird_pegasus", "t5", "umt5",
     "mt5", "mixtral",
 )  # fmt: skip
+# Where an adapter of all linear layers is not right at its own weights: a part of the refusal.
+ADAPTERS = {
+    "canine": "has no word embeddings",
+    "ibert": "No modules were targeted",  # by PEFT itself: its linear layers are not torch's
+    "mixtral": "mlp.gate.lora_A",
+}
 EQUAL_LENGTHS = ("canine", "convbert", "fnet", "nystromformer", "xlnet", "yoso")  # their predictions depend on padding
 BEYOND = {  # where one of both scopes holds
     "albert": "`all` exact; its layers share their weights, so there is no `top-K`",
@@ -107,6 +115,24 @@ def make_family(folder: Path, kind: str, *, pad: bool = True) -> Path:
     return folder
 
 
+def make_family_adapter(folder: Path, kind: str) -> Path:
+    """Save a random LoRA of a family's tiny classifier, which is saved beside it: every linear layer is adapted.
+
+    What lies outside the base model, its head, was trained whole.
+    """
+    import peft
+
+    base = make_family(folder / "base", kind)
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    own = [name for name, part in model.named_children() if name != model.base_model_prefix and list(part.parameters())]
+    config = peft.LoraConfig(
+        r=2, target_modules="all-linear", init_lora_weights=False, task_type="SEQ_CLS", modules_to_save=own
+    )
+    torch.manual_seed(1)
+    peft.get_peft_model(model, config).save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
 def autograd(classifier: Classifier, names: list[str], texts=TEXTS, classes=LABELS) -> list[torch.Tensor]:
     """Gradients of parameters, one row at a time, no padding: ``(n, ...)`` each."""
     parameters = [classifier.model.get_parameter(name).requires_grad_(True) for name in names]
@@ -125,19 +151,31 @@ def relative_error(found: list[torch.Tensor], truth: list[torch.Tensor]) -> floa
     return max(float((f - t).abs().max()) for f, t in zip(found, truth, strict=True)) / largest
 
 
-def table_line(kind: str, classifier: Classifier, error: Callable[[Classifier, str], float]) -> str:
-    """The family's line in docs/models.md: what holds at its head, beyond it and at its words, with errors."""
+def table_line(kind: str, classifier: Classifier, error: Callable[[Classifier, str], float], adapter: str) -> str:
+    """The family's line in docs/models.md: what holds at its head, beyond it, at an adapter and at its words."""
     head = error(classifier, "head")
     if FAMILIES[kind] == RIGHT:
         beyond = f"exact ({max(error(classifier, scope) for scope in ('top-1', 'all')):.0e})"
     elif kind in BEYOND:
         beyond = BEYOND[kind]
     else:
-        beyond = "refused by name"
-    words = "refused by name" if kind in NO_WORDS else "exact"
+        beyond = REFUSED_BY_NAME
+    words = REFUSED_BY_NAME if kind in NO_WORDS else "exact"
     remarks = ["only rows of one length share a batch"] if classifier.equal_lengths else []
     remarks += ["beyond the head a row is alone in its batch"] if _runs_alone(kind, classifier) else []
-    return f"| {kind} | exact ({head:.0e}) | {beyond} | {words} | {'; '.join(remarks)} |"
+    return f"| {kind} | exact ({head:.0e}) | {beyond} | {adapter} | {words} | {'; '.join(remarks)} |"
+
+
+def adapter_error(folder: Path, kind: str) -> float:
+    """Largest error of the gradients of a family's adapter, made in a folder."""
+    return largest_error(load_classifier(make_family_adapter(folder, kind)), "adapter")
+
+
+def adapter_cell(kind: str, error: Callable[[], float]) -> str:
+    """What holds at the weights of a family's adapter."""
+    if kind == "ibert":
+        return "PEFT has none"
+    return REFUSED_BY_NAME if kind in ADAPTERS else f"exact ({error():.0e})"
 
 
 def _runs_alone(kind: str, classifier: Classifier) -> bool:
@@ -154,10 +192,12 @@ def largest_error(classifier: Classifier, name: str) -> float:
 
 def write_table(page: Path, folder: Path) -> None:
     """Write the lines of all families between the table's header and the next empty line of a page."""
-    lines = [
-        table_line(kind, load_classifier(make_family(folder / kind, kind)), largest_error) for kind in sorted(FAMILIES)
-    ]
-    before, header, rest = page.read_text(encoding="utf-8").partition("| --- | --- | --- | --- | --- |\n")
+    lines = []
+    for kind in sorted(FAMILIES):
+        at = folder / kind
+        cell = adapter_cell(kind, partial(adapter_error, at, kind))
+        lines.append(table_line(kind, load_classifier(make_family(at, kind)), largest_error, cell))
+    before, header, rest = page.read_text(encoding="utf-8").partition("| --- | --- | --- | --- | --- | --- |\n")
     page.write_text(before + header + "\n".join(lines) + "\n" + rest[rest.index("\n\n") + 1 :], encoding="utf-8")
 
 

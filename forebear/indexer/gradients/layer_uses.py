@@ -52,6 +52,7 @@ class LayerUses:
                 watched = self._shared.expand(output, self._tracking(output))
             elif not output.requires_grad or name in self._shared_layers:  # changed in place, perhaps: watch a copy
                 watched = output + self._tracking(output)
+                self._shared.follow(a, watched)
             else:
                 watched = output
             watched.register_hook(lambda delta: self._arrive(block, number, delta))  # type: ignore[no-untyped-call]

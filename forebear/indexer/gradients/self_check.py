@@ -19,6 +19,7 @@ from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.forward import forward_batch
 from forebear.indexer.model.network.batches import pad_batch
+from forebear.indexer.model.network.pretrained import first_line
 from forebear.indexer.model.network.probe import SHORT_TEXT, TEXT, encoded_text
 from forebear.indexer.model.scopes import Block, Scope, embedding_scope, scope_of
 from forebear.ratio import ratio
@@ -152,7 +153,14 @@ def _check_scope(classifier: Classifier, scope: Scope, rows: list[Row]) -> float
     for start in range(0, len(rows), at_once):
         some = rows[start : start + at_once]
         found: dict[str, LayerFactors] = {}
-        _, logits = Tape(classifier, [scope]).record(some, _unlikely(classifier.loss), found.__setitem__)
+        try:
+            _, logits = Tape(classifier, [scope]).record(some, _unlikely(classifier.loss), found.__setitem__)
+        except RuntimeError as error:  # of torch: the model takes a watched output in a way that hooks do not foresee
+            raise ModelError(
+                f"{classifier.name} ({type(classifier.model).__name__}) does not run while layers of scope "
+                f"{scope.name} are watched ({first_line(error)}); the scope is not supported. Use --scope head.",
+                of="index",
+            ) from error
         for i, row in enumerate(some):
             truth = _autograd(classifier, scope, row, int(logits[i].argmin()))
             size = max(float(g.abs().max()) for g in truth.values())

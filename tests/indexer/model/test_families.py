@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from families import (
+    ADAPTERS,
     EQUAL_LENGTHS,
     FAMILIES,
     LABELS,
@@ -20,9 +21,11 @@ from families import (
     REFUSED,
     RIGHT,
     TEXTS,
+    adapter_cell,
     autograd,
     largest_error,
     make_family,
+    make_family_adapter,
     relative_error,
     table_line,
 )
@@ -40,6 +43,7 @@ from forebear.indexer.model.encoding import Encoded, encode
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, run_forward
 from forebear.indexer.model.loading import Fingerprint, load_classifier, stored_fingerprint
 from forebear.indexer.model.network.batches import pad_batch
+from forebear.indexer.model.network.shared_layers import SharedUses
 from forebear.indexer.model.scopes import embedding_block, scope_of
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.training.run import choose_model
@@ -97,6 +101,32 @@ def test_a_family_that_is_not_supported_is_refused_by_name(kind, family):
         load_classifier(family(kind))
     assert "\n" not in str(caught.value)
     assert str(family(kind)) in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_adapter_of_a_family_agrees_with_autograd_or_is_refused_by_name(kind, tmp_path):
+    """At the adapter's own weights: an A and a B in every linear layer, and what lies outside the base model."""
+    pytest.importorskip("peft", reason="needs peft: pip install 'forebear[peft]'")
+    if kind in ADAPTERS:
+        with pytest.raises((ModelError, ValueError), match=ADAPTERS[kind]):
+            check_gradients(load_classifier(make_family_adapter(tmp_path, kind)), ["head", "adapter"])
+        return
+    classifier = load_classifier(make_family_adapter(tmp_path, kind))
+    check_gradients(classifier, ["head", "adapter"], encode(classifier, [TEXTS]))
+    assert largest_error(classifier, "adapter") < 2e-5
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_a_model_that_does_not_run_while_its_layers_are_watched_is_refused_by_name(tmp_path, monkeypatch):
+    """As DeBERTa's adapters did not, whose relative positions were repeated for the rows once more."""
+    pytest.importorskip("peft", reason="needs peft: pip install 'forebear[peft]'")
+    monkeypatch.setattr(SharedUses, "follow", lambda *_: None)
+    classifier = load_classifier(make_family_adapter(tmp_path, "deberta-v2"))
+    with pytest.raises(ModelError, match="does not run while layers of scope adapter are watched") as caught:
+        check_gradients(classifier, ["head", "adapter"])
+    assert "\n" not in str(caught.value)
 
 
 # Heads at every word piece
@@ -374,5 +404,6 @@ def test_the_page_of_models_says_of_a_family_what_is_so(kind, family):
     def without_errors(line: str) -> str:
         return re.sub(r"\(\de-\d+\)", "", line)
 
-    line = table_line(kind, load_classifier(family(kind)), lambda _classifier, _scope: 1e-7)
+    cell = adapter_cell(kind, lambda: 1e-7)
+    line = table_line(kind, load_classifier(family(kind)), lambda _classifier, _scope: 1e-7, cell)
     assert without_errors(line) == without_errors(LINES[kind])

@@ -130,6 +130,11 @@ class SharedUses(TorchFunctionMode):
         self._expanded.append(out)
         return out
 
+    def follow(self, inputs: torch.Tensor, output: torch.Tensor) -> None:
+        """Count the output of a layer as expanded where its inputs are, as of the two layers of an adapter."""
+        if self._is_expanded(inputs):
+            self._expanded.append(output)
+
     def expand_after(self, zero: torch.Tensor) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor | None]:
         """A forward hook that expands the outputs of shared uses."""
         return lambda _module, args, output: self.expand(output, zero) if is_shared(args[0], self._n_rows) else None
