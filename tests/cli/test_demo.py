@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from places import HAS_MINILM, NO_MINILM, ROOT
+from warm import run_command, run_program
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FOREBEAR = Path(sys.executable).parent / "forebear"
@@ -48,9 +49,8 @@ def test_the_artifact_regression_finds_the_planted_artifact_and_no_other(world):
     (folder / "mine.py").write_text('def odd(row):\n    return len(row["premise"]) % 2\n')
     found = {}
     for name, options in (("overlap", []), ("artifact", ["--feature", "mine.py:odd"])):
-        command = [FOREBEAR, "audit", name, *options, "--index", "runs/demo/index", "--queries", "0", "--json"]
-        command += ["--test", "runs/demo/data/probe.parquet"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        arguments = ["audit", name, *options, "--index", "runs/demo/index", "--queries", "0", "--json"]
+        done = run_command([*arguments, "--test", "runs/demo/data/probe.parquet"], folder)
         assert done.returncode == 0, done.stderr
         found[name] = json.loads(done.stdout)["methods"]["if"]["groups"]["all"]
     assert found["overlap"]["rows_low"] > 0
@@ -60,7 +60,7 @@ def test_the_artifact_regression_finds_the_planted_artifact_and_no_other(world):
 
 def test_the_demo_is_not_run_over_without_force(world):
     folder, _ = world
-    done = subprocess.run([FOREBEAR, "demo"], cwd=folder, capture_output=True, text=True, check=False)
+    done = run_command(["demo"], folder)
     assert done.returncode == 2
     assert "--force" in done.stderr
 
@@ -68,7 +68,7 @@ def test_the_demo_is_not_run_over_without_force(world):
 def test_the_python_in_readme_runs(world):
     folder, _ = world
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    done = run_program(code, folder)
     assert done.returncode == 0, done.stderr
     assert "proponent" in done.stdout
     assert done.stdout.count("\n") == 21  # a heading and 2 methods x 2 sides x 5 rows
@@ -76,8 +76,6 @@ def test_the_python_in_readme_runs(world):
 
 def test_the_index_of_the_demo_verifies(world):
     folder, _ = world
-    done = subprocess.run(
-        [FOREBEAR, "verify", "runs/demo/index"], cwd=folder, capture_output=True, text=True, check=False
-    )
+    done = run_command(["verify", "runs/demo/index"], folder)
     assert done.returncode == 0, done.stderr
     assert "whole" in done.stdout

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from places import HAS_MINILM, NO_MINILM, ROOT
+from warm import run_command, run_program
 
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 BLOCK = re.compile(r"^```(python|console|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -20,12 +20,9 @@ def alike(line: str) -> str:
     return " ".join(re.sub(r"[\d,.]*\d%?", "N", line).split())
 
 
-def run(command: list[str], folder: Path) -> str:
-    """What a command prints on both streams; it must end well."""
-    scripts = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "80"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+def printed_by(done: subprocess.CompletedProcess[str]) -> str:
+    """What a process printed on both streams; it must have ended well."""
+    assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
 
@@ -50,11 +47,12 @@ def test_a_tutorial_runs_as_it_stands(path, tmp_path):
     printed = ""
     for kind, block in blocks:
         if kind == "python":
-            printed = run([sys.executable, "-c", block], tmp_path)
+            printed = printed_by(run_program(block, tmp_path))
         elif kind == "console":
             for command, shown in commands(block):
-                assert command.startswith("forebear ")
-                printed = run(["bash", "-c", command], tmp_path)
+                program, *arguments = shlex.split(command)
+                assert program == "forebear"
+                printed = printed_by(run_command(arguments, tmp_path, os.environ | {"COLUMNS": "80"}))
                 must_hold(printed, shown)
             printed = ""  # a text that follows a command is a part of a longer output
         elif printed:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 from places import GOLDEN
 from tiny import WORDS, labels, make_tiny_model, sentences, without_tokenizer, write_jsonl
 from transformers import AutoTokenizer
+from warm import run_command
 
 from forebear.errors import ModelError
 from forebear.indexer.building.build import BuildOptions, append_rows, build_index, retire_rows
@@ -26,8 +26,7 @@ from forebear.indexer.training.run import choose_model
 
 
 def forebear(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from forebear.cli.main import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_command(arguments)
 
 
 def learnable(n: int) -> tuple[list[str], list[str]]:
