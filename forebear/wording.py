@@ -67,6 +67,7 @@ KEYWORDS = {
     "--freeze-below": Keyword("freeze_below", "TrainOptions", "number"),
     "--html": Keyword("path", "write_page"),
     "--jaccard": Keyword("jaccard", "Thresholds", "number"),
+    "--keep-columns": Keyword("keep_columns", "BuildOptions", "texts"),
     "--l2": Keyword("l2", "open_retrainer", "number"),
     "--label-column": Keyword("label_column", "open_rows"),
     "--label-names": Keyword("label_names", "open_rows", "texts"),

@@ -27,6 +27,7 @@ from forebear.indexer.storage.ann import AnnIndex, read_ann
 from forebear.indexer.storage.arrow import RowMatrix, column, read_batches
 from forebear.indexer.storage.files import IndexFiles
 from forebear.indexer.storage.layout import (
+    COLUMNS,
     MAP_NAME,
     PARTS,
     SPANS,
@@ -37,7 +38,7 @@ from forebear.indexer.storage.layout import (
     words_folder,
 )
 from forebear.indexer.storage.ragged import offsets
-from forebear.indexer.storage.row_texts import RowTexts, text_list
+from forebear.indexer.storage.row_texts import RowColumns, RowTexts, text_list
 from forebear.indexer.storage.scan_table import ScanTable, read_scan_table
 from forebear.indexer.words.store import WordStore, read_word_store
 
@@ -370,6 +371,25 @@ class Index(IndexFiles):
     def texts(self, rows: np.ndarray) -> dict[str, pa.DictionaryArray]:
         """Text columns of the given rows, under the names they had in the training file, each text held once."""
         return self.row_texts.columns(rows)
+
+    @cached_property
+    def row_columns(self) -> RowColumns:
+        """The columns of all rows that are kept besides texts and labels."""
+        starts = np.array([0, *(stop for _, stop in self.manifest.shards)])
+        names = tuple(self.manifest.columns)
+        return RowColumns(self._shards(COLUMNS) if names else [], starts, names)
+
+    def columns(self, rows: Any) -> pa.Table:
+        """Columns of the given rows besides texts and labels, under their names in the training file.
+
+        Args:
+            rows: Row numbers.
+
+        Returns:
+            One line a row, in the order given: strings as dictionaries, numbers of 64 bits, true and false, dates,
+            times and timestamps; no columns where the index keeps none (``manifest.columns``).
+        """
+        return pa.table(self.row_columns.columns(np.asarray(rows, dtype=np.int64)))
 
     def text_lists(self, rows: np.ndarray) -> list[list[str]]:
         """Texts of the given rows: one list a text column, in the order of encoding, as the pass takes them."""

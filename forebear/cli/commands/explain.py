@@ -14,7 +14,7 @@ from forebear.cli.options.model import IndexOptions
 from forebear.cli.options.question import Methods, QuestionOptions, Recall, Spans, Top, Word
 from forebear.cli.options.report import OutputOptions
 from forebear.cli.options.rows import TEXT, Pair
-from forebear.cli.screen.console import OUT, Command, listed, say
+from forebear.cli.screen.console import OUT, Command, listed, say, shortened
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -160,6 +160,8 @@ def row_text(row: FoundRow) -> Text:
     if row.total:
         parts = [f"{word.text} {word.number}" for word in shorten(row.words, SHOWN_WORDS)]
         lines.append(Text(f"shared: {' | '.join(parts) or 'no word'} = {row.total}", style="dim"))
+    if row.columns:
+        lines.append(Text(", ".join(f"{name}: {shortened(value)}" for name, value in row.columns), style="dim"))
     return Text("\n").join(lines)
 
 

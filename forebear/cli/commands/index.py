@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from forebear.indexer.index import Index
     from forebear.indexer.rows.row_format import RowFormat
     from forebear.indexer.rows.row_source import RowSource
+    from forebear.indexer.storage.manifest import Manifest
 
 # What a change takes besides its own name; everything else was decided by the build.
 OPTIONS_OF_EVERY_CHANGE = ("out", "resume", "force", "quiet")
@@ -172,12 +173,29 @@ def _say_what_was_built(built: Index, place: OutOptions, *, of_rows: bool, secon
             say(line)
         for line in facts.warnings():
             warn(line)
+    if of_rows and (line := kept_line(manifest)) is not None:
+        say(line)
     total = sum(facts["bytes"] for facts in manifest.files.values())
     say(
         f"{out}: {manifest.n_live:,} rows, {len(manifest.checkpoints)} checkpoint(s), {size(total)} "
         f"({total / manifest.n_rows:,.0f} bytes a row), {seconds:.1f} s. "
         f"Next: forebear retrieve --index {out} --text '...'",
     )
+
+
+def kept_line(manifest: Manifest) -> str | None:
+    """Which columns are kept besides texts and labels, and how many bytes they take; None where there are none."""
+    from forebear.indexer.storage.layout import COLUMNS
+
+    if not manifest.columns:
+        return None
+    names = ", ".join(f"{name} ({kind})" for name, kind in manifest.columns.items())
+    n_bytes, n_text_bytes = (
+        sum(facts["bytes"] for name, facts in manifest.files.items() if name.startswith(f"{folder}/"))
+        for folder in (COLUMNS, "rows")
+    )
+    heavy = ", more than the texts" if n_bytes > n_text_bytes else ""
+    return f"columns kept besides texts and labels: {names}; {size(n_bytes)}{heavy}. --keep-columns chooses others"
 
 
 def _refuse_what_a_build_takes(ctx: typer.Context) -> None:

@@ -98,6 +98,7 @@ def index_facts(index: Any) -> dict[str, Any]:
         "row_facts": asdict(rows) | {"lines": rows.describe(), "warnings": rows.warnings()},
         "segments": [asdict(segment) for segment in manifest.segments],
         "text_columns": list(spec.text_columns),
+        "columns": dict(manifest.columns),
         "label_names": list(spec.label_names),
         "label_mode": spec.label_mode,
         "max_length": spec.max_length,
@@ -171,6 +172,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("labels", ", ".join(facts["label_names"]) + (f" ({facts['label_mode']})" if facts["label_mode"] else "")),
         ("model", f"max length {facts['max_length']}, {facts['precision']}"),
     ]
+    if facts["columns"]:
+        lines.append(("columns", ", ".join(f"{name} ({kind})" for name, kind in facts["columns"].items())))
     if facts["self_check"]:
         lines.append(("model", CheckedGradients(**facts["self_check"]).describe()))
     if weights := facts["loss"]["class_weights"]:

@@ -137,7 +137,7 @@ def retrieve(
     from forebear.evaluation.audits.rows.hub_shares import read_hub_shares, with_hub_share
     from forebear.indexer.index import Index
     from forebear.retriever.answers.result_file import check_output
-    from forebear.retriever.answers.results import text_columns
+    from forebear.retriever.answers.results import text_columns, user_columns
     from forebear.retriever.coverage import tell_fit_age
     from forebear.retriever.question.query_rows import tell_label_remark
     from forebear.retriever.question.spec import QuerySpec
@@ -171,7 +171,8 @@ def retrieve(
 
     if output.out is None:
         answers = retriever.answers(source, question, block_rows=SHOWN_QUERIES)
-        show_answers(answers, tables_of, source, methods, text_columns(index), aggregate=spec.aggregate)
+        names = list(user_columns(index).values())
+        show_answers(answers, tables_of, source, methods, text_columns(index), names, aggregate=spec.aggregate)
     else:
         _write_answers(retriever, source, question, tables_of, output)
     say_recall(question)

@@ -79,6 +79,15 @@ class StoreChoices(Options, panel="What is stored"):
         ),
     ] = "clauses"
     span_column: SpanColumn = None
+    keep_columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep-columns",
+            help="Columns kept besides texts and labels, to come out with results: names; all (of strings, numbers, "
+            "true and false, dates, times); none.",
+            show_default="all",
+        ),
+    ] = None
     ann: Annotated[
         str | None,
         typer.Option(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SHOWN_QUERIES = 5
 SHOWN_WORDS = 4
+COLUMN_WIDTH = 40  # characters that the user's own columns may take beside the texts
 
 
 def show_answers(
@@ -26,6 +27,7 @@ def show_answers(
     source: RowSource,
     methods: Sequence[Method],
     text_names: list[str],
+    column_names: list[str],
     *,
     aggregate: bool,
 ) -> None:
@@ -37,6 +39,7 @@ def show_answers(
         source: The test rows.
         methods: Methods of the question.
         text_names: Columns of the tables that hold the training rows' texts.
+        column_names: Those that hold other columns of the training rows, of which the narrow ones are shown.
         aggregate: Whether there is one answer to all test rows together.
     """
     import pyarrow as pa
@@ -44,7 +47,7 @@ def show_answers(
     if aggregate:
         table = pa.concat_tables(tables_of(next(answers_in_order)))
         OUT.print(f"[bold]{source.n_rows:,} queries together[/bold]")
-        _print_rankings(rows := table.to_pylist(), methods, text_names, [])
+        _print_rankings(rows := table.to_pylist(), methods, text_names, column_names, [])
         _say_signs(rows, methods)
         return
     block = next(iter(source.blocks(SHOWN_QUERIES)))
@@ -55,7 +58,7 @@ def show_answers(
         rows = table.to_pylist()
         for number in range(answers.start, min(answers.start + len(answers.predictions), len(block))):
             results = [row for row in rows if row["query"] == number]
-            _print_answer(results, methods, text_names, [column[number] for column in block.texts])
+            _print_answer(results, methods, text_names, column_names, [column[number] for column in block.texts])
             _say_signs(results, methods)
             n_shown += 1
     if n_shown < source.n_rows:
@@ -63,7 +66,11 @@ def show_answers(
 
 
 def _print_answer(
-    results: list[dict[str, Any]], methods: Sequence[Method], text_names: list[str], texts: list[str]
+    results: list[dict[str, Any]],
+    methods: Sequence[Method],
+    text_names: list[str],
+    column_names: list[str],
+    texts: list[str],
 ) -> None:
     """Print a query, whose texts are ``texts``, and all its rankings."""
     from rich.markup import escape
@@ -74,11 +81,15 @@ def _print_answer(
     OUT.print(f"[bold]query {number}[/bold]  predicted [bold]{predicted}[/bold]{escape(gold)}")
     for text in texts:
         OUT.print(f"  {escape(shortened(text))}")
-    _print_rankings(results, methods, text_names, texts)
+    _print_rankings(results, methods, text_names, column_names, texts)
 
 
 def _print_rankings(
-    results: list[dict[str, Any]], methods: Sequence[Method], text_names: list[str], texts: list[str]
+    results: list[dict[str, Any]],
+    methods: Sequence[Method],
+    text_names: list[str],
+    column_names: list[str],
+    texts: list[str],
 ) -> None:
     """Print both ends of each method's ranking for one query, whose texts are ``texts``."""
     from rich.markup import escape
@@ -86,6 +97,7 @@ def _print_rankings(
 
     from forebear.retriever.answers.results import SIDES
 
+    narrow = narrow_columns(results, column_names)
     target = results[0]["target"] or "each row's target"  # the rows of an aggregate may have different targets
     for method in methods:
         for side in SIDES:
@@ -103,6 +115,8 @@ def _print_rankings(
             by_spans = rows_of_side[0].get("span") is not None
             if by_words or by_spans:
                 grid.add_column("span" if by_spans else "shared words", ratio=1)
+            for name in narrow:
+                grid.add_column(escape(name), no_wrap=True)
             for name in text_names:
                 grid.add_column(escape(name), ratio=1)
             for row in rows_of_side:
@@ -113,10 +127,30 @@ def _print_rankings(
                     escape(row["prediction"]),
                     *([f"{row['hub_share']:.1%}"] if hub_share else []),
                     *([escape(_shared(row) if by_words else shortened(row["span"]))] if by_words or by_spans else []),
+                    *(escape(cell(row[name])) for name in narrow),
                     *(escape(shortened(row[name])) for name in text_names),
                 )
             OUT.print(grid)
+    if len(narrow) < len(column_names):
+        wide = ", ".join(name for name in column_names if name not in narrow)
+        OUT.print(escape(f"not shown: {wide}. --out NAME.parquet has them."), style="dim")
     OUT.print()
+
+
+def narrow_columns(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
+    """Those columns that fit beside texts, in their order."""
+    left, narrow = COLUMN_WIDTH, []
+    for name in names:
+        width = 3 + max(len(name), *(len(cell(row[name])) for row in rows))
+        if width <= left:
+            left -= width
+            narrow.append(name)
+    return narrow
+
+
+def cell(value: Any) -> str:
+    """A value of a user's column on the screen."""
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _shared(row: dict[str, Any]) -> str:

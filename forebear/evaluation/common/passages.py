@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from forebear.evaluation.reports.report import Cell, Passage
+from forebear.indexer.index import Index
+from forebear.retriever.answers.results import user_columns
 from forebear.retriever.retriever import Retriever
 
 NO_LABEL = -1
+
+
+def row_columns(index: Index, rows: npt.ArrayLike) -> dict[str, list[Cell]]:
+    """The user's columns of training rows as cells of a table, by ``column: NAME``; dates and times as text."""
+    return {f"column: {name}": cells for name, cells in _cells(index, rows).items()}
+
+
+def _cells(index: Index, rows: npt.ArrayLike) -> dict[str, list[Cell]]:
+    """The same by the names that results give them."""
+    names, table = user_columns(index), index.columns(rows)
+    return {names[name]: [_cell(value) for value in table.column(name).to_pylist()] for name in table.column_names}
+
+
+def _cell(value: Any) -> Cell:
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
 def row_passages(
@@ -22,7 +40,7 @@ def row_passages(
     highlighted: Sequence[Set[str]] | None = None,
     notes: Sequence[str] | None = None,
 ) -> list[Passage]:
-    """Training rows with their texts, labels, predictions and losses.
+    """Training rows with their texts, labels, predictions, losses, and what the user's columns say of them.
 
     Args:
         retriever: Over the index.
@@ -35,6 +53,7 @@ def row_passages(
     index, names = retriever.index, retriever.label_names
     numbers = np.asarray(rows, dtype=np.int64)
     columns = {name: column.to_pylist() for name, column in index.texts(numbers).items()}
+    others = _cells(index, numbers)
     passages = []
     for i, row in enumerate(numbers.tolist()):
         shown: dict[str, Cell] = {"label": names[index.labels[row]], "prediction": names[index.predictions[row]]}
@@ -43,7 +62,12 @@ def row_passages(
                 headings[i],
                 {name: texts[i] for name, texts in columns.items()},
                 highlighted[i] if highlighted else frozenset(),
-                {**shown, **(facts[i] if facts else {}), "loss": float(index.losses[row])},
+                {
+                    **shown,
+                    **(facts[i] if facts else {}),
+                    "loss": float(index.losses[row]),
+                    **{name: cells[i] for name, cells in others.items() if cells[i] is not None},
+                },
                 notes[i] if notes else "",
             )
         )

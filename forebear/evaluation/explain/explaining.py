@@ -20,7 +20,7 @@ from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.spans.text import Span
 from forebear.indexer.storage.manifest import library_versions
-from forebear.retriever.answers.results import SIDES
+from forebear.retriever.answers.results import SIDES, user_columns
 from forebear.retriever.answers.signs import note_of
 from forebear.retriever.coverage import fit_lines
 from forebear.retriever.question.batch import choose_targets
@@ -126,8 +126,8 @@ def _checked(retriever: Retriever, spec: QuerySpec | Question, form: str) -> Que
 class _Passages:
     """Texts to be marked: the texts of the query, and the texts of the rows that were found, by row number.
 
-    For influence on saliency it also holds the query's salient word, and the influence of each word of the rows on the
-    saliency of that word.
+    ``others`` are the names of results for the user's columns of rows. For influence on saliency it also holds the
+    query's salient word, and the influence of each word of the rows on the saliency of that word.
     """
 
     columns: tuple[str, ...]
@@ -136,6 +136,7 @@ class _Passages:
     texts: dict[int, tuple[str, ...]]
     places: dict[int, Places]
     losses: dict[int, float]
+    others: tuple[str, ...]
     salient: Span | None = None
     influence: Mapping[int, Sequence[tuple[Span, float]]] = field(default_factory=dict)
 
@@ -188,6 +189,7 @@ def _read_passages(
         dict(zip(rows.tolist(), zip(*columns.values(), strict=True), strict=True)),
         dict(zip(rows.tolist(), locate(classifier, list(columns.values())), strict=True)),
         dict(zip(rows.tolist(), index.losses[rows].tolist(), strict=True)),
+        tuple(user_columns(index).values()),
     )
 
 
@@ -275,6 +277,7 @@ def _found_row(result: Mapping[str, Any], score: str, passages: _Passages) -> Fo
         query_texts=passages.mark_query(values) if total else (),
         words=words,
         total=total,
+        columns=tuple((name, str(result[name])) for name in passages.others if result[name] is not None),
     )
 
 

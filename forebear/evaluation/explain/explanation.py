@@ -32,6 +32,7 @@ class FoundRow:
         query_texts: The query's texts with the same tokens marked; empty for methods without words.
         words: Shared tokens by falling contribution to the score; added tokens ([CLS], [SEP]) among them.
         total: Sum of the contributions, as it is written; empty for methods without words.
+        columns: What the user's columns say of the row: (name, value as it is written), without nulls.
     """
 
     rank: int
@@ -44,6 +45,7 @@ class FoundRow:
     query_texts: tuple[MarkedText, ...]
     words: tuple[Word, ...]
     total: str
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.sentence_encoder import load_sentence_encoder
 from forebear.indexer.rows.labels import label_map, names_of_classes
 from forebear.indexer.rows.row_source import RowSource
+from forebear.indexer.rows.user_columns import choose_columns
 from forebear.indexer.storage.choices import BuildKeywords, WorkKeywords
 from forebear.indexer.storage.journal import (
     begin_build,
@@ -143,6 +144,7 @@ def _build(
     for remark in classifier.remarks:
         work.warn(remark)
     check_feasible(classifier, options, len(source.text_columns))
+    columns = choose_columns(source, options.keep_columns)
     labels = label_map(source, classifier.label_names, options.label_mode)
     work.warn(labels.warning)
     names = names_of_classes(classifier.label_names, source)
@@ -155,13 +157,16 @@ def _build(
     spec, listed, loaded, checked = make_spec(
         source, checkpoints, classifier, options, None if encoder is None else encoder.sha256
     )
-    segment = segment_of(source, 0)
+    segment = segment_of(source, 0, columns)
     replaces = work.force and not work.resume and any(path.name != LOCK_NAME for path in folder.iterdir())
     journal = None if replaces else read_journal(folder)
     if work.resume and (folder / MANIFEST_NAME).is_file() and not (journal is not None and journal.get("replaces")):
         index = Index.open(folder)
         try:
-            same_or_refuse(index.manifest.segments[0].rows, segment.rows, folder)
+            kept = {"keep_columns": list(index.manifest.columns)}
+            same_or_refuse(
+                index.manifest.segments[0].rows | kept, segment.rows | {"keep_columns": list(columns)}, folder
+            )
             same_or_refuse(comparable(asdict(index.manifest.spec)), comparable(asdict(spec)), folder)
             if (calibrated := index.manifest.calibration_queries) is not None:
                 same_or_refuse({"calibrate": calibrated}, {"calibrate": options.calibration_queries}, folder)
@@ -175,7 +180,8 @@ def _build(
             unfinished(folder, index.manifest)  # removes the journal of a build killed after its manifest was written
             work.tell(f"{folder} was built from these rows before: nothing is left to do.")
             return index
-    build = {"kind": "build", "segment": segment.rows, "checkpoints": [c.name for c in listed]}
+    rows_of_build = segment.rows | {"keep_columns": list(columns) or None}
+    build = {"kind": "build", "segment": rows_of_build, "checkpoints": [c.name for c in listed]}
     spec, self_check = begin_build(folder, build, spec, asdict(checked.rounded), replaces=replaces)
     n_queries = options.calibration_queries if spec.sketched_scopes else None
     manifest = Manifest(
@@ -188,6 +194,7 @@ def _build(
         generation=0,
         feature_dim=classifier.feature_dim,
         self_check=self_check,
+        columns=columns,
         calibration_queries=n_queries,
         libraries=library_versions(),
     )

@@ -29,6 +29,7 @@ from forebear.indexer.building.shards import (
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource
+from forebear.indexer.rows.user_columns import check_columns
 from forebear.indexer.spans.finders import check_same_finder
 from forebear.indexer.storage.choices import WorkKeywords
 from forebear.indexer.storage.journal import begin_change, check_change, unfinished, was_done
@@ -81,7 +82,8 @@ def append_rows(
                 f"{source.name} has {len(source.text_columns)} text column(s), the index {len(old.spec.text_columns)} "
                 f"({', '.join(old.spec.text_columns)}). Choose them by --text-columns."
             )
-        segment = segment_of(source, old.n_rows)
+        lacking = check_columns(source, old.columns, str(folder))
+        segment = segment_of(source, old.n_rows, old.columns)
         change = {"kind": "append", "segment": segment.rows}
         if was_done(folder, old, change):
             work.tell(f"the rows of {source.name} are in {folder} already: nothing is left to do.")
@@ -106,6 +108,7 @@ def append_rows(
         check_same_finder(old.spec.spans, old.spec.spans_sha256, folder)
         labels = label_map(source, classifier.label_names, old.spec.label_mode)
         work.warn(labels.warning)
+        work.warn(lacking)
         begin_change(folder, old, change, journal)
         new_shards = split_rows(old.n_rows, source.n_rows, old.spec.shard_rows)
         manifest = replace(

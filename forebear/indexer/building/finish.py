@@ -29,7 +29,7 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.sketches.fitting import gradient_files, sketch_folders
 from forebear.indexer.storage.arrow import RowMatrix, file_sha256, write_columns
 from forebear.indexer.storage.journal import tidy
-from forebear.indexer.storage.layout import SPANS, masked_folder, runs_folder, span_gradients, words_folder
+from forebear.indexer.storage.layout import COLUMNS, SPANS, masked_folder, runs_folder, span_gradients, words_folder
 from forebear.indexer.storage.manifest import Manifest
 from forebear.indexer.storage.scan_table import build_derived
 from forebear.indexer.words.store import merge_runs
@@ -131,6 +131,8 @@ def _shard_files(manifest: Manifest) -> list[str]:
     """Files that the pass writes: the shards of every kind, and the files of the fits beyond the head."""
     spec, last = manifest.spec, manifest.checkpoints[-1]
     kinds = ["rows", *(f"features/{c.name}" for c in manifest.checkpoints)]
+    if manifest.columns:
+        kinds.append(COLUMNS)
     if "sbert" in spec.stores:
         kinds.append("sentence")
     if "words" in spec.stores:

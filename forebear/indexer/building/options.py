@@ -12,6 +12,7 @@ from forebear.errors import InputError
 from forebear.indexer.curvature.damping import refuse_nil_damping
 from forebear.indexer.curvature.head import absolute_damping
 from forebear.indexer.losses.choices import check_loss_choices
+from forebear.indexer.rows.user_columns import ALL
 from forebear.indexer.sketches.projector import BASES
 from forebear.indexer.spans.finders import span_finder
 from forebear.indexer.storage.ann import check_factory
@@ -28,16 +29,19 @@ STORES = ("features", "sbert", "words", "spans")
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions(Choices):
-    """Choices of ``forebear index``: those of :class:`Choices`, which the spec stores, and three that it does not.
+    """Choices of ``forebear index``: those of :class:`Choices`, which the spec stores, and four that it does not.
 
     Attributes:
         calibration_queries: Number of queries that calibrate candidates beyond the head; 0: no calibration.
         sentence_model: The un-tuned encoder of the store ``sbert``; the spec has the digest of its weights.
+        keep_columns: Columns of the rows that are kept besides texts and labels: names; ``all``, every column of
+            strings, numbers, true and false, dates or times; or ``none``.
         device: Device that models run on.
     """
 
     calibration_queries: int = 74
     sentence_model: str = "minilm"
+    keep_columns: tuple[str, ...] = (ALL,)
     device: str = "auto"
 
     @classmethod
@@ -52,7 +56,7 @@ class BuildOptions(Choices):
         for name in ("calibration_queries", "sentence_model"):
             if (value := getattr(manifest, name)) is not None:
                 chosen[name] = value
-        return cls(**chosen | changes)
+        return cls(**chosen | {"keep_columns": tuple(manifest.columns)} | changes)
 
     def check(self) -> None:
         """Refuse invalid choices, as far as that takes neither model nor rows.

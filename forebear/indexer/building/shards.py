@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,13 +34,14 @@ from forebear.indexer.model.reading import count_reading
 from forebear.indexer.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.rows.labels import LabelMap
 from forebear.indexer.rows.row_source import RowBlock, RowSource
+from forebear.indexer.rows.user_columns import columns_sha256, stored_columns
 from forebear.indexer.sketches.fitting import Sample, fit_sketchers, sample_rows
 from forebear.indexer.sketches.sketch import Sketcher
 from forebear.indexer.spans.finders import find_spans, span_finder
 from forebear.indexer.spans.masking import mask_found
 from forebear.indexer.spans.store import note_spans, write_spans
 from forebear.indexer.storage.arrow import read_batches, write_columns
-from forebear.indexer.storage.layout import SPANS, runs_folder, words_folder
+from forebear.indexer.storage.layout import COLUMNS, SPANS, runs_folder, words_folder
 from forebear.indexer.storage.manifest import Checkpoint, IndexSpec, Manifest, Segment, read_manifest
 from forebear.indexer.training.run import moved_paths
 from forebear.indexer.words.gradients import WordGradients, count_tokens
@@ -59,11 +60,18 @@ def as_begun(n_threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def segment_of(source: RowSource, start: int) -> Segment:
-    """The rows of a source as a segment of an index, numbered from ``start``; passes over them once."""
+def segment_of(source: RowSource, start: int, columns: Mapping[str, str]) -> Segment:
+    """The rows of a source as a segment of an index, numbered from ``start``; passes over them.
+
+    Args:
+        source: The rows.
+        start: Number of the first one.
+        columns: The columns that the index keeps besides texts and labels, and their kinds.
+    """
     return Segment(
         source=source.name,
         rows_sha256=source.sha256(),
+        user_columns_sha256=columns_sha256(source, columns),
         start=start,
         n_rows=source.n_rows,
         n_left_out=source.n_dropped,
@@ -240,6 +248,8 @@ class ShardWriter:
             copy_repeats(self.folder / "rows", of_text, *self._rows.read.repeats(shard))
             copy_repeats(self.folder / "rows", {"loss": losses}, *self._rows.labelled.repeats(shard))
             write_columns(self.folder / "rows" / path.name, columns, reading_metadata(reading))
+            if self.manifest.columns:
+                write_columns(self.folder / COLUMNS / path.name, stored_columns(block.table, self.manifest.columns))
             if words:
                 starts, tokens, counts = count_tokens(classifier, block.texts)
                 lists = {

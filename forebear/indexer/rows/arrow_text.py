@@ -37,15 +37,15 @@ def column_bytes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
     """How many bytes of text each row of a column takes, spelled out: ``(n,)``, 0 for null."""
     sizes = np.zeros(len(column), np.int64)
     for start, chunk in chunks_of(column):
-        sizes[start : start + len(chunk)] = _row_bytes(chunk)
+        sizes[start : start + len(chunk)] = row_bytes(chunk)
     return sizes
 
 
-def _row_bytes(array: pa.Array) -> Any:
+def row_bytes(array: pa.Array) -> Any:
     """Bytes of text of each entry of one array; lists, maps and structs count the texts in them, numbers count 0."""
     kind = array.type
     if pa.types.is_dictionary(kind):
-        sizes = np.append(_row_bytes(array.dictionary), 0)  # the last is for null
+        sizes = np.append(row_bytes(array.dictionary), 0)  # the last is for null
         return sizes[array.indices.cast(pa.int64()).fill_null(len(sizes) - 1).to_numpy(zero_copy_only=False)]
     if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
         array = array.cast(pa.large_string() if pa.types.is_string_view(kind) else pa.large_binary())
@@ -53,14 +53,14 @@ def _row_bytes(array: pa.Array) -> Any:
     if any(holds(kind) for holds in _HOLDS_BYTES):
         return pc.binary_length(array).cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
     if any(is_list(kind) for is_list in _IS_LIST):
-        ends = np.append(0, np.cumsum(_row_bytes(array.values)))
+        ends = np.append(0, np.cumsum(row_bytes(array.values)))
         return np.diff(ends[array.offsets.to_numpy(zero_copy_only=False)])
     if pa.types.is_fixed_size_list(kind):
         size = kind.list_size
         values = array.values.slice(array.offset * size, len(array) * size)
-        return _row_bytes(values).reshape(len(array), size).sum(axis=1)
+        return row_bytes(values).reshape(len(array), size).sum(axis=1)
     if pa.types.is_struct(kind):
-        return np.sum([_row_bytes(part) for part in array.flatten()] or [np.zeros(len(array), np.int64)], axis=0)
+        return np.sum([row_bytes(part) for part in array.flatten()] or [np.zeros(len(array), np.int64)], axis=0)
     return np.zeros(len(array), np.int64)
 
 

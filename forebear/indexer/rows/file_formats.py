@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from forebear.errors import DataError
 from forebear.indexer.rows.arrow_text import column_bytes
-from forebear.indexer.rows.json_rows import json_kind, json_rows
+from forebear.indexer.rows.json_rows import DATE, TIMESTAMP, UTC_TIMESTAMP, json_kind, json_rows
 from forebear.indexer.rows.text_file import ExpansionGuard, check_text, open_text
 
 CHUNK_ROWS = 4096
@@ -367,6 +367,14 @@ def _json_schema(kinds: Kinds) -> pa.Schema:
     return pa.schema([(column, json_type(found.keys() - {"null"})) for column, found in kinds.items()])
 
 
+_TYPES = {
+    "true/false": pa.bool_(),
+    DATE: pa.date32(),
+    TIMESTAMP: pa.timestamp("us"),
+    UTC_TIMESTAMP: pa.timestamp("us", "UTC"),
+}
+
+
 def json_type(kinds: set[str]) -> pa.DataType:
     """The Arrow type of a column that holds these kinds of JSON values, nulls left out."""
     if not kinds:
@@ -375,7 +383,7 @@ def json_type(kinds: set[str]) -> pa.DataType:
         return pa.int64()
     if kinds <= {"an integer", "a number"}:
         return pa.float64()
-    return pa.bool_() if kinds == {"true/false"} else pa.string()
+    return _TYPES.get(next(iter(kinds)), pa.string()) if len(kinds) == 1 else pa.string()
 
 
 def _json_table(rows: list[dict[str, Any]], fields: list[pa.Field], kinds: Kinds) -> pa.Table:
@@ -386,7 +394,7 @@ def _json_table(rows: list[dict[str, Any]], fields: list[pa.Field], kinds: Kinds
             values = [None if value is None else float(value) for value in values]
         elif pa.types.is_string(column.type) and kinds[column.name].keys() - {"null", "a name"}:
             values = [
-                value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
                 for value in values
             ]
         arrays.append(pa.array(values, column.type))

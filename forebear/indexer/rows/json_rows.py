@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from datetime import date, datetime
 from typing import Any
 
 from forebear.errors import DataError
@@ -17,6 +18,10 @@ WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 EXPECTED = "expected JSON Lines, one object a line, or one array of objects"
 SHORTEN = "Break it up, or cut its text: a model reads the beginning."
 JSON_KINDS = {type(None): "null", bool: "true/false", float: "a number", list: "a list", dict: "an object"}
+DATE, TIMESTAMP, UTC_TIMESTAMP = "a date", "a timestamp", "a timestamp with a time zone"  # of rows in memory alone
+SCALAR_KINDS = frozenset(
+    {"null", "true/false", "a number", "a name", "an integer", "a long integer", DATE, TIMESTAMP, UTC_TIMESTAMP}
+)
 
 PairsHook = Callable[[list[tuple[str, Any]]], dict[str, Any]]
 
@@ -27,6 +32,10 @@ def json_kind(value: Any) -> str:
         return "a name"
     if type(value) is int:
         return "an integer" if -(2**63) <= value < 2**63 else "a long integer"
+    if isinstance(value, datetime):
+        return TIMESTAMP if value.tzinfo is None else UTC_TIMESTAMP
+    if isinstance(value, date):
+        return DATE
     return JSON_KINDS.get(type(value), f"a value of type {type(value).__name__}")
 
 

@@ -33,7 +33,7 @@ from forebear.indexer.rows.file_formats import (
     reading,
     table_reader,
 )
-from forebear.indexer.rows.json_rows import LONGEST_ROW
+from forebear.indexer.rows.json_rows import LONGEST_ROW, SCALAR_KINDS
 from forebear.indexer.rows.label_column import (
     DROP_MARKED,
     MAX_CLASSES,
@@ -155,6 +155,24 @@ class RowSource:
         if block_rows < 1 or start < 0:
             raise ValueError(f"block_rows={block_rows} and start={start}: expected at least 1 and 0")
         return self._blocks(block_rows, start, None)
+
+    def other_columns(self) -> dict[str, pa.DataType | str]:
+        """Types of the columns that hold neither texts nor labels; of JSON values that are no scalars what they are."""
+        found: dict[str, pa.DataType | str] = {}
+        for field in self._reader.schema:
+            if field.name not in self._columns():
+                nested = sorted(self._reader.kinds.get(field.name, {}).keys() - SCALAR_KINDS)
+                found[field.name] = nested[0] if nested else field.type
+        return found
+
+    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Stream some columns of all rows, a part at a time; with no columns, the parts have their numbers of rows.
+
+        Raises:
+            DataError: The file is broken further on.
+        """
+        for table in self._tables(0, list(columns) or [self.text_columns[0]]):
+            yield table if columns else table.select([])
 
     def sha256(self) -> str:
         """Digest of texts and labels in order, whatever the file format and the names of the columns."""

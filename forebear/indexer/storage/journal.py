@@ -25,7 +25,8 @@ from forebear.indexer.storage.layout import (
 from forebear.indexer.storage.manifest import IndexSpec, Manifest, canonical_json, plain
 
 SUBFOLDERS = (
-    "rows", "features", "gradients", "sentence", "words", "tokens", "spans", "curvature", "refit", "ann", "retired"
+    "rows", "columns", "features", "gradients", "sentence", "words", "tokens", "spans", "curvature", "refit", "ann",
+    "retired",
 )  # fmt: skip
 
 

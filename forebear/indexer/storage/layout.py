@@ -8,6 +8,7 @@ LOCK_NAME = "forebear.lock"  # in a folder that is being changed
 BASES_NAME = "bases.arrow"
 MAP_NAME = "map.arrow"
 SPANS = "spans"
+COLUMNS = "columns"  # of rows, besides texts and labels
 PARTS = ("tokens", "postings", "rows", "entries")  # of a store of words
 
 

@@ -61,7 +61,7 @@ def digest_of(value: Any) -> str:
 # field with this value is left out of the manifest, so that the digests of the first indexes still match.
 _LATER: dict[str, Any] = LATER_CHOICES | {
     "calibration": {}, "spans_sha256": None, "fit": {}, "calibration_queries": None, "n_left_out": 0,
-    "row_format": {}, "self_check": {},
+    "row_format": {}, "self_check": {}, "columns": {}, "user_columns_sha256": None,
 }  # fmt: skip
 # Fields that are written before a certain choice, and that choice: the order of older versions, so that a manifest
 # has the same bytes.
@@ -131,11 +131,12 @@ class Segment:
     n_rows: int
     n_left_out: int = 0  # rows of the source without a label, which are not in the index
     row_format: dict[str, Any] = field(default_factory=dict)  # how the source was read, as RowFormat.stated says it
+    user_columns_sha256: str | None = None  # of the columns kept besides texts and labels
 
     @property
     def rows(self) -> dict[str, Any]:
-        """Identity of the segment's rows: their number and their digest, whatever name their file has."""
-        return {"n_rows": self.n_rows, "rows_sha256": self.rows_sha256}
+        """Identity of the segment's rows: their number and their digests, whatever name their file has."""
+        return {"n_rows": self.n_rows, "rows_sha256": self.rows_sha256, "user_columns_sha256": self.user_columns_sha256}
 
 
 STALE_SHARE = 0.1  # of the fitted rows: if more rows were appended or retired since, users are warned
@@ -187,6 +188,7 @@ class Manifest:
     n_retired: int
     generation: int  # counts the changes (append, retire) since the first build
     feature_dim: int
+    columns: dict[str, str] = field(default_factory=dict)  # kept besides texts and labels: kinds by name
     self_check: dict[str, Any] = field(default_factory=dict)  # before the build: gradients against plain autograd
     fit: dict[str, int] = field(default_factory=dict)  # of the last refit: generation, n_rows, n_retired
     curvature: dict[str, Any] = field(default_factory=dict)  # scope -> solver -> facts

@@ -1,4 +1,4 @@
-"""The texts of training rows: each held once, however many rows have it and however often a row is asked for."""
+"""Texts and kept columns of training rows: each text held once, however many rows have it and are asked for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from forebear.indexer.rows.arrow_text import row_bytes
 from forebear.indexer.storage.arrow import for_each_shard
 
 
@@ -49,6 +50,52 @@ class RowTexts:
             for i in range(len(self._names))
         ]
         return np.asarray(np.sum(lengths, axis=0, dtype=np.int64))
+
+
+class RowColumns:
+    """The columns of an index besides texts and labels, spread over memory-mapped shards in row order."""
+
+    def __init__(self, shards: Sequence[pa.RecordBatch], starts: np.ndarray, names: Sequence[str]) -> None:
+        """Keep the shards.
+
+        Args:
+            shards: Record batches with a column of each name; strings are dictionaries.
+            starts: First row of each shard, and one past the last, ``(shards + 1,)``.
+            names: The columns' names in the training file.
+        """
+        self._shards, self._starts, self._names = shards, starts, names
+
+    def columns(self, rows: np.ndarray) -> dict[str, pa.Array]:
+        """The columns of the given rows."""
+        distinct, places = np.unique(np.asarray(rows, dtype=np.int64).reshape(-1), return_inverse=True)
+        return {name: self._column(name, distinct).take(pa.array(places)) for name in self._names}
+
+    def _column(self, name: str, distinct: np.ndarray) -> pa.Array:
+        parts = [self._shards[0].column(name).slice(0, 0)]
+        for_each_shard(
+            self._starts,
+            distinct,
+            lambda shard, _positions, local: parts.append(self._shards[shard].column(name).take(pa.array(local))),
+        )
+        return one_array(parts)
+
+    def whole(self, name: str) -> pa.Array:
+        """One column of every row, ``(n,)``."""
+        return one_array([shard.column(name) for shard in self._shards])
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Bytes of each row's strings together, ``(n,)`` int64."""
+        sizes = np.zeros(int(self._starts[-1]), np.int64)
+        for name in self._names:
+            for shard, start in zip(self._shards, self._starts, strict=False):
+                sizes[start : start + len(shard)] += row_bytes(shard.column(name))
+        return sizes
+
+
+def one_array(parts: Sequence[pa.Array]) -> pa.Array:
+    """Arrays of one type as one; of dictionaries, each with values of its own, too."""
+    return pa.chunked_array(parts).unify_dictionaries().combine_chunks()
 
 
 def text_list(column: pa.DictionaryArray) -> list[str]:

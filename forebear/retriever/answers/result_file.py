@@ -7,9 +7,11 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import date, time
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -75,7 +77,7 @@ def _row_writer(handle: IO[bytes], *, is_csv: bool) -> Callable[[pa.Table], None
         for batch in table.to_batches(max_chunksize=_LINES):
             for row in batch.to_pylist():
                 if is_csv:
-                    lines.writerow(_json(value) if isinstance(value, list | dict) else value for value in row.values())
+                    lines.writerow(map(_in_csv, row.values()))
                 else:
                     text.write(f"{_json(row)}\n")
             handle.write(text.getvalue().encode())
@@ -85,8 +87,18 @@ def _row_writer(handle: IO[bytes], *, is_csv: bool) -> Callable[[pa.Table], None
     return write
 
 
+def _in_csv(value: Any) -> Any:
+    """A value as a cell of CSV: lists as JSON, dates and times as in ISO 8601."""
+    if isinstance(value, list | dict):
+        return _json(value)
+    return value.isoformat() if isinstance(value, date | time) else value
+
+
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    """A value as JSON; dates and times as in ISO 8601, an infinite number of a user's column as text."""
+    if isinstance(value, dict):
+        value = {key: str(one) if one in (np.inf, -np.inf) else one for key, one in value.items()}
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=lambda one: one.isoformat())
 
 
 @contextmanager

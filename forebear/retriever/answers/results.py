@@ -65,6 +65,21 @@ def text_columns(index: Index) -> list[str]:
     return [f"row_{name}" if name in RESULT_COLUMNS else name for name in index.manifest.spec.text_columns]
 
 
+def user_columns(index: Index) -> dict[str, str]:
+    """Names that the other columns of training rows have in a table of results, by their names in the training file.
+
+    ``row_NAME`` where a result or a text has a ``NAME`` already.
+    """
+    taken, names = {*RESULT_COLUMNS, *text_columns(index)}, dict[str, str]()
+    for name in index.manifest.columns:
+        shown = name
+        while shown in taken:
+            shown = f"row_{shown}"
+        taken.add(shown)
+        names[name] = shown
+    return names
+
+
 def answer_tables(index: Index, answers: Answers, tokenizer: Any) -> Iterator[pa.Table]:
     """Tables of results with the columns that ``docs/answers.md`` lists, by query, method, side and rank.
 
@@ -82,11 +97,17 @@ def answer_tables(index: Index, answers: Answers, tokenizer: Any) -> Iterator[pa
     while start < n_results:
         stop = min(start + TABLE_RESULTS, n_results)
         results = _Results(answers, *np.unravel_index(np.arange(start, stop), shape))
-        while stop - start > 1 and index.row_texts.sizes[np.unique(results.rows)].sum() > TABLE_TEXT_BYTES:
+        while stop - start > 1 and _text_bytes(index, results.rows) > TABLE_TEXT_BYTES:
             stop = start + (stop - start) // 2
             results = _Results(answers, *np.unravel_index(np.arange(start, stop), shape))
         yield _table(index, results, tokenizer)
         start = stop
+
+
+def _text_bytes(index: Index, rows: np.ndarray) -> int:
+    """Bytes of the texts and other strings of some rows, each row counted once."""
+    distinct = np.unique(rows)
+    return int(index.row_texts.sizes[distinct].sum() + index.row_columns.sizes[distinct].sum())
 
 
 @dataclass(frozen=True)
@@ -157,7 +178,9 @@ def _table(index: Index, results: _Results, tokenizer: Any) -> pa.Table:
         columns |= _span_columns(results, list(texts.values()))
     if results.any_has("words"):
         columns |= _word_columns(results, tokenizer)
-    return pa.table(columns | dict(zip(text_columns(index), texts.values(), strict=True)))
+    columns |= dict(zip(text_columns(index), texts.values(), strict=True))
+    others = index.row_columns.columns(rows)
+    return pa.table(columns | {shown: others[name] for name, shown in user_columns(index).items()})
 
 
 def _named(names: Sequence[str], ids: np.ndarray) -> pa.Array:

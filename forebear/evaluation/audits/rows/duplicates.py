@@ -21,7 +21,7 @@ from scipy import sparse
 from forebear.errors import InputError
 from forebear.evaluation.audits.rows.near_words import WordSets, near_pairs, stacked, word_sets, words_of
 from forebear.evaluation.common.neighbours import nearest_rows
-from forebear.evaluation.common.passages import row_passages
+from forebear.evaluation.common.passages import row_columns, row_passages
 from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
 from forebear.indexer.index import Index
@@ -265,12 +265,12 @@ def duplicates_report(
         counts.append([kind, len(of_kind), rows, rows - len(of_kind), sum(g.conflict for g in of_kind)])
     lines: list[list[Cell]] = []
     for number, group in enumerate(groups[:top], start=1):
-        columns = {name: c.to_pylist() for name, c in index.texts(group.rows).items()}
+        columns = row_columns(index, group.rows) | {name: c.to_pylist() for name, c in index.texts(group.rows).items()}
         for i, row in enumerate(group.rows):
             label = names[index.labels[row]]
             cells: list[Cell] = [number, int(row), label, group.conflict, group.kind, len(group.rows), group.weakest]
             lines.append([*cells, *(column[i] for column in columns.values())])
-    text_heads = [f"text: {name}" for name in index.manifest.spec.text_columns]
+    text_heads = [*row_columns(index, []), *(f"text: {name}" for name in index.manifest.spec.text_columns)]
     tables = [
         Table(
             "Duplicates by kind",
@@ -339,9 +339,11 @@ def _leak_tables(test: QueryRows, leaked: Sequence[Leak], retriever: Retriever) 
         gold = None if label == UNKNOWN else names[label]
         cells: list[Cell] = [leak.test_row, leak.row, leak.kind, leak.jaccard, gold, names[index.labels[leak.row]]]
         both = [column[leak.test_row] for column in test.texts]
-        lines.append([*cells, *both, *(c[0].as_py() for c in index.texts(np.array([leak.row])).values())])
+        both += [c[0].as_py() for c in index.texts(np.array([leak.row])).values()]
+        lines.append([*cells, *(c[0] for c in row_columns(index, [leak.row]).values()), *both])
     columns = index.manifest.spec.text_columns
     heads = ["test row", "row", "kind", "Jaccard", "test label", "label"]
+    heads += row_columns(index, [])
     heads += [f"test text: {name}" for name in columns] + [f"text: {name}" for name in columns]
     note = f"The first {len(lines):,} of {len(leaked):,}. By texts and words, not by cosines."
     return [

@@ -15,7 +15,7 @@ import numpy as np
 
 from forebear.errors import DataError, InputError
 from forebear.evaluation.common.comparisons import provenance, question_record
-from forebear.evaluation.common.passages import row_passages
+from forebear.evaluation.common.passages import row_columns, row_passages
 from forebear.evaluation.reports.report import Cell, Group, Passage, Report, Table
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.row_source import RowSource
@@ -26,6 +26,7 @@ from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
 
 SHOWN_GROUPS = 6
+HEADS = ("group", "method", "side", "rank", "row", "score", "score a mistake", "label", "prediction")
 SHOWN_ROWS = 3  # mistakes, proponents and opponents of each group
 
 
@@ -176,7 +177,8 @@ def errors_report(
     for i, group in enumerate(groups):
         for method, ends in answers.rankings.items():
             for side, ranking in zip(SIDES, ends, strict=True):
-                columns = {name: c.to_pylist() for name, c in index.texts(ranking.rows[i]).items()}
+                columns = row_columns(index, ranking.rows[i])
+                columns |= {name: c.to_pylist() for name, c in index.texts(ranking.rows[i]).items()}
                 for j, (row, score) in enumerate(zip(ranking.rows[i], ranking.scores[i], strict=True)):
                     score_a_mistake = float(score) / len(group.members)
                     cells: list[Cell] = [group.name, method, side, j + 1, int(row), float(score), score_a_mistake]
@@ -188,8 +190,7 @@ def errors_report(
     target = "predicted, wrong" if question.spec.target == "predicted" else question.spec.target
     ranked = Table(
         "Training rows behind the mistakes",
-        ["group", "method", "side", "rank", "row", "score", "score a mistake", "label", "prediction"]
-        + [f"text: {name}" for name in index.manifest.spec.text_columns],
+        [*HEADS, *row_columns(index, []), *(f"text: {name}" for name in index.manifest.spec.text_columns)],
         lines,
         f"Score: the sum over the group's mistakes; proponents support the {target} label. One search a group."
         + "".join(f" {note}" for note in signs.notes()),

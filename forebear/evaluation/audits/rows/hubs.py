@@ -17,7 +17,7 @@ from forebear.errors import InputError
 from forebear.evaluation.audits.rows.suspects import own_places
 from forebear.evaluation.common.comparisons import provenance
 from forebear.evaluation.common.inputs import Inputs
-from forebear.evaluation.common.passages import row_passages
+from forebear.evaluation.common.passages import row_columns, row_passages
 from forebear.evaluation.common.queries import QueryRows, refuse_saliency, refuse_spans
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Report, Table
@@ -175,7 +175,8 @@ def hubs_report(counted: Hubs, inputs: Inputs, n_listed: int) -> tuple[Report, d
             ]
         )
         rows = counted.rows[order]
-        columns = {c: column.to_pylist() for c, column in texts_of(rows).items()}
+        columns = row_columns(retriever.index, rows)
+        columns |= {c: column.to_pylist() for c, column in texts_of(rows).items()}
         for i, (p, row) in enumerate(zip(order, rows, strict=True)):
             label = retriever.label_names[retriever.index.labels[row]]
             hub = bool(counts[p] >= least)
@@ -201,7 +202,8 @@ def hubs_report(counted: Hubs, inputs: Inputs, n_listed: int) -> tuple[Report, d
     )
     listing = Table(
         "Most frequent rows",
-        ["method", "row", "share", "queries", "hub", "label", *(f"text: {c}" for c in texts_of(counted.rows[:1]))],
+        ["method", "row", "share", "queries", "hub", "label", *row_columns(retriever.index, [])]
+        + [f"text: {name}" for name in texts_of(counted.rows[:1])],
         listed_rows,
     )
     largest = {str(row[0]): float(row[1] or 0.0) for row in summary_rows}

@@ -15,7 +15,7 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import listed_values, matrix_figure, provenance, question_record, spearman
 from forebear.evaluation.common.neighbours import label_disagreement, nearest_rows
-from forebear.evaluation.common.passages import NO_LABEL, row_passages
+from forebear.evaluation.common.passages import NO_LABEL, row_columns, row_passages
 from forebear.evaluation.measures.mislabelled import LOSS, NEIGHBOURS, approximations, note_on, self_influence
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
 from forebear.indexer.index import Index
@@ -144,13 +144,17 @@ def suspects_report(
     positions = suspected.order[:top]
     opponents, signs = opponents_of(retriever, question.spec, suspected.rows[positions])
     texts = retriever.index.texts(suspected.rows[positions])
+    others = row_columns(retriever.index, suspected.rows[positions])
     lines = [_line(suspected, retriever.index, int(p), opponents[i]) for i, p in enumerate(positions)]
     measures = [f"rank by {name}" for name in suspected.names]
     head = ["row", "mean rank", "label", "suggested", "prediction", "neighbours' majority", *suspected.names, *measures]
     table = Table(
         "Rows suspected of a wrong label",
-        [*head, "contradicting neighbours", "strongest opponents", *(f"text: {name}" for name in texts)],
-        [[*line, *(column[i].as_py() for column in texts.values())] for i, line in enumerate(lines)],
+        [*head, "contradicting neighbours", "strongest opponents", *others, *(f"text: {name}" for name in texts)],
+        [
+            [*line, *(cells[i] for cells in others.values()), *(column[i].as_py() for column in texts.values())]
+            for i, line in enumerate(lines)
+        ],
         f"The first {len(positions):,} of {n:,} rows by the mean of their ranks by {len(suspected.names)} measures (1: "
         "the most suspicious), all counting the same. Suggested: the prediction where it is another label, else that "
         f"of most neighbours. Contradicting: the nearest of the {suspected.neighbours.shape[1]} neighbours with "
