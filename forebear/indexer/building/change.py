@@ -108,7 +108,8 @@ def append_rows(
         check_same_finder(old.spec.spans, old.spec.spans_sha256, folder)
         labels = label_map(source, classifier.label_names, old.spec.label_mode)
         work.warn(labels.warning)
-        work.warn(lacking)
+        if lacking is not None:
+            work.warn(lacking)
         begin_change(folder, old, change, journal)
         new_shards = split_rows(old.n_rows, source.n_rows, old.spec.shard_rows)
         manifest = replace(

@@ -139,7 +139,7 @@ class BuildKeywords(WorkKeywords, total=False):
     shard_rows: int
     calibration_queries: int
     sentence_model: str
-    keep_columns: Sequence[str] | str
+    keep_columns: Sequence[str]
     device: str
 
 
