@@ -65,6 +65,7 @@ KEYWORDS = {
     "--feature": Keyword("feature", "user_feature"),
     "--force": Keyword("force", "Work", "switch"),
     "--freeze-below": Keyword("freeze_below", "TrainOptions", "number"),
+    "--group-by": Keyword("group_by", "retrieve"),
     "--html": Keyword("path", "write_page"),
     "--jaccard": Keyword("jaccard", "Thresholds", "number"),
     "--keep-columns": Keyword("keep_columns", "BuildOptions", "texts"),

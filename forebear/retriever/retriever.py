@@ -16,17 +16,18 @@ from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts, n_rows_of
 from forebear.indexer.model.forward import Forward
-from forebear.indexer.rows.labels import LabelMap
+from forebear.indexer.rows.labels import UNKNOWN, LabelMap
 from forebear.indexer.rows.row_source import RowSource, rows_given
 from forebear.indexer.spans.text import Span
-from forebear.retriever.answers.results import Answers, answer_tables, queries_together
+from forebear.retriever.answers.groups import check_additive, group_table, grouping_of
+from forebear.retriever.answers.results import ANSWER_BYTES, Answers, answer_tables, queries_together
 from forebear.retriever.coverage import available_methods, question_facts
 from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch
 from forebear.retriever.deep.searcher import GradientSearcher
 from forebear.retriever.head.aggregate import common_class, read_rows, sum_queries
 from forebear.retriever.head.stored import search_query
-from forebear.retriever.question.batch import make_batch
+from forebear.retriever.question.batch import Batch, make_batch
 from forebear.retriever.question.methods import METHODS, Searched
 from forebear.retriever.question.models import Models
 from forebear.retriever.question.query_rows import check_texts, query_labels
@@ -88,13 +89,16 @@ class Retriever:
         queries: Any,
         *,
         spec: QuerySpec | Question | None = None,
+        group_by: str | None = None,
         **choices: Unpack[QueryChoices],
     ) -> pa.Table:
-        """The training rows at both ends of each query's ranking.
+        """The training rows at both ends of each query's ranking; or groups of rows, by the sums of their scores.
 
         Args:
             queries: Texts, pairs of texts; a path, table or list of dicts, as ``open_rows`` takes; or its result.
             spec: The question; None: the default one.
+            group_by: ``label``, or a column that the index keeps: every training row is scored, and the result has one
+                row a group, as docs/answers.md lists it; see :mod:`~forebear.retriever.answers.groups`.
             **choices: Fields of :class:`QuerySpec` that are otherwise than in ``spec``, such as
                 ``methods=["gc", "if"]``, ``top=5``, ``target="gold"``, ``scope="all"``.
 
@@ -108,6 +112,10 @@ class Retriever:
         """
         question = self.resolve(QuerySpec() if spec is None else spec, **choices)
         source = self._opened(queries)
+        if group_by is not None:
+            question = self.resolve(question, exact="full")
+            groups = self.groups(source, question, group_by)
+            return pa.concat_tables(groups).replace_schema_metadata(self.metadata(question, group_by=group_by))
         tables = [table for answers in self.answers(source, question) for table in self.tables(answers)]
         return pa.concat_tables(tables).replace_schema_metadata(self.metadata(question))
 
@@ -159,6 +167,48 @@ class Retriever:
         for block in source.blocks(min(block_rows, queries_together(question.methods, top))):
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
             yield self.answer_block(block.start, block.texts, gold, question, table=block.table)
+
+    def groups(self, source: RowSource, spec: QuerySpec | Question, column: str) -> Iterator[pa.Table]:
+        """Sums of the scores of all live rows by group, as tables, a bounded number of queries each.
+
+        Args:
+            source: Test rows.
+            spec: The question; of an aggregate, the sums over all test rows together. Every row is scored, whatever it
+                says of ``exact``.
+            column: ``label``, or a column that the index keeps.
+
+        Raises:
+            InputError: There is no such column, or scores of a method cannot be summed.
+            NonFiniteError: A score is NaN or infinite.
+        """
+        question = self.resolve(spec, exact="full")
+        check_additive(question)
+        grouping = grouping_of(self.index, column)
+        self.check_texts(source)
+        labels = self.query_labels(source, required=question.spec.target == "gold")
+        size = max(1, min(QUERY_BLOCK_ROWS, ANSWER_BYTES // (8 * len(grouping.live) * len(question.methods))))
+        summed: dict[str, np.ndarray] = {}
+        classes: list[list[np.ndarray]] = [[], [], []]
+        for block in source.blocks(size):
+            gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
+            batch = self._batch(question, block.texts, gold, block.start)
+            scores = self._scores(question, batch, grouping.live)
+            of_block = [
+                np.full(len(block), UNKNOWN) if gold is None else gold,
+                batch.forward.predictions,
+                batch.targets,
+            ]
+            if not question.spec.aggregate:
+                yield group_table(grouping, scores, question.spec.top, block.start, of_block, self.label_names)
+                continue
+            for name, values in scores.items():
+                summed[name] = summed.get(name, 0.0) + values.sum(axis=0, keepdims=True)
+            for kind, ids in zip(classes, of_block, strict=True):
+                kind.append(ids)
+        if question.spec.aggregate:
+            together = np.zeros(source.n_rows, np.int64)
+            shared = [common_class(np.concatenate(kind), together) for kind in classes]
+            yield group_table(grouping, summed, question.spec.top, 0, shared, self.label_names)
 
     def tables(self, answers: Answers) -> Iterator[pa.Table]:
         """Answers as tables, one row a result, a bounded number of results each."""
@@ -293,10 +343,14 @@ class Retriever:
                 raise InputError(f"{method.name} scores spans or asks of a word, not a row: ask for it by retrieve.")
             if isinstance(texts, Encoded) and method.reads_texts:
                 raise InputError(f"{method.name} compares texts; it cannot be asked of rows with word pieces masked.")
-        n_queries = n_rows_of(texts)
-        numbers = range(first_row, first_row + n_queries)
-        batch = make_batch(question, self.models, texts, labels, numbers=numbers)
-        rows = self.index.live if rows is None else rows
+        batch = self._batch(question, texts, labels, first_row)
+        return self._scores(question, batch, self.index.live if rows is None else rows)
+
+    def _batch(self, question: Question, texts: Texts, labels: np.ndarray | None, first_row: int) -> Batch:
+        numbers = range(first_row, first_row + n_rows_of(texts))
+        return make_batch(question, self.models, texts, labels, numbers=numbers)
+
+    def _scores(self, question: Question, batch: Batch, rows: np.ndarray) -> Scores:
         found = Scores()
         for name, part in self._by_searcher(question).items():
             scores = self.searcher(name).score(part, batch, rows)
@@ -336,9 +390,10 @@ class Retriever:
         """Everything that decides an answer, and what is known of its recall; see ``docs/``."""
         return question_facts(self.resolve(spec))
 
-    def metadata(self, spec: QuerySpec | Question) -> dict[str, str]:
-        """The same for the Parquet schema's metadata, as JSON under the key ``forebear``."""
-        return {"forebear": json.dumps(self.facts(spec), sort_keys=True, allow_nan=False)}
+    def metadata(self, spec: QuerySpec | Question, **more: str | None) -> dict[str, str]:
+        """The same, and more facts by name, for the Parquet schema's metadata: as JSON under the key ``forebear``."""
+        facts = self.facts(spec) | {name: value for name, value in more.items() if value is not None}
+        return {"forebear": json.dumps(facts, sort_keys=True, allow_nan=False)}
 
     def check_texts(self, source: RowSource) -> None:
         """Refuse single texts for an index of pairs, the other way round, and the same columns in another order."""

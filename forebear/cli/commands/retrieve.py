@@ -16,6 +16,7 @@ from forebear.cli.options.report import OutputOptions
 from forebear.cli.options.rows import TEXT, MaybeTestOptions, Pair
 from forebear.cli.screen.answers import SHOWN_QUERIES, say_recall, say_signs, show_answers
 from forebear.cli.screen.console import Command, listed, progress_bar, say, warn
+from forebear.cli.screen.groups import show_groups
 from forebear.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ Examples:
     forebear retrieve --index I --test dev.csv --method gd,if --scope all --recall 0.95 --out answers.parquet
 
     forebear retrieve --index I --test mistakes.csv --method if --aggregate
+
+    forebear retrieve --index I --text "a gripping film" --method if --group-by source
 """
 
 
@@ -89,6 +92,14 @@ class RankingOptions(Options, panel="Question"):
         bool,
         typer.Option("--aggregate", help="One answer to all test rows together: their query vectors are summed."),
     ] = False
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            "--group-by",
+            help="Sum the scores of all rows by a column that the index keeps, or by label: --top groups at each end.",
+            show_default=False,
+        ),
+    ] = None
     candidates: Candidates = None
     certify: Annotated[
         bool,
@@ -136,6 +147,7 @@ def retrieve(
     """Rank the training rows behind predictions, on the screen or to a file."""
     from forebear.evaluation.audits.rows.hub_shares import read_hub_shares, with_hub_share
     from forebear.indexer.index import Index
+    from forebear.retriever.answers.groups import check_additive, grouping_of
     from forebear.retriever.answers.result_file import check_output
     from forebear.retriever.answers.results import text_columns, user_columns
     from forebear.retriever.coverage import tell_fit_age
@@ -146,10 +158,13 @@ def retrieve(
     gold = question_options.target == "gold"
     query_options.check(question_options.target)
     choices = values_of(question_options, ranking, spans, solver)
+    group_by = choices.pop("group_by")
     choices |= {"methods": tuple(listed(ranking.methods)) or ("gc",), "span_column": None}
     spec = QuerySpec(**choices)
     methods = spec.check()
     _refuse_what_no_method_takes(spec, methods, spans)
+    if group_by is not None:
+        _refuse_what_groups_do_not_take(ranking, output)
     if output.out is not None:
         check_output(Path(output.out), force=output.force)
     index = Index.open(index_options.index)
@@ -159,10 +174,16 @@ def retrieve(
     source = query_options.open_rows(retriever, need_labels=gold)
     tell_label_remark(index, source, required=gold)
 
-    question = retriever.resolve(spec)
+    question = retriever.resolve(spec if group_by is None else replace(spec, exact="full"))
+    if group_by is not None:
+        check_additive(question)
+        grouping_of(index, group_by)
     tell_fit_age(question)
     retriever.check_texts(source)
     _warn_of_reading(retriever, source)
+    if group_by is not None:
+        _give_groups(retriever, source, question, group_by, output)
+        return
     shares = None if output.hubs is None else read_hub_shares(Path(output.hubs), retriever, question)
 
     def tables_of(answers: Answers) -> Iterator[pa.Table]:
@@ -189,6 +210,37 @@ def _refuse_what_no_method_takes(spec: QuerySpec, methods: Sequence[Method], spa
                 )
     if spec.word is not None and not any(m.saliency for m in methods):
         raise InputError(f"--word is for saliency-if and saliency-if-token, not {', '.join(spec.methods)}.")
+
+
+def _refuse_what_groups_do_not_take(ranking: RankingOptions, output: AnswerOptions) -> None:
+    """Refuse options of single rows beside ``--group-by``, which scores all of them."""
+    given = {"--hubs": output.hubs, "--certify": ranking.certify, "--candidates": ranking.candidates}
+    for option, value in given.items():
+        if value:
+            raise InputError(
+                f"{option} is about single rows; --group-by sums the scores of all. Leave one of them out."
+            )
+
+
+def _give_groups(
+    retriever: Retriever, source: RowSource, question: Question, column: str, output: AnswerOptions
+) -> None:
+    """Sum scores by group, on the screen for the first few queries, or to a file for all."""
+    from forebear.retriever.answers.result_file import result_writer
+
+    if output.out is None:
+        show_groups(retriever.groups(source, question, column), source, column, aggregate=question.spec.aggregate)
+        return
+    metadata = retriever.metadata(question, group_by=column)
+    with progress_bar() as progress, result_writer(Path(output.out), metadata, force=output.force) as write:
+        progress("queries", 0, source.n_rows)
+        n_lines = 0
+        for table in retriever.groups(source, question, column):
+            write(table)
+            n_lines += table.num_rows
+            done = source.n_rows if question.spec.aggregate else table.column("query")[-1].as_py() + 1
+            progress("queries", done, source.n_rows)
+    say(f"{output.out}: {source.n_rows:,} queries, {n_lines:,} lines of groups by {column}")
 
 
 def _write_answers(

@@ -1,0 +1,70 @@
+"""Sums of scores by group on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from forebear.cli.screen.answers import SHOWN_QUERIES, cell
+from forebear.cli.screen.console import OUT, shortened, warn
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from forebear.indexer.rows.row_source import RowSource
+
+
+def show_groups(tables: Iterator[pa.Table], source: RowSource, column: str, *, aggregate: bool) -> None:
+    """Print the groups behind the first few queries, or behind all of them together.
+
+    Args:
+        tables: As ``Retriever.groups`` gives them.
+        source: The test rows.
+        column: The column by which rows are grouped.
+        aggregate: Whether there is one answer to all test rows together.
+    """
+    from rich.markup import escape
+
+    lines = next(tables).to_pylist()
+    texts = next(iter(source.blocks(SHOWN_QUERIES))).texts
+    for number, of_query in groupby(lines, key=lambda line: line["query"]):
+        if number >= SHOWN_QUERIES:
+            break
+        own = list(of_query)
+        if aggregate:
+            OUT.print(f"[bold]{source.n_rows:,} queries together[/bold]")
+        else:
+            gold = "" if own[0]["query_label"] is None else f", labelled {own[0]['query_label']}"
+            predicted = escape(own[0]["query_prediction"])
+            OUT.print(f"[bold]query {number}[/bold]  predicted [bold]{predicted}[/bold]{escape(gold)}")
+            for text in texts:
+                OUT.print(f"  {escape(shortened(text[number]))}")
+        for method, of_method in groupby(own, key=lambda line: line["method"]):
+            _print_groups(method, column, list(of_method))
+        OUT.print()
+    if not aggregate and source.n_rows > SHOWN_QUERIES:
+        shown = f"shown: the first {SHOWN_QUERIES} of {source.n_rows:,} queries"
+        warn(f"{shown}. Give --out NAME.parquet for all of them.")
+
+
+def _print_groups(method: str, column: str, lines: list[dict[str, Any]]) -> None:
+    """Print one method's groups for one query."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    target = lines[0]["target"] or "each row's target"
+    grid = Table(title=f"{method}: {escape(column)} behind {escape(target)}", title_justify="left")
+    grid.add_column(escape(column), overflow="fold")
+    for name in ("rows", "sum", "mean", "share of |scores|", "best row", "its score"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    before = 0
+    for line in lines:
+        if line["rank"] > before + 1:
+            grid.add_row(f"({line['rank'] - before - 1:,} more)", *[""] * 6)
+        before = line["rank"]
+        numbers = [f"{line[name]:.4g}" for name in ("sum", "mean")]
+        name = "null" if line["group"] is None else shortened(cell(line["group"]))
+        best = [str(line["best_row"]), f"{line['best_score']:.4g}"]
+        grid.add_row(escape(name), f"{line['rows']:,}", *numbers, f"{line['share']:.1%}", *best)
+    OUT.print(grid)
