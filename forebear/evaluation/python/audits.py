@@ -44,6 +44,7 @@ from forebear.evaluation.python.opening import (
     tested_rows,
 )
 from forebear.progress import Progress, progress_of
+from forebear.retriever.answers.groups import grouping_of
 from forebear.retriever.question.query_rows import tell_label_remark
 from forebear.retriever.question.spec import QueryChoices, QuerySpec
 from forebear.retriever.retriever import Retriever
@@ -156,6 +157,7 @@ def suspects(
     *,
     n_listed: int = 100,
     n_neighbours: int = 10,
+    group_by: str | None = None,
     spec: QuerySpec | None = None,
     **choices: Unpack[QueryChoices],
 ) -> Finding[of_suspects.Suspects]:
@@ -165,13 +167,15 @@ def suspects(
         retriever: Over the index.
         n_listed: Rows in the report.
         n_neighbours: Number of nearest rows whose labels are compared with the label of a row.
+        group_by: A column that the index keeps, or ``label``: how many of the listed rows each of its values has.
         spec: The question; ``gd`` and ``if`` by default, and always about the gold label.
         **choices: Fields of QuerySpec.
     """
     retriever = retriever_of(retriever)
+    grouping = None if group_by is None else grouping_of(retriever.index, group_by)
     question = question_of(retriever, spec, choices, ("gd", "if"), target="gold")
     found = of_suspects.suspects(retriever, question, n_neighbours=n_neighbours)
-    page = of_suspects.suspects_report(found, retriever, question, n_listed, called("audits.suspects"))
+    page = of_suspects.suspects_report(found, retriever, question, n_listed, called("audits.suspects"), grouping)
     return finding(found, page)
 
 

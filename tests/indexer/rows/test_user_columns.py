@@ -285,3 +285,29 @@ def test_explanations_and_audits_show_them(index, tmp_path, capsys):
                 "id": own["id"], "source": own["source"], "day": str(own["day"]),
             }  # fmt: skip
     assert "<span>source</span>" in (tmp_path / "mislabelled" / "report.html").read_text()
+
+
+def test_suspects_are_counted_by_group(tiny_model, tmp_path, capsys):
+    """One annotator's labels are all wrong: theirs are the suspects."""
+    by = ["careless" if i % 4 == 1 else "careful" for i in range(N)]
+    rows = [{"text": t, "label": y, "by": who} for t, y, who in zip(TEXTS, LABELS, by, strict=True)]
+    index = built(tiny_model, rows, tmp_path / "index", dampings=("0.1x",))
+    predicted = index.predictions.tolist()
+    for row, right in zip(rows, predicted, strict=True):
+        row["label"] = right if row["by"] == "careful" else 1 - right
+    index = built(tiny_model, rows, tmp_path / "flipped", dampings=("0.1x",))
+    out = tmp_path / "report"
+    n_wrong = by.count("careless")
+    args = ["audit", "mislabelled", "--index", str(index.folder), "--top", str(n_wrong), "--out", str(out)]
+    assert run([*args, "--group-by", "by"]) == 0
+    assert "Suspects by by" in capsys.readouterr().out
+    result = json.loads((out / "result.json").read_text())
+    counted = {group["by"]: group["suspects"] for group in result["groups"]}
+    assert counted == {who: sum(by[row] == who for row in result["listed"]) for who in ("careful", "careless")}
+    assert counted["careless"] > n_wrong / 2
+    rows_of = {group["by"]: (group["rows"], group["share of its rows"]) for group in result["groups"]}
+    assert rows_of["careless"] == (n_wrong, counted["careless"] / n_wrong)
+    assert run([*args, "--force", "--group-by", "source"]) == 2
+    assert "keeps no such column; it keeps by" in capsys.readouterr().err
+    found = forebear.audits.suspects(index, group_by="label", n_listed=5)
+    assert sum(group["suspects"] for group in found.result["groups"]) == 5

@@ -33,9 +33,11 @@ MISLABELLED_HELP = """Which training rows may be labelled wrongly? A ranked list
 Ordered by the mean of a row's ranks by influence on itself, loss and disagreement of its neighbours. No true label is
 needed; where some are known, `forebear evaluate mislabelled` says how well this works.
 
-Example:
+Examples:
 
     forebear audit mislabelled --index I --top 200 --out runs/suspects
+
+    forebear audit mislabelled --index I --group-by annotator
 """
 DUPLICATES_HELP = """Which training rows say the same, and with different labels? Which test rows are among them?
 
@@ -89,12 +91,20 @@ def mislabelled(
     methods: Methods = None,
     n_listed: Listed = 100,
     n_neighbours: Neighbours = 10,
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            "--group-by",
+            help="A column that the index keeps, or label: how many of the listed rows each of its values has.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """List the training rows that may be labelled wrongly."""
     from forebear.evaluation.python.audits import suspects
 
     shown = partial(_for_screen, ("row", "mean rank", "label", "suggested"))
-    own = {"n_listed": n_listed, "n_neighbours": n_neighbours}
+    own = {"n_listed": n_listed, "n_neighbours": n_neighbours, "group_by": group_by}
     report.call(suspects, index.open(), question, shown=shown, methods=methods, **own)
 
 

@@ -19,12 +19,14 @@ from forebear.evaluation.common.passages import NO_LABEL, row_columns, row_passa
 from forebear.evaluation.measures.mislabelled import LOSS, NEIGHBOURS, approximations, note_on, self_influence
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
 from forebear.indexer.index import Index
+from forebear.retriever.answers.groups import Grouping
 from forebear.retriever.answers.results import SIDES
 from forebear.retriever.answers.signs import note_of
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
 SHOWN_ROWS = 10
+MOST_GROUPS = 50
 CONTRADICTING = 3  # neighbours and opponents named for each suspect
 
 
@@ -129,10 +131,43 @@ def own_places(found_rows: np.ndarray, query_rows: np.ndarray) -> np.ndarray:
     return np.asarray(is_own)
 
 
+def groups_table(suspected: Suspects, grouping: Grouping, positions: np.ndarray) -> Table:
+    """How many of the suspects each group of rows has, those with most of them first.
+
+    Args:
+        suspected: Suspicion of each live row.
+        grouping: The live rows, parted by a column.
+        positions: The rows that are listed as suspects, among all.
+    """
+    m, numbers = len(grouping), grouping.numbers
+    rows, listed = (np.bincount(some, minlength=m) for some in (numbers, numbers[positions]))
+    ranks = np.bincount(numbers, suspected.combined, m) / rows
+    order = np.lexsort((-listed / rows, -listed))[:MOST_GROUPS]
+    names = grouping.names
+    lines: list[list[Cell]] = [
+        [names[g], int(rows[g]), int(listed[g]), listed[g] / rows[g], listed[g] / len(positions), float(ranks[g])]
+        for g in order.tolist()
+    ]
+    n = len(numbers)
+    return Table(
+        f"Suspects by {grouping.column}",
+        [grouping.column, "rows", "suspects", "share of its rows", "share of the suspects", "mean of mean ranks"],
+        lines,
+        f"Suspects: the {len(positions):,} rows listed, {len(positions) / n:.1%} of all {n:,}; a group with a larger "
+        f"share of its rows among them has more than its part. The first {len(lines):,} of {m:,} groups, most suspects "
+        "first.",
+    )
+
+
 def suspects_report(
-    suspected: Suspects, retriever: Retriever, spec: QuerySpec | Question, top: int, command: str
+    suspected: Suspects,
+    retriever: Retriever,
+    spec: QuerySpec | Question,
+    top: int,
+    command: str,
+    grouping: Grouping | None = None,
 ) -> tuple[Report, dict[str, Any]]:
-    """The report of the ``top`` most suspicious rows, and the numbers of all for ``result.json``.
+    """The report of the ``top`` most suspicious rows, and the numbers of all for ``result.json``; counts by group.
 
     Raises:
         InputError: ``top`` is less than 1.
@@ -160,6 +195,7 @@ def suspects_report(
         f"of most neighbours. Contradicting: the nearest of the {suspected.neighbours.shape[1]} neighbours with "
         f"another label. Opponents: by {question.spec.methods[0]}, against the row's own label. {signs}".rstrip(),
     )
+    by_group = () if grouping is None else (groups_table(suspected, grouping, positions),)
     wrong = int((suspected.suggested[positions] != NO_LABEL).sum())
     agreement = [[float(spearman(a[None], b[None])[0]) for b in suspected.values] for a in suspected.values]
     spearmans = [[None if np.isnan(value) else value for value in row] for row in agreement]
@@ -171,7 +207,7 @@ def suspects_report(
         "Suspected wrong labels",
         f"Row {suspected.rows[positions[0]]} is the most suspicious of {n:,}. Of the first {len(positions):,}, "
         f"{wrong:,} have another label by the model or by most of their neighbours. {note_on(approximate)}".rstrip(),
-        (table,),
+        (*by_group, table),
         (figure,),
         tuple(_group(suspected, retriever, int(p), opponents[i], i) for i, p in enumerate(positions[:SHOWN_ROWS])),
         provenance(retriever, spec, command, rows=n, neighbours=suspected.neighbours.shape[1]),
@@ -185,6 +221,11 @@ def suspects_report(
         "suggested": [None if c == NO_LABEL else retriever.label_names[c] for c in suspected.suggested],
         "listed": suspected.rows[positions],
         "opponents": opponents,
+        **(
+            {"groups": [dict(zip(one.columns, row, strict=True)) for one in by_group for row in one.rows]}
+            if by_group
+            else {}
+        ),
         "spearman": dict(zip(suspected.names, spearmans, strict=True)),
         "neighbours": suspected.neighbours.shape[1],
     }
