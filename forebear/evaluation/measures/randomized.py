@@ -97,6 +97,7 @@ def random_retriever(retriever: Retriever, spec: QuerySpec, rows: np.ndarray, se
         stores=("features", "words") if by_words else ("features",),
         scopes=("head", *sorted(scopes)),
         calibration_queries=0,
+        keep_columns=(),
         label_mode=None,  # labels are classes already
         ann=None,
         batch_tokens=BuildOptions.batch_tokens,

@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 
 from forebear.errors import InputError, MismatchError
 from forebear.indexer.rows.arrow_text import is_text
-from forebear.indexer.rows.file_formats import listed
+from forebear.indexer.rows.file_formats import listed, reading
 from forebear.indexer.rows.row_source import RowSource
+from forebear.wording import worded
 
 ALL, NONE = "all", "none"
 STRING = pa.dictionary(pa.int32(), pa.large_string())
@@ -163,12 +164,18 @@ def columns_sha256(source: RowSource, kept: Mapping[str, str]) -> str | None:
     """Digest of the kept columns' kinds and values, in row order, whatever the file format; None without any.
 
     Passes over the rows once.
+
+    Raises:
+        DataError: A value cannot be read, such as a string that is no UTF-8.
     """
     if not kept:
         return None
     digest = hashlib.sha256(json.dumps(dict(kept)).encode())
     for table in source.tables([name for name in kept if name in source.other_columns()]):
-        columns = [column.to_pylist() for column in stored_columns(table, kept).values()]
+        columns = []
+        for name, column in stored_columns(table, kept).items():
+            with reading(f"{source.name}: column {name!r}", worded(f"{kept[name]} (leave it out by --keep-columns)")):
+                columns.append(column.to_pylist())
         for row in zip(*columns, strict=True):
             digest.update(json.dumps(row, default=str).encode() + b"\n")
     return digest.hexdigest()

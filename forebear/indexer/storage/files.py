@@ -46,6 +46,7 @@ class IndexFiles:
             "rows": f"{self.manifest.n_live:,}"
             + (f" ({self.manifest.n_retired:,} more are retired)" if self.manifest.n_retired else ""),
             "text columns": ", ".join(spec.text_columns),
+            **({"other columns": ", ".join(self.manifest.columns)} if self.manifest.columns else {}),
             "classes": ", ".join(spec.label_names),
             "checkpoints": ", ".join(c.name for c in self.manifest.checkpoints),
             "stores": ", ".join(spec.stores),

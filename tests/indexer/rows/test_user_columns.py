@@ -20,7 +20,7 @@ from tiny import labels, sentences, write_jsonl
 
 import forebear
 from forebear.cli.main import run
-from forebear.errors import InputError, MismatchError
+from forebear.errors import DataError, InputError, MismatchError
 from forebear.indexer.building import build
 from forebear.indexer.building.build import append_rows, refit_index, retire_rows
 from forebear.indexer.building.verify import verify_index
@@ -132,6 +132,11 @@ def test_what_is_no_scalar_is_not_kept_and_refused_by_name(tiny_model, tmp_path)
         with pytest.raises(InputError, match=message):
             built(tiny_model, source, tmp_path / "refused", keep_columns=[name])
     assert not (tmp_path / "refused").exists()
+    broken = pa.table({"text": TEXTS, "label": LABELS, "by": pa.array([b"\xff"] * N).view(pa.string())})
+    with pytest.raises(DataError, match=r"column 'by' cannot be read as string \(leave it out by keep_columns=\)"):
+        built(tiny_model, broken, tmp_path / "refused")
+    assert not (tmp_path / "refused" / "manifest.json").exists()
+    assert built(tiny_model, broken, tmp_path / "without", keep_columns=()).manifest.columns == {}
     chosen = built(tiny_model, rows, tmp_path / "two", keep_columns=("Source", "id"))
     assert list(chosen.manifest.columns) == ["id", "source"]
 
@@ -311,3 +316,8 @@ def test_suspects_are_counted_by_group(tiny_model, tmp_path, capsys):
     assert "keeps no such column; it keeps by" in capsys.readouterr().err
     found = forebear.audits.suspects(index, group_by="label", n_listed=5)
     assert sum(group["suspects"] for group in found.result["groups"]) == 5
+
+
+def test_an_index_of_a_random_model_needs_none(index):
+    found = forebear.evaluations.randomized(index, sentences(3, seed=2), methods=["gd"], seeds=(0,), n_queries=2)
+    assert found.result
