@@ -173,7 +173,7 @@ def _say_what_was_built(built: Index, place: OutOptions, *, of_rows: bool, secon
             say(line)
         for line in facts.warnings():
             warn(line)
-    if of_rows and (kept := kept_line(manifest)) is not None:
+    if manifest.generation == 0 and (kept := kept_line(manifest)) is not None:
         say(kept)
     total = sum(facts["bytes"] for facts in manifest.files.values())
     say(

@@ -155,7 +155,7 @@ def label_map(
             f"{', '.join(model_names)}. Train one with --labels binary-nli, or leave the option out."
         )
     ids, warning = _match(source, model_names, model, mode)
-    mapping = LabelMap(source, model_names, ids, warning, partial=partial)
+    mapping = LabelMap(source, names_of_classes(model_names, source), ids, warning, partial=partial)
     if unknown := mapping.unknown_labels():
         some_known = len(unknown) < len(source.label_values)
         _refuse_foreign_names(source, model_names, any_known=some_known or warning is not None)

@@ -92,6 +92,7 @@ def test_generic_models_take_names_by_the_order_given() -> None:
     source = rows(["good", "bad"], ("bad", "good"))
     assert mapped(source, GENERIC[:2]) == [1, 0]
     assert "bad, good" in str(label_map(source, GENERIC[:2]).warning)
+    assert "it knows bad, good. " in refusal(rows(["good", "ugly"], ("bad", "good")), GENERIC[:2])
     assert "label_names=" in refusal(rows(["good", "bad"]), GENERIC)
     assert mapped(rows(["LABEL_1", "label 0"]), GENERIC) == [1, 0]
     assert label_map(rows(["LABEL_1"]), GENERIC).warning is None
