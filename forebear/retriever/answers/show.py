@@ -1,4 +1,7 @@
-"""Answers to look at: the table of :meth:`Retriever.retrieve` in few columns, one grid a query, method and side."""
+"""Answers to look at: the table of :meth:`Retriever.retrieve` in few columns, one grid a query, method and side.
+
+Of groups of rows (``group_by=``): one grid a query and method, with all columns of the groups.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +39,16 @@ class ShownAnswers:
     def _ends(self) -> list[tuple[str, list[dict[str, Any]]]]:
         results = self.table.slice(0, self.n_shown).to_pylist()
         return [
-            (f"query {query} · {method} · {side}s of “{some[0]['target']}”", some)
-            for (query, method, side), found in groupby(results, key=lambda one: tuple(one[key] for key in _OF_ENDS))
+            (f"query {query} · {method} · {side or 'group'}s of “{some[0]['target']}”", some)
+            for (query, method, side), found in groupby(results, key=lambda one: tuple(map(one.get, _OF_ENDS)))
             if (some := list(found))
         ]
 
     @property
     def _columns(self) -> list[str]:
-        names = self.table.column_names
+        names: list[str] = self.table.column_names
+        if "group" in names and "side" not in names:
+            return names[names.index("rank") :]
         return [name for name in _SHOWN if name in names] + [name for name in names if name not in _OTHERS]
 
     @property
@@ -79,7 +84,9 @@ def show(answers: pa.Table, n_shown: int = SHOWN_ROWS) -> ShownAnswers:
         >>> retriever = forebear.Retriever("runs/demo/index")
         >>> forebear.show(retriever.retrieve([("The cat sat .", "A cat sat .")], methods=["gc"], top=3))
     """
-    missing = [name for name in (*_OF_ENDS, "target", "rank", "row", "score") if name not in answers.column_names]
+    of_rows, of_groups = (*_OF_ENDS, "target", "rank", "row", "score"), ("query", "method", "target", "rank", "group")
+    wanted = of_rows if "side" in answers.column_names or "sum" not in answers.column_names else of_groups
+    missing = [name for name in wanted if name not in answers.column_names]
     if missing:
         raise InputError(f"this table has no column {missing[0]}. Give the one that retrieve gives, with all columns.")
     return ShownAnswers(answers, min(n_shown, answers.num_rows))

@@ -21,7 +21,7 @@ from forebear.errors import InputError, NonFiniteError
 from forebear.indexer.building.build import retire_rows
 
 N = 41
-BY = [("anna", "bert", None, "carl", "null")[(i * i) % 5] for i in range(N)]
+BY = [("anna", "bert", None, "carl", "null")[(i * i + i // 2) % 5] for i in range(N)]
 YEARS = [2000 + i % 7 for i in range(N)]
 QUERIES = sentences(5, seed=30)
 METHODS = ("gd", "gc", "if", "rif", "tracin", "rep", "nn-dot", "nn-cos", "tracin-we", "tracin-we-topk", "tracin-tfidf")
@@ -91,6 +91,13 @@ def test_only_both_ends_are_given_and_their_ranks_say_so(retriever: Retriever) -
     )
     assert len(whole) == 2 * 2 * 7
     assert ends == [line for line in whole if line["rank"] in (1, 2, 6, 7)]
+
+
+def test_groups_are_shown_in_a_notebook_too(retriever: Retriever) -> None:
+    shown = forebear.show(retriever.retrieve(QUERIES[:1], methods=["gd", "gc"], group_by="by"))
+    assert "query 0 · gc · groups of “" in repr(shown)
+    assert "anna" in repr(shown)
+    assert all(name in shown._repr_html_() for name in ("share", "best_row", "carl"))
 
 
 def test_an_aggregate_is_summed_over_the_queries_first(retriever: Retriever) -> None:
