@@ -9,7 +9,9 @@ is that of the c - 1 other directions (Helmert's contrasts), and nothing is lost
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from scipy.linalg import helmert
 from torch import nn
 
 from forebear.indexer.losses.loss import Loss
+from forebear.indexer.rows.row_format import SINGLE_LABEL
 
 MAX_CLASS_NUMBERS = 1 << 27  # in the class matrices of the rows that are taken at once
 MANY_CLASSES = 64  # beyond, a sum over all pairs of classes takes more memory than the matrices it gives
@@ -32,6 +35,7 @@ class CrossEntropy(Loss):
         label_smoothing: eps, 0 <= eps < 1.
     """
 
+    problem_type: ClassVar[str] = SINGLE_LABEL
     class_weights: tuple[float, ...] = ()
     label_smoothing: float = 0.0
 
@@ -56,6 +60,10 @@ class CrossEntropy(Loss):
     def predictions(self, logits: np.ndarray) -> np.ndarray:
         """Most probable class of each row, ``(n,)`` int64; ties go to the lower id."""
         return np.asarray(logits.argmax(axis=1), dtype=np.int64)
+
+    def unlikely(self, logits: np.ndarray) -> np.ndarray:
+        """The least probable class of each row, ``(n,)``."""
+        return np.asarray(logits.argmin(axis=1), dtype=np.int64)
 
     def residual_and_loss(self, logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """s p - a and loss in nats of each row; without smoothing accurate also where p_y is nearly 1."""
@@ -175,6 +183,22 @@ class CrossEntropy(Loss):
             return kept.sum().clamp(min=1)
         weights = torch.tensor(self.class_weights, dtype=torch.float32, device=targets.device)
         return weights[targets[kept]].sum() if bool(kept.any()) else weights.new_ones(())
+
+    def representer(self, targets: np.ndarray, n_outputs: int) -> np.ndarray:
+        """1 at the target's class, ``(n, c)``."""
+        return np.asarray(np.eye(n_outputs)[targets])
+
+    def measures(self, predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        """The share of rows whose label is predicted."""
+        return {"accuracy": float((predictions == targets).mean())}
+
+    def better_than_guessing(self, predictions: np.ndarray, targets: np.ndarray) -> bool:
+        """Whether more rows are right than by the most frequent label."""
+        return bool((predictions == targets).mean() > np.bincount(targets).max() / len(targets))
+
+    def texts(self, targets: np.ndarray, names: Sequence[str]) -> list[str | None]:
+        """Names of the classes; None for a class id below 0."""
+        return [None if target < 0 else names[target] for target in targets]
 
 
 CROSS_ENTROPY = CrossEntropy()

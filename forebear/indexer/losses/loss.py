@@ -1,12 +1,15 @@
 """What is known of a loss: values and derivatives at the logits of a row, in float64, and names for people.
 
 The *target* of a row is what its loss compares the logits with; what the model *says* is of the same kind. Of a
-classifier both are class ids ``(n,)``. Everything else in the package asks the loss, and knows no formula of it.
+classifier of one label a row both are class ids ``(n,)`` int64, else numbers ``(n, c)`` float64, one an output.
+Everything else in the package asks the loss, and knows no formula of it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +21,15 @@ class Loss(ABC):
     The *outputs* are what curvature depends on beside the target: the probabilities of a classifier. The curvature at
     the logits is weight x B(outputs); B is the same for all targets, and the weight of a row depends on its target
     alone (:meth:`row_weights`).
+
+    Attributes:
+        problem_type: What targets are, one of ``PROBLEM_TYPES``.
+        is_separate: Whether B is diagonal in the basis of the outputs, so that the head's curvature is one matrix over
+            the features for each output.
     """
+
+    problem_type: ClassVar[str]
+    is_separate: ClassVar[bool] = False
 
     @property
     def is_plain(self) -> bool:
@@ -33,9 +44,21 @@ class Loss(ABC):
     def outputs(self, logits: np.ndarray) -> np.ndarray:
         """Outputs ``(n, c)`` of float64 logits ``(n, c)``."""
 
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """What is shown of the outputs, ``(n, c)`` float64: probabilities, of a regression the numbers."""
+        return self.outputs(logits)
+
     @abstractmethod
     def predictions(self, logits: np.ndarray) -> np.ndarray:
         """What the model says of each row, as targets."""
+
+    def targets_of(self, predictions: np.ndarray) -> np.ndarray:
+        """The targets by which predictions are explained: they themselves, but for a regression."""
+        return predictions
+
+    @abstractmethod
+    def unlikely(self, logits: np.ndarray) -> np.ndarray:
+        """Targets that the model does not predict, whose gradients are large."""
 
     @abstractmethod
     def residual_and_loss(self, logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -108,6 +131,27 @@ class Loss(ABC):
     @abstractmethod
     def total_weight(self, targets: torch.Tensor) -> torch.Tensor:
         """What training divides the summed loss of a batch by: the number of rows, or their weights; a scalar."""
+
+    @abstractmethod
+    def representer(self, targets: np.ndarray, n_outputs: int) -> np.ndarray:
+        """The combination of logits that speaks for each target, ``(n, c)`` float64: of a classifier its class."""
+
+    @abstractmethod
+    def measures(self, predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        """How well predictions fit their targets, by the names of the measures; the first one is the main one."""
+
+    @abstractmethod
+    def better_than_guessing(self, predictions: np.ndarray, targets: np.ndarray) -> bool:
+        """Whether predictions fit better than what could be said without reading the rows."""
+
+    @abstractmethod
+    def texts(self, targets: np.ndarray, names: Sequence[str]) -> list[str | None]:
+        """Targets as people read them; None where a row has none.
+
+        Args:
+            targets: ``n`` targets.
+            names: Names of the c outputs.
+        """
 
     def mean(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The loss of a batch that training minimises, differentiable: a scalar of the logits' type."""

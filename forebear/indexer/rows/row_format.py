@@ -10,6 +10,10 @@ from forebear.errors import InputError
 
 DELIMITERS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "bar": "|", "pipe": "|", "space": " "}
 _REMEMBERED = ("text_columns", "label_column", "label_names", "delimiter", "encoding")
+# What a row's target is: one class, any number of labels, or numbers. The names are those of transformers' configs.
+SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+PROBLEM_TYPES = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
+_SHORT = {"single-label": SINGLE_LABEL, "multi-label": MULTI_LABEL}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +26,12 @@ class RowFormat:
     Attributes:
         owner: The run or index that remembers this, for messages: ``the run``.
         text_columns: One or two names, in order of encoding; empty: not known.
-        label_column: The column of labels.
+        label_column: The column of labels; several, parted by commas, where each holds one label's 0 and 1.
         label_names: The names that integer labels index, where they have any.
         delimiter: What parts the values of a CSV or TSV file, where it was given.
         encoding: Of a text file, where it was given.
+        problem_type: What the model takes a row's target for, one of ``PROBLEM_TYPES``; None: not known. It is not
+            among what :meth:`stated` gives: the run and the index say it themselves.
     """
 
     owner: str = "the run"
@@ -34,6 +40,7 @@ class RowFormat:
     label_names: tuple[str, ...] | None = None
     delimiter: str | None = None
     encoding: str | None = None
+    problem_type: str | None = None
 
     def stated(self) -> dict[str, Any]:
         """What is known, as it is written to ``run.json`` and to the manifest of an index."""
@@ -41,12 +48,24 @@ class RowFormat:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v not in (None, ())}
 
     @classmethod
-    def of(cls, stated: Mapping[str, Any], owner: str) -> RowFormat:
+    def of(cls, stated: Mapping[str, Any], owner: str, problem_type: str | None = None) -> RowFormat:
         """The format that :meth:`stated` gave."""
         values: dict[str, Any] = {
             n: tuple(v) if isinstance(v, list) else v for n, v in stated.items() if n in _REMEMBERED
         }
-        return cls(owner=owner, **values)
+        return cls(owner=owner, problem_type=problem_type, **values)
+
+
+def problem_type_of(given: str) -> str:
+    """The problem type that ``--problem-type`` names: as transformers has it, or ``multi-label``, ``single-label``.
+
+    Raises:
+        InputError: There is none of that name.
+    """
+    name = _SHORT.get(given, given)
+    if name not in PROBLEM_TYPES:
+        raise InputError(f"--problem-type {given!r}: expected single-label, multi-label or regression.")
+    return name
 
 
 def delimiter_of(given: str) -> str:
