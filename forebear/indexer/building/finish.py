@@ -63,7 +63,8 @@ def finish(
         names.append(f"retired/{manifest.generation:04d}.arrow")
         write_columns(folder / names[-1], {"row": retired.astype(np.int64)})
     manifest = manifest.with_files({name: known.get(name) or describe_file(folder, name) for name in names})
-    index = Index(folder, manifest, check=False)
+    # Without the curvature of before: its mean eigenvalue, which a relative damping is of, is that of other rows.
+    index = Index(folder, replace(manifest, curvature={}), check=False)
 
     progress("curvature", 0, manifest.n_rows)
     curvature, curvature_files = _write_curvature(index)

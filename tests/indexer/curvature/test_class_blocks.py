@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import error
 from tiny import labels, sentences
 
 from forebear.evaluation.measures.mislabelled import self_influence
+from forebear.indexer.building.change import retire_rows
 from forebear.indexer.curvature import head as module
 from forebear.indexer.curvature.head_products import HeadProducts
 from forebear.indexer.curvature.solvers import conjugate_gradients
@@ -163,3 +165,14 @@ def test_class_blocks_take_fewer_steps_to_the_same_solution(by_row, monkeypatch)
         assert error(found.vectors["head"].numpy().reshape(2, -1), truth) < 1e-5
         steps.append(int(found.iterations.max()))
     assert steps[1] < steps[0] / 2
+
+
+def test_a_relative_damping_follows_the_rows_that_are_live(indexes, tmp_path, monkeypatch):
+    """After rows are retired the mean eigenvalue is that of the others, as where H is one matrix."""
+    found = []
+    for index, limit in zip(indexes, (20_000, 3), strict=True):
+        monkeypatch.setattr(module, "MAX_SIZE", limit)
+        copy = shutil.copytree(index.folder, tmp_path / index.folder.name)
+        found.append(retire_rows(copy, range(N_ROWS // 2)).head.mean_eigenvalue)
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[1] != pytest.approx(indexes[1].head.mean_eigenvalue, rel=1e-3)
