@@ -229,7 +229,7 @@ def typed(folder: Path) -> Iterator[Case]:
     for name, columns in odd.items():
         path = folder / f"{name.replace(' ', '-')}.parquet"
         pq.write_table(pa.table(columns), path)
-        yield Case(f"Parquet: {name}", path, 1 if name == "a date beside the text" else None)
+        yield Case(f"Parquet: {name}", path, 1 if name in ("a date beside the text", "a list as label") else None)
     whole = folder / "whole.parquet"
     pq.write_table(pa.table({"text": [f"{TEXT} {i}" for i in range(300)], "label": [i % 2 for i in range(300)]}), whole)
     content = whole.read_bytes()

@@ -72,6 +72,7 @@ KEYWORDS = {
     "--l2": Keyword("l2", "open_retrainer", "number"),
     "--label-column": Keyword("label_column", "open_rows"),
     "--label-names": Keyword("label_names", "open_rows", "texts"),
+    "--problem-type": Keyword("problem_type", "open_rows"),
     "--label-smoothing": Keyword("label_smoothing", "BuildOptions", "number"),
     "--labels": Keyword("label_mode", "BuildOptions"),
     "--learning-rate": Keyword("learning_rate", "TrainOptions", "number"),
@@ -167,6 +168,11 @@ def at_command_line() -> Iterator[None]:
 def caller(call: str) -> str:
     """What repeats a report: the command line of this process where a command is running, or else the Python call."""
     return shlex.join(["forebear", *sys.argv[1:]]) if _at_command_line.get() else call
+
+
+def caller_of(command: str, call: str) -> str:
+    """A command by its words at the command line, or else the Python function that does the same."""
+    return command if _at_command_line.get() else call
 
 
 def worded(message: str, *, of: str | None = None) -> str:

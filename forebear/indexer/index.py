@@ -69,7 +69,7 @@ class Index(IndexFiles):
         checkpoints: Sequence[str] = (),
         etas: Sequence[float] = (),
         text_columns: Sequence[str] | None = None,
-        label_column: str | None = None,
+        label_column: str | Sequence[str] | None = None,
         label_names: Sequence[str] | None = None,
         unlabelled: str | None = None,
         delimiter: str | None = None,
@@ -91,7 +91,7 @@ class Index(IndexFiles):
             checkpoints: ``("all",)``, or names or folders of checkpoints, as ``choose_model`` takes them.
             etas: TracIn's weight of each checkpoint, as ``choose_model`` takes them.
             text_columns: One or two columns of text, in order of encoding; default as in ``open_rows``.
-            label_column: The column of labels; default as in ``open_rows``.
+            label_column: The column of labels, or several; default as in ``open_rows``.
             label_names: The names that integer labels index; default as in ``open_rows``.
             unlabelled: What becomes of rows without a label, as in ``open_rows``; default as the run, else
                 ``drop-marked``.
@@ -340,22 +340,36 @@ class Index(IndexFiles):
         return self.manifest.spec.loss
 
     def targets(self, rows: np.ndarray) -> np.ndarray:
-        """What the loss compares the logits of some rows with: of a classifier their gold classes, ``(n,)`` int64."""
-        return np.asarray(self.labels[rows].astype(np.int64))
+        """What the loss compares the logits of some rows with.
+
+        Of one label a row the gold classes, ``(n,)`` int64; else numbers, one an output, ``(n, c)`` float64.
+        """
+        return _wide(self.labels[rows])
 
     def predicted(self, rows: np.ndarray) -> np.ndarray:
-        """What the last checkpoint says of some rows, as targets."""
-        return np.asarray(self.predictions[rows].astype(np.int64))
+        """The targets by which the last checkpoint's predictions of some rows are explained."""
+        return self.loss.targets_of(_wide(self.predictions[rows]))
 
     @property
     def labels(self) -> np.ndarray:
-        """Gold class of every row, ``(n,)`` int32."""
+        """Gold class of every row, ``(n,)`` int32; of several labels or numbers a row ``(n, c)`` float64."""
         return self._row_column("label")
 
     @property
     def predictions(self) -> np.ndarray:
-        """Class predicted by the last checkpoint, ``(n,)`` int32."""
+        """Class predicted by the last checkpoint, ``(n,)`` int32; else labels or numbers, ``(n, c)`` float32."""
         return self._row_column("prediction")
+
+    def label_texts(self, rows: np.ndarray) -> list[str]:
+        """Gold targets of some rows as people read them: of one label a row its name."""
+        return self._target_texts(self.labels[rows])
+
+    def prediction_texts(self, rows: np.ndarray) -> list[str]:
+        """The last checkpoint's predictions of some rows as people read them."""
+        return self._target_texts(self.predictions[rows])
+
+    def _target_texts(self, targets: np.ndarray) -> list[str]:
+        return [str(text) for text in self.loss.texts(targets, self.manifest.spec.label_names)]
 
     @property
     def losses(self) -> np.ndarray:
@@ -433,3 +447,8 @@ class Index(IndexFiles):
     def head(self) -> StoredHead:
         """The curvature of the head at the last checkpoint."""
         return StoredHead(self, self.features(), self.residuals(), self.targets, self.live, self.loss)
+
+
+def _wide(stored: np.ndarray) -> np.ndarray:
+    """Stored targets as the loss takes them."""
+    return np.asarray(stored.astype(np.int64 if stored.dtype.kind in "iu" else np.float64))

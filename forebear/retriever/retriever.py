@@ -18,6 +18,7 @@ from forebear.indexer.model.encoding import Encoded, Texts, n_rows_of
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.rows.labels import UNKNOWN, LabelMap
 from forebear.indexer.rows.row_source import RowSource, rows_given
+from forebear.indexer.rows.targets.target_map import TargetMap
 from forebear.indexer.spans.text import Span
 from forebear.retriever.answers.groups import check_additive, group_table, grouping_of
 from forebear.retriever.answers.results import ANSWER_BYTES, Answers, answer_tables, queries_together
@@ -199,7 +200,7 @@ class Retriever:
                 batch.targets,
             ]
             if not question.spec.aggregate:
-                yield group_table(grouping, scores, question.spec.top, block.start, of_block, self.label_names)
+                yield group_table(grouping, scores, question.spec.top, block.start, of_block, self.index)
                 continue
             for name, values in scores.items():
                 summed[name] = summed.get(name, 0.0) + values.sum(axis=0, keepdims=True)
@@ -208,7 +209,7 @@ class Retriever:
         if question.spec.aggregate:
             together = np.zeros(source.n_rows, np.int64)
             shared = [common_class(np.concatenate(kind), together) for kind in classes]
-            yield group_table(grouping, summed, question.spec.top, 0, shared, self.label_names)
+            yield group_table(grouping, summed, question.spec.top, 0, shared, self.index)
 
     def tables(self, answers: Answers) -> Iterator[pa.Table]:
         """Answers as tables, one row a result, a bounded number of results each."""
@@ -359,13 +360,13 @@ class Retriever:
         return found.of(method.name for method in question.methods)
 
     def word_influence(
-        self, query: Sequence[str], target: int, rows: np.ndarray, spec: QuerySpec | Question
+        self, query: Sequence[str], target: int | np.ndarray, rows: np.ndarray, spec: QuerySpec | Question
     ) -> tuple[Span, list[tuple[int, Span, float]]]:
         """How much each word of some training rows made the model look at a word of a test row (Joint eq. 8).
 
         Args:
             query: Texts of the test row.
-            target: Class whose probability the saliency is of.
+            target: Class whose probability the saliency is of; else the numbers of all outputs, ``(c,)``.
             rows: Training rows.
             spec: Scope, curvature and ``word``.
 
@@ -399,7 +400,7 @@ class Retriever:
         """Refuse single texts for an index of pairs, the other way round, and the same columns in another order."""
         check_texts(self.index, source)
 
-    def query_labels(self, source: RowSource, *, required: bool) -> LabelMap | None:
+    def query_labels(self, source: RowSource, *, required: bool) -> LabelMap | TargetMap | None:
         """How the test rows' labels map onto the model's; None when there are none or, unless required, none fit.
 
         Unless required, a row without a label, or with one that the model does not know, gets ``labels.UNKNOWN``.

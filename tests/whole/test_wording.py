@@ -22,6 +22,7 @@ FLAG = re.compile(r"(?<![\w-])(--[a-z][a-z0-9-]*)(?: ([^\s(]\S*))?")
 IN_MESSAGES_OF_OTHERS = {"--reinstall"}  # of apt-get
 OF_PYTHON_ALONE = {"--warmup-ratio", "--weight-decay"}  # fields of TrainOptions that no command sets
 VALUES = {  # words that messages give as values; what else follows a flag must be of GOING_ON
+    "multi-label", "regression", "a,b,c", "a,b",
     "all", "aspect", "binary-nli", "cg", "cp1252", "cpu", "drop", "ekfac", "exact", "features", "features,sbert",
     "features,spans", "features,words", "fp32", "full", "gold", "head", "head,", "keep", "none",
     "random", "rerank", "spans", "reader:", "entailment,non-entailment", "damping=",

@@ -138,7 +138,7 @@ def _build_or_change(
     """The index after what was asked for; ``how`` is what a build and every change take."""
     from forebear.indexer.building import build
     from forebear.indexer.index import Index
-    from forebear.indexer.rows.label_column import DROP_MARKED
+    from forebear.indexer.rows.targets.label_column import DROP_MARKED
     from forebear.indexer.training.run import choose_model
 
     device = choices.computing.device

@@ -78,6 +78,7 @@ def info(index: Folder, as_json: JsonOut = False) -> None:
 def index_facts(index: Any) -> dict[str, Any]:
     """Facts of an index, as ``forebear info --json`` prints them."""
     from forebear.indexer.building.row_facts import row_facts
+    from forebear.indexer.rows.row_format import SINGLE_LABEL
     from forebear.indexer.storage.ann import backend
 
     manifest = index.manifest
@@ -104,7 +105,8 @@ def index_facts(index: Any) -> dict[str, Any]:
         "max_length": spec.max_length,
         "precision": spec.precision,
         "loss": {
-            "name": "cross-entropy",
+            "name": "cross-entropy" if spec.problem_type == SINGLE_LABEL else index.loss.describe(),
+            "problem_type": spec.problem_type,
             "class_weights": dict(zip(spec.label_names, spec.class_weights, strict=True))
             if spec.class_weights
             else None,
@@ -153,6 +155,7 @@ def index_facts(index: Any) -> dict[str, Any]:
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     from forebear.indexer.gradients.self_check import CheckedGradients
+    from forebear.indexer.rows.row_format import SINGLE_LABEL
     from forebear.indexer.storage.manifest import FitAge
 
     rows, stored = facts["rows"], facts["bytes"]
@@ -176,6 +179,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("columns", ", ".join(f"{name} ({kind})" for name, kind in facts["columns"].items())))
     if facts["self_check"]:
         lines.append(("model", CheckedGradients(**facts["self_check"]).describe()))
+    if facts["loss"]["problem_type"] != SINGLE_LABEL:
+        lines.append(("loss", f"{facts['loss']['name']} ({facts['loss']['problem_type']})"))
     if weights := facts["loss"]["class_weights"]:
         lines.append(("loss", "class weights " + ", ".join(f"{name} {weight:.4g}" for name, weight in weights.items())))
     if smoothing := facts["loss"]["label_smoothing"]:

@@ -140,10 +140,12 @@ def attack(
     from forebear.evaluation.perturb.experiment import Evaluation
     from forebear.evaluation.perturb.report import check_out
     from forebear.evaluation.perturb.spec import make_queries
+    from forebear.evaluation.python.opening import check_targets
 
     check_out(output.folder, force=output.force)
     spec = change.spec("attack", tuple(listed(selection.strategy)) or ("lower-right",), (1, 2, 6))
     retriever = index_options.open()
+    check_targets(retriever.index, "perturb")
     source = test_options.open(
         test_options.test, classes=retriever.label_names, like=retriever.index.manifest.row_format
     )
@@ -183,10 +185,12 @@ def fix(
     from forebear.evaluation.perturb.experiment import Evaluation
     from forebear.evaluation.perturb.report import check_out
     from forebear.evaluation.perturb.spec import make_queries
+    from forebear.evaluation.python.opening import check_targets
 
     check_out(output.folder, force=output.force)
     spec = change.spec("fix", tuple(listed(selection.strategy)) or ("raise-right",), (1, 2, 4, 8))
     retriever = index_options.open()
+    check_targets(retriever.index, "perturb")
     dev_source, test_source = (
         test_options.open(path, classes=retriever.label_names, like=retriever.index.manifest.row_format)
         for path in (dev, test_options.test)

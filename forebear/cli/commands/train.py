@@ -10,7 +10,7 @@ import typer
 from forebear.cli.options.groups import Options, Shown, grouped, values_of
 from forebear.cli.options.model import ClassWeights, Device, Labels, LabelSmoothing, MaxLength, Precision, Seed
 from forebear.cli.options.report import OutputOptions
-from forebear.cli.options.rows import ColumnOptions
+from forebear.cli.options.rows import ColumnOptions, ProblemType
 from forebear.cli.screen.console import Command, listed, progress_bar, say, warn
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ Examples:
     forebear train --data train.csv --model minilm --out runs/mine
 
     forebear train --data mnli.parquet --model roberta-base --labels binary-nli --dev dev.parquet --out runs/nli
+
+    forebear train --data comments.csv --label-column toxic,obscene,threat --model minilm --out runs/several
+
+    forebear train --data reviews.csv --label-column stars --problem-type regression --model minilm --out runs/stars
 """
 
 
@@ -95,17 +99,18 @@ def train(
         str | None,
         typer.Option(
             "--dev",
-            help="Rows to measure accuracy on after each epoch.",
+            help="Rows to measure accuracy on after each epoch: of several labels micro-F1, of numbers RMSE.",
             rich_help_panel="Rows",
             show_default=False,
         ),
     ] = None,
+    problem_type: ProblemType = None,
 ) -> None:
     """Fine-tune a model and keep its checkpoints."""
-    from forebear.indexer.rows.label_column import DROP_MARKED
+    from forebear.indexer.rows.targets.label_column import DROP_MARKED
     from forebear.indexer.training.fine_tuning import train as run_training
 
-    source = columns.open(data, unlabelled=DROP_MARKED)
+    source = columns.open(data, unlabelled=DROP_MARKED, problem_type=problem_type)
     dev_source = None
     if dev is not None:
         dev_source = columns.open(dev, like=source.format("the training rows"), unlabelled=DROP_MARKED)
@@ -122,6 +127,7 @@ def train(
         )
     for checkpoint in run.checkpoints:
         accuracy = "" if checkpoint.accuracy is None else f", dev accuracy {checkpoint.accuracy:.1%}"
+        accuracy += "".join(f", dev {name} {value:.3f}" for name, value in (checkpoint.measures or {}).items())
         line = f"{checkpoint.name}: loss {checkpoint.train_loss:.3f}, eta {checkpoint.eta:.2e}{accuracy}"
         say(line)
     say(f"wrote {out}. Next: forebear index --model {out} --train {data} --out {out}-index")

@@ -125,7 +125,8 @@ class QuestionOptions(ScopeOptions):
         str,
         typer.Option(
             "--target",
-            help="Whose loss: predicted (the predicted label's), gold (of labelled rows), or a label's name.",
+            help="Whose loss: predicted (the predicted label's), gold (of labelled rows), or a label's name; of "
+            "several labels a row label:NAME, the loss of this label alone.",
         ),
     ] = "predicted"
 

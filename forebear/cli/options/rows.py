@@ -35,6 +35,16 @@ TextColumns = Annotated[
         show_default="the run's or the index's, else found by name",
     ),
 ]
+ProblemType = Annotated[
+    str | None,
+    typer.Option(
+        "--problem-type",
+        help="What a row's target is: single-label, multi-label (lists of labels, or several --label-column of 0 "
+        "and 1) or regression (numbers).",
+        show_default="multi-label where there are lists or several columns, else single-label",
+        rich_help_panel="Rows",
+    ),
+]
 Unlabelled = Annotated[
     str | None,
     typer.Option(
@@ -72,7 +82,7 @@ class ColumnOptions(Options, panel="Rows"):
         str | None,
         typer.Option(
             "--label-column",
-            help="The column of gold labels.",
+            help="The column of gold labels; several, a,b,c, where each holds one label's 0 and 1.",
             show_default="the run's or the index's, else found by name",
         ),
     ] = None
@@ -103,6 +113,7 @@ class ColumnOptions(Options, panel="Rows"):
         need_labels: bool = True,
         like: RowFormat | None = None,
         unlabelled: str = "refuse",
+        problem_type: str | None = None,
     ) -> RowSource:
         """Open rows, say what was taken without an option, and warn of rows left out or without label or words.
 
@@ -112,6 +123,7 @@ class ColumnOptions(Options, panel="Rows"):
             need_labels: Whether rows without a label are refused, or left out.
             like: How the run or the index read its rows.
             unlabelled: What becomes of rows without a label where ``--unlabelled`` is not given.
+            problem_type: What a row's target is; None: as the run or the index says, else by the columns.
         """
         from forebear.indexer.rows.row_source import open_rows
 
@@ -126,6 +138,7 @@ class ColumnOptions(Options, panel="Rows"):
             delimiter=self.delimiter,
             encoding=self.encoding,
             like=like,
+            problem_type=problem_type,
         )
         if source.taken is not None:
             say(f"note: {source.taken}")

@@ -23,9 +23,9 @@ from forebear.indexer.storage.manifest import library_versions
 from forebear.retriever.answers.results import SIDES, user_columns
 from forebear.retriever.answers.signs import note_of
 from forebear.retriever.coverage import fit_lines
-from forebear.retriever.question.batch import choose_targets
 from forebear.retriever.question.methods import METHODS, pick_methods
 from forebear.retriever.question.spec import QuerySpec, Question
+from forebear.retriever.question.targets import choose_targets
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.saliency.maps import FORMS, GRADIENT_X_INPUT, Saliency, saliency
 
@@ -81,7 +81,7 @@ def explain(
     texts = (query,) if isinstance(query, str) else query
     columns = [[text] for text in texts]
     forward = run_forward(classifier, columns)
-    targets = choose_targets(question.spec.target, forward.predictions, None, names)
+    targets = choose_targets(question.spec.target, forward.predictions, None, names, forward.loss)
     salient = saliency(classifier, columns, targets, form=form)[0]
     table = retriever.retrieve(source, spec=question)
     facts = retriever.facts(question)
@@ -90,7 +90,7 @@ def explain(
     passages = _read_passages(retriever, classifier, texts, places, results)
     influence: dict[int, list[tuple[Span, float]]] = {}
     if listed := [result["row"] for result in results if result["method"] == SALIENCY_METHOD]:
-        word, entries = retriever.word_influence(texts, int(targets[0]), np.array(listed), question)
+        word, entries = retriever.word_influence(texts, targets[0], np.array(listed), question)
         for row, span, value in entries:
             influence.setdefault(row, []).append((span, value))
         passages = replace(passages, salient=word, influence=influence)
@@ -101,8 +101,9 @@ def explain(
         ends=ends,
         form=form,
         probabilities=_probabilities(names, forward.probabilities[0]),
-        prediction=names[forward.predictions[0]],
-        target=names[targets[0]],
+        prediction=str(forward.loss.texts(forward.predictions[:1], names)[0]),
+        target=str(forward.loss.texts(targets[:1], names)[0]),
+        problem_type=forward.loss.problem_type,
         answers=_answers(passages, results, facts["methods"]),
         provenance=_provenance(question, facts, form, command),
     )
@@ -118,7 +119,7 @@ def _checked(retriever: Retriever, spec: QuerySpec | Question, form: str) -> Que
             f"--target gold: a text given here has no label. Give predicted, or one of "
             f"{', '.join(retriever.label_names)}."
         )
-    choose_targets(target, np.zeros(1, np.int64), None, retriever.label_names)
+    choose_targets(target, retriever.index.predictions[:1], None, retriever.label_names, retriever.index.loss)
     return retriever.resolve(spec)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from forebear.display import framed
 from forebear.evaluation.explain.marks import MarkedText, Word
 from forebear.evaluation.explain.rendering import render_page
+from forebear.indexer.rows.row_format import REGRESSION, SINGLE_LABEL
 from forebear.retriever.question.methods import METHODS
 from forebear.retriever.saliency.maps import GRADIENT_X_INPUT, SUMMED_GRADIENT
 
@@ -99,10 +100,12 @@ class Explanation:
         ends: Saliency of the start and end tokens together, as it is written; they are no words.
         form: Form of the saliency.
         probabilities: Class, probability, and the probability as it is written; falling.
-        prediction: The most probable class.
-        target: The class whose loss is explained.
+        prediction: The most probable class; else the labels of a probability above 1/2, or the numbers.
+        target: The class, labels or number whose loss is explained.
         answers: One answer for each method.
         provenance: Lines on index, question, methods and versions, and the command to repeat the explanation.
+        problem_type: What the model's targets are. Of several labels ``probabilities`` has each label's own, of numbers
+            the numbers.
     """
 
     texts: tuple[MarkedText, ...]
@@ -114,6 +117,12 @@ class Explanation:
     target: str
     answers: tuple[Answer, ...]
     provenance: dict[str, str]
+    problem_type: str = SINGLE_LABEL
+
+    @property
+    def are_numbers(self) -> bool:
+        """Whether the model gives numbers, no probabilities."""
+        return self.problem_type == REGRESSION
 
     @property
     def formula(self) -> str:
@@ -128,6 +137,9 @@ class Explanation:
     @property
     def summary(self) -> str:
         """The prediction in a sentence, and what is explained if that is another class."""
+        if self.problem_type != SINGLE_LABEL:
+            explained = "" if self.target == self.prediction else f" Explained here is “{self.target}”."
+            return f"The model predicts “{self.prediction}”.{explained}"
         shown = {name: number for name, _, number in self.probabilities}
         said = f"The model predicts “{self.prediction}” with probability {shown[self.prediction]}."
         if self.target == self.prediction:

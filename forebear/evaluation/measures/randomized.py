@@ -43,9 +43,9 @@ from forebear.indexer.model.network.pretrained import quiet_transformers
 from forebear.indexer.rows.row_source import rows_from_texts
 from forebear.indexer.training.run import CheckpointPath
 from forebear.progress import Progress, no_progress
-from forebear.retriever.question.batch import choose_targets
 from forebear.retriever.question.methods import pick_methods
 from forebear.retriever.question.spec import QuerySpec, Question
+from forebear.retriever.question.targets import choose_targets
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.scores import residuals_of
 from forebear.sampling import live_sample
@@ -152,7 +152,7 @@ def randomized_correlations(
     if len(rows) < 2:
         raise InputError(f"{retriever.index.folder} has {len(rows)} live row(s); a rank correlation takes 2 or more.")
     predictions = run_forward(retriever.classifier(), queries.texts).predictions
-    targets = choose_targets(spec.target, predictions, queries.labels, retriever.label_names)
+    targets = choose_targets(spec.target, predictions, queries.labels, retriever.label_names, retriever.index.loss)
     relabelled, same_target = replace(queries, labels=targets), replace(spec, target="gold")
     trained = score_queries(retriever, relabelled, same_target, rows)
     specs = {"same": same_target} | ({"own": spec} if spec.target == "predicted" else {})

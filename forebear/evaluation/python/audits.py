@@ -76,7 +76,7 @@ def hans(
         InputError: The rows or methods do not fit the index.
         DataError: The rows have other labels, or no row is mispredicted as entailment.
     """
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, "audits.hans")
     source = tested_rows(retriever.label_names, rows, like=retriever.index.manifest.row_format, need_labels=True)
     found = of_hans.audit_hans(retriever, source, methods, top=top, progress=progress_of(progress))
     return finding(found, of_hans.hans_report(found, retriever, source, called("audits.hans")))
@@ -93,7 +93,7 @@ def overlap(
     **choices: Unpack[QueryChoices],
 ) -> Finding[ArtifactRegression]:
     """Are the most influential training rows those of high lexical overlap? See :func:`artifact`; of pairs alone."""
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, "audits.overlap")
     feature = overlap_feature(retriever.index.manifest.spec.text_columns)
     return _regress(retriever, rows, feature, n_queries, seed, progress, spec, choices, "audits.overlap")
 
@@ -113,7 +113,7 @@ def negation(
 
     See :func:`artifact`.
     """
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, "audits.negation")
     feature = negation_feature(retriever.index.manifest.spec.text_columns, column)
     return _regress(retriever, rows, feature, n_queries, seed, progress, spec, choices, "audits.negation")
 
@@ -147,7 +147,7 @@ def artifact(
     Raises:
         InputError: A choice is out of range, or the rows do not fit the index.
     """
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, "audits.artifact")
     measured = user_feature(feature, retriever.index.manifest.spec.text_columns)
     return _regress(retriever, rows, measured, n_queries, seed, progress, spec, choices, "audits.artifact")
 
@@ -171,7 +171,7 @@ def suspects(
         spec: The question; ``gd`` and ``if`` by default, and always about the gold label.
         **choices: Fields of QuerySpec.
     """
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, "audits.suspects")
     grouping = None if group_by is None else grouping_of(retriever.index, group_by)
     question = question_of(retriever, spec, choices, ("gd", "if"), target="gold")
     found = of_suspects.suspects(retriever, question, n_neighbours=n_neighbours)
@@ -207,7 +207,7 @@ def duplicates(
         jaccard=jaccard, cosine=cosine, cosine_jaccard=cosine_jaccard, neighbours=neighbours
     )
     thresholds.check()
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, "audits.duplicates")
     queries = None
     if rows is not None:
         source = tested_rows(retriever.label_names, rows, like=retriever.index.manifest.row_format)
@@ -247,7 +247,7 @@ def errors(
         DataError: The rows have no labels of the model.
     """
     of_errors.check_clusters(n_clusters)
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, "audits.errors")
     question = question_of(retriever, spec, choices, ("if",), aggregate=True)
     source = tested_rows(retriever.label_names, rows, like=retriever.index.manifest.row_format, need_labels=True)
     found = of_errors.mistakes_of(retriever, source, progress=progress_of(progress))
@@ -280,7 +280,7 @@ def hubs(
         spec: The question; by default of all methods that score rows.
         **choices: Fields of QuerySpec.
     """
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, "audits.hubs")
     question = question_of(retriever, spec, choices)
     if rows is None:
         queries = of_hubs.training_queries(retriever, n_queries, seed)

@@ -116,7 +116,7 @@ def overlap(
         spec: The question.
         **choices: Fields of QuerySpec.
     """
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, "evaluations.overlap")
     depths = of_overlap.depths_of(tops or (() if shares else (10, 50)), shares, retriever.index.manifest.n_live)
     asked = opened("evaluations.overlap", retriever, rows, spec, choices, n_queries, seed)
     found = of_overlap.top_overlaps(retriever, asked.queries, asked.question, depths, progress=progress_of(progress))
@@ -139,7 +139,7 @@ def randomized(
 
     One random model for each of ``seeds``; ``n_rows`` sampled training rows are indexed under each.
     """
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, "evaluations.randomized")
     if spec is None and "methods" not in choices:  # a method that does not depend on the model would be refused
         choices["methods"] = [n for n in retriever.row_methods() if METHODS[n].representation != "sentence"]
     asked = opened("evaluations.randomized", retriever, rows, spec, choices, n_queries, seed)
@@ -201,7 +201,7 @@ def near_duplicates(
 
     ``edits`` are some of ``same``, ``add``, ``remove`` and ``replace``; ``n_queries`` training rows are asked about.
     """
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, "evaluations.near_duplicates")
     question = question_of(retriever, spec, choices)
     found = of_near_duplicates.near_duplicates(
         retriever,
@@ -227,7 +227,7 @@ def cancellation(
 
     Needs an index of two or more checkpoints.
     """
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, "evaluations.cancellation")
     found = of_cancellation.cancellation(retriever, n_rows=n_rows, seed=seed, progress=progress_of(progress))
     page = of_cancellation.cancellation_report(found, retriever, seed, called("evaluations.cancellation"))
     return finding(found, page)
@@ -256,7 +256,7 @@ def mislabelled(
         spec: The question; ``gd`` and ``if`` by default, and always about the gold label.
         **choices: Fields of QuerySpec.
     """
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, "evaluations.mislabelled")
     question = question_of(retriever, spec, choices, ("gd", "if"), target="gold")
     found = of_mislabelled.mislabelled(
         retriever, question, np.asarray(wrong), true_labels=true_labels, n_neighbours=n_neighbours

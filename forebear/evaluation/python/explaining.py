@@ -13,18 +13,18 @@ from forebear.evaluation.explain import explaining
 from forebear.evaluation.explain.explanation import Explanation
 from forebear.evaluation.python.opening import IndexLike, Rows, retriever_of, tested_rows
 from forebear.indexer.index import Index
-from forebear.indexer.losses.cross_entropy import CrossEntropy
+from forebear.indexer.losses.kinds import loss_of
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Texts
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.labels import label_map
-from forebear.indexer.rows.row_format import RowFormat
+from forebear.indexer.rows.row_format import SINGLE_LABEL, RowFormat
 from forebear.indexer.storage.layout import MANIFEST_NAME
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.coverage import tell_fit_age
-from forebear.retriever.question.batch import choose_targets
 from forebear.retriever.question.spec import QueryChoices, QuerySpec
+from forebear.retriever.question.targets import choose_targets
 from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
 from forebear.retriever.saliency import maps
 from forebear.retriever.saliency.maps import GRADIENT_X_INPUT, Saliency
@@ -68,7 +68,7 @@ def explain(
         >>> import forebear
         >>> forebear.explain("runs/demo/index", ("The cat sat .", "A cat sat ."), methods=["gc"], top=3)
     """
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, "explain")
     if spec is None:
         given = choices.get("methods", ())
         names = (given,) if isinstance(given, str) else given
@@ -94,7 +94,7 @@ def saliency(
     Args:
         model: A Retriever or Index (its last checkpoint), a Classifier, or a folder: of an index, a run or a model.
         rows: Texts, pairs of texts as tuples, a RowSource, or a path, as :meth:`Retriever.retrieve` takes them.
-        target: ``predicted``, ``gold`` (rows need labels) or a label's name.
+        target: ``predicted``, ``gold`` (rows need labels) or a label's name; of several labels ``label:NAME``.
         form: ``gradient-x-input`` or ``summed-gradient``.
 
     Returns:
@@ -120,16 +120,19 @@ def saliency(
         retriever.check_texts(source)
     labels = None
     if target == "gold":
-        labels = label_map(source, names) if retriever is None else retriever.query_labels(source, required=True)
+        labels = (
+            retriever.query_labels(source, required=True)
+            if retriever is not None
+            else label_map(source, names, problem_type=classifier.loss.problem_type)
+        )
     found: list[Saliency] = []
     for block in source.blocks(QUERY_BLOCK_ROWS):
         gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
         texts: Texts = [list(column) for column in block.texts]
-        if target in ("predicted", "gold"):
-            predictions = run_forward(classifier, texts).predictions if target == "predicted" else np.empty(0, np.int64)
-        else:
-            predictions = np.zeros(len(block), np.int64)
-        targets = choose_targets(target, predictions, gold, names)
+        predictions = np.zeros(len(block), np.int64)
+        if target == "predicted" or (target != "gold" and classifier.loss.problem_type != SINGLE_LABEL):
+            predictions = run_forward(classifier, texts).predictions
+        targets = choose_targets(target, predictions, gold, names, classifier.loss)
         found += maps.saliency(classifier, block.texts, targets, form=form)
     return found
 
@@ -150,8 +153,9 @@ def _opened(model: IndexLike | Classifier) -> tuple[Retriever | None, Classifier
     if isinstance(model, Classifier):
         return None, model, RowFormat()
     if isinstance(model, (Retriever, Index)) or (Path(model) / MANIFEST_NAME).is_file():
-        retriever = retriever_of(model)
+        retriever = retriever_of(model, "saliency")
         return retriever, retriever.classifier(), retriever.index.manifest.row_format
     chosen = choose_model(str(model))
     classifier = load_classifier(chosen.checkpoints[-1].path, max_length=chosen.max_length)
-    return None, replace(classifier, loss=CrossEntropy(**chosen.loss_choices)), chosen.row_format
+    loss = loss_of(classifier.loss.problem_type, **chosen.loss_choices)
+    return None, replace(classifier, loss=loss), chosen.row_format

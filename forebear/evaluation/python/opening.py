@@ -13,7 +13,7 @@ from forebear.evaluation.common.queries import QueryRows, sample_queries
 from forebear.evaluation.common.span_queries import sample_span_queries
 from forebear.evaluation.reports.report import Report, write_report
 from forebear.indexer.index import Index
-from forebear.indexer.rows.row_format import RowFormat
+from forebear.indexer.rows.row_format import REGRESSION, SINGLE_LABEL, RowFormat
 from forebear.indexer.rows.row_source import RowSource, rows_given
 from forebear.progress import tell_warning
 from forebear.retriever.coverage import tell_fit_age
@@ -21,7 +21,7 @@ from forebear.retriever.question.methods import METHODS, pick_methods
 from forebear.retriever.question.query_rows import tell_label_remark
 from forebear.retriever.question.spec import QueryChoices, QuerySpec, Question
 from forebear.retriever.retriever import Retriever
-from forebear.wording import caller, worded
+from forebear.wording import caller, caller_of, worded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,6 +31,13 @@ IndexLike: TypeAlias = (
     Retriever | Index | str | Path
 )  # a retriever; or an index or its folder, for which a retriever is opened
 Rows: TypeAlias = RowSource | str | Path | Sequence[str] | Sequence[tuple[str, str]] | Callable[..., RowSource]
+
+# What takes an index of several labels or of numbers, too. All else reads one class a row, and is refused by name.
+OF_ANY_TARGETS = frozenset({
+    "audits.suspects", "audits.duplicates", "audits.hubs", "explain", "saliency",
+    "evaluations.cancellation", "evaluations.correlation", "evaluations.mislabelled", "evaluations.near_duplicates",
+    "evaluations.overlap", "evaluations.recall",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,16 +88,45 @@ def opened(
     ``call`` is the name of the public function. ``by_spans`` says that spans are compared, so that the test rows must
     hold some; see :func:`sampled_spans`.
     """
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, call)
     question = question_of(retriever, spec, choices, default, **fixed)
     sample = sampled_spans if by_spans else sampled
     queries = sample(retriever, rows, question, n_queries, seed)
     return Inputs(retriever=retriever, question=question, queries=queries, seed=seed, command=called(call))
 
 
-def retriever_of(index: IndexLike) -> Retriever:
-    """The given retriever, or a new retriever over the given index."""
-    return index if isinstance(index, Retriever) else Retriever(index)
+def retriever_of(index: IndexLike, call: str) -> Retriever:
+    """The given retriever, or a new retriever over the given index.
+
+    Args:
+        index: The index.
+        call: Name of the public function that asks.
+
+    Raises:
+        InputError: The function is for one label a row, and the index has several labels or numbers.
+    """
+    retriever = index if isinstance(index, Retriever) else Retriever(index)
+    check_targets(retriever.index, call)
+    return retriever
+
+
+def check_targets(index: Index, call: str) -> None:
+    """Refuse what is for one label a row, before any work, where the index has several labels or numbers a row.
+
+    Args:
+        index: The index.
+        call: Name of the public function that asks, such as ``audits.hans``.
+
+    Raises:
+        InputError: As said.
+    """
+    problem_type = index.manifest.spec.problem_type
+    if problem_type == SINGLE_LABEL or call in OF_ANY_TARGETS:
+        return
+    has = "numbers (regression)" if problem_type == REGRESSION else "several labels a row"
+    room, _, name = call.partition(".")
+    command = f"{room.removesuffix('s')} {name}".replace("evaluation ", "evaluate ").replace("_", "-").strip()
+    raise InputError(f"{caller_of(command, call)} is for one label a row; {index.folder} has {has}.")
 
 
 def question_of(

@@ -82,7 +82,7 @@ def _open(
     need_labels: bool = False,
     evaluate_all: bool = False,
 ) -> RetrainingInputs:
-    retriever = retriever_of(index)
+    retriever = retriever_of(index, call)
     question = question_of(retriever, spec, choices)
     refuse_saliency(question)
     labelled = need_labels or question.spec.target == "gold"
@@ -129,7 +129,7 @@ def removal(
         spec: The question; by default all methods that give rows a score.
         **choices: Fields of QuerySpec.
     """
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, "evaluations.removal")
     amounts, named_sides = amounts_of(remove, shares, len(retriever.index.live), ["0.1"]), sides_of(sides)
     asked = _open("evaluations.removal", retriever, rows, how, n_queries, seed, spec, choices)
     found = of_removal.measure_removal(
@@ -161,7 +161,7 @@ def deletion_curve(
     """
     if spec is None:
         choices.setdefault("target", "gold")
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, "evaluations.deletion_curve")
     n_rows = len(retriever.index.live) if no_overlap is None else no_overlap
     amounts = amounts_of(remove, shares, n_rows, [str(k) for k in range(10, 101, 10)])
     asked = _open("evaluations.deletion_curve", retriever, rows, how, n_queries, seed, spec, choices, need_labels=True)
@@ -192,7 +192,7 @@ def retraining_loss(
     As :func:`removal`; a fifth and a half of the rows, if neither ``remove`` nor ``shares`` are given. Test rows have
     labels; accuracy is measured on all of them, scores are summed over the sample.
     """
-    retriever = retriever_of(retriever)
+    retriever = retriever_of(retriever, "evaluations.retraining_loss")
     amounts = amounts_of(remove, shares, len(retriever.index.live), ["0.2", "0.5"])
     asked = _open(
         "evaluations.retraining_loss",

@@ -13,9 +13,9 @@ from forebear.evaluation.common.queries import QueryRows, score_queries
 from forebear.evaluation.common.span_queries import gradients_compared, training_spans
 from forebear.indexer.model.forward import run_forward
 from forebear.retriever.deep.search import GradientSearch
-from forebear.retriever.question.batch import choose_targets
 from forebear.retriever.question.models import N_VARIANTS
 from forebear.retriever.question.spec import QuerySpec, Question
+from forebear.retriever.question.targets import choose_targets
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.scores import Scores
 from forebear.retriever.spans.scores import SpanScores
@@ -103,7 +103,7 @@ def targets_of(retriever: Retriever, queries: QueryRows, target: str) -> np.ndar
         target: See :class:`~forebear.retriever.question.spec.QuerySpec`.
     """
     predictions = run_forward(retriever.classifier(), queries.texts).predictions
-    return choose_targets(target, predictions, queries.labels, retriever.label_names)
+    return choose_targets(target, predictions, queries.labels, retriever.label_names, retriever.index.loss)
 
 
 def least_overlap(retriever: Retriever, queries: QueryRows, n_candidates: int) -> np.ndarray:

@@ -26,7 +26,7 @@ from forebear.indexer.building.shards import ShardWriter, as_begun, segment_of, 
 from forebear.indexer.building.spec import make_spec
 from forebear.indexer.index import Index
 from forebear.indexer.losses.choices import weights_of_classes
-from forebear.indexer.losses.cross_entropy import CrossEntropy
+from forebear.indexer.losses.kinds import check_one_label, loss_of
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.sentence_encoder import load_sentence_encoder
 from forebear.indexer.rows.labels import label_map, names_of_classes
@@ -144,14 +144,16 @@ def _build(
     )
     for remark in classifier.remarks:
         work.warn(remark)
+    check_one_label(classifier.loss.problem_type, options.class_weights, options.label_smoothing)
     check_feasible(classifier, options, len(source.text_columns))
     columns = choose_columns(source, options.keep_columns)
-    labels = label_map(source, classifier.label_names, options.label_mode)
+    problem_type = classifier.loss.problem_type
+    labels = label_map(source, classifier.label_names, options.label_mode, problem_type=problem_type)
     work.warn(labels.warning)
     names = names_of_classes(classifier.label_names, source)
     weights = weights_of_classes(options.class_weights, names, labels.n_rows_by_class(len(names)), source.name)
     options = replace(options, class_weights=weights)
-    classifier = replace(classifier, label_names=names, loss=CrossEntropy(weights, options.label_smoothing))
+    classifier = replace(classifier, label_names=names, loss=loss_of(problem_type, weights, options.label_smoothing))
     encoder = None
     if "sbert" in options.stores:
         encoder = load_sentence_encoder(options.sentence_model, device=options.device)

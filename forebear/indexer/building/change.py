@@ -106,7 +106,7 @@ def append_rows(
         checkpoints = checkpoints_now(index, model)
         classifier = load_checked(checkpoints[-1], old.spec, device)
         check_same_finder(old.spec.spans, old.spec.spans_sha256, folder)
-        labels = label_map(source, classifier.label_names, old.spec.label_mode)
+        labels = label_map(source, classifier.label_names, old.spec.label_mode, problem_type=old.spec.problem_type)
         work.warn(labels.warning)
         if lacking is not None:
             work.warn(lacking)

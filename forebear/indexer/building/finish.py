@@ -24,7 +24,9 @@ from forebear.indexer.curvature.head import (
     mean_eigenvalue,
     refit_head,
 )
+from forebear.indexer.curvature.separate import SeparateHead, separate_hessian
 from forebear.indexer.index import Index
+from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.sketches.fitting import gradient_files, sketch_folders
 from forebear.indexer.storage.arrow import RowMatrix, file_sha256, write_columns
@@ -183,10 +185,21 @@ def ekfac_facts(ekfac: Ekfac, dampings: tuple[str, ...]) -> dict[str, Any]:
     return {"damping": stored[0]["damping"], "mean_eigenvalue": mean, "n_rows": ekfac.n_rows, "dampings": stored}
 
 
-def _factorised(hessian: np.ndarray, damping: float, manifest: Manifest) -> np.ndarray:
-    """The Cholesky factor of H + damping I; in a new build the error says how to go on without a new pass."""
+def _stored_factor(curvature: HeadCurvature | SeparateHead) -> np.ndarray:
+    """The rows of the Cholesky factor; of separate outputs those of one factor below those of another."""
+    if isinstance(curvature, SeparateHead):
+        return curvature.factors.reshape(-1, curvature.factors.shape[-1])
+    return curvature.factor
+
+
+def _factorised(
+    hessian: np.ndarray, n_classes: int, damping: float, loss: Loss, manifest: Manifest
+) -> HeadCurvature | SeparateHead:
+    """H + damping I, factorised; in a new build the error says how to go on without a new pass."""
     try:
-        return factorise(hessian, damping)
+        if loss.is_separate:
+            return SeparateHead.of(hessian, damping, loss)
+        return HeadCurvature(factorise(hessian, damping), n_classes, damping, loss)
     except InputError as error:
         if manifest.generation:
             raise
@@ -245,12 +258,18 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
     elif spec.dampings:
         starts = [start for start, _ in features.blocks()]
         live = np.split(index.live, np.searchsorted(index.live, starts[1:]))  # of each block of rows
-        hessian = head_hessian((index.head.factors(rows) for rows in live), features.width, n_classes, loss)
-        mean = mean_eigenvalue(hessian, n_classes, loss)
+        factors = (index.head.factors(rows) for rows in live)
+        of_outputs = separate_hessian if loss.is_separate else head_hessian
+        hessian = of_outputs(factors, features.width, n_classes, loss)
+        mean = (
+            np.einsum("khh->", hessian) / hessian[..., 0].size
+            if loss.is_separate
+            else mean_eigenvalue(hessian, n_classes, loss)
+        )
         stored = []
         for i, given in enumerate(spec.dampings):
             damping = absolute_damping(given, mean)
-            curvature = HeadCurvature(_factorised(hessian, damping, manifest), n_classes, damping, loss)
+            curvature = _factorised(hessian, n_classes, damping, loss, manifest)
             self_influence = np.concatenate(
                 [
                     curvature.self_influence(r, f)
@@ -261,7 +280,7 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
                 {
                     "given": given,
                     "damping": damping,
-                    "cholesky": save(f"cholesky-{i}", {"factor": curvature.factor}),
+                    "cholesky": save(f"cholesky-{i}", {"factor": _stored_factor(curvature)}),
                     "self_influence": save(f"self-influence-{i}", {"self_influence": self_influence}),
                 }
             )

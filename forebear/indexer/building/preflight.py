@@ -7,6 +7,7 @@ from forebear.indexer.building.options import BuildOptions
 from forebear.indexer.curvature.head import check_head_size
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.scopes import Scope, scope_of
+from forebear.indexer.rows.row_format import SINGLE_LABEL
 from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.text import Span
 
@@ -23,7 +24,9 @@ def check_feasible(classifier: Classifier, options: BuildOptions, n_text_columns
         ModelError: A scope does not fit the model, or spans are to be stored and its tokenizer cannot mask any.
     """
     if options.dampings:
-        check_head_size(classifier.n_classes, classifier.feature_dim)
+        check_head_size(classifier.n_classes, classifier.feature_dim, classifier.loss)
+    if classifier.loss.problem_type != SINGLE_LABEL and options.rep_refit:
+        raise InputError("--rep-refit refits a softmax head, of one label a row. Leave the option out.", of="index")
     if options.whitened or options.sketch_basis != "random":
         for name in options.sketched_scopes:
             _check_sides(classifier, scope_of(classifier, name, with_bias=options.with_bias))

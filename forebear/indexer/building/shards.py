@@ -34,6 +34,7 @@ from forebear.indexer.model.reading import count_reading
 from forebear.indexer.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.rows.labels import LabelMap
 from forebear.indexer.rows.row_source import RowBlock, RowSource
+from forebear.indexer.rows.targets.target_map import TargetMap
 from forebear.indexer.rows.user_columns import columns_sha256, stored_columns
 from forebear.indexer.sketches.fitting import Sample, fit_sketchers, sample_rows
 from forebear.indexer.sketches.sketch import Sketcher
@@ -111,7 +112,7 @@ class ShardWriter:
         manifest: The manifest that the change will write; the segment's shards are its last ones.
         checkpoints: The checkpoints in training order, with their present paths.
         source: The segment's rows.
-        labels: Maps the source's labels to the model's class ids.
+        labels: Maps the source's labels to the model's targets.
         first_shard: Number of the segment's first shard.
         work: Device of the models, and receiver of warnings and progress.
     """
@@ -120,7 +121,7 @@ class ShardWriter:
     manifest: Manifest
     checkpoints: tuple[Checkpoint, ...]
     source: RowSource
-    labels: LabelMap
+    labels: LabelMap | TargetMap
     first_shard: int
     work: Work
     _rows: LabelledRows = field(default_factory=LabelledRows)
@@ -240,7 +241,7 @@ class ShardWriter:
         if checkpoint is self.checkpoints[-1]:
             columns: dict[str, pa.Array | np.ndarray] = {"row": np.arange(row, row + len(block))}
             columns |= {f"text_{i}": pa.array(texts, pa.string()) for i, texts in enumerate(block.texts)}
-            columns |= {"label": gold.astype(np.int32), "prediction": forward.predictions.astype(np.int32)}
+            columns |= {"label": _narrow(gold, np.float64), "prediction": _narrow(forward.predictions, np.float32)}
             columns |= {"probabilities": forward.probabilities.astype(np.float32), "loss": losses}
             columns |= {DIGEST: encoded.digests}
             reading = count_reading(classifier.tokenizer, block.texts, encoded.rows, classifier.max_length)
@@ -355,7 +356,12 @@ class ShardWriter:
         return Sample(texts=texts, labels=np.concatenate(gold))
 
 
-def _labels_of(block: RowBlock, labels: LabelMap) -> np.ndarray:
+def _narrow(targets: np.ndarray, numbers: type) -> np.ndarray:
+    """Targets as they are stored: class ids in int32, numbers as ``numbers``."""
+    return targets.astype(np.int32 if targets.dtype.kind in "iu" else numbers)
+
+
+def _labels_of(block: RowBlock, labels: LabelMap | TargetMap) -> np.ndarray:
     if block.labels is None:
         raise InputError("the training rows have no labels. Name their column by --label-column.")
     return labels(block.labels, block.start)

@@ -63,6 +63,11 @@ def make_spec(
             )
         label_names = names_of_classes(model.label_names, source)
         parts = (model.feature_dim, label_names, model.tokenizer_sha256)
+        if isinstance(model, Classifier) and model.loss.problem_type != last.loss.problem_type:
+            raise MismatchError(
+                f"checkpoint {checkpoint.path} has the problem_type {model.loss.problem_type}, the last one "
+                f"{last.loss.problem_type}. Checkpoints must come from one run."
+            )
         if parts != (last.feature_dim, last.label_names, last.tokenizer_sha256):
             raise MismatchError(
                 f"checkpoint {checkpoint.path} has {model.feature_dim} features, labels {list(label_names)} and "
@@ -87,6 +92,7 @@ def make_spec(
         etas=tuple(c.eta for c in records),
         tokenizer_sha256=last.tokenizer_sha256,
         label_names=last.label_names,
+        problem_type=last.loss.problem_type,
         text_columns=source.text_columns,
         spans_sha256=finder_sha256(settled["spans"]) if spans else None,
         sentence_sha256=sentence_sha256,

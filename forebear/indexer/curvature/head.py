@@ -49,6 +49,7 @@ def head_hessian(
         of the basis and features i, j.
     """
     assert fits_dense(n_classes, feature_dim, loss)
+    assert not loss.is_separate
     reduced = len(loss.basis(n_classes))
     size = reduced * feature_dim
     total = np.zeros((reduced, reduced, feature_dim, feature_dim))
@@ -74,18 +75,20 @@ def row_chunks(n_rows: int, n_classes: int) -> list[slice]:
 
 
 def fits_dense(n_classes: int, feature_dim: int, loss: Loss = CROSS_ENTROPY) -> bool:
-    """Whether the head's exact curvature is computed as one matrix."""
+    """Whether the head's exact curvature is factorised: as one matrix, or output by output where they are separate."""
+    if loss.is_separate:
+        return n_classes * feature_dim**2 <= MAX_BLOCK_NUMBERS
     return len(loss.basis(n_classes)) * feature_dim <= MAX_SIZE
 
 
-def check_head_size(n_classes: int, feature_dim: int) -> None:
+def check_head_size(n_classes: int, feature_dim: int, loss: Loss = CROSS_ENTROPY) -> None:
     """Refuse a head whose curvature is too large, even class by class.
 
     Raises:
         InputError: With both sizes, and the way out.
     """
     numbers = n_classes * feature_dim**2
-    if not fits_dense(n_classes, feature_dim) and numbers > MAX_BLOCK_NUMBERS:
+    if not fits_dense(n_classes, feature_dim, loss) and numbers > MAX_BLOCK_NUMBERS:
         raise InputError(
             f"the head has {n_classes} classes x {feature_dim} features: its curvature, a matrix of features for each "
             f"class, would take {8e-9 * numbers:.1f} GB (limit {8e-9 * MAX_BLOCK_NUMBERS:.1f}). Give --damping none "

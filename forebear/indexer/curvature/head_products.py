@@ -39,8 +39,8 @@ class HeadProducts:
 
     @property
     def is_dense(self) -> bool:
-        """Whether H is small enough for one matrix."""
-        return fits_dense(self.outputs.shape[1], self.features.shape[1], self.loss)
+        """Whether H is held as one matrix: it is small enough, and not separate by output."""
+        return not self.loss.is_separate and fits_dense(self.outputs.shape[1], self.features.shape[1], self.loss)
 
     def class_blocks(self, damping: float) -> ClassBlocks:
         """The diagonal blocks of H + damping I, one a class, factorised; kept for the last damping."""

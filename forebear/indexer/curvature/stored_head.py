@@ -13,6 +13,7 @@ from forebear.errors import MissingStoreError
 from forebear.indexer.curvature.damping import stored_damping
 from forebear.indexer.curvature.head import HeadCurvature, HeadInverse, weighted_features
 from forebear.indexer.curvature.head_products import HeadProducts
+from forebear.indexer.curvature.separate import SeparateHead
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.storage.arrow import RowMatrix, column, read_batches
 from forebear.indexer.storage.files import IndexFiles
@@ -79,7 +80,11 @@ class StoredHead:
         name = facts["cholesky"]
         if name not in self._kept:
             factor = column(read_batches(self.files.checked(name)[0])[0], "factor")
-            self._kept[name] = HeadCurvature(factor, self.residuals.width, facts["damping"], self.loss)
+            c, h, damping = self.residuals.width, self.features.width, facts["damping"]
+            if self.loss.is_separate:
+                self._kept[name] = SeparateHead(factor.reshape(c, h, h), c, damping, self.loss)
+            else:
+                self._kept[name] = HeadCurvature(factor, c, damping, self.loss)
         inverse: HeadInverse = self._kept[name]
         return inverse
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.encoding import encode, read_digests
+from forebear.indexer.model.encoding import bits_of, encode, read_digests
 from forebear.indexer.storage.arrow import column, read_batches
 
 DIGEST = "digest"  # column of a shard with the digest of each row's word pieces
@@ -22,9 +22,13 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def combined(digests: np.ndarray, *keys: np.ndarray) -> np.ndarray:
-    """Mix digests ``(n, 2)`` with other digests, or with whole numbers such as labels ``(n,)``; returns ``(n, 2)``."""
+    """Mix digests ``(n, 2)`` with other digests, or with targets ``(n,)`` or ``(n, c)``; returns ``(n, 2)``."""
     for key in keys:
-        digests = digests * _MIX + (key if key.ndim == 2 else key.astype(np.int64).astype(np.uint64)[:, None])
+        if key.dtype == np.uint64 and key.ndim == 2:
+            digests = digests * _MIX + key
+        else:
+            for bits in bits_of(key).T:
+                digests = digests * _MIX + bits[:, None]
     return digests
 
 
@@ -102,7 +106,7 @@ class LabelledRows:
         return self.read.n_shards
 
     def add(self, read: np.ndarray, labels: np.ndarray) -> None:
-        """Add the next shard: digests ``(n, 2)`` of word pieces, and labels ``(n,)``."""
+        """Add the next shard: digests ``(n, 2)`` of word pieces, and targets ``(n,)`` or ``(n, c)``."""
         self.read.add(read)
         self.labelled.add(combined(read, labels))
 

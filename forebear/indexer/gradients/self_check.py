@@ -162,7 +162,7 @@ def _check_scope(classifier: Classifier, scope: Scope, rows: list[Row]) -> float
                 of="index",
             ) from error
         for i, row in enumerate(some):
-            truth = _autograd(classifier, scope, row, int(logits[i].argmin()))
+            truth = _autograd(classifier, scope, row, classifier.loss.unlikely(logits[i : i + 1]))
             size = max(float(g.abs().max()) for g in truth.values())
             for block in scope.blocks:
                 g = truth[block.name]
@@ -181,8 +181,8 @@ def _check_scope(classifier: Classifier, scope: Scope, rows: list[Row]) -> float
 
 
 def _unlikely(loss: Loss) -> Seed:
-    """The seed of the least likely class' loss, whose gradient is large."""
-    return lambda logits: loss_of(loss, logits.argmin(axis=1))(logits)
+    """The seed of an unlikely target's loss, whose gradient is large."""
+    return lambda logits: loss_of(loss, loss.unlikely(logits))(logits)
 
 
 def _gradient(block: Block, factors: LayerFactors | None, i: int, like: torch.Tensor) -> torch.Tensor:
@@ -195,13 +195,13 @@ def _gradient(block: Block, factors: LayerFactors | None, i: int, like: torch.Te
     return factors.deltas[i].T @ factors.inputs[i]
 
 
-def _autograd(classifier: Classifier, scope: Scope, row: Row, label: int) -> dict[str, torch.Tensor]:
+def _autograd(classifier: Classifier, scope: Scope, row: Row, target: np.ndarray) -> dict[str, torch.Tensor]:
     """Gradients of the loss of one row, alone in its batch, by autograd through the model's own logits."""
     model, padding = classifier.model, classifier.tokenizer.pad_token_id
     parameters = {key: model.get_parameter(key) for block in scope.blocks for key in block.parameter_names}
     with only_asking(model, parameters.values()), torch.enable_grad():
         logits = model(**pad_batch(classifier.tokenizer, [row], classifier.device)).logits.double()
-        loss = classifier.loss.summed(logits, torch.tensor([label], device=logits.device))
+        loss = classifier.loss.summed(logits, torch.from_numpy(target).to(logits.device))
         found = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
     parts = dict(zip(parameters, found, strict=True))
     gradients = {block.name: block.join(parts) for block in scope.blocks}

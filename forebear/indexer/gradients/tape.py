@@ -33,7 +33,8 @@ def loss_of(loss: Loss, labels: np.ndarray | None) -> Seed:
     """The seed of a loss, its residual, with ``b`` targets ``labels``; None takes what the model says."""
 
     def seed(logits: np.ndarray) -> np.ndarray:
-        return loss.residual_and_loss(logits, loss.predictions(logits) if labels is None else labels)[0]
+        targets = loss.targets_of(loss.predictions(logits)) if labels is None else labels
+        return loss.residual_and_loss(logits, targets)[0]
 
     return seed
 

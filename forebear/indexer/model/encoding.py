@@ -178,15 +178,23 @@ def distinct_rows(encoded: Encoded, keys: np.ndarray | None = None) -> tuple[np.
 
     Args:
         encoded: ``n`` rows.
-        keys: Whole numbers that tell rows apart too, such as labels, ``(n,)``.
+        keys: Numbers that tell rows apart too, such as labels, ``(n,)`` or ``(n, k)``.
 
     Returns:
         The first row of each kind, ``(kinds,)``, ascending; the kind of every row, ``(n,)``.
     """
     parts = [encoded.digests] if encoded.minus is None else [encoded.digests, encoded.others.digests]
     if keys is not None:
-        parts.append(np.asarray(keys, np.int64).astype(np.uint64)[:, None])
+        parts.append(bits_of(keys))
     return distinct(np.concatenate(parts, axis=1))
+
+
+def bits_of(numbers: np.ndarray) -> np.ndarray:
+    """Numbers ``(n,)`` or ``(n, k)`` as ``(n, k)`` uint64, equal where they are: whole ones, or the bits of others."""
+    numbers = np.asarray(numbers)
+    whole = numbers.dtype.kind in "iu"
+    bits = numbers.astype(np.int64).astype(np.uint64) if whole else (numbers.astype(np.float64) + 0.0).view(np.uint64)
+    return np.asarray(bits[:, None] if bits.ndim == 1 else bits)
 
 
 def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

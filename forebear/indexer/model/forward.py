@@ -40,8 +40,8 @@ class Forward:
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """The loss' outputs, ``(n, c)`` float64: of a classifier the probabilities."""
-        return self.loss.outputs(self.logits)
+        """What is shown of the outputs, ``(n, c)`` float64: of a classifier the probabilities."""
+        return self.loss.probabilities(self.logits)
 
     @cached_property
     def predictions(self) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from forebear.errors import MismatchError, ModelError, NonFiniteError
+from forebear.indexer.losses.kinds import loss_of, problem_type_of_config
 from forebear.indexer.model.classifier import Classifier, autocast, pick_device
 from forebear.indexer.model.network.adapters import (
     Adapter,
@@ -74,8 +75,8 @@ def load_classifier(
         max_length: Longest input in word pieces; default the model's limit; 512, if it has none.
 
     Raises:
-        ModelError: No such model, no single-label classifier, no linear head, no tokenizer of its own, or weights that
-            were not stored.
+        ModelError: No such model, no classifier or regression, no linear head, no tokenizer of its own, or weights
+            that were not stored.
         NonFiniteError: A weight is NaN or infinite.
     """
     from transformers import AutoModelForSequenceClassification
@@ -123,7 +124,6 @@ def make_classifier(
 ) -> Classifier:
     """Wrap a transformers model that is already in memory; see :func:`load_classifier`."""
     config = model.config
-    _refuse_other_kinds(config, name)
     check_full_precision(config, name)
     check_finite_weights(model, name)
     autocast(device, precision)
@@ -153,27 +153,8 @@ def make_classifier(
         alone_layers=alone_layers,
         padding_remark=padding_remark,
         adapter=adapter,
+        loss=loss_of(problem_type_of_config(config)),
     )
-
-
-def _refuse_other_kinds(config: Any, name: str) -> None:
-    """Refuse models that say nothing of the kind that is explained: one class a row, out of two or more.
-
-    Raises:
-        ModelError: What kind the model is, what is expected, and what to do.
-    """
-    kind, n_outputs = getattr(config, "problem_type", None), config.num_labels
-    if kind == "multi_label_classification":
-        raise ModelError(
-            f"{name} is a multi-label classifier (problem_type {kind}, {n_outputs} outputs, each with a sigmoid of its "
-            "own). Expected a classifier of one label a row. To explain one of its labels, train a classifier of two "
-            "classes, rows with that label and rows without it (`forebear train`)."
-        )
-    if kind not in (None, "single_label_classification") or n_outputs < 2:
-        raise ModelError(
-            f"{name} gives {n_outputs} number(s) a row and no class (problem_type {kind}), as a regression does. "
-            "Expected a classifier of two or more classes. Train one on ranges of the numbers (`forebear train`)."
-        )
 
 
 def check_finite_weights(model: nn.Module, name: str) -> None:

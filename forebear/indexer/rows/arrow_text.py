@@ -6,7 +6,7 @@ what is long is measured by the dictionary, and only then spelled out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -74,3 +74,32 @@ def strings_of(column: pa.ChunkedArray) -> list[Any]:
         else:
             strings += chunk.to_pylist()
     return strings
+
+
+def rechunked(tables: Iterable[pa.Table], n_rows: int) -> Iterator[pa.Table]:
+    """The rows of some tables as tables of exactly ``n_rows``, but for the last."""
+    pieces: list[pa.Table] = []
+    missing = n_rows
+    for table in tables:
+        while table.num_rows:
+            pieces.append(table.slice(0, missing))
+            table = table.slice(pieces[-1].num_rows)
+            missing -= pieces[-1].num_rows
+            if missing == 0:
+                yield pa.concat_tables(pieces)
+                pieces, missing = [], n_rows
+    if pieces:
+        yield pa.concat_tables(pieces)
+
+
+def are_blank(column: pa.ChunkedArray) -> np.ndarray:
+    """Whether each text is null, empty or white space alone, ``(n,)`` bool."""
+    is_blank = np.ones(len(column), bool)
+    for start, chunk in chunks_of(column):
+        texts = chunk.dictionary if pa.types.is_dictionary(chunk.type) else chunk
+        trimmed = pc.utf8_trim_whitespace(texts.cast(pa.large_string()))
+        blank = pc.equal(pc.binary_length(trimmed), 0)
+        if texts is not chunk:
+            blank = blank.take(chunk.indices)
+        is_blank[start : start + len(chunk)] = blank.fill_null(True).to_numpy(zero_copy_only=False)
+    return is_blank

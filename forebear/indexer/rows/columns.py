@@ -93,39 +93,52 @@ def find_text_columns(
     return tuple(texts), None if tuple(texts) in PLAIN else origin
 
 
-def find_label_column(
-    reader: Reader, wanted: str | None, texts: tuple[str, ...], like: RowFormat, *, need_labels: bool
-) -> tuple[str | None, str | None]:
+def find_label_columns(
+    reader: Reader, wanted: str | Sequence[str] | None, texts: tuple[str, ...], like: RowFormat, *, need_labels: bool
+) -> tuple[tuple[str, ...], str | None]:
     """The column of labels, and why it was taken: None if the user named it, or its name is plain.
 
-    The column is None where none is named, remembered or known by name, or where several may be it; the reason then
-    names these.
+    There is no column where none is named, remembered or known by name, or where several may be it; the reason then
+    names these. Several columns are taken only where they are named, or remembered.
 
     Raises:
         DataError: There is no such column, or it is a text column too; several may be it, and labels are needed.
     """
     if wanted is not None:
-        column = _named(reader, wanted, "--label-column")
-        if column in texts:
-            raise DataError(f"{reader.name}: column {column!r} is named both as text and as label; name two columns.")
-        return column, None
-    remembered = None if like.label_column is None else _only_match(reader, like.label_column)
-    if remembered is not None and remembered not in texts:
-        return remembered, None if (remembered,) in PLAIN else f"as in {like.owner}"
+        columns = tuple(_named(reader, name, "--label-column") for name in _parted(reader, wanted))
+        if both := [column for column in columns if column in texts]:
+            raise DataError(f"{reader.name}: column {both[0]!r} is named both as text and as label; name two columns.")
+        if len(set(columns)) < len(columns):
+            raise DataError(f"{reader.name}: --label-column {listed(columns)} names a column twice; name each once.")
+        return columns, None
+    if like.label_column is not None:
+        remembered = [_only_match(reader, name) for name in _parted(reader, like.label_column)]
+        columns = tuple(column for column in remembered if column is not None and column not in texts)
+        if len(columns) == len(remembered):
+            return columns, None if columns in PLAIN else f"as in {like.owner}"
     found = _by_usual_name(column for column in reader.schema.names if column not in texts)
     fits = next((f for rank in LABELS if (f := [name for name in rank if name in found])), [])
     if not fits:
-        return None, None
+        return (), None
     candidates = [column for name in fits for column in found[name]]
     if len(fits) == 1:
         column = _only_of(reader, candidates, "--label-column")
-        return column, None if (column,) in PLAIN else "found by name"
+        return (column,), None if (column,) in PLAIN else "found by name"
     if need_labels:
         raise DataError(
             f"{reader.name} has several columns that may be the labels: {listed(candidates)}. Name one with "
             "--label-column."
         )
-    return None, worded(f"{listed(candidates)} may be it: name one with --label-column")
+    return (), worded(f"{listed(candidates)} may be it: name one with --label-column")
+
+
+def _parted(reader: Reader, wanted: str | Sequence[str]) -> list[str]:
+    """The names in ``a,b,c``, unless one column has this name."""
+    if not isinstance(wanted, str):
+        return list(wanted)
+    if "," not in wanted or _only_match(reader, wanted) is not None:
+        return [wanted]
+    return [name.strip() for name in wanted.split(",") if name.strip()]
 
 
 def said(name: str, taken: Sequence[Origin]) -> str | None:

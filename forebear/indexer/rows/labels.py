@@ -19,12 +19,14 @@ import numpy.typing as npt
 
 from forebear.errors import DataError, InputError
 from forebear.indexer.rows.file_formats import listed
-from forebear.indexer.rows.label_column import Label
+from forebear.indexer.rows.row_format import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from forebear.indexer.rows.row_source import MAX_CLASSES, RowSource
+from forebear.indexer.rows.targets.label_names import NUMBER, are_unnamed, key_of
+from forebear.indexer.rows.targets.target_columns import Label
+from forebear.indexer.rows.targets.target_map import TargetMap, names_of_outputs, target_map
 from forebear.wording import worded
 
 BINARY_NLI = "binary-nli"
-NUMBER = re.compile(r"-?[0-9]+")  # as a class name: its sign is no separator
 BINARY_NLI_NAMES = ("entailment", "non-entailment")
 NLI_IDS = {"entailment": 0, "neutral": 1, "contradiction": 1, "non entailment": 1}  # in BINARY_NLI_NAMES
 
@@ -122,8 +124,13 @@ class LabelMap:
 
 
 def label_map(
-    source: RowSource, model_names: Sequence[str], mode: str | None = None, *, partial: bool = False
-) -> LabelMap:
+    source: RowSource,
+    model_names: Sequence[str],
+    mode: str | None = None,
+    *,
+    partial: bool = False,
+    problem_type: str = SINGLE_LABEL,
+) -> LabelMap | TargetMap:
     """Match a source's labels with a model's names, and check every label that occurs.
 
     Args:
@@ -131,25 +138,31 @@ def label_map(
         model_names: The model's class names, by id.
         mode: ``"binary-nli"`` for a model trained with it, else None.
         partial: Take labels that the model does not know, and rows without one, as ``UNKNOWN``, if it knows others.
+        problem_type: What the model takes targets for.
 
     Returns:
-        The map. Unless partial, it refuses rows without a label when it meets them.
+        The map; of several labels or numbers a row as :func:`target_map` makes it. Unless partial, it refuses rows
+        without a label when it meets them.
 
     Raises:
         DataError: The names do not match, or a label that occurs has no class; the line names its row.
     """
     _check_mode(mode)
+    _check_problem_type(source, problem_type)
+    if problem_type != SINGLE_LABEL:
+        _refuse_mode(mode)
+        return target_map(source, model_names, partial=partial)
     if not source.label_values:
         raise DataError(f"{source.name} has no labels to map; name their column with --label-column.")
-    model = {_key(name): class_id for class_id, name in enumerate(model_names)}
-    if taken_out := [mark for mark in source.marks if _key(str(mark).strip()) in model]:
+    model = {key_of(name): class_id for class_id, name in enumerate(model_names)}
+    if taken_out := [mark for mark in source.marks if key_of(str(mark).strip()) in model]:
         raise InputError(
             f"{source.name}: {taken_out[0]!r} was taken for no label, but the model has a class of this name. Open the "
             "rows with classes=, the model's class names."
         )
     if len(model) < len(model_names):
         raise DataError(f"the model's labels {', '.join(model_names)} repeat a name; mend its id2label.")
-    if mode == BINARY_NLI and set(model) != {_key(name) for name in BINARY_NLI_NAMES}:
+    if mode == BINARY_NLI and set(model) != {key_of(name) for name in BINARY_NLI_NAMES}:
         raise DataError(
             f"--labels binary-nli needs a model with the labels entailment and non-entailment; this one has "
             f"{', '.join(model_names)}. Train one with --labels binary-nli, or leave the option out."
@@ -168,29 +181,29 @@ def _match(
     source: RowSource, model_names: Sequence[str], model: dict[str, int], mode: str | None
 ) -> tuple[dict[int | str, int], str | None]:
     """Class ids by label (for integers) or by key (for names), and a warning where the match is a guess."""
-    by_key: dict[int | str, int] = {_key(name): class_id for class_id, name in enumerate(model_names)}
+    by_key: dict[int | str, int] = {key_of(name): class_id for class_id, name in enumerate(model_names)}
     if mode == BINARY_NLI:
-        by_key |= {key: model[_key(BINARY_NLI_NAMES[merged])] for key, merged in NLI_IDS.items()}
+        by_key |= {key: model[key_of(BINARY_NLI_NAMES[merged])] for key, merged in NLI_IDS.items()}
     is_generic = are_unnamed(model_names)
     own_ids: dict[int | str, int] = {class_id: class_id for class_id in range(len(model_names))}
     shown = names_of_classes(model_names, source)  # the user's own words, where the model's say nothing
     as_listed = ", ".join(f"{class_id} = {name}" for class_id, name in enumerate(shown))
     names = source.label_names
     if isinstance(source.label_values[0], str):
-        if not (is_generic and names) or any(_key(str(label)) in model for label in source.label_values):
+        if not (is_generic and names) or any(key_of(str(label)) in model for label in source.label_values):
             return by_key, None
         warning = (
             f"the model's labels are unnamed ({', '.join(model_names)}); the label names {', '.join(names)} "
             f"of {source.name} are taken as its ids 0 to {len(names) - 1}, in this order"
         )
-        return {_key(name): class_id for class_id, name in enumerate(names[: len(model_names)])}, warning
+        return {key_of(name): class_id for class_id, name in enumerate(names[: len(model_names)])}, warning
     if is_generic:
         warning = f"the model's labels are unnamed; numbers in {source.name} are taken as its ids: {as_listed}"
         if names is not None and len(names) != len(model_names):
             warning += f". The {len(names)} label names are not used: the model has {len(model_names)} classes"
         return own_ids, warning
     if names is not None:
-        return {label: by_key[_key(name)] for label, name in enumerate(names) if _key(name) in by_key}, None
+        return {label: by_key[key_of(name)] for label, name in enumerate(names) if key_of(name) in by_key}, None
     if all(re.fullmatch(NUMBER, key) for key in model):
         return {int(key): class_id for key, class_id in model.items()}, None
     return own_ids, worded(
@@ -203,7 +216,7 @@ def _refuse_foreign_names(source: RowSource, model_names: Sequence[str], any_kno
     """Say what to do about a source whose names are not the model's at all, or another kind of NLI labels."""
     names = source.label_names or tuple(str(label) for label in source.label_values)
     both = f"{source.name} has the labels {', '.join(names)}, the model has {', '.join(model_names)}"
-    if collapse_to_binary_nli(model_names) is not None and {_key(name) for name in names} <= NLI_IDS.keys():
+    if collapse_to_binary_nli(model_names) is not None and {key_of(name) for name in names} <= NLI_IDS.keys():
         if len(model_names) == len(BINARY_NLI_NAMES):
             raise DataError(f"{both}; merge neutral and contradiction with --labels binary-nli.")
         raise DataError(
@@ -221,11 +234,6 @@ def _refuse_foreign_names(source: RowSource, model_names: Sequence[str], any_kno
         )
 
 
-def are_unnamed(model_names: Sequence[str]) -> bool:
-    """Whether a model's class names are those that transformers makes up: LABEL_0, LABEL_1 and so on."""
-    return all(re.fullmatch(r"label ?\d+", _key(name)) for name in model_names)
-
-
 def names_of_classes(model_names: Sequence[str], source: RowSource) -> tuple[str, ...]:
     """The names of a model's classes in results.
 
@@ -236,7 +244,7 @@ def names_of_classes(model_names: Sequence[str], source: RowSource) -> tuple[str
     Returns:
         The model's names, by id; of an unnamed model the source's label names, if there is one for each class.
     """
-    given = source.label_names
+    given = source.label_columns if source.problem_type == REGRESSION else source.label_names
     takes_given = are_unnamed(model_names) and given is not None and len(given) == len(model_names)
     return tuple(given) if takes_given and given is not None else tuple(model_names)
 
@@ -256,11 +264,14 @@ def classes_for(source_or_names: RowSource | Sequence[str], mode: str | None = N
         DataError: There are no labels, or ``binary-nli`` is asked of labels that are not NLI's.
     """
     _check_mode(mode)
+    if isinstance(source_or_names, RowSource) and source_or_names.problem_type != SINGLE_LABEL:
+        _refuse_mode(mode)
+        return names_of_outputs(source_or_names)
     where = source_or_names.name if isinstance(source_or_names, RowSource) else "the source"
     names = _names_of(source_or_names) if isinstance(source_or_names, RowSource) else tuple(source_or_names)
     if not names:
         raise DataError(f"{where} has no labels to learn; name their column with --label-column.")
-    if len({_key(name) for name in names}) < len(names):
+    if len({key_of(name) for name in names}) < len(names):
         raise DataError(
             f"{where} has the labels {', '.join(names)}, of which two differ in case, hyphens or spaces alone; "
             f"spell each one way."
@@ -287,7 +298,7 @@ def _names_of(source: RowSource) -> tuple[str, ...]:
 
 def nli_id(name: str) -> int | None:
     """0 for the name of entailment, 1 for that of neutral, contradiction or non-entailment, else None."""
-    return NLI_IDS.get(_key(name))
+    return NLI_IDS.get(key_of(name))
 
 
 def collapse_to_binary_nli(names: Sequence[str]) -> npt.NDArray[np.int64] | None:
@@ -306,17 +317,32 @@ def collapse_to_binary_nli(names: Sequence[str]) -> npt.NDArray[np.int64] | None
     return np.array(merged, dtype=np.int64)
 
 
-def _key(name: str) -> str:
-    if re.fullmatch(NUMBER, name):
-        return name
-    key = re.sub(r"[-_\s]+", " ", name).strip().casefold()
-    return "non entailment" if key in ("not entailment", "nonentailment") else key
-
-
 def _own_key(label: int | str) -> int | str:
-    return _key(label) if isinstance(label, str) else label
+    return key_of(label) if isinstance(label, str) else label
 
 
 def _check_mode(mode: str | None) -> None:
     if mode not in (None, BINARY_NLI):
         raise DataError(f"--labels {mode} is unknown; expected binary-nli, or leave the option out.")
+
+
+def _refuse_mode(mode: str | None) -> None:
+    if mode is not None:
+        raise DataError(f"--labels {mode} is for one label a row. Leave the option out.")
+
+
+_TARGETS = {SINGLE_LABEL: "one label a row", MULTI_LABEL: "several labels a row", REGRESSION: "numbers"}
+
+
+def _check_problem_type(source: RowSource, problem_type: str) -> None:
+    """Refuse rows whose targets are not what the model takes.
+
+    Raises:
+        DataError: As said, with what to do.
+    """
+    if source.label_columns and source.problem_type != problem_type:
+        raise DataError(
+            f"{source.name} has {_TARGETS[source.problem_type]} ({listed(source.label_columns)}), the model was "
+            f"trained on {_TARGETS[problem_type]} (problem_type {problem_type}). Name other columns with "
+            "--label-column; or, if the model was trained on such rows, correct the problem_type in its config.json."
+        )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from forebear.errors import DataError
-from forebear.indexer.rows.arrow_text import chunks_of, column_bytes, strings_of
-from forebear.indexer.rows.columns import PAIRS, find_label_column, find_text_columns, said
+from forebear.indexer.rows.arrow_text import are_blank, column_bytes, rechunked, strings_of
+from forebear.indexer.rows.columns import PAIRS, find_label_columns, find_text_columns, said
 from forebear.indexer.rows.file_formats import (
     CHUNK_ROWS,
     Reader,
@@ -34,18 +34,11 @@ from forebear.indexer.rows.file_formats import (
     table_reader,
 )
 from forebear.indexer.rows.json_rows import LONGEST_ROW, SCALAR_KINDS
-from forebear.indexer.rows.label_column import (
-    DROP_MARKED,
-    MAX_CLASSES,
-    Label,
-    LabelColumn,
-    check_labels,
-    labelled_rows,
-    names_of_numbers,
-    scan_labels,
-)
 from forebear.indexer.rows.row_format import RowFormat
 from forebear.indexer.rows.source_names import TextChoices, open_reader, read_beside
+from forebear.indexer.rows.targets.label_column import DROP_MARKED, MAX_CLASSES, LabelColumn, labelled_rows
+from forebear.indexer.rows.targets.reading import read_targets
+from forebear.indexer.rows.targets.target_columns import Label, TargetColumns
 
 __all__ = ["MAX_CLASSES", "RowBlock", "RowSource", "open_rows", "rows_from_texts"]
 SHOWN_ROWS = 3  # row numbers that a remark gives as examples
@@ -57,39 +50,13 @@ class RowBlock:
 
     start: int  # row number of the first row
     texts: tuple[list[str], ...]  # one list a text column, in order of encoding
-    labels: Sequence[Label | None] | None  # as the source has them, None for a row without one; None without a column
+    # As the source has them, None for a row without one; None without a column. Of rows with several labels
+    # dictionaries from label to value, of rows with numbers lists of these.
+    labels: Sequence[Any] | None
     table: pa.Table  # the rows with every column of the source
 
     def __len__(self) -> int:
         return len(self.texts[0])
-
-
-def _rechunk(tables: Iterable[pa.Table], n_rows: int) -> Iterator[pa.Table]:
-    pieces: list[pa.Table] = []
-    missing = n_rows
-    for table in tables:
-        while table.num_rows:
-            pieces.append(table.slice(0, missing))
-            table = table.slice(pieces[-1].num_rows)
-            missing -= pieces[-1].num_rows
-            if missing == 0:
-                yield pa.concat_tables(pieces)
-                pieces, missing = [], n_rows
-    if pieces:
-        yield pa.concat_tables(pieces)
-
-
-def _are_blank(column: pa.ChunkedArray) -> np.ndarray:
-    """Whether each text is null, empty or white space alone, ``(n,)`` bool."""
-    is_blank = np.ones(len(column), bool)
-    for start, chunk in chunks_of(column):
-        texts = chunk.dictionary if pa.types.is_dictionary(chunk.type) else chunk
-        trimmed = pc.utf8_trim_whitespace(texts.cast(pa.large_string()))
-        blank = pc.equal(pc.binary_length(trimmed), 0)
-        if texts is not chunk:
-            blank = blank.take(chunk.indices)
-        is_blank[start : start + len(chunk)] = blank.fill_null(True).to_numpy(zero_copy_only=False)
-    return is_blank
 
 
 class RowSource:
@@ -100,9 +67,12 @@ class RowSource:
     Attributes:
         name: The source's name, as the user gave it.
         text_columns: One or two names, in order of encoding.
-        label_column: Name of the label column, or None.
+        problem_type: What the targets of the rows are: one class, any number of labels, or numbers.
+        label_column: Name of the label column, or None; of several columns, their names parted by commas.
+        label_columns: The label columns.
         label_names: The names that integer labels index, where known.
         label_values: The distinct labels, sorted, as the source has them; empty without labels.
+        n_labels: How many labels there are, where several columns or vectors say it; else 0.
         n_rows: Number of rows, without those that were left out.
         n_dropped: Number of rows that were left out since they have no label.
         unlabelled: What became of rows without a label: ``refuse``, ``drop-marked``, ``drop`` or ``keep``.
@@ -114,7 +84,7 @@ class RowSource:
         self,
         reader: Reader,
         text_columns: tuple[str, ...],
-        labels: LabelColumn,
+        labels: LabelColumn | TargetColumns,
         label_names: tuple[str, ...] | None,
         kept: np.ndarray | None = None,
         *,
@@ -126,9 +96,13 @@ class RowSource:
         self._kept = kept  # numbers of the rows that are kept, where some are left out
         self.name: str = reader.name
         self.text_columns = text_columns
+        self.problem_type = labels.problem_type
         self.label_column: str | None = labels.column
+        self.label_columns: tuple[str, ...] = labels.columns
         self.label_names = label_names
-        self.label_values: tuple[int, ...] | tuple[str, ...] = tuple(sorted(labels.first_rows))  # type: ignore[assignment]
+        by_kind = sorted(labels.first_rows, key=lambda label: (isinstance(label, str), label))
+        self.label_values: tuple[int, ...] | tuple[str, ...] = tuple(by_kind)  # type: ignore[assignment]
+        self.n_labels: int = labels.width if isinstance(labels, TargetColumns) else 0
         self.marks: tuple[Label, ...] = tuple(labels.marks)
         self.n_dropped = 0 if kept is None else labels.n_rows - len(kept)
         self.n_rows: int = labels.n_rows - self.n_dropped
@@ -144,6 +118,7 @@ class RowSource:
             label_names=self.label_names,
             delimiter=self._reader.delimiter,
             encoding=self._reader.encoding,
+            problem_type=self.problem_type if self.label_columns else None,
         )
 
     def blocks(self, block_rows: int = 4096, start: int = 0) -> Iterator[RowBlock]:
@@ -192,8 +167,7 @@ class RowSource:
 
     def n_rows_with(self, label: Label) -> int:
         """In how many rows a label occurs."""
-        scan = self._label_scan
-        return sum(n for value, n in scan.n_rows_with.items() if scan.labels[value] == label)
+        return self._label_scan.n_rows_of(label)
 
     def remarks(self) -> list[str]:
         """What the user should know of rows that were left out, have no label or no words: a line each, with a count.
@@ -228,7 +202,7 @@ class RowSource:
             empty = np.zeros(len(table), bool)
             with reading(self.name, "text"):
                 for column in table.columns:
-                    empty |= _are_blank(column)
+                    empty |= are_blank(column)
             empty_rows = np.flatnonzero(empty)
             n_empty += len(empty_rows)
             first_rows += (start + empty_rows[: SHOWN_ROWS - len(first_rows)]).tolist()
@@ -236,7 +210,7 @@ class RowSource:
         return n_empty, first_rows
 
     def _columns(self) -> list[str]:
-        return [*self.text_columns, *([self.label_column] if self.label_column else [])]
+        return [*self.text_columns, *self.label_columns]
 
     def _tables(self, start: int, columns: list[str] | None) -> Iterator[pa.Table]:
         """The reader's tables from a row on, without the rows that are left out."""
@@ -252,11 +226,11 @@ class RowSource:
             first += len(table)
 
     def _blocks(self, block_rows: int, start: int, columns: list[str] | None) -> Iterator[RowBlock]:
-        for table in _rechunk(self._tables(start, columns), block_rows):
+        for table in rechunked(self._tables(start, columns), block_rows):
             end = start + len(table)
             if end > self.n_rows:
                 raise DataError(f"{self.name} has more than the {self.n_rows} rows it had when opened; open it again.")
-            yield RowBlock(start, self._texts(table, start), self._labels(table), table)
+            yield RowBlock(start, self._texts(table, start), self._labels(table, start), table)
             start = end
         if start < self.n_rows:
             raise DataError(f"{self.name} has {start} of the {self.n_rows} rows it had when opened; open it again.")
@@ -278,12 +252,12 @@ class RowSource:
         with reading(self.name, "text"):
             return tuple(strings_of(table.column(name)) for name in self.text_columns)
 
-    def _labels(self, table: pa.Table) -> list[Label | None] | None:
-        if self.label_column is None:
+    def _labels(self, table: pa.Table, start: int) -> list[Any] | None:
+        if not self.label_columns:
             return None
         try:
             with reading(self.name, "labelled text"):
-                return self._label_scan.of(table.column(self.label_column))
+                return self._label_scan.of(table, start)
         except KeyError as error:
             raise DataError(f"{self.name} has the label {error} that it had not when opened; open it again.") from error
 
@@ -292,7 +266,7 @@ def open_rows(
     source: Any,
     *,
     text_columns: Sequence[str] | None = None,
-    label_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
     label_names: Sequence[str] | None = None,
     need_labels: bool = False,
     unlabelled: str | None = None,
@@ -300,6 +274,7 @@ def open_rows(
     delimiter: str | None = None,
     encoding: str | None = None,
     like: RowFormat | None = None,
+    problem_type: str | None = None,
 ) -> RowSource:
     """Open files, a folder of ``datasets.save_to_disk``, a hub data set or a table, and check the labels.
 
@@ -313,18 +288,23 @@ def open_rows(
             dicts.
         text_columns: One or two names, in order of encoding. Default: those of ``like``, else ``text_columns`` of a
             ``dataset.json`` beside the file, else found by name.
-        label_column: Default: that of ``like``, else found by name.
+        label_column: One column; or several, as ``a,b,c`` or a list of names, each of which holds one label's 0 and 1
+            (of a regression: one of its numbers). Default: that of ``like``, else found by name.
         label_names: The names that integer labels index. Default: those of the ClassLabel feature, else
             ``label_names`` of a ``dataset.json`` beside the file, else those of ``like``.
         need_labels: Refuse a source in which any row has no label, as ``unlabelled`` says.
         unlabelled: ``refuse`` (the default), ``drop-marked`` (that of training rows), ``drop`` or ``keep``; see
-            :mod:`forebear.indexer.rows.label_column`.
+            :mod:`forebear.indexer.rows.targets.label_column`.
         classes: The model's class names, as ``Retriever.label_names``: ``-`` or -1 among them is a class here too.
         delimiter: What parts the values of a CSV or TSV file: a character, or its name, such as ``tab``. Default:
             commas in CSV, tabs in TSV.
         encoding: Of a text file without a byte order mark. Default: UTF-8.
         like: How a run or an index read its rows (``ModelChoice.row_format``, ``Index.row_format``): taken where
             nothing else is given and the source has such columns.
+        problem_type: One class a row (``single_label_classification``), any number of labels
+            (``multi_label_classification``), or numbers (``regression``); how files hold those is said in
+            :mod:`forebear.indexer.rows.targets.target_columns`. Default: as ``like`` says, else several labels where
+            the label columns are several or hold lists, else one class.
 
     Raises:
         DataError: The source cannot be read as (labelled) text.
@@ -345,6 +325,7 @@ def open_rows(
         unlabelled or "refuse",
         classes,
         choices.like,
+        problem_type,
     )
 
 
@@ -373,16 +354,18 @@ def rows_given(
 
 def rows_from_texts(
     texts: Sequence[str] | Sequence[tuple[str, str]],
-    labels: Sequence[int] | Sequence[str] | None = None,
+    labels: Sequence[Any] | None = None,
     *,
     text_columns: Sequence[str] | None = None,
     label_names: Sequence[str] | None = None,
     classes: Sequence[str] = (),
     unlabelled: str | None = None,
+    problem_type: str | None = None,
 ) -> RowSource:
     """Make a source of rows in memory; columns are ``text`` or ``premise, hypothesis``, and ``label``.
 
-    ``classes`` as in ``open_rows``. Where ``unlabelled`` says what becomes of rows without a label, labels are needed.
+    ``classes`` and ``problem_type`` as in ``open_rows``; rows of several labels have lists of labels, or vectors. Where
+    ``unlabelled`` says what becomes of rows without a label, labels are needed.
 
     Raises:
         DataError: Texts are not all strings or all pairs, or labels not all integers or all names.
@@ -404,26 +387,37 @@ def rows_from_texts(
             named: dict[str, Any] = dict(zip(columns, row, strict=True))
             if labels is not None:
                 label: Any = labels[number]
-                named["label"] = label.item() if isinstance(label, np.generic) else label
+                named["label"] = _plain(label)
             yield named
 
     label_column = None if labels is None else "label"
     return _make_source(
         memory_reader(name, checked()), None, columns, label_column, label_names, unlabelled is not None,
-        unlabelled or "refuse", classes, RowFormat(),
+        unlabelled or "refuse", classes, RowFormat(), problem_type,
     )  # fmt: skip
+
+
+def _plain(label: Any) -> Any:
+    """A label in memory as JSON has it."""
+    if isinstance(label, (np.generic, np.ndarray)):
+        return label.tolist()
+    if isinstance(label, (list, tuple, set, frozenset)):
+        members = [_plain(member) for member in label]
+        return sorted(members, key=str) if isinstance(label, (set, frozenset)) else members
+    return label
 
 
 def _make_source(
     reader: Reader,
     folder: Path | None,
     text_columns: Sequence[str] | None,
-    label_column: str | None,
+    label_column: str | Sequence[str] | None,
     label_names: Sequence[str] | None,
     need_labels: bool,
     unlabelled: str,
     classes: Sequence[str],
     like: RowFormat,
+    problem_type: str | None,
 ) -> RowSource:
     if reader.n_rows == 0:
         raise DataError(f"{reader.name} has no rows; expected at least one row of text.")
@@ -432,25 +426,21 @@ def _make_source(
         raise DataError(f"{reader.name} has more than one column {repeated[0]!r}; rename all but one.")
     beside = read_beside(folder)
     texts, text_origin = find_text_columns(reader, text_columns, beside.get("text_columns"), like)
-    column, label_origin = find_label_column(reader, label_column, texts, like, need_labels=need_labels)
-    if column is None:
-        if need_labels:
-            raise DataError(
-                f"{reader.name} has no label column among its columns {listed(columns)}; name it with --label-column."
-            )
-        labels = LabelColumn(None, reader.n_rows or sum(len(table) for table in reader.tables(0, [texts[0]])))
-    else:
-        labels = scan_labels(reader, column)
-    if labels.n_rows == 0:
-        raise DataError(f"{reader.name} has no rows below its header; expected at least one row of text.")
-    names, are_remembered = names_of_numbers(reader, labels, label_names, beside.get("label_names"), like)
-    check_labels(reader.name, labels, names, need_labels, unlabelled, classes)
+    found, label_origin = find_label_columns(reader, label_column, texts, like, need_labels=need_labels)
+    if not found and need_labels:
+        raise DataError(
+            f"{reader.name} has no label column among its columns {listed(columns)}; name it with --label-column."
+        )
+    labels, names, are_remembered = read_targets(
+        reader, texts[0], found, label_names=label_names, recorded=beside.get("label_names"), like=like,
+        problem_type=problem_type, need_labels=need_labels, unlabelled=unlabelled, classes=classes,
+    )  # fmt: skip
     drops = unlabelled == "drop" or (unlabelled == DROP_MARKED and need_labels)
-    drops = drops and labels.column is not None and labels.n_unlabelled > 0
+    drops = drops and bool(labels.columns) and labels.n_unlabelled > 0
     kept = labelled_rows(reader, labels) if drops else None
     taken = [
         (f"text column{'s' * (len(texts) > 1)} {' and '.join(texts)}", text_origin),
-        (f"label column {column or 'none'}", label_origin),
+        (f"label column{'s' * (len(found) > 1)} {listed(found)}", label_origin),
         (f"label names {listed(names or ())}", f"as in {like.owner}" if are_remembered else None),
     ]
     said_of = said(reader.name, [(what, why) for what, why in taken if why is not None])

@@ -74,7 +74,7 @@ def choose_columns(source: RowSource, wanted: Sequence[str]) -> dict[str, str]:
         return {}
     names = [only_match([*others, *source.text_columns], name) or name for name in names]
     for name in names:
-        if name in (*source.text_columns, source.label_column):
+        if name in (*source.text_columns, *source.label_columns):
             raise InputError(
                 f"--keep-columns {name}: it holds the texts or labels, which are kept anyway. Leave it out."
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forebear.errors import CorruptIndexError
-from forebear.indexer.rows.row_format import RowFormat
+from forebear.indexer.rows.row_format import SINGLE_LABEL, RowFormat
 from forebear.indexer.storage.arrow import MEND
 from forebear.indexer.storage.atomic import write_bytes
 from forebear.indexer.storage.choices import LATER_CHOICES, Choices
@@ -61,7 +61,7 @@ def digest_of(value: Any) -> str:
 # field with this value is left out of the manifest, so that the digests of the first indexes still match.
 _LATER: dict[str, Any] = LATER_CHOICES | {
     "calibration": {}, "spans_sha256": None, "fit": {}, "calibration_queries": None, "n_left_out": 0,
-    "row_format": {}, "self_check": {}, "columns": {}, "user_columns_sha256": None,
+    "row_format": {}, "self_check": {}, "columns": {}, "user_columns_sha256": None, "problem_type": SINGLE_LABEL,
 }  # fmt: skip
 # Fields that are written before a certain choice, and that choice: the order of older versions, so that a manifest
 # has the same bytes.
@@ -94,6 +94,7 @@ class IndexSpec(Choices):
     tokenizer_sha256: str
     label_names: tuple[str, ...]
     text_columns: tuple[str, ...]  # order of encoding
+    problem_type: str = SINGLE_LABEL  # what a row's target is
     max_length: int = field()
     spans_sha256: str | None = None  # of the file or the weights that found spans, where a function or a reader did
     sentence_sha256: str | None  # weights and tokenizer of the un-tuned sentence encoder
@@ -102,9 +103,10 @@ class IndexSpec(Choices):
     @property
     def loss(self) -> Loss:
         """What the checkpoints were trained to minimise."""
-        from forebear.indexer.losses.cross_entropy import CrossEntropy  # torch: a manifest is read without it
+        from forebear.indexer.losses.kinds import loss_of  # torch: a manifest is read without it
 
-        return CrossEntropy(tuple(float(weight) for weight in self.class_weights), self.label_smoothing)
+        weights = tuple(float(weight) for weight in self.class_weights)
+        return loss_of(self.problem_type, weights, self.label_smoothing)
 
     def digest(self) -> str:
         """Name this spec in the manifest and in results."""
@@ -214,7 +216,8 @@ class Manifest:
     def row_format(self) -> RowFormat:
         """How the rows of the build were read; indexes of older versions know the text columns alone."""
         first = self.segments[0].row_format
-        return RowFormat.of({"text_columns": list(self.spec.text_columns)} | first, "the index")
+        stated = {"text_columns": list(self.spec.text_columns)} | first
+        return RowFormat.of(stated, "the index", self.spec.problem_type)
 
     @property
     def fit_age(self) -> FitAge:

@@ -19,11 +19,13 @@ from transformers import TrainerCallback
 
 from forebear.errors import InputError, ModelError
 from forebear.indexer.losses.choices import check_loss_choices
+from forebear.indexer.losses.kinds import check_one_label
 from forebear.indexer.model.network.pretrained import trainer_checkpoints
 from forebear.indexer.model.network.tokenizer import input_limit
-from forebear.indexer.rows.label_column import DROP_MARKED
 from forebear.indexer.rows.labels import names_of_classes
+from forebear.indexer.rows.row_format import SINGLE_LABEL
 from forebear.indexer.rows.row_source import RowSource, open_rows
+from forebear.indexer.rows.targets.label_column import DROP_MARKED
 from forebear.indexer.storage.manifest import library_versions
 from forebear.indexer.training.run import ColumnKeywords, Run, RunCheckpoint, read_run
 from forebear.indexer.training.run_folder import save_model
@@ -71,6 +73,7 @@ class ForebearCallback(TrainerCallback):  # type: ignore[misc]
         self._source: RowSource = rows
         self._tokenizer, self._max_length = tokenizer, max_length
         check_loss_choices(tuple(class_weights), 0.0)
+        check_one_label(self._source.problem_type, tuple(class_weights), 0.0)
         self._class_weights = tuple(class_weights)
         self._rates: list[float] = []  # learning rate of every step
 
@@ -161,6 +164,7 @@ class ForebearCallback(TrainerCallback):  # type: ignore[misc]
                 "class_weights": list(self._class_weights),
                 "label_smoothing": args.label_smoothing_factor,
             }
+            | ({} if self._source.problem_type == SINGLE_LABEL else {"problem_type": self._source.problem_type})
             | {name: _plain(getattr(args, name)) for name in SETTINGS if hasattr(args, name)},
             checkpoints=tuple(checkpoints),
             libraries=library_versions(),

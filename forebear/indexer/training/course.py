@@ -31,8 +31,8 @@ FIXED = {
 class Evaluation(Protocol):
     """Development rows, on which every checkpoint is evaluated."""
 
-    def accuracy(self) -> float:
-        """Share of rows whose most probable class is their label."""
+    def measures(self) -> dict[str, float]:
+        """The loss' measures of the predictions, by name; of one label a row ``accuracy`` alone."""
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -100,7 +100,7 @@ class Course:
         """Check, evaluate and save the model."""
         name = f"epoch-{len(self.checkpoints) + 1}"
         check_finite_weights(self.classifier.model, f"the model after step {self._step}")
-        accuracy = None if self.evaluation is None else self.evaluation.accuracy()
+        measures = None if self.evaluation is None else self.evaluation.measures()
         path = f"{CHECKPOINTS}/{name}"
         if self._saves:
             save_checkpoint(self.classifier, self.folder / path)
@@ -111,7 +111,8 @@ class Course:
             step=self._step,
             eta=math.fsum(self._rates) / len(self._rates),
             train_loss=math.fsum(loss * weight for loss, weight in self._losses) / total_weight,
-            accuracy=accuracy,
+            accuracy=None if measures is None else measures.get("accuracy"),
+            measures=None if measures is None or "accuracy" in measures else measures,
         )
         self.checkpoints.append(checkpoint)
         self._rates, self._losses = [], []

@@ -22,7 +22,8 @@ import torch
 
 from forebear.errors import DataError, InputError
 from forebear.indexer.losses.choices import weights_of_classes
-from forebear.indexer.losses.cross_entropy import CrossEntropy
+from forebear.indexer.losses.kinds import check_one_label, loss_of
+from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier, pick_device
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import dropout_settings
@@ -30,7 +31,9 @@ from forebear.indexer.model.network.batches import tokenize
 from forebear.indexer.model.network.pretrained import quiet_transformers
 from forebear.indexer.model.reading import Reading, count_reading
 from forebear.indexer.rows.labels import LabelMap, label_map
+from forebear.indexer.rows.row_format import SINGLE_LABEL
 from forebear.indexer.rows.row_source import RowSource
+from forebear.indexer.rows.targets.target_map import TargetMap
 from forebear.indexer.storage.layout import LOCK_NAME
 from forebear.indexer.storage.locks import check_free, exclusive
 from forebear.indexer.storage.manifest import library_versions
@@ -102,6 +105,7 @@ def _train(
     progress: Progress,
     warn: Callable[[str | None], None],
 ) -> Run:
+    check_one_label(source.problem_type, options.class_weights, options.label_smoothing)
     device = _pick_training_device(options.device)
     options = replace(options, precision=_pick_precision(options.precision, device), device=device.type)
     with quiet_transformers():
@@ -116,11 +120,12 @@ def _train(
         )
         if options.freeze_below is not None:
             freeze_below(classifier.model, options.freeze_below, classifier.name)
-        labels = label_map(source, classifier.label_names, options.label_mode)
+        problem_type = source.problem_type
+        labels = label_map(source, classifier.label_names, options.label_mode, problem_type=problem_type)
         counts = labels.n_rows_by_class(classifier.n_classes)
         weights = weights_of_classes(options.class_weights, classifier.label_names, counts, source.name)
         options = replace(options, max_length=classifier.max_length, class_weights=weights)
-        classifier = replace(classifier, loss=CrossEntropy(weights, options.label_smoothing))
+        classifier = replace(classifier, loss=loss_of(problem_type, weights, options.label_smoothing))
         rows, reading = _encode_labelled(source, classifier, labels, progress)
         for warning in reading.warnings(classifier.max_length, f"the rows of {source.name}"):
             warn(warning)
@@ -169,6 +174,8 @@ def _describe_run(
     settings |= {"n_rows": source.n_rows, "unlabelled": source.unlabelled, "threads": torch.get_num_threads()}
     settings["class_weights"] = list(options.class_weights)
     settings["dropout"] = dropout_settings(classifier.model)
+    if source.problem_type != SINGLE_LABEL:
+        settings["problem_type"] = source.problem_type
     settings["dev"] = None if evaluation is None else evaluation.record()
     return Run(
         base_model=str(Path(model).resolve()) if Path(model).is_dir() else str(model),
@@ -209,12 +216,12 @@ def _pick_precision(precision: str, device: torch.device) -> str:
 
 
 def _encode_labelled(
-    source: RowSource, classifier: Classifier, labels: LabelMap, progress: Progress
+    source: RowSource, classifier: Classifier, labels: LabelMap | TargetMap, progress: Progress
 ) -> tuple[list[dict[str, Any]], Reading]:
-    """Word pieces and class id of every row, and how much of them the model reads.
+    """Word pieces and target of every row, and how much of them the model reads.
 
     Raises:
-        DataError: Fewer than two classes occur.
+        DataError: All rows have the same target.
     """
     rows: list[dict[str, Any]] = []
     reading = Reading()
@@ -224,17 +231,17 @@ def _encode_labelled(
         reading += count_reading(classifier.tokenizer, block.texts, encoded, classifier.max_length)
         for row, label in zip(encoded, ids, strict=True):
             pieces = {key: np.asarray(values, dtype=np.int32) for key, values in row.items()}
-            rows.append({**pieces, "labels": int(label)})
+            rows.append({**pieces, "labels": label.tolist()})
         progress("reading rows", len(rows), source.n_rows)
-    classes = {row["labels"] for row in rows}
-    if len(classes) < 2:
-        only = classifier.label_names[classes.pop()]
-        raise DataError(f"every row of {source.name} is {only}; a classifier needs rows of two classes or more.")
+    targets = np.array([row["labels"] for row in rows])
+    if (targets == targets[0]).all():
+        (only,) = classifier.loss.texts(targets[:1], classifier.label_names)
+        raise DataError(f"every row of {source.name} is {only}; training needs rows of two or more.")
     return rows, reading
 
 
 class _Evaluation:
-    """Accuracy on the development rows."""
+    """How well the model predicts the development rows."""
 
     def __init__(
         self, dev: RowSource, source: RowSource, classifier: Classifier, mode: str | None, progress: Progress
@@ -245,19 +252,19 @@ class _Evaluation:
                 f"{', '.join(source.text_columns)}; expected as many. Name them by --text-columns."
             )
         self._dev, self._classifier, self._progress = dev, classifier, progress
-        labels = label_map(dev, classifier.label_names, mode)
-        self._ids = np.concatenate([labels(b.labels or [], b.start) for b in dev.blocks(BLOCK_ROWS)])  # refuses -1
+        self._loss: Loss = classifier.loss
+        labels = label_map(dev, classifier.label_names, mode, problem_type=self._loss.problem_type)
+        self._targets = np.concatenate([labels(b.labels or [], b.start) for b in dev.blocks(BLOCK_ROWS)])  # refuses -1
         self._warning = labels.warning
 
-    def accuracy(self) -> float:
-        """Share of rows whose most probable class is their label."""
+    def measures(self) -> dict[str, float]:
+        """The loss' measures of the predictions: of one label a row the share that is right."""
         self._classifier.model.eval()
-        n_right = 0
+        predictions = []
         for block in self._dev.blocks(BLOCK_ROWS):
-            predictions = run_forward(self._classifier, block.texts, first_row=block.start).predictions
-            n_right += int((predictions == self._ids[block.start : block.start + len(block)]).sum())
+            predictions.append(run_forward(self._classifier, block.texts, first_row=block.start).predictions)
             self._progress("evaluating", block.start + len(block), self._dev.n_rows)
-        return n_right / self._dev.n_rows
+        return self._loss.measures(np.concatenate(predictions), self._targets)
 
     def record(self) -> dict[str, Any]:
         """The facts about the development rows for ``run.json``."""

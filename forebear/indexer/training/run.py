@@ -7,15 +7,17 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from forebear.errors import DataError, InputError
-from forebear.indexer.model.network.pretrained import stored_class_names, trainer_checkpoints, trainer_rates
+from forebear.indexer.losses.kinds import problem_type_of_config
+from forebear.indexer.model.network.pretrained import stored_config, trainer_checkpoints, trainer_rates
 from forebear.indexer.rows.file_formats import holds_dicts
-from forebear.indexer.rows.label_column import DROP_MARKED
-from forebear.indexer.rows.row_format import RowFormat
+from forebear.indexer.rows.row_format import SINGLE_LABEL, RowFormat
 from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
+from forebear.indexer.rows.targets.label_column import DROP_MARKED
 from forebear.indexer.storage.atomic import write_bytes
 from forebear.indexer.storage.manifest import Checkpoint
 from forebear.wording import worded
@@ -30,11 +32,12 @@ class ColumnKeywords(TypedDict, total=False):
     """Which columns of rows are meant; see :func:`~forebear.indexer.rows.row_source.open_rows`."""
 
     text_columns: Sequence[str] | None
-    label_column: str | None
+    label_column: str | Sequence[str] | None
     label_names: Sequence[str] | None
     unlabelled: str | None
     delimiter: str | None
     encoding: str | None
+    problem_type: str | None
 
 
 class LossChoices(TypedDict):
@@ -54,7 +57,8 @@ class RunCheckpoint:
         step: Optimiser steps taken.
         eta: Mean learning rate over the steps since the previous checkpoint (docs/methods.md, "Conventions").
         train_loss: Mean training loss since the previous checkpoint; None where a Trainer logged none.
-        accuracy: Accuracy on the development rows, if any were given.
+        accuracy: Accuracy on the development rows, if any were given and rows have one label.
+        measures: What is measured on them otherwise, by name: micro-F1 and subset accuracy, or RMSE and correlation.
     """
 
     name: str
@@ -63,6 +67,7 @@ class RunCheckpoint:
     eta: float
     train_loss: float | None
     accuracy: float | None = None
+    measures: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +96,12 @@ class Run:
 
     def write(self, folder: Path) -> None:
         """Write ``run.json`` atomically."""
-        write_bytes(
-            folder / RUN_NAME, json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        )
+        content = asdict(self)
+        for checkpoint in content["checkpoints"]:
+            if checkpoint["measures"] is None:  # which older versions do not know
+                del checkpoint["measures"]
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        write_bytes(folder / RUN_NAME, text.encode() + b"\n")
 
 
 def read_run(folder: Path) -> Run | None:
@@ -174,14 +182,29 @@ class ModelChoice:
 
     def class_names(self) -> tuple[str, ...]:
         """The model's class names, from the run or from the model's files; empty where they cannot be read."""
-        return self.run.label_names if self.run is not None else stored_class_names(self.checkpoints[-1].path)
+        if self.run is not None:
+            return self.run.label_names
+        config = self._config
+        return () if config is None else tuple(map(str, config.id2label.values()))
+
+    @cached_property
+    def _config(self) -> Any:
+        return stored_config(self.checkpoints[-1].path)
+
+    @property
+    def problem_type(self) -> str | None:
+        """What a row's target is, from the run or from the model's files; None where they cannot be read."""
+        if self.run is not None:
+            return str(self.run.settings.get("problem_type", SINGLE_LABEL))
+        return None if self._config is None else problem_type_of_config(self._config)
 
     @property
     def row_format(self) -> RowFormat:
-        """How the run read its rows; without a run nothing is known."""
+        """How the run read its rows; without a run the problem type alone is known."""
         if self.run is None:
-            return RowFormat()
-        return RowFormat.of({"text_columns": list(self.run.text_columns)} | self.run.row_format, "the run")
+            return RowFormat(problem_type=self.problem_type)
+        stated = {"text_columns": list(self.run.text_columns)} | self.run.row_format
+        return RowFormat.of(stated, "the run", self.problem_type)
 
     @property
     def unlabelled(self) -> str:
@@ -210,8 +233,9 @@ class ModelChoice:
             if labels is None:
                 raise InputError("the training rows are texts without labels. Give labels, one a text.")
             names = {key: columns.get(key) for key in ("text_columns", "label_names")}
-            unlabelled = columns.get("unlabelled") or self.unlabelled
-            return rows_from_texts(rows, labels, classes=self.class_names(), unlabelled=unlabelled, **names)  # type: ignore[arg-type]
+            names |= {"classes": self.class_names(), "problem_type": columns.get("problem_type") or self.problem_type}
+            names["unlabelled"] = columns.get("unlabelled") or self.unlabelled
+            return rows_from_texts(rows, labels, **names)  # type: ignore[arg-type]
         if labels is not None:
             raise InputError("labels are given for rows that have their own. Give labels for a list of texts alone.")
         if isinstance(rows, RowSource):

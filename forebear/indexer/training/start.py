@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from forebear.errors import DataError, InputError, ModelError
+from forebear.indexer.losses.kinds import problem_type_of_config
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.loading import load_tokenizer, make_classifier, resolve_model_name
 from forebear.indexer.model.network.layers import encoder_layers
@@ -15,6 +16,7 @@ from forebear.indexer.model.network.pretrained import load_pretrained
 from forebear.indexer.model.network.probe import find_head
 from forebear.indexer.model.network.tokenizer import input_limit
 from forebear.indexer.rows.labels import classes_for
+from forebear.indexer.rows.row_format import SINGLE_LABEL
 from forebear.indexer.rows.row_source import RowSource
 
 DEFAULT_MAX_LENGTH = 128
@@ -32,7 +34,8 @@ def load_start(
 ) -> tuple[Classifier, str]:
     """The classifier before its first step, and whether its head is ``kept`` or ``new``.
 
-    A head stored with the source's label names is kept, in its own order of classes; any other is new.
+    A head stored with the source's label names, for the same problem type, is kept, in its own order of classes; any
+    other is new.
 
     Args:
         source: Training rows; their labels are the classes.
@@ -50,12 +53,14 @@ def load_start(
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     classes = classes_for(source, label_mode)
-    if len(classes) < 2:
+    kind = source.problem_type
+    if len(classes) < 2 and kind == SINGLE_LABEL:
         raise DataError(f"{source.name} has one class, {classes[0]}; a classifier needs two or more.")
     path = resolve_model_name(model_name)
     config = load_pretrained(AutoConfig, path)
     stored = tuple(str(config.id2label[i]) for i in range(config.num_labels))
-    has_names = sorted(map(str.casefold, stored)) == sorted(map(str.casefold, classes))
+    same_names = sorted(map(str.casefold, stored)) == sorted(map(str.casefold, classes))
+    has_names = same_names and problem_type_of_config(config) == kind
     names = stored if has_names else classes
     torch.manual_seed(seed)
     model, info = load_pretrained(
@@ -67,7 +72,7 @@ def load_start(
         num_labels=len(names),
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
-        problem_type="single_label_classification",
+        problem_type=kind,
     )
     _refuse_random_encoder(model, info["missing_keys"], path)
     tokenizer = load_tokenizer(path, model)

@@ -15,9 +15,10 @@ import pyarrow as pa
 from forebear.errors import InputError, NonFiniteError
 from forebear.indexer.index import Index
 from forebear.indexer.rows.file_formats import listed
+from forebear.indexer.rows.row_format import REGRESSION
 from forebear.indexer.rows.user_columns import only_match
 from forebear.ratio import ratio
-from forebear.retriever.answers.results import user_columns
+from forebear.retriever.answers.results import target_texts, user_columns
 from forebear.retriever.question.spec import Question
 
 LABEL = "label"
@@ -59,8 +60,13 @@ def grouping_of(index: Index, name: str) -> Grouping:
         InputError: The index keeps no such column.
     """
     if name == LABEL:
-        column, values = LABEL, pa.array(index.manifest.spec.label_names)
-        numbers = index.labels[index.live].astype(np.int64)
+        if index.loss.problem_type == REGRESSION:
+            raise InputError(f"--group-by {LABEL}: the targets of {index.folder} are numbers (regression), no groups.")
+        column, labels = LABEL, index.labels[index.live]
+        values, numbers = pa.array(index.manifest.spec.label_names), labels.astype(np.int64)
+        if labels.ndim > 1:  # a group for each set of labels
+            names, numbers = np.unique(index.label_texts(index.live), return_inverse=True)
+            values = pa.array(names.tolist())
     else:
         shown = user_columns(index)
         column = only_match(shown, name) or next((own for own, of in shown.items() if of == name), "")
@@ -145,7 +151,7 @@ def group_table(
     top: int,
     start: int,
     classes: Sequence[np.ndarray],
-    names: Sequence[str],
+    index: Index,
 ) -> pa.Table:
     """One line a query, method and group, by falling sum: the ``top`` groups of highest sum, and as many of lowest.
 
@@ -154,9 +160,9 @@ def group_table(
         scores: Of all live rows by method, ``(q, n)`` each.
         top: Groups at each end.
         start: Number of the first query.
-        classes: Class ids of the queries: gold, predicted, and those whose loss was explained, ``(q,)`` each; below 0
-            where there is none.
-        names: Names of the classes, by id.
+        classes: Of the queries: gold, predicted, and that whose loss was explained; class ids ``(q,)``, below 0 where
+            there is none, or numbers ``(q, c)``.
+        index: The index, which has their names.
     """
     m, n_queries = len(grouping), len(classes[0])
     places = np.arange(m) if m <= 2 * top else np.r_[np.arange(top), np.arange(m - top, m)]
@@ -165,8 +171,8 @@ def group_table(
     of_groups = pa.concat_tables(lines)
     queries = np.repeat(np.arange(n_queries), len(found) * len(places))
     columns = {"query": pa.array(start + queries)}
-    for name, ids in zip(("query_label", "query_prediction", "target"), classes, strict=True):
-        columns[name] = pa.array(names, pa.string()).take(pa.array(ids[queries], mask=ids[queries] < 0))
+    for name, targets in zip(("query_label", "query_prediction", "target"), classes, strict=True):
+        columns[name] = target_texts(index, targets, queries)
     return pa.table(columns | dict(zip(of_groups.column_names, of_groups.columns, strict=True)))
 
 

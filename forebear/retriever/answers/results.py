@@ -37,10 +37,10 @@ class Answers:
 
     Attributes:
         start: Row number of the first test row in its file.
-        labels: Gold class ids ``(q,)``, or None.
-        predictions: Predicted class ids, ``(q,)``.
-        targets: Class ids whose loss was explained, ``(q,)``. In the answer of an aggregate, labels, predictions and
-            targets are the classes that all its test rows share, else -1.
+        labels: Gold targets, or None: of one label a row class ids ``(q,)``, else numbers ``(q, c)``, as are the next.
+        predictions: What the model says.
+        targets: Whose loss was explained. In the answer of an aggregate, labels, predictions and targets are those that
+            all its test rows share, else -1 (of numbers, NaN).
         rankings: (proponents, opponents) by method name.
     """
 
@@ -155,22 +155,22 @@ class _Results:
 
 
 def _table(index: Index, results: _Results, tokenizer: Any) -> pa.Table:
-    answers, rows, names = results.answers, results.rows, index.manifest.spec.label_names
+    answers, rows = results.answers, results.rows
     columns: dict[str, pa.Array] = {
         "query": pa.array(answers.start + results.query),
         "query_label": pa.nulls(len(rows), pa.string())
         if answers.labels is None
-        else _named(names, answers.labels[results.query]),
-        "query_prediction": _named(names, answers.predictions[results.query]),
-        "target": _named(names, answers.targets[results.query]),
+        else target_texts(index, answers.labels, results.query),
+        "query_prediction": target_texts(index, answers.predictions, results.query),
+        "target": target_texts(index, answers.targets, results.query),
         "method": _named(list(answers.rankings), results.method),
         "side": _named(SIDES, results.side),
         "rank": pa.array((results.rank + 1).astype(np.int32)),
         "row": pa.array(rows),
         "score": pa.array(results.numbers(lambda ranking, query, rank: ranking.scores[query, rank], np.float64)),
         "exact": pa.array(results.numbers(lambda ranking, _query, _rank: ranking.exact, bool)),
-        "label": _named(names, index.labels[rows]),
-        "prediction": _named(names, index.predictions[rows]),
+        "label": target_texts(index, index.labels, rows),
+        "prediction": target_texts(index, index.predictions, rows),
     }
     texts = index.texts(rows)
     columns |= _search_columns(results)
@@ -181,6 +181,16 @@ def _table(index: Index, results: _Results, tokenizer: Any) -> pa.Table:
     columns |= dict(zip(text_columns(index), texts.values(), strict=True))
     others = index.row_columns.columns(rows)
     return pa.table(columns | {shown: others[name] for name, shown in user_columns(index).items()})
+
+
+def target_texts(index: Index, targets: np.ndarray, positions: np.ndarray) -> pa.Array:
+    """The targets at some positions as people read them; null where there is none."""
+    names = index.manifest.spec.label_names
+    if targets.ndim == 1:
+        return _named(names, targets[positions])
+    distinct, places = np.unique(positions, return_inverse=True)
+    texts = index.loss.texts(targets[distinct].astype(np.float64), names)
+    return pa.array(texts, pa.string()).take(pa.array(places))
 
 
 def _named(names: Sequence[str], ids: np.ndarray) -> pa.Array:

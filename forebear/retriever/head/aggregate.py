@@ -9,6 +9,7 @@ import numpy as np
 
 from forebear.indexer.rows.labels import LabelMap
 from forebear.indexer.rows.row_source import RowSource
+from forebear.indexer.rows.targets.target_map import TargetMap
 from forebear.retriever.head.queries import make_query
 from forebear.retriever.head.scoring import Query, added, summed
 from forebear.retriever.question.batch import make_batch
@@ -25,8 +26,8 @@ class Summed:
 
     Attributes:
         queries: By method name, one query a group; only of methods that the ``stored`` searcher answers.
-        predictions: Class ids of the rows, ``(q,)``.
-        targets: Classes whose loss is explained, ``(q,)``.
+        predictions: What the model says of the rows, as targets.
+        targets: Whose loss is explained, of each row.
     """
 
     queries: dict[str, Query]
@@ -50,20 +51,21 @@ def sum_queries(
     n_groups = int(groups.max()) + 1
     stored = [method for method in question.methods if question.searched_by(method) == "stored"]
     queries: dict[str, Query] = {}
-    predictions, targets = np.empty(len(groups), np.int64), np.empty(len(groups), np.int64)
+    predictions, targets = [], []
     for start in range(0, len(groups), BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)
         gold = None if labels is None else labels[block]
         numbers = range(start, min(start + BLOCK_ROWS, len(groups)))
         batch = make_batch(question.of(stored), models, [column[block] for column in texts], gold, numbers=numbers)
-        predictions[block], targets[block] = batch.forward.predictions, batch.targets
+        predictions.append(batch.forward.predictions)
+        targets.append(batch.targets)
         for method in stored:
             part = summed(make_query(method, batch, question.index, question.curvature), groups[block], n_groups)
             queries[method.name] = added(queries[method.name], part) if method.name in queries else part
-    return Summed(queries, predictions, targets)
+    return Summed(queries, np.concatenate(predictions), np.concatenate(targets))
 
 
-def read_rows(source: RowSource, label_ids: LabelMap | None) -> tuple[list[list[str]], np.ndarray | None]:
+def read_rows(source: RowSource, label_ids: LabelMap | TargetMap | None) -> tuple[list[list[str]], np.ndarray | None]:
     """All texts of a source, one list a text column, and the class ids of its rows, ``(q,)``."""
     texts: list[list[str]] = [[] for _ in source.text_columns]
     classes = []
@@ -76,10 +78,11 @@ def read_rows(source: RowSource, label_ids: LabelMap | None) -> tuple[list[list[
 
 
 def common_class(classes: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """The class that all rows of a group share, ``(g,)``; -1 where they differ."""
-    shared = np.full(int(groups.max()) + 1, NONE, np.int64)
+    """The target that all rows of a group share, ``(g,)`` or ``(g, c)``; -1 or NaN where they differ."""
+    nothing = NONE if classes.dtype.kind in "iu" else np.nan
+    shared = np.full((int(groups.max()) + 1, *classes.shape[1:]), nothing, classes.dtype)
     for group in range(len(shared)):
-        distinct = np.unique(classes[groups == group])
+        distinct = np.unique(classes[groups == group], axis=0)
         if len(distinct) == 1:
             shared[group] = distinct[0]
     return shared

@@ -73,8 +73,8 @@ def _gradient_term(forward: Forward, targets: np.ndarray, eta: float = 1.0) -> T
 def _representer(method: Method, batch: Batch, index: Index) -> Query:
     """alpha_nc <f_n, f_q> as a dot with (p_n - y_n) outer f_n: the left factor is -e_target / (2 lambda N)."""
     facts = index.manifest.curvature["head"]["representer"]
-    left = np.zeros((len(batch.targets), len(index.manifest.spec.label_names)))
-    left[np.arange(len(left)), batch.targets] = -1.0 / (2 * facts["lambda"] * index.manifest.n_live)
+    directions = index.loss.representer(batch.targets, len(index.manifest.spec.label_names))
+    left = directions * (-1.0 / (2 * facts["lambda"] * index.manifest.n_live))
     features, offset = batch.forward.features.astype(np.float64), 1.0 if facts["refit"] else 0.0
     term = Term(1.0, features, left, offset=offset, basis=index.loss.basis(left.shape[1]))
     return Query(method, (term,), np.ones(len(left)))

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from forebear.errors import InputError
 from forebear.indexer.model.encoding import Encoded, Texts, take_texts
 from forebear.indexer.model.forward import Forward, run_forward
 from forebear.retriever.question.models import Models
 from forebear.retriever.question.spec import Question
+from forebear.retriever.question.targets import choose_targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,7 @@ class Batch:
     Attributes:
         texts: One list a text column; or encoded, for methods that read word pieces alone.
         forwards: Forward pass of each checkpoint that the question needs, by checkpoint number.
-        targets: Class whose loss is explained, ``(q,)``.
+        targets: Whose loss is explained: of one label a row the class, ``(q,)``; else ``(q, c)``.
         last: Number of the checkpoint that is explained.
         sentence: Sentence embeddings ``(q, s)``, or None.
         labels: Gold class ids ``(q,)``, or None.
@@ -100,20 +100,5 @@ def make_batch(
         assert not isinstance(texts, Encoded)
         sentence = models.sentence_encoder.embed(texts)
     names = models.classifier().label_names
-    targets = choose_targets(question.spec.target, forwards[last].predictions, labels, names)
+    targets = choose_targets(question.spec.target, forwards[last].predictions, labels, names, question.index.loss)
     return Batch(texts, forwards, targets, last, numbers, sentence, labels, table)
-
-
-def choose_targets(target: str, predictions: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> np.ndarray:
-    """The class whose loss is explained, for each test row: ``predicted``, ``gold`` or a label's name."""
-    if target == "predicted":
-        return predictions
-    if target == "gold":
-        if labels is None:
-            raise InputError("--target gold needs labels in the test file. Name their column by --label-column.")
-        return labels
-    matches = [i for i, name in enumerate(names) if name == target]
-    matches = matches or [i for i, name in enumerate(names) if name.casefold() == target.casefold()]
-    if len(matches) != 1:
-        raise InputError(f"--target {target!r}: expected predicted, gold, or one of {', '.join(names)}.")
-    return np.full(len(predictions), matches[0])

@@ -6,6 +6,7 @@ from forebear.errors import DataError, MismatchError
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import LabelMap, label_map
 from forebear.indexer.rows.row_source import RowSource
+from forebear.indexer.rows.targets.target_map import TargetMap
 from forebear.progress import tell_warning
 
 
@@ -24,7 +25,7 @@ def check_texts(index: Index, source: RowSource) -> None:
         )
 
 
-def query_labels(index: Index, source: RowSource, *, required: bool) -> LabelMap | None:
+def query_labels(index: Index, source: RowSource, *, required: bool) -> LabelMap | TargetMap | None:
     """How the test rows' labels map onto the model's; None when there are none or, unless required, none fit.
 
     Unless required, a row without a label, or with one that the model does not know, gets ``labels.UNKNOWN``.
@@ -33,7 +34,9 @@ def query_labels(index: Index, source: RowSource, *, required: bool) -> LabelMap
         return None
     try:
         spec = index.manifest.spec
-        return label_map(source, spec.label_names, spec.label_mode, partial=not required)
+        return label_map(
+            source, spec.label_names, spec.label_mode, partial=not required, problem_type=spec.problem_type
+        )
     except DataError:
         if required:
             raise

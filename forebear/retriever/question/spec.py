@@ -20,6 +20,7 @@ from forebear.indexer.spans.text import Finder
 from forebear.indexer.storage.manifest import canonical_json
 from forebear.retriever.question.inverse import CurvatureSpec
 from forebear.retriever.question.methods import Method, Searched, pick_methods
+from forebear.retriever.question.targets import choose_targets
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,7 +61,8 @@ class QuerySpec:
     Attributes:
         methods: Names from the method table.
         top: Rows at each end of the ranking.
-        target: Whose loss is explained: ``predicted``, ``gold``, or a label's name.
+        target: Whose loss is explained: ``predicted``, ``gold``, or a label's name (also ``label:NAME``); of several
+            labels a row, ``label:NAME`` is the loss of this label alone. See docs/methods.md, "Several labels a row".
         exact: ``none`` (scores of the search itself), ``rerank`` (candidates scored exactly, the default) or
             ``full`` (every row scored exactly).
         scope: Parameters whose gradients are compared: ``head``, or a sketched scope of the index. Methods that do not
@@ -315,6 +317,8 @@ def check_question(question: Question) -> None:
     for method in question.methods:
         if method.by_words:
             index.check_words(words_top(index, method) if method.representation == "words" else None)
+    if spec.target not in ("predicted", "gold"):
+        choose_targets(spec.target, index.predictions[:1], None, index.manifest.spec.label_names, index.loss)
     index.check_scope(spec.scope)
     refits = index.manifest.curvature.get("head", {}).get("representer", {}).get("refit")
     if spec.aggregate and refits and any(m.query == "representer" for m in question.methods):

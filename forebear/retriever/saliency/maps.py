@@ -27,6 +27,7 @@ from forebear.indexer.model.scopes import (
     embedding_scope,
     encoder_input_scope,
 )
+from forebear.indexer.rows.row_format import SINGLE_LABEL
 from forebear.ratio import ratio
 
 GRADIENT_X_INPUT = "gradient-x-input"
@@ -87,7 +88,7 @@ def saliency(
     Args:
         classifier: The model; its tokenizer must be a fast one.
         texts: One list a text column, ``(columns, n)``.
-        targets: Class ids, ``(n,)``.
+        targets: Class ids, ``(n,)``; of several labels and of numbers ``(n, c)``.
         form: ``gradient-x-input`` or ``summed-gradient``.
         batch_tokens: Largest number of padded tokens in a batch.
 
@@ -184,12 +185,15 @@ def _normalised(values: np.ndarray) -> np.ndarray:
 
 
 def _check_targets(classifier: Classifier, texts: Sequence[Sequence[str]], targets: np.ndarray) -> None:
-    """Refuse targets that are not one class id a row."""
+    """Refuse targets that are not one class id a row, or of several labels and of numbers one number an output."""
     lengths = [len(column) for column in texts]
-    if any(targets.shape != (n,) for n in lengths):
+    outputs = () if classifier.loss.problem_type == SINGLE_LABEL else (classifier.n_classes,)
+    if any(targets.shape != (n, *outputs) for n in lengths):
         raise InputError(
             f"saliency: targets of shape {targets.shape} for text columns of {lengths} rows. Give one each."
         )
+    if outputs:
+        return
     if len(targets) and not (targets.dtype.kind in "iu" and 0 <= targets.min() <= targets.max() < classifier.n_classes):
         raise InputError(
             f"saliency: the targets of {classifier.name} must be class ids, 0 to {classifier.n_classes - 1}."

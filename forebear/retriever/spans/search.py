@@ -245,21 +245,21 @@ def _refuse_too_few(method: Method, n_found: int, k: int) -> None:
 
 
 def word_influence(
-    search: GradientSearch, texts: Sequence[Sequence[str]], target: int, word: str | None, rows: np.ndarray
+    search: GradientSearch, texts: Sequence[Sequence[str]], target: int | np.ndarray, word: str | None, rows: np.ndarray
 ) -> tuple[Span, SpanRows, np.ndarray]:
     """``saliency-if-token`` of every word of some training rows, for one test row.
 
     Args:
         search: The search over the scope and curvature that the question asks for.
         texts: The test row, one list a text column.
-        target: Class whose probability counts.
+        target: Whose support counts: a class, or the numbers of all outputs, ``(c,)``.
         word: The word of the test row whose saliency is explained; None: its most salient word.
         rows: Training rows, ascending.
 
     Returns:
         The test row's word; the words of the rows; their scores, ``(m,)`` float64.
     """
-    classifier, targets = search.models.classifier(), np.array([target])
+    classifier, targets = search.models.classifier(), np.asarray(target)[None]
     salient = salient_words(classifier, texts, targets, word)
     vectors = saliency_gradients(classifier, search.gradients.parameters, texts, targets, salient)
     entries = span_rows(search.index, classifier, rows, span_finder("words"), unknown=True)

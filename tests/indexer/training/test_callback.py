@@ -172,3 +172,28 @@ def test_trainers_checkpoints_are_indexed_like_those_of_a_run(model: Path, tmp_p
         table = forebear.Retriever(index).retrieve(["a good film"], methods=["tracin", "gd"], top=N_ROWS)
         answers.append(table.select(["method", "row", "score"]).to_pylist())
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+def test_a_trainer_of_several_labels_or_numbers_leaves_a_run_of_them(kind: str, tmp_path: Path) -> None:
+    several = kind == "multi_label_classification"
+    model = make_tiny_model(tmp_path / "model", n_classes=3 if several else 1)
+    rng = np.random.default_rng(0)
+    targets: list[Any] = rng.random(N_ROWS).tolist()
+    if several:
+        targets = rng.integers(2, size=(N_ROWS, 3)).astype(float).tolist()
+    rows = [{"text": text, "label": target} for text, target in zip(sentences(N_ROWS), targets, strict=True)]
+    names = {"label_names": ["a", "b", "c"]} if several else {}
+    callback = ForebearCallback(rows, max_length=20, problem_type=kind, **names)
+    course = trainer(model, tmp_path / "run", callback, num_train_epochs=1)
+    course.model.config.problem_type = kind
+    course.train_dataset = [
+        {**example, "labels": target} for example, target in zip(course.train_dataset, targets, strict=True)
+    ]
+    course.train()
+    chosen = choose_model(str(tmp_path / "run"))
+    assert chosen.problem_type == kind
+    index = forebear.Index.build(chosen, rows, tmp_path / "index", warn=lambda _line: None, **names)
+    assert index.manifest.spec.problem_type == kind
+    assert index.manifest.spec.label_names == (("a", "b", "c") if several else ("label",))
+    np.testing.assert_allclose(index.targets(np.arange(N_ROWS)), np.reshape(targets, (N_ROWS, -1)))

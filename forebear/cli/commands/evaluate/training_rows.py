@@ -90,7 +90,7 @@ class TruthOptions(Options, panel="Rows"):
     def read(self, retriever: Retriever) -> tuple[np.ndarray, np.ndarray | None]:
         """The wrong rows, and the true class ids of all rows where they are known."""
         from forebear.evaluation.measures.mislabelled import true_labels_of, wrong_rows_of
-        from forebear.indexer.rows.label_column import DROP_MARKED
+        from forebear.indexer.rows.targets.label_column import DROP_MARKED
 
         index = retriever.index
         if self.wrong_rows is not None:
@@ -111,7 +111,8 @@ class TruthOptions(Options, panel="Rows"):
             unlabelled=DROP_MARKED,
         )
         truth = true_labels_of(index, source)
-        return truth != index.labels, truth
+        differs = truth != index.labels
+        return differs if differs.ndim == 1 else differs.any(axis=1), truth
 
 
 def register(evaluations: typer.Typer) -> None:

@@ -99,15 +99,14 @@ def check_full_precision(config: Any, name: str) -> None:
     )
 
 
-def stored_class_names(name: str) -> tuple[str, ...]:
-    """The class names in a model's configuration; none where it has none, or it cannot be read."""
+def stored_config(name: str) -> Any:
+    """A model's configuration; None where it has none, or it cannot be read: loading the model says what is wrong."""
     from transformers import AutoConfig
 
     try:
-        config = load_pretrained(AutoConfig, name)
-    except ModelError:  # loading the model says what is wrong
-        return ()
-    return tuple(map(str, config.id2label.values()))
+        return load_pretrained(AutoConfig, name)
+    except ModelError:
+        return None
 
 
 def trainer_checkpoints(folder: Path) -> list[Path]:

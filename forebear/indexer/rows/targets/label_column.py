@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,8 @@ import pyarrow.compute as pc
 from forebear.errors import DataError
 from forebear.indexer.rows.arrow_text import is_text
 from forebear.indexer.rows.file_formats import Reader, listed, reading
-from forebear.indexer.rows.row_format import RowFormat
+from forebear.indexer.rows.row_format import SINGLE_LABEL, RowFormat
+from forebear.indexer.rows.targets.target_columns import Label, TargetColumns
 
 DROP_MARKED = "drop-marked"
 UNLABELLED = ("refuse", DROP_MARKED, "drop", "keep")
@@ -37,8 +38,6 @@ NO_LABEL_NAMES = ("-", str(NO_LABEL_NUMBER))
 INTEGER = re.compile(r"\s*[+-]?\d{1,18}\s*", re.A)
 WHOLE = re.compile(r"\s*[+-]?\d{1,15}\.0*\s*", re.A)  # 1.0: what pandas makes of an integer beside a missing value
 NUMBER = re.compile(r"\s*[+-]?(\d+\.\d*|\.\d+)\s*", re.A)
-
-Label = int | str
 
 
 @dataclass
@@ -65,6 +64,13 @@ class LabelColumn:
     first_unlabelled: int | None = None
     marks: list[Label] = field(default_factory=list)
 
+    problem_type: ClassVar[str] = SINGLE_LABEL
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that hold the labels: one, or none."""
+        return () if self.column is None else (self.column,)
+
     @property
     def kind(self) -> str | None:
         """Kind of the labels, such as "a name"; None where there are no labels."""
@@ -86,9 +92,13 @@ class LabelColumn:
         self.marks += marks
         self.labels = {value: None if label in marks else label for value, label in self.labels.items()}
 
-    def of(self, column: pa.ChunkedArray) -> list[Label | None]:
-        """The labels of some rows, from the column as the reader gives it."""
-        return [self.labels[value] for value in plain_values(column).to_pylist()]
+    def n_rows_of(self, label: Label) -> int:
+        """In how many rows a label occurs."""
+        return sum(n for value, n in self.n_rows_with.items() if self.labels[value] == label)
+
+    def of(self, table: pa.Table, start: int = 0) -> list[Any]:
+        """The labels of some rows, from a table as the reader gives it; None: no label."""
+        return [self.labels[value] for value in plain_values(table.column(self.column)).to_pylist()]
 
 
 def plain_values(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -218,11 +228,14 @@ def _way_out(kind: str) -> str:
     """What to do about labels of a kind that are no classes."""
     if "list" in kind:
         return (
-            "A row has one label here, not several: make a column for each label, of rows with and without it, and "
-            "name one of them with --label-column."
+            "A row has one label here, not several. Train a model of several labels (--problem-type multi-label), or "
+            "make a column for each label, of rows with and without it, and name one of them with --label-column."
         )
     if kind == "a number":
-        return "Numbers that are measured are no classes: make a column of ranges, and name it with --label-column."
+        return (
+            "Numbers that are measured are no classes: train a model of numbers (--problem-type regression), or make a "
+            "column of ranges, and name it with --label-column."
+        )
     return "Mend it, or name another with --label-column."
 
 
@@ -259,13 +272,12 @@ def _refusal(where: str, labels: LabelColumn, names: Sequence[str] | None) -> st
     return f"{problem} Leave those rows out by --unlabelled drop{keep}, or label them."
 
 
-def labelled_rows(reader: Reader, labels: LabelColumn) -> np.ndarray:
+def labelled_rows(reader: Reader, labels: LabelColumn | TargetColumns) -> np.ndarray:
     """Numbers of the rows that have a label, ``(n,)`` int64, in the file's order."""
-    assert labels.column is not None
     kept = []
     start = 0
-    for table in reader.tables(0, [labels.column]):
-        has_label = np.array([label is not None for label in labels.of(table.column(0))], dtype=bool)
+    for table in reader.tables(0, list(labels.columns)):
+        has_label = np.array([label is not None for label in labels.of(table, start)], dtype=bool)
         kept.append(start + np.flatnonzero(has_label))
         start += len(table)
     return np.concatenate(kept)

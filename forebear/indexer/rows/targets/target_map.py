@@ -1,0 +1,160 @@
+"""From the targets of a source, several labels or numbers a row, to those of a model: one number for each output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from forebear.errors import DataError
+from forebear.indexer.rows.file_formats import listed
+from forebear.indexer.rows.row_format import REGRESSION
+from forebear.indexer.rows.targets.label_names import are_unnamed, key_of
+from forebear.indexer.rows.targets.target_columns import Label
+
+if TYPE_CHECKING:
+    from forebear.indexer.rows.row_source import RowSource
+
+
+class TargetMap:
+    """Maps one source's targets onto a model's outputs; made by ``target_map``, the counterpart of ``LabelMap``.
+
+    Attributes:
+        warning: One line for the user where the mapping rests on a guess, else None.
+        remark: One line on the rows whose target the model does not know, of a map that is partial; else None.
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        known: Sequence[str],
+        outputs: dict[Label, int] | None,
+        warning: str | None,
+        partial: bool,
+    ) -> None:
+        self.warning = warning
+        self._source, self._known, self._outputs, self._partial = source, tuple(known), outputs, partial
+        unknown = [] if outputs is None else [label for label in source.label_values if label not in outputs]
+        self.unknown = sorted(unknown, key=source.first_row_of)
+        self.remark = None
+        if self.unknown:
+            first, n_rows = self.unknown[0], source.n_rows_with(self.unknown[0])
+            problem = (
+                f"{source.name}: row {source.first_row_of(first)} (from 0) has the label {first!r}, which the model "
+                f"does not know (as {n_rows:,} of {source.n_rows:,} rows)"
+            )
+            if not partial:
+                raise DataError(f"{problem}; it knows {listed(known)}. Mend the rows, or give --label-names.")
+            self.remark = f"{problem}; theirs stays empty"
+
+    def n_rows_by_class(self, n_classes: int) -> npt.NDArray[np.int64]:
+        """In how many rows of the source each label occurs, ``(c,)``; of numbers zeros."""
+        counts = np.zeros(n_classes, np.int64)
+        for label, output in (self._outputs or {}).items():
+            counts[output] += self._source.n_rows_with(label)
+        return counts
+
+    def __call__(self, targets: Sequence[Any], start: int = 0) -> npt.NDArray[np.float64]:
+        """Map consecutive rows' targets.
+
+        Args:
+            targets: As the source has them.
+            start: Row number of the first one.
+
+        Returns:
+            ``(n, c)``; of a partial map NaN throughout for a row without a target that the model knows.
+
+        Raises:
+            DataError: A row has no target, and the map is not partial; the line names it.
+        """
+        out = np.full((len(targets), len(self._known)), np.nan)
+        for row, target in enumerate(targets):
+            if isinstance(target, dict) and self._outputs is not None:
+                if all(label in self._outputs for label in target):
+                    out[row] = 0.0
+                    for label, value in target.items():
+                        out[row, self._outputs[label]] = value
+            elif target is not None:
+                out[row] = target
+        if not self._partial and np.isnan(out).any():
+            row = self._source.file_row(start + int(np.argmax(np.isnan(out).any(axis=1))))
+            raise DataError(
+                f"{self._source.name}: row {row} (from 0) has no target (null, NaN or empty). Leave such rows out by "
+                "--unlabelled drop, or fill them in."
+            )
+        return out
+
+
+def target_map(source: RowSource, model_names: Sequence[str], *, partial: bool = False) -> TargetMap:
+    """Match a source's targets with a model's outputs.
+
+    Labels that are numbers mean what the source's label names say, else the model's own outputs; those of a model
+    without names (LABEL_0) are always its outputs by number, or by the order of the source's label names.
+
+    Args:
+        source: Rows with several labels, or with numbers.
+        model_names: Names of the model's outputs.
+        partial: Take rows without a target, or with a label that the model does not know, as NaN.
+
+    Raises:
+        DataError: A label that occurs is none of the model's, or there are not as many numbers as outputs.
+    """
+    if not source.label_columns:
+        raise DataError(f"{source.name} has no labels to map; name their column with --label-column.")
+    if source.problem_type == REGRESSION:
+        if source.n_labels != len(model_names):
+            raise DataError(
+                f"{source.name} gives {source.n_labels} number(s) a row ({listed(source.label_columns)}), the model "
+                f"{len(model_names)} ({listed(model_names)}). Name as many columns with --label-column."
+            )
+        return TargetMap(source, model_names, None, None, partial)
+    names, warning = source.label_names, None
+    unnamed = are_unnamed(model_names)
+    if unnamed and names and len(names) == len(model_names):
+        known = {key_of(name): i for i, name in enumerate(names)}
+        warning = (
+            f"the model's labels are unnamed ({listed(model_names)}); the label names {listed(names)} of {source.name} "
+            "are taken as its outputs, in this order"
+        )
+    else:
+        known = {key_of(name): i for i, name in enumerate(model_names)}
+    outputs: dict[Label, int] = {}
+    for label in source.label_values:
+        name = names[label] if isinstance(label, int) and names is not None and label < len(names) else label
+        output = known.get(key_of(name)) if isinstance(name, str) else None
+        if isinstance(name, int):
+            output = known.get(str(name), name if name < len(model_names) else None)
+            if str(name) not in known and not unnamed:
+                warning = (
+                    f"the labels of {source.name} are numbers without names, taken as the model's own outputs: "
+                    f"{listed(f'{i} = {n}' for i, n in enumerate(model_names))}. If that is wrong, give --label-names"
+                )
+        if output is not None:
+            outputs[label] = output
+    return TargetMap(source, model_names, outputs, warning, partial)
+
+
+def names_of_outputs(source: RowSource) -> tuple[str, ...]:
+    """Names of the outputs of a new model: of several labels theirs, of numbers those of their columns.
+
+    Raises:
+        DataError: There are no labels.
+    """
+    if source.problem_type == REGRESSION:
+        return source.label_columns
+    if source.label_names:
+        return source.label_names
+    numbers = [label for label in source.label_values if isinstance(label, int)]
+    if numbers and len(numbers) < len(source.label_values):
+        raise DataError(
+            f"{source.name} has labels that are numbers ({numbers[0]}) and labels that are names; expected one of the "
+            "two. Mend them."
+        )
+    names = [str(i) for i in range(max([source.n_labels, *(number + 1 for number in numbers)]))] if numbers else [
+        str(label) for label in source.label_values
+    ]  # fmt: skip
+    if not names:
+        raise DataError(f"{source.name} has no labels to learn: every row has none of them.")
+    return tuple(names)

@@ -1,0 +1,56 @@
+"""Whose loss is explained: what the model predicts, the gold target, or one label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from forebear.errors import InputError
+from forebear.indexer.losses.loss import Loss
+from forebear.indexer.rows.file_formats import listed
+
+LABEL = "label:"  # before a label's name in --target
+
+
+def choose_targets(
+    target: str, predictions: np.ndarray, labels: np.ndarray | None, names: Sequence[str], loss: Loss
+) -> np.ndarray:
+    """Whose loss is explained, for each test row.
+
+    Args:
+        target: ``predicted``; ``gold``; or a label, as ``label:NAME`` or, of one label a row, ``NAME``. Of several
+            labels or numbers ``label:NAME`` is the loss of this one output alone, at what the model predicts for it.
+        predictions: What the model says, as targets.
+        labels: Gold targets, or None.
+        names: Names of the outputs.
+        loss: The loss of the model.
+
+    Returns:
+        Targets; of a single output NaN for the others.
+
+    Raises:
+        InputError: The target is not known, or there are no gold labels.
+    """
+    if target == "predicted":
+        return loss.targets_of(predictions)
+    if target == "gold":
+        if labels is None:
+            raise InputError("--target gold needs labels in the test file. Name their column by --label-column.")
+        return labels
+    if predictions.ndim == 1:
+        name = target if target in names else target.removeprefix(LABEL)
+        return np.full(len(predictions), _output(name, names, "NAME", target))
+    if not target.startswith(LABEL):
+        raise InputError(f"--target {target!r}: expected predicted, gold, or {LABEL}NAME of {listed(names)}.")
+    output, targets = _output(target.removeprefix(LABEL), names, f"{LABEL}NAME", target), loss.targets_of(predictions)
+    return np.where(np.arange(len(names)) == output, targets, np.nan)
+
+
+def _output(name: str, names: Sequence[str], form: str, target: str) -> int:
+    matches = [i for i, known in enumerate(names) if known == name]
+    matches = matches or [i for i, known in enumerate(names) if known.casefold() == name.casefold()]
+    if len(matches) != 1:
+        known = f"one of {', '.join(names)}" if form == "NAME" else f"{form} of {', '.join(names)}"
+        raise InputError(f"--target {target!r}: expected predicted, gold, or {known}.")
+    return matches[0]
