@@ -61,11 +61,15 @@ def nearest_rows(
 def label_disagreement(labels: np.ndarray, rows: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
     """Share of each row's neighbours that have another label than the row, ``(m,)``.
 
+    Of several labels or numbers: by how much a neighbour's differ from the row's, summed over the outputs, in the mean.
+
     Args:
-        labels: Class id of every row of the index, ``(N,)``.
+        labels: Class id of every row of the index, ``(N,)``; or labels or numbers, ``(N, c)``.
         rows: Row numbers, ``(m,)``.
         neighbours: Row numbers of their neighbours, ``(m, k)``.
     """
+    if labels.ndim > 1:
+        return np.asarray(np.abs(labels[neighbours] - labels[rows][:, None]).sum(axis=2).mean(axis=1))
     return np.asarray((labels[neighbours] != labels[rows][:, None]).mean(axis=1))
 
 

@@ -50,13 +50,14 @@ def row_passages(
         highlighted: Words to mark in each row's texts.
         notes: A remark on each row.
     """
-    index, names = retriever.index, retriever.label_names
+    index = retriever.index
     numbers = np.asarray(rows, dtype=np.int64)
     columns = {name: column.to_pylist() for name, column in index.texts(numbers).items()}
     others = _cells(index, numbers)
+    labels, predictions = index.label_texts(numbers), index.prediction_texts(numbers)
     passages = []
     for i, row in enumerate(numbers.tolist()):
-        shown: dict[str, Cell] = {"label": names[index.labels[row]], "prediction": names[index.predictions[row]]}
+        shown: dict[str, Cell] = {"label": labels[i], "prediction": predictions[i]}
         passages.append(
             Passage(
                 headings[i],

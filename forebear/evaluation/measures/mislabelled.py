@@ -140,7 +140,8 @@ def true_labels_of(index: Index, source: RowSource) -> np.ndarray:
             f"{source.name} has {source.n_rows} rows, {index.folder} has {manifest.n_rows}. Give the file that the "
             "index was built from (--train)."
         )
-    mapping = label_map(source, manifest.spec.label_names, manifest.spec.label_mode)
+    spec = manifest.spec
+    mapping = label_map(source, spec.label_names, spec.label_mode, problem_type=spec.problem_type)
     parts = []
     for block in source.blocks():
         texts = index.text_lists(np.arange(block.start, block.start + len(block)))
@@ -315,7 +316,8 @@ def _suspects(measured: Mislabelled, retriever: Retriever, measure: int) -> Grou
     """The rows of largest value, with both labels where the true ones are known."""
     order = np.argsort(-measured.values[measure], kind="stable")[:SHOWN_ROWS]
     rows = measured.rows[order]
-    truth = measured.true_labels
+    truth, names = measured.true_labels, retriever.label_names
+    true_texts = None if truth is None else retriever.index.loss.texts(truth[order], names)
     passages = row_passages(
         retriever,
         rows,
@@ -323,7 +325,7 @@ def _suspects(measured: Mislabelled, retriever: Retriever, measure: int) -> Grou
             f"rank {i} · row {row} · {measured.values[measure][position]:.4g}"
             for i, (position, row) in enumerate(zip(order, rows, strict=True), 1)
         ],
-        facts=None if truth is None else [{"true label": retriever.label_names[truth[position]]} for position in order],
+        facts=None if true_texts is None else [{"true label": text} for text in true_texts],
         notes=["wrong label" if measured.wrong[position] else "" for position in order],
     )
     return Group(f"The most suspicious rows by {measured.names[measure]}", passages)

@@ -17,11 +17,12 @@ from tiny import WORDS, sentences, write_jsonl
 from forebear import BuildOptions, InputError, QuerySpec, Retriever, build_index, choose_model, rows_from_texts
 from forebear.cli.main import run
 from forebear.errors import DataError
+from forebear.evaluation.audits.rows.doubts import majority_label
 from forebear.evaluation.audits.rows.duplicates import Thresholds, duplicates, leaks
 from forebear.evaluation.audits.rows.errors import explain_groups, group_mistakes, mistakes_of
 from forebear.evaluation.audits.rows.hubs import hubs, skewness, training_queries
 from forebear.evaluation.audits.rows.near_words import near_pairs, word_sets, words_of
-from forebear.evaluation.audits.rows.suspects import majority_label, opponents_of, own_places, suspects
+from forebear.evaluation.audits.rows.suspects import opponents_of, own_places, suspects
 from forebear.evaluation.common.neighbours import label_disagreement, nearest_rows
 from forebear.evaluation.common.queries import sample_queries
 

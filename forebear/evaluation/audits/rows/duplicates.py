@@ -25,7 +25,6 @@ from forebear.evaluation.common.passages import row_columns, row_passages
 from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
 from forebear.indexer.index import Index
-from forebear.indexer.rows.labels import UNKNOWN
 from forebear.retriever.retriever import Retriever
 
 KINDS: Final = ("same texts", "same words", "similar")
@@ -121,7 +120,7 @@ def duplicates(index: Index, thresholds: Thresholds) -> list[DuplicateGroup]:
         if len(members) > 1:
             kind = _kind_of(seen, members)
             least = float(weakest[number[members[0]]]) if kind == KINDS[2] else 1.0
-            conflict = len(np.unique(index.labels[live[members]])) > 1
+            conflict = len(np.unique(index.labels[live[members]], axis=0)) > 1
             groups.append(DuplicateGroup(rows=live[members], kind=kind, weakest=least, conflict=conflict))
     return sorted(groups, key=lambda g: (not g.conflict, -len(g.rows), int(g.rows[0])))
 
@@ -256,7 +255,7 @@ def duplicates_report(
     """
     if top < 1:
         raise InputError(f"--top {top}: expected at least 1.")
-    index, names = retriever.index, retriever.label_names
+    index = retriever.index
     n = index.manifest.n_live
     counts: list[list[Cell]] = []
     for kind in KINDS:
@@ -266,9 +265,10 @@ def duplicates_report(
     lines: list[list[Cell]] = []
     for number, group in enumerate(groups[:top], start=1):
         columns = row_columns(index, group.rows) | {name: c.to_pylist() for name, c in index.texts(group.rows).items()}
+        labels = index.label_texts(group.rows)
         for i, row in enumerate(group.rows):
-            label = names[index.labels[row]]
-            cells: list[Cell] = [number, int(row), label, group.conflict, group.kind, len(group.rows), group.weakest]
+            cells: list[Cell] = [number, int(row), labels[i], group.conflict, group.kind]
+            cells += [len(group.rows), group.weakest]
             lines.append([*cells, *(column[i] for column in columns.values())])
     text_heads = [*row_columns(index, []), *(f"text: {name}" for name in index.manifest.spec.text_columns)]
     tables = [
@@ -324,20 +324,22 @@ def duplicates_report(
 
 def _leak_tables(test: QueryRows, leaked: Sequence[Leak], retriever: Retriever) -> list[Table]:
     """How many test rows of each kind are found, and the first of them."""
-    index, names = retriever.index, retriever.label_names
+    index = retriever.index
     n = len(test.texts[0])
+    gold: Sequence[str | None] = [None] * n
+    if test.labels is not None:
+        gold = index.loss.texts(test.labels, retriever.label_names)
+    labels = index.label_texts(np.array([leak.row for leak in leaked], np.int64))
     counts: list[list[Cell]] = []
     for kind in KINDS:
-        of_kind = [leak for leak in leaked if leak.kind == kind]
+        of_kind = [i for i, leak in enumerate(leaked) if leak.kind == kind]
         of_other_label = None
         if test.labels is not None:
-            of_other_label = sum(int(test.labels[x.test_row] not in (UNKNOWN, index.labels[x.row])) for x in of_kind)
+            of_other_label = sum(gold[leaked[i].test_row] not in (None, labels[i]) for i in of_kind)
         counts.append([kind, len(of_kind), len(of_kind) / n, of_other_label])
     lines: list[list[Cell]] = []
-    for leak in leaked[:SHOWN_LEAKS]:
-        label = UNKNOWN if test.labels is None else test.labels[leak.test_row]
-        gold = None if label == UNKNOWN else names[label]
-        cells: list[Cell] = [leak.test_row, leak.row, leak.kind, leak.jaccard, gold, names[index.labels[leak.row]]]
+    for leak, label in zip(leaked[:SHOWN_LEAKS], labels, strict=False):
+        cells: list[Cell] = [leak.test_row, leak.row, leak.kind, leak.jaccard, gold[leak.test_row], label]
         both = [column[leak.test_row] for column in test.texts]
         both += [c[0].as_py() for c in index.texts(np.array([leak.row])).values()]
         lines.append([*cells, *(c[0] for c in row_columns(index, [leak.row]).values()), *both])

@@ -177,10 +177,10 @@ def hubs_report(counted: Hubs, inputs: Inputs, n_listed: int) -> tuple[Report, d
         rows = counted.rows[order]
         columns = row_columns(retriever.index, rows)
         columns |= {c: column.to_pylist() for c, column in texts_of(rows).items()}
+        labels = retriever.index.label_texts(rows)
         for i, (p, row) in enumerate(zip(order, rows, strict=True)):
-            label = retriever.label_names[retriever.index.labels[row]]
             hub = bool(counts[p] >= least)
-            cells: list[Cell] = [name, int(row), float(shares[p]), int(counts[p]), hub, label]
+            cells: list[Cell] = [name, int(row), float(shares[p]), int(counts[p]), hub, labels[i]]
             listed_rows.append([*cells, *(column[i] for column in columns.values())])
         shown = list(zip(order[:SHOWN_HUBS], rows[:SHOWN_HUBS], strict=True))
         passages = row_passages(

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
+from forebear.evaluation.audits.rows.doubts import Doubts, doubts
 from forebear.evaluation.common.comparisons import listed_values, matrix_figure, provenance, question_record, spearman
 from forebear.evaluation.common.neighbours import label_disagreement, nearest_rows
-from forebear.evaluation.common.passages import NO_LABEL, row_columns, row_passages
+from forebear.evaluation.common.passages import row_columns, row_passages
 from forebear.evaluation.measures.mislabelled import LOSS, NEIGHBOURS, approximations, note_on, self_influence
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
 from forebear.indexer.index import Index
+from forebear.indexer.rows.row_format import MULTI_LABEL, REGRESSION
 from forebear.retriever.answers.groups import Grouping
 from forebear.retriever.answers.results import SIDES
 from forebear.retriever.answers.signs import note_of
@@ -40,9 +42,7 @@ class Suspects:
         values: ``(m, n)``; larger: more suspicious.
         ranks: ``(m, n)``, 1 the most suspicious; equal values share their mean rank.
         neighbours: The k nearest other rows, nearest first, ``(n, k)``.
-        majority: Most frequent label of the neighbours, ``(n,)``; the row's own label wins a tie, then the lower id.
-        suggested: Suggested label, ``(n,)``: the prediction where it is not the row's label, else the majority where
-            that is not, else -1.
+        doubts: What speaks against each row's label, and what is suggested instead.
     """
 
     names: tuple[str, ...]
@@ -50,8 +50,17 @@ class Suspects:
     values: np.ndarray
     ranks: np.ndarray
     neighbours: np.ndarray
-    majority: np.ndarray
-    suggested: np.ndarray
+    doubts: Doubts
+
+    @property
+    def majority(self) -> np.ndarray:
+        """Most frequent label of the neighbours; see :class:`Doubts`."""
+        return self.doubts.majority
+
+    @property
+    def suggested(self) -> np.ndarray:
+        """Suggested label; see :class:`Doubts`."""
+        return self.doubts.suggested
 
     @property
     def combined(self) -> np.ndarray:
@@ -85,24 +94,14 @@ def suspects(retriever: Retriever, spec: QuerySpec | Question, *, n_neighbours: 
     values[LOSS] = index.losses[live].astype(np.float64)
     values[NEIGHBOURS] = label_disagreement(labels, live, neighbours)
     stacked = np.stack(list(values.values()))
-    majority = majority_label(labels[neighbours], labels[live], len(retriever.label_names))
-    predictions = index.predictions[live]
-    other_majority = np.where(majority != labels[live], majority, NO_LABEL)
     return Suspects(
         names=tuple(values),
         rows=live,
         values=stacked,
         ranks=rankdata(-stacked, axis=1),
         neighbours=neighbours,
-        majority=majority,
-        suggested=np.where(predictions != labels[live], predictions, other_majority),
+        doubts=doubts(index, live, neighbours),
     )
-
-
-def majority_label(neighbours: np.ndarray, row_labels: np.ndarray, n_classes: int) -> np.ndarray:
-    """Most frequent class among ``(n, k)`` labels; a row's own ``(n,)`` wins a tie, then the lower id."""
-    counts = np.stack([(neighbours == c).sum(axis=1) for c in range(n_classes)], axis=1)
-    return np.asarray((2 * counts + (np.arange(n_classes) == row_labels[:, None])).argmax(axis=1))
 
 
 def opponents_of(retriever: Retriever, spec: QuerySpec, rows: np.ndarray) -> tuple[np.ndarray, str]:
@@ -182,7 +181,9 @@ def suspects_report(
     others = row_columns(retriever.index, suspected.rows[positions])
     lines = [_line(suspected, retriever.index, int(p), opponents[i]) for i, p in enumerate(positions)]
     measures = [f"rank by {name}" for name in suspected.names]
-    head = ["row", "mean rank", "label", "suggested", "prediction", "neighbours' majority", *suspected.names, *measures]
+    several = suspected.doubts.doubted is not None
+    head = ["row", "mean rank", "label", *(["doubted"] if several else []), "suggested", "prediction"]
+    head += ["neighbours' majority", *suspected.names, *measures]
     table = Table(
         "Rows suspected of a wrong label",
         [*head, "contradicting neighbours", "strongest opponents", *others, *(f"text: {name}" for name in texts)],
@@ -191,12 +192,13 @@ def suspects_report(
             for i, line in enumerate(lines)
         ],
         f"The first {len(positions):,} of {n:,} rows by the mean of their ranks by {len(suspected.names)} measures (1: "
-        "the most suspicious), all counting the same. Suggested: the prediction where it is another label, else that "
-        f"of most neighbours. Contradicting: the nearest of the {suspected.neighbours.shape[1]} neighbours with "
-        f"another label. Opponents: by {question.spec.methods[0]}, against the row's own label. {signs}".rstrip(),
+        f"the most suspicious), all counting the same. {_suggestion(suspected, retriever.index)} Contradicting: the "
+        f"nearest of the {suspected.neighbours.shape[1]} neighbours {_contradiction(retriever.index)}. Opponents: by "
+        f"{question.spec.methods[0]}, against the row's own label. {signs}".rstrip(),
     )
     by_group = () if grouping is None else (groups_table(suspected, grouping, positions),)
-    wrong = int((suspected.suggested[positions] != NO_LABEL).sum())
+    wrong = int(suspected.doubts.is_suggested[positions].sum())
+    names = retriever.label_names
     agreement = [[float(spearman(a[None], b[None])[0]) for b in suspected.values] for a in suspected.values]
     spearmans = [[None if np.isnan(value) else value for value in row] for row in agreement]
     figure = matrix_figure(
@@ -205,8 +207,8 @@ def suspects_report(
     )  # fmt: skip
     report = Report(
         "Suspected wrong labels",
-        f"Row {suspected.rows[positions[0]]} is the most suspicious of {n:,}. Of the first {len(positions):,}, "
-        f"{wrong:,} have another label by the model or by most of their neighbours. {note_on(approximate)}".rstrip(),
+        f"Row {suspected.rows[positions[0]]} is the most suspicious of {n:,}. "
+        f"{_found(wrong, len(positions), retriever.index)} {note_on(approximate)}".rstrip(),
         (*by_group, table),
         (figure,),
         tuple(_group(suspected, retriever, int(p), opponents[i], i) for i, p in enumerate(positions[:SHOWN_ROWS])),
@@ -218,7 +220,8 @@ def suspects_report(
         "mean_rank": suspected.combined,
         "values": {name: listed_values(values) for name, values in zip(suspected.names, suspected.values, strict=True)},
         **({"self_influence": approximate} if approximate else {}),
-        "suggested": [None if c == NO_LABEL else retriever.label_names[c] for c in suspected.suggested],
+        "suggested": retriever.index.loss.texts(suspected.suggested, names),
+        **({} if suspected.doubts.doubted is None else {"doubted": [names[k] for k in suspected.doubts.doubted]}),
         "listed": suspected.rows[positions],
         "opponents": opponents,
         **(
@@ -232,39 +235,67 @@ def suspects_report(
     return report, result
 
 
-def _contradicting(suspected: Suspects, index: Index, position: int) -> np.ndarray:
-    """The nearest neighbours of a row that have another label."""
+def _contradicting(suspected: Suspects, position: int) -> np.ndarray:
+    """The nearest neighbours of a row that contradict its label."""
     near = suspected.neighbours[position]
-    return np.asarray(near[index.labels[near] != index.labels[suspected.rows[position]]][:CONTRADICTING])
+    return np.asarray(near[suspected.doubts.contradicting[position]][:CONTRADICTING])
+
+
+def _found(wrong: int, n: int, index: Index) -> str:
+    """How many of the first ``n`` rows have another label suggested; of numbers every row has."""
+    if index.loss.problem_type == REGRESSION:
+        return ""
+    return f"Of the first {n:,}, {wrong:,} have another label by the model or by most of their neighbours."
+
+
+def _suggestion(suspected: Suspects, index: Index) -> str:
+    """What is suggested for a row, in words."""
+    if index.loss.problem_type == REGRESSION:
+        return "Suggested: the prediction. Majority: the median of the neighbours."
+    if suspected.doubts.doubted is not None:
+        return (
+            "Doubted: the label of largest loss. Suggested: the row's labels with this one changed, where the "
+            "prediction or most neighbours have it otherwise."
+        )
+    return "Suggested: the prediction where it is another label, else that of most neighbours."
+
+
+def _contradiction(index: Index) -> str:
+    of_kind = {MULTI_LABEL: "that have the doubted label otherwise", REGRESSION: "that are nearer to the prediction"}
+    return of_kind.get(index.loss.problem_type, "with another label")
+
+
+def _text(index: Index, targets: np.ndarray, position: int) -> str | None:
+    return index.loss.texts(targets[[position]], index.manifest.spec.label_names)[0]
 
 
 def _line(suspected: Suspects, index: Index, position: int, opponents: np.ndarray) -> list[Cell]:
-    names = index.manifest.spec.label_names
-    row, suggested = int(suspected.rows[position]), int(suspected.suggested[position])
+    row, doubted = suspected.rows[[position]], suspected.doubts.doubted
     return [
-        row,
+        int(row[0]),
         float(suspected.combined[position]),
-        names[index.labels[row]],
-        None if suggested == NO_LABEL else names[suggested],
-        names[index.predictions[row]],
-        names[suspected.majority[position]],
+        *index.label_texts(row),
+        *([] if doubted is None else [index.manifest.spec.label_names[doubted[position]]]),
+        _text(index, suspected.suggested, position),
+        *index.prediction_texts(row),
+        _text(index, suspected.majority, position),
         *(float(value) for value in suspected.values[:, position]),
         *(float(value) for value in suspected.ranks[:, position]),
-        ", ".join(map(str, _contradicting(suspected, index, position))) or None,
+        ", ".join(map(str, _contradicting(suspected, position))) or None,
         ", ".join(map(str, opponents)),
     ]
 
 
 def _group(suspected: Suspects, retriever: Retriever, position: int, opponents: np.ndarray, rank: int) -> Group:
     """A suspect, and the rows that contradict it."""
-    index, names = retriever.index, retriever.label_names
-    row, suggested = int(suspected.rows[position]), int(suspected.suggested[position])
-    hint = "" if suggested == NO_LABEL else f"suggested: {names[suggested]}"
-    rows = {"neighbour": _contradicting(suspected, index, position), "opponent": opponents}
+    index, row = retriever.index, int(suspected.rows[position])
+    suggested = _text(index, suspected.suggested, position)
+    hint = "" if suggested is None else f"suggested: {suggested}"
+    rows = {"neighbour": _contradicting(suspected, position), "opponent": opponents}
     numbered = [(kind, int(number)) for kind, numbers in rows.items() for number in numbers]
     passages = row_passages(
         retriever, [number for _, number in numbered], [f"{kind} · row {number}" for kind, number in numbered]
     )
     heading = f"mean rank {suspected.combined[position]:.1f} · row {row}"
     (query,) = row_passages(retriever, [row], [heading], notes=[hint])
-    return Group(f"{rank + 1}. Row {row}, labelled {names[index.labels[row]]}", passages, query=query)
+    return Group(f"{rank + 1}. Row {row}, labelled {index.label_texts(np.array([row]))[0]}", passages, query=query)
