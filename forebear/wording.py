@@ -103,7 +103,7 @@ KEYWORDS = {
     "--rows": Keyword("n_rows", "correlations", "number"),
     "perturb attack --rows": Keyword("rows", "PerturbSpec", "numbers"),
     "--run": Keyword("run", "open_retrainer"),
-    "--runs": Keyword("n_runs", "measure_faithfulness", "number"),
+    "--repeats": Keyword("n_repeats", "measure_faithfulness", "number"),
     "--saliency": Keyword("form", "explain"),
     "--scope": Keyword("scope", "QuerySpec"),
     "index --scope": Keyword("scopes", "BuildOptions", "texts"),

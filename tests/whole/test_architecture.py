@@ -65,7 +65,7 @@ def test_dependencies_run_one_way(layer):
 
 def test_what_lies_beside_the_layers_imports_none_of_them():
     for name, others in IMPORTS.items():
-        if name.count(".") == 1 and name.split(".")[1] not in LAYERS:
+        if name.count(".") == 1 and name.split(".")[1] not in (*LAYERS, "__main__"):
             assert not any(other.split(".")[1] in LAYERS for other in others if "." in other), name
 
 
@@ -90,7 +90,8 @@ def test_no_modules_import_each_other():
 def test_a_folder_has_at_most_twelve_entries(top):
     for folder in [ROOT / top, *(path for path in (ROOT / top).rglob("*") if path.is_dir())]:
         if folder.name != "__pycache__" and not folder.is_relative_to(ROOT / "tests" / "golden"):
-            entries = [path.name for path in folder.iterdir() if path.name not in ("__init__.py", "__pycache__")]
+            doors = ("__init__.py", "__main__.py", "__pycache__")
+            entries = [path.name for path in folder.iterdir() if path.name not in doors]
             assert len(entries) <= MOST_ENTRIES, f"{folder}: {sorted(entries)}"
 
 
@@ -125,6 +126,11 @@ def test_type_checkers_see_each_public_name_where_it_is_defined():
 def test_help_does_not_import_torch():
     code = "import sys; from forebear.cli.main import run; run(['index', '--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_the_package_runs_as_the_command():
+    done = subprocess.run([sys.executable, "-m", "forebear", "--version"], capture_output=True, text=True, check=False)
+    assert done.stdout == f"forebear {forebear.__version__}\n"
 
 
 def test_importing_the_package_is_cheap():

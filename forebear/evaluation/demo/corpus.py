@@ -227,10 +227,10 @@ class Corpus:
 
 def make_corpus(
     seed: int = 0,
-    n_train: int = 2200,
+    n_train: int = 1400,
     n_dev: int = 300,
     n_probe: int = 200,
-    n_planted: int = 72,
+    n_planted: int = 46,
     n_wrong_probe: int = 40,
 ) -> Corpus:
     """Generate the corpus. The same arguments give the same rows; no premise occurs twice in it.

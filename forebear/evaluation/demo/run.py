@@ -28,6 +28,7 @@ from forebear.retriever.retriever import Retriever
 TOP = 10
 JUDGE = "gc"  # the method by which the demo is judged; all are shown
 BASE_MODEL = "minilm"
+LEARNING_RATE = 1e-4  # twice the default: the rows are few
 N_SHOWN = 3
 
 
@@ -106,8 +107,8 @@ def run_demo(
     }
     say(f"1/5 corpus: {rows['train'].n_rows:,} training pairs with planted faults, in {data}")
     run = train(
-        rows["train"], BASE_MODEL, folder / "run", TrainOptions(seed=seed, device=device), dev=rows["dev"],
-        force=force, progress=progress,
+        rows["train"], BASE_MODEL, folder / "run", TrainOptions(learning_rate=LEARNING_RATE, seed=seed, device=device),
+        dev=rows["dev"], force=force, progress=progress,
     )  # fmt: skip
     accuracy = run.checkpoints[-1].accuracy or 0.0
     say(f"2/5 model: {run.base_model} fine-tuned, {accuracy:.1%} right on the development pairs")

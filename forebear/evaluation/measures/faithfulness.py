@@ -3,7 +3,7 @@
 The yardstick is `tracin++` at the one final checkpoint: <g_q - g_q(-kl), g_n - g_n(-ij)>, without variants and without
 curvature. Compared with it, by Spearman's correlation over the spans of sampled training rows, for each query:
 `tracin++` (summed over three variants, one SGD step away), `if++`, a control (`tracin++` summed, unweighted, over the
-last three checkpoints) and random scores. A run draws other training rows and other variants; queries stay.
+last three checkpoints) and random scores. A repeat draws other training rows and other variants; queries stay.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from forebear.sampling import live_sample
 METHODS = ("tracin++", "if++")
 CONTROL, RANDOM = "(last checkpoints)", "(random)"
 CONTROL_CHECKPOINTS = 3
-RUNS = 5
+REPEATS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ class Faithfulness:
 
     Attributes:
         names: Scores that are compared with the yardstick, ``m``: methods, control, random scores.
-        values: For each run and query, ``(runs, q, m)``; NaN where all spans have one score.
-        n_spans: Spans that were ranked in each run.
+        values: For each repeat and query, ``(repeats, q, m)``; NaN where all spans have one score.
+        n_spans: Spans that were ranked in each repeat.
         n_control: Checkpoints that the control sums over; with 1 it is the yardstick itself, and left out.
         residual: Largest relative residual of H^-1, where a solver iterated; else None.
     """
@@ -59,7 +59,7 @@ class Faithfulness:
 
     @property
     def by_query(self) -> np.ndarray:
-        """Mean of each query's correlation over the runs, ``(q, m)``; NaN where no run defines it."""
+        """Mean of each query's correlation over the repeats, ``(q, m)``; NaN where no repeat defines it."""
         return defined_means(self.values, axis=0)
 
 
@@ -69,7 +69,7 @@ def measure_faithfulness(
     spec: QuerySpec | Question,
     *,
     n_rows: int = 200,
-    n_runs: int = RUNS,
+    n_repeats: int = REPEATS,
     seed: int = 0,
     progress: Callable[[str, int, int], None] = lambda _stage, _done, _total: None,
 ) -> Faithfulness:
@@ -79,16 +79,16 @@ def measure_faithfulness(
         retriever: Over the index.
         queries: Test rows with spans, from :func:`~forebear.evaluation.common.span_queries.sample_span_queries`.
         spec: Scope, target, curvature and spans; its methods are :data:`METHODS`.
-        n_rows: Training rows a run, a seeded sample; 0 for all.
-        n_runs: Runs, each with other rows and other variants of the model.
+        n_rows: Training rows a repeat, a seeded sample; 0 for all.
+        n_repeats: Repeats, each with other rows and other variants of the model.
         seed: Random seed of the samples and of the random scores.
-        progress: Called with the stage, runs done and runs in all.
+        progress: Called with the stage, repeats done and repeats in all.
 
     Raises:
-        InputError: No run, or fewer than two spans in one, which have no order to compare.
+        InputError: No repeat, or fewer than two spans in one, which have no order to compare.
     """
-    if n_runs < 1:
-        raise InputError(f"--runs {n_runs}: expected at least 1.")
+    if n_repeats < 1:
+        raise InputError(f"--repeats {n_repeats}: expected at least 1.")
     if n_rows < 0:
         raise InputError(f"--rows {n_rows}: expected a number of training rows, or 0 for all of them.")
     index, classifier = retriever.index, retriever.classifier()
@@ -98,9 +98,9 @@ def measure_faithfulness(
     control = range(max(0, n_checkpoints - CONTROL_CHECKPOINTS), n_checkpoints)
     names = (*METHODS, *([CONTROL] if len(control) > 1 else []), RANDOM)
     values, n_spans, residuals = [], [], []
-    progress("runs", 0, n_runs)
-    for run in range(n_runs):
-        entries = training_spans(retriever, question, live_sample(index.live, n_rows, seed + run))
+    progress("repeats", 0, n_repeats)
+    for repeat in range(n_repeats):
+        entries = training_spans(retriever, question, live_sample(index.live, n_rows, seed + repeat))
         if len(entries.rows) < 2:
             raise InputError(
                 f"{len(entries.rows)} span(s) in the sampled training rows; a rank correlation takes 2 or more. Give "
@@ -108,16 +108,16 @@ def measure_faithfulness(
             )
         spans = SpanScores(index, classifier, question.spec.scope, span_differences, entries)
         truth = spans.summed([classifier])
-        variants = (one_step_away(classifier, index, (seed + run) * N_VARIANTS + m) for m in range(N_VARIANTS))
+        variants = (one_step_away(classifier, index, (seed + repeat) * N_VARIANTS + m) for m in range(N_VARIANTS))
         solved, residual = spans.preconditioned(question.curvature)
         scores = {METHODS[0]: spans.summed(variants), METHODS[1]: solved}
         if CONTROL in names:
             scores[CONTROL] = spans.summed(retriever.classifier(number) for number in control)
-        scores[RANDOM] = np.random.default_rng([seed, run, 8]).normal(size=truth.shape)
+        scores[RANDOM] = np.random.default_rng([seed, repeat, 8]).normal(size=truth.shape)
         values.append(np.stack([spearman(scores[name], truth) for name in names], axis=1))
         n_spans.append(len(entries.rows))
         residuals += [] if residual is None else [float(residual.max())]
-        progress("runs", run + 1, n_runs)
+        progress("repeats", repeat + 1, n_repeats)
     return Faithfulness(
         names=names,
         values=np.stack(values),
@@ -135,18 +135,19 @@ def faithfulness_report(faithfulness: Faithfulness, inputs: Inputs) -> tuple[Rep
     for i, name in enumerate(faithfulness.names):
         rows.append([name, *interval_cells(scaled.by_query[:, i], seed), *variances(scaled.values[:, :, i])])
     undefined = int(np.isnan(faithfulness.values).any(axis=2).sum())
-    runs = len(faithfulness.values)
+    repeats = len(faithfulness.values)
     note = (
         f"Spearman's correlation x 100 with `tracin++` at the final checkpoint, over {min(faithfulness.n_spans):,} to "
-        f"{max(faithfulness.n_spans):,} spans; mean over {len(queries):,} queries, each the mean of {runs} run(s), ± "
-        "its standard error; 95% interval. Variances: over queries, averaged over runs; of the runs' means. "
+        f"{max(faithfulness.n_spans):,} spans; mean over {len(queries):,} queries, each the mean of {repeats} "
+        "repeat(s), ± its standard error; 95% interval. Variances: over queries, averaged over repeats; of the "
+        "repeats' means. "
         + (
             f"The control sums the last {faithfulness.n_control} checkpoints, unweighted, the final one among them. "
             if CONTROL in faithfulness.names
             else "The index holds one checkpoint, so there is no control. "
         )
-        + f"Left out: {undefined:,} lists (run x query) whose scores are all equal; {len(queries.left_out):,} sampled "
-        "test rows without a span."
+        + f"Left out: {undefined:,} lists (repeat x query) whose scores are all equal; {len(queries.left_out):,} "
+        "sampled test rows without a span."
         + (
             ""
             if faithfulness.residual is None
@@ -155,7 +156,7 @@ def faithfulness_report(faithfulness: Faithfulness, inputs: Inputs) -> tuple[Rep
     )
     table = Table(
         "Faithfulness to the final checkpoint",
-        ["method", "mean", "±", "95% low", "95% high", "var. queries", "var. runs"],
+        ["method", "mean", "±", "95% low", "95% high", "var. queries", "var. repeats"],
         rows,
         note,
     )
@@ -178,7 +179,7 @@ def faithfulness_report(faithfulness: Faithfulness, inputs: Inputs) -> tuple[Rep
         f"Rank correlation with the final checkpoint's own span scores: {summary}.",
         tables,
         figures,
-        provenance=inputs.provenance(runs=runs, seed=seed),
+        provenance=inputs.provenance(repeats=repeats, seed=seed),
     )
     result = {
         "names": list(faithfulness.names),
@@ -196,7 +197,7 @@ def faithfulness_report(faithfulness: Faithfulness, inputs: Inputs) -> tuple[Rep
 
 
 def variances(values: np.ndarray) -> list[Cell]:
-    """Sample variance over queries, averaged over runs, and of the runs' means over queries, from ``(runs, q)``.
+    """Sample variance over queries, averaged over repeats, and of the repeats' means; values are ``(repeats, q)``.
 
     None where fewer than two values are defined.
     """

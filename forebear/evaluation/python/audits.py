@@ -1,7 +1,7 @@
 """Audits of a model's training rows; each asks what a command of ``forebear audit`` asks.
 
 Every function takes a :class:`~forebear.Retriever` (or an index, or its folder) first, and gives a
-:class:`~forebear.evaluation.python.opening.Finding`: ``.found`` the numbers, ``.report`` the page, ``.result`` the
+:class:`~forebear.evaluation.python.opening.Finding`: ``.numbers`` the numbers, ``.report`` the page, ``.result`` the
 numbers as plain values, ``.write(folder)``. Test rows are a RowSource, a path, or a list of texts or of pairs.
 ``progress=True`` draws the usual bar. ``spec`` and further keywords are the choices of a :class:`~forebear.QuerySpec`.
 

@@ -1,7 +1,7 @@
 """Which method to trust: the papers' measures; each asks what a command of ``forebear evaluate`` asks.
 
 Every function takes a :class:`~forebear.Retriever` (or an index, or its folder) first, and gives a
-:class:`~forebear.evaluation.python.opening.Finding`: ``.found`` the numbers, ``.report`` the page, ``.result`` the
+:class:`~forebear.evaluation.python.opening.Finding`: ``.numbers`` the numbers, ``.report`` the page, ``.result`` the
 numbers as plain values, ``.write(folder)``. Their common parameters:
 
 - ``rows``: test rows, a RowSource, a path, or a list of texts or of pairs;
@@ -307,7 +307,7 @@ def faithfulness(
     rows: Rows,
     *,
     n_rows: int = 200,
-    n_runs: int = of_faithfulness.RUNS,
+    n_repeats: int = of_faithfulness.REPEATS,
     n_queries: int = 50,
     seed: int = 0,
     progress: Progress | bool = False,
@@ -316,14 +316,14 @@ def faithfulness(
 ) -> Finding[of_faithfulness.Faithfulness]:
     """Do span methods rank spans as the final model itself does? Spearman with its own span scores.
 
-    Each of ``n_runs`` draws other training rows (``n_rows``) and other variants of the model.
+    Each of ``n_repeats`` draws other training rows (``n_rows``) and other variants of the model.
     """
     methods = of_faithfulness.METHODS
     asked = opened(
         "evaluations.faithfulness", retriever, rows, spec, choices, n_queries, seed, by_spans=True, methods=methods
     )
     found = of_faithfulness.measure_faithfulness(
-        asked.retriever, asked.queries, asked.question, n_rows=n_rows, n_runs=n_runs, seed=seed,
+        asked.retriever, asked.queries, asked.question, n_rows=n_rows, n_repeats=n_repeats, seed=seed,
         progress=progress_of(progress),
     )  # fmt: skip
     return finding(found, of_faithfulness.faithfulness_report(found, asked))

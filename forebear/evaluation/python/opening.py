@@ -45,12 +45,12 @@ class Finding(Generic[T]):
     """The result of an audit or an evaluation. In a notebook it shows its page.
 
     Attributes:
-        found: The numbers, as an object of the class that the function names as its result.
+        numbers: The numbers, as an object of the class that the function names as its result.
         report: Tables, figures and data rows, as the page shows them.
         result: The numbers as plain values, as ``result.json`` holds them.
     """
 
-    found: T
+    numbers: T
     report: Report
     result: Mapping[str, Any]
 

@@ -31,10 +31,17 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.sketches.fitting import gradient_files, sketch_folders
 from forebear.indexer.storage.arrow import RowMatrix, file_sha256, write_columns
 from forebear.indexer.storage.journal import tidy
-from forebear.indexer.storage.layout import COLUMNS, SPANS, masked_folder, runs_folder, span_gradients, words_folder
+from forebear.indexer.storage.layout import (
+    COLUMNS,
+    SPANS,
+    masked_folder,
+    span_gradients,
+    word_shards_folder,
+    words_folder,
+)
 from forebear.indexer.storage.manifest import Manifest
 from forebear.indexer.storage.scan_table import build_derived
-from forebear.indexer.words.store import merge_runs
+from forebear.indexer.words.store import merge_shards
 from forebear.progress import Progress, counted
 
 
@@ -154,7 +161,7 @@ def _shard_files(manifest: Manifest) -> list[str]:
 
 
 def _merge_words(folder: Path, manifest: Manifest, progress: Progress) -> list[str]:
-    """Merge the runs of rows that are newer than the word stores; returns the files of all stores."""
+    """Merge the words of shards that are newer than the word stores; returns the files of all stores."""
     names: list[str] = []
     index = Index(folder, manifest, check=False)
     n_rows = manifest.n_rows
@@ -168,12 +175,12 @@ def _merge_words(folder: Path, manifest: Manifest, progress: Progress) -> list[s
                 names += written
                 continue
             progress("words", 0, n_rows)
-            runs = [
-                folder / runs_folder(kind) / f"{i:05d}.arrow"
+            shards = [
+                folder / word_shards_folder(kind) / f"{i:05d}.arrow"
                 for i, (start, _) in enumerate(manifest.shards)
                 if start >= before
             ]
-            names += merge_runs(folder, kind, manifest.generation, runs, old, n_rows)
+            names += merge_shards(folder, kind, manifest.generation, shards, old, n_rows)
             progress("words", n_rows, n_rows)
     return names
 

@@ -42,11 +42,11 @@ from forebear.indexer.spans.finders import find_spans, span_finder
 from forebear.indexer.spans.masking import mask_found
 from forebear.indexer.spans.store import note_spans, write_spans
 from forebear.indexer.storage.arrow import read_batches, write_columns
-from forebear.indexer.storage.layout import COLUMNS, SPANS, runs_folder, words_folder
+from forebear.indexer.storage.layout import COLUMNS, SPANS, word_shards_folder, words_folder
 from forebear.indexer.storage.manifest import Checkpoint, IndexSpec, Manifest, Segment, read_manifest
 from forebear.indexer.training.run import moved_paths
 from forebear.indexer.words.gradients import WordGradients, count_tokens
-from forebear.indexer.words.store import Postings, read_word_store, repeated_words, write_run
+from forebear.indexer.words.store import Postings, read_word_store, repeated_words, write_shard
 from forebear.progress import counted
 
 
@@ -231,8 +231,8 @@ class ShardWriter:
                 copy_repeats(self.fit_folder / kind, sketch_columns, *self._rows.labelled.repeats(shard))
                 write_columns(self.fit_folder / kind / path.name, sketch_columns)
             for kind, gathered in words.items():
-                runs = self.folder / runs_folder(kind)
-                write_run(runs / path.name, gathered.rows(row), row, self._repeated_words(kind, shard))
+                word_shards = self.folder / word_shards_folder(kind)
+                write_shard(word_shards / path.name, gathered.rows(row), row, self._repeated_words(kind, shard))
         else:
             forward = run_forward(classifier, encoded, batch_tokens=batch_tokens, first_row=row, on_rows=on_rows)
         forward = self._as_first_stored(path.parent, classifier, forward, shard)
@@ -287,18 +287,18 @@ class ShardWriter:
         return Forward(forward.features, forward.logits, forward.loss)
 
     def _repeated_words(self, kind: str, shard: int) -> Postings | None:
-        """Stored words of the rows that an earlier shard has too, from its run or from the store before an append."""
+        """Stored words of the rows that an earlier shard has too, from its words or from the older store."""
         positions, places = self._rows.labelled.repeats(shard)
         if not len(positions):
             return None
         before = Index(self.folder, read_manifest(self.folder), check=False) if self.first_shard else None
         shards_before = () if before is None else before.manifest.shards
         starts = np.array([start for start, _ in (*shards_before, *self.shards)])
-        runs = self.folder / runs_folder(kind)
+        word_shards = self.folder / word_shards_folder(kind)
         return repeated_words(
             starts[shard] + positions,
             starts[places[:, 0]] + places[:, 1],
-            [runs / f"{i:05d}.arrow" for i in np.unique(places[:, 0]) if i >= self.first_shard],
+            [word_shards / f"{i:05d}.arrow" for i in np.unique(places[:, 0]) if i >= self.first_shard],
             None if before is None else read_word_store([self.folder / name for name in before.word_files(kind)]),
         )
 

@@ -262,6 +262,7 @@ def begin_build(
         self_check = journal.get("self_check", self_check)
         for scope in () if spec.whitened else spec.sketched_scopes:
             (folder / curvature_name(scope)).unlink(missing_ok=True)
+    self_check = json.loads(canonical_json(self_check))  # keys in one order, whether a journal held them or not
     build = build | {"self_check": self_check}
     if replaces or (journal is not None and journal.get("replaces")):
         _write_journal(folder, build | {"replaces": True}, spec)

@@ -27,9 +27,9 @@ def words_folder(checkpoint: str, top: int) -> str:
     return f"words/{checkpoint}/{f'top-{top}' if top else 'all'}"
 
 
-def runs_folder(kind: str) -> str:
-    """Folder of the sorted runs that the pass writes for a word store, one a shard, until they are merged."""
-    return f"{kind}/runs"
+def word_shards_folder(kind: str) -> str:
+    """Folder of the sorted words that the pass writes for a word store, one file a shard, until they are merged."""
+    return f"{kind}/shards"
 
 
 def word_files(kind: str, generation: int) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
 """The word store: for each token id its rows and vectors, contiguous and memory-mapped, and each row's words.
 
-The pass leaves one *run* a shard, sorted by token and row. The runs, and on an append the existing store, are then
-merged: postings are counted first, so that the place of each one is known, and then copied there run by run. No more
-than one run is in memory at a time. A token that every row holds ([CLS], [SEP]) has one posting a row, in row order.
+The pass leaves the words of each shard, sorted by token and row. These, and on an append the existing store, are then
+merged: postings are counted first, so that the place of each one is known, and then copied there shard by shard. No
+more than one shard is in memory at a time. A token that every row holds ([CLS], [SEP]) has one posting a row, in row
+order.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Postings:
         return Postings(*(getattr(self, f.name)[positions] for f in fields(Postings)))
 
 
-def write_run(path: Path, words: WordRows, first_row: int, repeated: Postings | None = None) -> None:
+def write_shard(path: Path, words: WordRows, first_row: int, repeated: Postings | None = None) -> None:
     """Write one shard's words, sorted by token and row; rows that occur in ``repeated`` get those words instead."""
     coded = words.coded
     assert coded is not None
@@ -68,7 +69,7 @@ def write_run(path: Path, words: WordRows, first_row: int, repeated: Postings | 
     write_columns(path, {name: getattr(postings, f.name) for name, f in zip(names, fields(Postings), strict=True)})
 
 
-def _read_run(path: Path) -> Postings:
+def _read_shard(path: Path) -> Postings:
     batch = read_batches(path)[0]
     return Postings(*(column(batch, name) for name in ("row", "token", "code", "scale", "norm", "error")))
 
@@ -163,20 +164,20 @@ def read_word_store(paths: Sequence[Path]) -> WordStore:
     )
 
 
-def repeated_words(rows: np.ndarray, earlier: np.ndarray, runs: Sequence[Path], old: WordStore | None) -> Postings:
+def repeated_words(rows: np.ndarray, earlier: np.ndarray, shards: Sequence[Path], old: WordStore | None) -> Postings:
     """The stored words of earlier rows, renumbered as those of later, equal rows, so that both have the same bits.
 
     Args:
         rows: Numbers of the later rows, ``(m,)``.
         earlier: Number of the earlier row that each of them is equal to, ``(m,)``.
-        runs: Files of :func:`write_run` that may hold words of the earlier rows.
+        shards: Files of :func:`write_shard` that may hold words of the earlier rows.
         old: On an append, the store that holds words of rows before it.
     """
     parts = [] if old is None else [_postings_of(old, earlier)]
-    for path in runs:
-        run = _read_run(path)
-        order = np.argsort(run.rows, kind="stable")
-        parts.append(run.take(order[np.isin(run.rows[order], earlier)]))
+    for path in shards:
+        shard = _read_shard(path)
+        order = np.argsort(shard.rows, kind="stable")
+        parts.append(shard.take(order[np.isin(shard.rows[order], earlier)]))
     repeated = []
     for part in parts:  # sorted by row
         first, last = (np.searchsorted(part.rows, earlier, side=side) for side in ("left", "right"))
@@ -196,16 +197,16 @@ def _postings_of(store: WordStore, rows: np.ndarray) -> Postings:
     return Postings(owners, tokens, store.codes[places], store.scales[places], store.norms[places], errors)
 
 
-def merge_runs(
-    folder: Path, kind: str, generation: int, runs: Sequence[Path], old: WordStore | None, n_rows: int
+def merge_shards(
+    folder: Path, kind: str, generation: int, shards: Sequence[Path], old: WordStore | None, n_rows: int
 ) -> tuple[str, ...]:
-    """Write a store from the runs of new rows and the store of the rows before them; memory does not grow with rows.
+    """Write a store from the shards of new rows and the store of the rows before them; memory does not grow with rows.
 
     Args:
         folder: The index.
         kind: The folder of the word store, relative to the index.
         generation: Generation of the index, a part of the file names.
-        runs: Files of :func:`write_run`, in row order.
+        shards: Files of :func:`write_shard`, in row order.
         old: The store of the earlier rows, on an append.
         n_rows: Number of rows in all.
 
@@ -217,7 +218,7 @@ def merge_runs(
     """
     old_tokens = [] if old is None else [old.tokens]
     n_tokens = 1 + max(
-        int(tokens.max(initial=0)) for tokens in (*old_tokens, *(_read_run(path).tokens for path in runs))
+        int(tokens.max(initial=0)) for tokens in (*old_tokens, *(_read_shard(path).tokens for path in shards))
     )
     counts = np.zeros(n_tokens, np.int64)
     errors = np.zeros(n_tokens, np.float32)
@@ -227,14 +228,14 @@ def merge_runs(
         counts[old.tokens] += np.diff(old.starts)
         errors[old.tokens] = old.errors
         row_counts[:before] = np.diff(old.row_starts)
-    for path in runs:
-        run = _read_run(path)
-        counts += np.bincount(run.tokens, minlength=n_tokens)
-        np.maximum.at(errors, run.tokens, run.errors)
-        row_counts += np.bincount(run.rows, minlength=n_rows).astype(np.int32)
+    for path in shards:
+        shard = _read_shard(path)
+        counts += np.bincount(shard.tokens, minlength=n_tokens)
+        np.maximum.at(errors, shard.tokens, shard.errors)
+        row_counts += np.bincount(shard.rows, minlength=n_rows).astype(np.int32)
     total = int(counts.sum())
     starts = offsets(counts)
-    like = old if old is not None else _read_run(runs[0])
+    like = old if old is not None else _read_shard(shards[0])
     with ExitStack() as arrays:
 
         def array(name: str, dtype: np.dtype, *width: int) -> np.ndarray:
@@ -257,7 +258,7 @@ def merge_runs(
             for part in _slices(old):
                 copy(part)
             next_entry = _move_entries(old, starts, entry_tokens, entry_places)
-        for part in map(_read_run, runs):
+        for part in map(_read_shard, shards):
             places = copy(part)
             order = np.argsort(part.rows, kind="stable")
             new_entries = slice(next_entry, next_entry + len(order))

@@ -44,10 +44,10 @@ def sampled(world, spec, queries=None):
     return sample_span_queries(world.retriever, source, spec, 0, 0)
 
 
-def measured(world, queries=None, n_rows=8, n_runs=2, **choices):
+def measured(world, queries=None, n_rows=8, n_repeats=2, **choices):
     spec = question(world, **choices)
     asked = sampled(world, spec, queries)
-    return measure_faithfulness(world.retriever, asked, spec, n_rows=n_rows, n_runs=n_runs), asked, spec
+    return measure_faithfulness(world.retriever, asked, spec, n_rows=n_rows, n_repeats=n_repeats), asked, spec
 
 
 class Plain:
@@ -244,14 +244,14 @@ def test_the_chart_shows_the_means_of_the_table(bert_world):
 def test_too_little_to_compare_is_refused(bert_world):
     with pytest.raises(InputError, match=r"1 span\(s\) in the sampled"):
         measured(bert_world, n_rows=1, spans="clauses")
-    with pytest.raises(InputError, match="n_runs=0"):
-        measured(bert_world, n_runs=0)
+    with pytest.raises(InputError, match="n_repeats=0"):
+        measured(bert_world, n_repeats=0)
     with pytest.raises(InputError, match="n_rows=-1"):
         measured(bert_world, n_rows=-1)
 
 
 def test_one_query_and_one_run_have_no_spread(bert_world):
-    found, asked, spec = measured(bert_world, queries=["good film plot"], n_runs=1)
+    found, asked, spec = measured(bert_world, queries=["good film plot"], n_repeats=1)
     report, result = faithfulness_report(found, inputs_of(bert_world.retriever, asked, spec))
     assert all(row[2:] == [None] * 5 for row in report.tables[0].rows)
     assert result["mean"]["if++"] == pytest.approx(100 * found.values[0, 0, 1])
@@ -261,7 +261,7 @@ def test_command_writes_a_report(bert_world, tmp_path, capsys):
     test, out = tmp_path / "test.csv", tmp_path / "out"
     test.write_text("text\n" + "".join(f"{text}\n" for text in bert_world.queries))
     ask = ["evaluate", "faithfulness", "--index", str(bert_world.index.folder), "--test", str(test), "--queries", "3"]
-    ask += ["--rows", "6", "--runs", "2", "--spans", "words", "--out", str(out), "--quiet"]
+    ask += ["--rows", "6", "--repeats", "2", "--spans", "words", "--out", str(out), "--quiet"]
     assert run(ask) == 0
     assert "tracin++" in capsys.readouterr().out
     result = json.loads((out / "result.json").read_text())

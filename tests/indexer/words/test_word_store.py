@@ -24,7 +24,7 @@ from forebear.indexer.storage.layout import PARTS
 from forebear.indexer.storage.manifest import digest_of
 from forebear.indexer.words import store as module
 from forebear.indexer.words.gradients import PRECISIONS, WordRows, encode_vectors
-from forebear.indexer.words.store import merge_runs, read_word_store, write_run
+from forebear.indexer.words.store import merge_shards, read_word_store, write_shard
 
 ROUNDING = {"fp32": 1e-6, "fp16": 1e-3, "int8": 3e-2}  # of a vector of 16 numbers, as a share of its length
 FULL = ROUNDING | {"fp32": 1e-5}  # of scores; the models' own rounding included
@@ -63,9 +63,9 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def assert_tidy(folder: Path) -> None:
-    """No runs, no journal, nothing half written: the manifest's files alone."""
+    """No words of single shards, no journal, nothing half written: the manifest's files alone."""
     assert set(hashes(folder)) == {"manifest.json", *Index.open(folder).manifest.files}
-    assert not list(folder.rglob("runs"))
+    assert not list(folder.rglob("shards"))
 
 
 # --- what is stored ---
@@ -182,17 +182,17 @@ def synthetic(precision: str, first: int, stop: int) -> WordRows:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_runs_merged_at_once_or_onto_older_rows_give_the_same_bytes(tmp_path, precision, monkeypatch):
+def test_shards_merged_at_once_or_onto_older_rows_give_the_same_bytes(tmp_path, precision, monkeypatch):
     monkeypatch.setattr(module, "_SLICE", 7)  # postings of an older store are moved a few at a time
 
     def merge(name: str, generation: int, cuts: list[int], old: str | None = None) -> dict[str, str]:
-        runs = [tmp_path / name / f"run-{start}" for start in cuts[:-1]]
-        for run, start, stop in zip(runs, cuts[:-1], cuts[1:], strict=True):
-            write_run(run, synthetic(precision, start, stop), start)
+        shards = [tmp_path / name / f"shard-{start}" for start in cuts[:-1]]
+        for shard, start, stop in zip(shards, cuts[:-1], cuts[1:], strict=True):
+            write_shard(shard, synthetic(precision, start, stop), start)
         before = None
         if old is not None:
             before = read_word_store([tmp_path / old / f"{part}-0000.arrow" for part in PARTS])
-        files = merge_runs(tmp_path, name, generation, runs, before, cuts[-1])
+        files = merge_shards(tmp_path, name, generation, shards, before, cuts[-1])
         assert not list(tmp_path.rglob("*.partial"))
         return {Path(file).name.split("-")[0]: hashes(tmp_path)[file] for file in files}
 
@@ -252,7 +252,7 @@ def test_a_killed_build_is_resumed_to_the_same_bytes(world, tmp_path, stage, don
     out, rows = tmp_path / "index", (world.models, world.texts, world.labels)
     with pytest.raises(Interrupted):
         build(out, *rows, how={"progress": dies_at(stage, done, number)})
-    assert (out / KINDS[0] / "runs/00000.arrow").is_file()
+    assert (out / KINDS[0] / "shards/00000.arrow").is_file()
     build(out, *rows, how={"resume": True})
     assert hashes(out) == hashes(folder_of(world))
     assert_tidy(out)

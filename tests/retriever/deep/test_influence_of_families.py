@@ -50,9 +50,7 @@ def test_if_and_rif_equal_a_dense_solve(kind, tmp_path):
         pytest.importorskip("peft", reason="needs peft: pip install 'forebear[peft]'")
     folder, scope = made(tmp_path / "model", kind), SCOPES[kind]
     options = BuildOptions(scopes=("head", scope), calibration_queries=0, curvature="none", precision="fp32")
-    index = build_index(
-        rows_from_texts(ROWS, GOLD), tmp_path / "index", choose_model(str(folder)).checkpoints, options
-    )
+    index = build_index(rows_from_texts(ROWS, GOLD), tmp_path / "index", choose_model(str(folder)).checkpoints, options)
     classifier = load_classifier(folder)
     names = [name for block in scope_of(classifier, scope).blocks for name in block.parameter_names]
     with torch.no_grad():

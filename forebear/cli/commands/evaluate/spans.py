@@ -50,7 +50,7 @@ tracin++ summed over the last three checkpoints, and random scores. Each run dra
 
 Example:
 
-    forebear evaluate faithfulness --index I --test test.parquet --spans aspect --queries 50 --rows 200 --runs 5
+    forebear evaluate faithfulness --index I --test test.parquet --spans aspect --queries 50 --rows 200 --repeats 5
 """
 
 
@@ -90,10 +90,10 @@ def faithfulness(
     sample: SampleOptions,
     report: ReportOptions,
     n_rows: SampledRows = 200,
-    n_runs: Annotated[int, typer.Option("--runs", help="Each with other training rows and other variants.")] = 5,
+    n_repeats: Annotated[int, typer.Option("--repeats", help="Each with other training rows and other variants.")] = 5,
 ) -> None:
     """Report how far span methods rank spans as the final model does."""
     from forebear.evaluation.python.evaluations import faithfulness
 
     asked = AskOptions(index=index, test=test, sample=sample, report=report)  # the methods are fixed
-    asked.call(faithfulness, question, spans=spans, n_rows=n_rows, n_runs=n_runs)
+    asked.call(faithfulness, question, spans=spans, n_rows=n_rows, n_repeats=n_repeats)
