@@ -72,7 +72,9 @@ def show_group(group: Group) -> None:
 
 
 def _show_passage(passage: Passage) -> None:
-    facts = ", ".join(f"{name} {value}" for name, value in passage.facts.items())
+    from forebear.evaluation.reports.report import format_cell
+
+    facts = ", ".join(f"{name} {format_cell(value)}" for name, value in passage.facts.items())
     note = f"  [{passage.note}]" if passage.note else ""
     OUT.print(f"  {passage.heading}: {facts}{note}", markup=False)
     for text in passage.texts.values():

@@ -34,9 +34,13 @@ GOLDEN: list[dict[str, Any]] = [
 ]
 
 
+SIZES = {"n_train": 2200, "n_planted": 72}
+
+
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
-    return make_corpus()
+    """More rows than the demo's, so that rare wordings occur."""
+    return make_corpus(**SIZES)
 
 
 def rows_of(corpus: Corpus, split: str, template: str | None = None) -> list[dict[str, Any]]:
@@ -53,7 +57,7 @@ def mean(values: list[float]) -> float:
 
 
 def test_same_seed_gives_the_same_rows_in_any_process(corpus: Corpus) -> None:
-    again = make_corpus()
+    again = make_corpus(**SIZES)
     assert all(again.splits()[name].equals(table) for name, table in corpus.splits().items())
     assert not make_corpus(seed=1).train.equals(corpus.train)
     small = make_corpus(seed=3, n_train=40, n_dev=8, n_probe=8, n_planted=4, n_wrong_probe=3)
@@ -61,7 +65,7 @@ def test_same_seed_gives_the_same_rows_in_any_process(corpus: Corpus) -> None:
 
 
 def test_other_splits_do_not_change_the_training_rows(corpus: Corpus) -> None:
-    assert make_corpus(n_dev=5, n_probe=0, n_wrong_probe=7).train.equals(corpus.train)
+    assert make_corpus(**SIZES, n_dev=5, n_probe=0, n_wrong_probe=7).train.equals(corpus.train)
 
 
 def test_sizes_columns_and_planted_counts(corpus: Corpus) -> None:
