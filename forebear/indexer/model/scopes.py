@@ -273,12 +273,6 @@ def _coverage(model: Any, head_name: str, scope: str, name: str, adapter: Adapte
         return _trained_by(adapter, name).__contains__
     if adapter is None:
         return _coverage_of_whole(model, scope, name)
-    if adapter.kind == "DoRA":
-        raise ModelError(
-            f"scope {scope!r}: {name} is a DoRA adapter, which scales the rows of the base's weights. Index it by "
-            "scopes head and adapter; or merge it (model.merge_and_unload().save_pretrained(FOLDER)) and index FOLDER.",
-            of="index",
-        )
     no_layers = adapter.added | adapter.replaced
     in_merged = _coverage_of_whole(model, scope, name)
     return lambda key: key not in no_layers and in_merged(key)

@@ -102,8 +102,9 @@ def test_autograd_through_peft_itself_gives_the_same(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_other_scopes_are_those_of_the_merged_model(kind, tmp_path):
-    classifier = load_classifier(make_adapter(tmp_path, kind))
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_other_scopes_are_those_of_the_merged_model(kind, use_dora, tmp_path):
+    classifier = load_classifier(make_adapter(tmp_path, kind, use_dora=use_dora))
     whole = merged(tmp_path / "merged", tmp_path / "adapter")
     for scope in ("head", "top-1", "all"):
         found, truth = gradients(classifier, scope), gradients(whole, scope)
@@ -113,12 +114,6 @@ def test_other_scopes_are_those_of_the_merged_model(kind, tmp_path):
     ours, theirs = (run_forward(c, [TEXTS], batch_tokens=64) for c in (classifier, whole))
     np.testing.assert_allclose(ours.logits, theirs.logits, atol=1e-5)
     np.testing.assert_allclose(ours.features, theirs.features, atol=1e-5)
-
-
-def test_a_dora_adapter_beyond_the_head_is_to_be_merged(tmp_path):
-    classifier = load_classifier(make_adapter(tmp_path, "bert", use_dora=True))
-    with pytest.raises(ModelError, match=r"DoRA adapter.*merge"):
-        scope_of(classifier, "all")
 
 
 def test_an_adapter_of_another_kind_is_merged(tmp_path):

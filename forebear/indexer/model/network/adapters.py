@@ -1,8 +1,9 @@
 """Adapters of PEFT: a base model is loaded with its adapter, and which of its layers were trained is kept.
 
 LoRA and DoRA stay beside their base layers, so that gradients can be taken of their own weights (scope ``adapter``).
-Under LoRA, the gradient of a base layer's weight W_0 is that of the merged weight W_0 + s B A, because the loss depends
-on their sum alone: so the other scopes are those of the merged model. Adapters of other kinds are merged into the base.
+What they add to a base layer's output is computed without that output and with a copy of its weight W_0: so the
+gradient of W_0 is that of the merged weight, which W_0 and what is added make together, and the other scopes are those
+of the merged model. Adapters of other kinds are merged into the base.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class DoraLayer(nn.Module):
     """DoRA's part of a layer, as PEFT computes it, with the product by the magnitudes as a layer of its own.
 
     y = m * (W_0 + s B A) x / n + b, n the norms of the rows of W_0 + s B A, which are constants for gradients (Liu et
-    al., "DoRA", 2024, section 4.3). PEFT adds what this returns, y - W_0 x - b, to the base layer's output.
+    al., "DoRA", 2024, section 4.3). PEFT adds what this returns, y - W_0 x - b, to the base layer's output. W_0 x is
+    computed anew, so that the gradient at the base layer's output is that at y.
     """
 
     def __init__(self, magnitude: nn.Parameter, is_transposed: bool) -> None:
@@ -62,13 +64,14 @@ class DoraLayer(nn.Module):
         self._is_transposed = is_transposed
 
     def forward(
-        self, x: torch.Tensor, *, lora_A: Any, lora_B: Any, scaling: float, base_layer: Any, base_result: Any, **_: Any
+        self, x: torch.Tensor, *, lora_A: Any, lora_B: Any, scaling: float, base_layer: Any, **_: Any
     ) -> torch.Tensor:
-        """What DoRA adds to ``base_result``, the base layer's output at ``x``."""
+        """What DoRA adds to the base layer's output at ``x``."""
+        base = base_layer.weight.detach()
+        base = base.T if self._is_transposed else base
         with torch.no_grad():
-            base = base_layer.weight.T if self._is_transposed else base_layer.weight
             norms = torch.linalg.norm(base + scaling * lora_B.weight @ lora_A.weight, dim=1)
-        straight = base_result if base_layer.bias is None else base_result - base_layer.bias
+        straight = nn.functional.linear(x, base)
         added: torch.Tensor = self.magnitude((straight + scaling * lora_B(lora_A(x))) / norms) - straight
         return added
 
