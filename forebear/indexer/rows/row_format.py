@@ -26,7 +26,7 @@ class RowFormat:
     Attributes:
         owner: The run or index that remembers this, for messages: ``the run``.
         text_columns: One or two names, in order of encoding; empty: not known.
-        label_column: The column of labels; several, parted by commas, where each holds one label's 0 and 1.
+        label_column: The column of labels; or several, where each holds one label's 0 and 1.
         label_names: The names that integer labels index, where they have any.
         delimiter: What parts the values of a CSV or TSV file, where it was given.
         encoding: Of a text file, where it was given.
@@ -36,7 +36,7 @@ class RowFormat:
 
     owner: str = "the run"
     text_columns: tuple[str, ...] = ()
-    label_column: str | None = None
+    label_column: str | tuple[str, ...] | None = None
     label_names: tuple[str, ...] | None = None
     delimiter: str | None = None
     encoding: str | None = None

@@ -114,7 +114,7 @@ class RowSource:
         return RowFormat(
             owner=owner,
             text_columns=self.text_columns,
-            label_column=self.label_column,
+            label_column=self.label_columns if len(self.label_columns) > 1 else self.label_column,
             label_names=self.label_names,
             delimiter=self._reader.delimiter,
             encoding=self._reader.encoding,

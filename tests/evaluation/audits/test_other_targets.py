@@ -110,7 +110,7 @@ def test_a_page_explains_a_prediction(place, tmp_path, capsys):
 
 def test_the_doubted_label_is_the_one_of_largest_loss(place):
     retriever = Retriever(place / "index")
-    index, found = retriever.index, audits.suspects(retriever, n_neighbours=5).found
+    index, found = retriever.index, audits.suspects(retriever, n_neighbours=5).numbers
     if index.loss.problem_type == KINDS[1]:
         assert found.doubts.doubted is None
         np.testing.assert_allclose(found.suggested, index.predictions)

@@ -14,7 +14,7 @@ import pytest
 
 from forebear.errors import DataError
 from forebear.indexer.rows.labels import classes_for, label_map
-from forebear.indexer.rows.row_format import MULTI_LABEL, REGRESSION
+from forebear.indexer.rows.row_format import MULTI_LABEL, REGRESSION, RowFormat
 from forebear.indexer.rows.row_source import open_rows, rows_from_texts
 
 TEXTS = ["w", "x", "y", "z"]
@@ -73,6 +73,19 @@ def test_every_layout_gives_the_same_targets_and_one_digest(tmp_path: Path) -> N
     assert len({source.sha256() for source in of_numbers}) == 1
 
 
+def test_names_of_numbers_in_lists_come_from_the_feature(tmp_path: Path) -> None:
+    """As data sets of the hub have them: a list of ClassLabel."""
+    from datasets import ClassLabel, Dataset, Features, Sequence, Value
+
+    features = Features({"text": Value("string"), "labels": Sequence(ClassLabel(names=["a", "b", "c"]))})
+    numbers = [["abc".index(name) for name in names] for names in SETS]
+    rows = Dataset.from_dict({"text": TEXTS, "labels": numbers}, features=features)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    for source in (open_rows(rows), open_rows(tmp_path / "rows.parquet")):
+        assert classes_for(source) == ("a", "b", "c")
+        np.testing.assert_array_equal(targets_of(source, ("c", "a", "b")), WANTED[:, [2, 0, 1]])
+
+
 def test_cells_are_parted_by_the_one_sign_that_occurs(tmp_path: Path) -> None:
     for sign in (";", "|", ","):
         path = write_csv(tmp_path / "a.csv", ["text", "label"], ["w", f"a{sign} c"], ["x", "b"])
@@ -80,6 +93,16 @@ def test_cells_are_parted_by_the_one_sign_that_occurs(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", ["text", "label"], ["w", "a;c"], ["x", "a,b"])
     with pytest.raises(DataError, match="holds , and ;, of which either may part"):
         open_rows(path, problem_type=MULTI_LABEL)
+
+
+def test_several_columns_are_remembered_by_their_names(tmp_path: Path) -> None:
+    """Also where a name holds a comma."""
+    path = write_csv(tmp_path / "a.csv", ["text", "good, warm", "bad"], ["w", "1", "0"], ["x", "0", "1"])
+    stated = open_rows(path, label_column=["good, warm", "bad"]).format("the run").stated()
+    like = RowFormat.of(stated, "the run", MULTI_LABEL)
+    again = open_rows(path, like=like)
+    assert again.label_columns == ("good, warm", "bad")
+    np.testing.assert_array_equal(targets_of(again, ("good, warm", "bad")), [[1, 0], [0, 1]])
 
 
 def test_shares_between_0_and_1_are_targets(tmp_path: Path) -> None:

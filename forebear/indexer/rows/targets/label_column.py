@@ -291,7 +291,7 @@ def names_of_numbers(
     like: RowFormat,
 ) -> tuple[Sequence[str] | None, bool]:
     """The names that integer labels index, and whether they are remembered rather than the source's own."""
-    names = given if given is not None else _class_label_names(reader.schema, labels.column)
+    names = given if given is not None else class_label_names(reader.schema, labels.column)
     if names is not None:
         return names, False
     if recorded and labels.kind == "a name":
@@ -303,10 +303,11 @@ def names_of_numbers(
     return (like.label_names, True) if in_range else (None, False)
 
 
-def _class_label_names(schema: pa.Schema, column: str | None) -> Sequence[str] | None:
-    """Read the names that ``datasets`` keeps in a schema's metadata."""
+def class_label_names(schema: pa.Schema, column: str | None) -> Sequence[str] | None:
+    """Read the names that ``datasets`` keeps in a schema's metadata, of a column of labels or of lists of them."""
     try:
         feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
+        feature = feature if feature["_type"] == "ClassLabel" else feature["feature"]
         return list(feature["names"]) if feature["_type"] == "ClassLabel" else None
     except (KeyError, TypeError, ValueError):
         return None

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from forebear.errors import DataError
 from forebear.indexer.rows.file_formats import Reader, listed
 from forebear.indexer.rows.row_format import MULTI_LABEL, SINGLE_LABEL, RowFormat, problem_type_of
-from forebear.indexer.rows.targets.label_column import LabelColumn, check_labels, names_of_numbers, scan_labels
+from forebear.indexer.rows.targets.label_column import (
+    LabelColumn,
+    check_labels,
+    class_label_names,
+    names_of_numbers,
+    scan_labels,
+)
 from forebear.indexer.rows.targets.target_columns import (
     TargetColumns,
     check_targets,
@@ -56,7 +62,8 @@ def read_targets(
         targets = scan_targets(reader, columns, kind)
         _refuse_no_rows(reader, targets.n_rows)
         check_targets(reader.name, targets, unlabelled, need_labels=need_labels)
-        return targets, names_of_targets(reader.name, targets, label_names or recorded, like), False
+        given = label_names or class_label_names(reader.schema, columns[0]) or recorded
+        return targets, names_of_targets(reader.name, targets, given, like), False
     if len(columns) > 1:
         raise DataError(
             f"{reader.name}: --label-column names {listed(columns)}, but a row has one label here. Name one column."
