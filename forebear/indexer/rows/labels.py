@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forebear.errors import DataError, InputError
-from forebear.indexer.rows.file_formats import listed
+from forebear.indexer.rows.files.file_formats import listed
 from forebear.indexer.rows.row_format import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from forebear.indexer.rows.row_source import MAX_CLASSES, RowSource
 from forebear.indexer.rows.targets.label_names import NUMBER, are_unnamed, key_of

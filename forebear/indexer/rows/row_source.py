@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from forebear.errors import DataError
 from forebear.indexer.rows.arrow_text import are_blank, column_bytes, rechunked, strings_of
 from forebear.indexer.rows.columns import PAIRS, find_label_columns, find_text_columns, said
-from forebear.indexer.rows.file_formats import (
+from forebear.indexer.rows.files.file_formats import (
     CHUNK_ROWS,
     Reader,
     holds_dicts,
@@ -33,7 +33,7 @@ from forebear.indexer.rows.file_formats import (
     reading,
     table_reader,
 )
-from forebear.indexer.rows.json_rows import LONGEST_ROW, SCALAR_KINDS
+from forebear.indexer.rows.files.json_rows import LONGEST_ROW, SCALAR_KINDS
 from forebear.indexer.rows.row_format import RowFormat
 from forebear.indexer.rows.source_names import TextChoices, open_reader, read_beside
 from forebear.indexer.rows.targets.label_column import DROP_MARKED, MAX_CLASSES, LabelColumn, labelled_rows

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from forebear.errors import DataError, InputError
-from forebear.indexer.rows.file_formats import (
+from forebear.indexer.rows.files.file_formats import (
     Reader,
     csv_reader,
     dataset_reader,
@@ -20,9 +20,9 @@ from forebear.indexer.rows.file_formats import (
     parquet_reader,
     reading,
 )
-from forebear.indexer.rows.many_files import files_of_folder, joined_reader, matching_files
+from forebear.indexer.rows.files.many_files import files_of_folder, joined_reader, matching_files
+from forebear.indexer.rows.files.text_file import is_utf8, open_text
 from forebear.indexer.rows.row_format import RowFormat, delimiter_of, encoding_of
-from forebear.indexer.rows.text_file import is_utf8, open_text
 
 PACKED = ("", ".gz", ".bz2")
 PARQUET = (".parquet", ".pq")

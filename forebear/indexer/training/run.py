@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from forebear.errors import DataError, InputError
 from forebear.indexer.losses.kinds import problem_type_of_config
 from forebear.indexer.model.network.pretrained import stored_config, trainer_checkpoints, trainer_rates
-from forebear.indexer.rows.file_formats import holds_dicts
+from forebear.indexer.rows.files.file_formats import holds_dicts
 from forebear.indexer.rows.row_format import SINGLE_LABEL, RowFormat
 from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
 from forebear.indexer.rows.targets.label_column import DROP_MARKED

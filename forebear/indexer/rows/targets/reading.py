@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from forebear.errors import DataError
-from forebear.indexer.rows.file_formats import Reader, listed
+from forebear.indexer.rows.files.file_formats import Reader, listed
 from forebear.indexer.rows.row_format import MULTI_LABEL, SINGLE_LABEL, RowFormat, problem_type_of
 from forebear.indexer.rows.targets.label_column import (
     LabelColumn,

@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from forebear.errors import DataError
 from forebear.indexer.rows.arrow_text import is_text
-from forebear.indexer.rows.file_formats import Reader, listed, reading
+from forebear.indexer.rows.files.file_formats import Reader, listed, reading
 from forebear.indexer.rows.row_format import MULTI_LABEL, REGRESSION, RowFormat
 
 Label = int | str

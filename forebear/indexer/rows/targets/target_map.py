@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forebear.errors import DataError
-from forebear.indexer.rows.file_formats import listed
+from forebear.indexer.rows.files.file_formats import listed
 from forebear.indexer.rows.row_format import REGRESSION
 from forebear.indexer.rows.targets.label_names import are_unnamed, key_of
 from forebear.indexer.rows.targets.target_columns import Label

@@ -10,7 +10,7 @@ from datetime import date, datetime
 from typing import Any
 
 from forebear.errors import DataError
-from forebear.indexer.rows.text_file import open_text
+from forebear.indexer.rows.files.text_file import open_text
 
 LONGEST_ROW = 16 << 20  # bytes of a line, characters of an element
 READ_CHARACTERS = 1 << 20

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from forebear.errors import DataError
-from forebear.indexer.rows.file_formats import Kinds, Reader, from_row, json_type, listed
+from forebear.indexer.rows.files.file_formats import Kinds, Reader, from_row, json_type, listed
 
 SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 NO_ROWS = ("dataset.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # describe rows, hold none

@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 
 from forebear.errors import DataError
 from forebear.indexer.rows.arrow_text import column_bytes
-from forebear.indexer.rows.json_rows import DATE, TIMESTAMP, UTC_TIMESTAMP, json_kind, json_rows
-from forebear.indexer.rows.text_file import ExpansionGuard, check_text, open_text
+from forebear.indexer.rows.files.json_rows import DATE, TIMESTAMP, UTC_TIMESTAMP, json_kind, json_rows
+from forebear.indexer.rows.files.text_file import ExpansionGuard, check_text, open_text
 
 CHUNK_ROWS = 4096
 CHUNK_BYTES = 16 << 20  # also the longest row that a CSV file may have
