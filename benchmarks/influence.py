@@ -15,7 +15,7 @@ from common import DATA, ROOT, write_result
 from scipy.stats import spearmanr
 
 from forebear import BuildOptions, Index, Retriever, build_index
-from forebear.indexer.rows.row_source import open_rows, rows_from_texts
+from forebear.indexer.rows.opening import open_rows, rows_from_texts
 from forebear.indexer.training.run import choose_model
 
 SCOPE = "top-5"

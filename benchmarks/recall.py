@@ -23,7 +23,7 @@ from common import DATA, ROOT, run, write_result
 from forebear import Index, QuerySpec, Retriever
 from forebear.evaluation.common.queries import sample_queries
 from forebear.evaluation.measures.recall import ENDS, RetrievalRecall, retrieval_recall
-from forebear.indexer.rows.row_source import open_rows
+from forebear.indexer.rows.opening import open_rows
 from forebear.retriever.coverage import question_facts
 from forebear.retriever.deep import search as gradients
 

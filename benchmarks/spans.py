@@ -21,7 +21,7 @@ from common import DATA, write_result
 from span import SPANS, built
 
 from forebear import Index, Retriever
-from forebear.indexer.rows.row_source import open_rows, rows_from_texts
+from forebear.indexer.rows.opening import open_rows, rows_from_texts
 
 ROW_METHODS = ("gd", "if", "tracin-f")
 SPAN_METHODS = ("if+", "if++", "tracin+", "tracin++")

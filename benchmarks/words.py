@@ -23,7 +23,7 @@ from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
 from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
-from forebear.indexer.rows.row_source import open_rows
+from forebear.indexer.rows.opening import open_rows
 from forebear.indexer.sketches.fitting import open_sketchers
 from forebear.indexer.storage.layout import words_folder
 from forebear.indexer.training.run import choose_model

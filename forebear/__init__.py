@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from forebear.indexer.building.options import BuildOptions
     from forebear.indexer.building.verify import verify_index
     from forebear.indexer.index import Index
-    from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
+    from forebear.indexer.rows.opening import open_rows, rows_from_texts
+    from forebear.indexer.rows.row_source import RowSource
     from forebear.indexer.training.callback import ForebearCallback
     from forebear.indexer.training.fine_tuning import train
     from forebear.indexer.training.options import TrainOptions
@@ -68,7 +69,8 @@ _HOMES = {  # the module that defines each public name; the imports above say th
     ),
     "forebear.indexer.building.build": ("build_index",),
     "forebear.indexer.building.change": ("append_rows", "rebuild_ann", "retire_rows"),
-    "forebear.indexer.rows.row_source": ("RowSource", "open_rows", "rows_from_texts"),
+    "forebear.indexer.rows.opening": ("open_rows", "rows_from_texts"),
+    "forebear.indexer.rows.row_source": ("RowSource",),
     "forebear.indexer.index": ("Index",),
     "forebear.indexer.building.options": ("BuildOptions",),
     "forebear.indexer.training.run": ("choose_model",),

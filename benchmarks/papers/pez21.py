@@ -23,7 +23,7 @@ from forebear.evaluation.measures.randomized import randomized_correlations
 from forebear.evaluation.retraining.changes import seeds_of
 from forebear.evaluation.retraining.removal import measure_removal
 from forebear.evaluation.retraining.row_choice import row_scores
-from forebear.indexer.rows.row_source import open_rows
+from forebear.indexer.rows.opening import open_rows
 
 METHODS = ("nn-euc", "nn-cos", "nn-dot", "if", "rep", "rif", "gd", "gc")
 TESTS = {"sst2": "sst2/dev.parquet", "mnli10k": "mnli10k/dev.parquet"}

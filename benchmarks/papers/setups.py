@@ -27,7 +27,7 @@ from forebear import Retriever
 from forebear.evaluation.common.queries import QueryRows, sample_queries
 from forebear.evaluation.retraining.jobs import Retrainer
 from forebear.evaluation.retraining.recipes import open_retrainer
-from forebear.indexer.rows.row_source import open_rows
+from forebear.indexer.rows.opening import open_rows
 
 RUNS = ROOT / "runs" / "bench"
 DEV = {"sst2": "dev", "mnli10k": "dev", "agnews": "test"}

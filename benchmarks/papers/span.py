@@ -22,7 +22,7 @@ from forebear import Index, QuerySpec, Retriever
 from forebear.evaluation.common.span_queries import sample_span_queries
 from forebear.evaluation.measures.agreement import measure_agreement
 from forebear.evaluation.measures.faithfulness import measure_faithfulness
-from forebear.indexer.rows.row_source import open_rows
+from forebear.indexer.rows.opening import open_rows
 from forebear.retriever.answers.results import Answers
 
 METHODS = ("if", "if+", "if++", "tracin-f", "tracin+", "tracin++")

@@ -25,7 +25,7 @@ from forebear.evaluation.measures.cancellation import cancellation as measure_ca
 from forebear.evaluation.retraining.changes import seeds_of
 from forebear.evaluation.retraining.deletion_curve import measure_deletion
 from forebear.evaluation.retraining.row_choice import row_scores
-from forebear.indexer.rows.row_source import open_rows
+from forebear.indexer.rows.opening import open_rows
 from forebear.indexer.training.run import choose_model
 
 VOCABULARY = 10_000

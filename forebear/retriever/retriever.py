@@ -17,7 +17,8 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts, n_rows_of
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.rows.labels import UNKNOWN, LabelMap
-from forebear.indexer.rows.row_source import RowSource, rows_given
+from forebear.indexer.rows.opening import rows_given
+from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.targets.target_map import TargetMap
 from forebear.indexer.spans.text import Span
 from forebear.retriever.answers.groups import check_additive, group_table, grouping_of

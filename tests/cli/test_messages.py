@@ -13,7 +13,7 @@ from forebear.cli.main import run
 from forebear.errors import DataError, ModelError
 from forebear.indexer.index import Index
 from forebear.indexer.model.network.pretrained import trainer_checkpoints, trainer_rates
-from forebear.indexer.rows.row_source import open_rows, rows_from_texts
+from forebear.indexer.rows.opening import open_rows, rows_from_texts
 from forebear.indexer.training.run import choose_model
 
 

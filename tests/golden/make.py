@@ -33,7 +33,7 @@ def main() -> None:
     from tiny import make_tiny_model
 
     from forebear.indexer.building.build import BuildOptions, build_index
-    from forebear.indexer.rows.row_source import rows_from_texts
+    from forebear.indexer.rows.opening import rows_from_texts
     from forebear.indexer.training.run import choose_model
     from forebear.retriever.retriever import Retriever
 
@@ -65,7 +65,7 @@ def make_words() -> None:
     import torch
 
     from forebear.indexer.building.build import BuildOptions, build_index
-    from forebear.indexer.rows.row_source import rows_from_texts
+    from forebear.indexer.rows.opening import rows_from_texts
     from forebear.indexer.training.run import choose_model
     from forebear.retriever.retriever import Retriever
 

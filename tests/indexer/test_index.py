@@ -39,7 +39,8 @@ from forebear.indexer.building.build import BuildOptions, append_rows, build_ind
 from forebear.indexer.building.verify import verify_index
 from forebear.indexer.index import Index
 from forebear.indexer.model.sentence_encoder import load_sentence_encoder
-from forebear.indexer.rows.row_source import RowSource, rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
+from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.storage.layout import PARTS
 from forebear.indexer.storage.manifest import read_manifest
 from forebear.indexer.training.run import CheckpointPath, Run, RunCheckpoint, choose_model
@@ -138,7 +139,7 @@ CHILD = """
 import json, sys, time
 import torch
 from forebear.indexer.building.build import BuildOptions, build_index
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.run import CheckpointPath
 
 task = json.loads(sys.argv[1])

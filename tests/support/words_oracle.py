@@ -15,7 +15,7 @@ from tiny import WORDS, labels, make_tiny_model, sentences
 from torch import nn
 
 from forebear import BuildOptions, Retriever, build_index
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.run import choose_model
 
 ETAS = (0.5, 0.25)

@@ -16,7 +16,7 @@ from forebear.evaluation.measures import agreement
 from forebear.indexer.building import row_facts
 from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.index import Index
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.answers import results
 from forebear.retriever.question.spec import QuerySpec

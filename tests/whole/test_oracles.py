@@ -29,7 +29,7 @@ from forebear.indexer.curvature.head import (
     refit_head,
 )
 from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.head.scoring import Query, Term, exact_scores, term_scores
 from forebear.retriever.question.methods import METHODS

@@ -23,7 +23,7 @@ from forebear.indexer.building.verify import verify_index
 from forebear.indexer.curvature.products import HessianProduct
 from forebear.indexer.index import Index
 from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.retriever.question.targets import choose_targets
 from forebear.retriever.retriever import Retriever
 

@@ -25,7 +25,7 @@ from forebear.indexer.model.encoding import Encoded, distinct_rows
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.sentence_encoder import SentenceEncoder
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.sketches.fitting import sketch_folders
 from forebear.indexer.sketches.sketch import Sketches
 from forebear.indexer.spans import store as span_store

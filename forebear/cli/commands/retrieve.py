@@ -68,7 +68,7 @@ class QueryOptions(MaybeTestOptions):
 
     def open_rows(self, retriever: Retriever, *, need_labels: bool) -> RowSource:
         """The test rows: those of the file, or the one text."""
-        from forebear.indexer.rows.row_source import rows_from_texts
+        from forebear.indexer.rows.opening import rows_from_texts
 
         if self.text is not None:
             return rows_from_texts([self.text] if self.pair is None else [(self.text, self.pair)])

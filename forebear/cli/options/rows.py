@@ -125,7 +125,7 @@ class ColumnOptions(Options, panel="Rows"):
             unlabelled: What becomes of rows without a label where ``--unlabelled`` is not given.
             problem_type: What a row's target is; None: as the run or the index says, else by the columns.
         """
-        from forebear.indexer.rows.row_source import open_rows
+        from forebear.indexer.rows.opening import open_rows
 
         source = open_rows(
             path,

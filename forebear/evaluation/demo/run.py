@@ -17,7 +17,7 @@ from forebear.evaluation.demo.corpus import make_corpus, write_corpus
 from forebear.evaluation.reports.report import Cell, Group, Passage, Report, Table, write_report
 from forebear.indexer.building.build import build_index
 from forebear.indexer.building.options import BuildOptions
-from forebear.indexer.rows.row_source import open_rows
+from forebear.indexer.rows.opening import open_rows
 from forebear.indexer.training.fine_tuning import TrainOptions, train
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.answers.results import SIDES

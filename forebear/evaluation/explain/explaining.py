@@ -17,7 +17,7 @@ from forebear.evaluation.explain.explanation import FORMULAS, Answer, Explanatio
 from forebear.evaluation.explain.marks import MarkedText, Places, Word, list_words, locate, mark, point_at, write_alike
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.forward import run_forward
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.spans.text import Span
 from forebear.indexer.storage.manifest import library_versions
 from forebear.retriever.answers.results import SIDES, user_columns

@@ -40,7 +40,7 @@ from forebear.indexer.building.options import BuildOptions
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.network.pretrained import quiet_transformers
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.run import CheckpointPath
 from forebear.progress import Progress, no_progress
 from forebear.retriever.question.methods import pick_methods

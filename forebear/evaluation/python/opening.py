@@ -13,8 +13,9 @@ from forebear.evaluation.common.queries import QueryRows, sample_queries
 from forebear.evaluation.common.span_queries import sample_span_queries
 from forebear.evaluation.reports.report import Report, write_report
 from forebear.indexer.index import Index
+from forebear.indexer.rows.opening import rows_given
 from forebear.indexer.rows.row_format import REGRESSION, SINGLE_LABEL, RowFormat
-from forebear.indexer.rows.row_source import RowSource, rows_given
+from forebear.indexer.rows.row_source import RowSource
 from forebear.progress import tell_warning
 from forebear.retriever.coverage import tell_fit_age
 from forebear.retriever.question.methods import METHODS, pick_methods
@@ -186,7 +187,7 @@ def tested_rows(
     Args:
         classes: The model's class names.
         rows: The rows; a function is called with the keywords ``classes``, ``need_labels`` and ``like`` of
-            :func:`~forebear.indexer.rows.row_source.open_rows`.
+            :func:`~forebear.indexer.rows.opening.open_rows`.
         need_labels: Whether rows without labels are refused.
         like: How the run or the index read its rows.
     """

@@ -18,7 +18,7 @@ from forebear.indexer.model.classifier import Classifier, pick_device
 from forebear.indexer.model.encoding import Encoded, encode
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import dropout_settings
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.storage.manifest import library_versions
 from forebear.indexer.training.course import RANDOM_NUMBERS
 from forebear.indexer.training.fine_tuning import fine_tune

@@ -23,8 +23,9 @@ from forebear.indexer.losses.kinds import check_one_label
 from forebear.indexer.model.network.pretrained import trainer_checkpoints
 from forebear.indexer.model.network.tokenizer import input_limit
 from forebear.indexer.rows.labels import names_of_classes
+from forebear.indexer.rows.opening import open_rows
 from forebear.indexer.rows.row_format import SINGLE_LABEL
-from forebear.indexer.rows.row_source import RowSource, open_rows
+from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.targets.label_column import DROP_MARKED
 from forebear.indexer.storage.manifest import library_versions
 from forebear.indexer.training.run import ColumnKeywords, Run, RunCheckpoint, read_run

@@ -15,8 +15,9 @@ from forebear.errors import DataError, InputError
 from forebear.indexer.losses.kinds import problem_type_of_config
 from forebear.indexer.model.network.pretrained import stored_config, trainer_checkpoints, trainer_rates
 from forebear.indexer.rows.files.file_formats import holds_dicts
+from forebear.indexer.rows.opening import open_rows, rows_from_texts
 from forebear.indexer.rows.row_format import SINGLE_LABEL, RowFormat
-from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
+from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.targets.label_column import DROP_MARKED
 from forebear.indexer.storage.atomic import write_bytes
 from forebear.indexer.storage.manifest import Checkpoint
@@ -29,7 +30,7 @@ RUN_NAME = "run.json"
 
 
 class ColumnKeywords(TypedDict, total=False):
-    """Which columns of rows are meant; see :func:`~forebear.indexer.rows.row_source.open_rows`."""
+    """Which columns of rows are meant; see :func:`~forebear.indexer.rows.opening.open_rows`."""
 
     text_columns: Sequence[str] | None
     label_column: str | Sequence[str] | None
@@ -220,10 +221,10 @@ class ModelChoice:
         """The training rows: read as the run read its own, where nothing else is given.
 
         Args:
-            rows: A path, hub name or table, as :func:`~forebear.indexer.rows.row_source.open_rows` takes; or texts, or
+            rows: A path, hub name or table, as :func:`~forebear.indexer.rows.opening.open_rows` takes; or texts, or
                 pairs of texts; or rows that are open already, which stay as they are.
             labels: Where ``rows`` are texts or pairs of texts: one label for each.
-            **columns: Keyword arguments of :func:`~forebear.indexer.rows.row_source.open_rows`.
+            **columns: Keyword arguments of :func:`~forebear.indexer.rows.opening.open_rows`.
 
         Raises:
             InputError: Texts without labels, or labels for rows that have their own.

@@ -24,7 +24,7 @@ from forebear.evaluation.measures.agreement import (
     measure_agreement,
 )
 from forebear.evaluation.measures.agreement_report import agreement_report
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 
 K = (2, 5)
 

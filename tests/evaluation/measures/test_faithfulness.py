@@ -25,7 +25,7 @@ from forebear.evaluation.measures.faithfulness import (
     measure_faithfulness,
     variances,
 )
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.retriever.question import models
 from forebear.retriever.spans.scores import SpanScores
 

@@ -42,7 +42,7 @@ from forebear.indexer.gradients.whole import whole_gradients
 from forebear.indexer.model.encoding import encode_with_places
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scopes import scope_of
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.saliency.maps import saliency
 

@@ -29,7 +29,7 @@ from forebear.evaluation.retraining.removal import Removal, _removal_tables, mea
 from forebear.evaluation.retraining.retraining_loss import measure_retraining_loss
 from forebear.evaluation.retraining.row_choice import amounts_of, least_overlap, row_scores, rows_at, sides_of
 from forebear.indexer.model.forward import run_forward
-from forebear.indexer.rows.row_source import open_rows
+from forebear.indexer.rows.opening import open_rows
 from forebear.retriever.question.spec import QuerySpec
 
 N, Q = 60, 5

@@ -24,7 +24,7 @@ from forebear.evaluation.retraining.recipes import find_run, open_retrainer
 from forebear.indexer.building.build import BuildOptions, build_index, retire_rows
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.fine_tuning import TrainOptions, train
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.retriever import Retriever

@@ -47,7 +47,8 @@ from forebear.indexer.building.build import (
     refit_index,
     retire_rows,
 )
-from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
+from forebear.indexer.rows.opening import open_rows, rows_from_texts
+from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.storage import journal as journal_module
 from forebear.indexer.storage import locks
 from forebear.indexer.training.run import choose_model

@@ -16,7 +16,7 @@ from tiny import labels, sentences
 from forebear.errors import CorruptIndexError
 from forebear.indexer.building.build import append_rows, build_index, rebuild_ann, refit_index, retire_rows
 from forebear.indexer.building.options import BuildOptions, Work
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.storage.choices import LATER_CHOICES, Choices, WorkKeywords
 from forebear.indexer.storage.manifest import IndexSpec, digest_of, read_manifest, stated
 from forebear.indexer.training.run import choose_model

@@ -20,7 +20,8 @@ from forebear.errors import MismatchError, NonFiniteError
 from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.index import Index
 from forebear.indexer.model.loading import load_classifier, stored_fingerprint
-from forebear.indexer.rows.row_source import RowSource, rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
+from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.training.run import choose_model
 
 CHOICES = BuildOptions(

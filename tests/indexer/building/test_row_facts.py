@@ -20,7 +20,7 @@ from forebear.indexer.building.row_facts import RowFacts, row_facts
 from forebear.indexer.index import Index
 from forebear.indexer.model.network.batches import tokenize
 from forebear.indexer.model.reading import Reading, count_reading
-from forebear.indexer.rows.row_source import open_rows, rows_from_texts
+from forebear.indexer.rows.opening import open_rows, rows_from_texts
 from forebear.indexer.training.fine_tuning import TrainOptions, train
 from forebear.indexer.training.run import choose_model
 

@@ -21,7 +21,7 @@ from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.loading import load_classifier, make_classifier
 from forebear.indexer.model.scopes import Scope, embedding_block, scope_blocks, scope_of
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.question.spec import QuerySpec
 

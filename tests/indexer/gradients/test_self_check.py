@@ -22,7 +22,7 @@ from forebear.indexer.gradients.self_check import check_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.loading import load_classifier
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.run import choose_model
 
 TEXTS = ["good film", "a bad story and a dull plot", "the actor was very happy near the artist", "slow"]

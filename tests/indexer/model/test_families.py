@@ -45,7 +45,7 @@ from forebear.indexer.model.loading import Fingerprint, load_classifier, stored_
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.network.shared_layers import SharedUses
 from forebear.indexer.model.scopes import embedding_block, scope_of
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.run import choose_model
 from forebear.indexer.words.gradients import word_gradients
 from forebear.retriever.retriever import Retriever

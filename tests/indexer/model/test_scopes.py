@@ -15,7 +15,7 @@ from forebear.indexer.gradients.tape import Tape
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scope_names import n_top_layers, scope_named
 from forebear.indexer.model.scopes import embedding_scope, encoder_input_scope, root_modules, scope_of
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.run import choose_model
 
 

@@ -18,7 +18,8 @@ import pytest
 from places import DATA, NO_DATA
 
 from forebear.errors import DataError
-from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
+from forebear.indexer.rows.opening import open_rows, rows_from_texts
+from forebear.indexer.rows.row_source import RowSource
 
 TEXTS = ["NA", "None", "", "007", 'she said "no"', "two\nlines, one row", "naïve 💡", "NA"]
 NUMBERS = [0, 1, 1, 0, 1, 0, 0, 1]

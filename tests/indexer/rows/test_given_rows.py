@@ -13,7 +13,7 @@ import pytest
 from tiny import labels, sentences
 
 from forebear import DataError, Index, Retriever, audits, open_rows
-from forebear.indexer.rows.row_source import rows_given
+from forebear.indexer.rows.opening import rows_given
 
 TEXTS, LABELS = sentences(24), labels(24)
 ROWS = [{"text": text, "label": label} for text, label in zip(TEXTS, LABELS, strict=True)]

@@ -16,10 +16,10 @@ from places import ROOT
 
 from forebear.cli.screen.console import shortened
 from forebear.errors import DataError
-from forebear.indexer.rows import file_formats as readers
-from forebear.indexer.rows import text_file
 from forebear.indexer.rows.arrow_text import column_bytes
-from forebear.indexer.rows.row_source import open_rows
+from forebear.indexer.rows.files import file_formats as readers
+from forebear.indexer.rows.files import text_file
+from forebear.indexer.rows.opening import open_rows
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from hostile import bad_bytes, nested, tables, typed
@@ -99,7 +99,7 @@ def test_a_wrong_byte_far_into_a_file_is_placed_rightly(tmp_path, monkeypatch):
 
 
 def test_long_arrays_are_decoded_piece_by_piece(tmp_path, monkeypatch):
-    from forebear.indexer.rows import json_rows
+    from forebear.indexer.rows.files import json_rows
 
     texts = ["word " * n + '"]}, {' for n in range(60)]
     path = tmp_path / "a.json"
@@ -205,7 +205,7 @@ def test_too_many_columns_and_too_long_lines_are_refused(tmp_path, monkeypatch):
     for name in ("a.csv", "b.jsonl", "c.parquet"):
         with pytest.raises(DataError, match=r"expected at most 5.*save the columns of texts and labels alone"):
             open_rows(tmp_path / name)
-    from forebear.indexer.rows import json_rows
+    from forebear.indexer.rows.files import json_rows
 
     monkeypatch.setattr(json_rows, "LONGEST_ROW", 100)
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{"text": "' + "a" * 100 + '"}\n')

@@ -11,7 +11,8 @@ from places import DATA, NO_DATA
 
 from forebear.errors import DataError
 from forebear.indexer.rows.labels import classes_for, collapse_to_binary_nli, label_map
-from forebear.indexer.rows.row_source import RowSource, open_rows, rows_from_texts
+from forebear.indexer.rows.opening import open_rows, rows_from_texts
+from forebear.indexer.rows.row_source import RowSource
 
 MNLI = ("entailment", "neutral", "contradiction")
 HANS = ("entailment", "non-entailment")

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from forebear.errors import DataError
-from forebear.indexer.rows.row_source import open_rows
+from forebear.indexer.rows.opening import open_rows
 
 N_ROWS = 12
 TEXTS = [f"text {n}" for n in range(N_ROWS)]

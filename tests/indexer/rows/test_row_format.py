@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from forebear.errors import DataError, InputError
+from forebear.indexer.rows.opening import open_rows
 from forebear.indexer.rows.row_format import RowFormat
-from forebear.indexer.rows.row_source import open_rows
 
 LIKE = RowFormat(
     owner="the run", text_columns=("verbatim",), label_column="mark", label_names=("bad", "good"), delimiter=";",

@@ -14,8 +14,8 @@ import pytest
 
 from forebear.errors import DataError
 from forebear.indexer.rows.labels import classes_for, label_map
+from forebear.indexer.rows.opening import open_rows, rows_from_texts
 from forebear.indexer.rows.row_format import MULTI_LABEL, REGRESSION, RowFormat
-from forebear.indexer.rows.row_source import open_rows, rows_from_texts
 
 TEXTS = ["w", "x", "y", "z"]
 SETS = [["a", "c"], [], ["b"], ["a"]]

@@ -14,7 +14,7 @@ from forebear.errors import DataError, InputError
 from forebear.evaluation.audits.artifacts.regression import groups_of
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import UNKNOWN, classes_for, label_map
-from forebear.indexer.rows.row_source import open_rows, rows_from_texts
+from forebear.indexer.rows.opening import open_rows, rows_from_texts
 from forebear.indexer.training.run import read_run
 
 NLI = ["entailment", "-", "neutral", "contradiction", "-", "neutral"]

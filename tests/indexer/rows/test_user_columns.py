@@ -25,7 +25,7 @@ from forebear.indexer.building import build
 from forebear.indexer.building.build import append_rows, refit_index, retire_rows
 from forebear.indexer.building.verify import verify_index
 from forebear.indexer.index import Index
-from forebear.indexer.rows.row_source import open_rows, rows_from_texts
+from forebear.indexer.rows.opening import open_rows, rows_from_texts
 
 N = 23
 TEXTS, LABELS = sentences(N), labels(N)

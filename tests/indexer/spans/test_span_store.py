@@ -33,7 +33,7 @@ from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.retraining.row_choice import row_scores
 from forebear.indexer.building import shards
 from forebear.indexer.building.verify import verify_index
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.spans import store as span_store
 from forebear.indexer.storage.arrow import read_batches, write_table
 from forebear.indexer.training.run import choose_model

@@ -26,7 +26,8 @@ from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY, IGNORED
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
-from forebear.indexer.rows.row_source import RowSource, rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
+from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.training import fine_tuning as training
 from forebear.indexer.training.course import Course
 from forebear.indexer.training.fine_tuning import TrainOptions, train

@@ -18,7 +18,7 @@ from forebear.errors import CorruptIndexError, MismatchError, StorageError
 from forebear.indexer.building.build import retire_rows
 from forebear.indexer.building.verify import verify_index
 from forebear.indexer.index import Index
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.storage.arrow import column, read_batches, write_columns
 from forebear.indexer.storage.layout import PARTS
 from forebear.indexer.storage.manifest import digest_of

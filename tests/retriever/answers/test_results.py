@@ -16,7 +16,7 @@ from forebear.cli.main import run
 from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.model.encoding import MaskedRows
 from forebear.indexer.model.network.batches import tokenize
-from forebear.indexer.rows.row_source import open_rows, rows_from_texts
+from forebear.indexer.rows.opening import open_rows, rows_from_texts
 from forebear.indexer.spans import masking as spans
 from forebear.indexer.spans.finders import find_spans, span_finder
 from forebear.indexer.spans.masking import mask_found

@@ -14,7 +14,7 @@ from forebear import BuildOptions, InputError, QuerySpec, Retriever, build_index
 from forebear.conformal import supported_recall
 from forebear.indexer.building.needed_candidates import RECALLS, needed_shares
 from forebear.indexer.model.scopes import scope_blocks
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.sketches import projector as projecting
 from forebear.indexer.sketches.candidates import GradientStore, Part, candidates_needed, propose
 from forebear.indexer.sketches.sketch import Reduction, SketchRows

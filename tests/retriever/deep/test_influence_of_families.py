@@ -15,7 +15,7 @@ from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scopes import scope_of
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.retriever import Retriever
 

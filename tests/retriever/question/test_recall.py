@@ -19,7 +19,7 @@ from forebear.conformal import least_share, supported_recall
 from forebear.indexer.building import calibrate as calibrating
 from forebear.indexer.building.build import append_rows, retire_rows
 from forebear.indexer.building.calibrate import calibrate_scope
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.sketches import projector as projecting
 from forebear.indexer.sketches.candidates import Part
 from forebear.indexer.storage.manifest import read_manifest

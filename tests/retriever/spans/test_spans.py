@@ -32,7 +32,7 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded
 from forebear.indexer.model.loading import load_classifier, make_classifier
 from forebear.indexer.model.scopes import scope_of
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.sketches.projector import PlainProjector, draw_bases
 from forebear.indexer.sketches.sketch import Reduction, Sketcher, sketch_rows
 from forebear.indexer.spans.finders import find_spans, span_finder

@@ -36,7 +36,7 @@ from words_oracle import (
 )
 
 from forebear import InputError, QuerySpec, Retriever
-from forebear.indexer.rows.row_source import rows_from_texts
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.retriever.words import search as module
 from forebear.retriever.words.vocabulary import frequent_tokens, token_texts
 
