@@ -18,6 +18,7 @@ from forebear.evaluation.explain.marks import MarkedText, Places, Word, list_wor
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.opening import rows_from_texts
+from forebear.indexer.rows.row_format import SINGLE_LABEL
 from forebear.indexer.spans.text import Span
 from forebear.indexer.storage.manifest import library_versions
 from forebear.retriever.answers.results import SIDES, user_columns
@@ -115,8 +116,9 @@ def _checked(retriever: Retriever, spec: QuerySpec | Question, form: str) -> Que
     if form not in FORMS:
         raise InputError(f"--saliency {form!r}: expected {' or '.join(FORMS)}.")
     if target == "gold":
+        one_of = "" if retriever.index.loss.problem_type == SINGLE_LABEL else "label:NAME with "
         raise InputError(
-            f"--target gold: a text given here has no label. Give predicted, or one of "
+            f"--target gold: a text given here has no label. Give predicted, or {one_of}one of "
             f"{', '.join(retriever.label_names)}."
         )
     choose_targets(target, retriever.index.predictions[:1], None, retriever.label_names, retriever.index.loss)

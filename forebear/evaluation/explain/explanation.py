@@ -124,6 +124,16 @@ class Explanation:
         """Whether the model gives numbers, no probabilities."""
         return self.problem_type == REGRESSION
 
+    def remark_on(self, name: str) -> str:
+        """Whether a class, or one of several labels, is predicted, explained or both; else empty.
+
+        Labels are named together in a text, those that are explained as absent by ``not NAME``.
+        """
+        predicted, explained = (
+            {text, *text.split("; ")} & {name, f"not {name}"} for text in (self.prediction, self.target)
+        )
+        return ", ".join([*(["predicted"] if name in predicted else []), *(["explained"] if explained else [])])
+
     @property
     def formula(self) -> str:
         """Formula of the saliency."""

@@ -2,7 +2,8 @@
 
 Self-influence is a row's score with itself as the query, of its gold label: ||g||^2 for ``gd``, summed over checkpoints
 with eta for ``tracin``, <H^-1 g, g> for ``if``, all from what the index stores. Beside it the loss, and the
-disagreement of neighbours: the share of the k nearest other rows, by cosine of the features, that have another label.
+disagreement of neighbours: the share of the k nearest other rows, by cosine of the features, that have another label;
+of several labels or numbers a row, the mean over these neighbours of the summed differences of targets.
 
 Large values are taken for wrong labels. AUC is the chance that a wrongly labelled row stands above a rightly labelled
 one, ties counting half. In precision@k, ties are ordered by row number.

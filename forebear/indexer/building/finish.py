@@ -26,6 +26,7 @@ from forebear.indexer.curvature.head import (
 )
 from forebear.indexer.curvature.separate import SeparateHead, separate_hessian
 from forebear.indexer.index import Index
+from forebear.indexer.losses.cross_entropy import CrossEntropy
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.sketches.fitting import gradient_files, sketch_folders
@@ -293,6 +294,7 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
             )
         facts["exact"] = _curvature_facts(mean, manifest.n_live, stored)
     if spec.rep_refit:
+        assert isinstance(loss, CrossEntropy)  # others are refused before the work
         f = features.take(index.live)
         targets = index.targets(index.live)
         weight = refit_head(

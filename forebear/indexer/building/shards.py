@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from forebear.errors import InputError, MismatchError
+from forebear.errors import InputError, MismatchError, NonFiniteError
 from forebear.indexer.building.options import Work
 from forebear.indexer.building.row_facts import reading_metadata
 from forebear.indexer.gradients.earlier_rows import (
@@ -236,7 +236,7 @@ class ShardWriter:
         else:
             forward = run_forward(classifier, encoded, batch_tokens=batch_tokens, first_row=row, on_rows=on_rows)
         forward = self._as_first_stored(path.parent, classifier, forward, shard)
-        residuals, losses = (values.astype(np.float32) for values in forward.residuals_and_losses(gold))
+        residuals, losses = (_single(values, row) for values in forward.residuals_and_losses(gold))
         copy_repeats(path.parent, {"residual": residuals}, *self._rows.labelled.repeats(shard))
         if checkpoint is self.checkpoints[-1]:
             columns: dict[str, pa.Array | np.ndarray] = {"row": np.arange(row, row + len(block))}
@@ -354,6 +354,22 @@ class ShardWriter:
                 for column, values in zip(texts, block.texts, strict=True):
                     column += [values[i] for i in local]
         return Sample(texts=texts, labels=np.concatenate(gold))
+
+
+def _single(values: np.ndarray, first_row: int) -> np.ndarray:
+    """Values of rows as float32.
+
+    Raises:
+        NonFiniteError: One is too large for it; the row is named.
+    """
+    with np.errstate(over="ignore"):
+        single = values.astype(np.float32)
+    if not (finite := np.isfinite(single).reshape(len(single), -1).all(axis=1)).all():
+        raise NonFiniteError(
+            f"the loss of row {first_row + int(np.argmin(finite))} or its gradient is beyond the largest number of "
+            "float32. Scale the targets."
+        )
+    return single
 
 
 def _narrow(targets: np.ndarray, numbers: type) -> np.ndarray:

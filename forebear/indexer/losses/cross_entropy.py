@@ -87,7 +87,10 @@ class CrossEntropy(Loss):
         return np.asarray(np.maximum((p + a) / a.sum(axis=1, keepdims=True), 0.0))
 
     def residuals_of_outputs(self, outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """S p - a, ``(n, c)`` float64."""
+        """Residuals s p - a ``(n, c)`` float64 of rows whose outputs ``(n, c)`` and targets are known.
+
+        :meth:`residual_and_loss` is more accurate where an output is nearly what its target asks for.
+        """
         a = self.coefficients(targets, outputs.shape[1])
         return np.asarray(a.sum(axis=1, keepdims=True) * outputs - a)
 

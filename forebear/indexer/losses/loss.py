@@ -74,13 +74,6 @@ class Loss(ABC):
         """Outputs ``(n, c)`` float64 of rows whose residuals ``(n, c)`` and targets are known."""
 
     @abstractmethod
-    def residuals_of_outputs(self, outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """Residuals ``(n, c)`` float64 of rows whose outputs ``(n, c)`` and targets are known.
-
-        :meth:`residual_and_loss` is more accurate where an output is nearly what its target asks for.
-        """
-
-    @abstractmethod
     def row_weights(self, targets: np.ndarray) -> np.ndarray | None:
         """Factor of each row's curvature, ``(n,)`` float64; None: all are 1, and targets play no part."""
 
@@ -156,3 +149,9 @@ class Loss(ABC):
     def mean(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The loss of a batch that training minimises, differentiable: a scalar of the logits' type."""
         return self.summed(logits, targets) / self.total_weight(targets)
+
+
+def number_text(number: float) -> str:
+    """The shortest text from which a number can be read again: of float32 if it is one, else of float64."""
+    value = np.float32(number) if np.float32(number) == number else np.float64(number)
+    return str(value.item() if isinstance(value, np.float64) else value).removesuffix(".0")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from forebear.indexer.losses.loss import Loss
+from forebear.indexer.losses.loss import Loss, number_text
 from forebear.indexer.rows.row_format import MULTI_LABEL
 from forebear.ratio import ratio
 
@@ -70,10 +70,6 @@ class SigmoidLoss(Loss):
         difference = residuals.astype(np.float64) * residuals.shape[1]
         p, minus_absent = difference + targets, difference + (targets - 1.0)
         return np.asarray(np.where(p <= HALF, p, minus_absent))
-
-    def residuals_of_outputs(self, outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """(p - t) / c, ``(n, c)`` float64."""
-        return np.asarray(np.where(outputs >= 0, outputs - targets, outputs + (1.0 - targets)) / outputs.shape[1])
 
     def row_weights(self, targets: np.ndarray) -> np.ndarray | None:
         """None: no row weighs more than another."""
@@ -158,7 +154,9 @@ def _text(target: np.ndarray, names: Sequence[str]) -> str | None:
         return None
     if not kept.all():
         return "; ".join(names[k] if target[k] > HALF else f"not {names[k]}" for k in np.flatnonzero(kept).tolist())
-    shown = [names[k] + ("" if target[k] == 1 else f" {target[k]:.3g}") for k in np.flatnonzero(target > 0).tolist()]
+    shown = [
+        names[k] + ("" if target[k] == 1 else f" {number_text(target[k])}") for k in np.flatnonzero(target > 0).tolist()
+    ]
     return "; ".join(shown) or NO_LABELS
 
 

@@ -18,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from forebear.indexer.losses.loss import Loss
+from forebear.indexer.losses.loss import Loss, number_text
 from forebear.indexer.rows.row_format import REGRESSION
 from forebear.ratio import ratio
 
@@ -61,10 +61,6 @@ class SquaredLoss(Loss):
     def outputs_of_residuals(self, residuals: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """t + c r / 2, ``(n, c)`` float64."""
         return np.asarray(targets + residuals.astype(np.float64) * residuals.shape[1] / 2)
-
-    def residuals_of_outputs(self, outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """2 (z - t) / c, ``(n, c)`` float64."""
-        return np.asarray(2 * (outputs - targets) / outputs.shape[1])
 
     def row_weights(self, targets: np.ndarray) -> np.ndarray | None:
         """None: no row weighs more than another."""
@@ -142,7 +138,7 @@ SQUARED = SquaredLoss()
 
 def _text(target: np.ndarray, names: Sequence[str]) -> str | None:
     numbers = [
-        ("" if len(names) == 1 else f"{name} ") + ("higher" if np.isposinf(t) else f"{t:.4g}")
+        ("" if len(names) == 1 else f"{name} ") + ("higher" if np.isposinf(t) else number_text(t))
         for name, t in zip(names, target, strict=True)
         if not np.isnan(t)
     ]

@@ -12,11 +12,12 @@ import torch
 from tiny import make_tiny_model, sentences, write_jsonl
 from torch import nn
 
-from forebear import audits, evaluations
+from forebear import audits, evaluations, explain
 from forebear.cli.main import run
 from forebear.errors import InputError
 from forebear.indexer.index import Index
 from forebear.indexer.model import loading
+from forebear.indexer.rows.opening import rows_from_texts
 from forebear.retriever.retriever import Retriever
 
 N_ROWS, NAMES = 30, ("bad", "film", "good")
@@ -106,6 +107,10 @@ def test_a_page_explains_a_prediction(place, tmp_path, capsys):
     if "multi" in Index.open(place / "index").manifest.spec.problem_type:
         assert run([*call, "--target", "label:good"]) == 0
         assert "good”" in capsys.readouterr().out
+        found = explain(place / "index", "a bad film")
+        predicted = [name for name, probability, _ in found.probabilities if probability > 0.5]
+        assert predicted
+        assert [name for name in NAMES if "predicted, explained" in found.remark_on(name)] == sorted(predicted)
 
 
 def test_the_doubted_label_is_the_one_of_largest_loss(place):
@@ -133,3 +138,14 @@ def test_the_doubted_label_is_the_one_of_largest_loss(place):
     assert [line[place_of] for line in table.rows] == [
         NAMES[found.doubts.doubted[position]] for position in found.order[:4]
     ]
+
+
+def test_test_rows_of_another_number_are_counted_by_the_number(place):
+    index = Index.open(place / "index")
+    if index.loss.problem_type == KINDS[0]:
+        return
+    numbers = index.labels[:4, 0] + np.array([0.0, 1e-7, 1e-7, 2.0])
+    rows = rows_from_texts(TEXTS[:4], numbers.tolist(), problem_type=KINDS[1])
+    report = audits.duplicates(index, rows).report
+    (table,) = [table for table in report.tables if "test rows" in table.title.lower() and len(table.columns) == 4]
+    assert sum(row[3] for row in table.rows if row[1]) >= 3

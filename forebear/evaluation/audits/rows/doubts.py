@@ -1,7 +1,7 @@
 """What speaks against the labels of training rows: the model's prediction, the neighbours' labels, and which label.
 
-Of several labels a row, one is doubted: the one with the largest loss, which is the one whose probability is farthest
-from its target. Labels and predictions of the others play no part in what is suggested.
+Of several labels a row, one is doubted: the one whose probability is farthest from its target, which with targets of 0
+and 1 is the one of largest loss. Labels and predictions of the others play no part in what is suggested.
 """
 
 from __future__ import annotations

@@ -329,13 +329,17 @@ def _leak_tables(test: QueryRows, leaked: Sequence[Leak], retriever: Retriever) 
     gold: Sequence[str | None] = [None] * n
     if test.labels is not None:
         gold = index.loss.texts(test.labels, retriever.label_names)
-    labels = index.label_texts(np.array([leak.row for leak in leaked], np.int64))
+    rows = np.array([leak.row for leak in leaked], np.int64)
+    labels, differs = index.label_texts(rows), np.zeros(len(rows), bool)
+    if test.labels is not None:  # by the numbers, of which a text may show a part
+        apart = test.labels[[leak.test_row for leak in leaked]] != index.labels[rows]
+        differs = apart.reshape(len(rows), -1).any(axis=1)
     counts: list[list[Cell]] = []
     for kind in KINDS:
         of_kind = [i for i, leak in enumerate(leaked) if leak.kind == kind]
         of_other_label = None
         if test.labels is not None:
-            of_other_label = sum(gold[leaked[i].test_row] not in (None, labels[i]) for i in of_kind)
+            of_other_label = sum(gold[leaked[i].test_row] is not None and bool(differs[i]) for i in of_kind)
         counts.append([kind, len(of_kind), len(of_kind) / n, of_other_label])
     lines: list[list[Cell]] = []
     for leak, label in zip(leaked[:SHOWN_LEAKS], labels, strict=False):

@@ -254,8 +254,8 @@ def _suggestion(suspected: Suspects, index: Index) -> str:
         return "Suggested: the prediction. Majority: the median of the neighbours."
     if suspected.doubts.doubted is not None:
         return (
-            "Doubted: the label of largest loss. Suggested: the row's labels with this one changed, where the "
-            "prediction or most neighbours have it otherwise."
+            "Doubted: the label whose probability is farthest from what the row says. Suggested: the row's labels with "
+            "this one changed, where the prediction or most neighbours have it otherwise."
         )
     return "Suggested: the prediction where it is another label, else that of most neighbours."
 

@@ -38,6 +38,7 @@ Found = dict[Label, float] | list[float] | int | None  # a row's target; or what
 Read = Callable[[tuple[Any, ...]], Found]  # from a row's values
 SIGNS = (";", "|", ",")  # what may part the labels in a cell of text
 MOST_LABELS = 10_000
+LARGEST_NUMBER = 1e18  # whose square float32 holds
 
 
 class _Unfit(Exception):
@@ -210,8 +211,8 @@ def number_in(value: Any) -> float | None:
         raise _Unfit(f"{_shown(value)}; expected a number.") from None
     if math.isnan(number):
         return None
-    if math.isinf(number):
-        raise _Unfit(f"{_shown(value)}; expected a finite number.")
+    if not abs(number) <= LARGEST_NUMBER:
+        raise _Unfit(f"{_shown(value)}; expected a number up to {LARGEST_NUMBER:g}, since losses are its squares.")
     return number
 
 
