@@ -221,7 +221,7 @@ def typed(folder: Path) -> Iterator[Case]:
         "a list as text": {"text": [["a"]]},
         "a struct as text": {"text": [{"a": "b"}]},
         "bytes as text": {"text": [b"a"]},
-        "a list as label": {"text": ["a"], "label": [[1]]},
+        "a list as label": {"text": ["a"], "label": [["b"]]},
         "nothing as text": {"text": pa.nulls(1)},
         "a label beyond 63 bits": {"text": ["a"], "label": pa.array([2**64 - 1], pa.uint64())},
         "no rows": {"text": pa.array([], pa.string())},

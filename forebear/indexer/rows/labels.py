@@ -22,8 +22,8 @@ from forebear.indexer.rows.files.file_formats import listed
 from forebear.indexer.rows.row_format import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.targets.label_column import MAX_CLASSES
+from forebear.indexer.rows.targets.label_lists import Label
 from forebear.indexer.rows.targets.label_names import NUMBER, are_unnamed, key_of
-from forebear.indexer.rows.targets.target_columns import Label
 from forebear.indexer.rows.targets.target_map import TargetMap, names_of_outputs, target_map
 from forebear.wording import worded
 

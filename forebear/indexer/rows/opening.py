@@ -124,11 +124,12 @@ def rows_from_texts(
     classes: Sequence[str] = (),
     unlabelled: str | None = None,
     problem_type: str | None = None,
+    like: RowFormat | None = None,
 ) -> RowSource:
     """Make a source of rows in memory; columns are ``text`` or ``premise, hypothesis``, and ``label``.
 
-    ``classes`` and ``problem_type`` as in ``open_rows``; rows of several labels have lists of labels, or vectors. Where
-    ``unlabelled`` says what becomes of rows without a label, labels are needed.
+    ``classes``, ``problem_type`` and ``like`` as in ``open_rows``; rows of several labels have lists of labels, or
+    vectors. Where ``unlabelled`` says what becomes of rows without a label, labels are needed.
 
     Raises:
         DataError: Texts are not all strings or all pairs, or labels not all integers or all names.
@@ -156,7 +157,7 @@ def rows_from_texts(
     label_column = None if labels is None else "label"
     return _make_source(
         memory_reader(name, checked()), None, columns, label_column, label_names, unlabelled is not None,
-        unlabelled or "refuse", classes, RowFormat(), problem_type,
+        unlabelled or "refuse", classes, like or RowFormat(), problem_type,
     )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from forebear.errors import InputError
 
 DELIMITERS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "bar": "|", "pipe": "|", "space": " "}
-_REMEMBERED = ("text_columns", "label_column", "label_names", "delimiter", "encoding")
+_REMEMBERED = ("text_columns", "label_column", "label_names", "label_lists", "delimiter", "encoding")
+VECTORS, NUMBERS = "vectors", "numbers"  # what lists of numbers are: a 0 or 1 for each label, or numbers of labels
 # What a row's target is: one class, any number of labels, or numbers. The names are those of transformers' configs.
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 PROBLEM_TYPES = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
@@ -28,6 +29,7 @@ class RowFormat:
         text_columns: One or two names, in order of encoding; empty: not known.
         label_column: The column of labels; or several, where each holds one label's 0 and 1.
         label_names: The names that integer labels index, where they have any.
+        label_lists: What lists of numbers are, ``VECTORS`` or ``NUMBERS``; None where there were none.
         delimiter: What parts the values of a CSV or TSV file, where it was given.
         encoding: Of a text file, where it was given.
         problem_type: What the model takes a row's target for, one of ``PROBLEM_TYPES``; None: not known. It is not
@@ -38,6 +40,7 @@ class RowFormat:
     text_columns: tuple[str, ...] = ()
     label_column: str | tuple[str, ...] | None = None
     label_names: tuple[str, ...] | None = None
+    label_lists: str | None = None
     delimiter: str | None = None
     encoding: str | None = None
     problem_type: str | None = None

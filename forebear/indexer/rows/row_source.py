@@ -29,7 +29,8 @@ from forebear.indexer.rows.files.file_formats import (
 from forebear.indexer.rows.files.json_rows import LONGEST_ROW, SCALAR_KINDS
 from forebear.indexer.rows.row_format import RowFormat
 from forebear.indexer.rows.targets.label_column import LabelColumn
-from forebear.indexer.rows.targets.target_columns import Label, TargetColumns
+from forebear.indexer.rows.targets.label_lists import Label
+from forebear.indexer.rows.targets.target_columns import TargetColumns
 
 SHOWN_ROWS = 3  # row numbers that a remark gives as examples
 
@@ -106,10 +107,15 @@ class RowSource:
             text_columns=self.text_columns,
             label_column=self.label_columns if len(self.label_columns) > 1 else self.label_column,
             label_names=self.label_names,
+            label_lists=self._label_scan.form if self.n_labels or self._has_numbers else None,
             delimiter=self._reader.delimiter,
             encoding=self._reader.encoding,
             problem_type=self.problem_type if self.label_columns else None,
         )
+
+    @property
+    def _has_numbers(self) -> bool:
+        return any(isinstance(label, int) for label in self.label_values)
 
     def blocks(self, block_rows: int = 4096, start: int = 0) -> Iterator[RowBlock]:
         """Stream the rows from number ``start`` on, in blocks of exactly ``block_rows`` but for the last.

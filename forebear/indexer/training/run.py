@@ -233,10 +233,11 @@ class ModelChoice:
         if isinstance(rows, (list, tuple)) and not holds_dicts(rows):
             if labels is None:
                 raise InputError("the training rows are texts without labels. Give labels, one a text.")
-            names = {key: columns.get(key) for key in ("text_columns", "label_names")}
+            names: dict[str, Any] = {key: columns.get(key) for key in ("text_columns", "label_names")}
             names |= {"classes": self.class_names(), "problem_type": columns.get("problem_type") or self.problem_type}
             names["unlabelled"] = columns.get("unlabelled") or self.unlabelled
-            return rows_from_texts(rows, labels, **names)  # type: ignore[arg-type]
+            names["like"] = RowFormat(label_lists=self.row_format.label_lists)
+            return rows_from_texts(rows, labels, **names)
         if labels is not None:
             raise InputError("labels are given for rows that have their own. Give labels for a list of texts alone.")
         if isinstance(rows, RowSource):

@@ -28,7 +28,8 @@ from forebear.errors import DataError
 from forebear.indexer.rows.arrow_text import is_text
 from forebear.indexer.rows.files.file_formats import Reader, listed, reading
 from forebear.indexer.rows.row_format import SINGLE_LABEL, RowFormat
-from forebear.indexer.rows.targets.target_columns import Label, TargetColumns
+from forebear.indexer.rows.targets.label_lists import Label
+from forebear.indexer.rows.targets.target_columns import TargetColumns
 
 DROP_MARKED = "drop-marked"
 UNLABELLED = ("refuse", DROP_MARKED, "drop", "keep")
@@ -65,6 +66,7 @@ class LabelColumn:
     marks: list[Label] = field(default_factory=list)
 
     problem_type: ClassVar[str] = SINGLE_LABEL
+    form: ClassVar[None] = None  # there are no lists
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -19,3 +19,8 @@ def key_of(name: str) -> str:
 def are_unnamed(model_names: Sequence[str]) -> bool:
     """Whether a model's class names are those that transformers makes up: LABEL_0, LABEL_1 and so on."""
     return all(re.fullmatch(r"label ?\d+", key_of(name)) for name in model_names)
+
+
+def are_same(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether two lists hold the same names, in any order."""
+    return sorted(map(key_of, names)) == sorted(map(key_of, others))

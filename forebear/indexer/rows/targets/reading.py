@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from forebear.errors import DataError
 from forebear.indexer.rows.files.file_formats import Reader, listed
-from forebear.indexer.rows.row_format import MULTI_LABEL, SINGLE_LABEL, RowFormat, problem_type_of
+from forebear.indexer.rows.row_format import MULTI_LABEL, NUMBERS, SINGLE_LABEL, RowFormat, problem_type_of
 from forebear.indexer.rows.targets.label_column import (
     LabelColumn,
     check_labels,
@@ -14,10 +14,11 @@ from forebear.indexer.rows.targets.label_column import (
     names_of_numbers,
     scan_labels,
 )
+from forebear.indexer.rows.targets.label_lists import holds_lists
+from forebear.indexer.rows.targets.label_names import are_same
 from forebear.indexer.rows.targets.target_columns import (
     TargetColumns,
     check_targets,
-    holds_lists,
     names_of_targets,
     scan_targets,
 )
@@ -59,10 +60,19 @@ def read_targets(
     asked = problem_type_of(problem_type) if problem_type is not None else like.problem_type
     kind = asked or (MULTI_LABEL if len(columns) > 1 or any(holds_lists(reader, c) for c in columns) else SINGLE_LABEL)
     if columns and kind != SINGLE_LABEL:
-        targets = scan_targets(reader, columns, kind)
+        of_feature = class_label_names(reader.schema, columns[0])
+        given = label_names or of_feature or recorded
+        targets = scan_targets(
+            reader, columns, kind, form=NUMBERS if of_feature else like.label_lists,
+            n_labels=len(classes or given or like.label_names or ()) or None,
+        )  # fmt: skip
         _refuse_no_rows(reader, targets.n_rows)
         check_targets(reader.name, targets, unlabelled, need_labels=need_labels)
-        given = label_names or class_label_names(reader.schema, columns[0]) or recorded
+        if targets.form is None and len(columns) > 1 and label_names and not are_same(label_names, columns):
+            raise DataError(
+                f"{reader.name}: --label-names {listed(label_names)}, but columns of labels have their own names: "
+                f"{listed(columns)}. Leave --label-names out, or rename the columns."
+            )
         return targets, names_of_targets(reader.name, targets, given, like), False
     if len(columns) > 1:
         raise DataError(

@@ -5,8 +5,8 @@ it does not have are left out. It is read from
 
 - several columns, one a label, of 0 and 1 (also true and false, or shares), which ``--label-column`` names; a -1 in
   one, which data sets write where a row was not judged, is no value;
-- a column of lists: of names or of numbers of labels; or of vectors, one 0 or 1 (or share) a label, which it is where
-  all lists are as long and hold nothing but numbers from 0 to 1;
+- a column of lists: of names or of numbers of labels; or of vectors, one 0 or 1 (or share) a label; which of them is
+  decided in :mod:`~.label_lists`, and remembered;
 - a column of text, each cell a list as JSON or Python writes one; or labels parted by the one of ``;``, ``|`` and ``,``
   that occurs in the column.
 
@@ -17,32 +17,31 @@ An empty list says that a row has none of the labels. An empty cell of text says
 
 from __future__ import annotations
 
-import ast
-import json
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from forebear.errors import DataError
-from forebear.indexer.rows.arrow_text import is_text
-from forebear.indexer.rows.files.file_formats import Reader, listed, reading
+from forebear.indexer.rows.files.file_formats import Reader, listed
 from forebear.indexer.rows.row_format import MULTI_LABEL, REGRESSION, RowFormat
+from forebear.indexer.rows.targets.label_lists import (
+    Found,
+    Label,
+    Read,
+    Unfit,
+    holds_lists,
+    in_order,
+    labels_in_lists,
+    number_in,
+    share_in,
+    tables_of,
+)
 
-Label = int | str
 Target = dict[Label, float] | list[float]  # labels and their values, or numbers
 NO_VALUE = -1  # of one label, in several columns
-Found = dict[Label, float] | list[float] | int | None  # a row's target; or what it has instead of one
-Read = Callable[[tuple[Any, ...]], Found]  # from a row's values
-SIGNS = (";", "|", ",")  # what may part the labels in a cell of text
 MOST_LABELS = 10_000
-LARGEST_NUMBER = 1e18  # whose square float32 holds
-
-
-class _Unfit(Exception):
-    """A value that is no target; the message says what it is, and what is expected."""
 
 
 @dataclass
@@ -55,6 +54,7 @@ class TargetColumns:
         n_rows: Number of rows of the file.
         decode: Targets of a table's rows; None: no target; ``NO_VALUE``: marked as such.
         width: Number of labels, where the file says it: by its columns or the length of its vectors; else 0.
+        form: Of lists of labels, whether they are ``vectors`` or ``numbers`` (or names); else None.
         first_rows: Each label that occurs, and the first row with it.
         n_rows_with: In how many rows each label occurs.
         n_unlabelled: Number of rows without a target.
@@ -68,6 +68,7 @@ class TargetColumns:
     n_rows: int
     decode: Callable[[pa.Table, int], list[Found]]
     width: int = 0
+    form: str | None = None
     first_rows: dict[Label, int] = field(default_factory=dict)
     n_rows_with: dict[Label, int] = field(default_factory=dict)
     n_unlabelled: int = 0
@@ -89,15 +90,27 @@ class TargetColumns:
         return [target if isinstance(target, (dict, list)) else None for target in self.decode(table, start)]
 
 
-def scan_targets(reader: Reader, columns: Sequence[str], problem_type: str) -> TargetColumns:
+def scan_targets(
+    reader: Reader, columns: Sequence[str], problem_type: str, *, form: str | None = None, n_labels: int | None = None
+) -> TargetColumns:
     """Pass over the label columns: how they hold targets, which labels occur, and where targets are missing.
+
+    Args:
+        reader: The source.
+        columns: The label columns.
+        problem_type: ``MULTI_LABEL`` or ``REGRESSION``.
+        form: Of lists of labels, ``vectors`` or ``numbers`` where it is remembered.
+        n_labels: How many labels there are, where it is known.
 
     Raises:
         DataError: A value is no target of this kind; the row is named.
     """
-    read, width = (_numbers_of(reader, columns), len(columns)) if problem_type == REGRESSION else (None, 0)
-    if read is None:
-        read, width = _labels_in_columns(columns) if len(columns) > 1 else _labels_in_one(reader, columns[0])
+    if problem_type == REGRESSION:
+        read, width, found = _numbers_of(reader, columns), len(columns), None
+    elif len(columns) > 1:
+        read, width, found = _labels_in_columns(columns), len(columns), None
+    else:
+        read, width, found = labels_in_lists(reader, columns[0], form, n_labels)
 
     def decode(table: pa.Table, start: int) -> list[Found]:
         values = [table.column(column).to_pylist() for column in columns]
@@ -105,15 +118,15 @@ def scan_targets(reader: Reader, columns: Sequence[str], problem_type: str) -> T
         try:
             for row in zip(*values, strict=True):
                 out.append(read(row))  # noqa: PERF401  # its length says which row an error is of
-        except _Unfit as error:
+        except Unfit as error:
             where = f"{reader.name}: label column {listed(columns)}"
             raise DataError(f"{where} holds, in row {start + len(out)} (from 0), {error}") from error
         return out
 
-    scan = TargetColumns(problem_type, tuple(columns), 0, decode, width)
+    scan = TargetColumns(problem_type, tuple(columns), 0, decode, width, found)
     if len(columns) > 1 and problem_type == MULTI_LABEL:
         scan.n_rows_with = dict.fromkeys(columns, 0)
-    for start, table in _tables(reader, columns):
+    for start, table in tables_of(reader, columns):
         for row, target in enumerate(decode(table, start), start):
             if not isinstance(target, (dict, list)):
                 scan.n_unlabelled += 1
@@ -166,7 +179,8 @@ def names_of_targets(
     Raises:
         DataError: There are not as many names as labels.
     """
-    names = given or (scan.columns if len(scan.columns) > 1 else None)
+    are_names = scan.form is None and (len(scan.columns) > 1 or (scan.columns and scan.problem_type == MULTI_LABEL))
+    names = scan.columns if are_names else given
     if names is None and like.label_names and any(isinstance(label, int) for label in scan.first_rows):
         names = like.label_names
     highest = max((label for label in scan.first_rows if isinstance(label, int)), default=-1)
@@ -177,48 +191,6 @@ def names_of_targets(
             f"names, {listed(names)}; give one a label, in order, with --label-names."
         )
     return names
-
-
-def holds_lists(reader: Reader, column: str) -> bool:
-    """Whether a column holds lists, by its type or, of JSON, by its values."""
-    kind = reader.schema.field(column).type
-    return _is_list(kind) or reader.kinds.get(column, {}).keys() - {"null"} == {"a list"}
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def _tables(reader: Reader, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
-    start = 0
-    with reading(reader.name, "labelled text"):
-        for table in reader.tables(0, list(columns)):
-            yield start, table
-            start += len(table)
-
-
-def number_in(value: Any) -> float | None:
-    """A cell as a number; None where it is null, blank or NaN.
-
-    Raises:
-        _Unfit: It is no finite number.
-    """
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise _Unfit(f"{_shown(value)}; expected a number.") from None
-    if math.isnan(number):
-        return None
-    if not abs(number) <= LARGEST_NUMBER:
-        raise _Unfit(f"{_shown(value)}; expected a number up to {LARGEST_NUMBER:g}, since losses are its squares.")
-    return number
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + " ..."
 
 
 def _numbers_of(reader: Reader, columns: Sequence[str]) -> Read:
@@ -236,112 +208,18 @@ def _numbers_of(reader: Reader, columns: Sequence[str]) -> Read:
     return read
 
 
-def _share(value: float) -> float:
-    if not 0 <= value <= 1:
-        raise _Unfit(f"{value:g}; expected 0, 1, or a share between them, for each label.")
-    return int(value) if value in (0, 1) else value
-
-
-def _ordered(target: dict[Any, float]) -> Target:
-    """A row's labels without those that it has not, in one order, so that the same labels have the same digest."""
-    return {label: target[label] for label in sorted(target, key=str) if target[label]}
-
-
 def _word(value: Any) -> Any:
     """``true`` and ``false`` as files of text spell them."""
     return {"true": 1, "false": 0}.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
-def _labels_in_columns(columns: Sequence[str]) -> tuple[Read, int]:
+def _labels_in_columns(columns: Sequence[str]) -> Read:
     def read(row: tuple[Any, ...]) -> Found:
         values = [number_in(_word(value)) for value in row]
         if NO_VALUE in values:
             return NO_VALUE
         if None in values:
             return None
-        return _ordered({c: _share(v) for c, v in zip(columns, values, strict=True) if v is not None})
+        return in_order({c: share_in(v) for c, v in zip(columns, values, strict=True) if v is not None})
 
-    return read, len(columns)
-
-
-def _labels_in_one(reader: Reader, column: str) -> tuple[Read, int]:
-    """How the lists of a column are read, and the length of its vectors; 0 where they are lists of labels."""
-    as_text = is_text(reader.schema.field(column).type) or pa.types.is_null(reader.schema.field(column).type)
-    if not as_text and not holds_lists(reader, column):
-        raise DataError(
-            f"{reader.name}: label column {column!r} holds one value a row; expected lists of labels, or several "
-            "columns of 0 and 1 by --label-column a,b,c. For one label a row leave --problem-type out."
-        )
-    sign, lengths, are_shares = _sign_of_text(reader, column) if as_text else None, set(), True
-    for _, table in _tables(reader, [column]):
-        for value in table.column(0).to_pylist():
-            try:
-                members = _members(value, sign)
-            except _Unfit:  # refused with its row when it is decoded
-                continue
-            if members is not None:
-                lengths.add(len(members))
-                are_shares &= all(isinstance(v, (bool, int, float)) and 0 <= v <= 1 for v in members)
-    width = lengths.pop() if are_shares and len(lengths) == 1 and min(lengths) > 1 else 0
-
-    def read(row: tuple[Any, ...]) -> Found:
-        members = _members(row[0], sign)
-        if members is None:
-            return None
-        if width:
-            return _ordered({label: _share(value) for label, value in enumerate(members)})
-        return _ordered(dict.fromkeys(map(_label, members), 1))
-
-    return read, width
-
-
-def _members(value: Any, sign: str | None) -> list[Any] | None:
-    """The members of a row's list; None where there is no list.
-
-    Raises:
-        _Unfit: It cannot be read as a list.
-    """
-    if not isinstance(value, str):
-        return None if value is None else list(value)
-    text = value.strip()
-    if not text:
-        return None
-    if text[0] != "[":
-        return [part.strip() for part in (text.split(sign) if sign else [text]) if part.strip()]
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            members = parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(members, list):
-            return members
-    raise _Unfit(f'{_shown(value)}; expected a list of labels, such as ["a", "b"].')
-
-
-def _label(member: Any) -> Label:
-    if isinstance(member, str) and member.strip():
-        return member.strip()
-    if isinstance(member, float) and member.is_integer():
-        return int(member)
-    if isinstance(member, int) and not isinstance(member, bool) and member >= 0:
-        return member
-    raise _Unfit(f"{_shown(member)} in a list of labels; expected names, or numbers from 0.")
-
-
-def _sign_of_text(reader: Reader, column: str) -> str | None:
-    """What parts the labels in the cells of a text column; None where each cell is a list, or one label.
-
-    Raises:
-        DataError: More than one sign may be it.
-    """
-    found: set[str] = set()
-    for _, table in _tables(reader, [column]):
-        for value in table.column(0).to_pylist():
-            if isinstance(value, str) and not value.strip().startswith("["):
-                found.update(sign for sign in SIGNS if sign in value)
-    if len(found) > 1:
-        raise DataError(
-            f"{reader.name}: label column {column!r} holds {' and '.join(sorted(found))}, of which either may part the "
-            'labels of a row. Write lists (["a", "b"]), or a column of 0 and 1 for each label (--label-column a,b).'
-        )
-    return found.pop() if found else None
+    return read
