@@ -19,11 +19,12 @@ import numpy.typing as npt
 
 from forebear.errors import DataError, InputError
 from forebear.indexer.rows.files.file_formats import listed
-from forebear.indexer.rows.row_format import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from forebear.indexer.rows.row_format import REGRESSION, SINGLE_LABEL
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.targets.label_column import MAX_CLASSES
 from forebear.indexer.rows.targets.label_lists import Label
 from forebear.indexer.rows.targets.label_names import NUMBER, are_unnamed, key_of
+from forebear.indexer.rows.targets.reading import other_kind
 from forebear.indexer.rows.targets.target_map import TargetMap, names_of_outputs, target_map
 from forebear.wording import worded
 
@@ -149,7 +150,8 @@ def label_map(
         DataError: The names do not match, or a label that occurs has no class; the line names its row.
     """
     _check_mode(mode)
-    _check_problem_type(source, problem_type)
+    if source.label_columns and source.problem_type != problem_type:
+        raise other_kind(source.name, source.label_columns, source.problem_type, problem_type)
     if problem_type != SINGLE_LABEL:
         _refuse_mode(mode)
         return target_map(source, model_names, partial=partial)
@@ -330,20 +332,3 @@ def _check_mode(mode: str | None) -> None:
 def _refuse_mode(mode: str | None) -> None:
     if mode is not None:
         raise DataError(f"--labels {mode} is for one label a row. Leave the option out.")
-
-
-_TARGETS = {SINGLE_LABEL: "one label a row", MULTI_LABEL: "several labels a row", REGRESSION: "numbers"}
-
-
-def _check_problem_type(source: RowSource, problem_type: str) -> None:
-    """Refuse rows whose targets are not what the model takes.
-
-    Raises:
-        DataError: As said, with what to do.
-    """
-    if source.label_columns and source.problem_type != problem_type:
-        raise DataError(
-            f"{source.name} has {_TARGETS[source.problem_type]} ({listed(source.label_columns)}), the model was "
-            f"trained on {_TARGETS[problem_type]} (problem_type {problem_type}). Name other columns with "
-            "--label-column; or, if the model was trained on such rows, correct the problem_type in its config.json."
-        )

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from forebear.errors import DataError
 from forebear.indexer.rows.columns import PAIRS, find_label_columns, find_text_columns, said
 from forebear.indexer.rows.files.file_formats import (
@@ -163,7 +161,7 @@ def rows_from_texts(
 
 def _plain(label: Any) -> Any:
     """A label in memory as JSON has it."""
-    if isinstance(label, (np.generic, np.ndarray)):
+    if hasattr(label, "tolist"):  # numpy's and torch's
         return label.tolist()
     if isinstance(label, (list, tuple, set, frozenset)):
         members = [_plain(member) for member in label]
@@ -198,6 +196,7 @@ def _make_source(
     labels, names, are_remembered = read_targets(
         reader, texts[0], found, label_names=label_names, recorded=beside.get("label_names"), like=like,
         problem_type=problem_type, need_labels=need_labels, unlabelled=unlabelled, classes=classes,
+        is_named=label_column is not None or like.label_column is not None,
     )  # fmt: skip
     drops = unlabelled == "drop" or (unlabelled == DROP_MARKED and need_labels)
     drops = drops and bool(labels.columns) and labels.n_unlabelled > 0

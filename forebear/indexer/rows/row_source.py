@@ -170,7 +170,9 @@ class RowSource:
 
         Passes over the texts once.
         """
-        scan, lines = self._label_scan, []
+        scan, lines = self._label_scan, list[str]()
+        if scan.unread is not None:
+            lines.append(f"{self.name}: {scan.unread}")
         if self.n_dropped:
             marks = f" ({' and '.join(map(repr, self.marks))})" if self.marks else ""
             lines.append(

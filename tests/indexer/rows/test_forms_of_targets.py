@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny import make_tiny_model, sentences, write_jsonl
 
 from forebear.cli.main import run
@@ -202,3 +203,105 @@ def test_columns_that_differ_in_case_alone_are_no_two_outputs(tmp_path):
         source = open_rows(flags(tmp_path, values), label_column=["toxic", "Toxic"], problem_type=kind)
         with pytest.raises(DataError, match="two differ in case, hyphens or spaces alone"):
             classes_for(source)
+
+
+@pytest.fixture(scope="module")
+def indexes(labels_model: Path, numbers_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An index of several labels, of numbers, and of one label a row."""
+    folder = tmp_path_factory.mktemp("indexes")
+    one_label = model_of(folder / "model", ("no", "yes"), None)
+    rows: list[tuple[str, Path, Any]] = [
+        ("labels", labels_model, VECTORS), ("numbers", numbers_model, np.ones((12, 2))), ("one", one_label, [0, 1] * 6)
+    ]  # fmt: skip
+    for name, model, targets in rows:
+        Index.build(model, TEXTS, folder / name, targets, warn=lambda _line: None)
+    return {name: folder / name for name, _, _ in rows}
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("labels", list(range(12))), ("labels", [0.5, 1.5] * 6), ("labels", [[0, 1], [5, 5]] * 6),
+        ("numbers", ["good", "bad"] * 6), ("numbers", [["good"]] * 12), ("one", [["yes"], []] * 6),
+        ("one", [0.25, 0.5] * 6),
+    ],
+)  # fmt: skip
+def test_a_question_that_needs_no_labels_is_answered_whatever_they_are(name, targets, indexes, tmp_path, capsys):
+    test = write_jsonl(tmp_path / "test.jsonl", text=TEXTS, label=targets)
+    call = ["retrieve", "--index", str(indexes[name]), "--test", str(test), "--method", "gd"]
+    assert run([*call, "--target", "gold"]) == 2
+    capsys.readouterr()
+    assert run(call) == 0
+    assert "its labels are not read, theirs stays empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_one_column_of_0_and_1_is_one_label(suffix, tmp_path, capsys):
+    values = [row % 2 for row in range(12)]
+    rows = tmp_path / f"rows.{suffix}"
+    if suffix == "csv":
+        rows.write_text("text,toxic\n" + "".join(f"{t},{v}\n" for t, v in zip(TEXTS, values, strict=True)))
+    else:
+        write_jsonl(rows, text=TEXTS, toxic=values)
+    call = ["train", "--data", str(rows), "--label-column", "toxic", "--problem-type", "multi-label", "--epochs", "1"]
+    call += ["--model", str(make_tiny_model(tmp_path / "model")), "--out", str(tmp_path / "run"), "--precision", "fp32"]
+    assert run(call) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["label_names"] == ["toxic"]
+    assert index_call(tmp_path / "run", rows, tmp_path / "index") == 0
+    assert Index.open(tmp_path / "index").labels[:, 0].tolist() == values
+    capsys.readouterr()
+    assert run(["retrieve", "--index", str(tmp_path / "index"), "--test", str(rows), "--target", "gold"]) == 0
+
+
+def test_one_column_of_several_labels_is_not_all_of_them(labels_model, tmp_path, capsys):
+    rows = flags(tmp_path, {"toxic": [0, 1] * 6})
+    assert index_call(labels_model, rows, tmp_path / "index", "--label-column", "toxic") == 2
+    assert "missing rude, dull, surplus none" in capsys.readouterr().err
+
+
+def test_lists_written_as_text_are_no_classes(indexes, tmp_path, capsys):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "".join(f"{text},\"['yes', 'no']\"\n{text} a,['no']\n" for text in TEXTS[:6]))
+    call = ["train", "--data", str(rows), "--model", str(make_tiny_model(tmp_path / "model")), "--epochs", "1"]
+    call += ["--precision", "fp32", "--out", str(tmp_path / "run")]
+    assert run(call) == 2
+    said = capsys.readouterr().err
+    assert "holds text that reads as lists, such as" in said
+    assert "--problem-type multi-label" in said
+    assert run([*call, "--problem-type", "single-label"]) == 0
+    assert index_call(tmp_path / "run", rows, tmp_path / "index") == 0  # these are its classes
+    capsys.readouterr()
+    assert index_call(indexes["one"].parent / "model", rows, tmp_path / "other") == 2
+    assert "correct the problem_type in its config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["columns", "lists", "values"])
+def test_a_model_whose_config_says_another_type_is_named_as_the_cause(layout, labels_model, tmp_path, capsys):
+    model, options = labels_model, []
+    if layout == "columns":
+        model, options = model_of(tmp_path / "model", NAMES, None), ["--label-column", "toxic,rude,dull"]
+        rows = flags(tmp_path, {name: [vector[i] for vector in VECTORS] for i, name in enumerate(NAMES)})
+    elif layout == "lists":
+        model = model_of(tmp_path / "model", NAMES, None)
+        rows = write_jsonl(tmp_path / "rows.jsonl", text=TEXTS, label=VECTORS)
+    else:
+        rows = write_jsonl(tmp_path / "rows.jsonl", text=TEXTS, label=[0, 1, 2] * 4)
+    assert index_call(model, rows, tmp_path / "index", *options) == 2
+    assert "correct the problem_type in its config.json" in capsys.readouterr().err
+
+
+def test_arrays_and_tensors_of_numbers_go_by_the_order_of_outputs(numbers_model, tmp_path):
+    values = np.arange(24, dtype=float).reshape(12, 2)
+    one = model_of(tmp_path / "model", ("stars",), REGRESSION)
+    for number, given in enumerate([values, torch.from_numpy(values), values.tolist()]):
+        index = Index.build(numbers_model, TEXTS, tmp_path / f"two-{number}", given, warn=lambda _line: None)
+        np.testing.assert_array_equal(index.labels, values)
+    for number, given in enumerate([values[:, :1], torch.from_numpy(values[:, 0])]):
+        index = Index.build(one, TEXTS, tmp_path / f"one-{number}", given, warn=lambda _line: None)
+        np.testing.assert_array_equal(index.labels, values[:, :1])
+    source = rows_from_texts(TEXTS, torch.tensor(VECTORS), classes=NAMES)
+    np.testing.assert_array_equal(mapped(source), VECTORS)
+    classes = rows_from_texts(TEXTS, torch.arange(12) % 3)
+    assert classes.label_values == (0, 1, 2)
+    with pytest.raises(DataError, match=r"in row 1 \(from 0\), \[1.0\]; expected a list of 2 numbers"):
+        rows_from_texts(TEXTS[:2], [[1.0, 2.0], [1.0]], problem_type=REGRESSION)

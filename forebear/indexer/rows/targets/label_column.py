@@ -54,6 +54,7 @@ class LabelColumn:
         n_rows_with: In how many rows each value occurs.
         first_unlabelled: The first row without a label; None where all have one.
         marks: Labels that were taken out, since they mean "no label", as they are spelled.
+        unread: Why the labels of a source, which are not needed, are not read; None where they are, or there are none.
     """
 
     column: str | None
@@ -64,6 +65,7 @@ class LabelColumn:
     n_rows_with: dict[Any, int] = field(default_factory=dict)
     first_unlabelled: int | None = None
     marks: list[Label] = field(default_factory=list)
+    unread: str | None = None
 
     problem_type: ClassVar[str] = SINGLE_LABEL
     form: ClassVar[None] = None  # there are no lists
@@ -195,8 +197,6 @@ def check_labels(
         DataError: Labels of unlike kinds, labels that the names do not reach, names that repeat; labels are needed and
             some row has none, unless such rows are left out and two different labels stay.
     """
-    if unlabelled not in UNLABELLED:
-        raise DataError(f"--unlabelled {unlabelled}: expected {', '.join(UNLABELLED)}.")
     if names is not None and len(set(names)) < len(names):
         raise DataError(f"{name}: the label names {listed(names)} repeat a name; expected one name a class.")
     if labels.column is None:

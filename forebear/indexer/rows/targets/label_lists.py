@@ -65,11 +65,11 @@ def number_in(value: Any) -> float | None:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise Unfit(f"{_shown(value)}; expected a number.") from None
+        raise Unfit(f"{shown(value)}; expected a number.") from None
     if math.isnan(number):
         return None
     if not abs(number) <= LARGEST_NUMBER:
-        raise Unfit(f"{_shown(value)}; expected a number up to {LARGEST_NUMBER:g}, since losses are its squares.")
+        raise Unfit(f"{shown(value)}; expected a number up to {LARGEST_NUMBER:g}, since losses are its squares.")
     return number
 
 
@@ -182,9 +182,9 @@ def form_of(where: str, lists: Iterable[list[Any]], form: str | None, n_labels: 
 def _vector(members: list[Any], width: int) -> dict[Label, float]:
     expected = f"expected a vector of {width} numbers, a 0, 1 or share for each label, as in other rows."
     if len(members) != width or not all(isinstance(member, (bool, int, float)) for member in members):
-        raise Unfit(f"{_shown(members)}; {expected}")
+        raise Unfit(f"{shown(members)}; {expected}")
     if not all(0 <= member <= 1 for member in members):
-        raise Unfit(f"{_shown(members)}; {expected}")
+        raise Unfit(f"{shown(members)}; {expected}")
     return in_order({label: share_in(value) for label, value in enumerate(members)})
 
 
@@ -193,7 +193,7 @@ def _labels(members: list[Any]) -> dict[Label, float]:
     repeated = [label for label, n in Counter(labels).items() if n > 1 and isinstance(label, int)]
     if repeated:
         raise Unfit(
-            f"{_shown(members)}, which repeats {repeated[0]}; the column is read as lists of numbers of labels, not as "
+            f"{shown(members)}, which repeats {repeated[0]}; the column is read as lists of numbers of labels, not as "
             'vectors of 0 and 1. Mend the row, or write the labels by name (["a", "b"]).'
         )
     return in_order(dict.fromkeys(labels, 1))
@@ -219,7 +219,7 @@ def members_of(value: Any, sign: str | None = None) -> list[Any] | None:
             continue
         if isinstance(members, list):
             return members
-    raise Unfit(f'{_shown(value)}; expected a list of labels, such as ["a", "b"].')
+    raise Unfit(f'{shown(value)}; expected a list of labels, such as ["a", "b"].')
 
 
 def _label(member: Any) -> Label:
@@ -229,7 +229,7 @@ def _label(member: Any) -> Label:
         return int(member)
     if isinstance(member, int) and not isinstance(member, bool) and member >= 0:
         return member
-    raise Unfit(f"{_shown(member)} in a list of labels; expected names, or numbers from 0.")
+    raise Unfit(f"{shown(member)} in a list of labels; expected names, or numbers from 0.")
 
 
 def _sign_of_text(reader: Reader, column: str) -> str | None:
@@ -251,6 +251,7 @@ def _sign_of_text(reader: Reader, column: str) -> str | None:
     return found.pop() if found else None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for a message, its beginning where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + " ..."

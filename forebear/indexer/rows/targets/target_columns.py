@@ -3,8 +3,8 @@
 **Several labels a row.** What a row has is a dictionary from label to value: 1, or a share between 0 and 1; labels that
 it does not have are left out. It is read from
 
-- several columns, one a label, of 0 and 1 (also true and false, or shares), which ``--label-column`` names; a -1 in
-  one, which data sets write where a row was not judged, is no value;
+- columns, one a label, of 0 and 1 (also true and false, or shares), which ``--label-column`` names; a -1 in one, which
+  data sets write where a row was not judged, is no value;
 - a column of lists: of names or of numbers of labels; or of vectors, one 0 or 1 (or share) a label; which of them is
   decided in :mod:`~.label_lists`, and remembered;
 - a column of text, each cell a list as JSON or Python writes one; or labels parted by the one of ``;``, ``|`` and ``,``
@@ -12,14 +12,14 @@ it does not have are left out. It is read from
 
 An empty list says that a row has none of the labels. An empty cell of text says nothing: it is a missing target.
 
-**Numbers.** One column is one number a row; several columns are as many.
+**Numbers.** One column is one number a row; several columns are as many, and so are lists of numbers in one column.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
@@ -34,8 +34,10 @@ from forebear.indexer.rows.targets.label_lists import (
     holds_lists,
     in_order,
     labels_in_lists,
+    members_of,
     number_in,
     share_in,
+    shown,
     tables_of,
 )
 
@@ -76,6 +78,13 @@ class TargetColumns:
     first_unlabelled: int | None = None
     marks: tuple[Label, ...] = ()
 
+    unread: ClassVar[None] = None
+
+    @property
+    def are_labels(self) -> bool:
+        """Whether each column holds 0 and 1 of the label of its name."""
+        return self.problem_type == MULTI_LABEL and self.form is None
+
     @property
     def column(self) -> str | None:
         """The columns, as ``--label-column`` takes them."""
@@ -91,7 +100,13 @@ class TargetColumns:
 
 
 def scan_targets(
-    reader: Reader, columns: Sequence[str], problem_type: str, *, form: str | None = None, n_labels: int | None = None
+    reader: Reader,
+    columns: Sequence[str],
+    problem_type: str,
+    *,
+    form: str | None = None,
+    n_labels: int | None = None,
+    is_one_label: bool = False,
 ) -> TargetColumns:
     """Pass over the label columns: how they hold targets, which labels occur, and where targets are missing.
 
@@ -101,14 +116,16 @@ def scan_targets(
         problem_type: ``MULTI_LABEL`` or ``REGRESSION``.
         form: Of lists of labels, ``vectors`` or ``numbers`` where it is remembered.
         n_labels: How many labels there are, where it is known.
+        is_one_label: The one column holds 0 and 1 of the label of its name.
 
     Raises:
         DataError: A value is no target of this kind; the row is named.
     """
+    found = None
     if problem_type == REGRESSION:
-        read, width, found = _numbers_of(reader, columns), len(columns), None
-    elif len(columns) > 1:
-        read, width, found = _labels_in_columns(columns), len(columns), None
+        read, width = _numbers_of(reader, columns)
+    elif len(columns) > 1 or is_one_label:
+        read, width = _labels_in_columns(columns), len(columns)
     else:
         read, width, found = labels_in_lists(reader, columns[0], form, n_labels)
 
@@ -124,7 +141,7 @@ def scan_targets(
         return out
 
     scan = TargetColumns(problem_type, tuple(columns), 0, decode, width, found)
-    if len(columns) > 1 and problem_type == MULTI_LABEL:
+    if scan.are_labels:
         scan.n_rows_with = dict.fromkeys(columns, 0)
     for start, table in tables_of(reader, columns):
         for row, target in enumerate(decode(table, start), start):
@@ -179,8 +196,7 @@ def names_of_targets(
     Raises:
         DataError: There are not as many names as labels.
     """
-    are_names = scan.form is None and (len(scan.columns) > 1 or (scan.columns and scan.problem_type == MULTI_LABEL))
-    names = scan.columns if are_names else given
+    names = scan.columns if len(scan.columns) > 1 or (scan.columns and scan.are_labels) else given
     if names is None and like.label_names and any(isinstance(label, int) for label in scan.first_rows):
         names = like.label_names
     highest = max((label for label in scan.first_rows if isinstance(label, int)), default=-1)
@@ -193,24 +209,61 @@ def names_of_targets(
     return names
 
 
-def _numbers_of(reader: Reader, columns: Sequence[str]) -> Read:
-    for column in columns:
-        if holds_lists(reader, column):
-            raise DataError(
-                f"{reader.name}: label column {column!r} holds lists; a regression takes a number a row, or several "
-                "columns of numbers. Name them with --label-column."
-            )
+def _numbers_of(reader: Reader, columns: Sequence[str]) -> tuple[Read, int]:
+    """How a row's numbers are read, one a column or a list of them in one column; and how many a row has.
+
+    Raises:
+        DataError: Several columns, and lists in one of them.
+    """
+    lists = [column for column in columns if holds_lists(reader, column)]
+    if lists and len(columns) > 1:
+        raise DataError(
+            f"{reader.name}: label column {lists[0]!r} holds lists; a regression takes several columns of numbers, or "
+            "one column of lists. Name them with --label-column."
+        )
+    width = _first_length(reader, columns[0]) if lists else len(columns)
 
     def read(row: tuple[Any, ...]) -> Found:
-        numbers = [number_in(value) for value in row]
+        members = members_of(row[0]) if lists else list(row)
+        if members is None:
+            return None
+        if len(members) != width:
+            raise Unfit(f"{shown(members)}; expected a list of {width} numbers, as in the first row.")
+        numbers = [number_in(value) for value in members]
         return None if None in numbers else [number for number in numbers if number is not None]
 
-    return read
+    return read, width
+
+
+def _first_length(reader: Reader, column: str) -> int:
+    """The length of the first list of a column; 1 where there is none."""
+    for _, table in tables_of(reader, [column]):
+        for value in table.column(0).to_pylist():
+            if value is not None:
+                return len(members_of(value) or [None])
+    return 1
 
 
 def _word(value: Any) -> Any:
     """``true`` and ``false`` as files of text spell them."""
     return {"true": 1, "false": 0}.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
+def holds_shares(reader: Reader, column: str) -> bool:
+    """Whether a column holds 0, 1 (true, false), shares between them and -1 alone, so that it may be of one label."""
+    found = False
+    if holds_lists(reader, column):
+        return False
+    for _, table in tables_of(reader, [column]):
+        for value in table.column(0).unique().to_pylist():
+            try:
+                number = number_in(_word(value))
+            except Unfit:
+                return False
+            found |= number is not None
+            if number is not None and number != NO_VALUE and not 0 <= number <= 1:
+                return False
+    return found
 
 
 def _labels_in_columns(columns: Sequence[str]) -> Read:

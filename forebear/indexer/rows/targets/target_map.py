@@ -212,6 +212,8 @@ def names_of_outputs(source: RowSource) -> tuple[str, ...]:
     if source.label_names:
         _refuse_repeated(source.label_names, source.name)
         return source.label_names
+    if source.problem_type == REGRESSION:
+        return tuple(str(number) for number in range(source.n_labels))
     numbers = [label for label in source.label_values if isinstance(label, int)]
     if numbers and len(numbers) < len(source.label_values):
         raise DataError(
