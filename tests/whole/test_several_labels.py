@@ -248,6 +248,7 @@ def test_one_label_is_the_model_of_that_label_alone(labels_case):
         assert error(case.retriever.scores(QUERIES, "gd", scope="top-1", **asked), truth) < 1e-5
     table = case.retriever.retrieve(QUERIES[:1], target="label:good", top=2)
     assert set(table["target"].to_pylist()) == {"good" if case.predicted[0, 2] > 0 else "not good"}
+    assert table.equals(case.retriever.retrieve(QUERIES[:1], target="LABEL:GOOD", top=2))
 
 
 def test_leaving_a_row_out_of_ridge_regression_is_told_by_influence(numbers_case):
@@ -389,7 +390,7 @@ def test_of_one_label_a_row_label_name_is_the_name():
 
     assert chosen("predicted") == [4, 0]
     assert chosen("gold") == [1, 1]
-    for target, wanted in (("label:predicted", 0), ("label:gold", 1), ("label:x", 2), ("x", 3), ("label:Y", 4)):
+    for target, wanted in (("label:predicted", 0), ("label:gold", 1), ("label:x", 2), ("x", 3), ("LABEL:Y", 4)):
         assert chosen(target) == [wanted, wanted]
     with pytest.raises(InputError, match="expected predicted, gold, or one of predicted, gold, label:x, x, y"):
         chosen("label:z")

@@ -27,7 +27,7 @@ from forebear.indexer.building.shards import (
     split_rows,
 )
 from forebear.indexer.index import Index
-from forebear.indexer.rows.labels import label_map
+from forebear.indexer.rows.labels import label_map, refuse_other_form
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.user_columns import check_columns
 from forebear.indexer.spans.finders import check_same_finder
@@ -106,6 +106,7 @@ def append_rows(
         checkpoints = checkpoints_now(index, model)
         classifier = load_checked(checkpoints[-1], old.spec, device)
         check_same_finder(old.spec.spans, old.spec.spans_sha256, folder)
+        refuse_other_form(source, old.row_format)
         labels = label_map(source, classifier.label_names, old.spec.label_mode, problem_type=old.spec.problem_type)
         work.warn(labels.warning)
         if lacking is not None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from forebear.errors import DataError, InputError
 from forebear.indexer.rows.files.file_formats import listed
-from forebear.indexer.rows.row_format import REGRESSION, SINGLE_LABEL
+from forebear.indexer.rows.row_format import REGRESSION, SINGLE_LABEL, RowFormat
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.targets.label_column import MAX_CLASSES
 from forebear.indexer.rows.targets.label_lists import Label
@@ -178,6 +178,20 @@ def label_map(
         if not partial:
             mapping.refuse_unknown()
     return mapping
+
+
+def refuse_other_form(source: RowSource, like: RowFormat) -> None:
+    """Refuse rows, opened without a look at the index, whose lists of numbers are read otherwise than the index's.
+
+    Raises:
+        DataError: One holds vectors of 0 and 1, the other numbers of labels.
+    """
+    form = source.format(source.name).label_lists
+    if form is not None and like.label_lists not in (None, form):
+        raise DataError(
+            f"{source.name}: label column {listed(source.label_columns)} is read as lists of {form}, those of "
+            f'{like.owner} are {like.label_lists}. Give {like.label_lists}, or write the labels by name (["a", "b"]).'
+        )
 
 
 def _match(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from forebear.errors import DataError, MismatchError
 from forebear.indexer.index import Index
-from forebear.indexer.rows.labels import LabelMap, label_map
+from forebear.indexer.rows.labels import LabelMap, label_map, refuse_other_form
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.targets.target_map import TargetMap
 from forebear.progress import tell_warning
@@ -34,6 +34,7 @@ def query_labels(index: Index, source: RowSource, *, required: bool) -> LabelMap
         return None
     try:
         spec = index.manifest.spec
+        refuse_other_form(source, index.manifest.row_format)
         return label_map(
             source, spec.label_names, spec.label_mode, partial=not required, problem_type=spec.problem_type
         )

@@ -39,12 +39,18 @@ def choose_targets(
             raise InputError("--target gold needs labels in the test file. Name their column by --label-column.")
         return labels
     if predictions.ndim == 1:
-        name = target if target in names else target.removeprefix(LABEL)
+        name = target if target in names else _without_prefix(target) or target
         return np.full(len(predictions), _output(name, names, "NAME", target))
-    if not target.startswith(LABEL):
+    single = _without_prefix(target)
+    if single is None:
         raise InputError(f"--target {target!r}: expected predicted, gold, or {LABEL}NAME of {listed(names)}.")
-    output, targets = _output(target.removeprefix(LABEL), names, f"{LABEL}NAME", target), loss.targets_of(predictions)
+    output, targets = _output(single, names, f"{LABEL}NAME", target), loss.targets_of(predictions)
     return np.where(np.arange(len(names)) == output, targets, np.nan)
+
+
+def _without_prefix(target: str) -> str | None:
+    """The name after ``label:``, whatever its case; None without it."""
+    return target[len(LABEL) :] if target.lower().startswith(LABEL) else None
 
 
 def _output(name: str, names: Sequence[str], form: str, target: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from tiny import make_tiny_model, sentences, write_jsonl
 
 from forebear.cli.main import run
 from forebear.errors import DataError
+from forebear.indexer.building.build import append_rows
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import classes_for, label_map
 from forebear.indexer.rows.opening import open_rows, rows_from_texts
 from forebear.indexer.rows.row_format import MULTI_LABEL, REGRESSION
+from forebear.retriever.retriever import Retriever
 
 NAMES = ("toxic", "rude", "dull")
 TEXTS = sentences(12, 3)
@@ -82,6 +85,10 @@ def test_an_index_remembers_whether_lists_are_vectors(built, others, labels_mode
     assert "in row 0 (from 0)" in capsys.readouterr().err
     assert run(["retrieve", "--index", str(out), "--test", str(more), "--target", "gold"]) == 2
     assert "in row 0 (from 0)" in capsys.readouterr().err
+    in_memory = rows_from_texts([f"{text} a" for text in TEXTS], others, classes=NAMES)
+    for ask in (partial(append_rows, out), partial(Retriever(out).scores, method="gd", target="gold")):
+        with pytest.raises(DataError, match=r"is read as lists of .*, those of the index are"):
+            ask(in_memory)
 
 
 def test_what_is_remembered_decides_lists_that_may_be_both(tmp_path):
@@ -107,7 +114,10 @@ def test_the_models_labels_say_what_lists_of_0_and_1_are():
     np.testing.assert_array_equal(mapped(three), [[1, 1, 0], [0, 1, 0]])
 
 
-@pytest.mark.parametrize(("lists", "names"), [([[0], [0, 1]], ("a", "b")), ([[0], []], ("a",)), ([[0], [1]], ())])
+@pytest.mark.parametrize(
+    ("lists", "names"),
+    [([[0], [0, 1]], ("a", "b")), ([["a"], [0, 1]], ("a", "b")), ([[0], []], ("a",)), ([[0], [1]], ())],
+)
 def test_where_nothing_decides_lists_are_refused(lists, names):
     with pytest.raises(DataError, match=r"may be vectors .* or numbers of labels.* Write the labels by name"):
         rows_from_texts(TEXTS[: len(lists)], lists, classes=names)
@@ -142,6 +152,15 @@ def test_columns_are_taken_by_name_in_any_order(tmp_path):
     np.testing.assert_array_equal(mapped(source), VECTORS)
     with pytest.raises(DataError, match="columns of labels have their own names"):
         open_rows(flags(tmp_path, values), label_column="dull,Toxic,rude", label_names=["a", "b", "c"])
+
+
+def test_label_names_that_are_not_the_models_are_named(labels_model, tmp_path, capsys):
+    rows = write_jsonl(tmp_path / "rows.jsonl", text=TEXTS, label=NUMBERS)
+    assert index_call(labels_model, rows, tmp_path / "index", "--label-names", "toxic,rude,z") == 2
+    assert "has the label 'z', which the model does not know" in capsys.readouterr().err
+    rows = write_jsonl(tmp_path / "rows.jsonl", text=TEXTS, label=VECTORS)
+    assert index_call(labels_model, rows, tmp_path / "index", "--label-names", "toxic,rude,z") == 2
+    assert "missing dull, surplus z" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("width", [2, 4])

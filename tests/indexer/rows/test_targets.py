@@ -183,7 +183,7 @@ def test_numbers_are_read_as_they_are(numbers: list[Any], tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("number", "said"),
     [
-        (None, r"gives no number in 1 of 2 rows, first in row 1 \(from 0\)"),
+        (None, r"gives no number in 1 of 2 rows, first in row 1 \(from 0\): null, NaN or empty\."),
         (float("nan"), r"gives no number in 1 of 2 rows, first in row 1 \(from 0\)"),
         (float("inf"), r"in row 1 \(from 0\), inf; expected a number up to 1e\+18"),
         (-1e25, r"in row 1 \(from 0\), -1e\+25; expected a number up to 1e\+18"),

@@ -169,9 +169,9 @@ def form_of(where: str, lists: Iterable[list[Any]], form: str | None, n_labels: 
         return form, (n_labels or common) if form == VECTORS else 0
     if vectors and vectors.total() >= n_named + n_above:
         return VECTORS, common
-    if n_named or n_above or vectors or (n_labels and n_labels not in others):
+    if n_above or vectors or (n_named and not n_labels) or (n_labels and n_labels not in others):
         return NUMBERS, 0
-    if not n_empty and others.keys() == {n_labels or 2}:
+    if not (n_empty or n_named) and others.keys() == {n_labels or 2}:
         return VECTORS, common
     raise DataError(
         f"{where} holds lists of 0 and 1 alone, which may be vectors (a 0 or 1 for each label) or numbers of labels; "

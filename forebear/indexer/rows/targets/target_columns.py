@@ -177,12 +177,12 @@ def check_targets(name: str, scan: TargetColumns, unlabelled: str, *, need_label
     """
     n_refused = {"drop": 0, "drop-marked": scan.n_unlabelled - scan.n_marked}.get(unlabelled, scan.n_unlabelled)
     if scan.n_unlabelled and need_labels and (n_refused or scan.n_unlabelled == scan.n_rows):
-        what = "number" if scan.problem_type == REGRESSION else "labels"
+        of_numbers = scan.problem_type == REGRESSION
+        what, mark = ("number", "null, NaN or empty") if of_numbers else ("labels", "null, NaN, empty or -1")
         raise DataError(
             f"{name}: label column {listed(scan.columns)} gives no {what} in {scan.n_unlabelled:,} of {scan.n_rows:,} "
-            f"rows, first in row {scan.first_unlabelled} (from 0): null, NaN, empty or -1. Leave those rows out by "
-            "--unlabelled drop, or fill them in"
-            + ("." if what == "number" else " (an empty list says: none of the labels).")
+            f"rows, first in row {scan.first_unlabelled} (from 0): {mark}. Leave those rows out by "
+            "--unlabelled drop, or fill them in" + ("." if of_numbers else " (an empty list says: none of the labels).")
         )
     if scan.n_unlabelled == scan.n_rows:
         scan.columns = ()
