@@ -65,6 +65,9 @@ def test_if_and_rif_equal_a_dense_solve(kind, tmp_path):
     scores = solved @ rows.T
     lengths = [np.sqrt((s * g).sum(axis=1)) for s, g in ((solved, asked), (solved_rows, rows))]
     choices = {"curvature": "cg", "damping": str(DAMPING), "curvature_rows": 0, "tolerance": 1e-6}
-    for method, truth in (("if", scores), ("rif", scores / np.outer(*lengths))):
+    truths = {"if": scores}
+    if scope != "adapter":  # whose many small layers take a minute: `rif` takes a solve a row
+        truths["rif"] = scores / np.outer(*lengths)
+    for method, truth in truths.items():
         found = Retriever(index).scores(QUERIES, method, scope=scope, target="LABEL_1", **choices)
         assert error(found, truth) <= 5e-4, method

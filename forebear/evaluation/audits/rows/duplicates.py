@@ -333,7 +333,7 @@ def _leak_tables(test: QueryRows, leaked: Sequence[Leak], retriever: Retriever) 
     labels, differs = index.label_texts(rows), np.zeros(len(rows), bool)
     if test.labels is not None:  # by the numbers, of which a text may show a part
         apart = test.labels[[leak.test_row for leak in leaked]] != index.labels[rows]
-        differs = apart.reshape(len(rows), -1).any(axis=1)
+        differs = apart.any(axis=tuple(range(1, apart.ndim)))
     counts: list[list[Cell]] = []
     for kind in KINDS:
         of_kind = [i for i, leak in enumerate(leaked) if leak.kind == kind]
