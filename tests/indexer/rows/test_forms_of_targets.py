@@ -270,6 +270,9 @@ def test_one_column_of_0_and_1_is_one_label(suffix, tmp_path, capsys):
     assert Index.open(tmp_path / "index").labels[:, 0].tolist() == values
     capsys.readouterr()
     assert run(["retrieve", "--index", str(tmp_path / "index"), "--test", str(rows), "--target", "gold"]) == 0
+    capsys.readouterr()
+    assert run([*call[:3], *call[5:], "--force"]) == 2  # found by its name, it may be the two classes of a row
+    assert "'toxic' holds one value a row" in capsys.readouterr().err
 
 
 def test_one_column_of_several_labels_is_not_all_of_them(labels_model, tmp_path, capsys):

@@ -106,10 +106,7 @@ def labels_in_lists(reader: Reader, column: str, form: str | None, n_labels: int
     """
     as_text = holds_text(reader, column)
     if not as_text and not holds_lists(reader, column):
-        raise DataError(
-            f"{reader.name}: label column {column!r} holds one value a row; expected lists of labels, or columns of 0 "
-            "and 1 named by --label-column a,b,c. For one label a row leave --problem-type out."
-        )
+        raise one_value(reader, column)
     sign = _sign_of_text(reader, column) if as_text else None
 
     def lists() -> Iterator[list[Any]]:
@@ -131,6 +128,14 @@ def labels_in_lists(reader: Reader, column: str, form: str | None, n_labels: int
         return _vector(members, width) if found == VECTORS else _labels(members)
 
     return read, width, found
+
+
+def one_value(reader: Reader, column: str) -> DataError:
+    """The error of a column that holds no lists."""
+    return DataError(
+        f"{reader.name}: label column {column!r} holds one value a row; expected lists of labels, or columns of 0 and "
+        "1, each of the label of its name, by --label-column a,b,c. For one label a row leave --problem-type out."
+    )
 
 
 def form_of(where: str, lists: Iterable[list[Any]], form: str | None, n_labels: int | None) -> tuple[str, int]:

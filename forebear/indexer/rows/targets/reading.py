@@ -16,7 +16,7 @@ from forebear.indexer.rows.targets.label_column import (
     names_of_numbers,
     scan_labels,
 )
-from forebear.indexer.rows.targets.label_lists import Label, holds_lists, holds_text
+from forebear.indexer.rows.targets.label_lists import Label, holds_lists, holds_text, one_value
 from forebear.indexer.rows.targets.label_names import are_same, key_of
 from forebear.indexer.rows.targets.target_columns import (
     TargetColumns,
@@ -103,11 +103,14 @@ def _read(
     if columns and kind != SINGLE_LABEL:
         of_feature = class_label_names(reader.schema, columns[0])
         given = label_names or of_feature or recorded
+        of_shares = kind == MULTI_LABEL and len(columns) == 1 and holds_shares(reader, columns[0])
+        if of_shares and not is_named and not classes:  # not two labels called 0 and 1
+            raise one_value(reader, columns[0])
         fits = len(classes) < 2 or key_of(columns[0]) in map(key_of, classes)
         targets = scan_targets(
             reader, columns, kind, form=NUMBERS if of_feature else like.label_lists,
             n_labels=len(classes or given or like.label_names or ()) or None,
-            is_one_label=len(columns) == 1 and is_named and fits and holds_shares(reader, columns[0]),
+            is_one_label=of_shares and is_named and fits,
         )  # fmt: skip
         _refuse_no_rows(reader, targets.n_rows)
         check_targets(reader.name, targets, unlabelled, need_labels=need_labels)
