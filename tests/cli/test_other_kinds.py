@@ -36,13 +36,13 @@ def test_targets_of_another_kind_than_the_models_are_named(tmp_path, capsys):
     single = model_of(tmp_path / "single", 2, None)
     build = ("index", "--model")
     line = refused(capsys, tmp_path / "out", *build, single, "--train", lists)
-    assert "A row has one label here, not several" in line
+    assert "has several labels a row (label), the model was trained on one label a row" in line
     line = refused(capsys, tmp_path / "out", *build, single, "--train", numbers)
     assert "Numbers that are measured are no classes" in line
     assert "--problem-type regression" in line
     several = model_of(tmp_path / "several", 2, "multi_label_classification")
     line = refused(capsys, tmp_path / "out", *build, several, "--train", numbers)
-    assert "holds one value a row; expected lists of labels" in line
+    assert "has one label a row (label), the model was trained on several labels a row" in line
     number = model_of(tmp_path / "number", 1, None)  # one output is a regression, as transformers has it
     line = refused(capsys, tmp_path / "out", *build, number, "--train", names)
     assert "in row 0 (from 0), 'x'; expected a number" in line
