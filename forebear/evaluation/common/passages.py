@@ -21,6 +21,11 @@ def row_columns(index: Index, rows: npt.ArrayLike) -> dict[str, list[Cell]]:
     return {f"column: {name}": cells for name, cells in _cells(index, rows).items()}
 
 
+def row_cells(index: Index, rows: np.ndarray) -> dict[str, list[Cell]]:
+    """The same, and the texts of the rows by ``text: NAME``."""
+    return row_columns(index, rows) | {f"text: {name}": of.to_pylist() for name, of in index.texts(rows).items()}
+
+
 def _cells(index: Index, rows: npt.ArrayLike) -> dict[str, list[Cell]]:
     """The same by the names that results give them."""
     names, table = user_columns(index), index.columns(rows)

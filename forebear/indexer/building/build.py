@@ -8,7 +8,6 @@ of an index are in :mod:`~forebear.indexer.building.change` (rows added and reti
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -43,7 +42,7 @@ from forebear.indexer.storage.journal import (
 )
 from forebear.indexer.storage.layout import LOCK_NAME, MANIFEST_NAME
 from forebear.indexer.storage.locks import check_free, exclusive
-from forebear.indexer.storage.manifest import Manifest, canonical_json, library_versions
+from forebear.indexer.storage.manifest import Manifest, library_versions
 from forebear.indexer.training.in_memory import saved_beside
 from forebear.indexer.training.run import CheckpointPath, ColumnKeywords, ModelChoice, choose_model, path_from
 from forebear.progress import python_warning
@@ -185,8 +184,7 @@ def _build(
             return index
     rows_of_build = segment.rows | {"keep_columns": list(columns) or None}
     build = {"kind": "build", "segment": rows_of_build, "checkpoints": [c.name for c in listed]}
-    found = json.loads(canonical_json(asdict(checked.rounded)))  # in the order in which a journal gives it back
-    spec, self_check = begin_build(folder, build, spec, found, replaces=replaces)
+    spec, self_check = begin_build(folder, build, spec, asdict(checked.rounded), replaces=replaces)
     n_queries = options.calibration_queries if spec.sketched_scopes else None
     manifest = Manifest(
         spec=spec,

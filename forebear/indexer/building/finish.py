@@ -24,7 +24,7 @@ from forebear.indexer.curvature.head import (
     mean_eigenvalue,
     refit_head,
 )
-from forebear.indexer.curvature.separate import SeparateHead, separate_hessian
+from forebear.indexer.curvature.separate import SeparateHead, mean_eigenvalue_of_blocks, separate_hessian
 from forebear.indexer.index import Index
 from forebear.indexer.losses.cross_entropy import CrossEntropy
 from forebear.indexer.losses.loss import Loss
@@ -267,13 +267,12 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
         starts = [start for start, _ in features.blocks()]
         live = np.split(index.live, np.searchsorted(index.live, starts[1:]))  # of each block of rows
         factors = (index.head.factors(rows) for rows in live)
-        of_outputs = separate_hessian if loss.is_separate else head_hessian
-        hessian = of_outputs(factors, features.width, n_classes, loss)
-        mean = (
-            np.einsum("khh->", hessian) / hessian[..., 0].size
-            if loss.is_separate
-            else mean_eigenvalue(hessian, n_classes, loss)
-        )
+        if loss.is_separate:
+            hessian = separate_hessian(factors, features.width, n_classes, loss)
+            mean = mean_eigenvalue_of_blocks(hessian)
+        else:
+            hessian = head_hessian(factors, features.width, n_classes, loss)
+            mean = mean_eigenvalue(hessian, n_classes, loss)
         stored = []
         for i, given in enumerate(spec.dampings):
             damping = absolute_damping(given, mean)

@@ -38,6 +38,11 @@ def separate_hessian(
     return total / max(n_rows, 1)
 
 
+def mean_eigenvalue_of_blocks(hessian: np.ndarray) -> float:
+    """Mean over all c h eigenvalues of H, from its diagonal blocks ``(c, h, h)``."""
+    return float(np.einsum("khh->", hessian) / hessian[..., 0].size)
+
+
 @dataclass(frozen=True)
 class SeparateHead(HeadInverse):
     """H + damping I over the head weight, factorised output by output; see :class:`HeadInverse`.

@@ -23,7 +23,7 @@ def check_loss_choices(class_weights: GivenWeights, label_smoothing: float) -> N
     """
     if not 0 <= label_smoothing < 1:
         raise InputError(f"--label-smoothing {label_smoothing}: expected a number from 0 up to, but below, 1.")
-    _numbers(class_weights)
+    numbers_of(class_weights)
 
 
 def weights_of_classes(
@@ -44,7 +44,7 @@ def weights_of_classes(
     Raises:
         InputError: There are not c of them, or ``balanced`` is asked for and a class has no rows.
     """
-    numbers = _numbers(given)
+    numbers = numbers_of(given)
     if numbers is None:
         if not n_rows.all():
             missing = ", ".join(class_names[i] for i in np.flatnonzero(n_rows == 0)[:3])
@@ -61,7 +61,7 @@ def weights_of_classes(
     return () if all(number == 1 for number in numbers) else numbers
 
 
-def _numbers(given: GivenWeights) -> tuple[float, ...] | None:
+def numbers_of(given: GivenWeights) -> tuple[float, ...] | None:
     """The numbers given; None for ``balanced``.
 
     Raises:

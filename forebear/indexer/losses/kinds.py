@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from forebear.errors import InputError
+from forebear.indexer.losses.choices import GivenWeights, numbers_of
 from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY, CrossEntropy
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.losses.sigmoid import SIGMOID
@@ -26,14 +27,13 @@ def loss_of(problem_type: str, class_weights: tuple[float, ...] = (), label_smoo
     return _LOSSES[problem_type]
 
 
-def check_one_label(problem_type: str, class_weights: Any, label_smoothing: float) -> None:
+def check_one_label(problem_type: str, class_weights: GivenWeights, label_smoothing: float) -> None:
     """Refuse class weights and label smoothing where a row has not one label.
 
     Raises:
-        InputError: As said.
+        InputError: As said, or weights mean nothing.
     """
-    given = class_weights not in ((), [], None, "", "none", ("none",), ["none"])
-    if problem_type != SINGLE_LABEL and (given or label_smoothing):
+    if problem_type != SINGLE_LABEL and ((given := numbers_of(class_weights) != ()) or label_smoothing):
         option = "--class-weights" if given else "--label-smoothing"
         rows = "of numbers (regression)" if problem_type == REGRESSION else "of several labels a row (multi-label)"
         raise InputError(f"{option} is for one label a row; this model is one {rows}. Leave the option out.")

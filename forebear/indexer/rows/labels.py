@@ -25,7 +25,7 @@ from forebear.indexer.rows.targets.label_column import MAX_CLASSES
 from forebear.indexer.rows.targets.label_lists import Label
 from forebear.indexer.rows.targets.label_names import NUMBER, are_unnamed, key_of
 from forebear.indexer.rows.targets.reading import other_kind
-from forebear.indexer.rows.targets.target_map import TargetMap, names_of_outputs, target_map
+from forebear.indexer.rows.targets.target_map import TargetMap, names_of_outputs, target_map, unknown_label
 from forebear.wording import worded
 
 BINARY_NLI = "binary-nli"
@@ -87,11 +87,7 @@ class LabelMap:
 
     def _problem(self, unknown: Sequence[Label]) -> str:
         n_rows = sum(self._source.n_rows_with(label) for label in unknown)
-        first = self._source.first_row_of(unknown[0])
-        return (
-            f"{self._source.name}: row {first} (from 0) has the label {unknown[0]!r}, which the model does not know "
-            f"(as {n_rows:,} of {self._source.n_rows:,} rows)"
-        )
+        return unknown_label(self._source, unknown[0], unknown[0], n_rows)
 
     def _reason(self, label: Label | None) -> str:
         if label is None:

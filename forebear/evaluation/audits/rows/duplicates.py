@@ -21,7 +21,7 @@ from scipy import sparse
 from forebear.errors import InputError
 from forebear.evaluation.audits.rows.near_words import WordSets, near_pairs, stacked, word_sets, words_of
 from forebear.evaluation.common.neighbours import nearest_rows
-from forebear.evaluation.common.passages import row_columns, row_passages
+from forebear.evaluation.common.passages import row_cells, row_columns, row_passages
 from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
 from forebear.indexer.index import Index
@@ -264,13 +264,13 @@ def duplicates_report(
         counts.append([kind, len(of_kind), rows, rows - len(of_kind), sum(g.conflict for g in of_kind)])
     lines: list[list[Cell]] = []
     for number, group in enumerate(groups[:top], start=1):
-        columns = row_columns(index, group.rows) | {name: c.to_pylist() for name, c in index.texts(group.rows).items()}
+        columns = row_cells(index, group.rows)
         labels = index.label_texts(group.rows)
         for i, row in enumerate(group.rows):
             cells: list[Cell] = [number, int(row), labels[i], group.conflict, group.kind]
             cells += [len(group.rows), group.weakest]
             lines.append([*cells, *(column[i] for column in columns.values())])
-    text_heads = [*row_columns(index, []), *(f"text: {name}" for name in index.manifest.spec.text_columns)]
+    text_heads = list(row_cells(index, np.empty(0, np.int64)))
     tables = [
         Table(
             "Duplicates by kind",

@@ -15,7 +15,7 @@ import numpy as np
 
 from forebear.errors import DataError, InputError
 from forebear.evaluation.common.comparisons import provenance, question_record
-from forebear.evaluation.common.passages import row_columns, row_passages
+from forebear.evaluation.common.passages import row_cells, row_passages
 from forebear.evaluation.reports.report import Cell, Group, Passage, Report, Table
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.row_source import RowSource
@@ -177,8 +177,7 @@ def errors_report(
     for i, group in enumerate(groups):
         for method, ends in answers.rankings.items():
             for side, ranking in zip(SIDES, ends, strict=True):
-                columns = row_columns(index, ranking.rows[i])
-                columns |= {name: c.to_pylist() for name, c in index.texts(ranking.rows[i]).items()}
+                columns = row_cells(index, ranking.rows[i])
                 for j, (row, score) in enumerate(zip(ranking.rows[i], ranking.scores[i], strict=True)):
                     score_a_mistake = float(score) / len(group.members)
                     cells: list[Cell] = [group.name, method, side, j + 1, int(row), float(score), score_a_mistake]
@@ -190,7 +189,7 @@ def errors_report(
     target = "predicted, wrong" if question.spec.target == "predicted" else question.spec.target
     ranked = Table(
         "Training rows behind the mistakes",
-        [*HEADS, *row_columns(index, []), *(f"text: {name}" for name in index.manifest.spec.text_columns)],
+        [*HEADS, *row_cells(index, np.empty(0, np.int64))],
         lines,
         f"Score: the sum over the group's mistakes; proponents support the {target} label. One search a group."
         + "".join(f" {note}" for note in signs.notes()),

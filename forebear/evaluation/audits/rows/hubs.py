@@ -17,7 +17,7 @@ from forebear.errors import InputError
 from forebear.evaluation.audits.rows.suspects import own_places
 from forebear.evaluation.common.comparisons import provenance
 from forebear.evaluation.common.inputs import Inputs
-from forebear.evaluation.common.passages import row_columns, row_passages
+from forebear.evaluation.common.passages import row_cells, row_passages
 from forebear.evaluation.common.queries import QueryRows, refuse_saliency, refuse_spans
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Report, Table
@@ -157,7 +157,6 @@ def hubs_report(counted: Hubs, inputs: Inputs, n_listed: int) -> tuple[Report, d
     summary_rows: list[list[Cell]] = []
     listed_rows: list[list[Cell]] = []
     groups = []
-    texts_of = retriever.index.texts
     for name, counts, shares in zip(counted.methods, counted.counts, counted.shares, strict=True):
         order = np.argsort(-counts, kind="stable")[:n_listed]
         order = order[counts[order] > 0]
@@ -175,8 +174,7 @@ def hubs_report(counted: Hubs, inputs: Inputs, n_listed: int) -> tuple[Report, d
             ]
         )
         rows = counted.rows[order]
-        columns = row_columns(retriever.index, rows)
-        columns |= {c: column.to_pylist() for c, column in texts_of(rows).items()}
+        columns = row_cells(retriever.index, rows)
         labels = retriever.index.label_texts(rows)
         for i, (p, row) in enumerate(zip(order, rows, strict=True)):
             hub = bool(counts[p] >= least)
@@ -202,8 +200,7 @@ def hubs_report(counted: Hubs, inputs: Inputs, n_listed: int) -> tuple[Report, d
     )
     listing = Table(
         "Most frequent rows",
-        ["method", "row", "share", "queries", "hub", "label", *row_columns(retriever.index, [])]
-        + [f"text: {name}" for name in texts_of(counted.rows[:1])],
+        ["method", "row", "share", "queries", "hub", "label", *row_cells(retriever.index, counted.rows[:0])],
         listed_rows,
     )
     largest = {str(row[0]): float(row[1] or 0.0) for row in summary_rows}

@@ -16,7 +16,7 @@ from forebear.errors import InputError
 from forebear.evaluation.audits.rows.doubts import Doubts, doubts
 from forebear.evaluation.common.comparisons import listed_values, matrix_figure, provenance, question_record, spearman
 from forebear.evaluation.common.neighbours import label_disagreement, nearest_rows
-from forebear.evaluation.common.passages import row_columns, row_passages
+from forebear.evaluation.common.passages import row_cells, row_passages
 from forebear.evaluation.measures.mislabelled import LOSS, NEIGHBOURS, approximations, note_on, self_influence
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
 from forebear.indexer.index import Index
@@ -177,8 +177,7 @@ def suspects_report(
     n, approximate = len(suspected.rows), approximations(question)
     positions = suspected.order[:top]
     opponents, signs = opponents_of(retriever, question.spec, suspected.rows[positions])
-    texts = retriever.index.texts(suspected.rows[positions])
-    others = row_columns(retriever.index, suspected.rows[positions])
+    given = row_cells(retriever.index, suspected.rows[positions])
     lines = [_line(suspected, retriever.index, int(p), opponents[i]) for i, p in enumerate(positions)]
     measures = [f"rank by {name}" for name in suspected.names]
     several = suspected.doubts.doubted is not None
@@ -186,11 +185,8 @@ def suspects_report(
     head += ["neighbours' majority", *suspected.names, *measures]
     table = Table(
         "Rows suspected of a wrong label",
-        [*head, "contradicting neighbours", "strongest opponents", *others, *(f"text: {name}" for name in texts)],
-        [
-            [*line, *(cells[i] for cells in others.values()), *(column[i].as_py() for column in texts.values())]
-            for i, line in enumerate(lines)
-        ],
+        [*head, "contradicting neighbours", "strongest opponents", *given],
+        [[*line, *(cells[i] for cells in given.values())] for i, line in enumerate(lines)],
         f"The first {len(positions):,} of {n:,} rows by the mean of their ranks by {len(suspected.names)} measures (1: "
         f"the most suspicious), all counting the same. {_suggestion(suspected, retriever.index)} Contradicting: the "
         f"nearest of the {suspected.neighbours.shape[1]} neighbours {_contradiction(retriever.index)}. Opponents: by "

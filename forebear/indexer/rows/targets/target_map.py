@@ -44,10 +44,7 @@ class TargetMap:
         if self.unknown:
             first, n_rows = self.unknown[0], source.n_rows_with(self.unknown[0])
             shown = named(first, source.label_names)
-            problem = (
-                f"{source.name}: row {source.first_row_of(first)} (from 0) has the label {shown!r}, which the model "
-                f"does not know (as {n_rows:,} of {source.n_rows:,} rows)"
-            )
+            problem = unknown_label(source, first, shown, n_rows)
             if not partial:
                 raise DataError(f"{problem}; it knows {listed(known)}. Mend the rows, or give --label-names.")
             self.remark = f"{problem}; theirs stays empty"
@@ -88,6 +85,14 @@ class TargetMap:
                 "--unlabelled drop, or fill them in."
             )
         return out
+
+
+def unknown_label(source: RowSource, label: Label, shown: Label, n_rows: int) -> str:
+    """What is wrong with a source in which ``n_rows`` rows have labels that the model does not know, such as one."""
+    return (
+        f"{source.name}: row {source.first_row_of(label)} (from 0) has the label {shown!r}, which the model does not "
+        f"know (as {n_rows:,} of {source.n_rows:,} rows)"
+    )
 
 
 def target_map(source: RowSource, model_names: Sequence[str], *, partial: bool = False) -> TargetMap:
