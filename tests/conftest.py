@@ -7,6 +7,8 @@ import os
 # Tiny models are no work for two threads, which only wait for each other; the workers of pytest-xdist use the other
 # cores. Before torch is imported, and for the commands that tests start.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+# What ``auto`` is, on a machine with a GPU too: for fixtures of the session, tests, and the commands that they start.
+os.environ["FOREBEAR_DEVICE"] = "cpu"
 
 import shutil
 import subprocess
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from places import NO_SMALL_DISK
+from places import NO_GPU, NO_SMALL_DISK
 from tiny import labels, make_tiny_model, sentences
 
 from forebear.indexer.building.build import BuildOptions, build_index
@@ -48,8 +50,12 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first; ``make test`` keeps this order."""
+    """Put the longest files first, an order that ``make test`` keeps; skip tests of a GPU where there is none."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=NO_GPU))
 
 
 def texts_of(n: int, seed: int, pairs: bool) -> list[Any]:
@@ -100,6 +106,13 @@ class World:
     def head(self) -> str:
         """Name of the head in the model."""
         return HEADS[self.kind]
+
+
+@pytest.fixture(autouse=True)
+def _auto_of_gpu_tests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` is a GPU in a test that is marked ``gpu``."""
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.delenv("FOREBEAR_DEVICE")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -72,7 +72,7 @@ class Retriever:
         Args:
             index: An open index, or its folder.
             model: Where the model is now, if it has moved; it must match the index's fingerprint.
-            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            device: As :func:`~forebear.indexer.model.device.picking.pick_device` takes it.
         """
         self.index = index if isinstance(index, Index) else Index.open(index)
         self.models = Models(self.index, model=model, device=device)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-from places import NO_GPU
 from tiny import labels, make_tiny_model, sentences
 
 from forebear import METHODS, BuildOptions, Retriever, build_index, choose_model, rows_from_texts
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)]
+pytestmark = pytest.mark.gpu
 
 
 def test_an_index_built_on_the_gpu_answers_like_one_built_on_the_cpu(tmp_path):

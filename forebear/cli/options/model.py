@@ -21,7 +21,12 @@ MovedModel = Annotated[
     ),
 ]
 Device = Annotated[
-    str, typer.Option("--device", help="Where the model runs: auto, cpu, cuda or cuda:N (the N-th GPU, from 0).")
+    str,
+    typer.Option(
+        "--device",
+        help="Where the model runs: cpu, cuda, cuda:N (the N-th GPU, from 0), or auto: what FOREBEAR_DEVICE says, else "
+        "a GPU where there is one.",
+    ),
 ]
 Labels = Annotated[
     str | None,

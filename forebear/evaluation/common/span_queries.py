@@ -50,8 +50,10 @@ def sample_span_queries(
     )
     if not any(method.ranks_spans for method in question.methods):
         return queries
-    spans = find_spans(question.query_finder, queries.texts, queries.table, queries.rows.tolist(), "test row")
-    kept = np.unique(mask_found(retriever.classifier(), queries.texts, spans).owners)
+    classifier = retriever.classifier()
+    find = question.query_finder(classifier.device)
+    spans = find_spans(find, queries.texts, queries.table, queries.rows.tolist(), "test row")
+    kept = np.unique(mask_found(classifier, queries.texts, spans).owners)
     if not len(kept):
         raise DataError(
             f"{source.name}: none of the {len(queries):,} test rows has a span that the model reads. Find spans "
@@ -82,4 +84,5 @@ def training_spans(retriever: Retriever, question: Question, rows: np.ndarray) -
     if question.spans_are_stored:
         entries = index.live_spans
         return stored_span_rows(index, retriever.classifier(), entries[np.isin(index.spans().rows[entries], rows)])
-    return span_rows(index, retriever.classifier(), rows, question.row_finder)
+    classifier = retriever.classifier()
+    return span_rows(index, classifier, rows, question.row_finder(classifier.device))

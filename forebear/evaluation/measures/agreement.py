@@ -254,9 +254,8 @@ def _query_states(
     classifier = retriever.classifier()
     states = {False: start_states(classifier, block.texts)}
     if any(m.spans for m in question.methods):
-        _, encoded = query_spans(
-            classifier, block.texts, block.table, targets, logits, question.query_finder, block.rows.tolist()
-        )
+        find = question.query_finder(classifier.device)
+        _, encoded = query_spans(classifier, block.texts, block.table, targets, logits, find, block.rows.tolist())
         states[True] = differences(classifier, encoded)
     return states
 

@@ -14,7 +14,8 @@ from forebear.errors import MismatchError
 from forebear.evaluation.retraining.jobs import LIBRARIES, Job, TrainingRows
 from forebear.indexer.index import Index
 from forebear.indexer.losses.cross_entropy import CrossEntropy
-from forebear.indexer.model.classifier import Classifier, pick_device
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.encoding import Encoded, encode
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import dropout_settings

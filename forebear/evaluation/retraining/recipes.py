@@ -38,7 +38,7 @@ def open_retrainer(
         cache: Folder of outcomes.
         run: Run folder of ``forebear train``; None: the one that the index's last checkpoint lies in.
         l2: For ``head``: weight of half the squared norm of the head beside the mean loss.
-        device: ``auto``, ``cpu``, ``cuda``.
+        device: As :func:`~forebear.indexer.model.device.picking.pick_device` takes it.
 
     Raises:
         InputError: No such recipe, a model without a run folder, or layers that are not there.

@@ -327,7 +327,8 @@ class ShardWriter:
         for shard in range(self._spans.n_shards, int(path.stem)):
             note_spans(self._spans, self.folder, shard, classifier)
         rows = range(row, row + len(block))
-        spans = find_spans(span_finder(finder, self.spec.span_column), block.texts, block.table, rows, "training row")
+        find = span_finder(finder, self.spec.span_column, str(classifier.device))
+        spans = find_spans(find, block.texts, block.table, rows, "training row")
         write_spans(
             self.folder, self.fit_folder, path.name, self.checkpoints[-1].name, classifier, sketchers,
             mask_found(classifier, block.texts, spans), _labels_of(block, self.labels), self._spans,

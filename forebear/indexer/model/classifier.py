@@ -101,16 +101,3 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision != "fp32":
         raise InputError(f"precision {precision!r} is not known. Give fp32 or bf16.")
     return contextlib.nullcontext()
-
-
-def pick_device(device: str = "auto") -> torch.device:
-    """``auto`` is the first CUDA device where there is one, else the CPU."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device {device!r} is not known. Give auto, cpu, cuda or cuda:N.") from error
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r} was asked for, but torch sees no CUDA device. Use --device cpu.")
-    return picked

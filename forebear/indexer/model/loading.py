@@ -15,7 +15,8 @@ from torch import nn
 
 from forebear.errors import MismatchError, ModelError, NonFiniteError
 from forebear.indexer.losses.kinds import loss_of, problem_type_of_config
-from forebear.indexer.model.classifier import Classifier, autocast, pick_device
+from forebear.indexer.model.classifier import Classifier, autocast
+from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.network.adapters import (
     Adapter,
     adapter_settings,
@@ -70,7 +71,7 @@ def load_classifier(
 
     Args:
         name: Folder written by ``save_pretrained``, of a model or of an adapter (PEFT), a hub name, or ``minilm``.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: As :func:`~forebear.indexer.model.device.picking.pick_device` takes it.
         precision: ``fp32`` or ``bf16`` for the forward pass.
         max_length: Longest input in word pieces; default the model's limit; 512, if it has none.
 

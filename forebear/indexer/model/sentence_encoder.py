@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from forebear.errors import ModelError, NonFiniteError
-from forebear.indexer.model.classifier import pick_device
+from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.encoding import Encoded, Texts, distinct, plan_batches
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.model.loading import check_finite_weights, load_tokenizer, resolve_model_name, weights_sha256

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError, ModelError, NonFiniteError
-from forebear.indexer.model.classifier import pick_device
+from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.encoding import plan_batches
 from forebear.indexer.model.loading import load_tokenizer, resolve_model_name
 from forebear.indexer.model.network.batches import pad_batch
@@ -117,8 +117,8 @@ def best_answer(start: np.ndarray, end: np.ndarray, pieces: np.ndarray) -> tuple
     return float(scores[a, b]), int(a), int(b)
 
 
-def load_reader(name: str) -> Reader:
-    """Load a question-answering model from a folder or hub name.
+def load_reader(name: str, device: str = "auto") -> Reader:
+    """Load a question-answering model from a folder or hub name, to run on a device.
 
     Raises:
         ModelError: There is no such model, it lacks weights, or its tokenizer does not give the places of word pieces.
@@ -149,7 +149,7 @@ def load_reader(name: str) -> Reader:
         return logits
 
     equal_lengths = padding_matters(starts, tokenizer, limit, model.device, path)
-    return Reader(path, model.to(pick_device()), tokenizer, limit, equal_lengths)
+    return Reader(path, model.to(pick_device(device)), tokenizer, limit, equal_lengths)
 
 
 def read_aspect(reader: Reader, text: str, term: str) -> tuple[int, int] | None:
@@ -168,9 +168,9 @@ def read_aspect(reader: Reader, text: str, term: str) -> tuple[int, int] | None:
     return None if place is None else covering(split_text(text, "sentences"), *place)
 
 
-def reader_finder(name: str) -> Finder:
+def reader_finder(name: str, device: str = "auto") -> Finder:
     """A finder of the span of an aspect pair (text, term); loads the reader at the first row, and caches answers."""
-    loaded = lru_cache(maxsize=1)(lambda: load_reader(name))
+    loaded = lru_cache(maxsize=1)(lambda: load_reader(name, device))
     place = lru_cache(maxsize=CACHED_ROWS)(lambda text, term: read_aspect(loaded(), text, term))
 
     def find(texts: Sequence[str], _row: dict[str, Any], _row_name: str) -> list[Span]:

@@ -29,7 +29,7 @@ READER = "reader"
 
 
 @lru_cache
-def span_finder(finder: str, column: int = 0) -> Finder:
+def span_finder(finder: str, column: int = 0, device: str = "auto") -> Finder:
     """The function that finds the spans of a row.
 
     Args:
@@ -40,6 +40,7 @@ def span_finder(finder: str, column: int = 0) -> Finder:
             second one. ``FILE.py:function``: a function that is called with the row as a dictionary, and returns
             (start, end) pairs.
         column: The text column, by number.
+        device: Device that a question-answering model runs on.
 
     Raises:
         InputError: ``finder`` is none of these, or the file has no such function.
@@ -54,7 +55,7 @@ def span_finder(finder: str, column: int = 0) -> Finder:
     if kind == READER and rest:
         from forebear.indexer.spans.aspect_reader import reader_finder
 
-        return reader_finder(rest)
+        return reader_finder(rest, device)
     if kind.endswith(".py") and rest.isidentifier():
         return _by_function(finder, column)
     raise InputError(
@@ -74,7 +75,7 @@ def finder_sha256(finder: str) -> str | None:
     if kind == READER:
         from forebear.indexer.spans.aspect_reader import load_reader
 
-        return weights_sha256(load_reader(rest).model)
+        return weights_sha256(load_reader(rest, "cpu").model)
     if not kind.endswith(".py"):
         return None
     span_finder(finder)

@@ -24,7 +24,8 @@ from forebear.errors import DataError, InputError
 from forebear.indexer.losses.choices import weights_of_classes
 from forebear.indexer.losses.kinds import check_one_label, loss_of
 from forebear.indexer.losses.loss import Loss
-from forebear.indexer.model.classifier import Classifier, pick_device
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import dropout_settings
 from forebear.indexer.model.network.batches import tokenize

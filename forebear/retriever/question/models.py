@@ -67,7 +67,7 @@ class Models:
         Args:
             index: The index.
             model: Where the last checkpoint's model is now, or the model itself; None: where it was.
-            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            device: As :func:`~forebear.indexer.model.device.picking.pick_device` takes it.
         """
         self.index = index
         self._override = model if isinstance(model, Classifier) else None

@@ -250,15 +250,13 @@ class Question:
         """How spans of test rows are found; None if no method compares spans."""
         return self.spec.query_spans or self.spec.spans
 
-    @property
-    def row_finder(self) -> Finder:
-        """Finds the spans of a training row."""
-        return span_finder(str(self.spec.spans), self.spec.span_column or 0)
+    def row_finder(self, device: object) -> Finder:
+        """Finds the spans of a training row; a model that does so runs on ``device``."""
+        return span_finder(str(self.spec.spans), self.spec.span_column or 0, str(device))
 
-    @property
-    def query_finder(self) -> Finder:
-        """Finds the spans of a test row."""
-        return span_finder(str(self.query_spans), self.spec.span_column or 0)
+    def query_finder(self, device: object) -> Finder:
+        """Finds the spans of a test row; a model that does so runs on ``device``."""
+        return span_finder(str(self.query_spans), self.spec.span_column or 0, str(device))
 
     @cached_property
     def digest(self) -> str:

@@ -134,7 +134,7 @@ def gradient_queries(
     if not any(method.spans == "both" for method in question.methods):
         return by_row, by_row, None
     spans, encoded = query_spans(
-        classifier, batch.columns, batch.table, batch.targets, batch.forward.logits, question.query_finder,
-        batch.numbers,
+        classifier, batch.columns, batch.table, batch.targets, batch.forward.logits,
+        question.query_finder(classifier.device), batch.numbers,
     )  # fmt: skip
     return by_row, Queries(encoded, batch.targets), spans

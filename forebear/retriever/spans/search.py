@@ -165,7 +165,8 @@ class SpanSearch:
             if by_entries:
                 entries = stored_span_rows(search.index, classifier, distinct)
             else:
-                find = span_finder("words") if method.saliency else self._question.row_finder
+                device = classifier.device
+                find = span_finder("words") if method.saliency else self._question.row_finder(device)
                 entries = span_rows(search.index, classifier, distinct, find, unknown=method.saliency)
             search = search.over(entries)
         # For each query, what the search scores: positions among the entries of spans, or row numbers.

@@ -11,6 +11,7 @@ import transformers
 from tiny import make_tiny_model
 
 from forebear import InputError, ModelError, NonFiniteError
+from forebear.indexer.spans import aspect_reader as module
 from forebear.indexer.spans.aspect_reader import QUESTIONS, Reader, best_answer, load_reader, read_aspect
 from forebear.indexer.spans.finders import span_finder
 from forebear.indexer.spans.text import Span
@@ -136,10 +137,9 @@ def test_the_best_answer_keeps_order_length_and_ties():
 
 
 def test_as_an_option_of_spans_rows_are_read_once(folder, monkeypatch):
-    from forebear.indexer.spans import aspect_reader as module
 
     made = stub(folder, "dull and slow")
-    monkeypatch.setattr(module, "load_reader", lambda _name: made)
+    monkeypatch.setattr(module, "load_reader", lambda *_given: made)
     find = module.reader_finder("any/reader")
     for _ in range(3):
         assert find([TEXT, "film"], {}, "row 0") == [Span(0, TEXT.index("dull"), TEXT.index("slow") + 4)]
@@ -179,3 +179,11 @@ def test_question_and_text_beyond_the_limit_are_cut_longest_first(folder):
 
 def test_nothing_to_choose_from_is_no_answer():
     assert best_answer(np.zeros(4), np.zeros(4), np.zeros(4, bool))[0] == -np.inf
+
+
+def test_a_reader_runs_on_the_device_that_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "load_reader", lambda *given: asked.append(given))
+    monkeypatch.setattr(module, "read_aspect", lambda *_given: None)
+    span_finder("reader:any/reader", 0, "cuda:1")([TEXT, "film"], {}, "row 0")
+    assert asked == [("any/reader", "cuda:1")]

@@ -1,0 +1,53 @@
+"""Which device a name stands for: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, or any other device type of torch."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from forebear.errors import InputError
+
+AUTO = "auto"
+VARIABLE = "FOREBEAR_DEVICE"  # the environment variable that says what ``auto`` is
+EXPECTED = "auto, cpu, cuda or cuda:N"
+
+
+def pick_device(device: str = AUTO) -> torch.device:
+    """The device that a name stands for, checked before anything is run on it.
+
+    Args:
+        device: ``cpu``, ``cuda``, ``cuda:N`` (the N-th GPU, from 0), or another device type that torch knows. ``auto``
+            is what the environment variable ``FOREBEAR_DEVICE`` names; without it the first CUDA device where torch
+            sees one, else the CPU.
+
+    Raises:
+        InputError: Torch knows no such device, or sees none here.
+    """
+    given = f"device {device!r}"
+    if device == AUTO and (device := os.environ.get(VARIABLE, "").strip() or AUTO) != AUTO:
+        given = f"the environment variable {VARIABLE}={device}"
+    if device == AUTO:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"{given} is no device that torch knows. Give {EXPECTED}.") from error
+    if picked.type == "cuda":
+        _check_cuda(picked, given)
+    elif picked.type != "cpu":
+        try:
+            torch.zeros(1, device=picked).cpu()
+        except (RuntimeError, AssertionError) as error:  # whatever a build of torch without this device raises
+            raise InputError(f"{given}: torch cannot use such a device here. Give {EXPECTED}.") from error
+    return picked
+
+
+def _check_cuda(picked: torch.device, given: str) -> None:
+    """Refuse a CUDA device that is not there."""
+    if not torch.cuda.is_available():
+        raise InputError(f"{given}: torch sees no CUDA device here. Use --device cpu.")
+    n_devices = torch.cuda.device_count()
+    if picked.index is not None and picked.index >= n_devices:
+        numbers = "cuda:0 alone" if n_devices == 1 else f"cuda:0 to cuda:{n_devices - 1}"
+        raise InputError(f"{given}: torch sees {numbers} here. Give one of these, or --device cpu.")
