@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         MissingStoreError,
         ModelError,
         NonFiniteError,
+        NotEnoughMemoryError,
         OutputExistsError,
         StorageError,
     )
@@ -64,6 +65,7 @@ _HOMES = {  # the module that defines each public name; the imports above say th
         "MissingStoreError",
         "ModelError",
         "NonFiniteError",
+        "NotEnoughMemoryError",
         "OutputExistsError",
         "StorageError",
     ),
@@ -102,6 +104,7 @@ __all__ = [
     "MissingStoreError",
     "ModelError",
     "NonFiniteError",
+    "NotEnoughMemoryError",
     "OutputExistsError",
     "QuerySpec",
     "Retriever",

@@ -9,6 +9,7 @@
         ├── ModelError          a model folder that is no text classifier, or not usable here
         ├── MismatchError       index, model, tokenizer and question do not belong together
         ├── MissingStoreError   the index was built without what the question needs
+        ├── NotEnoughMemoryError  not even one row fits in memory, or the results do not
         ├── OutputExistsError   writing would overwrite something that exists
         └── InUseError          another process is writing there
 
@@ -72,6 +73,10 @@ class MismatchError(InputError):
 
 class MissingStoreError(InputError):
     """The index was built without the representation that the method needs."""
+
+
+class NotEnoughMemoryError(InputError):
+    """Not even one row fits in memory, or what is gathered from the rows does not."""
 
 
 class OutputExistsError(InputError):

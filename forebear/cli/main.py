@@ -16,6 +16,7 @@ from forebear.cli.commands.evaluate import group as evaluate
 from forebear.cli.screen.console import ERR, OUT, be_quiet, note, warn
 from forebear.cli.workers import end_with_parent, stop_workers
 from forebear.errors import ForebearError
+from forebear.indexer.model.device.memory import is_out_of_memory
 from forebear.progress import Listener, heard_by
 from forebear.wording import at_command_line
 
@@ -81,17 +82,19 @@ def _run(args: list[str]) -> int:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _fail(INTERRUPTED_LINE, INTERRUPTED)
-    except MemoryError:
-        return _fail("out of memory. Use smaller batches (--batch-tokens) or a machine with more.", 1)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # the reader of the pipe has ended: print nothing more
         return 0
     except OSError as error:
+        if is_out_of_memory(error):
+            return _fail(_memory_line(error), 2)
         full = error.errno == errno.ENOSPC
         return _fail(
             f"{error.filename or 'disk'}: {error.strerror or error}" + (" (the disk is full)" if full else ""), 1
         )
     except Exception as error:
+        if is_out_of_memory(error):
+            return _fail(_memory_line(error), 2)
         if hasattr(error, "format_message"):  # a usage error of the command-line parser
             return _fail(_usage_line(error), 2)
         if os.environ.get("FOREBEAR_DEBUG"):
@@ -100,6 +103,15 @@ def _run(args: list[str]) -> int:
     if code == INTERRUPTED:
         return _fail(INTERRUPTED_LINE, INTERRUPTED)
     return int(code or 0)
+
+
+def _memory_line(error: Exception) -> str:
+    """One line on a lack of memory that no command foresaw."""
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return (
+        f"memory does not suffice ({said[0].rstrip('.')}). Let other programs end, give smaller sizes (--batch-tokens, "
+        "--max-length, --batch-size, --top, where the command takes them), or use --device cpu or a larger machine."
+    )
 
 
 def _usage_line(error: Exception) -> str:

@@ -29,9 +29,9 @@ ROOMS = {  # of a layer, in their order: a room imports from those before it, ne
 MOST_ENTRIES = 12
 PUBLIC_NAMES = """
     BuildOptions CorruptIndexError DataError ForebearCallback ForebearError InUseError Index InputError METHODS
-    Method MismatchError MissingStoreError ModelError NonFiniteError OutputExistsError QuerySpec Retriever RowSource
-    StorageError TrainOptions append_rows audits build_index choose_model evaluations explain open_rows rebuild_ann
-    retire_rows rows_from_texts saliency show train verify_index
+    Method MismatchError MissingStoreError ModelError NonFiniteError NotEnoughMemoryError OutputExistsError
+    QuerySpec Retriever RowSource StorageError TrainOptions append_rows audits build_index choose_model evaluations
+    explain open_rows rebuild_ann retire_rows rows_from_texts saliency show train verify_index
 """
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -26,6 +26,7 @@ from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_ce
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.memory import refusing_lack
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.network.layers import encoder_layers
@@ -141,11 +142,14 @@ def row_gradient_norms(
     directions = [{name: torch.zeros_like(parameters[name]) for name in group.parameters} for group in groups]
     norms = np.zeros((len(labels), len(groups)))
     for n, row in enumerate(encode(classifier, texts)):
-        with classifier.autocast():
-            logits = model(**pad_batch(classifier.tokenizer, [row], classifier.device)).logits.float()
-        residual, _ = classifier.loss.residual_and_loss(logits.detach().double().cpu().numpy(), labels[n : n + 1])
-        loss_slope = torch.from_numpy(residual).to(logits)
-        derivatives = torch.autograd.grad(logits, list(parameters.values()), grad_outputs=loss_slope, allow_unused=True)
+        with refusing_lack(f"the gradient of sampled row {n}", classifier.device, "Give a smaller model"):
+            with classifier.autocast():
+                logits = model(**pad_batch(classifier.tokenizer, [row], classifier.device)).logits.float()
+            residual, _ = classifier.loss.residual_and_loss(logits.detach().double().cpu().numpy(), labels[n : n + 1])
+            loss_slope = torch.from_numpy(residual).to(logits)
+            derivatives = torch.autograd.grad(
+                logits, list(parameters.values()), grad_outputs=loss_slope, allow_unused=True
+            )
         gradients = {name: g for name, g in zip(parameters, derivatives, strict=True) if g is not None}
         squares = {name: float((g.double() ** 2).sum()) for name, g in gradients.items()}
         for i, group in enumerate(groups):

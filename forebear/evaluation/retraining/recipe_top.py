@@ -19,6 +19,7 @@ from forebear.errors import InputError, ModelError, NonFiniteError
 from forebear.evaluation.retraining.jobs import Job, TrainingRows
 from forebear.evaluation.retraining.recipe_full import Start, placed_lengths
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.memory import refusing_lack, run_batches
 from forebear.indexer.model.encoding import encode, plan_batches
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, run_forward
 from forebear.indexer.model.network.batches import pad_batch
@@ -135,18 +136,27 @@ class TopRecipe:
             for j, i in enumerate(places):
                 hidden[i] = new_states.row(j)
         labels = torch.from_numpy(job.labels(self._labels))
-        with torch.random.fork_rng(devices=[classifier.device] if classifier.device.type == "cuda" else []):
-            options = replace(self._start.options, seed=job.seed)
+        options = replace(self._start.options, seed=job.seed)
+        subject, remedy = f"a training step of {options.batch_size} rows", "Train with a smaller --batch-size"
+        with (
+            torch.random.fork_rng(devices=[classifier.device] if classifier.device.type == "cuda" else []),
+            refusing_lack(subject, classifier.device, remedy),
+        ):
             train_top(classifier, hidden, labels, options, placed_lengths(job, self._rows.lengths))
         return self._logits(classifier, self._evaluation)
 
     def _logits(self, classifier: Classifier, hidden: _Hidden) -> np.ndarray:
         out = np.empty((len(hidden), classifier.n_classes))
-        with torch.no_grad():
-            lengths = hidden.lengths.tolist()
-            for batch in plan_batches(lengths, DEFAULT_BATCH_TOKENS, equal_lengths=classifier.equal_lengths):
+        lengths = hidden.lengths.tolist()
+
+        def run(batch: list[int]) -> np.ndarray:
+            with torch.no_grad():
                 logits = top_logits(classifier, [hidden.row(i) for i in batch])
-                out[batch] = logits.double().cpu().numpy()
+            return np.asarray(logits.double().cpu().numpy())
+
+        plan = plan_batches(lengths, DEFAULT_BATCH_TOKENS, equal_lengths=classifier.equal_lengths)
+        for batch, logits in run_batches(plan, run, device=classifier.device, lengths=lengths):
+            out[batch] = logits
         return out
 
 
@@ -159,13 +169,18 @@ def _forward_to(
     def catch(_module: nn.Module, args: Any, kwargs: Any) -> None:
         caught.append(args[0] if args else kwargs["hidden_states"])
 
+    def run(batch: list[int]) -> torch.Tensor:
+        with torch.no_grad(), classifier.autocast():
+            classifier.model(**pad_batch(classifier.tokenizer, [rows[i] for i in batch], classifier.device))
+        return caught.pop().float().cpu()
+
     hook = classifier.model.get_submodule(layer).register_forward_pre_hook(catch, with_kwargs=True)
     try:
         lengths = [len(row["input_ids"]) for row in rows]
-        for batch in plan_batches(lengths, DEFAULT_BATCH_TOKENS, equal_lengths=classifier.equal_lengths):
-            with torch.no_grad(), classifier.autocast():
-                classifier.model(**pad_batch(classifier.tokenizer, [rows[i] for i in batch], classifier.device))
-            yield batch, caught.pop().float().cpu()
+        plan = plan_batches(lengths, DEFAULT_BATCH_TOKENS, equal_lengths=classifier.equal_lengths)
+        yield from run_batches(
+            plan, run, device=classifier.device, lengths=lengths, let_go=lambda _batch: caught.clear()
+        )
     finally:
         hook.remove()
 

@@ -27,6 +27,7 @@ from forebear.indexer.gradients.tape import Seed
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.memory import free_memory, is_out_of_memory
 from forebear.indexer.model.scopes import Block, Scope
 from forebear.indexer.storage.arrow import MEND
 
@@ -266,14 +267,22 @@ def fit_ekfac(
 
 
 def eigenvectors(matrix: torch.Tensor, name: str = "") -> torch.Tensor:
-    """Columns by falling eigenvalue.
+    """Columns by falling eigenvalue; computed on the CPU where the memory of the matrix' device does not suffice.
 
     Raises:
         NonFiniteError: The matrix, the factor of layer ``name``, holds NaN or infinity.
     """
     if not torch.isfinite(matrix).all():
         raise NonFiniteError(f"the curvature factor of layer {name} is NaN or infinite. Check the model.")
-    vectors: torch.Tensor = torch.linalg.eigh(matrix).eigenvectors
+    try:
+        vectors: torch.Tensor | None = torch.linalg.eigh(matrix).eigenvectors
+    except Exception as error:
+        if matrix.device.type == "cpu" or not is_out_of_memory(error):
+            raise
+        vectors = None
+    if vectors is None:  # after the clause, whose error holds what was in the device's memory
+        free_memory(matrix.device)
+        vectors = torch.linalg.eigh(matrix.cpu()).eigenvectors.to(matrix.device)
     return vectors.flip(1).contiguous()
 
 

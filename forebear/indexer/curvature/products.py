@@ -12,7 +12,8 @@ The curvature is that of the mean training loss, in nats, undamped. Two kinds:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,13 +22,14 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from forebear.errors import NonFiniteError, StorageError
+from forebear.errors import NonFiniteError
 from forebear.indexer.curvature.ekfac import curvature_seeds
 from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.gradient_pass import Collector, SeedOf, run_pass
 from forebear.indexer.gradients.tape import only_asking
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.memory import run_batches
 from forebear.indexer.model.encoding import Encoded, encode, plan_batches
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.scopes import Scope
@@ -80,7 +82,7 @@ class GaussNewton:
 
         Raises:
             NonFiniteError: A number is NaN or infinite.
-            StorageError: Not even one row fits in memory.
+            NotEnoughMemoryError: Not even one row fits in memory.
         """
         rows, seeds = self._rows, self._seeds
         if positions is not None:
@@ -182,7 +184,7 @@ class HessianProduct:
 
         Raises:
             NonFiniteError: A number is NaN or infinite.
-            StorageError: A batch does not fit in the device's memory.
+            NotEnoughMemoryError: Not even one row fits in memory.
         """
         parts: Vectors = {}
         for block in self._scope.blocks:
@@ -193,37 +195,49 @@ class HessianProduct:
         chosen = range(len(self._rows)) if positions is None else list(positions)
         lengths = [len(self._rows[i]["input_ids"]) for i in chosen]
         with only_asking(model, parameters.values()), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            equal_lengths = self._classifier.equal_lengths
-            for batch in plan_batches(lengths, self._batch_tokens, equal_lengths=equal_lengths):
-                self._add([chosen[i] for i in batch], parameters, parts, sums)
+            n_added = np.zeros(len(chosen), np.int64)  # vectors whose products with a row's Hessian are in the sums
+
+            def run(batch: list[int]) -> None:
+                rows = [chosen[i] for i in batch]
+                for q in self._add(rows, parameters, parts, sums, int(n_added[batch[0]])):
+                    n_added[batch] = q + 1
+
+            plan = plan_batches(lengths, self._batch_tokens, equal_lengths=self._classifier.equal_lengths)
+            batches = run_batches(
+                plan, run, device=self._classifier.device, lengths=lengths,
+                name=lambda i: f"the Hessian product over scope {self._scope.name} of sampled row {chosen[i]}",
+            )  # fmt: skip
+            deque(batches, maxlen=0)
         for total in sums.values():
             total /= len(chosen)
         _refuse_non_finite(self._classifier.name, sums)
         return {block.name: block.join(sums) for block in self._scope.blocks}
 
-    def _add(self, positions: list[int], parameters: dict[str, nn.Parameter], parts: Vectors, sums: Vectors) -> None:
-        """Add the products with the Hessian of the summed loss of one batch; one backward a vector."""
+    def _add(
+        self, positions: list[int], parameters: dict[str, nn.Parameter], parts: Vectors, sums: Vectors, first: int
+    ) -> Iterator[int]:
+        """Add the products with the Hessian of the summed loss of one batch; one backward a vector.
+
+        Yields:
+            The number of each vector, from ``first`` on, once its product is added: if memory does not suffice for the
+            next, halves of the batch go on from there.
+        """
         classifier = self._classifier
         weights = list(parameters.values())
-        try:
-            batch = pad_batch(classifier.tokenizer, [self._rows[i] for i in positions], classifier.device)
-            labels = self._labels[positions].to(classifier.device)
-            # In float64 p - y and its derivative stay exact for confident rows too.
-            loss = classifier.loss.summed(classifier.model(**batch).logits.double(), labels)
-            gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
-            n_queries = len(next(iter(parts.values())))
-            for q in range(n_queries):
-                vector = [v[q] for v in parts.values()]
-                products = torch.autograd.grad(
-                    gradients, weights, vector, retain_graph=q + 1 < n_queries, materialize_grads=True
-                )
-                for total, h in zip(sums.values(), products, strict=True):
-                    total[q] += h
-        except torch.OutOfMemoryError as error:
-            raise StorageError(
-                f"the Hessian product over scope {self._scope.name} of {len(positions)} rows does not fit in the "
-                f"memory of {classifier.device}. Take smaller batches, or the Gauss-Newton matrix, which needs less."
-            ) from error
+        batch = pad_batch(classifier.tokenizer, [self._rows[i] for i in positions], classifier.device)
+        labels = self._labels[positions].to(classifier.device)
+        # In float64 p - y and its derivative stay exact for confident rows too.
+        loss = classifier.loss.summed(classifier.model(**batch).logits.double(), labels)
+        gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
+        n_queries = len(next(iter(parts.values())))
+        for q in range(first, n_queries):
+            vector = [v[q] for v in parts.values()]
+            products = torch.autograd.grad(
+                gradients, weights, vector, retain_graph=q + 1 < n_queries, materialize_grads=True
+            )
+            for total, h in zip(sums.values(), products, strict=True):
+                total[q] += h
+            yield q
 
 
 def _refuse_non_finite(name: str, products: Vectors) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from forebear.errors import CorruptIndexError
 from forebear.indexer.gradients.vectors import as_tensor
+from forebear.indexer.model.device.memory import is_out_of_memory
 from forebear.indexer.model.scopes import Block
 from forebear.indexer.storage.arrow import MEND, read_batches, write_table
 
@@ -61,4 +62,6 @@ def read_blocks(path: Path) -> tuple[dict[Block, BlockTensors], dict[str, str]]:
             parts[Block(value["name"], value["kind"], n_out, n_in, value["bias"], window)] = tensors
         return parts, {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
     except (KeyError, IndexError, RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CorruptIndexError(f"{path} does not hold what an index keeps there ({error}). {MEND}") from error

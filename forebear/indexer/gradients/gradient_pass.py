@@ -7,18 +7,18 @@ batches, lack of memory and numbers that are NaN or infinite are handled here fo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from forebear.errors import NonFiniteError, StorageError
+from forebear.errors import NonFiniteError
 from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.tape import Seed, Tape, alone, loss_of
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.memory import refusing_lack, run_batches
 from forebear.indexer.model.encoding import Encoded, Texts, as_encoded, distinct, distinct_rows, plan_batches
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.model.scopes import Scope
@@ -121,7 +121,7 @@ def run_pass(
 
     Raises:
         NonFiniteError: A feature or logit is NaN or infinite; the row is named.
-        StorageError: Not even one row fits in memory, or the results do not.
+        NotEnoughMemoryError: Not even one row fits in memory, or the results do not.
     """
     encoded = as_encoded(classifier, texts)
     rows, minus = encoded.rows, encoded.minus
@@ -144,39 +144,28 @@ def run_pass(
     if alone(classifier, [collector.scope for collector in collectors]):
         batch_tokens = 1
     plan = plan_batches([sizes[i] for i in first], batch_tokens, equal_lengths=classifier.equal_lengths)
-    waiting = deque(first[batch].tolist() for batch in plan)
-    limit = batch_tokens
-    while waiting:
-        positions = waiting.popleft()
-        longest = max(sizes[i] for i in positions)
-        if len(positions) > 1 and len(positions) * longest > limit:
-            waiting.extendleft(_halves(positions))
-            continue
-        try:
-            for collector in collectors:
-                collector.begin(positions)
-            wholes, run_of_row = _run_once(encoded, positions)
-            row_of_version = torch.from_numpy(run_of_row)
-            together = [rows[i] for i in wholes] + ([] if minus is None else [minus[i] for i in positions])
-            f, z = tape.record(together, _seed_of_versions(seed_of, wholes, positions, versions), on_layer)
-            for collector in collectors:
-                collector.end(positions)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            if len(positions) == 1:
-                raise StorageError(
-                    f"row {first_row + positions[0]} ({longest} word pieces) does not fit in the memory of "
-                    f"{classifier.device}. Give --max-length a smaller value, or use --device cpu."
-                ) from error
-            limit = len(positions) * longest // 2
-            if classifier.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if warn is not None:
-                n = len(positions)
-                warn(f"{n} rows of {longest} word pieces do not fit in memory; going on with {n // 2}.")
-            waiting.extendleft(_halves(positions))
-            continue
+
+    def run(positions: list[int]) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+        nonlocal row_of_version
+        for collector in collectors:
+            collector.begin(positions)
+        wholes, run_of_row = _run_once(encoded, positions)
+        row_of_version = torch.from_numpy(run_of_row)
+        together = [rows[i] for i in wholes] + ([] if minus is None else [minus[i] for i in positions])
+        f, z = tape.record(together, _seed_of_versions(seed_of, wholes, positions, versions), on_layer)
+        for collector in collectors:
+            collector.end(positions)
+        return wholes, run_of_row, f, z
+
+    def let_go(positions: list[int]) -> None:
+        for collector in collectors:  # each drops its state of the batch, and begins one of a single row
+            collector.begin(positions[:1])
+
+    batches = run_batches(
+        (first[batch].tolist() for batch in plan), run, lengths=sizes, device=classifier.device,
+        name=lambda position: f"row {first_row + position}", warn=warn, let_go=let_go,
+    )  # fmt: skip
+    for positions, (wholes, run_of_row, f, z) in batches:
         _keep(collectors, positions, classifier)
         features[positions], logits[positions] = f[run_of_row], z[run_of_row]
         if minus is not None:
@@ -203,16 +192,10 @@ def run_pass(
 
 def _keep(collectors: Sequence[Collector], positions: list[int], classifier: Classifier) -> None:
     """Add a batch to the results; a lack of memory ends the pass, because a batch that was kept must not run again."""
-    try:
+    remedy = "Give --batch-tokens a smaller value"
+    with refusing_lack("what is gathered from the rows", classifier.device, remedy):
         for collector in collectors:
             collector.keep(positions)
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise StorageError(
-            f"the memory of {classifier.device} does not suffice for what is gathered from the rows. Give "
-            "--batch-tokens a smaller value, or use --device cpu."
-        ) from error
 
 
 def _rows_to_run(encoded: Encoded, seed_of: SeedOf, collectors: Sequence[Collector]) -> tuple[np.ndarray, np.ndarray]:
@@ -256,15 +239,3 @@ def refuse_non_finite(name: str, first_row: int, *numbers: np.ndarray) -> None:
     if not finite.all():
         row = first_row + int(np.argmin(finite))
         raise NonFiniteError(f"{name}: the gradient of row {row} is NaN or infinite. Check the model.")
-
-
-def _halves(positions: list[int]) -> tuple[list[int], list[int]]:
-    """Later half first: ``extendleft`` turns them around."""
-    middle = len(positions) // 2
-    return positions[middle:], positions[:middle]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in ("not enough memory", "can't allocate memory")
-    )

@@ -6,8 +6,9 @@ the rows of a batch, or change what a hook has seen. No table of architectures k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from forebear.indexer.gradients.factors import EmbeddingFactors, LayerFactors
 from forebear.indexer.gradients.tape import Seed, Tape, alone, loss_of, only_asking
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.memory import is_out_of_memory, run_batches
 from forebear.indexer.model.forward import forward_batch
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.network.pretrained import first_line
@@ -29,6 +31,7 @@ MOST_PIECES = 512
 TOLERANCE = 1e-3  # of a block's largest number
 FLOOR = 3e-6  # of the largest number of the scope's gradient: some blocks have none but rounding (biases of keys)
 Row = dict[str, list[int]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -130,10 +133,16 @@ def _check_logits(classifier: Classifier, rows: list[Row]) -> float:
     """
     if classifier.equal_lengths:
         return 0.0
-    _, together = forward_batch(classifier, pad_batch(classifier.tokenizer, rows, classifier.device))
-    apart = [forward_batch(classifier, pad_batch(classifier.tokenizer, [r], classifier.device))[1][0] for r in rows]
-    difference = np.abs(together - apart).max()
-    error = float(ratio(difference, np.abs(apart).max(), otherwise=np.inf)) if difference else 0.0
+
+    def run(positions: list[int]) -> tuple[float, float]:
+        some = [rows[i] for i in positions]
+        _, together = forward_batch(classifier, pad_batch(classifier.tokenizer, some, classifier.device))
+        alone = [forward_batch(classifier, pad_batch(classifier.tokenizer, [r], classifier.device))[1][0] for r in some]
+        return float(np.abs(together - alone).max()), float(np.abs(alone).max())
+
+    found = [result for _, result in _run(classifier, rows, len(rows), run)]
+    difference, largest = (max(numbers) for numbers in zip(*found, strict=True))
+    error = float(ratio(difference, largest, otherwise=np.inf)) if difference else 0.0
     if not error <= TOLERANCE:
         raise ModelError(
             f"{classifier.name} ({type(classifier.model).__name__}): logits of a row in a padded batch differ by "
@@ -149,34 +158,53 @@ def _check_scope(classifier: Classifier, scope: Scope, rows: list[Row]) -> float
         ModelError: It is no rounding; the block is named.
     """
     at_once = 1 if classifier.equal_lengths or alone(classifier, [scope]) else len(rows)
+
+    def run(positions: list[int]) -> float:
+        return _largest_error(classifier, scope, [rows[i] for i in positions])
+
+    return max(error for _, error in _run(classifier, rows, at_once, run))
+
+
+def _run(
+    classifier: Classifier, rows: list[Row], at_once: int, run: Callable[[list[int]], T]
+) -> Iterator[tuple[list[int], T]]:
+    """Run so many of the rows at once, or fewer where they do not fit in memory."""
+    batches = [range(start, min(start + at_once, len(rows))) for start in range(0, len(rows), at_once)]
+    lengths = [len(row["input_ids"]) for row in rows]
+    name = f"{classifier.name}: a row of the check of gradients".format
+    return run_batches(batches, run, device=classifier.device, lengths=lengths, name=name)
+
+
+def _largest_error(classifier: Classifier, scope: Scope, rows: list[Row]) -> float:
+    """:func:`_check_scope` of one batch of rows."""
     largest_error = 0.0
-    for start in range(0, len(rows), at_once):
-        some = rows[start : start + at_once]
-        found: dict[str, LayerFactors] = {}
-        try:
-            _, logits = Tape(classifier, [scope]).record(some, _unlikely(classifier.loss), found.__setitem__)
-        except RuntimeError as error:  # of torch: the model takes a watched output in a way that hooks do not foresee
-            raise ModelError(
-                f"{classifier.name} ({type(classifier.model).__name__}) does not run while layers of scope "
-                f"{scope.name} are watched ({first_line(error)}); the scope is not supported. Use --scope head.",
-                of="index",
-            ) from error
-        for i, row in enumerate(some):
-            truth = _autograd(classifier, scope, row, classifier.loss.unlikely(logits[i : i + 1]))
-            size = max(float(g.abs().max()) for g in truth.values())
-            for block in scope.blocks:
-                g = truth[block.name]
-                block_size = float(g.abs().max())
-                apart = float((_gradient(block, found.get(block.name), i, g) - g).abs().max())
-                if not apart <= TOLERANCE * block_size + FLOOR * size:
-                    raise ModelError(
-                        f"{classifier.name} ({type(classifier.model).__name__}): the gradient of {block.name}, from "
-                        f"its inputs and output gradients, differs by {apart / (block_size or size or apart):.1%} from "
-                        "autograd's. The model uses these weights in another way than by calling their layer. Use "
-                        "--scope head, or scopes without this layer.",
-                        of="index",
-                    )
-                largest_error = max(largest_error, float(ratio(apart, block_size + FLOOR * size)))
+    found: dict[str, LayerFactors] = {}
+    try:
+        _, logits = Tape(classifier, [scope]).record(rows, _unlikely(classifier.loss), found.__setitem__)
+    except RuntimeError as error:  # of torch: the model takes a watched output in a way that hooks do not foresee
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{classifier.name} ({type(classifier.model).__name__}) does not run while layers of scope "
+            f"{scope.name} are watched ({first_line(error)}); the scope is not supported. Use --scope head.",
+            of="index",
+        ) from error
+    for i, row in enumerate(rows):
+        truth = _autograd(classifier, scope, row, classifier.loss.unlikely(logits[i : i + 1]))
+        size = max(float(g.abs().max()) for g in truth.values())
+        for block in scope.blocks:
+            g = truth[block.name]
+            block_size = float(g.abs().max())
+            apart = float((_gradient(block, found.get(block.name), i, g) - g).abs().max())
+            if not apart <= TOLERANCE * block_size + FLOOR * size:
+                raise ModelError(
+                    f"{classifier.name} ({type(classifier.model).__name__}): the gradient of {block.name}, from "
+                    f"its inputs and output gradients, differs by {apart / (block_size or size or apart):.1%} from "
+                    "autograd's. The model uses these weights in another way than by calling their layer. Use "
+                    "--scope head, or scopes without this layer.",
+                    of="index",
+                )
+            largest_error = max(largest_error, float(ratio(apart, block_size + FLOOR * size)))
     return largest_error
 
 

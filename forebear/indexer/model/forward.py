@@ -17,6 +17,7 @@ from torch import nn
 from forebear.errors import NonFiniteError
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.memory import run_batches
 from forebear.indexer.model.encoding import Texts, as_encoded, distinct, plan_batches
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.network.head import watched_head
@@ -76,6 +77,7 @@ def run_forward(
 
     Raises:
         NonFiniteError: A feature or logit is NaN or infinite; the message names the row.
+        NotEnoughMemoryError: Not even one row fits in memory.
     """
     encoded = as_encoded(classifier, texts)
     rows = encoded.rows
@@ -83,10 +85,18 @@ def run_forward(
     logits = np.empty((len(rows), classifier.n_classes), np.float64)
     first, kinds = distinct(encoded.digests)
     lengths = [len(rows[i]["input_ids"]) for i in first]
-    for batch in plan_batches(lengths, batch_tokens, equal_lengths=classifier.equal_lengths):
-        at = first[batch]
-        f, z = forward_batch(classifier, pad_batch(classifier.tokenizer, [rows[i] for i in at], classifier.device))
-        features[at], logits[at] = f, z
+
+    def run(batch: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        return forward_batch(
+            classifier, pad_batch(classifier.tokenizer, [rows[i] for i in first[batch]], classifier.device)
+        )
+
+    plan = plan_batches(lengths, batch_tokens, equal_lengths=classifier.equal_lengths)
+    batches = run_batches(
+        plan, run, lengths=lengths, device=classifier.device, name=lambda i: f"row {first_row + first[i]}"
+    )
+    for batch, (f, z) in batches:
+        features[first[batch]], logits[first[batch]] = f, z
         if on_rows is not None:
             on_rows(len(batch))
     features, logits = features[first[kinds]], logits[first[kinds]]

@@ -16,6 +16,7 @@ from torch import nn
 from forebear.errors import MismatchError, ModelError, NonFiniteError
 from forebear.indexer.losses.kinds import loss_of, problem_type_of_config
 from forebear.indexer.model.classifier import Classifier, autocast
+from forebear.indexer.model.device.memory import moved
 from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.network.adapters import (
     Adapter,
@@ -138,7 +139,7 @@ def make_classifier(
     equal_lengths = padding_matters(feature, tokenizer, limit, where, name)
     run = run_copies(feature, tokenizer, limit, where, name)
     shared_layers, alone_layers = find_shared_layers(model, is_layer, run, TOLERANCE)
-    model = model.to(device)
+    model = moved(model, device, name)
     return Classifier(
         name=name,
         model=model,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from forebear.errors import ModelError, NonFiniteError
+from forebear.indexer.model.device.memory import moved, run_batches
 from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.encoding import Encoded, Texts, distinct, plan_batches
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
@@ -60,6 +61,7 @@ class SentenceEncoder:
         Rows of the same word pieces are run once and get equal numbers.
 
         Raises:
+            NotEnoughMemoryError: Not even one row fits in memory.
             NonFiniteError: An embedding is NaN or infinite.
         """
         encoded = texts if isinstance(texts, Encoded) else Encoded(self.encode(texts))
@@ -68,13 +70,18 @@ class SentenceEncoder:
         out = np.empty((len(rows), int(self.model.config.hidden_size)), np.float32)  # type: ignore[union-attr, arg-type]
         first, kinds = distinct(encoded.digests)
         lengths = [len(rows[i]["input_ids"]) for i in first]
-        for batch in plan_batches(lengths, batch_tokens, equal_lengths=self.equal_lengths):
-            at = first[batch]
-            inputs = pad_batch(self.tokenizer, [rows[i] for i in at], device)
+
+        def run(batch: list[int]) -> np.ndarray:
+            inputs = pad_batch(self.tokenizer, [rows[i] for i in first[batch]], device)
             with torch.no_grad():
                 states = self.model(**inputs).last_hidden_state
-            mask = inputs["attention_mask"][:, :, None].to(states.dtype)
-            out[at] = ((states * mask).sum(dim=1) / mask.sum(dim=1)).cpu().numpy()
+                mask = inputs["attention_mask"][:, :, None].to(states.dtype)
+                return np.asarray(((states * mask).sum(dim=1) / mask.sum(dim=1)).cpu().numpy())
+
+        plan = plan_batches(lengths, batch_tokens, equal_lengths=self.equal_lengths)
+        batches = run_batches(plan, run, lengths=lengths, device=device, name=lambda i: f"row {first[i]}")
+        for batch, embeddings in batches:
+            out[first[batch]] = embeddings
             if on_rows is not None:
                 on_rows(len(batch))
         out = np.asarray(out[first[kinds]])
@@ -96,7 +103,7 @@ def load_sentence_encoder(name: str, *, device: str = "auto") -> SentenceEncoder
         raise ModelError(
             f"{path} stores no weights for {missing[0]}: its embeddings would be random. Give another model."
         )
-    model = model.eval().to(pick_device(device))
+    model = moved(model.eval(), pick_device(device), path)
     check_finite_weights(model, path)
     tokenizer = load_tokenizer(path, model)
     digest = hashlib.sha256(

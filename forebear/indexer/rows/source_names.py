@@ -240,6 +240,8 @@ def _load_hub(name: str, split: str) -> Any:
         is_last = (repo, config) == tries[-1]
         try:
             return datasets.load_dataset(repo, config, split=split)
+        except MemoryError:
+            raise
         except Exception as error:  # whatever a data set's files or names bring up
             if isinstance(error, datasets.exceptions.DatasetNotFoundError):
                 reason = "the hub has no data set of that name; mend the name"

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError, ModelError, NonFiniteError
+from forebear.indexer.model.device.memory import moved, run_batches
 from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.encoding import plan_batches
 from forebear.indexer.model.loading import load_tokenizer, resolve_model_name
@@ -91,11 +92,18 @@ class Reader:
         """Logits of an answer's start and end at the word pieces of each row, ``(2, t)`` float64."""
         lengths = [len(row["input_ids"]) for row in rows]
         out = [np.empty(0)] * len(rows)
-        for batch in plan_batches(lengths, len(rows) * max(lengths), equal_lengths=self.equal_lengths):
-            positions = sorted(batch)
+
+        def run(positions: list[int]) -> np.ndarray:
             with torch.no_grad():
                 output = self.model(**pad_batch(self.tokenizer, [rows[i] for i in positions], self.model.device))
-            both = torch.stack([output.start_logits, output.end_logits], dim=1).double().cpu().numpy()
+                both = torch.stack([output.start_logits, output.end_logits], dim=1)
+            return np.asarray(both.double().cpu().numpy())
+
+        plan = plan_batches(lengths, len(rows) * max(lengths), equal_lengths=self.equal_lengths)
+        batches = run_batches(
+            map(sorted, plan), run, lengths=lengths, device=self.model.device, name="question {} of a row".format
+        )
+        for positions, both in batches:
             for i, values in zip(positions, both, strict=True):
                 out[i] = values[:, : lengths[i]]
         return out
@@ -149,7 +157,7 @@ def load_reader(name: str, device: str = "auto") -> Reader:
         return logits
 
     equal_lengths = padding_matters(starts, tokenizer, limit, model.device, path)
-    return Reader(path, model.to(pick_device(device)), tokenizer, limit, equal_lengths)
+    return Reader(path, moved(model, pick_device(device), path), tokenizer, limit, equal_lengths)
 
 
 def read_aspect(reader: Reader, text: str, term: str) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from forebear.conformal import supported_recall
 from forebear.errors import CorruptIndexError, InputError, StorageError
+from forebear.indexer.model.device.memory import is_out_of_memory
 from forebear.indexer.storage.arrow import MEND, RowMatrix
 from forebear.indexer.storage.atomic import atomic_file
 from forebear.ratio import ratio
@@ -181,6 +182,8 @@ def build_ann(vectors: Vectors, metric: str, factory: str | None, seed: int) -> 
         for _, block in vectors.blocks():
             built.add(block)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"--ann {name!r} does not work for {len(vectors)} vectors of width {vectors.width}: {_reason(error)}"
         ) from error
@@ -290,5 +293,7 @@ def read_ann(path: Path, facts: dict[str, Any]) -> AnnIndex:
     try:
         built = import_faiss().read_index(str(path))
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise CorruptIndexError(f"{path} cannot be read as a FAISS index. {MEND}") from error
     return AnnIndex(built, facts["metric"], facts["factory"] == "Flat", facts["n_probe"], facts["widen"])

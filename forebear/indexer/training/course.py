@@ -13,6 +13,7 @@ from torch import nn
 
 from forebear.errors import NonFiniteError
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.memory import refusing_lack
 from forebear.indexer.model.loading import check_finite_weights
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.training.options import TrainOptions
@@ -171,5 +172,7 @@ def run_trainer(course: Course) -> None:
         callbacks=[CourseCallback()],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    subject, remedy = f"a training step of {options.batch_size} rows", "Train with a smaller --batch-size"
+    with refusing_lack(subject, course.classifier.device, remedy):
+        trainer.train()
     assert course.checkpoints[-1].step == course.plan["n_steps"]

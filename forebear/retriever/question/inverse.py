@@ -23,6 +23,7 @@ from forebear.indexer.curvature.solvers import HAN20, LissaSettings, Multiply, S
 from forebear.indexer.gradients.vectors import Vectors, dot
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.memory import run_batches
 from forebear.indexer.model.encoding import distinct
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.model.scopes import Scope
@@ -306,10 +307,16 @@ class HeadSolver:
         """<H^-1 g, g> of each row, ``(n,)`` float64; rows of the same factors are solved for once."""
         unique, inverse = distinct(np.concatenate([residuals, features.astype(residuals.dtype)], axis=1))
         residuals, features = residuals[unique], features[unique]
-        out = []
+        out = np.empty(len(residuals))
         size = max(1, min(SELF_ROWS, MAX_WEIGHTS // (residuals.shape[1] * features.shape[1])))
-        for start in range(0, len(residuals), size):
-            r, f = residuals[start : start + size], features[start : start + size].astype(np.float64)
+
+        def run(rows: list[int]) -> np.ndarray:
+            r, f = residuals[rows], features[rows].astype(np.float64)
             reduced = r.astype(np.float64) @ self.basis.T
-            out.append(np.einsum("nah,na,nh->n", self.solve(r, f)[0], reduced, f, optimize=True))
-        return np.asarray(np.maximum(np.concatenate(out), 0.0)[inverse])
+            return np.asarray(np.einsum("nah,na,nh->n", self.solve(r, f)[0], reduced, f, optimize=True))
+
+        chunks = (range(start, min(start + size, len(out))) for start in range(0, len(out), size))
+        subject, remedy = "H^-1 of the head's gradient of a row".format, "Free some memory"
+        for rows, values in run_batches(chunks, run, device=torch.device("cpu"), name=subject, remedy=remedy):
+            out[rows] = values
+        return np.asarray(np.maximum(out, 0.0)[inverse])

@@ -14,6 +14,7 @@ import torch
 from forebear.errors import MismatchError, MissingStoreError
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.memory import run_batches
 from forebear.indexer.model.encoding import encode, plan_batches
 from forebear.indexer.model.loading import check_same_model, load_classifier, weights_sha256
 from forebear.indexer.model.network.batches import pad_batch
@@ -38,16 +39,28 @@ def one_step_away(classifier: Classifier, index: Index, number: int) -> Classifi
     encoded = encode(classifier, index.text_lists(rows))
     lengths = [len(row["input_ids"]) for row in encoded]
     targets = torch.from_numpy(index.targets(rows)).to(classifier.device)
-    losses = []
-    for batch in plan_batches(lengths, len(rows) * max(lengths), equal_lengths=classifier.equal_lengths):
-        positions = sorted(batch)
+    parameters = list(model.parameters())
+    total_weight = classifier.loss.total_weight(targets).item()
+
+    def run(positions: list[int]) -> tuple[torch.Tensor | None, ...]:
         with classifier.autocast():
             logits = model(**pad_batch(classifier.tokenizer, [encoded[i] for i in positions], classifier.device)).logits
-        share = classifier.loss.total_weight(targets[positions]).item() / classifier.loss.total_weight(targets).item()
-        losses.append(classifier.loss.mean(logits.float(), targets[positions]) * share)
-    gradients = torch.autograd.grad(sum(losses[1:], losses[0]), list(model.parameters()), allow_unused=True)
+        share = classifier.loss.total_weight(targets[positions]).item() / total_weight
+        loss = classifier.loss.mean(logits.float(), targets[positions]) * share
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    plan = plan_batches(lengths, len(rows) * max(lengths), equal_lengths=classifier.equal_lengths)
+    batches = run_batches(
+        map(sorted, plan), run, device=classifier.device, lengths=lengths, name=lambda i: f"training row {rows[i]}"
+    )
+    gradients: list[torch.Tensor | None] = [None] * len(parameters)
+    for _, of_batch in batches:
+        for i, gradient in enumerate(of_batch):
+            so_far = gradients[i]
+            if gradient is not None:
+                gradients[i] = gradient if so_far is None else so_far + gradient
     with torch.no_grad():
-        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 parameter.sub_(VARIANT_LEARNING_RATE * gradient)
     name = f"{classifier.name} (variant {number})"

@@ -18,6 +18,7 @@ from forebear.errors import InputError, NonFiniteError
 from forebear.indexer.gradients.tape import only_asking
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.memory import refusing_lack
 from forebear.indexer.model.encoding import encode_with_places
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.network.layers import encoder_layers
@@ -90,6 +91,7 @@ def saliency_gradients(
 
     Raises:
         NonFiniteError: A gradient is NaN or infinite; the row is named.
+        NotEnoughMemoryError: The gradient of a row does not fit in memory.
     """
     model = classifier.model
     out = scope.zeros(len(words), classifier.head.weight)
@@ -109,8 +111,12 @@ def saliency_gradients(
             return ((leaf[0], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": leaf[0]})
 
         hook = first_layer.register_forward_pre_hook(grow, with_kwargs=True)
+        subject = f"the saliency gradient of test row {i if numbers is None else numbers[i]}"
         try:
-            with only_asking(model, parameters), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            with (
+                refusing_lack(subject, classifier.device, "Ask at a smaller --scope"),
+                only_asking(model, parameters), sdpa_kernel(SDPBackend.MATH), torch.enable_grad(),
+            ):  # fmt: skip
                 logits = model(**pad_batch(classifier.tokenizer, [rows[i]], classifier.device)).logits
                 target = torch.as_tensor(targets[i : i + 1], device=logits.device)
                 support = classifier.loss.support(logits.double(), target)[0]

@@ -13,7 +13,7 @@ import torch
 from tiny import labels, sentences
 
 import forebear
-from forebear.errors import StorageError
+from forebear.errors import NotEnoughMemoryError
 from forebear.indexer.curvature import ekfac, products
 from forebear.indexer.gradients import whole as gradients
 from forebear.indexer.gradients.factors import LayerFactors
@@ -195,5 +195,5 @@ def test_a_lack_of_memory_when_a_batch_is_kept_ends_the_pass(make, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(collector, "keep", fail)
-    with pytest.raises(StorageError, match="does not suffice for what is gathered"):
+    with pytest.raises(NotEnoughMemoryError, match="what is gathered from the rows does not fit"):
         gather(make, [collector])

@@ -16,7 +16,7 @@ import torch
 import transformers
 from tiny import labels, make_tiny_model, sentences
 
-from forebear.errors import NonFiniteError, StorageError
+from forebear.errors import NonFiniteError, NotEnoughMemoryError
 from forebear.indexer.curvature.ekfac import Ekfac, EkfacBlock, KroneckerFactors, fit_factors
 from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.gradient_pass import Collector, labels_seed, run_pass
@@ -878,7 +878,7 @@ def test_a_row_that_does_not_fit_is_named(bert, monkeypatch):
 
     monkeypatch.setattr(Tape, "record", failing)
     expected = r"row 1005 \(22 word pieces\) does not fit in the memory of cpu\. .*max_length="
-    with pytest.raises(StorageError, match=expected):
+    with pytest.raises(NotEnoughMemoryError, match=expected):
         sketch_rows(bert.classifier, [sketcher], [texts], np.zeros(12, np.int64), batch_tokens=1000, first_row=1000)
 
 

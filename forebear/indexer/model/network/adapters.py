@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from forebear.errors import ModelError
+from forebear.indexer.model.device.memory import is_out_of_memory
 from forebear.indexer.model.network.layers import Scale, is_layer
 from forebear.indexer.model.network.pretrained import (
     ADAPTER_CONFIG,
@@ -199,6 +200,8 @@ def _loaded(name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
     except ModelError:
         raise
     except Exception as error:  # an adapter's files may be damaged in any way
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"cannot load the adapter {name}: {first_line(error)}") from error
     if lacking := [str(warning.message) for warning in warned if "missing adapter keys" in str(warning.message)]:
         raise ModelError(f"{name} does not store all weights of its adapter ({lacking[0][:200]}). Save it again.")

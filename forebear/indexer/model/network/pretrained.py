@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from forebear.errors import ModelError
+from forebear.indexer.model.device.memory import is_out_of_memory
 from forebear.indexer.rows.source_names import similar_names
 
 TRAINER_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -66,6 +67,8 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
     except (
         Exception
     ) as error:  # transformers raises a dozen types here, all of which mean that the model cannot be loaded
+        if is_out_of_memory(error):
+            raise
         reason = first_line(error)
         if is_there or not isinstance(error, OSError):
             raise ModelError(f"cannot load {name} with {auto_class.__name__}: {reason}") from error

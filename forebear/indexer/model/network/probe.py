@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from forebear.errors import ModelError
+from forebear.indexer.model.device.memory import is_out_of_memory, not_enough
 from forebear.indexer.model.network.batches import pad_batch, tokenize
 from forebear.indexer.model.network.head import watched_head
 
@@ -90,8 +91,10 @@ def _is_pooled(model: Any, key: str, batch: Mapping[str, torch.Tensor], name: st
         with torch.no_grad(), watched_head(head) as use:
             logits = _run(model, batch, name).logits
             found = head(use.feature(logits))
-    except RuntimeError:  # the logits do not depend on it
-        return False
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return False  # the logits do not depend on it
     return bool((found - logits).abs().max() <= TOLERANCE * logits.abs().max())
 
 
@@ -158,13 +161,17 @@ def _run(model: nn.Module, batch: Mapping[str, torch.Tensor], name: str) -> Any:
     """One forward pass.
 
     Raises:
-        ModelError: The model raises anything.
+        NotEnoughMemoryError: The model does not fit in memory while it runs.
+        ModelError: The model raises anything else.
     """
     try:
         with torch.no_grad():
             return model(**batch)
     except Exception as error:  # a model may raise anything: a missing picture, an unknown language, a wrong shape
         n_pieces = batch["input_ids"].shape[1]
+        if is_out_of_memory(error):
+            subject = f"{name}: a text of {n_pieces} word pieces"
+            raise not_enough(subject, batch["input_ids"].device, "Give a smaller model") from error
         raise ModelError(
             f"{name} ({type(model).__name__}) does not run on a text of {n_pieces} word pieces ({_reason(error)}), so "
             "it is not supported."

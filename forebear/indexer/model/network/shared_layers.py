@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from forebear.indexer.model.device.memory import is_out_of_memory
+
 Shape = tuple[int, ...]
 RunRows = Callable[[int], torch.Tensor]  # runs the model on a batch of so many equal rows; gives their features
 
@@ -54,8 +56,10 @@ def find_shared_layers(
                 found = run(2)
             if not (found - features).abs().max() <= tolerance * features.abs().max():
                 alone = set(shared)
-        except Exception:  # a model may raise anything where a shape is not what it expects
-            alone = set(shared)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            alone = set(shared)  # a model may raise anything where a shape is not what it expects
         finally:
             for hook in hooks:
                 hook.remove()
