@@ -28,7 +28,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, Texts, take_texts
 from forebear.indexer.model.scopes import Scope
-from forebear.indexer.sketches.candidates import Part
+from forebear.indexer.sketches.estimates import Part
 from forebear.indexer.sketches.fitting import open_sketchers
 from forebear.indexer.sketches.sketch import sketch_rows
 from forebear.indexer.spans.masking import mask_spans

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from forebear.conformal import least_share, supported_recall
-from forebear.indexer.sketches.candidates import BLOCK_ROWS, Part, Proposal, candidates_needed, estimate
+from forebear.indexer.sketches.candidates import BLOCK_ROWS, candidates_needed, estimate
+from forebear.indexer.sketches.estimates import Part, Proposal
 
 RECALLS = (0.8, 0.9, 0.95, 0.98, 0.99)  # the manifest states candidates for these, and for the largest supported recall
 TOP = 10

@@ -13,113 +13,17 @@ Norms are heavy-tailed, so the margin adds few rows: on SST-2 it takes the recal
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from forebear.indexer.gradients.vectors import as_tensor
-from forebear.indexer.sketches.sketch import Reduction, SketchRows
-from forebear.indexer.storage.ann import unit_rows
-from forebear.indexer.storage.arrow import RowMatrix
+from forebear.indexer.model.device.kept_arrays import HOST, DeviceMemory, as_tensor
+from forebear.indexer.sketches.device_scan import propose_on_device
+from forebear.indexer.sketches.estimates import Part, Proposal, factors_of, keep_best
 
 BLOCK_ROWS = 16_384
-CODE_ROWS = 4096  # rows whose codes are unpacked at once
 WIDEN = 16  # rows estimated with the code for each one proposed
 LEAST_WIDE = 1024
-
-
-@dataclass(frozen=True)
-class GradientStore:
-    """Stored sketches of one scope at one checkpoint, or of its whitened gradients.
-
-    Attributes:
-        sketches: Coordinates as unit vectors, ``(n, d)`` float16.
-        codes: Packed signs, ``(n, bits / 8)`` uint8, or None.
-        code_factors: f, ``(n,)`` float32.
-        shares: Length of the coordinates of the raw sketch scaled to length 1, ``(n,)`` float32.
-        lengths: Lengths of the raw sketches, ``(n,)`` float32.
-        norms: Exact norm of the (whitened) gradient, ``(n,)`` float32.
-        residual_lengths: Length of the part of that gradient that the coordinates do not hold, ``(n,)`` float32.
-        reduction: The map that made coordinates and codes.
-    """
-
-    sketches: RowMatrix
-    codes: RowMatrix | None
-    code_factors: np.ndarray
-    shares: np.ndarray
-    lengths: np.ndarray
-    norms: np.ndarray
-    residual_lengths: np.ndarray
-    reduction: Reduction
-
-    def coordinates(self, rows: np.ndarray) -> np.ndarray:
-        """x of the given rows, ``(..., d)`` float32."""
-        vectors = unit_rows(self.sketches.take(rows).reshape(-1, self.sketches.width))
-        vectors *= self.shares[np.asarray(rows).reshape(-1), None]
-        return np.asarray(vectors.reshape(*np.shape(rows), -1))
-
-
-@dataclass(frozen=True)
-class Part:
-    """One checkpoint's part of the scores: sketches of the queries and of the training rows, and a weight.
-
-    Attributes:
-        weight: eta of the checkpoint, or 1.
-        queries: Sketches of the queries' vectors, ``q`` of them.
-        store: Stored sketches of the training rows.
-    """
-
-    weight: float
-    queries: SketchRows
-    store: GradientStore
-
-    def query_coordinates(self, positions: np.ndarray) -> np.ndarray:
-        """Coordinates of some queries, ``(q, d)`` float32."""
-        return np.asarray(self.queries.coordinates[positions])
-
-    def code_products(self, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """f_n <c_q, signs_n>, the code's estimate of what the coordinates leave out, ``(q, n)`` float32."""
-        store = self.store
-        if store.codes is None:
-            return np.zeros((len(positions), len(rows)), np.float32)
-        c = as_tensor(self.queries.codes[positions])
-        out = np.empty((len(positions), len(rows)), np.float32)
-        for start in range(0, len(rows), CODE_ROWS):
-            block = rows[start : start + CODE_ROWS]
-            signs = as_tensor(np.unpackbits(store.codes.take(block), axis=1, count=store.reduction.bits)).float()
-            out[:, start : start + len(block)] = (2 * (c @ signs.T) - c.sum(dim=1, keepdim=True)).numpy()
-        return np.asarray(out * store.code_factors[rows])
-
-
-def factors_of(parts: Sequence[Part], rows: np.ndarray, *, cosine: bool) -> list[np.ndarray]:
-    """For each part, the factor from estimated cosines to scores at some rows, ``(n,)``: lengths, or 1 for cosines."""
-    if cosine:
-        return [np.ones(len(rows), np.float32) for _ in parts]
-    return [part.weight * part.store.lengths[rows] for part in parts]
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """How candidates of one method are chosen.
-
-    Attributes:
-        cosine: Whether scores are cosines; otherwise dot products.
-        code_weight: Share of the code's estimate that is counted, 0 to 1.
-        margin: Margin of a dot product, in units of the product of both lengths.
-    """
-
-    cosine: bool
-    code_weight: float
-    margin: float = 0.0
-
-    def margins(self, parts: Sequence[Part], rows: np.ndarray) -> np.ndarray:
-        """The margin that each row's estimate gets for its uncertainty, ``(q, n)``, or one 0."""
-        if self.cosine or not self.margin:
-            return np.zeros((1, 1), np.float32)
-        factors = factors_of(parts, rows, cosine=False)
-        products = (np.outer(part.queries.lengths, factor) for part, factor in zip(parts, factors, strict=True))
-        return np.asarray(self.margin * sum(products), dtype=np.float32)
 
 
 def estimate(parts: Sequence[Part], rows: np.ndarray, *, cosine: bool, code_weight: float = 0.0) -> np.ndarray:
@@ -139,7 +43,7 @@ def estimate(parts: Sequence[Part], rows: np.ndarray, *, cosine: bool, code_weig
 
 
 def propose(
-    parts: Sequence[Part], live: np.ndarray, n_candidates: int, proposal: Proposal
+    parts: Sequence[Part], live: np.ndarray, n_candidates: int, proposal: Proposal, memory: DeviceMemory = HOST
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """The rows most likely to have the largest and the smallest scores, with their estimates.
 
@@ -148,11 +52,15 @@ def propose(
         live: Numbers of the live rows.
         n_candidates: Number of candidates at each end; at most the number of live rows.
         proposal: Kind of score, weight of the code, and margin.
+        memory: Where rows are estimated. A GPU reads the codes of all rows, so that it proposes what a CPU does, and
+            rows that the coordinates alone rank too low.
 
     Returns:
         (rows, estimates) of the proponents' end, best first by estimate and margin, and of the opponents',
         ``(q, n_candidates)`` each.
     """
+    if not memory.on_host:
+        return propose_on_device(parts, live, n_candidates, proposal, memory)
     # :func:`candidates_needed` relies on these widths.
     width = min(len(live), max(LEAST_WIDE, WIDEN * n_candidates)) if proposal.code_weight else n_candidates
     high, low = _scan(parts, live, width, proposal)
@@ -207,34 +115,13 @@ def _scan(
         scores, margins = estimate(parts, rows, cosine=proposal.cosine), proposal.margins(parts, rows)
         numbers = as_tensor(rows).expand(len(scores), -1)
         ends = [
-            _merge(
+            keep_best(
                 ends[i] if ends else None, torch.from_numpy(scores + sign * margins), numbers, width, largest=sign > 0
             )
             for i, sign in enumerate((1, -1))
         ]
     (high, high_rows), (low, low_rows) = ends
     return (high_rows.numpy(), high.numpy()), (low_rows.numpy(), low.numpy())
-
-
-def _merge(
-    kept: tuple[torch.Tensor, torch.Tensor] | None,
-    scores: torch.Tensor,
-    rows: torch.Tensor,
-    width: int,
-    *,
-    largest: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best of the rows kept so far and of new rows; of equal scores at the cut, lower row numbers are kept."""
-    if kept is not None:
-        scores, rows = torch.cat([kept[0], scores], dim=1), torch.cat([kept[1], rows], dim=1)
-    width = min(width, scores.shape[1])
-    values, positions = scores.topk(width, dim=1, largest=largest)
-    equal = scores == values[:, -1:]
-    for q in torch.nonzero(equal.sum(dim=1) > (values == values[:, -1:]).sum(dim=1)).flatten().tolist():
-        better = torch.nonzero(values[q] != values[q, -1]).flatten()
-        tied = torch.nonzero(equal[q]).flatten()
-        positions[q] = torch.cat([positions[q, better], tied[rows[q, tied].argsort()[: width - len(better)]]])
-    return values, rows.gather(1, positions)
 
 
 def _refine(

@@ -32,8 +32,9 @@ from forebear.indexer.gradients.gradient_pass import (
     refuse_non_finite,
     run_pass,
 )
-from forebear.indexer.gradients.vectors import Vectors, as_tensor
+from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.kept_arrays import as_tensor
 from forebear.indexer.model.encoding import Texts, n_rows_of
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.sketches.projector import Projector, row_lengths

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from forebear.indexer.sketches.candidates import Part, Proposal, propose
+from forebear.indexer.sketches.candidates import propose
+from forebear.indexer.sketches.estimates import Part, Proposal
 from forebear.indexer.sketches.fitting import gradient_files, open_sketcher
-from forebear.indexer.sketches.sketch import Sketcher, SketchRows
+from forebear.indexer.sketches.sketch import Sketcher, SketchRows, sketch_rows
 from forebear.retriever.deep.query_gradients import Queries, QueryGradients
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.models import N_VARIANTS
@@ -58,12 +59,24 @@ class Candidates:
             return 0
         return self._index.ekfac_damping(self._scope, self._gradients.curvature.damping)[0]
 
-    def parts(self, methods: Sequence[Method], queries: Queries, *, spans: bool = False) -> dict[str, list[Part]]:
+    def by_pass(self, methods: Sequence[Method], queries: Queries) -> bool:
+        """Whether a pass over the texts of test rows gives their sketches, so that no whole gradient is held.
+
+        It does not where sketches are those of sums over groups of test rows, of vectors that were given, or of
+        solutions H^-1 g.
+        """
+        is_summed = queries.vectors is not None or queries.groups is not None
+        return not is_summed and not any(self._from_solutions(method) for method in methods)
+
+    def parts(
+        self, methods: Sequence[Method], queries: Queries, *, spans: bool = False, by_pass: bool = False
+    ) -> dict[str, list[Part]]:
         """Sketches of the test rows beside those of the training rows, for each method.
 
         Args:
             methods: Methods that compare gradients.
-            queries: Test rows whose whole gradients fit in memory together.
+            queries: Test rows; those whose whole gradients do not fit in memory together only :meth:`by_pass`.
+            by_pass: Whether a pass over the texts makes their sketches, instead of their whole gradients.
             spans: Whether the other side is the sketches of all stored spans, at the last checkpoint, instead of
                 those of the training rows.
         """
@@ -71,10 +84,16 @@ class Candidates:
         for number in sorted({number for method in methods for number, _ in self.sketched(method)}):
             wanted = sorted({kind for m in methods for kind in self._kinds(m) if kind[0] == number}, key=str)
             sketchers = [self._sketcher(*kind) for kind in wanted]
-            if sketchers:
+            if not sketchers:
+                continue
+            classifier = self._gradients.models.classifier(number)
+            if by_pass:
+                tokens = self._index.manifest.spec.batch_tokens
+                rows, _ = sketch_rows(classifier, sketchers, queries.texts, queries.targets, batch_tokens=tokens)
+            else:
                 vectors = self._gradients.at_checkpoint(number, queries)
-                device = self._gradients.models.classifier(number).device
-                sketches |= {k: s.of_matrix(vectors, device) for k, s in zip(wanted, sketchers, strict=True)}
+                rows = [sketcher.of_matrix(vectors, classifier.device) for sketcher in sketchers]
+            sketches |= dict(zip(wanted, rows, strict=True))
         out = {}
         for method in methods:
             kinds = self._kinds(method)
@@ -101,26 +120,34 @@ class Candidates:
         return Part(1.0, sketched, self._index.gradients(self._scope, spans=spans))
 
     def propose(
-        self, methods: Sequence[Method], queries: Queries, widths: dict[str, int], *, spans: bool = False
+        self,
+        methods: Sequence[Method],
+        queries: Queries,
+        widths: dict[str, int],
+        *,
+        spans: bool = False,
+        by_pass: bool = False,
     ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Candidates at the proponents' end and at the opponents', ``(q, m)`` row numbers each, by method name.
 
         Args:
             methods: Methods that compare gradients.
-            queries: Test rows whose whole gradients fit in memory together.
+            queries: As of :meth:`parts`.
             widths: Number of candidates at each end from each sketch, by method name; more than there are live rows
                 (or spans) means all of them.
             spans: Whether to propose entries of the index's store of spans instead of rows.
+            by_pass: As of :meth:`parts`.
         """
         live = self._index.live_spans if spans else self._index.live
+        memory = self._gradients.models.memory
         out = {}
-        parts = self.parts(methods, queries, spans=spans)
+        parts = self.parts(methods, queries, spans=spans, by_pass=by_pass)
         for method in methods:
             name, width = method.name, min(len(live), widths[method.name])
-            ends = [propose(parts[name], live, width, self.proposal(method))]
+            ends = [propose(parts[name], live, width, self.proposal(method), memory)]
             if self._from_solutions(method) and self._kinds(method):
                 proposal = self._index.proposal(self._scope, UNWHITENED[name], cosine=method.metric == "cos")
-                ends.append(propose([self._solution_part(queries, spans=spans)], live, width, proposal))
+                ends.append(propose([self._solution_part(queries, spans=spans)], live, width, proposal, memory))
             high, low = (np.concatenate([both[end][0] for both in ends], axis=1) for end in (0, 1))
             out[name] = high, low
         return out

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from forebear.indexer.sketches.candidates import BLOCK_ROWS, Part
+from forebear.indexer.sketches.candidates import BLOCK_ROWS
+from forebear.indexer.sketches.estimates import Part
 from forebear.ratio import ratio
 from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch

@@ -8,7 +8,7 @@ become candidates is decided by the sketches (:mod:`forebear.retriever.deep.cand
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -28,11 +28,12 @@ from forebear.retriever.deep.query_gradients import Queries, QueryGradients
 from forebear.retriever.question.inverse import CurvatureSpec
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.models import Models
-from forebear.retriever.ranking import Ends, Ranking, rank
+from forebear.retriever.ranking import Ends, Ranking, join_ends, rank
 
 VECTOR_BYTES = (
     1 << 30
 )  # of whole query vectors held at once; a pass with solutions copies both, and so takes as much again
+QUERIES_OF_A_SCAN = 128  # test rows for which stored sketches are read together
 SELF_ROWS = 8  # candidates whose self-influence is solved for at once
 
 
@@ -93,43 +94,87 @@ class GradientSearch:
         return other
 
     def search(
-        self, methods: Sequence[Method], queries: Queries, k: int, *, exact: str, n_candidates: dict[str, int]
+        self,
+        methods: Sequence[Method],
+        queries: Queries,
+        k: int,
+        *,
+        exact: str,
+        n_candidates: dict[str, int],
+        prove: Callable[[Queries, dict[str, Ends]], dict[str, Ends]] | None = None,
     ) -> dict[str, Ends]:
         """Both ends of each method's ranking.
 
+        All stored sketches are read once for many test rows; the whole gradients that exact scores need are then made
+        for as many test rows at a time as fit in memory.
+
         Args:
             methods: Methods that compare gradients.
-            queries: Test rows whose whole gradients fit in memory together; see :meth:`chunks`.
+            queries: Test rows.
             k: Results at each end.
             exact: ``none``, ``rerank`` or ``full``.
             n_candidates: Rows at each end that the sketches propose, by method name.
+            prove: Proves both ends of some of the test rows, which it is given while their gradients are held.
         """
-        live = self.index.live
-        if exact == "none":
-            return self._estimated(methods, queries, min(len(live), k))
-        if exact == "full":
-            scores, residuals = self.score_together(methods, queries, {method.name: live for method in methods})
-            n_scored = np.full(len(queries), len(live))
-            return {m.name: _ends(scores[m.name], live, k, n_scored, _of_method(residuals, m)) for m in methods}
-        widths = {method.name: max(k, n_candidates[method.name]) for method in methods}
-        proposed = self.candidates.propose(methods, queries, widths)
-        rows = {name: np.concatenate(ends, axis=1) for name, ends in proposed.items()}
+        chunks = self.chunks(methods, len(queries))
+        by_pass = len(chunks) > 1 and exact != "full" and self.candidates.by_pass(methods, queries)
+        if by_pass:
+            blocks = np.array_split(np.arange(len(queries)), -(-len(queries) // QUERIES_OF_A_SCAN))
+            if exact == "none":
+                return join_ends([self._estimated(methods, queries.take(b), k, by_pass=True) for b in blocks])
+        widths = {name: min(len(self.index.live), max(k, n)) for name, n in n_candidates.items()}
+        rows: dict[str, np.ndarray] = {}
+        if by_pass:
+            of_blocks = [self._proposed(methods, queries.take(block), widths, by_pass=True) for block in blocks]
+            rows = {name: np.concatenate([of_block[name] for of_block in of_blocks]) for name in widths}
+        found = []
+        for indices in chunks:
+            chunk = queries if len(chunks) == 1 else queries.take(indices)
+            if exact == "none":
+                found.append(self._estimated(methods, chunk, k))
+                continue
+            if exact == "full":
+                ends = self._from_all(methods, chunk, k)
+            else:
+                of_chunk = {name: numbers[indices] for name, numbers in rows.items()}
+                ends = self._from_candidates(methods, chunk, k, of_chunk or self._proposed(methods, chunk, widths))
+            found.append(ends if prove is None else prove(chunk, ends))
+        return join_ends(found)
+
+    def _proposed(
+        self, methods: Sequence[Method], queries: Queries, widths: dict[str, int], *, by_pass: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Candidates of both ends, ``(q, m)`` row numbers by method name."""
+        proposed = self.candidates.propose(methods, queries, widths, by_pass=by_pass)
+        return {name: np.concatenate(ends, axis=1) for name, ends in proposed.items()}
+
+    def _from_candidates(
+        self, methods: Sequence[Method], queries: Queries, k: int, rows: dict[str, np.ndarray]
+    ) -> dict[str, Ends]:
+        """Both ends by the exact scores of candidates."""
         scores, residuals = self.score_together(methods, queries, rows)
         return {m.name: _both_ends(rows[m.name], scores[m.name], k, _of_method(residuals, m)) for m in methods}
 
-    def _estimated(self, methods: Sequence[Method], queries: Queries, k: int) -> dict[str, Ends]:
+    def _from_all(self, methods: Sequence[Method], queries: Queries, k: int) -> dict[str, Ends]:
+        """Both ends by the exact scores of every live row."""
+        live = self.index.live
+        scores, residuals = self.score_together(methods, queries, {method.name: live for method in methods})
+        n_scored = np.full(len(queries), len(live))
+        return {m.name: _ends(scores[m.name], live, k, n_scored, _of_method(residuals, m)) for m in methods}
+
+    def _estimated(
+        self, methods: Sequence[Method], queries: Queries, k: int, *, by_pass: bool = False
+    ) -> dict[str, Ends]:
         """Both ends by the sketches' estimates alone."""
-        parts, live, n_scored = (
-            self.candidates.parts(methods, queries),
-            self.index.live,
-            np.zeros(len(queries), np.int64),
-        )
+        parts = self.candidates.parts(methods, queries, by_pass=by_pass)
+        live, n_scored = self.index.live, np.zeros(len(queries), np.int64)
+        k = min(len(live), k)
         ends: dict[str, Ends] = {}
         for method in methods:
             proposal = replace(self.candidates.proposal(method), margin=0.0)
             first, last = (
                 Ranking(rows, scores.astype(np.float64), False, n_scored)
-                for rows, scores in propose(parts[method.name], live, k, proposal)
+                for rows, scores in propose(parts[method.name], live, k, proposal, self.models.memory)
             )
             ends[method.name] = (first, last)
         return ends

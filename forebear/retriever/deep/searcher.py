@@ -15,7 +15,7 @@ from forebear.retriever.question.methods import Method
 from forebear.retriever.question.recall import NOT_RERANKED, PROVEN, deep_recall, n_candidates, with_note
 from forebear.retriever.question.searcher import Searcher
 from forebear.retriever.question.spec import Question
-from forebear.retriever.ranking import Ends, join_ends
+from forebear.retriever.ranking import Ends
 from forebear.retriever.scores import Scores
 
 
@@ -27,18 +27,24 @@ class GradientSearcher(Searcher):
         """Both ends of each method's ranking; given as :class:`Queries`, a query may stand for a group of test rows."""
         queries = batch if isinstance(batch, Queries) else Queries(batch.texts, batch.targets)
         joined: dict[str, Ends] = {}
+        n_live = self.index.manifest.n_live
         for scope, methods in question.by_scope().items():
             search = GradientSearch.kept(self.models, scope, question.curvature)
             candidates = {m.name: n_candidates(question, m) for m in methods}
-            chunks, chunk_ends = search.chunks(methods, len(queries)), []
-            for indices in chunks:
-                chunk = queries if len(chunks) == 1 else queries.take(indices)
-                ends = search.search(methods, chunk, question.top, exact=question.spec.exact, n_candidates=candidates)
-                if question.spec.certify:
-                    n_live = question.index.manifest.n_live
-                    ends = {m.name: certify(search, m, chunk, ends[m.name], max_rows=n_live) for m in methods}
-                chunk_ends.append(ends)
-            joined |= join_ends(chunk_ends)
+
+            def prove(
+                chunk: Queries, ends: dict[str, Ends], search: GradientSearch = search, methods: list[Method] = methods
+            ) -> dict[str, Ends]:
+                return {m.name: certify(search, m, chunk, ends[m.name], max_rows=n_live) for m in methods}
+
+            joined |= search.search(
+                methods,
+                queries,
+                question.top,
+                exact=question.spec.exact,
+                n_candidates=candidates,
+                prove=prove if question.spec.certify else None,
+            )
         return joined
 
     @override

@@ -635,7 +635,8 @@ def test_rounding_to_fp16_does_not_reorder_nearly_parallel_sketches(world, monke
     """Sketches with one dominant component: fp16 changes their length by more than their cosines differ."""
     from dataclasses import replace
 
-    from forebear.indexer.sketches.candidates import Part, estimate
+    from forebear.indexer.sketches.candidates import estimate
+    from forebear.indexer.sketches.estimates import Part
     from forebear.indexer.sketches.sketch import SketchRows
     from forebear.indexer.storage.arrow import RowMatrix
 

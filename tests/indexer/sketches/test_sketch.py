@@ -26,7 +26,8 @@ from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scopes import Block, Scope, scope_of
 from forebear.indexer.sketches import candidates as estimating
 from forebear.indexer.sketches import projector as projecting
-from forebear.indexer.sketches.candidates import GradientStore, Part, Proposal, estimate, propose
+from forebear.indexer.sketches.candidates import estimate, propose
+from forebear.indexer.sketches.estimates import GradientStore, Part, Proposal
 from forebear.indexer.sketches.projector import (
     PlainProjector,
     WhiteProjector,
@@ -631,7 +632,7 @@ def test_columns_hold_coordinates_codes_and_factors(reduced):
 
 
 def test_code_products_are_factor_times_signs(reduced, monkeypatch):
-    monkeypatch.setattr(estimating, "CODE_ROWS", 7)
+    monkeypatch.setattr("forebear.indexer.sketches.estimates.CODE_ROWS", 7)
     _, reduction, _, rows = reduced
     part = Part(1.0, rows, store_of(rows, reduction, shards=3))
     which, at = np.array([5, 0, 5]), np.random.default_rng(0).permutation(60)[:31]

@@ -16,7 +16,8 @@ from forebear.indexer.building.needed_candidates import RECALLS, needed_shares
 from forebear.indexer.model.scopes import scope_blocks
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.sketches import projector as projecting
-from forebear.indexer.sketches.candidates import GradientStore, Part, candidates_needed, propose
+from forebear.indexer.sketches.candidates import candidates_needed, propose
+from forebear.indexer.sketches.estimates import GradientStore, Part
 from forebear.indexer.sketches.sketch import Reduction, SketchRows
 from forebear.indexer.storage.arrow import RowMatrix
 from forebear.indexer.training.run import choose_model
@@ -462,3 +463,40 @@ def test_candidates_for_and_recall_of_are_inverse():
 def test_candidates_for_is_not_fooled_by_the_order_of_recalls():
     """Manifests sort their keys as text."""
     assert candidates_for({"0.98": 0.3, "0.8": 0.01, "0.9": 0.021}, 0.85, 100) == 3
+
+
+# ---------------------------------------------------------------- many test rows
+
+
+@pytest.mark.parametrize("exact", ["none", "rerank", "full"])
+def test_test_rows_whose_gradients_do_not_fit_together_get_the_same_answers(world, exact, monkeypatch):
+    """Their sketches come from a pass then, not from whole gradients, which round otherwise."""
+    from forebear.retriever.deep import search as searching
+
+    methods = [METHODS[name] for name in ("gd", "gc", "tracin", "if", "rif")]
+    choices = {"exact": exact, "n_candidates": {method.name: 12 for method in methods}}
+    together = world.search("all").search(methods, world.asked(), 5, **choices)
+    monkeypatch.setattr(searching, "VECTOR_BYTES", 1)
+    monkeypatch.setattr(searching, "QUERIES_OF_A_SCAN", 4)
+    search = world.search("all")
+    assert len(search.chunks(methods, len(QUERIES))) == len(QUERIES)
+    one_by_one = search.search(methods, world.asked(), 5, **choices)
+    for name, ends in together.items():
+        for a, b in zip(ends, one_by_one[name], strict=True):
+            np.testing.assert_allclose(b.scores, a.scores, rtol=2e-4, atol=1e-5 * np.abs(a.scores).max())
+            assert (a.rows == b.rows).mean() >= 0.9  # nearly equal estimates may change places
+
+
+def test_stored_sketches_are_read_once_for_many_test_rows(world, monkeypatch):
+    from forebear.indexer.sketches.estimates import GradientStore
+    from forebear.retriever.deep import search as searching
+
+    monkeypatch.setattr(searching, "VECTOR_BYTES", 1)  # a test row at a time
+    read, coordinates = [], GradientStore.coordinates
+    monkeypatch.setattr(
+        GradientStore, "coordinates", lambda store, rows: read.append(len(rows)) or coordinates(store, rows)
+    )
+    for method in ("gc", "rif"):
+        read.clear()
+        world.search("all").search([METHODS[method]], world.asked(), 5, exact="rerank", n_candidates={method: 12})
+        assert read == [N_ROWS]

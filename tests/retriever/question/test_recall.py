@@ -21,7 +21,7 @@ from forebear.indexer.building.build import append_rows, retire_rows
 from forebear.indexer.building.calibrate import calibrate_scope
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.sketches import projector as projecting
-from forebear.indexer.sketches.candidates import Part
+from forebear.indexer.sketches.estimates import Part
 from forebear.indexer.storage.manifest import read_manifest
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.coverage import question_facts

@@ -1,0 +1,101 @@
+"""The candidates that sketches propose, estimated on a GPU: of all rows at once, with the codes.
+
+A CPU estimates most rows by their coordinates alone, and only the best of them with the codes, which are longer. A GPU
+reads both, so that nothing is cut off before the codes are read: a row that
+:func:`~forebear.indexer.sketches.candidates.propose` finds on a CPU is found here too, with as many candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from forebear.indexer.model.device.kept_arrays import DeviceMemory
+from forebear.indexer.sketches.estimates import Part, Proposal, keep_best
+
+CODE_ROWS = 8192  # rows whose codes are unpacked at once
+MOST_SCORES = 1 << 27  # entries of a (queries, rows) block held at once
+
+
+def propose_on_device(
+    parts: Sequence[Part], live: np.ndarray, n_candidates: int, proposal: Proposal, memory: DeviceMemory
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """:func:`~forebear.indexer.sketches.candidates.propose` from the estimates of all rows, in blocks of queries."""
+    n_rows, q = len(parts[0].store.sketches), len(parts[0].queries.lengths)
+    size = max(1, MOST_SCORES // n_rows)
+    numbers = memory.send(live)
+    memory.begin()
+    found: list[list[tuple[np.ndarray, np.ndarray]]] = [[], []]
+    for start in range(0, q, size):
+        queries = np.arange(start, min(start + size, q))
+        scores = _estimates_of_all(parts, queries, memory, cosine=proposal.cosine, code_weight=proposal.code_weight)
+        margins = torch.zeros_like(scores)
+        if proposal.margin and not proposal.cosine:
+            for part in parts:
+                margins += proposal.margin * _lengths_of(part, queries, memory)
+        if len(live) < n_rows:
+            scores, margins = scores[:, numbers], margins[:, numbers]
+        for end, sign in zip(found, (1, -1), strict=True):
+            columns = torch.arange(len(live), device=memory.device).expand(len(queries), -1)
+            best, at = keep_best(None, scores + sign * margins, columns, n_candidates, largest=sign > 0)
+            estimates = best - sign * margins.gather(1, at)
+            ranked, rows, values = (x.cpu().numpy() for x in (best, numbers[at], estimates))
+            order = np.lexsort((rows, -sign * ranked), axis=-1)
+            end.append((np.take_along_axis(rows, order, axis=1), np.take_along_axis(values, order, axis=1)))
+    high, low = ((np.concatenate([rows for rows, _ in end]), np.concatenate([v for _, v in end])) for end in found)
+    return high, low
+
+
+def _estimates_of_all(
+    parts: Sequence[Part], queries: np.ndarray, memory: DeviceMemory, *, cosine: bool, code_weight: float
+) -> torch.Tensor:
+    """Estimated scores of every row for some queries, ``(q, n)`` float32 on the device, by coordinates and code.
+
+    Args:
+        parts: One part for each checkpoint.
+        queries: Positions of the queries.
+        memory: What is kept on the device.
+        cosine: Whether scores are cosines; otherwise dot products.
+        code_weight: Share of the code's estimate that is counted.
+    """
+    total: torch.Tensor | None = None
+    for part in parts:
+        store = part.store
+        scores = torch.empty((len(queries), len(store.sketches)), device=memory.device)
+        coordinates = memory.send(part.queries.coordinates[queries])
+        codes = memory.send(part.queries.codes[queries]) if code_weight and store.codes is not None else None
+        shares, code_factors = memory.tensor(store.shares), memory.tensor(store.code_factors)
+        for number, (start, shard) in enumerate(store.sketches.blocks()):
+            rows = slice(start, start + len(shard))
+            units = memory.tensor(shard).float()
+            lengths = torch.linalg.vector_norm(units, dim=1)
+            block = coordinates @ units.T * (shares[rows] / torch.where(lengths > 0, lengths, 1.0))
+            if codes is not None and store.codes is not None:
+                signs = memory.tensor(store.codes.shards[number])
+                block += code_weight * _code_products(codes, signs, store.reduction.bits) * code_factors[rows]
+            scores[:, rows] = block
+        if not cosine:
+            scores *= _lengths_of(part, queries, memory)
+        total = scores if total is None else total.add_(scores)
+    assert total is not None
+    return total
+
+
+def _lengths_of(part: Part, queries: np.ndarray, memory: DeviceMemory) -> torch.Tensor:
+    """Weight times the lengths of both raw sketches, ``(q, n)``: from estimated cosines to a part of dot products."""
+    of_queries = memory.send(part.queries.lengths[queries].astype(np.float32))
+    return of_queries[:, None] * (part.weight * memory.tensor(part.store.lengths))
+
+
+def _code_products(queries: torch.Tensor, codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """<c_q, signs_n> of codes ``(q, bits)`` and packed signs ``(n, bits / 8)``, ``(q, n)``."""
+    out = torch.empty((len(queries), len(codes)), device=queries.device)
+    sums = queries.sum(dim=1, keepdim=True)
+    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=queries.device)  # the first sign is the highest bit
+    for start in range(0, len(codes), CODE_ROWS):
+        packed = codes[start : start + CODE_ROWS]
+        ones = (packed[:, :, None] >> places & 1).view(len(packed), -1)[:, :bits].float()
+        out[:, start : start + len(packed)] = 2 * (queries @ ones.T) - sums
+    return out

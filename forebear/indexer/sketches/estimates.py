@@ -1,0 +1,143 @@
+"""What scores are estimated from: stored sketches, those of the queries beside them, and a rule for candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from forebear.indexer.model.device.kept_arrays import as_tensor
+from forebear.indexer.sketches.sketch import Reduction, SketchRows
+from forebear.indexer.storage.arrow import RowMatrix
+
+CODE_ROWS = 4096  # rows whose codes are unpacked at once
+_SIGNS_OF_BYTES = as_tensor(2 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32) - 1)
+
+
+@dataclass(frozen=True)
+class GradientStore:
+    """Stored sketches of one scope at one checkpoint, or of its whitened gradients.
+
+    Attributes:
+        sketches: Coordinates as unit vectors, ``(n, d)`` float16.
+        codes: Packed signs, ``(n, bits / 8)`` uint8, or None.
+        code_factors: f, ``(n,)`` float32.
+        shares: Length of the coordinates of the raw sketch scaled to length 1, ``(n,)`` float32.
+        lengths: Lengths of the raw sketches, ``(n,)`` float32.
+        norms: Exact norm of the (whitened) gradient, ``(n,)`` float32.
+        residual_lengths: Length of the part of that gradient that the coordinates do not hold, ``(n,)`` float32.
+        reduction: The map that made coordinates and codes.
+    """
+
+    sketches: RowMatrix
+    codes: RowMatrix | None
+    code_factors: np.ndarray
+    shares: np.ndarray
+    lengths: np.ndarray
+    norms: np.ndarray
+    residual_lengths: np.ndarray
+    reduction: Reduction
+
+    def coordinates(self, rows: np.ndarray) -> np.ndarray:
+        """x of the given rows, ``(..., d)`` float32."""
+        stored = as_tensor(self.sketches.take(rows).reshape(-1, self.sketches.width)).float()
+        lengths = torch.linalg.vector_norm(stored, dim=1)
+        scale = as_tensor(self.shares[np.asarray(rows).reshape(-1)]) / torch.where(lengths > 0, lengths, 1.0)
+        return np.asarray(stored.mul_(scale[:, None]).numpy().reshape(*np.shape(rows), -1))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One checkpoint's part of the scores: sketches of the queries and of the training rows, and a weight.
+
+    Attributes:
+        weight: eta of the checkpoint, or 1.
+        queries: Sketches of the queries' vectors, ``q`` of them.
+        store: Stored sketches of the training rows.
+    """
+
+    weight: float
+    queries: SketchRows
+    store: GradientStore
+
+    def query_coordinates(self, positions: np.ndarray) -> np.ndarray:
+        """Coordinates of some queries, ``(q, d)`` float32."""
+        return np.asarray(self.queries.coordinates[positions])
+
+    def code_products(self, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """f_n <c_q, signs_n>, the code's estimate of what the coordinates leave out, ``(q, n)`` float32."""
+        store = self.store
+        if store.codes is None:
+            return np.zeros((len(positions), len(rows)), np.float32)
+        c = as_tensor(self.queries.codes[positions])
+        out = np.empty((len(positions), len(rows)), np.float32)
+        for start in range(0, len(rows), CODE_ROWS):
+            block = store.codes.take(rows[start : start + CODE_ROWS])
+            out[:, start : start + len(block)] = _code_products(c, block, store.reduction.bits)
+        return np.asarray(out * store.code_factors[rows])
+
+
+def _code_products(queries: torch.Tensor, codes: np.ndarray, bits: int) -> np.ndarray:
+    """<c_q, signs_n> of codes ``(q, bits)`` and packed signs ``(n, bits / 8)``, ``(q, n)`` float32.
+
+    For one query, sums of a table of what each byte of its code makes with each of 256 bytes, a quarter of the time.
+    """
+    if len(queries) > 1 or bits % 8:
+        ones = as_tensor(np.unpackbits(codes, axis=1, count=bits)).float()
+        return np.asarray((2 * (queries @ ones.T) - queries.sum(dim=1, keepdim=True)).numpy())
+    table = queries.view(-1, 8) @ _SIGNS_OF_BYTES.T
+    places = as_tensor(codes).long() + torch.arange(0, table.numel(), 256)
+    return np.asarray(torch.take(table, places).sum(dim=1).numpy())[None]
+
+
+def factors_of(parts: Sequence[Part], rows: np.ndarray, *, cosine: bool) -> list[np.ndarray]:
+    """For each part, the factor from estimated cosines to scores at some rows, ``(n,)``: lengths, or 1 for cosines."""
+    if cosine:
+        return [np.ones(len(rows), np.float32) for _ in parts]
+    return [part.weight * part.store.lengths[rows] for part in parts]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """How candidates of one method are chosen.
+
+    Attributes:
+        cosine: Whether scores are cosines; otherwise dot products.
+        code_weight: Share of the code's estimate that is counted, 0 to 1.
+        margin: Margin of a dot product, in units of the product of both lengths.
+    """
+
+    cosine: bool
+    code_weight: float
+    margin: float = 0.0
+
+    def margins(self, parts: Sequence[Part], rows: np.ndarray) -> np.ndarray:
+        """The margin that each row's estimate gets for its uncertainty, ``(q, n)``, or one 0."""
+        if self.cosine or not self.margin:
+            return np.zeros((1, 1), np.float32)
+        factors = factors_of(parts, rows, cosine=False)
+        products = (np.outer(part.queries.lengths, factor) for part, factor in zip(parts, factors, strict=True))
+        return np.asarray(self.margin * sum(products), dtype=np.float32)
+
+
+def keep_best(
+    kept: tuple[torch.Tensor, torch.Tensor] | None,
+    scores: torch.Tensor,
+    rows: torch.Tensor,
+    width: int,
+    *,
+    largest: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best of the rows kept so far and of new rows; of equal scores at the cut, lower row numbers are kept."""
+    if kept is not None:
+        scores, rows = torch.cat([kept[0], scores], dim=1), torch.cat([kept[1], rows], dim=1)
+    width = min(width, scores.shape[1])
+    values, positions = scores.topk(width, dim=1, largest=largest)
+    equal = scores == values[:, -1:]
+    for q in torch.nonzero(equal.sum(dim=1) > (values == values[:, -1:]).sum(dim=1)).flatten().tolist():
+        better = torch.nonzero(values[q] != values[q, -1]).flatten()
+        tied = torch.nonzero(equal[q]).flatten()
+        positions[q] = torch.cat([positions[q, better], tied[rows[q, tied].argsort()[: width - len(better)]]])
+    return values, rows.gather(1, positions)
