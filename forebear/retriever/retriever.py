@@ -66,6 +66,7 @@ class Retriever:
         *,
         model: str | Classifier | None = None,
         device: str = "auto",
+        device_bytes: int | None = None,
     ) -> None:
         """Open a retriever; models are loaded at the first question.
 
@@ -73,9 +74,11 @@ class Retriever:
             index: An open index, or its folder.
             model: Where the model is now, if it has moved; it must match the index's fingerprint.
             device: As :func:`~forebear.indexer.model.device.picking.pick_device` takes it.
+            device_bytes: Most bytes of stored vectors that are kept on a GPU; the others are sent to it block by block.
+                None: half of what is free at the first search.
         """
         self.index = index if isinstance(index, Index) else Index.open(index)
-        self.models = Models(self.index, model=model, device=device)
+        self.models = Models(self.index, model=model, device=device, device_bytes=device_bytes)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -268,7 +271,7 @@ class Retriever:
         seen = sum_queries(question, self.models, texts, labels, groups)
         exact, top = question.spec.exact, question.top
         methods = {method.name: method for method in question.methods}
-        found = {n: search_query(self.index, methods[n], q, top, exact=exact) for n, q in seen.queries.items()}
+        found = {n: search_query(self.models, methods[n], q, top, exact=exact) for n, q in seen.queries.items()}
         beyond = question.of(m for m in question.methods if m.name not in found)
         if beyond.methods:
             queries = Queries([list(column) for column in texts], seen.targets, groups=groups)

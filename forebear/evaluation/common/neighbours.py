@@ -5,24 +5,28 @@ from __future__ import annotations
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.indexer.index import Index
 from forebear.indexer.storage.ann import unit_rows
 from forebear.ratio import ratio
+from forebear.retriever.head.scoring import Query, Term
+from forebear.retriever.head.search import scan_nearest
+from forebear.retriever.head.vectors import VECTORS
+from forebear.retriever.question.methods import METHODS
+from forebear.retriever.question.models import Models
 from forebear.retriever.ranking import rank
 
 _NUMBERS = 1 << 25  # entries of the vectors held at once
 
 
 def nearest_rows(
-    index: Index, rows: np.ndarray, k: int, *, representation: str = "feature"
+    models: Models, rows: np.ndarray, k: int, *, representation: str = "feature"
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest other live rows of each row, nearest first; ties go to the lower row number.
 
     Candidates come from the index's FAISS index, cosines from the vectors in float64. Up to 200,000 rows FAISS compares
-    all of them; beyond, its recall is the calibrated one that the manifest gives.
+    all of them; beyond, its recall is the calibrated one that the manifest gives. A GPU compares all of them always.
 
     Args:
-        index: Whose live rows are compared.
+        models: Of the index whose live rows are compared; their device searches.
         rows: Live row numbers, ``(m,)``.
         k: Number of neighbours, fewer than the live rows.
         representation: ``feature``, or ``sentence`` where the index stores sentence embeddings.
@@ -33,21 +37,24 @@ def nearest_rows(
     Raises:
         InputError: k is out of range, or an inverted file visits too few rows.
     """
-    live = index.live
+    index, live = models.index, models.index.live
     if not 1 <= k < len(live):
         raise InputError(f"--neighbours {k}: expected 1 to {len(live) - 1}, the other rows.")
-    matrix = index.sentence() if representation == "sentence" else index.features()
-    ann = index.ann(f"{representation}-cos")
-    width = min(len(live), (1 if ann.exact else ann.widen) * k + 1)
+    matrix = VECTORS[representation].of_rows(index)
+    ann = index.ann(f"{representation}-cos") if models.memory.on_host else None
+    width = min(len(live), (1 if ann is None or ann.exact else ann.widen) * k + 1)
     neighbours, cosines = np.empty((len(rows), k), np.int64), np.empty((len(rows), k))
     step = max(1, _NUMBERS // (width * matrix.width))
     for start in range(0, len(rows), step):
         block_rows = rows[start : start + step]
         unit = unit_rows(matrix.take(block_rows))
-        _, positions = ann.search(unit, width)
-        if (positions < 0).any():
-            raise InputError(f"--neighbours {k}: FAISS visits fewer rows than that for some. Give fewer.")
-        candidates = live[positions]
+        if ann is None:
+            candidates = _scanned(models, unit, width, representation)
+        else:
+            _, positions = ann.search(unit, width)
+            if (positions < 0).any():
+                raise InputError(f"--neighbours {k}: FAISS visits fewer rows than that for some. Give fewer.")
+            candidates = live[positions]
         similarities = np.einsum(
             "mh,mwh->mw", _wide_units(matrix.take(block_rows)), _wide_units(matrix.take(candidates))
         )
@@ -56,6 +63,15 @@ def nearest_rows(
             similarities, candidates, k, largest=True
         )
     return neighbours, cosines
+
+
+def _scanned(models: Models, unit: np.ndarray, width: int, representation: str) -> np.ndarray:
+    """Numbers of the rows nearest to vectors of length 1 ``(m, h)``, by a scan of all, ``(m, width)``."""
+    method = METHODS["sbert-cos" if representation == "sentence" else "nn-cos"]
+    table_of = VECTORS[representation].scan_table
+    assert table_of is not None
+    query = Query(method, (Term(1.0, unit),), np.ones(len(unit)))
+    return scan_nearest(query, table_of(models.index), width, models.memory)
 
 
 def label_disagreement(labels: np.ndarray, rows: np.ndarray, neighbours: np.ndarray) -> np.ndarray:

@@ -207,7 +207,7 @@ def mislabelled(
         )
     values = {name: influences[live] for name, influences in self_influence(question).items()}
     values[LOSS] = index.losses[live].astype(np.float64)
-    neighbours, _ = nearest_rows(index, live, n_neighbours)
+    neighbours, _ = nearest_rows(retriever.models, live, n_neighbours)
     values[NEIGHBOURS] = label_disagreement(index.labels, live, neighbours)
     return Mislabelled(
         names=tuple(values),

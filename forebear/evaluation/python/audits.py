@@ -213,7 +213,7 @@ def duplicates(
         source = tested_rows(retriever.label_names, rows, like=retriever.index.manifest.row_format)
         tell_label_remark(retriever.index, source, required=False)
         queries = sample_queries(retriever, source, 0, 0)
-    found = of_duplicates.duplicates(retriever.index, thresholds)
+    found = of_duplicates.duplicates(retriever.models, thresholds)
     leaked = [] if queries is None else of_duplicates.leaks(retriever.index, queries, thresholds)
     page = of_duplicates.duplicates_report(
         found, retriever, thresholds, n_listed, called("audits.duplicates"), queries, leaked

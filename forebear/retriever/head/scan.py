@@ -1,19 +1,52 @@
-"""The scan: float32 scores of factored rows by falling norm, stopped when no later row can matter."""
+"""The scan: float32 scores of factored rows, on the device that holds them.
+
+On a CPU rows are visited by falling norm, until no later row can matter. A GPU reads all of them: that takes less time
+than waiting for the answer whether it must.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from forebear.indexer.model.device.kept_arrays import HOST, DeviceMemory
 from forebear.indexer.storage.scan_table import ScanBlock, ScanTable
-from forebear.ratio import ratio
-from forebear.retriever.head.scoring import Query, Term, term_scores
+from forebear.retriever.head.scoring import Query, Term
 
 # Rounding of a float32 dot product of two unit vectors, with a margin: 4e-6 is over 60 units in the last place.
 SCAN_TOLERANCE = 4e-6
+
+
+@dataclass(frozen=True)
+class _UnitTerm:
+    """A :class:`Term` scaled to length 1, as float32 tensors on the device of a scan."""
+
+    weight: float
+    right: torch.Tensor | None
+    left: torch.Tensor | None
+    matrix: torch.Tensor | None
+    basis: torch.Tensor | None
+    offset: float
+
+    def products(self, features: torch.Tensor, residuals: torch.Tensor | None) -> torch.Tensor:
+        """Scores ``(q, n)`` before the weight, of features ``(n, h)`` and residuals ``(n, c)``."""
+        if self.matrix is not None:
+            assert residuals is not None
+            assert self.basis is not None
+            reduced = residuals @ self.basis.T
+            parts = [(self.matrix[:, a] @ features.T) * reduced[:, a] for a in range(reduced.shape[1])]
+            return sum(parts[1:], parts[0])
+        assert self.right is not None
+        scores = self.right @ features.T
+        if self.offset:
+            scores += self.offset
+        if self.left is not None:
+            assert residuals is not None
+            scores *= self.left @ residuals.T
+        return scores
 
 
 class Scan:
@@ -23,27 +56,33 @@ class Scan:
     gradients keep their precision; scores come back in the units of the exact score divided by ``scale``.
     """
 
-    def __init__(self, query: Query, table: ScanTable) -> None:
-        self.query = query
-        self.table = table
-        self.scale, self.terms = _unit_terms(query)
-        self.rounding = SCAN_TOLERANCE * _lengths(self.terms) * max(self._sizes(block).max() for block in table.blocks)
+    def __init__(self, query: Query, table: ScanTable, memory: DeviceMemory = HOST) -> None:
+        self.query, self.table, self.memory = query, table, memory
+        cosine = query.method.metric == "cos"
+        lengths = _lengths(query.terms)
+        divisor = query.norms if cosine else lengths
+        divisor = np.where(divisor > 0, divisor, 1.0)
+        self.scale = np.ones_like(divisor) if cosine else divisor
+        self.terms = [_unit_term(term, divisor, memory) for term in query.terms]
+        self.rounding = SCAN_TOLERANCE * lengths / divisor * max(self._sizes(block).max() for block in table.blocks)
 
-    def run(self, k: int) -> tuple[np.ndarray, float]:
+    def run(self, k: int) -> tuple[torch.Tensor, float]:
         """Scan until both ends of the top ``k`` are safe.
 
         Returns:
-            Scores of the rows visited ``(q, v)``, each within ``rounding`` of the exact one, and the largest score (in
-            absolute value) that a row not visited can have.
+            Scores of the rows visited ``(q, v)`` on the device, each within ``rounding`` of the exact one, and the
+            largest score (in absolute value) that a row not visited can have.
         """
-        scores = np.empty((len(self.query), len(self.table)), np.float32)
-        bounds = self._bounds()
+        self.memory.begin()
+        scores = torch.empty((len(self.query), len(self.table)), device=self.memory.device)
+        stops = self.memory.on_host and self.query.method.metric == "dot" and len(self.table.blocks) > 1
+        bounds = self._bounds() if stops else np.zeros(len(self.table.blocks))
         later = np.append(np.maximum.accumulate(bounds[::-1])[::-1], 0.0)  # largest bound from block i on
-        ends = _Ends(k) if self.query.method.metric == "dot" and len(bounds) > 1 else None
+        ends = _Ends(k) if stops else None
         visited = 0
         for i, block in enumerate(self.table.blocks):
             part = scores[:, visited : visited + len(block.rows)]
-            part[:] = self._block(block)
+            part.copy_(self._block(block))
             visited += len(block.rows)
             if ends is not None and ends.beyond(part, later[i + 1] + float(self.rounding.max())):
                 return scores[:, :visited], float(later[i + 1])
@@ -51,8 +90,6 @@ class Scan:
 
     def _bounds(self) -> np.ndarray:
         """Largest possible |score| of any row against a unit query, by block."""
-        if self.query.method.metric == "cos":
-            return np.ones(len(self.table.blocks))
         return np.array([self._bound(block).max() for block in self.table.blocks])
 
     def _bound(self, block: ScanBlock) -> np.ndarray:
@@ -71,34 +108,35 @@ class Scan:
                 norm = norm * block.residual_norms[i]
             squares += abs(term.weight) * norm**2
         sizes = np.sqrt(squares)
-        return sizes / self._row_norms(block, 0) if self.query.method.metric == "cos" else sizes
+        return sizes / self._row_norms(block, 0).numpy() if self.query.method.metric == "cos" else sizes
 
-    def _block(self, block: ScanBlock) -> np.ndarray:
-        total: np.ndarray | None = None
+    def _block(self, block: ScanBlock) -> torch.Tensor:
+        memory = self.memory
+        total: torch.Tensor | None = None
         for i, term in enumerate(self.terms):
-            residuals = None
-            factor = np.full(len(block.rows), term.weight)
+            residuals, factor = None, None
             if block.residuals:
-                norms = block.residual_norms[i].astype(np.float64)
-                residuals = ratio(block.residuals[i], norms[:, None])
-                factor = factor * norms
-            part = term_scores(term, block.features[i], residuals)
+                factor = memory.tensor(block.residual_norms[i]).double()
+                divisor = torch.where(factor > 0, factor, 1.0)  # a residual of length 0 is 0
+                residuals = (memory.tensor(block.residuals[i]).double() / divisor[:, None]).float()
+                factor = term.weight * factor
+            part = term.products(memory.tensor(block.features[i]), residuals)
             if self.query.method.metric == "cos":
-                factor = factor / self._row_norms(block, i)
-            part *= factor.astype(np.float32)
+                factor = (term.weight if factor is None else factor) / self._row_norms(block, i, memory)
+            part *= term.weight if factor is None else factor.float()
             total = part if total is None else total + part
         assert total is not None
         return total
 
-    def _row_norms(self, block: ScanBlock, i: int) -> np.ndarray:
-        """Lengths of the rows that a cosine divides by; 1 for zero rows, whose products are 0 anyway."""
+    def _row_norms(self, block: ScanBlock, i: int, memory: DeviceMemory = HOST) -> torch.Tensor:
+        """Lengths ``(n,)`` of the rows that a cosine divides by; 1 for zero rows, whose products are 0 anyway."""
         if self.query.self_influence is not None:
-            norms = np.sqrt(self.query.self_influence[block.rows])
+            norms = memory.tensor(self.query.self_influence)[memory.tensor(block.rows)].sqrt()
         else:
-            norms = block.feature_norms[i].astype(np.float64)
+            norms = memory.tensor(block.feature_norms[i]).double()
             if block.residual_norms:
-                norms = norms * block.residual_norms[i]
-        return np.where(norms > 0, norms, 1.0)
+                norms = norms * memory.tensor(block.residual_norms[i]).double()
+        return torch.where(norms > 0, norms, 1.0)
 
 
 class _Ends:
@@ -109,11 +147,10 @@ class _Ends:
         self._high: torch.Tensor | None = None
         self._low: torch.Tensor | None = None
 
-    def beyond(self, scores: np.ndarray, limit: float) -> bool:
+    def beyond(self, scores: torch.Tensor, limit: float) -> bool:
         """Take in more scores ``(q, m)``; True once every query's k-th score at both ends is beyond ``limit``."""
-        part = torch.from_numpy(scores)
-        self._high = self._merge(self._high, part, largest=True)
-        self._low = self._merge(self._low, part, largest=False)
+        self._high = self._merge(self._high, scores, largest=True)
+        self._low = self._merge(self._low, scores, largest=False)
         if self._high.shape[1] < self.k:
             return False
         return bool((self._high[:, -1] > limit).all()) and bool((self._low[:, -1] < -limit).all())
@@ -141,25 +178,20 @@ def _lengths(terms: Sequence[Term]) -> np.ndarray:
     return np.sqrt(squares)
 
 
-def _unit_terms(query: Query) -> tuple[np.ndarray, list[Term]]:
-    """Factors ``(q,)`` that turn scores of unit terms into exact scores, and the query's unit terms in float32."""
-    cosine = query.method.metric == "cos"
-    scale = query.norms if cosine else _lengths(query.terms)
-    scale = np.where(scale > 0, scale, 1.0)
+def _unit_term(term: Term, divisor: np.ndarray, memory: DeviceMemory) -> _UnitTerm:
+    """A term divided by a number for each query ``(q,)``: by its matrix, else its left factor, else its right one."""
 
-    def small(values: np.ndarray | None, divisor: np.ndarray | None = None) -> np.ndarray | None:
-        if values is None or divisor is None:
-            return None if values is None else values.astype(np.float32)
-        return np.asarray(values / divisor.reshape(-1, *[1] * (values.ndim - 1)), dtype=np.float32)
+    def unit(values: np.ndarray | None, *, divided: bool) -> torch.Tensor | None:
+        if values is None:
+            return None
+        scaled = values / divisor.reshape(-1, *[1] * (values.ndim - 1)) if divided else values
+        return memory.send(scaled.astype(np.float32))
 
-    # One factor of each term takes the scale: the matrix, else the left one, else the right one.
-    terms = [
-        replace(
-            t,
-            matrix=small(t.matrix, scale),
-            left=small(t.left, scale),
-            right=small(t.right, scale if t.left is None else None),
-        )
-        for t in query.terms
-    ]
-    return (np.ones_like(scale) if cosine else scale), terms
+    return _UnitTerm(
+        weight=term.weight,
+        right=unit(term.right, divided=term.left is None),
+        left=unit(term.left, divided=True),
+        matrix=unit(term.matrix, divided=True),
+        basis=unit(term.basis, divided=False),
+        offset=term.offset,
+    )

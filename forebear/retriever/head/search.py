@@ -2,10 +2,10 @@
 
 Three searches, by representation and metric:
 
-* the *scan*: float32 scores of the factored rows, block by block in order of falling norm; for dot products it
-  stops as soon as Cauchy-Schwarz shows that no later row can enter either end of the ranking;
-* the *direction index*: FAISS over unit vectors (cosine) or vectors (Euclidean), opponents of v being the
-  proponents of -v;
+* the *scan*: float32 scores of the factored rows, block by block in order of falling norm; on a CPU, for dot
+  products, it stops as soon as Cauchy-Schwarz shows that no later row can enter either end of the ranking;
+* the *direction index*, on a CPU: FAISS over unit vectors (cosine) or vectors (Euclidean), opponents of v being the
+  proponents of -v; a GPU scans these vectors, too;
 * the *full* score of every row in float64: the yardstick, and the fallback.
 
 The first two yield candidates, which are scored again in float64. A candidate list is accepted when its k-th
@@ -23,11 +23,12 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError
+from forebear.indexer.model.device.kept_arrays import HOST, DeviceMemory
 from forebear.indexer.storage.ann import AnnIndex, unit_rows
 from forebear.indexer.storage.arrow import RowMatrix
 from forebear.indexer.storage.scan_table import ScanTable
 from forebear.retriever.head.scan import SCAN_TOLERANCE, Scan
-from forebear.retriever.head.scoring import Query, dots, exact_scores
+from forebear.retriever.head.scoring import Query, exact_scores
 from forebear.retriever.ranking import Ranking, join, rank
 
 _PRODUCT_QUERIES = 64  # queries whose candidates are multiplied together
@@ -183,47 +184,50 @@ def _chunks(indices: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def search_scan(
-    query: Query, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool
+    query: Query, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool, memory: DeviceMemory = HOST
 ) -> tuple[Ranking, Ranking]:
     """Both ends of the ranking by the scan, as (proponents, opponents).
 
     With ``rerank`` the scores are exact; without, the float32 scores of the scan are returned as they are.
     """
     chunks = _chunks(np.arange(len(query)), max(1, MAX_SCORES // len(table)))
-    chunk_ends = [_scan_chunk(query.take(chunk), table, factors, k, rerank=rerank) for chunk in chunks]
+    chunk_ends = [_scan_chunk(query.take(chunk), table, factors, k, rerank=rerank, memory=memory) for chunk in chunks]
     return join([a for a, _ in chunk_ends]), join([b for _, b in chunk_ends])
 
 
 def _scan_chunk(
-    query: Query, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool
+    query: Query, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool, memory: DeviceMemory
 ) -> tuple[Ranking, Ranking]:
-    scan = Scan(query, table)
+    scan = Scan(query, table, memory)
     scores, unvisited = scan.run(k)
     at_position = table.rows[: scores.shape[1]]
-    tensor = torch.from_numpy(scores)
     ends = []
     for largest in (True, False):
 
         def candidates(indices: np.ndarray, width: int, largest: bool = largest) -> tuple[np.ndarray, np.ndarray]:
             width = min(width, scores.shape[1])
-            part = tensor if len(indices) == len(query) else tensor[torch.from_numpy(indices)]
-            best = part.topk(width, dim=1, largest=largest)
-            last = best.values[:, -1].numpy().astype(np.float64)
+            values, positions = _best(scores, indices, width, memory, largest=largest)
+            last = values[:, -1] if largest else -values[:, -1]
             takes_all = width == scores.shape[1]
-            ceiling = (
-                np.full(len(indices), unvisited) if takes_all else np.maximum(last if largest else -last, unvisited)
-            )
-            ceiling = (ceiling + scan.rounding[indices]) * scan.scale[indices]
-            return at_position[best.indices.numpy()], ceiling
+            ceiling = np.full(len(indices), unvisited) if takes_all else np.maximum(last, unvisited)
+            return at_position[positions], (ceiling + scan.rounding[indices]) * scan.scale[indices]
 
         if rerank:
             ends.append(settle(query, factors, candidates, k, largest=largest, first_width=2 * k + 16))
         else:
-            best = tensor.topk(k, dim=1, largest=largest)
-            values = best.values.numpy().astype(np.float64) * scan.scale[:, None]
-            rows, values = rank(values, at_position[best.indices.numpy()], k, largest=largest)
+            values, positions = _best(scores, np.arange(len(query)), k, memory, largest=largest)
+            rows, values = rank(values * scan.scale[:, None], at_position[positions], k, largest=largest)
             ends.append(Ranking(rows, values, False, np.zeros(len(query), np.int64)))
     return ends[0], ends[1]
+
+
+def _best(
+    scores: torch.Tensor, indices: np.ndarray, width: int, memory: DeviceMemory, *, largest: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best of the scores ``(q, n)`` at some queries: values ``(m, width)`` float64, and their positions."""
+    part = scores if len(indices) == len(scores) else scores[memory.send(indices)]
+    best = part.topk(width, dim=1, largest=largest)
+    return best.values.double().cpu().numpy(), best.indices.cpu().numpy()
 
 
 def search_ann(
@@ -243,7 +247,7 @@ def search_ann(
     near = _ann_end(query, ann, unit, size, factors, k, largest=True, rerank=rerank)
     if ann.metric == "cos":
         return near, _ann_end(query, ann, -unit, size, factors, k, largest=False, rerank=rerank)
-    return near, _farthest(query, table, factors, k)
+    return near, _Distances(query, table, HOST).end(factors, k, largest=False, rerank=True)
 
 
 def _ann_end(
@@ -287,32 +291,65 @@ def _unranked(ann: AnnIndex, vectors: np.ndarray, factors: RowFactors, k: int, *
     return Ranking(rows, values, False, np.zeros(len(vectors), np.int64))
 
 
-def _farthest(query: Query, table: ScanTable, factors: RowFactors, k: int) -> Ranking:
-    """Rows of largest distance: the largest <[-2 f_q, 1], [f_n, ||f_n||^2]>, in float32, then exact."""
-    x = query.terms[0].right
-    assert x is not None
-    query_squares = (x.astype(np.float64) ** 2).sum(axis=1)
-    scores = np.empty((len(query), len(table)), np.float32)
-    largest_square = 0.0
-    start = 0
-    for block in table.blocks:
-        squares = block.feature_norms[0].astype(np.float64) ** 2
-        largest_square = max(largest_square, float(squares.max()))
-        scores[:, start : start + len(squares)] = squares - 2 * dots(x.astype(np.float32), block.features[0])
-        start += len(squares)
-    tensor = torch.from_numpy(scores)
-    at_position = table.rows
+def scan_nearest(query: Query, table: ScanTable, width: int, memory: DeviceMemory) -> np.ndarray:
+    """Numbers of the rows of largest float32 score, ``(q, width)``, best first."""
+    found = []
+    for chunk in _chunks(np.arange(len(query)), max(1, MAX_SCORES // len(table))):
+        scores, _ = Scan(query.take(chunk), table, memory).run(width)
+        found.append(table.rows[_best(scores, np.arange(len(chunk)), width, memory, largest=True)[1]])
+    return np.concatenate(found)
 
-    def candidates(indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-        best = tensor[torch.from_numpy(indices)].topk(width, dim=1)
-        edge = (
-            best.values[:, -1].numpy().astype(np.float64)
-            + query_squares[indices]
-            + 2 * SCAN_TOLERANCE * (largest_square + query_squares[indices])
-        )
-        return at_position[best.indices.numpy()], np.sqrt(np.maximum(edge, 0.0))
 
-    return settle(query, factors, candidates, k, largest=False, first_width=2 * k + 16)
+def search_distances(
+    query: Query, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool, memory: DeviceMemory
+) -> tuple[Ranking, Ranking]:
+    """Both ends of the ranking by Euclidean distance, by a scan: the nearest rows, and the farthest."""
+    chunks = _chunks(np.arange(len(query)), max(1, MAX_SCORES // len(table)))
+    distances = [_Distances(query.take(chunk), table, memory) for chunk in chunks]
+    near, far = (
+        join([part.end(factors, k, largest=largest, rerank=rerank) for part in distances]) for largest in (True, False)
+    )
+    return near, far
+
+
+class _Distances:
+    """Squared distances, less ||f_q||^2, in float32: <[-2 f_q, 1], [f_n, ||f_n||^2]>, ``(q, n)``."""
+
+    def __init__(self, query: Query, table: ScanTable, memory: DeviceMemory) -> None:
+        x = query.terms[0].right
+        assert x is not None
+        self._query, self._memory, self._at_position = query, memory, table.rows
+        self._query_squares = (x.astype(np.float64) ** 2).sum(axis=1)
+        self._largest_square = max(float(block.feature_norms[0].max()) for block in table.blocks) ** 2
+        memory.begin()
+        vectors = memory.send(x.astype(np.float32))
+        self._values = torch.empty((len(x), len(table)), device=memory.device)
+        start = 0
+        for block in table.blocks:
+            squares = memory.tensor(block.feature_norms[0]).double() ** 2
+            products = vectors @ memory.tensor(block.features[0]).T
+            self._values[:, start : start + len(squares)] = squares - 2 * products
+            start += len(squares)
+
+    def end(self, factors: RowFactors, k: int, *, largest: bool, rerank: bool) -> Ranking:
+        """One end of the ranking; the score is minus the distance, so the ``largest`` are the nearest."""
+
+        def listed(indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+            values, positions = _best(self._values, indices, width, self._memory, largest=not largest)
+            return self._at_position[positions], values + self._query_squares[indices, None]
+
+        def candidates(indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+            rows, squares = listed(indices, width)
+            rounding = 2 * SCAN_TOLERANCE * (self._largest_square + self._query_squares[indices])
+            edge = squares[:, -1] - rounding if largest else squares[:, -1] + rounding
+            reach = np.sqrt(np.maximum(edge, 0.0))
+            return rows, -reach if largest else reach
+
+        if rerank:
+            return settle(self._query, factors, candidates, k, largest=largest, first_width=2 * k + 16)
+        rows, squares = listed(np.arange(len(self._query)), k)
+        rows, scores = rank(-np.sqrt(np.maximum(squares, 0.0)), rows, k, largest=largest)
+        return Ranking(rows, scores, False, np.zeros(len(self._query), np.int64))
 
 
 def search_full(query: Query, factors: RowFactors, k: int) -> tuple[Ranking, Ranking]:

@@ -12,10 +12,11 @@ from forebear.indexer.index import Index
 from forebear.indexer.storage.scan_table import ScanBlock, ScanTable, norms_of
 from forebear.retriever.head.queries import make_query
 from forebear.retriever.head.scoring import Query
-from forebear.retriever.head.search import RowFactors, search_ann, search_full, search_scan
+from forebear.retriever.head.search import RowFactors, search_ann, search_distances, search_full, search_scan
 from forebear.retriever.head.vectors import VECTORS
 from forebear.retriever.question.batch import Batch
 from forebear.retriever.question.methods import Method, ann_name
+from forebear.retriever.question.models import Models
 from forebear.retriever.question.recall import stored_recall, with_note
 from forebear.retriever.question.searcher import Searcher
 from forebear.retriever.question.spec import Question
@@ -31,7 +32,7 @@ class StoredSearcher(Searcher):
         ends = {}
         for method in question.methods:
             query = make_query(method, batch, self.index, question.curvature)
-            ends[method.name] = search_query(self.index, method, query, question.top, exact=question.spec.exact)
+            ends[method.name] = search_query(self.models, method, query, question.top, exact=question.spec.exact)
         return ends
 
     @override
@@ -49,16 +50,19 @@ class StoredSearcher(Searcher):
         return with_note(stored_recall(question, method))
 
 
-def search_query(index: Index, method: Method, query: Query, top: int, *, exact: str) -> Ends:
+def search_query(models: Models, method: Method, query: Query, top: int, *, exact: str) -> Ends:
     """Both ends of the ranking of query vectors; see :class:`QuerySpec` for ``exact``."""
+    index, memory = models.index, models.memory
     factors = row_factors(index, method)
-    table = None if exact == "full" else _scan_table(index, method, query)
+    table = None if exact == "full" else _scan_table(models, method, query)
     if table is None:
         return search_full(query, factors, top)
     rerank, name = exact == "rerank", ann_name(method)
-    if name is not None:
+    if name is not None and memory.on_host:
         return search_ann(query, index.ann(name), table, factors, top, rerank=rerank)
-    return search_scan(query, table, factors, top, rerank=rerank)
+    if method.metric == "euc":
+        return search_distances(query, table, factors, top, rerank=rerank, memory=memory)
+    return search_scan(query, table, factors, top, rerank=rerank, memory=memory)
 
 
 def row_factors(index: Index, method: Method) -> RowFactors:
@@ -75,20 +79,25 @@ def row_factors(index: Index, method: Method) -> RowFactors:
     return RowFactors((index.features(),), (residuals,), index.live)
 
 
-def _scan_table(index: Index, method: Method, query: Query) -> ScanTable | None:
+def _scan_table(models: Models, method: Method, query: Query) -> ScanTable | None:
     """Rows by falling norm of the vectors that a method compares; None where the index has no such table."""
+    index = models.index
     if method.representation in VECTORS:
         table_of = VECTORS[method.representation].scan_table
         return None if table_of is None else table_of(index)
     if method.all_checkpoints and len(index.manifest.checkpoints) > 1:
         return index.scan_table("head-tracin")
-    table = index.scan_table("head")
     if method.query == "representer" and query.terms[0].offset:
-        refitted = index.head.representer_residuals()
+        return models.keep("refitted scan table", lambda: _refitted(index))
+    return index.scan_table("head")
 
-        def swap(block: ScanBlock) -> ScanBlock:
-            r = refitted.take(block.rows).astype("float32")
-            return ScanBlock(block.rows, block.features, (r,), block.feature_norms, (norms_of(r).astype("float32"),))
 
-        return ScanTable(tuple(swap(b) for b in table.blocks))
-    return table
+def _refitted(index: Index) -> ScanTable:
+    """The head's scan table with the residuals of the refitted head, which order the rows only nearly."""
+    refitted = index.head.representer_residuals()
+
+    def swap(block: ScanBlock) -> ScanBlock:
+        r = refitted.take(block.rows).astype("float32")
+        return ScanBlock(block.rows, block.features, (r,), block.feature_norms, (norms_of(r).astype("float32"),))
+
+    return ScanTable(tuple(swap(b) for b in index.scan_table("head").blocks))

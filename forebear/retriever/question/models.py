@@ -14,7 +14,9 @@ import torch
 from forebear.errors import MismatchError, MissingStoreError
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.kept_arrays import DeviceMemory
 from forebear.indexer.model.device.memory import run_batches
+from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.encoding import encode, plan_batches
 from forebear.indexer.model.loading import check_same_model, load_classifier, weights_sha256
 from forebear.indexer.model.network.batches import pad_batch
@@ -74,20 +76,33 @@ class Models:
         index: The index.
     """
 
-    def __init__(self, index: Index, *, model: str | Classifier | None = None, device: str = "auto") -> None:
+    def __init__(
+        self,
+        index: Index,
+        *,
+        model: str | Classifier | None = None,
+        device: str = "auto",
+        device_bytes: int | None = None,
+    ) -> None:
         """Set up without loading a model.
 
         Args:
             index: The index.
             model: Where the last checkpoint's model is now, or the model itself; None: where it was.
             device: As :func:`~forebear.indexer.model.device.picking.pick_device` takes it.
+            device_bytes: Most bytes of stored vectors that are kept on a GPU; None: half of what is free.
         """
-        self.index = index
+        self.index, self._device_bytes = index, device_bytes
         self._override = model if isinstance(model, Classifier) else None
         self._paths = moved_paths(model if isinstance(model, str) else None, index.manifest.checkpoints, index.folder)
         self._device = device
         self._loaded: dict[int, Classifier] = {}
         self._kept: dict[Hashable, Any] = {}
+
+    @cached_property
+    def memory(self) -> DeviceMemory:
+        """What searches keep on the device on which the models run."""
+        return DeviceMemory(pick_device(self._device), self._device_bytes)
 
     def keep(self, key: Hashable, make: Callable[[], T]) -> T:
         """The object kept under ``key``, which ``make`` makes when it is first asked for.

@@ -143,7 +143,7 @@ class SpanSearch:
         if by_entries:
             return np.concatenate([entries for entries, _ in stored_ends(search, method, queries, width)], axis=1)
         query = head_query(search, method, queries)
-        ends_at_head = search_query(search.index, query.method, query, width, exact="none")
+        ends_at_head = search_query(search.models, query.method, query, width, exact="none")
         return np.concatenate([end.rows for end in ends_at_head], axis=1)
 
     def _rank(
@@ -213,7 +213,7 @@ class SpanSearch:
         search = self._search
         residual = search.gradients.solutions(queries)[1] if method.query == "preconditioned" else None
         query = head_query(search, method, queries)
-        first, last = search_query(search.index, query.method, query, k, exact="rerank")
+        first, last = search_query(search.models, query.method, query, k, exact="rerank")
         return replace(first, residual=residual, query_spans=query_spans), replace(
             last, residual=residual, query_spans=query_spans
         )

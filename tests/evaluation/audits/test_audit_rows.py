@@ -25,6 +25,7 @@ from forebear.evaluation.audits.rows.near_words import near_pairs, word_sets, wo
 from forebear.evaluation.audits.rows.suspects import opponents_of, own_places, suspects
 from forebear.evaluation.common.neighbours import label_disagreement, nearest_rows
 from forebear.evaluation.common.queries import sample_queries
+from forebear.retriever.question.models import Models
 
 
 def jaccard(a, b):
@@ -53,14 +54,14 @@ def test_nearest_rows_are_scikit_learns(bert_world, representation):
     index = bert_world.index
     matrix = index.features() if representation == "feature" else index.sentence()
     vectors = matrix.take(index.live).astype(np.float64)
-    rows, cosines = nearest_rows(index, index.live, 4, representation=representation)
+    rows, cosines = nearest_rows(bert_world.retriever.models, index.live, 4, representation=representation)
     distances, _ = NearestNeighbors(n_neighbors=5, metric="cosine", algorithm="brute").fit(vectors).kneighbors()
     np.testing.assert_allclose(cosines, 1 - distances[:, :4], atol=1e-9)
     assert not (rows == index.live[:, None]).any()
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     np.testing.assert_allclose(np.einsum("nh,nkh->nk", unit, unit[rows]), cosines, atol=1e-12)
     with pytest.raises(InputError, match=f"n_neighbours={N_ROWS}"):
-        nearest_rows(index, index.live, N_ROWS)
+        nearest_rows(bert_world.retriever.models, index.live, N_ROWS)
 
 
 def test_disagreement_counts_the_neighbours_of_another_label():
@@ -164,17 +165,17 @@ BASE = [
 def test_groups_of_known_duplicates(index_of):
     labels = [0, 0, 1, 1, 0, 1, 0, 1, 0, 1, 0]
     index = index_of(BASE, labels)
-    found = duplicates(index, Thresholds(jaccard=0.8, neighbours=0))
+    found = duplicates(Models(index), Thresholds(jaccard=0.8, neighbours=0))
     assert [(g.rows.tolist(), g.kind, g.conflict) for g in found] == [
         ([1, 2, 4], "same words", True),
         ([3, 5], "similar", False),
         ([6, 10], "similar", False),  # the same words in another order
     ]
     assert [g.weakest for g in found] == pytest.approx([1.0, 5 / 6, 1.0])
-    exact = duplicates(index_of(BASE[:2] + BASE[4:5], [0, 1, 0]), Thresholds(neighbours=0))
+    exact = duplicates(Models(index_of(BASE[:2] + BASE[4:5], [0, 1, 0])), Thresholds(neighbours=0))
     assert [(g.rows.tolist(), g.kind, g.conflict) for g in exact] == [([1, 2], "same texts", True)]
-    assert duplicates(index_of(BASE[6:9], [0, 1, 0]), Thresholds()) == []
-    assert duplicates(index_of(BASE[:1], [0], dampings=()), Thresholds()) == []
+    assert duplicates(Models(index_of(BASE[6:9], [0, 1, 0])), Thresholds()) == []
+    assert duplicates(Models(index_of(BASE[:1], [0], dampings=())), Thresholds()) == []
 
 
 def test_retired_rows_are_no_duplicates(index_of):
@@ -182,7 +183,7 @@ def test_retired_rows_are_no_duplicates(index_of):
 
     index = index_of(BASE, [0, 1] * 5 + [0])
     live = retire_rows(index.folder, [2, 4])
-    groups = duplicates(live, Thresholds(neighbours=0))
+    groups = duplicates(Models(live), Thresholds(neighbours=0))
     assert [g.rows.tolist() for g in groups] == [[3, 5], [6, 10]]
 
 
@@ -194,7 +195,7 @@ def test_cosines_link_neighbours_whose_words_overlap(bert_world):
     np.fill_diagonal(cosines, -1)
     cut = float(np.sort(cosines.reshape(-1))[-120])
     t = Thresholds(jaccard=1.0, cosine=cut - 1e-9, cosine_jaccard=0.25, neighbours=N_ROWS - 1)
-    found = duplicates(index, t)
+    found = duplicates(Models(index), t)
     texts = bert_world.texts
     links = {
         (a, b) for a, b in zip(*np.nonzero(cosines >= t.cosine), strict=True) if jaccard(texts[a], texts[b]) >= 0.25

@@ -25,6 +25,7 @@ from forebear.evaluation.common.passages import row_cells, row_columns, row_pass
 from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
 from forebear.indexer.index import Index
+from forebear.retriever.question.models import Models
 from forebear.retriever.retriever import Retriever
 
 KINDS: Final = ("same texts", "same words", "similar")
@@ -95,18 +96,18 @@ class Leak:
     jaccard: float
 
 
-def duplicates(index: Index, thresholds: Thresholds) -> list[DuplicateGroup]:
+def duplicates(models: Models, thresholds: Thresholds) -> list[DuplicateGroup]:
     """Groups of two or more live rows; conflicting labels first, then the largest, then the lowest row number.
 
     The comparison by words is complete: no pair of at least ``thresholds.jaccard`` is missed. Cosines are those of
     sentence embeddings where the index stores them, else of features.
     """
     thresholds.check()
-    live = index.live
+    index, live = models.index, models.index.live
     seen = _read_rows(_live_blocks(index), _Numbering())
     links = [_equal_links(seen), near_pairs(seen.sets, thresholds.jaccard)]
     if thresholds.neighbours and thresholds.cosine_jaccard < thresholds.jaccard:
-        links.append(_cosine_links(index, seen.sets, thresholds))
+        links.append(_cosine_links(models, seen.sets, thresholds))
     first, second, similarity = (np.concatenate(values) for values in zip(*links, strict=True))
     n = len(live)
     graph = sparse.coo_array((np.ones(len(first)), (first, second)), shape=(n, n))
@@ -179,14 +180,14 @@ def _equal_links(seen: _ComparedRows) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return first[number[second]], second, np.ones(len(second))
 
 
-def _cosine_links(index: Index, sets: WordSets, thresholds: Thresholds) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _cosine_links(models: Models, sets: WordSets, thresholds: Thresholds) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Links between neighbours of large cosine whose words overlap: positions of both rows, Jaccard similarity."""
-    live = index.live
+    index, live = models.index, models.index.live
     k = min(thresholds.neighbours, len(live) - 1)
     if not k:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
     representation = "sentence" if "sbert" in index.manifest.spec.stores else "feature"
-    neighbours, cosines = nearest_rows(index, live, k, representation=representation)
+    neighbours, cosines = nearest_rows(models, live, k, representation=representation)
     i, c = np.nonzero(cosines >= thresholds.cosine)
     j = np.searchsorted(live, neighbours[i, c])
     jaccard = sets.jaccard(i, sets, j)

@@ -90,7 +90,7 @@ def suspects(retriever: Retriever, spec: QuerySpec | Question, *, n_neighbours: 
     index = retriever.index
     live, labels = index.live, index.labels
     values = {name: influences[live] for name, influences in self_influence(question).items()}
-    neighbours, _ = nearest_rows(index, live, n_neighbours)
+    neighbours, _ = nearest_rows(retriever.models, live, n_neighbours)
     values[LOSS] = index.losses[live].astype(np.float64)
     values[NEIGHBOURS] = label_disagreement(labels, live, neighbours)
     stacked = np.stack(list(values.values()))
