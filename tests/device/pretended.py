@@ -39,6 +39,7 @@ import forebear
 
 NAME = "pretend"
 PACKAGE = str(Path(forebear.__file__).parent)
+COPIES = f"{PACKAGE}/indexer/model/device/copies.py"  # its callers ask, not this module
 aten = torch.ops.aten
 _COPIES = {aten.copy_.default, aten._to_copy.default}
 _INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
@@ -72,20 +73,47 @@ class Ledger:
     sent: Counter[str] = field(default_factory=Counter)
     launches: Counter[str] = field(default_factory=Counter)
 
+    _n_copies: int = 0  # to the host that nobody waited for when they were begun
+    _n_here: int = 0  # of these, arrived: whoever waits, waits for all that was handed out before
+
     def clear(self) -> None:
         """Begin to count anew."""
         for counter in (self.waits, self.sent, self.launches):
             counter.clear()
 
+    def wait(self, line: str) -> None:
+        """Note that the host waits until the device is done."""
+        self.waits[line] += 1
+        self._n_here = self._n_copies
+
 
 LEDGER = Ledger()
+
+
+class _Event:
+    """What comes after the copies so far; waiting costs nothing if the host has waited since."""
+
+    def __init__(self) -> None:
+        LEDGER._n_copies += 1
+        self._number = LEDGER._n_copies
+
+    def synchronize(self) -> None:
+        if LEDGER._n_here < self._number:
+            LEDGER.wait(_asked_by())
+
+
+class _Stream:
+    """The one stream of the device."""
+
+    def record_event(self) -> _Event:
+        return _Event()
 
 
 def _asked_by() -> str:
     frame: Any = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(PACKAGE):
+        if name.startswith(PACKAGE) and name != COPIES:
             return f"{name[len(PACKAGE) + 1 :]}:{frame.f_lineno}"
         frame = frame.f_back
     return "elsewhere"
@@ -196,7 +224,7 @@ def _count(func: Any, args: Any, kwargs: dict[str, Any], plain: list[torch.Tenso
         if name == "repeat_interleave" and kwargs.get("output_size") is None:
             waits = True
     if waits:
-        LEDGER.waits[_asked_by()] += 1
+        LEDGER.wait(_asked_by())
     if sent:
         LEDGER.sent[_asked_by()] += sent
 
@@ -245,6 +273,9 @@ def register() -> None:
     class Module(_DummyBackendModule):
         def get_amp_supported_dtype(self) -> list[torch.dtype]:
             return [torch.bfloat16, torch.float16]
+
+        def current_stream(self, _device: Any = None) -> _Stream:
+            return _Stream()
 
     _setup_privateuseone_for_python_backend(NAME, backend_module=Module())
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) makes a CPU tensor and moves it

@@ -21,6 +21,7 @@ from forebear.errors import InputError, ModelError, NonFiniteError
 from forebear.evaluation.common.queries import QueryRows, refuse_saliency
 from forebear.evaluation.common.span_queries import training_spans
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.copies import Fetched, one_late
 from forebear.indexer.model.device.memory import run_batches
 from forebear.indexer.model.encoding import Encoded, Texts, encoded_rows, plan_batches
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, run_forward
@@ -216,7 +217,7 @@ def start_states(classifier: Classifier, texts: Texts) -> np.ndarray:
     assert isinstance(encoder, torch.nn.Module)
     lengths = [len(row["input_ids"]) for row in rows]
 
-    def run(batch: list[int]) -> np.ndarray:
+    def run(batch: list[int]) -> Fetched:
         with torch.no_grad(), classifier.autocast():
             output = encoder(**pad_batch(classifier.tokenizer, [rows[i] for i in batch], classifier.device))
         states = getattr(output, "last_hidden_state", None)
@@ -225,11 +226,11 @@ def start_states(classifier: Classifier, texts: Texts) -> np.ndarray:
                 f"{classifier.name}: {type(encoder).__name__} does not give the states of its last layer, so rows have "
                 "no embedding. label-agreement needs none."
             )
-        return np.asarray(states[:, 0].double().cpu().numpy())
+        return Fetched(states[:, 0].double())
 
     plan = plan_batches(lengths, DEFAULT_BATCH_TOKENS, equal_lengths=classifier.equal_lengths)
-    out = list(run_batches(plan, run, lengths=lengths, device=classifier.device))
-    states = np.concatenate([batch_states for _, batch_states in out])
+    out = list(one_late(run_batches(plan, run, lengths=lengths, device=classifier.device)))
+    states = np.concatenate([batch_states for _, (batch_states,) in out])
     ordered = np.empty_like(states)
     ordered[[i for batch, _ in out for i in batch]] = states
     if not np.isfinite(ordered).all():

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from forebear.errors import InputError, ModelError, NonFiniteError
+from forebear.errors import InputError, ModelError
 from forebear.evaluation.retraining.jobs import Job, TrainingRows
 from forebear.evaluation.retraining.recipe_full import Start, placed_lengths
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.copies import Fetched, one_late, send
 from forebear.indexer.model.device.memory import refusing_lack, run_batches
 from forebear.indexer.model.encoding import encode, plan_batches
 from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, run_forward
@@ -28,6 +29,7 @@ from forebear.indexer.storage.ragged import offsets
 from forebear.indexer.training.course import MAX_GRAD_NORM, seed_step
 from forebear.indexer.training.options import TrainOptions
 from forebear.indexer.training.start import freeze_below
+from forebear.indexer.training.step_losses import StepLosses
 
 FULL_PRECISION_BYTES = 2 << 30  # hidden states of more are kept in fp16
 
@@ -104,9 +106,9 @@ class TopRecipe:
             n_bytes = int(starts[-1]) * config.hidden_size * 4
             self._dtype = torch.float32 if n_bytes <= FULL_PRECISION_BYTES else torch.float16
         states = torch.empty((int(starts[-1]), config.hidden_size), dtype=self._dtype)
-        for batch, batch_states in _forward_to(self._below, self._first, rows):
+        for batch, (batch_states,) in one_late(_forward_to(self._below, self._first, rows)):
             for i, values in zip(batch, batch_states, strict=True):
-                states[starts[i] : starts[i + 1]] = values[: len(rows[i]["input_ids"])]
+                states[starts[i] : starts[i + 1]] = torch.from_numpy(values[: len(rows[i]["input_ids"])])
         return _Hidden(states, starts)
 
     def _check(self, texts: Sequence[Sequence[str]]) -> None:
@@ -149,30 +151,29 @@ class TopRecipe:
         out = np.empty((len(hidden), classifier.n_classes))
         lengths = hidden.lengths.tolist()
 
-        def run(batch: list[int]) -> np.ndarray:
+        def run(batch: list[int]) -> Fetched:
             with torch.no_grad():
-                logits = top_logits(classifier, [hidden.row(i) for i in batch])
-            return np.asarray(logits.double().cpu().numpy())
+                return Fetched(top_logits(classifier, [hidden.row(i) for i in batch]).double())
 
         plan = plan_batches(lengths, DEFAULT_BATCH_TOKENS, equal_lengths=classifier.equal_lengths)
-        for batch, logits in run_batches(plan, run, device=classifier.device, lengths=lengths):
+        for batch, (logits,) in one_late(run_batches(plan, run, device=classifier.device, lengths=lengths)):
             out[batch] = logits
         return out
 
 
 def _forward_to(
     classifier: Classifier, layer: str, rows: Sequence[dict[str, list[int]]]
-) -> Iterator[tuple[list[int], torch.Tensor]]:
+) -> Iterator[tuple[list[int], Fetched]]:
     """Batches of row positions, and the states ``(b, t, h)`` that enter a layer."""
     caught: list[torch.Tensor] = []
 
     def catch(_module: nn.Module, args: Any, kwargs: Any) -> None:
         caught.append(args[0] if args else kwargs["hidden_states"])
 
-    def run(batch: list[int]) -> torch.Tensor:
+    def run(batch: list[int]) -> Fetched:
         with torch.no_grad(), classifier.autocast():
             classifier.model(**pad_batch(classifier.tokenizer, [rows[i] for i in batch], classifier.device))
-        return caught.pop().float().cpu()
+        return Fetched(caught.pop().float())
 
     hook = classifier.model.get_submodule(layer).register_forward_pre_hook(catch, with_kwargs=True)
     try:
@@ -204,15 +205,14 @@ def _cut(classifier: Classifier, layers: str, first: int) -> None:
 
 def top_logits(classifier: Classifier, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
     """Logits ``(b, c)`` float32 of a cut model, from states ``(t, h)`` of each row."""
-    states = nn.utils.rnn.pad_sequence([row.float() for row in hidden], batch_first=True).to(classifier.device)
-    mask = torch.zeros(states.shape[:2], dtype=torch.long)
-    for i, row in enumerate(hidden):
-        mask[i, : len(row)] = 1
+    states = send(nn.utils.rnn.pad_sequence(list(hidden), batch_first=True), classifier.device).float()
+    lengths = torch.tensor([len(row) for row in hidden])
+    mask = send((torch.arange(states.shape[1]) < lengths[:, None]).long(), states.device)
     model: Any = classifier.model
     model.base_model.embeddings.states = states
     ids = torch.zeros_like(mask)  # not read: the states of these tokens are stored
     with classifier.autocast():
-        logits: torch.Tensor = model(input_ids=ids.to(states.device), attention_mask=mask.to(states.device)).logits
+        logits: torch.Tensor = model(input_ids=ids, attention_mask=mask).logits
     return logits.float()
 
 
@@ -245,23 +245,28 @@ def train_top(
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, int(n_steps * options.warmup_ratio), n_steps)
     model.train()
-    step = 0
+    n_batches, step = math.ceil(len(hidden) / options.batch_size), 0
+
+    def refusal(step: int, loss: float) -> str:
+        return (
+            f"the training loss is {loss} in epoch {step // n_batches + 1} of a retraining with seed {options.seed}. "
+            f"Lower the learning rate of the run (now {options.learning_rate:g})."
+        )
+
+    losses = StepLosses(refusal)
     for epoch in range(options.epochs):
         for batch in epoch_batches(lengths, options.batch_size, options.seed, epoch):
             seed_step(options.seed, step)
             step += 1
             logits = top_logits(classifier, [hidden[i] for i in batch])
-            loss = classifier.loss.mean(logits, labels[batch].to(logits.device))
-            if not math.isfinite(loss.item()):
-                raise NonFiniteError(
-                    f"the training loss is {loss.item()} in epoch {epoch + 1} of a retraining with seed "
-                    f"{options.seed}. Lower the learning rate of the run (now {options.learning_rate:g})."
-                )
+            loss = classifier.loss.mean(logits, send(labels[batch], logits.device))
+            losses.add(loss, loss.new_ones(()))
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+    losses.settle()
     model.eval()
 
 

@@ -26,6 +26,7 @@ from forebear.indexer.gradients.vectors import dot
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.copies import send
 from forebear.indexer.model.encoding import Encoded, Texts, take_texts
 from forebear.indexer.model.scopes import Scope
 from forebear.indexer.sketches.estimates import Part
@@ -139,7 +140,7 @@ def _most_important(index: Index, classifier: Classifier) -> np.ndarray:
     losses = []
     for features in (store.features.take(live), index.features().take(rows)):
         with torch.no_grad():
-            logits = head(torch.from_numpy(features).to(head.weight.device, head.weight.dtype))
+            logits = head(send(features, head.weight.device).to(head.weight.dtype))
         losses.append(index.loss.residual_and_loss(logits.double().cpu().numpy(), targets)[1])
     order = np.lexsort((live, losses[1] - losses[0], rows))  # by row, the largest rise of the loss first
     return np.sort(live[order[np.unique(rows[order], return_index=True)[1]]])

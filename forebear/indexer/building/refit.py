@@ -177,7 +177,7 @@ class _SketchWriter:
         start, stop = self.index.manifest.shards[shard]
         rows = np.arange(start, stop)
         encoded = Encoded(encode(classifier, self.index.text_lists(rows)))
-        collectors = {kind: s.collector(len(rows), classifier.device) for kind, s in sketchers.items()}
+        collectors = {kind: s.collector(len(rows), classifier.device, packs=True) for kind, s in sketchers.items()}
         run_pass(
             classifier, encoded, labels_seed(classifier.loss, self.index.targets(rows)),
             list(collectors.values()), batch_tokens=self.index.manifest.spec.batch_tokens, first_row=start,

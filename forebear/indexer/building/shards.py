@@ -216,7 +216,7 @@ class ShardWriter:
         shard = int(path.stem)
         self._note_rows(classifier, shard, encoded, gold)
         batch_tokens = self.spec.batch_tokens
-        sketches = {kind: s.collector(len(block), classifier.device) for kind, s in sketchers.items()}
+        sketches = {kind: s.collector(len(block), classifier.device, packs=True) for kind, s in sketchers.items()}
         words = {
             words_folder(checkpoint.name, top): WordGradients(classifier, top, len(block), self.spec.words_precision)
             for top in self.spec.words_tops

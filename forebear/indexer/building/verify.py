@@ -163,7 +163,7 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
         gold = index.targets(rows)
         if kinds:
             sketches, forward = sketch_rows(
-                classifier, list(kinds.values()), texts, gold, batch_tokens=spec.batch_tokens
+                classifier, list(kinds.values()), texts, gold, batch_tokens=spec.batch_tokens, packs=True
             )
             for kind, recomputed in zip(kinds, sketches, strict=True):
                 store = index.gradient_store(kind)

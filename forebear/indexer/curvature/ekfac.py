@@ -27,6 +27,7 @@ from forebear.indexer.gradients.tape import Seed
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.copies import fetch, picks
 from forebear.indexer.model.device.memory import free_memory, is_out_of_memory
 from forebear.indexer.model.scopes import Block, Scope
 from forebear.indexer.storage.arrow import MEND
@@ -168,10 +169,13 @@ class _Factors(Collector):
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:
         live = (factors.deltas != 0).any(dim=-1)
-        a, d = factors.inputs[live], factors.deltas[live]
+        if picks(live):
+            a, d = factors.inputs[live], factors.deltas[live]
+        else:
+            a, d = (factors.inputs * live[..., None]).flatten(0, 1), factors.deltas.flatten(0, 1)
         self._batch[name] = (a.T @ a, d.T @ d)
 
-    def keep(self, positions: list[int]) -> None:
+    def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
         for name, (a, d) in self._batch.items():
             self.found.inputs[name] += a
             self.found.outputs[name] += d
@@ -195,7 +199,7 @@ class _Eigenvalues(Collector):
             total += gradients.square_().sum(dim=0)
         self._batch[name] = total
 
-    def keep(self, positions: list[int]) -> None:
+    def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
         for name, squares in self._batch.items():
             self.sums[name] += squares
 
@@ -272,7 +276,8 @@ def eigenvectors(matrix: torch.Tensor, name: str = "") -> torch.Tensor:
     Raises:
         NonFiniteError: The matrix, the factor of layer ``name``, holds NaN or infinity.
     """
-    if not torch.isfinite(matrix).all():
+    (is_finite,) = fetch(torch.isfinite(matrix).all())
+    if not is_finite:
         raise NonFiniteError(f"the curvature factor of layer {name} is NaN or infinite. Check the model.")
     try:
         vectors: torch.Tensor | None = torch.linalg.eigh(matrix).eigenvectors

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -24,11 +23,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forebear.errors import NonFiniteError
 from forebear.indexer.curvature.ekfac import curvature_seeds
+from forebear.indexer.gradients.dots import add_weighted, room_for_sums, row_dots
 from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.gradient_pass import Collector, SeedOf, run_pass
 from forebear.indexer.gradients.tape import only_asking
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.copies import fetch, picks, send
 from forebear.indexer.model.device.memory import run_batches
 from forebear.indexer.model.encoding import Encoded, encode, plan_batches
 from forebear.indexer.model.network.batches import pad_batch
@@ -103,20 +104,60 @@ def _seed_at(seed_of: SeedOf, chosen: list[int]) -> SeedOf:
     return lambda positions: seed_of([chosen[i] for i in positions])
 
 
-@dataclass(frozen=True)
+class _BatchFactors(Protocol):
+    """A block's factors at a batch of ``b`` rows."""
+
+    def dots(self, vectors: torch.Tensor) -> torch.Tensor:
+        """<G_n, V> of each row and vector, ``(q, b)`` float64."""
+
+    def room(self, vectors: torch.Tensor) -> int:
+        """How many numbers :meth:`add_to` needs room for."""
+
+    def add_to(self, total: torch.Tensor, weights: torch.Tensor, room: torch.Tensor) -> None:
+        """Add the sum over rows of w_qn G_n, weights ``(q, b)``; takes no more memory than the room it overwrites."""
+
+
 class _Tokens:
-    """A block's factors at the ``m`` positions of a batch with an output gradient: no padding, often only [CLS]."""
+    """Factors at the ``m`` positions with an output gradient alone: no padding, often only [CLS]."""
 
-    rows: torch.Tensor  # (m,): of the batch
-    inputs: torch.Tensor  # a, (m, n_in)
-    deltas: torch.Tensor  # d, (m, n_out)
-    live: torch.Tensor  # (b, t)
+    def __init__(self, factors: LayerFactors) -> None:
+        self._live = (factors.deltas != 0).any(dim=-1)  # (b, t)
+        self._rows = self._live.nonzero()[:, 0]  # (m,)
+        self._inputs, self._deltas = factors.inputs[self._live], factors.deltas[self._live]  # a, d: (m, n)
 
-    def dots(self, v: torch.Tensor) -> torch.Tensor:
-        """<G_n, V> = sum over t of d_t . (V a_t) of each row, V ``(n_out, n_in)``: ``(b,)`` float64."""
-        spread = self.deltas.new_zeros(self.live.shape, dtype=torch.float64)
-        spread[self.live] = ((self.inputs @ v.T) * self.deltas).sum(dim=1, dtype=torch.float64)
+    def dots(self, vectors: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self._dots_with(v) for v in vectors])
+
+    def _dots_with(self, v: torch.Tensor) -> torch.Tensor:
+        """Sum over t of d_t . (V a_t) of each row."""
+        spread = self._deltas.new_zeros(self._live.shape, dtype=torch.float64)
+        spread[self._live] = ((self._inputs @ v.T) * self._deltas).sum(dim=1, dtype=torch.float64)
         return spread.sum(dim=1)
+
+    def room(self, vectors: torch.Tensor) -> int:
+        return self._deltas.numel()
+
+    def add_to(self, total: torch.Tensor, weights: torch.Tensor, room: torch.Tensor) -> None:
+        weighted = room[: self._deltas.numel()].view_as(self._deltas)
+        for sum_of_query, weight in zip(total, weights[:, self._rows, None], strict=True):
+            torch.mul(self._deltas, weight, out=weighted)
+            sum_of_query.addmm_(weighted.T, self._inputs)
+
+
+class _Positions:
+    """Factors at all positions; what has no output gradient adds zero."""
+
+    def __init__(self, factors: LayerFactors) -> None:
+        self._factors = factors
+
+    def dots(self, vectors: torch.Tensor) -> torch.Tensor:
+        return row_dots(vectors, self._factors)
+
+    def room(self, vectors: torch.Tensor) -> int:
+        return room_for_sums(vectors, self._factors)
+
+    def add_to(self, total: torch.Tensor, weights: torch.Tensor, room: torch.Tensor) -> None:
+        add_weighted(total, weights, self._factors, room)
 
 
 class _Outer(Collector):
@@ -125,33 +166,27 @@ class _Outer(Collector):
     def __init__(self, scope: Scope, vectors: Vectors) -> None:
         self.scope, self._vectors = scope, vectors
         self.sums = {block.name: torch.zeros_like(vectors[block.name]) for block in scope.blocks}
-        self._batch: dict[str, _Tokens] = {}
+        self._batch: dict[str, _BatchFactors] = {}
 
     def begin(self, positions: list[int]) -> None:
         self._batch = {}
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:
-        live = (factors.deltas != 0).any(dim=-1)
-        self._batch[name] = _Tokens(live.nonzero()[:, 0], factors.inputs[live], factors.deltas[live], live)
+        self._batch[name] = _Tokens(factors) if picks(factors.deltas) else _Positions(factors)
 
-    def end(self, positions: list[int]) -> None:
-        batch = self._batch
-        if not batch:
-            return
-        dots = torch.stack(
-            [torch.stack([tokens.dots(v) for v in self._vectors[name]]) for name, tokens in batch.items()]
-        ).sum(dim=0)  # (q, b)
-        self._weights = {name: dots[:, x.rows, None].to(x.deltas.dtype) for name, x in batch.items()}
-        first = next(iter(batch.values())).deltas
-        self._room = first.new_empty(max(tokens.deltas.numel() for tokens in batch.values()))
+    def end(self, positions: list[int]) -> Sequence[torch.Tensor]:
+        batch, vectors = self._batch, self._vectors
+        if batch:
+            dots = torch.stack([factors.dots(vectors[name]) for name, factors in batch.items()]).sum(dim=0)  # (q, b)
+            first = next(iter(vectors.values()))
+            self._weights = dots.to(first.dtype)
+            self._room = first.new_empty(max(factors.room(vectors[name]) for name, factors in batch.items()))
+        return ()
 
-    def keep(self, positions: list[int]) -> None:
+    def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
         batch, self._batch = self._batch, {}
-        for name, tokens in batch.items():
-            weighted = self._room[: tokens.deltas.numel()].view_as(tokens.deltas)
-            for total, weight in zip(self.sums[name], self._weights[name], strict=True):
-                torch.mul(tokens.deltas, weight, out=weighted)
-                total.addmm_(weighted.T, tokens.inputs)
+        for name, factors in batch.items():
+            factors.add_to(self.sums[name], self._weights, self._room)
 
 
 class HessianProduct:
@@ -225,7 +260,7 @@ class HessianProduct:
         classifier = self._classifier
         weights = list(parameters.values())
         batch = pad_batch(classifier.tokenizer, [self._rows[i] for i in positions], classifier.device)
-        labels = self._labels[positions].to(classifier.device)
+        labels = send(self._labels[positions], classifier.device)
         # In float64 p - y and its derivative stay exact for confident rows too.
         loss = classifier.loss.summed(classifier.model(**batch).logits.double(), labels)
         gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
@@ -246,6 +281,7 @@ def _refuse_non_finite(name: str, products: Vectors) -> None:
     Raises:
         NonFiniteError: The layer is named.
     """
-    for key, values in products.items():
-        if not torch.isfinite(values).all():
-            raise NonFiniteError(f"{name}: the curvature product of {key} is NaN or infinite. Check model and vectors.")
+    (finite,) = fetch(torch.stack([torch.isfinite(values).all() for values in products.values()]))
+    if not finite.all():
+        key = list(products)[int(finite.argmin())]
+        raise NonFiniteError(f"{name}: the curvature product of {key} is NaN or infinite. Check model and vectors.")

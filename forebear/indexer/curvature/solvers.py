@@ -17,6 +17,7 @@ from forebear.errors import InputError, NonFiniteError
 from forebear.indexer.curvature.damping import round_up
 from forebear.indexer.curvature.products import Product
 from forebear.indexer.gradients.vectors import Vectors, dot
+from forebear.indexer.model.device.copies import fetch, send
 
 Multiply = Callable[[Vectors], Vectors]
 
@@ -58,31 +59,41 @@ def scale_by(alpha: torch.Tensor | float, x: Vectors) -> Vectors:
 
 def take(x: Vectors, positions: np.ndarray) -> Vectors:
     """The vectors of the queries at some positions."""
-    return {name: v[torch.from_numpy(positions).to(v.device)] for name, v in x.items()}
+    there = send(positions, _device(x))
+    return {name: v[there] for name, v in x.items()}
 
 
 def put(x: Vectors, positions: np.ndarray, values: Vectors) -> None:
     """Overwrite the vectors of ``x`` at some positions by ``values``."""
+    there = send(positions, _device(x))
     for name, v in x.items():
-        v[torch.from_numpy(positions).to(v.device)] = values[name]
+        v[there] = values[name]
+
+
+def _device(x: Vectors) -> torch.device:
+    return next(iter(x.values())).device
 
 
 def _factor(alpha: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
-    return torch.as_tensor(alpha, dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
+    if isinstance(alpha, torch.Tensor):
+        return alpha.to(like).reshape(-1, 1, 1)
+    return like.new_full((1, 1, 1), alpha)  # made on the device
 
 
 def _zeros(like: Vectors) -> Vectors:
     return {name: torch.zeros_like(v) for name, v in like.items()}
 
 
-def _unit(vectors: Vectors) -> tuple[torch.Tensor, Vectors]:
-    """Lengths ``(q,)`` and directions; a zero vector stays zero."""
-    lengths = _finite(norm(vectors), "a vector to be solved for")
-    return lengths, scale_by(torch.where(lengths > 0, 1.0 / lengths, 0.0), vectors)
+def _unit(vectors: Vectors) -> tuple[torch.Tensor, np.ndarray, Vectors]:
+    """Lengths ``(q,)``, there and on the host, and directions; a zero vector stays zero."""
+    lengths = norm(vectors)
+    (on_host,) = fetch(lengths)
+    _finite(on_host, "a vector to be solved for")
+    return lengths, on_host, scale_by(torch.where(lengths > 0, 1.0 / lengths, 0.0), vectors)
 
 
-def _finite(numbers: torch.Tensor, quantity: str) -> torch.Tensor:
-    if not torch.isfinite(numbers).all():
+def _finite(numbers: np.ndarray, quantity: str) -> np.ndarray:
+    if not np.isfinite(numbers).all():
         raise NonFiniteError(f"{quantity} is NaN or infinite: no solution would mean anything. Check the model.")
     return numbers
 
@@ -127,9 +138,9 @@ def conjugate_gradients(
     def multiply(v: Vectors) -> Vectors:
         return axpy(damping, v, product(v))
 
-    lengths, b = _unit(vectors)
+    lengths, lengths_on_host, b = _unit(vectors)
     x = _zeros(b)
-    residual = (lengths > 0).double().cpu().numpy()
+    residual = (lengths_on_host > 0).astype(np.float64)
     progress = _Progress(residual.copy(), np.zeros(len(residual), np.int64), tolerance, max_iterations, on_iteration)
     positions = np.flatnonzero(residual > tolerance)
     remaining = take(b, positions)
@@ -138,7 +149,7 @@ def conjugate_gradients(
         better = axpy(1.0, step, take(x, positions))
         put(x, positions, better)
         remaining = axpy(-1.0, multiply(better), take(b, positions))
-        new_residual = _finite(norm(remaining), "a residual").cpu().numpy()
+        new_residual = _finite(fetch(norm(remaining))[0], "a residual")
         stuck = failed | (new_residual > residual[positions] / 2)  # little progress in a whole run: rounding dominates
         residual[positions] = new_residual
         goes_on = (new_residual > tolerance) & ~stuck & (progress.iterations[positions] < max_iterations)
@@ -182,24 +193,27 @@ def _descend(
     active = np.arange(len(queries))  # positions in b of the queries that still run
     x, r = _zeros(b), b
     p = z = precondition(r)
-    rz = _finite(dot(r, z), "a preconditioned vector")
+    rz = dot(r, z)
+    _finite(fetch(rz)[0], "a preconditioned vector")
     while len(active):
         ap = multiply(p)
-        curvature = _finite(dot(p, ap), "a curvature product")
+        curvature = dot(p, ap)
         is_positive = (curvature > 0) & (rz > 0)
         alpha = torch.where(is_positive, rz / curvature, 0.0)
         x, r = axpy(alpha, p, x), axpy(-alpha, ap, r)
         z = precondition(r)
-        new_rz = _finite(dot(r, z), "a preconditioned vector")
+        new_rz = dot(r, z)
         p = axpy(torch.where(is_positive, new_rz / rz, 0.0), p, z)
         rz = new_rz
-        taken = is_positive.cpu().numpy()
-        goes_on = progress.advance(queries[active], taken, norm(r).cpu().numpy())
+        taken, curvatures, products, residuals = fetch(is_positive, curvature, rz, norm(r))
+        _finite(curvatures, "a curvature product")
+        _finite(products, "a preconditioned vector")
+        goes_on = progress.advance(queries[active], taken, residuals)
         failed[active] = ~taken
         if not goes_on.all():
             put(out, active[~goes_on], take(x, np.flatnonzero(~goes_on)))
             kept = np.flatnonzero(goes_on)
-            active, rz = active[kept], rz[torch.from_numpy(kept).to(rz.device)]
+            active, rz = active[kept], rz[send(kept, rz.device)]
             x, r, p = take(x, kept), take(r, kept), take(p, kept)
     return out, failed
 
@@ -337,7 +351,7 @@ def lissa(
     """
     settings = LissaSettings(damping=damping, scale=scale, depth=depth, batch_rows=batch_rows, repeats=repeats)
     settings.refuse_lost_damping(next(iter(vectors.values())).dtype)
-    lengths, v = _unit(vectors)
+    lengths, _, v = _unit(vectors)
     steps = settings.steps(n_rows)
     total = _zeros(v)
     for run in range(repeats):
@@ -354,7 +368,7 @@ def lissa(
     converged = np.zeros(len(lengths), bool)
     if with_residual:
         applied = axpy(settings.effective_damping, total, product(total))
-        residual = _finite(norm(axpy(-1.0, applied, v)), "a residual").cpu().numpy()
+        residual = _finite(fetch(norm(axpy(-1.0, applied, v)))[0], "a residual")
         converged = residual <= tolerance
     taken = np.full(len(lengths), repeats * steps)
     return Solved(scale_by(lengths, total), settings.effective_damping, residual, taken, converged)

@@ -12,6 +12,7 @@ from torch import nn
 from forebear.errors import ModelError
 from forebear.indexer.gradients.factors import EmbeddingFactors
 from forebear.indexer.gradients.layer_uses import wide
+from forebear.indexer.model.device.copies import send
 from forebear.indexer.model.scopes import Block
 
 SCALE_TOLERANCE = 1e-4  # of a scaled embedding's largest number
@@ -20,7 +21,7 @@ SCALE_TOLERANCE = 1e-4  # of a scaled embedding's largest number
 def input_ids(tokenizer: Any, rows: Sequence[dict[str, list[int]]], batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Token ids of a batch, ``(b, t)``; -1 at padding, and where a text holds the padding token."""
     ids = batch["input_ids"]
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows], device=ids.device)
+    lengths = send(torch.tensor([len(row["input_ids"]) for row in rows]), ids.device)
     dropped = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
     if tokenizer.pad_token_id is not None:
         dropped |= ids == tokenizer.pad_token_id
@@ -30,16 +31,25 @@ def input_ids(tokenizer: Any, rows: Sequence[dict[str, list[int]]], batch: dict[
 class EmbeddingUses:
     """Embeddings of a batch and their gradients, over all uses of the word embeddings in a pass."""
 
-    def __init__(self, block: Block, model_name: str, ids: torch.Tensor, padding: int | None) -> None:
+    def __init__(
+        self,
+        block: Block,
+        model_name: str,
+        tokenizer: Any,
+        rows: Sequence[dict[str, list[int]]],
+        batch: dict[str, torch.Tensor],
+    ) -> None:
         """No use yet.
 
         Args:
             block: The word embeddings, or what enters the encoder.
             model_name: Name of the model, for messages.
-            ids: Token ids of the batch, ``(b, t)``, -1 at padding.
-            padding: Id of the padding token; None: there is none.
+            tokenizer: The model's tokenizer.
+            rows: Encoded rows, ``b`` of them.
+            batch: The rows as the model gets them.
         """
-        self.name, self._model_name, self._ids, self._padding = block.name, model_name, ids, padding
+        self.name, self._model_name, self._padding = block.name, model_name, tokenizer.pad_token_id
+        self._ids, self._input_ids = input_ids(tokenizer, rows, batch), batch["input_ids"]
         self._uses: list[EmbeddingFactors] = []
 
     def note(self, values: torch.Tensor, words: nn.Embedding | None, looked_up: torch.Tensor | None) -> None:
@@ -76,7 +86,8 @@ class EmbeddingUses:
         if looked_up is None:
             return self._ids, pieces.masked_fill(self._ids < 0, -1)
         kept = self._ids >= 0
-        if looked_up.shape[1] >= n_pieces and bool((looked_up[:, :n_pieces] == self._ids)[kept].all()):
+        is_of_rows = looked_up is self._input_ids  # then a GPU's host need not wait for the answer
+        if is_of_rows or (looked_up.shape[1] >= n_pieces and bool((looked_up[:, :n_pieces] == self._ids)[kept].all())):
             shift = 0
         elif looked_up.shape[1] == n_pieces and bool((looked_up[:, 1:] == self._ids[:, :-1])[kept[:, :-1]].all()):
             shift = 1  # a decoder begins with a token of its own
@@ -98,6 +109,8 @@ class EmbeddingUses:
         Raises:
             ModelError: The output is no multiple of the embeddings.
         """
+        if type(words) is nn.Embedding and len(words._forward_hooks) == 1:  # torch's own, and the hook is ours
+            return 1.0
         plain = nn.functional.embedding(looked_up, words.weight.detach()).to(values.dtype)
         size = float((plain.double() ** 2).sum())
         scale = float((values.detach().double() * plain.double()).sum()) / size if size else 1.0

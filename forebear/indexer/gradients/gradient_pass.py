@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.tape import Seed, Tape, alone, loss_of
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.copies import Fetched, send
 from forebear.indexer.model.device.memory import refusing_lack, run_batches
 from forebear.indexer.model.encoding import Encoded, Texts, as_encoded, distinct, distinct_rows, plan_batches
 from forebear.indexer.model.forward import Forward
@@ -31,6 +34,10 @@ class Collector(ABC):
     :meth:`keep`. Before ``keep`` memory may run out at any point, also in another collector of the same pass; the batch
     is then begun again with fewer rows. So only ``keep`` may change the result; the other methods change only the state
     of the batch.
+
+    What :meth:`end` returns is for the host, and is on its way while the device runs the next batch: ``keep`` may then
+    come after the next ``begin``, and reads nothing but its arguments. Where it returns nothing, ``keep`` comes at
+    once, and may read the state of the batch.
 
     Attributes:
         scope: Parameters whose gradients are gathered.
@@ -46,12 +53,22 @@ class Collector(ABC):
     def on_layer(self, name: str, factors: LayerFactors) -> None:
         """Take the factors of one block, ``name``, at the rows of the batch."""
 
-    def end(self, positions: list[int]) -> None:  # noqa: B027  # most collectors have nothing left to compute
-        """Compute what the batch adds, after all factors have arrived; the last step that may run out of memory."""
+    def end(self, positions: list[int]) -> Sequence[torch.Tensor]:
+        """Compute what the batch adds, after all factors have arrived; the last step that may run out of memory.
+
+        Returns:
+            Tensors that :meth:`keep` needs on the host.
+        """
+        return ()
 
     @abstractmethod
-    def keep(self, positions: list[int]) -> None:
-        """Add the batch to the result; never repeated, so a lack of memory here ends the pass."""
+    def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
+        """Add the batch to the result; never repeated, so a lack of memory here ends the pass.
+
+        Args:
+            positions: The batch's rows.
+            *arrays: What :meth:`end` returned, on the host.
+        """
 
 
 class RowCollector(Collector):
@@ -133,9 +150,10 @@ def run_pass(
     block_names = [(collector, frozenset(block.name for block in collector.scope.blocks)) for collector in collectors]
 
     row_of_version = torch.empty(0, dtype=torch.long)  # row of the batch that each version belongs to
+    results = _Results(collectors, classifier)
 
     def on_layer(name: str, factors: LayerFactors) -> None:
-        shown = factors if minus is None else factors.differences(row_of_version.to(factors.inputs.device))
+        shown = factors if minus is None else factors.differences(row_of_version)
         for collector, names in block_names:
             if name in names:
                 collector.on_layer(name, shown)
@@ -150,11 +168,10 @@ def run_pass(
         for collector in collectors:
             collector.begin(positions)
         wholes, run_of_row = _run_once(encoded, positions)
-        row_of_version = torch.from_numpy(run_of_row)
+        row_of_version = send(run_of_row, classifier.device)
         together = [rows[i] for i in wholes] + ([] if minus is None else [minus[i] for i in positions])
         f, z = tape.record(together, _seed_of_versions(seed_of, wholes, positions, versions), on_layer)
-        for collector in collectors:
-            collector.end(positions)
+        results.end(positions)
         return wholes, run_of_row, f, z
 
     def let_go(positions: list[int]) -> None:
@@ -166,13 +183,14 @@ def run_pass(
         name=lambda position: f"row {first_row + position}", warn=warn, let_go=let_go,
     )  # fmt: skip
     for positions, (wholes, run_of_row, f, z) in batches:
-        _keep(collectors, positions, classifier)
+        results.keep()
         features[positions], logits[positions] = f[run_of_row], z[run_of_row]
         if minus is not None:
             version_positions = [len(rows) + i for i in positions]
             features[version_positions], logits[version_positions] = f[len(wholes) :], z[len(wholes) :]
         if on_rows is not None:
             on_rows(len(positions))
+    results.settle()
     if len(first) < len(rows):
         _repeat(collectors, first, kinds)
         for start, digests in enumerate(
@@ -190,12 +208,45 @@ def run_pass(
     return Forward(features, logits, classifier.loss)
 
 
-def _keep(collectors: Sequence[Collector], positions: list[int], classifier: Classifier) -> None:
-    """Add a batch to the results; a lack of memory ends the pass, because a batch that was kept must not run again."""
-    remedy = "Give --batch-tokens a smaller value"
-    with refusing_lack("what is gathered from the rows", classifier.device, remedy):
-        for collector in collectors:
-            collector.keep(positions)
+class _Results:
+    """Gives the collectors what they compute of each batch; what comes from a device, when the next batch has run."""
+
+    def __init__(self, collectors: Sequence[Collector], classifier: Classifier) -> None:
+        self._collectors, self._classifier = collectors, classifier
+        self._ended: tuple[list[int], list[int], Fetched] = [], [], Fetched()  # positions, arrays a collector
+        self._waiting: tuple[list[int], list[int], Fetched] | None = None
+
+    def end(self, positions: list[int]) -> None:
+        """End a batch."""
+        found = [tuple(collector.end(positions)) for collector in self._collectors]
+        self._ended = positions, [len(tensors) for tensors in found], Fetched(*chain.from_iterable(found))
+
+    def keep(self) -> None:
+        """Add the batch that was ended last to the results, or the one before it, as long as it is on its way."""
+        self.settle()
+        self._waiting = positions, n_arrays, fetched = self._ended
+        with self._refused_lack():
+            for collector, n in zip(self._collectors, n_arrays, strict=True):
+                if not n:
+                    collector.keep(positions)
+        if fetched.is_here:
+            self.settle()
+
+    def settle(self) -> None:
+        """Add what is on its way."""
+        if self._waiting is None:
+            return
+        (positions, n_arrays, fetched), self._waiting = self._waiting, None
+        arrays = iter(fetched.arrays())
+        with self._refused_lack():
+            for collector, n in zip(self._collectors, n_arrays, strict=True):
+                if n:
+                    collector.keep(positions, *islice(arrays, n))
+
+    def _refused_lack(self) -> AbstractContextManager[None]:
+        """A lack of memory ends the pass, because a batch that was kept must not run again."""
+        remedy = "Give --batch-tokens a smaller value"
+        return refusing_lack("what is gathered from the rows", self._classifier.device, remedy)
 
 
 def _rows_to_run(encoded: Encoded, seed_of: SeedOf, collectors: Sequence[Collector]) -> tuple[np.ndarray, np.ndarray]:

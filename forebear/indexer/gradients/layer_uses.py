@@ -11,6 +11,7 @@ from torch import nn
 
 from forebear.errors import ModelError
 from forebear.indexer.gradients.factors import LayerFactors, OnLayer
+from forebear.indexer.model.device.copies import picks
 from forebear.indexer.model.network.shared_layers import SharedUses, is_shared
 from forebear.indexer.model.scopes import Block
 
@@ -117,11 +118,13 @@ class LayerUses:
 
 
 def _factors(inputs: torch.Tensor, deltas: torch.Tensor) -> LayerFactors:
-    """Factors of one use; of one that the rows share, only the positions that any of them depends on."""
+    """Factors of one use; of one that the rows share, only the positions that any of them depends on, on the CPU."""
     a, d = wide(inputs), wide(deltas)
     if len(a) != len(d):  # a few of the positions that a model knows: a text is short
-        used = (d != 0).any(dim=2).any(dim=0)
-        a, d = a[:, used].expand(len(d), -1, -1), d[:, used]
+        if picks(d):
+            used = (d != 0).any(dim=2).any(dim=0)
+            a, d = a[:, used], d[:, used]
+        a = a.expand(len(d), -1, -1)
     return LayerFactors(a, d)
 
 

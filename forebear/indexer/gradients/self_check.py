@@ -136,8 +136,11 @@ def _check_logits(classifier: Classifier, rows: list[Row]) -> float:
 
     def run(positions: list[int]) -> tuple[float, float]:
         some = [rows[i] for i in positions]
-        _, together = forward_batch(classifier, pad_batch(classifier.tokenizer, some, classifier.device))
-        alone = [forward_batch(classifier, pad_batch(classifier.tokenizer, [r], classifier.device))[1][0] for r in some]
+        together, *each = (
+            forward_batch(classifier, pad_batch(classifier.tokenizer, batch, classifier.device)).arrays()[1]
+            for batch in (some, *([row] for row in some))
+        )
+        alone = np.concatenate(each)
         return float(np.abs(together - alone).max()), float(np.abs(alone).max())
 
     found = [result for _, result in _run(classifier, rows, len(rows), run)]

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from forebear.indexer.gradients.embedding_uses import EmbeddingUses, Root, input_ids
+from forebear.indexer.gradients.embedding_uses import EmbeddingUses, Root
 from forebear.indexer.gradients.factors import LayerFactors, OnLayer
 from forebear.indexer.gradients.layer_uses import LayerUses, wide, with_one
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.copies import fetch, send
 from forebear.indexer.model.forward import forward_batch
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.network.head import watched_head
@@ -82,8 +83,7 @@ class Tape:
         uses = LayerUses(classifier.name, len(rows), classifier.shared_layers, shared, on_layer)
         embedding = None
         if self._embedding is not None:
-            ids = input_ids(classifier.tokenizer, rows, batch)
-            embedding = EmbeddingUses(self._embedding, classifier.name, ids, classifier.tokenizer.pad_token_id)
+            embedding = EmbeddingUses(self._embedding, classifier.name, classifier.tokenizer, rows, batch)
         with ExitStack() as hooks, torch.enable_grad():
             hooks.enter_context(only_asking(classifier.model))
             if self._root is not None:
@@ -99,8 +99,8 @@ class Tape:
             feature = head_use.feature(output.logits)
             f = wide(feature.detach())
             bias = None if head.bias is None else head.bias.double()
-            logits = nn.functional.linear(f.double(), head.weight.double(), bias).cpu().numpy()
-            delta = torch.from_numpy(seed(logits)).to(f.device)
+            features, logits = fetch(f.float(), nn.functional.linear(f.double(), head.weight.double(), bias).detach())
+            delta = send(seed(logits), f.device)
             for block in self.blocks:
                 if block.name == classifier.head_name:
                     factors = LayerFactors(with_one(f[:, None, :], block.bias), delta.to(f.dtype)[:, None, :])
@@ -110,15 +110,16 @@ class Tape:
                 uses.finish()
                 if embedding is not None:
                     on_layer(embedding.name, embedding.factors())
-        return f.float().cpu().numpy(), logits
+        return features, logits
 
     def _record_one_by_one(
         self, rows: Sequence[dict[str, list[int]]], seed: Seed, on_layer: OnLayer
     ) -> tuple[np.ndarray, np.ndarray]:
         """:meth:`record`, every row alone in its batch; the factors of all rows come at the end."""
         classifier = self.classifier
-        found = [forward_batch(classifier, pad_batch(classifier.tokenizer, [row], classifier.device)) for row in rows]
-        delta = seed(np.concatenate([logits for _, logits in found]))
+        batches = (pad_batch(classifier.tokenizer, [row], classifier.device) for row in rows)
+        found = [forward_batch(classifier, batch) for batch in batches]
+        delta = seed(np.concatenate([forward.arrays()[1] for forward in found]))
         by_row: list[dict[str, LayerFactors]] = []
         features, logits = [], []
         for n, row in enumerate(rows):

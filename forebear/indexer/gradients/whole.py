@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
+from forebear.indexer.gradients.dots import by_gradients, dots_of_gradients, row_dots
 from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.gradient_pass import Collector, RowCollector, labels_seed, run_pass
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.copies import picks, send
 from forebear.indexer.model.encoding import Texts, as_encoded, distinct_rows
 from forebear.indexer.model.scopes import Scope
 
 BATCH_TOKENS = 2048
-_PRODUCT_LENGTH = 8192
 
 
 class _Gradients(RowCollector):
     """Gathers whole gradients."""
 
     def __init__(self, scope: Scope, n_rows: int, weight: torch.Tensor) -> None:
-        self.scope, self.out = scope, scope.zeros(n_rows, weight)
+        self.scope, self.out, self._device = scope, scope.zeros(n_rows, weight), weight.device
         self._batch: Vectors = {}
 
     def begin(self, positions: list[int]) -> None:
         self._batch = {}
+        self._positions = send(np.array(positions), self._device)
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:
         self._batch[name] = factors.gradients()
 
-    def keep(self, positions: list[int]) -> None:
+    def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
         for name, gradients in self._batch.items():
-            self.out[name][positions] = gradients
+            self.out[name][self._positions] = gradients
 
     def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
+        there, here = send(sources, self._device), send(copies, self._device)
         for gradients in self.out.values():
-            gradients[copies] = gradients[sources]
+            gradients[here] = gradients[there]
 
 
 def whole_gradients(
@@ -57,22 +60,21 @@ class _Sums(Collector):
 
     def __init__(self, scope: Scope, groups: np.ndarray, weight: torch.Tensor) -> None:
         self.scope, self.out = scope, scope.zeros(int(groups.max()) + 1, weight)
-        self._groups = groups
+        self._groups, self._device = groups, weight.device
         self._batch: dict[str, list[torch.Tensor]] = {}
 
     def begin(self, positions: list[int]) -> None:
         self._batch = {}
         mine = self._groups[positions]
-        self._members = [(int(g), torch.from_numpy(np.flatnonzero(mine == g))) for g in np.unique(mine)]
+        self._members = [(int(g), send(np.flatnonzero(mine == g), self._device)) for g in np.unique(mine)]
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:
         self._batch[name] = []
         for _, members in self._members:
-            at = members.to(factors.inputs.device)
-            d, a = factors.deltas[at].flatten(0, 1), factors.inputs[at].flatten(0, 1)
+            d, a = factors.deltas[members].flatten(0, 1), factors.inputs[members].flatten(0, 1)
             self._batch[name].append(d.T @ a)
 
-    def keep(self, positions: list[int]) -> None:
+    def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
         for name, sums in self._batch.items():
             for (group, _), total in zip(self._members, sums, strict=True):
                 self.out[name][group] += total
@@ -113,43 +115,32 @@ class _Dots(RowCollector):
     def begin(self, positions: list[int]) -> None:
         self._total = torch.zeros((len(self.out), len(positions)), dtype=torch.float64, device=self._device)
         self._rows_of = None
-        if self._wanted is not None:
+        if self._wanted is not None and picks(self._total):
             wanted = self._wanted[:, positions]
-            self._rows_of = [torch.from_numpy(np.flatnonzero(row_mask)).to(self._device) for row_mask in wanted]
+            self._rows_of = [torch.from_numpy(np.flatnonzero(row_mask)) for row_mask in wanted]
             self._share = float(wanted.sum()) / len(positions)
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:
         v, a, d = self._vectors[name], factors.inputs, factors.deltas
-        tokens, n_queries = a.shape[1], len(v)
-        share = n_queries if self._rows_of is None else self._share
-        if share * tokens >= 2 * (tokens + n_queries):
-            self._total += _products(v, factors.gradients())
+        if not picks(a):
+            self._total += row_dots(v, factors)
             return
-        for q in range(n_queries):
+        share = len(v) if self._rows_of is None else self._share
+        if by_gradients(share, len(v), a.shape[1]):
+            self._total += dots_of_gradients(v, factors)
+            return
+        for q in range(len(v)):
             rows = slice(None) if self._rows_of is None else self._rows_of[q]
             self._total[q, rows] += ((a[rows] @ v[q].T) * d[rows]).sum(dim=(1, 2))
 
-    def end(self, positions: list[int]) -> None:
-        self._batch_dots = self._total.cpu().numpy()
+    def end(self, positions: list[int]) -> Sequence[torch.Tensor]:
+        return (self._total,)
 
-    def keep(self, positions: list[int]) -> None:
-        self.out[:, positions] = self._batch_dots
+    def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
+        (self.out[:, positions],) = arrays
 
     def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
         self.out[:, copies] = self.out[:, sources]
-
-
-def _products(v: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    """<V_q, G_b>, ``(q, b)`` float64: products of some rows of the matrices at a time, summed in float64.
-
-    One product over all entries (590,000 in a feed-forward layer) would lose the fifth digit in float32.
-    """
-    n_out, n_in = v.shape[1:]
-    size = max(1, _PRODUCT_LENGTH // n_in)
-    while n_out % size:
-        size -= 1
-    a, b = (x.reshape(len(x), n_out // size, size * n_in).transpose(0, 1) for x in (v, gradients))
-    return torch.bmm(a, b.transpose(1, 2)).sum(dim=0, dtype=torch.float64)
 
 
 def exact_dots(

@@ -173,19 +173,25 @@ class CrossEntropy(Loss):
 
     def summed(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The cross-entropy summed over the rows that are not ``IGNORED``."""
-        weight = torch.tensor(self.class_weights, dtype=logits.dtype, device=logits.device)
+        weight = self._weights(logits.dtype, logits.device) if self.class_weights else None
         return nn.functional.cross_entropy(
-            logits, targets, weight=weight if len(weight) else None, ignore_index=IGNORED, reduction="sum",
-            label_smoothing=self.label_smoothing,
-        )  # fmt: skip
+            logits, targets, weight=weight, ignore_index=IGNORED, reduction="sum", label_smoothing=self.label_smoothing
+        )
 
     def total_weight(self, targets: torch.Tensor) -> torch.Tensor:
         """The summed weights of the classes of the rows that are not ``IGNORED``, as torch has it; 1 if all are."""
         kept = targets != IGNORED
         if not self.class_weights:
             return kept.sum().clamp(min=1)
-        weights = torch.tensor(self.class_weights, dtype=torch.float32, device=targets.device)
-        return weights[targets[kept]].sum() if bool(kept.any()) else weights.new_ones(())
+        weights = self._weights(torch.float32, targets.device)
+        if targets.device.type == "cpu":
+            return weights[targets[kept]].sum() if bool(kept.any()) else weights.new_ones(())
+        total = torch.where(kept, weights[targets.clamp(min=0)], 0.0).sum()  # the host waits for no mask
+        return torch.where(kept.any(), total, 1.0)
+
+    def _weights(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Weights of the classes on a device, ``(c,)``."""
+        return torch.tensor(self.class_weights, dtype=dtype).to(device, non_blocking=True)
 
     def representer(self, targets: np.ndarray, n_outputs: int) -> np.ndarray:
         """1 at the target's class, ``(n, c)``."""

@@ -17,6 +17,7 @@ from torch import nn
 from forebear.errors import NonFiniteError
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.copies import Fetched, fetch, one_late, send
 from forebear.indexer.model.device.memory import run_batches
 from forebear.indexer.model.encoding import Texts, as_encoded, distinct, plan_batches
 from forebear.indexer.model.network.batches import pad_batch
@@ -86,7 +87,7 @@ def run_forward(
     first, kinds = distinct(encoded.digests)
     lengths = [len(rows[i]["input_ids"]) for i in first]
 
-    def run(batch: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def run(batch: list[int]) -> Fetched:
         return forward_batch(
             classifier, pad_batch(classifier.tokenizer, [rows[i] for i in first[batch]], classifier.device)
         )
@@ -95,7 +96,7 @@ def run_forward(
     batches = run_batches(
         plan, run, lengths=lengths, device=classifier.device, name=lambda i: f"row {first_row + first[i]}"
     )
-    for batch, (f, z) in batches:
+    for batch, (f, z) in one_late(batches):
         features[first[batch]], logits[first[batch]] = f, z
         if on_rows is not None:
             on_rows(len(batch))
@@ -109,25 +110,25 @@ def run_forward(
     return Forward(features, logits, classifier.loss)
 
 
-def forward_batch(classifier: Classifier, batch: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def forward_batch(classifier: Classifier, batch: dict[str, torch.Tensor]) -> Fetched:
     """Features ``(b, h)`` float32 and float64 logits of one batch; the head itself always runs in fp64."""
     with torch.no_grad(), watched_head(classifier.head) as use:
         with classifier.autocast():
             output = classifier.model(**batch)
         features = use.feature(output.logits).detach().float()
-    return features.cpu().numpy(), _logits(classifier, features)
+    return Fetched(features, _logits(classifier, features))
 
 
-def _logits(classifier: Classifier, features: torch.Tensor) -> np.ndarray:
+def _logits(classifier: Classifier, features: torch.Tensor) -> torch.Tensor:
     """Float64 logits of features, ``(n, c)``."""
     with torch.no_grad():
         head = classifier.head
         bias = None if head.bias is None else head.bias.double()
-        return np.asarray(nn.functional.linear(features.double(), head.weight.double(), bias).cpu().numpy())
+        return nn.functional.linear(features.double(), head.weight.double(), bias)
 
 
 def forward_of_features(classifier: Classifier, features: np.ndarray) -> Forward:
     """What the head makes of features ``(n, h)`` float32; equal features get equal numbers."""
     first, kinds = distinct(features)
-    logits = _logits(classifier, torch.from_numpy(features[first]).to(classifier.device))[kinds]
-    return Forward(features, logits, classifier.loss)
+    (logits,) = fetch(_logits(classifier, send(features[first], classifier.device)))
+    return Forward(features, logits[kinds], classifier.loss)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 from forebear.errors import MismatchError, ModelError, NonFiniteError
 from forebear.indexer.losses.kinds import loss_of, problem_type_of_config
 from forebear.indexer.model.classifier import Classifier, autocast
+from forebear.indexer.model.device.copies import fetch
 from forebear.indexer.model.device.memory import moved
 from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.network.adapters import (
@@ -161,14 +162,19 @@ def make_classifier(
 
 def check_finite_weights(model: nn.Module, name: str) -> None:
     """Refuse a model with NaN or infinite weights, naming the first such tensor."""
-    for key, value in model.state_dict().items():
-        _check_finite(key, value, name)
+    _check_finite(model.state_dict(), name)
 
 
-def _check_finite(key: str, value: torch.Tensor, name: str) -> None:
-    if value.is_floating_point() and not torch.isfinite(value).all():
+def _check_finite(tensors: Mapping[str, torch.Tensor], name: str) -> None:
+    """Refuse tensors of one device with NaN or infinity; the host waits for the device once."""
+    numbers = {key: value for key, value in tensors.items() if value.is_floating_point()}
+    if not numbers:
+        return
+    (finite,) = fetch(torch.stack([torch.isfinite(value).all() for value in numbers.values()]))
+    if not finite.all():
         raise NonFiniteError(
-            f"{name}: tensor {key} holds NaN or infinity. Every score would be NaN; restore or retrain the model."
+            f"{name}: tensor {list(numbers)[finite.argmin()]} holds NaN or infinity. Every score would be NaN; restore "
+            "or retrain the model."
         )
 
 
@@ -258,7 +264,7 @@ def stored_fingerprint(name: str, like: Classifier) -> Fingerprint | None:
         def numbers() -> Iterator[tuple[str, torch.Tensor]]:
             for key in sorted(shapes):
                 value = tensors.get_tensor(key).to(expected[key].dtype)
-                _check_finite(key, value, name)
+                _check_finite({key: value}, name)
                 yield key, value
 
         sha256 = _sha256_of([type(network).__name__], config, numbers())

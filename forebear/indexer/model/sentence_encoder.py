@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from forebear.errors import ModelError, NonFiniteError
+from forebear.indexer.model.device.copies import Fetched, one_late
 from forebear.indexer.model.device.memory import moved, run_batches
 from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.encoding import Encoded, Texts, distinct, plan_batches
@@ -71,16 +72,16 @@ class SentenceEncoder:
         first, kinds = distinct(encoded.digests)
         lengths = [len(rows[i]["input_ids"]) for i in first]
 
-        def run(batch: list[int]) -> np.ndarray:
+        def run(batch: list[int]) -> Fetched:
             inputs = pad_batch(self.tokenizer, [rows[i] for i in first[batch]], device)
             with torch.no_grad():
                 states = self.model(**inputs).last_hidden_state
                 mask = inputs["attention_mask"][:, :, None].to(states.dtype)
-                return np.asarray(((states * mask).sum(dim=1) / mask.sum(dim=1)).cpu().numpy())
+                return Fetched((states * mask).sum(dim=1) / mask.sum(dim=1))
 
         plan = plan_batches(lengths, batch_tokens, equal_lengths=self.equal_lengths)
         batches = run_batches(plan, run, lengths=lengths, device=device, name=lambda i: f"row {first[i]}")
-        for batch, embeddings in batches:
+        for batch, (embeddings,) in one_late(batches):
             out[first[batch]] = embeddings
             if on_rows is not None:
                 on_rows(len(batch))

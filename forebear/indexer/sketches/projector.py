@@ -24,12 +24,15 @@ from forebear.indexer.gradients.block_file import read_blocks, write_blocks
 from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.vectors import Vectors, dot
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.copies import picks, send
 from forebear.indexer.model.scopes import Scope
 
 PRINCIPAL = 32  # leading eigenvectors on each side of a block
 RANDOM = 32  # random directions on each side, orthogonal to them
 POOLED = 64  # groups on each side of a whitened block
 BASES = ("mixed", "principal", "random")
+_LEAST = float(np.finfo(np.float32).tiny)  # what can be divided by
+_COLUMNS = 32_768  # that are copied to float64 at once
 
 
 class Projector(Protocol):
@@ -53,28 +56,40 @@ class Projector(Protocol):
 
 
 def squared_norms(factors: LayerFactors) -> torch.Tensor:
-    """||G||^2 of each row, ``(b,)`` float64: sum over t, s of (d_t . d_s)(a_t . a_s), or from G if cheaper."""
+    """||G||^2 of each row, ``(b,)`` float64: sum over t, s of (d_t . d_s)(a_t . a_s), or from G if cheaper.
+
+    The squares of a confident row's gradient underflow: it is scaled up.
+    """
+    if not picks(factors.inputs):
+        return _scaled_squared_norms(factors)
     squares = _squared_norms(factors)
-    small = squares < 1e-28  # the squares of a confident row's gradient underflow: again, scaled up
+    small = squares < 1e-28
     if bool(small.any()):
-        a, d = factors.inputs[small], factors.deltas[small]
-        scale = d.abs().amax(dim=(1, 2), keepdim=True)
-        scale = torch.where(scale > 0, scale, 1.0)
-        squares[small] = _squared_norms(LayerFactors(a, d / scale)) * scale[:, 0, 0].double().square()
+        squares[small] = _scaled_squared_norms(LayerFactors(factors.inputs[small], factors.deltas[small]))
     return squares
+
+
+def _scaled_squared_norms(factors: LayerFactors) -> torch.Tensor:
+    scale = torch.linalg.vector_norm(factors.deltas, ord=torch.inf, dim=(1, 2), keepdim=True).clamp_min_(_LEAST)
+    squares = _squared_norms(LayerFactors(factors.inputs, factors.deltas / scale))
+    return squares.mul_(scale[:, 0, 0].double().square())
 
 
 def _squared_norms(factors: LayerFactors) -> torch.Tensor:
     a, d = factors.inputs, factors.deltas
     tokens, n_in, n_out = a.shape[1], a.shape[2], d.shape[2]
     if tokens * (n_in + n_out) > n_in * n_out:
-        return factors.gradients().square_().sum(dim=(1, 2), dtype=torch.float64)
+        parts = [part.gradients().square_().sum(dim=(1, 2), dtype=torch.float64) for part in factors.chunks()]
+        return torch.cat(parts)
     products = torch.bmm(d, d.transpose(1, 2)).mul_(torch.bmm(a, a.transpose(1, 2)))
     return products.sum(dim=(1, 2), dtype=torch.float64).clamp_min_(0)
 
 
 def row_lengths(values: torch.Tensor) -> torch.Tensor:
     """Length of each row, ``(b,)`` float64; rows whose squares are too small for float32 are summed in float64."""
+    if not picks(values):
+        parts = [part.double().square().sum(dim=1) for part in torch.split(values, _COLUMNS, dim=1)]
+        return torch.stack(parts).sum(dim=0).sqrt()
     lengths: torch.Tensor = torch.linalg.vector_norm(values, dim=1).double()
     small = lengths < 1e-15
     if bool(small.any()):
@@ -175,8 +190,8 @@ def _places(sizes: dict[str, tuple[int, int]]) -> tuple[dict[str, slice], int]:
 
 def _shuffle(rng: np.random.Generator, n: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A permutation and random signs."""
-    order = torch.from_numpy(rng.permutation(n)).to(like.device)
-    signs = torch.from_numpy(rng.choice([-1.0, 1.0], size=n)).to(like)
+    order = send(rng.permutation(n), like.device)
+    signs = send(rng.choice([-1.0, 1.0], size=n), like.device).to(like.dtype)
     return order, signs
 
 

@@ -34,7 +34,7 @@ from forebear.indexer.gradients.gradient_pass import (
 )
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.device.kept_arrays import as_tensor
+from forebear.indexer.model.device.copies import fetch, send
 from forebear.indexer.model.encoding import Texts, n_rows_of
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.sketches.projector import Projector, row_lengths
@@ -76,8 +76,7 @@ class Reduction:
 
     def on(self, device: torch.device) -> Reducer:
         """The reduction as tensors on a device."""
-        basis = as_tensor(self.basis.astype(np.float32)).to(device)
-        signs = as_tensor(self._signs).to(device)
+        basis, signs = send(self.basis, device).float(), send(self._signs, device)
         if not self.bits:
             return Reducer(basis, signs, None, 0)
         padding = -len(self.squares) % self.bits
@@ -110,6 +109,37 @@ class Reducer:
         if self.code_basis is None:
             return lengths, x, x[:, :0]
         return lengths, x, _pool(raw.mul_(self.signs), self.bits) * scale - x @ self.code_basis
+
+
+@dataclass(frozen=True)
+class PackedCodes:
+    """Codes as they are stored.
+
+    Attributes:
+        signs: Bits, 1 where a number is positive, ``(n, bits / 8)`` uint8.
+        factors: f, ``(n,)`` float64.
+    """
+
+    signs: np.ndarray
+    factors: np.ndarray
+
+
+def packed(codes: np.ndarray) -> PackedCodes:
+    """Codes ``(n, bits)`` float32 as they are stored."""
+    absolute = np.abs(codes).sum(axis=1, dtype=np.float64)
+    squares = (codes.astype(np.float64) ** 2).sum(axis=1)
+    return PackedCodes(np.packbits(codes > 0, axis=1), ratio(squares, absolute))
+
+
+def packed_there(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`packed` on the device of the codes, so that bits are copied from there."""
+    if codes.device.type == "cpu":
+        found = packed(codes.numpy())
+        return torch.from_numpy(found.signs), torch.from_numpy(found.factors)
+    places = 1 << torch.arange(7, -1, -1, dtype=torch.uint8, device=codes.device)
+    bits = torch.nn.functional.pad(codes > 0, (0, -codes.shape[1] % 8)).view(len(codes), -1, 8)
+    absolute, squares = codes.abs().sum(dim=1, dtype=torch.float64), codes.double().square().sum(dim=1)
+    return (bits * places).sum(dim=2, dtype=torch.uint8), torch.where(absolute > 0, squares / absolute, 0.0)
 
 
 def _pool(values: torch.Tensor, bits: int) -> torch.Tensor:
@@ -174,18 +204,20 @@ class SketchRows:
 
     Attributes:
         coordinates: x, of the raw sketch scaled to length 1, ``(n, d)`` float32.
-        codes: c, ``(n, bits)`` float32.
+        codes: c, ``(n, bits)`` float32; ``(n, 0)`` where they were packed.
         lengths: Lengths of the raw sketches, ``(n,)`` float64.
         norms: ||G||, or that of the whitened gradient, exact, ``(n,)`` float64.
+        packed: The codes as they are stored, of rows that are only stored; None of others.
     """
 
     coordinates: np.ndarray
     codes: np.ndarray
     lengths: np.ndarray
     norms: np.ndarray
+    packed: PackedCodes | None = None
 
     def take(self, positions: np.ndarray) -> SketchRows:
-        """The sketches at some positions."""
+        """The sketches at some positions, whose codes were not packed."""
         return SketchRows(
             self.coordinates[positions], self.codes[positions], self.lengths[positions], self.norms[positions]
         )
@@ -206,10 +238,8 @@ class SketchRows:
         unit = ratio(self.coordinates, share[:, None])
         out: dict[str, np.ndarray] = {"sketch": unit.astype(np.float16)}
         if reduction.bits:
-            absolute = np.abs(self.codes).sum(axis=1, dtype=np.float64)
-            squares = (self.codes.astype(np.float64) ** 2).sum(axis=1)
-            out["code"] = np.packbits(self.codes > 0, axis=1)
-            out["code_factor"] = ratio(squares, absolute)
+            codes = packed(self.codes) if self.packed is None else self.packed
+            out["code"], out["code_factor"] = codes.signs, codes.factors
         numbers = {
             "share": share, "length": self.lengths, "norm": self.norms,
             "residual_length": self.residual_lengths(reduction),
@@ -235,14 +265,14 @@ class RawSketches(RowCollector):
         self._raw[:, place] = numbers.float()
 
     @override
-    def end(self, positions: list[int]) -> None:
+    def end(self, positions: list[int]) -> Sequence[torch.Tensor]:
         lengths = row_lengths(self._raw)[:, None]
         unit = self._raw * (1 / torch.where(lengths > 0, lengths, 1.0)).float()
-        self._unit = unit.half().cpu().numpy()
+        return (unit.half(),)
 
     @override
-    def keep(self, positions: list[int]) -> None:
-        self.out[positions] = self._unit
+    def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
+        (self.out[positions],) = arrays
 
     @override
     def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
@@ -250,14 +280,19 @@ class RawSketches(RowCollector):
 
 
 class Sketches(RowCollector):
-    """Gathers stored sketches and exact norms."""
+    """Gathers sketches and exact norms; of rows that are only stored the codes as bits."""
 
-    def __init__(self, projector: Projector, reduction: Reduction, n_rows: int, device: torch.device) -> None:
+    def __init__(
+        self, projector: Projector, reduction: Reduction, n_rows: int, device: torch.device, *, packs: bool = False
+    ) -> None:
         self.scope = projector.scope
         self._projector, self._device, self._reduce = projector, device, reduction.on(device)
         self._coordinates = np.empty((n_rows, len(reduction.basis)), np.float32)
-        self._codes = np.empty((n_rows, reduction.bits), np.float32)
         self._lengths, self._norms = np.empty(n_rows), np.empty(n_rows)
+        self._codes = np.empty((n_rows, 0 if packs else reduction.bits), np.float32)
+        self._packed: PackedCodes | None = None
+        if packs:
+            self._packed = PackedCodes(np.empty((n_rows, -(-reduction.bits // 8)), np.uint8), np.empty(n_rows))
 
     @override
     def begin(self, positions: list[int]) -> None:
@@ -271,18 +306,25 @@ class Sketches(RowCollector):
         self._squares += squares
 
     @override
-    def end(self, positions: list[int]) -> None:
+    def end(self, positions: list[int]) -> Sequence[torch.Tensor]:
         lengths, x, codes = self._reduce(self._raw)
-        self._batch = [values.cpu().numpy() for values in (x, codes, lengths, self._squares.sqrt())]
+        of_codes = (codes,) if self._packed is None else packed_there(codes)
+        return (x, lengths, self._squares.sqrt(), *of_codes)
+
+    @property
+    def _results(self) -> list[np.ndarray]:
+        """One array for each tensor of :meth:`end`."""
+        of_codes = [self._codes] if self._packed is None else [self._packed.signs, self._packed.factors]
+        return [self._coordinates, self._lengths, self._norms, *of_codes]
 
     @override
-    def keep(self, positions: list[int]) -> None:
-        self._coordinates[positions], self._codes[positions], *numbers = self._batch
-        self._lengths[positions], self._norms[positions] = numbers
+    def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
+        for values, of_batch in zip(self._results, arrays, strict=True):
+            values[positions] = of_batch
 
     @override
     def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
-        for values in (self._coordinates, self._codes, self._lengths, self._norms):
+        for values in self._results:
             values[copies] = values[sources]
 
     def rows(self, first_row: int = 0) -> SketchRows:
@@ -292,7 +334,7 @@ class Sketches(RowCollector):
             NonFiniteError: A gradient is NaN or infinite; the row is named.
         """
         refuse_non_finite("the model", first_row, self._norms, self._coordinates)
-        return SketchRows(self._coordinates, self._codes, self._lengths, self._norms)
+        return SketchRows(self._coordinates, self._codes, self._lengths, self._norms, self._packed)
 
 
 @dataclass(frozen=True)
@@ -308,11 +350,12 @@ class Sketcher:
         raw, squares = self.projector.project_matrix(vectors)
         raw = torch.nn.functional.pad(raw, (0, reduce.width - raw.shape[1]))
         lengths, x, codes = reduce(raw)
-        return SketchRows(*(values.cpu().numpy() for values in (x, codes, lengths.double(), squares.sqrt())))
+        x_here, codes_here, lengths_here, norms = fetch(x, codes, lengths.double(), squares.sqrt())
+        return SketchRows(x_here, codes_here, lengths_here, norms)
 
-    def collector(self, n_rows: int, device: torch.device) -> Sketches:
-        """A collector of sketches for a pass over ``n_rows`` rows."""
-        return Sketches(self.projector, self.reduction, n_rows, device)
+    def collector(self, n_rows: int, device: torch.device, *, packs: bool = False) -> Sketches:
+        """A collector of sketches for a pass over ``n_rows`` rows; codes of rows that are only stored are packed."""
+        return Sketches(self.projector, self.reduction, n_rows, device, packs=packs)
 
 
 def sketch_rows(
@@ -325,6 +368,7 @@ def sketch_rows(
     first_row: int = 0,
     on_rows: Callable[[int], None] | None = None,
     warn: MemoryWarning | None = None,
+    packs: bool = False,
 ) -> tuple[list[SketchRows], Forward]:
     """Sketch the loss gradients of rows of text, for all representations in one pass.
 
@@ -337,6 +381,7 @@ def sketch_rows(
         first_row: Row number of the first text, for messages.
         on_rows: Called with the number of rows after each batch.
         warn: Called when memory does not suffice for a batch.
+        packs: Whether codes are packed, as for rows that are only stored.
 
     Returns:
         One :class:`SketchRows` a sketcher; features and logits from the same pass.
@@ -344,7 +389,8 @@ def sketch_rows(
     Raises:
         NonFiniteError: A gradient is NaN or infinite; the row is named.
     """
-    collectors = [sketcher.collector(n_rows_of(texts), classifier.device) for sketcher in sketchers]
+    n_rows, device = n_rows_of(texts), classifier.device
+    collectors = [sketcher.collector(n_rows, device, packs=packs) for sketcher in sketchers]
     forward = run_pass(
         classifier, texts, labels_seed(classifier.loss, labels), collectors,
         batch_tokens=batch_tokens, first_row=first_row, on_rows=on_rows, warn=warn,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError, ModelError, NonFiniteError
+from forebear.indexer.model.device.copies import Fetched, one_late
 from forebear.indexer.model.device.memory import moved, run_batches
 from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.encoding import plan_batches
@@ -93,17 +94,16 @@ class Reader:
         lengths = [len(row["input_ids"]) for row in rows]
         out = [np.empty(0)] * len(rows)
 
-        def run(positions: list[int]) -> np.ndarray:
+        def run(positions: list[int]) -> Fetched:
             with torch.no_grad():
                 output = self.model(**pad_batch(self.tokenizer, [rows[i] for i in positions], self.model.device))
-                both = torch.stack([output.start_logits, output.end_logits], dim=1)
-            return np.asarray(both.double().cpu().numpy())
+                return Fetched(torch.stack([output.start_logits, output.end_logits], dim=1).double())
 
         plan = plan_batches(lengths, len(rows) * max(lengths), equal_lengths=self.equal_lengths)
         batches = run_batches(
             map(sorted, plan), run, lengths=lengths, device=self.model.device, name="question {} of a row".format
         )
-        for positions, both in batches:
+        for positions, (both,) in one_late(batches):
             for i, values in zip(positions, both, strict=True):
                 out[i] = values[:, : lengths[i]]
         return out

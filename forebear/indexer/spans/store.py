@@ -182,7 +182,7 @@ def masked_pass(
         forward = run_forward(classifier, encoded.others, batch_tokens=batch_tokens)
         return forward.features, forward.logits, {}
     sketches, both = sketch_rows(
-        classifier, list(sketchers.values()), encoded, gold, batch_tokens=batch_tokens, warn=warn
+        classifier, list(sketchers.values()), encoded, gold, batch_tokens=batch_tokens, warn=warn, packs=True
     )
     n = len(encoded)
     return both.features[n:], both.logits[n:], dict(zip(sketchers, sketches, strict=True))

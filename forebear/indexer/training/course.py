@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from forebear.errors import NonFiniteError
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.memory import refusing_lack
 from forebear.indexer.model.loading import check_finite_weights
@@ -19,6 +18,7 @@ from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.training.options import TrainOptions
 from forebear.indexer.training.run import RunCheckpoint
 from forebear.indexer.training.run_folder import CHECKPOINTS, save_checkpoint
+from forebear.indexer.training.step_losses import StepLosses
 from forebear.progress import Progress
 
 MAX_GRAD_NORM = 1.0
@@ -64,7 +64,7 @@ class Course:
         self.checkpoints: list[RunCheckpoint] = []
         self._step = 0
         self._rates: list[float] = []  # learning rate of each step since the previous checkpoint
-        self._losses: list[tuple[float, float]] = []  # of each of these steps: mean loss of the batch, and its weight
+        self._losses = StepLosses(self._refusal)  # of these steps
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """One padded batch, on the CPU."""
@@ -79,14 +79,14 @@ class Course:
         with self.classifier.autocast():
             logits = model(**{key: batch[key] for key in batch if key != "labels"}).logits
         loss = self.classifier.loss.mean(logits.float(), labels)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"the training loss is {value} at step {self._step + 1} of {self.plan['n_steps']}; nothing of this "
-                f"epoch was saved. Lower --learning-rate (now {self.options.learning_rate:g}), or try --precision fp32."
-            )
-        self._losses.append((value, float(self.classifier.loss.total_weight(labels))))
+        self._losses.add(loss, self.classifier.loss.total_weight(labels))
         return loss
+
+    def _refusal(self, step: int, loss: float) -> str:
+        return (
+            f"the training loss is {loss} at step {step + 1} of {self.plan['n_steps']}; nothing of this epoch was "
+            f"saved. Lower --learning-rate (now {self.options.learning_rate:g}), or try --precision fp32."
+        )
 
     def note_rate(self, rate: float) -> None:
         """Record the learning rate of a step, before it is taken."""
@@ -100,23 +100,25 @@ class Course:
     def end_epoch(self) -> None:
         """Check, evaluate and save the model."""
         name = f"epoch-{len(self.checkpoints) + 1}"
+        self._losses.settle()
         check_finite_weights(self.classifier.model, f"the model after step {self._step}")
         measures = None if self.evaluation is None else self.evaluation.measures()
         path = f"{CHECKPOINTS}/{name}"
         if self._saves:
             save_checkpoint(self.classifier, self.folder / path)
-        total_weight = math.fsum(weight for _loss, weight in self._losses)
+        losses, self._losses.read = self._losses.read, []
+        total_weight = math.fsum(weight for _loss, weight in losses)
         checkpoint = RunCheckpoint(
             name=name,
             path=path,
             step=self._step,
             eta=math.fsum(self._rates) / len(self._rates),
-            train_loss=math.fsum(loss * weight for loss, weight in self._losses) / total_weight,
+            train_loss=math.fsum(loss * weight for loss, weight in losses) / total_weight,
             accuracy=None if measures is None else measures.get("accuracy"),
             measures=None if measures is None or "accuracy" in measures else measures,
         )
         self.checkpoints.append(checkpoint)
-        self._rates, self._losses = [], []
+        self._rates = []
 
 
 def run_trainer(course: Course) -> None:
@@ -159,6 +161,8 @@ def run_trainer(course: Course) -> None:
         save_strategy="no",
         eval_strategy="no",
         logging_strategy="no",
+        logging_nan_inf_filter=False,  # would read the loss of each step
+        accelerator_config={"non_blocking": True},  # batches are copied from pinned memory
         report_to=[],
         disable_tqdm=True,
         log_level="error",

@@ -17,6 +17,7 @@ from typing_extensions import override
 from forebear.indexer.gradients.factors import EmbeddingFactors, LayerFactors
 from forebear.indexer.gradients.gradient_pass import RowCollector, labels_seed, refuse_non_finite, run_pass
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.copies import picks
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.model.scopes import embedding_scope
@@ -120,46 +121,38 @@ class WordGradients(RowCollector):
         self._vectors: list[np.ndarray] = []
         self._coded: list[Coded] = []
         self._copies: list[tuple[int, int]] = []  # (row, equal row that was not run and gets its words)
-        self._batch: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-        self._encoded: Coded | None = None  # of the batch
+        self._batch: tuple[torch.Tensor, ...] = ()
 
     @override
     def begin(self, positions: list[int]) -> None:
-        self._batch = None
+        self._batch = ()
 
     @override
     def on_layer(self, name: str, factors: LayerFactors) -> None:
         assert isinstance(factors, EmbeddingFactors)
-        kept = factors.ids >= 0
-        if self._top:
-            kept &= longest(factors.deltas, kept, self._top)
-        row, _ = kept.nonzero(as_tuple=True)
-        keys, inverse = torch.unique(row * self._n_tokens + factors.ids[kept], return_inverse=True)
-        vectors = factors.deltas.new_zeros((len(keys), factors.deltas.shape[2]))
-        vectors.index_add_(0, inverse, factors.deltas[kept])
-        rows, tokens = np.divmod(keys.cpu().numpy(), self._n_tokens)
-        self._batch = (rows, tokens, vectors.cpu().numpy())
+        sums = _sums_of_kept if picks(factors.deltas) else _sums_of_all
+        self._batch = sums(factors, self._top, self._n_tokens)
 
     @override
-    def end(self, positions: list[int]) -> None:
-        assert self._batch is not None
-        rows, _, vectors = self._batch
-        self._sizes = np.bincount(rows, minlength=len(positions))
-        self._lengths = np.bincount(rows, (vectors.astype(np.float64) ** 2).sum(axis=1), minlength=len(positions))
-        self._encoded = None if self._precision is None else encode_vectors(vectors, self._precision)
+    def end(self, positions: list[int]) -> Sequence[torch.Tensor]:
+        return self._batch
 
     @override
-    def keep(self, positions: list[int]) -> None:
-        assert self._batch is not None
-        _, tokens, vectors = self._batch
-        self._counts[positions], self._squares[positions] = self._sizes, self._lengths
-        self._places.append((positions, self._sizes))
+    def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
+        keys, vectors = arrays
+        keys = keys[: np.searchsorted(keys, len(positions) * self._n_tokens)]  # without positions that are no words
+        keys = keys[np.diff(keys, prepend=-1) > 0]
+        rows, tokens = np.divmod(keys, self._n_tokens)
+        vectors, n = vectors[: len(keys)], len(positions)
+        sizes = np.bincount(rows, minlength=n)
+        self._counts[positions] = sizes
+        self._squares[positions] = np.bincount(rows, (vectors.astype(np.float64) ** 2).sum(axis=1), minlength=n)
+        self._places.append((positions, sizes))
         self._tokens.append(tokens)
-        if self._encoded is None:
-            self._vectors.append(vectors)
+        if self._precision is None:
+            self._vectors.append(vectors.copy())  # not what the device copied to
         else:
-            self._coded.append(self._encoded)
-        self._batch = self._encoded = None
+            self._coded.append(encode_vectors(vectors, self._precision))
 
     @override
     def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
@@ -190,10 +183,51 @@ class WordGradients(RowCollector):
         return WordRows(starts, tokens, coded=coded)
 
 
+def _sums_of_kept(factors: EmbeddingFactors, top: int, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the words of a batch, ``(m, e)``, and before them their keys.
+
+    Returns:
+        Keys ``(m,)`` int64, row of the batch x ``n_tokens`` + token id, ascending; and the gradients.
+    """
+    kept = factors.ids >= 0
+    if top:
+        kept &= longest(factors.deltas, kept, top)
+    row, _ = kept.nonzero(as_tuple=True)
+    keys, inverse = torch.unique(row * n_tokens + factors.ids[kept], return_inverse=True)
+    vectors = factors.deltas.new_zeros((len(keys), factors.deltas.shape[2]))
+    return keys, vectors.index_add_(0, inverse, factors.deltas[kept])
+
+
+def _sums_of_all(factors: EmbeddingFactors, top: int, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`_sums_of_kept` by operations whose results are as large whatever is kept, and in a fixed order of sums.
+
+    Returns:
+        A key for each position, ascending, of which equal ones have one gradient; keys from ``b`` x ``n_tokens`` on are
+        of positions that are no words. The gradients of the distinct keys, then others.
+    """
+    ids, deltas = factors.ids, factors.deltas
+    kept = ids >= 0
+    if top:
+        best = _longest_first(deltas, kept, top).sort(dim=1).values
+        ids, kept, deltas = ids.gather(1, best), kept.gather(1, best), deltas.take_along_dim(best[..., None], dim=1)
+    b, t, e = deltas.shape
+    rows, positions = (torch.arange(n, device=ids.device) for n in (b, b * t))
+    keys = torch.where(kept, rows[:, None] * n_tokens + ids, b * n_tokens + positions.view(b, t)).flatten()
+    keys, order = keys.sort(stable=True)
+    group = (keys.diff(prepend=keys.new_full((1,), -1)) > 0).cumsum(0) - 1
+    sizes = torch.zeros_like(keys).scatter_add_(0, group, torch.ones_like(keys))
+    return keys, torch.segment_reduce(deltas.reshape(-1, e)[order], "sum", lengths=sizes, axis=0, unsafe=True)
+
+
+def _longest_first(deltas: torch.Tensor, kept: torch.Tensor, top: int) -> torch.Tensor:
+    """The ``top`` kept positions of each row with the longest gradients, ``(b, k)``; others, where it has fewer."""
+    norms = torch.linalg.vector_norm(deltas, dim=2).masked_fill(~kept, -1.0)
+    return torch.sort(norms, dim=1, descending=True, stable=True).indices[:, :top]
+
+
 def longest(deltas: torch.Tensor, kept: torch.Tensor, top: int) -> torch.Tensor:
     """Mask ``(b, t)`` of the ``top`` kept positions of each row with the longest gradients; ties go to the first."""
-    norms = torch.linalg.vector_norm(deltas, dim=2).masked_fill(~kept, -1.0)
-    best = torch.sort(norms, dim=1, descending=True, stable=True).indices[:, :top]
+    best = _longest_first(deltas, kept, top)
     chosen: torch.Tensor = torch.zeros_like(kept).scatter_(1, best, True) & kept
     return chosen
 

@@ -14,6 +14,7 @@ import torch
 from forebear.errors import MismatchError, MissingStoreError
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.copies import send
 from forebear.indexer.model.device.kept_arrays import DeviceMemory
 from forebear.indexer.model.device.memory import run_batches
 from forebear.indexer.model.device.picking import pick_device
@@ -40,7 +41,7 @@ def one_step_away(classifier: Classifier, index: Index, number: int) -> Classifi
     model = copy.deepcopy(classifier.model).requires_grad_(True)
     encoded = encode(classifier, index.text_lists(rows))
     lengths = [len(row["input_ids"]) for row in encoded]
-    targets = torch.from_numpy(index.targets(rows)).to(classifier.device)
+    targets = torch.from_numpy(index.targets(rows))
     parameters = list(model.parameters())
     total_weight = classifier.loss.total_weight(targets).item()
 
@@ -48,7 +49,7 @@ def one_step_away(classifier: Classifier, index: Index, number: int) -> Classifi
         with classifier.autocast():
             logits = model(**pad_batch(classifier.tokenizer, [encoded[i] for i in positions], classifier.device)).logits
         share = classifier.loss.total_weight(targets[positions]).item() / total_weight
-        loss = classifier.loss.mean(logits.float(), targets[positions]) * share
+        loss = classifier.loss.mean(logits.float(), send(targets[positions], logits.device)) * share
         return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     plan = plan_batches(lengths, len(rows) * max(lengths), equal_lengths=classifier.equal_lengths)

@@ -18,6 +18,7 @@ from forebear.errors import InputError, NonFiniteError
 from forebear.indexer.gradients.tape import only_asking
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.copies import fetch, send
 from forebear.indexer.model.device.memory import refusing_lack
 from forebear.indexer.model.encoding import encode_with_places
 from forebear.indexer.model.network.batches import pad_batch
@@ -118,23 +119,22 @@ def saliency_gradients(
                 only_asking(model, parameters), sdpa_kernel(SDPBackend.MATH), torch.enable_grad(),
             ):  # fmt: skip
                 logits = model(**pad_batch(classifier.tokenizer, [rows[i]], classifier.device)).logits
-                target = torch.as_tensor(targets[i : i + 1], device=logits.device)
+                target = send(targets[i : i + 1], logits.device)
                 support = classifier.loss.support(logits.double(), target)[0]
                 (at_input,) = torch.autograd.grad(support, leaf[0], create_graph=True)
-                s = at_input[0, torch.tensor(inside, device=at_input.device)].sum()
+                s = at_input[0, send(np.flatnonzero(inside), at_input.device)].sum()
                 row_gradients = torch.autograd.grad(s, parameters, materialize_grads=True)
         finally:
             hook.remove()
         gradients = dict(zip(names, row_gradients, strict=True))
         for block in scope.blocks:
             out[block.name][i] = -block.join(gradients)
-    for name, values in out.items():
-        finite = torch.isfinite(values).flatten(1).all(dim=1)
-        if not bool(finite.all()):
-            position = int(torch.argmin(finite.int()))
-            row = position if numbers is None else numbers[position]
-            raise NonFiniteError(
-                f"{classifier.name}: the saliency gradient of test row {row} is NaN or infinite in {name}. Check the "
-                "model."
-            )
+    (finite,) = fetch(torch.stack([torch.isfinite(values).flatten(1).all(dim=1) for values in out.values()]))
+    if not finite.all():
+        number, position = np.argwhere(~finite)[0]
+        row = position if numbers is None else numbers[position]
+        raise NonFiniteError(
+            f"{classifier.name}: the saliency gradient of test row {row} is NaN or infinite in {list(out)[number]}. "
+            "Check the model."
+        )
     return out

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from forebear.errors import InputError
 from forebear.indexer.gradients.factors import EmbeddingFactors, LayerFactors
@@ -133,23 +134,26 @@ class _Saliencies(RowCollector):
         self.values = [np.empty(0)] * len(lengths)
         self.sizes = np.zeros(len(lengths))
         self._form, self._lengths = form, lengths
-        self._batch: tuple[np.ndarray, np.ndarray] | None = None
+        self._batch: tuple[torch.Tensor, ...] = ()
 
     def begin(self, positions: list[int]) -> None:
-        self._batch = None
+        self._batch = ()
+        self._width = max(self._lengths[position] for position in positions) + 1  # what is no piece comes last
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:
         assert isinstance(factors, EmbeddingFactors)
         terms = factors.deltas.double()
         if self._form == GRADIENT_X_INPUT:
             terms = terms * -factors.inputs.double()
-        by_piece = terms.new_zeros((len(terms), int(factors.pieces.max()) + 2))  # what is no piece comes last
-        by_piece.scatter_add_(1, factors.pieces % by_piece.shape[1], terms.sum(dim=2))
-        self._batch = by_piece.cpu().numpy(), terms.abs().sum(dim=(1, 2)).cpu().numpy()
+        by_piece = terms.new_zeros((len(terms), self._width))
+        by_piece.scatter_add_(1, factors.pieces % self._width, terms.sum(dim=2))
+        self._batch = by_piece, terms.abs().sum(dim=(1, 2))
 
-    def keep(self, positions: list[int]) -> None:
-        assert self._batch is not None
-        values, self.sizes[positions] = self._batch
+    def end(self, positions: list[int]) -> Sequence[torch.Tensor]:
+        return self._batch
+
+    def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
+        values, self.sizes[positions] = arrays
         for position, row in zip(positions, values, strict=True):
             self.values[position] = row[: self._lengths[position]]
 

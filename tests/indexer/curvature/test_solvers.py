@@ -272,8 +272,8 @@ def test_a_product_that_runs_out_of_memory_begins_the_batch_again(three, monkeyp
     dots, calls = products._Tokens.dots, []
 
     def failing(self, v):
-        calls.append(len(self.live))
-        if len(self.live) > 3:
+        calls.append(len(self._live))
+        if len(self._live) > 3:
             raise torch.OutOfMemoryError("no memory")
         return dots(self, v)
 

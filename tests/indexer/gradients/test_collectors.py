@@ -135,9 +135,10 @@ class Failing(Collector):
             self._fail()
         self._arrived += 1
 
-    def end(self, positions: list[int]) -> None:
+    def end(self, positions: list[int]) -> tuple[torch.Tensor, ...]:
         if self._at == "end":
             self._fail()
+        return ()
 
     def keep(self, positions: list[int]) -> None:
         pass
@@ -179,9 +180,10 @@ def test_a_lack_of_memory_in_a_collector_itself_changes_no_result(make, kind, mo
 
         def once(*args, own=own, calls=calls, collector=collector):
             calls.append(args)
-            own(collector, *args)
+            found = own(collector, *args)
             if len(calls) == 1:
                 raise MemoryError
+            return found
 
         monkeypatch.setattr(collector, where, once)
         assert_same(gather(make, [collector]), wanted)

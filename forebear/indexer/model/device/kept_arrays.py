@@ -7,22 +7,17 @@ each time, through pinned memory, while the block before it is being computed.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from forebear.indexer.model.device.copies import as_tensor, send
 from forebear.indexer.model.device.memory import is_out_of_memory
 
+__all__ = ["HOST", "DeviceMemory", "as_tensor"]
+
 _FREE_SHARE = 0.5  # of the memory that is free at the first search; the model's passes take the rest
-
-
-def as_tensor(values: np.ndarray) -> torch.Tensor:
-    """Zero-copy tensor of an array that may be read-only (memory-mapped): never write to it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns of read-only arrays
-        return torch.from_numpy(values)
 
 
 @dataclass
@@ -86,12 +81,7 @@ class DeviceMemory:
 
     def send(self, values: np.ndarray) -> torch.Tensor:
         """Copy of numbers on the device, which is not kept for later; of the CPU the numbers themselves."""
-        tensor = as_tensor(values)
-        if self.on_host:
-            return tensor
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()  # memory that the device reads by itself, while the host goes on
-        return tensor.to(self.device, non_blocking=True)
+        return send(values, self.device)
 
     def _send_or_give_up(self, stored: np.ndarray) -> torch.Tensor:
         """Copy of an array on the device; where its memory does not suffice, in place of what is kept there."""

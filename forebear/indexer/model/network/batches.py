@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+
+from forebear.indexer.model.device.copies import send
 
 
 def tokenize(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int) -> list[dict[str, list[int]]]:
@@ -26,10 +29,9 @@ def pad_batch(tokenizer: Any, rows: Sequence[dict[str, list[int]]], device: torc
     """
     width = max(len(row["input_ids"]) for row in rows)
     fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
-    batch = {}
-    for key in rows[0]:
-        padded = torch.full((len(rows), width), fill.get(key, 0), dtype=torch.long)
+    padded = np.empty((len(rows[0]), len(rows), width), np.int64)
+    for values, key in zip(padded, rows[0], strict=True):
+        values[:] = fill.get(key, 0)
         for i, row in enumerate(rows):
-            padded[i, : len(row[key])] = torch.tensor(row[key], dtype=torch.long)
-        batch[key] = padded.to(device)
-    return batch
+            values[i, : len(row[key])] = row[key]
+    return dict(zip(rows[0], send(padded, device).unbind(), strict=True))
