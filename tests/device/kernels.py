@@ -44,7 +44,7 @@ from forebear.progress import no_progress
 from forebear.retriever.saliency.gradients import saliency_gradients
 from forebear.retriever.saliency.maps import saliency
 
-N, TOKENS, N_QUERIES = 48, 64, 6
+N, TOKENS, N_QUERIES = 24, 64, 6
 TEXTS, TARGETS = [sentences(N, low=3)], np.array(labels(N))
 
 
@@ -150,14 +150,14 @@ class Kernels:
         HessianProduct(self.classifier, self.scope, TEXTS, TARGETS, batch_tokens=TOKENS)(self.vectors)
 
     def cg(self) -> None:
-        """Six iterations."""
+        """Two iterations."""
         product = GaussNewton(self.classifier, self.scope, TEXTS, seed=0, batch_tokens=TOKENS)
-        conjugate_gradients(product, self.vectors, 0.1, tolerance=1e-12, max_iterations=6)
+        conjugate_gradients(product, self.vectors, 0.1, tolerance=1e-12, max_iterations=2)
 
     def lissa(self) -> None:
-        """Six steps."""
+        """Three steps."""
         product = HessianProduct(self.classifier, self.scope, TEXTS, TARGETS, batch_tokens=TOKENS)
-        lissa(product, self.vectors, damping=0.01, scale=1e4, depth=6, batch_rows=8, n_rows=N)
+        lissa(product, self.vectors, damping=0.01, scale=1e4, depth=3, batch_rows=8, n_rows=N)
 
     def retrain_top(self) -> None:
         """An epoch of the last layer, on stored states."""
@@ -170,7 +170,7 @@ class Kernels:
             train_top(classifier, states, torch.from_numpy(TARGETS), options, [len(s) for s in states])
 
     def train(self) -> None:
-        """Two epochs of the loop of ``forebear train``, on the host's optimiser calls alone."""
+        """Two epochs of steps as the loop of ``forebear train`` takes them."""
         classifier = load_classifier(self.name, device=str(self.device))
         model = classifier.model.requires_grad_(True).train()
         options = TrainOptions(epochs=2, batch_size=8, learning_rate=1e-4)

@@ -27,7 +27,7 @@ from forebear.indexer.gradients.tape import Seed
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.device.copies import fetch, picks
+from forebear.indexer.model.device.copies import picks
 from forebear.indexer.model.device.memory import free_memory, is_out_of_memory
 from forebear.indexer.model.scopes import Block, Scope
 from forebear.indexer.storage.arrow import MEND
@@ -276,8 +276,7 @@ def eigenvectors(matrix: torch.Tensor, name: str = "") -> torch.Tensor:
     Raises:
         NonFiniteError: The matrix, the factor of layer ``name``, holds NaN or infinity.
     """
-    (is_finite,) = fetch(torch.isfinite(matrix).all())
-    if not is_finite:
+    if not torch.isfinite(matrix).all():
         raise NonFiniteError(f"the curvature factor of layer {name} is NaN or infinite. Check the model.")
     try:
         vectors: torch.Tensor | None = torch.linalg.eigh(matrix).eigenvectors

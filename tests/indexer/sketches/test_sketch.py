@@ -429,8 +429,7 @@ def show(collector, factors) -> None:
     collector.begin(at)
     for name, some in factors.items():
         collector.on_layer(name, some)
-    collector.end(at)
-    collector.keep(at)
+    collector.keep(at, *(tensor.numpy() for tensor in collector.end(at)))
 
 
 def reduce_raw(reduction: Reduction, raw: np.ndarray) -> list[np.ndarray]:

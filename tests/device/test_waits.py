@@ -1,0 +1,47 @@
+"""How often the host waits for the device: at most so often a batch, in every kernel that runs a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from warm import run_program
+
+# In every forward pass of an encoder transformers asks whether the batch has padding. A pass over gradients waits for
+# the logits, too, and every kernel for its last results; what a product or a solver needs is spread over its batches.
+FORWARD, PASS = 1.0, 2.0
+LAST = 0.5
+BUDGETS = {
+    "forward": FORWARD, "sentences": FORWARD, "sketch": PASS, "sketch, whitened": PASS, "sketch, both, words": PASS,
+    "words": PASS, "words, top": PASS, "spans": PASS, "factors": PASS, "whole gradients": PASS, "sums": PASS,
+    "dots": PASS, "dots, wanted": PASS, "Gauss-Newton": PASS, "cg": PASS + 1, "saliency": PASS, "Hessian": FORWARD,
+    "Hessian, weighted": FORWARD, "lissa": FORWARD + 1, "saliency gradients": FORWARD, "retrain top": FORWARD,
+    "train": FORWARD,
+}  # fmt: skip
+# One product for all vectors, where one for each of them would take six times as many.
+MOST_LAUNCHES = {"dots": 260, "dots, wanted": 260, "Gauss-Newton": 280}
+MOST_BYTES = {"forward": 1800}  # 3 x 8 bytes a word piece, padding included
+
+PROGRAM = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import json
+import torch
+from kernels import KERNELS, measure
+torch.set_num_threads(1)
+found = measure([name for name in KERNELS if name in {list(BUDGETS)!r}])
+names = ("waits", "sent", "launches")
+print(json.dumps({{k: [c.batches, *(c.of_a_batch(n) for n in names), c.waits] for k, c in found.items()}}))
+"""
+
+
+def test_the_host_waits_within_the_budget_of_each_kernel():
+    done = run_program(PROGRAM)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == set(BUDGETS)
+    for name, (batches, waits, sent, launches, lines) in found.items():
+        assert batches, name
+        assert waits <= BUDGETS[name] + max(LAST, 1 / batches), (name, waits, lines)
+        assert launches <= MOST_LAUNCHES.get(name, launches), (name, launches)
+        assert sent <= MOST_BYTES.get(name, sent), (name, sent)
