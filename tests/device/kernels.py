@@ -170,24 +170,23 @@ class Kernels:
             train_top(classifier, states, torch.from_numpy(TARGETS), options, [len(s) for s in states])
 
     def train(self) -> None:
-        """Two epochs of steps as the loop of ``forebear train`` takes them."""
+        """An epoch of steps as the loop of ``forebear train`` takes them."""
         classifier = load_classifier(self.name, device=str(self.device))
         model = classifier.model.requires_grad_(True).train()
-        options = TrainOptions(epochs=2, batch_size=8, learning_rate=1e-4)
+        options = TrainOptions(epochs=1, batch_size=4, learning_rate=1e-4)
         rows = [{**row, "labels": int(label)} for row, label in zip(self.encoded, TARGETS, strict=True)]
         course = Course(classifier, rows, self.folder, options, None, no_progress, saves=False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         with self.watched(model):
-            for _epoch in range(2):
-                for start in range(0, N, 8):
-                    batch = course.collate(rows[start : start + 8])
-                    batch = {key: values.to(self.device, non_blocking=True) for key, values in batch.items()}
-                    course.note_rate(1e-4)
-                    course.loss(model, batch).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    course.end_step()
-                course.end_epoch()
+            for start in range(0, N, 4):
+                batch = course.collate(rows[start : start + 4])
+                batch = {key: values.to(self.device, non_blocking=True) for key, values in batch.items()}
+                course.note_rate(1e-4)
+                course.loss(model, batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                course.end_step()
+            course.end_epoch()
 
     @property
     def device(self) -> torch.device:
