@@ -42,6 +42,7 @@ PACKAGE = str(Path(forebear.__file__).parent)
 COPIES = f"{PACKAGE}/indexer/model/device/copies.py"  # its callers ask, not this module
 aten = torch.ops.aten
 _COPIES = {aten.copy_.default, aten._to_copy.default}
+_PINNING = {aten._pin_memory.default, aten.is_pinned.default}
 _INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 _WAITING = {
     "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal",
@@ -258,6 +259,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 class _Mode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _PINNING and not isinstance(args[0], Pretended):  # numbers on the host stay where they are
+            return func is aten.is_pinned.default or args[0].clone()
         if _is_here(kwargs.get("device")) or any(isinstance(x, Pretended) for x in _tensors((*args, *kwargs.values()))):
             return _run(func, args, kwargs)
         return func(*args, **kwargs)
