@@ -1,6 +1,6 @@
 """Every kernel that runs a model, on the pretended device: what the host waits for, sends and launches, a batch.
 
-``PYTHONPATH=tests/support python tests/device/kernels.py`` prints a table by line of the package;
+``PYTHONPATH=tests/support python tests/device/device_kernels.py`` prints a table by line of the package;
 ``tests/device/test_waits.py`` holds the budgets. A batch is one forward pass of the model.
 """
 
