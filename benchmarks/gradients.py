@@ -53,7 +53,7 @@ def training_step(classifier: Classifier, texts: list[list[str]], labels: np.nda
     for p in classifier.model.parameters():
         p.requires_grad_(True)
     for batch in plan_batches([len(row["input_ids"]) for row in rows], BATCH_TOKENS):
-        with classifier.autocast():
+        with classifier.arithmetic():
             logits = classifier.model(
                 **pad_batch(classifier.tokenizer, [rows[i] for i in batch], classifier.device)
             ).logits

@@ -14,6 +14,7 @@ import pyarrow as pa
 from forebear.errors import InputError
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.encoding import Encoded, Texts, n_rows_of
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.rows.labels import UNKNOWN, LabelMap
@@ -243,10 +244,11 @@ class Retriever:
         """
         question = self.resolve(spec)
         numbers = range(start, start + len(texts[0])) if numbers is None else numbers
-        batch = make_batch(question, self.models, texts, labels, numbers=numbers, forward=forward, table=table)
         found: dict[str, Ends] = {}
-        for name, part in self._by_searcher(question).items():
-            found |= self.searcher(name).search(part, batch)
+        with repeatable(self.models.device):
+            batch = make_batch(question, self.models, texts, labels, numbers=numbers, forward=forward, table=table)
+            for name, part in self._by_searcher(question).items():
+                found |= self.searcher(name).search(part, batch)
         found = {method.name: found[method.name] for method in question.methods}
         return Answers(start, labels, batch.forward.predictions, batch.targets, found)
 
@@ -275,7 +277,8 @@ class Retriever:
         beyond = question.of(m for m in question.methods if m.name not in found)
         if beyond.methods:
             queries = Queries([list(column) for column in texts], seen.targets, groups=groups)
-            found |= GradientSearcher(self.models).search(beyond, queries)
+            with repeatable(self.models.device):
+                found |= GradientSearcher(self.models).search(beyond, queries)
         found = {name: found[name] for name in methods}
         gold = None if labels is None else common_class(labels, groups)
         return Answers(0, gold, common_class(seen.predictions, groups), common_class(seen.targets, groups), found)
@@ -357,10 +360,11 @@ class Retriever:
 
     def _scores(self, question: Question, batch: Batch, rows: np.ndarray) -> Scores:
         found = Scores()
-        for name, part in self._by_searcher(question).items():
-            scores = self.searcher(name).score(part, batch, rows)
-            found.update(scores)
-            found.note_residuals([scores])
+        with repeatable(self.models.device):
+            for name, part in self._by_searcher(question).items():
+                scores = self.searcher(name).score(part, batch, rows)
+                found.update(scores)
+                found.note_residuals([scores])
         return found.of(method.name for method in question.methods)
 
     def word_influence(
@@ -380,7 +384,8 @@ class Retriever:
         question = self.resolve(spec)
         search = GradientSearch.kept(self.models, question.spec.scope, question.curvature)
         columns = [[text] for text in query]
-        salient, words, scores = word_influence(search, columns, target, question.spec.word, np.unique(rows))
+        with repeatable(self.models.device):
+            salient, words, scores = word_influence(search, columns, target, question.spec.word, np.unique(rows))
         return salient, list(zip(words.rows.tolist(), words.spans, scores.tolist(), strict=True))
 
     def available_methods(self) -> tuple[str, ...]:
@@ -393,7 +398,7 @@ class Retriever:
 
     def facts(self, spec: QuerySpec | Question) -> dict[str, Any]:
         """Everything that decides an answer, and what is known of its recall; see ``docs/``."""
-        return question_facts(self.resolve(spec))
+        return question_facts(self.resolve(spec)) | {"computed_on": self.models.computed_on()}
 
     def metadata(self, spec: QuerySpec | Question, **more: str | None) -> dict[str, str]:
         """The same, and more facts by name, for the Parquet schema's metadata: as JSON under the key ``forebear``."""

@@ -123,6 +123,17 @@ def test_type_checkers_see_each_public_name_where_it_is_defined():
         assert getattr(getattr(forebear, name), "__module__", home) == home, f"{name} is defined elsewhere"
 
 
+@pytest.mark.parametrize(("asked", "installed"), [([], "cpu"), (["FAISS=gpu"], "gpu")])
+def test_make_installs_the_gpu_build_of_faiss_only_where_it_is_asked_for(asked, installed, tmp_path, monkeypatch):
+    """Also on a machine with a GPU: nothing that is searched by FAISS is searched on it."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    command = ["make", "--dry-run", "install", f"VENV={tmp_path / 'venv'}", *asked]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"'.[{installed},dev,docs]'" in done.stdout
+
+
 def test_help_does_not_import_torch():
     code = "import sys; from forebear.cli.main import run; run(['index', '--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

@@ -57,7 +57,7 @@ def methods(as_json: JsonOut = False) -> None:
 
 @grouped()
 def info(index: Folder, as_json: JsonOut = False) -> None:
-    """Say what an index holds.
+    """Say what an index holds, and where its numbers were computed.
 
     Example: forebear info runs/mine-index
     """
@@ -78,6 +78,8 @@ def info(index: Folder, as_json: JsonOut = False) -> None:
 def index_facts(index: Any) -> dict[str, Any]:
     """Facts of an index, as ``forebear info --json`` prints them."""
     from forebear.indexer.building.row_facts import row_facts
+    from forebear.indexer.model.device.arithmetic import device_kind
+    from forebear.indexer.model.device.picking import pick_device
     from forebear.indexer.rows.row_format import SINGLE_LABEL
     from forebear.indexer.storage.ann import backend
 
@@ -104,6 +106,8 @@ def index_facts(index: Any) -> dict[str, Any]:
         "label_mode": spec.label_mode,
         "max_length": spec.max_length,
         "precision": spec.precision,
+        "computed_on": manifest.computed_on or None,
+        "refitted_on": manifest.fit.get("computed_on"),
         "loss": {
             "name": "cross-entropy" if spec.problem_type == SINGLE_LABEL else index.loss.describe(),
             "problem_type": spec.problem_type,
@@ -148,6 +152,7 @@ def index_facts(index: Any) -> dict[str, Any]:
         "calibration": manifest.calibration,
         "search": manifest.derived,
         "bytes": {"total": total, "a_row": total / manifest.n_rows, **by_kind},
+        "device": device_kind(pick_device()),
         "faiss": backend(),
         "libraries": manifest.libraries,
     }
@@ -175,6 +180,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("labels", ", ".join(facts["label_names"]) + (f" ({facts['label_mode']})" if facts["label_mode"] else "")),
         ("model", f"max length {facts['max_length']}, {facts['precision']}"),
     ]
+    lines += _device_lines(facts)
     if facts["columns"]:
         lines.append(("columns", ", ".join(f"{name} ({kind})" for name, kind in facts["columns"].items())))
     if facts["self_check"]:
@@ -225,8 +231,19 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     parts = ", ".join(f"{kind} {size(n)}" for kind, n in stored.items() if kind not in ("total", "a_row"))
     lines.append(("size", f"{size(stored['total'])}, {stored['a_row']:,.0f} bytes a row ({parts})"))
     lines.append(("built with", ", ".join(f"{k} {v}" for k, v in facts["libraries"].items())))
-    lines.append(("here", facts["faiss"]))
+    lines.append(("here", f"models run on {facts['device']} unless --device names another; {facts['faiss']}"))
     return lines
+
+
+def _device_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where the numbers of the index were computed, as far as it says so."""
+    from forebear.indexer.model.device.arithmetic import computed_line
+
+    records = [("", facts["computed_on"]), ("fits beyond the head: ", facts["refitted_on"])]
+    for part in facts["segments"]:
+        rows = f"rows {part['start']} to {part['start'] + part['n_rows'] - 1}: "
+        records.append((rows, part["computed_on"]))
+    return [("computed on", f"{subject}{computed_line(record)}") for subject, record in records if record]
 
 
 def _search_line(search: dict[str, Any]) -> str:

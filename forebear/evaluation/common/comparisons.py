@@ -11,6 +11,7 @@ import numpy as np
 from forebear.evaluation.common.statistics import INTERVALS, mean_of
 from forebear.evaluation.reports.charts import heat_map
 from forebear.evaluation.reports.report import Cell, Figure, Table
+from forebear.indexer.model.device.arithmetic import computed_line
 from forebear.ratio import ratio
 from forebear.retriever.coverage import fit_lines
 from forebear.retriever.question.spec import QuerySpec, Question
@@ -137,6 +138,7 @@ def provenance(
     return {
         "index": str(retriever.index.folder),
         "index digest": retriever.index.manifest.digest(),
+        "computed on": computed_line(retriever.models.computed_on()),
         **fit_lines(question),
         "question digest": question.digest,
         "scope": question.spec.scope,

@@ -16,6 +16,7 @@ from forebear.errors import InputError
 from forebear.evaluation.explain.explanation import FORMULAS, Answer, Explanation, FoundRow, Side
 from forebear.evaluation.explain.marks import MarkedText, Places, Word, list_words, locate, mark, point_at, write_alike
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import computed_line
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.rows.row_format import SINGLE_LABEL
@@ -303,6 +304,7 @@ def _provenance(question: Question, facts: Mapping[str, Any], form: str, command
     lines = {
         "index": facts["index"],
         "index digest": facts["index_digest"],
+        "computed on": computed_line(facts["computed_on"]),
         **fit_lines(question),
         "query digest": facts["query_digest"],
         "training rows": f"{manifest.n_live:,} ({', '.join(segment.source for segment in manifest.segments)})",

@@ -218,7 +218,7 @@ def start_states(classifier: Classifier, texts: Texts) -> np.ndarray:
     lengths = [len(row["input_ids"]) for row in rows]
 
     def run(batch: list[int]) -> Fetched:
-        with torch.no_grad(), classifier.autocast():
+        with torch.no_grad(), classifier.arithmetic():
             output = encoder(**pad_batch(classifier.tokenizer, [rows[i] for i in batch], classifier.device))
         states = getattr(output, "last_hidden_state", None)
         if states is None:

@@ -26,6 +26,7 @@ from forebear.evaluation.common.comparisons import INTERVAL_COLUMNS, interval_ce
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import computed_line, repeatable
 from forebear.indexer.model.device.memory import refusing_lack
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.network.batches import pad_batch
@@ -142,8 +143,9 @@ def row_gradient_norms(
     directions = [{name: torch.zeros_like(parameters[name]) for name in group.parameters} for group in groups]
     norms = np.zeros((len(labels), len(groups)))
     for n, row in enumerate(encode(classifier, texts)):
-        with refusing_lack(f"the gradient of sampled row {n}", classifier.device, "Give a smaller model"):
-            with classifier.autocast():
+        subject = f"the gradient of sampled row {n}"
+        with repeatable(classifier.device), refusing_lack(subject, classifier.device, "Give a smaller model"):
+            with classifier.arithmetic():
                 logits = model(**pad_batch(classifier.tokenizer, [row], classifier.device)).logits.float()
             residual, _ = classifier.loss.residual_and_loss(logits.detach().double().cpu().numpy(), labels[n : n + 1])
             loss_slope = torch.from_numpy(residual).to(logits)
@@ -256,6 +258,7 @@ def cancellation_report(
     provenance = {
         "index": str(index.folder),
         "index digest": index.manifest.digest(),
+        "computed on": computed_line(retriever.models.computed_on()),
         "rows": f"{len(measured.rows)} of {len(index.live)}",
         "seed": str(seed),
         "command": command,

@@ -38,6 +38,7 @@ from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.building.build import build_index
 from forebear.indexer.building.options import BuildOptions
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import own_random_numbers
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.network.pretrained import quiet_transformers
 from forebear.indexer.rows.opening import rows_from_texts
@@ -78,7 +79,7 @@ def save_random_model(classifier: Classifier, folder: Path, seed: int) -> None:
     from transformers import AutoModelForSequenceClassification
 
     model: Any = classifier.model
-    with quiet_transformers(), torch.random.fork_rng():
+    with quiet_transformers(), own_random_numbers(classifier.device):
         torch.manual_seed(seed)
         AutoModelForSequenceClassification.from_config(model.config, dtype=torch.float32).save_pretrained(folder)
     classifier.tokenizer.save_pretrained(folder)

@@ -16,6 +16,7 @@ from forebear.evaluation.perturb.experiment import Measured, Perturbation, Turns
 from forebear.evaluation.perturb.spec import RANDOM, STRATEGIES, Change
 from forebear.evaluation.reports.charts import line_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table, check_folder
+from forebear.indexer.model.device.arithmetic import computed_line
 from forebear.indexer.spans.text import Span
 from forebear.retriever.coverage import fit_lines
 from forebear.retriever.retriever import Retriever
@@ -45,6 +46,7 @@ def perturb_report(
     """
     index = retriever.index
     facts = {"index": str(index.folder), "index digest": index.manifest.digest()}
+    facts["computed on"] = computed_line(retriever.models.computed_on())
     facts |= fit_lines(retriever.resolve(perturbation.spec.question)) | provenance
     facts |= {"retraining": f"{retraining['retrain']}. {retraining['note']}", "seeds": _listed(perturbation.seeds)}
     attack = perturbation.spec.what == "attack"

@@ -15,6 +15,7 @@ from forebear.evaluation.retraining.jobs import LIBRARIES, Job, TrainingRows
 from forebear.indexer.index import Index
 from forebear.indexer.losses.cross_entropy import CrossEntropy
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import computed_on, own_random_numbers
 from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.encoding import Encoded, encode
 from forebear.indexer.model.forward import run_forward
@@ -71,6 +72,9 @@ class Start:
             "tokenizer_sha256": index.manifest.spec.tokenizer_sha256, "options": options,
             "libraries": library_versions(LIBRARIES), "threads": torch.get_num_threads(), "pairing": PAIRING,
         }  # fmt: skip
+        where = computed_on(self._device, self.options.precision)
+        if where["device"] != "cpu":  # outcomes of older versions on the CPU stay known
+            self.facts = {**self.facts, "computed_on": where}
 
     def prepare(self, change: Callable[[Classifier], None]) -> None:
         """Apply a function that freezes or cuts layers to every model that is loaded from now on."""
@@ -82,7 +86,7 @@ class Start:
         Calls with the same seed return the same object with its weights set back.
         """
         if self._loaded is None or self._loaded[0] != seed:
-            with torch.random.fork_rng(devices=[]):
+            with own_random_numbers(self._device):
                 classifier, _ = load_start(
                     rows_from_texts([""] * len(self._names), range(len(self._names)), label_names=self._names),
                     self.name,
@@ -131,7 +135,8 @@ class FullRecipe:
                 encoded[i] = row
         labelled = [{**row, "labels": int(label)} for row, label in zip(encoded, job.labels(self._labels), strict=True)]
         options = replace(self._start.options, seed=job.seed)
-        fine_tune(classifier, labelled, options, lengths=placed_lengths(job, self._lengths))
+        with own_random_numbers(classifier.device):
+            fine_tune(classifier, labelled, options, lengths=placed_lengths(job, self._lengths))
         return run_forward(classifier, self._evaluation).logits
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from forebear.errors import InputError
 from forebear.evaluation.retraining.jobs import LIBRARIES, Job, TrainingRows
 from forebear.indexer.losses.cross_entropy import IGNORED, CrossEntropy
+from forebear.indexer.model.device.arithmetic import computed_on
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.storage.manifest import digest_of, library_versions
 from forebear.retriever.retriever import Retriever
@@ -58,6 +59,9 @@ class HeadRecipe:
             "begin": digest_of(rows.live.tolist()), "libraries": library_versions(LIBRARIES),
             "threads": torch.get_num_threads(),
         }  # fmt: skip
+        where = computed_on(self._classifier.device, self._classifier.precision)
+        if where["device"] != "cpu":  # outcomes of older versions on the CPU stay known
+            self.facts = {**self.facts, "computed_on": where}
         if not self._loss.is_plain:
             self.facts = {**self.facts, "loss": asdict(self._loss)}
         self.note = (

@@ -19,6 +19,7 @@ from forebear.errors import InputError, ModelError
 from forebear.evaluation.retraining.jobs import Job, TrainingRows
 from forebear.evaluation.retraining.recipe_full import Start, placed_lengths
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import own_random_numbers, repeatable
 from forebear.indexer.model.device.copies import Fetched, one_late, send
 from forebear.indexer.model.device.memory import refusing_lack, run_batches
 from forebear.indexer.model.encoding import encode, plan_batches
@@ -141,7 +142,8 @@ class TopRecipe:
         options = replace(self._start.options, seed=job.seed)
         subject, remedy = f"a training step of {options.batch_size} rows", "Train with a smaller --batch-size"
         with (
-            torch.random.fork_rng(devices=[classifier.device] if classifier.device.type == "cuda" else []),
+            own_random_numbers(classifier.device),
+            repeatable(classifier.device),
             refusing_lack(subject, classifier.device, remedy),
         ):
             train_top(classifier, hidden, labels, options, placed_lengths(job, self._rows.lengths))
@@ -171,7 +173,7 @@ def _forward_to(
         caught.append(args[0] if args else kwargs["hidden_states"])
 
     def run(batch: list[int]) -> Fetched:
-        with torch.no_grad(), classifier.autocast():
+        with torch.no_grad(), classifier.arithmetic():
             classifier.model(**pad_batch(classifier.tokenizer, [rows[i] for i in batch], classifier.device))
         return Fetched(caught.pop().float())
 
@@ -211,7 +213,7 @@ def top_logits(classifier: Classifier, hidden: Sequence[torch.Tensor]) -> torch.
     model: Any = classifier.model
     model.base_model.embeddings.states = states
     ids = torch.zeros_like(mask)  # not read: the states of these tokens are stored
-    with classifier.autocast():
+    with classifier.arithmetic():
         logits: torch.Tensor = model(input_ids=ids, attention_mask=mask).logits
     return logits.float()
 

@@ -26,6 +26,7 @@ from forebear.indexer.building.spec import make_spec
 from forebear.indexer.index import Index
 from forebear.indexer.losses.choices import weights_of_classes
 from forebear.indexer.losses.kinds import check_one_label, loss_of
+from forebear.indexer.model.device.arithmetic import computed_on
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.sentence_encoder import load_sentence_encoder
 from forebear.indexer.rows.labels import label_map, names_of_classes
@@ -184,7 +185,8 @@ def _build(
             return index
     rows_of_build = segment.rows | {"keep_columns": list(columns) or None}
     build = {"kind": "build", "segment": rows_of_build, "checkpoints": [c.name for c in listed]}
-    spec, self_check = begin_build(folder, build, spec, asdict(checked.rounded), replaces=replaces)
+    where = computed_on(classifier.device, classifier.precision)
+    spec, self_check, where = begin_build(folder, build, spec, asdict(checked.rounded), where, replaces=replaces)
     n_queries = options.calibration_queries if spec.sketched_scopes else None
     manifest = Manifest(
         spec=spec,
@@ -196,11 +198,12 @@ def _build(
         generation=0,
         feature_dim=classifier.feature_dim,
         self_check=self_check,
+        computed_on=where,
         columns=columns,
         calibration_queries=n_queries,
         libraries=library_versions(),
     )
-    with as_begun(spec.n_threads):
+    with as_begun(spec.n_threads, classifier.device):
         writer = ShardWriter(
             folder=folder, manifest=manifest, checkpoints=listed, source=source, labels=labels, first_shard=0, work=work
         )

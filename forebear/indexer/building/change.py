@@ -27,12 +27,13 @@ from forebear.indexer.building.shards import (
     split_rows,
 )
 from forebear.indexer.index import Index
+from forebear.indexer.model.device.arithmetic import computed_on
 from forebear.indexer.rows.labels import label_map, refuse_other_form
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.user_columns import check_columns
 from forebear.indexer.spans.finders import check_same_finder
 from forebear.indexer.storage.choices import WorkKeywords
-from forebear.indexer.storage.journal import begin_change, check_change, unfinished, was_done
+from forebear.indexer.storage.journal import begin_change, check_change, same_device_or_refuse, unfinished, was_done
 from forebear.indexer.storage.layout import LOCK_NAME
 from forebear.indexer.storage.locks import exclusive
 from forebear.indexer.storage.manifest import Segment, digest_of, read_manifest
@@ -105,18 +106,23 @@ def append_rows(
         check_change(folder, journal, change, goes_on=work.resume)
         checkpoints = checkpoints_now(index, model)
         classifier = load_checked(checkpoints[-1], old.spec, device)
+        where = computed_on(classifier.device, classifier.precision)
+        same_device_or_refuse(journal, where, folder)
         check_same_finder(old.spec.spans, old.spec.spans_sha256, folder)
         refuse_other_form(source, old.row_format)
         labels = label_map(source, classifier.label_names, old.spec.label_mode, problem_type=old.spec.problem_type)
         work.warn(labels.warning)
         if lacking is not None:
             work.warn(lacking)
-        begin_change(folder, old, change, journal)
+        if (warning := old.device_warning(where, f"the rows of {source.name} run")) is not None:
+            work.warn(warning)
+        begin_change(folder, old, change, journal, where)
+        segment = replace(segment, computed_on=old.elsewhere(where))
         new_shards = split_rows(old.n_rows, source.n_rows, old.spec.shard_rows)
         manifest = replace(
             old, segments=(*old.segments, segment), shards=(*old.shards, *new_shards), generation=old.generation + 1
         )
-        with as_begun(old.spec.n_threads):
+        with as_begun(old.spec.n_threads, classifier.device):
             writer = ShardWriter(
                 folder=folder, manifest=manifest, checkpoints=checkpoints, source=source, labels=labels,
                 first_shard=len(old.shards), work=work,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from forebear.indexer.gradients.earlier_rows import EarlierSpans, LabelledRows, 
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import computed_on
 from forebear.indexer.model.encoding import Encoded, encode
 from forebear.indexer.sketches.fitting import Sample, fit_sketchers, sample_rows, sketch_folders
 from forebear.indexer.sketches.sketch import Sketcher
@@ -31,7 +32,7 @@ from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.store import masked_pass, note_spans, write_span_sketches
 from forebear.indexer.storage.arrow import write_columns
 from forebear.indexer.storage.choices import WorkKeywords
-from forebear.indexer.storage.journal import begin_change, check_change, unfinished, was_done
+from forebear.indexer.storage.journal import begin_change, check_change, same_device_or_refuse, unfinished, was_done
 from forebear.indexer.storage.layout import LOCK_NAME, span_gradients
 from forebear.indexer.storage.locks import exclusive
 from forebear.indexer.storage.manifest import Checkpoint, Manifest
@@ -83,11 +84,17 @@ def refit_index(
         check_change(folder, journal, change, goes_on=work.resume)
         checkpoints = checkpoints_now(index, model)
         last = load_checked(checkpoints[-1], old.spec, device)
-        begin_change(folder, old, change, journal)
+        where = computed_on(last.device, last.precision)
+        same_device_or_refuse(journal, where, folder)
+        if (warning := old.device_warning(where, "fits beyond the head are made")) is not None:
+            work.warn(warning)
+        begin_change(folder, old, change, journal, where)
         generation = old.generation + 1
-        fit = {"generation": generation, "n_rows": old.n_rows, "n_retired": old.n_retired}
+        fit: dict[str, Any] = {"generation": generation, "n_rows": old.n_rows, "n_retired": old.n_retired}
+        if elsewhere := old.elsewhere(where):
+            fit["computed_on"] = elsewhere
         manifest = replace(old, generation=generation, fit=fit, calibration={})
-        with as_begun(old.spec.n_threads):
+        with as_begun(old.spec.n_threads, last.device):
             writer = _SketchWriter(index, folder / manifest.fitted_name(""), work)
             for checkpoint in checkpoints:
                 is_last = checkpoint is checkpoints[-1]

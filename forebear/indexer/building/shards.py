@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from forebear.indexer.gradients.earlier_rows import (
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.encoding import Encoded, encode
 from forebear.indexer.model.forward import Forward, forward_of_features, run_forward
 from forebear.indexer.model.loading import check_same_model, load_classifier
@@ -51,12 +52,18 @@ from forebear.progress import counted
 
 
 @contextmanager
-def as_begun(n_threads: int) -> Iterator[None]:
-    """Run with the thread count that the change was begun with; last bits of a float depend on it."""
+def as_begun(n_threads: int, device: torch.device | None = None) -> Iterator[None]:
+    """Run with what last bits of a float depend on: the thread count that the change was begun with, and on a device.
+
+    Args:
+        n_threads: The thread count.
+        device: Device that models run on, whose numbers then repeat; None: none run.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
-        yield
+        with nullcontext() if device is None else repeatable(device):
+            yield
     finally:
         torch.set_num_threads(before)
 

@@ -27,6 +27,7 @@ from forebear.indexer.gradients.tape import Seed
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.device.copies import picks
 from forebear.indexer.model.device.memory import free_memory, is_out_of_memory
 from forebear.indexer.model.scopes import Block, Scope
@@ -127,7 +128,8 @@ class Ekfac:
 
     def solve(self, vectors: Vectors, damping: float) -> Vectors:
         """(H + damping I)^-1 V, block by block."""
-        return {name: self._solve_block(self.parts[name], v, damping) for name, v in vectors.items()}
+        with repeatable(next(iter(vectors.values())).device):
+            return {name: self._solve_block(self.parts[name], v, damping) for name, v in vectors.items()}
 
     def _solve_block(self, part: EkfacBlock, v: torch.Tensor, damping: float) -> torch.Tensor:
         rotated = part.left.T @ v @ part.right

@@ -29,6 +29,7 @@ from forebear.indexer.gradients.gradient_pass import Collector, SeedOf, run_pass
 from forebear.indexer.gradients.tape import only_asking
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.device.copies import fetch, picks, send
 from forebear.indexer.model.device.memory import run_batches
 from forebear.indexer.model.encoding import Encoded, encode, plan_batches
@@ -229,7 +230,10 @@ class HessianProduct:
         sums = {name: torch.zeros_like(v) for name, v in parts.items()}
         chosen = range(len(self._rows)) if positions is None else list(positions)
         lengths = [len(self._rows[i]["input_ids"]) for i in chosen]
-        with only_asking(model, parameters.values()), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        with (
+            repeatable(self._classifier.device), sdpa_kernel(SDPBackend.MATH),
+            only_asking(model, parameters.values()), torch.enable_grad(),
+        ):  # fmt: skip
             n_added = np.zeros(len(chosen), np.int64)  # vectors whose products with a row's Hessian are in the sums
 
             def run(batch: list[int]) -> None:

@@ -20,6 +20,7 @@ from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.tape import Seed, Tape, alone, loss_of
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.device.copies import Fetched, send
 from forebear.indexer.model.device.memory import refusing_lack, run_batches
 from forebear.indexer.model.encoding import Encoded, Texts, as_encoded, distinct, distinct_rows, plan_batches
@@ -182,15 +183,16 @@ def run_pass(
         (first[batch].tolist() for batch in plan), run, lengths=sizes, device=classifier.device,
         name=lambda position: f"row {first_row + position}", warn=warn, let_go=let_go,
     )  # fmt: skip
-    for positions, (wholes, run_of_row, f, z) in batches:
-        results.keep()
-        features[positions], logits[positions] = f[run_of_row], z[run_of_row]
-        if minus is not None:
-            version_positions = [len(rows) + i for i in positions]
-            features[version_positions], logits[version_positions] = f[len(wholes) :], z[len(wholes) :]
-        if on_rows is not None:
-            on_rows(len(positions))
-    results.settle()
+    with repeatable(classifier.device):
+        for positions, (wholes, run_of_row, f, z) in batches:
+            results.keep()
+            features[positions], logits[positions] = f[run_of_row], z[run_of_row]
+            if minus is not None:
+                version_positions = [len(rows) + i for i in positions]
+                features[version_positions], logits[version_positions] = f[len(wholes) :], z[len(wholes) :]
+            if on_rows is not None:
+                on_rows(len(positions))
+        results.settle()
     if len(first) < len(rows):
         _repeat(collectors, first, kinds)
         for start, digests in enumerate(

@@ -18,6 +18,7 @@ from forebear.indexer.gradients.factors import EmbeddingFactors, LayerFactors
 from forebear.indexer.gradients.tape import Seed, Tape, alone, loss_of, only_asking
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.device.memory import is_out_of_memory, run_batches
 from forebear.indexer.model.forward import forward_batch
 from forebear.indexer.model.network.batches import pad_batch
@@ -106,8 +107,9 @@ def check_gradients(
         checked.append(embedding_scope(classifier))
     classifier = replace(classifier, precision="fp32")
     chosen = _rows_of_different_lengths(rows) if rows else _texts(classifier)
-    logit_error = _check_logits(classifier, chosen)
-    errors = {scope.name: _check_scope(classifier, scope, chosen) for scope in checked}
+    with repeatable(classifier.device):
+        logit_error = _check_logits(classifier, chosen)
+        errors = {scope.name: _check_scope(classifier, scope, chosen) for scope in checked}
     return CheckedGradients(len(chosen), errors, logit_error)
 
 

@@ -94,7 +94,7 @@ class Tape:
             head_use = hooks.enter_context(watched_head(head))
             if self._shared_layers:
                 hooks.enter_context(shared)
-            with classifier.autocast():
+            with classifier.arithmetic():
                 output = classifier.model(**batch)
             feature = head_use.feature(output.logits)
             f = wide(feature.detach())

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from forebear.errors import InputError
 from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.losses.loss import Loss
+from forebear.indexer.model.device.arithmetic import forward_arithmetic
 from forebear.indexer.model.network.adapters import Adapter
 
 
@@ -89,15 +89,6 @@ class Classifier:
             )
         return tuple(lines)
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The precision of the forward pass, as a context."""
-        return autocast(self.device, self.precision)
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast on ``device``, or nothing for fp32."""
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    if precision != "fp32":
-        raise InputError(f"precision {precision!r} is not known. Give fp32 or bf16.")
-    return contextlib.nullcontext()
+    def arithmetic(self) -> contextlib.AbstractContextManager[None]:
+        """The arithmetic of a forward pass, as a context: precision, and on a GPU what makes its numbers repeat."""
+        return forward_arithmetic(self.device, self.precision)

@@ -113,7 +113,7 @@ def run_forward(
 def forward_batch(classifier: Classifier, batch: dict[str, torch.Tensor]) -> Fetched:
     """Features ``(b, h)`` float32 and float64 logits of one batch; the head itself always runs in fp64."""
     with torch.no_grad(), watched_head(classifier.head) as use:
-        with classifier.autocast():
+        with classifier.arithmetic():
             output = classifier.model(**batch)
         features = use.feature(output.logits).detach().float()
     return Fetched(features, _logits(classifier, features))

@@ -15,7 +15,8 @@ from torch import nn
 
 from forebear.errors import MismatchError, ModelError, NonFiniteError
 from forebear.indexer.losses.kinds import loss_of, problem_type_of_config
-from forebear.indexer.model.classifier import Classifier, autocast
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import check_precision
 from forebear.indexer.model.device.copies import fetch
 from forebear.indexer.model.device.memory import moved
 from forebear.indexer.model.device.picking import pick_device
@@ -129,7 +130,7 @@ def make_classifier(
     config = model.config
     check_full_precision(config, name)
     check_finite_weights(model, name)
-    autocast(device, precision)
+    check_precision(device, precision)
     model = model.eval()
     limit = input_limit(model, tokenizer, max_length, name)
     model.config.use_cache = False  # decoders would keep keys and values of every layer

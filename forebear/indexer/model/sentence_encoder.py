@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from forebear.errors import ModelError, NonFiniteError
+from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.device.copies import Fetched, one_late
 from forebear.indexer.model.device.memory import moved, run_batches
 from forebear.indexer.model.device.picking import pick_device
@@ -74,7 +75,7 @@ class SentenceEncoder:
 
         def run(batch: list[int]) -> Fetched:
             inputs = pad_batch(self.tokenizer, [rows[i] for i in first[batch]], device)
-            with torch.no_grad():
+            with torch.no_grad(), repeatable(device):
                 states = self.model(**inputs).last_hidden_state
                 mask = inputs["attention_mask"][:, :, None].to(states.dtype)
                 return Fetched((states * mask).sum(dim=1) / mask.sum(dim=1))
@@ -104,19 +105,19 @@ def load_sentence_encoder(name: str, *, device: str = "auto") -> SentenceEncoder
         raise ModelError(
             f"{path} stores no weights for {missing[0]}: its embeddings would be random. Give another model."
         )
-    model = moved(model.eval(), pick_device(device), path)
+    where = pick_device(device)
+    model = model.eval()
     check_finite_weights(model, path)
     tokenizer = load_tokenizer(path, model)
     digest = hashlib.sha256(
         (weights_sha256(model, leave_out=("pooler.",)) + tokenizer_sha256(tokenizer)).encode()
     ).hexdigest()
     limit = min(input_limit(model, tokenizer, None, path), LONGEST)
-    where = next(model.parameters()).device
 
     def states(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
             output: torch.Tensor = model(**batch).last_hidden_state
         return output
 
-    equal_lengths = padding_matters(states, tokenizer, limit, where, path)
-    return SentenceEncoder(path, model, tokenizer, limit, digest, equal_lengths)
+    equal_lengths = padding_matters(states, tokenizer, limit, next(model.parameters()).device, path)
+    return SentenceEncoder(path, moved(model, where, path), tokenizer, limit, digest, equal_lengths)

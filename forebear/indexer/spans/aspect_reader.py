@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError, ModelError, NonFiniteError
+from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.device.copies import Fetched, one_late
 from forebear.indexer.model.device.memory import moved, run_batches
 from forebear.indexer.model.device.picking import pick_device
@@ -95,7 +96,7 @@ class Reader:
         out = [np.empty(0)] * len(rows)
 
         def run(positions: list[int]) -> Fetched:
-            with torch.no_grad():
+            with torch.no_grad(), repeatable(self.model.device):
                 output = self.model(**pad_batch(self.tokenizer, [rows[i] for i in positions], self.model.device))
                 return Fetched(torch.stack([output.start_logits, output.end_logits], dim=1).double())
 

@@ -61,13 +61,13 @@ def _reason(error: RuntimeError) -> str:
 
 
 def backend() -> str:
-    """One line on the FAISS in use, for ``forebear info``."""
+    """One line on the FAISS in use, and where it searches, for ``forebear info``."""
     try:
         faiss = import_faiss()
     except InputError:
         return "none (install forebear[cpu] or forebear[gpu])"
-    n_gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-    return f"faiss {faiss.__version__}, {n_gpus} GPU(s)" if n_gpus else f"faiss {faiss.__version__}, CPU"
+    build = "GPU" if hasattr(faiss, "StandardGpuResources") else "CPU"
+    return f"faiss {faiss.__version__}, {build} build, for searches on the CPU"
 
 
 def choose_factory(n_rows: int, dim: int) -> str:

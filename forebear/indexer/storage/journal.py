@@ -22,7 +22,7 @@ from forebear.indexer.storage.layout import (
     curvature_name,
     gradient_folder,
 )
-from forebear.indexer.storage.manifest import IndexSpec, Manifest, canonical_json, plain
+from forebear.indexer.storage.manifest import IndexSpec, Manifest, canonical_json, kind_recorded, plain
 
 SUBFOLDERS = (
     "rows", "columns", "features", "gradients", "sentence", "words", "tokens", "spans", "curvature", "refit", "ann",
@@ -230,16 +230,57 @@ def check_change(folder: Path, journal: dict[str, Any] | None, change: dict[str,
             same_or_refuse({key: journal.get(key)}, {key: value}, folder)
 
 
-def begin_change(folder: Path, manifest: Manifest, change: dict[str, Any], journal: dict[str, Any] | None) -> None:
-    """Write the journal of a change to an index; a resumed change keeps the ``journal`` that it has."""
+def same_device_or_refuse(journal: dict[str, Any] | None, computed_on: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on with a change on another kind of device: some of its files would have other last digits.
+
+    Args:
+        journal: The journal of the unfinished change, or None.
+        computed_on: Where this command computes.
+        folder: The index, for the message.
+
+    Raises:
+        MismatchError: The change was begun on another kind of device.
+    """
+    begun, now = (kind_recorded(record) for record in ((journal or {}).get("computed_on"), computed_on))
+    if journal is not None and begun != now:
+        device = "--device cpu" if begun == "cpu" else f"--device on a {begun}"
+        raise MismatchError(
+            f"{folder} was begun on {begun}; this command runs on {now}, whose numbers have other last digits. Go on "
+            f"with {device}, or start over with --force."
+        )
+
+
+def begin_change(
+    folder: Path,
+    manifest: Manifest,
+    change: dict[str, Any],
+    journal: dict[str, Any] | None,
+    computed_on: dict[str, Any] | None = None,
+) -> None:
+    """Write the journal of a change to an index; a resumed change keeps the ``journal`` that it has.
+
+    Args:
+        folder: The index.
+        manifest: The one in force.
+        change: The change's ``kind``, and the inputs that tell it from others.
+        journal: The journal of the change, where it is resumed.
+        computed_on: Where models run; None: none do.
+    """
     if journal is None:
         tidy(folder, manifest)
-        _write_journal(folder, change | {"onto": manifest.digest()}, manifest.spec)
+        where = {} if computed_on is None else {"computed_on": computed_on}
+        _write_journal(folder, change | where | {"onto": manifest.digest()}, manifest.spec)
 
 
 def begin_build(
-    folder: Path, build: dict[str, Any], spec: IndexSpec, self_check: dict[str, Any], *, replaces: bool
-) -> tuple[IndexSpec, dict[str, Any]]:
+    folder: Path,
+    build: dict[str, Any],
+    spec: IndexSpec,
+    self_check: dict[str, Any],
+    computed_on: dict[str, Any],
+    *,
+    replaces: bool,
+) -> tuple[IndexSpec, dict[str, Any], dict[str, Any]]:
     """Write the journal of a build, or check that the journal in the folder is of the same build.
 
     Args:
@@ -247,28 +288,36 @@ def begin_build(
         build: The build's ``kind``, and the inputs that tell it from others, without the spec.
         spec: The spec of the build.
         self_check: What was found before the build, whose last figures may differ when it is resumed.
+        computed_on: Where models run.
         replaces: Whether the index or build in the folder is removed. The journal says so until it is removed, so that
             a build that is killed before that can be resumed.
 
     Returns:
-        The spec of the build, with the thread count that it was begun with; and the ``self_check`` of its beginning.
+        The spec of the build, with the thread count that it was begun with; and the ``self_check`` and ``computed_on``
+        of its beginning.
+
+    Raises:
+        MismatchError: It was begun with other rows or choices, or on another kind of device.
     """
     journal = None if replaces else read_journal(folder)
     if journal is not None:
         check_change(folder, journal, build, goes_on=True)
         later = later_choices(folder, journal["spec"], journal.get("checkpoints"))
         same_or_refuse(comparable(journal["spec"], later), comparable(asdict(spec), later), folder)
+        same_device_or_refuse(journal, computed_on, folder)
         spec = replace(spec, n_threads=journal["spec"]["n_threads"])
         self_check = journal.get("self_check", self_check)
+        computed_on = journal.get("computed_on", computed_on)
         for scope in () if spec.whitened else spec.sketched_scopes:
             (folder / curvature_name(scope)).unlink(missing_ok=True)
-    self_check = json.loads(canonical_json(self_check))  # keys in one order, whether a journal held them or not
-    build = build | {"self_check": self_check}
+    # Keys in one order, whether a journal held them or not.
+    self_check, computed_on = (json.loads(canonical_json(facts)) for facts in (self_check, computed_on))
+    build = build | {"self_check": self_check, "computed_on": computed_on}
     if replaces or (journal is not None and journal.get("replaces")):
         _write_journal(folder, build | {"replaces": True}, spec)
         clear(folder)
     _write_journal(folder, build, spec)  # also of a resumed build, whose later choices may have changed
-    return spec, self_check
+    return spec, self_check, computed_on
 
 
 def _write_journal(folder: Path, change: dict[str, Any], spec: IndexSpec) -> None:

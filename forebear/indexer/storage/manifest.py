@@ -62,6 +62,7 @@ def digest_of(value: Any) -> str:
 _LATER: dict[str, Any] = LATER_CHOICES | {
     "calibration": {}, "spans_sha256": None, "fit": {}, "calibration_queries": None, "n_left_out": 0,
     "row_format": {}, "self_check": {}, "columns": {}, "user_columns_sha256": None, "problem_type": SINGLE_LABEL,
+    "computed_on": {},
 }  # fmt: skip
 # Fields that are written before a certain choice, and that choice: the order of older versions, so that a manifest
 # has the same bytes.
@@ -134,11 +135,17 @@ class Segment:
     n_left_out: int = 0  # rows of the source without a label, which are not in the index
     row_format: dict[str, Any] = field(default_factory=dict)  # how the source was read, as RowFormat.stated says it
     user_columns_sha256: str | None = None  # of the columns kept besides texts and labels
+    computed_on: dict[str, Any] = field(default_factory=dict)  # where it is another kind of device than the build's
 
     @property
     def rows(self) -> dict[str, Any]:
         """Identity of the segment's rows: their number and their digests, whatever name their file has."""
         return {"n_rows": self.n_rows, "rows_sha256": self.rows_sha256, "user_columns_sha256": self.user_columns_sha256}
+
+
+def kind_recorded(computed_on: dict[str, Any] | None) -> str:
+    """The kind of device in a record of where numbers were computed; before there were records, the CPU."""
+    return str((computed_on or {}).get("device", "cpu"))
 
 
 STALE_SHARE = 0.1  # of the fitted rows: if more rows were appended or retired since, users are warned
@@ -192,7 +199,9 @@ class Manifest:
     feature_dim: int
     columns: dict[str, str] = field(default_factory=dict)  # kept besides texts and labels: kinds by name
     self_check: dict[str, Any] = field(default_factory=dict)  # before the build: gradients against plain autograd
-    fit: dict[str, int] = field(default_factory=dict)  # of the last refit: generation, n_rows, n_retired
+    computed_on: dict[str, Any] = field(default_factory=dict)  # of the build: device, precision, torch, attention
+    # Of the last refit: generation, n_rows, n_retired; and computed_on, where it is another kind than the build's.
+    fit: dict[str, Any] = field(default_factory=dict)
     curvature: dict[str, Any] = field(default_factory=dict)  # scope -> solver -> facts
     calibration_queries: int | None = (
         None  # --calibrate; None: no scope needs it, or an older version wrote the manifest
@@ -211,6 +220,29 @@ class Manifest:
     def n_live(self) -> int:
         """Rows that take part in answers."""
         return self.n_rows - self.n_retired
+
+    @property
+    def device(self) -> str:
+        """The kind of device that the index was built on; of an index that does not say so, the CPU."""
+        return kind_recorded(self.computed_on)
+
+    def elsewhere(self, computed_on: dict[str, Any]) -> dict[str, Any]:
+        """What a change of the index records of its device: nothing where the build ran on the same kind."""
+        return {} if kind_recorded(computed_on) == self.device else computed_on
+
+    def device_warning(self, computed_on: dict[str, Any], subject: str) -> str | None:
+        """A warning where a change runs on another kind of device than the build did; None where it does not.
+
+        Args:
+            computed_on: Where models run now.
+            subject: What runs, with its verb, such as ``the rows of train.csv run``.
+        """
+        if not (elsewhere := self.elsewhere(computed_on)):
+            return None
+        return (
+            f"the index was built on {self.device}, and {subject} on {elsewhere['device']}: equal rows may differ in "
+            "their last digits. The index records it."
+        )
 
     @property
     def row_format(self) -> RowFormat:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.device.memory import refusing_lack
 from forebear.indexer.model.loading import check_finite_weights
 from forebear.indexer.model.network.batches import pad_batch
@@ -76,7 +77,7 @@ class Course:
         """Mean loss of a batch; refuses NaN and infinity."""
         labels = batch["labels"]
         seed_step(self.options.seed, self._step)
-        with self.classifier.autocast():
+        with self.classifier.arithmetic():
             logits = model(**{key: batch[key] for key in batch if key != "labels"}).logits
         loss = self.classifier.loss.mean(logits.float(), labels)
         self._losses.add(loss, self.classifier.loss.total_weight(labels))
@@ -177,6 +178,7 @@ def run_trainer(course: Course) -> None:
     )
     trainer.remove_callback(PrinterCallback)
     subject, remedy = f"a training step of {options.batch_size} rows", "Train with a smaller --batch-size"
-    with refusing_lack(subject, course.classifier.device, remedy):
+    device = course.classifier.device
+    with repeatable(device), refusing_lack(subject, device, remedy):
         trainer.train()
     assert course.checkpoints[-1].step == course.plan["n_steps"]

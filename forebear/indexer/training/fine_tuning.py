@@ -5,8 +5,8 @@
       checkpoints/epoch-1/    model and tokenizer as ``save_pretrained`` writes them, no optimiser state
 
 The loop is transformers' Trainer: AdamW, linear warm-up and decay, gradients clipped at norm 1, rows grouped
-by length. A folder without ``run.json`` is an unfinished run. On a CPU the same seed and thread count give the
-same weights, with development rows or without; a GPU may sum in another order.
+by length. A folder without ``run.json`` is an unfinished run. The same seed, device and (on a CPU) thread count give
+the same weights, with development rows or without.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from forebear.indexer.losses.choices import weights_of_classes
 from forebear.indexer.losses.kinds import check_one_label, loss_of
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import computed_on
 from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import dropout_settings
@@ -174,6 +175,7 @@ def _describe_run(
     settings = {**asdict(options), **FIXED, **course.plan, "head": head, "start_sha256": classifier.sha256}
     settings |= {"n_rows": source.n_rows, "unlabelled": source.unlabelled, "threads": torch.get_num_threads()}
     settings["class_weights"] = list(options.class_weights)
+    settings["computed_on"] = computed_on(classifier.device, classifier.precision)
     settings["dropout"] = dropout_settings(classifier.model)
     if source.problem_type != SINGLE_LABEL:
         settings["problem_type"] = source.problem_type

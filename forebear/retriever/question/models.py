@@ -14,6 +14,7 @@ import torch
 from forebear.errors import MismatchError, MissingStoreError
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import computed_on, repeatable
 from forebear.indexer.model.device.copies import send
 from forebear.indexer.model.device.kept_arrays import DeviceMemory
 from forebear.indexer.model.device.memory import run_batches
@@ -46,11 +47,12 @@ def one_step_away(classifier: Classifier, index: Index, number: int) -> Classifi
     total_weight = classifier.loss.total_weight(targets).item()
 
     def run(positions: list[int]) -> tuple[torch.Tensor | None, ...]:
-        with classifier.autocast():
+        with classifier.arithmetic():
             logits = model(**pad_batch(classifier.tokenizer, [encoded[i] for i in positions], classifier.device)).logits
         share = classifier.loss.total_weight(targets[positions]).item() / total_weight
         loss = classifier.loss.mean(logits.float(), send(targets[positions], logits.device)) * share
-        return torch.autograd.grad(loss, parameters, allow_unused=True)
+        with repeatable(classifier.device):
+            return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     plan = plan_batches(lengths, len(rows) * max(lengths), equal_lengths=classifier.equal_lengths)
     batches = run_batches(
@@ -101,9 +103,18 @@ class Models:
         self._kept: dict[Hashable, Any] = {}
 
     @cached_property
+    def device(self) -> torch.device:
+        """Device that the models run on."""
+        return pick_device(self._device) if self._override is None else self._override.device
+
+    def computed_on(self) -> dict[str, Any]:
+        """Where and how answers are computed; see :func:`~forebear.indexer.model.device.arithmetic.computed_on`."""
+        return computed_on(self.device, self.index.manifest.spec.precision)
+
+    @cached_property
     def memory(self) -> DeviceMemory:
         """What searches keep on the device on which the models run."""
-        return DeviceMemory(pick_device(self._device), self._device_bytes)
+        return DeviceMemory(self.device, self._device_bytes)
 
     def keep(self, key: Hashable, make: Callable[[], T]) -> T:
         """The object kept under ``key``, which ``make`` makes when it is first asked for.

@@ -18,6 +18,7 @@ from forebear.errors import InputError, NonFiniteError
 from forebear.indexer.gradients.tape import only_asking
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.device.copies import fetch, send
 from forebear.indexer.model.device.memory import refusing_lack
 from forebear.indexer.model.encoding import encode_with_places
@@ -116,7 +117,8 @@ def saliency_gradients(
         try:
             with (
                 refusing_lack(subject, classifier.device, "Ask at a smaller --scope"),
-                only_asking(model, parameters), sdpa_kernel(SDPBackend.MATH), torch.enable_grad(),
+                repeatable(classifier.device), sdpa_kernel(SDPBackend.MATH),
+                only_asking(model, parameters), torch.enable_grad(),
             ):  # fmt: skip
                 logits = model(**pad_batch(classifier.tokenizer, [rows[i]], classifier.device)).logits
                 target = send(targets[i : i + 1], logits.device)

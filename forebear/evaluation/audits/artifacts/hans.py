@@ -20,6 +20,7 @@ from forebear.evaluation.common.passages import rank_headings, row_passages
 from forebear.evaluation.common.statistics import INTERVALS, mean_and_error, mean_of
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
+from forebear.indexer.model.device.arithmetic import computed_line
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.labels import collapse_to_binary_nli, nli_id
 from forebear.indexer.rows.row_source import RowBlock, RowSource
@@ -215,6 +216,7 @@ def hans_report(
         "test rows": source.name,
         "index": str(retriever.index.folder),
         "index digest": retriever.index.manifest.digest(),
+        "computed on": computed_line(retriever.models.computed_on()),
         "target": "predicted (entailment)",
         "95% intervals": INTERVALS,
         "command": command,
