@@ -23,7 +23,7 @@ from forebear.indexer.model.loading import dropout_settings
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.storage.manifest import library_versions
 from forebear.indexer.training.course import RANDOM_NUMBERS
-from forebear.indexer.training.fine_tuning import fine_tune
+from forebear.indexer.training.fine_tuning import fine_tune, refuse_other_gpus
 from forebear.indexer.training.options import TrainOptions
 from forebear.indexer.training.run import Run
 from forebear.indexer.training.start import freeze_below, load_start
@@ -37,15 +37,16 @@ class Start:
     Attributes:
         options: Options of the training run.
         name: Name of the start model.
+        device: Device that models are trained on.
         is_older: Whether an older version made the run, which drew random numbers otherwise than a retraining does.
         facts: All choices that decide an outcome, beside the rows and the recipe.
     """
 
     def __init__(self, run: Run, rows: TrainingRows, index: Index, device: str) -> None:
-        self._names, self._device = rows.label_names, pick_device(device)
+        self._names, self.device = rows.label_names, pick_device(device)
         known = {f.name for f in fields(TrainOptions)}
         settings = {name: value for name, value in run.settings.items() if name in known}
-        self.options = TrainOptions(**{**settings, "label_mode": None, "device": self._device.type})
+        self.options = TrainOptions(**{**settings, "label_mode": None, "device": self.device.type})
         self.name, self.is_older = run.base_model, run.settings.get("random_numbers") != RANDOM_NUMBERS
         self._loaded: tuple[int, Classifier, dict[str, torch.Tensor]] | None = None
         self._prepare: Callable[[Classifier], None] = lambda _classifier: None
@@ -72,7 +73,7 @@ class Start:
             "tokenizer_sha256": index.manifest.spec.tokenizer_sha256, "options": options,
             "libraries": library_versions(LIBRARIES), "threads": torch.get_num_threads(), "pairing": PAIRING,
         }  # fmt: skip
-        where = computed_on(self._device, self.options.precision)
+        where = computed_on(self.device, self.options.precision)
         if where["device"] != "cpu":  # outcomes of older versions on the CPU stay known
             self.facts = {**self.facts, "computed_on": where}
 
@@ -86,7 +87,7 @@ class Start:
         Calls with the same seed return the same object with its weights set back.
         """
         if self._loaded is None or self._loaded[0] != seed:
-            with own_random_numbers(self._device):
+            with own_random_numbers(self.device):
                 classifier, _ = load_start(
                     rows_from_texts([""] * len(self._names), range(len(self._names)), label_names=self._names),
                     self.name,
@@ -94,7 +95,7 @@ class Start:
                     max_length=self.options.max_length,
                     precision=self.options.precision,
                     seed=seed,
-                    device=self._device,
+                    device=self.device,
                 )
             loss = CrossEntropy(tuple(float(w) for w in self.options.class_weights), self.options.label_smoothing)
             classifier = replace(classifier, loss=loss)
@@ -113,6 +114,7 @@ class FullRecipe:
 
     def __init__(self, start: Start, rows: TrainingRows, evaluation: Sequence[Sequence[str]]) -> None:
         self._start, self._labels = start, rows.labels
+        refuse_other_gpus(start.device)
         k = start.options.freeze_below
         if k is not None:
             start.prepare(lambda classifier: freeze_below(classifier.model, k, classifier.name))

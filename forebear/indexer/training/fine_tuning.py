@@ -198,11 +198,26 @@ def _describe_run(
 def _pick_training_device(name: str) -> torch.device:
     """The CPU or the first CUDA device: Trainer knows no other."""
     device = pick_device(name)
-    if device.type not in ("cpu", "cuda") or device.index not in (None, 0):
-        raise InputError(
-            f"device {name!r}: training runs on cpu or on the first CUDA device. Choose a GPU by CUDA_VISIBLE_DEVICES."
-        )
+    if device.type not in ("cpu", "cuda"):
+        raise _no_training_device(device)
+    refuse_other_gpus(device)
     return device
+
+
+def refuse_other_gpus(device: torch.device) -> None:
+    """Refuse a GPU other than the first: Trainer would train on the first one.
+
+    Raises:
+        InputError: It is another one.
+    """
+    if device.type == "cuda" and device.index not in (None, 0):
+        raise _no_training_device(device)
+
+
+def _no_training_device(device: torch.device) -> InputError:
+    return InputError(
+        f"device '{device}': training runs on cpu or on the first CUDA device. Choose a GPU by CUDA_VISIBLE_DEVICES."
+    )
 
 
 def _pick_precision(precision: str, device: torch.device) -> str:
@@ -211,6 +226,8 @@ def _pick_precision(precision: str, device: torch.device) -> str:
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type != "cpu":
+        return "fp32"
     try:
         flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     except OSError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from tiny import make_tiny_model, sentences, write_jsonl
 
 from forebear.cli.main import run
 from forebear.errors import InputError
+from forebear.evaluation.retraining.recipe_full import FullRecipe
 from forebear.indexer.model.device.picking import pick_device
+from forebear.indexer.training import fine_tuning
 
 PICK = "from forebear.indexer.model.device.picking import pick_device; print(pick_device())"
 
@@ -85,6 +88,19 @@ def test_auto_is_the_cpu_in_tests_and_in_what_they_start(two_gpus):
     seen = f"import torch; torch.cuda.is_available = lambda: True; {PICK}"
     found = subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=True)
     assert found.stdout == "cpu\n"
+
+
+def test_training_on_another_gpu_than_the_first_is_refused_and_so_is_retraining(two_gpus, monkeypatch):
+    said = "device 'cuda:1': training runs on cpu or on the first CUDA device. Choose a GPU by CUDA_VISIBLE_DEVICES."
+    monkeypatch.setenv("FOREBEAR_DEVICE", "cuda:1")
+    for refuse in (
+        lambda: fine_tuning._pick_training_device("auto"),
+        lambda: FullRecipe(SimpleNamespace(device=pick_device()), SimpleNamespace(labels=[]), []),
+    ):
+        with pytest.raises(InputError) as refused:
+            refuse()
+        assert str(refused.value) == said
+    assert fine_tuning._pick_training_device("cuda:0") == torch.device("cuda:0")
 
 
 @pytest.mark.gpu
