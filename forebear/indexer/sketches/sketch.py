@@ -37,6 +37,7 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.copies import fetch, send
 from forebear.indexer.model.encoding import Texts, n_rows_of
 from forebear.indexer.model.forward import Forward
+from forebear.indexer.sketches.packed import PackedCodes, packed, packed_there
 from forebear.indexer.sketches.projector import Projector, row_lengths
 from forebear.indexer.storage.arrow import MEND, column, read_batches, record_batch, write_table
 from forebear.ratio import ratio
@@ -74,8 +75,17 @@ class Reduction:
         gram = np.einsum("iD,D,jD->ij", wide, self.squares.astype(np.float64), wide, optimize=True)
         return np.asarray(np.linalg.inv(np.linalg.cholesky(gram)))
 
+    @cached_property
+    def _reducers(self) -> dict[torch.device, Reducer]:
+        return {}
+
     def on(self, device: torch.device) -> Reducer:
-        """The reduction as tensors on a device."""
+        """The reduction as tensors on a device, which are made once: all shards of a pass take them."""
+        if device not in self._reducers:
+            self._reducers[device] = self._made_on(device)
+        return self._reducers[device]
+
+    def _made_on(self, device: torch.device) -> Reducer:
         basis, signs = send(self.basis, device).float(), send(self._signs, device)
         if not self.bits:
             return Reducer(basis, signs, None, 0)
@@ -109,37 +119,6 @@ class Reducer:
         if self.code_basis is None:
             return lengths, x, x[:, :0]
         return lengths, x, _pool(raw.mul_(self.signs), self.bits) * scale - x @ self.code_basis
-
-
-@dataclass(frozen=True)
-class PackedCodes:
-    """Codes as they are stored.
-
-    Attributes:
-        signs: Bits, 1 where a number is positive, ``(n, bits / 8)`` uint8.
-        factors: f, ``(n,)`` float64.
-    """
-
-    signs: np.ndarray
-    factors: np.ndarray
-
-
-def packed(codes: np.ndarray) -> PackedCodes:
-    """Codes ``(n, bits)`` float32 as they are stored."""
-    absolute = np.abs(codes).sum(axis=1, dtype=np.float64)
-    squares = (codes.astype(np.float64) ** 2).sum(axis=1)
-    return PackedCodes(np.packbits(codes > 0, axis=1), ratio(squares, absolute))
-
-
-def packed_there(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`packed` on the device of the codes, so that bits are copied from there."""
-    if codes.device.type == "cpu":
-        found = packed(codes.numpy())
-        return torch.from_numpy(found.signs), torch.from_numpy(found.factors)
-    places = 1 << torch.arange(7, -1, -1, dtype=torch.uint8, device=codes.device)
-    bits = torch.nn.functional.pad(codes > 0, (0, -codes.shape[1] % 8)).view(len(codes), -1, 8)
-    absolute, squares = codes.abs().sum(dim=1, dtype=torch.float64), codes.double().square().sum(dim=1)
-    return (bits * places).sum(dim=2, dtype=torch.uint8), torch.where(absolute > 0, squares / absolute, 0.0)
 
 
 def _pool(values: torch.Tensor, bits: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ from forebear.indexer.sketches.estimates import Part, Proposal
 from forebear.indexer.sketches.fitting import gradient_files, open_sketcher
 from forebear.indexer.sketches.sketch import Sketcher, SketchRows, sketch_rows
 from forebear.retriever.deep.query_gradients import Queries, QueryGradients
+from forebear.retriever.question.kept import size_of
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.models import N_VARIANTS
 from forebear.retriever.question.recall import UNWHITENED, same_as
@@ -32,7 +33,6 @@ class Candidates:
             gradients: Gradients of test rows over the scope, with the curvature that the question asks for.
         """
         self._gradients, self._index, self._scope = gradients, gradients.index, gradients.scope
-        self._sketchers: dict[tuple[int, int | None], Sketcher] = {}
 
     @property
     def _solver(self) -> str:
@@ -161,14 +161,19 @@ class Candidates:
 
     def _sketcher(self, number: int, white: int | None) -> Sketcher:
         """The sketcher of a checkpoint's gradients, plain (None) or whitened with the damping of number ``white``."""
-        key = (number, white)
-        if key not in self._sketchers:
+        models = self._gradients.models
+
+        def make() -> Sketcher:
             name, spec = self._index.manifest.checkpoints[number].name, self._index.manifest.spec
             files = gradient_files(spec, self._scope, name, last=number == self._gradients.last)
             self._index.checked(*map(self._index.manifest.fitted_name, files))
-            classifier = self._gradients.models.classifier(number)
-            self._sketchers[key] = open_sketcher(self._index.fit_folder, classifier, spec, self._scope, name, white)
-        return self._sketchers[key]
+            classifier = models.classifier(number)
+            return open_sketcher(self._index.fit_folder, classifier, spec, self._scope, name, white)
+
+        def size(sketcher: Sketcher) -> int:
+            return size_of(vars(sketcher.projector)) + size_of(sketcher.reduction.on(models.classifier(number).device))
+
+        return models.kept.get(("sketcher", self._scope, number, white), make, size=size)
 
     def _from_solutions(self, method: Method) -> bool:
         """Whether sketches of H^-1 g propose candidates, because the whitened sketches are of another H^-1."""

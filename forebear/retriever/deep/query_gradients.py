@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,8 +15,11 @@ from forebear.indexer.gradients.whole import summed_gradients, whole_gradients
 from forebear.indexer.model.encoding import Texts, take_texts
 from forebear.indexer.model.scopes import Scope
 from forebear.retriever.question.inverse import CurvatureSpec, Solve, deep_solver
+from forebear.retriever.question.kept import size_of
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.models import N_VARIANTS, Models
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,6 @@ class QueryGradients:
             curvature: The matrix H whose inverse is applied, and how it is solved for.
         """
         self.index, self.models, self.scope, self.curvature = models.index, models, scope, curvature
-        self._solve: Solve | None = None
-        self._held: dict[int, tuple[Queries, Vectors]] = {}  # of the latest block, by checkpoint
-        self._held_solution: tuple[Queries, Vectors, np.ndarray | None] | None = None
 
     @cached_property
     def last(self) -> int:
@@ -85,30 +87,38 @@ class QueryGradients:
 
     def solve(self, vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
         """H^-1 of query gradients at the last checkpoint, and relative residuals ``(q,)`` where a solver iterated."""
-        if self._solve is None:
-            classifier = self.models.classifier()
-            self._solve = deep_solver(self.curvature, self.index, classifier, self.parameters)
-        return self._solve(vectors)
+
+        def make() -> Solve:
+            return deep_solver(self.curvature, self.index, self.models.classifier(), self.parameters)
+
+        return self.models.kept.get(("solver", self.scope, self.curvature), make)(vectors)
 
     def at_checkpoint(self, number: int, queries: Queries) -> Vectors:
         """Whole gradients of the queries at a checkpoint; the same ``queries`` object asked again costs no pass."""
         if queries.vectors is not None:
             return queries.vectors
-        held = self._held.get(number)
-        if held is None or held[0] is not queries:
-            classifier = self.models.classifier(number)
-            arguments = (classifier, self.parameters, queries.texts, queries.targets)
-            vectors = (
-                whole_gradients(*arguments) if queries.groups is None else summed_gradients(*arguments, queries.groups)
-            )
-            self._held[number] = held = (queries, vectors)
-        return held[1]
+
+        def make() -> Vectors:
+            arguments = (self.models.classifier(number), self.parameters, queries.texts, queries.targets)
+            if queries.groups is None:
+                return whole_gradients(*arguments)
+            return summed_gradients(*arguments, queries.groups)
+
+        return self._of_latest(("gradients", self.scope, number), queries, make)
 
     def solutions(self, queries: Queries) -> tuple[Vectors, np.ndarray | None]:
         """H^-1 of the queries' gradients at the last checkpoint, as :meth:`solve` gives it.
 
         Like the gradients, the solutions of the latest block stay in memory.
         """
-        if self._held_solution is None or self._held_solution[0] is not queries:
-            self._held_solution = (queries, *self.solve(self.at_checkpoint(self.last, queries)))
-        return self._held_solution[1:]
+        key = ("solutions", self.scope, self.curvature)
+        return self._of_latest(key, queries, lambda: self.solve(self.at_checkpoint(self.last, queries)))
+
+    def _of_latest(self, key: Hashable, queries: Queries, make: Callable[[], T]) -> T:
+        """What is kept of the latest block of test rows, or made of this one."""
+        kept = self.models.kept
+        found: tuple[Queries, T] | None = kept.find(key)
+        if found is None or found[0] is not queries:
+            kept.drop(key)  # before its successor takes memory
+            found = kept.put(key, (queries, make()), size=lambda made: size_of(made[1]))
+        return found[1]

@@ -8,6 +8,7 @@ become candidates is decided by the sketches (:mod:`forebear.retriever.deep.cand
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -18,14 +19,14 @@ from typing_extensions import override
 
 from forebear.indexer.gradients.vectors import Vectors, dot
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
-from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.encoding import Texts, as_encoded, distinct_rows
+from forebear.indexer.model.encoding import Encoded, Texts, as_encoded, distinct_rows, encode
 from forebear.indexer.sketches.candidates import propose
 from forebear.ratio import ratio
 from forebear.retriever.deep.candidates import Candidates
 from forebear.retriever.deep.query_gradients import Queries, QueryGradients
 from forebear.retriever.question.inverse import CurvatureSpec
+from forebear.retriever.question.kept import Kept
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.models import Models
 from forebear.retriever.ranking import Ends, Ranking, join_ends, rank
@@ -34,6 +35,7 @@ VECTOR_BYTES = (
     1 << 30
 )  # of whole query vectors held at once; a pass with solutions copies both, and so takes as much again
 QUERIES_OF_A_SCAN = 128  # test rows for which stored sketches are read together
+ENCODED_BYTES = 256 << 20  # of the word pieces of training rows that stay in memory
 SELF_ROWS = 8  # candidates whose self-influence is solved for at once
 
 
@@ -48,14 +50,24 @@ class Rows(Protocol):
 
 
 class IndexRows(Rows):
-    """The training rows of an index."""
+    """The training rows of an index; word pieces of rows that were asked for stay in memory for a while.
 
-    def __init__(self, index: Index) -> None:
-        self._index = index
+    All checkpoints, and all blocks of test rows, read a row as the same word pieces.
+    """
+
+    def __init__(self, models: Models) -> None:
+        self._models, self._index = models, models.index
 
     @override
     def texts(self, numbers: np.ndarray) -> Texts:
-        return self._index.text_lists(numbers)
+        kept = self._models.kept.get("word pieces", lambda: Kept(ENCODED_BYTES), size=lambda _kept: ENCODED_BYTES)
+        found = {number: kept.find(number) for number in numbers.tolist()}
+        missing = [number for number, row in found.items() if row is None]
+        if missing:
+            encoded = encode(self._models.classifier(), self._index.text_lists(np.array(missing)))
+            for number, row in zip(missing, encoded, strict=True):
+                found[number] = kept.put(number, row, size=_bytes_of_row)
+        return Encoded([found[number] for number in numbers.tolist()])
 
     @override
     def labels(self, numbers: np.ndarray) -> np.ndarray:
@@ -80,7 +92,7 @@ class GradientSearch:
         self.index, self.models, self.scope, self.curvature = index, models, scope, curvature
         self.gradients = QueryGradients(models, scope, curvature)
         self.candidates = Candidates(self.gradients)
-        self.rows: Rows = IndexRows(index)
+        self.rows: Rows = IndexRows(models)
 
     @classmethod
     def kept(cls, models: Models, scope: str, curvature: CurvatureSpec) -> GradientSearch:
@@ -273,6 +285,11 @@ class GradientSearch:
             gradients = whole_gradients(classifier, self.gradients.parameters, encoded.take(block), labels[block])
             squares[start : start + SELF_ROWS] = dot(self.gradients.solve(gradients)[0], gradients).cpu().numpy()
         return np.asarray(np.sqrt(np.maximum(squares, 0.0))[inverse])
+
+
+def _bytes_of_row(row: dict[str, list[int]]) -> int:
+    """Bytes of a row's word pieces: of its lists, and of the ids in the first, which are objects of their own."""
+    return sum(map(sys.getsizeof, row.values())) + sys.getsizeof(1 << 10) * len(row["input_ids"])
 
 
 def _query_lengths(solved: Vectors, gradients: Vectors) -> np.ndarray:

@@ -16,6 +16,7 @@ import torch
 
 from forebear.errors import InputError
 from forebear.indexer.curvature.damping import refuse_lost_damping, refuse_nil_damping
+from forebear.indexer.curvature.ekfac import Ekfac
 from forebear.indexer.curvature.head import absolute_damping
 from forebear.indexer.curvature.head_products import MAX_WEIGHTS
 from forebear.indexer.curvature.products import GaussNewton, HessianProduct, Product
@@ -172,7 +173,7 @@ def deep_solver(spec: CurvatureSpec, index: Index, classifier: Classifier, param
     if solver == "ekfac":
         _, damping = index.ekfac_damping(scope, spec.damping)
         ekfac = index.ekfac(scope).to(device, dtype)
-        return lambda vectors: (ekfac.solve(vectors, damping), None)
+        return _ByEkfac(ekfac, damping)
     rows = live_sample(index.live, spec.rows, index.manifest.spec.seed)
     texts = index.text_lists(rows)
     targets = index.targets(rows)
@@ -185,6 +186,17 @@ def deep_solver(spec: CurvatureSpec, index: Index, classifier: Classifier, param
     else:
         product = HessianProduct(classifier, parameters, texts, targets, batch_tokens=DEFAULT_BATCH_TOKENS)
     return _iterative(spec, solver, product, len(rows), lambda: spec.absolute(index, scope), scope)
+
+
+@dataclass(frozen=True)
+class _ByEkfac:
+    """H^-1 in the eigenbasis, which lies on the model's device."""
+
+    ekfac: Ekfac
+    damping: float
+
+    def __call__(self, vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
+        return self.ekfac.solve(vectors, self.damping), None
 
 
 def _exact_head(index: Index, classifier: Classifier, damping: str | None) -> Solve:

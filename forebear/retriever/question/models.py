@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from forebear.indexer.model.loading import check_same_model, load_classifier, we
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.training.run import moved_paths
+from forebear.retriever.question.kept import Kept, budget_on
 
 T = TypeVar("T")
 
@@ -99,8 +100,11 @@ class Models:
         self._override = model if isinstance(model, Classifier) else None
         self._paths = moved_paths(model if isinstance(model, str) else None, index.manifest.checkpoints, index.folder)
         self._device = device
-        self._loaded: dict[int, Classifier] = {}
-        self._kept: dict[Hashable, Any] = {}
+
+    @cached_property
+    def kept(self) -> Kept:
+        """What was loaded and computed, within one number of bytes."""
+        return Kept(budget_on(pick_device(self._device)))
 
     @cached_property
     def device(self) -> torch.device:
@@ -119,23 +123,22 @@ class Models:
     def keep(self, key: Hashable, make: Callable[[], T]) -> T:
         """The object kept under ``key``, which ``make`` makes when it is first asked for.
 
-        Searches of a scope are kept so, with what they have loaded, for later questions.
+        Searches of a scope are kept so for later questions.
         """
-        if key not in self._kept:
-            self._kept[key] = make()
-        kept: T = self._kept[key]
-        return kept
+        return self.kept.get(key, make)
 
     def classifier(self, checkpoint: int = -1) -> Classifier:
         """The classifier at a checkpoint of the index; the last by default. Numbers past it are its variants."""
         checkpoints = self.index.manifest.checkpoints
         number = checkpoint if checkpoint >= 0 else checkpoint % len(checkpoints)
-        if number not in self._loaded:
+        last = number == len(checkpoints) - 1
+
+        def make() -> Classifier:
             if number < len(checkpoints):
-                self._loaded[number] = self._load(number, last=number == len(checkpoints) - 1)
-            else:
-                self._loaded[number] = one_step_away(self.classifier(), self.index, number - len(checkpoints))
-        return self._loaded[number]
+                return self._load(number, last=last)
+            return one_step_away(self.classifier(), self.index, number - len(checkpoints))
+
+        return self.kept.get(("model", number), make, stays=last)
 
     def _load(self, number: int, *, last: bool) -> Classifier:
         manifest = self.index.manifest
@@ -151,9 +154,12 @@ class Models:
             classifier, label_names=spec.label_names, loss=spec.loss
         )  # the model's own names may be empty ones, such as LABEL_0
 
-    @cached_property
+    @property
     def sentence_encoder(self) -> SentenceEncoder:
         """The encoder, not fine-tuned, of the index's sentence embeddings."""
+        return self.kept.get("sentence encoder", self._load_sentence_encoder)
+
+    def _load_sentence_encoder(self) -> SentenceEncoder:
         manifest = self.index.manifest
         if manifest.sentence_model is None:
             raise MissingStoreError(
