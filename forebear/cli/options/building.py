@@ -158,9 +158,14 @@ class ComputingChoices(Options, panel="Model"):
     class_weights: ClassWeights = None
     label_smoothing: LabelSmoothing = None
     device: Device = "auto"
-    batch_tokens: Annotated[int, typer.Option("--batch-tokens", help="Word pieces in a batch, padding included.")] = (
-        4096
-    )
+    batch_tokens: Annotated[
+        str,
+        typer.Option(
+            "--batch-tokens",
+            help="Word pieces in a batch, padding included; auto: 4096 on the CPU, on a GPU as many as half of its "
+            "memory holds.",
+        ),
+    ] = "auto"
     shard_rows: Annotated[
         int, typer.Option("--shard-rows", help="Rows in a file; an interrupted build goes on at a file.")
     ] = 4096
@@ -191,6 +196,8 @@ class ChoiceOptions(Options):
                 given[name] = counts(self._flag(name), parts) if kinds[name] == tuple[int, ...] else parts
             else:
                 given[name] = value
+        if given["batch_tokens"].isdigit():
+            given["batch_tokens"] = int(given["batch_tokens"])
         if given["span_column"] is not None:
             given["span_column"] = _column(given["span_column"], text_columns)
         choices = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v not in (None, [])}

@@ -24,7 +24,7 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.copies import Fetched, one_late
 from forebear.indexer.model.device.memory import run_batches
 from forebear.indexer.model.encoding import Encoded, Texts, encoded_rows, plan_batches
-from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, run_forward
+from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.text import Span
@@ -228,7 +228,7 @@ def start_states(classifier: Classifier, texts: Texts) -> np.ndarray:
             )
         return Fetched(states[:, 0].double())
 
-    plan = plan_batches(lengths, DEFAULT_BATCH_TOKENS, equal_lengths=classifier.equal_lengths)
+    plan = plan_batches(lengths, classifier.batch_tokens(), equal_lengths=classifier.equal_lengths)
     out = list(one_late(run_batches(plan, run, lengths=lengths, device=classifier.device)))
     states = np.concatenate([batch_states for _, (batch_states,) in out])
     ordered = np.empty_like(states)

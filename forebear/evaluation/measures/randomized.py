@@ -101,7 +101,7 @@ def random_retriever(retriever: Retriever, spec: QuerySpec, rows: np.ndarray, se
         keep_columns=(),
         label_mode=None,  # labels are classes already
         ann=None,
-        batch_tokens=BuildOptions.batch_tokens,
+        batch_tokens="auto",
         shard_rows=BuildOptions.shard_rows,
         device=str(classifier.device),
     )

@@ -23,7 +23,7 @@ from forebear.indexer.model.device.arithmetic import own_random_numbers, repeata
 from forebear.indexer.model.device.copies import Fetched, one_late, send
 from forebear.indexer.model.device.memory import refusing_lack, run_batches
 from forebear.indexer.model.encoding import encode, plan_batches
-from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, run_forward
+from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.network.layers import encoder_layers
 from forebear.indexer.storage.ragged import offsets
@@ -157,7 +157,7 @@ class TopRecipe:
             with torch.no_grad():
                 return Fetched(top_logits(classifier, [hidden.row(i) for i in batch]).double())
 
-        plan = plan_batches(lengths, DEFAULT_BATCH_TOKENS, equal_lengths=classifier.equal_lengths)
+        plan = plan_batches(lengths, classifier.batch_tokens(), equal_lengths=classifier.equal_lengths)
         for batch, (logits,) in one_late(run_batches(plan, run, device=classifier.device, lengths=lengths)):
             out[batch] = logits
         return out
@@ -180,7 +180,7 @@ def _forward_to(
     hook = classifier.model.get_submodule(layer).register_forward_pre_hook(catch, with_kwargs=True)
     try:
         lengths = [len(row["input_ids"]) for row in rows]
-        plan = plan_batches(lengths, DEFAULT_BATCH_TOKENS, equal_lengths=classifier.equal_lengths)
+        plan = plan_batches(lengths, classifier.batch_tokens(), equal_lengths=classifier.equal_lengths)
         yield from run_batches(
             plan, run, device=classifier.device, lengths=lengths, let_go=lambda _batch: caught.clear()
         )

@@ -22,7 +22,7 @@ from forebear.indexer.building.options import BuildOptions, Work
 from forebear.indexer.building.preflight import check_feasible
 from forebear.indexer.building.refit import refit_index
 from forebear.indexer.building.shards import ShardWriter, as_begun, segment_of, split_rows
-from forebear.indexer.building.spec import make_spec
+from forebear.indexer.building.spec import make_spec, settled_batch_tokens
 from forebear.indexer.index import Index
 from forebear.indexer.losses.choices import weights_of_classes
 from forebear.indexer.losses.kinds import check_one_label, loss_of
@@ -142,6 +142,7 @@ def _build(
         precision=options.precision,
         max_length=options.max_length,
     )
+    options = replace(options, batch_tokens=settled_batch_tokens(options, classifier, folder, resume=work.resume))
     for remark in classifier.remarks:
         work.warn(remark)
     check_one_label(classifier.loss.problem_type, options.class_weights, options.label_smoothing)

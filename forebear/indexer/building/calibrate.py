@@ -26,6 +26,7 @@ from forebear.indexer.gradients.vectors import dot
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import device_kind
 from forebear.indexer.model.device.copies import send
 from forebear.indexer.model.encoding import Encoded, Texts, take_texts
 from forebear.indexer.model.scopes import Scope
@@ -168,7 +169,8 @@ def _parts(
     index: Index, classifier: Classifier, scope: Scope, queries: _CalibrationQueries, *, spans: bool
 ) -> dict[str, Part]:
     """Sketches of the queries beside the stored ones: ``plain``, and ``white`` where there is curvature."""
-    spec, checkpoint = index.manifest.spec, index.manifest.checkpoints[-1].name
+    spec = index.manifest.spec_on(device_kind(classifier.device))
+    checkpoint = index.manifest.checkpoints[-1].name
     sketchers = open_sketchers(index.fit_folder, classifier, spec, scope.name, checkpoint, last=True)
     sketches, _ = sketch_rows(
         classifier, list(sketchers.values()), queries.texts, queries.targets, batch_tokens=spec.batch_tokens

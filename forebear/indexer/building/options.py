@@ -94,8 +94,11 @@ class BuildOptions(Choices):
             for scope in self.scopes if self.curvature != "none" else ():
                 if scope != "head":
                     refuse_nil_damping(given, torch.float32, scope)
-        if self.batch_tokens < 1 or self.shard_rows < 1:
-            raise InputError("--batch-tokens and --shard-rows must be at least 1.")
+        tokens = self.batch_tokens
+        if tokens != "auto" and (not isinstance(tokens, int) or tokens < 1):
+            raise InputError(f"--batch-tokens {tokens}: expected auto, or a number of word pieces from 1 up.")
+        if self.shard_rows < 1:
+            raise InputError(f"--shard-rows {self.shard_rows}: expected 1 or more.")
         if "spans" in self.stores:
             if self.spans is None:
                 raise InputError("--store spans: say by --spans how they are found.")

@@ -24,7 +24,8 @@ from forebear.indexer.gradients.earlier_rows import EarlierSpans, LabelledRows, 
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.device.arithmetic import computed_on
+from forebear.indexer.model.device.arithmetic import computed_on, device_kind
+from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.encoding import Encoded, encode
 from forebear.indexer.sketches.fitting import Sample, fit_sketchers, sample_rows, sketch_folders
 from forebear.indexer.sketches.sketch import Sketcher
@@ -35,7 +36,7 @@ from forebear.indexer.storage.choices import WorkKeywords
 from forebear.indexer.storage.journal import begin_change, check_change, same_device_or_refuse, unfinished, was_done
 from forebear.indexer.storage.layout import LOCK_NAME, span_gradients
 from forebear.indexer.storage.locks import exclusive
-from forebear.indexer.storage.manifest import Checkpoint, Manifest
+from forebear.indexer.storage.manifest import Checkpoint, IndexSpec, Manifest
 from forebear.progress import counted
 
 if TYPE_CHECKING:
@@ -134,6 +135,10 @@ class _SketchWriter:
     _earlier_spans: EarlierSpans = field(default_factory=EarlierSpans)
 
     @property
+    def _spec(self) -> IndexSpec:
+        return self.index.manifest.spec_on(device_kind(pick_device(self.work.device)))
+
+    @property
     def _has_spans(self) -> bool:
         return self.index.manifest.spec.spans is not None
 
@@ -145,7 +150,7 @@ class _SketchWriter:
     def write(self, checkpoint: Checkpoint, classifier: Classifier, *, last: bool) -> None:
         """Make the fits of a checkpoint that are missing, and write its missing shards."""
         sketchers = fit_sketchers(
-            self.folder, classifier, self.index.manifest.spec, checkpoint.name, self._sample,
+            self.folder, classifier, self._spec, checkpoint.name, self._sample,
             last=last, stage=partial(counted, self.work.progress),
         )  # fmt: skip
         self._stage(f"sketches {checkpoint.name}", list(sketchers), partial(self._write_rows, classifier, sketchers))
@@ -187,7 +192,7 @@ class _SketchWriter:
         collectors = {kind: s.collector(len(rows), classifier.device, packs=True) for kind, s in sketchers.items()}
         run_pass(
             classifier, encoded, labels_seed(classifier.loss, self.index.targets(rows)),
-            list(collectors.values()), batch_tokens=self.index.manifest.spec.batch_tokens, first_row=start,
+            list(collectors.values()), batch_tokens=self._spec.batch_tokens, first_row=start,
             on_rows=on_rows, warn=self.work.warn,
         )  # fmt: skip
         for number in range(self._earlier.n_shards, shard + 1):
@@ -207,7 +212,7 @@ class _SketchWriter:
             raise CorruptIndexError(f"{self.index.folder}: a stored span of row {owners[~read][0]} is not in its text.")
         _, _, sketches = masked_pass(
             classifier, sketchers, replace(encoded, owners=owners - start), self.index.targets(owners),
-            self.index.manifest.spec.batch_tokens, self.work.warn,
+            self._spec.batch_tokens, self.work.warn,
         )  # fmt: skip
         for number in range(self._earlier_spans.n_shards, shard + 1):
             note_spans(self._earlier_spans, self.index.folder, number, classifier)

@@ -27,7 +27,8 @@ from forebear.indexer.gradients.earlier_rows import (
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.device.arithmetic import repeatable
+from forebear.indexer.model.device.arithmetic import device_kind, repeatable
+from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.encoding import Encoded, encode
 from forebear.indexer.model.forward import Forward, forward_of_features, run_forward
 from forebear.indexer.model.loading import check_same_model, load_classifier
@@ -138,7 +139,7 @@ class ShardWriter:
     @property
     def spec(self) -> IndexSpec:
         """The index's choices."""
-        return self.manifest.spec
+        return self.manifest.spec_on(device_kind(pick_device(self.work.device)))
 
     @property
     def shards(self) -> tuple[tuple[int, int], ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,9 @@ from forebear.indexer.model.loading import Fingerprint, load_classifier, stored_
 from forebear.indexer.rows.labels import names_of_classes
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.spans.finders import finder_sha256
-from forebear.indexer.storage.manifest import Checkpoint, IndexSpec
+from forebear.indexer.storage.journal import read_journal
+from forebear.indexer.storage.layout import MANIFEST_NAME
+from forebear.indexer.storage.manifest import Checkpoint, IndexSpec, read_manifest
 from forebear.indexer.training.run import CheckpointPath
 
 CHECKED_AMONG = 256  # first rows, of which a few are compared with autograd
@@ -99,6 +102,17 @@ def make_spec(
         n_threads=torch.get_num_threads(),
     )
     return spec, tuple(records), loaded, worst_of(checks)
+
+
+def settled_batch_tokens(options: BuildOptions, classifier: Classifier, folder: Path, *, resume: bool) -> int:
+    """Word pieces of a batch: the number given, else what suits the device; a resumed build goes on as it was begun."""
+    if options.batch_tokens != "auto":
+        return options.batch_tokens
+    if resume and (journal := read_journal(folder)) is not None:
+        return int(journal["spec"]["batch_tokens"])
+    if resume and (folder / MANIFEST_NAME).is_file():
+        return read_manifest(folder).spec.batch_tokens
+    return classifier.batch_tokens()
 
 
 def _listed(checkpoint: CheckpointPath, sha256: str) -> Checkpoint:

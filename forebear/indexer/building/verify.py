@@ -12,6 +12,8 @@ from forebear.errors import CorruptIndexError, InputError
 from forebear.indexer.building.shards import checkpoints_now, load_checked
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.arithmetic import device_kind
+from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.sentence_encoder import load_sentence_encoder
 from forebear.indexer.sketches.fitting import open_sketchers
@@ -142,7 +144,8 @@ def _left_line(folder: Path, manifest: Manifest) -> str | None:
 
 def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: str) -> float:
     """Largest relative difference between stored and recomputed numbers of a sample of rows."""
-    spec, manifest = index.manifest.spec, index.manifest
+    manifest = index.manifest
+    spec = manifest.spec_on(device_kind(pick_device(device)))
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.choice(manifest.n_rows, size=min(n_rows, manifest.n_rows), replace=False))
     texts = index.text_lists(rows)
@@ -214,7 +217,7 @@ def _compare_spans(
     if not read.all():
         raise CorruptIndexError(f"{index.folder}: a stored span of row {owners[~read][0]} is not in its text.")
     gold = index.targets(owners)
-    features, logits, sketches = masked_pass(classifier, sketchers, encoded, gold, index.manifest.spec.batch_tokens)
+    features, logits, sketches = masked_pass(classifier, sketchers, encoded, gold, classifier.batch_tokens())
     for kind, recomputed in sketches.items():
         stored = index.gradient_store(kind, spans=True)
         compare(stored.norms[entries], recomputed.norms)

@@ -16,7 +16,7 @@ from forebear.indexer.model.device.copies import picks, send
 from forebear.indexer.model.encoding import Texts, as_encoded, distinct_rows
 from forebear.indexer.model.scopes import Scope
 
-BATCH_TOKENS = 2048
+CPU_TOKENS = 2048  # of a batch on a CPU
 
 
 class _Gradients(RowCollector):
@@ -51,7 +51,13 @@ def whole_gradients(
 ) -> Vectors:
     """Loss gradients of a few rows, ``(q, n_out, n_in)`` for each block of the scope."""
     collector = _Gradients(scope, len(labels), classifier.head.weight)
-    run_pass(classifier, texts, labels_seed(classifier.loss, labels), [collector], batch_tokens=BATCH_TOKENS)
+    run_pass(
+        classifier,
+        texts,
+        labels_seed(classifier.loss, labels),
+        [collector],
+        batch_tokens=classifier.batch_tokens(CPU_TOKENS),
+    )
     return collector.out
 
 
@@ -98,7 +104,13 @@ def summed_gradients(
         groups: Number of each row's group, from 0, ``(q,)``.
     """
     collector = _Sums(scope, groups, classifier.head.weight)
-    run_pass(classifier, texts, labels_seed(classifier.loss, labels), [collector], batch_tokens=BATCH_TOKENS)
+    run_pass(
+        classifier,
+        texts,
+        labels_seed(classifier.loss, labels),
+        [collector],
+        batch_tokens=classifier.batch_tokens(CPU_TOKENS),
+    )
     return collector.out
 
 
@@ -184,7 +196,7 @@ def exact_dots(
         encoded,
         labels_seed(classifier.loss, labels),
         [collector],
-        batch_tokens=BATCH_TOKENS,
+        batch_tokens=classifier.batch_tokens(CPU_TOKENS),
         on_rows=on_rows,
     )
     return collector.out

@@ -15,6 +15,7 @@ from torch import nn
 from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.device.arithmetic import forward_arithmetic
+from forebear.indexer.model.device.batch_size import BATCH_TOKENS, batch_tokens_on
 from forebear.indexer.model.network.adapters import Adapter
 
 
@@ -77,6 +78,10 @@ class Classifier:
     def n_classes(self) -> int:
         """Number of classes c."""
         return self.head.out_features
+
+    def batch_tokens(self, on_cpu: int = BATCH_TOKENS) -> int:
+        """Most word pieces of a batch where the user does not say: ``on_cpu``, and on a GPU what its memory holds."""
+        return batch_tokens_on(self.device, self.model, self.feature_dim, on_cpu)
 
     @property
     def remarks(self) -> tuple[str, ...]:

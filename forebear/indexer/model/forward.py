@@ -23,8 +23,6 @@ from forebear.indexer.model.encoding import Texts, as_encoded, distinct, plan_ba
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.network.head import watched_head
 
-DEFAULT_BATCH_TOKENS = 4096
-
 
 @dataclass(frozen=True)
 class Forward:
@@ -63,7 +61,7 @@ def run_forward(
     classifier: Classifier,
     texts: Texts,
     *,
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    batch_tokens: int | None = None,
     first_row: int = 0,
     on_rows: Callable[[int], None] | None = None,
 ) -> Forward:
@@ -72,7 +70,8 @@ def run_forward(
     Args:
         classifier: The model, in ``eval()`` mode.
         texts: One list a text column, ``(columns, n)``; or encoded rows.
-        batch_tokens: Largest number of padded tokens in a batch. Scores do not depend on it (to 1e-5).
+        batch_tokens: Largest number of padded tokens in a batch; None: as many as suit the device. Scores do not
+            depend on it (to 1e-5).
         first_row: Row number of the first text, for messages.
         on_rows: Called with the number of rows after each batch (progress).
 
@@ -92,7 +91,7 @@ def run_forward(
             classifier, pad_batch(classifier.tokenizer, [rows[i] for i in first[batch]], classifier.device)
         )
 
-    plan = plan_batches(lengths, batch_tokens, equal_lengths=classifier.equal_lengths)
+    plan = plan_batches(lengths, batch_tokens or classifier.batch_tokens(), equal_lengths=classifier.equal_lengths)
     batches = run_batches(
         plan, run, lengths=lengths, device=classifier.device, name=lambda i: f"row {first_row + first[i]}"
     )

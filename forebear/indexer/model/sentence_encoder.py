@@ -13,11 +13,11 @@ from torch import nn
 
 from forebear.errors import ModelError, NonFiniteError
 from forebear.indexer.model.device.arithmetic import repeatable
+from forebear.indexer.model.device.batch_size import batch_tokens_on
 from forebear.indexer.model.device.copies import Fetched, one_late
 from forebear.indexer.model.device.memory import moved, run_batches
 from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.encoding import Encoded, Texts, distinct, plan_batches
-from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.model.loading import check_finite_weights, load_tokenizer, resolve_model_name, weights_sha256
 from forebear.indexer.model.network.batches import pad_batch, tokenize
 from forebear.indexer.model.network.pretrained import load_pretrained
@@ -55,7 +55,7 @@ class SentenceEncoder:
         self,
         texts: Texts,
         *,
-        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        batch_tokens: int | None = None,
         on_rows: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """Embeddings of rows of one or two texts, ``(n, s)`` float32, not normalised.
@@ -80,7 +80,9 @@ class SentenceEncoder:
                 mask = inputs["attention_mask"][:, :, None].to(states.dtype)
                 return Fetched((states * mask).sum(dim=1) / mask.sum(dim=1))
 
-        plan = plan_batches(lengths, batch_tokens, equal_lengths=self.equal_lengths)
+        plan = plan_batches(
+            lengths, batch_tokens or batch_tokens_on(device, self.model, out.shape[1]), equal_lengths=self.equal_lengths
+        )
         batches = run_batches(plan, run, lengths=lengths, device=device, name=lambda i: f"row {first[i]}")
         for batch, (embeddings,) in one_late(batches):
             out[first[batch]] = embeddings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from forebear.progress import Progress, Tell
 
@@ -59,7 +59,7 @@ class Choices:
     rep_refit: bool = False
     ann: str | None = None  # FAISS factory string; None: chosen by size
     seed: int = 0
-    batch_tokens: int = 4096
+    batch_tokens: int | Literal["auto"] = "auto"  # "auto": as many as suit the device; in a spec always a number
     shard_rows: int = 4096
 
     @property
@@ -135,7 +135,7 @@ class BuildKeywords(WorkKeywords, total=False):
     rep_refit: bool
     ann: str | None
     seed: int
-    batch_tokens: int
+    batch_tokens: int | Literal["auto"]
     shard_rows: int
     calibration_queries: int
     sentence_model: str

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forebear.errors import CorruptIndexError
+from forebear.indexer.model.device.batch_size import BATCH_TOKENS
 from forebear.indexer.rows.row_format import SINGLE_LABEL, RowFormat
 from forebear.indexer.storage.arrow import MEND
 from forebear.indexer.storage.atomic import write_bytes
@@ -97,6 +98,7 @@ class IndexSpec(Choices):
     text_columns: tuple[str, ...]  # order of encoding
     problem_type: str = SINGLE_LABEL  # what a row's target is
     max_length: int = field()
+    batch_tokens: int = field()
     spans_sha256: str | None = None  # of the file or the weights that found spans, where a function or a reader did
     sentence_sha256: str | None  # weights and tokenizer of the un-tuned sentence encoder
     n_threads: int  # last bits of a float depend on it
@@ -229,6 +231,15 @@ class Manifest:
     def elsewhere(self, computed_on: dict[str, Any]) -> dict[str, Any]:
         """What a change of the index records of its device: nothing where the build ran on the same kind."""
         return {} if kind_recorded(computed_on) == self.device else computed_on
+
+    def spec_on(self, kind: str) -> IndexSpec:
+        """The spec for work on a kind of device: where the build ran on another, batches are no larger than anywhere.
+
+        The build's may be those of a large GPU.
+        """
+        if kind == self.device:
+            return self.spec
+        return replace(self.spec, batch_tokens=min(self.spec.batch_tokens, BATCH_TOKENS))
 
     def device_warning(self, computed_on: dict[str, Any], subject: str) -> str | None:
         """A warning where a change runs on another kind of device than the build did; None where it does not.

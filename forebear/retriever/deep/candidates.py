@@ -88,7 +88,7 @@ class Candidates:
                 continue
             classifier = self._gradients.models.classifier(number)
             if by_pass:
-                tokens = self._index.manifest.spec.batch_tokens
+                tokens = classifier.batch_tokens()
                 rows, _ = sketch_rows(classifier, sketchers, queries.texts, queries.targets, batch_tokens=tokens)
             else:
                 vectors = self._gradients.at_checkpoint(number, queries)

@@ -24,9 +24,9 @@ from forebear.indexer.curvature.solvers import HAN20, LissaSettings, Multiply, S
 from forebear.indexer.gradients.vectors import Vectors, dot
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.batch_size import BATCH_TOKENS
 from forebear.indexer.model.device.memory import run_batches
 from forebear.indexer.model.encoding import distinct
-from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.model.scopes import Scope
 from forebear.sampling import live_sample
 
@@ -180,11 +180,11 @@ def deep_solver(spec: CurvatureSpec, index: Index, classifier: Classifier, param
     product: Product
     if solver == "cg":
         product = GaussNewton(
-            classifier, parameters, texts, seed=index.manifest.spec.seed, batch_tokens=DEFAULT_BATCH_TOKENS,
+            classifier, parameters, texts, seed=index.manifest.spec.seed, batch_tokens=classifier.batch_tokens(),
             targets=targets,
         )  # fmt: skip
     else:
-        product = HessianProduct(classifier, parameters, texts, targets, batch_tokens=DEFAULT_BATCH_TOKENS)
+        product = HessianProduct(classifier, parameters, texts, targets, batch_tokens=BATCH_TOKENS)
     return _iterative(spec, solver, product, len(rows), lambda: spec.absolute(index, scope), scope)
 
 

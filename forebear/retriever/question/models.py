@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ class Models:
     @cached_property
     def kept(self) -> Kept:
         """What was loaded and computed, within one number of bytes."""
-        return Kept(budget_on(pick_device(self._device)))
+        return Kept(budget_on(self.device))
 
     @cached_property
     def device(self) -> torch.device:

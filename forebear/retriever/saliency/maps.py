@@ -23,7 +23,6 @@ from forebear.indexer.gradients.tape import Seed
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode_with_places
-from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.model.scopes import (
     embedding_scope,
     encoder_input_scope,
@@ -78,7 +77,7 @@ def saliency(
     targets: np.ndarray,
     *,
     form: str = GRADIENT_X_INPUT,
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    batch_tokens: int | None = None,
 ) -> list[Saliency]:
     """Saliency maps of rows of text.
 
@@ -91,7 +90,7 @@ def saliency(
         texts: One list a text column, ``(columns, n)``.
         targets: Class ids, ``(n,)``; of several labels and of numbers ``(n, c)``.
         form: ``gradient-x-input`` or ``summed-gradient``.
-        batch_tokens: Largest number of padded tokens in a batch.
+        batch_tokens: Largest number of padded tokens in a batch; None: as many as suit the device.
 
     Returns:
         One a row, in the order given.
@@ -109,7 +108,8 @@ def saliency(
         return []
     rows, encoded = encode_with_places(classifier, texts)
     gathered = _Saliencies(classifier, form, [len(ids) for ids in encoded["input_ids"]])
-    run_pass(classifier, Encoded(rows), _seeds(classifier.loss, form, targets), [gathered], batch_tokens=batch_tokens)
+    tokens = batch_tokens or classifier.batch_tokens()
+    run_pass(classifier, Encoded(rows), _seeds(classifier.loss, form, targets), [gathered], batch_tokens=tokens)
     refuse_non_finite(classifier.name, 0, gathered.sizes)
     maps = []
     for row, values in enumerate(gathered.values):

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS
 from forebear.indexer.words.gradients import WordRows, word_gradients
 from forebear.indexer.words.store import WordStore
 from forebear.ratio import ratio
@@ -133,10 +132,8 @@ class WordSearcher(Searcher):
     def _from_models(
         self, texts: Sequence[Sequence[str]], labels: np.ndarray, tops: Sequence[int]
     ) -> list[dict[int, WordRows]]:
-        return [
-            word_gradients(self.models.classifier(c), texts, labels, tops, batch_tokens=DEFAULT_BATCH_TOKENS)[0]
-            for c in range(len(self.etas))
-        ]
+        classifiers = (self.models.classifier(c) for c in range(len(self.etas)))
+        return [word_gradients(c, texts, labels, tops, batch_tokens=c.batch_tokens())[0] for c in classifiers]
 
     def _words_of(self, rows: np.ndarray, tops: Sequence[int]) -> dict[int, list[WordRows]]:
         """Words of training rows from the models, by store, one entry a checkpoint."""

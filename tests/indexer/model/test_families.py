@@ -39,8 +39,9 @@ from forebear.indexer.building.row_facts import row_facts
 from forebear.indexer.gradients.self_check import check_gradients
 from forebear.indexer.gradients.whole import whole_gradients
 from forebear.indexer.index import Index
+from forebear.indexer.model.device.batch_size import BATCH_TOKENS
 from forebear.indexer.model.encoding import Encoded, encode
-from forebear.indexer.model.forward import DEFAULT_BATCH_TOKENS, run_forward
+from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import Fingerprint, load_classifier, stored_fingerprint
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.network.shared_layers import SharedUses
@@ -336,7 +337,7 @@ def test_a_long_text_is_read_whole_and_batches_are_bounded_by_word_pieces_not_by
     Retriever(index).retrieve(texts[-1:], methods=["gd"], scope="all", top=2)
     longest = max(length for _, length in shapes)
     assert longest == 1202
-    assert all(n_rows == 1 or n_rows * length <= DEFAULT_BATCH_TOKENS for n_rows, length in shapes)
+    assert all(n_rows == 1 or n_rows * length <= BATCH_TOKENS for n_rows, length in shapes)
     assert any(n_rows > 10 for n_rows, _ in shapes)
 
 
