@@ -48,7 +48,7 @@ def test_rows_are_appended_and_verified_with_the_stored_number(tmp_path, tiny_mo
     make(tmp_path / "i", tiny_model, batch_tokens=64)
     appended = append_rows(tmp_path / "i", rows_from_texts(sentences(6, seed=9), labels(6)), device="cpu")
     assert appended.manifest.spec.batch_tokens == 64
-    assert not verify_index(tmp_path / "i", recompute=5, device="cpu")
+    assert verify_index(tmp_path / "i", n_rows=5, device="cpu").problems == ()
 
 
 @pytest.mark.parametrize("given", [0, -3, "many"])
