@@ -64,10 +64,10 @@ def test_a_choice_of_a_part_that_is_not_there_does_not_count() -> None:
 
 
 def test_every_choice_stands_in_one_place() -> None:
-    """Options and spec have them from Choices; neither declares one of its own again, but for the length in use."""
+    """Options and spec have them from Choices; neither declares one of its own again, but for what a build decides."""
     chosen = {f.name for f in fields(Choices)}
     assert chosen & set(vars(BuildOptions)["__annotations__"]) == set()
-    assert chosen & set(vars(IndexSpec)["__annotations__"]) == {"max_length"}
+    assert chosen & set(vars(IndexSpec)["__annotations__"]) == {"max_length", "batch_tokens"}
     assert chosen >= set(LATER_CHOICES)
 
 
