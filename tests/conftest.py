@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from places import NO_GPU, NO_SMALL_DISK
+from places import GPU, NO_GPU, NO_SMALL_DISK
 from tiny import labels, make_tiny_model, sentences
 
 from forebear.indexer.building.build import BuildOptions, build_index
@@ -52,7 +52,7 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first, an order that ``make test`` keeps; skip tests of a GPU where there is none."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-    if not torch.cuda.is_available():
+    if GPU.startswith("cuda") and not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=NO_GPU))

@@ -10,7 +10,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,62 +102,65 @@ class Kernels:
             self.sketchers[kind] = Sketcher(projector, fit_reduction(raw.out, projector, width=16, bits=64, seed=0))
         self.vectors = whole_gradients(c, scope, [TEXTS[0][:N_QUERIES]], TARGETS[:N_QUERIES])
         self.encoded = encode(c, TEXTS)
+        self.watched: Callable[[torch.nn.Module], Any] = lambda _model: nullcontext()  # of kernels with their own model
 
     def _pass(self, collectors: list[Any], texts: Any = TEXTS, targets: np.ndarray = TARGETS) -> None:
         run_pass(self.classifier, texts, labels_seed(self.classifier.loss, targets), collectors, batch_tokens=TOKENS)
 
-    def sketch(self, *kinds: str) -> None:
-        """A pass with sketches, as a build runs it."""
+    def sketch(self, *kinds: str, words: int | None = None) -> list[np.ndarray]:
+        """A pass with sketches, as a build runs it; gives the norms, which do not depend on the bases."""
         found = [self.sketchers[kind].collector(N, self.classifier.device) for kind in kinds]
-        self._pass(found)
-        for collector in found:
+        others = [] if words is None else [WordGradients(self.classifier, words, N, "fp16")]
+        self._pass([*found, *others])
+        for collector in others:
             collector.rows()
+        return [collector.rows().norms for collector in found]
 
-    def words(self, *tops: int) -> None:
+    def words(self, *tops: int) -> list[Any]:
         """A pass with word gradients."""
         found = [WordGradients(self.classifier, top, N, "fp16") for top in tops]
         self._pass(found)
-        for collector in found:
-            collector.rows()
+        return [collector.rows(0) for collector in found]
 
-    def spans(self) -> None:
+    def spans(self) -> np.ndarray:
         """A pass over differences of rows and their masked versions."""
         spans = [Span(0, 0, len(text.split()[0])) for text in TEXTS[0]]
         masked, _ = mask_spans(self.classifier, TEXTS, spans)
         collector = self.sketchers["plain"].collector(N, self.classifier.device)
         self._pass([collector], masked)
-        collector.rows()
+        return collector.rows().norms
 
-    def dots(self, n_wanted: int | None = None) -> None:
+    def dots(self, n_wanted: int | None = None) -> np.ndarray:
         """Exact dots with all queries, or with each query's own rows."""
         wanted = None
         if n_wanted is not None:
             wanted = np.zeros((N_QUERIES, N), bool)
             for q in range(N_QUERIES):
                 wanted[q, np.random.default_rng(q).permutation(N)[:n_wanted]] = True
-        exact_dots(self.classifier, self.scope, self.vectors, TEXTS, TARGETS, wanted=wanted)
+        found = exact_dots(self.classifier, self.scope, self.vectors, TEXTS, TARGETS, wanted=wanted)
+        return found if wanted is None else found[wanted]
 
-    def sums(self) -> None:
+    def sums(self) -> Any:
         """Sums of gradients by group."""
-        summed_gradients(self.classifier, self.scope, TEXTS, TARGETS, np.arange(N) % 3)
+        return summed_gradients(self.classifier, self.scope, TEXTS, TARGETS, np.arange(N) % 3)
 
-    def gauss_newton(self) -> None:
+    def gauss_newton(self) -> Any:
         """One product."""
-        GaussNewton(self.classifier, self.scope, TEXTS, seed=0, batch_tokens=TOKENS)(self.vectors)
+        return GaussNewton(self.classifier, self.scope, TEXTS, seed=0, batch_tokens=TOKENS)(self.vectors)
 
-    def hessian(self) -> None:
+    def hessian(self) -> Any:
         """One product."""
-        HessianProduct(self.classifier, self.scope, TEXTS, TARGETS, batch_tokens=TOKENS)(self.vectors)
+        return HessianProduct(self.classifier, self.scope, TEXTS, TARGETS, batch_tokens=TOKENS)(self.vectors)
 
-    def cg(self) -> None:
+    def cg(self) -> Any:
         """Two iterations."""
         product = GaussNewton(self.classifier, self.scope, TEXTS, seed=0, batch_tokens=TOKENS)
-        conjugate_gradients(product, self.vectors, 0.1, tolerance=1e-12, max_iterations=2)
+        return conjugate_gradients(product, self.vectors, 0.1, tolerance=1e-12, max_iterations=2)
 
-    def lissa(self) -> None:
+    def lissa(self) -> Any:
         """Three steps."""
         product = HessianProduct(self.classifier, self.scope, TEXTS, TARGETS, batch_tokens=TOKENS)
-        lissa(product, self.vectors, damping=0.01, scale=1e4, depth=3, batch_rows=8, n_rows=N)
+        return lissa(product, self.vectors, damping=0.01, scale=1e4, depth=3, batch_rows=8, n_rows=N)
 
     def retrain_top(self) -> None:
         """An epoch of the last layer, on stored states."""
@@ -195,7 +198,6 @@ class Kernels:
 
     def run(self, name: str, ledger: pretended.Ledger) -> Counts:
         """Run a kernel and count."""
-        self.watched = lambda model: counted(model, ledger)  # for kernels with a model of their own
         kernel = KERNELS[name]
         if name in OWN_MODEL:
             passes: list[int] = []
@@ -206,7 +208,7 @@ class Kernels:
                     yield
                 passes.extend(found)
 
-            self.watched = watched  # type: ignore[assignment]
+            self.watched = watched
             kernel(self)
         else:
             with counted(self.classifier.model, ledger) as passes:
@@ -214,28 +216,28 @@ class Kernels:
         return Counts(len(passes), dict(ledger.waits), dict(ledger.sent), dict(ledger.launches))
 
 
-def _embed(kernels: Kernels) -> None:
+def _embed(kernels: Kernels) -> np.ndarray:
     encoder = load_sentence_encoder(kernels.name, device=str(kernels.device))
     with kernels.watched(encoder.model):
-        encoder.embed(TEXTS, batch_tokens=TOKENS)
+        return encoder.embed(TEXTS, batch_tokens=TOKENS)
 
 
-def _weighted_train(kernels: Kernels) -> None:
+def _weighted_hessian(kernels: Kernels) -> Any:
     plain = kernels.classifier
     kernels.classifier = replace(plain, loss=CrossEntropy((1.0, 2.0)))
     try:
-        kernels.hessian()
+        return kernels.hessian()
     finally:
         kernels.classifier = plain
 
 
-def _saliency_gradients(kernels: Kernels) -> None:
+def _saliency_gradients(kernels: Kernels) -> Any:
     words = [Span(0, 0, len(text.split()[0])) for text in TEXTS[0][:N_QUERIES]]
-    saliency_gradients(kernels.classifier, kernels.scope, [TEXTS[0][:N_QUERIES]], TARGETS[:N_QUERIES], words)
+    return saliency_gradients(kernels.classifier, kernels.scope, [TEXTS[0][:N_QUERIES]], TARGETS[:N_QUERIES], words)
 
 
-def _factors(kernels: Kernels) -> None:
-    fit_factors(kernels.classifier, kernels.scope, TEXTS, seed=0, batch_tokens=TOKENS)
+def _factors(kernels: Kernels) -> Any:
+    return fit_factors(kernels.classifier, kernels.scope, TEXTS, seed=0, batch_tokens=TOKENS)
 
 
 KERNELS: dict[str, Callable[[Kernels], Any]] = {
@@ -243,24 +245,21 @@ KERNELS: dict[str, Callable[[Kernels], Any]] = {
     "sentences": _embed,
     "sketch": lambda k: k.sketch("plain"),
     "sketch, whitened": lambda k: k.sketch("whitened"),
-    "sketch, both, words": lambda k: k._pass(
-        [*(k.sketchers[kind].collector(N, k.device) for kind in ("plain", "whitened")),
-         WordGradients(k.classifier, 3, N, "fp16")]
-    ),
+    "sketch, both, words": lambda k: k.sketch("plain", "whitened", words=3),
     "words": lambda k: k.words(0),
     "words, top": lambda k: k.words(3),
     "spans": lambda k: k.spans(),
     "factors": _factors,
     "eigenvalues": lambda k: fit_ekfac(
         k.classifier, k.scope, TEXTS, seed=0, batch_tokens=TOKENS, factors=k.factors
-    ),
+    ).solve(k.vectors, 0.1),
     "whole gradients": lambda k: whole_gradients(k.classifier, k.scope, Encoded(k.encoded), TARGETS),
     "sums": lambda k: k.sums(),
     "dots": lambda k: k.dots(),
     "dots, wanted": lambda k: k.dots(8),
     "Gauss-Newton": lambda k: k.gauss_newton(),
     "Hessian": lambda k: k.hessian(),
-    "Hessian, weighted": _weighted_train,
+    "Hessian, weighted": _weighted_hessian,
     "cg": lambda k: k.cg(),
     "lissa": lambda k: k.lissa(),
     "saliency": lambda k: saliency(k.classifier, TEXTS, TARGETS, batch_tokens=TOKENS),

@@ -23,3 +23,4 @@ NO_MINILM = (
 )
 NO_SMALL_DISK = "unchecked: what a full disk does. To check, run as root on Linux: a small tmpfs is mounted"
 NO_GPU = "unchecked: the same numbers on a GPU. To check, run pytest -m gpu where torch sees a CUDA device"
+GPU = os.environ.get("FOREBEAR_TEST_GPU", "cuda")  # device of the tests that are marked gpu
