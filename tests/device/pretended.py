@@ -293,3 +293,14 @@ def entered() -> Iterator[Ledger]:
     LEDGER.clear()
     with _Mode():
         yield LEDGER
+
+
+# ``PYTHONPATH=tests/device:tests/support FOREBEAR_TEST_GPU=pretend pytest -p pretended -m gpu`` runs the tests of a GPU
+# on this device, so that they are known to run before a GPU is there.
+
+
+def pytest_configure() -> None:
+    """As a plugin of pytest: enter for the rest of the process."""
+    register()
+    _kept.append(entered())
+    _kept[-1].__enter__()

@@ -172,7 +172,7 @@ def test_the_tests_of_a_gpu_run_on_the_pretended_device() -> None:
     """So that they are not run for the first time where time is short."""
     paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "tests/device", "tests/support"))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "as_gpu", "-p", "no:cacheprovider", "-m", "gpu", __file__,
+        [sys.executable, "-m", "pytest", "-q", "-p", "pretended", "-p", "no:cacheprovider", "-m", "gpu", __file__,
          "-k", "kernels and (forward or dots or words or cg or train)"],
         capture_output=True, text=True, check=False, cwd=ROOT,
         env=os.environ | {"PYTHONPATH": paths, "FOREBEAR_TEST_GPU": "pretend"},

@@ -25,7 +25,6 @@ from torch import nn
 
 from forebear import BuildOptions, DataError, InputError, ModelError, QuerySpec, Retriever, build_index, retire_rows
 from forebear.cli.main import run
-from forebear.indexer.gradients import whole as module
 from forebear.indexer.gradients.tape import Tape
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.model.classifier import Classifier
@@ -136,7 +135,7 @@ def test_gradients_and_dots_of_two_versions_are_those_of_autograd(versions, with
     scope, names = everything_of(classifier, with_bias)
     truth, largest = versions.truth(names)
     for batch_tokens in (1, 4096):
-        monkeypatch.setattr(module, "BATCH_TOKENS", batch_tokens)
+        monkeypatch.setattr(type(classifier), "batch_tokens", lambda _self, most=batch_tokens: most)
         found = flat(scope, whole_gradients(classifier, scope, encoded, gold), names)
         assert ((found - truth).abs().amax(dim=1).numpy() <= limit * largest).all()
         for n in (1, 8):  # few queries a row and many take different ways
