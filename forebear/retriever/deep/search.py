@@ -20,6 +20,7 @@ from typing_extensions import override
 from forebear.indexer.gradients.vectors import Vectors, dot
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.batch_size import vector_bytes_on
 from forebear.indexer.model.encoding import Encoded, Texts, as_encoded, distinct_rows, encode
 from forebear.indexer.sketches.candidates import propose
 from forebear.ratio import ratio
@@ -31,9 +32,8 @@ from forebear.retriever.question.methods import Method
 from forebear.retriever.question.models import Models
 from forebear.retriever.ranking import Ends, Ranking, join_ends, rank
 
-VECTOR_BYTES = (
-    1 << 30
-)  # of whole query vectors held at once; a pass with solutions copies both, and so takes as much again
+# Of whole query vectors held at once on a CPU; a pass with solutions copies both, and so takes as much again.
+VECTOR_BYTES = 1 << 30
 QUERIES_OF_A_SCAN = 128  # test rows for which stored sketches are read together
 ENCODED_BYTES = 256 << 20  # of the word pieces of training rows that stay in memory
 SELF_ROWS = 8  # candidates whose self-influence is solved for at once
@@ -222,7 +222,8 @@ class GradientSearch:
     def chunks(self, methods: Sequence[Method], n_queries: int) -> list[np.ndarray]:
         """Indices of the queries, divided so that the whole vectors of each chunk fit in memory together."""
         kinds = 2 if any(m.query == "preconditioned" for m in methods) else 1
-        size = max(1, VECTOR_BYTES // (4 * kinds * self.gradients.parameters.size))
+        n_bytes = vector_bytes_on(self.models.memory.device, VECTOR_BYTES)
+        size = max(1, n_bytes // (4 * kinds * self.gradients.parameters.size))
         return [np.arange(i, min(i + size, n_queries)) for i in range(0, n_queries, size)]
 
     def score_together(

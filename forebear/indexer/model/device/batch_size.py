@@ -47,3 +47,17 @@ def batch_tokens_on(device: torch.device, model: nn.Module, width: int, on_cpu: 
 def _fitting(n_bytes: int, bytes_a_token: int) -> int:
     steps = n_bytes // bytes_a_token // BATCH_TOKENS
     return min(max(steps, 1) * BATCH_TOKENS, MOST_TOKENS)
+
+
+def vector_bytes_on(device: torch.device, on_cpu: int) -> int:
+    """Most bytes of whole gradients of test rows that are held at once: on a GPU an eighth of its memory.
+
+    Every training row that is scored is run once for all of them, so more of them at once take fewer passes.
+
+    Args:
+        device: Where the model runs.
+        on_cpu: The number for the CPU, and the least elsewhere.
+    """
+    import torch
+
+    return max(on_cpu, torch.cuda.mem_get_info(device)[1] // 8) if device.type == "cuda" else on_cpu

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from forebear.indexer.model.device.batch_size import batch_tokens_on
+from forebear.indexer.model.device.batch_size import batch_tokens_on, vector_bytes_on
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 GIB = 1 << 30
@@ -42,3 +42,10 @@ def test_a_network_that_names_no_width_has_that_of_its_feature(monkeypatch):
 def test_the_cpu_gets_what_its_caches_like():
     assert batch_tokens_on(CPU, model(768, 12), 768) == 4096
     assert batch_tokens_on(CPU, model(768, 12), 768, on_cpu=2048) == 2048
+
+
+def test_a_gpu_holds_gradients_in_an_eighth_of_its_memory(monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device: (0, 16 << 30))
+    assert vector_bytes_on(CUDA, 1 << 30) == 2 << 30
+    assert vector_bytes_on(CUDA, 4 << 30) == 4 << 30
+    assert vector_bytes_on(CPU, 1 << 30) == 1 << 30
