@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from programs import on_pretended
 from warm import run_program
 
 if TYPE_CHECKING:
@@ -57,3 +58,28 @@ def test_the_host_waits_within_the_budget_of_each_kernel():
     assert set(found) == set(BUDGETS)
     assert all(batches for batches, _ in found.values())
     assert {name: over for name, (_, over) in found.items() if over} == {}
+
+
+LOSSES = """
+from forebear.errors import NonFiniteError
+from forebear.indexer.training.step_losses import READ_STEPS, StepLosses
+
+losses, n_added, found = StepLosses("step {}: {}".format), 0, []
+try:
+    for step in range(40):
+        losses.add(torch.tensor(float("nan") if step == 5 else step / 8).to(device), torch.tensor(2).to(device))
+        n_added += 1
+except NonFiniteError as error:
+    found = [str(error), n_added == READ_STEPS - 1, len(losses.read)]
+ledger.clear()
+losses = StepLosses("step {}: {}".format)
+values = torch.arange(40.0, device=device)
+for value in values:
+    losses.add(value, torch.ones((), device=device))
+losses.settle()
+found += [ledger.waits.total(), losses.read == [(float(step), 1.0) for step in range(40)]]
+"""
+
+
+def test_losses_of_steps_are_read_many_at_a_time_and_the_first_that_is_nan_is_named():
+    assert on_pretended(LOSSES) == ["step 5: nan", True, 5, 2, True]
