@@ -28,7 +28,7 @@ from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import repeatable
-from forebear.indexer.model.device.copies import picks
+from forebear.indexer.model.device.copies import fetch, picks, send
 from forebear.indexer.model.device.memory import free_memory, is_out_of_memory
 from forebear.indexer.model.scopes import Block, Scope
 from forebear.indexer.storage.arrow import MEND
@@ -99,7 +99,7 @@ class EkfacBlock:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> EkfacBlock:
         """The block on a device, in a precision."""
-        moved = (x.to(device, dtype) for x in (self.left, self.right, self.eigenvalues))
+        moved = (send(x, device).to(dtype) for x in (self.left, self.right, self.eigenvalues))
         return EkfacBlock(self.block, *moved)
 
 
@@ -118,13 +118,13 @@ class Ekfac:
     @cached_property
     def mean_eigenvalue(self) -> float:
         """Mean eigenvalue over all parameters of the scope."""
-        total = sum(float(part.eigenvalues.sum(dtype=torch.float64)) for part in self.parts.values())
-        return total / sum(part.block.size for part in self.parts.values())
+        totals = [part.eigenvalues.sum(dtype=torch.float64) for part in self.parts.values()]
+        return float(sum(fetch(torch.stack(totals))[0].tolist()) / sum(part.block.size for part in self.parts.values()))
 
     @cached_property
     def largest_eigenvalue(self) -> float:
         """Largest eigenvalue of all blocks of the scope."""
-        return max(float(part.eigenvalues.max()) for part in self.parts.values())
+        return float(fetch(torch.stack([part.eigenvalues.max() for part in self.parts.values()]))[0].max())
 
     def solve(self, vectors: Vectors, damping: float) -> Vectors:
         """(H + damping I)^-1 V, block by block."""

@@ -260,7 +260,7 @@ def read_plain_projector(path: Path, scope: str, device: torch.device, dtype: to
     """The projector of the bases that :func:`write_bases` wrote."""
     parts, _ = read_blocks(path)
     bases = {
-        block.name: SideBases(found["left"].to(device, dtype), found["right"].to(device, dtype))
+        block.name: SideBases(*(send(found[side], device).to(dtype) for side in ("left", "right")))
         for block, found in parts.items()
     }
     return PlainProjector(Scope(scope, tuple(parts)), bases)

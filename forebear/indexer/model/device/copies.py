@@ -29,7 +29,7 @@ def send(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tenso
     A GPU reads them from pinned memory whenever it gets there; torch keeps that memory until then.
     """
     host = as_tensor(values) if isinstance(values, np.ndarray) else values
-    if device.type == "cuda":
+    if device.type == "cuda" and host.device.type == "cpu":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)
 
