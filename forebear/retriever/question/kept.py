@@ -12,7 +12,9 @@ from torch import nn
 
 T = TypeVar("T")
 
-KEPT_BYTES = 6 << 30  # two of gradients and solutions of a block of test rows, a few models, and what solvers hold
+KEPT_BYTES = (
+    6 << 30
+)  # on a CPU: two of gradients and solutions of a block of test rows, a few models, and what solvers hold
 
 
 @dataclass
@@ -88,8 +90,8 @@ class Kept:
 
 
 def budget_on(device: torch.device) -> int:
-    """Most bytes that are kept where models run: on a GPU at most a quarter of its memory."""
-    return min(KEPT_BYTES, torch.cuda.mem_get_info(device)[1] // 4) if device.type == "cuda" else KEPT_BYTES
+    """Most bytes that are kept where models run: on a GPU a quarter of its memory, twice a block's gradients."""
+    return torch.cuda.mem_get_info(device)[1] // 4 if device.type == "cuda" else KEPT_BYTES
 
 
 def size_of(value: Any) -> int:

@@ -8,8 +8,9 @@ import torch
 from tiny import labels, sentences
 
 from forebear import BuildOptions, Index, build_index, choose_model, rows_from_texts
+from forebear.indexer.model.device.batch_size import vector_bytes_on
 from forebear.retriever.deep import search
-from forebear.retriever.question.kept import Kept, size_of
+from forebear.retriever.question.kept import Kept, budget_on, size_of
 from forebear.retriever.retriever import Retriever
 
 
@@ -54,6 +55,15 @@ def test_bytes_are_those_of_arrays_tensors_and_networks(tmp_path):
     assert size_of({"a": [np.zeros(4), torch.zeros(2)], "b": (layer, "text", 7)}) == 32 + 8 + 4 * (6 + 2)
     assert size_of(Kept()) == 0
     assert size_of(mapped.view(np.ndarray)) == 0
+
+
+def test_gradients_and_solutions_of_a_block_fit_in_what_a_gpu_keeps(monkeypatch):
+    """Otherwise each would push the other out."""
+    device = torch.device("cuda:0")
+    for n_bytes in (8 << 30, 139 << 30):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, n_bytes=n_bytes: (0, n_bytes))
+        assert vector_bytes_on(device, search.VECTOR_BYTES) <= budget_on(device)
+    assert budget_on(torch.device("cpu")) >= search.VECTOR_BYTES
 
 
 def test_candidates_are_encoded_once_for_all_chunks_and_checkpoints(index, monkeypatch):
