@@ -19,6 +19,9 @@ Python it reads as Python writes them, ``top=``.
 
 from __future__ import annotations
 
+import errno
+import re
+
 from forebear.wording import worded
 
 
@@ -85,3 +88,25 @@ class OutputExistsError(InputError):
 
 class InUseError(InputError):
     """Another process is writing there at this moment."""
+
+
+# Of torch on CUDA, ROCm, XPU, MPS and the CPU; of cuBLAS, cuDNN, cuSOLVER, oneDNN and CUDA's driver; of FAISS and C++.
+_LACK_OF_MEMORY = re.compile(
+    r"out of memory|not enough memory|(can't|cannot|unable to|failed to|could not) allocate|alloc(ation)?_failed"
+    r"|cudaErrorMemoryAllocation|bad_alloc|bad allocation|could not create a (primitive$|memory object)",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of the machine or of a device does not suffice, in whatever words.
+
+    What catches any error, to say that a file is damaged or a model not supported, must let such an error pass.
+    """
+    if isinstance(error, MemoryError | NotEnoughMemoryError):  # of Python, numpy and Arrow; of forebear
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):  # torch's
+        return True
+    return isinstance(error, RuntimeError | OSError) and _LACK_OF_MEMORY.search(str(error)) is not None

@@ -15,8 +15,7 @@ from forebear.cli.commands.audit import hans as audit
 from forebear.cli.commands.evaluate import group as evaluate
 from forebear.cli.screen.console import ERR, OUT, be_quiet, note, warn
 from forebear.cli.workers import end_with_parent, stop_workers
-from forebear.errors import ForebearError
-from forebear.indexer.model.device.memory import is_out_of_memory
+from forebear.errors import ForebearError, is_out_of_memory
 from forebear.progress import Listener, heard_by
 from forebear.wording import at_command_line
 
@@ -93,12 +92,12 @@ def _run(args: list[str]) -> int:
             f"{error.filename or 'disk'}: {error.strerror or error}" + (" (the disk is full)" if full else ""), 1
         )
     except Exception as error:
-        if is_out_of_memory(error):
-            return _fail(_memory_line(error), 2)
         if hasattr(error, "format_message"):  # a usage error of the command-line parser
             return _fail(_usage_line(error), 2)
         if os.environ.get("FOREBEAR_DEBUG"):
             raise
+        if is_out_of_memory(error):
+            return _fail(_memory_line(error), 2)
         return _fail(f"{type(error).__name__}: {error}. This is a bug in forebear; FOREBEAR_DEBUG=1 shows where.", 1)
     if code == INTERRUPTED:
         return _fail(INTERRUPTED_LINE, INTERRUPTED)

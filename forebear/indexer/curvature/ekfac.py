@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from forebear.errors import CorruptIndexError, NonFiniteError
+from forebear.errors import CorruptIndexError, NonFiniteError, is_out_of_memory
 from forebear.indexer.curvature.head import row_chunks
 from forebear.indexer.gradients.block_file import read_blocks, write_blocks
 from forebear.indexer.gradients.factors import LayerFactors
@@ -29,7 +29,7 @@ from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.device.copies import fetch, picks, send
-from forebear.indexer.model.device.memory import free_memory, is_out_of_memory
+from forebear.indexer.model.device.memory import free_memory
 from forebear.indexer.model.scopes import Block, Scope
 from forebear.indexer.storage.arrow import MEND
 

@@ -13,13 +13,13 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from forebear.errors import ModelError
+from forebear.errors import ModelError, is_out_of_memory
 from forebear.indexer.gradients.factors import EmbeddingFactors, LayerFactors
 from forebear.indexer.gradients.tape import Seed, Tape, alone, loss_of, only_asking
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import repeatable
-from forebear.indexer.model.device.memory import is_out_of_memory, run_batches
+from forebear.indexer.model.device.memory import run_batches
 from forebear.indexer.model.forward import forward_batch
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.network.pretrained import first_line

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from forebear.errors import DataError, InputError
+from forebear.errors import DataError, InputError, is_out_of_memory
 from forebear.indexer.rows.files.file_formats import (
     Reader,
     csv_reader,
@@ -240,9 +240,9 @@ def _load_hub(name: str, split: str) -> Any:
         is_last = (repo, config) == tries[-1]
         try:
             return datasets.load_dataset(repo, config, split=split)
-        except MemoryError:
-            raise
         except Exception as error:  # whatever a data set's files or names bring up
+            if is_out_of_memory(error):
+                raise
             if isinstance(error, datasets.exceptions.DatasetNotFoundError):
                 reason = "the hub has no data set of that name; mend the name"
             elif isinstance(error, ConnectionError):

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from forebear.conformal import supported_recall
-from forebear.errors import CorruptIndexError, InputError, StorageError
-from forebear.indexer.model.device.memory import is_out_of_memory
+from forebear.errors import CorruptIndexError, InputError, StorageError, is_out_of_memory
 from forebear.indexer.storage.arrow import MEND, RowMatrix
 from forebear.indexer.storage.atomic import atomic_file
 from forebear.ratio import ratio

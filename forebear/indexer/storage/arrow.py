@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from forebear.errors import CorruptIndexError
+from forebear.errors import CorruptIndexError, is_out_of_memory
 from forebear.indexer.storage.atomic import atomic_file
 
 _HASH_CHUNK_BYTES = 1 << 22
@@ -54,6 +54,8 @@ def read_batches(path: Path) -> list[pa.RecordBatch]:
             reader = pa.ipc.open_file(source)
             return [reader.get_batch(i) for i in range(reader.num_record_batches)]
     except (OSError, pa.ArrowInvalid) as error:
+        if is_out_of_memory(error):
+            raise
         raise CorruptIndexError(f"{path} cannot be read as Arrow ({_first_line(error)}). {MEND}") from error
 
 

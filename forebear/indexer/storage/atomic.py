@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from forebear.errors import StorageError
+from forebear.errors import StorageError, is_out_of_memory
 
 TEMPORARY_SUFFIX = ".partial"
 
@@ -33,6 +33,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         with suppress(OSError):  # its parent may be a file, not a folder
             temporary.unlink(missing_ok=True)
+        if is_out_of_memory(error):
+            raise
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}. Nothing that was there has changed. "
             + (
@@ -89,6 +91,8 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
             temporary.replace(folder / name)
         sync(folder)
     except OSError as error:
+        if is_out_of_memory(error):
+            raise
         reason = error.strerror or error
         raise StorageError(
             f"cannot write {', '.join(contents)} to {folder}: {reason}. Name a folder that you may write to, on a disk "

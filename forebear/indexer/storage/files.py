@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from forebear.display import facts_table
-from forebear.errors import CorruptIndexError, InputError
+from forebear.errors import CorruptIndexError, InputError, is_out_of_memory
 from forebear.indexer.rows.source_names import similar_names
 from forebear.indexer.storage.arrow import MEND, RowMatrix, column, file_sha256, read_batches
 from forebear.indexer.storage.layout import JOURNAL_NAME, MANIFEST_NAME
@@ -110,6 +110,8 @@ class IndexFiles:
             with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
                 digests = list(pool.map(lambda name: file_sha256(self.folder / name), unchecked))
         except OSError as error:
+            if is_out_of_memory(error):
+                raise
             raise CorruptIndexError(
                 f"{error.filename} cannot be read ({error.strerror}). If the index was changed since it was opened, "
                 f"open it again. {MEND}"

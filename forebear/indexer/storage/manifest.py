@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forebear.errors import CorruptIndexError
+from forebear.errors import CorruptIndexError, is_out_of_memory
 from forebear.indexer.model.device.batch_size import BATCH_TOKENS
 from forebear.indexer.rows.row_format import SINGLE_LABEL, RowFormat
 from forebear.indexer.storage.arrow import MEND
@@ -306,6 +306,8 @@ def read_manifest(folder: Path) -> Manifest:
         written = path.read_bytes()
         content = json.loads(written, parse_constant=_refuse_constant)
     except (OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CorruptIndexError(f"{path} cannot be read as a manifest ({error}). {MEND}") from error
     number = content.get("format") if isinstance(content, dict) else None
     if number != FORMAT_VERSION:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from forebear.errors import StorageError
+from forebear.errors import StorageError, is_out_of_memory
 from forebear.indexer.storage.arrow import column, read_batches, write_columns
 from forebear.indexer.storage.atomic import TEMPORARY_SUFFIX
 from forebear.indexer.storage.layout import word_files
@@ -311,6 +311,8 @@ def _reserved(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[n
             mapped = np.memmap(handle, dtype, "r+", shape=(size_bytes // dtype.itemsize,))
             yield np.asarray(mapped)[: int(np.prod(shape))].reshape(shape)
     except OSError as error:
+        if is_out_of_memory(error):
+            raise
         hint = "Free some space and go on with --resume." if error.errno == errno.ENOSPC else "Choose another place."
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}. Nothing that was there has changed. {hint}"

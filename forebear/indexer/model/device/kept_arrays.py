@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from forebear.errors import is_out_of_memory
 from forebear.indexer.model.device.copies import as_tensor, send
-from forebear.indexer.model.device.memory import is_out_of_memory
 
 __all__ = ["HOST", "DeviceMemory", "as_tensor"]
 

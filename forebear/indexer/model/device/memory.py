@@ -1,45 +1,24 @@
-"""A lack of memory: known by its errors, and met with smaller batches.
+"""A lack of memory is met with smaller batches.
 
 :func:`run_batches` is the one place where batches are halved. It halves after the ``except`` clause has ended, because
-the traceback of the error holds the tensors of the batch that failed.
-
-The module does not import torch: the command line asks it about errors of commands that never used torch.
+the traceback of the error holds the tensors of the batch that failed. (:func:`~forebear.errors.is_out_of_memory` knows
+a lack of memory by its words.)
 """
 
 from __future__ import annotations
 
-import errno
 import gc
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from forebear.errors import NotEnoughMemoryError
+from forebear.errors import NotEnoughMemoryError, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-
-# Of torch on CUDA, ROCm, XPU, MPS and the CPU, of cuBLAS, cuDNN, cuSOLVER and the CUDA driver, of FAISS and C++.
-_WORDS = re.compile(
-    r"out of memory|not enough memory|(can't|cannot|unable to|failed to|could not) allocate|alloc(ation)?_failed"
-    r"|cudaErrorMemoryAllocation|bad_alloc|bad allocation",
-    re.IGNORECASE,
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of the machine or of a device does not suffice, in whatever words."""
-    if isinstance(error, MemoryError | NotEnoughMemoryError):  # of Python, numpy and Arrow; of forebear
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):  # torch's
-        return True
-    return isinstance(error, RuntimeError) and _WORDS.search(str(error)) is not None
 
 
 def run_batches(

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from forebear.errors import ModelError
-from forebear.indexer.model.device.memory import is_out_of_memory
+from forebear.errors import ModelError, is_out_of_memory
 from forebear.indexer.model.network.layers import Scale, is_layer
 from forebear.indexer.model.network.pretrained import (
     ADAPTER_CONFIG,

@@ -11,8 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from forebear.errors import ModelError
-from forebear.indexer.model.device.memory import is_out_of_memory
+from forebear.errors import ModelError, is_out_of_memory
 from forebear.indexer.rows.source_names import similar_names
 
 TRAINER_CHECKPOINT = re.compile(r"checkpoint-(\d+)")

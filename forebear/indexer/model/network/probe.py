@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from forebear.errors import ModelError
-from forebear.indexer.model.device.memory import is_out_of_memory, not_enough
+from forebear.errors import ModelError, is_out_of_memory
+from forebear.indexer.model.device.memory import not_enough
 from forebear.indexer.model.network.batches import pad_batch, tokenize
 from forebear.indexer.model.network.head import watched_head
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from forebear.indexer.model.device.memory import is_out_of_memory
+from forebear.errors import is_out_of_memory
 
 Shape = tuple[int, ...]
 RunRows = Callable[[int], torch.Tensor]  # runs the model on a batch of so many equal rows; gives their features

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from forebear.errors import DataError
+from forebear.errors import DataError, is_out_of_memory
 from forebear.indexer.rows.arrow_text import column_bytes
 from forebear.indexer.rows.files.json_rows import DATE, TIMESTAMP, UTC_TIMESTAMP, json_kind, json_rows
 from forebear.indexer.rows.files.text_file import ExpansionGuard, check_text, open_text
@@ -46,6 +46,8 @@ def reading(name: str, expected: str) -> Iterator[None]:
     try:
         yield
     except READ_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         raise DataError(f"{name} cannot be read as {expected}: {one_line(error)}") from error
 
 

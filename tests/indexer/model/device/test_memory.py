@@ -13,7 +13,7 @@ import torch
 from tiny import make_tiny_model, sentences, write_jsonl
 
 from forebear.cli.main import run as run_command
-from forebear.errors import ModelError, NotEnoughMemoryError
+from forebear.errors import ModelError, NotEnoughMemoryError, is_out_of_memory
 from forebear.evaluation.measures.agreement import start_states
 from forebear.indexer.curvature.ekfac import eigenvectors, fit_ekfac
 from forebear.indexer.curvature.products import GaussNewton, HessianProduct
@@ -23,11 +23,14 @@ from forebear.indexer.gradients.tape import Tape
 from forebear.indexer.gradients.whole import _Gradients
 from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.model.device import memory
-from forebear.indexer.model.device.memory import is_out_of_memory, run_batches
+from forebear.indexer.model.device.memory import run_batches
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scopes import scope_of
 from forebear.indexer.model.sentence_encoder import load_sentence_encoder
+from forebear.indexer.rows.files import file_formats
+from forebear.indexer.storage.arrow import read_batches, write_columns
+from forebear.indexer.storage.atomic import atomic_file
 from forebear.retriever.question.inverse import CurvatureSpec, HeadSolver
 from forebear.retriever.question.models import one_step_away
 from forebear.retriever.saliency.maps import saliency
@@ -64,6 +67,8 @@ LACK_OF_MEMORY = [
     RuntimeError("Invalid buffer size: failed to allocate 12.00 GB"),
     RuntimeError("pretend:0 out of memory"),
     RuntimeError("std::bad_alloc"),
+    RuntimeError("could not create a primitive"),
+    OSError("Memory mapping file failed: Cannot allocate memory"),
     RuntimeError("Error in faiss::gpu::StandardGpuResourcesImpl::allocMemory: cudaMalloc error out of memory [2]"),
     NotEnoughMemoryError("row 5 does not fit in the memory of cuda:0."),
 ]  # fmt: skip
@@ -373,3 +378,26 @@ def test_a_lack_of_memory_that_nobody_foresaw_is_one_line_and_no_bug(error, tmp_
     assert line.startswith("error: memory does not suffice (")
     assert "--batch-tokens" in line
     assert "bug" not in line
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_damaged_file_or_a_full_disk(tmp_path, monkeypatch):
+    path = tmp_path / "rows.arrow"
+    write_columns(path, {"row": np.arange(3)})
+    rows = write_jsonl(tmp_path / "train.jsonl", text=sentences(4), label=[0, 1] * 2)
+
+    def fail(*_args, **_kwargs):
+        raise OSError("Memory mapping file failed: Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pa, "memory_map", fail)
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            read_batches(path)
+    with pytest.raises(OSError, match="Cannot allocate memory"), atomic_file(tmp_path / "new"):
+        fail()
+    assert not list(tmp_path.glob("new*"))
+
+    def exhaust(*_args, **_kwargs):
+        raise pa.ArrowMemoryError("malloc of size 1099511627776 failed")
+
+    with pytest.raises(pa.ArrowMemoryError), file_formats.reading(str(rows), "JSON Lines"):
+        exhaust()
