@@ -57,6 +57,7 @@ KEYWORDS = {
     "index --damping": Keyword("dampings", "BuildOptions", "texts"),
     "--delimiter": Keyword("delimiter", "open_rows"),
     "--device": Keyword("device", "Retriever"),
+    "--devices": Keyword("devices", "BuildOptions", "texts"),
     "--edits": Keyword("edits", "near_duplicates", "texts"),
     "--encoding": Keyword("encoding", "open_rows"),
     "--epochs": Keyword("epochs", "TrainOptions", "number"),
@@ -163,6 +164,11 @@ def at_command_line() -> Iterator[None]:
         yield
     finally:
         _at_command_line.reset(token)
+
+
+def is_at_command_line() -> bool:
+    """Whether messages name options as the command line does."""
+    return _at_command_line.get()
 
 
 def caller(call: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -14,10 +13,9 @@ from pathlib import Path
 
 from forebear.cli.screen.console import warn
 from forebear.errors import InputError
+from forebear.indexer.building.sharing.ending import TERMINATED, end_with
 
 PARENT = "FOREBEAR_WORKER_OF"  # environment variable: process id of the command that started a worker
-TERMINATED = 128 + signal.SIGTERM
-_PR_SET_PDEATHSIG = 1
 _stops: list[Callable[[], None]] = []  # each stops the workers of the running command
 
 
@@ -69,13 +67,10 @@ def start_workers(workers: int, cache: Path) -> None:
 
 
 def end_with_parent() -> None:
-    """In a worker: ask Linux to end this process with the command that started it, however that ends."""
+    """In a worker: end with the command that started it, however that ends."""
     parent = os.environ.pop(PARENT, None)
-    if parent is None or not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(parent):  # the parent had ended before
-        sys.exit(TERMINATED)
+    if parent is not None:
+        end_with(int(parent))
 
 
 def stop_workers() -> None:

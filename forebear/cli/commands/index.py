@@ -36,10 +36,11 @@ OPTIONS_OF_CHANGES = {
         "delimiter",
         "encoding",
         "device",
+        "devices",
     ),
     "retire": (),
     "rebuild_ann": ("ann",),
-    "refit": ("model", "device"),
+    "refit": ("model", "device", "devices"),
 }
 
 HELP = """Build the index of a classifier's training rows, once; or change one that is there.
@@ -141,17 +142,18 @@ def _build_or_change(
     from forebear.indexer.rows.targets.label_column import DROP_MARKED
     from forebear.indexer.training.run import choose_model
 
-    device = choices.computing.device
+    computing = choices.computing
+    on: dict[str, Any] = {"device": computing.device, "devices": listed(computing.devices)}
     if change.retire:
         return build.retire_rows(out, row_numbers(listed(change.retire)), **how)
     if change.rebuild_ann:
         return build.rebuild_ann(out, choices.storing.ann, **how)
     if change.refit:
-        return build.refit_index(out, model=chosen.model, device=device, warn=warn, **how)
+        return build.refit_index(out, model=chosen.model, warn=warn, **on, **how)
     if change.append:
         manifest = Index.open(Path(out)).manifest
         source = rows.open_all(manifest.spec.label_names, manifest.row_format, DROP_MARKED)
-        return build.append_rows(out, source, model=chosen.model, device=device, warn=warn, **how)
+        return build.append_rows(out, source, model=chosen.model, warn=warn, **on, **how)
     run = choose_model(chosen.model, chosen.checkpoints or (), chosen.eta or ())
     source = rows.open_all(run.class_names(), run.row_format, run.unlabelled)
     return Index.build(run, source, out, **choices.given(source.text_columns), warn=warn, **how)

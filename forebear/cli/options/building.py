@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from forebear.cli.options.groups import Options, flag_of, values_of
-from forebear.cli.options.model import ClassWeights, Device, Labels, LabelSmoothing, MaxLength, Precision, Seed
+from forebear.cli.options.model import ClassWeights, Device, Devices, Labels, LabelSmoothing, MaxLength, Precision, Seed
 from forebear.cli.options.question import SpanColumn
 from forebear.cli.screen.console import listed
 from forebear.errors import InputError
@@ -158,6 +158,7 @@ class ComputingChoices(Options, panel="Model"):
     class_weights: ClassWeights = None
     label_smoothing: LabelSmoothing = None
     device: Device = "auto"
+    devices: Devices = None
     batch_tokens: Annotated[
         str,
         typer.Option(

@@ -28,6 +28,14 @@ Device = Annotated[
         "a GPU where there is one.",
     ),
 ]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--devices",
+        help="In place of --device several, which share the work: 0,1 are cuda:0 and cuda:1. The numbers are the same.",
+        show_default=False,
+    ),
+]
 Labels = Annotated[
     str | None,
     typer.Option(

@@ -22,6 +22,7 @@ from forebear.indexer.building.options import BuildOptions, Work
 from forebear.indexer.building.preflight import check_feasible
 from forebear.indexer.building.refit import refit_index
 from forebear.indexer.building.shards import ShardWriter, as_begun, segment_of, split_rows
+from forebear.indexer.building.sharing.segments import rows_for, write_segment
 from forebear.indexer.building.spec import make_spec, settled_batch_tokens
 from forebear.indexer.index import Index
 from forebear.indexer.losses.choices import weights_of_classes
@@ -84,7 +85,8 @@ def build_index(
     """
     options = options or BuildOptions()
     options.check()
-    folder, work = Path(out), Work.of(work_keywords, options.device)
+    folder, work = Path(out), Work.of(work_keywords, options.device, options.devices)
+    options = replace(options, device=work.device, devices=())
     check_free(folder / LOCK_NAME, str(folder))
     check_target(folder, resume=work.resume, force=work.force)
     with exclusive(folder / LOCK_NAME, str(folder)):
@@ -206,8 +208,9 @@ def _build(
     )
     with as_begun(spec.n_threads, classifier.device):
         writer = ShardWriter(
-            folder=folder, manifest=manifest, checkpoints=listed, source=source, labels=labels, first_shard=0, work=work
-        )
-        writer.write(loaded, encoder)
+            folder=folder, manifest=manifest, checkpoints=listed, rows=rows_for(work, source, labels, spec.shard_rows),
+            first_shard=0, work=work,
+        )  # fmt: skip
+        write_segment(writer, loaded, encoder)
         calibrate = calibration_by(classifier, n_queries or 0, work.progress)
         return finish(folder, manifest, np.empty(0, np.int64), work.progress, calibrate)

@@ -26,6 +26,7 @@ from forebear.indexer.building.shards import (
     segment_of,
     split_rows,
 )
+from forebear.indexer.building.sharing.segments import rows_for, write_segment
 from forebear.indexer.index import Index
 from forebear.indexer.model.device.arithmetic import computed_on
 from forebear.indexer.rows.labels import label_map, refuse_other_form
@@ -49,6 +50,7 @@ def append_rows(
     *,
     model: str | None = None,
     device: str = "auto",
+    devices: Sequence[str | int] = (),
     **work_keywords: Unpack[WorkKeywords],
 ) -> Index:
     """Add rows to a finished index; they get the next row numbers.
@@ -63,6 +65,7 @@ def append_rows(
         source: Labelled rows with the same number of text columns.
         model: Path of the run, or of the last checkpoint, if it has moved.
         device: Device that models run on.
+        devices: In place of ``device`` several, each with a process of its own, as of a build.
         **work_keywords: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
             :class:`~forebear.indexer.building.options.Work`. With ``resume``, rows that the
             index has already are not added again. With ``force`` they are, and files of an interrupted change are
@@ -73,7 +76,7 @@ def append_rows(
         OutputExistsError: The index has these rows already, or another change is unfinished.
         InUseError: Another process is writing there.
     """
-    folder, work = Path(folder), Work.of(work_keywords, device)
+    folder, work = Path(folder), Work.of(work_keywords, device, devices)
     Index.open(folder)  # refuses a folder without an index before a lock file is made in it
     with exclusive(folder / LOCK_NAME, str(folder)):
         index = Index.open(folder)
@@ -105,7 +108,7 @@ def append_rows(
                 )
         check_change(folder, journal, change, goes_on=work.resume)
         checkpoints = checkpoints_now(index, model)
-        classifier = load_checked(checkpoints[-1], old.spec, device)
+        classifier = load_checked(checkpoints[-1], old.spec, work.device)
         where = computed_on(classifier.device, classifier.precision)
         same_device_or_refuse(journal, where, folder)
         check_same_finder(old.spec.spans, old.spec.spans_sha256, folder)
@@ -124,10 +127,10 @@ def append_rows(
         )
         with as_begun(old.spec.n_threads, classifier.device):
             writer = ShardWriter(
-                folder=folder, manifest=manifest, checkpoints=checkpoints, source=source, labels=labels,
-                first_shard=len(old.shards), work=work,
+                folder=folder, manifest=manifest, checkpoints=checkpoints,
+                rows=rows_for(work, source, labels, old.spec.shard_rows), first_shard=len(old.shards), work=work,
             )  # fmt: skip
-            writer.write({checkpoints[-1].name: classifier})
+            write_segment(writer, {checkpoints[-1].name: classifier})
             return finish(folder, manifest, index.retired, work.progress)
 
 

@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.indexer.building.calibrate import SAMPLE_ROWS, calibrate_scope, calibrate_spans, queries_at_once
+from forebear.indexer.building.calibration.calibrate import (
+    SAMPLE_ROWS,
+    calibrate_scope,
+    calibrate_spans,
+    queries_at_once,
+)
 from forebear.indexer.curvature.ekfac import Ekfac
 from forebear.indexer.curvature.head import (
     REFIT_L2,

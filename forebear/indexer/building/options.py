@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from forebear.errors import InputError
 from forebear.indexer.curvature.damping import refuse_nil_damping
 from forebear.indexer.curvature.head import absolute_damping
 from forebear.indexer.losses.choices import check_loss_choices
+from forebear.indexer.model.device.picking import pick_devices
 from forebear.indexer.rows.user_columns import ALL
 from forebear.indexer.sketches.projector import BASES
 from forebear.indexer.spans.finders import span_finder
@@ -29,7 +30,7 @@ STORES = ("features", "sbert", "words", "spans")
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions(Choices):
-    """Choices of ``forebear index``: those of :class:`Choices`, which the spec stores, and four that it does not.
+    """Choices of ``forebear index``: those of :class:`Choices`, which the spec stores, and five that it does not.
 
     Attributes:
         calibration_queries: Number of queries that calibrate candidates beyond the head; 0: no calibration.
@@ -37,12 +38,15 @@ class BuildOptions(Choices):
         keep_columns: Columns of the rows that are kept besides texts and labels: names; ``all``, every column of
             strings, numbers, true and false, dates or times; or ``none``.
         device: Device that models run on.
+        devices: In place of ``device`` several, each with a process of its own that writes shards: names, or numbers
+            of CUDA devices.
     """
 
     calibration_queries: int = 74
     sentence_model: str = "minilm"
     keep_columns: tuple[str, ...] = (ALL,)
     device: str = "auto"
+    devices: tuple[str | int, ...] = ()
 
     @classmethod
     def of(cls, manifest: Manifest, **changes: Any) -> Self:
@@ -118,6 +122,7 @@ class Work:
         tell: Called with one line when nothing is left to do.
         progress: Called with the stage, the rows done and the rows in all.
         device: Device that models run on.
+        devices: Names of the devices that share the shards, of which ``device`` is the first; one, or several.
     """
 
     resume: bool = False
@@ -126,13 +131,25 @@ class Work:
     tell: Tell = say_nothing
     progress: Progress = no_progress
     device: str = "auto"
+    devices: tuple[str, ...] = ()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several processes write shards."""
+        return len(self.devices) > 1
 
     @classmethod
-    def of(cls, keywords: WorkKeywords, device: str = "auto") -> Self:
-        """The work that keyword arguments ask for; ``progress=True`` is the usual bar."""
+    def of(cls, keywords: WorkKeywords, device: str = "auto", devices: Sequence[str | int] = ()) -> Self:
+        """The work that keyword arguments ask for; ``progress=True`` is the usual bar.
+
+        Raises:
+            InputError: The devices are not there, see :func:`~forebear.indexer.model.device.picking.pick_devices`.
+        """
+        names = pick_devices(device, devices)
         values: dict[str, Any] = {
             **keywords,
             "progress": progress_of(keywords.get("progress", False)),
-            "device": device,
+            "device": names[0],
+            "devices": names,
         }
         return cls(**values)

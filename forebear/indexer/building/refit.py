@@ -20,6 +20,10 @@ from forebear.errors import CorruptIndexError, InputError
 from forebear.indexer.building.finish import calibration_by, finish
 from forebear.indexer.building.options import BuildOptions, Work
 from forebear.indexer.building.shards import OnRows, as_begun, checkpoints_now, load_checked
+from forebear.indexer.building.sharing.claims import Claims
+from forebear.indexer.building.sharing.processes import write_on_devices
+from forebear.indexer.building.sharing.segments import refuse_missing
+from forebear.indexer.building.sharing.shard_rows import ShardRows
 from forebear.indexer.gradients.earlier_rows import EarlierSpans, LabelledRows, copy_repeats, note_rows
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
 from forebear.indexer.index import Index
@@ -42,12 +46,16 @@ from forebear.progress import counted
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+Repeats = tuple[np.ndarray, np.ndarray]  # positions of entries that an earlier shard has too, and their places there
+WaitForRepeats = Callable[[Repeats], Repeats]  # returns them when their places are written
+
 
 def refit_index(
     folder: str | Path,
     *,
     model: str | None = None,
     device: str = "auto",
+    devices: Sequence[str | int] = (),
     **work_keywords: Unpack[WorkKeywords],
 ) -> Index:
     """Fit bases, reductions, EK-FAC and calibration beyond the head to the live rows, and sketch all rows again.
@@ -59,6 +67,7 @@ def refit_index(
         folder: The index.
         model: Path of the run, or of the last checkpoint, if it has moved.
         device: Device that models run on.
+        devices: In place of ``device`` several, each with a process of its own, as of a build.
         **work_keywords: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
             :class:`~forebear.indexer.building.options.Work`. ``force`` removes the files of an
             interrupted change, and fits again even if no row was appended or retired.
@@ -69,7 +78,7 @@ def refit_index(
         OutputExistsError: Another change is unfinished, or a refit is, and ``resume`` is not set.
         InUseError: Another process is writing there.
     """
-    folder, work = Path(folder), Work.of(work_keywords, device)
+    folder, work = Path(folder), Work.of(work_keywords, device, devices)
     Index.open(folder)
     with exclusive(folder / LOCK_NAME, str(folder)):
         index = Index.open(folder)
@@ -84,7 +93,7 @@ def refit_index(
             return index
         check_change(folder, journal, change, goes_on=work.resume)
         checkpoints = checkpoints_now(index, model)
-        last = load_checked(checkpoints[-1], old.spec, device)
+        last = load_checked(checkpoints[-1], old.spec, work.device)
         where = computed_on(last.device, last.precision)
         same_device_or_refuse(journal, where, folder)
         if (warning := old.device_warning(where, "fits beyond the head are made")) is not None:
@@ -96,12 +105,7 @@ def refit_index(
             fit["computed_on"] = elsewhere
         manifest = replace(old, generation=generation, fit=fit, calibration={})
         with as_begun(old.spec.n_threads, last.device):
-            writer = _SketchWriter(index, folder / manifest.fitted_name(""), work)
-            for checkpoint in checkpoints:
-                is_last = checkpoint is checkpoints[-1]
-                if not writer.is_written(checkpoint, last=is_last):
-                    classifier = last if is_last else load_checked(checkpoint, old.spec, device)
-                    writer.write(checkpoint, classifier, last=is_last)
+            _write_sketches(_SketchWriter(index, folder / manifest.fitted_name(""), checkpoints, work), last)
             calibrate = calibration_by(last, _calibration_queries(old), work.progress)
             return finish(folder, manifest, index.retired, work.progress, calibrate)
 
@@ -118,6 +122,28 @@ def _calibration_queries(manifest: Manifest) -> int:
     return max(n_used, BuildOptions.calibration_queries) if n_used >= manifest.fit_age.n_rows else n_used
 
 
+def _write_sketches(writer: _SketchWriter, last: Classifier) -> None:
+    """Fit, and write the shards that are missing, on the devices that the work names."""
+    if not writer.work.is_shared or writer.is_written():
+        writer.write(last)
+        return
+    writer.fit(last)
+    write = partial(_write_claimed, writer.index.folder, writer.folder, writer.checkpoints)
+    stages = [stage for checkpoint in writer.checkpoints for stage in writer.stages(checkpoint).items()]
+    written = {name: writer.n_written(kinds) for name, kinds in stages}
+    write_on_devices(write, writer.index.folder, writer.work, written=written)
+    refuse_missing("sketches", writer.is_written())
+
+
+def _write_claimed(
+    folder: Path, fit_folder: Path, checkpoints: tuple[Checkpoint, ...], work: Work, claims: Claims, _rows: ShardRows
+) -> None:
+    """In the process of a device: sketch the shards that no other process has claimed."""
+    index = Index.open(folder)
+    with as_begun(index.manifest.spec.n_threads, pick_device(work.device)):
+        _SketchWriter(index, fit_folder, checkpoints, work, claims).write()
+
+
 @dataclass(frozen=True)
 class _SketchWriter:
     """Fits to the live rows of an index, then sketches all its rows and spans; files that exist are kept.
@@ -125,12 +151,16 @@ class _SketchWriter:
     Attributes:
         index: The index whose rows are sketched.
         folder: The folder of the refit, under which files are written.
-        work: Receives warnings and progress.
+        checkpoints: The checkpoints in training order, with their present paths.
+        work: Device of the models, and receiver of warnings and progress.
+        claims: Which shards this process writes.
     """
 
     index: Index
     folder: Path
+    checkpoints: tuple[Checkpoint, ...]
     work: Work
+    claims: Claims = field(default_factory=Claims)
     _earlier: LabelledRows = field(default_factory=LabelledRows)
     _earlier_spans: EarlierSpans = field(default_factory=EarlierSpans)
 
@@ -142,42 +172,78 @@ class _SketchWriter:
     def _has_spans(self) -> bool:
         return self.index.manifest.spec.spans is not None
 
-    def is_written(self, checkpoint: Checkpoint, *, last: bool) -> bool:
-        """Whether all files of a checkpoint are written."""
-        kinds = self._kinds(checkpoint, last)
-        return not any(self._missing(i, kinds) for i in range(len(self.index.manifest.shards)))
-
-    def write(self, checkpoint: Checkpoint, classifier: Classifier, *, last: bool) -> None:
-        """Make the fits of a checkpoint that are missing, and write its missing shards."""
-        sketchers = fit_sketchers(
-            self.folder, classifier, self._spec, checkpoint.name, self._sample,
-            last=last, stage=partial(counted, self.work.progress),
-        )  # fmt: skip
-        self._stage(f"sketches {checkpoint.name}", list(sketchers), partial(self._write_rows, classifier, sketchers))
-        if last and self._has_spans:
-            kinds = [span_gradients(kind) for kind in sketchers]
-            self._stage("sketches of spans", kinds, partial(self._write_spans, classifier, sketchers))
-
-    def _stage(self, name: str, kinds: Sequence[str], write: Callable[[int, OnRows], None]) -> None:
-        """Call ``write`` with the number of every shard that is missing."""
-        on_rows = counted(self.work.progress, name, self.index.manifest.n_rows)
-        for number, (start, stop) in enumerate(self.index.manifest.shards):
-            if self._missing(number, kinds):
-                write(number, on_rows)
-            else:
-                on_rows(stop - start)
-
-    def _kinds(self, checkpoint: Checkpoint, last: bool) -> list[str]:
-        spec = self.index.manifest.spec
+    def stages(self, checkpoint: Checkpoint) -> dict[str, list[str]]:
+        """The folders of the shards that each stage of a checkpoint writes, by its name."""
+        spec, last = self.index.manifest.spec, checkpoint is self.checkpoints[-1]
         kinds = [
             kind
             for scope in spec.sketched_scopes
             for kind in sketch_folders(spec, scope, checkpoint.name, last=last).values()
         ]
-        return kinds + [span_gradients(kind) for kind in kinds if last and self._has_spans]
+        stages = {f"sketches {checkpoint.name}": kinds}
+        return stages | ({"sketches of spans": list(map(span_gradients, kinds))} if last and self._has_spans else {})
 
-    def _missing(self, shard: int, kinds: Sequence[str]) -> bool:
-        return not all((self.folder / kind / _file(shard)).is_file() for kind in kinds)
+    def is_written(self, checkpoint: Checkpoint | None = None) -> bool:
+        """Whether all shards are written: of a checkpoint, or of all."""
+        chosen = self.checkpoints if checkpoint is None else (checkpoint,)
+        all_kinds = [kinds for one in chosen for kinds in self.stages(one).values()]
+        return all(self.n_written(kinds) == self.index.manifest.n_rows for kinds in all_kinds)
+
+    def n_written(self, kinds: Sequence[str]) -> int:
+        """Rows of the shards that have all of these folders' files."""
+        shards = enumerate(self.index.manifest.shards)
+        return sum(stop - start for number, (start, stop) in shards if self._has(kinds, number))
+
+    def _has(self, kinds: Sequence[str], shard: int) -> bool:
+        return all((self.folder / kind / _file(shard)).is_file() for kind in kinds)
+
+    def fit(self, last: Classifier) -> None:
+        """Make the fits that are missing."""
+        for checkpoint in self.checkpoints:
+            if not self.is_written(checkpoint):
+                self._sketchers(self._classifier(checkpoint, last), checkpoint)
+
+    def write(self, last: Classifier | None = None) -> None:
+        """Make the fits that are missing, and write the missing shards that this process can claim.
+
+        Args:
+            last: The model at the last checkpoint, where it is in memory.
+        """
+        for checkpoint in self.checkpoints:
+            if self.is_written(checkpoint):
+                continue
+            classifier = self._classifier(checkpoint, last)
+            sketchers = self._sketchers(classifier, checkpoint)
+            writers = (self._write_rows, self._write_spans)
+            for (name, kinds), write in zip(self.stages(checkpoint).items(), writers, strict=False):
+                self._stage(name, kinds, partial(write, classifier, sketchers))
+
+    def _classifier(self, checkpoint: Checkpoint, last: Classifier | None) -> Classifier:
+        if last is not None and checkpoint is self.checkpoints[-1]:
+            return last
+        return load_checked(checkpoint, self.index.manifest.spec, self.work.device)
+
+    def _sketchers(self, classifier: Classifier, checkpoint: Checkpoint) -> dict[str, Sketcher]:
+        """Sketchers of every scope, by the folder of their shards; fitted now if they were not before."""
+        return fit_sketchers(
+            self.folder, classifier, self._spec, checkpoint.name, self._sample,
+            last=checkpoint is self.checkpoints[-1], stage=partial(counted, self.work.progress),
+        )  # fmt: skip
+
+    def _stage(self, name: str, kinds: Sequence[str], write: Callable[[int, WaitForRepeats, OnRows], None]) -> None:
+        """Call ``write`` with the number of every shard that is missing and that this process can claim."""
+
+        def wait(repeats: Repeats) -> Repeats:
+            self.claims.wait(name, np.unique(repeats[1][:, 0]).tolist(), partial(self._has, kinds))
+            return repeats
+
+        on_rows = counted(self.work.progress, name, self.index.manifest.n_rows)
+        for number, (start, stop) in enumerate(self.index.manifest.shards):
+            with self.claims.take(name, number, partial(self._has, kinds, number)) as is_ours:
+                if is_ours:
+                    write(number, wait, on_rows)
+                elif not self.claims.shared:
+                    on_rows(stop - start)
 
     def _sample(self) -> Sample:
         """The rows that a build of the live rows would fit on."""
@@ -185,7 +251,14 @@ class _SketchWriter:
         chosen = live[sample_rows(len(live), self.index.manifest.spec.seed)]
         return Sample(texts=self.index.text_lists(chosen), labels=self.index.targets(chosen))
 
-    def _write_rows(self, classifier: Classifier, sketchers: dict[str, Sketcher], shard: int, on_rows: OnRows) -> None:
+    def _write_rows(
+        self,
+        classifier: Classifier,
+        sketchers: dict[str, Sketcher],
+        shard: int,
+        wait: WaitForRepeats,
+        on_rows: OnRows,
+    ) -> None:
         start, stop = self.index.manifest.shards[shard]
         rows = np.arange(start, stop)
         encoded = Encoded(encode(classifier, self.index.text_lists(rows)))
@@ -197,12 +270,20 @@ class _SketchWriter:
         )  # fmt: skip
         for number in range(self._earlier.n_shards, shard + 1):
             note_rows(self._earlier, self.index.folder, number, classifier)
+        repeats = wait(self._earlier.labelled.repeats(shard))
         for kind, collector in collectors.items():
             columns: dict[str, pa.Array | np.ndarray] = dict(collector.rows(start).columns(sketchers[kind].reduction))
-            copy_repeats(self.folder / kind, columns, *self._earlier.labelled.repeats(shard))
+            copy_repeats(self.folder / kind, columns, *repeats)
             write_columns(self.folder / kind / _file(shard), columns)
 
-    def _write_spans(self, classifier: Classifier, sketchers: dict[str, Sketcher], shard: int, on_rows: OnRows) -> None:
+    def _write_spans(
+        self,
+        classifier: Classifier,
+        sketchers: dict[str, Sketcher],
+        shard: int,
+        wait: WaitForRepeats,
+        on_rows: OnRows,
+    ) -> None:
         start, stop = self.index.manifest.shards[shard]
         store = self.index.spans()
         entries = store.entries_of(np.arange(start, stop))
@@ -216,7 +297,7 @@ class _SketchWriter:
         )  # fmt: skip
         for number in range(self._earlier_spans.n_shards, shard + 1):
             note_spans(self._earlier_spans, self.index.folder, number, classifier)
-        repeats = self._earlier_spans.differences.repeats(shard)
+        repeats = wait(self._earlier_spans.differences.repeats(shard))
         write_span_sketches(self.folder, _file(shard), sketches, sketchers, repeats)
         on_rows(stop - start)
 

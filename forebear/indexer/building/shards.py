@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from forebear.errors import InputError, MismatchError, NonFiniteError
+from forebear.errors import MismatchError, NonFiniteError
 from forebear.indexer.building.options import Work
 from forebear.indexer.building.row_facts import reading_metadata
+from forebear.indexer.building.sharing.claims import Claims
+from forebear.indexer.building.sharing.shard_rows import ShardRows, SourceRows
 from forebear.indexer.gradients.earlier_rows import (
     DIGEST,
     EarlierRows,
@@ -34,11 +36,9 @@ from forebear.indexer.model.forward import Forward, forward_of_features, run_for
 from forebear.indexer.model.loading import check_same_model, load_classifier
 from forebear.indexer.model.reading import count_reading
 from forebear.indexer.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
-from forebear.indexer.rows.labels import LabelMap
 from forebear.indexer.rows.row_source import RowBlock, RowSource
-from forebear.indexer.rows.targets.target_map import TargetMap
 from forebear.indexer.rows.user_columns import columns_sha256, stored_columns
-from forebear.indexer.sketches.fitting import Sample, fit_sketchers, sample_rows
+from forebear.indexer.sketches.fitting import Sample, fit_sketchers
 from forebear.indexer.sketches.sketch import Sketcher
 from forebear.indexer.spans.finders import find_spans, span_finder
 from forebear.indexer.spans.masking import mask_found
@@ -109,6 +109,7 @@ def load_checked(checkpoint: Checkpoint, spec: IndexSpec, device: str) -> Classi
 
 
 OnRows = Callable[[int], None]
+WriteShard = Callable[[Path, RowBlock, np.ndarray, int, OnRows], None]  # file, rows, their targets, number of the first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,19 +120,19 @@ class ShardWriter:
         folder: The index.
         manifest: The manifest that the change will write; the segment's shards are its last ones.
         checkpoints: The checkpoints in training order, with their present paths.
-        source: The segment's rows.
-        labels: Maps the source's labels to the model's targets.
+        rows: The segment's rows with their targets.
         first_shard: Number of the segment's first shard.
-        work: Device of the models, and receiver of warnings and progress.
+        work: Devices of the models, and receiver of warnings and progress.
+        claims: Which shards this process writes.
     """
 
     folder: Path
     manifest: Manifest
     checkpoints: tuple[Checkpoint, ...]
-    source: RowSource
-    labels: LabelMap | TargetMap
+    rows: ShardRows
     first_shard: int
     work: Work
+    claims: Claims = field(default_factory=Claims)
     _rows: LabelledRows = field(default_factory=LabelledRows)
     _sentences: EarlierRows = field(default_factory=EarlierRows)
     _spans: EarlierSpans = field(default_factory=EarlierSpans)
@@ -152,61 +153,98 @@ class ShardWriter:
         return self.folder / self.manifest.fitted_name("")
 
     def write(self, loaded: dict[str, Classifier], encoder: SentenceEncoder | None = None) -> None:
-        """Write the shard files that are missing.
+        """Write the shard files that are missing and that no other process has claimed.
 
         Args:
-            loaded: Models in memory, by the name of their checkpoint: the last one, and perhaps the first. All but the
-                last are removed from the dictionary after their pass, to free memory.
+            loaded: Models in memory, by the name of their checkpoint, such as the last one and the first. All but the
+                last are removed from the dictionary after their pass, to free memory. Others are loaded.
             encoder: The sentence encoder, where it is in memory; None: it is loaded when its turn comes.
         """
-        last = loaded[self.checkpoints[-1].name]
         for checkpoint in self.checkpoints:
-            if not self._is_written(f"features/{checkpoint.name}"):
-                self._write_checkpoint(
-                    checkpoint, loaded.get(checkpoint.name) or load_checked(checkpoint, self.spec, self.work.device)
-                )
+            self._stage(
+                f"features {checkpoint.name}",
+                f"features/{checkpoint.name}",
+                partial(self._features_writer, checkpoint, loaded),
+            )
             if checkpoint is not self.checkpoints[-1]:
                 loaded.pop(checkpoint.name, None)
-        if "sbert" in self.spec.stores and not self._is_written("sentence"):
-            assert self.manifest.sentence_model is not None
-            encoder = encoder or load_sentence_encoder(self.manifest.sentence_model, device=self.work.device)
-            if encoder.sha256 != self.spec.sentence_sha256:
-                raise MismatchError(
-                    f"{encoder.name} is not the sentence model of the index: sha256 {encoder.sha256[:12]}, expected "
-                    f"{(self.spec.sentence_sha256 or '')[:12]}."
-                )
-            self._stage("sentence embeddings", "sentence", partial(self._write_sentences, encoder))
-        if self.spec.spans is not None and not self._is_written(SPANS):
-            sketchers = self._sketchers(last, self.checkpoints[-1])
-            self._stage("spans", SPANS, partial(self._write_spans, last, sketchers, self.spec.spans))
+        if "sbert" in self.spec.stores:
+            self._stage("sentence embeddings", "sentence", partial(self._sentence_writer, encoder))
+        if self.spec.spans is not None:
+            self._stage("spans", SPANS, partial(self._span_writer, loaded, self.spec.spans))
 
-    def _write_checkpoint(self, checkpoint: Checkpoint, classifier: Classifier) -> None:
-        sketchers = self._sketchers(classifier, checkpoint)
-        self._stage(
-            f"features {checkpoint.name}",
-            f"features/{checkpoint.name}",
-            partial(self._write_features, checkpoint, classifier, sketchers),
-        )
+    def fit(self, loaded: dict[str, Classifier]) -> None:
+        """Fit what is to be fitted before the shards of all checkpoints; ``loaded`` as in :meth:`write`."""
+        for checkpoint in self.checkpoints if self.spec.sketched_scopes else ():
+            if not self.is_written(f"features/{checkpoint.name}"):
+                self._sketchers(self._classifier(checkpoint, loaded), checkpoint)
+            if checkpoint is not self.checkpoints[-1]:
+                loaded.pop(checkpoint.name, None)
 
-    def _paths(self, kind: str) -> list[Path]:
-        return [self.folder / kind / f"{self.first_shard + i:05d}.arrow" for i in range(len(self.shards))]
+    def _classifier(self, checkpoint: Checkpoint, loaded: dict[str, Classifier]) -> Classifier:
+        """The model at a checkpoint; the last one stays in memory."""
+        classifier = loaded.get(checkpoint.name) or load_checked(checkpoint, self.spec, self.work.device)
+        if checkpoint is self.checkpoints[-1]:
+            loaded[checkpoint.name] = classifier
+        return classifier
 
-    def _is_written(self, kind: str) -> bool:
+    def _features_writer(self, checkpoint: Checkpoint, loaded: dict[str, Classifier]) -> WriteShard:
+        classifier = self._classifier(checkpoint, loaded)
+        return partial(self._write_features, checkpoint, classifier, self._sketchers(classifier, checkpoint))
+
+    def _sentence_writer(self, encoder: SentenceEncoder | None) -> WriteShard:
+        assert self.manifest.sentence_model is not None
+        encoder = encoder or load_sentence_encoder(self.manifest.sentence_model, device=self.work.device)
+        if encoder.sha256 != self.spec.sentence_sha256:
+            raise MismatchError(
+                f"{encoder.name} is not the sentence model of the index: sha256 {encoder.sha256[:12]}, expected "
+                f"{(self.spec.sentence_sha256 or '')[:12]}."
+            )
+        return partial(self._write_sentences, encoder)
+
+    def _span_writer(self, loaded: dict[str, Classifier], finder: str) -> WriteShard:
+        last = self.checkpoints[-1]
+        classifier = self._classifier(last, loaded)
+        return partial(self._write_spans, classifier, self._sketchers(classifier, last), finder)
+
+    def stages(self) -> dict[str, str]:
+        """Folders of the shards that mark what is written, by the name of the stage."""
+        stages = {f"features {c.name}": f"features/{c.name}" for c in self.checkpoints}
+        stages |= {"sentence embeddings": "sentence"} if "sbert" in self.spec.stores else {}
+        return stages | ({"spans": SPANS} if self.spec.spans is not None else {})
+
+    def is_written(self, kind: str) -> bool:
+        """Whether all shards of a kind are written."""
         return all(path.is_file() for path in self._paths(kind))
 
-    def _stage(self, name: str, kind: str, write: Callable[[Path, RowBlock, int, OnRows], None]) -> None:
-        """Call ``write`` for every block of rows whose shard is missing."""
-        paths = self._paths(kind)
-        on_rows = counted(self.work.progress, name, self.source.n_rows)
-        first = next(i for i, path in enumerate(paths) if not path.is_file())
-        skipped = self.shards[first][0] - self.shards[0][0]
-        on_rows(skipped)
-        blocks = self.source.blocks(self.spec.shard_rows, start=skipped)
-        for path, (row, _), block in zip(paths[first:], self.shards[first:], blocks, strict=True):
-            if path.is_file():
-                on_rows(len(block))
-            else:
-                write(path, block, row, on_rows)
+    def n_written(self, kind: str) -> int:
+        """Rows of the segment's shards of a kind that are written."""
+        written = zip(self._paths(kind), self.shards, strict=True)
+        return sum(stop - start for path, (start, stop) in written if path.is_file())
+
+    def _path(self, kind: str, shard: int) -> Path:
+        return self.folder / kind / f"{shard:05d}.arrow"
+
+    def _paths(self, kind: str) -> list[Path]:
+        return [self._path(kind, self.first_shard + i) for i in range(len(self.shards))]
+
+    def _stage(self, name: str, kind: str, open_writer: Callable[[], WriteShard]) -> None:
+        """Write every shard of a kind that is missing and that this process can claim."""
+        if self.is_written(kind):
+            return
+        write = None if self.claims.shared else open_writer()
+        on_rows = counted(self.work.progress, name, self.shards[-1][1] - self.shards[0][0])
+        for number, (path, (start, stop)) in enumerate(zip(self._paths(kind), self.shards, strict=True)):
+            with self.claims.take(kind, int(path.stem), path.is_file) as is_ours:
+                if is_ours:
+                    write = write or open_writer()  # a process that comes too late for any shard loads no model
+                    write(path, *self.rows.block(number), start, on_rows)
+                elif not self.claims.shared:
+                    on_rows(stop - start)
+
+    def _wait(self, kind: str, shards: Iterable[int]) -> None:
+        """Wait until shards of a kind are written; of other segments all are."""
+        self.claims.wait(kind, shards, lambda shard: self._path(kind, shard).is_file())
 
     def _write_features(
         self,
@@ -215,14 +253,13 @@ class ShardWriter:
         sketchers: dict[str, Sketcher],
         path: Path,
         block: RowBlock,
+        gold: np.ndarray,
         row: int,
         on_rows: OnRows,
     ) -> None:
         """One forward (and, for sketches and words, one backward of activations) over a block of rows."""
-        gold = _labels_of(block, self.labels)
         encoded = Encoded(encode(classifier, block.texts))
         shard = int(path.stem)
-        self._note_rows(classifier, shard, encoded, gold)
         batch_tokens = self.spec.batch_tokens
         sketches = {kind: s.collector(len(block), classifier.device, packs=True) for kind, s in sketchers.items()}
         words = {
@@ -234,15 +271,18 @@ class ShardWriter:
                 classifier, encoded, labels_seed(classifier.loss, gold), [*sketches.values(), *words.values()],
                 batch_tokens=batch_tokens, first_row=row, on_rows=on_rows, warn=self.work.warn,
             )  # fmt: skip
-            for kind, sketch in sketches.items():
-                sketch_columns = sketch.rows(row).columns(sketchers[kind].reduction)
-                copy_repeats(self.fit_folder / kind, sketch_columns, *self._rows.labelled.repeats(shard))
-                write_columns(self.fit_folder / kind / path.name, sketch_columns)
-            for kind, gathered in words.items():
-                word_shards = self.folder / word_shards_folder(kind)
-                write_shard(word_shards / path.name, gathered.rows(row), row, self._repeated_words(kind, shard))
         else:
             forward = run_forward(classifier, encoded, batch_tokens=batch_tokens, first_row=row, on_rows=on_rows)
+        self._note_rows(classifier, shard, encoded, gold)  # after the pass: by now others have written their shards
+        for repeats in (self._rows.read.repeats(shard), self._rows.labelled.repeats(shard)):
+            self._wait(f"features/{checkpoint.name}", np.unique(repeats[1][:, 0]).tolist())
+        for kind, sketch in sketches.items():
+            sketch_columns = sketch.rows(row).columns(sketchers[kind].reduction)
+            copy_repeats(self.fit_folder / kind, sketch_columns, *self._rows.labelled.repeats(shard))
+            write_columns(self.fit_folder / kind / path.name, sketch_columns)
+        for kind, gathered in words.items():
+            word_shards = self.folder / word_shards_folder(kind)
+            write_shard(word_shards / path.name, gathered.rows(row), row, self._repeated_words(kind, shard))
         forward = self._as_first_stored(path.parent, classifier, forward, shard)
         residuals, losses = (_single(values, row) for values in forward.residuals_and_losses(gold))
         copy_repeats(path.parent, {"residual": residuals}, *self._rows.labelled.repeats(shard))
@@ -269,18 +309,21 @@ class ShardWriter:
         write_columns(path, {"feature": forward.features, "residual": residuals})
 
     def _stored(self, kind: str, shard: int) -> pa.RecordBatch:
-        return read_batches(self.folder / kind / f"{shard:05d}.arrow")[0]
+        return read_batches(self._path(kind, shard))[0]
 
     def _note_rows(self, classifier: Classifier, shard: int, encoded: Encoded, gold: np.ndarray) -> None:
-        """Note the rows of a shard, to find those that an earlier shard has too; earlier shards are read if need be."""
+        """Note the rows of a shard, to find those that an earlier shard has too.
+
+        Earlier shards that this process did not write are read; where they are not written yet (by another process, or
+        in a resumed build, which has no shards of rows before its last checkpoint), their texts are encoded again.
+        """
         known = self._rows
-        while known.n_shards < shard and (self.folder / "rows" / f"{known.n_shards:05d}.arrow").is_file():
-            note_rows(known, self.folder, known.n_shards, classifier)
-        if known.n_shards < shard:  # a resumed build has no shards of rows before its last checkpoint
-            for block in self.source.blocks(self.spec.shard_rows):
-                number = self.first_shard + block.start // self.spec.shard_rows
-                if known.n_shards <= number < shard:
-                    known.add(Encoded(encode(classifier, block.texts)).digests, _labels_of(block, self.labels))
+        for number in range(known.n_shards, shard):
+            if self._path("rows", number).is_file():
+                note_rows(known, self.folder, number, classifier)
+            else:
+                block, its_gold = self.rows.block(number - self.first_shard)
+                known.add(Encoded(encode(classifier, block.texts)).digests, its_gold)
         if known.n_shards == shard:  # at the first checkpoint
             known.add(encoded.digests, gold)
 
@@ -311,14 +354,27 @@ class ShardWriter:
         )
 
     def _write_sentences(
-        self, encoder: SentenceEncoder, path: Path, block: RowBlock, row: int, on_rows: OnRows
+        self,
+        encoder: SentenceEncoder,
+        path: Path,
+        block: RowBlock,
+        _gold: np.ndarray,
+        _row: int,
+        on_rows: OnRows,
     ) -> None:
-        encoded, known = Encoded(encoder.encode(block.texts)), self._sentences
-        for shard in range(known.n_shards, int(path.stem)):
-            known.add(stored_digests(self._stored("sentence", shard), encoder.encode, self._stored("rows", shard)))
-        known.add(encoded.digests)
+        encoded, known, shard = Encoded(encoder.encode(block.texts)), self._sentences, int(path.stem)
         embedding = encoder.embed(encoded, batch_tokens=self.spec.batch_tokens, on_rows=on_rows)
-        copy_repeats(path.parent, {"embedding": embedding}, *known.repeats(int(path.stem)))
+        for number in range(known.n_shards, shard):
+            if self._path("sentence", number).is_file() and self._path("rows", number).is_file():
+                stored = self._stored("sentence", number)
+                known.add(stored_digests(stored, encoder.encode, self._stored("rows", number)))
+            else:
+                texts = self.rows.block(number - self.first_shard)[0].texts
+                known.add(Encoded(encoder.encode(texts)).digests)
+        known.add(encoded.digests)
+        positions, places = known.repeats(shard)
+        self._wait("sentence", np.unique(places[:, 0]).tolist())
+        copy_repeats(path.parent, {"embedding": embedding}, positions, places)
         write_columns(path, {"embedding": embedding, DIGEST: encoded.digests})
 
     def _write_spans(
@@ -328,21 +384,29 @@ class ShardWriter:
         finder: str,
         path: Path,
         block: RowBlock,
+        gold: np.ndarray,
         row: int,
         on_rows: OnRows,
     ) -> None:
         """Write what every span of a block of rows adds to its row's gradient."""
-        for shard in range(self._spans.n_shards, int(path.stem)):
-            note_spans(self._spans, self.folder, shard, classifier)
         rows = range(row, row + len(block))
         find = span_finder(finder, self.spec.span_column, str(classifier.device))
         spans = find_spans(find, block.texts, block.table, rows, "training row")
         write_spans(
             self.folder, self.fit_folder, path.name, self.checkpoints[-1].name, classifier, sketchers,
-            mask_found(classifier, block.texts, spans), _labels_of(block, self.labels), self._spans,
+            mask_found(classifier, block.texts, spans), gold, partial(self._earlier_spans, classifier, int(path.stem)),
             first_row=row, batch_tokens=self.spec.batch_tokens, warn=self.work.warn,
         )  # fmt: skip
         on_rows(len(block))
+
+    def _earlier_spans(self, classifier: Classifier, shard: int) -> EarlierSpans:
+        """Spans of the shards before this one, when all of these are written."""
+        earlier = range(self._spans.n_shards, shard)
+        for kind in (f"features/{self.checkpoints[-1].name}", SPANS):
+            self._wait(kind, earlier)
+        for number in earlier:
+            note_spans(self._spans, self.folder, number, classifier)
+        return self._spans
 
     def _sketchers(self, classifier: Classifier, checkpoint: Checkpoint) -> dict[str, Sketcher]:
         """Sketchers of every scope, by the folder of their shards; fitted now if they were not before."""
@@ -352,17 +416,8 @@ class ShardWriter:
         )  # fmt: skip
 
     def _sample(self) -> Sample:
-        """A seeded sample of the segment's rows."""
-        chosen = sample_rows(self.source.n_rows, self.spec.seed)
-        texts: list[list[str]] = [[] for _ in self.spec.text_columns]
-        gold = []
-        for block in self.source.blocks(self.spec.shard_rows):
-            local = chosen[(chosen >= block.start) & (chosen < block.start + len(block))] - block.start
-            if len(local):
-                gold.append(_labels_of(block, self.labels)[local])
-                for column, values in zip(texts, block.texts, strict=True):
-                    column += [values[i] for i in local]
-        return Sample(texts=texts, labels=np.concatenate(gold))
+        assert isinstance(self.rows, SourceRows)  # the first process has fitted before others are started
+        return self.rows.sample(self.spec.seed)
 
 
 def _single(values: np.ndarray, first_row: int) -> np.ndarray:
@@ -384,9 +439,3 @@ def _single(values: np.ndarray, first_row: int) -> np.ndarray:
 def _narrow(targets: np.ndarray, numbers: type) -> np.ndarray:
     """Targets as they are stored: class ids in int32, numbers as ``numbers``."""
     return targets.astype(np.int32 if targets.dtype.kind in "iu" else numbers)
-
-
-def _labels_of(block: RowBlock, labels: LabelMap | TargetMap) -> np.ndarray:
-    if block.labels is None:
-        raise InputError("the training rows have no labels. Name their column by --label-column.")
-    return labels(block.labels, block.start)

@@ -9,6 +9,7 @@ At the last checkpoint alone: the variants that ``tracin+`` and ``tracin++`` sum
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,7 +73,7 @@ def write_spans(
     sketchers: dict[str, Sketcher],
     masked: MaskedSpans,
     labels: np.ndarray,
-    earlier: EarlierSpans,
+    earlier_spans: Callable[[], EarlierSpans],
     *,
     first_row: int,
     batch_tokens: int,
@@ -89,7 +90,7 @@ def write_spans(
         sketchers: Sketchers, by the folder of the rows' sketches.
         masked: The spans of the shard.
         labels: Gold classes of the shard's rows, ``(n,)``.
-        earlier: Spans of the shards before this one, to which these are added.
+        earlier_spans: Gives the spans of the shards before this one, to which these are added; called after the pass.
         first_row: Number of the shard's first row.
         batch_tokens: Largest number of padded tokens in a batch.
         warn: Called when memory does not suffice for a batch.
@@ -102,7 +103,7 @@ def write_spans(
             f"{classifier.name}: with a span masked, a gradient of a row between {first_row} and "
             f"{first_row + len(labels) - 1} is NaN or infinite. Check the model."
         ) from error
-    shard, encoded = int(Path(name).stem), masked.encoded
+    shard, encoded, earlier = int(Path(name).stem), masked.encoded, earlier_spans()
     earlier.add(encoded.digests, encoded.others.digests, gold)
     write_span_sketches(fit_folder, name, sketches, sketchers, earlier.differences.repeats(shard))
     masked_rows_folder = folder / masked_folder(checkpoint)

@@ -141,6 +141,7 @@ class BuildKeywords(WorkKeywords, total=False):
     sentence_model: str
     keep_columns: Sequence[str]
     device: str
+    devices: Sequence[str | int]
 
 
 # Values of the fields that are newer than the first indexes, for a manifest that does not have them.

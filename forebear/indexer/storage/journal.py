@@ -16,6 +16,7 @@ from forebear.errors import CorruptIndexError, MismatchError, OutputExistsError,
 from forebear.indexer.storage.atomic import TEMPORARY_SUFFIX, write_bytes
 from forebear.indexer.storage.layout import (
     BASES_NAME,
+    CLAIMS,
     JOURNAL_NAME,
     LOCK_NAME,
     MANIFEST_NAME,
@@ -26,7 +27,7 @@ from forebear.indexer.storage.manifest import IndexSpec, Manifest, canonical_jso
 
 SUBFOLDERS = (
     "rows", "columns", "features", "gradients", "sentence", "words", "tokens", "spans", "curvature", "refit", "ann",
-    "retired",
+    "retired", CLAIMS,
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ BASES_NAME = "bases.arrow"
 MAP_NAME = "map.arrow"
 SPANS = "spans"
 COLUMNS = "columns"  # of rows, besides texts and labels
+CLAIMS = "claims"  # of processes on shards, while several write an index
 PARTS = ("tokens", "postings", "rows", "entries")  # of a store of words
 
 

@@ -1,10 +1,10 @@
 """How many candidates a question takes, and what may be said of the recall that they buy.
 
 A recall is stated only where it was measured for just that case. Calibration
-(:mod:`forebear.indexer.building.calibrate`) measures it for a method at a scope, under EK-FAC at the index's first
-damping, for single rows and the class that the model predicts for them, among the rows that the index had, for the
-top k that its sample stands for. The recall is 1 where all rows are scored or the search proves its answer.
-Everywhere else it is None, and a note says why.
+(:mod:`forebear.indexer.building.calibration.calibrate`) measures it for a method at a scope, under EK-FAC at the
+index's first damping, for single rows and the class that the model predicts for them, among the rows that the index
+had, for the top k that its sample stands for. The recall is 1 where all rows are scored or the search proves its
+answer. Everywhere else it is None, and a note says why.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from tiny import labels, make_tiny_model, sentences
 
 from forebear import BuildOptions, InputError, QuerySpec, Retriever, build_index
 from forebear.conformal import supported_recall
-from forebear.indexer.building.needed_candidates import RECALLS, needed_shares
+from forebear.indexer.building.calibration.needed_candidates import RECALLS, needed_shares
 from forebear.indexer.model.scopes import scope_blocks
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.sketches import projector as projecting

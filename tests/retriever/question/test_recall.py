@@ -16,9 +16,9 @@ import forebear
 from forebear import BuildOptions, Index, InputError, QuerySpec, Retriever, build_index
 from forebear.cli.main import run
 from forebear.conformal import least_share, supported_recall
-from forebear.indexer.building import calibrate as calibrating
 from forebear.indexer.building.build import append_rows, retire_rows
-from forebear.indexer.building.calibrate import calibrate_scope
+from forebear.indexer.building.calibration import calibrate as calibrating
+from forebear.indexer.building.calibration.calibrate import calibrate_scope
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.sketches import projector as projecting
 from forebear.indexer.sketches.estimates import Part
@@ -199,7 +199,7 @@ def test_calibration_reads_the_codes_once_for_each_set_of_queries(few_rows, monk
     assert asked == [(24, 200), (50, 200)] * 2  # of plain and of whitened sketches, for dots and cosines together
     assert found["methods"] == index.manifest.calibration[SCOPE]["methods"]
     asked.clear()
-    monkeypatch.setattr("forebear.indexer.building.needed_candidates.ESTIMATED_QUERIES", 20)
+    monkeypatch.setattr("forebear.indexer.building.calibration.needed_candidates.ESTIMATED_QUERIES", 20)
     assert calibrate_scope(index, few_rows.classifier(), scope, **calibration)["methods"] == found["methods"]
     assert asked == [(24, 200), (20, 200), (20, 200), (10, 200)] * 2
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 
 from forebear.errors import InputError
+from forebear.indexer.model.device.arithmetic import device_kind
 
 AUTO = "auto"
 VARIABLE = "FOREBEAR_DEVICE"  # the environment variable that says what ``auto`` is
@@ -41,6 +43,32 @@ def pick_device(device: str = AUTO) -> torch.device:
         except (RuntimeError, AssertionError) as error:  # whatever a build of torch without this device raises
             raise InputError(f"{given}: torch cannot use such a device here. Give {EXPECTED}.") from error
     return picked
+
+
+def pick_devices(device: str, devices: Sequence[str | int]) -> tuple[str, ...]:
+    """Names of the devices that processes run on, one each, from ``--device`` and ``--devices``.
+
+    Args:
+        device: As :func:`pick_device` takes it.
+        devices: Names of devices, or numbers of CUDA devices; one that is named twice has two processes. Empty:
+            ``device`` alone.
+
+    Raises:
+        InputError: Both are given, the devices are of several kinds, or one of them is not there.
+    """
+    if not devices:
+        return (device,)
+    names = tuple(f"cuda:{given}" if str(given).isdigit() else str(given) for given in devices)
+    given = f"--devices {','.join(map(str, devices))}"
+    if device != AUTO:
+        raise InputError(f"{given} beside --device {device}: give one of them.")
+    kinds = sorted({device_kind(pick_device(name)) for name in names})
+    if len(kinds) > 1:
+        raise InputError(
+            f"{given}: expected devices of one kind, not {' and '.join(kinds)}: the last bits of a number depend on "
+            "the kind, and so on which process came first."
+        )
+    return names
 
 
 def _check_cuda(picked: torch.device, given: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from forebear.indexer.building.needed_candidates import RankCalibration, Ranking
+from forebear.indexer.building.calibration.needed_candidates import RankCalibration, Ranking
 from forebear.indexer.gradients.vectors import dot
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.index import Index

@@ -1,6 +1,6 @@
 """Where the best rows of a sample stand among all rows by their estimates: how many candidates find them.
 
-:mod:`forebear.indexer.building.calibrate` describes the queries and the sample, and what the numbers mean.
+:mod:`forebear.indexer.building.calibration.calibrate` describes the queries and the sample, and what the numbers mean.
 """
 
 from __future__ import annotations

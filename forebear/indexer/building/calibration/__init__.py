@@ -1,0 +1,1 @@
+"""Candidates that a recall takes: measured when an index is built."""

@@ -1,0 +1,1 @@
+"""The shards of an index, divided among processes: one a device."""
