@@ -82,7 +82,8 @@ def finders(place: Path) -> set[int]:
 def index_command(out: str, *more: object, checkpoints: tuple[str, ...] = ("two",)) -> list[str]:
     words = (
         "index", "--checkpoints", *checkpoints, "--eta", *["1"] * len(checkpoints), "--train", "train.jsonl",
-        "--out", out, "--store", "features,spans", "--spans", f"{Path.cwd()}/finder.py:find", "--shard-rows", 8, *SKETCHES, *more,
+        "--out", out, "--store", "features,spans", "--spans", f"{Path.cwd()}/finder.py:find", "--shard-rows", 8,
+        *SKETCHES, *more,
     )  # fmt: skip
     return list(map(str, words))
 
@@ -113,8 +114,8 @@ def test_warnings_come_once_and_rows_of_all_processes_are_counted(place: Path) -
     calls: dict[str, list[tuple[int, int]]] = {}
     chosen = choose_model(None, ["two"], (1.0,))
     options = BuildOptions(
-        stores=("features", "spans"), spans=f"{place}/finder.py:find", calibration_queries=0, shard_rows=8, batch_tokens=64,
-        devices=("cpu", "cpu"),
+        stores=("features", "spans"), spans=f"{place}/finder.py:find", calibration_queries=0, shard_rows=8,
+        batch_tokens=64, devices=("cpu", "cpu"),
     )  # fmt: skip
     expect(place, 2)
     (place / "warn").touch()
