@@ -99,7 +99,7 @@ def test_a_spec_of_another_version_is_refused(change: str, tmp_path: Path) -> No
 def test_all_that_writes_an_index_takes_the_same_keywords() -> None:
     names = set(inspect.get_annotations(WorkKeywords))
     assert names | {"device", "devices"} == {f.name for f in fields(Work)}
-    assert asdict(Work()).keys() == names | {"device"}
+    assert asdict(Work()).keys() == names | {"device", "devices"}
     for function in (build_index, append_rows, retire_rows, rebuild_ann, refit_index):
         assert inspect.signature(function).parameters["work_keywords"].kind is inspect.Parameter.VAR_KEYWORD
     with pytest.raises(TypeError, match="resumed"):
