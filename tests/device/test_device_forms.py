@@ -79,5 +79,6 @@ found = [len(here), float(norms[2]) > 0]
 """
 
 
+@pytest.mark.slow
 def test_a_device_gives_the_numbers_of_the_cpu():
     assert on_pretended(PROGRAM) == [9, True]

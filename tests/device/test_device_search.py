@@ -12,6 +12,7 @@ from forebear.indexer.model.device.kept_arrays import HOST, DeviceMemory
 BUDGETS = (0, 40_000, 1 << 30)  # nothing is kept; a part is; all is
 
 
+@pytest.mark.slow
 def test_searches_of_stored_vectors_give_the_same_rows_and_bits():
     """By every method and scenario; scores are summed in float64 on the host."""
     found = on_pretended(
@@ -65,6 +66,7 @@ def test_searches_of_stored_vectors_give_the_same_rows_and_bits():
             assert (sent < 20_000) == (budget == BUDGETS[-1]), (kind, budget, sent)
 
 
+@pytest.mark.slow
 def test_a_scan_waits_once_for_each_list_of_candidates():
     found = on_pretended(
         """
@@ -94,6 +96,7 @@ def test_a_scan_waits_once_for_each_list_of_candidates():
     assert max(found.values()) <= 4, found  # values and positions, of either end; not one a block
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_candidates_from_sketches_are_the_best_by_coordinates_and_code(budget):
     """Against sums in float64 over what is stored, with retired rows, several checkpoints, and ties."""

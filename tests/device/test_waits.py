@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 from programs import on_pretended
 from warm import run_program
 
@@ -51,6 +52,7 @@ print(json.dumps({{name: [counts.batches, excess(name, counts)] for name, counts
 """
 
 
+@pytest.mark.slow
 def test_the_host_waits_within_the_budget_of_each_kernel():
     done = run_program(PROGRAM)
     assert done.returncode == 0, done.stderr[-3000:]
