@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from programs import on_pretended
 
 PROGRAM = """
