@@ -12,9 +12,8 @@ from torch import nn
 
 T = TypeVar("T")
 
-KEPT_BYTES = (
-    6 << 30
-)  # on a CPU: two of gradients and solutions of a block of test rows, a few models, and what solvers hold
+# On a CPU: two of gradients and solutions of a block of test rows, a few models, and what solvers hold.
+KEPT_BYTES = 6 << 30
 
 
 @dataclass
