@@ -244,10 +244,10 @@ def same_device_or_refuse(journal: dict[str, Any] | None, computed_on: dict[str,
     """
     begun, now = (kind_recorded(record) for record in ((journal or {}).get("computed_on"), computed_on))
     if journal is not None and begun != now:
-        device = "--device cpu" if begun == "cpu" else f"--device on a {begun}"
+        device = "with --device cpu" if begun == "cpu" else "on a device of that kind, by --device"
         raise MismatchError(
             f"{folder} was begun on {begun}; this command runs on {now}, whose numbers have other last digits. Go on "
-            f"with {device}, or start over with --force."
+            f"{device}, or start over with --force."
         )
 
 
