@@ -67,6 +67,7 @@ class Retriever:
         *,
         model: str | Classifier | None = None,
         device: str = "auto",
+        devices: Sequence[str | int] = (),
         device_bytes: int | None = None,
     ) -> None:
         """Open a retriever; models are loaded at the first question.
@@ -75,11 +76,13 @@ class Retriever:
             index: An open index, or its folder.
             model: Where the model is now, if it has moved; it must match the index's fingerprint.
             device: As :func:`~forebear.indexer.model.device.picking.pick_device` takes it.
+            devices: In place of ``device`` several of one kind, among which exact scores beyond the head are divided:
+                names, or numbers of CUDA devices.
             device_bytes: Most bytes of stored vectors that are kept on a GPU; the others are sent to it block by block.
                 None: half of what is free at the first search.
         """
         self.index = index if isinstance(index, Index) else Index.open(index)
-        self.models = Models(self.index, model=model, device=device, device_bytes=device_bytes)
+        self.models = Models(self.index, model=model, device=device, devices=devices, device_bytes=device_bytes)
 
     @property
     def label_names(self) -> tuple[str, ...]:

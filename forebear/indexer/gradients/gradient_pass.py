@@ -160,9 +160,7 @@ def run_pass(
                 collector.on_layer(name, shown)
 
     first, kinds = _rows_to_run(encoded, seed_of, collectors)
-    if alone(classifier, [collector.scope for collector in collectors]):
-        batch_tokens = 1
-    plan = plan_batches([sizes[i] for i in first], batch_tokens, equal_lengths=classifier.equal_lengths)
+    batches_to_run = plan(classifier, [c.scope for c in collectors], [sizes[i] for i in first], batch_tokens)
 
     def run(positions: list[int]) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
         nonlocal row_of_version
@@ -180,7 +178,7 @@ def run_pass(
             collector.begin(positions[:1])
 
     batches = run_batches(
-        (first[batch].tolist() for batch in plan), run, lengths=sizes, device=classifier.device,
+        (first[batch].tolist() for batch in batches_to_run), run, lengths=sizes, device=classifier.device,
         name=lambda position: f"row {first_row + position}", warn=warn, let_go=let_go,
     )  # fmt: skip
     with repeatable(classifier.device):
@@ -208,6 +206,19 @@ def run_pass(
             on_rows(len(rows) - len(first))
     refuse_non_finite(classifier.name, first_row, *np.split(logits, versions), *np.split(features, versions))
     return Forward(features, logits, classifier.loss)
+
+
+def plan(classifier: Classifier, scopes: Sequence[Scope], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Positions of the rows of each batch of a pass, longest rows first.
+
+    Args:
+        classifier: The model.
+        scopes: Scopes whose gradients are gathered.
+        lengths: Word pieces of each row that is run, of both versions together.
+        batch_tokens: Largest number of padded tokens in a batch.
+    """
+    batch_tokens = 1 if alone(classifier, scopes) else batch_tokens
+    return list(plan_batches(lengths, batch_tokens, equal_lengths=classifier.equal_lengths))
 
 
 class _Results:

@@ -9,11 +9,11 @@ import torch
 
 from forebear.indexer.gradients.dots import by_gradients, dots_of_gradients, row_dots
 from forebear.indexer.gradients.factors import LayerFactors
-from forebear.indexer.gradients.gradient_pass import Collector, RowCollector, labels_seed, run_pass
+from forebear.indexer.gradients.gradient_pass import Collector, RowCollector, labels_seed, plan, run_pass
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.copies import picks, send
-from forebear.indexer.model.encoding import Texts, as_encoded, distinct_rows
+from forebear.indexer.model.encoding import Encoded, Texts, as_encoded, distinct_rows
 from forebear.indexer.model.scopes import Scope
 
 CPU_TOKENS = 2048  # of a batch on a CPU
@@ -187,9 +187,7 @@ def exact_dots(
     encoded = as_encoded(classifier, texts)
     if wanted is not None:  # of the rows that are run: by any of their kind
         first, kinds = distinct_rows(encoded, labels)
-        some = np.zeros((len(first), len(wanted)), bool)
-        np.logical_or.at(some, kinds, wanted.T)
-        wanted = some.T[:, kinds]
+        wanted = wanted_of_kinds(wanted, kinds, len(first))[:, kinds]
     collector = _Dots(scope, vectors, len(labels), wanted)
     run_pass(
         classifier,
@@ -200,3 +198,21 @@ def exact_dots(
         on_rows=on_rows,
     )
     return collector.out
+
+
+def wanted_of_kinds(wanted: np.ndarray, kinds: np.ndarray, n_kinds: int) -> np.ndarray:
+    """Which pairs are asked for, ``(q, kinds)``, of any of the equal rows of a kind; of ``wanted`` ``(q, n)``."""
+    some = np.zeros((n_kinds, len(wanted)), bool)
+    np.logical_or.at(some, kinds, wanted.T)
+    return some.T
+
+
+def batches_of(classifier: Classifier, scope: Scope, rows: Encoded) -> list[list[int]]:
+    """Positions of the rows of each batch that :func:`exact_dots` runs, where all rows differ and fit in memory."""
+    versions = 1 if rows.minus is None else 2
+    return plan(
+        classifier,
+        [scope],
+        [versions * len(row["input_ids"]) for row in rows.rows],
+        classifier.batch_tokens(CPU_TOKENS),
+    )

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from forebear.indexer.gradients.replicas import dots_on_devices
 from forebear.indexer.gradients.vectors import Vectors, dot
-from forebear.indexer.gradients.whole import exact_dots, whole_gradients
+from forebear.indexer.gradients.whole import whole_gradients
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.batch_size import vector_bytes_on
 from forebear.indexer.model.encoding import Encoded, Texts, as_encoded, distinct_rows, encode
@@ -256,7 +257,8 @@ class GradientSearch:
                     half[:, columns[method.name]] = True
                 else:
                     np.put_along_axis(half, columns[method.name], True, axis=1)
-            dots = exact_dots(classifier, self.gradients.parameters, stacked, texts, labels, wanted=wanted)
+            replicas = self.models.replicas(number)
+            dots = dots_on_devices(replicas, self.gradients.parameters, stacked, texts, labels, wanted=wanted)
             for method in at_checkpoint:
                 preconditioned = method.query == "preconditioned"
                 products = _pick(dots[q:] if preconditioned else dots[:q], columns[method.name])

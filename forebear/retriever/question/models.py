@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,8 +17,8 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import computed_on, repeatable
 from forebear.indexer.model.device.copies import send
 from forebear.indexer.model.device.kept_arrays import DeviceMemory
-from forebear.indexer.model.device.memory import run_batches
-from forebear.indexer.model.device.picking import pick_device
+from forebear.indexer.model.device.memory import moved, run_batches
+from forebear.indexer.model.device.picking import pick_device, pick_devices
 from forebear.indexer.model.encoding import encode, plan_batches
 from forebear.indexer.model.loading import check_same_model, load_classifier, weights_sha256
 from forebear.indexer.model.network.batches import pad_batch
@@ -86,6 +86,7 @@ class Models:
         *,
         model: str | Classifier | None = None,
         device: str = "auto",
+        devices: Sequence[str | int] = (),
         device_bytes: int | None = None,
     ) -> None:
         """Set up without loading a model.
@@ -94,12 +95,14 @@ class Models:
             index: The index.
             model: Where the last checkpoint's model is now, or the model itself; None: where it was.
             device: As :func:`~forebear.indexer.model.device.picking.pick_device` takes it.
+            devices: In place of ``device`` several, among which exact scores beyond the head are divided.
             device_bytes: Most bytes of stored vectors that are kept on a GPU; None: half of what is free.
         """
         self.index, self._device_bytes = index, device_bytes
         self._override = model if isinstance(model, Classifier) else None
         self._paths = moved_paths(model if isinstance(model, str) else None, index.manifest.checkpoints, index.folder)
-        self._device = device
+        self._devices = pick_devices(device, devices)
+        self._device = self._devices[0]
 
     @cached_property
     def kept(self) -> Kept:
@@ -139,6 +142,20 @@ class Models:
             return one_step_away(self.classifier(), self.index, number - len(checkpoints))
 
         return self.kept.get(("model", number), make, stays=last)
+
+    def replicas(self, number: int) -> list[Classifier]:
+        """:meth:`classifier` on each device of the retriever, the first one first."""
+        classifier = self.classifier(number)
+
+        def on(name: str) -> Classifier:
+            model = moved(copy.deepcopy(classifier.model), pick_device(name), classifier.name)
+            return replace(classifier, model=model, tokenizer=copy.deepcopy(classifier.tokenizer))
+
+        others = [
+            self.kept.get(("model", number, place), partial(on, name))
+            for place, name in enumerate(self._devices[1:], 1)
+        ]
+        return [classifier, *others]
 
     def _load(self, number: int, *, last: bool) -> Classifier:
         manifest = self.index.manifest
