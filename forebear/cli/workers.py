@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from forebear.cli.options.model import WORKER
 from forebear.cli.screen.console import warn
 from forebear.errors import InputError
 from forebear.indexer.building.sharing.ending import TERMINATED, end_with
@@ -21,6 +22,8 @@ _stops: list[Callable[[], None]] = []  # each stops the workers of the running c
 
 def start_workers(workers: int, cache: Path) -> None:
     """Run this command in ``workers - 1`` more processes until :func:`stop_workers`; the cache keeps what they add.
+
+    Of several devices (``--devices``) each worker takes the next one, in turn.
 
     Args:
         workers: Processes in all, this one included.
@@ -50,7 +53,8 @@ def start_workers(workers: int, cache: Path) -> None:
         messages = Path(folder.name) / f"{number}.txt"
         with messages.open("wb") as file:
             command = [*base_command, "--out", f"{folder.name}/{number}", "--quiet"]
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=file)
+            own = environment | {WORKER: str(number)}
+            process = subprocess.Popen(command, env=own, stdout=subprocess.DEVNULL, stderr=file)
         running.append((process, messages))
 
     def stop() -> None:

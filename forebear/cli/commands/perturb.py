@@ -246,7 +246,12 @@ def _run(
     folder = Path(retraining.cache or out / RETRAINED_NAME)
     start_workers(retraining.workers, folder)
     retrainer = open_retrainer(
-        retriever, retraining.recipe, evaluation.texts, folder, run=retraining.run, device=index_options.device
+        retriever,
+        retraining.recipe,
+        evaluation.texts,
+        folder,
+        run=retraining.run,
+        device=index_options.first_device(),
     )
     with progress_bar() as progress:
         chooser = Chooser(retriever, spec, queries, wordnet, progress)

@@ -170,7 +170,7 @@ def retrieve(
     index = Index.open(index_options.index)
     if spans.span_column is not None:
         spec = replace(spec, span_column=index.text_column(spans.span_column))
-    retriever = Retriever(index, model=index_options.model, device=index_options.device)
+    retriever = Retriever(index, model=index_options.model, **index_options.places())
     source = query_options.open_rows(retriever, need_labels=gold)
     tell_label_remark(index, source, required=gold)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from forebear.cli.options.groups import Options
+from forebear.cli.screen.console import listed
 
 if TYPE_CHECKING:
     from forebear.retriever.retriever import Retriever
 
+WORKER = "FOREBEAR_WORKER"  # environment variable: the number of a worker, from 1, among those of --workers
 MovedModel = Annotated[
     str | None,
     typer.Option(
@@ -75,9 +78,26 @@ class IndexOptions(Options, panel="Index and model"):
     index: Annotated[str, typer.Option("--index", help="The index folder.", show_default=False)]
     model: MovedModel = None
     device: Device = "auto"
+    devices: Devices = None
+
+    def places(self) -> dict[str, Any]:
+        """``device`` and ``devices`` as keyword arguments; a worker has one of the devices for itself."""
+        given, worker = listed(self.devices), os.environ.get(WORKER)
+        if not given or worker is None:
+            return {"device": self.device, "devices": given}
+        from forebear.indexer.model.device.picking import pick_devices
+
+        names = pick_devices(self.device, given)
+        return {"device": names[int(worker) % len(names)], "devices": ()}
+
+    def first_device(self) -> str:
+        """The device that retrains."""
+        from forebear.indexer.model.device.picking import pick_devices
+
+        return pick_devices(**self.places())[0]
 
     def open(self) -> Retriever:
         """The index's retriever."""
         from forebear.retriever.retriever import Retriever
 
-        return Retriever(self.index, model=self.model, device=self.device)
+        return Retriever(self.index, model=self.model, **self.places())

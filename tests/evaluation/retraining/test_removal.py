@@ -389,7 +389,7 @@ def test_workers_give_the_report_of_one_process(bert_world, test_rows, tmp_path)
             assert run(how) == 0
         else:
             environment = os.environ | {"TMPDIR": str(tmp_path)}
-            command = [sys.executable, "-m", "forebear.cli.main", *how]
+            command = [sys.executable, "-m", "forebear.cli.main", *how, "--devices", "cpu,cpu"]
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
             assert done.returncode == 0, done.stderr
             assert "worker ended" not in done.stderr

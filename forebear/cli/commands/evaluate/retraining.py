@@ -73,7 +73,7 @@ class RetrainingAskOptions(AskOptions):
 
         choices = values_of(self.retraining)
         begin = partial(start_workers, choices.pop("workers"))
-        how = Retraining(device=self.index.device, begin=begin, **choices)
+        how = Retraining(device=self.index.first_device(), begin=begin, **choices)
         self.call(function, self.question, spans=self.spans, how=how, **given)
 
 
