@@ -21,7 +21,8 @@ from forebear.indexer.building.finish import calibration_by, finish
 from forebear.indexer.building.options import BuildOptions, Work
 from forebear.indexer.building.preflight import check_feasible
 from forebear.indexer.building.refit import refit_index
-from forebear.indexer.building.shards import ShardWriter, as_begun, segment_of, split_rows
+from forebear.indexer.building.shards import ShardWriter
+from forebear.indexer.building.sharing.beginning import as_begun, segment_of, split_rows
 from forebear.indexer.building.sharing.segments import rows_for, write_segment
 from forebear.indexer.building.spec import make_spec, settled_batch_tokens
 from forebear.indexer.index import Index

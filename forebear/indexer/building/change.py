@@ -18,8 +18,8 @@ import numpy as np
 from forebear.errors import CorruptIndexError, InputError, MismatchError, OutputExistsError
 from forebear.indexer.building.finish import finish
 from forebear.indexer.building.options import Work
-from forebear.indexer.building.shards import (
-    ShardWriter,
+from forebear.indexer.building.shards import ShardWriter
+from forebear.indexer.building.sharing.beginning import (
     as_begun,
     checkpoints_now,
     load_checked,

@@ -19,7 +19,8 @@ import pyarrow as pa
 from forebear.errors import CorruptIndexError, InputError
 from forebear.indexer.building.finish import calibration_by, finish
 from forebear.indexer.building.options import BuildOptions, Work
-from forebear.indexer.building.shards import OnRows, as_begun, checkpoints_now, load_checked
+from forebear.indexer.building.shards import OnRows
+from forebear.indexer.building.sharing.beginning import as_begun, checkpoints_now, load_checked
 from forebear.indexer.building.sharing.claims import Claims
 from forebear.indexer.building.sharing.processes import write_on_devices
 from forebear.indexer.building.sharing.segments import refuse_missing

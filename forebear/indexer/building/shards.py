@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from forebear.errors import MismatchError, NonFiniteError
 from forebear.indexer.building.options import Work
 from forebear.indexer.building.row_facts import reading_metadata
+from forebear.indexer.building.sharing.beginning import load_checked
 from forebear.indexer.building.sharing.claims import Claims
 from forebear.indexer.building.sharing.shard_rows import ShardRows, SourceRows
 from forebear.indexer.gradients.earlier_rows import (
@@ -29,15 +28,14 @@ from forebear.indexer.gradients.earlier_rows import (
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.device.arithmetic import device_kind, repeatable
+from forebear.indexer.model.device.arithmetic import device_kind
 from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.encoding import Encoded, encode
 from forebear.indexer.model.forward import Forward, forward_of_features, run_forward
-from forebear.indexer.model.loading import check_same_model, load_classifier
 from forebear.indexer.model.reading import count_reading
 from forebear.indexer.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
-from forebear.indexer.rows.row_source import RowBlock, RowSource
-from forebear.indexer.rows.user_columns import columns_sha256, stored_columns
+from forebear.indexer.rows.row_source import RowBlock
+from forebear.indexer.rows.user_columns import stored_columns
 from forebear.indexer.sketches.fitting import Sample, fit_sketchers
 from forebear.indexer.sketches.sketch import Sketcher
 from forebear.indexer.spans.finders import find_spans, span_finder
@@ -45,68 +43,10 @@ from forebear.indexer.spans.masking import mask_found
 from forebear.indexer.spans.store import note_spans, write_spans
 from forebear.indexer.storage.arrow import read_batches, write_columns
 from forebear.indexer.storage.layout import COLUMNS, SPANS, word_shards_folder, words_folder
-from forebear.indexer.storage.manifest import Checkpoint, IndexSpec, Manifest, Segment, read_manifest
-from forebear.indexer.training.run import moved_paths
+from forebear.indexer.storage.manifest import Checkpoint, IndexSpec, Manifest, read_manifest
 from forebear.indexer.words.gradients import WordGradients, count_tokens
 from forebear.indexer.words.store import Postings, read_word_store, repeated_words, write_shard
 from forebear.progress import counted
-
-
-@contextmanager
-def as_begun(n_threads: int, device: torch.device | None = None) -> Iterator[None]:
-    """Run with what last bits of a float depend on: the thread count that the change was begun with, and on a device.
-
-    Args:
-        n_threads: The thread count.
-        device: Device that models run on, whose numbers then repeat; None: none run.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
-        with nullcontext() if device is None else repeatable(device):
-            yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def segment_of(source: RowSource, start: int, columns: Mapping[str, str]) -> Segment:
-    """The rows of a source as a segment of an index, numbered from ``start``; passes over them.
-
-    Args:
-        source: The rows.
-        start: Number of the first one.
-        columns: The columns that the index keeps besides texts and labels, and their kinds.
-    """
-    return Segment(
-        source=source.name,
-        rows_sha256=source.sha256(),
-        user_columns_sha256=columns_sha256(source, columns),
-        start=start,
-        n_rows=source.n_rows,
-        n_left_out=source.n_dropped,
-        row_format=source.format("the index").stated(),
-    )
-
-
-def split_rows(start: int, n_rows: int, shard_rows: int) -> tuple[tuple[int, int], ...]:
-    """Row ranges of the shards of a segment."""
-    stop = start + n_rows
-    return tuple((i, min(i + shard_rows, stop)) for i in range(start, stop, shard_rows))
-
-
-def checkpoints_now(index: Index, model: str | None) -> tuple[Checkpoint, ...]:
-    """The checkpoints of an index with the paths where they are now; see :func:`moved_paths`."""
-    checkpoints = index.manifest.checkpoints
-    paths = moved_paths(model, checkpoints, index.folder)
-    return tuple(replace(c, path=path) for c, path in zip(checkpoints, paths, strict=True))
-
-
-def load_checked(checkpoint: Checkpoint, spec: IndexSpec, device: str) -> Classifier:
-    """A checkpoint of an index, refused if it is not the one that was indexed."""
-    classifier = load_classifier(checkpoint.path, device=device, precision=spec.precision, max_length=spec.max_length)
-    check_same_model(classifier, checkpoint.sha256, spec.tokenizer_sha256)
-    return replace(classifier, label_names=spec.label_names, loss=spec.loss)  # the model's own may say nothing: LABEL_0
-
 
 OnRows = Callable[[int], None]
 WriteShard = Callable[[Path, RowBlock, np.ndarray, int, OnRows], None]  # file, rows, their targets, number of the first

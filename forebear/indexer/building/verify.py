@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from forebear.errors import CorruptIndexError, InputError
-from forebear.indexer.building.shards import checkpoints_now, load_checked
+from forebear.indexer.building.sharing.beginning import checkpoints_now, load_checked
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import device_kind

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from forebear.errors import ForebearError
 from forebear.indexer.building.options import Work
-from forebear.indexer.building.shards import ShardWriter, as_begun
+from forebear.indexer.building.shards import ShardWriter
+from forebear.indexer.building.sharing.beginning import as_begun
 from forebear.indexer.building.sharing.claims import Claims
 from forebear.indexer.building.sharing.processes import write_on_devices
 from forebear.indexer.building.sharing.shard_rows import ShardRows, SourceRows

@@ -18,7 +18,8 @@ from tiny import labels, sentences
 from forebear import DataError, InputError
 from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.building.options import Work
-from forebear.indexer.building.shards import ShardWriter, load_checked
+from forebear.indexer.building.shards import ShardWriter
+from forebear.indexer.building.sharing.beginning import load_checked
 from forebear.indexer.building.sharing.claims import AbandonedShardError, Claims, claims_folder
 from forebear.indexer.building.sharing.shard_rows import SourceRows
 from forebear.indexer.rows.labels import label_map
