@@ -129,7 +129,7 @@ def test_at_the_head_stored_spans_give_the_full_answer_without_the_model(index, 
     asked = sentences(5, 50)
     full = Retriever(without).retrieve(asked, exact="full", **ask)
     retriever = Retriever(index)
-    monkeypatch.setattr("forebear.retriever.deep.search.exact_dots", None)  # no row goes through the model
+    monkeypatch.setattr("forebear.retriever.deep.search.dots_on_devices", None)  # no row goes through the model
     found = retriever.retrieve(asked, **ask)
     assert results(found) == results(full)
     np.testing.assert_allclose(found["score"], full["score"], rtol=2e-4, atol=1e-6)
