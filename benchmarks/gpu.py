@@ -104,7 +104,7 @@ class Check:
 
     @contextmanager
     def waits(self) -> Iterator[Counter[str]]:
-        """Count the lines of the package for which the host waits, as torch reports them."""
+        """Count the lines for which the host waits, as torch reports them: not of events, by which results come."""
         counted: Counter[str] = Counter()
         if not self.is_cuda:
             yield counted

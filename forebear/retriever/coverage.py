@@ -8,8 +8,9 @@ from typing import Any
 from forebear.indexer.index import Index
 from forebear.indexer.storage.manifest import FitAge
 from forebear.progress import tell_note, tell_warning
-from forebear.retriever.question.methods import METHODS, Method
+from forebear.retriever.question.methods import METHODS, Method, ann_name
 from forebear.retriever.question.models import N_VARIANTS, VARIANT_LEARNING_RATE, VARIANT_ROWS
+from forebear.retriever.question.recall import PROVEN, with_note
 from forebear.retriever.question.spec import Question, words_top
 from forebear.retriever.searchers import SEARCHERS
 
@@ -29,8 +30,13 @@ def available_methods(index: Index) -> tuple[str, ...]:
     )
 
 
-def question_facts(question: Question) -> dict[str, Any]:
-    """Everything that decides an answer, and the recall of each method as far as it was measured."""
+def question_facts(question: Question, *, by_scan: bool = False) -> dict[str, Any]:
+    """Everything that decides an answer, and the recall of each method as far as it was measured.
+
+    Args:
+        question: The question.
+        by_scan: Whether a device compares all vectors, where the CPU asks FAISS.
+    """
     index, spec, age = question.index, question.spec, fit_age(question)
     return {
         **({} if age is None else {"fitted_beyond_the_head": asdict(age)}),
@@ -44,10 +50,15 @@ def question_facts(question: Question) -> dict[str, Any]:
         "top": spec.top,
         "sign": "larger = proponent: training on the row supports the target label",
         "methods": {
-            m.name: method_facts(question, m) | SEARCHERS[question.searched_by(m)].facts(question, m)
-            for m in question.methods
+            m.name: method_facts(question, m) | _search_facts(question, m, by_scan=by_scan) for m in question.methods
         },
     }
+
+
+def _search_facts(question: Question, method: Method, *, by_scan: bool) -> dict[str, Any]:
+    if by_scan and ann_name(method) is not None and question.spec.exact == "rerank":
+        return with_note(PROVEN)
+    return SEARCHERS[question.searched_by(method)].facts(question, method)
 
 
 def method_facts(question: Question, method: Method) -> dict[str, Any]:

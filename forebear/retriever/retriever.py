@@ -401,7 +401,8 @@ class Retriever:
 
     def facts(self, spec: QuerySpec | Question) -> dict[str, Any]:
         """Everything that decides an answer, and what is known of its recall; see ``docs/``."""
-        return question_facts(self.resolve(spec)) | {"computed_on": self.models.computed_on()}
+        facts = question_facts(self.resolve(spec), by_scan=not self.models.memory.on_host)
+        return facts | {"computed_on": self.models.computed_on()}
 
     def metadata(self, spec: QuerySpec | Question, **more: str | None) -> dict[str, str]:
         """The same, and more facts by name, for the Parquet schema's metadata: as JSON under the key ``forebear``."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -200,3 +203,77 @@ def test_on_the_cpu_tensors_look_at_the_stored_numbers():
     assert HOST.tensor(stored).data_ptr() == HOST.send(stored).data_ptr() == stored.ctypes.data
     assert HOST.n_bytes == 0
     assert not DeviceMemory(torch.device("meta"), 0).on_host
+
+
+def test_a_search_that_lacks_memory_is_made_again_without_what_is_kept():
+    found = on_pretended(
+        """
+        import numpy as np
+        from forebear.errors import InputError
+        from forebear.indexer.model.device.kept_arrays import DeviceMemory
+        from forebear.indexer.model.device.memory import free_memory
+
+        stored, memory, tries = np.ones(100, np.float32), DeviceMemory(device, 1 << 30), []
+
+        def search():
+            tries.append(memory.n_bytes)
+            if memory.n_bytes:
+                raise RuntimeError("CUDA error: out of memory")
+            return "found"
+
+        memory.tensor(stored)
+        found = [memory.run(search), tries]
+        memory._budget = 1 << 30
+        memory.tensor(stored)
+        free_memory(torch.device("cpu"))
+        found.append(memory.n_bytes)
+        free_memory(device)  # as a pass does whose batch does not fit
+        found.append(memory.n_bytes)
+        try:
+            memory.run(lambda: (_ for _ in ()).throw(InputError("a fault of another kind")))
+        except InputError as error:
+            found.append(str(error))
+        """
+    )
+    assert found == ["found", [400, 0], 400, 0, "a fault of another kind"]
+
+
+def test_scans_compute_in_fp32_whoever_asks_for_them(monkeypatch: pytest.MonkeyPatch):
+    """A scan's bound on rounding is that of float32, also where the caller lets torch round to TF32."""
+    from forebear.indexer.sketches import device_scan
+    from forebear.indexer.sketches.estimates import GradientStore, Part, Proposal
+    from forebear.indexer.sketches.sketch import Reduction, SketchRows
+    from forebear.indexer.storage.arrow import RowMatrix
+    from forebear.indexer.storage.scan_table import ScanBlock, ScanTable
+    from forebear.retriever.head import scan, search
+    from forebear.retriever.head.scoring import Query, Term
+    from forebear.retriever.question.methods import METHODS
+
+    entered: list[str] = []
+
+    def noted(name: str):
+        @contextlib.contextmanager
+        def repeatable(_device: torch.device):
+            entered.append(name)
+            yield
+
+        return repeatable
+
+    for module in (device_scan, scan, search):
+        monkeypatch.setattr(module, "repeatable", noted(module.__name__.rsplit(".", 1)[-1]))
+    vectors = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    norms = np.linalg.norm(vectors, axis=1).astype(np.float32)
+    table = ScanTable((ScanBlock(np.arange(50), (vectors,), (), (norms,), ()),))
+    factors = search.RowFactors((RowMatrix([vectors]),), (), np.arange(50))
+    query = Query(METHODS["nn-euc"], (Term(1.0, vectors[:2].astype(np.float64)),), np.ones(2))
+    search.search_distances(query, table, factors, 3, rerank=True, memory=HOST)
+    search.scan_nearest(dataclasses.replace(query, method=METHODS["nn-cos"]), table, 3, HOST)
+    reduction = Reduction(np.eye(4, 8).astype(np.float16), np.ones(8, np.float32), 0, 0)
+    numbers = SketchRows(vectors, vectors[:, :0], np.ones(50), np.ones(50))
+    columns = numbers.columns(reduction)
+    store = GradientStore(
+        RowMatrix([columns["sketch"]]), None, norms, *(columns[name] for name in ("share", "length", "norm")),
+        columns["residual_length"], reduction,
+    )  # fmt: skip
+    device_scan.propose_on_device([Part(1.0, numbers, store)], np.arange(50), 3, Proposal(True, 0.0), HOST)
+    assert entered == ["search", "scan", "device_scan"]

@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from forebear.errors import CorruptIndexError, is_out_of_memory
-from forebear.indexer.model.device.kept_arrays import as_tensor
+from forebear.indexer.model.device.copies import as_tensor
 from forebear.indexer.model.scopes import Block
 from forebear.indexer.storage.arrow import MEND, read_batches, write_table
 

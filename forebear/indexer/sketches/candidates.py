@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from forebear.indexer.model.device.kept_arrays import HOST, DeviceMemory, as_tensor
+from forebear.indexer.model.device.copies import as_tensor
+from forebear.indexer.model.device.kept_arrays import HOST, DeviceMemory
 from forebear.indexer.sketches.device_scan import propose_on_device
 from forebear.indexer.sketches.estimates import Part, Proposal, factors_of, keep_best
 
@@ -52,15 +53,14 @@ def propose(
         live: Numbers of the live rows.
         n_candidates: Number of candidates at each end; at most the number of live rows.
         proposal: Kind of score, weight of the code, and margin.
-        memory: Where rows are estimated. A GPU reads the codes of all rows, so that it proposes what a CPU does, and
-            rows that the coordinates alone rank too low.
+        memory: Where rows are estimated. A GPU reads the codes of all rows: nothing is cut off before them.
 
     Returns:
         (rows, estimates) of the proponents' end, best first by estimate and margin, and of the opponents',
         ``(q, n_candidates)`` each.
     """
     if not memory.on_host:
-        return propose_on_device(parts, live, n_candidates, proposal, memory)
+        return memory.run(lambda: propose_on_device(parts, live, n_candidates, proposal, memory))
     # :func:`candidates_needed` relies on these widths.
     width = min(len(live), max(LEAST_WIDE, WIDEN * n_candidates)) if proposal.code_weight else n_candidates
     high, low = _scan(parts, live, width, proposal)

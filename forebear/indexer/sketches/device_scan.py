@@ -1,8 +1,8 @@
 """The candidates that sketches propose, estimated on a GPU: of all rows at once, with the codes.
 
 A CPU estimates most rows by their coordinates alone, and only the best of them with the codes, which are longer. A GPU
-reads both, so that nothing is cut off before the codes are read: a row that
-:func:`~forebear.indexer.sketches.candidates.propose` finds on a CPU is found here too, with as many candidates.
+reads both, so nothing is cut off before the codes are read: its candidates have the best estimates of all rows, where a
+CPU's may differ at the edge. How many are needed was calibrated with the CPU's cut.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.device.kept_arrays import DeviceMemory
 from forebear.indexer.sketches.estimates import Part, Proposal, keep_best
 
@@ -30,7 +31,8 @@ def propose_on_device(
     found: list[list[tuple[np.ndarray, np.ndarray]]] = [[], []]
     for start in range(0, q, size):
         queries = np.arange(start, min(start + size, q))
-        scores = _estimates_of_all(parts, queries, memory, cosine=proposal.cosine, code_weight=proposal.code_weight)
+        with repeatable(memory.device):
+            scores = _estimates_of_all(parts, queries, memory, cosine=proposal.cosine, code_weight=proposal.code_weight)
         margins = torch.zeros_like(scores)
         if proposal.margin and not proposal.cosine:
             for part in parts:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from forebear.indexer.model.device.kept_arrays import as_tensor
+from forebear.indexer.model.device.copies import as_tensor
 from forebear.indexer.sketches.sketch import Reduction, SketchRows
 from forebear.indexer.storage.arrow import RowMatrix
 

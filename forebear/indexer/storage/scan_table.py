@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class ScanTable:
     def __len__(self) -> int:
         return sum(len(b.rows) for b in self.blocks)
 
-    @property
+    @cached_property
     def rows(self) -> np.ndarray:
         """Row number at each position, ``(n,)``."""
         return np.concatenate([b.rows for b in self.blocks])

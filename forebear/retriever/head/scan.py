@@ -1,7 +1,7 @@
 """The scan: float32 scores of factored rows, on the device that holds them.
 
-On a CPU rows are visited by falling norm, until no later row can matter. A GPU reads all of them: that takes less time
-than waiting for the answer whether it must.
+On a CPU rows are visited by falling norm, until no later row can matter. A GPU reads all of them, so that the host need
+not wait after each block for the answer whether it must go on.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.device.kept_arrays import HOST, DeviceMemory
 from forebear.indexer.storage.scan_table import ScanBlock, ScanTable
 from forebear.retriever.head.scoring import Query, Term
@@ -58,6 +59,7 @@ class Scan:
 
     def __init__(self, query: Query, table: ScanTable, memory: DeviceMemory = HOST) -> None:
         self.query, self.table, self.memory = query, table, memory
+        self._sent: torch.Tensor | None = None
         cosine = query.method.metric == "cos"
         lengths = _lengths(query.terms)
         divisor = query.norms if cosine else lengths
@@ -74,6 +76,10 @@ class Scan:
             largest score (in absolute value) that a row not visited can have.
         """
         self.memory.begin()
+        with repeatable(self.memory.device):
+            return self._run(k)
+
+    def _run(self, k: int) -> tuple[torch.Tensor, float]:
         scores = torch.empty((len(self.query), len(self.table)), device=self.memory.device)
         stops = self.memory.on_host and self.query.method.metric == "dot" and len(self.table.blocks) > 1
         bounds = self._bounds() if stops else np.zeros(len(self.table.blocks))
@@ -128,10 +134,19 @@ class Scan:
         assert total is not None
         return total
 
+    def _own(self, memory: DeviceMemory) -> torch.Tensor:
+        """<H^-1 g_n, g_n> of every training row; sent once, for it may have been made for this question alone."""
+        assert self.query.self_influence is not None
+        if memory.on_host:
+            return memory.send(self.query.self_influence)
+        if self._sent is None:
+            self._sent = memory.send(self.query.self_influence)
+        return self._sent
+
     def _row_norms(self, block: ScanBlock, i: int, memory: DeviceMemory = HOST) -> torch.Tensor:
         """Lengths ``(n,)`` of the rows that a cosine divides by; 1 for zero rows, whose products are 0 anyway."""
         if self.query.self_influence is not None:
-            norms = memory.tensor(self.query.self_influence)[memory.tensor(block.rows)].sqrt()
+            norms = self._own(memory)[memory.tensor(block.rows)].sqrt()
         else:
             norms = memory.tensor(block.feature_norms[i]).double()
             if block.residual_norms:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from forebear.indexer.model.device.kept_arrays import as_tensor
+from forebear.indexer.model.device.copies import as_tensor
 from forebear.ratio import ratio
 from forebear.retriever.question.methods import Method
 

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from forebear.errors import InputError
+from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.device.kept_arrays import HOST, DeviceMemory
 from forebear.indexer.storage.ann import AnnIndex, unit_rows
 from forebear.indexer.storage.arrow import RowMatrix
@@ -199,7 +201,7 @@ def _scan_chunk(
     query: Query, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool, memory: DeviceMemory
 ) -> tuple[Ranking, Ranking]:
     scan = Scan(query, table, memory)
-    scores, unvisited = scan.run(k)
+    scores, unvisited = memory.run(lambda: scan.run(k))
     at_position = table.rows[: scores.shape[1]]
     ends = []
     for largest in (True, False):
@@ -295,7 +297,7 @@ def scan_nearest(query: Query, table: ScanTable, width: int, memory: DeviceMemor
     """Numbers of the rows of largest float32 score, ``(q, width)``, best first."""
     found = []
     for chunk in _chunks(np.arange(len(query)), max(1, MAX_SCORES // len(table))):
-        scores, _ = Scan(query.take(chunk), table, memory).run(width)
+        scores, _ = memory.run(partial(Scan(query.take(chunk), table, memory).run, width))
         found.append(table.rows[_best(scores, np.arange(len(chunk)), width, memory, largest=True)[1]])
     return np.concatenate(found)
 
@@ -322,14 +324,19 @@ class _Distances:
         self._query_squares = (x.astype(np.float64) ** 2).sum(axis=1)
         self._largest_square = max(float(block.feature_norms[0].max()) for block in table.blocks) ** 2
         memory.begin()
-        vectors = memory.send(x.astype(np.float32))
-        self._values = torch.empty((len(x), len(table)), device=memory.device)
-        start = 0
+        with repeatable(memory.device):
+            self._values = memory.run(lambda: self._of_all(x.astype(np.float32), table))
+
+    def _of_all(self, queries: np.ndarray, table: ScanTable) -> torch.Tensor:
+        memory, start = self._memory, 0
+        vectors = memory.send(queries)
+        values = torch.empty((len(queries), len(table)), device=memory.device)
         for block in table.blocks:
             squares = memory.tensor(block.feature_norms[0]).double() ** 2
             products = vectors @ memory.tensor(block.features[0]).T
-            self._values[:, start : start + len(squares)] = squares - 2 * products
+            values[:, start : start + len(squares)] = squares - 2 * products
             start += len(squares)
+        return values
 
     def end(self, factors: RowFactors, k: int, *, largest: bool, rerank: bool) -> Ranking:
         """One end of the ranking; the score is minus the distance, so the ``largest`` are the nearest."""

@@ -155,7 +155,7 @@ class _Saliencies(RowCollector):
     def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
         values, self.sizes[positions] = arrays
         for position, row in zip(positions, values, strict=True):
-            self.values[position] = row[: self._lengths[position]]
+            self.values[position] = row[: self._lengths[position]].copy()  # a view would hold the batch
 
     def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
         self.sizes[copies] = self.sizes[sources]

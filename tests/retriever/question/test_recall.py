@@ -343,6 +343,8 @@ def test_at_the_head_only_a_quantised_faiss_index_has_a_recall_below_one(tmp_pat
         measured_recall, n_stating = (index.manifest.derived[name][key] for key in ("recall", "n_stating"))
         assert facts["recall"] == pytest.approx(measured_recall * n_stating / (n_stating + 1))
         assert facts["recall_note"] == f"measured on {n_stating} rows (training rows, FAISS SQ8), not proven"
+        on_a_gpu = question_facts(QuerySpec(methods=(method,)).resolve(index), by_scan=True)  # all vectors are compared
+        assert on_a_gpu["methods"][method]["recall"] == 1.0
         assert facts_of(Retriever(index), method, scope="head", exact="full") | {"recall": 1.0} == facts_of(
             Retriever(index), method, scope="head", exact="full"
         )

@@ -68,13 +68,35 @@ def _set(*values: tuple[Any, str, Any]) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _without_tf32() -> Any:
-    """Products and convolutions of fp32 without TF32. Newer versions of torch have settings for each kind of them."""
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Products and convolutions of fp32 without TF32.
+
+    Newer versions of torch have settings for each kind of them. Of convolutions the older setting is set, too, for
+    torch refuses to read it where it contradicts the newer. These may have been inherited: they are restored as values
+    of their own.
+    """
     products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     if not hasattr(products, "fp32_precision"):
-        return _set((products, "allow_tf32", False), (cudnn, "allow_tf32", False))
+        with _set((products, "allow_tf32", False), (cudnn, "allow_tf32", False)):
+            yield
+        return
     convolutions: Any = cudnn  # mypy knows the older settings alone
-    return _set(*((kind, "fp32_precision", "ieee") for kind in (products, convolutions.conv, convolutions.rnn)))
+    try:
+        older: bool | None = torch._C._get_cudnn_allow_tf32()
+    except RuntimeError:  # the caller's settings contradict each other
+        older = None
+    kinds = (products, convolutions.conv, convolutions.rnn)
+    with _set(*((kind, "fp32_precision", kind.fp32_precision) for kind in kinds)):  # restores them after the older one
+        if older is not None:
+            torch._C._set_cudnn_allow_tf32(False)
+        try:
+            for kind in kinds:
+                kind.fp32_precision = "ieee"
+            yield
+        finally:
+            if older is not None:
+                torch._C._set_cudnn_allow_tf32(older)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +19,8 @@ T = TypeVar("T")
 
 def as_tensor(values: np.ndarray) -> torch.Tensor:
     """Zero-copy tensor of an array that may be read-only (memory-mapped): never write to it."""
+    if values.flags.writeable:
+        return torch.from_numpy(values)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch warns of read-only arrays
         return torch.from_numpy(values)
@@ -30,7 +33,8 @@ def send(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tenso
     """
     host = as_tensor(values) if isinstance(values, np.ndarray) else values
     if device.type == "cuda" and host.device.type == "cpu":
-        host = host.pin_memory()
+        with suppress(RuntimeError):  # where no memory can be pinned, the host waits for the copy
+            host = host.pin_memory()
     return host.to(device, non_blocking=True)
 
 

@@ -7,17 +7,20 @@ each time, through pinned memory, while the block before it is being computed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from forebear.errors import is_out_of_memory
 from forebear.indexer.model.device.copies import as_tensor, send
+from forebear.indexer.model.device.memory import KEEPERS, free_memory
 
-__all__ = ["HOST", "DeviceMemory", "as_tensor"]
+T = TypeVar("T")
 
-_FREE_SHARE = 0.5  # of the memory that is free at the first search; the model's passes take the rest
+_FREE_SHARE = 0.5  # of the memory that is free when it is first needed; the model's passes take the rest
 
 
 @dataclass
@@ -44,8 +47,9 @@ class DeviceMemory:
             budget: Most bytes that are kept; None: half of what is free on the device when it is first needed.
         """
         self.device, self._budget = device, budget
-        self._kept: dict[tuple[int, tuple[int, ...], str], _Kept] = {}
+        self._kept: dict[tuple[int, tuple[int, ...], tuple[int, ...], str], _Kept] = {}
         self._n_bytes = self._turn = 0
+        KEEPERS.add(self)
 
     @property
     def on_host(self) -> bool:
@@ -69,11 +73,11 @@ class DeviceMemory:
         """
         if self.on_host:
             return as_tensor(stored)
-        key = (stored.__array_interface__["data"][0], stored.shape, stored.dtype.str)
+        key = (stored.__array_interface__["data"][0], stored.shape, stored.strides, stored.dtype.str)
         if key in self._kept:
             self._kept[key].turn = self._turn
             return self._kept[key].tensor
-        tensor = self._send_or_give_up(stored)
+        tensor = self.run(lambda: self.send(stored))
         if self._has_room(stored.nbytes):
             self._kept[key] = _Kept(stored, tensor, self._turn)
             self._n_bytes += stored.nbytes
@@ -83,30 +87,40 @@ class DeviceMemory:
         """Copy of numbers on the device, which is not kept for later; of the CPU the numbers themselves."""
         return send(values, self.device)
 
-    def _send_or_give_up(self, stored: np.ndarray) -> torch.Tensor:
-        """Copy of an array on the device; where its memory does not suffice, in place of what is kept there."""
+    def give_up(self, device: torch.device) -> None:
+        """Keep nothing of what is there, and half as much from now on: its memory does not suffice."""
+        if device == self.device and self._kept:
+            self._kept.clear()
+            self._n_bytes, self._budget = 0, self._n_bytes // 2
+
+    def run(self, search: Callable[[], T]) -> T:
+        """What a search returns; where memory does not suffice for it, once more without what is kept."""
         try:
-            return self.send(stored)
-        except (RuntimeError, MemoryError) as error:
+            return search()
+        except Exception as error:
             if not (self._kept and is_out_of_memory(error)):
                 raise
-        self._kept.clear()
-        self._n_bytes, self._budget = 0, self._n_bytes // 2
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return self.send(stored)
+        free_memory(self.device)  # after the clause, whose error holds what the search had made
+        return search()
 
     def _has_room(self, n_bytes: int) -> bool:
         """Whether so many more bytes may be kept, after giving up what the search under way has not used."""
         if self._budget is None:
-            free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
-            self._budget = int(_FREE_SHARE * free)
+            self._budget = int(_FREE_SHARE * _free_bytes(self.device))
         oldest = sorted((kept.turn, key) for key, kept in self._kept.items() if kept.turn < self._turn)
         for _, key in oldest:
             if self._n_bytes + n_bytes <= self._budget:
                 break
             self._n_bytes -= self._kept.pop(key).array.nbytes
         return self._n_bytes + n_bytes <= self._budget
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Bytes that are free on a GPU, with those that torch has reserved and does not use; 0 of other devices."""
+    if device.type != "cuda":
+        return 0
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + reserved)
 
 
 HOST = DeviceMemory(torch.device("cpu"))

@@ -11,7 +11,8 @@ import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from weakref import WeakSet
 
 from forebear.errors import NotEnoughMemoryError, is_out_of_memory
 
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+
+class Keeper(Protocol):
+    """What keeps things on devices that it can make again."""
+
+    def give_up(self, device: torch.device) -> None:
+        """Let go of all that is kept on a device."""
+
+
+KEEPERS: WeakSet[Keeper] = WeakSet()  # who is asked where memory does not suffice
 
 
 def run_batches(
@@ -71,9 +82,10 @@ def run_batches(
         if fits:
             yield positions, result
             continue
+        free_memory(device)
         if let_go is not None:
             let_go(positions)
-        free_memory(device)
+            free_memory(device)
         limit = len(positions) * longest // 2
         if warn is not None:
             n = len(positions)
@@ -122,9 +134,11 @@ def moved(model: Any, device: torch.device, name: str) -> Any:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what nothing refers to any more, also where objects refer to each other, and what torch keeps."""
+    """Give back what nothing refers to any more, what torch keeps, and what was kept on the device for later."""
     import torch
 
+    for keeper in list(KEEPERS):
+        keeper.give_up(device)
     gc.collect()
     empty_cache = getattr(getattr(torch, device.type, None), "empty_cache", None)  # the CPU has none
     if empty_cache is not None:

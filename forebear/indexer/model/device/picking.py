@@ -30,14 +30,15 @@ def pick_device(device: str = AUTO) -> torch.device:
     if device == AUTO and (device := os.environ.get(VARIABLE, "").strip() or AUTO) != AUTO:
         given = f"the environment variable {VARIABLE}={device}"
     if device == AUTO:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _current_cuda() if torch.cuda.is_available() else torch.device("cpu")
     try:
         picked = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"{given} is no device that torch knows. Give {EXPECTED}.") from error
     if picked.type == "cuda":
         _check_cuda(picked, given)
-    elif picked.type != "cpu":
+        return _current_cuda() if picked.index is None else picked
+    if picked.type != "cpu":
         try:
             torch.zeros(1, device=picked).cpu()
         except (RuntimeError, AssertionError) as error:  # whatever a build of torch without this device raises
@@ -69,6 +70,12 @@ def pick_devices(device: str, devices: Sequence[str | int]) -> tuple[str, ...]:
             "the kind, and so on which process came first."
         )
     return names
+
+
+def _current_cuda() -> torch.device:
+    """The CUDA device that torch takes where no number is given, by its number: some of torch's functions need it."""
+    has_begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.device("cuda", torch.cuda.current_device() if has_begun else 0)
 
 
 def _check_cuda(picked: torch.device, given: str) -> None:

@@ -368,3 +368,13 @@ def test_every_forward_and_backward_runs_with_the_arithmetic_decided(name, bert_
     has_backward = name not in ("forward", "agreement", "embeddings")
     assert ("backward" in {step for step, _ in modes}) is has_backward
     assert torch.get_deterministic_debug_mode() == 0
+
+
+def test_torchs_older_settings_can_be_read_where_tf32_is_off():
+    """They contradict the newer ones otherwise, and torch refuses to say what they are."""
+    before = torch.backends.cudnn.allow_tf32
+    with arithmetic._without_tf32():
+        assert not torch.backends.cudnn.allow_tf32
+        with torch.backends.cudnn.flags(enabled=True):  # reads them all
+            pass
+    assert torch.backends.cudnn.allow_tf32 == before

@@ -181,7 +181,7 @@ def test_a_pass_lets_go_of_the_tensors_of_a_batch_that_failed(tiny_model, monkey
     )
     run_pass(classifier, [TEXTS], labels_seed(CROSS_ENTROPY, LABELS), [collector], batch_tokens=1000)
     assert len(gone[0]) > 10
-    assert all(map(all, gone))
+    assert all(map(all, gone[1::2]))  # before the collectors let go, and after
 
 
 @contextmanager

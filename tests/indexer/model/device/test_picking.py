@@ -28,7 +28,7 @@ def two_gpus(monkeypatch):
 
 def test_auto_is_the_first_gpu_where_there_is_one_and_nothing_else_is_said(two_gpus, monkeypatch):
     monkeypatch.delenv("FOREBEAR_DEVICE")
-    assert pick_device() == torch.device("cuda")
+    assert pick_device() == torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device() == torch.device("cpu")
 
@@ -40,7 +40,7 @@ def test_the_environment_says_what_auto_is_and_a_named_device_stays(two_gpus, mo
         assert pick_device("cuda:0") == torch.device("cuda:0")
     for unset in ("", "auto"):
         monkeypatch.setenv("FOREBEAR_DEVICE", unset)
-        assert pick_device() == torch.device("cuda")
+        assert pick_device() == torch.device("cuda:0")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_training_on_another_gpu_than_the_first_is_refused_and_so_is_retraining(
 
 @pytest.mark.gpu
 def test_auto_is_a_gpu_in_tests_that_are_marked_so():
-    assert pick_device() == torch.device("cuda")
+    assert pick_device() == torch.device("cuda:0")
 
 
 def test_a_test_that_is_marked_gpu_is_skipped_without_one(request):
