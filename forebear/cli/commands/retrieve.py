@@ -196,7 +196,7 @@ def retrieve(
         show_answers(answers, tables_of, source, methods, text_columns(index), names, aggregate=spec.aggregate)
     else:
         _write_answers(retriever, source, question, tables_of, output)
-    say_recall(question)
+    say_recall(retriever, question)
 
 
 def _refuse_what_no_method_takes(spec: QuerySpec, methods: Sequence[Method], spans: SpanOptions) -> None:

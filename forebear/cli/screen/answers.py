@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from forebear.retriever.answers.signs import SignCounts
     from forebear.retriever.question.methods import Method
     from forebear.retriever.question.spec import Question
+    from forebear.retriever.retriever import Retriever
 
 SHOWN_QUERIES = 5
 SHOWN_WORDS = 4
@@ -194,11 +195,9 @@ def say_signs(counts: SignCounts) -> None:
         note(name, sentence)
 
 
-def say_recall(question: Question) -> None:
+def say_recall(retriever: Retriever, question: Question) -> None:
     """Print a note for each method whose recall is not proven: the calibrated recall, or why there is none."""
-    from forebear.retriever.coverage import question_facts
-
-    for name, facts in question_facts(question)["methods"].items():
+    for name, facts in retriever.facts(question)["methods"].items():
         recall, reason, n = facts["recall"], facts.get("recall_note"), facts.get("candidates")
         lines = [] if reason is None else [reason]
         if recall is not None and recall < 1:
