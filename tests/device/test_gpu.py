@@ -173,10 +173,10 @@ def test_the_tests_of_a_gpu_run_on_the_pretended_device() -> None:
     paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "tests/device", "tests/support"))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "pretended", "-p", "no:cacheprovider", "-m", "gpu", __file__,
-         "-k", "kernels and (forward or dots or words or cg or train)"],
+         "-k", "kernels and (forward or dots)"],
         capture_output=True, text=True, check=False, cwd=ROOT,
         env=os.environ | {"PYTHONPATH": paths, "FOREBEAR_TEST_GPU": "pretend"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "9 passed" in done.stdout
+    assert "3 passed" in done.stdout
     assert "pretend ms" in done.stdout
