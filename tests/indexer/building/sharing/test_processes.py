@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,10 @@ def test_an_error_in_a_process_is_the_error_of_the_command(place: Path, capsys: 
 def test_processes_end_with_the_command(how: signal.Signals, place: Path) -> None:
     expect(place, 3)  # of which there are two: they wait
     command = [sys.executable, "-m", "forebear", *index_command("index", "--devices", "cpu,cpu")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where these tests run in the background
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heard
+    ) as process:
         end = time.monotonic() + 120
         while len(finders(place)) < 2 and time.monotonic() < end and process.poll() is None:
             time.sleep(0.05)

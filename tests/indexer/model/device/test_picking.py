@@ -34,9 +34,9 @@ def test_auto_is_the_first_gpu_where_there_is_one_and_nothing_else_is_said(two_g
 
 
 def test_the_environment_says_what_auto_is_and_a_named_device_stays(two_gpus, monkeypatch):
-    for named in ("cpu", "cuda", "cuda:1"):
+    for named, picked in (("cpu", "cpu"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")):
         monkeypatch.setenv("FOREBEAR_DEVICE", named)
-        assert pick_device() == torch.device(named)
+        assert pick_device() == torch.device(picked)
         assert pick_device("cuda:0") == torch.device("cuda:0")
     for unset in ("", "auto"):
         monkeypatch.setenv("FOREBEAR_DEVICE", unset)
