@@ -70,7 +70,7 @@ FAULTS = {
         "torch.from_numpy(block.features[i].copy()), residuals)", "search", "in one operation",
     ),
     "signs are unpacked in another order on a device": (
-        "indexer.sketches.device_scan", "torch.arange(7, -1, -1, dtype=torch.uint8",
+        "indexer.sketches.estimates", "torch.arange(7, -1, -1, dtype=torch.uint8",
         "torch.arange(8, dtype=torch.uint8", "search", "estimates differ",
     ),
 }  # fmt: skip

@@ -43,6 +43,18 @@ class _Gradients(RowCollector):
             gradients[here] = gradients[there]
 
 
+def _gather(
+    classifier: Classifier,
+    texts: Texts,
+    labels: np.ndarray,
+    collector: Collector,
+    on_rows: Callable[[int], None] | None = None,
+) -> None:
+    """Run the rows' loss gradients past a collector."""
+    seeds, batch_tokens = labels_seed(classifier.loss, labels), classifier.batch_tokens(CPU_TOKENS)
+    run_pass(classifier, texts, seeds, [collector], batch_tokens=batch_tokens, on_rows=on_rows)
+
+
 def whole_gradients(
     classifier: Classifier,
     scope: Scope,
@@ -51,13 +63,7 @@ def whole_gradients(
 ) -> Vectors:
     """Loss gradients of a few rows, ``(q, n_out, n_in)`` for each block of the scope."""
     collector = _Gradients(scope, len(labels), classifier.head.weight)
-    run_pass(
-        classifier,
-        texts,
-        labels_seed(classifier.loss, labels),
-        [collector],
-        batch_tokens=classifier.batch_tokens(CPU_TOKENS),
-    )
+    _gather(classifier, texts, labels, collector)
     return collector.out
 
 
@@ -104,13 +110,7 @@ def summed_gradients(
         groups: Number of each row's group, from 0, ``(q,)``.
     """
     collector = _Sums(scope, groups, classifier.head.weight)
-    run_pass(
-        classifier,
-        texts,
-        labels_seed(classifier.loss, labels),
-        [collector],
-        batch_tokens=classifier.batch_tokens(CPU_TOKENS),
-    )
+    _gather(classifier, texts, labels, collector)
     return collector.out
 
 
@@ -189,14 +189,7 @@ def exact_dots(
         first, kinds = distinct_rows(encoded, labels)
         wanted = wanted_of_kinds(wanted, kinds, len(first))[:, kinds]
     collector = _Dots(scope, vectors, len(labels), wanted)
-    run_pass(
-        classifier,
-        encoded,
-        labels_seed(classifier.loss, labels),
-        [collector],
-        batch_tokens=classifier.batch_tokens(CPU_TOKENS),
-        on_rows=on_rows,
-    )
+    _gather(classifier, encoded, labels, collector, on_rows)
     return collector.out
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from forebear.indexer.model.device.arithmetic import repeatable
+from forebear.indexer.model.device.copies import fetch
 from forebear.indexer.model.device.kept_arrays import DeviceMemory
-from forebear.indexer.sketches.estimates import Part, Proposal, keep_best
+from forebear.indexer.sketches.estimates import Part, Proposal, code_products, keep_best
 
 CODE_ROWS = 8192  # rows whose codes are unpacked at once
 MOST_SCORES = 1 << 27  # entries of a (queries, rows) block held at once
@@ -33,17 +34,17 @@ def propose_on_device(
         queries = np.arange(start, min(start + size, q))
         with repeatable(memory.device):
             scores = _estimates_of_all(parts, queries, memory, cosine=proposal.cosine, code_weight=proposal.code_weight)
-        margins = torch.zeros_like(scores)
+        margins: torch.Tensor | None = None
         if proposal.margin and not proposal.cosine:
-            for part in parts:
-                margins += proposal.margin * _lengths_of(part, queries, memory)
+            lengths = [_lengths_of(part, queries, memory) for part in parts]
+            margins = proposal.margin * sum(lengths[1:], lengths[0])
         if len(live) < n_rows:
-            scores, margins = scores[:, numbers], margins[:, numbers]
+            scores, margins = scores[:, numbers], None if margins is None else margins[:, numbers]
         for end, sign in zip(found, (1, -1), strict=True):
             columns = torch.arange(len(live), device=memory.device).expand(len(queries), -1)
-            best, at = keep_best(None, scores + sign * margins, columns, n_candidates, largest=sign > 0)
-            estimates = best - sign * margins.gather(1, at)
-            ranked, rows, values = (x.cpu().numpy() for x in (best, numbers[at], estimates))
+            shifted = scores if margins is None else scores + sign * margins
+            best, at = keep_best(None, shifted, columns, n_candidates, largest=sign > 0)
+            ranked, rows, values = fetch(best, numbers[at], scores.gather(1, at))
             order = np.lexsort((rows, -sign * ranked), axis=-1)
             end.append((np.take_along_axis(rows, order, axis=1), np.take_along_axis(values, order, axis=1)))
     high, low = ((np.concatenate([rows for rows, _ in end]), np.concatenate([v for _, v in end])) for end in found)
@@ -75,8 +76,9 @@ def _estimates_of_all(
             lengths = torch.linalg.vector_norm(units, dim=1)
             block = coordinates @ units.T * (shares[rows] / torch.where(lengths > 0, lengths, 1.0))
             if codes is not None and store.codes is not None:
-                signs = memory.tensor(store.codes.shards[number])
-                block += code_weight * _code_products(codes, signs, store.reduction.bits) * code_factors[rows]
+                packed = memory.tensor(store.codes.shards[number])
+                products = [code_products(codes, some, store.reduction.bits) for some in torch.split(packed, CODE_ROWS)]
+                block += code_weight * torch.cat(products, dim=1) * code_factors[rows]
             scores[:, rows] = block
         if not cosine:
             scores *= _lengths_of(part, queries, memory)
@@ -89,15 +91,3 @@ def _lengths_of(part: Part, queries: np.ndarray, memory: DeviceMemory) -> torch.
     """Weight times the lengths of both raw sketches, ``(q, n)``: from estimated cosines to a part of dot products."""
     of_queries = memory.send(part.queries.lengths[queries].astype(np.float32))
     return of_queries[:, None] * (part.weight * memory.tensor(part.store.lengths))
-
-
-def _code_products(queries: torch.Tensor, codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """<c_q, signs_n> of codes ``(q, bits)`` and packed signs ``(n, bits / 8)``, ``(q, n)``."""
-    out = torch.empty((len(queries), len(codes)), device=queries.device)
-    sums = queries.sum(dim=1, keepdim=True)
-    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=queries.device)  # the first sign is the highest bit
-    for start in range(0, len(codes), CODE_ROWS):
-        packed = codes[start : start + CODE_ROWS]
-        ones = (packed[:, :, None] >> places & 1).view(len(packed), -1)[:, :bits].float()
-        out[:, start : start + len(packed)] = 2 * (queries @ ones.T) - sums
-    return out

@@ -25,6 +25,7 @@ import torch
 
 from forebear.errors import InputError
 from forebear.indexer.model.device.arithmetic import repeatable
+from forebear.indexer.model.device.copies import fetch
 from forebear.indexer.model.device.kept_arrays import HOST, DeviceMemory
 from forebear.indexer.storage.ann import AnnIndex, unit_rows
 from forebear.indexer.storage.arrow import RowMatrix
@@ -229,7 +230,8 @@ def _best(
     """The best of the scores ``(q, n)`` at some queries: values ``(m, width)`` float64, and their positions."""
     part = scores if len(indices) == len(scores) else scores[memory.send(indices)]
     best = part.topk(width, dim=1, largest=largest)
-    return best.values.double().cpu().numpy(), best.indices.cpu().numpy()
+    values, positions = fetch(best.values.double(), best.indices)
+    return values, positions
 
 
 def search_ann(

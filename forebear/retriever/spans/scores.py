@@ -10,6 +10,7 @@ from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.batch_size import vector_bytes_on
 from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import VECTOR_BYTES
 from forebear.retriever.question.inverse import CurvatureSpec, deep_solver
@@ -60,7 +61,8 @@ class SpanScores:
 
     def _chunks(self, kinds: int) -> list[np.ndarray]:
         """Indices of the test rows, in chunks whose whole vectors (``kinds`` for each row) fit in memory together."""
-        size = max(1, VECTOR_BYTES // (4 * kinds * self._scope.size))
+        n_bytes = vector_bytes_on(self._classifier.device, VECTOR_BYTES)
+        size = max(1, n_bytes // (4 * kinds * self._scope.size))
         q = len(self._queries.targets)
         return [np.arange(i, min(i + size, q)) for i in range(0, q, size)]
 
