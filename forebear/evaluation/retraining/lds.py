@@ -27,7 +27,7 @@ from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.evaluation.retraining.changes import RetrainingInputs
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
-from forebear.evaluation.retraining.row_choice import random_rows
+from forebear.evaluation.retraining.row_choice import stratified_rows
 from forebear.retriever.scores import residuals_of
 
 MIN_SUBSETS = 3
@@ -99,7 +99,8 @@ def measure_lds(
     if n_subsets < MIN_SUBSETS:
         raise InputError(f"--subsets {n_subsets}: expected at least {MIN_SUBSETS}, better 100.")
     live = retrainer.rows.live
-    halves = [random_rows(live, len(live) // 2, seed, 17, i) for i in range(n_subsets)]
+    labels = retrainer.rows.labels[live]
+    halves = [stratified_rows(live, labels, 0.5, seed, 17, i) for i in range(n_subsets)]
     chosen, sampled = within_budget(retrainer, [[Job(half, s) for s in seeds] for half in halves], budget, seed)
     if len(chosen) < MIN_SUBSETS:
         raise InputError(f"--budget {budget}: {len(chosen)} subsets; a correlation takes {MIN_SUBSETS} or more.")

@@ -66,6 +66,23 @@ def random_rows(rows: np.ndarray, k: int, *seeds: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seeds).permutation(rows)[:k])
 
 
+def stratified_rows(rows: np.ndarray, labels: np.ndarray, share: float, *seeds: int) -> np.ndarray:
+    """The same share of each class' rows, drawn without replacement, ascending.
+
+    Every draw of a share has the same number of rows of each class, so that what differs between two draws is not the
+    class balance.
+
+    Args:
+        rows: Row numbers, ``(n,)``.
+        labels: Their class ids, ``(n,)``.
+        share: In (0, 1); a class of ``m`` rows gives ``share * m``, rounded half up.
+        *seeds: Seeds of the draw.
+    """
+    order = np.random.default_rng(seeds).permutation(len(rows))
+    classes = [order[labels[order] == label] for label in np.unique(labels)]
+    return np.sort(rows[np.concatenate([members[: int(share * len(members) + 0.5)] for members in classes])])
+
+
 def amounts_of(remove: Sequence[int], shares: Sequence[str], n_rows: int, default: Sequence[str]) -> tuple[int, ...]:
     """Numbers of rows to remove, ascending, each once.
 
