@@ -86,6 +86,25 @@ SampledRows = Annotated[int, typer.Option("--rows", help="Training rows looked a
 Neighbours = Annotated[int, typer.Option("--neighbours", help="Nearest rows that are looked at, for each row.")]
 
 
+Curvature = Annotated[
+    str | None,
+    typer.Option(
+        "--curvature",
+        help="H^-1 of if and rif: exact (of the head), ekfac (beyond it), cg, cg-hessian, lissa or identity.",
+        show_default="exact at the head, ekfac beyond it",
+        rich_help_panel="Curvature",
+    ),
+]
+Target = Annotated[
+    str,
+    typer.Option(
+        "--target",
+        help="Whose loss: predicted (the predicted label's), gold (of labelled rows), or a label's name; of several "
+        "labels a row label:NAME, the loss of this label alone.",
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScopeOptions(Options, panel="Question"):
     """The scope whose gradients are compared, and the curvature of H^-1."""
@@ -97,15 +116,7 @@ class ScopeOptions(Options, panel="Question"):
             help="Parameters whose gradients are compared: head; or others that were indexed, such as all or top-2.",
         ),
     ] = "head"
-    curvature: Annotated[
-        str | None,
-        typer.Option(
-            "--curvature",
-            help="H^-1 of if and rif: exact (of the head), ekfac (beyond it), cg, cg-hessian, lissa or identity.",
-            show_default="exact at the head, ekfac beyond it",
-            rich_help_panel="Curvature",
-        ),
-    ] = None
+    curvature: Curvature = None
     damping: Annotated[
         str | None,
         typer.Option(
@@ -121,14 +132,32 @@ class ScopeOptions(Options, panel="Question"):
 class QuestionOptions(ScopeOptions):
     """The target, besides the scope."""
 
-    target: Annotated[
-        str,
+    target: Target = "predicted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeveralOptions(Options, panel="Question"):
+    """Several scopes and dampings, whose answers stand in one table; curvature and target."""
+
+    scopes: Annotated[
+        list[str] | None,
         typer.Option(
-            "--target",
-            help="Whose loss: predicted (the predicted label's), gold (of labelled rows), or a label's name; of "
-            "several labels a row label:NAME, the loss of this label alone.",
+            "--scope",
+            help="Scopes, one or several, such as head,top-2,all: methods are asked at each.",
+            show_default="head",
         ),
-    ] = "predicted"
+    ] = None
+    dampings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--damping",
+            help="Dampings, one or several, such as 0.01x,0.1x,1x: methods with H^-1 are asked at each.",
+            show_default="the index's first",
+            rich_help_panel="Curvature",
+        ),
+    ] = None
+    curvature: Curvature = None
+    target: Target = "predicted"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,8 @@ from forebear.retriever.coverage import fit_lines
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
+_LEFT_OVER = 1e-7  # below this share of its spread, what a regression leaves of ranks is rounding
+
 
 def standardised_ranks(scores: np.ndarray) -> np.ndarray:
     """Ranks of each query's scores, ties sharing their mean rank, with mean 0 and population std 1.
@@ -38,6 +40,40 @@ def standardised_ranks(scores: np.ndarray) -> np.ndarray:
 def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Spearman's correlation of two methods' scores ``(q, n)``, for each query ``(q,)``; NaN where it is undefined."""
     products = (standardised_ranks(first) * standardised_ranks(second)).mean(axis=1)
+    return np.asarray(np.clip(products, -1.0, 1.0))
+
+
+def partial_spearman(first: np.ndarray, second: np.ndarray, covariates: np.ndarray) -> np.ndarray:
+    """Spearman's correlation with the influence of covariates taken out of both sides (partial rank correlation).
+
+    The ranks of both sides are regressed on the ranks of the covariates, with a constant; what is left is correlated.
+    Covariates that are constant take nothing out.
+
+    Args:
+        first: ``(q, n)``.
+        second: ``(q, n)``.
+        covariates: ``(n, k)``, the same for all queries.
+
+    Returns:
+        For each query ``(q,)``; NaN where the covariates explain all ranks of a side, or where fewer than three degrees
+        of freedom are left.
+    """
+    ranks = standardised_ranks(covariates.T)
+    ranks = ranks[~np.isnan(ranks).any(axis=1)]
+    if not len(ranks):
+        return spearman(first, second)
+    left, sizes, _ = np.linalg.svd(ranks.T, full_matrices=False)
+    basis = left[:, sizes > _LEFT_OVER * sizes[0]]
+    if first.shape[1] < 3 + basis.shape[1]:
+        return np.full(len(first), np.nan)
+
+    def left_over(scores: np.ndarray) -> np.ndarray:
+        rest = standardised_ranks(scores)
+        rest = rest - (rest @ basis) @ basis.T
+        spread = np.sqrt((rest**2).mean(axis=1, keepdims=True))  # of the ranks themselves it was 1
+        return ratio(rest, np.where(spread > _LEFT_OVER, spread, 0.0), np.nan)
+
+    products = (left_over(first) * left_over(second)).mean(axis=1)
     return np.asarray(np.clip(products, -1.0, 1.0))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from forebear.errors import InputError
 from forebear.evaluation.common.queries import refuse_saliency, sample_queries
 from forebear.evaluation.common.span_queries import sample_span_queries
 from forebear.evaluation.python.opening import (
@@ -21,11 +22,15 @@ from forebear.evaluation.python.opening import (
 )
 from forebear.evaluation.reports.report import Report
 from forebear.evaluation.retraining import deletion_curve as of_deletion
-from forebear.evaluation.retraining import lds as of_lds
 from forebear.evaluation.retraining import removal as of_removal
 from forebear.evaluation.retraining import retraining_loss as of_loss
 from forebear.evaluation.retraining.changes import RetrainingInputs, seeds_of
-from forebear.evaluation.retraining.recipes import open_retrainer
+from forebear.evaluation.retraining.lds.baselines import baseline_scores
+from forebear.evaluation.retraining.lds.draws import Draws
+from forebear.evaluation.retraining.lds.measure import Lds, measure_lds
+from forebear.evaluation.retraining.lds.report import lds_report
+from forebear.evaluation.retraining.lds.settings import Settings
+from forebear.evaluation.retraining.recipes import find_run, open_retrainer
 from forebear.evaluation.retraining.row_choice import (
     amounts_of,
     least_overlap,
@@ -34,7 +39,8 @@ from forebear.evaluation.retraining.row_choice import (
     targets_of,
 )
 from forebear.progress import Progress, progress_of, tell_warning
-from forebear.retriever.question.spec import QueryChoices, QuerySpec
+from forebear.retriever.question.spec import QueryChoices, QuerySpec, Question
+from forebear.retriever.retriever import Retriever
 from forebear.retriever.scores import Scores
 
 if TYPE_CHECKING:
@@ -71,19 +77,16 @@ class Retraining:
 
 def _open(
     call: str,
-    index: IndexLike,
+    retriever: Retriever,
     rows: Rows,
     how: Retraining,
     n_queries: int,
     seed: int,
-    spec: QuerySpec | None,
-    choices: QueryChoices,
+    question: Question,
     *,
     need_labels: bool = False,
     evaluate_all: bool = False,
 ) -> RetrainingInputs:
-    retriever = retriever_of(index, call)
-    question = question_of(retriever, spec, choices)
     refuse_saliency(question)
     labelled = need_labels or question.spec.target == "gold"
     source = tested_rows(retriever.label_names, rows, like=retriever.index.manifest.row_format, need_labels=labelled)
@@ -131,7 +134,8 @@ def removal(
     """
     retriever = retriever_of(retriever, "evaluations.removal")
     amounts, named_sides = amounts_of(remove, shares, len(retriever.index.live), ["0.1"]), sides_of(sides)
-    asked = _open("evaluations.removal", retriever, rows, how, n_queries, seed, spec, choices)
+    question = question_of(retriever, spec, choices)
+    asked = _open("evaluations.removal", retriever, rows, how, n_queries, seed, question)
     found = of_removal.measure_removal(
         asked.retrainer, _scores(asked), amounts, asked.seeds, sides=named_sides, budget=how.budget, seed=seed,
         progress=progress_of(progress),
@@ -164,7 +168,8 @@ def deletion_curve(
     retriever = retriever_of(retriever, "evaluations.deletion_curve")
     n_rows = len(retriever.index.live) if no_overlap is None else no_overlap
     amounts = amounts_of(remove, shares, n_rows, [str(k) for k in range(10, 101, 10)])
-    asked = _open("evaluations.deletion_curve", retriever, rows, how, n_queries, seed, spec, choices, need_labels=True)
+    question = question_of(retriever, spec, choices)
+    asked = _open("evaluations.deletion_curve", retriever, rows, how, n_queries, seed, question, need_labels=True)
     assert asked.queries.labels is not None
     candidates = None if no_overlap is None else least_overlap(retriever, asked.queries, no_overlap)
     found = of_deletion.measure_deletion(
@@ -194,18 +199,11 @@ def retraining_loss(
     """
     retriever = retriever_of(retriever, "evaluations.retraining_loss")
     amounts = amounts_of(remove, shares, len(retriever.index.live), ["0.2", "0.5"])
+    question = question_of(retriever, spec, choices)
     asked = _open(
-        "evaluations.retraining_loss",
-        retriever,
-        rows,
-        how,
-        n_queries,
-        seed,
-        spec,
-        choices,
-        need_labels=True,
+        "evaluations.retraining_loss", retriever, rows, how, n_queries, seed, question, need_labels=True,
         evaluate_all=True,
-    )
+    )  # fmt: skip
     assert asked.evaluated.labels is not None
     found = of_loss.measure_retraining_loss(
         asked.retrainer, _scores(asked), asked.evaluated.labels, amounts, asked.seeds, budget=how.budget, seed=seed,
@@ -218,6 +216,11 @@ def lds(
     retriever: IndexLike,
     rows: Rows,
     *,
+    scopes: Sequence[str] = (),
+    dampings: Sequence[str] = (),
+    draw: str = "stratified",
+    rows_share: float = 0.5,
+    paired: bool = False,
     n_subsets: int = 100,
     how: Retraining = Retraining(),
     n_queries: int = 100,
@@ -225,18 +228,52 @@ def lds(
     progress: Progress | bool = False,
     spec: QuerySpec | None = None,
     **choices: Unpack[QueryChoices],
-) -> Finding[of_lds.Lds]:
-    """Linear datamodeling score: do summed scores foretell the outputs of models trained on random halves?
+) -> Finding[Lds]:
+    """Linear datamodeling score: do summed scores foretell the outputs of models trained on random draws of the rows?
 
-    As :func:`removal`; ``n_subsets`` random halves of the training rows, a model for each.
+    As :func:`removal`; a model is trained on each draw. Baselines stand beside the methods.
+
+    Args:
+        retriever: Over the index.
+        rows: Test rows.
+        scopes: Scopes at which methods are asked, without another retraining; none: that of the question.
+        dampings: Dampings likewise.
+        draw: ``stratified``: every draw keeps the same share of each class; ``plain``: of all rows.
+        rows_share: That share, between 0 and 1.
+        paired: Rows that are not kept keep their place in the batches and weigh nothing, and the seed is that of the
+            run that is explained: what a derivative through the training foretells. Takes one seed.
+        n_subsets: Number of draws.
+        how: The retraining.
+        n_queries: Test rows in the sample; 0: all.
+        seed: Seed of the sample and of the draws, and the first one of the retrainings.
+        progress: See :func:`removal`.
+        spec: The question; by default all methods that give rows a score.
+        **choices: Fields of QuerySpec.
     """
-    asked = _open("evaluations.lds", retriever, rows, how, n_queries, seed, spec, choices)
-    targets = targets_of(asked.retriever, asked.queries, asked.question.spec.target)
-    found = of_lds.measure_lds(
-        asked.retrainer, _scores(asked), targets, asked.seeds, n_subsets=n_subsets, budget=how.budget, seed=seed,
-        progress=progress_of(progress),
+    draws = Draws(how=draw, share=rows_share, paired=paired)
+    draws.check()
+    if paired and how.n_seeds != 1:
+        raise InputError(
+            f"--seeds {how.n_seeds}: --paired repeats the training that is explained, which has one seed; expected 1."
+        )
+    retriever = retriever_of(retriever, "evaluations.lds")
+    if scopes:
+        choices["scope"] = scopes[0]
+    if dampings:
+        choices["damping"] = dampings[0]
+    question = question_of(retriever, spec, choices)
+    settings = Settings.of(retriever, question, scopes, dampings)
+    asked = _open("evaluations.lds", retriever, rows, how, n_queries, seed, question)
+    if paired and asked.retrainer.recipe.seeded:
+        asked = replace(asked, seeds=(int(find_run(retriever.index, how.run).settings["seed"]),))
+    target = asked.question.spec.target
+    targets = targets_of(retriever, asked.queries, target)
+    found = measure_lds(
+        asked.retrainer, settings.scores(retriever, asked.queries), targets, asked.seeds,
+        baselines=baseline_scores(retriever, asked.queries, target, targets, seed), draws=draws, n_subsets=n_subsets,
+        budget=how.budget, seed=seed, progress=progress_of(progress),
     )  # fmt: skip
-    return _finding(found, of_lds.lds_report, asked)
+    return _finding(found, lambda lds, inputs: lds_report(lds, settings, inputs), asked)
 
 
 def _scores(inputs: RetrainingInputs) -> Scores:

