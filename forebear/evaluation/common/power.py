@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forebear.evaluation.common.statistics import Difference, paired_difference
+from forebear.evaluation.reports.report import Cell
 
 POWER = 0.8
 LEVEL = 0.05
@@ -54,6 +55,12 @@ def compare(first: npt.ArrayLike, second: npt.ArrayLike, seed: int = 0) -> tuple
     if open_ended or not difference.low <= 0.0 <= difference.high:  # type: ignore[operator]  # both are numbers
         return difference, None
     return difference, values_for_verdict(a - b)
+
+
+def compared_cells(first: npt.ArrayLike, second: npt.ArrayLike, seed: int = 0) -> list[Cell]:
+    """Cells of a table: mean difference, 95% interval, p, and how many values a verdict takes; see :func:`compare`."""
+    difference, needed = compare(first, second, seed)
+    return [difference.mean, difference.low, difference.high, difference.p, needed]
 
 
 def about(number: int) -> str:

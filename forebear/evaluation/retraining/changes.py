@@ -11,15 +11,41 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import provenance
 from forebear.evaluation.common.inputs import Inputs
+from forebear.evaluation.common.power import compare, no_verdict
 from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
 
 RANDOM = "(random rows)"
+MATCHED_NOTE = (
+    " Random rows with the labels of a method: as many random rows of each class as the method removes, which change "
+    "the class balance as the method's rows do."
+)
 IN_PLACE = (
     " Rows removed keep their place in the batches and weigh nothing: order, rates and dropout are those of the same "
     "seed's retraining on all rows."
 )
 Removals = Callable[[int, int], list[np.ndarray]]  # (query, seed) -> rows to remove, one array a variation
+
+
+def matched_name(method: str) -> str:
+    """What random rows with the labels of a method's rows are called in results."""
+    return f"(random rows, labels of {method})"
+
+
+def verdict_on(changes: np.ndarray, matched: np.ndarray, n_retrainings: int, seed: int) -> str:
+    """A sentence where a method differs from random rows of its labels by no more than chance; empty otherwise.
+
+    Args:
+        changes: Values without the method's rows, one a query or a seed.
+        matched: The same without random rows of their labels.
+        n_retrainings: Retrainings that one more value takes.
+        seed: Seed of the interval.
+    """
+    difference, needed = compare(changes, matched, seed)
+    if difference.low is None or difference.high is None or not difference.low <= 0 <= difference.high:
+        return ""
+    said = no_verdict(None if needed is None else n_retrainings * needed, "retrainings")
+    return f" Against random rows of the same labels: {said[0].lower()}{said[1:]}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,12 @@ from forebear.evaluation.common.comparisons import (
     interval_cells,
     listed_values,
 )
-from forebear.evaluation.common.statistics import paired_difference
+from forebear.evaluation.common.power import FOR_A_VERDICT, compared_cells
 from forebear.evaluation.reports.charts import MAX_SERIES, bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
-from forebear.evaluation.retraining.changes import RANDOM, RetrainingInputs
+from forebear.evaluation.retraining.changes import MATCHED_NOTE, RANDOM, RetrainingInputs, matched_name, verdict_on
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
-from forebear.evaluation.retraining.row_choice import random_rows, rows_at
+from forebear.evaluation.retraining.row_choice import label_matched_rows, random_rows, rows_at
 from forebear.retriever.scores import residuals_of
 
 
@@ -33,11 +33,13 @@ class RetrainingLoss:
     """Accuracies of retrained models.
 
     Attributes:
-        methods: ``m`` names of methods, then the name of random rows.
+        methods: ``m`` names of methods.
         amounts: Rows removed, ``a``.
         seeds: Seeds of the retrainings that were sampled, ``s``.
         whole: Accuracy after retraining on all rows, ``(s,)``.
-        accuracy: After removing rows, ``(m + 1, a, s)``.
+        accuracy: After removing each method's rows, ``(m, a, s)``.
+        matched: After removing as many random rows of each class, ``(m, a, s)``.
+        random: After removing as many random rows, ``(a, s)``.
         n_rows: Number of rows that accuracy is measured on.
         sampled: One line that says which retrainings were sampled.
         residuals: Relative residuals of H^-1 by method; see :class:`~forebear.retriever.scores.Scores`.
@@ -48,13 +50,15 @@ class RetrainingLoss:
     seeds: tuple[int, ...]
     whole: np.ndarray
     accuracy: np.ndarray
+    matched: np.ndarray
+    random: np.ndarray
     n_rows: int
     sampled: str
     residuals: dict[str, float]
 
     @property
     def loss(self) -> np.ndarray:
-        """Retraining loss (Ral), a difference of accuracies, ``(m + 1, a, s)``."""
+        """Retraining loss (Ral) of each method, a difference of accuracies, ``(m, a, s)``."""
         return np.asarray(self.whole - self.accuracy)
 
 
@@ -81,22 +85,27 @@ def measure_retraining_loss(
         seed: Seed of the random rows and of the sample of retrainings.
         progress: See :meth:`~forebear.evaluation.retraining.jobs.Retrainer.run`.
     """
-    live = retrainer.rows.live
+    live, labels = retrainer.rows.live, retrainer.rows.labels
     summed = [method_scores.sum(axis=0) for method_scores in scores.values()]
     units = []
     for s in seeds:
         removed = [rows_at(values, live, k, "top") for values in summed for k in amounts]
+        removed += [label_matched_rows(live, labels, rows, seed, s) for rows in removed]
         removed += [random_rows(live, k, seed, s, k) for k in amounts]
         units.append([Job(live, s), *(Job(np.setdiff1d(live, rows, assume_unique=True), s) for rows in removed)])
     chosen, sampled = within_budget(retrainer, units, budget, seed)
     outcomes = retrainer.run([job for u in chosen for job in units[u]], progress)
     accuracy = np.array([outcome.accuracy(gold) for outcome in outcomes]).reshape(len(chosen), -1)
+    n_amounts = len(amounts)
+    ranked, matched = accuracy[:, 1:-n_amounts].T.reshape(2, len(scores), n_amounts, len(chosen))
     return RetrainingLoss(
-        methods=(*scores, RANDOM),
+        methods=tuple(scores),
         amounts=tuple(amounts),
         seeds=tuple(seeds[u] for u in chosen),
         whole=accuracy[:, 0],
-        accuracy=accuracy[:, 1:].T.reshape(len(scores) + 1, len(amounts), len(chosen)),
+        accuracy=ranked,
+        matched=matched,
+        random=accuracy[:, -n_amounts:].T,
         n_rows=len(gold),
         sampled=sampled,
         residuals=residuals_of(scores),
@@ -106,33 +115,50 @@ def measure_retraining_loss(
 def retraining_loss_report(measured: RetrainingLoss, inputs: RetrainingInputs) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``; percentage points, as in the paper."""
     retrainer, queries, seed = inputs.retrainer, inputs.queries, inputs.seed
-    loss = 100 * measured.loss
-    rows: list[list[Cell]] = []
-    for i, name in enumerate(measured.methods):
-        for a, k in enumerate(measured.amounts):
-            d = None if name == RANDOM else paired_difference(loss[i, a], loss[-1, a], seed)
-            compared = [None, None, None] if d is None else [d.mean, d.low, d.high]
-            rows.append([name, k, *interval_cells(loss[i, a], seed), *compared, len(measured.seeds)])
-    table = Table(
-        "Accuracy lost, in percentage points",
-        ["method", "removed", *INTERVAL_COLUMNS, "− random", "− random low", "− random high", "seeds"],
-        rows,
-        f"Accuracy of the model retrained on all rows (mean {100 * measured.whole.mean():.2f}%) minus that after "
-        f"removing the rows of largest score summed over {len(queries):,} queries, on {measured.n_rows:,} test rows; "
-        "mean over seeds, ± its standard error, 95% interval; paired difference to random rows. Of a method by spans a "
-        "row's score is that of its best span.",
+    loss, matched, random = (
+        100 * (measured.whole - accuracy) for accuracy in (measured.accuracy, measured.matched, measured.random)
     )
+    names = [*(label for name in measured.methods for label in (name, matched_name(name))), RANDOM]
+    lost = [*(values for pair in zip(loss, matched, strict=True) for values in pair), random]
+    rows: list[list[Cell]] = []
+    for name, values in zip(names, lost, strict=True):
+        for a, k in enumerate(measured.amounts):
+            rows.append([name, k, *interval_cells(values[a], seed), len(measured.seeds)])
+    compared: list[list[Cell]] = []
+    for what, other in (("of the same labels", matched), ("of any label", np.broadcast_to(random, loss.shape))):
+        for i, name in enumerate(measured.methods):
+            for a, k in enumerate(measured.amounts):
+                compared.append([name, k, what, *compared_cells(loss[i, a], other[i, a], seed)])
+    tables = [
+        Table(
+            "Accuracy lost, in percentage points",
+            ["method", "removed", *INTERVAL_COLUMNS, "seeds"],
+            rows,
+            f"Accuracy of the model retrained on all rows (mean {100 * measured.whole.mean():.2f}%) minus that after "
+            f"removing the rows of largest score summed over {len(queries):,} queries, on {measured.n_rows:,} test "
+            "rows; mean over seeds, ± its standard error, 95% interval. Of a method by spans a row's score is that of "
+            "its best span." + MATCHED_NOTE,
+        ),
+        Table(
+            "Compared with random rows",
+            ["method", "removed", "random rows", "− random", "95% low", "95% high", "p", "seeds for a verdict"],
+            compared,
+            "Mean difference over the same seeds, its 95% interval and p of Wilcoxon's signed-rank test. "
+            + FOR_A_VERDICT.format(unit="seeds"),
+        ),
+    ]
     drawn = list(enumerate(measured.amounts))[-MAX_SERIES:]
-    series = {f"{k:,} rows": [float(v) for v in loss[:, a].mean(axis=1)] for a, k in drawn}
-    errors = {f"{k:,} rows": [_error(v) for v in loss[:, a]] for a, k in drawn}
-    drawing = bar_chart(measured.methods, series, errors=errors, xlabel="accuracy lost, percentage points")
-    best = int(loss[:-1, -1].mean(axis=1).argmax())
+    series = {f"{k:,} rows": [float(values[a].mean()) for values in lost] for a, k in drawn}
+    errors = {f"{k:,} rows": [_error(values[a]) for values in lost] for a, k in drawn}
+    drawing = bar_chart(names, series, errors=errors, xlabel="accuracy lost, percentage points")
+    best = int(loss[:, -1].mean(axis=1).argmax())
     report = Report(
         "Retraining loss",
         f"Without the {measured.amounts[-1]:,} top rows by {measured.methods[best]} accuracy falls by "
-        f"{loss[best, -1].mean():.2f} points, without as many random rows by {loss[-1, -1].mean():.2f}. "
-        f"{retrainer.recipe.note}",
-        [table],
+        f"{loss[best, -1].mean():.2f} points, without as many random rows of the same labels by "
+        f"{matched[best, -1].mean():.2f}, without as many random rows by {random[-1].mean():.2f}."
+        f"{verdict_on(loss[best, -1], matched[best, -1], 2, seed)} {retrainer.recipe.note}",
+        tables,
         [Figure("Accuracy lost", drawing, f"Mean over seeds, bars: standard error.{_left_undrawn(measured.amounts)}")],
         provenance=inputs.retraining_provenance(measured.residuals, measured.sampled),
     )
@@ -141,7 +167,11 @@ def retraining_loss_report(measured: RetrainingLoss, inputs: RetrainingInputs) -
         "amounts": measured.amounts,
         "n_rows": measured.n_rows,
         "accuracy_whole": measured.whole,
-        "accuracy": {name: listed_values(measured.accuracy[i]) for i, name in enumerate(measured.methods)},
+        "accuracy": {
+            **{name: listed_values(measured.accuracy[i]) for i, name in enumerate(measured.methods)},
+            **{matched_name(name): listed_values(measured.matched[i]) for i, name in enumerate(measured.methods)},
+            RANDOM: listed_values(measured.random),
+        },
     }
     return report, result
 

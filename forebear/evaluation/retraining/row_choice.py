@@ -66,6 +66,24 @@ def random_rows(rows: np.ndarray, k: int, *seeds: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seeds).permutation(rows)[:k])
 
 
+def label_matched_rows(rows: np.ndarray, labels: np.ndarray, removed: np.ndarray, *seeds: int) -> np.ndarray:
+    """As many random rows of each class as ``removed`` holds, drawn without replacement, ascending.
+
+    To remove them changes the class balance as ``removed`` does, and nothing else. The same numbers of each class give
+    the same rows, so that methods whose rows have the same labels share a retraining.
+
+    Args:
+        rows: Row numbers to draw from, ``(n,)``.
+        labels: Class ids of all rows of the index.
+        removed: Row numbers, some of ``rows``.
+        *seeds: Seeds of the draw.
+    """
+    counts = np.bincount(labels[removed])
+    order = np.random.default_rng([*seeds, *counts.tolist()]).permutation(rows)
+    drawn = [order[labels[order] == label][:n] for label, n in enumerate(counts)]
+    return np.sort(np.concatenate(drawn))
+
+
 def stratified_rows(rows: np.ndarray, labels: np.ndarray, share: float, *seeds: int) -> np.ndarray:
     """The same share of each class' rows, drawn without replacement, ascending.
 

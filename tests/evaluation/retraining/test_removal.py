@@ -19,15 +19,23 @@ from tiny import labels, sentences, write_jsonl
 
 from forebear.cli.main import run
 from forebear.errors import InputError
+from forebear.evaluation.common.power import values_for_verdict
 from forebear.evaluation.common.queries import QueryRows, sample_queries
-from forebear.evaluation.retraining.changes import seeds_of
+from forebear.evaluation.retraining.changes import seeds_of, verdict_on
 from forebear.evaluation.retraining.deletion_curve import measure_deletion
 from forebear.evaluation.retraining.jobs import Job, Retrainer, TrainingRows
 from forebear.evaluation.retraining.lds.measure import measure_lds
 from forebear.evaluation.retraining.recipes import open_retrainer
 from forebear.evaluation.retraining.removal import Removal, _removal_tables, measure_removal
 from forebear.evaluation.retraining.retraining_loss import measure_retraining_loss
-from forebear.evaluation.retraining.row_choice import amounts_of, least_overlap, row_scores, rows_at, sides_of
+from forebear.evaluation.retraining.row_choice import (
+    amounts_of,
+    label_matched_rows,
+    least_overlap,
+    row_scores,
+    rows_at,
+    sides_of,
+)
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.opening import open_rows
 from forebear.retriever.question.spec import QuerySpec
@@ -99,17 +107,63 @@ def test_random_rows_are_drawn_for_each_query_seed_and_amount(make, weights):
     assert (found.random != other.random).all()
 
 
+def test_matched_rows_have_the_labels_of_those_removed():
+    gold = np.array([0, 1, 1, 0, 1, 2, 1, 0, 2, 1, 1, 0])
+    rows = np.array([0, 1, 2, 3, 4, 5, 7, 8, 9, 11])
+    removed = np.array([1, 5, 7, 9])  # labels 1, 2, 0, 1
+    seen = set()
+    for seed in range(200):
+        found = label_matched_rows(rows, gold, removed, seed)
+        assert len(set(found.tolist())) == 4
+        assert set(found.tolist()) <= set(rows.tolist())
+        assert sorted(gold[found]) == [0, 1, 1, 2]
+        seen |= set(found.tolist())
+    assert seen == set(rows.tolist())
+    other = np.array([2, 4, 8, 11])  # other rows of the same labels
+    assert label_matched_rows(rows, gold, other, 3).tolist() == label_matched_rows(rows, gold, removed, 3).tolist()
+
+
+def test_what_is_removed_beside_a_method_has_the_labels_of_its_rows(bert_world, make, weights):
+    """Where the label is all that counts, a method does no more than random rows of the same labels."""
+    of_label = np.tile(np.where(np.array(bert_world.labels) == 1, 0.05, -0.05), (Q, 1))
+    noise = weights / 1000
+    found = measure_removal(make(of=of_label), {"label": of_label + noise}, (4, 9), (0, 1), sides=("top", "bottom"))
+    np.testing.assert_allclose(found.matched, found.changes, atol=1e-12)
+    assert (np.abs(found.changes).mean() - np.abs(found.random).mean()) > 0.02
+    gold = np.ones(Q, np.int64)
+    curve = measure_deletion(make(of=of_label), {"label": of_label + noise}, gold, (4, 9), (0, 1))
+    np.testing.assert_allclose(curve.matched, curve.changes, atol=1e-12)
+    np.testing.assert_allclose(curve.matched_auc, curve.auc, atol=1e-12)
+    assert curve.random_auc.shape == (Q,)
+    assert (curve.auc[0, 0] < curve.random_auc).all()
+    lost = measure_retraining_loss(make(of=of_label), {"label": of_label + noise}, gold, (4, 20), (0, 1))
+    np.testing.assert_array_equal(lost.matched, lost.accuracy)
+    candidates = np.tile(np.arange(20, 40), (Q, 1))
+    curve = measure_deletion(make(of=of_label), {"label": of_label}, gold, (4,), (0,), candidates=candidates)
+    np.testing.assert_allclose(curve.matched, curve.changes, atol=1e-12)
+
+
+def test_a_difference_within_chance_says_how_many_retrainings_would_tell_it():
+    values = np.random.default_rng(0).normal(size=20)
+    n = values_for_verdict(values)
+    said = verdict_on(values, values * 0, 6, 0)
+    assert said.startswith(" Against random rows of the same labels: no verdict: about ")
+    assert f"about {round(6 * n, 2 - len(str(6 * n))):,} retrainings" in said
+    assert verdict_on(values + 9, values * 0, 6, 0) == ""
+
+
 def test_a_budget_leaves_whole_comparisons_out(make, weights):
     scores = {"a": weights, "b": -weights}
     retrainer = make()
-    found = measure_removal(retrainer, scores, (4,), (0, 1), sides=("top",), budget=14)
+    found = measure_removal(retrainer, scores, (4,), (0, 1), sides=("top",), budget=24)
     whole = measure_removal(make(), scores, (4,), (0, 1), sides=("top",))
-    assert retrainer.n_trained <= 14
+    assert retrainer.n_trained <= 24
     known = ~np.isnan(found.random[0])
     assert 3 <= known.sum() < 2 * Q
     np.testing.assert_array_equal(np.isnan(found.changes[:, 0, 0]), np.broadcast_to(~known, (2, 2, Q)))
     np.testing.assert_array_equal(found.changes[:, 0, 0, known], whole.changes[:, 0, 0, known])
-    assert "budget=14" in found.sampled
+    np.testing.assert_array_equal(found.matched[:, 0, 0, known], whole.matched[:, 0, 0, known])
+    assert "budget=24" in found.sampled
 
 
 def test_one_query_and_constant_scores_are_defined(make, weights):
@@ -182,7 +236,7 @@ def test_retraining_loss_equals_a_slow_loop(make, weights):
             for a, k in enumerate((6, 20)):
                 assert found.accuracy[m, a, s] == accuracy(order[:k])
                 assert found.loss[m, a, s] == accuracy([]) - accuracy(order[:k])
-    assert found.methods == ("a", "b", "(random rows)")
+    assert found.methods == ("a", "b")
 
 
 def test_bad_amounts_sides_and_seeds_are_refused(make):
@@ -295,6 +349,8 @@ def test_each_command_writes_a_report_and_repeats_it_from_its_cache(
     assert len(first["queries"]) == 4
     assert "stand-in" in (tmp_path / "a" / "report.html").read_text()
     assert (tmp_path / "a" / "table.csv").read_text().count("nn-cos") >= 1
+    if command != "lds":
+        assert "(random rows, labels of gd)" in (tmp_path / "a" / "table.csv").read_text()
     cached = sorted(tmp_path.glob("cache/*/*.arrow"))
     assert cached
 
@@ -369,16 +425,18 @@ def test_intervals_and_p_are_over_queries_not_over_their_seeds():
     of_query = np.array([-0.3, -0.1, 0.05, 0.2])
     changes = of_query + 1e-6 * rng.normal(size=(1, 1, 1, 7, 4))
     found = Removal(
-        methods=("a",), sides=("top",), amounts=(5,), seeds=tuple(range(7)), changes=changes,
+        methods=("a",), sides=("top",), amounts=(5,), seeds=tuple(range(7)), changes=changes, matched=changes + 0.1,
         random=np.zeros((1, 7, 4)), sampled="all", residuals={},
     )  # fmt: skip
-    table, compared = _removal_tables(found, 0, paired=True)
+    table, to_matched, compared = _removal_tables(found, 0, paired=True)
     mean, error, low, high, n = table.rows[1][3:]
     half = stats.t.ppf(0.975, 3) * stats.sem(100 * of_query)
     assert (mean, low, high) == pytest.approx((-3.75, -3.75 - half, -3.75 + half), abs=1e-3)
     assert n == 28
     assert error == pytest.approx(stats.sem(100 * changes.reshape(-1)))
-    assert compared.rows[0][-1] == pytest.approx(stats.wilcoxon(of_query).pvalue)
+    assert compared.rows[0][-2] == pytest.approx(stats.wilcoxon(of_query).pvalue)
+    assert to_matched.rows[0][3:6] == pytest.approx([-10.0] * 3)
+    assert (compared.rows[0][-1], to_matched.rows[0][-1]) == (values_for_verdict(of_query), None)
 
 
 def test_a_share_of_one_is_all_rows_not_one():

@@ -22,8 +22,8 @@ kept (--cache): after a kill the same command goes on, and --workers share them.
 """
 REMOVAL_HELP = f"""How does the confidence change without the rows that a method names, after retraining?
 
-For each test row: without the top, bottom, least influential and random rows; the change of the probability of the
-class that the same seed's retraining on all rows predicts.
+For each test row: without the top, bottom, least influential and random rows, and without random rows of the same
+labels; the change of the probability of the class that the same seed's retraining on all rows predicts.
 
 {_HOW}
 Examples:
@@ -34,6 +34,8 @@ Examples:
 """
 DELETION_HELP = f"""DEL+ and DEL-: the gold class's probability without the top k proponents or opponents, retrained.
 
+Beside each method: random rows of the same labels, and of any.
+
 {_HOW}
 Examples:
 
@@ -43,7 +45,8 @@ Examples:
 """
 LOSS_HELP = f"""How much accuracy is lost without the rows of largest score summed over the queries, retrained? (Ral)
 
-Accuracy is measured on all test rows; scores are summed over a sample of them. Beside it: random rows.
+Accuracy is measured on all test rows; scores are summed over a sample of them. Beside each method: random rows of the
+same labels, and of any.
 
 {_HOW}
 Example:
