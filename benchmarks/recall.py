@@ -24,7 +24,7 @@ from forebear import Index, QuerySpec, Retriever
 from forebear.evaluation.common.queries import sample_queries
 from forebear.evaluation.measures.recall import ENDS, RetrievalRecall, retrieval_recall
 from forebear.indexer.rows.opening import open_rows
-from forebear.retriever.coverage import question_facts
+from forebear.retriever.answers.coverage import question_facts
 from forebear.retriever.deep import search as gradients
 
 FOLDER = ROOT / "runs" / "bench" / "recall"

@@ -23,13 +23,13 @@ def facts_table(title: str, facts: Mapping[str, object]) -> str:
     return f"<div><strong>{escape(title)}</strong><table>{lines}</table></div>"
 
 
-def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A title, and a table; numbers stand to the right, a missing value is empty."""
+def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], notes: Sequence[str] = ()) -> str:
+    """A title, a table, and notes below it; numbers stand to the right, a missing value is empty."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    return (
-        f"<div><strong>{escape(title)}</strong><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    below = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div><strong>{escape(title)}</strong>{table}{below}</div>"
 
 
 def _cell(value: object) -> str:

@@ -28,6 +28,11 @@ class Ranking:
         query_spans: The span of each test row, where the method compares one; else None.
         n_cut: Number of spans that were left out of the search because the model does not read them, ``(q,)``; None
             where rows are ranked.
+        effects: Predicted change of the query's loss without each row, ``(q, k)``, where they were asked for and the
+            method estimates them; see :mod:`forebear.retriever.effects`.
+        effect_probabilities: The same of the target's probability, ``(q, k)``; NaN where none follows.
+        effects_together: Both without all rows of the ranking together, ``(q, 2)``, in answers to groups of test rows
+            at the head; else None.
         words: Contributions of shared words, ``q`` lists of ``k``, where scores are sums over words; else None.
     """
 
@@ -41,6 +46,9 @@ class Ranking:
     spans: list[list[Span]] | None = None
     query_spans: list[Span] | None = None
     n_cut: np.ndarray | None = None
+    effects: np.ndarray | None = None
+    effect_probabilities: np.ndarray | None = None
+    effects_together: np.ndarray | None = None
 
 
 Ends = tuple[Ranking, Ranking]  # proponents, best first; opponents, lowest score first

@@ -22,12 +22,14 @@ from forebear.indexer.rows.opening import rows_given
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.targets.target_map import TargetMap
 from forebear.indexer.spans.text import Span
+from forebear.retriever.answers.coverage import available_methods, question_facts
 from forebear.retriever.answers.groups import check_additive, group_table, grouping_of
 from forebear.retriever.answers.results import ANSWER_BYTES, Answers, answer_tables, queries_together
-from forebear.retriever.coverage import available_methods, question_facts
 from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch
 from forebear.retriever.deep.searcher import GradientSearcher
+from forebear.retriever.effects.changes import Predictions
+from forebear.retriever.effects.listed import GroupEffects, with_effects
 from forebear.retriever.head.aggregate import common_class, read_rows, sum_queries
 from forebear.retriever.head.stored import search_query
 from forebear.retriever.question.batch import Batch, make_batch
@@ -175,7 +177,7 @@ class Retriever:
         top = question.spec.top if any(m.spans for m in question.methods) else question.top
         for block in source.blocks(min(block_rows, queries_together(question.methods, top))):
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
-            yield self.answer_block(block.start, block.texts, gold, question, table=block.table)
+            yield self.answer_block(block.start, block.texts, gold, question, table=block.table, effects=True)
 
     def groups(self, source: RowSource, spec: QuerySpec | Question, column: str) -> Iterator[pa.Table]:
         """Sums of the scores of all live rows by group, as tables, a bounded number of queries each.
@@ -196,6 +198,8 @@ class Retriever:
         self.check_texts(source)
         labels = self.query_labels(source, required=question.spec.target == "gold")
         size = max(1, min(QUERY_BLOCK_ROWS, ANSWER_BYTES // (8 * len(grouping.live) * len(question.methods))))
+        effects = GroupEffects(question, self.models, grouping.rows)
+        predictions: list[Predictions] = []
         summed: dict[str, np.ndarray] = {}
         classes: list[list[np.ndarray]] = [[], [], []]
         for block in source.blocks(size):
@@ -207,9 +211,13 @@ class Retriever:
                 batch.forward.predictions,
                 batch.targets,
             ]
+            asked = Predictions.of(batch.forward, batch.targets)
             if not question.spec.aggregate:
-                yield group_table(grouping, scores, question.spec.top, block.start, of_block, self.index)
+                each = [asked.take(np.array([i])) for i in range(len(block))]
+                top = question.spec.top
+                yield group_table(grouping, scores, top, block.start, of_block, self.index, effects, each)
                 continue
+            predictions.append(asked)
             for name, values in scores.items():
                 summed[name] = summed.get(name, 0.0) + values.sum(axis=0, keepdims=True)
             for kind, ids in zip(classes, of_block, strict=True):
@@ -217,7 +225,8 @@ class Retriever:
         if question.spec.aggregate:
             together = np.zeros(source.n_rows, np.int64)
             shared = [common_class(np.concatenate(kind), together) for kind in classes]
-            yield group_table(grouping, summed, question.spec.top, 0, shared, self.index)
+            all_rows = [Predictions.join(predictions)]
+            yield group_table(grouping, summed, question.spec.top, 0, shared, self.index, effects, all_rows)
 
     def tables(self, answers: Answers) -> Iterator[pa.Table]:
         """Answers as tables, one row a result, a bounded number of results each."""
@@ -233,6 +242,7 @@ class Retriever:
         forward: Forward | None = None,
         table: pa.Table | None = None,
         numbers: Sequence[int] | None = None,
+        effects: bool = False,
     ) -> Answers:
         """Answer one block of test rows.
 
@@ -244,6 +254,7 @@ class Retriever:
             forward: The last checkpoint's pass over them, if already run.
             table: The rows with all their columns, where spans are given by columns.
             numbers: Of the test rows, for messages; None: from ``start`` on.
+            effects: Whether the effects of the rows that are found are estimated, too.
         """
         question = self.resolve(spec)
         numbers = range(start, start + len(texts[0])) if numbers is None else numbers
@@ -253,6 +264,8 @@ class Retriever:
             for name, part in self._by_searcher(question).items():
                 found |= self.searcher(name).search(part, batch)
         found = {method.name: found[method.name] for method in question.methods}
+        if effects:
+            found = with_effects(question, self.models, Predictions.of(batch.forward, batch.targets), found)
         return Answers(start, labels, batch.forward.predictions, batch.targets, found)
 
     def aggregate(
@@ -264,7 +277,7 @@ class Retriever:
     ) -> Answers:
         """One answer for each group of test rows: their query vectors are summed, and searched once.
 
-        Scores are the sums of those that the rows would get one by one.
+        Scores and effects are the sums of those that the rows would get one by one.
 
         Args:
             texts: Test rows, one list a text column.
@@ -282,9 +295,11 @@ class Retriever:
             queries = Queries([list(column) for column in texts], seen.targets, groups=groups)
             with repeatable(self.models.device):
                 found |= GradientSearcher(self.models).search(beyond, queries)
-        found = {name: found[name] for name in methods}
+        predictions = replace(Predictions.of(seen.forward, seen.targets), groups=groups)
+        found = with_effects(question, self.models, predictions, {name: found[name] for name in methods})
         gold = None if labels is None else common_class(labels, groups)
-        return Answers(0, gold, common_class(seen.predictions, groups), common_class(seen.targets, groups), found)
+        predicted, targets = (common_class(one, groups) for one in (seen.forward.predictions, seen.targets))
+        return Answers(0, gold, predicted, targets, found)
 
     def scores(
         self,

@@ -20,8 +20,8 @@ ROOMS = {  # of a layer, in their order: a room imports from those before it, ne
         "index", "building",
     ),
     "retriever": (
-        "ranking", "scores", "question", "head", "deep", "words", "saliency", "spans", "searchers",
-        "answers", "coverage", "retriever",
+        "ranking", "scores", "question", "head", "effects", "deep", "words", "saliency", "spans", "searchers",
+        "answers", "retriever",
     ),
     "evaluation": ("reports", "common", "explain", "measures", "retraining", "audits", "perturb", "demo", "python"),
     "cli": ("screen", "options", "workers", "commands", "main"),

@@ -15,7 +15,7 @@ from tiny import labels, sentences, write_jsonl
 from forebear import BuildOptions, Index, QuerySpec, Retriever, TrainOptions, choose_model, open_rows
 from forebear.cli.main import run
 from forebear.errors import InputError
-from forebear.retriever.coverage import question_facts
+from forebear.retriever.answers.coverage import question_facts
 from forebear.wording import GOING_ON, KEYWORDS, at_command_line, worded
 
 FLAG = re.compile(r"(?<![\w-])(--[a-z][a-z0-9-]*)(?: ([^\s(]\S*))?")

@@ -124,27 +124,30 @@ def show_explanation(explanation: Explanation) -> None:
                 kind = "word (by summed-gradient saliency)" if answer.of_saliency else "span"
                 OUT.print(Text(f"asked about, a {kind} of {column.name}: ").append_text(marked_text(column.pieces)))
         for side in answer.sides:
-            show_side(answer.method, side, "the word's saliency" if answer.of_saliency else explanation.target)
+            target = "the word's saliency" if answer.of_saliency else explanation.target
+            show_side(answer.method, side, target, answer.effect_note)
 
 
-def show_side(method: str, side: Side, target: str) -> None:
-    """Print one end of a method's ranking."""
+def show_side(method: str, side: Side, target: str, effect_note: str) -> None:
+    """Print one end of a method's ranking, and below it what its effects mean."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
-    notes = escape(" ".join(side.notes)) or None
+    notes = escape(" ".join(filter(None, [*side.notes, effect_note]))) or None
     title = f"{method}: {side.name}s of {escape(target)}"
     grid = Table(title=title, title_justify="left", caption=notes, caption_justify="left", box=SIMPLE_HEAD)
     grid.pad_edge, grid.collapse_padding = False, True
-    for name in ("row", "score"):
+    effects = any(row.effect for row in side.rows)
+    for name in ("row", "score", *(["effect\np change"] if effects else [])):
         grid.add_column(name, justify="right", no_wrap=True)
     grid.add_column("label\nprediction", max_width=16, overflow="fold")
     grid.add_column("loss", justify="right", no_wrap=True)
     grid.add_column("text", ratio=1, overflow="fold")
     for row in side.rows:
         classes = escape(f"{row.label}\n{row.prediction}")
-        grid.add_row(str(row.row), row.score, classes, f"{row.loss:.3g}", row_text(row))
+        numbers = [str(row.row), row.score, *([f"{row.effect}\n{row.effect_probability}"] if effects else [])]
+        grid.add_row(*numbers, classes, f"{row.loss:.3g}", row_text(row))
     OUT.print(grid)
 
 

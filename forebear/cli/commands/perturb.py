@@ -237,7 +237,7 @@ def _run(
     from forebear.evaluation.perturb.wordnet import WordNet
     from forebear.evaluation.reports.report import write_report
     from forebear.evaluation.retraining.recipes import open_retrainer
-    from forebear.retriever.coverage import tell_fit_age
+    from forebear.retriever.answers.coverage import tell_fit_age
 
     if retraining.n_seeds < 1:
         raise InputError(f"--seeds {retraining.n_seeds}: expected 1 or more.")

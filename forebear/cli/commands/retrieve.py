@@ -147,10 +147,11 @@ def retrieve(
     """Rank the training rows behind predictions, on the screen or to a file."""
     from forebear.evaluation.audits.rows.hub_shares import read_hub_shares, with_hub_share
     from forebear.indexer.index import Index
+    from forebear.retriever.answers.coverage import tell_fit_age
     from forebear.retriever.answers.groups import check_additive, grouping_of
     from forebear.retriever.answers.result_file import check_output
     from forebear.retriever.answers.results import text_columns, user_columns
-    from forebear.retriever.coverage import tell_fit_age
+    from forebear.retriever.effects.kinds import effect_meanings
     from forebear.retriever.question.query_rows import tell_label_remark
     from forebear.retriever.question.spec import QuerySpec
     from forebear.retriever.retriever import Retriever
@@ -193,7 +194,10 @@ def retrieve(
     if output.out is None:
         answers = retriever.answers(source, question, block_rows=SHOWN_QUERIES)
         names = list(user_columns(index).values())
-        show_answers(answers, tables_of, source, methods, text_columns(index), names, aggregate=spec.aggregate)
+        meanings = effect_meanings(question)
+        show_answers(
+            answers, tables_of, source, methods, meanings, text_columns(index), names, aggregate=spec.aggregate
+        )
     else:
         _write_answers(retriever, source, question, tables_of, output)
     say_recall(retriever, question)
@@ -227,9 +231,11 @@ def _give_groups(
 ) -> None:
     """Sum scores by group, on the screen for the first few queries, or to a file for all."""
     from forebear.retriever.answers.result_file import result_writer
+    from forebear.retriever.effects.kinds import effect_meanings
 
     if output.out is None:
-        show_groups(retriever.groups(source, question, column), source, column, aggregate=question.spec.aggregate)
+        groups, meanings = retriever.groups(source, question, column), effect_meanings(question)
+        show_groups(groups, source, column, meanings, aggregate=question.spec.aggregate)
         return
     metadata = retriever.metadata(question, group_by=column)
     with progress_bar() as progress, result_writer(Path(output.out), metadata, force=output.force) as write:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from forebear.cli.screen.console import OUT, note, shortened, warn
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SHOWN_QUERIES = 5
 SHOWN_WORDS = 4
+EFFECTS = {"effect": "effect", "effect_probability": "p\nchange"}  # columns of results, and their titles
 COLUMN_WIDTH = 40  # characters that the user's own columns may take beside the texts
 
 
@@ -27,6 +28,7 @@ def show_answers(
     tables_of: Callable[[Answers], Iterator[pa.Table]],
     source: RowSource,
     methods: Sequence[Method],
+    meanings: Mapping[str, str],
     text_names: list[str],
     column_names: list[str],
     *,
@@ -39,6 +41,7 @@ def show_answers(
         tables_of: Turns answers into tables.
         source: The test rows.
         methods: Methods of the question.
+        meanings: What the effects of each mean, a sentence by name; empty where a method estimates none.
         text_names: Columns of the tables that hold the training rows' texts.
         column_names: Those that hold other columns of the training rows, of which the narrow ones are shown.
         aggregate: Whether there is one answer to all test rows together.
@@ -48,7 +51,7 @@ def show_answers(
     if aggregate:
         table = pa.concat_tables(tables_of(next(answers_in_order)))
         OUT.print(f"[bold]{source.n_rows:,} queries together[/bold]")
-        _print_rankings(rows := table.to_pylist(), methods, text_names, column_names, [])
+        _print_rankings(rows := table.to_pylist(), methods, meanings, text_names, column_names, [])
         _say_signs(rows, methods)
         return
     block = next(iter(source.blocks(SHOWN_QUERIES)))
@@ -59,7 +62,8 @@ def show_answers(
         rows = table.to_pylist()
         for number in range(answers.start, min(answers.start + len(answers.predictions), len(block))):
             results = [row for row in rows if row["query"] == number]
-            _print_answer(results, methods, text_names, column_names, [column[number] for column in block.texts])
+            texts = [column[number] for column in block.texts]
+            _print_answer(results, methods, meanings, text_names, column_names, texts)
             _say_signs(results, methods)
             n_shown += 1
     if n_shown < source.n_rows:
@@ -69,6 +73,7 @@ def show_answers(
 def _print_answer(
     results: list[dict[str, Any]],
     methods: Sequence[Method],
+    meanings: Mapping[str, str],
     text_names: list[str],
     column_names: list[str],
     texts: list[str],
@@ -82,12 +87,13 @@ def _print_answer(
     OUT.print(f"[bold]query {number}[/bold]  predicted [bold]{predicted}[/bold]{escape(gold)}")
     for text in texts:
         OUT.print(f"  {escape(shortened(text))}")
-    _print_rankings(results, methods, text_names, column_names, texts)
+    _print_rankings(results, methods, meanings, text_names, column_names, texts)
 
 
 def _print_rankings(
     results: list[dict[str, Any]],
     methods: Sequence[Method],
+    meanings: Mapping[str, str],
     text_names: list[str],
     column_names: list[str],
     texts: list[str],
@@ -104,11 +110,15 @@ def _print_rankings(
         for side in SIDES:
             grid = Table(title=f"{method.name}: {side}s of {escape(target)}", title_justify="left", expand=True)
             rows_of_side = [row for row in results if (row["method"], row["side"]) == (method.name, side)]
-            grid.caption, grid.caption_justify = escape(_caption(rows_of_side, texts)) or None, "left"
+            caption = "; ".join(filter(None, [_caption(rows_of_side, texts), meanings[method.name]]))
+            grid.caption, grid.caption_justify = escape(caption) or None, "left"
             for name in ("row", "score"):
                 grid.add_column(name, justify="right", no_wrap=True)
             for name in ("label", "prediction"):
                 grid.add_column(name, no_wrap=True)
+            effects = [name for name in EFFECTS if rows_of_side[0].get(name) is not None]
+            for name in effects:
+                grid.add_column(EFFECTS[name], justify="right", no_wrap=True)
             hub_share = rows_of_side[0].get("hub_share") is not None
             if hub_share:
                 grid.add_column("hub share", justify="right", no_wrap=True)
@@ -126,6 +136,7 @@ def _print_rankings(
                     f"{row['score']:.4g}",
                     escape(row["label"]),
                     escape(row["prediction"]),
+                    *(f"{row[name]:+.2g}" for name in effects),
                     *([f"{row['hub_share']:.1%}"] if hub_share else []),
                     *([escape(_shared(row) if by_words else shortened(row["span"]))] if by_words or by_spans else []),
                     *(escape(cell(row[name])) for name in narrow),
@@ -163,8 +174,13 @@ def _shared(row: dict[str, Any]) -> str:
 
 
 def _caption(rows: list[dict[str, Any]], texts: list[str]) -> str:
-    """Facts of a table of results, below it: the query's span, proof, how well H^-1 was solved, spans left out."""
+    """Facts of a table of results, below it: the query's span, proof, how well H^-1 was solved, spans left out.
+
+    And what is predicted without all its rows together.
+    """
     row, notes = rows[0], []
+    if row.get("effect_together") is not None:
+        notes.append(f"without all {len(rows)} together: effect {row['effect_together']:+.3g}")
     if row.get("query_span_start") is not None:
         text = texts[row["query_span_column"]]
         notes.append(f"the query's span: {shortened(text[row['query_span_start'] : row['query_span_end']])}")

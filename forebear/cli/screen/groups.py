@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from forebear.cli.screen.answers import SHOWN_QUERIES, cell
+from forebear.cli.screen.answers import EFFECTS, SHOWN_QUERIES, cell
 from forebear.cli.screen.console import OUT, shortened, warn
 
 if TYPE_CHECKING:
@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from forebear.indexer.rows.row_source import RowSource
 
 
-def show_groups(tables: Iterator[pa.Table], source: RowSource, column: str, *, aggregate: bool) -> None:
+def show_groups(
+    tables: Iterator[pa.Table], source: RowSource, column: str, meanings: Mapping[str, str], *, aggregate: bool
+) -> None:
     """Print the groups behind the first few queries, or behind all of them together.
 
     Args:
         tables: As ``Retriever.groups`` gives them.
         source: The test rows.
         column: The column by which rows are grouped.
+        meanings: What the effects of each method mean, a sentence by name; empty where it estimates none.
         aggregate: Whether there is one answer to all test rows together.
     """
     from rich.markup import escape
@@ -41,30 +44,34 @@ def show_groups(tables: Iterator[pa.Table], source: RowSource, column: str, *, a
             for text in texts:
                 OUT.print(f"  {escape(shortened(text[number]))}")
         for method, of_method in groupby(own, key=lambda line: line["method"]):
-            _print_groups(method, column, list(of_method))
+            _print_groups(method, column, list(of_method), meanings[method])
         OUT.print()
     if not aggregate and source.n_rows > SHOWN_QUERIES:
         shown = f"shown: the first {SHOWN_QUERIES} of {source.n_rows:,} queries"
         warn(f"{shown}. Give --out NAME.parquet for all of them.")
 
 
-def _print_groups(method: str, column: str, lines: list[dict[str, Any]]) -> None:
+def _print_groups(method: str, column: str, lines: list[dict[str, Any]], meaning: str) -> None:
     """Print one method's groups for one query."""
     from rich.markup import escape
     from rich.table import Table
 
     target = lines[0]["target"] or "each row's target"
-    grid = Table(title=f"{method}: {escape(column)} behind {escape(target)}", title_justify="left")
+    title = f"{method}: {escape(column)} behind {escape(target)}"
+    grid = Table(title=title, title_justify="left", caption=escape(meaning) or None, caption_justify="left")
     grid.add_column(escape(column), overflow="fold")
-    for name in ("rows", "sum", "mean", "share of |scores|", "best row", "its score"):
+    effects = [name for name in EFFECTS if lines[0].get(name) is not None]
+    titles = [EFFECTS[name] for name in effects]
+    for name in ("rows", "sum", "mean", "share of\n|scores|", *titles, "best\nrow", "its\nscore"):
         grid.add_column(name, justify="right", no_wrap=True)
     before = 0
     for line in lines:
         if line["rank"] > before + 1:
-            grid.add_row(f"({line['rank'] - before - 1:,} more)", *[""] * 6)
+            grid.add_row(f"({line['rank'] - before - 1:,} more)", *[""] * (6 + len(effects)))
         before = line["rank"]
         numbers = [f"{line[name]:.4g}" for name in ("sum", "mean")]
         name = "null" if line["group"] is None else shortened(cell(line["group"]))
         best = [str(line["best_row"]), f"{line['best_score']:.4g}"]
-        grid.add_row(escape(name), f"{line['rows']:,}", *numbers, f"{line['share']:.1%}", *best)
+        changes = [f"{line[effect]:+.3g}" for effect in effects]
+        grid.add_row(escape(name), f"{line['rows']:,}", *numbers, f"{line['share']:.1%}", *changes, *best)
     OUT.print(grid)

@@ -13,7 +13,7 @@ from forebear.evaluation.reports.charts import heat_map
 from forebear.evaluation.reports.report import Cell, Figure, Table
 from forebear.indexer.model.device.arithmetic import computed_line
 from forebear.ratio import ratio
-from forebear.retriever.coverage import fit_lines
+from forebear.retriever.answers.coverage import fit_lines
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 

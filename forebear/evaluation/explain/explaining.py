@@ -22,9 +22,9 @@ from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.rows.row_format import SINGLE_LABEL
 from forebear.indexer.spans.text import Span
 from forebear.indexer.storage.manifest import library_versions
+from forebear.retriever.answers.coverage import fit_lines
 from forebear.retriever.answers.results import SIDES, user_columns
 from forebear.retriever.answers.signs import note_of
-from forebear.retriever.coverage import fit_lines
 from forebear.retriever.question.methods import METHODS, pick_methods
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.question.targets import choose_targets
@@ -234,6 +234,7 @@ def _answers(
                 _side(side, [r for r in results if (r["method"], r["side"]) == (method, side)], passages)
                 for side in SIDES
             ),
+            effect_note=str(facts[method]["effect_note"]) if facts[method]["effect"] else "",
         )
         for method in dict.fromkeys(result["method"] for result in results)
     )
@@ -251,8 +252,18 @@ def _mark_question(result: Mapping[str, Any], passages: _Passages) -> tuple[Mark
 
 def _side(name: str, results: Sequence[Mapping[str, Any]], passages: _Passages) -> Side:
     scores = write_alike([result["score"] for result in results])
-    rows = tuple(_found_row(result, score, passages) for result, score in zip(results, scores, strict=True))
+    effects, chances = (_written(results, column) for column in ("effect", "effect_probability"))
+    rows = tuple(
+        replace(_found_row(result, score, passages), effect=effect, effect_probability=chance)
+        for result, score, effect, chance in zip(results, scores, effects, chances, strict=True)
+    )
     return Side(name=name, rows=rows, notes=tuple(_side_notes(name, results)))
+
+
+def _written(results: Sequence[Mapping[str, Any]], column: str) -> list[str]:
+    """The numbers of one end of a ranking as they are written; empty where the method has none."""
+    values = [result[column] for result in results if result.get(column) is not None]
+    return [""] * len(results) if len(values) < len(results) else write_alike(values, digits=2)
 
 
 def _found_row(result: Mapping[str, Any], score: str, passages: _Passages) -> FoundRow:
@@ -312,7 +323,11 @@ def _provenance(question: Question, facts: Mapping[str, Any], form: str, command
         "saliency": f"{form}: {FORMULAS[form]}",
     }
     for method, method_facts in sorted(facts["methods"].items()):
-        rest = {k: v for k, v in sorted(method_facts.items()) if v is not None and k not in ("formula", "sign")}
+        rest = {
+            k: v
+            for k, v in sorted(method_facts.items())
+            if v is not None and k not in ("formula", "sign", "effect_note")
+        }
         note = rest.pop("recall_note", None)
         listed = [f"{k.replace('_', ' ')} {_plain(v)}" for k, v in rest.items()]
         lines[method] = "; ".join([method_facts["formula"], *listed, *([] if note is None else [note])])

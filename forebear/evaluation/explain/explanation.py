@@ -34,6 +34,9 @@ class FoundRow:
         words: Shared tokens by falling contribution to the score; added tokens ([CLS], [SEP]) among them.
         total: Sum of the contributions, as it is written; empty for methods without words.
         columns: What the user's columns say of the row: (name, value as it is written), without nulls.
+        effect: Predicted change of the target's loss without the row, as it is written; empty where the method
+            estimates none.
+        effect_probability: The same of the target's probability.
     """
 
     rank: int
@@ -47,6 +50,8 @@ class FoundRow:
     words: tuple[Word, ...]
     total: str
     columns: tuple[tuple[str, str], ...] = ()
+    effect: str = ""
+    effect_probability: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +72,14 @@ class Answer:
         formula: Formula of its score.
         asked: The query's texts with the word or span that is asked about; empty where the whole row is.
         sides: Both ends of the ranking.
+        effect_note: What size and sign of the effects mean; empty where the method estimates none.
     """
 
     method: str
     formula: str
     asked: tuple[MarkedText, ...]
     sides: tuple[Side, ...]
+    effect_note: str = ""
 
     @property
     def has_words(self) -> bool:

@@ -27,7 +27,7 @@ from forebear.evaluation.reports.report import Cell, Figure, Group, Report, Tabl
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource
-from forebear.retriever.coverage import CLASS_BLOCKS
+from forebear.retriever.answers.coverage import CLASS_BLOCKS
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 

@@ -18,7 +18,7 @@ from forebear.evaluation.reports.charts import line_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table, check_folder
 from forebear.indexer.model.device.arithmetic import computed_line
 from forebear.indexer.spans.text import Span
-from forebear.retriever.coverage import fit_lines
+from forebear.retriever.answers.coverage import fit_lines
 from forebear.retriever.retriever import Retriever
 
 CHANGED_NAME = "changed.jsonl"

@@ -22,7 +22,7 @@ from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_format import SINGLE_LABEL, RowFormat
 from forebear.indexer.storage.layout import MANIFEST_NAME
 from forebear.indexer.training.run import choose_model
-from forebear.retriever.coverage import tell_fit_age
+from forebear.retriever.answers.coverage import tell_fit_age
 from forebear.retriever.question.spec import QueryChoices, QuerySpec
 from forebear.retriever.question.targets import choose_targets
 from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever

@@ -17,7 +17,7 @@ from forebear.indexer.rows.opening import rows_given
 from forebear.indexer.rows.row_format import REGRESSION, SINGLE_LABEL, RowFormat
 from forebear.indexer.rows.row_source import RowSource
 from forebear.progress import tell_warning
-from forebear.retriever.coverage import tell_fit_age
+from forebear.retriever.answers.coverage import tell_fit_age
 from forebear.retriever.question.methods import METHODS, pick_methods
 from forebear.retriever.question.query_rows import tell_label_remark
 from forebear.retriever.question.spec import QueryChoices, QuerySpec, Question

@@ -24,6 +24,7 @@ from forebear.indexer.losses.loss import Loss
 
 MIN_RECIPROCAL_CONDITION = 1e-11  # below, float64 solves lose the fifth digit
 MAX_SIZE = 20_000  # m above which the dense factor would not fit an ordinary machine (3.2 GB)
+MAX_WHITE_NUMBERS = 1 << 24  # of rows' features in the factor's coordinates that are held at once
 MAX_BLOCK_NUMBERS = 20_000**2  # numbers in the blocks of single classes that take over then: as many
 
 
@@ -50,22 +51,43 @@ def head_hessian(
     """
     assert fits_dense(n_classes, feature_dim, loss)
     assert not loss.is_separate
-    reduced = len(loss.basis(n_classes))
-    size = reduced * feature_dim
-    total = np.zeros((reduced, reduced, feature_dim, feature_dim))
-    n_rows = 0
+    reduced, n_rows = len(loss.basis(n_classes)), 0
+    total = np.zeros((reduced, feature_dim, reduced, feature_dim))
     for features, outputs in blocks:
         for at in row_chunks(len(features), n_classes):
-            f = features[at].astype(np.float64)
-            weights = loss.curvature(outputs[at])
-            for a in range(reduced):
-                for b in range(a + 1):
-                    total[a, b] += f.T @ (weights[:, a, b, None] * f)
-            n_rows += len(f)
-    for a in range(reduced):
+            _add_lower(total, features[at], loss.curvature(outputs[at]))
+            n_rows += len(features[at])
+    return _mirrored(total) / max(n_rows, 1)
+
+
+def summed_curvature(features: np.ndarray, curvatures: np.ndarray) -> np.ndarray:
+    """Sum over rows of A_n kron f_n f_n^T, ``(m, m)`` float64 with m = a h.
+
+    Args:
+        features: f, ``(n, h)``.
+        curvatures: A, symmetric, ``(n, a, a)``.
+    """
+    reduced, feature_dim = curvatures.shape[1], features.shape[1]
+    total = np.zeros((reduced, feature_dim, reduced, feature_dim))
+    _add_lower(total, features, curvatures)
+    return _mirrored(total)
+
+
+def _add_lower(total: np.ndarray, features: np.ndarray, curvatures: np.ndarray) -> None:
+    """Add the sum over rows of A_n kron f_n f_n^T to ``(a, h, a, h)``, in the blocks on and below the diagonal."""
+    f = features.astype(np.float64)
+    for a in range(len(total)):
+        for b in range(a + 1):
+            total[a, :, b] += f.T @ (curvatures[:, a, b, None] * f)
+
+
+def _mirrored(total: np.ndarray) -> np.ndarray:
+    """A symmetric matrix ``(m, m)`` from its blocks on and below the diagonal, ``(a, h, a, h)``."""
+    for a in range(len(total)):
         for b in range(a):
-            total[b, a] = total[a, b].T
-    return np.asarray(total.transpose(0, 2, 1, 3).reshape(size, size) / max(n_rows, 1))
+            total[b, :, a] = total[a, :, b].T
+    size = total.shape[0] * total.shape[1]
+    return total.reshape(size, size)
 
 
 def row_chunks(n_rows: int, n_classes: int) -> list[slice]:
@@ -182,6 +204,23 @@ class HeadInverse(ABC):
     def self_influence(self, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
         """<H^-1 g, g> of each row, ``(n,)`` float64, never negative."""
 
+    @abstractmethod
+    def feature_products(self, features: np.ndarray) -> np.ndarray:
+        """F_n^T (H + damping I)^-1 F_n of each row, F_n = I kron f_n having a columns: ``(n, a, a)`` float64."""
+
+    @abstractmethod
+    def pair_products(self, features: np.ndarray) -> np.ndarray:
+        """F_m^T (H + damping I)^-1 F_n of every pair of rows, ``(n, a, n, a)`` float64."""
+
+    @abstractmethod
+    def without(self, features: np.ndarray, curvatures: np.ndarray) -> HeadInverse:
+        """The inverse of H + damping I - sum over n of A_n kron f_n f_n^T, factorised anew.
+
+        Args:
+            features: f, ``(n, h)``.
+            curvatures: A, ``(n, a, a)``: of rows that are left out, their curvature at the logits over N.
+        """
+
 
 @dataclass(frozen=True)
 class HeadCurvature(HeadInverse):
@@ -206,6 +245,38 @@ class HeadCurvature(HeadInverse):
         gradients = self.gradients(residuals, features).reshape(len(features), -1)
         white = solve_triangular(self.factor, gradients.T, lower=True)
         return np.asarray((white**2).sum(axis=0))
+
+    @override
+    def feature_products(self, features: np.ndarray) -> np.ndarray:
+        f = features.astype(np.float64)
+        a = len(self.factor) // f.shape[1]
+        size = max(1, MAX_WHITE_NUMBERS // (a * len(self.factor)))
+        parts = [self._white(f[start : start + size]) for start in range(0, len(f), size)]
+        products = [np.einsum("amn,bmn->nab", white, white, optimize=True) for white in parts]
+        return np.concatenate([np.empty((0, a, a)), *products])
+
+    @override
+    def pair_products(self, features: np.ndarray) -> np.ndarray:
+        white = self._white(features.astype(np.float64))
+        a, m, n = white.shape
+        flat = white.transpose(1, 2, 0).reshape(m, n * a)
+        return np.asarray((flat.T @ flat).reshape(n, a, n, a))
+
+    def _white(self, features: np.ndarray) -> np.ndarray:
+        """L^-1 F_n of each row, ``(a, m, n)``."""
+        n, h = features.shape
+        white = np.zeros((len(self.factor) // h, len(self.factor), n))
+        for k, columns in enumerate(
+            white
+        ):  # column k of F_n has zeros in the directions before k, and so has L^-1 of it
+            columns[k * h : (k + 1) * h] = features.T
+            columns[k * h :] = solve_triangular(self.factor[k * h :, k * h :], columns[k * h :], lower=True)
+        return white
+
+    @override
+    def without(self, features: np.ndarray, curvatures: np.ndarray) -> HeadCurvature:
+        matrix = self.factor @ self.factor.T - summed_curvature(features, curvatures)
+        return HeadCurvature(factorise(matrix, 0.0), self.n_classes, self.damping, self.loss)
 
 
 REPRESENTER_LAMBDA = 1.0  # without a refit: rankings do not depend on it

@@ -6,7 +6,7 @@ Numbers that later meet a cosine or a logarithm are computed in float64 from the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -55,6 +55,12 @@ class Forward:
     def residuals_and_losses(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Residuals ``(n, c)`` and losses ``(n,)`` of some targets, float64."""
         return self.loss.residual_and_loss(self.logits, targets)
+
+
+def joined(parts: Sequence[Forward]) -> Forward:
+    """The results of one block of rows after another."""
+    features, logits = (np.concatenate(values) for values in zip(*((p.features, p.logits) for p in parts), strict=True))
+    return Forward(features, logits, parts[0].loss)
 
 
 def run_forward(

@@ -19,6 +19,8 @@ from forebear.indexer.rows.row_format import REGRESSION
 from forebear.indexer.rows.user_columns import only_match
 from forebear.ratio import ratio
 from forebear.retriever.answers.results import target_texts, user_columns
+from forebear.retriever.effects.changes import Predictions
+from forebear.retriever.effects.listed import GroupEffects
 from forebear.retriever.question.spec import Question
 
 LABEL = "label"
@@ -42,6 +44,10 @@ class Grouping:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def rows(self, number: int) -> np.ndarray:
+        """Numbers of the rows of a group, ascending."""
+        return np.asarray(self.live[self.numbers == number])
 
     @property
     def names(self) -> list[str]:
@@ -152,6 +158,8 @@ def group_table(
     start: int,
     classes: Sequence[np.ndarray],
     index: Index,
+    effects: GroupEffects,
+    predictions: Sequence[Predictions],
 ) -> pa.Table:
     """One line a query, method and group, by falling sum: the ``top`` groups of highest sum, and as many of lowest.
 
@@ -163,11 +171,18 @@ def group_table(
         classes: Of the queries: gold, predicted, and that whose loss was explained; class ids ``(q,)``, below 0 where
             there is none, or numbers ``(q, c)``.
         index: The index, which has their names.
+        effects: Effects of the groups, of the methods that estimate them.
+        predictions: The test rows of each query.
     """
     m, n_queries = len(grouping), len(classes[0])
     places = np.arange(m) if m <= 2 * top else np.r_[np.arange(top), np.arange(m - top, m)]
     found = {name: group_scores(values, grouping) for name, values in scores.items()}
-    lines = [_lines(grouping, name, found[name], query, places) for query in range(n_queries) for name in found]
+    with_effects = any(effects.estimates(name) for name in found)
+    lines = [
+        _lines(grouping, name, found[name], query, places, (effects, predictions[query]) if with_effects else None)
+        for query in range(n_queries)
+        for name in found
+    ]
     of_groups = pa.concat_tables(lines)
     queries = np.repeat(np.arange(n_queries), len(found) * len(places))
     columns = {"query": pa.array(start + queries)}
@@ -176,20 +191,33 @@ def group_table(
     return pa.table(columns | dict(zip(of_groups.column_names, of_groups.columns, strict=True)))
 
 
-def _lines(grouping: Grouping, method: str, found: GroupScores, query: int, places: np.ndarray) -> pa.Table:
+def _lines(
+    grouping: Grouping,
+    method: str,
+    found: GroupScores,
+    query: int,
+    places: np.ndarray,
+    estimates: tuple[GroupEffects, Predictions] | None,
+) -> pa.Table:
     """The groups at some places of one query's ranking by one method."""
     chosen = np.argsort(-found.sums[query], kind="stable")[places]
     sums, rows = found.sums[query, chosen], found.rows[chosen]
-    return pa.table(
-        {
-            "method": pa.array([method] * len(chosen)),
-            "rank": pa.array((places + 1).astype(np.int32)),
-            "group": grouping.values.take(pa.array(chosen)),
-            "rows": pa.array(rows),
-            "sum": pa.array(sums),
-            "mean": pa.array(sums / rows),
-            "share": pa.array(found.shares[query, chosen]),
-            "best_row": pa.array(found.best_rows[query, chosen]),
-            "best_score": pa.array(found.best_scores[query, chosen]),
-        }
-    )
+    columns = {
+        "method": pa.array([method] * len(chosen)),
+        "rank": pa.array((places + 1).astype(np.int32)),
+        "group": grouping.values.take(pa.array(chosen)),
+        "rows": pa.array(rows),
+        "sum": pa.array(sums),
+        "mean": pa.array(sums / rows),
+        "share": pa.array(found.shares[query, chosen]),
+    }
+    if estimates is not None:
+        effects, predictions = estimates
+        values = (np.full(len(chosen), np.nan),) * 2
+        if effects.estimates(method):
+            values = effects.of(method, predictions, sums, chosen)
+        names = ("effect", "effect_probability")
+        columns |= {name: pa.array(one, from_pandas=True) for name, one in zip(names, values, strict=True)}
+    columns["best_row"] = pa.array(found.best_rows[query, chosen])
+    columns["best_score"] = pa.array(found.best_scores[query, chosen])
+    return pa.table(columns)

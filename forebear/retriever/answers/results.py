@@ -26,9 +26,10 @@ RESULT_COLUMNS = frozenset(
         *("label", "prediction", "residual", "proven", "rows_scored", "word_ids", "words", "contributions"),
         *("span", "span_column", "span_start", "span_end"),
         *("query_span_column", "query_span_start", "query_span_end", "spans_cut", "hub_share"),
+        *("effect", "effect_probability", "effect_together", "effect_probability_together"),
     ]
 )  # of all tables of results, besides the texts
-_RESULT_BYTES, _SPAN_BYTES, _WORDS_BYTES = 16, 128, 1024  # for each result: row and score; span; words
+_RESULT_BYTES, _SPAN_BYTES, _WORDS_BYTES = 32, 128, 1024  # for each result: row, score, effects; span; words
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ def _table(index: Index, results: _Results, tokenizer: Any) -> pa.Table:
         "rank": pa.array((results.rank + 1).astype(np.int32)),
         "row": pa.array(rows),
         "score": pa.array(results.numbers(lambda ranking, query, rank: ranking.scores[query, rank], np.float64)),
+        **_effect_columns(results),
         "exact": pa.array(results.numbers(lambda ranking, _query, _rank: ranking.exact, bool)),
         "label": target_texts(index, index.labels, rows),
         "prediction": target_texts(index, index.predictions, rows),
@@ -196,6 +198,26 @@ def target_texts(index: Index, targets: np.ndarray, positions: np.ndarray) -> pa
 def _named(names: Sequence[str], ids: np.ndarray) -> pa.Array:
     """Names by number; null where the number is below 0."""
     return pa.array(names, pa.string()).take(pa.array(ids, mask=ids < 0))
+
+
+def _effect_columns(results: _Results) -> dict[str, pa.Array]:
+    """Effects, where a method of the answer estimates them; null for the methods that do not."""
+
+    columns: dict[str, np.ndarray] = {}
+
+    def add(column: str, name: str, place: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, Any]]) -> None:
+        def values(ranking: Ranking, query: np.ndarray, rank: np.ndarray) -> Any:
+            found = getattr(ranking, name)
+            return np.nan if found is None else found[place(query, rank)]
+
+        if results.any_has(name):
+            columns[column] = results.numbers(values, np.float64)
+
+    add("effect", "effects", lambda query, rank: (query, rank))
+    add("effect_probability", "effect_probabilities", lambda query, rank: (query, rank))
+    add("effect_together", "effects_together", lambda query, _rank: (query, 0))
+    add("effect_probability_together", "effects_together", lambda query, _rank: (query, 1))
+    return {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
 
 
 def _search_columns(results: _Results) -> dict[str, pa.Array]:

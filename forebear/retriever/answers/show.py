@@ -5,7 +5,9 @@ Of groups of rows (``group_by=``): one grid a query and method, with all columns
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -13,14 +15,16 @@ import pyarrow as pa
 
 from forebear.display import grid
 from forebear.errors import InputError
+from forebear.retriever.answers.signs import note_of
 
 SHOWN_ROWS = 200
 _OF_ENDS = ("query", "method", "side")
-_SHOWN = ("rank", "row", "score", "label", "prediction", "span")
+_SHOWN = ("rank", "row", "score", "effect", "effect_probability", "label", "prediction", "span")
 _OTHERS = (  # columns of results that are no texts of training rows
     *_OF_ENDS, *_SHOWN, "query_label", "query_prediction", "target", "exact", "residual", "proven", "rows_scored",
     "span_column", "span_start", "span_end", "query_span_column", "query_span_start", "query_span_end", "spans_cut",
-    "word_ids", "words", "contributions", "hub_share",
+    "word_ids", "words", "contributions", "hub_share", "effect_together",
+    "effect_probability_together",
 )  # fmt: skip
 
 
@@ -36,13 +40,23 @@ class ShownAnswers:
     table: pa.Table
     n_shown: int
 
-    def _ends(self) -> list[tuple[str, list[dict[str, Any]]]]:
+    def _ends(self) -> list[tuple[str, list[dict[str, Any]], list[str]]]:
+        """Title, results and notes of each ranking."""
         results = self.table.slice(0, self.n_shown).to_pylist()
-        return [
-            (f"query {query} · {method} · {side or 'group'}s of “{some[0]['target']}”", some)
-            for (query, method, side), found in groupby(results, key=lambda one: tuple(map(one.get, _OF_ENDS)))
-            if (some := list(found))
-        ]
+        ends = []
+        for (query, method, side), found in groupby(results, key=lambda one: tuple(map(one.get, _OF_ENDS))):
+            some = list(found)
+            title = f"query {query} · {method} · {side or 'group'}s of “{some[0]['target']}”"
+            signs = note_of(method, side, [one["score"] for one in some]) if side else ""
+            ends.append((title, some, [note for note in (signs, self._effect_notes.get(method, "")) if note]))
+        return ends
+
+    @cached_property
+    def _effect_notes(self) -> dict[str, str]:
+        """What the effects of each method mean, as the answers' provenance says it, where they have any."""
+        metadata = (self.table.schema.metadata or {}).get(b"forebear")
+        methods = {} if metadata is None else json.loads(metadata)["methods"]
+        return {name: facts["effect_note"] for name, facts in methods.items() if facts.get("effect")}
 
     @property
     def _columns(self) -> list[str]:
@@ -58,14 +72,18 @@ class ShownAnswers:
 
     def __repr__(self) -> str:
         lines = []
-        for title, some in self._ends():
+        for title, some, notes in self._ends():
             lines.append(title)
             lines += ["  " + " | ".join(_short(one[name]) for name in self._columns) for one in some]
+            lines += [f"  {note}" for note in notes]
         return "\n".join([*lines, *([self._rest] if self._rest else [])])
 
     def _repr_html_(self) -> str:
         names = self._columns
-        grids = [grid(title, names, [[one[name] for name in names] for one in some]) for title, some in self._ends()]
+        grids = [
+            grid(title, names, [[one[name] for name in names] for one in some], notes)
+            for title, some, notes in self._ends()
+        ]
         return "".join(grids) + (f"<p>{self._rest}</p>" if self._rest else "")
 
 

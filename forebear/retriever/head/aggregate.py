@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from forebear.indexer.model.forward import Forward, joined
 from forebear.indexer.rows.labels import LabelMap
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.targets.target_map import TargetMap
@@ -26,12 +27,12 @@ class Summed:
 
     Attributes:
         queries: By method name, one query a group; only of methods that the ``stored`` searcher answers.
-        predictions: What the model says of the rows, as targets.
+        forward: The last checkpoint's pass over the rows.
         targets: Whose loss is explained, of each row.
     """
 
     queries: dict[str, Query]
-    predictions: np.ndarray
+    forward: Forward
     targets: np.ndarray
 
 
@@ -51,18 +52,18 @@ def sum_queries(
     n_groups = int(groups.max()) + 1
     stored = [method for method in question.methods if question.searched_by(method) == "stored"]
     queries: dict[str, Query] = {}
-    predictions, targets = [], []
+    forwards, targets = [], []
     for start in range(0, len(groups), BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)
         gold = None if labels is None else labels[block]
         numbers = range(start, min(start + BLOCK_ROWS, len(groups)))
         batch = make_batch(question.of(stored), models, [column[block] for column in texts], gold, numbers=numbers)
-        predictions.append(batch.forward.predictions)
+        forwards.append(batch.forward)
         targets.append(batch.targets)
         for method in stored:
             part = summed(make_query(method, batch, question.index, question.curvature), groups[block], n_groups)
             queries[method.name] = added(queries[method.name], part) if method.name in queries else part
-    return Summed(queries, np.concatenate(predictions), np.concatenate(targets))
+    return Summed(queries, joined(forwards), np.concatenate(targets))
 
 
 def read_rows(source: RowSource, label_ids: LabelMap | TargetMap | None) -> tuple[list[list[str]], np.ndarray | None]:

@@ -19,6 +19,10 @@ from forebear import Index, Retriever
 from forebear.cli.main import run
 from forebear.errors import InputError, NonFiniteError
 from forebear.indexer.building.build import retire_rows
+from forebear.indexer.model.forward import run_forward
+from forebear.retriever.effects.changes import Predictions
+from forebear.retriever.effects.listed import effects_of_set
+from forebear.retriever.effects.refits import HeadRefits
 
 N = 41
 BY = [("anna", "bert", None, "carl", "null")[(i * i + i // 2) % 5] for i in range(N)]
@@ -90,7 +94,28 @@ def test_only_both_ends_are_given_and_their_ranks_say_so(retriever: Retriever) -
         retriever.retrieve(QUERIES[:2], methods=["gd", "if"], group_by="year", top=top).to_pylist() for top in (9, 2)
     )
     assert len(whole) == 2 * 2 * 7
-    assert ends == [line for line in whole if line["rank"] in (1, 2, 6, 7)]
+    wanted = [line for line in whole if line["rank"] in (1, 2, 6, 7)]
+    for found, line in zip(ends, wanted, strict=True):
+        for name in ("effect", "effect_probability"):
+            effect, wanted_effect = found.pop(name), line.pop(name)
+            assert effect is wanted_effect is None or effect == pytest.approx(wanted_effect, rel=1e-9)
+        assert found == line
+
+
+def test_effects_of_groups_are_those_of_their_rows_taken_out_together(retriever: Retriever) -> None:
+    index = retriever.index
+    lines = retriever.retrieve(QUERIES[:2], methods=["gd", "if"], group_by="label").to_pylist()
+    together = retriever.retrieve(QUERIES[:2], methods=["if"], group_by="label", aggregate=True).to_pylist()
+    asked = Predictions.of(forward := run_forward(retriever.classifier(), [QUERIES[:2]]), forward.predictions)
+    for number, name in enumerate(index.manifest.spec.label_names):
+        rows = index.live[index.labels[index.live] == number]
+        effects, probabilities = effects_of_set(HeadRefits(retriever.models), asked, rows)
+        found = [line for line in lines if (line["group"], line["method"]) == (name, "if")]
+        assert [line["effect"] for line in found] == pytest.approx(effects.tolist(), rel=1e-9)
+        assert [line["effect_probability"] for line in found] == pytest.approx(probabilities.tolist(), rel=1e-9)
+        (summed,) = (line for line in together if line["group"] == name)
+        assert summed["effect"] == pytest.approx(effects.sum(), rel=1e-9)
+    assert all(line["effect"] is None for line in lines if line["method"] == "gd")
 
 
 def test_groups_are_shown_in_a_notebook_too(retriever: Retriever) -> None:
@@ -157,7 +182,7 @@ def test_the_command_shows_and_writes_groups(retriever: Retriever, tmp_path: Pat
     shown = capsys.readouterr().out
     assert "gd: by behind" in shown
     assert "if: by behind" in shown
-    for word in ("anna", "bert", "null", "share of |scores|", "best row"):
+    for word in ("anna", "bert", "null", "share of", "|scores|", "best"):
         assert word in shown
     table = retriever.retrieve(test, methods=["gd", "if"], group_by="by")
     for suffix in ("parquet", "jsonl", "csv"):

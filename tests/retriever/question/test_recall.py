@@ -24,7 +24,7 @@ from forebear.indexer.sketches import projector as projecting
 from forebear.indexer.sketches.estimates import Part
 from forebear.indexer.storage.manifest import read_manifest
 from forebear.indexer.training.run import choose_model
-from forebear.retriever.coverage import question_facts
+from forebear.retriever.answers.coverage import question_facts
 from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch
 from forebear.retriever.question.methods import METHODS

@@ -22,11 +22,13 @@ from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.storage.ann import unit_rows
 from forebear.retriever.answers.results import SIDES, Answers
 from forebear.retriever.answers.signs import SignCounts, note_of
+from forebear.retriever.effects.kinds import effect_meanings
 from forebear.retriever.question.spec import QuerySpec, Question
+from forebear.retriever.ranking import Ranking
 from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
 
 SHOWN_GROUPS = 6
-HEADS = ("group", "method", "side", "rank", "row", "score", "score a mistake", "label", "prediction")
+HEADS = ("group", "method", "side", "rank", "row", "score", "score a mistake", "effect", "label", "prediction")
 SHOWN_ROWS = 3  # mistakes, proponents and opponents of each group
 
 
@@ -181,6 +183,7 @@ def errors_report(
                 for j, (row, score) in enumerate(zip(ranking.rows[i], ranking.scores[i], strict=True)):
                     score_a_mistake = float(score) / len(group.members)
                     cells: list[Cell] = [group.name, method, side, j + 1, int(row), float(score), score_a_mistake]
+                    cells += [None if ranking.effects is None else float(ranking.effects[i, j])]
                     cells += [names[index.labels[row]], names[index.predictions[row]]]
                     lines.append([*cells, *(column[j] for column in columns.values())])
     question = retriever.resolve(spec)
@@ -192,7 +195,8 @@ def errors_report(
         [*HEADS, *row_cells(index, np.empty(0, np.int64))],
         lines,
         f"Score: the sum over the group's mistakes; proponents support the {target} label. One search a group."
-        + "".join(f" {note}" for note in signs.notes()),
+        + "".join(f" {note}" for note in signs.notes())
+        + "".join(f" {name}: {note}" for name, note in effect_meanings(question).items() if note),
     )
     largest = groups[0]
     report = Report(
@@ -213,10 +217,7 @@ def errors_report(
                 "name": group.name,
                 "test_rows": mistakes.rows[group.members],
                 "found": {
-                    method: {
-                        side: {"rows": ranking.rows[i], "scores": ranking.scores[i]}
-                        for side, ranking in zip(SIDES, ends, strict=True)
-                    }
+                    method: {side: _found(ranking, i) for side, ranking in zip(SIDES, ends, strict=True)}
                     for method, ends in answers.rankings.items()
                 },
             }
@@ -225,6 +226,16 @@ def errors_report(
         "seed": seed,
     }
     return report, result
+
+
+def _found(ranking: Ranking, number: int) -> dict[str, Any]:
+    """One end of a group's ranking, for ``result.json``; effects where the method estimates them."""
+    found = {"rows": ranking.rows[number], "scores": ranking.scores[number]}
+    if ranking.effects is not None:
+        found["effects"] = ranking.effects[number]
+    if ranking.effects_together is not None:
+        found["effect_together"] = ranking.effects_together[number, 0]
+    return found
 
 
 def _group(mistakes: Mistakes, group: ErrorGroup, answers: Answers, number: int, retriever: Retriever) -> Group:
@@ -241,6 +252,9 @@ def _group(mistakes: Mistakes, group: ErrorGroup, answers: Answers, number: int,
     for side, ranking in zip(SIDES, ends, strict=True):
         rows, scores = ranking.rows[number][:SHOWN_ROWS], ranking.scores[number][:SHOWN_ROWS]
         notes.append(note_of(method, side, scores))
+        if ranking.effects_together is not None:
+            together = ranking.effects_together[number, 0]
+            notes.append(f"Without all {ranking.rows.shape[1]} {side}s together: effect {together:+.3g}, summed.")
         headings = [f"{side} · row {row}" for row in rows]
         passages += row_passages(retriever, rows, headings, notes=[f"score {score:.4g}" for score in scores])
     intro = " ".join(note for note in notes if note)

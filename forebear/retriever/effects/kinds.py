@@ -1,0 +1,89 @@
+"""Which methods estimate an effect, and to what order: what the scores of a method say in nats, if anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from forebear.indexer.losses.cross_entropy import CrossEntropy
+from forebear.indexer.losses.sigmoid import SigmoidLoss
+from forebear.indexer.rows.row_format import REGRESSION
+from forebear.retriever.effects.refits import has_newton_steps
+from forebear.retriever.question.methods import Method
+from forebear.retriever.question.spec import Question
+from forebear.retriever.question.targets import LABEL
+
+Order = Literal["Newton step", "first order"]
+NEWTON: Order = "Newton step"
+FIRST: Order = "first order"
+
+
+@dataclass(frozen=True)
+class EffectKind:
+    """How the effects of a method's results are had.
+
+    Attributes:
+        order: By a Newton step of the head, the row's own curvature taken out, and the loss of the changed logits; or
+            to first order, score / N. None: the method estimates no effect.
+        note: What size and sign of the effects mean, in one sentence; or why the method estimates none.
+        has_probability: Whether there is a change of the target's probability beside the change of the loss.
+    """
+
+    order: Order | None
+    note: str
+    has_probability: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """What stands of it in an answer's provenance."""
+        return {"effect": self.order, "effect_note": self.note}
+
+
+def effect_kind(question: Question, method: Method) -> EffectKind:
+    """How the effects of a method are had in the answers to a question."""
+    if reason := _no_effect(question, method):
+        return EffectKind(None, reason)
+    loss, scope = question.index.loss, question.scope_of(method)
+    exact_head = scope == "head" and not method.spans and question.curvature.at("head") == "exact"
+    if exact_head and has_newton_steps(question.index):
+        order, has_probability = NEWTON, loss.problem_type != REGRESSION
+    else:
+        # The probability follows from the loss alone if this is -w log p, of one test row.
+        single = isinstance(loss, SigmoidLoss) and question.spec.target.lower().startswith(LABEL)
+        follows = single or (isinstance(loss, CrossEntropy) and not loss.label_smoothing)
+        order, has_probability = FIRST, follows and method.spans != "both" and not question.spec.aggregate
+    return EffectKind(order, _meaning(question, method, order, has_probability=has_probability), has_probability)
+
+
+def effect_meanings(question: Question) -> dict[str, str]:
+    """What the effects of each method mean, a sentence by name; empty where it estimates none."""
+    kinds = {method.name: effect_kind(question, method) for method in question.methods}
+    return {name: "" if kind.order is None else kind.note for name, kind in kinds.items()}
+
+
+def _no_effect(question: Question, method: Method) -> str:
+    """Why a method estimates no effect; empty where it does."""
+    if method.saliency:
+        return "no effect: its score is of a word's saliency, not of the loss"
+    if method.query != "preconditioned":
+        return "no effect: its score does not estimate what a model trained without the row would say"
+    if method.metric != "dot":
+        return "no effect: a cosine has no size"
+    if question.curvature.at(question.scope_of(method)) == "identity":
+        return "no effect: without a curvature the score has no size"
+    return ""
+
+
+def _meaning(question: Question, method: Method, order: Order, *, has_probability: bool) -> str:
+    """What size and sign of a method's effects mean, in one sentence."""
+    loss, spec = question.index.loss, question.spec
+    output_itself = loss.problem_type == REGRESSION and spec.target != "gold"
+    unit = "nats" if loss.problem_type != REGRESSION else "units" if output_itself else "squared units"
+    of_sum = ", summed over the test rows" if spec.aggregate else ""
+    what = "fall of the output" if output_itself else "rise of the target's loss"
+    if method.spans == "both":
+        what += " beyond that of the text without its span"
+    removal = "with the span masked" if method.spans else "without it"
+    how = "the head fitted again by a Newton step" if order == NEWTON else "first order: score / N"
+    sign = "below 0 it rises" if output_itself else "below 0 it falls, so that the target gains"
+    probability = " Beside it, the change of the target's probability." if has_probability else ""
+    return f"effect: predicted {what} in {unit}{of_sum}, trained {removal} ({how}); {sign}.{probability}"

@@ -1,0 +1,148 @@
+"""The minimum of J_S (see :mod:`~forebear.retriever.effects.steps`): the head refitted without rows, to convergence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from scipy.linalg import LinAlgError, cho_solve, cholesky
+from scipy.optimize import minimize
+
+from forebear.errors import ForebearError
+from forebear.indexer.curvature.head import fits_dense, summed_curvature
+from forebear.indexer.losses.loss import Loss
+
+TOLERANCE = 1e-10  # gradient at the minimum, beside the longest part of it
+MAX_STEPS = 100
+SHORTEST_STEP = 2.0**-30
+SUFFICIENT_DECREASE = 1e-4  # of Armijo's rule
+ROUNDING = 1e-14  # of J, by which a step may raise it
+BLOCK_ROWS = 8192
+LBFGS_MEMORY = 30
+
+
+class NotConvergedError(ForebearError):
+    """A refit of the head did not reach its minimum."""
+
+
+class Refit:
+    """J_S over the head's weight, as a function of V: the weight is W0 + B^T V, B being the loss' basis.
+
+    Attributes:
+        features: f of the rows, ``(n, h)``.
+        logits: Logits of the trained head, ``(n, c)`` float64.
+        targets: Targets by which the rows were trained; n of them.
+        loss: The loss.
+        damping: Weight of half the squared distance from W0.
+    """
+
+    def __init__(
+        self, features: np.ndarray, logits: np.ndarray, targets: np.ndarray, loss: Loss, damping: float
+    ) -> None:
+        self.features, self.logits, self.targets = features, logits, targets
+        self.loss, self.damping = loss, damping
+        self._basis = loss.basis(logits.shape[1])
+        residuals, _ = loss.residual_and_loss(logits, targets)
+        self._mean_gradient = sum(
+            (residuals[block] @ self._basis.T).T @ features[block].astype(np.float64) for block in self._blocks()
+        ) / len(logits)
+
+    def _blocks(self) -> Iterator[slice]:
+        return (slice(start, start + BLOCK_ROWS) for start in range(0, len(self.logits), BLOCK_ROWS))
+
+    def minimum(self, kept: np.ndarray, targets: np.ndarray, start: np.ndarray) -> np.ndarray:
+        """V at the minimum, ``(a, h)`` float64.
+
+        Args:
+            kept: Which rows take part, ``(n,)`` bool.
+            targets: What they are trained by; n targets.
+            start: V to begin with, ``(a, h)``; near the minimum fewer steps are taken.
+
+        Raises:
+            NotConvergedError: The minimum was not reached.
+        """
+        dense = fits_dense(self.logits.shape[1], self.features.shape[1], self.loss)
+        return (self._by_newton if dense else self._by_lbfgs)(kept, targets, start)
+
+    def value_and_gradient(self, v: np.ndarray, kept: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
+        """J at V up to a constant, and its gradient ``(a, h)``."""
+        total, gradient = 0.0, np.zeros_like(v)
+        for block in self._blocks():
+            rows = kept[block]
+            f = self.features[block][rows].astype(np.float64)
+            logits = self.logits[block][rows] + f @ v.T @ self._basis
+            residuals, losses = self.loss.residual_and_loss(logits, targets[block][rows])
+            total += float(losses.sum())
+            gradient += (residuals @ self._basis.T).T @ f
+        n = len(kept)
+        value = total / n + self.damping / 2 * float((v**2).sum()) - float((self._mean_gradient * v).sum())
+        return value, gradient / n + self.damping * v - self._mean_gradient
+
+    def _by_newton(self, kept: np.ndarray, targets: np.ndarray, start: np.ndarray) -> np.ndarray:
+        v = start
+        value, gradient = self.value_and_gradient(v, kept, targets)
+        scale = max(float(np.abs(self._mean_gradient).max()), float(np.abs(gradient).max()), np.finfo(float).tiny)
+        for _ in range(MAX_STEPS):
+            if np.abs(gradient).max() <= TOLERANCE * scale:
+                return v
+            step = -self._solve(v, gradient, kept, targets)
+            slope, size = float((gradient * step).sum()), 1.0
+            while True:
+                there = v + size * step
+                value_there, gradient_there = self.value_and_gradient(there, kept, targets)
+                allowed = SUFFICIENT_DECREASE * size * slope + ROUNDING * abs(value)
+                if value_there <= value + allowed:
+                    break
+                size /= 2
+                if size < SHORTEST_STEP:
+                    return self._checked(v, gradient, scale)
+            v, value, gradient = there, value_there, gradient_there
+        return self._checked(v, gradient, scale)
+
+    def _checked(self, v: np.ndarray, gradient: np.ndarray, scale: float) -> np.ndarray:
+        """V, if the last bits of J alone kept it from the minimum."""
+        if np.abs(gradient).max() > 1e3 * TOLERANCE * scale:
+            raise NotConvergedError(
+                f"the head's refit did not converge: largest gradient {np.abs(gradient).max():.1e}, expected "
+                f"{TOLERANCE * scale:.1e}. Give a larger --damping."
+            )
+        return v
+
+    def _solve(self, v: np.ndarray, gradient: np.ndarray, kept: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """The inverse Hessian of J at V times a gradient, ``(a, h)``."""
+        a, h = v.shape
+        separate = self.loss.is_separate
+        hessian = np.zeros((a, h, h)) if separate else np.zeros((a * h, a * h))
+        for block in self._blocks():
+            rows = kept[block]
+            f = self.features[block][rows].astype(np.float64)
+            curvatures = self.loss.curvature(self.loss.outputs(self.logits[block][rows] + f @ v.T @ self._basis))
+            if (weights := self.loss.row_weights(targets[block][rows])) is not None:
+                curvatures = weights[:, None, None] * curvatures
+            if separate:
+                for k in range(a):
+                    hessian[k] += f.T @ (curvatures[:, k, k, None] * f)
+            else:
+                hessian += summed_curvature(f, curvatures)
+        parts = hessian if separate else hessian[None]
+        solved = []
+        for part, g in zip(parts, gradient if separate else gradient.reshape(1, -1), strict=True):
+            damped = part / len(kept) + self.damping * np.eye(len(part))
+            try:
+                solved.append(cho_solve((cholesky(damped, lower=True), True), g))
+            except LinAlgError as error:
+                raise NotConvergedError(
+                    f"the head's curvature with damping {self.damping:g} is singular in float64. Give a larger "
+                    "--damping."
+                ) from error
+        return np.asarray(solved).reshape(a, h)
+
+    def _by_lbfgs(self, kept: np.ndarray, targets: np.ndarray, start: np.ndarray) -> np.ndarray:
+        def function(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            value, gradient = self.value_and_gradient(flat.reshape(start.shape), kept, targets)
+            return value, gradient.reshape(-1)
+
+        scale = max(float(np.abs(self._mean_gradient).max()), float(np.abs(function(start.reshape(-1))[1]).max()))
+        options = {"maxiter": 20_000, "maxfun": 40_000, "gtol": TOLERANCE * scale, "ftol": 0.0, "maxcor": LBFGS_MEMORY}
+        fit = minimize(function, start.reshape(-1), jac=True, method="L-BFGS-B", options=options)
+        return self._checked(fit.x.reshape(start.shape), fit.jac, scale)

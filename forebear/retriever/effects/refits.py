@@ -1,0 +1,120 @@
+"""The head of an index without some of its training rows, or with other targets for them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from forebear.indexer.curvature.head import HeadInverse
+from forebear.indexer.index import Index
+from forebear.indexer.model.forward import forward_of_features
+from forebear.retriever.effects.minimum import Refit
+from forebear.retriever.effects.steps import Leaving, leaving, logit_changes, step_of_set, steps_of_rows
+from forebear.retriever.question.models import Models
+
+MAX_ROW_NUMBERS = 1 << 25  # multiplications of a row's own Newton step, above which effects are of first order
+
+
+def has_newton_steps(index: Index) -> bool:
+    """Whether a row's removal at the head gets a Newton step of its own: of many classes it costs too much."""
+    if index.head.solver != "exact":
+        return False
+    directions = len(index.loss.basis(len(index.manifest.spec.label_names)))
+    width = index.manifest.feature_dim
+    size = width if index.loss.is_separate else directions * width
+    return directions * size**2 <= MAX_ROW_NUMBERS
+
+
+class HeadRefits:
+    """Changes of the head's weight at the last checkpoint when training rows are left out or relabelled.
+
+    The head is what J_S (:mod:`~forebear.retriever.effects.steps`) makes of it, with the damping of the question. N is
+    the number of live rows throughout. Changes are V, ``(a, h)`` in the loss' basis B: the weight becomes W0 + B^T V.
+    """
+
+    def __init__(self, models: Models, damping: str | None = None) -> None:
+        """Set up without loading a model: only :meth:`minimum` and other targets need one.
+
+        Args:
+            models: Models of an index with the exact curvature of its head, or of many classes with :meth:`minimum`
+                alone.
+            damping: One that the index holds, as the question names it; None: its first.
+        """
+        self.models, self.index, self._damping = models, models.index, damping
+
+    @cached_property
+    def inverse(self) -> HeadInverse:
+        """H^-1 over all live rows.
+
+        Raises:
+            MissingStoreError: The index has no factor of the head's curvature, or not at this damping.
+        """
+        return self.index.head.inverse(self._damping)
+
+    def each(self, rows: np.ndarray) -> np.ndarray:
+        """Newton step of each row's removal alone, ``(n, a, h)`` float64.
+
+        Args:
+            rows: Numbers of live rows, ``(n,)``.
+        """
+        return steps_of_rows(self.inverse, self._leaving(rows))
+
+    def together(self, rows: np.ndarray, targets: np.ndarray | None = None, *, exact: bool = False) -> np.ndarray:
+        """Change of the weight when all rows are left out together, or get other targets, ``(a, h)`` float64.
+
+        Args:
+            rows: Numbers of different live rows, ``(n,)``.
+            targets: Their new targets; None: they are left out.
+            exact: Whether further Newton steps lead to the minimum of J_S.
+
+        Raises:
+            NotConvergedError: The minimum was not reached.
+        """
+        parts = self._leaving(rows)
+        if targets is not None:
+            parts = self._replaced(parts, rows, targets)
+        step = step_of_set(self.inverse, parts)
+        return self.minimum(rows, targets, step) if exact else step
+
+    def minimum(self, rows: np.ndarray, targets: np.ndarray | None, start: np.ndarray) -> np.ndarray:
+        """The minimum of J_S, ``(a, h)`` float64, by steps from ``start``; see :meth:`together`."""
+        live, refit = self.index.live, self._refit
+        positions = np.searchsorted(live, rows)
+        kept, all_targets = np.ones(len(live), bool), refit.targets
+        if targets is None:
+            kept[positions] = False
+        else:
+            all_targets = all_targets.copy()
+            all_targets[positions] = targets
+        return refit.minimum(kept, all_targets, start)
+
+    def logit_changes(self, changes: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """Changes of the logits of test rows, ``(q, k, c)``.
+
+        Args:
+            changes: Of the weight, ``(k, a, h)``.
+            features: f of the test rows, ``(q, h)``.
+        """
+        return logit_changes(self.index.loss, changes, features, self.index.residuals().width)
+
+    def _leaving(self, rows: np.ndarray) -> Leaving:
+        index = self.index
+        targets, residuals = index.targets(rows), index.residuals().take(rows)
+        outputs = index.loss.outputs_of_residuals(residuals, targets)
+        return leaving(index.loss, index.features().take(rows), residuals, outputs, targets, len(index.live))
+
+    def _replaced(self, parts: Leaving, rows: np.ndarray, targets: np.ndarray) -> Leaving:
+        """What goes out less what comes in with other targets."""
+        forward = forward_of_features(self.models.classifier(), self.index.features().take(rows))
+        residuals, _ = forward.residuals_and_losses(targets)
+        outputs = self.index.loss.outputs(forward.logits)
+        new = leaving(self.index.loss, forward.features, residuals, outputs, targets, len(self.index.live))
+        return Leaving(parts.features, parts.gradients - new.gradients, parts.curvatures - new.curvatures)
+
+    @cached_property
+    def _refit(self) -> Refit:
+        index, live = self.index, self.index.live
+        forward = forward_of_features(self.models.classifier(), index.features().take(live))
+        damping = self.inverse.damping
+        return Refit(forward.features, forward.logits, index.targets(live), index.loss, damping)
