@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 SHOWN_QUERIES = 5
 SHOWN_WORDS = 4
-EFFECTS = {"effect": "effect", "effect_probability": "p\nchange"}  # columns of results, and their titles
+EFFECTS = {"effect": "effect", "effect_probability": "p change"}  # columns of results, and their titles
+EFFECT_WIDTH = 28  # characters that effects leave less of the next
 COLUMN_WIDTH = 40  # characters that the user's own columns may take beside the texts
 
 
@@ -104,7 +105,8 @@ def _print_rankings(
 
     from forebear.retriever.answers.results import SIDES
 
-    narrow = narrow_columns(results, column_names)
+    width = COLUMN_WIDTH - (EFFECT_WIDTH if results[0].get("effect") is not None else 0)
+    narrow = narrow_columns(results, column_names, width)
     target = results[0]["target"] or "each row's target"  # the rows of an aggregate may have different targets
     for method in methods:
         for side in SIDES:
@@ -117,8 +119,8 @@ def _print_rankings(
             for name in ("label", "prediction"):
                 grid.add_column(name, no_wrap=True)
             effects = [name for name in EFFECTS if rows_of_side[0].get(name) is not None]
-            for name in effects:
-                grid.add_column(EFFECTS[name], justify="right", no_wrap=True)
+            if effects:
+                grid.add_column("\n".join(EFFECTS[name] for name in effects), justify="right", no_wrap=True)
             hub_share = rows_of_side[0].get("hub_share") is not None
             if hub_share:
                 grid.add_column("hub share", justify="right", no_wrap=True)
@@ -136,7 +138,7 @@ def _print_rankings(
                     f"{row['score']:.4g}",
                     escape(row["label"]),
                     escape(row["prediction"]),
-                    *(f"{row[name]:+.2g}" for name in effects),
+                    *(["\n".join(f"{row[name]:+.2g}" for name in effects)] if effects else []),
                     *([f"{row['hub_share']:.1%}"] if hub_share else []),
                     *([escape(_shared(row) if by_words else shortened(row["span"]))] if by_words or by_spans else []),
                     *(escape(cell(row[name])) for name in narrow),
@@ -149,9 +151,9 @@ def _print_rankings(
     OUT.print()
 
 
-def narrow_columns(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
-    """Those columns that fit beside texts, in their order."""
-    left, narrow = COLUMN_WIDTH, []
+def narrow_columns(rows: Sequence[dict[str, Any]], names: Sequence[str], left: int = COLUMN_WIDTH) -> list[str]:
+    """Those columns that fit into ``left`` characters beside texts, in their order."""
+    narrow = []
     for name in names:
         width = 3 + max(len(name), *(len(cell(row[name])) for row in rows))
         if width <= left:

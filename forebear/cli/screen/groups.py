@@ -61,17 +61,17 @@ def _print_groups(method: str, column: str, lines: list[dict[str, Any]], meaning
     grid = Table(title=title, title_justify="left", caption=escape(meaning) or None, caption_justify="left")
     grid.add_column(escape(column), overflow="fold")
     effects = [name for name in EFFECTS if lines[0].get(name) is not None]
-    titles = [EFFECTS[name] for name in effects]
+    titles = ["\n".join(EFFECTS[name] for name in effects)] if effects else []
     for name in ("rows", "sum", "mean", "share of\n|scores|", *titles, "best\nrow", "its\nscore"):
         grid.add_column(name, justify="right", no_wrap=True)
     before = 0
     for line in lines:
         if line["rank"] > before + 1:
-            grid.add_row(f"({line['rank'] - before - 1:,} more)", *[""] * (6 + len(effects)))
+            grid.add_row(f"({line['rank'] - before - 1:,} more)", *[""] * (6 + len(titles)))
         before = line["rank"]
         numbers = [f"{line[name]:.4g}" for name in ("sum", "mean")]
         name = "null" if line["group"] is None else shortened(cell(line["group"]))
         best = [str(line["best_row"]), f"{line['best_score']:.4g}"]
-        changes = [f"{line[effect]:+.3g}" for effect in effects]
+        changes = ["\n".join(f"{line[effect]:+.3g}" for effect in effects)] if effects else []
         grid.add_row(escape(name), f"{line['rows']:,}", *numbers, f"{line['share']:.1%}", *changes, *best)
     OUT.print(grid)

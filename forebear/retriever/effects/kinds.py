@@ -83,7 +83,7 @@ def _meaning(question: Question, method: Method, order: Order, *, has_probabilit
     if method.spans == "both":
         what += " beyond that of the text without its span"
     removal = "with the span masked" if method.spans else "without it"
-    how = "the head fitted again by a Newton step" if order == NEWTON else "first order: score / N"
+    how = "the head fitted again" if order == NEWTON else "first order: score / N"
     sign = "below 0 it rises" if output_itself else "below 0 it falls, so that the target gains"
     probability = " Beside it, the change of the target's probability." if has_probability else ""
     return f"effect: predicted {what} in {unit}{of_sum}, trained {removal} ({how}); {sign}.{probability}"

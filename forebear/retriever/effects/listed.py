@@ -96,7 +96,7 @@ class GroupEffects:
         """Change of the head's weight without each group, ``(m, a, h)``."""
         for number in groups.tolist():
             if number not in self._changes:
-                self._changes[number] = self._refits.together(self._groups(number))
+                self._changes[number] = self._refits.of_group(self._groups(number))
         return np.stack([self._changes[number] for number in groups.tolist()])
 
 
@@ -167,5 +167,8 @@ def effects_of_set(
 def _together(refits: HeadRefits, predictions: Predictions, rows: np.ndarray) -> np.ndarray:
     """Effects of the removal of all rows of each ranking together, summed over its test rows: ``(g, 2)``."""
     members = [predictions.take(predictions.members(i)) for i in range(len(rows))]
-    found = [effects_of_set(refits, some, row_numbers) for some, row_numbers in zip(members, rows, strict=True)]
-    return np.array([[effects.sum(), probabilities.sum()] for effects, probabilities in found])
+    sums = []
+    for some, row_numbers in zip(members, rows, strict=True):
+        change = refits.of_group(row_numbers)
+        sums.append([one.sum() for one in some.changes(refits.logit_changes(change[None], some.features))])
+    return np.array(sums)

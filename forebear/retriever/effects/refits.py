@@ -15,6 +15,8 @@ from forebear.retriever.question.models import Models
 
 MAX_ROW_NUMBERS = 1 << 25  # multiplications of a row's own Newton step, above which effects are of first order
 
+MAX_GROUP_NUMBERS = 1 << 35  # multiplications of a Newton step over all rows, above which a group gets a single step
+
 
 def has_newton_steps(index: Index) -> bool:
     """Whether a row's removal at the head gets a Newton step of its own: of many classes it costs too much."""
@@ -76,6 +78,14 @@ class HeadRefits:
             parts = self._replaced(parts, rows, targets)
         step = step_of_set(self.inverse, parts)
         return self.minimum(rows, targets, step) if exact else step
+
+    def of_group(self, rows: np.ndarray) -> np.ndarray:
+        """Change of the weight when a group of rows is left out, ``(a, h)``: the minimum, unless that costs too much.
+
+        A group may hold most of the rows, or all of a class, where a single Newton step leads far from the minimum.
+        """
+        directions, width = len(self.index.loss.basis(self.index.residuals().width)), self.index.features().width
+        return self.together(rows, exact=len(self.index.live) * (directions * width) ** 2 <= MAX_GROUP_NUMBERS)
 
     def minimum(self, rows: np.ndarray, targets: np.ndarray | None, start: np.ndarray) -> np.ndarray:
         """The minimum of J_S, ``(a, h)`` float64, by steps from ``start``; see :meth:`together`."""

@@ -109,7 +109,7 @@ def test_effects_of_groups_are_those_of_their_rows_taken_out_together(retriever:
     asked = Predictions.of(forward := run_forward(retriever.classifier(), [QUERIES[:2]]), forward.predictions)
     for number, name in enumerate(index.manifest.spec.label_names):
         rows = index.live[index.labels[index.live] == number]
-        effects, probabilities = effects_of_set(HeadRefits(retriever.models), asked, rows)
+        effects, probabilities = effects_of_set(HeadRefits(retriever.models), asked, rows, exact=True)
         found = [line for line in lines if (line["group"], line["method"]) == (name, "if")]
         assert [line["effect"] for line in found] == pytest.approx(effects.tolist(), rel=1e-9)
         assert [line["effect_probability"] for line in found] == pytest.approx(probabilities.tolist(), rel=1e-9)

@@ -9,7 +9,7 @@ from typing import Any
 from forebear.evaluation.common.comparisons import question_record
 from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.retraining.row_choice import row_scores
-from forebear.retriever.coverage import fit_lines
+from forebear.retriever.answers.coverage import fit_lines
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.spec import Question
 from forebear.retriever.retriever import Retriever
