@@ -82,6 +82,7 @@ def index_facts(index: Any) -> dict[str, Any]:
     from forebear.indexer.model.device.picking import pick_device
     from forebear.indexer.rows.row_format import SINGLE_LABEL
     from forebear.indexer.storage.ann import backend
+    from forebear.retriever.effects.measured import measured_lines
 
     manifest = index.manifest
     spec = manifest.spec
@@ -151,6 +152,7 @@ def index_facts(index: Any) -> dict[str, Any]:
         "fitted_beyond_the_head": asdict(manifest.fit_age) if spec.sketched_scopes else None,
         "calibration": manifest.calibration,
         "search": manifest.derived,
+        "effects": measured_lines(index),
         "bytes": {"total": total, "a_row": total / manifest.n_rows, **by_kind},
         "device": device_kind(pick_device()),
         "faiss": backend(),
@@ -226,6 +228,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
                 by = f"{known['n_stating']} queries, which support at most {known['supported']:.4g}"
                 by += f" of the top {known['top']}"
             lines.append(("candidates", f"{scope} {method}, share of rows by recall {some}; by {by}"))
+    lines += [("effects", line) for line in facts["effects"]]
     for name, search in facts["search"].items():
         lines.append(("search", f"{name}: {_search_line(search)}"))
     parts = ", ".join(f"{kind} {size(n)}" for kind, n in stored.items() if kind not in ("total", "a_row"))

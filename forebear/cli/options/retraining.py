@@ -26,7 +26,12 @@ class RetrainOptions(Options, panel="Retraining"):
     """How the model is retrained, how often, and where the outcomes are kept."""
 
     recipe: Annotated[
-        str, typer.Option("--retrain", help="What is trained again: full, top-K (the last K layers, as top-2) or head.")
+        str,
+        typer.Option(
+            "--retrain",
+            help="What is trained again: full, top-K (the last K layers, as top-2), head, or proximal-head (the head "
+            "from its trained weight, held by the damping).",
+        ),
     ] = "head"
     n_seeds: Annotated[
         int,

@@ -25,6 +25,7 @@ from forebear.indexer.storage.manifest import library_versions
 from forebear.retriever.answers.coverage import fit_lines
 from forebear.retriever.answers.results import SIDES, user_columns
 from forebear.retriever.answers.signs import note_of
+from forebear.retriever.effects.kinds import effect_meaning
 from forebear.retriever.question.methods import METHODS, pick_methods
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.question.targets import choose_targets
@@ -34,6 +35,7 @@ from forebear.retriever.saliency.maps import FORMS, GRADIENT_X_INPUT, Saliency, 
 WORD_METHOD, PLAIN_METHOD = "tracin-we-topk", "gc"
 SALIENCY_METHOD = "saliency-if"
 NUMBERED_WORDS = 6  # words of the query that carry their number in the text; the others carry their sign
+NOTES = ("formula", "sign", "effect_note", "effect_measured")  # facts of a method that stand elsewhere on the page
 NUMBERED_SPANS = 3  # the same in a training row
 
 
@@ -234,7 +236,7 @@ def _answers(
                 _side(side, [r for r in results if (r["method"], r["side"]) == (method, side)], passages)
                 for side in SIDES
             ),
-            effect_note=str(facts[method]["effect_note"]) if facts[method]["effect"] else "",
+            effect_note=effect_meaning(facts[method]),
         )
         for method in dict.fromkeys(result["method"] for result in results)
     )

@@ -10,7 +10,7 @@ numbers as plain values, ``.write(folder)``. Their common parameters:
 - ``progress``: True draws the usual bar.
 
 They raise InputError where a choice is out of range, before any model runs. ``removal``, ``deletion_curve``,
-``retraining_loss`` and ``lds`` train models again; see :class:`Retraining`.
+``retraining_loss``, ``lds`` and ``effects`` train models again; see :class:`Retraining`.
 
     >>> from forebear import evaluations
     >>> finding = evaluations.overlap("runs/demo/index", [("A cat sat .", "The cat sat .")], methods=["gd", "if"])
@@ -45,7 +45,7 @@ from forebear.evaluation.python.opening import (
     question_of,
     retriever_of,
 )
-from forebear.evaluation.python.retrainings import Retraining, deletion_curve, lds, removal, retraining_loss
+from forebear.evaluation.python.retrainings import Retraining, deletion_curve, effects, lds, removal, retraining_loss
 from forebear.progress import Progress, progress_of
 from forebear.retriever.question.methods import METHODS
 from forebear.retriever.question.spec import QueryChoices, QuerySpec
@@ -59,6 +59,7 @@ __all__ = [
     "cancellation",
     "correlation",
     "deletion_curve",
+    "effects",
     "faithfulness",
     "lds",
     "mislabelled",

@@ -25,6 +25,13 @@ from forebear.evaluation.retraining import deletion_curve as of_deletion
 from forebear.evaluation.retraining import removal as of_removal
 from forebear.evaluation.retraining import retraining_loss as of_loss
 from forebear.evaluation.retraining.changes import RetrainingInputs, seeds_of
+from forebear.evaluation.retraining.effects.measure import (
+    EffectPairs,
+    Predictor,
+    check_effects,
+    measure_effects,
+)
+from forebear.evaluation.retraining.effects.report import effects_report, measured
 from forebear.evaluation.retraining.lds.baselines import baseline_scores
 from forebear.evaluation.retraining.lds.draws import Draws
 from forebear.evaluation.retraining.lds.measure import Lds, measure_lds
@@ -38,7 +45,10 @@ from forebear.evaluation.retraining.row_choice import (
     sides_of,
     targets_of,
 )
+from forebear.indexer.model.forward import run_forward
 from forebear.progress import Progress, progress_of, tell_warning
+from forebear.retriever.effects.changes import Predictions
+from forebear.retriever.effects.measured import check_keeping, keep_measured
 from forebear.retriever.question.spec import QueryChoices, QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.scores import Scores
@@ -55,7 +65,8 @@ class Retraining:
 
     Attributes:
         recipe: What is trained: ``full`` as the run did; ``top-K``, the last K layers from stored states; ``head``, the
-            last layer on stored features, in about a second.
+            last layer on stored features, in about a second; ``proximal-head``, the last layer from its trained weight,
+            held by the damping of the question: the refit that ``if`` at the head linearises.
         n_seeds: Retrainings of each kind; of ``head`` one is enough.
         run: Run folder of the training; None: the one that the index's model lies in.
         cache: Folder of finished retrainings, with which an interrupted call goes on; None: INDEX-retraining.
@@ -95,7 +106,8 @@ def _open(
     queries = sample_span_queries(retriever, source, question, n_queries, seed, need_labels=labelled)
     evaluated = sample_queries(retriever, source, 0, seed, need_labels=labelled) if evaluate_all else queries
     retrainer = open_retrainer(
-        retriever, how.recipe, evaluated.texts, cache, run=how.run, l2=how.l2, device=how.device
+        retriever, how.recipe, evaluated.texts, cache, run=how.run, l2=how.l2, device=how.device,
+        damping=question.spec.damping,
     )  # fmt: skip
     return RetrainingInputs(
         retriever=retriever, question=question, queries=queries, seed=seed, retrainer=retrainer,
@@ -274,6 +286,80 @@ def lds(
         budget=how.budget, seed=seed, progress=progress_of(progress),
     )  # fmt: skip
     return _finding(found, lambda lds, inputs: lds_report(lds, settings, inputs), asked)
+
+
+def effects(
+    retriever: IndexLike,
+    rows: Rows,
+    *,
+    scopes: Sequence[str] = (),
+    dampings: Sequence[str] = (),
+    remove: Sequence[int] = (),
+    shares: Sequence[str] = (),
+    n_sets: int = 10,
+    keep: bool = False,
+    how: Retraining = Retraining(recipe="proximal-head"),
+    n_queries: int = 50,
+    seed: int = 0,
+    progress: Progress | bool = False,
+    spec: QuerySpec | None = None,
+    **choices: Unpack[QueryChoices],
+) -> Finding[EffectPairs]:
+    """Do predicted effects come true when the model is trained again without the rows?
+
+    As :func:`removal`; 1 row, and a thousandth, a hundredth and a twentieth of the rows, if neither ``remove`` nor
+    ``shares`` are given. Removed are random rows, and each test row's proponents and opponents.
+
+    Args:
+        retriever: Over the index.
+        rows: Test rows.
+        scopes: Scopes at which methods are asked, without another retraining; none: that of the question.
+        dampings: Dampings likewise. ``proximal-head`` is held by the first.
+        remove: Numbers of rows to remove.
+        shares: Shares of the live rows instead or besides.
+        n_sets: Random sets of each size.
+        keep: Whether the index keeps the result, so that answers say how true their effects are.
+        how: The retraining.
+        n_queries: Test rows in the sample; 0: all.
+        seed: Seed of the sample, of the random sets, and of the first retraining.
+        progress: See :func:`removal`.
+        spec: The question; by default the method ``if``.
+        **choices: Fields of QuerySpec.
+
+    Raises:
+        InputError: A method estimates no effect.
+        StorageError: The index is to keep the result and cannot be written.
+    """
+    retriever = retriever_of(retriever, "evaluations.effects")
+    if scopes:
+        choices["scope"] = scopes[0]
+    if dampings:
+        choices["damping"] = dampings[0]
+    n_live = len(retriever.index.live)
+    default = sorted({1, *(max(1, n_live // part) for part in (1000, 100, 20))})
+    sizes = amounts_of(remove, shares, n_live, [str(k) for k in default])
+    question = question_of(retriever, spec, choices, default=("if",))
+    check_effects(question)
+    settings = Settings.of(retriever, question, scopes, dampings)
+    if keep:
+        check_keeping(retriever.index.folder)
+    asked = _open("evaluations.effects", retriever, rows, how, n_queries, seed, question)
+    forward = run_forward(retriever.classifier(), asked.queries.texts)
+    targets = targets_of(retriever, asked.queries, question.spec.target)
+    predictors = [
+        Predictor(settings.name(setting), one.of([method]), scores[settings.name(setting)], retriever.models)
+        for (one, of_question), scores in zip(
+            settings.questions, settings.scores(retriever, asked.queries), strict=True
+        )
+        for method, setting in zip(one.methods, of_question, strict=True)
+    ]
+    found = measure_effects(
+        asked.retrainer, predictors, Predictions.of(forward, targets), sizes, asked.seeds, n_sets=n_sets,
+        budget=how.budget, seed=seed, progress=progress_of(progress),
+    )  # fmt: skip
+    if keep:
+        keep_measured(retriever.index.folder, measured(found, settings, asked))
+    return _finding(found, lambda pairs, inputs: effects_report(pairs, settings, inputs), asked)
 
 
 def _scores(inputs: RetrainingInputs) -> Scores:

@@ -122,6 +122,36 @@ def line_chart(
         return _to_svg(figure)
 
 
+def scatter_chart(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str) -> str:
+    """Points by series, over a common range of both axes, with the line on which both are equal.
+
+    Args:
+        points: x and y by series name, ``(n,)`` each; at most six series.
+        xlabel: The quantity on the horizontal axis, with its unit.
+        ylabel: That on the vertical one, in the same unit.
+
+    Result and errors are those of `bar_chart`.
+    """
+    for name, (x, y) in points.items():
+        _half_widths(x, {name: y}, None)
+        _half_widths(y, {name: x}, None)
+    if not 1 <= len(points) <= len(_COLOURS):
+        raise InputError(f"{len(points)} series; a chart takes 1 to 6 series.")
+    with _canvas(height=4.6) as (figure, axes):
+        for i, (name, (x, y)) in enumerate(points.items()):
+            axes.scatter(x, y, s=14, color=_COLOURS[i], marker=_MARKERS[i], linewidths=0, alpha=0.7, label=name)
+        low = min(axes.get_xlim()[0], axes.get_ylim()[0])
+        high = max(axes.get_xlim()[1], axes.get_ylim()[1])
+        axes.plot([low, high], [low, high], color=INK, linestyle=(0, (4, 3)), linewidth=0.9)
+        axes.set_xlim(low, high)
+        axes.set_ylim(low, high)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        if len(points) > 1:
+            figure.legend(loc="outside upper left", ncols=min(len(points), 3), frameon=False, fontsize=9)
+        return _to_svg(figure)
+
+
 def heat_map(
     rows: Sequence[str],
     columns: Sequence[str],

@@ -43,7 +43,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing, from `bar_chart`, `line_chart` or `heat_map`."""
+    """A drawing, from `bar_chart`, `line_chart`, `scatter_chart` or `heat_map`."""
 
     title: str
     svg: str

@@ -110,7 +110,7 @@ class Outcome:
     """Output of a retrained model on the evaluation rows.
 
     Attributes:
-        logits: ``(q, c)`` float32, finite.
+        logits: ``(q, c)``, finite: float32, but for recipes whose outcomes differ by less than its rounding.
     """
 
     logits: np.ndarray
@@ -232,6 +232,7 @@ class Retrainer:
         self.rows, self.recipe, self._cache = rows, recipe, Path(cache)
         self._shape = (len(evaluation[0]), len(rows.label_names))
         self._digest = digest_of([recipe.name, dict(recipe.facts), rows.digest(), [list(c) for c in evaluation]])
+        self._logits_type = getattr(recipe, "logits_type", np.float32)
         self.n_trained = 0
         self.warnings: list[str] = []
 
@@ -294,7 +295,7 @@ class Retrainer:
         return {"retrain": recipe.name, "note": recipe.note, "recipe": dict(recipe.facts), "digest": self._digest}
 
     def _train(self, digest: str, job: Job) -> Outcome:
-        logits = np.asarray(self.recipe.train(job), dtype=np.float32)
+        logits = np.asarray(self.recipe.train(job), dtype=self._logits_type)
         if not np.isfinite(logits).all():
             row = int(np.argmin(np.isfinite(logits).all(axis=1)))
             raise NonFiniteError(
@@ -322,7 +323,10 @@ class Retrainer:
             logits = column(batch, "logits").copy()
             facts = batch.schema.metadata or {}
             stated = (facts.get(b"job"), facts.get(b"sha256"))
-            if logits.shape == self._shape and stated == (digest.encode(), _sha256(logits)):
+            if (logits.shape, logits.dtype) == (self._shape, self._logits_type) and stated == (
+                digest.encode(),
+                _sha256(logits),
+            ):
                 return Outcome(logits)
         except (CorruptIndexError, KeyError, IndexError, AttributeError, ValueError):
             pass  # a damaged file: the warning below says so
@@ -339,7 +343,7 @@ def _write(path: Path, digest: str, logits: np.ndarray) -> None:
 
 
 def _sha256(logits: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(logits, "<f4").tobytes()).hexdigest().encode()
+    return hashlib.sha256(np.ascontiguousarray(logits).tobytes()).hexdigest().encode()
 
 
 def within_budget(

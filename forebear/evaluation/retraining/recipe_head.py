@@ -1,6 +1,7 @@
 """Refitting of the head alone, to convergence, on the features of the index's last checkpoint.
 
-The encoder stays as it is, and so still knows the rows that were removed.
+The encoder stays as it is, and so still knows the rows that were removed. ``head`` fits a new head; ``proximal-head``
+goes from the trained head to the minimum that influence functions linearise.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from forebear.indexer.losses.cross_entropy import IGNORED, CrossEntropy
 from forebear.indexer.model.device.arithmetic import computed_on
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.storage.manifest import digest_of, library_versions
+from forebear.retriever.effects.minimum import HeadRows, Refit
+from forebear.retriever.effects.refits import trained_rows
+from forebear.retriever.question.inverse import CurvatureSpec
 from forebear.retriever.retriever import Retriever
 
 DEFAULT_L2 = 0.01  # of Pez21's head
@@ -110,3 +114,57 @@ class HeadRecipe:
                 f"{ACCEPTED_GRADIENT:g}. Give a larger --l2 (now {self._l2:g})."
             )
         return torch.from_numpy(fit.x).view(shape)
+
+
+class ProximalHeadRecipe:
+    """Refit the head from its trained weight W0; see :class:`~forebear.evaluation.retraining.jobs.Recipe`.
+
+    To the minimum of J_S (:mod:`forebear.retriever.effects.steps`): the mean loss of the rows that are trained on, plus
+    damping/2 ||W - W0||^2, less the loss' linear part at W0, so that on all rows W0 is the minimum whether its training
+    came to the end or not (the proximal Bregman response; Bae et al., 2022). The bias stays. The divisor of the mean is
+    the number of live rows, however many are left out or added.
+    """
+
+    name = "proximal-head"
+    seeded = False
+    logits_type = np.float64  # changes without a single row are small beside float32's rounding
+
+    def __init__(
+        self, retriever: Retriever, rows: TrainingRows, evaluation: Sequence[Sequence[str]], damping: str | None
+    ) -> None:
+        self._classifier, self._labels = retriever.classifier(), rows.labels
+        index = retriever.index
+        size = CurvatureSpec(damping=damping).absolute(index, "head")
+        if not size > 0:
+            raise InputError(f"--damping {damping}: expected more than 0; without it the head has no nearest minimum.")
+        self._rows = rows.live
+        self._trained = trained_rows(index, self._classifier)
+        self._refit = Refit(self._trained, index.loss, size)
+        self._evaluation = run_forward(self._classifier, evaluation)
+        spec = index.manifest.spec
+        self.facts: Mapping[str, Any] = {
+            "checkpoint_sha256": spec.checkpoint_sha256[-1], "tokenizer_sha256": spec.tokenizer_sha256,
+            "max_length": spec.max_length, "precision": spec.precision, "damping": size,
+            "trained_on": digest_of(rows.live.tolist()), "libraries": library_versions(LIBRARIES),
+            "threads": torch.get_num_threads(), "loss": index.loss.describe(),
+            "computed_on": computed_on(self._classifier.device, self._classifier.precision),
+        }  # fmt: skip
+        self.note = (
+            f"A stand-in for fine-tuning: the head moves from its trained weight to the minimum without the rows, held "
+            f"by half its squared distance times the damping {size:.3g}, on features of the trained encoder, which has "
+            "seen all rows. It is the refit that influence functions linearise. Seeds make no difference to it."
+        )
+
+    def train(self, job: Job) -> np.ndarray:
+        """Logits of the refitted head on the evaluation rows, ``(q, c)`` float64."""
+        labels = job.labels(self._labels)
+        features = np.empty((len(labels), self._trained.features.shape[1]), np.float32)
+        logits = np.empty((len(labels), self._trained.logits.shape[1]))
+        at = np.searchsorted(self._rows, job.rows)
+        features[: len(job.rows)], logits[: len(job.rows)] = self._trained.features[at], self._trained.logits[at]
+        places, texts = job.changed()
+        if len(places):
+            forward = run_forward(self._classifier, texts)
+            features[places], logits[places] = forward.features, forward.logits
+        v = self._refit.minimum(HeadRows(features, logits, labels).take(labels != IGNORED))
+        return np.asarray(self._evaluation.logits + self._evaluation.features @ self._refit.weight_change(v).T)

@@ -1,6 +1,7 @@
-"""How a job is trained: all of the run again (``full``), its last layers (``top-K``) or its head (``head``).
+"""How a job is trained: all of the run again (``full``), its last layers (``top-K``) or its head.
 
-``full`` is the training run once more, by its own loop. The other two are stand-ins that cost less.
+``full`` is the training run once more, by its own loop. The others are stand-ins that cost less: ``head`` fits
+a new head, ``proximal-head`` moves the trained one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from forebear.errors import InputError, MismatchError
 from forebear.evaluation.retraining.jobs import Recipe, Retrainer, TrainingRows
 from forebear.evaluation.retraining.recipe_full import FullRecipe, Start
-from forebear.evaluation.retraining.recipe_head import DEFAULT_L2, HeadRecipe
+from forebear.evaluation.retraining.recipe_head import DEFAULT_L2, HeadRecipe, ProximalHeadRecipe
 from forebear.evaluation.retraining.recipe_top import TopRecipe
 from forebear.indexer.index import Index
 from forebear.indexer.training.run import RUN_NAME, Run, path_to, read_run
@@ -28,17 +29,19 @@ def open_retrainer(
     run: str | Path | None = None,
     l2: float = DEFAULT_L2,
     device: str = "auto",
+    damping: str | None = None,
 ) -> Retrainer:
     """A retrainer of the model that an index explains.
 
     Args:
         retriever: Over the index; jobs choose from its rows.
-        name: ``full``, ``top-K`` or ``head``.
+        name: ``full``, ``top-K``, ``head`` or ``proximal-head``.
         evaluation: Texts of the evaluation rows, one list a text column.
         cache: Folder of outcomes.
         run: Run folder of ``forebear train``; None: the one that the index's last checkpoint lies in.
         l2: For ``head``: weight of half the squared norm of the head beside the mean loss.
         device: As :func:`~forebear.indexer.model.device.picking.pick_device` takes it.
+        damping: For ``proximal-head``: as the question names it; None: the index's first.
 
     Raises:
         InputError: No such recipe, a model without a run folder, or layers that are not there.
@@ -49,11 +52,13 @@ def open_retrainer(
     recipe: Recipe
     if name == "head":
         recipe = HeadRecipe(retriever, rows, evaluation, l2)
+    elif name == ProximalHeadRecipe.name:
+        recipe = ProximalHeadRecipe(retriever, rows, evaluation, damping)
     elif name == "full" or re.fullmatch(r"top-[1-9]\d*", name):
         start = Start(find_run(retriever.index, run), rows, retriever.index, device)
         recipe = FullRecipe(start, rows, evaluation) if name == "full" else TopRecipe(start, rows, evaluation, name)
     else:
-        raise InputError(f"--retrain {name!r}: expected full, top-K (such as top-2) or head.")
+        raise InputError(f"--retrain {name!r}: expected full, top-K (such as top-2), head or proximal-head.")
     return Retrainer(recipe, rows, evaluation, cache)
 
 

@@ -23,7 +23,7 @@ from forebear.indexer.spans.store import masked_pass
 from forebear.indexer.storage.arrow import file_sha256
 from forebear.indexer.storage.atomic import TEMPORARY_SUFFIX
 from forebear.indexer.storage.journal import SUBFOLDERS, is_in_force, read_journal
-from forebear.indexer.storage.layout import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
+from forebear.indexer.storage.layout import EFFECTS_NAME, JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
 from forebear.indexer.storage.locks import owner_of
 from forebear.indexer.storage.manifest import Manifest, read_manifest
 from forebear.indexer.words.gradients import WordRows, word_gradients
@@ -110,7 +110,11 @@ def _byte_problems(folder: Path, manifest: Manifest) -> list[str]:
     partial_journal = JOURNAL_NAME + TEMPORARY_SUFFIX  # of a change that was killed before it began
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or name in manifest.files or name in (MANIFEST_NAME, JOURNAL_NAME, LOCK_NAME):
+        if (
+            not path.is_file()
+            or name in manifest.files
+            or name in (MANIFEST_NAME, JOURNAL_NAME, LOCK_NAME, EFFECTS_NAME)
+        ):
             continue
         if owner is None or name.split("/")[0] not in (*SUBFOLDERS, partial_journal):
             ours = (left is not None and name.split("/")[0] in SUBFOLDERS) or name == partial_journal

@@ -17,6 +17,7 @@ from forebear.indexer.storage.atomic import TEMPORARY_SUFFIX, write_bytes
 from forebear.indexer.storage.layout import (
     BASES_NAME,
     CLAIMS,
+    EFFECTS_NAME,
     JOURNAL_NAME,
     LOCK_NAME,
     MANIFEST_NAME,
@@ -64,7 +65,8 @@ def clear(folder: Path) -> None:
         StorageError: One of them cannot be removed.
     """
     try:
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        for name in (MANIFEST_NAME, EFFECTS_NAME):
+            (folder / name).unlink(missing_ok=True)
         for name in SUBFOLDERS:
             if (folder / name).exists():
                 shutil.rmtree(folder / name)

@@ -9,6 +9,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.storage.manifest import FitAge
 from forebear.progress import tell_note, tell_warning
 from forebear.retriever.effects.kinds import effect_kind
+from forebear.retriever.effects.measured import measured_line
 from forebear.retriever.question.methods import METHODS, Method, ann_name
 from forebear.retriever.question.models import N_VARIANTS, VARIANT_LEARNING_RATE, VARIANT_ROWS
 from forebear.retriever.question.recall import PROVEN, with_note
@@ -88,7 +89,8 @@ def method_facts(question: Question, method: Method) -> dict[str, Any]:
     if method.query == "representer":
         head = index.manifest.curvature["head"]["representer"]
         facts |= {"lambda": head["lambda"], "refit": head["refit"]}
-    return facts | effect_kind(question, method).facts()
+    measured = measured_line(question, method)
+    return facts | effect_kind(question, method).facts() | ({"effect_measured": measured} if measured else {})
 
 
 def fit_age(question: Question) -> FitAge | None:

@@ -16,6 +16,7 @@ import pyarrow as pa
 from forebear.display import grid
 from forebear.errors import InputError
 from forebear.retriever.answers.signs import note_of
+from forebear.retriever.effects.kinds import effect_meaning
 
 SHOWN_ROWS = 200
 _OF_ENDS = ("query", "method", "side")
@@ -56,7 +57,7 @@ class ShownAnswers:
         """What the effects of each method mean, as the answers' provenance says it, where they have any."""
         metadata = (self.table.schema.metadata or {}).get(b"forebear")
         methods = {} if metadata is None else json.loads(metadata)["methods"]
-        return {name: facts["effect_note"] for name, facts in methods.items() if facts.get("effect")}
+        return {name: effect_meaning(facts) for name, facts in methods.items()}
 
     @property
     def _columns(self) -> list[str]:

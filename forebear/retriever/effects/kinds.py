@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from forebear.indexer.losses.cross_entropy import CrossEntropy
 from forebear.indexer.losses.sigmoid import SigmoidLoss
 from forebear.indexer.rows.row_format import REGRESSION
+from forebear.retriever.effects.measured import measured_line
 from forebear.retriever.effects.refits import has_newton_steps
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.spec import Question
@@ -55,9 +57,20 @@ def effect_kind(question: Question, method: Method) -> EffectKind:
 
 
 def effect_meanings(question: Question) -> dict[str, str]:
-    """What the effects of each method mean, a sentence by name; empty where it estimates none."""
-    kinds = {method.name: effect_kind(question, method) for method in question.methods}
-    return {name: "" if kind.order is None else kind.note for name, kind in kinds.items()}
+    """What the effects of each method mean, and how true they were found to be; empty where it estimates none."""
+    meanings = {}
+    for method in question.methods:
+        kind = effect_kind(question, method)
+        parts = [] if kind.order is None else [kind.note, measured_line(question, method)]
+        meanings[method.name] = " ".join(filter(None, parts))
+    return meanings
+
+
+def effect_meaning(facts: Mapping[str, Any]) -> str:
+    """The same from the facts of a method that stand in an answer's provenance; older ones have none."""
+    if not facts.get("effect"):
+        return ""
+    return " ".join(filter(None, [facts["effect_note"], facts.get("effect_measured", "")]))
 
 
 def _no_effect(question: Question, method: Method) -> str:

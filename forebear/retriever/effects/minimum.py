@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import LinAlgError, cho_solve, cholesky
@@ -25,71 +26,93 @@ class NotConvergedError(ForebearError):
     """A refit of the head did not reach its minimum."""
 
 
+@dataclass(frozen=True, eq=False)
+class HeadRows:
+    """Rows as the head is trained on them.
+
+    Attributes:
+        features: f, ``(n, h)``.
+        logits: Logits of the trained head, ``(n, c)`` float64.
+        targets: n targets.
+    """
+
+    features: np.ndarray
+    logits: np.ndarray
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def take(self, positions: np.ndarray) -> HeadRows:
+        """The rows at some positions."""
+        return HeadRows(self.features[positions], self.logits[positions], self.targets[positions])
+
+    def blocks(self) -> Iterator[HeadRows]:
+        """The rows, a bounded number at a time."""
+        for start in range(0, len(self), BLOCK_ROWS):
+            block = slice(start, start + BLOCK_ROWS)
+            yield HeadRows(self.features[block].astype(np.float64), self.logits[block], self.targets[block])
+
+
 class Refit:
     """J_S over the head's weight, as a function of V: the weight is W0 + B^T V, B being the loss' basis.
 
     Attributes:
-        features: f of the rows, ``(n, h)``.
-        logits: Logits of the trained head, ``(n, c)`` float64.
-        targets: Targets by which the rows were trained; n of them.
         loss: The loss.
         damping: Weight of half the squared distance from W0.
+        n_rows: N.
     """
 
-    def __init__(
-        self, features: np.ndarray, logits: np.ndarray, targets: np.ndarray, loss: Loss, damping: float
-    ) -> None:
-        self.features, self.logits, self.targets = features, logits, targets
-        self.loss, self.damping = loss, damping
-        self._basis = loss.basis(logits.shape[1])
-        residuals, _ = loss.residual_and_loss(logits, targets)
-        self._mean_gradient = sum(
-            (residuals[block] @ self._basis.T).T @ features[block].astype(np.float64) for block in self._blocks()
-        ) / len(logits)
+    def __init__(self, trained: HeadRows, loss: Loss, damping: float) -> None:
+        """Take the mean gradient of the rows that the head was trained on."""
+        self.loss, self.damping, self.n_rows = loss, damping, len(trained)
+        self._basis = loss.basis(trained.logits.shape[1])
+        self._mean_gradient = np.zeros((len(self._basis), trained.features.shape[1]))
+        for rows in trained.blocks():
+            residuals, _ = loss.residual_and_loss(rows.logits, rows.targets)
+            self._mean_gradient += (residuals @ self._basis.T).T @ rows.features / self.n_rows
 
-    def _blocks(self) -> Iterator[slice]:
-        return (slice(start, start + BLOCK_ROWS) for start in range(0, len(self.logits), BLOCK_ROWS))
-
-    def minimum(self, kept: np.ndarray, targets: np.ndarray, start: np.ndarray) -> np.ndarray:
-        """V at the minimum, ``(a, h)`` float64.
+    def minimum(self, rows: HeadRows, start: np.ndarray | None = None) -> np.ndarray:
+        """V at the minimum for some of the rows, or for others in their place, ``(a, h)`` float64.
 
         Args:
-            kept: Which rows take part, ``(n,)`` bool.
-            targets: What they are trained by; n targets.
-            start: V to begin with, ``(a, h)``; near the minimum fewer steps are taken.
+            rows: The rows that take part; N stays the divisor.
+            start: V to begin with, ``(a, h)``; near the minimum fewer steps are taken. None: 0.
 
         Raises:
             NotConvergedError: The minimum was not reached.
         """
-        dense = fits_dense(self.logits.shape[1], self.features.shape[1], self.loss)
-        return (self._by_newton if dense else self._by_lbfgs)(kept, targets, start)
+        begin = np.zeros_like(self._mean_gradient) if start is None else start
+        dense = fits_dense(self._basis.shape[1], begin.shape[1], self.loss)
+        return (self._by_newton if dense else self._by_lbfgs)(begin, rows)
 
-    def value_and_gradient(self, v: np.ndarray, kept: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
+    def weight_change(self, v: np.ndarray) -> np.ndarray:
+        """W - W0 of a V, ``(c, h)``."""
+        return np.asarray(self._basis.T @ v)
+
+    def value_and_gradient(self, v: np.ndarray, rows: HeadRows) -> tuple[float, np.ndarray]:
         """J at V up to a constant, and its gradient ``(a, h)``."""
         total, gradient = 0.0, np.zeros_like(v)
-        for block in self._blocks():
-            rows = kept[block]
-            f = self.features[block][rows].astype(np.float64)
-            logits = self.logits[block][rows] + f @ v.T @ self._basis
-            residuals, losses = self.loss.residual_and_loss(logits, targets[block][rows])
+        for block in rows.blocks():
+            logits = block.logits + block.features @ v.T @ self._basis
+            residuals, losses = self.loss.residual_and_loss(logits, block.targets)
             total += float(losses.sum())
-            gradient += (residuals @ self._basis.T).T @ f
-        n = len(kept)
-        value = total / n + self.damping / 2 * float((v**2).sum()) - float((self._mean_gradient * v).sum())
-        return value, gradient / n + self.damping * v - self._mean_gradient
+            gradient += (residuals @ self._basis.T).T @ block.features
+        value = total / self.n_rows + self.damping / 2 * float((v**2).sum()) - float((self._mean_gradient * v).sum())
+        return value, gradient / self.n_rows + self.damping * v - self._mean_gradient
 
-    def _by_newton(self, kept: np.ndarray, targets: np.ndarray, start: np.ndarray) -> np.ndarray:
+    def _by_newton(self, start: np.ndarray, rows: HeadRows) -> np.ndarray:
         v = start
-        value, gradient = self.value_and_gradient(v, kept, targets)
+        value, gradient = self.value_and_gradient(v, rows)
         scale = max(float(np.abs(self._mean_gradient).max()), float(np.abs(gradient).max()), np.finfo(float).tiny)
         for _ in range(MAX_STEPS):
             if np.abs(gradient).max() <= TOLERANCE * scale:
                 return v
-            step = -self._solve(v, gradient, kept, targets)
+            step = -self._solve(v, gradient, rows)
             slope, size = float((gradient * step).sum()), 1.0
             while True:
                 there = v + size * step
-                value_there, gradient_there = self.value_and_gradient(there, kept, targets)
+                value_there, gradient_there = self.value_and_gradient(there, rows)
                 allowed = SUFFICIENT_DECREASE * size * slope + ROUNDING * abs(value)
                 if value_there <= value + allowed:
                     break
@@ -108,16 +131,15 @@ class Refit:
             )
         return v
 
-    def _solve(self, v: np.ndarray, gradient: np.ndarray, kept: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    def _solve(self, v: np.ndarray, gradient: np.ndarray, rows: HeadRows) -> np.ndarray:
         """The inverse Hessian of J at V times a gradient, ``(a, h)``."""
         a, h = v.shape
         separate = self.loss.is_separate
         hessian = np.zeros((a, h, h)) if separate else np.zeros((a * h, a * h))
-        for block in self._blocks():
-            rows = kept[block]
-            f = self.features[block][rows].astype(np.float64)
-            curvatures = self.loss.curvature(self.loss.outputs(self.logits[block][rows] + f @ v.T @ self._basis))
-            if (weights := self.loss.row_weights(targets[block][rows])) is not None:
+        for block in rows.blocks():
+            f = block.features
+            curvatures = self.loss.curvature(self.loss.outputs(block.logits + f @ v.T @ self._basis))
+            if (weights := self.loss.row_weights(block.targets)) is not None:
                 curvatures = weights[:, None, None] * curvatures
             if separate:
                 for k in range(a):
@@ -127,7 +149,7 @@ class Refit:
         parts = hessian if separate else hessian[None]
         solved = []
         for part, g in zip(parts, gradient if separate else gradient.reshape(1, -1), strict=True):
-            damped = part / len(kept) + self.damping * np.eye(len(part))
+            damped = part / self.n_rows + self.damping * np.eye(len(part))
             try:
                 solved.append(cho_solve((cholesky(damped, lower=True), True), g))
             except LinAlgError as error:
@@ -137,9 +159,9 @@ class Refit:
                 ) from error
         return np.asarray(solved).reshape(a, h)
 
-    def _by_lbfgs(self, kept: np.ndarray, targets: np.ndarray, start: np.ndarray) -> np.ndarray:
+    def _by_lbfgs(self, start: np.ndarray, rows: HeadRows) -> np.ndarray:
         def function(flat: np.ndarray) -> tuple[float, np.ndarray]:
-            value, gradient = self.value_and_gradient(flat.reshape(start.shape), kept, targets)
+            value, gradient = self.value_and_gradient(flat.reshape(start.shape), rows)
             return value, gradient.reshape(-1)
 
         scale = max(float(np.abs(self._mean_gradient).max()), float(np.abs(function(start.reshape(-1))[1]).max()))

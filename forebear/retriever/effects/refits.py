@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 
 from forebear.indexer.curvature.head import HeadInverse
 from forebear.indexer.index import Index
+from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.forward import forward_of_features
-from forebear.retriever.effects.minimum import Refit
+from forebear.retriever.effects.minimum import HeadRows, Refit
 from forebear.retriever.effects.steps import Leaving, leaving, logit_changes, step_of_set, steps_of_rows
 from forebear.retriever.question.models import Models
 
@@ -89,15 +91,15 @@ class HeadRefits:
 
     def minimum(self, rows: np.ndarray, targets: np.ndarray | None, start: np.ndarray) -> np.ndarray:
         """The minimum of J_S, ``(a, h)`` float64, by steps from ``start``; see :meth:`together`."""
-        live, refit = self.index.live, self._refit
-        positions = np.searchsorted(live, rows)
-        kept, all_targets = np.ones(len(live), bool), refit.targets
+        positions = np.searchsorted(self.index.live, rows)
+        trained = self._trained
         if targets is None:
+            kept = np.ones(len(trained), bool)
             kept[positions] = False
-        else:
-            all_targets = all_targets.copy()
-            all_targets[positions] = targets
-        return refit.minimum(kept, all_targets, start)
+            return self._refit.minimum(trained.take(kept), start)
+        changed = trained.targets.copy()
+        changed[positions] = targets
+        return self._refit.minimum(replace(trained, targets=changed), start)
 
     def logit_changes(self, changes: np.ndarray, features: np.ndarray) -> np.ndarray:
         """Changes of the logits of test rows, ``(q, k, c)``.
@@ -123,8 +125,15 @@ class HeadRefits:
         return Leaving(parts.features, parts.gradients - new.gradients, parts.curvatures - new.curvatures)
 
     @cached_property
+    def _trained(self) -> HeadRows:
+        return trained_rows(self.index, self.models.classifier())
+
+    @cached_property
     def _refit(self) -> Refit:
-        index, live = self.index, self.index.live
-        forward = forward_of_features(self.models.classifier(), index.features().take(live))
-        damping = self.inverse.damping
-        return Refit(forward.features, forward.logits, index.targets(live), index.loss, damping)
+        return Refit(self._trained, self.index.loss, self.inverse.damping)
+
+
+def trained_rows(index: Index, classifier: Classifier) -> HeadRows:
+    """The live rows of an index, as the head of its last checkpoint was trained on them."""
+    forward = forward_of_features(classifier, index.features().take(index.live))
+    return HeadRows(forward.features, forward.logits, index.targets(index.live))

@@ -16,7 +16,7 @@ from forebear.indexer.losses.cross_entropy import CrossEntropy
 from forebear.indexer.losses.sigmoid import SigmoidLoss
 from forebear.indexer.losses.squared import SquaredLoss
 from forebear.retriever.effects.changes import Predictions
-from forebear.retriever.effects.minimum import Refit
+from forebear.retriever.effects.minimum import HeadRows, Refit
 from forebear.retriever.effects.steps import Leaving, leaving, logit_changes, step_of_set, steps_of_rows
 
 N, H, Q, DAMPING = 160, 5, 4, 0.1
@@ -180,7 +180,9 @@ def test_the_minimum_is_that_of_a_refit(head, n):
 
 
 def _minimum(head, kept, targets, start):
-    return Refit(head.features, head.logits, head.targets, head.loss, DAMPING).minimum(kept, targets, start)
+    trained = HeadRows(head.features, head.logits, head.targets)
+    rows = HeadRows(head.features, head.logits, targets).take(kept)
+    return Refit(trained, head.loss, DAMPING).minimum(rows, start)
 
 
 def test_without_a_removal_the_minimum_is_the_trained_weight(head):

@@ -1,0 +1,1 @@
+"""Predicted effects against those of models trained again."""
