@@ -38,6 +38,7 @@ class Keyword:
 KEYWORDS = {
     "--aggregate": Keyword("aggregate", "QuerySpec", "switch"),
     "--ann": Keyword("ann", "BuildOptions"),
+    "--astra": Keyword("astra", "QuerySpec"),
     "--at": Keyword("at", "measure_agreement", "numbers"),
     "--batch-size": Keyword("batch_size", "TrainOptions", "number"),
     "--batch-tokens": Keyword("batch_tokens", "BuildOptions", "number"),

@@ -90,7 +90,8 @@ Curvature = Annotated[
     str | None,
     typer.Option(
         "--curvature",
-        help="H^-1 of if and rif: exact (of the head), ekfac (beyond it), cg, cg-hessian, lissa or identity.",
+        help="H^-1 of if and rif: exact (of the head), ekfac (beyond it), astra (which refines it), cg, cg-ekfac, "
+        "cg-hessian, lissa or identity.",
         show_default="exact at the head, ekfac beyond it",
         rich_help_panel="Curvature",
     ),
@@ -187,6 +188,9 @@ class SolverOptions(Options, panel="Curvature"):
     lissa: Annotated[
         str, typer.Option("--lissa", help="Settings of lissa: han20, pez21, or as in han20,depth=5000.")
     ] = "han20"
+    astra: Annotated[
+        str, typer.Option("--astra", help="Settings of astra, over all training rows: steps, and rows a step.")
+    ] = "batch_rows=64,steps=100"
     tolerance: Annotated[float, typer.Option("--tolerance", help="Relative residual, above 0, at which cg stops.")] = (
         1e-3
     )

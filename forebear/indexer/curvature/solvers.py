@@ -84,15 +84,16 @@ def _zeros(like: Vectors) -> Vectors:
     return {name: torch.zeros_like(v) for name, v in like.items()}
 
 
-def _unit(vectors: Vectors) -> tuple[torch.Tensor, np.ndarray, Vectors]:
+def unit(vectors: Vectors) -> tuple[torch.Tensor, np.ndarray, Vectors]:
     """Lengths ``(q,)``, there and on the host, and directions; a zero vector stays zero."""
     lengths = norm(vectors)
     (on_host,) = fetch(lengths)
-    _finite(on_host, "a vector to be solved for")
+    finite(on_host, "a vector to be solved for")
     return lengths, on_host, scale_by(torch.where(lengths > 0, 1.0 / lengths, 0.0), vectors)
 
 
-def _finite(numbers: np.ndarray, quantity: str) -> np.ndarray:
+def finite(numbers: np.ndarray, quantity: str) -> np.ndarray:
+    """The numbers, after refusing NaN and infinity."""
     if not np.isfinite(numbers).all():
         raise NonFiniteError(f"{quantity} is NaN or infinite: no solution would mean anything. Check the model.")
     return numbers
@@ -138,7 +139,7 @@ def conjugate_gradients(
     def multiply(v: Vectors) -> Vectors:
         return axpy(damping, v, product(v))
 
-    lengths, lengths_on_host, b = _unit(vectors)
+    lengths, lengths_on_host, b = unit(vectors)
     x = _zeros(b)
     residual = (lengths_on_host > 0).astype(np.float64)
     progress = _Progress(residual.copy(), np.zeros(len(residual), np.int64), tolerance, max_iterations, on_iteration)
@@ -149,7 +150,7 @@ def conjugate_gradients(
         better = axpy(1.0, step, take(x, positions))
         put(x, positions, better)
         remaining = axpy(-1.0, multiply(better), take(b, positions))
-        new_residual = _finite(fetch(norm(remaining))[0], "a residual")
+        new_residual = finite(fetch(norm(remaining))[0], "a residual")
         stuck = failed | (new_residual > residual[positions] / 2)  # little progress in a whole run: rounding dominates
         residual[positions] = new_residual
         goes_on = (new_residual > tolerance) & ~stuck & (progress.iterations[positions] < max_iterations)
@@ -194,7 +195,7 @@ def _descend(
     x, r = _zeros(b), b
     p = z = precondition(r)
     rz = dot(r, z)
-    _finite(fetch(rz)[0], "a preconditioned vector")
+    finite(fetch(rz)[0], "a preconditioned vector")
     while len(active):
         ap = multiply(p)
         curvature = dot(p, ap)
@@ -206,8 +207,8 @@ def _descend(
         p = axpy(torch.where(is_positive, new_rz / rz, 0.0), p, z)
         rz = new_rz
         taken, curvatures, products, residuals = fetch(is_positive, curvature, rz, norm(r))
-        _finite(curvatures, "a curvature product")
-        _finite(products, "a preconditioned vector")
+        finite(curvatures, "a curvature product")
+        finite(products, "a preconditioned vector")
         goes_on = progress.advance(queries[active], taken, residuals)
         failed[active] = ~taken
         if not goes_on.all():
@@ -351,7 +352,7 @@ def lissa(
     """
     settings = LissaSettings(damping=damping, scale=scale, depth=depth, batch_rows=batch_rows, repeats=repeats)
     settings.refuse_lost_damping(next(iter(vectors.values())).dtype)
-    lengths, _, v = _unit(vectors)
+    lengths, _, v = unit(vectors)
     steps = settings.steps(n_rows)
     total = _zeros(v)
     for run in range(repeats):
@@ -368,7 +369,7 @@ def lissa(
     converged = np.zeros(len(lengths), bool)
     if with_residual:
         applied = axpy(settings.effective_damping, total, product(total))
-        residual = _finite(fetch(norm(axpy(-1.0, applied, v)))[0], "a residual")
+        residual = finite(fetch(norm(axpy(-1.0, applied, v)))[0], "a residual")
         converged = residual <= tolerance
     taken = np.full(len(lengths), repeats * steps)
     return Solved(scale_by(lengths, total), settings.effective_damping, residual, taken, converged)

@@ -16,6 +16,7 @@ import torch
 
 from forebear.errors import InputError
 from forebear.indexer.curvature.damping import refuse_lost_damping, refuse_nil_damping
+from forebear.indexer.curvature.descent import DescentSettings, descend
 from forebear.indexer.curvature.ekfac import Ekfac
 from forebear.indexer.curvature.head import absolute_damping
 from forebear.indexer.curvature.head_products import MAX_WEIGHTS
@@ -31,7 +32,8 @@ from forebear.indexer.model.scopes import Scope
 from forebear.sampling import live_sample
 
 SELF_ROWS = 2048  # rows whose self-influence is solved for at once, at most
-SOLVERS = ("exact", "ekfac", "cg", "cg-hessian", "lissa", "identity")
+SOLVERS = ("exact", "ekfac", "astra", "cg", "cg-ekfac", "cg-hessian", "lissa", "identity")
+BY_EKFAC = ("ekfac", "astra", "cg-ekfac")  # beyond the head: what takes the stored eigenbasis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +41,14 @@ class CurvatureSpec:
     """Which H^-1 a question asks for.
 
     Attributes:
-        solver: One of ``exact`` (head only), ``ekfac``, ``cg`` (on the Gauss-Newton matrix), ``cg-hessian``, ``lissa``
-            (on the Hessian) and ``identity``; None: ``of_head`` at the head, ``ekfac`` at other scopes.
+        solver: One of ``exact`` (head only), ``ekfac``, ``astra`` (which refines it), ``cg`` and ``cg-ekfac`` (on the
+            Gauss-Newton matrix; the second preconditioned by EK-FAC), ``cg-hessian``, ``lissa`` (on the Hessian) and
+            ``identity``; None: ``of_head`` at the head, ``ekfac`` at other scopes.
         damping: As the user writes it (``1e-5``, ``0.1x``); None: the index's first. ``lissa`` has its own.
-        rows: Training rows on which ``cg`` and ``lissa`` compute products; 0: all. The head always takes all.
+        rows: Training rows on which ``cg`` and ``lissa`` compute products; 0: all. The head always takes all, and so
+            does ``astra``, some of them a step.
         lissa: Settings, as :meth:`LissaSettings.parse` reads them.
+        astra: Settings, as :meth:`DescentSettings.parse` reads them.
         tolerance: Relative residual at which ``cg`` stops.
         of_head: The solver at the head where ``solver`` is None: ``exact``, or ``cg`` for an index whose head has too
             many classes for one matrix.
@@ -53,6 +58,7 @@ class CurvatureSpec:
     damping: str | None = None
     rows: int = 1024
     lissa: str = str(HAN20)
+    astra: str = str(DescentSettings())
     tolerance: float = 1e-3
     of_head: str = "exact"
 
@@ -72,6 +78,7 @@ class CurvatureSpec:
         if self.damping is not None:
             absolute_damping(self.damping, 1.0)
         LissaSettings.parse(self.lissa)
+        DescentSettings.parse(self.astra)
 
     def at(self, scope: str) -> str:
         """The solver at a scope.
@@ -80,7 +87,11 @@ class CurvatureSpec:
             InputError: ``exact`` beyond the head.
         """
         if self.solver == "exact" and scope != "head":
-            raise InputError(f"--curvature exact is for scope head. At scope {scope}: ekfac, cg, lissa or identity.")
+            raise InputError(
+                f"--curvature exact is for scope head. At scope {scope}: ekfac, astra, cg, lissa or identity."
+            )
+        if self.solver in ("astra", "cg-ekfac") and scope == "head":
+            raise InputError(f"--curvature {self.solver} is for scopes beyond the head, where exact takes the whole H.")
         return self.solver or (self.of_head if scope == "head" else "ekfac")
 
     def facts(self, index: Index, scope: str) -> dict[str, Any]:
@@ -99,7 +110,9 @@ class CurvatureSpec:
             found |= {"damping": settings.effective_damping, "lissa": str(settings)}
         else:
             found["damping"] = self.absolute(index, scope)
-        if solver != "ekfac":
+        if solver == "astra":
+            found["astra"] = str(DescentSettings.parse(self.astra))
+        if solver not in ("ekfac", "astra"):
             n_live = index.manifest.n_live
             found["curvature_rows"] = n_live if scope == "head" or not self.rows else min(self.rows, n_live)
         return found
@@ -174,18 +187,21 @@ def deep_solver(spec: CurvatureSpec, index: Index, classifier: Classifier, param
         _, damping = index.ekfac_damping(scope, spec.damping)
         ekfac = index.ekfac(scope).to(device, dtype)
         return _ByEkfac(ekfac, damping)
-    rows = live_sample(index.live, spec.rows, index.manifest.spec.seed)
+    rows = live_sample(index.live, 0 if solver == "astra" else spec.rows, index.manifest.spec.seed)
     texts = index.text_lists(rows)
     targets = index.targets(rows)
     product: Product
-    if solver == "cg":
+    if solver not in ("cg-hessian", "lissa"):
         product = GaussNewton(
             classifier, parameters, texts, seed=index.manifest.spec.seed, batch_tokens=classifier.batch_tokens(),
             targets=targets,
         )  # fmt: skip
     else:
         product = HessianProduct(classifier, parameters, texts, targets, batch_tokens=BATCH_TOKENS)
-    return _iterative(spec, solver, product, len(rows), lambda: spec.absolute(index, scope), scope)
+    precondition = None
+    if solver in BY_EKFAC:
+        precondition = _ByEkfac(index.ekfac(scope).to(device, dtype), spec.absolute(index, scope)).multiply
+    return _iterative(spec, solver, product, len(rows), lambda: spec.absolute(index, scope), scope, precondition)
 
 
 @dataclass(frozen=True)
@@ -196,7 +212,11 @@ class _ByEkfac:
     damping: float
 
     def __call__(self, vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
-        return self.ekfac.solve(vectors, self.damping), None
+        return self.multiply(vectors), None
+
+    def multiply(self, vectors: Vectors) -> Vectors:
+        """The solutions alone."""
+        return self.ekfac.solve(vectors, self.damping)
 
 
 def _exact_head(index: Index, classifier: Classifier, damping: str | None) -> Solve:
@@ -233,7 +253,7 @@ def _iterative(
     scope: str,
     precondition: Multiply | None = None,
 ) -> Solve:
-    """``cg`` or ``lissa`` on a product."""
+    """``cg``, ``astra`` or ``lissa`` on a product."""
 
     def solve(vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
         found: Solved
@@ -243,6 +263,12 @@ def _iterative(
                 product, vectors, damping=settings.damping, scale=settings.scale, depth=settings.depth,
                 batch_rows=settings.batch_rows, repeats=settings.repeats, n_rows=n_rows,
             )  # fmt: skip
+        elif solver == "astra":
+            assert precondition is not None
+            settings_of_descent = DescentSettings.parse(spec.astra)
+            found = descend(
+                product, vectors, damping(), precondition=precondition, settings=settings_of_descent, n_rows=n_rows
+            )
         else:
             size = damping()
             found = conjugate_gradients(

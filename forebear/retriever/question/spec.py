@@ -18,7 +18,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.spans.finders import GIVEN, check_same_finder, span_finder
 from forebear.indexer.spans.text import Finder
 from forebear.indexer.storage.manifest import canonical_json
-from forebear.retriever.question.inverse import CurvatureSpec
+from forebear.retriever.question.inverse import BY_EKFAC, CurvatureSpec
 from forebear.retriever.question.methods import Method, Searched, pick_methods
 from forebear.retriever.question.targets import choose_targets
 
@@ -51,6 +51,7 @@ class QueryChoices(TypedDict, total=False):
     damping: str | None
     curvature_rows: int
     lissa: str
+    astra: str
     tolerance: float
 
 
@@ -80,10 +81,11 @@ class QuerySpec:
         aggregate: One answer to all test rows together: their query vectors are summed. For methods that are linear in
             the query alone; a cosine is not.
         certify: Prove each top k at a deeper scope, scoring as many rows as it takes.
-        curvature: For ``if`` and ``rif``; see :class:`CurvatureSpec` for this and the next four.
+        curvature: For ``if`` and ``rif``; see :class:`CurvatureSpec` for this and the next five.
         damping: See there.
         curvature_rows: See there.
         lissa: See there.
+        astra: See there.
         tolerance: See there.
     """
 
@@ -105,6 +107,7 @@ class QuerySpec:
     damping: str | None = None
     curvature_rows: int = CurvatureSpec.rows
     lissa: str = CurvatureSpec.lissa
+    astra: str = CurvatureSpec.astra
     tolerance: float = CurvatureSpec.tolerance
 
     @classmethod
@@ -139,7 +142,7 @@ class QuerySpec:
     def curvature_spec(self) -> CurvatureSpec:
         """The curvature that it asks for."""
         return CurvatureSpec(
-            solver=self.curvature, damping=self.damping, rows=self.curvature_rows, lissa=self.lissa,
+            solver=self.curvature, damping=self.damping, rows=self.curvature_rows, lissa=self.lissa, astra=self.astra,
             tolerance=self.tolerance,
         )  # fmt: skip
 
@@ -371,4 +374,6 @@ def _check_curvature(question: Question, method: Method) -> None:
         index.head.damping(question.curvature.damping)
     elif scope != "head" and solver == "ekfac":
         index.ekfac_damping(scope, question.curvature.damping)
+    elif scope != "head" and solver in BY_EKFAC:
+        index.ekfac_damping(scope, None)
     question.curvature.refuse_lost_damping(index, scope)

@@ -492,6 +492,25 @@ def test_every_solver_answers_at_the_head_as_the_exact_one_does_at_its_damping(w
     assert facts["damping"] == pytest.approx(0.02)
 
 
+def test_if_by_astra_goes_from_ekfac_to_the_dense_solve(world):
+    _, retriever, models, _, _ = world
+    classifier = load_classifier(models[-1])
+    queries, blocks, damping = sentences(3, seed=8), blocks_of(classifier, "top-1"), 0.05
+    rows = np.stack([flat(g) for g in autograd(classifier, blocks, sentences(90), labels(90, 3))])
+    asked = np.stack([flat(g) for g in autograd(classifier, blocks, queries, [1] * 3)])
+    h = dense(classifier, "top-1", sentences(90))
+    wanted = np.linalg.solve(h + damping * np.eye(len(h)), asked.T).T @ rows.T
+
+    def by(solver: str, **given):
+        choices = {"scope": "top-1", "target": "LABEL_1", "damping": str(damping), "curvature": solver, **given}
+        return error(retriever.scores(queries, "if", **choices), wanted)
+
+    assert by("astra", astra="steps=300,batch_rows=1000") <= 1e-3
+    assert by("cg-ekfac", curvature_rows=0, tolerance=1e-6) <= 1e-3
+    few, many = (by("astra", astra=f"steps={n},batch_rows=30") for n in (3, 200))
+    assert many <= 0.2 * few
+
+
 @pytest.mark.slow
 def test_solvers_that_iterate_report_their_residual_beyond_the_head(world):
     _, retriever, _, _, _ = world

@@ -89,6 +89,7 @@ OTHER = {
     "damping": ({"methods": ("if",)}, "2x"),
     "curvature_rows": ({**LISSA, "scope": "all"}, 7),
     "lissa": (LISSA, "pez21"),
+    "astra": ({"methods": ("if",), "scope": "all", "curvature": "astra", "damping": "0.01"}, "steps=7"),
     "tolerance": (CG, 0.5),
 }
 
