@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from forebear.evaluation.python import audits, evaluations
     from forebear.evaluation.python.explaining import explain, saliency
+    from forebear.evaluation.python.flipping import flip
     from forebear.indexer.building.build import build_index
     from forebear.indexer.building.change import append_rows, rebuild_ann, retire_rows
     from forebear.indexer.building.options import BuildOptions
@@ -86,6 +87,7 @@ _HOMES = {  # the module that defines each public name; the imports above say th
     "forebear.retriever.answers.show": ("show",),
     "forebear.evaluation.python": ("audits", "evaluations"),
     "forebear.evaluation.python.explaining": ("explain", "saliency"),
+    "forebear.evaluation.python.flipping": ("flip",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -117,6 +119,7 @@ __all__ = [
     "choose_model",
     "evaluations",
     "explain",
+    "flip",
     "open_rows",
     "rebuild_ann",
     "retire_rows",

@@ -30,7 +30,7 @@ DECLARED_MORE_THAN_ONCE = {  # one name, several meanings: what each declaration
     "--top": ("k", "several k", "rows that a report lists"),
     "--scope": ("of a question", "of a question, several", "of an index, several"),
     "--curvature": ("of a question", "of an index"),
-    "--damping": ("of a question", "of a question, several", "of an index, several"),
+    "--damping": ("of a question", "of a question, several", "of an index, several", "of the head"),
     "--spans": ("of a question", "of an index"),
     "--rows": ("sampled", "changed", "recomputed"),
     "--queries": ("asked about; 0: all", "attacked, or mended for"),

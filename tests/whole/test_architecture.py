@@ -23,7 +23,9 @@ ROOMS = {  # of a layer, in their order: a room imports from those before it, ne
         "ranking", "scores", "question", "head", "effects", "deep", "words", "saliency", "spans", "searchers",
         "answers", "retriever",
     ),
-    "evaluation": ("reports", "common", "explain", "measures", "retraining", "audits", "perturb", "demo", "python"),
+    "evaluation": (
+        "reports", "common", "explain", "measures", "retraining", "flips", "audits", "perturb", "demo", "python",
+    ),
     "cli": ("screen", "options", "workers", "commands", "main"),
 }  # fmt: skip
 MOST_ENTRIES = 12
@@ -31,7 +33,7 @@ PUBLIC_NAMES = """
     BuildOptions CorruptIndexError DataError ForebearCallback ForebearError InUseError Index InputError METHODS
     Method MismatchError MissingStoreError ModelError NonFiniteError NotEnoughMemoryError OutputExistsError
     QuerySpec Retriever RowSource StorageError TrainOptions append_rows audits build_index choose_model evaluations
-    explain open_rows rebuild_ann retire_rows rows_from_texts saliency show train verify_index
+    explain flip open_rows rebuild_ann retire_rows rows_from_texts saliency show train verify_index
 """
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

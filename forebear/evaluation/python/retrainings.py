@@ -32,6 +32,7 @@ from forebear.evaluation.retraining.effects.measure import (
     measure_effects,
 )
 from forebear.evaluation.retraining.effects.report import effects_report, measured
+from forebear.evaluation.retraining.jobs import Retrainer
 from forebear.evaluation.retraining.lds.baselines import baseline_scores
 from forebear.evaluation.retraining.lds.draws import Draws
 from forebear.evaluation.retraining.lds.measure import Lds, measure_lds
@@ -101,18 +102,31 @@ def _open(
     refuse_saliency(question)
     labelled = need_labels or question.spec.target == "gold"
     source = tested_rows(retriever.label_names, rows, like=retriever.index.manifest.row_format, need_labels=labelled)
-    cache = Path(f"{retriever.index.folder.resolve()}-retraining" if how.cache is None else how.cache)
-    how.begin(cache)
     queries = sample_span_queries(retriever, source, question, n_queries, seed, need_labels=labelled)
     evaluated = sample_queries(retriever, source, 0, seed, need_labels=labelled) if evaluate_all else queries
-    retrainer = open_retrainer(
-        retriever, how.recipe, evaluated.texts, cache, run=how.run, l2=how.l2, device=how.device,
-        damping=question.spec.damping,
-    )  # fmt: skip
+    retrainer = retrainer_of(retriever, how, evaluated.texts, question.spec.damping)
     return RetrainingInputs(
         retriever=retriever, question=question, queries=queries, seed=seed, retrainer=retrainer,
         seeds=seeds_of(retrainer, how.n_seeds, seed), evaluated=evaluated, command=called(call),
     )  # fmt: skip
+
+
+def retrainer_of(
+    retriever: Retriever, how: Retraining, evaluation: Sequence[Sequence[str]], damping: str | None
+) -> Retrainer:
+    """Trains the model of an index again, and keeps what retrained models say of the evaluation rows.
+
+    Args:
+        retriever: Over the index.
+        how: The retraining.
+        evaluation: Texts of the evaluation rows, one list a text column.
+        damping: Of ``proximal-head``, as a question names it; None: the index's first.
+    """
+    cache = Path(f"{retriever.index.folder.resolve()}-retraining" if how.cache is None else how.cache)
+    how.begin(cache)
+    return open_retrainer(
+        retriever, how.recipe, evaluation, cache, run=how.run, l2=how.l2, device=how.device, damping=damping
+    )
 
 
 def removal(

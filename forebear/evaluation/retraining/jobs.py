@@ -52,6 +52,7 @@ class Job:
         extra: Rows added at the end: texts and class id.
         without: Row numbers out of ``rows``, ascending, that are not trained on. They keep their place in the batches
             and weigh nothing in the loss of their step.
+        relabels: Other class ids of some of these rows, by row number.
     """
 
     rows: np.ndarray
@@ -59,6 +60,7 @@ class Job:
     edits: Mapping[int, Texts] = field(default_factory=dict)
     extra: Sequence[tuple[Texts, int]] = ()
     without: np.ndarray | None = None
+    relabels: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def kept(self) -> np.ndarray:
@@ -75,6 +77,9 @@ class Job:
             row_labels: Class ids of all rows of the index.
         """
         placed = np.concatenate([row_labels[self.rows], [label for _, label in self.extra]]).astype(np.int64)
+        if self.relabels:
+            rows, labels = (np.array(values, np.int64) for values in zip(*sorted(self.relabels.items()), strict=True))
+            placed[np.searchsorted(self.rows, rows)] = labels
         if self.without is not None:
             placed[np.searchsorted(self.rows, self.without)] = IGNORED
         return placed
@@ -101,6 +106,8 @@ class Job:
         choices: list[Any] = [self.seed if seeded else None, edits, extra]
         if seeded and self.without is not None:
             choices.append(self.without.tolist())
+        if self.relabels:
+            choices.append({"relabels": sorted((int(row), int(label)) for row, label in self.relabels.items())})
         sha256.update(canonical_json(choices))
         return sha256.hexdigest()
 
@@ -198,6 +205,11 @@ class TrainingRows:
         foreign = sorted(set(job.edits) - set(job.kept.tolist())) if job.edits else []
         if foreign:
             raise InputError(f"{name}: row {foreign[0]} is edited but not trained on. Leave the edit out.")
+        foreign = sorted(set(job.relabels) - set(job.kept.tolist())) if job.relabels else []
+        if foreign:
+            raise InputError(f"{name}: row {foreign[0]} is relabelled but not trained on. Leave its label out.")
+        if any(not 0 <= label < len(self.label_names) for label in job.relabels.values()):
+            raise InputError(f"{name}: a row's new class id is outside of 0 to {len(self.label_names) - 1}.")
         texts = [*job.edits.values(), *(texts for texts, _ in job.extra)]
         if any(len(row_texts) != len(self.texts) for row_texts in texts):
             raise InputError(f"{name}: an edited or added row has not {len(self.texts)} text(s), as the index's rows.")

@@ -108,7 +108,7 @@ class Refit:
         for _ in range(MAX_STEPS):
             if np.abs(gradient).max() <= TOLERANCE * scale:
                 return v
-            step = -self._solve(v, gradient, rows)
+            step = -self.solve(v, gradient, rows)
             slope, size = float((gradient * step).sum()), 1.0
             while True:
                 there = v + size * step
@@ -131,8 +131,12 @@ class Refit:
             )
         return v
 
-    def _solve(self, v: np.ndarray, gradient: np.ndarray, rows: HeadRows) -> np.ndarray:
-        """The inverse Hessian of J at V times a gradient, ``(a, h)``."""
+    def solve(self, v: np.ndarray, gradient: np.ndarray, rows: HeadRows) -> np.ndarray:
+        """The inverse Hessian of J at V, over some rows, times a gradient ``(a, h)``.
+
+        Raises:
+            NotConvergedError: The Hessian is singular in float64.
+        """
         a, h = v.shape
         separate = self.loss.is_separate
         hessian = np.zeros((a, h, h)) if separate else np.zeros((a * h, a * h))

@@ -210,6 +210,9 @@ def ranking(n_queries: int, seed: int) -> Ranking:
         "spans": lambda: [[Span(0, i, i + 1)] * 2 for i in range(n_queries)],
         "query_spans": lambda: [Span(0, i, i + 1) for i in range(n_queries)],
         "n_cut": lambda: rng.integers(0, 9, n_queries),
+        "effects": lambda: rng.normal(size=(n_queries, 2)),
+        "effect_probabilities": lambda: rng.normal(size=(n_queries, 2)),
+        "effects_together": lambda: rng.normal(size=(n_queries, 2)),
     }
     return Ranking(**{field.name: makers[field.name]() for field in fields(Ranking)})
 
@@ -229,6 +232,8 @@ def test_joined_rankings_keep_every_field():
 
 
 def test_joined_rankings_leave_empty_what_none_of_them_holds():
-    empty = {"residual": None, "proven": None, "words": None, "spans": None, "query_spans": None, "n_cut": None}
+    may_lack = (field.name for field in fields(Ranking) if field.default is None)
+    empty = dict.fromkeys(may_lack, None)
+    assert {"residual", "proven", "effects", "n_cut"} <= set(empty)
     joined = join([replace(ranking(2, 0), **empty), replace(ranking(1, 1), **empty)])
     assert all(getattr(joined, name) is None for name in empty)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -24,9 +22,7 @@ from forebear.cli.options.question import (
 from forebear.cli.options.report import ReportOptions
 from forebear.cli.options.rows import MaybeTestOptions, TestOptions
 from forebear.cli.screen.console import Command
-
-if TYPE_CHECKING:
-    from forebear.evaluation.reports.report import Cell, Report, Table
+from forebear.cli.screen.lists import for_screen
 
 MISLABELLED_HELP = """Which training rows may be labelled wrongly? A ranked list, with the rows that contradict each.
 
@@ -69,7 +65,6 @@ Examples:
 
     forebear retrieve --index I --text "a gripping film" --method gd --hubs runs/hubs
 """
-SCREEN_ROWS, SCREEN_TEXT = 20, 120  # rows of a list on the screen, and characters of each text
 
 
 def register(audits: typer.Typer) -> None:
@@ -103,7 +98,7 @@ def mislabelled(
     """List the training rows that may be labelled wrongly."""
     from forebear.evaluation.python.audits import suspects
 
-    shown = partial(_for_screen, ("row", "mean rank", "label", "suggested"))
+    shown = partial(for_screen, ("row", "mean rank", "label", "suggested"))
     own = {"n_listed": n_listed, "n_neighbours": n_neighbours, "group_by": group_by}
     report.call(suspects, index.open(), question, shown=shown, methods=methods, **own)
 
@@ -126,7 +121,7 @@ def duplicates(
     """List training rows that say the same, and test rows among them."""
     from forebear.evaluation.python.audits import duplicates
 
-    shown = partial(_for_screen, ("group", "test row", "row", "label", "test label", "kind"))
+    shown = partial(for_screen, ("group", "test row", "row", "label", "test label", "kind"))
     thresholds = {"jaccard": jaccard, "cosine": cosine, "cosine_jaccard": cosine_jaccard, "neighbours": neighbours}
     report.call(duplicates, index.open(), shown=shown, rows=test.rows, n_listed=n_listed, **thresholds)
 
@@ -147,7 +142,7 @@ def errors(
     """List the training rows behind each kind of mistake."""
     from forebear.evaluation.python.audits import errors
 
-    shown = partial(_for_screen, ("group", "side", "row", "score", "label"))
+    shown = partial(for_screen, ("group", "side", "row", "score", "label"))
     own = {"top": top, "n_clusters": n_clusters, "seed": seed}
     report.call(errors, index.open(), question, shown=shown, rows=test.rows, methods=methods, **own)
 
@@ -166,24 +161,6 @@ def hubs(
     """List the training rows that come up for many queries."""
     from forebear.evaluation.python.audits import hubs
 
-    shown = partial(_for_screen, ("method", "row", "share", "label"))
+    shown = partial(for_screen, ("method", "row", "share", "label"))
     own = {"top": top, "n_listed": n_listed}
     report.call(hubs, index.open(), question, sample, shown=shown, rows=test.rows, methods=methods, **own)
-
-
-def _for_screen(columns: Sequence[str], report: Report) -> Report:
-    """The report, its lists of rows cut to these columns, the texts, and ``SCREEN_ROWS`` rows."""
-    return replace(report, tables=[_cut(table, columns) for table in report.tables])
-
-
-def _cut(table: Table, columns: Sequence[str]) -> Table:
-    if not any(name.startswith("text: ") for name in table.columns):
-        return table
-    kept = [i for i, name in enumerate(table.columns) if name in columns or name.startswith("text: ")]
-
-    def short(cell: Cell) -> Cell:
-        return f"{cell[:SCREEN_TEXT]}…" if isinstance(cell, str) and len(cell) > SCREEN_TEXT else cell
-
-    rows = [[short(row[i]) for i in kept] for row in table.rows[:SCREEN_ROWS]]
-    more = f"{len(rows)} of {len(table.rows)} rows; --out FOLDER writes all of them, and all columns."
-    return replace(table, columns=[table.columns[i] for i in kept], rows=rows, note=more)

@@ -1,0 +1,30 @@
+"""Lists of training rows in reports, cut to what a screen holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from forebear.evaluation.reports.report import Cell, Report, Table
+
+SCREEN_ROWS, SCREEN_TEXT = 20, 120  # rows of a list on the screen, and characters of each text
+
+
+def for_screen(columns: Sequence[str], report: Report) -> Report:
+    """The report, its lists of rows cut to these columns, the texts, and ``SCREEN_ROWS`` rows."""
+    return replace(report, tables=[_cut(table, columns) for table in report.tables])
+
+
+def _cut(table: Table, columns: Sequence[str]) -> Table:
+    if not any(name.startswith("text: ") for name in table.columns):
+        return table
+    kept = [i for i, name in enumerate(table.columns) if name in columns or name.startswith("text: ")]
+
+    def short(cell: Cell) -> Cell:
+        return f"{cell[:SCREEN_TEXT]}…" if isinstance(cell, str) and len(cell) > SCREEN_TEXT else cell
+
+    rows = [[short(row[i]) for i in kept] for row in table.rows[:SCREEN_ROWS]]
+    more = f"{len(rows)} of {len(table.rows)} rows; --out FOLDER writes all of them, and all columns."
+    return replace(table, columns=[table.columns[i] for i in kept], rows=rows, note=more)
