@@ -19,7 +19,7 @@ from forebear.cli.screen.console import OUT, Command, listed, say, shortened
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from forebear.evaluation.explain.explanation import Explanation, FoundRow, Side
+    from forebear.evaluation.explain.explanation import Explanation, Flip, FoundRow, Side
     from forebear.evaluation.explain.marks import Piece
 
 HELP = """Explain one prediction: its salient words, the training rows for and against it, and the words they share.
@@ -89,6 +89,9 @@ def explain(
     top: Top = 5,
     spans: Spans = None,
     recall: Recall = 0.98,
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Also look for the fewest training rows that flip the prediction.")
+    ] = False,
 ) -> None:
     """Explain one prediction, on the screen or as a page."""
     from forebear.evaluation.explain.page import write_page
@@ -96,6 +99,7 @@ def explain(
 
     output.check()
     choices = values_of(question, saliency) | {"methods": listed(methods), "top": top, "spans": spans, "recall": recall}
+    choices["flip"] = flip
     explanation = explain(index.open(), text if pair is None else (text, pair), **choices)
     if output.html is None:
         show_explanation(explanation)
@@ -126,6 +130,18 @@ def show_explanation(explanation: Explanation) -> None:
         for side in answer.sides:
             target = "the word's saliency" if answer.of_saliency else explanation.target
             show_side(answer.method, side, target, answer.effect_note)
+    if explanation.flip is not None:
+        show_flip(explanation.flip)
+
+
+def show_flip(flip: Flip) -> None:
+    """Print what would flip the prediction."""
+    OUT.print(f"\nflip: {flip.summary}", markup=False)
+    for row in flip.rows:
+        texts = " | ".join(text for _, text in row.texts)
+        OUT.print(f"  row {row.row}, {row.label}, effect {row.effect}: {shortened(texts)}", markup=False)
+    if flip.note:
+        OUT.print(flip.note, style="dim", markup=False)
 
 
 def show_side(method: str, side: Side, target: str, effect_note: str) -> None:

@@ -97,6 +97,32 @@ class Answer:
         return self.method in METHODS and METHODS[self.method].saliency
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChangedRow:
+    """A training row that is taken out to flip the prediction.
+
+    Attributes:
+        row: Training row number.
+        label: Its label.
+        effect: Predicted rise of the predicted label's loss without this row alone, in nats, as it is written.
+        texts: Its texts: (column, text).
+    """
+
+    row: int
+    label: str
+    effect: str
+    texts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flip:
+    """The fewest training rows that were found to flip the prediction, in a sentence, and the first of them."""
+
+    summary: str
+    rows: tuple[ChangedRow, ...]
+    note: str
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Explanation:
     """The explanation of one prediction.
@@ -111,6 +137,7 @@ class Explanation:
         target: The class, labels or number whose loss is explained.
         answers: One answer for each method.
         provenance: Lines on index, question, methods and versions, and the command to repeat the explanation.
+        flip: What would flip the prediction; None where it was not asked.
         problem_type: What the model's targets are. Of several labels ``probabilities`` has each label's own, of numbers
             the numbers.
     """
@@ -124,6 +151,7 @@ class Explanation:
     target: str
     answers: tuple[Answer, ...]
     provenance: dict[str, str]
+    flip: Flip | None = None
     problem_type: str = SINGLE_LABEL
 
     @property

@@ -11,7 +11,8 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.evaluation.explain import explaining
 from forebear.evaluation.explain.explanation import Explanation
-from forebear.evaluation.python.opening import IndexLike, Rows, retriever_of, tested_rows
+from forebear.evaluation.python.flipping import flip_of
+from forebear.evaluation.python.opening import IndexLike, Rows, check_targets, retriever_of, tested_rows
 from forebear.indexer.index import Index
 from forebear.indexer.losses.kinds import loss_of
 from forebear.indexer.model.classifier import Classifier
@@ -40,6 +41,7 @@ def explain(
     *,
     form: str = GRADIENT_X_INPUT,
     saliency_influence: bool = False,
+    flip: bool = False,
     spec: QuerySpec | None = None,
     **choices: Unpack[QueryChoices],
 ) -> Explanation:
@@ -51,6 +53,7 @@ def explain(
         form: Form of the saliency: ``gradient-x-input`` or ``summed-gradient``.
         saliency_influence: Whether rows behind the saliency of a word are asked for too: of ``word``, or else of the
             word of largest summed-gradient saliency.
+        flip: Whether the fewest training rows that flip the prediction are looked for; see :func:`forebear.flip`.
         spec: The question. By default five rows at each end, by ``tracin-we-topk`` where the index holds words, and
             ``gc``.
         **choices: Fields of :class:`~forebear.QuerySpec`. By ``spans`` a method that ranks spans is asked too, by
@@ -79,7 +82,10 @@ def explain(
         choices.setdefault("top", 5)
     question = retriever.resolve(QuerySpec.of(spec, **choices))
     tell_fit_age(question)
-    return explaining.explain(retriever, query, question, form=form, command=caller("forebear.explain(...)"))
+    if flip:
+        check_targets(retriever.index, "flip")
+    explanation = explaining.explain(retriever, query, question, form=form, command=caller("forebear.explain(...)"))
+    return replace(explanation, flip=flip_of(retriever, query)) if flip else explanation
 
 
 def saliency(

@@ -9,13 +9,15 @@ from typing_extensions import override
 
 from forebear.errors import InputError
 from forebear.evaluation.common.queries import sample_queries
+from forebear.evaluation.explain.explanation import ChangedRow, Flip
 from forebear.evaluation.flips import flipping as of_flips
-from forebear.evaluation.flips.report import PATCH_NAME, flips_report, patch_text
+from forebear.evaluation.flips.report import PATCH_NAME, SHOWN_ROWS, flips_report, patch_text
 from forebear.evaluation.python.opening import Finding, IndexLike, Rows, called, question_of, retriever_of, tested_rows
 from forebear.evaluation.python.retrainings import Retraining, retrainer_of
 from forebear.evaluation.reports.report import write_report
 from forebear.evaluation.retraining.changes import seeds_of
 from forebear.progress import Progress, progress_of
+from forebear.retriever.retriever import Retriever
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -91,3 +93,23 @@ def flip(
     note = "" if retrainer is None else f"Retrained by --retrain {retrainer.recipe.name}. {retrainer.recipe.note}"
     report, result = flips_report(flips, retriever, question, called("flip"), note)
     return FlipFinding(flips, report, result, patch_text(flips, retriever))
+
+
+def flip_of(retriever: Retriever, query: str | tuple[str, str]) -> Flip:
+    """The flip set of one text or pair at the head, as an explanation shows it."""
+    found = flip(retriever, [query])  # type: ignore[arg-type]  # texts or pairs, as the index has them
+    (flip_set,), (effects,), index = found.numbers.sets, found.numbers.effects, retriever.index
+    shown = slice(0, SHOWN_ROWS if flip_set.flipped else 0)
+    numbers = flip_set.rows[shown]
+    columns = {name: column.to_pylist() for name, column in index.texts(numbers).items()}
+    rows = tuple(
+        ChangedRow(
+            row=int(row), label=retriever.label_names[flip_set.labels[i]], effect=f"{effects[i]:.3g}",
+            texts=tuple((name, texts[i]) for name, texts in columns.items()),
+        )
+        for i, row in enumerate(numbers)
+    )  # fmt: skip
+    note = "Effect: predicted rise of the predicted label's loss, in nats, without this row alone." if rows else ""
+    if 0 < len(rows) < len(flip_set):
+        note += f" The first {len(rows)} of {len(flip_set)} rows; forebear flip lists all."
+    return Flip(summary=found.report.summary, rows=rows, note=note)

@@ -265,3 +265,17 @@ def test_retraining_needs_a_run(bert_world):
     how = forebear.evaluations.Retraining(recipe="full")
     with pytest.raises(InputError, match="no training run"):
         forebear.flip(bert_world.index, bert_world.queries[:1], how=how)
+
+
+def test_an_explanation_says_what_would_flip_the_prediction(bert_world, tmp_path, capsys):
+    index, text = str(bert_world.index.folder), bert_world.queries[0]
+    found = forebear.flip(index, [text])
+    explanation = forebear.explain(index, text, methods=["gc"], flip=True)
+    assert explanation.flip.summary == found.report.summary
+    shown = [row.row for row in explanation.flip.rows]
+    assert shown == found.result["sets"][0]["rows"][: len(shown)].tolist()
+    page = explanation._repr_html_()
+    assert "What would flip it" in page
+    assert run(["explain", "--index", index, "--text", text, "--method", "gc", "--flip"]) == 0
+    assert f"row {shown[0]}, " in capsys.readouterr().out
+    assert forebear.explain(index, text, methods=["gc"]).flip is None
