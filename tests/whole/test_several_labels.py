@@ -394,3 +394,52 @@ def test_of_one_label_a_row_label_name_is_the_name():
         assert chosen(target) == [wanted, wanted]
     with pytest.raises(InputError, match="expected predicted, gold, or one of predicted, gold, label:x, x, y"):
         chosen("label:z")
+
+
+def test_effects_are_changes_of_the_loss_that_is_asked_about(case):
+    """Beside the head that torch finds without the row; of numbers the fall of the output, exact in one step."""
+    table = case.retriever.retrieve(QUERIES, methods=["if"], top=2).to_pylist()
+    f, q = (torch.from_numpy(case.features(texts)) for texts in (TEXTS, QUERIES))
+    w0, bias = case.model.classifier.weight.detach(), case.model.classifier.bias.detach()
+    of_torch = nn.BCEWithLogitsLoss(reduction="none") if case.kind == KINDS[0] else nn.MSELoss(reduction="none")
+    t, predicted = torch.from_numpy(case.targets), torch.from_numpy(case.predicted)
+
+    def losses(w: torch.Tensor) -> torch.Tensor:
+        return of_torch(f @ w.T + bias, t).mean(dim=1)
+
+    at_w0 = w0.clone().requires_grad_()
+    (linear,) = torch.autograd.grad(losses(at_w0).mean(), at_w0)
+    for result in table:
+        w = w0.clone().requires_grad_()
+        kept = torch.arange(N_ROWS) != result["row"]
+        solver = torch.optim.LBFGS(
+            [w], max_iter=500, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
+        )
+
+        def closure(w=w, kept=kept, solver=solver) -> torch.Tensor:
+            solver.zero_grad()
+            value = losses(w)[kept].sum() / N_ROWS + DAMPING / 2 * (w - w0).square().sum() - (linear * w).sum()
+            value.backward()
+            return value
+
+        solver.step(closure)
+        new = (q @ w.T + bias).detach()[result["query"]]
+        old = predicted[result["query"]]
+        if case.kind == "regression":
+            assert result["effect"] == pytest.approx((old - new).item(), rel=1e-3)
+            assert result["effect_probability"] is None
+            continue
+        asked = (old > 0).double()
+        change = (of_torch(new, asked) - of_torch(old, asked)).mean().item()
+        assert result["effect"] == pytest.approx(change, rel=0.2)
+        right = [(asked * z.sigmoid() + (1 - asked) * (-z).sigmoid()).mean() for z in (old, new)]
+        assert result["effect_probability"] == pytest.approx((right[1] - right[0]).item(), rel=0.2)
+
+
+def test_first_order_effects_of_one_label_have_its_probability(labels_case):
+    asked = {"methods": ["if"], "top": 2, "scope": "top-1"}
+    table = labels_case.retriever.retrieve(QUERIES, target="label:good", **asked).to_pandas()
+    np.testing.assert_allclose(table["effect"], table["score"] / N_ROWS)
+    p = 1 / (1 + np.exp(-np.abs(labels_case.predicted[table["query"], NAMES.index("good")])))
+    np.testing.assert_allclose(table["effect_probability"], p * np.expm1(-table["effect"]), rtol=1e-4)
+    assert labels_case.retriever.retrieve(QUERIES, **asked).column("effect_probability").null_count == table.shape[0]

@@ -77,6 +77,8 @@ def _no_effect(question: Question, method: Method) -> str:
     """Why a method estimates no effect; empty where it does."""
     if method.saliency:
         return "no effect: its score is of a word's saliency, not of the loss"
+    if method.all_checkpoints and method.representation == "head":
+        return "no effect: its score adds up steps of plain gradient descent, and training takes others"
     if method.query != "preconditioned":
         return "no effect: its score does not estimate what a model trained without the row would say"
     if method.metric != "dot":

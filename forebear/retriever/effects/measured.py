@@ -61,10 +61,12 @@ class Measured:
     slope_high: float | None
     correlation: float | None
 
-    def is_of(self, other: Measured) -> bool:
-        """Whether both are of one method, scope, curvature and recipe, so that one takes the other's place."""
-        names = ("method", "scope", "curvature", "damping", "recipe")
-        return all(getattr(self, name) == getattr(other, name) for name in names)
+    def gives_way_to(self, newer: Measured) -> bool:
+        """Whether a newer result takes this one's place: of the same kind, or of this kind before a change."""
+        names = ["method", "scope", "curvature", "recipe"]
+        if self.index_digest == newer.index_digest:
+            names.append("damping")
+        return all(getattr(self, name) == getattr(newer, name) for name in names)
 
     def __str__(self) -> str:
         interval = "" if self.slope_low is None else f" [{self.slope_low:.2f}, {self.slope_high:.2f}]"
@@ -107,7 +109,7 @@ def keep_measured(folder: Path, results: Sequence[Measured]) -> None:
         StorageError: The file cannot be written.
     """
     with exclusive(folder / LOCK_NAME, str(folder)):
-        earlier = [one for one in read_measured(folder) if not any(one.is_of(new) for new in results)]
+        earlier = [one for one in read_measured(folder) if not any(one.gives_way_to(new) for new in results)]
         content = {"version": VERSION, "results": [asdict(one) for one in [*earlier, *results]]}
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         write_bytes(folder / EFFECTS_NAME, text.encode() + b"\n")

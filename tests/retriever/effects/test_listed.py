@@ -116,6 +116,25 @@ def test_first_order_probabilities_never_leave_0_to_1(bert_world):
     np.testing.assert_allclose(asked.probability_changes(np.full((len(p), 1), 1e3))[:, 0], -p)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_first_order_probabilities_know_class_weights_and_not_smoothing(smoothing, world, tmp_path, tiny_model):
+    c = world.n_classes
+    weights = (0.5, 2.0, 1.5)[:c]
+    model = choose_model(None, (tiny_model("bert", c),), (1.0,)).checkpoints
+    options = BuildOptions(class_weights=weights, label_smoothing=smoothing)
+    index = build_index(rows_from_texts(world.texts, world.labels), tmp_path / "index", model, options)
+    retriever = Retriever(index)
+    table = retriever.retrieve(world.queries, methods=["if"], top=2, curvature="cg").to_pandas()
+    if smoothing:
+        assert table["effect_probability"].isna().all()
+        return
+    forward = run_forward(retriever.classifier(), [world.queries])
+    target = forward.predictions[table["query"]]
+    p = forward.probabilities[table["query"], target]
+    new = np.exp(-(-np.log(p) * np.array(weights)[target] + table["effect"]) / np.array(weights)[target])
+    np.testing.assert_allclose(table["effect_probability"], new - p, rtol=1e-6, atol=1e-12)
+
+
 def test_effects_on_a_group_are_sums_and_sets_are_solved_together(world):
     retriever, spec = world.retriever, QuerySpec(methods=("if",), top=4, damping="0.003", target="gold")
     groups = np.array([0, 0, 1, 1, 1, 2, 2])
