@@ -13,7 +13,7 @@ import pyarrow as pa
 from scipy import sparse
 
 from forebear.errors import InputError, MissingStoreError
-from forebear.indexer.curvature.damping import stored_damping
+from forebear.indexer.curvature.damping import find_damping, stored_damping
 from forebear.indexer.curvature.ekfac import Ekfac, read_ekfac
 from forebear.indexer.curvature.stored_head import StoredHead
 from forebear.indexer.losses.loss import Loss
@@ -245,6 +245,15 @@ class Index(IndexFiles):
         stored = self.manifest.curvature[scope]["ekfac"]["dampings"]
         number = stored_damping(stored, given, f"{self.folder} holds the curvature of scope {scope}")
         return number, float(stored[number]["damping"])
+
+    def find_ekfac_damping(self, scope: str, given: str | None = None) -> int | None:
+        """Number of a stored damping of a deeper scope, the first one by default; None if it is not stored.
+
+        Raises:
+            MissingStoreError: The index has no curvature of the scope.
+        """
+        self.ekfac(scope)
+        return find_damping(self.manifest.curvature[scope]["ekfac"]["dampings"], given)
 
     def calibrated(self, scope: str, method: str) -> dict[str, Any] | None:
         """The facts of a method's calibration at a scope beyond the head; None if it was not calibrated."""

@@ -287,6 +287,7 @@ def lds(
         choices["scope"] = scopes[0]
     if dampings:
         choices["damping"] = dampings[0]
+    choices["exact"] = "full"
     question = question_of(retriever, spec, choices)
     settings = Settings.of(retriever, question, scopes, dampings)
     asked = _open("evaluations.lds", retriever, rows, how, n_queries, seed, question)

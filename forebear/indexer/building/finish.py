@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,16 @@ from forebear.indexer.curvature.head import (
     REPRESENTER_LAMBDA,
     HeadCurvature,
     absolute_damping,
-    factorise,
     fits_dense,
-    head_hessian,
     mean_eigenvalue,
     refit_head,
 )
-from forebear.indexer.curvature.separate import SeparateHead, mean_eigenvalue_of_blocks, separate_hessian
+from forebear.indexer.curvature.separate import SeparateHead, mean_eigenvalue_of_blocks
 from forebear.indexer.index import Index
 from forebear.indexer.losses.cross_entropy import CrossEntropy
-from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.sketches.fitting import gradient_files, sketch_folders
-from forebear.indexer.storage.arrow import RowMatrix, file_sha256, write_columns
+from forebear.indexer.storage.arrow import file_sha256, write_columns
 from forebear.indexer.storage.journal import tidy
 from forebear.indexer.storage.layout import (
     COLUMNS,
@@ -205,37 +201,18 @@ def _stored_factor(curvature: HeadCurvature | SeparateHead) -> np.ndarray:
     return curvature.factor
 
 
-def _factorised(
-    hessian: np.ndarray, n_classes: int, damping: float, loss: Loss, manifest: Manifest
-) -> HeadCurvature | SeparateHead:
+def _factorised(index: Index, hessian: np.ndarray, damping: float) -> HeadCurvature | SeparateHead:
     """H + damping I, factorised; in a new build the error says how to go on without a new pass."""
     try:
-        if loss.is_separate:
-            return SeparateHead.of(hessian, damping, loss)
-        return HeadCurvature(factorise(hessian, damping), n_classes, damping, loss)
+        return index.head.factorised(hessian, damping)
     except InputError as error:
-        if manifest.generation:
+        if index.manifest.generation:
             raise
         raise InputError(
             f"{error} The pass over the rows is kept: the same command with --resume and another --damping goes on. "
             "With --damping none no curvature is stored for `if` and `rif`; `if` is then asked with --curvature cg.",
             of="index",
         ) from error
-
-
-def _first_equal_rows(features: RowMatrix, residuals: RowMatrix) -> np.ndarray:
-    """For each row the number of the first row with the same feature and residual, ``(n,)``.
-
-    A product over a block of rows rounds each row by its place in the block, so equal rows would get different last
-    bits; they all take the number of the first instead.
-    """
-    numbers: dict[bytes, int] = {}
-    first = np.empty(len(features), np.int64)
-    for (start, f), (_, r) in zip(features.blocks(), residuals.blocks(), strict=True):
-        for row, (feature, residual) in enumerate(zip(f, r, strict=True), start):
-            digest = blake2b(feature.tobytes() + residual.tobytes(), digest_size=16).digest()
-            first[row] = numbers.setdefault(digest, row)
-    return first
 
 
 def _curvature_facts(mean_eigenvalue: float, n_rows: int, dampings: list[dict[str, Any]]) -> dict[str, Any]:
@@ -256,7 +233,6 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
     files: list[str] = []
     features, residuals = index.features(), index.residuals()
     n_classes, loss = residuals.width, index.loss
-    first = _first_equal_rows(features, residuals)
 
     def save(name: str, columns: dict[str, np.ndarray]) -> str:
         file = f"curvature/head/{name}-{manifest.generation:04d}.arrow"
@@ -269,25 +245,13 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
         stored = [{"given": given, "damping": absolute_damping(given, mean)} for given in spec.dampings]
         facts["cg"] = _curvature_facts(mean, manifest.n_live, stored)
     elif spec.dampings:
-        starts = [start for start, _ in features.blocks()]
-        live = np.split(index.live, np.searchsorted(index.live, starts[1:]))  # of each block of rows
-        factors = (index.head.factors(rows) for rows in live)
-        if loss.is_separate:
-            hessian = separate_hessian(factors, features.width, n_classes, loss)
-            mean = mean_eigenvalue_of_blocks(hessian)
-        else:
-            hessian = head_hessian(factors, features.width, n_classes, loss)
-            mean = mean_eigenvalue(hessian, n_classes, loss)
+        hessian = index.head.hessian()
+        mean = mean_eigenvalue_of_blocks(hessian) if loss.is_separate else mean_eigenvalue(hessian, n_classes, loss)
         stored = []
         for i, given in enumerate(spec.dampings):
             damping = absolute_damping(given, mean)
-            curvature = _factorised(hessian, n_classes, damping, loss, manifest)
-            self_influence = np.concatenate(
-                [
-                    curvature.self_influence(r, f)
-                    for (_, f), (_, r) in zip(features.blocks(), residuals.blocks(), strict=True)
-                ]
-            )[first]
+            curvature = _factorised(index, hessian, damping)
+            self_influence = index.head.self_influence_under(curvature)
             stored.append(
                 {
                     "given": given,
@@ -309,7 +273,7 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
             logits = block.astype(np.float64) @ weight[:, :-1].T + weight[:, -1]
             targets = index.targets(np.arange(start, start + len(block)))
             refitted.append(loss.residuals_of_outputs(loss.outputs(logits), targets))
-        file = save("representer", {"residual": np.concatenate(refitted)[first]})
+        file = save("representer", {"residual": np.concatenate(refitted)[index.head.first_equal_rows()]})
         facts["representer"] = {"lambda": REFIT_L2, "refit": True, "file": file}
     else:
         facts["representer"] = {"lambda": REPRESENTER_LAMBDA, "refit": False}

@@ -70,15 +70,23 @@ def round_up(number: float) -> str:
     return f"{(math.floor(number / step) + 1) * step:.1e}"
 
 
+def find_damping(stored: list[dict[str, Any]], given: str | None) -> int | None:
+    """Position of the stored damping that ``given`` names, such as ``0.1x``; 0 by default, None if none is."""
+    for i, facts in enumerate(stored):
+        if given is None or given == facts["given"] or _same_number(given, facts["damping"]):
+            return i
+    return None
+
+
 def stored_damping(stored: list[dict[str, Any]], given: str | None, holder: str) -> int:
     """Position of the stored damping that ``given`` names, such as ``0.1x``; 0 by default.
 
     Raises:
         MissingStoreError: None is; ``holder`` begins the message.
     """
-    for i, facts in enumerate(stored):
-        if given is None or given == facts["given"] or _same_number(given, facts["damping"]):
-            return i
+    number = find_damping(stored, given)
+    if number is not None:
+        return number
     names = ", ".join(f"{facts['given']} (= {facts['damping']:.6g})" for facts in stored)
     raise MissingStoreError(
         f"{holder} at damping {names}, not {given}. "

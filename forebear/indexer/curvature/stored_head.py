@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
 from forebear.errors import MissingStoreError
-from forebear.indexer.curvature.damping import stored_damping
-from forebear.indexer.curvature.head import HeadCurvature, HeadInverse, weighted_features
+from forebear.indexer.curvature.damping import find_damping
+from forebear.indexer.curvature.head import (
+    HeadCurvature,
+    HeadInverse,
+    absolute_damping,
+    factorise,
+    head_hessian,
+    weighted_features,
+)
 from forebear.indexer.curvature.head_products import HeadProducts
-from forebear.indexer.curvature.separate import SeparateHead
+from forebear.indexer.curvature.separate import SeparateHead, separate_hessian
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.storage.arrow import RowMatrix, column, read_batches
 from forebear.indexer.storage.files import IndexFiles
@@ -53,10 +61,13 @@ class StoredHead:
         return next((solver for solver in ("exact", "cg") if solver in self._facts), None)
 
     def damping(self, given: str | None = None) -> dict[str, Any]:
-        """Facts of one stored damping of the exact curvature; the first one by default.
+        """Facts of one damping of the exact curvature; the first one that the index was built with by default.
+
+        Of another damping only its size, ``damping``: what depends on it is computed where it is asked for.
 
         Raises:
-            MissingStoreError: The index has no curvature, or not at this damping.
+            InputError: The damping means nothing.
+            MissingStoreError: The index has no curvature.
         """
         folder = self.files.folder
         if self.solver == "cg":
@@ -72,12 +83,22 @@ class StoredHead:
                 of="index",
             )
         stored: list[dict[str, Any]] = self._facts["exact"]["dampings"]
-        return dict(stored[stored_damping(stored, given, f"{folder} holds the head's curvature")])
+        number = find_damping(stored, given)
+        if number is not None:
+            return dict(stored[number])
+        assert given is not None
+        return {"given": given, "damping": absolute_damping(given, self.mean_eigenvalue)}
 
     def inverse(self, given: str | None = None) -> HeadInverse:
-        """(H + damping I)^-1 over the head weight."""
+        """(H + damping I)^-1 over the head weight.
+
+        Raises:
+            InputError: The damping is too small to be solved with in float64.
+        """
         facts = self.damping(given)
-        name = facts["cholesky"]
+        name = facts.get("cholesky", ("cholesky", facts["damping"]))
+        if name not in self._kept and "cholesky" not in facts:
+            self._kept[name] = self.factorised(self.hessian(), facts["damping"])
         if name not in self._kept:
             factor = column(read_batches(self.files.checked(name)[0])[0], "factor")
             c, h, damping = self.residuals.width, self.features.width, facts["damping"]
@@ -90,8 +111,50 @@ class StoredHead:
 
     def self_influence(self, given: str | None = None) -> np.ndarray:
         """<H^-1 g_n, g_n> of every row, ``(n,)`` float64."""
-        path = self.files.checked(self.damping(given)["self_influence"])[0]
-        return column(read_batches(path)[0], "self_influence")
+        facts = self.damping(given)
+        if "self_influence" in facts:
+            return column(read_batches(self.files.checked(facts["self_influence"])[0])[0], "self_influence")
+        key = ("self-influence", facts["damping"])
+        if key not in self._kept:
+            self._kept[key] = self.self_influence_under(self.inverse(given))
+        return np.asarray(self._kept[key])
+
+    def hessian(self) -> np.ndarray:
+        """H over the live rows, undamped, ``(m, m)`` float64; of separate outputs its diagonal blocks ``(c, h, h)``."""
+        starts = [start for start, _ in self.features.blocks()]
+        live = np.split(self.live, np.searchsorted(self.live, starts[1:]))  # of each block of rows
+        form = separate_hessian if self.loss.is_separate else head_hessian
+        return form(map(self.factors, live), self.features.width, self.residuals.width, self.loss)
+
+    def factorised(self, hessian: np.ndarray, damping: float) -> HeadCurvature | SeparateHead:
+        """H + damping I, factorised.
+
+        Raises:
+            InputError: The sum is too near to singular to be solved in float64.
+        """
+        if self.loss.is_separate:
+            return SeparateHead.of(hessian, damping, self.loss)
+        return HeadCurvature(factorise(hessian, damping), self.residuals.width, damping, self.loss)
+
+    def self_influence_under(self, inverse: HeadInverse) -> np.ndarray:
+        """<H^-1 g_n, g_n> of every row, ``(n,)`` float64, the same to the bit for equal rows."""
+        blocks = zip(self.features.blocks(), self.residuals.blocks(), strict=True)
+        values = np.concatenate([inverse.self_influence(r, f) for (_, f), (_, r) in blocks])
+        return np.asarray(values[self.first_equal_rows()])
+
+    def first_equal_rows(self) -> np.ndarray:
+        """For each row the number of the first row with the same feature and residual, ``(n,)``.
+
+        A product over a block of rows rounds each row by its place in the block, so equal rows would get different last
+        bits; they all take the number of the first instead.
+        """
+        numbers: dict[bytes, int] = {}
+        first = np.empty(len(self.features), np.int64)
+        for (start, f), (_, r) in zip(self.features.blocks(), self.residuals.blocks(), strict=True):
+            for row, (feature, residual) in enumerate(zip(f, r, strict=True), start):
+                digest = blake2b(feature.tobytes() + residual.tobytes(), digest_size=16).digest()
+                first[row] = numbers.setdefault(digest, row)
+        return first
 
     def blockwise_self_influence(self, damping: float) -> np.ndarray:
         """<M^-1 g_n, g_n> of every row, ``(n,)`` float64, M being H + damping I without blocks between two classes."""

@@ -276,10 +276,10 @@ class GradientSearch:
         """Lengths of rows that cosines are divided by: ||G_n||, or sqrt(<H^-1 G_n, G_n>), ``(n,)`` float64."""
         if method.query != "preconditioned" or self.curvature.at(self.scope) == "identity":
             return np.asarray(self.index.gradients(self.scope).norms[rows].astype(np.float64))
-        if self.curvature.at(self.scope) == "ekfac":
-            white = self.candidates.white_number()
+        white = self._stored_damping()
+        if white is not None:
             return np.asarray(self.index.gradients(self.scope, damping=white).norms[rows].astype(np.float64))
-        # No lengths are stored for solvers that iterate: each distinct candidate is a right-hand side of its own.
+        # None are stored for solvers that iterate, or at other dampings: each distinct row is a right-hand side.
         encoded, labels = as_encoded(classifier, self.rows.texts(rows)), self.rows.labels(rows)
         distinct, inverse = distinct_rows(encoded, labels)
         squares = np.empty(len(distinct))
@@ -288,6 +288,12 @@ class GradientSearch:
             gradients = whole_gradients(classifier, self.gradients.parameters, encoded.take(block), labels[block])
             squares[start : start + SELF_ROWS] = dot(self.gradients.solve(gradients)[0], gradients).cpu().numpy()
         return np.asarray(np.sqrt(np.maximum(squares, 0.0))[inverse])
+
+    def _stored_damping(self) -> int | None:
+        """Number of the damping at which the index holds sqrt(<H^-1 G_n, G_n>) of every row; None if it holds none."""
+        if self.curvature.at(self.scope) != "ekfac":
+            return None
+        return self.index.find_ekfac_damping(self.scope, self.curvature.damping)
 
 
 def _bytes_of_row(row: dict[str, list[int]]) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError
-from forebear.indexer.curvature.damping import refuse_lost_damping, refuse_nil_damping
+from forebear.indexer.curvature.damping import find_damping, refuse_lost_damping, refuse_nil_damping
 from forebear.indexer.curvature.descent import DescentSettings, descend
 from forebear.indexer.curvature.ekfac import Ekfac
 from forebear.indexer.curvature.head import absolute_damping
@@ -131,8 +131,10 @@ class CurvatureSpec:
                     f"{index.folder} does not hold. Give an absolute --damping, such as 1e-5."
                 )
             return absolute_damping(given, 1.0)
-        if self.damping is None:
-            return float(stored["damping"])
+        number = find_damping(stored["dampings"], self.damping)
+        if number is not None:
+            return float(stored["dampings"][number]["damping"])
+        assert self.damping is not None  # None names the first
         return absolute_damping(self.damping, stored["mean_eigenvalue"])
 
     def refuse_lost_damping(self, index: Index, scope: str) -> None:
@@ -151,9 +153,7 @@ class CurvatureSpec:
         if solver == "lissa":
             LissaSettings.parse(self.lissa).refuse_lost_damping(dtype)
             return
-        if scope != "head" and solver == "ekfac":
-            index.ekfac_damping(scope, self.damping)  # it must be one of those stored
-        elif self.damping is not None:
+        if self.damping is not None:
             refuse_nil_damping(self.damping, dtype, scope)
         if scope == "head":
             largest = index.head.mean_eigenvalue
@@ -184,9 +184,8 @@ def deep_solver(spec: CurvatureSpec, index: Index, classifier: Classifier, param
             raise InputError(f"--curvature {solver} of whole gradients is for scopes beyond the head.")
         return _large_head(HeadSolver(spec, index))
     if solver == "ekfac":
-        _, damping = index.ekfac_damping(scope, spec.damping)
         ekfac = index.ekfac(scope).to(device, dtype)
-        return _ByEkfac(ekfac, damping)
+        return _ByEkfac(ekfac, spec.absolute(index, scope))
     rows = live_sample(index.live, 0 if solver == "astra" else spec.rows, index.manifest.spec.seed)
     texts = index.text_lists(rows)
     targets = index.targets(rows)

@@ -149,7 +149,7 @@ def _not_measured(question: Question, method: Method, name: str) -> list[str]:
         stored = manifest.spec.dampings
         if question.curvature.at(scope) != "ekfac":
             reasons.append(f"--curvature {question.curvature.at(scope)}: calibrated under ekfac")
-        elif index.ekfac_damping(scope, spec.damping)[0] != 0:
+        elif index.find_ekfac_damping(scope, spec.damping) != 0:
             reasons.append(f"--damping {spec.damping}: calibrated at {stored[0]}")
     if spec.aggregate:
         reasons.append("--aggregate: calibrated for single rows")

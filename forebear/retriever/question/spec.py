@@ -82,7 +82,8 @@ class QuerySpec:
             the query alone; a cosine is not.
         certify: Prove each top k at a deeper scope, scoring as many rows as it takes.
         curvature: For ``if`` and ``rif``; see :class:`CurvatureSpec` for this and the next five.
-        damping: See there.
+        damping: See there. ``exact`` curvature takes any; ``ekfac`` those that the index was built with, or any where
+            every row is scored exactly (``exact="full"``).
         curvature_rows: See there.
         lissa: See there.
         astra: See there.
@@ -373,7 +374,10 @@ def _check_curvature(question: Question, method: Method) -> None:
     if solver == "exact":
         index.head.damping(question.curvature.damping)
     elif scope != "head" and solver == "ekfac":
-        index.ekfac_damping(scope, question.curvature.damping)
+        if question.spec.exact == "full":  # H^-1 is known at any damping; only sketches are of those stored
+            index.ekfac(scope)
+        else:
+            index.ekfac_damping(scope, question.curvature.damping)
     elif scope != "head" and solver in BY_EKFAC:
         index.ekfac_damping(scope, None)
     question.curvature.refuse_lost_damping(index, scope)

@@ -342,7 +342,7 @@ def test_what_means_nothing_is_refused_before_the_work(bert_world, tmp_path, cap
         (["--rows-share", "1"], "--rows-share 1: expected a share between 0 and 1"),
         (["--rows-share", "0.999"], "keeps 60 of 60 rows"),
         (["--paired"], "--seeds 5: --paired repeats the training"),
-        (["--damping", "0.1x,7x"], "7x"),
+        (["--damping", "0.1x,x"], "damping 'x': expected a number"),
         (["--scope", "head,all"], "scope"),
     ):
         assert run([*args, *extra]) == 2

@@ -263,7 +263,7 @@ def test_a_head_too_large_is_refused_before_the_pass_and_resumed_without_curvatu
         def too_large(*_arguments):
             raise InputError("too large")
 
-        interrupted.setattr("forebear.indexer.building.finish.head_hessian", too_large)
+        interrupted.setattr("forebear.indexer.curvature.stored_head.head_hessian", too_large)
         refused(capsys, command(model, train, out))
     monkeypatch.setattr(module, "MAX_SIZE", 3)
     monkeypatch.setattr(module, "MAX_BLOCK_NUMBERS", 511)

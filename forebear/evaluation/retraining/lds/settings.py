@@ -64,7 +64,7 @@ class Settings:
 
         Raises:
             InputError: A choice that means nothing.
-            MissingStoreError: The index does not hold a scope, or a damping there.
+            MissingStoreError: The index does not hold a scope, or what a method compares there.
         """
         places = [
             (scope, damping)
@@ -74,7 +74,7 @@ class Settings:
         seen: set[Setting] = set()
         questions = []
         for scope, damping in places:
-            resolved = retriever.resolve(question.of(question.methods), scope=scope, damping=damping)
+            resolved = retriever.resolve(question, scope=scope, damping=damping, exact="full")
             new = {s: m for m in resolved.methods if (s := _setting(resolved, m)) not in seen}
             seen.update(new)
             if new:
