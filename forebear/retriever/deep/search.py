@@ -94,6 +94,7 @@ class GradientSearch:
         self.gradients = QueryGradients(models, scope, curvature)
         self.candidates = Candidates(self.gradients)
         self.rows: Rows = IndexRows(models)
+        self._solved_lengths: dict[int, float] = {}  # by number of an entry of ``rows``
 
     @classmethod
     def kept(cls, models: Models, scope: str, curvature: CurvatureSpec) -> GradientSearch:
@@ -104,6 +105,7 @@ class GradientSearch:
         """A search that scores other entries; it shares the gradients of the test rows with this one."""
         other = copy.copy(self)
         other.rows = rows
+        other._solved_lengths = {}
         return other
 
     def search(
@@ -279,7 +281,15 @@ class GradientSearch:
         white = self._stored_damping()
         if white is not None:
             return np.asarray(self.index.gradients(self.scope, damping=white).norms[rows].astype(np.float64))
-        # None are stored for solvers that iterate, or at other dampings: each distinct row is a right-hand side.
+        # None are stored for solvers that iterate, or at other dampings. They serve all blocks of test rows.
+        missing = np.array([row for row in rows.tolist() if row not in self._solved_lengths], np.int64)
+        if len(missing):
+            lengths = self._solve_lengths(classifier, missing)
+            self._solved_lengths.update(zip(missing.tolist(), lengths.tolist(), strict=True))
+        return np.array([self._solved_lengths[row] for row in rows.tolist()])
+
+    def _solve_lengths(self, classifier: Classifier, rows: np.ndarray) -> np.ndarray:
+        """sqrt(<H^-1 G_n, G_n>) of rows, ``(n,)`` float64; each distinct row is a right-hand side of its own."""
         encoded, labels = as_encoded(classifier, self.rows.texts(rows)), self.rows.labels(rows)
         distinct, inverse = distinct_rows(encoded, labels)
         squares = np.empty(len(distinct))

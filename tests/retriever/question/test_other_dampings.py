@@ -10,6 +10,7 @@ from forebear import InputError, MissingStoreError, QuerySpec, Retriever
 from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.run import choose_model
+from forebear.retriever.deep.search import GradientSearch
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +57,14 @@ def test_beyond_the_head_any_damping_is_taken_where_every_row_is_scored(two_inde
             one.retrieve(queries, methods=[method], damping=damping, scope="all")
     with pytest.raises(InputError, match="is lost in float32"):
         one.scores(queries, "if", damping="1e-30", scope="all")
+
+
+def test_lengths_at_another_damping_are_solved_for_once_a_row(two_indexes, monkeypatch):
+    one = Retriever(two_indexes[0].index)
+    solved = []
+    solve = GradientSearch._solve_lengths
+    monkeypatch.setattr(GradientSearch, "_solve_lengths", lambda *args: solved.append(args[2].tolist()) or solve(*args))
+    monkeypatch.setattr(GradientSearch, "chunks", lambda _self, _methods, n: [np.array([i]) for i in range(n)])
+    found = one.scores(sentences(3, seed=9), "rif", damping="3x", scope="all")
+    assert solved == [one.index.live.tolist()]
+    np.testing.assert_allclose(found, two_indexes[0].scores(sentences(3, seed=9), "rif", damping="3x", scope="all"))
