@@ -35,7 +35,6 @@ from forebear.indexer.storage.locks import claimed
 from forebear.indexer.storage.manifest import canonical_json, digest_of
 from forebear.wording import worded
 
-LIBRARIES = ("forebear", "torch", "transformers", "tokenizers", "accelerate", "numpy", "scipy")  # decide last bits
 POLL_SECONDS = 0.2  # between looks at the jobs of other processes
 Progress = Callable[[str, int, int], None]
 Texts = tuple[str, ...]  # of one row, in the order of encoding

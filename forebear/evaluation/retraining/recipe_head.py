@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from forebear.errors import InputError
-from forebear.evaluation.retraining.jobs import LIBRARIES, Job, TrainingRows
+from forebear.evaluation.retraining.jobs import Job, TrainingRows
 from forebear.indexer.losses.cross_entropy import IGNORED, CrossEntropy
 from forebear.indexer.model.device.arithmetic import computed_on
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.storage.manifest import digest_of, library_versions
+from forebear.indexer.training.recorded_start import LIBRARIES
 from forebear.retriever.effects.minimum import HeadRows, Refit
 from forebear.retriever.effects.refits import trained_rows
 from forebear.retriever.question.inverse import CurvatureSpec

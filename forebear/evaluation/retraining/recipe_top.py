@@ -17,7 +17,7 @@ from torch import nn
 
 from forebear.errors import InputError, ModelError
 from forebear.evaluation.retraining.jobs import Job, TrainingRows
-from forebear.evaluation.retraining.recipe_full import Start, placed_lengths
+from forebear.evaluation.retraining.recipe_full import placed_lengths
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import own_random_numbers, repeatable
 from forebear.indexer.model.device.copies import Fetched, one_late, send
@@ -29,6 +29,7 @@ from forebear.indexer.model.network.layers import encoder_layers
 from forebear.indexer.storage.ragged import offsets
 from forebear.indexer.training.course import MAX_GRAD_NORM, seed_step
 from forebear.indexer.training.options import TrainOptions
+from forebear.indexer.training.recorded_start import Start
 from forebear.indexer.training.start import freeze_below
 from forebear.indexer.training.step_losses import StepLosses
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from forebear.errors import InputError, MismatchError
 from forebear.evaluation.retraining.jobs import Recipe, Retrainer, TrainingRows
-from forebear.evaluation.retraining.recipe_full import FullRecipe, Start
+from forebear.evaluation.retraining.recipe_full import FullRecipe
 from forebear.evaluation.retraining.recipe_head import DEFAULT_L2, HeadRecipe, ProximalHeadRecipe
 from forebear.evaluation.retraining.recipe_top import TopRecipe
 from forebear.indexer.index import Index
+from forebear.indexer.training.recorded_start import Start
 from forebear.indexer.training.run import RUN_NAME, Run, path_to, read_run
 from forebear.retriever.retriever import Retriever
 
@@ -55,7 +56,8 @@ def open_retrainer(
     elif name == ProximalHeadRecipe.name:
         recipe = ProximalHeadRecipe(retriever, rows, evaluation, damping)
     elif name == "full" or re.fullmatch(r"top-[1-9]\d*", name):
-        start = Start(find_run(retriever.index, run), rows, retriever.index, device)
+        tokenizer = retriever.index.manifest.spec.tokenizer_sha256
+        start = Start(find_run(retriever.index, run), rows.label_names, tokenizer, device)
         recipe = FullRecipe(start, rows, evaluation) if name == "full" else TopRecipe(start, rows, evaluation, name)
     else:
         raise InputError(f"--retrain {name!r}: expected full, top-K (such as top-2), head or proximal-head.")

@@ -18,7 +18,6 @@ from torch import nn
 
 from forebear.errors import InputError, MismatchError, NonFiniteError
 from forebear.evaluation.retraining.jobs import Job, Outcome, Retrainer, TrainingRows, within_budget
-from forebear.evaluation.retraining.recipe_full import Start
 from forebear.evaluation.retraining.recipe_top import epoch_batches
 from forebear.evaluation.retraining.recipes import find_run, open_retrainer
 from forebear.indexer.building.build import BuildOptions, build_index, retire_rows
@@ -26,6 +25,7 @@ from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.fine_tuning import TrainOptions, train
+from forebear.indexer.training.recorded_start import Start
 from forebear.indexer.training.run import choose_model
 from forebear.retriever.retriever import Retriever
 
@@ -171,7 +171,8 @@ def test_top_layers_from_stored_states_train_as_in_the_whole_model(retriever, k,
     out = np.array([3, 8, 20, 21, 40])
     job = Job(rows, 1, edits={5: ("good film",)}, extra=[(("dull plot near",), 1)], without=out)
     (found,) = retrainer.run([job])
-    start = Start(find_run(retriever.index, None), retrainer.rows, retriever.index, "cpu").at(1)
+    tokenizer = retriever.index.manifest.spec.tokenizer_sha256
+    start = Start(find_run(retriever.index, None), retrainer.rows.label_names, tokenizer, "cpu").at(1)
     texts = ["good film" if i == 5 else TEXTS[i] for i in rows] + ["dull plot near"]
     gold = [None if i in out else LABELS[i] for i in rows] + [1]
     drawn = np.random.default_rng(0).integers(N, size=1)[0]
