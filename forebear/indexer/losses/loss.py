@@ -150,6 +150,22 @@ class Loss(ABC):
         """The loss of a batch that training minimises, differentiable: a scalar of the logits' type."""
         return self.summed(logits, targets) / self.total_weight(targets)
 
+    def weighted_mean(self, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """:meth:`mean` with a weight for each row, differentiable also with respect to the weights.
+
+        A weight counts in the divisor, too: with weight 0 the batch has the mean of the other rows, as where the row's
+        target is ``IGNORED``.
+
+        Args:
+            logits: ``(n, c)``.
+            targets: ``n`` targets, none of them ``IGNORED``.
+            weights: ``(n,)``, not all 0.
+        """
+        rows = list(zip(torch.split(logits, 1), torch.split(targets, 1), strict=True))
+        losses = torch.stack([self.summed(*row) for row in rows])
+        totals = torch.stack([self.total_weight(target).to(losses) for _, target in rows])
+        return (weights * losses).sum() / (weights * totals).sum()
+
 
 def number_text(number: float) -> str:
     """The shortest text from which a number can be read again: of float32 if it is one, else of float64."""

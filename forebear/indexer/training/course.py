@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import repeatable
@@ -63,6 +65,7 @@ class Course:
         n_steps = options.epochs * math.ceil(len(rows) / options.batch_size)
         self.plan = {"n_steps": n_steps, "warmup_steps": int(n_steps * options.warmup_ratio)}
         self.checkpoints: list[RunCheckpoint] = []
+        self.is_over = False  # set at the end of an epoch, to train no further
         self._step = 0
         self._rates: list[float] = []  # learning rate of each step since the previous checkpoint
         self._losses = StepLosses(self._refusal)  # of these steps
@@ -76,12 +79,27 @@ class Course:
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean loss of a batch; refuses NaN and infinity."""
         labels = batch["labels"]
-        seed_step(self.options.seed, self._step)
-        with self.classifier.arithmetic():
-            logits = model(**{key: batch[key] for key in batch if key != "labels"}).logits
-        loss = self.classifier.loss.mean(logits.float(), labels)
+        logits = self.logits(model, batch, self._step)
+        loss = self.classifier.loss.mean(logits, labels)
         self._losses.add(loss, self.classifier.loss.total_weight(labels))
         return loss
+
+    def logits(
+        self, model: nn.Module, batch: dict[str, torch.Tensor], step: int, *, twice: bool = False
+    ) -> torch.Tensor:
+        """Logits of a batch, ``(n, c)`` in at least float32, with the dropout of a step, counted from 0.
+
+        Args:
+            model: The network.
+            batch: As :meth:`collate` makes it.
+            step: Number of the step.
+            twice: Whether they can be differentiated twice: attention is then computed from its formula, which gives
+                other last bits than a fused kernel.
+        """
+        seed_step(self.options.seed, step)
+        with self.classifier.arithmetic(), sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
+            logits: torch.Tensor = model(**{key: batch[key] for key in batch if key != "labels"}).logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _refusal(self, step: int, loss: float) -> str:
         return (
@@ -89,9 +107,9 @@ class Course:
             f"saved. Lower --learning-rate (now {self.options.learning_rate:g}), or try --precision fp32."
         )
 
-    def note_rate(self, rate: float) -> None:
-        """Record the learning rate of a step, before it is taken."""
-        self._rates.append(rate)
+    def begin_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Record the learning rate of a step, whose gradient is there and clipped, before it is taken."""
+        self._rates.append(float(optimizer.param_groups[0]["lr"]))
 
     def end_step(self) -> None:
         """Count a step that was taken."""
@@ -137,13 +155,14 @@ def run_trainer(course: Course) -> None:
 
     class CourseCallback(TrainerCallback):  # type: ignore[misc]
         def on_pre_optimizer_step(self, *_args: Any, optimizer: Any, **_kwargs: Any) -> None:
-            course.note_rate(float(optimizer.param_groups[0]["lr"]))
+            course.begin_update(optimizer)
 
         def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
             course.end_step()
 
-        def on_epoch_end(self, *_args: Any, **_kwargs: Any) -> None:
+        def on_epoch_end(self, _args: Any, _state: Any, control: Any, **_kwargs: Any) -> None:
             course.end_epoch()
+            control.should_training_stop |= course.is_over
 
     options = course.options
     arguments = TrainingArguments(
@@ -181,4 +200,4 @@ def run_trainer(course: Course) -> None:
     device = course.classifier.device
     with repeatable(device), refusing_lack(subject, device, remedy):
         trainer.train()
-    assert course.checkpoints[-1].step == course.plan["n_steps"]
+    assert course.is_over or course.checkpoints[-1].step == course.plan["n_steps"]

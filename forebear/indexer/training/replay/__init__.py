@@ -1,0 +1,1 @@
+"""A recorded run repeated, step by step, and differentiated; see the modules."""
