@@ -28,6 +28,7 @@ from forebear.retriever.answers.results import ANSWER_BYTES, Answers, answer_tab
 from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch
 from forebear.retriever.deep.searcher import GradientSearcher
+from forebear.retriever.deep.through_run import RunSearcher
 from forebear.retriever.effects.changes import Predictions
 from forebear.retriever.effects.listed import GroupEffects, with_effects
 from forebear.retriever.head.aggregate import common_class, read_rows, sum_queries
@@ -290,6 +291,9 @@ class Retriever:
         exact, top = question.spec.exact, question.top
         methods = {method.name: method for method in question.methods}
         found = {n: search_query(self.models, methods[n], q, top, exact=exact) for n, q in seen.queries.items()}
+        through_run = question.of(m for m in question.methods if m.through_run)
+        if through_run.methods:
+            found |= RunSearcher(self.models).search_sums(through_run, texts, seen.targets, groups)
         beyond = question.of(m for m in question.methods if m.name not in found)
         if beyond.methods:
             queries = Queries([list(column) for column in texts], seen.targets, groups=groups)

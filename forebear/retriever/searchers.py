@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from forebear.retriever.deep.searcher import GradientSearcher
+from forebear.retriever.deep.through_run import RunSearcher
 from forebear.retriever.head.stored import StoredSearcher
 from forebear.retriever.question.methods import Searched
 from forebear.retriever.question.searcher import Searcher
@@ -16,4 +17,5 @@ SEARCHERS: dict[Searched, type[Searcher]] = {
     "words": WordSearcher,
     "tfidf": TfidfSearcher,
     "spans": SpanSearcher,
+    "run": RunSearcher,
 }

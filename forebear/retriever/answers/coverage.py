@@ -7,6 +7,7 @@ from typing import Any
 
 from forebear.indexer.index import Index
 from forebear.indexer.storage.manifest import FitAge
+from forebear.indexer.training.run import path_to, run_of_checkpoint
 from forebear.progress import tell_note, tell_warning
 from forebear.retriever.effects.kinds import effect_kind
 from forebear.retriever.effects.measured import measured_line
@@ -29,7 +30,14 @@ def available_methods(index: Index) -> tuple[str, ...]:
         if method.store in manifest.spec.stores
         and (has_curvature or method.query != "preconditioned")
         and (method.representation != "words" or words_top(index, method) in manifest.spec.words_tops)
+        and (not method.through_run or _comes_from_run(index))
     )
+
+
+def _comes_from_run(index: Index) -> bool:
+    """Whether the last checkpoint lies in a run of ``forebear train``, which can be repeated or not."""
+    found = run_of_checkpoint(path_to(index.folder, index.manifest.checkpoints[-1].path))
+    return found is not None and not found[1].settings.get("trainer")
 
 
 def question_facts(question: Question, *, by_scan: bool = False) -> dict[str, Any]:

@@ -29,11 +29,13 @@ class EffectKind:
             to first order, score / N. None: the method estimates no effect.
         note: What size and sign of the effects mean, in one sentence; or why the method estimates none.
         has_probability: Whether there is a change of the target's probability beside the change of the loss.
+        divisor: What a score is divided by, to first order: N, or 1 where the score is the effect itself.
     """
 
     order: Order | None
     note: str
     has_probability: bool = False
+    divisor: int = 1
 
     def facts(self) -> dict[str, Any]:
         """What stands of it in an answer's provenance."""
@@ -46,14 +48,15 @@ def effect_kind(question: Question, method: Method) -> EffectKind:
         return EffectKind(None, reason)
     loss, scope = question.index.loss, question.scope_of(method)
     exact_head = scope == "head" and not method.spans and question.curvature.at("head") == "exact"
-    if exact_head and has_newton_steps(question.index):
+    if exact_head and not method.through_run and has_newton_steps(question.index):
         order, has_probability = NEWTON, loss.problem_type != REGRESSION
     else:
         # The probability follows from the loss alone if this is -w log p, of one test row.
         single = isinstance(loss, SigmoidLoss) and question.spec.target.lower().startswith(LABEL)
         follows = single or (isinstance(loss, CrossEntropy) and not loss.label_smoothing)
         order, has_probability = FIRST, follows and method.spans != "both" and not question.spec.aggregate
-    return EffectKind(order, _meaning(question, method, order, has_probability=has_probability), has_probability)
+    meaning = _meaning(question, method, order, has_probability=has_probability)
+    return EffectKind(order, meaning, has_probability, 1 if method.through_run else question.index.manifest.n_live)
 
 
 def effect_meanings(question: Question) -> dict[str, str]:
@@ -75,6 +78,8 @@ def effect_meaning(facts: Mapping[str, Any]) -> str:
 
 def _no_effect(question: Question, method: Method) -> str:
     """Why a method estimates no effect; empty where it does."""
+    if method.through_run:
+        return ""
     if method.saliency:
         return "no effect: its score is of a word's saliency, not of the loss"
     if method.all_checkpoints and method.representation == "head":
@@ -98,7 +103,8 @@ def _meaning(question: Question, method: Method, order: Order, *, has_probabilit
     if method.spans == "both":
         what += " beyond that of the text without its span"
     removal = "with the span masked" if method.spans else "without it"
-    how = "the head fitted again" if order == NEWTON else "first order: score / N"
+    first_order = "the same run, first order: the score" if method.through_run else "first order: score / N"
+    how = "the head fitted again" if order == NEWTON else first_order
     sign = "below 0 it rises" if output_itself else "below 0 it falls, so that the target gains"
     probability = " Beside it, the change of the target's probability." if has_probability else ""
     return f"effect: predicted {what} in {unit}{of_sum}, trained {removal} ({how}); {sign}.{probability}"

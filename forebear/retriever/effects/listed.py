@@ -43,7 +43,7 @@ def with_effects(
             parts = [np.split(values, 2, axis=1) for values in effects_of_rows(refits, predictions, rows)]
             together = [None if predictions.groups is None else _together(refits, predictions, r.rows) for r in ends]
         else:
-            parts, together = _first_order(predictions, ends, kind, len(question.index.live)), [None, None]
+            parts, together = _first_order(predictions, ends, kind), [None, None]
         first, last = (
             replace(ranking, effects=effects, effect_probabilities=probabilities, effects_together=both)
             for ranking, effects, probabilities, both in zip(ends, *parts, together, strict=True)
@@ -63,7 +63,7 @@ class GroupEffects:
             models: Models of the index.
             groups: Gives the training rows of a group by its number.
         """
-        self._groups, self._n_rows = groups, len(question.index.live)
+        self._groups = groups
         self._kinds = {method.name: effect_kind(question, method) for method in question.methods}
         self._refits = HeadRefits(models, question.curvature.damping)
         self._changes: dict[int, np.ndarray] = {}
@@ -87,7 +87,7 @@ class GroupEffects:
         if kind.order == NEWTON:
             found = predictions.changes(self._refits.logit_changes(self._of_groups(groups), predictions.features))
             return found[0].sum(axis=0), found[1].sum(axis=0)
-        effects = sums / self._n_rows
+        effects = sums / kind.divisor
         if not kind.has_probability:
             return effects, np.full(len(groups), np.nan)
         return effects, predictions.probability_changes(effects[None])[0]
@@ -100,9 +100,9 @@ class GroupEffects:
         return np.stack([self._changes[number] for number in groups.tolist()])
 
 
-def _first_order(predictions: Predictions, ends: Ends, kind: EffectKind, n_rows: int) -> list[list[np.ndarray]]:
+def _first_order(predictions: Predictions, ends: Ends, kind: EffectKind) -> list[list[np.ndarray]]:
     """Effects of both ends by their scores alone, and changes of the probability, NaN where none follows."""
-    effects = [ranking.scores / n_rows for ranking in ends]
+    effects = [ranking.scores / kind.divisor for ranking in ends]
     if not kind.has_probability:
         return [effects, [np.full(one.shape, np.nan) for one in effects]]
     return [effects, [predictions.probability_changes(one) for one in effects]]

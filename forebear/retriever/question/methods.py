@@ -9,11 +9,11 @@ from typing import Literal
 from forebear.errors import InputError
 from forebear.indexer.model.scope_names import EMBEDDING, scope_named
 
-Representation = Literal["feature", "sentence", "head", "words", "tfidf"]
+Representation = Literal["feature", "sentence", "head", "words", "tfidf", "run"]
 Words = Literal["all", "topk", "common", "nocommon"]
 QueryVector = Literal["same", "preconditioned", "representer"]
 Metric = Literal["dot", "cos", "euc"]
-Searched = Literal["stored", "gradients", "words", "tfidf", "spans"]
+Searched = Literal["stored", "gradients", "words", "tfidf", "spans", "run"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ STORED: dict[Representation, Stored] = {
     "head": Stored("features", "head gradient g"),
     "words": Stored("words", "gradient of each word"),
     "tfidf": Stored("words", "word counts, logit gradient"),
+    "run": Stored("features", "nothing: the run is repeated"),
 }
 
 
@@ -45,7 +46,8 @@ class Method:
     Attributes:
         name: The name that ``--method`` takes.
         representation: What is stored for each training row: the head's input f, an un-tuned sentence embedding, or
-            the head gradient (p - y) outer f, kept as its two factors; gradients of its words, by token; tf-idf.
+            the head gradient (p - y) outer f, kept as its two factors; gradients of its words, by token; tf-idf;
+            nothing, where the training run is repeated and differentiated.
         query: The query vector: the same representation of the test row, its gradient preconditioned by H^-1, or
             the target's row of the representer kernel.
         metric: ``dot``, ``cos`` or ``euc`` (minus the Euclidean distance). With a preconditioned query, ``cos`` is the
@@ -90,8 +92,10 @@ class Method:
 
         ``stored`` answers for features, sentence embeddings and gradients of the head, which are stored exactly;
         ``gradients`` (sketches, then the model) for gradients beyond the head; ``spans`` for spans, saliency and
-        variants, which only the model scores.
+        variants, which only the model scores; ``run`` for the derivative through the training run.
         """
+        if self.through_run:
+            return "run"
         if self.by_model:
             return "spans"
         if self.representation in ("words", "tfidf"):
@@ -117,8 +121,16 @@ class Method:
 
     @property
     def by_model(self) -> bool:
-        """Whether the model alone gives the scores, of candidates that other vectors propose (``if``'s or ``gd``'s)."""
-        return self.saliency or self.variants or self.spans is not None
+        """Whether the model alone gives the scores, not what is stored.
+
+        Of candidates that other vectors propose (``if``'s or ``gd``'s), or of all rows through the training run.
+        """
+        return self.saliency or self.variants or self.spans is not None or self.through_run
+
+    @property
+    def through_run(self) -> bool:
+        """Whether the scores are a derivative through the whole training run."""
+        return self.representation == "run"
 
     @property
     def ranks_spans(self) -> bool:
@@ -148,7 +160,7 @@ class Method:
     @property
     def linear(self) -> bool:
         """Whether scores of a sum of query vectors are the sums of the scores, so that one search serves many rows."""
-        return self.metric == "dot" and not (self.by_model or self.by_words)
+        return (self.metric == "dot" and not (self.by_model or self.by_words)) or self.through_run
 
     @property
     def by_words(self) -> bool:
@@ -204,6 +216,10 @@ _ROWS = (
     Method(
         name="tracin-tfidf", representation="tfidf", metric="dot", all_checkpoints=True,
         formula="cos(tfidf_q, tfidf_n) sum_c eta_c <p_q - y_q, p_n - y_n>", source="Yeh22 eq. 7",
+    ),
+    Method(
+        name="magic", representation="run", metric="dot",
+        formula="-dL_q/dw_n through the training run, w_n the row's weight", source="Ilyas25",
     ),
     Method(
         name="tracin-f", representation="head", metric="dot", variants=True,

@@ -114,6 +114,11 @@ class Models:
         """Device that the models run on."""
         return pick_device(self._device) if self._override is None else self._override.device
 
+    @property
+    def path(self) -> str:
+        """Where the last checkpoint lies."""
+        return self._paths[-1]
+
     def computed_on(self) -> dict[str, Any]:
         """Where and how answers are computed; see :func:`~forebear.indexer.model.device.arithmetic.computed_on`."""
         return computed_on(self.device, self.index.manifest.spec.precision)
