@@ -38,6 +38,7 @@ DECLARED_MORE_THAN_ONCE = {  # one name, several meanings: what each declaration
     "--dev": ("whose accuracy is measured", "whose mistakes are mended"),
     "--force": ("of what is written", "of an index"),
     "--group-by": ("sums of scores", "counts of suspects"),
+    "--share": ("removed, several", "on its way out"),
 }
 
 

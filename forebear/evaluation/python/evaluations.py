@@ -28,6 +28,7 @@ from forebear.evaluation.measures import agreement as of_agreement
 from forebear.evaluation.measures import cancellation as of_cancellation
 from forebear.evaluation.measures import correlation as of_correlation
 from forebear.evaluation.measures import faithfulness as of_faithfulness
+from forebear.evaluation.measures import metasmoothness as of_metasmoothness
 from forebear.evaluation.measures import mislabelled as of_mislabelled
 from forebear.evaluation.measures import near_duplicates as of_near_duplicates
 from forebear.evaluation.measures import randomized as of_randomized
@@ -62,6 +63,7 @@ __all__ = [
     "effects",
     "faithfulness",
     "lds",
+    "metasmoothness",
     "mislabelled",
     "near_duplicates",
     "overlap",
@@ -231,6 +233,26 @@ def cancellation(
     retriever = retriever_of(retriever, "evaluations.cancellation")
     found = of_cancellation.cancellation(retriever, n_rows=n_rows, seed=seed, progress=progress_of(progress))
     page = of_cancellation.cancellation_report(found, retriever, seed, called("evaluations.cancellation"))
+    return finding(found, page)
+
+
+def metasmoothness(
+    retriever: IndexLike,
+    *,
+    share: float = 0.05,
+    n_directions: int = 1,
+    seed: int = 0,
+    progress: Progress | bool = False,
+) -> Finding[of_metasmoothness.Metasmoothness]:
+    """Do the run's weights move along straight lines when rows' weights change? How far ``magic`` can reach.
+
+    Trains the run once, and twice for each direction, which is a random ``share`` of the rows on the way out.
+    """
+    retriever = retriever_of(retriever, "evaluations.metasmoothness")
+    found = of_metasmoothness.metasmoothness(
+        retriever, share=share, n_directions=n_directions, seed=seed, progress=progress_of(progress)
+    )
+    page = of_metasmoothness.metasmoothness_report(found, retriever, seed, called("evaluations.metasmoothness"))
     return finding(found, page)
 
 

@@ -159,12 +159,13 @@ class Loss(ABC):
         Args:
             logits: ``(n, c)``.
             targets: ``n`` targets, none of them ``IGNORED``.
-            weights: ``(n,)``, not all 0.
+            weights: ``(n,)``; the loss of a batch whose weights are all 0 is 0.
         """
         rows = list(zip(torch.split(logits, 1), torch.split(targets, 1), strict=True))
         losses = torch.stack([self.summed(*row) for row in rows])
         totals = torch.stack([self.total_weight(target).to(losses) for _, target in rows])
-        return (weights * losses).sum() / (weights * totals).sum()
+        total = (weights * totals).sum()
+        return (weights * losses).sum() / torch.where(total > 0, total, 1.0)
 
 
 def number_text(number: float) -> str:

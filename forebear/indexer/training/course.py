@@ -30,6 +30,7 @@ FIXED = {
     "optimizer": "adamw_torch_fused", "scheduler": "linear", "max_grad_norm": MAX_GRAD_NORM,
     "random_numbers": RANDOM_NUMBERS,
 }  # fmt: skip
+NO_INPUTS = ("labels", "weight")  # what a row has besides word pieces: its target; perhaps its weight in the loss
 
 
 class Evaluation(Protocol):
@@ -72,15 +73,18 @@ class Course:
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """One padded batch, on the CPU."""
-        inputs = [{key: row[key] for key in row if key != "labels"} for row in rows]
+        inputs = [{key: row[key] for key in row if key not in NO_INPUTS} for row in rows]
         batch = pad_batch(self.classifier.tokenizer, inputs, torch.device("cpu"))
-        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+        return {**batch, **{key: torch.tensor([row[key] for row in rows]) for key in NO_INPUTS if key in rows[0]}}
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean loss of a batch; refuses NaN and infinity."""
         labels = batch["labels"]
         logits = self.logits(model, batch, self._step)
-        loss = self.classifier.loss.mean(logits, labels)
+        if "weight" in batch:
+            loss = self.classifier.loss.weighted_mean(logits, labels, batch["weight"].to(logits))
+        else:
+            loss = self.classifier.loss.mean(logits, labels)
         self._losses.add(loss, self.classifier.loss.total_weight(labels))
         return loss
 
@@ -98,7 +102,7 @@ class Course:
         """
         seed_step(self.options.seed, step)
         with self.classifier.arithmetic(), sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
-            logits: torch.Tensor = model(**{key: batch[key] for key in batch if key != "labels"}).logits
+            logits: torch.Tensor = model(**{key: batch[key] for key in batch if key not in NO_INPUTS}).logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _refusal(self, step: int, loss: float) -> str:

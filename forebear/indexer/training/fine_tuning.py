@@ -153,7 +153,8 @@ def fine_tune(
 
     Args:
         classifier: As :func:`~forebear.indexer.training.start.load_start` makes it; left trained, in ``eval()`` mode.
-        rows: Word pieces by name, and the class id (or ``IGNORED``) under ``labels``, one dictionary a row.
+        rows: Word pieces by name, and the class id (or ``IGNORED``) under ``labels``, one dictionary a row; either
+            none or all of them with a number under ``weight``, by which their losses are weighted.
         options: Epochs, rates, batch size and seed are taken from here; what is frozen, from the model.
         lengths: Lengths by which rows are grouped into batches; None: their numbers of word pieces.
         progress: Called with the stage, and the steps done and in all.

@@ -48,6 +48,15 @@ Example:
 
     forebear evaluate cancellation --index I --rows 100
 """
+METASMOOTHNESS_HELP = """Do the run's weights move along straight lines when rows' weights change?
+
+Trains the run again, with a random share of the rows at half their weight, and without them; 1 is as smooth as can be.
+The nearer to 1, the further a first-order answer through the run (--method magic) can reach.
+
+Example:
+
+    forebear evaluate metasmoothness --index I --share 0.05 --directions 3
+"""
 MISLABELLED_HELP = """Does a row's influence on itself tell wrong labels? AUC and precision, beside two baselines.
 
 Wrong are the rows whose label in the index differs from the one in another column of the training file, or those
@@ -120,6 +129,7 @@ def register(evaluations: typer.Typer) -> None:
     for name, help_text, command in (
         ("near-duplicates", NEAR_DUPLICATES_HELP, near_duplicates),
         ("cancellation", CANCELLATION_HELP, cancellation),
+        ("metasmoothness", METASMOOTHNESS_HELP, metasmoothness),
         ("mislabelled", MISLABELLED_HELP, mislabelled),
     ):
         evaluations.command(name, help=help_text, cls=Command)(command)
@@ -151,6 +161,20 @@ def cancellation(index: IndexOptions, report: ReportOptions, n_rows: SampledRows
     from forebear.evaluation.python.evaluations import cancellation
 
     report.call(cancellation, index.open(), n_rows=n_rows, seed=seed)
+
+
+@grouped()
+def metasmoothness(
+    index: IndexOptions,
+    report: ReportOptions,
+    share: Annotated[float, typer.Option("--share", help="Share of the rows whose weight is lowered to 0.")] = 0.05,
+    n_directions: Annotated[int, typer.Option("--directions", help="Draws of rows, two trainings each.")] = 1,
+    seed: SampleSeed = 0,
+) -> None:
+    """Report the metasmoothness of the run."""
+    from forebear.evaluation.python.evaluations import metasmoothness
+
+    report.call(metasmoothness, index.open(), share=share, n_directions=n_directions, seed=seed)
 
 
 @grouped(methods=Shown("gd,if"), tops=Shown("the number of wrong rows"), train=Shown("the file that the index names"))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from forebear.indexer.model.loading import load_classifier, weights_sha256
 from forebear.indexer.rows.row_format import SINGLE_LABEL
 from forebear.indexer.storage.manifest import library_versions
 from forebear.indexer.training.course import RANDOM_NUMBERS
+from forebear.indexer.training.options import TrainOptions
 from forebear.indexer.training.recorded_start import Start, arrays
 from forebear.indexer.training.replay.trajectory import Trajectory
 from forebear.indexer.training.run import Run, RunCheckpoint
@@ -100,6 +102,22 @@ def open_trajectory(recorded: RecordedRun, progress: Progress = no_progress) -> 
     """
     run = recorded.run
     check_repeatable(recorded.folder, run)
+    classifier, options, rows = start_of(recorded)
+    n_epochs = 1 + [checkpoint.name for checkpoint in run.checkpoints].index(recorded.checkpoint.name)
+
+    def check(step: int, trained: Classifier) -> None:
+        _check_weights(recorded, step, trained)
+
+    return Trajectory(classifier, rows, options, n_epochs=n_epochs, check=check, progress=progress)
+
+
+def start_of(recorded: RecordedRun) -> tuple[Classifier, TrainOptions, list[dict[str, Any]]]:
+    """The model before the first step, what is frozen being so; the run's options; and its rows as training takes them.
+
+    Raises:
+        MismatchError: The start model changed.
+    """
+    run = recorded.run
     start = Start(run, run.label_names, recorded.tokenizer_sha256, run.settings["device"])
     k = start.options.freeze_below
     if k is not None:
@@ -107,12 +125,7 @@ def open_trajectory(recorded: RecordedRun, progress: Progress = no_progress) -> 
     classifier = start.at(start.options.seed)
     encoded = arrays(encode(classifier, recorded.texts))
     rows = [{**row, "labels": int(label)} for row, label in zip(encoded, recorded.labels, strict=True)]
-    n_epochs = 1 + [checkpoint.name for checkpoint in run.checkpoints].index(recorded.checkpoint.name)
-
-    def check(step: int, trained: Classifier) -> None:
-        _check_weights(recorded, step, trained)
-
-    return Trajectory(classifier, rows, start.options, n_epochs=n_epochs, check=check, progress=progress)
+    return classifier, start.options, rows
 
 
 def _check_weights(recorded: RecordedRun, step: int, trained: Classifier) -> None:

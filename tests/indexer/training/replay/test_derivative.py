@@ -168,6 +168,7 @@ def test_a_weight_of_0_is_a_training_without_the_row():
     without = torch.tensor([0, 1, IGNORED, 0, 1])
     weights = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])
     torch.testing.assert_close(loss.weighted_mean(logits, targets, weights), loss.mean(logits, without))
+    assert loss.weighted_mean(logits, targets, torch.zeros(5)) == 0  # as where all rows are left out
 
 
 def test_dropout_that_differs_where_a_gradient_is_differentiated_is_refused(start):
