@@ -62,7 +62,8 @@ def test_retrieve_writes_the_documented_columns_with_provenance(world, tmp_path)
     args = ["retrieve", "--index", world / "index", "--test", world / "test.jsonl", "--method", methods, "--top", 4]
     assert run([*map(str, args), "--out", str(out), "--quiet"]) == 0
     table = pq.read_table(out)
-    assert table.column_names == [*COLUMNS[:-1], *SPANS, "spans_cut", "word_ids", "words", "contributions", "text"]
+    further = [*SPANS, "spans_cut", "word_ids", "words", "contributions", "text"]
+    assert table.column_names == [*COLUMNS[:9], "effect", "effect_probability", *COLUMNS[9:-1], *further]
     assert table.num_rows == 7 * len(ANSWERED) * 2 * 4
     assert set(table["side"].to_pylist()) == {"proponent", "opponent"}
     assert set(table["rank"].to_pylist()) == {1, 2, 3, 4}

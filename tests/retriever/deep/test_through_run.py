@@ -10,8 +10,10 @@ import pytest
 import torch
 from tiny import labels, sentences, write_jsonl
 
+from forebear import evaluations
 from forebear.cli.main import run as forebear
 from forebear.errors import InputError
+from forebear.evaluation.retraining.effects.fit import fit
 from forebear.evaluation.retraining.jobs import Job
 from forebear.evaluation.retraining.recipes import open_retrainer
 from forebear.indexer.building.build import BuildOptions, build_index, retire_rows
@@ -69,6 +71,21 @@ def test_a_score_is_what_the_loss_rises_by_where_the_run_is_repeated_without_the
     np.testing.assert_allclose(found, rises, rtol=0.3)
 
 
+@pytest.mark.slow
+def test_effects_of_sets_come_true_in_retrainings_of_the_seed_of_the_run(retriever, scores, tmp_path):
+    how = evaluations.Retraining(recipe="full", n_seeds=1, cache=tmp_path)
+    found = evaluations.effects(
+        retriever, QUERIES, methods="magic", remove=(1, 2), n_sets=6, n_queries=0, how=how, seed=OPTIONS.seed
+    )
+    pairs = found.numbers.pairs["magic"]
+    single = (pairs.sizes == 1) & (pairs.kinds == "proponents")
+    highest = -np.sort(-scores, axis=1)[:, :3]  # three sets of one row a test row
+    np.testing.assert_allclose(pairs.predicted[single, 0].reshape(3, 3), highest)
+    fitted = fit(pairs.predicted[:, 0], pairs.retrained[:, 0], pairs.queries, 0)
+    assert 0.8 < fitted.slope < 1.2
+    assert fitted.correlation > 0.95
+
+
 def probabilities(retriever) -> np.ndarray:
     """Probability of the predicted class of each query."""
     return run_forward(retriever.classifier(), [QUERIES]).probabilities.max(axis=1)
@@ -89,6 +106,10 @@ def test_both_ends_of_the_ranking_are_those_of_the_scores_of_all_rows(retriever,
     facts = json.loads(table.schema.metadata[b"forebear"])["methods"]["magic"]
     assert facts["recall"] == 1.0
     assert facts["unit"] == "nats, to first order, if the row is left out of the run"
+
+
+def test_scores_sum_to_0_because_a_batch_is_the_same_where_all_its_rows_weigh_more(scores):
+    assert np.abs(scores.sum(axis=1)).max() < 1e-5 * np.abs(scores).max()
 
 
 def test_questions_do_not_depend_on_those_beside_them(retriever, scores, monkeypatch):

@@ -51,7 +51,7 @@ class Predictor:
             refits = HeadRefits(self.models, self.question.curvature.damping)
             return np.stack(effects_of_set(refits, some, rows), axis=1)
         live = self.question.index.live
-        effects = self.scores[np.ix_(positions, np.searchsorted(live, rows))].sum(axis=1) / len(live)
+        effects = self.scores[np.ix_(positions, np.searchsorted(live, rows))].sum(axis=1) / kind.divisor
         changes = np.full((len(positions), 2), np.nan)
         changes[:, LOSS] = effects
         if kind.has_probability:
