@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import weakref
 from dataclasses import dataclass, fields
-from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryFile
+from typing import IO
 
 import torch
 
@@ -60,12 +59,12 @@ class KeptStates:
         """No state yet.
 
         Args:
-            memory_bytes: States beyond so many bytes are written to a temporary folder, which goes with this object.
+            memory_bytes: States beyond so many bytes are written to temporary files, which have no name, so that
+                nothing is left of them even where the process is killed.
         """
         self.n_bytes = 0
         self._memory_bytes = memory_bytes
-        self._states: dict[int, State | Path] = {}
-        self._folder: Path | None = None
+        self._states: dict[int, State | IO[bytes]] = {}
 
     @property
     def steps(self) -> list[int]:
@@ -83,11 +82,10 @@ class KeptStates:
             self.n_bytes += state.n_bytes
             return
         try:
-            if self._folder is None:
-                self._folder = Path(mkdtemp(prefix="forebear-replay-"))
-                weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-            path = self._folder / f"{step}.pt"
-            torch.save([getattr(state, field.name) for field in fields(state)], path)
+            file = TemporaryFile()  # noqa: SIM115  # closed with the states
+            weakref.finalize(self, file.close)
+            torch.save([getattr(state, field.name) for field in fields(state)], file)
+            file.flush()
         except (OSError, RuntimeError) as error:  # torch raises the latter where a file cannot be written whole
             if is_out_of_memory(error):
                 raise
@@ -95,9 +93,12 @@ class KeptStates:
                 f"the states of a replayed run ({state.n_bytes / 1e6:,.0f} MB each) cannot be written to the folder of "
                 f"temporary files: {error}. Free some space, or set TMPDIR to a folder that has it."
             ) from error
-        self._states[step] = path
+        self._states[step] = file
 
     def get(self, step: int) -> State:
         """The state after so many steps."""
         state = self._states[step]
-        return state if isinstance(state, State) else State(*torch.load(state, weights_only=True))
+        if isinstance(state, State):
+            return state
+        state.seek(0)
+        return State(*torch.load(state, weights_only=True))
