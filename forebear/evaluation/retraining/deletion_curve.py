@@ -39,6 +39,7 @@ from forebear.evaluation.retraining.row_choice import Side, label_matched_rows, 
 from forebear.retriever.scores import residuals_of
 
 MAX_LINES = 6  # of one chart
+CURVES = ("DEL+", "DEL−")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,44 +147,6 @@ def measure_deletion(
 def deletion_report(curve: DeletionCurve, inputs: RetrainingInputs) -> tuple[Report, dict[str, Any]]:
     """The report, and the numbers for ``result.json``; changes as differences of probabilities, as in the paper."""
     retrainer, seed = inputs.retrainer, inputs.seed
-    names = ("DEL+", "DEL−")
-    rows: list[list[Cell]] = []
-    points: list[list[Cell]] = []
-    compared: list[list[Cell]] = []
-    random = defined(curve.random_auc)
-    rows.append([RANDOM, "", *interval_cells(random, seed), len(random)])
-    for i, name in enumerate(curve.methods):
-        for j, side in enumerate(names):
-            auc, matched = defined(curve.auc[i, j]), defined(curve.matched_auc[i, j])
-            rows.append([name, side, *interval_cells(auc, seed), len(auc)])
-            rows.append([matched_name(name), side, *interval_cells(matched, seed), len(matched)])
-            compared.append([name, side, *compared_cells(auc, matched, seed)])
-            points += [
-                [name, side, k, *interval_cells(curve.curves[i, j, a], seed)] for a, k in enumerate(curve.amounts)
-            ]
-    tables = [
-        Table(
-            "AUC-DEL",
-            ["method", "curve", *INTERVAL_COLUMNS, "queries"],
-            rows,
-            "Mean over k of the change of the gold class's probability after removing the top k proponents (DEL+: "
-            "should be negative) or opponents (DEL−: should be positive) and retraining; mean over queries, ± its "
-            "standard error, 95% interval." + MATCHED_NOTE + (IN_PLACE if retrainer.recipe.seeded else ""),
-        ),
-        Table(
-            "Compared with random rows of the same labels",
-            ["method", "curve", "− random", "95% low", "95% high", "p", "queries for a verdict"],
-            compared,
-            "Mean difference of AUC-DEL to that of random rows of the same labels, for the same queries and seeds; its "
-            "95% interval and p of Wilcoxon's signed-rank test over queries, whose seeds are averaged first. "
-            + FOR_A_VERDICT.format(unit="queries"),
-        ),
-        Table("Curves", ["method", "curve", "removed", *INTERVAL_COLUMNS], points),
-    ]
-    if len(curve.methods) > 1:
-        for j, side in enumerate(names):
-            values = {name: defined(curve.auc[i, j]) for i, name in enumerate(curve.methods)}
-            tables.append(difference_table(f"Methods compared, AUC-{side}", values, seed))
     sampled = curve.sampled
     if curve.n_candidates is not None:
         sampled += f"; of each query, only the {curve.n_candidates:,} rows of least tf-idf overlap may be removed"
@@ -197,8 +160,8 @@ def deletion_report(curve: DeletionCurve, inputs: RetrainingInputs) -> tuple[Rep
         f"{curve.methods[best]}: {plus:+.3f}, without random rows of the same labels {of_matched.mean():+.3f}; without "
         f"its opponents (AUC-DEL−) {minus:+.3f}.{verdict_on(of_method, of_matched, n_retrainings, seed)} "
         f"{retrainer.recipe.note}",
-        tables,
-        [_curve_figure(curve, j, f"{side}(k)") for j, side in enumerate(names)],
+        _deletion_tables(curve, seed, paired=retrainer.recipe.seeded),
+        [_curve_figure(curve, j, f"{side}(k)") for j, side in enumerate(CURVES)],
         provenance=inputs.retraining_provenance(curve.residuals, sampled),
     )
     result = {
@@ -217,6 +180,47 @@ def deletion_report(curve: DeletionCurve, inputs: RetrainingInputs) -> tuple[Rep
                 for i, name in enumerate(curve.methods)},
     }  # fmt: skip
     return report, result
+
+
+def _deletion_tables(curve: DeletionCurve, seed: int, *, paired: bool) -> list[Table]:
+    rows: list[list[Cell]] = []
+    points: list[list[Cell]] = []
+    compared: list[list[Cell]] = []
+    random = defined(curve.random_auc)
+    rows.append([RANDOM, "", *interval_cells(random, seed), len(random)])
+    for i, name in enumerate(curve.methods):
+        for j, side in enumerate(CURVES):
+            auc, matched = defined(curve.auc[i, j]), defined(curve.matched_auc[i, j])
+            rows.append([name, side, *interval_cells(auc, seed), len(auc)])
+            rows.append([matched_name(name), side, *interval_cells(matched, seed), len(matched)])
+            compared.append([name, side, *compared_cells(auc, matched, seed)])
+            points += [
+                [name, side, k, *interval_cells(curve.curves[i, j, a], seed)] for a, k in enumerate(curve.amounts)
+            ]
+    tables = [
+        Table(
+            "AUC-DEL",
+            ["method", "curve", *INTERVAL_COLUMNS, "queries"],
+            rows,
+            "Mean over k of the change of the gold class's probability after removing the top k proponents (DEL+: "
+            "should be negative) or opponents (DEL−: should be positive) and retraining; mean over queries, ± its "
+            "standard error, 95% interval." + MATCHED_NOTE + (IN_PLACE if paired else ""),
+        ),
+        Table(
+            "Compared with random rows of the same labels",
+            ["method", "curve", "− random", "95% low", "95% high", "p", "queries for a verdict"],
+            compared,
+            "Mean difference of AUC-DEL to that of random rows of the same labels, for the same queries and seeds; its "
+            "95% interval and p of Wilcoxon's signed-rank test over queries, whose seeds are averaged first. "
+            + FOR_A_VERDICT.format(unit="queries"),
+        ),
+        Table("Curves", ["method", "curve", "removed", *INTERVAL_COLUMNS], points),
+    ]
+    if len(curve.methods) > 1:
+        for j, side in enumerate(CURVES):
+            values = {name: defined(curve.auc[i, j]) for i, name in enumerate(curve.methods)}
+            tables.append(difference_table(f"Methods compared, AUC-{side}", values, seed))
+    return tables
 
 
 def _curve_figure(curve: DeletionCurve, side: int, title: str) -> Figure:

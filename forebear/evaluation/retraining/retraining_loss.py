@@ -124,11 +124,6 @@ def retraining_loss_report(measured: RetrainingLoss, inputs: RetrainingInputs) -
     for name, values in zip(names, lost, strict=True):
         for a, k in enumerate(measured.amounts):
             rows.append([name, k, *interval_cells(values[a], seed), len(measured.seeds)])
-    compared: list[list[Cell]] = []
-    for what, other in (("of the same labels", matched), ("of any label", np.broadcast_to(random, loss.shape))):
-        for i, name in enumerate(measured.methods):
-            for a, k in enumerate(measured.amounts):
-                compared.append([name, k, what, *compared_cells(loss[i, a], other[i, a], seed)])
     tables = [
         Table(
             "Accuracy lost, in percentage points",
@@ -139,13 +134,7 @@ def retraining_loss_report(measured: RetrainingLoss, inputs: RetrainingInputs) -
             "rows; mean over seeds, ± its standard error, 95% interval. Of a method by spans a row's score is that of "
             "its best span." + MATCHED_NOTE,
         ),
-        Table(
-            "Compared with random rows",
-            ["method", "removed", "random rows", "− random", "95% low", "95% high", "p", "seeds for a verdict"],
-            compared,
-            "Mean difference over the same seeds, its 95% interval and p of Wilcoxon's signed-rank test. "
-            + FOR_A_VERDICT.format(unit="seeds"),
-        ),
+        _comparison(measured, loss, {"of the same labels": matched, "of any label": random[None]}, seed),
     ]
     drawn = list(enumerate(measured.amounts))[-MAX_SERIES:]
     series = {f"{k:,} rows": [float(values[a].mean()) for values in lost] for a, k in drawn}
@@ -174,6 +163,23 @@ def retraining_loss_report(measured: RetrainingLoss, inputs: RetrainingInputs) -
         },
     }
     return report, result
+
+
+def _comparison(measured: RetrainingLoss, loss: np.ndarray, others: Mapping[str, np.ndarray], seed: int) -> Table:
+    """Each method's loss ``(m, a, s)`` against that of random rows, ``(m, a, s)`` or ``(1, a, s)`` by kind."""
+    rows: list[list[Cell]] = []
+    for kind, values in others.items():
+        wide = np.broadcast_to(values, loss.shape)
+        for i, name in enumerate(measured.methods):
+            for a, k in enumerate(measured.amounts):
+                rows.append([name, k, kind, *compared_cells(loss[i, a], wide[i, a], seed)])
+    return Table(
+        "Compared with random rows",
+        ["method", "removed", "random rows", "− random", "95% low", "95% high", "p", "seeds for a verdict"],
+        rows,
+        "Mean difference over the same seeds, its 95% interval and p of Wilcoxon's signed-rank test. "
+        + FOR_A_VERDICT.format(unit="seeds"),
+    )
 
 
 def _left_undrawn(amounts: Sequence[int]) -> str:

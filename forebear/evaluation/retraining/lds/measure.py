@@ -133,11 +133,6 @@ def measure_lds(
     counts = class_counts([every[i] for i in chosen], labels)
     covariates = np.delete(counts, counts.sum(axis=0).argmax(), axis=1)  # the others say how many the largest has
     mean = outputs.mean(axis=1).T
-    agreement = agreement_balance_out = None
-    if len(seeds) > 1:
-        pairs = [(outputs[:, a].T, outputs[:, b].T) for a, b in combinations(range(len(seeds)), 2)]
-        agreement = np.mean([spearman(*pair) for pair in pairs], axis=0)
-        agreement_balance_out = np.mean([partial_spearman(*pair, covariates) for pair in pairs], axis=0)
     return Lds(
         methods=tuple(sums_of_methods),
         baselines=tuple(sums_of_baselines),
@@ -145,14 +140,20 @@ def measure_lds(
         balance_out=np.array([partial_spearman(one, mean, covariates) for one in sums]),
         class_counts=counts,
         outputs=outputs,
-        agreement=agreement,
-        agreement_balance_out=agreement_balance_out,
+        agreement=_agreement(outputs, covariates[:, :0]),
+        agreement_balance_out=_agreement(outputs, covariates),
         draws=draws,
         subsets=chosen,
         seeds=tuple(seeds),
         sampled=sampled,
         residuals=residuals,
     )
+
+
+def _agreement(outputs: np.ndarray, covariates: np.ndarray) -> np.ndarray | None:
+    """Mean correlation of two seeds' outputs, covariates ``(subsets, k)`` taken out, ``(q,)``; None with one seed."""
+    pairs = [(outputs[:, a].T, outputs[:, b].T) for a, b in combinations(range(outputs.shape[1]), 2)]
+    return np.mean([partial_spearman(*pair, covariates) for pair in pairs], axis=0) if pairs else None
 
 
 def _sums_by_name(blocks: Blocks, kept: np.ndarray, residuals: dict[str, float]) -> dict[str, np.ndarray]:
