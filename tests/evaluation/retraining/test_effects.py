@@ -111,6 +111,8 @@ def test_fits_that_are_undefined_say_so():
     assert (nothing.slope, nothing.slope_interval, nothing.correlation, nothing.rank_correlation) == (None,) * 4
     one = fit(np.array([1.0, 2.0]), np.array([2.0, 4.0]), np.zeros(2), 0)
     assert (one.slope, one.slope_interval) == (2.0, None)
+    two = fit(np.array([1.0, 2.0]), np.array([2.0, 5.0]), np.arange(2), 0)
+    assert (two.correlation, two.correlation_interval, two.rank_correlation) == (None,) * 3
 
 
 def measured_pairs(world, retrainer, seeds=(0,), **choices):

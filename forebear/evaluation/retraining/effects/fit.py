@@ -9,6 +9,7 @@ import numpy as np
 from forebear.ratio import ratio
 
 N_RESAMPLES = 2000
+LEAST_PAIRS = 3  # of a correlation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,8 @@ class Fit:
         slope: Sum of predicted x retrained over sum of predicted^2: the slope through the origin; None where every
             predicted change is 0.
         slope_interval: Its 95% interval, by a bootstrap over test rows; None with a single one.
-        correlation: Pearson's correlation; None where it is undefined.
+        correlation: Pearson's correlation; None where it is undefined, or of fewer than three pairs, which have no
+            other than 1 and -1.
         correlation_interval: Likewise.
         rank_correlation: Spearman's correlation.
     """
@@ -53,6 +55,8 @@ def fit(predicted: np.ndarray, retrained: np.ndarray, queries: np.ndarray, seed:
         rng = np.random.default_rng(seed)
         counts = rng.multinomial(n_queries, np.full(n_queries, 1 / n_queries), size=N_RESAMPLES)
         intervals = [_interval(values) for values in _fitted(sums @ counts.T)]
+    if len(predicted) < LEAST_PAIRS:
+        correlation, intervals[1] = np.array([np.nan]), None
     return Fit(
         n_pairs=len(predicted), slope=_number(slope[0]), slope_interval=intervals[0],
         correlation=_number(correlation[0]), correlation_interval=intervals[1],
@@ -82,6 +86,6 @@ def _number(value: float) -> float | None:
 def _ranks(first: np.ndarray, second: np.ndarray) -> float | None:
     from scipy.stats import spearmanr
 
-    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
+    if len(first) < LEAST_PAIRS or np.ptp(first) == 0 or np.ptp(second) == 0:
         return None
     return float(spearmanr(first, second).statistic)
