@@ -22,6 +22,7 @@ from forebear.retriever.question.methods import Method
 from forebear.retriever.question.spec import Question
 
 VERSION = 1
+RUN, NO_CURVATURE = "run", "none"  # scope and curvature of a method that differentiates the training run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +32,8 @@ class Measured:
     Attributes:
         index_digest: The index that was asked.
         method: Name of the method.
-        scope: Scope of its gradients.
-        curvature: How H^-1 was had.
+        scope: Scope of its gradients; ``run`` of a method that differentiates the training run.
+        curvature: How H^-1 was had; ``none`` of a method without it.
         damping: What was added to the diagonal; None where nothing says it.
         recipe: What was trained again, as ``--retrain`` names it.
         seeds: Seeds of the retrainings.
@@ -67,6 +68,11 @@ class Measured:
         if self.index_digest == newer.index_digest:
             names.append("damping")
         return all(getattr(self, name) == getattr(newer, name) for name in names)
+
+    @property
+    def place(self) -> str:
+        """Where its gradients are, in words."""
+        return "through the run" if self.scope == RUN else f"at {self.scope}"
 
     def __str__(self) -> str:
         interval = "" if self.slope_low is None else f" [{self.slope_low:.2f}, {self.slope_high:.2f}]"
@@ -115,24 +121,31 @@ def keep_measured(folder: Path, results: Sequence[Measured]) -> None:
         write_bytes(folder / EFFECTS_NAME, text.encode() + b"\n")
 
 
+def scope_and_curvature(question: Question, method: Method) -> tuple[str, str, float | None]:
+    """Where and how a question asks a method that estimates effects: its scope, its curvature and its damping."""
+    if method.through_run:
+        return RUN, NO_CURVATURE, None
+    scope = question.scope_of(method)
+    facts = question.curvature.facts(question.index, scope)
+    return scope, facts["curvature"], facts.get("damping")
+
+
 def measured_line(question: Question, method: Method) -> str:
     """How true a method's effects were found to be for the index as the question asks it; empty where nobody measured.
 
     Such as ``effects of if at head: slope 0.97 [0.92, 1.05], r 0.993 for proximal-head without 1 to 50 rows``.
     """
     index = question.index
-    kept = read_measured(index.folder)
-    if not kept or method.query != "preconditioned":
+    kept = [one for one in read_measured(index.folder) if one.method == method.name]
+    if not kept:
         return ""
-    scope = question.scope_of(method)
-    facts = question.curvature.facts(index, scope)
-    asked = (method.name, scope, facts["curvature"], facts.get("damping"))
-    found = [one for one in kept if (one.method, one.scope, one.curvature, one.damping) == asked]
+    asked = scope_and_curvature(question, method)
+    found = [one for one in kept if (one.scope, one.curvature, one.damping) == asked]
     if not found:
         return ""
     digest = index.manifest.digest()
     stale = "" if all(one.index_digest == digest for one in found) else ", measured before the index changed"
-    return f"effects of {method.name} at {scope}: {'; '.join(map(str, found))}{stale}"
+    return f"effects of {method.name} {found[0].place}: {'; '.join(map(str, found))}{stale}"
 
 
 def measured_lines(index: Index) -> list[str]:
@@ -141,8 +154,9 @@ def measured_lines(index: Index) -> list[str]:
     lines = []
     for one in read_measured(index.folder):
         how = one.curvature if one.damping is None else f"{one.curvature}, damping {one.damping:.3g}"
+        by = "" if one.curvature == NO_CURVATURE else f" ({how})"
         stale = "" if one.index_digest == digest else ", measured before the index changed"
-        lines.append(f"{one.method} at {one.scope} ({how}): {one}{stale}")
+        lines.append(f"{one.method} {one.place}{by}: {one}{stale}")
     return lines
 
 

@@ -22,6 +22,7 @@ from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.fine_tuning import TrainOptions, train
 from forebear.indexer.training.run import choose_model
+from forebear.retriever.effects.measured import read_measured
 from forebear.retriever.retriever import Retriever
 
 N = 48
@@ -84,6 +85,22 @@ def test_effects_of_sets_come_true_in_retrainings_of_the_seed_of_the_run(retriev
     fitted = fit(pairs.predicted[:, 0], pairs.retrained[:, 0], pairs.queries, 0)
     assert 0.8 < fitted.slope < 1.2
     assert fitted.correlation > 0.95
+
+
+def test_an_index_keeps_how_true_its_effects_are_and_answers_say_it(copied, capsys):
+    retriever = Retriever(copied / "index")
+    evaluations.effects(retriever, QUERIES[:1], methods=["magic", "if"], remove=(1, 2), n_sets=1, keep=True)
+    asked = {one.method: (one.scope, one.curvature, one.damping) for one in read_measured(copied / "index")}
+    assert asked["magic"] == ("run", "none", None)
+    assert asked["if"][:2] == ("head", "exact")
+    table = retriever.retrieve(QUERIES[:1], methods=["magic"], top=2)
+    facts = json.loads(table.schema.metadata[b"forebear"])["methods"]["magic"]
+    assert facts["effect_measured"].startswith("effects of magic through the run: slope ")
+    assert facts["effect_measured"].endswith("for proximal-head without 1 to 2 rows")
+    assert forebear(["info", str(copied / "index")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "magic through the run: slope " in shown
+    assert "if at head (exact, damping " in shown
 
 
 def probabilities(retriever) -> np.ndarray:

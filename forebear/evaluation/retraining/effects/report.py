@@ -15,10 +15,9 @@ from forebear.evaluation.retraining.changes import IN_PLACE, RetrainingInputs
 from forebear.evaluation.retraining.effects.fit import Fit, fit
 from forebear.evaluation.retraining.effects.measure import LOSS, PROBABILITY, EffectPairs, Pairs
 from forebear.evaluation.retraining.effects.sets import OPPONENTS, PROPONENTS, RANDOM
-from forebear.evaluation.retraining.lds.settings import Setting, Settings
+from forebear.evaluation.retraining.lds.settings import Settings
 from forebear.retriever.effects.kinds import effect_kind
-from forebear.retriever.effects.measured import Measured
-from forebear.retriever.question.spec import Question
+from forebear.retriever.effects.measured import Measured, scope_and_curvature
 
 ALL = "all"
 MOST_POINTS = 400  # of a series in a drawing
@@ -91,20 +90,20 @@ def measured(found: EffectPairs, settings: Settings, inputs: RetrainingInputs) -
     index = inputs.retriever.index
     results = []
     for question, of_question in settings.questions:
-        for setting in of_question:
+        for method, setting in zip(question.methods, of_question, strict=True):
             pairs = found.pairs[settings.name(setting)]
             _, _, whole = next(fits_of(pairs, found.sizes, LOSS, inputs.seed))
             if whole.slope is None:
                 continue
             low, high = whole.slope_interval or (None, None)
-            curvature = _curvature(question, setting)
+            scope, curvature, damping = scope_and_curvature(question, method)
             results.append(
                 Measured(
                     index_digest=index.manifest.digest(),
                     method=setting.method,
-                    scope=str(setting.scope),
-                    curvature=curvature["curvature"],
-                    damping=curvature.get("damping"),
+                    scope=scope,
+                    curvature=curvature,
+                    damping=damping,
                     recipe=inputs.retrainer.recipe.name,
                     seeds=found.seeds,
                     test_rows=f"{len(inputs.queries):,} of {inputs.queries.source}",
@@ -117,10 +116,6 @@ def measured(found: EffectPairs, settings: Settings, inputs: RetrainingInputs) -
                 )
             )
     return results
-
-
-def _curvature(question: Question, setting: Setting) -> dict[str, Any]:
-    return question.curvature.facts(question.index, str(setting.scope))
 
 
 def _table(title: str, found: EffectPairs, column: int, seed: int, note: str) -> Table:
