@@ -62,7 +62,7 @@ def flip(
         str | None,
         typer.Option(
             "--damping",
-            help="Of the head, one that the index holds: how strongly its weights are held near the trained ones.",
+            help="Of the head: how strongly its weights are held near the trained ones.",
             show_default="the index's first",
         ),
     ] = None,

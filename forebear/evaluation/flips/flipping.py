@@ -93,7 +93,7 @@ def flip_sets(
             empty set.
         relabels: Whether rows get another label; else they are taken out.
         limit: Rows that are changed at most.
-        damping: One that the index holds; None: its first.
+        damping: Of the head, as a question names it; None: the index's first.
         retrainer: Its evaluation rows are the test rows; None: sets are verified at the head alone.
         seeds: Seeds of the retrainings.
         progress: Called with the stage, the test rows done and in all.
@@ -107,8 +107,10 @@ def flip_sets(
         feature, logits = forward.features[i], forward.logits[i]
         flip_set = search.find(feature, logits, to)
         if retrainer is not None:
-            more = search.ranking(feature, logits, flip_set)
-            ranked = Ranked(i, more.rows, more.new_labels, max(1, len(flip_set)), flip_set.before, to)
+            is_predicted = flip_set.before == to
+            more = flip_set if is_predicted else search.ranking(feature, logits, flip_set)
+            size = 0 if is_predicted else max(1, len(flip_set))
+            ranked = Ranked(i, more.rows, more.new_labels, size, flip_set.before, to)
             outcome = retrain(retrainer, ranked, seeds)
             found.append(outcome)
             if outcome.size is not None:

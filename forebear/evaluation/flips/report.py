@@ -102,9 +102,10 @@ def _summary(flips: Flips, names: tuple[str, ...]) -> str:
         found = sizes[np.isfinite(sizes)]
         middle = f", half of these by {int(np.median(found)):,} or fewer" if len(found) else ""
         how = "retrained models" if flips.retrained else "the refitted head"
+        depths = [k for k in WITHIN if k <= flips.limit]
         return (
             f"{len(found):,} of {n:,} predictions flip by at most {flips.limit:,} training rows, as {how} say{middle}; "
-            + ", ".join(f"{flips.within(k):,} by at most {k}" for k in WITHIN)
+            + ", ".join(f"{flips.within(k):,} by at most {k}" for k in depths)
             + "."
         )
     (flip_set,) = flips.sets
@@ -114,9 +115,11 @@ def _summary(flips: Flips, names: tuple[str, ...]) -> str:
     if not len(flip_set):
         return f"The model predicts {before} already: no row need be changed."
     share = len(flip_set) / flips.n_rows
+    stays = flip_set.after == flip_set.before
+    says = f"still predicts {before}" if stays else f"predicts “{names[flip_set.after]}” instead of {before}"
     after = (
-        f"{_verb(flips, len(flip_set))} ({share:.1%} of all) the refitted head predicts “{names[flip_set.after]}” "
-        f"instead of {before}, to which it then gives {flip_set.probability_after:.3g}."
+        f"{_verb(flips, len(flip_set))} ({share:.1%} of all) the refitted head {says}, to which it then gives "
+        f"{flip_set.probability_after:.3g}."
     )
     if not flips.retrained:
         return after
@@ -134,7 +137,7 @@ def _share_table(flips: Flips) -> Table:
     from scipy.stats import binomtest
 
     rows: list[list[Cell]] = []
-    for k in sorted({*WITHIN, flips.limit}):
+    for k in sorted({*(k for k in WITHIN if k <= flips.limit), flips.limit}):
         n = flips.within(k)
         interval = binomtest(n, len(flips.sets)).proportion_ci(method="wilson")
         rows.append([k, n, n / len(flips.sets), float(interval.low), float(interval.high)])
@@ -203,8 +206,12 @@ def _group(flips: Flips, retriever: Retriever, i: int) -> Group:
     new = flip_set.new_labels
     facts = None if new is None else [{"new label": names[label]} for label in new[shown]]
     more = len(flip_set) - SHOWN_ROWS
+    n_rows = f"{len(flip_set):,} row{'' if len(flip_set) == 1 else 's'}"
+    result = f"flip it to {names[flip_set.after]}" if flip_set.flipped else "flip it, as retrained models say"
+    if not len(flip_set):
+        n_rows, result = names[flip_set.before], "is predicted already"
     return Group(
-        f"Test row {row}: {len(flip_set):,} row{'' if len(flip_set) == 1 else 's'} flip it to {names[flip_set.after]}",
+        f"Test row {row}: {n_rows} {result}",
         row_passages(retriever, flip_set.rows[shown], heads, facts=facts),
         f"The first {SHOWN_ROWS}; {more:,} more stand in the table." if more > 0 else "",
         query,

@@ -26,7 +26,7 @@ class Ranked:
         query: Position of the test row among the retrainer's evaluation rows.
         rows: Row numbers, ``(n,)``, the first ``size`` of which flip the head's prediction.
         new_labels: Their new class ids; None: they are taken out.
-        size: Rows of the flip set at the head.
+        size: Rows of the flip set at the head; 0 where the label that is asked for is predicted already.
         before: Class that the model predicts.
         to: Class that is asked for; None: any other.
     """
@@ -71,13 +71,15 @@ def retrain(
     tries: int = TRIES,
     progress: Progress = lambda _stage, _done, _total: None,
 ) -> Retrained:
-    """Find the size at which most retrained seeds flip."""
+    """Find the size at which most retrained seeds flip; 0 where the label that is asked for is predicted already."""
     live = retrainer.rows.live
     unchanged = retrainer.run([Job(live, seed) for seed in seeds], progress)
     clear = [s for s, o in zip(seeds, unchanged, strict=True) if o.predictions[ranked.query] == ranked.before]
     flipped: dict[int, float] = {}
     if not clear:
         return Retrained(None, flipped, len(seeds))
+    if not ranked.size:
+        return Retrained(0, {0: 1.0}, len(seeds) - len(clear))
 
     def holds(size: int) -> bool:
         outcomes = retrainer.run([ranked.job(live, seed, size) for seed in clear], progress)

@@ -61,7 +61,7 @@ def flip(
         to: Name of the label that the model shall predict; None: any other than it does.
         relabel: Give rows another label, instead of taking them out.
         limit: Training rows that are changed at most; None: half of them.
-        damping: One that the index holds at its head; None: its first.
+        damping: Of the head, as :class:`~forebear.QuerySpec` has it; None: the index's first.
         how: Retrain the model too, by the recipe ``full`` or ``top-K``, and grow or shrink each set until it flips most
             seeds; None: only the head is refitted.
         n_queries: Test rows in the sample; 0: all.

@@ -43,7 +43,7 @@ class HeadRefits:
         Args:
             models: Models of an index with the exact curvature of its head, or of many classes with :meth:`minimum`
                 alone.
-            damping: One that the index holds, as the question names it; None: its first.
+            damping: As the question names it; None: the index's first.
         """
         self.models, self.index, self._damping = models, models.index, damping
 
@@ -52,7 +52,8 @@ class HeadRefits:
         """H^-1 over all live rows.
 
         Raises:
-            MissingStoreError: The index has no factor of the head's curvature, or not at this damping.
+            InputError: The damping means nothing, or is too small to be solved with in float64.
+            MissingStoreError: The index has no exact curvature of the head.
         """
         return self.index.head.inverse(self._damping)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -15,7 +16,8 @@ import forebear
 from forebear.cli.main import run
 from forebear.errors import InputError
 from forebear.evaluation.flips.head import HeadProblem
-from forebear.evaluation.flips.retrained import Ranked, retrain
+from forebear.evaluation.flips.report import flips_report
+from forebear.evaluation.flips.retrained import Ranked, Retrained, retrain
 from forebear.evaluation.flips.search import FlipSearch
 from forebear.evaluation.retraining.jobs import Job, Outcome
 from forebear.indexer.model.forward import run_forward
@@ -202,6 +204,37 @@ def test_a_set_that_never_flips_says_so_and_seeds_of_another_mind_take_no_part()
     assert retrain(Made({0: 0}), ranked(40), [0]).size is None
 
 
+def test_a_label_that_is_predicted_already_is_put_to_the_test_without_a_change():
+    rows = np.arange(20)
+    needed = {0: 5, 1: 5, 2: 0}
+    retrainer = Made(needed)
+    found = retrain(retrainer, Ranked(0, rows, None, 0, 0, to=0), [0, 1, 2])
+    assert (found.size, found.flipped, found.unclear) == (0, {0: 1.0}, 1)
+    assert len(retrainer.jobs) == len(needed)  # on unchanged rows alone
+    assert retrain(Made({0: 0}), Ranked(0, rows, None, 0, 0, to=0), [0]).size is None
+
+
+def test_a_set_that_flips_retrained_models_alone_says_so(bert_world):
+    """A retrained model may flip by fewer rows than the refitted head."""
+    found = forebear.flip(bert_world.retriever, bert_world.queries[:1], limit=5)
+    (held,) = found.numbers.sets
+    not_flipped = replace(held, after=held.before, probability_after=0.75)
+    flips = replace(found.numbers, sets=[not_flipped], retrained=[Retrained(len(held), {len(held): 1.0})])
+    question = bert_world.retriever.resolve(forebear.QuerySpec(methods=("if",)))
+    report, _ = flips_report(flips, bert_world.retriever, question, "", "Retrained.")
+    name = bert_world.retriever.label_names[held.before]
+    assert f"the refitted head still predicts “{name}”" in report.summary
+    assert "instead" not in report.summary
+    assert "100% of the seeds flip" in report.summary
+    assert report.groups[0].title.endswith("as retrained models say")
+
+
+def test_shares_are_of_sets_that_the_limit_allows(bert_world):
+    found = forebear.flip(bert_world.retriever, bert_world.queries, limit=5)
+    assert [row[0] for row in found.report.tables[0].rows] == [1, 5]
+    assert "by at most 50" not in found.report.summary
+
+
 def test_a_relabelled_row_keeps_its_place_and_has_a_digest_of_its_own():
     rows, new = np.array([7, 3, 5]), np.array([1, 0, 1])
     job = Ranked(0, rows, new, 3, 0, None).job(np.arange(9), 4, 2)
@@ -250,7 +283,7 @@ def test_a_batch_writes_a_report_and_a_patch_that_names_every_row(bert_world, tm
     [
         (["--limit", "0"], "--limit 0: expected 1 to"),
         (["--to", "nothing"], "--to 'nothing': expected one of the model's labels"),
-        (["--damping", "77x"], "at damping"),
+        (["--damping", "much"], "damping 'much': expected a number"),
         (["--pair", "b"], "2 text"),
     ],
 )
