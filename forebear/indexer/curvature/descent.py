@@ -106,7 +106,7 @@ def descend(
         return axpy(damping, x, product(x, positions))
 
     def residual_of(x: Vectors) -> np.ndarray:
-        return finite(fetch(norm(axpy(-1.0, shifted(x, None), v)))[0], "a residual")
+        return fetch(norm(axpy(-1.0, shifted(x, None), v)))[0]
 
     start = precondition(v)
     batches = _batches(n_rows, settings.batch_rows, seed)
@@ -120,8 +120,8 @@ def descend(
         share = 1.0 if is_whole else 1.0 - step / settings.steps
         gradient = axpy(-1.0, v, shifted(x, next(batches)))
         x = axpy(-rate * share, precondition(gradient), x)
-    before, residual = residual_of(start), residual_of(x)
-    worse = ~(residual <= before)
+    before, residual = finite(residual_of(start), "a residual"), residual_of(x)
+    worse = ~(residual <= before)  # also where steps too long for a batch led beyond all numbers
     if worse.any():
         kept = torch.from_numpy(worse).to(next(iter(x.values())).device).reshape(-1, 1, 1)
         x = {name: torch.where(kept, start[name], found) for name, found in x.items()}
@@ -132,7 +132,7 @@ def descend(
 
 
 def _batches(n_rows: int, size: int, seed: int) -> Iterator[list[int] | None]:
-    """Positions of the rows of each step: every row once before any comes again; None: all rows."""
+    """Positions of the rows of each step, in passes without what is left below ``size``; None: all rows."""
     rng = np.random.default_rng([seed, 13])
     while True:
         if size >= n_rows:

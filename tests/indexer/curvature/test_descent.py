@@ -111,6 +111,16 @@ def test_a_solution_that_got_no_better_is_the_first_one():
     assert found.residual.max() <= 1e-12
 
 
+def test_a_solution_that_grew_beyond_all_numbers_is_the_first_one(monkeypatch):
+    monkeypatch.setattr("forebear.indexer.curvature.descent._largest", lambda *_: 1e-6)  # steps a million times too long
+    rows, b = Rows(), right_sides()
+    found = ask(rows, b, steps=100)
+    start = diagonal(rows.matrix)(as_vectors(b))["a"]
+    torch.testing.assert_close(found.vectors["a"], start)
+    assert found.iterations.tolist() == [0, 0, 0]
+    assert np.isfinite(found.residual).all()
+
+
 def test_zero_gives_zero():
     found = ask(Rows(), np.vstack([np.zeros(SIZE), right_sides()[1]]))
     assert not found.vectors["a"][0].any()
