@@ -35,7 +35,8 @@ class Measured:
         scope: Scope of its gradients; ``run`` of a method that differentiates the training run.
         curvature: How H^-1 was had; ``none`` of a method without it.
         damping: What was added to the diagonal; None where nothing says it.
-        recipe: What was trained again, as ``--retrain`` names it.
+        recipe: What was trained again, as ``--retrain`` names it; and by which damping the head was held, where that is
+            not the effects' own.
         seeds: Seeds of the retrainings.
         test_rows: Name of the test rows, and how many there were.
         sizes: Numbers of rows that were left out.

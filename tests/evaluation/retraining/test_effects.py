@@ -217,6 +217,17 @@ def test_an_index_keeps_what_was_measured_and_answers_say_it(copied, bert_world,
     assert "measured before the index changed" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_refit_that_is_held_by_another_damping_than_the_question_is_kept_as_such(copied, bert_world):
+    """Both dampings are compared with the same refits, which are those that one of them alone linearises."""
+    how = Retraining(recipe="proximal-head")
+    evaluations.effects(
+        copied, bert_world.queries[:2], dampings=("0.1x", "2x"), remove=(1,), n_sets=1, how=how, keep=True
+    )
+    first, second = read_measured(copied)
+    assert first.recipe == "proximal-head"
+    assert second.recipe == f"proximal-head held by {first.damping:.3g}"
+
+
 def test_a_damaged_record_is_said_and_not_shown(copied, bert_world):
     (copied / "effects.json").write_text('{"version": 1, "results": [')
     with pytest.warns(UserWarning, match="is damaged"):

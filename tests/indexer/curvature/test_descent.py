@@ -112,7 +112,9 @@ def test_a_solution_that_got_no_better_is_the_first_one():
 
 
 def test_a_solution_that_grew_beyond_all_numbers_is_the_first_one(monkeypatch):
-    monkeypatch.setattr("forebear.indexer.curvature.descent._largest", lambda *_: 1e-6)  # steps a million times too long
+    monkeypatch.setattr(
+        "forebear.indexer.curvature.descent._largest", lambda *_: 1e-6
+    )  # steps a million times too long
     rows, b = Rows(), right_sides()
     found = ask(rows, b, steps=100)
     start = diagonal(rows.matrix)(as_vectors(b))["a"]

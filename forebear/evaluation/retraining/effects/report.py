@@ -15,6 +15,7 @@ from forebear.evaluation.retraining.changes import IN_PLACE, RetrainingInputs
 from forebear.evaluation.retraining.effects.fit import Fit, fit
 from forebear.evaluation.retraining.effects.measure import LOSS, PROBABILITY, EffectPairs, Pairs
 from forebear.evaluation.retraining.effects.sets import OPPONENTS, PROPONENTS, RANDOM
+from forebear.evaluation.retraining.jobs import Recipe
 from forebear.evaluation.retraining.lds.settings import Settings
 from forebear.retriever.effects.kinds import effect_kind
 from forebear.retriever.effects.measured import Measured, scope_and_curvature
@@ -104,7 +105,7 @@ def measured(found: EffectPairs, settings: Settings, inputs: RetrainingInputs) -
                     scope=scope,
                     curvature=curvature,
                     damping=damping,
-                    recipe=inputs.retrainer.recipe.name,
+                    recipe=_recipe_name(inputs.retrainer.recipe, scope, damping),
                     seeds=found.seeds,
                     test_rows=f"{len(inputs.queries):,} of {inputs.queries.source}",
                     sizes=found.sizes,
@@ -116,6 +117,12 @@ def measured(found: EffectPairs, settings: Settings, inputs: RetrainingInputs) -
                 )
             )
     return results
+
+
+def _recipe_name(recipe: Recipe, scope: str, damping: float | None) -> str:
+    """The recipe; where it holds the head by another damping than the effects at the head have, with this damping."""
+    held = recipe.facts.get("damping")
+    return recipe.name if scope != "head" or held in (None, damping) else f"{recipe.name} held by {held:.3g}"
 
 
 def _table(title: str, found: EffectPairs, column: int, seed: int, note: str) -> Table:
