@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from forebear.errors import InputError
-from forebear.indexer.curvature.head import fits_dense
+from forebear.errors import InputError, MissingStoreError
+from forebear.indexer.index import Index
 from forebear.retriever.effects.minimum import HeadRows, Refit
 from forebear.retriever.effects.refits import HeadRefits, trained_rows
 
@@ -29,6 +29,25 @@ class State:
     weight: np.ndarray
 
 
+def check_head(index: Index) -> None:
+    """Refuse an index whose head cannot be refitted row by row.
+
+    Raises:
+        InputError: The head has too many classes for one matrix.
+        MissingStoreError: The index holds no curvature of its head.
+    """
+    needs = "flip sets take the head's exact curvature"
+    if index.head.solver is None:
+        raise MissingStoreError(
+            f"{needs}, and {index.folder} holds none (--damping none). Build it with a --damping.", of="index"
+        )
+    if index.head.solver != "exact":
+        raise InputError(
+            f"{needs}, and the head of {index.folder} has too many classes for one matrix of it. The method `if` ranks "
+            "the rows behind a prediction there, too."
+        )
+
+
 class HeadProblem:
     """Changes of the training rows of an index, and what the head then says of a test row.
 
@@ -42,17 +61,15 @@ class HeadProblem:
         """Read the stored features of the live rows.
 
         Raises:
-            InputError: The head has too many classes for one matrix.
-            MissingStoreError: The index holds no curvature of its head.
+            InputError: See :func:`check_head`.
         """
         index = refits.index
+        check_head(index)
         self.relabels, self.rows, self._loss = relabels, index.live, index.loss
         self._trained = trained_rows(index, refits.models.classifier())
         self.labels = self._trained.targets
         self._basis = self._loss.basis(self._trained.logits.shape[1])
         width = self._trained.features.shape[1]
-        if not fits_dense(self._trained.logits.shape[1], width, self._loss):
-            raise InputError(f"flip: the head of {index.folder} has too many classes for one matrix of its curvature.")
         self._refit = Refit(self._trained, self._loss, refits.inverse.damping)
         self.begin = State(np.empty(0, np.int64), np.zeros((len(self._basis), width)))
 

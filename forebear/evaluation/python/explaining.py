@@ -11,6 +11,7 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.evaluation.explain import explaining
 from forebear.evaluation.explain.explanation import Explanation
+from forebear.evaluation.flips.head import check_head
 from forebear.evaluation.python.flipping import flip_of
 from forebear.evaluation.python.opening import IndexLike, Rows, check_targets, retriever_of, tested_rows
 from forebear.indexer.index import Index
@@ -84,6 +85,7 @@ def explain(
     tell_fit_age(question)
     if flip:
         check_targets(retriever.index, "flip")
+        check_head(retriever.index)
     explanation = explaining.explain(retriever, query, question, form=form, command=caller("forebear.explain(...)"))
     return replace(explanation, flip=flip_of(retriever, query)) if flip else explanation
 

@@ -11,6 +11,7 @@ from forebear.errors import InputError
 from forebear.evaluation.common.queries import sample_queries
 from forebear.evaluation.explain.explanation import ChangedRow, Flip
 from forebear.evaluation.flips import flipping as of_flips
+from forebear.evaluation.flips.head import check_head
 from forebear.evaluation.flips.report import PATCH_NAME, SHOWN_ROWS, flips_report, patch_text
 from forebear.evaluation.python.opening import Finding, IndexLike, Rows, called, question_of, retriever_of, tested_rows
 from forebear.evaluation.python.retrainings import Retraining, retrainer_of
@@ -77,6 +78,7 @@ def flip(
         >>> forebear.flip("runs/demo/index", [("The cat sat .", "A cat sat .")], limit=50)
     """
     retriever = retriever_of(retriever, "flip")
+    check_head(retriever.index)
     question = question_of(retriever, None, {"methods": ("if",), "damping": damping})
     n_limit = of_flips.limit_of(limit, len(retriever.index.live))
     if to is not None and to not in retriever.label_names:

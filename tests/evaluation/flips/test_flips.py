@@ -11,16 +11,20 @@ from itertools import combinations
 import numpy as np
 import pytest
 from scipy.optimize import minimize
+from tiny import labels, sentences
 
 import forebear
 from forebear.cli.main import run
-from forebear.errors import InputError
+from forebear.errors import InputError, MissingStoreError
 from forebear.evaluation.flips.head import HeadProblem
 from forebear.evaluation.flips.report import flips_report
 from forebear.evaluation.flips.retrained import Ranked, Retrained, retrain
 from forebear.evaluation.flips.search import FlipSearch
 from forebear.evaluation.retraining.jobs import Job, Outcome
+from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.model.forward import run_forward
+from forebear.indexer.rows.opening import rows_from_texts
+from forebear.indexer.training.run import choose_model
 from forebear.retriever.effects.refits import HeadRefits
 
 
@@ -292,6 +296,17 @@ def test_what_means_nothing_is_refused(bert_world, capsys, given, said):
 
     assert run(["flip", "--index", str(bert_world.index.folder), "--text", "a film", *given]) == 2
     assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_head_without_curvature_is_refused_before_the_work_with_what_to_do(tmp_path, tiny_model, monkeypatch):
+    source = rows_from_texts(sentences(12), labels(12), label_names=("a", "b"))
+    build_index(source, tmp_path / "index", choose_model(tiny_model()).checkpoints, BuildOptions(dampings=()))
+    expected = "flip sets take .* head's exact curvature.*holds none.*Build it with a dampings="
+    with pytest.raises(MissingStoreError, match=expected):
+        forebear.flip(tmp_path / "index", ["a film"])
+    monkeypatch.setattr("forebear.evaluation.explain.explaining.explain", lambda *_a, **_k: pytest.fail("work"))
+    with pytest.raises(MissingStoreError, match=expected):
+        forebear.explain(tmp_path / "index", "a film", methods=["gc"], flip=True)
 
 
 def test_retraining_needs_a_run(bert_world):
