@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ import torch
 import forebear
 from forebear.cli.main import run
 from forebear.indexer.building.build import BuildOptions, build_index
+from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.run import choose_model
@@ -133,6 +136,19 @@ def test_first_order_probabilities_know_class_weights_and_not_smoothing(smoothin
     p = forward.probabilities[table["query"], target]
     new = np.exp(-(-np.log(p) * np.array(weights)[target] + table["effect"]) / np.array(weights)[target])
     np.testing.assert_allclose(table["effect_probability"], new - p, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("n_classes", "width", "few"), [(7, 384, True), (8, 384, False), (4, 768, True), (5, 768, False)]
+)
+def test_newton_steps_end_where_the_page_on_methods_says(n_classes, width, few):
+    spec = SimpleNamespace(label_names=["a"] * n_classes)
+    manifest = SimpleNamespace(spec=spec, feature_dim=width)
+    head = SimpleNamespace(solver="exact")
+    index = SimpleNamespace(head=head, loss=CROSS_ENTROPY, manifest=manifest)
+    assert refits_module.has_newton_steps(index) is few
+    page = (Path(__file__).parents[3] / "docs" / "methods.md").read_text()
+    assert "from 8 classes of 384 features on,\nor 5 of 768" in page
 
 
 def test_effects_on_a_group_are_sums_and_sets_are_solved_together(world):
