@@ -233,6 +233,15 @@ def test_a_set_that_flips_retrained_models_alone_says_so(bert_world):
     assert report.groups[0].title.endswith("as retrained models say")
 
 
+def test_seeds_that_predict_another_label_without_any_change_are_named_as_the_reason(bert_world):
+    found = forebear.flip(bert_world.retriever, bert_world.queries[:1], limit=5)
+    flips = replace(found.numbers, retrained=[Retrained(None, {}, 3)])
+    question = bert_world.retriever.resolve(forebear.QuerySpec(methods=("if",)))
+    report, _ = flips_report(flips, bert_world.retriever, question, "", "Retrained.")
+    assert "Trained on unchanged rows, no seed (of 3) predicts" in report.summary
+    assert "was found" not in report.summary
+
+
 def test_shares_are_of_sets_that_the_limit_allows(bert_world):
     found = forebear.flip(bert_world.retriever, bert_world.queries, limit=5)
     assert [row[0] for row in found.report.tables[0].rows] == [1, 5]
