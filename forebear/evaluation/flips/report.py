@@ -112,8 +112,8 @@ def _summary(flips: Flips, names: tuple[str, ...]) -> str:
     before = f"“{names[flip_set.before]}” ({flip_set.probability_before:.3g})"
     if flips.retrained and not flips.retrained[0].flipped:
         return (
-            f"Trained on unchanged rows, no seed (of {flips.retrained[0].unclear}) predicts {before} as the model does, "
-            "so that there is nothing to flip. Give other seeds, or leave retraining out."
+            f"Trained on unchanged rows, no seed (of {flips.retrained[0].unclear}) predicts {before} as the model "
+            "does, so that there is nothing to flip. Give other seeds, or leave retraining out."
         )
     if math.isinf(flips.sizes[0]):
         return f"No flip of {before} was found by at most {flips.limit:,} of {flips.n_rows:,} training rows."
