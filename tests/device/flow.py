@@ -37,7 +37,8 @@ STORED = (
     *(name for name, m in METHODS.items() if m.scope == "head" or m.representation in ("feature", "sentence")),
 )
 DEEP = tuple(name for name, m in METHODS.items() if name not in STORED and not m.by_model)
-BY_MODEL = tuple(name for name, method in METHODS.items() if method.by_model)
+# The run itself can be asked on its own device alone, of the rows that it was trained on.
+BY_MODEL = tuple(name for name, method in METHODS.items() if method.by_model and not method.through_run)
 
 
 def command(*words: object) -> None:
@@ -125,6 +126,8 @@ def solve(folder: Path, device: str) -> None:
         more = (*few, *(LISSA if curvature == "lissa" else ()), "--damping", 0.1)
         ask(folder, device, f"{curvature}-head", "--method", "if", "--curvature", curvature, *more)
         ask(folder, device, curvature, "--method", "if,rif", "--scope", "top-1", "--curvature", curvature, *more)
+    steps = ("--astra", "steps=4,batch_rows=8")
+    ask(folder, device, "astra", "--method", "if", "--scope", "top-1", "--curvature", "astra", *steps)
     ask(folder, device, "certified", "--method", "gd,rif", "--scope", "top-1", "--certify")
     ask(folder, device, "summed", "--method", "gd,if", "--scope", "all", "--aggregate")
 
