@@ -200,7 +200,7 @@ def test_methods_lists_the_table(capsys):
         (["retrieve", "--index", "INDEX", "--text", "a", "--target", "gold"], ["labels"]),
         (["retrieve", "--index", "INDEX", "--text", "a", "--pair", "b"], ["2 text(s)", "1 (text)"]),
         (["retrieve", "--index", "INDEX", "--text", "a", "--out", "x.doc"], [".parquet, .jsonl or .csv"]),
-        (["retrieve", "--index", "INDEX", "--text", "a", "--method", "if", "--damping", "9"], ["0.1x", "9"]),
+        (["retrieve", "--index", "INDEX", "--text", "a", "--method", "if", "--damping", "much"], ["'much'", "0.1x"]),
         (["retrieve", "--index", "nowhere", "--text", "a"], ["no such folder: nowhere"]),
         (["retrieve", "--index", "INDEX", "--test", "nowhere.csv"], ["nowhere.csv"]),
         (["retrieve", "--index", "INDEX", "--nonsense"], ["--nonsense"]),

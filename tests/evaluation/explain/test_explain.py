@@ -665,7 +665,7 @@ def test_choices_reach_the_answer(world, tmp_path):
         (["--text", "a", "--method", "nonsense"], "'nonsense'"),
         (["--text", "a", "--target", "gold"], "no label"),
         (["--text", "a", "--pair", "b"], "2 text(s)"),
-        (["--text", "a", "--method", "if", "--damping", "9"], "9"),
+        (["--text", "a", "--method", "if", "--damping", "much"], "'much'"),
         (["--text", "a", "--recall", "0"], "--recall 0"),
         (["--text", "a", "--scope", "all"], "--scope head,all"),
         (["--pair", "b"], "--text"),
