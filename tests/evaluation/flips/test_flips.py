@@ -313,7 +313,7 @@ def test_a_head_without_curvature_is_refused_before_the_work_with_what_to_do(tmp
     expected = "flip sets take .* head's exact curvature.*holds none.*Build it with a dampings="
     with pytest.raises(MissingStoreError, match=expected):
         forebear.flip(tmp_path / "index", ["a film"])
-    monkeypatch.setattr("forebear.evaluation.explain.explaining.explain", lambda *_a, **_k: pytest.fail("work"))
+    monkeypatch.setattr("forebear.evaluation.explain.explaining.run_forward", lambda *_a, **_k: pytest.fail("work"))
     with pytest.raises(MissingStoreError, match=expected):
         forebear.explain(tmp_path / "index", "a film", methods=["gc"], flip=True)
 
