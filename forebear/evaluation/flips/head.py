@@ -6,14 +6,13 @@ minimum with all rows is the trained head. A *state* is that minimum for a set S
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from forebear.errors import InputError, MissingStoreError
 from forebear.indexer.index import Index
-from forebear.retriever.effects.minimum import HeadRows, Refit
-from forebear.retriever.effects.refits import HeadRefits, trained_rows
+from forebear.retriever.effects.refits import HeadRefits
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,10 +21,12 @@ class State:
 
     Attributes:
         changed: Positions among the live rows, in the order in which they were changed.
+        new_labels: Class ids that they got; their own, where rows are taken out.
         weight: V, change of the head's weight in the loss' basis, ``(a, h)``.
     """
 
     changed: np.ndarray
+    new_labels: np.ndarray
     weight: np.ndarray
 
 
@@ -65,41 +66,34 @@ class HeadProblem:
         """
         index = refits.index
         check_head(index)
-        self.relabels, self.rows, self._loss = relabels, index.live, index.loss
-        self._trained = trained_rows(index, refits.models.classifier())
-        self.labels = self._trained.targets
-        self._basis = self._loss.basis(self._trained.logits.shape[1])
-        width = self._trained.features.shape[1]
-        self._refit = Refit(self._trained, self._loss, refits.inverse.damping)
-        self.begin = State(np.empty(0, np.int64), np.zeros((len(self._basis), width)))
+        self.relabels, self.rows, self.labels = relabels, index.live, refits.trained.targets
+        self._refits, self._loss = refits, index.loss
+        n_classes, width = refits.trained.logits.shape[1], refits.trained.features.shape[1]
+        self._basis, none = self._loss.basis(n_classes), np.empty(0, np.int64)
+        self.begin = State(none, none, np.zeros((len(self._basis), width)))
 
     def logits(self, state: State, feature: np.ndarray, logits: np.ndarray) -> np.ndarray:
         """Logits ``(c,)`` of a test row in a state, of its feature ``(h,)`` and its logits by the trained head."""
         return np.asarray(logits + self._basis.T @ (state.weight @ feature.astype(np.float64)))
 
-    def refitted(self, changed: np.ndarray, new_labels: np.ndarray | None, start: State) -> State:
+    def refitted(self, changed: np.ndarray, new_labels: np.ndarray, start: State) -> State:
         """The state after rows are changed, at the minimum of J_S.
 
         Args:
             changed: Positions among the live rows.
-            new_labels: Their new class ids, where rows are relabelled.
+            new_labels: The class ids that they get; of no account where rows are taken out.
             start: A state near it.
         """
-        rows = self._after(changed, new_labels)
-        if not self.relabels:
-            rows = rows.take(np.delete(np.arange(len(rows)), changed))
-        return State(changed, self._refit.minimum(rows, start.weight))
+        targets = new_labels if self.relabels else None
+        return State(changed, new_labels, self._refits.minimum(self.rows[changed], targets, start.weight))
 
-    def gains(
-        self, state: State, new_labels: np.ndarray | None, feature: np.ndarray, first: int, second: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def gains(self, state: State, feature: np.ndarray, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:
         """Predicted change of the margin, logit ``first`` - logit ``second``, of a test row by changing each row more.
 
         To first order in the row, at the state's own head and curvature.
 
         Args:
             state: A state.
-            new_labels: Class ids of the state's changed rows, where rows are relabelled.
             feature: f of the test row, ``(h,)``.
             first: The class that is predicted.
             second: The class that is to be.
@@ -108,16 +102,16 @@ class HeadProblem:
             Changes of the margin ``(n,)``, of a row that is changed already by changing it back; and the label that
             each row would get ``(n,)`` (its own, where rows are taken out).
         """
-        now = self._after(state.changed, new_labels)
-        kept = now if self.relabels else now.take(np.delete(np.arange(len(now)), state.changed))
+        trained = self._refits.trained
+        kept = self._refits.after(self.rows[state.changed], state.new_labels if self.relabels else None)
         direction = self._basis[:, first] - self._basis[:, second]
         asked = direction[:, None] * feature.astype(np.float64)[None]
-        solved = self._refit.solve(state.weight, asked, kept)
-        n, n_classes = self._trained.logits.shape
+        solved = self._refits.refit.solve(state.weight, asked, kept)
+        n, n_classes = trained.logits.shape
         back = np.zeros(n, bool)
         back[state.changed] = True
         gains, labels, start = np.empty(n), self.labels.copy(), 0
-        for rows in now.blocks():
+        for rows in (kept if self.relabels else trained).blocks():
             block = slice(start, start := start + len(rows))
             logits = rows.logits + rows.features @ state.weight.T @ self._basis
             along = rows.features @ solved.T  # <x_a, f_n>, (b, a)
@@ -136,11 +130,3 @@ class HeadProblem:
             gains[block] = np.where(back[block], pull(rows.targets) - own, own - by_label.max(axis=0))
             labels[block] = np.where(back[block], self.labels[block], by_label.argmax(axis=0))
         return gains / n, labels
-
-    def _after(self, changed: np.ndarray, new_labels: np.ndarray | None) -> HeadRows:
-        """All rows, with the new labels of those that are relabelled."""
-        if not self.relabels or new_labels is None or not len(changed):
-            return self._trained
-        targets = self.labels.copy()
-        targets[changed] = new_labels
-        return replace(self._trained, targets=targets)

@@ -73,34 +73,24 @@ class FlipSearch:
             to: The class that the head shall predict; None: any other than it does.
         """
         asked = _Asked(self._problem, feature, logits, to)
-        state, new_labels = self._grow(asked)
-        if asked.flips(state):
-            state, new_labels = self._shrink(asked, state, new_labels)
-        return asked.found(state, new_labels)
+        state = self._grow(asked)
+        return asked.found(self._shrink(asked, state) if asked.flips(state) else state)
 
     def ranking(self, feature: np.ndarray, logits: np.ndarray, flip_set: FlipSet) -> FlipSet:
         """A flip set and further rows, up to the limit, in the order of their predicted effects after it."""
         asked = _Asked(self._problem, feature, logits, flip_set.to)
-        changed = np.searchsorted(self._problem.rows, flip_set.rows)
-        new_labels = np.empty(0, np.int64) if flip_set.new_labels is None else flip_set.new_labels
-        state = self._problem.refitted(changed, new_labels, self._problem.begin)
+        state = self._state_of(flip_set, len(flip_set))
         while len(state.changed) < self._limit:
-            _, gains, labels = asked.gains(state, new_labels)
-            gains[state.changed] = np.inf
-            order = np.argsort(gains, kind="stable")
-            n_more = min(max(1, len(state.changed)), int((gains < 0).sum()), self._limit - len(state.changed))
+            _, rows, _, labels = self._helping(asked, state)
+            n_more = min(max(1, len(state.changed)), len(rows), self._limit - len(state.changed))
             if not n_more:
                 break
-            new_labels = np.concatenate([new_labels, labels[order[:n_more]]])
-            state = self._problem.refitted(np.concatenate([state.changed, order[:n_more]]), new_labels, state)
-        return asked.found(state, new_labels)
+            state = self._changed_more(state, rows[:n_more], labels[:n_more])
+        return asked.found(state)
 
     def first(self, ranking: FlipSet, size: int, feature: np.ndarray, logits: np.ndarray) -> FlipSet:
         """The first rows of a ranking as a set of their own."""
-        asked = _Asked(self._problem, feature, logits, ranking.to)
-        changed = np.searchsorted(self._problem.rows, ranking.rows[:size])
-        new_labels = np.empty(0, np.int64) if ranking.new_labels is None else ranking.new_labels[:size]
-        return asked.found(self._problem.refitted(changed, new_labels, self._problem.begin), new_labels)
+        return _Asked(self._problem, feature, logits, ranking.to).found(self._state_of(ranking, size))
 
     def shortest_beginning(
         self, feature: np.ndarray, logits: np.ndarray, order: np.ndarray, to: int | None = None
@@ -115,65 +105,80 @@ class FlipSearch:
         """
         asked = _Asked(self._problem, feature, logits, to)
         order = order[: self._limit]
-        low, high, size, best = 0, None, 1, self._problem.begin
-        while high is None and low < len(order):
-            size = min(size, len(order))
-            state = self._problem.refitted(order[:size], None, best)
-            best = state
+        labels = self._problem.labels[order]  # of no account: rows are taken out
+        tried, size, state = 0, min(1, len(order)), self._problem.begin
+        while tried < len(order):
+            state = self._problem.refitted(order[:size], labels[:size], state)
             if asked.flips(state):
-                high = size
-            else:
-                low, size = size, 2 * size
-        while high is not None and high - low > 1:
-            middle = (low + high) // 2
-            state = self._problem.refitted(order[:middle], None, best)
-            if asked.flips(state):
-                best, high = state, middle
-            else:
-                low = middle
-        return asked.found(best, None)
+                return asked.found(self._fewest(asked, order, labels, tried, state))
+            tried, size = size, min(2 * size, len(order))
+        return asked.found(state)
 
-    def _grow(self, asked: _Asked) -> tuple[State, np.ndarray]:
+    def _grow(self, asked: _Asked) -> State:
         """Change rows until the refitted head says something else, or no row helps any more."""
-        state, new_labels = self._problem.begin, np.empty(0, np.int64)
+        state = self._problem.begin
         while not asked.flips(state) and len(state.changed) < self._limit:
-            margin, gains, labels = asked.gains(state, new_labels)
-            gains[state.changed] = np.inf
-            order = np.argsort(gains, kind="stable")
-            helping = int((gains < 0).sum())
-            if not helping:
+            margin, rows, gains, labels = self._helping(asked, state)
+            if not len(rows):
                 break
-            reached = np.flatnonzero(margin + np.cumsum(gains[order[:helping]]) <= 0)
-            needed = int(reached[0]) + 1 if len(reached) else helping
+            reached = np.flatnonzero(margin + np.cumsum(gains) <= 0)
+            needed = int(reached[0]) + 1 if len(reached) else len(rows)
             n_more = min(int(np.ceil(ROUND_SHARE * needed)), self._limit - len(state.changed))
-            more = order[:n_more]
-            new_labels = np.concatenate([new_labels, labels[more]])
-            state = self._problem.refitted(np.concatenate([state.changed, more]), new_labels, state)
-        return state, new_labels
+            state = self._changed_more(state, rows[:n_more], labels[:n_more])
+        return state
 
-    def _shrink(self, asked: _Asked, state: State, new_labels: np.ndarray) -> tuple[State, np.ndarray]:
+    def _shrink(self, asked: _Asked, state: State) -> State:
         """Change back as many rows as the flip stands, those of the least effect first."""
-        _, gains, _ = asked.gains(state, new_labels)
+        _, gains, _ = asked.gains(state)
         order = np.argsort(-gains[state.changed], kind="stable")  # the largest effect first
-        changed, new_labels = state.changed[order], new_labels[order]
-        low, high = 0, len(changed)  # so many rows do not suffice; so many do
-        best = State(changed, state.weight)
-        while high - low > 1:
-            middle = (low + high) // 2
-            tried = self._problem.refitted(changed[:middle], new_labels[:middle], best)
-            if asked.flips(tried):
-                best, high = tried, middle
-            else:
-                low = middle
-        new_labels = new_labels[:high]
+        changed, new_labels = state.changed[order], state.new_labels[order]
+        best = self._fewest(asked, changed, new_labels, 0, State(changed, new_labels, state.weight))
         for place in range(len(best.changed) - 1, max(-1, len(best.changed) - 1 - SINGLE_TRIES), -1):
             if len(best.changed) == 1:
                 break
-            kept = np.delete(np.arange(len(best.changed)), place)
-            tried = self._problem.refitted(best.changed[kept], new_labels[kept], best)
+            fewer = np.delete(best.changed, place), np.delete(best.new_labels, place)
+            tried = self._problem.refitted(*fewer, best)
             if asked.flips(tried):
-                best, new_labels = tried, new_labels[kept]
-        return best, new_labels
+                best = tried
+        return best
+
+    def _fewest(
+        self, asked: _Asked, changed: np.ndarray, new_labels: np.ndarray, too_few: int, flipped: State
+    ) -> State:
+        """The fewest first rows that flip, by bisection.
+
+        Args:
+            asked: The test row.
+            changed: Positions of rows, those to be changed first.
+            new_labels: Their new class ids.
+            too_few: So many first rows do not flip it.
+            flipped: The state of the fewest first rows that are known to.
+        """
+        while len(flipped.changed) - too_few > 1:
+            middle = (too_few + len(flipped.changed)) // 2
+            tried = self._problem.refitted(changed[:middle], new_labels[:middle], flipped)
+            if asked.flips(tried):
+                flipped = tried
+            else:
+                too_few = middle
+        return flipped
+
+    def _helping(self, asked: _Asked, state: State) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+        """Margin; and the rows whose change lowers it, by falling effect: positions, gains and new labels."""
+        margin, gains, labels = asked.gains(state)
+        gains[state.changed] = np.inf
+        rows = np.argsort(gains, kind="stable")[: int((gains < 0).sum())]
+        return margin, rows, gains[rows], labels[rows]
+
+    def _changed_more(self, state: State, rows: np.ndarray, labels: np.ndarray) -> State:
+        changed, new_labels = np.concatenate([state.changed, rows]), np.concatenate([state.new_labels, labels])
+        return self._problem.refitted(changed, new_labels, state)
+
+    def _state_of(self, flip_set: FlipSet, size: int) -> State:
+        """The state after the first rows of a set are changed."""
+        changed = np.searchsorted(self._problem.rows, flip_set.rows[:size])
+        labels = flip_set.labels if flip_set.new_labels is None else flip_set.new_labels
+        return self._problem.refitted(changed, labels[:size], self._problem.begin)
 
 
 class _Asked:
@@ -190,7 +195,7 @@ class _Asked:
         after = int(self.logits(state).argmax())
         return after != self._before if self._to is None else after == self._to
 
-    def gains(self, state: State, new_labels: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    def gains(self, state: State) -> tuple[float, np.ndarray, np.ndarray]:
         """Margin, and the predicted changes of it with the new labels; see :meth:`HeadProblem.gains`.
 
         Of a state that flips already the margin is below 0: it is that of the same two classes.
@@ -203,17 +208,17 @@ class _Asked:
         else:
             others[self._to] = -np.inf
             first, second = int(others.argmax()), self._to
-        gains, labels = self._problem.gains(state, new_labels, self._feature, first, second)
+        gains, labels = self._problem.gains(state, self._feature, first, second)
         return float(logits[first] - logits[second]), gains, labels
 
-    def found(self, state: State, new_labels: np.ndarray | None) -> FlipSet:
+    def found(self, state: State) -> FlipSet:
         problem = self._problem
         logits = np.stack([self._logits, self.logits(state)])
         probabilities = softmax(logits)[:, self._before]
         return FlipSet(
             rows=problem.rows[state.changed],
             labels=problem.labels[state.changed],
-            new_labels=new_labels if problem.relabels else None,
+            new_labels=state.new_labels if problem.relabels else None,
             before=self._before,
             after=int(logits[1].argmax()),
             probability_before=float(probabilities[0]),

@@ -92,15 +92,16 @@ class HeadRefits:
 
     def minimum(self, rows: np.ndarray, targets: np.ndarray | None, start: np.ndarray) -> np.ndarray:
         """The minimum of J_S, ``(a, h)`` float64, by steps from ``start``; see :meth:`together`."""
-        positions = np.searchsorted(self.index.live, rows)
-        trained = self._trained
+        return self.refit.minimum(self.after(rows, targets), start)
+
+    def after(self, rows: np.ndarray, targets: np.ndarray | None) -> HeadRows:
+        """The live rows without those of some numbers, or with other targets for these; see :meth:`together`."""
+        positions, trained = np.searchsorted(self.index.live, rows), self.trained
         if targets is None:
-            kept = np.ones(len(trained), bool)
-            kept[positions] = False
-            return self._refit.minimum(trained.take(kept), start)
+            return trained.take(np.delete(np.arange(len(trained)), positions))
         changed = trained.targets.copy()
         changed[positions] = targets
-        return self._refit.minimum(replace(trained, targets=changed), start)
+        return replace(trained, targets=changed)
 
     def logit_changes(self, changes: np.ndarray, features: np.ndarray) -> np.ndarray:
         """Changes of the logits of test rows, ``(q, k, c)``.
@@ -126,12 +127,14 @@ class HeadRefits:
         return Leaving(parts.features, parts.gradients - new.gradients, parts.curvatures - new.curvatures)
 
     @cached_property
-    def _trained(self) -> HeadRows:
+    def trained(self) -> HeadRows:
+        """The live rows, as the head was trained on them."""
         return trained_rows(self.index, self.models.classifier())
 
     @cached_property
-    def _refit(self) -> Refit:
-        return Refit(self._trained, self.index.loss, self.inverse.damping)
+    def refit(self) -> Refit:
+        """J_S with the damping of the question."""
+        return Refit(self.trained, self.index.loss, self.inverse.damping)
 
 
 def trained_rows(index: Index, classifier: Classifier) -> HeadRows:

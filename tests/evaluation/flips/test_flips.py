@@ -122,7 +122,7 @@ def test_predicted_gains_are_the_first_order_of_refits(bert_world, asked, relabe
     problem = problem_of(bert_world, relabels=relabels)
     feature, logits = asked.features[0], asked.logits[0]
     first = int(logits.argmax())
-    gains, labels = problem.gains(problem.begin, np.empty(0, np.int64), feature, first, 1 - first)
+    gains, labels = problem.gains(problem.begin, feature, first, 1 - first)
     exact = []
     for position in range(len(problem.rows)):
         state = problem.refitted(np.array([position]), labels[[position]], problem.begin)
@@ -137,10 +137,10 @@ def test_a_row_changed_back_undoes_its_gain(bert_world, asked):
     problem = problem_of(bert_world, relabels=False)
     feature, logits = asked.features[0], asked.logits[0]
     first = int(logits.argmax())
-    before, _ = problem.gains(problem.begin, np.empty(0, np.int64), feature, first, 1 - first)
+    before, _ = problem.gains(problem.begin, feature, first, 1 - first)
     row = int(np.argmin(np.abs(before - np.median(before))))
-    state = problem.refitted(np.array([row]), None, problem.begin)
-    after, _ = problem.gains(state, np.empty(0, np.int64), feature, first, 1 - first)
+    state = problem.refitted(np.array([row]), problem.labels[[row]], problem.begin)
+    after, _ = problem.gains(state, feature, first, 1 - first)
     assert after[row] * before[row] <= 0
 
 
