@@ -42,13 +42,11 @@ from forebear.evaluation.retraining.recipes import find_run, open_retrainer
 from forebear.evaluation.retraining.row_choice import (
     amounts_of,
     least_overlap,
+    predictions_of,
     row_scores,
     sides_of,
-    targets_of,
 )
-from forebear.indexer.model.forward import run_forward
 from forebear.progress import Progress, progress_of, tell_warning
-from forebear.retriever.effects.changes import Predictions
 from forebear.retriever.effects.measured import check_keeping, keep_measured
 from forebear.retriever.question.spec import QueryChoices, QuerySpec, Question
 from forebear.retriever.retriever import Retriever
@@ -127,6 +125,14 @@ def retrainer_of(
     return open_retrainer(
         retriever, how.recipe, evaluation, cache, run=how.run, l2=how.l2, device=how.device, damping=damping
     )
+
+
+def _take_first(choices: QueryChoices, scopes: Sequence[str], dampings: Sequence[str]) -> None:
+    """Let the question be asked at the first of several scopes and dampings."""
+    if scopes:
+        choices["scope"] = scopes[0]
+    if dampings:
+        choices["damping"] = dampings[0]
 
 
 def removal(
@@ -283,10 +289,7 @@ def lds(
             f"--seeds {how.n_seeds}: --paired repeats the training that is explained, which has one seed; expected 1."
         )
     retriever = retriever_of(retriever, "evaluations.lds")
-    if scopes:
-        choices["scope"] = scopes[0]
-    if dampings:
-        choices["damping"] = dampings[0]
+    _take_first(choices, scopes, dampings)
     choices["exact"] = "full"
     question = question_of(retriever, spec, choices)
     settings = Settings.of(retriever, question, scopes, dampings)
@@ -294,7 +297,7 @@ def lds(
     if paired and asked.retrainer.recipe.seeded:
         asked = replace(asked, seeds=(int(find_run(retriever.index, how.run).settings["seed"]),))
     target = asked.question.spec.target
-    targets = targets_of(retriever, asked.queries, target)
+    targets = predictions_of(retriever, asked.queries, target).targets
     found = measure_lds(
         asked.retrainer, settings.scores(retriever, asked.queries), targets, asked.seeds,
         baselines=baseline_scores(retriever, asked.queries, target, targets, seed), draws=draws, n_subsets=n_subsets,
@@ -346,10 +349,7 @@ def effects(
         StorageError: The index is to keep the result and cannot be written.
     """
     retriever = retriever_of(retriever, "evaluations.effects")
-    if scopes:
-        choices["scope"] = scopes[0]
-    if dampings:
-        choices["damping"] = dampings[0]
+    _take_first(choices, scopes, dampings)
     n_live = len(retriever.index.live)
     default = sorted({1, *(max(1, n_live // part) for part in (1000, 100, 20))})
     sizes = amounts_of(remove, shares, n_live, [str(k) for k in default])
@@ -359,8 +359,7 @@ def effects(
     if keep:
         check_keeping(retriever.index.folder)
     asked = _open("evaluations.effects", retriever, rows, how, n_queries, seed, question)
-    forward = run_forward(retriever.classifier(), asked.queries.texts)
-    targets = targets_of(retriever, asked.queries, question.spec.target)
+    predictions = predictions_of(retriever, asked.queries, question.spec.target)
     predictors = [
         Predictor(settings.name(setting), one.of([method]), scores[settings.name(setting)], retriever.models)
         for (one, of_question), scores in zip(
@@ -369,7 +368,7 @@ def effects(
         for method, setting in zip(one.methods, of_question, strict=True)
     ]
     found = measure_effects(
-        asked.retrainer, predictors, Predictions.of(forward, targets), sizes, asked.seeds, n_sets=n_sets,
+        asked.retrainer, predictors, predictions, sizes, asked.seeds, n_sets=n_sets,
         budget=how.budget, seed=seed, progress=progress_of(progress),
     )  # fmt: skip
     if keep:

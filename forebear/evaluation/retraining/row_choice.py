@@ -13,6 +13,7 @@ from forebear.evaluation.common.queries import QueryRows, score_queries
 from forebear.evaluation.common.span_queries import gradients_compared, training_spans
 from forebear.indexer.model.forward import run_forward
 from forebear.retriever.deep.search import GradientSearch
+from forebear.retriever.effects.changes import Predictions
 from forebear.retriever.question.models import N_VARIANTS
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.question.targets import choose_targets
@@ -129,16 +130,17 @@ def amounts_of(remove: Sequence[int], shares: Sequence[str], n_rows: int, defaul
     return tuple(sorted(amounts))
 
 
-def targets_of(retriever: Retriever, queries: QueryRows, target: str) -> np.ndarray:
-    """The class of each query whose loss is explained, ``(q,)``.
+def predictions_of(retriever: Retriever, queries: QueryRows, target: str) -> Predictions:
+    """What the model says of the queries, with the class of each whose loss is explained.
 
     Args:
         retriever: Over the index.
         queries: Test rows, with labels where ``target`` is ``gold``.
         target: See :class:`~forebear.retriever.question.spec.QuerySpec`.
     """
-    predictions = run_forward(retriever.classifier(), queries.texts).predictions
-    return choose_targets(target, predictions, queries.labels, retriever.label_names, retriever.index.loss)
+    forward = run_forward(retriever.classifier(), queries.texts)
+    targets = choose_targets(target, forward.predictions, queries.labels, retriever.label_names, retriever.index.loss)
+    return Predictions.of(forward, targets)
 
 
 def least_overlap(retriever: Retriever, queries: QueryRows, n_candidates: int) -> np.ndarray:
