@@ -24,7 +24,6 @@ from forebear.indexer.losses.loss import Loss
 
 MIN_RECIPROCAL_CONDITION = 1e-11  # below, float64 solves lose the fifth digit
 MAX_SIZE = 20_000  # m above which the dense factor would not fit an ordinary machine (3.2 GB)
-MAX_WHITE_NUMBERS = 1 << 24  # of rows' features in the factor's coordinates that are held at once
 MAX_BLOCK_NUMBERS = 20_000**2  # numbers in the blocks of single classes that take over then: as many
 
 
@@ -205,14 +204,6 @@ class HeadInverse(ABC):
         """<H^-1 g, g> of each row, ``(n,)`` float64, never negative."""
 
     @abstractmethod
-    def feature_products(self, features: np.ndarray) -> np.ndarray:
-        """F_n^T (H + damping I)^-1 F_n of each row, F_n = I kron f_n having a columns: ``(n, a, a)`` float64."""
-
-    @abstractmethod
-    def pair_products(self, features: np.ndarray) -> np.ndarray:
-        """F_m^T (H + damping I)^-1 F_n of every pair of rows, ``(n, a, n, a)`` float64."""
-
-    @abstractmethod
     def without(self, features: np.ndarray, curvatures: np.ndarray) -> HeadInverse:
         """The inverse of H + damping I - sum over n of A_n kron f_n f_n^T, factorised anew.
 
@@ -245,33 +236,6 @@ class HeadCurvature(HeadInverse):
         gradients = self.gradients(residuals, features).reshape(len(features), -1)
         white = solve_triangular(self.factor, gradients.T, lower=True)
         return np.asarray((white**2).sum(axis=0))
-
-    @override
-    def feature_products(self, features: np.ndarray) -> np.ndarray:
-        f = features.astype(np.float64)
-        a = len(self.factor) // f.shape[1]
-        size = max(1, MAX_WHITE_NUMBERS // (a * len(self.factor)))
-        parts = [self._white(f[start : start + size]) for start in range(0, len(f), size)]
-        products = [np.einsum("amn,bmn->nab", white, white, optimize=True) for white in parts]
-        return np.concatenate([np.empty((0, a, a)), *products])
-
-    @override
-    def pair_products(self, features: np.ndarray) -> np.ndarray:
-        white = self._white(features.astype(np.float64))
-        a, m, n = white.shape
-        flat = white.transpose(1, 2, 0).reshape(m, n * a)
-        return np.asarray((flat.T @ flat).reshape(n, a, n, a))
-
-    def _white(self, features: np.ndarray) -> np.ndarray:
-        """L^-1 F_n of each row, ``(a, m, n)``."""
-        n, h = features.shape
-        white = np.zeros((len(self.factor) // h, len(self.factor), n))
-        for k, columns in enumerate(
-            white
-        ):  # column k of F_n has zeros in the directions before k, and so has L^-1 of it
-            columns[k * h : (k + 1) * h] = features.T
-            columns[k * h :] = solve_triangular(self.factor[k * h :, k * h :], columns[k * h :], lower=True)
-        return white
 
     @override
     def without(self, features: np.ndarray, curvatures: np.ndarray) -> HeadCurvature:

@@ -80,23 +80,6 @@ class SeparateHead(HeadInverse):
         return out
 
     @override
-    def feature_products(self, features: np.ndarray) -> np.ndarray:
-        squares = [(self._white(k, features) ** 2).sum(axis=0) for k in range(self.n_classes)]
-        return np.asarray(np.stack(squares, axis=1)[:, :, None] * np.eye(self.n_classes))
-
-    @override
-    def pair_products(self, features: np.ndarray) -> np.ndarray:
-        products = np.zeros((len(features), self.n_classes) * 2)
-        for k in range(self.n_classes):
-            white = self._white(k, features)
-            products[:, k, :, k] = white.T @ white
-        return products
-
-    def _white(self, output: int, features: np.ndarray) -> np.ndarray:
-        """The features in the coordinates of an output's factor, ``(h, n)``."""
-        return np.asarray(solve_triangular(self.factors[output], features.astype(np.float64).T, lower=True))
-
-    @override
     def without(self, features: np.ndarray, curvatures: np.ndarray) -> SeparateHead:
         f = features.astype(np.float64)
         blocks = [factor @ factor.T - f.T @ (curvatures[:, k, k, None] * f) for k, factor in enumerate(self.factors)]

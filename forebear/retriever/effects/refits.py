@@ -15,7 +15,7 @@ from forebear.retriever.effects.minimum import HeadRows, Refit
 from forebear.retriever.effects.steps import Leaving, leaving, logit_changes, step_of_set, steps_of_rows
 from forebear.retriever.question.models import Models
 
-MAX_ROW_NUMBERS = 1 << 25  # multiplications of a row's own Newton step, above which effects are of first order
+MAX_ROW_NUMBERS = 1 << 26  # multiplications of a product with H^-1, above which rows' effects are of first order
 
 MAX_GROUP_NUMBERS = 1 << 35  # multiplications of a Newton step over all rows, above which a group gets a single step
 
@@ -24,10 +24,9 @@ def has_newton_steps(index: Index) -> bool:
     """Whether a row's removal at the head gets a Newton step of its own: of many classes it costs too much."""
     if index.head.solver != "exact":
         return False
-    directions = len(index.loss.basis(len(index.manifest.spec.label_names)))
-    width = index.manifest.feature_dim
-    size = width if index.loss.is_separate else directions * width
-    return directions * size**2 <= MAX_ROW_NUMBERS
+    directions, width = len(index.loss.basis(len(index.manifest.spec.label_names))), index.manifest.feature_dim
+    blocks = directions if index.loss.is_separate else 1
+    return (directions * width) ** 2 // blocks <= MAX_ROW_NUMBERS
 
 
 class HeadRefits:

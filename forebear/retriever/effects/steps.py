@@ -9,10 +9,11 @@ One Newton step from W0 takes the curvature of the rows that go out of H:
 
     dW = (H - 1/N sum over S of A_n kron f_n f_n^T)^-1 (1/N sum over S of r_n outer f_n),
 
-H being damped, and A_n and r_n the curvature and the gradient of the row's loss at its logits. With U the columns
-I kron f_n of all rows of S, C = diag(A_n) / N and G = U^T H^-1 U it is H^-1 U (I - C G)^-1 r / N (Woodbury), so that
-nothing larger than the set is factorised. A row that gets another target goes out with the old one and comes in with
-the new one: A and r are then differences.
+H being damped, and A_n and r_n the curvature and the gradient of the row's loss at its logits. It is found by conjugate
+gradients, preconditioned by H^-1: H less what goes out differs from H in as many directions as the rows have, and
+little in most of them, so that a few products with H^-1 are enough for single rows and small sets. Where they are not,
+as for most of the rows, the matrix without the set is factorised. A row that gets another target goes out with the old
+one and comes in with the new one: A and r are then differences.
 
 Everything is in the loss' basis of a directions (:meth:`~forebear.indexer.losses.loss.Loss.basis`), in float64.
 """
@@ -25,6 +26,9 @@ import numpy as np
 
 from forebear.indexer.curvature.head import HeadInverse
 from forebear.indexer.losses.loss import Loss
+
+TOLERANCE = 1e-12  # what is left of the gradient, beside all of it
+MAX_PRODUCTS = 50  # with H^-1 of a set, before the matrix without it is factorised
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,22 +69,52 @@ def leaving(
 
 def steps_of_rows(inverse: HeadInverse, rows: Leaving) -> np.ndarray:
     """Newton step of each row's removal alone, ``(n, a, h)``."""
-    products = inverse.feature_products(rows.features)
-    system = np.eye(products.shape[1]) - rows.curvatures @ products
-    at_logits = np.linalg.solve(system, rows.gradients[:, :, None])[:, :, 0]
-    return inverse.solve_matrix(at_logits[:, :, None] * rows.features[:, None, :])
+    return _steps(inverse, Leaving(rows.features[:, None], rows.gradients[:, None], rows.curvatures[:, None]))
 
 
 def step_of_set(inverse: HeadInverse, rows: Leaving) -> np.ndarray:
     """Newton step of the removal of all rows together, ``(a, h)``."""
-    n, a = rows.gradients.shape
-    if n > rows.features.shape[1]:  # the matrix of the rows that stay is the smaller one
-        gradient = np.einsum("na,nh->ah", rows.gradients, rows.features)
-        return np.asarray(inverse.without(rows.features, rows.curvatures).solve_matrix(gradient[None])[0])
-    system = np.eye(n * a).reshape(n, a, n, a)
-    system -= np.einsum("nab,nbmd->namd", rows.curvatures, inverse.pair_products(rows.features), optimize=True)
-    at_logits = np.linalg.solve(system.reshape(n * a, n * a), rows.gradients.reshape(-1)).reshape(n, a)
-    return np.asarray(inverse.solve_matrix((at_logits.T @ rows.features)[None])[0])
+    return np.asarray(_steps(inverse, Leaving(rows.features[None], rows.gradients[None], rows.curvatures[None]))[0])
+
+
+def _steps(inverse: HeadInverse, sets: Leaving) -> np.ndarray:
+    """Newton steps of the removal of k sets, each by itself, ``(k, a, h)``.
+
+    Args:
+        inverse: H^-1.
+        sets: What goes out, with an axis of sets before that of rows.
+
+    Raises:
+        InputError: The damping is too small for H without a set to be solved with in float64.
+    """
+    residual = sets.gradients.swapaxes(1, 2) @ sets.features
+    steps, scale = np.zeros_like(residual), np.linalg.norm(residual, axis=(1, 2))
+    direction, image, size = np.zeros_like(residual), np.zeros_like(residual), np.ones(len(residual))
+    left = np.flatnonzero(scale)
+    for _ in range(MAX_PRODUCTS):
+        if not len(left):
+            break
+        solved = inverse.solve_matrix(residual[left])
+        new_size = (residual[left] * solved).sum(axis=(1, 2))
+        conjugate = (new_size / size[left])[:, None, None]
+        direction[left], size[left] = solved + conjugate * direction[left], new_size
+        image[left] = residual[left] + conjugate * image[left]  # H times the direction
+        change = image[left] - _curvature_product(sets, left, direction[left])
+        length = new_size / (direction[left] * change).sum(axis=(1, 2))
+        steps[left] += length[:, None, None] * direction[left]
+        residual[left] -= length[:, None, None] * change
+        left = left[~(np.linalg.norm(residual[left], axis=(1, 2)) <= TOLERANCE * scale[left])]
+    for k in left:
+        without = inverse.without(sets.features[k], sets.curvatures[k])
+        steps[k] = without.solve_matrix(sets.gradients[k].T @ sets.features[k][None])[0]
+    return np.asarray(steps)
+
+
+def _curvature_product(sets: Leaving, numbers: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """What goes out of H with some sets, times a vector each, ``(k, a, h)``."""
+    features = sets.features[numbers]
+    at_logits = sets.curvatures[numbers] @ (features @ vectors.swapaxes(1, 2))[..., None]
+    return np.asarray(at_logits[..., 0].swapaxes(1, 2) @ features)
 
 
 def logit_changes(loss: Loss, steps: np.ndarray, features: np.ndarray, n_outputs: int) -> np.ndarray:

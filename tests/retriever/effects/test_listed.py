@@ -139,7 +139,8 @@ def test_first_order_probabilities_know_class_weights_and_not_smoothing(smoothin
 
 
 @pytest.mark.parametrize(
-    ("n_classes", "width", "few"), [(7, 384, True), (8, 384, False), (4, 768, True), (5, 768, False)]
+    ("n_classes", "width", "few"),
+    [(22, 384, True), (23, 384, False), (11, 768, True), (12, 768, False), (9, 1024, True), (10, 1024, False)],
 )
 def test_newton_steps_end_where_the_page_on_methods_says(n_classes, width, few):
     spec = SimpleNamespace(label_names=["a"] * n_classes)
@@ -148,7 +149,7 @@ def test_newton_steps_end_where_the_page_on_methods_says(n_classes, width, few):
     index = SimpleNamespace(head=head, loss=CROSS_ENTROPY, manifest=manifest)
     assert refits_module.has_newton_steps(index) is few
     page = (Path(__file__).parents[3] / "docs" / "methods.md").read_text()
-    assert "from 8 classes of 384 features on,\nor 5 of 768" in page
+    assert "from 23 classes of 384 features on, 12 of 768 or 10 of 1,024" in page
 
 
 def test_effects_on_a_group_are_sums_and_sets_are_solved_together(world):

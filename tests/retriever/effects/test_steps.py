@@ -152,7 +152,6 @@ def test_a_rows_newton_step_is_nearer_to_a_refit_than_first_order(head):
 
 
 def test_the_step_of_a_set_solves_for_all_rows_together(head):
-    """By Woodbury for few rows, and by the matrix of the rows that stay for many."""
     for n in (1, 3, H, H + 1, N // 2):
         rows = np.arange(n)
         gone = head.leaving(rows)
@@ -167,6 +166,24 @@ def test_the_step_of_a_set_solves_for_all_rows_together(head):
         np.testing.assert_allclose(step.reshape(-1), np.linalg.solve(hessian, gradient.reshape(-1)), rtol=1e-9)
         if n == 1:
             np.testing.assert_allclose(step, steps_of_rows(head.inverse, gone)[0], rtol=1e-9)
+
+
+def test_the_step_of_most_rows_is_solved_without_products_where_these_are_not_enough(head, monkeypatch):
+    gone = head.leaving(np.arange(N - 4))
+    by_products = step_of_set(head.inverse, gone)
+    monkeypatch.setattr("forebear.retriever.effects.steps.MAX_PRODUCTS", 2)
+    np.testing.assert_allclose(step_of_set(head.inverse, gone), by_products, rtol=1e-8, atol=1e-10)
+    steps = steps_of_rows(head.inverse, head.leaving(np.arange(8)))
+    monkeypatch.undo()
+    np.testing.assert_allclose(steps, steps_of_rows(head.inverse, head.leaving(np.arange(8))), rtol=1e-9)
+
+
+def test_a_row_without_a_gradient_changes_nothing(head):
+    gone = head.leaving(np.arange(3))
+    gone.gradients[1] = 0
+    steps = steps_of_rows(head.inverse, gone)
+    assert not steps[1].any()
+    assert np.abs(steps[[0, 2]]).min() > 0
 
 
 @pytest.mark.parametrize("n", [1, 6, 80])
