@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from forebear.indexer.curvature.convergence import Convergence
 from forebear.indexer.spans.text import Span
 
 # Shared words of each result of a test row: token ids and what each contributes to the score, (m,) each.
@@ -22,7 +23,7 @@ class Ranking:
         scores: Their scores, ``(q, k)`` float64.
         exact: Whether the scores are exact rather than those of sketches, stored vectors or a quantised index.
         n_scored: Rows scored exactly for each query, ``(q,)``.
-        residual: Relative residual of H^-1 for each query where a solver iterated, ``(q,)``; else None.
+        convergence: How far H^-1 came for the ``q`` queries, where a solver iterated; else None.
         proven: Whether no row left out can be among ``rows``, ``(q,)``, where a proof was asked for; else None.
         spans: The span of each row that is ranked, ``q`` lists of ``k``; None where rows are ranked.
         query_spans: The span of each test row, where the method compares one; else None.
@@ -40,7 +41,7 @@ class Ranking:
     scores: np.ndarray
     exact: bool
     n_scored: np.ndarray
-    residual: np.ndarray | None = None
+    convergence: Convergence | None = None
     proven: np.ndarray | None = None
     words: list[Words] | None = None
     spans: list[list[Span]] | None = None
@@ -61,6 +62,8 @@ def join(parts: list[Ranking]) -> Ranking:
         values = [getattr(part, name) for part in parts]
         if isinstance(values[0], np.ndarray):
             return np.concatenate(values)
+        if isinstance(values[0], Convergence):
+            return Convergence.join(values)
         return [value for block in values for value in block] if isinstance(values[0], list) else values[0]
 
     joined = {field.name: together(field.name) for field in fields(Ranking) if field.name != "exact"}

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from forebear.indexer.curvature.convergence import Convergence
+
 
 class Scores(dict[str, np.ndarray]):
     """Scores ``(q, n)`` float64 by method name, larger = proponent.
@@ -18,10 +20,15 @@ class Scores(dict[str, np.ndarray]):
         super().__init__(scores or {})
         self.residuals: dict[str, float] = {}
 
-    def note_residual(self, method: str, residual: np.ndarray | float | None) -> None:
-        """Remember relative residuals of some queries; None: no solver iterated."""
+    def note_convergence(self, method: str, convergence: Convergence | None) -> None:
+        """Remember how far H^-1 of some queries came; None: no solver iterated."""
+        if convergence is not None:
+            self.note_residual(method, convergence.worst)
+
+    def note_residual(self, method: str, residual: float | None) -> None:
+        """Remember a relative residual; None: no solver iterated."""
         if residual is not None:
-            self.residuals[method] = max(self.residuals.get(method, 0.0), float(np.max(residual)))
+            self.residuals[method] = max(self.residuals.get(method, 0.0), residual)
 
     def note_residuals(self, others: Iterable[Mapping[str, np.ndarray]]) -> None:
         """Remember the relative residuals of other scores."""

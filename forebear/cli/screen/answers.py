@@ -180,6 +180,8 @@ def _caption(rows: list[dict[str, Any]], texts: list[str]) -> str:
 
     And what is predicted without all its rows together.
     """
+    from forebear.indexer.curvature.convergence import convergence_phrase
+
     row, notes = rows[0], []
     if row.get("effect_together") is not None:
         notes.append(f"without all {len(rows)} together: effect {row['effect_together']:+.3g}")
@@ -189,7 +191,7 @@ def _caption(rows: list[dict[str, Any]], texts: list[str]) -> str:
     if row.get("proven") is not None:
         notes.append(f"{'proven' if row['proven'] else 'not proven'}, {row['rows_scored']:,} rows scored exactly")
     if row.get("residual") is not None:
-        notes.append(f"H^-1 solved to a relative residual of {row['residual']:.1e}")
+        notes.append(f"H^-1 solved to {convergence_phrase(row['residual'], row['iterations'])}")
     if row.get("spans_cut"):
         notes.append(f"{row['spans_cut']:,} spans that the model does not read (cut by truncation, or blank) left out")
     return "; ".join(notes)

@@ -15,6 +15,7 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.evaluation.explain.explanation import FORMULAS, Answer, Explanation, FoundRow, Side
 from forebear.evaluation.explain.marks import MarkedText, Places, Word, list_words, locate, mark, point_at, write_alike
+from forebear.indexer.curvature.convergence import convergence_phrase
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import computed_line
 from forebear.indexer.model.forward import run_forward
@@ -305,7 +306,7 @@ def _side_notes(name: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
     if not all(result["exact"] for result in results):
         notes.append("The scores are approximate.")
     if (residual := results[0].get("residual")) is not None:
-        notes.append(f"H^-1 was solved to a relative residual of {residual:.1e}.")
+        notes.append(f"H^-1 was solved to {convergence_phrase(residual, results[0]['iterations'])}.")
     if n_cut := results[0].get("spans_cut"):
         notes.append(f"{n_cut:,} spans that the model does not read (cut by truncation, or blank) are left out.")
     return notes

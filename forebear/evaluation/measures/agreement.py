@@ -182,8 +182,8 @@ def measure_agreement(
         for name, (top, _) in answers.rankings.items():
             if top.n_cut is not None:
                 n_unread = max(n_unread, int(top.n_cut.max()))
-            if top.residual is not None:
-                residuals[name] = max(residuals.get(name, 0.0), float(top.residual.max()))
+            if top.convergence is not None:
+                residuals[name] = max(residuals.get(name, 0.0), top.convergence.worst)
         shown += [_shown(block, answers, i) for i in range(min(len(block), SHOWN_QUERIES - len(shown)))]
         progress("queries", sum(map(len, targets)), len(queries))
     return Agreement(

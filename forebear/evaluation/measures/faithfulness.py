@@ -109,14 +109,14 @@ def measure_faithfulness(
         spans = SpanScores(index, classifier, question.spec.scope, span_differences, entries)
         truth = spans.summed([classifier])
         variants = (one_step_away(classifier, index, (seed + repeat) * N_VARIANTS + m) for m in range(N_VARIANTS))
-        solved, residual = spans.preconditioned(question.curvature)
+        solved, convergence = spans.preconditioned(question.curvature)
         scores = {METHODS[0]: spans.summed(variants), METHODS[1]: solved}
         if CONTROL in names:
             scores[CONTROL] = spans.summed(retriever.classifier(number) for number in control)
         scores[RANDOM] = np.random.default_rng([seed, repeat, 8]).normal(size=truth.shape)
         values.append(np.stack([spearman(scores[name], truth) for name in names], axis=1))
         n_spans.append(len(entries.rows))
-        residuals += [] if residual is None else [float(residual.max())]
+        residuals += [] if convergence is None else [convergence.worst]
         progress("repeats", repeat + 1, n_repeats)
     return Faithfulness(
         names=names,

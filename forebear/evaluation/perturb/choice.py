@@ -293,9 +293,9 @@ class Chooser:
 
     def _solved(self, queries: PerturbationQueries, targets: np.ndarray, vectors: Vectors) -> GradientQueries:
         """The queries with v = H^-1 of their vectors as query vectors."""
-        solved, residual = self._search.gradients.solve(vectors)
-        if residual is not None:
-            self.residual = max(self.residual or 0.0, float(residual.max()))
+        solved, convergence = self._search.gradients.solve(vectors)
+        if convergence is not None:
+            self.residual = max(self.residual or 0.0, convergence.worst)
         return GradientQueries(queries.texts, targets, solved)
 
     def _score(

@@ -222,8 +222,8 @@ def _best_spans(retriever: Retriever, queries: QueryRows, question: Question) ->
             if method.variants:
                 values = scores.summed(models.classifier(n_checkpoints + m) for m in range(N_VARIANTS))
             else:
-                values, residual = scores.preconditioned(question.curvature)
-                out.note_residual(method.name, residual)
+                values, convergence = scores.preconditioned(question.curvature)
+                out.note_convergence(method.name, convergence)
             out[method.name] = np.full((len(queries), len(index.live)), -np.inf)
             out[method.name][:, positions] = np.maximum.reduceat(values, starts, axis=1)
     return out

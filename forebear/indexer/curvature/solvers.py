@@ -30,14 +30,13 @@ class Solved:
         vectors: x, ``(q, n_out, n_in)`` for each block.
         damping: The multiple of I that was added to H in effect.
         residual: ||v - (H + damping I) x|| / ||v||, ``(q,)`` float64, from a product with x itself; 0 where v = 0.
-            None: not computed.
         iterations: Number of steps for each right-hand side, ``(q,)`` int64.
-        converged: Whether the residual is within the tolerance, ``(q,)``; False without a residual.
+        converged: Whether the residual is within the tolerance, ``(q,)``.
     """
 
     vectors: Vectors
     damping: float
-    residual: np.ndarray | None
+    residual: np.ndarray
     iterations: np.ndarray
     converged: np.ndarray
 
@@ -322,7 +321,6 @@ def lissa(
     n_rows: int,
     repeats: int = 1,
     seed: int = 0,
-    with_residual: bool = True,
     tolerance: float = 0.1,
     on_step: Callable[[int], None] | None = None,
 ) -> Solved:
@@ -342,8 +340,7 @@ def lissa(
         n_rows: Number of training rows of the product.
         repeats: Number of runs that are averaged.
         seed: Random seed of the batches.
-        with_residual: Whether to compute the residual, by one product over all rows.
-        tolerance: Largest residual of a converged query; without a residual none counts as converged.
+        tolerance: Largest residual of a converged query.
         on_step: Called with the number of steps after each, over all runs.
 
     Raises:
@@ -365,14 +362,10 @@ def lissa(
             if on_step is not None:
                 on_step(run * steps + step)
         total = axpy(1.0 / (repeats * scale), h, total)
-    residual = None
-    converged = np.zeros(len(lengths), bool)
-    if with_residual:
-        applied = axpy(settings.effective_damping, total, product(total))
-        residual = finite(fetch(norm(axpy(-1.0, applied, v)))[0], "a residual")
-        converged = residual <= tolerance
+    applied = axpy(settings.effective_damping, total, product(total))
+    residual = finite(fetch(norm(axpy(-1.0, applied, v)))[0], "a residual")
     taken = np.full(len(lengths), repeats * steps)
-    return Solved(scale_by(lengths, total), settings.effective_damping, residual, taken, converged)
+    return Solved(scale_by(lengths, total), settings.effective_damping, residual, taken, residual <= tolerance)
 
 
 def _refuse_divergence(h: Vectors, step: int, steps: int, settings: LissaSettings) -> None:

@@ -23,7 +23,17 @@ ANSWER_BYTES = 1 << 26  # bytes that the rankings of the test rows of one block 
 RESULT_COLUMNS = frozenset(
     [
         *("query", "query_label", "query_prediction", "target", "method", "side", "rank", "row", "score", "exact"),
-        *("label", "prediction", "residual", "proven", "rows_scored", "word_ids", "words", "contributions"),
+        *(
+            "label",
+            "prediction",
+            "residual",
+            "iterations",
+            "proven",
+            "rows_scored",
+            "word_ids",
+            "words",
+            "contributions",
+        ),
         *("span", "span_column", "span_start", "span_end"),
         *("query_span_column", "query_span_start", "query_span_end", "spans_cut", "hub_share"),
         *("effect", "effect_probability", "effect_together", "effect_probability_together"),
@@ -221,11 +231,18 @@ def _effect_columns(results: _Results) -> dict[str, pa.Array]:
 
 
 def _search_columns(results: _Results) -> dict[str, pa.Array]:
-    """``residual`` where a solver iterated; ``proven`` and ``rows_scored`` where proofs were asked for."""
+    """What a solver that iterated says; ``proven`` and ``rows_scored`` where proofs were asked for."""
     columns = {}
-    if results.any_has("residual"):
-        values = results.numbers(lambda r, query, _: np.nan if r.residual is None else r.residual[query], np.float64)
-        columns["residual"] = pa.array(values, from_pandas=True)
+
+    def of_solver(name: str) -> np.ndarray:
+        def values(ranking: Ranking, query: np.ndarray, _rank: np.ndarray) -> Any:
+            return np.nan if ranking.convergence is None else getattr(ranking.convergence, name)[query]
+
+        return results.numbers(values, np.float64)
+
+    if results.any_has("convergence"):
+        columns["residual"] = pa.array(of_solver("residual"), from_pandas=True)
+        columns["iterations"] = pa.array(of_solver("iterations"), from_pandas=True).cast(pa.int64())
     if results.any_has("proven"):
         values = results.numbers(lambda r, query, _: True if r.proven is None else r.proven[query], bool)
         columns["proven"] = pa.array(values)

@@ -22,10 +22,9 @@ SHOWN_ROWS = 200
 _OF_ENDS = ("query", "method", "side")
 _SHOWN = ("rank", "row", "score", "effect", "effect_probability", "label", "prediction", "span")
 _OTHERS = (  # columns of results that are no texts of training rows
-    *_OF_ENDS, *_SHOWN, "query_label", "query_prediction", "target", "exact", "residual", "proven", "rows_scored",
-    "span_column", "span_start", "span_end", "query_span_column", "query_span_start", "query_span_end", "spans_cut",
-    "word_ids", "words", "contributions", "hub_share", "effect_together",
-    "effect_probability_together",
+    *_OF_ENDS, *_SHOWN, "query_label", "query_prediction", "target", "exact", "residual", "iterations", "proven",
+    "rows_scored", "span_column", "span_start", "span_end", "query_span_column", "query_span_start", "query_span_end",
+    "spans_cut", "word_ids", "words", "contributions", "hub_share", "effect_together", "effect_probability_together",
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from forebear.indexer.curvature.convergence import Convergence
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.gradients.whole import summed_gradients, whole_gradients
 from forebear.indexer.model.encoding import Texts, take_texts
@@ -85,8 +86,8 @@ class QueryGradients:
             return [(self.last, 1.0)]
         return [(i, c.eta) for i, c in enumerate(self.index.manifest.checkpoints)]
 
-    def solve(self, vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
-        """H^-1 of query gradients at the last checkpoint, and relative residuals ``(q,)`` where a solver iterated."""
+    def solve(self, vectors: Vectors) -> tuple[Vectors, Convergence | None]:
+        """H^-1 of query gradients at the last checkpoint, and how far it came where a solver iterated."""
 
         def make() -> Solve:
             return deep_solver(self.curvature, self.index, self.models.classifier(), self.parameters)
@@ -106,7 +107,7 @@ class QueryGradients:
 
         return self._of_latest(("gradients", self.scope, number), queries, make)
 
-    def solutions(self, queries: Queries) -> tuple[Vectors, np.ndarray | None]:
+    def solutions(self, queries: Queries) -> tuple[Vectors, Convergence | None]:
         """H^-1 of the queries' gradients at the last checkpoint, as :meth:`solve` gives it.
 
         Like the gradients, the solutions of the latest block stay in memory.

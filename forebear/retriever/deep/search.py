@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from forebear.indexer.curvature.convergence import Convergence
 from forebear.indexer.gradients.replicas import dots_on_devices
 from forebear.indexer.gradients.vectors import Vectors, dot
 from forebear.indexer.gradients.whole import whole_gradients
@@ -167,15 +168,15 @@ class GradientSearch:
         self, methods: Sequence[Method], queries: Queries, k: int, rows: dict[str, np.ndarray]
     ) -> dict[str, Ends]:
         """Both ends by the exact scores of candidates."""
-        scores, residuals = self.score_together(methods, queries, rows)
-        return {m.name: _both_ends(rows[m.name], scores[m.name], k, _of_method(residuals, m)) for m in methods}
+        scores, convergence = self.score_together(methods, queries, rows)
+        return {m.name: _both_ends(rows[m.name], scores[m.name], k, _of_method(convergence, m)) for m in methods}
 
     def _from_all(self, methods: Sequence[Method], queries: Queries, k: int) -> dict[str, Ends]:
         """Both ends by the exact scores of every live row."""
         live = self.index.live
-        scores, residuals = self.score_together(methods, queries, {method.name: live for method in methods})
+        scores, convergence = self.score_together(methods, queries, {method.name: live for method in methods})
         n_scored = np.full(len(queries), len(live))
-        return {m.name: _ends(scores[m.name], live, k, n_scored, _of_method(residuals, m)) for m in methods}
+        return {m.name: _ends(scores[m.name], live, k, n_scored, _of_method(convergence, m)) for m in methods}
 
     def _estimated(
         self, methods: Sequence[Method], queries: Queries, k: int, *, by_pass: bool = False
@@ -196,8 +197,8 @@ class GradientSearch:
 
     def score(
         self, methods: Sequence[Method], queries: Queries, rows: dict[str, np.ndarray]
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Exact scores of rows, and relative residuals of H^-1 where it was iterated.
+    ) -> tuple[dict[str, np.ndarray], dict[str, Convergence | None]]:
+        """Exact scores of rows, and how far H^-1 came where it was iterated.
 
         Args:
             methods: Methods that compare gradients.
@@ -205,22 +206,22 @@ class GradientSearch:
             rows: Row numbers by method name: ``(q, m)``, or ``(n,)`` for all queries.
 
         Returns:
-            By method name: scores ``(q, m)`` or ``(q, n)`` float64, and residuals ``(q,)``.
+            By method name: scores ``(q, m)`` or ``(q, n)`` float64, and the convergence.
         """
         q = len(queries)
         scores = {name: np.empty((q, numbers.shape[-1])) for name, numbers in rows.items()}
-        residuals: dict[str, np.ndarray] = {}
+        convergences: list[Convergence | None] = []
         chunks = self.chunks(methods, q)
         for indices in chunks:
             chunk_rows = {name: numbers if numbers.ndim == 1 else numbers[indices] for name, numbers in rows.items()}
-            chunk_scores, chunk_residual = self.score_together(
+            chunk_scores, convergence = self.score_together(
                 methods, queries if len(chunks) == 1 else queries.take(indices), chunk_rows
             )
             for method in methods:
                 scores[method.name][indices] = chunk_scores[method.name]
-                if (residual := _of_method(chunk_residual, method)) is not None:
-                    residuals.setdefault(method.name, np.zeros(q))[indices] = residual
-        return scores, residuals
+            convergences.append(convergence)
+        joined = Convergence.join(convergences)
+        return scores, {method.name: _of_method(joined, method) for method in methods}
 
     def chunks(self, methods: Sequence[Method], n_queries: int) -> list[np.ndarray]:
         """Indices of the queries, divided so that the whole vectors of each chunk fit in memory together."""
@@ -231,24 +232,24 @@ class GradientSearch:
 
     def score_together(
         self, methods: Sequence[Method], queries: Queries, rows: dict[str, np.ndarray]
-    ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    ) -> tuple[dict[str, np.ndarray], Convergence | None]:
         """:meth:`score` for test rows whose whole gradients fit in memory together: one pass over the rows.
 
         Returns:
-            Scores by method name, and relative residuals of H^-1 ``(q,)`` where it was iterated.
+            Scores by method name, and how far H^-1 came where it was iterated.
         """
         distinct = np.unique(np.concatenate([numbers.reshape(-1) for numbers in rows.values()]))
         texts, labels = self.rows.texts(distinct), self.rows.labels(distinct)
         columns = {name: np.searchsorted(distinct, numbers) for name, numbers in rows.items()}
         scores = {name: np.zeros((len(queries), numbers.shape[-1])) for name, numbers in rows.items()}
-        residual: np.ndarray | None = None
+        convergence: Convergence | None = None
         for number in sorted({n for method in methods for n, _ in self.gradients.checkpoints(method)}):
             classifier = self.models.classifier(number)
             at_checkpoint = [m for m in methods if number in dict(self.gradients.checkpoints(m))]
             gradients = self.gradients.at_checkpoint(number, queries)
             vectors: list[Vectors] = [gradients]
             if any(m.query == "preconditioned" for m in at_checkpoint):
-                solved, residual = self.gradients.solutions(queries)
+                solved, convergence = self.gradients.solutions(queries)
                 vectors.append(solved)
             stacked = vectors[0] if len(vectors) == 1 else {n: torch.cat([v[n] for v in vectors]) for n in gradients}
             q = len(queries)
@@ -272,7 +273,7 @@ class GradientSearch:
                     )
                     products = ratio(products, norms)
                 scores[method.name] += dict(self.gradients.checkpoints(method))[number] * products
-        return scores, residual
+        return scores, convergence
 
     def _row_lengths(self, method: Method, classifier: Classifier, rows: np.ndarray) -> np.ndarray:
         """Lengths of rows that cosines are divided by: ||G_n||, or sqrt(<H^-1 G_n, G_n>), ``(n,)`` float64."""
@@ -316,9 +317,9 @@ def _query_lengths(solved: Vectors, gradients: Vectors) -> np.ndarray:
     return np.asarray(dot(solved, gradients).clamp_min(0).sqrt().cpu().numpy())
 
 
-def _of_method(residual: np.ndarray | None, method: Method) -> np.ndarray | None:
-    """Relative residuals of H^-1, for a method that applies it."""
-    return residual if method.query == "preconditioned" else None
+def _of_method(convergence: Convergence | None, method: Method) -> Convergence | None:
+    """How far H^-1 came, for a method that applies it."""
+    return convergence if method.query == "preconditioned" else None
 
 
 def _pick(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -326,7 +327,7 @@ def _pick(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
     return np.asarray(values[:, columns] if columns.ndim == 1 else np.take_along_axis(values, columns, axis=1))
 
 
-def _both_ends(rows: np.ndarray, scores: np.ndarray, k: int, residual: np.ndarray | None) -> Ends:
+def _both_ends(rows: np.ndarray, scores: np.ndarray, k: int, convergence: Convergence | None) -> Ends:
     """Rank the candidates of both ends together; a row that was proposed at both counts once."""
     order = np.argsort(rows, axis=1, kind="stable")
     rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
@@ -336,13 +337,14 @@ def _both_ends(rows: np.ndarray, scores: np.ndarray, k: int, residual: np.ndarra
     ends = []
     for largest in (True, False):
         distinct_scores = np.where(repeated, -np.inf if largest else np.inf, scores)
-        ends.append(Ranking(*rank(distinct_scores, rows, k, largest=largest), True, n_scored, residual=residual))
+        ends.append(Ranking(*rank(distinct_scores, rows, k, largest=largest), True, n_scored, convergence=convergence))
     return ends[0], ends[1]
 
 
-def _ends(scores: np.ndarray, rows: np.ndarray, k: int, n_scored: np.ndarray, residual: np.ndarray | None) -> Ends:
+def _ends(scores: np.ndarray, rows: np.ndarray, k: int, n_scored: np.ndarray, convergence: Convergence | None) -> Ends:
     """Both ends of scores ``(q, n)`` of rows ``(n,)``."""
     first, last = (
-        Ranking(*rank(scores, rows, k, largest=largest), True, n_scored, residual=residual) for largest in (True, False)
+        Ranking(*rank(scores, rows, k, largest=largest), True, n_scored, convergence=convergence)
+        for largest in (True, False)
     )
     return first, last

@@ -53,10 +53,10 @@ class GradientSearcher(Searcher):
         for scope, methods in question.by_scope().items():
             search = GradientSearch.kept(self.models, scope, question.curvature)
             queries = Queries(batch.texts, batch.targets)
-            values, residuals = search.score(methods, queries, {m.name: rows for m in methods})
+            values, convergences = search.score(methods, queries, {m.name: rows for m in methods})
             scores.update(values)
-            for name, residual in residuals.items():
-                scores.note_residual(name, residual)
+            for name, convergence in convergences.items():
+                scores.note_convergence(name, convergence)
         return scores
 
     @override

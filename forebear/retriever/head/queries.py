@@ -45,7 +45,7 @@ def make_query(method: Method, batch: Batch, index: Index, curvature: CurvatureS
         solved = Term(1.0, None, matrix=stored.solve(term.left, term.right), basis=term.basis)
         return Query(method, (solved,), norms, index.head.self_influence(curvature.damping))
     iterated = HeadSolver(curvature, index)
-    matrix, residual = iterated.solve(term.left, term.right)
+    matrix, convergence = iterated.solve(term.left, term.right)
     self_influence = None
     if method.metric == "cos" and curvature.by_class_blocks:
         blocks = index.head.products().class_blocks(iterated.damping)
@@ -56,7 +56,7 @@ def make_query(method: Method, batch: Batch, index: Index, curvature: CurvatureS
         self_influence = iterated.self_influence(
             index.residuals().take(_all_rows(index)), index.features().take(_all_rows(index))
         )
-    return Query(method, (Term(1.0, None, matrix=matrix, basis=term.basis),), norms, self_influence, residual)
+    return Query(method, (Term(1.0, None, matrix=matrix, basis=term.basis),), norms, self_influence, convergence)
 
 
 def _all_rows(index: Index) -> np.ndarray:

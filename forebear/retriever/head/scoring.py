@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from forebear.indexer.curvature.convergence import Convergence
 from forebear.indexer.model.device.copies import as_tensor
 from forebear.ratio import ratio
 from forebear.retriever.question.methods import Method
@@ -48,14 +49,14 @@ class Query:
         terms: One term a checkpoint.
         norms: Length of each query vector in the method's inner product, ``(q,)``; cosines are divided by it.
         self_influence: <H^-1 g_n, g_n> of every training row, ``(N,)``, for preconditioned cosines; else None.
-        residual: Relative residual of H^-1, ``(q,)``, where a solver iterated; else None.
+        convergence: How far H^-1 of the ``q`` gradients came, where a solver iterated; else None.
     """
 
     method: Method
     terms: tuple[Term, ...]
     norms: np.ndarray
     self_influence: np.ndarray | None = None
-    residual: np.ndarray | None = None
+    convergence: Convergence | None = None
 
     def __len__(self) -> int:
         return len(self.norms)
@@ -67,7 +68,8 @@ class Query:
             return None if values is None else values[indices]
 
         terms = tuple(replace(t, right=pick(t.right), left=pick(t.left), matrix=pick(t.matrix)) for t in self.terms)
-        return replace(self, terms=terms, norms=self.norms[indices], residual=pick(self.residual))
+        convergence = None if self.convergence is None else self.convergence.take(indices)
+        return replace(self, terms=terms, norms=self.norms[indices], convergence=convergence)
 
 
 def summed(query: Query, groups: np.ndarray, n_groups: int) -> Query:
@@ -79,7 +81,7 @@ def summed(query: Query, groups: np.ndarray, n_groups: int) -> Query:
         n_groups: Number of groups, g; a group without rows gets the zero vector.
 
     Returns:
-        ``g`` queries; their relative residual is the largest of the rows', and their norms, which dots do not
+        ``g`` queries; their convergence is the worst of the rows', and their norms, which dots do not
         need, are 1.
     """
     membership = (groups == np.arange(n_groups)[:, None]).astype(np.float64)
@@ -97,14 +99,12 @@ def summed(query: Query, groups: np.ndarray, n_groups: int) -> Query:
             matrix = None
         right = None if matrix is not None or term.right is None else membership @ term.right
         terms.append(Term(term.weight, right, matrix=matrix, basis=term.basis))
-    residual = None
-    if query.residual is not None:
-        residual = np.where(membership > 0, query.residual, 0.0).max(axis=1)
-    return Query(query.method, tuple(terms), np.ones(n_groups), residual=residual)
+    convergence = None if query.convergence is None else query.convergence.of_groups(membership > 0)
+    return Query(query.method, tuple(terms), np.ones(n_groups), convergence=convergence)
 
 
 def added(first: Query, second: Query) -> Query:
-    """Sum of the query vectors of one method, query by query; relative residuals are the larger ones."""
+    """Sum of the query vectors of one method, query by query; of their convergences the worse."""
 
     def plus(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
         return None if a is None or b is None else a + b
@@ -113,10 +113,10 @@ def added(first: Query, second: Query) -> Query:
         replace(a, right=plus(a.right, b.right), matrix=plus(a.matrix, b.matrix))
         for a, b in zip(first.terms, second.terms, strict=True)
     )
-    residual = None
-    if first.residual is not None and second.residual is not None:
-        residual = np.maximum(first.residual, second.residual)
-    return replace(first, terms=terms, residual=residual)
+    convergence = None
+    if first.convergence is not None and second.convergence is not None:
+        convergence = first.convergence.or_worse(second.convergence)
+    return replace(first, terms=terms, convergence=convergence)
 
 
 def dots(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:

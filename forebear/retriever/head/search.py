@@ -121,7 +121,7 @@ def settle(
     if len(pending):
         rest = search_all(query.take(pending), factors, k, largest=largest)
         rows[pending], scores[pending], n_scored[pending] = rest.rows, rest.scores, rest.n_scored
-    return Ranking(rows, scores, True, n_scored, query.residual)
+    return Ranking(rows, scores, True, n_scored, query.convergence)
 
 
 def _narrow(
@@ -149,7 +149,7 @@ def search_all(query: Query, factors: RowFactors, k: int, *, largest: bool) -> R
     for chunk in _chunks(np.arange(len(query)), max(1, MAX_SCORES // (2 * n_live))):
         products = factors.all_products(query.take(chunk))
         rows[chunk], scores[chunk] = best_of(products, query.take(chunk), factors, k, largest=largest)
-    return Ranking(rows, scores, True, np.full(len(query), n_live), query.residual)
+    return Ranking(rows, scores, True, np.full(len(query), n_live), query.convergence)
 
 
 class Scored(Protocol):

@@ -40,7 +40,7 @@ class StoredSearcher(Searcher):
         scores = Scores()
         for method in question.methods:
             query = make_query(method, batch, self.index, question.curvature)
-            scores.note_residual(method.name, query.residual)
+            scores.note_convergence(method.name, query.convergence)
             scores[method.name] = replace(row_factors(self.index, method), live=rows).all_products(query)
         return scores
 

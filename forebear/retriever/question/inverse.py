@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from forebear.errors import InputError
+from forebear.indexer.curvature.convergence import Convergence
 from forebear.indexer.curvature.damping import find_damping, refuse_lost_damping, refuse_nil_damping
 from forebear.indexer.curvature.descent import DescentSettings, descend
 from forebear.indexer.curvature.ekfac import Ekfac
@@ -165,8 +166,8 @@ class CurvatureSpec:
 class Solve(Protocol):
     """H^-1 applied to whole gradients."""
 
-    def __call__(self, vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
-        """Solutions, and relative residuals ``(q,)`` where the solver iterates."""
+    def __call__(self, vectors: Vectors) -> tuple[Vectors, Convergence | None]:
+        """Solutions, and how far they came where the solver iterates."""
 
 
 def deep_solver(spec: CurvatureSpec, index: Index, classifier: Classifier, parameters: Scope) -> Solve:
@@ -210,7 +211,7 @@ class _ByEkfac:
     ekfac: Ekfac
     damping: float
 
-    def __call__(self, vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
+    def __call__(self, vectors: Vectors) -> tuple[Vectors, Convergence | None]:
         return self.multiply(vectors), None
 
     def multiply(self, vectors: Vectors) -> Vectors:
@@ -223,7 +224,7 @@ def _exact_head(index: Index, classifier: Classifier, damping: str | None) -> So
     stored = index.head.inverse(damping)
     basis = index.loss.basis(classifier.n_classes)
 
-    def solve(vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
+    def solve(vectors: Vectors) -> tuple[Vectors, Convergence | None]:
         ((name, g),) = vectors.items()
         solved = stored.solve_matrix(np.einsum("ac,qch->qah", basis, g.double().cpu().numpy()))
         return {name: torch.from_numpy(np.einsum("ac,qah->qch", basis, solved)).to(g)}, None
@@ -234,11 +235,11 @@ def _exact_head(index: Index, classifier: Classifier, damping: str | None) -> So
 def _large_head(solver: HeadSolver) -> Solve:
     """H^-1 of whole gradients of the head weight, ``(q, c, h)``, where it has too many classes for one matrix."""
 
-    def solve(vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
+    def solve(vectors: Vectors) -> tuple[Vectors, Convergence | None]:
         ((name, g),) = vectors.items()
         basis = torch.from_numpy(solver.basis)
-        solved, residual = solver.solve_matrix(torch.einsum("ac,qch->qah", basis, g.double().cpu()))
-        return {name: torch.einsum("ac,qah->qch", basis, torch.from_numpy(solved)).to(g)}, residual
+        solved, convergence = solver.solve_matrix(torch.einsum("ac,qch->qah", basis, g.double().cpu()))
+        return {name: torch.einsum("ac,qah->qch", basis, torch.from_numpy(solved)).to(g)}, convergence
 
     return solve
 
@@ -254,7 +255,7 @@ def _iterative(
 ) -> Solve:
     """``cg``, ``astra`` or ``lissa`` on a product."""
 
-    def solve(vectors: Vectors) -> tuple[Vectors, np.ndarray | None]:
+    def solve(vectors: Vectors) -> tuple[Vectors, Convergence | None]:
         found: Solved
         if solver == "lissa":
             settings = LissaSettings.parse(spec.lissa)
@@ -273,7 +274,7 @@ def _iterative(
             found = conjugate_gradients(
                 _watched(product, size, scope), vectors, size, precondition=precondition, tolerance=spec.tolerance
             )
-        return found.vectors, found.residual
+        return found.vectors, Convergence(found.residual, found.iterations)
 
     return solve
 
@@ -311,12 +312,12 @@ class HeadSolver:
             return LissaSettings.parse(self._spec.lissa).effective_damping
         return self._spec.absolute(self._index, "head")
 
-    def solve(self, residuals: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """(H + damping I)^-1 g in the loss' basis, ``(q, a, h)``, and relative residuals or None."""
+    def solve(self, residuals: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, Convergence | None]:
+        """(H + damping I)^-1 g in the loss' basis, ``(q, a, h)``, and how far it came where it iterates."""
         reduced = residuals.astype(np.float64) @ self.basis.T
         return self.solve_matrix(torch.from_numpy(reduced[:, :, None] * features.astype(np.float64)[:, None, :]))
 
-    def solve_matrix(self, gradients: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+    def solve_matrix(self, gradients: torch.Tensor) -> tuple[np.ndarray, Convergence | None]:
         """The same of gradients in the basis, ``(q, a, h)`` float64."""
         if self._solver == "ekfac":
             left, right, eigenvalues = self._products.eigenbasis
@@ -329,8 +330,8 @@ class HeadSolver:
         solve = _iterative(
             self._spec, self._solver, product, len(self._products), lambda: self.damping, "head", self._precondition
         )
-        solved, residual = solve({"head": gradients})
-        return solved["head"].numpy(), residual
+        solved, convergence = solve({"head": gradients})
+        return solved["head"].numpy(), convergence
 
     @property
     def _precondition(self) -> Multiply | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from forebear.indexer.curvature.convergence import Convergence
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.index import Index
@@ -45,19 +46,19 @@ class SpanScores:
                 out[indices] += self._dots(model, self._gradients(model, indices))
         return out
 
-    def preconditioned(self, curvature: CurvatureSpec) -> tuple[np.ndarray, np.ndarray | None]:
+    def preconditioned(self, curvature: CurvatureSpec) -> tuple[np.ndarray, Convergence | None]:
         """<H^-1 (g_q - g_q(-kl)), g_n - g_n(-ij)>, the Span paper's IF++ with its sign flipped, at the model explained.
 
         Returns:
-            Scores ``(q, m)`` float64, and relative residuals ``(q,)`` where a solver iterated.
+            Scores ``(q, m)`` float64, and how far H^-1 came where a solver iterated.
         """
         solve = deep_solver(curvature, self._index, self._classifier, self._scope)
-        scores, residuals = [], []
+        scores, convergences = [], []
         for indices in self._chunks(2):
-            solved, residual = solve(self._gradients(self._classifier, indices))
+            solved, convergence = solve(self._gradients(self._classifier, indices))
             scores.append(self._dots(self._classifier, solved))
-            residuals += [] if residual is None else [residual]
-        return np.concatenate(scores), np.concatenate(residuals) if residuals else None
+            convergences.append(convergence)
+        return np.concatenate(scores), Convergence.join(convergences)
 
     def _chunks(self, kinds: int) -> list[np.ndarray]:
         """Indices of the test rows, in chunks whose whole vectors (``kinds`` for each row) fit in memory together."""

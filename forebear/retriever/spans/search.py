@@ -181,7 +181,7 @@ class SpanSearch:
         fewest, most = min(map(len, positions)), max(map(len, positions))
         _refuse_too_few(method, fewest, k)
         padded = np.stack([np.pad(listed, (0, most - len(listed)), mode="edge") for listed in positions])
-        scores, residuals = search.score([method], queries, {method.name: padded})
+        scores, convergences = search.score([method], queries, {method.name: padded})
         ends: list[Ranking] = []
         for largest in (True, False):
             best, best_scores = np.empty((len(positions), k), np.int64), np.empty((len(positions), k))
@@ -192,7 +192,7 @@ class SpanSearch:
             ends.append(
                 Ranking(
                     best if entries is None else entries.rows[best], best_scores, True,
-                    np.array([len(listed) for listed in positions]), residual=residuals.get(method.name),
+                    np.array([len(listed) for listed in positions]), convergence=convergences[method.name],
                     spans=None if entries is None else [[entries.spans[j] for j in query_best] for query_best in best],
                     query_spans=query_spans, n_cut=n_cut,
                 )
@@ -211,11 +211,11 @@ class SpanSearch:
     def _rank_rows_at_head(self, method: Method, queries: Queries, k: int, query_spans: list[Span] | None) -> Ends:
         """Rank all rows at the head from stored factors, without the model; proven, as for other methods there."""
         search = self._search
-        residual = search.gradients.solutions(queries)[1] if method.query == "preconditioned" else None
+        convergence = search.gradients.solutions(queries)[1] if method.query == "preconditioned" else None
         query = head_query(search, method, queries)
         first, last = search_query(search.models, query.method, query, k, exact="rerank")
-        return replace(first, residual=residual, query_spans=query_spans), replace(
-            last, residual=residual, query_spans=query_spans
+        return replace(first, convergence=convergence, query_spans=query_spans), replace(
+            last, convergence=convergence, query_spans=query_spans
         )
 
     def _rank_stored(self, method: Method, queries: Queries, k: int, query_spans: list[Span] | None) -> Ends:
@@ -223,10 +223,10 @@ class SpanSearch:
         search, store = self._search, self._search.index.spans()
         n_live = len(search.index.live_spans)
         _refuse_too_few(method, n_live, k)
-        residual = search.gradients.solutions(queries)[1] if method.query == "preconditioned" else None
+        convergence = search.gradients.solutions(queries)[1] if method.query == "preconditioned" else None
         ends = [
             Ranking(
-                store.rows[entries], scores, True, np.full(len(entries), n_live), residual=residual,
+                store.rows[entries], scores, True, np.full(len(entries), n_live), convergence=convergence,
                 spans=[store.spans(query_entries) for query_entries in entries], query_spans=query_spans,
                 n_cut=np.full(len(entries), store.n_cut),
             )

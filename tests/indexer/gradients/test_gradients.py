@@ -524,6 +524,7 @@ def test_solvers_that_iterate_report_their_residual_beyond_the_head(world):
         ["a film"], curvature="lissa", lissa="damping=0.01,scale=500,batch_rows=5,depth=50", **ask
     )
     assert 0 < table["residual"].to_pylist()[0] < 2
+    assert table["iterations"].to_pylist() == [None if m == "gd" else 50 for m in table["method"].to_pylist()]
     facts = json.loads(table.schema.metadata[b"forebear"])["methods"]["if"]
     assert (facts["damping"], facts["curvature_rows"], facts["matrix"]) == (5.0, 20, "Hessian")
 

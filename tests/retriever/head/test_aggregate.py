@@ -79,10 +79,13 @@ def test_iterated_curvature_of_the_head_is_summed_too(bert_world, curvature):
     found = bert_world.retriever.aggregate([bert_world.queries], None, GROUPS, spec).rankings["if"][0]
     truth = by_group(bert_world.retriever.scores(bert_world.queries, "if", **choices))
     assert error(scores_of(found, live), truth) < 1e-7
-    alone = [r.rankings["if"][0].residual[0] for r in (
+    alone = [r.rankings["if"][0].convergence for r in (
         bert_world.retriever.answer_block(0, [[text]], None, spec) for text in bert_world.queries
     )]  # fmt: skip
-    np.testing.assert_allclose(found.residual, [max(np.array(alone)[g == GROUPS]) for g in range(3)], rtol=1e-3)
+    of_groups = [[alone[i] for i in np.flatnonzero(g == GROUPS)] for g in range(3)]
+    residuals = [max(one.residual[0] for one in group) for group in of_groups]
+    np.testing.assert_allclose(found.convergence.residual, residuals, rtol=1e-3)
+    assert found.convergence.iterations.tolist() == [max(one.iterations[0] for one in group) for group in of_groups]
 
 
 @pytest.mark.parametrize("exact", ["rerank", "full"])

@@ -22,6 +22,7 @@ from forebear.cli.main import run
 from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import provenance, question_record
 from forebear.evaluation.common.queries import QueryRows, score_queries
+from forebear.indexer.curvature.convergence import Convergence
 from forebear.indexer.curvature.solvers import HAN20
 from forebear.indexer.spans.text import Span
 from forebear.retriever.question.spec import QueryChoices
@@ -204,7 +205,7 @@ def ranking(n_queries: int, seed: int) -> Ranking:
         "scores": lambda: rng.normal(size=(n_queries, 2)),
         "exact": lambda: True,
         "n_scored": lambda: rng.integers(0, 9, n_queries),
-        "residual": lambda: rng.random(n_queries),
+        "convergence": lambda: Convergence(rng.random(n_queries), rng.integers(0, 9, n_queries)),
         "proven": lambda: rng.random(n_queries) < 0.5,
         "words": lambda: [object() for _ in range(n_queries)],
         "spans": lambda: [[Span(0, i, i + 1)] * 2 for i in range(n_queries)],
@@ -223,6 +224,10 @@ def test_joined_rankings_keep_every_field():
     for field in fields(Ranking):
         if field.name == "exact":
             continue
+        if field.name == "convergence":
+            pairs = [np.stack([p.convergence.residual, p.convergence.iterations]) for p in (joined, *parts)]
+            np.testing.assert_array_equal(pairs[0], np.concatenate(pairs[1:], axis=1))
+            continue
         found, wanted = getattr(joined, field.name), [one for part in parts for one in getattr(part, field.name)]
         assert len(found) == 5
         assert all(
@@ -234,6 +239,6 @@ def test_joined_rankings_keep_every_field():
 def test_joined_rankings_leave_empty_what_none_of_them_holds():
     may_lack = (field.name for field in fields(Ranking) if field.default is None)
     empty = dict.fromkeys(may_lack, None)
-    assert {"residual", "proven", "effects", "n_cut"} <= set(empty)
+    assert {"convergence", "proven", "effects", "n_cut"} <= set(empty)
     joined = join([replace(ranking(2, 0), **empty), replace(ranking(1, 1), **empty)])
     assert all(getattr(joined, name) is None for name in empty)
