@@ -20,8 +20,9 @@ from forebear.indexer.storage.locks import exclusive
 from forebear.progress import tell_warning
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.spec import Question
+from forebear.retriever.question.targets import settled_target
 
-VERSION = 1
+VERSION = 2
 RUN, NO_CURVATURE = "run", "none"  # scope and curvature of a method that differentiates the training run
 
 
@@ -35,6 +36,7 @@ class Measured:
         scope: Scope of its gradients; ``run`` of a method that differentiates the training run.
         curvature: How H^-1 was had; ``none`` of a method without it.
         damping: What was added to the diagonal; None where nothing says it.
+        target: Whose loss was predicted: ``predicted``, ``gold`` or ``label:NAME``.
         recipe: What was trained again, as ``--retrain`` names it; and by which damping the head was held, where that is
             not the effects' own.
         seeds: Seeds of the retrainings.
@@ -53,6 +55,7 @@ class Measured:
     scope: str
     curvature: str
     damping: float | None
+    target: str
     recipe: str
     seeds: tuple[int, ...]
     test_rows: str
@@ -65,7 +68,7 @@ class Measured:
 
     def gives_way_to(self, newer: Measured) -> bool:
         """Whether a newer result takes this one's place: of the same kind, or of this kind before a change."""
-        names = ["method", "scope", "curvature", "recipe"]
+        names = ["method", "scope", "curvature", "target", "recipe"]
         if self.index_digest == newer.index_digest:
             names.append("damping")
         return all(getattr(self, name) == getattr(newer, name) for name in names)
@@ -109,7 +112,7 @@ def check_keeping(folder: Path) -> None:
 
 
 def keep_measured(folder: Path, results: Sequence[Measured]) -> None:
-    """Keep results beside an index, in place of earlier ones of the same method, scope, curvature and recipe.
+    """Keep results beside an index, in place of earlier ones of the same method, scope, curvature, target and recipe.
 
     Raises:
         InUseError: Another process changes the index.
@@ -131,10 +134,16 @@ def scope_and_curvature(question: Question, method: Method) -> tuple[str, str, f
     return scope, facts["curvature"], facts.get("damping")
 
 
+def target_of(question: Question) -> str:
+    """Whose loss a question asks for, as results name it."""
+    return settled_target(question.spec.target, question.index.manifest.spec.label_names)
+
+
 def measured_line(question: Question, method: Method) -> str:
     """How true a method's effects were found to be for the index as the question asks it; empty where nobody measured.
 
-    Such as ``effects of if at head: slope 0.97 [0.92, 1.05], r 0.993 for proximal-head without 1 to 50 rows``.
+    Such as ``effects of if at head: slope 0.97 [0.92, 1.05], r 0.993 for proximal-head without 1 to 50 rows``. Where
+    nobody measured them for the question's target, those for other targets are given, and these named.
     """
     index = question.index
     kept = [one for one in read_measured(index.folder) if one.method == method.name]
@@ -144,9 +153,12 @@ def measured_line(question: Question, method: Method) -> str:
     found = [one for one in kept if (one.scope, one.curvature, one.damping) == asked]
     if not found:
         return ""
-    digest = index.manifest.digest()
-    stale = "" if all(one.index_digest == digest for one in found) else ", measured before the index changed"
-    return f"effects of {method.name} {found[0].place}: {'; '.join(map(str, found))}{stale}"
+    digest, target = index.manifest.digest(), target_of(question)
+    shown = [one for one in found if one.target == target] or found
+    of_another = "" if shown[0].target == target else f" (here {target})"
+    texts = [f"{one}, of the target {one.target}{of_another}" if of_another else str(one) for one in shown]
+    stale = "" if all(one.index_digest == digest for one in shown) else ", measured before the index changed"
+    return f"effects of {method.name} {found[0].place}: {'; '.join(texts)}{stale}"
 
 
 def measured_lines(index: Index) -> list[str]:
@@ -157,7 +169,7 @@ def measured_lines(index: Index) -> list[str]:
         how = one.curvature if one.damping is None else f"{one.curvature}, damping {one.damping:.3g}"
         by = "" if one.curvature == NO_CURVATURE else f" ({how})"
         stale = "" if one.index_digest == digest else ", measured before the index changed"
-        lines.append(f"{one.method} {one.place}{by}: {one}{stale}")
+        lines.append(f"{one.method} {one.place}{by}, target {one.target}: {one}{stale}")
     return lines
 
 

@@ -39,13 +39,23 @@ def choose_targets(
             raise InputError("--target gold needs labels in the test file. Name their column by --label-column.")
         return labels
     if predictions.ndim == 1:
-        name = target if target in names else _without_prefix(target) or target
-        return np.full(len(predictions), _output(name, names, "NAME", target))
+        return np.full(len(predictions), _label(target, names))
     single = _without_prefix(target)
     if single is None:
         raise InputError(f"--target {target!r}: expected predicted, gold, or {LABEL}NAME of {listed(names)}.")
     output, targets = _output(single, names, f"{LABEL}NAME", target), loss.targets_of(predictions)
     return np.where(np.arange(len(names)) == output, targets, np.nan)
+
+
+def settled_target(target: str, names: Sequence[str]) -> str:
+    """``predicted``, ``gold``, or ``label:NAME`` with the name as the model has it: one spelling of each target."""
+    return target if target in ("predicted", "gold") else LABEL + names[_label(target, names)]
+
+
+def _label(target: str, names: Sequence[str]) -> int:
+    """Position of the label that is named, with or without the prefix."""
+    name = target if target in names else _without_prefix(target) or target
+    return _output(name, names, "NAME", target)
 
 
 def _without_prefix(target: str) -> str | None:

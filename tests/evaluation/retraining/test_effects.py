@@ -198,7 +198,9 @@ def test_an_index_keeps_what_was_measured_and_answers_say_it(copied, bert_world,
     assert forebear.Index.open(copied).manifest.digest() == digest
     assert run(["verify", str(copied)]) == 0
     assert run(["info", str(copied)]) == 0
-    assert "proximal-head without 1 to 3 rows" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "proximal-head without 1 to 3 rows" in shown
+    assert "target predicted: slope " in shown
     text = ["--text", bert_world.queries[0], "--top", "2"]
     for command in (["retrieve", *asked, *text], ["explain", *asked, *text]):
         assert run(command) == 0
@@ -215,6 +217,26 @@ def test_an_index_keeps_what_was_measured_and_answers_say_it(copied, bert_world,
     assert "effects of if at head" not in repr(forebear.show(table))  # its relative damping is another number now
     assert run(["info", str(copied)]) == 0
     assert "measured before the index changed" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_kept_line_is_that_of_the_questions_target_or_names_its_own(copied, bert_world):
+    name = bert_world.retriever.label_names[1]
+    how = Retraining(recipe="head")
+    asked = {"methods": ["if"], "remove": (1,), "n_sets": 1, "how": how, "keep": True}
+
+    def line(target: str) -> str:
+        table = Retriever(copied).retrieve(bert_world.queries[:1], methods=["if"], top=2, target=target)
+        return json.loads(table.schema.metadata[b"forebear"])["methods"]["if"]["effect_measured"]
+
+    evaluations.effects(copied, bert_world.queries[:2], target=name.lower(), **asked)
+    of_label = line(name)
+    assert "of the target" not in of_label
+    assert line(f"label:{name}") == of_label
+    assert line("predicted") == f"{of_label}, of the target label:{name} (here predicted)"
+    evaluations.effects(copied, bert_world.queries[:2], **asked)
+    assert [one.target for one in read_measured(copied)] == [f"label:{name}", "predicted"]
+    assert line(name) == of_label
+    assert "of the target" not in line("predicted")
 
 
 def test_a_refit_that_is_held_by_another_damping_than_the_question_is_kept_as_such(copied, bert_world):

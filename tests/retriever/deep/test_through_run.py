@@ -99,7 +99,7 @@ def test_an_index_keeps_how_true_its_effects_are_and_answers_say_it(copied, caps
     assert facts["effect_measured"].endswith("for proximal-head without 1 to 2 rows")
     assert forebear(["info", str(copied / "index")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "magic through the run: slope " in shown
+    assert "magic through the run, target predicted: slope " in shown
     assert "if at head (exact, damping " in shown
 
 

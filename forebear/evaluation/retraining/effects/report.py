@@ -18,7 +18,7 @@ from forebear.evaluation.retraining.effects.sets import OPPONENTS, PROPONENTS, R
 from forebear.evaluation.retraining.jobs import Recipe
 from forebear.evaluation.retraining.lds.settings import Settings
 from forebear.retriever.effects.kinds import effect_kind
-from forebear.retriever.effects.measured import Measured, scope_and_curvature
+from forebear.retriever.effects.measured import Measured, scope_and_curvature, target_of
 
 ALL = "all"
 MOST_POINTS = 400  # of a series in a drawing
@@ -105,6 +105,7 @@ def measured(found: EffectPairs, settings: Settings, inputs: RetrainingInputs) -
                     scope=scope,
                     curvature=curvature,
                     damping=damping,
+                    target=target_of(question),
                     recipe=_recipe_name(inputs.retrainer.recipe, scope, damping),
                     seeds=found.seeds,
                     test_rows=f"{len(inputs.queries):,} of {inputs.queries.source}",
