@@ -33,7 +33,7 @@ class Ranking:
             method estimates them; see :mod:`forebear.retriever.effects`.
         effect_probabilities: The same of the target's probability, ``(q, k)``; NaN where none follows.
         effects_together: Both without all rows of the ranking together, ``(q, 2)``, in answers to groups of test rows
-            at the head; else None.
+            at the head, NaN where they mean nothing; else None.
         words: Contributions of shared words, ``q`` lists of ``k``, where scores are sums over words; else None.
     """
 

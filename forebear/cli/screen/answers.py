@@ -112,7 +112,7 @@ def _print_rankings(
         for side in SIDES:
             grid = Table(title=f"{method.name}: {side}s of {escape(target)}", title_justify="left", expand=True)
             rows_of_side = [row for row in results if (row["method"], row["side"]) == (method.name, side)]
-            caption = "; ".join(filter(None, [_caption(rows_of_side, texts), meanings[method.name]]))
+            caption = "; ".join(filter(None, [_caption(rows_of_side, method, texts), meanings[method.name]]))
             grid.caption, grid.caption_justify = escape(caption) or None, "left"
             for name in ("row", "score"):
                 grid.add_column(name, justify="right", no_wrap=True)
@@ -175,16 +175,19 @@ def _shared(row: dict[str, Any]) -> str:
     return ", ".join(shown) + (f", {more} more" if more > 0 else "") or "none"
 
 
-def _caption(rows: list[dict[str, Any]], texts: list[str]) -> str:
+def _caption(rows: list[dict[str, Any]], method: Method, texts: list[str]) -> str:
     """Facts of a table of results, below it: the query's span, proof, how well H^-1 was solved, spans left out.
 
     And what is predicted without all its rows together.
     """
     from forebear.indexer.curvature.convergence import convergence_phrase
+    from forebear.retriever.effects.refits import UNSTATED
 
     row, notes = rows[0], []
-    if row.get("effect_together") is not None:
-        notes.append(f"without all {len(rows)} together: effect {row['effect_together']:+.3g}")
+    if "effect_together" in row and row["effect"] is not None and not method.through_run:
+        together = row["effect_together"]
+        stated = UNSTATED if together is None else f"effect {together:+.3g}"
+        notes.append(f"without all {len(rows)} together: {stated}")
     if row.get("query_span_start") is not None:
         text = texts[row["query_span_column"]]
         notes.append(f"the query's span: {shortened(text[row['query_span_start'] : row['query_span_end']])}")

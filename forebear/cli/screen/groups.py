@@ -56,11 +56,15 @@ def _print_groups(method: str, column: str, lines: list[dict[str, Any]], meaning
     from rich.markup import escape
     from rich.table import Table
 
+    from forebear.retriever.effects.refits import UNSTATED
+
     target = lines[0]["target"] or "each row's target"
     title = f"{method}: {escape(column)} behind {escape(target)}"
+    effects = [name for name in EFFECTS if any(line.get(name) is not None for line in lines)]
+    if meaning and any(line["effect"] is None for line in lines):
+        meaning += f" Where it is empty, {UNSTATED}."
     grid = Table(title=title, title_justify="left", caption=escape(meaning) or None, caption_justify="left")
     grid.add_column(escape(column), overflow="fold")
-    effects = [name for name in EFFECTS if lines[0].get(name) is not None]
     titles = ["\n".join(EFFECTS[name] for name in effects)] if effects else []
     for name in ("rows", "sum", "mean", "share of\n|scores|", *titles, "best\nrow", "its\nscore"):
         grid.add_column(name, justify="right", no_wrap=True)
@@ -72,6 +76,6 @@ def _print_groups(method: str, column: str, lines: list[dict[str, Any]], meaning
         numbers = [f"{line[name]:.4g}" for name in ("sum", "mean")]
         name = "null" if line["group"] is None else shortened(cell(line["group"]))
         best = [str(line["best_row"]), f"{line['best_score']:.4g}"]
-        changes = ["\n".join(f"{line[effect]:+.3g}" for effect in effects)] if effects else []
+        changes = ["\n".join("" if line[name] is None else f"{line[name]:+.3g}" for name in effects)] if effects else []
         grid.add_row(escape(name), f"{line['rows']:,}", *numbers, f"{line['share']:.1%}", *changes, *best)
     OUT.print(grid)

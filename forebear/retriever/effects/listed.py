@@ -66,7 +66,7 @@ class GroupEffects:
         self._groups = groups
         self._kinds = {method.name: effect_kind(question, method) for method in question.methods}
         self._refits = HeadRefits(models, question.curvature.damping)
-        self._changes: dict[int, np.ndarray] = {}
+        self._changes: dict[int, np.ndarray | None] = {}
 
     def estimates(self, method: str) -> bool:
         """Whether a method estimates effects."""
@@ -77,6 +77,8 @@ class GroupEffects:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Effects of some groups on one answer, ``(m,)`` each: of the loss and of the target's probability.
 
+        NaN of a group without which they mean nothing; see :meth:`HeadRefits.of_group`.
+
         Args:
             method: One that estimates effects.
             predictions: The test rows of the answer: one, or all of an aggregate.
@@ -85,19 +87,22 @@ class GroupEffects:
         """
         kind = self._kinds[method]
         if kind.order == NEWTON:
-            found = predictions.changes(self._refits.logit_changes(self._of_groups(groups), predictions.features))
-            return found[0].sum(axis=0), found[1].sum(axis=0)
+            changes = {i: change for i, number in enumerate(groups) if (change := self._of_group(number)) is not None}
+            summed = np.full((2, len(groups)), np.nan)
+            if changes:
+                logit_changes = self._refits.logit_changes(np.stack(list(changes.values())), predictions.features)
+                summed[:, list(changes)] = [one.sum(axis=0) for one in predictions.changes(logit_changes)]
+            return summed[0], summed[1]
         effects = sums / kind.divisor
         if not kind.has_probability:
             return effects, np.full(len(groups), np.nan)
         return effects, predictions.probability_changes(effects[None])[0]
 
-    def _of_groups(self, groups: np.ndarray) -> np.ndarray:
-        """Change of the head's weight without each group, ``(m, a, h)``."""
-        for number in groups.tolist():
-            if number not in self._changes:
-                self._changes[number] = self._refits.of_group(self._groups(number))
-        return np.stack([self._changes[number] for number in groups.tolist()])
+    def _of_group(self, number: int) -> np.ndarray | None:
+        """Change of the head's weight without a group, ``(a, h)``."""
+        if number not in self._changes:
+            self._changes[number] = self._refits.of_group(self._groups(number))
+        return self._changes[number]
 
 
 def _first_order(predictions: Predictions, ends: Ends, kind: EffectKind) -> list[list[np.ndarray]]:
@@ -165,10 +170,10 @@ def effects_of_set(
 
 
 def _together(refits: HeadRefits, predictions: Predictions, rows: np.ndarray) -> np.ndarray:
-    """Effects of the removal of all rows of each ranking together, summed over its test rows: ``(g, 2)``."""
+    """Effects of the removal of all rows of each ranking together, summed over its test rows: ``(g, 2)``, or NaN."""
     members = [predictions.take(predictions.members(i)) for i in range(len(rows))]
-    sums = []
-    for some, row_numbers in zip(members, rows, strict=True):
-        change = refits.of_group(row_numbers)
-        sums.append([one.sum() for one in some.changes(refits.logit_changes(change[None], some.features))])
-    return np.array(sums)
+    sums = np.full((len(rows), 2), np.nan)
+    for i, (some, row_numbers) in enumerate(zip(members, rows, strict=True)):
+        if (change := refits.of_group(row_numbers)) is not None:
+            sums[i] = [one.sum() for one in some.changes(refits.logit_changes(change[None], some.features))]
+    return sums

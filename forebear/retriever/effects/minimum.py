@@ -101,6 +101,17 @@ class Refit:
         value = total / self.n_rows + self.damping / 2 * float((v**2).sum()) - float((self._mean_gradient * v).sum())
         return value, gradient / self.n_rows + self.damping * v - self._mean_gradient
 
+    def curvature_along(self, v: np.ndarray, weight: np.ndarray, rows: HeadRows) -> float:
+        """The second derivative of J along V at a weight ``(a, h)``, over some rows: v^T (H + damping I) v."""
+        total = 0.0
+        for block in rows.blocks():
+            outputs = self.loss.outputs(block.logits + block.features @ weight.T @ self._basis)
+            along = block.features @ v.T
+            of_rows = np.einsum("na,nab,nb->n", along, self.loss.curvature(outputs), along)
+            weights = self.loss.row_weights(block.targets)
+            total += float((of_rows if weights is None else weights * of_rows).sum())
+        return total / self.n_rows + self.damping * float((v**2).sum())
+
     def _by_newton(self, start: np.ndarray, rows: HeadRows) -> np.ndarray:
         v = start
         value, gradient = self.value_and_gradient(v, rows)

@@ -19,6 +19,9 @@ MAX_ROW_NUMBERS = 1 << 26  # multiplications of a product with H^-1, above which
 
 MAX_GROUP_NUMBERS = 1 << 35  # multiplications of a Newton step over all rows, above which a group gets a single step
 
+MIN_CURVATURE = 0.1  # share of the curvature along a group's change that must be left after it
+UNSTATED = "no effect: the rows that stay say too little of the head"
+
 
 def has_newton_steps(index: Index) -> bool:
     """Whether a row's removal at the head gets a Newton step of its own: of many classes it costs too much."""
@@ -81,13 +84,17 @@ class HeadRefits:
         step = step_of_set(self.inverse, parts)
         return self.minimum(rows, targets, step) if exact else step
 
-    def of_group(self, rows: np.ndarray) -> np.ndarray:
+    def of_group(self, rows: np.ndarray) -> np.ndarray | None:
         """Change of the weight when a group of rows is left out, ``(a, h)``: the minimum, unless that costs too much.
 
-        A group may hold most of the rows, or all of a class, where a single Newton step leads far from the minimum.
+        None where J_S along the change has less than a tenth of the curvature that J had before it, as where a group
+        holds nearly all rows, or all of a class: the size of the change is then that of 1 / damping, and says nothing.
         """
         directions, width = len(self.index.loss.basis(self.index.residuals().width)), self.index.features().width
-        return self.together(rows, exact=len(self.index.live) * (directions * width) ** 2 <= MAX_GROUP_NUMBERS)
+        change = self.together(rows, exact=len(self.index.live) * (directions * width) ** 2 <= MAX_GROUP_NUMBERS)
+        before = self.refit.curvature_along(change, np.zeros_like(change), self.trained)
+        left = self.refit.curvature_along(change, change, self.after(rows, None))
+        return change if left >= MIN_CURVATURE * before else None
 
     def minimum(self, rows: np.ndarray, targets: np.ndarray | None, start: np.ndarray) -> np.ndarray:
         """The minimum of J_S, ``(a, h)`` float64, by steps from ``start``; see :meth:`together`."""

@@ -104,11 +104,11 @@ def test_only_both_ends_are_given_and_their_ranks_say_so(retriever: Retriever) -
 
 def test_effects_of_groups_are_those_of_their_rows_taken_out_together(retriever: Retriever) -> None:
     index = retriever.index
-    lines = retriever.retrieve(QUERIES[:2], methods=["gd", "if"], group_by="label").to_pylist()
-    together = retriever.retrieve(QUERIES[:2], methods=["if"], group_by="label", aggregate=True).to_pylist()
+    lines = retriever.retrieve(QUERIES[:2], methods=["gd", "if"], group_by="by").to_pylist()
+    together = retriever.retrieve(QUERIES[:2], methods=["if"], group_by="by", aggregate=True).to_pylist()
     asked = Predictions.of(forward := run_forward(retriever.classifier(), [QUERIES[:2]]), forward.predictions)
-    for number, name in enumerate(index.manifest.spec.label_names):
-        rows = index.live[index.labels[index.live] == number]
+    for name in set(BY):
+        rows = np.array([row for row in index.live if BY[row] == name])
         effects, probabilities = effects_of_set(HeadRefits(retriever.models), asked, rows, exact=True)
         found = [line for line in lines if (line["group"], line["method"]) == (name, "if")]
         assert [line["effect"] for line in found] == pytest.approx(effects.tolist(), rel=1e-9)
@@ -116,6 +116,27 @@ def test_effects_of_groups_are_those_of_their_rows_taken_out_together(retriever:
         (summed,) = (line for line in together if line["group"] == name)
         assert summed["effect"] == pytest.approx(effects.sum(), rel=1e-9)
     assert all(line["effect"] is None for line in lines if line["method"] == "gd")
+
+
+def test_a_whole_class_has_no_effect_as_its_size_would_be_that_of_the_damping(
+    retriever: Retriever, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a class the head's change grows nearly as 1 / damping; without a year's rows it does not."""
+    live = retriever.index.live
+    for column, groups, stated in (("label", retriever.index.labels, False), ("year", np.array(YEARS), True)):
+        table = retriever.retrieve(QUERIES, methods=["if"], group_by=column, damping="0.001x", top=9)
+        assert table.column("effect").null_count == table.column("effect_probability").null_count
+        assert table.column("effect").null_count == (0 if stated else len(table))
+        for group in np.unique(groups):
+            rows = live[groups[live] == group]
+            small, large = (
+                np.linalg.norm(HeadRefits(retriever.models, damping).together(rows, exact=True))
+                for damping in ("0.001x", "0.002x")
+            )
+            assert (small / large > 1.8) != stated
+    asked_by_command = ["--index", str(retriever.index.folder), "--text", QUERIES[0], "--method", "if"]
+    assert run(["retrieve", *asked_by_command, "--damping", "0.001x", "--group-by", "label"]) == 0
+    assert "no effect: the rows that stay say too little" in " ".join(capsys.readouterr().out.split())
 
 
 def test_groups_are_shown_in_a_notebook_too(retriever: Retriever) -> None:

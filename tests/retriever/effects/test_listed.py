@@ -172,6 +172,25 @@ def test_effects_on_a_group_are_sums_and_sets_are_solved_together(world):
     assert {"effect_together", "effect_probability_together"} <= set(table.column_names)
 
 
+def test_no_effect_is_stated_of_nearly_all_rows_together(bert_world, capsys, tmp_path):
+    spec = {"methods": ["if"], "top": len(bert_world.labels) - 1, "target": "gold", "aggregate": True}
+    source = rows_from_texts(bert_world.queries, bert_world.query_labels)
+    table = bert_world.retriever.retrieve(source, **spec)
+    assert table["effect_together"].null_count == table["effect_probability_together"].null_count == len(table)
+    assert table["effect"].null_count == 0
+    test = tmp_path / "test.jsonl"
+    pairs = zip(bert_world.queries, bert_world.query_labels, strict=True)
+    test.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in pairs))
+    asked = ["--index", str(bert_world.index.folder), "--test", str(test), "--method", "if", "--top", str(spec["top"])]
+    assert run(["retrieve", *asked, "--aggregate"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "together: no effect: the rows that stay say too little of the head" in shown
+    assert run(["audit", "errors", *asked, "--out", str(tmp_path / "errors")]) == 0
+    (group, *_) = json.loads((tmp_path / "errors" / "result.json").read_text())["groups"]
+    assert group["found"]["if"]["proponent"]["effect_together"] is None
+    assert "together: no effect" in (tmp_path / "errors" / "report.html").read_text()
+
+
 def test_effects_do_not_depend_on_the_blocks_of_rows_and_queries(bert_world, monkeypatch):
     table = bert_world.retriever.retrieve(bert_world.queries, methods=["if"], top=5)
     monkeypatch.setattr("forebear.retriever.effects.listed.CHANGE_NUMBERS", 200)

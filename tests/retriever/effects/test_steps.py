@@ -202,6 +202,22 @@ def _minimum(head, kept, targets, start):
     return Refit(trained, head.loss, DAMPING).minimum(rows, start)
 
 
+def test_curvature_along_a_change_is_the_second_derivative_of_the_objective(head):
+    basis, kept = head.loss.basis(len(head.bias)), np.arange(N) >= 20
+    v, at = np.random.default_rng(2).normal(size=(2, len(basis), H))
+    f, w0, b, y = (torch.from_numpy(a) for a in (head.features, head.weight, head.bias, head.targets))
+
+    def objective(t):
+        change = torch.from_numpy(basis.T) @ (torch.from_numpy(at) + t * torch.from_numpy(v))
+        losses = torch_loss(head.loss, f[kept] @ (w0 + change).T + b, y[kept])
+        return losses.sum() / N + DAMPING / 2 * change.square().sum()
+
+    truth = torch.autograd.functional.hessian(objective, torch.zeros((), dtype=torch.float64)).item()
+    trained = HeadRows(head.features, head.logits, head.targets)
+    found = Refit(trained, head.loss, DAMPING).curvature_along(v, at, trained.take(kept))
+    assert found == pytest.approx(truth, rel=1e-9)
+
+
 def test_without_a_removal_the_minimum_is_the_trained_weight(head):
     kept = np.ones(N, bool)
     start = np.zeros((len(head.loss.basis(len(head.bias))), H))

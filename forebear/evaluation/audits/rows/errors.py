@@ -23,6 +23,7 @@ from forebear.indexer.storage.ann import unit_rows
 from forebear.retriever.answers.results import SIDES, Answers
 from forebear.retriever.answers.signs import SignCounts, note_of
 from forebear.retriever.effects.kinds import effect_meanings
+from forebear.retriever.effects.refits import UNSTATED
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.ranking import Ranking
 from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
@@ -234,7 +235,8 @@ def _found(ranking: Ranking, number: int) -> dict[str, Any]:
     if ranking.effects is not None:
         found["effects"] = ranking.effects[number]
     if ranking.effects_together is not None:
-        found["effect_together"] = ranking.effects_together[number, 0]
+        together = ranking.effects_together[number, 0]
+        found["effect_together"] = None if np.isnan(together) else together
     return found
 
 
@@ -254,7 +256,8 @@ def _group(mistakes: Mistakes, group: ErrorGroup, answers: Answers, number: int,
         notes.append(note_of(method, side, scores))
         if ranking.effects_together is not None:
             together = ranking.effects_together[number, 0]
-            notes.append(f"Without all {ranking.rows.shape[1]} {side}s together: effect {together:+.3g}, summed.")
+            stated = UNSTATED if np.isnan(together) else f"effect {together:+.3g}, summed"
+            notes.append(f"Without all {ranking.rows.shape[1]} {side}s together: {stated}.")
         headings = [f"{side} · row {row}" for row in rows]
         passages += row_passages(retriever, rows, headings, notes=[f"score {score:.4g}" for score in scores])
     intro = " ".join(note for note in notes if note)
