@@ -120,6 +120,7 @@ KEYWORDS = {
     "--sets": Keyword("n_sets", "measure_effects", "number"),
     "--shard-rows": Keyword("shard_rows", "BuildOptions", "number"),
     "--share": Keyword("shares", "amounts_of", "texts"),
+    "evaluate metasmoothness --keep": Keyword("keep", "metasmoothness", "switch"),
     "evaluate metasmoothness --share": Keyword("share", "metasmoothness", "number"),
     "--sides": Keyword("names", "sides_of", "texts"),
     "--sketch-basis": Keyword("sketch_basis", "BuildOptions"),

@@ -29,6 +29,9 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print results only: no progress, no news.", callback=be_quiet)
 ]
+Keep = Annotated[
+    bool, typer.Option("--keep", help="Keep the result where retrieve and explain find it, to say it with answers.")
+]
 JsonOut = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 

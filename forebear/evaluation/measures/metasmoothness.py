@@ -17,6 +17,7 @@ from forebear.evaluation.reports.report import Report, Table
 from forebear.indexer.training.replay.smoothness import metasmoothness as smoothness_of_run
 from forebear.progress import Progress, no_progress
 from forebear.retriever.deep.through_run import recorded_run
+from forebear.retriever.effects.smoothness import KEPT_SMOOTHNESS, keep_smoothness
 from forebear.retriever.retriever import Retriever
 
 
@@ -36,7 +37,13 @@ class Metasmoothness:
 
 
 def metasmoothness(
-    retriever: Retriever, *, share: float, n_directions: int, seed: int, progress: Progress = no_progress
+    retriever: Retriever,
+    *,
+    share: float,
+    n_directions: int,
+    seed: int,
+    keep: bool = False,
+    progress: Progress = no_progress,
 ) -> Metasmoothness:
     """Train the run again with some rows at half weight, and without them.
 
@@ -45,10 +52,12 @@ def metasmoothness(
         share: Share of the rows that are left out, drawn at random.
         n_directions: Number of such draws, of two trainings each.
         seed: Seed of the draws.
+        keep: Whether the run's folder keeps the result, so that answers by ``magic`` say it.
         progress: Called with the stage, and the trainings done and in all.
 
     Raises:
         InputError: The share or the number mean nothing, or the run cannot be repeated.
+        StorageError: The run's folder is to keep the result and cannot be written.
     """
     command = "evaluate metasmoothness"
     if not 0 < share < 1:
@@ -56,11 +65,16 @@ def metasmoothness(
     if n_directions < 1:
         raise InputError(f"--directions {n_directions}: expected at least 1.", of=command)
     recorded = recorded_run(retriever.models)
+    if keep:
+        KEPT_SMOOTHNESS.check(recorded.folder)
     n = len(recorded.labels)
     size = max(1, round(share * n))
     draws = [np.random.default_rng([seed, 23, i]).permutation(n)[:size] for i in range(n_directions)]
     rows = np.sort(np.stack(draws), axis=1)
-    return Metasmoothness(values=smoothness_of_run(recorded, list(rows), progress), rows=rows, n_rows=n)
+    values = smoothness_of_run(recorded, list(rows), progress)
+    if keep:
+        keep_smoothness(recorded.folder, values, size, n, seed)
+    return Metasmoothness(values=values, rows=rows, n_rows=n)
 
 
 def metasmoothness_report(
@@ -72,9 +86,9 @@ def metasmoothness_report(
         "Metasmoothness",
         ["rows left out", *INTERVAL_COLUMNS, "draws"],
         [[f"{size:,} of {measured.n_rows:,}", *interval_cells(measured.values, seed), d]],
-        "Sum of |d| sign(d) sign(d') over the sum of |d|: d is how far each weight of the model moves where some rows, "
-        "drawn at random, have half their weight in training, d' how far it moves on where they are left out. 1: as it "
-        "began; 0: unrelated; -1: back.",
+        "Sum of |d + d'| sign(d) sign(d') over the sum of |d + d'|: d is how far each weight of the model moves where "
+        "some rows, drawn at random, have half their weight in training, d' how far it moves on where they are left "
+        "out. 1: on as it began; 0: unrelated; -1: the other way.",
     )
     mean = float(measured.values.mean())
     summary = (

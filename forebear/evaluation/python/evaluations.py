@@ -242,15 +242,17 @@ def metasmoothness(
     share: float = 0.05,
     n_directions: int = 1,
     seed: int = 0,
+    keep: bool = False,
     progress: Progress | bool = False,
 ) -> Finding[of_metasmoothness.Metasmoothness]:
     """Do the run's weights move along straight lines when rows' weights change? How far ``magic`` can reach.
 
-    Trains the run once, and twice for each direction, which is a random ``share`` of the rows on the way out.
+    Trains the run once, and twice for each direction, which is a random ``share`` of the rows on the way out. With
+    ``keep`` the run's folder keeps the result, and answers by ``magic`` say it.
     """
     retriever = retriever_of(retriever, "evaluations.metasmoothness")
     found = of_metasmoothness.metasmoothness(
-        retriever, share=share, n_directions=n_directions, seed=seed, progress=progress_of(progress)
+        retriever, share=share, n_directions=n_directions, seed=seed, keep=keep, progress=progress_of(progress)
     )
     page = of_metasmoothness.metasmoothness_report(found, retriever, seed, called("evaluations.metasmoothness"))
     return finding(found, page)

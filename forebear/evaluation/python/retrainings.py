@@ -47,7 +47,7 @@ from forebear.evaluation.retraining.row_choice import (
     sides_of,
 )
 from forebear.progress import Progress, progress_of, tell_warning
-from forebear.retriever.effects.measured import check_keeping, keep_measured
+from forebear.retriever.effects.measured import KEPT_EFFECTS
 from forebear.retriever.question.spec import QueryChoices, QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.scores import Scores
@@ -357,7 +357,7 @@ def effects(
     check_effects(question)
     settings = Settings.of(retriever, question, scopes, dampings)
     if keep:
-        check_keeping(retriever.index.folder)
+        KEPT_EFFECTS.check(retriever.index.folder)
     asked = _open("evaluations.effects", retriever, rows, how, n_queries, seed, question)
     predictions = predictions_of(retriever, asked.queries, question.spec.target)
     predictors = [
@@ -372,7 +372,7 @@ def effects(
         budget=how.budget, seed=seed, progress=progress_of(progress),
     )  # fmt: skip
     if keep:
-        keep_measured(retriever.index.folder, measured(found, settings, asked))
+        KEPT_EFFECTS.keep(retriever.index.folder, measured(found, settings, asked))
     return _finding(found, lambda pairs, inputs: effects_report(pairs, settings, inputs), asked)
 
 

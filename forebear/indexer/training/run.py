@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 RUN_NAME = "run.json"
+SMOOTHNESS_NAME = "metasmoothness.json"  # what evaluate metasmoothness keeps beside it
 
 
 class ColumnKeywords(TypedDict, total=False):

@@ -13,7 +13,7 @@ from forebear.errors import DataError, OutputExistsError, StorageError
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.storage.atomic import TEMPORARY_SUFFIX, sync
 from forebear.indexer.storage.layout import LOCK_NAME
-from forebear.indexer.training.run import RUN_NAME, read_run
+from forebear.indexer.training.run import RUN_NAME, SMOOTHNESS_NAME, read_run
 
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_NAME = re.compile(rf"epoch-\d+({re.escape(TEMPORARY_SUFFIX)})?")
@@ -59,7 +59,7 @@ def clear_out(folder: Path) -> None:
         StorageError: The folder cannot be written.
     """
     with _writing(folder):
-        for name in (RUN_NAME, RUN_NAME + TEMPORARY_SUFFIX):
+        for name in (RUN_NAME, RUN_NAME + TEMPORARY_SUFFIX, SMOOTHNESS_NAME):
             (folder / name).unlink(missing_ok=True)
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         for path in (folder / CHECKPOINTS).iterdir():

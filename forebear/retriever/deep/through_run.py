@@ -21,6 +21,7 @@ from forebear.indexer.training.replay.opening import RecordedRun, check_repeatab
 from forebear.indexer.training.replay.trajectory import Trajectory
 from forebear.indexer.training.run import RUN_NAME, run_of_checkpoint
 from forebear.progress import tell_note
+from forebear.retriever.effects.smoothness import read_smoothness
 from forebear.retriever.question.batch import Batch
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.models import Models
@@ -62,7 +63,10 @@ class RunSearcher(Searcher):
     @override
     @staticmethod
     def facts(question: Question, method: Method) -> dict[str, Any]:
-        return with_note(PROVEN) | {"unit": "nats, to first order, if the row is left out of the run", "cost": COST}
+        facts = {"unit": "nats, to first order, if the row is left out of the run", "cost": COST}
+        found = run_of_checkpoint(question.index.manifest.checkpoints[-1].path)
+        kept = None if found is None else read_smoothness(found[0])
+        return with_note(PROVEN) | facts | ({} if kept is None else {"metasmoothness": str(kept)})
 
     def _ends(self, question: Question, scores: np.ndarray) -> dict[str, Ends]:
         live = self.index.live
@@ -95,9 +99,16 @@ class RunSearcher(Searcher):
             "magic",
             f"repeated to the last bit in {opened - begin:.0f} s, differentiated for {n_questions:,} question(s) in "
             f"{time.perf_counter() - opened:.0f} s. How far first order reaches in this run: "
-            f"{caller_of('forebear evaluate metasmoothness', 'evaluations.metasmoothness()')}.",
+            f"{_reach(recorded.folder)}.",
         )
         return found + 0.0  # no -0.0
+
+
+def _reach(folder: Path) -> str:
+    """The metasmoothness of the run in a folder, where it is kept; else what measures it."""
+    if (kept := read_smoothness(folder)) is not None:
+        return f"metasmoothness {kept}"
+    return caller_of("forebear evaluate metasmoothness --keep", "evaluations.metasmoothness(keep=True)")
 
 
 def recorded_run(models: Models) -> RecordedRun:

@@ -1,28 +1,19 @@
 """How true the effects of an index were found to be, kept beside it: what ``forebear evaluate effects --keep`` writes.
 
-The file is no part of the index: its digest does not cover it, and a change of the index leaves it, but makes it stale.
+A change of the index leaves the file, but makes it stale.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-from forebear.errors import StorageError
 from forebear.indexer.index import Index
-from forebear.indexer.storage.atomic import write_bytes
-from forebear.indexer.storage.layout import EFFECTS_NAME, LOCK_NAME
-from forebear.indexer.storage.locks import exclusive
-from forebear.progress import tell_warning
+from forebear.indexer.storage.layout import EFFECTS_NAME
+from forebear.retriever.effects.kept_results import KeptResults
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.spec import Question
 from forebear.retriever.question.targets import settled_target
 
-VERSION = 2
 RUN, NO_CURVATURE = "run", "none"  # scope and curvature of a method that differentiates the training run
 
 
@@ -85,44 +76,13 @@ class Measured:
         return f"slope {self.slope:.2f}{interval}{correlation} for {self.recipe} without {sizes} rows"
 
 
-def read_measured(folder: Path) -> list[Measured]:
-    """What is kept beside an index; nothing, with a warning, where the file is damaged."""
-    path = folder / EFFECTS_NAME
-    if not path.is_file():
-        return []
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["version"] != VERSION:
-            tell_warning(f"{path} was written by another version of forebear: what it says of effects is not shown.")
-            return []
-        return [Measured(**_with_tuples(one)) for one in content["results"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        tell_warning(f"{path} is damaged ({error}): it is not shown. Write it again by evaluate effects with --keep.")
-        return []
-
-
-def check_keeping(folder: Path) -> None:
-    """Refuse to keep a result in a folder that cannot be written; before the work.
-
-    Raises:
-        StorageError: As said.
-    """
-    if not os.access(folder, os.W_OK):
-        raise StorageError(f"--keep: {folder} cannot be written. Make it writable, or leave the option out.")
-
-
-def keep_measured(folder: Path, results: Sequence[Measured]) -> None:
-    """Keep results beside an index, in place of earlier ones of the same method, scope, curvature, target and recipe.
-
-    Raises:
-        InUseError: Another process changes the index.
-        StorageError: The file cannot be written.
-    """
-    with exclusive(folder / LOCK_NAME, str(folder)):
-        earlier = [one for one in read_measured(folder) if not any(one.gives_way_to(new) for new in results)]
-        content = {"version": VERSION, "results": [asdict(one) for one in [*earlier, *results]]}
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        write_bytes(folder / EFFECTS_NAME, text.encode() + b"\n")
+KEPT_EFFECTS = KeptResults(
+    EFFECTS_NAME,
+    version=2,
+    command="evaluate effects",
+    make=lambda one: Measured(**one | {name: tuple(one[name]) for name in ("seeds", "sizes")}),
+    gives_way=Measured.gives_way_to,
+)
 
 
 def scope_and_curvature(question: Question, method: Method) -> tuple[str, str, float | None]:
@@ -146,7 +106,7 @@ def measured_line(question: Question, method: Method) -> str:
     nobody measured them for the question's target, those for other targets are given, and these named.
     """
     index = question.index
-    kept = [one for one in read_measured(index.folder) if one.method == method.name]
+    kept = [one for one in KEPT_EFFECTS.read(index.folder) if one.method == method.name]
     if not kept:
         return ""
     asked = scope_and_curvature(question, method)
@@ -165,13 +125,9 @@ def measured_lines(index: Index) -> list[str]:
     """All that is kept beside an index, a line for each result."""
     digest = index.manifest.digest()
     lines = []
-    for one in read_measured(index.folder):
+    for one in KEPT_EFFECTS.read(index.folder):
         how = one.curvature if one.damping is None else f"{one.curvature}, damping {one.damping:.3g}"
         by = "" if one.curvature == NO_CURVATURE else f" ({how})"
         stale = "" if one.index_digest == digest else ", measured before the index changed"
         lines.append(f"{one.method} {one.place}{by}, target {one.target}: {one}{stale}")
     return lines
-
-
-def _with_tuples(one: dict[str, Any]) -> dict[str, Any]:
-    return one | {name: tuple(one[name]) for name in ("seeds", "sizes")}

@@ -24,7 +24,7 @@ from forebear.evaluation.retraining.recipes import open_retrainer
 from forebear.indexer.building.build import retire_rows
 from forebear.indexer.model.forward import run_forward
 from forebear.retriever.effects.changes import Predictions
-from forebear.retriever.effects.measured import read_measured
+from forebear.retriever.effects.measured import KEPT_EFFECTS
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 
@@ -187,7 +187,7 @@ def test_an_index_keeps_what_was_measured_and_answers_say_it(copied, bert_world,
     assert run([*measure, "--retrain", "head", "--out", str(tmp_path / "b"), "--force"]) == 0
     assert run([*measure, "--damping", "2x", "--out", str(tmp_path / "c")]) == 0
     assert run([*measure, "--out", str(tmp_path / "a"), "--force"]) == 0  # in place of the first
-    assert [one.recipe for one in read_measured(copied)] == ["head", "proximal-head", "proximal-head"]
+    assert [one.recipe for one in KEPT_EFFECTS.read(copied)] == ["head", "proximal-head", "proximal-head"]
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert result["fits"]["if"]["loss"][0]["slope"] == pytest.approx(1, abs=0.3)
     page = (tmp_path / "a" / "report.html").read_text()
@@ -234,7 +234,7 @@ def test_a_kept_line_is_that_of_the_questions_target_or_names_its_own(copied, be
     assert line(f"label:{name}") == of_label
     assert line("predicted") == f"{of_label}, of the target label:{name} (here predicted)"
     evaluations.effects(copied, bert_world.queries[:2], **asked)
-    assert [one.target for one in read_measured(copied)] == [f"label:{name}", "predicted"]
+    assert [one.target for one in KEPT_EFFECTS.read(copied)] == [f"label:{name}", "predicted"]
     assert line(name) == of_label
     assert "of the target" not in line("predicted")
 
@@ -245,7 +245,7 @@ def test_a_refit_that_is_held_by_another_damping_than_the_question_is_kept_as_su
     evaluations.effects(
         copied, bert_world.queries[:2], dampings=("0.1x", "2x"), remove=(1,), n_sets=1, how=how, keep=True
     )
-    first, second = read_measured(copied)
+    first, second = KEPT_EFFECTS.read(copied)
     assert first.recipe == "proximal-head"
     assert second.recipe == f"proximal-head held by {first.damping:.3g}"
 

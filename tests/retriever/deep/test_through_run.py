@@ -6,6 +6,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import labels, sentences, write_jsonl
@@ -22,7 +23,9 @@ from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.fine_tuning import TrainOptions, train
 from forebear.indexer.training.run import choose_model
-from forebear.retriever.effects.measured import read_measured
+from forebear.indexer.training.run_folder import clear_out
+from forebear.retriever.effects.measured import KEPT_EFFECTS
+from forebear.retriever.effects.smoothness import KEPT_SMOOTHNESS, read_smoothness
 from forebear.retriever.retriever import Retriever
 
 N = 48
@@ -90,7 +93,7 @@ def test_effects_of_sets_come_true_in_retrainings_of_the_seed_of_the_run(retriev
 def test_an_index_keeps_how_true_its_effects_are_and_answers_say_it(copied, capsys):
     retriever = Retriever(copied / "index")
     evaluations.effects(retriever, QUERIES[:1], methods=["magic", "if"], remove=(1, 2), n_sets=1, keep=True)
-    asked = {one.method: (one.scope, one.curvature, one.damping) for one in read_measured(copied / "index")}
+    asked = {one.method: (one.scope, one.curvature, one.damping) for one in KEPT_EFFECTS.read(copied / "index")}
     assert asked["magic"] == ("run", "none", None)
     assert asked["if"][:2] == ("head", "exact")
     table = retriever.retrieve(QUERIES[:1], methods=["magic"], top=2)
@@ -101,6 +104,37 @@ def test_an_index_keeps_how_true_its_effects_are_and_answers_say_it(copied, caps
     shown = " ".join(capsys.readouterr().out.split())
     assert "magic through the run, target predicted: slope " in shown
     assert "if at head (exact, damping " in shown
+
+
+def test_answers_say_the_metasmoothness_that_is_kept_of_the_run(copied, tmp_path, capsys):
+    source = rows_from_texts(TEXTS, LABELS, label_names=NAMES)
+    build_index(source, tmp_path / "index", choose_model(str(copied)).checkpoints, BuildOptions())
+    asked = ["--index", str(tmp_path / "index")]
+
+    def answer() -> str:
+        ask = ["retrieve", *asked, "--text", QUERIES[0], "--method", "magic", "--out", str(tmp_path / "answer.parquet")]
+        assert forebear([*ask, "--force"]) == 0
+        return " ".join("".join(capsys.readouterr()).split())
+
+    assert "reaches in this run: forebear evaluate metasmoothness --keep." in answer()
+    measure = ["evaluate", "metasmoothness", *asked, "--share", "0.1", "--directions", "2"]
+    assert forebear([*measure, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)["metasmoothness"]
+    assert not (copied / "metasmoothness.json").exists()
+    assert forebear([*measure, "--keep"]) == 0
+    (kept,) = KEPT_SMOOTHNESS.read(copied)
+    assert list(kept.values) == values
+    draws = f"2 random draws, {min(values):.3f} to {max(values):.3f}"
+    said = f"{sum(values) / 2:.3f} on the way to a training without 5 of {N} rows ({draws})"
+    capsys.readouterr()
+    assert f"reaches in this run: metasmoothness {said}." in answer()
+    facts = json.loads(pq.read_schema(tmp_path / "answer.parquet").metadata[b"forebear"])
+    assert facts["methods"]["magic"]["metasmoothness"] == said
+
+    (copied / "run.json").write_text((copied / "run.json").read_text() + "\n")  # another record: another run
+    assert read_smoothness(copied) is None
+    clear_out(copied)
+    assert not (copied / "metasmoothness.json").exists()
 
 
 def probabilities(retriever) -> np.ndarray:

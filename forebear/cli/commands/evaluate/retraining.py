@@ -12,6 +12,7 @@ import typer
 from forebear.cli.options.asking import AskOptions
 from forebear.cli.options.groups import Options, Shown, grouped, values_of
 from forebear.cli.options.question import QuestionOptions, SeveralOptions, SpanOptions
+from forebear.cli.options.report import Keep
 from forebear.cli.options.retraining import AmountOptions, BudgetOptions
 from forebear.cli.screen.console import Command
 from forebear.cli.workers import start_workers
@@ -206,9 +207,7 @@ def effects(
     asked: LdsAskOptions,
     amounts: AmountOptions,
     n_sets: Annotated[int, typer.Option("--sets", help="Random sets of each size, which all test rows share.")] = 10,
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Keep the result beside the index, for what retrieve and explain say.")
-    ] = False,
+    keep: Keep = False,
 ) -> None:
     """Report how true predicted effects are."""
     from forebear.evaluation.python.evaluations import effects

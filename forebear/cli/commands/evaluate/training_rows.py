@@ -20,7 +20,7 @@ from forebear.cli.options.question import (
     ScopeOptions,
     SearchOptions,
 )
-from forebear.cli.options.report import ReportOptions
+from forebear.cli.options.report import Keep, ReportOptions
 from forebear.cli.options.rows import ColumnOptions, LabelNames, TextColumns, Train, Unlabelled
 from forebear.cli.screen.console import Command, integers
 from forebear.errors import InputError
@@ -51,11 +51,12 @@ Example:
 METASMOOTHNESS_HELP = """Do the run's weights move along straight lines when rows' weights change?
 
 Trains the run again, with a random share of the rows at half their weight, and without them; 1 is as smooth as can be.
-The nearer to 1, the further a first-order answer through the run (--method magic) can reach.
+The nearer to 1, the further a first-order answer through the run (--method magic) can reach. With --keep the run's
+folder remembers it, and answers by magic say it.
 
 Example:
 
-    forebear evaluate metasmoothness --index I --share 0.05 --directions 3
+    forebear evaluate metasmoothness --index I --share 0.05 --directions 3 --keep
 """
 MISLABELLED_HELP = """Does a row's influence on itself tell wrong labels? AUC and precision, beside two baselines.
 
@@ -170,11 +171,12 @@ def metasmoothness(
     share: Annotated[float, typer.Option("--share", help="Share of the rows whose weight is lowered to 0.")] = 0.05,
     n_directions: Annotated[int, typer.Option("--directions", help="Draws of rows, two trainings each.")] = 1,
     seed: SampleSeed = 0,
+    keep: Keep = False,
 ) -> None:
     """Report the metasmoothness of the run."""
     from forebear.evaluation.python.evaluations import metasmoothness
 
-    report.call(metasmoothness, index.open(), share=share, n_directions=n_directions, seed=seed)
+    report.call(metasmoothness, index.open(), share=share, n_directions=n_directions, seed=seed, keep=keep)
 
 
 @grouped(methods=Shown("gd,if"), tops=Shown("the number of wrong rows"), train=Shown("the file that the index names"))

@@ -1,14 +1,15 @@
 """The metasmoothness of a run: do its weights move along straight lines when the weights of rows change?
 
-With theta(z) the trained weights, v a direction of the rows' weights z, and h a step (Engstrom et al. 2025, "Optimizing
-ML Training with Metagradient Descent"),
+With theta(z) the trained weights, v a direction of the rows' weights z, and h a step, the empirical metasmoothness of
+Engstrom et al. (2025), "Optimizing ML Training with Metagradient Descent", definition 2, is
 
     d = theta(z + h v) - theta(z)          d' = theta(z + 2 h v) - theta(z + h v)
-    metasmoothness = sum over weights of |d| sign(d) sign(d') / sum of |d|
+    metasmoothness = sum over weights of |d + d'| sign(d) sign(d') / sum of |d + d'|
 
-is 1 where every weight goes on as it began, 0 where the second half of the way has nothing to do with the first, and -1
-where it goes back. Here z is 1 for all rows, v is -1 for some and 0 for the others, and h is 1/2: on half of the way
-the rows count half, at its end they are left out.
+Each weight counts by how far it moves in all. It is 1 where every weight goes on as it began, 0 where the second half
+of the way has nothing to do with the first, and -1 where every weight that moved in all went the other way first. The
+paper leaves v and h open. Here z is 1 for all rows, v is -1 for some and 0 for the others, and h is 1/2: on half of the
+way the rows count half, at its end they are left out, which is what ``magic`` foretells.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ HALVES = (1.0, 0.5, 0.0)  # weight of the rows in the three trainings
 
 
 def straightness(begin: Tensors, middle: Tensors, end: Tensors) -> float:
-    """The formula above, for theta at three points of the way; 1 where nothing moves."""
+    """The formula above, for theta at three points of the way; 1 where no weight ends elsewhere than it began."""
     agreeing = moved = 0.0
     for first, second, third in zip(begin, middle, end, strict=True):
-        d = (second - first).double()
-        agreeing += float((d * (third - second).sign()).sum())
-        moved += float(d.abs().sum())
+        whole = (third - first).double().abs()
+        agreeing += float((whole * (second - first).sign() * (third - second).sign()).sum())
+        moved += float(whole.sum())
     return agreeing / moved if moved else 1.0
 
 

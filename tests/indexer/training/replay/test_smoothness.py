@@ -24,8 +24,11 @@ def test_straightness_is_1_on_a_line_and_counts_each_weight_by_how_far_it_moves(
     middle = [b + s for b, s in zip(begin, step, strict=True)]
     on = [m + 5 * s for m, s in zip(middle, step, strict=True)]
     assert straightness(begin, middle, on) == 1.0
-    assert straightness(begin, middle, begin) == -1.0
-    assert straightness(begin, middle, [on[0], begin[1]]) == pytest.approx((6 - 4) / 10)
+    back = [m - 3 * s for m, s in zip(middle, step, strict=True)]
+    assert straightness(begin, middle, back) == -1.0
+    # The first tensor goes on, 6 |step| in all; the second goes back, to 2 |step| on the other side.
+    assert straightness(begin, middle, [on[0], back[1]]) == pytest.approx((6 * 6 - 2 * 4) / (6 * 6 + 2 * 4))
+    assert straightness(begin, middle, [on[0], begin[1]]) == 1.0  # what ends where it began counts for nothing
     assert straightness(begin, begin, begin) == 1.0
 
 
