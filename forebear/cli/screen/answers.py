@@ -184,7 +184,7 @@ def _caption(rows: list[dict[str, Any]], method: Method, texts: list[str]) -> st
     from forebear.retriever.effects.refits import UNSTATED
 
     row, notes = rows[0], []
-    if "effect_together" in row and row["effect"] is not None and not method.through_run:
+    if "effect_together" in row and row["effect"] is not None and method.query == "preconditioned":
         together = row["effect_together"]
         stated = UNSTATED if together is None else f"effect {together:+.3g}"
         notes.append(f"without all {len(rows)} together: {stated}")

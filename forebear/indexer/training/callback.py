@@ -77,6 +77,7 @@ class ForebearCallback(TrainerCallback):  # type: ignore[misc]
         check_one_label(self._source.problem_type, tuple(class_weights), 0.0)
         self._class_weights = tuple(class_weights)
         self._rates: list[float] = []  # learning rate of every step
+        self._optimizer: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Check that a run folder can be written; take up the rates of a run that is resumed.
@@ -104,8 +105,9 @@ class ForebearCallback(TrainerCallback):  # type: ignore[misc]
                 self._rates += [eta] * (step - len(self._rates))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, optimizer: Any, **given: Any) -> None:
-        """Note the learning rate of a step before it is taken."""
+        """Note the learning rate of a step, and what takes it, before it is taken."""
         self._rates.append(float(optimizer.param_groups[0]["lr"]))
+        self._optimizer = _optimizer_facts(optimizer)
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Give the checkpoint its tokenizer, and write ``run.json``."""
@@ -164,6 +166,7 @@ class ForebearCallback(TrainerCallback):  # type: ignore[misc]
                 "unlabelled": self._source.unlabelled,
                 "class_weights": list(self._class_weights),
                 "label_smoothing": args.label_smoothing_factor,
+                "optimizer": self._optimizer,
             }
             | ({} if self._source.problem_type == SINGLE_LABEL else {"problem_type": self._source.problem_type})
             | {name: _plain(getattr(args, name)) for name in SETTINGS if hasattr(args, name)},
@@ -179,6 +182,17 @@ class ForebearCallback(TrainerCallback):  # type: ignore[misc]
             return input_limit(model, self._tokenizer, asked, "the model")
         except (InputError, ModelError):  # the tokenizer cuts for something else
             return input_limit(model, self._tokenizer, None, "the model")
+
+
+def _optimizer_facts(optimizer: Any) -> dict[str, Any]:
+    """Name of an optimizer, its largest momentum and weight decay, and whether parameters have different rates."""
+    groups = optimizer.param_groups
+    return {
+        "name": type(getattr(optimizer, "optimizer", optimizer)).__name__,  # accelerate wraps it
+        "momentum": max(float(group.get("momentum", 0.0)) for group in groups),
+        "weight_decay": max(float(group.get("weight_decay", 0.0)) for group in groups),
+        "several_rates": len({float(group["lr"]) for group in groups}) > 1,
+    }
 
 
 def _plain(value: Any) -> Any:

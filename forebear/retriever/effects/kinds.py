@@ -9,6 +9,7 @@ from typing import Any, Literal
 from forebear.indexer.losses.cross_entropy import CrossEntropy
 from forebear.indexer.losses.sigmoid import SigmoidLoss
 from forebear.indexer.rows.row_format import REGRESSION
+from forebear.retriever.effects.descent import descent_divisor
 from forebear.retriever.effects.measured import measured_line
 from forebear.retriever.effects.refits import has_newton_steps
 from forebear.retriever.question.methods import Method
@@ -26,16 +27,17 @@ class EffectKind:
 
     Attributes:
         order: By a Newton step of the head, the row's own curvature taken out, and the loss of the changed logits; or
-            to first order, score / N. None: the method estimates no effect.
+            to first order, a score over the divisor. None: the method estimates no effect.
         note: What size and sign of the effects mean, in one sentence; or why the method estimates none.
         has_probability: Whether there is a change of the target's probability beside the change of the loss.
-        divisor: What a score is divided by, to first order: N, or 1 where the score is the effect itself.
+        divisor: What a score is divided by, to first order: N; 1 where the score is the effect itself; of TracIn see
+            :mod:`~forebear.retriever.effects.descent`.
     """
 
     order: Order | None
     note: str
     has_probability: bool = False
-    divisor: int = 1
+    divisor: float = 1
 
     def facts(self) -> dict[str, Any]:
         """What stands of it in an answer's provenance."""
@@ -47,8 +49,9 @@ def effect_kind(question: Question, method: Method) -> EffectKind:
     if reason := _no_effect(question, method):
         return EffectKind(None, reason)
     loss, scope = question.index.loss, question.scope_of(method)
+    preconditioned = method.query == "preconditioned"
     exact_head = scope == "head" and not method.spans and question.curvature.at("head") == "exact"
-    if exact_head and not method.through_run and has_newton_steps(question.index):
+    if exact_head and preconditioned and has_newton_steps(question.index):
         order, has_probability = NEWTON, loss.problem_type != REGRESSION
     else:
         # The probability follows from the loss alone if this is -w log p, of one test row.
@@ -56,7 +59,10 @@ def effect_kind(question: Question, method: Method) -> EffectKind:
         follows = single or (isinstance(loss, CrossEntropy) and not loss.label_smoothing)
         order, has_probability = FIRST, follows and method.spans != "both" and not question.spec.aggregate
     meaning = _meaning(question, method, order, has_probability=has_probability)
-    return EffectKind(order, meaning, has_probability, 1 if method.through_run else question.index.manifest.n_live)
+    divisor: float = question.index.manifest.n_live if preconditioned else 1
+    if method.adds_up_steps:
+        divisor, _ = descent_divisor(question.index)
+    return EffectKind(order, meaning, has_probability, divisor)
 
 
 def effect_meanings(question: Question) -> dict[str, str]:
@@ -82,8 +88,9 @@ def _no_effect(question: Question, method: Method) -> str:
         return ""
     if method.saliency:
         return "no effect: its score is of a word's saliency, not of the loss"
-    if method.all_checkpoints and method.representation == "head":
-        return "no effect: its score adds up steps of plain gradient descent, and training takes others"
+    if method.adds_up_steps:
+        _, reason = descent_divisor(question.index)
+        return reason and f"no effect: {reason}"
     if method.query != "preconditioned":
         return "no effect: its score does not estimate what a model trained without the row would say"
     if method.metric != "dot":
@@ -104,6 +111,8 @@ def _meaning(question: Question, method: Method, order: Order, *, has_probabilit
         what += " beyond that of the text without its span"
     removal = "with the span masked" if method.spans else "without it"
     first_order = "the same run, first order: the score" if method.through_run else "first order: score / N"
+    if method.adds_up_steps:
+        first_order = f"its own steps left out, by the weights of scope {question.scope_of(method)} alone, first order"
     how = "the head fitted again" if order == NEWTON else first_order
     sign = "below 0 it rises" if output_itself else "below 0 it falls, so that the target gains"
     probability = " Beside it, the change of the target's probability." if has_probability else ""

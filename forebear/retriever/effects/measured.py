@@ -90,6 +90,8 @@ def scope_and_curvature(question: Question, method: Method) -> tuple[str, str, f
     if method.through_run:
         return RUN, NO_CURVATURE, None
     scope = question.scope_of(method)
+    if method.query != "preconditioned":
+        return scope, NO_CURVATURE, None
     facts = question.curvature.facts(question.index, scope)
     return scope, facts["curvature"], facts.get("damping")
 

@@ -103,6 +103,11 @@ class Method:
         return "gradients" if self.representation == "head" and scope != "head" else "stored"
 
     @property
+    def adds_up_steps(self) -> bool:
+        """Whether the score adds up what steps of gradient descent on the row did to the query's loss (TracIn)."""
+        return self.all_checkpoints and self.representation == "head"
+
+    @property
     def reads_texts(self) -> bool:
         """Whether the method compares texts, so that it cannot be asked about rows with word pieces masked."""
         return self.by_words or self.representation == "sentence"

@@ -74,6 +74,7 @@ def test_a_trainers_folder_is_a_run(model: Path, tmp_path: Path) -> None:
     assert all(0 < (c.train_loss or 0) < 2 for c in found.checkpoints)
     assert (found.max_length, found.text_columns, found.label_names) == (20, ("text",), ("LABEL_0", "LABEL_1"))
     assert found.data_sha256 == forebear.open_rows(training_rows()).sha256()
+    assert found.settings["optimizer"]["name"] == "AdamW"
     index = forebear.Index.build(
         tmp_path / "run", training_rows(), tmp_path / "index", checkpoints=("all",), warn=lambda _line: None
     )
