@@ -27,9 +27,10 @@ from forebear.indexer.training.run import choose_model
 from forebear.retriever.answers.coverage import tell_fit_age
 from forebear.retriever.question.spec import QueryChoices, QuerySpec
 from forebear.retriever.question.targets import choose_targets
-from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
+from forebear.retriever.retriever import Retriever
 from forebear.retriever.saliency import maps
 from forebear.retriever.saliency.maps import GRADIENT_X_INPUT, Saliency
+from forebear.retriever.searchers import QUERY_BLOCK_ROWS
 from forebear.wording import caller
 
 if TYPE_CHECKING:

@@ -28,8 +28,9 @@ from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.labels import UNKNOWN
 from forebear.progress import Progress, no_progress
 from forebear.retriever.question.spec import QuerySpec, Question
-from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
+from forebear.retriever.retriever import Retriever
 from forebear.retriever.scores import Scores
+from forebear.retriever.searchers import QUERY_BLOCK_ROWS
 
 N_BINS = 20
 N_ENDS = 5  # rows shown at each end

@@ -26,7 +26,8 @@ from forebear.retriever.effects.kinds import effect_meanings
 from forebear.retriever.effects.refits import UNSTATED
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.ranking import Ranking
-from forebear.retriever.retriever import QUERY_BLOCK_ROWS, Retriever
+from forebear.retriever.retriever import Retriever
+from forebear.retriever.searchers import QUERY_BLOCK_ROWS
 
 SHOWN_GROUPS = 6
 HEADS = ("group", "method", "side", "rank", "row", "score", "score a mistake", "effect", "label", "prediction")
