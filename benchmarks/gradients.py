@@ -29,7 +29,7 @@ from forebear.indexer.rows.opening import open_rows, rows_from_texts
 from forebear.indexer.sketches.candidates import propose
 from forebear.indexer.sketches.fitting import open_sketchers
 from forebear.indexer.sketches.sketch import sketch_rows
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch
 from forebear.retriever.question.inverse import CurvatureSpec

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 from forebear import BuildOptions, Index, Retriever, build_index
 from forebear.indexer.rows.opening import open_rows, rows_from_texts
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 
 SCOPE = "top-5"
 RUN = ROOT / "runs" / "bench" / "sst2"

@@ -26,7 +26,7 @@ from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.opening import open_rows
 from forebear.indexer.sketches.fitting import open_sketchers
 from forebear.indexer.storage.layout import words_folder
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.indexer.words.gradients import WordGradients, encode_vectors
 from forebear.retriever.question.methods import METHODS
 from forebear.retriever.question.spec import words_top

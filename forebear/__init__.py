@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from forebear.indexer.rows.row_source import RowSource
     from forebear.indexer.training.callback import ForebearCallback
     from forebear.indexer.training.fine_tuning import train
+    from forebear.indexer.training.model_choice import choose_model
     from forebear.indexer.training.options import TrainOptions
-    from forebear.indexer.training.run import choose_model
     from forebear.retriever.answers.show import show
     from forebear.retriever.question.methods import METHODS, Method
     from forebear.retriever.question.spec import QuerySpec
@@ -76,7 +76,7 @@ _HOMES = {  # the module that defines each public name; the imports above say th
     "forebear.indexer.rows.row_source": ("RowSource",),
     "forebear.indexer.index": ("Index",),
     "forebear.indexer.building.options": ("BuildOptions",),
-    "forebear.indexer.training.run": ("choose_model",),
+    "forebear.indexer.training.model_choice": ("choose_model",),
     "forebear.indexer.training.callback": ("ForebearCallback",),
     "forebear.indexer.training.fine_tuning": ("train",),
     "forebear.indexer.training.options": ("TrainOptions",),

@@ -26,7 +26,7 @@ from forebear.evaluation.retraining.changes import seeds_of
 from forebear.evaluation.retraining.deletion_curve import measure_deletion
 from forebear.evaluation.retraining.row_choice import row_scores
 from forebear.indexer.rows.opening import open_rows
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 
 VOCABULARY = 10_000
 EMBEDDING = 128

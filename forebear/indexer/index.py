@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from scipy import sparse
 
-from forebear.errors import InputError, MissingStoreError
+from forebear.errors import MissingStoreError
 from forebear.indexer.curvature.damping import find_damping, stored_damping
 from forebear.indexer.curvature.ekfac import Ekfac, read_ekfac
 from forebear.indexer.curvature.stored_head import StoredHead
-from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.scope_names import HEAD
 from forebear.indexer.model.scopes import Scope, scope_of
@@ -24,10 +22,8 @@ from forebear.indexer.sketches.estimates import GradientStore, Proposal
 from forebear.indexer.sketches.sketch import read_reduction
 from forebear.indexer.spans.store import SpanStore, read_spans
 from forebear.indexer.storage.ann import AnnIndex, read_ann
-from forebear.indexer.storage.arrow import RowMatrix, column, read_batches
-from forebear.indexer.storage.files import IndexFiles
+from forebear.indexer.storage.arrow import RowMatrix, column
 from forebear.indexer.storage.layout import (
-    COLUMNS,
     MAP_NAME,
     PARTS,
     SPANS,
@@ -38,8 +34,8 @@ from forebear.indexer.storage.layout import (
     words_folder,
 )
 from forebear.indexer.storage.ragged import offsets
-from forebear.indexer.storage.row_texts import RowColumns, RowTexts, text_list
 from forebear.indexer.storage.scan_table import ScanTable, read_scan_table
+from forebear.indexer.storage.stored_rows import StoredRows
 from forebear.indexer.words.store import WordStore, read_word_store
 
 if TYPE_CHECKING:
@@ -47,11 +43,11 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from forebear.indexer.storage.choices import BuildKeywords
-    from forebear.indexer.training.run import ModelChoice
+    from forebear.indexer.training.model_choice import ModelChoice
 
 
-class Index(IndexFiles):
-    """An index folder, open for reading; see :class:`IndexFiles` for how its files are checked.
+class Index(StoredRows):
+    """An index folder, open for reading; its files are checked by :class:`~forebear.indexer.storage.files.IndexFiles`.
 
     Attributes:
         folder: The index folder.
@@ -272,17 +268,6 @@ class Index(IndexFiles):
             return Proposal(cosine, 1.0 if cosine else 0.0)
         return Proposal(cosine, float(calibrated["code_weight"]), float(calibrated["margin"]))
 
-    def text_column(self, name: str) -> int:
-        """Number of a text column.
-
-        Raises:
-            InputError: There is none of that name.
-        """
-        names = self.manifest.spec.text_columns
-        if name not in names:
-            raise InputError(f"{self.folder} has no text column {name!r}; it has {', '.join(names)}.")
-        return names.index(name)
-
     def word_files(self, kind: str) -> list[str]:
         """Files of one word store, in the order of :data:`PARTS`; an empty list before the store is merged."""
         names = [name for name in self.manifest.files if name.startswith(f"{kind}/")]
@@ -333,104 +318,6 @@ class Index(IndexFiles):
             self._cache["token counts"] = sparse.csr_array((values, tokens, starts), shape=(len(counts), width))
         return self._cache["token counts"]
 
-    def row_metadata(self) -> list[dict[bytes, bytes]]:
-        """Schema metadata of each shard of ``rows/``."""
-        return [batch.schema.metadata or {} for batch in self._shards("rows")]
-
-    def _row_column(self, name: str) -> np.ndarray:
-        key = ("column", name)
-        if key not in self._cache:
-            self._cache[key] = np.concatenate([column(batch, name) for batch in self._shards("rows")])
-        return np.asarray(self._cache[key])
-
-    @property
-    def loss(self) -> Loss:
-        """What the model was trained to minimise."""
-        return self.manifest.spec.loss
-
-    def targets(self, rows: np.ndarray) -> np.ndarray:
-        """What the loss compares the logits of some rows with.
-
-        Of one label a row the gold classes, ``(n,)`` int64; else numbers, one an output, ``(n, c)`` float64.
-        """
-        return _wide(self.labels[rows])
-
-    def predicted(self, rows: np.ndarray) -> np.ndarray:
-        """The targets by which the last checkpoint's predictions of some rows are explained."""
-        return self.loss.targets_of(_wide(self.predictions[rows]))
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Gold class of every row, ``(n,)`` int32; of several labels or numbers a row ``(n, c)`` float64."""
-        return self._row_column("label")
-
-    @property
-    def predictions(self) -> np.ndarray:
-        """Class predicted by the last checkpoint, ``(n,)`` int32; else labels or numbers, ``(n, c)`` float32."""
-        return self._row_column("prediction")
-
-    def label_texts(self, rows: np.ndarray) -> list[str]:
-        """Gold targets of some rows as people read them: of one label a row its name."""
-        return self._target_texts(self.labels[rows])
-
-    def prediction_texts(self, rows: np.ndarray) -> list[str]:
-        """The last checkpoint's predictions of some rows as people read them."""
-        return self._target_texts(self.predictions[rows])
-
-    def _target_texts(self, targets: np.ndarray) -> list[str]:
-        return [str(text) for text in self.loss.texts(targets, self.manifest.spec.label_names)]
-
-    @property
-    def losses(self) -> np.ndarray:
-        """Loss of the gold label at the last checkpoint, ``(n,)`` float32; of a classifier in nats."""
-        return self._row_column("loss")
-
-    @cached_property
-    def row_texts(self) -> RowTexts:
-        """The texts of all rows."""
-        starts = np.array([0, *(stop for _, stop in self.manifest.shards)])
-        return RowTexts(self._shards("rows"), starts, self.manifest.spec.text_columns)
-
-    def texts(self, rows: np.ndarray) -> dict[str, pa.DictionaryArray]:
-        """Text columns of the given rows, under the names they had in the training file, each text held once."""
-        return self.row_texts.columns(rows)
-
-    @cached_property
-    def row_columns(self) -> RowColumns:
-        """The columns of all rows that are kept besides texts and labels."""
-        starts = np.array([0, *(stop for _, stop in self.manifest.shards)])
-        names = tuple(self.manifest.columns)
-        return RowColumns(self._shards(COLUMNS) if names else [], starts, names)
-
-    def columns(self, rows: Any) -> pa.Table:
-        """Columns of the given rows besides texts and labels, under their names in the training file.
-
-        Args:
-            rows: Row numbers.
-
-        Returns:
-            One line a row, in the order given: strings as dictionaries, numbers of 64 bits, true and false, dates,
-            times and timestamps; no columns where the index keeps none (``manifest.columns``).
-        """
-        return pa.table(self.row_columns.columns(np.asarray(rows, dtype=np.int64)))
-
-    def text_lists(self, rows: np.ndarray) -> list[list[str]]:
-        """Texts of the given rows: one list a text column, in the order of encoding, as the pass takes them."""
-        return [text_list(column) for column in self.texts(rows).values()]
-
-    @cached_property
-    def retired(self) -> np.ndarray:
-        """Row numbers that were retired, ascending."""
-        if not self.manifest.n_retired:
-            return np.empty(0, np.int64)
-        name = next(name for name in self.manifest.files if name.startswith("retired/"))
-        return column(read_batches(self.checked(name)[0])[0], "row")
-
-    @cached_property
-    def live(self) -> np.ndarray:
-        """Row numbers that take part in answers, ascending."""
-        return np.setdiff1d(np.arange(self.manifest.n_rows), self.retired, assume_unique=True)
-
     def _derived_path(self, name: str) -> Path:
         if name.startswith("sentence"):
             self.sentence()
@@ -456,8 +343,3 @@ class Index(IndexFiles):
     def head(self) -> StoredHead:
         """The curvature of the head at the last checkpoint."""
         return StoredHead(self, self.features(), self.residuals(), self.targets, self.live, self.loss)
-
-
-def _wide(stored: np.ndarray) -> np.ndarray:
-    """Stored targets as the loss takes them."""
-    return np.asarray(stored.astype(np.int64 if stored.dtype.kind in "iu" else np.float64))

@@ -14,7 +14,7 @@ from forebear.errors import DataError, ModelError
 from forebear.indexer.index import Index
 from forebear.indexer.model.network.pretrained import trainer_checkpoints, trainer_rates
 from forebear.indexer.rows.opening import open_rows, rows_from_texts
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 
 
 @pytest.fixture(scope="module")

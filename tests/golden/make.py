@@ -34,7 +34,7 @@ def main() -> None:
 
     from forebear.indexer.building.build import BuildOptions, build_index
     from forebear.indexer.rows.opening import rows_from_texts
-    from forebear.indexer.training.run import choose_model
+    from forebear.indexer.training.model_choice import choose_model
     from forebear.retriever.retriever import Retriever
 
     for name in ("model", "index"):
@@ -66,7 +66,7 @@ def make_words() -> None:
 
     from forebear.indexer.building.build import BuildOptions, build_index
     from forebear.indexer.rows.opening import rows_from_texts
-    from forebear.indexer.training.run import choose_model
+    from forebear.indexer.training.model_choice import choose_model
     from forebear.retriever.retriever import Retriever
 
     shutil.rmtree("words", ignore_errors=True)

@@ -43,7 +43,8 @@ from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.storage.layout import PARTS
 from forebear.indexer.storage.manifest import read_manifest
-from forebear.indexer.training.run import CheckpointPath, Run, RunCheckpoint, choose_model
+from forebear.indexer.training.model_choice import CheckpointPath, choose_model
+from forebear.indexer.training.run import Run, RunCheckpoint
 from forebear.retriever.retriever import Retriever
 
 TEXTS, LABELS = sentences(40, seed=21), make_labels(40, seed=22)
@@ -140,7 +141,7 @@ import json, sys, time
 import torch
 from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.rows.opening import rows_from_texts
-from forebear.indexer.training.run import CheckpointPath
+from forebear.indexer.training.model_choice import CheckpointPath
 
 task = json.loads(sys.argv[1])
 torch.set_num_threads(task["threads"])

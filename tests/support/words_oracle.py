@@ -16,7 +16,7 @@ from torch import nn
 
 from forebear import BuildOptions, Retriever, build_index
 from forebear.indexer.rows.opening import rows_from_texts
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 
 ETAS = (0.5, 0.25)
 TOP = 4  # positions kept a row

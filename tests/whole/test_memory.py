@@ -17,7 +17,7 @@ from forebear.indexer.building import row_facts
 from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.index import Index
 from forebear.indexer.rows.opening import rows_from_texts
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.answers import results
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever

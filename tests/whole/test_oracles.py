@@ -30,7 +30,7 @@ from forebear.indexer.curvature.head import (
 )
 from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.rows.opening import rows_from_texts
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.head.scoring import Query, Term, exact_scores, term_scores
 from forebear.retriever.question.methods import METHODS
 from forebear.retriever.retriever import Retriever

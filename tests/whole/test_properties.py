@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from forebear.indexer.building.build import BuildOptions, append_rows, build_index, retire_rows
 from forebear.indexer.index import Index
 from forebear.indexer.rows.opening import rows_from_texts
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.answers.results import Answers
 from forebear.retriever.question.methods import METHODS
 from forebear.retriever.question.spec import QuerySpec

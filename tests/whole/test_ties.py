@@ -29,7 +29,7 @@ from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.sketches.fitting import sketch_folders
 from forebear.indexer.sketches.sketch import Sketches
 from forebear.indexer.spans import store as span_store
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.retriever import Retriever
 
 TWINS = [3, 11, 29, 47]

@@ -140,7 +140,7 @@ def _build_or_change(
     from forebear.indexer.building import build
     from forebear.indexer.index import Index
     from forebear.indexer.rows.targets.label_column import DROP_MARKED
-    from forebear.indexer.training.run import choose_model
+    from forebear.indexer.training.model_choice import choose_model
 
     computing = choices.computing
     on: dict[str, Any] = {"device": computing.device, "devices": listed(computing.devices)}

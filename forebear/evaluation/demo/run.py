@@ -19,7 +19,7 @@ from forebear.indexer.building.build import build_index
 from forebear.indexer.building.options import BuildOptions
 from forebear.indexer.rows.opening import open_rows
 from forebear.indexer.training.fine_tuning import TrainOptions, train
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.answers.results import SIDES
 from forebear.retriever.answers.signs import note_of
 from forebear.retriever.question.spec import QuerySpec

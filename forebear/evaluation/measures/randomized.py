@@ -42,7 +42,7 @@ from forebear.indexer.model.device.arithmetic import own_random_numbers
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.network.pretrained import quiet_transformers
 from forebear.indexer.rows.opening import rows_from_texts
-from forebear.indexer.training.run import CheckpointPath
+from forebear.indexer.training.model_choice import CheckpointPath
 from forebear.progress import Progress, no_progress
 from forebear.retriever.question.methods import pick_methods
 from forebear.retriever.question.spec import QuerySpec, Question

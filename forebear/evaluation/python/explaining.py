@@ -23,7 +23,7 @@ from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_format import SINGLE_LABEL, RowFormat
 from forebear.indexer.storage.layout import MANIFEST_NAME
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.answers.coverage import tell_fit_age
 from forebear.retriever.question.spec import QueryChoices, QuerySpec
 from forebear.retriever.question.targets import choose_targets

@@ -16,8 +16,9 @@ from forebear.evaluation.retraining.recipe_full import FullRecipe
 from forebear.evaluation.retraining.recipe_head import DEFAULT_L2, HeadRecipe, ProximalHeadRecipe
 from forebear.evaluation.retraining.recipe_top import TopRecipe
 from forebear.indexer.index import Index
+from forebear.indexer.training.model_choice import path_to
 from forebear.indexer.training.recorded_start import Start
-from forebear.indexer.training.run import RUN_NAME, Run, path_to, read_run
+from forebear.indexer.training.run import RUN_NAME, Run, read_run
 from forebear.retriever.retriever import Retriever
 
 

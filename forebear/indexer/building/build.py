@@ -47,7 +47,7 @@ from forebear.indexer.storage.layout import LOCK_NAME, MANIFEST_NAME
 from forebear.indexer.storage.locks import check_free, exclusive
 from forebear.indexer.storage.manifest import Manifest, library_versions
 from forebear.indexer.training.in_memory import saved_beside
-from forebear.indexer.training.run import CheckpointPath, ColumnKeywords, ModelChoice, choose_model, path_from
+from forebear.indexer.training.model_choice import CheckpointPath, ColumnKeywords, ModelChoice, choose_model, path_from
 from forebear.progress import python_warning
 
 if TYPE_CHECKING:

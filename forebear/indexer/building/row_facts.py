@@ -15,7 +15,8 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.reading import Reading, count_reading, share
 from forebear.indexer.rows.row_source import RowSource
-from forebear.indexer.training.run import path_to, run_of_checkpoint
+from forebear.indexer.training.model_choice import path_to
+from forebear.indexer.training.run import run_of_checkpoint
 from forebear.wording import worded
 
 READING_KEY = b"forebear.reading"  # in the schema metadata of a shard of rows

@@ -21,7 +21,7 @@ from forebear.indexer.spans.finders import finder_sha256
 from forebear.indexer.storage.journal import read_journal
 from forebear.indexer.storage.layout import MANIFEST_NAME
 from forebear.indexer.storage.manifest import Checkpoint, IndexSpec, read_manifest
-from forebear.indexer.training.run import CheckpointPath
+from forebear.indexer.training.model_choice import CheckpointPath
 
 CHECKED_AMONG = 256  # first rows, of which a few are compared with autograd
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from forebear.errors import DataError
 from forebear.indexer.rows.arrow_text import is_text
-from forebear.indexer.rows.files.file_formats import Reader, listed
+from forebear.indexer.rows.files.reader import Reader, listed
 from forebear.indexer.rows.row_format import RowFormat
 from forebear.wording import worded
 

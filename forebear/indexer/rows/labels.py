@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forebear.errors import DataError, InputError
-from forebear.indexer.rows.files.file_formats import listed
+from forebear.indexer.rows.files.reader import listed
 from forebear.indexer.rows.row_format import REGRESSION, SINGLE_LABEL, RowFormat
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.targets.label_column import MAX_CLASSES

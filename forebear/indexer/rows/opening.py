@@ -9,13 +9,8 @@ from typing import Any
 
 from forebear.errors import DataError
 from forebear.indexer.rows.columns import PAIRS, find_label_columns, find_text_columns, said
-from forebear.indexer.rows.files.file_formats import (
-    Reader,
-    holds_dicts,
-    listed,
-    memory_reader,
-    table_reader,
-)
+from forebear.indexer.rows.files.file_formats import holds_dicts, memory_reader, table_reader
+from forebear.indexer.rows.files.reader import Reader, listed
 from forebear.indexer.rows.row_format import RowFormat
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.source_names import TextChoices, open_reader, read_beside

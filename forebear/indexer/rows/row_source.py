@@ -21,12 +21,8 @@ import pyarrow.compute as pc
 
 from forebear.errors import DataError
 from forebear.indexer.rows.arrow_text import are_blank, column_bytes, rechunked, strings_of
-from forebear.indexer.rows.files.file_formats import (
-    CHUNK_ROWS,
-    Reader,
-    reading,
-)
 from forebear.indexer.rows.files.json_rows import LONGEST_ROW, SCALAR_KINDS
+from forebear.indexer.rows.files.reader import CHUNK_ROWS, Reader, reading
 from forebear.indexer.rows.row_format import RowFormat
 from forebear.indexer.rows.targets.label_column import LabelColumn
 from forebear.indexer.rows.targets.label_lists import Label

@@ -10,17 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from forebear.errors import DataError, InputError, is_out_of_memory
-from forebear.indexer.rows.files.file_formats import (
-    Reader,
-    csv_reader,
-    dataset_reader,
-    json_reader,
-    listed,
-    one_line,
-    parquet_reader,
-    reading,
-)
+from forebear.indexer.rows.files.file_formats import csv_reader, dataset_reader, json_reader, parquet_reader
 from forebear.indexer.rows.files.many_files import files_of_folder, joined_reader, matching_files
+from forebear.indexer.rows.files.reader import Reader, listed, one_line, reading
 from forebear.indexer.rows.files.text_file import is_utf8, open_text
 from forebear.indexer.rows.row_format import RowFormat, delimiter_of, encoding_of
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from forebear.errors import InputError, MismatchError
 from forebear.indexer.rows.arrow_text import is_text
-from forebear.indexer.rows.files.file_formats import listed, reading
+from forebear.indexer.rows.files.reader import listed, reading
 from forebear.indexer.rows.row_source import RowSource
 from forebear.wording import worded
 

@@ -28,7 +28,8 @@ from forebear.indexer.rows.row_format import SINGLE_LABEL
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.targets.label_column import DROP_MARKED
 from forebear.indexer.storage.manifest import library_versions
-from forebear.indexer.training.run import ColumnKeywords, Run, RunCheckpoint, read_run
+from forebear.indexer.training.model_choice import ColumnKeywords
+from forebear.indexer.training.run import Run, RunCheckpoint, read_run
 from forebear.indexer.training.run_folder import save_model
 
 if TYPE_CHECKING:

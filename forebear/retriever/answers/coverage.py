@@ -7,7 +7,8 @@ from typing import Any
 
 from forebear.indexer.index import Index
 from forebear.indexer.storage.manifest import FitAge
-from forebear.indexer.training.run import path_to, run_of_checkpoint
+from forebear.indexer.training.model_choice import path_to
+from forebear.indexer.training.run import run_of_checkpoint
 from forebear.progress import tell_note, tell_warning
 from forebear.retriever.effects.kinds import effect_kind
 from forebear.retriever.effects.measured import measured_line

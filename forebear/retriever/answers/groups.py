@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from forebear.errors import InputError, NonFiniteError
 from forebear.indexer.index import Index
-from forebear.indexer.rows.files.file_formats import listed
+from forebear.indexer.rows.files.reader import listed
 from forebear.indexer.rows.row_format import REGRESSION
 from forebear.indexer.rows.user_columns import only_match
 from forebear.ratio import ratio

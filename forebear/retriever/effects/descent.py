@@ -10,7 +10,8 @@ all checkpoints.
 from __future__ import annotations
 
 from forebear.indexer.index import Index
-from forebear.indexer.training.run import RUN_NAME, path_to, run_of_checkpoint
+from forebear.indexer.training.model_choice import path_to
+from forebear.indexer.training.run import RUN_NAME, run_of_checkpoint
 
 
 def descent_divisor(index: Index) -> tuple[float, str]:

@@ -23,7 +23,7 @@ from forebear.indexer.model.encoding import encode, plan_batches
 from forebear.indexer.model.loading import check_same_model, load_classifier, weights_sha256
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
-from forebear.indexer.training.run import moved_paths
+from forebear.indexer.training.model_choice import moved_paths
 from forebear.retriever.question.kept import Kept, budget_on
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.indexer.losses.loss import Loss
-from forebear.indexer.rows.files.file_formats import listed
+from forebear.indexer.rows.files.reader import listed
 
 LABEL = "label:"  # before a label's name in --target
 

@@ -24,7 +24,7 @@ from forebear.evaluation.retraining.jobs import Job, Outcome
 from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.opening import rows_from_texts
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.effects.refits import HeadRefits
 
 

@@ -18,7 +18,7 @@ from forebear.evaluation.perturb.choice import Chooser
 from forebear.evaluation.perturb.spec import STRATEGIES, PerturbationQueries, PerturbSpec, make_queries
 from forebear.evaluation.perturb.wordnet import WordNet
 from forebear.indexer.model.forward import run_forward
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 
 TEXTS, LABELS = sentences(40, seed=3, low=3), labels(40)
 TESTS, GOLD = sentences(9, seed=21, low=3, high=6), np.array(labels(9, seed=4))

@@ -28,7 +28,7 @@ from forebear.evaluation.retraining.row_choice import stratified_rows
 from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.fine_tuning import TrainOptions, train
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 

@@ -25,8 +25,8 @@ from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.fine_tuning import TrainOptions, train
+from forebear.indexer.training.model_choice import choose_model
 from forebear.indexer.training.recorded_start import Start
-from forebear.indexer.training.run import choose_model
 from forebear.retriever.retriever import Retriever
 
 N = 48

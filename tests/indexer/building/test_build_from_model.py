@@ -18,7 +18,8 @@ import forebear
 from forebear.cli.main import run
 from forebear.indexer.building.options import BuildOptions, Work
 from forebear.indexer.storage.choices import BuildKeywords, WorkKeywords
-from forebear.indexer.training.run import choose_model, read_run
+from forebear.indexer.training.model_choice import choose_model
+from forebear.indexer.training.run import read_run
 from forebear.progress import Progress
 
 TEXTS, OTHERS = sentences(30, seed=3), sentences(30, seed=4)

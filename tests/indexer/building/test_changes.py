@@ -51,7 +51,7 @@ from forebear.indexer.rows.opening import open_rows, rows_from_texts
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.storage import journal as journal_module
 from forebear.indexer.storage import locks
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.answers import result_file
 
 TEXTS, LABELS = sentences(40, seed=21, low=3), labels(40, 2, seed=22)

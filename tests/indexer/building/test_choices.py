@@ -19,7 +19,7 @@ from forebear.indexer.building.options import BuildOptions, Work
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.storage.choices import LATER_CHOICES, Choices, WorkKeywords
 from forebear.indexer.storage.manifest import IndexSpec, digest_of, read_manifest, stated
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 
 SMALL = {"sketch_dim": 8, "sketch_bits": 64, "white_bits": 72, "calibration_queries": 0, "shard_rows": 8}
 CASES: dict[str, dict[str, Any]] = {

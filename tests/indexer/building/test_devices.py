@@ -21,7 +21,7 @@ from forebear.indexer.model.device import arithmetic
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.storage.manifest import canonical_json
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 
 TEXTS, LABELS = sentences(30, seed=31, low=3), labels(30, 2, seed=32)
 OPTIONS = BuildOptions(

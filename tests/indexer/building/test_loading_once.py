@@ -22,7 +22,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.model.loading import load_classifier, stored_fingerprint
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.rows.row_source import RowSource
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 
 CHOICES = BuildOptions(
     scopes=("head", "all"), sketch_dim=8, sketch_bits=64, white_bits=64, calibration_queries=6, shard_rows=8

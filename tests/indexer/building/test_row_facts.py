@@ -22,7 +22,7 @@ from forebear.indexer.model.network.batches import tokenize
 from forebear.indexer.model.reading import Reading, count_reading
 from forebear.indexer.rows.opening import open_rows, rows_from_texts
 from forebear.indexer.training.fine_tuning import TrainOptions, train
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 
 
 def forebear(*arguments: object) -> subprocess.CompletedProcess[str]:

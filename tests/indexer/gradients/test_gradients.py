@@ -22,7 +22,7 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.loading import load_classifier, make_classifier
 from forebear.indexer.model.scopes import Scope, embedding_block, scope_blocks, scope_of
 from forebear.indexer.rows.opening import rows_from_texts
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.question.spec import QuerySpec
 
 TEXTS = sentences(13, seed=11)

@@ -23,7 +23,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.opening import rows_from_texts
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 
 TEXTS = ["good film", "a bad story and a dull plot", "the actor was very happy near the artist", "slow"]
 QUERY, OUTPUT = "bert.encoder.layer.1.attention.self.query", "bert.encoder.layer.1.output.dense"

@@ -21,7 +21,7 @@ from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scopes import scope_of
 from forebear.indexer.rows.opening import rows_from_texts
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.retriever import Retriever
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own

@@ -47,7 +47,7 @@ from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.network.shared_layers import SharedUses
 from forebear.indexer.model.scopes import embedding_block, scope_of
 from forebear.indexer.rows.opening import rows_from_texts
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.indexer.words.gradients import word_gradients
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.saliency.maps import saliency

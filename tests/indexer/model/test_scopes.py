@@ -16,7 +16,7 @@ from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scope_names import n_top_layers, scope_named
 from forebear.indexer.model.scopes import embedding_scope, encoder_input_scope, root_modules, scope_of
 from forebear.indexer.rows.opening import rows_from_texts
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 
 
 def test_names_say_which_layers() -> None:

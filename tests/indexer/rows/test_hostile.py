@@ -198,7 +198,7 @@ def test_long_texts_of_a_small_parquet_file_are_spelled_out_a_few_at_a_time(tmp_
 
 
 def test_too_many_columns_and_too_long_lines_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_COLUMNS", 5)
+    monkeypatch.setattr("forebear.indexer.rows.files.reader.MAX_COLUMNS", 5)
     (tmp_path / "a.csv").write_text("text,a,b,c,d,e\n")
     (tmp_path / "b.jsonl").write_text("".join(f'{{"text": "a", "c{i}": 1}}\n' for i in range(6)))
     pq.write_table(pa.table({name: ["a"] for name in "abcdef"}), tmp_path / "c.parquet")

@@ -36,7 +36,7 @@ from forebear.indexer.building.verify import verify_index
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.spans import store as span_store
 from forebear.indexer.storage.arrow import read_batches, write_table
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.answers.coverage import question_facts
 
 N = 26

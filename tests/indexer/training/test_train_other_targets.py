@@ -16,7 +16,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from forebear.cli.main import run
 from forebear.indexer.rows.row_format import MULTI_LABEL, REGRESSION
-from forebear.indexer.training.run import choose_model, read_run
+from forebear.indexer.training.model_choice import choose_model
+from forebear.indexer.training.run import read_run
 
 TEXTS = sentences(48)
 LABELS = [[name for name in ("good", "bad", "film") if name in text.split()] for text in TEXTS]

@@ -31,7 +31,8 @@ from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.training import fine_tuning as training
 from forebear.indexer.training.course import Course
 from forebear.indexer.training.fine_tuning import TrainOptions, train
-from forebear.indexer.training.run import Run, choose_model, read_run
+from forebear.indexer.training.model_choice import choose_model
+from forebear.indexer.training.run import Run, read_run
 from forebear.indexer.training.start import freeze_below
 
 N_ROWS = 44  # with batches of 8: 6 steps an epoch, the last of 4 rows

@@ -20,7 +20,7 @@ from forebear.indexer.rows.opening import open_rows, rows_from_texts
 from forebear.indexer.spans import masking as spans
 from forebear.indexer.spans.finders import find_spans, span_finder
 from forebear.indexer.spans.masking import mask_found
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.answers.results import RESULT_COLUMNS, queries_together
 from forebear.retriever.answers.signs import SignCounts, is_crossed, note_of
 from forebear.retriever.question.methods import METHODS, pick_methods

@@ -20,7 +20,7 @@ from forebear.indexer.sketches.candidates import candidates_needed, propose
 from forebear.indexer.sketches.estimates import GradientStore, Part
 from forebear.indexer.sketches.sketch import Reduction, SketchRows
 from forebear.indexer.storage.arrow import RowMatrix
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.deep import certify as certifying
 from forebear.retriever.deep.certify import bounds, certify
 from forebear.retriever.deep.query_gradients import Queries

@@ -16,7 +16,7 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scopes import scope_of
 from forebear.indexer.rows.opening import rows_from_texts
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.retriever import Retriever
 
 ROWS, GOLD, QUERIES = sentences(24), labels(24, N_CLASSES), sentences(3, seed=8)

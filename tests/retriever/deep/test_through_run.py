@@ -22,7 +22,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.fine_tuning import TrainOptions, train
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.indexer.training.run_folder import clear_out
 from forebear.retriever.effects.measured import KEPT_EFFECTS
 from forebear.retriever.effects.smoothness import KEPT_SMOOTHNESS, read_smoothness

@@ -17,7 +17,7 @@ from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.opening import rows_from_texts
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.effects import refits as refits_module
 from forebear.retriever.effects.changes import Predictions
 from forebear.retriever.effects.listed import effects_of_rows, effects_of_set

@@ -9,7 +9,7 @@ from tiny import labels, sentences
 from forebear import InputError, MissingStoreError, QuerySpec, Retriever
 from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.rows.opening import rows_from_texts
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.deep.search import GradientSearch
 
 

@@ -23,7 +23,7 @@ from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.sketches import projector as projecting
 from forebear.indexer.sketches.estimates import Part
 from forebear.indexer.storage.manifest import read_manifest
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.answers.coverage import question_facts
 from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch

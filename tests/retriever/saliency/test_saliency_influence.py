@@ -15,7 +15,7 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.loading import load_classifier, make_classifier
 from forebear.indexer.model.scopes import scope_of
 from forebear.indexer.spans.text import Span
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.saliency.gradients import saliency_gradients, salient_words
 from forebear.retriever.saliency.maps import saliency
 from forebear.retriever.spans.search import WORD_ROWS

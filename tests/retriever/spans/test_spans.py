@@ -37,7 +37,7 @@ from forebear.indexer.sketches.sketch import Reduction, Sketcher, sketch_rows
 from forebear.indexer.spans.finders import find_spans, span_finder
 from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.text import Span, split_text
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.deep.search import GradientSearch
 from forebear.retriever.spans.rows import span_rows
 

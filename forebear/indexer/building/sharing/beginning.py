@@ -15,7 +15,7 @@ from forebear.indexer.model.loading import check_same_model, load_classifier
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.user_columns import columns_sha256
 from forebear.indexer.storage.manifest import Checkpoint, IndexSpec, Segment
-from forebear.indexer.training.run import moved_paths
+from forebear.indexer.training.model_choice import moved_paths
 
 
 @contextmanager

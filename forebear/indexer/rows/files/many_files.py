@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow as pa
 
 from forebear.errors import DataError
-from forebear.indexer.rows.files.file_formats import Kinds, Reader, from_row, json_type, listed
+from forebear.indexer.rows.files.file_formats import json_type
+from forebear.indexer.rows.files.reader import Kinds, Reader, from_row, listed
 
 SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 NO_ROWS = ("dataset.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # describe rows, hold none

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 from forebear.errors import DataError
 from forebear.indexer.rows.arrow_text import is_text
-from forebear.indexer.rows.files.file_formats import Reader, listed, reading
+from forebear.indexer.rows.files.reader import Reader, listed, reading
 from forebear.indexer.rows.row_format import SINGLE_LABEL, RowFormat
 from forebear.indexer.rows.targets.label_lists import Label
 from forebear.indexer.rows.targets.target_columns import TargetColumns

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from forebear.errors import DataError
 from forebear.indexer.rows.arrow_text import is_text
-from forebear.indexer.rows.files.file_formats import Reader, reading
+from forebear.indexer.rows.files.reader import Reader, reading
 from forebear.indexer.rows.row_format import NUMBERS, VECTORS
 
 Label = int | str

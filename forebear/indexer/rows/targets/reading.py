@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from forebear.errors import DataError
-from forebear.indexer.rows.files.file_formats import Reader, listed
+from forebear.indexer.rows.files.reader import Reader, listed
 from forebear.indexer.rows.row_format import MULTI_LABEL, NUMBERS, REGRESSION, SINGLE_LABEL, RowFormat, problem_type_of
 from forebear.indexer.rows.targets.label_column import (
     UNLABELLED,

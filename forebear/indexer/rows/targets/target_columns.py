@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from forebear.errors import DataError
-from forebear.indexer.rows.files.file_formats import Reader, listed
+from forebear.indexer.rows.files.reader import Reader, listed
 from forebear.indexer.rows.row_format import MULTI_LABEL, REGRESSION, RowFormat
 from forebear.indexer.rows.targets.label_lists import (
     Found,

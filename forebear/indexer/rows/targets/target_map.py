@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forebear.errors import DataError
-from forebear.indexer.rows.files.file_formats import listed
+from forebear.indexer.rows.files.reader import listed
 from forebear.indexer.rows.row_format import REGRESSION
 from forebear.indexer.rows.targets.label_lists import Label
 from forebear.indexer.rows.targets.label_names import are_same, are_unnamed, key_of

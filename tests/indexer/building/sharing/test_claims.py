@@ -25,7 +25,7 @@ from forebear.indexer.building.sharing.shard_rows import SourceRows
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.storage import locks
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 
 SHARD_ROWS = 8
 TEXTS, LABELS = sentences(20, seed=21, low=3), labels(20, 2, seed=22)

@@ -43,7 +43,7 @@ from forebear.indexer.model.scopes import scope_of
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.spans.text import Span
 from forebear.indexer.training.fine_tuning import TrainOptions, train
-from forebear.indexer.training.run import choose_model
+from forebear.indexer.training.model_choice import choose_model
 from forebear.progress import Listener, heard_by
 from forebear.retriever.question.models import one_step_away
 from forebear.retriever.retriever import Retriever

@@ -28,7 +28,7 @@ from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scopes import scope_of
 from forebear.indexer.model.sentence_encoder import load_sentence_encoder
-from forebear.indexer.rows.files import file_formats
+from forebear.indexer.rows.files.reader import reading
 from forebear.indexer.storage.arrow import read_batches, write_columns
 from forebear.indexer.storage.atomic import atomic_file
 from forebear.retriever.question.inverse import CurvatureSpec, HeadSolver
@@ -399,5 +399,5 @@ def test_a_lack_of_memory_is_not_taken_for_a_damaged_file_or_a_full_disk(tmp_pat
     def exhaust(*_args, **_kwargs):
         raise pa.ArrowMemoryError("malloc of size 1099511627776 failed")
 
-    with pytest.raises(pa.ArrowMemoryError), file_formats.reading(str(rows), "JSON Lines"):
+    with pytest.raises(pa.ArrowMemoryError), reading(str(rows), "JSON Lines"):
         exhaust()

@@ -13,8 +13,8 @@ from forebear.errors import InputError
 from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.fine_tuning import TrainOptions, train
+from forebear.indexer.training.model_choice import choose_model
 from forebear.indexer.training.replay.smoothness import straightness
-from forebear.indexer.training.run import choose_model
 
 N = 24
 
