@@ -1,51 +1,106 @@
 """Linear datamodeling scores of every method, at every scope and damping: what a score foretells of a retrained model.
 
-MiniLM on 1,000 rows of SST-2, binary MNLI and AG News, retrained whole on 50 halves of the rows with two seeds each. A
-killed run goes on where it was; ``--parts`` does one step at a time (retraining takes hours).
+MiniLM on 1,000 rows of SST-2 and AG News and 1,500 of binary MNLI, retrained whole on 50 halves of the rows with two
+seeds each; Yeh22's convolutional network on 2,000 rows of AG News, on 100 halves. A killed run goes on where it was;
+``--parts`` does one step at a time (retraining takes an hour or more).
 
-    python benchmarks/lds.py [--data sst2,mnli,agnews] [--parts retrain,table] [--subsets 50] [--queries 100]
+    python benchmarks/lds.py [--data sst2,agnews,mnli,cnn] [--parts retrain,table] [--subsets 50] [--queries 100]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from common import DATA, ROOT, run, write_result
+from common import DATA, ROOT, write_result
+
+PAPERS = Path(__file__).parent / "papers"
+sys.path.insert(0, str(PAPERS))
+from yeh22_cnn import random_start  # noqa: E402  the network of the benchmark of that paper
 
 RUNS = ROOT / "runs" / "bench" / "lds"
-N_ROWS = 1000
-LABELS: dict[str, tuple[str, ...]] = {
-    "sst2": ("--label-names", "negative,positive"),
-    "mnli": ("--label-names", "entailment,neutral,contradiction", "--labels", "binary-nli"),
-    "agnews": ("--label-names", "World,Sports,Business,Sci/Tech"),
-}
-TEST = {"sst2": "dev", "mnli": "dev", "agnews": "test"}
 DAMPINGS = "0.01x,0.1x,1x,10x,100x,1000x,10000x,100000x"
 
 
+@dataclass(frozen=True)
+class Case:
+    """One data set and the training on it.
+
+    Attributes:
+        data: Folder of the data set.
+        test: Split of the test rows.
+        n_rows: Training rows, a random sample in their order.
+        labels: Names of the labels, and how they are merged.
+        training: Further options of ``forebear train``.
+        subsets: Halves of the rows.
+        scopes: Scopes of the table.
+    """
+
+    data: str
+    test: str
+    n_rows: int
+    labels: tuple[str, ...]
+    training: tuple[str, ...] = ()
+    subsets: int = 50
+    scopes: str = "head,top-2,all"
+
+
+NEWS = ("--label-names", "World,Sports,Business,Sci/Tech")
+NLI = ("--label-names", "entailment,neutral,contradiction", "--labels", "binary-nli")
+CASES = {
+    "sst2": Case("sst2", "dev", 1000, ("--label-names", "negative,positive")),
+    "agnews": Case("agnews", "test", 1000, NEWS),
+    "mnli": Case("mnli", "dev", 1500, NLI, ("--epochs", "5", "--lr", "1e-4")),
+    "cnn": Case("agnews", "test", 2000, NEWS, ("--epochs", "5", "--lr", "5e-3"), 100, "head,all"),
+}
+
+
+def run(*args: str | Path | int) -> None:
+    """Run a forebear command in a process that knows the convolutional network."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(PAPERS)!r}); import yeh22_cnn; from forebear.cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", program, *map(str, args)]
+    print(f"forebear {shlex.join(command[3:])}", flush=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
 def rows_of(name: str) -> tuple[Path, Path]:
-    """Files of the training rows, a sample in their order, and of the test rows."""
-    folder = RUNS / name
-    train, test = folder / "train.parquet", DATA / name / f"{TEST[name]}.parquet"
+    """Files of the training rows and of the test rows."""
+    case, train = CASES[name], RUNS / name / "train.parquet"
     if not train.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = pq.read_table(DATA / name / "train.parquet")
-        chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:N_ROWS])
+        train.parent.mkdir(parents=True, exist_ok=True)
+        rows = pq.read_table(DATA / case.data / "train.parquet")
+        chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[: case.n_rows])
         pq.write_table(rows.take(chosen), train)
-    return train, test
+    return train, DATA / case.data / f"{case.test}.parquet"
+
+
+def start_of(name: str) -> str | Path:
+    """The model that training starts from."""
+    if name != "cnn":
+        return "minilm"
+    start = RUNS / name / "start"
+    if not (start / "config.json").is_file():
+        texts = pq.read_table(rows_of(name)[0])["text"].to_pylist()
+        random_start(start, texts, tuple(NEWS[1].split(",")))
+    return start
 
 
 def built(name: str, scopes: str) -> Path:
     """Folder of the index of a data set's run; both are made where missing."""
-    train, test = rows_of(name)
+    (train, _), case = rows_of(name), CASES[name]
     model, index = RUNS / name / "run", RUNS / name / f"index-{scopes.replace(',', '-')}"
     if not (model / "run.json").is_file():
-        run("train", "--data", train, "--model", "minilm", "--out", model, "--dev", test, *LABELS[name], "-q")
+        run("train", "--data", train, "--model", start_of(name), "--out", model, *case.labels, *case.training, "-q")
     if not (index / "manifest.json").is_file():
         stores = (
             ("--store", "features") if scopes == "head" else ("--store", "features,sbert,words", "--words-top", "0,10")
@@ -58,27 +113,29 @@ def built(name: str, scopes: str) -> Path:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="sst2,mnli,agnews")
+    parser.add_argument("--data", default=",".join(CASES))
     parser.add_argument("--parts", default="retrain,table")
-    parser.add_argument("--subsets", type=int, default=50)
+    parser.add_argument("--subsets", type=int, help="default: 50, of the convolutional network 100")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--queries", type=int, default=100)
-    parser.add_argument("--scopes", default="head,top-2,all")
+    parser.add_argument("--scopes", help="default: head,top-2,all, of the convolutional network head,all")
     parser.add_argument("--dampings", default=DAMPINGS)
     options = parser.parse_args()
     for name in options.data.split(","):
         _, test = rows_of(name)
-        asked: list[Any] = ["--test", test, *LABELS[name][:2], "--retrain", "full", "--subsets", options.subsets,
+        n_subsets = options.subsets or CASES[name].subsets
+        asked: list[Any] = ["--test", test, *CASES[name].labels[:2], "--retrain", "full", "--subsets", n_subsets,
                             "--seeds", options.seeds, "--queries", options.queries,
                             "--cache", RUNS / name / "retrained", "-q", "--force"]  # fmt: skip
         if "retrain" in options.parts.split(","):
             index = built(name, "head")
             run("evaluate", "lds", "--index", index, *asked, "--method", "gd", "--out", RUNS / name / "retrain")
         if "table" in options.parts.split(","):
-            index = built(name, options.scopes)
+            scopes = options.scopes or CASES[name].scopes
+            index = built(name, scopes)
             out = RUNS / name / "table"
-            run("evaluate", "lds", "--index", index, *asked, "--scope", options.scopes, "--damping", options.dampings,
-                "--out", out)  # fmt: skip
+            run("evaluate", "lds", "--index", index, *asked, "--scope", scopes,
+                "--damping", options.dampings, "--out", out)  # fmt: skip
             result = json.loads((out / "result.json").read_text())
             means = {
                 method: float(np.nanmean(np.array(values, dtype=np.float64)))
@@ -89,7 +146,7 @@ def main() -> None:
                 f"lds_{name}",
                 lds=dict(sorted(means.items(), key=lambda item: -item[1])),
                 ceiling=None if ceiling is None else float(ceiling),
-                subsets=options.subsets, seeds=options.seeds, queries=options.queries,
+                subsets=n_subsets, seeds=options.seeds, queries=options.queries,
             )  # fmt: skip
 
 

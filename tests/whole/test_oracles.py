@@ -20,14 +20,17 @@ from torch import nn
 
 from forebear.errors import InputError
 from forebear.indexer.building.build import BuildOptions, build_index
+from forebear.indexer.curvature.damping import absolute_damping
 from forebear.indexer.curvature.head import (
     HeadCurvature,
-    absolute_damping,
+    Spectrum,
     factorise,
     head_hessian,
+    largest_eigenvalue,
     mean_eigenvalue,
     refit_head,
 )
+from forebear.indexer.curvature.head_products import HeadProducts
 from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.model_choice import choose_model
@@ -507,12 +510,26 @@ def test_solves_and_self_influence_equal_a_dense_inverse(arrays: dict[str, np.nd
     assert error(found, truth / true_norms[:, None] / np.sqrt(true_own)) <= KERNEL_TOLERANCE
 
 
-def test_damping_is_absolute_or_relative_to_the_mean_eigenvalue() -> None:
-    assert absolute_damping("0.003", 7.0) == 0.003
-    assert absolute_damping("0.5x", 7.0) == 3.5
-    for bad in ("", "x", "-1", "nan", "inf", "1 x y", "-0.1x"):
-        with pytest.raises(Exception, match="damping"):
-            absolute_damping(bad, 1.0)
+def test_damping_is_absolute_or_relative_to_the_mean_or_the_largest_eigenvalue() -> None:
+    spectrum = Spectrum(mean_eigenvalue=7.0, largest_eigenvalue=300.0)
+    assert absolute_damping("0.003", spectrum) == 0.003
+    assert absolute_damping("0.5x", spectrum) == 3.5
+    assert absolute_damping("0.5%", spectrum) == 1.5
+    for bad in ("", "x", "%", "-1", "nan", "inf", "1 x y", "-0.1x", "nan%", "1%x"):
+        with pytest.raises(InputError, match="damping"):
+            absolute_damping(bad, spectrum)
+
+
+@pytest.mark.parametrize(("c", "h"), [(2, 5), (2, 60), (4, 30)])
+def test_the_largest_eigenvalue_of_the_head_is_that_of_its_matrix(c: int, h: int) -> None:
+    rng = np.random.default_rng(c * h)
+    features, logits = rng.normal(size=(90, h)) * rng.lognormal(size=h), rng.normal(size=(90, c))
+    outputs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    curvatures = [np.diag(p) - np.outer(p, p) for p in outputs]
+    truth = sum(np.kron(b, np.outer(f, f)) for b, f in zip(curvatures, features, strict=True)) / len(features)
+    expected = np.linalg.eigvalsh(truth)[-1]
+    assert largest_eigenvalue(head_hessian([(features, outputs)], h, c)) == pytest.approx(expected, rel=1e-6)
+    assert HeadProducts(features, outputs, CROSS_ENTROPY).largest_eigenvalue() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("margin", [0.0, 1.0, 40.0, 80.0, 500.0])

@@ -16,17 +16,16 @@ from forebear.indexer.building.calibration.calibrate import (
     calibrate_spans,
     queries_at_once,
 )
+from forebear.indexer.curvature.damping import Eigenvalues, absolute_damping
 from forebear.indexer.curvature.ekfac import Ekfac
 from forebear.indexer.curvature.head import (
     REFIT_L2,
     REPRESENTER_LAMBDA,
     HeadCurvature,
-    absolute_damping,
     fits_dense,
-    mean_eigenvalue,
     refit_head,
 )
-from forebear.indexer.curvature.separate import SeparateHead, mean_eigenvalue_of_blocks
+from forebear.indexer.curvature.separate import SeparateHead
 from forebear.indexer.index import Index
 from forebear.indexer.losses.cross_entropy import CrossEntropy
 from forebear.indexer.model.classifier import Classifier
@@ -188,10 +187,9 @@ def _merge_words(folder: Path, manifest: Manifest, progress: Progress) -> list[s
 
 
 def ekfac_facts(ekfac: Ekfac, dampings: tuple[str, ...]) -> dict[str, Any]:
-    """Facts for the manifest about the curvature of a scope beyond the head; the first damping is the default."""
-    mean = ekfac.mean_eigenvalue
-    stored = [{"given": given, "damping": absolute_damping(given, mean)} for given in dampings]
-    return {"damping": stored[0]["damping"], "mean_eigenvalue": mean, "n_rows": ekfac.n_rows, "dampings": stored}
+    """Facts for the manifest about the curvature of a scope beyond the head."""
+    stored = [{"given": given, "damping": absolute_damping(given, ekfac)} for given in dampings]
+    return _curvature_facts(ekfac, ekfac.n_rows, stored)
 
 
 def _stored_factor(curvature: HeadCurvature | SeparateHead) -> np.ndarray:
@@ -215,11 +213,12 @@ def _factorised(index: Index, hessian: np.ndarray, damping: float) -> HeadCurvat
         ) from error
 
 
-def _curvature_facts(mean_eigenvalue: float, n_rows: int, dampings: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the manifest says of the head's curvature, whichever way H^-1 is had; the first damping is the default."""
+def _curvature_facts(eigenvalues: Eigenvalues, n_rows: int, dampings: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the manifest says of a curvature, whichever way H^-1 is had; the first damping is the default."""
     return {
         "damping": dampings[0]["damping"],
-        "mean_eigenvalue": mean_eigenvalue,
+        "mean_eigenvalue": eigenvalues.mean_eigenvalue,
+        "largest_eigenvalue": eigenvalues.largest_eigenvalue,
         "n_rows": n_rows,
         "dampings": dampings,
     }
@@ -241,15 +240,14 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
         return file
 
     if spec.dampings and not fits_dense(n_classes, features.width, loss):
-        mean = index.head.mean_eigenvalue
-        stored = [{"given": given, "damping": absolute_damping(given, mean)} for given in spec.dampings]
-        facts["cg"] = _curvature_facts(mean, manifest.n_live, stored)
+        stored = [{"given": given, "damping": absolute_damping(given, index.head)} for given in spec.dampings]
+        facts["cg"] = _curvature_facts(index.head, manifest.n_live, stored)
     elif spec.dampings:
         hessian = index.head.hessian()
-        mean = mean_eigenvalue_of_blocks(hessian) if loss.is_separate else mean_eigenvalue(hessian, n_classes, loss)
+        spectrum = index.head.spectrum_of(hessian)
         stored = []
         for i, given in enumerate(spec.dampings):
-            damping = absolute_damping(given, mean)
+            damping = absolute_damping(given, spectrum)
             curvature = _factorised(index, hessian, damping)
             self_influence = index.head.self_influence_under(curvature)
             stored.append(
@@ -260,7 +258,7 @@ def _write_curvature(index: Index) -> tuple[dict[str, Any], list[str]]:
                     "self_influence": save(f"self-influence-{i}", {"self_influence": self_influence}),
                 }
             )
-        facts["exact"] = _curvature_facts(mean, manifest.n_live, stored)
+        facts["exact"] = _curvature_facts(spectrum, manifest.n_live, stored)
     if spec.rep_refit:
         assert isinstance(loss, CrossEntropy)  # others are refused before the work
         f = features.take(index.live)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from forebear.errors import InputError
-from forebear.indexer.curvature.damping import refuse_nil_damping
-from forebear.indexer.curvature.head import absolute_damping
+from forebear.indexer.curvature.damping import damping_number, refuse_nil_damping
 from forebear.indexer.losses.choices import check_loss_choices
 from forebear.indexer.model.device.picking import pick_devices
 from forebear.indexer.rows.user_columns import ALL
@@ -94,7 +93,7 @@ class BuildOptions(Choices):
         if self.calibration_queries < 0:
             raise InputError(f"--calibrate {self.calibration_queries}: expected 0 (not at all) or more.")
         for given in self.dampings:
-            absolute_damping(given, 1.0)
+            damping_number(given)
             for scope in self.scopes if self.curvature != "none" else ():
                 if scope != "head":
                     refuse_nil_damping(given, torch.float32, scope)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import LinAlgError, cho_solve, cholesky, solve_triangular
 from scipy.linalg.lapack import dpocon
+from scipy.sparse.linalg import LinearOperator, eigsh
 from typing_extensions import override
 
 from forebear.errors import InputError
@@ -24,6 +25,7 @@ from forebear.indexer.losses.loss import Loss
 
 MIN_RECIPROCAL_CONDITION = 1e-11  # below, float64 solves lose the fifth digit
 MAX_SIZE = 20_000  # m above which the dense factor would not fit an ordinary machine (3.2 GB)
+SMALL_MATRIX = 32  # rows up to which all eigenvalues are computed: Lanczos' method takes a larger one
 MAX_BLOCK_NUMBERS = 20_000**2  # numbers in the blocks of single classes that take over then: as many
 
 
@@ -119,22 +121,27 @@ def check_head_size(n_classes: int, feature_dim: int, loss: Loss = CROSS_ENTROPY
         )
 
 
-def absolute_damping(given: str, mean_eigenvalue: float) -> float:
-    """``0.1x`` is 0.1 times the mean eigenvalue of H; a plain number is added to the diagonal as it is.
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues of a curvature that dampings are relative to.
 
-    Raises:
-        InputError: Neither form, negative, or not finite.
+    Attributes:
+        mean_eigenvalue: Mean over all parameters of the scope.
+        largest_eigenvalue: The largest one.
     """
-    relative = given.endswith("x")
-    try:
-        value = float(given[:-1] if relative else given)
-    except ValueError:
-        value = float("nan")
-    if not (np.isfinite(value) and value >= 0):
-        raise InputError(
-            f"damping {given!r}: expected a number >= 0 (absolute), such as 0.003, or a relative one, such as 0.1x."
-        )
-    return value * mean_eigenvalue if relative else value
+
+    mean_eigenvalue: float
+    largest_eigenvalue: float
+
+
+def largest_eigenvalue(matrix: np.ndarray | LinearOperator) -> float:
+    """Largest eigenvalue of a positive semidefinite matrix ``(m, m)``, by Lanczos' method, to a relative 1e-6."""
+    size = matrix.shape[0]
+    if size <= SMALL_MATRIX:
+        dense = matrix if isinstance(matrix, np.ndarray) else matrix @ np.eye(size)
+        return max(float(np.linalg.eigvalsh(dense)[-1]), 0.0)
+    start = np.random.default_rng(0).standard_normal(size)  # the same at each call; not orthogonal to any eigenvector
+    return max(float(eigsh(matrix, k=1, which="LA", v0=start, tol=1e-6, return_eigenvectors=False)[0]), 0.0)
 
 
 def mean_eigenvalue(hessian: np.ndarray, n_classes: int, loss: Loss = CROSS_ENTROPY) -> float:

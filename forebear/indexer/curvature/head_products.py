@@ -12,9 +12,10 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import LinearOperator
 
 from forebear.indexer.curvature.class_blocks import ClassBlocks
-from forebear.indexer.curvature.head import fits_dense, head_hessian
+from forebear.indexer.curvature.head import fits_dense, head_hessian, largest_eigenvalue
 from forebear.indexer.losses.loss import Loss
 
 MAX_WEIGHTS = 1 << 25  # numbers in the matrices at the logits, or in the gradients, of the rows that are held at once
@@ -77,6 +78,16 @@ class HeadProducts:
                 weighted = torch.einsum("nab,qbn->qan", self._weights[block], v @ f.T)
             total += weighted @ f
         return total / len(rows)
+
+    def largest_eigenvalue(self) -> float:
+        """Largest eigenvalue of H, by products."""
+        shape = (1, len(self.loss.basis(self.outputs.shape[1])), self.features.shape[1])
+        size = shape[1] * shape[2]
+
+        def multiply(vector: np.ndarray) -> np.ndarray:
+            return np.asarray(self(torch.from_numpy(np.asarray(vector)).reshape(shape)).flatten())
+
+        return largest_eigenvalue(LinearOperator((size, size), matvec=multiply, dtype=np.float64))
 
     @cached_property
     def eigenbasis(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

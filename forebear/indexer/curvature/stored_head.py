@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import MissingStoreError
-from forebear.indexer.curvature.damping import find_damping
+from forebear.indexer.curvature.damping import absolute_damping, find_damping
 from forebear.indexer.curvature.head import (
     HeadCurvature,
     HeadInverse,
-    absolute_damping,
+    Spectrum,
     factorise,
+    fits_dense,
     head_hessian,
+    largest_eigenvalue,
+    mean_eigenvalue,
     weighted_features,
 )
 from forebear.indexer.curvature.head_products import HeadProducts
-from forebear.indexer.curvature.separate import SeparateHead, separate_hessian
+from forebear.indexer.curvature.separate import SeparateHead, mean_eigenvalue_of_blocks, separate_hessian
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.storage.arrow import RowMatrix, column, read_batches
 from forebear.indexer.storage.files import IndexFiles
@@ -87,7 +90,7 @@ class StoredHead:
         if number is not None:
             return dict(stored[number])
         assert given is not None
-        return {"given": given, "damping": absolute_damping(given, self.mean_eigenvalue)}
+        return {"given": given, "damping": absolute_damping(given, self)}
 
     def inverse(self, given: str | None = None) -> HeadInverse:
         """(H + damping I)^-1 over the head weight.
@@ -182,13 +185,32 @@ class StoredHead:
     @cached_property
     def mean_eigenvalue(self) -> float:
         """Mean eigenvalue of H; where it is not stored, from its trace."""
-        if stored := self._facts.get("exact") or self._facts.get("cg"):
-            return float(stored["mean_eigenvalue"])
+        if (stored := self._stored_spectrum("mean_eigenvalue")) is not None:
+            return stored
         trace = 0.0
         for rows in np.array_split(self.live, -(-len(self.live) // 4096)):
             traces = self.loss.curvature_trace(self.residuals.take(rows), self.targets(rows))
             trace += float(traces @ (self.features.take(rows).astype(np.float64) ** 2).sum(axis=1))
         return trace / len(self.live) / (self.features.width * self.residuals.width)
+
+    @cached_property
+    def largest_eigenvalue(self) -> float:
+        """Largest eigenvalue of H; where it is not stored, from H or its products."""
+        if (stored := self._stored_spectrum("largest_eigenvalue")) is not None:
+            return stored
+        if fits_dense(self.residuals.width, self.features.width, self.loss):
+            return self.spectrum_of(self.hessian()).largest_eigenvalue
+        return self._products.largest_eigenvalue()
+
+    def spectrum_of(self, hessian: np.ndarray) -> Spectrum:
+        """Mean and largest eigenvalue of H in the form that :meth:`hessian` gives."""
+        if self.loss.is_separate:
+            return Spectrum(mean_eigenvalue_of_blocks(hessian), max(map(largest_eigenvalue, hessian)))
+        return Spectrum(mean_eigenvalue(hessian, self.residuals.width, self.loss), largest_eigenvalue(hessian))
+
+    def _stored_spectrum(self, name: str) -> float | None:
+        found = self._facts.get("exact") or self._facts.get("cg") or {}
+        return float(found[name]) if name in found else None
 
     def representer_residuals(self) -> RowMatrix:
         """Residuals p' - y of the refitted head (``--rep-refit``), ``(n, c)`` float64."""

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from forebear.indexer.curvature.damping import refuse_lost_damping
+from forebear.indexer.curvature.damping import absolute_damping, refuse_lost_damping
 from forebear.indexer.curvature.ekfac import Ekfac, KroneckerFactors, fit_ekfac, fit_factors, read_ekfac, write_ekfac
-from forebear.indexer.curvature.head import absolute_damping
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.scopes import scope_of
@@ -79,7 +78,7 @@ def _open_projector(
         bases = folder / gradient_folder(scope, checkpoint) / BASES_NAME
         return read_plain_projector(bases, scope, device, dtype)
     ekfac = read_ekfac(folder / curvature_name(scope)).to(device, dtype)
-    return WhiteProjector(scope, ekfac, absolute_damping(spec.dampings[damping], ekfac.mean_eigenvalue), spec.seed)
+    return WhiteProjector(scope, ekfac, absolute_damping(spec.dampings[damping], ekfac), spec.seed)
 
 
 def check_dampings(ekfac: Ekfac, classifier: Classifier, spec: IndexSpec, scope: str) -> None:
@@ -89,7 +88,7 @@ def check_dampings(ekfac: Ekfac, classifier: Classifier, spec: IndexSpec, scope:
         InputError: A damping is too small beside the largest eigenvalue.
     """
     for given in spec.dampings:
-        damping = absolute_damping(given, ekfac.mean_eigenvalue)
+        damping = absolute_damping(given, ekfac)
         refuse_lost_damping(damping, ekfac.largest_eigenvalue, classifier.head.weight.dtype, scope)
 
 

@@ -16,10 +16,16 @@ import torch
 
 from forebear.errors import InputError
 from forebear.indexer.curvature.convergence import Convergence
-from forebear.indexer.curvature.damping import find_damping, refuse_lost_damping, refuse_nil_damping
+from forebear.indexer.curvature.damping import (
+    absolute_damping,
+    damping_number,
+    find_damping,
+    is_relative,
+    refuse_lost_damping,
+    refuse_nil_damping,
+)
 from forebear.indexer.curvature.descent import DescentSettings, descend
 from forebear.indexer.curvature.ekfac import Ekfac
-from forebear.indexer.curvature.head import absolute_damping
 from forebear.indexer.curvature.head_products import MAX_WEIGHTS
 from forebear.indexer.curvature.products import GaussNewton, HessianProduct, Product
 from forebear.indexer.curvature.solvers import HAN20, LissaSettings, Multiply, Solved, conjugate_gradients, lissa
@@ -77,7 +83,7 @@ class CurvatureSpec:
         if not 0 < self.tolerance < float("inf"):
             raise InputError(f"--tolerance {self.tolerance}: expected a number above 0.")
         if self.damping is not None:
-            absolute_damping(self.damping, 1.0)
+            damping_number(self.damping)
         LissaSettings.parse(self.lissa)
         DescentSettings.parse(self.astra)
 
@@ -122,21 +128,21 @@ class CurvatureSpec:
         """Size of the damping at a scope, for solvers other than ``lissa``."""
         if scope == "head":
             chosen = self.damping or (*index.manifest.spec.dampings, "0.1x")[0]
-            return absolute_damping(chosen, index.head.mean_eigenvalue)
+            return absolute_damping(chosen, index.head)
         stored = index.manifest.curvature.get(scope, {}).get("ekfac")
         if stored is None:
             given = self.damping
-            if given is None or given.endswith("x"):
+            if given is None or is_relative(given):
                 raise InputError(
-                    f"the damping {given or '(none given)'} is relative to the mean eigenvalue of scope {scope}, which "
+                    f"the damping {given or '(none given)'} is relative to the eigenvalues of scope {scope}, which "
                     f"{index.folder} does not hold. Give an absolute --damping, such as 1e-5."
                 )
-            return absolute_damping(given, 1.0)
+            return damping_number(given)
         number = find_damping(stored["dampings"], self.damping)
         if number is not None:
             return float(stored["dampings"][number]["damping"])
         assert self.damping is not None  # None names the first
-        return absolute_damping(self.damping, stored["mean_eigenvalue"])
+        return absolute_damping(self.damping, index.ekfac(scope))
 
     def refuse_lost_damping(self, index: Index, scope: str) -> None:
         """Refuse a damping that rounding would lose beside the eigenvalues of the curvature at a scope.
