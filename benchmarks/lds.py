@@ -2,7 +2,8 @@
 
 MiniLM on 1,000 rows of SST-2 and AG News and 1,500 of binary MNLI, retrained whole on 50 halves of the rows with two
 seeds each; Yeh22's convolutional network on 2,000 rows of AG News, on 100 halves. A killed run goes on where it was;
-``--parts`` does one step at a time (retraining takes an hour or more).
+``--parts`` does one step at a time (retraining takes an hour or more): ``retrain``; ``table``, of all methods;
+``astra`` beside EK-FAC at scope all; ``magic`` beside the others, .95 of the rows kept, in pairs with the run in fp32.
 
     python benchmarks/lds.py [--data sst2,agnews,mnli,cnn] [--parts retrain,table] [--subsets 50] [--queries 100]
 """
@@ -14,6 +15,7 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ sys.path.insert(0, str(PAPERS))
 from yeh22_cnn import random_start  # noqa: E402  the network of the benchmark of that paper
 
 RUNS = ROOT / "runs" / "bench" / "lds"
-DAMPINGS = "0.01x,0.1x,1x,10x,100x,1000x,10000x,100000x"
+DAMPINGS = "0.1x,10x,0.1%,1%,10%"
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,14 @@ def start_of(name: str) -> str | Path:
     return start
 
 
-def built(name: str, scopes: str) -> Path:
+def built(name: str, scopes: str, precision: str = "auto") -> Path:
     """Folder of the index of a data set's run; both are made where missing."""
     (train, _), case = rows_of(name), CASES[name]
-    model, index = RUNS / name / "run", RUNS / name / f"index-{scopes.replace(',', '-')}"
+    suffix = "" if precision == "auto" else f"-{precision}"
+    model, index = RUNS / name / f"run{suffix}", RUNS / name / f"index-{scopes.replace(',', '-')}{suffix}"
     if not (model / "run.json").is_file():
-        run("train", "--data", train, "--model", start_of(name), "--out", model, *case.labels, *case.training, "-q")
+        run("train", "--data", train, "--model", start_of(name), "--out", model, "--precision", precision,
+            *case.labels, *case.training, "-q")  # fmt: skip
     if not (index / "manifest.json").is_file():
         stores = (
             ("--store", "features") if scopes == "head" else ("--store", "features,sbert,words", "--words-top", "0,10")
@@ -108,6 +112,24 @@ def built(name: str, scopes: str) -> Path:
         run("index", "--model", model, "--train", train, "--out", index, "--checkpoints", "all", *stores,
             "--scope", scopes, "--calibrate", 0, "--resume", "-q")  # fmt: skip
     return index
+
+
+def measured(name: str, part: str, index: Path, options: argparse.Namespace, *more: Any, **facts: Any) -> None:
+    """Run ``evaluate lds`` with what all parts share, and write its means."""
+    case, out = CASES[name], RUNS / name / part
+    n_subsets = options.subsets or case.subsets
+    started = time.perf_counter()
+    run("evaluate", "lds", "--index", index, "--test", rows_of(name)[1], *case.labels[:2], "--retrain", "full",
+        "--subsets", n_subsets, "--cache", RUNS / name / "retrained", "-q", "--force", "--out", out, *more)  # fmt: skip
+    result = json.loads((out / "result.json").read_text())
+    values = {method: np.array(of, dtype=np.float64) for method, of in result["lds"].items()}
+    means = {method: float(of[~np.isnan(of)].mean()) for method, of in values.items() if not np.isnan(of).all()}
+    ceiling = float(np.nanmean(np.array(result["ceiling"], dtype=np.float64))) if result["ceiling"] else None
+    write_result(
+        f"lds_{name}_{part}", lds=dict(sorted(means.items(), key=lambda item: -item[1])), ceiling=ceiling,
+        subsets=n_subsets, queries=len(result["queries"]), seeds=len(result["seeds"]),
+        seconds=time.perf_counter() - started, **facts,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -120,34 +142,28 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--scopes", help="default: head,top-2,all, of the convolutional network head,all")
     parser.add_argument("--dampings", default=DAMPINGS)
+    parser.add_argument("--refined-queries", type=int, default=30, help="of the part astra")
+    parser.add_argument("--magic-queries", type=int, default=10, help="of the part magic")
     options = parser.parse_args()
+    parts = options.parts.split(",")
     for name in options.data.split(","):
-        _, test = rows_of(name)
-        n_subsets = options.subsets or CASES[name].subsets
-        asked: list[Any] = ["--test", test, *CASES[name].labels[:2], "--retrain", "full", "--subsets", n_subsets,
-                            "--seeds", options.seeds, "--queries", options.queries,
-                            "--cache", RUNS / name / "retrained", "-q", "--force"]  # fmt: skip
-        if "retrain" in options.parts.split(","):
-            index = built(name, "head")
-            run("evaluate", "lds", "--index", index, *asked, "--method", "gd", "--out", RUNS / name / "retrain")
-        if "table" in options.parts.split(","):
-            scopes = options.scopes or CASES[name].scopes
+        scopes = options.scopes or CASES[name].scopes
+        halves = ("--seeds", options.seeds, "--queries", options.queries)
+        if "retrain" in parts:
+            measured(name, "retrain", built(name, "head"), options, *halves, "--method", "gd")
+        if "table" in parts:
             index = built(name, scopes)
-            out = RUNS / name / "table"
-            run("evaluate", "lds", "--index", index, *asked, "--scope", scopes,
-                "--damping", options.dampings, "--out", out)  # fmt: skip
-            result = json.loads((out / "result.json").read_text())
-            means = {
-                method: float(np.nanmean(np.array(values, dtype=np.float64)))
-                for method, values in result["lds"].items()
-            }
-            ceiling = np.nanmean(np.array(result["ceiling"], dtype=np.float64)) if result["ceiling"] else None
-            write_result(
-                f"lds_{name}",
-                lds=dict(sorted(means.items(), key=lambda item: -item[1])),
-                ceiling=None if ceiling is None else float(ceiling),
-                subsets=n_subsets, seeds=options.seeds, queries=options.queries,
-            )  # fmt: skip
+            measured(name, "table", index, options, *halves, "--scope", scopes, "--damping", options.dampings)
+        if "astra" in parts:
+            index, asked = built(name, scopes), ("--seeds", options.seeds, "--queries", options.refined_queries)
+            for solver in ("ekfac", "astra"):
+                measured(
+                    name, solver, index, options, *asked, "--scope", "all", "--method", "if,rif", "--curvature", solver
+                )
+        if "magic" in parts:
+            index = built(name, "head", precision="fp32")
+            asked = ("--seeds", 1, "--paired", "--rows-share", 0.95, "--queries", options.magic_queries)
+            measured(name, "magic", index, options, *asked)
 
 
 if __name__ == "__main__":

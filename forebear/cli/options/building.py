@@ -14,6 +14,7 @@ from forebear.cli.options.model import ClassWeights, Device, Devices, Labels, La
 from forebear.cli.options.question import SpanColumn
 from forebear.cli.screen.console import listed
 from forebear.errors import InputError
+from forebear.indexer.storage.choices import DEFAULT_DAMPING
 
 if TYPE_CHECKING:
     pass
@@ -133,8 +134,9 @@ class GradientChoices(Options, panel="Gradients and curvature"):
         list[str] | None,
         typer.Option(
             "--damping",
-            help="Added to the curvature's eigenvalues: 0.1x of their mean, or absolute; several; none: no curvature.",
-            show_default="0.1x",
+            help="Added to the curvature's eigenvalues: 1% of the largest, 0.1x their mean, or a number; several; "
+            "none: no curvature.",
+            show_default=DEFAULT_DAMPING,
         ),
     ] = None
     rep_refit: Annotated[bool, typer.Option("--rep-refit", help="Refit the head for `rep`, as Pez21 does.")] = False

@@ -122,7 +122,7 @@ class ScopeOptions(Options, panel="Question"):
         str | None,
         typer.Option(
             "--damping",
-            help="Added to the curvature's eigenvalues: 0.1x of their mean, or absolute, such as 1e-5.",
+            help="Added to the curvature's eigenvalues: 1% of the largest, 0.1x their mean, or a number, as 1e-5.",
             show_default="the index's first",
             rich_help_panel="Curvature",
         ),
@@ -152,7 +152,7 @@ class SeveralOptions(Options, panel="Question"):
         list[str] | None,
         typer.Option(
             "--damping",
-            help="Dampings, one or several, such as 0.01x,0.1x,1x: methods with H^-1 are asked at each.",
+            help="Dampings, one or several, such as 0.1%,1%,10%: methods with H^-1 are asked at each.",
             show_default="the index's first",
             rich_help_panel="Curvature",
         ),

@@ -47,7 +47,7 @@ class ClassBlocks:
         if failed.any():
             raise InputError(
                 f"the head's curvature with damping {damping:g} is singular in float64: the damping is too small. Give "
-                "a larger --damping, or a relative one such as 0.1x."
+                "a larger --damping, or a relative one such as 1%."
             )
         self.basis = torch.from_numpy(loss.basis(c))
 

@@ -166,7 +166,7 @@ def factorise(hessian: np.ndarray, damping: float) -> np.ndarray:
         enough = 2 * MIN_RECIPROCAL_CONDITION * float(np.linalg.norm(hessian, 1)) * len(hessian) ** 0.5
         raise InputError(
             f"H + {damping:g} I, the curvature of scope head, is singular in float64: the damping is too small. "
-            f"Give --damping {round_up(enough) if enough > 0 else '1e-5'} or more, or a relative one such as 0.1x.",
+            f"Give --damping {round_up(enough) if enough > 0 else '1e-5'} or more, or a relative one such as 1%.",
             of="index",
         )
     return factor

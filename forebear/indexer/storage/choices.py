@@ -8,6 +8,10 @@ from typing import Any, Literal, TypedDict
 
 from forebear.progress import Progress, Tell
 
+# Near the best for `if` and `rif` in all tables of linear datamodeling scores, at the head and beyond it; see
+# docs/which-method.md.
+DEFAULT_DAMPING = "1%"
+
 
 def _of_part(part: str, default: Any, *, unused: Any, since_first: bool = False) -> Any:
     """A choice that counts only where an index has a part.
@@ -55,7 +59,7 @@ class Choices:
     sketch_basis: str = _of_part("sketches", "mixed", unused="mixed")
     with_bias: bool = _of_part("sketches", False, unused=False)  # whether sketched scopes hold biases and LayerNorm
     curvature: str = _of_part("sketches", "ekfac", unused="none")  # of the sketched scopes: "ekfac" or "none"
-    dampings: tuple[str, ...] = ("0.1x",)  # "0.1x" of the mean eigenvalue, "0.003" absolute; empty: no curvature
+    dampings: tuple[str, ...] = (DEFAULT_DAMPING,)  # "1%" of the largest eigenvalue, "0.1x" the mean one, "0.003"
     rep_refit: bool = False
     ann: str | None = None  # FAISS factory string; None: chosen by size
     seed: int = 0

@@ -36,6 +36,7 @@ from forebear.indexer.model.device.batch_size import BATCH_TOKENS
 from forebear.indexer.model.device.memory import run_batches
 from forebear.indexer.model.encoding import distinct
 from forebear.indexer.model.scopes import Scope
+from forebear.indexer.storage.choices import DEFAULT_DAMPING
 from forebear.sampling import live_sample
 
 SELF_ROWS = 2048  # rows whose self-influence is solved for at once, at most
@@ -51,7 +52,7 @@ class CurvatureSpec:
         solver: One of ``exact`` (head only), ``ekfac``, ``astra`` (which refines it), ``cg`` and ``cg-ekfac`` (on the
             Gauss-Newton matrix; the second preconditioned by EK-FAC), ``cg-hessian``, ``lissa`` (on the Hessian) and
             ``identity``; None: ``of_head`` at the head, ``ekfac`` at other scopes.
-        damping: As the user writes it (``1e-5``, ``0.1x``); None: the index's first. ``lissa`` has its own.
+        damping: As the user writes it (``1e-5``, ``0.1x``, ``1%``); None: the index's first. ``lissa`` has its own.
         rows: Training rows on which ``cg`` and ``lissa`` compute products; 0: all. The head always takes all, and so
             does ``astra``, some of them a step.
         lissa: Settings, as :meth:`LissaSettings.parse` reads them.
@@ -127,7 +128,7 @@ class CurvatureSpec:
     def absolute(self, index: Index, scope: str) -> float:
         """Size of the damping at a scope, for solvers other than ``lissa``."""
         if scope == "head":
-            chosen = self.damping or (*index.manifest.spec.dampings, "0.1x")[0]
+            chosen = self.damping or (*index.manifest.spec.dampings, DEFAULT_DAMPING)[0]
             return absolute_damping(chosen, index.head)
         stored = index.manifest.curvature.get(scope, {}).get("ekfac")
         if stored is None:

@@ -266,7 +266,7 @@ class Question:
     def digest(self) -> str:
         """Name of this question in results: two ways to write one question have one name.
 
-        Choices are taken as they come out for the index (``0.1x`` as the damping that it is there, ``han20`` as its
+        Choices are taken as they come out for the index (``1%`` as the damping that it is there, ``han20`` as its
         settings), and those that no method of the question depends on are left out.
         """
         spec = self.spec

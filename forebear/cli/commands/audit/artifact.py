@@ -21,7 +21,7 @@ Examples:
 
     forebear audit overlap --index runs/nli-index --test hans_small.parquet --out runs/overlap-audit
 
-    forebear audit overlap --index I --test hans.parquet --method if,gd --damping 0.1x --queries 300 --out A
+    forebear audit overlap --index I --test hans.parquet --method if,gd --damping 1% --queries 300 --out A
 """
 NEGATION_HELP = f"""Are the most influential training rows those with a negation?
 

@@ -64,7 +64,7 @@ Examples:
 
     forebear evaluate lds --index I --test dev.csv --method if,gd,tracin --subsets 100 --retrain top-2 --seeds 2
 
-    forebear evaluate lds --index I --test dev.csv --method if,rif --scope head,all --damping 0.01x,0.1x,1x --out R
+    forebear evaluate lds --index I --test dev.csv --method if,rif --scope head,all --damping 0.1%,1%,10% --out R
 
     forebear evaluate lds --index I --test dev.csv --retrain full --rows-share 0.95 --paired --seeds 1
 """

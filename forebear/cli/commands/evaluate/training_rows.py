@@ -67,7 +67,7 @@ Examples:
 
     forebear evaluate mislabelled --index I --true-label clean_label --method gd,if
 
-    forebear evaluate mislabelled --index I --wrong-rows flipped.txt --method if --damping 0.1x
+    forebear evaluate mislabelled --index I --wrong-rows flipped.txt --method if --damping 1%
 """
 
 

@@ -34,7 +34,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The setting in one text, such as ``if, top-2, 0.1x``."""
+        """The setting in one text, such as ``if, top-2, 1%``."""
         return ", ".join(part for part in (self.method, self.scope, self.damping) if part is not None)
 
 
