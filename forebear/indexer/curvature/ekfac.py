@@ -22,7 +22,7 @@ from forebear.errors import CorruptIndexError, NonFiniteError, is_out_of_memory
 from forebear.indexer.curvature.head import row_chunks
 from forebear.indexer.gradients.block_file import read_blocks, write_blocks
 from forebear.indexer.gradients.factors import LayerFactors
-from forebear.indexer.gradients.gradient_pass import Collector, SeedOf, run_pass
+from forebear.indexer.gradients.gradient_pass import Collector, RowCollector, SeedOf, labels_seed, run_pass
 from forebear.indexer.gradients.tape import Seed
 from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.losses.loss import Loss
@@ -30,6 +30,7 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.device.copies import fetch, picks, send
 from forebear.indexer.model.device.memory import free_memory
+from forebear.indexer.model.encoding import Texts
 from forebear.indexer.model.scopes import Block, Scope
 from forebear.indexer.storage.arrow import MEND
 
@@ -270,6 +271,52 @@ def fit_ekfac(
         },
         n_rows,
     )
+
+
+class _SelfInfluence(RowCollector):
+    """Gathers <(H + damping I)^-1 G, G> of rows, in the eigenbasis."""
+
+    def __init__(self, scope: Scope, ekfac: Ekfac, damping: float, n_rows: int) -> None:
+        self.scope, self._parts, self.out = scope, ekfac.parts, np.empty(n_rows)
+        self._inverses = {name: (part.eigenvalues + damping).reciprocal() for name, part in ekfac.parts.items()}
+
+    def begin(self, positions: list[int]) -> None:
+        self._total: torch.Tensor | float = 0.0
+
+    def on_layer(self, name: str, factors: LayerFactors) -> None:
+        inverse = self._inverses[name].flatten()
+        rotated = self._parts[name].rotate(factors).cache_sized()
+        lengths = [part.gradients().square_().flatten(1) @ inverse for part in rotated]
+        self._total = self._total + torch.cat(lengths).double()
+
+    def end(self, positions: list[int]) -> Sequence[torch.Tensor]:
+        assert isinstance(self._total, torch.Tensor)
+        return (self._total,)
+
+    def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
+        (self.out[positions],) = arrays
+
+    def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
+        self.out[copies] = self.out[sources]
+
+
+def ekfac_self_influence(
+    classifier: Classifier, scope: Scope, ekfac: Ekfac, damping: float, texts: Texts, labels: np.ndarray
+) -> np.ndarray:
+    """<(H + damping I)^-1 G_n, G_n> of rows, ``(n,)`` float64, in one pass; equal rows get the same number.
+
+    Args:
+        classifier: Whose gradients.
+        scope: Over which.
+        ekfac: The curvature, on the classifier's device.
+        damping: Added to every eigenvalue.
+        texts: Rows, ``n`` of them, one list a text column; or encoded.
+        labels: Their targets.
+    """
+    collector = _SelfInfluence(scope, ekfac, damping, len(labels))
+    seeds = labels_seed(classifier.loss, labels)
+    run_pass(classifier, texts, seeds, [collector], batch_tokens=classifier.batch_tokens())
+    return collector.out
 
 
 def eigenvectors(matrix: torch.Tensor, name: str = "") -> torch.Tensor:

@@ -95,6 +95,8 @@ def method_facts(question: Question, method: Method) -> dict[str, Any]:
         facts |= question.curvature.facts(index, scope)
         if method.metric == "cos" and scope == "head" and question.curvature.by_class_blocks:
             facts["self_influence"] = CLASS_BLOCKS
+        if method.metric == "cos" and facts["curvature"] == "astra":
+            facts["self_influence"] = "ekfac"  # of the training rows: astra refines the test rows' side
     if method.query == "representer":
         head = index.manifest.curvature["head"]["representer"]
         facts |= {"lambda": head["lambda"], "refit": head["refit"]}

@@ -18,6 +18,7 @@ import torch
 from typing_extensions import override
 
 from forebear.indexer.curvature.convergence import Convergence
+from forebear.indexer.curvature.ekfac import ekfac_self_influence
 from forebear.indexer.gradients.replicas import dots_on_devices
 from forebear.indexer.gradients.vectors import Vectors, dot
 from forebear.indexer.gradients.whole import whole_gradients
@@ -290,8 +291,16 @@ class GradientSearch:
         return np.array([self._solved_lengths[row] for row in rows.tolist()])
 
     def _solve_lengths(self, classifier: Classifier, rows: np.ndarray) -> np.ndarray:
-        """sqrt(<H^-1 G_n, G_n>) of rows, ``(n,)`` float64; each distinct row is a right-hand side of its own."""
+        """sqrt(<H^-1 G_n, G_n>) of rows, ``(n,)`` float64.
+
+        By EK-FAC in one pass; by a solver that iterates each distinct row is a right-hand side of its own. ``astra``
+        refines the test rows' side alone.
+        """
         encoded, labels = as_encoded(classifier, self.rows.texts(rows)), self.rows.labels(rows)
+        if self._lengths_by_ekfac:
+            ekfac = self.index.ekfac(self.scope).to(classifier.device, classifier.head.weight.dtype)
+            damping, scope = self.curvature.absolute(self.index, self.scope), self.gradients.parameters
+            return np.asarray(np.sqrt(ekfac_self_influence(classifier, scope, ekfac, damping, encoded, labels)))
         distinct, inverse = distinct_rows(encoded, labels)
         squares = np.empty(len(distinct))
         for start in range(0, len(distinct), SELF_ROWS):
@@ -300,9 +309,13 @@ class GradientSearch:
             squares[start : start + SELF_ROWS] = dot(self.gradients.solve(gradients)[0], gradients).cpu().numpy()
         return np.asarray(np.sqrt(np.maximum(squares, 0.0))[inverse])
 
+    @property
+    def _lengths_by_ekfac(self) -> bool:
+        return self.curvature.at(self.scope) in ("ekfac", "astra")
+
     def _stored_damping(self) -> int | None:
         """Number of the damping at which the index holds sqrt(<H^-1 G_n, G_n>) of every row; None if it holds none."""
-        if self.curvature.at(self.scope) != "ekfac":
+        if not self._lengths_by_ekfac:
             return None
         return self.index.find_ekfac_damping(self.scope, self.curvature.damping)
 

@@ -511,6 +511,22 @@ def test_if_by_astra_goes_from_ekfac_to_the_dense_solve(world):
     assert many <= 0.2 * few
 
 
+def test_rif_by_astra_divides_by_the_lengths_of_rows_under_ekfac(world):
+    _, retriever, _, _, _ = world
+    asked = {"scope": "top-1", "target": "LABEL_1", "damping": "0.05"}  # a damping that the index does not store
+    found = {
+        (name, solver): retriever.scores(sentences(3, seed=8), name, curvature=solver, **asked)
+        for name in ("if", "rif")
+        for solver in ("ekfac", "astra")
+    }
+    # if / rif of a row is its length under H^-1 times that of the test row.
+    lengths = {solver: found["if", solver] / found["rif", solver] for solver in ("ekfac", "astra")}
+    shares = {solver: of / of.mean(axis=1, keepdims=True) for solver, of in lengths.items()}
+    np.testing.assert_allclose(shares["astra"], shares["ekfac"], rtol=1e-4)
+    table = retriever.retrieve(["a film"], methods=["rif"], exact="full", curvature="astra", **asked)
+    assert json.loads(table.schema.metadata[b"forebear"])["methods"]["rif"]["self_influence"] == "ekfac"
+
+
 @pytest.mark.slow
 def test_solvers_that_iterate_report_their_residual_beyond_the_head(world):
     _, retriever, _, _, _ = world
