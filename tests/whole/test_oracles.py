@@ -532,6 +532,13 @@ def test_the_largest_eigenvalue_of_the_head_is_that_of_its_matrix(c: int, h: int
     assert HeadProducts(features, outputs, CROSS_ENTROPY).largest_eigenvalue() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("h", [5, 60])
+def test_the_largest_eigenvalue_of_a_head_without_curvature_is_0(h: int) -> None:
+    features, outputs = np.zeros((90, h)), np.full((90, 2), 0.5)
+    assert largest_eigenvalue(head_hessian([(features, outputs)], h, 2)) == 0.0
+    assert HeadProducts(features, outputs, CROSS_ENTROPY).largest_eigenvalue() == 0.0
+
+
 @pytest.mark.parametrize("margin", [0.0, 1.0, 40.0, 80.0, 500.0])
 def test_residual_and_loss_keep_their_precision_on_extreme_logits(margin: float) -> None:
     """Two classes have closed forms: 1 - p_y = e^-m / (1 + e^-m), loss = log(1 + e^-m)."""

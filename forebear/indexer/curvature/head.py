@@ -141,6 +141,8 @@ def largest_eigenvalue(matrix: np.ndarray | LinearOperator) -> float:
         dense = matrix if isinstance(matrix, np.ndarray) else matrix @ np.eye(size)
         return max(float(np.linalg.eigvalsh(dense)[-1]), 0.0)
     start = np.random.default_rng(0).standard_normal(size)  # the same at each call; not orthogonal to any eigenvector
+    if not (matrix @ start).any():  # which ARPACK refuses: features or curvatures that are all 0
+        return 0.0
     return max(float(eigsh(matrix, k=1, which="LA", v0=start, tol=1e-6, return_eigenvectors=False)[0]), 0.0)
 
 
