@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from forebear.errors import InputError, MismatchError
 from forebear.indexer.model.encoding import Texts, encoded_rows
+from forebear.indexer.training.model_choice import path_to
 from forebear.indexer.training.replay.derivative import loss_slopes, row_derivatives
 from forebear.indexer.training.replay.opening import RecordedRun, check_repeatable, open_trajectory, threads_of
 from forebear.indexer.training.replay.trajectory import Trajectory
@@ -64,7 +65,7 @@ class RunSearcher(Searcher):
     @staticmethod
     def facts(question: Question, method: Method) -> dict[str, Any]:
         facts = {"unit": "nats, to first order, if the row is left out of the run", "cost": COST}
-        found = run_of_checkpoint(question.index.manifest.checkpoints[-1].path)
+        found = run_of_checkpoint(path_to(question.index.folder, question.index.manifest.checkpoints[-1].path))
         kept = None if found is None else read_smoothness(found[0])
         return with_note(PROVEN) | facts | ({} if kept is None else {"metasmoothness": str(kept)})
 

@@ -106,9 +106,10 @@ def test_an_index_keeps_how_true_its_effects_are_and_answers_say_it(copied, caps
     assert "if at head (exact, damping " in shown
 
 
-def test_answers_say_the_metasmoothness_that_is_kept_of_the_run(copied, tmp_path, capsys):
+def test_answers_say_the_metasmoothness_that_is_kept_of_the_run(copied, tmp_path, capsys, monkeypatch):
     source = rows_from_texts(TEXTS, LABELS, label_names=NAMES)
-    build_index(source, tmp_path / "index", choose_model(str(copied)).checkpoints, BuildOptions())
+    monkeypatch.chdir(tmp_path)  # the index remembers the run by a path that is relative to itself
+    build_index(source, tmp_path / "index", choose_model("run").checkpoints, BuildOptions())
     asked = ["--index", str(tmp_path / "index")]
 
     def answer() -> str:
