@@ -22,6 +22,8 @@ def descent_divisor(index: Index) -> tuple[float, str]:
         return 0, f"its score adds up steps of plain gradient descent, and no {RUN_NAME} says how the model was trained"
     _, run, _ = found
     optimizer, settings = run.settings.get("optimizer"), run.settings
+    if not optimizer:
+        return 0, f"its score adds up steps of plain gradient descent, and {RUN_NAME} does not say which training took"
     if not isinstance(optimizer, dict) or optimizer["name"] != "SGD":
         return 0, "its score adds up steps of plain gradient descent, and training took others"
     for name in ("momentum", "weight_decay", "several_rates"):
