@@ -147,7 +147,7 @@ def built(data: str, curvature: str, n_rows: int) -> Index:
             stages[str(last[0])] = now - float(last[1])
             last[:] = [stage, now]
 
-    options = BuildOptions(scopes=("head", SCOPE), max_length=128, curvature=curvature)
+    options = BuildOptions(scopes=("head", SCOPE), max_length=128, curvature=curvature, dampings=("0.1x",))
     options = replace(options, label_mode=json.loads((trained / "run.json").read_text())["label_mode"])
     source = open_rows(train, need_labels=True)
     if n_rows:  # the first ones

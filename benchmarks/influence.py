@@ -28,7 +28,7 @@ def main(n_rows: int = 800, steps: int = 60, curvature_rows: int = 200, n_querie
     if not (folder / "manifest.json").is_file():
         block = next(open_rows(DATA / "sst2" / "train.parquet", need_labels=True).blocks(n_rows))
         source = rows_from_texts(block.texts[0], block.labels, label_names=("negative", "positive"))
-        options = BuildOptions(scopes=("head", SCOPE), max_length=128, calibration_queries=0)
+        options = BuildOptions(scopes=("head", SCOPE), max_length=128, calibration_queries=0, dampings=("0.1x",))
         build_index(source, folder, choose_model(str(RUN)).checkpoints, options)
     retriever = Retriever(Index.open(folder))
     queries = next(open_rows(DATA / "sst2" / "dev.parquet").blocks(n_queries)).texts[0]

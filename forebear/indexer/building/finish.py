@@ -73,7 +73,7 @@ def finish(
         names.append(f"retired/{manifest.generation:04d}.arrow")
         write_columns(folder / names[-1], {"row": retired.astype(np.int64)})
     manifest = manifest.with_files({name: known.get(name) or describe_file(folder, name) for name in names})
-    # Without the curvature of before: its mean eigenvalue, which a relative damping is of, is that of other rows.
+    # Without the curvature of before: its eigenvalues, which a relative damping is of, are those of other rows.
     index = Index(folder, replace(manifest, curvature={}), check=False)
 
     progress("curvature", 0, manifest.n_rows)

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict
 
 from forebear.progress import Progress, Tell
 
-# Near the best for `if` and `rif` in all tables of linear datamodeling scores, at the head and beyond it; see
+# The best or near it for `rif` in linear datamodeling scores, at the head and beyond it, and for `if` at the head; see
 # docs/which-method.md.
 DEFAULT_DAMPING = "1%"
 

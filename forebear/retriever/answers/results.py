@@ -23,17 +23,8 @@ ANSWER_BYTES = 1 << 26  # bytes that the rankings of the test rows of one block 
 RESULT_COLUMNS = frozenset(
     [
         *("query", "query_label", "query_prediction", "target", "method", "side", "rank", "row", "score", "exact"),
-        *(
-            "label",
-            "prediction",
-            "residual",
-            "iterations",
-            "proven",
-            "rows_scored",
-            "word_ids",
-            "words",
-            "contributions",
-        ),
+        *("label", "prediction", "residual", "iterations", "proven", "rows_scored"),
+        *("word_ids", "words", "contributions"),
         *("span", "span_column", "span_start", "span_end"),
         *("query_span_column", "query_span_start", "query_span_end", "spans_cut", "hub_share"),
         *("effect", "effect_probability", "effect_together", "effect_probability_together"),
