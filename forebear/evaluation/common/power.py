@@ -30,14 +30,20 @@ def values_for_verdict(differences: npt.ArrayLike) -> int | None:
     Returns:
         The number of values; None where it is unknown: fewer than two values, no spread, or a mean of 0.
     """
+    values = np.asarray(differences, dtype=np.float64)
+    if len(values) < 2 or np.ptp(values) == 0.0:
+        return None
+    return number_for_verdict(float(values.mean()), float(values.std(ddof=1)))
+
+
+def number_for_verdict(mean: float, deviation: float) -> int | None:
+    """:func:`values_for_verdict` of values with this mean and standard deviation; None for a mean of 0."""
     from scipy.stats import norm
 
-    values = np.asarray(differences, dtype=np.float64)
-    if len(values) < 2 or np.ptp(values) == 0.0 or values.mean() == 0.0:
+    if mean == 0.0:
         return None
     z_level, z_power = norm.ppf([1 - LEVEL / 2, POWER])
-    sizes = values.std(ddof=1) / abs(values.mean())
-    number = (z_level + z_power) ** 2 * sizes**2 + z_level**2 / 2
+    number = (z_level + z_power) ** 2 * (deviation / mean) ** 2 + z_level**2 / 2
     return math.ceil(number) if math.isfinite(number) and number < 1e15 else None
 
 
