@@ -101,10 +101,10 @@ def _summary(flips: Flips, names: tuple[str, ...]) -> str:
         sizes, n = flips.sizes, len(flips.sets)
         found = sizes[np.isfinite(sizes)]
         middle = f", half of these by {int(np.median(found)):,} or fewer" if len(found) else ""
-        how = "retrained models" if flips.retrained else "the refitted head"
+        how = "as retrained models say" if flips.retrained else "as the refitted head says"
         depths = [k for k in WITHIN if k <= flips.limit]
         return (
-            f"{len(found):,} of {n:,} predictions flip by at most {flips.limit:,} training rows, as {how} say{middle}; "
+            f"{len(found):,} of {n:,} predictions flip by at most {flips.limit:,} training rows, {how}{middle}; "
             + ", ".join(f"{flips.within(k):,} by at most {k}" for k in depths)
             + "."
         )
