@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROW_METHODS, World, error
+from conftest import DAMPINGS, ROW_METHODS, World, error
 
 from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.index import Index
@@ -41,7 +41,7 @@ def build(world: World, out: Path, order: np.ndarray | None = None, **changes: A
     order = np.arange(len(world.texts)) if order is None else order
     source = rows_from_texts([world.texts[i] for i in order], [world.labels[i] for i in order])
     stores = {"stores": ("features", "sbert", "words"), "words_tops": (0, 3), "sentence_model": world.sentence_model}
-    options = stores | {"shard_rows": 17, "seed": 0}
+    options = stores | {"shard_rows": 17, "seed": 0, "dampings": DAMPINGS}
     chosen = choose_model(None, world.models, world.etas).checkpoints
     return build_index(source, out, chosen, BuildOptions(**(options | {"batch_tokens": 64} | changes)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -251,7 +252,12 @@ def test_no_row_is_taken_twice_and_few_are_the_first_of_many(retriever, queries,
         [aim] * len(GOLD) for aim in ("lower-right", "raise-wrong", "lower-right")
     ]
     fewer = PerturbSpec(what="attack", strategies=("combined",), rows=(1,))
-    assert Chooser(retriever, fewer, queries, wordnet).choose("combined") == turns[:1]
+    (alone,) = Chooser(retriever, fewer, queries, wordnet).choose("combined")
+    # Products of fewer rows may round their last bits otherwise.
+    assert [replace(c, score=0.0, effect=0.0) for c in alone] == [replace(c, score=0.0, effect=0.0) for c in turns[0]]
+    np.testing.assert_allclose(
+        [(c.score, c.effect) for c in alone], [(c.score, c.effect) for c in turns[0]], rtol=1e-4, atol=1e-7
+    )
 
 
 def test_pairs_of_three_classes(make_world, wordnet):

@@ -144,9 +144,9 @@ def test_a_named_number_is_never_too_small(number):
 def indexes(tiny_model, train, tmp_path_factory) -> dict[str, Path]:
     """With and without curvature."""
     root = tmp_path_factory.mktemp("indexes")
-    for name in ("0.1x", "none"):
+    for name in ("1%", "none"):
         assert run(command(tiny_model(), train, root / name, "--scope", "head,top-1", "--damping", name)) == 0
-    return {name: root / name for name in ("0.1x", "none")}
+    return {name: root / name for name in ("1%", "none")}
 
 
 def ask(index: Path, *more: str) -> list[str]:
@@ -154,7 +154,7 @@ def ask(index: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stored", ["0.1x", "none"])
+@pytest.mark.parametrize("stored", ["1%", "none"])
 @pytest.mark.parametrize("damping", ["0", "0x", "0%", "1e-30", "1e-20x", "1e-20%"])
 @pytest.mark.parametrize(("scope", "solver"), [("head", "cg"), ("head", "ekfac"), ("top-1", "cg")])
 def test_a_query_with_a_damping_that_is_lost_is_refused_by_name(indexes, capsys, stored, damping, scope, solver):
@@ -170,7 +170,7 @@ def test_a_query_with_a_damping_that_is_lost_is_refused_by_name(indexes, capsys,
 @pytest.mark.parametrize(("scope", "smallest"), [("head", "2.3e-16"), ("top-1", "1.2e-07")])
 def test_lissa_with_a_damping_that_is_lost_is_refused_by_name(indexes, capsys, scope, smallest):
     settings = "damping=1e-30,scale=10,batch_rows=4,depth=3"
-    said = refused(capsys, ask(indexes["0.1x"], "--scope", scope, "--curvature", "lissa", "--lissa", settings))
+    said = refused(capsys, ask(indexes["1%"], "--scope", scope, "--curvature", "lissa", "--lissa", settings))
     assert f"damping={smallest}" in said
 
 

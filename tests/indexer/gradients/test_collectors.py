@@ -68,6 +68,7 @@ class Maker:
             gradients._Dots: lambda: gradients._Dots(scope, self.vectors, N_ROWS, None),
             ekfac._Factors: lambda: ekfac._Factors(scope, CPU),
             ekfac._Eigenvalues: lambda: ekfac._Eigenvalues(scope, self.ekfac.parts),
+            ekfac._SelfInfluence: lambda: ekfac._SelfInfluence(scope, self.ekfac, 0.1, N_ROWS),
             products._Outer: lambda: products._Outer(scope, self.vectors),
             sketch.RawSketches: lambda: sketch.RawSketches(self.projector, N_ROWS, CPU),
             sketch.Sketches: lambda: sketch.Sketches(self.projector, self.reduction, N_ROWS, CPU),

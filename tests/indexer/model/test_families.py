@@ -92,7 +92,7 @@ def test_a_family_beyond_the_head_agrees_with_autograd_or_is_refused_by_name(kin
             continue
         checked = check_gradients(classifier, ["head", scope], encode(classifier, [TEXTS]))
         assert checked.largest_error < 1e-4
-        assert largest_error(classifier, scope) < 2e-5, scope
+        assert largest_error(classifier, scope) < 3e-5, scope
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_an_adapter_of_a_family_agrees_with_autograd_or_is_refused_by_name(kind,
         return
     classifier = load_classifier(make_family_adapter(tmp_path, kind))
     check_gradients(classifier, ["head", "adapter"], encode(classifier, [TEXTS]))
-    assert largest_error(classifier, "adapter") < 2e-5
+    assert largest_error(classifier, "adapter") < 3e-5
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own

@@ -401,7 +401,8 @@ def test_ties_go_to_the_lower_row_and_the_earlier_place(world, exact, monkeypatc
     score = GradientSearch.score
 
     def nothing(self, *args):
-        return {name: np.zeros_like(values) for name, values in score(self, *args)[0].items()}, {}
+        scores, convergences = score(self, *args)
+        return {name: np.zeros_like(values) for name, values in scores.items()}, convergences
 
     monkeypatch.setattr(GradientSearch, "score", nothing)
     found = world.retriever.retrieve(world.asked[:2], methods=["if+", "tracin++", "tracin-f"], top=9, exact=exact)
