@@ -291,7 +291,7 @@ def test_audits_take_gd_where_the_index_holds_no_curvature_and_say_so(indexes, t
     assert run([*agreement, "--index", str(indexes["none"])]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "taken by default is tracin-f, tracin+, tracin++, without if, if+, if++" in said
-    assert run(["audit", "mislabelled", "--index", str(indexes["0.1x"]), "--quiet"]) == 0
+    assert run(["audit", "mislabelled", "--index", str(indexes["1%"]), "--quiet"]) == 0
     assert "no curvature" not in capsys.readouterr().err
     said = refused(capsys, ["audit", "mislabelled", "--index", str(indexes["none"]), "--method", "if"])
     assert "--damping none" in said
