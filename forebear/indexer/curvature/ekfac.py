@@ -22,9 +22,10 @@ from forebear.errors import CorruptIndexError, NonFiniteError, is_out_of_memory
 from forebear.indexer.curvature.head import row_chunks
 from forebear.indexer.gradients.block_file import read_blocks, write_blocks
 from forebear.indexer.gradients.factors import LayerFactors
-from forebear.indexer.gradients.gradient_pass import Collector, RowCollector, SeedOf, labels_seed, run_pass
+from forebear.indexer.gradients.gradient_pass import Collector, RowCollector, SeedOf, run_pass
 from forebear.indexer.gradients.tape import Seed
 from forebear.indexer.gradients.vectors import Vectors
+from forebear.indexer.gradients.whole import gather
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import repeatable
@@ -281,16 +282,16 @@ class _SelfInfluence(RowCollector):
         self._inverses = {name: (part.eigenvalues + damping).reciprocal() for name, part in ekfac.parts.items()}
 
     def begin(self, positions: list[int]) -> None:
-        self._total: torch.Tensor | float = 0.0
+        device = next(iter(self._inverses.values())).device
+        self._total = torch.zeros(len(positions), dtype=torch.float64, device=device)
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:
         inverse = self._inverses[name].flatten()
         rotated = self._parts[name].rotate(factors).cache_sized()
         lengths = [part.gradients().square_().flatten(1) @ inverse for part in rotated]
-        self._total = self._total + torch.cat(lengths).double()
+        self._total += torch.cat(lengths)
 
     def end(self, positions: list[int]) -> Sequence[torch.Tensor]:
-        assert isinstance(self._total, torch.Tensor)
         return (self._total,)
 
     def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
@@ -314,8 +315,7 @@ def ekfac_self_influence(
         labels: Their targets.
     """
     collector = _SelfInfluence(scope, ekfac, damping, len(labels))
-    seeds = labels_seed(classifier.loss, labels)
-    run_pass(classifier, texts, seeds, [collector], batch_tokens=classifier.batch_tokens())
+    gather(classifier, texts, labels, collector)
     return collector.out
 
 

@@ -43,7 +43,7 @@ class _Gradients(RowCollector):
             gradients[here] = gradients[there]
 
 
-def _gather(
+def gather(
     classifier: Classifier,
     texts: Texts,
     labels: np.ndarray,
@@ -63,7 +63,7 @@ def whole_gradients(
 ) -> Vectors:
     """Loss gradients of a few rows, ``(q, n_out, n_in)`` for each block of the scope."""
     collector = _Gradients(scope, len(labels), classifier.head.weight)
-    _gather(classifier, texts, labels, collector)
+    gather(classifier, texts, labels, collector)
     return collector.out
 
 
@@ -110,7 +110,7 @@ def summed_gradients(
         groups: Number of each row's group, from 0, ``(q,)``.
     """
     collector = _Sums(scope, groups, classifier.head.weight)
-    _gather(classifier, texts, labels, collector)
+    gather(classifier, texts, labels, collector)
     return collector.out
 
 
@@ -189,7 +189,7 @@ def exact_dots(
         first, kinds = distinct_rows(encoded, labels)
         wanted = wanted_of_kinds(wanted, kinds, len(first))[:, kinds]
     collector = _Dots(scope, vectors, len(labels), wanted)
-    _gather(classifier, encoded, labels, collector, on_rows)
+    gather(classifier, encoded, labels, collector, on_rows)
     return collector.out
 
 
