@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from places import ROOT
+from warm import run_tests
 
 DIFFS = sorted((ROOT / "docs" / "examples").glob("*.diff"))
 COPIED = ("forebear", "tests", "docs", "pyproject.toml")
@@ -55,12 +56,11 @@ def test_the_tests_of_a_diff_pass(diff, tree):
     assert tests
     assert apply(diff, tree).returncode == 0
     try:
-        environment = os.environ | {"PYTHONPATH": str(tree)}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+        arguments = ["-q", "-p", "no:cacheprovider", *tests]
         if "methods.md" in diff.read_text(encoding="utf-8"):
-            command += ["tests/docs/test_pages.py", "-k", f"{Path(tests[0]).stem} or every_method"]
-        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout
+            arguments += ["tests/docs/test_pages.py", "-k", f"{Path(tests[0]).stem} or every_method"]
+        done = run_tests(arguments, tree, os.environ | {"PYTHONPATH": str(tree)})
+        assert done.returncode == 0, done.stdout + done.stderr
         changed = re.findall(r"^\+\+\+ b/(\S+\.py)$", diff.read_text(encoding="utf-8"), re.MULTILINE)
         for tool in (["format", "--check"], ["check"]):
             command = [sys.executable, "-m", "ruff", *tool, *changed]

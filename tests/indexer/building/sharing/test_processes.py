@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 from interruptions import hashes
 from tiny import labels, sentences, write_jsonl
+from warm import CopiedInterpreter
 
 from forebear import Index, InputError, choose_model, open_rows
 from forebear.cli.main import run
 from forebear.indexer.building.build import BuildOptions, build_index
+from forebear.indexer.building.sharing import processes
 from forebear.indexer.model.device import picking
 
 # A finder of spans is the user's code that runs in the processes. Its first call waits until as many processes as
@@ -68,6 +70,12 @@ def place(tmp_path: Path, tiny_model: Callable[..., str], monkeypatch: pytest.Mo
     return tmp_path
 
 
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes are copies of one that has the libraries, not new interpreters that import them."""
+    monkeypatch.setattr(processes.subprocess, "Popen", CopiedInterpreter)
+
+
 def expect(place: Path, n_processes: int) -> None:
     """Let the finder wait for so many processes that have not called it before."""
     for file in (place / "processes").iterdir():
@@ -94,6 +102,7 @@ WHOLE = ("--store", "features,words,spans,sbert", "--sentence-model", "sentences
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("copies")
 def test_two_processes_leave_the_bytes_of_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for out, n, devices in (("one-process", 1, "cpu"), ("two-processes", 2, "cpu,cpu")):
         expect(place, n)
@@ -135,6 +144,7 @@ def test_warnings_come_once_and_rows_of_all_processes_are_counted(place: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("copies")
 @pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
 def test_a_killed_process_is_one_line_and_the_build_goes_on(
     devices: str, place: Path, capsys: pytest.CaptureFixture[str]
@@ -159,6 +169,7 @@ def test_a_killed_process_is_one_line_and_the_build_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("copies")
 def test_an_error_in_a_process_is_the_error_of_the_command(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     messages = []
     (place / "fail").write_text(TEXTS[17])
