@@ -8,9 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +20,7 @@ import torch
 from device_kernels import KERNELS, OWN_MODEL, Kernels
 from places import GPU, ROOT
 from tiny import labels, make_tiny_model, sentences
+from warm import run_tests
 
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
 from forebear.indexer.gradients.whole import _Sums
@@ -170,13 +168,11 @@ def test_batches_that_do_not_fit_are_halved_and_give_the_same_numbers(tmp_path: 
 @pytest.mark.slow
 def test_the_tests_of_a_gpu_run_on_the_pretended_device() -> None:
     """So that they are not run for the first time where time is short."""
-    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "tests/device", "tests/support"))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "pretended", "-p", "no:cacheprovider", "-m", "gpu", __file__,
-         "-k", "kernels and (forward or dots)"],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": paths, "FOREBEAR_TEST_GPU": "pretend"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
+    arguments = [
+        "-q", "-p", "pretended", "-p", "no:cacheprovider", "-m", "gpu", __file__, "-k", "kernels and (forward or dots)",
+    ]  # fmt: skip
+    paths = [ROOT, ROOT / "tests/device", ROOT / "tests/support"]
+    done = run_tests(arguments, ROOT, paths, FOREBEAR_TEST_GPU="pretend")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "3 passed" in done.stdout
     assert "pretend ms" in done.stdout

@@ -59,7 +59,7 @@ def test_the_tests_of_a_diff_pass(diff, tree):
         arguments = ["-q", "-p", "no:cacheprovider", *tests]
         if "methods.md" in diff.read_text(encoding="utf-8"):
             arguments += ["tests/docs/test_pages.py", "-k", f"{Path(tests[0]).stem} or every_method"]
-        done = run_tests(arguments, tree, os.environ | {"PYTHONPATH": str(tree)})
+        done = run_tests(arguments, tree, [tree])
         assert done.returncode == 0, done.stdout + done.stderr
         changed = re.findall(r"^\+\+\+ b/(\S+\.py)$", diff.read_text(encoding="utf-8"), re.MULTILINE)
         for tool in (["format", "--check"], ["check"]):

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +19,10 @@ import torch
 import transformers
 from conftest import ROW_METHODS, World, error
 from interruptions import Interrupted, hashes, interrupt_at
-from places import GOLDEN, ROOT
+from places import GOLDEN
 from tiny import labels as make_labels
 from tiny import make_tiny_model, sentences
+from warm import start_program
 
 from forebear.errors import (
     CorruptIndexError,
@@ -165,16 +165,16 @@ def test_a_killed_build_is_resumed_to_the_same_bytes(pristine: Path, choices: di
         "threads": torch.get_num_threads(), "options": vars(choices["options"]), "texts": TEXTS, "labels": LABELS,
         "out": str(out), "checkpoints": [vars(c) for c in choices["checkpoints"]],
     }  # fmt: skip
-    child = subprocess.Popen([sys.executable, "-c", CHILD, json.dumps(task)], cwd=ROOT)
+    child = start_program(CHILD, [json.dumps(task)])
     try:
         second_shard = out / "features/checkpoint-2/00001.arrow"
         deadline = time.monotonic() + 120
-        while not second_shard.is_file() and child.poll() is None and time.monotonic() < deadline:
+        while not second_shard.is_file() and child.runs() and time.monotonic() < deadline:
             time.sleep(0.02)
         assert second_shard.is_file(), "the build did not get that far"
     finally:
         os.kill(child.pid, signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
+        assert child.wait().returncode == -signal.SIGKILL
     assert not (out / "manifest.json").exists()
     assert not (out / "features/checkpoint-2/00003.arrow").exists()
     (out / "features/checkpoint-2/00002.arrow.partial").write_bytes(b"half a shard")

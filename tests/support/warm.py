@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ LIBRARIES = [
     "transformers.models.auto.tokenization_auto", "forebear.cli.main",
     "forebear.evaluation.audits.rows.hub_shares", "forebear.evaluation.demo.run",
 ]  # fmt: skip
+_COMMAND = "from forebear.cli.main import main; main()"
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(LIBRARIES)
 
@@ -32,7 +34,7 @@ def run_command(
     arguments: Sequence[object], folder: Path | None = None, environment: Mapping[str, str] = os.environ
 ) -> subprocess.CompletedProcess[str]:
     """Run ``forebear`` with these arguments in a folder, the current one by default."""
-    return _run("from forebear.cli.main import main; main()", arguments, folder, environment)
+    return _run(_COMMAND, arguments, folder, environment)
 
 
 def run_program(
@@ -43,16 +45,17 @@ def run_program(
 
 
 def run_tests(
-    arguments: Sequence[object], folder: Path, environment: Mapping[str, str] = os.environ
+    arguments: Sequence[object], folder: Path, paths: Sequence[Path], **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run pytest in a folder that holds a copy of the repository: its package is imported, not the one here."""
+    """Run pytest in the repository, or in a copy of it, which is imported if it comes first in the import paths."""
     code = (
-        "import sys; sys.path.insert(0, '.')\n"
+        "import os, sys; sys.path[:0] = os.environ['PYTHONPATH'].split(os.pathsep)\n"
         "for name in [name for name in sys.modules if name.partition('.')[0] == 'forebear']: del sys.modules[name]\n"
         "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     )
     # What the libraries above have imported cannot be rewritten by the plugins, which none of these tests needs.
-    return _run(code, arguments, folder, {**environment, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+    given = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return _run(code, arguments, folder, os.environ | given | variables)
 
 
 class CopiedInterpreter:
@@ -92,19 +95,53 @@ def _be_interpreter(
     _become(code, ["-c", str(passed.fileno()), str(os.getppid())], folder, environment)
 
 
+def start_command(
+    arguments: Sequence[object], folder: Path | None = None, environment: Mapping[str, str] = os.environ
+) -> Started:
+    """Start ``forebear`` with these arguments, and do not wait for its end."""
+    return Started(_COMMAND, arguments, folder, environment)
+
+
+def start_program(code: str, arguments: Sequence[object]) -> Started:
+    """Start a Python program as ``python -c`` does, and do not wait for its end."""
+    return Started(code, arguments, None, os.environ)
+
+
 def _run(
     code: str, arguments: Sequence[object], folder: Path | None, environment: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    words = [str(argument) for argument in arguments]
-    with tempfile.TemporaryDirectory() as streams:
-        process = _CONTEXT.Process(
-            target=_be, args=(code, words, str(folder or Path.cwd()), dict(environment), streams)
-        )
-        process.start()
-        process.join()
-        printed = [(Path(streams) / name).read_text(encoding="utf-8") for name in ("out", "err")]
-    assert process.exitcode is not None
-    return subprocess.CompletedProcess(words, process.exitcode, *printed)
+    return Started(code, arguments, folder, environment).wait()
+
+
+class Started:
+    """A program at work in a process of its own."""
+
+    def __init__(
+        self, code: str, arguments: Sequence[object], folder: Path | None, environment: Mapping[str, str]
+    ) -> None:
+        self._words = [str(argument) for argument in arguments]
+        self._streams = tempfile.mkdtemp()
+        where = str(folder or Path.cwd())
+        self._process = _CONTEXT.Process(target=_be, args=(code, self._words, where, dict(environment), self._streams))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def runs(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.exitcode is None
+
+    def kill(self) -> None:
+        """End it, if it has not ended."""
+        self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+        """Its exit code, or minus the signal's number, and what it printed."""
+        self._process.join(timeout)
+        assert self._process.exitcode is not None
+        printed = [(Path(self._streams) / name).read_text(encoding="utf-8") for name in ("out", "err")]
+        shutil.rmtree(self._streams)
+        return subprocess.CompletedProcess(self._words, self._process.exitcode, *printed)
 
 
 def _be(code: str, arguments: list[str], folder: str, environment: dict[str, str], streams: str) -> None:
@@ -118,6 +155,7 @@ def _become(code: str, arguments: list[str], folder: str, environment: dict[str,
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    tempfile.tempdir = None  # as in a new process: decided by the environment
     sys.argv = arguments
     sys.path.insert(0, "")
     try:

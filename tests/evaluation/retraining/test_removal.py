@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from conftest import texts_of
 from inputs import Additive
 from scipy import stats
 from tiny import labels, sentences, write_jsonl
+from warm import run_command, start_command
 
 from forebear.cli.main import run
 from forebear.errors import InputError
@@ -380,8 +381,7 @@ def test_workers_give_the_report_of_one_process(bert_world, test_rows, tmp_path)
             assert run(how) == 0
         else:
             environment = os.environ | {"TMPDIR": str(tmp_path)}
-            command = [sys.executable, "-m", "forebear.cli.main", *how, "--devices", "cpu,cpu"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            done = run_command([*how, "--devices", "cpu,cpu"], environment=environment)
             assert done.returncode == 0, done.stderr
             assert "worker ended" not in done.stderr
         result = json.loads((out / "result.json").read_text())
@@ -454,17 +454,16 @@ def test_more_amounts_than_a_chart_shows(bert_world, test_rows, tmp_path):
 
 @pytest.mark.slow
 def test_workers_end_with_a_command_that_is_terminated(bert_world, test_rows, tmp_path):
-    args = ["--index", bert_world.index.folder, "--test", test_rows, "--method", "gd,if,gc", "--seeds", "1"]
-    command = [sys.executable, "-m", "forebear.cli.main", "evaluate", "lds", *map(str, args), "--subsets", "100000"]
-    command += ["--cache", str(tmp_path / "cache"), "--workers", "2", "--out", str(tmp_path / "out")]
+    command = ["evaluate", "lds", "--index", bert_world.index.folder, "--test", test_rows, "--method", "gd,if,gc"]
+    command += ["--seeds", "1", "--subsets", "20000", "--cache", tmp_path / "cache", "--workers", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    running = start_command([*command, "--out", tmp_path / "out"], environment=environment)
     try:
         wait_for(lambda: len(list(tmp_path.glob("cache/*/*.arrow"))) > 3)
         (worker,) = children_of(running.pid)
-        running.terminate()
+        os.kill(running.pid, signal.SIGTERM)
         running.wait(60)
-        wait_for(lambda: not alive(worker))
+        wait_for(lambda: not alive(worker), 60)  # all its work would take longer
         assert not list(tmp_path.glob("forebear-workers-*"))
     finally:
         running.kill()
