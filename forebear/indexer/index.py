@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Sequence
 from functools import cached_property
@@ -36,6 +37,8 @@ from forebear.indexer.storage.layout import (
 from forebear.indexer.storage.ragged import offsets
 from forebear.indexer.storage.scan_table import ScanTable, read_scan_table
 from forebear.indexer.storage.stored_rows import StoredRows
+from forebear.indexer.training.model_choice import moved_paths
+from forebear.indexer.training.run import Run, RunCheckpoint, run_of_checkpoint
 from forebear.indexer.words.store import WordStore, read_word_store
 
 if TYPE_CHECKING:
@@ -122,6 +125,32 @@ class Index(StoredRows):
             **choices,
         )
         return index
+
+    @cached_property
+    def checkpoint_paths(self) -> list[str]:
+        """Where the checkpoints lie, as the index remembers it, or :meth:`at` another place."""
+        return moved_paths(None, self.manifest.checkpoints, self.folder)
+
+    def at(self, model: str | None) -> Index:
+        """This index with its checkpoints at another place: itself, if ``model`` is None.
+
+        Args:
+            model: The folder of the run, or of the last checkpoint. Nothing is loaded: a model is compared with the
+                index when it is.
+
+        Raises:
+            InputError: The run lacks a checkpoint of the index.
+        """
+        if model is None:
+            return self
+        index = copy.copy(self)
+        index.checkpoint_paths = moved_paths(model, self.manifest.checkpoints, self.folder)
+        return index
+
+    @property
+    def run(self) -> tuple[Path, Run, RunCheckpoint] | None:
+        """The run in which the last checkpoint lies; see :func:`run_of_checkpoint`."""
+        return run_of_checkpoint(self.checkpoint_paths[-1])
 
     def features(self, checkpoint: int = -1) -> RowMatrix:
         """f of every row at a checkpoint (the last by default), ``(n, h)`` float32."""

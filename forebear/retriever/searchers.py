@@ -51,7 +51,7 @@ class Scorer:
     """Scores the training rows of one index, by any method, for test rows.
 
     Attributes:
-        index: The index.
+        index: The index, with its checkpoints where they are now.
         models: Its models, loaded at the first question.
     """
 
@@ -64,7 +64,7 @@ class Scorer:
         devices: Sequence[str | int] = (),
         device_bytes: int | None = None,
     ) -> None:
-        """Open a retriever; models are loaded at the first question.
+        """Open the index; models are loaded at the first question.
 
         Args:
             index: An open index, or its folder.
@@ -75,8 +75,9 @@ class Scorer:
             device_bytes: Most bytes of stored vectors that are kept on a GPU; the others are sent to it block by block.
                 None: half of what is free at the first search.
         """
-        self.index = index if isinstance(index, Index) else Index.open(index)
-        self.models = Models(self.index, model=model, device=device, devices=devices, device_bytes=device_bytes)
+        opened = index if isinstance(index, Index) else Index.open(index)
+        self.models = Models(opened, model=model, device=device, devices=devices, device_bytes=device_bytes)
+        self.index = self.models.index
 
     @property
     def label_names(self) -> tuple[str, ...]:

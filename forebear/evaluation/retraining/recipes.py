@@ -16,7 +16,6 @@ from forebear.evaluation.retraining.recipe_full import FullRecipe
 from forebear.evaluation.retraining.recipe_head import DEFAULT_L2, HeadRecipe, ProximalHeadRecipe
 from forebear.evaluation.retraining.recipe_top import TopRecipe
 from forebear.indexer.index import Index
-from forebear.indexer.training.model_choice import path_to
 from forebear.indexer.training.recorded_start import Start
 from forebear.indexer.training.run import RUN_NAME, Run, read_run
 from forebear.retriever.retriever import Retriever
@@ -69,7 +68,7 @@ def find_run(index: Index, run: str | Path | None) -> Run:
     """The training run behind an index."""
     folder = Path(run) if run is not None else None
     if folder is None:
-        last = Path(path_to(index.folder, index.manifest.checkpoints[-1].path)).resolve()
+        last = Path(index.checkpoint_paths[-1]).resolve()
         folder = next((parent for parent in last.parents if (parent / RUN_NAME).is_file()), last)
     training_run = read_run(folder)
     if training_run is None:

@@ -15,8 +15,6 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.reading import Reading, count_reading, share
 from forebear.indexer.rows.row_source import RowSource
-from forebear.indexer.training.model_choice import path_to
-from forebear.indexer.training.run import run_of_checkpoint
 from forebear.wording import worded
 
 READING_KEY = b"forebear.reading"  # in the schema metadata of a shard of rows
@@ -126,9 +124,7 @@ def row_facts(index: Index) -> RowFacts:
     live = index.live
     targets, predictions = index.targets(live), index.predictions[live]
     measures, one_label = index.loss.measures(predictions, targets), targets.ndim == 1
-    last = index.manifest.checkpoints[-1]
-    found = run_of_checkpoint(path_to(index.folder, last.path))
-    run = None if found is None else found[2]
+    run = None if index.run is None else index.run[2]
     return RowFacts(
         accuracy=measures.get("accuracy"),
         mean_loss=float(index.losses[live].mean(dtype=np.float64)),

@@ -7,8 +7,6 @@ from typing import Any
 
 from forebear.indexer.index import Index
 from forebear.indexer.storage.manifest import FitAge
-from forebear.indexer.training.model_choice import path_to
-from forebear.indexer.training.run import run_of_checkpoint
 from forebear.progress import tell_note, tell_warning
 from forebear.retriever.effects.kinds import effect_kind
 from forebear.retriever.effects.measured import measured_line
@@ -37,8 +35,7 @@ def available_methods(index: Index) -> tuple[str, ...]:
 
 def _comes_from_run(index: Index) -> bool:
     """Whether the last checkpoint lies in a run of ``forebear train``, which can be repeated or not."""
-    found = run_of_checkpoint(path_to(index.folder, index.manifest.checkpoints[-1].path))
-    return found is not None and not found[1].settings.get("trainer")
+    return (found := index.run) is not None and not found[1].settings.get("trainer")
 
 
 def question_facts(question: Question, *, by_scan: bool = False) -> dict[str, Any]:

@@ -16,11 +16,10 @@ from typing_extensions import override
 
 from forebear.errors import InputError, MismatchError
 from forebear.indexer.model.encoding import Texts, encoded_rows
-from forebear.indexer.training.model_choice import path_to
 from forebear.indexer.training.replay.derivative import loss_slopes, row_derivatives
 from forebear.indexer.training.replay.opening import RecordedRun, check_repeatable, open_trajectory, threads_of
 from forebear.indexer.training.replay.trajectory import Trajectory
-from forebear.indexer.training.run import RUN_NAME, run_of_checkpoint
+from forebear.indexer.training.run import RUN_NAME
 from forebear.progress import tell_note
 from forebear.retriever.effects.smoothness import read_smoothness
 from forebear.retriever.question.batch import Batch
@@ -65,7 +64,7 @@ class RunSearcher(Searcher):
     @staticmethod
     def facts(question: Question, method: Method) -> dict[str, Any]:
         facts = {"unit": "nats, to first order, if the row is left out of the run", "cost": COST}
-        found = run_of_checkpoint(path_to(question.index.folder, question.index.manifest.checkpoints[-1].path))
+        found = question.index.run
         kept = None if found is None else read_smoothness(found[0])
         return with_note(PROVEN) | facts | ({} if kept is None else {"metasmoothness": str(kept)})
 
@@ -120,11 +119,11 @@ def recorded_run(models: Models) -> RecordedRun:
         MismatchError: The index holds other rows, or labels, than the run was trained on.
     """
     index, manifest = models.index, models.index.manifest
-    found = run_of_checkpoint(models.path)
+    found = index.run
     if found is None:
         raise InputError(
-            f"magic differentiates the training run, and {models.path} lies in no run of forebear train (no "
-            f"{RUN_NAME}). Give the run's folder by --model, or train by forebear train and index again."
+            f"magic differentiates the training run, and {index.checkpoint_paths[-1]} lies in no run of forebear train "
+            f"(no {RUN_NAME}). Give the run's folder by --model, or train by forebear train and index again."
         )
     folder, run, checkpoint = found
     check_repeatable(folder, run)

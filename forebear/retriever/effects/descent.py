@@ -10,14 +10,12 @@ all checkpoints.
 from __future__ import annotations
 
 from forebear.indexer.index import Index
-from forebear.indexer.training.model_choice import path_to
-from forebear.indexer.training.run import RUN_NAME, run_of_checkpoint
+from forebear.indexer.training.run import RUN_NAME
 
 
 def descent_divisor(index: Index) -> tuple[float, str]:
     """N / S, by which a TracIn score is divided; or 0 and why the score is no effect, of which 0 says nothing."""
-    manifest = index.manifest
-    found = run_of_checkpoint(path_to(index.folder, manifest.checkpoints[-1].path))
+    manifest, found = index.manifest, index.run
     if found is None:
         return 0, f"its score adds up steps of plain gradient descent, and no {RUN_NAME} says how the model was trained"
     _, run, _ = found

@@ -23,7 +23,6 @@ from forebear.indexer.model.encoding import encode, plan_batches
 from forebear.indexer.model.loading import check_same_model, load_classifier, weights_sha256
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
-from forebear.indexer.training.model_choice import moved_paths
 from forebear.retriever.question.kept import Kept, budget_on
 
 T = TypeVar("T")
@@ -77,7 +76,7 @@ class Models:
     """The models of an index, loaded when first asked for and checked against its fingerprints.
 
     Attributes:
-        index: The index.
+        index: The index, with its checkpoints where they are now.
     """
 
     def __init__(
@@ -98,9 +97,9 @@ class Models:
             devices: In place of ``device`` several, among which exact scores beyond the head are divided.
             device_bytes: Most bytes of stored vectors that are kept on a GPU; None: half of what is free.
         """
-        self.index, self._device_bytes = index, device_bytes
+        self.index = index.at(model if isinstance(model, str) else None)
+        self._device_bytes = device_bytes
         self._override = model if isinstance(model, Classifier) else None
-        self._paths = moved_paths(model if isinstance(model, str) else None, index.manifest.checkpoints, index.folder)
         self._devices = pick_devices(device, devices)
         self._device = self._devices[0]
 
@@ -113,11 +112,6 @@ class Models:
     def device(self) -> torch.device:
         """Device that the models run on."""
         return pick_device(self._device) if self._override is None else self._override.device
-
-    @property
-    def path(self) -> str:
-        """Where the last checkpoint lies."""
-        return self._paths[-1]
 
     def computed_on(self) -> dict[str, Any]:
         """Where and how answers are computed; see :func:`~forebear.indexer.model.device.arithmetic.computed_on`."""
@@ -168,8 +162,9 @@ class Models:
         if last and self._override is not None:
             classifier = self._override
         else:
+            path = self.index.checkpoint_paths[number]
             classifier = load_classifier(
-                self._paths[number], device=self._device, precision=spec.precision, max_length=spec.max_length
+                path, device=self._device, precision=spec.precision, max_length=spec.max_length
             )
         check_same_model(classifier, listed.sha256, spec.tokenizer_sha256)
         return replace(

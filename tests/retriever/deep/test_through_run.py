@@ -112,9 +112,9 @@ def test_answers_say_the_metasmoothness_that_is_kept_of_the_run(copied, tmp_path
     build_index(source, tmp_path / "index", choose_model("run").checkpoints, BuildOptions())
     asked = ["--index", str(tmp_path / "index")]
 
-    def answer() -> str:
+    def answer(*more: str) -> str:
         ask = ["retrieve", *asked, "--text", QUERIES[0], "--method", "magic", "--out", str(tmp_path / "answer.parquet")]
-        assert forebear([*ask, "--force"]) == 0
+        assert forebear([*ask, *more, "--force"]) == 0
         return " ".join("".join(capsys.readouterr()).split())
 
     assert "reaches in this run: forebear evaluate metasmoothness --keep." in answer()
@@ -131,6 +131,13 @@ def test_answers_say_the_metasmoothness_that_is_kept_of_the_run(copied, tmp_path
     assert f"reaches in this run: metasmoothness {said}." in answer()
     facts = json.loads(pq.read_schema(tmp_path / "answer.parquet").metadata[b"forebear"])
     assert facts["methods"]["magic"]["metasmoothness"] == said
+
+    copied = copied.rename(tmp_path / "moved")
+    (tmp_path / "answer.parquet").unlink()
+    assert f"reaches in this run: metasmoothness {said}." in answer("--model", str(copied))
+    facts = json.loads(pq.read_schema(tmp_path / "answer.parquet").metadata[b"forebear"])
+    assert facts["methods"]["magic"]["metasmoothness"] == said
+    assert "magic" in Retriever(tmp_path / "index", model=str(copied)).available_methods()
 
     (copied / "run.json").write_text((copied / "run.json").read_text() + "\n")  # another record: another run
     assert read_smoothness(copied) is None

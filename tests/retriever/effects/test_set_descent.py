@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
 
 import forebear
 from forebear import ForebearCallback
+from forebear.errors import MismatchError
 
 N_ROWS, BATCH, EPOCHS, RATE = 24, 4, 3, 2e-3
 TEXTS, LABELS, QUERIES = sentences(N_ROWS), labels(N_ROWS), sentences(4, seed=9)
@@ -79,8 +81,9 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Course:
     return Course(tmp_path_factory.mktemp("descent"))
 
 
-def asked(index: forebear.Index) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    table = forebear.Retriever(index).retrieve(QUERIES, methods=["tracin"], top=N_ROWS)
+def asked(index: forebear.Index, model: Path | None = None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    retriever = forebear.Retriever(index, model=None if model is None else str(model))
+    table = retriever.retrieve(QUERIES, methods=["tracin"], top=N_ROWS)
     return table.to_pylist(), json.loads(table.schema.metadata[b"forebear"])["methods"]["tracin"]
 
 
@@ -102,6 +105,34 @@ def test_effects_of_tracin_foretell_the_descent_without_the_row(course: Course) 
     changes = {(r["query"], r["row"]): r["effect_probability"] for r in results}
     for (query, row), change in changes.items():
         assert change == pytest.approx(p[query] * np.expm1(-truth[query, row]), abs=0.03 * np.abs(truth).max())
+
+
+def test_a_run_that_has_moved_is_read_where_model_says(course: Course, tmp_path: Path) -> None:
+    expected, _ = asked(course.index)
+    moved = shutil.copytree(course.folder, tmp_path / "moved")
+    away = course.folder.rename(course.folder.with_name("away"))
+    try:
+        results, facts = asked(course.index, moved)
+        assert [r["effect"] for r in results] == [r["effect"] for r in expected]
+        assert facts["effect"] == "first order"
+        last = Path(json.loads((moved / "run.json").read_text())["checkpoints"][-1]["path"])
+        assert course.last.at(str(moved / last)).run[0] == moved.resolve()
+
+        # A run by other steps lies where the run lay: the one that --model names counts.
+        shutil.copytree(away, course.folder)
+        run = json.loads((course.folder / "run.json").read_text())
+        run["settings"]["optimizer"]["name"] = "AdamW"
+        (course.folder / "run.json").write_text(json.dumps(run))
+        assert asked(course.index, moved)[1]["effect"] == "first order"
+        assert "training took others" in asked(course.index)[1]["effect_note"]
+
+        # Another run is not taken for that of the index.
+        shutil.copytree(moved / run["checkpoints"][0]["path"], moved / last, dirs_exist_ok=True)
+        with pytest.raises(MismatchError, match="is not the one of the index"):
+            asked(course.index, moved)
+    finally:
+        shutil.rmtree(course.folder, ignore_errors=True)
+        away.rename(course.folder)
 
 
 def test_a_trainers_run_records_its_optimizer(course: Course) -> None:

@@ -15,7 +15,6 @@ from forebear.indexer.model.loading import check_same_model, load_classifier
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.user_columns import columns_sha256
 from forebear.indexer.storage.manifest import Checkpoint, IndexSpec, Segment
-from forebear.indexer.training.model_choice import moved_paths
 
 
 @contextmanager
@@ -61,10 +60,9 @@ def split_rows(start: int, n_rows: int, shard_rows: int) -> tuple[tuple[int, int
 
 
 def checkpoints_now(index: Index, model: str | None) -> tuple[Checkpoint, ...]:
-    """The checkpoints of an index with the paths where they are now; see :func:`moved_paths`."""
-    checkpoints = index.manifest.checkpoints
-    paths = moved_paths(model, checkpoints, index.folder)
-    return tuple(replace(c, path=path) for c, path in zip(checkpoints, paths, strict=True))
+    """The checkpoints of an index with the paths where they are now; see :meth:`Index.at`."""
+    paths = index.at(model).checkpoint_paths
+    return tuple(replace(c, path=path) for c, path in zip(index.manifest.checkpoints, paths, strict=True))
 
 
 def load_checked(checkpoint: Checkpoint, spec: IndexSpec, device: str) -> Classifier:
