@@ -17,7 +17,7 @@ from forebear.retriever.question.models import Models
 from forebear.retriever.question.spec import Question
 from forebear.retriever.ranking import Ends
 
-CHANGE_NUMBERS = 1 << 24  # of rows' changes of the weight, or of pairs' logits, that are held at once
+CHANGE_NUMBERS = 1 << 22  # of rows' changes of the weight, or of pairs' logits, that are held at once
 
 
 def with_effects(

@@ -28,6 +28,7 @@ from forebear.indexer.curvature.head import HeadInverse
 from forebear.indexer.losses.loss import Loss
 
 TOLERANCE = 1e-12  # what is left of the gradient, beside all of it
+BLOCK_NUMBERS = 1 << 20  # of the steps that are looked for at once, about ten times as many being held
 MAX_PRODUCTS = 50  # with H^-1 of a set, before the matrix without it is factorised
 
 
@@ -68,8 +69,15 @@ def leaving(
 
 
 def steps_of_rows(inverse: HeadInverse, rows: Leaving) -> np.ndarray:
-    """Newton step of each row's removal alone, ``(n, a, h)``."""
-    return _steps(inverse, Leaving(rows.features[:, None], rows.gradients[:, None], rows.curvatures[:, None]))
+    """Newton step of each row's removal alone, ``(n, a, h)``, a block of rows after another."""
+    n, h = rows.features.shape
+    steps = np.empty((n, rows.gradients.shape[1], h))
+    size = max(1, BLOCK_NUMBERS // max(1, steps[:1].size))
+    for start in range(0, n, size):
+        block = slice(start, start + size)
+        sets = Leaving(rows.features[block, None], rows.gradients[block, None], rows.curvatures[block, None])
+        steps[block] = _steps(inverse, sets)
+    return steps
 
 
 def step_of_set(inverse: HeadInverse, rows: Leaving) -> np.ndarray:
@@ -112,8 +120,9 @@ def _steps(inverse: HeadInverse, sets: Leaving) -> np.ndarray:
 
 def _curvature_product(sets: Leaving, numbers: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     """What goes out of H with some sets, times a vector each, ``(k, a, h)``."""
-    features = sets.features[numbers]
-    at_logits = sets.curvatures[numbers] @ (features @ vectors.swapaxes(1, 2))[..., None]
+    some = slice(None) if len(numbers) == len(sets.features) else numbers  # all of them are not copied
+    features = sets.features[some]
+    at_logits = sets.curvatures[some] @ (features @ vectors.swapaxes(1, 2))[..., None]
     return np.asarray(at_logits[..., 0].swapaxes(1, 2) @ features)
 
 

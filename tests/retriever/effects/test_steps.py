@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from forebear.indexer.curvature.separate import SeparateHead, separate_hessian
 from forebear.indexer.losses.cross_entropy import CrossEntropy
 from forebear.indexer.losses.sigmoid import SigmoidLoss
 from forebear.indexer.losses.squared import SquaredLoss
+from forebear.retriever.effects import steps as steps_module
 from forebear.retriever.effects.changes import Predictions
 from forebear.retriever.effects.minimum import HeadRows, Refit
 from forebear.retriever.effects.steps import Leaving, leaving, logit_changes, step_of_set, steps_of_rows
@@ -149,6 +151,29 @@ def test_a_rows_newton_step_is_nearer_to_a_refit_than_first_order(head):
     assert relative(found, truth) < 0.75 * relative(head.effects(first)[0], truth)
     if isinstance(head.loss, SquaredLoss):
         assert relative(found, truth) < 1e-9
+
+
+def test_steps_of_rows_do_not_depend_on_their_blocks(head, monkeypatch):
+    rows = np.arange(12)
+    steps = steps_of_rows(head.inverse, head.leaving(rows))
+    monkeypatch.setattr(steps_module, "BLOCK_NUMBERS", 5 * steps[0].size)  # the last block is shorter
+    np.testing.assert_allclose(steps_of_rows(head.inverse, head.leaving(rows)), steps, rtol=1e-9, atol=1e-15)
+
+
+def test_steps_of_many_rows_take_no_memory_beside_themselves(monkeypatch):
+    n, h = 4000, 16
+    features, curvatures = np.random.default_rng(0).normal(size=(n, h)), np.full((n, 1, 1), 0.5 / n)
+    hessian = (features * curvatures[:, 0]).T @ features
+    inverse = HeadCurvature(factorise(hessian, DAMPING), 2, DAMPING, CrossEntropy())
+    monkeypatch.setattr(steps_module, "BLOCK_NUMBERS", 1000)
+    rows, out = Leaving(features, np.full((n, 1), 0.5 / n), curvatures), []
+    tracemalloc.start()
+    try:
+        out.append(steps_of_rows(inverse, rows))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * out[0].nbytes
 
 
 def test_the_step_of_a_set_solves_for_all_rows_together(head):
