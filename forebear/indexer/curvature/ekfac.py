@@ -10,7 +10,7 @@ Positions whose output gradient is zero (padding; all but [CLS] in the last laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from forebear.indexer.gradients.block_file import read_blocks, write_blocks
 from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.gradient_pass import Collector, RowCollector, SeedOf, run_pass
 from forebear.indexer.gradients.tape import Seed
-from forebear.indexer.gradients.vectors import Vectors
+from forebear.indexer.gradients.vectors import Vectors, row_lengths
 from forebear.indexer.gradients.whole import gather
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
@@ -274,22 +274,35 @@ def fit_ekfac(
     )
 
 
+def whitened(factors: LayerFactors, weights: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """H^-1/2 G of the rows of a block in the eigenbasis, a few rows at a time, and their squared lengths.
+
+    Args:
+        factors: Of the gradients' coordinates in the eigenbasis, of ``b`` rows.
+        weights: (eigenvalues + damping)^-1/2, ``(n_out, n_in)``.
+
+    Yields:
+        ``(m, n_out, n_in)``, and <(H + damping I)^-1 G, G>, ``(m,)`` float64.
+    """
+    for part in factors.cache_sized():
+        white = part.gradients().mul_(weights)
+        yield white, row_lengths(white.flatten(1)).square()
+
+
 class _SelfInfluence(RowCollector):
     """Gathers <(H + damping I)^-1 G, G> of rows, in the eigenbasis."""
 
     def __init__(self, scope: Scope, ekfac: Ekfac, damping: float, n_rows: int) -> None:
         self.scope, self._parts, self.out = scope, ekfac.parts, np.empty(n_rows)
-        self._inverses = {name: (part.eigenvalues + damping).reciprocal() for name, part in ekfac.parts.items()}
+        self._weights = {name: (part.eigenvalues + damping).rsqrt() for name, part in ekfac.parts.items()}
 
     def begin(self, positions: list[int]) -> None:
-        device = next(iter(self._inverses.values())).device
+        device = next(iter(self._weights.values())).device
         self._total = torch.zeros(len(positions), dtype=torch.float64, device=device)
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:
-        inverse = self._inverses[name].flatten()
-        rotated = self._parts[name].rotate(factors).cache_sized()
-        lengths = [part.gradients().square_().flatten(1) @ inverse for part in rotated]
-        self._total += torch.cat(lengths)
+        rotated = self._parts[name].rotate(factors)
+        self._total += torch.cat([squares for _, squares in whitened(rotated, self._weights[name])])
 
     def end(self, positions: list[int]) -> Sequence[torch.Tensor]:
         return (self._total,)

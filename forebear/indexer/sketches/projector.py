@@ -19,10 +19,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from forebear.indexer.curvature.ekfac import Ekfac, KroneckerFactors, eigenvectors
+from forebear.indexer.curvature.ekfac import Ekfac, KroneckerFactors, eigenvectors, whitened
 from forebear.indexer.gradients.block_file import read_blocks, write_blocks
 from forebear.indexer.gradients.factors import LayerFactors
-from forebear.indexer.gradients.vectors import Vectors, dot
+from forebear.indexer.gradients.vectors import Vectors, dot, row_lengths
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.copies import picks, send
 from forebear.indexer.model.scopes import Scope
@@ -32,7 +32,6 @@ RANDOM = 32  # random directions on each side, orthogonal to them
 POOLED = 64  # groups on each side of a whitened block
 BASES = ("mixed", "principal", "random")
 _LEAST = float(np.finfo(np.float32).tiny)  # what can be divided by
-_COLUMNS = 32_768  # that are copied to float64 at once
 
 
 class Projector(Protocol):
@@ -83,18 +82,6 @@ def _squared_norms(factors: LayerFactors) -> torch.Tensor:
         return torch.cat(parts)
     products = torch.bmm(d, d.transpose(1, 2)).mul_(torch.bmm(a, a.transpose(1, 2)))
     return products.sum(dim=(1, 2), dtype=torch.float64).clamp_min_(0)
-
-
-def row_lengths(values: torch.Tensor) -> torch.Tensor:
-    """Length of each row, ``(b,)`` float64; rows whose squares are too small for float32 are summed in float64."""
-    if not picks(values):
-        parts = [part.double().square().sum(dim=1) for part in torch.split(values, _COLUMNS, dim=1)]
-        return torch.stack(parts).sum(dim=0).sqrt()
-    lengths: torch.Tensor = torch.linalg.vector_norm(values, dim=1).double()
-    small = lengths < 1e-15
-    if bool(small.any()):
-        lengths[small] = torch.linalg.vector_norm(values[small].double(), dim=1)
-    return lengths
 
 
 @dataclass(frozen=True)
@@ -162,10 +149,8 @@ class WhiteProjector:
         """The place in the sketch, numbers and squared norms of one block, as :class:`Projector` says."""
         turned = LayerFactors(factors.inputs @ self._right[name], factors.deltas @ self._left[name])
         pooled, norms = [], []
-        for part in turned.cache_sized():
-            white = part.gradients().mul_(self._weights[name])
-            lengths = row_lengths(white.flatten(1))
-            norms.append(lengths.square())
+        for white, squares in whitened(turned, self._weights[name]):
+            norms.append(squares)
             pooled.append(_pool(white, *self._sizes[name]).flatten(1))
         return self._places[name], torch.cat(pooled), torch.cat(norms)
 

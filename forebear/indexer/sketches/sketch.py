@@ -32,13 +32,13 @@ from forebear.indexer.gradients.gradient_pass import (
     refuse_non_finite,
     run_pass,
 )
-from forebear.indexer.gradients.vectors import Vectors
+from forebear.indexer.gradients.vectors import Vectors, row_lengths
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.copies import fetch, send
 from forebear.indexer.model.encoding import Texts, n_rows_of
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.sketches.packed import PackedCodes, packed, packed_there
-from forebear.indexer.sketches.projector import Projector, row_lengths
+from forebear.indexer.sketches.projector import Projector
 from forebear.indexer.storage.arrow import MEND, column, read_batches, record_batch, write_table
 from forebear.ratio import ratio
 
