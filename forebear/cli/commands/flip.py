@@ -83,6 +83,6 @@ def flip(
     def rows(*, need_labels: bool, **_columns: object) -> RowSource:
         return queries.open_rows(retriever, need_labels=need_labels)
 
-    shown = partial(for_screen, ("test row", "row", "label", "new label", "effect"))
+    shown = partial(for_screen, ("test row", "row", "label", "new label", "effect"), notes=True)
     own = {"to": to, "relabel": relabel, "limit": limit, "damping": damping, "how": how}
     report.call(flip, retriever, sample, shown=shown, rows=rows, **own)

@@ -107,12 +107,15 @@ def _print_rankings(
 
     width = COLUMN_WIDTH - (EFFECT_WIDTH if results[0].get("effect") is not None else 0)
     narrow = narrow_columns(results, column_names, width)
-    target = results[0]["target"] or "each row's target"  # the rows of an aggregate may have different targets
+    target = results[0]["target"] or "each test row's target"  # the rows of an aggregate may have different targets
     for method in methods:
         for side in SIDES:
             grid = Table(title=f"{method.name}: {side}s of {escape(target)}", title_justify="left", expand=True)
             rows_of_side = [row for row in results if (row["method"], row["side"]) == (method.name, side)]
-            caption = "; ".join(filter(None, [_caption(rows_of_side, method, texts), meanings[method.name]]))
+            caption, meaning = _caption(rows_of_side, method, texts), meanings[method.name]
+            if meaning and caption:
+                caption = f"{meaning} {caption[0].upper()}{caption[1:]}."
+            caption = caption or meaning
             grid.caption, grid.caption_justify = escape(caption) or None, "left"
             for name in ("row", "score"):
                 grid.add_column(name, justify="right", no_wrap=True)
@@ -184,7 +187,7 @@ def _caption(rows: list[dict[str, Any]], method: Method, texts: list[str]) -> st
     from forebear.retriever.effects.refits import UNSTATED
 
     row, notes = rows[0], []
-    if "effect_together" in row and row["effect"] is not None and method.query == "preconditioned":
+    if len(rows) > 1 and "effect_together" in row and row["effect"] is not None and method.query == "preconditioned":
         together = row["effect_together"]
         stated = UNSTATED if together is None else f"effect {together:+.3g}"
         notes.append(f"without all {len(rows)} together: {stated}")

@@ -56,13 +56,15 @@ def _print_groups(method: str, column: str, lines: list[dict[str, Any]], meaning
     from rich.markup import escape
     from rich.table import Table
 
-    from forebear.retriever.effects.refits import UNSTATED
+    from forebear.retriever.effects.refits import TOO_LITTLE
 
-    target = lines[0]["target"] or "each row's target"
+    target = lines[0]["target"] or "each test row's target"
     title = f"{method}: {escape(column)} behind {escape(target)}"
     effects = [name for name in EFFECTS if any(line.get(name) is not None for line in lines)]
-    if meaning and any(line["effect"] is None for line in lines):
-        meaning += f" Where it is empty, {UNSTATED}."
+    if meaning and not effects:
+        meaning = f"No effect: {TOO_LITTLE}, whichever group is left out."
+    elif meaning and any(line["effect"] is None for line in lines):
+        meaning += f" Where it is empty, {TOO_LITTLE}."
     grid = Table(title=title, title_justify="left", caption=escape(meaning) or None, caption_justify="left")
     grid.add_column(escape(column), overflow="fold")
     titles = ["\n".join(EFFECTS[name] for name in effects)] if effects else []

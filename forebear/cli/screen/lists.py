@@ -12,19 +12,31 @@ if TYPE_CHECKING:
 SCREEN_ROWS, SCREEN_TEXT = 20, 120  # rows of a list on the screen, and characters of each text
 
 
-def for_screen(columns: Sequence[str], report: Report) -> Report:
-    """The report, its lists of rows cut to these columns, the texts, and ``SCREEN_ROWS`` rows."""
-    return replace(report, tables=[_cut(table, columns) for table in report.tables])
+def for_screen(columns: Sequence[str], report: Report, *, notes: bool = False) -> Report:
+    """The report, its lists of rows cut to these columns, the texts, and ``SCREEN_ROWS`` rows.
+
+    Args:
+        columns: Names of columns besides texts; one without a value in these rows is left out.
+        report: The report.
+        notes: Whether the lists' notes are shown: they speak of none but these columns.
+    """
+    return replace(report, tables=[_cut(table, columns, notes=notes) for table in report.tables])
 
 
-def _cut(table: Table, columns: Sequence[str]) -> Table:
+def _cut(table: Table, columns: Sequence[str], *, notes: bool) -> Table:
     if not any(name.startswith("text: ") for name in table.columns):
         return table
-    kept = [i for i, name in enumerate(table.columns) if name in columns or name.startswith("text: ")]
+    shown = table.rows[:SCREEN_ROWS]
+    has_value = [not shown or any(row[i] is not None for row in shown) for i in range(len(table.columns))]
+    kept = [
+        i for i, name in enumerate(table.columns) if name.startswith("text: ") or (name in columns and has_value[i])
+    ]
 
     def short(cell: Cell) -> Cell:
         return f"{cell[:SCREEN_TEXT]}…" if isinstance(cell, str) and len(cell) > SCREEN_TEXT else cell
 
-    rows = [[short(row[i]) for i in kept] for row in table.rows[:SCREEN_ROWS]]
+    rows = [[short(row[i]) for i in kept] for row in shown]
     more = f"{len(rows)} of {len(table.rows)} rows; --out FOLDER writes all of them, and all columns."
+    if notes:
+        more = f"{table.note} {more}"
     return replace(table, columns=[table.columns[i] for i in kept], rows=rows, note=more)

@@ -28,7 +28,7 @@ class EffectKind:
     Attributes:
         order: By a Newton step of the head, the row's own curvature taken out, and the loss of the changed logits; or
             to first order, a score over the divisor. None: the method estimates no effect.
-        note: What size and sign of the effects mean, in one sentence; or why the method estimates none.
+        note: What size and sign of the changes of the loss mean, in one sentence; or why the method estimates none.
         has_probability: Whether there is a change of the target's probability beside the change of the loss.
         divisor: What a score is divided by, to first order: N; 1 where the score is the effect itself; of TracIn see
             :mod:`~forebear.retriever.effects.descent`.
@@ -39,9 +39,14 @@ class EffectKind:
     has_probability: bool = False
     divisor: float = 1
 
+    @property
+    def meaning(self) -> str:
+        """The note of both changes, of the loss and of the probability."""
+        return self.note + (" Beside it, the change of the target's probability." if self.has_probability else "")
+
     def facts(self) -> dict[str, Any]:
         """What stands of it in an answer's provenance."""
-        return {"effect": self.order, "effect_note": self.note}
+        return {"effect": self.order, "effect_note": self.meaning}
 
 
 def effect_kind(question: Question, method: Method) -> EffectKind:
@@ -58,19 +63,25 @@ def effect_kind(question: Question, method: Method) -> EffectKind:
         single = isinstance(loss, SigmoidLoss) and question.spec.target.lower().startswith(LABEL)
         follows = single or (isinstance(loss, CrossEntropy) and not loss.label_smoothing)
         order, has_probability = FIRST, follows and method.spans != "both" and not question.spec.aggregate
-    meaning = _meaning(question, method, order, has_probability=has_probability)
+    meaning = _meaning(question, method, order)
     divisor: float = question.index.manifest.n_live if preconditioned else 1
     if method.adds_up_steps:
         divisor, _ = descent_divisor(question.index)
     return EffectKind(order, meaning, has_probability, divisor)
 
 
-def effect_meanings(question: Question) -> dict[str, str]:
-    """What the effects of each method mean, and how true they were found to be; empty where it estimates none."""
+def effect_meanings(question: Question, *, of_loss_alone: bool = False) -> dict[str, str]:
+    """What the effects of each method mean, and how true they were found to be; empty where it estimates none.
+
+    Args:
+        question: The question.
+        of_loss_alone: Whether changes of the probability are not shown.
+    """
     meanings = {}
     for method in question.methods:
         kind = effect_kind(question, method)
-        parts = [] if kind.order is None else [kind.note, measured_line(question, method)]
+        meaning = kind.note if of_loss_alone else kind.meaning
+        parts = [] if kind.order is None else [meaning, measured_line(question, method)]
         meanings[method.name] = " ".join(filter(None, parts))
     return meanings
 
@@ -100,8 +111,8 @@ def _no_effect(question: Question, method: Method) -> str:
     return ""
 
 
-def _meaning(question: Question, method: Method, order: Order, *, has_probability: bool) -> str:
-    """What size and sign of a method's effects mean, in one sentence."""
+def _meaning(question: Question, method: Method, order: Order) -> str:
+    """What size and sign of a method's changes of the loss mean, in one sentence."""
     loss, spec = question.index.loss, question.spec
     output_itself = loss.problem_type == REGRESSION and spec.target != "gold"
     unit = "nats" if loss.problem_type != REGRESSION else "units" if output_itself else "squared units"
@@ -115,5 +126,4 @@ def _meaning(question: Question, method: Method, order: Order, *, has_probabilit
         first_order = f"its own steps left out, by the weights of scope {question.scope_of(method)} alone, first order"
     how = "the head fitted again" if order == NEWTON else first_order
     sign = "below 0 it rises" if output_itself else "below 0 it falls, so that the target gains"
-    probability = " Beside it, the change of the target's probability." if has_probability else ""
-    return f"effect: predicted {what} in {unit}{of_sum}, trained {removal} ({how}); {sign}.{probability}"
+    return f"effect: predicted {what} in {unit}{of_sum}, trained {removal} ({how}); {sign}."

@@ -20,7 +20,8 @@ MAX_ROW_NUMBERS = 1 << 26  # multiplications of a product with H^-1, above which
 MAX_GROUP_NUMBERS = 1 << 35  # multiplications of a Newton step over all rows, above which a group gets a single step
 
 MIN_CURVATURE = 0.1  # share of the curvature along a group's change that must be left after it
-UNSTATED = "no effect: the rows that stay say too little of the head"
+TOO_LITTLE = "the rows that stay say too little of the head"
+UNSTATED = f"no effect: {TOO_LITTLE}"
 
 
 def has_newton_steps(index: Index) -> bool:

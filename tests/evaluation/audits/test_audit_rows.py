@@ -373,6 +373,11 @@ def test_each_command_writes_its_folder_and_can_be_repeated(bert_world, queries_
         assert sum(counted.values()) == 30 * 10
     if command == "errors":
         assert sum(len(g["test_rows"]) for g in results[0]["groups"]) == results[0]["n_mistakes"]
+        assert run(args[:-1]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "group method side row score effect label" in shown
+        assert "By if, effect: predicted rise of the target's loss" in shown
+        assert "target's probability" not in shown  # which is no column of this table
 
 
 def test_mistakes_in_use_are_one_line(bert_world, queries_file, capsys):

@@ -135,8 +135,14 @@ def test_a_whole_class_has_no_effect_as_its_size_would_be_that_of_the_damping(
             )
             assert (small / large > 1.8) != stated
     asked_by_command = ["--index", str(retriever.index.folder), "--text", QUERIES[0], "--method", "if"]
-    assert run(["retrieve", *asked_by_command, "--damping", "0.001x", "--group-by", "label"]) == 0
-    assert "no effect: the rows that stay say too little" in " ".join(capsys.readouterr().out.split())
+    shown = {}
+    for column in ("label", "year"):
+        assert run(["retrieve", *asked_by_command, "--damping", "0.001x", "--group-by", column]) == 0
+        shown[column] = " ".join(capsys.readouterr().out.split())
+    assert "No effect: the rows that stay say too little of the head, whichever group is left out." in shown["label"]
+    assert "predicted rise" not in shown["label"]
+    assert "predicted rise of the target's loss in nats" in shown["year"]
+    assert "say too little" not in shown["year"]
 
 
 def test_groups_are_shown_in_a_notebook_too(retriever: Retriever) -> None:

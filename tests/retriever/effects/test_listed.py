@@ -258,7 +258,7 @@ def test_commands_show_effects_and_what_they_mean(bert_world, capsys, tmp_path):
     test.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in pairs))
     together = ["--index", index, "--test", str(test), "--method", "if", "--top", "3"]
     assert run(["retrieve", *together, "--aggregate"]) == 0
-    assert capsys.readouterr().out.count("without all 3 together: effect ") == 2
+    assert " ".join(capsys.readouterr().out.split()).count("Without all 3 together: effect ") == 2
     assert run(["audit", "errors", *together, "--out", str(tmp_path / "errors")]) == 0
     (group, *_) = json.loads((tmp_path / "errors" / "result.json").read_text())["groups"]
     proponents = group["found"]["if"]["proponent"]

@@ -142,7 +142,7 @@ def errors(
     """List the training rows behind each kind of mistake."""
     from forebear.evaluation.python.audits import errors
 
-    shown = partial(for_screen, ("group", "side", "row", "score", "label"))
+    shown = partial(for_screen, ("group", "method", "side", "row", "score", "effect", "label"), notes=True)
     own = {"top": top, "n_clusters": n_clusters, "seed": seed}
     report.call(errors, index.open(), question, shown=shown, rows=test.rows, methods=methods, **own)
 

@@ -192,13 +192,14 @@ def errors_report(
     signs = SignCounts(question.methods)
     signs.add(answers)
     target = "predicted, wrong" if question.spec.target == "predicted" else question.spec.target
+    meanings = effect_meanings(question, of_loss_alone=True)
     ranked = Table(
         "Training rows behind the mistakes",
         [*HEADS, *row_cells(index, np.empty(0, np.int64))],
         lines,
         f"Score: the sum over the group's mistakes; proponents support the {target} label. One search a group."
         + "".join(f" {note}" for note in signs.notes())
-        + "".join(f" {name}: {note}" for name, note in effect_meanings(question).items() if note),
+        + "".join(f" By {name}, {note}" for name, note in meanings.items() if note),
     )
     largest = groups[0]
     report = Report(
@@ -255,7 +256,7 @@ def _group(mistakes: Mistakes, group: ErrorGroup, answers: Answers, number: int,
     for side, ranking in zip(SIDES, ends, strict=True):
         rows, scores = ranking.rows[number][:SHOWN_ROWS], ranking.scores[number][:SHOWN_ROWS]
         notes.append(note_of(method, side, scores))
-        if ranking.effects_together is not None:
+        if ranking.effects_together is not None and ranking.rows.shape[1] > 1:
             together = ranking.effects_together[number, 0]
             stated = UNSTATED if np.isnan(together) else f"effect {together:+.3g}, summed"
             notes.append(f"Without all {ranking.rows.shape[1]} {side}s together: {stated}.")
