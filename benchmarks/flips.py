@@ -4,7 +4,8 @@ MiniLM on 1,000 rows of SST-2 and of binary MNLI. For each test row: the flip se
 that flip it in other orders, each verified by the same refit of the head: random, nearest neighbours of the predicted
 label, and the influence of a single row (never updated). Of some, paired retraining of the last layers.
 
-    python benchmarks/flips.py [--data sst2_1k,mnli10k_1k] [--queries 100] [--retrained 10] [--recipe top-2]
+    python benchmarks/flips.py [--data sst2_1k,mnli10k_1k] [--damping 1%] [--queries 100] [--retrained 10]
+                               [--recipe top-2]
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ from forebear.evaluation.flips.head import HeadProblem
 from forebear.evaluation.flips.search import FlipSearch
 from forebear.evaluation.retraining.row_choice import row_scores
 from forebear.indexer.model.forward import run_forward
+from forebear.indexer.storage.choices import DEFAULT_DAMPING
 from forebear.retriever.effects.refits import HeadRefits
 
 
-def sizes_of(retriever: Retriever, queries: QueryRows, limit: int) -> dict[str, np.ndarray]:
+def sizes_of(retriever: Retriever, queries: QueryRows, limit: int, damping: str) -> dict[str, np.ndarray]:
     """Rows that flip each test row by each order, ``(q,)``; infinity where no beginning of the order does."""
-    problem = HeadProblem(HeadRefits(retriever.models), relabels=False)
+    problem = HeadProblem(HeadRefits(retriever.models, damping), relabels=False)
     search, forward = FlipSearch(problem, limit), run_forward(retriever.classifier(), queries.texts)
-    spec = retriever.resolve(QuerySpec(methods=("if", "nn-cos")))
+    spec = retriever.resolve(QuerySpec(methods=("if", "nn-cos"), damping=damping))
     scores = row_scores(retriever, queries, spec)
     rng = np.random.default_rng(0)
     sizes: dict[str, list[float]] = {
@@ -73,6 +75,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="sst2_1k,mnli10k_1k")
+    parser.add_argument("--damping", default=DEFAULT_DAMPING, help="default: the package's")
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--retrained", type=int, default=10)
     parser.add_argument("--recipe", default="top-2")
@@ -82,14 +85,17 @@ def main() -> None:
         retriever = asked(name)
         queries = test_rows(retriever, dev_rows(name), options.queries)
         limit = len(retriever.index.live) // 2
-        choices: dict[str, Any] = {"to": None, "limit": limit, "damping": None}
+        choices: dict[str, Any] = {"to": None, "limit": limit, "damping": options.damping}
         found = {}
         for label, relabels in (("removed", False), ("relabelled", True)):
             started = time.perf_counter()
             flips = flip_sets(retriever, queries, relabels=relabels, **choices)
             found[label] = described(flips.sizes) | {"seconds a row": (time.perf_counter() - started) / len(queries)}
-        found |= {order: described(sizes) for order, sizes in sizes_of(retriever, queries, limit).items()}
-        facts: dict[str, Any] = {"queries": len(queries), "rows": len(retriever.index.live), "at the head": found}
+        found |= {
+            order: described(sizes) for order, sizes in sizes_of(retriever, queries, limit, options.damping).items()
+        }
+        facts: dict[str, Any] = {"damping": options.damping, "queries": len(queries)}
+        facts |= {"rows": len(retriever.index.live), "at the head": found}
         if options.retrained:
             few = queries.take(np.arange(options.retrained))
             trainer = retrainer(retriever, options.recipe, few.texts)
@@ -103,7 +109,7 @@ def main() -> None:
                     "of": len(firsts),
                     **described(flips.sizes),
                 }
-        write_result(f"flips_{name}", **facts)
+        write_result(f"flips_{name}_{options.damping}", **facts)
 
 
 if __name__ == "__main__":

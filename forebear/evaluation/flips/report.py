@@ -21,7 +21,7 @@ PATCH_NAME = "patch.csv"
 SHOWN_SETS, SHOWN_ROWS = 6, 10  # in full on the page
 HOW = (
     "At the head: its weights are fitted again, to convergence, without the rows (or with their new labels), held near "
-    "the trained ones by the damping; the encoder stays as it is."
+    "the trained ones by the damping (the larger it is, the more rows a flip takes); the encoder stays as it is."
 )
 
 
