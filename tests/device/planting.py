@@ -10,7 +10,9 @@ import importlib.abc
 import importlib.machinery
 import json
 import os
+import shutil
 import sys
+import tempfile
 from types import ModuleType
 from typing import Any
 
@@ -53,7 +55,6 @@ def run_kernel(name: str) -> str:
 
 def run_search(_name: str) -> str:
     """What is wrong with a scan and with candidates from sketches, beside the same on the host."""
-    import tempfile
     from pathlib import Path
 
     import numpy as np
@@ -99,12 +100,17 @@ def tried(fault: dict[str, str]) -> str:
 def main() -> None:
     """Print the symptoms as a JSON list."""
     import accelerate  # noqa: F401
+    import pyarrow.compute
+    import pyarrow.csv
+    import pyarrow.parquet  # noqa: F401
     import pytest  # noqa: F401
     import torch
     import transformers.models.auto.tokenization_auto
     import transformers.models.bert.modeling_bert  # noqa: F401
 
     torch.set_num_threads(1)
+    # The first fork compiles the modules of the package, the others read them; the changed one is compiled by each.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, tempfile.mkdtemp()
     symptoms = []
     for fault in json.loads(sys.argv[1]):
         read, write = os.pipe()
@@ -116,6 +122,7 @@ def main() -> None:
         with os.fdopen(read, encoding="utf-8") as pipe:
             symptoms.append(pipe.read())
         assert os.waitpid(child, 0)[1] == 0, fault
+    shutil.rmtree(sys.pycache_prefix)
     print(json.dumps(symptoms))
 
 

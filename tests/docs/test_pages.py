@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from places import ROOT
+from warm import run_program
 
 import forebear
 from forebear import METHODS, Index, Retriever, open_rows
@@ -58,8 +59,8 @@ def page_id(path: Path) -> str:
     reason="the build of the docs is not tested: no sphinx (pip install -e '.[docs]')",
 )
 def test_the_docs_build_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html", "docs", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    arguments = ["-W", "--keep-going", "-n", "-q", "-b", "html", "docs", str(tmp_path)]
+    done = run_program(f"import sys; from sphinx.cmd.build import main; sys.exit(main({arguments!r}))", ROOT)
     assert done.returncode == 0, done.stderr
     commands = (tmp_path / "reference" / "commands.html").read_text(encoding="utf-8")
     for name in ("retrieve", "audit-hans", "evaluate-removal", "perturb-attack", "verify"):

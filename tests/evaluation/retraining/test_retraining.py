@@ -6,8 +6,6 @@ import copy
 import json
 import math
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +13,7 @@ import pytest
 import torch
 from tiny import labels, make_tiny_model, sentences
 from torch import nn
+from warm import run_program
 
 from forebear.errors import InputError, MismatchError, NonFiniteError
 from forebear.evaluation.retraining.jobs import Job, Outcome, Retrainer, TrainingRows, within_budget
@@ -271,7 +270,7 @@ index = Index.open({str(retriever.index.folder)!r})
 jobs = [Job(np.delete(index.live, i), seed) for seed in (0, 1) for i in range(3)]
 Retrainer(Recipe(), TrainingRows(index), [["a", "b"]], {str(cache)!r}).run(jobs)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_program(code)
     assert done.returncode == -signal.SIGKILL, done.stderr
     again = counting(retriever, cache)
     found = again.run(some_jobs(retriever))

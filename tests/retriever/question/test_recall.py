@@ -31,6 +31,7 @@ from forebear.retriever.question.methods import METHODS
 
 SCOPE = "all"
 HELD_OUT = sentences(80, seed=30)
+N_SAMPLE = 320  # at most so many rows are scored by calibration
 LOSSY = {"sketch_dim": 8, "sketch_bits": 64, "white_bits": 64, "dampings": ("0.1x", "3x"), "device": "cpu"}
 ITERATED = {"curvature_rows": 48, "tolerance": 0.05, "lissa": "han20,depth=50"}
 
@@ -42,6 +43,7 @@ def _narrow():
         patch.setattr(projecting, "PRINCIPAL", 4)
         patch.setattr(projecting, "RANDOM", 3)
         patch.setattr(projecting, "POOLED", 6)
+        patch.setattr(calibrating, "SAMPLE_ROWS", N_SAMPLE)
         yield
 
 
@@ -63,8 +65,8 @@ def few_rows(_narrow, tmp_path_factory) -> Retriever:
 
 @pytest.fixture(scope="module")
 def many_rows(_narrow, tmp_path_factory) -> Retriever:
-    """The issue's case: 1,500 rows, of which calibration scores a half."""
-    return Retriever(built(tmp_path_factory.mktemp("many"), 1500), device="cpu")
+    """Of these rows calibration scores a half."""
+    return Retriever(built(tmp_path_factory.mktemp("many"), 2 * N_SAMPLE), device="cpu")
 
 
 def facts_of(retriever: Retriever, method: str, **choices) -> dict:
@@ -251,7 +253,7 @@ def test_a_recall_that_was_not_measured_is_not_stated(many_rows, choices, words)
         assert words in facts["recall_note"]
         assert facts_of(many_rows, method)["recall"] == 0.98
         assert "recall_note" not in facts_of(many_rows, method)
-        assert facts_of(many_rows, method, **choices | {"candidates": 1500, "top": 10})["recall"] == 1.0
+        assert facts_of(many_rows, method, **choices | {"candidates": 2 * N_SAMPLE, "top": 10})["recall"] == 1.0
         assert facts_of(many_rows, method, **choices | {"exact": "full", "candidates": None})["recall"] == 1.0
 
 
@@ -389,7 +391,7 @@ OTHERS = ({"curvature": "lissa"}, {"curvature": "cg", "damping": "10x"})
 @pytest.mark.parametrize("choices", OTHERS)
 def test_candidates_for_if_under_another_solver_come_from_its_solutions(many_rows, choices):
     """Whitened sketches at EK-FAC's damping found .09 (lissa) and .62 (cg) of the top 10, with .9 claimed."""
-    found = measured(many_rows, "if", HELD_OUT[:12], recall=0.9, **choices, **ITERATED)
+    found = measured(many_rows, "if", HELD_OUT[:6], recall=0.9, **choices, **ITERATED)
     assert found.mean() >= 0.9
 
 
