@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -152,6 +153,7 @@ def _be(code: str, arguments: list[str], folder: str, environment: dict[str, str
 
 
 def _become(code: str, arguments: list[str], folder: str, environment: dict[str, str]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where these tests run in the background
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 from interruptions import hashes
 from tiny import labels, sentences, write_jsonl
-from warm import CopiedInterpreter
+from warm import CopiedInterpreter, start_command
 
 from forebear import Index, InputError, choose_model, open_rows
 from forebear.cli.main import run
@@ -185,18 +182,14 @@ def test_an_error_in_a_process_is_the_error_of_the_command(place: Path, capsys: 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_processes_end_with_the_command(how: signal.Signals, place: Path) -> None:
     expect(place, 3)  # of which there are two: they wait
-    command = [sys.executable, "-m", "forebear", *index_command("index", "--devices", "cpu,cpu")]
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where these tests run in the background
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heard
-    ) as process:
-        end = time.monotonic() + 120
-        while len(finders(place)) < 2 and time.monotonic() < end and process.poll() is None:
-            time.sleep(0.05)
-        process.send_signal(how)
-        assert process.stderr is not None
-        said = process.stderr.read().splitlines()
-        assert process.wait(30) == (130 if how == signal.SIGINT else -how)
+    process = start_command(index_command("index", "--devices", "cpu,cpu"))
+    end = time.monotonic() + 120
+    while len(finders(place)) < 2 and time.monotonic() < end and process.runs():
+        time.sleep(0.05)
+    os.kill(process.pid, how)
+    done = process.wait(30)
+    assert done.returncode == (130 if how == signal.SIGINT else -how)
+    said = done.stderr.splitlines()
     assert [line.split(":")[0] for line in said if line.startswith(("error", "Traceback"))] == (
         ["error"] if how == signal.SIGINT else []
     )
