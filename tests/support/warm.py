@@ -2,8 +2,7 @@
 
 A process of ``forebear`` takes seven seconds of processor time to import its libraries, more than most tests compute.
 Here they are imported once, by a server that starts each process as a copy of itself. The rest is as a user has it: own
-folder, environment, streams and exit code. What is tested of a fresh process, or of one that is killed, uses
-``subprocess``.
+folder, environment, streams, signals and exit code. What is tested of a new interpreter uses ``subprocess``.
 """
 
 from __future__ import annotations
