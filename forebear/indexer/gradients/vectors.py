@@ -26,3 +26,19 @@ def row_lengths(values: torch.Tensor) -> torch.Tensor:
     if bool(small.any()):
         lengths[small] = torch.linalg.vector_norm(values[small].double(), dim=1)
     return lengths
+
+
+def joined(parts: list[Vectors]) -> Vectors:
+    """The vectors of all parts, one part after the other, ``(q_0 + q_1 + ..., n_out, n_in)`` for each block.
+
+    Of several parts no copy stays: block by block, each part's own vectors become views of the joined ones.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    whole: Vectors = {}
+    for name in list(parts[0]):
+        whole[name] = torch.cat([part[name] for part in parts])
+        views = torch.split(whole[name], [len(part[name]) for part in parts])
+        for part, view in zip(parts, views, strict=True):
+            part[name] = view
+    return whole

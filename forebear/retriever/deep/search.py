@@ -14,13 +14,12 @@ from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
-import torch
 from typing_extensions import override
 
 from forebear.indexer.curvature.convergence import Convergence
 from forebear.indexer.curvature.ekfac import ekfac_self_influence
 from forebear.indexer.gradients.replicas import dots_on_devices
-from forebear.indexer.gradients.vectors import Vectors, dot
+from forebear.indexer.gradients.vectors import Vectors, dot, joined
 from forebear.indexer.gradients.whole import whole_gradients
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.batch_size import vector_bytes_on
@@ -35,8 +34,8 @@ from forebear.retriever.question.methods import Method
 from forebear.retriever.question.models import Models
 from forebear.retriever.ranking import Ends, Ranking, join_ends, rank
 
-# Of whole query vectors held at once on a CPU; a pass with solutions copies both, and so takes as much again.
-VECTOR_BYTES = 1 << 30
+VECTOR_BYTES = 2 << 30  # of whole query vectors held at once on a CPU
+ITERATES = 4  # vectors of a test row that a solver which iterates holds: gradient, solution, residual, direction
 QUERIES_OF_A_SCAN = 128  # test rows for which stored sketches are read together
 ENCODED_BYTES = 256 << 20  # of the word pieces of training rows that stay in memory
 SELF_ROWS = 8  # candidates whose self-influence is solved for at once
@@ -226,7 +225,9 @@ class GradientSearch:
 
     def chunks(self, methods: Sequence[Method], n_queries: int) -> list[np.ndarray]:
         """Indices of the queries, divided so that the whole vectors of each chunk fit in memory together."""
-        kinds = 2 if any(m.query == "preconditioned" for m in methods) else 1
+        kinds = 1
+        if any(m.query == "preconditioned" for m in methods):
+            kinds = 2 if self.curvature.at(self.scope) in ("ekfac", "identity") else ITERATES
         n_bytes = vector_bytes_on(self.models.memory.device, VECTOR_BYTES)
         size = max(1, n_bytes // (4 * kinds * self.gradients.parameters.size))
         return [np.arange(i, min(i + size, n_queries)) for i in range(0, n_queries, size)]
@@ -248,26 +249,27 @@ class GradientSearch:
             classifier = self.models.classifier(number)
             at_checkpoint = [m for m in methods if number in dict(self.gradients.checkpoints(m))]
             gradients = self.gradients.at_checkpoint(number, queries)
-            vectors: list[Vectors] = [gradients]
+            vectors: dict[str, Vectors] = {}  # of the kinds that some method multiplies with
+            if any(m.query != "preconditioned" for m in at_checkpoint):
+                vectors["gradient"] = gradients
             if any(m.query == "preconditioned" for m in at_checkpoint):
-                solved, convergence = self.gradients.solutions(queries)
-                vectors.append(solved)
-            stacked = vectors[0] if len(vectors) == 1 else {n: torch.cat([v[n] for v in vectors]) for n in gradients}
-            q = len(queries)
-            wanted = np.zeros((len(vectors) * q, len(distinct)), bool)
-            for method in at_checkpoint:
-                half = wanted[q:] if method.query == "preconditioned" else wanted[:q]
-                if columns[method.name].ndim == 1:
-                    half[:, columns[method.name]] = True
+                vectors["preconditioned"], convergence = self.gradients.solutions(queries)
+            q, kinds = len(queries), list(vectors)
+            places = {m.name: q * kinds.index(_kind(m)) for m in at_checkpoint}
+            wanted = np.zeros((len(kinds) * q, len(distinct)), bool)
+            for name, place in places.items():
+                half = wanted[place : place + q]
+                if columns[name].ndim == 1:
+                    half[:, columns[name]] = True
                 else:
-                    np.put_along_axis(half, columns[method.name], True, axis=1)
+                    np.put_along_axis(half, columns[name], True, axis=1)
             replicas = self.models.replicas(number)
+            stacked = joined(list(vectors.values()))
             dots = dots_on_devices(replicas, self.gradients.parameters, stacked, texts, labels, wanted=wanted)
             for method in at_checkpoint:
-                preconditioned = method.query == "preconditioned"
-                products = _pick(dots[q:] if preconditioned else dots[:q], columns[method.name])
+                products = _pick(dots[places[method.name] :][:q], columns[method.name])
                 if method.metric == "cos":
-                    query_lengths = _query_lengths(vectors[-1] if preconditioned else gradients, gradients)
+                    query_lengths = _query_lengths(vectors[_kind(method)], gradients)
                     lengths = self._row_lengths(method, classifier, distinct)
                     norms = query_lengths[:, None] * _pick(
                         np.broadcast_to(lengths, (q, len(distinct))), columns[method.name]
@@ -318,6 +320,11 @@ class GradientSearch:
         if not self._lengths_by_ekfac:
             return None
         return self.index.find_ekfac_damping(self.scope, self.curvature.damping)
+
+
+def _kind(method: Method) -> str:
+    """Which vector of a test row a method multiplies with the rows' gradients."""
+    return "preconditioned" if method.query == "preconditioned" else "gradient"
 
 
 def _bytes_of_row(row: dict[str, list[int]]) -> int:

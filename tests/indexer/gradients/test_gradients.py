@@ -17,6 +17,7 @@ from tiny import KINDS, labels, make_tiny_model, sentences
 from forebear import BuildOptions, InputError, MissingStoreError, ModelError, Retriever, append_rows, build_index
 from forebear.errors import MismatchError
 from forebear.indexer.gradients.layer_uses import _windows
+from forebear.indexer.gradients.vectors import joined
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.loading import load_classifier, make_classifier
@@ -702,3 +703,16 @@ def test_without_stored_curvature_candidates_for_cg_come_from_sketches_of_the_so
     some = retriever.retrieve(sentences(3, seed=4), candidates=20, **ask)
     hits = np.mean([a == b for a, b in zip(full["row"].to_pylist(), some["row"].to_pylist(), strict=True)])
     assert hits > 0.9
+
+
+def test_joined_vectors_are_held_once():
+    parts = [{"a": torch.rand(q, 2, 3), "b": torch.rand(q, 1, 4)} for q in (2, 3)]
+    wanted = {name: np.concatenate([part[name].numpy() for part in parts]) for name in "ab"}
+    whole = joined(parts)
+    for name in "ab":
+        assert (whole[name].numpy() == wanted[name]).all()
+        memory = whole[name].untyped_storage().data_ptr()
+        for part, own in zip(parts, (wanted[name][:2], wanted[name][2:]), strict=True):
+            assert (part[name].numpy() == own).all()
+            assert part[name].untyped_storage().data_ptr() == memory
+    assert joined(parts[:1]) is parts[0]
