@@ -8,8 +8,7 @@ from typing import Any
 from forebear.indexer.index import Index
 from forebear.indexer.storage.manifest import FitAge
 from forebear.progress import tell_note, tell_warning
-from forebear.retriever.effects.kinds import effect_kind
-from forebear.retriever.effects.measured import measured_line
+from forebear.retriever.effects.kinds import effect_kind, effect_size
 from forebear.retriever.question.methods import METHODS, Method, ann_name
 from forebear.retriever.question.models import N_VARIANTS, VARIANT_LEARNING_RATE, VARIANT_ROWS
 from forebear.retriever.question.recall import PROVEN, with_note
@@ -97,8 +96,8 @@ def method_facts(question: Question, method: Method) -> dict[str, Any]:
     if method.query == "representer":
         head = index.manifest.curvature["head"]["representer"]
         facts |= {"lambda": head["lambda"], "refit": head["refit"]}
-    measured = measured_line(question, method)
-    return facts | effect_kind(question, method).facts() | ({"effect_measured": measured} if measured else {})
+    size = effect_size(question, method)
+    return facts | effect_kind(question, method).facts() | ({"effect_measured": size} if size else {})
 
 
 def fit_age(question: Question) -> FitAge | None:

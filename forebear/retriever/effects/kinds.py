@@ -19,6 +19,10 @@ from forebear.retriever.question.targets import LABEL
 Order = Literal["Newton step", "first order"]
 NEWTON: Order = "Newton step"
 FIRST: Order = "first order"
+UNMEASURED = (
+    "Its size was not measured for this index (forebear evaluate effects --keep does), and beyond the head it can be "
+    "many times too large."
+)
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,20 @@ def effect_meanings(question: Question, *, of_loss_alone: bool = False) -> dict[
     for method in question.methods:
         kind = effect_kind(question, method)
         meaning = kind.note if of_loss_alone else kind.meaning
-        parts = [] if kind.order is None else [meaning, measured_line(question, method)]
+        parts = [] if kind.order is None else [meaning, effect_size(question, method)]
         meanings[method.name] = " ".join(filter(None, parts))
     return meanings
+
+
+def effect_size(question: Question, method: Method) -> str:
+    """How true the sizes of a method's effects were found to be, or that nobody measured what may be far off.
+
+    Empty where the method estimates no effect, and where nobody measured effects at the head.
+    """
+    if effect_kind(question, method).order is None:
+        return ""
+    beyond = question.scope_of(method) != "head" and method.query == "preconditioned"
+    return measured_line(question, method) or (UNMEASURED if beyond else "")
 
 
 def effect_meaning(facts: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.model_choice import choose_model
+from forebear.retriever.effects import kinds
 from forebear.retriever.effects import refits as refits_module
 from forebear.retriever.effects.changes import Predictions
 from forebear.retriever.effects.listed import effects_of_rows, effects_of_set
@@ -96,6 +97,26 @@ def test_methods_without_effects_have_none(bert_world):
     assert methods["if"]["effect"] == "Newton step"
     identity = bert_world.retriever.retrieve(bert_world.queries, methods=["if"], curvature="identity", top=2)
     assert "effect" not in identity.column_names
+
+
+def test_sizes_beyond_the_head_that_nobody_measured_are_doubted(bert_world, tmp_path, monkeypatch):
+    options = BuildOptions(scopes=("head", "all"), sketch_dim=16, sketch_bits=64, white_bits=64, calibration_queries=2)
+    chosen = choose_model(None, bert_world.models[:1]).checkpoints
+    build_index(rows_from_texts(bert_world.texts, bert_world.labels), tmp_path / "index", chosen, options)
+    retriever = Retriever(tmp_path / "index")
+
+    def said(scope: str) -> dict[str, str | None]:
+        asked = {"methods": ["if", "rif", "gd"], "top": 2, "scope": scope, "exact": "full"}
+        table = retriever.retrieve(bert_world.queries[:1], **asked)
+        shown = repr(forebear.show(table))
+        facts = json.loads(table.schema.metadata[b"forebear"])["methods"]
+        assert ("not measured" in shown) == ("not measured" in facts["if"].get("effect_measured", ""))
+        return {name: of.get("effect_measured") for name, of in facts.items()}
+
+    assert said("all") == {"if": kinds.UNMEASURED, "rif": None, "gd": None}
+    assert said("head") == {"if": None, "rif": None, "gd": None}
+    monkeypatch.setattr(kinds, "measured_line", lambda *_of: "slope 1")
+    assert said("all") == {"if": "slope 1", "rif": None, "gd": None}
 
 
 @pytest.mark.parametrize("choices", [{"curvature": "cg"}, {"curvature": "ekfac"}, {}])
