@@ -36,7 +36,6 @@ def _cut(table: Table, columns: Sequence[str], *, notes: bool) -> Table:
         return f"{cell[:SCREEN_TEXT]}…" if isinstance(cell, str) and len(cell) > SCREEN_TEXT else cell
 
     rows = [[short(row[i]) for i in kept] for row in shown]
-    more = f"{len(rows)} of {len(table.rows)} rows; --out FOLDER writes all of them, and all columns."
-    if notes:
-        more = f"{table.note} {more}"
-    return replace(table, columns=[table.columns[i] for i in kept], rows=rows, note=more)
+    more = f"{len(rows)} of {len(table.rows)} rows; --out FOLDER writes all of them, and all columns." if rows else ""
+    note = " ".join(filter(None, [table.note if notes else "", more]))
+    return replace(table, columns=[table.columns[i] for i in kept], rows=rows, note=note)

@@ -20,8 +20,8 @@ Order = Literal["Newton step", "first order"]
 NEWTON: Order = "Newton step"
 FIRST: Order = "first order"
 UNMEASURED = (
-    "Its size was not measured for this index (forebear evaluate effects --keep does), and beyond the head it can be "
-    "many times too large."
+    "The size of effects was not measured for this index (forebear evaluate effects --keep does), and beyond the head "
+    "it can be many times too large."
 )
 
 

@@ -70,10 +70,10 @@ class Measured:
         return "through the run" if self.scope == RUN else f"at {self.scope}"
 
     def __str__(self) -> str:
-        interval = "" if self.slope_low is None else f" [{self.slope_low:.2f}, {self.slope_high:.2f}]"
+        interval = "" if self.slope_low is None else f" [{self.slope_low:.3g}, {self.slope_high:.3g}]"
         correlation = "" if self.correlation is None else f", r {self.correlation:.3f}"
         sizes = f"{self.sizes[0]:,}" + (f" to {self.sizes[-1]:,}" if len(self.sizes) > 1 else "")
-        return f"slope {self.slope:.2f}{interval}{correlation} for {self.recipe} without {sizes} rows"
+        return f"slope {self.slope:.3g}{interval}{correlation} for {self.recipe} without {sizes} rows"
 
 
 KEPT_EFFECTS = KeptResults(
@@ -104,7 +104,7 @@ def target_of(question: Question) -> str:
 def measured_line(question: Question, method: Method) -> str:
     """How true a method's effects were found to be for the index as the question asks it; empty where nobody measured.
 
-    Such as ``effects of if at head: slope 0.97 [0.92, 1.05], r 0.993 for proximal-head without 1 to 50 rows``. Where
+    Such as ``Effects of if at head: slope 0.97 [0.92, 1.05], r 0.993 for proximal-head without 1 to 50 rows.`` Where
     nobody measured them for the question's target, those for other targets are given, and these named.
     """
     index = question.index
@@ -120,7 +120,7 @@ def measured_line(question: Question, method: Method) -> str:
     of_another = "" if shown[0].target == target else f" (here {target})"
     texts = [f"{one}, of the target {one.target}{of_another}" if of_another else str(one) for one in shown]
     stale = "" if all(one.index_digest == digest for one in shown) else ", measured before the index changed"
-    return f"effects of {method.name} {found[0].place}: {'; '.join(texts)}{stale}"
+    return f"Effects of {method.name} {found[0].place}: {'; '.join(texts)}{stale}."
 
 
 def measured_lines(index: Index) -> list[str]:

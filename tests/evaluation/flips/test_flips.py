@@ -15,11 +15,13 @@ from tiny import labels, sentences
 
 import forebear
 from forebear.cli.main import run
+from forebear.cli.screen.lists import for_screen
 from forebear.errors import InputError, MissingStoreError
 from forebear.evaluation.flips.head import HeadProblem
 from forebear.evaluation.flips.report import flips_report
 from forebear.evaluation.flips.retrained import Ranked, Retrained, retrain
 from forebear.evaluation.flips.search import FlipSearch
+from forebear.evaluation.reports.report import Cell, Table
 from forebear.evaluation.retraining.jobs import Job, Outcome
 from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.model.forward import run_forward
@@ -246,6 +248,17 @@ def test_shares_are_of_sets_that_the_limit_allows(bert_world):
     found = forebear.flip(bert_world.retriever, bert_world.queries, limit=5)
     assert [row[0] for row in found.report.tables[0].rows] == [1, 5]
     assert "by at most 50" not in found.report.summary
+
+
+def test_a_list_without_rows_does_not_point_to_more_of_them(bert_world):
+    report = forebear.flip(bert_world.retriever, bert_world.queries[:1], limit=5).report
+
+    def note(rows: list[list[Cell]]) -> str:
+        table = Table("Rows", ["row", "text: text"], rows, "In order.")
+        return for_screen(["row"], replace(report, tables=[table]), notes=True).tables[0].note
+
+    assert note([[3, "a text"]]) == "In order. 1 of 1 rows; --out FOLDER writes all of them, and all columns."
+    assert note([]) == "In order."
 
 
 def test_a_relabelled_row_keeps_its_place_and_has_a_digest_of_its_own():

@@ -205,16 +205,17 @@ def test_an_index_keeps_what_was_measured_and_answers_say_it(copied, bert_world,
     for command in (["retrieve", *asked, *text], ["explain", *asked, *text]):
         assert run(command) == 0
         shown = " ".join(capsys.readouterr().out.split())
-        assert shown.count("effects of if at head: slope ") == 2
+        assert shown.count("Effects of if at head: slope ") == 2
         assert "for head without 1 to 3 rows; slope " in shown
+        assert "target's probability. Effects of" in shown
     assert run(["retrieve", *asked, *text, "--damping", "0.003"]) == 0
-    assert "effects of if at head" not in " ".join(capsys.readouterr().out.split())  # nobody measured that one
+    assert "Effects of if at head" not in " ".join(capsys.readouterr().out.split())  # nobody measured that one
     table = Retriever(copied).retrieve(bert_world.queries[:1], methods=["if"], top=2)
-    assert "effects of if at head: slope " in repr(forebear.show(table))
+    assert "Effects of if at head: slope " in repr(forebear.show(table))
 
     retire_rows(copied, [5])
     table = Retriever(copied).retrieve(bert_world.queries[:1], methods=["if"], top=2)
-    assert "effects of if at head" not in repr(forebear.show(table))  # its relative damping is another number now
+    assert "Effects of if at head" not in repr(forebear.show(table))  # its relative damping is another number now
     assert run(["info", str(copied)]) == 0
     assert "measured before the index changed" in " ".join(capsys.readouterr().out.split())
 
@@ -232,7 +233,7 @@ def test_a_kept_line_is_that_of_the_questions_target_or_names_its_own(copied, be
     of_label = line(name)
     assert "of the target" not in of_label
     assert line(f"label:{name}") == of_label
-    assert line("predicted") == f"{of_label}, of the target label:{name} (here predicted)"
+    assert line("predicted") == f"{of_label[:-1]}, of the target label:{name} (here predicted)."
     evaluations.effects(copied, bert_world.queries[:2], **asked)
     assert [one.target for one in KEPT_EFFECTS.read(copied)] == [f"label:{name}", "predicted"]
     assert line(name) == of_label
@@ -254,7 +255,7 @@ def test_a_damaged_record_is_said_and_not_shown(copied, bert_world):
     (copied / "effects.json").write_text('{"version": 1, "results": [')
     with pytest.warns(UserWarning, match="is damaged"):
         table = Retriever(copied).retrieve(bert_world.queries[:1], methods=["if"], top=2)
-    assert "effects of if" not in repr(forebear.show(table))
+    assert "Effects of if" not in repr(forebear.show(table))
 
 
 def test_methods_without_effects_are_refused_before_the_work(bert_world):

@@ -98,8 +98,8 @@ def test_an_index_keeps_how_true_its_effects_are_and_answers_say_it(copied, caps
     assert asked["if"][:2] == ("head", "exact")
     table = retriever.retrieve(QUERIES[:1], methods=["magic"], top=2)
     facts = json.loads(table.schema.metadata[b"forebear"])["methods"]["magic"]
-    assert facts["effect_measured"].startswith("effects of magic through the run: slope ")
-    assert facts["effect_measured"].endswith("for proximal-head without 1 to 2 rows")
+    assert facts["effect_measured"].startswith("Effects of magic through the run: slope ")
+    assert facts["effect_measured"].endswith("for proximal-head without 1 to 2 rows.")
     assert forebear(["info", str(copied / "index")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "magic through the run, target predicted: slope " in shown

@@ -171,7 +171,7 @@ def _summary(found: EffectPairs, seed: int) -> str:
             lines.append(f"{name} predicts no change at all.")
             continue
         interval = whole.slope_interval
-        between = "" if interval is None else f" (95% interval {interval[0]:.2f} to {interval[1]:.2f})"
+        between = "" if interval is None else f" (95% interval {interval[0]:.3g} to {interval[1]:.3g})"
         r = "" if whole.correlation is None else f", their correlation {whole.correlation:.3f}"
-        lines.append(f"{name}: retrained changes are {whole.slope:.2f} times the predicted ones{between}{r}.")
+        lines.append(f"{name}: retrained changes are {whole.slope:.3g} times the predicted ones{between}{r}.")
     return " ".join(lines)
