@@ -112,14 +112,21 @@ class QueryGradients:
 
         Like the gradients, the solutions of the latest block stay in memory.
         """
-        key = ("solutions", self.scope, self.curvature)
-        return self._of_latest(key, queries, lambda: self.solve(self.at_checkpoint(self.last, queries)))
+        return self._of_latest(self._solutions_key, queries, lambda: self.solve(self.at_checkpoint(self.last, queries)))
+
+    @property
+    def _solutions_key(self) -> Hashable:
+        return ("solutions", self.scope, self.curvature)
 
     def _of_latest(self, key: Hashable, queries: Queries, make: Callable[[], T]) -> T:
         """What is kept of the latest block of test rows, or made of this one."""
         kept = self.models.kept
-        found: tuple[Queries, T] | None = kept.find(key)
-        if found is None or found[0] is not queries:
-            kept.drop(key)  # before its successor takes memory
+        found: tuple[Queries, T] | None
+        for earlier in (self._solutions_key, key):  # solutions may hold the gradients of their block, too
+            found = kept.find(earlier)
+            if found is not None and found[0] is not queries:
+                kept.drop(earlier)  # before its successor takes memory
+                found = None
+        if found is None:
             found = kept.put(key, (queries, make()), size=lambda made: size_of(made[1]))
         return found[1]
