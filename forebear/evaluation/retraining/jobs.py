@@ -10,9 +10,10 @@ those of the same seed's training on all rows. So two outcomes differ by the row
 two limits. Where a changed text makes its batch wider, that step's dropout is another. Rows that are added make it
 another training, which is paired with those that have as many.
 
-An outcome lies in the cache under a digest of all that decides it. It appears there whole or not at all, so a run that
-was killed goes on where it was when it is started again. Processes that share a cache share the work: each takes the
-jobs that no other has begun, and waits for theirs in the end.
+An outcome lies in the cache under a digest of all that decides it; where there is one of more evaluation rows, it
+serves for fewer, too. It appears there whole or not at all, so a run that was killed goes on where it was when it is
+started again. Processes that share a cache share the work: each takes the jobs that no other has begun, and waits for
+theirs in the end.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from forebear.errors import CorruptIndexError, InputError, NonFiniteError, StorageError
+from forebear.errors import InputError, NonFiniteError, StorageError
+from forebear.evaluation.common.outcome_files import EvaluationSets, read_logits, write_logits
 from forebear.indexer.index import Index
 from forebear.indexer.losses.cross_entropy import IGNORED, softmax
-from forebear.indexer.storage.arrow import column, read_batches, record_batch, write_table
 from forebear.indexer.storage.locks import claimed
 from forebear.indexer.storage.manifest import canonical_json, digest_of
 from forebear.wording import worded
@@ -242,7 +243,9 @@ class Retrainer:
         """
         self.rows, self.recipe, self._cache = rows, recipe, Path(cache)
         self._shape = (len(evaluation[0]), len(rows.label_names))
-        self._digest = digest_of([recipe.name, dict(recipe.facts), rows.digest(), [list(c) for c in evaluation]])
+        training = [recipe.name, dict(recipe.facts), rows.digest()]
+        self._digest = digest_of([*training, [list(c) for c in evaluation]])
+        self._evaluations = EvaluationSets(self._cache / "evaluations" / digest_of(training), self._digest, evaluation)
         self._logits_type = getattr(recipe, "logits_type", np.float32)
         self.n_trained = 0
         self.warnings: list[str] = []
@@ -265,7 +268,9 @@ class Retrainer:
         self._warn_of_classes(jobs)
         digests = [self.digest(job) for job in jobs]
         waiting = dict(zip(digests, jobs, strict=True))
-        done = {digest: outcome for digest in waiting if (outcome := self._read(digest)) is not None}
+        with suppress(StorageError, OSError):  # of a cache that is only read
+            self._evaluations.keep()
+        done = {digest: found for digest, job in waiting.items() if (found := self._find(digest, job)) is not None}
         for digest in done:
             if self._lock(digest).exists():  # of a process that was killed between its outcome and its end
                 with suppress(StorageError), claimed(self._lock(digest)):  # a cache that is only read keeps it
@@ -279,7 +284,7 @@ class Retrainer:
                     if owner is not None:
                         claimed_elsewhere.append(digest)
                         continue
-                    outcome = self._read(digest)  # another process may just have made it
+                    outcome = self._find(digest, waiting[digest])  # another process may just have made it
                     done[digest] = self._train(digest, waiting[digest]) if outcome is None else outcome
                 progress("retraining", len(done), len(waiting))
             if len(claimed_elsewhere) == len(remaining):
@@ -314,7 +319,7 @@ class Retrainer:
                 f"{row}. Lower the learning rate of the run."
             )
         assert logits.shape == self._shape
-        _write(self._path(digest), digest, logits)
+        write_logits(self._path(digest), digest, logits)
         self.n_trained += 1
         return Outcome(logits)
 
@@ -324,37 +329,30 @@ class Retrainer:
     def _lock(self, digest: str) -> Path:
         return self._path(digest).with_suffix(".lock")
 
-    def _read(self, digest: str) -> Outcome | None:
-        """An outcome of the cache; None when there is none, or a damaged one."""
+    def _find(self, digest: str, job: Job) -> Outcome | None:
+        """The outcome of a job, of these evaluation rows or of more; None when there is none, or a damaged one."""
+        found = self._read(digest)
+        if found is not None:
+            return found
+        for evaluation_digest, places, n_rows in self._evaluations.larger:
+            more = self._read(job.digest(evaluation_digest, seeded=self.recipe.seeded), n_rows)
+            if more is not None:
+                return Outcome(more.logits[places])
+        return None
+
+    def _read(self, digest: str, n_rows: int | None = None) -> Outcome | None:
+        """An outcome of the cache over ``n_rows`` rows (None: its own); None when there is none, or a damaged one."""
         path = self._path(digest)
         if not path.exists():
             return None
-        try:
-            batch = read_batches(path)[0]
-            logits = column(batch, "logits").copy()
-            facts = batch.schema.metadata or {}
-            stated = (facts.get(b"job"), facts.get(b"sha256"))
-            if (logits.shape, logits.dtype) == (self._shape, self._logits_type) and stated == (
-                digest.encode(),
-                _sha256(logits),
-            ):
-                return Outcome(logits)
-        except (CorruptIndexError, KeyError, IndexError, AttributeError, ValueError):
-            pass  # a damaged file: the warning below says so
+        shape = (self._shape[0] if n_rows is None else n_rows, self._shape[1])
+        logits = read_logits(path, digest, shape, self._logits_type)
+        if logits is not None:
+            return Outcome(logits)
         line = f"{path} is damaged; that model was trained again."
         if line not in self.warnings:
             self.warnings.append(line)
         return None
-
-
-def _write(path: Path, digest: str, logits: np.ndarray) -> None:
-    batch = record_batch({"logits": logits})
-    schema = batch.schema.with_metadata({"job": digest, "sha256": _sha256(logits).decode()})
-    write_table(path, [batch.replace_schema_metadata(schema.metadata)], schema)
-
-
-def _sha256(logits: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(logits).tobytes()).hexdigest().encode()
 
 
 def within_budget(

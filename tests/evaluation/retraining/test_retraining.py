@@ -362,6 +362,31 @@ def test_a_damaged_outcome_is_trained_again_with_a_warning(retriever, damage, tm
     assert counting(retriever, tmp_path)._read(again.digest(jobs[0])) is not None
 
 
+def test_fewer_evaluation_rows_take_no_retraining(retriever, tmp_path):
+    rows = all_rows(retriever)
+    jobs = [Job(rows[1:], 0), Job(rows[2:], 0)]
+    some = [QUERIES[0][i] for i in (3, 1, 2, 1)]
+    more = open_retrainer(retriever, "head", QUERIES, tmp_path)
+    wanted = [outcome.logits[[3, 1, 2, 1]] for outcome in more.run(jobs)]
+    fewer = open_retrainer(retriever, "head", [some], tmp_path)
+    for outcome, logits in zip(fewer.run(jobs), wanted, strict=True):
+        np.testing.assert_array_equal(outcome.logits, logits)
+    assert (fewer.n_trained, fewer.warnings) == (0, [])
+    for other in (["another text", *some], QUERIES[0] + ["another text"]):
+        unknown = open_retrainer(retriever, "head", [other], tmp_path)
+        unknown.run(jobs[:1])
+        assert unknown.n_trained == 1
+    other_recipe = open_retrainer(retriever, "head", [some], tmp_path, l2=0.02)
+    other_recipe.run(jobs[:1])
+    assert other_recipe.n_trained == 1
+
+    for listed in (tmp_path / "evaluations").glob("*/*.json"):
+        listed.write_text("[")
+    again = open_retrainer(retriever, "head", [some], tmp_path)
+    again.run(jobs)
+    assert again.n_trained == len(jobs)
+
+
 def test_all_that_decides_an_outcome_changes_its_digest(retriever, run_folder, tmp_path):
     rows = all_rows(retriever)
     jobs = [
