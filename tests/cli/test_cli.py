@@ -320,7 +320,7 @@ def test_spans_with_markup_are_printed_as_they_are(bert_world, capsys):
     ]
     for text in ("good [/foo] film", "good [bold] film"):
         assert run([*args, "--text", text]) == 0
-        assert f"the query's span: {text}" in " ".join(capsys.readouterr().out.split())
+        assert f"The query's span: {text}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_texts_with_markup_are_printed_as_they_are(world, tmp_path, capsys):

@@ -21,6 +21,7 @@ from forebear.indexer.curvature.solvers import LissaSettings
 from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
+from forebear.indexer.storage.choices import DEFAULT_DAMPING
 from forebear.retriever.question.inverse import CurvatureSpec
 
 N_ROWS = 40
@@ -144,9 +145,9 @@ def test_a_named_number_is_never_too_small(number):
 def indexes(tiny_model, train, tmp_path_factory) -> dict[str, Path]:
     """With and without curvature."""
     root = tmp_path_factory.mktemp("indexes")
-    for name in ("1%", "none"):
-        assert run(command(tiny_model(), train, root / name, "--scope", "head,top-1", "--damping", name)) == 0
-    return {name: root / name for name in ("1%", "none")}
+    for name, damping in (("default", DEFAULT_DAMPING), ("none", "none")):
+        assert run(command(tiny_model(), train, root / name, "--scope", "head,top-1", "--damping", damping)) == 0
+    return {name: root / name for name in ("default", "none")}
 
 
 def ask(index: Path, *more: str) -> list[str]:
@@ -154,7 +155,7 @@ def ask(index: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stored", ["1%", "none"])
+@pytest.mark.parametrize("stored", ["default", "none"])
 @pytest.mark.parametrize("damping", ["0", "0x", "0%", "1e-30", "1e-20x", "1e-20%"])
 @pytest.mark.parametrize(("scope", "solver"), [("head", "cg"), ("head", "ekfac"), ("top-1", "cg")])
 def test_a_query_with_a_damping_that_is_lost_is_refused_by_name(indexes, capsys, stored, damping, scope, solver):
@@ -170,7 +171,7 @@ def test_a_query_with_a_damping_that_is_lost_is_refused_by_name(indexes, capsys,
 @pytest.mark.parametrize(("scope", "smallest"), [("head", "2.3e-16"), ("top-1", "1.2e-07")])
 def test_lissa_with_a_damping_that_is_lost_is_refused_by_name(indexes, capsys, scope, smallest):
     settings = "damping=1e-30,scale=10,batch_rows=4,depth=3"
-    said = refused(capsys, ask(indexes["1%"], "--scope", scope, "--curvature", "lissa", "--lissa", settings))
+    said = refused(capsys, ask(indexes["default"], "--scope", scope, "--curvature", "lissa", "--lissa", settings))
     assert f"damping={smallest}" in said
 
 
@@ -291,7 +292,7 @@ def test_audits_take_gd_where_the_index_holds_no_curvature_and_say_so(indexes, t
     assert run([*agreement, "--index", str(indexes["none"])]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "taken by default is tracin-f, tracin+, tracin++, without if, if+, if++" in said
-    assert run(["audit", "mislabelled", "--index", str(indexes["1%"]), "--quiet"]) == 0
+    assert run(["audit", "mislabelled", "--index", str(indexes["default"]), "--quiet"]) == 0
     assert "no curvature" not in capsys.readouterr().err
     said = refused(capsys, ["audit", "mislabelled", "--index", str(indexes["none"]), "--method", "if"])
     assert "--damping none" in said

@@ -162,10 +162,10 @@ def test_whatever_looks_like_a_collector_is_one():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", COLLECTORS, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("first", [False, True], ids=["fails-before", "fails-after"])
-def test_a_lack_of_memory_at_any_layer_or_at_the_end_changes_no_result(make, kind, first):
+def test_a_lack_of_memory_at_a_layer_or_at_the_end_changes_no_result(make, kind, first):
     wanted = gather(make, [make(kind)])
     n_layers = len(make(kind).scope.blocks)
-    for at in [*range(n_layers), "end"]:
+    for at in [*range(2 * first, n_layers, 4), n_layers - 1, "end"]:  # other layers before and after the collector
         collector = make(kind)
         failing = Failing(collector, at)
         found = gather(make, [collector, failing] if first else [failing, collector])
