@@ -71,7 +71,7 @@ class EvaluationSets:
         path = self._folder / f"{self._digest}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(path, json.dumps(self._rows).encode())
+            write_bytes(path, json.dumps(self._rows, allow_nan=False).encode())
 
     @cached_property
     def larger(self) -> list[tuple[str, np.ndarray, int]]:
