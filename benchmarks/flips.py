@@ -4,7 +4,7 @@ MiniLM on 1,000 rows of SST-2 and of binary MNLI. For each test row: the flip se
 that flip it in other orders, each verified by the same refit of the head: random, nearest neighbours of the predicted
 label, and the influence of a single row (never updated). Of some, paired retraining of the last layers.
 
-    python benchmarks/flips.py [--data sst2_1k,mnli10k_1k] [--damping 1%] [--queries 100] [--retrained 10]
+    python benchmarks/flips.py [--data sst2_1k,mnli10k_1k] [--damping 0.3%] [--queries 100] [--retrained 10]
                                [--recipe top-2]
 """
 

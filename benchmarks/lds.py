@@ -29,7 +29,7 @@ sys.path.insert(0, str(PAPERS))
 from yeh22_cnn import random_start  # noqa: E402  the network of the benchmark of that paper
 
 RUNS = ROOT / "runs" / "bench" / "lds"
-DAMPINGS = "0.1x,10x,0.1%,1%,10%"
+DAMPINGS = "0.1x,10x,0.1%,0.3%,1%,10%"
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,9 @@ class EvaluationSets:
 
         Raises:
             StorageError: The cache cannot be written.
-            OSError: Its folder cannot be made.
         """
         path = self._folder / f"{self._digest}.json"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(path, json.dumps(self._rows, allow_nan=False).encode())
 
     @cached_property

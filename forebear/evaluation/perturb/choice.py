@@ -218,7 +218,8 @@ class Chooser:
 
     def _chunks(self, positions: np.ndarray) -> list[np.ndarray]:
         """Positions of test rows in chunks whose vectors, before and after H^-1, fit in memory together."""
-        in_memory = VECTOR_BYTES // (8 * self._search.gradients.parameters.size)
+        search = self._search
+        in_memory = VECTOR_BYTES // (4 * search.curvature.n_vectors(search.scope) * search.gradients.parameters.size)
         size = max(1, min(CHUNK_QUERIES, in_memory))
         return [positions[i : i + size] for i in range(0, len(positions), size)]
 

@@ -268,7 +268,7 @@ class Retrainer:
         self._warn_of_classes(jobs)
         digests = [self.digest(job) for job in jobs]
         waiting = dict(zip(digests, jobs, strict=True))
-        with suppress(StorageError, OSError):  # of a cache that is only read
+        with suppress(StorageError):  # of a cache that is only read
             self._evaluations.keep()
         done = {digest: found for digest, job in waiting.items() if (found := self._find(digest, job)) is not None}
         for digest in done:

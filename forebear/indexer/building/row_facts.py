@@ -124,7 +124,8 @@ def row_facts(index: Index) -> RowFacts:
     live = index.live
     targets, predictions = index.targets(live), index.predictions[live]
     measures, one_label = index.loss.measures(predictions, targets), targets.ndim == 1
-    run = None if index.run is None else index.run[2]
+    found = index.run
+    run = None if found is None else found[2]
     return RowFacts(
         accuracy=measures.get("accuracy"),
         mean_loss=float(index.losses[live].mean(dtype=np.float64)),

@@ -96,8 +96,9 @@ def method_facts(question: Question, method: Method) -> dict[str, Any]:
     if method.query == "representer":
         head = index.manifest.curvature["head"]["representer"]
         facts |= {"lambda": head["lambda"], "refit": head["refit"]}
-    size = effect_size(question, method)
-    return facts | effect_kind(question, method).facts() | ({"effect_measured": size} if size else {})
+    kind = effect_kind(question, method)
+    size = effect_size(question, method, kind)
+    return facts | kind.facts() | ({"effect_measured": size} if size else {})
 
 
 def fit_age(question: Question) -> FitAge | None:

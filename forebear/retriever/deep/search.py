@@ -35,7 +35,6 @@ from forebear.retriever.question.models import Models
 from forebear.retriever.ranking import Ends, Ranking, join_ends, rank
 
 VECTOR_BYTES = 2 << 30  # of whole query vectors held at once on a CPU
-ITERATES = 4  # vectors of a test row that a solver which iterates holds: gradient, solution, residual, direction
 QUERIES_OF_A_SCAN = 128  # test rows for which stored sketches are read together
 ENCODED_BYTES = 256 << 20  # of the word pieces of training rows that stay in memory
 SELF_ROWS = 8  # candidates whose self-influence is solved for at once
@@ -225,9 +224,8 @@ class GradientSearch:
 
     def chunks(self, methods: Sequence[Method], n_queries: int) -> list[np.ndarray]:
         """Indices of the queries, divided so that the whole vectors of each chunk fit in memory together."""
-        kinds = 1
-        if any(m.query == "preconditioned" for m in methods):
-            kinds = 2 if self.curvature.at(self.scope) in ("ekfac", "identity") else ITERATES
+        preconditioned = any(m.query == "preconditioned" for m in methods)
+        kinds = self.curvature.n_vectors(self.scope) if preconditioned else 1
         n_bytes = vector_bytes_on(self.models.memory.device, VECTOR_BYTES)
         size = max(1, n_bytes // (4 * kinds * self.gradients.parameters.size))
         return [np.arange(i, min(i + size, n_queries)) for i in range(0, n_queries, size)]

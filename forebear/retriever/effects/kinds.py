@@ -85,17 +85,17 @@ def effect_meanings(question: Question, *, of_loss_alone: bool = False) -> dict[
     for method in question.methods:
         kind = effect_kind(question, method)
         meaning = kind.note if of_loss_alone else kind.meaning
-        parts = [] if kind.order is None else [meaning, effect_size(question, method)]
+        parts = [] if kind.order is None else [meaning, effect_size(question, method, kind)]
         meanings[method.name] = " ".join(filter(None, parts))
     return meanings
 
 
-def effect_size(question: Question, method: Method) -> str:
+def effect_size(question: Question, method: Method, kind: EffectKind) -> str:
     """How true the sizes of a method's effects were found to be, or that nobody measured what may be far off.
 
     Empty where the method estimates no effect, and where nobody measured effects at the head.
     """
-    if effect_kind(question, method).order is None:
+    if kind.order is None:
         return ""
     beyond = question.scope_of(method) != "head" and method.query == "preconditioned"
     return measured_line(question, method) or (UNMEASURED if beyond else "")

@@ -102,6 +102,13 @@ class CurvatureSpec:
             raise InputError(f"--curvature {self.solver} is for scopes beyond the head, where exact takes the whole H.")
         return self.solver or (self.of_head if scope == "head" else "ekfac")
 
+    def n_vectors(self, scope: str) -> int:
+        """Vectors of a test row that are held while H^-1 is applied.
+
+        Its gradient and the solution; a solver that iterates also holds a residual and a direction.
+        """
+        return 2 if self.at(scope) in ("exact", "ekfac", "identity") else 4
+
     def facts(self, index: Index, scope: str) -> dict[str, Any]:
         """Facts of the curvature at a scope that stand in a result: solver, matrix, effective damping, rows."""
         solver = self.at(scope)

@@ -54,7 +54,7 @@ class SpanScores:
         """
         solve = deep_solver(curvature, self._index, self._classifier, self._scope)
         scores, convergences = [], []
-        for indices in self._chunks(2):
+        for indices in self._chunks(curvature.n_vectors(self._scope.name)):
             solved, convergence = solve(self._gradients(self._classifier, indices))
             scores.append(self._dots(self._classifier, solved))
             convergences.append(convergence)

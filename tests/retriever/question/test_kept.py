@@ -10,7 +10,9 @@ from tiny import labels, sentences
 from forebear import BuildOptions, Index, build_index, choose_model, rows_from_texts
 from forebear.indexer.model.device.batch_size import vector_bytes_on
 from forebear.retriever.deep import search
+from forebear.retriever.question.inverse import CurvatureSpec
 from forebear.retriever.question.kept import Kept, budget_on, size_of
+from forebear.retriever.question.methods import METHODS
 from forebear.retriever.retriever import Retriever
 
 
@@ -64,6 +66,15 @@ def test_gradients_and_solutions_of_a_block_fit_in_what_a_gpu_keeps(monkeypatch)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, n_bytes=n_bytes: (0, n_bytes))
         assert vector_bytes_on(device, search.VECTOR_BYTES) <= budget_on(device)
     assert budget_on(torch.device("cpu")) >= search.VECTOR_BYTES
+
+
+def test_solvers_that_iterate_take_fewer_test_rows_at_once(index, monkeypatch):
+    """They hold more vectors of each."""
+    models = Retriever(index).models
+    for solver, method, size in ((None, "gd", 8), (None, "if", 4), ("identity", "rif", 4), ("cg", "if", 2)):
+        search_of = search.GradientSearch(models, "all", CurvatureSpec(solver=solver))
+        monkeypatch.setattr(search, "VECTOR_BYTES", 8 * 4 * search_of.gradients.parameters.size)
+        assert [len(chunk) for chunk in search_of.chunks([METHODS[method]], 8)] == [size] * (8 // size)
 
 
 def test_candidates_are_encoded_once_for_all_chunks_and_checkpoints(index, monkeypatch):
