@@ -1,7 +1,8 @@
 # make demo   runs the main job from nothing: train, index, retrieve, audit, report
 # make test   passes the tests          make test-fast   those of seconds, of every module
 # make check  format, lint, types      make docs        builds docs/build/html
-# make bench  writes the figures of benchmarks/RESULTS.md again
+# make bench  the quick benchmarks    make bench-check  and what got slower since the last record
+# make bench-full  writes the figures of benchmarks/RESULTS.md again
 # Each makes or reuses .venv (pip and venv only; Python >= 3.10).
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ WORKERS := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-r
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test test-fast check format docs bench clean
+.PHONY: install demo test test-fast check format docs bench bench-check bench-record bench-full clean
 
 install: $(STAMP)
 
@@ -56,6 +57,16 @@ docs: install
 
 bench: install
 	$(BIN)/python benchmarks/run.py
+
+bench-check: install
+	$(BIN)/python benchmarks/run.py --check
+
+bench-record: install
+	$(BIN)/python benchmarks/run.py --record
+
+bench-full: install
+	$(BIN)/python benchmarks/run.py --full
+
 
 clean:
 	rm -rf $(VENV) build dist docs/build *.egg-info

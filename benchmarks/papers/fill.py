@@ -21,7 +21,7 @@ from tables import Table
 from forebear.evaluation.common.power import about, number_for_verdict
 
 PAGE = Path(__file__).with_name("RESULTS.md")
-NOT_SHOWN = {"case", "machine", "command", "index", "table"}
+NOT_SHOWN = {"command", "index", "table"}
 
 
 def filled(found: re.Match[str]) -> str:
@@ -30,10 +30,11 @@ def filled(found: re.Match[str]) -> str:
     if not path.is_file():
         return found[0]
     result = json.loads(path.read_text())
-    facts = [f"{name.replace('_', ' ')} {shown(value)}" for name, value in result.items() if name not in NOT_SHOWN]
-    facts_line = f"`{result['command']}` at {result['machine']['commit']}: {'; '.join(facts)}."
-    table = Table(result["table"])
-    needed = for_a_verdict(table) if "retrain" in result else ""
+    facts = result["facts"]
+    shown_facts = "; ".join(f"{n.replace('_', ' ')} {shown(v)}" for n, v in facts.items() if n not in NOT_SHOWN)
+    facts_line = f"`{facts['command']}` at {result['commit']}: {shown_facts}."
+    table = Table(facts["table"])
+    needed = for_a_verdict(table) if "retrain" in facts else ""
     return f"<!-- {found[1]} -->\n{facts_line}\n{table}\n{needed}\n<!-- end -->"
 
 
