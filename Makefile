@@ -2,7 +2,7 @@
 # make test   passes the tests          make test-fast   those of seconds, of every module
 # make check  format, lint, types      make docs        builds docs/build/html
 # make bench  the quick benchmarks    make bench-check  and what got slower since the last record
-# make bench-full  writes the figures of benchmarks/RESULTS.md again
+# make bench-full  writes the figures of benchmarks/RESULTS.md again    make bench-peers  other libraries beside it
 # Each makes or reuses .venv (pip and venv only; Python >= 3.10).
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ WORKERS := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-r
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test test-fast check format docs bench bench-check bench-record bench-full clean
+.PHONY: install demo test test-fast check format docs bench bench-check bench-record bench-full bench-peers clean
 
 install: $(STAMP)
 
@@ -67,6 +67,19 @@ bench-record: install
 bench-full: install
 	$(BIN)/python benchmarks/run.py --full
 
+
+# Other libraries, in an environment of their own that also sees what .venv has; --no-deps: they name torchvision,
+# torchaudio and more that they do not import.
+PEERS := runs/bench/peers-venv
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+
+bench-peers: install
+	test -x $(PEERS)/bin/python || $(BIN)/python -m venv $(PEERS)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE)')')" > "$$($(PEERS)/bin/python -c '$(SITE)')/base.pth"
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps bergson dattri kronfluence \
+		bitsandbytes docstring_parser einconv einops graphviz jaxtyping ml_dtypes natsort opt_einsum optree petname \
+		simple-parsing torchopt wadler_lindig
+	$(PEERS)/bin/python benchmarks/peers.py
 
 clean:
 	rm -rf $(VENV) build dist docs/build *.egg-info

@@ -20,10 +20,11 @@ DATA = Path(os.environ.get("FOREBEAR_DATA", ROOT.parent / "shared" / "data"))
 FOREBEAR = str(Path(sys.executable).parent / "forebear")
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")  # those that matter
 _started = time.perf_counter()
+_clock = time.perf_counter
 
 
 class Ratio(NamedTuple):
-    """A ratio of wall seconds: the median of the rounds, and between what a tenth and nine tenths of them lie."""
+    """A ratio of seconds: the median of the rounds, and between what a tenth and nine tenths of them lie."""
 
     value: float
     low: float
@@ -37,15 +38,26 @@ def run(*args: str | Path) -> float:
     return time.perf_counter() - started
 
 
+def count_processor_seconds() -> None:
+    """From here on: of a process of one thread they say the same, and nothing of what else the machine does."""
+    global _clock
+    _clock = time.process_time
+
+
+def now() -> float:
+    """The clock by which ways are timed: of the wall, or of the processor."""
+    return _clock()
+
+
 def seconds(run: Callable[[], Any], repeats: int = 5) -> float:
-    """Median wall seconds of a call, after one that is not counted. For a ratio: ``by_turns``."""
+    """Median seconds of a call, after one that is not counted. For a ratio: ``by_turns``."""
     return statistics.median(by_turns({"": run}, repeats)[""])
 
 
 def by_turns(
     ways: Mapping[str, Callable[[], Any]], rounds: int = 5, *, calls: int = 1, warm: bool = True
 ) -> dict[str, list[float]]:
-    """Wall seconds of each way in each round, A B B A A B ...: what else the machine does meets all of them alike.
+    """Seconds of each way in each round, A B B A A B ...: what else the machine does meets all of them alike.
 
     Args:
         ways: What is called, by name.
@@ -58,10 +70,10 @@ def by_turns(
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds):
         for name in list(ways) if turn % 2 == 0 else list(ways)[::-1]:
-            started = time.perf_counter()
+            started = now()
             for _ in range(calls):
                 ways[name]()
-            taken[name].append((time.perf_counter() - started) / calls)
+            taken[name].append((now() - started) / calls)
     return taken
 
 
@@ -85,6 +97,7 @@ def machine() -> dict[str, Any]:
         "flags": [flag for flag in FLAGS if flag in cpu.get("flags", "").split()],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "clock": "processor" if _clock is time.process_time else "wall",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -6,16 +6,16 @@ there already is used. Whole-process wall seconds.
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from common import DATA, FOREBEAR, ROOT, run, write_result
+from common import DATA, FOREBEAR, ROOT, by_turns, ratio, run, write_result
 
 RUNS = ROOT / "runs" / "bench"
 
@@ -81,18 +81,15 @@ def first_answer(index: Path, folder: Path) -> None:
         f"m = M.from_pretrained({str(model)!r}).eval(); t = T.from_pretrained({str(model)!r})\n"
         "with torch.no_grad(): m(**t('a gripping film', return_tensors='pt'))\n"
     )
-    ours, theirs = [], []
-    for _ in range(5):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        theirs.append(time.perf_counter() - started)
-        ours.append(run("retrieve", "--index", index, "--text", "a gripping film", "--method", "gc", "--top", "10"))
-    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    ask = ["retrieve", "--index", index, "--text", "a gripping film", "--method", "gc", "--top", "10"]
+    libraries = functools.partial(subprocess.run, [sys.executable, "-c", code], check=True, capture_output=True)
+    taken = by_turns({"retrieve": lambda: run(*ask), "libraries": libraries}, 5, warm=False)
     write_result(
         "end_to_end_first_answer",
-        retrieve_seconds=statistics.median(ours),
-        libraries_model_forward_seconds=statistics.median(theirs),
-        ratio=ratio,
+        smaller=("ratio",),
+        retrieve_seconds=statistics.median(taken["retrieve"]),
+        libraries_model_forward_seconds=statistics.median(taken["libraries"]),
+        ratio=ratio(taken["retrieve"], taken["libraries"]),
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import ann
 import head_scan
 import numpy as np
 import torch
-from common import ROOT, by_turns, ratio
+from common import ROOT, by_turns, now, ratio
 from harness import Case
 from head_scan import SPEED_UPS
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -93,14 +92,13 @@ def build(options: BuildOptions, n_rows: int, progress: Any = False) -> Index:
 def build_small() -> dict[str, float]:
     """Build the small index: sketches with EK-FAC, calibrated candidates; seconds by stage."""
     stages: dict[str, float] = {}
-    last, began = "start", time.perf_counter()
+    last, began = "start", now()
 
     def progress(stage: str, _done: int, _total: int) -> None:
         nonlocal last, began
         if stage != last:
-            now = time.perf_counter()
-            stages[last] = stages.get(last, 0.0) + now - began
-            last, began = stage, now
+            stages[last] = stages.get(last, 0.0) + now() - began
+            last, began = stage, now()
 
     options = BuildOptions(
         scopes=("head", SCOPE), max_length=64, device="cpu", dampings=("1%",), calibration_queries=8

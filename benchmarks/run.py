@@ -6,8 +6,8 @@
     python benchmarks/run.py --full         every script; each writes results/CASE.json      make bench-full
     python benchmarks/run.py --only words,nn_ann
 
-Quick cases are in ``quick.py`` and compute on one thread unless ``--threads`` says otherwise; what is compared, and
-how, is in ``harness.py``.
+Quick cases are in ``quick.py``. They compute on one thread and are timed in processor seconds, unless ``--threads``
+says otherwise. What is compared, and how, is in ``harness.py``.
 """
 
 from __future__ import annotations
@@ -44,9 +44,12 @@ def quick(given: argparse.Namespace) -> int:
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(given.threads))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
+    from common import count_processor_seconds
     from harness import run_cases
 
     torch.set_num_threads(given.threads)
+    if given.threads == 1:
+        count_processor_seconds()
     from quick import CASES
 
     names = [name for name in given.only.split(",") if name] or [case.name for case in CASES]
