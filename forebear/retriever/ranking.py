@@ -72,6 +72,8 @@ def join(parts: list[Ranking]) -> Ranking:
 
 def join_ends(parts: list[dict[str, Ends]]) -> dict[str, Ends]:
     """Both ends, by method name, of one block of test rows after another."""
+    if len(parts) == 1:
+        return parts[0]
     return {name: (join([p[name][0] for p in parts]), join([p[name][1] for p in parts])) for name in parts[0]}
 
 

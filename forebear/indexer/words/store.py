@@ -13,17 +13,16 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from scipy import sparse
+import torch
 
 from forebear.errors import StorageError, is_out_of_memory
 from forebear.indexer.storage.arrow import column, read_batches, write_columns
 from forebear.indexer.storage.atomic import TEMPORARY_SUFFIX
 from forebear.indexer.storage.layout import word_files
-from forebear.indexer.storage.ragged import offsets, stretches
+from forebear.indexer.storage.ragged import offsets, owners, stretches, weighted_sums
 from forebear.indexer.words.gradients import WordRows
 
 _SLICE = 1 << 16  # postings of an older store that are copied at once
@@ -107,38 +106,50 @@ class WordStore:
         """Number of rows n, retired rows included."""
         return len(self.row_starts) - 1
 
-    @cached_property
-    def _lengths(self) -> sparse.csr_array:
-        """Norms by token and row, ``(T, n)``."""
-        kind = np.int32 if len(self.rows) < 2**31 else np.int64
-        parts = (self.norms.astype(np.float64), self.rows.astype(kind, copy=False), self.starts.astype(kind))
-        return sparse.csr_array(parts, shape=(len(self.tokens), self.n_rows))
-
-    def weighted_norms(self, tokens: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Sum over tokens of weight times the norm of their vector in each row, ``(n,)`` float64."""
+    def find(self, tokens: np.ndarray) -> np.ndarray:
+        """Positions of token ids among :attr:`tokens`, ``(m,)``; -1 of those that no row holds."""
         positions = np.minimum(np.searchsorted(self.tokens, tokens), len(self.tokens) - 1)
-        is_stored = self.tokens[positions] == tokens
-        return np.asarray(self._lengths[positions[is_stored]].T @ weights[is_stored])
+        return np.where(self.tokens[positions] == tokens, positions, -1)
 
-    def error(self, tokens: np.ndarray) -> float:
-        """Largest share of a vector's length that rounding changed, over the postings of some tokens."""
-        positions = np.searchsorted(self.tokens, tokens)
-        is_inside = positions < len(self.tokens)
-        positions = positions[is_inside]
-        return float(self.errors[positions[self.tokens[positions] == tokens[is_inside]]].max(initial=0.0))
+    def weighted_norms(self, positions: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Sums over tokens of weight times the norm of their vector in each row, each token's postings read once.
 
-    def vectors(self, places: np.ndarray, kind: type = np.float32) -> np.ndarray:
-        """dL/dE_w of some postings, ``(m, e)``, their lengths exact to rounding."""
-        return np.asarray(self.codes[places].astype(kind) * self.scales[places, None].astype(kind))
+        Args:
+            positions: Positions of ``m`` tokens, from :meth:`find`.
+            weights: Weight of each token in each of ``q`` sums, ``(m, q)``.
+
+        Returns:
+            ``(q, n)`` float64.
+        """
+        starts, places = stretches(self.starts, positions)
+        numbers = owners(starts)
+        norms = self.norms[places].astype(np.float64)
+        sums = weighted_sums(self.rows[places], norms, numbers, weights, self.n_rows)
+        return np.asarray(torch.from_numpy(sums).T.contiguous().numpy())  # numpy transposes several times as slowly
+
+    def vectors(self, places: np.ndarray) -> np.ndarray:
+        """dL/dE_w of some postings, ``(m, e)`` float32, their lengths exact to rounding."""
+        vectors = self.directions(places)
+        vectors *= self.scales[places, None]
+        return vectors
+
+    def directions(self, places: np.ndarray) -> np.ndarray:
+        """The same without :attr:`scales`."""
+        codes = torch.from_numpy(self.codes.take(places, axis=0))  # numpy widens float16 several times as slowly
+        return np.asarray(codes.float().numpy())
 
     def entries(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Entries of some rows' words, row by row: where each row's begin ``(m + 1,)``, and the entries' numbers."""
         return stretches(self.row_starts, rows)
 
-    def take(self, rows: np.ndarray) -> WordRows:
-        """All words of the given rows, in the order given, as vectors."""
+    def take(self, rows: np.ndarray, among: np.ndarray | None = None) -> WordRows:
+        """Words of the given rows, in the order given, as vectors: all, or those that a mask by token id selects."""
         starts, entries = self.entries(rows)
-        return WordRows(starts, self.entry_tokens[entries].astype(np.int64), self.vectors(self.entry_places[entries]))
+        tokens, places = self.entry_tokens[entries], self.entry_places[entries]
+        if among is not None:
+            chosen = np.flatnonzero(among[tokens])
+            starts, tokens, places = np.searchsorted(chosen, starts), tokens[chosen], places[chosen]
+        return WordRows(starts, tokens.astype(np.int64), self.vectors(places))
 
     def squares(self, allowed: np.ndarray) -> np.ndarray:
         """Sum of ||dL/dE_w||^2 over a row's allowed tokens (a mask by token id), ``(n,)`` float64."""

@@ -10,102 +10,122 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from forebear.indexer.storage.ragged import owners, stretches
 from forebear.indexer.words.gradients import WordRows
+
+_PRODUCT_BYTES = 1 << 23  # of vectors of shared words that are multiplied at once
 
 
 @dataclass(frozen=True)
 class QueryWords:
-    """Words of one test row at every checkpoint of the index.
+    """Words of ``q`` test rows at every checkpoint of the index.
 
     Attributes:
-        tokens: Token ids, ascending, one array a checkpoint.
-        vectors: dL_q/dE_w of these tokens, ``(s, e)``, one array a checkpoint.
+        words: dL_q/dE_w of their tokens, one entry a checkpoint.
         etas: Weight of each checkpoint.
     """
 
-    tokens: tuple[np.ndarray, ...]
-    vectors: tuple[np.ndarray, ...]
+    words: tuple[WordRows, ...]
     etas: tuple[float, ...]
 
-    def square(self) -> float:
-        """Score of the row with itself."""
-        squares = [(v.astype(np.float64) ** 2).sum() for v in self.vectors]
-        return float(np.dot(self.etas, squares))
+    def __len__(self) -> int:
+        return len(self.words[0])
+
+    def take(self, indices: np.ndarray) -> QueryWords:
+        """The test rows at some indices."""
+        return QueryWords(tuple(words.take(indices) for words in self.words), self.etas)
+
+    def squares(self) -> np.ndarray:
+        """Score of each row with itself, ``(q,)`` float64."""
+        out = np.empty(len(self))
+        for i in range(len(self)):
+            vectors = (_vectors(w)[w.starts[i] : w.starts[i + 1]].astype(np.float64) for w in self.words)
+            out[i] = np.dot(self.etas, [(v**2).sum() for v in vectors])
+        return out
 
 
-def query_words(words: Sequence[WordRows], etas: Sequence[float], allowed: np.ndarray | None) -> list[QueryWords]:
-    """Each test row's words, without those that do not take part.
+def query_words(words: Sequence[WordRows], etas: Sequence[float], allowed: np.ndarray | None) -> QueryWords:
+    """The test rows' words without those that do not take part.
 
     Args:
         words: Words of all test rows, one entry a checkpoint.
         etas: Weight of each checkpoint.
         allowed: Mask by token id of the words that take part; None: all.
     """
-    kept = [w if allowed is None else w.only(allowed[w.tokens]) for w in words]
-    out = []
-    for i in range(len(words[0])):
-        spans = [slice(w.starts[i], w.starts[i + 1]) for w in kept]
-        tokens = tuple(w.tokens[span] for w, span in zip(kept, spans, strict=True))
-        vectors = tuple(_vectors(w)[span] for w, span in zip(kept, spans, strict=True))
-        out.append(QueryWords(tokens, vectors, tuple(etas)))
+    kept = words if allowed is None else [w.only(allowed[w.tokens]) for w in words]
+    return QueryWords(tuple(kept), tuple(etas))
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Contributions of the words that both rows of some pairs share.
+
+    Attributes:
+        pairs: Number of the pair, ascending, ``(m,)``.
+        tokens: The shared token, ascending within a pair, ``(m,)``.
+        values: What it contributes to the score, ``(m,)`` float64.
+    """
+
+    pairs: np.ndarray
+    tokens: np.ndarray
+    values: np.ndarray
+
+    def scores(self, n_pairs: int) -> np.ndarray:
+        """Sums over the words of each pair, ``(n_pairs,)`` float64; 0 for a pair that shares none."""
+        return np.bincount(self.pairs, self.values, minlength=n_pairs).astype(
+            np.float64
+        )  # bincount of nothing gives integers
+
+    def of(self, pairs: np.ndarray) -> Shared:
+        """Contributions to some pairs, renumbered from 0, largest in absolute value first; ties by token id."""
+        starts = np.searchsorted(self.pairs, np.arange(pairs.max(initial=-1) + 2))
+        begins, places = stretches(starts, pairs)
+        pair_of_word, tokens, values = owners(begins), self.tokens[places], self.values[places]
+        order = np.lexsort((tokens, -np.abs(values), pair_of_word))
+        return Shared(pair_of_word, tokens[order], values[order])
+
+
+def shared_words(queries: QueryWords, rows: Sequence[WordRows], pairs: tuple[np.ndarray, np.ndarray]) -> Shared:
+    """Contributions of every shared word, in float64.
+
+    Args:
+        queries: Test rows.
+        rows: Training rows, one entry a checkpoint.
+        pairs: Positions of a test row and of a training row for each pair that is compared, ``(n_pairs,)`` each.
+    """
+    keys, values = [], []
+    width = 1 + max(int(w.tokens.max(initial=0)) for w in (*queries.words, *rows))
+    for query_words, eta, row_words in zip(queries.words, queries.etas, rows, strict=True):
+        starts, words = stretches(row_words.starts, pairs[1])
+        pair_of_word, tokens = owners(starts), row_words.tokens[words]
+        known = query_words.rows * width + query_words.tokens  # ascending
+        wanted = pairs[0][pair_of_word] * width + tokens
+        positions = np.searchsorted(known, wanted)
+        positions[positions == len(known)] = 0
+        hit = np.flatnonzero(known[positions] == wanted) if len(known) else np.empty(0, np.int64)
+        keys.append(pair_of_word[hit] * width + tokens[hit])
+        values.append(eta * _dots(query_words, positions[hit], row_words, words[hit]))
+    if len(keys) == 1:  # distinct and ascending
+        return Shared(keys[0] // width, keys[0] % width, values[0] + 0.0)  # no -0.0, as of a sum
+    distinct, inverse = np.unique(np.concatenate(keys), return_inverse=True)
+    total = np.bincount(inverse, np.concatenate(values), minlength=len(distinct)).astype(np.float64)
+    return Shared(distinct // width, distinct % width, total)
+
+
+def _dots(left: WordRows, left_places: np.ndarray, right: WordRows, right_places: np.ndarray) -> np.ndarray:
+    """Dots of words of test rows with words of training rows, both at the given places, ``(m,)`` float64."""
+    out = np.empty(len(left_places))
+    step = max(1, _PRODUCT_BYTES // (16 * _vectors(left).shape[1]))
+    for start in range(0, len(out), step):
+        part = slice(start, start + step)
+        vectors = _vectors(left)[left_places[part]].astype(np.float64)
+        out[part] = np.einsum("ij,ij->i", vectors, _vectors(right)[right_places[part]].astype(np.float64))
     return out
 
 
 def _vectors(words: WordRows) -> np.ndarray:
     assert words.vectors is not None
     return words.vectors
-
-
-@dataclass(frozen=True)
-class Shared:
-    """Contributions of the words that a test row shares with some training rows.
-
-    Attributes:
-        rows: Position of the training row, ascending, ``(m,)``.
-        tokens: The shared token, ascending within a row, ``(m,)``.
-        values: What it contributes to the score, ``(m,)`` float64.
-    """
-
-    rows: np.ndarray
-    tokens: np.ndarray
-    values: np.ndarray
-
-    def scores(self, n_rows: int) -> np.ndarray:
-        """Sums over the words of each row, ``(n_rows,)`` float64; 0 for a row that shares none."""
-        return np.bincount(self.rows, self.values, minlength=n_rows).astype(
-            np.float64
-        )  # bincount of nothing gives integers
-
-    def of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and contributions of one row, largest in absolute value first; ties by token id."""
-        first, last = np.searchsorted(self.rows, [row, row + 1])
-        tokens, values = self.tokens[first:last], self.values[first:last]
-        order = np.lexsort((tokens, -np.abs(values)))
-        return tokens[order], values[order]
-
-
-def shared_words(query: QueryWords, rows: Sequence[WordRows]) -> Shared:
-    """Contributions of every shared word, in float64.
-
-    Args:
-        query: A test row.
-        rows: Training rows, one entry a checkpoint.
-    """
-    keys, values = [], []
-    width = 1 + max((int(t.max(initial=0)) for t in (*query.tokens, *(r.tokens for r in rows))), default=0)
-    for tokens, vectors, eta, row_words in zip(query.tokens, query.vectors, query.etas, rows, strict=True):
-        if not len(tokens):
-            continue
-        positions = np.minimum(np.searchsorted(tokens, row_words.tokens), len(tokens) - 1)
-        hit = np.flatnonzero(tokens[positions] == row_words.tokens)
-        left, right = vectors[positions[hit]].astype(np.float64), _vectors(row_words)[hit].astype(np.float64)
-        values.append(eta * np.einsum("ij,ij->i", left, right))
-        keys.append(row_words.rows[hit] * width + row_words.tokens[hit])
-    if not keys:
-        return Shared(*(np.empty(0, kind) for kind in (np.int64, np.int64, np.float64)))
-    distinct, inverse = np.unique(np.concatenate(keys), return_inverse=True)
-    total = np.bincount(inverse, np.concatenate(values), minlength=len(distinct)).astype(np.float64)
-    return Shared(distinct // width, distinct % width, total)
 
 
 def squares(rows: Sequence[WordRows], etas: Sequence[float], allowed: np.ndarray | None) -> np.ndarray:

@@ -37,6 +37,8 @@ from words_oracle import (
 
 from forebear import InputError, QuerySpec, Retriever
 from forebear.indexer.rows.opening import rows_from_texts
+from forebear.retriever.words import candidates
+from forebear.retriever.words import scores as scores_module
 from forebear.retriever.words import search as module
 from forebear.retriever.words.vocabulary import frequent_tokens, token_texts
 
@@ -295,14 +297,14 @@ def tail(request, folder) -> World:
 @pytest.mark.parametrize("exact", ["none", "rerank"])
 @pytest.mark.parametrize("normalise", [False, True], ids=["", "normalised"])
 def test_pruning_reads_fewer_rows_and_changes_no_answer(tail, exact, normalise, monkeypatch):
-    monkeypatch.setattr(module, "FIRST_ROWS", 4)
-    n_read, read = [], module.WordSearcher.stored_scores
+    monkeypatch.setattr(candidates, "FIRST_ROWS", 4)
+    n_read, read = [], candidates.CandidateSearch._most
 
-    def counted(self, question, query, rows):
-        n_read.append(len(rows))
-        return read(self, question, query, rows)
+    def counted(self, active, rows, share):
+        n_read.append(len(active) * len(rows))
+        return read(self, active, rows, share)
 
-    monkeypatch.setattr(module.WordSearcher, "stored_scores", counted)
+    monkeypatch.setattr(candidates.CandidateSearch, "_most", counted)
     for top, share in ((1, 0.7 if normalise else 0.3), (5, 0.95 if normalise else 0.5), (50, 1.0), (800, 1.0)):
         found, totals_read, queries = [], [], tail.queries[: 1 if top > 5 else None]
         for prune in (True, False):
@@ -316,13 +318,25 @@ def test_pruning_reads_fewer_rows_and_changes_no_answer(tail, exact, normalise, 
 
 @pytest.mark.parametrize("normalise", [False, True], ids=["", "normalised"])
 def test_what_pruning_finds_is_the_ranking_of_all_rows(tail, normalise, monkeypatch):
-    monkeypatch.setattr(module, "FIRST_ROWS", 4)
+    monkeypatch.setattr(candidates, "FIRST_ROWS", 4)
     found, full = (
         ask(tail.retriever, tail.queries, GRADIENTS, top=7, normalise=normalise, exact=exact)
         for exact in ("rerank", "full")
     )
     assert [r["row"] for r in found] == [r["row"] for r in full]
     np.testing.assert_allclose([r["score"] for r in found], [r["score"] for r in full], rtol=1e-4)
+
+
+@pytest.mark.parametrize("normalise", [False, True], ids=["", "normalised"])
+def test_blocks_of_any_size_give_the_same_answer(tail, normalise, monkeypatch):
+    asked = (tail.retriever, tail.queries, GRADIENTS)
+    whole = ask(*asked, top=7, normalise=normalise, exact="none")
+    monkeypatch.setattr(module, "BLOCK_QUERIES", 2)
+    monkeypatch.setattr(module, "RERANK_ROWS", 9)
+    monkeypatch.setattr(candidates, "_ENTRIES", 50)
+    monkeypatch.setattr(candidates, "_VECTOR_BYTES", 64 * 3)  # three vectors of 16 numbers
+    monkeypatch.setattr(scores_module, "_PRODUCT_BYTES", 256 * 3)
+    assert ask(*asked, top=7, normalise=normalise, exact="none") == whole
 
 
 # --- byte-level pieces ---
