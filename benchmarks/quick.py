@@ -34,6 +34,7 @@ from forebear.indexer.sketches.sketch import sketch_rows
 from forebear.indexer.storage.ann import Vectors, build_ann, choose_factory, import_faiss
 from forebear.indexer.storage.arrow import RowMatrix
 from forebear.indexer.storage.scan_table import ScanBlock, ScanTable, norms_of
+from forebear.indexer.words.gradients import WordRows
 from forebear.retriever.head.scoring import Query, Term
 from forebear.retriever.head.search import RowFactors, search_ann
 from forebear.retriever.question.methods import METHODS
@@ -228,6 +229,12 @@ def rerank() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _dictionaries(rows: WordRows) -> list[dict[int, np.ndarray]]:
+    """The word gradients of each row by token."""
+    spans = itertools.pairwise(rows.starts.tolist())
+    return [dict(zip(rows.tokens[a:b].tolist(), rows.vectors[a:b], strict=True)) for a, b in spans]
+
+
 def words() -> dict[str, Any]:
     """The search of stored word gradients against a loop over rows, each a dictionary of numpy vectors."""
     stored_words = BuildOptions(stores=("features", "words"), max_length=64, device="cpu", dampings=())
@@ -237,18 +244,16 @@ def words() -> dict[str, Any]:
     search = retriever.searcher("words")
     (question,) = search.queries([METHODS["tracin-we-topk"]], columns, targets, normalise=False)
     stored = retriever.index.words(question.top)
-    kept = stored.take(np.arange(stored.n_rows))
-    spans = itertools.pairwise(kept.starts.tolist())
-    training = [dict(zip(kept.tokens[a:b].tolist(), kept.vectors[a:b], strict=True)) for a, b in spans]
+    training = _dictionaries(stored.take(np.arange(stored.n_rows)))
+    asked = _dictionaries(question.words.words[0])
 
     def ours(n: int) -> Any:
         some = question.take(0, n)
-        return search._rank(some, search.candidates(some, TOP, "none"), TOP, None, exact=False)
+        return search.answer([some], TOP, "none")["tracin-we-topk"]
 
     def loops(n: int) -> list[np.ndarray]:
         found = []
-        for query in question.words[:n]:
-            mine = dict(zip(query.tokens[0].tolist(), query.vectors[0], strict=True))
+        for mine in asked[:n]:
             dots = [sum(float(mine[w] @ row[w]) for w in mine.keys() & row.keys()) for row in training]
             found.append(np.argsort(-np.array(dots), kind="stable")[:TOP])
         return found
