@@ -13,7 +13,7 @@ from places import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import harness
 from common import Ratio, by_turns, make_result, ratio
-from harness import Case, Skip, better_of, compare, kind, run_cases, table
+from harness import Case, Skip, better_of, both_of, compare, kind, run_cases, table
 
 XEON = {"cpu": "Intel(R) Xeon(R) Processor", "model": "6/207", "threads": 1}
 
@@ -72,6 +72,11 @@ def test_the_better_of_two_measurements_is_taken_ratio_by_ratio(good, best):
     assert [found[name]["value"] for name in "ab"] == [best, best]
 
 
+def test_a_record_holds_the_spread_of_two_measurements():
+    found = both_of(result({"a": (2.0, 1.9, 2.5)}), result({"a": (4.5, 4.0, 5.0)}))["ratios"]["a"]
+    assert found == {"value": 3.0, "low": 1.9, "high": 5.0, "good": "larger"}
+
+
 def test_machines_of_one_cpu_and_number_of_threads_are_of_one_kind():
     assert kind(XEON) == kind(XEON | {"torch": "9", "cores": 64}) == "intel-xeon-processor-6-207-1-thread"
     assert len({kind(XEON), kind(XEON | {"threads": 2}), kind(XEON | {"model": "6/85"})}) == 3
@@ -114,7 +119,7 @@ def speeds(*values):
 
 
 def test_a_record_is_a_file_a_kind_of_machine_and_case(places, capsys):
-    assert run_cases([speeds(4.0)], check=False, record=True, records=places) == 0
+    assert run_cases([speeds(4.0, 4.0)], check=False, record=True, records=places) == 0
     (kept,) = places.rglob("*.json")
     assert kept.relative_to(places).as_posix() == f"{kind(XEON)}/made.json"
     assert json.loads(kept.read_text())["ratios"]["speed"]["value"] == 4.0
@@ -122,7 +127,7 @@ def test_a_record_is_a_file_a_kind_of_machine_and_case(places, capsys):
 
 
 def test_the_check_fails_where_something_is_slower_twice(places, capsys):
-    run_cases([speeds(4.0)], check=False, record=True, records=places)
+    run_cases([speeds(4.0, 4.0)], check=False, record=True, records=places)
     assert run_cases([speeds(3.0, 3.1)], check=True, record=False, records=places) == 1
     out = capsys.readouterr().out
     assert re.search(r"made +speed +4 +3\.1 +slower\n", out)
