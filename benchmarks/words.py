@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import DATA, ROOT, run, seconds, write_result
+from common import DATA, ROOT, by_turns, ratio, run, seconds, write_result
 
 from forebear import BuildOptions, Index, Retriever, build_index
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
@@ -105,8 +105,9 @@ def row_by_row(search: WordSearcher, question: WordQueries, i: int) -> tuple[dic
     tokens, vectors, tensors = words.tokens.tolist(), words.vectors, torch.from_numpy(words.vectors)
     as_dicts = [{tokens[j]: vectors[j] for j in range(a, b)} for a, b in spans]
     as_lists = [[(tokens[j], tensors[j]) for j in range(a, b)] for a, b in spans]
-    query = question.words[i]
-    mine = dict(zip(query.tokens[0].tolist(), query.vectors[0], strict=True))
+    query = question.words.words[-1].take(np.array([i]))
+    assert query.vectors is not None
+    mine = dict(zip(query.tokens.tolist(), query.vectors, strict=True))
     mine_torch = [(token, torch.from_numpy(vector)) for token, vector in mine.items()]
     seconds_of = {}
     fast, slow = np.zeros(len(spans)), np.zeros(len(spans))
@@ -124,7 +125,7 @@ def row_by_row(search: WordSearcher, question: WordQueries, i: int) -> tuple[dic
     seconds_of["torch"] = time.perf_counter() - started
     if not np.allclose(fast, slow, rtol=1e-4, atol=1e-6 * np.abs(fast).max()):
         raise AssertionError("the two ways disagree")
-    return seconds_of, query.etas[0] * fast
+    return seconds_of, question.words.etas[-1] * fast
 
 
 def each(values: list[float]) -> dict[str, float]:
@@ -172,17 +173,20 @@ def queries(data: str, name: str, index: Index, truth: Any, n_queries: int, *, r
             continue
         (question,) = search.queries([METHODS[method]], [chosen], targets, normalise=False)
 
-        def answer(some: WordQueries, search: WordSearcher = search) -> Any:
-            return search._rank(some, search.candidates(some, K, "none"), K, None, exact=False)
+        def answer(some: WordQueries, search: WordSearcher = search, method: str = method) -> Any:
+            return search.answer([some], K, "none")[method]
 
-        ones = [WordQueries(question.method, question.top, None, [q], False) for q in question.words]
-        answer(question)
+        ones = [question.take(i, i + 1) for i in range(n_queries)]
+        ways = {"one": lambda o=ones, a=answer: [a(x) for x in o], "batch": lambda q=question, a=answer: a(q)}
+        by_turn = by_turns(ways, 9)
+        batch, ends = statistics.median(by_turn["batch"]) / n_queries, answer(question)
+        alone = np.array([[end.rows[0] for end in answer(single)] for single in ones])
+        same = float((alone == np.stack([end.rows for end in ends], axis=1)).mean())
         one, dense = [], []
         for single in ones:
             started = time.perf_counter()
             answer(single)
             one.append(time.perf_counter() - started)
-        batch = seconds(lambda q=question, a=answer: a(q), 5) / n_queries
         search.prune = False
         for single in ones[:8]:
             started = time.perf_counter()
@@ -190,7 +194,6 @@ def queries(data: str, name: str, index: Index, truth: Any, n_queries: int, *, r
             dense.append(time.perf_counter() - started)
         search.prune = True
         slow, scores = zip(*(row_by_row(search, question, i) for i in range(3)), strict=True)
-        ends = answer(question)
         agreement = []
         for i, all_scores in enumerate(scores):
             for end, sign in zip(ends, (1, -1), strict=True):
@@ -210,7 +213,10 @@ def queries(data: str, name: str, index: Index, truth: Any, n_queries: int, *, r
 
         loops = {way: statistics.median(one[way] for one in slow) for way in slow[0]}
         found[method] = {
-            "one_query": each(one), "batch_ms_a_query": 1e3 * batch, "every_posting_ms": each(dense)["median_ms"],
+            "one_query": each(one), "batch_ms_a_query": 1e3 * batch,
+            "one_over_batch": ratio(by_turn["one"], by_turn["batch"])._asdict(),
+            "batch_answers_as_one": same,
+            "every_posting_ms": each(dense)["median_ms"],
             "row_by_row_ms": {way: 1e3 * value for way, value in loops.items()},
             "same_top_10_as_row_by_row": float(np.mean(agreement)),
             "times_faster_one": {way: value / statistics.median(one) for way, value in loops.items()},
