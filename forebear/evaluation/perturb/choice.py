@@ -35,7 +35,7 @@ from forebear.retriever.deep.query_gradients import Queries as GradientQueries
 from forebear.retriever.deep.search import VECTOR_BYTES, GradientSearch
 from forebear.retriever.question.methods import METHODS
 from forebear.retriever.retriever import Retriever
-from forebear.retriever.saliency.gradients import saliency_gradients, salient_words
+from forebear.retriever.saliency.gradients import salient_gradients
 
 CHUNK_QUERIES = 16
 FIRST_WIDTH = 100  # rows of the rankings at first; more where many test rows share rows
@@ -241,10 +241,8 @@ class Chooser:
         n, targets = len(rows), queries.targets(aim)
         owners = np.arange(n) % len(targets)
         numbers = queries.numbers.tolist()
-        salient = salient_words(self._classifier, queries.texts, targets, None, numbers)
-        vectors = saliency_gradients(
-            self._classifier, self._search.gradients.parameters, queries.texts, targets, salient, numbers
-        )
+        parameters = self._search.gradients.parameters
+        salient, vectors = salient_gradients(self._classifier, parameters, queries.texts, targets, None, numbers)
         solved = self._solved(queries, targets, vectors)
         texts = [self.texts(row) for row in rows]
         labels = self._index.targets(np.asarray(rows))

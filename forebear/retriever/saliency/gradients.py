@@ -8,7 +8,8 @@ All of it is in full precision, like saliency itself, whatever the precision of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from forebear.indexer.model.network.layers import encoder_layers
 from forebear.indexer.model.scopes import Scope
 from forebear.indexer.spans.masking import pieces_of
 from forebear.indexer.spans.text import Span
-from forebear.retriever.saliency.maps import SUMMED_GRADIENT, saliency
+from forebear.retriever.saliency.maps import SUMMED_GRADIENT, SalientWord, saliency, words_of
 
 
 def salient_words(
@@ -51,21 +52,44 @@ def salient_words(
     Raises:
         InputError: A row has no word, or not this one.
     """
-    out = []
-    for i, row_saliency in enumerate(saliency(classifier, texts, targets, form=SUMMED_GRADIENT)):
-        words = [w for w in row_saliency.words if word is None or w.text.casefold() == word.casefold()]
-        if word is None:
-            words = [w for w in words if any(c.isalnum() for c in w.text)] or words
-        if not words:
-            missing = "no word that the model reads"
-            if word is not None:
-                listed = ", ".join(dict.fromkeys(w.text for w in row_saliency.words)) or "none"
-                missing = f"no word {word!r} (its words, as the tokenizer divides them: {listed})"
-            number = i if numbers is None else numbers[i]
-            raise InputError(f"test row {number} has {missing}, so there is no saliency to explain.")
-        best = max(words, key=lambda w: w.value) if word is None else words[0]
-        out.append(Span(best.column, best.start, best.end))
-    return out
+    maps = saliency(classifier, texts, targets, form=SUMMED_GRADIENT)
+    return [_chosen(m.words, word, i if numbers is None else numbers[i]) for i, m in enumerate(maps)]
+
+
+def _chosen(row_words: Sequence[SalientWord], word: str | None, number: int) -> Span:
+    """The word of one row, whose number is for messages, that :func:`salient_words` is asked for."""
+    words = [w for w in row_words if word is None or w.text.casefold() == word.casefold()]
+    if word is None:
+        words = [w for w in words if any(c.isalnum() for c in w.text)] or words
+    if not words:
+        missing = "no word that the model reads"
+        if word is not None:
+            listed = ", ".join(dict.fromkeys(w.text for w in row_words)) or "none"
+            missing = f"no word {word!r} (its words, as the tokenizer divides them: {listed})"
+        raise InputError(f"test row {number} has {missing}, so there is no saliency to explain.")
+    best = max(words, key=lambda w: w.value) if word is None else words[0]
+    return Span(best.column, best.start, best.end)
+
+
+def salient_gradients(
+    classifier: Classifier,
+    scope: Scope,
+    texts: Sequence[Sequence[str]],
+    targets: np.ndarray,
+    word: str | None,
+    numbers: Sequence[int] | None = None,
+) -> tuple[list[Span], Vectors]:
+    """The word that :func:`salient_words` gives for each row, and its :func:`saliency_gradients`, from one pass.
+
+    Arguments and errors are those of the two.
+    """
+
+    def choose(i: int, places: Any, at_input: torch.Tensor) -> Span:
+        (values,) = fetch(at_input.detach().double().sum(dim=1))
+        row_words = words_of(places, i, [column[i] for column in texts], values)
+        return _chosen(row_words, word, i if numbers is None else numbers[i])
+
+    return _gradients(classifier, scope, texts, targets, choose, numbers)
 
 
 def saliency_gradients(
@@ -95,15 +119,26 @@ def saliency_gradients(
         NonFiniteError: A gradient is NaN or infinite; the row is named.
         NotEnoughMemoryError: The gradient of a row does not fit in memory.
     """
+    return _gradients(classifier, scope, texts, targets, lambda i, _places, _at_input: words[i], numbers)[1]
+
+
+def _gradients(
+    classifier: Classifier,
+    scope: Scope,
+    texts: Sequence[Sequence[str]],
+    targets: np.ndarray,
+    choose: Callable[[int, Any, torch.Tensor], Span],
+    numbers: Sequence[int] | None,
+) -> tuple[list[Span], Vectors]:
+    """The word of each row that ``choose`` takes by number, encoding and dS/de ``(t, h)``, and -d s / d theta of it."""
     model = classifier.model
-    out = scope.zeros(len(words), classifier.head.weight)
+    out, chosen = scope.zeros(len(targets), classifier.head.weight), []
     names = [name for block in scope.blocks for name in block.parameter_names]
     parameters = [model.get_parameter(name) for name in names]
     prefix, _ = encoder_layers(model, classifier.name)
     first_layer = model.get_submodule(f"{prefix}.0")
     rows, places = encode_with_places(classifier, texts)
-    for i, span in enumerate(words):
-        inside = pieces_of(places, i, span)
+    for i in range(len(targets)):
         leaf: list[torch.Tensor] = []
 
         def grow(_module: torch.nn.Module, args: tuple, kwargs: dict, leaf: list[torch.Tensor] = leaf) -> tuple:  # type: ignore[type-arg]
@@ -124,6 +159,8 @@ def saliency_gradients(
                 target = send(targets[i : i + 1], logits.device)
                 support = classifier.loss.support(logits.double(), target)[0]
                 (at_input,) = torch.autograd.grad(support, leaf[0], create_graph=True)
+                chosen.append(choose(i, places, at_input[0, : len(rows[i]["input_ids"])]))
+                inside = pieces_of(places, i, chosen[i])
                 s = at_input[0, send(np.flatnonzero(inside), at_input.device)].sum()
                 row_gradients = torch.autograd.grad(s, parameters, materialize_grads=True)
         finally:
@@ -139,4 +176,4 @@ def saliency_gradients(
             f"{classifier.name}: the saliency gradient of test row {row} is NaN or infinite in {list(out)[number]}. "
             "Check the model."
         )
-    return out
+    return chosen, out

@@ -117,7 +117,7 @@ def saliency(
             values = _normalised(values)
         pieces = tuple(classifier.tokenizer.convert_ids_to_tokens(encoded["input_ids"][row]))
         special = np.array([column is None for column in encoded.sequence_ids(row)])
-        maps.append(Saliency(pieces, values, special, _words(encoded, row, [c[row] for c in texts], values)))
+        maps.append(Saliency(pieces, values, special, words_of(encoded, row, [c[row] for c in texts], values)))
     return maps
 
 
@@ -204,7 +204,7 @@ def _check_targets(classifier: Classifier, texts: Sequence[Sequence[str]], targe
         )
 
 
-def _words(encoded: Any, row: int, texts: Sequence[str], values: np.ndarray) -> tuple[SalientWord, ...]:
+def words_of(encoded: Any, row: int, texts: Sequence[str], values: np.ndarray) -> tuple[SalientWord, ...]:
     """Words of one row, whose texts are ``texts``, from the values ``(t,)`` of its pieces."""
     places: dict[tuple[int, int], list[int]] = {}
     for t, (column, word) in enumerate(zip(encoded.sequence_ids(row), encoded.word_ids(row), strict=True)):

@@ -34,7 +34,7 @@ from forebear.retriever.question.recall import deep_recall, n_candidates, with_n
 from forebear.retriever.question.searcher import Searcher
 from forebear.retriever.question.spec import Question
 from forebear.retriever.ranking import Ends, Ranking
-from forebear.retriever.saliency.gradients import saliency_gradients, salient_words
+from forebear.retriever.saliency.gradients import salient_gradients
 from forebear.retriever.scores import Scores
 from forebear.retriever.spans.rows import SpanRows, gradient_queries, span_rows, stored_span_rows
 from forebear.retriever.spans.stored import head_query, stored_ends
@@ -97,10 +97,8 @@ class SpanSearch:
         salient: list[Span] | None = None
         by_saliency = by_row
         if any(m.saliency for m in methods):
-            salient = salient_words(classifier, batch.columns, batch.targets, spec.word, numbers)
-            vectors = saliency_gradients(
-                classifier, search.gradients.parameters, batch.columns, batch.targets, salient, numbers
-            )
+            parameters, columns, targets = search.gradients.parameters, batch.columns, batch.targets
+            salient, vectors = salient_gradients(classifier, parameters, columns, targets, spec.word, numbers)
             by_saliency = Queries(by_row.texts, batch.targets, vectors)
         out = {}
         for method in methods:
@@ -261,8 +259,7 @@ def word_influence(
         The test row's word; the words of the rows; their scores, ``(m,)`` float64.
     """
     classifier, targets = search.models.classifier(), np.asarray(target)[None]
-    salient = salient_words(classifier, texts, targets, word)
-    vectors = saliency_gradients(classifier, search.gradients.parameters, texts, targets, salient)
+    salient, vectors = salient_gradients(classifier, search.gradients.parameters, texts, targets, word)
     entries = span_rows(search.index, classifier, rows, span_finder("words"), unknown=True)
     if not len(entries.rows):
         return salient[0], entries, np.zeros(0)

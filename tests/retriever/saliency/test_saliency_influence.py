@@ -16,7 +16,7 @@ from forebear.indexer.model.loading import load_classifier, make_classifier
 from forebear.indexer.model.scopes import scope_of
 from forebear.indexer.spans.text import Span
 from forebear.indexer.training.model_choice import choose_model
-from forebear.retriever.saliency.gradients import saliency_gradients, salient_words
+from forebear.retriever.saliency.gradients import saliency_gradients, salient_gradients, salient_words
 from forebear.retriever.saliency.maps import saliency
 from forebear.retriever.spans.search import WORD_ROWS
 
@@ -55,6 +55,9 @@ def test_the_gradient_of_a_saliency_is_a_finite_difference(folder, kind, with_bi
     targets = np.array([0, 1])
     words = salient_words(classifier, [QUERIES], targets, None)
     found = saliency_gradients(classifier, scope, [QUERIES], targets, words)
+    chosen, together = salient_gradients(classifier, scope, [QUERIES], targets, None)
+    assert chosen == words
+    assert all(torch.equal(together[name], found[name]) for name in found)
     generator = torch.Generator().manual_seed(1)
     along = {n: torch.randn(v.shape[1:], generator=generator, dtype=torch.float64) for n, v in found.items()}
 
