@@ -14,7 +14,7 @@ def read_manifest(folder: Path) -> dict:
     content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     digest = content.pop("digest")
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    if content["format"] != 1 or hashlib.sha256(canonical.encode()).hexdigest() != digest:
+    if content["format"] not in (1, 2) or hashlib.sha256(canonical.encode()).hexdigest() != digest:
         raise SystemExit(f"{folder}: another format, or the manifest was altered")
     return content
 

@@ -75,7 +75,7 @@ def run_search(_name: str) -> str:
         query, _ = test_search.query_and_truth(rows, "gd")
         factors = test_search.factors_of(rows, "gd")
         table = test_search.table_of(factors, Path(tempfile.mkdtemp()))
-        here, there = (search_scan(query, table, factors, 5, rerank=False, memory=m) for m in (HOST, memory))
+        here, there = (search_scan(query, table, factors, 5, memory=m) for m in (HOST, memory))
         if any(not np.allclose(a.scores, b.scores, rtol=1e-3) for a, b in zip(here, there, strict=True)):
             return "scores differ from those on the host"
         parts, live = test_sketch.parts_of(300, 1), np.arange(300)

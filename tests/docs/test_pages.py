@@ -182,7 +182,7 @@ def test_the_example_refuses_what_is_not_whole(index_copy, change):
             reader.read_shards(index_copy, reader.read_manifest(index_copy), "rows")
         return
     content = json.loads(path.read_text(encoding="utf-8"))
-    content |= {"format": 2} if change == "another format" else {"n_retired": 1}
+    content |= {"format": 3} if change == "another format" else {"n_retired": 1}
     path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(SystemExit, match="another format, or the manifest was altered"):
         reader.read_manifest(index_copy)

@@ -551,7 +551,7 @@ def test_a_damaged_manifest_is_refused_whatever_byte_was_hit(whole: Path) -> Non
         path.write_bytes(content[:cut])
         with pytest.raises(CorruptIndexError, match=r"manifest\.json"):
             Index.open(whole)
-    for other in (b"[]", b"{}", b"null", b'{"format": 2}'):
+    for other in (b"[]", b"{}", b"null", b'{"format": 3}'):
         path.write_bytes(other)
         with pytest.raises(CorruptIndexError, match="format"):
             Index.open(whole)

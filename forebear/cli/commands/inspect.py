@@ -151,7 +151,7 @@ def index_facts(index: Any) -> dict[str, Any]:
         },
         "fitted_beyond_the_head": asdict(manifest.fit_age) if spec.sketched_scopes else None,
         "calibration": manifest.calibration,
-        "search": manifest.derived,
+        "search": {name: found for name, found in manifest.derived.items() if spec.ann or found["kind"] == "scan"},
         "effects": measured_lines(index),
         "bytes": {"total": total, "a_row": total / manifest.n_rows, **by_kind},
         "device": device_kind(pick_device()),

@@ -92,7 +92,9 @@ class StoreChoices(Options, panel="What is stored"):
     ann: Annotated[
         str | None,
         typer.Option(
-            "--ann", help="FAISS factory string of the search by features.", show_default="chosen by the number of rows"
+            "--ann",
+            help="FAISS factory string: cosines and distances of features are looked up there, at a measured recall.",
+            show_default="every row is compared",
         ),
     ] = None
 

@@ -8,9 +8,9 @@ from forebear.errors import InputError
 from forebear.indexer.storage.ann import unit_rows
 from forebear.ratio import ratio
 from forebear.retriever.head.scoring import Query, Term
-from forebear.retriever.head.search import scan_nearest
+from forebear.retriever.head.search import RowFactors, search_scan
 from forebear.retriever.head.vectors import VECTORS
-from forebear.retriever.question.methods import METHODS
+from forebear.retriever.question.methods import METHODS, ann_name
 from forebear.retriever.question.models import Models
 from forebear.retriever.ranking import rank
 
@@ -22,8 +22,8 @@ def nearest_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest other live rows of each row, nearest first; ties go to the lower row number.
 
-    Candidates come from the index's FAISS index, cosines from the vectors in float64. Up to 200,000 rows FAISS compares
-    all of them; beyond, its recall is the calibrated one that the manifest gives. A GPU compares all of them always.
+    All are compared, but for an index that was built with ``--ann``: a CPU then takes candidates from FAISS, whose
+    recall is the calibrated one that the manifest gives. Cosines come from the vectors in float64.
 
     Args:
         models: Of the index whose live rows are compared; their device searches.
@@ -40,8 +40,11 @@ def nearest_rows(
     index, live = models.index, models.index.live
     if not 1 <= k < len(live):
         raise InputError(f"--neighbours {k}: expected 1 to {len(live) - 1}, the other rows.")
-    matrix = VECTORS[representation].of_rows(index)
-    ann = index.ann(f"{representation}-cos") if models.memory.on_host else None
+    matrix, table_of = VECTORS[representation].of_rows(index), VECTORS[representation].scan_table
+    assert table_of is not None
+    method = METHODS["sbert-cos" if representation == "sentence" else "nn-cos"]
+    name = ann_name(index, method)
+    ann = None if name is None or not models.memory.on_host else index.ann(name)
     width = min(len(live), (1 if ann is None or ann.exact else ann.widen) * k + 1)
     neighbours, cosines = np.empty((len(rows), k), np.int64), np.empty((len(rows), k))
     step = max(1, _NUMBERS // (width * matrix.width))
@@ -49,7 +52,10 @@ def nearest_rows(
         block_rows = rows[start : start + step]
         unit = unit_rows(matrix.take(block_rows))
         if ann is None:
-            candidates = _scanned(models, unit, width, representation)
+            query = Query(method, (Term(1.0, unit),), np.ones(len(unit)))
+            factors = RowFactors((matrix,), (), live)
+            (near,) = search_scan(query, table_of(index), factors, width, memory=models.memory, ends=(True,))
+            candidates = near.rows
         else:
             _, positions = ann.search(unit, width)
             if (positions < 0).any():
@@ -63,15 +69,6 @@ def nearest_rows(
             similarities, candidates, k, largest=True
         )
     return neighbours, cosines
-
-
-def _scanned(models: Models, unit: np.ndarray, width: int, representation: str) -> np.ndarray:
-    """Numbers of the rows nearest to vectors of length 1 ``(m, h)``, by a scan of all, ``(m, width)``."""
-    method = METHODS["sbert-cos" if representation == "sentence" else "nn-cos"]
-    table_of = VECTORS[representation].scan_table
-    assert table_of is not None
-    query = Query(method, (Term(1.0, unit),), np.ones(len(unit)))
-    return scan_nearest(query, table_of(models.index), width, models.memory)
 
 
 def label_disagreement(labels: np.ndarray, rows: np.ndarray, neighbours: np.ndarray) -> np.ndarray:

@@ -198,14 +198,14 @@ def rebuild_ann(
     ann: str | None,
     **work_keywords: Unpack[WorkKeywords],
 ) -> Index:
-    """Make the search structures again from the Arrow files, with another FAISS type if ``ann`` names one.
+    """Make the search structures again from the Arrow files, with FAISS indexes if ``ann`` names a type.
 
     The files in ``ann/`` may be missing or damaged; everything else is checked. An interrupted rebuild goes on by
     itself.
 
     Args:
         folder: The index.
-        ann: FAISS factory string; None: chosen by size.
+        ann: Factory string of FAISS indexes beside the scan tables; None: none.
         **work_keywords: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
             :class:`~forebear.indexer.building.options.Work`. With ``resume``, undamaged structures
             of this type are left as they are.

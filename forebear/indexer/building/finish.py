@@ -40,7 +40,7 @@ from forebear.indexer.storage.layout import (
     word_shards_folder,
     words_folder,
 )
-from forebear.indexer.storage.manifest import Manifest
+from forebear.indexer.storage.manifest import FORMAT_VERSION, Manifest
 from forebear.indexer.storage.scan_table import build_derived
 from forebear.indexer.words.store import merge_shards
 from forebear.progress import Progress, counted
@@ -98,7 +98,7 @@ def finish(
     for scope in manifest.spec.sketched_scopes:
         if manifest.spec.whitened:
             curvature[scope] = {"ekfac": ekfac_facts(index.ekfac(scope), manifest.spec.dampings)}
-    final = replace(manifest, curvature=curvature, derived=derived).with_files(files)
+    final = replace(manifest, format=FORMAT_VERSION, curvature=curvature, derived=derived).with_files(files)
     if calibrate is not None:
         final = replace(final, calibration=calibrate(Index(folder, final, check=False)))
     final.write(folder)

@@ -1,4 +1,4 @@
-"""All use of FAISS: which build is installed, which index type fits, how an index is written and read.
+"""All use of FAISS: which build is installed, how an index is written and read.
 
 ``faiss-cpu`` and ``faiss-gpu`` are two builds of one package that exclude each other (``forebear[cpu]`` and
 ``forebear[gpu]``); nothing outside this module knows which one is installed.
@@ -20,8 +20,6 @@ from forebear.indexer.storage.arrow import MEND, RowMatrix
 from forebear.indexer.storage.atomic import atomic_file
 from forebear.ratio import ratio
 
-FLAT_ROWS = 200_000  # exact float32 up to here
-QUANTISED_ROWS = 5_000_000  # quantised flat with exact re-ranking up to here, IVF beyond
 RECALL_TARGET = 0.99
 _CALIBRATION_QUERIES = 128  # half of them choose the settings, the others state the recall
 CALIBRATION_TOP = 10
@@ -43,10 +41,11 @@ def import_faiss() -> Any:
 
 def check_factory(factory: str | None) -> None:
     """Refuse a factory string that FAISS cannot read, before any work is done."""
+    if factory is None:
+        return
     faiss = import_faiss()
     try:
-        if factory is not None:
-            faiss.index_factory(3840, factory)
+        faiss.index_factory(3840, factory)
     except RuntimeError as error:
         if "could not parse" in str(error):
             raise InputError(
@@ -67,21 +66,6 @@ def backend() -> str:
         return "none (install forebear[cpu] or forebear[gpu])"
     build = "GPU" if hasattr(faiss, "StandardGpuResources") else "CPU"
     return f"faiss {faiss.__version__}, {build} build, for searches on the CPU"
-
-
-def choose_factory(n_rows: int, dim: int) -> str:
-    """FAISS factory string by size: exact, then quantised flat, then an inverted file."""
-    if n_rows <= FLAT_ROWS:
-        return "Flat"
-    if n_rows <= QUANTISED_ROWS:
-        return f"PQ{_divisor_near(dim, dim // 6)}x4fs"
-    return f"IVF{2 ** int(np.log2(4 * np.sqrt(n_rows)))},SQ8"
-
-
-def _divisor_near(number: int, wanted: int) -> int:
-    """The divisor of ``number`` closest to ``wanted`` (PQ cuts a vector into parts of equal size)."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return min(divisors, key=lambda d: abs(d - wanted))
 
 
 @dataclass(frozen=True)
@@ -151,7 +135,7 @@ def unit_rows(values: np.ndarray) -> np.ndarray:
     return ratio(wide, norms).astype(np.float32)
 
 
-def build_ann(vectors: Vectors, metric: str, factory: str | None, seed: int) -> tuple[AnnIndex, dict[str, Any]]:
+def build_ann(vectors: Vectors, metric: str, name: str, seed: int) -> tuple[AnnIndex, dict[str, Any]]:
     """Build an index over ``vectors`` and calibrate its search settings.
 
     Settings other than ``Flat``'s are raised until recall@10 over 64 of the rows, themselves excluded, reaches
@@ -161,7 +145,7 @@ def build_ann(vectors: Vectors, metric: str, factory: str | None, seed: int) -> 
     Args:
         vectors: ``(n, d)``; unit length for ``cos``.
         metric: ``cos`` or ``euc``.
-        factory: FAISS factory string; None chooses by size.
+        name: FAISS factory string.
         seed: Which rows train and calibrate.
 
     Returns:
@@ -171,7 +155,6 @@ def build_ann(vectors: Vectors, metric: str, factory: str | None, seed: int) -> 
         InputError: FAISS does not know the factory string, or cannot train it on so few rows.
     """
     faiss = import_faiss()
-    name = factory or choose_factory(len(vectors), vectors.width)
     kind = faiss.METRIC_INNER_PRODUCT if metric == "cos" else faiss.METRIC_L2
     rng = np.random.default_rng(seed)
     try:

@@ -61,7 +61,7 @@ class Choices:
     curvature: str = _of_part("sketches", "ekfac", unused="none")  # of the sketched scopes: "ekfac" or "none"
     dampings: tuple[str, ...] = (DEFAULT_DAMPING,)  # "0.3%" of the largest eigenvalue, "0.1x" the mean one, "0.003"
     rep_refit: bool = False
-    ann: str | None = None  # FAISS factory string; None: chosen by size
+    ann: str | None = None  # FAISS factory string; None: no FAISS index
     seed: int = 0
     batch_tokens: int | Literal["auto"] = "auto"  # "auto": as many as suit the device; in a spec always a number
     shard_rows: int = 4096

@@ -22,7 +22,8 @@ from forebear.wording import worded
 if TYPE_CHECKING:
     from forebear.indexer.losses.loss import Loss
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_FORMATS = (1, 2)  # what is read; every change of an index makes it one of FORMAT_VERSION
 
 
 # The packages that compute the stored numbers.
@@ -212,6 +213,7 @@ class Manifest:
     derived: dict[str, Any] = field(default_factory=dict)  # representation -> facts of its search structure
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # relative path -> sha256, bytes
     libraries: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT_VERSION
 
     @property
     def n_rows(self) -> int:
@@ -277,7 +279,7 @@ class Manifest:
         """JSON form, without the digest."""
         parts = {"spec": stated(self.spec), "segments": [stated(segment) for segment in self.segments]}
         content: dict[str, Any] = plain(stated(self) | parts)
-        return {"format": FORMAT_VERSION, "spec_digest": self.spec.digest(), **content}
+        return {"format": self.format, "spec_digest": self.spec.digest()} | content
 
     def digest(self) -> str:
         """The index's digest: it covers the sha256 of every file."""
@@ -310,9 +312,10 @@ def read_manifest(folder: Path) -> Manifest:
             raise
         raise CorruptIndexError(f"{path} cannot be read as a manifest ({error}). {MEND}") from error
     number = content.get("format") if isinstance(content, dict) else None
-    if number != FORMAT_VERSION:
+    if number not in READ_FORMATS:
         raise CorruptIndexError(
-            f"{path} has index format {number}; this forebear reads format {FORMAT_VERSION}. Build the index again."
+            f"{path} has index format {number}; this forebear reads {' and '.join(map(str, READ_FORMATS))}. "
+            "Build the index again."
         )
     stated_digest = content.pop("digest", None)
     if digest_of(content) != stated_digest:

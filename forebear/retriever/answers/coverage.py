@@ -63,7 +63,7 @@ def question_facts(question: Question, *, by_scan: bool = False) -> dict[str, An
 
 
 def _search_facts(question: Question, method: Method, *, by_scan: bool) -> dict[str, Any]:
-    if by_scan and ann_name(method) is not None and question.spec.exact == "rerank":
+    if by_scan and ann_name(question.index, method) is not None:
         return with_note(PROVEN)
     return SEARCHERS[question.searched_by(method)].facts(question, method)
 

@@ -1,4 +1,8 @@
-"""The scan: float32 scores of factored rows, on the device that holds them.
+"""The scan: scores of factored rows by vectors of 8 bits, and how far rounding may have moved them.
+
+A score is known to within its *reach*: the length that rounding took from the row times the query's length beside the
+table's directions, and the other way round (Cauchy-Schwarz), and float32's own rounding. So the scan ends with the rows
+that can be among the best k, usually little more than k, and no other row can.
 
 On a CPU rows are visited by falling norm, until no later row can matter. A GPU reads all of them, so that the host need
 not wait after each block for the answer whether it must go on.
@@ -6,207 +10,233 @@ not wait after each block for the answer whether it must go on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from forebear.indexer.model.device.arithmetic import repeatable
+from forebear.indexer.model.device.copies import fetch
 from forebear.indexer.model.device.kept_arrays import HOST, DeviceMemory
 from forebear.indexer.storage.scan_table import ScanBlock, ScanTable
-from forebear.retriever.head.scoring import Query, Term
+from forebear.retriever.head.rounded import SentVectors, term_lengths, unit_term
+from forebear.retriever.head.row_sides import RowSides, row_sides
+from forebear.retriever.head.scoring import Query
 
 # Rounding of a float32 dot product of two unit vectors, with a margin: 4e-6 is over 60 units in the last place.
 SCAN_TOLERANCE = 4e-6
+GROUP_ROWS = 32  # rows of which only the best and the worst are looked at before the end
+_PRODUCTS = 1 << 18  # entries of a product that stay in the processor's cache until its groups are known
+_LEAST_ROWS = 1024  # that are multiplied at once
+_WIDER = 1 + 1e-4  # reaches are sums of a few float32 products
+_PAIRS = 1 << 22  # scores of groups that are looked at together
 
 
-@dataclass(frozen=True)
-class _UnitTerm:
-    """A :class:`Term` scaled to length 1, as float32 tensors on the device of a scan."""
-
-    weight: float
-    right: torch.Tensor | None
-    left: torch.Tensor | None
-    matrix: torch.Tensor | None
-    basis: torch.Tensor | None
-    offset: float
-
-    def products(self, features: torch.Tensor, residuals: torch.Tensor | None) -> torch.Tensor:
-        """Scores ``(q, n)`` before the weight, of features ``(n, h)`` and residuals ``(n, c)``."""
-        if self.matrix is not None:
-            assert residuals is not None
-            assert self.basis is not None
-            reduced = residuals @ self.basis.T
-            parts = [(self.matrix[:, a] @ features.T) * reduced[:, a] for a in range(reduced.shape[1])]
-            return sum(parts[1:], parts[0])
-        assert self.right is not None
-        scores = self.right @ features.T
-        if self.offset:
-            scores += self.offset
-        if self.left is not None:
-            assert residuals is not None
-            scores *= self.left @ residuals.T
-        return scores
+_Bounds = tuple[torch.Tensor, torch.Tensor]  # what the best of each group is at least, and at most, (g, q)
+Listed = list[np.ndarray | None]  # positions in a scan table, an array a query; None where they are too many
 
 
 class Scan:
-    """Float32 scores of factored rows in scan order, for one batch of queries.
+    """Scores of factored rows in scan order, for one batch of queries, each known to within its reach.
 
     Queries are scaled to length 1 and residuals to unit length with their norm beside them, so that tiny
-    gradients keep their precision; scores come back in the units of the exact score divided by ``scale``.
+    gradients keep their precision; scores come in the units of the exact score divided by ``scale``. For Euclidean
+    distances a score is ``2 <q, f> - ||f||^2``, which ranks as minus the distance does.
     """
 
     def __init__(self, query: Query, table: ScanTable, memory: DeviceMemory = HOST) -> None:
         self.query, self.table, self.memory = query, table, memory
-        self._sent: torch.Tensor | None = None
-        cosine = query.method.metric == "cos"
-        lengths = _lengths(query.terms)
-        divisor = query.norms if cosine else lengths
+        self._metric = query.method.metric
+        lengths = term_lengths(query.terms)
+        divisor = {"cos": query.norms, "dot": lengths, "euc": np.ones(len(query))}[self._metric]
         divisor = np.where(divisor > 0, divisor, 1.0)
-        self.scale = np.ones_like(divisor) if cosine else divisor
-        self.terms = [_unit_term(term, divisor, memory) for term in query.terms]
-        self.rounding = SCAN_TOLERANCE * lengths / divisor * max(self._sizes(block).max() for block in table.blocks)
+        self.scale = divisor if self._metric == "dot" else np.ones_like(divisor)
+        self._terms = [
+            unit_term(term, divisor, basis, memory) for term, basis in zip(query.terms, table.bases, strict=True)
+        ]
+        self._sides = row_sides(table, self._metric, query.terms, query.self_influence)
+        # A reach is the product of a row's numbers and a query's, which stand here in the same order.
+        reach = [length for term in self._terms for length in (term.beside, term.lost)]
+        if self._metric == "euc":  # 2 <q, f> - ||f||^2 is rounded at the size of ||q||^2 + ||f||^2
+            reach += [np.full(len(query), 2 * SCAN_TOLERANCE), 2 * SCAN_TOLERANCE * lengths**2]
+        else:
+            reach.append(SCAN_TOLERANCE * lengths / divisor)
+        self._reach = memory.send((_WIDER * np.stack(reach)).astype(np.float32))
 
-    def run(self, k: int) -> tuple[torch.Tensor, float]:
-        """Scan until both ends of the top ``k`` are safe.
+    def contenders(self, k: int, most: int, ends: Sequence[bool] = (True, False)) -> list[Listed]:
+        """Rows that can be among the best k: of the proponents (True) or the opponents (False).
+
+        Args:
+            k: Rows at an end, at most as many as there are.
+            most: Of more rows than that no list is made.
+            ends: The ends that are wanted.
 
         Returns:
-            Scores of the rows visited ``(q, v)`` on the device, each within ``rounding`` of the exact one, and the
-            largest score (in absolute value) that a row not visited can have.
+            One list an end; no row that is not in it can be among the best k.
         """
         self.memory.begin()
         with repeatable(self.memory.device):
-            return self._run(k)
+            return self._contenders(k, most, ends)
 
-    def _run(self, k: int) -> tuple[torch.Tensor, float]:
-        scores = torch.empty((len(self.query), len(self.table)), device=self.memory.device)
-        stops = self.memory.on_host and self.query.method.metric == "dot" and len(self.table.blocks) > 1
-        bounds = self._bounds() if stops else np.zeros(len(self.table.blocks))
-        later = np.append(np.maximum.accumulate(bounds[::-1])[::-1], 0.0)  # largest bound from block i on
-        ends = _Ends(k) if stops else None
-        visited = 0
-        for i, block in enumerate(self.table.blocks):
-            part = scores[:, visited : visited + len(block.rows)]
-            part.copy_(self._block(block))
-            visited += len(block.rows)
-            if ends is not None and ends.beyond(part, later[i + 1] + float(self.rounding.max())):
-                return scores[:, :visited], float(later[i + 1])
-        return scores, 0.0
+    def _contenders(self, k: int, most: int, ends: Sequence[bool]) -> list[Listed]:
+        group = self._group_rows(k)
+        values, rows_reach, bounds, scores_memory = self._visited(k, group)
+        # Both ends as one: the opponents are the proponents of the negative scores.
+        signs = [1.0 if largest else -1.0 for largest in ends]
+        least = torch.cat([bounds[largest][0] for largest in ends], dim=1)
+        most_possible = torch.cat([bounds[largest][1] for largest in ends], dim=1)
+        n_queries = len(self.query)
+        edges = least.topk(k, dim=0).values[-1]
+        chosen = most_possible >= edges
+        crowded = chosen.sum(dim=0) * group > most + group * (k + 1)
+        pairs = (chosen & ~crowded).nonzero()
+        offsets = torch.arange(group, device=values.device)
+        sign_of = self.memory.send(np.repeat(np.array(signs, np.float32), n_queries))
+        found = []
+        for start in range(0, len(pairs), _PAIRS // group):
+            groups, columns = pairs[start : start + _PAIRS // group].unbind(1)
+            positions = groups[:, None] * group + offsets
+            queries = columns % n_queries
+            sign = sign_of[columns][:, None]
+            scores = values[positions, queries[:, None]] * sign
+            reach = (rows_reach[positions] * self._reach.T[queries][:, None, :]).sum(dim=2)
+            possible = (scores + reach >= edges[columns][:, None]) & (positions < len(self.table))
+            kept = possible.nonzero()
+            pair, member = kept.unbind(1)
+            found.append(
+                torch.stack(
+                    [columns[pair].double(), positions[pair, member].double(), scores[pair, member].double(),
+                     reach[pair, member].double()]
+                )
+            )  # fmt: skip
+        together = torch.cat(found, dim=1) if found else torch.zeros((4, 0), dtype=torch.float64, device=values.device)
+        (numbers, too_many) = fetch(together, crowded)
+        self.table.kept[self.memory.device] = scores_memory
+        return [
+            _lists(numbers, range(i * n_queries, (i + 1) * n_queries), too_many, k, most) for i in range(len(signs))
+        ]
 
-    def _bounds(self) -> np.ndarray:
-        """Largest possible |score| of any row against a unit query, by block."""
-        return np.array([self._bound(block).max() for block in self.table.blocks])
+    def _group_rows(self, k: int) -> int:
+        """Rows that are grouped; 1 where there are too few rows, or where groups would not end with a block."""
+        whole = all(len(block.rows) % GROUP_ROWS == 0 for block in self.table.blocks[:-1])
+        return GROUP_ROWS if whole and len(self.table) >= 16 * GROUP_ROWS * k else 1
 
-    def _bound(self, block: ScanBlock) -> np.ndarray:
-        bound = self._sizes(block)
+    def _visited(self, k: int, group: int) -> tuple[torch.Tensor, torch.Tensor, dict[bool, _Bounds], torch.Tensor]:
+        """Scores ``(v, q)`` of the rows visited, their factors of reaches ``(v, x)``, and each group's bounds by end.
+
+        The last tensor is the memory of the scores, to be kept when they are no longer needed. Where the last group is
+        not full, v is rounded up, with scores that mean nothing.
+        """
+        table, memory = self.table, self.memory
+        n_rows = -(-len(table) // group) * group
+        # A place that is kept: the system would clear new memory for every batch of queries.
+        kept = table.kept.pop(memory.device, None)
+        if kept is None or kept.numel() < n_rows * len(self.query):
+            kept = torch.empty(n_rows * len(self.query), device=memory.device)
+        values = kept[: n_rows * len(self.query)].view(n_rows, len(self.query))
+        rows_reach = torch.zeros((n_rows, len(self._reach)), device=memory.device)
+        bounds: dict[bool, list[_Bounds]] = {True: [], False: []}
+        stops = memory.on_host and self._metric == "dot" and len(table.blocks) > 1
+        limits = [self._bound(b, sides) if stops else 0.0 for b, sides in zip(table.blocks, self._sides, strict=True)]
+        visited, reached = 0, _Reached(k)
+        for i, (block, sides) in enumerate(zip(table.blocks, self._sides, strict=True)):
+            reach_of_rows = memory.tensor(sides.reach)
+            rows_reach[visited : visited + len(block.rows)].copy_(reach_of_rows)
+            group_reach = _by_group(reach_of_rows, group)
+            of_block: dict[bool, list[_Bounds]] = {True: [], False: []}
+            begun = visited
+            for part in self._parts(block, sides):
+                place = slice(visited, visited + len(part))
+                values[place].copy_(part)
+                reach = group_reach[(visited - begun) // group :][: -(-len(part) // group)] @ self._reach
+                for largest in (True, False):
+                    best = _by_group(part, group, largest=largest)
+                    best = best if largest else -best
+                    of_block[largest].append((best - reach, best + reach))
+                visited += len(part)
+            for largest, parts in of_block.items():
+                bounds[largest] += parts
+            if stops and i + 1 < len(limits) and reached.beyond(of_block, max(limits[i + 1 :])):
+                break
+        visited = -(-visited // group) * group
+        whole = {
+            largest: (torch.cat([least for least, _ in parts]), torch.cat([most for _, most in parts]))
+            for largest, parts in bounds.items()
+        }
+        return values[:visited], rows_reach[:visited], whole, kept
+
+    def _bound(self, block: ScanBlock, sides: RowSides) -> float:
+        """Largest possible |score| of any row of a block against a unit query."""
+        bound = sides.sizes
         if self.query.self_influence is not None:  # Cauchy-Schwarz in H^-1's inner product, often tighter
             reach = (self.query.norms / self.scale).max()
             bound = np.minimum(bound, reach * np.sqrt(self.query.self_influence[block.rows]))
-        return bound
+        return _WIDER * float(bound.max())
 
-    def _sizes(self, block: ScanBlock) -> np.ndarray:
-        """Euclidean length of each row as it is scored: that of its gradient, over the row's norm for cosines."""
-        squares = np.zeros(len(block.rows))
-        for i, term in enumerate(self.terms):
-            norm = block.feature_norms[i].astype(np.float64) + abs(term.offset)
-            if block.residual_norms:
-                norm = norm * block.residual_norms[i]
-            squares += abs(term.weight) * norm**2
-        sizes = np.sqrt(squares)
-        return sizes / self._row_norms(block, 0).numpy() if self.query.method.metric == "cos" else sizes
+    def _parts(self, block: ScanBlock, sides: RowSides) -> Iterator[torch.Tensor]:
+        """Scores of the block's rows, a few at once on a CPU; ``(n, q)`` each."""
+        memory, n_rows = self.memory, len(block.rows)
+        sent = [SentVectors.of(vectors, memory) for vectors in block.features]
+        residuals, factors = ([memory.tensor(values) for values in part] for part in (sides.residuals, sides.factors))
+        squares = None if sides.squares is None else memory.tensor(sides.squares)
 
-    def _block(self, block: ScanBlock) -> torch.Tensor:
-        memory = self.memory
-        total: torch.Tensor | None = None
-        for i, term in enumerate(self.terms):
-            residuals, factor = None, None
-            if block.residuals:
-                factor = memory.tensor(block.residual_norms[i]).double()
-                divisor = torch.where(factor > 0, factor, 1.0)  # a residual of length 0 is 0
-                residuals = (memory.tensor(block.residuals[i]).double() / divisor[:, None]).float()
-                factor = term.weight * factor
-            part = term.products(memory.tensor(block.features[i]), residuals)
-            if self.query.method.metric == "cos":
-                factor = (term.weight if factor is None else factor) / self._row_norms(block, i, memory)
-            part *= term.weight if factor is None else factor.float()
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+        def scores(start: int, stop: int) -> torch.Tensor:
+            total: torch.Tensor | None = None
+            for i, (term, vectors) in enumerate(zip(self._terms, sent, strict=True)):
+                part = term.products(vectors.rows(start, stop), residuals[i][start:stop] if residuals else None)
+                if factors:
+                    part *= factors[i][start:stop, None]
+                elif not residuals and term.weight != 1:
+                    part *= term.weight
+                total = part if total is None else total + part
+            assert total is not None
+            if squares is None:
+                return total
+            return (2 * total - squares[start:stop, None]).float()
 
-    def _own(self, memory: DeviceMemory) -> torch.Tensor:
-        """<H^-1 g_n, g_n> of every training row; sent once, for it may have been made for this question alone."""
-        assert self.query.self_influence is not None
-        if memory.on_host:
-            return memory.send(self.query.self_influence)
-        if self._sent is None:
-            self._sent = memory.send(self.query.self_influence)
-        return self._sent
-
-    def _row_norms(self, block: ScanBlock, i: int, memory: DeviceMemory = HOST) -> torch.Tensor:
-        """Lengths ``(n,)`` of the rows that a cosine divides by; 1 for zero rows, whose products are 0 anyway."""
-        if self.query.self_influence is not None:
-            norms = self._own(memory)[memory.tensor(block.rows)].sqrt()
-        else:
-            norms = memory.tensor(block.feature_norms[i]).double()
-            if block.residual_norms:
-                norms = norms * memory.tensor(block.residual_norms[i]).double()
-        return torch.where(norms > 0, norms, 1.0)
+        widest = max(term.codes.shape[1] for term in self._terms)
+        step = max(_LEAST_ROWS, _PRODUCTS // widest // GROUP_ROWS * GROUP_ROWS) if memory.on_host else n_rows
+        starts = range(0, n_rows, step)
+        return map(scores, starts, (min(start + step, n_rows) for start in starts))
 
 
-class _Ends:
-    """The running k-th best and k-th worst score of each query."""
+class _Reached:
+    """What the k-th best and the k-th worst score of each query are at least beyond."""
 
     def __init__(self, k: int) -> None:
         self.k = k
-        self._high: torch.Tensor | None = None
-        self._low: torch.Tensor | None = None
+        self._kept: dict[bool, torch.Tensor] = {}
 
-    def beyond(self, scores: torch.Tensor, limit: float) -> bool:
-        """Take in more scores ``(q, m)``; True once every query's k-th score at both ends is beyond ``limit``."""
-        self._high = self._merge(self._high, scores, largest=True)
-        self._low = self._merge(self._low, scores, largest=False)
-        if self._high.shape[1] < self.k:
-            return False
-        return bool((self._high[:, -1] > limit).all()) and bool((self._low[:, -1] < -limit).all())
-
-    def _merge(self, kept: torch.Tensor | None, part: torch.Tensor, *, largest: bool) -> torch.Tensor:
-        best = part.topk(min(self.k, part.shape[1]), dim=1, largest=largest).values
-        if kept is not None:
-            best = torch.cat([kept, best], dim=1)
-            best = best.topk(min(self.k, best.shape[1]), dim=1, largest=largest).values
-        return best
+    def beyond(self, bounds: dict[bool, list[_Bounds]], limit: float) -> bool:
+        """Take in the bounds of a block, by end; True once every query's k-th are beyond ``limit``."""
+        for largest, parts in bounds.items():
+            together = torch.cat([*([self._kept[largest]] if self._kept.get(largest) is not None else []),
+                                  *(least for least, _ in parts)])  # fmt: skip
+            self._kept[largest] = together.topk(min(self.k, len(together)), dim=0).values
+        return all(len(kept) == self.k and bool((kept[-1] > limit).all()) for kept in self._kept.values())
 
 
-def _lengths(terms: Sequence[Term]) -> np.ndarray:
-    """Euclidean length of each query vector over all its terms, ``(q,)``."""
-    squares = np.zeros(1)
-    for t in terms:
-        if t.matrix is not None:
-            part = (t.matrix.astype(np.float64) ** 2).sum(axis=(1, 2))
-        else:
-            assert t.right is not None
-            part = (t.right.astype(np.float64) ** 2).sum(axis=1) + t.offset**2
-            if t.left is not None:
-                part = part * (t.left.astype(np.float64) ** 2).sum(axis=1)
-        squares = squares + abs(t.weight) * part
-    return np.sqrt(squares)
+def _lists(numbers: np.ndarray, columns: range, too_many: np.ndarray, k: int, most: int) -> list[np.ndarray | None]:
+    """Positions of the rows that can be among the best k, by column; of (column, position, score, reach) ``(4, x)``."""
+    order = np.argsort(numbers[0], kind="stable")
+    column, position, score, reach = numbers[:, order]
+    starts = np.searchsorted(column, np.arange(columns.start, columns.stop + 1))
+    lists: list[np.ndarray | None] = []
+    for i, number in enumerate(columns):
+        here = slice(starts[i], starts[i + 1])
+        surely, perhaps = score[here] - reach[here], score[here] + reach[here]
+        if too_many[number]:
+            lists.append(None)
+            continue
+        edge = np.partition(surely, len(surely) - k)[len(surely) - k]
+        listed = position[here][perhaps >= edge].astype(np.int64)
+        lists.append(listed if len(listed) <= most else None)
+    return lists
 
 
-def _unit_term(term: Term, divisor: np.ndarray, memory: DeviceMemory) -> _UnitTerm:
-    """A term divided by a number for each query ``(q,)``: by its matrix, else its left factor, else its right one."""
-
-    def unit(values: np.ndarray | None, *, divided: bool) -> torch.Tensor | None:
-        if values is None:
-            return None
-        scaled = values / divisor.reshape(-1, *[1] * (values.ndim - 1)) if divided else values
-        return memory.send(scaled.astype(np.float32))
-
-    return _UnitTerm(
-        weight=term.weight,
-        right=unit(term.right, divided=term.left is None),
-        left=unit(term.left, divided=True),
-        matrix=unit(term.matrix, divided=True),
-        basis=unit(term.basis, divided=False),
-        offset=term.offset,
-    )
+def _by_group(values: torch.Tensor, group: int, *, largest: bool = True) -> torch.Tensor:
+    """Largest or smallest value in each group of consecutive rows, ``(n / group, q)``; the last may be shorter."""
+    best = torch.amax if largest else torch.amin
+    whole = len(values) // group
+    found = best(values[: whole * group].view(whole, group, values.shape[1]), dim=1)
+    return found if whole * group == len(values) else torch.cat([found, best(values[whole * group :], 0, True)])

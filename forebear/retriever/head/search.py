@@ -1,31 +1,27 @@
 """Finding the rows worth scoring exactly, and proving that none was missed.
 
-Three searches, by representation and metric:
+Three searches:
 
-* the *scan*: float32 scores of the factored rows, block by block in order of falling norm; on a CPU, for dot
-  products, it stops as soon as Cauchy-Schwarz shows that no later row can enter either end of the ranking;
-* the *direction index*, on a CPU: FAISS over unit vectors (cosine) or vectors (Euclidean), opponents of v being the
-  proponents of -v; a GPU scans these vectors, too;
+* the *scan*: every row's score by vectors of 8 bits, each within a known reach of the exact one; on a CPU, for dot
+  products, it visits rows by falling norm and stops as soon as Cauchy-Schwarz shows that no later row can enter either
+  end of the ranking. Its lists are complete: they are scored in float64, and no other row can be better;
+* the *direction index*, for cosines and distances of an index that was built with ``--ann``, on a CPU: FAISS over unit
+  vectors (cosine) or vectors (Euclidean), opponents of v being the proponents of -v. A candidate list is accepted when
+  its k-th exact score clears the best approximate score of a row left out by more than float32's rounding; otherwise it
+  is made longer. Quantised FAISS indexes carry no such guarantee, only their calibrated recall;
 * the *full* score of every row in float64: the yardstick, and the fallback.
-
-The first two yield candidates, which are scored again in float64. A candidate list is accepted when its k-th
-exact score clears the best approximate score of a row left out by more than float32's rounding; otherwise it is
-made longer. Quantised FAISS indexes carry no such guarantee, only their calibrated recall.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from forebear.errors import InputError
-from forebear.indexer.model.device.arithmetic import repeatable
-from forebear.indexer.model.device.copies import fetch
 from forebear.indexer.model.device.kept_arrays import HOST, DeviceMemory
 from forebear.indexer.storage.ann import AnnIndex, unit_rows
 from forebear.indexer.storage.arrow import RowMatrix
@@ -36,6 +32,7 @@ from forebear.retriever.ranking import Ranking, join, rank
 
 _PRODUCT_QUERIES = 64  # queries whose candidates are multiplied together
 _PRODUCT_ROUNDING = 1e-12  # of a float64 product, relative to the largest, with a wide margin
+_LONG_LIST = 1024  # rows of one query that are narrowed down by products before they are scored pair by pair
 SPARE = 8  # candidates beyond k that are scored pair by pair
 MAX_SCORES = 1 << 26  # entries of a (queries, rows) block held at once
 _MAX_CANDIDATE_NUMBERS = 1 << 25  # entries of a (queries, candidates, width) block held at once
@@ -187,51 +184,62 @@ def _chunks(indices: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def search_scan(
-    query: Query, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool, memory: DeviceMemory = HOST
-) -> tuple[Ranking, Ranking]:
-    """Both ends of the ranking by the scan, as (proponents, opponents).
+    query: Query,
+    table: ScanTable,
+    factors: RowFactors,
+    k: int,
+    *,
+    memory: DeviceMemory = HOST,
+    ends: Sequence[bool] = (True, False),
+) -> list[Ranking]:
+    """Ends of the ranking by the scan, each proven; as default (proponents, opponents).
 
-    With ``rerank`` the scores are exact; without, the float32 scores of the scan are returned as they are.
+    Args:
+        query: Query vectors of one method.
+        table: The scan table of what it compares.
+        factors: The same, exactly.
+        k: Rows at an end.
+        memory: Of the device that scans.
+        ends: True for proponents, False for opponents.
     """
-    chunks = _chunks(np.arange(len(query)), max(1, MAX_SCORES // len(table)))
-    chunk_ends = [_scan_chunk(query.take(chunk), table, factors, k, rerank=rerank, memory=memory) for chunk in chunks]
-    return join([a for a, _ in chunk_ends]), join([b for _, b in chunk_ends])
+    size = max(1, MAX_SCORES // len(table))
+    most = min(len(table), _MAX_CANDIDATE_NUMBERS // sum(m.width for m in factors.features))
+    found: list[list[Ranking]] = [[] for _ in ends]
+    for chunk in _chunks(np.arange(len(query)), size):
+        part = query.take(chunk)
+        listed = memory.run(partial(Scan(part, table, memory).contenders, k, most, ends))
+        for rankings, positions, largest in zip(found, listed, ends, strict=True):
+            rows = [None if p is None else table.rows[p] for p in positions]
+            rankings.append(_rank_listed(part, factors, rows, k, largest=largest))
+    return [join(rankings) for rankings in found]
 
 
-def _scan_chunk(
-    query: Query, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool, memory: DeviceMemory
-) -> tuple[Ranking, Ranking]:
-    scan = Scan(query, table, memory)
-    scores, unvisited = memory.run(lambda: scan.run(k))
-    at_position = table.rows[: scores.shape[1]]
-    ends = []
-    for largest in (True, False):
-
-        def candidates(indices: np.ndarray, width: int, largest: bool = largest) -> tuple[np.ndarray, np.ndarray]:
-            width = min(width, scores.shape[1])
-            values, positions = _best(scores, indices, width, memory, largest=largest)
-            last = values[:, -1] if largest else -values[:, -1]
-            takes_all = width == scores.shape[1]
-            ceiling = np.full(len(indices), unvisited) if takes_all else np.maximum(last, unvisited)
-            return at_position[positions], (ceiling + scan.rounding[indices]) * scan.scale[indices]
-
-        if rerank:
-            ends.append(settle(query, factors, candidates, k, largest=largest, first_width=2 * k + 16))
-        else:
-            values, positions = _best(scores, np.arange(len(query)), k, memory, largest=largest)
-            rows, values = rank(values * scan.scale[:, None], at_position[positions], k, largest=largest)
-            ends.append(Ranking(rows, values, False, np.zeros(len(query), np.int64)))
-    return ends[0], ends[1]
-
-
-def _best(
-    scores: torch.Tensor, indices: np.ndarray, width: int, memory: DeviceMemory, *, largest: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """The best of the scores ``(q, n)`` at some queries: values ``(m, width)`` float64, and their positions."""
-    part = scores if len(indices) == len(scores) else scores[memory.send(indices)]
-    best = part.topk(width, dim=1, largest=largest)
-    values, positions = fetch(best.values.double(), best.indices)
-    return values, positions
+def _rank_listed(
+    query: Query, factors: RowFactors, listed: list[np.ndarray | None], k: int, *, largest: bool
+) -> Ranking:
+    """The best of the rows that are listed for each query; of all rows where there is no list."""
+    n_listed = np.array([len(factors.live) if rows is None else len(rows) for rows in listed])
+    rows, scores = np.empty((len(query), k), np.int64), np.empty((len(query), k))
+    unlisted = np.array([i for i, one in enumerate(listed) if one is None], np.int64)
+    if len(unlisted):
+        rest = search_all(query.take(unlisted), factors, k, largest=largest)
+        rows[unlisted], scores[unlisted] = rest.rows, rest.scores
+    for i, one in enumerate(listed):
+        if one is not None and len(one) > _LONG_LIST:
+            some = search_all(query.take(np.array([i])), replace(factors, live=np.sort(one)), k, largest=largest)
+            rows[i], scores[i] = some.rows[0], some.scores[0]
+    order = np.argsort(n_listed, kind="stable")
+    order = order[[(one := listed[i]) is not None and len(one) <= _LONG_LIST for i in order]]
+    dim = sum(m.width for m in factors.features)
+    while len(order):  # the shortest lists first, as many as fit together at the width of the longest of them
+        fits = n_listed[order] * np.arange(1, len(order) + 1) * dim <= _MAX_CANDIDATE_NUMBERS
+        chunk, order = np.split(order, [max(1, int(fits.sum()))])
+        part, width = query.take(chunk), int(n_listed[chunk[-1]])
+        padded = np.stack([np.pad(listed[i], (0, width - n_listed[i]), mode="edge") for i in chunk])
+        values = factors.scores(part, padded)
+        values[np.arange(width) >= n_listed[chunk, None]] = -np.inf if largest else np.inf
+        rows[chunk], scores[chunk] = rank(values, padded, k, largest=largest)
+    return Ranking(rows, scores, True, n_listed, query.convergence)
 
 
 def search_ann(
@@ -251,7 +259,7 @@ def search_ann(
     near = _ann_end(query, ann, unit, size, factors, k, largest=True, rerank=rerank)
     if ann.metric == "cos":
         return near, _ann_end(query, ann, -unit, size, factors, k, largest=False, rerank=rerank)
-    return near, _Distances(query, table, HOST).end(factors, k, largest=False, rerank=True)
+    return near, search_scan(query, table, factors, k, ends=(False,))[0]
 
 
 def _ann_end(
@@ -293,72 +301,6 @@ def _unranked(ann: AnnIndex, vectors: np.ndarray, factors: RowFactors, k: int, *
     values = scores.astype(np.float64) if ann.metric == "cos" else -np.sqrt(np.maximum(-scores.astype(np.float64), 0.0))
     rows, values = rank(values if largest else -values, factors.live[positions], k, largest=largest)
     return Ranking(rows, values, False, np.zeros(len(vectors), np.int64))
-
-
-def scan_nearest(query: Query, table: ScanTable, width: int, memory: DeviceMemory) -> np.ndarray:
-    """Numbers of the rows of largest float32 score, ``(q, width)``, best first."""
-    found = []
-    for chunk in _chunks(np.arange(len(query)), max(1, MAX_SCORES // len(table))):
-        scores, _ = memory.run(partial(Scan(query.take(chunk), table, memory).run, width))
-        found.append(table.rows[_best(scores, np.arange(len(chunk)), width, memory, largest=True)[1]])
-    return np.concatenate(found)
-
-
-def search_distances(
-    query: Query, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool, memory: DeviceMemory
-) -> tuple[Ranking, Ranking]:
-    """Both ends of the ranking by Euclidean distance, by a scan: the nearest rows, and the farthest."""
-    chunks = _chunks(np.arange(len(query)), max(1, MAX_SCORES // len(table)))
-    distances = [_Distances(query.take(chunk), table, memory) for chunk in chunks]
-    near, far = (
-        join([part.end(factors, k, largest=largest, rerank=rerank) for part in distances]) for largest in (True, False)
-    )
-    return near, far
-
-
-class _Distances:
-    """Squared distances, less ||f_q||^2, in float32: <[-2 f_q, 1], [f_n, ||f_n||^2]>, ``(q, n)``."""
-
-    def __init__(self, query: Query, table: ScanTable, memory: DeviceMemory) -> None:
-        x = query.terms[0].right
-        assert x is not None
-        self._query, self._memory, self._at_position = query, memory, table.rows
-        self._query_squares = (x.astype(np.float64) ** 2).sum(axis=1)
-        self._largest_square = max(float(block.feature_norms[0].max()) for block in table.blocks) ** 2
-        memory.begin()
-        with repeatable(memory.device):
-            self._values = memory.run(lambda: self._of_all(x.astype(np.float32), table))
-
-    def _of_all(self, queries: np.ndarray, table: ScanTable) -> torch.Tensor:
-        memory, start = self._memory, 0
-        vectors = memory.send(queries)
-        values = torch.empty((len(queries), len(table)), device=memory.device)
-        for block in table.blocks:
-            squares = memory.tensor(block.feature_norms[0]).double() ** 2
-            products = vectors @ memory.tensor(block.features[0]).T
-            values[:, start : start + len(squares)] = squares - 2 * products
-            start += len(squares)
-        return values
-
-    def end(self, factors: RowFactors, k: int, *, largest: bool, rerank: bool) -> Ranking:
-        """One end of the ranking; the score is minus the distance, so the ``largest`` are the nearest."""
-
-        def listed(indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-            values, positions = _best(self._values, indices, width, self._memory, largest=not largest)
-            return self._at_position[positions], values + self._query_squares[indices, None]
-
-        def candidates(indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-            rows, squares = listed(indices, width)
-            rounding = 2 * SCAN_TOLERANCE * (self._largest_square + self._query_squares[indices])
-            edge = squares[:, -1] - rounding if largest else squares[:, -1] + rounding
-            reach = np.sqrt(np.maximum(edge, 0.0))
-            return rows, -reach if largest else reach
-
-        if rerank:
-            return settle(self._query, factors, candidates, k, largest=largest, first_width=2 * k + 16)
-        rows, squares = listed(np.arange(len(self._query)), k)
-        rows, scores = rank(-np.sqrt(np.maximum(squares, 0.0)), rows, k, largest=largest)
-        return Ranking(rows, scores, False, np.zeros(len(self._query), np.int64))
 
 
 def search_full(query: Query, factors: RowFactors, k: int) -> tuple[Ranking, Ranking]:

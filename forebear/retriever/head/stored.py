@@ -12,7 +12,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.storage.scan_table import ScanBlock, ScanTable, norms_of
 from forebear.retriever.head.queries import make_query
 from forebear.retriever.head.scoring import Query
-from forebear.retriever.head.search import RowFactors, search_ann, search_distances, search_full, search_scan
+from forebear.retriever.head.search import RowFactors, search_ann, search_full, search_scan
 from forebear.retriever.head.vectors import VECTORS
 from forebear.retriever.question.batch import Batch
 from forebear.retriever.question.methods import Method, ann_name
@@ -57,12 +57,11 @@ def search_query(models: Models, method: Method, query: Query, top: int, *, exac
     table = None if exact == "full" else _scan_table(models, method, query)
     if table is None:
         return search_full(query, factors, top)
-    rerank, name = exact == "rerank", ann_name(method)
+    name = ann_name(index, method)
     if name is not None and memory.on_host:
-        return search_ann(query, index.ann(name), table, factors, top, rerank=rerank)
-    if method.metric == "euc":
-        return search_distances(query, table, factors, top, rerank=rerank, memory=memory)
-    return search_scan(query, table, factors, top, rerank=rerank, memory=memory)
+        return search_ann(query, index.ann(name), table, factors, top, rerank=exact == "rerank")
+    near, far = search_scan(query, table, factors, top, memory=memory)
+    return near, far
 
 
 def row_factors(index: Index, method: Method) -> RowFactors:
@@ -98,6 +97,6 @@ def _refitted(index: Index) -> ScanTable:
 
     def swap(block: ScanBlock) -> ScanBlock:
         r = refitted.take(block.rows).astype("float32")
-        return ScanBlock(block.rows, block.features, (r,), block.feature_norms, (norms_of(r).astype("float32"),))
+        return replace(block, residuals=(r,), residual_norms=(norms_of(r).astype("float32"),))
 
     return ScanTable(tuple(swap(b) for b in index.scan_table("head").blocks))

@@ -12,7 +12,7 @@ import numpy as np
 
 from forebear.indexer.index import Index
 from forebear.indexer.storage.arrow import RowMatrix
-from forebear.indexer.storage.scan_table import ScanBlock, ScanTable
+from forebear.indexer.storage.scan_table import ScanTable
 from forebear.retriever.question.batch import Batch
 
 
@@ -31,19 +31,17 @@ class StoredVector:
     scan_table: Callable[[Index], ScanTable] | None = None
 
 
-def _features_by_norm(index: Index) -> ScanTable:
-    """The head's scan table without its residuals."""
-    blocks = index.scan_table("head").blocks
-    return ScanTable(tuple(ScanBlock(b.rows, b.features, (), b.feature_norms, ()) for b in blocks))
-
-
 def _sentence_embeddings(batch: Batch) -> np.ndarray:
     assert batch.sentence is not None
     return batch.sentence
 
 
 VECTORS: dict[str, StoredVector] = {
-    "feature": StoredVector(lambda index: index.features(), lambda batch: batch.forward.features, _features_by_norm),
+    "feature": StoredVector(
+        lambda index: index.features(),
+        lambda batch: batch.forward.features,
+        lambda index: index.scan_table("head").without_residuals,
+    ),
     "sentence": StoredVector(
         lambda index: index.sentence(), _sentence_embeddings, lambda index: index.scan_table("sentence")
     ),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from forebear.errors import InputError
 from forebear.indexer.model.scope_names import EMBEDDING, scope_named
+
+if TYPE_CHECKING:
+    from forebear.indexer.index import Index
 
 Representation = Literal["feature", "sentence", "head", "words", "tfidf", "run"]
 Words = Literal["all", "topk", "common", "nocommon"]
@@ -289,8 +292,12 @@ def _layer_method(name: str) -> Method:
     )  # fmt: skip
 
 
-def ann_name(method: Method) -> str | None:
-    """The FAISS index that serves a method, if one does."""
-    if method.representation not in ("feature", "sentence") or method.metric == "dot":
+def ann_name(index: Index, method: Method) -> str | None:
+    """The FAISS index that serves a method, if one was asked for (``--ann``)."""
+    if (
+        index.manifest.spec.ann is None
+        or method.representation not in ("feature", "sentence")
+        or method.metric == "dot"
+    ):
         return None
     return f"{method.representation}-{method.metric}"

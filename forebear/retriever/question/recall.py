@@ -168,11 +168,11 @@ def _not_measured(question: Question, method: Method, name: str) -> list[str]:
 def stored_recall(question: Question, method: Method) -> Stated:
     """Recall where every row's vector is stored: 1 where all rows are compared, or what was measured for FAISS."""
     index, spec = question.index, question.spec
-    if spec.exact == "none":
-        return NOT_RERANKED
-    name = ann_name(method)
+    name = ann_name(index, method)
     if spec.exact == "full" or name is None:
         return PROVEN
+    if spec.exact == "none":
+        return NOT_RERANKED
     facts = index.manifest.derived[name]
     if facts["factory"] == "Flat":
         return PROVEN

@@ -166,7 +166,7 @@ def test_whole_search_structures_are_not_made_again_by_resume(index: Path) -> No
     rebuild_ann(index, None, resume=True, tell=told.append)
     assert hashes(index) == before
     assert len(told) == 1
-    damaged = next(index.glob("ann/*.faiss"))
+    damaged = next(index.glob("ann/*.arrow"))
     damaged.write_bytes(b"")
     rebuild_ann(index, None, resume=True, tell=told.append)
     assert len(told) == 1

@@ -6,12 +6,13 @@ exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from forebear.indexer.curvature.head import HeadCurvature
 from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
@@ -20,8 +21,10 @@ from forebear.indexer.storage import scan_table as derived
 from forebear.indexer.storage.ann import Vectors, build_ann, read_ann, write_ann
 from forebear.indexer.storage.arrow import RowMatrix
 from forebear.indexer.storage.scan_table import ScanTable, by_falling, read_scan_table, row_norms, write_scan_table
+from forebear.retriever.head import rounded
+from forebear.retriever.head.scan import Scan
 from forebear.retriever.head.scoring import Query, Term
-from forebear.retriever.head.search import RowFactors, Scan, search_ann, search_full, search_scan
+from forebear.retriever.head.search import RowFactors, search_ann, search_full, search_scan
 from forebear.retriever.question.methods import METHODS
 from forebear.retriever.ranking import Ranking
 
@@ -29,7 +32,6 @@ N, H, C, Q, K = 1500, 12, 3, 24, 7
 BLOCK_ROWS = 128
 SCANNED = ("nn-dot", "gd", "gc", "if", "rif", "tracin", "rep")
 NEIGHBOURS = ("nn-cos", "nn-euc")
-EXACT_NONE = 2e-5  # float32 scores of the scan, relative to the largest
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +204,7 @@ def brute_force(truth: np.ndarray, live: np.ndarray, k: int, sign: int) -> np.nd
     return np.array([sorted(live, key=lambda n: (-sign * scores[n], n))[:k] for scores in truth])
 
 
-def check(found: tuple[Ranking, Ranking], truth: np.ndarray, live: np.ndarray, k: int) -> None:
+def check(found: Sequence[Ranking], truth: np.ndarray, live: np.ndarray, k: int) -> None:
     for ranking, sign in zip(found, (1, -1), strict=True):
         np.testing.assert_array_equal(ranking.rows, brute_force(truth, live, k, sign))
         assert ranking.exact
@@ -212,7 +214,7 @@ def check(found: tuple[Ranking, Ranking], truth: np.ndarray, live: np.ndarray, k
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCANNED)
+@pytest.mark.parametrize("name", (*SCANNED, *NEIGHBOURS))
 @pytest.mark.parametrize("kind", SCENARIOS)
 def test_rerank_equals_full_equals_a_sort(kind: str, name: str, tmp_path: Path) -> None:
     rows = scenario(kind)
@@ -220,7 +222,7 @@ def test_rerank_equals_full_equals_a_sort(kind: str, name: str, tmp_path: Path) 
     factors = factors_of(rows, name)
     k = min(K, len(rows.live))
     check(search_full(query, factors, k), truth, rows.live, k)
-    check(search_scan(query, table_of(factors, tmp_path), factors, k, rerank=True), truth, rows.live, k)
+    check(search_scan(query, table_of(factors, tmp_path), factors, k), truth, rows.live, k)
 
 
 @pytest.mark.slow
@@ -232,20 +234,10 @@ def test_neighbours_by_flat_faiss_equal_full_equal_a_sort(kind: str, name: str, 
     factors = factors_of(rows, name)
     k = min(K, len(rows.live))
     metric = METHODS[name].metric
-    ann, facts = build_ann(Vectors(factors.features[0], rows.live, metric), metric, None, 0)
+    ann, facts = build_ann(Vectors(factors.features[0], rows.live, metric), metric, "Flat", 0)
     assert facts["factory"] == "Flat"
     check(search_full(query, factors, k), truth, rows.live, k)
     check(search_ann(query, ann, table_of(factors, tmp_path), factors, k, rerank=True), truth, rows.live, k)
-
-
-@pytest.mark.parametrize("name", SCANNED)
-def test_scores_without_rerank_are_those_of_the_method_in_float32(name: str, tmp_path: Path) -> None:
-    rows = scenario("random")
-    query, truth = query_and_truth(rows, name)
-    factors = factors_of(rows, name)
-    for ranking in search_scan(query, table_of(factors, tmp_path), factors, K, rerank=False):
-        wanted = np.take_along_axis(truth, ranking.rows, axis=1)
-        assert (np.abs(ranking.scores - wanted) <= EXACT_NONE * np.abs(truth).max(axis=1, keepdims=True)).all()
 
 
 @pytest.mark.parametrize("name", SCANNED)
@@ -254,9 +246,29 @@ def test_opponents_are_exactly_the_smallest_scores(name: str, tmp_path: Path) ->
     query, _ = query_and_truth(rows, name)
     factors = factors_of(rows, name)
     everything = factors.all_products(query)
-    _, opponents = search_scan(query, table_of(factors, tmp_path), factors, K, rerank=True)
+    _, opponents = search_scan(query, table_of(factors, tmp_path), factors, K)
     np.testing.assert_allclose(opponents.scores, np.sort(everything, axis=1)[:, :K], rtol=1e-12)
     assert (np.diff(opponents.scores, axis=1) >= 0).all()
+
+
+def test_a_table_that_was_asked_before_answers_the_same(tmp_path: Path) -> None:
+    """What a table keeps from one question, of other size, shape or kind, must not show in the next."""
+    rows = scenario("random")
+    for order in ((300, Q), (K, 1), (1, Q), (K, 5)), ((K, 1), (300, 3), (K, Q)):
+        tables: dict[str, ScanTable] = {}
+        for k, n_queries in order:
+            for name in ("gc", "gd", "rif", "gc"):
+                query, truth = query_and_truth(rows, name)
+                factors = factors_of(rows, name)
+                table = tables.setdefault("head", table_of(factors, tmp_path))
+                found = search_scan(query.take(np.arange(n_queries)), table, factors, k)
+                check(found, truth[:n_queries], rows.live, k)
+
+
+def visited(scan: Scan, k: int) -> int:
+    """Rows whose scores a scan computes."""
+    group = scan._group_rows(k)
+    return min(len(scan._visited(k, group)[0]), len(scan.table))
 
 
 @pytest.mark.parametrize("name", ["gd", "tracin", "nn-dot", "rep"])
@@ -265,12 +277,8 @@ def test_a_scan_over_heavy_tailed_norms_stops_early_and_misses_nothing(name: str
     query, truth = query_and_truth(rows, name)
     factors = factors_of(rows, name)
     table = table_of(factors, tmp_path)
-    scores, unvisited = Scan(query, table).run(K)
-    visited = scores.shape[1]
-    assert visited <= N // 2
-    left_out = table.rows[visited:]
-    assert (np.abs(truth[:, left_out]).max(axis=1) <= unvisited * Scan(query, table).scale * (1 + 1e-5)).all()
-    check(search_scan(query, table, factors, K, rerank=True), truth, rows.live, K)
+    assert visited(Scan(query, table), K) <= N // 2
+    check(search_scan(query, table, factors, K), truth, rows.live, K)
 
 
 def test_a_scan_over_equal_norms_visits_every_row(tmp_path: Path) -> None:
@@ -278,7 +286,69 @@ def test_a_scan_over_equal_norms_visits_every_row(tmp_path: Path) -> None:
     rows.features = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in rows.features]
     query, _ = query_and_truth(rows, "nn-dot")
     factors = factors_of(rows, "nn-dot")
-    assert Scan(query, table_of(factors, tmp_path)).run(K)[0].shape[1] == N
+    assert visited(Scan(query, table_of(factors, tmp_path)), K) == N
+
+
+def all_products(query: Query, factors: RowFactors) -> np.ndarray:
+    """Scores of all rows in the units in which a scan ranks: of distances 2 <q, f> - ||f||^2."""
+    scores = factors.all_products(query)
+    if query.method.metric != "euc":
+        return scores
+    assert query.terms[0].right is not None
+    return (query.terms[0].right ** 2).sum(axis=1)[:, None] - scores**2
+
+
+@pytest.mark.parametrize("name", (*SCANNED, *NEIGHBOURS))
+def test_every_score_of_a_scan_is_within_its_reach_and_lists_are_short(name: str, tmp_path: Path) -> None:
+    """Products in float64 of all rows; a reach that is too small by half is seen, lists would be long if too large."""
+    rng = np.random.default_rng(2)
+    n, h = 5003, 64
+    spread = 0.7 ** np.arange(h)  # a few directions hold nearly all of the length
+    rotation = np.linalg.qr(rng.normal(size=(h, h)))[0]
+    f = [(rng.normal(size=(n, h)) * spread + 2 * (np.arange(h) == 0)) @ rotation for _ in range(2)]
+    rows = Rows(f, [random_residuals(rng, n) for _ in range(2)], np.zeros((1, 1)), np.zeros((1, 1)))
+    x, a = f[-1][:Q] + 0.01 * rng.normal(size=(Q, h)), random_residuals(rng, Q)
+    rows.query_features, rows.query_residuals = x, a
+    rows.features = rows.features[-1:] * 2
+    query = plain_query(rows, name)
+    factors = factors_of(rows, name)
+    table = table_of(factors, tmp_path)
+    scan = Scan(query, table)
+    values, reach, *_ = scan._visited(K, scan._group_rows(K))
+    reaches = (reach @ scan._reach).numpy()
+    found, order = values.numpy(), table.rows[: len(values)]
+    wanted = all_products(query, factors)[:, order].T / scan.scale
+    assert (np.abs(found[: len(order)] - wanted) <= reaches[: len(order)]).all()
+    for positions in scan.contenders(K, n):
+        assert np.median([len(p) for p in positions if p is not None]) <= 4 * K
+
+
+def plain_query(rows: Rows, name: str) -> Query:
+    """Queries of a width that the truth above is not written out for."""
+    x, a, method = rows.query_features, rows.query_residuals, METHODS[name]
+    norms = np.linalg.norm(x, axis=1) * (1 if name.startswith("nn-") else np.linalg.norm(a, axis=1))
+    if name.startswith("nn-"):
+        return Query(method, (Term(1.0, x),), norms)
+    if name == "tracin":
+        return Query(method, (Term(0.3, x, a), Term(0.7, x, a)), norms)
+    if name == "rep":
+        return Query(method, (Term(1.0, x, a, offset=1.0),), norms)
+    if name in ("gd", "gc"):
+        return Query(method, (Term(1.0, x, a),), norms)
+    basis = helmert_basis()
+    reduced = np.einsum("mc,qc->qm", basis, a)
+    own = 0.5 + np.random.default_rng(0).random(len(rows.live))
+    return Query(method, (Term(1.0, None, matrix=reduced[:, :, None] * x[:, None], basis=basis),), norms, own)
+
+
+def test_integers_and_floats_give_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever a CPU is quicker at: sums of products of codes are exact in both."""
+    rng = np.random.default_rng(0)
+    codes, queries = (torch.from_numpy(rng.integers(-127, 128, shape, np.int8)) for shape in ((300, 96), (96, 10)))
+    wanted = codes.numpy().astype(np.int64) @ queries.numpy().astype(np.int64)
+    for integers in (True, False):
+        monkeypatch.setattr(rounded, "_multiplies_integers", lambda _width, integers=integers: integers)
+        np.testing.assert_array_equal(rounded._multiply(codes, queries).numpy(), wanted)
 
 
 @pytest.mark.parametrize("n_copies", [5, 41, 200])
@@ -297,7 +367,7 @@ def test_exact_duplicates_tie_at_full_width(n_copies: int, tmp_path: Path) -> No
     table = table_of(factors, tmp_path)
     for k in (7, 10):
         check(search_full(query, factors, k), by_kind[:, kinds], factors.live, k)
-        check(search_scan(query, table, factors, k, rerank=True), by_kind[:, kinds], factors.live, k)
+        check(search_scan(query, table, factors, k), by_kind[:, kinds], factors.live, k)
 
 
 def test_identical_rows_rank_by_number_wherever_a_matrix_product_puts_them(tmp_path: Path) -> None:
@@ -313,7 +383,7 @@ def test_identical_rows_rank_by_number_wherever_a_matrix_product_puts_them(tmp_p
             query = Query(METHODS["gd"], (Term(1.0, x, a),), np.ones(3))
             k = min(n, 40)
             found = [search_full(query, factors, k)]
-            found.append(search_scan(query, table_of(factors, tmp_path), factors, k, rerank=True))
+            found.append(search_scan(query, table_of(factors, tmp_path), factors, k))
             if any((ranking.rows != np.arange(k)).any() for pair in found for ranking in pair):
                 wrong.append((n, h))
     assert not wrong, f"ties in the wrong order at (rows, width) {wrong}"
@@ -329,7 +399,7 @@ def test_the_small_end_of_a_ranking_is_ordered_too(tmp_path: Path) -> None:
     query = Query(METHODS["gd"], (Term(1.0, np.ones((3, H)), np.tile([[0.5, -0.5]], (3, 1))),), np.ones(3))
     truth = np.tile(0.5 * f.astype(np.float64).sum(axis=1), (3, 1))
     check(search_full(query, factors, K), truth, factors.live, K)
-    check(search_scan(query, table_of(factors, tmp_path), factors, K, rerank=True), truth, factors.live, K)
+    check(search_scan(query, table_of(factors, tmp_path), factors, K), truth, factors.live, K)
 
 
 @pytest.mark.parametrize("name", ["if", "rif"])
@@ -357,14 +427,13 @@ def test_ill_conditioned_curvature_misses_nothing(name: str, damping: float, tmp
     factors = RowFactors((RowMatrix([f]),), (RowMatrix([r]),), np.arange(n))
     table = table_of(factors, tmp_path)
     scan = Scan(query, table)
-    scores = scan.run(K)[0].numpy()
-    exact = factors.scores(query, np.tile(table.rows[: scores.shape[1]], (Q, 1)))
-    if name == "if":
-        exact = exact / scan.scale[:, None]
-    assert (np.abs(scores - exact) <= scan.rounding[:, None]).all(), "the bound on rounding does not hold"
-    for end, sure in zip(
-        search_scan(query, table, factors, K, rerank=True), search_full(query, factors, K), strict=True
-    ):
+    values, reach, *_ = scan._visited(K, scan._group_rows(K))
+    n_visited = min(len(values), len(table))
+    exact = factors.scores(query, np.tile(table.rows[:n_visited], (Q, 1)))
+    exact = exact / scan.scale[:, None]
+    reaches = (reach @ scan._reach).numpy()[:n_visited]
+    assert (np.abs(values.numpy()[:n_visited] - exact.T) <= reaches).all(), "the bound on rounding does not hold"
+    for end, sure in zip(search_scan(query, table, factors, K), search_full(query, factors, K), strict=True):
         np.testing.assert_array_equal(end.rows, sure.rows)
 
 
@@ -393,10 +462,10 @@ def test_retired_rows_never_appear(tmp_path: Path) -> None:
         check(search_full(query, factors, K), truth, rows.live, K)
         if name in NEIGHBOURS:
             metric = METHODS[name].metric
-            ann, _ = build_ann(Vectors(factors.features[0], rows.live, metric), metric, None, 0)
+            ann, _ = build_ann(Vectors(factors.features[0], rows.live, metric), metric, "Flat", 0)
             check(search_ann(query, ann, table, factors, K, rerank=True), truth, rows.live, K)
         else:
-            check(search_scan(query, table, factors, K, rerank=True), truth, rows.live, K)
+            check(search_scan(query, table, factors, K), truth, rows.live, K)
 
 
 def table_of_live(factors: RowFactors, folder: Path) -> ScanTable:
