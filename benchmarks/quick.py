@@ -14,13 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ann
 import head_scan
 import numpy as np
 import torch
+from ann import by_scan
 from common import ROOT, by_turns, now, ratio
 from harness import Case
 from head_scan import SPEED_UPS
+from tiled_rows import clustered
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -31,12 +32,8 @@ from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.sketches.fitting import open_sketchers
 from forebear.indexer.sketches.sketch import sketch_rows
-from forebear.indexer.storage.ann import Vectors, build_ann, choose_factory, import_faiss
-from forebear.indexer.storage.arrow import RowMatrix
-from forebear.indexer.storage.scan_table import ScanBlock, ScanTable, norms_of
+from forebear.indexer.storage.ann import import_faiss, unit_rows
 from forebear.indexer.words.gradients import WordRows
-from forebear.retriever.head.scoring import Query, Term
-from forebear.retriever.head.search import RowFactors, search_ann
 from forebear.retriever.question.methods import METHODS
 
 disable_progress_bar()
@@ -47,8 +44,7 @@ N_QUERIES = 4
 WORD_ROWS, N_WORD_QUERIES = 1_400, 16  # of an index of words
 TOP = 10
 SCAN = (60_000, 384, 3)  # rows, features, classes
-ANN_ROWS = 60_000
-ANN_LIKE = 1_000_000  # the type of index is the one that so many rows get
+ANN_ROWS, ANN_BATCH = 60_000, 100
 
 
 @functools.cache
@@ -161,29 +157,17 @@ def scan(name: str) -> Case:
 
 
 def nearest() -> dict[str, Any]:
-    """``nn-cos`` by the index type of a million rows against FAISS' flat index of float32."""
-    vectors = ann.clustered(ANN_ROWS + ann.BATCH, 384)
+    """``nn-cos`` by the scan, both ends, against FAISS' flat index of float32, one end."""
+    vectors = unit_rows(clustered(ANN_ROWS + ANN_BATCH, 384))
     kept, asked = vectors[:ANN_ROWS], vectors[ANN_ROWS:]
-    matrix, live = RowMatrix(np.array_split(kept, 4)), np.arange(ANN_ROWS)
-    factory = choose_factory(ANN_LIKE, 384)
-    built, facts = build_ann(Vectors(matrix, live, "cos"), "cos", factory, 0)
-    factors = RowFactors((matrix,), (), live)
-    blocks = (ScanBlock(live, (b,), (), (norms_of(b).astype(np.float32),), ()) for _, b in matrix.blocks())
-    scanned = ScanTable(tuple(blocks))
-    wide = asked.astype(np.float64)
-    query = Query(METHODS["nn-cos"], (Term(1.0, wide),), np.linalg.norm(wide, axis=1))
+    search = by_scan(kept)[0]
     flat = import_faiss().IndexFlatIP(384)
     flat.add(kept)
-
-    def ours(n: int) -> np.ndarray:
-        return search_ann(query.take(np.arange(n)), built, scanned, factors, TOP, rerank=True)[0].rows
-
     truth = flat.search(asked, TOP)[1]
-    of_one = by_turns({"ours": lambda: ours(1), "flat": lambda: flat.search(asked[:1], TOP)}, 15, calls=10)
-    of_many = by_turns({"ours": lambda: ours(len(asked)), "flat": lambda: flat.search(asked, TOP)}, 5)
+    of_one = by_turns({"ours": lambda: search(asked[:1]), "flat": lambda: flat.search(asked[:1], TOP)}, 15, calls=10)
+    of_many = by_turns({"ours": lambda: search(asked), "flat": lambda: flat.search(asked, TOP)}, 5)
     return {
-        "rows": ANN_ROWS, "factory": factory, "widen": facts["widen"], "batch": len(asked),
-        "recall_at_10": _shared(ours(len(asked)), truth),
+        "rows": ANN_ROWS, "batch": len(asked), "recall_at_10": _shared(search(asked), truth),
         "speed_up_one_query": ratio(of_one["flat"], of_one["ours"]),
         "speed_up_batch": ratio(of_many["flat"], of_many["ours"]),
     }  # fmt: skip

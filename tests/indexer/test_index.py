@@ -60,6 +60,7 @@ def rows(start: int = 0, stop: int = 40, texts: list[str] = TEXTS) -> RowSource:
 def choices(tiny_model: Callable[..., str]) -> dict[str, Any]:
     """Two checkpoints and every kind of file."""
     options = BuildOptions(
+        ann="Flat",
         stores=("features", "sbert", "words"), words_tops=(0, 3), sentence_model=tiny_model("bert", 2, 9),
         dampings=("0.1x", "0.01"), rep_refit=True, shard_rows=8, batch_tokens=64,
     )  # fmt: skip
@@ -457,7 +458,7 @@ def test_search_structures_can_be_made_again_after_damage(whole: Path, pristine:
         path.unlink()
     with pytest.raises(CorruptIndexError):
         Index.open(whole)
-    rebuild_ann(whole, None)
+    rebuild_ann(whole, "Flat")
     assert answers(whole) == answers(pristine)
     index = rebuild_ann(whole, "SQ8")
     assert {f["factory"] for f in index.manifest.derived.values() if f["kind"] == "faiss"} == {"SQ8"}
