@@ -67,7 +67,6 @@ bench-record: install
 bench-full: install
 	$(BIN)/python benchmarks/run.py --full
 
-
 # Other libraries, in an environment of their own that also sees what .venv has; --no-deps: they name torchvision,
 # torchaudio and more that they do not import.
 PEERS := runs/bench/peers-venv
