@@ -52,7 +52,8 @@ def training_step(classifier: Classifier, texts: list[list[str]], labels: np.nda
     rows = encode(classifier, texts)
     for p in classifier.model.parameters():
         p.requires_grad_(True)
-    for batch in plan_batches([len(row["input_ids"]) for row in rows], BATCH_TOKENS):
+    lengths = [len(row["input_ids"]) for row in rows]
+    for batch in plan_batches(lengths, BATCH_TOKENS, equal_lengths=classifier.equal_lengths):
         with classifier.arithmetic():
             logits = classifier.model(
                 **pad_batch(classifier.tokenizer, [rows[i] for i in batch], classifier.device)

@@ -167,7 +167,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model) -> SimpleNamespa
     folder = tmp_path_factory.mktemp("wording")
     rows = write_jsonl(folder / "train.jsonl", text=sentences(20), label=labels(20))
     args = ["--model", tiny_model(), "--train", str(rows), "--out", str(folder / "I"), "--damping", "none", "-q"]
-    assert run(["index", *args]) == 0
+    assert run(["index", *args, "--ann", "Flat"]) == 0
     return SimpleNamespace(index=folder / "I", rows=rows, folder=folder, model=tiny_model())
 
 
@@ -242,8 +242,8 @@ def test_both_doors_name_what_the_caller_wrote(case: str, place: SimpleNamespace
 
 
 def test_notes_and_remarks_are_worded_too(place: SimpleNamespace) -> None:
-    question = Retriever(Index.open(place.index)).resolve(QuerySpec(methods=("gc",), exact="none"))
-    assert question_facts(question)["methods"]["gc"]["recall_note"] == 'recall not measured for exact="none"'
+    question = Retriever(Index.open(place.index)).resolve(QuerySpec(methods=("nn-cos",), exact="none"))
+    assert question_facts(question)["methods"]["nn-cos"]["recall_note"] == 'recall not measured for exact="none"'
     remark = choose_model(None, [place.model, place.model]).remark
     assert remark is not None and "by etas" in remark and "--" not in remark
     with at_command_line():
