@@ -66,8 +66,8 @@ FAULTS = {
         "send(np.concatenate([padded, padded]), device)[: len(padded)].unbind()", "forward", "bytes",
     ),
     "a table of the index stays on the host": (
-        "retriever.head.rounded", "memory.tensor(values) for values in", "torch.from_numpy(values.copy()) for values in",
-        "search", "in one operation",
+        "retriever.head.rounded", "memory.tensor(values) for values in",
+        "torch.from_numpy(values.copy()) for values in", "search", "in one operation",
     ),
     "signs are unpacked in another order on a device": (
         "indexer.sketches.estimates", "torch.arange(7, -1, -1, dtype=torch.uint8",
