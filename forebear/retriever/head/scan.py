@@ -36,6 +36,12 @@ _Bounds = tuple[torch.Tensor, torch.Tensor]  # what the best of each group is at
 Listed = list[np.ndarray | None]  # positions in a scan table, an array a query; None where they are too many
 
 
+def group_rows(table: ScanTable, k: int) -> int:
+    """Rows that are grouped; 1 where there are too few rows, or where groups would not end with a block."""
+    whole = all(len(block.rows) % GROUP_ROWS == 0 for block in table.blocks[:-1])
+    return GROUP_ROWS if whole and len(table) >= 16 * GROUP_ROWS * k else 1
+
+
 class Scan:
     """Scores of factored rows in scan order, for one batch of queries, each known to within its reach.
 
@@ -79,7 +85,7 @@ class Scan:
             return self._contenders(k, most, ends)
 
     def _contenders(self, k: int, most: int, ends: Sequence[bool]) -> list[Listed]:
-        group = self._group_rows(k)
+        group = group_rows(self.table, k)
         values, rows_reach, bounds, scores_memory = self._visited(k, group)
         # Both ends as one: the opponents are the proponents of the negative scores.
         signs = [1.0 if largest else -1.0 for largest in ends]
@@ -115,11 +121,6 @@ class Scan:
         return [
             _lists(numbers, range(i * n_queries, (i + 1) * n_queries), too_many, k, most) for i in range(len(signs))
         ]
-
-    def _group_rows(self, k: int) -> int:
-        """Rows that are grouped; 1 where there are too few rows, or where groups would not end with a block."""
-        whole = all(len(block.rows) % GROUP_ROWS == 0 for block in self.table.blocks[:-1])
-        return GROUP_ROWS if whole and len(self.table) >= 16 * GROUP_ROWS * k else 1
 
     def _visited(self, k: int, group: int) -> tuple[torch.Tensor, torch.Tensor, dict[bool, _Bounds], torch.Tensor]:
         """Scores ``(v, q)`` of the rows visited, their factors of reaches ``(v, x)``, and each group's bounds by end.

@@ -26,7 +26,7 @@ from forebear.indexer.model.device.kept_arrays import HOST, DeviceMemory
 from forebear.indexer.storage.ann import AnnIndex, unit_rows
 from forebear.indexer.storage.arrow import RowMatrix
 from forebear.indexer.storage.scan_table import ScanTable
-from forebear.retriever.head.scan import SCAN_TOLERANCE, Scan
+from forebear.retriever.head.scan import SCAN_TOLERANCE, Scan, group_rows
 from forebear.retriever.head.scoring import Query, exact_scores
 from forebear.retriever.ranking import Ranking, join, rank
 
@@ -35,6 +35,8 @@ _PRODUCT_ROUNDING = 1e-12  # of a float64 product, relative to the largest, with
 _LONG_LIST = 1024  # rows of one query that are narrowed down by products before they are scored pair by pair
 SPARE = 8  # candidates beyond k that are scored pair by pair
 MAX_SCORES = 1 << 26  # entries of a (queries, rows) block held at once
+_BOUNDED_SCORES = 1 << 23  # the same where each entry has bounds of its own, five times the bytes
+_LISTED = 1 << 22  # rows that an end's lists of a block of queries may hold together; queries beyond are scored in full
 _MAX_CANDIDATE_NUMBERS = 1 << 25  # entries of a (queries, candidates, width) block held at once
 
 
@@ -202,10 +204,11 @@ def search_scan(
         memory: Of the device that scans.
         ends: True for proponents, False for opponents.
     """
-    size = max(1, MAX_SCORES // len(table))
-    most = min(len(table), _MAX_CANDIDATE_NUMBERS // sum(m.width for m in factors.features))
+    size = max(1, (MAX_SCORES if group_rows(table, k) > 1 else _BOUNDED_SCORES) // len(table))
+    widest = min(len(table), _MAX_CANDIDATE_NUMBERS // sum(m.width for m in factors.features))
     found: list[list[Ranking]] = [[] for _ in ends]
     for chunk in _chunks(np.arange(len(query)), size):
+        most = min(widest, max(4 * k, _LISTED // len(chunk)))
         part = query.take(chunk)
         listed = memory.run(partial(Scan(part, table, memory).contenders, k, most, ends))
         for rankings, positions, largest in zip(found, listed, ends, strict=True):

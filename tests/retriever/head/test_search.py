@@ -21,8 +21,8 @@ from forebear.indexer.storage import scan_table as derived
 from forebear.indexer.storage.ann import Vectors, build_ann, read_ann, write_ann
 from forebear.indexer.storage.arrow import RowMatrix
 from forebear.indexer.storage.scan_table import ScanTable, by_falling, read_scan_table, row_norms, write_scan_table
-from forebear.retriever.head import rounded
-from forebear.retriever.head.scan import Scan
+from forebear.retriever.head import rounded, search
+from forebear.retriever.head.scan import Scan, group_rows
 from forebear.retriever.head.scoring import Query, Term
 from forebear.retriever.head.search import RowFactors, search_ann, search_full, search_scan
 from forebear.retriever.question.methods import METHODS
@@ -267,7 +267,7 @@ def test_a_table_that_was_asked_before_answers_the_same(tmp_path: Path) -> None:
 
 def visited(scan: Scan, k: int) -> int:
     """Rows whose scores a scan computes."""
-    group = scan._group_rows(k)
+    group = group_rows(scan.table, k)
     return min(len(scan._visited(k, group)[0]), len(scan.table))
 
 
@@ -314,7 +314,7 @@ def test_every_score_of_a_scan_is_within_its_reach_and_lists_are_short(name: str
     factors = factors_of(rows, name)
     table = table_of(factors, tmp_path)
     scan = Scan(query, table)
-    values, reach, *_ = scan._visited(K, scan._group_rows(K))
+    values, reach, *_ = scan._visited(K, group_rows(scan.table, K))
     reaches = (reach @ scan._reach).numpy()
     found, order = values.numpy(), table.rows[: len(values)]
     wanted = all_products(query, factors)[:, order].T / scan.scale
@@ -427,7 +427,7 @@ def test_ill_conditioned_curvature_misses_nothing(name: str, damping: float, tmp
     factors = RowFactors((RowMatrix([f]),), (RowMatrix([r]),), np.arange(n))
     table = table_of(factors, tmp_path)
     scan = Scan(query, table)
-    values, reach, *_ = scan._visited(K, scan._group_rows(K))
+    values, reach, *_ = scan._visited(K, group_rows(scan.table, K))
     n_visited = min(len(values), len(table))
     exact = factors.scores(query, np.tile(table.rows[:n_visited], (Q, 1)))
     exact = exact / scan.scale[:, None]
@@ -435,6 +435,31 @@ def test_ill_conditioned_curvature_misses_nothing(name: str, damping: float, tmp
     assert (np.abs(values.numpy()[:n_visited] - exact.T) <= reaches).all(), "the bound on rounding does not hold"
     for end, sure in zip(search_scan(query, table, factors, K), search_full(query, factors, K), strict=True):
         np.testing.assert_array_equal(end.rows, sure.rows)
+
+
+def test_lists_of_a_block_of_queries_hold_no_more_than_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows that rounding cannot tell apart all would be listed, for every query: these are scored in full."""
+    rng = np.random.default_rng(3)
+    centre, held = rng.normal(size=H), 64 * K
+    f = (centre + 1e-7 * rng.normal(size=(N, H))).astype(np.float32)
+    right = centre + 1e-7 * rng.normal(size=(Q, H))
+    query = Query(METHODS["nn-cos"], (Term(1.0, right),), np.linalg.norm(right, axis=1))
+    factors = RowFactors((RowMatrix([f]),), (), np.arange(N))
+    table = table_of(factors, tmp_path)
+    assert min(len(one) for one in Scan(query, table).contenders(K, N, (True,))[0] if one is not None) > N / 2
+    monkeypatch.setattr(search, "_LISTED", held)
+    listed: list[int] = []
+
+    class Counted(Scan):
+        def contenders(self, k: int, most: int, ends: Sequence[bool] = (True, False)) -> list[list[np.ndarray | None]]:
+            found = super().contenders(k, most, ends)
+            listed.extend(sum(len(one) for one in end if one is not None) for end in found)
+            return found
+
+    monkeypatch.setattr(search, "Scan", Counted)
+    for end, sure in zip(search_scan(query, table, factors, K), search_full(query, factors, K), strict=True):
+        np.testing.assert_array_equal(end.rows, sure.rows)
+    assert listed and max(listed) <= max(held, 4 * K * Q)
 
 
 def test_short_queries_far_from_long_rows_find_their_nearest(tmp_path: Path) -> None:
