@@ -5,7 +5,7 @@ Three searches:
 * the *scan*: every row's score by vectors of 8 bits, each within a known reach of the exact one; on a CPU, for dot
   products, it visits rows by falling norm and stops as soon as Cauchy-Schwarz shows that no later row can enter either
   end of the ranking. Its lists are complete: they are scored in float64, and no other row can be better;
-* the *direction index*, for cosines and distances of an index that was built with ``--ann``, on a CPU: FAISS over unit
+* *FAISS*, for cosines and distances of an index that was built with ``--ann``, on a CPU: FAISS over unit
   vectors (cosine) or vectors (Euclidean), opponents of v being the proponents of -v. A candidate list is accepted when
   its k-th exact score clears the best approximate score of a row left out by more than float32's rounding; otherwise it
   is made longer. Quantised FAISS indexes carry no such guarantee, only their calibrated recall;
@@ -248,7 +248,7 @@ def _rank_listed(
 def search_ann(
     query: Query, ann: AnnIndex, table: ScanTable, factors: RowFactors, k: int, *, rerank: bool
 ) -> tuple[Ranking, Ranking]:
-    """Both ends of the ranking by the direction index; farthest rows (Euclidean opponents) by the scan.
+    """Both ends of the ranking by FAISS; farthest rows (Euclidean opponents) by the scan.
 
     ``table`` is the scan table of the same representation.
     """
