@@ -146,8 +146,8 @@ def write_scan_table(path: Path, order: np.ndarray, features: list[RowMatrix], r
 
     def batch(rows: np.ndarray) -> pa.RecordBatch:
         # In a block rows stand by what rounding took of them: those that a search looks at together are alike.
-        lost = round_vectors(features[-1].take(rows), bases[-1])
-        rows = rows[np.argsort(ratio(lost.errors, norms_of(features[-1].take(rows))), kind="stable")]
+        last = features[-1].take(rows)
+        rows = rows[np.argsort(ratio(round_vectors(last, bases[-1]).errors, norms_of(last)), kind="stable")]
         columns: dict[str, np.ndarray] = {"row": rows}
         for i, (matrix, basis) in enumerate(zip(features, bases, strict=True)):
             values = matrix.take(rows)

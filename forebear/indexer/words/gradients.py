@@ -21,7 +21,7 @@ from forebear.indexer.model.device.copies import picks
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.model.scopes import embedding_scope
-from forebear.indexer.storage.ragged import offsets, stretches
+from forebear.indexer.storage.ragged import offsets, owners, stretches
 from forebear.ratio import ratio
 
 PRECISIONS = ("fp16", "int8", "fp32")
@@ -84,7 +84,7 @@ class WordRows:
     @property
     def rows(self) -> np.ndarray:
         """Row of each word, ``(m,)`` int64, from 0."""
-        return np.repeat(np.arange(len(self)), np.diff(self.starts))
+        return owners(self.starts)
 
     def only(self, keep: np.ndarray) -> WordRows:
         """All rows with only the words that the mask ``keep`` ``(m,)`` selects; needs ``vectors``."""

@@ -153,7 +153,7 @@ class WordStore:
 
     def squares(self, allowed: np.ndarray) -> np.ndarray:
         """Sum of ||dL/dE_w||^2 over a row's allowed tokens (a mask by token id), ``(n,)`` float64."""
-        rows = np.repeat(np.arange(self.n_rows), np.diff(self.row_starts))
+        rows = owners(self.row_starts)
         squares = self.norms[self.entry_places].astype(np.float64) ** 2
         return np.bincount(rows, np.where(allowed[self.entry_tokens], squares, 0.0), minlength=self.n_rows)
 
@@ -204,8 +204,8 @@ def _postings_of(store: WordStore, rows: np.ndarray) -> Postings:
     starts, entries = store.entries(stored_rows)
     tokens, places = store.entry_tokens[entries], store.entry_places[entries]
     errors = store.errors[np.searchsorted(store.tokens, tokens)]
-    owners = np.repeat(stored_rows, np.diff(starts)).astype(np.int32)
-    return Postings(owners, tokens, store.codes[places], store.scales[places], store.norms[places], errors)
+    row_of_word = np.repeat(stored_rows, np.diff(starts)).astype(np.int32)
+    return Postings(row_of_word, tokens, store.codes[places], store.scales[places], store.norms[places], errors)
 
 
 def merge_shards(

@@ -64,8 +64,8 @@ class QuerySpec:
         top: Rows at each end of the ranking.
         target: Whose loss is explained: ``predicted``, ``gold``, or a label's name (also ``label:NAME``); of several
             labels a row, ``label:NAME`` is the loss of this label alone. See docs/methods.md, "Several labels a row".
-        exact: ``none`` (scores of the search itself), ``rerank`` (candidates scored exactly, the default) or
-            ``full`` (every row scored exactly).
+        exact: ``none`` (scores of the search itself, which are exact at the head but for FAISS), ``rerank`` (candidates
+            scored exactly, the default) or ``full`` (every row scored exactly).
         scope: Parameters whose gradients are compared: ``head``, or a sketched scope of the index. Methods that do not
             compare gradients are the same at every scope.
         recall: Share of the exact top 10 that the candidates of a deeper scope should hold, in expectation; their

@@ -72,9 +72,8 @@ class Shared:
 
     def scores(self, n_pairs: int) -> np.ndarray:
         """Sums over the words of each pair, ``(n_pairs,)`` float64; 0 for a pair that shares none."""
-        return np.bincount(self.pairs, self.values, minlength=n_pairs).astype(
-            np.float64
-        )  # bincount of nothing gives integers
+        sums = np.bincount(self.pairs, self.values, minlength=n_pairs)
+        return sums.astype(np.float64)  # of nothing they are integers
 
     def of(self, pairs: np.ndarray) -> Shared:
         """Contributions to some pairs, renumbered from 0, largest in absolute value first; ties by token id."""
