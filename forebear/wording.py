@@ -142,6 +142,7 @@ KEYWORDS = {
     "--warmup-ratio": Keyword("warmup_ratio", "TrainOptions", "number"),
     "--weight-decay": Keyword("weight_decay", "TrainOptions", "number"),
     "--white-bits": Keyword("white_bits", "BuildOptions", "number"),
+    "--whitening": Keyword("whitening", "BuildOptions"),
     "--wordnet": Keyword("folder", "WordNet"),
     "--words-precision": Keyword("words_precision", "BuildOptions"),
     "--words-top": Keyword("words_tops", "BuildOptions", "numbers"),

@@ -188,7 +188,7 @@ class Index(StoredRows):
     def gradients(
         self, scope: str, checkpoint: int = -1, damping: int | None = None, *, spans: bool = False
     ) -> GradientStore:
-        """Sketches and exact norms of every row over a sketched scope.
+        """Sketches and norms of every row over a sketched scope.
 
         Args:
             scope: Name of a scope beyond the head.
@@ -231,16 +231,22 @@ class Index(StoredRows):
                 return np.concatenate([column(batch, name) for batch in shards])
 
             (reduction,) = self.checked(self.manifest.fitted_name(f"{kind}/{MAP_NAME}"))
-            coded = "code" in shards[0].schema.names
+            names = shards[0].schema.names
+
+            def matrix(name: str) -> RowMatrix | None:
+                return RowMatrix([column(batch, name) for batch in shards]) if name in names else None
+
+            coded = "code" in names
             self._cache[key] = GradientStore(
                 sketches=RowMatrix([column(batch, "sketch") for batch in shards]),
-                codes=RowMatrix([column(batch, "code") for batch in shards]) if coded else None,
+                codes=matrix("code"),
                 code_factors=whole("code_factor") if coded else np.zeros_like(whole("share")),
                 shares=whole("share"),
                 lengths=whole("length"),
                 norms=whole("norm"),
                 residual_lengths=whole("residual_length"),
                 reduction=read_reduction(reduction),
+                norm_bounds=matrix("norm_bounds"),
             )
         store: GradientStore = self._cache[key]
         return store

@@ -146,6 +146,7 @@ def index_facts(index: Any) -> dict[str, Any]:
             "width": spec.sketch_dim or None,
             "bits": spec.sketch_bits,
             "white_bits": spec.white_bits,
+            "whitening": spec.whitening,
             "basis": spec.sketch_basis,
             "seed": spec.seed,
         },

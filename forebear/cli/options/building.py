@@ -123,6 +123,14 @@ class GradientChoices(Options, panel="Gradients and curvature"):
     white_bits: Annotated[
         int, typer.Option("--white-bits", help="The same for the whitened sketches, those of if and rif.")
     ] = 5888
+    whitening: Annotated[
+        str,
+        typer.Option(
+            "--whitening",
+            help="Of the sketches of if and rif: leading, by the curvature's leading directions where the damping is "
+            "above most eigenvalues; or whole, three times as slow, with the exact self-influence of every row.",
+        ),
+    ] = "leading"
     sketch_basis: Annotated[
         str, typer.Option("--sketch-basis", help="What the coordinates are of: mixed, principal or random.")
     ] = "mixed"

@@ -27,14 +27,22 @@ from forebear.evaluation.reports.report import Cell, Figure, Group, Report, Tabl
 from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource
+from forebear.indexer.sketches.estimates import GradientStore
 from forebear.retriever.answers.coverage import CLASS_BLOCKS
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
+from forebear.wording import worded
 
 LOSS, NEIGHBOURS = "loss", "neighbours"  # the baselines' names
 SHOWN_ROWS = 10
 _BLOCK_ROWS = 1024
 _RESAMPLES = 200
+_LEADING = "leading directions"  # of the curvature, from which self-influence is estimated
+_NOTES = {
+    CLASS_BLOCKS: "an approximation, by class blocks: the head has too many classes for one matrix H, so that the "
+    "blocks of H between two classes are left out.",
+    _LEADING: "estimated from the curvature's leading directions; an index of --whitening whole has it exactly.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +88,7 @@ def self_influence(question: Question) -> dict[str, np.ndarray]:
             elif scope == "head" and question.curvature.by_class_blocks:
                 influences[method.name] = index.head.blockwise_self_influence(question.curvature.absolute(index, scope))
             elif solver == "ekfac":
-                number, _ = index.ekfac_damping(scope, question.curvature.damping)
-                influences[method.name] = index.gradients(scope, damping=number).norms.astype(np.float64) ** 2
+                influences[method.name] = _stored(question, scope).norms.astype(np.float64) ** 2
             else:
                 raise InputError(f"{method.name}: its self-influence is stored for --curvature exact or ekfac alone.")
             continue
@@ -97,22 +104,35 @@ def self_influence(question: Question) -> dict[str, np.ndarray]:
 
 
 def approximations(question: Question) -> dict[str, str]:
-    """Methods of a question whose self-influence is approximate, and how: heads of many classes have no other."""
-    by_blocks = question.curvature.by_class_blocks
-    return {
-        method.name: CLASS_BLOCKS
-        for method in question.methods
-        if by_blocks and method.query == "preconditioned" and question.scope_of(method) == "head"
-    }
+    """Methods of a question whose self-influence is approximate, and how.
+
+    Heads of many classes have no other; and an index may hold estimates between bounds.
+    """
+    found = {}
+    for method in question.methods:
+        if method.query != "preconditioned":
+            continue
+        scope = question.scope_of(method)
+        if scope == "head":
+            if question.curvature.by_class_blocks:
+                found[method.name] = CLASS_BLOCKS
+        elif question.curvature.at(scope) == "ekfac" and _stored(question, scope).norm_bounds is not None:
+            found[method.name] = _LEADING
+    return found
+
+
+def _stored(question: Question, scope: str) -> GradientStore:
+    """The store whose norms are the square roots of the rows' self-influence by ``if``."""
+    number, _ = question.index.ekfac_damping(scope, question.curvature.damping)
+    return question.index.gradients(scope, damping=number)
 
 
 def note_on(approximate: Mapping[str, str]) -> str:
     """A sentence for a report, on what :func:`approximations` found; empty without any."""
-    if not approximate:
-        return ""
-    return (
-        f"Self-influence by {', '.join(approximate)} is an approximation, by class blocks: the head has too many "
-        "classes for one matrix H, so that the blocks of H between two classes are left out."
+    return " ".join(
+        f"Self-influence by {', '.join(name for name in approximate if approximate[name] == how)} is {worded(what)}"
+        for how, what in _NOTES.items()
+        if how in approximate.values()
     )
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.indexer.building.calibration.calibrate import (
-    SAMPLE_ROWS,
     calibrate_scope,
     calibrate_spans,
+    n_sampled,
     queries_at_once,
 )
 from forebear.indexer.curvature.damping import Eigenvalues, absolute_damping
@@ -118,11 +118,11 @@ def calibration_by(
         by_spans = "spans" in index.manifest.spec.stores
         for name in index.manifest.spec.sketched_scopes:
             scope = index.scope(classifier, name)
-            n_sampled = min(SAMPLE_ROWS, index.manifest.n_live)
+            n_rows = n_sampled(index.manifest.n_live)
             if by_spans:
-                n_sampled += 2 * min(SAMPLE_ROWS, len(index.live_spans))
+                n_rows += 2 * n_sampled(len(index.live_spans))
             groups = -(-n_queries // queries_at_once(index.manifest.spec, scope))
-            on_rows = counted(progress, f"calibration {name}", n_sampled * groups)
+            on_rows = counted(progress, f"calibration {name}", n_rows * groups)
             calibration[name] = calibrate_scope(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)
             if by_spans:
                 span_methods = calibrate_spans(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)

@@ -81,6 +81,7 @@ class BuildOptions(Choices):
                 raise InputError(f"{name} {bits}: expected a multiple of 8, at most 65536, or 0 for no code.")
         for name, value, known in (
             ("--sketch-basis", self.sketch_basis, BASES),
+            ("--whitening", self.whitening, ("leading", "whole")),
             ("--curvature", self.curvature, ("ekfac", "none")),
             ("--words-precision", self.words_precision, PRECISIONS),
         ):

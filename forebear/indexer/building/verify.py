@@ -175,6 +175,8 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
             for kind, recomputed in zip(kinds, sketches, strict=True):
                 store = index.gradient_store(kind)
                 compare(store.norms[rows], recomputed.norms)
+                if store.norm_bounds is not None and recomputed.norm_bounds is not None:
+                    compare(store.norm_bounds.take(rows), recomputed.norm_bounds)
                 compare(store.lengths[rows], recomputed.lengths)
                 compare(store.coordinates(rows), recomputed.coordinates, rounding=FLOAT16_ROUNDING)
         else:

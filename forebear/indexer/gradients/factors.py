@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 import torch
 from torch import nn
@@ -102,6 +103,22 @@ def _filled(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     """Rows ``(1, t, ...)`` as one tensor; ids and pieces are filled up with -1, numbers with 0."""
     fill = 0.0 if rows[0].is_floating_point() else -1
     return nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True, padding_value=fill)
+
+
+Made = TypeVar("Made")
+
+
+class OfLastFactors(Generic[Made]):
+    """What was made of the factors that were shown last, for the next projector that is shown them."""
+
+    def __init__(self) -> None:
+        self._made: tuple[weakref.ref[LayerFactors], Made] | None = None
+
+    def get(self, factors: LayerFactors, make: Callable[[], Made]) -> Made:
+        """What ``make`` makes of ``factors``."""
+        if self._made is None or self._made[0]() is not factors:
+            self._made = weakref.ref(factors), make()
+        return self._made[1]
 
 
 OnLayer = Callable[[str, LayerFactors], None]

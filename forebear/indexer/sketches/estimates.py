@@ -11,6 +11,7 @@ import torch
 from forebear.indexer.model.device.copies import as_tensor
 from forebear.indexer.sketches.sketch import Reduction, SketchRows
 from forebear.indexer.storage.arrow import RowMatrix
+from forebear.ratio import ratio
 
 CODE_ROWS = 4096  # rows whose codes are unpacked at once
 _SIGNS_OF_BYTES = as_tensor(2 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32) - 1)
@@ -26,9 +27,11 @@ class GradientStore:
         code_factors: f, ``(n,)`` float32.
         shares: Length of the coordinates of the raw sketch scaled to length 1, ``(n,)`` float32.
         lengths: Lengths of the raw sketches, ``(n,)`` float32.
-        norms: Exact norm of the (whitened) gradient, ``(n,)`` float32.
-        residual_lengths: Length of the part of that gradient that the coordinates do not hold, ``(n,)`` float32.
+        norms: Norm of the (whitened) gradient, ``(n,)`` float32.
+        residual_lengths: Length of the part of that gradient that the coordinates do not hold, at most, ``(n,)``
+            float32.
         reduction: The map that made coordinates and codes.
+        norm_bounds: The least and the most that the norms can be, ``(n, 2)`` float32; None where they are exact.
     """
 
     sketches: RowMatrix
@@ -39,6 +42,15 @@ class GradientStore:
     norms: np.ndarray
     residual_lengths: np.ndarray
     reduction: Reduction
+    norm_bounds: RowMatrix | None = None
+
+    def norms_within(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Norms of rows, and the least and the most that they can be, ``(n,)`` float64 each."""
+        norms = self.norms[rows].astype(np.float64)
+        if self.norm_bounds is None:
+            return norms, norms, norms
+        bounds = self.norm_bounds.take(rows).astype(np.float64)
+        return norms, bounds[:, 0], bounds[:, 1]
 
     def coordinates(self, rows: np.ndarray) -> np.ndarray:
         """x of the given rows, ``(..., d)`` float32."""
@@ -77,6 +89,27 @@ class Part:
             block = as_tensor(store.codes.take(rows[start : start + CODE_ROWS]))
             out[:, start : start + len(block)] = code_products(c, block, store.reduction.bits).numpy()
         return np.asarray(out * store.code_factors[rows])
+
+
+def may_be_best(products: np.ndarray, asked: np.ndarray, least: np.ndarray, most: np.ndarray, k: int) -> np.ndarray:
+    """Which rows can be among the ``k`` largest or smallest cosines of some test row, ``(n,)`` bool.
+
+    Args:
+        products: What is divided by the rows' lengths, ``(q, n)``.
+        asked: Which rows each test row is compared with, ``(q, n)`` bool.
+        least: The least that each row's length can be, ``(n,)``.
+        most: The most.
+        k: From 1 up.
+    """
+    open_rows = np.zeros(len(least), bool)
+    near, far = (ratio(1.0, lengths, otherwise=np.finfo(float).max) for lengths in (most, least))
+    for sign in (1.0, -1.0):  # both ends
+        for product, mine in zip(sign * products, asked, strict=True):
+            lower, upper = (np.where(mine, product * bound, -np.inf) for bound in (near, far))
+            lower, upper = np.minimum(lower, upper), np.maximum(lower, upper)
+            edge = np.partition(lower, -k)[-k] if k < len(lower) else -np.inf
+            open_rows |= mine & (upper >= edge)
+    return open_rows
 
 
 def code_products(queries: torch.Tensor, codes: torch.Tensor, bits: int) -> torch.Tensor:

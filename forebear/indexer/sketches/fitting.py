@@ -13,6 +13,7 @@ from forebear.indexer.curvature.ekfac import Ekfac, KroneckerFactors, fit_ekfac,
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.scopes import scope_of
+from forebear.indexer.sketches.leading import WIDEST, LeadingEnergies, LeadingProjector, bounds_width
 from forebear.indexer.sketches.projector import (
     Projector,
     WhiteProjector,
@@ -20,7 +21,14 @@ from forebear.indexer.sketches.projector import (
     read_plain_projector,
     write_bases,
 )
-from forebear.indexer.sketches.sketch import RawSketches, Sketcher, fit_reduction, read_reduction, write_reduction
+from forebear.indexer.sketches.sketch import (
+    RawSketches,
+    Sketcher,
+    fit_reduction,
+    read_reduction,
+    scaled,
+    write_reduction,
+)
 from forebear.indexer.storage.layout import BASES_NAME, MAP_NAME, curvature_name, gradient_folder
 from forebear.indexer.storage.manifest import IndexSpec
 
@@ -54,31 +62,57 @@ def open_sketchers(
     folder: Path, classifier: Classifier, spec: IndexSpec, scope: str, checkpoint: str, *, last: bool
 ) -> dict[str, Sketcher]:
     """Sketchers of a scope whose files are written, by the folder of their shards."""
-    return {
-        kind: open_sketcher(folder, classifier, spec, scope, checkpoint, number)
-        for number, kind in sketch_folders(spec, scope, checkpoint, last=last).items()
-    }
+    kinds = sketch_folders(spec, scope, checkpoint, last=last)
+    projectors = _open_projectors(folder, classifier, spec, scope, checkpoint, list(kinds))
+    return {kinds[n]: Sketcher(p, read_reduction(folder / kinds[n] / MAP_NAME)) for n, p in projectors.items()}
 
 
 def open_sketcher(
     folder: Path, classifier: Classifier, spec: IndexSpec, scope: str, checkpoint: str, damping: int | None = None
 ) -> Sketcher:
     """The sketcher of gradients at a checkpoint, or, with a damping's number, of gradients whitened with it."""
-    kind = gradient_folder(scope, checkpoint, damping)
-    projector = _open_projector(folder, classifier, spec, scope, checkpoint, damping)
-    return Sketcher(projector, read_reduction(folder / kind / MAP_NAME))
+    projector = _open_projectors(folder, classifier, spec, scope, checkpoint, [damping])[damping]
+    return Sketcher(projector, read_reduction(folder / gradient_folder(scope, checkpoint, damping) / MAP_NAME))
 
 
-def _open_projector(
-    folder: Path, classifier: Classifier, spec: IndexSpec, scope: str, checkpoint: str, damping: int | None
-) -> Projector:
-    """The map to raw sketches of gradients, or of whitened gradients, from its written file."""
+def _open_projectors(
+    folder: Path,
+    classifier: Classifier,
+    spec: IndexSpec,
+    scope: str,
+    checkpoint: str,
+    numbers: Sequence[int | None],
+) -> dict[int | None, Projector]:
+    """The maps to raw sketches, from written files: None of gradients, numbers of dampings of whitened ones.
+
+    They share what they make of a layer in a pass, if all are shown the same factors.
+    """
     dtype, device = classifier.head.weight.dtype, classifier.device
-    if damping is None:
-        bases = folder / gradient_folder(scope, checkpoint) / BASES_NAME
-        return read_plain_projector(bases, scope, device, dtype)
+    bases = folder / gradient_folder(scope, checkpoint) / BASES_NAME
+    plain = read_plain_projector(bases, scope, device, dtype)
+    if list(numbers) == [None]:
+        return {None: plain}
     ekfac = read_ekfac(folder / curvature_name(scope)).to(device, dtype)
-    return WhiteProjector(scope, ekfac, absolute_damping(spec.dampings[damping], ekfac), spec.seed)
+    energies = LeadingEnergies(plain, ekfac)
+
+    def projector(number: int | None) -> Projector:
+        if number is None:
+            return plain
+        damping = absolute_damping(spec.dampings[number], ekfac)
+        if whitens_leading(spec, ekfac, damping):
+            return LeadingProjector(energies, damping)
+        return WhiteProjector(scope, ekfac, damping, spec.seed)
+
+    return {number: projector(number) for number in numbers}
+
+
+def whitens_leading(spec: IndexSpec, ekfac: Ekfac, damping: float) -> bool:
+    """Whether leading directions alone are whitened one by one, because the damping is above most eigenvalues.
+
+    Only a mixed basis has leading directions, and random ones for what is left of the gradients.
+    """
+    asked = spec.whitening == "leading" and spec.sketch_basis == "mixed"
+    return asked and bounds_width(ekfac, damping) <= WIDEST
 
 
 def check_dampings(ekfac: Ekfac, classifier: Classifier, spec: IndexSpec, scope: str) -> None:
@@ -140,7 +174,7 @@ def _fit_scope(
         return
     rows = sample()
     scope = scope_of(classifier, name, with_bias=spec.with_bias)
-    factors: KroneckerFactors | None = None
+    factors: KroneckerFactors | Ekfac | None = None
 
     def fitted_factors(texts: Sequence[Sequence[str]]) -> KroneckerFactors:
         return fit_factors(
@@ -148,20 +182,22 @@ def _fit_scope(
             targets=rows.labels[: len(texts[0])], on_rows=stage(f"directions {name} {checkpoint}", len(texts[0])),
         )  # fmt: skip
 
-    if last and spec.whitened and not (folder / curvature_name(name)).is_file():
-        factors = fitted_factors(rows.texts)
-        ekfac = fit_ekfac(
-            classifier, scope, rows.texts, seed=spec.seed, batch_tokens=spec.batch_tokens, targets=rows.labels,
-            factors=factors, on_rows=stage(f"curvature {name}", len(rows.labels)),
-        )  # fmt: skip
-        write_ekfac(folder / curvature_name(name), ekfac)
     if last and spec.whitened:
-        check_dampings(read_ekfac(folder / curvature_name(name)), classifier, spec, name)
+        if not (folder / curvature_name(name)).is_file():
+            ekfac = fit_ekfac(
+                classifier, scope, rows.texts, seed=spec.seed, batch_tokens=spec.batch_tokens, targets=rows.labels,
+                factors=fitted_factors(rows.texts), on_rows=stage(f"curvature {name}", len(rows.labels)),
+            )  # fmt: skip
+            write_ekfac(folder / curvature_name(name), ekfac)
+        factors = read_ekfac(folder / curvature_name(name))
+        check_dampings(factors, classifier, spec, name)
     bases_file = folder / gradient_folder(name, checkpoint) / BASES_NAME
     if not bases_file.is_file():
         if factors is None and spec.sketch_basis != "random":  # the same rows as without an interruption
-            factors = fitted_factors(rows.texts if last and spec.whitened else rows.first(BASIS_ROWS))
-        write_bases(bases_file, scope, draw_bases(classifier, scope, factors, spec.seed, spec.sketch_basis))
+            factors = fitted_factors(rows.first(BASIS_ROWS))
+        write_bases(
+            bases_file, scope, draw_bases(classifier, scope, factors, spec.seed, spec.sketch_basis), spec.sketch_basis
+        )
     _fit_reductions(folder, classifier, spec, name, checkpoint, rows, stage, last=last)
 
 
@@ -177,21 +213,24 @@ def _fit_reductions(
     last: bool,
 ) -> None:
     """Fit the second reduction of every representation of a scope, one pass for all of them."""
-    projectors = {
-        kind: _open_projector(folder, classifier, spec, name, checkpoint, number)
-        for number, kind in sketch_folders(spec, name, checkpoint, last=last).items()
-    }
+    kinds = sketch_folders(spec, name, checkpoint, last=last)
+    projectors = _open_projectors(folder, classifier, spec, name, checkpoint, list(kinds))
     n_rows = len(rows.labels)
-    collectors = {kind: RawSketches(p, n_rows, classifier.device) for kind, p in projectors.items()}
+    of_plain = [n for n, p in projectors.items() if isinstance(p, LeadingProjector)]
+    collectors = {n: RawSketches(p, n_rows, classifier.device) for n, p in projectors.items() if n not in of_plain}
     run_pass(
         classifier, rows.texts, labels_seed(classifier.loss, rows.labels), list(collectors.values()),
         batch_tokens=spec.batch_tokens, on_rows=stage(f"reduction {name} {checkpoint}", n_rows),
     )  # fmt: skip
-    for kind, projector in projectors.items():
-        bits = spec.white_bits if isinstance(projector, WhiteProjector) else spec.sketch_bits
-        raw = collectors.pop(kind).out
+    for number in sorted(projectors, key=lambda n: (n is None, n in of_plain)):  # the plain ones serve to the end
+        projector = projectors[number]
+        if isinstance(projector, LeadingProjector):
+            raw = scaled(collectors[None].out, projector.weights)
+        else:
+            raw = collectors[number].out if number is None else collectors.pop(number).out
+        bits = spec.sketch_bits if number is None else spec.white_bits
         reduction = fit_reduction(raw, projector, width=spec.sketch_dim, bits=bits, seed=spec.seed)
-        write_reduction(folder / kind / MAP_NAME, reduction)
+        write_reduction(folder / kinds[number] / MAP_NAME, reduction)
 
 
 def gradient_files(spec: IndexSpec, scope: str, checkpoint: str, *, last: bool) -> tuple[str, ...]:

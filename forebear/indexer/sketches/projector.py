@@ -7,21 +7,23 @@ scale a small layer (the head) would count many times over: measured on SST-2 wi
 10 of ``gd`` falls from .97 to .50.
 
 A whitened sketch is that of H^-1/2 G: the gradient is turned into the curvature's eigenbasis, divided by
-sqrt(eigenvalue + damping) entry by entry, and summed over groups of entries with random signs.
+sqrt(eigenvalue + damping) entry by entry, and summed over groups of entries with random signs. Where the damping is
+above most eigenvalues, :mod:`forebear.indexer.sketches.leading` makes it from the plain sketch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 
 from forebear.indexer.curvature.ekfac import Ekfac, KroneckerFactors, eigenvectors, whitened
 from forebear.indexer.gradients.block_file import read_blocks, write_blocks
-from forebear.indexer.gradients.factors import LayerFactors
+from forebear.indexer.gradients.factors import LayerFactors, OfLastFactors
 from forebear.indexer.gradients.vectors import Vectors, dot, row_lengths
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.copies import picks, send
@@ -41,47 +43,96 @@ class Projector(Protocol):
         scope: Over which the gradients are.
         width: D.
         squares: Squared length of each row of the map, ``(D,)`` float32.
+        bounds_norms: Whether :meth:`project` gives bounds on squared norms beside estimates, or exact ones.
     """
 
     scope: Scope
     width: int
     squares: np.ndarray
+    bounds_norms: ClassVar[bool]
 
     def project(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor, torch.Tensor]:
-        """One block's place in the sketch, its numbers ``(b, w)``, and its squared norms ``(b,)`` float64."""
+        """One block's place in the sketch, its numbers ``(b, w)``, and its squared norms float64.
+
+        The squared norms are ``(b,)``, or ``(3, b)`` where they are known within bounds: an estimate, the least and the
+        most that they can be.
+        """
 
     def project_matrix(self, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sketch of whole gradients, ``(q, D)``, and their squared norms as :meth:`project` has them, ``(q,)``."""
+        """The sketch of whole gradients, ``(q, D)``, and their squared norms, exact, ``(q,)``."""
 
 
-def squared_norms(factors: LayerFactors) -> torch.Tensor:
-    """||G||^2 of each row, ``(b,)`` float64: sum over t, s of (d_t . d_s)(a_t . a_s), or from G if cheaper.
+SMALL = 1e-28  # squared norms below which squares of a confident row's gradient underflow: it is scaled up
 
-    The squares of a confident row's gradient underflow: it is scaled up.
-    """
+
+def squared_norms(factors: LayerFactors, grams: Grams | None = None) -> torch.Tensor:
+    """||G||^2 of each row, ``(b,)`` float64: sum over t, s of (d_t . d_s)(a_t . a_s), or from G if cheaper."""
     if not picks(factors.inputs):
         return _scaled_squared_norms(factors)
-    squares = _squared_norms(factors)
-    small = squares < 1e-28
+    squares = _squared_norms(factors, grams or Grams.of(factors))
+    small = squares < SMALL
     if bool(small.any()):
         squares[small] = _scaled_squared_norms(LayerFactors(factors.inputs[small], factors.deltas[small]))
     return squares
 
 
+def scaled_up(factors: LayerFactors) -> tuple[LayerFactors, torch.Tensor]:
+    """Factors whose output gradients have largest numbers of 1, and the square of what they were divided by."""
+    scale = factors.deltas.abs().amax(dim=(1, 2), keepdim=True).clamp_min_(_LEAST)
+    return LayerFactors(factors.inputs, factors.deltas / scale), scale[:, 0, 0].double().square_()
+
+
 def _scaled_squared_norms(factors: LayerFactors) -> torch.Tensor:
-    scale = torch.linalg.vector_norm(factors.deltas, ord=torch.inf, dim=(1, 2), keepdim=True).clamp_min_(_LEAST)
-    squares = _squared_norms(LayerFactors(factors.inputs, factors.deltas / scale))
-    return squares.mul_(scale[:, 0, 0].double().square())
+    scaled, squares = scaled_up(factors)
+    return _squared_norms(scaled, Grams.of(scaled)).mul_(squares)
 
 
-def _squared_norms(factors: LayerFactors) -> torch.Tensor:
-    a, d = factors.inputs, factors.deltas
-    tokens, n_in, n_out = a.shape[1], a.shape[2], d.shape[2]
-    if tokens * (n_in + n_out) > n_in * n_out:
+def _squared_norms(factors: LayerFactors, grams: Grams) -> torch.Tensor:
+    if grams.inputs is None or grams.outputs is None:
         parts = [part.gradients().square_().sum(dim=(1, 2), dtype=torch.float64) for part in factors.chunks()]
         return torch.cat(parts)
-    products = torch.bmm(d, d.transpose(1, 2)).mul_(torch.bmm(a, a.transpose(1, 2)))
-    return products.sum(dim=(1, 2), dtype=torch.float64).clamp_min_(0)
+    return (grams.inputs * grams.outputs).sum(dim=(1, 2), dtype=torch.float64).clamp_min_(0)
+
+
+@dataclass(frozen=True)
+class Grams:
+    """Products of the factors of each row's positions; None where whole gradients are cheaper.
+
+    Attributes:
+        inputs: a_t . a_s, ``(b, t, t)``.
+        outputs: d_t . d_s, ``(b, t, t)``.
+    """
+
+    inputs: torch.Tensor | None
+    outputs: torch.Tensor | None
+
+    @classmethod
+    def of(cls, factors: LayerFactors) -> Grams:
+        """The products of a batch."""
+        a, d = factors.inputs, factors.deltas
+        tokens, n_in, n_out = a.shape[1], a.shape[2], d.shape[2]
+        if tokens * (n_in + n_out) > n_in * n_out:
+            return cls(None, None)
+        return cls(torch.bmm(a, a.transpose(1, 2)), torch.bmm(d, d.transpose(1, 2)))
+
+
+@dataclass(frozen=True)
+class SharedProducts:
+    """What all sketches of a scope are made from, of one block's gradients; none of it is to be changed.
+
+    Attributes:
+        place: The block's place in the plain sketch.
+        outputs: Output gradients along the directions of that side, ``(b, t, k_out)``.
+        inputs: Inputs along those of theirs, ``(b, t, k_in)``.
+        numbers: The plain sketch, ``(b, k_out k_in)``.
+        grams: Of the factors.
+    """
+
+    place: slice
+    outputs: torch.Tensor
+    inputs: torch.Tensor
+    numbers: torch.Tensor
+    grams: Grams
 
 
 @dataclass(frozen=True)
@@ -95,8 +146,19 @@ class SideBases:
 class PlainProjector:
     """The sketch of G itself."""
 
-    def __init__(self, scope: Scope, bases: dict[str, SideBases]) -> None:
-        self.scope, self.bases = scope, bases
+    bounds_norms: ClassVar[bool] = False
+
+    def __init__(self, scope: Scope, bases: dict[str, SideBases], n_leading: int = 0) -> None:
+        """Take the bases as they are.
+
+        Args:
+            scope: Over which the gradients are.
+            bases: By block name.
+            n_leading: How many directions of each side are leading eigenvectors, after the random ones. A side that is
+                kept whole has all of them, by falling eigenvalue.
+        """
+        self.scope, self.bases, self._n_leading = scope, bases, n_leading
+        self._last = OfLastFactors[SharedProducts]()
         self._places, self.width = _places({name: (len(b.left), len(b.right)) for name, b in bases.items()})
         parts = [
             torch.outer(b.left.double().square().sum(dim=1), b.right.double().square().sum(dim=1)).flatten()
@@ -106,9 +168,41 @@ class PlainProjector:
 
     def project(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor, torch.Tensor]:
         """The place in the sketch, numbers and squared norms of one block, as :class:`Projector` says."""
+        shared = self.products(name, factors)
+        return shared.place, shared.numbers, squared_norms(factors, shared.grams)
+
+    def products(self, name: str, factors: LayerFactors) -> SharedProducts:
+        """What this sketch, and those that are made from it, take of one block's gradients."""
+        return self._last.get(factors, lambda: self.products_of(name, factors))
+
+    def products_of(self, name: str, factors: LayerFactors) -> SharedProducts:
+        """:meth:`products` of factors that no other projector is shown."""
         basis = self.bases[name]
         u, v = factors.deltas @ basis.left.T, factors.inputs @ basis.right.T
-        return self._places[name], torch.bmm(u.transpose(1, 2), v).flatten(1), squared_norms(factors)
+        numbers = torch.bmm(u.transpose(1, 2), v).flatten(1)
+        return SharedProducts(self._places[name], u, v, numbers, Grams.of(factors))
+
+    def n_leading(self, name: str) -> tuple[int, int]:
+        """How many of the last directions of both sides of a block lead: all of a side that is kept whole."""
+        sides = (self.bases[name].left, self.bases[name].right)
+        n_out, n_in = (min(len(side), self._n_leading) if len(side) < side.shape[1] else len(side) for side in sides)
+        return n_out, n_in
+
+    def spread(self, name: str, values: torch.Tensor, pool: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """One value for each number of a block's sketch, ``(k_out, k_in)``.
+
+        Args:
+            name: The block.
+            values: One for each pair of its eigenvectors, ``(n_out, n_in)``.
+            pool: What a random direction gets of those of the eigenvectors that do not lead: their mean, for example.
+        """
+        basis = self.bases[name]
+        for dim, n_rows in enumerate((len(basis.left), len(basis.right))):
+            if n_rows < values.shape[dim]:
+                leading, others = values.tensor_split([self._n_leading], dim=dim)
+                pooled = pool(others, dim=dim, keepdim=True)
+                values = torch.cat([*[pooled] * (n_rows - self._n_leading), leading], dim=dim)
+        return values
 
     def project_matrix(self, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
         """Sketches and squared norms of whole gradients, as :class:`Projector` says."""
@@ -118,6 +212,8 @@ class PlainProjector:
 
 class WhiteProjector:
     """The sketch of H^-1/2 G; its squared norms are <(H + damping I)^-1 G, G>, exactly."""
+
+    bounds_norms: ClassVar[bool] = False
 
     def __init__(self, scope: str, ekfac: Ekfac, damping: float, seed: int) -> None:
         """Draw the groups and signs.
@@ -197,55 +293,70 @@ def _pool(matrix: torch.Tensor, k_out: int, k_in: int) -> torch.Tensor:
 
 
 def draw_bases(
-    classifier: Classifier, scope: Scope, factors: KroneckerFactors | None, seed: int, basis: str
+    classifier: Classifier, scope: Scope, factors: KroneckerFactors | Ekfac | None, seed: int, basis: str
 ) -> dict[str, SideBases]:
     """Bases of every block.
 
     Args:
         classifier: The model at the checkpoint, on whose device the bases are made.
         scope: The scope, one of whose blocks each basis is for.
-        factors: Kronecker factors, which ``mixed`` and ``principal`` need.
+        factors: Kronecker factors, or the curvature, whose eigenvectors ``mixed`` and ``principal`` take.
         seed: Random seed of the random directions.
         basis: ``mixed`` (32 leading and 32 random ones), ``principal`` (64 leading ones) or ``random`` (64).
 
     Returns:
-        By block name; a side of at most 64 entries is kept whole.
+        By block name, random directions before leading ones; a side of at most 64 entries is kept whole, as all its
+        eigenvectors if factors are given.
     """
-    n_principal = {"mixed": PRINCIPAL, "principal": PRINCIPAL + RANDOM, "random": 0}[basis]
+    n_principal = n_leading(basis)
     n_random = PRINCIPAL + RANDOM - n_principal
     dtype, device = classifier.head.weight.dtype, classifier.device
     out = {}
     for number, block in enumerate(scope.blocks):
         rng = np.random.default_rng([seed, number])
-
-        def side(n: int, factor: torch.Tensor | None, rng: np.random.Generator = rng) -> torch.Tensor:
+        sides = []
+        for n, eigenbasis in zip((block.n_out, block.n_in), _eigenbases(factors, block.name), strict=True):
             if n <= n_principal + n_random:
-                return torch.eye(n, dtype=dtype, device=device)
-            leading = np.empty((n, 0))
-            if n_principal:
-                assert factor is not None
-                leading = eigenvectors(factor)[:, :n_principal].cpu().numpy()
-            if n_random:
-                q, _ = np.linalg.qr(np.hstack([leading, rng.normal(size=(n, n_random))]))
-                scale = np.sqrt((n - n_principal) / n_random)
-                leading = np.hstack([leading, scale * q[:, n_principal:]])
-            return torch.from_numpy(np.ascontiguousarray(leading.T)).to(dtype=dtype, device=device)
-
-        d, a = (None, None) if factors is None else (factors.outputs[block.name], factors.inputs[block.name])
-        out[block.name] = SideBases(side(block.n_out, d), side(block.n_in, a))
+                side = np.eye(n) if eigenbasis is None else eigenbasis()
+            else:
+                side = np.empty((n, 0)) if eigenbasis is None else eigenbasis()[:, :n_principal]
+                if n_random:
+                    q, _ = np.linalg.qr(np.hstack([side, rng.normal(size=(n, n_random))]))
+                    side = np.hstack([np.sqrt((n - n_principal) / n_random) * q[:, n_principal:], side])
+            sides.append(torch.from_numpy(np.ascontiguousarray(side.T)).to(dtype=dtype, device=device))
+        out[block.name] = SideBases(*sides)
     return out
 
 
-def write_bases(path: Path, scope: Scope, bases: dict[str, SideBases]) -> None:
-    """Write the bases of a :class:`PlainProjector`."""
-    write_blocks(path, {b: {"left": bases[b.name].left, "right": bases[b.name].right} for b in scope.blocks}, {})
+def n_leading(basis: str) -> int:
+    """How many directions of each side of a basis are leading eigenvectors."""
+    return {"mixed": PRINCIPAL, "principal": PRINCIPAL + RANDOM, "random": 0}[basis]
+
+
+def _eigenbases(
+    factors: KroneckerFactors | Ekfac | None, name: str
+) -> tuple[Callable[[], np.ndarray] | None, Callable[[], np.ndarray] | None]:
+    """Eigenvectors of both sides of a block as columns, by falling eigenvalue, when they are asked for."""
+    if factors is None:
+        return None, None
+    if isinstance(factors, Ekfac):
+        part = factors.parts[name]
+        return lambda: part.left.double().cpu().numpy(), lambda: part.right.double().cpu().numpy()
+    outputs, inputs = factors.outputs[name], factors.inputs[name]
+    return lambda: eigenvectors(outputs).cpu().numpy(), lambda: eigenvectors(inputs).cpu().numpy()
+
+
+def write_bases(path: Path, scope: Scope, bases: dict[str, SideBases], basis: str) -> None:
+    """Write the bases of a :class:`PlainProjector`, and how many directions of each lead."""
+    parts = {b: {"left": bases[b.name].left, "right": bases[b.name].right} for b in scope.blocks}
+    write_blocks(path, parts, {"leading": str(n_leading(basis))})
 
 
 def read_plain_projector(path: Path, scope: str, device: torch.device, dtype: torch.dtype) -> PlainProjector:
     """The projector of the bases that :func:`write_bases` wrote."""
-    parts, _ = read_blocks(path)
+    parts, metadata = read_blocks(path)
     bases = {
         block.name: SideBases(*(send(found[side], device).to(dtype) for side in ("left", "right")))
         for block, found in parts.items()
     }
-    return PlainProjector(Scope(scope, tuple(parts)), bases)
+    return PlainProjector(Scope(scope, tuple(parts)), bases, int(metadata.get("leading", 0)))

@@ -43,6 +43,7 @@ from forebear.indexer.storage.arrow import MEND, column, read_batches, record_ba
 from forebear.ratio import ratio
 
 _FIT_COLUMNS = 16_384
+_FIT_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ class SketchRows:
         coordinates: x, of the raw sketch scaled to length 1, ``(n, d)`` float32.
         codes: c, ``(n, bits)`` float32; ``(n, 0)`` where they were packed.
         lengths: Lengths of the raw sketches, ``(n,)`` float64.
-        norms: ||G||, or that of the whitened gradient, exact, ``(n,)`` float64.
+        norms: ||G||, or that of the whitened gradient, ``(n,)`` float64.
+        norm_bounds: The least and the most that the norms can be, ``(n, 2)`` float64; None where they are exact.
         packed: The codes as they are stored, of rows that are only stored; None of others.
     """
 
@@ -193,18 +195,21 @@ class SketchRows:
     codes: np.ndarray
     lengths: np.ndarray
     norms: np.ndarray
+    norm_bounds: np.ndarray | None = None
     packed: PackedCodes | None = None
 
     def take(self, positions: np.ndarray) -> SketchRows:
         """The sketches at some positions, whose codes were not packed."""
+        bounds = None if self.norm_bounds is None else self.norm_bounds[positions]
         return SketchRows(
-            self.coordinates[positions], self.codes[positions], self.lengths[positions], self.norms[positions]
+            self.coordinates[positions], self.codes[positions], self.lengths[positions], self.norms[positions], bounds
         )
 
     def residual_lengths(self, reduction: Reduction) -> np.ndarray:
-        """Length of the part of G that the coordinates do not hold, ``(n,)`` float64."""
+        """Length of the part of G that the coordinates do not hold, at most, ``(n,)`` float64."""
+        norms = self.norms if self.norm_bounds is None else self.norm_bounds[:, 1]
         held = (self.coordinates.astype(np.float64) @ reduction.orthonormaliser.T) * self.lengths[:, None]
-        return np.asarray(np.sqrt(np.maximum(self.norms**2 - (held**2).sum(axis=1), 0.0)))
+        return np.asarray(np.sqrt(np.maximum(norms**2 - (held**2).sum(axis=1), 0.0)))
 
     def columns(self, reduction: Reduction) -> dict[str, np.ndarray]:
         """Columns of a gradient shard.
@@ -223,11 +228,15 @@ class SketchRows:
             "share": share, "length": self.lengths, "norm": self.norms,
             "residual_length": self.residual_lengths(reduction),
         }  # fmt: skip
-        return {name: v if v.ndim == 2 else v.astype(np.float32) for name, v in (out | numbers).items()}
+        out = {name: v if v.ndim == 2 else v.astype(np.float32) for name, v in (out | numbers).items()}
+        if self.norm_bounds is not None:  # rounded outwards
+            outwards = np.array([-np.inf, np.inf], np.float32)
+            out["norm_bounds"] = np.nextafter(self.norm_bounds.astype(np.float32), outwards)
+        return out
 
 
 class RawSketches(RowCollector):
-    """Gathers raw sketches, scaled to length 1, to fit a reduction on."""
+    """Gathers raw sketches, scaled to length 1, to fit reductions on."""
 
     def __init__(self, projector: Projector, n_rows: int, device: torch.device) -> None:
         self.scope = projector.scope
@@ -245,9 +254,7 @@ class RawSketches(RowCollector):
 
     @override
     def end(self, positions: list[int]) -> Sequence[torch.Tensor]:
-        lengths = row_lengths(self._raw)[:, None]
-        unit = self._raw * (1 / torch.where(lengths > 0, lengths, 1.0)).float()
-        return (unit.half(),)
+        return (_unit(self._raw).half(),)
 
     @override
     def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
@@ -256,6 +263,21 @@ class RawSketches(RowCollector):
     @override
     def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
         self.out[copies] = self.out[sources]
+
+
+def _unit(raw: torch.Tensor) -> torch.Tensor:
+    """Raw sketches ``(b, D)`` float32 scaled to length 1, but for zeros."""
+    lengths = row_lengths(raw)[:, None]
+    return raw * (1 / torch.where(lengths > 0, lengths, 1.0)).float()
+
+
+def scaled(unit: np.ndarray, weights: torch.Tensor) -> np.ndarray:
+    """Raw sketches ``(n, D)`` float16 whose numbers are scaled by ``weights`` ``(D,)``, made length 1 again."""
+    out = np.empty_like(unit)
+    for start in range(0, len(unit), _FIT_ROWS):
+        block = slice(start, start + _FIT_ROWS)
+        out[block] = _unit(torch.from_numpy(unit[block].astype(np.float32)) * weights.cpu()).half().numpy()
+    return out
 
 
 class Sketches(RowCollector):
@@ -267,7 +289,7 @@ class Sketches(RowCollector):
         self.scope = projector.scope
         self._projector, self._device, self._reduce = projector, device, reduction.on(device)
         self._coordinates = np.empty((n_rows, len(reduction.basis)), np.float32)
-        self._lengths, self._norms = np.empty(n_rows), np.empty(n_rows)
+        self._lengths, self._norms = np.empty(n_rows), np.empty((n_rows, 3 if projector.bounds_norms else 1))
         self._codes = np.empty((n_rows, 0 if packs else reduction.bits), np.float32)
         self._packed: PackedCodes | None = None
         if packs:
@@ -276,7 +298,8 @@ class Sketches(RowCollector):
     @override
     def begin(self, positions: list[int]) -> None:
         self._raw = torch.zeros((len(positions), self._reduce.width), device=self._device)
-        self._squares = torch.zeros(len(positions), dtype=torch.float64, device=self._device)
+        shape = (self._norms.shape[1], len(positions))
+        self._squares = torch.zeros(shape, dtype=torch.float64, device=self._device)
 
     @override
     def on_layer(self, name: str, factors: LayerFactors) -> None:
@@ -288,7 +311,7 @@ class Sketches(RowCollector):
     def end(self, positions: list[int]) -> Sequence[torch.Tensor]:
         lengths, x, codes = self._reduce(self._raw)
         of_codes = (codes,) if self._packed is None else packed_there(codes)
-        return (x, lengths, self._squares.sqrt(), *of_codes)
+        return (x, lengths, self._squares.T.sqrt(), *of_codes)
 
     @property
     def _results(self) -> list[np.ndarray]:
@@ -313,7 +336,9 @@ class Sketches(RowCollector):
             NonFiniteError: A gradient is NaN or infinite; the row is named.
         """
         refuse_non_finite("the model", first_row, self._norms, self._coordinates)
-        return SketchRows(self._coordinates, self._codes, self._lengths, self._norms, self._packed)
+        norms, bounds = self._norms[:, 0], self._norms[:, 1:]
+        of_norms = (norms, bounds if bounds.shape[1] else None)
+        return SketchRows(self._coordinates, self._codes, self._lengths, *of_norms, self._packed)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class Choices:
     sketch_dim: int = _of_part("sketches", 128, unused=0, since_first=True)
     sketch_bits: int = _of_part("sketches", 4096, unused=0)  # of the code of what the coordinates do not hold
     white_bits: int = _of_part("whitened", 5888, unused=0)  # code length of whitened sketches, 1,012 bytes a row in all
+    # "leading": whitened sketches are made from plain ones where the damping allows it; "whole": from whole gradients
+    whitening: str = _of_part("whitened", "leading", unused="whole")
     sketch_basis: str = _of_part("sketches", "mixed", unused="mixed")
     with_bias: bool = _of_part("sketches", False, unused=False)  # whether sketched scopes hold biases and LayerNorm
     curvature: str = _of_part("sketches", "ekfac", unused="none")  # of the sketched scopes: "ekfac" or "none"
@@ -132,6 +134,7 @@ class BuildKeywords(WorkKeywords, total=False):
     sketch_dim: int
     sketch_bits: int
     white_bits: int
+    whitening: str
     sketch_basis: str
     with_bias: bool
     curvature: str

@@ -103,7 +103,7 @@ def later_choices(folder: Path, begun: dict[str, Any], checkpoints: list[str] | 
         return later
     folders = [folder / gradient_folder(scope, checkpoints[-1]) for scope in begun["scopes"]]
     drawn = any((path / BASES_NAME).is_file() for path in folders)
-    return later[:2] if drawn else (*later, "curvature", "white_bits")
+    return later[:2] if drawn else (*later, "curvature", "white_bits", "whitening")
 
 
 def comparable(spec: dict[str, Any], left_out: tuple[str, ...] = ()) -> dict[str, Any]:

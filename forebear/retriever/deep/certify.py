@@ -26,6 +26,7 @@ from forebear.retriever.ranking import Ends, Ranking, rank
 _ROUND_ROWS = 256  # rows scored in a round, at least
 _FLOAT32 = 1e-5  # relative rounding of an exact score, with a margin
 _CANCELLED = 1e-3  # as a share of the norm: what float32 leaves of sqrt(norm^2 - held^2) where the result should be 0
+_UNBOUNDED = 1e30  # times that a norm is longer than its least, where that is 0
 _FLOAT16 = 1e-3  # rounding of a stored unit vector's direction
 
 
@@ -122,8 +123,10 @@ def bounds(parts: Sequence[Part], live: np.ndarray, *, cosine: bool) -> tuple[np
             )
             width += np.outer(query_lengths, rounding)
             if cosine:
-                norms = query_sketches.norms[:, None] * store.norms[rows].astype(np.float64)
+                norms, least, _ = (query_sketches.norms[:, None] * n for n in store.norms_within(rows))
                 middle, width = (ratio(x, norms) for x in (middle, width))
+                longer = np.where(norms > 0, ratio(norms, least, otherwise=_UNBOUNDED), 1.0)
+                width = width * longer + np.abs(middle) * (longer - 1)
             columns = slice(start, start + len(rows))
             centre[:, columns] += part.weight * middle
             slack[:, columns] += part.weight * width

@@ -25,6 +25,7 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.batch_size import vector_bytes_on
 from forebear.indexer.model.encoding import Encoded, Texts, as_encoded, distinct_rows, encode
 from forebear.indexer.sketches.candidates import propose
+from forebear.indexer.sketches.estimates import may_be_best
 from forebear.ratio import ratio
 from forebear.retriever.deep.candidates import Candidates
 from forebear.retriever.deep.query_gradients import Queries, QueryGradients
@@ -167,13 +168,14 @@ class GradientSearch:
         self, methods: Sequence[Method], queries: Queries, k: int, rows: dict[str, np.ndarray]
     ) -> dict[str, Ends]:
         """Both ends by the exact scores of candidates."""
-        scores, convergence = self.score_together(methods, queries, rows)
+        scores, convergence = self.score_together(methods, queries, rows, best=k)
         return {m.name: _both_ends(rows[m.name], scores[m.name], k, _of_method(convergence, m)) for m in methods}
 
     def _from_all(self, methods: Sequence[Method], queries: Queries, k: int) -> dict[str, Ends]:
         """Both ends by the exact scores of every live row."""
         live = self.index.live
-        scores, convergence = self.score_together(methods, queries, {method.name: live for method in methods})
+        everywhere = {method.name: live for method in methods}
+        scores, convergence = self.score_together(methods, queries, everywhere, best=k)
         n_scored = np.full(len(queries), len(live))
         return {m.name: _ends(scores[m.name], live, k, n_scored, _of_method(convergence, m)) for m in methods}
 
@@ -231,9 +233,16 @@ class GradientSearch:
         return [np.arange(i, min(i + size, n_queries)) for i in range(0, n_queries, size)]
 
     def score_together(
-        self, methods: Sequence[Method], queries: Queries, rows: dict[str, np.ndarray]
+        self, methods: Sequence[Method], queries: Queries, rows: dict[str, np.ndarray], *, best: int | None = None
     ) -> tuple[dict[str, np.ndarray], Convergence | None]:
         """:meth:`score` for test rows whose whole gradients fit in memory together: one pass over the rows.
+
+        Args:
+            methods: Methods that compare gradients.
+            queries: Test rows.
+            rows: As of :meth:`score`.
+            best: How many scores at each end must be exact, whichever rows they are of; None: all. Others may be
+                estimates, where lengths are stored within bounds, but only those that are surely not among the best.
 
         Returns:
             Scores by method name, and how far H^-1 came where it was iterated.
@@ -265,25 +274,48 @@ class GradientSearch:
             stacked = joined(list(vectors.values()))
             dots = dots_on_devices(replicas, self.gradients.parameters, stacked, texts, labels, wanted=wanted)
             for method in at_checkpoint:
-                products = _pick(dots[places[method.name] :][:q], columns[method.name])
+                products = dots[places[method.name] :][:q]
                 if method.metric == "cos":
                     query_lengths = _query_lengths(vectors[_kind(method)], gradients)
-                    lengths = self._row_lengths(method, classifier, distinct)
-                    norms = query_lengths[:, None] * _pick(
-                        np.broadcast_to(lengths, (q, len(distinct))), columns[method.name]
-                    )
-                    products = ratio(products, norms)
-                scores[method.name] += dict(self.gradients.checkpoints(method))[number] * products
+                    asked = wanted[places[method.name] :][:q]
+                    lengths = self._row_lengths(method, classifier, distinct, products, asked, best)
+                    products = ratio(products, query_lengths[:, None] * lengths)
+                picked = _pick(products, columns[method.name])
+                scores[method.name] += dict(self.gradients.checkpoints(method))[number] * picked
         return scores, convergence
 
-    def _row_lengths(self, method: Method, classifier: Classifier, rows: np.ndarray) -> np.ndarray:
-        """Lengths of rows that cosines are divided by: ||G_n||, or sqrt(<H^-1 G_n, G_n>), ``(n,)`` float64."""
+    def _row_lengths(
+        self,
+        method: Method,
+        classifier: Classifier,
+        rows: np.ndarray,
+        products: np.ndarray,
+        asked: np.ndarray,
+        best: int | None,
+    ) -> np.ndarray:
+        """Lengths of rows that cosines are divided by: ||G_n||, or sqrt(<H^-1 G_n, G_n>), ``(n,)`` float64.
+
+        Args:
+            method: A method of cosines.
+            classifier: The last checkpoint.
+            rows: Rows, ``(n,)``.
+            products: What is divided by them, ``(q, n)``.
+            asked: Which rows each test row is compared with, ``(q, n)`` bool.
+            best: As of :meth:`score_together`: lengths of other rows may be estimates.
+        """
         if method.query != "preconditioned" or self.curvature.at(self.scope) == "identity":
             return np.asarray(self.index.gradients(self.scope).norms[rows].astype(np.float64))
         white = self._stored_damping()
-        if white is not None:
-            return np.asarray(self.index.gradients(self.scope, damping=white).norms[rows].astype(np.float64))
-        # None are stored for solvers that iterate, or at other dampings. They serve all blocks of test rows.
+        if white is None:  # none are stored for solvers that iterate, or at other dampings
+            return self._solved(classifier, rows)
+        lengths, least, most = self.index.gradients(self.scope, damping=white).norms_within(rows)
+        if least is not most:
+            open_rows = np.ones(len(rows), bool) if best is None else may_be_best(products, asked, least, most, best)
+            lengths[open_rows] = self._solved(classifier, rows[open_rows])
+        return lengths
+
+    def _solved(self, classifier: Classifier, rows: np.ndarray) -> np.ndarray:
+        """sqrt(<H^-1 G_n, G_n>) of rows, ``(n,)`` float64, which are kept: they serve all blocks of test rows."""
         missing = np.array([row for row in rows.tolist() if row not in self._solved_lengths], np.int64)
         if len(missing):
             lengths = self._solve_lengths(classifier, missing)

@@ -32,6 +32,7 @@ from forebear.indexer.sketches.projector import (
     PlainProjector,
     WhiteProjector,
     draw_bases,
+    n_leading,
     read_plain_projector,
     write_bases,
 )
@@ -149,7 +150,7 @@ def plain_projector(model: Model, scope: str, with_bias: bool, basis: str, seed:
     factors = None
     if basis != "random":
         factors = fit_factors(model.classifier, parameters, [TEXTS], seed=0, batch_tokens=100)
-    return PlainProjector(parameters, draw_bases(model.classifier, parameters, factors, seed, basis))
+    return PlainProjector(parameters, draw_bases(model.classifier, parameters, factors, seed, basis), n_leading(basis))
 
 
 def synthetic_factors(seed: int, n_rows: int = 4, blocks=SHAPES, tokens: int = 3) -> dict[str, LayerFactors]:
@@ -261,7 +262,7 @@ def test_leading_directions_are_eigenvectors_of_the_kronecker_factors(bert):
     blocks = bert.blocks("top-1", False)
     scope = Scope("top-1", blocks)
     factors = fit_factors(bert.classifier, scope, [TEXTS], seed=0, batch_tokens=100)
-    for basis, n_leading in (("mixed", 3), ("principal", 7)):
+    for basis, n_leads in (("mixed", 3), ("principal", 7)):
         bases = draw_bases(bert.classifier, scope, factors, 0, basis)
         for block in blocks:
             for side, factor in (
@@ -269,21 +270,20 @@ def test_leading_directions_are_eigenvectors_of_the_kronecker_factors(bert):
                 (bases[block.name].right, factors.inputs[block.name]),
             ):
                 side = side.double().numpy()
-                if len(side) == len(factor):  # kept whole
-                    assert (side == np.eye(len(factor))).all()
-                    continue
-                leading, values = side[:n_leading], np.linalg.eigvalsh(factor.numpy())[::-1][:n_leading]
+                n = len(side) if len(side) == len(factor) else n_leads  # a side that is kept whole has all of them
+                leading, values = side[-n:], np.linalg.eigvalsh(factor.numpy())[::-1][:n]
                 held = leading @ factor.numpy() @ leading.T
                 assert np.abs(held - np.diag(values)).max() <= 1e-5 * values[0]
-                np.testing.assert_allclose(leading @ leading.T, np.eye(n_leading), atol=1e-5)
+                np.testing.assert_allclose(leading @ leading.T, np.eye(n), atol=1e-5)
 
 
 def test_bases_survive_a_file(bert, tmp_path):
     projector = plain_projector(bert, "top-1", True, "mixed")
-    write_bases(tmp_path / "bases.arrow", projector.scope, projector.bases)
+    write_bases(tmp_path / "bases.arrow", projector.scope, projector.bases, "mixed")
     again = read_plain_projector(tmp_path / "bases.arrow", "top-1", CPU, torch.float32)
     assert again.scope == projector.scope
     assert (again.squares == projector.squares).all()
+    assert all(again.n_leading(name) == projector.n_leading(name) for name in projector.bases)
     for name, basis in projector.bases.items():
         assert torch.equal(again.bases[name].left, basis.left)
         assert torch.equal(again.bases[name].right, basis.right)

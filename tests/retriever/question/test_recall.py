@@ -44,6 +44,7 @@ def _narrow():
         patch.setattr(projecting, "RANDOM", 3)
         patch.setattr(projecting, "POOLED", 6)
         patch.setattr(calibrating, "SAMPLE_ROWS", N_SAMPLE)
+        patch.setattr(calibrating, "LEAST_SAMPLE_ROWS", N_SAMPLE)
         yield
 
 

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from forebear.indexer.building.calibration.needed_candidates import RankCalibration, Ranking
+from forebear.indexer.building.calibration.needed_candidates import TOP, RankCalibration, Ranking, n_ranked
+from forebear.indexer.curvature.ekfac import ekfac_self_influence
 from forebear.indexer.gradients.vectors import dot
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.index import Index
@@ -30,7 +31,7 @@ from forebear.indexer.model.device.arithmetic import device_kind
 from forebear.indexer.model.device.copies import send
 from forebear.indexer.model.encoding import Encoded, Texts, take_texts
 from forebear.indexer.model.scopes import Scope
-from forebear.indexer.sketches.estimates import Part
+from forebear.indexer.sketches.estimates import Part, may_be_best
 from forebear.indexer.sketches.fitting import open_sketchers
 from forebear.indexer.sketches.sketch import sketch_rows
 from forebear.indexer.spans.masking import mask_spans
@@ -39,11 +40,17 @@ from forebear.indexer.storage.manifest import IndexSpec
 from forebear.ratio import ratio
 from forebear.sampling import live_sample
 
-SAMPLE_ROWS = 768
+SAMPLE_ROWS = 768  # at most
+LEAST_SAMPLE_ROWS = 128  # or all rows, if there are fewer
 # Of the queries' gradients that are held at once, with as many inverse-curvature solutions. Each sampled row's gradient
 # is formed once for all of them. The peak is higher by a few copies of the largest layer's gradients.
 VECTOR_BYTES = 2 << 30
 LEAST_QUERIES = 12  # held at once, also where they take more than VECTOR_BYTES
+
+
+def n_sampled(n_live: int) -> int:
+    """How many of the live rows (or spans) are scored exactly: as many as have one of the best 10 of all on average."""
+    return min(n_live, SAMPLE_ROWS, max(LEAST_SAMPLE_ROWS, n_live // TOP))
 
 
 def queries_at_once(spec: IndexSpec, scope: Scope) -> int:
@@ -75,7 +82,7 @@ def calibrate_scope(
     """
     spec, live = index.manifest.spec, index.live
     queries = live_sample(live, n_queries, spec.seed + 1)
-    sample = live_sample(live, SAMPLE_ROWS, spec.seed + 2)
+    sample = live_sample(live, n_sampled(len(live)), spec.seed + 2)
     methods: dict[str, Any] = {}
     if len(live) > 1:  # a single row leaves none to rank
         calibration_queries = _CalibrationQueries(
@@ -112,7 +119,7 @@ def calibrate_spans(
     if len(np.unique(store.rows[live])) < 2:
         return {}
     queries = live_sample(_most_important(index, classifier), n_queries, spec.seed + 1)
-    sample = live_sample(live, SAMPLE_ROWS, spec.seed + 2)
+    sample = live_sample(live, n_sampled(len(live)), spec.seed + 2)
     differences, spans_of_sample = (
         mask_spans(classifier, index.text_lists(store.rows[entries]), store.spans(entries))[0]
         for entries in (queries, sample)
@@ -195,15 +202,18 @@ def _exact_scores(
     spans: bool,
     on_rows: Callable[[int], None],
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Exact dot products and cosines of the sample with each query, ``(q, m)``, by the kinds of :func:`_parts`."""
+    """Exact dot products and cosines of the sample with each query, ``(q, m)``, by the kinds of :func:`_parts`.
+
+    Where lengths of rows are stored within bounds, the cosines of rows that cannot be among the best are estimates.
+    """
     spec = index.manifest.spec
-    lengths = {"plain": index.gradients(scope.name, spans=spans).norms[sample.numbers].astype(np.float64)}
+    stores = {"plain": index.gradients(scope.name, spans=spans)}
     if spec.whitened:
         ekfac = index.ekfac(scope.name).to(classifier.device, classifier.head.weight.dtype)
         damping = index.ekfac_damping(scope.name)[1]
-        lengths["white"] = index.gradients(scope.name, damping=0, spans=spans).norms[sample.numbers].astype(np.float64)
-    n_queries, n_sampled = len(queries.targets), len(sample.numbers)
-    exact = {kind: (np.empty((n_queries, n_sampled)), np.empty((n_queries, n_sampled))) for kind in lengths}
+        stores["white"] = index.gradients(scope.name, damping=0, spans=spans)
+    n_queries, n_rows = len(queries.targets), len(sample.numbers)
+    exact = {kind: (np.empty((n_queries, n_rows)), np.empty((n_queries, n_rows))) for kind in stores}
     size = queries_at_once(spec, scope)
     for start in range(0, n_queries, size):
         group = np.arange(start, min(start + size, n_queries))
@@ -217,7 +227,16 @@ def _exact_scores(
             rows_of_kind = slice(number * len(group), (number + 1) * len(group))
             dots_of_kind = dots[rows_of_kind]
             squares = dot({name: v[rows_of_kind] for name, v in vectors.items()}, plain)
-            products = squares.clamp_min(0).sqrt().cpu().numpy()[:, None] * lengths[kind]
             exact[kind][0][group] = dots_of_kind
-            exact[kind][1][group] = ratio(dots_of_kind, products)
+            exact[kind][1][group] = ratio(dots_of_kind, squares.clamp_min(0).sqrt().cpu().numpy()[:, None])
+    for kind, store in stores.items():
+        dots, by_queries = exact[kind]
+        lengths, least, most = store.norms_within(sample.numbers)
+        if store.norm_bounds is not None and not spans:  # no method ranks spans by cosines
+            asked = ~queries.excluded[:, np.searchsorted(index.live, sample.numbers)]
+            n_others = int((~queries.excluded).sum(axis=1).min())
+            best = may_be_best(dots, asked, least, most, n_ranked(sample.numbers, n_others)[1])
+            some = take_texts(sample.texts, np.flatnonzero(best))
+            lengths[best] = np.sqrt(ekfac_self_influence(classifier, scope, ekfac, damping, some, sample.labels[best]))
+        exact[kind] = dots, ratio(by_queries, lengths)
     return exact

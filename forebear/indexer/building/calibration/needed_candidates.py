@@ -56,6 +56,17 @@ class _Estimates:
         return _Estimates(self.by_coordinates[queries, rows], by_code)
 
 
+def n_ranked(sample: np.ndarray, n_others: int) -> tuple[int, int]:
+    """How many of the sampled rows a query ranks, and how many of the best of these stand for the best of all.
+
+    Args:
+        sample: Numbers of the sampled rows, ``(m,)``.
+        n_others: Number of live rows without those that are the query itself.
+    """
+    n_sampled = min(len(sample), n_others)
+    return n_sampled, min(n_sampled, -(-TOP * n_sampled // n_others))
+
+
 @dataclass(frozen=True)
 class RankCalibration:
     """Where the sample's best rows stand among all rows by their estimates.
@@ -89,8 +100,7 @@ class RankCalibration:
         n_choosing = int(n_queries * CHOOSING_SHARE)
         choosing, stating = np.sort(order[:n_choosing]), np.sort(order[n_choosing:])
         n_others = n - int(self.excluded.sum(axis=1).max())
-        n_sampled = min(len(self.sample), n_others)
-        n_best = min(n_sampled, -(-TOP * n_sampled // n_others))
+        n_sampled, n_best = n_ranked(self.sample, n_others)
         settings = self._choose(choosing, rankings, cosines, n_best)
         needed = self._needed_when_stating(stating, rankings, settings, n_best)
         supported = supported_recall(len(stating))

@@ -1,0 +1,259 @@
+"""Whitened sketches of which no whitened gradient is formed: from plain sketches and a few leading directions.
+
+In the curvature's eigenbasis H^-1/2 G is G_ij / sqrt(L_ij + damping). Where few eigenvalues L are above the damping,
+that is G / sqrt(damping) but for the leading directions. So the plain sketch, each of whose numbers stands for one pair
+of leading directions or for a mean of all others, is divided by the roots of (mean) eigenvalues plus damping. Measured
+on SST-2 (benchmarks/RESULTS.md), its candidates are as good as those of :class:`WhiteProjector`, for a third of the
+time.
+
+The squared length <(H + damping I)^-1 G, G> is the sum of G_ij^2 / (L_ij + damping). The squares are known one by one
+for the 64 x 64 pairs of leading directions, in sums for each of these directions beside all others, and in one sum for
+the rest. Each sum is divided by its mean eigenvalue for an estimate, and by its least and its largest for bounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+import torch
+
+from forebear.indexer.curvature.ekfac import Ekfac, EkfacBlock
+from forebear.indexer.gradients.factors import LayerFactors, OfLastFactors
+from forebear.indexer.gradients.vectors import Vectors, row_lengths
+from forebear.indexer.model.device.copies import picks
+from forebear.indexer.sketches.projector import SMALL, PlainProjector, SharedProducts, scaled_up
+
+LEADING = 64  # directions on each side of a block, whose energies are known one by one
+WIDEST = 1 / 3  # of the bounds on a squared length, as a share of it; beyond, gradients are whitened whole
+_ROUNDING = 1e-6  # of float32 in a squared length, as a share of the squares that were added and subtracted
+
+
+@dataclass(frozen=True)
+class Energies:
+    """Squared lengths of a block's gradients of ``b`` rows, and of parts of them in the curvature's eigenbasis.
+
+    All float64; k is :data:`LEADING` or the whole side, if that is shorter.
+
+    Attributes:
+        whole: ||G||^2, ``(b,)``.
+        outputs: Of each leading direction of the outputs, over all inputs, ``(b, k_out)``.
+        inputs: Of each leading direction of the inputs, over all outputs, ``(b, k_in)``.
+        pairs: Of each pair of leading directions, ``(b, k_out, k_in)``.
+        gross: Sum of the absolute values of which ``whole`` is the sum, ``(b,)``: what its rounding is a share of.
+    """
+
+    whole: torch.Tensor
+    outputs: torch.Tensor
+    inputs: torch.Tensor
+    pairs: torch.Tensor
+    gross: torch.Tensor
+
+    @classmethod
+    def expected(cls, part: EkfacBlock) -> Energies:
+        """The eigenvalues, which are the mean energies of the rows that they were fitted on, as those of one row."""
+        values = part.eigenvalues.double()[None]
+        whole = values.sum(dim=(1, 2))
+        k_out, k_in = _n_leading(part)
+        return cls(
+            whole, values[:, :k_out].sum(dim=2), values[:, :, :k_in].sum(dim=1), values[:, :k_out, :k_in],
+            torch.zeros_like(whole),
+        )  # fmt: skip
+
+    def times(self, factors: torch.Tensor) -> Energies:
+        """The energies of each row times a factor, ``(b,)``."""
+        rows = factors[:, None]
+        return Energies(
+            self.whole * factors, self.outputs * rows, self.inputs * rows, self.pairs * rows[:, None],
+            self.gross * factors,
+        )  # fmt: skip
+
+    def put(self, rows: torch.Tensor, others: Energies) -> None:
+        """Replace the energies of some rows, ``(b,)`` bool."""
+        for own in fields(self):
+            getattr(self, own.name)[rows] = getattr(others, own.name)
+
+    def outside(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What is left of ``outputs`` and of ``inputs`` without the pairs, and of the whole without all of these."""
+        of_outputs, of_inputs = self.pairs.sum(dim=2), self.pairs.sum(dim=1)
+        rest = self.whole - self.outputs.sum(dim=1) - self.inputs.sum(dim=1) + of_outputs.sum(dim=1)
+        left = (self.outputs - of_outputs, self.inputs - of_inputs, rest)
+        outputs, inputs, rest = (values.clamp_min(0) for values in left)
+        return outputs, inputs, rest
+
+
+def _n_leading(part: EkfacBlock) -> tuple[int, int]:
+    return min(LEADING, part.block.n_out), min(LEADING, part.block.n_in)
+
+
+class LeadingEnergies:
+    """Energies of the leading directions in the gradients of a pass, made once for the dampings of a scope."""
+
+    def __init__(self, plain: PlainProjector, ekfac: Ekfac) -> None:
+        """Take the directions that ``plain`` has not.
+
+        Args:
+            plain: The plain sketch of the same scope, whose last directions on each side lead.
+            ekfac: The curvature whose eigenvectors these are, on the device where the pass will run.
+        """
+        self.plain, self.parts = plain, ekfac.parts
+        self._last = OfLastFactors[Energies]()
+        self._more: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # directions, as columns
+        for name, part in ekfac.parts.items():
+            (k_out, k_in), (n_out, n_in) = _n_leading(part), plain.n_leading(name)
+            self._more[name] = part.left[:, n_out:k_out].contiguous(), part.right[:, n_in:k_in].contiguous()
+
+    def of(self, name: str, factors: LayerFactors) -> Energies:
+        """Energies of block ``name`` at the rows of a batch."""
+        return self._last.get(factors, lambda: self._energies(name, factors))
+
+    def _energies(self, name: str, factors: LayerFactors) -> Energies:
+        """Those of rows so confident that squares underflow are made again of scaled gradients."""
+        if not picks(factors.inputs):
+            scaled, squares = scaled_up(factors)
+            return self._made(name, scaled, self.plain.products_of(name, scaled)).times(squares)
+        energies = self._made(name, factors, self.plain.products(name, factors))
+        small = energies.whole < SMALL
+        if bool(small.any()):
+            scaled, squares = scaled_up(LayerFactors(factors.inputs[small], factors.deltas[small]))
+            energies.put(small, self._made(name, scaled, self.plain.products_of(name, scaled)).times(squares))
+        return energies
+
+    def _made(self, name: str, factors: LayerFactors, shared: SharedProducts) -> Energies:
+        a, d, grams = factors.inputs, factors.deltas, shared.grams
+        n_out, n_in = self.plain.n_leading(name)
+        more_left, more_right = self._more[name]
+        u = torch.cat([shared.outputs[:, :, -n_out:], d @ more_left], dim=2)
+        v = torch.cat([shared.inputs[:, :, -n_in:], a @ more_right], dim=2)
+        pairs = torch.bmm(u.transpose(1, 2), v).double().square_()
+        if grams.inputs is None or grams.outputs is None:
+            basis = self.plain.bases[name]
+            left = torch.cat([basis.left[-n_out:].T, more_left], dim=1)
+            right = torch.cat([basis.right[-n_in:].T, more_right], dim=1)
+            parts = [_from_gradients(part.gradients(), left, right) for part in factors.chunks()]
+            whole, outputs, inputs = (torch.cat(values) for values in zip(*parts, strict=True))
+            return Energies(whole, outputs, inputs, pairs, whole)
+        outputs = torch.bmm(grams.inputs, u).mul_(u).sum(dim=1).double()
+        inputs = torch.bmm(grams.outputs, v).mul_(v).sum(dim=1).double()
+        products = grams.inputs * grams.outputs
+        whole = products.sum(dim=(1, 2), dtype=torch.float64).clamp_min_(0)
+        return Energies(whole, outputs, inputs, pairs, products.abs_().sum(dim=(1, 2), dtype=torch.float64))
+
+
+def _from_gradients(
+    gradients: torch.Tensor, left: torch.Tensor, right: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Squared lengths of whole gradients ``(m, n_out, n_in)``, and along leading directions of both sides."""
+    outputs = (left.T @ gradients).square_().sum(dim=2, dtype=torch.float64)
+    inputs = (gradients @ right).square_().sum(dim=1, dtype=torch.float64)
+    return gradients.square_().sum(dim=(1, 2), dtype=torch.float64), outputs, inputs
+
+
+@dataclass(frozen=True)
+class _Inverse:
+    """1 / (eigenvalue + damping) of a block: of each pair of leading directions, and of what is outside of them.
+
+    Attributes:
+        pairs: ``(k_out, k_in)``.
+        outputs: Of each leading direction of the outputs beside the other inputs: the mean, weighted by the
+            eigenvalues, the least and the most, ``(3, k_out)``; 0 where there are no others.
+        inputs: The same of the inputs, ``(3, k_in)``.
+        rest: The same of the pairs of directions neither of which leads, ``(3,)``.
+        rounding: Of a squared length, as a share of :attr:`Energies.gross`; 0 where all pairs lead.
+    """
+
+    pairs: torch.Tensor
+    outputs: torch.Tensor
+    inputs: torch.Tensor
+    rest: torch.Tensor
+    rounding: float
+
+    @classmethod
+    def of(cls, part: EkfacBlock, damping: float) -> _Inverse:
+        values = part.eigenvalues.double()
+        k_out, k_in = _n_leading(part)
+        outside = (values[:k_out, k_in:], values[k_out:, :k_in].T, values[k_out:, k_in:].reshape(1, -1))
+        outputs, inputs, rest = (_mean_and_bounds(of_outside, damping) for of_outside in outside)
+        all_lead = not any(of_outside.numel() for of_outside in outside)
+        return cls(
+            (values[:k_out, :k_in] + damping).reciprocal(), outputs, inputs, rest[:, 0],
+            0.0 if all_lead else _ROUNDING / damping,
+        )  # fmt: skip
+
+    def squared_lengths(self, energies: Energies) -> torch.Tensor:
+        """<(H + damping I)^-1 G, G>: estimate, least and most, ``(3, b)``."""
+        outputs, inputs, rest = energies.outside()
+        known = (energies.pairs * self.pairs).sum(dim=(1, 2))
+        out = known + self.outputs @ outputs.T + self.inputs @ inputs.T + self.rest[:, None] * rest
+        rounding = self.rounding * energies.gross
+        out[1].sub_(rounding).clamp_min_(0)
+        out[2].add_(rounding)
+        return out
+
+
+def _mean_and_bounds(values: torch.Tensor, damping: float) -> torch.Tensor:
+    """1 / (eigenvalue + damping) over each row of eigenvalues ``(n, m)``: weighted mean, least, most, ``(3, n)``."""
+    if not values.shape[1]:
+        return values.new_zeros((3, len(values)))
+    inverse = (values + damping).reciprocal()
+    sums = values.sum(dim=1)
+    most = inverse.amax(dim=1)
+    mean = torch.where(sums > 0, (inverse * values).sum(dim=1) / torch.where(sums > 0, sums, 1.0), most)
+    return torch.stack([mean, inverse.amin(dim=1), most])
+
+
+def bounds_width(ekfac: Ekfac, damping: float) -> float:
+    """How far apart the bounds on a squared length of an average row are, as a share of its estimate."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for part in ekfac.parts.values():
+        total += _Inverse.of(part, damping).squared_lengths(Energies.expected(part))[:, 0].cpu()
+    estimate, least, most = total.tolist()
+    return (most - least) / estimate if estimate else 0.0
+
+
+@dataclass
+class LeadingProjector:
+    """The sketch of H^-1/2 G from the plain one; squared norms are estimates between bounds.
+
+    Its rows are not orthogonal: ``squares`` bound what their squared lengths are from above, so that coordinates that
+    were made orthonormal by them are no longer than the whitened gradient.
+
+    Attributes:
+        energies: Of the scope, shared by the projectors of all its dampings.
+        damping: Added to every eigenvalue.
+    """
+
+    bounds_norms: ClassVar[bool] = True
+
+    energies: LeadingEnergies
+    damping: float
+    _inverses: dict[str, _Inverse] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Scale every number of the plain sketch."""
+        plain, parts = self.energies.plain, self.energies.parts
+        self.scope, self.width = plain.scope, plain.width
+        self._inverses = {name: _Inverse.of(part, self.damping) for name, part in parts.items()}
+        means, most = (
+            torch.cat([
+                plain.spread(name, parts[name].eigenvalues.double(), pool).flatten() for name in plain.bases
+            ]) + self.damping
+            for pool in (torch.mean, torch.amax)
+        )  # fmt: skip
+        self.weights = means.rsqrt().float()
+        self.squares = (most / means).float().cpu().numpy() * plain.squares
+
+    def project(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor, torch.Tensor]:
+        """The place in the sketch, numbers, and squared norms ``(3, b)`` of one block, as :class:`Projector` says."""
+        shared = self.energies.plain.products(name, factors)
+        squares = self._inverses[name].squared_lengths(self.energies.of(name, factors))
+        return shared.place, shared.numbers * self.weights[shared.place], squares
+
+    def project_matrix(self, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sketches and squared norms, which are exact, of whole gradients."""
+        numbers = self.energies.plain.project_matrix(vectors)[0] * self.weights
+        squares = []
+        for name, part in self.energies.parts.items():
+            rotated = part.left.T @ vectors[name] @ part.right
+            squares.append(row_lengths(rotated.mul_((part.eigenvalues + self.damping).rsqrt()).flatten(1)).square())
+        return numbers, torch.stack(squares).sum(dim=0)
