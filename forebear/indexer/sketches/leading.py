@@ -13,6 +13,7 @@ the rest. Each sum is divided by its mean eigenvalue for an estimate, and by its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -20,9 +21,9 @@ import torch
 
 from forebear.indexer.curvature.ekfac import Ekfac, EkfacBlock
 from forebear.indexer.gradients.factors import LayerFactors, OfLastFactors
-from forebear.indexer.gradients.vectors import Vectors, row_lengths
+from forebear.indexer.gradients.vectors import Vectors
 from forebear.indexer.model.device.copies import picks
-from forebear.indexer.sketches.projector import SMALL, PlainProjector, SharedProducts, scaled_up
+from forebear.indexer.sketches.projector import LEAST, SMALL, PlainProjector, SharedProducts, scaled_up
 
 LEADING = 64  # directions on each side of a block, whose energies are known one by one
 WIDEST = 1 / 3  # of the bounds on a squared length, as a share of it; beyond, gradients are whitened whole
@@ -59,6 +60,11 @@ class Energies:
             whole, values[:, :k_out].sum(dim=2), values[:, :, :k_in].sum(dim=1), values[:, :k_out, :k_in],
             torch.zeros_like(whole),
         )  # fmt: skip
+
+    @classmethod
+    def of_rows(cls, parts: Sequence[Energies]) -> Energies:
+        """Those of some rows after those of others."""
+        return cls(*(torch.cat([getattr(part, own.name) for part in parts]) for own in fields(cls)))
 
     def times(self, factors: torch.Tensor) -> Energies:
         """The energies of each row times a factor, ``(b,)``."""
@@ -107,6 +113,18 @@ class LeadingEnergies:
         """Energies of block ``name`` at the rows of a batch."""
         return self._last.get(factors, lambda: self._energies(name, factors))
 
+    def of_matrix(self, name: str, gradients: torch.Tensor) -> Energies:
+        """Energies of whole gradients ``(q, n_out, n_in)``, scaled up lest squares underflow."""
+        scale = gradients.abs().amax(dim=(1, 2), keepdim=True).clamp_min_(LEAST)
+        return _from_gradients(gradients / scale, *self._directions(name)).times(scale[:, 0, 0].double().square_())
+
+    def _directions(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The leading directions of both sides of a block, as columns."""
+        basis, more = self.plain.bases[name], self._more[name]
+        sides = zip((basis.left, basis.right), self.plain.n_leading(name), more, strict=True)
+        left, right = (torch.cat([side[-n:].T, of_side], dim=1) for side, n, of_side in sides)
+        return left, right
+
     def _energies(self, name: str, factors: LayerFactors) -> Energies:
         """Those of rows so confident that squares underflow are made again of scaled gradients."""
         if not picks(factors.inputs):
@@ -120,33 +138,35 @@ class LeadingEnergies:
         return energies
 
     def _made(self, name: str, factors: LayerFactors, shared: SharedProducts) -> Energies:
-        a, d, grams = factors.inputs, factors.deltas, shared.grams
+        grams = shared.grams
+        if grams.inputs is None or grams.outputs is None:
+            directions = self._directions(name)
+            return Energies.of_rows([_from_gradients(part.gradients(), *directions) for part in factors.chunks()])
         n_out, n_in = self.plain.n_leading(name)
         more_left, more_right = self._more[name]
-        u = torch.cat([shared.outputs[:, :, -n_out:], d @ more_left], dim=2)
-        v = torch.cat([shared.inputs[:, :, -n_in:], a @ more_right], dim=2)
-        pairs = torch.bmm(u.transpose(1, 2), v).double().square_()
-        if grams.inputs is None or grams.outputs is None:
-            basis = self.plain.bases[name]
-            left = torch.cat([basis.left[-n_out:].T, more_left], dim=1)
-            right = torch.cat([basis.right[-n_in:].T, more_right], dim=1)
-            parts = [_from_gradients(part.gradients(), left, right) for part in factors.chunks()]
-            whole, outputs, inputs = (torch.cat(values) for values in zip(*parts, strict=True))
-            return Energies(whole, outputs, inputs, pairs, whole)
-        outputs = torch.bmm(grams.inputs, u).mul_(u).sum(dim=1).double()
-        inputs = torch.bmm(grams.outputs, v).mul_(v).sum(dim=1).double()
+        u = torch.cat([shared.outputs[:, :, -n_out:], factors.deltas @ more_left], dim=2)
+        v = torch.cat([shared.inputs[:, :, -n_in:], factors.inputs @ more_right], dim=2)
         products = grams.inputs * grams.outputs
-        whole = products.sum(dim=(1, 2), dtype=torch.float64).clamp_min_(0)
-        return Energies(whole, outputs, inputs, pairs, products.abs_().sum(dim=(1, 2), dtype=torch.float64))
+        return Energies(
+            whole=products.sum(dim=(1, 2), dtype=torch.float64).clamp_min_(0),
+            outputs=torch.bmm(grams.inputs, u).mul_(u).sum(dim=1).double(),
+            inputs=torch.bmm(grams.outputs, v).mul_(v).sum(dim=1).double(),
+            pairs=torch.bmm(u.transpose(1, 2), v).double().square_(),
+            gross=products.abs_().sum(dim=(1, 2), dtype=torch.float64),
+        )
 
 
-def _from_gradients(
-    gradients: torch.Tensor, left: torch.Tensor, right: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Squared lengths of whole gradients ``(m, n_out, n_in)``, and along leading directions of both sides."""
-    outputs = (left.T @ gradients).square_().sum(dim=2, dtype=torch.float64)
-    inputs = (gradients @ right).square_().sum(dim=1, dtype=torch.float64)
-    return gradients.square_().sum(dim=(1, 2), dtype=torch.float64), outputs, inputs
+def _from_gradients(gradients: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Energies:
+    """Energies of whole gradients ``(m, n_out, n_in)``, along leading directions as columns."""
+    along = left.T @ gradients
+    whole = gradients.square().sum(dim=(1, 2), dtype=torch.float64)
+    return Energies(
+        whole=whole,
+        outputs=along.square().sum(dim=2, dtype=torch.float64),
+        inputs=(gradients @ right).square_().sum(dim=1, dtype=torch.float64),
+        pairs=(along @ right).double().square_(),
+        gross=whole,
+    )
 
 
 @dataclass(frozen=True)
@@ -250,10 +270,10 @@ class LeadingProjector:
         return shared.place, shared.numbers * self.weights[shared.place], squares
 
     def project_matrix(self, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sketches and squared norms, which are exact, of whole gradients."""
+        """Sketches and squared norms ``(3, q)`` of whole gradients, as :class:`Projector` says."""
         numbers = self.energies.plain.project_matrix(vectors)[0] * self.weights
-        squares = []
-        for name, part in self.energies.parts.items():
-            rotated = part.left.T @ vectors[name] @ part.right
-            squares.append(row_lengths(rotated.mul_((part.eigenvalues + self.damping).rsqrt()).flatten(1)).square())
+        squares = [
+            self._inverses[name].squared_lengths(self.energies.of_matrix(name, vectors[name]))
+            for name in self._inverses
+        ]
         return numbers, torch.stack(squares).sum(dim=0)

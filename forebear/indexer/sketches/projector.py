@@ -33,7 +33,7 @@ PRINCIPAL = 32  # leading eigenvectors on each side of a block
 RANDOM = 32  # random directions on each side, orthogonal to them
 POOLED = 64  # groups on each side of a whitened block
 BASES = ("mixed", "principal", "random")
-_LEAST = float(np.finfo(np.float32).tiny)  # what can be divided by
+LEAST = float(np.finfo(np.float32).tiny)  # what can be divided by
 
 
 class Projector(Protocol):
@@ -59,7 +59,7 @@ class Projector(Protocol):
         """
 
     def project_matrix(self, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sketch of whole gradients, ``(q, D)``, and their squared norms, exact, ``(q,)``."""
+        """The sketch of whole gradients, ``(q, D)``, and their squared norms as :meth:`project` has them."""
 
 
 SMALL = 1e-28  # squared norms below which squares of a confident row's gradient underflow: it is scaled up
@@ -78,7 +78,7 @@ def squared_norms(factors: LayerFactors, grams: Grams | None = None) -> torch.Te
 
 def scaled_up(factors: LayerFactors) -> tuple[LayerFactors, torch.Tensor]:
     """Factors whose output gradients have largest numbers of 1, and the square of what they were divided by."""
-    scale = factors.deltas.abs().amax(dim=(1, 2), keepdim=True).clamp_min_(_LEAST)
+    scale = factors.deltas.abs().amax(dim=(1, 2), keepdim=True).clamp_min_(LEAST)
     return LayerFactors(factors.inputs, factors.deltas / scale), scale[:, 0, 0].double().square_()
 
 

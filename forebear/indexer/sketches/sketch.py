@@ -205,9 +205,15 @@ class SketchRows:
             self.coordinates[positions], self.codes[positions], self.lengths[positions], self.norms[positions], bounds
         )
 
+    def norms_within(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Norms, and the least and the most that they can be, ``(n,)`` each."""
+        if self.norm_bounds is None:
+            return self.norms, self.norms, self.norms
+        return self.norms, self.norm_bounds[:, 0], self.norm_bounds[:, 1]
+
     def residual_lengths(self, reduction: Reduction) -> np.ndarray:
         """Length of the part of G that the coordinates do not hold, at most, ``(n,)`` float64."""
-        norms = self.norms if self.norm_bounds is None else self.norm_bounds[:, 1]
+        norms = self.norms_within()[2]
         held = (self.coordinates.astype(np.float64) @ reduction.orthonormaliser.T) * self.lengths[:, None]
         return np.asarray(np.sqrt(np.maximum(norms**2 - (held**2).sum(axis=1), 0.0)))
 
@@ -336,9 +342,13 @@ class Sketches(RowCollector):
             NonFiniteError: A gradient is NaN or infinite; the row is named.
         """
         refuse_non_finite("the model", first_row, self._norms, self._coordinates)
-        norms, bounds = self._norms[:, 0], self._norms[:, 1:]
-        of_norms = (norms, bounds if bounds.shape[1] else None)
+        of_norms = _norms_and_bounds(self._norms)
         return SketchRows(self._coordinates, self._codes, self._lengths, *of_norms, self._packed)
+
+
+def _norms_and_bounds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Norms and bounds of :class:`SketchRows`, of ``(n, 1)`` or ``(n, 3)``."""
+    return values[:, 0], values[:, 1:] if values.shape[1] > 1 else None
 
 
 @dataclass(frozen=True)
@@ -355,7 +365,7 @@ class Sketcher:
         raw = torch.nn.functional.pad(raw, (0, reduce.width - raw.shape[1]))
         lengths, x, codes = reduce(raw)
         x_here, codes_here, lengths_here, norms = fetch(x, codes, lengths.double(), squares.sqrt())
-        return SketchRows(x_here, codes_here, lengths_here, norms)
+        return SketchRows(x_here, codes_here, lengths_here, *_norms_and_bounds(norms.reshape(-1, len(x_here)).T))
 
     def collector(self, n_rows: int, device: torch.device, *, packs: bool = False) -> Sketches:
         """A collector of sketches for a pass over ``n_rows`` rows; codes of rows that are only stored are packed."""

@@ -123,10 +123,12 @@ def bounds(parts: Sequence[Part], live: np.ndarray, *, cosine: bool) -> tuple[np
             )
             width += np.outer(query_lengths, rounding)
             if cosine:
-                norms, least, _ = (query_sketches.norms[:, None] * n for n in store.norms_within(rows))
+                of_both = zip(query_sketches.norms_within(), store.norms_within(rows), strict=True)
+                norms, least, most = (np.outer(of_queries, of_rows) for of_queries, of_rows in of_both)
                 middle, width = (ratio(x, norms) for x in (middle, width))
-                longer = np.where(norms > 0, ratio(norms, least, otherwise=_UNBOUNDED), 1.0)
-                width = width * longer + np.abs(middle) * (longer - 1)
+                above = np.where(norms > 0, ratio(norms, least, otherwise=_UNBOUNDED), 1.0)
+                below = ratio(norms, most, otherwise=1.0)
+                width = width * above + np.abs(middle) * np.maximum(above - 1, 1 - below)
             columns = slice(start, start + len(rows))
             centre[:, columns] += part.weight * middle
             slack[:, columns] += part.weight * width
