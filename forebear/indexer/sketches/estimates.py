@@ -152,6 +152,13 @@ class Proposal:
     code_weight: float
     margin: float = 0.0
 
+    def units(self, parts: Sequence[Part], rows: np.ndarray) -> np.ndarray:
+        """What an error of 1 is in scores of listed rows ``(q, m)``, ``(q, m)``: 1 of cosines, else both lengths."""
+        if self.cosine:
+            return np.ones(rows.shape)
+        lengths = (part.weight * part.queries.lengths[:, None] * part.store.lengths[rows] for part in parts)
+        return np.asarray(sum(lengths), dtype=np.float64)
+
     def margins(self, parts: Sequence[Part], rows: np.ndarray) -> np.ndarray:
         """The margin that each row's estimate gets for its uncertainty, ``(q, n)``, or one 0."""
         if self.cosine or not self.margin:

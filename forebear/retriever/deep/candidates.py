@@ -8,7 +8,8 @@ the rows' lengths under H^-1 too, so it takes the candidates of the solution's s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,6 +22,36 @@ from forebear.retriever.question.kept import size_of
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.models import N_VARIANTS
 from forebear.retriever.question.recall import UNWHITENED, same_as
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Candidates at one end of the ranking of each test row.
+
+    Attributes:
+        rows: Row numbers, ``(q, m)``.
+        reach: The most that each score can be, if its error is an allowed one; at the opponents' end of scores times
+            -1. By falling reach, ``(q, m)``; None: all are to be scored.
+    """
+
+    rows: np.ndarray
+    reach: np.ndarray | None = None
+
+    @classmethod
+    def by_reach(cls, rows: np.ndarray, reach: np.ndarray) -> Listed:
+        """Rows ``(q, m)`` in the order of their reach."""
+        order = np.argsort(-reach, axis=1, kind="stable")
+        return cls(np.take_along_axis(rows, order, axis=1), np.take_along_axis(reach, order, axis=1))
+
+    def take(self, queries: np.ndarray) -> Listed:
+        """Those of some test rows."""
+        return Listed(self.rows[queries], None if self.reach is None else self.reach[queries])
+
+    @classmethod
+    def join(cls, parts: Sequence[Listed]) -> Listed:
+        """Those of some test rows after those of others, which list as many."""
+        reaches = [part.reach for part in parts if part.reach is not None]
+        return cls(np.concatenate([part.rows for part in parts]), np.concatenate(reaches) if reaches else None)
 
 
 class Candidates:
@@ -127,8 +158,9 @@ class Candidates:
         *,
         spans: bool = False,
         by_pass: bool = False,
-    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Candidates at the proponents' end and at the opponents', ``(q, m)`` row numbers each, by method name.
+        errors: Mapping[str, float] | None = None,
+    ) -> dict[str, tuple[Listed, Listed]]:
+        """Candidates at the proponents' end and at the opponents', by method name.
 
         Args:
             methods: Methods that compare gradients.
@@ -137,6 +169,8 @@ class Candidates:
                 (or spans) means all of them.
             spans: Whether to propose entries of the index's store of spans instead of rows.
             by_pass: As of :meth:`parts`.
+            errors: By method name, how far a score may be beyond its estimate: a cosine, or a dot product over both
+                lengths. Candidates of other methods have no reach.
         """
         live = self._index.live_spans if spans else self._index.live
         memory = self._gradients.models.memory
@@ -144,11 +178,20 @@ class Candidates:
         parts = self.parts(methods, queries, spans=spans, by_pass=by_pass)
         for method in methods:
             name, width = method.name, min(len(live), widths[method.name])
-            ends = [propose(parts[name], live, width, self.proposal(method), memory)]
+            proposal = self.proposal(method)
+            ends = [propose(parts[name], live, width, proposal, memory)]
+            if errors is not None and name in errors:
+                units = (proposal.units(parts[name], rows) for rows, _ in ends[0])
+                first, last = (
+                    Listed.by_reach(rows, sign * estimates + errors[name] * of_rows)
+                    for (rows, estimates), of_rows, sign in zip(ends[0], units, (1.0, -1.0), strict=True)
+                )
+                out[name] = first, last
+                continue
             if self._from_solutions(method) and self._kinds(method):
                 proposal = self._index.proposal(self._scope, UNWHITENED[name], cosine=method.metric == "cos")
                 ends.append(propose([self._solution_part(queries, spans=spans)], live, width, proposal, memory))
-            high, low = (np.concatenate([both[end][0] for both in ends], axis=1) for end in (0, 1))
+            high, low = (Listed(np.concatenate([both[end][0] for both in ends], axis=1)) for end in (0, 1))
             out[name] = high, low
         return out
 

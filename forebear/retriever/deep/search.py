@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -27,8 +27,9 @@ from forebear.indexer.model.encoding import Encoded, Texts, as_encoded, distinct
 from forebear.indexer.sketches.candidates import propose
 from forebear.indexer.sketches.estimates import may_be_best
 from forebear.ratio import ratio
-from forebear.retriever.deep.candidates import Candidates
+from forebear.retriever.deep.candidates import Candidates, Listed
 from forebear.retriever.deep.query_gradients import Queries, QueryGradients
+from forebear.retriever.deep.rounds import rank_candidates
 from forebear.retriever.question.inverse import CurvatureSpec
 from forebear.retriever.question.kept import Kept
 from forebear.retriever.question.methods import Method
@@ -117,6 +118,7 @@ class GradientSearch:
         *,
         exact: str,
         n_candidates: dict[str, int],
+        errors: Mapping[str, float] | None = None,
         prove: Callable[[Queries, dict[str, Ends]], dict[str, Ends]] | None = None,
     ) -> dict[str, Ends]:
         """Both ends of each method's ranking.
@@ -130,6 +132,8 @@ class GradientSearch:
             k: Results at each end.
             exact: ``none``, ``rerank`` or ``full``.
             n_candidates: Rows at each end that the sketches propose, by method name.
+            errors: By method name, how far a score may be beyond its estimate (a cosine, or a dot product over both
+                lengths), where scoring stops when no other candidate can be among the best.
             prove: Proves both ends of some of the test rows, which it is given while their gradients are held.
         """
         chunks = self.chunks(methods, len(queries))
@@ -139,10 +143,17 @@ class GradientSearch:
             if exact == "none":
                 return join_ends([self._estimated(methods, queries.take(b), k, by_pass=True) for b in blocks])
         widths = {name: min(len(self.index.live), max(k, n)) for name, n in n_candidates.items()}
-        rows: dict[str, np.ndarray] = {}
+        listed: dict[str, tuple[Listed, Listed]] = {}
         if by_pass:
-            of_blocks = [self._proposed(methods, queries.take(block), widths, by_pass=True) for block in blocks]
-            rows = {name: np.concatenate([of_block[name] for of_block in of_blocks]) for name in widths}
+            of_blocks = [
+                self.candidates.propose(methods, queries.take(block), widths, by_pass=True, errors=errors)
+                for block in blocks
+            ]
+            for name in widths:
+                first, last = (
+                    Listed.join(parts) for parts in zip(*(of_block[name] for of_block in of_blocks), strict=True)
+                )
+                listed[name] = first, last
         found = []
         for indices in chunks:
             chunk = queries if len(chunks) == 1 else queries.take(indices)
@@ -152,24 +163,24 @@ class GradientSearch:
             if exact == "full":
                 ends = self._from_all(methods, chunk, k)
             else:
-                of_chunk = {name: numbers[indices] for name, numbers in rows.items()}
-                ends = self._from_candidates(methods, chunk, k, of_chunk or self._proposed(methods, chunk, widths))
+                of_chunk = {name: (first.take(indices), last.take(indices)) for name, (first, last) in listed.items()}
+                if not by_pass:
+                    of_chunk = self.candidates.propose(methods, chunk, widths, errors=errors)
+                ends = self._from_candidates(methods, chunk, k, of_chunk)
             found.append(ends if prove is None else prove(chunk, ends))
         return join_ends(found)
 
-    def _proposed(
-        self, methods: Sequence[Method], queries: Queries, widths: dict[str, int], *, by_pass: bool = False
-    ) -> dict[str, np.ndarray]:
-        """Candidates of both ends, ``(q, m)`` row numbers by method name."""
-        proposed = self.candidates.propose(methods, queries, widths, by_pass=by_pass)
-        return {name: np.concatenate(ends, axis=1) for name, ends in proposed.items()}
-
     def _from_candidates(
-        self, methods: Sequence[Method], queries: Queries, k: int, rows: dict[str, np.ndarray]
+        self, methods: Sequence[Method], queries: Queries, k: int, listed: dict[str, tuple[Listed, Listed]]
     ) -> dict[str, Ends]:
         """Both ends by the exact scores of candidates."""
-        scores, convergence = self.score_together(methods, queries, rows, best=k)
-        return {m.name: _both_ends(rows[m.name], scores[m.name], k, _of_method(convergence, m)) for m in methods}
+
+        def score(
+            some: Sequence[Method], rows: dict[str, np.ndarray]
+        ) -> tuple[dict[str, np.ndarray], Convergence | None]:
+            return self.score_together(some, queries, rows, best=k)
+
+        return rank_candidates(score, methods, listed, k)
 
     def _from_all(self, methods: Sequence[Method], queries: Queries, k: int) -> dict[str, Ends]:
         """Both ends by the exact scores of every live row."""
@@ -375,20 +386,6 @@ def _of_method(convergence: Convergence | None, method: Method) -> Convergence |
 def _pick(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Columns of ``values`` ``(q, distinct)``: the same for all queries ``(n,)``, or each query's own ``(q, m)``."""
     return np.asarray(values[:, columns] if columns.ndim == 1 else np.take_along_axis(values, columns, axis=1))
-
-
-def _both_ends(rows: np.ndarray, scores: np.ndarray, k: int, convergence: Convergence | None) -> Ends:
-    """Rank the candidates of both ends together; a row that was proposed at both counts once."""
-    order = np.argsort(rows, axis=1, kind="stable")
-    rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
-    repeated = np.zeros(rows.shape, bool)
-    repeated[:, 1:] = rows[:, 1:] == rows[:, :-1]
-    n_scored = (~repeated).sum(axis=1)
-    ends = []
-    for largest in (True, False):
-        distinct_scores = np.where(repeated, -np.inf if largest else np.inf, scores)
-        ends.append(Ranking(*rank(distinct_scores, rows, k, largest=largest), True, n_scored, convergence=convergence))
-    return ends[0], ends[1]
 
 
 def _ends(scores: np.ndarray, rows: np.ndarray, k: int, n_scored: np.ndarray, convergence: Convergence | None) -> Ends:

@@ -12,7 +12,7 @@ from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch
 from forebear.retriever.question.batch import Batch
 from forebear.retriever.question.methods import Method
-from forebear.retriever.question.recall import NOT_RERANKED, PROVEN, deep_recall, n_candidates, with_note
+from forebear.retriever.question.recall import NOT_RERANKED, PROVEN, deep_recall, n_candidates, stop_of, with_note
 from forebear.retriever.question.searcher import Searcher
 from forebear.retriever.question.spec import Question
 from forebear.retriever.ranking import Ends
@@ -31,6 +31,7 @@ class GradientSearcher(Searcher):
         for scope, methods in question.by_scope().items():
             search = GradientSearch.kept(self.models, scope, question.curvature)
             candidates = {m.name: n_candidates(question, m) for m in methods}
+            stops = {m.name: stop for m in methods if (stop := stop_of(question, m)) is not None}
 
             def prove(
                 chunk: Queries, ends: dict[str, Ends], search: GradientSearch = search, methods: list[Method] = methods
@@ -43,6 +44,7 @@ class GradientSearcher(Searcher):
                 question.top,
                 exact=question.spec.exact,
                 n_candidates=candidates,
+                errors={name: stop.error for name, stop in stops.items()},
                 prove=prove if question.spec.certify else None,
             )
         return joined
@@ -67,4 +69,5 @@ class GradientSearcher(Searcher):
             return with_note(PROVEN if spec.exact == "full" else NOT_RERANKED) | {"candidates": None}
         n_rows = n_candidates(question, method)
         recall = PROVEN if spec.certify else deep_recall(question, method, n_rows)
-        return with_note(recall) | {"candidates": n_rows, "certify": spec.certify}
+        stops = stop_of(question, method) is not None
+        return with_note(recall) | {"candidates": n_rows, "stops_early": stops, "certify": spec.certify}

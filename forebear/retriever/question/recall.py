@@ -10,6 +10,7 @@ answer. Everywhere else it is None, and a note says why.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from forebear.indexer.index import Index
@@ -82,7 +83,7 @@ def _searched(question: Question, method: Method) -> tuple[str, int]:
 
 
 def n_candidates(question: Question, method: Method) -> int:
-    """Rows, or stored spans, at each end that are scored exactly for a method at a scope beyond the head.
+    """Rows, or stored spans, at each end that are scored exactly for a method at a scope beyond the head, at most.
 
     Where candidates come from two sketches, this is the number from each. Where the calibration's sample does not
     support the recall of the question, it is the number for the largest recall that the sample supports, and at least
@@ -95,9 +96,46 @@ def n_candidates(question: Question, method: Method) -> int:
     calibration = question.index.calibrated(question.scope_of(method), name)
     if calibration is None:
         return max(spec.top, DEFAULT_CANDIDATES)
-    n = max(spec.top, candidates_for(calibration["candidates"], spec.recall, total))
+    stop = stop_of(question, method)
+    shares = calibration["candidates"] if stop is None else {str(stop.recall): stop.list_share}
+    n = max(spec.top, candidates_for(shares, spec.recall, total))
     unsupported = spec.recall > calibration.get("supported", 1.0)
     return max(n, min(total, DEFAULT_CANDIDATES)) if unsupported else n
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When the scoring of candidates stops: no other score can be among the best, if its error is an allowed one.
+
+    Attributes:
+        error: How far a score may be beyond its estimate: a cosine, or a dot product over both lengths.
+        list_share: Share of all rows that are listed as candidates at each end, and scored at most.
+        recall: What is found of the best rows, in expectation.
+    """
+
+    error: float
+    list_share: float
+    recall: float
+
+
+def stop_of(question: Question, method: Method) -> Stop | None:
+    """When scoring stops at a scope beyond the head; None: when all candidates are scored.
+
+    Calibration measured errors for single rows at one damping, and so on: where a question differs, all are scored.
+    """
+    spec = question.spec
+    if spec.exact != "rerank" or spec.certify or spec.candidates is not None or spec.recall >= 1:
+        return None
+    if question.searched_by(method) != "gradients":
+        return None
+    name, _ = _searched(question, method)
+    calibration = question.index.calibrated(question.scope_of(method), name)
+    if calibration is None or "errors" not in calibration or _not_measured(question, method, name):
+        return None
+    errors = {float(recall): error for recall, error in calibration["errors"].items()}
+    enough = [recall for recall in errors if recall >= spec.recall - _ROUNDING]
+    level = min(enough) if enough else max(errors)
+    return Stop(errors[level], calibration["list_share"], min(spec.recall, level))
 
 
 def deep_recall(question: Question, method: Method, n: int) -> Stated:
@@ -115,7 +153,8 @@ def deep_recall(question: Question, method: Method, n: int) -> Stated:
     calibration = question.index.calibrated(question.scope_of(method), name)
     assert calibration is not None
     at_most = spec.recall if spec.candidates is None else 1.0
-    recall = recall_of(calibration["candidates"], n, total, at_most=at_most)
+    stop = stop_of(question, method)
+    recall = recall_of(calibration["candidates"], n, total, at_most=at_most) if stop is None else stop.recall
     if recall is None:
         return None, f"recall not measured for so few candidates as {n:,}"
     if spec.candidates is None and recall < spec.recall:

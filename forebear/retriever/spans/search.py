@@ -137,7 +137,7 @@ class SpanSearch:
         if search.scope != "head":
             as_calibrated = replace(base, name=method.name) if by_entries else base
             ends = search.candidates.propose([as_calibrated], queries, {as_calibrated.name: width}, spans=by_entries)
-            return np.concatenate(ends[as_calibrated.name], axis=1)
+            return np.concatenate([end.rows for end in ends[as_calibrated.name]], axis=1)
         if by_entries:
             return np.concatenate([entries for entries, _ in stored_ends(search, method, queries, width)], axis=1)
         query = head_query(search, method, queries)

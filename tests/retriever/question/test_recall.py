@@ -411,8 +411,9 @@ def test_candidates_for_rif_under_another_solver_come_from_both_sketches(few_row
     asked = Queries([queries], np.zeros(6, np.int64))
     width = {"rif": 20}
     (high, low) = search.candidates.propose([METHODS["rif"]], asked, width)["rif"]
-    assert high.shape == low.shape == (6, 40)
-    assert all(len(set(rows.tolist())) > 20 for rows in high)  # the two sketches propose different rows
+    assert high.reach is None
+    assert high.rows.shape == low.rows.shape == (6, 40)
+    assert all(len(set(rows.tolist())) > 20 for rows in high.rows)  # the two sketches propose different rows
 
 
 # ---------------------------------------------------------------- commands

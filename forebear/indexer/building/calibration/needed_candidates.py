@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from forebear.conformal import least_share, supported_recall
 from forebear.indexer.sketches.candidates import BLOCK_ROWS, candidates_needed, estimate
 from forebear.indexer.sketches.estimates import Part, Proposal
+from forebear.ratio import ratio
 
 RECALLS = (0.8, 0.9, 0.95, 0.98, 0.99)  # the manifest states candidates for these, and for the largest supported recall
 TOP = 10
@@ -24,12 +25,47 @@ ESTIMATED_QUERIES = 64  # queries whose estimates of all rows are held at once, 
 CHOOSING_SHARE = 1 / 3  # of the queries; they choose weight and margin, the others state the recall
 
 
+LIST_GROWTH = 2  # of the longest list that a query which chooses needs: so long a list is scored until it may stop
+
+
 @dataclass(frozen=True)
 class Ranking:
     """Exact scores of the sample by one method, ``(q, m)``, and whether they are cosines or dot products."""
 
     scores: np.ndarray
     by_cosine: bool
+
+
+@dataclass(frozen=True)
+class _Needed:
+    """What it takes to find the sample's best rows of some queries, at both ends, ``(2, q, n_best)`` each.
+
+    Attributes:
+        shares: Share of all rows that must be candidates.
+        errors: How far the exact score is beyond the estimate: a cosine, or a dot product over both lengths.
+    """
+
+    shares: np.ndarray
+    errors: np.ndarray
+
+    @classmethod
+    def join(cls, parts: Sequence[_Needed]) -> _Needed:
+        """Those of one group of queries after another."""
+        return cls(*(np.concatenate([getattr(part, own.name) for part in parts], axis=1) for own in fields(cls)))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How candidates of a method are chosen and when their scoring stops, as some queries chose it.
+
+    Attributes:
+        proposal: Weight of the code, and margin.
+        list_share: Share of all rows that are listed and scored until no other can be among the best; None where a
+            fixed number of candidates takes fewer.
+    """
+
+    proposal: Proposal
+    list_share: float | None
 
 
 @dataclass(frozen=True)
@@ -101,60 +137,89 @@ class RankCalibration:
         choosing, stating = np.sort(order[:n_choosing]), np.sort(order[n_choosing:])
         n_others = n - int(self.excluded.sum(axis=1).max())
         n_sampled, n_best = n_ranked(self.sample, n_others)
-        settings = self._choose(choosing, rankings, cosines, n_best)
-        needed = self._needed_when_stating(stating, rankings, settings, n_best)
+        choices = self._choose(choosing, rankings, cosines, n_best)
+        needed = self._needed_when_stating(stating, rankings, choices, n_best)
         supported = supported_recall(len(stating))
         recalls = sorted({*(recall for recall in RECALLS if recall < supported), supported})
         return {
             name: {
-                "code_weight": settings[name].code_weight,
-                "margin": settings[name].margin,
-                "candidates": {
-                    str(recall): max(share for end in ends if (share := least_share(end, recall)) is not None)
-                    for recall in recalls
-                },
+                "code_weight": choices[name].proposal.code_weight,
+                "margin": choices[name].proposal.margin,
+                "candidates": {str(recall): _least(found.shares, recall) for recall in recalls},
                 "supported": supported,
                 "top": n_best * n_others // n_sampled,
                 "n_choosing": n_choosing,
                 "n_stating": len(stating),
             }
-            for name, ends in needed.items()
+            | _stop_facts(choices[name].list_share, found, recalls)
+            for name, found in needed.items()
         }
 
     def _choose(
         self, queries: np.ndarray, rankings: Mapping[str, Ranking], cosines: np.ndarray, n_best: int
-    ) -> dict[str, Proposal]:
+    ) -> dict[str, _Choice]:
         """Weight and margin that put each method's best rows highest; without queries, uncalibrated ones."""
         if not len(queries):
-            return {n: Proposal(r.by_cosine, 1.0 if r.by_cosine else 0.0) for n, r in rankings.items()}
+            uncalibrated = {n: Proposal(r.by_cosine, 1.0 if r.by_cosine else 0.0) for n, r in rankings.items()}
+            return {name: _Choice(proposal, None) for name, proposal in uncalibrated.items()}
         estimates = self._estimates(queries)
         columns = np.searchsorted(self.live, self.sample)
         counted = ~self.excluded[np.ix_(queries, columns)]
         sample_estimates = estimates.take(slice(None), columns)
-        costs: dict[str, list[tuple[float, Proposal]]] = {name: [] for name in rankings}
+        tried: dict[str, list[tuple[float, Proposal, _Needed]]] = {name: [] for name in rankings}
         for weight in CODE_WEIGHTS if estimates.by_code is not None else (0.0,):
             error = float(np.sqrt(np.mean((sample_estimates.weighted(weight) - cosines[queries])[counted] ** 2)))
             for name, ranking in rankings.items():
                 for share in (0.0,) if ranking.by_cosine else MARGINS:
                     setting = Proposal(ranking.by_cosine, weight, share * error)
-                    ends = self._needed(queries, estimates, ranking, setting, n_best)
-                    cost = float(np.mean(np.log(np.concatenate(ends)))) + max(
-                        float(np.log(np.quantile(end, AIM, method="higher"))) for end in ends
-                    )
-                    costs[name].append((cost, setting))
-        return {name: min(tried, key=lambda cost_and_setting: cost_and_setting[0])[1] for name, tried in costs.items()}
+                    needed = self._needed(queries, estimates, ranking, setting, n_best)
+                    cost = float(np.mean(np.log(needed.shares))) + float(np.log(_aimed(needed.shares)).max())
+                    tried[name].append((cost, setting, needed))
+        chosen = {name: min(of_name, key=lambda one: one[0]) for name, of_name in tried.items()}
+        return {
+            name: _Choice(setting, self._list_share(queries, estimates, rankings[name], setting, needed))
+            for name, (_, setting, needed) in chosen.items()
+        }
+
+    def _list_share(
+        self, queries: np.ndarray, estimates: _Estimates, ranking: Ranking, setting: Proposal, needed: _Needed
+    ) -> float | None:
+        """The share of rows to list where scoring until no other row can be among the best takes fewer than a number.
+
+        Compares both ways at the same recall of the queries that choose.
+        """
+        share = min(1.0, LIST_GROWTH * float(needed.shares.max()))
+        columns = np.searchsorted(self.live, self.sample)
+        n_scored = []
+        for sign, allowed in zip((1.0, -1.0), _aimed(needed.errors), strict=True):
+            for i, query in enumerate(queries):
+                units = self._units(ranking, query)
+                reach = (
+                    sign * estimates.take(slice(i, i + 1)).weighted(setting.code_weight)[0] * units + allowed * units
+                )
+                excluded = self.excluded[query]
+                best = _best(sign * np.where(excluded[columns], np.nan, ranking.scores[query]), needed.errors.shape[2])
+                worst_of_best = (sign * ranking.scores[query][best]).min()
+                n_scored.append(min(share, float(((reach >= worst_of_best) & ~excluded).mean())))
+        return share if np.mean(n_scored) < _aimed(needed.shares).max() else None
+
+    def _units(self, ranking: Ranking, query: int) -> np.ndarray:
+        """What an error of 1 is in scores of a query with every live row, ``(n,)``: 1, or the product of lengths."""
+        if ranking.by_cosine:
+            return np.ones(len(self.live), np.float32)
+        return np.asarray(self.part.store.lengths[self.live] * np.float32(self.part.queries.lengths[query]))
 
     def _needed_when_stating(
-        self, queries: np.ndarray, rankings: Mapping[str, Ranking], settings: dict[str, Proposal], n_best: int
-    ) -> dict[str, list[np.ndarray]]:
-        """Shares of rows needed at both ends, by method, ``(q, n_best)`` each; computed for a few queries at a time."""
+        self, queries: np.ndarray, rankings: Mapping[str, Ranking], choices: dict[str, _Choice], n_best: int
+    ) -> dict[str, _Needed]:
+        """What finds the best rows, by method; computed for a few queries at a time."""
         groups = [queries[start : start + ESTIMATED_QUERIES] for start in range(0, len(queries), ESTIMATED_QUERIES)]
-        needed: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in rankings}
+        needed: dict[str, list[_Needed]] = {name: [] for name in rankings}
         for group in groups:
             estimates = self._estimates(group)
             for name, ranking in rankings.items():
-                needed[name].append(self._needed(group, estimates, ranking, settings[name], n_best))
-        return {name: [np.concatenate(end) for end in zip(*ends, strict=True)] for name, ends in needed.items()}
+                needed[name].append(self._needed(group, estimates, ranking, choices[name].proposal, n_best))
+        return {name: _Needed.join(parts) for name, parts in needed.items()}
 
     def _estimates(self, queries: np.ndarray) -> _Estimates:
         """Estimated cosines of all live rows with some queries, in one pass over the stored sketches."""
@@ -171,23 +236,54 @@ class RankCalibration:
 
     def _needed(
         self, queries: np.ndarray, estimates: _Estimates, ranking: Ranking, setting: Proposal, n_best: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Share of all rows that must be candidates for each of the sample's best rows, at both ends ``(q, n_best)``.
+    ) -> _Needed:
+        """What finds each of the sample's best rows.
 
         Goes query by query, so that intermediate arrays have the size of one query's rows.
         """
         columns = np.searchsorted(self.live, self.sample)
         lengths = 1.0 if ranking.by_cosine else self.part.store.lengths[self.live]
-        ends = np.empty((2, len(queries), n_best))
+        needed = _Needed(*(np.empty((2, len(queries), n_best)) for _ in fields(_Needed)))
         for i, query in enumerate(queries):
             excluded = self.excluded[query : query + 1]
             scores = np.where(excluded[:, columns], np.nan, ranking.scores[query])
             query_estimates = estimates.take(slice(i, i + 1))
             steps = [query_estimates.weighted(weight) for weight in sorted({0.0, setting.code_weight})]
-            for end, sign in zip(ends, (1.0, -1.0), strict=True):
+            units = self._units(ranking, query)[columns]
+            for end, sign in enumerate((1.0, -1.0)):
                 ranked = [(sign * step + np.float32(setting.margin)) * lengths for step in steps]
-                end[i] = needed_shares(sign * scores, ranked[0], ranked[-1], columns, excluded, n_best)[0]
-        return ends[0], ends[1]
+                shares = needed_shares(sign * scores, ranked[0], ranked[-1], columns, excluded, n_best)
+                best = _best(sign * scores[0], n_best)
+                beyond = ratio(scores[0][best], units[best]) - steps[-1][0][columns[best]]
+                needed.shares[end, i], needed.errors[end, i] = shares[0], sign * beyond
+        return needed
+
+
+def _best(scores: np.ndarray, n_best: int) -> np.ndarray:
+    """Positions of the largest scores ``(m,)``, NaN for none, the best first."""
+    return np.argsort(np.where(np.isnan(scores), np.inf, -scores), kind="stable")[:n_best]
+
+
+def _aimed(values: np.ndarray) -> np.ndarray:
+    """The value at each end that :data:`AIM` of the best rows of all queries stay within, ``(2,)``."""
+    return np.asarray(np.quantile(values.reshape(2, -1), AIM, axis=1, method="higher"))
+
+
+def _least(values: np.ndarray, recall: float) -> float:
+    """The least value that keeps a recall at both ends; the queries support the recall."""
+    return max(least for end in values if (least := least_share(end, recall)) is not None)
+
+
+def _stop_facts(list_share: float | None, needed: _Needed, recalls: Sequence[float]) -> dict[str, Any]:
+    """Facts for the manifest on when scoring stops; none where a fixed number of candidates is scored.
+
+    A row is found if it is listed, and if its score is no farther beyond its estimate than is allowed.
+    """
+    if list_share is None:
+        return {}
+    errors = np.where(needed.shares <= list_share, needed.errors, np.inf)
+    allowed = {str(recall): least for recall in recalls if np.isfinite(least := _least(errors, recall))}
+    return {"list_share": list_share, "errors": allowed} if allowed else {}
 
 
 def needed_shares(
@@ -215,7 +311,7 @@ def needed_shares(
     """
     out = np.empty((len(scores), n_best))
     for q, query_scores in enumerate(scores):
-        best = sample[np.argsort(np.where(np.isnan(query_scores), np.inf, -query_scores), kind="stable")[:n_best]]
+        best = sample[_best(query_scores, n_best)]
         ranks = [
             (estimates_of_all >= estimates_of_all[best, None]).sum(axis=1)
             for estimates_of_all in (np.where(excluded[q], -np.inf, ranked[q]) for ranked in (scanned, estimates))
