@@ -230,7 +230,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
                 by += f" of the top {known['top']}"
             if "errors" in known:
                 allowed = ", ".join(f"{float(r):.4g}: {error:.2g}" for r, error in known["errors"].items())
-                some += f", or of {100 * known['list_share']:.2g}% until none can be better but by an error of {allowed}"
+                listed = f"{100 * known['list_share']:.2g}%"
+                some += f", or of {listed} until none can be better but by an error of {allowed}"
             lines.append(("candidates", f"{scope} {method}, share of rows by recall {some}; by {by}"))
     lines += [("effects", line) for line in facts["effects"]]
     for name, search in facts["search"].items():

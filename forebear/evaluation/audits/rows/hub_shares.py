@@ -17,7 +17,8 @@ from forebear.retriever.question.spec import Question
 from forebear.retriever.retriever import Retriever
 
 COLUMN = "hub_share"
-_HOW_FOUND = ("recall", "recall_note", "candidates", "stops_early", "certify", "sign")  # facts that do not change what is counted
+# Facts that do not change what is counted.
+_HOW_FOUND = ("recall", "recall_note", "candidates", "stops_early", "certify", "sign")
 Shares = dict[str, dict[int, float]]
 
 
