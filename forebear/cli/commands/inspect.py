@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from forebear.cli.options.model import Device, MovedModel
 from forebear.cli.options.report import JsonOut
 from forebear.cli.screen.console import OUT, Command, size
 from forebear.errors import CorruptIndexError
+
+if TYPE_CHECKING:
+    from forebear.indexer.index import Index
 
 Folder = Annotated[str, typer.Argument(metavar="INDEX", help="The index folder.")]
 
@@ -146,7 +149,7 @@ def index_facts(index: Any) -> dict[str, Any]:
             "width": spec.sketch_dim or None,
             "bits": spec.sketch_bits,
             "white_bits": spec.white_bits,
-            "whitening": spec.whitening,
+            "whitening": _whitening(index),
             "basis": spec.sketch_basis,
             "seed": spec.seed,
         },
@@ -158,6 +161,19 @@ def index_facts(index: Any) -> dict[str, Any]:
         "device": device_kind(pick_device()),
         "faiss": backend(),
         "libraries": manifest.libraries,
+    }
+
+
+def _whitening(index: Index) -> dict[str, dict[str, str]]:
+    """How gradients were whitened, by scope and damping: by leading directions, or whole."""
+    spec = index.manifest.spec
+    dampings = list(enumerate(spec.dampings)) if spec.whitened else []
+    return {
+        scope: {
+            given: "leading" if index.gradients(scope, damping=number).reduction.from_plain else "whole"
+            for number, given in dampings
+        }
+        for scope in spec.sketched_scopes
     }
 
 

@@ -28,6 +28,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.sketches.estimates import GradientStore
+from forebear.ratio import ratio
 from forebear.retriever.answers.coverage import CLASS_BLOCKS
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
@@ -37,12 +38,10 @@ LOSS, NEIGHBOURS = "loss", "neighbours"  # the baselines' names
 SHOWN_ROWS = 10
 _BLOCK_ROWS = 1024
 _RESAMPLES = 200
-_LEADING = "leading directions"  # of the curvature, from which self-influence is estimated
-_NOTES = {
-    CLASS_BLOCKS: "an approximation, by class blocks: the head has too many classes for one matrix H, so that the "
-    "blocks of H between two classes are left out.",
-    _LEADING: "estimated from the curvature's leading directions; an index of --whitening whole has it exactly.",
-}
+_BY_CLASS_BLOCKS = (
+    "an approximation, by class blocks: the head has too many classes for one matrix H, so that the blocks of H "
+    "between two classes are left out."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +115,11 @@ def approximations(question: Question) -> dict[str, str]:
         if scope == "head":
             if question.curvature.by_class_blocks:
                 found[method.name] = CLASS_BLOCKS
-        elif question.curvature.at(scope) == "ekfac" and _stored(question, scope).norm_bounds is not None:
-            found[method.name] = _LEADING
+        elif question.curvature.at(scope) == "ekfac" and (store := _stored(question, scope)).norm_bounds is not None:
+            norms, least, most = (n**2 for n in store.norms_within(question.index.live))
+            widths = ratio(most - least, norms)
+            apart = f"{np.median(widths):.0%} apart (largest {widths.max():.0%})"
+            found[method.name] = f"leading directions, within bounds {apart}"
     return found
 
 
@@ -129,11 +131,12 @@ def _stored(question: Question, scope: str) -> GradientStore:
 
 def note_on(approximate: Mapping[str, str]) -> str:
     """A sentence for a report, on what :func:`approximations` found; empty without any."""
-    return " ".join(
-        f"Self-influence by {', '.join(name for name in approximate if approximate[name] == how)} is {worded(what)}"
-        for how, what in _NOTES.items()
-        if how in approximate.values()
-    )
+    notes = []
+    for how in dict.fromkeys(approximate.values()):
+        names = ", ".join(name for name in approximate if approximate[name] == how)
+        estimated = f"estimated from the curvature's {how}; an index of --whitening whole has it exactly."
+        notes.append(f"Self-influence by {names} is {_BY_CLASS_BLOCKS if how == CLASS_BLOCKS else worded(estimated)}")
+    return " ".join(notes)
 
 
 def _squared_norms(index: Index, scope: str, checkpoint: int) -> np.ndarray:

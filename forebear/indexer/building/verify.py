@@ -174,9 +174,8 @@ def _recompute(index: Index, model: str | None, n_rows: int, seed: int, device: 
             )
             for kind, recomputed in zip(kinds, sketches, strict=True):
                 store = index.gradient_store(kind)
-                compare(store.norms[rows], recomputed.norms)
-                if store.norm_bounds is not None and recomputed.norm_bounds is not None:
-                    compare(store.norm_bounds.take(rows), recomputed.norm_bounds)
+                for norms, fresh_norms in zip(store.norms_within(rows), recomputed.norms_within(), strict=True):
+                    compare(norms, fresh_norms)
                 compare(store.lengths[rows], recomputed.lengths)
                 compare(store.coordinates(rows), recomputed.coordinates, rounding=FLOAT16_ROUNDING)
         else:
@@ -226,7 +225,8 @@ def _compare_spans(
     features, logits, sketches = masked_pass(classifier, sketchers, encoded, gold, classifier.batch_tokens())
     for kind, recomputed in sketches.items():
         stored = index.gradient_store(kind, spans=True)
-        compare(stored.norms[entries], recomputed.norms)
+        for norms, fresh_norms in zip(stored.norms_within(entries), recomputed.norms_within(), strict=True):
+            compare(norms, fresh_norms)
         compare(stored.lengths[entries], recomputed.lengths)
     compare(store.features.take(entries), features)
     compare(store.residuals.take(entries), classifier.loss.residual_and_loss(logits, gold)[0])

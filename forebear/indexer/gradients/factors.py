@@ -109,7 +109,7 @@ Made = TypeVar("Made")
 
 
 class OfLastFactors(Generic[Made]):
-    """What was made of the factors that were shown last, for the next projector that is shown them."""
+    """What was made of the factors that were shown last, while they are there: for the next projector of a pass."""
 
     def __init__(self) -> None:
         self._made: tuple[weakref.ref[LayerFactors], Made] | None = None
@@ -117,8 +117,14 @@ class OfLastFactors(Generic[Made]):
     def get(self, factors: LayerFactors, make: Callable[[], Made]) -> Made:
         """What ``make`` makes of ``factors``."""
         if self._made is None or self._made[0]() is not factors:
-            self._made = weakref.ref(factors), make()
+            self._made = None  # before its successor takes memory
+            self._made = weakref.ref(factors, self._drop), make()
         return self._made[1]
+
+    def _drop(self, factors: weakref.ref[LayerFactors]) -> None:
+        """Let go of what was made of factors that are gone."""
+        if self._made is not None and self._made[0] is factors:
+            self._made = None
 
 
 OnLayer = Callable[[str, LayerFactors], None]

@@ -13,6 +13,8 @@ from forebear.indexer.sketches.sketch import Reduction, SketchRows
 from forebear.indexer.storage.arrow import RowMatrix
 from forebear.ratio import ratio
 
+_FLOAT32 = 1e-5  # relative rounding of a score, with a margin
+_LONG = 1e200  # one over a length that may be 0
 CODE_ROWS = 4096  # rows whose codes are unpacked at once
 _SIGNS_OF_BYTES = as_tensor(2 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32) - 1)
 
@@ -102,13 +104,13 @@ def may_be_best(products: np.ndarray, asked: np.ndarray, least: np.ndarray, most
         k: From 1 up.
     """
     open_rows = np.zeros(len(least), bool)
-    near, far = (ratio(1.0, lengths, otherwise=np.finfo(float).max) for lengths in (most, least))
+    near, far = (ratio(1.0, lengths, otherwise=_LONG) for lengths in (most, least))
     for sign in (1.0, -1.0):  # both ends
         for product, mine in zip(sign * products, asked, strict=True):
             lower, upper = (np.where(mine, product * bound, -np.inf) for bound in (near, far))
             lower, upper = np.minimum(lower, upper), np.maximum(lower, upper)
             edge = np.partition(lower, -k)[-k] if k < len(lower) else -np.inf
-            open_rows |= mine & (upper >= edge)
+            open_rows |= mine & (upper >= edge - _FLOAT32 * abs(edge) if k < len(lower) else mine)
     return open_rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,16 +63,30 @@ def open_sketchers(
 ) -> dict[str, Sketcher]:
     """Sketchers of a scope whose files are written, by the folder of their shards."""
     kinds = sketch_folders(spec, scope, checkpoint, last=last)
-    projectors = _open_projectors(folder, classifier, spec, scope, checkpoint, list(kinds))
-    return {kinds[n]: Sketcher(p, read_reduction(folder / kinds[n] / MAP_NAME)) for n, p in projectors.items()}
+    return _open_sketchers(folder, classifier, spec, scope, checkpoint, kinds)
 
 
 def open_sketcher(
     folder: Path, classifier: Classifier, spec: IndexSpec, scope: str, checkpoint: str, damping: int | None = None
 ) -> Sketcher:
     """The sketcher of gradients at a checkpoint, or, with a damping's number, of gradients whitened with it."""
-    projector = _open_projectors(folder, classifier, spec, scope, checkpoint, [damping])[damping]
-    return Sketcher(projector, read_reduction(folder / gradient_folder(scope, checkpoint, damping) / MAP_NAME))
+    kind = gradient_folder(scope, checkpoint, damping)
+    return _open_sketchers(folder, classifier, spec, scope, checkpoint, {damping: kind})[kind]
+
+
+def _open_sketchers(
+    folder: Path,
+    classifier: Classifier,
+    spec: IndexSpec,
+    scope: str,
+    checkpoint: str,
+    kinds: Mapping[int | None, str],
+) -> dict[str, Sketcher]:
+    """Sketchers of some kinds, whose folders are given by the number of the damping, by folder."""
+    reductions = {number: read_reduction(folder / kind / MAP_NAME) for number, kind in kinds.items()}
+    leading = {number: reduction.from_plain for number, reduction in reductions.items()}
+    projectors = _open_projectors(folder, classifier, spec, scope, checkpoint, leading)
+    return {kind: Sketcher(projectors[number], reductions[number]) for number, kind in kinds.items()}
 
 
 def _open_projectors(
@@ -81,38 +95,49 @@ def _open_projectors(
     spec: IndexSpec,
     scope: str,
     checkpoint: str,
-    numbers: Sequence[int | None],
+    leading: Mapping[int | None, bool],
 ) -> dict[int | None, Projector]:
     """The maps to raw sketches, from written files: None of gradients, numbers of dampings of whitened ones.
 
     They share what they make of a layer in a pass, if all are shown the same factors.
+
+    Args:
+        folder: Folder of all fits of the index.
+        classifier: The model at the checkpoint.
+        spec: The index's choices.
+        scope: Name of the scope.
+        checkpoint: Name of the checkpoint.
+        leading: Which maps are wanted, and whether whitened ones are made from the plain one.
     """
     dtype, device = classifier.head.weight.dtype, classifier.device
     bases = folder / gradient_folder(scope, checkpoint) / BASES_NAME
     plain = read_plain_projector(bases, scope, device, dtype)
-    if list(numbers) == [None]:
+    if list(leading) == [None]:
         return {None: plain}
     ekfac = read_ekfac(folder / curvature_name(scope)).to(device, dtype)
-    energies = LeadingEnergies(plain, ekfac)
+    energies = LeadingEnergies(plain, ekfac) if any(leading.values()) else None
 
     def projector(number: int | None) -> Projector:
         if number is None:
             return plain
         damping = absolute_damping(spec.dampings[number], ekfac)
-        if whitens_leading(spec, ekfac, damping):
+        if leading[number]:
+            assert energies is not None
             return LeadingProjector(energies, damping)
         return WhiteProjector(scope, ekfac, damping, spec.seed)
 
-    return {number: projector(number) for number in numbers}
+    return {number: projector(number) for number in leading}
 
 
-def whitens_leading(spec: IndexSpec, ekfac: Ekfac, damping: float) -> bool:
+def _whitens_leading(folder: Path, spec: IndexSpec, scope: str, damping: int | None) -> bool:
     """Whether leading directions alone are whitened one by one, because the damping is above most eigenvalues.
 
     Only a mixed basis has leading directions, and random ones for what is left of the gradients.
     """
-    asked = spec.whitening == "leading" and spec.sketch_basis == "mixed"
-    return asked and bounds_width(ekfac, damping) <= WIDEST
+    if damping is None or spec.whitening != "leading" or spec.sketch_basis != "mixed":
+        return False
+    ekfac = read_ekfac(folder / curvature_name(scope))
+    return bounds_width(ekfac, absolute_damping(spec.dampings[damping], ekfac)) <= WIDEST
 
 
 def check_dampings(ekfac: Ekfac, classifier: Classifier, spec: IndexSpec, scope: str) -> None:
@@ -214,7 +239,8 @@ def _fit_reductions(
 ) -> None:
     """Fit the second reduction of every representation of a scope, one pass for all of them."""
     kinds = sketch_folders(spec, name, checkpoint, last=last)
-    projectors = _open_projectors(folder, classifier, spec, name, checkpoint, list(kinds))
+    leading = {number: _whitens_leading(folder, spec, name, number) for number in kinds}
+    projectors = _open_projectors(folder, classifier, spec, name, checkpoint, leading)
     n_rows = len(rows.labels)
     of_plain = [n for n, p in projectors.items() if isinstance(p, LeadingProjector)]
     collectors = {n: RawSketches(p, n_rows, classifier.device) for n, p in projectors.items() if n not in of_plain}

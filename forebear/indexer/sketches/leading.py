@@ -3,8 +3,7 @@
 In the curvature's eigenbasis H^-1/2 G is G_ij / sqrt(L_ij + damping). Where few eigenvalues L are above the damping,
 that is G / sqrt(damping) but for the leading directions. So the plain sketch, each of whose numbers stands for one pair
 of leading directions or for a mean of all others, is divided by the roots of (mean) eigenvalues plus damping. Measured
-on SST-2 (benchmarks/RESULTS.md), its candidates are as good as those of :class:`WhiteProjector`, for a third of the
-time.
+on SST-2 (benchmarks/RESULTS.md), its candidates are as good as those of :class:`WhiteProjector`.
 
 The squared length <(H + damping I)^-1 G, G> is the sum of G_ij^2 / (L_ij + damping). The squares are known one by one
 for the 64 x 64 pairs of leading directions, in sums for each of these directions beside all others, and in one sum for
@@ -15,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -22,8 +22,7 @@ import torch
 from forebear.indexer.curvature.ekfac import Ekfac, EkfacBlock
 from forebear.indexer.gradients.factors import LayerFactors, OfLastFactors
 from forebear.indexer.gradients.vectors import Vectors
-from forebear.indexer.model.device.copies import picks
-from forebear.indexer.sketches.projector import LEAST, SMALL, PlainProjector, SharedProducts, scaled_up
+from forebear.indexer.sketches.projector import LEAST, SMALL, PlainProjector, SharedProducts
 
 LEADING = 64  # directions on each side of a block, whose energies are known one by one
 WIDEST = 1 / 3  # of the bounds on a squared length, as a share of it; beyond, gradients are whitened whole
@@ -55,7 +54,7 @@ class Energies:
         """The eigenvalues, which are the mean energies of the rows that they were fitted on, as those of one row."""
         values = part.eigenvalues.double()[None]
         whole = values.sum(dim=(1, 2))
-        k_out, k_in = _n_leading(part)
+        k_out, k_in = _n_known(part)
         return cls(
             whole, values[:, :k_out].sum(dim=2), values[:, :, :k_in].sum(dim=1), values[:, :k_out, :k_in],
             torch.zeros_like(whole),
@@ -88,7 +87,7 @@ class Energies:
         return outputs, inputs, rest
 
 
-def _n_leading(part: EkfacBlock) -> tuple[int, int]:
+def _n_known(part: EkfacBlock) -> tuple[int, int]:
     return min(LEADING, part.block.n_out), min(LEADING, part.block.n_in)
 
 
@@ -106,8 +105,18 @@ class LeadingEnergies:
         self._last = OfLastFactors[Energies]()
         self._more: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # directions, as columns
         for name, part in ekfac.parts.items():
-            (k_out, k_in), (n_out, n_in) = _n_leading(part), plain.n_leading(name)
+            (k_out, k_in), (n_out, n_in) = _n_known(part), plain.n_leading(name)
+            assert n_out <= k_out
+            assert n_in <= k_in
             self._more[name] = part.left[:, n_out:k_out].contiguous(), part.right[:, n_in:k_in].contiguous()
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of what the energies are made with, the plain sketch's bases among it."""
+        of_parts = ((part.left, part.right, part.eigenvalues) for part in self.parts.values())
+        of_bases = ((basis.left, basis.right) for basis in self.plain.bases.values())
+        tensors = chain.from_iterable(chain(of_parts, of_bases, self._more.values()))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def of(self, name: str, factors: LayerFactors) -> Energies:
         """Energies of block ``name`` at the rows of a batch."""
@@ -127,18 +136,20 @@ class LeadingEnergies:
 
     def _energies(self, name: str, factors: LayerFactors) -> Energies:
         """Those of rows so confident that squares underflow are made again of scaled gradients."""
-        if not picks(factors.inputs):
-            scaled, squares = scaled_up(factors)
-            return self._made(name, scaled, self.plain.products_of(name, scaled)).times(squares)
-        energies = self._made(name, factors, self.plain.products(name, factors))
+        shared = self.plain.products(name, factors)
+        energies = self._made(name, shared)
+        if shared.scale is not None:
+            return energies.times(shared.scale.double().square_())
         small = energies.whole < SMALL
         if bool(small.any()):
-            scaled, squares = scaled_up(LayerFactors(factors.inputs[small], factors.deltas[small]))
-            energies.put(small, self._made(name, scaled, self.plain.products_of(name, scaled)).times(squares))
+            some = LayerFactors(factors.inputs[small], factors.deltas[small])
+            scaled = SharedProducts.of(some, self.plain.bases[name], scaled=True)
+            assert scaled.scale is not None
+            energies.put(small, self._made(name, scaled).times(scaled.scale.double().square_()))
         return energies
 
-    def _made(self, name: str, factors: LayerFactors, shared: SharedProducts) -> Energies:
-        grams = shared.grams
+    def _made(self, name: str, shared: SharedProducts) -> Energies:
+        factors, grams = shared.factors, shared.grams
         if grams.inputs is None or grams.outputs is None:
             directions = self._directions(name)
             return Energies.of_rows([_from_gradients(part.gradients(), *directions) for part in factors.chunks()])
@@ -179,7 +190,7 @@ class _Inverse:
             eigenvalues, the least and the most, ``(3, k_out)``; 0 where there are no others.
         inputs: The same of the inputs, ``(3, k_in)``.
         rest: The same of the pairs of directions neither of which leads, ``(3,)``.
-        rounding: Of a squared length, as a share of :attr:`Energies.gross`; 0 where all pairs lead.
+        rounding: Of a squared length, as a share of :attr:`Energies.gross`.
     """
 
     pairs: torch.Tensor
@@ -191,14 +202,11 @@ class _Inverse:
     @classmethod
     def of(cls, part: EkfacBlock, damping: float) -> _Inverse:
         values = part.eigenvalues.double()
-        k_out, k_in = _n_leading(part)
+        k_out, k_in = _n_known(part)
         outside = (values[:k_out, k_in:], values[k_out:, :k_in].T, values[k_out:, k_in:].reshape(1, -1))
         outputs, inputs, rest = (_mean_and_bounds(of_outside, damping) for of_outside in outside)
-        all_lead = not any(of_outside.numel() for of_outside in outside)
-        return cls(
-            (values[:k_out, :k_in] + damping).reciprocal(), outputs, inputs, rest[:, 0],
-            0.0 if all_lead else _ROUNDING / damping,
-        )  # fmt: skip
+        pairs = (values[:k_out, :k_in] + damping).reciprocal()
+        return cls(pairs, outputs, inputs, rest[:, 0], _ROUNDING / damping)
 
     def squared_lengths(self, energies: Energies) -> torch.Tensor:
         """<(H + damping I)^-1 G, G>: estimate, least and most, ``(3, b)``."""
@@ -265,9 +273,10 @@ class LeadingProjector:
 
     def project(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor, torch.Tensor]:
         """The place in the sketch, numbers, and squared norms ``(3, b)`` of one block, as :class:`Projector` says."""
-        shared = self.energies.plain.products(name, factors)
+        plain = self.energies.plain
+        place, numbers = plain.places[name], plain.products(name, factors).numbers
         squares = self._inverses[name].squared_lengths(self.energies.of(name, factors))
-        return shared.place, shared.numbers * self.weights[shared.place], squares
+        return place, numbers * self.weights[place], squares
 
     def project_matrix(self, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
         """Sketches and squared norms ``(3, q)`` of whole gradients, as :class:`Projector` says."""

@@ -65,26 +65,27 @@ class Projector(Protocol):
 SMALL = 1e-28  # squared norms below which squares of a confident row's gradient underflow: it is scaled up
 
 
-def squared_norms(factors: LayerFactors, grams: Grams | None = None) -> torch.Tensor:
+def squared_norms(factors: LayerFactors) -> torch.Tensor:
     """||G||^2 of each row, ``(b,)`` float64: sum over t, s of (d_t . d_s)(a_t . a_s), or from G if cheaper."""
     if not picks(factors.inputs):
-        return _scaled_squared_norms(factors)
-    squares = _squared_norms(factors, grams or Grams.of(factors))
+        scaled, scale = scaled_up(factors)
+        return _squared_norms(scaled, Grams.of(scaled)).mul_(scale.double().square_())
+    return _rescued(_squared_norms(factors, Grams.of(factors)), factors)
+
+
+def _rescued(squares: torch.Tensor, factors: LayerFactors) -> torch.Tensor:
+    """Squared norms where those that underflow are made again of scaled gradients."""
     small = squares < SMALL
     if bool(small.any()):
-        squares[small] = _scaled_squared_norms(LayerFactors(factors.inputs[small], factors.deltas[small]))
+        scaled, scale = scaled_up(LayerFactors(factors.inputs[small], factors.deltas[small]))
+        squares[small] = _squared_norms(scaled, Grams.of(scaled)).mul_(scale.double().square_())
     return squares
 
 
 def scaled_up(factors: LayerFactors) -> tuple[LayerFactors, torch.Tensor]:
-    """Factors whose output gradients have largest numbers of 1, and the square of what they were divided by."""
+    """Factors whose output gradients have largest numbers of 1, and what they were divided by, ``(b,)``."""
     scale = factors.deltas.abs().amax(dim=(1, 2), keepdim=True).clamp_min_(LEAST)
-    return LayerFactors(factors.inputs, factors.deltas / scale), scale[:, 0, 0].double().square_()
-
-
-def _scaled_squared_norms(factors: LayerFactors) -> torch.Tensor:
-    scaled, squares = scaled_up(factors)
-    return _squared_norms(scaled, Grams.of(scaled)).mul_(squares)
+    return LayerFactors(factors.inputs, factors.deltas / scale), scale[:, 0, 0]
 
 
 def _squared_norms(factors: LayerFactors, grams: Grams) -> torch.Tensor:
@@ -117,30 +118,45 @@ class Grams:
 
 
 @dataclass(frozen=True)
-class SharedProducts:
-    """What all sketches of a scope are made from, of one block's gradients; none of it is to be changed.
-
-    Attributes:
-        place: The block's place in the plain sketch.
-        outputs: Output gradients along the directions of that side, ``(b, t, k_out)``.
-        inputs: Inputs along those of theirs, ``(b, t, k_in)``.
-        numbers: The plain sketch, ``(b, k_out k_in)``.
-        grams: Of the factors.
-    """
-
-    place: slice
-    outputs: torch.Tensor
-    inputs: torch.Tensor
-    numbers: torch.Tensor
-    grams: Grams
-
-
-@dataclass(frozen=True)
 class SideBases:
     """Both sides of a block: ``left`` A ``(k_out, n_out)``, ``right`` B ``(k_in, n_in)``; rows orthogonal, scaled."""
 
     left: torch.Tensor
     right: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SharedProducts:
+    """What all sketches of a scope are made from, of one block's gradients; none of it is to be changed.
+
+    Attributes:
+        factors: Of which they are the products: those of the batch, on a GPU scaled up, because it would wait for
+            the answer whether any row's squares underflow.
+        scale: What output gradients were divided by, ``(b,)``; None if they were not.
+        outputs: Output gradients along the directions of that side, ``(b, t, k_out)``.
+        inputs: Inputs along those of theirs, ``(b, t, k_in)``.
+        numbers: The plain sketch, not scaled, ``(b, k_out k_in)``.
+        grams: Of the factors.
+    """
+
+    factors: LayerFactors
+    scale: torch.Tensor | None
+    outputs: torch.Tensor
+    inputs: torch.Tensor
+    numbers: torch.Tensor
+    grams: Grams
+
+    @classmethod
+    def of(cls, factors: LayerFactors, basis: SideBases, *, scaled: bool) -> SharedProducts:
+        """The products of a block's factors with its bases."""
+        scale = None
+        if scaled:
+            factors, scale = scaled_up(factors)
+        u, v = factors.deltas @ basis.left.T, factors.inputs @ basis.right.T
+        numbers = torch.bmm(u.transpose(1, 2), v).flatten(1)
+        if scale is not None:
+            numbers.mul_(scale[:, None])
+        return cls(factors, scale, u, v, numbers, Grams.of(factors))
 
 
 class PlainProjector:
@@ -159,7 +175,7 @@ class PlainProjector:
         """
         self.scope, self.bases, self._n_leading = scope, bases, n_leading
         self._last = OfLastFactors[SharedProducts]()
-        self._places, self.width = _places({name: (len(b.left), len(b.right)) for name, b in bases.items()})
+        self.places, self.width = _places({name: (len(b.left), len(b.right)) for name, b in bases.items()})
         parts = [
             torch.outer(b.left.double().square().sum(dim=1), b.right.double().square().sum(dim=1)).flatten()
             for b in bases.values()
@@ -169,18 +185,17 @@ class PlainProjector:
     def project(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor, torch.Tensor]:
         """The place in the sketch, numbers and squared norms of one block, as :class:`Projector` says."""
         shared = self.products(name, factors)
-        return shared.place, shared.numbers, squared_norms(factors, shared.grams)
+        squares = _squared_norms(shared.factors, shared.grams)
+        if shared.scale is not None:
+            squares.mul_(shared.scale.double().square_())
+        else:
+            squares = _rescued(squares, factors)
+        return self.places[name], shared.numbers, squares
 
     def products(self, name: str, factors: LayerFactors) -> SharedProducts:
         """What this sketch, and those that are made from it, take of one block's gradients."""
-        return self._last.get(factors, lambda: self.products_of(name, factors))
-
-    def products_of(self, name: str, factors: LayerFactors) -> SharedProducts:
-        """:meth:`products` of factors that no other projector is shown."""
-        basis = self.bases[name]
-        u, v = factors.deltas @ basis.left.T, factors.inputs @ basis.right.T
-        numbers = torch.bmm(u.transpose(1, 2), v).flatten(1)
-        return SharedProducts(self._places[name], u, v, numbers, Grams.of(factors))
+        scaled = not picks(factors.inputs)
+        return self._last.get(factors, lambda: SharedProducts.of(factors, self.bases[name], scaled=scaled))
 
     def n_leading(self, name: str) -> tuple[int, int]:
         """How many of the last directions of both sides of a block lead: all of a side that is kept whole."""
@@ -308,27 +323,27 @@ def draw_bases(
         By block name, random directions before leading ones; a side of at most 64 entries is kept whole, as all its
         eigenvectors if factors are given.
     """
-    n_principal = n_leading(basis)
-    n_random = PRINCIPAL + RANDOM - n_principal
+    n_leading = n_principal(basis)
+    n_random = PRINCIPAL + RANDOM - n_leading
     dtype, device = classifier.head.weight.dtype, classifier.device
     out = {}
     for number, block in enumerate(scope.blocks):
         rng = np.random.default_rng([seed, number])
         sides = []
         for n, eigenbasis in zip((block.n_out, block.n_in), _eigenbases(factors, block.name), strict=True):
-            if n <= n_principal + n_random:
+            if n <= n_leading + n_random:
                 side = np.eye(n) if eigenbasis is None else eigenbasis()
             else:
-                side = np.empty((n, 0)) if eigenbasis is None else eigenbasis()[:, :n_principal]
+                side = np.empty((n, 0)) if eigenbasis is None else eigenbasis()[:, :n_leading]
                 if n_random:
                     q, _ = np.linalg.qr(np.hstack([side, rng.normal(size=(n, n_random))]))
-                    side = np.hstack([np.sqrt((n - n_principal) / n_random) * q[:, n_principal:], side])
+                    side = np.hstack([np.sqrt((n - n_leading) / n_random) * q[:, n_leading:], side])
             sides.append(torch.from_numpy(np.ascontiguousarray(side.T)).to(dtype=dtype, device=device))
         out[block.name] = SideBases(*sides)
     return out
 
 
-def n_leading(basis: str) -> int:
+def n_principal(basis: str) -> int:
     """How many directions of each side of a basis are leading eigenvectors."""
     return {"mixed": PRINCIPAL, "principal": PRINCIPAL + RANDOM, "random": 0}[basis]
 
@@ -349,7 +364,7 @@ def _eigenbases(
 def write_bases(path: Path, scope: Scope, bases: dict[str, SideBases], basis: str) -> None:
     """Write the bases of a :class:`PlainProjector`, and how many directions of each lead."""
     parts = {b: {"left": bases[b.name].left, "right": bases[b.name].right} for b in scope.blocks}
-    write_blocks(path, parts, {"leading": str(n_leading(basis))})
+    write_blocks(path, parts, {"leading": str(n_principal(basis))})
 
 
 def read_plain_projector(path: Path, scope: str, device: torch.device, dtype: torch.dtype) -> PlainProjector:

@@ -1,4 +1,4 @@
-"""Gradient sketches as they are stored: leading coordinates, a one-bit code of what they leave, exact norms.
+"""Gradient sketches as they are stored: leading coordinates, a one-bit code of what they leave, norms.
 
 A raw sketch (:mod:`forebear.indexer.sketches.projector`) of some ten thousand numbers is scaled to unit length and
 reduced to d coordinates by an uncentred PCA fitted on a sample of the rows. What the coordinates leave over is
@@ -55,12 +55,14 @@ class Reduction:
         squares: Squared length of each row of the raw map, ``(D,)`` float32.
         bits: Length of the code; 0 for none.
         seed: Random seed of the code's groups and signs.
+        from_plain: Whether raw sketches of whitened gradients are plain ones that were scaled.
     """
 
     basis: np.ndarray
     squares: np.ndarray
     bits: int
     seed: int
+    from_plain: bool = False
 
     @cached_property
     def _signs(self) -> np.ndarray:
@@ -149,17 +151,20 @@ def fit_reduction(unit: np.ndarray, projector: Projector, *, width: int, bits: i
         gram.addmm_(wide, wide.T)
     values, vectors = torch.linalg.eigh(gram.double())
     width = min(width, int((values > values[-1] * 1e-6).sum()))
+    rest = (projector.squares, bits, seed, projector.bounds_norms)
     if not width:  # no row of the sample has a gradient
-        return Reduction(np.eye(1, raw_width, dtype=np.float16), projector.squares, bits, seed)
+        return Reduction(np.eye(1, raw_width, dtype=np.float16), *rest)
     mix = (vectors[:, -width:] / values[-width:].sqrt()).flip(1).T.float()
     basis = np.concatenate([(mix @ torch.from_numpy(b.astype(np.float32))).numpy() for b in blocks], axis=1)
-    return Reduction(basis.astype(np.float16), projector.squares, bits, seed)
+    return Reduction(basis.astype(np.float16), *rest)
 
 
 def write_reduction(path: Path, reduction: Reduction) -> None:
     """Write a reduction: the basis, one direction a column, the squares, and the code's length and seed."""
     columns = {"basis": np.ascontiguousarray(reduction.basis.T), "squares": reduction.squares}
     settings = {"bits": str(reduction.bits), "seed": str(reduction.seed)}
+    if reduction.from_plain:
+        settings["from_plain"] = "true"
     batch = record_batch(columns).replace_schema_metadata(settings)
     write_table(path, [batch], batch.schema)
 
@@ -173,7 +178,8 @@ def read_reduction(path: Path) -> Reduction:
     batch = read_batches(path)[0]
     try:
         bits, seed = (int(batch.schema.metadata[key]) for key in (b"bits", b"seed"))
-        return Reduction(column(batch, "basis").T, column(batch, "squares"), bits, seed)
+        from_plain = b"from_plain" in batch.schema.metadata
+        return Reduction(column(batch, "basis").T, column(batch, "squares"), bits, seed, from_plain)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptIndexError(f"{path} holds no sketch map ({error}). {MEND}") from error
 
@@ -287,7 +293,7 @@ def scaled(unit: np.ndarray, weights: torch.Tensor) -> np.ndarray:
 
 
 class Sketches(RowCollector):
-    """Gathers sketches and exact norms; of rows that are only stored the codes as bits."""
+    """Gathers sketches and norms; of rows that are only stored the codes as bits."""
 
     def __init__(
         self, projector: Projector, reduction: Reduction, n_rows: int, device: torch.device, *, packs: bool = False

@@ -14,6 +14,7 @@ from typing import Any
 
 from forebear.errors import CorruptIndexError, MismatchError, OutputExistsError, StorageError
 from forebear.indexer.storage.atomic import TEMPORARY_SUFFIX, write_bytes
+from forebear.indexer.storage.choices import LATER_CHOICES
 from forebear.indexer.storage.layout import (
     BASES_NAME,
     CLAIMS,
@@ -305,8 +306,9 @@ def begin_build(
     journal = None if replaces else read_journal(folder)
     if journal is not None:
         check_change(folder, journal, build, goes_on=True)
-        later = later_choices(folder, journal["spec"], journal.get("checkpoints"))
-        same_or_refuse(comparable(journal["spec"], later), comparable(asdict(spec), later), folder)
+        begun = LATER_CHOICES | journal["spec"]  # an earlier forebear named fewer choices
+        later = later_choices(folder, begun, journal.get("checkpoints"))
+        same_or_refuse(comparable(begun, later), comparable(asdict(spec), later), folder)
         same_device_or_refuse(journal, computed_on, folder)
         spec = replace(spec, n_threads=journal["spec"]["n_threads"])
         self_check = journal.get("self_check", self_check)

@@ -341,7 +341,10 @@ class GradientSearch:
         """
         encoded, labels = as_encoded(classifier, self.rows.texts(rows)), self.rows.labels(rows)
         if self._lengths_by_ekfac:
-            ekfac = self.index.ekfac(self.scope).to(classifier.device, classifier.head.weight.dtype)
+            device, dtype = classifier.device, classifier.head.weight.dtype
+            ekfac = self.models.kept.get(
+                ("ekfac", self.scope, device), lambda: self.index.ekfac(self.scope).to(device, dtype)
+            )
             damping, scope = self.curvature.absolute(self.index, self.scope), self.gradients.parameters
             return np.asarray(np.sqrt(ekfac_self_influence(classifier, scope, ekfac, damping, encoded, labels)))
         distinct, inverse = distinct_rows(encoded, labels)

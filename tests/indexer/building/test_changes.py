@@ -51,6 +51,7 @@ from forebear.indexer.rows.opening import open_rows, rows_from_texts
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.storage import journal as journal_module
 from forebear.indexer.storage import locks
+from forebear.indexer.storage.choices import LATER_CHOICES
 from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.answers import result_file
 
@@ -273,6 +274,21 @@ def test_an_unfinished_change_is_named_and_resumed_or_discarded(kind: str, grown
     retire_rows(discarded, [1], force=True)
     assert verify_index(discarded, n_rows=0).problems == ()
     assert Index.open(discarded).retired.tolist() == [1]
+
+
+def test_a_build_begun_before_a_choice_existed_is_resumed(model: str, tmp_path: Path) -> None:
+    """Its journal does not name what is newer than the forebear that began it."""
+    chosen = choose_model(None, [model]).checkpoints
+    folder, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    build_index(rows(0, 12), undisturbed, chosen, BuildOptions())
+    with pytest.raises(Interrupted):
+        build_index(rows(0, 12), folder, chosen, BuildOptions(), progress=interrupt_at(2))
+    journal = json.loads((folder / "build.json").read_text())
+    for name in LATER_CHOICES:
+        del journal["spec"][name]
+    (folder / "build.json").write_text(json.dumps(journal))
+    build_index(rows(0, 12), folder, chosen, BuildOptions(), resume=True)
+    assert hashes(folder) == hashes(undisturbed)
 
 
 def test_resuming_a_build_that_is_done_leaves_an_unfinished_append_alone(

@@ -23,7 +23,7 @@ from forebear.indexer.sketches import leading as leads
 from forebear.indexer.sketches import projector as projecting
 from forebear.indexer.sketches.estimates import may_be_best
 from forebear.indexer.sketches.leading import LeadingEnergies, LeadingProjector, bounds_width
-from forebear.indexer.sketches.projector import PlainProjector, draw_bases, n_leading
+from forebear.indexer.sketches.projector import PlainProjector, SharedProducts, draw_bases, n_principal
 from forebear.indexer.sketches.sketch import Sketches, fit_reduction, scaled
 from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.question.spec import QuerySpec
@@ -62,7 +62,7 @@ def curvature(seed: int = 0, spread: float = 2.0) -> Ekfac:
 def projectors(ekfac: Ekfac, damping: float = DAMPING, seed: int = 1) -> tuple[PlainProjector, LeadingProjector]:
     stand_in = torch.nn.Module()
     stand_in.head, stand_in.device = torch.nn.Linear(1, 1), CPU
-    plain = PlainProjector(SCOPE, draw_bases(stand_in, SCOPE, ekfac, seed, "mixed"), n_leading("mixed"))
+    plain = PlainProjector(SCOPE, draw_bases(stand_in, SCOPE, ekfac, seed, "mixed"), n_principal("mixed"))
     return plain, LeadingProjector(LeadingEnergies(plain, ekfac), damping)
 
 
@@ -219,7 +219,7 @@ def test_dots_of_sketches_estimate_inverse_curvature_products():
 
 def test_dampings_share_what_they_are_made_from(monkeypatch):
     calls = []
-    monkeypatch.setattr(PlainProjector, "products_of", counted(PlainProjector.products_of, calls))
+    monkeypatch.setattr(SharedProducts, "of", counted(SharedProducts.of, calls))
     ekfac, factors = curvature(), random_factors(6)
     plain, first = projectors(ekfac)
     second = LeadingProjector(first.energies, 2 * DAMPING)
@@ -233,9 +233,9 @@ def test_dampings_share_what_they_are_made_from(monkeypatch):
 
 
 def counted(function, calls: list):
-    def wrapped(*args):
+    def wrapped(*args, **how):
         calls.append(args)
-        return function(*args)
+        return function(*args, **how)
 
     return wrapped
 
@@ -245,6 +245,7 @@ def test_what_was_made_of_other_factors_is_not_taken():
     one, other = (LayerFactors(torch.ones(1), torch.ones(1)) for _ in range(2))
     assert [last.get(one, lambda: 1), last.get(one, lambda: 2), last.get(other, lambda: 3)] == [1, 1, 3]
     del other
+    assert last._made is None  # nothing is kept of factors that are gone
     assert last.get(LayerFactors(torch.ones(1), torch.ones(1)), lambda: 4) == 4
 
 
@@ -310,6 +311,19 @@ def indexes(tmp_path_factory) -> dict[str, Retriever]:
             rows = rows_from_texts(sentences(90, seed=5), labels(90, 3))
             out[whitening] = Retriever(build_index(rows, folder / whitening, model, options), device="cpu")
     return out
+
+
+def test_how_gradients_were_whitened_is_read_not_decided_again(indexes, monkeypatch):
+    """A later forebear may decide otherwise."""
+    from forebear.indexer.sketches import fitting
+
+    monkeypatch.setattr(fitting, "WIDEST", -1.0)
+    monkeypatch.setattr(leads, "LEADING", 4)
+    for whitening, retriever in indexes.items():
+        index, classifier = retriever.index, retriever.models.classifier()
+        name = index.manifest.checkpoints[-1].name
+        opened = fitting.open_sketcher(index.fit_folder, classifier, index.manifest.spec, "top-1", name, 0)
+        assert isinstance(opened.projector, LeadingProjector) == (whitening == "leading")
 
 
 def test_an_index_has_bounds_where_its_damping_is_above_most_eigenvalues(indexes):

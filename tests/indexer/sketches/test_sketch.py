@@ -32,7 +32,7 @@ from forebear.indexer.sketches.projector import (
     PlainProjector,
     WhiteProjector,
     draw_bases,
-    n_leading,
+    n_principal,
     read_plain_projector,
     write_bases,
 )
@@ -150,7 +150,9 @@ def plain_projector(model: Model, scope: str, with_bias: bool, basis: str, seed:
     factors = None
     if basis != "random":
         factors = fit_factors(model.classifier, parameters, [TEXTS], seed=0, batch_tokens=100)
-    return PlainProjector(parameters, draw_bases(model.classifier, parameters, factors, seed, basis), n_leading(basis))
+    return PlainProjector(
+        parameters, draw_bases(model.classifier, parameters, factors, seed, basis), n_principal(basis)
+    )
 
 
 def synthetic_factors(seed: int, n_rows: int = 4, blocks=SHAPES, tokens: int = 3) -> dict[str, LayerFactors]:

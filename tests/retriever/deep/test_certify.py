@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -206,6 +207,27 @@ def test_bounds_contain_the_scores_of_rows_that_fp16_rounds_badly(stored, asked,
         assert excess.max() <= 0, (
             f"{(excess > 0).mean():.1%} of the pairs are out of bounds, by up to {excess.max():.1e}"
         )
+
+
+@pytest.mark.parametrize(("estimate", "least", "most"), [(0.8, 0.79, 1.05), (1.25, 0.95, 1.26), (1.0, 0.0, 1.3)])
+def test_bounds_contain_cosines_of_lengths_that_are_known_within_bounds(estimate, least, most):
+    """Also where a length is far above its estimate, which is near its least, and the other way round."""
+    rng = np.random.default_rng(2)
+    basis = np.linalg.qr(rng.normal(size=(20, 6)))[0].T
+    g_rows, g_queries = rng.normal(size=(300, 20)), rng.normal(size=(5, 20))
+    g_rows[:60] = -g_queries[0] + 0.05 * rng.normal(size=(60, 20))  # cosines near -1
+    part = synthetic_part(g_queries, g_rows, basis, np.ones(20))
+    lengths = np.linalg.norm(g_rows, axis=1)
+    held = lengths**2 - part.store.residual_lengths.astype(np.float64) ** 2
+    store = replace(
+        part.store,
+        norms=(estimate * lengths).astype(np.float32),
+        norm_bounds=RowMatrix([np.stack([least * lengths, most * lengths], axis=1).astype(np.float32)]),
+        residual_lengths=np.sqrt((most * lengths) ** 2 - held).astype(np.float32),
+    )
+    centre, slack = bounds([replace(part, store=store)], np.arange(300), cosine=True)
+    exact = g_queries @ g_rows.T / np.outer(np.linalg.norm(g_queries, axis=1), lengths)
+    assert (np.abs(exact - centre) <= slack + 1e-6).all()
 
 
 def test_bounds_of_rows_without_a_gradient_are_zero():

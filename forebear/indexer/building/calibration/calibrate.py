@@ -50,7 +50,7 @@ LEAST_QUERIES = 12  # held at once, also where they take more than VECTOR_BYTES
 
 def n_sampled(n_live: int) -> int:
     """How many of the live rows (or spans) are scored exactly: as many as have one of the best 10 of all on average."""
-    return min(n_live, SAMPLE_ROWS, max(LEAST_SAMPLE_ROWS, n_live // TOP))
+    return min(n_live, SAMPLE_ROWS, max(LEAST_SAMPLE_ROWS, (n_live - 1) // TOP))
 
 
 def queries_at_once(spec: IndexSpec, scope: Scope) -> int:
