@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +86,21 @@ class Retriever(Scorer):
         tables = [table for answers in self.answers(source, question) for table in self.tables(answers)]
         return pa.concat_tables(tables).replace_schema_metadata(self.metadata(question))
 
+    def asked_together(self, source: RowSource, spec: QuerySpec | Question, block_rows: int = QUERY_BLOCK_ROWS) -> int:
+        """Number of test rows of a block of :meth:`answers`: fewer where their rankings are long."""
+        question = self.resolve(spec)
+        if question.spec.aggregate:
+            return source.n_rows
+        top = question.spec.top if any(m.spans for m in question.methods) else question.top
+        return min(block_rows, queries_together(question.methods, top))
+
     def answers(
-        self, source: RowSource, spec: QuerySpec | Question, *, block_rows: int = QUERY_BLOCK_ROWS
+        self,
+        source: RowSource,
+        spec: QuerySpec | Question,
+        *,
+        block_rows: int = QUERY_BLOCK_ROWS,
+        starts: Collection[int] | None = None,
     ) -> Iterator[Answers]:
         """Stream answers in bounded memory; of an aggregate, the one answer.
 
@@ -95,7 +108,10 @@ class Retriever(Scorer):
             source: Test rows.
             spec: The question.
             block_rows: Queries that are asked together, at most: fewer where their rankings are long.
+            starts: First test rows of the blocks that are asked; None: all blocks.
         """
+        if starts is not None and not starts:
+            return
         question = self.resolve(spec)
         self.check_texts(source)
         labels = self.query_labels(source, required=question.spec.target == "gold")
@@ -103,8 +119,9 @@ class Retriever(Scorer):
             texts, gold = read_rows(source, labels)
             yield self.aggregate(texts, gold, np.zeros(source.n_rows, np.int64), question)
             return
-        top = question.spec.top if any(m.spans for m in question.methods) else question.top
-        for block in source.blocks(min(block_rows, queries_together(question.methods, top))):
+        for block in source.blocks(self.asked_together(source, question, block_rows), min(starts or [0])):
+            if starts is not None and block.start not in starts:
+                continue
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
             yield self.answer_block(block.start, block.texts, gold, question, table=block.table, effects=True)
 

@@ -25,10 +25,14 @@ _LINES = 1024  # results turned into text at once
 
 @contextmanager
 def result_writer(path: Path, metadata: dict[str, str], *, force: bool) -> Iterator[Callable[[pa.Table], None]]:
-    """Write result tables one after another; the file appears complete, or not at all.
+    """:func:`table_writer` under the lock of :func:`claimed_output`, for results that are written as they come."""
+    with claimed_output(path, force=force), table_writer(path, metadata) as write:
+        yield write
 
-    ``.parquet`` keeps provenance in the schema's metadata, and a text once for each table it is in; ``.jsonl`` and
-    ``.csv`` get provenance in a file ``NAME.meta.json`` beside them. CSV has lists as JSON, and nothing for null.
+
+@contextmanager
+def claimed_output(path: Path, *, force: bool) -> Iterator[None]:
+    """Hold the lock of an output file.
 
     Raises:
         OutputExistsError: The file exists, and ``force`` is not given.
@@ -36,7 +40,19 @@ def result_writer(path: Path, metadata: dict[str, str], *, force: bool) -> Itera
         InputError: The name has another suffix.
     """
     check_output(path, force=force)
-    with exclusive(path.with_name(path.name + ".lock"), str(path)), _whole(path, force=force) as handle:
+    with exclusive(lock_of(path), str(path)):
+        check_output(path, force=force)  # the lock's last holder may have written it
+        yield
+
+
+@contextmanager
+def table_writer(path: Path, metadata: dict[str, str]) -> Iterator[Callable[[pa.Table], None]]:
+    """Write result tables one after another; the file appears complete, or not at all.
+
+    ``.parquet`` keeps provenance in the schema's metadata, and a text once for each table it is in; ``.jsonl`` and
+    ``.csv`` get provenance in a file ``NAME.meta.json`` beside them. CSV has lists as JSON, and nothing for null.
+    """
+    with atomic_file(path) as handle:
         if path.suffix == ".parquet":
             writer: pq.ParquetWriter | None = None
 
@@ -101,12 +117,9 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, default=lambda one: one.isoformat())
 
 
-@contextmanager
-def _whole(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
-    """Open the file under its lock, after a second check: the lock's last holder may have written it."""
-    check_output(path, force=force)
-    with atomic_file(path) as handle:
-        yield handle
+def lock_of(path: Path) -> Path:
+    """The lock file of an output file."""
+    return path.with_name(path.name + ".lock")
 
 
 def check_output(path: Path, *, force: bool) -> None:
@@ -116,7 +129,7 @@ def check_output(path: Path, *, force: bool) -> None:
     if path.is_dir():
         raise InputError(f"--out {path} is a folder. Give a file name.", of="retrieve")
     if path.exists() and not force:
-        lock = path.with_name(path.name + ".lock")
+        lock = lock_of(path)
         if lock.exists():  # left by a process that was killed after writing: claiming removes it
             with claimed(lock):
                 pass

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from forebear.retriever.answers.results import SIDES, Answers
 from forebear.retriever.question.methods import Method, pick_methods
@@ -61,6 +63,13 @@ class SignCounts:
         for name, ends in answers.rankings.items():
             for side, ranking in zip(SIDES, ends, strict=True):
                 self.count(name, side, ranking.scores)
+
+    def add_table(self, table: pa.Table) -> None:
+        """Count the results of a table."""
+        for name in self._methods:
+            for side in SIDES:
+                chosen = pc.and_(pc.equal(table["method"], name), pc.equal(table["side"], side))
+                self.count(name, side, table["score"].filter(chosen).to_numpy())
 
     def count(self, name: str, side: str, scores: np.ndarray) -> None:
         """Count scores of one method and side."""
