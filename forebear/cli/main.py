@@ -21,7 +21,8 @@ from forebear.wording import at_command_line
 
 INTERRUPTED = 130
 INTERRUPTED_LINE = (
-    "interrupted. What was finished stays: retrainings go on with the same command, forebear index with --resume."
+    "interrupted. What was finished stays: retrainings go on with the same command, forebear index and retrieve with "
+    "--resume."
 )
 
 app = typer.Typer(

@@ -37,6 +37,7 @@ DECLARED_MORE_THAN_ONCE = {  # one name, several meanings: what each declaration
     "--seed": ("any", "from 0 up"),
     "--dev": ("whose accuracy is measured", "whose mistakes are mended"),
     "--force": ("of what is written", "of an index"),
+    "--resume": ("a change of an index", "a file of answers"),
     "--group-by": ("sums of scores", "counts of suspects"),
     "--share": ("removed, several", "on its way out"),
 }

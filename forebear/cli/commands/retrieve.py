@@ -44,6 +44,8 @@ Examples:
 
     forebear retrieve --index I --test dev.csv --method gd,if --scope all --recall 0.95 --out answers.parquet
 
+    forebear retrieve --index I --test many.csv --method gd,if --scope all --out answers.parquet --resume
+
     forebear retrieve --index I --test mistakes.csv --method if --aggregate
 
     forebear retrieve --index I --text "a gripping film" --method if --group-by source
@@ -91,6 +93,10 @@ class AnswerOptions(OutputOptions):
         str | None,
         typer.Option("--out", help="File to write: NAME.parquet, NAME.jsonl or NAME.csv.", show_default=False),
     ] = None
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with an --out that was interrupted, behind the last finished test rows."),
+    ] = False
     hubs: Annotated[
         str | None,
         typer.Option(
@@ -119,8 +125,10 @@ def retrieve(
     """Rank the training rows behind predictions, on the screen or to a file."""
     from forebear.evaluation.audits.rows.hub_shares import read_hub_shares, with_hub_share
     from forebear.indexer.index import Index
+    from forebear.indexer.storage.manifest import digest_of
     from forebear.retriever.answers.coverage import tell_fit_age
     from forebear.retriever.answers.groups import check_additive, grouping_of
+    from forebear.retriever.answers.parts import check_parts
     from forebear.retriever.answers.result_file import check_output
     from forebear.retriever.answers.results import text_columns, user_columns
     from forebear.retriever.effects.kinds import effect_meanings
@@ -138,7 +146,10 @@ def retrieve(
     _refuse_what_no_method_takes(spec, methods, spans)
     if group_by is not None:
         _refuse_what_groups_do_not_take(ranking, output)
+    if output.resume:
+        _refuse_what_cannot_go_on(ranking, output)
     if output.out is not None:
+        check_parts(Path(output.out), resume=output.resume, force=output.force)
         check_output(Path(output.out), force=output.force)
     index = Index.open(index_options.index)
     if spans.span_column is not None:
@@ -171,7 +182,7 @@ def retrieve(
             answers, tables_of, source, methods, meanings, text_columns(index), names, aggregate=spec.aggregate
         )
     else:
-        _write_answers(retriever, source, question, tables_of, output)
+        _write_answers(retriever, source, question, tables_of, None if shares is None else digest_of(shares), output)
     say_recall(retriever, question)
 
 
@@ -198,10 +209,23 @@ def _refuse_what_groups_do_not_take(ranking: RankingOptions, output: AnswerOptio
             )
 
 
+def _refuse_what_cannot_go_on(ranking: RankingOptions, output: AnswerOptions) -> None:
+    """Refuse ``--resume`` where no answers of finished blocks of test rows are kept."""
+    if output.out is None:
+        raise InputError("--resume goes on with a file of answers that was interrupted. Name it by --out.")
+    for option, given in {"--group-by": ranking.group_by, "--aggregate": ranking.aggregate}.items():
+        if given:
+            raise InputError(
+                f"--resume goes on behind the test rows that were answered one by one; {option} keeps none. "
+                "Leave --resume out."
+            )
+
+
 def _give_groups(
     retriever: Retriever, source: RowSource, question: Question, column: str, output: AnswerOptions
 ) -> None:
     """Sum scores by group, on the screen for the first few queries, or to a file for all."""
+    from forebear.retriever.answers.parts import remove_parts
     from forebear.retriever.answers.result_file import result_writer
     from forebear.retriever.effects.kinds import effect_meanings
 
@@ -211,6 +235,7 @@ def _give_groups(
         return
     metadata = retriever.metadata(question, group_by=column)
     with progress_bar() as progress, result_writer(Path(output.out), metadata, force=output.force) as write:
+        remove_parts(Path(output.out))  # of other answers, which --force replaces
         progress("queries", 0, source.n_rows)
         n_lines = 0
         for table in retriever.groups(source, question, column):
@@ -226,27 +251,39 @@ def _write_answers(
     source: RowSource,
     question: Question,
     tables_of: Callable[[Answers], Iterator[pa.Table]],
+    hubs: str | None,
     output: AnswerOptions,
 ) -> None:
-    """Write the answers to all test rows, block by block."""
-    from forebear.retriever.answers.result_file import result_writer
+    """Write the answers to all test rows: parts, block by block, which then become the file.
+
+    Args:
+        retriever: Over the index.
+        source: The test rows.
+        question: The question.
+        tables_of: Turns answers into tables.
+        hubs: Digest of what ``--hubs`` adds to the tables; None without it.
+        output: Where they go, and whether parts that are there are gone on with.
+    """
+    from forebear.retriever.answers.parts import kept_parts, run_facts
+    from forebear.retriever.answers.result_file import table_writer
     from forebear.retriever.answers.signs import SignCounts
 
     assert output.out is not None
-    signs = SignCounts(question.methods)
-    with (
-        progress_bar() as progress,
-        result_writer(Path(output.out), retriever.metadata(question), force=output.force) as write,
-    ):
-        progress("queries", 0, source.n_rows)
-        n_results = 0
-        for answers in retriever.answers(source, question):
-            signs.add(answers)
-            for table in tables_of(answers):
+    path, signs, n_results = Path(output.out), SignCounts(question.methods), 0
+    metadata, size = retriever.metadata(question), retriever.asked_together(source, question)
+    run = run_facts(question, source, retriever.facts(question), size, hubs=hubs)
+    blocks = ((start, min(start + size, source.n_rows)) for start in range(0, source.n_rows, size))
+    how = {"resume": output.resume, "force": output.force}
+    with progress_bar() as progress, kept_parts(path, run, blocks, **how) as parts:
+        progress("queries", parts.n_rows_done, source.n_rows)
+        for answers in retriever.answers(source, question, starts=parts.missing):
+            parts.write(answers.start, tables_of(answers))
+            progress("queries", parts.n_rows_done, source.n_rows)
+        with table_writer(path, metadata) as write:
+            for table in parts.tables():
                 write(table)
+                signs.add_table(table)
                 n_results += table.num_rows
-            done = source.n_rows if question.spec.aggregate else answers.start + len(answers.predictions)
-            progress("queries", done, source.n_rows)
     together = " asked together" if question.spec.aggregate else ""
     say(f"{output.out}: {source.n_rows:,} queries{together}, {n_results:,} results")
     say_signs(signs)

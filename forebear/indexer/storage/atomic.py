@@ -38,7 +38,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}. Nothing that was there has changed. "
             + (
-                "Free some space and run this again (forebear index goes on by --resume), or choose another place."
+                "Free some space and run this again (forebear index and retrieve go on by --resume), or choose another "
+                "place."
                 if error.errno == errno.ENOSPC
                 else "Choose a place that you may write to."
             )
