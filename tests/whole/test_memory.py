@@ -19,6 +19,7 @@ from forebear.indexer.index import Index
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.answers import results
+from forebear.retriever.answers.parts import Parts
 from forebear.retriever.question.spec import QuerySpec
 from forebear.retriever.retriever import Retriever
 
@@ -47,14 +48,20 @@ def test_results_written_to_a_file_take_memory_that_does_not_grow_with_queries(t
     index = build(tmp_path, 60)
     monkeypatch.setattr(row_facts, "SAMPLED_ROWS", 16)
     asked = ["retrieve", "--index", str(index.folder), "--method", "gc,if,nn-cos", "--top", "60", "--quiet", "--force"]
-    tables, in_arrow = Retriever.tables, []
+    in_arrow = []
 
-    def watched(retriever, answers):
-        for table in tables(retriever, answers):
-            in_arrow.append(pa.total_allocated_bytes())
-            yield table
+    def watched(tables):
+        def watch(*of):
+            for table in tables(*of):
+                in_arrow.append(pa.total_allocated_bytes())
+                if len(in_arrow) % 32 == 0:
+                    gc.collect()  # and the tuples that Python keeps for reuse, thousands of a size: no results
+                yield table
 
-    monkeypatch.setattr(Retriever, "tables", watched)
+        return watch
+
+    for made_by in (Retriever, Parts):  # from answers, and from the parts that they were kept in
+        monkeypatch.setattr(made_by, "tables", watched(made_by.tables))
 
     def measure(n: int) -> tuple[int, int]:
         path = write_jsonl(tmp_path / f"{n}.jsonl", text=sentences(n, seed=2))
