@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -271,7 +272,7 @@ def _write_answers(
     assert output.out is not None
     path, signs, n_results = Path(output.out), SignCounts(question.methods), 0
     metadata, size = retriever.metadata(question), retriever.asked_together(source, question)
-    run = run_facts(question, source, retriever.facts(question), size, hubs=hubs)
+    run = run_facts(question, source, json.loads(metadata["forebear"]), size, hubs=hubs)
     blocks = ((start, min(start + size, source.n_rows)) for start in range(0, source.n_rows, size))
     how = {"resume": output.resume, "force": output.force}
     with progress_bar() as progress, kept_parts(path, run, blocks, **how) as parts:
