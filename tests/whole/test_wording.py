@@ -25,7 +25,7 @@ VALUES = {  # words that messages give as values; what else follows a flag must 
     "multi-label", "regression", "a,b,c", "a,b",
     "all", "aspect", "binary-nli", "cg", "cp1252", "cpu", "drop", "ekfac", "exact", "features", "features,sbert",
     "features,spans", "features,words", "fp32", "full", "gold", "head", "head,", "keep", "none",
-    "random", "rerank", "spans", "reader:", "entailment,non-entailment", "damping=",
+    "random", "rerank", "spans", "reader:", "entailment,non-entailment", "damping=", "whole",
 }  # fmt: skip
 
 
