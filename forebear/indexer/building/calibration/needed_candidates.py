@@ -186,21 +186,23 @@ class RankCalibration:
     ) -> float | None:
         """The share of rows to list where scoring until no other row can be among the best takes fewer than a number.
 
-        Compares both ways at the same recall of the queries that choose.
+        Compares both ways at the same recall of the queries that choose. Where the sample's best rows stand for more
+        than the best 10 of all, the tenth best score is taken to be above theirs by as much as its estimate is.
         """
         share = min(1.0, LIST_GROWTH * float(needed.shares.max()))
         columns = np.searchsorted(self.live, self.sample)
-        n_scored = []
+        n_best, n_scored = needed.errors.shape[2], []
         for sign, allowed in zip((1.0, -1.0), _aimed(needed.errors), strict=True):
             for i, query in enumerate(queries):
-                units = self._units(ranking, query)
-                reach = (
-                    sign * estimates.take(slice(i, i + 1)).weighted(setting.code_weight)[0] * units + allowed * units
-                )
-                excluded = self.excluded[query]
-                best = _best(sign * np.where(excluded[columns], np.nan, ranking.scores[query]), needed.errors.shape[2])
-                worst_of_best = (sign * ranking.scores[query][best]).min()
-                n_scored.append(min(share, float(((reach >= worst_of_best) & ~excluded).mean())))
+                units, excluded = self._units(ranking, query), self.excluded[query]
+                estimated = sign * estimates.take(slice(i, i + 1)).weighted(setting.code_weight)[0] * units
+                estimated[excluded] = -np.inf
+                scores = sign * np.where(excluded[columns], np.nan, ranking.scores[query])
+                best = _best(scores, n_best)
+                ordered = np.sort(estimated)[::-1]
+                stands_for = min(n_best * int((~excluded).sum()) // len(columns), len(ordered))
+                edge = scores[best].min() + max(0.0, float(ordered[min(TOP, stands_for) - 1] - ordered[stands_for - 1]))
+                n_scored.append(min(share, float((estimated + allowed * units >= edge).mean())))
         return share if np.mean(n_scored) < _aimed(needed.shares).max() else None
 
     def _units(self, ranking: Ranking, query: int) -> np.ndarray:
