@@ -13,7 +13,8 @@ import torch
 from common import write_result
 
 from forebear.indexer.sketches.candidates import propose
-from forebear.indexer.sketches.sketch import Reduction, SketchRows
+from forebear.indexer.sketches.reduction import Reduction
+from forebear.indexer.sketches.sketch import SketchRows
 from forebear.indexer.storage.arrow import RowMatrix
 
 try:

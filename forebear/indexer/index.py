@@ -20,7 +20,7 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.scope_names import HEAD
 from forebear.indexer.model.scopes import Scope, scope_of
 from forebear.indexer.sketches.estimates import GradientStore, Proposal
-from forebear.indexer.sketches.sketch import read_reduction
+from forebear.indexer.sketches.reduction import read_reduction
 from forebear.indexer.spans.store import SpanStore, read_spans
 from forebear.indexer.storage.ann import AnnIndex, read_ann
 from forebear.indexer.storage.arrow import RowMatrix, column

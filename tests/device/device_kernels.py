@@ -34,7 +34,8 @@ from forebear.indexer.model.network.layers import encoder_layers
 from forebear.indexer.model.scopes import scope_of
 from forebear.indexer.model.sentence_encoder import load_sentence_encoder
 from forebear.indexer.sketches.projector import PlainProjector, WhiteProjector, draw_bases
-from forebear.indexer.sketches.sketch import RawSketches, Sketcher, fit_reduction
+from forebear.indexer.sketches.reduction import RawSketches, fit_reduction
+from forebear.indexer.sketches.sketch import Sketcher
 from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.text import Span
 from forebear.indexer.training.course import Course

@@ -233,7 +233,8 @@ def test_scans_compute_in_fp32_whoever_asks_for_them(monkeypatch: pytest.MonkeyP
     """A scan's bound on rounding is that of float32, also where the caller lets torch round to TF32."""
     from forebear.indexer.sketches import device_scan
     from forebear.indexer.sketches.estimates import GradientStore, Part, Proposal
-    from forebear.indexer.sketches.sketch import Reduction, SketchRows
+    from forebear.indexer.sketches.reduction import Reduction
+    from forebear.indexer.sketches.sketch import SketchRows
     from forebear.indexer.storage.arrow import RowMatrix
     from forebear.indexer.storage.scan_table import ScanBlock, ScanTable, round_vectors
     from forebear.retriever.head import scan, search

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from forebear.indexer.model.device.copies import as_tensor
-from forebear.indexer.sketches.sketch import Reduction, SketchRows
+from forebear.indexer.sketches.reduction import Reduction
+from forebear.indexer.sketches.sketch import SketchRows
 from forebear.indexer.storage.arrow import RowMatrix
 from forebear.ratio import ratio
 
-_FLOAT32 = 1e-5  # relative rounding of a score, with a margin
+FLOAT32 = 1e-5  # relative rounding of a score, with a margin
 _LONG = 1e200  # one over a length that may be 0
 CODE_ROWS = 4096  # rows whose codes are unpacked at once
 _SIGNS_OF_BYTES = as_tensor(2 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32) - 1)
@@ -110,7 +111,7 @@ def may_be_best(products: np.ndarray, asked: np.ndarray, least: np.ndarray, most
             lower, upper = (np.where(mine, product * bound, -np.inf) for bound in (near, far))
             lower, upper = np.minimum(lower, upper), np.maximum(lower, upper)
             edge = np.partition(lower, -k)[-k] if k < len(lower) else -np.inf
-            open_rows |= mine & (upper >= edge - _FLOAT32 * abs(edge) if k < len(lower) else mine)
+            open_rows |= mine & (upper >= edge - FLOAT32 * abs(edge) if k < len(lower) else mine)
     return open_rows
 
 

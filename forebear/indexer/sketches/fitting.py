@@ -21,14 +21,8 @@ from forebear.indexer.sketches.projector import (
     read_plain_projector,
     write_bases,
 )
-from forebear.indexer.sketches.sketch import (
-    RawSketches,
-    Sketcher,
-    fit_reduction,
-    read_reduction,
-    scaled,
-    write_reduction,
-)
+from forebear.indexer.sketches.reduction import RawSketches, fit_reduction, read_reduction, scaled, write_reduction
+from forebear.indexer.sketches.sketch import Sketcher
 from forebear.indexer.storage.layout import BASES_NAME, MAP_NAME, curvature_name, gradient_folder
 from forebear.indexer.storage.manifest import IndexSpec
 

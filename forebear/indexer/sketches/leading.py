@@ -157,13 +157,13 @@ class LeadingEnergies:
         more_left, more_right = self._more[name]
         u = torch.cat([shared.outputs[:, :, -n_out:], factors.deltas @ more_left], dim=2)
         v = torch.cat([shared.inputs[:, :, -n_in:], factors.inputs @ more_right], dim=2)
-        products = grams.inputs * grams.outputs
+        assert grams.products is not None
         return Energies(
-            whole=products.sum(dim=(1, 2), dtype=torch.float64).clamp_min_(0),
+            whole=grams.products.sum(dim=(1, 2), dtype=torch.float64).clamp_min_(0),
             outputs=torch.bmm(grams.inputs, u).mul_(u).sum(dim=1).double(),
             inputs=torch.bmm(grams.outputs, v).mul_(v).sum(dim=1).double(),
             pairs=torch.bmm(u.transpose(1, 2), v).double().square_(),
-            gross=products.abs_().sum(dim=(1, 2), dtype=torch.float64),
+            gross=grams.products.abs().sum(dim=(1, 2), dtype=torch.float64),
         )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -89,10 +90,10 @@ def scaled_up(factors: LayerFactors) -> tuple[LayerFactors, torch.Tensor]:
 
 
 def _squared_norms(factors: LayerFactors, grams: Grams) -> torch.Tensor:
-    if grams.inputs is None or grams.outputs is None:
+    if grams.products is None:
         parts = [part.gradients().square_().sum(dim=(1, 2), dtype=torch.float64) for part in factors.chunks()]
         return torch.cat(parts)
-    return (grams.inputs * grams.outputs).sum(dim=(1, 2), dtype=torch.float64).clamp_min_(0)
+    return grams.products.sum(dim=(1, 2), dtype=torch.float64).clamp_min_(0)
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,11 @@ class Grams:
 
     inputs: torch.Tensor | None
     outputs: torch.Tensor | None
+
+    @cached_property
+    def products(self) -> torch.Tensor | None:
+        """Both multiplied, ``(b, t, t)``, whose sum is ||G||^2."""
+        return None if self.inputs is None or self.outputs is None else self.inputs * self.outputs
 
     @classmethod
     def of(cls, factors: LayerFactors) -> Grams:

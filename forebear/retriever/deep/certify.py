@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from forebear.indexer.sketches.candidates import BLOCK_ROWS
-from forebear.indexer.sketches.estimates import Part
+from forebear.indexer.sketches.estimates import FLOAT32, Part
 from forebear.ratio import ratio
 from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch
@@ -24,7 +24,6 @@ from forebear.retriever.question.methods import Method
 from forebear.retriever.ranking import Ends, Ranking, rank
 
 _ROUND_ROWS = 256  # rows scored in a round, at least
-_FLOAT32 = 1e-5  # relative rounding of an exact score, with a margin
 _CANCELLED = 1e-3  # as a share of the norm: what float32 leaves of sqrt(norm^2 - held^2) where the result should be 0
 _UNBOUNDED = 1e30  # times that a norm is longer than its least, where that is 0
 _FLOAT16 = 1e-3  # rounding of a stored unit vector's direction
@@ -81,7 +80,7 @@ def _to_score(scores: np.ndarray, centre: np.ndarray, slack: np.ndarray, k: int)
             edge = known[-k] if len(known) >= k else -np.inf
             upper = sign * centre[q] + slack[q]
             left = np.flatnonzero(
-                unknown[q] & (upper >= edge - _FLOAT32 * abs(edge) if np.isfinite(edge) else unknown[q])
+                unknown[q] & (upper >= edge - FLOAT32 * abs(edge) if np.isfinite(edge) else unknown[q])
             )
             is_open[side, q] = len(left) > 0
             best = left[np.argsort(-upper[left], kind="stable")[: max(_ROUND_ROWS, len(left) // 4)]]

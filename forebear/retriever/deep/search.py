@@ -319,8 +319,9 @@ class GradientSearch:
         white = self._stored_damping()
         if white is None:  # none are stored for solvers that iterate, or at other dampings
             return self._solved(classifier, rows)
-        lengths, least, most = self.index.gradients(self.scope, damping=white).norms_within(rows)
-        if least is not most:
+        store = self.index.gradients(self.scope, damping=white)
+        lengths, least, most = store.norms_within(rows)
+        if store.norm_bounds is not None:
             open_rows = np.ones(len(rows), bool) if best is None else may_be_best(products, asked, least, most, best)
             lengths[open_rows] = self._solved(classifier, rows[open_rows])
         return lengths

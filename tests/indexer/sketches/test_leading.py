@@ -24,7 +24,8 @@ from forebear.indexer.sketches import projector as projecting
 from forebear.indexer.sketches.estimates import may_be_best
 from forebear.indexer.sketches.leading import LeadingEnergies, LeadingProjector, bounds_width
 from forebear.indexer.sketches.projector import PlainProjector, SharedProducts, draw_bases, n_principal
-from forebear.indexer.sketches.sketch import Sketches, fit_reduction, scaled
+from forebear.indexer.sketches.reduction import fit_reduction, scaled
+from forebear.indexer.sketches.sketch import Sketches
 from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.question.spec import QuerySpec
 

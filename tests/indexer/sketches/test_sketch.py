@@ -36,17 +36,8 @@ from forebear.indexer.sketches.projector import (
     read_plain_projector,
     write_bases,
 )
-from forebear.indexer.sketches.sketch import (
-    RawSketches,
-    Reduction,
-    Sketcher,
-    Sketches,
-    SketchRows,
-    fit_reduction,
-    read_reduction,
-    sketch_rows,
-    write_reduction,
-)
+from forebear.indexer.sketches.reduction import RawSketches, Reduction, fit_reduction, read_reduction, write_reduction
+from forebear.indexer.sketches.sketch import Sketcher, Sketches, SketchRows, sketch_rows
 from forebear.indexer.storage.arrow import RowMatrix
 
 TEXTS = sentences(11, seed=21)

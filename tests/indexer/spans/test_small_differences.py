@@ -23,7 +23,8 @@ from forebear.indexer.model.encoding import Encoded, encode
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scopes import Scope, scope_of
 from forebear.indexer.sketches.projector import PlainProjector, Projector, WhiteProjector, draw_bases
-from forebear.indexer.sketches.sketch import Reduction, Sketcher, sketch_rows
+from forebear.indexer.sketches.reduction import Reduction
+from forebear.indexer.sketches.sketch import Sketcher, sketch_rows
 
 N_ROWS, N_QUERIES = 12, 3
 ROUNDING = 4e-7  # of g: what one float32 forward and backward pass leaves uncertain

@@ -19,7 +19,8 @@ from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.sketches import projector as projecting
 from forebear.indexer.sketches.candidates import candidates_needed, propose
 from forebear.indexer.sketches.estimates import GradientStore, Part
-from forebear.indexer.sketches.sketch import Reduction, SketchRows
+from forebear.indexer.sketches.reduction import Reduction
+from forebear.indexer.sketches.sketch import SketchRows
 from forebear.indexer.storage.arrow import RowMatrix
 from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.deep import certify as certifying

@@ -33,7 +33,8 @@ from forebear.indexer.model.loading import load_classifier, make_classifier
 from forebear.indexer.model.scopes import scope_of
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.sketches.projector import PlainProjector, draw_bases
-from forebear.indexer.sketches.sketch import Reduction, Sketcher, sketch_rows
+from forebear.indexer.sketches.reduction import Reduction
+from forebear.indexer.sketches.sketch import Sketcher, sketch_rows
 from forebear.indexer.spans.finders import find_spans, span_finder
 from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.text import Span, split_text
