@@ -23,7 +23,7 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode_with_places
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scopes import scope_of
-from forebear.indexer.sketches import sketch
+from forebear.indexer.sketches import reduction, sketch
 from forebear.indexer.sketches.projector import PlainProjector, draw_bases
 from forebear.indexer.words import gradients as words
 from forebear.retriever.saliency import maps as saliency
@@ -55,9 +55,9 @@ class Maker:
         factors = ekfac.fit_factors(classifier, self.scope, [TEXTS], seed=0, batch_tokens=1000)
         self.ekfac = ekfac.fit_ekfac(classifier, self.scope, [TEXTS], seed=0, batch_tokens=1000, factors=factors)
         self.projector = PlainProjector(self.scope, draw_bases(classifier, self.scope, None, 0, "random"))
-        raw = sketch.RawSketches(self.projector, N_ROWS, CPU)
+        raw = reduction.RawSketches(self.projector, N_ROWS, CPU)
         run_pass(classifier, [TEXTS], labels_seed(CROSS_ENTROPY, LABELS), [raw], batch_tokens=1000)
-        self.reduction = sketch.fit_reduction(raw.out, self.projector, width=4, bits=16, seed=0)
+        self.reduction = reduction.fit_reduction(raw.out, self.projector, width=4, bits=16, seed=0)
         self.vectors = gradients.whole_gradients(classifier, self.scope, [TEXTS[:2]], LABELS[:2])
 
     def __call__(self, kind: type[Collector]) -> Collector:
@@ -70,7 +70,7 @@ class Maker:
             ekfac._Eigenvalues: lambda: ekfac._Eigenvalues(scope, self.ekfac.parts),
             ekfac._SelfInfluence: lambda: ekfac._SelfInfluence(scope, self.ekfac, 0.1, N_ROWS),
             products._Outer: lambda: products._Outer(scope, self.vectors),
-            sketch.RawSketches: lambda: sketch.RawSketches(self.projector, N_ROWS, CPU),
+            reduction.RawSketches: lambda: reduction.RawSketches(self.projector, N_ROWS, CPU),
             sketch.Sketches: lambda: sketch.Sketches(self.projector, self.reduction, N_ROWS, CPU),
             words.WordGradients: lambda: words.WordGradients(self.classifier, 0, N_ROWS, "fp16"),
             saliency._Saliencies: lambda: saliency._Saliencies(
