@@ -121,7 +121,7 @@ def calibration_by(
             n_rows = n_sampled(index.manifest.n_live)
             if by_spans:
                 n_rows += 2 * n_sampled(len(index.live_spans))
-            groups = -(-n_queries // queries_at_once(index.manifest.spec, scope))
+            groups = -(-n_queries // queries_at_once(scope))
             on_rows = counted(progress, f"calibration {name}", n_rows * groups)
             calibration[name] = calibrate_scope(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)
             if by_spans:

@@ -1,12 +1,14 @@
-"""Dot products of the rows' gradients with vectors, and weighted sums of the gradients, from their factors."""
+"""Products of the rows' gradients with vectors and of positions with themselves; weighted sums of gradients."""
 
 from __future__ import annotations
 
 import torch
 
 from forebear.indexer.gradients.factors import ROWS_BYTES, LayerFactors
+from forebear.indexer.model.device.copies import picks
 
 _PRODUCT_LENGTH = 8192
+_GRAM_COLUMNS = 192
 
 
 def row_dots(vectors: torch.Tensor, factors: LayerFactors) -> torch.Tensor:
@@ -40,10 +42,10 @@ def by_gradients(share: float, n_vectors: int, tokens: int) -> bool:
 
 def dots_of_gradients(vectors: torch.Tensor, factors: LayerFactors) -> torch.Tensor:
     """:func:`row_dots` from the gradients themselves, as many rows at a time as fit in memory."""
-    return torch.cat([_products(vectors, part.gradients()) for part in factors.chunks()], dim=1)
+    return torch.cat([products(vectors, part.gradients()) for part in factors.chunks()], dim=1)
 
 
-def _products(v: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+def products(v: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """<V_q, G_b>, ``(q, b)`` float64: products of some rows of the matrices at a time, summed in float64.
 
     One product over all entries (590,000 in a feed-forward layer) would lose the fifth digit in float32.
@@ -54,6 +56,19 @@ def _products(v: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
         size -= 1
     a, b = (x.reshape(len(x), n_out // size, size * n_in).transpose(0, 1) for x in (v, gradients))
     return torch.bmm(a, b.transpose(1, 2)).sum(dim=0, dtype=torch.float64)
+
+
+def gram(x: torch.Tensor) -> torch.Tensor:
+    """X^T X, ``(n, n)``, of ``(m, n)``; on a CPU the half below the diagonal is computed and mirrored (1.4x)."""
+    if not picks(x):
+        return x.T @ x
+    out = x.new_empty((x.shape[1], x.shape[1]))
+    for start in range(0, len(out), _GRAM_COLUMNS):
+        stop = start + _GRAM_COLUMNS
+        strip = x[:, start:stop].T @ x[:, :stop]
+        out[start:stop, :stop] = strip
+        out[:start, start:stop] = strip[:, :start].T
+    return out
 
 
 def room_for_sums(vectors: torch.Tensor, factors: LayerFactors) -> int:

@@ -51,10 +51,17 @@ class LayerFactors:
         """
         return self._split(1) if picks(self.inputs) else self.chunks()
 
-    def chunks(self) -> Iterator[LayerFactors]:
-        """The rows, as many at a time as have whole gradients of :data:`ROWS_BYTES`."""
+    def chunks(self, n_bytes: int | None = None) -> Iterator[LayerFactors]:
+        """The rows, as many at a time as have whole gradients of so many bytes; default :data:`ROWS_BYTES`."""
         size = self.inputs.element_size() * self.inputs.shape[2] * self.deltas.shape[2]
-        return self._split(max(1, ROWS_BYTES // size))
+        return self._split(max(1, (n_bytes or ROWS_BYTES) // size))
+
+    def live(self) -> LayerFactors:
+        """Without the positions at which no row has an output gradient, on the CPU: often all but [CLS]."""
+        if not picks(self.deltas):
+            return self
+        live = self.deltas.any(dim=2).any(dim=0)
+        return self if bool(live.all()) else LayerFactors(self.inputs[:, live], self.deltas[:, live])
 
     def _split(self, step: int) -> Iterator[LayerFactors]:
         for start in range(0, len(self.inputs), step):

@@ -17,25 +17,25 @@ from forebear.indexer.model.encoding import Encoded, Texts, as_encoded, distinct
 from forebear.indexer.model.scopes import Scope
 
 CPU_TOKENS = 2048  # of a batch on a CPU
+Turn = Callable[[str, LayerFactors], LayerFactors]
 
 
 class _Gradients(RowCollector):
-    """Gathers whole gradients."""
+    """Gathers whole gradients; a batch that is begun again writes its rows again, so that none are held twice."""
 
-    def __init__(self, scope: Scope, n_rows: int, weight: torch.Tensor) -> None:
+    def __init__(self, scope: Scope, n_rows: int, weight: torch.Tensor, turn: Turn | None = None) -> None:
         self.scope, self.out, self._device = scope, scope.zeros(n_rows, weight), weight.device
-        self._batch: Vectors = {}
+        self._turn = turn
 
     def begin(self, positions: list[int]) -> None:
-        self._batch = {}
         self._positions = send(np.array(positions), self._device)
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:
-        self._batch[name] = factors.gradients()
+        shown = factors if self._turn is None else self._turn(name, factors)
+        self.out[name][self._positions] = shown.gradients()
 
     def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
-        for name, gradients in self._batch.items():
-            self.out[name][self._positions] = gradients
+        pass
 
     def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
         there, here = send(sources, self._device), send(copies, self._device)
@@ -60,9 +60,18 @@ def whole_gradients(
     scope: Scope,
     texts: Texts,
     labels: np.ndarray,
+    turn: Turn | None = None,
 ) -> Vectors:
-    """Loss gradients of a few rows, ``(q, n_out, n_in)`` for each block of the scope."""
-    collector = _Gradients(scope, len(labels), classifier.head.weight)
+    """Loss gradients of a few rows, ``(q, n_out, n_in)`` for each block of the scope.
+
+    Args:
+        classifier: Whose gradients.
+        scope: Over which.
+        texts: Rows, ``q`` of them, one list a text column; or encoded.
+        labels: Their classes, ``(q,)``.
+        turn: Makes the factors of a block, by its name, those of the gradients' coordinates in another basis.
+    """
+    collector = _Gradients(scope, len(labels), classifier.head.weight, turn)
     gather(classifier, texts, labels, collector)
     return collector.out
 

@@ -9,15 +9,26 @@ from pathlib import Path
 import numpy as np
 
 from forebear.indexer.curvature.damping import absolute_damping, refuse_lost_damping
-from forebear.indexer.curvature.ekfac import Ekfac, KroneckerFactors, fit_ekfac, fit_factors, read_ekfac, write_ekfac
-from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
+from forebear.indexer.curvature.ekfac import (
+    Ekfac,
+    KroneckerFactors,
+    curvature_seeds,
+    fit_ekfac,
+    fit_factors,
+    read_ekfac,
+    write_ekfac,
+)
+from forebear.indexer.gradients.gradient_pass import SeedOf, labels_seed, run_pass
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.scopes import scope_of
 from forebear.indexer.sketches.leading import WIDEST, LeadingEnergies, LeadingProjector, bounds_width
 from forebear.indexer.sketches.projector import (
+    PlainProjector,
     Projector,
+    SideBases,
     WhiteProjector,
     draw_bases,
+    n_principal,
     read_plain_projector,
     write_bases,
 )
@@ -194,6 +205,8 @@ def _fit_scope(
     rows = sample()
     scope = scope_of(classifier, name, with_bias=spec.with_bias)
     factors: KroneckerFactors | Ekfac | None = None
+    raw: RawSketches | None = None
+    bases_file = folder / gradient_folder(name, checkpoint) / BASES_NAME
 
     def fitted_factors(texts: Sequence[Sequence[str]]) -> KroneckerFactors:
         return fit_factors(
@@ -201,23 +214,37 @@ def _fit_scope(
             targets=rows.labels[: len(texts[0])], on_rows=stage(f"directions {name} {checkpoint}", len(texts[0])),
         )  # fmt: skip
 
+    def bases_of(factors: KroneckerFactors | Ekfac | None) -> dict[str, SideBases]:
+        return draw_bases(classifier, scope, factors, spec.seed, spec.sketch_basis)
+
+    def raw_sketches(eigenbasis: Ekfac) -> Sequence[RawSketches]:
+        nonlocal raw
+        projector = PlainProjector(scope, bases_of(eigenbasis), n_principal(spec.sketch_basis))
+        raw = RawSketches(projector, len(rows.labels), classifier.device)
+        return [raw]
+
+    seed_of: SeedOf = labels_seed(classifier.loss, rows.labels)
     if last and spec.whitened:
+        directions = curvature_seeds(classifier.loss, classifier.n_classes, len(rows.labels), spec.seed, rows.labels)
+        # Of two classes, or of one number, every loss gradient is a multiple of that of the one direction, and raw
+        # sketches are made unit vectors: the pass that gathers eigenvalues gathers them, too.
+        together = len(classifier.loss.basis(classifier.n_classes)) == 1
+        if together:
+            (seed_of,) = directions
         if not (folder / curvature_name(name)).is_file():
             ekfac = fit_ekfac(
                 classifier, scope, rows.texts, seed=spec.seed, batch_tokens=spec.batch_tokens, targets=rows.labels,
-                factors=fitted_factors(rows.texts), on_rows=stage(f"curvature {name}", len(rows.labels)),
+                factors=fitted_factors(rows.texts), beside=raw_sketches if together else lambda _: (),
+                on_rows=stage(f"curvature {name}", len(rows.labels)),
             )  # fmt: skip
             write_ekfac(folder / curvature_name(name), ekfac)
         factors = read_ekfac(folder / curvature_name(name))
         check_dampings(factors, classifier, spec, name)
-    bases_file = folder / gradient_folder(name, checkpoint) / BASES_NAME
     if not bases_file.is_file():
         if factors is None and spec.sketch_basis != "random":  # the same rows as without an interruption
             factors = fitted_factors(rows.first(BASIS_ROWS))
-        write_bases(
-            bases_file, scope, draw_bases(classifier, scope, factors, spec.seed, spec.sketch_basis), spec.sketch_basis
-        )
-    _fit_reductions(folder, classifier, spec, name, checkpoint, rows, stage, last=last)
+        write_bases(bases_file, scope, bases_of(factors), spec.sketch_basis)
+    _fit_reductions(folder, classifier, spec, name, checkpoint, rows, stage, last=last, raw=raw, seed_of=seed_of)
 
 
 def _fit_reductions(
@@ -230,26 +257,32 @@ def _fit_reductions(
     stage: Callable[[str, int], Callable[[int], None]],
     *,
     last: bool,
+    raw: RawSketches | None,
+    seed_of: SeedOf,
 ) -> None:
-    """Fit the second reduction of every representation of a scope, one pass for all of them."""
+    """Fit the second reduction of every representation of a scope, in one pass for all but ``raw``, the plain one."""
     kinds = sketch_folders(spec, name, checkpoint, last=last)
     leading = {number: _whitens_leading(folder, spec, name, number) for number in kinds}
     projectors = _open_projectors(folder, classifier, spec, name, checkpoint, leading)
     n_rows = len(rows.labels)
     of_plain = [n for n, p in projectors.items() if isinstance(p, LeadingProjector)]
-    collectors = {n: RawSketches(p, n_rows, classifier.device) for n, p in projectors.items() if n not in of_plain}
-    run_pass(
-        classifier, rows.texts, labels_seed(classifier.loss, rows.labels), list(collectors.values()),
-        batch_tokens=spec.batch_tokens, on_rows=stage(f"reduction {name} {checkpoint}", n_rows),
-    )  # fmt: skip
+    collectors: dict[int | None, RawSketches] = {} if raw is None else {None: raw}
+    missing = {n: projectors[n] for n in projectors if n not in of_plain and n not in collectors}
+    more = {n: RawSketches(p, n_rows, classifier.device) for n, p in missing.items()}
+    if more:
+        run_pass(
+            classifier, rows.texts, seed_of, list(more.values()), batch_tokens=spec.batch_tokens,
+            on_rows=stage(f"reduction {name} {checkpoint}", n_rows),
+        )  # fmt: skip
+    collectors |= more
     for number in sorted(projectors, key=lambda n: (n is None, n in of_plain)):  # the plain ones serve to the end
         projector = projectors[number]
         if isinstance(projector, LeadingProjector):
-            raw = scaled(collectors[None].out, projector.weights)
+            unit = scaled(collectors[None].out, projector.weights)
         else:
-            raw = collectors[number].out if number is None else collectors.pop(number).out
+            unit = collectors[number].out if number is None else collectors.pop(number).out
         bits = spec.sketch_bits if number is None else spec.white_bits
-        reduction = fit_reduction(raw, projector, width=spec.sketch_dim, bits=bits, seed=spec.seed)
+        reduction = fit_reduction(unit, projector, width=spec.sketch_dim, bits=bits, seed=spec.seed)
         write_reduction(folder / kinds[number] / MAP_NAME, reduction)
 
 

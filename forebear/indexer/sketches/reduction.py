@@ -12,6 +12,7 @@ import torch
 from typing_extensions import override
 
 from forebear.errors import CorruptIndexError
+from forebear.indexer.gradients.dots import gram
 from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.gradient_pass import (
     RowCollector,
@@ -123,20 +124,19 @@ def fit_reduction(unit: np.ndarray, projector: Projector, *, width: int, bits: i
         NonFiniteError: A sketch is NaN or infinite.
     """
     n, raw_width = unit.shape
-    refuse_non_finite("the sample that sketches are fitted on", 0, unit)
-    blocks = [unit[:, i : i + _FIT_COLUMNS] for i in range(0, raw_width, _FIT_COLUMNS)]
-    gram = torch.zeros((n, n))
+    blocks = torch.split(torch.from_numpy(unit), _FIT_COLUMNS, dim=1)  # numpy converts fp16 at a tenth of torch's rate
+    products = torch.zeros((n, n))
     for block in blocks:
-        wide = torch.from_numpy(block.astype(np.float32))
-        gram.addmm_(wide, wide.T)
-    values, vectors = torch.linalg.eigh(gram.double())
+        products += gram(block.float().T)
+    refuse_non_finite("the sample that sketches are fitted on", 0, products.diagonal().numpy())
+    values, vectors = torch.linalg.eigh(products.double())
     width = min(width, int((values > values[-1] * 1e-6).sum()))
     rest = (projector.squares, bits, seed, projector.bounds_norms)
     if not width:  # no row of the sample has a gradient
         return Reduction(np.eye(1, raw_width, dtype=np.float16), *rest)
     mix = (vectors[:, -width:] / values[-width:].sqrt()).flip(1).T.float()
-    basis = np.concatenate([(mix @ torch.from_numpy(b.astype(np.float32))).numpy() for b in blocks], axis=1)
-    return Reduction(basis.astype(np.float16), *rest)
+    basis = torch.cat([(mix @ block.float()).half() for block in blocks], dim=1)
+    return Reduction(basis.numpy(), *rest)
 
 
 def write_reduction(path: Path, reduction: Reduction) -> None:
@@ -205,5 +205,5 @@ def scaled(unit: np.ndarray, weights: torch.Tensor) -> np.ndarray:
     out = np.empty_like(unit)
     for start in range(0, len(unit), _FIT_ROWS):
         block = slice(start, start + _FIT_ROWS)
-        out[block] = _unit(torch.from_numpy(unit[block].astype(np.float32)) * weights.cpu()).half().numpy()
+        out[block] = _unit(torch.from_numpy(unit[block]).float() * weights.cpu()).half().numpy()
     return out

@@ -14,7 +14,7 @@ from tiny import labels, sentences
 
 import forebear
 from forebear.errors import NotEnoughMemoryError
-from forebear.indexer.curvature import ekfac, products
+from forebear.indexer.curvature import eigenbasis, ekfac, products
 from forebear.indexer.gradients import whole as gradients
 from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.gradient_pass import Collector, RowCollector, labels_seed, run_pass
@@ -68,6 +68,7 @@ class Maker:
             gradients._Dots: lambda: gradients._Dots(scope, self.vectors, N_ROWS, None),
             ekfac._Factors: lambda: ekfac._Factors(scope, CPU),
             ekfac._Eigenvalues: lambda: ekfac._Eigenvalues(scope, self.ekfac.parts),
+            eigenbasis._TurnedScores: lambda: eigenbasis._TurnedScores(scope, self.ekfac, 0.1, self.vectors, N_ROWS),
             ekfac._SelfInfluence: lambda: ekfac._SelfInfluence(scope, self.ekfac, 0.1, N_ROWS),
             products._Outer: lambda: products._Outer(scope, self.vectors),
             reduction.RawSketches: lambda: reduction.RawSketches(self.projector, N_ROWS, CPU),

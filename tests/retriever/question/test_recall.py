@@ -207,28 +207,22 @@ def test_calibration_reads_the_codes_once_for_each_set_of_queries(few_rows, monk
     assert asked == [(24, 200), (20, 200), (20, 200), (10, 200)] * 2
 
 
-def test_calibration_holds_gradients_and_solutions_once(few_rows, monkeypatch):
+def test_calibration_holds_the_gradients_of_one_group_of_queries(few_rows, monkeypatch):
     """What is counted by VECTOR_BYTES is all that is held while the sample is scored."""
-    form, score = calibrating.whole_gradients, calibrating.exact_dots
-    gradients: list[weakref.ref] = []
-    n_held = []
+    form, gradients, n_held = calibrating.turned_gradients, [], []
 
     def formed(*args):
+        n_held.append(sum(g() is not None for g in gradients))
         vectors = form(*args)
         gradients.extend(weakref.ref(v) for v in vectors.values())
         return vectors
 
-    def scored(classifier, scope, vectors, *args, **choices):
-        stacked = {id(v) for v in vectors.values()}
-        n_held.append(sum(g() is not None and id(g()) not in stacked for g in gradients))
-        return score(classifier, scope, vectors, *args, **choices)
-
-    monkeypatch.setattr(calibrating, "whole_gradients", formed)
-    monkeypatch.setattr(calibrating, "exact_dots", scored)
+    monkeypatch.setattr(calibrating, "turned_gradients", formed)
     scope = few_rows.index.scope(few_rows.classifier(), SCOPE)
-    calibrate_scope(few_rows.index, few_rows.classifier(), scope, n_queries=20, on_rows=lambda n: None)
-    assert len(gradients) > 1
-    assert max(n_held) <= 1  # the loop's own name for the last layer
+    monkeypatch.setattr(calibrating, "VECTOR_BYTES", 12 * 4 * scope.size)
+    calibrate_scope(few_rows.index, few_rows.classifier(), scope, n_queries=30, on_rows=lambda n: None)
+    assert n_held == [0, 0, 0]
+    assert len(gradients) == 3 * len(scope.blocks)
 
 
 # ---------------------------------------------------------------- where nothing was measured

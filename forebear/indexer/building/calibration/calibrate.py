@@ -16,13 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from forebear.indexer.building.calibration.needed_candidates import TOP, RankCalibration, Ranking, n_ranked
-from forebear.indexer.curvature.ekfac import ekfac_self_influence
+from forebear.indexer.building.calibration.needed_candidates import TOP, RankCalibration, Ranking
+from forebear.indexer.curvature.eigenbasis import turned_gradients, turned_scores, turned_squares
+from forebear.indexer.curvature.ekfac import Ekfac
 from forebear.indexer.gradients.vectors import dot
 from forebear.indexer.gradients.whole import exact_dots, whole_gradients
 from forebear.indexer.index import Index
@@ -31,19 +33,18 @@ from forebear.indexer.model.device.arithmetic import device_kind
 from forebear.indexer.model.device.copies import send
 from forebear.indexer.model.encoding import Encoded, Texts, take_texts
 from forebear.indexer.model.scopes import Scope
-from forebear.indexer.sketches.estimates import Part, may_be_best
+from forebear.indexer.sketches.estimates import Part
 from forebear.indexer.sketches.fitting import open_sketchers
 from forebear.indexer.sketches.sketch import sketch_rows
 from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.storage.layout import gradient_folder
-from forebear.indexer.storage.manifest import IndexSpec
 from forebear.ratio import ratio
 from forebear.sampling import live_sample
 
 SAMPLE_ROWS = 768  # at most
 LEAST_SAMPLE_ROWS = 128  # or all rows, if there are fewer
-# Of the queries' gradients that are held at once, with as many inverse-curvature solutions. Each sampled row's gradient
-# is formed once for all of them. The peak is higher by a few copies of the largest layer's gradients.
+# Of the queries' gradients that are held at once. Each sampled row's gradient is formed once for all of them. The peak
+# is higher by a few copies of the largest layer's gradients.
 VECTOR_BYTES = 2 << 30
 LEAST_QUERIES = 12  # held at once, also where they take more than VECTOR_BYTES
 
@@ -53,10 +54,9 @@ def n_sampled(n_live: int) -> int:
     return min(n_live, SAMPLE_ROWS, max(LEAST_SAMPLE_ROWS, (n_live - 1) // TOP))
 
 
-def queries_at_once(spec: IndexSpec, scope: Scope) -> int:
-    """How many queries' whole gradients (and solutions) are held at once."""
-    kinds = 2 if spec.whitened else 1
-    return max(LEAST_QUERIES, VECTOR_BYTES // (4 * kinds * scope.size))
+def queries_at_once(scope: Scope) -> int:
+    """How many queries' whole gradients are held at once."""
+    return max(LEAST_QUERIES, VECTOR_BYTES // (4 * scope.size))
 
 
 def calibrate_scope(
@@ -192,6 +192,11 @@ def _parts(
     return parts
 
 
+# By kind: dot products of queries and sampled rows (kinds, q, m), squared lengths of queries (kinds, q), and lengths of
+# the rows' whitened gradients (1, m), or none (0, m).
+_Scores = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
 def _exact_scores(
     index: Index,
     classifier: Classifier,
@@ -202,41 +207,49 @@ def _exact_scores(
     spans: bool,
     on_rows: Callable[[int], None],
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Exact dot products and cosines of the sample with each query, ``(q, m)``, by the kinds of :func:`_parts`.
-
-    Where lengths of rows are stored within bounds, the cosines of rows that cannot be among the best are estimates.
-    """
-    spec = index.manifest.spec
-    stores = {"plain": index.gradients(scope.name, spans=spans)}
-    if spec.whitened:
+    """Exact dot products and cosines of the sample with each query, ``(q, m)``, by the kinds of :func:`_parts`."""
+    store, white = index.gradients(scope.name, spans=spans), index.manifest.spec.whitened
+    score = partial(_scores_with, classifier, scope, sample, on_rows)
+    if white:
         ekfac = index.ekfac(scope.name).to(classifier.device, classifier.head.weight.dtype)
-        damping = index.ekfac_damping(scope.name)[1]
-        stores["white"] = index.gradients(scope.name, damping=0, spans=spans)
-    n_queries, n_rows = len(queries.targets), len(sample.numbers)
-    exact = {kind: (np.empty((n_queries, n_rows)), np.empty((n_queries, n_rows))) for kind in stores}
-    size = queries_at_once(spec, scope)
-    for start in range(0, n_queries, size):
-        group = np.arange(start, min(start + size, n_queries))
-        vectors = whole_gradients(classifier, scope, take_texts(queries.texts, group), queries.targets[group])
-        if spec.whitened:
-            for name, g in vectors.items():  # layer by layer, so that only one layer's gradients are held twice
-                vectors[name] = torch.cat([g, ekfac.solve({name: g}, damping)[name]])
-        dots = exact_dots(classifier, scope, vectors, sample.texts, sample.labels, on_rows=on_rows)
-        plain = {name: v[: len(group)] for name, v in vectors.items()}
-        for number, kind in enumerate(exact):
-            rows_of_kind = slice(number * len(group), (number + 1) * len(group))
-            dots_of_kind = dots[rows_of_kind]
-            squares = dot({name: v[rows_of_kind] for name, v in vectors.items()}, plain)
-            exact[kind][0][group] = dots_of_kind
-            exact[kind][1][group] = ratio(dots_of_kind, squares.clamp_min(0).sqrt().cpu().numpy()[:, None])
-    for kind, store in stores.items():
-        dots, by_queries = exact[kind]
-        lengths, least, most = store.norms_within(sample.numbers)
-        if store.norm_bounds is not None and not spans:  # no method ranks spans by cosines
-            asked = ~queries.excluded[:, np.searchsorted(index.live, sample.numbers)]
-            n_others = int((~queries.excluded).sum(axis=1).min())
-            best = may_be_best(dots, asked, least, most, n_ranked(sample.numbers, n_others)[1])
-            some = take_texts(sample.texts, np.flatnonzero(best))
-            lengths[best] = np.sqrt(ekfac_self_influence(classifier, scope, ekfac, damping, some, sample.labels[best]))
-        exact[kind] = dots, ratio(by_queries, lengths)
-    return exact
+        score = partial(_scores_of_both, classifier, scope, ekfac, index.ekfac_damping(scope.name)[1], sample, on_rows)
+    n_queries, n_kinds = len(queries.targets), 1 + white
+    dots, squares = np.empty((n_kinds, n_queries, len(sample.numbers))), np.empty((n_kinds, n_queries))
+    lengths = np.tile(store.norms_within(sample.numbers)[0], (n_kinds, 1))
+    for group in np.array_split(np.arange(n_queries), -(-n_queries // queries_at_once(scope))):
+        scores = score(take_texts(queries.texts, group), queries.targets[group])
+        dots[:, group], squares[:, group], lengths[1:] = scores
+    cosines = ratio(dots, np.sqrt(squares)[:, :, None] * lengths[:, None])
+    return {kind: (dots[i], cosines[i]) for i, kind in enumerate(("plain", "white")[:n_kinds])}
+
+
+def _scores_with(
+    classifier: Classifier,
+    scope: Scope,
+    sample: _ExactSample,
+    on_rows: Callable[[int], None],
+    texts: Texts,
+    targets: np.ndarray,
+) -> _Scores:
+    """Exact scores of the sample with some queries, by plain gradients."""
+    vectors = whole_gradients(classifier, scope, texts, targets)
+    dots = exact_dots(classifier, scope, vectors, sample.texts, sample.labels, on_rows=on_rows)
+    return dots[None], dot(vectors, vectors).cpu().numpy()[None], np.empty((0, len(sample.numbers)))
+
+
+def _scores_of_both(
+    classifier: Classifier,
+    scope: Scope,
+    ekfac: Ekfac,
+    damping: float,
+    sample: _ExactSample,
+    on_rows: Callable[[int], None],
+    texts: Texts,
+    targets: np.ndarray,
+) -> _Scores:
+    """Exact scores of the sample with some queries, by plain and by whitened gradients."""
+    turned = turned_gradients(classifier, scope, ekfac, texts, targets)
+    dots, of_rows = turned_scores(
+        classifier, scope, ekfac, damping, turned, sample.texts, sample.labels, on_rows=on_rows
+    )
+    return dots, turned_squares(ekfac, damping, turned).cpu().numpy(), np.sqrt(of_rows)[None]
