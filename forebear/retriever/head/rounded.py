@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from forebear.indexer.model.device.kept_arrays import DeviceMemory
-from forebear.indexer.storage.scan_table import RoundedVectors, codes_of, norms_of
+from forebear.indexer.storage.scan_table import LARGEST_CODE, RoundedVectors, codes_of, norms_of
 from forebear.ratio import ratio
 from forebear.retriever.head.scoring import Term
 
@@ -29,6 +29,7 @@ class UnitTerm:
 
     weight: float
     codes: torch.Tensor  # (h, 2 a q) int8: the upper digits, the lower ones
+    fits: bool  # whether products of both digits together are below 2^31 for any row
     scales: torch.Tensor  # (a q,), or one for all: of a lower digit
     coordinates: torch.Tensor  # (m, a q)
     left: torch.Tensor | None
@@ -37,10 +38,12 @@ class UnitTerm:
     beside: np.ndarray  # length of what is beside the table's directions, over all a, with the left factor's, (q,)
     lost: np.ndarray  # the same of what rounding took from that
 
-    def products(self, features: SentVectors, residuals: torch.Tensor | None) -> torch.Tensor:
-        """Scores ``(n, q)`` before the weight, of rows with residuals ``(n, c)``."""
-        upper, lower = _multiply(features.codes, self.codes).chunk(2, dim=1)
-        found = lower.add(upper, alpha=LOWER)
+    def products(self, features: SentVectors, residuals: torch.Tensor | None, out: torch.Tensor) -> None:
+        """Write scores ``(n, q)`` before the weight, of rows with residuals ``(n, c)``."""
+        found = out if self.basis is None else out.new_empty(len(out), self.coordinates.shape[1])
+        digits = _multiply(features.codes, self.codes)
+        upper, lower = (digits if self.fits else digits.float()).chunk(2, dim=1)
+        found.copy_(lower.add_(upper, alpha=LOWER))
         if len(self.scales) == 1:
             found.mul_((features.scales * self.scales)[:, None])
         else:
@@ -49,14 +52,14 @@ class UnitTerm:
         if self.basis is not None:
             assert residuals is not None
             reduced = residuals @ self.basis.T
-            parts = found.view(len(found), reduced.shape[1], -1)
-            return (parts * reduced[:, :, None]).sum(dim=1)
+            parts = found.view(len(found), reduced.shape[1], -1).mul_(reduced[:, :, None])
+            torch.sum(parts, dim=1, out=out)
+            return
         if self.offset:
             found += self.offset
         if self.left is not None:
             assert residuals is not None
             found *= residuals @ self.left.T
-        return found
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,9 @@ def unit_term(term: Term, divisor: np.ndarray, basis: np.ndarray, memory: Device
         codes = np.rint(ratio(rest, scales.astype(np.float64))).astype(np.int8)
     steps = scales.astype(np.float64)[:, None]
     lower = np.rint(ratio(rest - codes * steps, steps / LOWER))
-    lost = rest - (codes + lower / LOWER) * steps
+    both = LOWER * codes.astype(np.float64) + lower
+    lost = rest - both / LOWER * steps
+    fits = LARGEST_CODE * float(np.abs(both).sum(axis=1).max(initial=0.0)) < 2**31
     codes = np.concatenate([codes, lower.astype(np.int8)])
 
     def over_all(values: np.ndarray) -> np.ndarray:
@@ -130,6 +135,7 @@ def unit_term(term: Term, divisor: np.ndarray, basis: np.ndarray, memory: Device
     return UnitTerm(
         weight=term.weight,
         codes=memory.send(np.ascontiguousarray(codes.T)),
+        fits=fits,
         scales=scale_row,
         coordinates=coordinate_columns,
         left=send(left),
@@ -141,9 +147,9 @@ def unit_term(term: Term, divisor: np.ndarray, basis: np.ndarray, memory: Device
 
 
 def _multiply(rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """Products ``(n, x)`` float32 of codes ``(n, h)`` and ``(h, x)`` int8."""
+    """Products ``(n, x)`` of codes ``(n, h)`` and ``(h, x)`` int8, as int32 or as float32."""
     if rows.device.type == "cpu" and _multiplies_integers(rows.shape[1]):
-        return torch._int_mm(rows, queries).float()
+        return torch._int_mm(rows, queries)
     return rows.float() @ queries.float()
 
 

@@ -16,28 +16,46 @@ _KINDS = 4  # of which a table keeps the numbers: the ones used last
 
 
 @dataclass(frozen=True)
-class RowSides:
+class BlockSides:
     """Numbers of a block's rows that are the same for all queries of a kind; float32.
 
     Attributes:
-        reach: The rows' factors of how far a score may be off, ``(n, x)``: by term what rounding took of the vector,
-            what it left of it, and then the row's size.
         residuals: p - y times the term's weight, over the row's norm for cosines, ``(n, c)``, by term; empty for
             representations without residuals.
         factors: What products are multiplied by where there are no residuals, ``(n,)``, by term; empty where by the
             term's weight alone.
-        squares: ||f||^2, where distances are compared, float64; else None.
+        squares: ||f||^2, where distances are compared; else None.
         sizes: Euclidean length of each row as it is scored: that of its gradient, over the row's norm for cosines.
     """
 
-    reach: np.ndarray
     residuals: tuple[np.ndarray, ...]
     factors: tuple[np.ndarray, ...]
     squares: np.ndarray | None
     sizes: np.ndarray
 
 
-def row_sides(table: ScanTable, metric: Metric, terms: Sequence[Term], own: np.ndarray | None) -> list[RowSides]:
+class RowSides:
+    """The numbers of all rows of a table.
+
+    Attributes:
+        blocks: By block.
+        reach: The rows' factors of how far a score may be off, ``(n, x)`` float32: by term what rounding took of the
+            vector, what it left of it, and then the row's size.
+    """
+
+    def __init__(self, blocks: list[BlockSides], reach: np.ndarray, own: np.ndarray | None) -> None:
+        """Of these numbers; ``own`` is held, so that no other array comes to have its id."""
+        self.blocks, self.reach, self._own = blocks, reach, own
+        self._of_groups: dict[int, np.ndarray] = {}
+
+    def group_reach(self, group: int) -> np.ndarray:
+        """Largest factors in each group of consecutive rows, ``(n / group, x)``; the last may be shorter."""
+        if group not in self._of_groups:
+            self._of_groups[group] = np.maximum.reduceat(self.reach, np.arange(0, len(self.reach), group), axis=0)
+        return self._of_groups[group]
+
+
+def row_sides(table: ScanTable, metric: Metric, terms: Sequence[Term], own: np.ndarray | None) -> RowSides:
     """The numbers of every block.
 
     Args:
@@ -50,18 +68,18 @@ def row_sides(table: ScanTable, metric: Metric, terms: Sequence[Term], own: np.n
     kind = (metric, weights, offsets, id(own))
     kept = table.kept.pop(kind, None)
     if kept is None:
-        sides = [_of_block(block, metric, weights, offsets, own) for block in table.blocks]
-        kept = (own, sides)  # own is held, so that no other array comes to have its id
+        blocks, reach = zip(*(_of_block(block, metric, weights, offsets, own) for block in table.blocks), strict=True)
+        kept = RowSides(list(blocks), np.concatenate(reach), own)
     table.kept[kind] = kept
     while len(table.kept) > _KINDS:
         del table.kept[next(iter(table.kept))]
-    found: list[RowSides] = kept[1]
+    found: RowSides = kept
     return found
 
 
 def _of_block(
     block: ScanBlock, metric: Metric, weights: Sequence[float], offsets: Sequence[float], own: np.ndarray | None
-) -> RowSides:
+) -> tuple[BlockSides, np.ndarray]:
     reach, residuals, factors = [], [], []
     squares = np.zeros(len(block.rows))
     for i, (weight, offset) in enumerate(zip(weights, offsets, strict=True)):
@@ -81,10 +99,10 @@ def _of_block(
         reach += [spread * vectors.errors, spread * vectors.lengths]
         squares += abs(weight) * size**2
     reach += [squares, np.ones_like(squares)] if metric == "euc" else [np.sqrt(squares)]
-    return RowSides(
-        np.stack(reach, axis=1).astype(np.float32),
+    sides = BlockSides(
         tuple(residuals),
         tuple(factors),
-        block.feature_norms[0].astype(np.float64) ** 2 if metric == "euc" else None,
+        block.feature_norms[0] ** 2 if metric == "euc" else None,
         np.sqrt(squares).astype(np.float32),
     )
+    return sides, np.stack(reach, axis=1).astype(np.float32)

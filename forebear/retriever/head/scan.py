@@ -20,26 +20,28 @@ from forebear.indexer.model.device.copies import fetch
 from forebear.indexer.model.device.kept_arrays import HOST, DeviceMemory
 from forebear.indexer.storage.scan_table import ScanBlock, ScanTable
 from forebear.retriever.head.rounded import SentVectors, term_lengths, unit_term
-from forebear.retriever.head.row_sides import RowSides, row_sides
+from forebear.retriever.head.row_sides import BlockSides, row_sides
 from forebear.retriever.head.scoring import Query
 
 # Rounding of a float32 dot product of two unit vectors, with a margin: 4e-6 is over 60 units in the last place.
 SCAN_TOLERANCE = 4e-6
-GROUP_ROWS = 32  # rows of which only the best and the worst are looked at before the end
+GROUP_ROWS = 64  # rows of which only the best and the worst are looked at before the end, at most
+_GROUPS = 16  # at least so many for each row that is wanted
 _PRODUCTS = 1 << 18  # entries of a product that stay in the processor's cache until its groups are known
 _LEAST_ROWS = 1024  # that are multiplied at once
 _WIDER = 1 + 1e-4  # reaches are sums of a few float32 products
 _PAIRS = 1 << 22  # scores of groups that are looked at together
 
 
-_Bounds = tuple[torch.Tensor, torch.Tensor]  # what the best of each group is at least, and at most, (g, q)
 Listed = list[np.ndarray | None]  # positions in a scan table, an array a query; None where they are too many
 
 
 def group_rows(table: ScanTable, k: int) -> int:
-    """Rows that are grouped; 1 where there are too few rows, or where groups would not end with a block."""
-    whole = all(len(block.rows) % GROUP_ROWS == 0 for block in table.blocks[:-1])
-    return GROUP_ROWS if whole and len(table) >= 16 * GROUP_ROWS * k else 1
+    """Rows that are grouped, a power of two; fewer where there are few rows, or where groups would not end a block."""
+    group = GROUP_ROWS
+    while group > 1 and (len(table) < _GROUPS * group * k or any(len(b.rows) % group for b in table.blocks[:-1])):
+        group //= 2
+    return group
 
 
 class Scan:
@@ -86,87 +88,74 @@ class Scan:
 
     def _contenders(self, k: int, most: int, ends: Sequence[bool]) -> list[Listed]:
         group = group_rows(self.table, k)
-        values, rows_reach, bounds, scores_memory = self._visited(k, group)
-        # Both ends as one: the opponents are the proponents of the negative scores.
-        signs = [1.0 if largest else -1.0 for largest in ends]
-        least = torch.cat([bounds[largest][0] for largest in ends], dim=1)
-        most_possible = torch.cat([bounds[largest][1] for largest in ends], dim=1)
+        values, rows_reach, best, group_reach, scores_memory = self._visited(k, group, ends)
         n_queries = len(self.query)
-        edges = least.topk(k, dim=0).values[-1]
-        chosen = most_possible >= edges
-        crowded = chosen.sum(dim=0) * group > most + group * (k + 1)
-        pairs = (chosen & ~crowded).nonzero()
+        # Both ends as one: the opponents are the proponents of the negative scores.
+        edges = _best_of(None, best - group_reach, k)[:, -1]
+        chosen = best + group_reach >= edges[:, None]
+        crowded = chosen.sum(dim=1) * group > most + group * (k + 1)
+        pairs = (chosen & ~crowded[:, None]).nonzero()
         offsets = torch.arange(group, device=values.device)
-        sign_of = self.memory.send(np.repeat(np.array(signs, np.float32), n_queries))
+        signs = self.memory.send(np.where(ends, 1.0, -1.0).astype(np.float32))
         found = []
         for start in range(0, len(pairs), _PAIRS // group):
-            groups, columns = pairs[start : start + _PAIRS // group].unbind(1)
+            end, groups, queries = pairs[start : start + _PAIRS // group].unbind(1)
             positions = groups[:, None] * group + offsets
-            queries = columns % n_queries
-            sign = sign_of[columns][:, None]
-            scores = values[positions, queries[:, None]] * sign
-            reach = (rows_reach[positions] * self._reach.T[queries][:, None, :]).sum(dim=2)
-            possible = (scores + reach >= edges[columns][:, None]) & (positions < len(self.table))
-            kept = possible.nonzero()
-            pair, member = kept.unbind(1)
-            found.append(
-                torch.stack(
-                    [columns[pair].double(), positions[pair, member].double(), scores[pair, member].double(),
-                     reach[pair, member].double()]
-                )
-            )  # fmt: skip
+            scores = values[positions, queries[:, None]] * signs[end][:, None]
+            possible = scores >= (edges[end, queries] - group_reach[groups, queries])[:, None]
+            pair, member = (possible & (positions < len(self.table))).nonzero().unbind(1)
+            rows, columns = positions[pair, member], queries[pair]
+            reach = (rows_reach[rows] * self._reach.T[columns]).sum(dim=1)
+            number = end[pair] * n_queries + columns
+            found.append(torch.stack([number.double(), rows.double(), scores[pair, member].double(), reach.double()]))
         together = torch.cat(found, dim=1) if found else torch.zeros((4, 0), dtype=torch.float64, device=values.device)
         (numbers, too_many) = fetch(together, crowded)
         self.table.kept[self.memory.device] = scores_memory
-        return [
-            _lists(numbers, range(i * n_queries, (i + 1) * n_queries), too_many, k, most) for i in range(len(signs))
-        ]
+        lists = _lists(numbers, too_many.reshape(-1), k, most)
+        return [lists[start : start + n_queries] for start in range(0, len(lists), n_queries)]
 
-    def _visited(self, k: int, group: int) -> tuple[torch.Tensor, torch.Tensor, dict[bool, _Bounds], torch.Tensor]:
-        """Scores ``(v, q)`` of the rows visited, their factors of reaches ``(v, x)``, and each group's bounds by end.
+    def _visited(self, k: int, group: int, ends: Sequence[bool] = (True, False)) -> tuple[torch.Tensor, ...]:
+        """Scores of the rows visited, how far they may be off, and the same of groups of them.
 
-        The last tensor is the memory of the scores, to be kept when they are no longer needed. Where the last group is
-        not full, v is rounded up, with scores that mean nothing.
+        Returns:
+            The scores ``(v, q)``; the rows' factors of reaches ``(v, x)``; the best score of each group by end, with
+            the end's sign, ``(e, g, q)``; the reach of each group's scores ``(g, q)``; and the memory of the scores,
+            to be kept when they are no longer needed. Where the last group is not full, v is rounded up.
         """
-        table, memory = self.table, self.memory
-        n_rows = -(-len(table) // group) * group
+        table, memory, n_queries = self.table, self.memory, len(self.query)
+        n_groups = -(-len(table) // group)
         # A place that is kept: the system would clear new memory for every batch of queries.
         kept = table.kept.pop(memory.device, None)
-        if kept is None or kept.numel() < n_rows * len(self.query):
-            kept = torch.empty(n_rows * len(self.query), device=memory.device)
-        values = kept[: n_rows * len(self.query)].view(n_rows, len(self.query))
-        rows_reach = torch.zeros((n_rows, len(self._reach)), device=memory.device)
-        bounds: dict[bool, list[_Bounds]] = {True: [], False: []}
+        if kept is None or kept.numel() < n_groups * group * n_queries:
+            kept = torch.empty(n_groups * group * n_queries, device=memory.device)
+        values = kept[: n_groups * group * n_queries].view(-1, n_queries)
+        best = torch.empty((len(ends), n_groups, n_queries), device=memory.device)
+        group_reach = memory.tensor(self._sides.group_reach(group)) @ self._reach
         stops = memory.on_host and self._metric == "dot" and len(table.blocks) > 1
-        limits = [self._bound(b, sides) if stops else 0.0 for b, sides in zip(table.blocks, self._sides, strict=True)]
-        visited, reached = 0, _Reached(k)
-        for i, (block, sides) in enumerate(zip(table.blocks, self._sides, strict=True)):
-            reach_of_rows = memory.tensor(sides.reach)
-            rows_reach[visited : visited + len(block.rows)].copy_(reach_of_rows)
-            group_reach = _by_group(reach_of_rows, group)
-            of_block: dict[bool, list[_Bounds]] = {True: [], False: []}
-            begun = visited
-            for part in self._parts(block, sides):
-                place = slice(visited, visited + len(part))
-                values[place].copy_(part)
-                reach = group_reach[(visited - begun) // group :][: -(-len(part) // group)] @ self._reach
-                for largest in (True, False):
-                    best = _by_group(part, group, largest=largest)
-                    best = best if largest else -best
-                    of_block[largest].append((best - reach, best + reach))
-                visited += len(part)
-            for largest, parts in of_block.items():
-                bounds[largest] += parts
-            if stops and i + 1 < len(limits) and reached.beyond(of_block, max(limits[i + 1 :])):
-                break
-        visited = -(-visited // group) * group
-        whole = {
-            largest: (torch.cat([least for least, _ in parts]), torch.cat([most for _, most in parts]))
-            for largest, parts in bounds.items()
-        }
-        return values[:visited], rows_reach[:visited], whole, kept
+        limits = [self._bound(*both) if stops else 0.0 for both in zip(table.blocks, self._sides.blocks, strict=True)]
+        visited, reached = 0, None
+        for i, (block, sides) in enumerate(zip(table.blocks, self._sides.blocks, strict=True)):
+            before = visited // group
+            for scores in self._parts(block, sides, values[visited:]):
+                begun, visited = visited // group, visited + len(scores)
+                if visited == len(table):  # what fills the last group up is not better than the last row
+                    values[visited:] = values[visited - 1]
+                    visited = len(values)
+                grouped = values[begun * group : visited].view(-1, group, n_queries)
+                for largest, out in zip(ends, best[:, begun : visited // group], strict=True):
+                    if largest:
+                        torch.amax(grouped, dim=1, out=out)
+                    else:
+                        torch.amin(grouped, dim=1, out=out).neg_()
+            if stops and i + 1 < len(limits):
+                here = slice(before, visited // group)
+                reached = _best_of(reached, best[:, here] - group_reach[here], k)
+                if reached.shape[1] == k and bool((reached[:, -1] > max(limits[i + 1 :])).all()):
+                    break
+        n_groups = visited // group
+        return values[:visited], memory.tensor(self._sides.reach), best[:, :n_groups], group_reach[:n_groups], kept
 
-    def _bound(self, block: ScanBlock, sides: RowSides) -> float:
+    def _bound(self, block: ScanBlock, sides: BlockSides) -> float:
         """Largest possible |score| of any row of a block against a unit query."""
         bound = sides.sizes
         if self.query.self_influence is not None:  # Cauchy-Schwarz in H^-1's inner product, often tighter
@@ -174,26 +163,27 @@ class Scan:
             bound = np.minimum(bound, reach * np.sqrt(self.query.self_influence[block.rows]))
         return _WIDER * float(bound.max())
 
-    def _parts(self, block: ScanBlock, sides: RowSides) -> Iterator[torch.Tensor]:
-        """Scores of the block's rows, a few at once on a CPU; ``(n, q)`` each."""
+    def _parts(self, block: ScanBlock, sides: BlockSides, out: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Write the scores of the block's rows, a few at once on a CPU, to the first rows of ``out``; these rows."""
         memory, n_rows = self.memory, len(block.rows)
         sent = [SentVectors.of(vectors, memory) for vectors in block.features]
         residuals, factors = ([memory.tensor(values) for values in part] for part in (sides.residuals, sides.factors))
         squares = None if sides.squares is None else memory.tensor(sides.squares)
 
         def scores(start: int, stop: int) -> torch.Tensor:
-            total: torch.Tensor | None = None
+            total = out[start:stop]
             for i, (term, vectors) in enumerate(zip(self._terms, sent, strict=True)):
-                part = term.products(vectors.rows(start, stop), residuals[i][start:stop] if residuals else None)
+                part = total if i == 0 else torch.empty_like(total)
+                term.products(vectors.rows(start, stop), residuals[i][start:stop] if residuals else None, part)
                 if factors:
                     part *= factors[i][start:stop, None]
                 elif not residuals and term.weight != 1:
                     part *= term.weight
-                total = part if total is None else total + part
-            assert total is not None
-            if squares is None:
-                return total
-            return (2 * total - squares[start:stop, None]).float()
+                if i:
+                    total += part
+            if squares is not None:
+                total.mul_(2).sub_(squares[start:stop, None])
+            return total
 
         widest = max(term.codes.shape[1] for term in self._terms)
         step = max(_LEAST_ROWS, _PRODUCTS // widest // GROUP_ROWS * GROUP_ROWS) if memory.on_host else n_rows
@@ -201,43 +191,19 @@ class Scan:
         return map(scores, starts, (min(start + step, n_rows) for start in starts))
 
 
-class _Reached:
-    """What the k-th best and the k-th worst score of each query are at least beyond."""
-
-    def __init__(self, k: int) -> None:
-        self.k = k
-        self._kept: dict[bool, torch.Tensor] = {}
-
-    def beyond(self, bounds: dict[bool, list[_Bounds]], limit: float) -> bool:
-        """Take in the bounds of a block, by end; True once every query's k-th are beyond ``limit``."""
-        for largest, parts in bounds.items():
-            together = torch.cat([*([self._kept[largest]] if self._kept.get(largest) is not None else []),
-                                  *(least for least, _ in parts)])  # fmt: skip
-            self._kept[largest] = together.topk(min(self.k, len(together)), dim=0).values
-        return all(len(kept) == self.k and bool((kept[-1] > limit).all()) for kept in self._kept.values())
+def _best_of(before: torch.Tensor | None, values: torch.Tensor, k: int) -> torch.Tensor:
+    """The k largest of those before and of values ``(e, g, q)`` along g, best first; all where they are fewer."""
+    together = values if before is None else torch.cat([before, values], dim=1)
+    return together.topk(min(k, together.shape[1]), dim=1).values
 
 
-def _lists(numbers: np.ndarray, columns: range, too_many: np.ndarray, k: int, most: int) -> list[np.ndarray | None]:
+def _lists(numbers: np.ndarray, too_many: np.ndarray, k: int, most: int) -> Listed:
     """Positions of the rows that can be among the best k, by column; of (column, position, score, reach) ``(4, x)``."""
-    order = np.argsort(numbers[0], kind="stable")
-    column, position, score, reach = numbers[:, order]
-    starts = np.searchsorted(column, np.arange(columns.start, columns.stop + 1))
-    lists: list[np.ndarray | None] = []
-    for i, number in enumerate(columns):
-        here = slice(starts[i], starts[i + 1])
-        surely, perhaps = score[here] - reach[here], score[here] + reach[here]
-        if too_many[number]:
-            lists.append(None)
-            continue
-        edge = np.partition(surely, len(surely) - k)[len(surely) - k]
-        listed = position[here][perhaps >= edge].astype(np.int64)
-        lists.append(listed if len(listed) <= most else None)
-    return lists
-
-
-def _by_group(values: torch.Tensor, group: int, *, largest: bool = True) -> torch.Tensor:
-    """Largest or smallest value in each group of consecutive rows, ``(n / group, q)``; the last may be shorter."""
-    best = torch.amax if largest else torch.amin
-    whole = len(values) // group
-    found = best(values[: whole * group].view(whole, group, values.shape[1]), dim=1)
-    return found if whole * group == len(values) else torch.cat([found, best(values[whole * group :], 0, True)])
+    surely = numbers[2] - numbers[3]
+    order = np.lexsort((-surely, numbers[0]))
+    columns, positions = numbers[:2, order].astype(np.int64)
+    starts = np.searchsorted(columns, np.arange(len(too_many)))
+    edges = np.append(surely[order], np.inf)[np.minimum(starts + k - 1, len(order))]
+    kept = (numbers[2] + numbers[3])[order] >= edges[columns]
+    lists = np.split(positions[kept], np.searchsorted(columns[kept], np.arange(1, len(too_many))))
+    return [None if none or len(one) > most else one for one, none in zip(lists, too_many, strict=True)]

@@ -36,6 +36,7 @@ _LONG_LIST = 1024  # rows of one query that are narrowed down by products before
 SPARE = 8  # candidates beyond k that are scored pair by pair
 MAX_SCORES = 1 << 26  # entries of a (queries, rows) block held at once
 _BOUNDED_SCORES = 1 << 23  # the same where each entry has bounds of its own, five times the bytes
+_HOST_QUERIES = 128  # of which a CPU's cache holds the scores of the rows that are multiplied at once
 _LISTED = 1 << 22  # rows that an end's lists of a block of queries may hold together; queries beyond are scored in full
 _MAX_CANDIDATE_NUMBERS = 1 << 25  # entries of a (queries, candidates, width) block held at once
 
@@ -204,7 +205,9 @@ def search_scan(
         memory: Of the device that scans.
         ends: True for proponents, False for opponents.
     """
-    size = max(1, (MAX_SCORES if group_rows(table, k) > 1 else _BOUNDED_SCORES) // len(table))
+    size = max(1, (MAX_SCORES if group_rows(table, k) > 8 else _BOUNDED_SCORES) // len(table))
+    if memory.on_host:
+        size = min(size, _HOST_QUERIES)
     widest = min(len(table), _MAX_CANDIDATE_NUMBERS // sum(m.width for m in factors.features))
     found: list[list[Ranking]] = [[] for _ in ends]
     for chunk in _chunks(np.arange(len(query)), size):
@@ -236,9 +239,12 @@ def _rank_listed(
     dim = sum(m.width for m in factors.features)
     while len(order):  # the shortest lists first, as many as fit together at the width of the longest of them
         fits = n_listed[order] * np.arange(1, len(order) + 1) * dim <= _MAX_CANDIDATE_NUMBERS
-        chunk, order = np.split(order, [max(1, int(fits.sum()))])
-        part, width = query.take(chunk), int(n_listed[chunk[-1]])
-        padded = np.stack([np.pad(listed[i], (0, width - n_listed[i]), mode="edge") for i in chunk])
+        alike = n_listed[order] <= 2 * n_listed[order[0]]
+        chunk, order = np.split(order, [max(1, int((fits & alike).sum()))])
+        part, ends = query.take(chunk), np.cumsum(n_listed[chunk])[:, None]
+        width = int(n_listed[chunk[-1]])
+        places = np.minimum(ends - n_listed[chunk, None] + np.arange(width), ends - 1)
+        padded = np.concatenate([one for i in chunk if (one := listed[i]) is not None])[places]
         values = factors.scores(part, padded)
         values[np.arange(width) >= n_listed[chunk, None]] = -np.inf if largest else np.inf
         rows[chunk], scores[chunk] = rank(values, padded, k, largest=largest)
