@@ -292,15 +292,10 @@ class Index(StoredRows):
         return None if facts is None else dict(facts)
 
     def proposal(self, scope: str, method: str, *, cosine: bool) -> Proposal:
-        """How a method's candidates are chosen at a scope.
-
-        A calibrated method has the code weight and the margin that calibration chose. Without calibration there is no
-        margin; cosines count the code's estimate in full and dot products do not count it, because the rows with the
-        largest dot products lie well along the coordinates.
-        """
+        """How a method's candidates are chosen at a scope: as calibration chose; by the estimates where it did not."""
         calibrated = self.calibrated(scope, method)
-        if calibrated is None:
-            return Proposal(cosine, 1.0 if cosine else 0.0)
+        if calibrated is None or "margin_unit" not in calibrated:  # of an earlier forebear
+            return Proposal(cosine, 1.0)
         return Proposal(cosine, float(calibrated["code_weight"]), float(calibrated["margin"]))
 
     def word_files(self, kind: str) -> list[str]:

@@ -116,7 +116,7 @@ def test_candidates_from_sketches_are_the_best_by_coordinates_and_code(budget):
                             cases.assert_best(ends, values, live, k)
                             found.append(k)
         parts, live = cases.parts_of(300, 2), np.arange(300)
-        margin = 0.2 * sum(p.weight * np.outer(p.queries.lengths, p.store.lengths) for p in parts)
+        margin = 0.2 * cases.oracle_units(parts, cosine=False)
         values = cases.oracle_estimates(parts, cosine=False, code_weight=1.0)
         for sign, (rows, scores) in zip((1, -1), propose(parts, live, 7, Proposal(False, 1.0, 0.2), memory)):
             best = np.argsort(-(sign * values + margin), axis=1)[:, :7]

@@ -241,7 +241,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         for method, known in found["methods"].items():
             some = ", ".join(f"{float(r):.4g}: {100 * share:.2g}%" for r, share in known["candidates"].items())
             by = "an earlier forebear: no recall is stated by it"
-            if "supported" in known:
+            if "margin_unit" in known:
                 by = f"{known['n_stating']} queries, which support at most {known['supported']:.4g}"
                 by += f" of the top {known['top']}"
             if "errors" in known:

@@ -1,9 +1,4 @@
-"""The candidates that sketches propose, estimated on a GPU: of all rows at once, with the codes.
-
-A CPU estimates most rows by their coordinates alone, and only the best of them with the codes, which are longer. A GPU
-reads both, so nothing is cut off before the codes are read: its candidates have the best estimates of all rows, where a
-CPU's may differ at the edge. How many are needed was calibrated with the CPU's cut.
-"""
+"""The candidates that sketches propose, estimated on a GPU: of all rows at once, in blocks of queries."""
 
 from __future__ import annotations
 
@@ -15,7 +10,7 @@ import torch
 from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.device.copies import fetch
 from forebear.indexer.model.device.kept_arrays import DeviceMemory
-from forebear.indexer.sketches.estimates import Part, Proposal, code_products, keep_best
+from forebear.indexer.sketches.estimates import RAW_ERROR, Part, Proposal, code_products, keep_best, residuals
 
 CODE_ROWS = 8192  # rows whose codes are unpacked at once
 MOST_SCORES = 1 << 27  # entries of a (queries, rows) block held at once
@@ -35,9 +30,9 @@ def propose_on_device(
         with repeatable(memory.device):
             scores = _estimates_of_all(parts, queries, memory, cosine=proposal.cosine, code_weight=proposal.code_weight)
         margins: torch.Tensor | None = None
-        if proposal.margin and not proposal.cosine:
-            lengths = [_lengths_of(part, queries, memory) for part in parts]
-            margins = proposal.margin * sum(lengths[1:], lengths[0])
+        if proposal.margin:
+            units = [_units_of(part, queries, memory, cosine=proposal.cosine) for part in parts]
+            margins = proposal.margin * sum(units[1:], units[0])
         if len(live) < n_rows:
             scores, margins = scores[:, numbers], None if margins is None else margins[:, numbers]
         for end, sign in zip(found, (1, -1), strict=True):
@@ -91,3 +86,11 @@ def _lengths_of(part: Part, queries: np.ndarray, memory: DeviceMemory) -> torch.
     """Weight times the lengths of both raw sketches, ``(q, n)``: from estimated cosines to a part of dot products."""
     of_queries = memory.send(part.queries.lengths[queries].astype(np.float32))
     return of_queries[:, None] * (part.weight * memory.tensor(part.store.lengths))
+
+
+def _units_of(part: Part, queries: np.ndarray, memory: DeviceMemory, *, cosine: bool) -> torch.Tensor:
+    """A part of :meth:`~forebear.indexer.sketches.estimates.Proposal.units` of all rows, ``(q, n)``."""
+    of_queries = residuals(np.linalg.norm(part.queries.coordinates[queries], axis=1)).astype(np.float32)
+    of_rows = (1.0 - memory.tensor(part.store.shares).double() ** 2).clamp_min(0).sqrt().float()
+    units = memory.send(of_queries)[:, None] * of_rows + RAW_ERROR
+    return units if cosine else units * _lengths_of(part, queries, memory)

@@ -17,6 +17,7 @@ from forebear.ratio import ratio
 FLOAT32 = 1e-5  # relative rounding of a score, with a margin
 _LONG = 1e200  # one over a length that may be 0
 CODE_ROWS = 4096  # rows whose codes are unpacked at once
+RAW_ERROR = 0.05  # usual error of a cosine of two raw sketches, roughly, where coordinates hold nearly all of both
 _SIGNS_OF_BYTES = as_tensor(2 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32) - 1)
 
 
@@ -135,20 +136,20 @@ def code_products(queries: torch.Tensor, codes: torch.Tensor, bits: int) -> torc
 
 
 def factors_of(parts: Sequence[Part], rows: np.ndarray, *, cosine: bool) -> list[np.ndarray]:
-    """For each part, the factor from estimated cosines to scores at some rows, ``(n,)``: lengths, or 1 for cosines."""
+    """For each part, the factor from estimated cosines to scores at some rows: lengths, or 1 for cosines."""
     if cosine:
-        return [np.ones(len(rows), np.float32) for _ in parts]
+        return [np.ones(rows.shape, np.float32) for _ in parts]
     return [part.weight * part.store.lengths[rows] for part in parts]
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """How candidates of one method are chosen.
+    """How candidates of one method are chosen: by their estimates, and a margin for the error that these may have.
 
     Attributes:
         cosine: Whether scores are cosines; otherwise dot products.
         code_weight: Share of the code's estimate that is counted, 0 to 1.
-        margin: Margin of a dot product, in units of the product of both lengths.
+        margin: Margin of an estimate, in :meth:`units`.
     """
 
     cosine: bool
@@ -156,19 +157,24 @@ class Proposal:
     margin: float = 0.0
 
     def units(self, parts: Sequence[Part], rows: np.ndarray) -> np.ndarray:
-        """What an error of 1 is in scores of listed rows ``(q, m)``, ``(q, m)``: 1 of cosines, else both lengths."""
-        if self.cosine:
-            return np.ones(rows.shape)
-        lengths = (part.weight * part.queries.lengths[:, None] * part.store.lengths[rows] for part in parts)
-        return np.asarray(sum(lengths), dtype=np.float64)
+        """What an error of 1 is in scores of every query with rows ``(n,)``, or with its own ``(q, m)``; float32.
 
-    def margins(self, parts: Sequence[Part], rows: np.ndarray) -> np.ndarray:
-        """The margin that each row's estimate gets for its uncertainty, ``(q, n)``, or one 0."""
-        if self.cosine or not self.margin:
-            return np.zeros((1, 1), np.float32)
-        factors = factors_of(parts, rows, cosine=False)
-        products = (np.outer(part.queries.lengths, factor) for part, factor in zip(parts, factors, strict=True))
-        return np.asarray(self.margin * sum(products), dtype=np.float32)
+        The usual error of an estimate grows with what the coordinates of both sides leave over.
+        """
+        total: np.ndarray | None = None
+        for part, factor in zip(parts, factors_of(parts, rows, cosine=self.cosine), strict=True):
+            of_queries = residuals(np.linalg.norm(part.queries.coordinates, axis=1))[:, None]
+            of_part = (of_queries * residuals(part.store.shares[rows]) + RAW_ERROR) * factor
+            if not self.cosine:
+                of_part *= part.queries.lengths[:, None]
+            total = of_part if total is None else total + of_part
+        assert total is not None
+        return total.astype(np.float32)
+
+
+def residuals(shares: np.ndarray) -> np.ndarray:
+    """Lengths of what coordinates of these lengths leave of unit vectors, of the same shape."""
+    return np.asarray(np.sqrt(np.maximum(1.0 - shares.astype(np.float64) ** 2, 0.0)))
 
 
 def keep_best(

@@ -169,8 +169,8 @@ class Candidates:
                 (or spans) means all of them.
             spans: Whether to propose entries of the index's store of spans instead of rows.
             by_pass: As of :meth:`parts`.
-            errors: By method name, how far a score may be beyond its estimate: a cosine, or a dot product over both
-                lengths. Candidates of other methods have no reach.
+            errors: By method name, how far a score may be beyond its estimate, in units of :meth:`Proposal.units`.
+                Candidates of other methods have no reach.
         """
         live = self._index.live_spans if spans else self._index.live
         memory = self._gradients.models.memory

@@ -132,8 +132,8 @@ class GradientSearch:
             k: Results at each end.
             exact: ``none``, ``rerank`` or ``full``.
             n_candidates: Rows at each end that the sketches propose, by method name.
-            errors: By method name, how far a score may be beyond its estimate (a cosine, or a dot product over both
-                lengths), where scoring stops when no other candidate can be among the best.
+            errors: By method name, how far a score may be beyond its estimate (in units of :meth:`Proposal.units`),
+                where scoring stops when no other candidate can be among the best.
             prove: Proves both ends of some of the test rows, which it is given while their gradients are held.
         """
         chunks = self.chunks(methods, len(queries))

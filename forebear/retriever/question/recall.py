@@ -85,22 +85,31 @@ def _searched(question: Question, method: Method) -> tuple[str, int]:
 def n_candidates(question: Question, method: Method) -> int:
     """Rows, or stored spans, at each end that are scored exactly for a method at a scope beyond the head, at most.
 
-    Where candidates come from two sketches, this is the number from each. Where the calibration's sample does not
-    support the recall of the question, it is the number for the largest recall that the sample supports, and at least
-    the number taken without calibration.
+    Where candidates come from two sketches, this is the number from each. Where those of both ends are as many as there
+    are rows, all rows are scored: that costs no more, and the answer is proven.
+    """
+    if question.spec.candidates is not None:
+        return question.spec.candidates
+    n, total = _listed(question, method)
+    return total if 2 * n >= total and stop_of(question, method) is None else n
+
+
+def _listed(question: Question, method: Method) -> tuple[int, int]:
+    """How many candidates an end has that a recall takes, of how many rows or spans.
+
+    Where the calibration's sample does not support the recall of the question, it is the number for the largest recall
+    that the sample supports, and at least the number taken without calibration.
     """
     spec = question.spec
-    if spec.candidates is not None:
-        return spec.candidates
     name, total = _searched(question, method)
     calibration = question.index.calibrated(question.scope_of(method), name)
     if calibration is None:
-        return max(spec.top, DEFAULT_CANDIDATES)
+        return max(spec.top, DEFAULT_CANDIDATES), total
     stop = stop_of(question, method)
     shares = calibration["candidates"] if stop is None else {str(stop.recall): stop.list_share}
     n = max(spec.top, candidates_for(shares, spec.recall, total))
     unsupported = spec.recall > calibration.get("supported", 1.0)
-    return max(n, min(total, DEFAULT_CANDIDATES)) if unsupported else n
+    return max(n, min(total, DEFAULT_CANDIDATES)) if unsupported else n, total
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,8 @@ class Stop:
     """When the scoring of candidates stops: no other score can be among the best, if its error is an allowed one.
 
     Attributes:
-        error: How far a score may be beyond its estimate: a cosine, or a dot product over both lengths.
+        error: How far a score may be beyond its estimate, in units of
+            :meth:`~forebear.indexer.sketches.estimates.Proposal.units`.
         list_share: Share of all rows that are listed as candidates at each end, and scored at most.
         recall: What is found of the best rows, in expectation.
     """
@@ -178,11 +188,8 @@ def _not_measured(question: Question, method: Method, name: str) -> list[str]:
         if method.all_checkpoints:
             return [f"{method.name}: sums over checkpoints are not calibrated"]
         return [f"{method.name} at scope {scope}: the index holds no calibration of it (--calibrate)"]
-    if "supported" not in calibration:
-        return [
-            "an index whose calibration stated recalls by the queries that it had chosen its settings by (an earlier "
-            "forebear): build it again"
-        ]
+    if "margin_unit" not in calibration:
+        return ["an index that an earlier forebear calibrated by other rules: build it again"]
     reasons = []
     if method.query == "preconditioned" and question.curvature.at(scope) != "identity":
         stored = manifest.spec.dampings

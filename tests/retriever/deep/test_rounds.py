@@ -145,12 +145,12 @@ def test_allowed_errors_keep_their_recall_of_rows_that_are_listed():
 
 
 def test_errors_are_what_scores_are_beyond_their_estimates():
-    """A sketch that is the gradient itself, but for noise that is known."""
+    """A sketch that is the gradient itself, but for noise that is known, in units that are known."""
     rng = np.random.default_rng(3)
     n, q, m = 60, 12, 40
     live, sample, excluded = np.arange(n), np.sort(rng.permutation(n)[:m]), np.zeros((q, n), bool)
     lengths, query_lengths = rng.uniform(0.5, 2, size=n).astype(np.float32), rng.uniform(0.5, 2, size=q)
-    estimates = rng.uniform(-0.3, 0.3, size=(q, n)).astype(np.float32)
+    estimates, units = rng.uniform(-0.3, 0.3, size=(q, n)).astype(np.float32), rng.uniform(0.1, 1, size=(q, n))
     noise = 0.05 * rng.normal(size=(q, n))
     dots = (estimates + noise) * lengths * query_lengths[:, None]
     part = SimpleNamespace(
@@ -158,13 +158,13 @@ def test_errors_are_what_scores_are_beyond_their_estimates():
     )
     calibration = RankCalibration(part, live, sample, excluded, 0)
     needed = calibration._needed(
-        np.arange(q), _Estimates(estimates, None), Ranking(dots[:, sample], False), Proposal(False, 0.0), 2
+        np.arange(q), _Estimates(estimates, None, units), Ranking(dots[:, sample], False), Proposal(False, 0.0), 2
     )
     for i in range(q):
         best = sample[np.argsort(-dots[i, sample])[:2]]
         worst = sample[np.argsort(dots[i, sample])[:2]]
-        np.testing.assert_allclose(needed.errors[0, i], noise[i, best], atol=1e-6)
-        np.testing.assert_allclose(needed.errors[1, i], -noise[i, worst], atol=1e-6)
+        np.testing.assert_allclose(needed.errors[0, i], noise[i, best] / units[i, best], atol=1e-5)
+        np.testing.assert_allclose(needed.errors[1, i], -noise[i, worst] / units[i, worst], atol=1e-5)
 
 
 # ---------------------------------------------------------------- an index

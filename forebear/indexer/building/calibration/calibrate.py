@@ -135,7 +135,7 @@ def calibrate_spans(
         for kind, (dots, cosines) in exact.items():
             name = ("tracin" if kind == "plain" else "if") + plus
             calibration = RankCalibration(parts[kind], live, sample, excluded, spec.seed + 3)
-            methods |= calibration.calibrate({name: Ranking(dots, False)}, cosines)
+            methods |= calibration.calibrate({name: Ranking(dots, False)}, cosines, stops=False)
     return methods
 
 

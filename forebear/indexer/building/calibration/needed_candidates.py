@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 
 from forebear.conformal import least_share, supported_recall
-from forebear.indexer.sketches.candidates import BLOCK_ROWS, candidates_needed, estimate
+from forebear.indexer.sketches.candidates import BLOCK_ROWS, estimate
 from forebear.indexer.sketches.estimates import Part, Proposal
 from forebear.ratio import ratio
 
 RECALLS = (0.8, 0.9, 0.95, 0.98, 0.99)  # the manifest states candidates for these, and for the largest supported recall
 TOP = 10
+MARGIN_UNIT = "residuals"  # margins of indexes whose calibration does not say so are of both lengths
 AIM = 0.95  # weight and margin are chosen so that few candidates give this recall
-CODE_WEIGHTS = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
-MARGINS = (0.0, 0.5, 1.0)  # in units of the usual error of a cosine
+CODE_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+MARGINS = (0.0, 0.5, 1.0)  # of dot products where a fixed number is scored, times the usual error
 ESTIMATED_QUERIES = 64  # queries whose estimates of all rows are held at once, 8 bytes for each query and row
 CHOOSING_SHARE = 1 / 3  # of the queries; they choose weight and margin, the others state the recall
 
@@ -42,7 +43,7 @@ class _Needed:
 
     Attributes:
         shares: Share of all rows that must be candidates.
-        errors: How far the exact score is beyond the estimate: a cosine, or a dot product over both lengths.
+        errors: How far the exact score is beyond the estimate, in units of :meth:`Proposal.units`.
     """
 
     shares: np.ndarray
@@ -69,16 +70,39 @@ class _Choice:
 
 
 @dataclass(frozen=True)
+class _Tried:
+    """A choice that was tried with some queries.
+
+    Attributes:
+        n_scored: Share of all rows that is scored at an end, on average.
+        cost: What the best of several such choices has least of.
+        choice: The choice.
+    """
+
+    n_scored: float
+    cost: float
+    choice: _Choice
+
+    @classmethod
+    def of_number(cls, setting: Proposal, needed: _Needed) -> _Tried:
+        """A fixed number of candidates. What most queries need steadies a choice that a few would make alone."""
+        number = float(_aimed(needed.shares).max())
+        return cls(number, float(np.log(number) + np.log(needed.shares).mean()), _Choice(setting, None))
+
+
+@dataclass(frozen=True)
 class _Estimates:
     """Estimated cosines of all rows in two terms, so that another weight of the code takes no second pass.
 
     Attributes:
         by_coordinates: From the coordinates alone, ``(q, n)`` float32.
         by_code: The code's term at weight 1, ``(q, n)`` float32; None without codes.
+        units: What an error of 1 is, ``(q, n)`` float32: :meth:`Proposal.units` of cosines.
     """
 
     by_coordinates: np.ndarray
     by_code: np.ndarray | None
+    units: np.ndarray
 
     def weighted(self, code_weight: float) -> np.ndarray:
         """The estimates with the code counted at a weight, ``(q, n)``."""
@@ -89,7 +113,7 @@ class _Estimates:
     def take(self, queries: slice, rows: np.ndarray | slice = slice(None)) -> _Estimates:
         """The estimates of some queries and rows."""
         by_code = None if self.by_code is None else self.by_code[queries, rows]
-        return _Estimates(self.by_coordinates[queries, rows], by_code)
+        return _Estimates(self.by_coordinates[queries, rows], by_code, self.units[queries, rows])
 
 
 def n_ranked(sample: np.ndarray, n_others: int) -> tuple[int, int]:
@@ -121,12 +145,15 @@ class RankCalibration:
     excluded: np.ndarray
     seed: int
 
-    def calibrate(self, rankings: Mapping[str, Ranking], cosines: np.ndarray) -> dict[str, dict[str, Any]]:
+    def calibrate(
+        self, rankings: Mapping[str, Ranking], cosines: np.ndarray, *, stops: bool = True
+    ) -> dict[str, dict[str, Any]]:
         """Choose the code's weight and the margin by a third of the queries, and state recalls by the others.
 
         Args:
             rankings: By method name.
             cosines: Exact cosines of the sample, ``(q, m)``.
+            stops: Whether scoring can stop when it is enough, where that takes fewer rows than a fixed number.
 
         Returns:
             Facts of each method for the manifest.
@@ -137,7 +164,7 @@ class RankCalibration:
         choosing, stating = np.sort(order[:n_choosing]), np.sort(order[n_choosing:])
         n_others = n - int(self.excluded.sum(axis=1).max())
         n_sampled, n_best = n_ranked(self.sample, n_others)
-        choices = self._choose(choosing, rankings, cosines, n_best)
+        choices = self._choose(choosing, rankings, cosines, n_best, stops=stops)
         needed = self._needed_when_stating(stating, rankings, choices, n_best)
         supported = supported_recall(len(stating))
         recalls = sorted({*(recall for recall in RECALLS if recall < supported), supported})
@@ -145,6 +172,7 @@ class RankCalibration:
             name: {
                 "code_weight": choices[name].proposal.code_weight,
                 "margin": choices[name].proposal.margin,
+                "margin_unit": MARGIN_UNIT,
                 "candidates": {str(recall): _least(found.shares, recall) for recall in recalls},
                 "supported": supported,
                 "top": n_best * n_others // n_sampled,
@@ -156,57 +184,64 @@ class RankCalibration:
         }
 
     def _choose(
-        self, queries: np.ndarray, rankings: Mapping[str, Ranking], cosines: np.ndarray, n_best: int
+        self, queries: np.ndarray, rankings: Mapping[str, Ranking], cosines: np.ndarray, n_best: int, *, stops: bool
     ) -> dict[str, _Choice]:
-        """Weight and margin that put each method's best rows highest; without queries, uncalibrated ones."""
+        """How each method's best rows are found by scoring few rows; without queries, uncalibrated choices."""
         if not len(queries):
-            uncalibrated = {n: Proposal(r.by_cosine, 1.0 if r.by_cosine else 0.0) for n, r in rankings.items()}
-            return {name: _Choice(proposal, None) for name, proposal in uncalibrated.items()}
+            return {name: _Choice(Proposal(ranking.by_cosine, 1.0), None) for name, ranking in rankings.items()}
         estimates = self._estimates(queries)
         columns = np.searchsorted(self.live, self.sample)
         counted = ~self.excluded[np.ix_(queries, columns)]
-        sample_estimates = estimates.take(slice(None), columns)
-        tried: dict[str, list[tuple[float, Proposal, _Needed]]] = {name: [] for name in rankings}
+        of_sample = estimates.take(slice(None), columns)
+        numbers: dict[str, list[_Tried]] = {name: [] for name in rankings}
+        stopping: dict[str, list[_Tried]] = {name: [] for name in rankings}
         for weight in CODE_WEIGHTS if estimates.by_code is not None else (0.0,):
-            error = float(np.sqrt(np.mean((sample_estimates.weighted(weight) - cosines[queries])[counted] ** 2)))
+            errors = ratio(of_sample.weighted(weight) - cosines[queries], of_sample.units)
+            usual = float(np.sqrt(np.mean(errors[counted] ** 2)))
             for name, ranking in rankings.items():
-                for share in (0.0,) if ranking.by_cosine else MARGINS:
-                    setting = Proposal(ranking.by_cosine, weight, share * error)
+                margins = [share * usual for share in ((0.0,) if ranking.by_cosine else MARGINS)]
+                for margin in margins:
+                    setting = Proposal(ranking.by_cosine, weight, margin)
                     needed = self._needed(queries, estimates, ranking, setting, n_best)
-                    cost = float(np.mean(np.log(needed.shares))) + float(np.log(_aimed(needed.shares)).max())
-                    tried[name].append((cost, setting, needed))
-        chosen = {name: min(of_name, key=lambda one: one[0]) for name, of_name in tried.items()}
-        return {
-            name: _Choice(setting, self._list_share(queries, estimates, rankings[name], setting, needed))
-            for name, (_, setting, needed) in chosen.items()
+                    numbers[name].append(_Tried.of_number(setting, needed))
+                setting = Proposal(ranking.by_cosine, weight, max(0.0, float(_aimed(needed.errors).max())))
+                if stops:
+                    stopping[name].append(self._until_enough(queries, estimates, ranking, setting, n_best))
+        best = {
+            name: [min(tried[name], key=lambda one: one.cost) for tried in (numbers, stopping) if tried[name]]
+            for name in rankings
         }
+        return {name: min(both, key=lambda one: one.n_scored).choice for name, both in best.items()}
 
-    def _list_share(
-        self, queries: np.ndarray, estimates: _Estimates, ranking: Ranking, setting: Proposal, needed: _Needed
-    ) -> float | None:
-        """The share of rows to list where scoring until no other row can be among the best takes fewer than a number.
+    def _until_enough(
+        self, queries: np.ndarray, estimates: _Estimates, ranking: Ranking, setting: Proposal, n_best: int
+    ) -> _Tried:
+        """What it costs to score rows until no other can be among the best, if errors stay within the margin.
 
-        Compares both ways at the same recall of the queries that choose. Where the sample's best rows stand for more
-        than the best 10 of all, the tenth best score is taken to be above theirs by as much as its estimate is.
+        Where the sample's best rows stand for more than the best 10 of all, the tenth best score is taken to be above
+        theirs by as much as its estimate is.
         """
-        share = min(1.0, LIST_GROWTH * float(needed.shares.max()))
-        columns = np.searchsorted(self.live, self.sample)
-        n_best, n_scored = needed.errors.shape[2], []
-        for sign, allowed in zip((1.0, -1.0), _aimed(needed.errors), strict=True):
-            for i, query in enumerate(queries):
-                units, excluded = self._units(ranking, query), self.excluded[query]
-                estimated = sign * estimates.take(slice(i, i + 1)).weighted(setting.code_weight)[0] * units
-                estimated[excluded] = -np.inf
-                scores = sign * np.where(excluded[columns], np.nan, ranking.scores[query])
-                best = _best(scores, n_best)
-                ordered = np.sort(estimated)[::-1]
-                stands_for = min(n_best * int((~excluded).sum()) // len(columns), len(ordered))
-                edge = scores[best].min() + max(0.0, float(ordered[min(TOP, stands_for) - 1] - ordered[stands_for - 1]))
-                n_scored.append(min(share, float((estimated + allowed * units >= edge).mean())))
-        return share if np.mean(n_scored) < _aimed(needed.shares).max() else None
+        listed = self._needed(queries, estimates, ranking, setting, n_best).shares.max()
+        list_share = min(1.0, LIST_GROWTH * float(listed))
+        columns, n_scored = np.searchsorted(self.live, self.sample), []
+        for i, query in enumerate(queries):
+            included, lengths = ~self.excluded[query], self._lengths(ranking, query)
+            of_query = estimates.take(slice(i, i + 1))
+            estimated = of_query.weighted(setting.code_weight)[0] * lengths
+            margin = setting.margin * of_query.units[0] * lengths
+            for sign in (1.0, -1.0):
+                scores = sign * np.where(included[columns], ranking.scores[query], np.nan)
+                ordered = np.sort((sign * estimated)[included])[::-1]
+                stands_for = min(n_best * len(ordered) // len(columns), len(ordered))
+                edge = float(scores[_best(scores, n_best)].min())
+                edge += max(0.0, float(ordered[min(TOP, stands_for) - 1] - ordered[stands_for - 1]))
+                open_share = float((included & (sign * estimated + margin >= edge)).mean())
+                n_scored.append(min(list_share, open_share))
+        mean = float(np.mean(n_scored))
+        return _Tried(mean, mean, _Choice(setting, list_share))
 
-    def _units(self, ranking: Ranking, query: int) -> np.ndarray:
-        """What an error of 1 is in scores of a query with every live row, ``(n,)``: 1, or the product of lengths."""
+    def _lengths(self, ranking: Ranking, query: int) -> np.ndarray:
+        """From cosines of a query with every live row to scores, ``(n,)``: 1, or the product of lengths."""
         if ranking.by_cosine:
             return np.ones(len(self.live), np.float32)
         return np.asarray(self.part.store.lengths[self.live] * np.float32(self.part.queries.lengths[query]))
@@ -227,14 +262,15 @@ class RankCalibration:
         """Estimated cosines of all live rows with some queries, in one pass over the stored sketches."""
         part = replace(self.part, queries=self.part.queries.take(queries))
         numbers = np.arange(len(queries))
-        by_coordinates = np.empty((len(queries), len(self.live)), np.float32)
+        by_coordinates, units = (np.empty((len(queries), len(self.live)), np.float32) for _ in range(2))
         by_code = None if part.store.codes is None else np.empty_like(by_coordinates)
         for start in range(0, len(self.live), BLOCK_ROWS):
             columns = slice(start, start + BLOCK_ROWS)
             by_coordinates[:, columns] = estimate([part], self.live[columns], cosine=True)
+            units[:, columns] = Proposal(True, 1.0).units([part], self.live[columns])
             if by_code is not None:
                 by_code[:, columns] = part.code_products(numbers, self.live[columns])
-        return _Estimates(by_coordinates, by_code)
+        return _Estimates(by_coordinates, by_code, units)
 
     def _needed(
         self, queries: np.ndarray, estimates: _Estimates, ranking: Ranking, setting: Proposal, n_best: int
@@ -244,20 +280,19 @@ class RankCalibration:
         Goes query by query, so that intermediate arrays have the size of one query's rows.
         """
         columns = np.searchsorted(self.live, self.sample)
-        lengths = 1.0 if ranking.by_cosine else self.part.store.lengths[self.live]
         needed = _Needed(*(np.empty((2, len(queries), n_best)) for _ in fields(_Needed)))
         for i, query in enumerate(queries):
             excluded = self.excluded[query : query + 1]
             scores = np.where(excluded[:, columns], np.nan, ranking.scores[query])
-            query_estimates = estimates.take(slice(i, i + 1))
-            steps = [query_estimates.weighted(weight) for weight in sorted({0.0, setting.code_weight})]
-            units = self._units(ranking, query)[columns]
+            of_query, lengths = estimates.take(slice(i, i + 1)), self._lengths(ranking, query)
+            estimated, units = of_query.weighted(setting.code_weight), of_query.units[0]
             for end, sign in enumerate((1.0, -1.0)):
-                ranked = [(sign * step + np.float32(setting.margin)) * lengths for step in steps]
-                shares = needed_shares(sign * scores, ranked[0], ranked[-1], columns, excluded, n_best)
+                ranked = (sign * estimated + np.float32(setting.margin) * units) * lengths
+                needed.shares[end, i] = needed_shares(sign * scores, ranked, columns, excluded, n_best)[0]
                 best = _best(sign * scores[0], n_best)
-                beyond = ratio(scores[0][best], units[best]) - steps[-1][0][columns[best]]
-                needed.shares[end, i], needed.errors[end, i] = shares[0], sign * beyond
+                places = columns[best]
+                beyond = ratio(scores[0][best], lengths[places]) - estimated[0][places]
+                needed.errors[end, i] = ratio(sign * beyond, units[places])
         return needed
 
 
@@ -289,12 +324,7 @@ def _stop_facts(list_share: float | None, needed: _Needed, recalls: Sequence[flo
 
 
 def needed_shares(
-    scores: np.ndarray,
-    scanned: np.ndarray,
-    estimates: np.ndarray,
-    sample: np.ndarray,
-    excluded: np.ndarray,
-    n_best: int,
+    scores: np.ndarray, estimates: np.ndarray, sample: np.ndarray, excluded: np.ndarray, n_best: int
 ) -> np.ndarray:
     """For each of the sample's best rows, the share of all rows that must be candidates for it to be among them.
 
@@ -302,8 +332,7 @@ def needed_shares(
 
     Args:
         scores: Exact scores of the sample, NaN where excluded, ``(q, m)``.
-        scanned: Estimates of all live rows by which the scan ranks, ``(q, n)``.
-        estimates: Estimates of all live rows by which candidates are ranked after the scan, ``(q, n)``.
+        estimates: Estimates of all live rows by which candidates are ranked, ``(q, n)``.
         sample: Positions of the sampled rows among all live rows, ``(m,)``.
         excluded: Rows that are not ranked for a query, ``(q, n)`` bool.
         n_best: Number of best rows of the sample that are looked for.
@@ -314,9 +343,6 @@ def needed_shares(
     out = np.empty((len(scores), n_best))
     for q, query_scores in enumerate(scores):
         best = sample[_best(query_scores, n_best)]
-        ranks = [
-            (estimates_of_all >= estimates_of_all[best, None]).sum(axis=1)
-            for estimates_of_all in (np.where(excluded[q], -np.inf, ranked[q]) for ranked in (scanned, estimates))
-        ]
-        out[q] = candidates_needed(*ranks) / len(excluded[q])
+        ranked = np.where(excluded[q], -np.inf, estimates[q])
+        out[q] = (ranked >= ranked[best, None]).sum(axis=1) / len(ranked)
     return out
