@@ -14,7 +14,6 @@ from forebear.indexer.building.calibration.calibrate import (
     calibrate_scope,
     calibrate_spans,
     n_sampled,
-    queries_at_once,
 )
 from forebear.indexer.curvature.damping import Eigenvalues, absolute_damping
 from forebear.indexer.curvature.ekfac import Ekfac
@@ -121,8 +120,7 @@ def calibration_by(
             n_rows = n_sampled(index.manifest.n_live)
             if by_spans:
                 n_rows += 2 * n_sampled(len(index.live_spans))
-            groups = -(-n_queries // queries_at_once(scope))
-            on_rows = counted(progress, f"calibration {name}", n_rows * groups)
+            on_rows = counted(progress, f"calibration {name}", n_rows)
             calibration[name] = calibrate_scope(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)
             if by_spans:
                 span_methods = calibrate_spans(index, classifier, scope, n_queries=n_queries, on_rows=on_rows)

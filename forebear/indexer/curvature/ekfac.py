@@ -269,6 +269,7 @@ def fit_ekfac(
         left, right = (eigenvectors(m[block.name], block.name).to(dtype) for m in (factors.outputs, factors.inputs))
         empty = torch.zeros((block.n_out, block.n_in), dtype=dtype, device=classifier.device)
         parts[block.name] = EkfacBlock(block, left, right, empty)
+    del factors  # float64, and as large as the eigenvectors twice
     squares = _Eigenvalues(scope, parts)
     collectors = [squares, *beside(Ekfac(parts, n_rows))]
     for seed_of in curvature_seeds(classifier.loss, classifier.n_classes, n_rows, seed, targets):

@@ -17,22 +17,19 @@ from forebear.indexer.model.encoding import Encoded, Texts, as_encoded, distinct
 from forebear.indexer.model.scopes import Scope
 
 CPU_TOKENS = 2048  # of a batch on a CPU
-Turn = Callable[[str, LayerFactors], LayerFactors]
 
 
 class _Gradients(RowCollector):
     """Gathers whole gradients; a batch that is begun again writes its rows again, so that none are held twice."""
 
-    def __init__(self, scope: Scope, n_rows: int, weight: torch.Tensor, turn: Turn | None = None) -> None:
+    def __init__(self, scope: Scope, n_rows: int, weight: torch.Tensor) -> None:
         self.scope, self.out, self._device = scope, scope.zeros(n_rows, weight), weight.device
-        self._turn = turn
 
     def begin(self, positions: list[int]) -> None:
         self._positions = send(np.array(positions), self._device)
 
     def on_layer(self, name: str, factors: LayerFactors) -> None:
-        shown = factors if self._turn is None else self._turn(name, factors)
-        self.out[name][self._positions] = shown.gradients()
+        self.out[name][self._positions] = factors.gradients()
 
     def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
         pass
@@ -60,18 +57,9 @@ def whole_gradients(
     scope: Scope,
     texts: Texts,
     labels: np.ndarray,
-    turn: Turn | None = None,
 ) -> Vectors:
-    """Loss gradients of a few rows, ``(q, n_out, n_in)`` for each block of the scope.
-
-    Args:
-        classifier: Whose gradients.
-        scope: Over which.
-        texts: Rows, ``q`` of them, one list a text column; or encoded.
-        labels: Their classes, ``(q,)``.
-        turn: Makes the factors of a block, by its name, those of the gradients' coordinates in another basis.
-    """
-    collector = _Gradients(scope, len(labels), classifier.head.weight, turn)
+    """Loss gradients of a few rows, ``(q, n_out, n_in)`` for each block of the scope."""
+    collector = _Gradients(scope, len(labels), classifier.head.weight)
     gather(classifier, texts, labels, collector)
     return collector.out
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import labels, sentences
 
-from forebear.indexer.curvature.eigenbasis import turned_gradients, turned_scores, turned_squares
+from forebear.indexer.curvature.eigenbasis import Whitening, held_numbers, hold_gradients, score_pairs
 from forebear.indexer.curvature.ekfac import fit_ekfac
 from forebear.indexer.gradients.dots import gram
 from forebear.indexer.gradients.factors import LayerFactors
@@ -38,10 +38,10 @@ def test_scores_in_the_eigenbasis_equal_dense_solves(tiny_model, share, rounding
     scope = scope_of(classifier, "all")
     ekfac = fit_ekfac(classifier, scope, [TEXTS], seed=0, batch_tokens=100)
     damping = share * ekfac.mean_eigenvalue
-    turned = turned_gradients(classifier, scope, ekfac, [QUERIES], ASKED)
     repeated = [*TEXTS, TEXTS[3]]  # an equal row is run once
     gold = np.append(LABELS, LABELS[3])
-    dots, squares = turned_scores(classifier, scope, ekfac, damping, turned, [repeated], gold)
+    found = score_pairs(classifier, scope, Whitening(ekfac, damping), ([QUERIES], ASKED), ([repeated], gold))
+    plain = score_pairs(classifier, scope, None, ([QUERIES], ASKED), ([repeated], gold))
 
     rows, queries = (autograd_gradients(classifier, scope, *of) for of in ((repeated, gold), (QUERIES, ASKED)))
     wanted, of_rows, of_queries = np.zeros((2, 4, 10)), np.zeros(10), np.zeros((2, 4))
@@ -53,11 +53,27 @@ def test_scores_in_the_eigenbasis_equal_dense_solves(tiny_model, share, rounding
         of_rows += np.einsum("np,pn->n", g, np.linalg.solve(h, g.T))
         of_queries += np.stack([(q * q).sum(axis=1), np.einsum("np,pn->n", q, np.linalg.solve(h, q.T))])
     scale = np.abs(wanted).max(axis=2, keepdims=True)
-    assert (np.abs(dots - wanted) / scale).max() <= rounding
-    np.testing.assert_allclose(squares, of_rows, rtol=rounding)
-    np.testing.assert_allclose(turned_squares(ekfac, damping, turned), of_queries, rtol=rounding)
-    assert (dots[:, :, 9] == dots[:, :, 3]).all()
-    assert squares[9] == squares[3]
+    assert (np.abs(found.dots - wanted) / scale).max() <= rounding
+    assert (np.abs(plain.dots - wanted[:1]) / scale[:1]).max() <= 1e-5
+    np.testing.assert_allclose(found.rows[0], of_rows, rtol=rounding)
+    np.testing.assert_allclose(found.queries, of_queries, rtol=rounding)
+    np.testing.assert_allclose(plain.queries, of_queries[:1], rtol=1e-5)
+    assert plain.rows.shape == (0, 10)
+    for same in (found.dots, found.rows, plain.dots):
+        assert (same[..., 9] == same[..., 3]).all()
+
+
+def test_queries_are_held_as_what_takes_less(tiny_model):
+    classifier = load_classifier(tiny_model(n_classes=3), device="cpu")
+    scope = scope_of(classifier, "all")
+    for text, n_pieces in (("the", 3), (" ".join(["the"] * 40), 42)):
+        held = hold_gradients(classifier, scope, None, [[text]], np.array([0]))
+        ((_, parts),) = held._parts
+        n_held = sum(
+            x.numel() if isinstance(x, torch.Tensor) else x.inputs.numel() + x.deltas.numel() for x in parts.values()
+        )
+        assert n_held <= held_numbers(scope.blocks, n_pieces) <= scope.size
+    assert held_numbers(scope.blocks, 42) == scope.size > held_numbers(scope.blocks, 3)
 
 
 def test_differences_of_two_versions_are_scored_as_rows_are(tiny_model):
@@ -67,8 +83,7 @@ def test_differences_of_two_versions_are_scored_as_rows_are(tiny_model):
     ekfac = fit_ekfac(classifier, scope, [TEXTS], seed=0, batch_tokens=100)
     others = sentences(9, seed=13)
     both = Encoded(encode(classifier, [TEXTS]), minus=encode(classifier, [others]))
-    turned = turned_gradients(classifier, scope, ekfac, [QUERIES], ASKED)
-    dots, _ = turned_scores(classifier, scope, ekfac, 0.1, turned, both, LABELS)
+    dots = score_pairs(classifier, scope, Whitening(ekfac, 0.1), ([QUERIES], ASKED), (both, LABELS)).dots
     rows, versions, queries = (
         autograd_gradients(classifier, scope, *of) for of in ((TEXTS, LABELS), (others, LABELS), (QUERIES, ASKED))
     )

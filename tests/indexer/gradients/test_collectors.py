@@ -58,6 +58,8 @@ class Maker:
         raw = reduction.RawSketches(self.projector, N_ROWS, CPU)
         run_pass(classifier, [TEXTS], labels_seed(CROSS_ENTROPY, LABELS), [raw], batch_tokens=1000)
         self.reduction = reduction.fit_reduction(raw.out, self.projector, width=4, bits=16, seed=0)
+        self.whitening = eigenbasis.Whitening(self.ekfac, 0.1)
+        self.held = eigenbasis.hold_gradients(classifier, self.scope, self.whitening, [TEXTS[:2]], LABELS[:2])
         self.vectors = gradients.whole_gradients(classifier, self.scope, [TEXTS[:2]], LABELS[:2])
 
     def __call__(self, kind: type[Collector]) -> Collector:
@@ -68,7 +70,8 @@ class Maker:
             gradients._Dots: lambda: gradients._Dots(scope, self.vectors, N_ROWS, None),
             ekfac._Factors: lambda: ekfac._Factors(scope, CPU),
             ekfac._Eigenvalues: lambda: ekfac._Eigenvalues(scope, self.ekfac.parts),
-            eigenbasis._TurnedScores: lambda: eigenbasis._TurnedScores(scope, self.ekfac, 0.1, self.vectors, N_ROWS),
+            eigenbasis.HeldGradients: lambda: eigenbasis.HeldGradients(scope, self.whitening),
+            eigenbasis._Pairs: lambda: eigenbasis._Pairs(self.held, self.whitening, N_ROWS, weight),
             ekfac._SelfInfluence: lambda: ekfac._SelfInfluence(scope, self.ekfac, 0.1, N_ROWS),
             products._Outer: lambda: products._Outer(scope, self.vectors),
             reduction.RawSketches: lambda: reduction.RawSketches(self.projector, N_ROWS, CPU),
@@ -109,6 +112,9 @@ def result_of(collector: Collector) -> list[np.ndarray]:
     """What a collector gathered: by ``rows`` where it has that, else its public attributes."""
     if hasattr(collector, "rows"):
         return numbers_of(collector.rows())
+    if isinstance(collector, eigenbasis.HeldGradients):
+        places = np.argsort(collector.order)
+        return [collector.whole(block, torch.empty(0)).numpy()[places] for block in collector.scope.blocks]
     public = {k: v for k, v in vars(collector).items() if not k.startswith("_") and k != "scope"}
     return numbers_of(public)
 

@@ -19,6 +19,7 @@ from forebear.conformal import least_share, supported_recall
 from forebear.indexer.building.build import append_rows, retire_rows
 from forebear.indexer.building.calibration import calibrate as calibrating
 from forebear.indexer.building.calibration.calibrate import calibrate_scope
+from forebear.indexer.curvature import eigenbasis
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.sketches import projector as projecting
 from forebear.indexer.sketches.estimates import Part
@@ -215,21 +216,24 @@ def test_calibration_reads_the_codes_once_for_each_set_of_queries(few_rows, monk
 
 
 def test_calibration_holds_the_gradients_of_one_group_of_queries(few_rows, monkeypatch):
-    """What is counted by VECTOR_BYTES is all that is held while the sample is scored."""
-    form, gradients, n_held = calibrating.turned_gradients, [], []
+    """What is counted by VECTOR_BYTES is all that is held while the sample is scored; groups change no score."""
+    hold, held, n_held = eigenbasis.hold_gradients, [], []
 
-    def formed(*args):
-        n_held.append(sum(g() is not None for g in gradients))
-        vectors = form(*args)
-        gradients.extend(weakref.ref(v) for v in vectors.values())
-        return vectors
+    def holding(*args):
+        n_held.append(sum(one() is not None for one in held))
+        found = hold(*args)
+        held.append(weakref.ref(found))
+        return found
 
-    monkeypatch.setattr(calibrating, "turned_gradients", formed)
     scope = few_rows.index.scope(few_rows.classifier(), SCOPE)
-    monkeypatch.setattr(calibrating, "VECTOR_BYTES", 12 * 4 * scope.size)
-    calibrate_scope(few_rows.index, few_rows.classifier(), scope, n_queries=30, on_rows=lambda n: None)
+    how = {"n_queries": 30, "on_rows": lambda n: None}
+    together = calibrate_scope(few_rows.index, few_rows.classifier(), scope, **how)
+    monkeypatch.setattr(eigenbasis, "hold_gradients", holding)
+    monkeypatch.setattr(calibrating, "VECTOR_BYTES", 1)
+    in_groups = calibrate_scope(few_rows.index, few_rows.classifier(), scope, **how)
     assert n_held == [0, 0, 0]
-    assert len(gradients) == 3 * len(scope.blocks)
+    for method, facts in together["methods"].items():
+        assert in_groups["methods"][method]["candidates"] == pytest.approx(facts["candidates"], rel=0.02)
 
 
 # ---------------------------------------------------------------- where nothing was measured

@@ -16,22 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from forebear.indexer.building.calibration.needed_candidates import TOP, RankCalibration, Ranking
-from forebear.indexer.curvature.eigenbasis import turned_gradients, turned_scores, turned_squares
-from forebear.indexer.curvature.ekfac import Ekfac
-from forebear.indexer.gradients.vectors import dot
-from forebear.indexer.gradients.whole import exact_dots, whole_gradients
+from forebear.indexer.curvature.eigenbasis import Whitening, held_numbers, score_pairs
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import device_kind
 from forebear.indexer.model.device.copies import send
-from forebear.indexer.model.encoding import Encoded, Texts, take_texts
+from forebear.indexer.model.encoding import Encoded, Texts, as_encoded
 from forebear.indexer.model.scopes import Scope
 from forebear.indexer.sketches.estimates import Part
 from forebear.indexer.sketches.fitting import open_sketchers
@@ -43,20 +39,15 @@ from forebear.sampling import live_sample
 
 SAMPLE_ROWS = 768  # at most
 LEAST_SAMPLE_ROWS = 128  # or all rows, if there are fewer
-# Of the queries' gradients that are held at once. Each sampled row's gradient is formed once for all of them. The peak
-# is higher by a few copies of the largest layer's gradients.
-VECTOR_BYTES = 2 << 30
+# Of the queries' gradients that are held at once, as factors where the texts are short; beside them stand the gradients
+# of one layer of all these queries, and of some rows.
+VECTOR_BYTES = 1 << 30
 LEAST_QUERIES = 12  # held at once, also where they take more than VECTOR_BYTES
 
 
 def n_sampled(n_live: int) -> int:
     """How many of the live rows (or spans) are scored exactly: as many as have one of the best 10 of all on average."""
     return min(n_live, SAMPLE_ROWS, max(LEAST_SAMPLE_ROWS, (n_live - 1) // TOP))
-
-
-def queries_at_once(scope: Scope) -> int:
-    """How many queries' whole gradients are held at once."""
-    return max(LEAST_QUERIES, VECTOR_BYTES // (4 * scope.size))
 
 
 def calibrate_scope(
@@ -74,7 +65,7 @@ def calibrate_scope(
         classifier: The last checkpoint of the index.
         scope: A scope beyond the head.
         n_queries: Number of live training rows to take as queries; each is excluded from its own ranking.
-        on_rows: Called with the number of sampled rows after each batch, over all groups of queries.
+        on_rows: Called with the number of sampled rows after each batch, those of the last group of queries.
 
     Returns:
         Facts for the manifest: for each method the share of all live rows that must be candidates at each end for some
@@ -192,11 +183,6 @@ def _parts(
     return parts
 
 
-# By kind: dot products of queries and sampled rows (kinds, q, m), squared lengths of queries (kinds, q), and lengths of
-# the rows' whitened gradients (1, m), or none (0, m).
-_Scores = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
 def _exact_scores(
     index: Index,
     classifier: Classifier,
@@ -208,48 +194,29 @@ def _exact_scores(
     on_rows: Callable[[int], None],
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Exact dot products and cosines of the sample with each query, ``(q, m)``, by the kinds of :func:`_parts`."""
-    store, white = index.gradients(scope.name, spans=spans), index.manifest.spec.whitened
-    score = partial(_scores_with, classifier, scope, sample, on_rows)
-    if white:
+    store, whitening = index.gradients(scope.name, spans=spans), None
+    if index.manifest.spec.whitened:
         ekfac = index.ekfac(scope.name).to(classifier.device, classifier.head.weight.dtype)
-        score = partial(_scores_of_both, classifier, scope, ekfac, index.ekfac_damping(scope.name)[1], sample, on_rows)
-    n_queries, n_kinds = len(queries.targets), 1 + white
-    dots, squares = np.empty((n_kinds, n_queries, len(sample.numbers))), np.empty((n_kinds, n_queries))
-    lengths = np.tile(store.norms_within(sample.numbers)[0], (n_kinds, 1))
-    for group in np.array_split(np.arange(n_queries), -(-n_queries // queries_at_once(scope))):
-        scores = score(take_texts(queries.texts, group), queries.targets[group])
-        dots[:, group], squares[:, group], lengths[1:] = scores
-    cosines = ratio(dots, np.sqrt(squares)[:, :, None] * lengths[:, None])
-    return {kind: (dots[i], cosines[i]) for i, kind in enumerate(("plain", "white")[:n_kinds])}
+        whitening = Whitening(ekfac, index.ekfac_damping(scope.name)[1])
+    encoded = as_encoded(classifier, queries.texts)
+    n_groups = -(-len(encoded) // _queries_at_once(scope, encoded))
+    dots, lengths = [], store.norms_within(sample.numbers)[0][None]
+    squares = []
+    for number, group in enumerate(np.array_split(np.arange(len(encoded)), n_groups), 1):
+        found = score_pairs(
+            classifier, scope, whitening, (encoded.take(group), queries.targets[group]), (sample.texts, sample.labels),
+            on_rows=on_rows if number == n_groups else None,
+        )  # fmt: skip
+        dots.append(found.dots)
+        squares.append(found.queries)
+    lengths = np.concatenate([lengths, np.sqrt(found.rows)])
+    scores = np.concatenate(dots, axis=1)
+    cosines = ratio(scores, np.sqrt(np.concatenate(squares, axis=1))[:, :, None] * lengths[:, None])
+    return {kind: (scores[i], cosines[i]) for i, kind in enumerate(("plain", "white")[: len(scores)])}
 
 
-def _scores_with(
-    classifier: Classifier,
-    scope: Scope,
-    sample: _ExactSample,
-    on_rows: Callable[[int], None],
-    texts: Texts,
-    targets: np.ndarray,
-) -> _Scores:
-    """Exact scores of the sample with some queries, by plain gradients."""
-    vectors = whole_gradients(classifier, scope, texts, targets)
-    dots = exact_dots(classifier, scope, vectors, sample.texts, sample.labels, on_rows=on_rows)
-    return dots[None], dot(vectors, vectors).cpu().numpy()[None], np.empty((0, len(sample.numbers)))
-
-
-def _scores_of_both(
-    classifier: Classifier,
-    scope: Scope,
-    ekfac: Ekfac,
-    damping: float,
-    sample: _ExactSample,
-    on_rows: Callable[[int], None],
-    texts: Texts,
-    targets: np.ndarray,
-) -> _Scores:
-    """Exact scores of the sample with some queries, by plain and by whitened gradients."""
-    turned = turned_gradients(classifier, scope, ekfac, texts, targets)
-    dots, of_rows = turned_scores(
-        classifier, scope, ekfac, damping, turned, sample.texts, sample.labels, on_rows=on_rows
-    )
-    return dots, turned_squares(ekfac, damping, turned).cpu().numpy(), np.sqrt(of_rows)[None]
+def _queries_at_once(scope: Scope, queries: Encoded) -> int:
+    """How many queries' gradients are held at once."""
+    versions = [queries.rows] if queries.minus is None else [queries.rows, queries.minus]
+    n_pieces = sum(max(len(row["input_ids"]) for row in rows) for rows in versions)
+    return max(LEAST_QUERIES, VECTOR_BYTES // (4 * held_numbers(scope.blocks, n_pieces)))
