@@ -25,7 +25,7 @@ SCAN_BLOCK_ROWS = 8192
 _DIRECTIONS = 8  # kept in float32; features of a fine-tuned model vary most along a few
 _WIDTH_A_DIRECTION = 32  # at least so many numbers a row for each of them
 _SAMPLE_ROWS = 16_384  # that the directions are fitted to
-LARGEST_CODE = 127
+_LARGEST_CODE = 127
 _COLUMNS = ("code", "scale", "coordinate", "code_length", "error")
 
 
@@ -66,9 +66,9 @@ def round_vectors(vectors: np.ndarray, basis: np.ndarray) -> RoundedVectors:
 
 def codes_of(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Vectors ``(n, h)`` as int8 times a float32 number each, ``(n,)``."""
-    scales = (np.abs(vectors).max(axis=1, initial=0.0) / LARGEST_CODE).astype(np.float32)
+    scales = (np.abs(vectors).max(axis=1, initial=0.0) / _LARGEST_CODE).astype(np.float32)
     steps = np.where(scales > 0, scales, 1).astype(np.float64)[:, None]
-    return np.clip(np.rint(vectors / steps), -LARGEST_CODE, LARGEST_CODE).astype(np.int8), scales
+    return np.clip(np.rint(vectors / steps), -_LARGEST_CODE, _LARGEST_CODE).astype(np.int8), scales
 
 
 def _lengths_above(values: np.ndarray) -> np.ndarray:

@@ -11,13 +11,10 @@ import numpy as np
 import torch
 
 from forebear.indexer.model.device.kept_arrays import DeviceMemory
-from forebear.indexer.storage.scan_table import LARGEST_CODE, RoundedVectors, codes_of, norms_of
-from forebear.ratio import ratio
+from forebear.indexer.storage.scan_table import RoundedVectors, codes_of, norms_of
 from forebear.retriever.head.scoring import Term
 
 _PROBE_ROWS = 1024
-_ONE_SCALE = 16  # queries whose longest steps differ by no more share one: a multiplication less of every product
-LOWER = 254  # steps of the lower digit in one of the upper: half of them reach the next code on either side
 
 
 @dataclass(frozen=True)
@@ -28,9 +25,8 @@ class UnitTerm:
     """
 
     weight: float
-    codes: torch.Tensor  # (h, 2 a q) int8: the upper digits, the lower ones
-    fits: bool  # whether products of both digits together are below 2^31 for any row
-    scales: torch.Tensor  # (a q,), or one for all: of a lower digit
+    codes: torch.Tensor  # (h, a q) int8
+    scales: torch.Tensor  # (a q,)
     coordinates: torch.Tensor  # (m, a q)
     left: torch.Tensor | None
     basis: torch.Tensor | None
@@ -41,13 +37,8 @@ class UnitTerm:
     def products(self, features: SentVectors, residuals: torch.Tensor | None, out: torch.Tensor) -> None:
         """Write scores ``(n, q)`` before the weight, of rows with residuals ``(n, c)``."""
         found = out if self.basis is None else out.new_empty(len(out), self.coordinates.shape[1])
-        digits = _multiply(features.codes, self.codes)
-        upper, lower = (digits if self.fits else digits.float()).chunk(2, dim=1)
-        found.copy_(lower.add_(upper, alpha=LOWER))
-        if len(self.scales) == 1:
-            found.mul_((features.scales * self.scales)[:, None])
-        else:
-            found.mul_(features.scales[:, None]).mul_(self.scales)
+        _multiply(features.codes, self.codes, out=found)
+        found.mul_(features.scales[:, None]).mul_(self.scales)
         found.addmm_(features.coordinates, self.coordinates)
         if self.basis is not None:
             assert residuals is not None
@@ -109,18 +100,8 @@ def unit_term(term: Term, divisor: np.ndarray, basis: np.ndarray, memory: Device
     flat = vectors.reshape(-1, vectors.shape[-1])
     coordinates = flat @ directions.T
     rest = flat - coordinates @ directions
-    # Two digits: the rows' rounding then decides the bound alone. The rows that it leaves in question grow with a power
-    # of it, a product with the second digit costs as much as that with the first.
     codes, scales = codes_of(rest)
-    if scales.max() <= _ONE_SCALE * scales.min():
-        scales = scales.max(keepdims=True)
-        codes = np.rint(ratio(rest, scales.astype(np.float64))).astype(np.int8)
-    steps = scales.astype(np.float64)[:, None]
-    lower = np.rint(ratio(rest - codes * steps, steps / LOWER))
-    both = LOWER * codes.astype(np.float64) + lower
-    lost = rest - both / LOWER * steps
-    fits = LARGEST_CODE * float(np.abs(both).sum(axis=1).max(initial=0.0)) < 2**31
-    codes = np.concatenate([codes, lower.astype(np.int8)])
+    lost = rest - codes * scales.astype(np.float64)[:, None]
 
     def over_all(values: np.ndarray) -> np.ndarray:
         lengths = norms_of(values.reshape(len(vectors), len(divisor), -1).transpose(1, 0, 2).reshape(len(divisor), -1))
@@ -129,14 +110,12 @@ def unit_term(term: Term, divisor: np.ndarray, basis: np.ndarray, memory: Device
     def send(values: np.ndarray | None) -> torch.Tensor | None:
         return None if values is None else memory.send(np.ascontiguousarray(values, np.float32))
 
-    coordinate_columns, scale_row = send(coordinates.T), send(scales / LOWER)
+    coordinate_columns = send(coordinates.T)
     assert coordinate_columns is not None
-    assert scale_row is not None
     return UnitTerm(
         weight=term.weight,
         codes=memory.send(np.ascontiguousarray(codes.T)),
-        fits=fits,
-        scales=scale_row,
+        scales=memory.send(scales),
         coordinates=coordinate_columns,
         left=send(left),
         basis=None if term.matrix is None else send(term.basis),
@@ -146,11 +125,12 @@ def unit_term(term: Term, divisor: np.ndarray, basis: np.ndarray, memory: Device
     )
 
 
-def _multiply(rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """Products ``(n, x)`` of codes ``(n, h)`` and ``(h, x)`` int8, as int32 or as float32."""
+def _multiply(rows: torch.Tensor, queries: torch.Tensor, out: torch.Tensor) -> None:
+    """Write products ``(n, x)`` of codes ``(n, h)`` and ``(h, x)`` int8 as float32."""
     if rows.device.type == "cpu" and _multiplies_integers(rows.shape[1]):
-        return torch._int_mm(rows, queries)
-    return rows.float() @ queries.float()
+        out.copy_(torch._int_mm(rows, queries))
+    else:
+        torch.mm(rows.float(), queries.float(), out=out)
 
 
 @lru_cache(maxsize=8)
