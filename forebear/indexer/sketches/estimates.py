@@ -17,7 +17,7 @@ from forebear.ratio import ratio
 FLOAT32 = 1e-5  # relative rounding of a score, with a margin
 _LONG = 1e200  # one over a length that may be 0
 CODE_ROWS = 4096  # rows whose codes are unpacked at once
-RAW_ERROR = 0.05  # usual error of a cosine of two raw sketches, roughly, where coordinates hold nearly all of both
+RAW_ERROR = 0.03  # usual error of a cosine of two raw sketches, roughly, where coordinates hold nearly all of both
 _SIGNS_OF_BYTES = as_tensor(2 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32) - 1)
 
 

@@ -689,7 +689,7 @@ def oracle_units(parts: list[Part], *, cosine: bool) -> np.ndarray:
             for shares in (np.sqrt((part.queries.coordinates.astype(np.float64) ** 2).sum(axis=1)), part.store.shares)
         ]
         lengths = 1.0 if cosine else part.weight * np.outer(part.queries.lengths, part.store.lengths)
-        total = total + (np.outer(*left_over) + 0.05) * lengths
+        total = total + (np.outer(*left_over) + 0.03) * lengths
     return total
 
 
