@@ -15,7 +15,7 @@ from forebear.indexer.model.scopes import Block, Scope
 from forebear.indexer.losses.cross_entropy import IGNORED, CrossEntropy
 from forebear.indexer.sketches.packed import packed_there
 from forebear.indexer.gradients.vectors import row_lengths
-from forebear.indexer.sketches.projector import squared_norms
+from forebear.indexer.sketches.norms import squared_norms
 from forebear.indexer.words.gradients import _sums_of_all, _sums_of_kept
 
 generator = torch.Generator().manual_seed(0)

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from forebear.errors import ModelError
-from forebear.indexer.gradients.factors import EmbeddingFactors
-from forebear.indexer.gradients.layer_uses import wide
+from forebear.indexer.gradients.factors import EmbeddingFactors, wide
 from forebear.indexer.model.device.copies import send
 from forebear.indexer.model.scopes import Block
 

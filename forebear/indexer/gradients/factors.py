@@ -15,6 +15,11 @@ from forebear.indexer.model.device.copies import picks
 ROWS_BYTES = 1 << 30  # of whole gradients that are formed at once
 
 
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """bf16 (autocast) to fp32; fp32 and fp64 as they are."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
 @dataclass(frozen=True)
 class LayerFactors:
     """Factors of one block's gradients over a batch of ``b`` rows; several uses of a layer follow one another.
@@ -29,7 +34,7 @@ class LayerFactors:
 
     def gradients(self) -> torch.Tensor:
         """G of every row, ``(b, n_out, n_in)``."""
-        return torch.bmm(self.deltas.transpose(1, 2), self.inputs)
+        return torch.bmm(wide(self.deltas).transpose(1, 2), wide(self.inputs))
 
     def differences(self, owners: torch.Tensor) -> LayerFactors:
         """Factors of G - G' for rows followed by ``n`` other versions of them, tokens side by side.

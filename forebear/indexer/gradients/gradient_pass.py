@@ -42,9 +42,11 @@ class Collector(ABC):
 
     Attributes:
         scope: Parameters whose gradients are gathered.
+        takes_narrow: Whether factors may come as a pass in bf16 has them; else they are in fp32 or fp64.
     """
 
     scope: Scope
+    takes_narrow: bool = False
 
     @abstractmethod
     def begin(self, positions: list[int]) -> None:
@@ -147,7 +149,8 @@ def run_pass(
     sizes = [versions * len(row["input_ids"]) for row in rows]
     features = np.empty((versions * len(rows), classifier.feature_dim), np.float32)
     logits = np.empty((versions * len(rows), classifier.n_classes))
-    tape = Tape(classifier, [collector.scope for collector in collectors])
+    narrow = minus is None and all(collector.takes_narrow for collector in collectors)
+    tape = Tape(classifier, [collector.scope for collector in collectors], narrow=narrow)
     block_names = [(collector, frozenset(block.name for block in collector.scope.blocks)) for collector in collectors]
 
     row_of_version = torch.empty(0, dtype=torch.long)  # row of the batch that each version belongs to

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from forebear.errors import ModelError
-from forebear.indexer.gradients.factors import LayerFactors, OnLayer
+from forebear.indexer.gradients.factors import LayerFactors, OnLayer, wide
 from forebear.indexer.model.device.copies import picks
 from forebear.indexer.model.network.shared_layers import SharedUses, is_shared
 from forebear.indexer.model.scopes import Block
@@ -20,7 +20,14 @@ class LayerUses:
     """Matches each layer's inputs with the gradients at its outputs, over all of its uses in a forward pass."""
 
     def __init__(
-        self, model_name: str, n_rows: int, shared_layers: frozenset[str], shared: SharedUses, on_layer: OnLayer
+        self,
+        model_name: str,
+        n_rows: int,
+        shared_layers: frozenset[str],
+        shared: SharedUses,
+        on_layer: OnLayer,
+        *,
+        narrow: bool = False,
     ) -> None:
         """Nothing is watched yet.
 
@@ -30,7 +37,9 @@ class LayerUses:
             shared_layers: Layers of which some use has another first dimension than the rows.
             shared: Expands outputs that all rows share.
             on_layer: Gets each layer's factors once the gradients of all of its uses have arrived.
+            narrow: Whether factors keep the types of the pass, where nothing is made of them here.
         """
+        self._narrow = narrow
         self._model_name, self._n_rows, self._on_layer = model_name, n_rows, on_layer
         self._shared_layers, self._shared = shared_layers, shared
         self._zero: torch.Tensor | None = None
@@ -105,7 +114,9 @@ class LayerUses:
     def _deliver(self, block: Block) -> None:
         """Show a layer's factors, over the uses whose output gradients have arrived."""
         inputs, deltas = self._inputs[block.name], self._deltas[block]
-        uses = [_factors(inputs[number], deltas[number]) for number in sorted(deltas)]
+        plain = block.kind in ("linear", "transposed") and not block.bias
+        keeps = self._narrow and plain and len(deltas) == 1
+        uses = [_factors(inputs[number], deltas[number], keeps) for number in sorted(deltas)]
         self._inputs[block.name] = []
         self._deltas[block] = {}
         factors = LayerFactors.of_uses(uses)
@@ -117,9 +128,9 @@ class LayerUses:
         self._on_layer(block.name, LayerFactors(with_one(a, block.bias), d))
 
 
-def _factors(inputs: torch.Tensor, deltas: torch.Tensor) -> LayerFactors:
+def _factors(inputs: torch.Tensor, deltas: torch.Tensor, keeps: bool) -> LayerFactors:
     """Factors of one use; of one that the rows share, only the positions that any of them depends on, on the CPU."""
-    a, d = wide(inputs), wide(deltas)
+    a, d = (inputs, deltas) if keeps else (wide(inputs), wide(deltas))
     if len(a) != len(d):  # a few of the positions that a model knows: a text is short
         if picks(d):
             used = (d != 0).any(dim=2).any(dim=0)
@@ -131,11 +142,6 @@ def _factors(inputs: torch.Tensor, deltas: torch.Tensor) -> LayerFactors:
 def with_one(inputs: torch.Tensor, bias: bool) -> torch.Tensor:
     """Inputs that end in 1, so that the last column of G is the bias' gradient."""
     return torch.cat([inputs, inputs.new_ones((*inputs.shape[:-1], 1))], dim=-1) if bias else inputs
-
-
-def wide(values: torch.Tensor) -> torch.Tensor:
-    """bf16 (autocast) to fp32; fp32 and fp64 as they are."""
-    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 def _prepared(block: Block, module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from forebear.indexer.gradients.embedding_uses import EmbeddingUses, Root
-from forebear.indexer.gradients.factors import LayerFactors, OnLayer
-from forebear.indexer.gradients.layer_uses import LayerUses, wide, with_one
+from forebear.indexer.gradients.factors import LayerFactors, OnLayer, wide
+from forebear.indexer.gradients.layer_uses import LayerUses, with_one
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.copies import fetch, send
@@ -43,14 +43,15 @@ def loss_of(loss: Loss, labels: np.ndarray | None) -> Seed:
 class Tape:
     """Records the factors of a classifier's blocks of some scopes, batch by batch."""
 
-    def __init__(self, classifier: Classifier, scopes: Sequence[Scope]) -> None:
+    def __init__(self, classifier: Classifier, scopes: Sequence[Scope], *, narrow: bool = False) -> None:
         """Find the blocks and where the backward starts.
 
         Args:
             classifier: The model, in ``eval()`` mode; its weights' ``requires_grad`` is off while the tape runs.
             scopes: One or several scopes; the backward stops below the deepest.
+            narrow: Whether factors may keep the types of a pass in bf16; they are in fp32 or fp64 otherwise.
         """
-        self.classifier = classifier
+        self.classifier, self._narrow = classifier, narrow
         self.blocks = tuple({block.name: block for scope in scopes for block in scope.blocks}.values())
         self._embedding = next((block for block in self.blocks if block.kind == "embedding"), None)
         self._layers = [b for b in self.blocks if b.name != classifier.head_name and b is not self._embedding]
@@ -80,7 +81,7 @@ class Tape:
         classifier, head = self.classifier, self.classifier.head
         batch = pad_batch(classifier.tokenizer, rows, classifier.device)
         shared = SharedUses(len(rows))
-        uses = LayerUses(classifier.name, len(rows), classifier.shared_layers, shared, on_layer)
+        uses = LayerUses(classifier.name, len(rows), classifier.shared_layers, shared, on_layer, narrow=self._narrow)
         embedding = None
         if self._embedding is not None:
             embedding = EmbeddingUses(self._embedding, classifier.name, classifier.tokenizer, rows, batch)

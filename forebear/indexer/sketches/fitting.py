@@ -116,7 +116,7 @@ def _open_projectors(
     """
     dtype, device = classifier.head.weight.dtype, classifier.device
     bases = folder / gradient_folder(scope, checkpoint) / BASES_NAME
-    plain = read_plain_projector(bases, scope, device, dtype)
+    plain = read_plain_projector(bases, scope, device, dtype, rounded=spec.precision == "bf16")
     if list(leading) == [None]:
         return {None: plain}
     ekfac = read_ekfac(folder / curvature_name(scope)).to(device, dtype)

@@ -22,7 +22,8 @@ import torch
 from forebear.indexer.curvature.ekfac import Ekfac, EkfacBlock
 from forebear.indexer.gradients.factors import LayerFactors, OfLastFactors
 from forebear.indexer.gradients.vectors import Vectors
-from forebear.indexer.sketches.projector import LEAST, SMALL, PlainProjector, SharedProducts
+from forebear.indexer.sketches.norms import LEAST, SMALL
+from forebear.indexer.sketches.projector import PlainProjector, SharedProducts
 
 LEADING = 64  # directions on each side of a block, whose energies are known one by one
 WIDEST = 1 / 3  # of the bounds on a squared length, as a share of it; beyond, gradients are whitened whole
@@ -103,19 +104,18 @@ class LeadingEnergies:
         """
         self.plain, self.parts = plain, ekfac.parts
         self._last = OfLastFactors[Energies]()
-        self._more: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # directions, as columns
         for name, part in ekfac.parts.items():
             (k_out, k_in), (n_out, n_in) = _n_known(part), plain.n_leading(name)
             assert n_out <= k_out
             assert n_in <= k_in
-            self._more[name] = part.left[:, n_out:k_out].contiguous(), part.right[:, n_in:k_in].contiguous()
+            plain.multiply_also(name, part.left[:, n_out:k_out].T, part.right[:, n_in:k_in].T)
 
     @property
     def n_bytes(self) -> int:
         """Bytes of what the energies are made with, the plain sketch's bases among it."""
         of_parts = ((part.left, part.right, part.eigenvalues) for part in self.parts.values())
-        of_bases = ((basis.left, basis.right) for basis in self.plain.bases.values())
-        tensors = chain.from_iterable(chain(of_parts, of_bases, self._more.values()))
+        of_bases = ((basis.left, basis.right) for basis in self.plain.multiplied.values())
+        tensors = chain.from_iterable(chain(of_parts, of_bases))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def of(self, name: str, factors: LayerFactors) -> Energies:
@@ -129,10 +129,8 @@ class LeadingEnergies:
 
     def _directions(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The leading directions of both sides of a block, as columns."""
-        basis, more = self.plain.bases[name], self._more[name]
-        sides = zip((basis.left, basis.right), self.plain.n_leading(name), more, strict=True)
-        left, right = (torch.cat([side[-n:].T, of_side], dim=1) for side, n, of_side in sides)
-        return left, right
+        (k_out, k_in), basis = _n_known(self.parts[name]), self.plain.multiplied[name]
+        return basis.left[-k_out:].T, basis.right[-k_in:].T
 
     def _energies(self, name: str, factors: LayerFactors) -> Energies:
         """Those of rows so confident that squares underflow are made again of scaled gradients."""
@@ -143,7 +141,7 @@ class LeadingEnergies:
         small = energies.whole < SMALL
         if bool(small.any()):
             some = LayerFactors(factors.inputs[small], factors.deltas[small])
-            scaled = SharedProducts.of(some, self.plain.bases[name], scaled=True)
+            scaled = self.plain.products_of(name, some, scaled=True)
             assert scaled.scale is not None
             energies.put(small, self._made(name, scaled).times(scaled.scale.double().square_()))
         return energies
@@ -153,10 +151,8 @@ class LeadingEnergies:
         if grams.inputs is None or grams.outputs is None:
             directions = self._directions(name)
             return Energies.of_rows([_from_gradients(part.gradients(), *directions) for part in factors.chunks()])
-        n_out, n_in = self.plain.n_leading(name)
-        more_left, more_right = self._more[name]
-        u = torch.cat([shared.outputs[:, :, -n_out:], factors.deltas @ more_left], dim=2)
-        v = torch.cat([shared.inputs[:, :, -n_in:], factors.inputs @ more_right], dim=2)
+        k_out, k_in = _n_known(self.parts[name])
+        u, v = shared.outputs[:, :, -k_out:], shared.inputs[:, :, -k_in:]
         assert grams.products is not None
         return Energies(
             whole=grams.products.sum(dim=(1, 2), dtype=torch.float64).clamp_min_(0),
@@ -270,6 +266,11 @@ class LeadingProjector:
         )  # fmt: skip
         self.weights = means.rsqrt().float()
         self.squares = (most / means).float().cpu().numpy() * plain.squares
+
+    @property
+    def rounded(self) -> bool:
+        """As of the plain sketch."""
+        return self.energies.plain.rounded
 
     def project(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor, torch.Tensor]:
         """The place in the sketch, numbers, and squared norms ``(3, b)`` of one block, as :class:`Projector` says."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -28,13 +27,14 @@ from forebear.indexer.gradients.factors import LayerFactors, OfLastFactors
 from forebear.indexer.gradients.vectors import Vectors, dot, row_lengths
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.copies import picks, send
+from forebear.indexer.model.device.half import rounded_product
 from forebear.indexer.model.scopes import Scope
+from forebear.indexer.sketches.norms import Grams, rescued, scaled_up, squares_of
 
 PRINCIPAL = 32  # leading eigenvectors on each side of a block
 RANDOM = 32  # random directions on each side, orthogonal to them
 POOLED = 64  # groups on each side of a whitened block
 BASES = ("mixed", "principal", "random")
-LEAST = float(np.finfo(np.float32).tiny)  # what can be divided by
 
 
 class Projector(Protocol):
@@ -45,12 +45,17 @@ class Projector(Protocol):
         width: D.
         squares: Squared length of each row of the map, ``(D,)`` float32.
         bounds_norms: Whether :meth:`project` gives bounds on squared norms beside estimates, or exact ones.
+        rounded: Whether factors come from a pass in bf16, and may be multiplied as such numbers.
     """
 
     scope: Scope
     width: int
     squares: np.ndarray
     bounds_norms: ClassVar[bool]
+
+    @property
+    def rounded(self) -> bool:
+        """See above."""
 
     def project(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor, torch.Tensor]:
         """One block's place in the sketch, its numbers ``(b, w)``, and its squared norms float64.
@@ -61,66 +66,6 @@ class Projector(Protocol):
 
     def project_matrix(self, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
         """The sketch of whole gradients, ``(q, D)``, and their squared norms as :meth:`project` has them."""
-
-
-SMALL = 1e-28  # squared norms below which squares of a confident row's gradient underflow: it is scaled up
-
-
-def squared_norms(factors: LayerFactors) -> torch.Tensor:
-    """||G||^2 of each row, ``(b,)`` float64: sum over t, s of (d_t . d_s)(a_t . a_s), or from G if cheaper."""
-    if not picks(factors.inputs):
-        scaled, scale = scaled_up(factors)
-        return _squared_norms(scaled, Grams.of(scaled)).mul_(scale.double().square_())
-    return _rescued(_squared_norms(factors, Grams.of(factors)), factors)
-
-
-def _rescued(squares: torch.Tensor, factors: LayerFactors) -> torch.Tensor:
-    """Squared norms where those that underflow are made again of scaled gradients."""
-    small = squares < SMALL
-    if bool(small.any()):
-        scaled, scale = scaled_up(LayerFactors(factors.inputs[small], factors.deltas[small]))
-        squares[small] = _squared_norms(scaled, Grams.of(scaled)).mul_(scale.double().square_())
-    return squares
-
-
-def scaled_up(factors: LayerFactors) -> tuple[LayerFactors, torch.Tensor]:
-    """Factors whose output gradients have largest numbers of 1, and what they were divided by, ``(b,)``."""
-    scale = factors.deltas.abs().amax(dim=(1, 2), keepdim=True).clamp_min_(LEAST)
-    return LayerFactors(factors.inputs, factors.deltas / scale), scale[:, 0, 0]
-
-
-def _squared_norms(factors: LayerFactors, grams: Grams) -> torch.Tensor:
-    if grams.products is None:
-        parts = [part.gradients().square_().sum(dim=(1, 2), dtype=torch.float64) for part in factors.chunks()]
-        return torch.cat(parts)
-    return grams.products.sum(dim=(1, 2), dtype=torch.float64).clamp_min_(0)
-
-
-@dataclass(frozen=True)
-class Grams:
-    """Products of the factors of each row's positions; None where whole gradients are cheaper.
-
-    Attributes:
-        inputs: a_t . a_s, ``(b, t, t)``.
-        outputs: d_t . d_s, ``(b, t, t)``.
-    """
-
-    inputs: torch.Tensor | None
-    outputs: torch.Tensor | None
-
-    @cached_property
-    def products(self) -> torch.Tensor | None:
-        """Both multiplied, ``(b, t, t)``, whose sum is ||G||^2."""
-        return None if self.inputs is None or self.outputs is None else self.inputs * self.outputs
-
-    @classmethod
-    def of(cls, factors: LayerFactors) -> Grams:
-        """The products of a batch."""
-        a, d = factors.inputs, factors.deltas
-        tokens, n_in, n_out = a.shape[1], a.shape[2], d.shape[2]
-        if tokens * (n_in + n_out) > n_in * n_out:
-            return cls(None, None)
-        return cls(torch.bmm(a, a.transpose(1, 2)), torch.bmm(d, d.transpose(1, 2)))
 
 
 @dataclass(frozen=True)
@@ -139,8 +84,9 @@ class SharedProducts:
         factors: Of which they are the products: those of the batch, on a GPU scaled up, because it would wait for
             the answer whether any row's squares underflow.
         scale: What output gradients were divided by, ``(b,)``; None if they were not.
-        outputs: Output gradients along the directions of that side, ``(b, t, k_out)``.
-        inputs: Inputs along those of theirs, ``(b, t, k_in)``.
+        outputs: Output gradients along the directions of that side, and along further ones that others have asked for,
+            ``(b, t, k_out or more)``.
+        inputs: Inputs along those of theirs, ``(b, t, k_in or more)``.
         numbers: The plain sketch, not scaled, ``(b, k_out k_in)``.
         grams: Of the factors.
     """
@@ -153,13 +99,24 @@ class SharedProducts:
     grams: Grams
 
     @classmethod
-    def of(cls, factors: LayerFactors, basis: SideBases, *, scaled: bool) -> SharedProducts:
-        """The products of a block's factors with its bases."""
+    def of(
+        cls, factors: LayerFactors, basis: SideBases, sizes: tuple[int, int], *, scaled: bool, rounded: bool
+    ) -> SharedProducts:
+        """The products of a block's factors with its bases.
+
+        Args:
+            factors: Of the rows of a batch.
+            basis: All directions, those of the sketch first.
+            sizes: How many the sketch has, ``(k_out, k_in)``.
+            scaled: Whether output gradients are scaled up.
+            rounded: Whether products may be of numbers in bf16.
+        """
         scale = None
         if scaled:
             factors, scale = scaled_up(factors)
-        u, v = factors.deltas @ basis.left.T, factors.inputs @ basis.right.T
-        numbers = torch.bmm(u.transpose(1, 2), v).flatten(1)
+        product = rounded_product if rounded else torch.matmul
+        u, v = product(factors.deltas, basis.left.T), product(factors.inputs, basis.right.T)
+        numbers = torch.bmm(u[:, :, : sizes[0]].transpose(1, 2), v[:, :, : sizes[1]]).flatten(1)
         if scale is not None:
             numbers.mul_(scale[:, None])
         return cls(factors, scale, u, v, numbers, Grams.of(factors))
@@ -170,7 +127,7 @@ class PlainProjector:
 
     bounds_norms: ClassVar[bool] = False
 
-    def __init__(self, scope: Scope, bases: dict[str, SideBases], n_leading: int = 0) -> None:
+    def __init__(self, scope: Scope, bases: dict[str, SideBases], n_leading: int = 0, *, rounded: bool = False) -> None:
         """Take the bases as they are.
 
         Args:
@@ -178,8 +135,10 @@ class PlainProjector:
             bases: By block name.
             n_leading: How many directions of each side are leading eigenvectors, after the random ones. A side that is
                 kept whole has all of them, by falling eigenvalue.
+            rounded: Whether the factors, which come from a pass in bf16, are multiplied as such numbers.
         """
-        self.scope, self.bases, self._n_leading = scope, bases, n_leading
+        self.scope, self.bases, self._n_leading, self.rounded = scope, bases, n_leading, rounded
+        self.multiplied = dict(bases)  # and further directions, after those of the sketch
         self._last = OfLastFactors[SharedProducts]()
         self.places, self.width = _places({name: (len(b.left), len(b.right)) for name, b in bases.items()})
         parts = [
@@ -191,17 +150,30 @@ class PlainProjector:
     def project(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor, torch.Tensor]:
         """The place in the sketch, numbers and squared norms of one block, as :class:`Projector` says."""
         shared = self.products(name, factors)
-        squares = _squared_norms(shared.factors, shared.grams)
+        squares = squares_of(shared.factors, shared.grams)
         if shared.scale is not None:
             squares.mul_(shared.scale.double().square_())
         else:
-            squares = _rescued(squares, factors)
+            squares = rescued(squares, factors)
         return self.places[name], shared.numbers, squares
 
     def products(self, name: str, factors: LayerFactors) -> SharedProducts:
         """What this sketch, and those that are made from it, take of one block's gradients."""
         scaled = not picks(factors.inputs)
-        return self._last.get(factors, lambda: SharedProducts.of(factors, self.bases[name], scaled=scaled))
+        return self._last.get(factors, lambda: self.products_of(name, factors, scaled=scaled))
+
+    def products_of(self, name: str, factors: LayerFactors, *, scaled: bool) -> SharedProducts:
+        """:meth:`products` of factors that no other sketch is shown."""
+        basis = self.bases[name]
+        sizes = len(basis.left), len(basis.right)
+        return SharedProducts.of(factors, self.multiplied[name], sizes, scaled=scaled, rounded=self.rounded)
+
+    def multiply_also(self, name: str, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Make products with further directions, too, given as rows: one product takes less than two."""
+        basis = self.bases[name]
+        wider = SideBases(torch.cat([basis.left, left]), torch.cat([basis.right, right]))
+        self.multiplied[name] = wider
+        self.bases[name] = SideBases(wider.left[: len(basis.left)], wider.right[: len(basis.right)])  # the same memory
 
     def n_leading(self, name: str) -> tuple[int, int]:
         """How many of the last directions of both sides of a block lead: all of a side that is kept whole."""
@@ -235,6 +207,7 @@ class WhiteProjector:
     """The sketch of H^-1/2 G; its squared norms are <(H + damping I)^-1 G, G>, exactly."""
 
     bounds_norms: ClassVar[bool] = False
+    rounded: ClassVar[bool] = False
 
     def __init__(self, scope: str, ekfac: Ekfac, damping: float, seed: int) -> None:
         """Draw the groups and signs.
@@ -373,11 +346,13 @@ def write_bases(path: Path, scope: Scope, bases: dict[str, SideBases], basis: st
     write_blocks(path, parts, {"leading": str(n_principal(basis))})
 
 
-def read_plain_projector(path: Path, scope: str, device: torch.device, dtype: torch.dtype) -> PlainProjector:
+def read_plain_projector(
+    path: Path, scope: str, device: torch.device, dtype: torch.dtype, *, rounded: bool = False
+) -> PlainProjector:
     """The projector of the bases that :func:`write_bases` wrote."""
     parts, metadata = read_blocks(path)
     bases = {
         block.name: SideBases(*(send(found[side], device).to(dtype) for side in ("left", "right")))
         for block, found in parts.items()
     }
-    return PlainProjector(Scope(scope, tuple(parts)), bases, int(metadata.get("leading", 0)))
+    return PlainProjector(Scope(scope, tuple(parts)), bases, int(metadata.get("leading", 0)), rounded=rounded)

@@ -168,7 +168,7 @@ class RawSketches(RowCollector):
     """Gathers raw sketches, scaled to length 1, to fit reductions on."""
 
     def __init__(self, projector: Projector, n_rows: int, device: torch.device) -> None:
-        self.scope = projector.scope
+        self.scope, self.takes_narrow = projector.scope, projector.rounded and device.type == "cpu"
         self._projector, self._device = projector, device
         self.out = np.empty((n_rows, projector.width), np.float16)
 

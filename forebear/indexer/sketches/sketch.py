@@ -109,7 +109,7 @@ class Sketches(RowCollector):
     def __init__(
         self, projector: Projector, reduction: Reduction, n_rows: int, device: torch.device, *, packs: bool = False
     ) -> None:
-        self.scope = projector.scope
+        self.scope, self.takes_narrow = projector.scope, projector.rounded and device.type == "cpu"
         self._projector, self._device, self._reduce = projector, device, reduction.on(device)
         self._coordinates = np.empty((n_rows, len(reduction.basis)), np.float32)
         self._lengths, self._norms = np.empty(n_rows), np.empty((n_rows, 3 if projector.bounds_norms else 1))

@@ -26,6 +26,7 @@ from forebear.indexer.losses.kinds import check_one_label, loss_of
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import computed_on
+from forebear.indexer.model.device.half import has_half_products
 from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import dropout_settings
@@ -222,18 +223,8 @@ def _no_training_device(device: torch.device) -> InputError:
 
 
 def _pick_precision(precision: str, device: torch.device) -> str:
-    """Resolve ``auto``: bf16 where it is native (elsewhere it is emulated, and slower than fp32)."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type != "cpu":
-        return "fp32"
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    except OSError:
-        return "fp32"
-    return "bf16" if flags & {"amx_bf16", "avx512_bf16", "bf16"} else "fp32"
+    """Resolve ``auto``: bf16 where the device has products of it."""
+    return precision if precision != "auto" else "bf16" if has_half_products(device) else "fp32"
 
 
 def _encode_labelled(

@@ -23,7 +23,7 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode_with_places
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.model.scopes import scope_of
-from forebear.indexer.sketches import reduction, sketch
+from forebear.indexer.sketches import norms, reduction, sketch
 from forebear.indexer.sketches.projector import PlainProjector, draw_bases
 from forebear.indexer.words import gradients as words
 from forebear.retriever.saliency import maps as saliency
@@ -74,6 +74,7 @@ class Maker:
             eigenbasis._Pairs: lambda: eigenbasis._Pairs(self.held, self.whitening, N_ROWS, weight),
             ekfac._SelfInfluence: lambda: ekfac._SelfInfluence(scope, self.ekfac, 0.1, N_ROWS),
             products._Outer: lambda: products._Outer(scope, self.vectors),
+            norms._Squares: lambda: norms._Squares(scope, N_ROWS, CPU),
             reduction.RawSketches: lambda: reduction.RawSketches(self.projector, N_ROWS, CPU),
             sketch.Sketches: lambda: sketch.Sketches(self.projector, self.reduction, N_ROWS, CPU),
             words.WordGradients: lambda: words.WordGradients(self.classifier, 0, N_ROWS, "fp16"),

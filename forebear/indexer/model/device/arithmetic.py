@@ -12,7 +12,7 @@ import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forebear.errors import InputError, ModelError
+from forebear.indexer.model.device.half import AttentionInFloat32
 from forebear.progress import tell_warning
 
 # In this order. The first has a deterministic backward in torch's strict mode, the other needs none.
@@ -187,7 +188,12 @@ def forward_arithmetic(device: torch.device, precision: str) -> Iterator[None]:
     A backward pass, and what is gathered from it, takes :func:`repeatable` alone: its numbers have the types that the
     forward pass gave them.
     """
-    with repeatable(device), torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+    with ExitStack() as settings:
+        settings.enter_context(repeatable(device))
+        if precision == "bf16":
+            settings.enter_context(torch.autocast(device.type, torch.bfloat16))
+            if device.type == "cpu":
+                settings.enter_context(AttentionInFloat32())
         yield
 
 
