@@ -24,7 +24,7 @@ OF_PYTHON_ALONE = {"--warmup-ratio", "--weight-decay"}  # fields of TrainOptions
 VALUES = {  # words that messages give as values; what else follows a flag must be of GOING_ON
     "multi-label", "regression", "a,b,c", "a,b",
     "all", "aspect", "binary-nli", "cg", "cp1252", "cpu", "drop", "ekfac", "exact", "features", "features,sbert",
-    "features,spans", "features,words", "fp32", "full", "gold", "head", "head,", "keep", "none",
+    "features,spans", "features,words", "bf16", "fp32", "full", "gold", "head", "head,", "keep", "none",
     "random", "rerank", "spans", "reader:", "entailment,non-entailment", "damping=", "whole",
 }  # fmt: skip
 

@@ -38,6 +38,8 @@ LOSS, NEIGHBOURS = "loss", "neighbours"  # the baselines' names
 SHOWN_ROWS = 10
 _BLOCK_ROWS = 1024
 _RESAMPLES = 200
+ROUNDED = "numbers in bf16"
+_IN_HALF = "rounded: the index was built in bf16."
 _BY_CLASS_BLOCKS = (
     "an approximation, by class blocks: the head has too many classes for one matrix H, so that the blocks of H "
     "between two classes are left out."
@@ -108,11 +110,14 @@ def approximations(question: Question) -> dict[str, str]:
     Heads of many classes have no other; and an index may hold estimates between bounds.
     """
     found = {}
+    is_rounded = question.index.manifest.spec.precision != "fp32"
     for method in question.methods:
-        if method.query != "preconditioned":
-            continue
         scope = question.scope_of(method)
-        if scope == "head":
+        if scope != "head" and is_rounded:
+            found[method.name] = ROUNDED
+        elif method.query != "preconditioned":
+            continue
+        elif scope == "head":
             if question.curvature.by_class_blocks:
                 found[method.name] = CLASS_BLOCKS
         elif question.curvature.at(scope) == "ekfac" and (store := _stored(question, scope)).norm_bounds is not None:
@@ -135,7 +140,8 @@ def note_on(approximate: Mapping[str, str]) -> str:
     for how in dict.fromkeys(approximate.values()):
         names = ", ".join(name for name in approximate if approximate[name] == how)
         estimated = f"estimated from the curvature's {how}; an index of --whitening whole has it exactly."
-        notes.append(f"Self-influence by {names} is {_BY_CLASS_BLOCKS if how == CLASS_BLOCKS else worded(estimated)}")
+        said = {CLASS_BLOCKS: _BY_CLASS_BLOCKS, ROUNDED: _IN_HALF}.get(how, estimated)
+        notes.append(f"Self-influence by {names} is {worded(said)}")
     return " ".join(notes)
 
 

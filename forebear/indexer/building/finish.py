@@ -108,9 +108,13 @@ def finish(
 def calibration_by(
     classifier: Classifier, n_queries: int, progress: Progress
 ) -> Callable[[Index], dict[str, Any]] | None:
-    """A function that calibrates every scope beyond the head with ``n_queries`` queries; None for 0 queries."""
+    """A function that calibrates every scope beyond the head with ``n_queries`` queries; None for 0 queries.
+
+    Exact scores are in fp32, as those of answers are.
+    """
     if not n_queries:
         return None
+    classifier = replace(classifier, precision="fp32")
 
     def calibrate(index: Index) -> dict[str, Any]:
         calibration = {}

@@ -6,6 +6,7 @@ from forebear.errors import InputError
 from forebear.indexer.building.options import BuildOptions
 from forebear.indexer.curvature.head import check_head_size
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.device.half import has_half_products
 from forebear.indexer.model.scopes import Scope, scope_of
 from forebear.indexer.rows.row_format import SINGLE_LABEL
 from forebear.indexer.spans.masking import mask_spans
@@ -20,9 +21,15 @@ def check_feasible(classifier: Classifier, options: BuildOptions, n_text_columns
     """Refuse choices that the model's sizes or its tokenizer rule out, before any row is run.
 
     Raises:
-        InputError: The head's exact curvature or a layer's Kronecker factor is too large.
+        InputError: The head's exact curvature or a layer's Kronecker factor is too large, or the device has no products
+            of bf16 that are asked for.
         ModelError: A scope does not fit the model, or spans are to be stored and its tokenizer cannot mask any.
     """
+    if options.precision == "bf16" and not has_half_products(classifier.device):
+        raise InputError(
+            f"--precision bf16: {classifier.device} has no products of such numbers, so that a pass would be slower "
+            "than in fp32. Give --precision fp32."
+        )
     if options.dampings:
         check_head_size(classifier.n_classes, classifier.feature_dim, classifier.loss)
     if classifier.loss.problem_type != SINGLE_LABEL and options.rep_refit:

@@ -90,7 +90,7 @@ class QueryGradients:
         """H^-1 of query gradients at the last checkpoint, and how far it came where a solver iterated."""
 
         def make() -> Solve:
-            return deep_solver(self.curvature, self.index, self.models.classifier(), self.parameters)
+            return deep_solver(self.curvature, self.index, self.models.exact(), self.parameters)
 
         return self.models.kept.get(("solver", self.scope, self.curvature), make)(vectors)
 
@@ -100,7 +100,7 @@ class QueryGradients:
             return queries.vectors
 
         def make() -> Vectors:
-            arguments = (self.models.classifier(number), self.parameters, queries.texts, queries.targets)
+            arguments = (self.models.exact(number), self.parameters, queries.texts, queries.targets)
             if queries.groups is None:
                 return whole_gradients(*arguments)
             return summed_gradients(*arguments, queries.groups)

@@ -11,25 +11,21 @@ import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 from typing_extensions import override
 
 from forebear.indexer.curvature.convergence import Convergence
-from forebear.indexer.curvature.ekfac import ekfac_self_influence
 from forebear.indexer.gradients.replicas import dots_on_devices
 from forebear.indexer.gradients.vectors import Vectors, dot, joined
-from forebear.indexer.gradients.whole import whole_gradients
-from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.batch_size import vector_bytes_on
-from forebear.indexer.model.encoding import Encoded, Texts, as_encoded, distinct_rows, encode
+from forebear.indexer.model.encoding import Encoded, Texts, encode
 from forebear.indexer.sketches.candidates import propose
-from forebear.indexer.sketches.estimates import may_be_best
 from forebear.ratio import ratio
 from forebear.retriever.deep.candidates import Candidates, Listed
 from forebear.retriever.deep.query_gradients import Queries, QueryGradients
 from forebear.retriever.deep.rounds import rank_candidates
+from forebear.retriever.deep.row_lengths import RowLengths, Rows
 from forebear.retriever.question.inverse import CurvatureSpec
 from forebear.retriever.question.kept import Kept
 from forebear.retriever.question.methods import Method
@@ -39,17 +35,6 @@ from forebear.retriever.ranking import Ends, Ranking, join_ends, rank
 VECTOR_BYTES = 2 << 30  # of whole query vectors held at once on a CPU
 QUERIES_OF_A_SCAN = 128  # test rows for which stored sketches are read together
 ENCODED_BYTES = 256 << 20  # of the word pieces of training rows that stay in memory
-SELF_ROWS = 8  # candidates whose self-influence is solved for at once
-
-
-class Rows(Protocol):
-    """The entries that a search scores, each with a number: training rows, or spans of training rows."""
-
-    def texts(self, numbers: np.ndarray) -> Texts:
-        """Texts of the entries with these numbers, ``(n,)``."""
-
-    def labels(self, numbers: np.ndarray) -> np.ndarray:
-        """Gold classes of the entries with these numbers, ``(n,)`` int64."""
 
 
 class IndexRows(Rows):
@@ -96,7 +81,7 @@ class GradientSearch:
         self.gradients = QueryGradients(models, scope, curvature)
         self.candidates = Candidates(self.gradients)
         self.rows: Rows = IndexRows(models)
-        self._solved_lengths: dict[int, float] = {}  # by number of an entry of ``rows``
+        self.lengths = RowLengths(self.gradients, self.rows)
 
     @classmethod
     def kept(cls, models: Models, scope: str, curvature: CurvatureSpec) -> GradientSearch:
@@ -107,7 +92,7 @@ class GradientSearch:
         """A search that scores other entries; it shares the gradients of the test rows with this one."""
         other = copy.copy(self)
         other.rows = rows
-        other._solved_lengths = {}
+        other.lengths = RowLengths(self.gradients, rows)
         return other
 
     def search(
@@ -264,7 +249,6 @@ class GradientSearch:
         scores = {name: np.zeros((len(queries), numbers.shape[-1])) for name, numbers in rows.items()}
         convergence: Convergence | None = None
         for number in sorted({n for method in methods for n, _ in self.gradients.checkpoints(method)}):
-            classifier = self.models.classifier(number)
             at_checkpoint = [m for m in methods if number in dict(self.gradients.checkpoints(m))]
             gradients = self.gradients.at_checkpoint(number, queries)
             vectors: dict[str, Vectors] = {}  # of the kinds that some method multiplies with
@@ -289,82 +273,11 @@ class GradientSearch:
                 if method.metric == "cos":
                     query_lengths = _query_lengths(vectors[_kind(method)], gradients)
                     asked = wanted[places[method.name] :][:q]
-                    lengths = self._row_lengths(method, classifier, distinct, products, asked, best)
+                    lengths = self.lengths.of_rows(method, distinct, products, asked, best)
                     products = ratio(products, query_lengths[:, None] * lengths)
                 picked = _pick(products, columns[method.name])
                 scores[method.name] += dict(self.gradients.checkpoints(method))[number] * picked
         return scores, convergence
-
-    def _row_lengths(
-        self,
-        method: Method,
-        classifier: Classifier,
-        rows: np.ndarray,
-        products: np.ndarray,
-        asked: np.ndarray,
-        best: int | None,
-    ) -> np.ndarray:
-        """Lengths of rows that cosines are divided by: ||G_n||, or sqrt(<H^-1 G_n, G_n>), ``(n,)`` float64.
-
-        Args:
-            method: A method of cosines.
-            classifier: The last checkpoint.
-            rows: Rows, ``(n,)``.
-            products: What is divided by them, ``(q, n)``.
-            asked: Which rows each test row is compared with, ``(q, n)`` bool.
-            best: As of :meth:`score_together`: lengths of other rows may be estimates.
-        """
-        if method.query != "preconditioned" or self.curvature.at(self.scope) == "identity":
-            return np.asarray(self.index.gradients(self.scope).norms[rows].astype(np.float64))
-        white = self._stored_damping()
-        if white is None:  # none are stored for solvers that iterate, or at other dampings
-            return self._solved(classifier, rows)
-        store = self.index.gradients(self.scope, damping=white)
-        lengths, least, most = store.norms_within(rows)
-        if store.norm_bounds is not None:
-            open_rows = np.ones(len(rows), bool) if best is None else may_be_best(products, asked, least, most, best)
-            lengths[open_rows] = self._solved(classifier, rows[open_rows])
-        return lengths
-
-    def _solved(self, classifier: Classifier, rows: np.ndarray) -> np.ndarray:
-        """sqrt(<H^-1 G_n, G_n>) of rows, ``(n,)`` float64, which are kept: they serve all blocks of test rows."""
-        missing = np.array([row for row in rows.tolist() if row not in self._solved_lengths], np.int64)
-        if len(missing):
-            lengths = self._solve_lengths(classifier, missing)
-            self._solved_lengths.update(zip(missing.tolist(), lengths.tolist(), strict=True))
-        return np.array([self._solved_lengths[row] for row in rows.tolist()])
-
-    def _solve_lengths(self, classifier: Classifier, rows: np.ndarray) -> np.ndarray:
-        """sqrt(<H^-1 G_n, G_n>) of rows, ``(n,)`` float64.
-
-        By EK-FAC in one pass; by a solver that iterates each distinct row is a right-hand side of its own. ``astra``
-        refines the test rows' side alone.
-        """
-        encoded, labels = as_encoded(classifier, self.rows.texts(rows)), self.rows.labels(rows)
-        if self._lengths_by_ekfac:
-            device, dtype = classifier.device, classifier.head.weight.dtype
-            ekfac = self.models.kept.get(
-                ("ekfac", self.scope, device), lambda: self.index.ekfac(self.scope).to(device, dtype)
-            )
-            damping, scope = self.curvature.absolute(self.index, self.scope), self.gradients.parameters
-            return np.asarray(np.sqrt(ekfac_self_influence(classifier, scope, ekfac, damping, encoded, labels)))
-        distinct, inverse = distinct_rows(encoded, labels)
-        squares = np.empty(len(distinct))
-        for start in range(0, len(distinct), SELF_ROWS):
-            block = distinct[start : start + SELF_ROWS]
-            gradients = whole_gradients(classifier, self.gradients.parameters, encoded.take(block), labels[block])
-            squares[start : start + SELF_ROWS] = dot(self.gradients.solve(gradients)[0], gradients).cpu().numpy()
-        return np.asarray(np.sqrt(np.maximum(squares, 0.0))[inverse])
-
-    @property
-    def _lengths_by_ekfac(self) -> bool:
-        return self.curvature.at(self.scope) in ("ekfac", "astra")
-
-    def _stored_damping(self) -> int | None:
-        """Number of the damping at which the index holds sqrt(<H^-1 G_n, G_n>) of every row; None if it holds none."""
-        if not self._lengths_by_ekfac:
-            return None
-        return self.index.find_ekfac_damping(self.scope, self.curvature.damping)
 
 
 def _kind(method: Method) -> str:

@@ -142,9 +142,13 @@ class Models:
 
         return self.kept.get(("model", number), make, stays=last)
 
+    def exact(self, checkpoint: int = -1) -> Classifier:
+        """:meth:`classifier` in fp32, whose gradients are exact also where the index was built in bf16."""
+        return replace(self.classifier(checkpoint), precision="fp32")
+
     def replicas(self, number: int) -> list[Classifier]:
-        """:meth:`classifier` on each device of the retriever, the first one first."""
-        classifier = self.classifier(number)
+        """:meth:`exact` on each device of the retriever, the first one first."""
+        classifier = self.exact(number)
 
         def on(name: str) -> Classifier:
             model = moved(copy.deepcopy(classifier.model), pick_device(name), classifier.name)

@@ -18,7 +18,7 @@ from forebear.indexer.spans.finders import find_spans
 from forebear.indexer.spans.masking import mask_found, mask_spans
 from forebear.indexer.spans.text import Finder, Span
 from forebear.retriever.deep.query_gradients import Queries
-from forebear.retriever.deep.search import Rows
+from forebear.retriever.deep.row_lengths import Rows
 from forebear.retriever.question.batch import Batch
 from forebear.retriever.question.spec import Question
 

@@ -363,14 +363,14 @@ def test_few_rows_have_their_lengths_solved_for(indexes):
     retriever, spec = indexes["leading"], QuerySpec(methods=("rif",), scope="top-1", damping="3%", exact="full", top=1)
     solved = []
     with pytest.MonkeyPatch.context() as patch:
-        from forebear.retriever.deep import search
+        from forebear.retriever.deep import row_lengths
 
-        original = search.ekfac_self_influence
+        original = row_lengths.ekfac_self_influence
 
         def counting(classifier, scope, ekfac, damping, texts, targets):
             solved.append(len(targets))
             return original(classifier, scope, ekfac, damping, texts, targets)
 
-        patch.setattr(search, "ekfac_self_influence", counting)
+        patch.setattr(row_lengths, "ekfac_self_influence", counting)
         Retriever(retriever.index, device="cpu").retrieve(sentences(1, seed=78), spec=replace(spec))
     assert sum(solved) < 45

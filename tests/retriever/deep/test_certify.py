@@ -13,6 +13,7 @@ from tiny import labels, make_tiny_model, sentences
 
 from forebear import BuildOptions, InputError, QuerySpec, Retriever, build_index
 from forebear.conformal import supported_recall
+from forebear.indexer.building import preflight
 from forebear.indexer.building.calibration.needed_candidates import RECALLS, needed_shares
 from forebear.indexer.model.scopes import scope_blocks
 from forebear.indexer.rows.opening import rows_from_texts
@@ -320,7 +321,8 @@ def test_proofs_are_refused_under_solvers_that_iterate_before_any_work(world, so
         world.retriever.retrieve(QUERIES[:1], methods=["rif"], **ask)
 
 
-def test_proofs_are_refused_for_an_index_in_bf16(tmp_path):
+def test_proofs_are_refused_for_an_index_in_bf16(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "has_half_products", lambda _device: True)
     rough = World(tmp_path, precision="bf16", scopes=("head", "top-1"), curvature="none", calibration_queries=0)
     assert rough.index.manifest.spec.precision == "bf16"
     with pytest.raises(InputError, match=r'^certify=True needs an index built with precision="fp32"\.$'):

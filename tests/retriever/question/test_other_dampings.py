@@ -10,6 +10,7 @@ from forebear import InputError, MissingStoreError, QuerySpec, Retriever
 from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.indexer.training.model_choice import choose_model
+from forebear.retriever.deep.row_lengths import RowLengths
 from forebear.retriever.deep.search import GradientSearch
 
 
@@ -62,8 +63,8 @@ def test_beyond_the_head_any_damping_is_taken_where_every_row_is_scored(two_inde
 def test_lengths_at_another_damping_are_solved_for_once_a_row(two_indexes, monkeypatch):
     one = Retriever(two_indexes[0].index)
     solved = []
-    solve = GradientSearch._solve_lengths
-    monkeypatch.setattr(GradientSearch, "_solve_lengths", lambda *args: solved.append(args[2].tolist()) or solve(*args))
+    solve = RowLengths._solve_lengths
+    monkeypatch.setattr(RowLengths, "_solve_lengths", lambda *args: solved.append(args[1].tolist()) or solve(*args))
     monkeypatch.setattr(GradientSearch, "chunks", lambda _self, _methods, n: [np.array([i]) for i in range(n)])
     found = one.scores(sentences(3, seed=9), "rif", damping="3x", scope="all")
     assert solved == [one.index.live.tolist()]

@@ -406,7 +406,7 @@ def test_candidates_for_if_under_another_solver_come_from_its_solutions(many_row
 @pytest.mark.parametrize("choices", OTHERS)
 def test_candidates_for_rif_under_another_solver_come_from_both_sketches(few_rows, choices, monkeypatch):
     """From whitened sketches alone .69 (lissa) and .84 (cg) of the top 10, from solutions alone 1.0 and .53."""
-    monkeypatch.setattr("forebear.retriever.deep.search.SELF_ROWS", 256)  # right-hand sides of one solution
+    monkeypatch.setattr("forebear.retriever.deep.row_lengths.SELF_ROWS", 256)  # right-hand sides of one solution
     how = ITERATED | {"lissa": "han20,depth=4"} | choices
     queries = HELD_OUT[:6]
     found = measured(few_rows, "rif", queries, recall=0.8, **how)
