@@ -11,6 +11,7 @@ import functools
 import itertools
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from forebear import BuildOptions, Index, Retriever, TrainOptions, build_index, choose_model, open_rows, train
 from forebear.evaluation.demo.corpus import make_corpus, write_corpus
+from forebear.indexer.model.device.half import has_half_products
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.loading import load_classifier
 from forebear.indexer.rows.opening import rows_from_texts
@@ -134,11 +136,25 @@ def plain_model() -> tuple[torch.nn.Module, list[tuple[Any, torch.Tensor]]]:
 
 
 def plain_step() -> None:
-    """The yardstick of all that passes over rows: forward and backward with weight gradients."""
+    """The yardstick of all that passes over rows: a training step's forward and backward, with weight gradients."""
     network, batches = plain_model()
     for inputs, labels in batches:
         torch.nn.functional.cross_entropy(network(**inputs).logits, labels).backward()
         network.zero_grad()
+
+
+def activations_step() -> None:
+    """The least that any pass over rows takes: forward and backward of activations alone."""
+    network, batches = plain_model()
+    network.requires_grad_(False)
+    try:
+        for inputs, labels in batches:
+            others = {name: values for name, values in inputs.items() if name != "input_ids"}
+            embeddings = network.get_input_embeddings()(inputs["input_ids"]).requires_grad_()
+            logits = network(inputs_embeds=embeddings, **others).logits
+            torch.nn.functional.cross_entropy(logits, labels).backward()
+    finally:
+        network.requires_grad_(True)
 
 
 @functools.cache
@@ -179,18 +195,29 @@ def _shared(found: Any, truth: Any) -> float:
 
 
 def gradient_pass() -> dict[str, Any]:
-    """Sketches, and sketches with those under the curvature, against a plain forward and backward of the same rows."""
-    name, spec = index().manifest.checkpoints[-1].name, index().manifest.spec
-    plain, *white = open_sketchers(index().folder, classifier(), spec, SCOPE, name, last=True).values()
+    """Sketches, and sketches with those under the curvature, against plain passes over the same rows; also in bf16.
 
-    def ours(*sketchers: Any) -> Callable[[], Any]:
-        return lambda: sketch_rows(classifier(), list(sketchers), *rows(), batch_tokens=4096)
+    The plain passes are in fp32: a training step's forward and backward, and those of activations alone.
+    """
+    model_name, spec = index().manifest.checkpoints[-1].name, index().manifest.spec
 
-    taken = by_turns({"plain": plain_step, "sketch": ours(plain), "with_curvature": ours(plain, *white)}, 5)
+    def ours(precision: str, *, whitens: bool) -> Callable[[], Any]:
+        half, chosen = replace(classifier(), precision=precision), replace(spec, precision=precision)
+        where = (index().folder, half, chosen, SCOPE, model_name)
+        sketchers = list(open_sketchers(*where, last=whitens).values())
+        return lambda: sketch_rows(half, sketchers, *rows(), batch_tokens=4096)
+
+    ways = {"plain": plain_step, "activations": activations_step}
+    for precision in ("fp32", *(["bf16"] if has_half_products(torch.device("cpu")) else [])):
+        suffix = "" if precision == "fp32" else f"_{precision}"
+        ways[f"sketch{suffix}"] = ours(precision, whitens=False)
+        ways[f"sketch_with_curvature{suffix}"] = ours(precision, whitens=True)
+    taken = by_turns(ways, 5)
+    made = [way for way in ways if way.startswith("sketch")]
     return {
         "rows": N_ROWS, "rows_a_second": {way: N_ROWS / float(np.median(s)) for way, s in taken.items()},
-        "sketch_over_plain": ratio(taken["sketch"], taken["plain"]),
-        "sketch_with_curvature_over_plain": ratio(taken["with_curvature"], taken["plain"]),
+        "over_plain": {way: ratio(taken[way], taken["plain"]) for way in made},
+        "over_activations": {way: ratio(taken[way], taken["activations"]) for way in made},
     }  # fmt: skip
 
 
@@ -253,18 +280,23 @@ def words() -> dict[str, Any]:
 
 
 def building() -> dict[str, Any]:
-    """The small index from nothing, over a plain forward and backward of its rows before and after; by stage.
+    """The small index from nothing, over plain passes over its rows before and after; by stage.
+
+    The plain passes are a training step's forward and backward, and those of activations alone.
 
     It is built once, so the spread is that of the yardstick alone.
     """
     model(), plain_model()
-    before = by_turns({"plain": plain_step}, 3)["plain"]
+    ways = {"plain": plain_step, "activations": activations_step}
+    before = by_turns(ways, 3)
     stages = build_small()
-    plain = before + by_turns({"plain": plain_step}, 3)["plain"]
+    after = by_turns(ways, 3)
+    plain, activations = (before[way] + after[way] for way in ways)
     total = sum(stages.values())
     return {
         "rows": N_ROWS, "build_seconds": total, "plain_seconds": float(np.median(plain)),
         "build_over_plain": ratio([total] * len(plain), plain),
+        "build_over_activations": ratio([total] * len(plain), activations),
         "stage_over_plain": {
             stage: ratio([taken] * len(plain), plain) for stage, taken in stages.items() if taken > 0.03 * total
         },
@@ -274,8 +306,8 @@ def building() -> dict[str, Any]:
 CASES = (
     *(scan(name) for name in head_scan.SCANNED),
     Case("nn_ann", nearest, larger=SPEED_UPS, recalls=("recall_at_10",)),
-    Case("build", building, smaller=("build_over_plain", "stage_over_plain")),
-    Case("gradient_pass", gradient_pass, smaller=("sketch_over_plain", "sketch_with_curvature_over_plain")),
+    Case("build", building, smaller=("build_over_plain", "build_over_activations", "stage_over_plain")),
+    Case("gradient_pass", gradient_pass, smaller=("over_plain", "over_activations")),
     Case("rerank", rerank, larger=("speed_up_batch",), recalls=("recall_at_10",)),
     Case("words", words, larger=SPEED_UPS, recalls=("same_top_10",)),
 )
