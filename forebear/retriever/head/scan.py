@@ -91,7 +91,7 @@ class Scan:
         values, rows_reach, best, group_reach, scores_memory = self._visited(k, group, ends)
         n_queries = len(self.query)
         # Both ends as one: the opponents are the proponents of the negative scores.
-        edges = _best_of(None, best - group_reach, k)[:, -1]
+        edges = _best_of(None, _folded(best - group_reach, k), k)[:, -1]
         chosen = best + group_reach >= edges[:, None]
         crowded = chosen.sum(dim=1) * group > most + group * (k + 1)
         pairs = (chosen & ~crowded[:, None]).nonzero()
@@ -189,6 +189,15 @@ class Scan:
         step = max(_LEAST_ROWS, _PRODUCTS // widest // GROUP_ROWS * GROUP_ROWS) if memory.on_host else n_rows
         starts = range(0, n_rows, step)
         return map(scores, starts, (min(start + step, n_rows) for start in starts))
+
+
+def _folded(values: torch.Tensor, k: int) -> torch.Tensor:
+    """The largest of neighbours along the second axis, if many: their k-th is quick to find, and little smaller."""
+    n_neighbours = values.shape[1] // (_GROUPS * k)
+    if n_neighbours < 2:
+        return values
+    whole = values[:, : values.shape[1] // n_neighbours * n_neighbours]
+    return whole.view(len(values), -1, n_neighbours, values.shape[2]).amax(dim=2)
 
 
 def _best_of(before: torch.Tensor | None, values: torch.Tensor, k: int) -> torch.Tensor:

@@ -37,6 +37,7 @@ SPARE = 8  # candidates beyond k that are scored pair by pair
 MAX_SCORES = 1 << 26  # entries of a (queries, rows) block held at once
 _BOUNDED_SCORES = 1 << 23  # the same where each entry has bounds of its own, five times the bytes
 _HOST_QUERIES = 128  # of which a CPU's cache holds the scores of the rows that are multiplied at once
+_DEVICE_QUERIES = 1024  # scanned together, so that the list of each may be some thousand rows long
 _LISTED = 1 << 22  # rows that an end's lists of a block of queries may hold together; queries beyond are scored in full
 _MAX_CANDIDATE_NUMBERS = 1 << 25  # entries of a (queries, candidates, width) block held at once
 
@@ -206,8 +207,7 @@ def search_scan(
         ends: True for proponents, False for opponents.
     """
     size = max(1, (MAX_SCORES if group_rows(table, k) > 8 else _BOUNDED_SCORES) // len(table))
-    if memory.on_host:
-        size = min(size, _HOST_QUERIES)
+    size = min(size, _HOST_QUERIES if memory.on_host else _DEVICE_QUERIES)
     widest = min(len(table), _MAX_CANDIDATE_NUMBERS // sum(m.width for m in factors.features))
     found: list[list[Ranking]] = [[] for _ in ends]
     for chunk in _chunks(np.arange(len(query)), size):

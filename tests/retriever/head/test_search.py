@@ -341,6 +341,18 @@ def plain_query(rows: Rows, name: str) -> Query:
     return Query(method, (Term(1.0, None, matrix=reduced[:, :, None] * x[:, None], basis=basis),), norms, own)
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_best_of_many_groups_of_rows_are_found(k: int, tmp_path: Path) -> None:
+    """So many groups that the k-th best of them is looked for among the best of neighbours."""
+    rng = np.random.default_rng(k)
+    f, x = rng.normal(size=(5003, H)).astype(np.float32), rng.normal(size=(Q, H))
+    query = Query(METHODS["nn-cos"], (Term(1.0, x),), np.linalg.norm(x, axis=1))
+    factors = RowFactors((RowMatrix([f]),), (), np.arange(len(f)))
+    wide = f.astype(np.float64)
+    truth = x @ wide.T / np.outer(np.linalg.norm(x, axis=1), np.linalg.norm(wide, axis=1))
+    check(search_scan(query, table_of(factors, tmp_path), factors, k), truth, factors.live, k)
+
+
 def test_integers_and_floats_give_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever a CPU is quicker at: sums of products of codes are exact in both."""
     rng = np.random.default_rng(0)
