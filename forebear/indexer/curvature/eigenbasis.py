@@ -26,7 +26,7 @@ from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Texts
 from forebear.indexer.model.scopes import Block, Scope
 
-_BYTES = 1 << 27  # of whole gradients of rows that are formed at once
+_BYTES = 3 << 26  # of whole gradients of rows that are formed at once
 
 
 @dataclass(frozen=True)
