@@ -1,8 +1,8 @@
 """Processor seconds of each stage of a build at scope ``all``, over an epoch of training; and peak memories by length.
 
-Seconds are those of ``--rows`` reviews of SST-2; memory is taken of texts of one length. The plain pass is a forward and
-backward with the gradients of all weights, of the same batches. Every build, and every plain pass whose memory is taken,
-has a process of its own.
+Seconds are those of ``--rows`` reviews of SST-2; memory is taken of texts of one length. The plain pass is a forward
+and backward with the gradients of all weights, of the same batches. Every build, and every plain pass whose memory is
+taken, has a process of its own.
 ``python benchmarks/build_stages.py RUN [--rows 1000] [--lengths 25,128,512]``, RUN a folder of ``forebear train``
 """
 
