@@ -1,4 +1,4 @@
-"""100,000 test rows asked of a million training rows by ``forebear retrieve``, killed and gone on with, in flat memory.
+"""100,000 test rows asked of a million training rows by ``forebear retrieve``, killed and gone on with.
 
     python benchmarks/million.py [BASE] [--folder runs/bench/million] [--rows N] [--queries N] [--method nn-cos]
 
