@@ -143,8 +143,10 @@ def stop_of(question: Question, method: Method) -> Stop | None:
     if calibration is None or "errors" not in calibration or _not_measured(question, method, name):
         return None
     errors = {float(recall): error for recall, error in calibration["errors"].items()}
-    enough = [recall for recall in errors if recall >= spec.recall - _ROUNDING]
-    level = min(enough) if enough else max(errors)
+    enough = [recall for recall in errors if recall >= min(spec.recall, calibration["supported"]) - _ROUNDING]
+    if not enough:  # too many of the best rows were not listed: a number of candidates keeps the recall
+        return None
+    level = min(enough)
     return Stop(errors[level], calibration["list_share"], min(spec.recall, level))
 
 

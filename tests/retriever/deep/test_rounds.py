@@ -26,7 +26,7 @@ from forebear.retriever.deep.candidates import Listed
 from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.rounds import FIRST_ROUND, rank_candidates
 from forebear.retriever.deep.search import GradientSearch
-from forebear.retriever.question.recall import stop_of
+from forebear.retriever.question.recall import deep_recall, n_candidates, stop_of
 from forebear.retriever.question.spec import QuerySpec
 
 METHOD = SimpleNamespace(name="if", query="preconditioned")
@@ -208,6 +208,28 @@ def test_a_stop_is_for_what_was_calibrated(retriever):
             assert stop(name, **other) is None
     for name in set(stopping) & {"if", "rif"}:
         assert stop(name, damping="10%") is None
+
+
+def test_where_no_error_keeps_a_recall_a_number_of_candidates_does(retriever, monkeypatch):
+    """Errors are stated for recalls that the list itself has; what is stated stays the recall that was asked for."""
+    facts = retriever.index.manifest.calibration["top-1"]["methods"]
+    name = next(name for name, of_method in facts.items() if "errors" in of_method)
+    monkeypatch.setitem(facts[name], "errors", {"0.8": 0.1, "0.9": 0.2})
+
+    def asked(recall: float):
+        question = retriever.resolve(QuerySpec(methods=(name,), scope="top-1", recall=recall))
+        method = question.methods[0]
+        n = n_candidates(question, method)
+        return stop_of(question, method), n, deep_recall(question, method, n)
+
+    assert asked(0.85)[0].error == 0.2
+    for recall in (0.95, 0.99):
+        stop, n, (stated, _) = asked(recall)
+        assert stop is None
+        assert stated == (1.0 if n == 400 else min(recall, facts[name]["supported"]))
+    supported = facts[name]["supported"]
+    facts[name]["errors"] = {"0.9": 0.2, str(supported): 0.3}
+    assert asked(0.99)[0].recall == supported  # the most that the sample supports
 
 
 def test_fewer_rows_are_scored_than_without_a_stop(retriever):
