@@ -105,9 +105,10 @@ class Scan:
             possible = scores >= (edges[end, queries] - group_reach[groups, queries])[:, None]
             pair, member = (possible & (positions < len(self.table))).nonzero().unbind(1)
             rows, columns = positions[pair, member], queries[pair]
-            reach = (rows_reach[rows] * self._reach.T[columns]).sum(dim=1)
+            score, reach = scores[pair, member], (rows_reach[rows] * self._reach.T[columns]).sum(dim=1)
             number = end[pair] * n_queries + columns
-            found.append(torch.stack([number.double(), rows.double(), scores[pair, member].double(), reach.double()]))
+            kept = score + reach >= edges[end[pair], columns]  # a group's reach is its longest row's
+            found.append(torch.stack([number.double(), rows.double(), score.double(), reach.double()])[:, kept])
         together = torch.cat(found, dim=1) if found else torch.zeros((4, 0), dtype=torch.float64, device=values.device)
         (numbers, too_many) = fetch(together, crowded)
         self.table.kept[self.memory.device] = scores_memory
