@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from forebear.indexer.model.device.arithmetic import repeatable
+from forebear.indexer.model.device.memory import return_memory
 from forebear.indexer.model.forward import Forward
 from forebear.indexer.rows.labels import UNKNOWN
 from forebear.indexer.rows.row_source import RowSource
@@ -124,6 +125,7 @@ class Retriever(Scorer):
                 continue
             gold = None if labels is None or block.labels is None else labels(block.labels, block.start)
             yield self.answer_block(block.start, block.texts, gold, question, table=block.table, effects=True)
+            return_memory()
 
     def groups(self, source: RowSource, spec: QuerySpec | Question, column: str) -> Iterator[pa.Table]:
         """Sums of the scores of all live rows by group, as tables, a bounded number of queries each.

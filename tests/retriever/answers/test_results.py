@@ -216,6 +216,14 @@ def test_retrieve_says_which_results_have_the_other_sign(bert_world, tmp_path, c
     assert "have scores" not in "".join(capsys.readouterr())
 
 
+def test_memory_goes_back_to_the_system_after_each_block_of_test_rows(bert_world, monkeypatch):
+    returned = []
+    monkeypatch.setattr("forebear.retriever.retriever.return_memory", lambda: returned.append(True))
+    spec = QuerySpec(methods=("gd",), top=2)
+    blocks = list(bert_world.retriever.answers(rows_from_texts(bert_world.queries), spec, block_rows=3))
+    assert len(returned) == len(blocks) == -(-N_QUERIES // 3)
+
+
 def test_counts_of_many_answers_are_those_of_all_scores(bert_world):
     spec = QuerySpec(methods=("gd", "nn-dot"), top=N_ROWS)
     counts = SignCounts(spec.check())

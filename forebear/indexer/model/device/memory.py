@@ -7,10 +7,13 @@ a lack of memory by its words.)
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakSet
 
@@ -27,6 +30,21 @@ class Keeper(Protocol):
 
     def give_up(self, device: torch.device) -> None:
         """Let go of all that is kept on a device."""
+
+
+def return_memory() -> None:
+    """Give memory that nothing uses back to the system, where the C library (glibc) keeps it otherwise.
+
+    Blocks of rows take arrays of ever other sizes, between which it keeps what the last ones left: a run of 100,000
+    test rows grew by a half.
+    """
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 KEEPERS: WeakSet[Keeper] = WeakSet()  # who is asked where memory does not suffice

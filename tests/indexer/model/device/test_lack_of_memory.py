@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
+import textwrap
 import weakref
 from contextlib import contextmanager
 
@@ -158,6 +161,25 @@ def test_tensors_of_a_batch_that_failed_are_gone_when_memory_is_freed(monkeypatc
     monkeypatch.setattr(memory, "free_memory", lambda device: (free(device), gone.append(held[-1]() is None)))
     list(run_batches([[0, 1]], run, device=CPU))
     assert gone == [True]
+
+
+@pytest.mark.skipif(memory._malloc_trim() is None, reason="the C library is not glibc")
+def test_memory_between_what_is_kept_goes_back_to_the_system():
+    script = """
+    from pathlib import Path
+    from forebear.indexer.model.device.memory import return_memory
+
+    def megabytes():
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
+
+    blocks = [b"x" * (100_000 + i) for i in range(2000)]
+    before = megabytes()
+    blocks = blocks[::20]
+    return_memory()
+    print(before - megabytes())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 150  # of 190 that are freed
 
 
 @pytest.mark.slow
