@@ -23,7 +23,7 @@ from forebear.indexer.curvature.head import row_chunks
 from forebear.indexer.gradients.block_file import read_blocks, write_blocks
 from forebear.indexer.gradients.dots import gram
 from forebear.indexer.gradients.factors import LayerFactors
-from forebear.indexer.gradients.gradient_pass import Collector, RowCollector, SeedOf, run_pass
+from forebear.indexer.gradients.gradient_pass import ArrayCollector, Collector, SeedOf, run_pass
 from forebear.indexer.gradients.tape import Seed
 from forebear.indexer.gradients.vectors import Vectors, row_lengths
 from forebear.indexer.gradients.whole import gather
@@ -298,7 +298,7 @@ def whitened(factors: LayerFactors, weights: torch.Tensor) -> Iterator[tuple[tor
         yield white, row_lengths(white.flatten(1)).square()
 
 
-class _SelfInfluence(RowCollector):
+class _SelfInfluence(ArrayCollector):
     """Gathers <(H + damping I)^-1 G, G> of rows, in the eigenbasis."""
 
     def __init__(self, scope: Scope, ekfac: Ekfac, damping: float, n_rows: int) -> None:
@@ -315,12 +315,6 @@ class _SelfInfluence(RowCollector):
 
     def end(self, positions: list[int]) -> Sequence[torch.Tensor]:
         return (self._total,)
-
-    def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
-        (self.out[positions],) = arrays
-
-    def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
-        self.out[copies] = self.out[sources]
 
 
 def ekfac_self_influence(

@@ -14,6 +14,7 @@ from itertools import chain, islice
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from forebear.errors import NonFiniteError
 from forebear.indexer.gradients.factors import LayerFactors
@@ -80,6 +81,24 @@ class RowCollector(Collector):
     @abstractmethod
     def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
         """Give rows at ``copies`` ``(m,)``, which were not run, the entries of ``sources``, after the last batch."""
+
+
+class ArrayCollector(RowCollector):
+    """A collector whose result is one array.
+
+    Attributes:
+        out: An entry for each row, ``(n, ...)``.
+    """
+
+    out: np.ndarray
+
+    @override
+    def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
+        (self.out[positions],) = arrays
+
+    @override
+    def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
+        self.out[copies] = self.out[sources]
 
 
 SeedOf = Callable[[list[int]], Seed]  # from positions of rows to the seed that is differentiated there

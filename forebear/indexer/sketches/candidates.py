@@ -58,9 +58,7 @@ def propose(
     """
     if not memory.on_host:
         return memory.run(lambda: propose_on_device(parts, live, n_candidates, proposal, memory))
-    order, reaches = live, None
-    if not proposal.cosine:
-        order, *reaches = _by_falling_reach(parts, live, proposal)
+    order, reaches = (live, None) if proposal.cosine else _by_falling_reach(parts, live, proposal)
     ends: list[tuple[torch.Tensor, torch.Tensor]] = []
     for start in range(0, len(order), BLOCK_ROWS):
         if ends and reaches is not None and ends[0][0].shape[1] == n_candidates:
@@ -84,7 +82,7 @@ def propose(
 
 def _by_falling_reach(
     parts: Sequence[Part], live: np.ndarray, proposal: Proposal
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """Rows, and numbers of theirs ``(n,)`` and of the queries ``(q,)``: no estimate and margin is above their product.
 
     Each is the length of a vector (Cauchy-Schwarz) of: what a row has along the coordinates; what the code makes of
@@ -105,7 +103,7 @@ def _by_falling_reach(
         row_squares += part.weight * of_rows * store.lengths[live].astype(np.float64) ** 2
         query_squares += part.weight * of_queries * queries.lengths**2
     order = np.argsort(-row_squares, kind="stable")
-    return live[order], np.sqrt(row_squares[order]), np.sqrt(query_squares)
+    return live[order], (np.sqrt(row_squares[order]), np.sqrt(query_squares))
 
 
 def _in_order(parts: Sequence[Part], proposal: Proposal, end: tuple[torch.Tensor, torch.Tensor], sign: int) -> End:

@@ -11,7 +11,7 @@ import torch
 from typing_extensions import override
 
 from forebear.indexer.gradients.factors import LayerFactors, wide
-from forebear.indexer.gradients.gradient_pass import RowCollector
+from forebear.indexer.gradients.gradient_pass import ArrayCollector
 from forebear.indexer.gradients.whole import gather
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.copies import picks
@@ -80,7 +80,7 @@ class Grams:
         return cls(*(wide(torch.bmm(x, x.transpose(1, 2))) for x in (a, d)))
 
 
-class _Squares(RowCollector):
+class _Squares(ArrayCollector):
     """Gathers squared norms."""
 
     def __init__(self, scope: Scope, n_rows: int, device: torch.device) -> None:
@@ -97,14 +97,6 @@ class _Squares(RowCollector):
     @override
     def end(self, positions: list[int]) -> Sequence[torch.Tensor]:
         return (self._total,)
-
-    @override
-    def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
-        (self.out[positions],) = arrays
-
-    @override
-    def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
-        self.out[copies] = self.out[sources]
 
 
 def exact_squares(classifier: Classifier, scope: Scope, texts: Texts, labels: np.ndarray) -> np.ndarray:

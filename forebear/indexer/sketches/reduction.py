@@ -15,7 +15,7 @@ from forebear.errors import CorruptIndexError
 from forebear.indexer.gradients.dots import gram
 from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.gradient_pass import (
-    RowCollector,
+    ArrayCollector,
     refuse_non_finite,
 )
 from forebear.indexer.gradients.vectors import row_lengths
@@ -164,7 +164,7 @@ def read_reduction(path: Path) -> Reduction:
         raise CorruptIndexError(f"{path} holds no sketch map ({error}). {MEND}") from error
 
 
-class RawSketches(RowCollector):
+class RawSketches(ArrayCollector):
     """Gathers raw sketches, scaled to length 1, to fit reductions on."""
 
     def __init__(self, projector: Projector, n_rows: int, device: torch.device) -> None:
@@ -184,14 +184,6 @@ class RawSketches(RowCollector):
     @override
     def end(self, positions: list[int]) -> Sequence[torch.Tensor]:
         return (_unit(self._raw).half(),)
-
-    @override
-    def keep(self, positions: list[int], *arrays: np.ndarray) -> None:
-        (self.out[positions],) = arrays
-
-    @override
-    def repeat(self, sources: np.ndarray, copies: np.ndarray) -> None:
-        self.out[copies] = self.out[sources]
 
 
 def _unit(raw: torch.Tensor) -> torch.Tensor:

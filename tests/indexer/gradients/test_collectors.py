@@ -17,7 +17,7 @@ from forebear.errors import NotEnoughMemoryError
 from forebear.indexer.curvature import eigenbasis, ekfac, products
 from forebear.indexer.gradients import whole as gradients
 from forebear.indexer.gradients.factors import LayerFactors
-from forebear.indexer.gradients.gradient_pass import Collector, RowCollector, labels_seed, run_pass
+from forebear.indexer.gradients.gradient_pass import ArrayCollector, Collector, RowCollector, labels_seed, run_pass
 from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import encode_with_places
@@ -43,7 +43,8 @@ def package_classes() -> list[type]:
     return found
 
 
-COLLECTORS = [c for c in package_classes() if issubclass(c, Collector) and c not in (Collector, RowCollector)]
+BASES = (Collector, RowCollector, ArrayCollector)
+COLLECTORS = [c for c in package_classes() if issubclass(c, Collector) and c not in BASES]
 
 
 class Maker:

@@ -200,8 +200,7 @@ def _exact_scores(
         whitening = Whitening(ekfac, index.ekfac_damping(scope.name)[1])
     encoded = as_encoded(classifier, queries.texts)
     n_groups = -(-len(encoded) // _queries_at_once(scope, encoded))
-    dots, lengths = [], store.norms_within(sample.numbers)[0][None]
-    squares = []
+    dots, squares = [], []
     for number, group in enumerate(np.array_split(np.arange(len(encoded)), n_groups), 1):
         found = score_pairs(
             classifier, scope, whitening, (encoded.take(group), queries.targets[group]), (sample.texts, sample.labels),
@@ -209,7 +208,7 @@ def _exact_scores(
         )  # fmt: skip
         dots.append(found.dots)
         squares.append(found.queries)
-    lengths = np.concatenate([lengths, np.sqrt(found.rows)])
+    lengths = np.concatenate([store.norms_within(sample.numbers)[0][None], np.sqrt(found.rows)])
     scores = np.concatenate(dots, axis=1)
     cosines = ratio(scores, np.sqrt(np.concatenate(squares, axis=1))[:, :, None] * lengths[:, None])
     return {kind: (scores[i], cosines[i]) for i, kind in enumerate(("plain", "white")[: len(scores)])}

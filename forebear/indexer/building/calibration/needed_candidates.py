@@ -199,13 +199,13 @@ class RankCalibration:
             errors = ratio(of_sample.weighted(weight) - cosines[queries], of_sample.units)
             usual = float(np.sqrt(np.mean(errors[counted] ** 2)))
             for name, ranking in rankings.items():
-                margins = [share * usual for share in ((0.0,) if ranking.by_cosine else MARGINS)]
-                for margin in margins:
-                    setting = Proposal(ranking.by_cosine, weight, margin)
+                for share in (0.0,) if ranking.by_cosine else MARGINS:
+                    setting = Proposal(ranking.by_cosine, weight, share * usual)
                     needed = self._needed(queries, estimates, ranking, setting, n_best)
                     numbers[name].append(_Tried.of_number(setting, needed))
-                setting = Proposal(ranking.by_cosine, weight, max(0.0, float(_aimed(needed.errors).max())))
-                if stops:
+                if stops:  # whatever the margin, the errors are the same
+                    allowed = max(0.0, float(_aimed(needed.errors).max()))
+                    setting = Proposal(ranking.by_cosine, weight, allowed)
                     stopping[name].append(self._until_enough(queries, estimates, ranking, setting, n_best))
         best = {
             name: [min(tried[name], key=lambda one: one.cost) for tried in (numbers, stopping) if tried[name]]
