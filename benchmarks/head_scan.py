@@ -1,7 +1,8 @@
 """The exact scan of factored head gradients, against scoring every row.
 
 393k rows x 768 features x 3 labels (MNLI's size under a BERT-base), residual norms log-normal as measured on
-fine-tuned heads (sigma 0.86), features in three clusters. Recall is against float64 scores of every row.
+fine-tuned heads (sigma 0.86), features in three clusters. Recall is against float64 scores of every row. One thread,
+processor seconds.
 ``python benchmarks/head_scan.py [ROWS] [WIDTH] [CLASSES]``
 """
 
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import by_turns, ratio, write_result
+import torch
+from common import by_turns, count_processor_seconds, ratio, write_result
 
 from forebear.indexer.curvature.head import HeadCurvature, factorise, head_hessian, mean_eigenvalue
 from forebear.indexer.losses.cross_entropy import CROSS_ENTROPY
@@ -111,6 +113,8 @@ def measure(problem: Problem, name: str, rounds: int = 5) -> dict[str, Any]:
 
 
 def main(n_rows: int = 393_000, width: int = 768, n_classes: int = 3) -> None:
+    torch.set_num_threads(1)
+    count_processor_seconds()
     problem = Problem(n_rows, width, n_classes)
     for name in SCANNED:
         write_result(f"head_scan_{name}", larger=SPEED_UPS, recalls=("recall",), **measure(problem, name))

@@ -11,6 +11,7 @@ not wait after each block for the answer whether it must go on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from forebear.retriever.head.scoring import Query
 # Rounding of a float32 dot product of two unit vectors, with a margin: 4e-6 is over 60 units in the last place.
 SCAN_TOLERANCE = 4e-6
 GROUP_ROWS = 64  # rows of which only the best and the worst are looked at before the end, at most
-_GROUPS = 16  # at least so many for each row that is wanted
+_GROUPS = 32  # at least so many for each row that is wanted
 _PRODUCTS = 1 << 18  # entries of a product that stay in the processor's cache until its groups are known
 _LEAST_ROWS = 1024  # that are multiplied at once
 _WIDER = 1 + 1e-4  # reaches are sums of a few float32 products
@@ -93,24 +94,33 @@ class Scan:
         # Both ends as one: the opponents are the proponents of the negative scores.
         edges = _best_of(None, _folded(best - group_reach, k), k)[:, -1]
         chosen = best + group_reach >= edges[:, None]
-        crowded = chosen.sum(dim=1) * group > most + group * (k + 1)
-        pairs = (chosen & ~crowded[:, None]).nonzero()
         offsets = torch.arange(group, device=values.device)
         signs = self.memory.send(np.where(ends, 1.0, -1.0).astype(np.float32))
-        found = []
-        for start in range(0, len(pairs), _PAIRS // group):
-            end, groups, queries = pairs[start : start + _PAIRS // group].unbind(1)
+
+        def possible(pairs: torch.Tensor) -> torch.Tensor:
+            """Column, position, score and reach ``(4, x)`` of rows that can be, by end, group and query ``(p, 3)``."""
+            end, groups, queries = pairs.unbind(1)
             positions = groups[:, None] * group + offsets
             scores = values[positions, queries[:, None]] * signs[end][:, None]
-            possible = scores >= (edges[end, queries] - group_reach[groups, queries])[:, None]
-            pair, member = (possible & (positions < len(self.table))).nonzero().unbind(1)
-            rows, columns = positions[pair, member], queries[pair]
-            score, reach = scores[pair, member], (rows_reach[rows] * self._reach.T[columns]).sum(dim=1)
-            number = end[pair] * n_queries + columns
-            kept = score + reach >= edges[end[pair], columns]  # a group's reach is its longest row's
-            found.append(torch.stack([number.double(), rows.double(), score.double(), reach.double()])[:, kept])
-        together = torch.cat(found, dim=1) if found else torch.zeros((4, 0), dtype=torch.float64, device=values.device)
-        (numbers, too_many) = fetch(together, crowded)
+            near = scores >= (edges[end, queries] - group_reach[groups, queries])[:, None]
+            pair, member = (near & (positions < len(self.table))).nonzero().unbind(1)
+            rows, queries, end = positions[pair, member], queries[pair], end[pair]
+            score, reach = scores[pair, member], (rows_reach[rows] * self._reach.T[queries]).sum(dim=1)
+            columns = end * n_queries + queries
+            kept = score + reach >= edges[end, queries]  # a group's reach is its longest row's
+            return torch.stack([columns.double(), rows.double(), score.double(), reach.double()])[:, kept]
+
+        # The groups of a query may have more rows than a list, and the list be short: it is made alone.
+        crowded = chosen.sum(dim=1) * group > most
+        pairs = (chosen & ~crowded[:, None]).nonzero()
+        found = [possible(some) for some in torch.split(pairs, _PAIRS // group)]
+        for end, query in crowded.nonzero().tolist():
+            groups = chosen[end, :, query].nonzero()
+            rows = possible(torch.cat([torch.full_like(groups, end), groups, torch.full_like(groups, query)], dim=1))
+            if rows.shape[1] <= most:
+                crowded[end, query] = False
+                found.append(rows)
+        (numbers, too_many) = fetch(torch.cat(found, dim=1), crowded)
         self.table.kept[self.memory.device] = scores_memory
         lists = _lists(numbers, too_many.reshape(-1), k, most)
         return [lists[start : start + n_queries] for start in range(0, len(lists), n_queries)]
@@ -209,11 +219,15 @@ def _best_of(before: torch.Tensor | None, values: torch.Tensor, k: int) -> torch
 
 def _lists(numbers: np.ndarray, too_many: np.ndarray, k: int, most: int) -> Listed:
     """Positions of the rows that can be among the best k, by column; of (column, position, score, reach) ``(4, x)``."""
-    surely = numbers[2] - numbers[3]
-    order = np.lexsort((-surely, numbers[0]))
-    columns, positions = numbers[:2, order].astype(np.int64)
-    starts = np.searchsorted(columns, np.arange(len(too_many)))
-    edges = np.append(surely[order], np.inf)[np.minimum(starts + k - 1, len(order))]
-    kept = (numbers[2] + numbers[3])[order] >= edges[columns]
-    lists = np.split(positions[kept], np.searchsorted(columns[kept], np.arange(1, len(too_many))))
-    return [None if none or len(one) > most else one for one, none in zip(lists, too_many, strict=True)]
+    columns = numbers[0].astype(np.uint16 if len(too_many) <= 1 << 16 else np.int64)  # numpy counts short integers
+    order = np.argsort(columns, kind="stable")
+    starts = np.searchsorted(columns, np.arange(len(too_many) + 1), sorter=order)
+    _, positions, scores, reaches = numbers[:, order]
+
+    def of_column(start: int, stop: int) -> np.ndarray | None:
+        score, reach = scores[start:stop], reaches[start:stop]
+        edge = np.partition(score - reach, -k)[-k]
+        rows = positions[start:stop][score + reach >= edge].astype(np.int64)
+        return rows if len(rows) <= most else None
+
+    return [None if none else of_column(*ends) for none, ends in zip(too_many, pairwise(starts), strict=True)]

@@ -40,6 +40,7 @@ _HOST_QUERIES = 128  # of which a CPU's cache holds the scores of the rows that 
 _DEVICE_QUERIES = 1024  # scanned together, so that the list of each may be some thousand rows long
 _LISTED = 1 << 22  # rows that an end's lists of a block of queries may hold together; queries beyond are scored in full
 _MAX_CANDIDATE_NUMBERS = 1 << 25  # entries of a (queries, candidates, width) block held at once
+_CACHED_NUMBERS = 1 << 20  # the same of those that are scored together, in float64: more leave the processor's cache
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class RowFactors:
 
     def scores(self, query: Query, rows: np.ndarray) -> np.ndarray:
         """Scores ``(q, k)`` of each query's own rows ``(q, k)``."""
-        return self._exact(query, rows)
+        n_queries = max(1, _CACHED_NUMBERS // (rows.shape[1] * self.width))
+        parts = _chunks(np.arange(len(query)), n_queries)
+        return np.concatenate([self._exact(query.take(indices), rows[indices]) for indices in parts])
 
     def products(self, query: Query, rows: np.ndarray) -> np.ndarray:
         """Products ``(q, k)`` of each query's own rows ``(q, k)``.
@@ -79,12 +82,16 @@ class RowFactors:
     def all_products(self, query: Query) -> np.ndarray:
         """Products of every live row, ``(q, n_live)``, columns in the order of ``live``."""
         out = np.empty((len(query), len(self.live)))
-        width = sum(m.width for m in self.features)
-        step = max(256, _MAX_CANDIDATE_NUMBERS // width)
+        step = max(256, _CACHED_NUMBERS // self.width)
         for start in range(0, len(self.live), step):
             rows = self.live[start : start + step]
             out[:, start : start + len(rows)] = self._exact(query, rows)
         return out
+
+    @property
+    def width(self) -> int:
+        """Features of a row over all checkpoints."""
+        return sum(m.width for m in self.features)
 
     def _exact(self, query: Query, rows: np.ndarray) -> np.ndarray:
         features = tuple(m.take(rows) for m in self.features)
@@ -106,7 +113,7 @@ def settle(
     n_scored = np.zeros(len(query), np.int64)
     pending = np.arange(len(query))
     width = min(n_live, first_width)
-    dim = sum(m.width for m in factors.features)
+    dim = factors.width
     while len(pending) and width < n_live and width * dim <= _MAX_CANDIDATE_NUMBERS:
         unsettled = []
         for chunk in _chunks(pending, max(1, _MAX_CANDIDATE_NUMBERS // (width * dim))):
@@ -208,7 +215,7 @@ def search_scan(
     """
     size = max(1, (MAX_SCORES if group_rows(table, k) > 8 else _BOUNDED_SCORES) // len(table))
     size = min(size, _HOST_QUERIES if memory.on_host else _DEVICE_QUERIES)
-    widest = min(len(table), _MAX_CANDIDATE_NUMBERS // sum(m.width for m in factors.features))
+    widest = min(len(table), _MAX_CANDIDATE_NUMBERS // factors.width)
     found: list[list[Ranking]] = [[] for _ in ends]
     for chunk in _chunks(np.arange(len(query)), size):
         most = min(widest, max(4 * k, _LISTED // len(chunk)))
@@ -236,7 +243,7 @@ def _rank_listed(
             rows[i], scores[i] = some.rows[0], some.scores[0]
     order = np.argsort(n_listed, kind="stable")
     order = order[[(one := listed[i]) is not None and len(one) <= _LONG_LIST for i in order]]
-    dim = sum(m.width for m in factors.features)
+    dim = factors.width
     while len(order):  # the shortest lists first, as many as fit together at the width of the longest of them
         fits = n_listed[order] * np.arange(1, len(order) + 1) * dim <= _MAX_CANDIDATE_NUMBERS
         alike = n_listed[order] <= 2 * n_listed[order[0]]

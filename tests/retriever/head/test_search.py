@@ -451,6 +451,20 @@ def test_ill_conditioned_curvature_misses_nothing(name: str, damping: float, tmp
         np.testing.assert_array_equal(end.rows, sure.rows)
 
 
+def test_a_short_list_is_made_where_its_groups_have_more_rows_than_a_list(tmp_path: Path) -> None:
+    """The rows of the groups that are looked at are no list yet: no row may be scored because of them."""
+    rng = np.random.default_rng(5)
+    f, right = rng.normal(size=(N, H)).astype(np.float32), rng.normal(size=(Q, H))
+    query = Query(METHODS["nn-cos"], (Term(1.0, right),), np.linalg.norm(right, axis=1))
+    factors = RowFactors((RowMatrix([f]),), (), np.arange(N))
+    scan = Scan(query, table_of(factors, tmp_path))
+    for end, free in zip(scan.contenders(K, longest := 2 * K), scan.contenders(K, N), strict=True):
+        lengths = [len(rows) for rows in free if rows is not None]
+        assert max(lengths) <= longest < K * group_rows(scan.table, K), "the case does not crowd its groups"
+        for some, every in zip(end, free, strict=True):
+            np.testing.assert_array_equal(np.sort(some), np.sort(every))
+
+
 def test_lists_of_a_block_of_queries_hold_no_more_than_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of rows that rounding cannot tell apart all would be listed, for every query: these are scored in full."""
     rng = np.random.default_rng(3)
