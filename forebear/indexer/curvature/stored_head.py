@@ -116,7 +116,7 @@ class StoredHead:
         """<H^-1 g_n, g_n> of every row, ``(n,)`` float64."""
         facts = self.damping(given)
         if "self_influence" in facts:
-            return column(read_batches(self.files.checked(facts["self_influence"])[0])[0], "self_influence")
+            return self._column(facts["self_influence"], "self_influence")
         key = ("self-influence", facts["damping"])
         if key not in self._kept:
             self._kept[key] = self.self_influence_under(self.inverse(given))
@@ -217,4 +217,10 @@ class StoredHead:
         name = self._facts["representer"].get("file")
         if name is None:
             raise MissingStoreError(f"{self.files.folder} has no refitted head. Build it with --rep-refit.")
-        return RowMatrix([column(read_batches(self.files.checked(name)[0])[0], "residual")])
+        return RowMatrix([self._column(name, "residual")])
+
+    def _column(self, file: str, name: str) -> np.ndarray:
+        """A column of a file, mapped once: whoever holds the head can read it when a change has removed the file."""
+        if file not in self._kept:
+            self._kept[file] = column(read_batches(self.files.checked(file)[0])[0], name)
+        return np.asarray(self._kept[file])
