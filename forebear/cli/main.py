@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from forebear.cli.commands import demo, explain, flip, index, inspect, perturb, report, retrieve, train
+from forebear.cli.commands import demo, explain, flip, index, inspect, perturb, report, retrieve, serve, train
 from forebear.cli.commands.audit import hans as audit
 from forebear.cli.commands.evaluate import group as evaluate
 from forebear.cli.screen.console import ERR, OUT, be_quiet, note, warn
@@ -52,7 +52,7 @@ def forebear(
     """What may stand before a command."""
 
 
-for module in (demo, train, index, retrieve, explain, flip, audit, evaluate, perturb, report, inspect):
+for module in (demo, train, index, retrieve, explain, flip, audit, evaluate, perturb, report, serve, inspect):
     module.register(app)
 
 

@@ -13,7 +13,7 @@ from places import ROOT
 
 import forebear
 
-LAYERS = ("indexer", "retriever", "evaluation", "cli")
+LAYERS = ("indexer", "retriever", "evaluation", "server", "cli")
 ROOMS = {  # of a layer, in their order: a room imports from those before it, never from those after it
     "indexer": (
         "rows", "losses", "model", "storage", "training", "gradients", "curvature", "words", "sketches", "spans",
@@ -26,6 +26,7 @@ ROOMS = {  # of a layer, in their order: a room imports from those before it, ne
     "evaluation": (
         "reports", "common", "explain", "measures", "retraining", "flips", "audits", "perturb", "demo", "python",
     ),
+    "server": ("limits", "measures", "served_indexes", "micro_batches", "tasks", "http", "running"),
     "cli": ("screen", "options", "workers", "commands", "main"),
 }  # fmt: skip
 MOST_ENTRIES = 12
@@ -92,7 +93,7 @@ def test_no_modules_import_each_other():
 def test_a_folder_has_at_most_twelve_entries(top):
     for folder in [ROOT / top, *(path for path in (ROOT / top).rglob("*") if path.is_dir())]:
         if folder.name != "__pycache__" and not folder.is_relative_to(ROOT / "tests" / "golden"):
-            doors = ("__init__.py", "__main__.py", "__pycache__")
+            doors = ("__init__.py", "__main__.py", "__pycache__", "py.typed")
             entries = [path.name for path in folder.iterdir() if path.name not in doors]
             assert len(entries) <= MOST_ENTRIES, f"{folder}: {sorted(entries)}"
 
@@ -149,3 +150,23 @@ def test_the_package_runs_as_the_command():
 def test_importing_the_package_is_cheap():
     code = "import sys, forebear; sys.exit('torch' in sys.modules or 'faiss' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_nothing_but_the_server_needs_its_extra():
+    """Neither what the package offers nor a command, its help or an error of it imports what only a server needs."""
+    code = """
+import sys
+sys.modules |= dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"))  # importing them fails
+import forebear
+from forebear.cli.main import run
+[getattr(forebear, name) for name in forebear.__all__]
+assert run(["serve", "--help"]) == 0
+assert run(["retrieve", "--index", "none", "--text", "a"]) == 2
+sys.exit(run(["serve", "none"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "error: forebear serve needs uvicorn, which is not installed. Install it: pip install 'forebear[serve]'."
+    )

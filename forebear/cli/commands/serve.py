@@ -1,0 +1,109 @@
+"""``forebear serve``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from forebear.cli.options.groups import Options, grouped, values_of
+from forebear.cli.options.model import Device, MovedModel
+from forebear.cli.options.report import Quiet
+from forebear.cli.screen.console import Command, say
+from forebear.errors import InputError
+
+HELP = """Answer questions over HTTP: one process holds indexes and models open, and many clients ask at once.
+
+Requests that ask the same at the same time are computed together. An index that is appended to or retired from is
+opened anew, without a restart. docs/server.md has the routes, limits and measures.
+
+Examples:
+
+    forebear serve my-index
+
+    forebear serve reviews=runs/sst2-index nli=runs/nli-index --port 8080
+
+    forebear serve my-index --host 0.0.0.0 --token-file token.txt --model-texts 0
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceOptions(Options, panel="Place"):
+    """Where it listens, and to whom."""
+
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen at; any but this machine's own needs a token.")
+    ] = "127.0.0.1"
+    port: Annotated[int, typer.Option("--port", help="Port; 0: any that is free.", min=0, max=65535)] = 8000
+    token_file: Annotated[
+        str | None,
+        typer.Option(
+            "--token-file",
+            help="File with the token that clients must send.",
+            show_default="the variable FOREBEAR_TOKEN, else none",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions(Options, panel="Limits"):
+    """What one request may ask for."""
+
+    texts: Annotated[int, typer.Option("--max-texts", help="Texts of a request.")] = 256
+    model_texts: Annotated[
+        int,
+        typer.Option(
+            "--model-texts",
+            help="Texts of a request whose methods run the model over training rows (scopes beyond the head, spans, "
+            "saliency); 0 refuses these methods.",
+        ),
+    ] = 8
+    queue: Annotated[int, typer.Option("--queue", help="Requests that wait for an index; one more gets 429.")] = 256
+    batch_texts: Annotated[
+        int, typer.Option("--batch-texts", help="Texts that are computed together, of several requests.")
+    ] = 64
+    request_seconds: Annotated[
+        float, typer.Option("--request-seconds", help="Time of a request; one that takes longer gets 504.")
+    ] = 60.0
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("serve", help=HELP, cls=Command)(serve)
+
+
+@grouped()
+def serve(
+    indexes: Annotated[
+        list[str], typer.Argument(metavar="INDEX...", help="Index folders, or NAME=FOLDER: the name to ask it by.")
+    ],
+    place: PlaceOptions,
+    limits: LimitOptions,
+    model: MovedModel = None,
+    device: Device = "auto",
+    log_texts: Annotated[bool, typer.Option("--log-texts", help="Write what clients ask to the log, too.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Serve indexes until Ctrl-C or SIGTERM."""
+    try:
+        from forebear.server import running
+        from forebear.server.limits import Limits
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in ("fastapi", "uvicorn", "prometheus_client"):
+            raise
+        raise InputError(
+            f"forebear serve needs {error.name}, which is not installed. Install it: pip install 'forebear[serve]'."
+        ) from error
+    token = running.token_of(place.token_file)
+    running.serve(
+        indexes,
+        host=place.host,
+        port=place.port,
+        token=token,
+        limits=Limits(**values_of(limits)),
+        model=model,
+        device=device,
+        log_texts=log_texts,
+        tell=say,
+    )
