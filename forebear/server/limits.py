@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from forebear.errors import InputError
-from forebear.retriever.question.spec import Question
+from forebear.retriever.question.methods import Method
+from forebear.retriever.question.spec import QuerySpec, Question
 
 Rows = Sequence[tuple[str, ...]]  # test rows: the texts of each, one a text column
 
@@ -36,7 +37,7 @@ class Limits:
 
     texts: int = 256
     text_characters: int = 20_000
-    body_bytes: int = 4 << 20
+    body_bytes: int = 1 << 20
     methods: int = 8
     results: int = 100_000
     scores: int = 1_000_000
@@ -61,6 +62,18 @@ class Limits:
             value, least = getattr(self, field.name), 0 if field.name == "model_texts" else 1
             if value < least:
                 raise InputError(f"{field.name.replace('_', ' ')} {value}: expected at least {least}.")
+
+    def together(self, spec: QuerySpec) -> int:
+        """Test rows that are computed together, of one request or several.
+
+        Where the model runs over training rows, whole gradients of the test rows are held, and each takes long: so many
+        as one request may ask about.
+        """
+        try:
+            by_model = methods_by_model(spec, spec.check())
+        except InputError:  # which is told when the question is checked
+            return 1
+        return max(1, min(self.batch_texts, self.model_texts)) if by_model else self.batch_texts
 
     def check_rows(self, rows: Rows) -> None:
         """Refuse too many test rows, or too long ones.
@@ -87,7 +100,7 @@ class Limits:
         _refuse_more("results (texts x methods x 2 x top)", n_rows * len(question.methods) * 2 * spec.top, self.results)
         if spec.candidates is not None:
             _refuse_more("candidates", spec.candidates, self.candidates)
-        by_model = methods_by_model(question)
+        by_model = methods_by_model(spec, question.methods)
         if not by_model:
             return
         over_all = [m.name for m in question.methods if m.through_run]
@@ -107,13 +120,9 @@ class Limits:
                      self.model_texts)  # fmt: skip
 
 
-def methods_by_model(question: Question) -> list[str]:
+def methods_by_model(spec: QuerySpec, methods: Sequence[Method]) -> list[str]:
     """Names of the methods that, as asked, run the model over training rows."""
-    return [
-        method.name
-        for method in question.methods
-        if method.by_model or (method.representation == "head" and question.scope_of(method) != "head")
-    ]
+    return [m.name for m in methods if m.by_model or (m.representation == "head" and spec.scope_of(m) != "head")]
 
 
 def _refuse_more(what: str, n: int, most: int) -> None:

@@ -29,11 +29,11 @@ LOOK_SECONDS = 1.0  # between two looks at what is on disk, where no request com
 
 
 class Task(Protocol):
-    """What is computed. Tasks that are equal are computed together, unless their ``together`` is False."""
+    """What is computed. Requests whose tasks are equal are computed together."""
 
     @property
-    def together(self) -> bool:
-        """Whether several requests may be computed as one."""
+    def most_rows(self) -> int | None:
+        """Test rows that are computed together, at most; None: each request is computed as a whole, alone."""
 
     def check(self, opened: Opened, rows: Rows, n_asked: int) -> None:
         """Refuse what one request asks, before it is joined with others.
@@ -102,7 +102,7 @@ class Job:
 
     def joins(self, other: Job) -> bool:
         """Whether another job of the same index can be computed with this one."""
-        return self.task.together and self.opened is other.opened and bool(self.task == other.task)
+        return self.task.most_rows is not None and self.opened is other.opened and bool(self.task == other.task)
 
 
 class QueueFullError(Exception):
@@ -222,8 +222,7 @@ class Worker:
                     job = queue.popleft()
                     if self._is_dropped(job):
                         continue
-                    fits = n_rows + len(job.rows) <= self._limits.batch_texts
-                    if not jobs or (fits and jobs[0].joins(job)):
+                    if not jobs or (jobs[0].joins(job) and n_rows + len(job.rows) <= (job.task.most_rows or 0)):
                         if job.outcome.set_running_or_notify_cancel():
                             jobs.append(job)
                             n_rows += len(job.rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import signal
@@ -23,7 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from forebear.errors import InputError
 from forebear.progress import Tell
 from forebear.server.http.app import make_app
-from forebear.server.http.protection import LOG
+from forebear.server.http.protection import LOG, is_loopback
 from forebear.server.http.routes import Service
 from forebear.server.limits import Limits
 from forebear.server.measures import Measures
@@ -69,18 +68,11 @@ def check_place(host: str, token: str | None) -> None:
     Raises:
         InputError: As said.
     """
-    if token is None and not _is_loopback(host):
+    if token is None and not is_loopback(host):
         raise InputError(
             f"--host {host}: whoever reaches it could ask the index. Give a token by --token-file or the variable "
             f"{TOKEN}, or leave --host out, to serve this machine alone."
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

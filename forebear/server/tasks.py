@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from forebear.errors import InputError
 from forebear.evaluation.explain.explaining import chosen_methods
 from forebear.evaluation.python.explaining import explain
 from forebear.evaluation.python.flipping import flip
+from forebear.indexer.curvature.damping import find_damping
 from forebear.indexer.rows.opening import rows_from_texts
 from forebear.retriever.answers.coverage import tell_fit_age
 from forebear.retriever.question.spec import QuerySpec, Question
@@ -24,16 +26,36 @@ NO_LABELS = "--target gold: texts given here have no labels. Give predicted, or 
 _OWN_LINES = ("index digest", "computed on", "query digest", "sign", "saliency", "versions")  # of an explanation
 
 
-def resolved(opened: Opened, spec: QuerySpec, rows: Rows, n_asked: int, limits: Limits) -> Question:
-    """The question of a request, after everything that can be refused without a model.
+def question_of(opened: Opened, spec: QuerySpec) -> Question:
+    """The question of a request, with its damping as the index names it.
+
+    An index keeps what it has computed for each damping, so that clients may only name those that it holds.
 
     Raises:
-        InputError: A choice means nothing, does not fit the index, or is beyond the server's limits.
+        InputError: A choice means nothing, or does not fit the index; or another damping.
+    """
+    question = opened.retriever.resolve(spec)
+    if spec.damping is None:
+        return question
+    scopes = {question.scope_of(method) for method in question.methods if method.query == "preconditioned"}
+    curvature = opened.index.manifest.curvature
+    held = [d for scope in scopes for facts in curvature.get(scope, {}).values() for d in facts.get("dampings", ())]
+    if (number := find_damping(held, spec.damping)) is None and held:
+        names = ", ".join(dict.fromkeys(str(facts["given"]) for facts in held))
+        raise InputError(f"--damping {spec.damping}: clients may ask at those that the index holds, {names}.")
+    return opened.retriever.resolve(spec, damping=None if number is None else held[number]["given"])
+
+
+def resolved(opened: Opened, spec: QuerySpec, rows: Rows, n_asked: int, limits: Limits) -> Question:
+    """The same, after everything that can be refused without a model.
+
+    Raises:
+        InputError: As said, or the question is beyond the server's limits.
     """
     if spec.target == "gold":
         raise InputError(NO_LABELS)
     opened.retriever.check_texts(source_of(rows))
-    question = opened.retriever.resolve(spec)
+    question = question_of(opened, spec)
     limits.check_question(question, n_asked)
     return question
 
@@ -54,7 +76,11 @@ class Retrieve:
 
     spec: QuerySpec
     limits: Limits
-    together = True
+
+    @cached_property
+    def most_rows(self) -> int | None:
+        """See :class:`~forebear.server.micro_batches.Task`."""
+        return self.limits.together(self.spec)
 
     def check(self, opened: Opened, rows: Rows, n_asked: int) -> None:
         """See :class:`~forebear.server.micro_batches.Task`."""
@@ -62,15 +88,13 @@ class Retrieve:
 
     def answer(self, opened: Opened, rows: Rows) -> Sequence[Found]:
         """A table of results for each test row: columns as docs/answers.md lists them, by method, side and rank."""
-        retriever = opened.retriever
-        question = retriever.resolve(self.spec)
+        retriever, question = opened.retriever, question_of(opened, self.spec)
         tell_fit_age(question)
         tables: list[pa.Table] = []
         size = retriever.asked_together(source_of(rows), question)
         for start in range(0, len(rows), size):
             columns = columns_of(rows[start : start + size])
-            found = retriever.answer_block(start, columns, None, question, effects=True)
-            tables += retriever.tables(found)
+            tables += retriever.tables(retriever.answer_block(start, columns, None, question, effects=True))
         table = pa.concat_tables(tables)
         n_results = table.num_rows // len(rows)
         return [Found(question, table.slice(i * n_results, n_results)) for i in range(len(rows))]
@@ -87,7 +111,11 @@ class Score:
     spec: QuerySpec
     rows: tuple[int, ...] | None
     limits: Limits
-    together = True
+
+    @cached_property
+    def most_rows(self) -> int | None:
+        """See :class:`~forebear.server.micro_batches.Task`."""
+        return self.limits.together(self.spec)
 
     def check(self, opened: Opened, rows: Rows, n_asked: int) -> None:
         """See :class:`~forebear.server.micro_batches.Task`."""
@@ -112,7 +140,7 @@ class Score:
 
     def answer(self, opened: Opened, rows: Rows) -> Sequence[Found]:
         """For each test row the training rows, and by method their scores ``(n,)``, larger = proponent."""
-        question, wanted = opened.retriever.resolve(self.spec), self._training_rows(opened)
+        question, wanted = question_of(opened, self.spec), self._training_rows(opened)
         tell_fit_age(question)
         scores = opened.retriever.score_block(columns_of(rows), None, question, rows=wanted)
         return [Found(question, (wanted, {name: s[i] for name, s in scores.items()})) for i in range(len(rows))]
@@ -136,7 +164,7 @@ class Explain:
     saliency_influence: bool
     flip: bool
     limits: Limits
-    together = False
+    most_rows = None
 
     def _spec(self, opened: Opened) -> QuerySpec:
         """The question, with the methods that an explanation takes where the client named none."""
@@ -154,15 +182,15 @@ class Explain:
 
     def answer(self, opened: Opened, rows: Rows) -> Sequence[Found]:
         """The explanation as plain values."""
-        spec = self._spec(opened)
+        question = question_of(opened, self._spec(opened))
         (row,) = rows
         query: Any = row[0] if len(row) == 1 else row
-        found = explain(opened.retriever, query, form=self.form, flip=self.flip, spec=spec)
-        own = {*_OWN_LINES, *spec.methods}
+        found = explain(opened.retriever, query, form=self.form, flip=self.flip, spec=question.spec)
+        own = {*_OWN_LINES, *question.spec.methods}
         values = asdict(found)
         values["provenance"] = {name: line for name, line in values["provenance"].items() if name in own}
         values |= {"title": found.title, "summary": found.summary, "formula": found.formula}
-        return [Found(opened.retriever.resolve(spec), values)]
+        return [Found(question, values)]
 
 
 @dataclass(frozen=True)
@@ -174,11 +202,15 @@ class Flip:
     limit: int | None
     damping: str | None
     limits: Limits
-    together = False
+    most_rows = None
+
+    def _spec(self) -> QuerySpec:
+        """The question that names its curvature and damping."""
+        return QuerySpec(methods=("if",), damping=self.damping)
 
     def check(self, opened: Opened, rows: Rows, n_asked: int) -> None:
         """See :class:`~forebear.server.micro_batches.Task`."""
-        resolved(opened, QuerySpec(methods=("if",), damping=self.damping), rows, n_asked, self.limits)
+        resolved(opened, self._spec(), rows, n_asked, self.limits)
         most = self.limits.flip_rows
         if n_asked > self.limits.flip_texts:
             raise InputError(f"{n_asked:,} texts for flip sets: this server takes at most {self.limits.flip_texts}.")
@@ -187,11 +219,11 @@ class Flip:
 
     def answer(self, opened: Opened, rows: Rows) -> Sequence[Found]:
         """A flip set for each test row, as ``forebear flip`` writes it to ``result.json``."""
+        question = question_of(opened, self._spec())
         most = min(self.limits.flip_rows, opened.index.manifest.n_live // 2)
         found = flip(
             opened.retriever, source_of(rows), to=self.to, relabel=self.relabel,
-            limit=most if self.limit is None else self.limit, damping=self.damping, n_queries=0,
+            limit=most if self.limit is None else self.limit, damping=question.spec.damping, n_queries=0,
         )  # fmt: skip
-        question = opened.retriever.resolve(QuerySpec(methods=("if",), damping=self.damping))
         sizes = found.result["sizes"]
         return [Found(question, one | {"size": sizes[i]}) for i, one in enumerate(found.result["sets"])]

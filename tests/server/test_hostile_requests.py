@@ -187,6 +187,41 @@ def test_bytes_that_are_no_http_harm_nobody(live, sent):
     assert live.ask("/v2/health/live").status == 200
 
 
+def test_dampings_of_clients_are_those_that_the_index_holds(live, bert_world):
+    """Each other one would leave a factored matrix behind. Ways to write one damping are one."""
+    held = bert_world.index.manifest.curvature["head"]["exact"]["dampings"]
+    kept = live.service.indexes["tiny"].current.index.head._kept
+
+    def ask_at(damping: str) -> Any:
+        return live.ask("/v1/retrieve", {"texts": ["a film"], "methods": ["if", "rif"], "damping": damping})
+
+    assert ask_at("0.003").status == ask_at("2x").status == 200
+    before = set(kept)
+    for damping in ("0.004", "3%", "7x"):
+        assert f"holds, {', '.join(one['given'] for one in held)}." in ask_at(damping).error
+    same = [ask_at(damping) for damping in ("0.003", "3e-3", "0.00300000", repr(0.003 * (1 + 1e-9)))]
+    assert len({reply.body for reply in same}) == 1
+    assert set(kept) == before
+
+
+def test_texts_for_which_the_model_runs_over_rows_are_few_at_a_time_however_many_ask(live, monkeypatch):
+    retriever = live.service.indexes["tiny"].current.retriever
+    asked, answer_block = list[int](), retriever.answer_block
+
+    def counting(start: int, texts: Any, *rest: Any, **options: Any) -> Any:
+        asked.append(len(texts[0]))
+        time.sleep(0.2)
+        return answer_block(start, texts, *rest, **options)
+
+    monkeypatch.setattr(retriever, "answer_block", counting)
+    with ThreadPoolExecutor(8) as clients:
+        bodies = [{"texts": [f"film {i}"], "methods": ["tracin-f"], "top": 1} for i in range(8)]
+        replies = list(clients.map(lambda body: live.ask("/v1/retrieve", body), bodies))
+    assert [reply.status for reply in replies] == [200] * 8
+    assert max(asked) == 2  # --model-texts of this server
+    assert sum(asked) == 8
+
+
 def test_a_body_is_bounded_whether_or_not_its_length_is_announced(start, index_folder):
     live = start(index_folder, body_bytes=1000)
     assert live.ask("/v1/retrieve", {"texts": ["a " * 400]}).status == 200

@@ -48,7 +48,7 @@ class Pretended:
     """Answers a text by the index's version and the texts that it was computed with; waits while it is held."""
 
     asked: str = ""
-    together: bool = True
+    most_rows: int | None = 4
     log: list[Any] = field(default_factory=list, compare=False)
     held: threading.Event = field(default_factory=threading.Event, compare=False)
 
@@ -73,7 +73,7 @@ class Desk:
         self.one, self.other = PretendedIndex("one"), PretendedIndex("other")
         self.measures = Measures()
         indexes: Any = ServedIndexes([self.one, self.other])  # type: ignore[list-item]
-        self.worker = Worker(indexes, Limits(**({"batch_texts": 4, "queue": 8} | limits)), self.measures)
+        self.worker = Worker(indexes, Limits(**({"queue": 8} | limits)), self.measures)
 
     def job(self, task: Pretended, *texts: str, index: Any = None, seconds: float = SOON, opened: Any = None) -> Job:
         rows = [(text,) for text in texts]
@@ -100,8 +100,8 @@ def values(job: Job) -> list[Any]:
     return [found.value for found in job.outcome.result(SOON).answers]
 
 
-def released(asked: str = "", *, together: bool = True) -> Pretended:
-    task = Pretended(asked, together)
+def released(asked: str = "", most_rows: int | None = 4) -> Pretended:
+    task = Pretended(asked, most_rows)
     task.held.set()
     return task
 
@@ -119,7 +119,7 @@ def test_what_waits_together_is_computed_together_up_to_a_number_of_texts(desk):
 
 def test_only_equal_questions_are_joined(desk):
     one = desk()
-    first, second, alone = released("x"), released("y"), released("z", together=False)
+    first, second, alone = released("x"), released("y"), released("z", None)
     jobs = [one.job(task, text) for task, text in zip((first, second, first, alone, alone), "abcde", strict=True)]
     one.worker.start()
     wait([job.outcome for job in jobs], SOON)
@@ -129,7 +129,7 @@ def test_only_equal_questions_are_joined(desk):
 def test_indexes_take_turns(desk):
     one = desk()
     order: list[Any] = []
-    task = Pretended("", False, order)
+    task = Pretended("", None, order)
     task.held.set()
     jobs = [one.job(task, text) for text in "abc"] + [one.job(task, "x", index=one.other)]
     one.worker.start()

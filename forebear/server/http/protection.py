@@ -8,6 +8,7 @@ is watched: a client that hangs up has its work dropped.
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import logging
 import time
 import traceback
@@ -23,7 +24,6 @@ from forebear.server.measures import Measures
 
 LOG = logging.getLogger("forebear.server")
 OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready")  # for probes, which have no token and learn nothing
-LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 FAULT = "the server could not answer; its log says why."
 DISCARDED_BYTES = 64 << 20  # of a body that is too large, so that its sender reads why it was refused
 
@@ -163,11 +163,11 @@ class Protected:
         headers = dict(scope["headers"])
         if self._token is None:
             host = headers.get(b"host", b"").decode("latin-1")
-            name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
-            if name.lower() not in LOOPBACK_NAMES:
+            name = host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+            if not is_loopback(name.lower()):
                 raise RefusedError(
                     HTTPStatus.FORBIDDEN,
-                    "Host: expected localhost, 127.0.0.1 or [::1]; a server under other names needs a token.",
+                    "Host: expected localhost or a loopback address; a server under other names needs a token.",
                 )
         elif scope["path"] not in OPEN_TO_ALL:
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
@@ -189,6 +189,14 @@ class Protected:
         LOG.info("%s %s %s %.0f ms%s", method, route, status, 1000 * seconds, asked)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, as nobody else can reach it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes | None:
     """The whole body of a request; None where the client hung up.
 
@@ -196,7 +204,7 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes | N
         RefusedError: It is larger than the limit (413), or did not arrive in time (408).
     """
     length = dict(scope["headers"]).get(b"content-length", b"0")
-    announced = int(length) if length.isdigit() else 0  # h11 refuses what is no number
+    announced = int(length[:18]) if length.isdigit() else 0  # h11 refuses what is no number
     parts, n_bytes = list[bytes](), 0
     with anyio.move_on_after(limits.body_seconds) as time_left:
         while True:

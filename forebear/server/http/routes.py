@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ async def _answered(
     service.limits.check_rows(rows)
     served = service.indexes.named(asked.index)
     note = f" index={served.name} texts={len(rows)}"
-    request.state.asked = note + (f" {dumped(asked.model_dump())!r}" if service.log_texts else "")
+    request.state.asked = note + (f" {json.dumps(asked.model_dump())}" if service.log_texts else "")
     parts = _parts(service, served.name, task, rows)
     first = await anext(parts)
     headers = {"x-forebear-index": first.opened.name, "x-forebear-digest": first.opened.digest}
@@ -173,7 +174,7 @@ async def _parts(service: Service, name: str, task: Task, rows: Rows) -> AsyncIt
 
     The next part is asked for when this one is sent: a client that reads slowly holds one part.
     """
-    size, opened = service.limits.batch_texts if task.together else len(rows), None
+    size, opened = task.most_rows or len(rows), None
     deadline = time.monotonic() + service.limits.request_seconds
     for start in range(0, len(rows), size):
         job = Job(service.indexes[name], task, rows[start : start + size], len(rows), deadline, opened)
