@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 # From end_to_end on they need its data, and gradients to peers the runs that it leaves.
 SCRIPTS = (
     "hostile.py", "campaign.py", "head_scan.py", "ann.py", "end_to_end.py", "gradients.py", "words.py", "influence.py",
-    "million.py", "peers.py", "spans.py", "retraining.py", "recall.py",
+    "million.py", "peers.py", "spans.py", "retraining.py", "recall.py", "serve.py",
 )  # fmt: skip
 
 
