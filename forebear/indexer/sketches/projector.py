@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -64,6 +65,9 @@ class Projector(Protocol):
         most that they can be.
         """
 
+    def numbers(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor]:
+        """:meth:`project` without the squared norms, which may take as long as the rest."""
+
     def project_matrix(self, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
         """The sketch of whole gradients, ``(q, D)``, and their squared norms as :meth:`project` has them."""
 
@@ -88,7 +92,6 @@ class SharedProducts:
             ``(b, t, k_out or more)``.
         inputs: Inputs along those of theirs, ``(b, t, k_in or more)``.
         numbers: The plain sketch, not scaled, ``(b, k_out k_in)``.
-        grams: Of the factors.
     """
 
     factors: LayerFactors
@@ -96,7 +99,11 @@ class SharedProducts:
     outputs: torch.Tensor
     inputs: torch.Tensor
     numbers: torch.Tensor
-    grams: Grams
+
+    @cached_property
+    def grams(self) -> Grams:
+        """Of the factors."""
+        return Grams.of(self.factors)
 
     @classmethod
     def of(
@@ -119,7 +126,7 @@ class SharedProducts:
         numbers = torch.bmm(u[:, :, : sizes[0]].transpose(1, 2), v[:, :, : sizes[1]]).flatten(1)
         if scale is not None:
             numbers.mul_(scale[:, None])
-        return cls(factors, scale, u, v, numbers, Grams.of(factors))
+        return cls(factors, scale, u, v, numbers)
 
 
 class PlainProjector:
@@ -156,6 +163,10 @@ class PlainProjector:
         else:
             squares = rescued(squares, factors)
         return self.places[name], shared.numbers, squares
+
+    def numbers(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor]:
+        """The place in the sketch and the numbers of one block."""
+        return self.places[name], self.products(name, factors).numbers
 
     def products(self, name: str, factors: LayerFactors) -> SharedProducts:
         """What this sketch, and those that are made from it, take of one block's gradients."""
@@ -243,6 +254,10 @@ class WhiteProjector:
             norms.append(squares)
             pooled.append(_pool(white, *self._sizes[name]).flatten(1))
         return self._places[name], torch.cat(pooled), torch.cat(norms)
+
+    def numbers(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor]:
+        """The place in the sketch and the numbers of one block."""
+        return self.project(name, factors)[:2]
 
     def project_matrix(self, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
         """Sketches and squared norms of whole gradients ``vectors``, which are whitened here."""
