@@ -147,6 +147,7 @@ KEYWORDS = {
     "--white-bits": Keyword("white_bits", "BuildOptions", "number"),
     "--whitening": Keyword("whitening", "BuildOptions"),
     "--wordnet": Keyword("folder", "WordNet"),
+    "--with-texts": Keyword("with_texts", "PushKeywords", "switch"),
     "--words-precision": Keyword("words_precision", "BuildOptions"),
     "--words-top": Keyword("words_tops", "BuildOptions", "numbers"),
 }

@@ -19,7 +19,7 @@ from forebear.evaluation.perturb.choice import Chooser
 from forebear.evaluation.perturb.experiment import Evaluation, perturb
 from forebear.evaluation.perturb.spec import STRATEGIES, PerturbationQueries, PerturbSpec, What, make_queries
 from forebear.evaluation.perturb.wordnet import WordNet
-from forebear.sampling import live_sample
+from forebear.indexer.rows.sampling import live_sample
 
 # Accuracy in % after 1, 2, 6, 10 and 20 rows were changed for each test row.
 ATTACK_ROWS = (1, 2, 6, 10, 20)

@@ -45,8 +45,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from typing_extensions import Unpack
 
-    from forebear.indexer.storage.choices import BuildKeywords
+    from forebear.indexer.storage.choices import BuildKeywords, PushKeywords
     from forebear.indexer.training.model_choice import ModelChoice
+
+HUB = "hf://"  # how addresses of published indexes begin
+
+
+def local_folder(folder: str | Path) -> Path:
+    """An index folder; of the address of a published index its copy in the hub's cache, see :meth:`Index.open`."""
+    if not str(folder).startswith(HUB):
+        return Path(folder)
+    fetched: Path = importlib.import_module("forebear.hub.transfer").fetch(folder)
+    return fetched
 
 
 class Index(StoredRows):
@@ -125,6 +135,40 @@ class Index(StoredRows):
             **choices,
         )
         return index
+
+    @classmethod
+    def open(cls, folder: str | Path, *, check: bool = True) -> Index:
+        """Open an index: a folder, or one that was published, by its address ``hf://user/name`` or ``...@revision``.
+
+        What is missing of a published index in the hub's cache is downloaded.
+
+        Args:
+            folder: Written by ``forebear index``; or the address.
+            check: Hash files before use. Off saves a read of each file, and trusts the disk.
+
+        Raises:
+            InputError: No index there, or a build that was interrupted.
+            CorruptIndexError: The manifest or a file is missing, truncated or altered.
+        """
+        return super().open(local_folder(folder), check=check)
+
+    def push_to_hub(self, address: str, **choices: Unpack[PushKeywords]) -> str:
+        """Publish this index on the model hub, with a card; the folder itself is left as it is.
+
+        Args:
+            address: ``hf://user/name``, or ``hf://user/name@branch``; a repository that does not exist is made.
+            **choices: ``with_texts`` (default: the texts of the training rows stay here), ``model`` (the hub name at
+                which readers find the last checkpoint), ``private``, ``message`` and ``token``.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            InputError: No access, no way to the hub; or the index holds stores made of texts, and ``with_texts`` is
+                not set.
+        """
+        commit: str = importlib.import_module("forebear.hub.transfer").push(self, address, **choices)
+        return commit
 
     @cached_property
     def checkpoint_paths(self) -> list[str]:

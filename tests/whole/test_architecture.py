@@ -13,12 +13,13 @@ from places import ROOT
 
 import forebear
 
-LAYERS = ("indexer", "retriever", "evaluation", "server", "cli")
+LAYERS = ("indexer", "hub", "retriever", "evaluation", "server", "cli")
 ROOMS = {  # of a layer, in their order: a room imports from those before it, never from those after it
     "indexer": (
         "rows", "losses", "model", "storage", "training", "gradients", "curvature", "words", "sketches", "spans",
         "index", "building",
     ),
+    "hub": ("card", "published", "transfer"),
     "retriever": (
         "ranking", "scores", "question", "head", "effects", "deep", "words", "saliency", "spans", "searchers",
         "answers", "retriever",

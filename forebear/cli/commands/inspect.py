@@ -17,7 +17,7 @@ from forebear.errors import CorruptIndexError
 if TYPE_CHECKING:
     from forebear.indexer.index import Index
 
-Folder = Annotated[str, typer.Argument(metavar="INDEX", help="The index folder.")]
+Folder = Annotated[str, typer.Argument(metavar="INDEX", help="The index folder, or hf://user/name.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -105,6 +105,7 @@ def index_facts(index: Any) -> dict[str, Any]:
         "row_facts": asdict(rows) | {"lines": rows.describe(), "warnings": rows.warnings()},
         "segments": [asdict(segment) for segment in manifest.segments],
         "text_columns": list(spec.text_columns),
+        "without_texts": manifest.without_texts,
         "columns": dict(manifest.columns),
         "label_names": list(spec.label_names),
         "label_mode": spec.label_mode,
@@ -187,7 +188,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("index", f"{facts['folder']}  (digest {facts['digest'][:16]})"),
         (
             "rows",
-            f"{rows['live']:,} live, {rows['retired']:,} retired; text columns {', '.join(facts['text_columns'])}",
+            f"{rows['live']:,} live, {rows['retired']:,} retired; text columns {', '.join(facts['text_columns'])}"
+            + (", published without the texts" if facts["without_texts"] else ""),
         ),
         *(
             ("rows", f"{part['n_left_out']:,} more rows of {part['source']} have no label and were left out")

@@ -75,7 +75,7 @@ Seed = Annotated[
 class IndexOptions(Options, panel="Index and model"):
     """The index, and its model."""
 
-    index: Annotated[str, typer.Option("--index", help="The index folder.", show_default=False)]
+    index: Annotated[str, typer.Option("--index", help="The index folder, or hf://user/name.", show_default=False)]
     model: MovedModel = None
     device: Device = "auto"
     devices: Devices = None

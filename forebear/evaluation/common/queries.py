@@ -10,12 +10,12 @@ import pyarrow as pa
 
 from forebear.errors import InputError, NonFiniteError
 from forebear.indexer.rows.row_source import RowSource
+from forebear.indexer.rows.sampling import live_sample
 from forebear.retriever.question.methods import Method
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.scores import Scores
 from forebear.retriever.searchers import QUERY_BLOCK_ROWS
-from forebear.sampling import live_sample
 
 
 @dataclass(frozen=True, kw_only=True)

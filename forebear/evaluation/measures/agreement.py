@@ -26,6 +26,7 @@ from forebear.indexer.model.device.memory import run_batches
 from forebear.indexer.model.encoding import Encoded, Texts, encoded_rows, plan_batches
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.network.batches import pad_batch
+from forebear.indexer.rows.sampling import live_sample
 from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.text import Span
 from forebear.ratio import ratio
@@ -34,7 +35,6 @@ from forebear.retriever.question.methods import Method
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.spans.rows import query_spans
-from forebear.sampling import live_sample
 
 Measure = Literal["semantic", "label"]
 PAPER_METHODS = ("if", "if+", "if++", "tracin-f", "tracin+", "tracin++")

@@ -31,10 +31,10 @@ from forebear.indexer.model.device.memory import refusing_lack
 from forebear.indexer.model.encoding import encode
 from forebear.indexer.model.network.batches import pad_batch
 from forebear.indexer.model.network.layers import encoder_layers
+from forebear.indexer.rows.sampling import live_sample
 from forebear.progress import Progress, counted, no_progress
 from forebear.ratio import ratio
 from forebear.retriever.retriever import Retriever
-from forebear.sampling import live_sample
 
 KINDS = ("embedding", "weight", "bias", "norm")
 

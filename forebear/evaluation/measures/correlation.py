@@ -20,10 +20,10 @@ from forebear.evaluation.common.comparisons import (
 from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.queries import QueryRows, score_queries
 from forebear.evaluation.reports.report import Report
+from forebear.indexer.rows.sampling import live_sample
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.scores import residuals_of
-from forebear.sampling import live_sample
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,11 +27,11 @@ from forebear.evaluation.common.span_queries import gradients_compared, training
 from forebear.evaluation.common.statistics import difference_table
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
+from forebear.indexer.rows.sampling import live_sample
 from forebear.retriever.question.models import N_VARIANTS, one_step_away
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.spans.scores import SpanScores
-from forebear.sampling import live_sample
 
 METHODS = ("tracin++", "if++")
 CONTROL, RANDOM = "(last checkpoints)", "(random)"

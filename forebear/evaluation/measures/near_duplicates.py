@@ -29,10 +29,10 @@ from forebear.evaluation.common.queries import QueryRows, refuse_spans
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.indexer.index import Index
+from forebear.indexer.rows.sampling import live_sample
 from forebear.progress import Progress, no_progress
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
-from forebear.sampling import live_sample
 
 EDITS = ("same", "add", "remove", "replace")
 TOPS = (1, 10)

@@ -42,6 +42,7 @@ from forebear.indexer.model.device.arithmetic import own_random_numbers
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.network.pretrained import quiet_transformers
 from forebear.indexer.rows.opening import rows_from_texts
+from forebear.indexer.rows.sampling import live_sample
 from forebear.indexer.training.model_choice import CheckpointPath
 from forebear.progress import Progress, no_progress
 from forebear.retriever.question.methods import pick_methods
@@ -49,7 +50,6 @@ from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.question.targets import choose_targets
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.scores import residuals_of
-from forebear.sampling import live_sample
 
 
 @dataclass(frozen=True, kw_only=True)

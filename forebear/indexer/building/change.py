@@ -80,6 +80,7 @@ def append_rows(
     Index.open(folder)  # refuses a folder without an index before a lock file is made in it
     with exclusive(folder / LOCK_NAME, str(folder)):
         index = Index.open(folder)
+        index.check_texts_held("appending rows")
         old = index.manifest
         if len(source.text_columns) != len(old.spec.text_columns):
             raise MismatchError(

@@ -83,6 +83,7 @@ def refit_index(
     Index.open(folder)
     with exclusive(folder / LOCK_NAME, str(folder)):
         index = Index.open(folder)
+        index.check_texts_held("fitting again")
         old = index.manifest
         if not old.spec.sketched_scopes:
             raise InputError(f"{folder} holds the head alone, which is exact: there is nothing to fit again.")

@@ -10,7 +10,7 @@ import numpy as np
 
 from forebear.errors import CorruptIndexError, InputError
 from forebear.indexer.building.sharing.beginning import checkpoints_now, load_checked
-from forebear.indexer.index import Index
+from forebear.indexer.index import Index, local_folder
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import device_kind
 from forebear.indexer.model.device.picking import pick_device
@@ -23,7 +23,7 @@ from forebear.indexer.spans.store import masked_pass
 from forebear.indexer.storage.arrow import file_sha256
 from forebear.indexer.storage.atomic import TEMPORARY_SUFFIX
 from forebear.indexer.storage.journal import SUBFOLDERS, is_in_force, read_journal
-from forebear.indexer.storage.layout import EFFECTS_NAME, JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
+from forebear.indexer.storage.layout import CARD_NAME, EFFECTS_NAME, HUB_NAME, JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
 from forebear.indexer.storage.locks import owner_of
 from forebear.indexer.storage.manifest import Manifest, read_manifest
 from forebear.indexer.words.gradients import WordRows, word_gradients
@@ -60,7 +60,7 @@ def verify_index(
     """Check every byte of an index, and a sample of its rows against the model.
 
     Args:
-        folder: The index.
+        folder: The index, or the address of a published one.
         model: Path of the last checkpoint, if it has moved.
         n_rows: Rows to recompute; 0 checks the bytes alone, without a model.
         seed: Random seed of the sample of rows.
@@ -71,7 +71,7 @@ def verify_index(
         ModelError: The model cannot be loaded.
         MismatchError: It is not the model of the index.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     if not (folder / MANIFEST_NAME).is_file():
         Index.open(folder)  # raises, saying what is there instead
     manifest = read_manifest(folder)
@@ -113,7 +113,7 @@ def _byte_problems(folder: Path, manifest: Manifest) -> list[str]:
         if (
             not path.is_file()
             or name in manifest.files
-            or name in (MANIFEST_NAME, JOURNAL_NAME, LOCK_NAME, EFFECTS_NAME)
+            or name in (MANIFEST_NAME, JOURNAL_NAME, LOCK_NAME, EFFECTS_NAME, CARD_NAME, HUB_NAME)
         ):
             continue
         if owner is None or name.split("/")[0] not in (*SUBFOLDERS, partial_journal):

@@ -114,6 +114,16 @@ class WorkKeywords(TypedDict, total=False):
     progress: Progress | bool
 
 
+class PushKeywords(TypedDict, total=False):
+    """What :meth:`Index.push_to_hub` takes, for type checkers."""
+
+    with_texts: bool
+    model: str | None
+    private: bool
+    message: str | None
+    token: str | None
+
+
 class BuildKeywords(WorkKeywords, total=False):
     """The fields of :class:`~forebear.indexer.building.options.BuildOptions`, and those of a build's work, as keywords.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "build.json"
 LOCK_NAME = "forebear.lock"  # in a folder that is being changed
+CARD_NAME = "README.md"  # of a published index, and what a hub adds to it; neither is in its digest
+HUB_NAME = ".gitattributes"
 EFFECTS_NAME = "effects.json"  # how true effects were found to be; no part of the index, and not in its digest
 BASES_NAME = "bases.arrow"
 MAP_NAME = "map.arrow"

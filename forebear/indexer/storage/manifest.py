@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from forebear.errors import CorruptIndexError, is_out_of_memory
@@ -64,7 +64,7 @@ def digest_of(value: Any) -> str:
 _LATER: dict[str, Any] = LATER_CHOICES | {
     "calibration": {}, "spans_sha256": None, "fit": {}, "calibration_queries": None, "n_left_out": 0,
     "row_format": {}, "self_check": {}, "columns": {}, "user_columns_sha256": None, "problem_type": SINGLE_LABEL,
-    "computed_on": {},
+    "computed_on": {}, "without_texts": False,
 }  # fmt: skip
 # Fields that are written before a certain choice, and that choice: the order of older versions, so that a manifest
 # has the same bytes.
@@ -201,6 +201,7 @@ class Manifest:
     generation: int  # counts the changes (append, retire) since the first build
     feature_dim: int
     columns: dict[str, str] = field(default_factory=dict)  # kept besides texts and labels: kinds by name
+    without_texts: bool = False  # published without the rows' texts, which are empty
     self_check: dict[str, Any] = field(default_factory=dict)  # before the build: gradients against plain autograd
     computed_on: dict[str, Any] = field(default_factory=dict)  # of the build: device, precision, torch, attention
     # Of the last refit: generation, n_rows, n_retired; and computed_on, where it is another kind than the build's.
@@ -331,6 +332,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise CorruptIndexError(
             f"{path} was written by another version of forebear ({error}). Build the index again with --force."
         ) from error
+    if outside := [name for name in manifest.files if PurePosixPath(name).is_absolute() or ".." in name.split("/")]:
+        raise CorruptIndexError(f"{path} lists {outside[0]!r}, which is outside of the index. {MEND}")
     if not written.endswith(b"\n"):  # JSON that lacks its last byte still parses
         raise CorruptIndexError(f"{path} was altered: its last byte is missing. {MEND}")
     return manifest

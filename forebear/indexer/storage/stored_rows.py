@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from forebear.errors import InputError
+from forebear.errors import InputError, MissingStoreError
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.rows.arrow_text import row_bytes
 from forebear.indexer.storage.arrow import column, for_each_shard, read_batches
@@ -182,8 +182,35 @@ class StoredRows(IndexFiles):
         return RowTexts(self._shards("rows"), starts, self.manifest.spec.text_columns)
 
     def texts(self, rows: np.ndarray) -> dict[str, pa.DictionaryArray]:
-        """Text columns of the given rows, under the names they had in the training file, each text held once."""
-        return self.row_texts.columns(rows)
+        """Text columns of the given rows, under the names they had in the training file, each text held once.
+
+        An index that was published without texts says which row of which file each is.
+        """
+        return self.row_texts.columns(rows) if not self.manifest.without_texts else self._names_of(rows)
+
+    def _names_of(self, rows: np.ndarray) -> dict[str, pa.DictionaryArray]:
+        """In place of texts: ``(row 17 of train.csv)``."""
+        segments = self.manifest.segments
+        numbers = np.asarray(rows, dtype=np.int64).reshape(-1)
+        owners = np.searchsorted([s.start for s in segments], numbers, side="right") - 1
+        names = [f"(row {n - segments[o].start} of {segments[o].source})" for n, o in zip(numbers, owners, strict=True)]
+        column = pa.array(names, pa.large_string()).dictionary_encode()
+        return dict.fromkeys(self.manifest.spec.text_columns, column)
+
+    def check_texts_held(self, purpose: str) -> None:
+        """Refuse what needs the texts of training rows where the index was published without them.
+
+        Args:
+            purpose: What needs them, as the subject of a sentence.
+
+        Raises:
+            MissingStoreError: There are none.
+        """
+        if self.manifest.without_texts:
+            raise MissingStoreError(
+                f"{purpose} needs the texts of the training rows, and {self.folder} was published without them. Ask "
+                "for methods of the head or of stored vectors, or for an index that was pushed by --with-texts."
+            )
 
     @cached_property
     def row_columns(self) -> RowColumns:
@@ -205,7 +232,12 @@ class StoredRows(IndexFiles):
         return pa.table(self.row_columns.columns(np.asarray(rows, dtype=np.int64)))
 
     def text_lists(self, rows: np.ndarray) -> list[list[str]]:
-        """Texts of the given rows: one list a text column, in the order of encoding, as the pass takes them."""
+        """Texts of the given rows: one list a text column, in the order of encoding, as the pass takes them.
+
+        Raises:
+            MissingStoreError: The index was published without texts.
+        """
+        self.check_texts_held("what was asked")
         return [text_list(column) for column in self.texts(rows).values()]
 
     @cached_property

@@ -36,8 +36,8 @@ from forebear.indexer.model.device.batch_size import BATCH_TOKENS
 from forebear.indexer.model.device.memory import run_batches
 from forebear.indexer.model.encoding import distinct
 from forebear.indexer.model.scopes import Scope
+from forebear.indexer.rows.sampling import live_sample
 from forebear.indexer.storage.choices import DEFAULT_DAMPING
-from forebear.sampling import live_sample
 
 SELF_ROWS = 2048  # rows whose self-influence is solved for at once, at most
 SOLVERS = ("exact", "ekfac", "astra", "cg", "cg-ekfac", "cg-hessian", "lissa", "identity")

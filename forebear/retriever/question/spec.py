@@ -317,6 +317,8 @@ def check_question(question: Question) -> None:
     if any(method.store == "sbert" for method in question.methods):
         index.sentence()
     for method in question.methods:
+        if question.searched_by(method) != "stored":
+            index.check_texts_held(f"{method.name} at {question.scope_of(method)}")
         if method.by_words:
             index.check_words(words_top(index, method) if method.representation == "words" else None)
     if spec.target not in ("predicted", "gold"):

@@ -21,11 +21,11 @@ from forebear.evaluation.common.passages import row_cells, row_passages
 from forebear.evaluation.common.queries import QueryRows, refuse_saliency, refuse_spans
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Report, Table
+from forebear.indexer.rows.sampling import live_sample
 from forebear.retriever.answers.results import SIDES
 from forebear.retriever.answers.signs import SignCounts
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
-from forebear.sampling import live_sample
 
 CHANCE = 0.05  # that any row at all comes up as often as a hub, where no row is preferred
 SHOWN_HUBS = 3

@@ -29,13 +29,13 @@ from forebear.indexer.model.device.arithmetic import device_kind
 from forebear.indexer.model.device.copies import send
 from forebear.indexer.model.encoding import Encoded, Texts, as_encoded
 from forebear.indexer.model.scopes import Scope
+from forebear.indexer.rows.sampling import live_sample
 from forebear.indexer.sketches.estimates import Part
 from forebear.indexer.sketches.fitting import open_sketchers
 from forebear.indexer.sketches.sketch import sketch_rows
 from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.storage.layout import gradient_folder
 from forebear.ratio import ratio
-from forebear.sampling import live_sample
 
 SAMPLE_ROWS = 768  # at most
 LEAST_SAMPLE_ROWS = 128  # or all rows, if there are fewer

@@ -1,0 +1,1 @@
+"""Commands by which others come to an index."""
