@@ -26,7 +26,7 @@ MADE_UP = (["evaluate", "concentration"], ["audit", "length"])  # what docs/exte
 PINNED = ROOT / "tests" / "cli" / "options.txt"
 DECLARED_MORE_THAN_ONCE = {  # one name, several meanings: what each declaration is of
     "--model": ("of an index, if it has moved", "to index", "to start training from"),
-    "--out": ("report", "index", "run", "answers", "demo"),
+    "--out": ("report", "index", "run", "answers", "demo", "site"),
     "--top": ("k", "several k", "rows that a report lists"),
     "--scope": ("of a question", "of a question, several", "of an index, several"),
     "--curvature": ("of a question", "of an index"),

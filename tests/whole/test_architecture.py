@@ -26,6 +26,7 @@ ROOMS = {  # of a layer, in their order: a room imports from those before it, ne
     ),
     "evaluation": (
         "reports", "common", "explain", "measures", "retraining", "flips", "audits", "perturb", "demo", "python",
+        "explorer",
     ),
     "server": ("limits", "measures", "served_indexes", "micro_batches", "tasks", "http", "running"),
     "cli": ("screen", "options", "workers", "commands", "main"),

@@ -14,7 +14,7 @@ from forebear.cli.options.groups import Options, Shown, flag_of, grouped, values
 from forebear.cli.options.model import IndexOptions
 from forebear.cli.options.queries import QueryOptions
 from forebear.cli.options.question import Candidates, Methods, SearchOptions, SolverOptions, SpanOptions, Top, Word
-from forebear.cli.options.report import OutputOptions
+from forebear.cli.options.report import Hubs, OutputOptions
 from forebear.cli.screen.answers import SHOWN_QUERIES, say_recall, say_signs, show_answers
 from forebear.cli.screen.console import Command, listed, progress_bar, say, warn
 from forebear.cli.screen.groups import show_groups
@@ -98,14 +98,7 @@ class AnswerOptions(OutputOptions):
         bool,
         typer.Option("--resume", help="Go on with an --out that was interrupted, behind the last finished test rows."),
     ] = False
-    hubs: Annotated[
-        str | None,
-        typer.Option(
-            "--hubs",
-            help="Folder of `forebear audit hubs`: adds each proponent's share of its queries.",
-            show_default=False,
-        ),
-    ] = None
+    hubs: Hubs = None
 
 
 def register(app: typer.Typer) -> None:

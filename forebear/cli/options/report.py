@@ -32,6 +32,14 @@ Quiet = Annotated[
 Keep = Annotated[
     bool, typer.Option("--keep", help="Keep the result where retrieve and explain find it, to say it with answers.")
 ]
+Hubs = Annotated[
+    str | None,
+    typer.Option(
+        "--hubs",
+        help="Folder of `forebear audit hubs`: adds each proponent's share of its queries.",
+        show_default=False,
+    ),
+]
 JsonOut = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 

@@ -147,6 +147,11 @@ def page_template(name: str, **filters: Callable[..., Any]) -> Any:
     return environment.get_template(name)
 
 
+def page_style() -> str:
+    """The style sheet of all pages, and the one of marked texts."""
+    return "".join((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "marks.css"))
+
+
 def render_html(report: Report) -> str:
     """The whole page, as one self-contained HTML document."""
     from markupsafe import Markup

@@ -1,0 +1,268 @@
+"""Records of the explorer: one a prediction and one a training row, as values that JSON has.
+
+What they say is what ``explain``, ``audit hubs``, ``audit duplicates`` and ``audit mislabelled`` say: their functions
+are called, and nothing is computed a second way.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from forebear.evaluation.audits.rows.doubts import Doubts, doubts
+from forebear.evaluation.audits.rows.duplicates import DuplicateGroup, Leak, Thresholds, duplicates, leaks
+from forebear.evaluation.audits.rows.hub_shares import Shares
+from forebear.evaluation.common.neighbours import nearest_rows
+from forebear.evaluation.common.queries import QueryRows
+from forebear.evaluation.explain.explaining import explain
+from forebear.evaluation.explain.explanation import Answer, Explanation, FoundRow, Side
+from forebear.evaluation.explain.marks import MarkedText, Piece, Word
+from forebear.indexer.rows.row_format import REGRESSION, SINGLE_LABEL
+from forebear.retriever.answers.results import SIDES
+from forebear.retriever.question.spec import Question
+from forebear.retriever.retriever import Retriever
+
+Record = dict[str, Any]
+NEIGHBOURS = 10  # nearest rows whose labels are compared with the label of a row
+BY_TEXTS = Thresholds(neighbours=0)  # duplicates of training rows as those of test rows are found: without cosines
+LISTED_CHARACTERS = 2000  # of a text in the list of test rows, which the filter by text looks at
+LISTED_DUPLICATES = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is explained, and how.
+
+    Attributes:
+        retriever: Over the index.
+        question: Methods, rows at each end, target and the other choices.
+        form: Form of the saliency.
+        test: The test rows, with their gold labels where the file has them.
+        hubs: Shares of reference queries by method and row; None where no audit of hubs was given.
+    """
+
+    retriever: Retriever
+    question: Question
+    form: str
+    test: QueryRows
+    hubs: Shares | None = None
+
+
+@dataclass
+class Drives:
+    """The predictions that each training row is listed for, gathered while test rows are explained."""
+
+    places: dict[int, list[Record]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, number: int, explanation: Explanation) -> None:
+        """Note the rows of one explanation, of test row ``number``."""
+        for answer in explanation.answers:
+            for side in answer.sides:
+                for row in side.rows:
+                    place = {"test": number, "method": answer.method, "side": side.name, "rank": row.rank}
+                    self.places[row.row].append({**place, "score": row.score, "effect": row.effect})
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Training rows that any prediction lists, ascending."""
+        return np.array(sorted(self.places), np.int64)
+
+
+def prediction_records(asked: Asked, drives: Drives) -> Iterator[tuple[Record, Record]]:
+    """For each test row its line in the list and its page, in the order of the file; ``drives`` gathers their rows."""
+    index, test = asked.retriever.index, asked.test
+    leak_of = {leak.test_row: leak for leak in leaks(index, test, BY_TEXTS)}
+    gold: Sequence[str | None] = [None] * len(test)
+    if test.labels is not None:
+        gold = index.loss.texts(test.labels, asked.retriever.label_names)
+    for i, texts in enumerate(zip(*test.texts, strict=True)):
+        query = texts[0] if len(texts) == 1 else (texts[0], texts[1])
+        explanation = explain(asked.retriever, query, asked.question, form=asked.form)
+        drives.add(i, explanation)
+        page = {"number": i, **judged(explanation, gold[i]), **explained(explanation, asked.hubs)}
+        page["duplicate"] = None if i not in leak_of else _leak(leak_of[i])
+        line = {name: page[name] for name in ("number", "label", "prediction", "probability", "wrong")}
+        line["texts"] = [text[:LISTED_CHARACTERS] for text in texts]
+        yield line | {"duplicate": i in leak_of}, page
+
+
+def judged(explanation: Explanation, gold: str | None) -> Record:
+    """The prediction beside the gold label: probability of the predicted class, and whether the two differ.
+
+    Both are None where they mean nothing: a probability of several labels or of numbers; an error of a number, or of a
+    test row without a label.
+    """
+    by_name = {name: value for name, value, _ in explanation.probabilities}
+    single = explanation.problem_type == SINGLE_LABEL
+    wrong = None if gold is None or explanation.problem_type == REGRESSION else gold != explanation.prediction
+    return {
+        "label": gold,
+        "prediction": explanation.prediction,
+        "probability": by_name[explanation.prediction] if single else None,
+        "wrong": wrong,
+    }
+
+
+def explained(explanation: Explanation, hubs: Shares | None = None) -> Record:
+    """An explanation as JSON has it, with the hub share of each proponent where ``hubs`` has its method."""
+    return {
+        "title": explanation.title,
+        "summary": explanation.summary,
+        "target": explanation.target,
+        "texts": _texts(explanation.texts),
+        "words": _words(explanation.words),
+        "ends": explanation.ends,
+        "form": explanation.form,
+        "formula": explanation.formula,
+        "numbers": explanation.are_numbers,
+        "probabilities": [[n, p, shown, explanation.remark_on(n)] for n, p, shown in explanation.probabilities],
+        "answers": [_answer(answer, (hubs or {}).get(answer.method)) for answer in explanation.answers],
+    }
+
+
+def _answer(answer: Answer, shares: dict[int, float] | None) -> Record:
+    return {
+        "method": answer.method,
+        "formula": answer.formula,
+        "asked": _texts(answer.asked),
+        "effect_note": answer.effect_note,
+        "of_saliency": answer.of_saliency,
+        "sides": [_side(side, shares if side.name == SIDES[0] else None) for side in answer.sides],
+    }
+
+
+def _side(side: Side, shares: dict[int, float] | None) -> Record:
+    rows = [_found(row, None if shares is None else shares.get(row.row, 0.0)) for row in side.rows]
+    return {"name": side.name, "notes": list(side.notes), "rows": rows}
+
+
+def _found(row: FoundRow, hub_share: float | None) -> Record:
+    return {
+        "rank": row.rank,
+        "row": row.row,
+        "score": row.score,
+        "label": row.label,
+        "prediction": row.prediction,
+        "loss": row.loss,
+        "effect": row.effect,
+        "effect_probability": row.effect_probability,
+        "hub_share": hub_share,
+        "texts": _texts(row.texts),
+        "query_texts": _texts(row.query_texts) if _is_marked(row.query_texts) else [],
+        "words": _words(row.words),
+        "total": row.total,
+    }
+
+
+def _is_marked(texts: Iterable[MarkedText]) -> bool:
+    return any(piece.value is not None for text in texts for piece in text.pieces)
+
+
+def _texts(marked: Iterable[MarkedText]) -> list[list[Any]]:
+    """Marked texts: [column, pieces]."""
+    return [[text.name, [_piece(piece) for piece in text.pieces]] for text in marked]
+
+
+def _piece(piece: Piece) -> list[Any]:
+    """A stretch of a text: [text], or [text, facts] where there is more to say of it."""
+    facts: Record = {}
+    if piece.value is not None:
+        sign = "supports" if piece.value > 0 else "opposes" if piece.value < 0 else "zero"
+        facts = {"sign": sign, "level": piece.level, "note": piece.note, "value": f"{piece.value:+.4g}"}
+    if not piece.read:
+        facts["unread"] = True
+    if piece.asked:
+        facts["asked"] = True
+    return [piece.text, facts] if facts else [piece.text]
+
+
+def _words(words: Iterable[Word]) -> list[list[Any]]:
+    """Words: [text, number as it is written, its column where there are several]."""
+    return [[word.text, word.number, word.where] for word in words]
+
+
+def _leak(leak: Leak) -> Record:
+    return {"row": leak.row, "kind": leak.kind, "jaccard": leak.jaccard}
+
+
+def row_records(asked: Asked, drives: Drives, block_rows: int) -> Iterator[list[Record]]:
+    """Blocks of records of the training rows that ``drives`` holds, by row number."""
+    retriever, rows = asked.retriever, drives.rows
+    group_of = {
+        int(row): group for group in duplicates(retriever.models, BY_TEXTS) for row in group.rows.tolist()
+    }  # fmt: skip
+    for start in range(0, len(rows), block_rows):
+        yield row_block(retriever, rows[start : start + block_rows], drives, group_of)
+
+
+def row_block(
+    retriever: Retriever, rows: np.ndarray, drives: Drives, group_of: dict[int, DuplicateGroup]
+) -> list[Record]:
+    """Records of some live training rows.
+
+    ``probability`` is what the model gives the row's label, exp(-loss); None where the loss is another one: of several
+    labels or numbers, of weighted classes, of smoothed labels.
+    """
+    index, spec = retriever.index, retriever.index.manifest.spec
+    texts = {name: column.to_pylist() for name, column in index.texts(rows).items()}
+    columns = index.columns(rows)
+    others = {name: columns.column(name).to_pylist() for name in columns.column_names}
+    labels, predictions = index.label_texts(rows), index.prediction_texts(rows)
+    is_plain = spec.problem_type == SINGLE_LABEL and not spec.class_weights and not spec.label_smoothing
+    k = min(NEIGHBOURS, len(index.live) - 1)
+    doubted = doubts(index, rows, nearest_rows(retriever.models, rows, k)[0]) if k else None
+    suggested: Sequence[str | None] = [None] * len(rows)
+    if doubted is not None and spec.problem_type != REGRESSION:
+        suggested = index.loss.texts(doubted.suggested, retriever.label_names)
+    records = []
+    for i, row in enumerate(rows.tolist()):
+        loss = float(index.losses[row])
+        source, source_row = source_of(retriever, row)
+        group = group_of.get(row)
+        records.append({
+            "row": row,
+            "source": source,
+            "source_row": source_row,
+            "label": labels[i],
+            "prediction": predictions[i],
+            "loss": loss,
+            "probability": float(np.exp(-loss)) if is_plain else None,
+            "texts": [[name, values[i]] for name, values in texts.items()],
+            "columns": [[name, str(values[i])] for name, values in others.items() if values[i] is not None],
+            "suggested": suggested[i],
+            "evidence": _evidence(doubted, i, labels[i], predictions[i], loss, group),
+            "duplicates": None if group is None else _group(group, row),
+            "drives": drives.places.get(row, []),
+        })  # fmt: skip
+    return records
+
+
+def source_of(retriever: Retriever, row: int) -> tuple[str, int | None]:
+    """The file that a training row came from, and its number there, from 0; None where rows of it were left out."""
+    segment = next(s for s in retriever.index.manifest.segments if s.start <= row < s.start + s.n_rows)
+    return segment.source, None if segment.n_left_out else row - segment.start
+
+
+def _group(group: DuplicateGroup, row: int) -> Record:
+    others = [other for other in group.rows.tolist() if other != row]
+    shown = others[:LISTED_DUPLICATES]
+    return {"rows": shown, "n_rows": len(others), "kind": group.kind, "conflict": group.conflict}
+
+
+def _evidence(
+    doubted: Doubts | None, i: int, label: str, prediction: str, loss: float, group: DuplicateGroup | None
+) -> str:
+    """What speaks against a row's label, in words, and its loss."""
+    said = []
+    if doubted is not None:
+        contradicting = doubted.contradicting[i]
+        said.append(f"{int(contradicting.sum())} of {len(contradicting)} nearest rows contradict the label")
+    if prediction != label:
+        said.append(f"the model predicts {prediction}")
+    if group is not None and group.conflict:
+        said.append("a duplicate has another label")
+    return "; ".join([*said, f"loss {loss:.3g}"])
