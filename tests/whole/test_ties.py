@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forebear.indexer.building import refit, shards
 from forebear.indexer.building.build import BuildOptions, append_rows, build_index, refit_index
+from forebear.indexer.building.sharing import equal_rows
 from forebear.indexer.gradients import earlier_rows
 from forebear.indexer.index import Index
 from forebear.indexer.model import encoding
@@ -228,7 +229,7 @@ def test_rounding_that_differs_between_shards_does_not_reach_the_store(tmp_path,
     index = append_rows(tmp_path / "i", rows_from_texts(texts[40:], gold[40:]))
     features = index.features().take(np.array(TWINS))
     assert (features == features[0]).all()
-    monkeypatch.setattr(shards, "copy_repeats", lambda *_: None)
+    monkeypatch.setattr(equal_rows, "copy_repeats", lambda *_: None)
     index = build_index(rows_from_texts(texts, gold), tmp_path / "j", chosen, options)
     features = index.features().take(np.array(TWINS))
     assert len(np.unique(features[:, 0])) == 4  # the stand-in does what it stands for
@@ -253,7 +254,7 @@ def test_an_append_reads_the_digests_of_the_rows_before_it(tmp_path, monkeypatch
     index = append_rows(tmp_path / "i", rows_from_texts([SHORT], [1]))
     assert encoded == [1, 1]  # by the classifier, by the sentence encoder
     n_spans = len(index.spans().entries_of(np.array([59])))
-    assert hashed == [1, 1, n_spans, n_spans]  # its word pieces in both; its spans' rows, whole and masked
+    assert hashed == [1, 1, n_spans]  # its word pieces in both; its spans' rows, masked
     for values in (index.features(), index.residuals(), index.sentence()):
         twins = values.take(np.array([*TWINS, 59]))
         assert (twins == twins[0]).all()
@@ -327,7 +328,7 @@ def test_no_rounding_reaches_what_a_refit_sentences_and_spans_store(tmp_path, mo
     for index in stored():
         for name, values in of_twins(index):
             assert (values == values[0]).all(), name
-    for module in (shards, span_store, refit):
+    for module in (span_store, earlier_rows):
         monkeypatch.setattr(module, "copy_repeats", lambda *_: None)
     for index in stored():
         assert {name for name, values in of_twins(index) if len(np.unique(values, axis=0)) == 1} == set()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from forebear.errors import CorruptIndexError, InputError
 from forebear.indexer.building.finish import calibration_by, finish
@@ -22,20 +21,26 @@ from forebear.indexer.building.options import BuildOptions, Work
 from forebear.indexer.building.shards import OnRows
 from forebear.indexer.building.sharing.beginning import as_begun, checkpoints_now, load_checked
 from forebear.indexer.building.sharing.claims import Claims
+from forebear.indexer.building.sharing.equal_rows import (
+    noted_spans,
+    overwrite_sketches,
+    overwrite_spans,
+    sketch_kinds,
+)
 from forebear.indexer.building.sharing.processes import write_on_devices
 from forebear.indexer.building.sharing.segments import refuse_missing
 from forebear.indexer.building.sharing.shard_rows import ShardRows
-from forebear.indexer.gradients.earlier_rows import EarlierSpans, LabelledRows, copy_repeats, note_rows
+from forebear.indexer.gradients.earlier_rows import LabelledRows, note_rows, shard_file
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import computed_on, device_kind
 from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.encoding import Encoded, encode
-from forebear.indexer.sketches.fitting import Sample, fit_sketchers, sample_rows, sketch_folders
+from forebear.indexer.sketches.fitting import Sample, fit_sketchers, sample_rows
 from forebear.indexer.sketches.sketch import Sketcher
 from forebear.indexer.spans.masking import mask_spans
-from forebear.indexer.spans.store import masked_pass, note_spans, write_span_sketches
+from forebear.indexer.spans.store import masked_pass, write_span_sketches
 from forebear.indexer.storage.arrow import write_columns
 from forebear.indexer.storage.choices import WorkKeywords
 from forebear.indexer.storage.journal import begin_change, check_change, same_device_or_refuse, unfinished, was_done
@@ -46,9 +51,6 @@ from forebear.progress import counted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-Repeats = tuple[np.ndarray, np.ndarray]  # positions of entries that an earlier shard has too, and their places there
-WaitForRepeats = Callable[[Repeats], Repeats]  # returns them when their places are written
 
 
 def refit_index(
@@ -125,9 +127,10 @@ def _calibration_queries(manifest: Manifest) -> int:
 
 
 def _write_sketches(writer: _SketchWriter, last: Classifier) -> None:
-    """Fit, and write the shards that are missing, on the devices that the work names."""
+    """Fit, and write the shards that are missing, on the devices that the work names; equal rows share numbers."""
     if not writer.work.is_shared or writer.is_written():
         writer.write(last)
+        writer.overwrite_equal_rows(last)
         return
     writer.fit(last)
     write = partial(_write_claimed, writer.index.folder, writer.folder, writer.checkpoints)
@@ -135,6 +138,7 @@ def _write_sketches(writer: _SketchWriter, last: Classifier) -> None:
     written = {name: writer.n_written(kinds) for name, kinds in stages}
     write_on_devices(write, writer.index.folder, writer.work, written=written)
     refuse_missing("sketches", writer.is_written())
+    writer.overwrite_equal_rows(last)
 
 
 def _write_claimed(
@@ -163,8 +167,6 @@ class _SketchWriter:
     checkpoints: tuple[Checkpoint, ...]
     work: Work
     claims: Claims = field(default_factory=Claims)
-    _earlier: LabelledRows = field(default_factory=LabelledRows)
-    _earlier_spans: EarlierSpans = field(default_factory=EarlierSpans)
 
     @property
     def _spec(self) -> IndexSpec:
@@ -176,12 +178,8 @@ class _SketchWriter:
 
     def stages(self, checkpoint: Checkpoint) -> dict[str, list[str]]:
         """The folders of the shards that each stage of a checkpoint writes, by its name."""
-        spec, last = self.index.manifest.spec, checkpoint is self.checkpoints[-1]
-        kinds = [
-            kind
-            for scope in spec.sketched_scopes
-            for kind in sketch_folders(spec, scope, checkpoint.name, last=last).values()
-        ]
+        last = checkpoint is self.checkpoints[-1]
+        kinds = sketch_kinds(self.index.manifest, checkpoint.name)
         stages = {f"sketches {checkpoint.name}": kinds}
         return stages | ({"sketches of spans": list(map(span_gradients, kinds))} if last and self._has_spans else {})
 
@@ -197,7 +195,7 @@ class _SketchWriter:
         return sum(stop - start for number, (start, stop) in shards if self._has(kinds, number))
 
     def _has(self, kinds: Sequence[str], shard: int) -> bool:
-        return all((self.folder / kind / _file(shard)).is_file() for kind in kinds)
+        return all((self.folder / kind / shard_file(shard)).is_file() for kind in kinds)
 
     def fit(self, last: Classifier) -> None:
         """Make the fits that are missing."""
@@ -232,18 +230,24 @@ class _SketchWriter:
             last=checkpoint is self.checkpoints[-1], stage=partial(counted, self.work.progress),
         )  # fmt: skip
 
-    def _stage(self, name: str, kinds: Sequence[str], write: Callable[[int, WaitForRepeats, OnRows], None]) -> None:
+    def overwrite_equal_rows(self, last: Classifier) -> None:
+        """Give repeated rows and spans the sketches of the first, when all shards are written."""
+        rows, shards = LabelledRows(), range(len(self.index.manifest.shards))
+        for shard in shards:
+            note_rows(rows, self.index.folder, shard, partial(encode, last))
+        for checkpoint in self.checkpoints:
+            of_rows, *_ = self.stages(checkpoint).values()
+            overwrite_sketches(self.folder, of_rows, shards, rows)
+        if self._has_spans:
+            overwrite_spans(self.folder, of_rows, shards, noted_spans(self.index.folder, shards, last))
+
+    def _stage(self, name: str, kinds: Sequence[str], write: Callable[[int, OnRows], None]) -> None:
         """Call ``write`` with the number of every shard that is missing and that this process can claim."""
-
-        def wait(repeats: Repeats) -> Repeats:
-            self.claims.wait(name, np.unique(repeats[1][:, 0]).tolist(), partial(self._has, kinds))
-            return repeats
-
         on_rows = counted(self.work.progress, name, self.index.manifest.n_rows)
         for number, (start, stop) in enumerate(self.index.manifest.shards):
             with self.claims.take(name, number, partial(self._has, kinds, number)) as is_ours:
                 if is_ours:
-                    write(number, wait, on_rows)
+                    write(number, on_rows)
                 elif not self.claims.shared:
                     on_rows(stop - start)
 
@@ -258,7 +262,6 @@ class _SketchWriter:
         classifier: Classifier,
         sketchers: dict[str, Sketcher],
         shard: int,
-        wait: WaitForRepeats,
         on_rows: OnRows,
     ) -> None:
         start, stop = self.index.manifest.shards[shard]
@@ -270,20 +273,16 @@ class _SketchWriter:
             list(collectors.values()), batch_tokens=self._spec.batch_tokens, first_row=start,
             on_rows=on_rows, warn=self.work.warn,
         )  # fmt: skip
-        for number in range(self._earlier.n_shards, shard + 1):
-            note_rows(self._earlier, self.index.folder, number, classifier)
-        repeats = wait(self._earlier.labelled.repeats(shard))
         for kind, collector in collectors.items():
-            columns: dict[str, pa.Array | np.ndarray] = dict(collector.rows(start).columns(sketchers[kind].reduction))
-            copy_repeats(self.folder / kind, columns, *repeats)
-            write_columns(self.folder / kind / _file(shard), columns)
+            write_columns(
+                self.folder / kind / shard_file(shard), collector.rows(start).columns(sketchers[kind].reduction)
+            )
 
     def _write_spans(
         self,
         classifier: Classifier,
         sketchers: dict[str, Sketcher],
         shard: int,
-        wait: WaitForRepeats,
         on_rows: OnRows,
     ) -> None:
         start, stop = self.index.manifest.shards[shard]
@@ -297,12 +296,5 @@ class _SketchWriter:
             classifier, sketchers, replace(encoded, owners=owners - start), self.index.targets(owners),
             self._spec.batch_tokens, self.work.warn,
         )  # fmt: skip
-        for number in range(self._earlier_spans.n_shards, shard + 1):
-            note_spans(self._earlier_spans, self.index.folder, number, classifier)
-        repeats = wait(self._earlier_spans.differences.repeats(shard))
-        write_span_sketches(self.folder, _file(shard), sketches, sketchers, repeats)
+        write_span_sketches(self.folder, shard_file(shard), sketches, sketchers)
         on_rows(stop - start)
-
-
-def _file(shard: int) -> str:
-    return f"{shard:05d}.arrow"

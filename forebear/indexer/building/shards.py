@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,28 +10,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from forebear.errors import MismatchError, NonFiniteError
+from forebear.errors import MismatchError
 from forebear.indexer.building.options import Work
 from forebear.indexer.building.row_facts import reading_metadata
 from forebear.indexer.building.sharing.beginning import load_checked
 from forebear.indexer.building.sharing.claims import Claims
+from forebear.indexer.building.sharing.equal_rows import EqualRows, as_single
 from forebear.indexer.building.sharing.shard_rows import ShardRows, SourceRows
-from forebear.indexer.gradients.earlier_rows import (
-    DIGEST,
-    EarlierRows,
-    EarlierSpans,
-    LabelledRows,
-    copy_repeats,
-    note_rows,
-    stored_digests,
-)
+from forebear.indexer.gradients.earlier_rows import DIGEST, shard_file
 from forebear.indexer.gradients.gradient_pass import labels_seed, run_pass
-from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import device_kind
 from forebear.indexer.model.device.picking import pick_device
 from forebear.indexer.model.encoding import Encoded, encode
-from forebear.indexer.model.forward import Forward, forward_of_features, run_forward
+from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.reading import count_reading
 from forebear.indexer.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.rows.row_source import RowBlock
@@ -40,12 +32,12 @@ from forebear.indexer.sketches.fitting import Sample, fit_sketchers
 from forebear.indexer.sketches.sketch import Sketcher
 from forebear.indexer.spans.finders import find_spans, span_finder
 from forebear.indexer.spans.masking import mask_found
-from forebear.indexer.spans.store import note_spans, write_spans
-from forebear.indexer.storage.arrow import read_batches, write_columns
+from forebear.indexer.spans.store import write_spans
+from forebear.indexer.storage.arrow import write_columns
 from forebear.indexer.storage.layout import COLUMNS, SPANS, word_shards_folder, words_folder
-from forebear.indexer.storage.manifest import Checkpoint, IndexSpec, Manifest, read_manifest
+from forebear.indexer.storage.manifest import Checkpoint, IndexSpec, Manifest
 from forebear.indexer.words.gradients import WordGradients, count_tokens
-from forebear.indexer.words.store import Postings, read_word_store, repeated_words, write_shard
+from forebear.indexer.words.store import write_shard
 from forebear.progress import counted
 
 OnRows = Callable[[int], None]
@@ -64,6 +56,7 @@ class ShardWriter:
         first_shard: Number of the segment's first shard.
         work: Devices of the models, and receiver of warnings and progress.
         claims: Which shards this process writes.
+        part: Numbers of the shards that this writer is for; None: those of the whole segment.
     """
 
     folder: Path
@@ -73,9 +66,7 @@ class ShardWriter:
     first_shard: int
     work: Work
     claims: Claims = field(default_factory=Claims)
-    _rows: LabelledRows = field(default_factory=LabelledRows)
-    _sentences: EarlierRows = field(default_factory=EarlierRows)
-    _spans: EarlierSpans = field(default_factory=EarlierSpans)
+    part: range | None = None
 
     @property
     def spec(self) -> IndexSpec:
@@ -83,9 +74,9 @@ class ShardWriter:
         return self.manifest.spec_on(device_kind(pick_device(self.work.device)))
 
     @property
-    def shards(self) -> tuple[tuple[int, int], ...]:
-        """Row ranges of the segment's shards."""
-        return self.manifest.shards[self.first_shard :]
+    def numbers(self) -> range:
+        """Numbers of the shards that this writer is for."""
+        return range(self.first_shard, len(self.manifest.shards)) if self.part is None else self.part
 
     @property
     def fit_folder(self) -> Path:
@@ -133,14 +124,17 @@ class ShardWriter:
         return partial(self._write_features, checkpoint, classifier, self._sketchers(classifier, checkpoint))
 
     def _sentence_writer(self, encoder: SentenceEncoder | None) -> WriteShard:
+        return partial(self._write_sentences, encoder or self._sentence_encoder())
+
+    def _sentence_encoder(self) -> SentenceEncoder:
         assert self.manifest.sentence_model is not None
-        encoder = encoder or load_sentence_encoder(self.manifest.sentence_model, device=self.work.device)
+        encoder = load_sentence_encoder(self.manifest.sentence_model, device=self.work.device)
         if encoder.sha256 != self.spec.sentence_sha256:
             raise MismatchError(
                 f"{encoder.name} is not the sentence model of the index: sha256 {encoder.sha256[:12]}, expected "
                 f"{(self.spec.sentence_sha256 or '')[:12]}."
             )
-        return partial(self._write_sentences, encoder)
+        return encoder
 
     def _span_writer(self, loaded: dict[str, Classifier], finder: str) -> WriteShard:
         last = self.checkpoints[-1]
@@ -158,33 +152,41 @@ class ShardWriter:
         return all(path.is_file() for path in self._paths(kind))
 
     def n_written(self, kind: str) -> int:
-        """Rows of the segment's shards of a kind that are written."""
-        written = zip(self._paths(kind), self.shards, strict=True)
-        return sum(stop - start for path, (start, stop) in written if path.is_file())
+        """Rows of the shards of a kind that are written."""
+        return sum(self._n_rows(shard) for shard in self.numbers if self._path(kind, shard).is_file())
+
+    def _n_rows(self, shard: int) -> int:
+        start, stop = self.manifest.shards[shard]
+        return stop - start
 
     def _path(self, kind: str, shard: int) -> Path:
-        return self.folder / kind / f"{shard:05d}.arrow"
+        return self.folder / kind / shard_file(shard)
 
     def _paths(self, kind: str) -> list[Path]:
-        return [self._path(kind, self.first_shard + i) for i in range(len(self.shards))]
+        return [self._path(kind, shard) for shard in self.numbers]
 
     def _stage(self, name: str, kind: str, open_writer: Callable[[], WriteShard]) -> None:
         """Write every shard of a kind that is missing and that this process can claim."""
         if self.is_written(kind):
             return
         write = None if self.claims.shared else open_writer()
-        on_rows = counted(self.work.progress, name, self.shards[-1][1] - self.shards[0][0])
-        for number, (path, (start, stop)) in enumerate(zip(self._paths(kind), self.shards, strict=True)):
-            with self.claims.take(kind, int(path.stem), path.is_file) as is_ours:
+        on_rows = counted(self.work.progress, name, sum(map(self._n_rows, self.numbers)))
+        for shard in self.numbers:
+            path = self._path(kind, shard)
+            with self.claims.take(kind, shard, path.is_file) as is_ours:
                 if is_ours:
                     write = write or open_writer()  # a process that comes too late for any shard loads no model
-                    write(path, *self.rows.block(number), start, on_rows)
+                    write(path, *self.rows.block(shard - self.first_shard), self.manifest.shards[shard][0], on_rows)
                 elif not self.claims.shared:
-                    on_rows(stop - start)
+                    on_rows(self._n_rows(shard))
 
-    def _wait(self, kind: str, shards: Iterable[int]) -> None:
-        """Wait until shards of a kind are written; of other segments all are."""
-        self.claims.wait(kind, shards, lambda shard: self._path(kind, shard).is_file())
+    def overwrite_equal_rows(self, loaded: dict[str, Classifier], encoder: SentenceEncoder | None = None) -> None:
+        """Give repeated rows the numbers of the first, when all shards of the segment are written; as :meth:`write`."""
+        EqualRows(
+            folder=self.folder, manifest=self.manifest, first_shard=self.first_shard, checkpoints=self.checkpoints,
+            classifier_at=lambda checkpoint: self._classifier(checkpoint, loaded),
+            encoder=lambda: encoder or self._sentence_encoder(), progress=self.work.progress,
+        ).overwrite()  # fmt: skip
 
     def _write_features(
         self,
@@ -199,7 +201,6 @@ class ShardWriter:
     ) -> None:
         """One forward (and, for sketches and words, one backward of activations) over a block of rows."""
         encoded = Encoded(encode(classifier, block.texts))
-        shard = int(path.stem)
         batch_tokens = self.spec.batch_tokens
         sketches = {kind: s.collector(len(block), classifier.device, packs=True) for kind, s in sketchers.items()}
         words = {
@@ -213,29 +214,19 @@ class ShardWriter:
             )  # fmt: skip
         else:
             forward = run_forward(classifier, encoded, batch_tokens=batch_tokens, first_row=row, on_rows=on_rows)
-        self._note_rows(classifier, shard, encoded, gold)  # after the pass: by now others have written their shards
-        for repeats in (self._rows.read.repeats(shard), self._rows.labelled.repeats(shard)):
-            self._wait(f"features/{checkpoint.name}", np.unique(repeats[1][:, 0]).tolist())
         for kind, sketch in sketches.items():
-            sketch_columns = sketch.rows(row).columns(sketchers[kind].reduction)
-            copy_repeats(self.fit_folder / kind, sketch_columns, *self._rows.labelled.repeats(shard))
-            write_columns(self.fit_folder / kind / path.name, sketch_columns)
+            write_columns(self.fit_folder / kind / path.name, sketch.rows(row).columns(sketchers[kind].reduction))
         for kind, gathered in words.items():
-            word_shards = self.folder / word_shards_folder(kind)
-            write_shard(word_shards / path.name, gathered.rows(row), row, self._repeated_words(kind, shard))
-        forward = self._as_first_stored(path.parent, classifier, forward, shard)
-        residuals, losses = (_single(values, row) for values in forward.residuals_and_losses(gold))
-        copy_repeats(path.parent, {"residual": residuals}, *self._rows.labelled.repeats(shard))
+            write_shard(self.folder / word_shards_folder(kind) / path.name, gathered.rows(row), row)
+        rows = np.arange(row, row + len(block))
+        residuals, losses = (as_single(values, rows) for values in forward.residuals_and_losses(gold))
         if checkpoint is self.checkpoints[-1]:
-            columns: dict[str, pa.Array | np.ndarray] = {"row": np.arange(row, row + len(block))}
+            columns: dict[str, pa.Array | np.ndarray] = {"row": rows}
             columns |= {f"text_{i}": pa.array(texts, pa.string()) for i, texts in enumerate(block.texts)}
             columns |= {"label": _narrow(gold, np.float64), "prediction": _narrow(forward.predictions, np.float32)}
             columns |= {"probabilities": forward.probabilities.astype(np.float32), "loss": losses}
             columns |= {DIGEST: encoded.digests}
             reading = count_reading(classifier.tokenizer, block.texts, encoded.rows, classifier.max_length)
-            of_text = {name: columns[name] for name in ("prediction", "probabilities")}
-            copy_repeats(self.folder / "rows", of_text, *self._rows.read.repeats(shard))
-            copy_repeats(self.folder / "rows", {"loss": losses}, *self._rows.labelled.repeats(shard))
             write_columns(self.folder / "rows" / path.name, columns, reading_metadata(reading))
             if self.manifest.columns:
                 write_columns(self.folder / COLUMNS / path.name, stored_columns(block.table, self.manifest.columns))
@@ -248,51 +239,6 @@ class ShardWriter:
                 write_columns(self.folder / "tokens" / path.name, lists)
         write_columns(path, {"feature": forward.features, "residual": residuals})
 
-    def _stored(self, kind: str, shard: int) -> pa.RecordBatch:
-        return read_batches(self._path(kind, shard))[0]
-
-    def _note_rows(self, classifier: Classifier, shard: int, encoded: Encoded, gold: np.ndarray) -> None:
-        """Note the rows of a shard, to find those that an earlier shard has too.
-
-        Earlier shards that this process did not write are read; where they are not written yet (by another process, or
-        in a resumed build, which has no shards of rows before its last checkpoint), their texts are encoded again.
-        """
-        known = self._rows
-        for number in range(known.n_shards, shard):
-            if self._path("rows", number).is_file():
-                note_rows(known, self.folder, number, classifier)
-            else:
-                block, its_gold = self.rows.block(number - self.first_shard)
-                known.add(Encoded(encode(classifier, block.texts)).digests, its_gold)
-        if known.n_shards == shard:  # at the first checkpoint
-            known.add(encoded.digests, gold)
-
-    def _as_first_stored(self, folder: Path, classifier: Classifier, forward: Forward, shard: int) -> Forward:
-        """A shard's forward pass; rows that an earlier shard has too get the stored features, and their logits."""
-        positions, places = self._rows.read.repeats(shard)
-        if not len(positions):
-            return forward
-        copy_repeats(folder, {"feature": forward.features}, positions, places)
-        again = forward_of_features(classifier, forward.features[positions])
-        forward.logits[positions] = again.logits
-        return Forward(forward.features, forward.logits, forward.loss)
-
-    def _repeated_words(self, kind: str, shard: int) -> Postings | None:
-        """Stored words of the rows that an earlier shard has too, from its words or from the older store."""
-        positions, places = self._rows.labelled.repeats(shard)
-        if not len(positions):
-            return None
-        before = Index(self.folder, read_manifest(self.folder), check=False) if self.first_shard else None
-        shards_before = () if before is None else before.manifest.shards
-        starts = np.array([start for start, _ in (*shards_before, *self.shards)])
-        word_shards = self.folder / word_shards_folder(kind)
-        return repeated_words(
-            starts[shard] + positions,
-            starts[places[:, 0]] + places[:, 1],
-            [word_shards / f"{i:05d}.arrow" for i in np.unique(places[:, 0]) if i >= self.first_shard],
-            None if before is None else read_word_store([self.folder / name for name in before.word_files(kind)]),
-        )
-
     def _write_sentences(
         self,
         encoder: SentenceEncoder,
@@ -302,19 +248,8 @@ class ShardWriter:
         _row: int,
         on_rows: OnRows,
     ) -> None:
-        encoded, known, shard = Encoded(encoder.encode(block.texts)), self._sentences, int(path.stem)
+        encoded = Encoded(encoder.encode(block.texts))
         embedding = encoder.embed(encoded, batch_tokens=self.spec.batch_tokens, on_rows=on_rows)
-        for number in range(known.n_shards, shard):
-            if self._path("sentence", number).is_file() and self._path("rows", number).is_file():
-                stored = self._stored("sentence", number)
-                known.add(stored_digests(stored, encoder.encode, self._stored("rows", number)))
-            else:
-                texts = self.rows.block(number - self.first_shard)[0].texts
-                known.add(Encoded(encoder.encode(texts)).digests)
-        known.add(encoded.digests)
-        positions, places = known.repeats(shard)
-        self._wait("sentence", np.unique(places[:, 0]).tolist())
-        copy_repeats(path.parent, {"embedding": embedding}, positions, places)
         write_columns(path, {"embedding": embedding, DIGEST: encoded.digests})
 
     def _write_spans(
@@ -334,19 +269,10 @@ class ShardWriter:
         spans = find_spans(find, block.texts, block.table, rows, "training row")
         write_spans(
             self.folder, self.fit_folder, path.name, self.checkpoints[-1].name, classifier, sketchers,
-            mask_found(classifier, block.texts, spans), gold, partial(self._earlier_spans, classifier, int(path.stem)),
-            first_row=row, batch_tokens=self.spec.batch_tokens, warn=self.work.warn,
+            mask_found(classifier, block.texts, spans), gold, first_row=row,
+            batch_tokens=self.spec.batch_tokens, warn=self.work.warn,
         )  # fmt: skip
         on_rows(len(block))
-
-    def _earlier_spans(self, classifier: Classifier, shard: int) -> EarlierSpans:
-        """Spans of the shards before this one, when all of these are written."""
-        earlier = range(self._spans.n_shards, shard)
-        for kind in (f"features/{self.checkpoints[-1].name}", SPANS):
-            self._wait(kind, earlier)
-        for number in earlier:
-            note_spans(self._spans, self.folder, number, classifier)
-        return self._spans
 
     def _sketchers(self, classifier: Classifier, checkpoint: Checkpoint) -> dict[str, Sketcher]:
         """Sketchers of every scope, by the folder of their shards; fitted now if they were not before."""
@@ -358,22 +284,6 @@ class ShardWriter:
     def _sample(self) -> Sample:
         assert isinstance(self.rows, SourceRows)  # the first process has fitted before others are started
         return self.rows.sample(self.spec.seed)
-
-
-def _single(values: np.ndarray, first_row: int) -> np.ndarray:
-    """Values of rows as float32.
-
-    Raises:
-        NonFiniteError: One is too large for it; the row is named.
-    """
-    with np.errstate(over="ignore"):
-        single = values.astype(np.float32)
-    if not (finite := np.isfinite(single).reshape(len(single), -1).all(axis=1)).all():
-        raise NonFiniteError(
-            f"the loss of row {first_row + int(np.argmin(finite))} or its gradient is beyond the largest number of "
-            "float32. Scale the targets."
-        )
-    return single
 
 
 def _narrow(targets: np.ndarray, numbers: type) -> np.ndarray:

@@ -1,21 +1,23 @@
 """Equal rows in different shards: the numbers stored for the first are stored for the others too.
 
 A model's last bits depend on the other rows of a batch, so the same row in two shards would get two numbers, and a tie
-would be broken by rounding instead of by row number.
+would be broken by rounding instead of by row number. Shards are computed each by itself; when all are written, their
+repeated rows are overwritten. That may be broken off and done again: no first row is ever overwritten.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from forebear.indexer.model.classifier import Classifier
-from forebear.indexer.model.encoding import bits_of, encode, read_digests
-from forebear.indexer.storage.arrow import column, read_batches
+from forebear.indexer.model.encoding import bits_of, read_digests
+from forebear.indexer.storage.arrow import column, read_batches, write_columns
+
+Repeats = tuple[np.ndarray, np.ndarray]  # positions of a shard's rows that an earlier shard has, (m,); places, (m, 2)
+EncodeTexts = Callable[[list[list[str]]], Sequence[dict[str, list[int]]]]  # texts, one list a column, as word pieces
 
 DIGEST = "digest"  # column of a shard with the digest of each row's word pieces
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -32,9 +34,7 @@ def combined(digests: np.ndarray, *keys: np.ndarray) -> np.ndarray:
     return digests
 
 
-def stored_digests(
-    batch: pa.RecordBatch, encode: Callable[[list[list[str]]], Sequence[dict[str, list[int]]]], texts: pa.RecordBatch
-) -> np.ndarray:
+def stored_digests(batch: pa.RecordBatch, encode: EncodeTexts, texts: pa.RecordBatch) -> np.ndarray:
     """Digests of the word pieces of a shard's rows; where an older version kept none, the texts are encoded again.
 
     Args:
@@ -54,9 +54,7 @@ class EarlierRows:
     def __init__(self) -> None:
         self._digests = np.empty((0, 2), np.uint64)  # ascending by the first half
         self._places = np.empty((0, 2), np.int64)  # shard, and position in it
-        self._repeats: list[
-            tuple[np.ndarray, np.ndarray]
-        ] = []  # by shard: positions of its repeated rows, and their places
+        self._repeats: list[Repeats] = []  # by shard
 
     @property
     def n_shards(self) -> int:
@@ -75,7 +73,7 @@ class EarlierRows:
         new_places = np.stack([np.full(len(new), self.n_shards - 1), new], axis=1)
         self._digests, self._places = all_digests[order], np.concatenate([self._places, new_places])[order]
 
-    def repeats(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+    def repeats(self, shard: int) -> Repeats:
         """Positions of a shard's rows that an earlier shard has, ``(m,)``; shard and position of those, ``(m, 2)``."""
         return self._repeats[shard]
 
@@ -111,17 +109,17 @@ class LabelledRows:
         self.labelled.add(combined(read, labels))
 
 
-def note_rows(earlier: LabelledRows, folder: Path, shard: int, classifier: Classifier) -> None:
+def note_rows(earlier: LabelledRows, folder: Path, shard: int, encode: EncodeTexts) -> None:
     """Add the stored rows of the next shard to those of the shards before it.
 
     Args:
         earlier: Rows of the shards before this one.
         folder: The index.
         shard: Number of the shard to add.
-        classifier: Its tokenizer encodes the texts where an older version kept no digests.
+        encode: Encodes texts where an older version kept no digests.
     """
-    rows = read_batches(folder / "rows" / f"{shard:05d}.arrow")[0]
-    earlier.add(stored_digests(rows, partial(encode, classifier), rows), column(rows, "label"))
+    rows = read_batches(folder / "rows" / shard_file(shard))[0]
+    earlier.add(stored_digests(rows, encode, rows), column(rows, "label"))
 
 
 class EarlierSpans:
@@ -148,6 +146,11 @@ class EarlierSpans:
         self.differences.add(combined(masked, read, labels))
 
 
+def shard_file(shard: int) -> str:
+    """Name of the files of a shard, one in the folder of each kind."""
+    return f"{shard:05d}.arrow"
+
+
 def copy_repeats(
     folder: Path, columns: Mapping[str, pa.Array | np.ndarray], positions: np.ndarray, places: np.ndarray
 ) -> None:
@@ -155,13 +158,42 @@ def copy_repeats(
 
     Args:
         folder: Folder of the shards of one kind.
-        columns: Columns of the new shard, changed in place. Arrow arrays, such as texts, are left as they are.
-        positions: Rows of the new shard, ``(m,)``.
+        columns: Columns of the later shard, changed in place. Arrow arrays, such as texts, are left as they are.
+        positions: Rows of the later shard, ``(m,)``.
         places: Shard and position of the equal row, ``(m, 2)``.
     """
     for shard in np.unique(places[:, 0]):
         of_shard = places[:, 0] == shard
-        stored = read_batches(folder / f"{shard:05d}.arrow")[0]
+        stored = read_batches(folder / shard_file(shard))[0]
         for name, values in columns.items():
             if isinstance(values, np.ndarray) and name != "row":
                 values[positions[of_shard]] = column(stored, name)[places[of_shard, 1]]
+
+
+def stored_columns_of(path: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Copies of columns of a shard, by name; None: of all, which are of numbers."""
+    batch = read_batches(path)[0]
+    return {name: column(batch, name).copy() for name in names or batch.schema.names}
+
+
+def overwrite_columns(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Write a shard again with other values of some columns; a shard that has these values is left as it is."""
+    batch = read_batches(path)[0]
+    if all(column(batch, name).tobytes() == values.tobytes() for name, values in columns.items()):
+        return
+    others = {name: batch.column(name) for name in batch.schema.names}
+    write_columns(path, others | dict(columns), batch.schema.metadata)
+
+
+def overwrite_repeats(folder: Path, shard: int, repeats: Repeats) -> None:
+    """Replace all numbers of a written shard's repeated rows by those of the earlier ones.
+
+    Args:
+        folder: Folder of the shards of one kind, whose columns are all of numbers.
+        shard: Number of the shard; the earlier ones have been through this.
+        repeats: Its repeated rows, and their places.
+    """
+    if len(repeats[0]):
+        columns = stored_columns_of(folder / shard_file(shard))
+        copy_repeats(folder, columns, *repeats)
+        overwrite_columns(folder / shard_file(shard), columns)

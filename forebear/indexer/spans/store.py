@@ -9,7 +9,6 @@ At the last checkpoint alone: the variants that ``tracin+`` and ``tracin++`` sum
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,15 @@ import numpy as np
 import pyarrow as pa
 
 from forebear.errors import NonFiniteError
-from forebear.indexer.gradients.earlier_rows import DIGEST, EarlierSpans, copy_repeats, stored_digests
+from forebear.indexer.gradients.earlier_rows import (
+    DIGEST,
+    EarlierSpans,
+    copy_repeats,
+    overwrite_columns,
+    shard_file,
+    stored_columns_of,
+    stored_digests,
+)
 from forebear.indexer.gradients.gradient_pass import MemoryWarning
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.encoding import Encoded, encode
@@ -73,7 +80,6 @@ def write_spans(
     sketchers: dict[str, Sketcher],
     masked: MaskedSpans,
     labels: np.ndarray,
-    earlier_spans: Callable[[], EarlierSpans],
     *,
     first_row: int,
     batch_tokens: int,
@@ -90,7 +96,6 @@ def write_spans(
         sketchers: Sketchers, by the folder of the rows' sketches.
         masked: The spans of the shard.
         labels: Gold classes of the shard's rows, ``(n,)``.
-        earlier_spans: Gives the spans of the shards before this one, to which these are added; called after the pass.
         first_row: Number of the shard's first row.
         batch_tokens: Largest number of padded tokens in a batch.
         warn: Called when memory does not suffice for a batch.
@@ -103,21 +108,13 @@ def write_spans(
             f"{classifier.name}: with a span masked, a gradient of a row between {first_row} and "
             f"{first_row + len(labels) - 1} is NaN or infinite. Check the model."
         ) from error
-    shard, encoded, earlier = int(Path(name).stem), masked.encoded, earlier_spans()
-    earlier.add(encoded.digests, encoded.others.digests, gold)
-    write_span_sketches(fit_folder, name, sketches, sketchers, earlier.differences.repeats(shard))
-    masked_rows_folder = folder / masked_folder(checkpoint)
-    positions, places = earlier.masked.repeats(shard)
-    if len(positions):
-        copy_repeats(masked_rows_folder, {"feature": features}, positions, places)
-        logits[positions] = forward_of_features(classifier, features[positions]).logits
+    write_span_sketches(fit_folder, name, sketches, sketchers)
     residuals = classifier.loss.residual_and_loss(logits, gold)[0].astype(np.float32)
-    copy_repeats(masked_rows_folder, {"residual": residuals}, *earlier.labelled.repeats(shard))
-    write_columns(masked_rows_folder / name, {"feature": features, "residual": residuals})
+    write_columns(folder / masked_folder(checkpoint) / name, {"feature": features, "residual": residuals})
     ends = np.array([(s.column, s.start, s.end) for s in masked.spans], np.int32).reshape(-1, 3)
     columns = {"row": first_row + masked.owners.astype(np.int64)}
     columns |= {part: np.ascontiguousarray(ends[:, i]) for i, part in enumerate(("column", "start", "end"))}
-    columns[DIGEST] = encoded.others.digests
+    columns[DIGEST] = masked.encoded.others.digests
     batch = record_batch(columns).replace_schema_metadata({_CUT: str(len(masked.cut)).encode()})
     write_table(folder / SPANS / name, [batch], batch.schema)
 
@@ -127,14 +124,36 @@ def write_span_sketches(
     name: str,
     sketches: dict[str, SketchRows],
     sketchers: dict[str, Sketcher],
-    repeats: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> None:
-    """Write the sketches of one shard's spans, beside those of its rows; ``repeats`` get stored numbers."""
+    """Write the sketches of one shard's spans, beside those of its rows."""
     for kind, span_sketches in sketches.items():
-        columns = span_sketches.columns(sketchers[kind].reduction)
-        if repeats is not None:
-            copy_repeats(fit_folder / span_gradients(kind), columns, *repeats)
-        write_columns(fit_folder / span_gradients(kind) / name, columns)
+        write_columns(fit_folder / span_gradients(kind) / name, span_sketches.columns(sketchers[kind].reduction))
+
+
+def overwrite_repeated_spans(
+    folder: Path, checkpoint: str, classifier: Classifier, shard: int, earlier: EarlierSpans
+) -> None:
+    """Give masked rows of a written shard that an earlier shard has too the numbers stored there.
+
+    Args:
+        folder: The index.
+        checkpoint: Name of the last checkpoint.
+        classifier: The model there: of a masked row with another label, its head gives the residual anew.
+        shard: Number of the shard; the earlier ones have been through this.
+        earlier: Spans of the shards up to this one.
+    """
+    positions, places = earlier.masked.repeats(shard)
+    if not len(positions):
+        return
+    masked_rows_folder = folder / masked_folder(checkpoint)
+    listed, rows = (read_batches(folder / kind / shard_file(shard))[0] for kind in (SPANS, "rows"))
+    gold = column(rows, "label")[column(listed, "row") - column(rows, "row")[0]]
+    columns = stored_columns_of(masked_rows_folder / shard_file(shard))
+    copy_repeats(masked_rows_folder, {"feature": columns["feature"]}, positions, places)
+    logits = forward_of_features(classifier, columns["feature"][positions]).logits
+    columns["residual"][positions] = classifier.loss.residual_and_loss(logits, gold[positions])[0]
+    copy_repeats(masked_rows_folder, {"residual": columns["residual"]}, *earlier.labelled.repeats(shard))
+    overwrite_columns(masked_rows_folder / shard_file(shard), columns)
 
 
 def note_spans(earlier: EarlierSpans, folder: Path, shard: int, classifier: Classifier) -> None:

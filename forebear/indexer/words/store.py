@@ -53,16 +53,25 @@ class Postings:
         return Postings(*(getattr(self, f.name)[positions] for f in fields(Postings)))
 
 
-def write_shard(path: Path, words: WordRows, first_row: int, repeated: Postings | None = None) -> None:
-    """Write one shard's words, sorted by token and row; rows that occur in ``repeated`` get those words instead."""
+def write_shard(path: Path, words: WordRows, first_row: int) -> None:
+    """Write one shard's words, sorted by token and row."""
     coded = words.coded
     assert coded is not None
     rows = (first_row + words.rows).astype(np.int32)
-    postings = Postings(rows, words.tokens.astype(np.int32), coded.codes, coded.scales, coded.norms, coded.errors)
-    if repeated is not None:
-        kept = postings.take(~np.isin(rows, repeated.rows))
-        pairs = ((getattr(part, f.name) for part in (kept, repeated)) for f in fields(Postings))
-        postings = Postings(*map(np.concatenate, map(tuple, pairs)))
+    _write_postings(
+        path, Postings(rows, words.tokens.astype(np.int32), coded.codes, coded.scales, coded.norms, coded.errors)
+    )
+
+
+def overwrite_words(path: Path, repeated: Postings) -> None:
+    """Write a shard again: rows that occur in ``repeated`` get those words."""
+    postings = _read_shard(path)
+    kept = postings.take(~np.isin(postings.rows, repeated.rows))
+    pairs = ((getattr(part, f.name) for part in (kept, repeated)) for f in fields(Postings))
+    _write_postings(path, Postings(*map(np.concatenate, map(tuple, pairs))))
+
+
+def _write_postings(path: Path, postings: Postings) -> None:
     postings = postings.take(np.lexsort((postings.rows, postings.tokens)))
     names = ("row", "token", "code", "scale", "norm", "error")
     write_columns(path, {name: getattr(postings, f.name) for name, f in zip(names, fields(Postings), strict=True)})

@@ -1,28 +1,21 @@
 """Which shards a process writes: those that no other process has claimed.
 
 A claim is a lock of the operating system on a small file, one for each shard and stage, so it ends with its process.
-Shards are claimed in ascending order, and stages one after another. A process waits only for shards before the one it
-has claimed, so of all processes the one with the earliest claim never waits.
+No process waits for another: a shard depends on what was fitted and on its own rows alone.
 """
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from forebear.errors import InputError
 from forebear.indexer.storage.layout import CLAIMS
-from forebear.indexer.storage.locks import claimed, owner_of
-
-_PAUSE_SECONDS = 0.05  # between two looks for a shard of another process
-
-
-class AbandonedShardError(Exception):
-    """A shard that this process waits for is neither written nor claimed: the process that claimed it has ended."""
+from forebear.indexer.storage.locks import check_free, claimed, owner_of
 
 
 @dataclass(frozen=True)
@@ -55,24 +48,10 @@ class Claims:
         with claimed(_lock(self.folder, stage, shard)) as owner:
             yield owner is None and not is_written()  # another process may have written it before this claim
 
-    def wait(self, stage: str, shards: Iterable[int], is_written: Callable[[int], bool]) -> None:
-        """Wait until other processes have written shards; a process that writes alone has written them before.
-
-        Raises:
-            AbandonedShardError: One is not written, and nobody is writing it.
-        """
-        if self.folder is None:
-            return
-        for shard in shards:
-            while not is_written(shard):
-                if owner_of(_lock(self.folder, stage, shard)) is None and not is_written(shard):
-                    raise AbandonedShardError(f"{stage}, shard {shard}")
-                time.sleep(_PAUSE_SECONDS)
-
 
 @contextmanager
 def claims_folder(folder: Path) -> Iterator[None]:
-    """The folder of all claims on the shards of an index; it goes at the end.
+    """The folder of all claims on the shards of an index; it goes with the last claim.
 
     Raises:
         InputError: The file system has no locks, without which two processes would write the same shard.
@@ -80,7 +59,7 @@ def claims_folder(folder: Path) -> Iterator[None]:
     place = folder / CLAIMS
     place.mkdir(parents=True, exist_ok=True)
     try:
-        probe = place / "probe.lock"
+        probe = place / f"probe-{socket.gethostname()}-{os.getpid()}.lock"
         with claimed(probe), claimed(probe) as owner:
             if owner is None:
                 raise InputError(
@@ -89,7 +68,26 @@ def claims_folder(folder: Path) -> Iterator[None]:
                 )
         yield
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        for left in place.glob("*.lock"):  # by killed processes
+            if owner_of(left) is None:
+                left.unlink(missing_ok=True)
+        with suppress(OSError):  # others have claims
+            place.rmdir()
+
+
+def part_lock(folder: Path, part: str) -> Path:
+    """The lock file that a process holds while it writes a part of an index, such as ``3/8``."""
+    return folder / CLAIMS / f"part-{part.replace('/', '-of-')}.lock"
+
+
+def refuse_parts_under_way(folder: Path) -> None:
+    """Refuse to go on while a process writes a part of an index in this folder.
+
+    Raises:
+        InUseError: One does.
+    """
+    for lock in sorted((folder / CLAIMS).glob("part-*.lock")):
+        check_free(lock, f"{lock.stem.replace('-of-', '/').replace('-', ' ')} of {folder}")
 
 
 def _lock(folder: Path, stage: str, shard: int) -> Path:

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forebear.indexer.building.sharing.claims import AbandonedShardError, Claims
+from forebear.indexer.building.sharing.claims import Claims
 from forebear.indexer.building.sharing.ending import end_with
 from forebear.progress import Listener, heard_by
 from forebear.wording import at_command_line
@@ -66,8 +66,6 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     try:
         _do(connection.recv(), connection)
-    except AbandonedShardError:
-        pass  # the first process sees how the other one ended
     except Exception as error:
         connection.send(("error", _sendable(error), traceback.format_exc()))
         return

@@ -34,7 +34,19 @@ def rows_for(work: Work, source: RowSource, labels: LabelMap | TargetMap, shard_
 
 
 def write_segment(writer: ShardWriter, loaded: dict[str, Classifier], encoder: SentenceEncoder | None = None) -> None:
-    """Write the shard files of a segment that are missing, on the devices that its work names.
+    """Write the shard files of a segment that are missing, and then what its equal rows have in common.
+
+    Args:
+        writer: Writer of the segment.
+        loaded: Models in memory on the first device, see :meth:`ShardWriter.write`.
+        encoder: The sentence encoder, likewise.
+    """
+    write_shards(writer, loaded, encoder)
+    writer.overwrite_equal_rows(loaded, encoder)
+
+
+def write_shards(writer: ShardWriter, loaded: dict[str, Classifier], encoder: SentenceEncoder | None = None) -> None:
+    """Write the shard files that are missing, on the devices that the writer's work names.
 
     What is fitted is fitted by this process, before others write shards: the files have the same bytes, however many
     processes there are.
@@ -49,7 +61,7 @@ def write_segment(writer: ShardWriter, loaded: dict[str, Classifier], encoder: S
         writer.write(loaded, encoder)
         return
     writer.fit(loaded)
-    write = partial(_write_claimed, writer.folder, writer.manifest, writer.checkpoints, writer.first_shard)
+    write = partial(_write_claimed, writer.folder, writer.manifest, writer.checkpoints, writer.first_shard, writer.part)
     written = {stage: writer.n_written(kind) for stage, kind in kinds.items()}
     write_on_devices(write, writer.folder, writer.work, rows=writer.rows, written=written)
     for stage, kind in kinds.items():
@@ -61,6 +73,7 @@ def _write_claimed(
     manifest: Manifest,
     checkpoints: tuple[Checkpoint, ...],
     first_shard: int,
+    part: range | None,
     work: Work,
     claims: Claims,
     rows: ShardRows,
@@ -68,7 +81,7 @@ def _write_claimed(
     """In the process of a device: write the shards that no other process has claimed."""
     writer = ShardWriter(
         folder=folder, manifest=manifest, checkpoints=checkpoints, rows=rows, first_shard=first_shard, work=work,
-        claims=claims,
+        claims=claims, part=part,
     )  # fmt: skip
     with as_begun(manifest.spec.n_threads, pick_device(work.device)):
         writer.write({})

@@ -20,7 +20,7 @@ from forebear.indexer.building.build import BuildOptions, build_index
 from forebear.indexer.building.options import Work
 from forebear.indexer.building.shards import ShardWriter
 from forebear.indexer.building.sharing.beginning import load_checked
-from forebear.indexer.building.sharing.claims import AbandonedShardError, Claims, claims_folder
+from forebear.indexer.building.sharing.claims import Claims, claims_folder
 from forebear.indexer.building.sharing.shard_rows import SourceRows
 from forebear.indexer.rows.labels import label_map
 from forebear.indexer.rows.opening import rows_from_texts
@@ -57,32 +57,9 @@ class TestClaims:
         with claims_folder(tmp_path), Claims(tmp_path).take("spans", 0, lambda: next(looks)) as is_ours:
             assert not is_ours
 
-    def test_a_writer_waits_for_the_file_of_a_claimed_shard(self, tmp_path: Path) -> None:
-        file, waited = tmp_path / "0.arrow", threading.Event()
-
-        def is_written(_shard: int) -> bool:
-            waited.set()
-            return file.is_file()
-
-        with claims_folder(tmp_path):
-            waiting = threading.Thread(target=Claims(tmp_path).wait, args=("spans", [0], is_written))
-            with Claims(tmp_path).take("spans", 0, file.is_file):
-                waiting.start()
-                assert waited.wait(10)
-                waiting.join(0.2)
-                assert waiting.is_alive()
-                file.touch()
-            waiting.join(10)
-            assert not waiting.is_alive()
-
-    def test_a_shard_that_its_writer_left_is_not_waited_for(self, tmp_path: Path) -> None:
-        with claims_folder(tmp_path), pytest.raises(AbandonedShardError, match="spans, shard 3"):
-            Claims(tmp_path).wait("spans", [3], lambda _shard: False)
-
     def test_who_writes_alone_claims_nothing(self, tmp_path: Path) -> None:
         with Claims().take("spans", 0, lambda: False) as first, Claims().take("spans", 1, lambda: True) as second:
             assert (first, second) == (True, False)
-        Claims().wait("spans", [0], lambda _shard: False)
 
     def test_a_file_system_without_locks_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def no_lock(*_arguments: Any) -> None:
@@ -141,7 +118,7 @@ class _HeldRows(SourceRows):
 
 
 @pytest.mark.slow
-def test_a_shard_that_repeats_rows_of_one_under_way_waits_for_it(
+def test_a_shard_that_repeats_rows_of_one_under_way_does_not_wait_for_it(
     tiny_model: Callable[..., str], tmp_path: Path
 ) -> None:
     chosen = choose_model(None, [tiny_model("bert", 2, 0), tiny_model("bert", 2, 1)], (1.0, 1.0)).checkpoints
@@ -178,13 +155,14 @@ def test_a_shard_that_repeats_rows_of_one_under_way_waits_for_it(
         slow.start()
         assert held.is_asked.wait(30)
         quick.start()
-        quick.join(1.5)
-        assert quick.is_alive()
-        assert not list((folder / "features").rglob("*.arrow"))  # the second shard repeats rows of the first
+        quick.join(60)
+        assert not quick.is_alive()
+        of_first = sorted(path.name for path in (folder / "features" / checkpoints[0].name).iterdir())
+        assert of_first == ["00001.arrow", "00002.arrow", "00003.arrow"]  # they repeat rows of the shard before them
         held.let_go.set()
         slow.join(60)
-        quick.join(60)
     assert not failures
+    writer(Claims(), free).overwrite_equal_rows(models())
     shards = {name: sha for name, sha in hashes(built.folder).items() if re.search(r"/\d{5}[.]arrow", name)}
     assert len(shards) == 4 * 8  # rows, tokens, sentences; features and sketches twice; whitened sketches
     assert hashes(folder).items() >= shards.items()
