@@ -39,9 +39,10 @@ if TYPE_CHECKING:
     from forebear.evaluation.python import audits, evaluations
     from forebear.evaluation.python.explaining import explain, saliency
     from forebear.evaluation.python.flipping import flip
-    from forebear.indexer.building.build import build_index
+    from forebear.indexer.building.build import build_index, fit_index
     from forebear.indexer.building.change import append_rows, rebuild_ann, retire_rows
     from forebear.indexer.building.options import BuildOptions
+    from forebear.indexer.building.sharing.parts import build_part, commit_parts
     from forebear.indexer.building.verify import verify_index
     from forebear.indexer.index import Index
     from forebear.indexer.rows.opening import open_rows, rows_from_texts
@@ -70,7 +71,8 @@ _HOMES = {  # the module that defines each public name; the imports above say th
         "OutputExistsError",
         "StorageError",
     ),
-    "forebear.indexer.building.build": ("build_index",),
+    "forebear.indexer.building.build": ("build_index", "fit_index"),
+    "forebear.indexer.building.sharing.parts": ("build_part", "commit_parts"),
     "forebear.indexer.building.change": ("append_rows", "rebuild_ann", "retire_rows"),
     "forebear.indexer.rows.opening": ("open_rows", "rows_from_texts"),
     "forebear.indexer.rows.row_source": ("RowSource",),
@@ -116,9 +118,12 @@ __all__ = [
     "append_rows",
     "audits",
     "build_index",
+    "build_part",
     "choose_model",
+    "commit_parts",
     "evaluations",
     "explain",
+    "fit_index",
     "flip",
     "open_rows",
     "rebuild_ann",

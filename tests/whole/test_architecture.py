@@ -35,8 +35,9 @@ MOST_ENTRIES = 12
 PUBLIC_NAMES = """
     BuildOptions CorruptIndexError DataError ForebearCallback ForebearError InUseError Index InputError METHODS
     Method MismatchError MissingStoreError ModelError NonFiniteError NotEnoughMemoryError OutputExistsError
-    QuerySpec Retriever RowSource StorageError TrainOptions append_rows audits build_index choose_model evaluations
-    explain flip open_rows rebuild_ann retire_rows rows_from_texts saliency show train verify_index
+    QuerySpec Retriever RowSource StorageError TrainOptions append_rows audits build_index build_part choose_model
+    commit_parts evaluations explain fit_index flip open_rows rebuild_ann retire_rows rows_from_texts saliency
+    show train verify_index
 """
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

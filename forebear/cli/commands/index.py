@@ -25,22 +25,17 @@ if TYPE_CHECKING:
 
 # What a change takes besides its own name; everything else was decided by the build.
 OPTIONS_OF_EVERY_CHANGE = ("out", "resume", "force", "quiet")
+_OF_ROWS = (
+    "train", "model", "text_columns", "label_column", "label_names", "unlabelled", "delimiter", "encoding", "device",
+    "devices",
+)  # fmt: skip
 OPTIONS_OF_CHANGES = {
-    "append": (
-        "train",
-        "model",
-        "text_columns",
-        "label_column",
-        "label_names",
-        "unlabelled",
-        "delimiter",
-        "encoding",
-        "device",
-        "devices",
-    ),
+    "append": _OF_ROWS,
+    "shard": _OF_ROWS,
     "retire": (),
     "rebuild_ann": ("ann",),
     "refit": ("model", "device", "devices"),
+    "commit": ("parts", "model", "device", "devices"),
 }
 
 HELP = """Build the index of a classifier's training rows, once; or change one that is there.
@@ -64,6 +59,12 @@ Examples:
     forebear index --out I --retire 17,230-240
 
     forebear index --out I --refit
+
+    forebear index --model runs/mine --train train.csv --out I --scope head,all --fit
+
+    forebear index --out I --train train.csv --shard 3/8
+
+    forebear index --out I --commit --from copy-1/I copy-2/I
 """
 
 
@@ -125,7 +126,12 @@ def index(
     if unchanged:
         say(unchanged[0])
         return
-    _say_what_was_built(built, place, of_rows=rows.train is not None, seconds=time.perf_counter() - started)
+    if isinstance(built, str):
+        say(f"{place.out}: {built}, {time.perf_counter() - started:.1f} s")
+        return
+    _say_what_was_built(
+        built, place, of_rows=rows.train is not None or change.commit, seconds=time.perf_counter() - started
+    )
 
 
 def _build_or_change(
@@ -135,9 +141,10 @@ def _build_or_change(
     choices: ChoiceOptions,
     change: ChangeOptions,
     how: dict[str, Any],
-) -> Index:
-    """The index after what was asked for; ``how`` is what a build and every change take."""
+) -> Index | str:
+    """The index after what was asked for, or what is there before it is one; ``how`` is what every change takes."""
     from forebear.indexer.building import build
+    from forebear.indexer.building.sharing.part_files import read_fit
     from forebear.indexer.index import Index
     from forebear.indexer.rows.targets.label_column import DROP_MARKED
     from forebear.indexer.training.model_choice import choose_model
@@ -150,13 +157,24 @@ def _build_or_change(
         return build.rebuild_ann(out, choices.storing.ann, **how)
     if change.refit:
         return build.refit_index(out, model=chosen.model, warn=warn, **on, **how)
+    if change.commit:
+        return build.commit_parts(out, change.parts or (), model=chosen.model, warn=warn, **on, **how)
+    if change.shard is not None:
+        like = read_fit(Path(out)).manifest
+        source = rows.open_all(like.spec.label_names, like.row_format, DROP_MARKED)
+        written = build.build_part(out, source, change.shard, model=chosen.model, warn=warn, **on, **how)
+        return f"part {change.shard} is written, {len(written):,} rows"
     if change.append:
         manifest = Index.open(Path(out)).manifest
         source = rows.open_all(manifest.spec.label_names, manifest.row_format, DROP_MARKED)
         return build.append_rows(out, source, model=chosen.model, warn=warn, **on, **how)
     run = choose_model(chosen.model, chosen.checkpoints or (), chosen.eta or ())
     source = rows.open_all(run.class_names(), run.row_format, run.unlabelled)
-    return Index.build(run, source, out, **choices.given(source.text_columns), warn=warn, **how)
+    given = choices.given(source.text_columns)
+    if not change.fit:
+        return Index.build(run, source, out, **given, warn=warn, **how)
+    begun = build.build_from_model(run, source, out, build=build.fit_index, warn=warn, **given, **how)
+    return begun or f"fitted. Next: forebear index --out {out} --train {rows.train} --shard I/N, then --commit"
 
 
 def _say_what_was_built(built: Index, place: OutOptions, *, of_rows: bool, seconds: float) -> None:

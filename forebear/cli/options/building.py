@@ -225,8 +225,8 @@ class ChoiceOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChangeOptions(Options, panel="Changes of an index that is there"):
-    """A change of an index instead of a build; ``--resume`` goes on with an interrupted one."""
+class ChangeOptions(Options, panel="Changes of an index, and builds in parts"):
+    """A change of an index, or a step of a build; ``--resume`` goes on with an interrupted one."""
 
     append: Annotated[bool, typer.Option("--append", help="Add the --train rows to the index in --out.")] = False
     retire: Annotated[
@@ -237,6 +237,26 @@ class ChangeOptions(Options, panel="Changes of an index that is there"):
         bool,
         typer.Option("--refit", help="Fit sketches, EK-FAC and calibration beyond the head to the rows there are now."),
     ] = False
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit", help="Begin a build in parts: fit what they share, and write no rows. Takes what a build takes."
+        ),
+    ] = False
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            help="I/N: write part I of N of the rows, 1/N to N/N, in the folder that --fit wrote or in a copy of it. "
+            "Takes --train.",
+            show_default=False,
+        ),
+    ] = None
+    commit: Annotated[bool, typer.Option("--commit", help="Make the index, when all parts are written.")] = False
+    parts: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="Of --commit: other folders that hold parts.", show_default=False),
+    ] = None
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Go on with an interrupted build or change; one that is done is not done twice."),
@@ -246,6 +266,11 @@ class ChangeOptions(Options, panel="Changes of an index that is there"):
         """Refuse several changes at once."""
         if sum((self.append, bool(self.retire), self.rebuild_ann, self.refit)) > 1:
             raise InputError("--append, --retire, --refit and --rebuild-ann are separate changes: give one of them.")
+        steps = (self.fit, self.shard is not None, self.commit)
+        if sum(steps) > 1 or (any(steps) and (self.append or self.retire or self.rebuild_ann or self.refit)):
+            raise InputError("--fit, --shard and --commit are separate steps of a build: give one of them.")
+        if self.parts and not self.commit:
+            raise InputError("--from names the folders that --commit takes parts from. Give --commit, too.")
 
 
 def _column(name: str, names: Sequence[str]) -> int:

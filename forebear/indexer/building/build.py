@@ -8,34 +8,38 @@ of an index are in :mod:`~forebear.indexer.building.change` (rows added and reti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from forebear.errors import InputError, MismatchError
 from forebear.indexer.building.change import append_rows, rebuild_ann, retire_rows
-from forebear.indexer.building.finish import calibration_by, finish
+from forebear.indexer.building.finish import finish_build
 from forebear.indexer.building.options import BuildOptions, Work
 from forebear.indexer.building.preflight import check_feasible
 from forebear.indexer.building.refit import refit_index
 from forebear.indexer.building.shards import ShardWriter
 from forebear.indexer.building.sharing.beginning import as_begun, segment_of, split_rows
+from forebear.indexer.building.sharing.claims import refuse_parts_under_way
+from forebear.indexer.building.sharing.part_files import fitted, made_by
+from forebear.indexer.building.sharing.parts import build_part, commit_parts
 from forebear.indexer.building.sharing.segments import rows_for, write_segment
 from forebear.indexer.building.spec import make_spec, settled_batch_tokens
 from forebear.indexer.index import Index
 from forebear.indexer.losses.choices import weights_of_classes
 from forebear.indexer.losses.kinds import check_one_label, loss_of
+from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import computed_on
 from forebear.indexer.model.loading import load_classifier
-from forebear.indexer.model.sentence_encoder import load_sentence_encoder
+from forebear.indexer.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
 from forebear.indexer.rows.labels import label_map, names_of_classes
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.user_columns import choose_columns
 from forebear.indexer.storage.choices import BuildKeywords, WorkKeywords
 from forebear.indexer.storage.journal import (
+    add_to_journal,
     begin_build,
     check_target,
     comparable,
@@ -53,7 +57,20 @@ from forebear.progress import python_warning
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["BuildOptions", "append_rows", "build_index", "rebuild_ann", "refit_index", "retire_rows"]
+__all__ = [
+    "BuildOptions",
+    "append_rows",
+    "build_index",
+    "build_part",
+    "commit_parts",
+    "fit_index",
+    "rebuild_ann",
+    "refit_index",
+    "retire_rows",
+]
+
+_GoOn = Callable[[ShardWriter, dict[str, Classifier], SentenceEncoder | None], Index | None]
+_Build = Callable[..., Index | None]
 
 
 def build_index(
@@ -84,6 +101,49 @@ def build_index(
         NonFiniteError: NaN or infinity in weights or features; the row is named.
         StorageError: The disk is full. What was finished stays, for ``resume``.
     """
+    begun = _begin(source, out, checkpoints, options, work_keywords, _write_all)
+    assert begun is not None
+    return begun
+
+
+def fit_index(
+    source: RowSource,
+    out: str | Path,
+    checkpoints: Sequence[CheckpointPath],
+    options: BuildOptions | None = None,
+    **work_keywords: Unpack[WorkKeywords],
+) -> Index | None:
+    """Begin a build whose shards are written in parts, on any number of machines: fit what all of them share.
+
+    The folder then holds the build's choices and, beyond the head, bases, reductions and EK-FAC, which are fitted on a
+    sample of all rows. :func:`~forebear.indexer.building.sharing.parts.build_part` writes shards there or in a copy of
+    the folder, :func:`~forebear.indexer.building.sharing.parts.commit_parts` makes the index.
+
+    Args:
+        source: All training rows, with labels.
+        out: Folder to write, as of :func:`build_index`.
+        checkpoints: As of :func:`build_index`.
+        options: As of :func:`build_index`.
+        **work_keywords: As of :func:`build_index`.
+
+    Returns:
+        None; with ``resume`` the index, where the folder holds that of these rows and choices already.
+
+    Raises:
+        ForebearError: As :func:`build_index`.
+    """
+    return _begin(source, out, checkpoints, options, work_keywords, _fit)
+
+
+def _begin(
+    source: RowSource,
+    out: str | Path,
+    checkpoints: Sequence[CheckpointPath],
+    options: BuildOptions | None,
+    work_keywords: WorkKeywords,
+    go_on: _GoOn,
+) -> Index | None:
+    """Begin a build, or resume it, and go on with it; an index that is there already is returned."""
     options = options or BuildOptions()
     options.check()
     folder, work = Path(out), Work.of(work_keywords, options.device, options.devices)
@@ -92,7 +152,8 @@ def build_index(
     check_target(folder, resume=work.resume, force=work.force)
     with exclusive(folder / LOCK_NAME, str(folder)):
         check_target(folder, resume=work.resume, force=work.force)
-        return _build(source, folder, checkpoints, options, work)
+        refuse_parts_under_way(folder)
+        return _build(source, folder, checkpoints, options, work, go_on)
 
 
 def build_from_model(
@@ -105,9 +166,13 @@ def build_from_model(
     etas: Sequence[float] = (),
     columns: ColumnKeywords | None = None,
     tokenizer: Any = None,
+    build: _Build = build_index,
     **choices: Unpack[BuildKeywords],
-) -> Index:
-    """See :meth:`~forebear.indexer.index.Index.build`; ``columns`` are its keywords that name columns of the rows."""
+) -> Index | None:
+    """See :meth:`~forebear.indexer.index.Index.build`; ``columns`` are its keywords that name columns of the rows.
+
+    ``build`` is what is done of it: :func:`build_index` or :func:`fit_index`.
+    """
     if tokenizer is not None or not isinstance(model, (str, Path, ModelChoice, type(None))):
         how = {"resume": choices.get("resume", False), "force": choices.get("force", False)}
         check_target(Path(out), **how)
@@ -129,7 +194,7 @@ def build_from_model(
         raise TypeError(f"Index.build() got an unexpected keyword argument {unknown[0]!r}")
     run: dict[str, Any] = {"max_length": model.max_length, "label_mode": model.label_mode, **model.loss_choices}
     options = BuildOptions(**run | options_given)
-    return build_index(source, out, model.checkpoints, options, **work_keywords)
+    return build(source, out, model.checkpoints, options, **work_keywords)
 
 
 def _tuple_of(value: Any) -> Any:
@@ -137,8 +202,13 @@ def _tuple_of(value: Any) -> Any:
 
 
 def _build(
-    source: RowSource, folder: Path, checkpoints: Sequence[CheckpointPath], options: BuildOptions, work: Work
-) -> Index:
+    source: RowSource,
+    folder: Path,
+    checkpoints: Sequence[CheckpointPath],
+    options: BuildOptions,
+    work: Work,
+    go_on: _GoOn,
+) -> Index | None:
     classifier = load_classifier(
         checkpoints[-1].path,
         device=options.device,
@@ -212,6 +282,19 @@ def _build(
             folder=folder, manifest=manifest, checkpoints=listed, rows=rows_for(work, source, labels, spec.shard_rows),
             first_shard=0, work=work,
         )  # fmt: skip
-        write_segment(writer, loaded, encoder)
-        calibrate = calibration_by(classifier, n_queries or 0, work.progress)
-        return finish(folder, manifest, np.empty(0, np.int64), work.progress, calibrate)
+        return go_on(writer, loaded, encoder)
+
+
+def _write_all(writer: ShardWriter, loaded: dict[str, Classifier], encoder: SentenceEncoder | None) -> Index:
+    """Write all shards, and make the index."""
+    write_segment(writer, loaded, encoder)
+    last = loaded[writer.checkpoints[-1].name]
+    return finish_build(writer.folder, writer.manifest, last, writer.work.progress)
+
+
+def _fit(writer: ShardWriter, loaded: dict[str, Classifier], _encoder: SentenceEncoder | None) -> None:
+    """Fit what shards share, and say in the journal that it is whole."""
+    writer.fit(loaded)
+    fit = fitted(writer.folder, writer.manifest)
+    as_written = json.dumps(fit.to_dict())  # as text: the journal sorts keys, the index has them in their order
+    add_to_journal(writer.folder, {"fit": as_written, "made_by": made_by(fit.computed_on)})

@@ -25,6 +25,7 @@ from forebear.indexer.curvature.head import (
     refit_head,
 )
 from forebear.indexer.curvature.separate import SeparateHead
+from forebear.indexer.gradients.earlier_rows import shard_file
 from forebear.indexer.index import Index
 from forebear.indexer.losses.cross_entropy import CrossEntropy
 from forebear.indexer.model.classifier import Classifier
@@ -67,7 +68,7 @@ def finish(
         The index under its new manifest.
     """
     known = manifest.files
-    names = [*_shard_files(manifest), *_merge_words(folder, manifest, progress)]
+    names = [*_pass_files(manifest), *_merge_words(folder, manifest, progress)]
     if len(retired):
         names.append(f"retired/{manifest.generation:04d}.arrow")
         write_columns(folder / names[-1], {"row": retired.astype(np.int64)})
@@ -105,6 +106,19 @@ def finish(
     return Index.open(folder)
 
 
+def finish_build(folder: Path, manifest: Manifest, last: Classifier, progress: Progress) -> Index:
+    """Make the index of a build whose shards are all written, and whose equal rows have equal numbers.
+
+    Args:
+        folder: The index.
+        manifest: The manifest of the build, as far as it is known before.
+        last: The model at the last checkpoint.
+        progress: Called with the stage.
+    """
+    calibrate = calibration_by(last, manifest.calibration_queries or 0, progress)
+    return finish(folder, manifest, np.empty(0, np.int64), progress, calibrate)
+
+
 def calibration_by(
     classifier: Classifier, n_queries: int, progress: Progress
 ) -> Callable[[Index], dict[str, Any]] | None:
@@ -140,8 +154,14 @@ def describe_file(folder: Path, name: str) -> dict[str, Any]:
     return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
 
 
-def _shard_files(manifest: Manifest) -> list[str]:
+def _pass_files(manifest: Manifest) -> list[str]:
     """Files that the pass writes: the shards of every kind, and the files of the fits beyond the head."""
+    shards = range(len(manifest.shards))
+    return [f"{kind}/{shard_file(shard)}" for kind in shard_kinds(manifest) for shard in shards] + fit_files(manifest)
+
+
+def shard_kinds(manifest: Manifest) -> list[str]:
+    """Folders of the shards of every kind that stays in the index."""
     spec, last = manifest.spec, manifest.checkpoints[-1]
     kinds = ["rows", *(f"features/{c.name}" for c in manifest.checkpoints)]
     if manifest.columns:
@@ -152,15 +172,24 @@ def _shard_files(manifest: Manifest) -> list[str]:
         kinds.append("tokens")
     if "spans" in spec.stores:
         kinds += [SPANS, masked_folder(last.name)]
-    singles: list[str] = []
     for scope in spec.sketched_scopes:
         for c in manifest.checkpoints:
             sketched = list(sketch_folders(spec, scope, c.name, last=c is last).values())
             if c is last and "spans" in spec.stores:
                 sketched += [span_gradients(kind) for kind in sketched]
             kinds += map(manifest.fitted_name, sketched)
-            singles += map(manifest.fitted_name, gradient_files(spec, scope, c.name, last=c is last))
-    return [f"{kind}/{i:05d}.arrow" for kind in kinds for i in range(len(manifest.shards))] + singles
+    return kinds
+
+
+def fit_files(manifest: Manifest) -> list[str]:
+    """The files of the fits beyond the head, which are made before any shard."""
+    spec, last = manifest.spec, manifest.checkpoints[-1]
+    return [
+        manifest.fitted_name(name)
+        for scope in spec.sketched_scopes
+        for c in manifest.checkpoints
+        for name in gradient_files(spec, scope, c.name, last=c is last)
+    ]
 
 
 def _merge_words(folder: Path, manifest: Manifest, progress: Progress) -> list[str]:

@@ -78,7 +78,10 @@ class IndexFiles:
                 meant = similar_names(str(folder))
                 raise InputError(f"no such folder: {folder}.{meant} Expected an index; `forebear index` builds one.")
             if (folder / JOURNAL_NAME).is_file():
-                raise InputError(f"{folder} is an unfinished build. Run the same `forebear index` again with --resume.")
+                raise InputError(
+                    f"{folder} is an unfinished build. Run the same `forebear index` again with --resume; one that was "
+                    "begun by --fit ends with --commit, when all parts are there."
+                )
             raise InputError(f"{folder} is no index (no {MANIFEST_NAME} in it). Build one with `forebear index`.")
         manifest = read_manifest(folder)
         for name, facts in manifest.files.items():

@@ -22,6 +22,7 @@ from forebear.indexer.storage.layout import (
     JOURNAL_NAME,
     LOCK_NAME,
     MANIFEST_NAME,
+    PART_RECORDS,
     curvature_name,
     gradient_folder,
 )
@@ -29,7 +30,7 @@ from forebear.indexer.storage.manifest import IndexSpec, Manifest, canonical_jso
 
 SUBFOLDERS = (
     "rows", "columns", "features", "gradients", "sentence", "words", "tokens", "spans", "curvature", "refit", "ann",
-    "retired", CLAIMS,
+    "retired", PART_RECORDS, CLAIMS,
 )  # fmt: skip
 
 
@@ -323,6 +324,11 @@ def begin_build(
         clear(folder)
     _write_journal(folder, build, spec)  # also of a resumed build, whose later choices may have changed
     return spec, self_check, computed_on
+
+
+def add_to_journal(folder: Path, facts: dict[str, Any]) -> None:
+    """Add facts to the journal of the change that is under way."""
+    write_bytes(folder / JOURNAL_NAME, canonical_json((read_journal(folder) or {}) | facts))
 
 
 def _write_journal(folder: Path, change: dict[str, Any], spec: IndexSpec) -> None:

@@ -13,6 +13,7 @@ MAP_NAME = "map.arrow"
 SPANS = "spans"
 COLUMNS = "columns"  # of rows, besides texts and labels
 CLAIMS = "claims"  # of processes on shards, while several write an index
+PART_RECORDS = "parts"  # of what parts of an index hold that were written apart, until they are committed
 PARTS = ("tokens", "postings", "rows", "entries")  # of a store of words
 
 

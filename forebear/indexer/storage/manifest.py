@@ -64,7 +64,7 @@ def digest_of(value: Any) -> str:
 _LATER: dict[str, Any] = LATER_CHOICES | {
     "calibration": {}, "spans_sha256": None, "fit": {}, "calibration_queries": None, "n_left_out": 0,
     "row_format": {}, "self_check": {}, "columns": {}, "user_columns_sha256": None, "problem_type": SINGLE_LABEL,
-    "computed_on": {}, "without_texts": False,
+    "computed_on": {}, "without_texts": False, "parts": (),
 }  # fmt: skip
 # Fields that are written before a certain choice, and that choice: the order of older versions, so that a manifest
 # has the same bytes.
@@ -204,6 +204,8 @@ class Manifest:
     without_texts: bool = False  # published without the rows' texts, which are empty
     self_check: dict[str, Any] = field(default_factory=dict)  # before the build: gradients against plain autograd
     computed_on: dict[str, Any] = field(default_factory=dict)  # of the build: device, precision, torch, attention
+    # Of parts that something else computed than what was fitted first: name, shards, and what; "commit": the end.
+    parts: tuple[dict[str, Any], ...] = ()
     # Of the last refit: generation, n_rows, n_retired; and computed_on, where it is another kind than the build's.
     fit: dict[str, Any] = field(default_factory=dict)
     curvature: dict[str, Any] = field(default_factory=dict)  # scope -> solver -> facts
@@ -322,12 +324,7 @@ def read_manifest(folder: Path) -> Manifest:
     if digest_of(content) != stated_digest:
         raise CorruptIndexError(f"{path} was altered: its digest no longer matches its content. {MEND}")
     try:
-        values = {f.name: content[f.name] for f in fields(Manifest) if f.name not in _LATER or f.name in content}
-        values["spec"] = _read_spec(content["spec"])
-        values["checkpoints"] = tuple(Checkpoint(**c) for c in content["checkpoints"])
-        values["segments"] = tuple(Segment(**s) for s in content["segments"])
-        values["shards"] = _tuples(content["shards"])
-        manifest = Manifest(**values)
+        manifest = manifest_of(content)
     except (KeyError, TypeError) as error:
         raise CorruptIndexError(
             f"{path} was written by another version of forebear ({error}). Build the index again with --force."
@@ -337,6 +334,22 @@ def read_manifest(folder: Path) -> Manifest:
     if not written.endswith(b"\n"):  # JSON that lacks its last byte still parses
         raise CorruptIndexError(f"{path} was altered: its last byte is missing. {MEND}")
     return manifest
+
+
+def manifest_of(content: dict[str, Any]) -> Manifest:
+    """The manifest that :meth:`Manifest.to_dict` gave.
+
+    Raises:
+        KeyError: A field is missing, as of another version.
+        TypeError: A field is unknown.
+    """
+    values = {f.name: content[f.name] for f in fields(Manifest) if f.name not in _LATER or f.name in content}
+    values["spec"] = _read_spec(content["spec"])
+    values["checkpoints"] = tuple(Checkpoint(**c) for c in content["checkpoints"])
+    values["segments"] = tuple(Segment(**s) for s in content["segments"])
+    values["shards"] = _tuples(content["shards"])
+    values["parts"] = tuple(content.get("parts", ()))
+    return Manifest(**values)
 
 
 def _read_spec(content: dict[str, Any]) -> IndexSpec:

@@ -30,7 +30,7 @@ def test_a_resumed_build_takes_the_number_that_it_was_begun_with(tmp_path, tiny_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(build, "finish", interrupted)
+        patch.setattr(build, "finish_build", interrupted)
         make(tmp_path / "i", tiny_model)
     monkeypatch.setattr(Classifier, "batch_tokens", lambda _self, on_cpu=4096: 4096)
     assert make(tmp_path / "i", tiny_model, resume=True).manifest.spec.batch_tokens == 8192

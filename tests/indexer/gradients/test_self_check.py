@@ -162,7 +162,7 @@ def test_what_was_found_is_said_and_kept(folder, tmp_path, capsys, monkeypatch):
         assert (out / "manifest.json").read_bytes() == bytes_before
     begun = tmp_path / "begun"
     with monkeypatch.context() as patched:
-        patched.setattr(build, "finish", die)
+        patched.setattr(build, "finish_build", die)
         with pytest.raises(RuntimeError, match="killed"):
             Index.build(str(folder), data, begun, scopes=("head", "top-1"), calibration_queries=0, warn=lambda _l: None)
     with monkeypatch.context() as patched:  # the last figures may differ on another machine

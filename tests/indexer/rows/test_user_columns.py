@@ -171,7 +171,7 @@ def test_a_resumed_build_has_the_same_columns_and_refuses_others(index, tiny_mod
 
     folder = tmp_path / "index"
     with monkeypatch.context() as patched:
-        patched.setattr(build, "finish", die)
+        patched.setattr(build, "finish_build", die)
         with pytest.raises(RuntimeError, match="killed"):
             built(tiny_model, ROWS, folder)
     for rows, choices in ((ROWS, {"keep_columns": ["id"]}), ([r | {"source": "x"} for r in ROWS], {})):
