@@ -127,7 +127,8 @@ def _processor() -> str:
 @cache
 def _code_sha256() -> str:
     package = Path(forebear.__file__).parent
-    return digest_of({path.relative_to(package).as_posix(): file_sha256(path) for path in package.rglob("*.py")})
+    files = {path.relative_to(package).as_posix(): file_sha256(path) for path in package.rglob("*.py")}
+    return digest_of(files)[:16]
 
 
 @dataclass(frozen=True)
