@@ -30,7 +30,7 @@ from forebear.indexer.training.model_choice import choose_model
 from forebear.retriever.question.methods import METHODS
 from forebear.retriever.retriever import Retriever
 
-pytest_plugins = ["untouched", "serving"]  # the option --untouched; fixtures of servers
+pytest_plugins = ["untouched", "serving", "exploring"]  # an option; servers, the explorer
 
 N_ROWS = 60
 N_QUERIES = 7

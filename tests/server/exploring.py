@@ -1,4 +1,7 @@
-"""A tiny index of hostile texts and the site of its test rows, made once a session; and a browser."""
+"""A tiny index of hostile texts and the site of its test rows, made once a session; and a browser.
+
+The package is imported where a fixture is made: every session of tests loads this file.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,6 @@ from typing import Any
 
 import pytest
 from places import CHROMIUM, NO_CHROMIUM
-from tiny import labels, sentences
-
-from forebear import Index, Retriever, audits
-from forebear.cli.main import run
-from forebear.evaluation.explorer import site as of_site
 
 HOSTILE = (
     "</script><script>window.hurt = 1</script><img src=x onerror='window.hurt = 2'> good film",
@@ -69,6 +67,12 @@ def spaced(script: str) -> str:
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., str]) -> Site:
     """Sixty training rows and twenty test rows, hostile ones among both."""
+    from tiny import labels, sentences
+
+    from forebear import Index, Retriever, audits
+    from forebear.cli.main import run
+    from forebear.evaluation.explorer import site as of_site
+
     root = tmp_path_factory.mktemp("explorer")
     model = tiny_model("bert", 2, 0)
     texts, gold = [*HOSTILE, *sentences(55, seed=0)], labels(60)
