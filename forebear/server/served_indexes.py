@@ -99,8 +99,10 @@ class ServedIndex:
         self._warm()
 
     def _open(self, before: Opened | None) -> Opened:
-        """Open what is on disk; the model is taken over from ``before`` where it is the same."""
+        """Open what is on disk; what is as it was ``before`` is neither loaded nor hashed again."""
         index = Index.open(self._folder).at(self._model)
+        if before is not None:
+            index.trust(before.index)
         model: Classifier | str | None = self._model
         if before is not None and _same_model(before.index.manifest, index.manifest):
             model = before.retriever.classifier()

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from serving import until
 
-from forebear.errors import InputError
+from forebear.errors import CorruptIndexError, InputError
 from forebear.indexer.building.change import append_rows, retire_rows
 from forebear.indexer.index import Index
 from forebear.indexer.rows.opening import rows_from_texts
+from forebear.indexer.storage.arrow import file_sha256
 from forebear.indexer.storage.layout import MANIFEST_NAME
 from forebear.server.served_indexes import ServedIndex, ServedIndexes, names_of
 
@@ -61,6 +62,31 @@ def test_who_holds_the_index_from_before_gets_the_answers_from_before(index_copy
     assert after.retriever.classifier().model is before.retriever.classifier().model  # loaded once
     gone = set(expected.column("row").to_pylist()[:3])
     assert not gone & set(after.retriever.retrieve(bert_world.queries, **question).column("row").to_pylist())
+
+
+def test_files_that_stayed_are_not_hashed_again_and_those_that_changed_are(index_copy, monkeypatch):
+    served = ServedIndex("tiny", index_copy)
+    served.current.retriever.retrieve(["a film"], methods=["gc", "if", "tracin-we"], top=2)
+    retire_rows(index_copy, [4])
+    hashed: list[str] = []
+
+    def noting(path: Path) -> str:
+        hashed.append(path.relative_to(index_copy).as_posix())
+        return file_sha256(path)
+
+    monkeypatch.setattr("forebear.indexer.storage.files.file_sha256", noting)
+    first = served.current
+    before, now = first.index.manifest.files, Index.open(index_copy).manifest.files
+    changed = {name for name, facts in now.items() if before.get(name) != facts}
+    served.refresh().retriever.retrieve(["a film"], methods=["gc", "if", "tracin-we"], top=2)
+    assert hashed
+    assert set(hashed) <= changed
+    for name in changed:
+        (index_copy / name).write_bytes(bytes(now[name]["bytes"]))
+        again = Index.open(index_copy)
+        again.trust(first.index)
+        with pytest.raises(CorruptIndexError, match="altered"):
+            again.checked(name)
 
 
 @pytest.mark.parametrize("harm", ["damaged", "removed"])

@@ -125,6 +125,11 @@ class IndexFiles:
         self._checked.update(unchecked)
         return [self.folder / name for name in names]
 
+    def trust(self, earlier: IndexFiles) -> None:
+        """Hash no file again that was hashed when the index was opened before, and that is listed as it was then."""
+        listed, before = self.manifest.files, earlier.manifest.files
+        self._checked |= {name for name in earlier._checked if name in listed and listed[name] == before[name]}
+
     @property
     def fit_folder(self) -> Path:
         """Folder of all files that depend on fits beyond the head (bases, EK-FAC, sketches); a refit has its own."""
