@@ -1,7 +1,7 @@
 """The server under load: many clients for minutes, hostile ones among them, and its throughput beside the command line.
 
     python benchmarks/serve.py [--index runs/bench/sst2-index] [--model FOLDER] [--seconds 300] [--clients 64]
-                               [--hostile 10000] [--rounds 3]
+                               [--hostile 10000] [--rounds 3] [--rows 872]
 
 SST-2, MiniLM, the head; one ``forebear serve`` on the loopback interface. Clients ask one text at a time (one in eight
 asks four) over connections that they keep; a probe asks for health twice a second; slow clients hold connections that
@@ -271,7 +271,6 @@ def throughput(
     """Seconds a test row by the server, by ``retrieve --test`` and by one command a row, by turns."""
     question = ["--method", "gc,if", "--top", "5", "-q"]
     out = ROOT / "runs" / "bench" / "serve.parquet"
-    out.parent.mkdir(parents=True, exist_ok=True)
     local = threading.local()
 
     def ask(text: str) -> None:
@@ -291,13 +290,13 @@ def throughput(
 
     def one_after_another() -> None:
         client = Client(port)
-        for text in texts[:100]:
+        for text in texts[: len(texts) // 8]:
             assert client.retrieve([text], methods=["gc", "if"], top=5)[0] == 200
 
     ways = {
         "server, all clients": (at_once, len(texts)),
         "server, one client, lists of 256": (in_lists, len(texts)),
-        "server, one client, one by one": (one_after_another, 100),
+        "server, one client, one by one": (one_after_another, len(texts) // 8),
         "retrieve --test": (
             lambda: run("retrieve", "--index", index, *model, "--test", test, "--out", out, "--force", *question),
             len(texts),
@@ -319,10 +318,11 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--hostile", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=872, help="dev rows whose throughput is measured")
     parser.add_argument("--only", nargs="*", default=["load", "hostile", "throughput"])
     given = parser.parse_args()
-    test = DATA / "sst2" / "dev.parquet"
-    texts = pq.read_table(test).column("text").to_pylist()
+    dev = pq.read_table(DATA / "sst2" / "dev.parquet")
+    texts = dev.column("text").to_pylist()
     model = ["--model", given.model] if given.model else []
     with served(given.index.resolve(), given.model) as (port, pid):
         if "load" in given.only:
@@ -330,12 +330,16 @@ def main() -> None:
         if "hostile" in given.only:
             write_result("serve_hostile", **hostile(port, pid, texts, given.hostile))
         if "throughput" in given.only:
-            a_row = throughput(port, given.index, model, test, texts, given.clients, given.rounds)
+            test = ROOT / "runs" / "bench" / "serve_test.parquet"
+            test.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(dev.slice(0, given.rows), test)
+            a_row = throughput(port, given.index, model, test, texts[: given.rows], given.clients, given.rounds)
             server = a_row["server, all clients"]
             write_result(
                 "serve_throughput",
                 larger=("over_retrieve_test", "over_one_by_one"),
-                rows=len(texts),
+                rows=given.rows,
+                rounds=given.rounds,
                 clients=given.clients,
                 seconds_a_row={name: round(float(np.median(taken)), 5) for name, taken in a_row.items()},
                 over_retrieve_test=ratio(a_row["retrieve --test"], server),
