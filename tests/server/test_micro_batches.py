@@ -185,7 +185,11 @@ def test_a_request_keeps_the_index_that_it_began_with(desk):
     begun = one.job(task, "a").outcome.result(SOON).opened
     one.one.change()
     assert values(one.job(task, "b")) == [(2, "b")]
-    assert values(one.job(task, "c", opened=begun)) == [(1, "c")]
+    held = Pretended("held")
+    first = one.job(held, "first")  # while it is computed, the others wait together
+    old, new = one.job(task, "c", opened=begun), one.job(task, "d")
+    held.held.set()
+    assert (values(first), values(old), values(new)) == ([(2, "first")], [(1, "c")], [(2, "d")])
 
 
 def test_a_file_that_went_with_a_change_is_asked_for_in_the_changed_index(desk):
