@@ -129,6 +129,7 @@ KEYWORDS = {
     "evaluate metasmoothness --keep": Keyword("keep", "metasmoothness", "switch"),
     "evaluate metasmoothness --share": Keyword("share", "metasmoothness", "number"),
     "--sides": Keyword("names", "sides_of", "texts"),
+    "--site": Keyword("site", "serve"),
     "--sketch-basis": Keyword("sketch_basis", "BuildOptions"),
     "--sketch-bits": Keyword("sketch_bits", "BuildOptions", "number"),
     "--sketch-dim": Keyword("sketch_dim", "BuildOptions", "number"),
@@ -154,6 +155,7 @@ KEYWORDS = {
     "--with-texts": Keyword("with_texts", "PushKeywords", "switch"),
     "--words-precision": Keyword("words_precision", "BuildOptions"),
     "--words-top": Keyword("words_tops", "BuildOptions", "numbers"),
+    "--worklists": Keyword("worklists", "serve"),
 }
 COMMANDS = {  # phrases of messages that name a command, and the Python functions that do the same
     "`forebear index`": "build_index()",

@@ -13,7 +13,7 @@ import typer
 from forebear.cli.commands import demo, explain, flip, index, inspect, perturb, report, retrieve, train
 from forebear.cli.commands.audit import hans as audit
 from forebear.cli.commands.evaluate import group as evaluate
-from forebear.cli.commands.publish import push, serve
+from forebear.cli.commands.publish import push, serve, site
 from forebear.cli.screen.console import ERR, OUT, be_quiet, note, warn
 from forebear.cli.workers import end_with_parent, stop_workers
 from forebear.errors import ForebearError, is_out_of_memory
@@ -53,7 +53,22 @@ def forebear(
     """What may stand before a command."""
 
 
-for module in (demo, train, index, retrieve, explain, flip, audit, evaluate, perturb, report, serve, inspect, push):
+for module in (
+    demo,
+    train,
+    index,
+    retrieve,
+    explain,
+    flip,
+    audit,
+    evaluate,
+    perturb,
+    report,
+    site,
+    serve,
+    inspect,
+    push,
+):
     module.register(app)
 
 

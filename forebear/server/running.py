@@ -21,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from forebear.errors import InputError
 from forebear.progress import Tell
+from forebear.server.explored import Explored, ExportedSite
 from forebear.server.http.app import make_app
 from forebear.server.http.protection import LOG, is_loopback
 from forebear.server.http.routes import Service
@@ -28,6 +29,7 @@ from forebear.server.limits import Limits
 from forebear.server.measures import Measures
 from forebear.server.micro_batches import Worker
 from forebear.server.served_indexes import ServedIndex, ServedIndexes, names_of
+from forebear.server.worklists import WorkLists
 
 TOKEN = "FOREBEAR_TOKEN"  # environment variable: the token, where no file holds it
 TOKEN_CHARACTERS = 16
@@ -197,6 +199,8 @@ def serve(
     model: str | None = None,
     device: str = "auto",
     log_texts: bool = False,
+    site: str | None = None,
+    worklists: str | None = None,
     tell: Tell,
 ) -> None:
     """Serve indexes until the process is told to stop by SIGTERM or Ctrl-C; requests that run then are answered.
@@ -210,6 +214,8 @@ def serve(
         model: Where the model is, if it has moved; for one index.
         device: On which models run.
         log_texts: Whether the log has the texts of requests.
+        site: Folder of ``forebear export-site`` that the explorer shows.
+        worklists: Folder in which the explorer's work lists are kept; None: each browser keeps its own.
         tell: Called with the line that says where it listens.
 
     Raises:
@@ -220,22 +226,29 @@ def serve(
     check_place(host, token)
     names_of(given)
     with bound_socket(host, port) as bound:
-        _serve_at(bound, host, open_indexes(given, model=model, device=device), token, limits, log_texts, tell)
+        indexes, measures = open_indexes(given, model=model, device=device), Measures()
+        explored = explored_of(indexes, site, worklists)
+        service = Service(indexes, Worker(indexes, limits, measures), limits, measures, log_texts, explored)
+        _serve_at(bound, host, service, token, tell)
 
 
-def _serve_at(
-    bound: socket.socket,
-    host: str,
-    indexes: ServedIndexes,
-    token: str | None,
-    limits: Limits,
-    log_texts: bool,
-    tell: Tell,
-) -> None:
+def explored_of(indexes: ServedIndexes, site: str | None, worklists: str | None) -> Explored:
+    """What the explorer shows besides what it asks.
+
+    Raises:
+        InputError: The site is of none of the indexes, or a work list cannot be read.
+    """
+    digests = [one.current.digest for one in indexes.values()]
+    return Explored(
+        None if site is None else ExportedSite.open(Path(site), digests),
+        None if worklists is None else WorkLists(Path(worklists), list(indexes)),
+    )
+
+
+def _serve_at(bound: socket.socket, host: str, service: Service, token: str | None, tell: Tell) -> None:
     """Serve open indexes at a socket until the process is told to stop."""
-    measures = Measures()
-    worker = Worker(indexes, limits, measures)
-    server = server_of(make_app(Service(indexes, worker, limits, measures, log_texts), token), limits)
+    indexes, worker, limits = service.indexes, service.worker, service.limits
+    server = server_of(make_app(service, token), limits)
 
     def stop(*_: Any) -> None:
         server.should_exit = True

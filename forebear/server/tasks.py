@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from forebear.errors import InputError
 from forebear.evaluation.explain.explaining import chosen_methods
+from forebear.evaluation.explorer.records import Drives, row_block
 from forebear.evaluation.python.explaining import explain
 from forebear.evaluation.python.flipping import flip
 from forebear.indexer.curvature.damping import find_damping
@@ -58,6 +59,19 @@ def resolved(opened: Opened, spec: QuerySpec, rows: Rows, n_asked: int, limits: 
     question = question_of(opened, spec)
     limits.check_question(question, n_asked)
     return question
+
+
+def check_live(opened: Opened, rows: np.ndarray) -> None:
+    """Refuse training rows that take no part in answers.
+
+    Raises:
+        InputError: Naming the first of them.
+    """
+    if len(unknown := np.setdiff1d(rows, opened.index.live)):
+        raise InputError(
+            f"row {unknown[0]} is not one of the {opened.index.manifest.n_live:,} live training rows; it was "
+            f"retired, or is not from 0 to {opened.index.manifest.n_rows - 1}."
+        )
 
 
 def source_of(rows: Rows) -> Any:
@@ -124,11 +138,7 @@ class Score:
             if not method.scores_rows:
                 raise InputError(f"{method.name} scores spans or asks of a word, not a row: ask for it by retrieve.")
         wanted = self._training_rows(opened)
-        if len(unknown := np.setdiff1d(wanted, opened.index.live)):
-            raise InputError(
-                f"row {unknown[0]} is not one of the {opened.index.manifest.n_live:,} live training rows; it was "
-                f"retired, or is not from 0 to {opened.index.manifest.n_rows - 1}."
-            )
+        check_live(opened, wanted)
         n, most = n_asked * len(question.methods) * len(wanted), self.limits.scores
         if n > most:
             raise InputError(
@@ -191,6 +201,23 @@ class Explain:
         values["provenance"] = {name: line for name, line in values["provenance"].items() if name in own}
         values |= {"title": found.title, "summary": found.summary, "formula": found.formula}
         return [Found(question, values)]
+
+
+@dataclass(frozen=True)
+class Describe:
+    """The record of a training row, as the explorer shows it; the job's one test row is empty."""
+
+    row: int
+    most_rows = None
+
+    def check(self, opened: Opened, rows: Rows, n_asked: int) -> None:
+        """See :class:`~forebear.server.micro_batches.Task`."""
+        check_live(opened, np.array([self.row]))
+
+    def answer(self, opened: Opened, rows: Rows) -> Sequence[Found]:
+        """The record; the predictions that it drives are not known."""
+        (record,) = row_block(opened.retriever, np.array([self.row]), Drives(), {})
+        return [Found(opened.retriever.resolve(QuerySpec()), record)]
 
 
 @dataclass(frozen=True)

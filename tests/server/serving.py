@@ -73,17 +73,26 @@ class Live:
         port: Where it listens.
     """
 
-    def __init__(self, folders: list[str], token: str | None = None, log_texts: bool = False, **limits: Any) -> None:
+    def __init__(
+        self,
+        folders: list[str],
+        token: str | None = None,
+        log_texts: bool = False,
+        site: str | None = None,
+        worklists: str | None = None,
+        **limits: Any,
+    ) -> None:
         from forebear.server.http.app import make_app
         from forebear.server.http.routes import Service
         from forebear.server.limits import Limits
         from forebear.server.measures import Measures
         from forebear.server.micro_batches import Worker
-        from forebear.server.running import bound_socket, open_indexes, server_of
+        from forebear.server.running import bound_socket, explored_of, open_indexes, server_of
 
         bounds = Limits(**limits)
         indexes, measures = open_indexes(folders), Measures()
-        self.service = Service(indexes, Worker(indexes, bounds, measures), bounds, measures, log_texts)
+        explored = explored_of(indexes, site, worklists)
+        self.service = Service(indexes, Worker(indexes, bounds, measures), bounds, measures, log_texts, explored)
         self.service.worker.start()
         bound = bound_socket("127.0.0.1", 0)
         self.port = bound.getsockname()[1]

@@ -127,7 +127,7 @@ def test_other_routes_refuse_likewise(live, path, body, said):
 @pytest.mark.parametrize(
     ("path", "options", "status"),
     [
-        ("/", {}, 404),
+        ("/index.html", {}, 404),
         ("/docs", {}, 404),
         ("/v1/retrieve/", {"body": {}}, 404),
         ("/v1/../../etc/passwd", {}, 404),

@@ -28,7 +28,9 @@ ROOMS = {  # of a layer, in their order: a room imports from those before it, ne
         "reports", "common", "explain", "measures", "retraining", "flips", "audits", "perturb", "demo", "python",
         "explorer",
     ),
-    "server": ("limits", "measures", "served_indexes", "micro_batches", "tasks", "http", "running"),
+    "server": (
+        "limits", "measures", "served_indexes", "worklists", "explored", "micro_batches", "tasks", "http", "running",
+    ),
     "cli": ("screen", "options", "workers", "commands", "main"),
 }  # fmt: skip
 MOST_ENTRIES = 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request, Response
@@ -12,8 +13,9 @@ from starlette.types import ASGIApp
 import forebear
 from forebear.errors import ForebearError, InUseError, ModelError, NotEnoughMemoryError, is_out_of_memory
 from forebear.server.http.answers import MEDIA_TYPE, error_line
+from forebear.server.http.explorer import explorer_routes
 from forebear.server.http.protection import FAULT, LOG, Protected
-from forebear.server.http.routes import Service, health_routes, index_routes, question_routes
+from forebear.server.http.routes import Service, described, health_routes, index_routes, question_routes
 from forebear.server.micro_batches import QueueFullError, StoppedError, TimeRanOutError
 
 
@@ -32,7 +34,8 @@ def make_app(service: Service, token: str | None = None) -> ASGIApp:
         redoc_url=None,
         redirect_slashes=False,
     )
-    for router in (question_routes(service), index_routes(service), health_routes(service)):
+    explorer = explorer_routes(service.indexes, service.explored, partial(described, service))
+    for router in (question_routes(service), index_routes(service), health_routes(service), explorer):
         app.include_router(router)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)

@@ -19,11 +19,13 @@ import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from forebear.server.http.answers import MEDIA_TYPE, error_line
+from forebear.server.http.explorer import OPEN_FILES
 from forebear.server.limits import Limits
 from forebear.server.measures import Measures
 
 LOG = logging.getLogger("forebear.server")
-OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready")  # for probes, which have no token and learn nothing
+# For probes and for browsers that open a page, which have no token yet and learn nothing.
+OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready", *OPEN_FILES)
 FAULT = "the server could not answer; its log says why."
 DISCARDED_BYTES = 64 << 20  # of a body that is too large, so that its sender reads why it was refused
 
@@ -181,7 +183,7 @@ class Protected:
     def _note(self, exchange: _Exchange) -> None:
         """Count a request, and write its line to the log: nothing in it is a client's text."""
         route, seconds = _route(exchange.scope), time.perf_counter() - exchange.started
-        method = exchange.scope["method"] if exchange.scope["method"] in ("GET", "POST") else "other"
+        method = exchange.scope["method"] if exchange.scope["method"] in ("GET", "POST", "PUT", "DELETE") else "other"
         status = str(exchange.status or "hung up")
         self._measures.requests.labels(route, status).inc()
         self._measures.seconds.labels(route).observe(seconds)

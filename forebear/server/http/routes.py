@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from forebear.errors import InputError
 from forebear.retriever.question.methods import METHODS
+from forebear.server.explored import Explored
 from forebear.server.http import answers, examples
 from forebear.server.http.answers import LINES_TYPE, MEDIA_TYPE, dumped
 from forebear.server.http.questions import (
@@ -30,7 +31,7 @@ from forebear.server.limits import Limits, Rows
 from forebear.server.measures import Measures
 from forebear.server.micro_batches import Job, Outcome, Task, Worker
 from forebear.server.served_indexes import ServedIndexes
-from forebear.server.tasks import Explain, Flip, Retrieve, Score
+from forebear.server.tasks import Describe, Explain, Flip, Retrieve, Score
 
 Shown = Callable[[Any, int], dict[str, Any]]  # what was found for a test row and the row's number, as JSON has it
 
@@ -45,6 +46,7 @@ class Service:
         limits: Of a request.
         measures: What ``/metrics`` says.
         log_texts: Whether the log has the texts of requests.
+        explored: What the explorer shows besides what it asks.
     """
 
     indexes: ServedIndexes
@@ -52,6 +54,7 @@ class Service:
     limits: Limits
     measures: Measures
     log_texts: bool = False
+    explored: Explored = field(default_factory=Explored)
 
 
 def question_routes(service: Service) -> APIRouter:
@@ -89,6 +92,13 @@ def question_routes(service: Service) -> APIRouter:
         return await _answered(service, request, asked, task, rows, lambda found, i: {"query": i, **found.value})
 
     return router
+
+
+async def described(service: Service, name: str, row: int) -> dict[str, Any]:
+    """The record of a training row."""
+    outcome = await anext(_parts(service, name, Describe(row), [("",)]))
+    record: dict[str, Any] = outcome.answers[0].value
+    return record
 
 
 def index_routes(service: Service) -> APIRouter:

@@ -16,13 +16,15 @@ from forebear.errors import InputError
 HELP = """Answer questions over HTTP: one process holds indexes and models open, and many clients ask at once.
 
 Requests that ask the same at the same time are computed together. An index that is appended to or retired from is
-opened anew, without a restart. docs/server.md has the routes, limits and measures.
+opened anew, without a restart. At / is the explorer, for browsers. docs/server.md has the routes, limits and measures.
 
 Examples:
 
     forebear serve my-index
 
     forebear serve reviews=runs/sst2-index nli=runs/nli-index --port 8080
+
+    forebear serve my-index --site runs/site --worklists runs/marked
 
     forebear serve my-index --host 0.0.0.0 --token-file token.txt --model-texts 0
 """
@@ -68,6 +70,26 @@ class LimitOptions(Options, panel="Limits"):
     ] = 60.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExplorerOptions(Options, panel="Explorer"):
+    """What the explorer shows, and keeps."""
+
+    site: Annotated[
+        str | None,
+        typer.Option(
+            "--site", help="Folder of `forebear export-site`, whose test rows the explorer lists.", show_default=False
+        ),
+    ] = None
+    worklists: Annotated[
+        str | None,
+        typer.Option(
+            "--worklists",
+            help="Folder in which rows that are marked are kept for all, NAME.jsonl for each index.",
+            show_default="each browser keeps its own",
+        ),
+    ] = None
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command("serve", help=HELP, cls=Command)(serve)
@@ -80,6 +102,7 @@ def serve(
     ],
     place: PlaceOptions,
     limits: LimitOptions,
+    explorer: ExplorerOptions,
     model: MovedModel = None,
     device: Device = "auto",
     log_texts: Annotated[bool, typer.Option("--log-texts", help="Write what clients ask to the log, too.")] = False,
@@ -105,5 +128,6 @@ def serve(
         model=model,
         device=device,
         log_texts=log_texts,
+        **values_of(explorer),
         tell=say,
     )

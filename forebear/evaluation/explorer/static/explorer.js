@@ -3,7 +3,7 @@
 (() => {
   const loading = new Map(); // promises of chunks of records, by name
   const arrived = new Map(); // what resolves them
-  const forebear = { site: null, add: (kind, number, records) => arrived.get(`${kind}-${number}`)?.(records) };
+  const forebear = { site: null, served: false, add: (kind, number, records) => arrived.get(`${kind}-${number}`)?.(records) };
   window.forebear = forebear;
 
   const PAGE_LINES = 50;
@@ -120,8 +120,25 @@
 
   /* ---- records ---- */
 
+  const server = { index: "", token: "" };
+
+  // Asks the server, where there is one: the value of its JSON.
+  async function ask(place, { method = "GET", body } = {}) {
+    const headers = server.token ? { authorization: `Bearer ${server.token}` } : {};
+    if (body !== undefined) headers["content-type"] = "application/json";
+    const address = server.index && place.startsWith("explorer/") ? `${place}?index=${encodeURIComponent(server.index)}` : place;
+    const answer = await fetch(address, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
+    if (answer.status === 204) return null;
+    const value = await answer.json().catch(() => ({ error: `The server answered with status ${answer.status}.` }));
+    if (answer.ok) return value;
+    throw Object.assign(new Error(value.error), { status: answer.status });
+  }
+
   function load(kind, number) {
     const name = `${kind}-${number}`;
+    if (forebear.served && !loading.has(name)) {
+      loading.set(name, ask(`explorer/records/${kind}/${number}`).catch((error) => { loading.delete(name); throw error; }));
+    }
     if (!loading.has(name)) {
       loading.set(name, new Promise((resolve, reject) => {
         const missing = () => {
@@ -149,10 +166,32 @@
     return (await load("predictions", chunkOf("predictions", number))).find((record) => record.number === number);
   }
 
-  // The record of a training row; null where no prediction here lists it.
+  // The record of a training row; null where no prediction here lists it, and there is no server to ask.
   async function trainingRow(row) {
     const place = forebear.site.first_rows.findLastIndex((first) => first <= row);
-    return place < 0 ? null : (await load("rows", place)).find((record) => record.row === row) ?? null;
+    const listed = place < 0 ? null : (await load("rows", place)).find((record) => record.row === row);
+    return listed ?? (forebear.served ? ask(`explorer/rows/${row}`) : null);
+  }
+
+  // What the server says of one text, as the record of a prediction.
+  function fromServer(found) {
+    const piece = ({ text, value, level, note, read, asked }) => {
+      const facts = value === null ? {} : { sign: value > 0 ? "supports" : value < 0 ? "opposes" : "zero", level, note, value: `${value > 0 ? "+" : ""}${Number(value.toPrecision(4))}` };
+      if (!read) facts.unread = true;
+      if (asked) facts.asked = true;
+      return Object.keys(facts).length ? [text, facts] : [text];
+    };
+    const texts = (marked) => marked.map(({ name, pieces }) => [name, pieces.map(piece)]);
+    const words = (list) => list.map(({ text, number, where }) => [text, number, where]);
+    const again = (marked) => (marked.some(({ pieces }) => pieces.some(({ value }) => value !== null)) ? texts(marked) : []);
+    const role = (name) => [name === found.prediction ? "predicted" : null, name === found.target ? "explained" : null].filter(Boolean).join(", ");
+    return {
+      ...found, number: null, label: null, wrong: null, duplicate: null, numbers: forebear.site.numbers,
+      texts: texts(found.texts), words: words(found.words), probabilities: found.probabilities.map(([name, value, shown]) => [name, value, shown, role(name)]),
+      answers: found.answers.map((answer) => ({ ...answer, asked: texts(answer.asked), sides: answer.sides.map((side) => ({
+        ...side, rows: side.rows.map((row) => ({ ...row, hub_share: null, texts: texts(row.texts), query_texts: again(row.query_texts), words: words(row.words) })),
+      })) })),
+    };
   }
 
   /* ---- the work list ---- */
@@ -161,25 +200,30 @@
     get key() { return `forebear-worklist:${forebear.site.digest}`; },
     problem: "",
     entries: new Map(), // by row
-    read() {
+    async read() {
       try {
-        const entries = JSON.parse(localStorage.getItem(this.key) ?? "[]");
+        const entries = forebear.site.keeps ? await ask("explorer/worklist") : JSON.parse(localStorage.getItem(this.key) ?? "[]");
         this.entries = new Map(entries.filter((entry) => Number.isInteger(entry?.row)).map((entry) => [entry.row, entry]));
-      } catch {
-        this.problem = "This browser keeps nothing for this page: export the list before you leave.";
+      } catch (error) {
+        this.problem = forebear.site.keeps ? error.message : "This browser keeps nothing for this page: export the list before you leave.";
       }
     },
-    write() {
-      try {
-        localStorage.setItem(this.key, JSON.stringify(this.sorted()));
-      } catch {
-        this.problem = "This browser could not keep the list: export it before you leave.";
-      }
+    async write(row) {
+      const entry = this.entries.get(row);
       drawPages();
+      try {
+        if (!forebear.site.keeps) localStorage.setItem(this.key, JSON.stringify(this.sorted()));
+        else if (entry) await ask(`explorer/worklist/${row}`, { method: "PUT", body: ordered(entry) });
+        else await ask(`explorer/worklist/${row}`, { method: "DELETE" });
+        this.problem = "";
+      } catch (error) {
+        this.problem = `Row ${row} could not be kept (${error.message}): export the list before you leave.`;
+        say(this.problem);
+      }
     },
     sorted() { return [...this.entries.values()].sort((a, b) => a.row - b.row); },
-    put(entry) { this.entries.set(entry.row, entry); this.write(); },
-    drop(row) { this.entries.delete(row); this.write(); },
+    put(entry) { this.entries.set(entry.row, entry); return this.write(entry.row); },
+    drop(row) { this.entries.delete(row); return this.write(row); },
   };
 
   const ordered = (entry) => Object.fromEntries(FIELDS.map((name) => [name, entry[name] ?? null]));
@@ -213,21 +257,22 @@
     const names = forebear.site.one_label ? forebear.site.label_names : [];
     const chosen = now() ? now().suggested : record.suggested;
     const label = el("select", { onchange: keep }, ["", ...names].map((name) => el("option", { value: name, selected: name === (chosen ?? "") }, name || "not known")));
-    const off = el("button", { type: "button", onclick: () => {
-      work.drop(row);
+    const off = el("button", { type: "button", onclick: async () => {
+      const dropped = work.drop(row);
       form.querySelectorAll("input").forEach((input) => { input.checked = false; });
       note.value = "";
+      await dropped;
       changed(`Row ${row} is off the work list.`);
     } }, "Take off the list");
     const state = el("p", { class: "said", role: "status" });
     const form = el("div", { class: "marking", role: "group", "aria-label": `Mark row ${row}` },
       el("fieldset", null, el("legend", null, `Row ${row} goes on the work list as`), radios),
       names.length ? field("Right label", label) : null, field("Note", note), el("div", { class: "actions" }, off, state));
-    function keep() {
+    async function keep() {
       const decision = form.querySelector("input:checked")?.value ?? (note.value.trim() ? "note" : null);
       if (!decision) return;
       form.querySelector(`input[value="${decision}"]`).checked = true;
-      work.put({
+      await work.put({
         row, source: record.source, source_row: record.source_row, text: record.texts.map(([, text]) => text).join("\n"),
         label: record.label, suggested: names.length ? label.value || null : record.suggested, evidence: record.evidence,
         probability: record.probability, reason: now()?.reason || reason, decision, note: note.value,
@@ -292,6 +337,7 @@
 
   async function listPage(main) {
     const { site } = forebear;
+    if (forebear.served && !site.n_tests) return askPage(main);
     const lines = await testLines();
     const n_wrong = lines.filter((line) => line.wrong).length;
     const single = site.one_label;
@@ -379,7 +425,7 @@
     return card;
   }
 
-  function sides(record, side) {
+  function sides(record, side, of) {
     const places = new Map(); // rows: where each stands, by method
     for (const answer of record.answers) for (const one of answer.sides) for (const found of one.rows) {
       if (!places.has(found.row)) places.set(found.row, []);
@@ -392,9 +438,25 @@
         answer.asked.length ? el("dl", { class: "texts" }, textList(answer.asked)) : null,
         half.notes.map((note) => el("p", { class: "note-line" }, note)),
         answer.effect_note ? el("details", null, el("summary", null, "What the effects mean"), el("p", { class: "note-line" }, answer.effect_note)) : null,
-        half.rows.map((found) => rowCard(found, `${side} ${found.rank} by ${answer.method} of test row ${record.number}`,
+        half.rows.map((found) => rowCard(found, `${side} ${found.rank} by ${answer.method} of ${of}`,
           [...new Set(places.get(found.row).filter(([method]) => method !== answer.method).map(([, words]) => words))])));
     }));
+  }
+
+  // All of a prediction below its heading. ``of``: what it is called where a row is marked.
+  function predictionParts(main, record, of) {
+    add(main,
+      record.duplicate ? el("p", { class: "note-line" }, el("span", { class: "note" }, "also a training row"), " ", rowLink(record.duplicate.row, true),
+        `, ${record.duplicate.kind}, similarity ${record.duplicate.jaccard.toFixed(2)}`) : null,
+      el("section", { "aria-labelledby": "its-text" }, el("h2", { id: "its-text" }, "The text and its words"),
+        legend(record.target),
+        el("article", { class: "passage query saliency" }, el("dl", { class: "texts" }, textList(record.texts))),
+        el("div", { class: "scroll", role: "region", tabindex: 0, "aria-label": record.numbers ? "Numbers" : "Probabilities" }, probabilities(record)),
+        el("details", null, el("summary", null, `Saliency of ${plural(record.words.length, "word")}`),
+          el("div", { class: "scroll", role: "region", tabindex: 0, "aria-label": "Saliency" }, wordsTable(record)),
+          el("p", { class: "table-note" }, `Saliency by ${record.form}: ${record.formula}. Start and end tokens together: ${minus(record.ends)}.`))),
+      el("section", { "aria-labelledby": "proponents" }, el("h2", { id: "proponents" }, "Proponents: training rows that support \u201c", shown(record.target), "\u201d most"), sides(record, "proponent", of)),
+      el("section", { "aria-labelledby": "opponents" }, el("h2", { id: "opponents" }, "Opponents: training rows that oppose it most"), sides(record, "opponent", of)));
   }
 
   async function testPage(main, number) {
@@ -407,18 +469,8 @@
       el("nav", { class: "pager", "aria-label": "Test rows" }, el("a", { href: "#/" }, "List of test rows"),
         at > 0 ? step(found[at - 1], "Previous") : null, at >= 0 ? step(found[at + 1], "Next") : null),
       el("h1", { tabindex: -1 }, `Test row ${grouped(number)}: `, shown(record.title), verdict(record)),
-      el("p", { class: "summary" }, record.label === null ? "" : `Labelled \u201c${record.label}\u201d. `, shown(record.summary)),
-      record.duplicate ? el("p", { class: "note-line" }, el("span", { class: "note" }, "also a training row"), " ", rowLink(record.duplicate.row, true),
-        `, ${record.duplicate.kind}, similarity ${record.duplicate.jaccard.toFixed(2)}`) : null,
-      el("section", { "aria-labelledby": "its-text" }, el("h2", { id: "its-text" }, "The text and its words"),
-        legend(record.target),
-        el("article", { class: "passage query saliency" }, el("dl", { class: "texts" }, textList(record.texts))),
-        el("div", { class: "scroll", role: "region", tabindex: 0, "aria-label": record.numbers ? "Numbers" : "Probabilities" }, probabilities(record)),
-        el("details", null, el("summary", null, `Saliency of ${plural(record.words.length, "word")}`),
-          el("div", { class: "scroll", role: "region", tabindex: 0, "aria-label": "Saliency" }, wordsTable(record)),
-          el("p", { class: "table-note" }, `Saliency by ${record.form}: ${record.formula}. Start and end tokens together: ${minus(record.ends)}.`))),
-      el("section", { "aria-labelledby": "proponents" }, el("h2", { id: "proponents" }, "Proponents: training rows that support \u201c", shown(record.target), "\u201d most"), sides(record, "proponent")),
-      el("section", { "aria-labelledby": "opponents" }, el("h2", { id: "opponents" }, "Opponents: training rows that oppose it most"), sides(record, "opponent")));
+      el("p", { class: "summary" }, record.label === null ? "" : `Labelled \u201c${record.label}\u201d. `, shown(record.summary)));
+    predictionParts(main, record, `test row ${number}`);
     return `Test row ${number}`;
   }
 
@@ -432,7 +484,7 @@
     const { duplicates } = record;
     const fact = (name, ...value) => el("li", null, el("span", null, name), value);
     const tests = new Set(record.drives.map((drive) => drive.test));
-    const lines = (await testLines());
+    const lines = await testLines();
     const drives = (side) => {
       const held = record.drives.filter((drive) => drive.side === side);
       const by = new Map();
@@ -449,9 +501,9 @@
     const article = el("article", { class: "passage query" }, el("dl", { class: "texts" }, textList(record.texts)));
     marking.append(markForm(record, "", (entry) => article.classList.toggle("marked", Boolean(entry))));
     add(main,
-      el("nav", { class: "pager", "aria-label": "Back" }, el("a", { href: "#/" }, "List of test rows"), el("a", { href: "#/work" }, "Work list")),
+      el("nav", { class: "pager", "aria-label": "Back" }, forebear.site.n_tests ? el("a", { href: "#/" }, "List of test rows") : null, asked ? el("a", { href: "#/asked" }, "The text that was explained") : null, el("a", { href: "#/work" }, "Work list")),
       el("h1", { tabindex: -1 }, `Training row ${record.row}`),
-      el("p", { class: "summary" }, `Listed for ${grouped(tests.size)} of ${plural(forebear.site.n_tests, "test row")} among the ${forebear.site.top} at either end, by any method.`),
+      el("p", { class: "summary" }, !forebear.site.n_tests ? "" : `Listed for ${grouped(tests.size)} of ${plural(forebear.site.n_tests, "test row")} among the ${forebear.site.top} at either end, by any method.`),
       article,
       el("ul", { class: "facts" }, fact("label", shown(record.label)), fact("prediction", shown(record.prediction)), fact("loss", record.loss.toPrecision(3)),
         record.probability === null ? null : fact("probability of the label", record.probability.toFixed(4)),
@@ -464,14 +516,14 @@
           duplicates ? [el("h2", null, `Duplicates: ${plural(duplicates.n_rows, "row")}, ${duplicates.kind}${duplicates.conflict ? ", of different labels" : ""}`),
             el("ul", { class: "facts" }, duplicates.rows.map((other) => el("li", null, rowLink(other))), duplicates.n_rows > duplicates.rows.length ? el("li", null, "and more") : null)] : null),
         el("div", null, el("h2", null, "Mark it"), marking)),
-      el("h2", null, "Predictions that it drives"), drives("proponent"), drives("opponent"));
+      forebear.site.n_tests ? [el("h2", null, "Predictions that it drives"), drives("proponent"), drives("opponent")] : null);
     return `Training row ${row}`;
   }
 
   const shownText = (text) => text.replace(HIDDEN, "");
 
   function missingPage(main, words) {
-    add(main, el("h1", { tabindex: -1 }, "Nothing here"), el("p", null, words), el("p", null, el("a", { href: "#/" }, "List of test rows")));
+    add(main, el("h1", { tabindex: -1 }, "Nothing here"), el("p", null, words), el("p", null, el("a", { href: "#/" }, "To the first page")));
     return "Nothing here";
   }
 
@@ -488,25 +540,66 @@
         el("div", null, textNode("p", [[String(entry.text ?? "")]]),
           entry.note ? el("p", { class: "note-line" }, "Note: ", shown(String(entry.note))) : null,
           el("p", { class: "note-line" }, shown([entry.evidence, entry.reason].filter(Boolean).join("; "))),
-          el("button", { type: "button", "aria-label": `Take row ${entry.row} off the list`, onclick: () => {
-            work.drop(entry.row);
+          el("button", { type: "button", "aria-label": `Take row ${entry.row} off the list`, onclick: async () => {
+            await work.drop(entry.row);
             draw();
-            say(`Row ${entry.row} is off the work list.`);
+            say(work.problem || `Row ${entry.row} is off the work list.`);
             (list.querySelector("button") ?? document.querySelector("h1")).focus();
           } }, "Take off the list")))));
     }
     add(main, el("h1", { tabindex: -1 }, "Work list"), count,
       work.problem ? el("p", { class: "note-line" }, work.problem) : null,
       el("div", { class: "actions" }, exported("csv", asCsv, "text/csv"), exported("jsonl", asLines, "application/jsonl")),
-      el("p", { class: "note-line" }, "This browser keeps the list for this index, also when it is closed."), list);
+      el("p", { class: "note-line" }, forebear.site.keeps ? "The server keeps the list, for all who use it." : "This browser keeps the list for this index, also when it is closed."), list);
     draw();
     return "Work list";
+  }
+
+  let asked = null; // the last text that was asked about: its record, and what was filled in
+
+  function askPage(main) {
+    const { site } = forebear;
+    const texts = site.text_columns.map((name, i) => [name, el("textarea", { rows: 4, dir: "auto", required: true }, asked?.texts[i] ?? "")]);
+    const methods = site.known_methods.map((name) => [name, el("input", { type: "checkbox", value: name, checked: asked?.methods.includes(name) })]);
+    const top = el("input", { type: "number", min: 1, max: 100, value: asked?.top ?? 5, required: true });
+    const state = el("p", { class: "said", role: "status" });
+    const button = el("button", { type: "submit" }, "Explain");
+    async function send(event) {
+      event.preventDefault();
+      const given = texts.map(([, area]) => area.value);
+      const chosen = methods.filter(([, box]) => box.checked).map(([name]) => name);
+      const body = { text: given.length === 1 ? given[0] : given, top: Number(top.value), ...(chosen.length ? { methods: chosen } : {}), ...(server.index ? { index: server.index } : {}) };
+      button.disabled = true;
+      state.textContent = "The server is asked\u2026";
+      try {
+        const { answers } = await ask("v1/explain", { method: "POST", body });
+        asked = { record: fromServer(answers[0]), texts: given, methods: chosen, top: Number(top.value) };
+        location.hash = "#/asked";
+      } catch (error) {
+        state.textContent = error.message;
+      } finally {
+        button.disabled = false;
+      }
+    }
+    add(main, el("h1", { tabindex: -1 }, "Explain a text"),
+      el("form", { class: "marking", onsubmit: send }, texts.map(([name, area]) => field(name, area)), field("Rows at each end", top),
+        el("details", null, el("summary", null, "Methods"), el("fieldset", null, el("legend", null, "None chosen: those of forebear explain"), methods.map(([name, box]) => el("label", null, box, ` ${name}`)))),
+        el("div", { class: "actions" }, button, state)));
+    return "Explain a text";
+  }
+
+  function askedPage(main) {
+    if (!asked) return missingPage(main, "No text was asked about yet.");
+    add(main, el("nav", { class: "pager", "aria-label": "Back" }, el("a", { href: "#/ask" }, "Explain another text")),
+      el("h1", { tabindex: -1 }, shown(asked.record.title)), el("p", { class: "summary" }, shown(asked.record.summary)));
+    predictionParts(main, asked.record, `\u201c${asked.texts.join(" ").slice(0, 80)}\u201d`);
+    return "A text explained";
   }
 
   function aboutPage(main) {
     const { site } = forebear;
     add(main, el("h1", { tabindex: -1 }, "About these pages"),
-      el("p", null, `For each test row: the ${site.top} training rows of highest score (proponents) and the ${site.top} of lowest (opponents), by each method. The larger a score, the more training on the row supports what is explained.`),
+      el("p", null, !site.n_tests ? "Texts are explained when they are asked about. Test rows are listed where the server was started with --site, the folder of forebear export-site." : `For each test row: the ${site.top} training rows of highest score (proponents) and the ${site.top} of lowest (opponents), by each method. The larger a score, the more training on the row supports what is explained.`),
       el("h2", null, "Methods"), el("dl", { class: "provenance" }, site.methods.map(([name, formula]) => [el("dt", null, name), el("dd", null, formula)])),
       el("h2", null, "Numbers"), el("ul", null,
         el("li", null, "Effect: predicted change of the loss, and of the probability, without the row."),
@@ -523,7 +616,13 @@
   function drawPages() {
     const here = location.hash.split("/")[1] ?? "";
     const page = (address, words, held) => el("li", null, el("a", { href: address, "aria-current": held.includes(here) ? "page" : null }, words));
-    document.getElementById("pages").replaceChildren(page("#/", "Test rows", ["", "test"]), page("#/work", `Work list (${grouped(work.entries.size)})`, ["work"]), page("#/about", "About", ["about"]));
+    const { site } = forebear;
+    const first = site.n_tests || !forebear.served ? page("#/", "Test rows", ["", "test"]) : page("#/", "Explain a text", ["", "ask", "asked"]);
+    const choice = site.indexes?.length > 1 ? el("li", null, el("select", { "aria-label": "Index", onchange: (event) => choose(event.target.value) },
+      site.indexes.map((name) => el("option", { value: name, selected: name === site.index }, name)))) : null;
+    document.getElementById("pages").replaceChildren();
+    add(document.getElementById("pages"), first, site.n_tests && forebear.served ? page("#/ask", "Explain a text", ["ask", "asked"]) : null,
+      page("#/work", `Work list (${grouped(work.entries.size)})`, ["work"]), page("#/about", "About", ["about"]), choice);
   }
 
   let turn = 0;
@@ -531,7 +630,7 @@
     const mine = ++turn;
     const [, name = "", number] = location.hash.split("/");
     const holder = el("div");
-    const pages = { "": listPage, test: testPage, row: rowPage, work: workPage, about: aboutPage };
+    const pages = { "": listPage, test: testPage, row: rowPage, work: workPage, about: aboutPage, ...(forebear.served ? { ask: askPage, asked: askedPage } : {}) };
     let title;
     try {
       const known = Object.hasOwn(pages, name) && (number === undefined || /^\d{1,15}$/.test(number));
@@ -550,15 +649,59 @@
     main.querySelector("h1")?.focus({ preventScroll: true });
   }
 
+  // Goes over to another index of the server.
+  async function choose(index) {
+    server.index = index;
+    asked = null;
+    loading.clear();
+    work.entries = new Map();
+    await open();
+    if (location.hash !== "#/") location.hash = "#/";
+    else show(false);
+  }
+
+  async function open() {
+    if (forebear.served) {
+      forebear.site = await ask("explorer/site");
+      server.index = forebear.site.index;
+    }
+    await work.read();
+  }
+
+  // Asks for the server's token; the tab keeps it.
+  function tokenForm(main, start) {
+    const input = el("input", { type: "password", autocomplete: "off", required: true });
+    const state = el("p", { class: "said", role: "status" }, server.token ? "The server has another token." : null);
+    main.replaceChildren(el("h1", { tabindex: -1 }, "This server asks for its token"), el("form", { class: "marking", onsubmit: (event) => {
+      event.preventDefault();
+      server.token = input.value.trim();
+      try { sessionStorage.setItem("forebear-token", server.token); } catch { /* it is asked for again */ }
+      start();
+    } }, field("Token", input), el("div", { class: "actions" }, el("button", { type: "submit" }, "Go on"), state)));
+    input.focus();
+  }
+
+  async function start() {
+    const main = document.getElementById("main");
+    try {
+      await open();
+    } catch (error) {
+      if (error.status === 401) tokenForm(main, start);
+      else main.replaceChildren(el("h1", { tabindex: -1 }, "The server does not answer"), el("p", null, error.message));
+      return;
+    }
+    window.addEventListener("hashchange", () => show(false));
+    window.addEventListener("storage", async (event) => { if (event.key === work.key) { await work.read(); drawPages(); } });
+    show(true);
+  }
+
   document.addEventListener("DOMContentLoaded", () => {
     document.getElementById("skip").addEventListener("click", () => document.getElementById("main").focus());
-    if (!forebear.site) {
+    if (!forebear.site && !forebear.served) {
       document.getElementById("main").append(el("p", null, "data/site.js is missing or damaged: write the site again."));
       return;
     }
-    work.read();
-    window.addEventListener("hashchange", () => show(false));
-    window.addEventListener("storage", (event) => { if (event.key === work.key) { work.read(); drawPages(); } });
-    show(true);
+    try { server.token = sessionStorage.getItem("forebear-token") ?? ""; } catch { /* it is asked for */ }
+    start();
   });
 })();

@@ -1,0 +1,127 @@
+"""The explorer at ``/``: its page, and what the page asks of the server besides ``/v1/explain``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Path, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from forebear.errors import InputError
+from forebear.evaluation.explorer.site import PAGE, SCRIPT, STYLE, front_end
+from forebear.server.explored import Explored
+from forebear.server.http.answers import MEDIA_TYPE, dumped
+from forebear.server.http.questions import Name
+from forebear.server.served_indexes import ServedIndexes
+from forebear.server.worklists import WorkLists
+
+OPEN_FILES = ("/", f"/{SCRIPT}", f"/{STYLE}", "/data/site.js")  # which hold nothing of any index
+IS_SERVED = b"forebear.served = true;\n"
+_TYPES = {PAGE: "text/html", SCRIPT: "text/javascript", STYLE: "text/css"}
+# No page of another site may frame these pages or read what they load.
+_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-cache",
+}
+Row = Annotated[int, Path(ge=0, le=2**62)]
+Describe = Callable[[str, int], Awaitable[dict[str, Any]]]  # index and training row
+
+
+class Marked(BaseModel):
+    """A training row on a work list; docs/explorer.md has the fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    row: Annotated[int, Field(ge=0, le=2**62)]
+    source: str | None = None
+    source_row: int | None = None
+    text: str | None = None
+    label: str | None = None
+    suggested: str | None = None
+    evidence: str | None = None
+    probability: float | None = None
+    reason: str | None = None
+    decision: Literal["wrong label", "remove", "keep", "note"]
+    note: Annotated[str, Field(max_length=20_000)] = ""
+
+
+def explorer_routes(indexes: ServedIndexes, explored: Explored, describe: Describe) -> APIRouter:
+    """``/`` and its files, and ``/explorer``.
+
+    Args:
+        indexes: By name.
+        explored: A site and work lists.
+        describe: Gives the record of a training row, from the thread that computes.
+    """
+    router = APIRouter(tags=["explorer"])
+    files = front_end()
+
+    def static(content: bytes, kind: str) -> Response:
+        return Response(content, media_type=kind, headers=_HEADERS)
+
+    def as_json(content: bytes) -> Response:
+        return Response(content, media_type=MEDIA_TYPE, headers=_HEADERS)
+
+    @router.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return static(files[PAGE], _TYPES[PAGE])
+
+    @router.get(f"/{SCRIPT}", include_in_schema=False)
+    async def script() -> Response:
+        return static(files[SCRIPT], _TYPES[SCRIPT])
+
+    @router.get(f"/{STYLE}", include_in_schema=False)
+    async def style() -> Response:
+        return static(files[STYLE], _TYPES[STYLE])
+
+    @router.get("/data/site.js", include_in_schema=False)
+    async def served() -> Response:
+        return static(IS_SERVED, _TYPES[SCRIPT])
+
+    @router.get("/explorer/site")
+    async def site(index: Name | None = None) -> Response:
+        """What the pages say of an index, by default the first, and whether a site of its test rows is served."""
+        names = list(indexes)
+        return as_json(dumped(explored.facts(indexes.named(index or names[0]).current, names)))
+
+    @router.get("/explorer/records/{kind}/{number}")
+    async def records(kind: Literal["tests", "predictions", "rows"], number: Row) -> Response:
+        """Some records of the site, as ``forebear export-site`` wrote them."""
+        if explored.site is None:
+            raise InputError("no site is served. Give one by --site.")
+        return as_json(await asyncio.to_thread(explored.site.records, kind, number))
+
+    @router.get("/explorer/rows/{row}")
+    async def row(row: Row, index: Name | None = None) -> Response:
+        """The record of a live training row."""
+        return as_json(dumped(await describe(indexes.named(index).name, row)))
+
+    @router.get("/explorer/worklist")
+    async def worklist(index: Name | None = None) -> Response:
+        """The training rows that are marked, by number."""
+        return as_json(dumped(kept().entries(indexes.named(index).name)))
+
+    @router.put("/explorer/worklist/{row}", status_code=204)
+    async def put(row: Row, marked: Marked, index: Name | None = None) -> None:
+        """Mark a training row."""
+        if marked.row != row:
+            raise InputError(f"row {marked.row}: expected {row}, as in the path.")
+        await asyncio.to_thread(kept().put, indexes.named(index).name, marked.model_dump())
+
+    @router.delete("/explorer/worklist/{row}", status_code=204)
+    async def drop(row: Row, index: Name | None = None) -> None:
+        """Take a training row off the list."""
+        await asyncio.to_thread(kept().drop, indexes.named(index).name, row)
+
+    def kept() -> WorkLists:
+        if explored.worklists is None:
+            raise InputError("no work list is kept by this server. Give a folder by --worklists.")
+        return explored.worklists
+
+    return router
