@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from forebear.retriever.answers.show import show
     from forebear.retriever.question.methods import METHODS, Method
     from forebear.retriever.question.spec import QuerySpec
-    from forebear.retriever.retriever import Retriever
+    from forebear.retriever.retriever import JointRetriever, Retriever
 
 _HOMES = {  # the module that defines each public name; the imports above say the same to type checkers
     "forebear.errors": (
@@ -85,7 +85,7 @@ _HOMES = {  # the module that defines each public name; the imports above say th
     "forebear.indexer.building.verify": ("verify_index",),
     "forebear.retriever.question.methods": ("METHODS", "Method"),
     "forebear.retriever.question.spec": ("QuerySpec",),
-    "forebear.retriever.retriever": ("Retriever",),
+    "forebear.retriever.retriever": ("JointRetriever", "Retriever"),
     "forebear.retriever.answers.show": ("show",),
     "forebear.evaluation.python": ("audits", "evaluations"),
     "forebear.evaluation.python.explaining": ("explain", "saliency"),
@@ -103,6 +103,7 @@ __all__ = [
     "InUseError",
     "Index",
     "InputError",
+    "JointRetriever",
     "Method",
     "MismatchError",
     "MissingStoreError",

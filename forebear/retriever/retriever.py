@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from typing_extensions import override
 
+from forebear.errors import InputError
+from forebear.indexer.index import Index
 from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.device.memory import return_memory
 from forebear.indexer.model.forward import Forward
@@ -18,6 +22,7 @@ from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.spans.text import Span
 from forebear.retriever.answers.coverage import available_methods, question_facts
 from forebear.retriever.answers.groups import check_additive, group_table, grouping_of
+from forebear.retriever.answers.merged import check_one_model, check_question, merge_tables
 from forebear.retriever.answers.results import ANSWER_BYTES, Answers, answer_tables, queries_together
 from forebear.retriever.deep.query_gradients import Queries
 from forebear.retriever.deep.search import GradientSearch
@@ -290,3 +295,98 @@ class Retriever(Scorer):
         """The same, and more facts by name, for the Parquet schema's metadata: as JSON under the key ``forebear``."""
         facts = self.facts(spec) | {name: value for name, value in more.items() if value is not None}
         return {"forebear": json.dumps(facts, sort_keys=True, allow_nan=False)}
+
+
+@dataclass(frozen=True)
+class JointAnswers(Answers):
+    """Answers of several indexes to a block of test rows: what holds of all of them, and the answers of each.
+
+    Attributes:
+        each: The answers of each index, in the order of the indexes.
+        top: Rows at each end of the merged rankings, at most.
+    """
+
+    each: tuple[Answers, ...]
+    top: int
+
+
+class JointRetriever(Retriever):
+    """Answers questions from several indexes of one model, as from one index of all their rows.
+
+    Answers have a column ``index`` beside ``row``. Methods whose scores depend on the other rows of an index (``if``,
+    ``rif``, ``rep``, ``tracin-tfidf`` and others) are refused. Beyond the head each index proposes its own candidates.
+
+    Attributes:
+        index: The first index.
+        others: A retriever of each of the others.
+    """
+
+    def __init__(self, indexes: Sequence[Index | str | Path], **places: Any) -> None:
+        """Open the indexes.
+
+        Args:
+            indexes: Two or more, open or by their folders.
+            **places: ``model``, ``device`` and more, as of :class:`Retriever`.
+
+        Raises:
+            InputError: An index is given twice.
+            MismatchError: They are not of one model.
+        """
+        first, *others = indexes
+        super().__init__(first, **places)
+        self.others = tuple(Retriever(other, **places) for other in others)
+        check_one_model(self._indexes)
+
+    @property
+    def _indexes(self) -> list[Index]:
+        return [self.index, *(other.index for other in self.others)]
+
+    @override
+    def resolve(self, spec: QuerySpec | Question, **changes: Unpack[QueryChoices]) -> Question:
+        question = super().resolve(spec, **changes)
+        for other in self.others:
+            other.resolve(question.spec)
+        check_question(question, self._indexes[1:])
+        return question
+
+    @override
+    def asked_together(self, source: RowSource, spec: QuerySpec | Question, block_rows: int = QUERY_BLOCK_ROWS) -> int:
+        question = self.resolve(spec)
+        sizes = [other.asked_together(source, question.spec, block_rows) for other in self.others]
+        return min(super().asked_together(source, question, block_rows), *sizes)
+
+    @override
+    def answers(
+        self,
+        source: RowSource,
+        spec: QuerySpec | Question,
+        *,
+        block_rows: int = QUERY_BLOCK_ROWS,
+        starts: Collection[int] | None = None,
+    ) -> Iterator[Answers]:
+        question = self.resolve(spec)
+        how: Any = {"block_rows": self.asked_together(source, question, block_rows), "starts": starts}
+        streams = [super().answers(source, question, **how)]
+        streams += [other.answers(source, question.spec, **how) for other in self.others]
+        for each in zip(*streams, strict=True):
+            first = each[0]
+            yield JointAnswers(
+                first.start, first.labels, first.predictions, first.targets, first.rankings, each, question.spec.top
+            )
+
+    @override
+    def tables(self, answers: Answers) -> Iterator[pa.Table]:
+        assert isinstance(answers, JointAnswers)
+        own, *others = answers.each
+        tables = [pa.concat_tables(super().tables(own))]
+        tables += [pa.concat_tables(r.tables(a)) for r, a in zip(self.others, others, strict=True)]
+        yield merge_tables(self._indexes, tables, answers.top)
+
+    @override
+    def groups(self, source: RowSource, spec: QuerySpec | Question, column: str) -> Iterator[pa.Table]:
+        raise InputError("--group-by sums the scores of one index's rows. Ask one index.")
+
+    @override
+    def facts(self, spec: QuerySpec | Question) -> dict[str, Any]:
+        question = self.resolve(spec)
+        return super().facts(question) | {"indexes": [other.facts(question.spec) for other in self.others]}

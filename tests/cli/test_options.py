@@ -27,6 +27,7 @@ PINNED = ROOT / "tests" / "cli" / "options.txt"
 DECLARED_MORE_THAN_ONCE = {  # one name, several meanings: what each declaration is of
     "--model": ("of an index, if it has moved", "to index", "to start training from"),
     "--out": ("report", "index", "run", "answers", "demo", "site"),
+    "--index": ("one", "one or several"),
     "--top": ("k", "several k", "rows that a report lists"),
     "--scope": ("of a question", "of a question, several", "of an index, several"),
     "--curvature": ("of a question", "of an index"),

@@ -35,8 +35,8 @@ ROOMS = {  # of a layer, in their order: a room imports from those before it, ne
 }  # fmt: skip
 MOST_ENTRIES = 12
 PUBLIC_NAMES = """
-    BuildOptions CorruptIndexError DataError ForebearCallback ForebearError InUseError Index InputError METHODS
-    Method MismatchError MissingStoreError ModelError NonFiniteError NotEnoughMemoryError OutputExistsError
+    BuildOptions CorruptIndexError DataError ForebearCallback ForebearError InUseError Index InputError JointRetriever
+    METHODS Method MismatchError MissingStoreError ModelError NonFiniteError NotEnoughMemoryError OutputExistsError
     QuerySpec Retriever RowSource StorageError TrainOptions append_rows audits build_index build_part choose_model
     commit_parts evaluations explain fit_index flip open_rows rebuild_ann retire_rows rows_from_texts saliency
     show train verify_index

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from forebear.cli.options.groups import Options, Shown, flag_of, grouped, values_of
-from forebear.cli.options.model import IndexOptions
+from forebear.cli.options.model import IndexesOptions
 from forebear.cli.options.queries import QueryOptions
 from forebear.cli.options.question import Candidates, Methods, SearchOptions, SolverOptions, SpanOptions, Top, Word
 from forebear.cli.options.report import Hubs, OutputOptions
@@ -50,6 +50,8 @@ Examples:
     forebear retrieve --index I --test mistakes.csv --method if --aggregate
 
     forebear retrieve --index I --text "a gripping film" --method if --group-by source
+
+    forebear retrieve --index I --index J --text "a gripping film" --method gc,gd
 """
 
 
@@ -108,7 +110,7 @@ def register(app: typer.Typer) -> None:
 
 @grouped(methods=Shown("gc"))
 def retrieve(
-    index_options: IndexOptions,
+    index_options: IndexesOptions,
     query_options: QueryOptions,
     ranking: RankingOptions,
     question_options: SearchOptions,
@@ -118,17 +120,17 @@ def retrieve(
 ) -> None:
     """Rank the training rows behind predictions, on the screen or to a file."""
     from forebear.evaluation.audits.rows.hub_shares import read_hub_shares, with_hub_share
-    from forebear.indexer.index import Index
     from forebear.indexer.storage.manifest import digest_of
     from forebear.retriever.answers.coverage import tell_fit_age
     from forebear.retriever.answers.groups import check_additive, grouping_of
+    from forebear.retriever.answers.merged import INDEX
     from forebear.retriever.answers.parts import check_parts
     from forebear.retriever.answers.result_file import check_output
     from forebear.retriever.answers.results import text_columns, user_columns
     from forebear.retriever.effects.kinds import effect_meanings
     from forebear.retriever.question.query_rows import tell_label_remark
     from forebear.retriever.question.spec import QuerySpec
-    from forebear.retriever.retriever import Retriever
+    from forebear.retriever.retriever import JointRetriever
 
     gold = question_options.target == "gold"
     query_options.check(question_options.target)
@@ -140,15 +142,17 @@ def retrieve(
     _refuse_what_no_method_takes(spec, methods, spans)
     if group_by is not None:
         _refuse_what_groups_do_not_take(ranking, output)
+    if len(index_options.indexes) > 1:
+        _refuse_what_several_indexes_do_not_take(ranking, output)
     if output.resume:
         _refuse_what_cannot_go_on(ranking, output)
     if output.out is not None:
         check_parts(Path(output.out), resume=output.resume, force=output.force)
         check_output(Path(output.out), force=output.force)
-    index = Index.open(index_options.index)
+    retriever = index_options.open()
+    index = retriever.index
     if spans.span_column is not None:
         spec = replace(spec, span_column=index.text_column(spans.span_column))
-    retriever = Retriever(index, model=index_options.model, **index_options.places())
     source = query_options.open_rows(retriever, need_labels=gold)
     tell_label_remark(index, source, required=gold)
 
@@ -170,7 +174,7 @@ def retrieve(
 
     if output.out is None:
         answers = retriever.answers(source, question, block_rows=SHOWN_QUERIES)
-        names = list(user_columns(index).values())
+        names = [*([INDEX] if isinstance(retriever, JointRetriever) else []), *user_columns(index).values()]
         meanings = effect_meanings(question)
         show_answers(
             answers, tables_of, source, methods, meanings, text_columns(index), names, aggregate=spec.aggregate
@@ -178,6 +182,8 @@ def retrieve(
     else:
         _write_answers(retriever, source, question, tables_of, None if shares is None else digest_of(shares), output)
     say_recall(retriever, question)
+    for other in retriever.others if isinstance(retriever, JointRetriever) else ():
+        say_recall(other, other.resolve(question.spec))
 
 
 def _refuse_what_no_method_takes(spec: QuerySpec, methods: Sequence[Method], spans: SpanOptions) -> None:
@@ -201,6 +207,13 @@ def _refuse_what_groups_do_not_take(ranking: RankingOptions, output: AnswerOptio
             raise InputError(
                 f"{option} is about single rows; --group-by sums the scores of all. Leave one of them out."
             )
+
+
+def _refuse_what_several_indexes_do_not_take(ranking: RankingOptions, output: AnswerOptions) -> None:
+    """Refuse options that are about the rows of one index beside several."""
+    for option, value in {"--hubs": output.hubs, "--group-by": ranking.group_by}.items():
+        if value:
+            raise InputError(f"{option} is about the rows of one index. Give one --index.")
 
 
 def _refuse_what_cannot_go_on(ranking: RankingOptions, output: AnswerOptions) -> None:

@@ -101,3 +101,27 @@ class IndexOptions(Options, panel="Index and model"):
         from forebear.retriever.retriever import Retriever
 
         return Retriever(self.index, model=self.model, **self.places())
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexesOptions(Options, panel="Index and model"):
+    """One index or several of one model, and the model."""
+
+    indexes: Annotated[
+        list[str],
+        typer.Option(
+            "--index", help="The index folder; several of one model are asked as one index.", show_default=False
+        ),
+    ]
+    model: MovedModel = None
+    device: Device = "auto"
+    devices: Devices = None
+
+    def open(self) -> Retriever:
+        """The retriever of the index, or of all of them."""
+        from forebear.retriever.retriever import JointRetriever
+
+        one = IndexOptions(index=self.indexes[0], model=self.model, device=self.device, devices=self.devices)
+        if len(self.indexes) == 1:
+            return one.open()
+        return JointRetriever(self.indexes, model=self.model, **one.places())
