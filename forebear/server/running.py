@@ -198,6 +198,7 @@ def serve(
     limits: Limits | None = None,
     model: str | None = None,
     device: str = "auto",
+    log_requests: bool = True,
     log_texts: bool = False,
     site: str | None = None,
     worklists: str | None = None,
@@ -213,7 +214,8 @@ def serve(
         limits: Of a request.
         model: Where the model is, if it has moved; for one index.
         device: On which models run.
-        log_texts: Whether the log has the texts of requests.
+        log_requests: Whether the log has a line for each request; else for faults alone.
+        log_texts: Whether these lines have the texts of requests.
         site: Folder of ``forebear export-site`` that the explorer shows.
         worklists: Folder in which the explorer's work lists are kept; None: each browser keeps its own.
         tell: Called with the line that says where it listens.
@@ -225,6 +227,7 @@ def serve(
     limits.check()
     check_place(host, token)
     names_of(given)
+    _log_to_stderr(logging.INFO if log_requests else logging.WARNING)
     with bound_socket(host, port) as bound:
         indexes, measures = open_indexes(given, model=model, device=device), Measures()
         explored = explored_of(indexes, site, worklists)
@@ -254,7 +257,6 @@ def _serve_at(bound: socket.socket, host: str, service: Service, token: str | No
         server.should_exit = True
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    _log_to_stderr()
     worker.start()
     shown = f"[{host}]" if ":" in host else host
     tell(f"serving {', '.join(indexes)} at http://{shown}:{bound.getsockname()[1]} (Ctrl-C stops)")
@@ -270,11 +272,11 @@ def _serve_at(bound: socket.socket, host: str, service: Service, token: str | No
         os._exit(0)  # a batch that nobody waits for any more: torch cannot be interrupted, and must not hold the end
 
 
-def _log_to_stderr() -> None:
-    """Write the log, a line a request, to stderr."""
+def _log_to_stderr(level: int) -> None:
+    """Write the log to stderr."""
+    LOG.setLevel(level)
     if not LOG.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         LOG.addHandler(handler)
-        LOG.setLevel(logging.INFO)
         LOG.propagate = False

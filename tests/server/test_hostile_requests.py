@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,10 @@ from forebear.cli.main import run
 from forebear.errors import InputError
 from forebear.server.limits import Limits
 
+FIELDS = (
+    "index", "texts", "text", "methods", "top", "target", "scope", "exact", "recall", "candidates", "normalise",
+    "spans", "word", "curvature", "damping", "certify", "rows", "to", "limit", "relabel", "form", "flip",
+)  # fmt: skip
 SECRET = "a-secret-of-enough-letters"
 
 
@@ -145,14 +152,52 @@ def test_what_no_route_answers_is_one_line(live, path, options, status):
     assert reply.error
 
 
+@pytest.mark.slow
+def test_nothing_that_a_request_names_is_opened_imported_or_looked_up(live, tmp_path):
+    """Seen by Python itself, of every file, module, folder and host that the process touches meanwhile."""
+    (tmp_path / "sentinel.py").write_text("raise SystemExit")
+    names = (str(tmp_path / "sentinel.py"), f"{tmp_path}/sentinel.py:find", "reader:sentinel/model", "sentinel/model")
+    touched: list[str] = []
+    watching = True
+
+    def watch(event: str, arguments: Any) -> None:
+        if watching and event.split(".")[0] in (
+            "open",
+            "import",
+            "os",
+            "pickle",
+            "socket",
+            "glob",
+            "exec",
+            "subprocess",
+        ):
+            said = f"{event} {arguments!r}"
+            if "sentinel" in said and threading.current_thread() is not threading.main_thread():
+                touched.append(said)
+
+    sys.addaudithook(watch)  # cannot be taken away again
+    statuses = []
+    for route, texts in (("retrieve", {"texts": ["a"]}), ("score", {"texts": ["a"]}), ("explain", {"text": "a"}),
+                         ("flip", {"texts": ["a"]})):  # fmt: skip
+        for field in (*FIELDS, "model", "device", "tokenizer", "folder", "span_column"):
+            for name in names:
+                statuses += [live.ask(f"/v1/{route}", texts | {field: value}).status for value in (name, [name])]
+    asked = [live.ask(f"/{name}") for name in ("v1/indexes?index=sentinel", "sentinel.py", "v1/methods/../sentinel")]
+    seen = list(touched)
+    reader = threading.Thread(target=Path(names[0]).read_text)  # what would be seen
+    reader.start()
+    reader.join()
+    watching = False
+    assert set(statuses) == {200, 422}  # as the text itself, or the word that is asked about, it may stand
+    assert [reply.status for reply in asked] == [200, 404, 404]
+    assert seen == []
+    assert [one.split()[0] for one in touched] == ["open"]
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
     max_leaves=8,
-)  # fmt: skip
-FIELDS = (
-    "index", "texts", "text", "methods", "top", "target", "scope", "exact", "recall", "candidates", "normalise",
-    "spans", "word", "curvature", "damping", "certify", "rows", "to", "limit", "relabel", "form", "flip",
 )  # fmt: skip
 VALUES = st.sampled_from(
     ["a film", "", "gc", "if", "\x00", "../..", "label:", "head", "cg", "1%", "-1%", "0x", 0, 1, -1, 3, 0.5, True]
@@ -301,6 +346,16 @@ def test_a_request_that_takes_too_long_is_504(start, index_folder, monkeypatch):
     monkeypatch.setattr(retriever, "answer_block", lambda *_, **__: time.sleep(1.0))
     reply = live.ask("/v1/retrieve", {"texts": ["a film"]})
     assert (reply.status, "no answer" in reply.error) == (504, True)
+
+
+def test_a_server_that_computes_no_more_lives_but_is_not_ready(start, index_folder):
+    live = start(index_folder)
+    assert live.service.worker.stop(30)
+    ready = live.ask("/v2/health/ready")
+    assert (ready.status, ready.json) == (503, {"ready": False})
+    assert live.ask("/v2/health/live").status == 200
+    reply = live.ask("/v1/retrieve", {"texts": ["a film"]})
+    assert (reply.status, reply.error) == (503, "the server is being stopped.")
 
 
 def test_a_fault_is_500_without_its_texts_in_answer_or_log(start, index_folder, monkeypatch, caplog):

@@ -127,6 +127,7 @@ def serve(
         limits=Limits(**values_of(limits)),
         model=model,
         device=device,
+        log_requests=log_texts or not quiet,
         log_texts=log_texts,
         **values_of(explorer),
         tell=say,
