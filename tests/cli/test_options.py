@@ -29,6 +29,7 @@ DECLARED_MORE_THAN_ONCE = {  # one name, several meanings: what each declaration
     "--out": ("report", "index", "run", "answers", "demo", "site"),
     "--index": ("one", "one or several"),
     "--top": ("k", "several k", "rows that a report lists"),
+    "--shard": ("of an index's rows", "of test rows"),
     "--scope": ("of a question", "of a question, several", "of an index, several"),
     "--curvature": ("of a question", "of an index"),
     "--damping": ("of a question", "of a question, several", "of an index, several", "of the head"),

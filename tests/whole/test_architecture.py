@@ -31,7 +31,7 @@ ROOMS = {  # of a layer, in their order: a room imports from those before it, ne
     "server": (
         "limits", "measures", "served_indexes", "worklists", "explored", "micro_batches", "tasks", "http", "running",
     ),
-    "cli": ("screen", "options", "workers", "commands", "main"),
+    "cli": ("screen", "options", "workers", "ray_tasks", "commands", "main"),
 }  # fmt: skip
 MOST_ENTRIES = 12
 PUBLIC_NAMES = """

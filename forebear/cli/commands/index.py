@@ -12,8 +12,10 @@ import typer
 
 from forebear.cli.options.building import ChangeOptions, CheckpointOptions, ChoiceOptions, row_numbers
 from forebear.cli.options.groups import Options, Shown, grouped
+from forebear.cli.options.ray import RayOptions
 from forebear.cli.options.report import Quiet
 from forebear.cli.options.rows import ColumnOptions, Train
+from forebear.cli.ray_tasks import in_shards
 from forebear.cli.screen.console import Command, listed, progress_bar, say, size, warn
 from forebear.errors import InputError
 
@@ -114,15 +116,19 @@ def index(
     chosen: CheckpointOptions,
     choices: ChoiceOptions,
     change: ChangeOptions,
+    ray: RayOptions,
 ) -> None:
     """See HELP."""
     change.check()
+    ray.check()
+    if ray.ray is not None and change.is_given():
+        raise InputError("--ray divides a build among machines, not a change of an index. Leave one of them out.")
     _refuse_what_a_build_takes(ctx)
     unchanged: list[str] = []  # says that nothing was left to do
     started = time.perf_counter()
     with progress_bar() as progress:
         how = {"resume": change.resume, "force": place.force, "tell": unchanged.append, "progress": progress}
-        built = _build_or_change(place.out, rows, chosen, choices, change, how)
+        built = _build_or_change(place.out, rows, chosen, choices, change, ray, how)
     if unchanged:
         say(unchanged[0])
         return
@@ -140,6 +146,7 @@ def _build_or_change(
     chosen: CheckpointOptions,
     choices: ChoiceOptions,
     change: ChangeOptions,
+    ray: RayOptions,
     how: dict[str, Any],
 ) -> Index | str:
     """The index after what was asked for, or what is there before it is one; ``how`` is what every change takes."""
@@ -171,9 +178,14 @@ def _build_or_change(
     run = choose_model(chosen.model, chosen.checkpoints or (), chosen.eta or ())
     source = rows.open_all(run.class_names(), run.row_format, run.unlabelled)
     given = choices.given(source.text_columns)
-    if not change.fit:
+    if not change.fit and ray.ray is None:
         return Index.build(run, source, out, **given, warn=warn, **how)
     begun = build.build_from_model(run, source, out, build=build.fit_index, warn=warn, **given, **how)
+    if ray.ray is not None and begun is None:
+        device = choices.computing.device
+        of_part = ["index", "--out", out, "--train", str(rows.train), "--device", device, "--quiet", "--shard"]
+        in_shards(ray, lambda shard: [*of_part, shard], how["progress"])
+        return build.commit_parts(out, device=device, warn=warn, tell=how["tell"], progress=how["progress"])
     return begun or f"fitted. Next: forebear index --out {out} --train {rows.train} --shard I/N, then --commit"
 
 

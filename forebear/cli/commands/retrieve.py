@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,9 +14,11 @@ from forebear.cli.options.groups import Options, Shown, flag_of, grouped, values
 from forebear.cli.options.model import IndexesOptions
 from forebear.cli.options.queries import QueryOptions
 from forebear.cli.options.question import Candidates, Methods, SearchOptions, SolverOptions, SpanOptions, Top, Word
+from forebear.cli.options.ray import RayOptions
 from forebear.cli.options.report import Hubs, OutputOptions
+from forebear.cli.ray_tasks import arguments_without, in_shards
 from forebear.cli.screen.answers import SHOWN_QUERIES, say_recall, say_signs, show_answers
-from forebear.cli.screen.console import Command, listed, progress_bar, say, warn
+from forebear.cli.screen.console import ARGUMENTS, Command, listed, progress_bar, say, warn
 from forebear.cli.screen.groups import show_groups
 from forebear.errors import InputError
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from forebear.indexer.rows.row_source import RowSource
+    from forebear.progress import Progress
+    from forebear.retriever.answers.parts import Parts
     from forebear.retriever.answers.results import Answers
     from forebear.retriever.question.methods import Method
     from forebear.retriever.question.spec import QuerySpec, Question
@@ -100,6 +104,15 @@ class AnswerOptions(OutputOptions):
         bool,
         typer.Option("--resume", help="Go on with an --out that was interrupted, behind the last finished test rows."),
     ] = False
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            help="I/N: answer part I of N of the test rows, 1/N to N/N, anywhere that sees --out, in any order. "
+            "--resume in its place then writes the file.",
+            show_default=False,
+        ),
+    ] = None
     hubs: Hubs = None
 
 
@@ -110,6 +123,7 @@ def register(app: typer.Typer) -> None:
 
 @grouped(methods=Shown("gc"))
 def retrieve(
+    ctx: typer.Context,
     index_options: IndexesOptions,
     query_options: QueryOptions,
     ranking: RankingOptions,
@@ -117,6 +131,7 @@ def retrieve(
     spans: SpanOptions,
     solver: SolverOptions,
     output: AnswerOptions,
+    ray: RayOptions,
 ) -> None:
     """Rank the training rows behind predictions, on the screen or to a file."""
     from forebear.evaluation.audits.rows.hub_shares import read_hub_shares, with_hub_share
@@ -132,6 +147,10 @@ def retrieve(
     from forebear.retriever.question.spec import QuerySpec
     from forebear.retriever.retriever import JointRetriever
 
+    ray.check()
+    if ray.ray is not None:
+        _answer_shards(ctx.meta[ARGUMENTS], ranking, output, ray)
+        output = replace(output, resume=True)
     gold = question_options.target == "gold"
     query_options.check(question_options.target)
     choices = values_of(question_options, ranking, spans, solver)
@@ -144,10 +163,11 @@ def retrieve(
         _refuse_what_groups_do_not_take(ranking, output)
     if len(index_options.indexes) > 1:
         _refuse_what_several_indexes_do_not_take(ranking, output)
-    if output.resume:
+    if output.resume or output.shard is not None:
         _refuse_what_cannot_go_on(ranking, output)
-    if output.out is not None:
+    if output.out is not None and output.shard is None:
         check_parts(Path(output.out), resume=output.resume, force=output.force)
+    if output.out is not None:
         check_output(Path(output.out), force=output.force)
     retriever = index_options.open()
     index = retriever.index
@@ -186,6 +206,21 @@ def retrieve(
         say_recall(other, other.resolve(question.spec))
 
 
+def _answer_shards(arguments: Sequence[str], ranking: RankingOptions, output: AnswerOptions, ray: RayOptions) -> None:
+    """Answer all shards of the test rows on a Ray cluster, each by this command with ``--shard``."""
+    from forebear.retriever.answers.parts import check_parts
+    from forebear.retriever.answers.result_file import check_output
+
+    _refuse_what_cannot_go_on(ranking, replace(output, shard="1/1", resume=False))
+    assert output.out is not None
+    check_parts(Path(output.out), resume=output.resume, force=False)
+    check_output(Path(output.out), force=False)
+    of_ray = [flag_of(RayOptions, field.name) for field in fields(ray)]
+    own = arguments_without(arguments, ("--resume", "--quiet", "-q"), of_ray)
+    with progress_bar() as progress:
+        in_shards(ray, lambda shard: ["retrieve", *own, "--quiet", "--shard", shard], progress)
+
+
 def _refuse_what_no_method_takes(spec: QuerySpec, methods: Sequence[Method], spans: SpanOptions) -> None:
     """Refuse options that only methods outside the question have."""
     if not any(m.ranks_spans for m in methods):
@@ -217,14 +252,23 @@ def _refuse_what_several_indexes_do_not_take(ranking: RankingOptions, output: An
 
 
 def _refuse_what_cannot_go_on(ranking: RankingOptions, output: AnswerOptions) -> None:
-    """Refuse ``--resume`` where no answers of finished blocks of test rows are kept."""
+    """Refuse ``--resume`` and ``--shard`` where no answers of finished blocks of test rows are kept."""
+    from forebear.indexer.building.sharing.parts import part_of
+
+    asked = "--resume" if output.resume else "--shard (and --ray)"
+    if output.shard is not None:
+        part_of(output.shard)
     if output.out is None:
-        raise InputError("--resume goes on with a file of answers that was interrupted. Name it by --out.")
+        raise InputError(f"{asked} is about the parts of a file of answers. Name it by --out.")
+    if output.shard is not None and (output.resume or output.force):
+        raise InputError(
+            "--shard adds to the parts that are there and goes on with its own; --resume then writes the file. "
+            "Leave --resume and --force out beside it."
+        )
     for option, given in {"--group-by": ranking.group_by, "--aggregate": ranking.aggregate}.items():
         if given:
             raise InputError(
-                f"--resume goes on behind the test rows that were answered one by one; {option} keeps none. "
-                "Leave --resume out."
+                f"{asked} is about test rows that are answered one by one; {option} keeps none. Leave {asked} out."
             )
 
 
@@ -271,7 +315,8 @@ def _write_answers(
         hubs: Digest of what ``--hubs`` adds to the tables; None without it.
         output: Where they go, and whether parts that are there are gone on with.
     """
-    from forebear.retriever.answers.parts import kept_parts, run_facts
+    from forebear.indexer.building.sharing.parts import part_of
+    from forebear.retriever.answers.parts import kept_parts, kept_shard, run_facts
     from forebear.retriever.answers.result_file import table_writer
     from forebear.retriever.answers.signs import SignCounts
 
@@ -279,13 +324,18 @@ def _write_answers(
     path, signs, n_results = Path(output.out), SignCounts(question.methods), 0
     metadata, size = retriever.metadata(question), retriever.asked_together(source, question)
     run = run_facts(question, source, json.loads(metadata["forebear"]), size, hubs=hubs)
-    blocks = ((start, min(start + size, source.n_rows)) for start in range(0, source.n_rows, size))
+    blocks = [(start, min(start + size, source.n_rows)) for start in range(0, source.n_rows, size)]
+    if output.shard is not None:
+        number, n_shards = part_of(output.shard)
+        blocks = blocks[number - 1 :: n_shards]
+        with progress_bar() as progress, kept_shard(path, run, blocks, output.shard) as parts:
+            _answer_blocks(retriever, source, question, tables_of, parts, progress)
+            n_rows = parts.n_rows_done
+        say(f"{path}: shard {output.shard} is answered, {n_rows:,} queries; --resume writes the file when all are")
+        return
     how = {"resume": output.resume, "force": output.force}
     with progress_bar() as progress, kept_parts(path, run, blocks, **how) as parts:
-        progress("queries", parts.n_rows_done, source.n_rows)
-        for answers in retriever.answers(source, question, starts=parts.missing):
-            parts.write(answers.start, tables_of(answers))
-            progress("queries", parts.n_rows_done, source.n_rows)
+        _answer_blocks(retriever, source, question, tables_of, parts, progress)
         with table_writer(path, metadata) as write:
             for table in parts.tables():
                 write(table)
@@ -294,6 +344,21 @@ def _write_answers(
     together = " asked together" if question.spec.aggregate else ""
     say(f"{output.out}: {source.n_rows:,} queries{together}, {n_results:,} results")
     say_signs(signs)
+
+
+def _answer_blocks(
+    retriever: Retriever,
+    source: RowSource,
+    question: Question,
+    tables_of: Callable[[Answers], Iterator[pa.Table]],
+    parts: Parts,
+    progress: Progress,
+) -> None:
+    """Answer the blocks of test rows that are missing."""
+    progress("queries", parts.n_rows_done, parts.n_rows)
+    for answers in retriever.answers(source, question, starts=parts.missing):
+        parts.write(answers.start, tables_of(answers))
+        progress("queries", parts.n_rows_done, parts.n_rows)
 
 
 def _warn_of_reading(retriever: Retriever, source: RowSource) -> None:

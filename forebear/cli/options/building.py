@@ -262,6 +262,11 @@ class ChangeOptions(Options, panel="Changes of an index, and builds in parts"):
         typer.Option("--resume", help="Go on with an interrupted build or change; one that is done is not done twice."),
     ] = False
 
+    def is_given(self) -> bool:
+        """Whether anything but a build as a whole is asked for."""
+        steps = self.append or self.rebuild_ann or self.refit or self.fit or self.commit
+        return steps or bool(self.retire) or self.shard is not None
+
     def check(self) -> None:
         """Refuse several changes at once."""
         if sum((self.append, bool(self.retire), self.rebuild_ann, self.refit)) > 1:

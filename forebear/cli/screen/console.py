@@ -78,6 +78,9 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         yield update
 
 
+ARGUMENTS = "forebear.arguments"  # in a context's ``meta``: what stands behind the command's name
+
+
 class Command(TyperCommand):
     """A command whose list options take several values after one flag: ``--checkpoints A B C``."""
 
@@ -90,6 +93,7 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the flag before each further value, since the parser takes one value a flag."""
+        ctx.meta[ARGUMENTS] = list(args)
         many = {o for p in self.params if getattr(p, "multiple", False) for o in p.opts}
         return super().parse_args(ctx, _repeat_flags(args, many))
 

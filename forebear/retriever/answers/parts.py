@@ -8,6 +8,7 @@ of Arrow no longer look. When the last block is finished, the parts become the o
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -24,10 +25,10 @@ from forebear.indexer.spans.finders import finder_sha256
 from forebear.indexer.storage.arrow import file_sha256
 from forebear.indexer.storage.atomic import TEMPORARY_SUFFIX, atomic_file, write_bytes
 from forebear.indexer.storage.journal import same_or_refuse
-from forebear.indexer.storage.locks import check_free
+from forebear.indexer.storage.locks import check_free, exclusive
 from forebear.indexer.storage.manifest import digest_of, plain
 from forebear.progress import tell_note, tell_warning
-from forebear.retriever.answers.result_file import claimed_output, lock_of
+from forebear.retriever.answers.result_file import check_output, claimed_output, lock_of
 from forebear.retriever.question.spec import Question
 
 RUN_NAME = "run.json"
@@ -114,7 +115,8 @@ def check_parts(path: Path, *, resume: bool, force: bool) -> None:
     _check_left(path, resume=resume, force=force)
 
 
-def _check_left(path: Path, *, resume: bool, force: bool) -> None:
+def _check_foreign(path: Path) -> None:
+    """Refuse a folder of the parts' name that holds something else."""
     folder = folder_of(path)
     if folder.exists():
         names = (
@@ -127,6 +129,13 @@ def _check_left(path: Path, *, resume: bool, force: bool) -> None:
                 f"{f', {foreign[0]}' if foreign else ''}: it is left alone. Give another --out.",
                 of="retrieve",
             )
+
+
+def _check_left(path: Path, *, resume: bool, force: bool) -> None:
+    _check_foreign(path)
+    folder = folder_of(path)
+    for lock in path.parent.glob(f"{glob.escape(path.name)}.*-*.lock"):
+        check_free(lock, f"a shard of {path}")
     if resume:
         if not (folder / RUN_NAME).is_file():
             raise InputError(
@@ -182,6 +191,7 @@ def kept_parts(
         parts = Parts(path, plain(run), dict(blocks))
         if resume:
             parts.take_up()
+            parts.tell_done()
         else:
             remove_parts(path)
         try:
@@ -195,8 +205,45 @@ def kept_parts(
         remove_parts(path)
 
 
+@contextmanager
+def kept_shard(path: Path, run: dict[str, Any], blocks: Iterable[tuple[int, int]], shard: str) -> Iterator[Parts]:
+    """The parts of some blocks of an output file, which other processes write the other blocks of at the same time.
+
+    Parts that are there and whole stay. When those of all shards are there, :func:`kept_parts` with ``resume`` makes
+    the file of them.
+
+    Args:
+        path: The output file; it must not exist.
+        run: What decides the answers: :func:`run_facts`.
+        blocks: First test row of each block of the shard, and the one behind its last.
+        shard: Name of the shard, such as ``3/8``.
+
+    Raises:
+        InUseError: Another process writes this shard, or the file.
+        OutputExistsError: The file exists, or the folder of its parts is not forebear's.
+        MismatchError: The parts that are there are answers to something else; the first thing that differs is named.
+        CorruptIndexError: What says of which run the parts are is damaged.
+    """
+    check_output(path, force=False)
+    with exclusive(_shard_lock(path, shard), f"shard {shard} of {path}"):
+        check_free(lock_of(path), str(path))
+        _check_foreign(path)
+        parts = Parts(path, plain(run), dict(blocks))
+        if (folder_of(path) / RUN_NAME).is_file():
+            parts.take_up()
+            if parts.done:
+                parts.tell_done()
+        else:
+            parts.begin()
+        yield parts
+
+
+def _shard_lock(path: Path, shard: str) -> Path:
+    return path.with_name(f"{path.name}.{shard.replace('/', '-')}.lock")
+
+
 class Parts:
-    """The parts of one output file.
+    """The parts of one output file, or of a shard of it.
 
     Attributes:
         done: First test rows of the blocks whose answers are there.
@@ -218,6 +265,11 @@ class Parts:
     def n_rows_done(self) -> int:
         """Test rows whose answers are there."""
         return sum(self._blocks[start] - start for start in self.done)
+
+    @property
+    def n_rows(self) -> int:
+        """Test rows of all blocks."""
+        return sum(stop - start for start, stop in self._blocks.items())
 
     @property
     def missing(self) -> set[int]:
@@ -252,7 +304,10 @@ class Parts:
                 self.done.add(start)
             elif part.exists():
                 tell_warning(f"{part} is damaged: its test rows {start} to {self._blocks[start] - 1} are asked again.")
-        n = f"{self.n_rows_done:,} of {max(self._blocks.values()):,}"
+
+    def tell_done(self) -> None:
+        """Say how many test rows are answered already."""
+        n = f"{self.n_rows_done:,} of {self.n_rows:,}"
         tell_note(self._name, f"{n} test rows were answered before the interruption")
 
     def write(self, start: int, tables: Iterable[pa.Table]) -> None:
