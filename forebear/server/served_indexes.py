@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from forebear.errors import ForebearError, InputError
-from forebear.indexer.index import Index
+from forebear.indexer.index import HUB, Index, local_folder
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.storage.layout import MANIFEST_NAME
 from forebear.indexer.storage.manifest import Manifest
@@ -109,9 +109,9 @@ class ServedIndex:
         return Opened(self.name, index, Retriever(index, model=model, device=self._device))
 
     def _warm(self) -> None:
-        """Ask the index for its first row once: the model is loaded, and what most questions read is mapped."""
+        """Ask the index once: the model is loaded, and what most questions read is mapped."""
         opened = self.current
-        texts = opened.index.text_lists(opened.index.live[:1])
+        texts = [["a"] for _ in opened.index.manifest.spec.text_columns]
         opened.retriever.answer_block(0, texts, None, QuerySpec(top=1))
 
     def refresh(self) -> Opened:
@@ -163,15 +163,18 @@ class ServedIndexes(Mapping[str, ServedIndex]):
 def names_of(given: Sequence[str]) -> dict[str, Path]:
     """Folders by the names under which they are served: ``NAME=FOLDER``, or ``FOLDER`` under its own name.
 
+    A published index, ``hf://user/name``, is fetched, and served as ``name``; it is not looked for anew.
+
     Raises:
-        InputError: A name that cannot stand in a request, or two of one name.
+        InputError: A name that cannot stand in a request, or two of one name; or a published index is not there.
     """
     folders: dict[str, Path] = {}
     for one in given:
         before, _, after = one.partition("=")
         named = bool(after) and _NAME.fullmatch(before) is not None
-        folder = Path(after if named else one)
-        name = before if named else folder.resolve().name
+        place = after if named else one
+        folder = local_folder(place)
+        name = before if named else Path(place.partition("@")[0] if place.startswith(HUB) else folder).resolve().name
         if not _NAME.fullmatch(name):
             raise InputError(f"{one}: {name!r} is no name for a served index. Give one, as in NAME={one}.")
         if name in folders:

@@ -23,6 +23,7 @@ from forebear.hub.published import write_published
 from forebear.hub.transfer import HubName
 from forebear.indexer.rows.opening import open_rows, rows_from_texts
 from forebear.indexer.storage.manifest import digest_of
+from forebear.server.served_indexes import ServedIndex, names_of
 
 N = 40
 TEXTS, LABELS = [f"secretword {text}" for text in sentences(N, seed=41)], labels(N, seed=42)
@@ -238,6 +239,15 @@ def test_what_the_hub_refuses_is_one_line(index: Index, hub: HubServer, monkeypa
         Index.open("hf://me/mine@elsewhere")
     with pytest.raises(InputError, match=r"^hf://me/mine: .*[Oo]ffline.*network"):
         index.push_to_hub("hf://me/mine")
+
+
+def test_a_published_index_is_served_by_its_name(index: Index, hub: HubServer, model: str) -> None:
+    index.push_to_hub("hf://me/mine")
+    (folder,) = names_of(["hf://me/mine"]).values()
+    assert names_of(["hf://me/mine@main", "other=hf://me/mine"]) == {"mine": folder, "other": folder}
+    served = ServedIndex("mine", folder, model=model)
+    assert served.current.digest == Index.open("hf://me/mine").manifest.digest()
+    assert {"gc", "if"} <= set(served.current.methods)
 
 
 def test_a_file_that_the_hub_changed_is_refused(index: Index, hub: HubServer, model: str) -> None:
