@@ -110,19 +110,21 @@ class Scan:
             kept = score + reach >= edges[end, queries]  # a group's reach is its longest row's
             return torch.stack([columns.double(), rows.double(), score.double(), reach.double()])[:, kept]
 
-        # The groups of a query may have more rows than a list, and the list be short: it is made alone.
         crowded = chosen.sum(dim=1) * group > most
         pairs = (chosen & ~crowded[:, None]).nonzero()
-        found = [possible(some) for some in torch.split(pairs, _PAIRS // group)]
-        for end, query in crowded.nonzero().tolist():
+        parts = [possible(some) for some in torch.split(pairs, _PAIRS // group)]
+        numbers, too_many = fetch(torch.cat(parts, dim=1), crowded)
+        found = [numbers]
+        # The groups of a query may have more rows than a list, and the list be short: it is made alone.
+        for end, query in np.argwhere(too_many):
             groups = chosen[end, :, query].nonzero()
-            rows = possible(torch.cat([torch.full_like(groups, end), groups, torch.full_like(groups, query)], dim=1))
+            alone = torch.cat([torch.full_like(groups, end), groups, torch.full_like(groups, query)], dim=1)
+            (rows,) = fetch(possible(alone))
             if rows.shape[1] <= most:
-                crowded[end, query] = False
+                too_many[end, query] = False
                 found.append(rows)
-        (numbers, too_many) = fetch(torch.cat(found, dim=1), crowded)
         self.table.kept[self.memory.device] = scores_memory
-        lists = _lists(numbers, too_many.reshape(-1), k, most)
+        lists = _lists(np.concatenate(found, axis=1), too_many.reshape(-1), k, most)
         return [lists[start : start + n_queries] for start in range(0, len(lists), n_queries)]
 
     def _visited(self, k: int, group: int, ends: Sequence[bool] = (True, False)) -> tuple[torch.Tensor, ...]:
