@@ -22,7 +22,7 @@ from forebear.errors import CorruptIndexError, NonFiniteError, is_out_of_memory
 from forebear.indexer.curvature.head import row_chunks
 from forebear.indexer.gradients.block_file import read_blocks, write_blocks
 from forebear.indexer.gradients.dots import gram
-from forebear.indexer.gradients.factors import KeptFactors, LayerFactors
+from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.gradient_pass import ArrayCollector, Collector, SeedOf, run_pass
 from forebear.indexer.gradients.tape import Seed
 from forebear.indexer.gradients.vectors import Vectors, row_lengths
@@ -221,17 +221,12 @@ def fit_factors(
     seed: int,
     batch_tokens: int,
     targets: np.ndarray | None = None,
-    kept: KeptFactors | None = None,
     on_rows: Callable[[int], None] | None = None,
 ) -> KroneckerFactors:
     """Kronecker factors of a scope from rows of text, in one pass a class direction; arguments as in ``fit_ekfac``."""
     collector = _Factors(scope, classifier.device)
-    seeds = curvature_seeds(classifier.loss, classifier.n_classes, len(texts[0]), seed, targets)
-    for number, seed_of in enumerate(seeds):
-        run_pass(
-            classifier, texts, seed_of, [collector], batch_tokens=batch_tokens, on_rows=on_rows,
-            recorder=None if kept is None else kept.of_pass(number),
-        )  # fmt: skip
+    for seed_of in curvature_seeds(classifier.loss, classifier.n_classes, len(texts[0]), seed, targets):
+        run_pass(classifier, texts, seed_of, [collector], batch_tokens=batch_tokens, on_rows=on_rows)
     return collector.found
 
 
@@ -244,7 +239,6 @@ def fit_ekfac(
     batch_tokens: int,
     targets: np.ndarray | None = None,
     factors: KroneckerFactors | None = None,
-    kept: KeptFactors | None = None,
     beside: Callable[[Ekfac], Sequence[Collector]] = lambda _: (),
     on_rows: Callable[[int], None] | None = None,
 ) -> Ekfac:
@@ -258,7 +252,6 @@ def fit_ekfac(
         batch_tokens: Largest number of padded tokens in a batch.
         targets: Targets of the rows, which play a part only where the loss weighs rows by them.
         factors: From :func:`fit_factors` on the same rows, if they are known already.
-        kept: What the passes of the first kind kept for those of the second; it was given to ``fit_factors``, too.
         beside: Makes, of the eigenbasis (whose eigenvalues are still 0), what else gathers from the last passes.
         on_rows: Called with the number of rows after each batch.
 
@@ -268,7 +261,7 @@ def fit_ekfac(
     n_rows = len(texts[0])
     if factors is None:
         factors = fit_factors(
-            classifier, scope, texts, seed=seed, batch_tokens=batch_tokens, targets=targets, kept=kept, on_rows=on_rows
+            classifier, scope, texts, seed=seed, batch_tokens=batch_tokens, targets=targets, on_rows=on_rows
         )
     dtype = classifier.head.weight.dtype
     parts = {}
@@ -279,11 +272,8 @@ def fit_ekfac(
     del factors  # float64, and as large as the eigenvectors twice
     squares = _Eigenvalues(scope, parts)
     collectors = [squares, *beside(Ekfac(parts, n_rows))]
-    for number, seed_of in enumerate(curvature_seeds(classifier.loss, classifier.n_classes, n_rows, seed, targets)):
-        run_pass(
-            classifier, texts, seed_of, collectors, batch_tokens=batch_tokens, on_rows=on_rows,
-            recorder=None if kept is None else kept.of_pass(number),
-        )  # fmt: skip
+    for seed_of in curvature_seeds(classifier.loss, classifier.n_classes, n_rows, seed, targets):
+        run_pass(classifier, texts, seed_of, collectors, batch_tokens=batch_tokens, on_rows=on_rows)
     return Ekfac(
         {
             name: EkfacBlock(part.block, part.left, part.right, (squares.sums[name] / n_rows).to(dtype))

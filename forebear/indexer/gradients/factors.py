@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import os
-import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import IO, Generic, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
 from forebear.indexer.model.device.copies import picks
 
 ROWS_BYTES = 1 << 30  # of whole gradients that are formed at once
-KEPT_BYTES = 4 << 30  # of factors that are kept in a file for a second pass
-KEPT_SHARE = 1 / 4  # at most, of the room that is left on the disk
 
 
 def wide(values: torch.Tensor) -> torch.Tensor:
@@ -149,136 +140,3 @@ class OfLastFactors(Generic[Made]):
 
 
 OnLayer = Callable[[str, LayerFactors], None]
-Ends = tuple[np.ndarray, np.ndarray]  # features (b, h) and logits (b, c) of a batch
-RunBatch = Callable[[OnLayer], Ends]  # runs a batch, and shows its factors
-Recorder = Callable[[Sequence[int], RunBatch, OnLayer], Ends]  # positions of the batch's rows, ..., who is shown them
-
-
-@dataclass(frozen=True)
-class _KeptTensor:
-    """A tensor in the file, from the byte ``start``; with its strides, on which the last bits of products depend."""
-
-    start: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """Without what is repeated."""
-        return tuple(1 if stride == 0 else n for n, stride in zip(self.shape, self.strides, strict=True))
-
-    @property
-    def n_bytes(self) -> int:
-        """In the file."""
-        return math.prod(self.stored_shape) * self.dtype.itemsize
-
-    def strided(self, values: torch.Tensor) -> torch.Tensor:
-        """The tensor, of its values in :attr:`stored_shape`."""
-        if self.strides == values.stride():
-            return values
-        room = values.new_empty(1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)))
-        room.as_strided(self.stored_shape, self.strides).copy_(values)
-        return room.as_strided(self.shape, self.strides)
-
-
-def _is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors, both alive, are the same numbers: as the inputs of query, key and value are."""
-    places = ((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in (one, other))
-    return next(places) == next(places)
-
-
-class KeptFactors:
-    """Factors in a file without a name, so that a second pass over rows needs neither forward nor backward; on the CPU.
-
-    Writing and reading them takes a third of the time of running the rows, and no memory of the process. Batches for
-    which there is no room are run again. Numbers are those of the first pass, to the last bit.
-    """
-
-    def __init__(self, folder: Path, n_bytes: int = KEPT_BYTES) -> None:
-        """Keep nothing yet.
-
-        Args:
-            folder: On whose disk the factors lie, until :meth:`close` or the end of the process.
-            n_bytes: Of all factors at most; less where little room is left on the disk.
-        """
-        self._file: IO[bytes] | None = None
-        self._end, self._limit = 0, 0
-        self._batches: dict[tuple[int, ...], tuple[Ends, list[tuple[str, _KeptTensor, _KeptTensor]]]] = {}
-        with suppress(OSError):  # no room at all
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - close() is below
-            self._limit = min(n_bytes, int(shutil.disk_usage(folder).free * KEPT_SHARE))
-
-    def close(self) -> None:
-        """Let go of the file."""
-        if self._file is not None:
-            self._file.close()
-
-    def of_pass(self, number: int) -> Recorder:
-        """What shows a pass the factors of its batches: kept ones, or those of a run, which are kept.
-
-        Args:
-            number: The same for passes of the same classifier, rows and seeds over the same scope alone.
-        """
-
-        def record(positions: Sequence[int], run: RunBatch, on_layer: OnLayer) -> Ends:
-            batch = (number, *positions)
-            return self._show(batch, on_layer) if batch in self._batches else self._keep(batch, run, on_layer)
-
-        return record
-
-    def _show(self, batch: tuple[int, ...], on_layer: OnLayer) -> Ends:
-        ends, kept = self._batches[batch]
-        place, last = None, torch.empty(0)
-        for name, inputs, deltas in kept:
-            if inputs is not place:
-                place, last = inputs, self._read(inputs)
-            on_layer(name, LayerFactors(last, self._read(deltas)))
-        return ends
-
-    def _keep(self, batch: tuple[int, ...], run: RunBatch, on_layer: OnLayer) -> Ends:
-        kept: list[tuple[str, _KeptTensor, _KeptTensor]] = []
-        before, last = self._end, torch.empty(0)
-
-        def show(name: str, factors: LayerFactors) -> None:
-            nonlocal last
-            is_last = bool(kept) and _is_same_memory(factors.inputs, last)
-            inputs, deltas = kept[-1][1] if is_last else self._written(factors.inputs), self._written(factors.deltas)
-            if inputs is None or deltas is None or type(factors) is not LayerFactors:
-                self._limit = 0  # later batches of a pass are as large
-            else:
-                kept.append((name, inputs, deltas))
-            last = factors.inputs
-            on_layer(name, factors)
-
-        try:
-            ends = run(show)
-        except BaseException:
-            self._end = before
-            raise
-        if self._limit:
-            self._batches[batch] = ends, kept
-        return ends
-
-    def _written(self, tensor: torch.Tensor) -> _KeptTensor | None:
-        """Write numbers after those before; None where there is no room."""
-        place = _KeptTensor(self._end, tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if self._file is None or self._end + place.n_bytes > self._limit:
-            return None
-        values = tensor.as_strided(place.stored_shape, place.strides, tensor.storage_offset()).contiguous()
-        content = values.reshape(-1).view(torch.uint8).numpy().data
-        with suppress(OSError):  # the disk is full
-            while content:
-                n = os.pwrite(self._file.fileno(), content, self._end)
-                content, self._end = content[n:], self._end + n
-        return None if content else place
-
-    def _read(self, place: _KeptTensor) -> torch.Tensor:
-        values = torch.empty(place.stored_shape, dtype=place.dtype)
-        assert self._file is not None
-        room, start = values.reshape(-1).view(torch.uint8).numpy().data, place.start
-        while room:
-            n = os.preadv(self._file.fileno(), [room], start)
-            room, start = room[n:], start + n
-        return place.strided(values)

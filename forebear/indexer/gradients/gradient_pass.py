@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from typing_extensions import override
 
 from forebear.errors import NonFiniteError
-from forebear.indexer.gradients.factors import LayerFactors, Recorder
+from forebear.indexer.gradients.factors import LayerFactors
 from forebear.indexer.gradients.tape import Seed, Tape, alone, loss_of
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.classifier import Classifier
@@ -138,7 +137,6 @@ def run_pass(
     first_row: int = 0,
     on_rows: Callable[[int], None] | None = None,
     warn: MemoryWarning | None = None,
-    recorder: Recorder | None = None,
 ) -> Forward:
     """Run rows of text through the model and back, and show every layer's factors to the collectors.
 
@@ -156,7 +154,6 @@ def run_pass(
         first_row: Row number of the first text, for messages.
         on_rows: Called with the number of rows after each batch.
         warn: Called when batches are halved.
-        recorder: Keeps factors for a later pass, or shows those of an earlier one.
 
     Returns:
         Features and logits of the pass. Where rows have another version (``minus``): of all rows, then of all versions.
@@ -194,8 +191,7 @@ def run_pass(
         wholes, run_of_row = _run_once(encoded, positions)
         row_of_version = send(run_of_row, classifier.device)
         together = [rows[i] for i in wholes] + ([] if minus is None else [minus[i] for i in positions])
-        record = partial(tape.record, together, _seed_of_versions(seed_of, wholes, positions, versions))
-        f, z = record(on_layer) if recorder is None else recorder(positions, record, on_layer)
+        f, z = tape.record(together, _seed_of_versions(seed_of, wholes, positions, versions), on_layer)
         results.end(positions)
         return wholes, run_of_row, f, z
 

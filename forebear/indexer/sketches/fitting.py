@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from forebear.indexer.curvature.ekfac import (
     read_ekfac,
     write_ekfac,
 )
-from forebear.indexer.gradients.factors import KeptFactors
 from forebear.indexer.gradients.gradient_pass import SeedOf, labels_seed, run_pass
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.scopes import scope_of
@@ -210,11 +208,10 @@ def _fit_scope(
     raw: RawSketches | None = None
     bases_file = folder / gradient_folder(name, checkpoint) / BASES_NAME
 
-    def fitted_factors(texts: Sequence[Sequence[str]], kept: KeptFactors | None = None) -> KroneckerFactors:
+    def fitted_factors(texts: Sequence[Sequence[str]]) -> KroneckerFactors:
         return fit_factors(
             classifier, scope, texts, seed=spec.seed, batch_tokens=spec.batch_tokens,
-            targets=rows.labels[: len(texts[0])], kept=kept,
-            on_rows=stage(f"directions {name} {checkpoint}", len(texts[0])),
+            targets=rows.labels[: len(texts[0])], on_rows=stage(f"directions {name} {checkpoint}", len(texts[0])),
         )  # fmt: skip
 
     def bases_of(factors: KroneckerFactors | Ekfac | None) -> dict[str, SideBases]:
@@ -235,14 +232,11 @@ def _fit_scope(
         if together:
             (seed_of,) = directions
         if not (folder / curvature_name(name)).is_file():
-            keeping = closing(KeptFactors(folder)) if classifier.device.type == "cpu" else nullcontext()
-            with keeping as kept:
-                ekfac = fit_ekfac(
-                    classifier, scope, rows.texts, seed=spec.seed, batch_tokens=spec.batch_tokens, targets=rows.labels,
-                    factors=fitted_factors(rows.texts, kept), kept=kept,
-                    beside=raw_sketches if together else lambda _: (),
-                    on_rows=stage(f"curvature {name}", len(rows.labels)),
-                )  # fmt: skip
+            ekfac = fit_ekfac(
+                classifier, scope, rows.texts, seed=spec.seed, batch_tokens=spec.batch_tokens, targets=rows.labels,
+                factors=fitted_factors(rows.texts), beside=raw_sketches if together else lambda _: (),
+                on_rows=stage(f"curvature {name}", len(rows.labels)),
+            )  # fmt: skip
             write_ekfac(folder / curvature_name(name), ekfac)
         factors = read_ekfac(folder / curvature_name(name))
         check_dampings(factors, classifier, spec, name)

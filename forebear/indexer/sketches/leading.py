@@ -274,13 +274,10 @@ class LeadingProjector:
 
     def project(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor, torch.Tensor]:
         """The place in the sketch, numbers, and squared norms ``(3, b)`` of one block, as :class:`Projector` says."""
+        plain = self.energies.plain
+        place, numbers = plain.places[name], plain.products(name, factors).numbers
         squares = self._inverses[name].squared_lengths(self.energies.of(name, factors))
-        return *self.numbers(name, factors), squares
-
-    def numbers(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor]:
-        """The place in the sketch and the numbers of one block."""
-        place, numbers = self.energies.plain.numbers(name, factors)
-        return place, numbers * self.weights[place]
+        return place, numbers * self.weights[place], squares
 
     def project_matrix(self, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
         """Sketches and squared norms ``(3, q)`` of whole gradients, as :class:`Projector` says."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -65,9 +64,6 @@ class Projector(Protocol):
         most that they can be.
         """
 
-    def numbers(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor]:
-        """:meth:`project` without the squared norms, which may take as long as the rest."""
-
     def project_matrix(self, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
         """The sketch of whole gradients, ``(q, D)``, and their squared norms as :meth:`project` has them."""
 
@@ -92,6 +88,7 @@ class SharedProducts:
             ``(b, t, k_out or more)``.
         inputs: Inputs along those of theirs, ``(b, t, k_in or more)``.
         numbers: The plain sketch, not scaled, ``(b, k_out k_in)``.
+        grams: Of the factors.
     """
 
     factors: LayerFactors
@@ -99,11 +96,7 @@ class SharedProducts:
     outputs: torch.Tensor
     inputs: torch.Tensor
     numbers: torch.Tensor
-
-    @cached_property
-    def grams(self) -> Grams:
-        """Of the factors."""
-        return Grams.of(self.factors)
+    grams: Grams
 
     @classmethod
     def of(
@@ -126,7 +119,7 @@ class SharedProducts:
         numbers = torch.bmm(u[:, :, : sizes[0]].transpose(1, 2), v[:, :, : sizes[1]]).flatten(1)
         if scale is not None:
             numbers.mul_(scale[:, None])
-        return cls(factors, scale, u, v, numbers)
+        return cls(factors, scale, u, v, numbers, Grams.of(factors))
 
 
 class PlainProjector:
@@ -163,10 +156,6 @@ class PlainProjector:
         else:
             squares = rescued(squares, factors)
         return self.places[name], shared.numbers, squares
-
-    def numbers(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor]:
-        """The place in the sketch and the numbers of one block."""
-        return self.places[name], self.products(name, factors).numbers
 
     def products(self, name: str, factors: LayerFactors) -> SharedProducts:
         """What this sketch, and those that are made from it, take of one block's gradients."""
@@ -254,10 +243,6 @@ class WhiteProjector:
             norms.append(squares)
             pooled.append(_pool(white, *self._sizes[name]).flatten(1))
         return self._places[name], torch.cat(pooled), torch.cat(norms)
-
-    def numbers(self, name: str, factors: LayerFactors) -> tuple[slice, torch.Tensor]:
-        """The place in the sketch and the numbers of one block."""
-        return self.project(name, factors)[:2]
 
     def project_matrix(self, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
         """Sketches and squared norms of whole gradients ``vectors``, which are whitened here."""

@@ -178,7 +178,7 @@ class RawSketches(ArrayCollector):
 
     @override
     def on_layer(self, name: str, factors: LayerFactors) -> None:
-        place, numbers = self._projector.numbers(name, factors)
+        place, numbers, _ = self._projector.project(name, factors)
         self._raw[:, place] = numbers.float()
 
     @override
