@@ -44,7 +44,7 @@ def _opening(manifest: Manifest) -> str:
     lines = [
         "```python", "from forebear import Index, Retriever", "",
         'index = Index.open("hf://USER/NAME")  # the name of this repository',
-        f'answer = Retriever(index, model="{_model_place(manifest)}").retrieve("a text")', "```",
+        f'answer = Retriever(index, model="{_model_place(manifest)}").retrieve(["a text"])', "```",
     ]  # fmt: skip
     text = "\n".join(lines)
     if manifest.without_texts:

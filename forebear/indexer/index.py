@@ -52,10 +52,17 @@ HUB = "hf://"  # how addresses of published indexes begin
 
 
 def local_folder(folder: str | Path) -> Path:
-    """An index folder; of the address of a published index its copy in the hub's cache, see :meth:`Index.open`."""
-    if not str(folder).startswith(HUB):
+    """An index folder; of the address of an index elsewhere its copy in a cache, see :meth:`Index.open`."""
+    scheme, separator, path = str(folder).partition("://")
+    if not separator or Path(folder).exists():
         return Path(folder)
-    fetched: Path = importlib.import_module("forebear.hub.transfer").fetch(folder)
+    if scheme == "file":
+        return Path(path)
+    # Named, not imported: what fetches indexes is written in terms of this module.
+    if str(folder).startswith(HUB):
+        fetched: Path = importlib.import_module("forebear.hub.transfer").fetch(folder)
+    else:
+        fetched = importlib.import_module("forebear.hub.remote").fetch_folder(folder)
     return fetched
 
 
@@ -140,7 +147,9 @@ class Index(StoredRows):
     def open(cls, folder: str | Path, *, check: bool = True) -> Index:
         """Open an index: a folder, or one that was published, by its address ``hf://user/name`` or ``...@revision``.
 
-        What is missing of a published index in the hub's cache is downloaded.
+        So is one at a URL that ``fsspec`` has a driver for, such as ``s3://bucket/index``. What is missing of it in the
+        hub's cache, or in that of the environment variable ``FOREBEAR_CACHE`` (default ``~/.cache/forebear``), is
+        downloaded.
 
         Args:
             folder: Written by ``forebear index``; or the address.

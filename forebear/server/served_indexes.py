@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from forebear.errors import ForebearError, InputError
-from forebear.indexer.index import HUB, Index, local_folder
+from forebear.indexer.index import Index, local_folder
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.storage.layout import MANIFEST_NAME
 from forebear.indexer.storage.manifest import Manifest
@@ -163,7 +163,7 @@ class ServedIndexes(Mapping[str, ServedIndex]):
 def names_of(given: Sequence[str]) -> dict[str, Path]:
     """Folders by the names under which they are served: ``NAME=FOLDER``, or ``FOLDER`` under its own name.
 
-    A published index, ``hf://user/name``, is fetched, and served as ``name``; it is not looked for anew.
+    One that is fetched, such as ``hf://user/name``, is served as ``name``; it is not looked for anew.
 
     Raises:
         InputError: A name that cannot stand in a request, or two of one name; or a published index is not there.
@@ -174,7 +174,7 @@ def names_of(given: Sequence[str]) -> dict[str, Path]:
         named = bool(after) and _NAME.fullmatch(before) is not None
         place = after if named else one
         folder = local_folder(place)
-        name = before if named else Path(place.partition("@")[0] if place.startswith(HUB) else folder).resolve().name
+        name = before if named else Path(place.partition("@")[0] if "://" in place else folder).resolve().name
         if not _NAME.fullmatch(name):
             raise InputError(f"{one}: {name!r} is no name for a served index. Give one, as in NAME={one}.")
         if name in folders:

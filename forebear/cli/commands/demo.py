@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -56,9 +59,16 @@ def demo(
     OUT.print(report.summary, markup=False)
     show_table(report.tables[0])
     say(f"every method, every table and the rows themselves: {outcome.page}")
-    say(f"ask more: forebear retrieve --index {out}/index --test {out}/data/probe.parquet --method gc,if")
+    program = _program()
+    say(f"ask more: {program} retrieve --index {out}/index --test {out}/data/probe.parquet --method gc,if")
+    say(f"open it in a browser: {program} serve {out}/index")
     if not outcome.found:
         raise typer.Exit(1)
+
+
+def _program() -> str:
+    """How this program can be started from here, in a shell that may not have the environment's folder in its path."""
+    return "forebear" if shutil.which("forebear") else os.path.relpath(sys.argv[0])
 
 
 def show_group(group: Group) -> None:
