@@ -29,7 +29,7 @@ def _front(manifest: Manifest) -> str:
     lines = ["library_name: forebear", "tags: [forebear, training-data-attribution, text-classification]"]
     model = manifest.checkpoints[-1].path
     if _HUB_NAME.fullmatch(model):
-        lines.append(f"base_model: {json.dumps(model)}")
+        lines.append(f"base_model: {json.dumps(model, allow_nan=False)}")
     return "\n".join(["---", *lines, "---"])
 
 

@@ -296,5 +296,7 @@ def _fit(writer: ShardWriter, loaded: dict[str, Classifier], _encoder: SentenceE
     """Fit what shards share, and say in the journal that it is whole."""
     writer.fit(loaded)
     fit = fitted(writer.folder, writer.manifest)
-    as_written = json.dumps(fit.to_dict())  # as text: the journal sorts keys, the index has them in their order
+    as_written = json.dumps(
+        fit.to_dict(), allow_nan=False
+    )  # as text: the journal sorts keys, the index has them in their order
     add_to_journal(writer.folder, {"fit": as_written, "made_by": made_by(fit.computed_on)})

@@ -168,7 +168,7 @@ async def _answered(
     service.limits.check_rows(rows)
     served = service.indexes.named(asked.index)
     note = f" index={served.name} texts={len(rows)}"
-    request.state.asked = note + (f" {json.dumps(asked.model_dump())}" if service.log_texts else "")
+    request.state.asked = note + (f" {json.dumps(asked.model_dump(), allow_nan=False)}" if service.log_texts else "")
     parts = _parts(service, served.name, task, rows)
     first = await anext(parts)
     headers = {"x-forebear-index": first.opened.name, "x-forebear-digest": first.opened.digest}
