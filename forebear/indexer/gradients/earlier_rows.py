@@ -8,6 +8,7 @@ repeated rows are overwritten. That may be broken off and done again: no first r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +49,47 @@ def stored_digests(batch: pa.RecordBatch, encode: EncodeTexts, texts: pa.RecordB
     return read_digests(encode([texts.column(name).to_pylist() for name in names]))
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Distinct rows in ascending order of the first half of their digests.
+
+    Attributes:
+        firsts: First halves of the digests, ``(n,)``.
+        seconds: Second halves, ``(n,)``.
+        places: Shard, and position in it, ``(n, 2)``.
+    """
+
+    firsts: np.ndarray
+    seconds: np.ndarray
+    places: np.ndarray
+
+    @classmethod
+    def of(cls, firsts: np.ndarray, seconds: np.ndarray, places: np.ndarray) -> _Run:
+        """Rows in any order."""
+        order = np.argsort(firsts, kind="stable")  # two runs one behind the other are merged, not sorted again
+        return cls(firsts[order], seconds[order], places[order])
+
+    def joined(self, other: _Run) -> _Run:
+        """The rows of both."""
+        pairs = ((self.firsts, other.firsts), (self.seconds, other.seconds), (self.places, other.places))
+        return _Run.of(*(np.concatenate(pair) for pair in pairs))
+
+    def find(self, digests: np.ndarray, out: np.ndarray) -> None:
+        """Write the places of the rows ``(n, 2)`` that are among these."""
+        nearest = np.searchsorted(self.firsts, digests[:, 0]).clip(max=len(self.firsts) - 1)
+        same = (self.firsts[nearest] == digests[:, 0]) & (self.seconds[nearest] == digests[:, 1])
+        out[same] = self.places[nearest[same]]
+
+
 class EarlierRows:
-    """The distinct rows of the shards so far, 32 bytes each."""
+    """The distinct rows of the shards so far, 32 bytes each.
+
+    They are kept in runs, each at least twice as long as the next, so that a row is moved as often as the number of
+    rows has doubled since it came, not once a shard.
+    """
 
     def __init__(self) -> None:
-        self._digests = np.empty((0, 2), np.uint64)  # ascending by the first half
-        self._places = np.empty((0, 2), np.int64)  # shard, and position in it
+        self._runs: list[_Run] = []
         self._repeats: list[Repeats] = []  # by shard
 
     @property
@@ -63,28 +99,23 @@ class EarlierRows:
 
     def add(self, digests: np.ndarray) -> None:
         """Add the next shard's rows, by their digests ``(n, 2)``."""
-        places = self._find(digests)
+        places = np.full((len(digests), 2), -1, np.int64)
+        for run in self._runs:
+            run.find(digests, places)
         known = places[:, 0] >= 0
         self._repeats.append((np.flatnonzero(known), places[known]))
         _, first = np.unique(digests, axis=0, return_index=True)
         new = first[~known[first]]
-        all_digests = np.concatenate([self._digests, digests[new]])
-        order = np.argsort(all_digests[:, 0], kind="stable")
+        if not len(new):
+            return
         new_places = np.stack([np.full(len(new), self.n_shards - 1), new], axis=1)
-        self._digests, self._places = all_digests[order], np.concatenate([self._places, new_places])[order]
+        self._runs.append(_Run.of(digests[new, 0], digests[new, 1], new_places))
+        while len(self._runs) > 1 and len(self._runs[-2].firsts) < 2 * len(self._runs[-1].firsts):
+            self._runs[-2:] = [self._runs[-2].joined(self._runs[-1])]
 
     def repeats(self, shard: int) -> Repeats:
         """Positions of a shard's rows that an earlier shard has, ``(m,)``; shard and position of those, ``(m, 2)``."""
         return self._repeats[shard]
-
-    def _find(self, digests: np.ndarray) -> np.ndarray:
-        """Shard and position of the earlier row with each digest, ``(n, 2)``; -1 where there is none."""
-        out = np.full((len(digests), 2), -1, np.int64)
-        if len(self._digests):
-            nearest = np.searchsorted(self._digests[:, 0], digests[:, 0]).clip(max=len(self._digests) - 1)
-            same = (self._digests[nearest] == digests).all(axis=1)
-            out[same] = self._places[nearest[same]]
-        return out
 
 
 class LabelledRows:
