@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 SCRIPTS = (
     "hostile.py", "campaign.py", "head_scan.py", "ann.py", "end_to_end.py", "gradients.py", "words.py", "influence.py",
     "million.py", "peers.py", "spans.py", "retraining.py", "recall.py", "serve.py",
+    "sizes.py",
 )  # fmt: skip
 
 
