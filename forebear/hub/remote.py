@@ -72,20 +72,21 @@ def _readable(url: str) -> Iterator[tuple[Any, str]]:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise InputError(
-            f"{url}: {_first_line(error)} Expected a folder, hf://user/name, or a URL of fsspec."
+            f"{url}: {first_line(error)} Expected a folder, hf://user/name, or a URL of fsspec."
         ) from error
     try:
         yield filesystem, path
     except FileNotFoundError as error:
-        raise InputError(f"{url} is no index: there is no {_first_line(error)}") from error
+        raise InputError(f"{url} is no index: there is no {first_line(error)}") from error
     except InputError:
         raise
     except Exception as error:
         if is_out_of_memory(error) or type(error).__module__.startswith("forebear."):
             raise
-        raise InputError(f"{url} cannot be read: {_first_line(error)} Check the address and your access.") from error
+        raise InputError(f"{url} cannot be read: {first_line(error)} Check the address and your access.") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a client raised, as a sentence: the first line of its message, else its kind."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line if line.endswith(".") else f"{line}."

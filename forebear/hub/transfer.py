@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forebear.errors import InputError
+from forebear.hub.remote import first_line
 from forebear.indexer.storage.layout import MANIFEST_NAME
 from forebear.indexer.storage.manifest import read_manifest
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from forebear.indexer.storage.choices import PushKeywords
 
 _ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@(?!.*\.\.)([\w./-]+))?")
+
+_HINT = "Check the network, and `hf auth login`."
 
 
 @dataclass(frozen=True)
@@ -136,14 +139,9 @@ def _hub_errors(name: HubName) -> Iterator[None]:
         ) from error
     except errors.RemoteEntryNotFoundError as error:
         if MANIFEST_NAME not in str(error):
-            raise InputError(_first_line(name, error)) from error
+            raise InputError(f"{name}: {first_line(error)} {_HINT}") from error
         raise InputError(
             f"{name} holds no index {hint}: no {MANIFEST_NAME} in it. `forebear push` puts one there."
         ) from error
     except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HFValidationError, OSError) as error:
-        raise InputError(_first_line(name, error)) from error
-
-
-def _first_line(name: HubName, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return f"{name}: {lines[0]} Check the network, and `hf auth login`."
+        raise InputError(f"{name}: {first_line(error)} {_HINT}") from error

@@ -296,7 +296,6 @@ def _fit(writer: ShardWriter, loaded: dict[str, Classifier], _encoder: SentenceE
     """Fit what shards share, and say in the journal that it is whole."""
     writer.fit(loaded)
     fit = fitted(writer.folder, writer.manifest)
-    as_written = json.dumps(
-        fit.to_dict(), allow_nan=False
-    )  # as text: the journal sorts keys, the index has them in their order
+    # As text: the journal sorts keys, the index has them in their order.
+    as_written = json.dumps(fit.to_dict(), allow_nan=False)
     add_to_journal(writer.folder, {"fit": as_written, "made_by": made_by(fit.computed_on)})
