@@ -48,23 +48,6 @@ if TYPE_CHECKING:
     from forebear.indexer.storage.choices import BuildKeywords, PushKeywords
     from forebear.indexer.training.model_choice import ModelChoice
 
-HUB = "hf://"  # how addresses of published indexes begin
-
-
-def local_folder(folder: str | Path) -> Path:
-    """An index folder; of the address of an index elsewhere its copy in a cache, see :meth:`Index.open`."""
-    scheme, separator, path = str(folder).partition("://")
-    if not separator or Path(folder).exists():
-        return Path(folder)
-    if scheme == "file":
-        return Path(path)
-    # Named, not imported: what fetches indexes is written in terms of this module.
-    if str(folder).startswith(HUB):
-        fetched: Path = importlib.import_module("forebear.hub.transfer").fetch(folder)
-    else:
-        fetched = importlib.import_module("forebear.hub.remote").fetch_folder(folder)
-    return fetched
-
 
 class Index(StoredRows):
     """An index folder, open for reading; its files are checked by :class:`~forebear.indexer.storage.files.IndexFiles`.
@@ -142,24 +125,6 @@ class Index(StoredRows):
             **choices,
         )
         return index
-
-    @classmethod
-    def open(cls, folder: str | Path, *, check: bool = True) -> Index:
-        """Open an index: a folder, or one that was published, by its address ``hf://user/name`` or ``...@revision``.
-
-        So is one at a URL that ``fsspec`` has a driver for, such as ``s3://bucket/index``. What is missing of it in the
-        hub's cache, or in that of the environment variable ``FOREBEAR_CACHE`` (default ``~/.cache/forebear``), is
-        downloaded.
-
-        Args:
-            folder: Written by ``forebear index``; or the address.
-            check: Hash files before use. Off saves a read of each file, and trusts the disk.
-
-        Raises:
-            InputError: No index there, or a build that was interrupted.
-            CorruptIndexError: The manifest or a file is missing, truncated or altered.
-        """
-        return super().open(local_folder(folder), check=check)
 
     def push_to_hub(self, address: str, **choices: Unpack[PushKeywords]) -> str:
         """Publish this index on the model hub, with a card; the folder itself is left as it is.

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from forebear.errors import ForebearError, InputError
-from forebear.indexer.index import Index, local_folder
+from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.storage.files import local_folder
 from forebear.indexer.storage.layout import MANIFEST_NAME
 from forebear.indexer.storage.manifest import Manifest
 from forebear.retriever.answers.coverage import available_methods

@@ -10,7 +10,7 @@ import numpy as np
 
 from forebear.errors import CorruptIndexError, InputError
 from forebear.indexer.building.sharing.beginning import checkpoints_now, load_checked
-from forebear.indexer.index import Index, local_folder
+from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import device_kind
 from forebear.indexer.model.device.picking import pick_device
@@ -22,6 +22,7 @@ from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.store import masked_pass
 from forebear.indexer.storage.arrow import file_sha256
 from forebear.indexer.storage.atomic import TEMPORARY_SUFFIX
+from forebear.indexer.storage.files import local_folder
 from forebear.indexer.storage.journal import SUBFOLDERS, is_in_force, read_journal
 from forebear.indexer.storage.layout import CARD_NAME, EFFECTS_NAME, HUB_NAME, JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
 from forebear.indexer.storage.locks import owner_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +20,24 @@ from forebear.indexer.storage.manifest import Manifest, read_manifest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+HUB = "hf://"  # how addresses of published indexes begin
+
+
+def local_folder(folder: str | Path) -> Path:
+    """An index folder; of the address of an index elsewhere its copy in a cache, see :meth:`IndexFiles.open`."""
+    scheme, separator, path = str(folder).partition("://")
+    if not separator or Path(folder).exists():
+        return Path(folder)
+    if scheme == "file":
+        return Path(path)
+    # Named, not imported: what fetches indexes is written in terms of this package.
+    if str(folder).startswith(HUB):
+        fetched: Path = importlib.import_module("forebear.hub.transfer").fetch(folder)
+    else:
+        fetched = importlib.import_module("forebear.hub.remote").fetch_folder(folder)
+    return fetched
 
 
 class IndexFiles:
@@ -62,17 +81,21 @@ class IndexFiles:
 
     @classmethod
     def open(cls, folder: str | Path, *, check: bool = True) -> Self:
-        """Open an index.
+        """Open an index: a folder, or one that was published, by its address ``hf://user/name`` or ``...@revision``.
+
+        So is one at a URL that ``fsspec`` has a driver for, such as ``s3://bucket/index``. What is missing of it in the
+        hub's cache, or in that of the environment variable ``FOREBEAR_CACHE`` (default ``~/.cache/forebear``), is
+        downloaded.
 
         Args:
-            folder: Written by ``forebear index``.
+            folder: Written by ``forebear index``; or the address.
             check: Hash files before use. Off saves a read of each file, and trusts the disk.
 
         Raises:
             InputError: No index there, or a build that was interrupted.
             CorruptIndexError: The manifest or a file is missing, truncated or altered.
         """
-        folder = Path(folder)
+        folder = local_folder(folder)
         if not (folder / MANIFEST_NAME).is_file():
             if not folder.exists():
                 meant = similar_names(str(folder))

@@ -46,7 +46,8 @@ def push(
 ) -> None:
     """Publish an index."""
     from forebear.hub.published import write_published
-    from forebear.indexer.index import HUB, Index
+    from forebear.indexer.index import Index
+    from forebear.indexer.storage.files import HUB
 
     opened = Index.open(index)
     if target.startswith(HUB):
