@@ -25,8 +25,8 @@ ROOMS = {  # of a layer, in their order: a room imports from those before it, ne
         "answers", "retriever",
     ),
     "evaluation": (
-        "reports", "common", "explain", "measures", "retraining", "flips", "audits", "perturb", "demo", "python",
-        "explorer",
+        "reports", "common", "worklists", "explain", "measures", "retraining", "flips", "audits", "perturb", "demo",
+        "python", "explorer",
     ),
     "server": (
         "limits", "measures", "served_indexes", "worklists", "explored", "micro_batches", "tasks", "http", "running",

@@ -102,6 +102,7 @@ class ReportOptions(OutputOptions):
                 of texts may hold several values in one, separated by commas.
         """
         from forebear.evaluation.reports.report import render_json
+        from forebear.evaluation.worklists.files import FILES
 
         self.check()
         given = {name: _values(value) for name, value in (values_of(*groups) | given).items()}
@@ -116,7 +117,7 @@ class ReportOptions(OutputOptions):
         else:
             show_report(finding.report if shown is None else shown(finding.report))
         if page is not None:
-            say_written(page)
+            say_written(page, *([] if finding.work_list is None else FILES))
 
 
 def _values(value: Any) -> Any:

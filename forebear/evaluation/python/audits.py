@@ -176,7 +176,7 @@ def suspects(
     question = question_of(retriever, spec, choices, ("gd", "if"), target="gold")
     found = of_suspects.suspects(retriever, question, n_neighbours=n_neighbours)
     page = of_suspects.suspects_report(found, retriever, question, n_listed, called("audits.suspects"), grouping)
-    return finding(found, page)
+    return finding(found, page, of_suspects.suspects_list(found, retriever.index, n_listed))
 
 
 def duplicates(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
@@ -12,6 +12,8 @@ from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.queries import QueryRows, sample_queries
 from forebear.evaluation.common.span_queries import sample_span_queries
 from forebear.evaluation.reports.report import Report, write_report
+from forebear.evaluation.worklists.files import rendered
+from forebear.evaluation.worklists.items import WorkList
 from forebear.indexer.index import Index
 from forebear.indexer.rows.opening import rows_given
 from forebear.indexer.rows.row_format import REGRESSION, SINGLE_LABEL, RowFormat
@@ -49,20 +51,25 @@ class Finding(Generic[T]):
         numbers: The numbers, as an object of the class that the function names as its result.
         report: Tables, figures and data rows, as the page shows them.
         result: The numbers as plain values, as ``result.json`` holds them.
+        work_list: The training rows that it names, to be decided on; None where it names none.
     """
 
     numbers: T
     report: Report
     result: Mapping[str, Any]
+    work_list: WorkList | None = field(default=None, kw_only=True)
 
     def write(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write report.html, table.csv, result.json and report.json, as the commands do; the page's path.
+
+        A work list goes beside them: worklist.parquet, worklist.csv and worklist.jsonl, which hold the same.
 
         Raises:
             OutputExistsError: The folder holds a report and ``force`` is not given.
             StorageError: The folder cannot be written.
         """
-        return write_report(self.report, Path(folder), result=self.result, force=force)
+        beside = {} if self.work_list is None else rendered(self.work_list)
+        return write_report(self.report, Path(folder), result=self.result, force=force, beside=beside)
 
     def __repr__(self) -> str:
         return f"<Finding {self.report.title!r}: {self.report.summary}>"
@@ -225,6 +232,6 @@ def called(function: str) -> str:
     return caller(f"forebear.{function}(...) in Python")
 
 
-def finding(found: T, page: tuple[Report, Mapping[str, Any]]) -> Finding[T]:
-    """A finding from the numbers, and the pair of report and plain numbers."""
-    return Finding(found, *page)
+def finding(found: T, page: tuple[Report, Mapping[str, Any]], work_list: WorkList | None = None) -> Finding[T]:
+    """A finding from the numbers, the pair of report and plain numbers, and the rows that somebody should decide on."""
+    return Finding(found, *page, work_list=work_list)

@@ -12,7 +12,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -95,7 +95,7 @@ def write_report(
     *,
     result: Mapping[str, Any],
     force: bool = False,
-    beside: Mapping[str, str] = MappingProxyType({}),
+    beside: Mapping[str, str | bytes] = MappingProxyType({}),
 ) -> Path:
     """Write the four files of a report together, and return the page's path.
 
@@ -106,7 +106,7 @@ def write_report(
         folder: Folder of the report, made if missing; other files in it are left alone.
         result: The numbers, for programs. The report's provenance is added unless ``result`` has a provenance.
         force: Overwrite the files.
-        beside: Texts of further files that belong to this report, by name.
+        beside: Further files that belong to this report: texts or bytes by name.
 
     Raises:
         OutputExistsError: The folder holds a report and ``force`` is not given.
@@ -114,20 +114,21 @@ def write_report(
         InputError: A table has a row of the wrong length, or a figure is not plain SVG.
         StorageError: The folder cannot be written.
     """
-    check_folder(folder, force=force)
-    contents = {
+    check_folder(folder, force=force, beside=beside)
+    contents: dict[str, str | bytes] = {
         "report.html": render_html(report),
         "table.csv": render_csv(report.tables),
         "result.json": render_json({"provenance": dict(report.provenance), **result}),
         "report.json": render_json(_shown(report)),
     }
-    write_together(folder, {name: text.encode() for name, text in (contents | dict(beside)).items()})
+    contents |= beside
+    write_together(folder, {name: c.encode() if isinstance(c, str) else c for name, c in contents.items()})
     return folder / "report.html"
 
 
-def check_folder(folder: Path, *, force: bool = False) -> None:
-    """Raise OutputExistsError if no report could be written to the folder; called before long work."""
-    present = [name for name in REPORT_FILES if (folder / name).exists()]
+def check_folder(folder: Path, *, force: bool = False, beside: Iterable[str] = ()) -> None:
+    """Raise OutputExistsError if no report, with files ``beside`` it, could be written to the folder."""
+    present = [name for name in (*REPORT_FILES, *beside) if (folder / name).exists()]
     if (present and not force) or folder.is_file():
         raise OutputExistsError(
             f"{folder} already holds {', '.join(present) or 'other data'}; expected a folder without a report. "

@@ -19,6 +19,8 @@ from forebear.evaluation.common.neighbours import label_disagreement, nearest_ro
 from forebear.evaluation.common.passages import row_cells, row_passages
 from forebear.evaluation.measures.mislabelled import LOSS, NEIGHBOURS, approximations, note_on, self_influence
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
+from forebear.evaluation.worklists.items import WorkList
+from forebear.evaluation.worklists.listing import list_rows
 from forebear.indexer.index import Index
 from forebear.indexer.rows.row_format import MULTI_LABEL, REGRESSION
 from forebear.retriever.answers.groups import Grouping
@@ -229,6 +231,27 @@ def suspects_report(
         "neighbours": suspected.neighbours.shape[1],
     }
     return report, result
+
+
+def suspects_list(suspected: Suspects, index: Index, top: int) -> WorkList:
+    """The ``top`` most suspicious rows as a work list."""
+    positions = suspected.order[:top]
+    rows, k = suspected.rows[positions], suspected.neighbours.shape[1]
+    suggested = index.loss.texts(suspected.suggested[positions], index.manifest.spec.label_names)
+    figures = dict(zip(suspected.names, suspected.values[:, positions], strict=True))
+    against = suspected.doubts.contradicting[positions].sum(axis=1)
+    reasons = [
+        f"the model predicts {prediction}; {n} of the {k} nearest rows contradict the label"
+        for prediction, n in zip(index.prediction_texts(rows), against.tolist(), strict=True)
+    ]
+    return list_rows(
+        index,
+        rows,
+        reasons,
+        suggested=suggested,
+        evidence={"mean rank": suspected.combined[positions], **figures},
+        contradicting=[_contradicting(suspected, int(p)) for p in positions],
+    )
 
 
 def _contradicting(suspected: Suspects, position: int) -> np.ndarray:
