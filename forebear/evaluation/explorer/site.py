@@ -22,7 +22,8 @@ from forebear.indexer.storage.manifest import library_versions
 from forebear.retriever.answers.coverage import fit_lines
 
 STATIC = Path(__file__).with_name("static")
-PAGE, SCRIPT, STYLE = "index.html", "explorer.js", "explorer.css"
+PAGE, STYLE = "index.html", "explorer.css"
+SCRIPTS = tuple(sorted(f"scripts/{path.name}" for path in (STATIC / "scripts").glob("*.js")))
 SITE = "data/site.js"
 CHUNKS = {"tests": 1000, "predictions": 20, "rows": 100}  # records of one script
 Progress = Callable[[str, int, int], None]
@@ -144,12 +145,11 @@ def site_facts(asked: Asked, command: str) -> Record:
 
 
 def front_end() -> dict[str, bytes]:
-    """The page, its script and its style sheet, by their names; the same for a folder and for a server."""
+    """The page, its scripts and its style sheet, by their names; the same for a folder and for a server."""
     return {
         PAGE: (STATIC / PAGE).read_bytes(),
-        SCRIPT: (STATIC / SCRIPT).read_bytes(),
         STYLE: (page_style() + (STATIC / STYLE).read_text(encoding="utf-8")).encode(),
-    }
+    } | {name: (STATIC / name).read_bytes() for name in SCRIPTS}
 
 
 def chunk_name(kind: str, number: int) -> str:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from forebear.errors import InputError
-from forebear.evaluation.explorer.site import PAGE, SCRIPT, STYLE, front_end
+from forebear.evaluation.explorer.site import PAGE, SCRIPTS, SITE, STYLE, front_end
 from forebear.server.explored import Explored
 from forebear.server.http.answers import MEDIA_TYPE, dumped
 from forebear.server.http.questions import Name
 from forebear.server.served_indexes import ServedIndexes
 from forebear.server.worklists import WorkLists
 
-OPEN_FILES = ("/", f"/{SCRIPT}", f"/{STYLE}", "/data/site.js")  # which hold nothing of any index
+OPEN_FILES = ("/", *(f"/{name}" for name in (*SCRIPTS, STYLE, SITE)))  # which hold nothing of any index
 IS_SERVED = b"forebear.served = true;\n"
-_TYPES = {PAGE: "text/html", SCRIPT: "text/javascript", STYLE: "text/css"}
+_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 # No page of another site may frame these pages or read what they load.
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -60,29 +61,19 @@ def explorer_routes(indexes: ServedIndexes, explored: Explored, describe: Descri
         describe: Gives the record of a training row, from the thread that computes.
     """
     router = APIRouter(tags=["explorer"])
-    files = front_end()
-
-    def static(content: bytes, kind: str) -> Response:
-        return Response(content, media_type=kind, headers=_HEADERS)
 
     def as_json(content: bytes) -> Response:
         return Response(content, media_type=MEDIA_TYPE, headers=_HEADERS)
 
-    @router.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return static(files[PAGE], _TYPES[PAGE])
+    def serve_file(path: str, name: str, content: bytes) -> None:
+        kind = _TYPES[PurePath(name).suffix]
 
-    @router.get(f"/{SCRIPT}", include_in_schema=False)
-    async def script() -> Response:
-        return static(files[SCRIPT], _TYPES[SCRIPT])
+        @router.get(path, include_in_schema=False)
+        async def file() -> Response:
+            return Response(content, media_type=kind, headers=_HEADERS)
 
-    @router.get(f"/{STYLE}", include_in_schema=False)
-    async def style() -> Response:
-        return static(files[STYLE], _TYPES[STYLE])
-
-    @router.get("/data/site.js", include_in_schema=False)
-    async def served() -> Response:
-        return static(IS_SERVED, _TYPES[SCRIPT])
+    for name, content in (front_end() | {SITE: IS_SERVED}).items():
+        serve_file("/" if name == PAGE else f"/{name}", name, content)
 
     @router.get("/explorer/site")
     async def site(index: Name | None = None) -> Response:

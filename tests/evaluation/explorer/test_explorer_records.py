@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -148,8 +149,10 @@ def test_files_hold_nothing_that_ends_a_script_and_no_invisible_character(site):
     page = (site.folder / "index.html").read_text()
     assert "default-src 'none'" in page
     assert "unsafe" not in page
-    assert page.count("<script") == page.count("<script src=") == 2
-    code = (site.folder / "explorer.js").read_text()
+    assert page.count("<script") == page.count("<script src=")
+    scripts = sorted(path.relative_to(site.folder).as_posix() for path in (site.folder / "scripts").iterdir())
+    assert sorted(re.findall(r'<script src="([^"]+)" defer></script>', page)) == ["data/site.js", *scripts]
+    code = "".join((site.folder / name).read_text() for name in scripts)
     for dangerous in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "http"):
         assert dangerous not in code, dangerous
 
@@ -196,8 +199,8 @@ def test_a_site_is_replaced_as_a_whole_or_not_at_all(site, tmp_path, monkeypatch
     of_site.export_site(asked, folder, "", force=True)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     assert names == sorted([
-        "data/predictions-0.js", "data/rows-0.js", "data/site.js", "data/tests-0.js", "explorer.css", "explorer.js",
-        "index.html",
+        "data/predictions-0.js", "data/rows-0.js", "data/site.js", "data/tests-0.js", "explorer.css", "index.html",
+        *of_site.SCRIPTS,
     ])  # fmt: skip
     assert [record["label"] for record in replace(site, folder=folder).records("tests")] == [None, None]
 

@@ -26,7 +26,7 @@ def visit(page: Any, port: int, place: str = "") -> None:
 
 def test_what_the_page_loads_is_no_other_sites_and_holds_nothing_without_the_token(site, start):
     live = start(site.index, token=TOKEN, site=str(site.folder))
-    for path in ("/", "/explorer.js", "/explorer.css", "/data/site.js"):
+    for path in ("/", "/scripts/frame.js", "/explorer.css", "/data/site.js"):
         reply = live.ask(path)
         assert reply.status == 200, path
         assert reply.headers["cross-origin-resource-policy"] == "same-origin"

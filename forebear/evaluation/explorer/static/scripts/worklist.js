@@ -1,0 +1,151 @@
+"use strict";
+/* The work list: rows that are marked, and their page. */
+(() => {
+  const { el, add, field, plural, say, rowLink, shown, textNode } = forebear.elements;
+  const { server, ask, trainingRow } = forebear.records;
+
+  const DECISIONS = ["wrong label", "remove", "keep", "note"];
+  const FIELDS = ["row", "source", "source_row", "text", "label", "suggested", "evidence", "probability", "reason", "decision", "note"];
+  const work = {
+    get key() { return `forebear-worklist:${forebear.site.digest}`; },
+    problem: "",
+    onchange: () => {},
+    entries: new Map(), // by row
+    async read() {
+      try {
+        const entries = forebear.site.keeps ? await ask("explorer/worklist") : JSON.parse(localStorage.getItem(this.key) ?? "[]");
+        this.entries = new Map(entries.filter((entry) => Number.isInteger(entry?.row)).map((entry) => [entry.row, entry]));
+      } catch (error) {
+        this.problem = forebear.site.keeps ? error.message : "This browser keeps nothing for this page: export the list before you leave.";
+      }
+    },
+    async write(row) {
+      const entry = this.entries.get(row);
+      this.onchange();
+      try {
+        if (!forebear.site.keeps) localStorage.setItem(this.key, JSON.stringify(this.sorted()));
+        else if (entry) await ask(`explorer/worklist/${row}`, { method: "PUT", body: ordered(entry) });
+        else await ask(`explorer/worklist/${row}`, { method: "DELETE" });
+        this.problem = "";
+      } catch (error) {
+        this.problem = `Row ${row} could not be kept (${error.message}): export the list before you leave.`;
+        say(this.problem);
+      }
+    },
+    sorted() { return [...this.entries.values()].sort((a, b) => a.row - b.row); },
+    put(entry) { this.entries.set(entry.row, entry); return this.write(entry.row); },
+    drop(row) { this.entries.delete(row); return this.write(row); },
+  };
+
+  const ordered = (entry) => Object.fromEntries(FIELDS.map((name) => [name, entry[name] ?? null]));
+  const asLines = (entries) => entries.map((entry) => `${JSON.stringify(ordered(entry))}\n`).join("");
+
+  function asCsv(entries) {
+    const cell = (value) => {
+      const text = value === null || value === undefined ? "" : String(value);
+      return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+    };
+    return [FIELDS, ...entries.map((entry) => FIELDS.map((name) => entry[name]))].map((line) => `${line.map(cell).join(",")}\n`).join("");
+  }
+
+  function save(name, content, type) {
+    const address = URL.createObjectURL(new Blob([content], { type }));
+    el("a", { href: address, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(address), 10000);
+    say(`${name} is saved.`);
+  }
+
+  // A form that marks a training row. ``reason``: where the reader met it.
+  function markForm(record, reason, onchange) {
+    const row = record.row;
+    const now = () => work.entries.get(row);
+    const id = (name) => `mark-${name}-${row}-${Math.random().toString(36).slice(2, 8)}`;
+    const group = id("decision");
+    const radios = DECISIONS.map((decision) => el("label", null, el("input", {
+      type: "radio", name: group, value: decision, checked: now()?.decision === decision, onchange: keep,
+    }), ` ${decision}`));
+    const note = el("textarea", { rows: 2, onchange: keep }, now()?.note ?? "");
+    const names = forebear.site.one_label ? forebear.site.label_names : [];
+    const chosen = now() ? now().suggested : record.suggested;
+    const label = el("select", { onchange: keep }, ["", ...names].map((name) => el("option", { value: name, selected: name === (chosen ?? "") }, name || "not known")));
+    const off = el("button", { type: "button", onclick: async () => {
+      const dropped = work.drop(row);
+      form.querySelectorAll("input").forEach((input) => { input.checked = false; });
+      note.value = "";
+      await dropped;
+      changed(`Row ${row} is off the work list.`);
+    } }, "Take off the list");
+    const state = el("p", { class: "said", role: "status" });
+    const form = el("div", { class: "marking", role: "group", "aria-label": `Mark row ${row}` },
+      el("fieldset", null, el("legend", null, `Row ${row} goes on the work list as`), radios),
+      names.length ? field("Right label", label) : null, field("Note", note), el("div", { class: "actions" }, off, state));
+    async function keep() {
+      const decision = form.querySelector("input:checked")?.value ?? (note.value.trim() ? "note" : null);
+      if (!decision) return;
+      form.querySelector(`input[value="${decision}"]`).checked = true;
+      await work.put({
+        row, source: record.source, source_row: record.source_row, text: record.texts.map(([, text]) => text).join("\n"),
+        label: record.label, suggested: names.length ? label.value || null : record.suggested, evidence: record.evidence,
+        probability: record.probability, reason: now()?.reason || reason, decision, note: note.value,
+      });
+      changed(`Row ${row} is on the work list: ${decision}.`);
+    }
+    function changed(message) {
+      off.disabled = !now();
+      state.textContent = work.problem || (message ?? "");
+      onchange?.(now());
+    }
+    changed();
+    state.textContent = "";
+    return form;
+  }
+
+  // The same, folded: the record of the row is loaded when it is opened.
+  function markDetails(row, reason, onchange) {
+    const summary = el("summary");
+    const name = () => {
+      const entry = work.entries.get(row);
+      summary.textContent = entry ? `Row ${row} is marked: ${entry.decision}` : `Mark row ${row}`;
+      onchange?.(entry);
+    };
+    name();
+    const details = el("details", { ontoggle: async () => {
+      if (!details.open || details.querySelector(".marking")) return;
+      try {
+        details.append(markForm(await trainingRow(row), reason, name));
+      } catch (error) {
+        details.append(el("p", { class: "said" }, error.message));
+      }
+    } }, summary);
+    return details;
+  }
+  function workPage(main) {
+    const list = el("ul", { class: "lines" });
+    const count = el("p", { class: "summary" });
+    const exported = (kind, make, type) => el("button", { type: "button", onclick: () => save(`worklist.${kind}`, make(work.sorted()), type) }, `Export ${kind === "csv" ? "CSV" : "JSON Lines"}`);
+    function draw() {
+      const entries = work.sorted();
+      count.textContent = entries.length ? `${plural(entries.length, "training row")} marked.` : "No training row is marked. Mark rows on the page of a test row or of a training row.";
+      list.replaceChildren(...entries.map((entry) => el("li", null,
+        el("div", null, rowLink(entry.row, true), el("span", { class: "note" }, entry.decision), el("ul", { class: "facts" },
+          el("li", null, el("span", null, "label"), shown(String(entry.label))), entry.suggested ? el("li", null, el("span", null, "suggested"), shown(String(entry.suggested))) : null)),
+        el("div", null, textNode("p", [[String(entry.text ?? "")]]),
+          entry.note ? el("p", { class: "note-line" }, "Note: ", shown(String(entry.note))) : null,
+          el("p", { class: "note-line" }, shown([entry.evidence, entry.reason].filter(Boolean).join("; "))),
+          el("button", { type: "button", "aria-label": `Take row ${entry.row} off the list`, onclick: async () => {
+            await work.drop(entry.row);
+            draw();
+            say(work.problem || `Row ${entry.row} is off the work list.`);
+            (list.querySelector("button") ?? document.querySelector("h1")).focus();
+          } }, "Take off the list")))));
+    }
+    add(main, el("h1", { tabindex: -1 }, "Work list"), count,
+      work.problem ? el("p", { class: "note-line" }, work.problem) : null,
+      el("div", { class: "actions" }, exported("csv", asCsv, "text/csv"), exported("jsonl", asLines, "application/jsonl")),
+      el("p", { class: "note-line" }, forebear.site.keeps ? "The server keeps the list, for all who use it." : "This browser keeps the list for this index, also when it is closed."), list);
+    draw();
+    return "Work list";
+  }
+
+  forebear.worklist = { work, markForm, markDetails, workPage };
+})();
