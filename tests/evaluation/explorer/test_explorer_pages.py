@@ -234,6 +234,9 @@ def test_the_work_list_survives_a_restart_and_is_exported_as_it_is(playwright, l
     page.wait_for_selector("a:has-text('Work list (1)')")
     visit(page, site, "#/row/30")
     page.get_by_label("keep").check()
+    page.get_by_label("Note", exact=True).fill("=1+1")
+    page.get_by_label("Note", exact=True).blur()
+    page.wait_for_function("Object.values(localStorage).some(list => list.includes('=1+1'))")
     context.close()
 
     context = opened()
@@ -258,12 +261,12 @@ def test_the_work_list_survives_a_restart_and_is_exported_as_it_is(playwright, l
         "label": record["label"], "suggested": "LABEL_1", "evidence": record["evidence"],
         "probability": record["probability"], "reason": "", "decision": "wrong label", "note": note,
     }  # fmt: skip
-    assert (second["row"], second["decision"]) == (30, "keep")
+    assert (second["row"], second["decision"], second["note"]) == (30, "keep", "=1+1")
     cells = read_csv(files["CSV"])
     assert [list(line) for line in cells] == [list(FIELDS)] * 2
     for line, entry in zip(cells, (first, second), strict=True):
         assert line["text"] == entry["text"]
-        assert line["note"] == entry["note"]
+        assert line["note"] == ("'=1+1" if entry is second else note)  # no formula in a spreadsheet
         assert float(line["probability"]) == entry["probability"]
 
 

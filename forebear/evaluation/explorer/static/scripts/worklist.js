@@ -40,9 +40,12 @@
   const ordered = (entry) => Object.fromEntries(FIELDS.map((name) => [name, entry[name] ?? null]));
   const asLines = (entries) => entries.map((entry) => `${JSON.stringify(ordered(entry))}\n`).join("");
 
+  // What a spreadsheet would take for a formula has an apostrophe before it, which is taken off where a list is read.
+  const guarded = (text) => (/^'*[=+\-@\t\r]/.test(text) ? `'${text}` : text);
+
   function asCsv(entries) {
     const cell = (value) => {
-      const text = value === null || value === undefined ? "" : String(value);
+      const text = value === null || value === undefined ? "" : typeof value === "string" ? guarded(value) : String(value);
       return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
     };
     return [FIELDS, ...entries.map((entry) => FIELDS.map((name) => entry[name]))].map((line) => `${line.map(cell).join(",")}\n`).join("");
