@@ -13,6 +13,7 @@ from forebear.evaluation.common.comparisons import provenance
 from forebear.evaluation.common.passages import row_cells, row_passages
 from forebear.evaluation.flips.flipping import WITHIN, Flips
 from forebear.evaluation.flips.search import FlipSet
+from forebear.evaluation.reports.csv_cells import as_cell
 from forebear.evaluation.reports.report import Cell, Group, Passage, Report, Table
 from forebear.retriever.question.spec import Question
 from forebear.retriever.retriever import Retriever
@@ -83,7 +84,8 @@ def patch_text(flips: Flips, retriever: Retriever) -> str:
         for i, (row, label) in enumerate(zip(flip_set.rows.tolist(), flip_set.labels.tolist(), strict=True)):
             new = "" if flip_set.new_labels is None else names[flip_set.new_labels[i]]
             action = "remove" if flip_set.new_labels is None else "relabel"
-            writer.writerow([query, row, action, names[label], new, *(cells[name][i] for name in columns)])
+            line = [query, row, action, names[label], new, *(cells[name][i] for name in columns)]
+            writer.writerow(map(as_cell, line))
     return out.getvalue()
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from forebear.display import framed
 from forebear.errors import InputError, NonFiniteError, OutputExistsError
 from forebear.evaluation.reports.charts import inline_svg
+from forebear.evaluation.reports.csv_cells import as_cell
 from forebear.indexer.storage.atomic import write_together
 
 REPORT_FILES: Final = ("report.html", "table.csv", "result.json", "report.json")
@@ -169,7 +170,10 @@ def render_html(report: Report) -> str:
 
 
 def render_csv(tables: Sequence[Table]) -> str:
-    """All tables as one CSV text; several are stacked, with their title in a first column ``table``."""
+    """All tables as one CSV text; several are stacked, with their title in a first column ``table``.
+
+    Texts that a spreadsheet would take for formulas are guarded; numbers stay numbers, also those written as text.
+    """
     for table in tables:
         _check_table(table)
     columns = list(dict.fromkeys(column for table in tables for column in table.columns))
@@ -180,8 +184,8 @@ def render_csv(tables: Sequence[Table]) -> str:
     for table in tables:
         for row in table.rows:
             cells = dict(zip(table.columns, row, strict=True))
-            values = [cells.get(column) for column in columns]
-            writer.writerow([*([table.title] if head else []), *("" if v is None else v for v in values)])
+            values = [as_cell(cells.get(column)) for column in columns]
+            writer.writerow([*([table.title] if head else []), *values])
     return text.getvalue()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from forebear.errors import DataError, InputError
+from forebear.evaluation.reports.csv_cells import guarded, unguarded
 from forebear.evaluation.worklists.items import EVIDENCE, TEXT, Item, WorkList, is_column, item_of
 from forebear.indexer.rows.files.file_formats import SIGNS, csv_reader, json_reader, parquet_reader
 from forebear.indexer.rows.files.reader import Reader, reading
@@ -29,18 +29,6 @@ ENDINGS: Final = (".parquet", ".csv", ".jsonl")
 FILES: Final = tuple(NAME + ending for ending in ENDINGS)
 READ: Final = (*ENDINGS, ".tsv", ".json", ".ndjson", ".pq")
 _WHOLE = ("row", "source_row", "line")
-# What a spreadsheet takes for a formula, or does not show, at the beginning of a cell.
-_FORMULA = re.compile(r"'*[=+\-@\t\r]")
-
-
-def guarded(text: str) -> str:
-    """A text as a cell of a CSV file: an apostrophe goes before what a spreadsheet would take for a formula."""
-    return f"'{text}" if _FORMULA.match(text) else text
-
-
-def unguarded(cell: str) -> str:
-    """The text of a cell that :func:`guarded` made."""
-    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 def rendered(work_list: WorkList) -> dict[str, bytes]:

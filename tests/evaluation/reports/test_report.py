@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -251,6 +252,14 @@ def test_one_table_is_plain_csv_and_several_are_stacked() -> None:
     rows = list(csv.DictReader(text.splitlines()))
     assert rows[0] == {"table": "Overlap", "method": "gc", "mean": "0.84", "error": "0.0102", "seconds": ""}
     assert rows[2] == {"table": "Time, s", "method": 'a "b"', "mean": "", "error": "", "seconds": "3"}
+
+
+def test_no_cell_of_a_csv_table_is_a_formula_and_numbers_stay_numbers() -> None:
+    texts = ["=1+1", "@a", "- a dull film", "-0.5", "'tis", "'-", "+1e3", "\tx"]
+    rows = [[text, number] for text, number in zip(texts, [-1, -0.25, None, 3, True, 0, -2, 1], strict=True)]
+    lines = list(csv.reader(io.StringIO(render_csv([Table("t", ["text", "number"], rows)]))))[1:]
+    assert [line[0] for line in lines] == ["'=1+1", "'@a", "'- a dull film", "-0.5", "'tis", "''-", "+1e3", "'\tx"]
+    assert [line[1] for line in lines] == ["-1", "-0.25", "", "3", "True", "0", "-2", "1"]
 
 
 def test_table_row_of_another_length_is_refused() -> None:
