@@ -2,8 +2,9 @@
 
 Every function takes a :class:`~forebear.Retriever` (or an index, or its folder) first, and gives a
 :class:`~forebear.evaluation.python.opening.Finding`: ``.numbers`` the numbers, ``.report`` the page, ``.result`` the
-numbers as plain values, ``.write(folder)``. Test rows are a RowSource, a path, or a list of texts or of pairs.
-``progress=True`` draws the usual bar. ``spec`` and further keywords are the choices of a :class:`~forebear.QuerySpec`.
+numbers as plain values, ``.work_list`` the training rows that it names, ``.write(folder)``. Test rows are a RowSource,
+a path, or a list of texts or of pairs. ``progress=True`` draws the usual bar. ``spec`` and further keywords are the
+choices of a :class:`~forebear.QuerySpec`.
 
     >>> from forebear import Retriever, audits
     >>> retriever = Retriever("runs/demo/index")
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from forebear.evaluation.audits import work_lists
 from forebear.evaluation.audits.artifacts import hans as of_hans
 from forebear.evaluation.audits.artifacts.features import (
     Feature,
@@ -79,7 +81,8 @@ def hans(
     retriever = retriever_of(retriever, "audits.hans")
     source = tested_rows(retriever.label_names, rows, like=retriever.index.manifest.row_format, need_labels=True)
     found = of_hans.audit_hans(retriever, source, methods, top=top, progress=progress_of(progress))
-    return finding(found, of_hans.hans_report(found, retriever, source, called("audits.hans")))
+    page = of_hans.hans_report(found, retriever, source, called("audits.hans"))
+    return finding(found, page, work_lists.hans_list(found, retriever.index))
 
 
 def overlap(
@@ -218,7 +221,7 @@ def duplicates(
     page = of_duplicates.duplicates_report(
         found, retriever, thresholds, n_listed, called("audits.duplicates"), queries, leaked
     )
-    return finding(found, page)
+    return finding(found, page, work_lists.duplicates_list(found[:n_listed], retriever.index))
 
 
 def errors(
@@ -254,7 +257,7 @@ def errors(
     groups = of_errors.group_mistakes(found, retriever.label_names, n_clusters, seed)
     answers = of_errors.explain_groups(retriever, found, groups, question)
     page = of_errors.errors_report(found, groups, answers, retriever, question, seed, called("audits.errors"))
-    return finding(found, page)
+    return finding(found, page, work_lists.errors_list(groups, answers, retriever.index, question.spec))
 
 
 def hubs(
@@ -288,7 +291,8 @@ def hubs(
         queries = sampled(retriever, rows, question, n_queries, seed)
     found = of_hubs.hubs(retriever, queries, question, progress=progress_of(progress))
     asked = Inputs(retriever=retriever, question=question, queries=queries, seed=seed, command=called("audits.hubs"))
-    return finding(found, of_hubs.hubs_report(found, asked, n_listed))
+    page = of_hubs.hubs_report(found, asked, n_listed)
+    return finding(found, page, work_lists.hubs_list(found, retriever.index))
 
 
 def _regress(
@@ -306,4 +310,5 @@ def _regress(
     values = measure(retriever.index, feature)
     asked = opened(name, retriever, rows, spec, choices, n_queries, seed, default=("if",))
     found = regress_artifact(retriever, asked.queries, asked.question, values, progress=progress_of(progress))
-    return finding(found, artifact_report(found, feature, values, asked))
+    page = artifact_report(found, feature, values, asked)
+    return finding(found, page, work_lists.artifact_list(found, feature, values, retriever.index))

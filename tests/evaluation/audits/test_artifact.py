@@ -30,6 +30,7 @@ from forebear.evaluation.audits.artifacts.regression import (
     z_normalised,
 )
 from forebear.evaluation.audits.artifacts.regression_report import MeanCoefficient, mean_coefficient
+from forebear.evaluation.audits.work_lists import artifact_list
 from forebear.evaluation.common.queries import sample_queries
 from forebear.retriever.question.spec import QuerySpec
 
@@ -178,6 +179,13 @@ def test_the_regression_equals_a_slow_loop(pairs, queries, overlaps):
     first = pairs.retriever.scores(pairs.queries, "if")[0]
     assert found.ends[0, 0].tolist() == sorted(range(N_ROWS), key=lambda n: (-first[n], n))[:5]
     assert found.ends[0, 1].tolist() == sorted(range(N_ROWS), key=lambda n: (first[n], n))[:5]
+    scores = pairs.retriever.scores(pairs.queries, "if")
+    tops = [sorted(range(N_ROWS), key=lambda n, q=q: (-scores[q, n], n))[:5] for q in range(N_QUERIES)]
+    counts = {n: sum(n in top for top in tops) for n in range(N_ROWS)}
+    listed = artifact_list(found, overlap_feature(("premise", "hypothesis")), overlaps, pairs.index)
+    wanted = {n: float(counts[n]) for n in range(N_ROWS) if counts[n] and share[n] > np.mean(share)}
+    assert {item.row: item.evidence["test rows"] for item in listed} == wanted
+    assert [item.evidence["test rows"] for item in listed] == sorted(wanted.values(), reverse=True)
 
 
 def test_queries_scored_one_by_one_give_the_same(pairs, queries, overlaps, monkeypatch):

@@ -23,6 +23,7 @@ from forebear.evaluation.audits.rows.errors import explain_groups, group_mistake
 from forebear.evaluation.audits.rows.hubs import hubs, skewness, training_queries
 from forebear.evaluation.audits.rows.near_words import near_pairs, word_sets, words_of
 from forebear.evaluation.audits.rows.suspects import opponents_of, own_places, suspects
+from forebear.evaluation.audits.work_lists import duplicates_list, errors_list, hubs_list
 from forebear.evaluation.common.neighbours import label_disagreement, nearest_rows
 from forebear.evaluation.common.queries import sample_queries
 from forebear.retriever.question.models import Models
@@ -178,6 +179,24 @@ def test_groups_of_known_duplicates(index_of):
     assert duplicates(Models(index_of(BASE[:1], [0], dampings=())), Thresholds()) == []
 
 
+def test_the_list_of_duplicates_says_what_contradicts_and_what_could_go(index_of):
+    labels = [0, 0, 1, 1, 0, 1, 0, 1, 0, 1, 0]
+    index = index_of(BASE, labels)
+    names = index.manifest.spec.label_names
+    groups = duplicates(Models(index), Thresholds(jaccard=0.8, neighbours=0))
+    found = [(i.row, i.suggested, i.contradicting, i.evidence["weakest link"]) for i in duplicates_list(groups, index)]
+    assert found == [
+        (1, None, (2,), 1.0), (2, names[0], (1, 4), 1.0), (4, None, (2,), 1.0), (5, None, (), pytest.approx(5 / 6)),
+        (10, None, (), 1.0),
+    ]  # fmt: skip
+    assert [i.reason for i in duplicates_list(groups, index)][1::2] == [
+        "2 of the 2 other rows with the same words have another label",
+        "row 3 has similar words and the same label; one of them could go",
+    ]
+    tie = duplicates_list(duplicates(Models(index), Thresholds(neighbours=0))[:0], index)
+    assert not tie.items
+
+
 def test_retired_rows_are_no_duplicates(index_of):
     from forebear.indexer.building.build import retire_rows
 
@@ -250,6 +269,14 @@ def test_mistakes_are_grouped_and_searched_together(bert_world):
             np.testing.assert_array_equal(near.rows[i], np.argsort(-total, kind="stable")[:4])
             np.testing.assert_array_equal(far.rows[i], np.argsort(total, kind="stable")[:4])
             np.testing.assert_allclose(near.scores[i], np.sort(total)[::-1][:4], rtol=1e-9)
+    for target, side in (("predicted", 0), ("gold", 1)):
+        listed = errors_list(groups, answers, bert_world.index, QuerySpec(target=target))
+        behind = {}
+        for i, group in enumerate(groups):
+            for row in answers.rankings["if"][side].rows[i].tolist():
+                behind[row] = behind.get(row, 0) + len(group.members)
+        assert {item.row: item.evidence["mistakes"] for item in listed} == behind
+        assert listed.items[0].evidence["mistakes"] == max(behind.values())
 
 
 def test_clusters_part_mistakes_of_one_kind(bert_world):
@@ -307,6 +334,12 @@ def test_counts_of_hubs_are_those_of_complete_rankings(bert_world, of_training):
     assert found.counts.sum(axis=1).tolist() == [3 * len(queries)] * 3
     np.testing.assert_allclose(found.shares, found.counts / len(queries))
     assert found.expected == pytest.approx(3 / N_ROWS)
+    listed = {item.row: item for item in hubs_list(found, bert_world.index)}
+    assert set(listed) == {int(found.rows[i]) for i in range(N_ROWS) if max(found.counts[:, i]) >= found.hub_count}
+    for row, item in listed.items():
+        assert item.evidence == {f"share by {n}": found.counts[i, row] / len(queries) for i, n in enumerate(methods)}
+        hubs_by = [n for i, n in enumerate(methods) if found.counts[i, row] >= found.hub_count]
+        assert [n for n in methods if f"by {n}" in item.reason] == hubs_by
 
 
 def test_a_hub_comes_up_more_often_than_chance_allows(bert_world):

@@ -14,6 +14,7 @@ from forebear.errors import MismatchError
 from forebear.evaluation.audits.artifacts import hans as module
 from forebear.evaluation.audits.artifacts.features import measure, negation_feature, overlap_feature
 from forebear.evaluation.audits.artifacts.hans import audit_hans, hans_report, training_overlap
+from forebear.evaluation.audits.work_lists import hans_list
 
 NAMES = {2: ["entailment", "non-entailment"], 3: ["contradiction", "entailment", "neutral"]}
 
@@ -75,6 +76,14 @@ def test_the_audit_equals_a_slow_loop(world):
         np.testing.assert_allclose(audit.overlap[:, m], wanted, atol=1e-6)
         first = [top[0] for top in tops]
         assert audit.hub_share[m] == max(first.count(n) for n in first) / len(first)
+        assert audit.counts[m].tolist() == [sum(n in top for top in tops) for n in range(50)]
+    best = int(audit.overlap.mean(axis=(0, 2)).argmax()) if (audit.hub_share <= 0.5).all() else None
+    listed = [(item.row, item.evidence) for item in hans_list(audit, retriever.index)]
+    assert listed
+    assert {row for row, _ in listed} <= {n for n in range(50) if share[n] > np.mean(share)}
+    for row, evidence in listed:
+        assert evidence["overlap"] == pytest.approx(share[row])
+        assert best is None or evidence["wrong entailments"] == audit.counts[best, row] > 0
 
 
 def test_kinds_of_rows_are_counted_as_by_a_slow_loop(world):

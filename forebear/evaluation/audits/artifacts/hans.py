@@ -52,6 +52,8 @@ class HansAudit:
     Attributes:
         methods: Names of the methods, ``m``.
         overlap: Lexical overlap of the top training rows, ``(queries, m, k)``.
+        counts: How many queries have each training row among their top k, by row number, ``(m, n)``.
+        row_overlap: Lexical overlap of each training row, by row number, ``(n,)``.
         hub_share: Share of the queries whose top row is one and the same, ``(m,)``. Near 1, a method gives every
             query the same answer, which explains none of them.
         all_rows_overlap: Mean overlap of all live training rows: what random rows would give.
@@ -63,6 +65,8 @@ class HansAudit:
 
     methods: tuple[str, ...]
     overlap: np.ndarray
+    counts: np.ndarray
+    row_overlap: np.ndarray
     hub_share: np.ndarray
     all_rows_overlap: float
     accuracy: tuple[float | None, float | None]
@@ -114,6 +118,7 @@ def audit_hans(
     overlaps: list[np.ndarray] = []
     first_rows: list[np.ndarray] = []
     examples: list[Example] = []
+    counts = np.zeros((len(question.spec.methods), len(row_overlap)), np.int64)
     right, total = np.zeros(2, np.int64), np.zeros(2, np.int64)
     breakdowns: dict[str, Breakdown] = {}
     stride = max(1, source.n_rows // SHOWN_QUERIES)
@@ -136,6 +141,8 @@ def audit_hans(
             rows = np.stack([answers.rankings[name][0].rows for name in question.spec.methods], axis=1)
             overlaps.append(row_overlap[rows].astype(np.float32))
             first_rows.append(rows[:, :, 0])
+            for m in range(len(counts)):
+                counts[m] += np.bincount(rows[:, m].reshape(-1), minlength=len(row_overlap))
             for j, i in enumerate(wrong):
                 if len(examples) < SHOWN_QUERIES and block.start + i >= len(examples) * stride:
                     examples.append(_example(block, int(i), answers, j))
@@ -148,6 +155,8 @@ def audit_hans(
     return HansAudit(
         methods=question.spec.methods,
         overlap=np.concatenate(overlaps),
+        counts=counts,
+        row_overlap=row_overlap,
         hub_share=np.array([np.bincount(rows).max() / len(rows) for rows in np.concatenate(first_rows).T]),
         all_rows_overlap=float(row_overlap[retriever.index.live].mean()),
         accuracy=(_share(right[0], total[0]), _share(right[1], total[1])),
@@ -210,7 +219,7 @@ def hans_report(
     k = audit.overlap.shape[2]
     top_overlap = audit.mean_overlap(k)
     top_means = top_overlap.mean(axis=0)
-    best = _telling_method(audit)
+    best = telling_method(audit)
     by_kind = [kind_table(kind, audit.methods, top_overlap, k) for kind in audit.breakdowns]
     provenance = {
         "test rows": source.name,
@@ -241,7 +250,7 @@ def hans_report(
     return report, result
 
 
-def _telling_method(audit: HansAudit) -> int:
+def telling_method(audit: HansAudit) -> int:
     """The method of highest overlap among those that do not give most queries the same row."""
     top_means = audit.mean_overlap(audit.overlap.shape[2]).mean(axis=0)
     specific = audit.hub_share <= 0.5
