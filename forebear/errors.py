@@ -110,3 +110,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):  # torch's
         return True
     return isinstance(error, RuntimeError | OSError) and _LACK_OF_MEMORY.search(str(error)) is not None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or the name of its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

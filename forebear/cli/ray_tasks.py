@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forebear.errors import ForebearError, InputError
+from forebear.errors import ForebearError, InputError, first_line
 
 if TYPE_CHECKING:
     from forebear.cli.options.ray import RayOptions
@@ -118,8 +118,9 @@ def _cluster(address: str) -> Iterator[Any]:
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--ray {address}: no cluster is there ({said}). Give local, or its address.") from error
+        raise InputError(
+            f"--ray {address}: no cluster is there ({first_line(error)}). Give local, or its address."
+        ) from error
     try:
         yield ray
     finally:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from forebear.errors import InputError, is_out_of_memory
+from forebear.errors import InputError, first_line, is_out_of_memory
 from forebear.indexer.storage.atomic import write_bytes
 from forebear.indexer.storage.layout import MANIFEST_NAME
 from forebear.indexer.storage.manifest import read_manifest
@@ -72,21 +72,20 @@ def _readable(url: str) -> Iterator[tuple[Any, str]]:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise InputError(
-            f"{url}: {first_line(error)} Expected a folder, hf://user/name, or a URL of fsspec."
+            f"{url}: {sentence_of(error)} Expected a folder, hf://user/name, or a URL of fsspec."
         ) from error
     try:
         yield filesystem, path
     except FileNotFoundError as error:
-        raise InputError(f"{url} is no index: there is no {first_line(error)}") from error
+        raise InputError(f"{url} is no index: there is no {sentence_of(error)}") from error
     except InputError:
         raise
     except Exception as error:
         if is_out_of_memory(error) or type(error).__module__.startswith("forebear."):
             raise
-        raise InputError(f"{url} cannot be read: {first_line(error)} Check the address and your access.") from error
+        raise InputError(f"{url} cannot be read: {sentence_of(error)} Check the address and your access.") from error
 
 
-def first_line(error: Exception) -> str:
-    """What a client raised, as a sentence: the first line of its message, else its kind."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if line.endswith(".") else f"{line}."
+def sentence_of(error: Exception) -> str:
+    """The first line of what a client raised, as a sentence."""
+    return first_line(error).removesuffix(".") + "."

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forebear.errors import InputError
-from forebear.hub.remote import first_line
+from forebear.hub.remote import sentence_of
 from forebear.indexer.storage.layout import MANIFEST_NAME
 from forebear.indexer.storage.manifest import read_manifest
 
@@ -139,9 +139,9 @@ def _hub_errors(name: HubName) -> Iterator[None]:
         ) from error
     except errors.RemoteEntryNotFoundError as error:
         if MANIFEST_NAME not in str(error):
-            raise InputError(f"{name}: {first_line(error)} {_HINT}") from error
+            raise InputError(f"{name}: {sentence_of(error)} {_HINT}") from error
         raise InputError(
             f"{name} holds no index {hint}: no {MANIFEST_NAME} in it. `forebear push` puts one there."
         ) from error
     except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HFValidationError, OSError) as error:
-        raise InputError(f"{name}: {first_line(error)} {_HINT}") from error
+        raise InputError(f"{name}: {sentence_of(error)} {_HINT}") from error

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from forebear.indexer.rows.row_format import RowFormat
     from forebear.indexer.rows.row_source import RowSource
     from forebear.indexer.storage.manifest import Manifest
+    from forebear.progress import Progress
 
 # What a change takes besides its own name; everything else was decided by the build.
 OPTIONS_OF_EVERY_CHANGE = ("out", "resume", "force", "quiet")
@@ -82,6 +83,12 @@ class TrainingRows(ColumnOptions):
             raise InputError("no training rows given. Name their file by --train.")
         return self.open(self.train, classes=classes, like=like, unlabelled=unlabelled)
 
+    def open_like(self, manifest: Manifest) -> RowSource:
+        """All rows, read as those of an index were, but for marked ones without a label."""
+        from forebear.indexer.rows.targets.label_column import DROP_MARKED
+
+        return self.open_all(manifest.spec.label_names, manifest.row_format, DROP_MARKED)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OutOptions(Options, panel="Output"):
@@ -124,69 +131,148 @@ def index(
     if ray.ray is not None and change.is_given():
         raise InputError("--ray divides a build among machines, not a change of an index. Leave one of them out.")
     _refuse_what_a_build_takes(ctx)
-    unchanged: list[str] = []  # says that nothing was left to do
     started = time.perf_counter()
     with progress_bar() as progress:
-        how = {"resume": change.resume, "force": place.force, "tell": unchanged.append, "progress": progress}
-        built = _build_or_change(place.out, rows, chosen, choices, change, ray, how)
-    if unchanged:
-        say(unchanged[0])
-        return
-    if isinstance(built, str):
-        say(f"{place.out}: {built}, {time.perf_counter() - started:.1f} s")
-        return
-    _say_what_was_built(
-        built, place, of_rows=rows.train is not None or change.commit, seconds=time.perf_counter() - started
-    )
+        asked = _Asked(
+            place=place, rows=rows, chosen=chosen, choices=choices, change=change, ray=ray, progress=progress
+        )
+        done = _way(change, ray)(asked)
+    seconds = time.perf_counter() - started
+    if asked.unchanged:
+        say(asked.unchanged[0])
+    elif isinstance(done, str):
+        say(f"{place.out}: {done}, {seconds:.1f} s")
+    else:
+        _say_what_was_built(done, place, of_rows=rows.train is not None or change.commit, seconds=seconds)
 
 
-def _build_or_change(
-    out: str,
-    rows: TrainingRows,
-    chosen: CheckpointOptions,
-    choices: ChoiceOptions,
-    change: ChangeOptions,
-    ray: RayOptions,
-    how: dict[str, Any],
-) -> Index | str:
-    """The index after what was asked for, or what is there before it is one; ``how`` is what every change takes."""
-    from forebear.indexer.building import build
-    from forebear.indexer.building.sharing.part_files import read_fit
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What the command was asked for."""
+
+    place: OutOptions
+    rows: TrainingRows
+    chosen: CheckpointOptions
+    choices: ChoiceOptions
+    change: ChangeOptions
+    ray: RayOptions
+    progress: Progress
+    unchanged: list[str] = field(default_factory=list)  # says that nothing was left to do
+
+    @property
+    def out(self) -> str:
+        """The index folder."""
+        return self.place.out
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What every change takes."""
+        again = {"resume": self.change.resume, "force": self.place.force}
+        return again | {"tell": self.unchanged.append, "progress": self.progress}
+
+    @property
+    def by_model(self) -> dict[str, Any]:
+        """What a change takes that runs models."""
+        computing = self.choices.computing
+        on = {"device": computing.device, "devices": listed(computing.devices)}
+        return self.how | on | {"model": self.chosen.model, "warn": warn}
+
+
+_Way = Callable[[_Asked], "Index | str"]  # gives the index, or says what is there before it is one
+
+
+def _way(change: ChangeOptions, ray: RayOptions) -> _Way:
+    """What is done; :meth:`ChangeOptions.check` has refused several at once."""
+    ways: dict[_Way, bool] = {
+        _retire: bool(change.retire),
+        _rebuild_ann: change.rebuild_ann,
+        _refit: change.refit,
+        _append: change.append,
+        _fit: change.fit,
+        _write_part: change.shard is not None,
+        _commit: change.commit,
+        _build_over_ray: ray.ray is not None,
+    }
+    return next((way for way, is_asked in ways.items() if is_asked), _build)
+
+
+def _retire(asked: _Asked) -> Index:
+    from forebear.indexer.building.build import retire_rows
+
+    return retire_rows(asked.out, row_numbers(listed(asked.change.retire)), **asked.how)
+
+
+def _rebuild_ann(asked: _Asked) -> Index:
+    from forebear.indexer.building.build import rebuild_ann
+
+    return rebuild_ann(asked.out, asked.choices.storing.ann, **asked.how)
+
+
+def _refit(asked: _Asked) -> Index:
+    from forebear.indexer.building.build import refit_index
+
+    return refit_index(asked.out, **asked.by_model)
+
+
+def _append(asked: _Asked) -> Index:
+    from forebear.indexer.building.build import append_rows
     from forebear.indexer.index import Index
-    from forebear.indexer.rows.targets.label_column import DROP_MARKED
+
+    return append_rows(asked.out, asked.rows.open_like(Index.open(Path(asked.out)).manifest), **asked.by_model)
+
+
+def _build(asked: _Asked) -> Index:
+    from forebear.indexer.building.build import build_index
+
+    built = _from_model(asked, build_index)
+    assert built is not None
+    return built
+
+
+def _fit(asked: _Asked) -> Index | str:
+    from forebear.indexer.building.build import fit_index
+
+    next_step = f"forebear index --out {asked.out} --train {asked.rows.train} --shard I/N, then --commit"
+    return _from_model(asked, fit_index) or f"fitted. Next: {next_step}"
+
+
+def _write_part(asked: _Asked) -> str:
+    from forebear.indexer.building.build import build_part
+    from forebear.indexer.building.sharing.part_files import read_fit
+
+    part = str(asked.change.shard)
+    source = asked.rows.open_like(read_fit(Path(asked.out)).manifest)
+    return f"part {part} is written, {len(build_part(asked.out, source, part, **asked.by_model)):,} rows"
+
+
+def _commit(asked: _Asked) -> Index:
+    from forebear.indexer.building.build import commit_parts
+
+    return commit_parts(asked.out, asked.change.parts or (), **asked.by_model)
+
+
+def _build_over_ray(asked: _Asked) -> Index:
+    from forebear.indexer.building.build import commit_parts, fit_index
+
+    device = asked.choices.computing.device
+    of_part = ["index", "--out", asked.out, "--train", str(asked.rows.train), "--device", device, "--quiet", "--shard"]
+    built = _from_model(asked, fit_index)
+    if built is not None:
+        return built
+    in_shards(asked.ray, lambda shard: [*of_part, shard], asked.progress)
+    return commit_parts(asked.out, device=device, warn=warn, **asked.how)
+
+
+def _from_model(asked: _Asked, build: Callable[..., Index | None]) -> Index | None:
+    """Begin a build of the chosen checkpoints and choices."""
+    from forebear.indexer.building.build import build_from_model
     from forebear.indexer.training.model_choice import choose_model
 
-    computing = choices.computing
-    on: dict[str, Any] = {"device": computing.device, "devices": listed(computing.devices)}
-    if change.retire:
-        return build.retire_rows(out, row_numbers(listed(change.retire)), **how)
-    if change.rebuild_ann:
-        return build.rebuild_ann(out, choices.storing.ann, **how)
-    if change.refit:
-        return build.refit_index(out, model=chosen.model, warn=warn, **on, **how)
-    if change.commit:
-        return build.commit_parts(out, change.parts or (), model=chosen.model, warn=warn, **on, **how)
-    if change.shard is not None:
-        like = read_fit(Path(out)).manifest
-        source = rows.open_all(like.spec.label_names, like.row_format, DROP_MARKED)
-        written = build.build_part(out, source, change.shard, model=chosen.model, warn=warn, **on, **how)
-        return f"part {change.shard} is written, {len(written):,} rows"
-    if change.append:
-        manifest = Index.open(Path(out)).manifest
-        source = rows.open_all(manifest.spec.label_names, manifest.row_format, DROP_MARKED)
-        return build.append_rows(out, source, model=chosen.model, warn=warn, **on, **how)
+    chosen = asked.chosen
     run = choose_model(chosen.model, chosen.checkpoints or (), chosen.eta or ())
-    source = rows.open_all(run.class_names(), run.row_format, run.unlabelled)
-    given = choices.given(source.text_columns)
-    if not change.fit and ray.ray is None:
-        return Index.build(run, source, out, **given, warn=warn, **how)
-    begun = build.build_from_model(run, source, out, build=build.fit_index, warn=warn, **given, **how)
-    if ray.ray is not None and begun is None:
-        device = choices.computing.device
-        of_part = ["index", "--out", out, "--train", str(rows.train), "--device", device, "--quiet", "--shard"]
-        in_shards(ray, lambda shard: [*of_part, shard], how["progress"])
-        return build.commit_parts(out, device=device, warn=warn, tell=how["tell"], progress=how["progress"])
-    return begun or f"fitted. Next: forebear index --out {out} --train {rows.train} --shard I/N, then --commit"
+    source = asked.rows.open_all(run.class_names(), run.row_format, run.unlabelled)
+    given = asked.choices.given(source.text_columns)
+    return build_from_model(run, source, asked.out, build=build, warn=warn, **given, **asked.how)
 
 
 def _say_what_was_built(built: Index, place: OutOptions, *, of_rows: bool, seconds: float) -> None:

@@ -16,6 +16,7 @@ from forebear.errors import CorruptIndexError
 
 if TYPE_CHECKING:
     from forebear.indexer.index import Index
+    from forebear.indexer.storage.manifest import Manifest
 
 Folder = Annotated[str, typer.Argument(metavar="INDEX", help="The index folder, or hf://user/name.")]
 
@@ -60,20 +61,24 @@ def methods(as_json: JsonOut = False) -> None:
 
 @grouped()
 def info(index: Folder, as_json: JsonOut = False) -> None:
-    """Say what an index holds, and where its numbers were computed.
+    """Say what an index holds, and where its numbers were computed; of a build in parts what is there and missing.
 
     Example: forebear info runs/mine-index
     """
+    from forebear.indexer.building.sharing.under_way import find_build
     from forebear.indexer.index import Index
+    from forebear.indexer.storage.files import local_folder
 
-    facts = index_facts(Index.open(index, check=False))
+    folder = local_folder(index)
+    build = find_build(folder)
+    facts = index_facts(Index.open(folder, check=False)) if build is None else asdict(build)
     if as_json:
         OUT.print_json(json.dumps(facts, allow_nan=False))
         return
     from rich.table import Table
 
     grid = Table(show_header=False, box=None)
-    for name, value in _lines(facts):
+    for name, value in _lines(facts) if build is None else _lines_of_build(facts):
         grid.add_row(name, value)
     OUT.print(grid)
 
@@ -107,6 +112,7 @@ def index_facts(index: Any) -> dict[str, Any]:
         "text_columns": list(spec.text_columns),
         "without_texts": manifest.without_texts,
         "columns": dict(manifest.columns),
+        "parts": _parts_computed_elsewhere(manifest),
         "label_names": list(spec.label_names),
         "label_mode": spec.label_mode,
         "max_length": spec.max_length,
@@ -202,6 +208,9 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", f"max length {facts['max_length']}, {facts['precision']}"),
     ]
     lines += _device_lines(facts)
+    lines += [
+        ("part", f"{part['what']}: computed otherwise than the fit: {_maker(part['by'])}") for part in facts["parts"]
+    ]
     if facts["columns"]:
         lines.append(("columns", ", ".join(f"{name} ({kind})" for name, kind in facts["columns"].items())))
     if facts["self_check"]:
@@ -270,6 +279,55 @@ def _device_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         rows = f"rows {part['start']} to {part['start'] + part['n_rows'] - 1}: "
         records.append((rows, part["computed_on"]))
     return [("computed on", f"{subject}{computed_line(record)}") for subject, record in records if record]
+
+
+def _parts_computed_elsewhere(manifest: Manifest) -> list[dict[str, Any]]:
+    """Of an index that was built in parts: which were not computed by what computed the fit, and by what they were."""
+    found = []
+    for part in manifest.parts:
+        by = {name: value for name, value in part.items() if name not in ("part", "shards")}
+        if "libraries" in by:
+            by["libraries"] = dict(by["libraries"].items() - manifest.libraries.items())
+        if "shards" in part:
+            first, stop = part["shards"]
+            rows = [manifest.shards[first][0], manifest.shards[stop - 1][1]]
+            found.append({"what": f"{part['part']} (rows {rows[0]} to {rows[1] - 1})", "rows": rows, "by": by})
+        else:
+            found.append({"what": "what follows from all rows", "rows": None, "by": by})
+    return found
+
+
+def _maker(by: dict[str, Any]) -> str:
+    """What computed a part, as far as it is recorded, in words."""
+    from forebear.indexer.model.device.arithmetic import computed_line
+
+    said = {"processor": by.get("processor"), "device": None, "libraries": None, "source of forebear": by.get("code")}
+    if "computed_on" in by:
+        said["device"] = computed_line(by["computed_on"])
+    if "libraries" in by:
+        said["libraries"] = ", ".join(f"{name} {version}" for name, version in sorted(by["libraries"].items()))
+    return "; ".join(f"{name} {value}" for name, value in said.items() if value)
+
+
+def _lines_of_build(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """A build in parts that goes on, see :class:`~forebear.indexer.building.sharing.under_way.BuildUnderWay`."""
+    columns, n_missing = ", ".join(facts["text_columns"]), facts["n_missing"]
+    lines = [
+        ("build in parts", f"{facts['folder']}: fitted (digest {facts['fit'][:16]}), no index yet"),
+        ("rows", f"{facts['n_rows']:,} in {facts['n_shards']:,} files (--shard-rows); text columns {columns}"),
+        ("labels", ", ".join(facts["label_names"])),
+        ("scopes", ", ".join(facts["scopes"])),
+        ("stores", ", ".join(facts["stores"])),
+        ("fitted by", _maker(facts["fitted_by"])),
+    ]
+    for part in facts["parts"]:
+        state = "finished" if part["is_finished"] else "begun, not finished"
+        state += "" if part["of_this_fit"] else "; of another fit, which --commit refuses"
+        by = " and ".join(map(_maker, part["differing"]))
+        state += f"; computed otherwise than the fit: {by}" if by else ""
+        lines.append(("part", f"{part['part']} (rows {part['rows'][0]} to {part['rows'][1] - 1}): {state}"))
+    lines.append(("missing", f"{n_missing:,} rows are in no finished part of this folder" if n_missing else "nothing"))
+    return [*lines, ("next", facts["next"])]
 
 
 def _search_line(search: dict[str, Any]) -> str:

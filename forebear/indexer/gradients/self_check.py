@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from forebear.errors import ModelError, is_out_of_memory
+from forebear.errors import ModelError, first_line, is_out_of_memory
 from forebear.indexer.gradients.factors import EmbeddingFactors, LayerFactors
 from forebear.indexer.gradients.tape import Seed, Tape, alone, loss_of, only_asking
 from forebear.indexer.losses.loss import Loss
@@ -22,7 +22,6 @@ from forebear.indexer.model.device.arithmetic import repeatable
 from forebear.indexer.model.device.memory import run_batches
 from forebear.indexer.model.forward import forward_batch
 from forebear.indexer.model.network.batches import pad_batch
-from forebear.indexer.model.network.pretrained import first_line
 from forebear.indexer.model.network.probe import SHORT_TEXT, TEXT, encoded_text
 from forebear.indexer.model.scopes import Block, Scope, embedding_scope, scope_of
 from forebear.ratio import ratio

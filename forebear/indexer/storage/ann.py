@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from forebear.conformal import supported_recall
-from forebear.errors import CorruptIndexError, InputError, StorageError, is_out_of_memory
+from forebear.errors import CorruptIndexError, InputError, StorageError, first_line, is_out_of_memory
 from forebear.indexer.storage.arrow import MEND, RowMatrix
 from forebear.indexer.storage.atomic import atomic_file
 from forebear.ratio import ratio
@@ -33,7 +33,7 @@ def import_faiss() -> Any:
         import faiss
     except (ImportError, RuntimeError) as error:
         raise InputError(
-            f"FAISS is not usable here ({str(error).splitlines()[0]}). Install one of its two builds, never both: "
+            f"FAISS is not usable here ({first_line(error)}). Install one of its two builds, never both: "
             "pip install 'forebear[cpu]', or 'forebear[gpu]' for CUDA 12."
         ) from error
     return faiss

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from forebear.errors import CorruptIndexError, is_out_of_memory
+from forebear.errors import CorruptIndexError, first_line, is_out_of_memory
 from forebear.indexer.storage.atomic import atomic_file
 
 _HASH_CHUNK_BYTES = 1 << 22
@@ -56,14 +56,10 @@ def read_batches(path: Path) -> list[pa.RecordBatch]:
     except (OSError, pa.ArrowInvalid) as error:
         if is_out_of_memory(error):
             raise
-        raise CorruptIndexError(f"{path} cannot be read as Arrow ({_first_line(error)}). {MEND}") from error
+        raise CorruptIndexError(f"{path} cannot be read as Arrow ({first_line(error)}). {MEND}") from error
 
 
 MEND = "Restore it from a copy, or build the index again with --force."
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def column(batch: pa.RecordBatch, name: str) -> np.ndarray:

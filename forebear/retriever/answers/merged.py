@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from forebear.errors import InputError, MismatchError
+from forebear.errors import InputError, MismatchError, first_line
 from forebear.indexer.index import Index
 from forebear.retriever.answers.results import SIDES, text_columns
 from forebear.retriever.question.methods import METHODS, Method
@@ -120,7 +120,7 @@ def merge_tables(indexes: Sequence[Index], tables: Sequence[pa.Table], top: int)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise MismatchError(
             f"columns of {' and '.join(str(index.folder) for index in indexes)} have different types "
-            f"({str(error).splitlines()[0]}). Build them with --keep-columns that agree."
+            f"({first_line(error)}). Build them with --keep-columns that agree."
         ) from error
     number = np.repeat(np.arange(len(tables)), [table.num_rows for table in tables])
     query, row = (both.column(name).to_numpy() for name in ("query", "row"))

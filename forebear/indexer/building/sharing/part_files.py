@@ -316,19 +316,22 @@ def _what_is_missing(fit: Fit, missing: list[int], parts: list[Part]) -> str:
     for shard in missing[1:]:
         if fit.manifest.shards[shard][0] == stop:
             stop = fit.manifest.shards[shard][1]
-    which = "I/N"
-    if parts:
-        n_parts = int(parts[0].name.split("/")[1])
-        of_missing = [
-            i for i, shards in enumerate(all_parts(len(fit.manifest.shards), n_parts), 1) if missing[0] in shards
-        ]
-        which = f"{of_missing[0]}/{n_parts}"
+    which = part_with(fit, missing[0], parts)
     n_rows = sum(stop - start for start, stop in (fit.manifest.shards[shard] for shard in missing))
     return (
         f"{fit.folder}: {n_rows:,} of {fit.manifest.n_rows:,} rows are in no finished part, the first of them rows "
         f"{start} to {stop - 1}. Run --shard {which} for them (again, if it was killed), or name the folder that has "
         "them by --from."
     )
+
+
+def part_with(fit: Fit, shard: int, parts: Sequence[Part]) -> str:
+    """The part with a shard, if rows are divided as for the parts that are there; ``I/N`` where there are none."""
+    if not parts:
+        return "I/N"
+    n_parts = int(parts[0].name.split("/")[1])
+    of_shard = (i for i, shards in enumerate(all_parts(len(fit.manifest.shards), n_parts), 1) if shard in shards)
+    return f"{next(of_shard)}/{n_parts}"
 
 
 def all_parts(n_shards: int, n_parts: int) -> Iterator[range]:

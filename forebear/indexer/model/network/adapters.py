@@ -17,15 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from forebear.errors import ModelError, is_out_of_memory
+from forebear.errors import ModelError, first_line, is_out_of_memory
 from forebear.indexer.model.network.layers import Scale, is_layer
-from forebear.indexer.model.network.pretrained import (
-    ADAPTER_CONFIG,
-    first_line,
-    holds_adapter,
-    load_pretrained,
-    quiet_transformers,
-)
+from forebear.indexer.model.network.pretrained import ADAPTER_CONFIG, holds_adapter, load_pretrained, quiet_transformers
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 

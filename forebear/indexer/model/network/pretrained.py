@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from forebear.errors import ModelError, is_out_of_memory
+from forebear.errors import ModelError, first_line, is_out_of_memory
 from forebear.indexer.rows.source_names import similar_names
 
 TRAINER_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -76,11 +76,6 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
             f"{name}: no such model folder, and no model of that name is found {where}.{similar_names(name)} Give a "
             "folder that save_pretrained wrote, or a hub name such as distilbert-base-uncased."
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its type's name where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def check_full_precision(config: Any, name: str) -> None:

@@ -296,6 +296,45 @@ def test_a_file_cut_on_its_way_before_its_part_was_finished_is_written_again(pla
     assert hashes(folder) == before
 
 
+# ---------------------------------------------------------------- what info says
+
+
+def test_info_says_what_a_build_in_parts_lacks_and_which_command_comes_next(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def info(name: str) -> dict[str, object]:
+        assert run(["info", name, "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert run(["info", name]) == 0
+        assert facts["next"] in " ".join(capsys.readouterr().out.split())
+        return facts
+
+    folder = fit("index", BuildOptions(shard_rows=8))
+    fitted = info("index")
+    assert (fitted["n_rows"], fitted["n_missing"], fitted["parts"]) == (54, 54, [])
+    assert str(fitted["next"]).startswith("forebear index --out index --train ROWS --shard I/N, here or in a copy")
+    build_part(folder, rows(), "1/3")
+    build_part(folder, rows(), "3/3")
+    begun = json.loads((folder / "parts" / "3-of-3.json").read_text()) | {"files": {}}
+    del begun["digest"]
+    (folder / "parts" / "3-of-3.json").write_text(json.dumps(begun | {"digest": part_files.digest_of(begun)}))
+    found = info("index")
+    said = [(part["part"], part["rows"], part["is_finished"]) for part in found["parts"]]
+    assert said == [("1/3", [0, 16], True), ("3/3", [32, 54], False)]
+    assert found["n_missing"] == 54 - 16
+    assert "--shard 2/3" in str(found["next"])
+    for part in ("2/3", "3/3"):
+        build_part(folder, rows(), part)
+    whole = info("index")
+    assert (whole["n_missing"], whole["next"]) == (0, "forebear index --out index --commit")
+    before = hashes(folder)
+    assert info("index") == whole
+    assert hashes(folder) == before
+    commit_parts(folder)
+    assert run(["info", "index"]) == 0
+    assert "in parts" not in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- other machines
 
 
@@ -326,6 +365,10 @@ def test_what_computed_a_part_otherwise_is_warned_of_and_recorded(
     index = commit_parts(folder)
     assert index.manifest.parts == ({"part": "2/2", "shards": [3, 7], "processor": "another processor"},)
     assert Index.open(folder).manifest == index.manifest
+    capsys.readouterr()
+    assert run(["info", "index"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "part 2/2 (rows 24 to 53): computed otherwise than the fit: processor another processor" in said
     whole = build_index(rows(), "whole", choose_model("two").checkpoints, options)
     assert whole.manifest.parts == ()
     found, wanted = (Retriever(i).retrieve([TEXTS[0]], methods=["gc", "if"], top=5) for i in (index, whole))
