@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -10,13 +11,14 @@ from pathlib import Path, PurePath
 
 import pyarrow as pa
 
-from forebear.errors import InputError, OutputExistsError
+from forebear.errors import InputError, OutputExistsError, first_line
 from forebear.hub.card import card_of
 from forebear.indexer.index import Index
 from forebear.indexer.storage.arrow import file_sha256, read_batches, write_table
 from forebear.indexer.storage.atomic import write_bytes
-from forebear.indexer.storage.layout import CARD_NAME, COLUMNS
+from forebear.indexer.storage.layout import CARD_NAME, COLUMNS, EFFECTS_NAME
 from forebear.indexer.storage.manifest import Checkpoint, Manifest
+from forebear.progress import tell_warning
 
 _TEXT_STORES = {"words": "word gradients (the pieces of the texts)", "spans": "spans (places in the texts)"}
 
@@ -26,7 +28,8 @@ def write_published(index: Index, folder: Path, *, with_texts: bool = False, mod
 
     Without texts the rows keep their labels, predictions and losses, and the 128-bit digests by which equal rows are
     known; the texts are empty, and columns kept beside them are left out. The names of local models and training
-    files are cut to their last part in any case: the rest tells how the disk of whoever publishes is laid out.
+    files are cut to their last part in any case: the rest tells how the disk of whoever publishes is laid out. What
+    ``forebear evaluate effects --keep`` has left beside the index goes along.
 
     Args:
         index: The index; every file is hashed before it is copied.
@@ -59,8 +62,27 @@ def write_published(index: Index, folder: Path, *, with_texts: bool = False, mod
             files[name] = index.manifest.files[name]
     manifest = _published_manifest(index, with_texts, model).with_files(files)
     manifest.write(folder)
+    _write_effects(index, manifest, folder)
     write_bytes(folder / CARD_NAME, card_of(manifest).encode())
     return manifest
+
+
+def _write_effects(index: Index, manifest: Manifest, folder: Path) -> None:
+    """Write what ``evaluate effects --keep`` remembers; results of this index become those of the published one."""
+    path = index.folder / EFFECTS_NAME
+    if not path.is_file():
+        return
+    digests = {index.manifest.digest(): manifest.digest()}
+    try:
+        content = json.loads(path.read_bytes())
+        for one in content["results"]:
+            one["index_digest"] = digests.get(one["index_digest"], one["index_digest"])
+            n_rows, _, source = one["test_rows"].partition(" of ")
+            one["test_rows"] = f"{n_rows} of {PurePath(source).name}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        tell_warning(f"{path} is damaged ({first_line(error)}): it is not published.")
+        return
+    write_bytes(folder / EFFECTS_NAME, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
 
 
 def _check_stores(index: Index, with_texts: bool) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from forebear.errors import InputError
 from forebear.hub.remote import sentence_of
-from forebear.indexer.storage.layout import MANIFEST_NAME
+from forebear.indexer.storage.layout import EFFECTS_NAME, MANIFEST_NAME
 from forebear.indexer.storage.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class HubName:
 def fetch(address: str) -> Path:
     """The folder of a published index in the hub's cache, into which what is missing there is downloaded.
 
-    Only the manifest's files are downloaded; they are hashed at their first use, as those of any index.
+    Only the manifest's files and what is known of effects are downloaded; the former are hashed at their first use, as
+    those of any index.
 
     Raises:
         InputError: There is no such repository, revision or index, no access to it, or no way to the hub.
@@ -70,7 +71,7 @@ def fetch(address: str) -> Path:
     with _hub_errors(name):
         path = Path(hf_hub_download(name.repository, MANIFEST_NAME, revision=name.revision))
         commit = path.parent.name  # the cache keeps one folder a commit: all files are of the manifest's
-        patterns = [glob.escape(file) for file in (MANIFEST_NAME, *read_manifest(path.parent).files)]
+        patterns = [glob.escape(file) for file in (MANIFEST_NAME, EFFECTS_NAME, *read_manifest(path.parent).files)]
         return Path(snapshot_download(name.repository, revision=commit, allow_patterns=patterns))
 
 

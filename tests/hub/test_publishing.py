@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from forebear.hub.published import write_published
 from forebear.hub.transfer import HubName
 from forebear.indexer.rows.opening import open_rows, rows_from_texts
 from forebear.indexer.storage.manifest import digest_of
+from forebear.retriever.effects.measured import KEPT_EFFECTS, Measured, measured_lines
 from forebear.server.served_indexes import ServedIndex, names_of
 
 N = 40
@@ -183,6 +185,28 @@ def test_an_index_goes_to_the_hub_and_comes_back(index: Index, model: str, hub: 
     asked = len(hub.asked)
     assert Index.open(f"hf://me/mine@{hub.heads['me/mine']['main']}").manifest == fetched.manifest
     assert not [line for line in hub.asked[asked:] if line.startswith("GET") and "/resolve/" in line]
+
+
+def test_what_is_known_of_effects_is_known_of_the_published_index(index: Index, hub: HubServer, tmp_path: Path) -> None:
+    copy = Index.open(Path(shutil.copytree(index.folder, tmp_path / "copy")))
+    known = Measured(
+        index_digest=copy.manifest.digest(), method="if", scope="head", curvature="exact", damping=0.5,
+        target="predicted", recipe="proximal-head", seeds=(0,), test_rows="3 of private-folder/dev.csv", sizes=(1, 5),
+        n_pairs=30, slope=0.97, slope_low=None, slope_high=None, correlation=0.99,
+    )  # fmt: skip
+    stale = replace(known, index_digest="of an earlier state", method="gd")
+    KEPT_EFFECTS.keep(copy.folder, [known, stale])
+    copy.push_to_hub("hf://me/mine")
+    fetched = Index.open("hf://me/mine")
+    lines = measured_lines(fetched)
+    assert lines == measured_lines(copy)
+    assert [line.endswith("measured before the index changed") for line in lines] == [False, True]
+    assert [one.test_rows for one in KEPT_EFFECTS.read(fetched.folder)] == ["3 of dev.csv"] * 2
+    assert verify_index(fetched.folder, n_rows=0).problems == ()
+    (copy.folder / "effects.json").write_text("{")
+    with pytest.warns(UserWarning, match="is damaged .*not published"):
+        copy.push_to_hub("hf://me/mine")
+    assert "effects.json" not in hub.files("me/mine")
 
 
 def test_a_later_push_replaces_the_files_and_leaves_what_was_opened(index: Index, hub: HubServer) -> None:

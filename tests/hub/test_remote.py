@@ -61,6 +61,8 @@ def test_an_index_at_a_url_answers_as_its_folder_and_is_fetched_once(
     )
     assert Index.open(URL).folder == index.folder
     assert fetched == []
+    store.pipe_file("/bucket/mine/effects.json", b"what was measured later")
+    assert (Index.open(URL).folder / "effects.json").read_bytes() == b"what was measured later"
     assert names_of([URL, f"other={URL}"]) == {"mine": index.folder, "other": index.folder}
 
 
@@ -89,7 +91,7 @@ def test_a_fetch_that_broke_off_goes_on(
         return get_file(*given, **kw)
 
     monkeypatch.setattr(type(store), "get_file", few)
-    with pytest.raises(InputError, match=r"^memory://bucket/mine cannot be read: the connection was closed\."):
+    with pytest.raises(InputError, match=r"^memory://bucket/mine cannot be reached: the connection was closed\."):
         Index.open(URL)
     monkeypatch.setattr(type(store), "get_file", get_file)
     index = Index.open(URL)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -94,7 +93,14 @@ class TrainingRows(ColumnOptions):
 class OutOptions(Options, panel="Output"):
     """The index folder."""
 
-    out: Annotated[str, typer.Option("--out", help="Index folder to write, or to change.", show_default=False)]
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out",
+            help="Index folder to write, or to change; of a build also a URL of fsspec, such as s3://bucket/index.",
+            show_default=False,
+        ),
+    ]
     force: Annotated[
         bool,
         typer.Option(
@@ -217,8 +223,9 @@ def _refit(asked: _Asked) -> Index:
 def _append(asked: _Asked) -> Index:
     from forebear.indexer.building.build import append_rows
     from forebear.indexer.index import Index
+    from forebear.indexer.storage.files import path_of
 
-    return append_rows(asked.out, asked.rows.open_like(Index.open(Path(asked.out)).manifest), **asked.by_model)
+    return append_rows(asked.out, asked.rows.open_like(Index.open(path_of(asked.out)).manifest), **asked.by_model)
 
 
 def _build(asked: _Asked) -> Index:
@@ -239,9 +246,11 @@ def _fit(asked: _Asked) -> Index | str:
 def _write_part(asked: _Asked) -> str:
     from forebear.indexer.building.build import build_part
     from forebear.indexer.building.sharing.part_files import read_fit
+    from forebear.indexer.building.sharing.places import place_of
 
     part = str(asked.change.shard)
-    source = asked.rows.open_like(read_fit(Path(asked.out)).manifest)
+    with place_of("records", asked.out) as folder:
+        source = asked.rows.open_like(read_fit(folder).manifest)
     return f"part {part} is written, {len(build_part(asked.out, source, part, **asked.by_model)):,} rows"
 
 

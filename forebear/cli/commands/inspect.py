@@ -67,11 +67,9 @@ def info(index: Folder, as_json: JsonOut = False) -> None:
     """
     from forebear.indexer.building.sharing.under_way import find_build
     from forebear.indexer.index import Index
-    from forebear.indexer.storage.files import local_folder
 
-    folder = local_folder(index)
-    build = find_build(folder)
-    facts = index_facts(Index.open(folder, check=False)) if build is None else asdict(build)
+    build = find_build(index)
+    facts = index_facts(Index.open(index, check=False)) if build is None else asdict(build)
     if as_json:
         OUT.print_json(json.dumps(facts, allow_nan=False))
         return
@@ -283,7 +281,7 @@ def _device_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _parts_computed_elsewhere(manifest: Manifest) -> list[dict[str, Any]]:
     """Of an index that was built in parts: which were not computed by what computed the fit, and by what they were."""
-    found = []
+    found: list[dict[str, Any]] = []
     for part in manifest.parts:
         by = {name: value for name, value in part.items() if name not in ("part", "shards")}
         if "libraries" in by:

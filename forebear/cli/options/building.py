@@ -255,7 +255,7 @@ class ChangeOptions(Options, panel="Changes of an index, and builds in parts"):
     commit: Annotated[bool, typer.Option("--commit", help="Make the index, when all parts are written.")] = False
     parts: Annotated[
         list[str] | None,
-        typer.Option("--from", help="Of --commit: other folders that hold parts.", show_default=False),
+        typer.Option("--from", help="Of --commit: other folders that hold parts, or URLs.", show_default=False),
     ] = None
     resume: Annotated[
         bool,

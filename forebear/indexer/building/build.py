@@ -25,6 +25,7 @@ from forebear.indexer.building.sharing.beginning import as_begun, segment_of, sp
 from forebear.indexer.building.sharing.claims import refuse_parts_under_way
 from forebear.indexer.building.sharing.part_files import fitted, made_by
 from forebear.indexer.building.sharing.parts import build_part, commit_parts
+from forebear.indexer.building.sharing.places import place_of
 from forebear.indexer.building.sharing.segments import rows_for, write_segment
 from forebear.indexer.building.spec import make_spec, settled_batch_tokens
 from forebear.indexer.index import Index
@@ -38,6 +39,7 @@ from forebear.indexer.rows.labels import label_map, names_of_classes
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.user_columns import choose_columns
 from forebear.indexer.storage.choices import BuildKeywords, WorkKeywords
+from forebear.indexer.storage.files import url_of
 from forebear.indexer.storage.journal import (
     add_to_journal,
     begin_build,
@@ -84,7 +86,8 @@ def build_index(
 
     Args:
         source: The training rows, with labels.
-        out: Folder to write; must not exist, unless ``resume`` or ``force``.
+        out: Folder to write; must not exist, unless ``resume`` or ``force``. Or a URL of ``fsspec``, to which the
+            index is sent at the end.
         checkpoints: In training order; the last one is the model that is explained.
         options: All other choices that change stored numbers.
         **work_keywords: ``resume``, ``force``, ``warn``, ``tell`` and ``progress``; see
@@ -146,14 +149,22 @@ def _begin(
     """Begin a build, or resume it, and go on with it; an index that is there already is returned."""
     options = options or BuildOptions()
     options.check()
-    folder, work = Path(out), Work.of(work_keywords, options.device, options.devices)
+    work = Work.of(work_keywords, options.device, options.devices)
     options = replace(options, device=work.device, devices=())
-    check_free(folder / LOCK_NAME, str(folder))
-    check_target(folder, resume=work.resume, force=work.force)
-    with exclusive(folder / LOCK_NAME, str(folder)):
-        check_target(folder, resume=work.resume, force=work.force)
-        refuse_parts_under_way(folder)
-        return _build(source, folder, checkpoints, options, work, go_on)
+    how = {"resume": work.resume, "force": work.force}
+    is_elsewhere = url_of(out) is not None
+    if is_elsewhere:  # no path is kept relative to it
+        checkpoints = [
+            replace(c, path=str(Path(c.path).resolve())) if Path(c.path).exists() else c for c in checkpoints
+        ]
+    with place_of("begin", out, **how) as folder:
+        check_free(folder / LOCK_NAME, str(folder))
+        check_target(folder, **how)
+        with exclusive(folder / LOCK_NAME, str(folder)):
+            check_target(folder, **how)
+            refuse_parts_under_way(folder)
+            built = _build(source, folder, checkpoints, options, work.naming(out, folder), go_on)
+    return Index.open(out) if is_elsewhere and built is not None else built
 
 
 def build_from_model(
@@ -174,6 +185,11 @@ def build_from_model(
     ``build`` is what is done of it: :func:`build_index` or :func:`fit_index`.
     """
     if tokenizer is not None or not isinstance(model, (str, Path, ModelChoice, type(None))):
+        if url_of(out) is not None:
+            raise InputError(
+                f"{out}: a model in memory is saved beside its index, and this is no folder. Save the model "
+                "(save_pretrained), and give its folder."
+            )
         how = {"resume": choices.get("resume", False), "force": choices.get("force", False)}
         check_target(Path(out), **how)
         model = saved_beside(Path(out), model, tokenizer, **how)

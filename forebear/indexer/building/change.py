@@ -34,6 +34,7 @@ from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.user_columns import check_columns
 from forebear.indexer.spans.finders import check_same_finder
 from forebear.indexer.storage.choices import WorkKeywords
+from forebear.indexer.storage.files import path_of
 from forebear.indexer.storage.journal import begin_change, check_change, same_device_or_refuse, unfinished, was_done
 from forebear.indexer.storage.layout import LOCK_NAME
 from forebear.indexer.storage.locks import exclusive
@@ -76,7 +77,7 @@ def append_rows(
         OutputExistsError: The index has these rows already, or another change is unfinished.
         InUseError: Another process is writing there.
     """
-    folder, work = Path(folder), Work.of(work_keywords, device, devices)
+    folder, work = path_of(folder), Work.of(work_keywords, device, devices)
     Index.open(folder)  # refuses a folder without an index before a lock file is made in it
     with exclusive(folder / LOCK_NAME, str(folder)):
         index = Index.open(folder)
@@ -166,7 +167,7 @@ def retire_rows(
         OutputExistsError: Another change is unfinished.
         InUseError: Another process is writing there.
     """
-    folder, work = Path(folder), Work.of(work_keywords)
+    folder, work = path_of(folder), Work.of(work_keywords)
     Index.open(folder)
     with exclusive(folder / LOCK_NAME, str(folder)):
         index = Index.open(folder)
@@ -215,7 +216,7 @@ def rebuild_ann(
         OutputExistsError: Another change is unfinished.
         InUseError: Another process is writing there.
     """
-    folder, work = Path(folder), Work.of(work_keywords)
+    folder, work = path_of(folder), Work.of(work_keywords)
     Index.open_without_derived(folder)
     with exclusive(folder / LOCK_NAME, str(folder)):
         old = Index.open_without_derived(folder)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,6 +138,18 @@ class Work:
     def is_shared(self) -> bool:
         """Whether several processes write shards."""
         return len(self.devices) > 1
+
+    def naming(self, place: str | Path, folder: Path) -> Self:
+        """The same work, whose lines name ``place`` where they mean the folder that stands for it."""
+
+        def named(line: str) -> str:
+            return line.replace(str(folder), str(place))
+
+        return replace(
+            self,
+            tell=lambda line: self.tell(named(line)),
+            warn=lambda line: self.warn(None if line is None else named(line)),
+        )
 
     @classmethod
     def of(cls, keywords: WorkKeywords, device: str = "auto", devices: Sequence[str | int] = ()) -> Self:

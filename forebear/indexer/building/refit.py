@@ -43,6 +43,7 @@ from forebear.indexer.spans.masking import mask_spans
 from forebear.indexer.spans.store import masked_pass, write_span_sketches
 from forebear.indexer.storage.arrow import write_columns
 from forebear.indexer.storage.choices import WorkKeywords
+from forebear.indexer.storage.files import path_of
 from forebear.indexer.storage.journal import begin_change, check_change, same_device_or_refuse, unfinished, was_done
 from forebear.indexer.storage.layout import LOCK_NAME, span_gradients
 from forebear.indexer.storage.locks import exclusive
@@ -81,7 +82,7 @@ def refit_index(
         OutputExistsError: Another change is unfinished, or a refit is, and ``resume`` is not set.
         InUseError: Another process is writing there.
     """
-    folder, work = Path(folder), Work.of(work_keywords, device, devices)
+    folder, work = path_of(folder), Work.of(work_keywords, device, devices)
     Index.open(folder)
     with exclusive(folder / LOCK_NAME, str(folder)):
         index = Index.open(folder)

@@ -25,13 +25,30 @@ if TYPE_CHECKING:
 HUB = "hf://"  # how addresses of published indexes begin
 
 
+def url_of(folder: str | Path) -> str | None:
+    """The address of an index elsewhere; None of a folder of this machine."""
+    scheme, separator, _ = str(folder).partition("://")
+    return str(folder) if separator and scheme != "file" and not Path(folder).exists() else None
+
+
+def path_of(folder: str | Path) -> Path:
+    """A folder of this machine, which may be named by ``file://``.
+
+    Raises:
+        InputError: It is the address of an index elsewhere, which is asked, not changed.
+    """
+    if (url := url_of(folder)) is not None:
+        raise InputError(
+            f"{url}: an index elsewhere is asked, not changed. Change the folder that it was copied from, and copy it "
+            "there again."
+        )
+    return Path(str(folder).removeprefix("file://"))
+
+
 def local_folder(folder: str | Path) -> Path:
     """An index folder; of the address of an index elsewhere its copy in a cache, see :meth:`IndexFiles.open`."""
-    scheme, separator, path = str(folder).partition("://")
-    if not separator or Path(folder).exists():
-        return Path(folder)
-    if scheme == "file":
-        return Path(path)
+    if url_of(folder) is None:
+        return path_of(folder)
     # Named, not imported: what fetches indexes is written in terms of this package.
     if str(folder).startswith(HUB):
         fetched: Path = importlib.import_module("forebear.hub.transfer").fetch(folder)

@@ -33,6 +33,7 @@ from forebear.indexer.building.sharing.part_files import (
     read_parts,
     remove_damaged,
 )
+from forebear.indexer.building.sharing.places import part_folders, place_of
 from forebear.indexer.building.sharing.segments import rows_for, write_shards
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
@@ -43,6 +44,7 @@ from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.user_columns import check_columns
 from forebear.indexer.spans.finders import check_same_finder
 from forebear.indexer.storage.choices import WorkKeywords
+from forebear.indexer.storage.files import url_of
 from forebear.indexer.storage.journal import add_to_journal, unfinished
 from forebear.indexer.storage.layout import LOCK_NAME
 from forebear.indexer.storage.locks import check_free, exclusive
@@ -68,7 +70,7 @@ def build_part(
     goes on; called again, it checks what it wrote, and writes again what was damaged since.
 
     Args:
-        out: The folder that ``fit_index`` wrote, or a copy of it.
+        out: The folder that ``fit_index`` wrote, or a copy of it; or the URL to which it was sent.
         source: All training rows of the index, of which a part is read.
         part: ``3/8``: the third of eight.
         model: Path of the run, or of the last checkpoint, if it has moved.
@@ -85,8 +87,15 @@ def build_part(
         MismatchError: The rows or the models are not those of the fit.
         InUseError: Another process writes this part, or commits the index.
     """
-    folder, work = Path(out), Work.of(work_keywords, device, devices)
-    number, n_parts = part_of(part)
+    work = Work.of(work_keywords, device, devices)
+    numbers = part_of(part)
+    with place_of("write_part", out, part=part, force=work.force) as folder:
+        return _build_part(folder, source, part, *numbers, model, work.naming(out, folder))
+
+
+def _build_part(
+    folder: Path, source: RowSource, part: str, number: int, n_parts: int, model: str | None, work: Work
+) -> range:
     if is_finished(folder):
         work.tell(f"{folder} is an index already: nothing is left to do.")
         return range(0)
@@ -210,8 +219,9 @@ def commit_parts(
     computes of all rows is computed here: curvature of the head, search structures, merged words, calibration.
 
     Args:
-        out: The folder that ``fit_index`` wrote, or a copy of it, which may hold parts.
-        parts: Other copies, whose parts are copied from there.
+        out: The folder that ``fit_index`` wrote, or a copy of it, which may hold parts; or the URL to which both were
+            sent, and then the index is.
+        parts: Other copies, whose parts are copied from there; or URLs.
         model: Path of the run, or of the last checkpoint, if it has moved.
         device: Device that models run on.
         devices: In place of ``device`` several, of which the first is used.
@@ -222,8 +232,17 @@ def commit_parts(
         MismatchError: A part is of another fit, or two parts disagree; or the models are not those of the fit.
         InUseError: A part is being written, or another process commits the index.
     """
-    folder, work = Path(out), Work.of(work_keywords, device, devices)
-    others = [Path(other) for other in parts if Path(other).resolve() != folder.resolve()]
+    work = Work.of(work_keywords, device, devices)
+    is_elsewhere = url_of(out) is not None
+    with place_of("commit", out) as folder:
+        built = _commit(folder, [out] if is_elsewhere else [], parts, model, work.naming(out, folder))
+    return Index.open(out) if is_elsewhere else built
+
+
+def _commit(
+    folder: Path, own: Sequence[str | Path], parts: Sequence[str | Path], model: str | None, work: Work
+) -> Index:
+    """The index of a folder's parts, of those at the URL that it stands for (``own``), and of others."""
     if not is_finished(folder):
         read_fit(folder)  # refuses a folder without one before a lock file is made in it
     with exclusive(folder / LOCK_NAME, str(folder)):
@@ -236,6 +255,11 @@ def commit_parts(
         fit.check_files()
         differing = list(fit.differing)
         if not fit.is_gathered:
+            others = [found for place in own for found in part_folders(place)]
+            for place in parts:
+                if not (found_there := part_folders(place)):
+                    raise InputError(f"--from {place}: no finished part is there. A part is when --shard has ended.")
+                others += [found for found in found_there if found.resolve() != folder.resolve()]
             differing = gather(fit, others, work.progress)
             add_to_journal(folder, {"gathered": differing})
         manifest = replace(fit.manifest, files={})

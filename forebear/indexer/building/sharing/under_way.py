@@ -16,6 +16,8 @@ from forebear.indexer.building.sharing.part_files import (
     read_fit,
     read_parts,
 )
+from forebear.indexer.building.sharing.places import place_of
+from forebear.indexer.storage.files import HUB
 from forebear.indexer.storage.journal import read_journal
 from forebear.indexer.storage.layout import JOURNAL_NAME
 
@@ -72,13 +74,20 @@ class BuildUnderWay:
     next: str
 
 
-def find_build(folder: Path) -> BuildUnderWay | None:
-    """The build in parts that goes on in a folder; None where there is none, or an index.
+def find_build(place: str) -> BuildUnderWay | None:
+    """The build in parts that goes on in a folder or at a URL; None where there is none, or an index.
 
     Raises:
         InputError: The record of a part is damaged.
         CorruptIndexError: The journal is damaged.
     """
+    if place.startswith(HUB):
+        return None
+    with place_of("records", place) as folder:
+        return _build_in(folder, place)
+
+
+def _build_in(folder: Path, place: str) -> BuildUnderWay | None:
     if is_finished(folder) or not (folder / JOURNAL_NAME).is_file() or "fit" not in (read_journal(folder) or {}):
         return None
     fit, parts = read_fit(folder), read_parts(folder)
@@ -86,7 +95,7 @@ def find_build(folder: Path) -> BuildUnderWay | None:
     there = {shard for part in parts if part.files and part.fit == fit.digest for shard in range(*part.shards)}
     missing = [] if fit.is_gathered else [shard for shard in range(len(manifest.shards)) if shard not in there]
     return BuildUnderWay(
-        folder=str(folder),
+        folder=place,
         fit=fit.digest,
         n_rows=manifest.n_rows,
         n_shards=len(manifest.shards),
@@ -97,7 +106,7 @@ def find_build(folder: Path) -> BuildUnderWay | None:
         fitted_by=fit.made_by,
         parts=tuple(_under_way(fit, part) for part in parts),
         n_missing=sum(stop - start for start, stop in (manifest.shards[shard] for shard in missing)),
-        next=_next_step(fit, parts, missing),
+        next=_next_step(place, fit, parts, missing),
     )
 
 
@@ -112,10 +121,10 @@ def _under_way(fit: Fit, part: Part) -> PartUnderWay:
     )
 
 
-def _next_step(fit: Fit, parts: Sequence[Part], missing: list[int]) -> str:
-    commit = f"forebear index --out {fit.folder} --commit"
+def _next_step(place: str, fit: Fit, parts: Sequence[Part], missing: list[int]) -> str:
+    commit = f"forebear index --out {place} --commit"
     if not missing:
         return commit
     which = part_with(fit, missing[0], [part for part in parts if part.files])
-    step = f"forebear index --out {fit.folder} --train ROWS --shard {which}"
+    step = f"forebear index --out {place} --train ROWS --shard {which}"
     return f"{step}, here or in a copy of the folder; when all parts are written: {commit} (--from COPIES)"

@@ -1,0 +1,269 @@
+"""Builds at URLs: fit, parts and index are sent there; a step that is killed while it sends leaves nothing whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from interruptions import Interrupted, hashes
+from tiny import labels, sentences, write_jsonl
+
+from forebear import BuildOptions, Index, build_index, build_part, choose_model, commit_parts, fit_index, open_rows
+from forebear.cli.main import run
+from forebear.errors import InputError, OutputExistsError
+from forebear.hub import remote
+from forebear.indexer.building.sharing import segments
+from forebear.indexer.rows.row_source import RowSource
+
+URL = "memory://bucket/mine"
+OPTIONS = BuildOptions(
+    scopes=("head", "top-1"), sketch_dim=8, sketch_bits=64, white_bits=64, calibration_queries=4, batch_tokens=64,
+    shard_rows=8,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., str]) -> Path:
+    """Rows with repeats in both parts, the index that one process builds of them, and a folder with its fit alone."""
+    folder = tmp_path_factory.mktemp("given")
+    texts = sentences(28, seed=31, low=3)
+    write_jsonl(folder / "train.jsonl", text=[*texts, *texts[:6]], label=[*labels(28), *labels(28)[:6]])
+    (folder / "model").symlink_to(tiny_model("bert", 2, 6))
+    build_index(rows(folder), folder / "whole", model(folder), OPTIONS)
+    fit_index(rows(folder), folder / "fitted", model(folder), OPTIONS)
+    return folder
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[fsspec.AbstractFileSystem]:
+    """An empty object store in memory, and an empty cache."""
+    another_machine(monkeypatch, tmp_path)
+    memory = fsspec.filesystem("memory")
+    yield memory
+    memory.rm("/", recursive=True)
+
+
+def another_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What this machine has fetched, and was about to send, is lost."""
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    monkeypatch.setenv(remote.CACHE, str(tmp_path / "cache"))
+
+
+def rows(folder: Path) -> RowSource:
+    return open_rows(str(folder / "train.jsonl"))
+
+
+def model(folder: Path) -> Any:
+    return choose_model(str((folder / "model").resolve())).checkpoints
+
+
+def fit_at(url: str, given: Path, **how: bool) -> None:
+    assert fit_index(rows(given), url, model(given), OPTIONS, **how) is None
+
+
+def there(store: fsspec.AbstractFileSystem) -> dict[str, bytes]:
+    """All files of the build, by name."""
+    return {name.removeprefix("/bucket/mine/"): store.cat_file(name) for name in store.find("/bucket/mine")}
+
+
+class Kill:
+    """Sending dies at the n-th file, also where it is one that says that others are whole; -1: never."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, filesystem: fsspec.AbstractFileSystem) -> None:
+        self.left, self.sent = -1, []
+        for name, which in (("put_file", 1), ("mv", 1)):
+            monkeypatch.setattr(type(filesystem), name, self._dying(getattr(type(filesystem), name), which))
+
+    def _dying(self, send: Callable[..., Any], which: int) -> Callable[..., Any]:
+        def dying(filesystem: Any, *paths: str, **how: Any) -> Any:
+            if self.left == 0:
+                raise Interrupted
+            self.left -= 1
+            self.sent.append(paths[which])
+            return send(filesystem, *paths, **how)
+
+        return dying
+
+    def at(self, number: int) -> None:
+        self.left, self.sent = number, []
+
+
+@pytest.mark.slow
+def test_steps_on_three_machines_give_the_bytes_of_a_build_by_one(
+    store: fsspec.AbstractFileSystem,
+    given: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["index", "--out", URL, "--train", str(given / "train.jsonl")]
+    fit_at(URL, given)
+    for part in ("2/2", "1/2"):
+        another_machine(monkeypatch, tmp_path)
+        assert run([*words, "--shard", part]) == 0
+        assert f"{URL}: part {part} is written" in capsys.readouterr().err
+        assert run(["info", URL, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["folder"], found["n_missing"]) == (URL, {"2/2": 16, "1/2": 0}[part])
+        assert ("--shard 1/2" in found["next"]) == (part == "2/2")
+    another_machine(monkeypatch, tmp_path)
+    assert run(["index", "--out", URL, "--commit"]) == 0
+    assert f"--index {URL}" in capsys.readouterr().err
+    wanted = {name: (given / "whole" / name).read_bytes() for name in hashes(given / "whole")}
+    assert there(store) == wanted
+    assert hashes(Index.open(URL).folder) == hashes(given / "whole")
+    assert run(["index", "--out", URL, "--commit"]) == 0
+    assert "nothing is left to do" in capsys.readouterr().err
+    told: list[str] = []
+    assert build_part(URL, rows(given), "1/2", tell=told.append) == range(0)
+    assert told == [f"{URL} is an index already: nothing is left to do."]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_lost", [True, False], ids=["its machine lost", "its folder kept"])
+def test_a_part_whose_sending_is_killed_is_no_part_and_can_be_written_again(
+    store: fsspec.AbstractFileSystem, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_lost: bool
+) -> None:
+    fit_at(URL, given)
+    build_part(URL, rows(given), "2/2")
+    kill, written, sent = Kill(monkeypatch, store), [], []
+    monkeypatch.setattr(segments.ShardWriter, "write", counting(segments.ShardWriter.write, written))
+    for number in (0, 3, -1):
+        kill.at(number)
+        try:
+            build_part(URL, rows(given), "1/2")
+        except Interrupted:
+            assert number >= 0
+            sent += kill.sent
+            assert "parts/1-of-2.json" not in there(store)
+            with pytest.raises(InputError, match="of 34 rows are in no finished part"):
+                commit_parts(URL)
+        if is_lost:
+            another_machine(monkeypatch, tmp_path)
+    assert len(written) == (3 if is_lost else 1)  # passes over the rows
+    assert len(sent) == 3
+    assert is_lost or not set(sent) & set(kill.sent)  # what was sent before is not sent again
+    assert hashes(commit_parts(URL).folder) == hashes(given / "whole")
+
+
+def counting(function: Callable[..., Any], calls: list[object]) -> Callable[..., Any]:
+    def counted(*given: Any, **how: Any) -> Any:
+        calls.append(given)
+        return function(*given, **how)
+
+    return counted
+
+
+@pytest.mark.slow
+def test_a_commit_whose_sending_is_killed_leaves_the_parts_and_no_index(
+    store: fsspec.AbstractFileSystem, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit_at(URL, given)
+    build_part(URL, rows(given), "1/1")
+    kill = Kill(monkeypatch, store)
+    n_files = len(hashes(given / "whole"))
+    for number in (4, n_files - 1):  # the last one is the manifest
+        kill.at(number)
+        with pytest.raises(Interrupted):
+            commit_parts(URL)
+        with pytest.raises(InputError, match="is no index"):
+            Index.open(URL)
+        another_machine(monkeypatch, tmp_path)
+    kill.at(-1)
+    assert hashes(commit_parts(URL).folder) == hashes(given / "whole")
+    assert set(there(store)) == set(hashes(given / "whole"))
+
+
+@pytest.mark.slow
+def test_a_damaged_file_of_a_part_is_refused_and_its_step_mends_it(
+    store: fsspec.AbstractFileSystem, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit_at(URL, given)
+    build_part(URL, rows(given), "1/1")
+    before = there(store)
+    (name,) = (name for name in before if name.endswith("/rows/00002.arrow"))
+    for damaged in (before[name][:-1] + b"?", before[name][:-9]):
+        store.pipe_file(f"/bucket/mine/{name}", damaged)
+        another_machine(monkeypatch, tmp_path)
+        with pytest.raises(InputError, match=rf"^{URL}/parts/1-of-1.*/rows/00002.arrow.* in its folder again"):
+            commit_parts(URL)
+        another_machine(monkeypatch, tmp_path)
+        warned: list[str | None] = []
+        build_part(URL, rows(given), "1/1", warn=warned.append)
+        assert any(line is not None and "files of rows 16 to 23 were cut or altered" in line for line in warned)
+        assert there(store) == before
+    store.pipe_file("/bucket/mine/parts/1-of-1.json", b"{")
+    another_machine(monkeypatch, tmp_path)
+    with pytest.raises(InputError, match="is damaged"):
+        commit_parts(URL)
+    build_part(URL, rows(given), "1/1")
+    assert there(store) == before
+
+
+def test_parts_that_another_tool_copied_there_are_taken_from_there(
+    store: fsspec.AbstractFileSystem, given: Path, tmp_path: Path
+) -> None:
+    """From an object store, from a second one, and from a folder named by its URL."""
+    folders = [Path(shutil.copytree(given / "fitted", tmp_path / f"copy-{i}")) for i in range(3)]
+    for number, folder in enumerate(folders, 1):
+        build_part(f"file://{folder}", rows(given), f"{number}/3")
+    store.put(str(folders[0]), "/bucket/copied", recursive=True)
+    places = ["memory://bucket/copied", f"local://{folders[1]}", f"file://{folders[2]}"]
+    out = Path(shutil.copytree(given / "fitted", tmp_path / "index"))
+    with pytest.raises(InputError, match=r"memory://bucket/nowhere.*: no finished part is there"):
+        commit_parts(out, ["memory://bucket/nowhere"])
+    assert run(["index", "--out", str(out), "--commit", "--from", *places]) == 0
+    assert hashes(out) == hashes(given / "whole")
+
+
+@pytest.mark.slow
+def test_a_plain_build_goes_to_a_url_and_is_replaced_there_by_force_alone(
+    store: fsspec.AbstractFileSystem, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(given)
+    checkpoints = choose_model("model").checkpoints  # a path that is valid here alone is not remembered as such
+    built = build_index(rows(given), URL, checkpoints, OPTIONS)
+    assert hashes(built.folder) == hashes(given / "whole")
+    with pytest.raises(OutputExistsError, match=rf"^{URL} holds an index"):
+        fit_at(URL, given)
+    told: list[str] = []
+    build_index(rows(given), URL, checkpoints, OPTIONS, resume=True, tell=told.append)
+    assert "nothing is left to do" in told[0]
+    fit_at(URL, given, force=True)
+    assert set(there(store)) == set(hashes(given / "fitted"))
+    with pytest.raises(OutputExistsError, match=rf"^{URL} holds an unfinished build"):
+        fit_at(URL, given)
+    fit_at(URL, given, resume=True)
+    assert set(there(store)) == set(hashes(given / "fitted"))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--out", URL, "--shard", "1/2"], f"{URL}: no fit"),
+        (["--out", URL, "--commit"], f"{URL}: no fit"),
+        (["--out", URL, "--append"], "is asked, not changed"),
+        (["--out", URL, "--retire", "3"], "is asked, not changed"),
+        (["--out", "hf://me/mine", "--commit"], "forebear push"),
+        (["--out", "s3://bucket/mine", "--commit"], "Install s3fs"),
+        (["--out", "nothing://bucket/mine", "--fit"], "Protocol not known"),
+        (["--out", "here", "--commit", "--from", "gs://bucket/mine"], "here: no such folder"),
+    ],
+)
+def test_what_cannot_be_done_at_a_url_is_one_line(
+    store: fsspec.AbstractFileSystem, given: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begins = "--fit" in more
+    train = [] if {"--commit", "--retire"} & set(more) else ["--train", str(given / "train.jsonl")]
+    assert run(["index", *more, *train, *(["--model", str(given / "model")] if begins else [])]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert said in " ".join(line.split())
+    assert not Path("memory:").exists()
+    assert not Path("s3:").exists()
