@@ -8,10 +8,11 @@ among the cores anyway, and memory is that of one batch, however many clients th
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextvars import Context
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from forebear.server.limits import Limits, Rows
 from forebear.server.measures import Measures
 from forebear.server.served_indexes import Opened, ServedIndex, ServedIndexes
 
+LOG = logging.getLogger("forebear.server")
 LOOK_SECONDS = 1.0  # between two looks at what is on disk, where no request comes
 
 
@@ -128,8 +130,21 @@ class StoppedError(Exception):
 class Worker:
     """The thread that computes, and the queue of each index before it."""
 
-    def __init__(self, indexes: ServedIndexes, limits: Limits, measures: Measures) -> None:
+    def __init__(
+        self, indexes: ServedIndexes, limits: Limits, measures: Measures, between: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Prepare the queues.
+
+        Args:
+            indexes: By name.
+            limits: Of a request.
+            measures: Where batches are counted.
+            between: Called in the same thread while no request waits: does a little of what takes long, and says
+                whether there is more to do.
+        """
         self._indexes = indexes
+        self._between = between
+        self._has_more = True
         self._limits = limits
         self._measures = measures
         self._queues: dict[ServedIndex, deque[Job]] = {one: deque() for one in indexes.values()}
@@ -198,6 +213,7 @@ class Worker:
             if not jobs:
                 for served in self._order:
                     self._refreshed(served)
+                self._go_on()
                 continue
             started = time.perf_counter()
             try:
@@ -210,11 +226,19 @@ class Worker:
             self._batch_seconds += (taken - self._batch_seconds) / 8
             self._measures.batch_seconds.observe(taken)
 
+    def _go_on(self) -> None:
+        """Do a little of what nobody waits for; what goes wrong there ends it, and nothing else."""
+        try:
+            self._has_more = self._between()
+        except Exception:
+            LOG.exception("what is computed between requests has failed")
+            self._between, self._has_more = lambda: False, False
+
     def _take(self) -> list[Job]:
         """The oldest job of the index whose turn it is, with those that are computed with it; none after a while."""
         with self._wake:
             if not any(self._queues.values()) and not self._stopped:
-                self._wake.wait(LOOK_SECONDS)
+                self._wake.wait(0 if self._has_more else LOOK_SECONDS)
             for served in list(self._order):
                 queue, jobs, left = self._queues[served], list[Job](), list[Job]()
                 n_rows = 0

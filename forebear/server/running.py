@@ -26,6 +26,7 @@ from forebear.server.http.app import make_app
 from forebear.server.http.protection import LOG, is_loopback
 from forebear.server.http.routes import Service
 from forebear.server.limits import Limits
+from forebear.server.listed_rows import ListedRows, Listing
 from forebear.server.measures import Measures
 from forebear.server.micro_batches import Worker
 from forebear.server.served_indexes import ServedIndex, ServedIndexes, names_of
@@ -201,6 +202,7 @@ def serve(
     log_requests: bool = True,
     log_texts: bool = False,
     site: str | None = None,
+    listing: Listing | None = None,
     worklists: str | None = None,
     tell: Tell,
 ) -> None:
@@ -217,6 +219,7 @@ def serve(
         log_requests: Whether the log has a line for each request; else for faults alone.
         log_texts: Whether these lines have the texts of requests.
         site: Folder of ``forebear export-site`` that the explorer shows.
+        listing: Test rows that it lists.
         worklists: Folder in which the explorer's work lists are kept; None: each browser keeps its own.
         tell: Called with the line that says where it listens.
 
@@ -226,26 +229,38 @@ def serve(
     limits = limits or Limits()
     limits.check()
     check_place(host, token)
-    names_of(given)
+    names = list(names_of(given))
+    if listing is not None:
+        listing.place(names)
     _log_to_stderr(logging.INFO if log_requests else logging.WARNING)
     with bound_socket(host, port) as bound:
         indexes, measures = open_indexes(given, model=model, device=device), Measures()
-        explored = explored_of(indexes, site, worklists)
-        service = Service(indexes, Worker(indexes, limits, measures), limits, measures, log_texts, explored)
+        explored = explored_of(indexes, limits, site=site, listing=listing, worklists=worklists)
+        worker = Worker(indexes, limits, measures, explored.go_on)
+        service = Service(indexes, worker, limits, measures, log_texts, explored)
         _serve_at(bound, host, service, token, tell)
 
 
-def explored_of(indexes: ServedIndexes, site: str | None, worklists: str | None) -> Explored:
+def explored_of(
+    indexes: ServedIndexes, limits: Limits, *, site: str | None, listing: Listing | None, worklists: str | None
+) -> Explored:
     """What the explorer shows besides what it asks.
 
     Raises:
-        InputError: The site is of none of the indexes, or a work list cannot be read.
+        InputError: The site is of none of the indexes, or of the one whose test rows are listed; or a work list cannot
+            be read.
+        ForebearError: Test rows cannot be read, or do not fit the index.
     """
-    digests = [one.current.digest for one in indexes.values()]
-    return Explored(
-        None if site is None else ExportedSite.open(Path(site), digests),
-        None if worklists is None else WorkLists(Path(worklists), list(indexes)),
-    )
+    digests = {one.current.digest: name for name, one in indexes.items()}
+    opened = None if site is None else ExportedSite.open(Path(site), list(digests))
+    if (
+        opened is not None
+        and listing is not None
+        and digests[opened.facts["digest"]] == listing.place(list(indexes))[0]
+    ):
+        raise InputError("--site and --test: both list test rows of one index. Give one of the two.")
+    kept = None if worklists is None else WorkLists(Path(worklists), list(indexes))
+    return Explored(opened, None if listing is None else ListedRows(listing, indexes, limits), kept)
 
 
 def _serve_at(bound: socket.socket, host: str, service: Service, token: str | None, tell: Tell) -> None:

@@ -105,7 +105,7 @@ class ServedIndex:
         if before is not None:
             index.trust(before.index)
         model: Classifier | str | None = self._model
-        if before is not None and _same_model(before.index.manifest, index.manifest):
+        if before is not None and same_model(before.index.manifest, index.manifest):
             model = before.retriever.classifier()
         return Opened(self.name, index, Retriever(index, model=model, device=self._device))
 
@@ -193,7 +193,7 @@ def stamp_of(folder: Path) -> Stamp:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _same_model(one: Manifest, other: Manifest) -> bool:
+def same_model(one: Manifest, other: Manifest) -> bool:
     """Whether two manifests are of one model, read in one way."""
 
     def model(manifest: Manifest) -> tuple[object, ...]:

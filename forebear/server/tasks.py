@@ -20,6 +20,7 @@ from forebear.indexer.rows.opening import rows_from_texts
 from forebear.retriever.answers.coverage import tell_fit_age
 from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.server.limits import Limits, Rows
+from forebear.server.listed_rows import ListedRows
 from forebear.server.micro_batches import Found
 from forebear.server.served_indexes import Opened
 
@@ -208,6 +209,7 @@ class Describe:
     """The record of a training row, as the explorer shows it; the job's one test row is empty."""
 
     row: int
+    listed: ListedRows | None
     most_rows = None
 
     def check(self, opened: Opened, rows: Rows, n_asked: int) -> None:
@@ -215,9 +217,27 @@ class Describe:
         check_live(opened, np.array([self.row]))
 
     def answer(self, opened: Opened, rows: Rows) -> Sequence[Found]:
-        """The record; the predictions that it drives are not known."""
-        (record,) = row_block(opened.retriever, np.array([self.row]), Drives(), {})
-        return [Found(opened.retriever.resolve(QuerySpec()), record)]
+        """The record; with the predictions that it drives, of the listed test rows that are explained so far."""
+        is_listed = self.listed is not None and self.listed.fits(opened)
+        drives, counts = self.listed.drives(opened) if self.listed is not None and is_listed else (Drives(), {})
+        (record,) = row_block(opened.retriever, np.array([self.row]), drives, {})
+        return [Found(opened.retriever.resolve(QuerySpec()), {**record, **counts})]
+
+
+@dataclass(frozen=True)
+class ExplainListed:
+    """The record of a test row that the explorer lists; the job's one test row is empty."""
+
+    number: int
+    listed: ListedRows
+    most_rows = None
+
+    def check(self, opened: Opened, rows: Rows, n_asked: int) -> None:
+        """See :class:`~forebear.server.micro_batches.Task`."""
+
+    def answer(self, opened: Opened, rows: Rows) -> Sequence[Found]:
+        """The record."""
+        return [Found(opened.retriever.resolve(QuerySpec()), self.listed.page(opened, self.number))]
 
 
 @dataclass(frozen=True)

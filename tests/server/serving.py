@@ -79,6 +79,7 @@ class Live:
         token: str | None = None,
         log_texts: bool = False,
         site: str | None = None,
+        listing: Any = None,
         worklists: str | None = None,
         **limits: Any,
     ) -> None:
@@ -91,8 +92,9 @@ class Live:
 
         bounds = Limits(**limits)
         indexes, measures = open_indexes(folders), Measures()
-        explored = explored_of(indexes, site, worklists)
-        self.service = Service(indexes, Worker(indexes, bounds, measures), bounds, measures, log_texts, explored)
+        explored = explored_of(indexes, bounds, site=site, listing=listing, worklists=worklists)
+        worker = Worker(indexes, bounds, measures, explored.go_on)
+        self.service = Service(indexes, worker, bounds, measures, log_texts, explored)
         self.service.worker.start()
         bound = bound_socket("127.0.0.1", 0)
         self.port = bound.getsockname()[1]

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from serving import until
 
 from forebear.errors import CorruptIndexError, InputError
 from forebear.server.limits import Limits
@@ -69,11 +70,11 @@ class Pretended:
 class Desk:
     """A worker over two pretended indexes."""
 
-    def __init__(self, **limits: Any) -> None:
+    def __init__(self, between: Callable[[], bool] = lambda: False, **limits: Any) -> None:
         self.one, self.other = PretendedIndex("one"), PretendedIndex("other")
         self.measures = Measures()
         indexes: Any = ServedIndexes([self.one, self.other])  # type: ignore[list-item]
-        self.worker = Worker(indexes, Limits(**({"queue": 8} | limits)), self.measures)
+        self.worker = Worker(indexes, Limits(**({"queue": 8} | limits)), self.measures, between)
 
     def job(self, task: Pretended, *texts: str, index: Any = None, seconds: float = SOON, opened: Any = None) -> Job:
         rows = [(text,) for text in texts]
@@ -86,8 +87,8 @@ class Desk:
 def desk() -> Iterator[Callable[..., Desk]]:
     made: list[Desk] = []
 
-    def make(**limits: Any) -> Desk:
-        made.append(Desk(**limits))
+    def make(**given: Any) -> Desk:
+        made.append(Desk(**given))
         return made[-1]
 
     yield make
@@ -209,6 +210,24 @@ def test_a_file_that_is_missing_without_a_change_is_an_error(desk):
     one.worker.start()
     with pytest.raises(CorruptIndexError, match=r"^one/words is missing"):
         values(one.job(released(), "removed"))
+
+
+def test_what_is_done_between_requests_holds_nobody_and_its_fault_ends_it_alone(desk):
+    calls: list[int] = []
+
+    def between() -> bool:
+        calls.append(len(calls))
+        if len(calls) == 3:
+            raise RuntimeError("a fault")
+        return True
+
+    here = desk(between=between)
+    here.worker.start()
+    for text in "abcde":
+        assert values(here.job(released(), text)) == [(1, text)]
+    assert until(lambda: len(calls) == 3)
+    assert values(here.job(released(), "f")) == [(1, "f")]
+    assert len(calls) == 3
 
 
 def test_stopping_fails_those_that_wait_and_takes_no_more(desk):

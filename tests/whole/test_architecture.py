@@ -29,7 +29,8 @@ ROOMS = {  # of a layer, in their order: a room imports from those before it, ne
         "python", "explorer",
     ),
     "server": (
-        "limits", "measures", "served_indexes", "worklists", "explored", "micro_batches", "tasks", "http", "running",
+        "limits", "measures", "served_indexes", "listed_rows", "worklists", "explored", "micro_batches", "tasks",
+        "http", "running",
     ),
     "cli": ("screen", "options", "workers", "ray_tasks", "commands", "main"),
 }  # fmt: skip

@@ -21,7 +21,9 @@ from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.explain.explaining import explain
 from forebear.evaluation.explain.explanation import Answer, Explanation, FoundRow, Side
 from forebear.evaluation.explain.marks import MarkedText, Piece, Word
+from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.row_format import REGRESSION, SINGLE_LABEL
+from forebear.progress import Progress, no_progress
 from forebear.retriever.answers.results import SIDES
 from forebear.retriever.question.spec import Question
 from forebear.retriever.retriever import Retriever
@@ -31,6 +33,9 @@ NEIGHBOURS = 10  # nearest rows whose labels are compared with the label of a ro
 BY_TEXTS = Thresholds(neighbours=0)  # duplicates of training rows as those of test rows are found: without cosines
 LISTED_CHARACTERS = 2000  # of a text in the list of test rows, which the filter by text looks at
 LISTED_DUPLICATES = 50
+PREDICTED_TOGETHER = 1024  # test rows
+LEAST_QUERIES = 20  # test rows that a hub share is stated of
+JUDGED = ("label", "prediction", "probability", "wrong")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +59,19 @@ class Asked:
 
 @dataclass
 class Drives:
-    """The predictions that each training row is listed for, gathered while test rows are explained."""
+    """The predictions that each training row is listed for, gathered while test rows are explained.
+
+    Attributes:
+        places: By training row: test row, method, side, rank, score and effect.
+        n_tests: Test rows that were explained.
+    """
 
     places: dict[int, list[Record]] = field(default_factory=lambda: defaultdict(list))
+    n_tests: int = 0
 
     def add(self, number: int, explanation: Explanation) -> None:
         """Note the rows of one explanation, of test row ``number``."""
+        self.n_tests += 1
         for answer in explanation.answers:
             for side in answer.sides:
                 for row in side.rows:
@@ -71,39 +83,105 @@ class Drives:
         """Training rows that any prediction lists, ascending."""
         return np.array(sorted(self.places), np.int64)
 
+    def hub_share(self, method: str, row: int) -> float:
+        """Of the test rows that were explained, the share that a training row is a proponent of by a method."""
+        found = {p["test"] for p in self.places.get(row, ()) if (p["method"], p["side"]) == (method, SIDES[0])}
+        return len(found) / self.n_tests
+
+
+def add_hub_shares(page: Record, drives: Drives) -> None:
+    """Say of each proponent on a page for which share of the test rows it comes up, as ``audit hubs`` would.
+
+    Too few test rows say nothing of a share, and are left out.
+    """
+    if drives.n_tests < LEAST_QUERIES:
+        return
+    page["hub_queries"] = f"{drives.n_tests:,} test rows"
+    for answer in page["answers"]:
+        for found in answer["sides"][0]["rows"]:
+            found["hub_share"] = drives.hub_share(answer["method"], found["row"])
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the test rows before any of them is explained.
+
+    Attributes:
+        gold: Their labels as texts, ``(q,)``; None where they have none.
+        leak_of: Those that stand among the training rows, by number.
+    """
+
+    gold: Sequence[str | None]
+    leak_of: dict[int, Leak]
+
+    @classmethod
+    def of(cls, asked: Asked) -> Known:
+        """Compare the test rows with all training rows, of which a block at a time is in memory."""
+        index, test = asked.retriever.index, asked.test
+        gold: Sequence[str | None] = [None] * len(test)
+        if test.labels is not None:
+            gold = index.loss.texts(test.labels, asked.retriever.label_names)
+        return cls(gold, {leak.test_row: leak for leak in leaks(index, test, BY_TEXTS)})
+
 
 def prediction_records(asked: Asked, drives: Drives) -> Iterator[tuple[Record, Record]]:
     """For each test row its line in the list and its page, in the order of the file; ``drives`` gathers their rows."""
-    index, test = asked.retriever.index, asked.test
-    leak_of = {leak.test_row: leak for leak in leaks(index, test, BY_TEXTS)}
-    gold: Sequence[str | None] = [None] * len(test)
-    if test.labels is not None:
-        gold = index.loss.texts(test.labels, asked.retriever.label_names)
-    for i, texts in enumerate(zip(*test.texts, strict=True)):
-        query = texts[0] if len(texts) == 1 else (texts[0], texts[1])
-        explanation = explain(asked.retriever, query, asked.question, form=asked.form)
-        drives.add(i, explanation)
-        page = {"number": i, **judged(explanation, gold[i]), **explained(explanation, asked.hubs)}
-        page["duplicate"] = None if i not in leak_of else _leak(leak_of[i])
-        line = {name: page[name] for name in ("number", "label", "prediction", "probability", "wrong")}
-        line["texts"] = [text[:LISTED_CHARACTERS] for text in texts]
-        yield line | {"duplicate": i in leak_of}, page
+    known = Known.of(asked)
+    for number in range(len(asked.test)):
+        explanation = explain_row(asked, number)
+        drives.add(number, explanation)
+        page = page_record(asked, known, number, explanation)
+        yield _line(asked, known, number, {name: page[name] for name in JUDGED}), page
 
 
-def judged(explanation: Explanation, gold: str | None) -> Record:
+def explain_row(asked: Asked, number: int) -> Explanation:
+    """The explanation of a test row."""
+    texts = [column[number] for column in asked.test.texts]
+    query = texts[0] if len(texts) == 1 else (texts[0], texts[1])
+    return explain(asked.retriever, query, asked.question, form=asked.form)
+
+
+def page_record(asked: Asked, known: Known, number: int, explanation: Explanation) -> Record:
+    """The page of a test row."""
+    by_name = {name: value for name, value, _ in explanation.probabilities}
+    judged = _judged(asked, known.gold[number], explanation.prediction, by_name.get(explanation.prediction))
+    leak = known.leak_of.get(number)
+    page = {"number": number, **judged, **explained(explanation, asked.hubs)}
+    return page | {"duplicate": None if leak is None else {"row": leak.row, "kind": leak.kind, "jaccard": leak.jaccard}}
+
+
+def predicted_lines(asked: Asked, known: Known, progress: Progress = no_progress) -> list[Record]:
+    """The lines of all test rows, of which none is explained: one forward pass over each block of them."""
+    retriever, lines, n_tests = asked.retriever, list[Record](), len(asked.test)
+    progress("test rows", 0, n_tests)
+    for block in asked.test.blocks(PREDICTED_TOGETHER):
+        forward = run_forward(retriever.classifier(), block.texts, first_row=len(lines))
+        predictions = forward.loss.texts(forward.predictions, retriever.label_names)
+        for prediction, probabilities in zip(predictions, forward.probabilities.tolist(), strict=True):
+            number, by_name = len(lines), dict(zip(retriever.label_names, probabilities, strict=True))
+            judged = _judged(asked, known.gold[number], str(prediction), by_name.get(str(prediction)))
+            lines.append(_line(asked, known, number, judged))
+        progress("test rows", len(lines), n_tests)
+    return lines
+
+
+def _line(asked: Asked, known: Known, number: int, judged: Record) -> Record:
+    texts = [column[number][:LISTED_CHARACTERS] for column in asked.test.texts]
+    return {"number": number, **judged, "texts": texts, "duplicate": number in known.leak_of}
+
+
+def _judged(asked: Asked, gold: str | None, prediction: str, probability: float | None) -> Record:
     """The prediction beside the gold label: probability of the predicted class, and whether the two differ.
 
     Both are None where they mean nothing: a probability of several labels or of numbers; an error of a number, or of a
     test row without a label.
     """
-    by_name = {name: value for name, value, _ in explanation.probabilities}
-    single = explanation.problem_type == SINGLE_LABEL
-    wrong = None if gold is None or explanation.problem_type == REGRESSION else gold != explanation.prediction
+    problem_type = asked.retriever.index.loss.problem_type
     return {
         "label": gold,
-        "prediction": explanation.prediction,
-        "probability": by_name[explanation.prediction] if single else None,
-        "wrong": wrong,
+        "prediction": prediction,
+        "probability": probability if problem_type == SINGLE_LABEL else None,
+        "wrong": None if gold is None or problem_type == REGRESSION else gold != prediction,
     }
 
 
@@ -183,10 +261,6 @@ def _piece(piece: Piece) -> list[Any]:
 def _words(words: Iterable[Word]) -> list[list[Any]]:
     """Words: [text, number as it is written, its column where there are several]."""
     return [[word.text, word.number, word.where] for word in words]
-
-
-def _leak(leak: Leak) -> Record:
-    return {"row": leak.row, "kind": leak.kind, "jaccard": leak.jaccard}
 
 
 def row_records(asked: Asked, drives: Drives, block_rows: int) -> Iterator[list[Record]]:

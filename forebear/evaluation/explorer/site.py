@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from forebear.errors import OutputExistsError, StorageError
-from forebear.evaluation.explorer.records import Asked, Drives, Record, prediction_records, row_records
+from forebear.evaluation.explorer.records import (
+    Asked,
+    Drives,
+    Record,
+    add_hub_shares,
+    prediction_records,
+    row_records,
+)
 from forebear.evaluation.reports.report import page_style
 from forebear.indexer.model.device.arithmetic import computed_line
 from forebear.indexer.rows.row_format import REGRESSION, SINGLE_LABEL
@@ -100,6 +107,13 @@ def _write(asked: Asked, folder: Path, command: str, progress: Progress) -> int:
         write_bytes(folder / chunk_name("predictions", number), chunk_script("predictions", number, chunk))
     for number, chunk in enumerate(_parted(lines, CHUNKS["tests"])):
         write_bytes(folder / chunk_name("tests", number), chunk_script("tests", number, chunk))
+    if asked.hubs is None:
+        for number in range(-(-n_tests // CHUNKS["predictions"])):
+            path = folder / chunk_name("predictions", number)
+            chunk = json.loads(script_records(path.read_bytes()))
+            for page in chunk:
+                add_hub_shares(page, drives)
+            write_bytes(path, chunk_script("predictions", number, chunk))
     first_rows = []
     for number, chunk in enumerate(row_records(asked, drives, CHUNKS["rows"])):
         write_bytes(folder / chunk_name("rows", number), chunk_script("rows", number, chunk))
@@ -111,8 +125,14 @@ def _write(asked: Asked, folder: Path, command: str, progress: Progress) -> int:
     return len(drives.rows)
 
 
-def site_facts(asked: Asked, command: str) -> Record:
-    """What the pages say of the index, the question and the test rows, and how the records are parted."""
+def site_facts(asked: Asked, command: str = "", name: str | None = None) -> Record:
+    """What the pages say of the index, the question and the test rows, and how the records are parted.
+
+    Args:
+        asked: What is explained, and how.
+        command: What repeats this, if anything does.
+        name: What the index is called; None: by its folder.
+    """
     index, question, test = asked.retriever.index, asked.question, asked.test
     manifest = index.manifest
     facts = asked.retriever.facts(question)
@@ -130,7 +150,7 @@ def site_facts(asked: Asked, command: str) -> Record:
         "hubs": asked.hubs is not None,
         "chunks": CHUNKS,
         "provenance": [
-            ["index", str(facts["index"])],
+            ["index", name or str(facts["index"])],
             ["index digest", str(facts["index_digest"])],
             ["computed on", computed_line(facts["computed_on"])],
             *([name, line] for name, line in fit_lines(question).items()),
@@ -139,7 +159,7 @@ def site_facts(asked: Asked, command: str) -> Record:
             ["training rows", f"{manifest.n_live:,} ({', '.join(s.source for s in manifest.segments)})"],
             ["sign", str(facts["sign"])],
             ["versions", ", ".join(f"{name} {number}" for name, number in versions.items())],
-            ["command", command],
+            *([["command", command]] if command else []),
         ],
     }
 
@@ -160,6 +180,16 @@ def chunk_name(kind: str, number: int) -> str:
 def chunk_script(kind: str, number: int, records: list[Record]) -> bytes:
     """Some records as a script that hands them to the page."""
     return f"forebear.add({script_value(kind)}, {number}, {script_value(records)});\n".encode()
+
+
+def script_records(script: bytes) -> bytes:
+    """The JSON that a script of a site holds; it is ASCII, so that the brackets at its ends are its own.
+
+    Raises:
+        ValueError: It holds none.
+    """
+    start = min(place for place in (script.find(b"["), script.find(b"{")) if place >= 0)
+    return script[start : max(script.rfind(b"]"), script.rfind(b"}")) + 1]
 
 
 def script_value(value: Any) -> str:

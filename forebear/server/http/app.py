@@ -15,7 +15,7 @@ from forebear.errors import ForebearError, InUseError, ModelError, NotEnoughMemo
 from forebear.server.http.answers import MEDIA_TYPE, error_line
 from forebear.server.http.explorer import explorer_routes
 from forebear.server.http.protection import FAULT, LOG, Protected
-from forebear.server.http.routes import Service, described, health_routes, index_routes, question_routes
+from forebear.server.http.routes import Service, described, explained, health_routes, index_routes, question_routes
 from forebear.server.micro_batches import QueueFullError, StoppedError, TimeRanOutError
 
 
@@ -34,7 +34,9 @@ def make_app(service: Service, token: str | None = None) -> ASGIApp:
         redoc_url=None,
         redirect_slashes=False,
     )
-    explorer = explorer_routes(service.indexes, service.explored, partial(described, service))
+    explorer = explorer_routes(
+        service.indexes, service.explored, partial(described, service), partial(explained, service)
+    )
     for router in (question_routes(service), index_routes(service), health_routes(service), explorer):
         app.include_router(router)
     app.add_exception_handler(RequestValidationError, _on_invalid)

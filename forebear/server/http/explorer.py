@@ -31,7 +31,7 @@ _HEADERS = {
     "cache-control": "no-cache",
 }
 Row = Annotated[int, Path(ge=0, le=2**62)]
-Describe = Callable[[str, int], Awaitable[dict[str, Any]]]  # index and training row
+Record = Callable[[str, int], Awaitable[dict[str, Any]]]  # of a row of an index, by its name
 
 
 class Marked(BaseModel):
@@ -52,13 +52,14 @@ class Marked(BaseModel):
     note: Annotated[str, Field(max_length=20_000)] = ""
 
 
-def explorer_routes(indexes: ServedIndexes, explored: Explored, describe: Describe) -> APIRouter:
+def explorer_routes(indexes: ServedIndexes, explored: Explored, describe: Record, explain: Record) -> APIRouter:
     """``/`` and its files, and ``/explorer``.
 
     Args:
         indexes: By name.
-        explored: A site and work lists.
+        explored: Test rows, a site and work lists.
         describe: Gives the record of a training row, from the thread that computes.
+        explain: The same of a test row that is listed.
     """
     router = APIRouter(tags=["explorer"])
 
@@ -82,11 +83,18 @@ def explorer_routes(indexes: ServedIndexes, explored: Explored, describe: Descri
         return as_json(dumped(explored.facts(indexes.named(index or names[0]).current, names)))
 
     @router.get("/explorer/records/{kind}/{number}")
-    async def records(kind: Literal["tests", "predictions", "rows"], number: Row) -> Response:
-        """Some records of the site, as ``forebear export-site`` wrote them."""
-        if explored.site is None:
-            raise InputError("no site is served. Give one by --site.")
-        return as_json(await asyncio.to_thread(explored.site.records, kind, number))
+    async def records(
+        kind: Literal["tests", "predictions", "rows"], number: Row, index: Name | None = None
+    ) -> Response:
+        """Some records of the test rows, as ``forebear export-site`` writes them."""
+        opened = indexes.named(index or next(iter(indexes))).current
+        found = await asyncio.to_thread(explored.records, opened, kind, number)
+        return as_json(found if isinstance(found, bytes) else dumped(found))
+
+    @router.get("/explorer/tests/{number}")
+    async def test(number: Row, index: Name | None = None) -> Response:
+        """The page of a test row that is listed; it is explained now."""
+        return as_json(dumped(await explain(indexes.named(index).name, number)))
 
     @router.get("/explorer/rows/{row}")
     async def row(row: Row, index: Name | None = None) -> Response:

@@ -31,7 +31,7 @@ from forebear.server.limits import Limits, Rows
 from forebear.server.measures import Measures
 from forebear.server.micro_batches import Job, Outcome, Task, Worker
 from forebear.server.served_indexes import ServedIndexes
-from forebear.server.tasks import Describe, Explain, Flip, Retrieve, Score
+from forebear.server.tasks import Describe, Explain, ExplainListed, Flip, Retrieve, Score
 
 Shown = Callable[[Any, int], dict[str, Any]]  # what was found for a test row and the row's number, as JSON has it
 
@@ -96,7 +96,18 @@ def question_routes(service: Service) -> APIRouter:
 
 async def described(service: Service, name: str, row: int) -> dict[str, Any]:
     """The record of a training row."""
-    outcome = await anext(_parts(service, name, Describe(row), [("",)]))
+    return await _recorded(service, name, Describe(row, service.explored.listed))
+
+
+async def explained(service: Service, name: str, number: int) -> dict[str, Any]:
+    """The record of a test row that is listed."""
+    if service.explored.listed is None:
+        raise InputError("no test rows are listed. Give a file of them by --test.")
+    return await _recorded(service, name, ExplainListed(number, service.explored.listed))
+
+
+async def _recorded(service: Service, name: str, task: Task) -> dict[str, Any]:
+    outcome = await anext(_parts(service, name, task, [("",)]))
     record: dict[str, Any] = outcome.answers[0].value
     return record
 

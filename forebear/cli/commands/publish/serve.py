@@ -7,16 +7,19 @@ from typing import Annotated
 
 import typer
 
-from forebear.cli.options.groups import Options, grouped, values_of
+from forebear.cli.options.groups import Options, Shown, grouped, values_of
 from forebear.cli.options.model import Device, MovedModel
-from forebear.cli.options.report import Quiet
-from forebear.cli.screen.console import Command, say
+from forebear.cli.options.question import Methods, Top
+from forebear.cli.options.report import Hubs, Quiet
+from forebear.cli.options.rows import MaybeTestOptions
+from forebear.cli.screen.console import Command, listed, progress_bar, say
 from forebear.errors import InputError
 
 HELP = """Answer questions over HTTP: one process holds indexes and models open, and many clients ask at once.
 
 Requests that ask the same at the same time are computed together. An index that is appended to or retired from is
-opened anew, without a restart. At / is the explorer, for browsers. docs/server.md has the routes, limits and measures.
+opened anew, without a restart. At / is the explorer, for browsers, which lists the rows of --test. docs/server.md has
+the routes, limits and measures.
 
 Examples:
 
@@ -24,7 +27,11 @@ Examples:
 
     forebear serve reviews=runs/sst2-index nli=runs/nli-index --port 8080
 
-    forebear serve my-index --site runs/site --worklists runs/marked
+    forebear serve my-index --test dev.csv --worklists runs/marked
+
+    forebear serve reviews=runs/sst2-index nli=runs/nli-index --test nli=dev.tsv --method gc,if
+
+    forebear serve my-index --site runs/site
 
     forebear serve my-index --host 0.0.0.0 --token-file token.txt --model-texts 0
 """
@@ -95,7 +102,7 @@ def register(app: typer.Typer) -> None:
     app.command("serve", help=HELP, cls=Command)(serve)
 
 
-@grouped()
+@grouped(methods=Shown("tracin-we-topk where the index holds words, and gc"), top=5)
 def serve(
     indexes: Annotated[
         list[str], typer.Argument(metavar="INDEX...", help="Index folders, or NAME=FOLDER: the name to ask it by.")
@@ -103,6 +110,10 @@ def serve(
     place: PlaceOptions,
     limits: LimitOptions,
     explorer: ExplorerOptions,
+    test: MaybeTestOptions,
+    methods: Methods = None,
+    top: Top = 5,
+    hubs: Hubs = None,
     model: MovedModel = None,
     device: Device = "auto",
     log_texts: Annotated[bool, typer.Option("--log-texts", help="Write what clients ask to the log, too.")] = False,
@@ -112,6 +123,7 @@ def serve(
     try:
         from forebear.server import running
         from forebear.server.limits import Limits
+        from forebear.server.listed_rows import Listing
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in ("fastapi", "uvicorn", "prometheus_client"):
             raise
@@ -119,6 +131,13 @@ def serve(
             f"forebear serve needs {error.name}, which is not installed. Install it: pip install 'forebear[serve]'."
         ) from error
     token = running.token_of(place.token_file)
+    listing = None
+    if test.test is not None:
+        listing = Listing(
+            test=test.test, open_rows=test.open, methods=listed(methods), top=top, hubs=hubs, progress=progress_bar
+        )
+    elif methods or hubs:
+        raise InputError("--method and --hubs are asked of test rows. Give a file of them by --test.")
     running.serve(
         indexes,
         host=place.host,
@@ -130,5 +149,6 @@ def serve(
         log_requests=log_texts or not quiet,
         log_texts=log_texts,
         **values_of(explorer),
+        listing=listing,
         tell=say,
     )

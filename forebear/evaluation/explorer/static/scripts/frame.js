@@ -11,11 +11,11 @@
   function aboutPage(main) {
     const { site } = forebear;
     add(main, el("h1", { tabindex: -1 }, "About these pages"),
-      el("p", null, !site.n_tests ? "Texts are explained when they are asked about. Test rows are listed where the server was started with --site, the folder of forebear export-site." : `For each test row: the ${site.top} training rows of highest score (proponents) and the ${site.top} of lowest (opponents), by each method. The larger a score, the more training on the row supports what is explained.`),
+      el("p", null, !site.n_tests ? "Texts are explained when they are asked about. Test rows are listed where the server was started with --test, a file of them, or with --site, the folder of forebear export-site." : `For each test row: the ${site.top} training rows of highest score (proponents) and the ${site.top} of lowest (opponents), by each method. The larger a score, the more training on the row supports what is explained.`),
       el("h2", null, "Methods"), el("dl", { class: "provenance" }, site.methods.map(([name, formula]) => [el("dt", null, name), el("dd", null, formula)])),
       el("h2", null, "Numbers"), el("ul", null,
         el("li", null, "Effect: predicted change of the loss, and of the probability, without the row."),
-        el("li", null, site.hubs ? "Hub share: of the reference queries of an audit of hubs, the share that the row came up for. A row that comes up for most explains none." : "Hub shares are shown where an audit of hubs is given when the site is written."),
+        el("li", null, `Hub share: of ${site.hubs ? "the reference queries of an audit of hubs" : "the test rows that are explained, from 20 on"}, the share that the row is a proponent of. A row that comes up for most explains none.`),
         el("li", null, "Also a training row: equal texts, equal words, or word sets of a Jaccard similarity of at least 0.8."),
         el("li", null, "Probability of the label: what the model gives a training row\u2019s own label."),
         el("li", null, "Suggested: another label that the model predicts, or most of the 10 nearest rows have.")),
@@ -42,6 +42,8 @@
     const holder = el("div");
     const pages = { "": forebear.served && !forebear.site.n_tests ? askPage : listPage, test: testPage, row: rowPage, work: workPage, about: aboutPage, ...(forebear.served ? { ask: askPage, asked: askedPage } : {}) };
     let title;
+    const main = document.getElementById("main");
+    main.setAttribute("aria-busy", "true");
     try {
       const known = Object.hasOwn(pages, name) && (number === undefined || /^\d{1,15}$/.test(number));
       title = known ? await pages[name](holder, Number(number)) : missingPage(holder, "There is no such page.");
@@ -50,7 +52,7 @@
       title = "Not read";
     }
     if (mine !== turn) return; // the reader has gone on
-    const main = document.getElementById("main");
+    main.setAttribute("aria-busy", "false");
     main.replaceChildren(...holder.childNodes);
     document.title = `${title} \u00b7 forebear explorer`;
     drawPages();

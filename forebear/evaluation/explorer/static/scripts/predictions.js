@@ -28,7 +28,7 @@
       el("li", null, "strength: ", one("supports", 3, "strong", "+"), one("supports", 2, "medium", "+"), one("supports", 1, "light", "+"))));
   }
 
-  function rowCard(found, place, others) {
+  function rowCard(found, place, others, queries) {
     const link = el("a", { href: `#/row/${found.row}` }, `row ${found.row}`);
     const effects = [found.effect ? ` \u00b7 effect ${minus(found.effect)}` : "", found.effect_probability ? ` \u00b7 probability ${minus(found.effect_probability)}` : ""];
     const card = el("article", { class: "passage" },
@@ -42,7 +42,7 @@
         el("li", null, el("span", null, "label"), shown(found.label)),
         el("li", null, el("span", null, "prediction"), shown(found.prediction)),
         el("li", null, el("span", null, "loss"), found.loss.toPrecision(3)),
-        found.hub_share === null ? null : el("li", null, el("span", null, "hub share"), percent(found.hub_share)),
+        found.hub_share === null ? null : el("li", null, el("span", null, "hub share"), percent(found.hub_share), queries ? ` of ${queries}` : ""),
         others.length ? el("li", null, el("span", null, "also"), others.join(", ")) : null));
     card.append(markDetails(found.row, place, (entry) => card.classList.toggle("marked", Boolean(entry))));
     return card;
@@ -62,7 +62,7 @@
         half.notes.map((note) => el("p", { class: "note-line" }, note)),
         answer.effect_note ? el("details", null, el("summary", null, "What the effects mean"), el("p", { class: "note-line" }, answer.effect_note)) : null,
         half.rows.map((found) => rowCard(found, `${side} ${found.rank} by ${answer.method} of ${of}`,
-          [...new Set(places.get(found.row).filter(([method]) => method !== answer.method).map(([, words]) => words))])));
+          [...new Set(places.get(found.row).filter(([method]) => method !== answer.method).map(([, words]) => words))], record.hub_queries)));
     }));
   }
 

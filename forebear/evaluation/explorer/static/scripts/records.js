@@ -50,6 +50,7 @@
 
   async function prediction(number) {
     if (!(number < forebear.site.n_tests)) return null;
+    if (forebear.site.explains) return ask(`explorer/tests/${number}`);
     return (await load("predictions", chunkOf("predictions", number))).find((record) => record.number === number);
   }
 
