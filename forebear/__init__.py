@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         OutputExistsError,
         StorageError,
     )
-    from forebear.evaluation.python import audits, evaluations
+    from forebear.evaluation.python import audits, evaluations, worklists
     from forebear.evaluation.python.explaining import explain, saliency
     from forebear.evaluation.python.flipping import flip
     from forebear.indexer.building.build import build_index, fit_index
@@ -87,7 +87,7 @@ _HOMES = {  # the module that defines each public name; the imports above say th
     "forebear.retriever.question.spec": ("QuerySpec",),
     "forebear.retriever.retriever": ("JointRetriever", "Retriever"),
     "forebear.retriever.answers.show": ("show",),
-    "forebear.evaluation.python": ("audits", "evaluations"),
+    "forebear.evaluation.python": ("audits", "evaluations", "worklists"),
     "forebear.evaluation.python.explaining": ("explain", "saliency"),
     "forebear.evaluation.python.flipping": ("flip",),
 }
@@ -134,6 +134,7 @@ __all__ = [
     "show",
     "train",
     "verify_index",
+    "worklists",
 ]
 
 

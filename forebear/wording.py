@@ -36,6 +36,7 @@ class Keyword:
 
 # By flag. Where commands give one flag different meanings, the rarer ones stand with their command: "index --scope".
 KEYWORDS = {
+    "--accept": Keyword("accept", "apply", "number"),
     "--aggregate": Keyword("aggregate", "QuerySpec", "switch"),
     "--ann": Keyword("ann", "BuildOptions"),
     "--astra": Keyword("astra", "QuerySpec"),

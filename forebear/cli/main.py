@@ -12,6 +12,7 @@ import typer
 
 from forebear.cli.commands import demo, explain, flip, index, inspect, perturb, report, retrieve, train
 from forebear.cli.commands.audit import hans as audit
+from forebear.cli.commands.audit import worklists
 from forebear.cli.commands.evaluate import group as evaluate
 from forebear.cli.commands.publish import push, serve, site
 from forebear.cli.screen.console import ERR, OUT, be_quiet, note, warn
@@ -61,6 +62,7 @@ for module in (
     explain,
     flip,
     audit,
+    worklists,
     evaluate,
     perturb,
     report,

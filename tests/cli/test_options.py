@@ -26,8 +26,8 @@ MADE_UP = (["evaluate", "concentration"], ["audit", "length"])  # what docs/exte
 PINNED = ROOT / "tests" / "cli" / "options.txt"
 DECLARED_MORE_THAN_ONCE = {  # one name, several meanings: what each declaration is of
     "--model": ("of an index, if it has moved", "to index", "to start training from"),
-    "--out": ("report", "index", "run", "answers", "demo", "site"),
-    "--index": ("one", "one or several"),
+    "--out": ("report", "index", "run", "answers", "demo", "site", "training file"),
+    "--index": ("one", "one or several", "of a work list"),
     "--top": ("k", "several k", "rows that a report lists"),
     "--shard": ("of an index's rows", "of test rows"),
     "--scope": ("of a question", "of a question, several", "of an index, several"),
@@ -40,7 +40,8 @@ DECLARED_MORE_THAN_ONCE = {  # one name, several meanings: what each declaration
     "--dev": ("whose accuracy is measured", "whose mistakes are mended"),
     "--force": ("of what is written", "of an index"),
     "--resume": ("a change of an index", "a file of answers"),
-    "--group-by": ("sums of scores", "counts of suspects"),
+    "--train": ("that was indexed", "that a work list changes"),
+    "--group-by": ("sums of scores", "counts of suspects", "of test rows"),
     "--share": ("removed, several", "on its way out"),
 }
 

@@ -25,7 +25,7 @@ ROOMS = {  # of a layer, in their order: a room imports from those before it, ne
         "answers", "retriever",
     ),
     "evaluation": (
-        "reports", "common", "worklists", "explain", "measures", "retraining", "flips", "audits", "perturb", "demo",
+        "reports", "common", "explain", "measures", "retraining", "worklists", "flips", "audits", "perturb", "demo",
         "python", "explorer",
     ),
     "server": (
@@ -40,7 +40,7 @@ PUBLIC_NAMES = """
     METHODS Method MismatchError MissingStoreError ModelError NonFiniteError NotEnoughMemoryError OutputExistsError
     QuerySpec Retriever RowSource StorageError TrainOptions append_rows audits build_index build_part choose_model
     commit_parts evaluations explain fit_index flip open_rows rebuild_ann retire_rows rows_from_texts saliency
-    show train verify_index
+    show train verify_index worklists
 """
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -104,6 +104,25 @@ class IndexOptions(Options, panel="Index and model"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MaybeIndexOptions(Options, panel="Index and model"):
+    """The index that a file's rows are of, and its model; both may be left out."""
+
+    index: Annotated[str | None, typer.Option("--index", help="The index that the list is of.", show_default=False)] = (
+        None
+    )
+    model: MovedModel = None
+    device: Device = "auto"
+    devices: Devices = None
+
+    @property
+    def given(self) -> IndexOptions | None:
+        """The options of the index, where there is one."""
+        if self.index is None:
+            return None
+        return IndexOptions(index=self.index, model=self.model, device=self.device, devices=self.devices)
+
+
+@dataclass(frozen=True, kw_only=True)
 class IndexesOptions(Options, panel="Index and model"):
     """One index or several of one model, and the model."""
 

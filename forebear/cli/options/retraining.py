@@ -20,19 +20,18 @@ Workers = Annotated[
     ),
 ]
 
+RECIPE = typer.Option(
+    "--retrain",
+    help="What is trained again: full, top-K (the last K layers, as top-2), head, or proximal-head (the head from its "
+    "trained weight, held by the damping).",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
-class RetrainOptions(Options, panel="Retraining"):
+class RecipeOptions(Options, panel="Retraining"):
     """How the model is retrained, how often, and where the outcomes are kept."""
 
-    recipe: Annotated[
-        str,
-        typer.Option(
-            "--retrain",
-            help="What is trained again: full, top-K (the last K layers, as top-2), head, or proximal-head (the head "
-            "from its trained weight, held by the damping).",
-        ),
-    ] = "head"
+    recipe: Annotated[str | None, RECIPE] = None
     n_seeds: Annotated[
         int,
         typer.Option("--seeds", help="Retrainings of each kind, with seeds from --seed up; for head one is enough."),
@@ -47,6 +46,13 @@ class RetrainOptions(Options, panel="Retraining"):
         str | None,
         typer.Option("--cache", help="Folder of finished retrainings.", show_default="INDEX-retraining"),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainOptions(RecipeOptions):
+    """The same, of commands that always retrain, by several processes."""
+
+    recipe: Annotated[str, RECIPE] = "head"
     workers: Workers = 1
 
 

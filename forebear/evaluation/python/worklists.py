@@ -1,0 +1,148 @@
+"""Work lists: read, write, apply them to the training file, and retrain on what was decided.
+
+>>> from forebear import audits, worklists
+>>> audits.suspects("runs/demo/index").write("runs/suspects")
+>>> todo = worklists.read("runs/suspects/worklist.csv")  # after somebody filled in its column decision
+>>> worklists.apply(todo, "train.csv", "fixed.csv")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from forebear.errors import InputError
+from forebear.evaluation.common.comparisons import provenance
+from forebear.evaluation.common.queries import sample_queries
+from forebear.evaluation.python.opening import Finding, IndexLike, Rows, called, finding, retriever_of, tested_rows
+from forebear.evaluation.python.retrainings import Retraining, retrainer_of
+from forebear.evaluation.retraining.changes import seeds_of
+from forebear.evaluation.worklists.apply import Applied, apply_work_list
+from forebear.evaluation.worklists.files import read_work_list, write_work_list
+from forebear.evaluation.worklists.items import Item, WorkList
+from forebear.evaluation.worklists.retraining import Retrained, retrain_changes, retrained_report
+from forebear.indexer.rows.opening import open_rows
+from forebear.indexer.rows.row_format import RowFormat
+from forebear.indexer.rows.row_source import RowSource
+from forebear.indexer.rows.targets.label_column import DROP_MARKED
+from forebear.progress import Progress, progress_of
+from forebear.retriever.question.spec import QuerySpec
+
+__all__ = ["Applied", "Item", "Retrained", "WorkList", "apply", "read", "retrain", "write"]
+
+
+def read(path: str | Path) -> WorkList:
+    """Read a work list: Parquet, CSV as a spreadsheet leaves it, or JSON Lines; or the one of an audit's folder.
+
+    Raises:
+        DataError: There is no such file, or it is no table.
+        InputError: A value is not of its column's kind.
+    """
+    return read_work_list(Path(path))
+
+
+def write(work_list: WorkList, path: str | Path) -> None:
+    """Write a work list as the name ends: ``.parquet``, ``.csv`` or ``.jsonl``.
+
+    Raises:
+        InputError: The name ends otherwise.
+        StorageError: It cannot be written.
+    """
+    write_work_list(work_list, Path(path))
+
+
+def apply(
+    work_list: WorkList | str | Path,
+    train: str | Path | RowSource,
+    out: str | Path,
+    *,
+    accept: float | None = None,
+    force: bool = False,
+) -> Applied:
+    """Write the training file as a work list says, and a log beside it; the file itself stays as it is.
+
+    Args:
+        work_list: The list, or its file. ``relabel`` writes the label of ``suggested``, ``remove`` leaves the row out,
+            ``quarantine`` writes it to ``OUT.quarantine``, ``keep`` and rows without a decision change nothing.
+        train: The training file; or a source of :func:`~forebear.open_rows`, where columns or label names are given.
+        out: The new file, of the same form.
+        accept: Rows without a decision are relabelled as suggested where ``probability`` is at least this.
+        force: Overwrite files.
+
+    Raises:
+        InputError: Decisions contradict each other, or a label is none of the file's.
+        MismatchError: A row of the list does not say what the file has.
+        OutputExistsError: A file is there already.
+        DataError: The file cannot be read.
+    """
+    todo = read(work_list) if isinstance(work_list, str | Path) else work_list
+    if isinstance(train, RowSource):
+        source, path = train, Path(train.name)
+    else:
+        path = Path(train)
+        source = open_rows(path, need_labels=True, unlabelled=DROP_MARKED, like=format_of(todo))
+    if not path.is_file():
+        raise InputError(f"--train {path} is no plain file; rows are written back to one file. Name the file.")
+    return apply_work_list(todo, source, path, Path(out), accept=accept, force=force)
+
+
+def format_of(work_list: WorkList) -> RowFormat:
+    """What a work list knows of its training file: the text columns."""
+    return RowFormat(owner="the work list", text_columns=work_list.text_columns)
+
+
+def retrain(
+    applied: Applied,
+    retriever: IndexLike,
+    rows: Rows,
+    *,
+    group_by: str | None = None,
+    how: Retraining | None = None,
+    seed: int = 0,
+    progress: Progress | bool = False,
+) -> Finding[Retrained]:
+    """What do the changed rows do? The model retrained in pairs, before and after, on labelled test rows.
+
+    Args:
+        applied: What :func:`apply` gave.
+        retriever: Over the index that the list is of.
+        rows: Labelled test rows.
+        group_by: A column of the test rows, besides the gold label, by whose values accuracy is parted.
+        how: The retraining; None: of the head.
+        seed: Seed of the first retraining.
+        progress: True, or a function.
+
+    Raises:
+        InputError: The index has several labels or numbers a row, or nothing was changed.
+        MismatchError: The list is of another index.
+    """
+    how = how or Retraining()
+    retriever = retriever_of(retriever, "worklists.retrain")
+    source = tested_rows(retriever.label_names, rows, like=retriever.index.manifest.row_format, need_labels=True)
+    tested = sample_queries(retriever, source, 0, seed, need_labels=True)
+    assert tested.labels is not None  # they are needed
+    retrainer = retrainer_of(retriever, how, tested.texts, None)
+    seeds = seeds_of(retrainer, how.n_seeds, seed)
+    names = np.array(retriever.label_names)[tested.labels]
+    groups = {f"label {name}": names == name for name in retriever.label_names if (names == name).any()}
+    groups |= _groups(source, group_by)
+    found = retrain_changes(
+        applied.changes, retriever.index, retrainer, tested.labels, seeds, groups, progress=progress_of(progress)
+    )
+    asked = provenance(
+        retriever, QuerySpec(), called("worklists.retrain"), test_rows=f"{tested.source}, {len(tested):,} of them",
+        retraining=f"{retrainer.recipe.name}. {retrainer.recipe.note}", seeds=", ".join(map(str, seeds)),
+    )  # fmt: skip
+    return finding(found, retrained_report(found, retrainer, asked, seed))
+
+
+def _groups(source: RowSource, column: str | None) -> Mapping[str, np.ndarray]:
+    if column is None:
+        return {}
+    if column not in source.other_columns():
+        known = ", ".join(source.other_columns()) or "none besides texts and labels"
+        raise InputError(f"--group-by {column}: {source.name} has no such column; it has {known}.")
+    values = [str(value) for table in source.tables([column]) for value in table.column(column).to_pylist()]
+    return {f"{column} {value}": np.array([v == value for v in values]) for value in dict.fromkeys(values)}
