@@ -41,6 +41,7 @@ KEYWORDS = {
     "--ann": Keyword("ann", "BuildOptions"),
     "--astra": Keyword("astra", "QuerySpec"),
     "--at": Keyword("at", "measure_agreement", "numbers"),
+    "--attach": Keyword("Index.with_texts()", "with_texts", "phrase"),
     "--batch-size": Keyword("batch_size", "TrainOptions", "number"),
     "--batch-tokens": Keyword("batch_tokens", "BuildOptions", "number"),
     "--budget": Keyword("budget", "measure_lds", "number"),

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
+from typing import Any
 
 import pyarrow as pa
 
 from forebear.errors import InputError, OutputExistsError, first_line
 from forebear.hub.card import card_of
+from forebear.indexer.building.finish import describe_file
 from forebear.indexer.index import Index
-from forebear.indexer.storage.arrow import file_sha256, read_batches, write_table
+from forebear.indexer.storage.arrow import read_batches, write_table
 from forebear.indexer.storage.atomic import write_bytes
 from forebear.indexer.storage.layout import CARD_NAME, COLUMNS, EFFECTS_NAME
 from forebear.indexer.storage.manifest import Checkpoint, Manifest
@@ -46,29 +48,59 @@ def write_published(index: Index, folder: Path, *, with_texts: bool = False, mod
         CorruptIndexError: A file of the index was altered.
     """
     _check_stores(index, with_texts)
-    if folder.exists():
-        raise OutputExistsError(f"{folder} exists. Name a new folder.")
-    folder.mkdir(parents=True)
+    make_new(folder)
     names = [name for name in index.manifest.files if with_texts or not name.startswith(f"{COLUMNS}/")]
-    files = {}
-    for name, path in zip(names, index.checked(*names), strict=True):
-        copy = folder / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if name.startswith("rows/") and not with_texts:
-            _write_without_texts(path, copy)
-            files[name] = {"sha256": file_sha256(copy), "bytes": copy.stat().st_size}
-        else:
-            _link(path, copy)
-            files[name] = index.manifest.files[name]
+    files = copy_files(index, names, folder, None if with_texts else _write_without_texts)
     manifest = _published_manifest(index, with_texts, model).with_files(files)
     manifest.write(folder)
-    _write_effects(index, manifest, folder)
+    write_effects(index, manifest, folder)
     write_bytes(folder / CARD_NAME, card_of(manifest).encode())
     return manifest
 
 
-def _write_effects(index: Index, manifest: Manifest, folder: Path) -> None:
-    """Write what ``evaluate effects --keep`` remembers; results of this index become those of the published one."""
+def make_new(folder: Path) -> None:
+    """Make a folder.
+
+    Raises:
+        OutputExistsError: It exists.
+    """
+    if folder.exists():
+        raise OutputExistsError(f"{folder} exists. Name a new folder.")
+    folder.mkdir(parents=True)
+
+
+def copy_files(
+    index: Index, names: Sequence[str], folder: Path, write_rows: Callable[[Path, Path], None] | None
+) -> dict[str, dict[str, Any]]:
+    """Copy files of an index, each of which is hashed before.
+
+    Args:
+        index: The index.
+        names: Its files.
+        folder: To copy into; by links, where they are possible.
+        write_rows: Writes each file of ``rows/`` in place of a copy, in ascending order: from its path, to another.
+
+    Returns:
+        sha256 and size of each copy, by name.
+
+    Raises:
+        CorruptIndexError: A file was altered.
+    """
+    files = {}
+    for name, path in zip(names, index.checked(*names), strict=True):
+        copy = folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if write_rows is not None and name.startswith("rows/"):
+            write_rows(path, copy)
+            files[name] = describe_file(folder, name)
+        else:
+            _link(path, copy)
+            files[name] = index.manifest.files[name]
+    return files
+
+
+def write_effects(index: Index, manifest: Manifest, folder: Path) -> None:
+    """Write what ``evaluate effects --keep`` remembers; results of this index become those of its copy."""
     path = index.folder / EFFECTS_NAME
     if not path.is_file():
         return
@@ -80,7 +112,7 @@ def _write_effects(index: Index, manifest: Manifest, folder: Path) -> None:
             n_rows, _, source = one["test_rows"].partition(" of ")
             one["test_rows"] = f"{n_rows} of {PurePath(source).name}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        tell_warning(f"{path} is damaged ({first_line(error)}): it is not published.")
+        tell_warning(f"{path} is damaged ({first_line(error)}): it is not copied.")
         return
     write_bytes(folder / EFFECTS_NAME, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
 

@@ -204,7 +204,7 @@ def test_what_is_known_of_effects_is_known_of_the_published_index(index: Index, 
     assert [one.test_rows for one in KEPT_EFFECTS.read(fetched.folder)] == ["3 of dev.csv"] * 2
     assert verify_index(fetched.folder, n_rows=0).problems == ()
     (copy.folder / "effects.json").write_text("{")
-    with pytest.warns(UserWarning, match="is damaged .*not published"):
+    with pytest.warns(UserWarning, match="is damaged .*not copied"):
         copy.push_to_hub("hf://me/mine")
     assert "effects.json" not in hub.files("me/mine")
 

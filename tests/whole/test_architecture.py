@@ -19,7 +19,7 @@ ROOMS = {  # of a layer, in their order: a room imports from those before it, ne
         "rows", "losses", "model", "storage", "training", "gradients", "curvature", "words", "sketches", "spans",
         "index", "building",
     ),
-    "hub": ("card", "published", "remote", "building", "transfer"),
+    "hub": ("card", "published", "attached", "remote", "building", "transfer"),
     "retriever": (
         "ranking", "scores", "question", "head", "effects", "deep", "words", "saliency", "spans", "searchers",
         "answers", "retriever",

@@ -33,6 +33,7 @@ _OF_ROWS = (
 )  # fmt: skip
 OPTIONS_OF_CHANGES = {
     "append": _OF_ROWS,
+    "attach": (*_OF_ROWS, "keep_columns"),
     "shard": _OF_ROWS,
     "retire": (),
     "rebuild_ann": ("ann",),
@@ -61,6 +62,8 @@ Examples:
     forebear index --out I --retire 17,230-240
 
     forebear index --out I --refit
+
+    forebear index --out I --attach hf://me/mine-index --train train.csv
 
     forebear index --model runs/mine --train train.csv --out I --scope head,all --fit
 
@@ -194,6 +197,7 @@ def _way(change: ChangeOptions, ray: RayOptions) -> _Way:
         _rebuild_ann: change.rebuild_ann,
         _refit: change.refit,
         _append: change.append,
+        _attach: change.attach is not None,
         _fit: change.fit,
         _write_part: change.shard is not None,
         _commit: change.commit,
@@ -226,6 +230,15 @@ def _append(asked: _Asked) -> Index:
     from forebear.indexer.storage.files import path_of
 
     return append_rows(asked.out, asked.rows.open_like(Index.open(path_of(asked.out)).manifest), **asked.by_model)
+
+
+def _attach(asked: _Asked) -> Index:
+    from forebear.indexer.index import Index
+
+    published, computing = Index.open(str(asked.change.attach)), asked.choices.computing
+    given = {"keep_columns": listed(asked.choices.storing.keep_columns)} if asked.choices.storing.keep_columns else {}
+    source = asked.rows.open_like(published.manifest)
+    return published.with_texts(source, asked.out, model=asked.chosen.model, device=computing.device, **given)
 
 
 def _build(asked: _Asked) -> Index:

@@ -229,6 +229,15 @@ class ChangeOptions(Options, panel="Changes of an index, and builds in parts"):
     """A change of an index, or a step of a build; ``--resume`` goes on with an interrupted one."""
 
     append: Annotated[bool, typer.Option("--append", help="Add the --train rows to the index in --out.")] = False
+    attach: Annotated[
+        str | None,
+        typer.Option(
+            "--attach",
+            help="Write to --out this index, which was published without texts (a folder, hf://user/name), with the "
+            "texts of the --train rows, which must be those of the index.",
+            show_default=False,
+        ),
+    ] = None
     retire: Annotated[
         list[str] | None, typer.Option("--retire", help="Row numbers to take out: 17,230-240.", show_default=False)
     ] = None
@@ -265,14 +274,17 @@ class ChangeOptions(Options, panel="Changes of an index, and builds in parts"):
     def is_given(self) -> bool:
         """Whether anything but a build as a whole is asked for."""
         steps = self.append or self.rebuild_ann or self.refit or self.fit or self.commit
-        return steps or bool(self.retire) or self.shard is not None
+        return steps or bool(self.retire) or self.shard is not None or self.attach is not None
 
     def check(self) -> None:
         """Refuse several changes at once."""
-        if sum((self.append, bool(self.retire), self.rebuild_ann, self.refit)) > 1:
-            raise InputError("--append, --retire, --refit and --rebuild-ann are separate changes: give one of them.")
+        changes = (self.append, bool(self.retire), self.rebuild_ann, self.refit, self.attach is not None)
+        if sum(changes) > 1:
+            raise InputError(
+                "--append, --retire, --refit, --rebuild-ann and --attach are separate changes: give one of them."
+            )
         steps = (self.fit, self.shard is not None, self.commit)
-        if sum(steps) > 1 or (any(steps) and (self.append or self.retire or self.rebuild_ann or self.refit)):
+        if sum(steps) > 1 or (any(steps) and any(changes)):
             raise InputError("--fit, --shard and --commit are separate steps of a build: give one of them.")
         if self.parts and not self.commit:
             raise InputError("--from names the folders that --commit takes parts from. Give --commit, too.")

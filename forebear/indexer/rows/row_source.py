@@ -10,6 +10,7 @@ Labels are integers or names; what counts as a row without a label, and what bec
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -141,12 +142,20 @@ class RowSource:
         for table in self._tables(0, list(columns) or [self.text_columns[0]]):
             yield table if columns else table.select([])
 
-    def sha256(self) -> str:
-        """Digest of texts and labels in order, whatever the file format and the names of the columns."""
+    def sha256(self, start: int = 0, stop: int | None = None) -> str:
+        """Digest of texts and labels in order, whatever the file format and the names of the columns.
+
+        Args:
+            start: Number of the first row.
+            stop: One past the last; None: all that follow.
+        """
         digest = hashlib.sha256(f"rows of {len(self.text_columns)} texts".encode())
-        for block in self._blocks(CHUNK_ROWS, 0, self._columns()):
-            for row in zip(*block.texts, block.labels or [None] * len(block), strict=True):
+        for block in self._blocks(CHUNK_ROWS, start, self._columns()):
+            rows = zip(*block.texts, block.labels or [None] * len(block), strict=True)
+            for row in rows if stop is None else itertools.islice(rows, max(0, stop - block.start)):
                 digest.update(json.dumps(row).encode() + b"\n")
+            if stop is not None and stop < block.start + len(block):
+                break
         return digest.hexdigest()
 
     def file_row(self, row: int) -> int:

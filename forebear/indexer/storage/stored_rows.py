@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +18,9 @@ from forebear.indexer.rows.arrow_text import row_bytes
 from forebear.indexer.storage.arrow import column, for_each_shard, read_batches
 from forebear.indexer.storage.files import IndexFiles
 from forebear.indexer.storage.layout import COLUMNS
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class RowTexts:
@@ -209,8 +214,26 @@ class StoredRows(IndexFiles):
         if self.manifest.without_texts:
             raise MissingStoreError(
                 f"{purpose} needs the texts of the training rows, and {self.folder} was published without them. Ask "
-                "for methods of the head or of stored vectors, or for an index that was pushed by --with-texts."
+                "for methods of the head or of stored vectors, or for an index that was pushed by --with-texts; or, "
+                "if you have the rows, attach their texts by --attach."
             )
+
+    def with_texts(self, rows: Any, out: str | Path, **choices: Any) -> Self:
+        """Write this index, which was published without texts, with the texts of its training rows, and open it.
+
+        Args:
+            rows: The training rows: a path, hub name or table, as ``open_rows`` takes, or a RowSource.
+            out: Folder to write; must not exist.
+            **choices: ``keep_columns``, ``model`` and ``device``; and those of ``open_rows``.
+
+        Raises:
+            InputError: This index has its texts.
+            MismatchError: The rows are others than those that the index was built of, to the last byte of texts and
+                labels; the first that differs is named.
+        """
+        # Named, not imported: what copies whole indexes is written in terms of this package.
+        attached: Self = importlib.import_module("forebear.hub.attached").attach_texts(self, rows, out, **choices)
+        return attached
 
     @cached_property
     def row_columns(self) -> RowColumns:

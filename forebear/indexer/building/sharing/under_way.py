@@ -127,4 +127,4 @@ def _next_step(place: str, fit: Fit, parts: Sequence[Part], missing: list[int]) 
         return commit
     which = part_with(fit, missing[0], [part for part in parts if part.files])
     step = f"forebear index --out {place} --train ROWS --shard {which}"
-    return f"{step}, here or in a copy of the folder; when all parts are written: {commit} (--from COPIES)"
+    return f"{step}, here or in a copy of the folder; when all parts are written: {commit}, with copies by --from"
