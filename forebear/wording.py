@@ -44,6 +44,7 @@ KEYWORDS = {
     "--attach": Keyword("Index.with_texts()", "with_texts", "phrase"),
     "--batch-size": Keyword("batch_size", "TrainOptions", "number"),
     "--batch-tokens": Keyword("batch_tokens", "BuildOptions", "number"),
+    "--before": Keyword("before", "regressions"),
     "--budget": Keyword("budget", "measure_lds", "number"),
     "--calibrate": Keyword("calibration_queries", "BuildOptions", "number"),
     "--candidates": Keyword("candidates", "QuerySpec", "number"),

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from forebear.errors import InputError
 from forebear.evaluation.audits import work_lists
 from forebear.evaluation.audits.artifacts import hans as of_hans
 from forebear.evaluation.audits.artifacts.features import (
@@ -31,6 +32,9 @@ from forebear.evaluation.audits.rows import duplicates as of_duplicates
 from forebear.evaluation.audits.rows import errors as of_errors
 from forebear.evaluation.audits.rows import hubs as of_hubs
 from forebear.evaluation.audits.rows import suspects as of_suspects
+from forebear.evaluation.audits.versions import regressions as of_regressions
+from forebear.evaluation.audits.versions.regressions_report import regressions_report
+from forebear.evaluation.audits.versions.row_changes import check_versions, row_changes
 from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.queries import sample_queries
 from forebear.evaluation.python.opening import (
@@ -54,7 +58,7 @@ from forebear.retriever.retriever import Retriever
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["artifact", "duplicates", "errors", "hans", "hubs", "negation", "overlap", "suspects"]
+__all__ = ["artifact", "duplicates", "errors", "hans", "hubs", "negation", "overlap", "regressions", "suspects"]
 
 
 def hans(
@@ -258,6 +262,53 @@ def errors(
     answers = of_errors.explain_groups(retriever, found, groups, question)
     page = of_errors.errors_report(found, groups, answers, retriever, question, seed, called("audits.errors"))
     return finding(found, page, work_lists.errors_list(groups, answers, retriever.index, question.spec))
+
+
+def regressions(
+    retriever: IndexLike,
+    before: IndexLike,
+    rows: Rows,
+    *,
+    n_listed: int = 100,
+    seed: int = 0,
+    progress: Progress | bool = False,
+    spec: QuerySpec | None = None,
+    **choices: Unpack[QueryChoices],
+) -> Finding[of_regressions.Regressions]:
+    """Which test rows did the version before have right, and which training rows broke them?
+
+    Args:
+        retriever: Over the index of the later version.
+        before: The index of the version before.
+        rows: Labelled test rows; all are asked about.
+        n_listed: Rows on each list of the report, and on the work list.
+        seed: Random seed of the sample of rows that stayed right, and of the intervals.
+        progress: True, or a function.
+        spec: The question, of one method; ``if`` by default.
+        **choices: Fields of QuerySpec.
+
+    Raises:
+        InputError: A choice is out of range, or both indexes are the same.
+        MismatchError: The indexes have other text columns or labels.
+        DataError: The rows have no labels of the model, or both versions have the same of them right.
+        MissingStoreError: An index was published without texts.
+    """
+    retriever, earlier = retriever_of(retriever, "audits.regressions"), retriever_of(before, "audits.regressions")
+    if n_listed < 1:
+        raise InputError(f"--top {n_listed}: expected at least 1.")
+    check_versions(retriever.index, earlier.index)
+    question = question_of(retriever, spec, choices, ("if",), target="predicted")
+    source = tested_rows(retriever.label_names, rows, like=retriever.index.manifest.row_format, need_labels=True)
+    queries = sample_queries(retriever, source, 0, seed, need_labels=True)
+    told = progress_of(progress)
+    predicted = of_regressions.predicted_by_both(retriever, earlier, queries, progress=told)
+    changes = row_changes(retriever.index, earlier.index)
+    found = of_regressions.regressions(retriever, predicted, changes, question, seed=seed, progress=told)
+    asked = Inputs(
+        retriever=retriever, question=question, queries=queries, seed=seed, command=called("audits.regressions")
+    )
+    page, work_list = regressions_report(found, asked, earlier.index, n_listed)
+    return finding(found, page, work_list)
 
 
 def hubs(

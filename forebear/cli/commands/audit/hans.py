@@ -9,6 +9,7 @@ import typer
 
 from forebear.cli.commands.audit import artifact as audit_artifact
 from forebear.cli.commands.audit import rows as audit_rows
+from forebear.cli.commands.audit import versions as audit_versions
 from forebear.cli.options.groups import Shown, grouped
 from forebear.cli.options.model import IndexOptions
 from forebear.cli.options.question import Methods, Top
@@ -42,6 +43,7 @@ def register(app: typer.Typer) -> None:
     audits.command("hans", help=HANS_HELP, cls=Command)(hans)
     audit_artifact.register(audits)
     audit_rows.register(audits)
+    audit_versions.register(audits)
     app.add_typer(audits, name="audit")
 
 

@@ -1,0 +1,1 @@
+"""Audits of a model beside an earlier version of it."""

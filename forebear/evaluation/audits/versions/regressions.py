@@ -1,0 +1,277 @@
+"""``audit regressions``: test rows that a model has wrong and the version before it had right, and the rows behind.
+
+Every live training row is scored for the wrong prediction of each regressed test row, and the scores are summed over
+groups of test rows that the same changed rows drive. Among the rows that were added, relabelled or copied since the
+version before, those of the largest sums are the first to look at.
+
+A row that drives every prediction of a label is no cause of a regression. Its mean score over the rows that kept that
+right prediction, times the number of regressed rows, is therefore taken off: what is left is what it does to the
+regressed rows beyond what it does to others of the same prediction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from forebear.errors import DataError, InputError
+from forebear.evaluation.audits.versions.row_changes import RowChanges
+from forebear.evaluation.common.queries import QueryRows
+from forebear.indexer.model.forward import run_forward
+from forebear.indexer.rows.sampling import live_sample
+from forebear.retriever.question.spec import Question
+from forebear.retriever.retriever import Retriever
+
+REGRESSED, IMPROVED, KEPT = "regressed", "improved", "kept"
+MOST_KEPT = 512  # rows that kept a right prediction, of each label, that a score is compared with
+MOST_SCORES = 20_000  # changed rows by whose scores test rows are grouped
+LEAST_ALIKE = 0.5  # mean cosine of two groups' scores of changed rows, from which on they are one
+_BLOCK_ROWS = 256
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What two versions of a model predict for the same test rows; class ids are those of the later version.
+
+    Attributes:
+        queries: The test rows, with gold labels.
+        before: Predictions of the version before, ``(q,)``.
+        after: Predictions of the later version, ``(q,)``.
+    """
+
+    queries: QueryRows
+    before: np.ndarray
+    after: np.ndarray
+
+    @property
+    def gold(self) -> np.ndarray:
+        """Gold labels, ``(q,)``."""
+        assert self.queries.labels is not None
+        return self.queries.labels
+
+    @property
+    def regressed(self) -> np.ndarray:
+        """Positions of the rows that were right and are wrong, ascending."""
+        return np.flatnonzero((self.before == self.gold) & (self.after != self.gold))
+
+    @property
+    def improved(self) -> np.ndarray:
+        """Positions of the rows that were wrong and are right, ascending."""
+        return np.flatnonzero((self.before != self.gold) & (self.after == self.gold))
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Positions of the rows that were right and stayed right, ascending."""
+        return np.flatnonzero((self.before == self.gold) & (self.after == self.gold))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cause:
+    """Test rows of one kind of change that the same changed training rows drive.
+
+    Attributes:
+        gold: Their gold label's id.
+        before: The prediction before, that they share.
+        after: The prediction now, that they share.
+        members: Positions of the test rows, ascending.
+        scores: Of every live training row, ``(n,)`` float64: the sum over the members, less what is expected by
+            the rows that kept the prediction.
+    """
+
+    gold: int
+    before: int
+    after: int
+    members: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regressions:
+    """What changed between two versions, and the training rows behind it.
+
+    Attributes:
+        predicted: What both versions predict.
+        changes: The live training rows beside those of the version before.
+        causes: Groups of the test rows of a kind of change (:data:`REGRESSED`, :data:`IMPROVED`), the largest first.
+        scores: Of every live training row by kind of change, ``(n,)``: the sum over all its groups.
+        shares: By kind of change: of each of its test rows the share of the changed training rows in all rows' absolute
+            scores, ``(m,)``; ``kept`` has those of the sampled rows that stayed right.
+    """
+
+    predicted: Predicted
+    changes: RowChanges
+    causes: dict[str, tuple[Cause, ...]]
+    scores: dict[str, np.ndarray]
+    shares: dict[str, np.ndarray]
+
+    def ranked(self, kind: str) -> np.ndarray:
+        """Positions of the changed rows that support a kind of change, by falling score; ties: the lower row number."""
+        scores = self.scores[kind]
+        candidates = np.flatnonzero(self.changes.changed & (scores > 0))
+        return np.asarray(candidates[np.argsort(-scores[candidates], kind="stable")])
+
+
+def predicted_by_both(
+    retriever: Retriever, before: Retriever, queries: QueryRows, *, progress: Progress = lambda *_: None
+) -> Predicted:
+    """Run both versions over labelled test rows.
+
+    Raises:
+        DataError: A row has no label that the model knows.
+    """
+    if queries.labels is None or (queries.labels < 0).any():
+        raise DataError(f"{queries.source}: every test row needs a label of the model, which regressions are told by.")
+    ids = {name: i for i, name in enumerate(retriever.label_names)}
+    to_new = np.array([ids[name] for name in before.label_names])
+    found: list[np.ndarray] = []
+    for i, (one, stage) in enumerate(((before, "before"), (retriever, "now"))):
+        parts = []
+        for block in queries.blocks():
+            parts.append(run_forward(one.classifier(), list(block.texts)).predictions)
+            progress(f"predictions {stage}", sum(map(len, parts)), len(queries))
+        found.append(np.concatenate(parts) if i else to_new[np.concatenate(parts)])
+    return Predicted(queries=queries, before=found[0], after=found[1])
+
+
+def regressions(
+    retriever: Retriever,
+    predicted: Predicted,
+    changes: RowChanges,
+    question: Question,
+    *,
+    seed: int = 0,
+    progress: Progress = lambda *_: None,
+) -> Regressions:
+    """Score every live row for the test rows that changed, and group these by the changed rows that drive them.
+
+    Args:
+        retriever: Over the later version's index.
+        predicted: What both versions predict.
+        changes: The live rows beside those of the version before.
+        question: One method, of the predicted label.
+        seed: Of the sample of rows that stayed right.
+        progress: Called with a stage, and test rows done of all.
+
+    Raises:
+        InputError: The question has several methods.
+        DataError: No test row is predicted otherwise, right against wrong.
+    """
+    if len(question.methods) != 1:
+        raise InputError(f"regressions are told by one method; {len(question.methods)} were given (--method).")
+    positions = {REGRESSED: predicted.regressed, IMPROVED: predicted.improved}
+    if not any(map(len, positions.values())):
+        raise DataError(
+            f"{predicted.queries.source}: both versions have the same of {len(predicted.gold)} test rows right. There "
+            "is nothing to explain."
+        )
+    n, shares = len(changes.rows), {}
+    kept = np.sort(np.concatenate([
+        live_sample(predicted.kept[predicted.gold[predicted.kept] == label], MOST_KEPT, seed)
+        for label in range(len(retriever.label_names))
+    ]))  # fmt: skip
+    means, counts = np.zeros((len(retriever.label_names), n)), np.bincount(predicted.gold[kept])
+    shares[KEPT] = np.zeros(len(kept))
+    for block, scores in _scored(retriever, question, predicted, kept, "rows that stayed right", progress):
+        shares[KEPT][block] = _changed_shares(scores, changes)
+        labels = predicted.gold[kept[block]]
+        for label in np.unique(labels).tolist():
+            means[label] += scores[labels == label].sum(axis=0) / counts[label]
+    causes, summed = {}, {}
+    for kind, members in positions.items():
+        shares[kind] = np.zeros(len(members))
+        found: list[Cause] = []
+        kinds = np.stack([predicted.gold, predicted.before, predicted.after], axis=1)[members]
+        for gold, before, after in np.unique(kinds, axis=0).tolist():
+            places = np.flatnonzero((kinds == (gold, before, after)).all(axis=1))
+            excess = np.empty((len(places), n), np.float32)
+            stage = f"rows that {kind}"
+            for block, scores in _scored(retriever, question, predicted, members[places], stage, progress):
+                shares[kind][places[block]] = _changed_shares(scores, changes)
+                excess[block] = scores - means[after]
+            numbers = alike(_largest(excess[:, changes.changed]))
+            for number in range(numbers.max() + 1):
+                own, sums = members[places[numbers == number]], excess[numbers == number].sum(axis=0, dtype=np.float64)
+                found.append(Cause(gold=gold, before=before, after=after, members=own, scores=sums))
+        causes[kind] = tuple(sorted(found, key=lambda cause: (-len(cause.members), cause.gold, cause.after)))
+        summed[kind] = np.sum([cause.scores for cause in found], axis=0) if found else np.zeros(n)
+    return Regressions(predicted=predicted, changes=changes, causes=causes, scores=summed, shares=shares)
+
+
+def _scored(
+    retriever: Retriever,
+    question: Question,
+    predicted: Predicted,
+    positions: np.ndarray,
+    stage: str,
+    progress: Progress,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Scores of all live rows for some test rows, a block at a time: places among them ``(b,)``, scores ``(b, n)``."""
+    for start in range(0, len(positions), _BLOCK_ROWS):
+        block = np.arange(start, min(start + _BLOCK_ROWS, len(positions)))
+        rows = predicted.queries.take(positions[block])
+        yield block, retriever.score_block(rows.texts, rows.labels, question)[question.methods[0].name]
+        progress(stage, int(block[-1]) + 1, len(positions))
+
+
+def _changed_shares(scores: np.ndarray, changes: RowChanges) -> np.ndarray:
+    """Share of the changed rows in all rows' absolute scores, ``(m,)``; 0 where all are 0."""
+    sizes = np.abs(scores)
+    whole = sizes.sum(axis=1)
+    return np.asarray(sizes[:, changes.changed].sum(axis=1) / np.where(whole > 0, whole, 1.0))
+
+
+def _largest(scores: np.ndarray) -> np.ndarray:
+    """The columns of largest absolute sums, at most :data:`MOST_SCORES`."""
+    if scores.shape[1] <= MOST_SCORES:
+        return scores
+    largest = np.argsort(-np.abs(scores).sum(axis=0), kind="stable")[:MOST_SCORES]
+    return np.asarray(scores[:, np.sort(largest)])
+
+
+def alike(scores: np.ndarray) -> np.ndarray:
+    """Group test rows by the cosine of their scores of the changed rows, ``(m, k)``; numbers of groups, ``(m,)``.
+
+    Average linkage, down to a mean cosine of :data:`LEAST_ALIKE`.
+    """
+    from scipy.cluster.hierarchy import fcluster, linkage
+
+    lengths = np.linalg.norm(scores, axis=1, keepdims=True)
+    if len(scores) < 2 or not scores.shape[1] or not (lengths > 0).all():
+        return np.zeros(len(scores), np.int64)
+    units = scores / lengths
+    distances = 1.0 - (units @ units.T)[np.triu_indices(len(units), 1)]
+    tree = linkage(np.maximum(distances, 0.0), method="average")
+    return np.asarray(fcluster(tree, 1.0 - LEAST_ALIKE, criterion="distance") - 1)
+
+
+def words_apart(texts: Sequence[Sequence[str]], others: Sequence[Sequence[str]], n_words: int = 5) -> list[str]:
+    """Words that some rows have more often than others, by the z value of the difference of their shares of rows.
+
+    Args:
+        texts: Texts of the rows, one list a text column.
+        others: Texts of the others.
+        n_words: Words, at most.
+
+    Returns:
+        Words that at least two of the rows have, and of z > 3, the largest first.
+    """
+    (here, n), (there, m) = _words_in_rows(texts), _words_in_rows(others)
+    z = {}
+    for word, count in here.items():
+        if count < 2 or not m:
+            continue
+        pooled = (count + there[word]) / (n + m)
+        z[word] = (count / n - there[word] / m) / np.sqrt(pooled * (1 - pooled) * (1 / n + 1 / m) + 1e-12)
+    return [word for word in sorted(z, key=lambda word: (-z[word], word)) if z[word] > 3][:n_words]
+
+
+def _words_in_rows(columns: Sequence[Sequence[str]]) -> tuple[Counter[str], int]:
+    """In how many rows each word is, in small letters; and the number of rows."""
+    rows = [" ".join(row).lower() for row in zip(*columns, strict=True)]
+    return Counter(word for row in rows for word in set(re.findall(r"\w+", row))), len(rows)
