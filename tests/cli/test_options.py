@@ -26,7 +26,7 @@ MADE_UP = (["evaluate", "concentration"], ["audit", "length"])  # what docs/exte
 PINNED = ROOT / "tests" / "cli" / "options.txt"
 DECLARED_MORE_THAN_ONCE = {  # one name, several meanings: what each declaration is of
     "--model": ("of an index, if it has moved", "to index", "to start training from"),
-    "--out": ("report", "index", "run", "answers", "demo", "site", "training file"),
+    "--out": ("report", "index", "run", "answers", "demo", "site", "training file", "list"),
     "--index": ("one", "one or several", "of a work list"),
     "--top": ("k", "several k", "rows that a report lists"),
     "--shard": ("of an index's rows", "of test rows"),
@@ -40,6 +40,8 @@ DECLARED_MORE_THAN_ONCE = {  # one name, several meanings: what each declaration
     "--dev": ("whose accuracy is measured", "whose mistakes are mended"),
     "--force": ("of what is written", "of an index"),
     "--resume": ("a change of an index", "a file of answers"),
+    "--to": ("label that an answer flips to", "labelling tool"),
+    "--from": ("parts of an index", "labelling tool"),
     "--train": ("that was indexed", "that a work list changes"),
     "--group-by": ("sums of scores", "counts of suspects", "of test rows"),
     "--share": ("removed, several", "on its way out"),

@@ -8,29 +8,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from forebear.errors import InputError
+from forebear.errors import DataError, InputError, OutputExistsError
 from forebear.evaluation.common.comparisons import provenance
 from forebear.evaluation.common.queries import sample_queries
 from forebear.evaluation.python.opening import Finding, IndexLike, Rows, called, finding, retriever_of, tested_rows
 from forebear.evaluation.python.retrainings import Retraining, retrainer_of
 from forebear.evaluation.retraining.changes import seeds_of
 from forebear.evaluation.worklists.apply import Applied, apply_work_list
-from forebear.evaluation.worklists.files import read_work_list, write_work_list
+from forebear.evaluation.worklists.files import ENDINGS, as_bytes, read_work_list, write_work_list
 from forebear.evaluation.worklists.items import Item, WorkList
+from forebear.evaluation.worklists.labelling_tools import EXPORTS, Answered, answers_from, label_studio_config
 from forebear.evaluation.worklists.retraining import Retrained, retrain_changes, retrained_report
+from forebear.indexer.rows.files.reader import reading
 from forebear.indexer.rows.opening import open_rows
 from forebear.indexer.rows.row_format import RowFormat
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.targets.label_column import DROP_MARKED
+from forebear.indexer.storage.atomic import write_bytes
 from forebear.progress import Progress, progress_of
 from forebear.retriever.question.spec import QuerySpec
 
-__all__ = ["Applied", "Item", "Retrained", "WorkList", "apply", "read", "retrain", "write"]
+__all__ = [
+    "Answered", "Applied", "Item", "Retrained", "WorkList", "answers", "apply", "export", "read", "retrain", "write",
+]  # fmt: skip
 
 
 def read(path: str | Path) -> WorkList:
@@ -86,6 +91,73 @@ def apply(
     if not path.is_file():
         raise InputError(f"--train {path} is no plain file; rows are written back to one file. Name the file.")
     return apply_work_list(todo, source, path, Path(out), accept=accept, force=force)
+
+
+def export(work_list: WorkList | str | Path, tool: str, out: str | Path, *, force: bool = False) -> tuple[Path, ...]:
+    """Write a work list for a labelling tool; the files that were written.
+
+    Args:
+        work_list: The list, or its file.
+        tool: ``label-studio`` (with a labelling configuration beside it, ``OUT.xml``), ``argilla`` or ``cleanlab``; or
+            ``csv``, ``parquet`` or ``jsonl`` for the list itself.
+        out: The file.
+        force: Overwrite it.
+
+    Raises:
+        InputError: There is no such tool.
+        OutputExistsError: A file is there already.
+        StorageError: It cannot be written.
+    """
+    todo = read(work_list) if isinstance(work_list, str | Path) else work_list
+    path = Path(out)
+    if f".{tool}" in ENDINGS:
+        contents = {path: as_bytes(todo, f".{tool}")}
+    elif tool in EXPORTS:
+        contents = {path: EXPORTS[tool](todo).encode("utf-8", "replace")}
+    else:
+        known = ", ".join([*EXPORTS, *(ending[1:] for ending in ENDINGS)])
+        raise InputError(f"--to {tool}: expected {known}.", of="worklist export")
+    if tool == "label-studio":
+        contents[path.with_suffix(".xml")] = label_studio_config(todo).encode("utf-8", "replace")
+    _refuse_overwriting(contents, force=force)
+    for file, content in contents.items():
+        write_bytes(file, content)
+    return tuple(contents)
+
+
+def answers(
+    work_list: WorkList | str | Path, tool: str, file: str | Path, out: str | Path, *, force: bool = False
+) -> Answered:
+    """Take what people answered in a labelling tool into the list that it was exported from, and write that.
+
+    Args:
+        work_list: The list, or its file.
+        tool: ``label-studio`` (its JSON export), ``argilla`` (``dataset.records.to_json``) or ``cleanlab`` (a table of
+            label issues, whose labels become suggestions).
+        file: The tool's export.
+        out: The new list, named as :func:`write` takes it.
+        force: Overwrite it.
+
+    Raises:
+        InputError: The file is not the tool's.
+        DataError: It cannot be read.
+        OutputExistsError: ``out`` is there already.
+    """
+    todo = read(work_list) if isinstance(work_list, str | Path) else work_list
+    _refuse_overwriting([Path(out)], force=force)
+    if not Path(file).is_file():
+        raise DataError(f"no such file: {file}. Expected what {tool} exported.")
+    with reading(str(file), "text"):
+        content = Path(file).read_text(encoding="utf-8-sig")
+    answered = answers_from(tool, content, todo)
+    write(answered.work_list, out)
+    return answered
+
+
+def _refuse_overwriting(paths: Iterable[Path], *, force: bool) -> None:
+    there = [str(path) for path in paths if path.exists()]
+    if there and not force:
+        raise OutputExistsError(f"{', '.join(there)} exists already. Name another file, or give --force.")
 
 
 def format_of(work_list: WorkList) -> RowFormat:

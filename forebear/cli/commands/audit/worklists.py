@@ -1,4 +1,4 @@
-"""``forebear apply``: decisions of a work list, carried out."""
+"""``forebear apply`` and ``forebear worklist``: decisions of a work list, carried out; and tools to decide in."""
 
 from __future__ import annotations
 
@@ -33,9 +33,37 @@ Examples:
 """
 
 
+OUT_FILE = typer.Option("--out", help="The file to write.", show_default=False)
+EXPORT_HELP = """Write a work list for a labelling tool: Label Studio's tasks, Argilla's records, cleanlab's columns.
+
+Label Studio gets a labelling configuration, too: OUT with the ending .xml. What is suggested becomes a prediction.
+
+Examples:
+
+    forebear worklist export runs/suspects --to label-studio --out tasks.json
+
+    forebear worklist export runs/suspects/worklist.csv --to argilla --out records.json
+"""
+IMPORT_HELP = """Take what people answered in a labelling tool into the work list that it was exported from.
+
+The given label as an answer means keep, another one relabel. Where annotators disagree, nothing is decided and the note
+says who said what. Of cleanlab's label issues, labels become suggestions.
+
+Examples:
+
+    forebear worklist import export.json --from label-studio --list runs/suspects --out decided.csv
+
+    forebear apply decided.csv --train train.csv --out fixed.csv
+"""
+
+
 def register(app: typer.Typer) -> None:
-    """Add the command."""
+    """Add the commands."""
     app.command("apply", help=APPLY_HELP, cls=Command)(apply)
+    group = typer.Typer(help="Take work lists to labelling tools, and answers back.", no_args_is_help=True)
+    group.command("export", help=EXPORT_HELP, cls=Command)(export)
+    group.command("import", help=IMPORT_HELP, cls=Command)(import_)
+    app.add_typer(group, name="worklist")
 
 
 @grouped(
@@ -118,6 +146,50 @@ def apply(
     show_report(found.report)
     if report is not None:
         say_written(found.write(report, force=output.force))
+
+
+@grouped()
+def export(
+    worklist: Annotated[
+        str, typer.Argument(help="The work list: its file, or the folder of an audit.", show_default=False)
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="label-studio, argilla or cleanlab; or csv, parquet or jsonl: the list.", show_default=False
+        ),
+    ],
+    out: Annotated[str, OUT_FILE],
+    output: OutputOptions,
+) -> None:
+    """Write a work list for a labelling tool."""
+    from forebear.evaluation.python import worklists
+
+    written = worklists.export(worklist, to, out, force=output.force)
+    say(f"wrote {' and '.join(map(str, written))}")
+
+
+@grouped()
+def import_(
+    answers: Annotated[str, typer.Argument(help="What the tool exported.", show_default=False)],
+    tool: Annotated[str, typer.Option("--from", help="label-studio, argilla or cleanlab.", show_default=False)],
+    listed: Annotated[
+        str, typer.Option("--list", help="The work list that was exported to the tool.", show_default=False)
+    ],
+    out: Annotated[str, OUT_FILE],
+    output: OutputOptions,
+) -> None:
+    """Take answers into a work list."""
+    from forebear.evaluation.python import worklists
+
+    found = worklists.answers(listed, tool, answers, out, force=output.force)
+    OUT.print(
+        f"{found.n_answered:,} of {len(found.work_list):,} rows answered, {found.n_disagreed:,} with disagreement",
+        markup=False,
+    )
+    if found.n_unknown:
+        say(f"note: {found.n_unknown:,} rows of {answers} are not on the list")
+    say(f"wrote {out}")
 
 
 _DONE = {"relabel": "relabelled", "remove": "removed", "quarantine": "put apart"}
