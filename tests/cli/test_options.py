@@ -34,7 +34,7 @@ DECLARED_MORE_THAN_ONCE = {  # one name, several meanings: what each declaration
     "--curvature": ("of a question", "of an index"),
     "--damping": ("of a question", "of a question, several", "of an index, several", "of the head"),
     "--spans": ("of a question", "of an index"),
-    "--rows": ("sampled", "changed", "recomputed"),
+    "--rows": ("sampled", "changed", "recomputed", "left out"),
     "--queries": ("asked about; 0: all", "attacked, or mended for"),
     "--seed": ("any", "from 0 up"),
     "--dev": ("whose accuracy is measured", "whose mistakes are mended"),
@@ -43,7 +43,8 @@ DECLARED_MORE_THAN_ONCE = {  # one name, several meanings: what each declaration
     "--to": ("label that an answer flips to", "labelling tool"),
     "--from": ("parts of an index", "labelling tool"),
     "--train": ("that was indexed", "that a work list changes"),
-    "--group-by": ("sums of scores", "counts of suspects", "of test rows"),
+    "--group-by": ("sums of scores", "counts of suspects", "of test rows", "of test rows, without a set"),
+    "--column": ("a text column", "whose values are sources"),
     "--share": ("removed, several", "on its way out"),
 }
 

@@ -10,7 +10,7 @@ import typer
 from forebear.cli.options.groups import Shown, grouped, values_of
 from forebear.cli.options.model import IndexOptions
 from forebear.cli.options.queries import QueryOptions
-from forebear.cli.options.question import SampleOptions
+from forebear.cli.options.question import HeadDamping, SampleOptions
 from forebear.cli.options.report import ReportOptions
 from forebear.cli.options.retraining import RetrainOptions
 from forebear.cli.screen.console import Command
@@ -58,14 +58,7 @@ def flip(
         int | None,
         typer.Option("--limit", help="Training rows that are changed at most.", show_default="half of them"),
     ] = None,
-    damping: Annotated[
-        str | None,
-        typer.Option(
-            "--damping",
-            help="Of the head: how strongly its weights are held near the trained ones.",
-            show_default="the index's first",
-        ),
-    ] = None,
+    damping: HeadDamping = None,
 ) -> None:
     """Find the fewest training rows that flip predictions."""
     from forebear.evaluation.python.flipping import flip

@@ -84,8 +84,14 @@ SampleSeed = Annotated[
 ]
 SampledRows = Annotated[int, typer.Option("--rows", help="Training rows looked at, a seeded sample; 0: all.")]
 Neighbours = Annotated[int, typer.Option("--neighbours", help="Nearest rows that are looked at, for each row.")]
-
-
+HeadDamping = Annotated[
+    str | None,
+    typer.Option(
+        "--damping",
+        help="Of the head: how strongly its weights are held near the trained ones.",
+        show_default="the index's first",
+    ),
+]
 Curvature = Annotated[
     str | None,
     typer.Option(

@@ -37,6 +37,7 @@ from forebear.evaluation.audits.versions.regressions_report import regressions_r
 from forebear.evaluation.audits.versions.row_changes import check_versions, row_changes
 from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.queries import sample_queries
+from forebear.evaluation.python.leaving_out import deletion, sources
 from forebear.evaluation.python.opening import (
     Finding,
     IndexLike,
@@ -58,7 +59,19 @@ from forebear.retriever.retriever import Retriever
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["artifact", "duplicates", "errors", "hans", "hubs", "negation", "overlap", "regressions", "suspects"]
+__all__ = [
+    "artifact",
+    "deletion",
+    "duplicates",
+    "errors",
+    "hans",
+    "hubs",
+    "negation",
+    "overlap",
+    "regressions",
+    "sources",
+    "suspects",
+]
 
 
 def hans(

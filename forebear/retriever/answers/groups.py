@@ -55,19 +55,20 @@ class Grouping:
         return ["null" if value is None else str(value) for value in self.values.to_pylist()]
 
 
-def grouping_of(index: Index, name: str) -> Grouping:
+def grouping_of(index: Index, name: str, option: str = "--group-by") -> Grouping:
     """Part the live rows by the values of a kept column, or by their gold labels.
 
     Args:
         index: The index.
         name: ``label``; or a column, by its name in the training file or in results.
+        option: The option that names it.
 
     Raises:
         InputError: The index keeps no such column.
     """
     if name == LABEL:
         if index.loss.problem_type == REGRESSION:
-            raise InputError(f"--group-by {LABEL}: the targets of {index.folder} are numbers (regression), no groups.")
+            raise InputError(f"{option} {LABEL}: the targets of {index.folder} are numbers (regression), no groups.")
         column, labels = LABEL, index.labels[index.live]
         values, numbers = pa.array(index.manifest.spec.label_names), labels.astype(np.int64)
         if labels.ndim > 1:  # a group for each set of labels
@@ -78,7 +79,7 @@ def grouping_of(index: Index, name: str) -> Grouping:
         column = only_match(shown, name) or next((own for own, of in shown.items() if of == name), "")
         if not column:
             kept = f"it keeps {listed(shown)}" if shown else "it keeps none besides texts and labels"
-            raise InputError(f"--group-by {name}: {index.folder} keeps no such column; {kept}. Or group by label.")
+            raise InputError(f"{option} {name}: {index.folder} keeps no such column; {kept}. Or group by label.")
         whole = index.row_columns.whole(column)
         encoded = whole if pa.types.is_dictionary(whole.type) else whole.dictionary_encode()
         values = encoded.dictionary

@@ -85,17 +85,36 @@ class HeadRefits:
         step = step_of_set(self.inverse, parts)
         return self.minimum(rows, targets, step) if exact else step
 
-    def of_group(self, rows: np.ndarray) -> np.ndarray | None:
-        """Change of the weight when a group of rows is left out, ``(a, h)``: the minimum, unless that costs too much.
+    def first_order(self, rows: np.ndarray) -> np.ndarray:
+        """Change of the weight without some rows to first order, H^-1 (1/N sum over them of g_n), ``(a, h)``.
 
-        None where J_S along the change has less than a tenth of the curvature that J had before it, as where a group
-        holds nearly all rows, or all of a class: the size of the change is then that of 1 / damping, and says nothing.
+        A test row's loss changes by it, to first order, by the rows' `if` scores, summed, over N.
         """
+        parts = self._leaving(rows)
+        return np.asarray(self.inverse.solve_matrix((parts.gradients.T @ parts.features)[None])[0])
+
+    @property
+    def reaches_minimum(self) -> bool:
+        """Whether a group's change is the minimum, not one Newton step, which costs less."""
         directions, width = len(self.index.loss.basis(self.index.residuals().width)), self.index.features().width
-        change = self.together(rows, exact=len(self.index.live) * (directions * width) ** 2 <= MAX_GROUP_NUMBERS)
+        return len(self.index.live) * (directions * width) ** 2 <= MAX_GROUP_NUMBERS
+
+    def of_group(self, rows: np.ndarray) -> np.ndarray | None:
+        """Change of the head's weight when a group of rows is left out, ``(a, h)``: the minimum, if it is reached.
+
+        None where it means nothing; see :meth:`says_enough`.
+        """
+        change = self.together(rows, exact=self.reaches_minimum)
+        return change if self.says_enough(change, rows) else None
+
+    def says_enough(self, change: np.ndarray, rows: np.ndarray) -> bool:
+        """Whether J_S along a change has a tenth or more of the curvature that J had before it.
+
+        It has less where a group holds nearly all rows, or all of a class: the size of the change is then that of
+        1 / damping, and says nothing.
+        """
         before = self.refit.curvature_along(change, np.zeros_like(change), self.trained)
-        left = self.refit.curvature_along(change, change, self.after(rows, None))
-        return change if left >= MIN_CURVATURE * before else None
+        return self.refit.curvature_along(change, change, self.after(rows, None)) >= MIN_CURVATURE * before
 
     def minimum(self, rows: np.ndarray, targets: np.ndarray | None, start: np.ndarray) -> np.ndarray:
         """The minimum of J_S, ``(a, h)`` float64, by steps from ``start``; see :meth:`together`."""

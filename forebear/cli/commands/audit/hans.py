@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from forebear.cli.commands.audit import artifact as audit_artifact
+from forebear.cli.commands.audit import leaving_out as audit_leaving_out
 from forebear.cli.commands.audit import rows as audit_rows
 from forebear.cli.commands.audit import versions as audit_versions
 from forebear.cli.options.groups import Shown, grouped
@@ -44,6 +45,7 @@ def register(app: typer.Typer) -> None:
     audit_artifact.register(audits)
     audit_rows.register(audits)
     audit_versions.register(audits)
+    audit_leaving_out.register(audits)
     app.add_typer(audits, name="audit")
 
 

@@ -1,0 +1,1 @@
+"""``audit deletion``: what leaving training rows out would change."""
