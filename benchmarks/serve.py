@@ -266,8 +266,15 @@ def alike(one: bytes, other: bytes) -> bool:
 
 
 def throughput(
-    port: int, index: Path, model: list[str], test: Path, texts: Sequence[str], n_clients: int, rounds: int
-) -> Any:
+    port: int,
+    index: Path,
+    model: list[str],
+    test: Path,
+    texts: Sequence[str],
+    n_clients: int,
+    rounds: int,
+    chosen: Sequence[str],
+) -> dict[str, list[float]]:
     """Seconds a test row by the server, by ``retrieve --test`` and by one command a row, by turns."""
     question = ["--method", "gc,if", "--top", "5", "-q"]
     out = ROOT / "runs" / "bench" / "serve.parquet"
@@ -306,6 +313,7 @@ def throughput(
             1,
         ),
     }
+    ways = {name: way for name, way in ways.items() if not chosen or name in chosen}
     taken = by_turns({name: way for name, (way, _) in ways.items()}, rounds, warm=False)
     return {name: [second / ways[name][1] for second in seconds] for name, seconds in taken.items()}
 
@@ -319,6 +327,7 @@ def main() -> None:
     parser.add_argument("--hostile", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=872, help="dev rows whose throughput is measured")
+    parser.add_argument("--ways", nargs="*", default=[], help="ways whose throughput is measured; by default all")
     parser.add_argument("--only", nargs="*", default=["load", "hostile", "throughput"])
     given = parser.parse_args()
     dev = pq.read_table(DATA / "sst2" / "dev.parquet")
@@ -333,17 +342,19 @@ def main() -> None:
             test = ROOT / "runs" / "bench" / "serve_test.parquet"
             test.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(dev.slice(0, given.rows), test)
-            a_row = throughput(port, given.index, model, test, texts[: given.rows], given.clients, given.rounds)
+            texts = texts[: given.rows]
+            a_row = throughput(port, given.index, model, test, texts, given.clients, given.rounds, given.ways)
             server = a_row["server, all clients"]
+            over = {"over_retrieve_test": "retrieve --test", "over_one_by_one": "retrieve --text, one by one"}
+            ratios = {name: ratio(a_row[way], server) for name, way in over.items() if way in a_row}
             write_result(
                 "serve_throughput",
-                larger=("over_retrieve_test", "over_one_by_one"),
+                larger=tuple(ratios),
                 rows=given.rows,
                 rounds=given.rounds,
                 clients=given.clients,
                 seconds_a_row={name: round(float(np.median(taken)), 5) for name, taken in a_row.items()},
-                over_retrieve_test=ratio(a_row["retrieve --test"], server),
-                over_one_by_one=ratio(a_row["retrieve --text, one by one"], server),
+                **ratios,
             )
 
 

@@ -24,6 +24,9 @@ from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Of a batch of test rows on the CPU, padding included. Few texts are computed together here, so that in large batches
+# most word pieces would be padding.
+QUERY_TOKENS = 512
 Stamp = tuple[int, int, int] | None
 
 
@@ -107,7 +110,9 @@ class ServedIndex:
         model: Classifier | str | None = self._model
         if before is not None and same_model(before.index.manifest, index.manifest):
             model = before.retriever.classifier()
-        return Opened(self.name, index, Retriever(index, model=model, device=self._device))
+        retriever = Retriever(index, model=model, device=self._device)
+        retriever.models.query_tokens = QUERY_TOKENS
+        return Opened(self.name, index, retriever)
 
     def _warm(self) -> None:
         """Ask the index once: the model is loaded, and what most questions read is mapped."""

@@ -13,6 +13,7 @@ from serving import until
 
 import forebear
 from forebear.cli.main import run
+from forebear.indexer.model import forward
 from forebear.retriever.question.methods import METHODS
 
 METHODS_ASKED = ["gc", "if", "nn-euc", "tracin-we-topk"]
@@ -84,6 +85,24 @@ def test_texts_asked_at_once_get_what_each_gets_alone(live, bert_world):
         assert one["facts"] == other["facts"]
         (expected,), (found,) = one["answers"], other["answers"]
         assert_same(flat([found]), flat([expected]))
+
+
+def test_batches_of_texts_of_many_lengths_are_little_padded(start, index_folder, monkeypatch):
+    live = start(index_folder)
+    seen: list[tuple[int, int]] = []
+    run_batch = forward.forward_batch
+
+    def watched(classifier: Any, batch: Any) -> Any:
+        seen.append((batch["input_ids"].numel(), int(batch["attention_mask"].sum())))
+        return run_batch(classifier, batch)
+
+    monkeypatch.setattr(forward, "forward_batch", watched)
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(["good", "film", "bad", "plot"], n)) for n in [3, 30] * 32]
+    assert live.ask("/v1/retrieve", {"texts": texts, "methods": ["gc"], "top": 1}).status == 200
+    padded, read = np.sum(seen, axis=0)
+    assert read > 1000
+    assert padded < 1.3 * read  # in one batch it would be twice as much
 
 
 def test_scores_are_those_of_the_library_in_the_order_of_the_rows(live, bert_world):

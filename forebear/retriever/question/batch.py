@@ -94,7 +94,9 @@ def make_batch(
     forwards = {} if forward is None else {last: forward}
     for c in range(n_checkpoints) if needs_all else [last]:
         if c not in forwards:
-            forwards[c] = run_forward(models.classifier(c), texts, first_row=numbers[0] if len(numbers) else 0)
+            classifier, first = models.classifier(c), numbers[0] if len(numbers) else 0
+            batch_tokens = classifier.batch_tokens(models.query_tokens)
+            forwards[c] = run_forward(classifier, texts, batch_tokens=batch_tokens, first_row=first)
     sentence = None
     if any(m.representation == "sentence" for m in question.methods):
         assert not isinstance(texts, Encoded)

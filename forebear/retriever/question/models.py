@@ -15,6 +15,7 @@ from forebear.errors import MismatchError, MissingStoreError
 from forebear.indexer.index import Index
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.device.arithmetic import computed_on, repeatable
+from forebear.indexer.model.device.batch_size import BATCH_TOKENS
 from forebear.indexer.model.device.copies import send
 from forebear.indexer.model.device.kept_arrays import DeviceMemory
 from forebear.indexer.model.device.memory import moved, run_batches
@@ -77,6 +78,7 @@ class Models:
 
     Attributes:
         index: The index, with its checkpoints where they are now.
+        query_tokens: Most word pieces, padding included, that a batch of test rows has on the CPU.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Models:
             device_bytes: Most bytes of stored vectors that are kept on a GPU; None: half of what is free.
         """
         self.index = index.at(model if isinstance(model, str) else None)
+        self.query_tokens = BATCH_TOKENS
         self._device_bytes = device_bytes
         self._override = model if isinstance(model, Classifier) else None
         self._devices = pick_devices(device, devices)
