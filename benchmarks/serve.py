@@ -348,7 +348,7 @@ def main() -> None:
             over = {"over_retrieve_test": "retrieve --test", "over_one_by_one": "retrieve --text, one by one"}
             ratios = {name: ratio(a_row[way], server) for name, way in over.items() if way in a_row}
             write_result(
-                "serve_throughput",
+                f"serve_throughput_{given.rows}" if given.ways else "serve_throughput",
                 larger=tuple(ratios),
                 rows=given.rows,
                 rounds=given.rounds,
