@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FOLDER = typer.Option(
     "--out",
-    help="Folder to write: report.html, table.csv, result.json, and report.json, which `forebear report` reads.",
+    help="Folder to write: report.html, tables as CSV, result.json, and report.json, which `forebear report` reads.",
     show_default=False,
 )
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
@@ -14,6 +14,7 @@ from forebear.evaluation.common.span_queries import sample_span_queries
 from forebear.evaluation.reports.report import Report, write_report
 from forebear.evaluation.worklists.files import rendered
 from forebear.evaluation.worklists.items import WorkList
+from forebear.evaluation.worklists.passages import SHOWN_ITEMS, passages_of
 from forebear.indexer.index import Index
 from forebear.indexer.rows.opening import rows_given
 from forebear.indexer.rows.row_format import REGRESSION, SINGLE_LABEL, RowFormat
@@ -60,7 +61,7 @@ class Finding(Generic[T]):
     work_list: WorkList | None = field(default=None, kw_only=True)
 
     def write(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write report.html, table.csv, result.json and report.json, as the commands do; the page's path.
+        """Write report.html, its tables as CSV, result.json and report.json, as the commands do; the page's path.
 
         A work list goes beside them: worklist.parquet, worklist.csv and worklist.jsonl, which hold the same.
 
@@ -234,4 +235,7 @@ def called(function: str) -> str:
 
 def finding(found: T, page: tuple[Report, Mapping[str, Any]], work_list: WorkList | None = None) -> Finding[T]:
     """A finding from the numbers, the pair of report and plain numbers, and the rows that somebody should decide on."""
-    return Finding(found, *page, work_list=work_list)
+    report, result = page
+    if work_list is not None:
+        report = replace(report, listed=passages_of(work_list, SHOWN_ITEMS), n_listed=len(work_list))
+    return Finding(found, report, result, work_list=work_list)

@@ -1,8 +1,9 @@
-"""Report folders: a page to read, a table to compute with, and the result as JSON.
+"""Report folders: a page to read, tables to compute with, and the result as JSON.
 
-``report.html`` stands alone: no script, no network, no other file. ``table.csv`` holds the tables,
-``result.json`` the numbers, ``report.json`` what `forebear report` puts side by side. The figures are SVG that takes
-its text colour from the page, so that one file serves light screens, dark screens and paper.
+``report.html`` stands alone: no script, no network, no other file. ``table.csv`` holds the first table, and each
+further one has a file of its own, named after its title (``table-accuracy.csv``); ``result.json`` holds the numbers,
+``report.json`` what `forebear report` puts side by side. The figures are SVG that takes its text colour from the page,
+so that one file serves light screens, dark screens and paper.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Group:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """All that a report says: figures first, then tables, then data rows."""
+    """All that a report says: figures, tables and data rows; or, of an audit, rows to decide on and why, then these."""
 
     title: str
     summary: str  # the finding, in one or two plain sentences
@@ -82,6 +83,8 @@ class Report:
     figures: Sequence[Figure] = ()
     groups: Sequence[Group] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)  # index digest, methods, the command to repeat it
+    listed: Sequence[Passage] = ()  # the first rows of a work list, which then stand first on the page
+    n_listed: int = 0  # all rows of the list
 
     def __repr__(self) -> str:
         return f"<Report {self.title!r}: {self.summary}>"
@@ -98,7 +101,7 @@ def write_report(
     force: bool = False,
     beside: Mapping[str, str | bytes] = MappingProxyType({}),
 ) -> Path:
-    """Write the four files of a report together, and return the page's path.
+    """Write the files of a report together, and return the page's path.
 
     The folder holds the files of one report even if the process is killed: the old ones, or all of the new ones.
 
@@ -116,15 +119,31 @@ def write_report(
         StorageError: The folder cannot be written.
     """
     check_folder(folder, force=force, beside=beside)
+    tables = dict(zip(table_files(report), report.tables, strict=True))
     contents: dict[str, str | bytes] = {
         "report.html": render_html(report),
-        "table.csv": render_csv(report.tables),
+        "table.csv": "",
+        **{name: render_csv(table) for name, table in tables.items()},
         "result.json": render_json({"provenance": dict(report.provenance), **result}),
         "report.json": render_json(_shown(report)),
     }
     contents |= beside
+    for name in folder.glob("table-*.csv") if folder.is_dir() else ():  # of a report that is replaced
+        name.unlink()
     write_together(folder, {name: c.encode() if isinstance(c, str) else c for name, c in contents.items()})
     return folder / "report.html"
+
+
+def table_files(report: Report) -> list[str]:
+    """Names of the files of a report's tables: ``table.csv``, and the others by their titles."""
+    names: list[str] = []
+    for table in report.tables:
+        slug = re.sub(r"[^a-z0-9]+", "-", table.title.lower()).strip("-")[:60].rstrip("-") or "more"
+        name = f"table-{slug}.csv" if names else REPORT_FILES[1]
+        while name in names:
+            name = f"{name.removesuffix('.csv')}-{len(names) + 1}.csv"
+        names.append(name)
+    return names
 
 
 def check_folder(folder: Path, *, force: bool = False, beside: Iterable[str] = ()) -> None:
@@ -169,23 +188,16 @@ def render_html(report: Report) -> str:
     return str(page.render(report=report, figures=figures, decimals=decimals))
 
 
-def render_csv(tables: Sequence[Table]) -> str:
-    """All tables as one CSV text; several are stacked, with their title in a first column ``table``.
+def render_csv(table: Table) -> str:
+    """A table as CSV text.
 
     Texts that a spreadsheet would take for formulas are guarded; numbers stay numbers, also those written as text.
     """
-    for table in tables:
-        _check_table(table)
-    columns = list(dict.fromkeys(column for table in tables for column in table.columns))
-    head = ["table"] if len(tables) > 1 else []
+    _check_table(table)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*head, *columns])
-    for table in tables:
-        for row in table.rows:
-            cells = dict(zip(table.columns, row, strict=True))
-            values = [as_cell(cells.get(column)) for column in columns]
-            writer.writerow([*([table.title] if head else []), *values])
+    writer.writerow(table.columns)
+    writer.writerows(map(as_cell, row) for row in table.rows)
     return text.getvalue()
 
 

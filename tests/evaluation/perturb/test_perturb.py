@@ -390,7 +390,7 @@ def test_attack_replaces_the_rows_of_all_queries_and_reports_both_sets(retriever
         assert f"{c['word']} → {c['substitute']}" in page
         assert f"<mark>{c['substitute']}</mark>" in page
     assert "text, before" in page
-    assert (tmp_path / "table.csv").read_text().startswith("table,strategy,rows,accuracy")
+    assert (tmp_path / "table.csv").read_text().startswith("strategy,rows,accuracy")
 
 
 def test_fix_adds_changed_rows_for_dev_rows_that_are_wrong(retriever, folder, files, tmp_path):

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +64,10 @@ def full_report(text: str = "plain") -> Report:
     )
 
 
-def test_three_files_are_written_and_nothing_else(tmp_path: Path) -> None:
+def test_the_files_are_written_and_nothing_else(tmp_path: Path) -> None:
     path = write_report(full_report(), tmp_path / "a" / "b", result={"mean": 0.84})
     assert path == tmp_path / "a" / "b" / "report.html"
-    assert sorted(p.name for p in path.parent.iterdir()) == sorted(REPORT_FILES)
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted([*REPORT_FILES, "table-overlap.csv"])
 
 
 def test_text_from_the_data_never_becomes_markup() -> None:
@@ -246,18 +247,39 @@ def test_nan_never_passes_quietly(tmp_path: Path, bad: float) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_table_is_plain_csv_and_several_are_stacked() -> None:
-    assert render_csv([TABLE]) == "method,mean,error\ngc,0.84,0.0102\nif,0.5,\n"
-    text = render_csv([TABLE, Table("Time, s", ["method", "seconds"], [['a "b"', 3]])])
-    rows = list(csv.DictReader(text.splitlines()))
-    assert rows[0] == {"table": "Overlap", "method": "gc", "mean": "0.84", "error": "0.0102", "seconds": ""}
-    assert rows[2] == {"table": "Time, s", "method": 'a "b"', "mean": "", "error": "", "seconds": "3"}
+def test_each_table_is_a_file_of_its_own_and_none_of_a_replaced_report_stays(tmp_path: Path) -> None:
+    times = Table("Time, s: à la carte", ["method", "seconds"], [['a "b"', 3]])
+    same = Table("time s a la carte?", ["x"], [])
+    write_report(Report("t", "s", tables=[TABLE, times, Table("†", ["y"], []), same, same]), tmp_path, result={})
+    assert (tmp_path / "table.csv").read_text() == "method,mean,error\ngc,0.84,0.0102\nif,0.5,\n"
+    assert (tmp_path / "table-time-s-la-carte.csv").read_text() == 'method,seconds\n"a ""b""",3\n'
+    names = {path.name for path in tmp_path.glob("table*.csv")}
+    assert {"table-more.csv", "table-time-s-a-la-carte.csv", "table-time-s-a-la-carte-5.csv"} < names
+    assert len(names) == 5
+    write_report(Report("t", "s", tables=[times]), tmp_path, result={}, force=True)
+    assert [path.name for path in tmp_path.glob("table*.csv")] == ["table.csv"]
+
+
+def test_rows_to_decide_on_stand_first_and_what_is_behind_them_next() -> None:
+    listed = [Passage(f"{i}. row {i}", {"text": f"text <{i}>"}, facts={"label": "no"}, note="why") for i in range(12)]
+    figure = Figure("f", bar_chart(["a"], {"s": [1.0]}, xlabel="x"))
+    behind = [Group("behind", [Passage("h", {"text": "x"})])]
+    report = Report("t", "s", [TABLE], [figure], behind, listed=listed, n_listed=30)
+    page = render_html(report)
+    places = [page.index(f'<h2 id="{name}">') for name in ("listed", "rows", "figures", "tables")]
+    assert places == sorted(places)
+    assert page.count('id="rows"') == 1
+    assert "The first 12 of 30." in page
+    assert "text &lt;11&gt;" in page
+    assert page.index("Show 2 more") < page.index("text &lt;10&gt;")
+    without = render_html(replace(report, listed=()))
+    assert without.index('<h2 id="figures">') < without.index('<h2 id="tables">') < without.index('<h2 id="rows">')
 
 
 def test_no_cell_of_a_csv_table_is_a_formula_and_numbers_stay_numbers() -> None:
     texts = ["=1+1", "@a", "- a dull film", "-0.5", "'tis", "'-", "+1e3", "\tx"]
     rows = [[text, number] for text, number in zip(texts, [-1, -0.25, None, 3, True, 0, -2, 1], strict=True)]
-    lines = list(csv.reader(io.StringIO(render_csv([Table("t", ["text", "number"], rows)]))))[1:]
+    lines = list(csv.reader(io.StringIO(render_csv(Table("t", ["text", "number"], rows)))))[1:]
     assert [line[0] for line in lines] == ["'=1+1", "'@a", "'- a dull film", "-0.5", "'tis", "''-", "+1e3", "'\tx"]
     assert [line[1] for line in lines] == ["-1", "-0.25", "", "3", "True", "0", "-2", "1"]
 
