@@ -16,6 +16,7 @@ from typing import Any, Final
 from forebear.errors import InputError
 
 DECISIONS: Final = ("relabel", "remove", "quarantine", "keep")
+OF_LABEL: Final = "probability of the label"  # the figure of the evidence: by the model
 TEXT: Final = "text: "
 EVIDENCE: Final = "evidence: "
 FIRST: Final = ("row", "source", "source_row", "line")
@@ -30,8 +31,8 @@ class Item:
     Attributes:
         row: Its number in the index, from 0.
         texts: Its texts by text column, in the order of encoding; empty where the index holds none.
-        given: Its label as people read it: the name of a class; of several labels their names with ``; `` between; of
-            numbers these. None where it is not known.
+        given: Its label as people read it: the name of a class; of several labels their names, parted by
+            semicolons; of numbers these. None where it is not known.
         suggested: Another label, written alike; None where none is suggested. What ``relabel`` writes.
         evidence: Named figures, all of them finite. What they mean is for the audit's page to say.
         contradicting: Numbers of the rows that contradict it.
@@ -138,7 +139,8 @@ def item_of(record: Mapping[str, Any]) -> Item:
 
     Whole numbers may be written as ``12`` or ``12.0``, lists of rows as lists or as ``12; 45``; case and white space
     around a decision do not count. Lists that the explorer kept before work lists were files are read, too: ``label``
-    is the given label there, ``evidence`` a sentence, ``wrong label`` the decision to relabel and ``note`` none.
+    is the given label there, ``evidence`` a sentence, ``probability`` what the model gives that label, ``wrong label``
+    the decision to relabel and ``note`` none.
 
     Raises:
         InputError: There is no row number, or a value is not of its column's kind.
@@ -149,6 +151,7 @@ def item_of(record: Mapping[str, Any]) -> Item:
         raise InputError(f"row {record.get('row')!r}: expected the number of a training row.") from error
     if row is None:
         raise InputError("an item without a row number. Fill the column row, or take the line out.")
+    of_label = "label" in record and "given" not in record
     try:
         said = [_text(record.get(name)) for name in ("evidence", "reason")]
         decision = (_text(record.get("decision")) or "").strip().lower()
@@ -161,13 +164,9 @@ def item_of(record: Mapping[str, Any]) -> Item:
             },
             given=_text(record.get("given", record.get("label"))) or None,
             suggested=_text(record.get("suggested")) or None,
-            evidence={
-                name.removeprefix(EVIDENCE): number
-                for name, value in record.items()
-                if name.startswith(EVIDENCE) and (number := _number(value)) is not None
-            },
+            evidence=_evidence(record, of_label=of_label),
             contradicting=_rows(record.get("contradicting")),
-            probability=_number(record.get("probability")),
+            probability=None if of_label else _number(record.get("probability")),
             reason="; ".join(part for part in said if part),
             decision={"wrong label": "relabel", "note": ""}.get(decision, decision),
             note=_text(record.get("note")) or "",
@@ -210,6 +209,13 @@ def _whole(value: Any) -> int | None:
     if not number.is_integer():
         raise ValueError(f"{value!r}: expected a whole number")
     return int(number)
+
+
+def _evidence(record: Mapping[str, Any], *, of_label: bool) -> dict[str, float]:
+    figures = {name.removeprefix(EVIDENCE): value for name, value in record.items() if name.startswith(EVIDENCE)}
+    if of_label:
+        figures[OF_LABEL] = record.get("probability")
+    return {name: number for name, value in figures.items() if (number := _number(value)) is not None}
 
 
 def _rows(value: Any) -> tuple[int, ...]:

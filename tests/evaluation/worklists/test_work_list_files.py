@@ -107,6 +107,7 @@ def test_what_the_explorer_kept_before_is_read():
     found = item_of(old)
     assert (found.given, found.texts, found.decision) == ("bad", {"text": "fine"}, "relabel")
     assert found.reason == "loss 3; proponent 1"
+    assert (found.probability, found.evidence) == (None, {"probability of the label": 0.25})
     assert item_of({**old, "decision": "note"}).decision == ""
 
 
