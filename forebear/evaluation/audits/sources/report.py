@@ -19,6 +19,7 @@ from forebear.indexer.index import Index
 
 LEVEL = 0.05
 PER = 100  # rows, of which the worth is stated
+SMALL = 1000  # tables and figure state the worth in thousandths of a nat
 MOST_BARS = 12
 HEADS = (
     *("source", "rows", "share of rows"),
@@ -27,13 +28,14 @@ HEADS = (
     *("rise without", "rise, 95% low", "rise, 95% high", "gain without", "gain, 95% low", "gain, 95% high"),
 )
 MEANING = (
-    f"Worth: by how many nats the mean loss of the test rows rises without {PER} average rows of the source, to first "
-    "order; below 0 it falls: they harm. Difference: the worth less that of as many others, which does not grow with "
-    "the source. p: of the difference where rows are shuffled among the sources; p of all: corrected for their "
-    "number; p in labels: shuffled among rows of the same label, so that a source is not blamed for its mix of labels. "
-    f"Share of errors: of the source among the first {PROPONENTS} proponents of wrong predictions, to be held against "
-    "its share of rows, with p of that. Rise, gain: of the test rows' mean loss, in nats, and of their accuracy when "
-    "the head is refitted without the whole source."
+    f"Worth: by how many thousandths of a nat the mean loss of the test rows rises without {PER} average rows of the "
+    "source, to first order; below 0 it falls: they harm. Difference: the worth less that of as many others, which "
+    "does not grow with the source. p: of the difference where rows are shuffled among the sources; p of all: "
+    "corrected for their number; p in labels: shuffled among rows of the same label, so that a source is not blamed "
+    "for its mix of labels. p takes the test rows as they are; intervals are of other test rows, too, and may hold 0 "
+    f"where p is small. Share of errors: of the source among the first {PROPONENTS} proponents of wrong predictions, "
+    "to be held against its share of rows, with p of that. Rise, gain: of the test rows' mean loss, in nats, and of "
+    "their accuracy when the head is refitted without the whole source."
 )
 
 
@@ -64,7 +66,7 @@ def sources_list(found: Sources, index: Index, n_listed: int) -> WorkList:
     name, places = found.grouping.names[worst], _harmful(found, n_listed if p <= LEVEL else 0)
     rises = found.scores[places] / len(found.scores)
     reasons = [
-        f"{found.grouping.column} {name} is the worst; without the row the mean test loss falls by {-rise:.2g} nats"
+        f"of {found.grouping.column} = {name}; without the row the mean test loss falls by {-rise:.2g} nats"
         for rise in rises.tolist()
     ]
     rows = found.grouping.live[places]
@@ -82,9 +84,13 @@ def _summary(found: Sources) -> str:
     n, one, column = len(found.scores), found.worths[ALL], found.grouping.column
     (worst, p), best = found.worst, int(found.order[-1])
     name, size = found.grouping.names[worst], int(found.sizes[worst])
-    parts = [f"{column} {name} is the one to look at: p = {p:.2g}, corrected for {len(found.sizes):,} sources."]
+    by = "worth"
+    if found.errors is not None and found.errors.chance.p_of_all[worst] < found.chance.p_of_all[worst]:
+        by = "share of what is behind errors"
+    stated = f"{p:.2g}, of its {by}, corrected for {len(found.sizes):,} sources"
+    parts = [f"Look first at {column} = {name}: p = {stated}."]
     if p > LEVEL:
-        parts = [f"No {column} differs from the others by more than chance; the least p, {p:.2g}, has {name}."]
+        parts = [f"No {column} differs from the others by more than chance; the least p has {name}: {stated}."]
     low, high = one.intervals[:, worst] * PER / n
     parts.append(
         f"{PER} of its {size:,} rows are worth {one.differences[worst] * PER / n:+.2g} nats of the mean test loss "
@@ -122,7 +128,7 @@ def _rows_table(found: Sources, index: Index, n_listed: int) -> Table:
 
 def _sources_table(found: Sources, inputs: Inputs) -> Table:
     n, one = len(found.scores), found.worths[ALL]
-    scale = PER / n
+    scale = SMALL * PER / n
     lines: list[list[Cell]] = []
     for m in found.order.tolist():
         cells: list[Cell] = [found.grouping.names[m], int(found.sizes[m]), float(found.sizes[m] / n)]
@@ -145,21 +151,22 @@ def _sources_table(found: Sources, inputs: Inputs) -> Table:
 
 
 def _parts_table(found: Sources, n: int) -> Table:
+    scale = SMALL * PER / n
     lines: list[list[Cell]] = []
     for name, one in found.worths.items():
         for m in found.order.tolist():
-            ends = [float(end) for end in one.intervals[:, m] * PER / n]
+            ends = [float(end) for end in one.intervals[:, m] * scale]
             cells: list[Cell] = [
                 name,
                 found.n_test[name],
                 found.grouping.names[m],
                 float(found.sizes[m] * one.means[m] / n),
             ]
-            lines.append([*cells, float(one.means[m] * PER / n), float(one.differences[m] * PER / n), *ends])
+            lines.append([*cells, float(one.means[m] * scale), float(one.differences[m] * scale), *ends])
     heads = ["test rows", "their number", "source", "sum", "worth", "difference", "difference, 95% low"]
     note = (
-        "Sum: by how many nats the mean loss of these test rows rises without all rows of the source, to first order. "
-        "Wrong: rows that the model mispredicts."
+        "Sum: by how many nats the mean loss of these test rows rises without all rows of the source, to first order; "
+        "worth and difference in thousandths of a nat, as above. Wrong: rows that the model mispredicts."
     )
     return Table("Worth to parts of the test rows", [*heads, "difference, 95% high"], lines, note)
 
@@ -169,8 +176,8 @@ def _figure(found: Sources) -> Figure:
     order = found.order
     if len(order) > MOST_BARS:
         order = np.r_[order[: MOST_BARS // 2], order[-MOST_BARS // 2 :]]
-    values = one.differences[order] * PER / n * 1000
-    halves = (one.intervals[1] - one.intervals[0])[order] * PER / n * 500
+    values = one.differences[order] * SMALL * PER / n
+    halves = (one.intervals[1] - one.intervals[0])[order] * SMALL * PER / n / 2
     drawing = bar_chart(
         [found.grouping.names[m] for m in order.tolist()], {"difference": values.tolist()},
         xlabel=f"worth of {PER} rows beside {PER} others, thousandths of a nat", errors={"difference": halves.tolist()},
