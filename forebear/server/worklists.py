@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from forebear.errors import InputError
+from forebear.evaluation.worklists.files import FILES, json_line, read_work_list
+from forebear.evaluation.worklists.items import Item, is_column, item_of, record_of
 from forebear.indexer.storage.atomic import write_bytes
 
-Entry = Mapping[str, Any]
 MOST_ENTRIES = 100_000  # of one list
+MOST_CHARACTERS = 20_000  # of a note
 
 
 class WorkLists:
@@ -22,7 +23,8 @@ class WorkLists:
         """Read the lists that are there.
 
         Args:
-            folder: Of ``NAME.jsonl``; made at the first change.
+            folder: Of ``NAME.jsonl``; made at the first change. Where there is none yet and one index is served, the
+                work list that an audit wrote into the folder is where the list begins.
             names: Of the indexes.
 
         Raises:
@@ -31,21 +33,30 @@ class WorkLists:
         self._folder = folder
         self._lock = threading.Lock()
         self._lists = {name: self._read(folder / f"{name}.jsonl") for name in names}
+        if len(names) == 1 and not (folder / f"{names[0]}.jsonl").exists():
+            self._lists[names[0]] = self._of_audit(folder)
 
-    def entries(self, name: str) -> list[Entry]:
+    def entries(self, name: str) -> list[Mapping[str, Any]]:
         """The marked rows of an index, by row number."""
         with self._lock:
-            return [entry for _, entry in sorted(self._lists[name].items())]
+            return [record_of(item) for _, item in sorted(self._lists[name].items())]
 
-    def put(self, name: str, entry: Entry) -> None:
+    def put(self, name: str, record: Mapping[str, Any]) -> None:
         """Mark a row, or mark it otherwise.
 
         Raises:
-            InputError: The list is full.
+            InputError: The record is none of a work list, or the list is full.
             StorageError: It cannot be written; it is then as it was.
         """
+        if unknown := [column for column in record if not is_column(column)]:
+            raise InputError(f"{unknown[0]!r} is no column of a work list.")
+        if "decision" not in record or not isinstance(record["row"], int):
+            raise InputError("expected a row number and a decision, which may be empty.")
+        item = item_of(record)
+        if len(item.note) > MOST_CHARACTERS:
+            raise InputError(f"a note of {len(item.note):,} characters; expected at most {MOST_CHARACTERS:,}.")
         with self._lock:
-            changed = self._lists[name] | {entry["row"]: entry}
+            changed = self._lists[name] | {item.row: item}
             if len(changed) > MOST_ENTRIES:
                 raise InputError(f"the work list holds {MOST_ENTRIES:,} rows already. Take some off.")
             self._write(name, changed)
@@ -57,19 +68,20 @@ class WorkLists:
             StorageError: It cannot be written; it is then as it was.
         """
         with self._lock:
-            self._write(name, {number: entry for number, entry in self._lists[name].items() if number != row})
+            self._write(name, {number: item for number, item in self._lists[name].items() if number != row})
 
-    def _write(self, name: str, entries: dict[int, Entry]) -> None:
-        lines = [json.dumps(entries[row], ensure_ascii=False, allow_nan=False) for row in sorted(entries)]
-        content = "".join(f"{line}\n" for line in lines)
+    def _write(self, name: str, items: dict[int, Item]) -> None:
+        content = "".join(json_line(record_of(items[row])) for row in sorted(items))
         write_bytes(self._folder / f"{name}.jsonl", content.encode("utf-8", "replace"))
-        self._lists[name] = entries
+        self._lists[name] = items
 
     @staticmethod
-    def _read(path: Path) -> dict[int, Entry]:
+    def _read(path: Path) -> dict[int, Item]:
         try:
-            lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-            entries = [json.loads(line) for line in lines if line]
-            return {int(entry["row"]): entry for entry in entries}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is no work list of the explorer ({error}). Name another folder.") from error
+            return {item.row: item for item in read_work_list(path)} if path.exists() else {}
+        except InputError as error:
+            raise InputError(f"{path} is no work list of the explorer ({error}) Name another folder.") from error
+
+    @classmethod
+    def _of_audit(cls, folder: Path) -> dict[int, Item]:
+        return cls._read(folder) if any((folder / name).is_file() for name in FILES) else {}

@@ -142,6 +142,7 @@ def site_facts(asked: Asked, command: str = "", name: str | None = None) -> Reco
         "one_label": manifest.spec.problem_type == SINGLE_LABEL,
         "numbers": manifest.spec.problem_type == REGRESSION,
         "label_names": list(manifest.spec.label_names),
+        "text_columns": list(manifest.spec.text_columns),
         "test": test.source,
         "n_tests": len(test),
         "labelled": test.labels is not None,

@@ -8,7 +8,6 @@ from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Response
-from pydantic import BaseModel, ConfigDict, Field
 
 from forebear.errors import InputError
 from forebear.evaluation.explorer.site import PAGE, SCRIPTS, SITE, STYLE, front_end
@@ -32,24 +31,6 @@ _HEADERS = {
 }
 Row = Annotated[int, Path(ge=0, le=2**62)]
 Record = Callable[[str, int], Awaitable[dict[str, Any]]]  # of a row of an index, by its name
-
-
-class Marked(BaseModel):
-    """A training row on a work list; docs/explorer.md has the fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    row: Annotated[int, Field(ge=0, le=2**62)]
-    source: str | None = None
-    source_row: int | None = None
-    text: str | None = None
-    label: str | None = None
-    suggested: str | None = None
-    evidence: str | None = None
-    probability: float | None = None
-    reason: str | None = None
-    decision: Literal["wrong label", "remove", "keep", "note"]
-    note: Annotated[str, Field(max_length=20_000)] = ""
 
 
 def explorer_routes(indexes: ServedIndexes, explored: Explored, describe: Record, explain: Record) -> APIRouter:
@@ -107,11 +88,11 @@ def explorer_routes(indexes: ServedIndexes, explored: Explored, describe: Record
         return as_json(dumped(kept().entries(indexes.named(index).name)))
 
     @router.put("/explorer/worklist/{row}", status_code=204)
-    async def put(row: Row, marked: Marked, index: Name | None = None) -> None:
-        """Mark a training row."""
-        if marked.row != row:
-            raise InputError(f"row {marked.row}: expected {row}, as in the path.")
-        await asyncio.to_thread(kept().put, indexes.named(index).name, marked.model_dump())
+    async def put(row: Row, marked: dict[str, Any], index: Name | None = None) -> None:
+        """Mark a training row: the columns of a work list, docs/work-lists.md."""
+        if marked.get("row") != row:
+            raise InputError(f"row {marked.get('row')!r}: expected {row}, as in the path.")
+        await asyncio.to_thread(kept().put, indexes.named(index).name, marked)
 
     @router.delete("/explorer/worklist/{row}", status_code=204)
     async def drop(row: Row, index: Name | None = None) -> None:

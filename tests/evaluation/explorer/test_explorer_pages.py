@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from forebear.evaluation.worklists.files import read_work_list
+
 pytestmark = pytest.mark.slow
 
 HIDDEN = re.compile("[\u0000-\u0008\u000b\u000c\u000e-\u001f\u200b\u2028-\u202e\u2060-\u2069\ufeff]")
 FIELDS = (
-    "row", "source", "source_row", "text", "label", "suggested", "evidence", "probability", "reason", "decision",
-    "note",
+    "row", "source", "source_row", "text: text", "given", "suggested", "evidence: probability of the label", "reason",
+    "decision", "note",
 )  # fmt: skip
 PAGES = ("", "#/test/0", "#/test/2", "#/test/5", "#/row/30", "#/work", "#/about", "#/nothing")
 
@@ -227,7 +229,7 @@ def test_the_work_list_survives_a_restart_and_is_exported_as_it_is(playwright, l
     context = opened()
     page = context.pages[0]
     visit(page, site, f"#/row/{row}")
-    page.get_by_label("wrong label").check()
+    page.get_by_label("relabel", exact=True).check()
     page.get_by_label("Right label").select_option("LABEL_1")
     page.get_by_label("Note", exact=True).fill(note)
     page.get_by_label("Note", exact=True).blur()
@@ -250,24 +252,29 @@ def test_the_work_list_survives_a_restart_and_is_exported_as_it_is(playwright, l
         files[name] = tmp_path / download.value.suggested_filename
         download.value.save_as(files[name])
     visit(page, site, f"#/row/{row}")
-    assert page.get_by_label("wrong label").is_checked()
+    assert page.get_by_label("relabel", exact=True).is_checked()
     assert page.get_by_label("Note", exact=True).input_value() == note
     context.close()
 
     first, second = (json.loads(line) for line in files["JSON Lines"].read_text().splitlines())
     assert tuple(first) == tuple(second) == FIELDS
     assert first == {
-        "row": row, "source": record["source"], "source_row": row, "text": site.train[row]["text"],
-        "label": record["label"], "suggested": "LABEL_1", "evidence": record["evidence"],
-        "probability": record["probability"], "reason": "", "decision": "wrong label", "note": note,
+        "row": row, "source": record["source"], "source_row": row, "text: text": site.train[row]["text"],
+        "given": record["label"], "suggested": "LABEL_1", "evidence: probability of the label": record["probability"],
+        "reason": record["evidence"], "decision": "relabel", "note": note,
     }  # fmt: skip
     assert (second["row"], second["decision"], second["note"]) == (30, "keep", "=1+1")
     cells = read_csv(files["CSV"])
     assert [list(line) for line in cells] == [list(FIELDS)] * 2
     for line, entry in zip(cells, (first, second), strict=True):
-        assert line["text"] == entry["text"]
+        assert line["text: text"] == entry["text: text"]
         assert line["note"] == ("'=1+1" if entry is second else note)  # no formula in a spreadsheet
-        assert float(line["probability"]) == entry["probability"]
+        chance = "evidence: probability of the label"
+        assert float(line[chance]) == entry[chance]
+    lists = [read_work_list(file) for file in files.values()]  # what `forebear apply` reads
+    assert lists[0] == lists[1]
+    assert [(item.row, item.decision, item.note) for item in lists[0]] == [(row, "relabel", note), (30, "keep", "=1+1")]
+    assert lists[0].items[0].texts == {"text": site.train[row]["text"]}
 
 
 @pytest.mark.parametrize("width", [400, 1400])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from forebear import retire_rows
+from forebear import audits, retire_rows
 from forebear.cli.main import run
+from forebear.evaluation.worklists.files import read_work_list
 
 TOKEN = "0123456789abcdef0123"
 MARK = {"row": 7, "decision": "remove", "note": "twice"}
@@ -93,7 +95,42 @@ def test_marked_rows_are_on_disk_when_they_are_answered_and_read_again(site, sta
         assert live.ask("/explorer/worklist/7", body, method="PUT").status == 422, body
     later = start(f"tiny={site.index}", worklists=str(folder)).ask("/explorer/worklist").json
     assert [(entry["row"], entry["note"]) for entry in later] == [(3, "new\u2028line"), (7, "twice")]
+    assert [(item.row, item.decision) for item in read_work_list(folder / "tiny.jsonl")] == [
+        (3, "remove"),
+        (7, "remove"),
+    ]
     assert [path.name for path in folder.iterdir()] == ["tiny.jsonl"]
+
+
+def test_the_work_list_of_an_audit_is_where_the_servers_list_begins(site, start, tmp_path):
+    found = audits.suspects(site.index, n_listed=5, n_neighbours=3)
+    found.write(tmp_path / "suspects")
+    live = start(f"tiny={site.index}", worklists=str(tmp_path / "suspects"))
+    listed = {entry["row"]: entry for entry in live.ask("/explorer/worklist").json}
+    assert set(listed) == {item.row for item in found.work_list}
+    first = found.work_list.items[0]
+    assert listed[first.row]["reason"] == first.reason
+    marked = {**listed[first.row], "decision": "relabel", "suggested": "LABEL_0"}
+    assert live.ask(f"/explorer/worklist/{first.row}", marked, method="PUT").status == 204
+    kept = {item.row: item for item in read_work_list(tmp_path / "suspects" / "tiny.jsonl")}
+    assert kept[first.row] == replace(first, decision="relabel", suggested="LABEL_0")
+    assert kept == {item.row: item for item in found.work_list} | {first.row: kept[first.row]}
+    assert read_work_list(tmp_path / "suspects" / "worklist.csv") == found.work_list
+
+
+def test_a_list_that_was_kept_before_is_read_and_written_anew(site, start, tmp_path):
+    old = {
+        "row": 4,
+        "text": "a",
+        "label": "LABEL_0",
+        "evidence": "loss 3",
+        "probability": 0.25,
+        "decision": "wrong label",
+    }
+    (tmp_path / "tiny.jsonl").write_text(json.dumps(old) + "\n")
+    (entry,) = start(f"tiny={site.index}", worklists=str(tmp_path)).ask("/explorer/worklist").json
+    assert (entry["given"], entry["decision"], entry["probability"]) == ("LABEL_0", "relabel", None)
+    assert entry["evidence: probability of the label"] == 0.25
 
 
 def test_a_server_that_keeps_no_list_says_so(site, start):
@@ -161,7 +198,7 @@ def test_the_pages_of_a_server_show_the_site_and_ask_about_new_texts(page, site,
     assert site.train[unlisted]["text"] in page.locator("article dd").inner_text()
     page.get_by_label("remove").check()
     page.wait_for_selector("text=is on the work list: remove")
-    assert json.loads((folder / "tiny.jsonl").read_text())["text"] == site.train[unlisted]["text"]
+    assert json.loads((folder / "tiny.jsonl").read_text())["text: text"] == site.train[unlisted]["text"]
     live.stop()
     again = start(f"tiny={site.index}", worklists=str(folder))
     visit(page, again.port, "#/work")

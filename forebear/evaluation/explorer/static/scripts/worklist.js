@@ -4,8 +4,21 @@
   const { el, add, field, plural, say, rowLink, shown, textNode } = forebear.elements;
   const { server, ask, trainingRow } = forebear.records;
 
-  const DECISIONS = ["wrong label", "remove", "keep", "note"];
-  const FIELDS = ["row", "source", "source_row", "text", "label", "suggested", "evidence", "probability", "reason", "decision", "note"];
+  const DECISIONS = ["relabel", "remove", "quarantine", "keep"];
+  const NOTE = "note"; // marked, and nothing decided
+  const OF_LABEL = "evidence: probability of the label";
+  // The columns of work lists, as audits write them too: docs/work-lists.md.
+  const fields = () => ["row", "source", "source_row", ...forebear.site.text_columns.map((name) => `text: ${name}`), "given",
+    "suggested", OF_LABEL, "reason", "decision", "note"];
+  // Lists that a browser kept before: other names, and the label's probability as the list's.
+  function renewed(entry) {
+    if (!("label" in entry)) return entry;
+    const { text, label, evidence, probability, reason, decision, ...rest } = entry;
+    return {
+      ...rest, [`text: ${forebear.site.text_columns[0]}`]: text, given: label, [OF_LABEL]: probability,
+      reason: [evidence, reason].filter(Boolean).join("; "), decision: { "wrong label": "relabel", note: "" }[decision] ?? decision,
+    };
+  }
   const work = {
     get key() { return `forebear-worklist:${forebear.site.digest}`; },
     problem: "",
@@ -14,7 +27,7 @@
     async read() {
       try {
         const entries = forebear.site.keeps ? await ask("explorer/worklist") : JSON.parse(localStorage.getItem(this.key) ?? "[]");
-        this.entries = new Map(entries.filter((entry) => Number.isInteger(entry?.row)).map((entry) => [entry.row, entry]));
+        this.entries = new Map(entries.filter((entry) => Number.isInteger(entry?.row)).map((entry) => [entry.row, renewed(entry)]));
       } catch (error) {
         this.problem = forebear.site.keeps ? error.message : "This browser keeps nothing for this page: export the list before you leave.";
       }
@@ -37,7 +50,7 @@
     drop(row) { this.entries.delete(row); return this.write(row); },
   };
 
-  const ordered = (entry) => Object.fromEntries(FIELDS.map((name) => [name, entry[name] ?? null]));
+  const ordered = (entry) => ({ ...Object.fromEntries(fields().map((name) => [name, entry[name] ?? null])), ...entry });
   const asLines = (entries) => entries.map((entry) => `${JSON.stringify(ordered(entry))}\n`).join("");
 
   // What a spreadsheet would take for a formula has an apostrophe before it, which is taken off where a list is read.
@@ -48,7 +61,8 @@
       const text = value === null || value === undefined ? "" : typeof value === "string" ? guarded(value) : String(value);
       return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
     };
-    return [FIELDS, ...entries.map((entry) => FIELDS.map((name) => entry[name]))].map((line) => `${line.map(cell).join(",")}\n`).join("");
+    const columns = [...new Set(entries.map(ordered).flatMap(Object.keys))];
+    return [columns, ...entries.map((entry) => columns.map((name) => (Array.isArray(entry[name]) ? entry[name].join("; ") : entry[name])))].map((line) => `${line.map(cell).join(",")}\n`).join("");
   }
 
   function save(name, content, type) {
@@ -58,14 +72,16 @@
     say(`${name} is saved.`);
   }
 
+  const decisionOf = (entry) => entry.decision || (entry.note ? NOTE : "undecided");
+
   // A form that marks a training row. ``reason``: where the reader met it.
   function markForm(record, reason, onchange) {
     const row = record.row;
     const now = () => work.entries.get(row);
     const id = (name) => `mark-${name}-${row}-${Math.random().toString(36).slice(2, 8)}`;
     const group = id("decision");
-    const radios = DECISIONS.map((decision) => el("label", null, el("input", {
-      type: "radio", name: group, value: decision, checked: now()?.decision === decision, onchange: keep,
+    const radios = [...DECISIONS, NOTE].map((decision) => el("label", null, el("input", {
+      type: "radio", name: group, value: decision, checked: now() && decisionOf(now()) === decision, onchange: keep,
     }), ` ${decision}`));
     const note = el("textarea", { rows: 2, onchange: keep }, now()?.note ?? "");
     const names = forebear.site.one_label ? forebear.site.label_names : [];
@@ -83,13 +99,15 @@
       el("fieldset", null, el("legend", null, `Row ${row} goes on the work list as`), radios),
       names.length ? field("Right label", label) : null, field("Note", note), el("div", { class: "actions" }, off, state));
     async function keep() {
-      const decision = form.querySelector("input:checked")?.value ?? (note.value.trim() ? "note" : null);
+      const decision = form.querySelector("input:checked")?.value ?? (note.value.trim() ? NOTE : null);
       if (!decision) return;
       form.querySelector(`input[value="${decision}"]`).checked = true;
       await work.put({
-        row, source: record.source, source_row: record.source_row, text: record.texts.map(([, text]) => text).join("\n"),
-        label: record.label, suggested: names.length ? label.value || null : record.suggested, evidence: record.evidence,
-        probability: record.probability, reason: now()?.reason || reason, decision, note: note.value,
+        ...now(), row, source: record.source, source_row: record.source_row,
+        ...Object.fromEntries(record.texts.map(([name, text]) => [`text: ${name}`, text])), given: record.label,
+        suggested: names.length ? label.value || null : record.suggested, [OF_LABEL]: record.probability,
+        reason: now()?.reason || [record.evidence, reason].filter(Boolean).join("; "),
+        decision: decision === NOTE ? "" : decision, note: note.value,
       });
       changed(`Row ${row} is on the work list: ${decision}.`);
     }
@@ -108,7 +126,7 @@
     const summary = el("summary");
     const name = () => {
       const entry = work.entries.get(row);
-      summary.textContent = entry ? `Row ${row} is marked: ${entry.decision}` : `Mark row ${row}`;
+      summary.textContent = entry ? `Row ${row} is marked: ${decisionOf(entry)}` : `Mark row ${row}`;
       onchange?.(entry);
     };
     name();
@@ -130,11 +148,11 @@
       const entries = work.sorted();
       count.textContent = entries.length ? `${plural(entries.length, "training row")} marked.` : "No training row is marked. Mark rows on the page of a test row or of a training row.";
       list.replaceChildren(...entries.map((entry) => el("li", null,
-        el("div", null, rowLink(entry.row, true), el("span", { class: "note" }, entry.decision), el("ul", { class: "facts" },
-          el("li", null, el("span", null, "label"), shown(String(entry.label))), entry.suggested ? el("li", null, el("span", null, "suggested"), shown(String(entry.suggested))) : null)),
-        el("div", null, textNode("p", [[String(entry.text ?? "")]]),
+        el("div", null, rowLink(entry.row, true), el("span", { class: "note" }, decisionOf(entry)), el("ul", { class: "facts" },
+          el("li", null, el("span", null, "label"), shown(String(entry.given))), entry.suggested ? el("li", null, el("span", null, "suggested"), shown(String(entry.suggested))) : null)),
+        el("div", null, textNode("p", [[Object.keys(entry).filter((name) => name.startsWith("text: ")).map((name) => entry[name]).join("\n")]]),
           entry.note ? el("p", { class: "note-line" }, "Note: ", shown(String(entry.note))) : null,
-          el("p", { class: "note-line" }, shown([entry.evidence, entry.reason].filter(Boolean).join("; "))),
+          el("p", { class: "note-line" }, shown(entry.reason ?? "")),
           el("button", { type: "button", "aria-label": `Take row ${entry.row} off the list`, onclick: async () => {
             await work.drop(entry.row);
             draw();
