@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,8 @@ from forebear.indexer.curvature.separate import SeparateHead, mean_eigenvalue_of
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.storage.arrow import RowMatrix, column, read_batches
 from forebear.indexer.storage.files import IndexFiles
+
+_COMPARED_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,13 +152,26 @@ class StoredHead:
         A product over a block of rows rounds each row by its place in the block, so equal rows would get different last
         bits; they all take the number of the first instead.
         """
-        numbers: dict[bytes, int] = {}
-        first = np.empty(len(self.features), np.int64)
-        for (start, f), (_, r) in zip(self.features.blocks(), self.residuals.blocks(), strict=True):
-            for row, (feature, residual) in enumerate(zip(f, r, strict=True), start):
-                digest = blake2b(feature.tobytes() + residual.tobytes(), digest_size=16).digest()
-                first[row] = numbers.setdefault(digest, row)
+        blocks = zip(self.features.blocks(), self.residuals.blocks(), strict=True)
+        hashes = np.concatenate([_hashes(np.concatenate([f, r], axis=1)) for (_, f), (_, r) in blocks])
+        _, firsts, kinds = np.unique(hashes, return_index=True, return_inverse=True)
+        first = firsts[kinds]
+        repeated = np.flatnonzero(first != np.arange(len(first)))
+        for start in range(0, len(repeated), _COMPARED_ROWS):
+            rows = repeated[start : start + _COMPARED_ROWS]
+            if not np.array_equal(self._bits(rows), self._bits(first[rows])):
+                return self._first_equal_by_bytes(repeated, first)
         return first
+
+    def _first_equal_by_bytes(self, repeated: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """:meth:`first_equal_rows` where different rows have one hash: of the rows that share one, by their bytes."""
+        found, numbers = np.arange(len(first)), dict[bytes, int]()
+        for row in np.union1d(repeated, first[repeated]):
+            found[row] = numbers.setdefault(self._bits(np.array([row])).tobytes(), int(row))
+        return found
+
+    def _bits(self, rows: np.ndarray) -> np.ndarray:
+        return np.concatenate([self.features.take(rows), self.residuals.take(rows)], axis=1).view(np.uint32)
 
     def blockwise_self_influence(self, damping: float) -> np.ndarray:
         """<M^-1 g_n, g_n> of every row, ``(n,)`` float64, M being H + damping I without blocks between two classes."""
@@ -224,3 +238,9 @@ class StoredHead:
         if file not in self._kept:
             self._kept[file] = column(read_batches(self.files.checked(file)[0])[0], name)
         return np.asarray(self._kept[file])
+
+
+def _hashes(values: np.ndarray) -> np.ndarray:
+    """A number for each row of float32 values ``(n, k)``, the same for equal bits, ``(n,)`` uint64."""
+    factors = np.random.default_rng(0).integers(1 << 63, size=values.shape[1], dtype=np.uint64) * 2 + 1
+    return np.asarray(values.view(np.uint32).astype(np.uint64) @ factors)  # modulo 2^64

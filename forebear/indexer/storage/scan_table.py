@@ -9,6 +9,7 @@ see :class:`RoundedVectors`. The exact ones are read from the Arrow files, for t
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from forebear.indexer.storage.arrow import RowMatrix, column, read_batches, reco
 from forebear.ratio import ratio
 
 SCAN_BLOCK_ROWS = 8192
+_GATHERED_BYTES = 1 << 27  # of rows that are read at once, in the order of the table
 _DIRECTIONS = 8  # kept in float32; features of a fine-tuned model vary most along a few
 _WIDTH_A_DIRECTION = 32  # at least so many numbers a row for each of them
 _SAMPLE_ROWS = 16_384  # that the directions are fitted to
@@ -143,29 +145,49 @@ class ScanTable:
 def write_scan_table(path: Path, order: np.ndarray, features: list[RowMatrix], residuals: list[RowMatrix]) -> None:
     """Write the rows ``order`` of one or more checkpoints' factors, block by block, in bounded memory."""
     bases = [main_directions(matrix, np.sort(order)) for matrix in features]
+    metadata = {f"basis_{i}": basis.astype("<f4").tobytes() for i, basis in enumerate(bases)}
+    batches = (
+        _scan_batch(*block, bases).replace_schema_metadata(metadata) for block in _gathered(order, features, residuals)
+    )
+    first = next(batches)
+    write_table(path, itertools.chain([first], batches), first.schema)
 
-    def batch(rows: np.ndarray) -> pa.RecordBatch:
-        # In a block rows stand by what rounding took of them: those that a search looks at together are alike.
-        last = features[-1].take(rows)
-        rows = rows[np.argsort(ratio(round_vectors(last, bases[-1]).errors, norms_of(last)), kind="stable")]
-        columns: dict[str, np.ndarray] = {"row": rows}
-        for i, (matrix, basis) in enumerate(zip(features, bases, strict=True)):
-            values = matrix.take(rows)
-            rounded = round_vectors(values, basis)
-            columns[f"code_{i}"], columns[f"scale_{i}"] = rounded.codes, rounded.scales
-            columns[f"coordinate_{i}"] = rounded.coordinates
-            columns[f"code_length_{i}"], columns[f"error_{i}"] = rounded.lengths, rounded.errors
-            columns[f"feature_norm_{i}"] = norms_of(values).astype(np.float32)
-        for i, matrix in enumerate(residuals):
-            columns[f"residual_{i}"] = matrix.take(rows)
-            columns[f"residual_norm_{i}"] = norms_of(columns[f"residual_{i}"]).astype(np.float32)
-        return record_batch(columns)
 
-    starts = range(0, len(order), SCAN_BLOCK_ROWS)
-    first = batch(order[:SCAN_BLOCK_ROWS])
-    rest = (batch(order[start : start + SCAN_BLOCK_ROWS]) for start in starts[1:])
-    schema = first.schema.with_metadata({f"basis_{i}": basis.astype("<f4").tobytes() for i, basis in enumerate(bases)})
-    write_table(path, (b.replace_schema_metadata(schema.metadata) for b in itertools.chain([first], rest)), schema)
+def _gathered(
+    order: np.ndarray, features: list[RowMatrix], residuals: list[RowMatrix]
+) -> Iterator[tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]]:
+    """Blocks of rows in an order, with their features and residuals.
+
+    By falling norm, rows of a block lie in as many shards as there are: many blocks are gathered at once, so that each
+    shard is visited a few times.
+    """
+    row_bytes = sum(matrix.shards[0].itemsize * matrix.width for matrix in (*features, *residuals))
+    n_gathered = max(1, _GATHERED_BYTES // (row_bytes * SCAN_BLOCK_ROWS)) * SCAN_BLOCK_ROWS
+    for start in range(0, len(order), n_gathered):
+        rows = order[start : start + n_gathered]
+        vectors, factors = ([matrix.take(rows) for matrix in matrices] for matrices in (features, residuals))
+        for first in range(0, len(rows), SCAN_BLOCK_ROWS):
+            block = slice(first, first + SCAN_BLOCK_ROWS)
+            yield rows[block], [values[block] for values in vectors], [values[block] for values in factors]
+
+
+def _scan_batch(
+    rows: np.ndarray, features: list[np.ndarray], residuals: list[np.ndarray], bases: list[np.ndarray]
+) -> pa.RecordBatch:
+    """A block of a scan table; its rows stand by what rounding took of them, so that neighbours are alike."""
+    rounded = [round_vectors(vectors, basis) for vectors, basis in zip(features, bases, strict=True)]
+    lengths = [norms_of(vectors) for vectors in features]
+    by_loss = np.argsort(ratio(rounded[-1].errors, lengths[-1]), kind="stable")
+    columns: dict[str, np.ndarray] = {"row": rows[by_loss]}
+    for i, vectors in enumerate(rounded):
+        columns[f"code_{i}"], columns[f"scale_{i}"] = vectors.codes[by_loss], vectors.scales[by_loss]
+        columns[f"coordinate_{i}"] = vectors.coordinates[by_loss]
+        columns[f"code_length_{i}"], columns[f"error_{i}"] = vectors.lengths[by_loss], vectors.errors[by_loss]
+        columns[f"feature_norm_{i}"] = lengths[i][by_loss].astype(np.float32)
+    for i, factors in enumerate(residuals):
+        columns[f"residual_{i}"] = factors[by_loss]
+        columns[f"residual_norm_{i}"] = norms_of(columns[f"residual_{i}"]).astype(np.float32)
+    return record_batch(columns)
 
 
 def read_scan_table(path: Path) -> ScanTable:
