@@ -117,7 +117,8 @@ def main() -> None:
     for copy in (folder, again):
         shutil.rmtree(copy)
     write_result(
-        f"changes_{given.rows}_{given.shard_rows}", rows=given.rows, files_of_rows=len(Index.open(source).manifest.shards),
+        f"changes_{given.rows}_{given.shard_rows}", rows=given.rows,
+        files_of_rows=len(Index.open(source).manifest.shards),
         retire_seconds=min(taken["now"]), plainly_seconds=min(taken["plainly"]),
         now_over_plainly=ratio(taken["now"], taken["plainly"]),
         same_bytes=same,
