@@ -75,7 +75,7 @@ class Listing:
 
 
 class ListedRows:
-    """The test rows of one index. All but :meth:`facts` and :attr:`lines` is for the thread that computes.
+    """The test rows of one index. What explains them is for the thread that computes.
 
     Attributes:
         name: Of the index.
@@ -102,6 +102,11 @@ class ListedRows:
         n_places = 2 * listing.top * len(asked.question.methods)
         self._n_explained = min(MOST_EXPLAINED, max(1, MOST_PLACES // n_places))
         self._begin()
+
+    @property
+    def n_explained(self) -> int:
+        """Test rows that are explained so far."""
+        return self._drives.n_tests
 
     def fits(self, opened: Opened) -> bool:
         """Whether the predictions are those of an index as it is now: its model is still the same."""
@@ -130,7 +135,7 @@ class ListedRows:
     def drives(self, opened: Opened) -> tuple[Drives, Mapping[str, int]]:
         """The predictions that training rows drive, as far as they are known, and of how many test rows that is."""
         self._turn_to(opened)
-        return self._drives, {"n_explained": self._drives.n_tests, "n_tests": len(self.lines)}
+        return self._drives, {"n_explained": self.n_explained, "n_tests": len(self.lines)}
 
     def go_on(self) -> bool:
         """Explain the next test row; whether there is another one."""

@@ -28,6 +28,7 @@ from forebear.server.served_indexes import Opened, ServedIndex, ServedIndexes
 
 LOG = logging.getLogger("forebear.server")
 LOOK_SECONDS = 1.0  # between two looks at what is on disk, where no request comes
+QUIET_SECONDS = 0.5  # after a batch, in which the next request of a client that asks on and on is waited for
 
 
 class Task(Protocol):
@@ -144,7 +145,7 @@ class Worker:
         """
         self._indexes = indexes
         self._between = between
-        self._has_more = True
+        self._pause = 0.0  # before the next call of ``between``, if no request comes
         self._limits = limits
         self._measures = measures
         self._queues: dict[ServedIndex, deque[Job]] = {one: deque() for one in indexes.values()}
@@ -213,7 +214,8 @@ class Worker:
             if not jobs:
                 for served in self._order:
                     self._refreshed(served)
-                self._go_on()
+                if not self._stopped:
+                    self._go_on()
                 continue
             started = time.perf_counter()
             try:
@@ -222,6 +224,7 @@ class Worker:
                 for job in jobs:
                     _fail(job, error)
             return_memory()
+            self._pause = QUIET_SECONDS
             taken = time.perf_counter() - started
             self._batch_seconds += (taken - self._batch_seconds) / 8
             self._measures.batch_seconds.observe(taken)
@@ -229,16 +232,17 @@ class Worker:
     def _go_on(self) -> None:
         """Do a little of what nobody waits for; what goes wrong there ends it, and nothing else."""
         try:
-            self._has_more = self._between()
+            has_more = self._between()
         except Exception:
             LOG.exception("what is computed between requests has failed")
-            self._between, self._has_more = lambda: False, False
+            self._between, has_more = lambda: False, False
+        self._pause = 0.0 if has_more else LOOK_SECONDS
 
     def _take(self) -> list[Job]:
         """The oldest job of the index whose turn it is, with those that are computed with it; none after a while."""
         with self._wake:
             if not any(self._queues.values()) and not self._stopped:
-                self._wake.wait(0 if self._has_more else LOOK_SECONDS)
+                self._wake.wait(self._pause)
             for served in list(self._order):
                 queue, jobs, left = self._queues[served], list[Job](), list[Job]()
                 n_rows = 0

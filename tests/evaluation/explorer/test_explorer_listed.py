@@ -39,7 +39,8 @@ def without_hubs(site: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def explained_all(live: Any, n: int) -> bool:
-    return until(lambda: live.ask("/explorer/rows/0").json["n_explained"] == n)
+    """Whether all are explained after a while; without a request, which would put it off."""
+    return until(lambda: live.service.explored.listed.n_explained == n)
 
 
 def test_without_an_audit_hub_shares_are_of_the_test_rows_themselves(without_hubs):
@@ -141,6 +142,12 @@ def test_the_list_is_there_from_the_start_and_a_page_when_it_is_opened(page, sit
     page.wait_for_selector(f"h1:has-text('Training row {row}')")
     assert page.get_by_role("link", name=f"Test row {wrong[1]}", exact=True).is_visible()  # what was opened is known
     assert explained_all(live, 20)
+    page.reload()
+    page.wait_for_selector(f"h1:has-text('Training row {row}')")
+    drives = next(one["drives"] for one in site.records("rows") if one["row"] == row)
+    wanted = sorted({place["test"] for place in drives if place["side"] == "proponent"})
+    links = page.locator("section[aria-labelledby='drives-proponent'] .lines a").all_inner_texts()
+    assert [int(text.split()[-1]) for text in links] == wanted
     page.goto("about:blank")
     page.goto(f"http://127.0.0.1:{live.port}/#/test/{wrong[0]}")
     page.wait_for_selector("h1:has-text('Test row')")

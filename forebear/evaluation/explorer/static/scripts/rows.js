@@ -19,7 +19,7 @@
       const by = new Map();
       for (const drive of held) by.set(drive.test, [...(by.get(drive.test) ?? []), drive]);
       return el("section", { "aria-labelledby": `drives-${side}` }, el("h3", { id: `drives-${side}` }, `As ${side}: ${plural(by.size, "test row")}`),
-        by.size ? el("ul", { class: "lines" }, [...by].map(([number, places]) => {
+        by.size ? el("ul", { class: "lines" }, [...by].sort(([a], [b]) => a - b).map(([number, places]) => {
           const line = lines[number];
           return el("li", null, el("div", null, testLink(number), verdict(line), outcome(line), el("ul", { class: "facts" }, places.map((one) => el("li", null,
             `${one.method}: rank ${one.rank}, score ${minus(one.score)}${one.effect ? `, effect ${minus(one.effect)}` : ""}`)))),
