@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from forebear.errors import NonFiniteError
 from forebear.evaluation.worklists.items import Item, WorkList, text_digest
+from forebear.evaluation.worklists.lines import lines_of
 from forebear.indexer.index import Index
 from forebear.indexer.storage.stored_rows import StoredRows
 
@@ -66,7 +69,26 @@ def list_rows(
                 digest=text_digest(own.values()) if own else None,
             )
         )
-    return WorkList(tuple(items))
+    return WorkList(tuple(_with_lines(index, items)))
+
+
+def _with_lines(index: Index, items: list[Item]) -> list[Item]:
+    """The items with their lines, where the training files lie where the index was built from them."""
+    lines: dict[tuple[str, int], int] = {}
+    for segment in index.manifest.segments:
+        digests = {
+            item.source_row: item.digest
+            for item in items
+            if item.source_row is not None
+            and item.digest is not None
+            and segment.start <= item.row < segment.start + segment.n_rows
+        }
+        found = lines_of(Path(segment.source), digests, index.manifest.spec.text_columns, segment.row_format)
+        lines |= {(segment.source, row): line for row, line in found.items()}
+    return [
+        replace(item, line=lines.get((item.source or "", -1 if item.source_row is None else item.source_row)))
+        for item in items
+    ]
 
 
 def source_of(index: StoredRows, row: int) -> tuple[str, int | None]:

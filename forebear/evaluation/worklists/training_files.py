@@ -130,14 +130,23 @@ class _Text(io.TextIOWrapper):
 
 
 @dataclass(frozen=True)
-class _Record:
+class Record:
+    """A row of a text file, its header, or a blank line, as it stands there.
+
+    Attributes:
+        text: With its line end.
+        line: At which it begins, from 1.
+        number: Of the row, from 0; None for a header or a blank line.
+        relabelled: Its text with another value of the label column.
+    """
+
     text: str
     line: int
-    number: int | None  # of the row; None: a header or a blank line
+    number: int | None
     relabelled: Callable[[Any], str]
 
 
-def _copy(records: Iterator[_Record], outs: Sequence[IO[str]], change: Rewriting) -> dict[int, int]:
+def _copy(records: Iterator[Record], outs: Sequence[IO[str]], change: Rewriting) -> dict[int, int]:
     """Copy records, with those of changed rows written anew."""
     lines = {}
     for record in records:
@@ -155,7 +164,13 @@ def _copy(records: Iterator[_Record], outs: Sequence[IO[str]], change: Rewriting
     return lines
 
 
-def _delimited(text: IO[str], sign: str, *, quoted: bool, change: Rewriting) -> Iterator[_Record]:
+def raw_records(text: IO[str], sign: str | None, *, quoted: bool) -> Iterator[Record]:
+    """Records of a CSV or TSV file, its header first; without a sign that parts values, of JSON Lines."""
+    nothing = Rewriting(label_column=None, labels={}, left_out=())
+    return _json_lines(text, nothing) if sign is None else _delimited(text, sign, quoted=quoted, change=nothing)
+
+
+def _delimited(text: IO[str], sign: str, *, quoted: bool, change: Rewriting) -> Iterator[Record]:
     """Records of a CSV or TSV file, its header first."""
     cell = re.compile((_CELL if quoted else _PLAIN_CELL).format(re.escape(sign)))
     whole = re.compile(rf"(?:{cell.pattern})(?:{re.escape(sign)}(?:{cell.pattern}))*(?:\r\n|\n|\r)?")
@@ -165,15 +180,15 @@ def _delimited(text: IO[str], sign: str, *, quoted: bool, change: Rewriting) -> 
         if quoted and '"' in held and not whole.fullmatch(held):
             continue  # a line break within quotes
         if not held.strip("\r\n"):
-            yield _Record(held, start, None, str)
+            yield Record(held, start, None, str)
         elif place < 0:
             names = next(csv.reader([held], delimiter=sign, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE))
             if change.label_column is not None and change.label_column not in names:
                 raise DataError(f"the header has no column {change.label_column!r}; it has {', '.join(names)}.")
             place = names.index(change.label_column) if change.label_column is not None else 0
-            yield _Record(held, start, None, str)
+            yield Record(held, start, None, str)
         else:
-            yield _Record(held, start, number, _cell_writer(held, place, sign, cell, quoted=quoted))
+            yield Record(held, start, number, _cell_writer(held, place, sign, cell, quoted=quoted))
             number += 1
         held, start = "", line_number + 1
     if held:
@@ -197,13 +212,13 @@ def _cell_writer(record: str, place: int, sign: str, cell: re.Pattern[str], *, q
     return write
 
 
-def _json_lines(text: IO[str], change: Rewriting) -> Iterator[_Record]:
+def _json_lines(text: IO[str], change: Rewriting) -> Iterator[Record]:
     number = 0
     for line_number, line in enumerate(_broken_at_newlines(text), start=1):
         if not line.strip():
-            yield _Record(line, line_number, None, str)
+            yield Record(line, line_number, None, str)
             continue
-        yield _Record(line, line_number, number, _value_writer(line, change))
+        yield Record(line, line_number, number, _value_writer(line, change))
         number += 1
 
 
