@@ -38,6 +38,7 @@ def lines_of(
     sign = None if is_json else str(row_format.get("delimiter") or ("\t" if is_tab else ","))
     found: dict[int, int] = {}
     names: list[str] = []
+    last = max(digests)
     try:
         with open_text(str(file), row_format.get("encoding")) as stream:
             for record in raw_records(io.TextIOWrapper(stream, "utf-8", newline=""), sign, quoted=not is_tab):
@@ -51,7 +52,7 @@ def lines_of(
                     values = dict(zip(names, _cells(record.text, sign, quoted=not is_tab), strict=False))
                 if text_digest([values.get(name) for name in text_columns]) == digests[record.number]:
                     found[record.number] = record.line
-                if record.number >= max(digests):
+                if record.number >= last:
                     break
     except (DataError, csv.Error, *READ_ERRORS):
         return {}
